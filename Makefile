@@ -1,0 +1,41 @@
+# Every target sets the machine up first; the check that it already is takes about a second.
+
+BIN := .venv/bin
+WORKERS ?= 2
+
+# One thread per process: the tests start several processes, and small tensors lose more to threads than they gain.
+# numba is the exception, because FFCV refuses more loader threads than numba was started with.
+THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=4
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo check format test test-full clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## system packages, .venv, the package and what it needs; safe to repeat
+	@infra/setup.sh
+
+demo: setup ## write Fashion-MNIST, train by several rules on $(WORKERS) workers, compare
+	$(BIN)/spiketrain write fashion --out data/fashion
+	$(BIN)/spiketrain launch recipes/compare/fashion_demo.py --workers $(WORKERS)
+
+check: setup ## format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: setup ## rewrite what ruff can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: setup ## quick and distributed tests
+	$(THREADS) $(BIN)/pytest -m "not full"
+
+test-full: setup ## the tests that take minutes
+	$(THREADS) $(BIN)/pytest -m full
+
+clean: ## caches and builds; keeps .venv, data and runs
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
