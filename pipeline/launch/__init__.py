@@ -1,0 +1,1 @@
+"""Launchers: start the workers of a run and follow it to its end."""

@@ -1,0 +1,1 @@
+"""What a run cost: memory, time, energy."""

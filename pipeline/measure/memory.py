@@ -1,0 +1,201 @@
+"""Memory: the bytes that backward keeps alive, the peaks of process and device, and the machine they were measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "SavedBytes",
+    "hardware",
+    "peak_device_bytes",
+    "peak_rss_bytes",
+    "pss_bytes",
+    "reset_peak_device_bytes",
+    "reset_peak_rss",
+]
+
+
+class SavedBytes:
+    """Counts the bytes held for backward while it is entered: `with SavedBytes(model) as saved: ...; saved.peak`.
+
+    `now` and `peak` are bytes of distinct storages that autograd's saved tensors hold at one moment: each storage whole and once, however
+    many nodes or views save it; the storages of `parameters` (a model, or an iterable of tensors), and so their views, are left out. A storage
+    counts from the first node that saves it until the last one is freed: by backward, or later where the graph is retained. Copies
+    of a weight (autocast, standardised weights) are not parameters and count.
+
+    The parameters' storages are taken when it is entered, because an engine such as DeepSpeed moves parameters into flat buffers. A graph that outlives the context
+    is still subtracted from `now` as it is freed. Tensors that are kept by hooks of somebody else inside the context
+    (torch.utils.checkpoint without reentry) are not seen.
+    """
+
+    def __init__(self, parameters: nn.Module | Iterable[Tensor] = ()) -> None:
+        self._parameters = list(parameters.parameters()) if isinstance(parameters, nn.Module) else list(parameters)
+        self._excluded: dict[int, torch.UntypedStorage] = {}  # the values keep the keys from being given to another storage
+        self._held: dict[int, list[int]] = {}  # storage -> [saved tensors in it, bytes]
+        # Reentrant: the garbage collector may free a saved tensor while this thread saves another; threads: one engine thread for each device.
+        self._lock = threading.RLock()
+        self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
+        self.now = 0
+        self.peak = 0
+
+    def __enter__(self) -> SavedBytes:
+        if self._hooks is not None:
+            raise RuntimeError("SavedBytes: entered twice; make one for each nesting")
+        storages = [parameter.untyped_storage() for parameter in self._parameters]
+        self._excluded = {storage._cdata: storage for storage in storages}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        hooks, self._hooks = self._hooks, None
+        if hooks is not None:
+            hooks.__exit__(*exc)
+        self._excluded = {}
+
+    def reset_peak(self) -> None:
+        """Forget the peak so far; what is held now is the new one."""
+        with self._lock:
+            self.peak = self.now
+
+    def _pack(self, tensor: Tensor) -> _Saved:
+        storage = tensor.untyped_storage()
+        key = (
+            storage._cdata
+        )  # the StorageImpl: unlike data_ptr it tells an empty storage from another one, and stays while it is held here
+        if key in self._excluded:
+            return _Saved(tensor, None, 0)
+        saved = _Saved(tensor, self, key)
+        with self._lock:
+            entry = self._held.get(key)
+            if entry is None:
+                nbytes = storage.nbytes()
+                self._held[key] = [1, nbytes]
+                self.now += nbytes
+                if self.now > self.peak:
+                    self.peak = self.now
+            else:
+                entry[0] += 1
+        return saved
+
+    def _release(self, key: int) -> None:
+        with self._lock:
+            entry = self._held[key]
+            entry[0] -= 1
+            if entry[0] == 0:
+                del self._held[key]
+                self.now -= entry[1]
+
+
+class _Saved:
+    """What autograd holds in place of a tensor; freed exactly when autograd frees the tensor, and says so.
+
+    It holds a detached alias: an output saved by its own node would otherwise hold that node, a cycle that nothing frees.
+    """
+
+    __slots__ = ("key", "owner", "tensor", "version")
+
+    def __init__(self, tensor: Tensor, owner: SavedBytes | None, key: int) -> None:
+        self.tensor = tensor.detach()  # shares the version counter of the original
+        self.version = tensor._version
+        self.owner = owner
+        self.key = key
+
+    def __del__(self) -> None:
+        if self.owner is not None:
+            self.owner._release(self.key)  # before the storage goes, so that its key is free when it is given again
+
+
+def _unpack(saved: _Saved) -> Tensor:
+    # torch 2.13 skips its version check where hooks are set (saved_variable.cpp), so it is made here: a measured batch must fail where a plain one does.
+    if saved.tensor._version != saved.version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"[{saved.tensor.type()} {list(saved.tensor.shape)}] is at version {saved.tensor._version}; "
+            f"expected version {saved.version} instead"
+        )
+    return saved.tensor
+
+
+def peak_rss_bytes() -> int:
+    """The highest resident memory of this process, in bytes, since its start or `reset_peak_rss`.
+
+    From VmHWM where there is a Linux /proc: getrusage's maximum survives exec, so a small child of a large parent reports the parent's.
+    """
+    kilobytes = _proc_kilobytes("/proc/self/status", "VmHWM:")
+    if kilobytes is not None:
+        return kilobytes * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_rss() -> bool:
+    """Start the peak of `peak_rss_bytes` anew; False where the kernel does not offer it."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        return False
+    return True
+
+
+def pss_bytes() -> int | None:
+    """Proportional set size now, in bytes (pages shared with other workers counted by share); None where the kernel does not tell."""
+    kilobytes = _proc_kilobytes("/proc/self/smaps_rollup", "Pss:")
+    return None if kilobytes is None else kilobytes * 1024
+
+
+def reset_peak_device_bytes() -> None:
+    """Start the peak of `peak_device_bytes` anew; nothing to do on a CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_device_bytes() -> int:
+    """The most bytes torch's allocator held for tensors on this process's current device since the reset; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def hardware() -> dict[str, Any]:
+    """What speed and memory were measured on, flat, without the host's name, so that two equal machines compare equal."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "memory_gib": round((_proc_kilobytes("/proc/meminfo", "MemTotal:") or 0) / 2**20),
+        "gpu": torch.cuda.get_device_name() if gpus else "none",
+        "gpus": gpus,
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _proc_kilobytes(path: str, field: str) -> int | None:
+    try:
+        with open(path) as file:
+            for line in file:
+                if line.startswith(field):
+                    return int(line.split()[1])
+    except (OSError, ValueError, IndexError):
+        pass
+    return None

@@ -1,0 +1,29 @@
+"""What the training loop knows of tracking: that events can be told."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class TrackingError(RuntimeError):
+    """A tracking store could not be reached or read; the message is one line for a user."""
+
+
+class Tracker(Protocol):
+    """Takes the events of one training run. Rank 0 holds a `Journal`, the others a `NullTracker`."""
+
+    def event(self, kind: str, /, *, sync: bool = False, **fields: Any) -> None:
+        """Tell one event; `sync` waits until it would survive a power cut (for checkpoints and ends, not for steps)."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class NullTracker:
+    """The tracker of ranks other than 0: listens to nothing."""
+
+    def event(self, kind: str, /, *, sync: bool = False, **fields: Any) -> None:
+        del kind, sync, fields
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,189 @@
+"""The journal of a run: append-only JSON lines, the one source that MLflow, the progress bar and the reports are filled from.
+
+One event is one line, `{"event": kind, "time": unix seconds, "attempt": n, ...fields}`. A process may be killed at any byte: readers
+skip what is not a whole line, and a new attempt begins on a fresh one.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import mmap
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.track.base import NullTracker
+
+__all__ = ["Event", "Follower", "Journal", "NullTracker", "first", "last", "read"]
+
+Event = dict[str, Any]
+_RESERVED = ("event", "time", "attempt")
+
+
+class Journal:
+    """Appends events to the journal at `path`; `attempt` counts the starts of the run, from 0.
+
+    The folder must exist. Each event is one `write` on a descriptor opened with O_APPEND, so lines of two writers on one host cannot mix.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, attempt: int) -> None:
+        self.path = Path(path)
+        self.attempt = attempt
+        fresh = not self.path.exists()
+        self._fd: int | None = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if fresh:
+            _sync_folder(self.path.parent)
+        size = os.fstat(self._fd).st_size
+        self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
+
+    def event(self, kind: str, /, *, sync: bool = False, **fields: Any) -> None:
+        """Append one event; NaN and infinities become the strings "nan", "inf", "-inf", which `float` reads back.
+
+        Raises:
+            ValueError: the journal is closed, or a field is called event, time or attempt.
+            TypeError: a field has no JSON form.
+            OSError: the disk refused (part of) the line; readers skip the part, and the next event begins on a fresh line.
+        """
+        if self._fd is None:
+            raise ValueError(f"journal {self.path} is closed; got event {kind!r}")
+        for name in _RESERVED:
+            if name in fields:
+                raise ValueError(f"journal: the field {name!r} is the journal's own; got it in event {kind!r}")
+        line = {"event": kind, "time": time.time(), "attempt": self.attempt, **fields}
+        data = json.dumps(_plain(line), allow_nan=False).encode() + b"\n"
+        if self._torn:
+            data = b"\n" + data
+        written = os.write(self._fd, data)
+        self._torn = written < len(data)
+        if self._torn:
+            raise OSError(errno.ENOSPC, f"journal: only {written} of {len(data)} bytes were written", str(self.path))
+        if sync:
+            os.fsync(self._fd)
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def read(path: str | os.PathLike[str]) -> list[Event]:
+    """All whole events of a journal, in order; empty when there is no journal yet."""
+    return Follower(path).poll()
+
+
+class Follower:
+    """Reads a growing journal: `poll` returns the events completed since the last one.
+
+    `offset`, in bytes, may be any place in the file: a line that began before it is passed over. The attribute `offset` is always the start of
+    a line, so that it can be kept and given to another follower.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, offset: int = 0) -> None:
+        self.path = Path(path)
+        self.offset = offset
+        self._inside_line = offset > 0
+
+    def poll(self, *, limit_bytes: int | None = None) -> list[Event]:
+        """New events, oldest first; with `limit_bytes` about that much of the file at most (a longer line is returned whole).
+
+        The journal may not exist yet (no events). One that shrank below `offset` is another file: it is read from its start.
+        """
+        try:
+            with open(self.path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < self.offset:
+                    self.offset, self._inside_line = 0, False
+                if self._inside_line:
+                    file.seek(self.offset - 1)
+                    before = file.readline()
+                    if not before.endswith(b"\n"):
+                        return []
+                    self.offset += len(before) - 1
+                    self._inside_line = False
+                file.seek(self.offset)
+                block = file.read() if limit_bytes is None else file.read(limit_bytes) + file.readline()
+        except FileNotFoundError:
+            return []
+        whole = block[: block.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        return [event for line in whole.split(b"\n") if (event := _parse(line)) is not None]
+
+
+def first(path: str | os.PathLike[str], kind: str) -> Event | None:
+    """The first event of a kind, read without parsing the rest (a journal of ImageNet is some 100 MB)."""
+    return _seek(path, kind, newest=False)
+
+
+def last(path: str | os.PathLike[str], kind: str) -> Event | None:
+    """The newest event of a kind, read without parsing the rest."""
+    return _seek(path, kind, newest=True)
+
+
+def _seek(path: str | os.PathLike[str], kind: str, *, newest: bool) -> Event | None:
+    """Rests on `event` being written first in its line."""
+    head = b'{"event": ' + json.dumps(kind).encode() + b","
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:  # mmap refuses an empty file
+                return None
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+                at = text.rfind(head) if newest else text.find(head)
+                while at >= 0:
+                    end = text.find(b"\n", at)
+                    at_line_start = at == 0 or text[at - 1 : at] == b"\n"
+                    event = _parse(text[at:end]) if at_line_start and end >= 0 else None
+                    if event is not None:
+                        return event
+                    at = text.rfind(head, 0, at) if newest else text.find(head, at + 1)
+    except FileNotFoundError:
+        pass
+    return None
+
+
+def _parse(line: bytes) -> Event | None:
+    """One line; None for an empty one and for the remains of a killed writer."""
+    if not line:
+        return None
+    try:
+        event = json.loads(line)
+    except ValueError:  # covers JSONDecodeError and UnicodeDecodeError
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
+
+
+def _plain(value: Any) -> Any:
+    """The JSON form of a value: NaN as a string, numpy and torch scalars as numbers, paths as strings."""
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if callable(getattr(value, "tolist", None)):  # numpy and torch, scalars and arrays
+        return _plain(value.tolist())
+    raise TypeError(f"journal: no JSON form for a {type(value).__name__}: {value!r}")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a new file's name survive a power cut, not only its content."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
