@@ -1,0 +1,104 @@
+"""Which sample goes to which rank, when: pure functions of (seed, epoch) and sizes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.base import DataError
+from pipeline.data.random import ORDER, bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOrder:
+    """The training order of one rank.
+
+    Raises: DataError if the sizes do not divide, or the set is smaller than one global batch.
+    """
+
+    samples: int
+    seed: int
+    rank: int
+    world: int
+    batch_size: int  # samples of a global batch, over all ranks and micro-batches
+    micro_batch: int  # samples of one batch on one rank
+
+    def __post_init__(self) -> None:
+        _check_rank(self.rank, self.world)
+        _check_micro_batch(self.micro_batch)
+        if not 0 <= self.seed < 2**63:
+            raise DataError(f"train: seed must be in 0..2^63-1; got {self.seed}")
+        share = self.world * self.micro_batch
+        if self.batch_size < 1 or self.batch_size % share:
+            lower = self.batch_size // share * share
+            near = [str(size) for size in (lower, lower + share) if size > 0]
+            raise DataError(
+                f"train: batch_size must be a multiple of world x micro_batch = {self.world} x {self.micro_batch} = {share}; "
+                f"got {self.batch_size}; {' or '.join(near)} would do"
+            )
+        if self.samples < self.batch_size:
+            raise DataError(f"train: batch_size must be at most the {self.samples} samples of the set; got {self.batch_size}")
+
+    @property
+    def steps(self) -> int:
+        """Global batches in an epoch."""
+        return self.samples // self.batch_size
+
+    def epoch(self, epoch: int, *, start: int = 0) -> NDArray[np.int64]:
+        """Sample ids of this rank in the order of use: [micro-batches * micro_batch].
+
+        Raises: DataError if `start` is not a multiple of the global batch size within the epoch.
+        """
+        if epoch < 0:
+            raise DataError(f"train: epoch must be 0 or more; got {epoch}")
+        whole = self.steps * self.batch_size
+        if start % self.batch_size or not 0 <= start <= whole:
+            raise DataError(f"train: start must be a multiple of batch_size={self.batch_size} in 0..{whole}; got {start}")
+        order = permutation(self.samples, seed=self.seed, epoch=epoch)[start:whole]
+        return order.reshape(-1, self.world, self.micro_batch)[:, self.rank].reshape(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValOrder:
+    """The evaluation order of one rank: a contiguous run of the file, at most one sample longer than another rank's."""
+
+    samples: int
+    rank: int
+    world: int
+    micro_batch: int
+
+    def __post_init__(self) -> None:
+        _check_rank(self.rank, self.world)
+        _check_micro_batch(self.micro_batch)
+
+    @property
+    def steps(self) -> int:
+        """Batches of this rank; the last may be short."""
+        return -(-len(self.epoch(0)) // self.micro_batch)
+
+    def epoch(self, epoch: int, *, start: int = 0) -> NDArray[np.int64]:
+        """Sample ids of this rank, whatever the epoch.
+
+        Raises: DataError if `start` is not 0: an evaluation is repeated whole.
+        """
+        if start:
+            raise DataError(f"val: an evaluation starts at 0; got start={start}")
+        return np.arange(self.samples * self.rank // self.world, self.samples * (self.rank + 1) // self.world)
+
+
+def permutation(samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """All sample ids sorted by their random bits (ties by id): [samples]. Depends on no generator's version.
+
+    1.28 M samples take about 0.2 s.
+    """
+    return np.argsort(bits(seed, epoch, np.arange(samples), ORDER), kind="stable")
+
+
+def _check_rank(rank: int, world: int) -> None:
+    if not 0 <= rank < world:
+        raise DataError(f"data: rank must be in 0..world-1; got rank={rank}, world={world}")
+
+
+def _check_micro_batch(micro_batch: int) -> None:
+    if micro_batch < 1:
+        raise DataError(f"data: micro_batch must be 1 or more; got {micro_batch}")
