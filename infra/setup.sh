@@ -18,7 +18,8 @@ readonly STAMP=$VENV/setup-stamp
 readonly RUNTIME_LIST=$VENV/runtime-packages
 
 # FFCV is built from source against OpenCV and libjpeg-turbo, and loops in numba's TBB layer, which looks for the system's libtbb.
-readonly PACKAGES=(build-essential pkg-config libopencv-dev libturbojpeg0-dev libtbb12)
+# The opencv-python that it asks for loads libGL.
+readonly PACKAGES=(build-essential pkg-config libopencv-dev libturbojpeg0-dev libtbb12 libgl1)
 readonly OPTIONAL=(dataset-fashion-mnist) # the images of the demo, where the distribution has them
 
 main() {
@@ -53,10 +54,10 @@ is_current() {
 
 fingerprint() {
     {
-        sha256sum pyproject.toml requirements.lock infra/setup.sh
+        cat pyproject.toml requirements.lock infra/setup.sh
         python_version "$VENV/bin/python"
         echo "locked=${LOCKED:-0} at=$PWD"
-    } 2>/dev/null | sha256sum | cut -d' ' -f1
+    } | sha256sum | cut -d' ' -f1
 }
 
 # ---------------------------------------------------------------------------------------------------------------------- python
