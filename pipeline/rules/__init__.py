@@ -1,0 +1,1 @@
+"""Training rules: what replaces `loss.backward()`. One file each; `base.py` has the contract."""

@@ -1,0 +1,184 @@
+"""What a training rule is: the piece of a training loop that replaces `loss.backward()`.
+
+    rule.attach(model)                                                   # once
+    for objective in rule.objectives(model, x_TB, loss_of, step=step):   # once per batch
+        if objective.backward is not None:
+            objective.backward.backward()
+
+A rule finds neurons and synapses and sets their seams; it never meets an optimizer, a label or a process group.
+"""
+
+# T time, B batch, K classes
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.norm import BatchNorm
+
+OverTime = Literal["steps", "mean"]
+LossOf = Callable[[Tensor], Tensor]
+
+
+def identity(statistic: Tensor) -> Tensor:
+    """`World.mean` of one rank."""
+    return statistic
+
+
+@dataclass(frozen=True)
+class World:
+    """What a rule may know of the other ranks; `mean` averages a statistic over them."""
+
+    seed: int = 0
+    rank: int = 0
+    size: int = 1
+    mean: Callable[[Tensor], Tensor] = identity
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One share of a batch.
+
+    Over one call of `objectives` the `loss`es sum to the batch's mean loss and the `logits` `[B, K]` to the mean over T,
+    both detached. `backward` is the scalar to differentiate, None where a rule reports a step and learns nothing from it.
+    """
+
+    backward: Tensor | None
+    loss: Tensor
+    logits: Tensor
+
+
+class Rule(nn.Module):
+    """Base of the rules; a Module only so that a rule's own state is moved and checkpointed.
+
+    A rule says in `memory` how the bytes kept for its backward grow with T, in `update` when the loop may move the weights
+    (after the batch, or after each objective), and in `over_time_choices` which losses it can differentiate.
+    It overrides `_objectives`, and `attach` where it sets seams.
+    """
+
+    memory: ClassVar[Literal["constant", "linear"]]
+    update: Literal["batch", "objective"] = "batch"
+    over_time_choices: ClassVar[tuple[OverTime, ...]] = ("steps",)
+
+    world: World
+    over_time: OverTime
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last_step = -1
+        # In a list: nn.Module would take the network for a part of the rule, with its parameters.
+        self._attached: list[nn.Module] = []
+        self._seams: list[tuple[nn.Module, str, Any]] = []
+
+    @property
+    def label(self) -> str:
+        """The name in tables; distinct within a study."""
+        return type(self).__name__
+
+    def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
+        """Tie the rule to `model`, once. The model's `state_dict` keeps its keys.
+
+        Raises: ValueError when rule or model are taken, or when the rule cannot train this model or this loss.
+        """
+        if over_time not in ("steps", "mean"):
+            raise ValueError(f"{self.label}: over_time must be 'steps' or 'mean'; got over_time={over_time!r}")
+        if over_time not in self.over_time_choices:
+            raise ValueError(
+                f"{self.label}: the loss of the mean logits needs all T steps in one graph; got over_time={over_time!r}"
+            )
+        if self._attached:
+            raise ValueError(f"{self.label}: release the first model before attaching another")
+        for name, module in model.named_modules():
+            carried = getattr(module, "carried_rule", None)
+            if carried is not None:
+                where = name or type(module).__name__
+                raise ValueError(f"{self.label}: the model must carry no rule yet; got {carried} on {where}")
+        self.world = world
+        self.over_time = over_time
+        self._attached.append(model)
+        for module in model.modules():
+            self.set_seam(module, "carried_rule", self.label)
+
+    def release(self) -> None:
+        """Give the seams back what they held before `attach`; nothing happens where nothing is attached."""
+        while self._seams:
+            module, seam, before = self._seams.pop()
+            setattr(module, seam, before)
+        self._attached.clear()
+
+    def set_seam(self, module: nn.Module, seam: str, value: Any) -> None:
+        """Set `module.<seam>` until `release`."""
+        self._seams.append((module, seam, getattr(module, seam, None)))
+        setattr(module, seam, value)
+
+    def objectives(
+        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, *, step: int | None = None, rows: Sequence[int] | None = None
+    ) -> Iterator[Objective]:
+        """The shares of one batch, in time order. Differentiate each before asking for the next.
+
+        `model` is the attached model or a wrapper around it. `loss_of(logits_BK)` is a scalar, the mean over the batch;
+        under `over_time="steps"` it is called once per step, in time order. `step` is the index of the global batch (None:
+        one more than at the last call), `rows` the place of each sample in it (None: 0..B-1).
+
+        Raises: ValueError, at once, when the model is not the attached one or the input has no time axis.
+        """
+        if not self._attached:
+            raise ValueError(f"{self.label}: attach(model) comes before objectives")
+        if not any(module is self._attached[0] for module in model.modules()):
+            raise ValueError(f"{self.label}: objectives needs the attached model or a wrapper around it; got another model")
+        if x_TB.dim() < 3 or x_TB.shape[0] < 1:
+            raise ValueError(f"{self.label}: the input must be time first, [T, B, ...]; got shape {tuple(x_TB.shape)}")
+        step = self._last_step + 1 if step is None else step
+        self._last_step = step
+        return self._objectives(model, x_TB, loss_of, step, rows if rows is not None else range(x_TB.shape[1]))
+
+    def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
+        raise NotImplementedError(f"{type(self).__name__} must override _objectives")
+
+
+def steps_share(logits_TBK: Tensor, loss_of: LossOf, *, steps: int) -> tuple[Tensor, Tensor]:
+    """A slice's share of the mean over `steps`: (sum of its steps' losses) / T with graph, (sum of its logits) / T without."""
+    losses = [loss_of(logits_BK) for logits_BK in logits_TBK.unbind(0)]
+    return torch.stack(losses).sum() / steps, logits_TBK.detach().sum(0) / steps
+
+
+def named_neurons(model: nn.Module) -> list[tuple[str, LIF]]:
+    """Every LIF of `model` with its module name, in the order of construction."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LIF)]
+
+
+def refuse_batch_norm_over_time(rule: Rule, model: nn.Module) -> None:
+    """Online rules see one slice at a time, so statistics over all of T are not theirs to compute.
+
+    Raises: ValueError that names the first module with `over="time"`.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, BatchNorm) and module.over == "time":
+            raise ValueError(
+                f"{rule.label}: an online rule needs batch statistics per step, BatchNorm(over='step'); "
+                f"got over='time' at {name or 'the model itself'}"
+            )
+
+
+def counter_hash(*counters: int) -> int:
+    """64 bits that are a pure function of the counters: the source of every draw of a rule, such as (seed, step, t).
+
+    The same on every rank, after every restart and under every version of torch or numpy; the global generators are
+    neither read nor moved.
+
+    Source: splitmix64 (Steele, Lea & Flood 2014, doi 10.1145/2660193.2660195), absorbing one counter per round.
+    """
+    bits = 0
+    for counter in counters:
+        bits = ((bits ^ (counter & _MASK)) + 0x9E3779B97F4A7C15) & _MASK
+        bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) & _MASK
+        bits ^= bits >> 31
+    return bits
+
+
+_MASK = (1 << 64) - 1

@@ -1,0 +1,102 @@
+"""Spatial Learning Through Time: backward inside the time loop, and only through the network, never through the past."""
+
+# T time, B batch, K classes
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.rules.base import (
+    LossOf,
+    Objective,
+    OverTime,
+    Rule,
+    World,
+    counter_hash,
+    named_neurons,
+    refuse_batch_norm_over_time,
+    steps_share,
+)
+from pipeline.spiking.state import fresh_state
+
+
+class SLTT(Rule):
+    """SLTT, and SLTT-K with `k`: the membrane that crosses a time step is a constant.
+
+        grad W = 1/T sum_{t in S} g[t] s[t]^T,      g[t] = dL[t]/du[t] within step t,      S all steps, or k of them
+
+    S is a uniform k-subset of the T steps, drawn anew for each batch from (seed, step) alone; the other steps run without a
+    graph, move the state, and are reported with `backward=None`. The divisor stays T as published, so the expected gradient
+    is k/T of SLTT's; `rescale` multiplies by T/k (the gradients, not the reported losses).
+    `chunk` steps share one forward and one backward: more memory, fuller devices, the same gradient.
+
+    Raises: ValueError when k or chunk are not in 1..T, when k < T meets chunk > 1, for a loss over mean logits, for a model
+    without LIF, and for batch norm over time.
+    Source: Meng et al. 2023 (arXiv 2302.14311), eq. 8 and section 4.3.
+    """
+
+    memory: ClassVar[Literal["constant", "linear"]] = "constant"
+
+    def __init__(self, k: int | None = None, *, chunk: int = 1, rescale: bool = False) -> None:
+        super().__init__()
+        if k is not None and k < 1:
+            raise ValueError(f"SLTT: k must be in 1..T; got k={k}")
+        if chunk < 1:
+            raise ValueError(f"SLTT: chunk must be in 1..T; got chunk={chunk}")
+        if rescale and k is None:
+            raise ValueError("SLTT: rescale multiplies by T/k, so it needs a k; got k=None")
+        self.k = k
+        self.chunk = chunk
+        self.rescale = rescale
+
+    @property
+    def label(self) -> str:
+        return "SLTT" if self.k is None else f"SLTT-{self.k}"
+
+    def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
+        refuse_batch_norm_over_time(self, model)
+        neurons = named_neurons(model)
+        if not neurons:
+            raise ValueError(f"{self.label}: the model must have LIF neurons, whose membrane is cut; got {type(model).__name__}")
+        super().attach(model, world=world, over_time=over_time)
+        for _, neuron in neurons:
+            self.set_seam(neuron, "carry", torch.detach)
+
+    def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
+        steps = x_TB.shape[0]
+        k = self._steps_to_learn(steps)
+        selected = selected_steps(steps, k, seed=self.world.seed, step=step)
+        scale = steps / k if self.rescale else 1.0
+        with fresh_state(model):
+            for start in range(0, steps, self.chunk):
+                learns = start in selected or k == steps
+                # The block ends before the yield: a generator suspended inside it would switch off the consumer's graph.
+                with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+                    logits_TBK = model(x_TB[start : start + self.chunk])
+                    loss, share_BK = steps_share(logits_TBK, loss_of, steps=steps)
+                    backward = loss * scale if learns else None
+                objective = Objective(backward=backward, loss=loss.detach(), logits=share_BK)
+                # Kept past the yield, these would hold this step's graph during the next step's forward.
+                del logits_TBK, loss, backward
+                yield objective
+                del objective
+
+    def _steps_to_learn(self, steps: int) -> int:
+        k = steps if self.k is None else self.k
+        if k > steps:
+            raise ValueError(f"SLTT: k must be in 1..T; got k={k}, T={steps}")
+        if self.chunk > steps:
+            raise ValueError(f"SLTT: chunk must be in 1..T; got chunk={self.chunk}, T={steps}")
+        if k < steps and self.chunk > 1:
+            raise ValueError(f"SLTT: k < T selects single steps, so chunk must be 1; got k={k}, T={steps}, chunk={self.chunk}")
+        return k
+
+
+def selected_steps(steps: int, k: int, *, seed: int, step: int) -> tuple[int, ...]:
+    """The k time steps of 0..steps-1 that batch `step` learns from, sorted; every k-subset is equally likely.
+
+    Each time step draws 64 bits of (seed, step, t), and the k smallest win.
+    """
+    return tuple(sorted(sorted(range(steps), key=lambda t: counter_hash(seed, step, t))[:k]))

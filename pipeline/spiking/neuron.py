@@ -1,0 +1,123 @@
+"""The leaky integrate-and-fire neuron."""
+
+# T time, B batch
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.spiking.state import State
+from pipeline.spiking.surrogate import Surrogate, Triangle
+
+
+def identity(v_B: Tensor) -> Tensor:
+    """`LIF.carry` of a plain model: the membrane crosses the time step with its graph (BPTT)."""
+    return v_B
+
+
+class LIF(nn.Module):
+    """Leaky integrate-and-fire: currents `[T, B, ...]` to spikes `[T, B, ...]`.
+
+        u[t] = leak v[t-1] + x[t]              (decay_input: leak v[t-1] + (1 - leak) x[t]),  v[0] = 0
+        s[t] = 1 if u[t] >= threshold else 0
+        v[t] = u[t] - threshold s[t]           (reset "subtract")      or      u[t] (1 - s[t])     (reset "zero")
+
+    Arguments: `leak` is the part of the membrane kept per time step, 1 - 1/tau with tau in steps; `threshold` is in units
+    of the current; `reset_gradient="detached"` treats the s of the last line as a constant; `surrogate` replaces the
+    derivative of the second line. The membrane is never below fp32 (float64 stays); spikes have the dtype of the current.
+
+    Two seams for rules: `carry` is applied to the membrane after every step, so it stands between all steps, inside a
+    slice as between slices; `gradient(lif, x_TB) -> s_TB`, where set, replaces the loop (it finds the equations in `step`
+    and the membrane in `membrane` and `state`).
+
+    Raises: ValueError for arguments out of range, outside `fresh_state`, or when a batch changes its shape half-way.
+    """
+
+    def __init__(
+        self,
+        leak: float = 0.5,
+        *,
+        threshold: float = 1.0,
+        reset: Literal["subtract", "zero"] = "subtract",
+        reset_gradient: Literal["detached", "kept"] = "detached",
+        decay_input: bool = False,
+        surrogate: Surrogate = Triangle(),
+    ) -> None:
+        super().__init__()
+        if not 0 <= leak <= 1:
+            raise ValueError(f"LIF: leak must be in 0..1; got leak={leak}")
+        if not threshold > 0:
+            raise ValueError(f"LIF: threshold must be > 0; got threshold={threshold}")
+        if reset not in ("subtract", "zero"):
+            raise ValueError(f"LIF: reset must be 'subtract' or 'zero'; got reset={reset!r}")
+        if reset_gradient not in ("detached", "kept"):
+            raise ValueError(f"LIF: reset_gradient must be 'detached' or 'kept'; got reset_gradient={reset_gradient!r}")
+        if decay_input and leak == 1:
+            raise ValueError("LIF: decay_input scales the current by 1 - leak, so leak must be < 1; got leak=1")
+        self.leak = leak
+        self.threshold = threshold
+        self.reset = reset
+        self.reset_gradient = reset_gradient
+        self.decay_input = decay_input
+        self.surrogate = surrogate
+        self.carry: Callable[[Tensor], Tensor] = identity
+        self.gradient: Callable[[LIF, Tensor], Tensor] | None = None
+        self.state = State("LIF")
+
+    def forward(self, x_TB: Tensor) -> Tensor:
+        if self.gradient is not None:
+            return self.gradient(self, x_TB)
+        v_B = self.membrane(x_TB)
+        spikes = []
+        for x_B in x_TB.unbind(0):
+            s_B, v_B = self.step(x_B.to(v_B.dtype), v_B)
+            # Applied when a step ends, not when the next begins: what is remembered then holds no graph under SLTT.
+            v_B = self.carry(v_B)
+            spikes.append(s_B.to(x_TB.dtype))
+        self.state.write("v", v_B)
+        return torch.stack(spikes)
+
+    def membrane(self, x_TB: Tensor) -> Tensor:
+        """v before the first step of the slice `x_TB`: the last slice's, or rest."""
+        v_B = self.state.read("v")
+        if v_B is None:
+            return x_TB.new_zeros(x_TB.shape[1:], dtype=torch.promote_types(x_TB.dtype, torch.float32))
+        if v_B.shape != x_TB.shape[1:]:
+            raise ValueError(
+                f"LIF: the slices of one fresh_state must agree in all but time; "
+                f"got {tuple(x_TB.shape[1:])} after {tuple(v_B.shape)}"
+            )
+        return v_B
+
+    def step(self, x_B: Tensor, v_B: Tensor) -> tuple[Tensor, Tensor]:
+        """One time step of the equations above: (x[t], v[t-1]) -> (s[t], v[t])."""
+        current_B = (1 - self.leak) * x_B if self.decay_input else x_B
+        u_B = torch.add(current_B, v_B, alpha=self.leak)
+        above_B = u_B - self.threshold
+        s_B = self.surrogate(above_B)
+        # Written so that autograd keeps `above_B` alone (and a mask of bytes, for the detached reset to zero).
+        if self.reset == "subtract":
+            s_reset_B = s_B if self.reset_gradient == "kept" else s_B.detach()
+            return s_B, torch.sub(u_B, s_reset_B, alpha=self.threshold)
+        if self.reset_gradient == "kept":
+            return s_B, u_B * (1 - s_B)
+        return s_B, u_B.masked_fill(above_B.detach() >= 0, 0)
+
+    def extra_repr(self) -> str:
+        return (
+            f"leak={self.leak}, threshold={self.threshold}, reset={self.reset!r}, reset_gradient={self.reset_gradient!r}, "
+            f"decay_input={self.decay_input}, surrogate={self.surrogate}"
+        )
+
+
+def IF(
+    *,
+    threshold: float = 1.0,
+    reset: Literal["subtract", "zero"] = "subtract",
+    reset_gradient: Literal["detached", "kept"] = "detached",
+    surrogate: Surrogate = Triangle(),
+) -> LIF:
+    """Integrate-and-fire: the LIF that forgets nothing, leak 1."""
+    return LIF(1.0, threshold=threshold, reset=reset, reset_gradient=reset_gradient, surrogate=surrogate)

@@ -1,0 +1,135 @@
+"""Batch normalisation on time-first tensors that means the same under every rule.
+
+    y = gain (x - mean) / sqrt(var + eps) + bias
+
+Two named choices, both part of the model and so of the study:
+`over="step"` takes mean and (biased) variance at each time step, so that T steps at once equal T slices;
+`over="time"` takes them over T and B together, as most published Transformers do; online rules refuse it.
+`between="rank"` normalises by each rank's own samples; `between="world"` by all ranks' samples, exactly, whatever the
+local batch sizes (torch's SyncBatchNorm runs on CUDA alone, checked on torch 2.13).
+"""
+
+# T time, B batch, C channels, R ranks
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+
+
+class BatchNorm(nn.Module):
+    """Batch norm on `[T, B, C]` or `[T, B, C, H, W]`.
+
+    In train mode the running statistics move once per time step (`over="time"`: once per call), under `no_grad` too; in
+    eval mode they take the place of the batch's. With `between="world"` every rank must make the same calls.
+
+    Raises: ValueError for an unknown `over` or `between`, or when the third dimension is not `channels`.
+    Source: Ioffe & Szegedy 2015 (arXiv 1502.03167).
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        over: Literal["step", "time"] = "step",
+        between: Literal["rank", "world"] = "rank",
+    ) -> None:
+        super().__init__()
+        if over not in ("step", "time"):
+            raise ValueError(f"BatchNorm: over must be 'step' or 'time'; got over={over!r}")
+        if between not in ("rank", "world"):
+            raise ValueError(f"BatchNorm: between must be 'rank' or 'world'; got between={between!r}")
+        self.channels = channels
+        self.eps = eps
+        self.momentum = momentum
+        self.over = over
+        self.between = between
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x_TBC: Tensor) -> Tensor:
+        if x_TBC.dim() < 3 or x_TBC.shape[2] != self.channels:
+            raise ValueError(f"BatchNorm: the input must be [T, B, {self.channels}, ...]; got shape {tuple(x_TBC.shape)}")
+        if self.training and self.over == "step":
+            return torch.stack([self._normalize(x_BC) for x_BC in x_TBC.unbind(0)])
+        return self._normalize(x_TBC.flatten(0, 1)).view_as(x_TBC)
+
+    def _normalize(self, x_NC: Tensor) -> Tensor:
+        if self.training and self.between == "world" and distributed.is_initialized():
+            return self._normalize_over_ranks(x_NC)
+        return F.batch_norm(
+            x_NC, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+        )
+
+    def _normalize_over_ranks(self, x_NC: Tensor) -> Tensor:
+        wide_NC = x_NC.to(torch.promote_types(x_NC.dtype, torch.float32))
+        mean_C, var_C, count = moments_over_ranks(wide_NC)
+        with torch.no_grad():
+            unbiased_C = var_C * (count / (count - 1))
+            self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased_C.to(self.running_var.dtype), self.momentum)
+        shape = (-1, *[1] * (x_NC.dim() - 2))
+        scale_C = self.weight * torch.rsqrt(var_C + self.eps)
+        y_NC = (wide_NC - mean_C.view(shape)) * scale_C.view(shape) + self.bias.view(shape)
+        return y_NC.to(x_NC.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, eps={self.eps}, momentum={self.momentum}, over={self.over!r}, between={self.between!r}"
+
+
+def average_statistics(model: nn.Module, *, mean: Callable[[Tensor], Tensor]) -> None:
+    """Give every rank the average of the ranks' running statistics, before evaluation and saving.
+
+    `mean` averages a tensor over ranks. With `between="world"` they agree already and nothing changes.
+    """
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.running_mean.copy_(mean(module.running_mean))
+            module.running_var.copy_(mean(module.running_var))
+
+
+def moments_over_ranks(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance per channel over the samples of all ranks, with gradient, and the number of samples.
+
+    One collective: each rank fills its own row of a table, and the sum over ranks is the whole table. Mean and squared
+    deviations are combined by Chan's rule, which does not cancel as E[x^2] - E[x]^2 does.
+
+    Source: Chan, Golub & LeVeque 1983 (doi 10.1080/00031305.1983.10483115), eq. 2.1.
+    """
+    dims = [d for d in range(x_NC.dim()) if d != 1]
+    channels = x_NC.shape[1]
+    count = x_NC.numel() // channels
+    var_C, mean_C = torch.var_mean(x_NC, dims, correction=0)
+    row = torch.cat([mean_C, var_C * count, mean_C.new_tensor([float(count)])])
+    ranks, rank = distributed.get_world_size(), distributed.get_rank()
+    table_R = _SumOverRanks.apply(F.pad(row.unsqueeze(0), (0, 0, rank, ranks - 1 - rank)))
+    mean_RC, deviation_RC, count_R1 = table_R.split([channels, channels, 1], dim=1)  # type: ignore[union-attr]
+    total = count_R1.detach().sum()
+    world_mean_C = (count_R1 * mean_RC).sum(0) / total
+    world_deviation_C = (deviation_RC + count_R1 * (mean_RC - world_mean_C).square()).sum(0)
+    return world_mean_C, world_deviation_C / total, total
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """all_reduce(sum) both ways: each rank's gradient is that of the sum of all ranks' losses."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        total = grad_outputs[0].clone()
+        distributed.all_reduce(total)
+        return total

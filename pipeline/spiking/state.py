@@ -1,0 +1,88 @@
+"""What a network remembers between time steps, and who clears it.
+
+A module with memory holds a `State` as its attribute `state`; `fresh_state(model)` is the only owner: it opens every
+state of a model at the start of a batch and empties it at the end. The values are plain tensors, not buffers: a buffer
+would enter `state_dict`, and DDP would overwrite it by rank 0's at each forward (measured on torch 2.13).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+# Where a rule puts its callables. A callable with memory of its own (a trace) holds a `State` as `state`, too.
+SEAMS = ("presynaptic", "carry", "gradient", "adjoint")
+
+
+class State:
+    """The memory of one neuron or synapse: named tensors, readable only inside `fresh_state`.
+
+    Raises: ValueError when read or written outside `fresh_state`.
+    """
+
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
+        self.is_open = False
+        self.values: dict[str, Tensor] = {}
+
+    def read(self, name: str) -> Tensor | None:
+        """The tensor of the last step, or None at the first step of a batch."""
+        self._check_open()
+        return self.values.get(name)
+
+    def write(self, name: str, value: Tensor) -> None:
+        self._check_open()
+        self.values[name] = value
+
+    def _check_open(self) -> None:
+        if not self.is_open:
+            raise ValueError(
+                f"{self.owner}: its membrane or trace exists only inside fresh_state; "
+                "write `with fresh_state(model): logits_TBK = model(x_TB)`"
+            )
+
+
+@contextmanager
+def fresh_state(model: nn.Module) -> Iterator[None]:
+    """Every neuron of `model` at rest, for the length of one batch.
+
+    Inside, T slices of length 1 continue one another and equal one call on T. On exit, by an exception too, everything
+    remembered is dropped: a membrane with a graph would keep that graph alive and break `deepcopy`.
+
+    Raises: ValueError when the model is already inside a fresh_state.
+    """
+    states = states_of(model)
+    for state in states:
+        if state.is_open:
+            raise ValueError(
+                f"fresh_state: leave the first fresh_state before entering another; got a {state.owner} already open"
+            )
+    for state in states:
+        state.is_open = True
+    try:
+        yield
+    finally:
+        for state in states:
+            state.is_open = False
+            state.values.clear()
+
+
+def states_of(model: nn.Module) -> list[State]:
+    """Every state in `model` (a bare network, or a wrapper around one), each once."""
+    found: dict[int, State] = {}
+    for module in model.modules():
+        for holder in (module, *(getattr(module, seam, None) for seam in SEAMS)):
+            state = getattr(holder, "state", None)
+            if isinstance(state, State):
+                found[id(state)] = state
+    return list(found.values())
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Bytes that membranes and traces occupy now, each storage whole and once; 0 outside `fresh_state`."""
+    storages = {}
+    for state in states_of(model):
+        for value in state.values.values():
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

@@ -1,0 +1,121 @@
+"""Spike functions: a step forward, a smooth window backward.
+
+Each is a frozen value that is called on `u - threshold` (in thresholds) and gives spikes in the same dtype, 1 where the
+argument is >= 0. Backward multiplies by `derivative`. The one tensor kept for it is the argument itself.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Surrogate(Protocol):
+    """What a neuron asks of a spike function; a new one needs these two methods."""
+
+    def __call__(self, u_minus_threshold: Tensor) -> Tensor: ...
+
+    def derivative(self, u_minus_threshold: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Triangle:
+    """psi(x) = max(0, a - a^2 |x|), a = `alpha`.
+
+    Source: SLTT's default (Meng et al. 2023, arXiv 2302.14311); with a = 1 also half the derivative of the polynomial
+    sign of Bi-Real Net (Liu et al. 2018, arXiv 1808.00278).
+    """
+
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_alpha(self, self.alpha)
+
+    def __call__(self, u_minus_threshold: Tensor) -> Tensor:
+        return spike(u_minus_threshold, surrogate=self)
+
+    def derivative(self, u_minus_threshold: Tensor) -> Tensor:
+        return (self.alpha - self.alpha**2 * u_minus_threshold.abs()).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class Sigmoid:
+    """psi(x) = a sig(a x) (1 - sig(a x)), a = `alpha`.
+
+    Source: OTTT uses a = 4 (Xiao et al. 2022, arXiv 2210.04195).
+    """
+
+    alpha: float = 4.0
+
+    def __post_init__(self) -> None:
+        _check_alpha(self, self.alpha)
+
+    def __call__(self, u_minus_threshold: Tensor) -> Tensor:
+        return spike(u_minus_threshold, surrogate=self)
+
+    def derivative(self, u_minus_threshold: Tensor) -> Tensor:
+        sigma = torch.sigmoid(self.alpha * u_minus_threshold)
+        return self.alpha * sigma * (1 - sigma)
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """psi(x) = 1/a for |x| <= a/2, else 0, a = `alpha`.
+
+    Source: Wu et al. 2018 (STBP, arXiv 1706.02609), eq. 24.
+    """
+
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_alpha(self, self.alpha)
+
+    def __call__(self, u_minus_threshold: Tensor) -> Tensor:
+        return spike(u_minus_threshold, surrogate=self)
+
+    def derivative(self, u_minus_threshold: Tensor) -> Tensor:
+        return (u_minus_threshold.abs() <= self.alpha / 2).to(u_minus_threshold.dtype) / self.alpha
+
+
+@dataclass(frozen=True)
+class ATan:
+    """psi(x) = (a/2) / (1 + (pi a x / 2)^2), a = `alpha`.
+
+    Source: Fang et al. 2021 (PLIF, arXiv 2007.05785); SpikingJelly's ImageNet examples use a = 2.
+    """
+
+    alpha: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check_alpha(self, self.alpha)
+
+    def __call__(self, u_minus_threshold: Tensor) -> Tensor:
+        return spike(u_minus_threshold, surrogate=self)
+
+    def derivative(self, u_minus_threshold: Tensor) -> Tensor:
+        return self.alpha / 2 / (1 + (math.pi / 2 * self.alpha * u_minus_threshold).square())
+
+
+def spike(u_minus_threshold: Tensor, *, surrogate: Surrogate) -> Tensor:
+    """s = 1 where the argument is >= 0, else 0; backward g * surrogate.derivative."""
+    return _Spike.apply(u_minus_threshold, surrogate)  # type: ignore[return-value]  # apply is untyped in torch 2.13
+
+
+class _Spike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u_minus_threshold: Tensor, surrogate: Surrogate) -> Tensor:
+        ctx.save_for_backward(u_minus_threshold)
+        ctx.surrogate = surrogate
+        return (u_minus_threshold >= 0).to(u_minus_threshold.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (u_minus_threshold,) = ctx.saved_tensors
+        return grad_outputs[0] * ctx.surrogate.derivative(u_minus_threshold), None
+
+
+def _check_alpha(surrogate: object, alpha: float) -> None:
+    if not alpha > 0:
+        raise ValueError(f"{type(surrogate).__name__}: alpha must be > 0; got alpha={alpha}")

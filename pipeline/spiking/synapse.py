@@ -1,0 +1,181 @@
+"""Synapses: torch's linear maps on time-first tensors, with a seam for what the weight gradient multiplies.
+
+`weights="standardized"` is scaled weight standardisation (sWS), the normalisation of networks without batch norm:
+
+    W^ = gain (W - mean) / sqrt(fan_in var + 1e-4),   mean and unbiased var per output filter, gain learnable
+
+The seam `presynaptic: x_TB -> factor_TB`, where set, gives the factor that the weight gradient uses in the place of the
+input: dL/dW = sum_t g[t] factor[t]^T, while dL/dx stays W^T g. One forward, one backward op, no second pass.
+
+Source of sWS: Brock et al. 2021 (arXiv 2101.08692), eq. 1, in the form of OTTT and SLTT's NF-ResNet.
+"""
+
+# T time, B batch, C channels, H W pixels
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+STANDARDIZATION_EPS = 1e-4
+
+Weights = Literal["plain", "standardized"]
+Presynaptic = Callable[[Tensor], Tensor]
+
+
+def folded(op: Callable[[Tensor], Tensor], x_TB: Tensor) -> Tensor:
+    """Apply a map without memory to all time steps at once: `[T, B, ...]` as a batch of T * B."""
+    return op(x_TB.flatten(0, 1)).unflatten(0, x_TB.shape[:2])
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` on `[T, B, ..., C]`; `weights` and `presynaptic` as at the head of the file.
+
+    Raises: ValueError for an unknown `weights`, or for an input without a time axis.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, weights: Weights = "plain") -> None:
+        super().__init__(in_features, out_features, bias)
+        self.weights = weights
+        self.gain = _gain("Linear", self.weight, weights)
+        self.presynaptic: Presynaptic | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() < 3:
+            raise ValueError(f"Linear: the input must be time first, [T, B, ..., C]; got shape {tuple(input.shape)}")
+        weight = effective_weight(self.weight, self.gain)
+        if self.presynaptic is None:
+            return F.linear(input, weight, self.bias)
+        x_TB, factor_TB, weight, bias = _operands(input, self.presynaptic, weight, self.bias)
+        return _LinearWithFactor.apply(x_TB, factor_TB, weight, bias)  # type: ignore[return-value]
+
+
+class Conv2d(nn.Conv2d):
+    """`torch.nn.Conv2d` on `[T, B, C, H, W]`, zero padding; `weights` and `presynaptic` as at the head of the file.
+
+    Raises: ValueError for an unknown `weights`, padding given as a word, or an input without a time axis.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        weights: Weights = "plain",
+    ) -> None:
+        if isinstance(padding, str):
+            raise ValueError(f"Conv2d: padding must be a number of pixels; got padding={padding!r}")
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        self.weights = weights
+        self.gain = _gain("Conv2d", self.weight, weights)
+        self.presynaptic: Presynaptic | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() != 5:
+            raise ValueError(f"Conv2d: the input must be time first, [T, B, C, H, W]; got shape {tuple(input.shape)}")
+        weight = effective_weight(self.weight, self.gain)
+        if self.presynaptic is None:
+            return folded(lambda x_NCHW: self._conv_forward(x_NCHW, weight, self.bias), input)
+        x_TB, factor_TB, weight, bias = _operands(input, self.presynaptic, weight, self.bias)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        factor_NCHW = factor_TB.flatten(0, 1)
+        return folded(lambda x_NCHW: _ConvWithFactor.apply(x_NCHW, factor_NCHW, weight, bias, geometry), x_TB)  # type: ignore[arg-type]
+
+
+def effective_weight(weight: Tensor, gain: Tensor | None) -> Tensor:
+    """The weight that multiplies: `weight` itself, or its standardised form where there is a gain."""
+    if gain is None:
+        return weight
+    fan_in = weight[0].numel()
+    # Batch norm with filters as channels is this standardisation in one fused op that keeps the parameter, a mean and a
+    # scale per filter (timm's ScaledStdConv does the same). Its variance is biased, so both constants are rewritten:
+    # fan_in unbiased + eps = fan_in^2 / (fan_in - 1) (biased + eps (fan_in - 1) / fan_in^2).
+    scale = math.sqrt(fan_in - 1) / fan_in
+    flat_1CN = weight.reshape(1, weight.shape[0], fan_in)
+    eps = STANDARDIZATION_EPS * scale**2
+    return F.batch_norm(flat_1CN, None, None, (gain * scale).flatten(), training=True, eps=eps).view_as(weight)
+
+
+class _LinearWithFactor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TBC: Tensor, factor_TBC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(factor_TBC, weight)
+        return F.linear(x_TBC, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (g_TBK,) = grad_outputs
+        factor_TBC, weight = ctx.saved_tensors
+        want_x, _, want_weight, want_bias = ctx.needs_input_grad
+        return (
+            g_TBK @ weight if want_x else None,
+            None,
+            g_TBK.flatten(0, -2).T @ factor_TBC.flatten(0, -2) if want_weight else None,
+            g_TBK.flatten(0, -2).sum(0) if want_bias else None,
+        )
+
+
+class _ConvWithFactor(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_NCHW: Tensor, factor_NCHW: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(factor_NCHW, weight)
+        ctx.geometry = geometry
+        return F.conv2d(x_NCHW, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        factor_NCHW, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        want_x, _, want_weight, want_bias, _ = ctx.needs_input_grad
+        # The input enters this op only through the weight gradient (its shape aside): handing it the factor gives both.
+        g_x, g_weight, g_bias = torch.ops.aten.convolution_backward(
+            grad_outputs[0],
+            factor_NCHW,
+            weight,
+            [weight.shape[0]],
+            stride,
+            padding,
+            dilation,
+            False,
+            [0, 0],
+            groups,
+            [want_x, want_weight, want_bias],
+        )
+        return g_x, None, g_weight, g_bias, None
+
+
+def _operands(
+    x_TB: Tensor, presynaptic: Presynaptic, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x, its factor, weight and bias in one dtype: what autocast does for torch's ops, it does not for ours."""
+    with torch.no_grad():
+        factor_TB = presynaptic(x_TB)
+    if factor_TB.shape != x_TB.shape:
+        raise ValueError(
+            f"presynaptic: the factor must have the shape of the input, {tuple(x_TB.shape)}; got {tuple(factor_TB.shape)}"
+        )
+    kind = x_TB.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    # detach: a factor that is the input itself must enter the op as another tensor.
+    return x_TB.to(dtype), factor_TB.detach().to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _gain(name: str, weight: Tensor, weights: str) -> nn.Parameter | None:
+    if weights == "plain":
+        return None
+    if weights != "standardized":
+        raise ValueError(f"{name}: weights must be 'plain' or 'standardized'; got weights={weights!r}")
+    if weight[0].numel() < 2:
+        raise ValueError(f"{name}: standardized weights need a fan-in of at least 2; got {weight[0].numel()}")
+    return nn.Parameter(torch.ones(weight.shape[0], *[1] * (weight.dim() - 1)))
