@@ -8,6 +8,7 @@ import resource
 import sys
 import threading
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 __all__ = [
     "SavedBytes",
     "hardware",
+    "memory_now_bytes",
     "peak_device_bytes",
     "peak_rss_bytes",
     "pss_bytes",
@@ -27,21 +29,23 @@ __all__ = [
 class SavedBytes:
     """Counts the bytes held for backward while it is entered: `with SavedBytes(model) as saved: ...; saved.peak`.
 
-    `now` and `peak` are bytes of distinct storages that autograd's saved tensors hold at one moment: each storage whole and once, however
-    many nodes or views save it; the storages of `parameters` (a model, or an iterable of tensors), and so their views, are left out. A storage
-    counts from the first node that saves it until the last one is freed: by backward, or later where the graph is retained. Copies
-    of a weight (autocast, standardised weights) are not parameters and count.
+    `now` and `peak` are bytes of distinct storages that autograd's saved tensors hold at one moment: each storage whole
+    and once, however many nodes or views save it; the storages of `parameters` (a model, or an iterable of tensors), and so
+    their views, are left out. A storage counts from the first node that saves it until the last one is freed: by backward,
+    or later where the graph is retained. Copies of a weight (autocast, standardised weights) are not parameters and count.
 
-    The parameters' storages are taken when it is entered, because an engine such as DeepSpeed moves parameters into flat buffers. A graph that outlives the context
-    is still subtracted from `now` as it is freed. Tensors that are kept by hooks of somebody else inside the context
-    (torch.utils.checkpoint without reentry) are not seen.
+    The parameters' storages are taken when it is entered, because an engine such as DeepSpeed moves parameters into flat
+    buffers. A graph that outlives the context is still subtracted from `now` as it is freed. Tensors that hooks of somebody
+    else keep are not seen: torch.utils.checkpoint with use_reentrant=False hides what it recomputes (torch 2.13), while
+    use_reentrant=True, or a recomputation inside a Function's backward, is counted.
     """
 
     def __init__(self, parameters: nn.Module | Iterable[Tensor] = ()) -> None:
         self._parameters = list(parameters.parameters()) if isinstance(parameters, nn.Module) else list(parameters)
-        self._excluded: dict[int, torch.UntypedStorage] = {}  # the values keep the keys from being given to another storage
+        self._excluded: dict[int, torch.UntypedStorage] = {}  # values: so that no other storage gets the key
         self._held: dict[int, list[int]] = {}  # storage -> [saved tensors in it, bytes]
-        # Reentrant: the garbage collector may free a saved tensor while this thread saves another; threads: one engine thread for each device.
+        # Reentrant: the garbage collector may free a saved tensor while this thread saves another.
+        # A lock at all: autograd runs one thread for each device.
         self._lock = threading.RLock()
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
         self.now = 0
@@ -116,7 +120,8 @@ class _Saved:
 
 
 def _unpack(saved: _Saved) -> Tensor:
-    # torch 2.13 skips its version check where hooks are set (saved_variable.cpp), so it is made here: a measured batch must fail where a plain one does.
+    # torch 2.13 skips its version check where hooks are set (saved_variable.cpp), so it is made here: a measured batch must
+    # fail where a plain one does.
     if saved.tensor._version != saved.version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: "
@@ -129,7 +134,8 @@ def _unpack(saved: _Saved) -> Tensor:
 def peak_rss_bytes() -> int:
     """The highest resident memory of this process, in bytes, since its start or `reset_peak_rss`.
 
-    From VmHWM where there is a Linux /proc: getrusage's maximum survives exec, so a small child of a large parent reports the parent's.
+    From VmHWM where there is a Linux /proc: getrusage's maximum survives exec, so a small child of a large parent reports
+    the parent's.
     """
     kilobytes = _proc_kilobytes("/proc/self/status", "VmHWM:")
     if kilobytes is not None:
@@ -141,17 +147,23 @@ def peak_rss_bytes() -> int:
 def reset_peak_rss() -> bool:
     """Start the peak of `peak_rss_bytes` anew; False where the kernel does not offer it."""
     try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
+        Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return False
     return True
 
 
 def pss_bytes() -> int | None:
-    """Proportional set size now, in bytes (pages shared with other workers counted by share); None where the kernel does not tell."""
+    """Proportional set size now, in bytes (a page shared by n workers counts 1/n); None where the kernel does not tell."""
     kilobytes = _proc_kilobytes("/proc/self/smaps_rollup", "Pss:")
     return None if kilobytes is None else kilobytes * 1024
+
+
+def memory_now_bytes() -> int:
+    """What training occupies now: the allocator's bytes on a GPU, resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return (_proc_kilobytes("/proc/self/status", "VmRSS:") or 0) * 1024
 
 
 def reset_peak_device_bytes() -> None:
@@ -181,7 +193,7 @@ def hardware() -> dict[str, Any]:
 
 def _cpu_model() -> str:
     try:
-        with open("/proc/cpuinfo") as file:
+        with Path("/proc/cpuinfo").open() as file:
             for line in file:
                 if line.startswith("model name"):
                     return line.split(":", 1)[1].strip()
@@ -192,7 +204,7 @@ def _cpu_model() -> str:
 
 def _proc_kilobytes(path: str, field: str) -> int | None:
     try:
-        with open(path) as file:
+        with Path(path).open() as file:
             for line in file:
                 if line.startswith(field):
                     return int(line.split()[1])

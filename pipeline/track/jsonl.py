@@ -1,7 +1,7 @@
 """The journal of a run: append-only JSON lines, the one source that MLflow, the progress bar and the reports are filled from.
 
-One event is one line, `{"event": kind, "time": unix seconds, "attempt": n, ...fields}`. A process may be killed at any byte: readers
-skip what is not a whole line, and a new attempt begins on a fresh one.
+One event is one line, `{"event": kind, "time": unix seconds, "attempt": n, ...fields}`. A process may be killed at any byte:
+readers skip what is not a whole line, and a new attempt begins on a fresh one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _RESERVED = ("event", "time", "attempt")
 class Journal:
     """Appends events to the journal at `path`; `attempt` counts the starts of the run, from 0.
 
-    The folder must exist. Each event is one `write` on a descriptor opened with O_APPEND, so lines of two writers on one host cannot mix.
+    The folder must exist. Each event is one `write` on a descriptor opened with O_APPEND, so lines of two writers on one
+    host cannot mix.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, attempt: int) -> None:
@@ -84,8 +85,8 @@ def read(path: str | os.PathLike[str]) -> list[Event]:
 class Follower:
     """Reads a growing journal: `poll` returns the events completed since the last one.
 
-    `offset`, in bytes, may be any place in the file: a line that began before it is passed over. The attribute `offset` is always the start of
-    a line, so that it can be kept and given to another follower.
+    `offset`, in bytes, may be any place in the file: a line that began before it is passed over. After a poll the attribute
+    `offset` is the start of a line, so that it can be kept and given to another follower.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, offset: int = 0) -> None:
@@ -99,7 +100,7 @@ class Follower:
         The journal may not exist yet (no events). One that shrank below `offset` is another file: it is read from its start.
         """
         try:
-            with open(self.path, "rb") as file:
+            with self.path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if size < self.offset:
                     self.offset, self._inside_line = 0, False
@@ -119,34 +120,42 @@ class Follower:
         return [event for line in whole.split(b"\n") if (event := _parse(line)) is not None]
 
 
-def first(path: str | os.PathLike[str], kind: str) -> Event | None:
-    """The first event of a kind, read without parsing the rest (a journal of ImageNet is some 100 MB)."""
-    return _seek(path, kind, newest=False)
+def first(path: str | os.PathLike[str], *kinds: str) -> Event | None:
+    """The first event of one of these kinds, without parsing the others (a journal of ImageNet is some 100 MB)."""
+    return _seek(path, kinds, newest=False)
 
 
-def last(path: str | os.PathLike[str], kind: str) -> Event | None:
-    """The newest event of a kind, read without parsing the rest."""
-    return _seek(path, kind, newest=True)
+def last(path: str | os.PathLike[str], *kinds: str) -> Event | None:
+    """The newest event of one of these kinds, without parsing the others."""
+    return _seek(path, kinds, newest=True)
 
 
-def _seek(path: str | os.PathLike[str], kind: str, *, newest: bool) -> Event | None:
+def _seek(path: str | os.PathLike[str], kinds: tuple[str, ...], *, newest: bool) -> Event | None:
     """Rests on `event` being written first in its line."""
-    head = b'{"event": ' + json.dumps(kind).encode() + b","
     try:
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:  # mmap refuses an empty file
                 return None
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-                at = text.rfind(head) if newest else text.find(head)
-                while at >= 0:
-                    end = text.find(b"\n", at)
-                    at_line_start = at == 0 or text[at - 1 : at] == b"\n"
-                    event = _parse(text[at:end]) if at_line_start and end >= 0 else None
-                    if event is not None:
-                        return event
-                    at = text.rfind(head, 0, at) if newest else text.find(head, at + 1)
+                found = [place for kind in kinds if (place := _place(text, kind, newest=newest)) is not None]
     except FileNotFoundError:
-        pass
+        return None
+    if not found:
+        return None
+    choose = max if newest else min
+    return choose(found, key=lambda place: place[0])[1]
+
+
+def _place(text: mmap.mmap, kind: str, *, newest: bool) -> tuple[int, Event] | None:
+    head = b'{"event": ' + json.dumps(kind).encode() + b","
+    at = text.rfind(head) if newest else text.find(head)
+    while at >= 0:
+        end = text.find(b"\n", at)
+        at_line_start = at == 0 or text[at - 1 : at] == b"\n"
+        event = _parse(text[at:end]) if at_line_start and end >= 0 else None
+        if event is not None:
+            return at, event
+        at = text.rfind(head, 0, at) if newest else text.find(head, at + 1)
     return None
 
 

@@ -1,0 +1,43 @@
+"""The state of a run, derived from its folder: nothing has to be kept right by a process that may be killed."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+from typing import Literal
+
+from pipeline.track.jsonl import last
+
+__all__ = ["State", "is_driven", "state_of"]
+
+State = Literal["new", "running", "finished", "stopped", "failed", "interrupted"]
+_ENDS: dict[str, State] = {"finish": "finished", "stopped": "stopped", "failed": "failed", "start": "interrupted"}
+
+
+def state_of(run_dir: Path) -> State:
+    """`finished` once the newest start has its finish; else `running` while a driver holds the run; else how it last ended.
+
+    `interrupted`: the last attempt began and said nothing of its end (killed, power cut). `new`: no attempt has begun.
+    """
+    newest = last(run_dir / "journal.jsonl", *_ENDS)
+    if newest is None:
+        state: State = "finished" if (run_dir / "summary.json").exists() else "new"
+    else:
+        state = _ENDS[newest["event"]]
+    return "running" if state != "finished" and is_driven(run_dir) else state
+
+
+def is_driven(run_dir: Path) -> bool:
+    """Whether a live process holds the flock of `driver.lock`.
+
+    Asking takes the lock, shared, for an instant: a driver that takes it without waiting should try more than once.
+    """
+    try:
+        with (run_dir / "driver.lock").open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False  # closing the file lets the shared lock go
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,71 @@
+"""A run that never trained: its folder and journal, and one MLflow store for all tests (its schema takes seconds)."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.track.jsonl import Journal
+
+
+@dataclass
+class FakeRun:
+    """Writes the events that a worker would write."""
+
+    folder: Path
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    study: str = field(default_factory=lambda: uuid.uuid4().hex)
+    attempt: int = -1
+
+    def start(self, step: int = 0, **fields: Any) -> Journal:
+        self.attempt += 1
+        journal = Journal(self.folder / "journal.jsonl", attempt=self.attempt)
+        event = {
+            "run": self.folder.name,
+            "run_id": self.run_id,
+            "recipe": "recipes/fashion/mlp.py",
+            "rule": "SLTT",
+            "study": self.study,
+            "seed": 3,
+            "world_size": 2,
+            "step": step,
+            "commit": "0123abcd",
+            "dirty": False,
+            "hardware": {"cpu": "a cpu", "gpus": 0},
+            "versions": {"torch": "2.13.0"},
+            "params": {"optimizer.lr": "0.05", "epochs": "2"},
+        }
+        journal.event("start", **(event | fields))
+        return journal
+
+
+def steps(journal: Journal, first: int, after: int, *, scale: float = 1.0) -> None:
+    for step in range(first, after):
+        journal.event("step", step=step, epoch=0, metrics={"loss": scale / (step + 1), "top1": 0.5}, memory_bytes=1000)
+
+
+@pytest.fixture
+def fake_run(tmp_path: Path) -> Callable[..., FakeRun]:
+    def make(name: str = "a_run", **fields: Any) -> FakeRun:
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "recipe.json").write_text(json.dumps({"version": 1, "recipe": {"epochs": 2}}))
+        return FakeRun(folder, **fields)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sqlite_store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from pipeline.track.delivery import connect
+    from pipeline.track.mlflow import tracking_uri
+
+    uri = tracking_uri(tmp_path_factory.mktemp("store"))
+    connect(uri).search_experiments()
+    return uri
