@@ -1,0 +1,211 @@
+"""From a stored image to a normalised float32 one, in one compiled loop: decode, crop, mirror, normalise, [H,W,C] to [C,H,W].
+
+Each random number is a pure function of (seed, epoch, sample, draw), so a sample comes out the same, bit for bit, in any thread,
+batch, rank and process. Compiled without fastmath; ratios come from a table, because `exp` depends on the machine's libm.
+
+FFCV's own decoders (1.0.2) draw from numba's generator of each thread, which no seed reaches, and ignore what `imdecode` returns.
+"""
+
+# B batch, S side of the output, C channels of the output, h w of a stored image
+
+import math
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+from ffcv.libffcv import imdecode, resize_crop
+from ffcv.pipeline.allocation_query import AllocationQuery
+from ffcv.pipeline.state import State
+from numba import njit, prange
+from numpy.typing import NDArray
+
+from pipeline.data.format import JPG
+from pipeline.data.random import CROP, FLIP, SHIFT_X, SHIFT_Y, make
+
+RESIZED, CENTRE, WINDOW = 0, 1, 2  # random resized crop; central square, resized; window of the output's size, never resized
+
+
+class Decode(SimpleRGBImageDecoder):
+    """FFCV's slot for our loop: from sample ids to float32 [B,C,S,S].
+
+    Its memory holds, for each batch in flight, the output, (seed, epoch) - which numba would freeze in a closure - and one status
+    a sample: 0, or what the JPEG decoder returned.
+    """
+
+    KEYS, STATUS = 1, 2  # places in the memory
+
+    def __init__(
+        self,
+        *,
+        kind: int,
+        size: int,
+        channels: int,
+        reach: int = 0,
+        flip: bool = False,
+        area: tuple[float, float] = (1.0, 1.0),
+        ratio: tuple[float, float] = (1.0, 1.0),
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        parallel: bool,
+    ) -> None:
+        super().__init__()
+        self.size, self.channels, self.parallel = size, channels, parallel
+        self._whole = (kind, reach, int(flip))
+        self._area, self._ratios, self._lookup = area, ratio_table(ratio), lookup(mean, std)
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
+        shape = (self.channels, self.size, self.size)
+        state = State(jit_mode=True, device=previous_state.device, shape=shape, dtype=np.dtype(np.float32))
+        memory = (
+            AllocationQuery(shape, np.dtype(np.float32)),
+            AllocationQuery((2,), np.dtype(np.uint64)),
+            AllocationQuery((1,), np.dtype(np.int32)),
+        )
+        return state, memory
+
+    def generate_code(self) -> Any:
+        batch = compiled(self.parallel)
+        (kind, reach, flip), (low, high) = self._whole, self._area
+        ratios, table = self._ratios, self._lookup
+
+        # FFCV compiles this for each loader. It only passes on, so that the loop itself is compiled once a process.
+        def decode(indices_B, memory, records, storage):
+            out_BCSS, keys_B2, status_B1 = memory
+            batch(indices_B, out_BCSS, keys_B2, status_B1, records, storage, kind, reach, flip, low, high, ratios, table)
+            return out_BCSS
+
+        return decode
+
+
+def ratio_table(ratio: tuple[float, float]) -> NDArray[np.float64]:
+    """4096 aspect ratios (width / height), evenly spaced in their logarithm over `ratio`, rounded so that libm does not matter."""
+    low, high = (math.log(each) for each in ratio)
+    return np.array([round(math.exp(low + (high - low) * (i + 0.5) / 4096), 6) for i in range(4096)])
+
+
+def lookup(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
+    """The normalised value of each channel's 256 levels: [C,256]."""
+    levels = np.arange(256) / 255.0
+    return ((levels - np.array(mean)[:, None]) / np.array(std)[:, None]).astype(np.float32)
+
+
+@cache
+def functions() -> SimpleNamespace:
+    """The compiled parts. `crop_box(h, w, seed, epoch, index, low, high, ratios)` is (top, left, height, width)."""
+    compiled_here = njit(nogil=True, fastmath=False, error_model="numpy")
+    bits, decode_jpg, resize = make(compiled_here), njit(nogil=True)(imdecode), njit(nogil=True)(resize_crop)
+    jpg = JPG
+    s32, s11, s52 = np.uint64(32), np.uint64(11), np.uint64(52)
+    draw_flip, draw_y, draw_x = np.uint64(FLIP), np.uint64(SHIFT_Y), np.uint64(SHIFT_X)
+    # Draws of a crop as a table of uint64: arithmetic on a loop's counter would turn it into int64 and then float64.
+    draws = np.arange(CROP, CROP + 40, dtype=np.uint64).reshape(10, 4)
+
+    @compiled_here
+    def below(random_bits, n):
+        return np.int64(((random_bits >> s32) * np.uint64(n)) >> s32)
+
+    @compiled_here
+    def crop_box(h, w, seed, epoch, index, low, high, ratios):
+        for attempt in range(10):
+            unit = np.float64(bits(seed, epoch, index, draws[attempt, 0]) >> s11) * 2.0**-53
+            area = np.float64(h * w) * (low + (high - low) * unit)
+            ratio = ratios[bits(seed, epoch, index, draws[attempt, 1]) >> s52]
+            width = np.int64(math.floor(math.sqrt(area * ratio) + 0.5))
+            height = np.int64(math.floor(math.sqrt(area / ratio) + 0.5))
+            if 0 < width <= w and 0 < height <= h:
+                top = below(bits(seed, epoch, index, draws[attempt, 2]), h - height + 1)
+                left = below(bits(seed, epoch, index, draws[attempt, 3]), w - width + 1)
+                return top, left, height, width
+        # Rarely: the largest central crop whose ratio is within bounds, as torchvision's RandomResizedCrop has it.
+        width, height = w, h
+        if w < ratios[0] * h:
+            height = max(1, np.int64(math.floor(w / ratios[0] + 0.5)))
+        elif w > ratios[-1] * h:
+            width = max(1, np.int64(math.floor(h * ratios[-1] + 0.5)))
+        return (h - height) // 2, (w - width) // 2, height, width
+
+    @compiled_here
+    def put(out_CSS, pixels_hw3, top, left, mirrored, table):
+        """Normalise the window at (top, left), which may reach beyond the image: what lies outside is black."""
+        channels, side = out_CSS.shape[0], out_CSS.shape[1]
+        h, w = pixels_hw3.shape[0], pixels_hw3.shape[1]
+        for y in range(side):
+            row = top + y
+            for x in range(side):
+                column = left + (side - 1 - x if mirrored else x)
+                inside = 0 <= row < h and 0 <= column < w
+                if channels == 3:
+                    for c in range(3):
+                        out_CSS[c, y, x] = table[c, pixels_hw3[row, column, c] if inside else 0]
+                else:  # luma by ITU-R 601 in 16 bits, exact for grey
+                    level = np.int64(0)
+                    if inside:
+                        red, green, blue = pixels_hw3[row, column, 0], pixels_hw3[row, column, 1], pixels_hw3[row, column, 2]
+                        level = (np.int64(red) * 19595 + np.int64(green) * 38470 + np.int64(blue) * 7471 + 32768) >> 16
+                    out_CSS[0, y, x] = table[0, level]
+
+    @compiled_here
+    def view(out_CSS, pixels_hw3, seed, epoch, index, kind, reach, flip, low, high, ratios, table):
+        """Crop and normalise one decoded image."""
+        side = out_CSS.shape[1]
+        h, w = np.int64(pixels_hw3.shape[0]), np.int64(pixels_hw3.shape[1])
+        mirrored = flip == 1 and below(bits(seed, epoch, index, draw_flip), 2) == 1
+        if kind == WINDOW:
+            top, left = (h - side) // 2, (w - side) // 2
+            if reach > 0:
+                top += below(bits(seed, epoch, index, draw_y), 2 * reach + 1) - reach
+                left += below(bits(seed, epoch, index, draw_x), 2 * reach + 1) - reach
+            put(out_CSS, pixels_hw3, top, left, mirrored, table)
+            return
+        if kind == RESIZED:
+            top, left, height, width = crop_box(h, w, seed, epoch, index, low, high, ratios)
+        else:
+            height = max(1, np.int64(low * min(h, w)))
+            width = height
+            top, left = (h - height) // 2, (w - width) // 2
+        resized = np.empty((side, side, 3), np.uint8)
+        resize(pixels_hw3, top, top + height, left, left + width, resized)
+        put(out_CSS, resized, 0, 0, mirrored, table)
+
+    @compiled_here
+    def sample(b, indices_B, out_BCSS, keys, status, records, storage, kind, reach, flip, low, high, ratios, table):
+        file, addresses, sizes = storage
+        index = np.uint64(indices_B[b])
+        record = records[index]
+        address = record["data_ptr"]
+        stored = file[address : address + sizes[np.searchsorted(addresses, address)]]
+        h, w = np.int64(record["height"]), np.int64(record["width"])
+        seed, epoch = keys[b, 0], keys[b, 1]
+        status[b, 0] = 0
+        if record["mode"] == jpg:
+            # Scratch memory here, not in FFCV's: that would be one image of the largest size for each sample in flight.
+            pixels = np.empty((h, w, 3), np.uint8)
+            status[b, 0] = decode_jpg(stored, pixels, h, w, h, w, 0, 0, 1, 1, False, False)
+            if status[b, 0] == 0:
+                view(out_BCSS[b], pixels, seed, epoch, index, kind, reach, flip, low, high, ratios, table)
+        else:
+            pixels_hw3 = stored.reshape((h, w, 3))
+            view(out_BCSS[b], pixels_hw3, seed, epoch, index, kind, reach, flip, low, high, ratios, table)
+
+    return SimpleNamespace(bits=bits, below=below, crop_box=crop_box, sample=sample)
+
+
+@cache
+def compiled(parallel: bool) -> Any:
+    """The loop over a batch, over numba's threads or in one. (A `raise` inside it would cost the parallelism in silence.)"""
+    sample = functions().sample
+    if not parallel:
+
+        def batch(indices_B, out_BCSS, keys, status, records, storage, kind, reach, flip, low, high, ratios, table):
+            for b in range(len(indices_B)):
+                sample(b, indices_B, out_BCSS, keys, status, records, storage, kind, reach, flip, low, high, ratios, table)
+
+        return njit(nogil=True, error_model="numpy")(batch)
+
+    def batch_parallel(indices_B, out_BCSS, keys, status, records, storage, kind, reach, flip, low, high, ratios, table):
+        for b in prange(len(indices_B)):
+            sample(b, indices_B, out_BCSS, keys, status, records, storage, kind, reach, flip, low, high, ratios, table)
+
+    return njit(nogil=True, parallel=True, error_model="numpy")(batch_parallel)

@@ -1,0 +1,169 @@
+"""The images of a folder's train.beton and val.beton as a `Data`: what a recipe names.
+
+Constructing one opens no file, so a recipe can be shown where its data is not. FFCV is imported when a loader is made.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.data import manifest as manifests
+from pipeline.data.base import DataError
+from pipeline.data.manifest import Manifest
+from pipeline.data.order import TrainOrder, ValOrder
+
+if TYPE_CHECKING:
+    from pipeline.data.reader import BetonLoader
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+VAL_RATIO = 224 / 256  # of the shorter side: resize to 256, cut out 224
+
+
+class Beton:
+    """Square images of `size` pixels a side with `channels` 3 (RGB) or 1 (luma).
+
+    `crop`, of training and evaluation images:
+      "resized"  random resized crop (`area`, `ratio`; default 0.08-1 and 3/4-4/3)   | central 224/256, resized      ImageNet
+      "shift"    window moved by up to `reach` pixels (default 4), zeros come in     | central window                 CIFAR, Fashion
+      "centre"   central 224/256, resized                                            | the same
+    A "shift" never resizes: it takes images whose sides differ from `size` by a quarter of it at most (28 in 32, zeros around).
+    `flip`: "random" mirrors every second training image, "never" none.
+    `mean`, `std`: a value a channel, of pixels scaled to 0..1.
+
+    Raises: DataError for options that contradict each other or have no effect.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        classes: int,
+        size: int,
+        channels: int = 3,
+        crop: Literal["resized", "shift", "centre"] = "resized",
+        flip: Literal["random", "never"] = "random",
+        area: tuple[float, float] | None = None,
+        ratio: tuple[float, float] | None = None,
+        reach: int | None = None,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+    ) -> None:
+        self.folder, self.classes, self.shape = Path(folder), classes, (channels, size, size)
+        self.crop, self.flip, self.mean, self.std = crop, flip, tuple(mean), tuple(std)
+        _check_options(self, area, ratio, reach)
+        self.area, self.ratio = area or (0.08, 1.0), ratio or (3 / 4, 4 / 3)
+        self.reach = 4 if reach is None else reach
+
+    def fingerprint(self) -> str:
+        parts = [self._manifest(name).content for name in ("train", "val")]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    def check(self) -> None:
+        for name in ("train", "val"):
+            manifests.check(self._path(name))
+        train, val = self._manifest("train"), self._manifest("val")
+        if train.classes != val.classes:
+            raise DataError(f"Beton: train and val in {self.folder} must have the same classes, in the same order")
+
+    def train(
+        self,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        batch_size: int,
+        micro_batch: int,
+        threads: int = 1,
+        hang_s: float | None = None,
+    ) -> "BetonLoader":
+        """See base.Data. `hang_s`: the longest wait for one batch in seconds, 300 by default."""
+        order = TrainOrder(
+            samples=self._manifest("train").samples,
+            seed=seed,
+            rank=rank,
+            world=world,
+            batch_size=batch_size,
+            micro_batch=micro_batch,
+        )
+        return self._loader("train", order, seed=seed, threads=threads, hang_s=hang_s)
+
+    def val(
+        self, *, rank: int = 0, world: int = 1, micro_batch: int, threads: int = 1, hang_s: float | None = None
+    ) -> "BetonLoader":
+        order = ValOrder(samples=self._manifest("val").samples, rank=rank, world=world, micro_batch=micro_batch)
+        return self._loader("val", order, seed=0, threads=threads, hang_s=hang_s)
+
+    def _loader(
+        self, name: Literal["train", "val"], order: TrainOrder | ValOrder, *, seed: int, threads: int, hang_s: float | None
+    ) -> "BetonLoader":
+        from pipeline.data.reader import HANG_S, BetonLoader, usable_threads
+
+        threads = usable_threads(threads)
+        loader = BetonLoader(
+            self._path(name),
+            self._decode(name, parallel=threads > 1),
+            order,
+            seed=seed,
+            threads=threads,
+            hang_s=HANG_S if hang_s is None else hang_s,
+        )
+        if self.crop == "shift":
+            _check_sides(self._path(name), loader.sides, self.shape[1])
+        return loader
+
+    def _decode(self, name: Literal["train", "val"], *, parallel: bool) -> Any:
+        from pipeline.data.augment import CENTRE, RESIZED, WINDOW, Decode
+
+        channels, size, _ = self.shape
+        train = name == "train"
+        common = {"size": size, "channels": channels, "mean": self.mean, "std": self.std, "parallel": parallel}
+        common["flip"] = train and self.flip == "random"
+        if self.crop == "shift":
+            return Decode(kind=WINDOW, reach=self.reach if train else 0, **common)
+        if self.crop == "resized" and train:
+            return Decode(kind=RESIZED, area=self.area, ratio=self.ratio, **common)
+        return Decode(kind=CENTRE, area=(VAL_RATIO, VAL_RATIO), **common)
+
+    def _path(self, name: str) -> Path:
+        return self.folder.expanduser() / f"{name}.beton"
+
+    def _manifest(self, name: str) -> Manifest:
+        manifest = manifests.read(self._path(name))
+        if len(manifest.classes) != self.classes:
+            raise DataError(f"Beton: classes must be those of {self._path(name)}, {len(manifest.classes)}; got {self.classes}")
+        return manifest
+
+
+def _check_options(
+    data: Beton, area: tuple[float, float] | None, ratio: tuple[float, float] | None, reach: int | None
+) -> None:
+    channels, size, _ = data.shape
+    if data.classes < 1 or size < 1 or channels not in (1, 3):
+        raise DataError(
+            f"Beton: classes and size must be 1 or more, channels 1 or 3; got classes={data.classes}, size={size}, channels={channels}"
+        )
+    if data.crop not in ("resized", "shift", "centre"):
+        raise DataError(f"Beton: crop must be 'resized', 'shift' or 'centre'; got {data.crop!r}")
+    if data.flip not in ("random", "never"):
+        raise DataError(f"Beton: flip must be 'random' or 'never'; got {data.flip!r}")
+    if len(data.mean) != channels or len(data.std) != channels or min(data.std) <= 0:
+        raise DataError(
+            f"Beton: mean and std must have {channels} values (channels), std above 0; got mean={data.mean}, std={data.std}"
+        )
+    for name, value in (("area", area), ("ratio", ratio)):
+        if value is not None and data.crop != "resized":
+            raise DataError(f"Beton: {name} has no effect with crop={data.crop!r}; leave it out or set crop='resized'")
+        if value is not None and not (0 < value[0] <= value[1] and (name == "ratio" or value[1] <= 1)):
+            raise DataError(f"Beton: {name} must be (low, high) with 0 < low <= high{' <= 1' * (name == 'area')}; got {value}")
+    if reach is not None and data.crop != "shift":
+        raise DataError(f"Beton: reach has no effect with crop={data.crop!r}; leave it out or set crop='shift'")
+    if reach is not None and not 0 <= reach <= size:
+        raise DataError(f"Beton: reach must be 0..size={size} pixels; got {reach}")
+
+
+def _check_sides(path: Path, sides: tuple[int, int], size: int) -> None:
+    if max(abs(side - size) for side in sides) > size // 4:
+        raise DataError(
+            f"Beton: crop='shift' does not resize: the sides of {path} must be within a quarter of size={size}; "
+            f"got {sides[0]} to {sides[1]}; choose crop='resized' or write the data with max_resolution"
+        )

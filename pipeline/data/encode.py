@@ -1,0 +1,181 @@
+"""One image, from a file or from memory, to the bytes that a .beton stores. Runs in worker processes, so it needs no torch of its own.
+
+A JPEG that fits `max_resolution` is stored as it is in mode "jpg", provided that FFCV's decoder takes it without a warning; so is a
+progressive or a grey one. All else (PNG, CMYK, a JPEG with stray bytes, one too large) is decoded by Pillow to RGB, shrunk by area
+averaging and encoded anew. EXIF orientation is ignored, as torchvision's ImageFolder ignores it.
+"""
+
+import io
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from collections import deque
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from signal import SIG_IGN, SIGINT, signal
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from pipeline.data.base import DataError, LoaderError
+from pipeline.data.format import JPG, RAW
+from pipeline.data.random import bits
+
+CHUNK = 32  # images a worker takes at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How images are stored. `jpg_share`: the part of them stored as JPEG in mode "mixed", chosen by a hash of the image's number."""
+
+    mode: Literal["jpg", "raw", "mixed"]
+    max_resolution: int | None = None  # pixels of the longer side
+    quality: int = 90  # of JPEGs encoded anew
+    jpg_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("jpg", "raw", "mixed"):
+            raise DataError(f"write: mode must be 'jpg', 'raw' or 'mixed'; got {self.mode!r}")
+        if self.max_resolution is not None and self.max_resolution < 1:
+            raise DataError(f"write: max_resolution must be 1 or more pixels; got {self.max_resolution}")
+        if not 1 <= self.quality <= 100:
+            raise DataError(f"write: quality must be in 1..100; got {self.quality}")
+        if not 0 <= self.jpg_share <= 1:
+            raise DataError(f"write: jpg_share must be in 0..1; got {self.jpg_share}")
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image to encode: a file, or pixels uint8 [H,W] or [H,W,3]."""
+
+    number: int  # among the candidates of its set
+    image: "Path | np.ndarray"
+    label: int
+
+    def __str__(self) -> str:
+        return str(self.image) if isinstance(self.image, Path) else f"image {self.number}"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    payload: bytes
+    mode: int  # JPG or RAW, as FFCV numbers them
+    height: int
+    width: int
+    stored: Literal["as it is", "jpg", "raw"]
+
+
+@dataclass(frozen=True)
+class Bad:
+    reason: str
+
+
+def encode_all(
+    items: Iterable[Item], how: Encoding, *, workers: int, stall_s: float = 300.0
+) -> Iterator[tuple[Item, "Encoded | Bad"]]:
+    """Encode in order, by `workers` processes (1: in this one).
+
+    Raises: LoaderError if a worker process dies, or finishes nothing for `stall_s` seconds.
+    """
+    if workers == 1:
+        for item in items:
+            yield item, encode(item, how)
+        return
+    # Spawned, not forked: this process may run threads (torch, numba), which a fork would leave in an unknown state.
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=signal, initargs=(SIGINT, SIG_IGN))
+    try:
+        pending: deque[tuple[list[Item], Future[list[Encoded | Bad]]]] = deque()
+        for chunk in _chunks(items):
+            pending.append((chunk, pool.submit(_encode_chunk, chunk, how)))
+            if len(pending) > 2 * workers:
+                yield from _next(pending, stall_s)
+        while pending:
+            yield from _next(pending, stall_s)
+    finally:
+        # CPython 3.11 to 3.13 offer no public way to end a worker that hangs; 3.14 has terminate_workers().
+        for process in list((getattr(pool, "_processes", None) or {}).values()):
+            process.terminate()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def encode(item: Item, how: Encoding) -> "Encoded | Bad":
+    """Encode one image; whatever is wrong with it is the reason that `Bad` gives."""
+    as_jpg = how.mode == "jpg" or (how.mode == "mixed" and int(bits(0, 0, item.number, 0)) < how.jpg_share * 2.0**64)
+    try:
+        if isinstance(item.image, Path):
+            return _encode_file(item.image, how, as_jpg)
+        return _encode_picture(Image.fromarray(item.image), how, as_jpg)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow 13.0 raises for damaged files
+        return Bad(f"{type(error).__name__}: {error}")
+
+
+def _encode_file(path: Path, how: Encoding, as_jpg: bool) -> "Encoded | Bad":
+    content = path.read_bytes()
+    with Image.open(io.BytesIO(content)) as picture:
+        width, height = picture.size
+        fits = how.max_resolution is None or max(width, height) <= how.max_resolution
+        if (
+            as_jpg
+            and fits
+            and picture.format == "JPEG"
+            and picture.mode in ("RGB", "L")
+            and _ffcv_decodes(content, height, width)
+        ):
+            return Encoded(content, JPG, height, width, "as it is")
+        return _encode_picture(picture, how, as_jpg)
+
+
+def _encode_picture(picture: Image.Image, how: Encoding, as_jpg: bool) -> "Encoded | Bad":
+    if picture.mode.startswith(("I", "F")):
+        return Bad(f"pixels of 8 bits are needed; got mode {picture.mode}")
+    picture = picture.convert("RGB")  # decodes it all: raises if the file ends early
+    longest = max(picture.size)
+    if how.max_resolution is not None and longest > how.max_resolution:
+        width, height = (max(1, round(side * how.max_resolution / longest)) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.BOX)
+    width, height = picture.size
+    if max(width, height) > 65535:
+        return Bad(f"a side must be at most 65535 pixels; got {width}x{height}")
+    if as_jpg:
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=how.quality)
+        return Encoded(buffer.getvalue(), JPG, height, width, "jpg")
+    return Encoded(picture.tobytes(), RAW, height, width, "raw")
+
+
+def _ffcv_decodes(content: bytes, height: int, width: int) -> bool:
+    """Whether the decoder of the training run takes this JPEG without error or warning (the run treats both as damage)."""
+    from ffcv.libffcv import imdecode
+
+    pixels = np.empty((height, width, 3), np.uint8)
+    return imdecode(np.frombuffer(content, np.uint8), pixels, height, width, height, width) == 0
+
+
+def _encode_chunk(chunk: list[Item], how: Encoding) -> "list[Encoded | Bad]":
+    return [encode(item, how) for item in chunk]
+
+
+def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
+    chunk: list[Item] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _next(
+    pending: "deque[tuple[list[Item], Future[list[Encoded | Bad]]]]", stall_s: float
+) -> "Iterator[tuple[Item, Encoded | Bad]]":
+    chunk, future = pending.popleft()
+    try:
+        results = future.result(timeout=stall_s)
+    except BrokenProcessPool as error:
+        raise LoaderError(f"write: a worker process died while images from {chunk[0]} on were encoded") from error
+    except TimeoutError as error:
+        raise LoaderError(f"write: no worker finished for {stall_s:g} s; waiting for images {chunk[0]} to {chunk[-1]}") from error
+    yield from zip(chunk, results, strict=True)

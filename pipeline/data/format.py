@@ -1,0 +1,201 @@
+"""The layout of a .beton of images, and a writer of it whose output does not depend on how many processes encode.
+
+    header | field descriptors | metadata, one record a sample | zeros up to a page | pages | allocation table
+
+A sample lies whole within one page. FFCV's own writer (1.0.2) lets its worker processes race for pages, waits for ever for one
+that died, and cannot store a JPEG as it is; this one is fed by a single process, in the order of the samples. FFCV reads both.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.base import DataError
+
+PAGE_BYTES = 8 << 20  # FFCV's default
+JPG, RAW = 0, 1  # FFCV's codes of how a sample is stored
+
+
+@dataclass(frozen=True)
+class Region:
+    """A run of bytes of the file."""
+
+    name: str
+    offset: int  # bytes
+    size: int  # bytes
+
+
+class BetonWriter:
+    """Writes samples in order to `path`, which must not be in use; `finish` makes the file whole and durable.
+
+    `capacity`: the most samples that may come; room for their metadata is left at the front.
+    """
+
+    def __init__(self, path: Path, *, capacity: int, page_bytes: int = PAGE_BYTES) -> None:
+        from ffcv.types import ALLOC_TABLE_TYPE
+
+        self.path, self.page_bytes, self.samples = path, page_bytes, 0
+        self._metadata = np.zeros(capacity, _metadata_type())
+        self._table = np.zeros(capacity, ALLOC_TABLE_TYPE)
+        self._pages_offset = -(-(_metadata_offset() + self._metadata.nbytes) // page_bytes) * page_bytes
+        self._page = bytearray()
+        self._pages = 0  # written out
+        self._file = open(path, "wb")
+        self._file.seek(self._pages_offset)
+
+    def add(self, payload: bytes, *, mode: int, height: int, width: int, label: int) -> None:
+        """Append one sample.
+
+        Raises: DataError if it does not fit a page.
+        """
+        if len(payload) > self.page_bytes:
+            raise DataError(
+                f"write: a stored image must fit a page of {self.page_bytes} bytes; got {len(payload)} bytes ({width}x{height}); "
+                "set max_resolution, or store it as jpg"
+            )
+        if len(self._page) + len(payload) > self.page_bytes:
+            self._flush()
+        address = self._pages_offset + self._pages * self.page_bytes + len(self._page)
+        self._page += payload
+        self._metadata[self.samples] = ((mode, width, height, address), label)
+        self._table[self.samples] = (self.samples, address, len(payload))
+        self.samples += 1
+
+    def finish(self) -> None:
+        """Write what is left, the table, the metadata and the header; then wait until the disk has it."""
+        from ffcv.types import CURRENT_VERSION, FieldDescType, HeaderType
+
+        if self._page:
+            self._flush()
+        table_offset = self._pages_offset + self._pages * self.page_bytes
+        self._file.write(self._table[: self.samples].tobytes())
+        header = np.zeros((), HeaderType)
+        header["version"], header["num_fields"], header["page_size"] = CURRENT_VERSION, len(_FIELDS), self.page_bytes
+        header["num_samples"], header["alloc_table_ptr"] = self.samples, table_offset
+        fields = np.zeros(len(_FIELDS), FieldDescType)
+        for field, (name, type_id) in zip(fields, _FIELDS, strict=True):
+            field["type_id"] = type_id
+            field["name"][: len(name)] = np.frombuffer(name, np.uint8)
+        self._file.seek(0)
+        self._file.write(header.tobytes() + fields.tobytes() + self._metadata[: self.samples].tobytes())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _flush(self) -> None:
+        self._page += bytes(self.page_bytes - len(self._page))
+        self._file.write(self._page)
+        self._page = bytearray()
+        self._pages += 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where what lies in a .beton."""
+
+    samples: int
+    page_bytes: int
+    front: tuple[Region, ...]  # header, field descriptors, metadata, padding (if any)
+    pages: tuple[Region, ...]
+    table: Region
+
+
+def layout(path: Path) -> Layout:
+    """The regions of a file, which cover it without gap.
+
+    Raises: DataError if the file is not a whole .beton of images and labels as written here or by FFCV.
+    """
+    from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType
+
+    size = path.stat().st_size
+    if size < HeaderType.itemsize:
+        raise DataError(f"{path}: not a .beton: {size} bytes are less than its header")
+    header = np.fromfile(path, HeaderType, count=1)[0]
+    # FFCV's counts are NumPy scalars of 16 bits, which overflow in arithmetic under NumPy 2.
+    samples, page_bytes, table = int(header["num_samples"]), int(header["page_size"]), int(header["alloc_table_ptr"])
+    if int(header["version"]) != CURRENT_VERSION:
+        raise DataError(f"{path}: not a .beton of version {CURRENT_VERSION}; got version {int(header['version'])}")
+    if page_bytes < 1 or page_bytes & (page_bytes - 1):
+        raise DataError(f"{path}: damaged header: page size must be a power of 2; got {page_bytes}")
+    fields = np.fromfile(path, FieldDescType, count=int(header["num_fields"]), offset=HeaderType.itemsize)
+    found = [(bytes(field["name"]).rstrip(b"\0"), int(field["type_id"])) for field in fields]
+    if found != _FIELDS:
+        raise DataError(f"{path}: must hold the fields image and label, in this order; got {found}")
+    metadata_size = samples * _metadata_type().itemsize
+    metadata_end = _metadata_offset() + metadata_size
+    lowest = -(-metadata_end // page_bytes) * page_bytes
+    if table % page_bytes or table < lowest or table + samples * ALLOC_TABLE_TYPE.itemsize != size:
+        raise DataError(
+            f"{path}: truncated or damaged: {size} bytes, but its header places a table of {samples} samples at {table}"
+        )
+    first = _first_page(path, samples, page_bytes, lowest)
+    front = [
+        Region("header", 0, HeaderType.itemsize),
+        Region("field descriptors", HeaderType.itemsize, fields.nbytes),
+        Region("metadata", _metadata_offset(), metadata_size),
+        Region("padding", metadata_end, first - metadata_end),
+    ]
+    pages = [Region(f"page {i}", at, page_bytes) for i, at in enumerate(range(first, table, page_bytes))]
+    return Layout(
+        samples, page_bytes, tuple(r for r in front if r.size), tuple(pages), Region("allocation table", table, size - table)
+    )
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a file, in index order: records of (mode, width, height, address), labels, and bytes in the file."""
+
+    records: np.ndarray[Any, Any]
+    labels: np.ndarray[Any, Any]
+    sizes: np.ndarray[Any, Any]
+
+
+def samples(path: Path) -> Samples:
+    """Raises: DataError if the file's tables contradict each other."""
+    from ffcv.types import ALLOC_TABLE_TYPE
+
+    where = layout(path)
+    metadata = np.fromfile(path, _metadata_type(), count=where.samples, offset=_metadata_offset())
+    table = np.fromfile(path, ALLOC_TABLE_TYPE, offset=where.table.offset)
+    table = table[np.argsort(table["sample_id"], kind="stable")]
+    start, end = where.table.offset - where.page_bytes * len(where.pages), where.table.offset
+    if (
+        not np.array_equal(table["sample_id"], np.arange(where.samples))
+        or not np.array_equal(table["ptr"], metadata["f0"]["data_ptr"])
+        or (where.samples and (table["ptr"].min() < start or (table["ptr"] + table["size"]).max() > end))
+    ):
+        raise DataError(f"{path}: damaged: metadata and allocation table contradict each other")
+    return Samples(metadata["f0"], metadata["f1"], table["size"])
+
+
+_FIELDS = [(b"image", 2), (b"label", 1)]  # name and FFCV's type number: RGBImageField, IntField (1.0.2)
+
+
+def _metadata_type() -> np.dtype[Any]:
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.types import get_metadata_type
+
+    return get_metadata_type([RGBImageField(), IntField()])
+
+
+def _metadata_offset() -> int:
+    from ffcv.types import FieldDescType, HeaderType
+
+    return HeaderType.itemsize + len(_FIELDS) * FieldDescType.itemsize
+
+
+def _first_page(path: Path, samples: int, page_bytes: int, lowest: int) -> int:
+    """Where the pages begin: with skipped images there is more room for metadata than samples use."""
+    if not samples:
+        return lowest
+    metadata = np.fromfile(path, _metadata_type(), count=samples, offset=_metadata_offset())
+    first = int(metadata["f0"]["data_ptr"].min()) // page_bytes * page_bytes
+    if first < lowest:
+        raise DataError(f"{path}: damaged metadata: a sample lies at {first}, before the first page at {lowest}")
+    return first

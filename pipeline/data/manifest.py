@@ -1,0 +1,193 @@
+"""What a .beton must look like: `<name>.beton.manifest.json` beside it, written with it, compared at every start.
+
+FFCV (1.0.2) decodes damaged bytes without a word, so each page and each region of the file has a checksum here. The content hash
+names the samples themselves, whatever page, file or number of writers brought them: it is what two studies compare.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from pipeline.data import format as beton
+from pipeline.data.base import DataError
+
+FORMAT, VERSION = "spiketrain beton manifest", 1
+SUFFIX = ".manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    file: str  # name without folder
+    bytes: int
+    sha256: str  # of the file
+    content: str  # see `ContentHash`
+    samples: int
+    classes: list[str]
+    histogram: list[int]  # samples of each class
+    regions: list[list[Any]]  # [name, offset, bytes, xxh3-64] of all but the pages, in order
+    pages_offset: int
+    page_bytes: int
+    pages: list[str]  # xxh3-64 of each
+    skipped: list[dict[str, str]] = field(default_factory=list)  # images that could not be read, and why
+    stored: dict[str, int] = field(default_factory=dict)  # how many samples "as it is", as "jpg", as "raw"
+    source: str = ""
+    command: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    written_by: dict[str, str] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """To `path`, under a temporary name first."""
+        body = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        temporary = path.with_name(f".{path.name}.part")
+        try:
+            temporary.write_text(json.dumps({**body, "checksum": _checksum(body)}, indent=1) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read(path: Path) -> Manifest:
+    """The manifest of the .beton at `path`.
+
+    Raises: DataError if either is missing, or the manifest is damaged, of another version or of another file.
+    """
+    if not path.is_file():
+        raise DataError(f"data: {path.absolute()} does not exist; write it first (`spiketrain data`), or name another folder")
+    at = path.with_name(path.name + SUFFIX)
+    if not at.is_file():
+        raise DataError(f"data: {path} has no manifest {at.name}; write the data again, an unchecked file is not trained on")
+    try:
+        body = json.loads(at.read_text(encoding="utf-8"))
+        if not isinstance(body, dict) or body.pop("format", None) != FORMAT:
+            raise DataError(f"data: {at} is not a manifest of a .beton")
+        if (version := body.pop("version", None)) != VERSION:
+            raise DataError(f"data: {at} is of version {version!r}; this program reads {VERSION}")
+        checksum = body.pop("checksum", None)
+        if checksum != _checksum({"format": FORMAT, "version": VERSION, **body}) or set(body) != {
+            f.name for f in fields(Manifest)
+        }:
+            raise DataError(f"data: {at} is damaged: its own checksum differs; restore it or write the data again")
+        manifest = Manifest(**body)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"data: {at} is damaged: not JSON ({error})") from error
+    if manifest.file != path.name:
+        raise DataError(f"data: {at} belongs to another file, {manifest.file}")
+    return manifest
+
+
+def check(path: Path) -> Manifest:
+    """Read the file once and compare each region and page with its manifest. About 0.1 s per GiB beyond what the disk needs.
+
+    Raises: DataError naming the file and the first page or region that differs.
+    """
+    manifest = read(path)
+    size = path.stat().st_size
+    if size != manifest.bytes:
+        raise DataError(f"data: {path} must have {manifest.bytes} bytes by its manifest; got {size}: truncated, or another file")
+    with open(path, "rb", buffering=0) as file:
+        for name, offset, length, expected in _expected(manifest):
+            if _xxh3(file, offset, length) != expected:
+                raise DataError(
+                    f"data: {path}: {name} (bytes {offset} to {offset + length - 1}) differs from its manifest: damaged"
+                )
+    return manifest
+
+
+def verify(path: Path) -> list[Manifest]:
+    """Everything: pages and regions, the file's sha256, the content hash. `path`: a .beton, or a folder of them.
+
+    Raises: DataError naming the file and what is wrong with it.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.beton")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"verify: no .beton in {path.absolute()}")
+    return [_verify_file(file) for file in files]
+
+
+class ContentHash:
+    """sha256 over the class names and, in index order, each sample's label, storage code, height, width and xxh3-128 of its bytes."""
+
+    def __init__(self, classes: list[str]) -> None:
+        self._hash = hashlib.sha256(json.dumps(classes).encode())
+
+    def add(self, payload: "bytes | memoryview", *, mode: int, height: int, width: int, label: int) -> None:
+        self._hash.update(np.array([label, mode, height, width], "<i8").tobytes() + xxhash.xxh3_128_digest(payload))
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def describe(path: Path, *, name: str, content: str, classes: list[str], labels: list[int], **more: Any) -> Manifest:
+    """The manifest of a file just written, which is read back for it. `name`: what the file will be called."""
+    layout = beton.layout(path)
+    with open(path, "rb", buffering=0) as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        regions = [[r.name, r.offset, r.size, _xxh3(file, r.offset, r.size)] for r in (*layout.front, layout.table)]
+        pages = [_xxh3(file, page.offset, page.size) for page in layout.pages]
+    return Manifest(
+        file=name,
+        bytes=path.stat().st_size,
+        sha256=sha256,
+        content=content,
+        samples=layout.samples,
+        classes=classes,
+        histogram=np.bincount(labels, minlength=len(classes)).tolist(),
+        regions=regions,
+        pages_offset=layout.table.offset - len(pages) * layout.page_bytes,
+        page_bytes=layout.page_bytes,
+        pages=pages,
+        **more,
+    )
+
+
+def content_of(path: Path, classes: list[str]) -> str:
+    """The content hash computed from a file's samples.
+
+    Raises: DataError if the file's tables contradict each other.
+    """
+    found, content = beton.samples(path), ContentHash(classes)
+    view = memoryview(np.memmap(path, np.uint8, "r"))
+    for record, label, size in zip(found.records.tolist(), found.labels.tolist(), found.sizes.tolist(), strict=True):
+        mode, width, height, address = record
+        content.add(view[address : address + size], mode=mode, height=height, width=width, label=label)
+    return content.hexdigest()
+
+
+def _verify_file(path: Path) -> Manifest:
+    manifest = check(path)
+    with open(path, "rb", buffering=0) as file:
+        if (sha256 := hashlib.file_digest(file, "sha256").hexdigest()) != manifest.sha256:
+            raise DataError(f"verify: {path}: sha256 must be {manifest.sha256}; got {sha256}")
+    if (content := content_of(path, manifest.classes)) != manifest.content:
+        raise DataError(f"verify: {path}: content hash must be {manifest.content}; got {content}")
+    return manifest
+
+
+def _expected(manifest: Manifest) -> Iterator[tuple[str, int, int, str]]:
+    for name, offset, length, expected in manifest.regions:
+        yield name, offset, length, expected
+    for i, expected in enumerate(manifest.pages):
+        yield f"page {i}", manifest.pages_offset + i * manifest.page_bytes, manifest.page_bytes, expected
+
+
+def _xxh3(file: Any, offset: int, length: int) -> str:
+    digest = xxhash.xxh3_64()
+    file.seek(offset)
+    while length:
+        block = file.read(min(length, 8 << 20))
+        if not block:
+            break  # shorter than promised: the digest will differ
+        digest.update(block)
+        length -= len(block)
+    return digest.hexdigest()
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,239 @@
+"""FFCV's loader, made exact: an order from outside, errors and hangs as exceptions, batches that may be kept, threads that end.
+
+Stock FFCV 1.0.2 blocks for ever if its thread fails, leaks that thread at an early `break`, hands out buffers that it reuses, and
+sets torch's number of threads. Subclassed here, so that its reading, scheduling and compilation stay FFCV's.
+"""
+
+import ctypes
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from queue import Empty
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.data.base import Batch, DataError, LoaderError
+from pipeline.data.order import TrainOrder, ValOrder
+
+logger = logging.getLogger(__name__)
+HANG_S = 300.0  # longer than the first compilation, which took 5 to 20 s on two busy cores
+
+
+@contextmanager
+def _torch_threads_kept() -> Iterator[None]:
+    """Importing FFCV, and making a loader, sets torch's number of threads to its own (1.0.2)."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+with _torch_threads_kept():
+    import numba
+    from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.loader.loader import Loader as FFCVLoader
+    from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
+    from ffcv.pipeline.compiler import Compiler
+    from ffcv.pipeline.graph import Graph
+    from ffcv.pipeline.pipeline_spec import PipelineSpec
+    from ffcv.reader import Reader
+
+    from pipeline.data.augment import Decode
+
+
+def usable_threads(threads: int) -> int:
+    """`threads`, or fewer if this process may not use as many (its CPU affinity, or NUMBA_NUM_THREADS).
+
+    Raises: DataError below 1, or if more than 1 and numba finds no TBB.
+    """
+    if threads < 1:
+        raise DataError(f"data: threads must be 1 or more; got {threads}")
+    most = numba.config.NUMBA_NUM_THREADS  # the CPU affinity, unless the environment says otherwise (0.68.1)
+    if threads > most:
+        logger.warning("data: %d loader threads asked for, %d used: this process may use no more (NUMBA_NUM_THREADS)", threads, most)
+        threads = most
+    if threads > 1:
+        _demand_tbb()
+    return threads
+
+
+class BetonLoader:
+    """The batches of one rank from one file (see base.Loader).
+
+    `parallel` of `decode` and `threads` come from `usable_threads`. `hang_s`: the longest wait for one batch, in seconds.
+
+    Raises: DataError, LoaderError (while iterating).
+    """
+
+    def __init__(
+        self, path: Path, decode: Decode, order: TrainOrder | ValOrder, *, seed: int, threads: int, hang_s: float = HANG_S
+    ) -> None:
+        self.samples, self.steps_per_epoch = order.samples, order.steps
+        self._order, self._seed, self._hang_s = order, seed, hang_s
+        self._open: list[_Reading] = []
+        with _torch_threads_kept():
+            self._ffcv = _Loader(path, decode, batch_size=order.micro_batch, threads=threads)
+        metadata = self._ffcv.reader.metadata
+        self._labels = metadata["f1"]
+        widths, heights = metadata["f0"]["width"], metadata["f0"]["height"]
+        self.sides = (int(min(widths.min(), heights.min())), int(max(widths.max(), heights.max())))  # shortest, longest in pixels
+
+    @contextmanager
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Iterator[Batch]]:
+        ids = self._order.epoch(epoch, start=start)
+        if not len(ids):
+            yield iter(())
+            return
+        with _torch_threads_kept():
+            reading = _Reading(self._ffcv, ids, seed=self._seed, epoch=epoch, hang_s=self._hang_s)
+        self._open.append(reading)
+        try:
+            yield self._batches(reading, ids)
+        finally:
+            reading.close()
+            self._open.remove(reading)
+
+    def close(self) -> None:
+        for reading in list(self._open):
+            reading.close()
+
+    def _batches(self, reading: "_Reading", ids: NDArray[np.int64]) -> Iterator[Batch]:
+        size = self._order.micro_batch
+        for first in range(0, len(ids), size):
+            index_B = ids[first : first + size]
+            x_BCHW = reading.next_batch(index_B)
+            target_B = np.ascontiguousarray(self._labels[index_B], np.int64)
+            yield Batch(x_BCHW, torch.from_numpy(target_B), torch.from_numpy(index_B.copy()))
+
+
+class _Pages(OSCacheManager):
+    """The file mapped into memory: one page cache for all ranks of a machine. Leaves out FFCV's dictionaries of samples and pages,
+    which only its own page cache needs and which take seconds and hundreds of MB at 1.28 M samples."""
+
+    def __init__(self, reader: Reader) -> None:
+        order = np.argsort(reader.alloc_table["ptr"])
+        self.reader = reader
+        self.ptrs = np.ascontiguousarray(reader.alloc_table["ptr"][order])
+        self.sizes = np.ascontiguousarray(reader.alloc_table["size"][order])
+        self.context = OSCacheContext(self)
+
+
+class _Loader(FFCVLoader):
+    """FFCV's loader with one pipeline, for the image; labels need none. It has no order of its own: `_Reading` is given one."""
+
+    def __init__(self, path: Path, decode: Decode, *, batch_size: int, threads: int) -> None:
+        self.fname, self.batch_size, self.batches_ahead, self.num_workers = str(path), batch_size, 3, threads
+        self.reader = Reader(self.fname)
+        self.memory_manager = _Pages(self.reader)
+        self.traversal_order = None
+        Compiler.set_num_threads(threads)
+        pipelines = {"image": PipelineSpec("image", decoder=decode)}
+        self.graph = Graph(pipelines, self.reader.handlers, {"image": 0}, self.reader.metadata, None)
+        self.decode_node = self.graph.operation_to_node[decode][0].id
+        self.generate_code()
+
+
+class _Failure:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+class _Reading(EpochIterator):
+    """One run through an order, in a thread that reads ahead."""
+
+    def __init__(self, loader: _Loader, ids: NDArray[np.int64], *, seed: int, epoch: int, hang_s: float) -> None:
+        self._keys, self._hang_s, self._closing = (seed, epoch), hang_s, Lock()
+        super().__init__(loader, ids.astype(np.uint64))
+
+    def start(self) -> None:
+        # The base class has allocated its memory and is about to run.
+        memory = self.memory_allocations["operation"][self.loader.decode_node]
+        memory[Decode.KEYS][...] = np.array(self._keys, np.uint64)
+        self._status = memory[Decode.STATUS]
+        super().start()
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except BaseException as error:  # whatever it was, the consumer must hear of it
+            self.output_queue.put(_Failure(error))
+
+    def next_batch(self, index_B: NDArray[np.int64]) -> torch.Tensor:
+        """The images of the batch that comes next, which are those of `index_B`: float32 [B,C,S,S], copied."""
+        slot, (view_BCSS,) = self._wait()
+        failed = np.flatnonzero(self._status[slot][: len(index_B), 0])
+        if len(failed):
+            names = ", ".join(str(i) for i in index_B[failed][:10])
+            raise DataError(f"data: {self.loader.fname}: cannot decode the JPEG of samples [{names}]; run `spiketrain data verify`")
+        # The slot is written again two batches later. Pinned where a GPU waits for it, so that the copy there can overlap.
+        x_BCSS = torch.empty(view_BCSS.shape, dtype=torch.float32, pin_memory=torch.cuda.is_available())
+        return x_BCSS.copy_(torch.from_numpy(view_BCSS))
+
+    def close(self) -> None:
+        """Stop reading ahead and wait for the thread. A thread that hangs is left behind (it is a daemon)."""
+        if not hasattr(self, "terminate_event"):
+            return  # the base class did not get far enough to start anything
+        with self._closing:
+            if self.closed:
+                return
+            self.closed = True
+            self.iter_ixes = iter(())  # the thread looks at the event only while the queue is full
+            self.terminate_event.set()
+            patience = time.monotonic() + 5.0
+            while self.is_alive() and time.monotonic() < patience:
+                _drain(self.output_queue)
+                self.join(0.02)
+            self.memory_context.__exit__(None, None, None)
+
+    def _wait(self) -> tuple[int, Any]:
+        give_up = time.monotonic() + self._hang_s
+        while True:
+            try:
+                item = self.output_queue.get(timeout=0.2)
+            except Empty:
+                if not self.is_alive() and self.output_queue.empty():
+                    item = _Failure(RuntimeError("its thread ended without a word"))
+                elif time.monotonic() > give_up:
+                    item = _Failure(TimeoutError(f"no batch for {self._hang_s:g} s"))
+                else:
+                    continue
+            if item is None:
+                item = _Failure(RuntimeError("it ended early"))
+            if isinstance(item, _Failure):
+                error = item.error
+                raise LoaderError(f"data: the loader of {self.loader.fname} failed: {type(error).__name__}: {error}") from error
+            if torch.cuda.is_available():
+                self.current_stream.wait_stream(self.cuda_streams[item[0]])
+            return item
+
+
+def _drain(queue: Any) -> None:
+    try:
+        while True:
+            queue.get_nowait()
+    except Empty:
+        pass
+
+
+def _demand_tbb() -> None:
+    """Of numba's threading layers, OpenMP's kills a forked child and workqueue aborts with two loaders at once (0.68.1)."""
+    try:
+        from numba.np.ufunc import tbbpool  # noqa: F401  (asks the dynamic linker for libtbb.so.12)
+    except ImportError:
+        # The wheel `tbb` puts its library where the linker does not look; loaded by its path, numba's request finds it.
+        try:
+            ctypes.CDLL(str(Path(sys.prefix) / "lib" / "libtbb.so.12"), mode=ctypes.RTLD_GLOBAL)
+            from numba.np.ufunc import tbbpool  # noqa: F401
+        except (OSError, ImportError) as error:
+            raise DataError(
+                f"data: more than 1 loader thread needs TBB (pip install tbb, or apt install libtbb12), or set threads=1; got: {error}"
+            ) from error
+    numba.config.THREADING_LAYER = "tbb"

@@ -1,0 +1,115 @@
+"""Where images come from: Fashion-MNIST's four files, or a folder of folders as ImageNet's."""
+
+import gzip
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.base import DataError
+from pipeline.data.encode import Item
+
+FASHION_PACKAGE = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
+FASHION_CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The images of one set, in the order in which they will be stored."""
+
+    name: str  # train or val
+    classes: list[str]  # the place of a name is its label
+    items: list[Item]
+    where: str
+
+
+def fashion(source: Path | None = None) -> list[Source]:
+    """Fashion-MNIST from `source`, or where Debian's package puts it, or downloaded by torchvision.
+
+    Raises: DataError if it is in none of these.
+    Source: Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747.
+    """
+    folder = _fashion_folder(source)
+    return [_fashion_set(folder, "train", "train"), _fashion_set(folder, "val", "t10k")]
+
+
+def image_folder(source: Path) -> list[Source]:
+    """`source/train/<class>/*` and `source/val/<class>/*`; labels by the sorted names of the class folders, images by name.
+
+    Raises: DataError if a folder is missing or empty, or the two sets have not the same classes.
+    """
+    sets = [_folder_set(source / name, name) for name in ("train", "val")]
+    train, val = (set(each.classes) for each in sets)
+    if train != val:
+        lines = [
+            f"only in {name}: {_some(sorted(names))}" for name, names in (("train", train - val), ("val", val - train)) if names
+        ]
+        raise DataError(f"write_folder: train and val of {source} must have the same classes; {'; '.join(lines)}")
+    return sets
+
+
+def _fashion_folder(source: Path | None) -> Path:
+    if source is not None:
+        return Path(source)
+    if FASHION_PACKAGE.is_dir():
+        return FASHION_PACKAGE
+    try:
+        from torchvision.datasets import FashionMNIST
+
+        root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "spiketrain"
+        return Path(FashionMNIST(str(root), download=True).raw_folder)
+    except Exception as error:  # no torchvision, no network, a full disk: each leaves the user with the same choice
+        raise DataError(
+            f"write_fashion: Fashion-MNIST is neither in {FASHION_PACKAGE} (`apt install dataset-fashion-mnist`) "
+            f"nor could torchvision download it ({type(error).__name__}: {error}); or pass source="
+        ) from error
+
+
+def _fashion_set(folder: Path, name: str, prefix: str) -> Source:
+    images_NHW = _idx(folder, f"{prefix}-images-idx3-ubyte")
+    labels_N = _idx(folder, f"{prefix}-labels-idx1-ubyte")
+    if images_NHW.shape != (len(labels_N), 28, 28) or labels_N.max(initial=0) > 9:
+        raise DataError(f"write_fashion: {folder}: {prefix} must hold 28x28 images with labels 0..9; got {images_NHW.shape}")
+    items = [Item(i, image_HW, int(label)) for i, (image_HW, label) in enumerate(zip(images_NHW, labels_N, strict=True))]
+    return Source(name, FASHION_CLASSES, items, str(folder))
+
+
+def _idx(folder: Path, name: str) -> NDArray[np.uint8]:
+    """An array in MNIST's format: two zero bytes, 8 (uint8), the number of axes, their lengths as big-endian uint32, the values."""
+    packed, plain = folder / f"{name}.gz", folder / name
+    try:
+        content = gzip.decompress(packed.read_bytes()) if packed.is_file() else plain.read_bytes()
+    except (OSError, EOFError) as error:
+        raise DataError(f"write_fashion: cannot read {packed} or {plain.name} beside it ({error})") from error
+    axes = content[3] if content[:3] == b"\0\0\x08" else 0
+    shape = tuple(np.frombuffer(content, ">u4", count=axes, offset=4).tolist()) if axes and len(content) >= 4 + 4 * axes else ()
+    if not axes or len(content) != 4 + 4 * axes + math.prod(shape):
+        raise DataError(f"write_fashion: {folder / name} is not a whole file of MNIST's format")
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+def _folder_set(folder: Path, name: str) -> Source:
+    if not folder.is_dir():
+        raise DataError(f"write_folder: {folder.absolute()} must be a folder of class folders; it does not exist")
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise DataError(f"write_folder: {folder.absolute()} must hold a folder for each class; it has none")
+    items: list[Item] = []
+    for label, class_name in enumerate(classes):
+        before = len(items)
+        for image in sorted(entry.name for entry in os.scandir(folder / class_name) if entry.is_file()):
+            if Path(image).suffix.lower() in IMAGE_SUFFIXES and not image.startswith("."):
+                items.append(Item(len(items), folder / class_name / image, label))
+        if len(items) == before:
+            raise DataError(
+                f"write_folder: class folder {folder / class_name} must hold images ({' '.join(sorted(IMAGE_SUFFIXES))})"
+            )
+    return Source(name, classes, items, str(folder.absolute()))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,176 @@
+"""From images to checked .beton files: `train.beton`, `val.beton` and a manifest beside each.
+
+A file appears under its final name whole or not at all, and is the same, byte for byte, whatever the number of workers.
+"""
+
+import errno
+import os
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from pipeline.data import manifest as manifests
+from pipeline.data import sources
+from pipeline.data.base import DataError
+from pipeline.data.encode import Bad, Encoding, encode_all
+from pipeline.data.format import BetonWriter
+from pipeline.data.manifest import ContentHash, Manifest, verify
+
+__all__ = ["verify", "write_fashion", "write_folder"]
+
+Progress = Callable[[int, int], None]  # images done, images in all, over both sets
+
+
+def write_fashion(
+    out: Path, *, workers: int = 1, source: Path | None = None, progress: Progress | None = None, existing: str = "refuse"
+) -> list[Manifest]:
+    """Fashion-MNIST, 60000 + 10000 grey images of 28x28, stored raw with three equal channels (FFCV stores RGB only).
+
+    `source`: a folder with its four files; None takes Debian's package dataset-fashion-mnist or torchvision's download.
+    `existing`: "refuse" or "replace" files that are there.
+
+    Raises: DataError (no source, `out` already written, disk full), LoaderError (a worker died or hung).
+    """
+    return _write(sources.fashion(source), Path(out), Encoding(mode="raw"), workers, 0, progress, existing)
+
+
+def write_folder(
+    source: Path,
+    out: Path,
+    *,
+    mode: Literal["jpg", "raw", "mixed"] = "jpg",
+    max_resolution: int | None = None,
+    quality: int = 90,
+    jpg_share: float | None = None,
+    workers: int = 1,
+    max_bad: int = 0,
+    progress: Progress | None = None,
+    existing: str = "refuse",
+) -> list[Manifest]:
+    """Images in ImageNet's layout: `source/train/<class>/*` and `source/val/<class>/*`.
+
+    `mode`: "jpg" keeps a JPEG that fits `max_resolution` as it is and encodes the rest with `quality`; "raw" stores pixels;
+    "mixed" stores the part `jpg_share` (0.5) as "jpg" does and the rest raw.
+    `max_resolution`: pixels of the longer side; larger images are shrunk.
+    `max_bad`: images of each set that may be unreadable; they are left out and named in the manifest.
+
+    Raises: DataError (classes differ, more bad images than `max_bad`, `out` already written, disk full), LoaderError (a worker
+    died or hung). Nothing is left behind.
+    """
+    if jpg_share is not None and mode != "mixed":
+        raise DataError(f"write_folder: jpg_share has no effect in mode {mode!r}; leave it out or choose 'mixed'")
+    how = Encoding(mode=mode, max_resolution=max_resolution, quality=quality, jpg_share=0.5 if jpg_share is None else jpg_share)
+    return _write(sources.image_folder(Path(source)), Path(out), how, workers, max_bad, progress, existing)
+
+
+def _write(
+    sets: list[sources.Source],
+    out: Path,
+    how: Encoding,
+    workers: int,
+    max_bad: int,
+    progress: Progress | None,
+    existing: str,
+) -> list[Manifest]:
+    if workers < 1 or max_bad < 0 or existing not in ("refuse", "replace"):
+        raise DataError(
+            "write: workers must be 1 or more, max_bad 0 or more, existing 'refuse' or 'replace'; "
+            f"got workers={workers}, max_bad={max_bad}, existing={existing!r}"
+        )
+    finals = [out / f"{each.name}.beton" for each in sets]
+    there = [str(final) for final in finals if final.exists()]
+    if there and existing == "refuse":
+        raise DataError(f"write: {' and '.join(there)} must not exist yet; remove, or ask to replace")
+    out.mkdir(parents=True, exist_ok=True)
+    total, done, written = sum(len(each.items) for each in sets), 0, []
+    for each, final in zip(sets, finals, strict=True):
+
+        def report(in_set: int, before: int = done) -> None:
+            if progress is not None:
+                progress(before + in_set, total)
+
+        written.append(_write_set(each, final, how, workers, max_bad, report))
+        done += len(each.items)
+    return written
+
+
+def _write_set(
+    source: sources.Source, final: Path, how: Encoding, workers: int, max_bad: int, report: Callable[[int], None]
+) -> Manifest:
+    content, labels, skipped, stored = ContentHash(source.classes), [], [], Counter()
+    with _whole_or_nothing(final) as temporary:
+        writer = BetonWriter(temporary, capacity=len(source.items))
+        try:
+            for done, (item, result) in enumerate(encode_all(source.items, how, workers=workers), 1):
+                if isinstance(result, Bad):
+                    skipped.append({"image": str(item), "reason": result.reason})
+                    if len(skipped) > max_bad:
+                        raise DataError(
+                            f"write: at most max_bad={max_bad} images of {source.name} may be unreadable; got "
+                            + "; ".join(f"{bad['image']} ({bad['reason']})" for bad in skipped[-5:])
+                        )
+                else:
+                    about = {"mode": result.mode, "height": result.height, "width": result.width, "label": item.label}
+                    try:
+                        writer.add(result.payload, **about)
+                    except DataError as error:
+                        raise DataError(f"{item}: {error}") from error
+                    content.add(result.payload, **about)
+                    labels.append(item.label)
+                    stored[result.stored] += 1
+                report(done)
+            writer.finish()
+        finally:
+            writer.close()
+        manifest = manifests.describe(
+            temporary,
+            name=final.name,
+            content=content.hexdigest(),
+            classes=source.classes,
+            labels=labels,
+            skipped=skipped,
+            stored=dict(stored),
+            source=source.where,
+            command=shlex.join(sys.argv),
+            options=asdict(how),
+            written_by={name: _version(name) for name in ("spiketrain", "ffcv", "numpy", "pillow")},
+        )
+        # An old manifest must not vouch for a new file, nor a new one for an old file.
+        final.with_name(final.name + manifests.SUFFIX).unlink(missing_ok=True)
+    manifest.write(final.with_name(final.name + manifests.SUFFIX))
+    return manifest
+
+
+@contextmanager
+def _whole_or_nothing(final: Path) -> Iterator[Path]:
+    """A temporary name that becomes `final` if the block succeeds and vanishes if it does not (Ctrl-C included).
+
+    Raises: DataError for a full disk or one that cannot be written.
+    """
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        os.replace(temporary, final)
+        folder = os.open(final.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise DataError(f"write: {final} {'does not fit the disk' if full else 'cannot be written'}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
