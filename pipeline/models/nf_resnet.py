@@ -45,7 +45,7 @@ class BasicBlock(nn.Module):
         self.conv1 = standardized_conv(in_channels, width, 3, stride=stride)
         self.conv2 = standardized_conv(width, width, 3)
         self.downsample = _downsample(in_channels, width * self.expansion, stride=stride)
-        self.skip_gain = nn.Parameter(torch.zeros(()))
+        self.skip_gain = nn.Parameter(torch.zeros(1))  # one number, not a scalar: DeepSpeed 0.19.8 cannot broadcast those
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         h = SPIKE_GAIN * self.neuron1(x_TBCHW / self.beta)
@@ -67,7 +67,7 @@ class Bottleneck(nn.Module):
         self.conv2 = standardized_conv(width, width, 3, stride=stride)
         self.conv3 = standardized_conv(width, width * self.expansion, 1)
         self.downsample = _downsample(in_channels, width * self.expansion, stride=stride)
-        self.skip_gain = nn.Parameter(torch.zeros(()))
+        self.skip_gain = nn.Parameter(torch.zeros(1))  # one number, not a scalar: DeepSpeed 0.19.8 cannot broadcast those
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         h = SPIKE_GAIN * self.neuron1(x_TBCHW / self.beta)

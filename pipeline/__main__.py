@@ -1,0 +1,238 @@
+"""The command line: parses, loads a recipe, calls launch, report or data. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+app = typer.Typer(
+    name="spiketrain",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Train spiking neural networks by the rule a recipe names, and compare what it cost with BPTT.",
+    epilog="Example: spiketrain launch recipes/compare/fashion_demo.py --workers 2",
+)
+write_app = typer.Typer(
+    no_args_is_help=True, help="Write a data set as FFCV files.", epilog="Example: spiketrain write fashion --out data/fashion"
+)
+app.add_typer(write_app, name="write")
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a Python file that defines recipe()")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under --runs")]
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="where runs live")]
+Sets = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="change the recipe, for example optimizer.lr=0.05; repeatable")
+]
+Trust = Annotated[
+    list[str], typer.Option("--trust", metavar="PACKAGE", help="a package of your own that the recipe imports from; repeatable")
+]
+Tiny = Annotated[bool, typer.Option("--tiny", help="shrink the recipe to seconds on a CPU")]
+Workers = Annotated[int, typer.Option("--workers", min=1, help="processes that train together")]
+Inline = Annotated[bool, typer.Option("--inline", help="one worker in this process, without Ray")]
+Address = Annotated[str | None, typer.Option("--address", help="of a Ray cluster: auto, host:6379; without it one starts here")]
+Cpus = Annotated[int, typer.Option("--cpus-per-worker", min=1, help="cores reserved for a worker, and its torch threads")]
+Loaders = Annotated[int, typer.Option("--loader-threads", min=1, help="threads that read data in each worker")]
+Restarts = Annotated[int, typer.Option("--max-restarts", min=0, help="how often dead workers are started again")]
+Name = Annotated[str | None, typer.Option("--name", help="the run's name; without it the recipe's and the time")]
+
+RUNS = Path("runs")
+
+
+def main() -> None:
+    """Run the command line; what a user can mend ends in one line and exit code 2."""
+    try:
+        app(prog_name="spiketrain")
+    except ValueError as error:
+        _refuse(error, 2)
+    except (RuntimeError, OSError) as error:
+        if type(error).__module__.startswith("pipeline.") or isinstance(error, OSError):
+            _refuse(error, 1)
+        raise
+
+
+def _refuse(error: Exception, code: int) -> NoReturn:
+    print(" ".join(str(error).split()), file=sys.stderr)
+    sys.exit(code)
+
+
+@app.command(epilog="Example: spiketrain launch recipes/fashion/sltt.py --workers 2 --set optimizer.lr=0.05")
+def launch(
+    recipe: RecipeFile,
+    workers: Workers = 1,
+    inline: Inline = False,
+    address: Address = None,
+    cpus_per_worker: Cpus = 1,
+    loader_threads: Loaders = 1,
+    max_restarts: Restarts = 3,
+    runs: Runs = RUNS,
+    name: Name = None,
+    set_: Sets = [],  # noqa: B006  (typer reads the default, nobody changes it)
+    trust: Trust = [],  # noqa: B006
+    tiny: Tiny = False,
+) -> None:
+    """Train a recipe, or each recipe of a comparison, and end in a table."""
+    recipes = _recipes(recipe, set_, tiny)
+    from pipeline.launch.start import Cluster, launch_all
+
+    cluster = Cluster(workers, inline, address, cpus_per_worker, loader_threads, max_restarts)
+    sys.exit(launch_all(recipes, cluster, runs, name=name, trust=tuple(trust)))
+
+
+@app.command(epilog="Example: spiketrain resume fashion-sltt-20260105-120000")
+def resume(
+    run: RunName,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="processes; without it as many as before")] = None,
+    inline: Inline = False,
+    address: Address = None,
+    runs: Runs = RUNS,
+) -> None:
+    """Go on with a run at the exact sample where its newest whole checkpoint stands."""
+    from pipeline.launch.start import resume_run
+
+    sys.exit(resume_run(run, runs, workers=workers, inline=inline, address=address))
+
+
+@app.command(epilog="Example: spiketrain evaluate fashion-sltt-20260105-120000 --which best")
+def evaluate(
+    run: RunName,
+    which: Annotated[str, typer.Option("--which", help="last or best checkpoint")] = "last",
+    steps: Annotated[int | None, typer.Option("--time-steps", min=1, help="evaluate at another number of time steps")] = None,
+    runs: Runs = RUNS,
+    trust: Trust = [],  # noqa: B006
+) -> None:
+    """Evaluate a trained network on its whole evaluation set, in this process."""
+    from pipeline.launch.start import evaluate_run
+
+    evaluate_run(run, runs, which=which, time_steps=steps, trust=tuple(trust))
+
+
+@app.command(epilog="Example: spiketrain compare --format json")
+def compare(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[STUDY|RUN]...", help="none: the newest study")] = None,
+    format_: Annotated[str, typer.Option("--format", help="table, json or csv")] = "table",
+    runs: Runs = RUNS,
+) -> None:
+    """Print what each rule cost and how well it did, with ratios to the BPTT run of the same study."""
+    from pipeline.report.compare import print_comparison
+
+    print_comparison(runs, names or [], format=format_)
+
+
+@app.command(epilog="Example: spiketrain show recipes/fashion/sltt.py --workers 2")
+def show(
+    recipe: RecipeFile,
+    workers: Workers = 1,
+    set_: Sets = [],  # noqa: B006
+    tiny: Tiny = False,
+) -> None:
+    """Print the resolved recipe, its size, its study and the DeepSpeed settings; needs no data."""
+    recipes = _recipes(recipe, set_, tiny)
+    from pipeline.report.show import show_recipe
+
+    for each in recipes:
+        show_recipe(each, workers)
+
+
+@app.command("runs", epilog="Example: spiketrain runs --runs /scratch/runs")
+def runs_(runs: Runs = RUNS) -> None:
+    """List runs with their state and the command that resumes each."""
+    from pipeline.report.runs import print_runs
+
+    print_runs(runs)
+
+
+@app.command(epilog="Example: spiketrain verify data/fashion")
+def verify(path: Annotated[Path, typer.Argument(metavar="FILE", help="a .beton file, or a folder of them")]) -> None:
+    """Check every byte of FFCV files against their manifests."""
+    from pipeline.data.write import verify as verify_files
+
+    for manifest in verify_files(path):
+        print(
+            f"{manifest.file}: {manifest.samples} samples, {len(manifest.classes)} classes, content {manifest.content_hash[:16]}: whole"
+        )
+
+
+@app.command(epilog="Example: spiketrain sync fashion-sltt-20260105-120000")
+def sync(run: RunName, runs: Runs = RUNS) -> None:
+    """Deliver to MLflow what it has missed of a run."""
+    from pipeline.report.runs import find_run
+    from pipeline.track.mlflow import sync as sync_run
+    from pipeline.track.mlflow import tracking_uri
+
+    folder = find_run(runs, run)
+    uri = tracking_uri(runs)
+    report = sync_run(folder, uri=uri)
+    print(f"{folder.name} -> {uri}: {report.delivered} points delivered, {report.already_there} were there")
+
+
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for train.beton and val.beton")]
+Writers = Annotated[int, typer.Option("--workers", min=1, help="processes that write")]
+
+
+@write_app.command("fashion", epilog="Example: spiketrain write fashion --out data/fashion")
+def write_fashion(
+    out: Out,
+    source: Annotated[
+        Path | None, typer.Option("--source", help="folder of the four idx files; found or downloaded without it")
+    ] = None,
+    workers: Writers = 1,
+) -> None:
+    """Fashion-MNIST: 60,000 training and 10,000 test images, 28 x 28, 10 classes."""
+    from pipeline.data.progress import progress
+    from pipeline.data.write import write_fashion as write
+
+    with progress("fashion") as told:
+        _report(write(out, workers=workers, source=source, progress=told))
+
+
+@write_app.command(
+    "folder", epilog="Example: spiketrain write folder --source imagenet --out data/imagenet --mode jpg --max-resolution 500"
+)
+def write_folder(
+    source: Annotated[Path, typer.Option("--source", help="holds train/CLASS/*.jpg and val/CLASS/*.jpg")],
+    out: Out,
+    mode: Annotated[str, typer.Option("--mode", help="jpg, raw or mixed")] = "jpg",
+    max_resolution: Annotated[int | None, typer.Option("--max-resolution", min=1, help="longest side in pixels")] = None,
+    quality: Annotated[int, typer.Option("--quality", min=1, max=100, help="of JPEGs that are written anew")] = 90,
+    workers: Writers = 1,
+    max_bad: Annotated[
+        int, typer.Option("--max-bad", min=0, help="unreadable images that are skipped and named before giving up")
+    ] = 0,
+) -> None:
+    """A folder of pictures in the layout of ImageNet."""
+    from pipeline.data.progress import progress
+    from pipeline.data.write import write_folder as write
+
+    with progress(source.name) as told:
+        manifests = write(
+            source,
+            out,
+            mode=mode,
+            max_resolution=max_resolution,
+            quality=quality,
+            workers=workers,
+            max_bad=max_bad,
+            progress=told,
+        )
+    _report(manifests)
+
+
+def _report(manifests: list) -> None:
+    for manifest in manifests:
+        print(f"{manifest.file}: {manifest.samples} samples, {len(manifest.classes)} classes, {len(manifest.skipped)} skipped")
+
+
+def _recipes(path: Path, changes: list[str], tiny: bool) -> list:
+    from pipeline.recipe_file import load_recipes, parse_changes
+
+    recipes = [each.override(parse_changes(changes)) for each in load_recipes(path)]
+    return [each.tiny() for each in recipes] if tiny else recipes
+
+
+if __name__ == "__main__":
+    main()

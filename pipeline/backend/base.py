@@ -1,0 +1,53 @@
+"""What the training loop asks of a backend: hold the model and its optimizer, differentiate shares of a batch, step.
+
+Every backward call of the product goes through `Backend.backward`, so that the rules about several backward calls per
+optimizer step (which fail silently when broken) live in one place for each backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+OptimizerOf = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+class Backend(Protocol):
+    """One process's view of a model that all ranks train together."""
+
+    name: str
+    """also the name of the folder that it keeps in a checkpoint"""
+    network: nn.Module
+    """the bare network inside: its `state_dict` is what is evaluated and published"""
+    optimizer: torch.optim.Optimizer
+    """what a schedule sets learning rates on"""
+
+    @property
+    def model(self) -> nn.Module:
+        """What is called in training: maps [T,B,...] to [T,B,K] in the recipe's precision."""
+        ...
+
+    def backward(self, loss: Tensor, share: float) -> None:
+        """Add the gradient of `share * loss`. Shares sum to 1 over the ranks and micro-batches of a global batch."""
+        ...
+
+    def step(self) -> None:
+        """Sum the gradients over ranks, clip them where the recipe says so, move the weights, forget the gradients."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer state; every rank calls it and owns the files it writes."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote; every rank calls it."""
+        ...
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """bf16 for what torch lists as safe in it (matrix products, convolutions); parameters and membranes stay fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

@@ -1,0 +1,116 @@
+"""DeepSpeed's ZeRO-0/1/2 under rules that call backward several times per optimizer step.
+
+Checked on deepspeed 0.19.8. In its default configuration ZeRO-1 and ZeRO-2 keep only the *last* backward call's gradient,
+without an error; `managed_gradient_accumulation: false` makes `engine.step()` the only boundary, and every call counts.
+`tests/backend/test_deepspeed.py` pins both facts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from pipeline.backend.base import OptimizerOf
+
+CHECKED = "0.19.8"
+CHECKPOINT_TAG = "state"
+
+
+def config(*, micro_batch: int, workers: int, zero: int = 0, precision: str = "fp32", clip_norm: float = 0.0) -> dict[str, Any]:
+    """The DeepSpeed JSON of a run. Accumulation is the training loop's: DeepSpeed sees one long micro-batch."""
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "train_batch_size": micro_batch * workers,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": clip_norm,  # DeepSpeed's own default is 1.0, which would colour every comparison
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": zero},
+        "torch_autocast": {
+            "enabled": precision == "bf16",
+            "dtype": "bfloat16",
+            # Gradients of the classes listed here are reduced in bf16 at stages 1 and 2, which moves them by up to 4e-2
+            # (0.19.8); listing one that no model has keeps every reduction in fp32 and the forward as it is.
+            "lower_precision_safe_modules": ["torch.nn.Bilinear"],
+        },
+        "steps_per_print": 2**31,
+    }
+
+
+class DeepSpeed:
+    """A DeepSpeed engine behind the `Backend` protocol. The process group must exist before it is built."""
+
+    name = "deepspeed"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer_of: OptimizerOf,
+        *,
+        micro_batch: int,
+        zero: int = 0,
+        precision: str = "fp32",
+        clip_norm: float = 0.0,
+    ) -> None:
+        deepspeed = import_deepspeed()
+        scalars = [name for name, p in network.named_parameters() if p.dim() == 0]
+        if scalars:  # 0.19.8 fails in the middle of its broadcast, without a name
+            raise ValueError(
+                f"deepspeed: every parameter must have at least one dimension; got {', '.join(scalars)}: use shape (1,)"
+            )
+        self.workers = distributed.get_world_size()
+        settings = config(micro_batch=micro_batch, workers=self.workers, zero=zero, precision=precision, clip_norm=clip_norm)
+        engine, optimizer, _, _ = deepspeed.initialize(model=network, optimizer=optimizer_of(network), config=settings)
+        self.model: nn.Module = engine
+        self.network = network
+        self.optimizer: torch.optim.Optimizer = optimizer
+        self._engine: Any = engine
+
+    def backward(self, loss: Tensor, share: float) -> None:
+        # DeepSpeed averages over ranks, shares already sum to 1 over them.
+        self._engine.backward(loss * (share * self.workers), scale_wrt_gas=False)
+
+    def step(self) -> None:
+        self._engine.step()
+
+    def save(self, folder: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self._engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False, exclude_frozen_parameters=False)
+
+    def load(self, folder: Path) -> None:
+        # DeepSpeed unpickles here: callers verify the checkpoint's own checksums first.
+        path, _ = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+        if path is None:  # 0.19.8 answers a missing checkpoint with (None, None) and trains on from scratch
+            raise FileNotFoundError(f"deepspeed: no checkpoint {CHECKPOINT_TAG!r} in {folder}")
+
+
+def import_deepspeed() -> Any:
+    """Import DeepSpeed quietly, without the build of an extension that training does not use.
+
+    Raises:
+        RuntimeError: a DeepSpeed that would drop gradients in silence.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    import deepspeed
+    from deepspeed.runtime import constants
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not hasattr(constants, "MANAGED_GRADIENT_ACCUMULATION"):
+        raise RuntimeError(
+            f"deepspeed: needs managed_gradient_accumulation (deepspeed >= {CHECKED}); got {deepspeed.__version__}, "
+            "whose ZeRO-1/2 keep only the last of several backward calls"
+        )
+    # Only an inference all-reduce needs this extension; building it inside init_distributed takes a minute and a compiler.
+    from deepspeed.ops import __compatible_ops__ as extensions
+
+    extensions["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,280 @@
+"""Checkpoints that are whole or not there: temp folder, checksums last, rename; verified before anything is loaded.
+
+    checkpoints/step_00000120/
+        deepspeed/ | plain/     weights and optimizer state, as the backend writes them
+        model.safetensors       the weights alone, for evaluation and publication, without the backend
+        rule.pt                 the rule's own state, where it has any
+        rng_rank0.pt ...        random number generators of each rank
+        trainer.json            step, data position, run ids, recipe, totals
+        manifest.json           sizes and sha256 of all of these, written last
+
+The newest folder that verifies counts, whatever any scheduler's own list of checkpoints says. A damaged one is moved to
+`checkpoints/quarantine/` by name and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import distributed, nn
+
+from pipeline.backend.base import Backend
+
+MANIFEST = "manifest.json"
+TRAINER = "trainer.json"
+WEIGHTS = "model.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used, in one line."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    path: Path
+    step: int
+    seconds: float
+    bytes: int
+
+
+class Checkpoints:
+    """The checkpoints of one run, written by all of its ranks together.
+
+    Args:
+        folder: `RUN/checkpoints`, on storage that every rank sees.
+        attempt: names this process group's temp folders, so that workers of an abandoned attempt never meet ours.
+        keep: newest checkpoints that survive pruning; the one with the best score survives beside them.
+        on_quarantine: told (path, reason) for each damaged checkpoint that is moved away.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        attempt: str,
+        keep: int = 2,
+        rank: int = 0,
+        on_quarantine: Callable[[Path, str], None] = lambda path, reason: None,
+    ) -> None:
+        self.folder = folder
+        self.attempt = attempt
+        self.keep = keep
+        self.rank = rank
+        self.on_quarantine = on_quarantine
+
+    def save(self, step: int, backend: Backend, rule: nn.Module, trainer: Mapping[str, Any]) -> Saved:
+        """Write a checkpoint; collective. When it returns on rank 0, the checkpoint is whole and on disk."""
+        begun = time.monotonic()
+        final = self.folder / step_name(step)
+        temp = self.folder / f".writing-{self.attempt}-{step_name(step)}"
+        if self.rank == 0:
+            shutil.rmtree(temp, ignore_errors=True)
+            (temp / backend.name).mkdir(parents=True)
+        _barrier()
+        backend.save(temp / backend.name)
+        torch.save(_rng_state(), temp / f"rng_rank{self.rank}.pt")
+        _barrier()
+        size = 0
+        if self.rank == 0:
+            weights = {name: value.detach().cpu().contiguous().clone() for name, value in backend.network.state_dict().items()}
+            save_file(weights, temp / WEIGHTS)
+            if rule.state_dict():
+                torch.save(rule.state_dict(), temp / "rule.pt")
+            _write_json(temp / TRAINER, {**trainer, "step": step})
+            size = _seal(temp)
+            if final.exists():  # a step redone after a rollback; the redone one is as good and surely whole
+                shutil.rmtree(final)
+            temp.rename(final)
+            _sync_folder(self.folder)
+            self._prune()
+        _barrier()
+        return Saved(final, step, time.monotonic() - begun, size)
+
+    def restore(self, backend: Backend, rule: nn.Module) -> dict[str, Any] | None:
+        """Load the newest checkpoint that verifies; collective. None when there is none.
+
+        Raises:
+            CheckpointError: it was written by another number of workers and its ZeRO stage cannot be loaded by this one.
+        """
+        chosen = [self._newest_verified() if self.rank == 0 else None]
+        if _ranks() > 1:
+            distributed.broadcast_object_list(chosen, src=0)
+        if chosen[0] is None:
+            return None
+        path = Path(chosen[0])
+        trainer = read_trainer(path)
+        if trainer.get("zero", 0) > 0 and trainer["world_size"] != _ranks():
+            raise CheckpointError(
+                f"checkpoint {path.name}: ZeRO-{trainer['zero']} state of {trainer['world_size']} workers loads on as many only; "
+                f"got {_ranks()}"
+            )
+        if not (path / backend.name).is_dir():
+            raise CheckpointError(f"checkpoint {path.name}: was not written by backend {backend.name!r}")
+        backend.load(path / backend.name)
+        if (path / "rule.pt").exists():
+            rule.load_state_dict(torch.load(path / "rule.pt", map_location="cpu", weights_only=True))
+        rng = path / f"rng_rank{self.rank}.pt"
+        if rng.exists():
+            _set_rng_state(torch.load(rng, map_location="cpu", weights_only=True))
+        return trainer
+
+    def _newest_verified(self) -> str | None:
+        if not self.folder.is_dir():
+            return None
+        for abandoned in self.folder.glob(".writing-*"):  # whoever wrote it lost the run's lock: see worker.py
+            shutil.rmtree(abandoned, ignore_errors=True)
+        for path in reversed(step_folders(self.folder)):
+            reason = damage(path)
+            if reason is None:
+                return str(path)
+            moved = self.folder / "quarantine" / f"{path.name}-{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
+            moved.parent.mkdir(exist_ok=True)
+            path.rename(moved)
+            self.on_quarantine(moved, reason)
+        return None
+
+    def _prune(self) -> None:
+        folders = step_folders(self.folder)
+        scores = {path: read_trainer(path).get("score") for path in folders}
+        scored = [path for path in folders if scores[path] is not None]
+        best = max(scored, key=lambda path: (scores[path], path.name), default=None)
+        for path in folders[: -self.keep]:
+            if path != best:
+                shutil.rmtree(path)
+
+
+# ------------------------------------------------------------------------------------------------- reading, for anybody
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Checkpoints that were renamed into place, oldest first; whether they are whole is `damage`'s to say."""
+    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+
+
+def verified(folder: Path, which: str = "last") -> Path:
+    """The newest checkpoint that verifies, or the one with the best score.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    whole = [path for path in step_folders(folder) if damage(path) is None]
+    if which == "best":
+        scored = [path for path in whole if read_trainer(path).get("score") is not None]
+        whole = sorted(scored, key=lambda path: (read_trainer(path)["score"], path.name)) or whole
+    if not whole:
+        raise CheckpointError(f"{folder}: needs a checkpoint that verifies; got none")
+    return whole[-1]
+
+
+def read_trainer(path: Path) -> dict[str, Any]:
+    return json.loads((path / TRAINER).read_text())
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None when every byte is as it was written."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        expected = manifest["files"]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing: the write was cut short"
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is damaged"
+    if manifest.get("sha256") != _files_digest(expected):
+        return f"{MANIFEST} is damaged"
+    for name, fact in expected.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != fact["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {fact['bytes']}"
+        if _sha256(file) != fact["sha256"]:
+            return f"{name} differs from its sha256"
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------- the details
+
+
+def _seal(temp: Path) -> int:
+    """Write every file through to disk and the manifest last; the number of bytes."""
+    files = {}
+    for file in sorted(path for path in temp.rglob("*") if path.is_file()):
+        _sync_file(file)
+        files[file.relative_to(temp).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    _write_json(temp / MANIFEST, {"version": 1, "files": files, "sha256": _files_digest(files)})
+    _sync_file(temp / MANIFEST)
+    _sync_folder(temp)
+    return sum(fact["bytes"] for fact in files.values())
+
+
+def _files_digest(files: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _sync_file(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rng_state() -> dict[str, Any]:
+    numpy: Any = np.random.get_state(legacy=False)
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": {"keys": torch.from_numpy(numpy["state"]["key"].astype(np.int64)), "pos": int(numpy["state"]["pos"])},
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_rng_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    keys = state["numpy"]["keys"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, state["numpy"]["pos"], 0, 0.0))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _ranks() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def _barrier() -> None:
+    if _ranks() > 1:
+        distributed.barrier()

@@ -1,0 +1,90 @@
+"""Exact evaluation over ranks: sums are reduced, nothing is padded, no sample counts twice.
+
+T time, B batch, K classes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed, nn
+
+from pipeline.objective import Loss
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.state import fresh_state
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Shares in 0..1; the firing rate is spikes per neuron and time step."""
+
+    samples: int
+    top1: float
+    top5: float
+    loss: float
+    firing_rate: float
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss_for: Loss,
+    *,
+    over_time: str = "steps",
+    alive: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Run the model over this rank's share of a set and sum over all ranks.
+
+    Args:
+        batches: (x_TB, target_B); ranks may hold different numbers of them, or none.
+        alive: called once per batch.
+    """
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(6, dtype=torch.float64)  # samples, top-1 hits, top-5 hits, loss, spikes, neurons x steps
+    with _counting_spikes(model) as spikes:
+        for x_TB, target_B in batches:
+            with fresh_state(model):
+                logits_TBK = model(x_TB).float()
+            loss_of = loss_for(target_B)
+            mean_BK = logits_TBK.mean(0)
+            if over_time == "mean":
+                loss = loss_of(mean_BK)
+            else:
+                loss = torch.stack([loss_of(logits_BK) for logits_BK in logits_TBK]).mean()
+            ranked_BK = mean_BK.topk(min(5, mean_BK.shape[-1])).indices == target_B[:, None]
+            hits = (ranked_BK[:, 0].sum(), ranked_BK.sum(), loss.double() * len(target_B))
+            sums[:4] += torch.tensor([len(target_B), *map(float, hits)], dtype=torch.float64)
+            alive()
+        sums[4], sums[5] = spikes
+    model.train(was_training)
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        device = next(model.parameters()).device
+        total = sums.to(device)
+        distributed.all_reduce(total)
+        sums = total.cpu()
+    samples, top1, top5, loss, fired, places = sums.tolist()
+    if samples == 0:
+        raise ValueError("evaluate: needs at least one sample; got none on any rank")
+    return Evaluation(int(samples), top1 / samples, top5 / samples, loss / samples, fired / max(places, 1.0))
+
+
+@contextmanager
+def _counting_spikes(model: nn.Module) -> Iterator[list[float]]:
+    """Spikes, and neurons times steps, that every LIF under `model` gave while the context is open."""
+    counted = [0.0, 0.0]
+
+    def count(_: nn.Module, __: object, s_TB: Tensor) -> None:
+        counted[0] += float(s_TB.count_nonzero())
+        counted[1] += s_TB.numel()
+
+    hooks = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, LIF)]
+    try:
+        yield counted
+    finally:
+        for hook in hooks:
+            hook.remove()

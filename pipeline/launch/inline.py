@@ -1,0 +1,33 @@
+"""One worker in this process, without Ray: for debugging, and where nothing else is installed."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+
+from pipeline.worker import Job, Place, run
+
+GROUP_PATIENCE = timedelta(minutes=30)
+
+
+class Inline:
+    """Runs a job's only worker in the calling thread."""
+
+    workers = 1
+
+    def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
+        del attempt
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})  # DeepSpeed reads them
+        owned = not distributed.is_initialized()
+        if owned:
+            distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1, timeout=GROUP_PATIENCE)
+        try:
+            return run(job, Place(device=device))
+        finally:
+            if owned:
+                distributed.destroy_process_group()

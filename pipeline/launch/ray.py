@@ -1,0 +1,153 @@
+"""Ray Train starts one worker process per accelerator and starts them again when one dies.
+
+Ray is asked for processes and a process group, no more: checkpoints and metrics never pass through it, because what it
+remembers of them lags behind the disk and is lost with one truncated file (ray 2.60). The run's own folder counts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.launch.base import LaunchError
+from pipeline.ranks import Refused
+from pipeline.worker import Job, Place, run
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+class Ray:
+    """Workers on a Ray cluster: an existing one, or one of our own on this machine.
+
+    Args:
+        workers: processes that train together.
+        address: of an existing cluster (`auto`, `host:6379`, `ray://...`); None starts one here.
+        cpus_per_worker: cores that Ray reserves for a worker; torch gets one thread for each.
+        max_restarts: how often the workers are started again after one of them died.
+    """
+
+    def __init__(self, *, workers: int, address: str | None = None, cpus_per_worker: int = 1, max_restarts: int = 3) -> None:
+        self.workers = workers
+        self.address = address
+        self.cpus_per_worker = cpus_per_worker
+        self.max_restarts = max_restarts
+        self._started = False
+
+    def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
+        ray = self._start()
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        gpus = ray.cluster_resources().get("GPU", 0) >= self.workers
+        trainer = TorchTrainer(
+            _train,
+            train_loop_config=asdict(job),
+            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
+            scaling_config=ScalingConfig(
+                num_workers=self.workers,
+                use_gpu=gpus,
+                resources_per_worker={"CPU": self.cpus_per_worker, **({"GPU": 1} if gpus else {})},
+            ),
+            run_config=RunConfig(
+                name=f"attempt-{attempt}",  # a new name each time: nothing that Ray remembers can stand in the way
+                storage_path=str(Path(job.run) / "ray"),
+                failure_config=FailureConfig(max_failures=self.max_restarts),
+                worker_runtime_env={"env_vars": self._environment()},
+            ),
+        )
+        try:
+            outcome = trainer.fit().return_value
+        except Exception as error:  # Ray wraps whatever a worker raised in several layers of its own
+            raise LaunchError(_innermost(error)) from error
+        if outcome is not None and "refused" in outcome:
+            raise Refused(outcome["refused"])
+        return outcome
+
+    def close(self) -> None:
+        if self._started:
+            import ray
+
+            ray.shutdown()
+            self._started = False
+
+    def _start(self) -> Any:
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+        import ray
+
+        if not ray.is_initialized():
+            try:
+                if self.address is None:
+                    wanted = max(self.workers * self.cpus_per_worker, os.cpu_count() or 1)
+                    ray.init(num_cpus=wanted, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+                else:
+                    ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
+            except (ConnectionError, RuntimeError) as error:
+                raise Refused(
+                    f"ray: no cluster answered at {self.address!r}: {str(error).splitlines()[0]}; "
+                    "is it running, and is RAY_AUTH_TOKEN the cluster's?"
+                ) from error
+            self._started = True
+        free = ray.cluster_resources().get("CPU", 0)
+        if free < self.workers * self.cpus_per_worker:
+            raise Refused(
+                f"launch: {self.workers} workers x {self.cpus_per_worker} cpus need {self.workers * self.cpus_per_worker} cores; "
+                f"the cluster has {free:.0f}"
+            )
+        return ray
+
+    def _environment(self) -> dict[str, str]:
+        """What reaches every worker: Ray passes on a fixed list of its own, and forces OMP_NUM_THREADS to 1 by itself."""
+        threads = str(self.cpus_per_worker)
+        passed = (
+            "MLFLOW_TRACKING_URI",
+            "NCCL_DEBUG",
+            "NCCL_SOCKET_IFNAME",
+            "GLOO_SOCKET_IFNAME",
+            "TORCH_EXTENSIONS_DIR",
+            "PYTHONPATH",
+        )
+        return {
+            **{name: os.environ[name] for name in passed if name in os.environ},
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "OPENBLAS_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads beside a busy process were nine times slower
+            "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
+        }
+
+
+def _train(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Runs in every worker process."""
+    from ray import train
+    from ray.train.torch import get_device
+
+    context = train.get_context()
+    job = Job(**{**config, "trust": tuple(config["trust"])})
+    place = Place(context.get_world_rank(), context.get_world_size(), str(get_device()))
+    try:
+        return run(job, place)
+    except Refused as error:  # returned, not raised: starting again would not help
+        return {"refused": str(error)}
+
+
+def _innermost(error: BaseException) -> str:
+    """The line that a user can act on, out of Ray's nested exceptions."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        rank, first = sorted(failures.items())[0]
+        text = str(getattr(first, "cause", None) or first).strip().splitlines()
+        return f"worker {rank}: {text[-1] if text else type(first).__name__}"
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[-1] if text else ''}"

@@ -1,0 +1,145 @@
+"""What the commands launch, resume and evaluate do, told as a story; the parts are elsewhere."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from pipeline.evaluate import evaluate
+from pipeline.launch.base import Launcher, Tracking, drive, prepare, read_job, resume_command
+from pipeline.launch.inline import Inline
+from pipeline.launch.ray import Ray
+from pipeline.recipe import Recipe, write_json
+from pipeline.report.compare import compare, render
+from pipeline.report.runs import find_run
+from pipeline.spiking.encode import repeat
+from pipeline.track.mlflow import tracking_uri
+from pipeline.weights import load_run
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where and on how much a run trains: nothing of it belongs to the recipe."""
+
+    workers: int = 1
+    inline: bool = False
+    address: str | None = None
+    cpus_per_worker: int = 1
+    loader_threads: int = 1
+    max_restarts: int = 3
+
+    def launcher(self) -> Launcher:
+        if self.inline:
+            for name, plain in (("workers", 1), ("address", None)):
+                if getattr(self, name) != plain:
+                    raise ValueError(f"launch: --inline is one worker in this process; got --{name} {getattr(self, name)}")
+            return Inline()
+        return Ray(
+            workers=self.workers, address=self.address, cpus_per_worker=self.cpus_per_worker, max_restarts=self.max_restarts
+        )
+
+
+def launch_all(
+    recipes: Sequence[Recipe], cluster: Cluster, runs: Path, *, name: str | None = None, trust: tuple[str, ...] = ()
+) -> int:
+    """Train each recipe in turn, never two at a time on the same cores; the process's exit code."""
+    if name is not None and len(recipes) > 1:
+        raise ValueError(f"launch: --name names one run; got {len(recipes)} recipes")
+    for recipe in recipes:  # everything that can be refused is, before the first of them trains
+        recipe.split(cluster.workers)
+        Recipe.from_json(recipe.to_json(), trust=trust)
+        recipe.data.build().fingerprint()
+    console = Console()
+    parent = uuid.uuid4().hex if len(recipes) > 1 else None
+    launcher = cluster.launcher()
+    folders = []
+    try:
+        for recipe in recipes:
+            job = prepare(recipe, runs, name=name, parent=parent, trust=trust)
+            folder = Path(job.run)
+            write_json(folder / "cluster.json", asdict(cluster))
+            job = replace(job, threads=cluster.cpus_per_worker, loader_threads=cluster.loader_threads)
+            if drive(job, launcher, _tracking(runs), console, resume_command=resume_command(folder, runs)) is None:
+                console.print(f"stopped; go on with: {resume_command(folder, runs)}")
+                return 130
+            folders.append(str(folder))
+    finally:
+        _close(launcher)
+    render(compare(runs, folders), console)
+    return 0
+
+
+def resume_run(run: str, runs: Path, *, workers: int | None, inline: bool, address: str | None) -> int:
+    """Go on with a run; the process's exit code."""
+    folder = find_run(runs, run)
+    console = Console()
+    if (folder / "summary.json").exists():
+        console.print(f"{folder.name} has finished; see: spiketrain compare {shlex.quote(folder.name)}")
+        return 0
+    cluster = Cluster(**json.loads((folder / "cluster.json").read_text()))
+    cluster = replace(
+        cluster,
+        workers=1 if inline else workers or cluster.workers,
+        inline=inline or cluster.inline,
+        address=address or cluster.address,
+    )
+    launcher = cluster.launcher()
+    command = resume_command(folder, runs)
+    try:
+        finished = drive(read_job(folder), launcher, _tracking(runs), console, resume_command=command)
+    finally:
+        _close(launcher)
+    if finished is None:
+        console.print(f"stopped; go on with: {command}")
+        return 130
+    render(compare(runs, [str(folder)]), console)
+    return 0
+
+
+def evaluate_run(run: str, runs: Path, *, which: str, time_steps: int | None, trust: tuple[str, ...]) -> None:
+    """Print the accuracy of a run's network on its whole evaluation set."""
+    if which not in ("last", "best"):
+        raise ValueError(f"evaluate: --which must be last or best; got {which!r}")
+    folder = find_run(runs, run)
+    recipe = Recipe.from_json(json.loads((folder / "recipe.json").read_text()), trust=trust)
+    steps = time_steps or recipe.time_steps
+    network = load_run(folder, which=which, trust=trust)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network.to(device)
+    data = recipe.data.build()
+    data.check()
+    loader = data.val(rank=0, world=1, micro_batch=recipe.split(1).micro_batch, threads=1)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        with loader.epoch(0) as source:
+            for batch in source:
+                yield repeat(batch.x.to(device), steps), batch.target.to(device)
+
+    begun = time.monotonic()
+    try:
+        result = evaluate(network, batches(), recipe.objective.build(), over_time=recipe.over_time)
+    finally:
+        loader.close()
+    print(
+        f"{folder.name} ({which}, T = {steps}): top-1 {result.top1:.4f}, top-5 {result.top5:.4f}, loss {result.loss:.4f}, "
+        f"firing rate {result.firing_rate:.4f} on {result.samples} samples in {time.monotonic() - begun:.1f} s"
+    )
+
+
+def _tracking(runs: Path) -> Tracking:
+    return Tracking(tracking_uri(runs), "spiketrain")
+
+
+def _close(launcher: Any) -> None:
+    if isinstance(launcher, Ray):
+        launcher.close()

@@ -1,0 +1,69 @@
+"""The training loop. It reads like the algorithm box of a paper, and knows torch and Protocols alone.
+
+T time, B batch, C channels, H W pixels, K classes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from pipeline.backend.base import Backend
+from pipeline.objective import Loss
+from pipeline.rules.base import Objective, Rule
+
+
+class MicroBatch(NamedTuple):
+    """What one worker holds of a global batch at a time."""
+
+    x_TB: Tensor
+    target_B: Tensor
+    rows: range
+    """place of each sample in the global batch: what a rule draws depends on it, never on ranks"""
+    share: float
+    """of the global batch: a weight; shares sum to 1 over ranks and micro-batches"""
+
+
+class Meters(Protocol):
+    """What the loop tells whoever measures."""
+
+    def batch(self, step: int) -> AbstractContextManager[None]:
+        """Surrounds everything that one global batch costs."""
+        ...
+
+    def optimizer(self) -> AbstractContextManager[None]:
+        """Surrounds a move of the weights, the reduction over ranks included."""
+        ...
+
+    def add(self, objective: Objective, share: float) -> None: ...
+
+    def end_of_micro_batch(self, target_B: Tensor) -> None: ...
+
+
+def train(
+    rule: Rule,
+    backend: Backend,
+    schedule: Callable[[int], None],
+    batches: Iterable[tuple[int, Iterable[MicroBatch]]],
+    loss_for: Loss,
+    meters: Meters,
+) -> None:
+    """Train on `batches` of (step, micro-batches): one global batch each, workers x accumulated micro-batches."""
+    for step, micro_batches in batches:
+        with meters.batch(step):
+            schedule(step)
+            for x_TB, target_B, rows, share in micro_batches:
+                for objective in rule.objectives(backend.model, x_TB, loss_for(target_B), step=step, rows=rows):
+                    if objective.backward is not None:  # SLTT-K reports T steps and differentiates K
+                        backend.backward(objective.backward, share)
+                    meters.add(objective, share)
+                    if rule.update == "objective":  # OTTT-O moves the weights at every time step
+                        with meters.optimizer():
+                            backend.step()
+                meters.end_of_micro_batch(target_B)
+            if rule.update == "batch":
+                with meters.optimizer():
+                    backend.step()

@@ -1,0 +1,71 @@
+"""What the workers of one run say to one another about anything but gradients. One worker talks to nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+
+T_ = TypeVar("T_")
+
+
+class Refused(ValueError):
+    """The run cannot go on as asked: one line for the user, and no use in trying again."""
+
+
+class Ranks:
+    """This process's voice among the workers; the process group exists when there are several."""
+
+    def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu") -> None:
+        self.rank, self.size = rank, size
+        self.device = torch.device(device)
+        # Decisions travel beside the GPUs' own stream: asking each other must not wait for kernels.
+        self.control: Any = distributed.new_group(backend="gloo") if self.size > 1 and self.device.type != "cpu" else None
+
+    def mean(self, value: Tensor) -> Tensor:
+        return self.sum(value) / self.size
+
+    def sum(self, value: Tensor) -> Tensor:
+        return self._reduce(value, distributed.ReduceOp.SUM)
+
+    def max(self, value: Tensor) -> Tensor:
+        return self._reduce(value.to(self.device), distributed.ReduceOp.MAX)
+
+    def decide(self, *flags: bool) -> list[bool]:
+        """Rank 0's flags, on every rank."""
+        if self.size == 1:
+            return list(flags)
+        decision = torch.tensor(flags, dtype=torch.uint8)
+        distributed.broadcast(decision, src=0, group=self.control)
+        return [bool(flag) for flag in decision]
+
+    def agree(self, act: Callable[[], T_]) -> T_:
+        """Rank 0 acts; every rank has its result, or raises what it raised."""
+        if self.size == 1:
+            return act()
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = act()
+            except ValueError as error:
+                outcome[1] = str(error)
+        distributed.broadcast_object_list(outcome, src=0, group=self.control)
+        if outcome[1] is not None:
+            raise Refused(outcome[1])
+        return outcome[0]
+
+    def average_buffers(self, network: nn.Module) -> None:
+        """Running statistics differ between ranks; before they are used or saved every rank takes their mean."""
+        if self.size > 1:
+            for buffer in network.buffers():
+                if buffer.is_floating_point():
+                    distributed.all_reduce(buffer)
+                    buffer /= self.size
+
+    def _reduce(self, value: Tensor, how: Any) -> Tensor:
+        if self.size > 1:
+            value = value.clone()
+            distributed.all_reduce(value, op=how)
+        return value

@@ -1,0 +1,439 @@
+"""A recipe is a training run written down as one frozen value; a part of it that can be built is a `Spec`.
+
+Nothing is looked up by string and there is no registry: a recipe names its parts by the Python objects themselves, and a
+misspelt keyword fails on the recipe's own line. Only the standard library is imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import types
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+TRUSTED = ("pipeline", "recipes", "torch", "timm")
+FORMAT = 1
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A callable and its keywords, checked against the real signature when written and called when built."""
+
+    target: Callable[..., Any]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        kwargs = {key: tuple(value) if isinstance(value, list) else value for key, value in self.kwargs.items()}
+        _check_keywords(self.target, kwargs)
+        object.__setattr__(self, "kwargs", types.MappingProxyType(kwargs))
+
+    def build(self, *args: Any, **more: Any) -> Any:
+        """Call the target; nested specs are built first. `args` and `more` are what only the running process knows."""
+        return self.target(*args, **{key: _built(value) for key, value in self.kwargs.items()}, **more)
+
+    def with_(self, **changes: Any) -> Spec:
+        """The same part with some keywords changed."""
+        return Spec(self.target, {**self.kwargs, **changes})
+
+    @property
+    def label(self) -> str:
+        """`SLTT(k=1)`: the target's name and the keywords that were written."""
+        return f"{self.target.__name__}({', '.join(f'{key}={_shown(value)}' for key, value in self.kwargs.items())})"
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a mappingproxy does not pickle
+        return Spec, (self.target, dict(self.kwargs))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Spec) and self.target is other.target and dict(self.kwargs) == dict(other.kwargs)
+
+    def __hash__(self) -> int:
+        return hash((self.target, tuple(self.kwargs)))
+
+
+def spec(target: Callable[..., Any], /, **kwargs: Any) -> Spec:
+    """Write a buildable part of a recipe: `rule=spec(SLTT, k=1)`.
+
+    Raises:
+        ValueError: a keyword that the target's signature does not have, or a value its annotation does not admit.
+    """
+    return Spec(target, kwargs)
+
+
+# --------------------------------------------------------------------------------------------------------------- recipe
+
+
+@dataclass(frozen=True)
+class Split:
+    """How one global batch falls on the workers: `batch_size = workers * micro_batch * accumulation` samples."""
+
+    workers: int
+    micro_batch: int
+    accumulation: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a run's result, and nothing about the machines that it runs on."""
+
+    name: str
+    model: Spec
+    """-> torch.nn.Module that maps [T,B,...] to logits [T,B,K]"""
+    rule: Spec
+    """-> pipeline.rules.base.Rule: what replaces `loss.backward()`"""
+    data: Spec
+    """-> pipeline.data.base.Data"""
+    objective: Spec
+    """-> pipeline.objective.Loss: logits and targets to a scalar"""
+    optimizer: Spec
+    """called with the model: timm's `create_optimizer_v2` or anything of its kind"""
+    schedule: Spec
+    """called with the optimizer and the number of steps: pipeline.schedule"""
+    time_steps: int
+    batch_size: int
+    """samples in one global batch, whatever the number of workers"""
+    epochs: int
+    over_time: Literal["steps", "mean"] = "steps"
+    """the loss is the mean over time of each step's loss, or one loss of the mean logits"""
+    micro_batch: int | None = None
+    """most samples that one worker holds at a time (None: its whole share); what is left is accumulated"""
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    clip_norm: float = 0.0
+    """largest gradient norm of a global batch; 0 switches clipping off"""
+    backend: Literal["deepspeed", "plain"] = "deepspeed"
+    zero: Literal[0, 1, 2] = 0
+    """DeepSpeed's ZeRO stage"""
+    init: str | None = None
+    """a run's folder or a weights file (.safetensors, .pt) to start from; None: from scratch"""
+    evaluate_every: int = 1
+    """epochs between evaluations; the last epoch is always evaluated"""
+    checkpoint_every: int = 0
+    """steps between checkpoints, beside the one at each epoch's end; 0: none"""
+    checkpoint_minutes: float = 10.0
+    """longest time between checkpoints, in minutes; 0: no limit"""
+    keep: int = 2
+    """newest checkpoints kept, the best one beside them"""
+    log_every: int = 10
+    """steps between step events in the journal"""
+    stop_after: int | None = None
+    """end the run after this many global batches (None: after the last epoch); the schedule ends there too"""
+    evaluate_samples: int | None = None
+    """evaluate on the first samples only (None: on all); for smoke runs"""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if not _admits(hints[each.name], value):
+                raise ValueError(f"recipe: {each.name} must be {_type_name(hints[each.name])}; got {value!r}")
+        positive = ("time_steps", "batch_size", "epochs", "evaluate_every", "keep", "log_every")
+        for name in positive + tuple(
+            n for n in ("micro_batch", "stop_after", "evaluate_samples") if getattr(self, n) is not None
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"recipe: {name} must be at least 1; got {getattr(self, name)}")
+        for name in ("clip_norm", "checkpoint_every", "checkpoint_minutes", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"recipe: {name} must not be negative; got {getattr(self, name)}")
+        if self.backend == "plain" and self.zero:
+            raise ValueError(f"recipe: zero={self.zero} needs backend='deepspeed'; got backend='plain'")
+        if os.sep in self.name or self.name.strip() in ("", ".", ".."):
+            raise ValueError(f"recipe: name becomes a folder's name and must not hold {os.sep!r}; got {self.name!r}")
+
+    def split(self, workers: int) -> Split:
+        """How the global batch falls on `workers`: the fewest accumulated micro-batches that respect `micro_batch`.
+
+        Raises:
+            ValueError: the batch does not divide; the message names the sizes nearest to it that do.
+        """
+        share, rest = divmod(self.batch_size, workers)
+        if rest or share == 0:
+            near = sorted({max(1, share) * workers, (share + 1) * workers})
+            raise ValueError(
+                f"recipe: batch_size must divide by {workers} workers; got {self.batch_size}, "
+                f"near it {' and '.join(map(str, near))} do"
+            )
+        largest = share if self.micro_batch is None else min(self.micro_batch, share)
+        micro = next(size for size in range(largest, 0, -1) if share % size == 0)
+        return Split(workers, micro, share // micro)
+
+    def override(self, changes: Mapping[str, Any]) -> Recipe:
+        """The recipe with dotted keys changed, `{"optimizer.lr": 0.05, "epochs": 3}`, and validated again.
+
+        Raises:
+            ValueError: a key that does not exist, naming those that do, or a value of the wrong type.
+        """
+        recipe = self
+        for key, value in changes.items():
+            head, *rest = key.split(".")
+            if head not in _field_names(recipe):
+                raise ValueError(f"recipe: no field {head!r}; it has {', '.join(_field_names(recipe))}")
+            part = getattr(recipe, head)
+            recipe = dataclasses.replace(recipe, **{head: _changed(part, rest, value, key)})
+        return recipe
+
+    def tiny(self, *, data: Spec | None = None) -> Recipe:
+        """The same recipe shrunk to seconds on a CPU: few steps of small batches at T = 2, a small evaluation."""
+        return dataclasses.replace(
+            self,
+            name=f"{self.name}-tiny",
+            data=self.data if data is None else data,
+            time_steps=min(self.time_steps, 2),
+            batch_size=8,
+            micro_batch=None,
+            epochs=1,
+            stop_after=4,
+            evaluate_samples=64,
+            log_every=1,
+        )
+
+    def study_key(self, inputs: Mapping[str, str]) -> str:
+        """Runs with one key differ in the rule and the seed alone and may be compared: 16 hex digits.
+
+        Args:
+            inputs: content hashes of what paths only point at: `data` (and `init`, where there is one).
+        """
+        value = _encoded(self, paths=False)
+        for name in ("name", "rule", "seed", "init"):
+            del value[name]
+        return hashlib.sha256(json.dumps([value, dict(inputs)], sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value that `from_json` turns back into an equal recipe; callables are named by dotted path."""
+        return {"version": FORMAT, "recipe": _encoded(self, paths=True)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], *, trust: Collection[str] = ()) -> Recipe:
+        """Read a recipe back, importing from trusted packages alone.
+
+        Raises:
+            ValueError: another format version, a target outside the trusted packages, or a recipe that no longer fits.
+        """
+        if value.get("version") != FORMAT:
+            raise ValueError(f"recipe.json: this spiketrain reads format version {FORMAT}; got {value.get('version')!r}")
+        fields = {key: _decoded(item, trust) for key, item in value["recipe"].items()}
+        unknown = sorted(set(fields) - set(_field_names(cls)))
+        if unknown:
+            raise ValueError(f"recipe.json: unknown fields {', '.join(unknown)}; a recipe has {', '.join(_field_names(cls))}")
+        return cls(**fields)
+
+    def flat(self) -> dict[str, str]:
+        """Dotted keys to short text, for a tracker's table of parameters."""
+        return dict(_flat("", _encoded(self, paths=True)))
+
+
+def _field_names(recipe: Recipe | type[Recipe]) -> list[str]:
+    return [each.name for each in dataclasses.fields(recipe)]
+
+
+def _changed(part: Any, path: list[str], value: Any, key: str) -> Any:
+    if not path:
+        if isinstance(part, Spec):
+            raise ValueError(
+                f"recipe: {key} is a part, {part.label}; change its keywords: {_accepted_text(part.target, key + '.')}"
+            )
+        return value
+    if not isinstance(part, Spec):
+        raise ValueError(f"recipe: {key!r} goes below a plain value, {part!r}")
+    head, *rest = path
+    if rest and head not in part.kwargs:
+        raise ValueError(
+            f"recipe: {key}: {part.target.__name__} was not given a part {head!r}; it holds {', '.join(part.kwargs)}"
+        )
+    return part.with_(**{head: _changed(part.kwargs.get(head), rest, value, key)})
+
+
+# ------------------------------------------------------------------------------------------- signatures and their types
+
+
+def _check_keywords(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+    if not callable(target):
+        raise ValueError(f"spec: the target must be callable; got {target!r}")
+    parameters = _parameters(target)
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    hints = _hints(target)
+    for key, value in kwargs.items():
+        if key not in _accepted(parameters):
+            if not open_ended:
+                raise ValueError(f"{target.__name__}: unexpected keyword {key!r}; it accepts {_accepted_text(target)}")
+        elif key in hints and not _admits(hints[key], value):
+            raise ValueError(f"{target.__name__}: {key} must be {_type_name(hints[key])}; got {_shown(value)}")
+
+
+def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(target).parameters
+
+
+def _accepted(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [name for name, p in parameters.items() if p.kind in by_name]
+
+
+def _accepted_text(target: Callable[..., Any], prefix: str = "") -> str:
+    return ", ".join(prefix + name for name in _accepted(_parameters(target))) or "none"
+
+
+def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (NameError, TypeError, AttributeError):  # an annotation that only a type checker can resolve checks nothing here
+        return {}
+
+
+def _admits(hint: Any, value: Any) -> bool:
+    """Whether a value fits an annotation, as far as plain values go; a Spec fits wherever a built object is asked for."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or isinstance(hint, typing.TypeVar):
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_admits(arm, value) for arm in args)
+    if origin is Literal:
+        return any(value == arm and type(value) is type(arm) for arm in args)
+    if origin is typing.Annotated:
+        return _admits(args[0], value)
+    if hint is None or hint is type(None):
+        return value is None
+    plain = origin or hint
+    if not inspect.isclass(plain):
+        return True
+    if plain in (bool, int, float, str):
+        if isinstance(value, bool):
+            return plain is bool
+        return isinstance(value, (int, float) if plain is float else plain)
+    if plain is Path or plain is os.PathLike:
+        return isinstance(value, (str, os.PathLike))
+    if plain in (tuple, list) and isinstance(value, (list, tuple)):  # a list is kept as a tuple: recipes are frozen
+        if not args:
+            return True
+        if plain is list or (len(args) == 2 and args[1] is Ellipsis):
+            return all(_admits(args[0], item) for item in value)
+        return len(args) == len(value) and all(_admits(arm, item) for arm, item in zip(args, value, strict=True))
+    if isinstance(value, Spec) and plain not in (list, dict, tuple):
+        return True
+    try:
+        return isinstance(value, plain)
+    except TypeError:  # a Protocol that is not runtime-checkable
+        return True
+
+
+def _type_name(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, args))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(arm) for arm in args)
+    if hint is type(None):
+        return "None"
+    if origin is None and inspect.isclass(hint):
+        return hint.__name__
+    return str(hint).replace("typing.", "")
+
+
+def _built(value: Any) -> Any:
+    return value.build() if isinstance(value, Spec) else value
+
+
+def _shown(value: Any) -> str:
+    return value.label if isinstance(value, Spec) else repr(value)
+
+
+# -------------------------------------------------------------------------------------------------------- JSON both ways
+
+
+def _encoded(recipe: Recipe, *, paths: bool) -> dict[str, Any]:
+    return {each.name: _encode(getattr(recipe, each.name), paths) for each in dataclasses.fields(recipe)}
+
+
+def _encode(value: Any, paths: bool) -> Any:
+    if isinstance(value, Spec):
+        kwargs = {key: _encode(item, paths) for key, item in value.kwargs.items() if paths or not _is_path(value.target, key)}
+        return {"target": _dotted(value.target), "kwargs": kwargs}
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (list, tuple)):
+        return [_encode(item, paths) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _encode(item, paths) for key, item in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kwargs = {each.name: _encode(getattr(value, each.name), paths) for each in dataclasses.fields(value) if each.init}
+        return {"value": _dotted(type(value)), "kwargs": kwargs}
+    raise ValueError(f"recipe: {value!r} cannot be written to recipe.json; use numbers, text, lists or spec(...)")
+
+
+def _is_path(target: Callable[..., Any], key: str) -> bool:
+    hint = _hints(target).get(key)
+    return any(arm is Path or arm is os.PathLike for arm in (hint, *typing.get_args(hint)))
+
+
+def _dotted(target: Callable[..., Any]) -> str:
+    name = f"{target.__module__}.{target.__qualname__}"
+    if "<" in name:
+        raise ValueError(f"recipe: {name} has no importable name; define it at the top level of a module")
+    return name
+
+
+def _decode_target(name: str, trust: Collection[str]) -> Callable[..., Any]:
+    trusted = (*TRUSTED, *trust)
+    refusal = f"recipe.json: {name} is not in a trusted package ({', '.join(trusted)}); name its package with --trust"
+    if name.split(".")[0] not in trusted:
+        raise ValueError(refusal)
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        module_name = ".".join(parts[:cut])
+        try:
+            found: Any = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (module_name + ".").startswith(error.name + "."):
+                raise  # the module is there; something that it needs is not
+            continue
+        for part in parts[cut:]:
+            found = getattr(found, part, None)
+        # `torch.os.system` begins with a trusted name and ends outside: what counts is where the object was defined.
+        if not callable(found) or (getattr(found, "__module__", None) or "").split(".")[0] not in trusted:
+            raise ValueError(refusal)
+        return found
+    raise ValueError(f"recipe.json: {name} does not exist in this installation")
+
+
+def _decoded(value: Any, trust: Collection[str]) -> Any:
+    if isinstance(value, Mapping) and set(value) == {"target", "kwargs"}:
+        return Spec(_decode_target(value["target"], trust), {key: _decoded(item, trust) for key, item in value["kwargs"].items()})
+    if isinstance(value, Mapping) and set(value) == {"value", "kwargs"}:
+        return _decode_target(value["value"], trust)(**{key: _decoded(item, trust) for key, item in value["kwargs"].items()})
+    if isinstance(value, Mapping):
+        return {key: _decoded(item, trust) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_decoded(item, trust) for item in value)
+    return value
+
+
+def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
+    for kind in ("target", "value"):
+        if isinstance(value, Mapping) and set(value) == {kind, "kwargs"}:
+            yield prefix, value[kind]
+            value = value["kwargs"]
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flat(f"{prefix}.{key}" if prefix else key, item)
+    else:
+        yield prefix, value if isinstance(value, str) else json.dumps(value)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    temp = path.with_name(f".{path.name}.{os.getpid()}")
+    temp.write_text(json.dumps(value, indent=1) + "\n")
+    temp.rename(path)

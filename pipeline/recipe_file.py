@@ -1,0 +1,98 @@
+"""Recipe files and what is said about them on the command line: `recipes/x.py` and `--set optimizer.lr=0.05`."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pipeline.recipe import Recipe
+
+
+def load_recipes(path: Path) -> list[Recipe]:
+    """Run a recipe file, which is code that the user chose to run, and call its `recipe()`: one recipe, or several.
+
+    Raises:
+        ValueError: no such file, a file without `recipe()`, or a recipe that does not fit (with the line that wrote it).
+    """
+    if not path.is_file():
+        raise ValueError(f"recipe: must be a Python file that defines recipe(); got {path}, which does not exist")
+    if path.suffix != ".py":
+        raise ValueError(f"recipe: must be a Python file that defines recipe(); got {path}")
+    try:
+        make = getattr(_module(path), "recipe", None)
+        if make is None:
+            raise ValueError("must define a function recipe() that returns a Recipe or several; it does not")
+        made = make()
+    except Exception as error:
+        raise ValueError(f"{path}:{_line(error, path)} {_said(error)}") from error
+    recipes = [made] if isinstance(made, Recipe) else list(made)
+    if not recipes or not all(isinstance(each, Recipe) for each in recipes):
+        raise ValueError(f"{path}: recipe() must return a Recipe or several; got {made!r}")
+    return recipes
+
+
+def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
+    """`["optimizer.lr=0.05", "precision=bf16"]` to values: Python literals, and text where it is none.
+
+    Raises:
+        ValueError: a text without `=`.
+    """
+    changes: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set: must look like key=value, for example optimizer.lr=0.05; got {text!r}")
+        try:
+            changes[key.strip()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            changes[key.strip()] = value
+    return changes
+
+
+def _module(path: Path) -> ModuleType:
+    """Under its importable name where it has one (`recipes.fashion.sltt`): what it defines can then be named in recipe.json."""
+    resolved = path.resolve()
+    for parent in resolved.parents:
+        name = ".".join(resolved.relative_to(parent).with_suffix("").parts)
+        if all(part.isidentifier() for part in name.split(".")) and parent in map(Path, map(_absolute, sys.path)):
+            found = importlib.util.find_spec(name) if "." not in name or _importable(name.rpartition(".")[0]) else None
+            if found is not None and found.origin is not None and Path(found.origin).resolve() == resolved:
+                return importlib.import_module(name)
+    found = importlib.util.spec_from_file_location(f"recipe_file_{path.stem}", path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def _importable(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _absolute(entry: str) -> str:
+    return str(Path(entry or ".").resolve())
+
+
+def _line(error: BaseException, path: Path) -> str:
+    if isinstance(error, SyntaxError) and error.lineno is not None:
+        return f"{error.lineno}:"
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).resolve() == path.resolve()
+    ]
+    return f"{lines[-1]}:" if lines else ""
+
+
+def _said(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,47 @@
+"""What a recipe resolves to, before anything is launched."""
+
+from __future__ import annotations
+
+import json
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from pipeline.backend.deepspeed import config
+from pipeline.data.base import DataError
+from pipeline.recipe import Recipe
+
+
+def show_recipe(recipe: Recipe, workers: int, console: Console | None = None) -> None:
+    """Print the resolved recipe, its parameters, study key, global batch and DeepSpeed settings; needs no data file."""
+    console = console or Console()
+    split = recipe.split(workers)
+    network: nn.Module = recipe.model.build()
+    recipe.rule.build().attach(network, over_time=recipe.over_time)
+    parameters = sum(p.numel() for p in network.parameters())
+    table = Table(title=recipe.name, show_header=False, box=None, pad_edge=False)
+    for key, value in recipe.flat().items():
+        table.add_row(key, value)
+    console.print(table)
+    console.print(f"parameters    {parameters:,}")
+    console.print(f"study key     {_study(recipe)}")
+    console.print(
+        f"global batch  {recipe.batch_size} = {workers} workers x {split.micro_batch} samples x {split.accumulation} accumulated"
+    )
+    if recipe.backend == "deepspeed":
+        settings = config(
+            micro_batch=split.micro_batch,
+            workers=workers,
+            zero=recipe.zero,
+            precision=recipe.precision,
+            clip_norm=recipe.clip_norm,
+        )
+        console.print("DeepSpeed     " + json.dumps(settings, indent=2), soft_wrap=True)
+
+
+def _study(recipe: Recipe) -> str:
+    try:
+        return recipe.study_key({"data": recipe.data.build().fingerprint()})
+    except DataError as error:
+        return f"depends on the data's content, which is not here yet ({error})"

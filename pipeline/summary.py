@@ -1,0 +1,46 @@
+"""What a finished run says of itself in `summary.json`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from pipeline.evaluate import Evaluation
+from pipeline.measure.meters import Totals
+
+
+def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy, speed, memory and time; `events` is the run's whole journal. Seconds, bytes, shares in 0..1."""
+    attempts = {event["attempt"] for event in events}
+    return {
+        "top1": result.top1,
+        "top5": result.top5,
+        "loss": result.loss,
+        "firing_rate": result.firing_rate,
+        "evaluated_samples": result.samples,
+        "images_per_s": totals.steady_samples / totals.steady_s if totals.steady_s else None,
+        "wall_s": sum(_attempt_seconds(events, attempt) for attempt in attempts),
+        "train_s": totals.train_s,
+        "data_wait_s": totals.data_wait_s,
+        "compute_s": totals.compute_s,
+        "optimizer_s": totals.optimizer_s,
+        "peak_saved_bytes": totals.peak_saved_bytes,
+        "state_bytes": totals.state_bytes,
+        "peak_device_bytes": totals.peak_device_bytes,
+        "peak_rss_bytes": totals.peak_rss_bytes,
+        "backward_calls_per_batch": totals.backward_calls / max(1, totals.batches),
+        "restarts": len(attempts) - 1,
+    }
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "deepspeed", "ray", "ffcv", "mlflow", "timm", "numpy", "numba")}
+
+
+def _attempt_seconds(events: Sequence[dict[str, Any]], attempt: int) -> float:
+    """From the worker's first line of code to the attempt's last sign of life: what a killed attempt lost is paid for, too."""
+    mine = [event for event in events if event["attempt"] == attempt]
+    begun = next((event["began"] for event in mine if event["event"] == "start"), mine[0]["time"])
+    return (time.time() if attempt == events[-1]["attempt"] else mine[-1]["time"]) - begun

@@ -1,0 +1,310 @@
+"""Delivers one run's journal to MLflow, each (metric, step) once, however often the deliverer dies.
+
+There is no state file. MLflow tells what it holds: the run is searched by its tag `spiketrain.run_id`, and a metric's newest
+step marks how far it was delivered, because points are sent in the journal's order. A journal repeats steps after a rollback;
+the first value of a step counts. So every deliverer, at any time, sends the same points from the same lines, and two of them
+at once send identical points, which MLflow's SQL stores keep once (run, key, step, time and value are its primary key).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.track.base import TrackingError
+from pipeline.track.jsonl import Event, Follower, first
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+RUN_TAG = "spiketrain.run_id"
+PARENT_TAG = "spiketrain.study_parent"
+_PARENT_OF = "mlflow.parentRunId"
+_STATUS = {"start": "RUNNING", "finish": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+_TAGGED = ("recipe", "rule", "study", "study_parent", "seed", "world_size", "batch_size", "micro_batch", "precision", "zero",
+           "commit", "dirty", "data_fingerprint", "baseline")  # fmt: skip
+_BLOCK = 4 << 20  # bytes of journal read at a time
+
+
+class Delivery:
+    """One connection to MLflow and one reading of the journal. After any exception: throw it away and open another.
+
+    `delivered` counts the points sent, `already_there` those that MLflow held when this delivery opened.
+    """
+
+    def __init__(self, run_dir: Path, *, uri: str, experiment: str | None) -> None:
+        self.run_dir = run_dir
+        self.delivered = 0
+        self.already_there = 0
+        self._uri = uri
+        self._experiment = experiment
+        self._follower = Follower(run_dir / "journal.jsonl")
+        self._client: MlflowClient | None = None
+        self._run_id = ""
+        self._parent_id: str | None = None
+        self._told: dict[str, int] = {}  # metric -> newest step in MLflow when opened
+        self._seen: dict[str, int] = {}  # metric -> newest step read from the journal
+        self._step = 0  # newest step of any event
+        self._params: dict[str, str] = {}
+        self._tags: dict[str, str] = {}
+        self._status = ("", 0)
+        self._counts = {"quarantined": 0, "skipped_samples": 0}
+
+    def advance(self, *, leaving: bool = False) -> bool:
+        """Deliver what the journal holds by now; False when no attempt of the run has begun.
+
+        `leaving`: nobody drives the run after this, whatever its journal says.
+        """
+        if self._client is None and not self._open():
+            return False
+        status, ended = "", 0
+        while events := self._follower.poll(limit_bytes=_BLOCK):
+            points: list[Metric] = []
+            tags: dict[str, str] = {}
+            params: dict[str, str] = {}
+            for event in events:
+                points += self._points(event)
+                tags.update(self._tags_of(event))
+                if event["event"] == "start":
+                    params.update({_key(key): str(value)[:6000] for key, value in event.get("params", {}).items()})
+                status, ended = _STATUS.get(event["event"], status), _milliseconds(event)
+            self._send(points, tags, params)
+        status = status or self._status[0]
+        if status == "RUNNING" and leaving:
+            status = "KILLED"
+        self._set_status(status, ended)
+        self._send_files()
+        return True
+
+    # ------------------------------------------------------------------------------------------------- finding the run
+
+    def _open(self) -> bool:
+        start = first(self.run_dir / "journal.jsonl", "start")
+        if start is None:
+            return False
+        with _one_at_a_time(self.run_dir.parent):  # creating the schema, an experiment or a run is no atomic step in MLflow
+            client = connect(self._uri)
+            experiment_id = self._experiment_id(client, start)
+            if start.get("study_parent"):
+                self._parent_id = self._parent(client, experiment_id, start)
+            run = self._find_or_create(client, experiment_id, start)
+        self._client = client
+        self._run_id = run.info.run_id
+        self._params, self._tags = dict(run.data.params), dict(run.data.tags)
+        self._status = (run.info.status, run.info.end_time or 0)
+        # The newest step of each metric. `run.data.metrics` has the values alone (3.17.2), the whole histories may be 100 MB.
+        self._told = {metric.key: int(metric.step) for metric in run.data._metric_objs}
+        return True
+
+    def _experiment_id(self, client: MlflowClient, start: Event) -> str:
+        from mlflow.exceptions import MlflowException
+
+        name = self._experiment or f"spiketrain/{str(start.get('study', 'unknown'))[:8]}"
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            # A local store would put artifacts under the working directory of the moment; a server knows its own place.
+            place = (self.run_dir.parent / "mlartifacts" / name.replace("/", "-")).resolve().as_uri()
+            tags = {"spiketrain.study": str(start.get("study", ""))}
+            try:
+                return client.create_experiment(name, artifact_location=None if _is_server(self._uri) else place, tags=tags)
+            except MlflowException:
+                found = client.get_experiment_by_name(name)  # somebody else's runs folder, the same store, the same moment
+                if found is None:
+                    raise
+        if found.lifecycle_stage != "active":
+            raise TrackingError(
+                f"MLflow experiment {name!r} was deleted; restore it: mlflow experiments restore {found.experiment_id}"
+            )
+        return found.experiment_id
+
+    def _parent(self, client: MlflowClient, experiment_id: str, start: Event) -> str:
+        """The run that holds the runs of one comparison together."""
+        uuid = str(start["study_parent"])
+        found = client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{uuid}' and tags.`spiketrain.kind` = 'comparison'")
+        if found:
+            return found[0].info.run_id
+        tags = {PARENT_TAG: uuid, "spiketrain.kind": "comparison", "spiketrain.study": str(start.get("study", ""))}
+        name = f"compare {uuid[:8]}"
+        return client.create_run(experiment_id, start_time=_milliseconds(start), tags=tags, run_name=name).info.run_id
+
+    def _find_or_create(self, client: MlflowClient, experiment_id: str, start: Event) -> Run:
+        uuid = str(start["run_id"])
+        found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{uuid}'", order_by=["attributes.start_time ASC"])
+        if found:
+            return client.get_run(found[0].info.run_id)
+        tags = {RUN_TAG: uuid, "spiketrain.kind": "run"}
+        if self._parent_id:
+            tags[_PARENT_OF] = self._parent_id
+        name = str(start.get("run", self.run_dir.name))
+        return client.create_run(experiment_id, start_time=_milliseconds(start), tags=tags, run_name=name)
+
+    # ------------------------------------------------------------------------------------------------------- translating
+
+    def _points(self, event: Event) -> Iterator[Metric]:
+        """The metrics of one event that MLflow does not hold yet."""
+        from mlflow.entities import Metric
+
+        self._step = step = _integer(event.get("step"), _integer(event.get("steps"), self._step))
+        for key, value in _metrics(event):
+            newest = self._seen.get(key, -1)
+            if step <= newest:
+                continue  # a step that is done again after a rollback
+            self._seen[key] = step
+            if step <= self._told.get(key, -1):
+                self.already_there += 1
+            else:
+                yield Metric(key, value, _milliseconds(event), step)
+
+    def _tags_of(self, event: Event) -> dict[str, str]:
+        kind = event["event"]
+        if kind == "start":
+            tags = {f"spiketrain.{name}": str(event[name]) for name in _TAGGED if event.get(name) is not None}
+            for group in ("hardware", "versions"):
+                tags |= {f"{group}.{_key(name)}": str(value) for name, value in (event.get(group) or {}).items()}
+            if event.get("commit"):
+                tags["mlflow.source.git.commit"] = str(event["commit"])
+            return tags | {"spiketrain.attempt": str(event.get("attempt", 0)), "mlflow.source.name": str(event.get("recipe", ""))}
+        if kind == "failed":
+            return {"spiketrain.error": str(event.get("error", ""))}
+        if kind == "stopped":
+            return {"spiketrain.stopped": str(event.get("reason", ""))}
+        if kind == "quarantine":
+            self._counts["quarantined"] += 1
+            return {"spiketrain.quarantined_checkpoints": str(self._counts["quarantined"])}
+        if kind == "skipped":
+            self._counts["skipped_samples"] += _integer(event.get("samples"), 0)
+            return {"spiketrain.skipped_samples": str(self._counts["skipped_samples"])}
+        return {}
+
+    # ----------------------------------------------------------------------------------------------------------- sending
+
+    def _send(self, points: list[Metric], tags: dict[str, str], params: dict[str, str]) -> None:
+        from mlflow.entities import Param, RunTag
+
+        assert self._client is not None
+        new_tags = [RunTag(key, value[:5000]) for key, value in tags.items() if self._tags.get(key) != value[:5000]]
+        # A parameter is written once in MLflow; what a restart changed stands in the tags.
+        new_params = [Param(key, value) for key, value in params.items() if key not in self._params]
+        for at in range(0, max(len(new_tags), len(new_params)), 100):  # its limit for each of the two
+            self._client.log_batch(self._run_id, tags=new_tags[at : at + 100], params=new_params[at : at + 100])
+        self._tags |= {tag.key: tag.value for tag in new_tags}
+        self._params |= {param.key: param.value for param in new_params}
+        for at in range(0, len(points), 1000):
+            self._client.log_batch(self._run_id, metrics=points[at : at + 1000])
+            self.delivered += len(points[at : at + 1000])
+
+    def _set_status(self, status: str, ended: int) -> None:
+        assert self._client is not None
+        if not status or (status == self._status[0] and (status == "RUNNING" or ended in (0, self._status[1]))):
+            return
+        if status == "RUNNING":
+            self._client.update_run(self._run_id, status=status)
+        else:
+            self._client.set_terminated(self._run_id, status=status, end_time=ended or None)
+        self._status = (status, ended)
+        if self._parent_id:
+            self._set_parent_status()
+
+    def _set_parent_status(self) -> None:
+        """RUNNING while one of its runs is; then FINISHED, or FAILED when one of them did not finish."""
+        assert self._client is not None
+        experiment_id = self._client.get_run(self._run_id).info.experiment_id
+        runs = self._client.search_runs([experiment_id], f"tags.`{_PARENT_OF}` = '{self._parent_id}'")
+        states = {run.info.status for run in runs}
+        assert self._parent_id is not None
+        if "RUNNING" in states:
+            self._client.update_run(self._parent_id, status="RUNNING")
+        else:
+            self._client.set_terminated(self._parent_id, status="FINISHED" if states == {"FINISHED"} else "FAILED")
+
+    def _send_files(self) -> None:
+        assert self._client is not None
+        for name in ("recipe.json", "summary.json"):
+            path = self.run_dir / name
+            if not path.exists():
+                continue
+            tag, digest = f"spiketrain.artifact.{name}", hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            if self._tags.get(tag) != digest:
+                self._client.log_artifact(self._run_id, str(path))
+                self._client.set_tag(self._run_id, tag, digest)
+                self._tags[tag] = digest
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client for this process: it sends no telemetry, logs no chatter, and gives up on a dead server in seconds.
+
+    The first one for an SQLite file makes the schema, which takes seconds.
+    """
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    # 3.17.2 retries 7 times with 120 s each. Here whoever holds the client retries, and can wait as long as it takes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):  # if somebody imported it before the variables were set
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger(name).level))
+    return MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def _one_at_a_time(runs_dir: Path) -> Iterator[None]:
+    with (runs_dir / ".mlflow.lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _metrics(event: Event) -> Iterator[tuple[str, float]]:
+    kind = event["event"]
+    prefix = {"step": "train/", "evaluation": "val/", "epoch": "epoch/", "checkpoint": "checkpoint/", "finish": "summary/"}.get(
+        kind
+    )
+    if prefix is None:
+        return
+    values: dict[str, Any] = dict(event.get("metrics") or {})
+    if kind == "step":
+        values["memory_bytes"] = event.get("memory_bytes")
+    elif kind == "checkpoint":
+        values |= {name: event.get(name) for name in ("seconds", "bytes")}
+    elif kind == "finish":
+        values |= {name: value for name, value in event.items() if name not in ("time", "attempt", "seed", "steps", "epochs")}
+    for name, value in values.items():
+        number = _number(value)
+        if number is not None:
+            yield _key(prefix + name), number
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, (int, float)):
+        return float(value)
+    return float(value) if value in ("nan", "inf", "-inf") else None
+
+
+def _integer(value: Any, otherwise: int) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else otherwise
+
+
+def _milliseconds(event: Event) -> int:
+    time = event.get("time", 0)
+    return int(time * 1000) if isinstance(time, (int, float)) and math.isfinite(time) else 0
+
+
+def _key(name: str) -> str:
+    """MLflow takes letters, digits and `_-. :/` in names, 250 characters."""
+    return re.sub(r"[^\w\-. :/]", "_", str(name))[:250]
+
+
+def _is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://", "databricks"))

@@ -1,0 +1,132 @@
+"""MLflow as a mirror of the journal: kept up to date by a thread of the driver, or filled later by `sync`.
+
+The process that trains never meets MLflow: a server that is down costs it nothing, and what it missed is delivered when it
+is back.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.track.base import TrackingError
+from pipeline.track.delivery import Delivery
+from pipeline.track.state import is_driven
+
+__all__ = ["Mirror", "SyncReport", "TrackingError", "sync", "tracking_uri"]
+
+_SQLITE = "sqlite:///"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncReport:
+    """Points (one metric at one step) sent now, and found in MLflow already."""
+
+    delivered: int
+    already_there: int
+
+
+def tracking_uri(runs_dir: str | os.PathLike[str]) -> str:
+    """The MLflow store of a runs folder: MLFLOW_TRACKING_URI where that is set, else `mlflow.db` in the folder; always absolute.
+
+    MLflow itself would look for a relative one in the working directory, which differs in a Ray worker.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}{Path(runs_dir).resolve() / 'mlflow.db'}"
+    if uri.startswith(_SQLITE) and not uri.startswith(_SQLITE + "/"):
+        uri = f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).resolve()}"
+    return uri
+
+
+def sync(run_dir: str | os.PathLike[str], *, uri: str, experiment: str | None = None) -> SyncReport:
+    """Deliver to MLflow what it does not hold yet of this run's journal.
+
+    Raises:
+        TrackingError: no attempt of the run has begun, or MLflow could not be reached or refused; one line.
+    """
+    run_dir = Path(run_dir)
+    delivery = Delivery(run_dir, uri=uri, experiment=experiment)
+    try:
+        known = delivery.advance(leaving=not is_driven(run_dir))
+    except Exception as error:
+        raise TrackingError(_one_line(uri, error)) from error
+    if not known:
+        raise TrackingError(f"{run_dir} has no journal of a run that began; nothing to deliver")
+    return SyncReport(delivered=delivery.delivered, already_there=delivery.already_there)
+
+
+class Mirror:
+    """Keeps MLflow in step with a run's journal from a daemon thread, until `close`.
+
+    Nothing is ever raised to its owner: failures are retried, each time later, and `warning` holds the newest one as a line
+    (None when all is well). A journal that does not exist yet is waited for. `interval` and `patience` are seconds: between
+    readings of the journal, and the longest wait after failures.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        *,
+        uri: str,
+        experiment: str | None = None,
+        interval: float = 2.0,
+        patience: float = 30.0,
+    ) -> None:
+        self.run_dir = Path(run_dir)
+        self.uri = uri
+        self.warning: str | None = None
+        self._experiment = experiment
+        self._interval = interval
+        self._patience = patience
+        self._leaving = threading.Event()
+        self._whole = False
+        # A daemon: a call that hangs in a dead server must not keep the driver from ending.
+        self._thread = threading.Thread(target=self._follow, name="mlflow-mirror", daemon=True)
+        self._thread.start()
+
+    def close(self, timeout: float = 30.0) -> bool:
+        """Deliver the rest and stop, within `timeout` seconds; whether MLflow then holds everything (else: `sync` later).
+
+        With a server that is down it returns False soon rather than wait. A run without an end in its journal is marked KILLED.
+        """
+        self._leaving.set()
+        self._thread.join(timeout)
+        return not self._thread.is_alive() and self._whole
+
+    def _follow(self) -> None:
+        delivery: Delivery | None = None
+        failures = last_tries = 0
+        while True:
+            leaving = self._leaving.is_set()
+            try:
+                delivery = delivery or Delivery(self.run_dir, uri=self.uri, experiment=self._experiment)
+                delivery.advance(leaving=leaving)
+            except Exception as error:  # whatever MLflow, its store or its transport may raise: the run goes on
+                delivery = None
+                failures += 1
+                self.warning = _one_line(self.uri, error)
+            else:
+                failures = 0
+                self.warning = None
+            if not leaving:
+                self._leaving.wait(min(self._interval * 2 ** min(failures, 10), self._patience) if failures else self._interval)
+                continue
+            last_tries += 1
+            if failures == 0 or last_tries == 2:
+                self._whole = failures == 0
+                return
+            time.sleep(0.3)  # another driver may have held the SQLite file
+
+
+def _one_line(uri: str, error: Exception) -> str:
+    if isinstance(error, TrackingError):
+        return str(error)
+    place = re.sub(r"//[^/@]*@", "//", uri)  # without a password
+    lines = str(error).strip().splitlines() or [""]
+    reason = f"{type(error).__name__}: {lines[0]}"
+    return (
+        f"MLflow at {place} cannot be filled ({reason[:300]}); the journal keeps everything, `spiketrain sync` delivers it later"
+    )

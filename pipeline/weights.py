@@ -1,0 +1,88 @@
+"""Weights that leave a run: loaded for evaluation, or as the start of another run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pipeline.checkpoint import WEIGHTS, verified
+from pipeline.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Start:
+    """What `load_start` did: the file, and the keys of a head that was left as it was initialised."""
+
+    file: Path
+    fresh: tuple[str, ...] = ()
+
+
+def load_run(run: str | os.PathLike[str], *, which: str = "last", trust: Collection[str] = ()) -> nn.Module:
+    """See `pipeline.load`."""
+    folder = Path(run)
+    if not (folder / "recipe.json").is_file():
+        raise ValueError(f"load: {folder} must be a run's folder, which holds recipe.json; it does not")
+    recipe = Recipe.from_json(json.loads((folder / "recipe.json").read_text()), trust=trust)
+    network: nn.Module = recipe.model.build()
+    network.load_state_dict(load_file(verified(folder / "checkpoints", which) / WEIGHTS))
+    return network.eval()
+
+
+def weights_file(start: Path) -> Path:
+    """The weights that `init` names: a file, or the newest verified checkpoint of a run's folder."""
+    if start.is_dir():
+        return verified(start / "checkpoints") / WEIGHTS
+    if not start.is_file():
+        raise ValueError(f"init: must be a run's folder or a weights file; got {start}, which does not exist")
+    return start
+
+
+def load_start(network: nn.Module, start: Path) -> Start:
+    """Load weights into a network that may have other time steps and another number of classes.
+
+    Only the head (the last module with weights) may differ in shape: it keeps its fresh weights and is named in the answer.
+
+    Raises:
+        ValueError: keys that do not match, each named.
+    """
+    file = weights_file(start)
+    found = _read(file)
+    expected = network.state_dict()
+    head = _head(network)
+    reshaped = [key for key in expected if key in found and found[key].shape != expected[key].shape]
+    complaints = [
+        *(f"{key} is missing" for key in expected if key not in found),
+        *(f"{key} is unknown" for key in found if key not in expected),
+        *(
+            f"{key} is {list(found[key].shape)} instead of {list(expected[key].shape)}"
+            for key in reshaped
+            if not key.startswith(head + ".")
+        ),
+    ]
+    if complaints:
+        raise ValueError(f"init: {file} must fit the network but for its head, {head}; got {'; '.join(complaints)}")
+    fresh = tuple(key for key in expected if key.startswith(head + ".")) if reshaped else ()
+    network.load_state_dict({key: value for key, value in found.items() if key not in fresh}, strict=False)
+    return Start(file, fresh)
+
+
+def _read(file: Path) -> Mapping[str, Tensor]:
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    for wrapper in ("state_dict", "model", "module"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    return state
+
+
+def _head(network: nn.Module) -> str:
+    """Name of the last module that holds parameters of its own."""
+    return [name for name, module in network.named_modules() if list(module.parameters(recurse=False))][-1]

@@ -1,0 +1,65 @@
+"""One writer for a run's folder, however many processes once trained it.
+
+Rank 0 holds an exclusive lock on `RUN/writer.lock` for as long as it lives, and the kernel lets go of it when the process
+dies: a run can be resumed only after the last rank 0 is gone, and nothing of an abandoned attempt can reach the journal
+or a finished checkpoint. (The other ranks write into temp folders that carry the attempt's name.)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from pipeline.ranks import Ranks, Refused
+from pipeline.track.base import NullTracker, Tracker
+from pipeline.track.jsonl import Journal, read
+
+PATIENCE_S = 120.0
+
+
+@contextmanager
+def only_writer(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Rank 0 waits until the last writer of this run is gone, then holds the run until it goes itself; collective.
+
+    Raises:
+        Refused: the other one is still there after two minutes.
+    """
+    handle = (folder / "writer.lock").open("a") if ranks.rank == 0 else None
+    try:
+        ranks.agree(lambda: _lock(handle, folder))
+        yield
+    finally:
+        if handle is not None:
+            handle.close()
+
+
+@contextmanager
+def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
+    """Rank 0's journal of a new attempt, to which an exception that ends it is told; the others tell nobody."""
+    if ranks.rank != 0:
+        yield NullTracker()
+        return
+    path = folder / "journal.jsonl"
+    attempt = max((event["attempt"] for event in read(path)), default=-1) + 1
+    with Journal(path, attempt=attempt) as tracker:
+        try:
+            yield tracker
+        except Exception as error:
+            tracker.event("failed", sync=True, error=f"{type(error).__name__}: {error}")
+            raise
+
+
+def _lock(handle: IO[str] | None, folder: Path) -> None:
+    assert handle is not None, "rank 0 opened it"
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise Refused(f"{folder}: another worker still writes this run after {PATIENCE_S:.0f} s") from None
+            time.sleep(0.1)
