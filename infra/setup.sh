@@ -114,7 +114,9 @@ install_package() {
 
 try_imports() {
     # A missing shared library is found here, by name, and not an hour into a run.
-    "$VENV/bin/python" -W ignore -c 'import cv2, ffcv, torch' ||
+    local modules='cv2, ffcv, torch'
+    if [[ $(uname -m) == x86_64 ]]; then modules+=', numba.np.ufunc.tbbpool'; fi
+    "$VENV/bin/python" -W ignore -c "import $modules" ||
         fail "installed, but does not import; the last line above names what is missing"
 }
 
@@ -151,7 +153,7 @@ apt_install() {
 
     if ! can_be_root; then
         if ((${#missing[@]} == 0)); then return; fi
-        fail "these system packages are missing, and this user may not install them: neither root nor sudo.
+        fail "these system packages are missing, and this user may not install them: not root, and no sudo that lets it in.
     Have an administrator run:  apt-get install ${missing[*]}"
     fi
     say "system packages: ${missing[*]:-none missing}"
