@@ -1,0 +1,177 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.spiking.neuron import IF, LIF
+from pipeline.spiking.state import fresh_state
+from pipeline.spiking.surrogate import Sigmoid, Triangle
+from tests.spiking.saved import SavedBytes
+
+VARIANTS = list(itertools.product(("subtract", "zero"), ("detached", "kept")))
+
+
+def run(lif: LIF, x_TB: torch.Tensor) -> torch.Tensor:
+    with fresh_state(lif):
+        return lif(x_TB)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    currents=st.lists(st.floats(-2, 3, width=32), min_size=1, max_size=12),
+    leak=st.sampled_from([0.0, 1 / 11, 0.5, 0.9, 1.0]),
+    threshold=st.sampled_from([0.3, 1.0, 2.0]),
+    reset=st.sampled_from(["subtract", "zero"]),
+    decay_input=st.booleans(),
+)
+def test_equations_against_a_loop_over_numbers(currents, leak, threshold, reset, decay_input):
+    if decay_input and leak == 1:
+        decay_input = False
+    v, expected, closest = 0.0, [], 1.0
+    for x in currents:
+        u = leak * v + ((1 - leak) * x if decay_input else x)
+        s = 1.0 if u >= threshold else 0.0
+        v = u - threshold * s if reset == "subtract" else u * (1 - s)
+        expected.append(s)
+        closest = min(closest, abs(u - threshold))
+    if 0 < closest < 1e-12:
+        return  # one rounding decides whether it spikes
+    lif = LIF(leak, threshold=threshold, reset=reset, decay_input=decay_input)
+    x_TB = torch.tensor(currents, dtype=torch.float64).reshape(-1, 1, 1)
+    with fresh_state(lif):
+        assert lif(x_TB).flatten().tolist() == expected
+        assert lif.state.values["v"].item() == pytest.approx(v, abs=1e-12)
+
+
+@pytest.mark.parametrize(("reset", "reset_gradient"), VARIANTS)
+@pytest.mark.parametrize(("x1", "x2"), [(0.7, 0.6), (1.3, 0.9), (1.6, 0.4)])
+def test_gradient_through_one_carried_membrane(reset, reset_gradient, x1, x2):
+    """dL/dx[1] of L = s[2], by hand: psi(u2 - th) leak dv1/du1, the last factor from the reset."""
+    leak, threshold = 0.5, 1.0
+    psi = lambda u: max(0.0, 1 - abs(u - threshold))  # noqa: E731
+    s1 = float(x1 >= threshold)
+    v1, slope = {
+        ("subtract", "detached"): (x1 - s1, 1.0),
+        ("subtract", "kept"): (x1 - s1, 1 - threshold * psi(x1)),
+        ("zero", "detached"): (x1 * (1 - s1), 1 - s1),
+        ("zero", "kept"): (x1 * (1 - s1), 1 - s1 - x1 * psi(x1)),
+    }[reset, reset_gradient]
+    x_TB = torch.tensor([x1, x2], dtype=torch.float64).reshape(2, 1, 1).requires_grad_()
+    s_TB = run(LIF(leak, threshold=threshold, reset=reset, reset_gradient=reset_gradient), x_TB)
+    (g,) = torch.autograd.grad(s_TB[1].sum(), x_TB)
+    assert g.flatten().tolist() == pytest.approx([psi(leak * v1 + x2) * leak * slope, psi(leak * v1 + x2)], abs=1e-15)
+
+
+@pytest.mark.parametrize(("reset", "reset_gradient"), VARIANTS)
+@pytest.mark.parametrize("decay_input", [False, True])
+def test_slices_continue_one_another(reset, reset_gradient, decay_input):
+    lif = LIF(0.7, reset=reset, reset_gradient=reset_gradient, decay_input=decay_input)
+    x_TB = (3 * torch.randn(6, 2, 4, dtype=torch.float64)).requires_grad_()
+    weights = torch.randn(6, 2, 4, dtype=torch.float64)
+    whole = run(lif, x_TB)
+    with fresh_state(lif):
+        sliced = torch.cat([lif(x_TB[:1]), lif(x_TB[1:4]), lif(x_TB[4:])])
+    assert torch.equal(whole, sliced)
+    assert 0 < whole.mean() < 1
+    g_whole, g_sliced = (torch.autograd.grad((s * weights).sum(), x_TB)[0] for s in (whole, sliced))
+    assert torch.equal(g_whole, g_sliced)
+
+
+def test_every_batch_starts_at_rest():
+    lif = LIF(0.9)
+    x_TB = torch.full((3, 1, 1), 0.6)
+    assert torch.equal(run(lif, x_TB), run(lif, x_TB))
+
+
+def test_carry_stands_between_all_steps():
+    lif = LIF(0.5)
+    lif.carry = torch.detach
+    x_TB = torch.full((4, 1, 1), 0.6, dtype=torch.float64, requires_grad=True)
+    (g,) = torch.autograd.grad(run(lif, x_TB)[2].sum(), x_TB)
+    assert (g.flatten() != 0).tolist() == [False, False, True, False]
+    halves = []
+    lif.carry = lambda v: halves.append(v) or v / 2
+    with fresh_state(lif):
+        lif(x_TB[:3])
+        lif(x_TB[3:])
+        assert lif.state.values["v"].item() == halves[-1].item() / 2
+    assert [round(v.item(), 6) for v in halves] == [0.6, 0.75, 0.7875, 0.796875]
+
+
+def test_gradient_seam_replaces_the_loop():
+    lif = LIF()
+    lif.gradient = lambda self, x_TB: x_TB * self.threshold + 1
+    assert torch.equal(run(lif, torch.zeros(2, 1, 1)), torch.ones(2, 1, 1))
+
+
+@pytest.mark.parametrize("given_dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_membrane_is_never_below_fp32(given_dtype):
+    lif = LIF(0.5)
+    with fresh_state(lif):
+        s_TB = lif(torch.randn(3, 2, 4, dtype=given_dtype))
+        assert lif.state.values["v"].dtype == (torch.float64 if given_dtype == torch.float64 else torch.float32)
+    assert s_TB.dtype == given_dtype
+
+
+def test_under_autocast_the_membrane_integrates_what_bf16_would_lose():
+    lif, synapse = LIF(1.0), torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(synapse.weight, 2**-10)
+    with torch.autocast("cpu", torch.bfloat16), fresh_state(lif):
+        current = synapse(torch.ones(520, 1, 1))
+        assert current.dtype == torch.bfloat16
+        s_TB = lif(current)
+        # In bf16, 0.5 + 2^-10 is 0.5.
+        assert lif.state.values["v"].item() == 520 * 2**-10
+    assert s_TB.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("reset", "reset_gradient"), VARIANTS)
+def test_what_is_kept_for_backward(reset, reset_gradient):
+    steps, numbers = 5, 2 * 8
+    lif = LIF(reset=reset, reset_gradient=reset_gradient)
+    x_TB = torch.randn(steps, 2, 8, dtype=torch.float64, requires_grad=True)
+    with SavedBytes() as saved, fresh_state(lif):
+        s_TB = lif(x_TB)
+    floats = {("zero", "kept"): 3}.get((reset, reset_gradient), 1)
+    masks = {("zero", "detached"): 1}.get((reset, reset_gradient), 0)
+    assert saved.peak == steps * numbers * (8 * floats + masks)
+    s_TB.sum().backward()
+
+
+def test_IF_forgets_nothing():
+    assert run(IF(), torch.full((4, 1, 1), 0.25)).flatten().tolist() == [0, 0, 0, 1]
+    assert IF(threshold=2.0, surrogate=Sigmoid()).threshold == 2.0
+
+
+def test_names_fresh_state_where_it_is_missing():
+    with pytest.raises(ValueError, match=r"LIF: .* only inside fresh_state"):
+        LIF()(torch.zeros(1, 1, 1))
+
+
+def test_refuses_a_batch_that_changes_half_way():
+    lif = LIF()
+    with fresh_state(lif), pytest.raises(ValueError, match=r"must agree in all but time; got \(3, 4\) after \(2, 4\)"):
+        lif(torch.zeros(1, 2, 4))
+        lif(torch.zeros(1, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"leak": 1.5}, r"LIF: leak must be in 0\.\.1; got leak=1\.5"),
+        ({"leak": -0.1}, r"LIF: leak must be in 0\.\.1; got leak=-0\.1"),
+        ({"threshold": 0}, r"LIF: threshold must be > 0; got threshold=0"),
+        ({"reset": "hard"}, r"LIF: reset must be 'subtract' or 'zero'; got reset='hard'"),
+        ({"reset_gradient": "yes"}, r"LIF: reset_gradient must be 'detached' or 'kept'; got reset_gradient='yes'"),
+        ({"leak": 1.0, "decay_input": True}, r"LIF: decay_input .* leak must be < 1; got leak=1"),
+    ],
+)
+def test_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LIF(**arguments)
+
+
+def test_repr_says_which_neuron_it_is():
+    assert "leak=0.25" in repr(LIF(0.25)) and repr(Triangle()) in repr(LIF())

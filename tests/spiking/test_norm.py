@@ -1,0 +1,118 @@
+import pytest
+import torch
+from torch import distributed, multiprocessing, nn
+
+from pipeline.spiking.norm import BatchNorm, average_statistics
+
+SHAPES = [(4, 5, 3), (4, 5, 3, 2, 2)]
+
+
+def double(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def fresh(**choices: str) -> BatchNorm:
+    norm = BatchNorm(3, **choices).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.5, 2.0, -1.0]))
+        norm.bias.copy_(torch.tensor([0.1, -0.3, 1.0]))
+    return norm
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_folded_equals_slices(shape):
+    x = double(*shape).requires_grad_()
+    upstream = double(*shape)
+    one, many = fresh(), fresh()
+    folded, sliced = one(x), torch.cat([many(x[:1]), many(x[1:3]), many(x[3:])])
+    assert torch.equal(folded, sliced)
+    assert torch.equal(one.running_mean, many.running_mean) and torch.equal(one.running_var, many.running_var)
+    gradients = [torch.autograd.grad((y * upstream).sum(), x)[0] for y in (folded, sliced)]
+    assert torch.equal(*gradients)
+    one.eval(), many.eval()
+    assert torch.allclose(one(x), torch.cat([many(x[t : t + 1]) for t in range(4)]), atol=1e-14)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_per_step_is_torchs_batch_norm_called_at_each_step(shape):
+    ours, theirs = fresh(), (nn.BatchNorm2d(3) if len(shape) == 5 else nn.BatchNorm1d(3)).double()
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    x = double(*shape)
+    assert torch.allclose(ours(x), torch.stack([theirs(x_t) for x_t in x]), atol=1e-13)
+    assert torch.allclose(ours.running_var, theirs.running_var)
+    ours.eval(), theirs.eval()
+    assert torch.allclose(ours(x), torch.stack([theirs(x_t) for x_t in x]), atol=1e-13)
+
+
+def test_over_time_takes_one_statistic():
+    x = double(4, 5, 3) + torch.arange(4).reshape(4, 1, 1)
+    norm = BatchNorm(3, over="time").double()
+    y = norm(x)
+    assert torch.allclose(y.mean((0, 1)), torch.zeros(3, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(norm.running_mean, 0.1 * x.mean((0, 1)))
+    assert not torch.allclose(y, BatchNorm(3).double()(x), atol=0.1)
+
+
+def test_statistics_move_without_a_graph_and_rest_in_eval():
+    norm = fresh()
+    with torch.no_grad():
+        norm(double(2, 5, 3) + 3)
+    assert norm.running_mean.min() > 0.1
+    before = norm.running_mean.clone()
+    norm.eval()(double(2, 5, 3))
+    assert torch.equal(norm.running_mean, before)
+
+
+def test_average_statistics_uses_the_given_mean():
+    model = nn.Sequential(fresh(), fresh())
+    average_statistics(model, mean=lambda statistic: statistic + 1)
+    assert all(torch.equal(norm.running_mean, torch.ones(3, dtype=torch.float64)) for norm in model)
+    assert all(torch.equal(norm.running_var, torch.full((3,), 2.0, dtype=torch.float64)) for norm in model)
+
+
+def test_between_world_is_per_rank_where_there_is_one_rank():
+    x = double(4, 5, 3)
+    assert torch.equal(fresh(between="world")(x), fresh()(x))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: BatchNorm(3, over="batch"), r"BatchNorm: over must be 'step' or 'time'; got over='batch'"),
+        (lambda: BatchNorm(3, between="all"), r"BatchNorm: between must be 'rank' or 'world'; got between='all'"),
+        (lambda: BatchNorm(3)(torch.zeros(2, 2, 4)), r"BatchNorm: the input must be \[T, B, 3, \.\.\.\]; got shape \(2, 2, 4\)"),
+    ],
+)
+def test_refuses(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def rank_of_two(rank: int, rendezvous: str, x: torch.Tensor, upstream: torch.Tensor, expected: dict) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    mine = slice(0, 4) if rank == 0 else slice(4, 7)  # unequal on purpose
+    for over, one_rank in expected.items():
+        got = norm_and_gradients(over, x[:, mine], upstream[:, mine])
+        for name in ("weight", "bias"):
+            distributed.all_reduce(got[name])  # gradients of parameters are sums over samples, and so over ranks
+        for name, value in one_rank.items():
+            value = value[:, mine] if name in ("y", "x") else value
+            torch.testing.assert_close(got[name], value, atol=1e-12, rtol=0, msg=lambda m, n=name, o=over: f"{o} {n}: {m}")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def norm_and_gradients(over: str, x: torch.Tensor, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
+    norm = fresh(over=over, between="world")
+    x = x.clone().requires_grad_()
+    y = norm(x)
+    g_x, g_weight, g_bias = torch.autograd.grad((y * upstream).sum(), [x, norm.weight, norm.bias])
+    results = {"y": y.detach(), "x": g_x, "weight": g_weight, "bias": g_bias}
+    return results | {"running_mean": norm.running_mean, "running_var": norm.running_var}
+
+
+@pytest.mark.distributed
+def test_two_unequal_ranks_equal_one(tmp_path):
+    x, upstream = double(2, 7, 3, 2, 2) + 5, double(2, 7, 3, 2, 2)
+    expected = {over: norm_and_gradients(over, x, upstream) for over in ("step", "time")}
+    multiprocessing.spawn(rank_of_two, (str(tmp_path / "rendezvous"), x, upstream, expected), nprocs=2)

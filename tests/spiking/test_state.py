@@ -1,0 +1,83 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.state import State, fresh_state, state_bytes, states_of
+from pipeline.spiking.synapse import Linear
+
+
+class Trace:
+    """A seam with memory, as OTTT's."""
+
+    def __init__(self) -> None:
+        self.state = State("trace")
+
+    def __call__(self, x_TB: torch.Tensor) -> torch.Tensor:
+        before = self.state.read("sum")
+        total = x_TB.sum(0) if before is None else before + x_TB.sum(0)
+        self.state.write("sum", total)
+        return x_TB
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(Linear(3, 5), LIF(), Linear(5, 4), LIF(), Linear(4, 2))
+
+
+def test_state_lives_as_long_as_the_block():
+    model = network()
+    with fresh_state(model):
+        assert state_bytes(model) == 0
+        model(torch.randn(2, 7, 3))
+        assert state_bytes(model) == 7 * (5 + 4) * 4
+    assert state_bytes(model) == 0
+
+
+def test_state_is_cleared_when_the_block_raises():
+    model = network()
+    with pytest.raises(RuntimeError, match="midway"), fresh_state(model):
+        model(torch.randn(2, 7, 3))
+        raise RuntimeError("midway")
+    with fresh_state(model):
+        model(torch.randn(1, 2, 3))
+
+
+def test_nested_use_is_refused_and_leaves_the_first_intact():
+    model = network()
+    with fresh_state(model):
+        model(torch.randn(2, 7, 3))
+        with pytest.raises(ValueError, match="leave the first fresh_state"), fresh_state(nn.Sequential(model)):
+            pass
+        assert state_bytes(model) > 0
+
+
+def test_a_wrapper_and_a_seam_are_found():
+    model = network()
+    wrapper = nn.Module()
+    wrapper.module = model
+    model[2].presynaptic = Trace()
+    assert len(states_of(wrapper)) == 3
+    with fresh_state(wrapper):
+        model(torch.randn(2, 7, 3))
+        assert state_bytes(wrapper) == 7 * (5 + 4 + 5) * 4
+    assert state_bytes(wrapper) == 0
+
+
+def test_state_is_no_part_of_the_checkpoint_nor_of_a_copy():
+    model = network()
+    keys = list(model.state_dict())
+    with fresh_state(model):
+        model(torch.randn(2, 7, 3)).sum().backward()
+        assert list(model.state_dict()) == keys
+        assert not list(model.buffers())
+    twin = copy.deepcopy(model)
+    with fresh_state(twin), fresh_state(model):
+        twin(torch.randn(2, 7, 3))
+        assert state_bytes(model) == 0
+
+
+def test_an_exception_message_names_the_owner():
+    with pytest.raises(ValueError, match=r"trace: .*with fresh_state\(model\)"):
+        Trace()(torch.zeros(1, 1, 1))
