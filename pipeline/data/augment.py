@@ -52,8 +52,8 @@ class Decode(SimpleRGBImageDecoder):
     ) -> None:
         super().__init__()
         self.size, self.channels, self.parallel = size, channels, parallel
-        self._whole = (kind, reach, int(flip))
-        self._area, self._ratios, self._lookup = area, ratio_table(ratio), lookup(mean, std)
+        self._options = np.array([kind, reach, int(flip)], np.int64)
+        self._area, self._ratios, self._lookup = np.array(area, np.float64), ratio_table(ratio), lookup(mean, std)
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
         shape = (self.channels, self.size, self.size)
@@ -67,20 +67,20 @@ class Decode(SimpleRGBImageDecoder):
 
     def generate_code(self) -> Any:
         batch = compiled(self.parallel)
-        (kind, reach, flip), (low, high) = self._whole, self._area
-        ratios, table = self._ratios, self._lookup
+        options, area, ratios, table = self._options, self._area, self._ratios, self._lookup
 
-        # FFCV compiles this for each loader. It only passes on, so that the loop itself is compiled once a process.
+        # FFCV compiles this for each loader. It only passes on, so that the loop itself is compiled once a process: options in
+        # arrays, because numba would compile the loop anew for each whole number that it finds in a closure.
         def decode(indices_B, memory, records, storage):
             out_BCSS, keys_B2, status_B1 = memory
-            batch(indices_B, out_BCSS, keys_B2, status_B1, records, storage, kind, reach, flip, low, high, ratios, table)
+            batch(indices_B, out_BCSS, keys_B2, status_B1, records, storage, options, area, ratios, table)
             return out_BCSS
 
         return decode
 
 
 def ratio_table(ratio: tuple[float, float]) -> NDArray[np.float64]:
-    """4096 aspect ratios (width / height), evenly spaced in their logarithm over `ratio`, rounded so that libm does not matter."""
+    """4096 aspect ratios (width / height), evenly spaced in their logarithm, rounded so that libm does not matter."""
     low, high = (math.log(each) for each in ratio)
     return np.array([round(math.exp(low + (high - low) * (i + 0.5) / 4096), 6) for i in range(4096)])
 
@@ -93,9 +93,10 @@ def lookup(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float3
 
 @cache
 def functions() -> SimpleNamespace:
-    """The compiled parts. `crop_box(h, w, seed, epoch, index, low, high, ratios)` is (top, left, height, width)."""
+    """The compiled parts. `crop_box(h, w, seed, epoch, index, area, ratios)` is (top, left, height, width)."""
     compiled_here = njit(nogil=True, fastmath=False, error_model="numpy")
-    bits, decode_jpg, resize = make(compiled_here), njit(nogil=True)(imdecode), njit(nogil=True)(resize_crop)
+    bits, resize = make(compiled_here), njit(nogil=True)(resize_crop)
+    decode_jpg: Any = njit(nogil=True)(imdecode)
     jpg = JPG
     s32, s11, s52 = np.uint64(32), np.uint64(11), np.uint64(52)
     draw_flip, draw_y, draw_x = np.uint64(FLIP), np.uint64(SHIFT_Y), np.uint64(SHIFT_X)
@@ -107,13 +108,13 @@ def functions() -> SimpleNamespace:
         return np.int64(((random_bits >> s32) * np.uint64(n)) >> s32)
 
     @compiled_here
-    def crop_box(h, w, seed, epoch, index, low, high, ratios):
+    def crop_box(h, w, seed, epoch, index, area, ratios):
         for attempt in range(10):
             unit = np.float64(bits(seed, epoch, index, draws[attempt, 0]) >> s11) * 2.0**-53
-            area = np.float64(h * w) * (low + (high - low) * unit)
+            pixels = np.float64(h * w) * (area[0] + (area[1] - area[0]) * unit)
             ratio = ratios[bits(seed, epoch, index, draws[attempt, 1]) >> s52]
-            width = np.int64(math.floor(math.sqrt(area * ratio) + 0.5))
-            height = np.int64(math.floor(math.sqrt(area / ratio) + 0.5))
+            width = np.int64(math.floor(math.sqrt(pixels * ratio) + 0.5))
+            height = np.int64(math.floor(math.sqrt(pixels / ratio) + 0.5))
             if 0 < width <= w and 0 < height <= h:
                 top = below(bits(seed, epoch, index, draws[attempt, 2]), h - height + 1)
                 left = below(bits(seed, epoch, index, draws[attempt, 3]), w - width + 1)
@@ -147,9 +148,9 @@ def functions() -> SimpleNamespace:
                     out_CSS[0, y, x] = table[0, level]
 
     @compiled_here
-    def view(out_CSS, pixels_hw3, seed, epoch, index, kind, reach, flip, low, high, ratios, table):
+    def view(out_CSS, pixels_hw3, seed, epoch, index, options, area, ratios, table):
         """Crop and normalise one decoded image."""
-        side = out_CSS.shape[1]
+        side, kind, reach, flip = out_CSS.shape[1], options[0], options[1], options[2]
         h, w = np.int64(pixels_hw3.shape[0]), np.int64(pixels_hw3.shape[1])
         mirrored = flip == 1 and below(bits(seed, epoch, index, draw_flip), 2) == 1
         if kind == WINDOW:
@@ -160,9 +161,9 @@ def functions() -> SimpleNamespace:
             put(out_CSS, pixels_hw3, top, left, mirrored, table)
             return
         if kind == RESIZED:
-            top, left, height, width = crop_box(h, w, seed, epoch, index, low, high, ratios)
+            top, left, height, width = crop_box(h, w, seed, epoch, index, area, ratios)
         else:
-            height = max(1, np.int64(low * min(h, w)))
+            height = max(1, np.int64(area[0] * min(h, w)))
             width = height
             top, left = (h - height) // 2, (w - width) // 2
         resized = np.empty((side, side, 3), np.uint8)
@@ -170,7 +171,7 @@ def functions() -> SimpleNamespace:
         put(out_CSS, resized, 0, 0, mirrored, table)
 
     @compiled_here
-    def sample(b, indices_B, out_BCSS, keys, status, records, storage, kind, reach, flip, low, high, ratios, table):
+    def sample(b, indices_B, out_BCSS, keys, status, records, storage, options, area, ratios, table):
         file, addresses, sizes = storage
         index = np.uint64(indices_B[b])
         record = records[index]
@@ -184,10 +185,10 @@ def functions() -> SimpleNamespace:
             pixels = np.empty((h, w, 3), np.uint8)
             status[b, 0] = decode_jpg(stored, pixels, h, w, h, w, 0, 0, 1, 1, False, False)
             if status[b, 0] == 0:
-                view(out_BCSS[b], pixels, seed, epoch, index, kind, reach, flip, low, high, ratios, table)
+                view(out_BCSS[b], pixels, seed, epoch, index, options, area, ratios, table)
         else:
             pixels_hw3 = stored.reshape((h, w, 3))
-            view(out_BCSS[b], pixels_hw3, seed, epoch, index, kind, reach, flip, low, high, ratios, table)
+            view(out_BCSS[b], pixels_hw3, seed, epoch, index, options, area, ratios, table)
 
     return SimpleNamespace(bits=bits, below=below, crop_box=crop_box, sample=sample)
 
@@ -198,14 +199,14 @@ def compiled(parallel: bool) -> Any:
     sample = functions().sample
     if not parallel:
 
-        def batch(indices_B, out_BCSS, keys, status, records, storage, kind, reach, flip, low, high, ratios, table):
+        def batch(indices_B, out_BCSS, keys, status, records, storage, options, area, ratios, table):
             for b in range(len(indices_B)):
-                sample(b, indices_B, out_BCSS, keys, status, records, storage, kind, reach, flip, low, high, ratios, table)
+                sample(b, indices_B, out_BCSS, keys, status, records, storage, options, area, ratios, table)
 
         return njit(nogil=True, error_model="numpy")(batch)
 
-    def batch_parallel(indices_B, out_BCSS, keys, status, records, storage, kind, reach, flip, low, high, ratios, table):
+    def batch_parallel(indices_B, out_BCSS, keys, status, records, storage, options, area, ratios, table):
         for b in prange(len(indices_B)):
-            sample(b, indices_B, out_BCSS, keys, status, records, storage, kind, reach, flip, low, high, ratios, table)
+            sample(b, indices_B, out_BCSS, keys, status, records, storage, options, area, ratios, table)
 
     return njit(nogil=True, parallel=True, error_model="numpy")(batch_parallel)

@@ -22,10 +22,10 @@ VAL_RATIO = 224 / 256  # of the shorter side: resize to 256, cut out 224
 class Beton:
     """Square images of `size` pixels a side with `channels` 3 (RGB) or 1 (luma).
 
-    `crop`, of training and evaluation images:
-      "resized"  random resized crop (`area`, `ratio`; default 0.08-1 and 3/4-4/3)   | central 224/256, resized      ImageNet
-      "shift"    window moved by up to `reach` pixels (default 4), zeros come in     | central window                 CIFAR, Fashion
-      "centre"   central 224/256, resized                                            | the same
+    `crop` of training images; of evaluation images:
+      "resized"  random resized crop (`area` 0.08-1, `ratio` 3/4-4/3); central 224/256, resized     as is usual for ImageNet
+      "shift"    window moved by up to `reach` pixels (4), black comes in; central window           for CIFAR and Fashion
+      "centre"   central 224/256, resized; the same
     A "shift" never resizes: it takes images whose sides differ from `size` by a quarter of it at most (28 in 32, zeros around).
     `flip`: "random" mirrors every second training image, "never" none.
     `mean`, `std`: a value a channel, of pixels scaled to 0..1.
@@ -116,13 +116,19 @@ class Beton:
 
         channels, size, _ = self.shape
         train = name == "train"
-        common = {"size": size, "channels": channels, "mean": self.mean, "std": self.std, "parallel": parallel}
-        common["flip"] = train and self.flip == "random"
-        if self.crop == "shift":
-            return Decode(kind=WINDOW, reach=self.reach if train else 0, **common)
-        if self.crop == "resized" and train:
-            return Decode(kind=RESIZED, area=self.area, ratio=self.ratio, **common)
-        return Decode(kind=CENTRE, area=(VAL_RATIO, VAL_RATIO), **common)
+        kind = WINDOW if self.crop == "shift" else RESIZED if self.crop == "resized" and train else CENTRE
+        return Decode(
+            kind=kind,
+            size=size,
+            channels=channels,
+            reach=self.reach if train else 0,
+            flip=train and self.flip == "random",
+            area=self.area if kind == RESIZED else (VAL_RATIO, VAL_RATIO),
+            ratio=self.ratio,
+            mean=self.mean,
+            std=self.std,
+            parallel=parallel,
+        )
 
     def _path(self, name: str) -> Path:
         return self.folder.expanduser() / f"{name}.beton"
@@ -134,13 +140,12 @@ class Beton:
         return manifest
 
 
-def _check_options(
-    data: Beton, area: tuple[float, float] | None, ratio: tuple[float, float] | None, reach: int | None
-) -> None:
+def _check_options(data: Beton, area: tuple[float, float] | None, ratio: tuple[float, float] | None, reach: int | None) -> None:
     channels, size, _ = data.shape
     if data.classes < 1 or size < 1 or channels not in (1, 3):
         raise DataError(
-            f"Beton: classes and size must be 1 or more, channels 1 or 3; got classes={data.classes}, size={size}, channels={channels}"
+            "Beton: classes and size must be 1 or more, channels 1 or 3; "
+            f"got classes={data.classes}, size={size}, channels={channels}"
         )
     if data.crop not in ("resized", "shift", "centre"):
         raise DataError(f"Beton: crop must be 'resized', 'shift' or 'centre'; got {data.crop!r}")

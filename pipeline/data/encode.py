@@ -1,15 +1,15 @@
-"""One image, from a file or from memory, to the bytes that a .beton stores. Runs in worker processes, so it needs no torch of its own.
+"""One image, from a file or from memory, to the bytes that a .beton stores; in this process or in several.
 
-A JPEG that fits `max_resolution` is stored as it is in mode "jpg", provided that FFCV's decoder takes it without a warning; so is a
-progressive or a grey one. All else (PNG, CMYK, a JPEG with stray bytes, one too large) is decoded by Pillow to RGB, shrunk by area
-averaging and encoded anew. EXIF orientation is ignored, as torchvision's ImageFolder ignores it.
+A JPEG that fits `max_resolution` is stored as it is in mode "jpg", a progressive or grey one too, provided that FFCV's decoder
+takes it without a warning. All else (PNG, CMYK, a JPEG with stray bytes, one too large) is decoded by Pillow to RGB, shrunk by
+area averaging and encoded anew. EXIF orientation is ignored, as torchvision's ImageFolder ignores it.
 """
 
 import io
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
-from collections import deque
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,7 +28,7 @@ CHUNK = 32  # images a worker takes at a time
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """How images are stored. `jpg_share`: the part of them stored as JPEG in mode "mixed", chosen by a hash of the image's number."""
+    """How images are stored. `jpg_share`: the part stored as JPEG in mode "mixed", chosen by a hash of the image's number."""
 
     mode: Literal["jpg", "raw", "mixed"]
     max_resolution: int | None = None  # pixels of the longer side

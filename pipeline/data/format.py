@@ -43,7 +43,7 @@ class BetonWriter:
         self._pages_offset = -(-(_metadata_offset() + self._metadata.nbytes) // page_bytes) * page_bytes
         self._page = bytearray()
         self._pages = 0  # written out
-        self._file = open(path, "wb")
+        self._file = path.open("wb")
         self._file.seek(self._pages_offset)
 
     def add(self, payload: bytes, *, mode: int, height: int, width: int, label: int) -> None:

@@ -90,7 +90,7 @@ def check(path: Path) -> Manifest:
     size = path.stat().st_size
     if size != manifest.bytes:
         raise DataError(f"data: {path} must have {manifest.bytes} bytes by its manifest; got {size}: truncated, or another file")
-    with open(path, "rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as file:
         for name, offset, length, expected in _expected(manifest):
             if _xxh3(file, offset, length) != expected:
                 raise DataError(
@@ -112,7 +112,7 @@ def verify(path: Path) -> list[Manifest]:
 
 
 class ContentHash:
-    """sha256 over the class names and, in index order, each sample's label, storage code, height, width and xxh3-128 of its bytes."""
+    """sha256 over the class names and, in index order, each sample's label, storage code, height, width and xxh3-128."""
 
     def __init__(self, classes: list[str]) -> None:
         self._hash = hashlib.sha256(json.dumps(classes).encode())
@@ -127,7 +127,7 @@ class ContentHash:
 def describe(path: Path, *, name: str, content: str, classes: list[str], labels: list[int], **more: Any) -> Manifest:
     """The manifest of a file just written, which is read back for it. `name`: what the file will be called."""
     layout = beton.layout(path)
-    with open(path, "rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         regions = [[r.name, r.offset, r.size, _xxh3(file, r.offset, r.size)] for r in (*layout.front, layout.table)]
         pages = [_xxh3(file, page.offset, page.size) for page in layout.pages]
@@ -153,16 +153,16 @@ def content_of(path: Path, classes: list[str]) -> str:
     Raises: DataError if the file's tables contradict each other.
     """
     found, content = beton.samples(path), ContentHash(classes)
-    view = memoryview(np.memmap(path, np.uint8, "r"))
+    view = np.memmap(path, np.uint8, "r")
     for record, label, size in zip(found.records.tolist(), found.labels.tolist(), found.sizes.tolist(), strict=True):
         mode, width, height, address = record
-        content.add(view[address : address + size], mode=mode, height=height, width=width, label=label)
+        content.add(view[address : address + size].data, mode=mode, height=height, width=width, label=label)
     return content.hexdigest()
 
 
 def _verify_file(path: Path) -> Manifest:
     manifest = check(path)
-    with open(path, "rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as file:
         if (sha256 := hashlib.file_digest(file, "sha256").hexdigest()) != manifest.sha256:
             raise DataError(f"verify: {path}: sha256 must be {manifest.sha256}; got {sha256}")
     if (content := content_of(path, manifest.classes)) != manifest.content:

@@ -5,6 +5,7 @@ sets torch's number of threads. Subclassed here, so that its reading, scheduling
 """
 
 import ctypes
+import importlib
 import logging
 import sys
 import time
@@ -56,9 +57,9 @@ def usable_threads(threads: int) -> int:
     """
     if threads < 1:
         raise DataError(f"data: threads must be 1 or more; got {threads}")
-    most = numba.config.NUMBA_NUM_THREADS  # the CPU affinity, unless the environment says otherwise (0.68.1)
+    most = numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]  # the CPU affinity, unless the environment says otherwise (0.68.1)
     if threads > most:
-        logger.warning("data: %d loader threads asked for, %d used: this process may use no more (NUMBA_NUM_THREADS)", threads, most)
+        logger.warning("data: %d loader threads asked for, %d used: this process may use no more", threads, most)
         threads = most
     if threads > 1:
         _demand_tbb()
@@ -115,8 +116,10 @@ class BetonLoader:
 
 
 class _Pages(OSCacheManager):
-    """The file mapped into memory: one page cache for all ranks of a machine. Leaves out FFCV's dictionaries of samples and pages,
-    which only its own page cache needs and which take seconds and hundreds of MB at 1.28 M samples."""
+    """The file mapped into memory: one page cache for all ranks of a machine.
+
+    Leaves out FFCV's dictionaries of samples and pages (1.0.2), which only its own page cache needs: one set for each sample.
+    """
 
     def __init__(self, reader: Reader) -> None:
         order = np.argsort(reader.alloc_table["ptr"])
@@ -133,7 +136,6 @@ class _Loader(FFCVLoader):
         self.fname, self.batch_size, self.batches_ahead, self.num_workers = str(path), batch_size, 3, threads
         self.reader = Reader(self.fname)
         self.memory_manager = _Pages(self.reader)
-        self.traversal_order = None
         Compiler.set_num_threads(threads)
         pipelines = {"image": PipelineSpec("image", decoder=decode)}
         self.graph = Graph(pipelines, self.reader.handlers, {"image": 0}, self.reader.metadata, None)
@@ -151,11 +153,12 @@ class _Reading(EpochIterator):
 
     def __init__(self, loader: _Loader, ids: NDArray[np.int64], *, seed: int, epoch: int, hang_s: float) -> None:
         self._keys, self._hang_s, self._closing = (seed, epoch), hang_s, Lock()
-        super().__init__(loader, ids.astype(np.uint64))
+        self._node = loader.decode_node
+        super().__init__(loader, ids.astype(np.uint64))  # pyright: ignore[reportArgumentType]
 
     def start(self) -> None:
         # The base class has allocated its memory and is about to run.
-        memory = self.memory_allocations["operation"][self.loader.decode_node]
+        memory = self.memory_allocations["operation"][self._node]
         memory[Decode.KEYS][...] = np.array(self._keys, np.uint64)
         self._status = memory[Decode.STATUS]
         super().start()
@@ -172,7 +175,9 @@ class _Reading(EpochIterator):
         failed = np.flatnonzero(self._status[slot][: len(index_B), 0])
         if len(failed):
             names = ", ".join(str(i) for i in index_B[failed][:10])
-            raise DataError(f"data: {self.loader.fname}: cannot decode the JPEG of samples [{names}]; run `spiketrain data verify`")
+            raise DataError(
+                f"data: {self.loader.fname}: cannot decode the JPEG of samples [{names}]; run `spiketrain data verify`"
+            )
         # The slot is written again two batches later. Pinned where a GPU waits for it, so that the copy there can overlap.
         x_BCSS = torch.empty(view_BCSS.shape, dtype=torch.float32, pin_memory=torch.cuda.is_available())
         return x_BCSS.copy_(torch.from_numpy(view_BCSS))
@@ -210,8 +215,6 @@ class _Reading(EpochIterator):
             if isinstance(item, _Failure):
                 error = item.error
                 raise LoaderError(f"data: the loader of {self.loader.fname} failed: {type(error).__name__}: {error}") from error
-            if torch.cuda.is_available():
-                self.current_stream.wait_stream(self.cuda_streams[item[0]])
             return item
 
 
@@ -225,15 +228,17 @@ def _drain(queue: Any) -> None:
 
 def _demand_tbb() -> None:
     """Of numba's threading layers, OpenMP's kills a forked child and workqueue aborts with two loaders at once (0.68.1)."""
+    name = "numba.np.ufunc.tbbpool"  # importing it asks the dynamic linker for libtbb.so.12
     try:
-        from numba.np.ufunc import tbbpool  # noqa: F401  (asks the dynamic linker for libtbb.so.12)
+        importlib.import_module(name)
     except ImportError:
-        # The wheel `tbb` puts its library where the linker does not look; loaded by its path, numba's request finds it.
+        # The wheel `tbb` puts its library where the linker does not look; once loaded by its path, it answers numba's request.
         try:
             ctypes.CDLL(str(Path(sys.prefix) / "lib" / "libtbb.so.12"), mode=ctypes.RTLD_GLOBAL)
-            from numba.np.ufunc import tbbpool  # noqa: F401
+            importlib.import_module(name)
         except (OSError, ImportError) as error:
             raise DataError(
-                f"data: more than 1 loader thread needs TBB (pip install tbb, or apt install libtbb12), or set threads=1; got: {error}"
+                "data: more than 1 loader thread needs TBB (pip install tbb, or apt install libtbb12), or set threads=1; "
+                f"got: {error}"
             ) from error
-    numba.config.THREADING_LAYER = "tbb"
+    numba.config.THREADING_LAYER = "tbb"  # pyright: ignore[reportAttributeAccessIssue]

@@ -79,7 +79,7 @@ def _fashion_set(folder: Path, name: str, prefix: str) -> Source:
 
 
 def _idx(folder: Path, name: str) -> NDArray[np.uint8]:
-    """An array in MNIST's format: two zero bytes, 8 (uint8), the number of axes, their lengths as big-endian uint32, the values."""
+    """An array in MNIST's format: two zero bytes, 8 (uint8), number of axes, their lengths (big-endian uint32), the values."""
     packed, plain = folder / f"{name}.gz", folder / name
     try:
         content = gzip.decompress(packed.read_bytes()) if packed.is_file() else plain.read_bytes()

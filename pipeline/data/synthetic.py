@@ -133,8 +133,8 @@ def _uniform(seed: int, draw: int, shape: tuple[int, ...]) -> NDArray[np.float64
 
 def _interpolation(size: int) -> NDArray[np.float64]:
     """The matrix that interpolates 4 values linearly to `size`: [size, 4]."""
-    place: NDArray[np.float64] = np.linspace(0, 3, size, dtype=np.float64)
-    return np.maximum(0.0, 1.0 - np.abs(place[:, None] - np.arange(4)))
+    place = np.linspace(0, 3, size)
+    return np.asarray(np.maximum(0.0, 1.0 - np.abs(place[:, None] - np.arange(4))), np.float64)
 
 
 def _shift_flip(x_BCHW: NDArray[np.float32], ids_B: NDArray[np.int64], *, seed: int, epoch: int) -> NDArray[np.float32]:
