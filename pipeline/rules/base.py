@@ -146,6 +146,17 @@ def steps_share(logits_TBK: Tensor, loss_of: LossOf, *, steps: int) -> tuple[Ten
     return torch.stack(losses).sum() / steps, logits_TBK.detach().sum(0) / steps
 
 
+def slices(x_TB: Tensor, chunk: int) -> Iterator[Tensor]:
+    """The input of an online rule, `chunk` steps at a time, each slice in storage of its own.
+
+    The first synapse keeps its input for the backward. A slice that is a view would keep, and count as, all T steps; a
+    slice of a repeated frame is as small as the frame and is not copied.
+    """
+    for x_cB in x_TB.split(chunk):
+        whole = x_cB.untyped_storage().nbytes() > x_cB.numel() * x_cB.element_size()
+        yield x_cB.clone() if whole else x_cB
+
+
 def named_neurons(model: nn.Module) -> list[tuple[str, LIF]]:
     """Every LIF of `model` with its module name, in the order of construction."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LIF)]

@@ -17,6 +17,7 @@ from pipeline.rules.base import (
     counter_hash,
     named_neurons,
     refuse_batch_norm_over_time,
+    slices,
     steps_share,
 )
 from pipeline.spiking.state import fresh_state
@@ -70,11 +71,11 @@ class SLTT(Rule):
         selected = selected_steps(steps, k, seed=self.world.seed, step=step)
         scale = steps / k if self.rescale else 1.0
         with fresh_state(model):
-            for start in range(0, steps, self.chunk):
-                learns = start in selected or k == steps
+            for index, x_cB in enumerate(slices(x_TB, self.chunk)):
+                learns = k == steps or index in selected
                 # The block ends before the yield: a generator suspended inside it would switch off the consumer's graph.
                 with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-                    logits_TBK = model(x_TB[start : start + self.chunk])
+                    logits_TBK = model(x_cB)
                     loss, share_BK = steps_share(logits_TBK, loss_of, steps=steps)
                     backward = loss * scale if learns else None
                 objective = Objective(backward=backward, loss=loss.detach(), logits=share_BK)

@@ -29,7 +29,8 @@ def test_folded_equals_slices(shape):
     assert torch.equal(one.running_mean, many.running_mean) and torch.equal(one.running_var, many.running_var)
     gradients = [torch.autograd.grad((y * upstream).sum(), x)[0] for y in (folded, sliced)]
     assert torch.equal(*gradients)
-    one.eval(), many.eval()
+    one.eval()
+    many.eval()
     assert torch.allclose(one(x), torch.cat([many(x[t : t + 1]) for t in range(4)]), atol=1e-14)
 
 
@@ -40,7 +41,8 @@ def test_per_step_is_torchs_batch_norm_called_at_each_step(shape):
     x = double(*shape)
     assert torch.allclose(ours(x), torch.stack([theirs(x_t) for x_t in x]), atol=1e-13)
     assert torch.allclose(ours.running_var, theirs.running_var)
-    ours.eval(), theirs.eval()
+    ours.eval()
+    theirs.eval()
     assert torch.allclose(ours(x), torch.stack([theirs(x_t) for x_t in x]), atol=1e-13)
 
 

@@ -37,9 +37,15 @@ def test_state_lives_as_long_as_the_block():
 
 def test_state_is_cleared_when_the_block_raises():
     model = network()
-    with pytest.raises(RuntimeError, match="midway"), fresh_state(model):
-        model(torch.randn(2, 7, 3))
-        raise RuntimeError("midway")
+
+    def interrupted():
+        with fresh_state(model):
+            model(torch.randn(2, 7, 3))
+            raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        interrupted()
+    assert state_bytes(model) == 0
     with fresh_state(model):
         model(torch.randn(1, 2, 3))
 

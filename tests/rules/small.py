@@ -1,0 +1,72 @@
+"""What the tests of rules share: a batch, a loss, and gradients by a rule."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.rules.base import Objective, Rule
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.synapse import Linear
+
+FEATURES, CLASSES, SEED = 6, 3, 8
+
+
+def lif_network(**neuron) -> nn.Sequential:
+    """Two hidden layers that spike at about a third of the steps on `batch`, in float64."""
+    generator = torch.Generator().manual_seed(SEED)
+    model = nn.Sequential(Linear(FEATURES, 8), LIF(**neuron), Linear(8, 7), LIF(**neuron), Linear(7, CLASSES)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.9 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def batch(steps: int, *, size: int = 5, features: int = FEATURES, classes: int = CLASSES) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(steps)
+    x_TBC = 1.5 * torch.randn(steps, size, features, generator=generator, dtype=torch.float64)
+    return x_TBC, torch.randint(classes, (size,), generator=generator)
+
+
+def cross_entropy(target_B: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda logits_BK: F.cross_entropy(logits_BK, target_B)
+
+
+def learn(objectives: Iterable[Objective]) -> list[Objective]:
+    """Differentiate each objective as it comes, as the training loop does."""
+    seen = []
+    for objective in objectives:
+        if objective.backward is not None:
+            objective.backward.backward()
+        seen.append(objective)
+    return seen
+
+
+def gradients(rule: Rule, model: nn.Module, x_TB: Tensor, loss_of, *, step: int = 0, **attach) -> dict[str, Tensor]:
+    """The gradient of every parameter that one batch gives under `rule`; the model is as before afterwards."""
+    model.zero_grad()
+    rule.attach(model, **attach)
+    try:
+        learn(rule.objectives(model, x_TB, loss_of, step=step))
+    finally:
+        rule.release()
+    found = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+def spikes_of(model: nn.Module) -> dict[str, list[Tensor]]:
+    """Fills with the output of every LIF as the model runs."""
+    record: dict[str, list[Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LIF):
+            record[name] = []
+            module.register_forward_hook(lambda _m, _x, s_TB, kept=record[name]: kept.append(s_TB.detach()))
+    return record
+
+
+def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The largest difference of two sets of gradients."""
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)

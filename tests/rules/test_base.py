@@ -1,0 +1,86 @@
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.rules.base import Objective, Rule, World, counter_hash, named_neurons
+from pipeline.rules.bptt import BPTT
+from tests.rules.small import FEATURES, batch, cross_entropy, lif_network
+
+
+def test_counter_hash_starts_as_splitmix64():
+    # First outputs of the reference C code (prng.di.unimi.it/splitmix64.c) for the states 0 and 1234567.
+    assert counter_hash(0) == 0xE220A8397B1DCDAF
+    assert counter_hash(1234567) == 6457827717110365317
+
+
+def test_counter_hash_tells_counters_apart():
+    words = list(itertools.product(range(8), repeat=3))
+    assert len({counter_hash(*word) for word in words}) == len(words)
+    bits = [counter_hash(0, step, 0) for step in range(4000)]
+    for position in range(64):
+        share = sum(word >> position & 1 for word in bits) / len(bits)
+        assert 0.46 < share < 0.54  # 5 standard errors
+
+
+def test_world_is_one_rank_by_default():
+    statistic = torch.ones(2)
+    assert World() == World(seed=0, rank=0, size=1) and World().mean(statistic) is statistic
+
+
+def test_a_rule_does_not_own_the_network():
+    rule, model = BPTT(), lif_network()
+    rule.attach(model)
+    assert not list(rule.parameters()) and not rule.state_dict() and len(list(rule.modules())) == 1
+
+
+def test_named_neurons():
+    assert [name for name, _ in named_neurons(lif_network())] == ["1", "3"]
+
+
+def test_refusals_come_at_once():
+    rule, model = BPTT(), lif_network()
+    x_TBC, target = batch(2)
+    with pytest.raises(ValueError, match=r"BPTT: attach\(model\) comes before objectives"):
+        rule.objectives(model, x_TBC, cross_entropy(target))
+    with pytest.raises(ValueError, match=r"BPTT: over_time must be 'steps' or 'mean'; got over_time='sum'"):
+        rule.attach(model, over_time="sum")  # type: ignore[arg-type]
+    rule.attach(model)
+    with pytest.raises(ValueError, match=r"BPTT: the input must be time first, .* got shape \(5, 6\)"):
+        rule.objectives(model, x_TBC[0], cross_entropy(target))
+    with pytest.raises(ValueError, match=r"BPTT: objectives needs the attached model"):
+        rule.objectives(lif_network(), x_TBC, cross_entropy(target))
+
+
+def test_a_wrapper_of_the_attached_model_will_do():
+    rule, model = BPTT(), lif_network()
+    rule.attach(model)
+    assert len(list(rule.objectives(nn.Sequential(model), batch(2)[0], cross_entropy(batch(2)[1])))) == 1
+
+
+@pytest.mark.parametrize("taken", ["whole", "part", "wrapper"])
+def test_a_model_that_carries_a_rule_refuses_another(taken):
+    model = lif_network()
+    BPTT().attach({"whole": model, "part": model[1], "wrapper": nn.Sequential(model)}[taken])
+    with pytest.raises(ValueError, match="BPTT: the model must carry no rule yet; got BPTT"):
+        BPTT().attach(model)
+
+
+class Steps(Rule):
+    """Reports the step it was given."""
+
+    memory = "constant"
+
+    def _objectives(self, model, x_TB, loss_of, step, rows):
+        yield Objective(backward=None, loss=torch.tensor(float(step)), logits=torch.tensor(list(rows)))
+
+
+def test_step_counts_on_and_rows_count_from_zero():
+    rule, model = Steps(), nn.Identity()
+    rule.attach(model)
+    x_TB = torch.zeros(1, 3, FEATURES)
+    steps = [next(rule.objectives(model, x_TB, torch.sum, step=given)).loss.item() for given in (None, None, 7, None, 0, None)]
+    assert steps == [0, 1, 7, 8, 0, 1]
+    assert next(rule.objectives(model, x_TB, torch.sum)).logits.tolist() == [0, 1, 2]
+    assert next(rule.objectives(model, x_TB, torch.sum, rows=[4, 9, 2])).logits.tolist() == [4, 9, 2]
