@@ -56,7 +56,8 @@ class Delivery:
         self._step = 0  # newest step of any event
         self._params: dict[str, str] = {}
         self._tags: dict[str, str] = {}
-        self._status = ("", 0)
+        self._status = ("", 0)  # in MLflow, with the end in milliseconds
+        self._parent_knows = ""
         self._counts = {"quarantined": 0, "skipped_samples": 0}
 
     def advance(self, *, leaving: bool = False) -> bool:
@@ -204,27 +205,30 @@ class Delivery:
 
     def _set_status(self, status: str, ended: int) -> None:
         assert self._client is not None
-        if not status or (status == self._status[0] and (status == "RUNNING" or ended in (0, self._status[1]))):
-            return
-        if status == "RUNNING":
+        if status == "RUNNING" and self._status[0] != status:
             self._client.update_run(self._run_id, status=status)
-        else:
+        elif status not in ("", "RUNNING") and (status != self._status[0] or ended not in (0, self._status[1])):
             self._client.set_terminated(self._run_id, status=status, end_time=ended or None)
+        elif status in ("", self._parent_knows):
+            return
         self._status = (status, ended)
         if self._parent_id:
-            self._set_parent_status()
+            self._set_parent_status(self._parent_id)
+        self._parent_knows = status
 
-    def _set_parent_status(self) -> None:
+    def _set_parent_status(self, parent_id: str) -> None:
         """RUNNING while one of its runs is; then FINISHED, or FAILED when one of them did not finish."""
         assert self._client is not None
-        experiment_id = self._client.get_run(self._run_id).info.experiment_id
-        runs = self._client.search_runs([experiment_id], f"tags.`{_PARENT_OF}` = '{self._parent_id}'")
+        parent = self._client.get_run(parent_id)
+        runs = self._client.search_runs([parent.info.experiment_id], f"tags.`{_PARENT_OF}` = '{parent_id}'")
         states = {run.info.status for run in runs}
-        assert self._parent_id is not None
-        if "RUNNING" in states:
-            self._client.update_run(self._parent_id, status="RUNNING")
+        status = "RUNNING" if "RUNNING" in states else "FINISHED" if states == {"FINISHED"} else "FAILED"
+        if status == parent.info.status:
+            return
+        if status == "RUNNING":
+            self._client.update_run(parent_id, status=status)
         else:
-            self._client.set_terminated(self._parent_id, status="FINISHED" if states == {"FINISHED"} else "FAILED")
+            self._client.set_terminated(parent_id, status=status)
 
     def _send_files(self) -> None:
         assert self._client is not None

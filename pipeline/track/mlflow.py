@@ -124,9 +124,7 @@ class Mirror:
 def _one_line(uri: str, error: Exception) -> str:
     if isinstance(error, TrackingError):
         return str(error)
-    place = re.sub(r"//[^/@]*@", "//", uri)  # without a password
     lines = str(error).strip().splitlines() or [""]
-    reason = f"{type(error).__name__}: {lines[0]}"
-    return (
-        f"MLflow at {place} cannot be filled ({reason[:300]}); the journal keeps everything, `spiketrain sync` delivers it later"
-    )
+    text = f"MLflow at {uri} cannot be filled ({type(error).__name__}: {lines[0][:300]})"
+    text = re.sub(r"//[^/@\s]*@", "//", text)  # without a password
+    return f"{text}; the journal keeps everything, `spiketrain sync` delivers it later"

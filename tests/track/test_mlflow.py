@@ -1,0 +1,368 @@
+from __future__ import annotations
+
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.track.base import TrackingError
+from pipeline.track.delivery import Delivery, connect
+from pipeline.track.mlflow import Mirror, SyncReport, sync, tracking_uri
+from tests.track.conftest import FakeRun, steps
+
+
+def find(uri: str, run: FakeRun) -> Any:
+    """The one MLflow run of a training run."""
+    client = connect(uri)
+    experiment = client.get_experiment_by_name(f"spiketrain/{run.study[:8]}")
+    assert experiment is not None
+    (found,) = client.search_runs([experiment.experiment_id], f"tags.`spiketrain.run_id` = '{run.run_id}'")
+    return client.get_run(found.info.run_id)
+
+
+def history(uri: str, run: FakeRun, key: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in connect(uri).get_metric_history(find(uri, run).info.run_id, key)]
+
+
+def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
+    run = fake_run(study="aa11" * 8)
+    with run.start(study_parent="f" * 32) as journal:
+        steps(journal, 0, 3)
+        journal.event("evaluation", step=2, epoch=0, metrics={"top1": 0.7, "loss": math.nan})
+        journal.event("epoch", step=2, epoch=0, metrics={"images_per_s": 100.0})
+        journal.event("checkpoint", step=2, path="checkpoints/step_00000002", seconds=0.5, bytes=12)
+        journal.event("skipped", reason="not finite", samples=8)
+        journal.event("skipped", reason="not finite", samples=8)
+        journal.event("finish", steps=3, top1=0.7, peak_saved_bytes=4096, rule="SLTT", restarts=0)
+    (run.folder / "summary.json").write_text("{}")
+    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=17, already_there=0)
+
+    found = find(sqlite_store, run)
+    assert found.info.status == "FINISHED"
+    assert found.info.run_name == "a_run"
+    assert found.info.start_time <= found.info.end_time
+    assert found.data.params == {"optimizer.lr": "0.05", "epochs": "2"}
+    tags = found.data.tags
+    expected = {"rule": "SLTT", "seed": "3", "world_size": "2", "commit": "0123abcd", "study": run.study, "skipped_samples": "16"}
+    assert {name: tags[f"spiketrain.{name}"] for name in expected} == expected
+    assert tags["hardware.cpu"] == "a cpu"
+    assert history(sqlite_store, run, "train/loss") == [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3))]
+    assert history(sqlite_store, run, "train/memory_bytes") == [(0, 1000), (1, 1000), (2, 1000)]
+    assert history(sqlite_store, run, "val/top1") == [(2, 0.7)]
+    assert math.isnan(history(sqlite_store, run, "val/loss")[0][1])
+    assert history(sqlite_store, run, "epoch/images_per_s") == [(2, 100.0)]
+    assert history(sqlite_store, run, "checkpoint/bytes") == [(2, 12)]
+    assert history(sqlite_store, run, "summary/peak_saved_bytes") == [(3, 4096)]
+    times = [point.timestamp for point in connect(sqlite_store).get_metric_history(found.info.run_id, "train/loss")]
+    assert times[0] == pytest.approx(found.info.start_time, abs=1000)
+
+    client = connect(sqlite_store)
+    assert {file.path for file in client.list_artifacts(found.info.run_id)} == {"recipe.json", "summary.json"}
+    assert (run.folder.parent / "mlartifacts").is_dir()  # and not under the working directory
+    parent = client.get_run(tags["mlflow.parentRunId"])
+    assert (parent.info.status, parent.data.tags["spiketrain.study_parent"]) == ("FINISHED", "f" * 32)
+
+    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=0, already_there=17)
+    assert find(sqlite_store, run).info.end_time == found.info.end_time
+
+
+def test_the_runs_of_one_comparison_share_a_parent(fake_run: Callable, sqlite_store: str):
+    study, parent = "bb22" * 8, "e" * 32
+    first, second = (fake_run(name, study=study) for name in ("bptt", "sltt"))
+    with first.start(study_parent=parent, rule="BPTT") as journal:
+        journal.event("finish", steps=1)
+    with second.start(study_parent=parent) as journal:
+        steps(journal, 0, 1)
+        sync(first.folder, uri=sqlite_store)
+        mirror = Mirror(second.folder, uri=sqlite_store, interval=0.05)
+        parents = {find(sqlite_store, first).data.tags["mlflow.parentRunId"]}
+        client = connect(sqlite_store)
+        assert wait_for(lambda: client.get_run(min(parents)).info.status == "RUNNING")
+        journal.event("failed", error="out of memory")
+    assert mirror.close(20)
+    assert {find(sqlite_store, second).data.tags["mlflow.parentRunId"]} == parents
+    assert find(sqlite_store, second).info.status == "FAILED"
+    assert find(sqlite_store, second).data.tags["spiketrain.error"] == "out of memory"
+    assert client.get_run(min(parents)).info.status == "FAILED"
+
+
+def test_steps_that_a_rollback_repeats_count_once(fake_run: Callable, sqlite_store: str):
+    run = fake_run()
+    with run.start() as journal:
+        steps(journal, 0, 5)
+    assert sync(run.folder, uri=sqlite_store).delivered == 15
+    with run.start(step=2, world_size=4, params={"epochs": "3", "new": "1"}) as journal:
+        steps(journal, 2, 8, scale=100.0)
+    # 2, 3, 4 again: neither delivered nor counted
+    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=9, already_there=15)
+    expected = [(step, pytest.approx((1.0 if step < 5 else 100.0) / (step + 1))) for step in range(8)]
+    assert history(sqlite_store, run, "train/loss") == expected
+    found = find(sqlite_store, run)
+    assert found.data.params == {"optimizer.lr": "0.05", "epochs": "2", "new": "1"}  # written once, MLflow says
+    assert found.data.tags["spiketrain.world_size"] == "4"
+
+    other = fake_run("other")  # all of it at once gives the same
+    (other.folder / "journal.jsonl").write_bytes(
+        (run.folder / "journal.jsonl")
+        .read_bytes()
+        .replace(run.run_id.encode(), other.run_id.encode())
+        .replace(run.study.encode(), other.study.encode())
+    )
+    sync(other.folder, uri=sqlite_store)
+    assert history(sqlite_store, other, "train/loss") == expected
+
+
+def test_status_follows_stop_and_resume(fake_run: Callable, sqlite_store: str):
+    run = fake_run()
+    journal = run.start()
+    mirror = Mirror(run.folder, uri=sqlite_store, interval=0.05)
+    assert wait_for(lambda: find(sqlite_store, run).info.status == "RUNNING")
+    journal.event("stopped", step=3, reason="SIGTERM", resume_command="spiketrain resume a_run")
+    assert wait_for(lambda: find(sqlite_store, run).info.status == "KILLED")
+    assert mirror.close(20)
+    mirror = Mirror(run.folder, uri=sqlite_store, interval=0.05)
+    journal = run.start(step=3)
+    assert wait_for(lambda: find(sqlite_store, run).info.status == "RUNNING")
+    assert mirror.close(20)  # the driver leaves, and the worker said nothing of an end
+    assert find(sqlite_store, run).info.status == "KILLED"
+    mirror = Mirror(run.folder, uri=sqlite_store, interval=0.05)
+    run.start(step=3).event("finish", steps=5)
+    assert mirror.close(20)
+    assert find(sqlite_store, run).info.status == "FINISHED"
+    assert mirror.warning is None
+
+
+@pytest.mark.parametrize("effect", ["before", "after"])
+def test_a_driver_may_die_at_any_call(fake_run: Callable, sqlite_store: str, monkeypatch: pytest.MonkeyPatch, effect: str):
+    """Killed at the first call to MLflow, at the second, ... whether or not the call took effect; then another driver comes."""
+    fatal = 0
+    while True:
+        fatal += 1
+        run = fake_run(f"dies_at_{fatal}")
+        with run.start(study_parent=run.run_id[::-1]) as journal:
+            steps(journal, 0, 400)  # two batches
+            journal.event("finish", steps=400, top1=0.5)
+        with monkeypatch.context() as patch:
+            count = die_at_call(patch, fatal, effect)
+            try:
+                sync(run.folder, uri=sqlite_store)
+            except KeyboardInterrupt:
+                pass
+            else:
+                break
+        sync(run.folder, uri=sqlite_store)
+        assert [step for step, _ in history(sqlite_store, run, "train/loss")] == list(range(400))
+        found = find(sqlite_store, run)
+        assert len(connect(sqlite_store).search_runs([found.info.experiment_id])) == 2  # the run and its parent
+        assert found.info.status == "FINISHED"
+        assert found.data.params["epochs"] == "2"
+        assert found.data.tags["spiketrain.artifact.recipe.json"]
+    assert fatal - 1 == len(count) == 10
+
+
+def die_at_call(patch: pytest.MonkeyPatch, fatal: int, effect: str) -> list[str]:
+    """Interrupts the call with this number to MLflow that changes something; returns the (growing) list of calls."""
+    from mlflow import MlflowClient
+
+    calls: list[str] = []
+
+    def dying(name: str, original: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            if len(calls) == fatal and effect == "before":
+                raise KeyboardInterrupt
+            result = original(*args, **kwargs)
+            if len(calls) == fatal:
+                raise KeyboardInterrupt
+            return result
+
+        return call
+
+    for name in ("create_experiment", "create_run", "log_batch", "set_terminated", "log_artifact", "set_tag"):
+        patch.setattr(MlflowClient, name, dying(name, getattr(MlflowClient, name)))
+    return calls
+
+
+def test_two_deliverers_at_once(fake_run: Callable, sqlite_store: str):
+    run = fake_run()
+    with run.start() as journal:
+        steps(journal, 0, 30)
+    with run.start(step=10) as journal:
+        steps(journal, 10, 60, scale=3.0)
+    code = "import sys; from pipeline.track.mlflow import sync; sync(sys.argv[1], uri=sys.argv[2])"
+    others = [subprocess.Popen([sys.executable, "-c", code, str(run.folder), sqlite_store]) for _ in range(2)]
+    assert [other.wait() for other in others] == [0, 0]
+    assert [step for step, _ in history(sqlite_store, run, "train/loss")] == list(range(60))
+
+
+def test_interleaved_deliverers_agree(fake_run: Callable, sqlite_store: str):
+    """The slower one sends what the faster one has sent: the same points, which the store keeps once."""
+    run = fake_run()
+    with run.start() as journal:
+        steps(journal, 0, 5)
+        slow = Delivery(run.folder, uri=sqlite_store, experiment=None)
+        assert slow.advance()
+        steps(journal, 5, 9)
+    with run.start(step=3) as journal:
+        steps(journal, 3, 12, scale=9.0)
+    assert sync(run.folder, uri=sqlite_store).delivered == 7 * 3
+    assert slow.advance()
+    assert [step for step, _ in history(sqlite_store, run, "train/loss")] == list(range(12))
+
+
+def test_a_run_deleted_in_mlflow_comes_back_whole(fake_run: Callable, sqlite_store: str):
+    run = fake_run()
+    with run.start() as journal:
+        steps(journal, 0, 3)
+        mirror = Mirror(run.folder, uri=sqlite_store, interval=0.05, patience=0.1)
+        assert wait_for(lambda: len(history(sqlite_store, run, "train/loss")) == 3)
+        connect(sqlite_store).delete_run(find(sqlite_store, run).info.run_id)
+        steps(journal, 3, 5)
+    assert wait_for(lambda: len(history(sqlite_store, run, "train/loss")) == 5)
+    assert mirror.close(20)
+
+
+def test_names_and_values_that_mlflow_refuses(fake_run: Callable, sqlite_store: str):
+    run = fake_run()
+    with run.start(params={"augment[0].p": "x" * 9000}, rule="HLOP(OTTT)", hardware={"gpu#0": "y" * 9000}) as journal:
+        journal.event("evaluation", step=0, metrics={"top1@5%": 1, "flag": True, "text": "slow", "none": None, "inf": math.inf})
+        journal.event("invented", step=1, metrics={"x": 1})
+    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=2, already_there=0)
+    found = find(sqlite_store, run)
+    assert set(found.data.metrics) == {"val/inf", "val/top1_5_"}
+    assert len(found.data.params["augment_0_.p"]) == 6000
+
+
+def test_nothing_to_deliver(fake_run: Callable, sqlite_store: str):
+    run = fake_run()
+    mirror = Mirror(run.folder, uri=sqlite_store, interval=0.05)
+    assert mirror.close(20)
+    with pytest.raises(TrackingError, match="no journal of a run that began"):
+        sync(run.folder, uri=sqlite_store)
+
+
+def test_where_the_store_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert tracking_uri("runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert tracking_uri("runs") == "http://mlflow:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
+    assert tracking_uri("runs") == f"sqlite:///{tmp_path}/other.db"
+
+
+# --------------------------------------------------------------------------------------------------------- dead servers
+
+
+def test_a_server_that_refuses_costs_the_run_nothing(fake_run: Callable):
+    run = fake_run()
+    uri = f"http://somebody:secret@127.0.0.1:{free_port()}"
+    with run.start() as journal:
+        mirror = Mirror(run.folder, uri=uri, interval=0.01, patience=0.05)
+        assert wait_for(lambda: mirror.warning is not None)
+        before = time.perf_counter()
+        steps(journal, 0, 200)
+        assert (time.perf_counter() - before) / 200 < 1e-3
+    before = time.perf_counter()
+    assert mirror.close(10) is False
+    assert time.perf_counter() - before < 3
+    assert mirror.warning is not None
+    assert "spiketrain sync" in mirror.warning
+    assert "secret" not in mirror.warning
+    assert len(mirror.warning.splitlines()) == 1
+    with pytest.raises(TrackingError, match="cannot be filled") as caught:
+        sync(run.folder, uri=uri)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_server_that_hangs_does_not_hold_the_driver(fake_run: Callable):
+    run = fake_run()
+    run.start().close()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        mirror = Mirror(run.folder, uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        silent.accept()
+        before = time.perf_counter()
+        assert mirror.close(0.5) is False
+        assert time.perf_counter() - before < 1
+
+
+@pytest.mark.distributed
+def test_a_server_that_hangs_dies_and_comes_back(fake_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    run = fake_run()
+    store, port = tmp_path / "server", free_port()
+    store.mkdir()
+    uri = f"http://127.0.0.1:{port}"
+    with run.start() as journal:
+        mirror = Mirror(run.folder, uri=uri, interval=0.05, patience=0.2)
+        steps(journal, 0, 5)  # before there is a server
+        server = start_server(store, port)
+        try:
+            assert wait_for(lambda: len(history(uri, run, "train/loss")) == 5)
+            # Requests are taken and time out; the server carries them out later, when they have been sent again.
+            os.killpg(server.pid, signal.SIGSTOP)
+            steps(journal, 5, 10)
+            assert wait_for(lambda: mirror.warning is not None)
+            os.killpg(server.pid, signal.SIGCONT)
+            assert wait_for(lambda: len(history(uri, run, "train/loss")) == 10)
+            assert wait_for(lambda: mirror.warning is None)
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+            steps(journal, 10, 20)
+            journal.event("finish", steps=20, top1=0.25)
+            assert mirror.close(10) is False
+            with pytest.raises(TrackingError, match="cannot be filled"):
+                sync(run.folder, uri=uri)
+            server = start_server(store, port)
+            assert sync(run.folder, uri=uri) == SyncReport(delivered=31, already_there=30)
+            assert [step for step, _ in history(uri, run, "train/loss")] == list(range(20))
+            assert [step for step, _ in history(uri, run, "train/memory_bytes")] == list(range(20))
+            assert find(uri, run).info.status == "FINISHED"
+            assert [file.path for file in connect(uri).list_artifacts(find(uri, run).info.run_id)] == ["recipe.json"]
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def start_server(store: Path, port: int) -> subprocess.Popen:
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{store}/mlflow.db", "--artifacts-destination", str(store / "artifacts")]
+    with (store / "log").open("ab") as log:
+        server = subprocess.Popen(command, cwd=store, stdout=log, stderr=log, start_new_session=True)
+
+    def answers() -> bool:
+        assert server.poll() is None, (store / "log").read_text()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as reply:
+            return reply.status == 200
+
+    assert wait_for(answers, 60)
+    return server
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+    """Whether the condition holds before long; an error in it counts as not yet."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if condition():
+                return True
+        except (OSError, ValueError, AssertionError) as error:
+            if time.monotonic() > deadline:
+                raise AssertionError("not in time") from error
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
