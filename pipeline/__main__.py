@@ -80,7 +80,7 @@ def launch(
     from pipeline.launch.start import Cluster, launch_all
 
     cluster = Cluster(workers, inline, address, cpus_per_worker, loader_threads, max_restarts)
-    sys.exit(launch_all(recipes, cluster, runs, name=name, trust=tuple(trust)))
+    _end(launch_all(recipes, cluster, runs, name=name, trust=tuple(trust)), runs)
 
 
 @app.command(epilog="Example: spiketrain resume fashion-sltt-20260105-120000")
@@ -93,8 +93,9 @@ def resume(
 ) -> None:
     """Go on with a run at the exact sample where its newest whole checkpoint stands."""
     from pipeline.launch.start import resume_run
+    from pipeline.report.runs import find_run
 
-    sys.exit(resume_run(run, runs, workers=workers, inline=inline, address=address))
+    _end(resume_run(find_run(runs, run), runs, workers=workers, inline=inline, address=address), runs)
 
 
 @app.command(epilog="Example: spiketrain evaluate fashion-sltt-20260105-120000 --which best")
@@ -107,8 +108,9 @@ def evaluate(
 ) -> None:
     """Evaluate a trained network on its whole evaluation set, in this process."""
     from pipeline.launch.start import evaluate_run
+    from pipeline.report.runs import find_run
 
-    evaluate_run(run, runs, which=which, time_steps=steps, trust=tuple(trust))
+    evaluate_run(find_run(runs, run), which=which, time_steps=steps, trust=tuple(trust))
 
 
 @app.command(epilog="Example: spiketrain compare --format json")
@@ -220,6 +222,15 @@ def write_folder(
             progress=told,
         )
     _report(manifests)
+
+
+def _end(folders: list[Path] | None, runs: Path) -> None:
+    """The table of what was trained; somebody who stopped the training gets the shell's code for that."""
+    if folders is None:
+        sys.exit(130)
+    from pipeline.report.compare import print_comparison
+
+    print_comparison(runs, [str(folder) for folder in folders])
 
 
 def _report(manifests: list) -> None:

@@ -51,6 +51,10 @@ class Launcher(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Stop what it started beyond one run's workers."""
+        ...
+
 
 class LaunchError(RuntimeError):
     """A run that failed, in one line."""

@@ -19,6 +19,9 @@ class Inline:
 
     workers = 1
 
+    def close(self) -> None:
+        """Nothing was started."""
+
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
         del attempt
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import shlex
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,8 +18,6 @@ from pipeline.launch.base import Launcher, Tracking, drive, prepare, read_job, r
 from pipeline.launch.inline import Inline
 from pipeline.launch.ray import Ray
 from pipeline.recipe import Recipe, write_json
-from pipeline.report.compare import compare, render
-from pipeline.report.runs import find_run
 from pipeline.spiking.encode import repeat
 from pipeline.track.mlflow import tracking_uri
 from pipeline.weights import load_run
@@ -51,8 +47,8 @@ class Cluster:
 
 def launch_all(
     recipes: Sequence[Recipe], cluster: Cluster, runs: Path, *, name: str | None = None, trust: tuple[str, ...] = ()
-) -> int:
-    """Train each recipe in turn, never two at a time on the same cores; the process's exit code."""
+) -> list[Path] | None:
+    """Train each recipe in turn, never two at a time on the same cores; their folders, or None when asked to stop."""
     if name is not None and len(recipes) > 1:
         raise ValueError(f"launch: --name names one run; got {len(recipes)} recipes")
     for recipe in recipes:  # everything that can be refused is, before the first of them trains
@@ -71,21 +67,19 @@ def launch_all(
             job = replace(job, threads=cluster.cpus_per_worker, loader_threads=cluster.loader_threads)
             if drive(job, launcher, _tracking(runs), console, resume_command=resume_command(folder, runs)) is None:
                 console.print(f"stopped; go on with: {resume_command(folder, runs)}")
-                return 130
-            folders.append(str(folder))
+                return None
+            folders.append(folder)
     finally:
-        _close(launcher)
-    render(compare(runs, folders), console)
-    return 0
+        launcher.close()
+    return folders
 
 
-def resume_run(run: str, runs: Path, *, workers: int | None, inline: bool, address: str | None) -> int:
-    """Go on with a run; the process's exit code."""
-    folder = find_run(runs, run)
+def resume_run(folder: Path, runs: Path, *, workers: int | None, inline: bool, address: str | None) -> list[Path] | None:
+    """Go on with a run: its folder, or None when asked to stop."""
     console = Console()
     if (folder / "summary.json").exists():
-        console.print(f"{folder.name} has finished; see: spiketrain compare {shlex.quote(folder.name)}")
-        return 0
+        console.print(f"{folder.name} has finished")
+        return [folder]
     cluster = Cluster(**json.loads((folder / "cluster.json").read_text()))
     cluster = replace(
         cluster,
@@ -98,19 +92,17 @@ def resume_run(run: str, runs: Path, *, workers: int | None, inline: bool, addre
     try:
         finished = drive(read_job(folder), launcher, _tracking(runs), console, resume_command=command)
     finally:
-        _close(launcher)
+        launcher.close()
     if finished is None:
         console.print(f"stopped; go on with: {command}")
-        return 130
-    render(compare(runs, [str(folder)]), console)
-    return 0
+        return None
+    return [folder]
 
 
-def evaluate_run(run: str, runs: Path, *, which: str, time_steps: int | None, trust: tuple[str, ...]) -> None:
+def evaluate_run(folder: Path, *, which: str, time_steps: int | None, trust: tuple[str, ...]) -> None:
     """Print the accuracy of a run's network on its whole evaluation set."""
     if which not in ("last", "best"):
         raise ValueError(f"evaluate: --which must be last or best; got {which!r}")
-    folder = find_run(runs, run)
     recipe = Recipe.from_json(json.loads((folder / "recipe.json").read_text()), trust=trust)
     steps = time_steps or recipe.time_steps
     network = load_run(folder, which=which, trust=trust)
@@ -138,8 +130,3 @@ def evaluate_run(run: str, runs: Path, *, which: str, time_steps: int | None, tr
 
 def _tracking(runs: Path) -> Tracking:
     return Tracking(tracking_uri(runs), "spiketrain")
-
-
-def _close(launcher: Any) -> None:
-    if isinstance(launcher, Ray):
-        launcher.close()

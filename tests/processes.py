@@ -1,0 +1,33 @@
+"""Real processes for tests: gloo ranks that run one function."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, multiprocessing
+
+
+def run_ranks(work: Callable[..., Any], ranks: int, folder: Path, *args: Any) -> list[Any]:
+    """`work(rank, ranks, *args)` in as many fresh processes joined by gloo; what each returned, by rank."""
+    multiprocessing.spawn(_rank, (work, ranks, str(folder), args), nprocs=ranks)
+    return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def _rank(rank: int, work: Callable[..., Any], ranks: int, folder: str, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)})
+    store = distributed.FileStore(f"{folder}/rendezvous", ranks)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    try:
+        result = work(rank, ranks, *args)
+    except Exception:
+        traceback.print_exc()  # spawn reports one rank's error; the others' would be lost
+        raise
+    torch.save(result, f"{folder}/result{rank}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
