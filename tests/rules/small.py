@@ -59,10 +59,14 @@ def gradients(rule: Rule, model: nn.Module, x_TB: Tensor, loss_of, *, step: int 
 def spikes_of(model: nn.Module) -> dict[str, list[Tensor]]:
     """Fills with the output of every LIF as the model runs."""
     record: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, s_TB: Tensor) -> None:
+        record[name].append(s_TB.detach())
+
     for name, module in model.named_modules():
         if isinstance(module, LIF):
             record[name] = []
-            module.register_forward_hook(lambda _m, _x, s_TB, kept=record[name]: kept.append(s_TB.detach()))
+            module.register_forward_hook(lambda _module, _x, s_TB, name=name: keep(name, s_TB))  # type: ignore[arg-type]
     return record
 
 

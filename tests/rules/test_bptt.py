@@ -18,8 +18,8 @@ def contract_rules() -> list[BPTT]:
 
 def by_autograd(model: nn.Sequential, x_TBC, *, keep_reset: bool, over_time: str, target_B) -> dict:
     """BPTT of a soft-reset network, step after step, written without the pipeline's layers."""
-    (w1, b1), (w2, b2), (w3, b3) = ((layer.weight, layer.bias) for layer in (model[0], model[2], model[4]))
-    triangle, leak = Triangle(), model[1].leak
+    w1, b1, w2, b2, w3, b3 = model.parameters()
+    triangle, leak = Triangle(), 0.5
     v1 = v2 = torch.zeros((), dtype=torch.float64)
     logits = []
     for x in x_TBC:

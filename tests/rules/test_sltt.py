@@ -30,8 +30,8 @@ def triangle(x: torch.Tensor) -> torch.Tensor:
 def by_hand(model: nn.Sequential, x_TBC: torch.Tensor, target_B: torch.Tensor) -> dict[str, torch.Tensor]:
     """sum_t g[t] s[t]^T with every factor written out; no autograd anywhere."""
     with torch.no_grad():
-        (w1, b1), (w2, b2), (w3, b3) = ((layer.weight, layer.bias) for layer in (model[0], model[2], model[4]))
-        leak, steps, size = model[1].leak, *x_TBC.shape[:2]
+        w1, b1, w2, b2, w3, b3 = model.parameters()
+        leak, (steps, size) = 0.5, x_TBC.shape[:2]
         found = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
         v1, v2 = torch.zeros(size, 8, dtype=torch.float64), torch.zeros(size, 7, dtype=torch.float64)
         onehot = F.one_hot(target_B, 3).double()
@@ -64,8 +64,8 @@ class Cut(torch.autograd.Function):
 
 
 def bptt_with_carried_potential_detached(model: nn.Sequential, x_TBC: torch.Tensor, target_B: torch.Tensor) -> dict:
-    (w1, b1), (w2, b2), (w3, b3) = ((layer.weight, layer.bias) for layer in (model[0], model[2], model[4]))
-    leak, v1, v2, losses = model[1].leak, torch.zeros(()), torch.zeros(()), []
+    w1, b1, w2, b2, w3, b3 = model.parameters()
+    leak, v1, v2, losses = 0.5, torch.zeros(()), torch.zeros(()), []
     for x in x_TBC:
         u1 = leak * v1.detach() + x @ w1.T + b1
         s1 = Cut.apply(u1 - 1)

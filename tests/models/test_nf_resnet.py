@@ -1,0 +1,204 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.models.nf_resnet import (
+    ALPHA,
+    SPIKE_GAIN,
+    BasicBlock,
+    Bottleneck,
+    NFResNet,
+    nf_resnet18_small,
+    nf_resnet34,
+    nf_resnet50,
+    nf_resnet101,
+)
+from pipeline.rules.bptt import BPTT
+from pipeline.spiking.encode import repeat
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.state import fresh_state
+from pipeline.spiking.surrogate import Sigmoid
+from pipeline.spiking.synapse import Conv2d
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def awake(model: NFResNet) -> NFResNet:
+    """Gains, biases and a classifier under which every branch speaks."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "gain" in name:
+                p.copy_(0.5 + torch.rand(p.shape, generator=generator))
+            elif p.dim() < 4:
+                p.copy_(torch.randn(p.shape, generator=generator))
+    return model.double()
+
+
+def tiny(block: type[BasicBlock] | type[Bottleneck], **choices) -> NFResNet:
+    arguments = {"blocks": (1, 2), "classes": 5, "in_channels": 2, "width": 4, "stem": "small", "neuron": LIF}
+    return NFResNet(block, **(arguments | choices))
+
+
+@pytest.mark.parametrize(
+    ("build", "count"),
+    [(nf_resnet34, 21_797_688), (nf_resnet50, 25_557_048), (nf_resnet101, 44_549_193)],
+)
+def test_parameter_counts(build, count):
+    with torch.device("meta"):
+        assert parameters(build()) == count
+
+
+def test_small_parameter_count():
+    # torchvision's ResNet-18 (11,689,512) with a 3x3 stem and 10 classes, and a skip gain per block.
+    assert parameters(nf_resnet18_small()) == 11_689_512 - 64 * 3 * (49 - 9) - 513 * 990 + 8
+    assert parameters(nf_resnet18_small(in_channels=1, width=8, blocks=(1, 1))) < 6000
+
+
+def test_betas_of_34_layers():
+    with torch.device("meta"):
+        model = nf_resnet34()
+    betas = [round(m.beta, 4) for m in model.modules() if isinstance(m, BasicBlock)]
+    stage2 = [1.0198, 1.0392, 1.0583]
+    stage3 = [1.0198, 1.0392, 1.0583, 1.0770, 1.0954]
+    # The first block of a stage sees the variance that the stage before has piled up.
+    assert betas == [1.0, 1.0198, 1.0392, 1.0583, *stage2, 1.0770, *stage3, 1.1136, 1.0198, 1.0392]
+
+
+def test_spike_gain_restores_unit_variance():
+    p = 0.5 * math.erfc(1 / math.sqrt(2))
+    assert round(1 / math.sqrt(p * (1 - p)), 2) == SPIKE_GAIN
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_first_logits_are_zero_and_the_first_loss_is_ln_K(classes):
+    model, rule = nf_resnet18_small(classes, width=4, blocks=(1, 1)), BPTT()
+    rule.attach(model)
+    target = torch.arange(3)
+    (objective,) = rule.objectives(model, torch.randn(2, 3, 3, 8, 8), lambda o: F.cross_entropy(o, target))
+    assert objective.logits.abs().max() == 0
+    assert objective.loss.item() == pytest.approx(math.log(classes), rel=1e-6)
+
+
+def standardized(conv: Conv2d, x: torch.Tensor) -> torch.Tensor:
+    w, gain = conv.weight, conv.gain
+    assert gain is not None
+    w = gain * (w - w.mean((1, 2, 3), keepdim=True)) / torch.sqrt(w.var((1, 2, 3), keepdim=True) * w[0].numel() + 1e-4)
+    return F.conv2d(x, w, conv.bias, conv.stride, conv.kernel_size[0] // 2)
+
+
+def by_hand(model: NFResNet, x_BCHW: torch.Tensor, steps: int) -> torch.Tensor:
+    """The published network, one frame at a time, with a soft reset at leak 0.5."""
+    membranes: dict[nn.Module, torch.Tensor] = {}
+
+    def neuron(key: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        u = 0.5 * membranes.get(key, torch.zeros_like(x)) + x
+        s = (u >= 1).double()
+        membranes[key] = u - s
+        return s * 2.74
+
+    logits = []
+    for _ in range(steps):
+        h = standardized(model.stem, x_BCHW)
+        if model.stem_pool is not None:
+            h = F.avg_pool2d(h, 3, 2, 1)
+        for block in (m for m in model.modules() if isinstance(m, (BasicBlock, Bottleneck))):
+            out = neuron(block.neuron1, h / block.beta)
+            identity = h if block.downsample is None else standardized(block.downsample, out)
+            out = neuron(block.neuron2, standardized(block.conv1, out))
+            out = standardized(block.conv2, out)
+            if isinstance(block, Bottleneck):
+                out = standardized(block.conv3, neuron(block.neuron3, out))
+            h = out * block.skip_gain * 0.2 + identity
+        logits.append(model.classifier.weight @ h.mean((2, 3)).T + model.classifier.bias[:, None])
+    return torch.stack(logits).transpose(1, 2)
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+@pytest.mark.parametrize("stem", ["small", "imagenet"])
+def test_against_an_independent_forward(block, stem):
+    model = awake(tiny(block, stem=stem))
+    x_BCHW = torch.randn(3, 2, 16, 16, dtype=torch.float64)
+    with torch.no_grad(), fresh_state(model):
+        got = model(repeat(x_BCHW, 4))
+    assert got.shape == (4, 3, 5)
+    assert got.std() > 0.1
+    assert torch.allclose(got, by_hand(model, x_BCHW, 4), atol=1e-10)
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_a_block_with_skip_gain_zero_is_its_shortcut(block):
+    layer = block(4 * block.expansion, 4, stride=1, beta=1.0, neuron=LIF)
+    x = torch.randn(2, 3, 4 * block.expansion, 5, 5)
+    with fresh_state(layer):
+        assert torch.equal(layer(x), x)
+
+
+def test_slices_equal_the_batch_in_train_and_eval():
+    model = awake(tiny(BasicBlock))
+    x = torch.randn(4, 2, 2, 8, 8, dtype=torch.float64)
+    for mode in (True, False):
+        model.train(mode)
+        with fresh_state(model):
+            whole = model(x)
+        with fresh_state(model):
+            sliced = torch.cat([model(x[t : t + 1]) for t in range(4)])
+        assert torch.allclose(whole, sliced, atol=1e-12)
+
+
+def test_every_parameter_learns():
+    model = awake(tiny(Bottleneck))
+    with fresh_state(model):
+        model(torch.randn(3, 4, 2, 8, 8, dtype=torch.float64)).square().sum().backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    assert silent == []
+
+
+def test_neuron_arguments_reach_every_neuron():
+    with torch.device("meta"):
+        model = nf_resnet50(leak=0.25, threshold=0.5, reset="zero", reset_gradient="kept", surrogate=Sigmoid(2.0))
+    neurons = [m for m in model.modules() if isinstance(m, LIF)]
+    assert len(neurons) == 3 * 16
+    assert {(n.leak, n.threshold, n.reset, n.reset_gradient, n.surrogate) for n in neurons} == {
+        (0.25, 0.5, "zero", "kept", Sigmoid(2.0))
+    }
+
+
+def test_the_size_of_the_image_on_its_way_through_imagenet():
+    with torch.device("meta"):
+        model = nf_resnet34()
+        sizes = []
+        for stage in model.stages:
+            stage.register_forward_hook(lambda _m, _x, y: sizes.append(tuple(y.shape[2:])))
+        with fresh_state(model):
+            assert model(torch.empty(1, 2, 3, 224, 224)).shape == (1, 2, 1000)
+    assert sizes == [(64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7)]
+
+
+def test_the_variance_of_the_stream_is_as_expected_at_the_start():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        stem = tiny(BasicBlock, width=256, in_channels=64).stem
+        y = stem(torch.randn(1, 8, 64, 12, 12))[..., 2:-2, 2:-2]
+    assert y.var().item() == pytest.approx(1, abs=0.1)
+    assert ALPHA == 0.2
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"stem": "large"}, r"NFResNet: stem must be 'imagenet' or 'small'; got stem='large'"),
+        ({"classes": 0}, r"NFResNet: classes must be >= 1; got classes=0"),
+        ({"blocks": (1, 0)}, r"NFResNet: blocks must be >= 1; got blocks=0"),
+        ({"blocks": ()}, r"NFResNet: blocks must be >= 1; got blocks=0"),
+        ({"width": 0}, r"NFResNet: width must be >= 1; got width=0"),
+    ],
+)
+def test_refuses(choices, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(BasicBlock, **choices)
