@@ -73,9 +73,8 @@ class SavedBytes:
 
     def _pack(self, tensor: Tensor) -> _Saved:
         storage = tensor.untyped_storage()
-        key = (
-            storage._cdata
-        )  # the StorageImpl: unlike data_ptr it tells an empty storage from another one, and stays while it is held here
+        # The StorageImpl: no other one has its address while it is held here. Not data_ptr, which empty storages share.
+        key = storage._cdata
         if key in self._excluded:
             return _Saved(tensor, None, 0)
         saved = _Saved(tensor, self, key)

@@ -139,9 +139,12 @@ class Delivery:
 
     def _find_or_create(self, client: MlflowClient, experiment_id: str, start: Event) -> Run:
         uuid = str(start["run_id"])
-        found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{uuid}'", order_by=["attributes.start_time ASC"])
+        found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{uuid}'")
         if found:
-            return client.get_run(found[0].info.run_id)
+            kept, *twins = sorted(run.info.run_id for run in found)
+            for twin in twins:  # a server that hung may carry out a creation after it was tried again
+                client.delete_run(twin)
+            return client.get_run(kept)
         tags = {RUN_TAG: uuid, "spiketrain.kind": "run"}
         if self._parent_id:
             tags[_PARENT_OF] = self._parent_id

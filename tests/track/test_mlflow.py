@@ -231,6 +231,17 @@ def test_a_run_deleted_in_mlflow_comes_back_whole(fake_run: Callable, sqlite_sto
     assert mirror.close(20)
 
 
+def test_a_run_that_was_created_twice_is_one_run_again(fake_run: Callable, sqlite_store: str):
+    run = fake_run()
+    with run.start() as journal:
+        steps(journal, 0, 3)
+    sync(run.folder, uri=sqlite_store)
+    client = connect(sqlite_store)
+    client.create_run(find(sqlite_store, run).info.experiment_id, tags={"spiketrain.run_id": run.run_id})
+    sync(run.folder, uri=sqlite_store)
+    assert len(history(sqlite_store, run, "train/loss")) == 3
+
+
 def test_names_and_values_that_mlflow_refuses(fake_run: Callable, sqlite_store: str):
     run = fake_run()
     with run.start(params={"augment[0].p": "x" * 9000}, rule="HLOP(OTTT)", hardware={"gpu#0": "y" * 9000}) as journal:

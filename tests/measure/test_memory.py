@@ -1,0 +1,359 @@
+"""Hand-computed bytes: float32 is 4 bytes, and what each node saves is read from derivatives.yaml of torch 2.13."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.measure.memory import (
+    SavedBytes,
+    hardware,
+    peak_device_bytes,
+    peak_rss_bytes,
+    pss_bytes,
+    reset_peak_device_bytes,
+    reset_peak_rss,
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_collector() -> Iterator[None]:
+    """What counts must be freed by reference counts, as autograd frees it."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_a_chain_of_linear_layers():
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+    x = torch.randn(2, 5)
+    with SavedBytes(model) as saved:
+        y = model(x)
+        # x for the first weight; the ReLU's result, saved by itself and by the second layer; both weights are parameters
+        assert saved.now == (2 * 5 + 2 * 7) * 4
+        y.sum().backward()
+        assert saved.now == 0
+    assert saved.peak == (2 * 5 + 2 * 7) * 4
+
+
+def test_without_parameters_named_weights_count():
+    model = nn.Linear(5, 7)
+    with SavedBytes() as saved:
+        y = model(torch.randn(2, 5, requires_grad=True))
+        assert saved.now == (2 * 5 + 7 * 5) * 4
+        del y
+        assert saved.now == 0
+
+
+def test_one_storage_saved_by_many_nodes_and_views_counts_once_and_whole():
+    weight = torch.randn(6, requires_grad=True)
+    large = torch.randn(100, 6)
+    with SavedBytes([weight]) as saved:
+        first = (large[3] * weight).sum()  # a view of 6 elements holds the whole storage
+        assert saved.now == 600 * 4
+        second = (large[4] * weight).sum() + (large[3:5] * weight).sum() + (large.T.reshape(100, 6)[0] * weight).sum()
+        assert saved.now == (600 + 600) * 4  # the last one is a copy
+        first.backward()
+        assert saved.now == (600 + 600) * 4
+        second.backward()
+        assert saved.now == 0
+
+
+def test_parameters_and_their_views_do_not_count_but_their_copies_do():
+    weight = nn.Parameter(torch.randn(4, 4))
+    x = torch.randn(2, 4, requires_grad=True)
+    with SavedBytes([weight]) as saved:
+        y = x @ weight.T + x @ weight.detach()[:, :4].view(4, 4)
+        assert saved.now == 2 * 4 * 4  # x
+        z = x @ (weight * 2)
+        assert saved.now == (2 * 4 + 4 * 4) * 4  # x and the doubled weight
+    del y, z
+    assert saved.now == 0
+
+
+def test_parameters_that_an_engine_moved_before_the_batch():
+    model = nn.Linear(4, 4)
+    saved = SavedBytes(model)
+    flat = torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])  # as ZeRO does
+    model.weight.data, model.bias.data = flat[:16].view(4, 4), flat[16:]
+    with saved:
+        y = model(torch.randn(2, 4, requires_grad=True))
+        assert saved.now == 2 * 4 * 4
+    del y
+
+
+def test_freed_step_by_step_while_backward_runs():
+    """Three products of 1000 elements: each node gives up its two factors when it is done."""
+    seen: list[int] = []
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, *grad_outputs: Tensor) -> Tensor:
+            seen.append(saved.now)
+            return grad_outputs[0]
+
+    leaf = torch.randn(1000, requires_grad=True)
+    factors = [torch.randn(1000) for _ in range(3)]
+    with SavedBytes([leaf]) as saved:
+        y = leaf
+        for factor in factors:
+            y = Look.apply(y) * factor
+        assert saved.now == 3 * 4000
+        y.sum().backward()
+    assert seen == [2 * 4000, 4000, 0]
+
+
+def test_a_retained_graph_keeps_counting_until_it_is_freed():
+    leaf = torch.randn(10, requires_grad=True)
+    with SavedBytes([leaf]) as saved:
+        y = (leaf * torch.randn(10)).exp().sum()
+        held = saved.now
+        assert held == (10 + 10) * 4  # the factor, and exp's result
+        y.backward(retain_graph=True)
+        assert saved.now == held
+        once = leaf.grad.clone()  # type: ignore[union-attr]
+        y.backward()
+        assert saved.now == 0
+    assert torch.equal(leaf.grad, 2 * once)  # type: ignore[arg-type]
+
+
+def test_a_graph_that_outlives_the_context_is_still_subtracted():
+    leaf = torch.randn(10, requires_grad=True)
+    with SavedBytes([leaf]) as saved:
+        y = leaf.exp()
+    z = y * leaf.exp()  # outside: not counted
+    assert saved.now == 40
+    del y
+    assert saved.now == 40  # z still needs it
+    del z
+    assert saved.now == 0
+
+
+def test_an_output_saved_by_its_own_node_is_no_cycle():
+    leaf = torch.randn(1000, requires_grad=True)
+    with SavedBytes([leaf]) as saved:
+        y = leaf.exp()
+        alive = weakref.ref(y.untyped_storage())
+        assert saved.now == 4000
+        del y
+        assert saved.now == 0
+    assert alive() is None
+
+
+def test_a_storage_at_an_address_that_was_freed_is_another_one():
+    leaf = torch.randn(1000, requires_grad=True)
+    with SavedBytes([leaf]) as saved:
+        for count in range(50):
+            (leaf * torch.randn(1000)).sum().backward()  # the allocator gives the same address again
+            assert saved.now == 0, count
+        kept = [leaf * torch.randn(1000) for _ in range(3)]
+        assert saved.now == 3 * 4000
+        del kept[1]
+        kept.append(leaf * torch.randn(1000))
+        assert saved.now == 3 * 4000
+        del kept
+    assert (saved.now, saved.peak) == (0, 3 * 4000)
+
+
+def test_empty_storages_are_told_apart():
+    leaf = torch.randn(0, requires_grad=True)
+    with SavedBytes([leaf]) as saved:
+        kept = [leaf * torch.randn(0) for _ in range(3)]
+        del kept[0]
+        assert saved.now == 0
+        other = torch.randn(5, requires_grad=True).exp()
+        assert saved.now == 20
+    del kept, other
+
+
+def test_changes_in_place_are_noticed_as_without_it():
+    def batch(change_leaf: bool) -> Tensor:
+        leaf = torch.randn(4, requires_grad=True)
+        x = torch.randn(4)
+        y = (leaf * x).exp()
+        if change_leaf:
+            with torch.no_grad():
+                y.add_(1)
+        else:
+            x.add_(1)
+        return y.sum()
+
+    for change_leaf in (True, False):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            batch(change_leaf).backward()
+        with (
+            SavedBytes(),
+            pytest.raises(RuntimeError, match=r"modified by an inplace operation.*is at version 1; expected version 0"),
+        ):
+            batch(change_leaf).backward()
+
+    weight = nn.Parameter(torch.ones(4))
+    with SavedBytes([weight]):
+        y = (weight * torch.ones(4, requires_grad=True)).sum()
+    with torch.no_grad():
+        weight.add_(1)
+    with pytest.raises(RuntimeError, match="inplace"):
+        y.backward()
+
+
+def test_gradients_are_the_same_even_the_second_ones():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2)).double()
+    x = torch.randn(4, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+
+    def gradients() -> list[Tensor]:
+        (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        return [first, *torch.autograd.grad(first.square().sum(), [x, *model.parameters()], materialize_grads=True)]
+
+    plain = gradients()
+    with SavedBytes(model) as saved:
+        measured = gradients()
+    assert saved.peak > 0
+    assert all(torch.equal(a, b) for a, b in zip(plain, measured, strict=True))
+
+
+def test_a_function_of_ones_own():
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            y = x * x
+            ctx.save_for_backward(x, y)
+            return y
+
+        @staticmethod
+        def backward(ctx, *grad_outputs: Tensor) -> Tensor:
+            x, _ = ctx.saved_tensors
+            x, _ = ctx.saved_tensors
+            return 2 * x * grad_outputs[0]
+
+    leaf = torch.randn(10, requires_grad=True)
+    with SavedBytes([leaf]) as saved:
+        y = Square.apply(leaf)
+        assert saved.now == 40
+        y.sum().backward()
+        del y
+        assert saved.now == 0
+    assert torch.equal(leaf.grad, 2 * leaf.detach())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rule", ["BPTT", "SLTT"])
+def test_a_membrane_through_time(rule: str):
+    """u[t] = decay * v[t-1] + w x[t], v[t] = u[t] * (1 - s[t]): SLTT cuts v and goes backward at each step."""
+    hidden = 50
+
+    def peak(time_steps: int) -> int:
+        torch.manual_seed(0)
+        linear = nn.Linear(20, hidden)
+        xs = [torch.randn(8, 20) for _ in range(time_steps)]
+        v = torch.zeros(8, hidden)
+        total = torch.zeros(())
+        with SavedBytes(linear) as saved:
+            for x in xs:
+                u = 0.5 * (v.detach() if rule == "SLTT" else v) + linear(x)
+                s = torch.sigmoid(4 * (u - 1))
+                v = u * (1 - s)
+                if rule == "SLTT":
+                    s.mean().backward()
+                    v = v.detach()
+                else:
+                    total = total + s.mean()
+            if rule == "BPTT":
+                total.backward()
+                assert saved.now == 2 * 8 * hidden * 4  # the last v leads to no loss: its u and 1 - s stay while v does
+                v = None
+            assert saved.now == 0
+        return saved.peak
+
+    # At each step: x for the weight, the sigmoid's result s, u and 1 - s for their product; scalars are no tensors.
+    step = (8 * 20 + 3 * 8 * hidden) * 4
+    assert [peak(time_steps) for time_steps in (1, 2, 4, 8)] == [step * (n if rule == "BPTT" else 1) for n in (1, 2, 4, 8)]
+
+
+def test_what_checkpoint_recomputes_is_seen_with_reentry_only():
+    """Pins what the docstring says of torch.utils.checkpoint; a rule that recomputes must do it where it is seen."""
+    block = nn.Sequential(*[nn.Sequential(nn.Linear(10, 10), nn.ReLU()) for _ in range(3)])
+    peaks = {}
+    for reentrant in (True, False):
+        x = torch.randn(4, 10, requires_grad=True)
+        with SavedBytes(block) as saved:
+            checkpoint(block, x, use_reentrant=reentrant).sum().backward()
+        peaks[reentrant] = saved.peak
+    assert peaks == {True: 4 * 160, False: 160}
+
+
+def test_peaks_are_kept_and_reset():
+    leaf = torch.randn(10, requires_grad=True)
+    with SavedBytes([leaf]) as saved:
+        kept = leaf.exp()
+        (leaf.exp() + leaf.exp()).sum().backward()
+        assert (saved.now, saved.peak) == (40, 120)
+        saved.reset_peak()
+        assert (saved.now, saved.peak) == (40, 40)
+        with pytest.raises(RuntimeError, match="entered twice"), saved:
+            pass
+    with saved:
+        pass
+    del kept
+
+
+def test_exclusions_do_not_outlive_the_context():
+    saved = SavedBytes(nn.Linear(3, 3))
+    with saved:
+        pass
+    assert saved._excluded == {}
+
+
+# ------------------------------------------------------------------------------------------------------ process, device
+
+
+def test_peak_rss_is_this_processs_own_and_can_start_anew():
+    code = (
+        "from pipeline.measure.memory import peak_rss_bytes, reset_peak_rss, pss_bytes\n"
+        "before = peak_rss_bytes(); block = bytearray(b'x') * (200 << 20); peak = peak_rss_bytes(); del block\n"
+        "again = reset_peak_rss() and peak_rss_bytes()\n"
+        "print(before, peak, again, pss_bytes())"
+    )
+    ballast = bytearray(b"x") * (400 << 20)  # getrusage would show it in the child
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    before, peak = int(output[0]), int(output[1])
+    assert len(ballast) < peak_rss_bytes()
+    assert before < len(ballast)
+    assert 150 << 20 < peak - before < 250 << 20
+    if output[2] != "False":
+        assert int(output[2]) < peak - (150 << 20)
+    if sys.platform == "linux":
+        assert 10 << 20 < int(output[3]) <= peak
+    assert isinstance(pss_bytes(), int | None)
+    assert isinstance(reset_peak_rss(), bool)
+
+
+def test_device_bytes_on_this_machine():
+    reset_peak_device_bytes()
+    if torch.cuda.is_available():
+        x = torch.empty(1 << 20, device="cuda")
+        assert peak_device_bytes() >= x.nbytes
+    else:
+        assert peak_device_bytes() == 0
+
+
+def test_hardware_is_flat_and_the_same_twice():
+    found = hardware()
+    assert found == hardware()
+    assert all(isinstance(value, (str, int)) for value in found.values())
+    assert found["cpu"]
+    assert found["memory_gib"] > 0
+    assert found["torch"] == torch.__version__
+    assert found["gpus"] == torch.cuda.device_count()
