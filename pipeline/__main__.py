@@ -155,7 +155,7 @@ def verify(path: Annotated[Path, typer.Argument(metavar="FILE", help="a .beton f
 
     for manifest in verify_files(path):
         print(
-            f"{manifest.file}: {manifest.samples} samples, {len(manifest.classes)} classes, content {manifest.content_hash[:16]}: whole"
+            f"{manifest.file}: {manifest.samples} samples, {len(manifest.classes)} classes, content {manifest.content[:16]}: whole"
         )
 
 

@@ -62,7 +62,7 @@ class Ray:
             run_config=RunConfig(
                 name=f"attempt-{attempt}",  # a new name each time: nothing that Ray remembers can stand in the way
                 storage_path=str(Path(job.run) / "ray"),
-                failure_config=FailureConfig(max_failures=self.max_restarts),
+                failure_config=FailureConfig(max_failures=self.max_restarts, controller_failure_limit=1),
                 worker_runtime_env={"env_vars": self._environment()},
             ),
         )

@@ -14,7 +14,8 @@ from rich.console import Console
 from torch import Tensor
 
 from pipeline.evaluate import evaluate
-from pipeline.launch.base import Launcher, Tracking, drive, prepare, read_job, resume_command
+from pipeline.launch.base import Launcher
+from pipeline.launch.drive import Tracking, drive, prepare, read_job, resume_command
 from pipeline.launch.inline import Inline
 from pipeline.launch.ray import Ray
 from pipeline.recipe import Recipe, write_json

@@ -1,0 +1,194 @@
+"""From a recipe to a run's folder, and the driver's part while the workers train.
+
+The driver trains nothing. It holds `RUN/driver.lock`, follows the run's journal to draw the progress and to feed MLflow,
+and passes Ctrl-C on: the first asks the workers to save and stop after the step they are in (`RUN/stop`), the second ends
+at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shlex
+import signal
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.data.base import Data
+from pipeline.launch.base import Launcher
+from pipeline.launch.watch import Watch
+from pipeline.ranks import Refused
+from pipeline.recipe import Recipe, write_json
+from pipeline.track.jsonl import Follower
+from pipeline.track.mlflow import Mirror
+from pipeline.worker import Job
+
+POLL_S = 0.25
+MLFLOW_PATIENCE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Tracking:
+    uri: str
+    experiment: str
+
+
+def prepare(
+    recipe: Recipe, runs: Path, *, name: str | None = None, parent: str | None = None, trust: tuple[str, ...] = ()
+) -> Job:
+    """Make the run's folder and write its recipe.
+
+    Raises:
+        ValueError: the data set is missing, the weights that `init` names are missing, or the name is taken.
+    """
+    recipe = recipe.resolved()
+    data: Data = recipe.data.build()
+    fingerprint = data.fingerprint()
+    study = recipe.study_key(study_inputs(recipe, fingerprint))
+    folder = runs.absolute() / (name or f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if name is None:
+        folder = next(path for path in _numbered(folder) if not path.exists())
+    if folder.exists():
+        raise ValueError(
+            f"launch: --name must be new in {runs}; got {folder.name}, which `spiketrain resume {folder.name}` goes on with"
+        )
+    folder.mkdir(parents=True)
+    write_json(folder / "recipe.json", recipe.to_json())
+    job = Job(
+        run=str(folder),
+        study=study,
+        data_fingerprint=fingerprint,
+        commit=commit(),
+        parent=parent,
+        run_id=uuid.uuid4().hex,
+        trust=trust,
+    )
+    write_json(folder / "job.json", job.__dict__)
+    return job
+
+
+def study_inputs(recipe: Recipe, fingerprint: str) -> dict[str, str]:
+    """Content hashes of what the recipe only points at."""
+    inputs = {"data": fingerprint}
+    if recipe.init is not None:
+        import hashlib
+
+        from pipeline.weights import weights_file
+
+        inputs["init"] = hashlib.sha256(weights_file(Path(recipe.init)).read_bytes()).hexdigest()
+    return inputs
+
+
+def read_job(folder: Path) -> Job:
+    value = json.loads((folder / "job.json").read_text())
+    return Job(**{**value, "trust": tuple(value["trust"])})
+
+
+def drive(job: Job, launcher: Launcher, tracking: Tracking, console: Console, *, resume_command: str) -> dict[str, Any] | None:
+    """Run one job to its end, watched, mirrored to MLflow and stoppable. See `Launcher.run` for what comes back or is raised."""
+    folder = Path(job.run)
+    job = replace(job, resume_command=resume_command)
+    with _driver_lock(folder):
+        (folder / "stop").unlink(missing_ok=True)
+        write_json(folder / "job.json", job.__dict__)
+        journal = folder / "journal.jsonl"
+        offset = journal.stat().st_size if journal.exists() else 0
+        mirror = Mirror(folder, uri=tracking.uri, experiment=tracking.experiment)
+        watch = Watch(console, run_dir=folder, store=tracking.uri, resume_command=resume_command)
+        follower = Follower(journal, offset=offset)
+        try:
+            with _stop_on_signal(folder, console):
+                outcome = _in_thread(
+                    lambda: launcher.run(job, attempt=uuid.uuid4().hex[:8]),
+                    meanwhile=lambda: watch.show(follower.poll()),
+                )
+        finally:
+            watch.show(follower.poll())
+            watch.close()
+            if not mirror.close(timeout=MLFLOW_PATIENCE_S):
+                console.print(f"MLflow at {tracking.uri} has not answered; `spiketrain sync {folder}` delivers the rest later")
+        return outcome
+
+
+def _in_thread(work: Callable[[], dict[str, Any] | None], *, meanwhile: Callable[[], None]) -> dict[str, Any] | None:
+    """Work in a daemon thread while the main thread stays free for signals (Ray's `fit` in the main thread would die of them)."""
+    outcome: dict[str, Any] = {}
+
+    def target() -> None:
+        try:
+            outcome["value"] = work()
+        except BaseException as error:  # handed to the main thread, which raises it
+            outcome["error"] = error
+
+    thread = threading.Thread(target=target, daemon=True, name="launcher")
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_S)
+        meanwhile()
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["value"]
+
+
+@contextmanager
+def _stop_on_signal(folder: Path, console: Console) -> Iterator[None]:
+    def handle(number: int, frame: FrameType | None) -> None:
+        if (folder / "stop").exists():
+            console.print("stopped at once; the last checkpoint counts")
+            os._exit(130)
+        (folder / "stop").touch()
+        console.print(f"{signal.Signals(number).name}: saving after this step; once more to stop at once")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _driver_lock(folder: Path) -> Iterator[None]:
+    with (folder / "driver.lock").open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refused(f"{folder.name}: is being trained by another process on this machine") from None
+        yield
+
+
+def resume_command(folder: Path, runs: Path, *, flags: str = "") -> str:
+    where = "" if runs == Path("runs") else f" --runs {shlex.quote(str(runs))}"
+    return f"spiketrain resume {shlex.quote(folder.name)}{where}{flags}"
+
+
+def commit() -> str:
+    """The commit of the code that trains, with `+` when the tree has changes; "unknown" outside a checkout."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _numbered(folder: Path) -> Iterator[Path]:
+    yield folder
+    for number in range(2, 10_000):
+        yield folder.with_name(f"{folder.name}-{number}")

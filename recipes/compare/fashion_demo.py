@@ -1,0 +1,22 @@
+"""BPTT, SLTT and SLTT-1 on the same spiking network and the same batches of Fashion-MNIST, then a table.
+
+Command:  spiketrain launch recipes/compare/fashion_demo.py --workers 2        (or: make demo, which sets everything up)
+Source:   the rules as in Meng et al. 2023 (SLTT), arXiv:2302.14311; the network is a small one of ours.
+Result:   not run
+SLTT-1 differentiates one random time step in six; `rescale` multiplies its gradient by six, so that its expectation is SLTT's.
+As published there is no rescaling, which makes its learning rate six times smaller than that of the rules beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pipeline.recipe import Recipe, spec
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.sltt import SLTT
+from recipes.fashion.base import fashion
+
+
+def recipe() -> list[Recipe]:
+    rules = {"bptt": spec(BPTT), "sltt": spec(SLTT), "sltt-1": spec(SLTT, k=1, rescale=True)}
+    return [replace(fashion(), name=f"fashion-demo-{name}", rule=rule) for name, rule in rules.items()]
