@@ -14,13 +14,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-from ffcv.libffcv import imdecode, resize_crop
-from ffcv.pipeline.allocation_query import AllocationQuery
-from ffcv.pipeline.state import State
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from pipeline.data.ffcv_api import AllocationQuery, SimpleRGBImageDecoder, State, imdecode, resize_crop
 from pipeline.data.format import JPG
 from pipeline.data.random import CROP, FLIP, SHIFT_X, SHIFT_Y, make
 
@@ -69,8 +66,7 @@ class Decode(SimpleRGBImageDecoder):
         batch = compiled(self.parallel)
         options, area, ratios, table = self._options, self._area, self._ratios, self._lookup
 
-        # FFCV compiles this for each loader. It only passes on, so that the loop itself is compiled once a process: options in
-        # arrays, because numba would compile the loop anew for each whole number that it finds in a closure.
+        # Options travel in arrays: numba would compile the loop anew for each kind of number.
         def decode(indices_B, memory, records, storage):
             out_BCSS, keys_B2, status_B1 = memory
             batch(indices_B, out_BCSS, keys_B2, status_B1, records, storage, options, area, ratios, table)

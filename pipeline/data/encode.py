@@ -147,7 +147,7 @@ def _encode_picture(picture: Image.Image, how: Encoding, as_jpg: bool) -> "Encod
 
 def _ffcv_decodes(content: bytes, height: int, width: int) -> bool:
     """Whether the decoder of the training run takes this JPEG without error or warning (the run treats both as damage)."""
-    from ffcv.libffcv import imdecode
+    from pipeline.data.ffcv_api import imdecode
 
     pixels = np.empty((height, width, 3), np.uint8)
     return imdecode(np.frombuffer(content, np.uint8), pixels, height, width, height, width) == 0

@@ -35,7 +35,7 @@ class BetonWriter:
     """
 
     def __init__(self, path: Path, *, capacity: int, page_bytes: int = PAGE_BYTES) -> None:
-        from ffcv.types import ALLOC_TABLE_TYPE
+        from pipeline.data.ffcv_api import ALLOC_TABLE_TYPE
 
         self.path, self.page_bytes, self.samples = path, page_bytes, 0
         self._metadata = np.zeros(capacity, _metadata_type())
@@ -66,7 +66,7 @@ class BetonWriter:
 
     def finish(self) -> None:
         """Write what is left, the table, the metadata and the header; then wait until the disk has it."""
-        from ffcv.types import CURRENT_VERSION, FieldDescType, HeaderType
+        from pipeline.data.ffcv_api import CURRENT_VERSION, FieldDescType, HeaderType
 
         if self._page:
             self._flush()
@@ -111,7 +111,7 @@ def layout(path: Path) -> Layout:
 
     Raises: DataError if the file is not a whole .beton of images and labels as written here or by FFCV.
     """
-    from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType
+    from pipeline.data.ffcv_api import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType
 
     size = path.stat().st_size
     if size < HeaderType.itemsize:
@@ -158,7 +158,7 @@ class Samples:
 
 def samples(path: Path) -> Samples:
     """Raises: DataError if the file's tables contradict each other."""
-    from ffcv.types import ALLOC_TABLE_TYPE
+    from pipeline.data.ffcv_api import ALLOC_TABLE_TYPE
 
     where = layout(path)
     metadata = np.fromfile(path, _metadata_type(), count=where.samples, offset=_metadata_offset())
@@ -178,14 +178,13 @@ _FIELDS = [(b"image", 2), (b"label", 1)]  # name and FFCV's type number: RGBImag
 
 
 def _metadata_type() -> np.dtype[Any]:
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.types import get_metadata_type
+    from pipeline.data.ffcv_api import IntField, RGBImageField, get_metadata_type
 
     return get_metadata_type([RGBImageField(), IntField()])
 
 
 def _metadata_offset() -> int:
-    from ffcv.types import FieldDescType, HeaderType
+    from pipeline.data.ffcv_api import FieldDescType, HeaderType
 
     return HeaderType.itemsize + len(_FIELDS) * FieldDescType.itemsize
 

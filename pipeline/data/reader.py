@@ -16,38 +16,29 @@ from queue import Empty
 from threading import Lock
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.data import ffcv_api
+from pipeline.data.augment import Decode
 from pipeline.data.base import Batch, DataError, LoaderError
+from pipeline.data.ffcv_api import (
+    Compiler,
+    EpochIterator,
+    Graph,
+    OSCacheContext,
+    OSCacheManager,
+    PipelineSpec,
+    Reader,
+    torch_threads_kept,
+)
 from pipeline.data.order import TrainOrder, ValOrder
 
 logger = logging.getLogger(__name__)
 HANG_S = 300.0  # longer than the first compilation, which took 5 to 20 s on two busy cores
-
-
-@contextmanager
-def _torch_threads_kept() -> Iterator[None]:
-    """Importing FFCV, and making a loader, sets torch's number of threads to its own (1.0.2)."""
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-with _torch_threads_kept():
-    import numba
-    from ffcv.loader.epoch_iterator import EpochIterator
-    from ffcv.loader.loader import Loader as FFCVLoader
-    from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
-    from ffcv.pipeline.compiler import Compiler
-    from ffcv.pipeline.graph import Graph
-    from ffcv.pipeline.pipeline_spec import PipelineSpec
-    from ffcv.reader import Reader
-
-    from pipeline.data.augment import Decode
+PATIENCE_S = 5.0  # for a thread to end once asked; one batch at most lies between
 
 
 def usable_threads(threads: int) -> int:
@@ -80,7 +71,7 @@ class BetonLoader:
         self.samples, self.steps_per_epoch = order.samples, order.steps
         self._order, self._seed, self._hang_s = order, seed, hang_s
         self._open: list[_Reading] = []
-        with _torch_threads_kept():
+        with torch_threads_kept():
             self._ffcv = _Loader(path, decode, batch_size=order.micro_batch, threads=threads)
         metadata = self._ffcv.reader.metadata
         self._labels = metadata["f1"]
@@ -93,7 +84,7 @@ class BetonLoader:
         if not len(ids):
             yield iter(())
             return
-        with _torch_threads_kept():
+        with torch_threads_kept():
             reading = _Reading(self._ffcv, ids, seed=self._seed, epoch=epoch, hang_s=self._hang_s)
         self._open.append(reading)
         try:
@@ -129,7 +120,7 @@ class _Pages(OSCacheManager):
         self.context = OSCacheContext(self)
 
 
-class _Loader(FFCVLoader):
+class _Loader(ffcv_api.Loader):
     """FFCV's loader with one pipeline, for the image; labels need none. It has no order of its own: `_Reading` is given one."""
 
     def __init__(self, path: Path, decode: Decode, *, batch_size: int, threads: int) -> None:
@@ -140,7 +131,12 @@ class _Loader(FFCVLoader):
         pipelines = {"image": PipelineSpec("image", decoder=decode)}
         self.graph = Graph(pipelines, self.reader.handlers, {"image": 0}, self.reader.metadata, None)
         self.decode_node = self.graph.operation_to_node[decode][0].id
-        self.generate_code()
+        # The loop is compiled once a process (augment.py); FFCV would compile, for each loader, what hands it its arguments.
+        Compiler.set_enabled(False)
+        try:
+            self.generate_code()
+        finally:
+            Compiler.set_enabled(True)
 
 
 class _Failure:
@@ -192,7 +188,7 @@ class _Reading(EpochIterator):
             self.closed = True
             self.iter_ixes = iter(())  # the thread looks at the event only while the queue is full
             self.terminate_event.set()
-            patience = time.monotonic() + 5.0
+            patience = time.monotonic() + PATIENCE_S
             while self.is_alive() and time.monotonic() < patience:
                 _drain(self.output_queue)
                 self.join(0.02)
@@ -201,6 +197,8 @@ class _Reading(EpochIterator):
     def _wait(self) -> tuple[int, Any]:
         give_up = time.monotonic() + self._hang_s
         while True:
+            if self.closed:
+                raise LoaderError(f"data: the loader of {self.loader.fname} was closed")
             try:
                 item = self.output_queue.get(timeout=0.2)
             except Empty:

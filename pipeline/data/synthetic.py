@@ -128,7 +128,7 @@ def _fields(data: Synthetic) -> NDArray[np.float32]:
 def _uniform(seed: int, draw: int, shape: tuple[int, ...]) -> NDArray[np.float64]:
     """Uniform in -0.5..0.5."""
     index = np.arange(int(np.prod(shape)))
-    return ((bits(seed, 0, index, draw) >> np.uint64(11)) * 2.0**-53 - 0.5).reshape(shape)
+    return np.asarray((bits(seed, 0, index, draw) >> np.uint64(11)) * 2.0**-53 - 0.5, np.float64).reshape(shape)
 
 
 def _interpolation(size: int) -> NDArray[np.float64]:

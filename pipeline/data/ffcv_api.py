@@ -1,0 +1,58 @@
+"""The parts of FFCV that this package builds on, imported in one place and without their side effect.
+
+FFCV 1.0.2 sets torch's number of threads when it is imported, and whenever a loader is made.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def torch_threads_kept() -> Iterator[None]:
+    """Undo what FFCV does to torch's number of threads within."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+with torch_threads_kept():
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+    from ffcv.libffcv import imdecode, resize_crop
+    from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.loader.loader import Loader
+    from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
+    from ffcv.pipeline.allocation_query import AllocationQuery
+    from ffcv.pipeline.compiler import Compiler
+    from ffcv.pipeline.graph import Graph
+    from ffcv.pipeline.pipeline_spec import PipelineSpec
+    from ffcv.pipeline.state import State
+    from ffcv.reader import Reader
+    from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
+
+__all__ = [
+    "ALLOC_TABLE_TYPE",
+    "CURRENT_VERSION",
+    "AllocationQuery",
+    "Compiler",
+    "EpochIterator",
+    "FieldDescType",
+    "Graph",
+    "HeaderType",
+    "IntField",
+    "Loader",
+    "OSCacheContext",
+    "OSCacheManager",
+    "PipelineSpec",
+    "RGBImageField",
+    "Reader",
+    "SimpleRGBImageDecoder",
+    "State",
+    "get_metadata_type",
+    "imdecode",
+    "resize_crop",
+]

@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.base import DataError
+from pipeline.data.order import TrainOrder, ValOrder, permutation
+
+
+@st.composite
+def sizes(draw):
+    """samples, world, micro_batch, accumulation: at least one global batch."""
+    world, micro_batch, accumulation = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    batch = world * micro_batch * accumulation
+    return draw(st.integers(batch, 4 * batch + 3)), world, micro_batch, accumulation
+
+
+def orders(samples: int, world: int, micro_batch: int, batch_size: int, seed: int = 3) -> list[TrainOrder]:
+    common = {"samples": samples, "seed": seed, "world": world, "micro_batch": micro_batch, "batch_size": batch_size}
+    return [TrainOrder(rank=rank, **common) for rank in range(world)]
+
+
+@given(sizes(), st.integers(0, 2**62), st.integers(0, 100))
+@settings(max_examples=100, deadline=None)
+def test_micro_batches_are_slices_of_the_global_batch(size, seed, epoch):
+    samples, world, micro, accumulation = size
+    batch = world * micro * accumulation
+    whole = permutation(samples, seed=seed, epoch=epoch)
+    assert sorted(whole) == list(range(samples))
+    for order in orders(samples, world, micro, batch, seed):
+        ids = order.epoch(epoch)
+        assert order.steps == samples // batch and len(ids) == order.steps * accumulation * micro
+        for step in range(order.steps):
+            rows = whole[step * batch : (step + 1) * batch]
+            for a in range(accumulation):
+                first = (a * world + order.rank) * micro
+                mine = ids[(step * accumulation + a) * micro :][:micro]
+                assert np.array_equal(mine, rows[first : first + micro])
+
+
+@given(sizes(), st.data())
+@settings(max_examples=50, deadline=None)
+def test_resumed_order_is_the_tail(size, data):
+    samples, world, micro, accumulation = size
+    batch = world * micro * accumulation
+    start = batch * data.draw(st.integers(0, samples // batch))
+    for order in orders(samples, world, micro, batch):
+        assert np.array_equal(order.epoch(4, start=start), order.epoch(4)[start // world :])
+
+
+def test_every_world_forms_the_same_global_batches():
+    def batches(world: int, micro: int) -> list[set[int]]:
+        ids = [order.epoch(1).reshape(-1, 12 // world) for order in orders(100, world, micro, 12)]
+        return [set(np.concatenate([each[step] for each in ids]).tolist()) for step in range(8)]
+
+    assert batches(1, 12) == batches(1, 2) == batches(2, 6) == batches(3, 4) == batches(3, 2)
+    assert len(set.union(*batches(3, 2))) == 96
+
+
+def test_epoch_and_seed_change_the_order():
+    first = permutation(50, seed=0, epoch=0).tolist()
+    assert first != permutation(50, seed=0, epoch=1).tolist()
+    assert first != permutation(50, seed=1, epoch=0).tolist()
+
+
+@given(st.integers(0, 40), st.integers(1, 7), st.integers(1, 5))
+def test_evaluation_takes_each_sample_once(samples, world, micro):
+    each = [ValOrder(samples=samples, rank=rank, world=world, micro_batch=micro) for rank in range(world)]
+    assert np.concatenate([order.epoch(9) for order in each]).tolist() == list(range(samples))
+    lengths = [len(order.epoch(0)) for order in each]
+    assert max(lengths) - min(lengths) <= 1
+    assert [order.steps for order in each] == [-(-length // micro) for length in lengths]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 10}, r"multiple of world x micro_batch = 2 x 4 = 8; got 10; 8 or 16 would do"),
+        ({"batch_size": 3}, r"got 3; 8 would do"),
+        ({"batch_size": 0}, r"got 0; 8 would do"),
+        ({"batch_size": 104}, r"at most the 100 samples of the set; got 104"),
+        ({"rank": 2}, r"rank must be in 0..world-1; got rank=2, world=2"),
+        ({"micro_batch": 0}, r"micro_batch must be 1 or more; got 0"),
+        ({"seed": -1}, r"seed must be in 0..2\^63-1; got -1"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(change, message):
+    sizes = {"samples": 100, "seed": 0, "rank": 0, "world": 2, "batch_size": 8, "micro_batch": 4, **change}
+    with pytest.raises(DataError, match=message):
+        TrainOrder(**sizes)
+
+
+@pytest.mark.parametrize("start", [4, -8, 104])
+def test_start_within_a_global_batch_is_refused(start):
+    with pytest.raises(DataError, match=r"start must be a multiple of batch_size=8 in 0\.\.96"):
+        orders(100, 2, 4, 8)[0].epoch(0, start=start)
+
+
+def test_evaluation_has_no_start():
+    with pytest.raises(DataError, match="starts at 0; got start=8"):
+        ValOrder(samples=10, rank=0, world=1, micro_batch=2).epoch(0, start=8)

@@ -1,0 +1,242 @@
+"""What stock FFCV does not promise: exact repetition, errors that arrive, batches that stay, threads that end."""
+
+import gc
+import hashlib
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("ffcv")
+
+from pipeline.data import format as beton_format
+from pipeline.data import reader
+from pipeline.data.base import DataError, Loader, LoaderError
+from pipeline.data.beton import Beton
+
+SIZES = {"seed": 5, "batch_size": 12, "micro_batch": 12}
+
+
+@pytest.fixture(scope="module")
+def data(photos) -> Beton:
+    return Beton(photos, classes=2, size=32)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays():
+    before = threading.active_count()
+    yield
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert threading.active_count() <= before
+
+
+def digests(loader, epoch=1, start=0):
+    with loader.epoch(epoch, start=start) as batches:
+        return [digest(batch) for batch in batches]
+
+
+def digest(batch) -> str:
+    return hashlib.sha256(b"".join(each.numpy().tobytes() for each in (batch.x, batch.target, batch.index))).hexdigest()
+
+
+def test_batches_are_bit_identical_for_any_number_of_threads(data):
+    one, two, four = (digests(data.train(**SIZES, threads=threads)) for threads in (1, 2, 4))
+    assert len(set(one)) == 5
+    assert one == two == four
+
+
+def test_batches_are_bit_identical_in_another_process(data):
+    code = (
+        "import sys, hashlib, torch; torch.set_num_threads(3)\n"
+        "from pipeline.data.beton import Beton\n"
+        "with Beton(sys.argv[1], classes=2, size=32).train(seed=5, batch_size=12, micro_batch=12).epoch(1) as batches:\n"
+        "    for b in batches:\n"
+        "        print(hashlib.sha256(b''.join(t.numpy().tobytes() for t in (b.x, b.target, b.index))).hexdigest())\n"
+        "print(torch.get_num_threads())"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(data.folder)], capture_output=True, text=True, timeout=100)
+    # 3: importing FFCV alone would have left torch 1 thread
+    assert run.stdout.split() == [*digests(data.train(**SIZES)), "3"], run.stderr
+
+
+def test_resumed_in_mid_epoch_is_the_rest_of_it(data):
+    loader = data.train(**SIZES)
+    whole = digests(loader)
+    assert digests(data.train(**SIZES), start=24) == whole[2:]
+    assert digests(loader, start=60) == []
+    assert digests(loader) == whole  # the same loader, after a short epoch
+
+
+def test_epochs_differ_in_order_and_augmentation(data):
+    loader = data.train(**SIZES)
+
+    def samples(epoch):
+        with loader.epoch(epoch) as batches:
+            return {int(i): x for batch in batches for i, x in zip(batch.index, batch.x, strict=True)}
+
+    first, second = samples(0), samples(1)
+    assert list(first) != list(second)
+    both = first.keys() & second.keys()
+    assert len(both) > 50 and not any(torch.equal(first[i], second[i]) for i in both)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_the_global_batches_of_one(data, world):
+    with data.train(**SIZES).epoch(2) as batches:
+        alone = [dict(zip(batch.index.tolist(), batch.x, strict=True)) for batch in batches]
+    together = [{} for _ in alone]
+    for rank in range(world):
+        loader = data.train(seed=5, rank=rank, world=world, batch_size=12, micro_batch=2)
+        with loader.epoch(2) as batches:
+            for i, batch in enumerate(batches):
+                together[i * 2 * world // 12].update(zip(batch.index.tolist(), batch.x, strict=True))
+    assert [set(each) for each in together] == [set(each) for each in alone]
+    assert all(torch.equal(mine[i], one[i]) for mine, one in zip(together, alone, strict=True) for i in one)
+
+
+def test_evaluation_over_ranks_takes_each_sample_once(data):
+    ids, lengths = [], []
+    for rank in range(3):
+        loader = data.val(rank=rank, world=3, micro_batch=3)
+        with loader.epoch(0) as batches:
+            read = list(batches)
+        assert len(read) == loader.steps_per_epoch
+        lengths += [len(batch.x) for batch in read]
+        ids += [i for batch in read for i in batch.index.tolist()]
+    assert sorted(ids) == list(range(13)) and set(lengths) == {3, 1, 2}
+    with data.val(rank=0, world=20, micro_batch=3).epoch(0) as batches:
+        assert list(batches) == []
+
+
+def test_targets_belong_to_their_samples(data):
+    assert isinstance(data.train(**SIZES), Loader)
+    labels = beton_format.samples(data.folder / "train.beton").labels
+    with data.train(**SIZES).epoch(0) as batches:
+        for batch in batches:
+            assert batch.target.tolist() == labels[batch.index.numpy()].tolist()
+            assert (batch.x.dtype, batch.target.dtype, batch.index.dtype) == (torch.float32, torch.int64, torch.int64)
+
+
+def test_batches_can_be_kept(data):
+    with data.train(seed=5, batch_size=2, micro_batch=2).epoch(0) as batches:
+        first = next(batches)
+        before = digest(first)
+        list(batches)
+    assert digest(first) == before
+
+
+def test_an_early_break_leaves_no_thread(data):
+    loader = data.train(seed=5, batch_size=2, micro_batch=2)
+    before = threading.active_count()
+    for _ in range(5):
+        with loader.epoch(0) as batches:
+            next(batches)
+        assert threading.active_count() == before
+    with pytest.raises(ZeroDivisionError), loader.epoch(0):
+        raise ZeroDivisionError
+    assert threading.active_count() == before
+
+
+def test_close_stops_what_is_open(data):
+    loader = data.train(seed=5, batch_size=2, micro_batch=2)
+    with loader.epoch(0) as batches:
+        next(batches)
+        loader.close()
+        loader.close()
+        with pytest.raises(LoaderError, match="was closed"):
+            list(batches)
+
+
+def test_an_error_in_the_thread_arrives(data, monkeypatch):
+    loader = data.train(**SIZES)
+
+    def broken(*_):
+        raise OSError("disk on fire")
+
+    monkeypatch.setattr(reader._Reading, "run_pipeline", broken)
+    begin = time.monotonic()
+    with pytest.raises(LoaderError, match=r"train\.beton failed: OSError: disk on fire"), loader.epoch(0) as batches:
+        next(batches)
+    assert time.monotonic() - begin < 3
+
+
+def test_a_hang_arrives_at_the_limit(data, monkeypatch):
+    loader, free = data.train(**SIZES, hang_s=0.5), threading.Event()
+    monkeypatch.setattr(reader._Reading, "run_pipeline", lambda *_: free.wait(30))
+    monkeypatch.setattr(reader, "PATIENCE_S", 0.1)
+    begin = time.monotonic()
+    with pytest.raises(LoaderError, match=r"no batch for 0\.5 s"), loader.epoch(0) as batches:
+        next(batches)
+    assert 0.4 < time.monotonic() - begin < 3
+    free.set()
+
+
+def test_a_thread_that_dies_is_noticed(data, monkeypatch):
+    monkeypatch.setattr(reader._Reading, "run", lambda _: None)
+    with pytest.raises(LoaderError, match="thread ended"), data.train(**SIZES).epoch(0) as batches:
+        next(batches)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_corrupt_jpeg_is_named(data, tmp_path, threads):
+    folder = shutil.copytree(data.folder, tmp_path / "broken")
+    found = beton_format.samples(folder / "train.beton")
+    victim = next(i for i in range(20, 61) if found.records["mode"][i] == beton_format.JPG)
+    with (folder / "train.beton").open("r+b") as file:
+        file.seek(int(found.records["data_ptr"][victim]) + 2)
+        file.write(bytes(64))
+    loader = Beton(folder, classes=2, size=32).train(**SIZES, threads=threads)
+    with (
+        pytest.raises(DataError, match=rf"train\.beton: cannot decode the JPEG of samples \[{victim}\]"),
+        loader.epoch(0) as batches,
+    ):
+        list(batches)
+
+
+def test_torch_keeps_its_threads(data):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        digests(data.train(**SIZES, threads=2))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_are_clamped_and_tbb_demanded(monkeypatch, caplog):
+    assert reader.usable_threads(64) == reader.numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
+    assert "64 loader threads asked for" in caplog.text
+    with pytest.raises(DataError, match="threads must be 1 or more; got 0"):
+        reader.usable_threads(0)
+
+    def missing(name):
+        raise ImportError("libtbb.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(reader.importlib, "import_module", missing)
+    assert reader.usable_threads(1) == 1
+    with pytest.raises(DataError, match=r"needs TBB .*threads=1; got: libtbb"):
+        reader.usable_threads(2)
+
+
+def test_two_loaders_at_once(data):
+    train, val = data.train(**SIZES, threads=2), data.val(micro_batch=4, threads=2)
+    alone = digests(train)
+    with train.epoch(1) as batches:
+        seen = [digest(next(batches))]
+        assert len(digests(val)) == 4
+        seen += [digest(batch) for batch in batches]
+    assert seen == alone
+
+
+def test_memory_is_returned(data):
+    loader = data.train(**SIZES)
+    for _ in range(3):
+        digests(loader)
+    gc.collect()
+    assert not [each for each in gc.get_objects() if type(each) is reader._Reading]

@@ -1,0 +1,81 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pipeline.data.base import Data, DataError, Loader
+from pipeline.data.synthetic import Synthetic
+
+SIZES = {"seed": 5, "world": 1, "rank": 0, "batch_size": 12, "micro_batch": 12, "threads": 1}
+
+
+def read(loader, epoch=0, start=0):
+    with loader.epoch(epoch, start=start) as batches:
+        return list(batches)
+
+
+def test_fulfils_the_contract():
+    data = Synthetic(50, classes=3, shape=(3, 8, 8), val_samples=10)
+    loader = data.train(**SIZES)
+    assert isinstance(data, Data) and isinstance(loader, Loader)
+    batch = read(loader)[0]
+    assert batch.x.shape == (12, *data.shape) and batch.x.dtype == torch.float32
+    assert batch.target.dtype == batch.index.dtype == torch.int64 and loader.steps_per_epoch == 4 and loader.samples == 50
+    assert torch.equal(batch.target, batch.index % 3)
+    data.check()
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone():
+    data = Synthetic(50, shape=(1, 8, 8))
+    alone = {int(i): x for b in read(data.train(**SIZES), epoch=2) for i, x in zip(b.index, b.x, strict=True)}
+    for rank in range(3):
+        for batch in read(data.train(**SIZES | {"world": 3, "rank": rank, "micro_batch": 2}), epoch=2):
+            assert all(torch.equal(x, alone[int(i)]) for i, x in zip(batch.index, batch.x, strict=True))
+    for batch in read(data.train(**SIZES), epoch=2, start=24):
+        assert all(torch.equal(x, alone[int(i)]) for i, x in zip(batch.index, batch.x, strict=True))
+    later = {int(i): x for b in read(data.train(**SIZES), epoch=3) for i, x in zip(b.index, b.x, strict=True)}
+    assert sum(not torch.equal(alone[i], later[i]) for i in alone.keys() & later.keys()) > 20
+
+
+def test_augment_none_repeats_the_samples():
+    data = Synthetic(50, shape=(1, 8, 8), augment="none")
+    first, second = ({int(i): x for b in read(data.train(**SIZES), e) for i, x in zip(b.index, b.x, strict=True)} for e in (0, 1))
+    assert all(torch.equal(first[i], second[i]) for i in first.keys() & second.keys())
+
+
+def test_evaluation_over_ranks_takes_each_sample_once():
+    data = Synthetic(50, val_samples=4)
+    ids = [read(data.val(rank=rank, world=5, micro_batch=2, threads=1)) for rank in range(5)]
+    assert sorted(int(i) for rank in ids for batch in rank for i in batch.index) == [0, 1, 2, 3]
+    assert [] in ids
+
+
+def test_linear_regression_learns_it():
+    data, generator = Synthetic(600, classes=5, shape=(1, 8, 8), val_samples=200), torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 5, generator=generator).mul_(0.01).requires_grad_()
+    loader = data.train(**SIZES | {"batch_size": 50, "micro_batch": 50})
+    for epoch in range(4):
+        for batch in read(loader, epoch):
+            loss = torch.nn.functional.cross_entropy(batch.x.flatten(1) @ weight, batch.target)
+            weight.data -= 0.1 * torch.autograd.grad(loss, weight)[0]
+    right = [(b.x.flatten(1) @ weight).argmax(1) == b.target for b in read(data.val(micro_batch=50))]
+    assert torch.cat(right).float().mean() > 0.8
+
+
+def test_fingerprint_names_the_content():
+    prints = {Synthetic(noise=noise, content_seed=seed).fingerprint() for noise in (0.5, 0.6) for seed in (0, 1)}
+    assert len(prints) == 4 and Synthetic(augment="none").fingerprint() in prints
+
+
+def test_needs_neither_ffcv_nor_numba():
+    code = "import sys, pipeline.data.base, pipeline.data.synthetic as s, pipeline.data.beton as b; s.Synthetic().train("
+    code += "seed=0, batch_size=4, micro_batch=4); b.Beton('/nowhere', classes=2, size=8); "
+    code += "sys.exit(bool({'ffcv', 'numba'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("wrong", [{"samples": 0}, {"classes": 0}, {"shape": (1, 0, 4)}, {"augment": "crop"}, {"noise": -1}])
+def test_refuses(wrong):
+    with pytest.raises(DataError, match=r"Synthetic: .*got"):
+        Synthetic(**wrong)
