@@ -73,8 +73,7 @@ class SavedBytes:
 
     def _pack(self, tensor: Tensor) -> _Saved:
         storage = tensor.untyped_storage()
-        # The StorageImpl: no other one has its address while it is held here. Not data_ptr, which empty storages share.
-        key = storage._cdata
+        key = storage._cdata  # the StorageImpl: no other one has its address while it is held here
         if key in self._excluded:
             return _Saved(tensor, None, 0)
         saved = _Saved(tensor, self, key)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import logging
 import math
 import os
@@ -41,7 +42,7 @@ class Delivery:
     `delivered` counts the points sent, `already_there` those that MLflow held when this delivery opened.
     """
 
-    def __init__(self, run_dir: Path, *, uri: str, experiment: str | None) -> None:
+    def __init__(self, run_dir: Path, *, uri: str, experiment: str) -> None:
         self.run_dir = run_dir
         self.delivered = 0
         self.already_there = 0
@@ -100,16 +101,27 @@ class Delivery:
             run = self._find_or_create(client, experiment_id, start)
         self._client = client
         self._run_id = run.info.run_id
+        self._note_for_people(experiment_id)
         self._params, self._tags = dict(run.data.params), dict(run.data.tags)
         self._status = (run.info.status, run.info.end_time or 0)
         # The newest step of each metric. `run.data.metrics` has the values alone (3.17.2), the whole histories may be 100 MB.
         self._told = {metric.key: int(metric.step) for metric in run.data._metric_objs}
         return True
 
+    def _note_for_people(self, experiment_id: str) -> None:
+        """Where to look, beside the run; nothing here reads it back."""
+        uri = re.sub(r"//[^/@\s]*@", "//", self._uri)
+        note = json.dumps({"uri": uri, "experiment_id": experiment_id, "run_id": self._run_id})
+        path = self.run_dir / "mlflow.json"
+        if not path.exists() or path.read_text() != note:
+            part = path.with_suffix(".part")
+            part.write_text(note)
+            part.replace(path)
+
     def _experiment_id(self, client: MlflowClient, start: Event) -> str:
         from mlflow.exceptions import MlflowException
 
-        name = self._experiment or f"spiketrain/{str(start.get('study', 'unknown'))[:8]}"
+        name = f"{self._experiment}/{str(start.get('study', 'unknown'))[:8]}"
         found = client.get_experiment_by_name(name)
         if found is None:
             # A local store would put artifacts under the working directory of the moment; a server knows its own place.

@@ -41,8 +41,8 @@ def tracking_uri(runs_dir: str | os.PathLike[str]) -> str:
     return uri
 
 
-def sync(run_dir: str | os.PathLike[str], *, uri: str, experiment: str | None = None) -> SyncReport:
-    """Deliver to MLflow what it does not hold yet of this run's journal.
+def sync(run_dir: str | os.PathLike[str], *, uri: str, experiment: str = "spiketrain") -> SyncReport:
+    """Deliver to MLflow what it does not hold yet of this run's journal, to the experiment `experiment/study`.
 
     Raises:
         TrackingError: no attempt of the run has begun, or MLflow could not be reached or refused; one line.
@@ -62,7 +62,7 @@ class Mirror:
     """Keeps MLflow in step with a run's journal from a daemon thread, until `close`.
 
     Nothing is ever raised to its owner: failures are retried, each time later, and `warning` holds the newest one as a line
-    (None when all is well). A journal that does not exist yet is waited for. `interval` and `patience` are seconds: between
+    (None when all is well). The experiment is `experiment/study`, with 8 digits of the study key. A journal that does not exist yet is waited for. `interval` and `patience` are seconds: between
     readings of the journal, and the longest wait after failures.
     """
 
@@ -71,7 +71,7 @@ class Mirror:
         run_dir: str | os.PathLike[str],
         *,
         uri: str,
-        experiment: str | None = None,
+        experiment: str = "spiketrain",
         interval: float = 2.0,
         patience: float = 30.0,
     ) -> None:

@@ -168,17 +168,6 @@ def test_a_storage_at_an_address_that_was_freed_is_another_one():
     assert (saved.now, saved.peak) == (0, 3 * 4000)
 
 
-def test_empty_storages_are_told_apart():
-    leaf = torch.randn(0, requires_grad=True)
-    with SavedBytes([leaf]) as saved:
-        kept = [leaf * torch.randn(0) for _ in range(3)]
-        del kept[0]
-        assert saved.now == 0
-        other = torch.randn(5, requires_grad=True).exp()
-        assert saved.now == 20
-    del kept, other
-
-
 def test_changes_in_place_are_noticed_as_without_it():
     def batch(change_leaf: bool) -> Tensor:
         leaf = torch.randn(4, requires_grad=True)

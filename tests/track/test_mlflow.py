@@ -209,7 +209,7 @@ def test_interleaved_deliverers_agree(fake_run: Callable, sqlite_store: str):
     run = fake_run()
     with run.start() as journal:
         steps(journal, 0, 5)
-        slow = Delivery(run.folder, uri=sqlite_store, experiment=None)
+        slow = Delivery(run.folder, uri=sqlite_store, experiment="spiketrain")
         assert slow.advance()
         steps(journal, 5, 9)
     with run.start(step=3) as journal:

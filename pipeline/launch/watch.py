@@ -1,0 +1,191 @@
+"""Shows a run as it trains, from the events of its journal: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+__all__ = ["Watch"]
+
+
+class Watch:
+    """Draws the events that `show` is given, some times a second or more rarely; `close` ends the bar.
+
+    At once it prints where the run is kept and the command that resumes it. `every` is the number of seconds between lines where the
+    console is no terminal; `clock` tells them.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        run_dir: str | os.PathLike[str],
+        store: str,
+        resume_command: str,
+        every: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = console
+        self._every = every
+        self._clock = clock
+        self._shown = float("-inf")  # when the last plain line about steps was printed
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._start: dict[str, Any] = {}
+        self._newest: dict[str, Any] = {}  # step event
+        self._accuracy = ""
+        self._say(f"run     {os.fspath(run_dir)}")
+        self._say(f"mlflow  {store}")
+        self._say(f"resume  {resume_command}")
+
+    def show(self, events: Iterable[dict[str, Any]]) -> None:
+        """Take new events of the journal, in order."""
+        stepped = False
+        for event in events:
+            if event["event"] == "step":  # of several steps since the last look the newest is drawn
+                self._newest, stepped = event, True
+                continue
+            if stepped:
+                self._draw()
+                stepped = False
+            handler = getattr(self, f"_on_{event['event']}", None)
+            if handler is not None:
+                handler(event)
+        if stepped:
+            self._draw()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    # ----------------------------------------------------------------------------------------------------------- events
+
+    def _on_start(self, event: dict[str, Any]) -> None:
+        self._start, self._newest = event, {}
+        done, total = event.get("step", 0), event.get("total_steps")
+        if event.get("attempt", 0):
+            self._say(f"start {event['attempt'] + 1}: goes on at step {done}/{total} on {event.get('world_size')} workers")
+        else:
+            what = f"{event.get('rule')} on {event.get('world_size')} workers, {total} steps of {event.get('batch_size')} samples"
+            self._say(f"start   {what}, study {str(event.get('study', ''))[:8]}, commit {event.get('commit')}")
+        if self._console.is_terminal:
+            if self._bar is None:
+                self._bar = _bar(self._console)
+                self._task = self._bar.add_task(str(event.get("rule", "")), text="")
+                self._bar.start()
+            self._bar.reset(self._task, total=total, completed=done, text="")
+
+    def _on_evaluation(self, event: dict[str, Any]) -> None:
+        metrics = event.get("metrics", {})
+        parts = [f"{name} {_share(metrics[key])}" for name, key in (("top-1", "top1"), ("top-5", "top5")) if key in metrics]
+        parts += [f"{key.replace('_', ' ')} {_short(metrics[key])}" for key in ("loss", "firing_rate") if key in metrics]
+        self._accuracy = _share(metrics["top1"]) if "top1" in metrics else ""
+        self._say(f"evaluation after step {event.get('step')} (epoch {_from_one(event.get('epoch'))}): {', '.join(parts)}")
+
+    def _on_checkpoint(self, event: dict[str, Any]) -> None:
+        if self._bar is not None:
+            return  # a terminal shows the bar; a log should say what can be resumed
+        size = _bytes(event.get("bytes"))
+        self._say(f"checkpoint at step {event.get('step')}: {size} in {_short(event.get('seconds'))} s")
+
+    def _on_quarantine(self, event: dict[str, Any]) -> None:
+        self._say(f"quarantined {event.get('path')}: {event.get('reason')}")
+
+    def _on_skipped(self, event: dict[str, Any]) -> None:
+        self._say(f"skipped {event.get('samples')} samples: {event.get('reason')}")
+
+    def _on_stopped(self, event: dict[str, Any]) -> None:
+        self._say(f"stopped after step {event.get('step')}: {event.get('reason')}")
+
+    def _on_failed(self, event: dict[str, Any]) -> None:
+        self._say(f"failed: {event.get('error')}")
+
+    def _on_finish(self, event: dict[str, Any]) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._start.get("total_steps"))
+        top1 = f", top-1 {_share(event['top1'])}" if event.get("top1") is not None else ""
+        self._say(f"finished: {event.get('steps', event.get('step'))} steps in {_short(event.get('wall_s'))} s{top1}")
+
+    # ---------------------------------------------------------------------------------------------------------- drawing
+
+    def _draw(self) -> None:
+        event, metrics = self._newest, self._newest.get("metrics", {})
+        parts = [
+            f"epoch {_from_one(event.get('epoch'))}/{self._start.get('epochs', '?')}",
+            f"{_short(metrics.get('images_per_s'))} images/s",
+            f"loss {_short(metrics.get('loss'))}",
+            f"top-1 {_share(metrics.get('top1'))}" + (f" (val {self._accuracy})" if self._accuracy else ""),
+            _bytes(event.get("memory_bytes")),
+        ]
+        if self._bar is not None:
+            self._bar.update(self._task, completed=event.get("step"), text="  ".join(parts))
+            return
+        if self._console.is_terminal or self._clock() - self._shown < self._every:
+            return
+        self._shown = self._clock()
+        self._say(f"step {event.get('step')}/{self._start.get('total_steps', '?')}  {'  '.join(parts)}{self._left()}")
+
+    def _left(self) -> str:
+        """Time to the end at the speed since this start; a bar knows by itself."""
+        done, seconds = (
+            self._newest.get("step", 0) - self._start.get("step", 0),
+            self._newest["time"] - self._start.get("time", 0),
+        )
+        if not self._start.get("total_steps") or done <= 0:
+            return ""
+        minutes, rest = divmod(int((self._start["total_steps"] - self._newest["step"]) * seconds / done), 60)
+        return f"  {minutes // 60}:{minutes % 60:02d}:{rest:02d} left"
+
+    def _say(self, line: str) -> None:
+        """A line to be copied: not wrapped, no markup, above the bar where there is one."""
+        self._console.print(Text(line), soft_wrap=True)
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}", markup=False),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        refresh_per_second=4,
+    )
+
+
+def _number(value: Any) -> float | None:
+    """A number of the journal, where NaN is text; None for anything else."""
+    try:
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _short(value: Any) -> str:
+    number = _number(value)
+    return "-" if number is None else f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+
+
+def _share(value: Any) -> str:
+    number = _number(value)
+    return "-" if number is None else f"{number:.2%}"
+
+
+def _bytes(value: Any) -> str:
+    number = _number(value)
+    if number is None:
+        return "-"
+    scale, unit = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if number >= pair[0] or pair[0] == 1)
+    return f"{number / scale:.3g} {unit}"
+
+
+def _from_one(epoch: Any) -> Any:
+    return epoch + 1 if isinstance(epoch, int) else "-"

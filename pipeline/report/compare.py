@@ -1,0 +1,289 @@
+"""Sets the runs of one study side by side: what each rule cost and how well it did, with ratios to the BPTT run.
+
+Runs that differ in more than the rule and the seed are refused, and nothing is divided across studies: a table of unlike runs
+would look the same as this one.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.report.differences import differences
+from pipeline.report.runs import ReportError, find_run, load, resume_command, run_folders
+from pipeline.track.jsonl import first, last
+from pipeline.track.state import State, state_of
+
+__all__ = ["Comparison", "ComparisonError", "Finished", "Unfinished", "compare", "print_comparison"]
+
+BASELINE = "BPTT"
+_COMPARED = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")
+_FIRST = ("run", "rule", "seed", "study", "recipe", "world_size", "steps", "epochs", *_COMPARED)
+
+
+class ComparisonError(ReportError):
+    """Runs that must not be set side by side, or nothing to compare; one line that names what differs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    folder: Path
+    summary: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unfinished:
+    folder: Path
+    rule: str
+    state: State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The finished runs of a study, baseline first, and what a reader must know beside them."""
+
+    study: str
+    runs: tuple[Finished, ...]
+    unfinished: tuple[Unfinished, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def baseline(self) -> tuple[Finished, ...]:
+        """The BPTT runs, one for each seed; empty when there is none."""
+        return tuple(run for run in self.runs if run.summary.get("rule") == BASELINE)
+
+    def ratio(self, name: str, value: float | None) -> float | None:
+        """`value` over the baseline's mean of the same quantity; None without a baseline."""
+        base = _mean(self.baseline, name)
+        return None if value is None or not base else value / base
+
+    def to_json(self) -> dict[str, Any]:
+        """`baseline` is the name of the (first) BPTT run; each run is its summary and `ratios` to the baseline's mean."""
+        return {
+            "study": self.study,
+            "baseline": self.baseline[0].name if self.baseline else None,
+            "baseline_runs": [run.name for run in self.baseline],
+            "runs": [
+                {**run.summary, "run": run.name, "ratios": {name: self.ratio(name, _value(run, name)) for name in _COMPARED}}
+                for run in self.runs
+            ],
+            "unfinished": [{"run": run.folder.name, "rule": run.rule, "state": run.state} for run in self.unfinished],
+            "notes": list(self.notes),
+        }
+
+    def to_csv(self) -> str:
+        """One line for each run; nested fields as `hardware.cpu`, ratios as `ratios.top1`."""
+        rows = [_flat(run) for run in self.to_json()["runs"]]
+        rest = sorted({name for row in rows for name in row} - set(_FIRST))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=[*_FIRST, *rest], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    def render(self, console: Console) -> None:
+        """One line for each rule, the mean over its runs (± standard deviation), and × the baseline."""
+        table = Table(title=f"study {self.study[:8]}", box=None, header_style="bold", pad_edge=False, title_justify="left")
+        table.add_column("rule", overflow="fold")
+        for title in ("top-1", "peak saved", "images/s", "wall clock"):
+            table.add_column(title, justify="right")
+        for rule in dict.fromkeys(str(run.summary.get("rule")) for run in self.runs):
+            runs = tuple(run for run in self.runs if str(run.summary.get("rule")) == rule)
+            label = rule if len(runs) == 1 else f"{rule} ({len(runs)} runs)"
+            table.add_row(Text(label), *(Text(self._cell(runs, name)) for name in _COMPARED))
+        console.print(table)
+        for note in self.notes:
+            console.print(note, soft_wrap=True, markup=False, highlight=False)
+        for run in self.unfinished:
+            command = "" if run.state == "running" else f"; {resume_command(run.folder.parent, run.folder.name)}"
+            line = f"not in the table: {run.folder.name} ({run.rule}) is {run.state}{command}"
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    def _cell(self, runs: tuple[Finished, ...], name: str) -> str:
+        values = [value for run in runs if (value := _value(run, name)) is not None]
+        if not values:
+            return "-"
+        mean = statistics.fmean(values)
+        text = _shown(name, mean)
+        if len(values) > 1:
+            text += f" ± {_shown(name, statistics.stdev(values), like=mean)}"
+        ratio = self.ratio(name, mean)
+        return text if ratio is None else f"{text}  ×{ratio:.3g}" if ratio < 0.1 else f"{text}  ×{ratio:.2f}"
+
+
+def compare(runs_dir: str | os.PathLike[str], names: Sequence[str | os.PathLike[str]] = ()) -> Comparison:
+    """Compare finished runs.
+
+    Args:
+        runs_dir: where runs live.
+        names: run names, paths, or study keys (or beginnings of them); none: all of the study whose run finished last. Named
+            runs without a BPTT run among them get those of the same study.
+
+    Raises:
+        ComparisonError: nothing finished, or the runs differ in more than the rule and the seed.
+        ReportError: a name that is neither a run nor a study.
+    """
+    runs_dir = Path(runs_dir)
+    folders = _named(runs_dir, names) if names else _newest_study(runs_dir)
+    finished = [run for folder in folders if (run := _finished(folder)) is not None]
+    left_out = [_unfinished(folder) for folder in folders if _finished(folder) is None]
+    if not finished:
+        raise ComparisonError("compare: no finished run: " + ", ".join(f"{run.folder.name} is {run.state}" for run in left_out))
+    finished.sort(key=lambda run: (run.summary.get("rule") != BASELINE, str(run.summary.get("rule")), _seed(run), run.name))
+    for run in finished[1:]:
+        if found := differences(finished[0].folder, run.folder):
+            raise ComparisonError(_refusal(finished[0].name, run.name, found))
+    notes = []
+    if finished[0].summary.get("rule") != BASELINE:
+        finished, notes = _with_baseline(runs_dir, finished)
+    commits = sorted({str(run.summary.get("commit")) for run in finished})
+    if len(commits) > 1:
+        notes.append(f"note: the runs are of different commits: {', '.join(commits)}")
+    study = str(finished[0].summary.get("study", ""))
+    return Comparison(study=study, runs=tuple(finished), unfinished=tuple(left_out), notes=tuple(notes))
+
+
+def print_comparison(
+    runs_dir: str | os.PathLike[str],
+    names: Sequence[str | os.PathLike[str]] = (),
+    *,
+    format: str = "table",
+    console: Console | None = None,
+) -> None:
+    """Print `compare` as a table, json or csv."""
+    if format not in ("table", "json", "csv"):
+        raise ReportError(f"compare: format must be table, json or csv; got {format!r}")
+    comparison = compare(runs_dir, names)
+    if format == "table":
+        comparison.render(console or Console())
+    elif format == "json":
+        print(json.dumps(comparison.to_json(), indent=2))
+    else:
+        sys.stdout.write(comparison.to_csv())
+
+
+def _newest_study(runs_dir: Path) -> list[Path]:
+    folders = run_folders(runs_dir)
+    finished = [run for folder in folders if (run := _finished(folder)) is not None]
+    if not finished:
+        there = f"it has {len(folders)} that did not finish" if folders else "it has no runs"
+        raise ComparisonError(f"compare: no finished run in {runs_dir}; {there}")
+    newest = max(finished, key=lambda run: _ended(run.folder))
+    return [folder for folder in folders if _study(folder) == newest.summary.get("study")]
+
+
+def _named(runs_dir: Path, names: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    folders: dict[Path, None] = {}
+    for name in names:
+        text = os.fspath(name)
+        of_study = [folder for folder in run_folders(runs_dir) if text and _study(folder).startswith(text)]
+        studies = sorted({_study(folder) for folder in of_study})
+        if of_study and not (runs_dir / text).exists():
+            if len(studies) > 1:
+                raise ComparisonError(f"compare: {text!r} begins several study keys: {', '.join(studies)}")
+            folders.update(dict.fromkeys(folder.resolve() for folder in of_study))
+        else:
+            folders[find_run(runs_dir, text).resolve()] = None
+    return list(folders)
+
+
+def _with_baseline(runs_dir: Path, finished: list[Finished]) -> tuple[list[Finished], list[str]]:
+    """Adds the BPTT runs of the study that stand comparison; else says why there is none."""
+    study, reference = finished[0].summary.get("study"), finished[0]
+    others = [run for folder in run_folders(runs_dir) if _study(folder) == study and (run := _finished(folder)) is not None]
+    baselines = [run for run in others if run.summary.get("rule") == BASELINE]
+    fit = [run for run in baselines if not differences(run.folder, reference.folder)]
+    if fit:
+        return fit + finished, []
+    if baselines:
+        found = differences(baselines[0].folder, reference.folder)
+        why = f"{baselines[0].name} does not stand comparison: {_listed(found)}"
+    else:
+        why = f"study {str(study)[:8]} has no finished run of {BASELINE}"
+    return finished, [f"no baseline, no ratios: {why}"]
+
+
+def _refusal(a: str, b: str, found: list[tuple[str, Any, Any]]) -> str:
+    return f"compare: {a} and {b} differ in more than the rule and the seed: {_listed(found)}; name runs that agree"
+
+
+def _listed(found: list[tuple[str, Any, Any]]) -> str:
+    shown = "; ".join(f"{name}: {json.dumps(a)} and {json.dumps(b)}" for name, a, b in found[:6])
+    return shown + (f"; and {len(found) - 6} more" if len(found) > 6 else "")
+
+
+def _finished(folder: Path) -> Finished | None:
+    summary = load(folder / "summary.json")
+    return Finished(folder=folder, summary=summary) if summary is not None and state_of(folder) == "finished" else None
+
+
+def _unfinished(folder: Path) -> Unfinished:
+    start = last(folder / "journal.jsonl", "start") or {}
+    state = state_of(folder)
+    return Unfinished(folder=folder, rule=str(start.get("rule", "-")), state="interrupted" if state == "finished" else state)
+
+
+def _study(folder: Path) -> str:
+    """From the journal, as unfinished runs have no summary."""
+    start = first(folder / "journal.jsonl", "start")
+    return str(start.get("study", "")) if start else str((load(folder / "summary.json") or {}).get("study", ""))
+
+
+def _ended(folder: Path) -> float:
+    finish = last(folder / "journal.jsonl", "finish")
+    return float(finish["time"]) if finish else (folder / "summary.json").stat().st_mtime
+
+
+def _seed(run: Finished) -> int:
+    seed = run.summary.get("seed")
+    return seed if isinstance(seed, int) else 0
+
+
+def _value(run: Finished, name: str) -> float | None:
+    value = run.summary.get(name)
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _mean(runs: tuple[Finished, ...], name: str) -> float | None:
+    values = [value for run in runs if (value := _value(run, name)) is not None]
+    return statistics.fmean(values) if values else None
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        flat |= _flat(item, f"{prefix}{name}.") if isinstance(item, dict) else {f"{prefix}{name}": item}
+    return flat
+
+
+def _shown(
+    name: Literal["top1", "peak_saved_bytes", "images_per_s", "wall_s"] | str, value: float, *, like: float | None = None
+) -> str:
+    """A quantity with its unit; a spread is written in the unit of its mean."""
+    size = value if like is None else like
+    if name == "top1":
+        return f"{value:.2%}"
+    if name == "peak_saved_bytes":
+        scale, unit = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if size >= pair[0] or pair[0] == 1)
+        return f"{value / scale:.4g} {unit}"
+    if name == "wall_s":
+        if like is None and size >= 3600:
+            return f"{int(value // 3600)} h {int(value % 3600 // 60):02d} min"
+        return f"{value / 60:.1f} min" if size >= 60 else f"{value:.1f} s"
+    return f"{value:.4g}"

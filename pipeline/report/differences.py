@@ -1,0 +1,64 @@
+"""In what two finished runs differ, beyond what a comparison varies: the rule and the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.report.runs import load
+
+__all__ = ["differences"]
+
+_VARIED = ("rule", "seed", "name")  # what the study key leaves out (pipeline.recipe), beside paths
+_ABSENT = "(absent)"
+
+
+def differences(a: Path, b: Path) -> list[tuple[str, Any, Any]]:
+    """`(field, value in run a, value in run b)` for all that must be equal and is not; empty when the two may be compared.
+
+    Unequal study keys are explained from the two recipes. A path counts by the content that it leads to, so it is only named
+    when nothing else explains the keys.
+    """
+    summaries = load(a / "summary.json") or {}, load(b / "summary.json") or {}
+    found = [
+        (name, first, second)
+        for name in ("world_size", "hardware")
+        for name, first, second in _differing(name, *(summary.get(name) for summary in summaries))
+    ]
+    keys = [summary.get("study") for summary in summaries]
+    return found if keys[0] == keys[1] else _explained(a, b, summaries, keys) + found
+
+
+def _explained(a: Path, b: Path, summaries: tuple[dict, dict], keys: list[Any]) -> list[tuple[str, Any, Any]]:
+    recipes = [(load(folder / "recipe.json") or {}).get("recipe") or {} for folder in (a, b)]
+    kept = [{name: value for name, value in recipe.items() if name not in _VARIED} for recipe in recipes]
+    found = list(_differing("", *kept))
+    paths = [one for one in found if all(_is_path(value) for value in one[1:])]
+    found = [one for one in found if one not in paths]
+    contents = [summary.get("data_fingerprint") for summary in summaries]
+    if contents[0] != contents[1]:
+        found.append(("data_fingerprint", contents[0], contents[1]))
+    return found or paths or [("study", keys[0], keys[1])]
+
+
+def _differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The leaves that differ; a part's keywords are named `optimizer.lr`, as on the command line."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for kind in ("target", "value"):  # a Spec, a frozen value
+            if set(a) == set(b) == {kind, "kwargs"} and a[kind] != b[kind]:
+                yield name, a[kind], b[kind]
+                return  # two functions' keywords have nothing to do with each other
+        for key in dict.fromkeys([*a, *b]):
+            inner = name if key == "kwargs" else f"{name}.{key}" if name else key
+            yield from _differing(inner, a.get(key, _ABSENT), b.get(key, _ABSENT))
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for index, (first, second) in enumerate(zip(a, b, strict=True)):
+            yield from _differing(f"{name}[{index}]", first, second)
+    elif a != b:
+        yield name, a, b
+
+
+def _is_path(value: Any) -> bool:
+    """Recipes are written with absolute paths."""
+    return value is None or (isinstance(value, str) and value.startswith("/"))
