@@ -154,9 +154,8 @@ def verify(path: Annotated[Path, typer.Argument(metavar="FILE", help="a .beton f
     from pipeline.data.write import verify as verify_files
 
     for manifest in verify_files(path):
-        print(
-            f"{manifest.file}: {manifest.samples} samples, {len(manifest.classes)} classes, content {manifest.content[:16]}: whole"
-        )
+        counts = f"{manifest.samples} samples, {len(manifest.classes)} classes"
+        print(f"{manifest.file}: {counts}, content {manifest.content[:16]}: whole")
 
 
 @app.command(epilog="Example: spiketrain sync fashion-sltt-20260105-120000")

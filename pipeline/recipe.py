@@ -186,7 +186,7 @@ class Recipe:
     def resolved(self) -> Recipe:
         """The same recipe with every path absolute: workers start in folders of their own, and so may whoever resumes."""
         parts = {each.name: _resolved(getattr(self, each.name)) for each in dataclasses.fields(self)}
-        return dataclasses.replace(self, **{**parts, "init": self.init if self.init is None else os.path.abspath(self.init)})
+        return dataclasses.replace(self, **{**parts, "init": self.init if self.init is None else str(Path(self.init).absolute())})
 
     def tiny(self, *, data: Spec | None = None) -> Recipe:
         """The same recipe shrunk to seconds on a CPU: few steps of small batches at T = 2, a small evaluation."""
@@ -348,7 +348,9 @@ def _type_name(hint: Any) -> str:
 def _resolved(value: Any) -> Any:
     if not isinstance(value, Spec):
         return value
-    paths = {key: os.path.abspath(item) for key, item in value.kwargs.items() if item is not None and _is_path(value.target, key)}
+    paths = {
+        key: str(Path(item).absolute()) for key, item in value.kwargs.items() if item is not None and _is_path(value.target, key)
+    }
     return value.with_(**{**{key: _resolved(item) for key, item in value.kwargs.items()}, **paths})
 
 

@@ -1,6 +1,6 @@
 """The composition root of one process: recipe -> data, model, rule, backend, tracker -> loop.
 
-Between two global batches, and only there, a worker looks up from the loop: `_Session.between_batches` logs, saves,
+Between two global batches, and only there, a worker looks up from the loop: `Attempt.between_batches` logs, saves,
 and stops when asked. Rank 0 decides and tells the others, so that all of them do the same after the same step.
 """
 
@@ -80,13 +80,13 @@ def run(job: Job, place: Place) -> dict[str, Any] | None:
     ranks = Ranks(place.rank, place.workers, place.device)
     with only_writer(folder, ranks), journal(folder, ranks) as tracker:
         try:
-            session = _Session(job, place, ranks, folder, tracker, began)
+            attempt = Attempt(job, place, ranks, folder, tracker, began)
         except (ValueError, CheckpointError) as error:
             raise Refused(str(error)) from error
-        return session.run()
+        return attempt.run()
 
 
-class _Session:
+class Attempt:
     """One attempt at a run in one process."""
 
     def __init__(self, job: Job, place: Place, ranks: Ranks, folder: Path, tracker: Tracker, began: float) -> None:
@@ -113,10 +113,6 @@ class _Session:
         self.train_set: Loader = self.data.train(seed=recipe.seed, batch_size=recipe.batch_size, **sizes)
         self.val_set: Loader = self.data.val(**sizes)
         self.epoch_steps = self.train_set.steps_per_epoch
-        if self.epoch_steps < 1:
-            raise ValueError(
-                f"recipe: batch_size must be at most the {self.train_set.samples} training samples; got {recipe.batch_size}"
-            )
         self.steps = total_steps(recipe, self.epoch_steps)
         self.schedule = recipe.schedule.build(self.backend.optimizer, self.steps)
 

@@ -1,0 +1,63 @@
+"""A recipe of seconds, and runs of it without Ray."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+
+from pipeline.data.synthetic import Synthetic
+from pipeline.launch.inline import Inline
+from pipeline.models.nf_resnet import nf_resnet18_small
+from pipeline.objective import CrossEntropy
+from pipeline.recipe import Recipe, spec, write_json
+from pipeline.rules.sltt import SLTT
+from pipeline.schedule import cosine
+from pipeline.weights import load_run
+from pipeline.worker import Job
+
+
+def small_recipe(**changes: Any) -> Recipe:
+    """16 steps of 8 samples in 2 epochs, SLTT-2 of 3 steps, augmentation on."""
+    recipe = Recipe(
+        name="small",
+        model=spec(nf_resnet18_small, classes=10, in_channels=1, width=4, blocks=(1, 1)),
+        rule=spec(SLTT, k=2, rescale=True),
+        data=spec(Synthetic, samples=64, val_samples=20, shape=(1, 8, 8)),
+        objective=spec(CrossEntropy),
+        optimizer=spec(create_optimizer_v2, opt="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4),
+        schedule=spec(cosine, warmup=0.2),
+        time_steps=3,
+        batch_size=8,
+        epochs=2,
+        log_every=1,
+        checkpoint_every=3,
+        backend="plain",
+    )
+    return replace(recipe, **changes)
+
+
+def make_run(folder: Path, recipe: Recipe) -> Job:
+    folder.mkdir(parents=True)
+    write_json(folder / "recipe.json", recipe.resolved().to_json())
+    return Job(run=str(folder), study="s", data_fingerprint=recipe.data.build().fingerprint(), commit="c", run_id="r")
+
+
+def train_inline(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """Make the run unless it is there, and train it in this process."""
+    job = make_run(folder, recipe) if not folder.exists() else Job(
+        run=str(folder), study="s", data_fingerprint=recipe.data.build().fingerprint(), commit="c", run_id="r"
+    )  # fmt: skip
+    return Inline().run(job, "test")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_run(folder).state_dict()
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

@@ -1,0 +1,145 @@
+"""Checkpoints: whole or not there, verified before use, damaged ones named and passed over, the best one kept."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pipeline.backend.plain import Plain
+from pipeline.checkpoint import CheckpointError, Checkpoints, damage, read_trainer, step_folders, verified
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.synapse import Linear
+
+TRAINER: dict[str, Any] = {"world_size": 1, "zero": 0, "score": None}
+
+
+def backend(seed: int = 0) -> Plain:
+    torch.manual_seed(seed)
+    network = nn.Sequential(Linear(3, 4), LIF(), Linear(4, 2))
+    made = Plain(network, lambda net: torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))
+    for p in network.parameters():
+        p.grad = torch.ones_like(p)
+    made.step()  # the optimizer has a momentum worth saving
+    return made
+
+
+class Counting(nn.Module):
+    """A rule with state of its own."""
+
+    def __init__(self, value: float = 0.0) -> None:
+        super().__init__()
+        self.register_buffer("feedback", torch.full((3,), value))
+
+
+def flip_a_byte(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def saved(folder: Path, steps: list[int], **checkpoints: Any) -> Checkpoints:
+    made = Checkpoints(folder, attempt="a", **checkpoints)
+    for step in steps:
+        made.save(step, backend(step), Counting(step), {**TRAINER, "score": None})
+    return made
+
+
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    original, checkpoints = backend(1), Checkpoints(tmp_path, attempt="a")
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)  # noqa: NPY002
+    told = checkpoints.save(7, original, Counting(2.5), TRAINER)
+    drawn = (torch.rand(3), random.random(), np.random.rand())  # noqa: NPY002
+    other, rule = backend(2), Counting()
+    trainer = checkpoints.restore(other, rule)
+    assert trainer is not None
+    assert trainer["step"] == 7
+    assert told.path == tmp_path / "step_00000007"
+    assert told.bytes > 0
+    for a, b in zip(original.network.parameters(), other.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+    momenta = [[state["momentum_buffer"] for state in made.optimizer.state.values()] for made in (original, other)]
+    assert all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
+    assert torch.equal(rule.feedback, torch.full((3,), 2.5))  # type: ignore[arg-type]
+    again = (torch.rand(3), random.random(), np.random.rand())  # noqa: NPY002
+    assert torch.equal(drawn[0], again[0])
+    assert drawn[1:] == again[1:]
+
+
+FILES = ["model.safetensors", "plain/state.pt", "rng_rank0.pt", "rule.pt", "trainer.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
+def test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used(tmp_path: Path, name: str, how: str) -> None:
+    told: list[tuple[Path, str]] = []
+    checkpoints = saved(tmp_path, [1, 2], on_quarantine=lambda path, reason: told.append((path, reason)))
+    file = tmp_path / "step_00000002" / name
+    if how == "flipped":
+        flip_a_byte(file)
+    elif how == "cut":
+        file.write_bytes(file.read_bytes()[:-7])
+    else:
+        file.unlink()
+    trainer = checkpoints.restore(backend(9), Counting())
+    assert trainer is not None
+    assert trainer["step"] == 1
+    [(moved, reason)] = told
+    assert moved.parent == tmp_path / "quarantine"
+    assert moved.name.startswith("step_00000002")
+    assert name in reason
+    assert [path.name for path in step_folders(tmp_path)] == ["step_00000001"]
+
+
+def test_every_file_of_a_checkpoint_is_in_its_manifest(tmp_path: Path) -> None:
+    saved(tmp_path, [1])
+    folder = tmp_path / "step_00000001"
+    on_disk = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert on_disk == set(FILES)
+    assert on_disk - {"manifest.json"} == set(json.loads((folder / "manifest.json").read_text())["files"])
+    assert damage(folder) is None
+
+
+def test_a_write_that_was_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, [1])
+    torn = tmp_path / ".writing-dead-step_00000002"
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+    trainer = checkpoints.restore(backend(), Counting())
+    assert trainer is not None
+    assert trainer["step"] == 1
+    assert not torn.exists()
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, attempt="a", keep=2)
+    for step, score in [(1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, 0.4)]:
+        checkpoints.save(step, backend(), Counting(), {**TRAINER, "score": score})
+    assert [path.name[-1] for path in step_folders(tmp_path)] == ["2", "4", "5"]
+    assert verified(tmp_path, "best").name == "step_00000002"
+    assert verified(tmp_path).name == "step_00000005"
+
+
+def test_a_step_that_is_redone_replaces_its_checkpoint(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, [3])
+    checkpoints.save(3, backend(8), Counting(), {**TRAINER, "score": 0.25})
+    assert read_trainer(verified(tmp_path))["score"] == 0.25
+
+
+def test_zero_state_of_other_workers_is_refused_with_the_reason(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, attempt="a")
+    checkpoints.save(1, backend(), Counting(), {"world_size": 2, "zero": 1, "score": None})
+    with pytest.raises(CheckpointError, match="ZeRO-1 state of 2 workers loads on as many only; got 1"):
+        checkpoints.restore(backend(), Counting())
+
+
+def test_nothing_to_restore_is_no_error(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path / "none", attempt="a").restore(backend(), Counting()) is None
+    with pytest.raises(CheckpointError, match="got none"):
+        verified(tmp_path)

@@ -1,0 +1,199 @@
+"""Recipes: checked where they are written, changed by dotted keys, and the same after a trip through JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from timm.optim import create_optimizer_v2
+
+from pipeline.data.beton import Beton
+from pipeline.data.synthetic import Synthetic
+from pipeline.models.nf_resnet import nf_resnet18_small
+from pipeline.objective import CrossEntropy
+from pipeline.recipe import Recipe, Spec, spec
+from pipeline.recipe_file import load_recipes, parse_changes
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.sltt import SLTT
+from pipeline.schedule import cosine
+from pipeline.spiking.surrogate import Sigmoid
+
+RECIPES = sorted(path for path in Path("recipes").rglob("*.py") if path.name not in ("__init__.py", "base.py"))
+
+
+def small(**changes: Any) -> Recipe:
+    written = Recipe(
+        name="small",
+        model=spec(nf_resnet18_small, classes=10, in_channels=1, width=4, blocks=[1], surrogate=Sigmoid(alpha=2.0)),
+        rule=spec(SLTT, k=1),
+        data=spec(Synthetic, samples=64, shape=(1, 8, 8)),
+        objective=spec(CrossEntropy),
+        optimizer=spec(create_optimizer_v2, opt="sgd", lr=0.1),
+        schedule=spec(cosine, warmup=0.1),
+        time_steps=4,
+        batch_size=32,
+        epochs=1,
+    )
+    return replace(written, **changes)
+
+
+def test_a_wrong_keyword_names_those_that_exist() -> None:
+    with pytest.raises(ValueError, match=r"^SLTT: unexpected keyword 'K'; it accepts k, chunk, rescale$"):
+        spec(SLTT, K=2)
+
+
+@pytest.mark.parametrize(("kwargs", "said"), [({"k": "two"}, "int or None; got 'two'"), ({"rescale": 1}, "bool; got 1")])
+def test_a_value_of_the_wrong_type_is_refused(kwargs: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        spec(SLTT, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"time_steps": 0}, "time_steps must be at least 1"),
+        ({"batch_size": 2.5}, "batch_size must be int; got 2.5"),
+        ({"over_time": "sum"}, "over_time must be one of 'steps', 'mean'; got 'sum'"),
+        ({"clip_norm": -1.0}, "clip_norm must not be negative"),
+        ({"backend": "plain", "zero": 1}, "zero=1 needs backend='deepspeed'"),
+        ({"rule": SLTT}, "rule must be Spec"),
+        ({"name": "a/b"}, "name becomes a folder's name"),
+    ],
+)
+def test_a_recipe_validates_itself(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        small(**changes)
+
+
+def test_a_recipe_is_the_same_after_json() -> None:
+    recipe = small()
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+    assert Recipe.from_json(recipe.to_json()).model.build().stages[0][0].neuron1.surrogate == Sigmoid(alpha=2.0)
+
+
+@pytest.mark.parametrize("target", ["os.system", "torch.os.system", "pipeline.recipe.importlib.import_module", "subprocess.run"])
+def test_json_imports_from_trusted_packages_alone(target: str) -> None:
+    value = small().to_json()
+    value["recipe"]["rule"] = {"target": target, "kwargs": {}}
+    with pytest.raises(ValueError, match="not in a trusted package"):
+        Recipe.from_json(value)
+
+
+def test_a_users_package_is_admitted_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_lab.py").write_text("from pipeline.rules.bptt import BPTT\nclass Mine(BPTT):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    value = small().to_json()
+    value["recipe"]["rule"] = {"target": "my_lab.Mine", "kwargs": {}}
+    with pytest.raises(ValueError, match="name its package with --trust"):
+        Recipe.from_json(value)
+    assert Recipe.from_json(value, trust=["my_lab"]).rule.build().label == "Mine"
+
+
+def test_another_format_and_unknown_fields_are_refused() -> None:
+    value = small().to_json()
+    with pytest.raises(ValueError, match="reads format version 1; got 2"):
+        Recipe.from_json({**value, "version": 2})
+    with pytest.raises(ValueError, match="unknown fields colour"):
+        Recipe.from_json({**value, "recipe": {**value["recipe"], "colour": 1}})
+
+
+def test_overrides_reach_into_parts_and_are_validated() -> None:
+    changed = small().override({"optimizer.lr": 0.05, "rule.k": 2, "epochs": 3, "rule.rescale": True})
+    assert (changed.optimizer.kwargs["lr"], changed.rule.kwargs["k"], changed.epochs) == (0.05, 2, 3)
+    for key, value, said in [
+        ("optimiser.lr", 1, "no field 'optimiser'; it has name, model"),
+        ("rule.kk", 1, "SLTT: unexpected keyword 'kk'; it accepts k"),
+        ("rule", 1, "rule is a part, SLTT.k=1.; change its keywords: rule.k, rule.chunk, rule.rescale"),
+        ("epochs", "many", "epochs must be int; got 'many'"),
+        ("epochs.x", 1, "goes below a plain value"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            small().override({key: value})
+
+
+def test_set_parses_python_literals_and_leaves_words_alone() -> None:
+    assert parse_changes(["a.b=0.5", "c=True", "d=bf16", "e=None", "f=(1, 2)"]) == {
+        "a.b": 0.5, "c": True, "d": "bf16", "e": None, "f": (1, 2),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="key=value"):
+        parse_changes(["lr"])
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "workers", "expected"),
+    [(32, None, 2, (16, 1)), (32, 4, 2, (4, 4)), (24, 5, 2, (4, 3)), (7, None, 7, (1, 1)), (96, 100, 3, (32, 1))],
+)
+def test_a_global_batch_splits_exactly(batch: int, micro: int | None, workers: int, expected: tuple[int, int]) -> None:
+    split = small(batch_size=batch, micro_batch=micro).split(workers)
+    assert (split.micro_batch, split.accumulation) == expected
+    assert split.workers * split.micro_batch * split.accumulation == batch
+
+
+def test_a_batch_that_does_not_divide_names_sizes_that_do() -> None:
+    with pytest.raises(ValueError, match="must divide by 3 workers; got 32, near it 30 and 33 do"):
+        small().split(3)
+
+
+def test_the_study_key_ignores_rule_seed_name_and_paths_and_nothing_else() -> None:
+    beton = spec(Beton, folder="data/one", classes=10, size=28)
+    base = small(data=beton)
+    key = base.study_key({"data": "abc"})
+    same = [
+        replace(base, rule=spec(BPTT)),
+        replace(base, seed=4),
+        replace(base, name="other"),
+        replace(base, data=beton.with_(folder="elsewhere")),
+        base.resolved(),
+    ]
+    other = [
+        replace(base, time_steps=5),
+        replace(base, optimizer=base.optimizer.with_(lr=0.2)),
+        replace(base, data=beton.with_(size=32)),
+        replace(base, objective=spec(CrossEntropy, label_smoothing=0.1)),
+    ]
+    assert {recipe.study_key({"data": "abc"}) for recipe in same} == {key}
+    keys = [recipe.study_key({"data": "abc"}) for recipe in other] + [base.study_key({"data": "abd"})]
+    assert len({key, *keys}) == 6
+
+
+def test_resolved_paths_are_absolute() -> None:
+    recipe = small(data=spec(Beton, folder="data/x", classes=10, size=28), init="runs/a").resolved()
+    assert Path(recipe.data.kwargs["folder"]).is_absolute()
+    assert Path(recipe.init or "").is_absolute()
+
+
+def test_a_recipe_file_that_fails_names_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from pipeline.recipe import spec\nfrom pipeline.rules.sltt import SLTT\ndef recipe():\n    return spec(SLTT, q=1)\n"
+    )
+    with pytest.raises(ValueError, match=r"mine\.py:4: SLTT: unexpected keyword 'q'"):
+        load_recipes(file)
+    file.write_text("x = 1\n")
+    with pytest.raises(ValueError, match=r"must define a function recipe\(\)"):
+        load_recipes(file)
+    with pytest.raises(ValueError, match="does not exist"):
+        load_recipes(tmp_path / "none.py")
+
+
+def test_every_recipe_file_resolves_and_survives_tiny() -> None:
+    assert len(RECIPES) >= 4, f"found {RECIPES}"
+    for path in RECIPES:
+        for recipe in load_recipes(path):
+            assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+            assert recipe.tiny().time_steps <= 2
+            head = path.read_text().split('"""')[1]
+            assert "Command:" in head, path
+            assert "Source:" in head, path
+            assert "Result:" in head, path
+
+
+def test_a_spec_survives_pickling() -> None:
+    import pickle
+
+    part = spec(SLTT, k=3)
+    assert pickle.loads(pickle.dumps(part)) == part
+    assert isinstance(part, Spec)

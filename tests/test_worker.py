@@ -1,0 +1,222 @@
+"""One worker, composed from a recipe: resumption to the bit, stopping, refusals, and every recipe of the product in small."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pipeline
+from pipeline.checkpoint import read_trainer, step_folders
+from pipeline.data.synthetic import Synthetic, SyntheticLoader
+from pipeline.models.nf_resnet import nf_resnet18_small
+from pipeline.ranks import Refused
+from pipeline.recipe import spec
+from pipeline.recipe_file import load_recipes
+from pipeline.spiking.encode import repeat
+from pipeline.spiking.state import fresh_state
+from pipeline.track.jsonl import read
+from pipeline.weights import load_start
+from pipeline.worker import Attempt
+from tests.small import make_run, same_weights, small_recipe, train_inline
+from tests.test_recipe import RECIPES
+
+
+class Killed(BaseException):
+    """Stands for a process that dies: nothing in the product catches it."""
+
+
+def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    original = Attempt._micro_batches
+
+    def micro_batches(self: Attempt, source: Any) -> Any:
+        if self.step == step:
+            raise Killed
+        return original(self, source)
+
+    monkeypatch.setattr(Attempt, "_micro_batches", micro_batches)
+
+
+@pytest.mark.parametrize("step", [1, 5, 8, 11])
+def test_a_run_that_died_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    recipe = small_recipe()
+    whole = train_inline(tmp_path / "whole", recipe)
+    with monkeypatch.context() as patch:
+        die_at(patch, step)
+        with pytest.raises(Killed):
+            train_inline(tmp_path / "broken", recipe)
+    resumed = train_inline(tmp_path / "broken", recipe)
+    assert whole is not None
+    assert resumed is not None
+    assert same_weights(tmp_path / "whole", tmp_path / "broken")
+    assert {key: resumed[key] for key in ("steps", "top1", "loss")} == {key: whole[key] for key in ("steps", "top1", "loss")}
+    assert resumed["restarts"] == 1
+    starts = [event["step"] for event in read(tmp_path / "broken" / "journal.jsonl") if event["event"] == "start"]
+    assert starts == [0, max(s for s in (0, 3, 6, 8, 9) if s <= step)]
+
+
+def test_weights_depend_on_the_seed(tmp_path: Path) -> None:
+    train_inline(tmp_path / "a", small_recipe())
+    train_inline(tmp_path / "b", small_recipe(seed=1))
+    assert not same_weights(tmp_path / "a", tmp_path / "b")
+
+
+def test_accumulated_micro_batches_train_the_same_network(tmp_path: Path) -> None:
+    train_inline(tmp_path / "a", small_recipe())
+    train_inline(tmp_path / "b", small_recipe(micro_batch=2))
+    a, b = (pipeline.load(tmp_path / name).state_dict() for name in "ab")
+    assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-5
+
+
+def test_a_stop_file_saves_after_the_step_and_the_run_goes_on(tmp_path: Path) -> None:
+    recipe = small_recipe(checkpoint_every=0)
+    make_run(tmp_path / "run", recipe)
+    (tmp_path / "run" / "stop").touch()
+    assert train_inline(tmp_path / "run", recipe) is None
+    assert [path.name for path in step_folders(tmp_path / "run" / "checkpoints")] == ["step_00000001"]
+    assert read(tmp_path / "run" / "journal.jsonl")[-1]["event"] == "stopped"
+    (tmp_path / "run" / "stop").unlink()
+    train_inline(tmp_path / "run", recipe)
+    train_inline(tmp_path / "whole", recipe)
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_each_epoch_trains_on_each_sample_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    original = SyntheticLoader.epoch
+
+    class Spy:
+        def __init__(self, context: Any, is_training: bool) -> None:
+            self.context, self.is_training = context, is_training
+
+        def __enter__(self) -> Any:
+            source = self.context.__enter__()
+            return (self.note(batch) for batch in source)
+
+        def note(self, batch: Any) -> Any:
+            if self.is_training:
+                seen.extend(batch.index.tolist())
+            return batch
+
+        def __exit__(self, *exc: object) -> Any:
+            return self.context.__exit__(*exc)
+
+    def epoch(self: Any, number: int, *, start: int = 0) -> Any:
+        return Spy(original(self, number, start=start), self.samples == 64)
+
+    monkeypatch.setattr(SyntheticLoader, "epoch", epoch)
+    train_inline(tmp_path / "run", small_recipe())
+    assert sorted(seen[:64]) == list(range(64))
+    assert sorted(seen[64:]) == list(range(64))
+    assert seen[:64] != seen[64:]
+
+
+def test_the_journal_tells_loss_speed_and_place(tmp_path: Path) -> None:
+    summary = train_inline(tmp_path / "run", small_recipe())
+    events = read(tmp_path / "run" / "journal.jsonl")
+    steps = [event for event in events if event["event"] == "step"]
+    assert [event["step"] for event in steps] == list(range(1, 17))
+    assert {"loss", "top1", "lr", "images_per_s", "data_wait_s", "compute_s", "optimizer_s", "step_s"} <= set(steps[0]["metrics"])
+    assert [event["step"] for event in events if event["event"] == "evaluation"] == [8, 16]
+    assert summary is not None
+    on_disk = json.loads((tmp_path / "run" / "summary.json").read_text())
+    wanted = (
+        "study rule recipe world_size steps epochs top1 top5 loss firing_rate images_per_s wall_s train_s data_wait_s "
+        "peak_saved_bytes state_bytes peak_device_bytes peak_rss_bytes backward_calls_per_batch restarts commit hardware"
+    )
+    assert set(wanted.split()) <= set(on_disk)
+    assert on_disk["evaluated_samples"] == 20
+    assert on_disk["backward_calls_per_batch"] == 2  # SLTT-2 differentiates two of its three steps
+    assert on_disk["peak_saved_bytes"] > 0
+    assert on_disk["state_bytes"] > 0
+
+
+def test_checkpoints_hold_everything_that_a_resume_needs(tmp_path: Path) -> None:
+    train_inline(tmp_path / "run", small_recipe())
+    trainer = read_trainer(step_folders(tmp_path / "run" / "checkpoints")[-1])
+    assert {"step", "epoch", "sample", "seed", "run_id", "mlflow", "commit", "world_size", "data_fingerprint", "score"} <= set(
+        trainer
+    )
+
+
+def test_loaded_in_python_the_network_gives_the_evaluated_accuracy(tmp_path: Path) -> None:
+    recipe = small_recipe(epochs=6)
+    summary = train_inline(tmp_path / "run", recipe)
+    network = pipeline.load(tmp_path / "run")
+    assert not network.training
+    hits = 0
+    loader = recipe.data.build().val(rank=0, world=1, micro_batch=7, threads=1)
+    with torch.no_grad(), loader.epoch(0) as batches:
+        for batch in batches:
+            with fresh_state(network):
+                hits += int((network(repeat(batch.x, recipe.time_steps)).mean(0).argmax(-1) == batch.target).sum())
+    assert summary is not None
+    assert summary["top1"] == pytest.approx(hits / 20)
+    with pytest.raises(ValueError, match=r"holds recipe\.json"):
+        pipeline.load(tmp_path)
+
+
+def test_another_data_set_than_the_one_launched_on_is_refused(tmp_path: Path) -> None:
+    recipe = small_recipe()
+    make_run(tmp_path / "run", recipe)
+    other = recipe.override({"data.content_seed": 5})
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(other.to_json()))
+    with pytest.raises(Refused, match="another file lies where the recipe points"):
+        train_inline(tmp_path / "run", recipe)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch_size": 128}, "batch_size must be at most the 64 samples"),
+        (
+            {"model": spec(nf_resnet18_small, classes=7, in_channels=1, width=4, blocks=(1,))},
+            "must have the same classes; got 7 and 10",
+        ),
+        ({"init": "nowhere"}, "init: must be a run's folder or a weights file"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(Refused, match=said):
+        train_inline(tmp_path / "run", small_recipe(**changes))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="loss must be finite"):
+        train_inline(tmp_path / "run", small_recipe().override({"optimizer.lr": 1e30}))
+    assert read(tmp_path / "run" / "journal.jsonl")[-1]["event"] == "failed"
+
+
+def test_a_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
+    train_inline(tmp_path / "first", small_recipe())
+    recipe = small_recipe(init=str(tmp_path / "first"), time_steps=5)
+    network = recipe.model.build()
+    assert load_start(network, tmp_path / "first").fresh == ()
+    for key, value in pipeline.load(tmp_path / "first").state_dict().items():
+        assert torch.equal(network.state_dict()[key], value)
+    train_inline(tmp_path / "second", recipe)
+
+
+def test_init_swaps_the_head_and_names_every_other_mismatch(tmp_path: Path) -> None:
+    train_inline(tmp_path / "first", small_recipe())
+    other_head = nf_resnet18_small(3, in_channels=1, width=4, blocks=(1, 1))
+    assert load_start(other_head, tmp_path / "first").fresh == ("classifier.weight", "classifier.bias")
+    wider = nf_resnet18_small(10, in_channels=1, width=8, blocks=(1,))
+    with pytest.raises(ValueError, match=r"stages\.1\.0\.conv1\.weight is unknown") as refusal:
+        load_start(wider, tmp_path / "first")
+    assert "stem.weight is [4, 1, 3, 3] instead of [8, 1, 3, 3]" in str(refusal.value)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=str)
+def test_every_recipe_trains_in_small(tmp_path: Path, path: Path) -> None:
+    for index, recipe in enumerate(load_recipes(path)):
+        data = recipe.data.build()
+        shape = (data.shape[0], min(data.shape[1], 32), min(data.shape[2], 32))
+        tiny = recipe.tiny(data=spec(Synthetic, samples=64, val_samples=10, classes=data.classes, shape=shape))
+        summary = train_inline(tmp_path / str(index), replace(tiny, backend="plain"))
+        assert summary is not None
+        assert summary["steps"] == 4
