@@ -9,13 +9,9 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from pipeline.data.errors import DataError, LoaderError
 
-class DataError(ValueError):
-    """Data, or a size asked of it, that cannot be used: who, the rule, what was got, what is accepted. A retry does not help."""
-
-
-class LoaderError(RuntimeError):
-    """A loader that failed or went silent for a reason of the machine's, not of the data's. Trying again may help."""
+__all__ = ["Batch", "Data", "DataError", "Loader", "LoaderError"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.data import manifest as manifests
-from pipeline.data.base import DataError
+from pipeline.data.errors import DataError
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import TrainOrder, ValOrder
 

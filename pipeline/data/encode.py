@@ -5,12 +5,15 @@ takes it without a warning. All else (PNG, CMYK, a JPEG with stray bytes, one to
 area averaging and encoded anew. EXIF orientation is ignored, as torchvision's ImageFolder ignores it.
 """
 
+import ctypes
 import io
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import PathFinder
 from multiprocessing import get_context
 from pathlib import Path
 from signal import SIG_IGN, SIGINT, signal
@@ -19,7 +22,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from pipeline.data.base import DataError, LoaderError
+from pipeline.data.errors import DataError, LoaderError
 from pipeline.data.format import JPG, RAW
 from pipeline.data.random import bits
 
@@ -107,6 +110,8 @@ def encode(item: Item, how: Encoding) -> "Encoded | Bad":
         if isinstance(item.image, Path):
             return _encode_file(item.image, how, as_jpg)
         return _encode_picture(Image.fromarray(item.image), how, as_jpg)
+    except DataError:
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow 13.0 raises for damaged files
         return Bad(f"{type(error).__name__}: {error}")
 
@@ -147,10 +152,24 @@ def _encode_picture(picture: Image.Image, how: Encoding, as_jpg: bool) -> "Encod
 
 def _ffcv_decodes(content: bytes, height: int, width: int) -> bool:
     """Whether the decoder of the training run takes this JPEG without error or warning (the run treats both as damage)."""
-    from pipeline.data.ffcv_api import imdecode
-
     pixels = np.empty((height, width, 3), np.uint8)
-    return imdecode(np.frombuffer(content, np.uint8), pixels, height, width, height, width) == 0
+    sizes = (height, width, pixels.ctypes.data_as(ctypes.c_void_p), height, width, 0, 0, 1, 1, False, False)
+    return _ffcv_imdecode()(content, len(content), *sizes) == 0
+
+
+@cache
+def _ffcv_imdecode() -> Callable[..., int]:
+    """`imdecode` of FFCV's library, found without importing the package: that takes torch and numba, seconds for each worker."""
+    package = PathFinder.find_spec("ffcv")
+    folders = list(package.submodule_search_locations or []) if package else []
+    libraries = [file for folder in folders for file in Path(folder).glob("_libffcv*.so")]
+    if not libraries:
+        raise DataError("write: FFCV must be installed, its decoder judges what it will read; got no ffcv/_libffcv*.so")
+    function = ctypes.CDLL(str(libraries[0])).imdecode
+    words = [ctypes.c_uint32] * 2
+    # (bytes, size, height, width, pixels, crop height and width, offset x and y, scale as a fraction, crop?, flip?) in 1.0.2
+    function.argtypes = [ctypes.c_char_p, ctypes.c_uint64, *words, ctypes.c_void_p, *words * 3, ctypes.c_bool, ctypes.c_bool]
+    return function
 
 
 def _encode_chunk(chunk: list[Item], how: Encoding) -> "list[Encoded | Bad]":

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.base import DataError
+from pipeline.data.errors import DataError
 
 PAGE_BYTES = 8 << 20  # FFCV's default
 JPG, RAW = 0, 1  # FFCV's codes of how a sample is stored

@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from pipeline.data import format as beton
-from pipeline.data.base import DataError
+from pipeline.data.errors import DataError
 
 FORMAT, VERSION = "spiketrain beton manifest", 1
 SUFFIX = ".manifest.json"

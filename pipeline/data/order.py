@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.base import DataError
+from pipeline.data.errors import DataError
 from pipeline.data.random import ORDER, bits
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.base import DataError
 from pipeline.data.encode import Item
+from pipeline.data.errors import DataError
 
 FASHION_PACKAGE = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
 FASHION_CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
@@ -85,7 +85,7 @@ def _idx(folder: Path, name: str) -> NDArray[np.uint8]:
         content = gzip.decompress(packed.read_bytes()) if packed.is_file() else plain.read_bytes()
     except (OSError, EOFError) as error:
         raise DataError(f"write_fashion: cannot read {packed} or {plain.name} beside it ({error})") from error
-    axes = content[3] if content[:3] == b"\0\0\x08" else 0
+    axes = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
     shape = tuple(np.frombuffer(content, ">u4", count=axes, offset=4).tolist()) if axes and len(content) >= 4 + 4 * axes else ()
     if not axes or len(content) != 4 + 4 * axes + math.prod(shape):
         raise DataError(f"write_fashion: {folder / name} is not a whole file of MNIST's format")

@@ -17,8 +17,8 @@ from typing import Literal
 
 from pipeline.data import manifest as manifests
 from pipeline.data import sources
-from pipeline.data.base import DataError
 from pipeline.data.encode import Bad, Encoding, encode_all
+from pipeline.data.errors import DataError
 from pipeline.data.format import BetonWriter
 from pipeline.data.manifest import ContentHash, Manifest, verify
 

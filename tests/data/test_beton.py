@@ -1,0 +1,65 @@
+import pytest
+
+pytest.importorskip("ffcv")
+
+from pipeline.data.base import Data, DataError
+from pipeline.data.beton import Beton
+from pipeline.data.write import write_folder
+
+GOOD = {"classes": 2, "size": 32}
+
+
+def test_constructing_opens_no_file():
+    data = Beton("/nowhere/at/all", classes=1000, size=224)
+    assert isinstance(data, Data) and data.shape == (3, 224, 224) and data.classes == 1000
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"size": 0}, "size must be 1 or more"),
+        ({"channels": 2}, "channels 1 or 3; got classes=2, size=32, channels=2"),
+        ({"channels": 1}, r"mean and std must have 1 values \(channels\)"),
+        ({"std": (1.0, 0.0, 1.0)}, "std above 0"),
+        ({"crop": "random"}, "crop must be 'resized', 'shift' or 'centre'; got 'random'"),
+        ({"flip": True}, "flip must be 'random' or 'never'; got True"),
+        ({"crop": "shift", "area": (0.1, 1.0)}, "area has no effect with crop='shift'"),
+        ({"crop": "centre", "ratio": (0.5, 2.0)}, "ratio has no effect with crop='centre'"),
+        ({"reach": 4}, "reach has no effect with crop='resized'"),
+        ({"area": (0.0, 1.0)}, r"area must be \(low, high\) with 0 < low <= high <= 1; got \(0.0, 1.0\)"),
+        ({"area": (0.5, 1.5)}, r"high <= 1; got \(0.5, 1.5\)"),
+        ({"ratio": (2.0, 1.0)}, r"ratio must be \(low, high\) with 0 < low <= high; got"),
+        ({"crop": "shift", "reach": 33}, r"reach must be 0..size=32 pixels; got 33"),
+    ],
+)
+def test_options_that_contradict_are_refused(wrong, message):
+    with pytest.raises(DataError, match=rf"Beton: .*{message}"):
+        Beton("/nowhere", **GOOD | wrong)
+
+
+def test_the_number_of_classes_must_be_the_files(photos):
+    with pytest.raises(DataError, match=r"classes must be those of .*train\.beton, 2; got 10"):
+        Beton(photos, classes=10, size=32).fingerprint()
+
+
+def test_shift_refuses_images_of_another_size(photos):
+    with pytest.raises(DataError, match=r"crop='shift' does not resize: .* size=32; got \d+ to \d+"):
+        Beton(photos, crop="shift", **GOOD).train(seed=0, batch_size=4, micro_batch=4)
+
+
+def test_fingerprint_names_the_content_not_the_options(photos, photo_folder, fashion, tmp_path):
+    one = Beton(photos, **GOOD).fingerprint()
+    assert one == Beton(photos, classes=2, size=64, flip="never").fingerprint()
+    assert one != Beton(fashion, classes=10, size=28, channels=1, mean=(0.5,), std=(0.5,)).fingerprint()
+    write_folder(photo_folder, tmp_path, mode="mixed")
+    assert one == Beton(tmp_path, **GOOD).fingerprint()
+    write_folder(photo_folder, tmp_path, mode="raw", existing="replace")
+    assert one != Beton(tmp_path, **GOOD).fingerprint()
+
+
+def test_train_and_val_must_have_the_same_classes(photos, fashion, tmp_path):
+    for source, name in ((photos, "train"), (fashion, "val")):
+        for each in source.glob(f"{name}.beton*"):
+            (tmp_path / each.name).symlink_to(each)
+    with pytest.raises(DataError, match=r"classes must be those of .*val\.beton, 10; got 2"):
+        Beton(tmp_path, **GOOD).check()

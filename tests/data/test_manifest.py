@@ -1,0 +1,138 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ffcv")
+
+from pipeline.data import format as beton_format
+from pipeline.data import manifest as manifests
+from pipeline.data.base import DataError
+from pipeline.data.beton import Beton
+from pipeline.data.write import verify
+
+
+@pytest.fixture
+def folder(photos, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    return shutil.copytree(photos, tmp_path / "copy")
+
+
+def flip(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 4]))
+
+
+def test_whole_files_pass(photos):
+    Beton(photos, classes=2, size=8).check()
+    train, val = verify(photos)
+    assert (train.samples, val.samples, train.classes, sum(train.histogram)) == (61, 13, ["china", "flower"], 61)
+    assert verify(photos / "val.beton") == [val]
+
+
+@pytest.mark.parametrize("name", ["header", "field descriptors", "metadata", "padding", "page 0", "allocation table"])
+def test_a_flipped_bit_is_located(folder, name):
+    path = folder / "train.beton"
+    layout = beton_format.layout(path)
+    region = next(each for each in (*layout.front, *layout.pages, layout.table) if each.name == name)
+    flip(path, region.offset + region.size // 2)
+    for look in (Beton(folder, classes=2, size=8).check, lambda: verify(folder)):
+        with pytest.raises(DataError, match=rf"train\.beton: {name} \(bytes {region.offset} to .* differs from its manifest"):
+            look()
+
+
+def test_regions_cover_the_file(photos):
+    layout = beton_format.layout(photos / "train.beton")
+    end = 0
+    for region in (*layout.front, *layout.pages, layout.table):
+        assert region.offset == end
+        end += region.size
+    assert end == (photos / "train.beton").stat().st_size
+
+
+def test_a_page_is_named_among_many(tmp_path):
+    writer = beton_format.BetonWriter(tmp_path / "train.beton", capacity=64, page_bytes=1 << 12)
+    content = manifests.ContentHash(["a"])
+    for i in range(64):
+        sample = {"mode": beton_format.RAW, "height": 16, "width": 16, "label": 0}
+        writer.add(bytes([i]) * 768, **sample)
+        content.add(bytes([i]) * 768, **sample)
+    writer.finish()
+    path = tmp_path / "train.beton"
+    manifest = manifests.describe(path, name=path.name, content=content.hexdigest(), classes=["a"], labels=[0] * 64)
+    manifest.write(tmp_path / "train.beton.manifest.json")
+    assert len(manifest.pages) == 13 and verify(path) == [manifest]
+    flip(path, manifest.pages_offset + 7 * 4096 + 4095)
+    with pytest.raises(DataError, match=r"page 7 \(bytes "):
+        manifests.check(path)
+
+
+def test_a_truncated_file_is_refused(folder):
+    with (folder / "train.beton").open("r+b") as file:
+        file.truncate(100_000)
+    with pytest.raises(DataError, match=r"train\.beton must have \d+ bytes by its manifest; got 100000: truncated"):
+        Beton(folder, classes=2, size=8).check()
+    with pytest.raises(DataError, match="truncated or damaged"):
+        beton_format.layout(folder / "train.beton")
+
+
+def test_missing_parts_are_named(folder, tmp_path):
+    (folder / "val.beton.manifest.json").unlink()
+    with pytest.raises(DataError, match=r"val\.beton has no manifest val\.beton\.manifest\.json"):
+        Beton(folder, classes=2, size=8).fingerprint()
+    with pytest.raises(DataError, match=r"/nowhere/train\.beton does not exist"):
+        Beton(tmp_path / "nowhere", classes=2, size=8).fingerprint()
+    with pytest.raises(DataError, match=r"no \.beton in"):
+        verify(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[:300], "is damaged: not JSON"),
+        (lambda text: text.replace('"samples": 61', '"samples": 60'), "is damaged: its own checksum differs"),
+        (lambda text: '{"format": "something else"}', "is not a manifest of a .beton"),
+        (lambda text: "[1, 2]", "is not a manifest of a .beton"),
+        (lambda text: text.replace('"version": 1', '"version": 2'), "is of version 2; this program reads 1"),
+    ],
+)
+def test_a_bad_manifest_is_refused(folder, change, message):
+    path = folder / "train.beton.manifest.json"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(DataError, match=message):
+        Beton(folder, classes=2, size=8).check()
+
+
+def test_a_foreign_manifest_is_refused(folder):
+    (folder / "val.beton.manifest.json").rename(folder / "train.beton.manifest.json")
+    with pytest.raises(DataError, match=r"belongs to another file, val\.beton"):
+        Beton(folder, classes=2, size=8).fingerprint()
+
+
+def test_verify_compares_sha256_and_content(folder):
+    path = folder / "val.beton.manifest.json"
+
+    def forge(**change):
+        body = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"} | change
+        path.write_text(json.dumps({**body, "checksum": manifests._checksum(body)}))
+
+    good = json.loads(path.read_text())
+    forge(sha256="0" * 64)
+    with pytest.raises(DataError, match=r"val\.beton: sha256 must be 0000"):
+        verify(folder)
+    forge(sha256=good["sha256"], content="1" * 64)
+    with pytest.raises(DataError, match=r"val\.beton: content hash must be 1111"):
+        verify(folder)
+
+
+def test_something_else_is_not_a_beton(tmp_path):
+    (tmp_path / "x.beton").write_bytes(b"GIF89a" * 1000)
+    with pytest.raises(DataError, match=r"not a \.beton of version 2"):
+        beton_format.layout(tmp_path / "x.beton")
+    (tmp_path / "x.beton").write_bytes(b"")
+    with pytest.raises(DataError, match=r"0 bytes are less than its header"):
+        beton_format.layout(tmp_path / "x.beton")
