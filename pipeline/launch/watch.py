@@ -17,8 +17,8 @@ __all__ = ["Watch"]
 class Watch:
     """Draws the events that `show` is given, some times a second or more rarely; `close` ends the bar.
 
-    At once it prints where the run is kept and the command that resumes it. `every` is the number of seconds between lines where the
-    console is no terminal; `clock` tells them.
+    At once it prints where the run is kept and the command that resumes it. `every` is the number of seconds between lines
+    where the console is no terminal; `clock` tells them.
     """
 
     def __init__(

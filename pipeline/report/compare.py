@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -120,11 +120,9 @@ class Comparison:
         if not values:
             return "-"
         mean = statistics.fmean(values)
-        text = _shown(name, mean)
-        if len(values) > 1:
-            text += f" ± {_shown(name, statistics.stdev(values), like=mean)}"
         ratio = self.ratio(name, mean)
-        return text if ratio is None else f"{text}  ×{ratio:.3g}" if ratio < 0.1 else f"{text}  ×{ratio:.2f}"
+        text = _shown(name, mean) if ratio is None else f"{_shown(name, mean)}  ×{ratio:{'.2f' if ratio >= 0.1 else '.3g'}}"
+        return text if len(values) == 1 else f"{text}\n± {_shown(name, statistics.stdev(values), like=mean)}"
 
 
 def compare(runs_dir: str | os.PathLike[str], names: Sequence[str | os.PathLike[str]] = ()) -> Comparison:
@@ -272,18 +270,16 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _shown(
-    name: Literal["top1", "peak_saved_bytes", "images_per_s", "wall_s"] | str, value: float, *, like: float | None = None
-) -> str:
-    """A quantity with its unit; a spread is written in the unit of its mean."""
-    size = value if like is None else like
+def _shown(name: str, value: float, *, like: float | None = None) -> str:
+    """A quantity with its unit; a spread is written in the unit of the mean that it is `like`."""
+    size, digits = (value, 4) if like is None else (like, 2)
     if name == "top1":
         return f"{value:.2%}"
     if name == "peak_saved_bytes":
         scale, unit = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if size >= pair[0] or pair[0] == 1)
-        return f"{value / scale:.4g} {unit}"
+        return f"{value / scale:.{digits}g} {unit}"
     if name == "wall_s":
         if like is None and size >= 3600:
             return f"{int(value // 3600)} h {int(value % 3600 // 60):02d} min"
         return f"{value / 60:.1f} min" if size >= 60 else f"{value:.1f} s"
-    return f"{value:.4g}"
+    return f"{value:.{digits}g}"

@@ -62,8 +62,9 @@ class Mirror:
     """Keeps MLflow in step with a run's journal from a daemon thread, until `close`.
 
     Nothing is ever raised to its owner: failures are retried, each time later, and `warning` holds the newest one as a line
-    (None when all is well). The experiment is `experiment/study`, with 8 digits of the study key. A journal that does not exist yet is waited for. `interval` and `patience` are seconds: between
-    readings of the journal, and the longest wait after failures.
+    (None when all is well). The experiment is `experiment/study`, with 8 digits of the study key. A journal that does not
+    exist yet is waited for. `interval` and `patience` are seconds: between readings of the journal, and the longest wait
+    after failures.
     """
 
     def __init__(

@@ -1,0 +1,148 @@
+import io
+import re
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.launch.watch import Watch
+
+START = {
+    "event": "start", "time": 1000.0, "attempt": 0, "rule": "SLTT", "study": "0123456789abcdef", "commit": "abc", "world_size": 2,
+    "step": 0, "total_steps": 100, "epochs": 4, "batch_size": 64,
+}  # fmt: skip
+
+
+def step(number: int, **metrics: Any) -> dict[str, Any]:
+    values = {"loss": 1.2345, "top1": 0.25, "images_per_s": 12345.6, **metrics}
+    return {
+        "event": "step",
+        "time": 1000.0 + number,
+        "attempt": 0,
+        "step": number,
+        "epoch": 1,
+        "metrics": values,
+        "memory_bytes": 3.2e8,
+    }
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def watch(*, terminal: bool = False, width: int = 60) -> tuple[Watch, io.StringIO, Clock]:
+    out, clock = io.StringIO(), Clock()
+    console = Console(file=out, force_terminal=terminal, width=width)
+    command = "spiketrain resume a-run-with-a-name --runs /a/long/path/to/the/runs/of/somebody"
+    return (
+        Watch(console, run_dir="/runs/[b]a", store="sqlite:////runs/mlflow.db", resume_command=command, clock=clock),
+        out,
+        clock,
+    )
+
+
+def test_what_can_be_copied_is_printed_at_once_and_whole():
+    _, out, _ = watch()
+    assert out.getvalue().splitlines() == [
+        "run     /runs/[b]a",
+        "mlflow  sqlite:////runs/mlflow.db",
+        "resume  spiketrain resume a-run-with-a-name --runs /a/long/path/to/the/runs/of/somebody",
+    ]
+
+
+def test_plain_lines_come_every_ten_seconds():
+    view, out, clock = watch()
+    out.truncate(0)
+    view.show([START])
+    for number in range(1, 26):
+        clock.now = float(number)
+        view.show([step(number)])
+    lines = out.getvalue().lstrip("\0").splitlines()
+    assert lines[0] == "start   SLTT on 2 workers, 100 steps of 64 samples, study 01234567, commit abc"
+    assert [line.split()[1] for line in lines[1:]] == ["1/100", "11/100", "21/100"]
+    assert lines[1] == "step 1/100  epoch 2/4  12,346 images/s  loss 1.23  top-1 25.00%  320 MB  0:01:39 left"
+    assert not any("\x1b" in line for line in lines)
+
+
+def test_of_many_steps_at_once_the_newest_is_drawn():
+    view, out, _ = watch()
+    view.show([START, *(step(number) for number in range(1, 50))])
+    assert re.findall(r"step (\d+)/100", out.getvalue()) == ["49"]
+
+
+def test_everything_else_is_a_line_of_its_own_at_once():
+    view, out, clock = watch()
+    view.show([START, step(10)])
+    out.truncate(0)
+    clock.now = 1.0
+    metrics = {"top1": 0.5, "top5": 1, "loss": "nan", "firing_rate": 0.1}
+    view.show(
+        [
+            {"event": "evaluation", "step": 10, "epoch": 0, "metrics": metrics},
+            {"event": "checkpoint", "step": 10, "path": "x", "seconds": 0.25, "bytes": 12_300_000},
+            {"event": "quarantine", "path": "checkpoints/step_00000008", "reason": "sha256 of [trainer.json] differs"},
+            {"event": "skipped", "reason": "loss is nan", "samples": 64},
+            {"event": "failed", "error": "RuntimeError: worker died"},
+            {**START, "attempt": 1, "step": 8, "world_size": 1},
+            {"event": "invented", "step": 1},
+            {"event": "stopped", "step": 12, "reason": "asked to stop"},
+            {"event": "finish", "step": 100, "steps": 100, "wall_s": 34.5, "top1": 0.61},
+        ]
+    )  # fmt: skip
+    assert out.getvalue().lstrip("\0").splitlines() == [
+        "evaluation after step 10 (epoch 1): top-1 50.00%, top-5 100.00%, loss nan, firing rate 0.1",
+        "checkpoint at step 10: 12.3 MB in 0.25 s",
+        "quarantined checkpoints/step_00000008: sha256 of [trainer.json] differs",
+        "skipped 64 samples: loss is nan",
+        "failed: RuntimeError: worker died",
+        "start 2: goes on at step 8/100 on 1 workers",
+        "stopped after step 12: asked to stop",
+        "finished: 100 steps in 34.5 s, top-1 61.00%",
+    ]
+    clock.now = 20.0
+    view.show([step(13)])
+    assert "top-1 25.00% (val 50.00%)" in out.getvalue()
+
+
+def test_time_left_counts_from_this_start():
+    view, out, _ = watch()
+    view.show([{**START, "step": 50, "attempt": 1, "time": 1050.0}, step(60)])
+    assert "0:00:40 left" in out.getvalue()
+
+
+def test_nan_and_missing_values():
+    view, out, _ = watch()
+    view.show([{**START, "total_steps": None, "epochs": None}, step(1, loss="nan", top1=None, images_per_s="inf")])
+    assert "inf images/s  loss nan  top-1 -" in out.getvalue()
+    view.show([{"event": "step", "time": 1.0, "attempt": 0, "step": 2}])
+    view.show([{"event": "finish"}])
+    view.close()
+
+
+def test_a_terminal_gets_a_bar_and_lines_above_it():
+    view, out, _ = watch(terminal=True, width=200)
+    view.show([START, step(25)])
+    assert view._bar is not None
+    task = view._bar.tasks[0]
+    assert (task.completed, task.total) == (25, 100)
+    assert task.fields["text"] == "epoch 2/4  12,346 images/s  loss 1.23  top-1 25.00%  320 MB"
+    view.show([{**START, "attempt": 1, "step": 20}])
+    assert (task.completed, task.total) == (20, 100)
+    view.show([{"event": "checkpoint", "step": 20, "path": "x", "seconds": 0.25, "bytes": 1}])
+    view.show([{"event": "evaluation", "step": 20, "epoch": 0, "metrics": {"top1": 0.5}}])
+    view.show([{"event": "finish", "steps": 100, "wall_s": 1.0, "top1": 0.5}])
+    assert task.completed == 100
+    view.close()
+    view.close()
+    text = out.getvalue()
+    assert "evaluation after step 20 (epoch 1): top-1 50.00%" in text
+    assert "checkpoint" not in text
+    assert text.count("step 25/100") == 0
+    assert "\x1b[?25h" in text  # the cursor is given back
+
+
+def test_closing_before_anything_happened():
+    view, _, _ = watch(terminal=True)
+    view.close()

@@ -1,0 +1,223 @@
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pipeline.report.compare import Comparison, ComparisonError, compare, print_comparison
+from pipeline.report.runs import ReportError
+from tests.report.conftest import RECIPE, STUDY
+
+
+def text_of(comparison: Comparison) -> str:
+    out = io.StringIO()
+    comparison.render(Console(file=out, width=100))
+    return out.getvalue()
+
+
+def test_costs_beside_the_baseline(make_run: Callable, runs_dir: Path):
+    make_run("sltt", rule="SLTT", top1=0.81, peak_saved_bytes=2_000_000, images_per_s=150.0, wall_s=100.0)
+    make_run("bptt")
+    comparison = compare(runs_dir)
+    assert comparison.study == STUDY
+    assert [run.name for run in comparison.runs] == ["bptt", "sltt"]
+    value = json.loads(json.dumps(comparison.to_json()))
+    assert (value["study"], value["baseline"]) == (STUDY, "bptt")
+    assert value["runs"][0]["ratios"] == {"top1": 1.0, "peak_saved_bytes": 1.0, "images_per_s": 1.0, "wall_s": 1.0}
+    assert value["runs"][1]["ratios"] == {
+        "top1": pytest.approx(0.9),
+        "peak_saved_bytes": 0.25,
+        "images_per_s": 1.5,
+        "wall_s": 0.5,
+    }
+    assert value["runs"][1]["hardware"] == {"cpu": "a cpu", "cores": 2, "gpu": "none"}
+    lines = text_of(comparison).splitlines()
+    assert re.search(r"BPTT +90.00% +×1.00 +8 MB +×1.00 +100 +×1.00 +3.3 min +×1.00", lines[2])
+    assert re.search(r"SLTT +81.00% +×0.90 +2 MB +×0.25 +150 +×1.50 +1.7 min +×0.50", lines[3])
+    assert len(lines) == 4
+
+
+def test_several_seeds_are_a_mean_and_a_spread(make_run: Callable, runs_dir: Path):
+    for seed, top1 in enumerate((0.8, 0.9, 1.0)):
+        make_run(f"bptt-{seed}", seed=seed, top1=top1)
+    for seed, top1 in enumerate((0.7, 0.74)):
+        make_run(f"sltt-{seed}", rule="SLTT", seed=seed, top1=top1, wall_s=None)
+    comparison = compare(runs_dir, [STUDY[:6]])
+    lines = [line.rstrip() for line in text_of(comparison).splitlines()]
+    assert re.search(r"BPTT \(3 runs\) +90.00% +×1.00 ", lines[2])
+    assert re.search(r"^ +± 10.00% +± 0 MB +± 0 +± 0.0 min$", lines[3])
+    assert re.search(r"SLTT \(2 runs\) +72.00% +×0.80 .* -$", lines[4])
+    assert re.search(r"^ +± 2.83%", lines[5])
+    assert comparison.to_json()["baseline_runs"] == ["bptt-0", "bptt-1", "bptt-2"]
+    assert comparison.to_json()["runs"][0]["ratios"]["top1"] == pytest.approx(0.8 / 0.9)
+    assert comparison.to_json()["runs"][4]["ratios"]["wall_s"] is None
+
+
+def test_csv_has_a_line_for_each_run(make_run: Callable, runs_dir: Path):
+    make_run("bptt")
+    make_run("sltt", rule="SLTT", peak_saved_bytes=2_000_000)
+    rows = list(csv.DictReader(io.StringIO(compare(runs_dir).to_csv())))
+    assert [row["run"] for row in rows] == ["bptt", "sltt"]
+    assert list(rows[0])[:4] == ["run", "rule", "seed", "study"]
+    assert (rows[1]["ratios.peak_saved_bytes"], rows[1]["hardware.cpu"], rows[1]["top5"]) == ("0.25", "a cpu", "0.99")
+
+
+def test_the_newest_study_that_has_a_finished_run(make_run: Callable, runs_dir: Path):
+    make_run("old")
+    make_run("new-bptt", study="f" * 16)
+    make_run("new-sltt", study="f" * 16, rule="SLTT", end=None)
+    make_run("unfinished", study="e" * 16, end="failed")
+    comparison = compare(runs_dir)
+    assert comparison.study == "f" * 16
+    assert [run.name for run in comparison.runs] == ["new-bptt"]
+    assert f"not in the table: new-sltt (SLTT) is interrupted; spiketrain resume new-sltt --runs {runs_dir}\n" in text_of(
+        comparison
+    )
+    assert comparison.to_json()["unfinished"] == [{"run": "new-sltt", "rule": "SLTT", "state": "interrupted"}]
+
+
+def test_named_runs_get_the_baseline_of_their_study(make_run: Callable, runs_dir: Path):
+    make_run("bptt")
+    make_run("sltt", rule="SLTT")
+    make_run("ottt", rule="OTTT")
+    assert [run.name for run in compare(runs_dir, ["sltt"]).runs] == ["bptt", "sltt"]
+    assert [run.name for run in compare(runs_dir, [runs_dir / "ottt", "bptt", "ottt"]).runs] == ["bptt", "ottt"]
+
+
+def test_without_a_baseline_there_are_no_ratios(make_run: Callable, runs_dir: Path):
+    make_run("sltt", rule="SLTT")
+    make_run("other", study="f" * 16)
+    comparison = compare(runs_dir, ["sltt"])
+    assert comparison.to_json()["baseline"] is None
+    assert set(comparison.to_json()["runs"][0]["ratios"].values()) == {None}
+    text = text_of(comparison)
+    assert "no baseline, no ratios: study 01234567 has no finished run of BPTT" in text
+    assert "×" not in text
+
+
+def test_a_baseline_from_another_machine_is_none(make_run: Callable, runs_dir: Path):
+    make_run("sltt", rule="SLTT")
+    make_run("bptt", world_size=8)
+    assert "no ratios: bptt does not stand comparison: world_size: 8 and 2" in text_of(compare(runs_dir, ["sltt"]))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "summary", "said"),
+    [
+        ({"batch_size": 128}, {}, 'batch_size: 64 and 128;'),
+        ({"optimizer": {**RECIPE["optimizer"], "kwargs": {"opt": "sgd", "lr": 0.2}}}, {}, "optimizer.lr: 0.1 and 0.2;"),
+        ({"optimizer": {"target": "x.y", "kwargs": {"rate": 3}}}, {}, 'optimizer: "timm.optim.create" and "x.y";'),
+        (
+            {"model": {**RECIPE["model"], "kwargs": {"widths": [64, 256], "surrogate": {"value": "x.ATan", "kwargs": {}}}}},
+            {},
+            'model.widths[1]: 128 and 256; model.surrogate: "x.Sigmoid" and "x.ATan";',
+        ),
+        ({"optimizer": {**RECIPE["optimizer"], "kwargs": {"opt": "sgd"}}}, {}, 'optimizer.lr: 0.1 and "(absent)";'),
+        (
+            {"data": {"target": "pipeline.data.Fashion", "kwargs": {"path": "/elsewhere"}}},
+            {"data_fingerprint": "e" * 8},
+            'data_fingerprint: "dddddddd" and "eeeeeeee";',
+        ),
+        ({"init": "/a/run"}, {}, 'init: null and "/a/run";'),
+        ({}, {}, 'study: "0123456789abcdef" and "ffffffffffffffff";'),
+    ],
+)  # fmt: skip
+def test_other_studies_are_refused_and_what_differs_is_named(
+    make_run: Callable, runs_dir: Path, recipe: dict[str, Any], summary: dict[str, Any], said: str
+):
+    make_run("bptt")
+    make_run("sltt", rule="SLTT", seed=5, study="f" * 16, recipe=recipe, **summary)
+    with pytest.raises(ComparisonError) as caught:
+        compare(runs_dir, ["bptt", "sltt"])
+    line = str(caught.value)
+    assert f"bptt and sltt differ in more than the rule and the seed: {said}" in line
+    assert "path" not in line
+    assert len(line.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("summary", "said"),
+    [
+        ({"world_size": 4}, "world_size: 2 and 4"),
+        ({"hardware": {"cpu": "another", "cores": 2, "gpu": "none"}}, 'hardware.cpu: "a cpu" and "another"'),
+    ],
+)
+def test_other_machines_are_refused(make_run: Callable, runs_dir: Path, summary: dict[str, Any], said: str):
+    make_run("bptt")
+    make_run("sltt", rule="SLTT", **summary)
+    with pytest.raises(ComparisonError, match=said):
+        compare(runs_dir)
+
+
+def test_long_lists_of_differences_are_cut(make_run: Callable, runs_dir: Path):
+    make_run("bptt")
+    make_run("sltt", study="f" * 16, recipe={f"field{i}": i for i in range(9)})
+    with pytest.raises(ComparisonError, match=r"field5.*; and 3 more"):
+        compare(runs_dir, ["bptt", "sltt"])
+
+
+def test_different_commits_are_noted(make_run: Callable, runs_dir: Path):
+    make_run("bptt")
+    make_run("sltt", rule="SLTT", commit="def+")
+    assert "different commits: abc, def+" in text_of(compare(runs_dir))
+
+
+def test_a_prolonged_run_is_not_finished(make_run: Callable, runs_dir: Path):
+    from pipeline.track.jsonl import Journal
+
+    make_run("bptt")
+    with Journal(make_run("sltt", rule="SLTT") / "journal.jsonl", attempt=1) as journal:
+        journal.event("start", rule="SLTT", study=STUDY, step=100)
+    comparison = compare(runs_dir)
+    assert [run.name for run in comparison.runs] == ["bptt"]
+    assert [run.folder.name for run in comparison.unfinished] == ["sltt"]
+
+
+def test_nothing_to_compare(make_run: Callable, runs_dir: Path):
+    with pytest.raises(ComparisonError, match=r"no finished run in .*; it has no runs"):
+        compare(runs_dir)
+    make_run("a", end="failed")
+    with pytest.raises(ComparisonError, match="it has 1 that did not finish"):
+        compare(runs_dir)
+    with pytest.raises(ComparisonError, match="no finished run: a is failed"):
+        compare(runs_dir, ["a"])
+    with pytest.raises(ReportError, match="no run 'zz'"):
+        compare(runs_dir, ["zz"])
+    make_run("b", study="0" * 16)
+    with pytest.raises(ComparisonError, match=f"several study keys: {'0' * 16}, {STUDY}"):
+        compare(runs_dir, ["0"])
+
+
+def test_values_that_are_missing_or_nan(make_run: Callable, runs_dir: Path):
+    make_run("bptt", images_per_s=None, peak_saved_bytes=0)
+    make_run("sltt", rule="SLTT", top1=math.nan, peak_saved_bytes=5)
+    comparison = compare(runs_dir)
+    assert comparison.to_json()["runs"][1]["ratios"]["images_per_s"] is None
+    assert comparison.to_json()["runs"][1]["ratios"]["peak_saved_bytes"] is None
+    assert "nan%" in text_of(comparison)
+
+
+def test_units(make_run: Callable, runs_dir: Path):
+    make_run("bptt", peak_saved_bytes=12_345_000_000, wall_s=7384.0)
+    make_run("sltt", rule="SLTT", peak_saved_bytes=12_345, wall_s=12.34)
+    text = text_of(compare(runs_dir))
+    assert re.search(r"12.3[45] GB +×1.00 .* 2 h 03 min", text)
+    assert re.search(r"12.3[45] kB +×1e-06 .* 12.3 s +×0.00167", text)
+
+
+def test_printing_in_each_format(make_run: Callable, runs_dir: Path, capsys: pytest.CaptureFixture[str]):
+    make_run("bptt")
+    print_comparison(runs_dir)
+    assert "peak saved" in capsys.readouterr().out
+    print_comparison(runs_dir, [str(runs_dir / "bptt")], format="json")
+    assert json.loads(capsys.readouterr().out)["baseline"] == "bptt"
+    print_comparison(runs_dir, format="csv")
+    assert capsys.readouterr().out.startswith("run,rule,seed,study,")
+    with pytest.raises(ReportError, match="table, json or csv; got 'xml'"):
+        print_comparison(runs_dir, format="xml")
