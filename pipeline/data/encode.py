@@ -99,7 +99,7 @@ def encode_all(
     finally:
         # CPython 3.11 to 3.13 offer no public way to end a worker that hangs; 3.14 has terminate_workers().
         for process in list((getattr(pool, "_processes", None) or {}).values()):
-            process.terminate()
+            process.kill()  # SIGTERM would not reach a stopped one
         pool.shutdown(wait=True, cancel_futures=True)
 
 
