@@ -85,14 +85,13 @@ def read(path: str | os.PathLike[str]) -> list[Event]:
 class Follower:
     """Reads a growing journal: `poll` returns the events completed since the last one.
 
-    `offset`, in bytes, may be any place in the file: a line that began before it is passed over. After a poll the attribute
+    `offset`, in bytes, may be any place in the file: a line that began before it is passed over. Once events came, the attribute
     `offset` is the start of a line, so that it can be kept and given to another follower.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, offset: int = 0) -> None:
         self.path = Path(path)
         self.offset = offset
-        self._inside_line = offset > 0
 
     def poll(self, *, limit_bytes: int | None = None) -> list[Event]:
         """New events, oldest first; with `limit_bytes` about that much of the file at most (a longer line is returned whole).
@@ -103,14 +102,7 @@ class Follower:
             with self.path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if size < self.offset:
-                    self.offset, self._inside_line = 0, False
-                if self._inside_line:
-                    file.seek(self.offset - 1)
-                    before = file.readline()
-                    if not before.endswith(b"\n"):
-                        return []
-                    self.offset += len(before) - 1
-                    self._inside_line = False
+                    self.offset = 0
                 file.seek(self.offset)
                 block = file.read() if limit_bytes is None else file.read(limit_bytes) + file.readline()
         except FileNotFoundError:
@@ -151,8 +143,7 @@ def _place(text: mmap.mmap, kind: str, *, newest: bool) -> tuple[int, Event] | N
     at = text.rfind(head) if newest else text.find(head)
     while at >= 0:
         end = text.find(b"\n", at)
-        at_line_start = at == 0 or text[at - 1 : at] == b"\n"
-        event = _parse(text[at:end]) if at_line_start and end >= 0 else None
+        event = _parse(text[at:end]) if end >= 0 else None
         if event is not None:
             return at, event
         at = text.rfind(head, 0, at) if newest else text.find(head, at + 1)
@@ -160,7 +151,10 @@ def _place(text: mmap.mmap, kind: str, *, newest: bool) -> tuple[int, Event] | N
 
 
 def _parse(line: bytes) -> Event | None:
-    """One line; None for an empty one and for the remains of a killed writer."""
+    """One line; None for an empty one, the remains of a killed writer, and a line without its beginning.
+
+    The last closes a brace that it does not open, so that it is never JSON by accident.
+    """
     if not line:
         return None
     try:
