@@ -6,7 +6,9 @@ names the samples themselves, whatever page, file or number of writers brought t
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from pipeline.data.errors import DataError
 
 FORMAT, VERSION = "spiketrain beton manifest", 1
 SUFFIX = ".manifest.json"
+CHECKERS = 4  # threads: reading and hashing both release the interpreter's lock, and a disk likes several requests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,7 @@ def read(path: Path) -> Manifest:
     Raises: DataError if either is missing, or the manifest is damaged, of another version or of another file.
     """
     if not path.is_file():
-        raise DataError(f"data: {path.absolute()} does not exist; write it first (`spiketrain data`), or name another folder")
+        raise DataError(f"data: {path.absolute()} does not exist; write it first (`spiketrain write`), or name another folder")
     at = path.with_name(path.name + SUFFIX)
     if not at.is_file():
         raise DataError(f"data: {path} has no manifest {at.name}; write the data again, an unchecked file is not trained on")
@@ -82,7 +85,9 @@ def read(path: Path) -> Manifest:
 
 
 def check(path: Path) -> Manifest:
-    """Read the file once and compare each region and page with its manifest. About 0.1 s per GiB beyond what the disk needs.
+    """Read the file once, in a few threads, and compare each region and page with its manifest.
+
+    On two cores 0.03 s for 150 MB in the page cache; otherwise as fast as the disk.
 
     Raises: DataError naming the file and the first page or region that differs.
     """
@@ -90,12 +95,17 @@ def check(path: Path) -> Manifest:
     size = path.stat().st_size
     if size != manifest.bytes:
         raise DataError(f"data: {path} must have {manifest.bytes} bytes by its manifest; got {size}: truncated, or another file")
-    with path.open("rb", buffering=0) as file:
-        for name, offset, length, expected in _expected(manifest):
-            if _xxh3(file, offset, length) != expected:
-                raise DataError(
-                    f"data: {path}: {name} (bytes {offset} to {offset + length - 1}) differs from its manifest: damaged"
-                )
+    parts = list(_expected(manifest))
+    pool = ThreadPoolExecutor(CHECKERS, "check")
+    try:
+        with path.open("rb") as file:
+            found = pool.map(lambda part: _xxh3(file.fileno(), part[1], part[2]), parts)
+            for (name, offset, length, expected), digest in zip(parts, found, strict=True):
+                if digest != expected:
+                    where = f"{name} (bytes {offset} to {offset + length - 1})"
+                    raise DataError(f"data: {path}: {where} differs from its manifest: damaged")
+    finally:
+        pool.shutdown(cancel_futures=True)
     return manifest
 
 
@@ -129,8 +139,8 @@ def describe(path: Path, *, name: str, content: str, classes: list[str], labels:
     layout = beton.layout(path)
     with path.open("rb", buffering=0) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        regions = [[r.name, r.offset, r.size, _xxh3(file, r.offset, r.size)] for r in (*layout.front, layout.table)]
-        pages = [_xxh3(file, page.offset, page.size) for page in layout.pages]
+        regions = [[r.name, r.offset, r.size, _xxh3(file.fileno(), r.offset, r.size)] for r in (*layout.front, layout.table)]
+        pages = [_xxh3(file.fileno(), page.offset, page.size) for page in layout.pages]
     return Manifest(
         file=name,
         bytes=path.stat().st_size,
@@ -177,15 +187,11 @@ def _expected(manifest: Manifest) -> Iterator[tuple[str, int, int, str]]:
         yield f"page {i}", manifest.pages_offset + i * manifest.page_bytes, manifest.page_bytes, expected
 
 
-def _xxh3(file: Any, offset: int, length: int) -> str:
-    digest = xxhash.xxh3_64()
-    file.seek(offset)
-    while length:
-        block = file.read(min(length, 8 << 20))
-        if not block:
-            break  # shorter than promised: the digest will differ
-        digest.update(block)
-        length -= len(block)
+def _xxh3(file: int, offset: int, length: int) -> str:
+    digest, end = xxhash.xxh3_64(), offset + length
+    while offset < end and (block := os.pread(file, min(end - offset, 1 << 20), offset)):
+        digest.update(block)  # a file shorter than promised ends the loop: its digest differs
+        offset += len(block)
     return digest.hexdigest()
 
 

@@ -48,7 +48,8 @@ def usable_threads(threads: int) -> int:
     """
     if threads < 1:
         raise DataError(f"data: threads must be 1 or more; got {threads}")
-    most = numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]  # the CPU affinity, unless the environment says otherwise (0.68.1)
+    # The CPU affinity, unless the environment says otherwise (0.68.1).
+    most = numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
     if threads > most:
         logger.warning("data: %d loader threads asked for, %d used: this process may use no more", threads, most)
         threads = most
@@ -171,9 +172,7 @@ class _Reading(EpochIterator):
         failed = np.flatnonzero(self._status[slot][: len(index_B), 0])
         if len(failed):
             names = ", ".join(str(i) for i in index_B[failed][:10])
-            raise DataError(
-                f"data: {self.loader.fname}: cannot decode the JPEG of samples [{names}]; run `spiketrain data verify`"
-            )
+            raise DataError(f"data: {self.loader.fname}: cannot decode the JPEG of samples [{names}]; `spiketrain verify` it")
         # The slot is written again two batches later. Pinned where a GPU waits for it, so that the copy there can overlap.
         x_BCSS = torch.empty(view_BCSS.shape, dtype=torch.float32, pin_memory=torch.cuda.is_available())
         return x_BCSS.copy_(torch.from_numpy(view_BCSS))
