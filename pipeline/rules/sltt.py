@@ -78,11 +78,7 @@ class SLTT(Rule):
                     logits_TBK = model(x_cB)
                     loss, share_BK = steps_share(logits_TBK, loss_of, steps=steps)
                     backward = loss * scale if learns else None
-                objective = Objective(backward=backward, loss=loss.detach(), logits=share_BK)
-                # Kept past the yield, these would hold this step's graph during the next step's forward.
-                del logits_TBK, loss, backward
-                yield objective
-                del objective
+                yield Objective(backward=backward, loss=loss.detach(), logits=share_BK)
 
     def _steps_to_learn(self, steps: int) -> int:
         k = steps if self.k is None else self.k

@@ -167,8 +167,7 @@ def _operands(
         )
     kind = x_TB.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    # detach: a factor that is the input itself must enter the op as another tensor.
-    return x_TB.to(dtype), factor_TB.detach().to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return x_TB.to(dtype), factor_TB.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _gain(name: str, weight: Tensor, weights: str) -> nn.Parameter | None:

@@ -146,6 +146,13 @@ def test_the_seam_under_autocast(synapse):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in (x, *synapse.parameters()))
 
 
+def test_the_factor_is_made_without_a_graph():
+    linear, modes = Linear(4, 3), []
+    linear.presynaptic = lambda x: modes.append(torch.is_grad_enabled()) or x.clone()
+    linear(torch.ones(2, 2, 4, requires_grad=True)).sum().backward()
+    assert modes == [False]
+
+
 def test_a_hook_on_the_weight_sees_the_factors_gradient():
     linear = Linear(4, 3)
     seen = []
