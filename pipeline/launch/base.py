@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from pipeline.worker import Job
 
 
 class Launcher(Protocol):
-    """Starts the workers of one run and waits for them."""
+    """Starts the workers of one run after another and waits for them. Entered and left in the process's main thread."""
 
     workers: int
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exc: object) -> None: ...
 
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
         """Train to the end: the summary, or None when the run was asked to stop.
@@ -19,10 +23,6 @@ class Launcher(Protocol):
             Refused: something that the user has to change.
             LaunchError: the workers failed more often than allowed.
         """
-        ...
-
-    def close(self) -> None:
-        """Stop what it started beyond one run's workers."""
         ...
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import distributed
@@ -19,7 +19,10 @@ class Inline:
 
     workers = 1
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
         """Nothing was started."""
 
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:

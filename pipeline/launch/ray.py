@@ -10,7 +10,7 @@ import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -42,10 +42,44 @@ class Ray:
         self.address = address
         self.cpus_per_worker = cpus_per_worker
         self.max_restarts = max_restarts
-        self._started = False
+        self._owned = False
+
+    def __enter__(self) -> Self:
+        """Join the cluster, or start one. In the main thread: Linux ends the servers of a cluster with the thread that started it."""
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+        import ray
+
+        self._owned = not ray.is_initialized()
+        if self._owned:
+            try:
+                if self.address is None:
+                    cores = max(self.workers * self.cpus_per_worker, os.cpu_count() or 1)
+                    ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+                else:
+                    ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
+            except (ConnectionError, RuntimeError) as error:
+                raise Refused(
+                    f"ray: no cluster answered at {self.address!r}: {str(error).splitlines()[0]}; "
+                    "is it running, and is RAY_AUTH_TOKEN the cluster's?"
+                ) from error
+        wanted, there = self.workers * self.cpus_per_worker, ray.cluster_resources().get("CPU", 0)
+        if there < wanted:
+            self.__exit__()
+            raise Refused(
+                f"launch: {self.workers} workers x {self.cpus_per_worker} cpus need {wanted} cores; the cluster has {there:.0f}"
+            )
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._owned:
+            import ray
+
+            ray.shutdown()
+            self._owned = False
 
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
-        ray = self._start()
+        import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -73,39 +107,6 @@ class Ray:
         if outcome is not None and "refused" in outcome:
             raise Refused(outcome["refused"])
         return outcome
-
-    def close(self) -> None:
-        if self._started:
-            import ray
-
-            ray.shutdown()
-            self._started = False
-
-    def _start(self) -> Any:
-        for name, value in QUIET.items():
-            os.environ.setdefault(name, value)
-        import ray
-
-        if not ray.is_initialized():
-            try:
-                if self.address is None:
-                    wanted = max(self.workers * self.cpus_per_worker, os.cpu_count() or 1)
-                    ray.init(num_cpus=wanted, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-                else:
-                    ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
-            except (ConnectionError, RuntimeError) as error:
-                raise Refused(
-                    f"ray: no cluster answered at {self.address!r}: {str(error).splitlines()[0]}; "
-                    "is it running, and is RAY_AUTH_TOKEN the cluster's?"
-                ) from error
-            self._started = True
-        free = ray.cluster_resources().get("CPU", 0)
-        if free < self.workers * self.cpus_per_worker:
-            raise Refused(
-                f"launch: {self.workers} workers x {self.cpus_per_worker} cpus need {self.workers * self.cpus_per_worker} cores; "
-                f"the cluster has {free:.0f}"
-            )
-        return ray
 
     def _environment(self) -> dict[str, str]:
         """What reaches every worker: Ray passes on a fixed list of its own, and forces OMP_NUM_THREADS to 1 by itself."""

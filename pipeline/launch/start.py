@@ -58,9 +58,8 @@ def launch_all(
         recipe.data.build().fingerprint()
     console = Console()
     parent = uuid.uuid4().hex if len(recipes) > 1 else None
-    launcher = cluster.launcher()
     folders = []
-    try:
+    with cluster.launcher() as launcher:
         for recipe in recipes:
             job = prepare(recipe, runs, name=name, parent=parent, trust=trust)
             folder = Path(job.run)
@@ -70,8 +69,6 @@ def launch_all(
                 console.print(f"stopped; go on with: {resume_command(folder, runs)}")
                 return None
             folders.append(folder)
-    finally:
-        launcher.close()
     return folders
 
 
@@ -88,12 +85,9 @@ def resume_run(folder: Path, runs: Path, *, workers: int | None, inline: bool, a
         inline=inline or cluster.inline,
         address=address or cluster.address,
     )
-    launcher = cluster.launcher()
     command = resume_command(folder, runs)
-    try:
+    with cluster.launcher() as launcher:
         finished = drive(read_job(folder), launcher, _tracking(runs), console, resume_command=command)
-    finally:
-        launcher.close()
     if finished is None:
         console.print(f"stopped; go on with: {command}")
         return None

@@ -1,0 +1,243 @@
+"""Two DeepSpeed workers under Ray, killed in every way that a cluster knows, end with the bits of a run that nobody touched."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from pipeline.checkpoint import step_folders
+from pipeline.data.write import write_folder
+from pipeline.track.jsonl import Follower, read
+from tests.small import same_weights
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+
+SEED = 20260105  # of the steps at which something dies
+STEPS_PER_EPOCH, EPOCHS = 24, 3
+
+RECIPE = """
+from timm.optim import create_optimizer_v2
+from pipeline.data.beton import Beton
+from pipeline.models.nf_resnet import nf_resnet18_small
+from pipeline.objective import CrossEntropy
+from pipeline.recipe import Recipe, spec
+from pipeline.rules.sltt import SLTT
+from pipeline.schedule import cosine
+
+def recipe():
+    return Recipe(
+        name="recovery",
+        model=spec(nf_resnet18_small, classes=3, width=8, blocks=(1, 1)),
+        rule=spec(SLTT, k=2, rescale=True),
+        data=spec(Beton, folder={folder!r}, classes=3, size=24, crop="shift", flip="random"),
+        objective=spec(CrossEntropy),
+        optimizer=spec(create_optimizer_v2, opt="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4),
+        schedule=spec(cosine, warmup=0.1),
+        time_steps=4,
+        batch_size=8,
+        epochs={epochs},
+        checkpoint_every=5,
+        log_every=1,
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    draw = np.random.default_rng(0)
+    for part, count in (("train", STEPS_PER_EPOCH * 8 // 3 + 1), ("val", 5)):
+        for label in range(3):
+            (folder / part / f"class{label}").mkdir(parents=True)
+            for index in range(count):
+                pixels = draw.integers(0, 256, (24, 24, 3), dtype=np.uint8) // 2 + np.uint8(60 * label)
+                Image.fromarray(pixels).save(folder / part / f"class{label}" / f"{index}.jpg")
+    write_folder(folder, folder / "beton", workers=1)
+    file = folder / "recovery.py"
+    file.write_text(RECIPE.format(folder=str(folder / "beton"), epochs=EPOCHS))
+    return file
+
+
+class Driver:
+    """`spiketrain launch` or `resume` in a process of its own, and the eyes of whoever wants to kill part of it."""
+
+    def __init__(self, *words: str, run: Path) -> None:
+        self.run = run
+        self.log = run.parent / f"{run.name}.log"
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pipeline", *words, "--runs", str(run.parent)], stdout=log, stderr=subprocess.STDOUT
+            )
+        self.follower = Follower(run / "journal.jsonl", offset=_size(run / "journal.jsonl"))
+
+    def wait_for(self, wanted: Callable[[dict[str, Any]], bool], *, within: float = 150.0) -> dict[str, Any]:
+        deadline = time.monotonic() + within
+        while time.monotonic() < deadline:
+            for event in self.follower.poll():
+                if wanted(event):
+                    return event
+            assert self.process.poll() is None, f"the driver ended:\n{self.log.read_text()[-3000:]}"
+            time.sleep(0.005)
+        raise AssertionError(f"not seen within {within} s:\n{self.log.read_text()[-3000:]}")
+
+    def at_step(self, step: int) -> None:
+        self.wait_for(lambda event: event["event"] == "step" and event["step"] >= step)
+
+    def workers(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+    def end(self, *, within: float = 200.0) -> int:
+        code = self.process.wait(within)
+        return code
+
+
+@pytest.fixture
+def drivers() -> Iterator[list[Driver]]:
+    started: list[Driver] = []
+    yield started
+    for driver in started:
+        if driver.process.poll() is None:
+            for process in psutil.Process(driver.process.pid).children(recursive=True):
+                process.kill()
+            driver.process.kill()
+
+
+@pytest.fixture(scope="module")
+def untouched(recipe_file: Path) -> Path:
+    run = recipe_file.parent / "untouched" / "whole"
+    run.parent.mkdir()
+    driver = Driver("launch", str(recipe_file), "--workers", "2", "--name", run.name, run=run)
+    assert driver.end() == 0, driver.log.read_text()
+    return run
+
+
+def test_killed_in_every_way_it_ends_with_the_same_bits(
+    recipe_file: Path, untouched: Path, tmp_path: Path, drivers: list[Driver]
+) -> None:
+    draw = random.Random(SEED)
+    run = tmp_path / "hunted"
+
+    # A worker, in mid-epoch: Ray starts the group again within the same launch.
+    driver = Driver("launch", str(recipe_file), "--workers", "2", "--name", run.name, run=run)
+    drivers.append(driver)
+    driver.at_step(draw.randrange(6, 14))
+    draw.choice(driver.workers()).kill()
+    assert driver.wait_for(lambda event: event["event"] == "start")["attempt"] == 1
+
+    # The writer, while it writes a checkpoint: held still first, so that it surely dies inside.
+    [torn] = kill_inside_a_checkpoint(driver)
+    restarted = driver.wait_for(lambda event: event["event"] == "start")
+    assert restarted["attempt"] == 2
+    assert not torn.exists()
+
+    # Ctrl-C: saved after the step, exit code of the shell's convention.
+    driver.at_step(restarted["step"] + draw.randrange(3, 9))
+    driver.process.send_signal(signal.SIGINT)
+    assert driver.end() == 130
+    stopped = read(run / "journal.jsonl")[-1]
+    assert stopped["event"] == "stopped"
+    assert step_folders(run / "checkpoints")[-1].name == f"step_{stopped['step']:08d}"
+
+    # The driver, with kill -9: its workers are gone within seconds.
+    driver = Driver("resume", run.name, run=run)
+    drivers.append(driver)
+    assert driver.wait_for(lambda event: event["event"] == "start")["step"] == stopped["step"]
+    driver.at_step(stopped["step"] + draw.randrange(3, 9))
+    orphans = driver.workers()
+    assert len(orphans) == 2
+    driver.process.kill()
+    _, alive = psutil.wait_procs(orphans, timeout=30)
+    assert not alive
+
+    # A flipped byte in the newest checkpoint: named, moved away, and the one before is used.
+    older, newest = step_folders(run / "checkpoints")[-2:]
+    weights = newest / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 4
+    weights.write_bytes(content)
+    driver = Driver("resume", run.name, run=run)
+    drivers.append(driver)
+    quarantined = driver.wait_for(lambda event: event["event"] == "quarantine")
+    assert newest.name in quarantined["path"]
+    assert "model.safetensors" in quarantined["reason"]
+    start = driver.wait_for(lambda event: event["event"] == "start")
+    assert f"step_{start['step']:08d}" == older.name
+    assert driver.end() == 0, driver.log.read_text()
+
+    assert same_weights(run, untouched)
+    assert read(run / "journal.jsonl")[-1]["restarts"] == 4
+    assert every_step_was_trained(run)
+
+
+def kill_inside_a_checkpoint(driver: Driver) -> list[Path]:
+    """Stop rank 0 while its temp folder is there, and kill it; the folder that it left."""
+    [writer] = [process for process in driver.workers() if holds(process, driver.run / "writer.lock")]
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if not list((driver.run / "checkpoints").glob(".writing-*")):
+            continue
+        writer.suspend()
+        torn = list((driver.run / "checkpoints").glob(".writing-*"))
+        if torn:
+            writer.kill()
+            return torn
+        writer.resume()
+    raise AssertionError("no checkpoint was written within 60 s")
+
+
+def holds(process: psutil.Process, file: Path) -> bool:
+    return any(Path(opened.path) == file for opened in process.open_files())
+
+
+def every_step_was_trained(run: Path) -> bool:
+    steps = {event["step"] for event in read(run / "journal.jsonl") if event["event"] == "step"}
+    return steps == set(range(1, STEPS_PER_EPOCH * EPOCHS + 1))
+
+
+def test_a_run_that_is_being_trained_is_not_trained_twice(
+    untouched: Path, recipe_file: Path, tmp_path: Path, drivers: list[Driver]
+) -> None:
+    run = tmp_path / "held"
+    first = Driver("launch", str(recipe_file), "--workers", "2", "--name", run.name, run=run)
+    drivers.append(first)
+    first.wait_for(lambda event: event["event"] == "start")
+    second = subprocess.run(
+        [sys.executable, "-m", "pipeline", "resume", run.name, "--runs", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert second.returncode == 2
+    assert "is being trained by another process" in second.stderr
+    assert len(second.stderr.strip().splitlines()) == 1
+    first.process.send_signal(signal.SIGTERM)
+    assert first.end() == 130
+
+
+def test_the_table_of_the_untouched_run_names_its_missing_baseline(untouched: Path) -> None:
+    text = (untouched.parent / "whole.log").read_text()
+    assert re.search(r"SLTT-2", text)
+    assert "BPTT" in text
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
