@@ -82,11 +82,8 @@ class BetonLoader:
     @contextmanager
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Iterator[Batch]]:
         ids = self._order.epoch(epoch, start=start)
-        if not len(ids):
-            yield iter(())
-            return
-        with torch_threads_kept():
-            reading = _Reading(self._ffcv, ids, seed=self._seed, epoch=epoch, hang_s=self._hang_s)
+        # Sets torch's threads too, but in its own thread, which this one does not notice (torch 2.13).
+        reading = _Reading(self._ffcv, ids, seed=self._seed, epoch=epoch, hang_s=self._hang_s)
         self._open.append(reading)
         try:
             yield self._batches(reading, ids)

@@ -106,19 +106,19 @@ def test_evaluation_takes_the_central_square(raw, photo_folder):
         assert np.array_equal(x, normalised(resized(picture, box, 24)))
 
 
-@pytest.mark.parametrize("flip", ["random", "never"])
-@pytest.mark.parametrize("size", [28, 32, 24])
-def test_shift_moves_a_window_over_black(fashion, small_fashion, size, flip):
+@pytest.mark.parametrize(("size", "channels", "flip"), [(28, 1, "random"), (32, 1, "never"), (24, 3, "never"), (32, 3, "random")])
+def test_shift_moves_a_window_over_black(fashion, small_fashion, size, channels, flip):
     pictures = np.frombuffer((small_fashion / "train-images-idx3-ubyte").read_bytes(), np.uint8, offset=16).reshape(-1, 28, 28)
-    data = Beton(fashion, classes=10, size=size, channels=1, crop="shift", flip=flip, mean=(0.3,), std=(0.4,))
-    canvas = np.pad(pictures, ((0, 0), (20, 20), (20, 20)))
+    mean, std = MEAN[:channels], STD[:channels]
+    data = Beton(fashion, classes=10, size=size, channels=channels, crop="shift", flip=flip, mean=mean, std=std)
+    canvas, table = np.pad(pictures, ((0, 0), (20, 20), (20, 20))), lookup(mean, std)
     for i, x in epoch_of(data, "train", 2):
         down, right = (int(below(bits(21, 2, i, draw), 9)) - 4 for draw in (SHIFT_Y, SHIFT_X))
         top, left = 20 + (28 - size) // 2 + down, 20 + (28 - size) // 2 + right
         window = canvas[i, top : top + size, left : left + size]
         if flip == "random" and below(bits(21, 2, i, FLIP), 2):
             window = window[:, ::-1]
-        assert np.array_equal(x[0], lookup((0.3,), (0.4,))[0][window])
+        assert x.shape == (channels, size, size) and all(np.array_equal(x[c], table[c][window]) for c in range(channels))
 
 
 def test_evaluation_of_a_shift_is_centred(fashion, small_fashion):

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 pytest.importorskip("ffcv")
@@ -63,3 +65,14 @@ def test_train_and_val_must_have_the_same_classes(photos, fashion, tmp_path):
             (tmp_path / each.name).symlink_to(each)
     with pytest.raises(DataError, match=r"classes must be those of .*val\.beton, 10; got 2"):
         Beton(tmp_path, **GOOD).check()
+
+
+def test_train_and_val_must_name_the_classes_alike(photos, photo_folder, tmp_path):
+    for name in ("train", "val"):
+        for old, new in (("china", "palace"), ("flower", "dahlia")):
+            shutil.copytree(photo_folder / name / old, tmp_path / "photos" / name / new)
+    write_folder(tmp_path / "photos", tmp_path / "out")
+    for each in photos.glob("val.beton*"):
+        shutil.copy(each, tmp_path / "out")
+    with pytest.raises(DataError, match="must have the same classes, in the same order"):
+        Beton(tmp_path / "out", **GOOD).check()
