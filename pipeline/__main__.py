@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -101,7 +101,7 @@ def resume(
 @app.command(epilog="Example: spiketrain evaluate fashion-sltt-20260105-120000 --which best")
 def evaluate(
     run: RunName,
-    which: Annotated[str, typer.Option("--which", help="last or best checkpoint")] = "last",
+    which: Annotated[Literal["last", "best"], typer.Option("--which", help="checkpoint")] = "last",
     steps: Annotated[int | None, typer.Option("--time-steps", min=1, help="evaluate at another number of time steps")] = None,
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
@@ -116,7 +116,7 @@ def evaluate(
 @app.command(epilog="Example: spiketrain compare --format json")
 def compare(
     names: Annotated[list[str] | None, typer.Argument(metavar="[STUDY|RUN]...", help="none: the newest study")] = None,
-    format_: Annotated[str, typer.Option("--format", help="table, json or csv")] = "table",
+    format_: Annotated[Literal["table", "json", "csv"], typer.Option("--format")] = "table",
     runs: Runs = RUNS,
 ) -> None:
     """Print what each rule cost and how well it did, with ratios to the BPTT run of the same study."""
@@ -197,7 +197,7 @@ def write_fashion(
 def write_folder(
     source: Annotated[Path, typer.Option("--source", help="holds train/CLASS/*.jpg and val/CLASS/*.jpg")],
     out: Out,
-    mode: Annotated[str, typer.Option("--mode", help="jpg, raw or mixed")] = "jpg",
+    mode: Annotated[Literal["jpg", "raw", "mixed"], typer.Option("--mode", help="how pixels are stored")] = "jpg",
     max_resolution: Annotated[int | None, typer.Option("--max-resolution", min=1, help="longest side in pixels")] = None,
     quality: Annotated[int, typer.Option("--quality", min=1, max=100, help="of JPEGs that are written anew")] = 90,
     workers: Writers = 1,

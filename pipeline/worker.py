@@ -11,7 +11,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,8 +68,10 @@ class Place:
     device: str = "cpu"
 
 
-def run(job: Job, place: Place) -> dict[str, Any] | None:
+def run(job: Job, place: Place, *, attempt_of: Callable[..., Attempt] | None = None) -> dict[str, Any] | None:
     """Train a run from wherever its folder stands to its end; the summary, or None when it was asked to stop.
+
+    `attempt_of` makes the attempt (None: `Attempt`); benchmarks look over its shoulder.
 
     Raises:
         Refused: something that the user has to change.
@@ -80,7 +82,7 @@ def run(job: Job, place: Place) -> dict[str, Any] | None:
     ranks = Ranks(place.rank, place.workers, place.device)
     with only_writer(folder, ranks), journal(folder, ranks) as tracker:
         try:
-            attempt = Attempt(job, place, ranks, folder, tracker, began)
+            attempt = (attempt_of or Attempt)(job, place, ranks, folder, tracker, began)
         except (ValueError, CheckpointError) as error:
             raise Refused(str(error)) from error
         return attempt.run()
@@ -100,8 +102,7 @@ class Attempt:
 
         _seed(recipe.seed)
         network = build_network(recipe, self.data, self.device)
-        self.rule: Rule = recipe.rule.build()
-        self.rule.attach(network, world=World(recipe.seed, place.rank, place.workers, ranks.mean), over_time=recipe.over_time)
+        self.rule = attached_rule(recipe, network, World(recipe.seed, place.rank, place.workers, ranks.mean))
         if self.rule.update == "objective" and self.split.accumulation > 1:
             raise ValueError(
                 f"{recipe.rule.label}: moves the weights at every time step and refuses accumulation; got {self.split}"
@@ -322,6 +323,14 @@ def build_network(recipe: Recipe, data: Data, device: torch.device) -> nn.Module
     if recipe.init is not None:
         load_start(network, Path(recipe.init))
     return network.to(device)
+
+
+def attached_rule(recipe: Recipe, network: nn.Module, world: World) -> Rule:
+    """The recipe's rule on its network; refuses what does not fit together."""
+    rule: Rule = recipe.rule.build()
+    rule.check_steps(recipe.time_steps)
+    rule.attach(network, world=world, over_time=recipe.over_time)
+    return rule
 
 
 def build_backend(recipe: Recipe, network: nn.Module, split: Split) -> Backend:

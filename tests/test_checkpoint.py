@@ -53,7 +53,9 @@ def saved(folder: Path, steps: list[int], **checkpoints: Any) -> Checkpoints:
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     original, checkpoints = backend(1), Checkpoints(tmp_path, attempt="a")
-    torch.manual_seed(5), random.seed(5), np.random.seed(5)  # noqa: NPY002
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)  # noqa: NPY002
     told = checkpoints.save(7, original, Counting(2.5), TRAINER)
     drawn = (torch.rand(3), random.random(), np.random.rand())  # noqa: NPY002
     other, rule = backend(2), Counting()

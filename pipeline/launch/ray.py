@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,9 +37,19 @@ class Ray:
         address: of an existing cluster (`auto`, `host:6379`, `ray://...`); None starts one here.
         cpus_per_worker: cores that Ray reserves for a worker; torch gets one thread for each.
         max_restarts: how often the workers are started again after one of them died.
+        work: what a worker does with its job (None: train it); benchmarks measure inside it.
     """
 
-    def __init__(self, *, workers: int, address: str | None = None, cpus_per_worker: int = 1, max_restarts: int = 3) -> None:
+    def __init__(
+        self,
+        *,
+        workers: int,
+        address: str | None = None,
+        cpus_per_worker: int = 1,
+        max_restarts: int = 3,
+        work: Callable[[Job, Place], dict[str, Any] | None] = run,
+    ) -> None:
+        self.work = work
         self.workers = workers
         self.address = address
         self.cpus_per_worker = cpus_per_worker
@@ -45,7 +57,7 @@ class Ray:
         self._owned = False
 
     def __enter__(self) -> Self:
-        """Join the cluster, or start one. In the main thread: Linux ends the servers of a cluster with the thread that started it."""
+        """Join the cluster, or start one: in the main thread, because Ray's servers end with the thread that started them."""
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         import ray
@@ -85,7 +97,7 @@ class Ray:
 
         gpus = ray.cluster_resources().get("GPU", 0) >= self.workers
         trainer = TorchTrainer(
-            _train,
+            partial(_train, work=self.work),
             train_loop_config=asdict(job),
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
             scaling_config=ScalingConfig(
@@ -129,7 +141,7 @@ class Ray:
         }
 
 
-def _train(config: dict[str, Any]) -> dict[str, Any] | None:
+def _train(config: dict[str, Any], *, work: Callable[[Job, Place], dict[str, Any] | None]) -> dict[str, Any] | None:
     """Runs in every worker process."""
     from ray import train
     from ray.train.torch import get_device
@@ -138,7 +150,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
     job = Job(**{**config, "trust": tuple(config["trust"])})
     place = Place(context.get_world_rank(), context.get_world_size(), str(get_device()))
     try:
-        return run(job, place)
+        return work(job, place)
     except Refused as error:  # returned, not raised: starting again would not help
         return {"refused": str(error)}
 

@@ -19,9 +19,11 @@ from pipeline.launch.drive import Tracking, drive, prepare, read_job, resume_com
 from pipeline.launch.inline import Inline
 from pipeline.launch.ray import Ray
 from pipeline.recipe import Recipe, write_json
+from pipeline.rules.base import World
 from pipeline.spiking.encode import repeat
 from pipeline.track.mlflow import tracking_uri
 from pipeline.weights import load_run
+from pipeline.worker import attached_rule
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def launch_all(
         recipe.split(cluster.workers)
         Recipe.from_json(recipe.to_json(), trust=trust)
         recipe.data.build().fingerprint()
+        attached_rule(recipe, recipe.model.build(), World())
     console = Console()
     parent = uuid.uuid4().hex if len(recipes) > 1 else None
     folders = []

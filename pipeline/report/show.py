@@ -11,6 +11,8 @@ from torch import nn
 from pipeline.backend.deepspeed import config
 from pipeline.data.base import DataError
 from pipeline.recipe import Recipe
+from pipeline.rules.base import World
+from pipeline.worker import attached_rule
 
 
 def show_recipe(recipe: Recipe, workers: int, console: Console | None = None) -> None:
@@ -18,7 +20,7 @@ def show_recipe(recipe: Recipe, workers: int, console: Console | None = None) ->
     console = console or Console()
     split = recipe.split(workers)
     network: nn.Module = recipe.model.build()
-    recipe.rule.build().attach(network, over_time=recipe.over_time)
+    attached_rule(recipe, network, World())
     parameters = sum(p.numel() for p in network.parameters())
     table = Table(title=recipe.name, show_header=False, box=None, pad_edge=False)
     for key, value in recipe.flat().items():

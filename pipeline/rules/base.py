@@ -103,6 +103,12 @@ class Rule(nn.Module):
         for module in model.modules():
             self.set_seam(module, "carried_rule", self.label)
 
+    def check_steps(self, steps: int) -> None:
+        """Whether the rule can train on sequences of `steps` time steps, asked before anything is launched.
+
+        Raises: ValueError that names the argument which does not fit.
+        """
+
     def release(self) -> None:
         """Give the seams back what they held before `attach`; nothing happens where nothing is attached."""
         while self._seams:
@@ -124,7 +130,7 @@ class Rule(nn.Module):
         under `over_time="steps"` it is called once per step, in time order. `step` is the index of the global batch (None:
         one more than at the last call), `rows` the place of each sample in it (None: 0..B-1).
 
-        Raises: ValueError, at once, when the model is not the attached one or the input has no time axis.
+        Raises: ValueError, at once, when the model is not the attached one, the input has no time axis, or T does not fit.
         """
         if not self._attached:
             raise ValueError(f"{self.label}: attach(model) comes before objectives")
@@ -132,6 +138,7 @@ class Rule(nn.Module):
             raise ValueError(f"{self.label}: objectives needs the attached model or a wrapper around it; got another model")
         if x_TB.dim() < 3 or x_TB.shape[0] < 1:
             raise ValueError(f"{self.label}: the input must be time first, [T, B, ...]; got shape {tuple(x_TB.shape)}")
+        self.check_steps(x_TB.shape[0])
         step = self._last_step + 1 if step is None else step
         self._last_step = step
         return self._objectives(model, x_TB, loss_of, step, rows if rows is not None else range(x_TB.shape[1]))

@@ -32,10 +32,12 @@ class BPTT(Rule):
             raise ValueError(f"BPTT: chunk must be in 1..T; got chunk={chunk}")
         self.chunk = chunk
 
-    def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
-        steps = x_TB.shape[0]
+    def check_steps(self, steps: int) -> None:
         if self.chunk is not None and self.chunk > steps:
             raise ValueError(f"BPTT: chunk must be in 1..T; got chunk={self.chunk}, T={steps}")
+
+    def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
+        steps = x_TB.shape[0]
         with fresh_state(model):
             logits_TBK = torch.cat([model(x_cB) for x_cB in x_TB.split(self.chunk or steps)])
             if self.over_time == "steps":

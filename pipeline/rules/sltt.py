@@ -65,9 +65,18 @@ class SLTT(Rule):
         for _, neuron in neurons:
             self.set_seam(neuron, "carry", torch.detach)
 
+    def check_steps(self, steps: int) -> None:
+        k = steps if self.k is None else self.k
+        if k > steps:
+            raise ValueError(f"SLTT: k must be in 1..T; got k={k}, T={steps}")
+        if self.chunk > steps:
+            raise ValueError(f"SLTT: chunk must be in 1..T; got chunk={self.chunk}, T={steps}")
+        if k < steps and self.chunk > 1:
+            raise ValueError(f"SLTT: k < T selects single steps, so chunk must be 1; got k={k}, T={steps}, chunk={self.chunk}")
+
     def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
         steps = x_TB.shape[0]
-        k = self._steps_to_learn(steps)
+        k = steps if self.k is None else self.k
         selected = selected_steps(steps, k, seed=self.world.seed, step=step)
         scale = steps / k if self.rescale else 1.0
         with fresh_state(model):
@@ -79,16 +88,6 @@ class SLTT(Rule):
                     loss, share_BK = steps_share(logits_TBK, loss_of, steps=steps)
                     backward = loss * scale if learns else None
                 yield Objective(backward=backward, loss=loss.detach(), logits=share_BK)
-
-    def _steps_to_learn(self, steps: int) -> int:
-        k = steps if self.k is None else self.k
-        if k > steps:
-            raise ValueError(f"SLTT: k must be in 1..T; got k={k}, T={steps}")
-        if self.chunk > steps:
-            raise ValueError(f"SLTT: chunk must be in 1..T; got chunk={self.chunk}, T={steps}")
-        if k < steps and self.chunk > 1:
-            raise ValueError(f"SLTT: k < T selects single steps, so chunk must be 1; got k={k}, T={steps}, chunk={self.chunk}")
-        return k
 
 
 def selected_steps(steps: int, k: int, *, seed: int, step: int) -> tuple[int, ...]:

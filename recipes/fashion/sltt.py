@@ -18,6 +18,7 @@ def recipe() -> Recipe:
     return replace(
         shared,
         name="fashion-sltt",
-        model=shared.model.with_(width=32, blocks=(1, 1, 1), stem_stride=1),
-        epochs=12,
+        model=shared.model.with_(width=32),
+        time_steps=4,
+        epochs=15,
     )

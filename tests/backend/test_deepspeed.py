@@ -104,7 +104,9 @@ def reference(rule: Rule, clip: float, *, norm: bool = False) -> nn.Module:
     return model
 
 
-def ours(rule: Rule, rank: int, *, zero: int, clip: float, accumulation: int, norm: bool = False, precision: str = "fp32") -> nn.Module:
+def ours(
+    rule: Rule, rank: int, *, zero: int, clip: float, accumulation: int, norm: bool = False, precision: str = "fp32"
+) -> nn.Module:
     """The product's own loop and backend on this rank's rows."""
     model = network(norm=norm)
     rule.attach(model, world=World(seed=7, rank=rank, size=RANKS))

@@ -1,0 +1,154 @@
+"""What the whole pipeline costs over a bare PyTorch loop, measured side by side in one process.
+
+Command:  python -m benchmarks.overhead [--rule sltt|bptt] [--steps 200]
+Result:   not run
+
+One Ray worker with one torch thread trains by the product's loop: FFCV file, DeepSpeed ZeRO-0, meters, journal, and MLflow
+from the driver. Between every two of its steps the same process trains a second copy of the network by the loop that
+anybody would write, on a batch that was read before. Medians of both are compared, so that drift of the machine falls on
+both alike. Batch size is tuned beforehand until a bare step takes about 100 ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.launch.drive import Tracking, commit, drive, prepare, resume_command
+from pipeline.launch.ray import Ray
+from pipeline.loop import MicroBatch
+from pipeline.measure.memory import hardware
+from pipeline.recipe import Recipe, spec
+from pipeline.rules.base import Rule
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.sltt import SLTT
+from pipeline.spiking.encode import repeat
+from pipeline.spiking.state import fresh_state
+from pipeline.track.mlflow import tracking_uri
+from pipeline.worker import Attempt, Job, Place, run
+from recipes.fashion.base import fashion
+
+STEP_S = 0.1
+WARM_UP = 20
+RULES = {"sltt": SLTT, "bptt": BPTT}
+
+
+class Bare:
+    """The loop that anybody would write: no rule object, no backend, no meters, no loader."""
+
+    def __init__(self, network: nn.Module, rule_name: str, batch_size: int, steps: int) -> None:
+        self.network, self.online, self.steps = network, rule_name == "sltt", steps
+        rule: Rule = RULES[rule_name]()
+        rule.attach(network)  # cuts the membrane where the rule does
+        self.optimizer = torch.optim.SGD(network.parameters(), lr=0.5, momentum=0.9, nesterov=True)
+        draw = torch.Generator().manual_seed(0)
+        self.x_TB = repeat(torch.randn(batch_size, 1, 28, 28, generator=draw), steps)
+        self.target_B = torch.randint(10, (batch_size,), generator=draw)
+
+    def step(self) -> None:
+        with fresh_state(self.network):
+            for x_TB in self.x_TB.split(1 if self.online else self.steps):
+                logits_TBK = self.network(x_TB)
+                loss = torch.stack([F.cross_entropy(logits_BK, self.target_B) for logits_BK in logits_TBK]).sum()
+                (loss / self.steps).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class Interleaved(Attempt):
+    """The product's attempt at a run, with one bare step between every two of its own."""
+
+    def __init__(self, *args: Any, rule_name: str, out: str) -> None:
+        super().__init__(*args)
+        network = copy.deepcopy(self.recipe.model.build())
+        network.load_state_dict(self.backend.network.state_dict())
+        self.bare = Bare(network, rule_name, self.recipe.batch_size, self.recipe.time_steps)
+        self.out = Path(out)
+        self.ours_s: list[float] = []
+        self.bare_s: list[float] = []
+
+    def batches(self, epoch: int) -> Generator[tuple[int, Iterator[MicroBatch]]]:
+        source = super().batches(epoch)
+        while True:
+            began = time.perf_counter()
+            batch = next(source, None)  # what happens after the last step and before this one belongs to the product
+            if batch is None:
+                break
+            yield batch
+            self.ours_s.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            self.bare.step()
+            self.bare_s.append(time.perf_counter() - began)
+        self.out.write_text(json.dumps({"ours_s": self.ours_s, "bare_s": self.bare_s}))
+
+
+def work(job: Job, place: Place, *, rule_name: str, out: str) -> dict[str, Any] | None:
+    return run(job, place, attempt_of=partial(Interleaved, rule_name=rule_name, out=out))
+
+
+def tuned_batch(recipe: Recipe, rule_name: str) -> int:
+    """The batch size whose bare step takes about 100 ms on one thread."""
+    torch.set_num_threads(1)
+
+    def seconds(size: int) -> float:
+        bare = Bare(recipe.model.build(), rule_name, size, recipe.time_steps)
+        return statistics.median(timed(bare.step) for _ in range(7))
+
+    size = 64
+    for _ in range(4):
+        size = max(8, round(size * STEP_S / seconds(size) / 8) * 8)
+    return size
+
+
+def timed(act: Any) -> float:
+    began = time.perf_counter()
+    act()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--rule", choices=sorted(RULES), default="sltt")
+    parser.add_argument("--steps", type=int, default=200)
+    arguments = parser.parse_args()
+    recipe = replace(
+        fashion(), name="overhead", rule=spec(RULES[arguments.rule]), stop_after=WARM_UP + arguments.steps, evaluate_samples=64
+    )
+    recipe = replace(recipe, batch_size=tuned_batch(recipe, arguments.rule))
+    with tempfile.TemporaryDirectory() as folder:
+        runs, out = Path(folder), Path(folder) / "seconds.json"
+        job = prepare(recipe, runs)
+        with Ray(workers=1, work=partial(work, rule_name=arguments.rule, out=str(out))) as launcher:
+            tracking = Tracking(tracking_uri(runs), "overhead")
+            drive(job, launcher, tracking, Console(), resume_command=resume_command(Path(job.run), runs))
+        seconds = json.loads(out.read_text())
+    ours, bare = (torch.tensor(seconds[key][WARM_UP:]) for key in ("ours_s", "bare_s"))
+    report(recipe, arguments.rule, ours, bare)
+
+
+def report(recipe: Recipe, rule_name: str, ours: Tensor, bare: Tensor) -> None:
+    overhead = float(ours.median() / bare.median()) - 1
+    machine = hardware()
+    print(
+        f"{rule_name.upper()}, T = {recipe.time_steps}, batch {recipe.batch_size}, {len(ours)} interleaved steps: "
+        f"pipeline {float(ours.median()) * 1e3:.1f} ms, bare {float(bare.median()) * 1e3:.1f} ms, overhead {overhead:+.1%} "
+        f"(commit {commit()}, {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']})"
+    )
+
+
+if __name__ == "__main__":
+    main()
