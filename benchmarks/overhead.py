@@ -28,6 +28,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.attempt import Attempt, Parts
+from pipeline.job import Job, Place
 from pipeline.launch.drive import Tracking, commit, drive, prepare, resume_command
 from pipeline.launch.ray import Ray
 from pipeline.loop import MicroBatch
@@ -39,7 +41,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.state import fresh_state
 from pipeline.track.mlflow import tracking_uri
-from pipeline.worker import Attempt, Job, Place, run
+from pipeline.worker import run
 from recipes.fashion.base import fashion
 
 STEP_S = 0.1
@@ -72,8 +74,8 @@ class Bare:
 class Interleaved(Attempt):
     """The product's attempt at a run, with one bare step between every two of its own."""
 
-    def __init__(self, *args: Any, rule_name: str, out: str) -> None:
-        super().__init__(*args)
+    def __init__(self, parts: Parts, *, rule_name: str, out: str) -> None:
+        super().__init__(parts)
         network = copy.deepcopy(self.recipe.model.build())
         network.load_state_dict(self.backend.network.state_dict())
         self.bare = Bare(network, rule_name, self.recipe.batch_size, self.recipe.time_steps)

@@ -102,18 +102,28 @@ class Checkpoints:
         _barrier()
         return Saved(final, step, time.monotonic() - begun, size)
 
-    def restore(self, backend: Backend, rule: nn.Module) -> dict[str, Any] | None:
-        """Load the newest checkpoint that verifies; collective. None when there is none.
+    def newest(self) -> Path | None:
+        """The newest checkpoint that verifies; damaged ones are moved away. For rank 0, which tells the others."""
+        if not self.folder.is_dir():
+            return None
+        for abandoned in self.folder.glob(".writing-*"):  # whoever wrote it lost the run's lock: see worker.py
+            shutil.rmtree(abandoned, ignore_errors=True)
+        for path in reversed(step_folders(self.folder)):
+            reason = damage(path)
+            if reason is None:
+                return path
+            moved = self.folder / "quarantine" / f"{path.name}-{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
+            moved.parent.mkdir(exist_ok=True)
+            path.rename(moved)
+            self.on_quarantine(moved, reason)
+        return None
+
+    def load(self, path: Path, backend: Backend, rule: nn.Module) -> dict[str, Any]:
+        """Load a verified checkpoint into this rank; collective. What its trainer.json says.
 
         Raises:
-            CheckpointError: it was written by another number of workers and its ZeRO stage cannot be loaded by this one.
+            CheckpointError: another backend wrote it, or another number of workers at a ZeRO stage that loads on as many only.
         """
-        chosen = [self._newest_verified() if self.rank == 0 else None]
-        if _ranks() > 1:
-            distributed.broadcast_object_list(chosen, src=0)
-        if chosen[0] is None:
-            return None
-        path = Path(chosen[0])
         trainer = read_trainer(path)
         if trainer.get("zero", 0) > 0 and trainer["world_size"] != _ranks():
             raise CheckpointError(
@@ -126,24 +136,9 @@ class Checkpoints:
         if (path / "rule.pt").exists():
             rule.load_state_dict(torch.load(path / "rule.pt", map_location="cpu", weights_only=True))
         rng = path / f"rng_rank{self.rank}.pt"
-        if rng.exists():
+        if rng.exists():  # there is none for a rank that the writing attempt did not have
             _set_rng_state(torch.load(rng, map_location="cpu", weights_only=True))
         return trainer
-
-    def _newest_verified(self) -> str | None:
-        if not self.folder.is_dir():
-            return None
-        for abandoned in self.folder.glob(".writing-*"):  # whoever wrote it lost the run's lock: see worker.py
-            shutil.rmtree(abandoned, ignore_errors=True)
-        for path in reversed(step_folders(self.folder)):
-            reason = damage(path)
-            if reason is None:
-                return str(path)
-            moved = self.folder / "quarantine" / f"{path.name}-{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
-            moved.parent.mkdir(exist_ok=True)
-            path.rename(moved)
-            self.on_quarantine(moved, reason)
-        return None
 
     def _prune(self) -> None:
         folders = step_folders(self.folder)

@@ -5,7 +5,7 @@ T time, B batch, K classes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,13 +35,11 @@ def evaluate(
     loss_for: Loss,
     *,
     over_time: str = "steps",
-    alive: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Run the model over this rank's share of a set and sum over all ranks.
 
     Args:
         batches: (x_TB, target_B); ranks may hold different numbers of them, or none.
-        alive: called once per batch.
     """
     was_training = model.training
     model.eval()
@@ -59,7 +57,6 @@ def evaluate(
             ranked_BK = mean_BK.topk(min(5, mean_BK.shape[-1])).indices == target_B[:, None]
             hits = (ranked_BK[:, 0].sum(), ranked_BK.sum(), loss.double() * len(target_B))
             sums[:4] += torch.tensor([len(target_B), *map(float, hits)], dtype=torch.float64)
-            alive()
         sums[4], sums[5] = spikes
     model.train(was_training)
     if distributed.is_initialized() and distributed.get_world_size() > 1:

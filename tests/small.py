@@ -10,6 +10,7 @@ import torch
 from timm.optim import create_optimizer_v2
 
 from pipeline.data.synthetic import Synthetic
+from pipeline.job import Job
 from pipeline.launch.inline import Inline
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.objective import CrossEntropy
@@ -17,7 +18,6 @@ from pipeline.recipe import Recipe, spec, write_json
 from pipeline.rules.sltt import SLTT
 from pipeline.schedule import cosine
 from pipeline.weights import load_run
-from pipeline.worker import Job
 
 
 def small_recipe(**changes: Any) -> Recipe:

@@ -51,6 +51,12 @@ def saved(folder: Path, steps: list[int], **checkpoints: Any) -> Checkpoints:
     return made
 
 
+def restore(checkpoints: Checkpoints, backend: Plain, rule: nn.Module) -> dict[str, Any]:
+    path = checkpoints.newest()
+    assert path is not None
+    return checkpoints.load(path, backend, rule)
+
+
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     original, checkpoints = backend(1), Checkpoints(tmp_path, attempt="a")
     torch.manual_seed(5)
@@ -59,8 +65,7 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     told = checkpoints.save(7, original, Counting(2.5), TRAINER)
     drawn = (torch.rand(3), random.random(), np.random.rand())  # noqa: NPY002
     other, rule = backend(2), Counting()
-    trainer = checkpoints.restore(other, rule)
-    assert trainer is not None
+    trainer = restore(checkpoints, other, rule)
     assert trainer["step"] == 7
     assert told.path == tmp_path / "step_00000007"
     assert told.bytes > 0
@@ -89,8 +94,7 @@ def test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used(
         file.write_bytes(file.read_bytes()[:-7])
     else:
         file.unlink()
-    trainer = checkpoints.restore(backend(9), Counting())
-    assert trainer is not None
+    trainer = restore(checkpoints, backend(9), Counting())
     assert trainer["step"] == 1
     [(moved, reason)] = told
     assert moved.parent == tmp_path / "quarantine"
@@ -113,8 +117,7 @@ def test_a_write_that_was_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
     torn = tmp_path / ".writing-dead-step_00000002"
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half")
-    trainer = checkpoints.restore(backend(), Counting())
-    assert trainer is not None
+    trainer = restore(checkpoints, backend(), Counting())
     assert trainer["step"] == 1
     assert not torn.exists()
 
@@ -138,10 +141,10 @@ def test_zero_state_of_other_workers_is_refused_with_the_reason(tmp_path: Path) 
     checkpoints = Checkpoints(tmp_path, attempt="a")
     checkpoints.save(1, backend(), Counting(), {"world_size": 2, "zero": 1, "score": None})
     with pytest.raises(CheckpointError, match="ZeRO-1 state of 2 workers loads on as many only; got 1"):
-        checkpoints.restore(backend(), Counting())
+        restore(checkpoints, backend(), Counting())
 
 
 def test_nothing_to_restore_is_no_error(tmp_path: Path) -> None:
-    assert Checkpoints(tmp_path / "none", attempt="a").restore(backend(), Counting()) is None
+    assert Checkpoints(tmp_path / "none", attempt="a").newest() is None
     with pytest.raises(CheckpointError, match="got none"):
         verified(tmp_path)

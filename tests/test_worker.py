@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import pipeline
+from pipeline.attempt import Attempt
 from pipeline.checkpoint import read_trainer, step_folders
 from pipeline.data.synthetic import Synthetic, SyntheticLoader
 from pipeline.models.nf_resnet import nf_resnet18_small
@@ -21,7 +22,6 @@ from pipeline.spiking.encode import repeat
 from pipeline.spiking.state import fresh_state
 from pipeline.track.jsonl import read
 from pipeline.weights import load_start
-from pipeline.worker import Attempt
 from tests.small import make_run, same_weights, small_recipe, train_inline
 from tests.test_recipe import RECIPES
 
@@ -220,3 +220,34 @@ def test_every_recipe_trains_in_small(tmp_path: Path, path: Path) -> None:
         summary = train_inline(tmp_path / str(index), replace(tiny, backend="plain"))
         assert summary is not None
         assert summary["steps"] == 4
+
+
+def test_a_resumed_run_needs_the_weights_it_started_from_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_inline(tmp_path / "first", small_recipe())
+    recipe = small_recipe(init=str(tmp_path / "first"))
+    train_inline(tmp_path / "whole", recipe)
+    with monkeypatch.context() as patch:
+        die_at(patch, 7)
+        with pytest.raises(Killed):
+            train_inline(tmp_path / "broken", recipe)
+    (tmp_path / "first").rename(tmp_path / "moved")
+    train_inline(tmp_path / "broken", recipe)
+    assert same_weights(tmp_path / "whole", tmp_path / "broken")
+    assert not same_weights(tmp_path / "whole", tmp_path / "moved")
+
+
+def test_a_run_that_died_after_its_last_checkpoint_is_finished_by_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(self: Attempt) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Attempt, "_finish", die)
+        with pytest.raises(Killed):
+            train_inline(tmp_path / "run", small_recipe())
+    whole = train_inline(tmp_path / "whole", small_recipe())
+    resumed = train_inline(tmp_path / "run", small_recipe())
+    assert whole is not None
+    assert resumed is not None
+    assert (resumed["steps"], resumed["top1"], resumed["loss"]) == (whole["steps"], whole["top1"], whole["loss"])

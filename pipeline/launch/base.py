@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, Self
 
-from pipeline.worker import Job
+from pipeline.job import Job
 
 
 class Launcher(Protocol):

@@ -26,13 +26,13 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.data.base import Data
+from pipeline.job import Job
 from pipeline.launch.base import Launcher
 from pipeline.launch.watch import Watch
 from pipeline.ranks import Refused
 from pipeline.recipe import Recipe, write_json
 from pipeline.track.jsonl import Follower
 from pipeline.track.mlflow import Mirror
-from pipeline.worker import Job
 
 POLL_S = 0.25
 MLFLOW_PATIENCE_S = 30.0

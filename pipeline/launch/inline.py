@@ -9,7 +9,8 @@ from typing import Any, Self
 import torch
 from torch import distributed
 
-from pipeline.worker import Job, Place, run
+from pipeline.job import Job, Place
+from pipeline.worker import run
 
 GROUP_PATIENCE = timedelta(minutes=30)
 

@@ -16,9 +16,10 @@ from typing import Any, Self
 
 import torch
 
+from pipeline.job import Job, Place
 from pipeline.launch.base import LaunchError
 from pipeline.ranks import Refused
-from pipeline.worker import Job, Place, run
+from pipeline.worker import run
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -11,7 +11,6 @@ local batch sizes (torch's SyncBatchNorm runs on CUDA alone, checked on torch 2.
 
 # T time, B batch, C channels, R ranks
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -84,17 +83,6 @@ class BatchNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, eps={self.eps}, momentum={self.momentum}, over={self.over!r}, between={self.between!r}"
-
-
-def average_statistics(model: nn.Module, *, mean: Callable[[Tensor], Tensor]) -> None:
-    """Give every rank the average of the ranks' running statistics, before evaluation and saving.
-
-    `mean` averages a tensor over ranks. With `between="world"` they agree already and nothing changes.
-    """
-    for module in model.modules():
-        if isinstance(module, BatchNorm):
-            module.running_mean.copy_(mean(module.running_mean))
-            module.running_var.copy_(mean(module.running_var))
 
 
 def moments_over_ranks(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import distributed, multiprocessing, nn
 
-from pipeline.spiking.norm import BatchNorm, average_statistics
+from pipeline.spiking.norm import BatchNorm
 
 SHAPES = [(4, 5, 3), (4, 5, 3, 2, 2)]
 
@@ -63,13 +63,6 @@ def test_statistics_move_without_a_graph_and_rest_in_eval():
     before = norm.running_mean.clone()
     norm.eval()(double(2, 5, 3))
     assert torch.equal(norm.running_mean, before)
-
-
-def test_average_statistics_uses_the_given_mean():
-    model = nn.Sequential(fresh(), fresh())
-    average_statistics(model, mean=lambda statistic: statistic + 1)
-    assert all(torch.equal(norm.running_mean, torch.ones(3, dtype=torch.float64)) for norm in model)
-    assert all(torch.equal(norm.running_var, torch.full((3,), 2.0, dtype=torch.float64)) for norm in model)
 
 
 def test_between_world_is_per_rank_where_there_is_one_rank():

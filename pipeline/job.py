@@ -1,0 +1,33 @@
+"""What every worker of a run is told; it travels as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, as its workers need to know it."""
+
+    run: str
+    """the run's folder, absolute, on storage that every worker and the driver see"""
+    study: str
+    data_fingerprint: str
+    commit: str
+    parent: str | None = None
+    """shared by the runs of one comparison"""
+    run_id: str = ""
+    resume_command: str = ""
+    trust: tuple[str, ...] = ()
+    threads: int = 1
+    """torch's threads in each worker"""
+    loader_threads: int = 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this worker stands among the others; the process group exists when there are several."""
+
+    rank: int = 0
+    workers: int = 1
+    device: str = "cpu"

@@ -1,0 +1,153 @@
+"""A buildable part of a recipe: a callable and its keywords, checked against the real signature where they are written."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A callable and its keywords, checked against the real signature when written and called when built."""
+
+    target: Callable[..., Any]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        kwargs = {key: tuple(value) if isinstance(value, list) else value for key, value in self.kwargs.items()}
+        _check_keywords(self.target, kwargs)
+        object.__setattr__(self, "kwargs", types.MappingProxyType(kwargs))
+
+    def build(self, *args: Any, **more: Any) -> Any:
+        """Call the target; nested specs are built first. `args` and `more` are what only the running process knows."""
+        return self.target(*args, **{key: _built(value) for key, value in self.kwargs.items()}, **more)
+
+    def with_(self, **changes: Any) -> Spec:
+        """The same part with some keywords changed."""
+        return Spec(self.target, {**self.kwargs, **changes})
+
+    @property
+    def label(self) -> str:
+        """`SLTT(k=1)`: the target's name and the keywords that were written."""
+        return f"{self.target.__name__}({', '.join(f'{key}={_shown(value)}' for key, value in self.kwargs.items())})"
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a mappingproxy does not pickle
+        return Spec, (self.target, dict(self.kwargs))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Spec) and self.target is other.target and dict(self.kwargs) == dict(other.kwargs)
+
+    def __hash__(self) -> int:
+        return hash((self.target, tuple(self.kwargs)))
+
+
+def spec(target: Callable[..., Any], /, **kwargs: Any) -> Spec:
+    """Write a buildable part of a recipe: `rule=spec(SLTT, k=1)`.
+
+    Raises:
+        ValueError: a keyword that the target's signature does not have, or a value its annotation does not admit.
+    """
+    return Spec(target, kwargs)
+
+
+def is_path(target: Callable[..., Any], key: str) -> bool:
+    """Whether a keyword is annotated as a path: it says where something lies, not what it is."""
+    hint = _hints(target).get(key)
+    return any(arm is Path or arm is os.PathLike for arm in (hint, *typing.get_args(hint)))
+
+
+def _check_keywords(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+    if not callable(target):
+        raise ValueError(f"spec: the target must be callable; got {target!r}")
+    parameters = _parameters(target)
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    hints = _hints(target)
+    for key, value in kwargs.items():
+        if key not in _accepted(parameters):
+            if not open_ended:
+                raise ValueError(f"{target.__name__}: unexpected keyword {key!r}; it accepts {accepted_text(target)}")
+        elif key in hints and not admits(hints[key], value):
+            raise ValueError(f"{target.__name__}: {key} must be {type_name(hints[key])}; got {_shown(value)}")
+
+
+def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(target).parameters
+
+
+def _accepted(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [name for name, p in parameters.items() if p.kind in by_name]
+
+
+def accepted_text(target: Callable[..., Any], prefix: str = "") -> str:
+    return ", ".join(prefix + name for name in _accepted(_parameters(target))) or "none"
+
+
+def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (NameError, TypeError, AttributeError):  # an annotation that only a type checker can resolve checks nothing here
+        return {}
+
+
+def admits(hint: Any, value: Any) -> bool:
+    """Whether a value fits an annotation, as far as plain values go; a Spec fits wherever a built object is asked for."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or isinstance(hint, typing.TypeVar):
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(admits(arm, value) for arm in args)
+    if origin is Literal:
+        return any(value == arm and type(value) is type(arm) for arm in args)
+    if origin is typing.Annotated:
+        return admits(args[0], value)
+    if hint is None or hint is type(None):
+        return value is None
+    plain = origin or hint
+    if not inspect.isclass(plain):
+        return True
+    if plain in (bool, int, float, str):
+        if isinstance(value, bool):
+            return plain is bool
+        return isinstance(value, (int, float) if plain is float else plain)
+    if plain is Path or plain is os.PathLike:
+        return isinstance(value, (str, os.PathLike))
+    if plain in (tuple, list) and isinstance(value, (list, tuple)):  # a list is kept as a tuple: recipes are frozen
+        if not args:
+            return True
+        if plain is list or (len(args) == 2 and args[1] is Ellipsis):
+            return all(admits(args[0], item) for item in value)
+        return len(args) == len(value) and all(admits(arm, item) for arm, item in zip(args, value, strict=True))
+    if isinstance(value, Spec) and plain not in (list, dict, tuple):
+        return True
+    try:
+        return isinstance(value, plain)
+    except TypeError:  # a Protocol that is not runtime-checkable
+        return True
+
+
+def type_name(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, args))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_name(arm) for arm in args)
+    if hint is type(None):
+        return "None"
+    if origin is None and inspect.isclass(hint):
+        return hint.__name__
+    return str(hint).replace("typing.", "")
+
+
+def _built(value: Any) -> Any:
+    return value.build() if isinstance(value, Spec) else value
+
+
+def _shown(value: Any) -> str:
+    return value.label if isinstance(value, Spec) else repr(value)

@@ -1,0 +1,94 @@
+"""What workers say to one another, in two real processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.evaluate import evaluate
+from pipeline.objective import CrossEntropy
+from pipeline.ranks import Ranks, Refused
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.synapse import Linear
+from tests.processes import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+def _talk(rank: int, size: int) -> dict[str, Any]:
+    ranks = Ranks(rank, size)
+    network = nn.BatchNorm1d(2)
+    network.running_mean.fill_(float(rank))  # type: ignore[union-attr]
+    ranks.average_buffers(network)
+
+    def refuse() -> None:
+        raise ValueError("rank 0 has seen it")
+
+    try:
+        ranks.agree(refuse)
+        said = "nothing"
+    except Refused as error:
+        said = str(error)
+    return {
+        "sum": ranks.sum(torch.tensor([1.0, float(rank)])).tolist(),
+        "mean": ranks.mean(torch.tensor([float(rank)])).tolist(),
+        "max": ranks.max(torch.tensor([rank, 5 - rank])).tolist(),
+        "decide": ranks.decide(rank == 0, rank == 1),
+        "agree": ranks.agree(lambda: f"rank {rank}"),
+        "refused": said,
+        "running_mean": network.running_mean.tolist(),  # type: ignore[union-attr]
+        "counted": int(network.num_batches_tracked),  # type: ignore[arg-type]
+    }
+
+
+def test_both_ranks_hear_the_same(tmp_path: Path) -> None:
+    expected = {
+        "sum": [2.0, 1.0],
+        "mean": [0.5],
+        "max": [1, 5],
+        "decide": [True, False],
+        "agree": "rank 0",
+        "refused": "rank 0 has seen it",
+        "running_mean": [0.5, 0.5],
+        "counted": 0,
+    }
+    assert run_ranks(_talk, 2, tmp_path) == [expected, expected]
+
+
+def _network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Linear(4, 6), LIF(), Linear(6, 7))
+
+
+def _batches(samples: range, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(1)
+    x_TBC, target_B = torch.randn(3, 25, 4, generator=draw), torch.randint(7, (25,), generator=draw)
+    rows = list(samples)
+    return [(x_TBC[:, rows[i : i + size]], target_B[rows[i : i + size]]) for i in range(0, len(rows), size)]
+
+
+def _evaluate(rank: int, size: int) -> Any:
+    share = range(25) if size == 1 else (range(18), range(18, 18), range(18, 25))[rank]  # one rank has nothing
+    return evaluate(_network(), _batches(share, 4), CrossEntropy())
+
+
+def test_evaluation_is_exact_over_unequal_ranks(tmp_path: Path) -> None:
+    one = _evaluate(0, 1)
+    with torch.no_grad():  # independently: all samples at once
+        [(x_TBC, target_B)] = _batches(range(25), 25)
+        from pipeline.spiking.state import fresh_state
+
+        network = _network()
+        with fresh_state(network):
+            logits_TBK = network(x_TBC)
+    ranked_BK = logits_TBK.mean(0).argsort(-1, descending=True)
+    assert one.samples == 25
+    assert one.top1 == pytest.approx(float((ranked_BK[:, 0] == target_B).double().mean()))
+    assert one.top5 == pytest.approx(float((ranked_BK[:, :5] == target_B[:, None]).any(-1).double().mean()))
+    for three in run_ranks(_evaluate, 3, tmp_path):
+        assert (three.samples, three.top1, three.top5, three.firing_rate) == (one.samples, one.top1, one.top5, one.firing_rate)
+        assert three.loss == pytest.approx(one.loss, abs=1e-6)
