@@ -43,6 +43,12 @@ def test_costs_beside_the_baseline(make_run: Callable, runs_dir: Path):
     assert len(lines) == 4
 
 
+def test_the_baseline_comes_first_whatever_the_others_are_called(make_run: Callable, runs_dir: Path):
+    make_run("a", rule="ADJOINT")
+    make_run("z")
+    assert [run.name for run in compare(runs_dir).runs] == ["z", "a"]
+
+
 def test_several_seeds_are_a_mean_and_a_spread(make_run: Callable, runs_dir: Path):
     for seed, top1 in enumerate((0.8, 0.9, 1.0)):
         make_run(f"bptt-{seed}", seed=seed, top1=top1)
