@@ -121,13 +121,7 @@ def _encode_file(path: Path, how: Encoding, as_jpg: bool) -> "Encoded | Bad":
     with Image.open(io.BytesIO(content)) as picture:
         width, height = picture.size
         fits = how.max_resolution is None or max(width, height) <= how.max_resolution
-        if (
-            as_jpg
-            and fits
-            and picture.format == "JPEG"
-            and picture.mode in ("RGB", "L")
-            and _ffcv_decodes(content, height, width)
-        ):
+        if as_jpg and fits and picture.format == "JPEG" and _ffcv_decodes(content, height, width):
             return Encoded(content, JPG, height, width, "as it is")
         return _encode_picture(picture, how, as_jpg)
 
