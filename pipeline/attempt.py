@@ -26,7 +26,7 @@ from pipeline.job import Job
 from pipeline.loop import MicroBatch, train
 from pipeline.measure.memory import hardware, memory_now_bytes
 from pipeline.measure.meters import Meters, Totals
-from pipeline.ranks import Ranks
+from pipeline.ranks import Ranks, Refused
 from pipeline.recipe import Recipe, Split, write_json
 from pipeline.rules.base import Rule
 from pipeline.spiking.encode import repeat
@@ -128,7 +128,8 @@ class Attempt:
         if self.step % recipe.log_every == 0 or last:
             metrics = self.meters.take(self.ranks.sum)
             if not math.isfinite(metrics["loss"]):
-                raise FloatingPointError(f"training: loss must be finite; got {metrics['loss']} at step {self.step}")
+                # Reduced over ranks, so that all of them stop; and a restart would only compute it again.
+                raise Refused(f"training: the loss must be finite; got {metrics['loss']} at step {self.step}; lower optimizer.lr?")
             metrics["lr"] = self.backend.optimizer.param_groups[0]["lr"]
             self.tracker.event("step", step=self.step, epoch=epoch, metrics=metrics, memory_bytes=memory_now_bytes())
         due = recipe.checkpoint_every > 0 and self.step % recipe.checkpoint_every == 0

@@ -1,4 +1,4 @@
-"""The training loop. It reads like the algorithm box of a paper, and knows torch and Protocols alone.
+"""The training loop. It reads like the algorithm box of a paper; data, backend and meters are Protocols to it.
 
 T time, B batch, C channels, H W pixels, K classes
 """
@@ -22,7 +22,7 @@ class MicroBatch(NamedTuple):
     x_TB: Tensor
     target_B: Tensor
     rows: range
-    """place of each sample in the global batch: what a rule draws depends on it, never on ranks"""
+    """place of each sample in the global batch: what a rule draws for a sample depends on it, never on ranks"""
     share: float
     """of the global batch: a weight; shares sum to 1 over ranks and micro-batches"""
 
@@ -31,7 +31,7 @@ class Meters(Protocol):
     """What the loop tells whoever measures."""
 
     def batch(self, step: int) -> AbstractContextManager[None]:
-        """Surrounds everything that one global batch costs."""
+        """Surrounds everything that one global batch costs, the wait for its data included."""
         ...
 
     def optimizer(self) -> AbstractContextManager[None]:

@@ -1,7 +1,7 @@
-"""What a training rule is: the piece of a training loop that replaces `loss.backward()`.
+"""What a training rule is: the piece of a training loop that decides what is differentiated, and when.
 
     rule.attach(model)                                                   # once
-    for objective in rule.objectives(model, x_TB, loss_of, step=step):   # once per batch
+    for objective in rule.objectives(model, x_TB, loss_of, step=step):   # once per batch that a worker holds (a micro-batch)
         if objective.backward is not None:
             objective.backward.backward()
 
@@ -31,7 +31,7 @@ def identity(statistic: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class World:
-    """What a rule may know of the other ranks; `mean` averages a statistic over them."""
+    """What a rule may know of the run: its seed, and the other ranks, over which `mean` averages a statistic."""
 
     seed: int = 0
     rank: int = 0
@@ -43,8 +43,9 @@ class World:
 class Objective:
     """One share of a batch.
 
-    Over one call of `objectives` the `loss`es sum to the batch's mean loss and the `logits` `[B, K]` to the mean over T,
-    both detached. `backward` is the scalar to differentiate, None where a rule reports a step and learns nothing from it.
+    Over one call of `objectives` the `loss`es sum to the loss, the mean over samples and time, and the `logits` `[B, K]` to
+    the mean over T, both detached. `backward` is the scalar to differentiate: over the call their gradients sum to the
+    gradient of that loss, or to the rule's estimate of it. It is None where a rule reports a step and learns nothing from it.
     """
 
     backward: Tensor | None

@@ -26,15 +26,17 @@ from pipeline.spiking.state import fresh_state
 class SLTT(Rule):
     """SLTT, and SLTT-K with `k`: the membrane that crosses a time step is a constant.
 
-        grad W = 1/T sum_{t in S} g[t] s[t]^T,      g[t] = dL[t]/du[t] within step t,      S all steps, or k of them
+        grad W = 1/T sum_{t in S} g[t] x[t]^T,      g[t] = dL[t]/du[t] within step t,      S all steps, or k of them
+
+    with x[t] the synapse's input and u[t] the potential that it feeds (`spiking/neuron.py`).
 
     S is a uniform k-subset of the T steps, drawn anew for each batch from (seed, step) alone; the other steps run without a
     graph, move the state, and are reported with `backward=None`. The divisor stays T as published, so the expected gradient
     is k/T of SLTT's; `rescale` multiplies by T/k (the gradients, not the reported losses).
     `chunk` steps share one forward and one backward: more memory, fuller devices, the same gradient.
 
-    Raises: ValueError when k or chunk are not in 1..T, when k < T meets chunk > 1, for a loss over mean logits, for a model
-    without LIF, and for batch norm over time.
+    Raises: ValueError for k or chunk below 1 and for rescale without k (when made); for a loss over mean logits, a model
+    without LIF, and batch norm over time (`attach`); for k or chunk above T, and chunk > 1 with k < T (`check_steps`).
     Source: Meng et al. 2023 (arXiv 2302.14311), eq. 8 and section 4.3.
     """
 

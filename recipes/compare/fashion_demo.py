@@ -3,8 +3,8 @@
 Command:  spiketrain launch recipes/compare/fashion_demo.py --workers 2        (or: make demo, which sets everything up)
 Source:   the rules as in Meng et al. 2023 (SLTT), arXiv:2302.14311; the network is a small one of ours.
 Result:   not run
-SLTT-1 differentiates one random time step in six; `rescale` multiplies its gradient by six, so that its expectation is SLTT's.
-As published there is no rescaling, which makes its learning rate six times smaller than that of the rules beside it.
+SLTT-1 differentiates one random time step of the six; `rescale` multiplies its gradient by six, so that its expectation is
+SLTT's. As published there is no rescaling, which under SGD is a learning rate six times smaller than that of the rules beside it.
 """
 
 from __future__ import annotations
