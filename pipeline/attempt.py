@@ -129,7 +129,9 @@ class Attempt:
             metrics = self.meters.take(self.ranks.sum)
             if not math.isfinite(metrics["loss"]):
                 # Reduced over ranks, so that all of them stop; and a restart would only compute it again.
-                raise Refused(f"training: the loss must be finite; got {metrics['loss']} at step {self.step}; lower optimizer.lr?")
+                raise Refused(
+                    f"training: the loss must be finite; got {metrics['loss']} at step {self.step}; lower optimizer.lr?"
+                )
             metrics["lr"] = self.backend.optimizer.param_groups[0]["lr"]
             self.tracker.event("step", step=self.step, epoch=epoch, metrics=metrics, memory_bytes=memory_now_bytes())
         due = recipe.checkpoint_every > 0 and self.step % recipe.checkpoint_every == 0

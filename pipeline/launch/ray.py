@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -124,16 +125,11 @@ class Ray:
     def _environment(self) -> dict[str, str]:
         """What reaches every worker: Ray passes on a fixed list of its own, and forces OMP_NUM_THREADS to 1 by itself."""
         threads = str(self.cpus_per_worker)
-        passed = (
-            "MLFLOW_TRACKING_URI",
-            "NCCL_DEBUG",
-            "NCCL_SOCKET_IFNAME",
-            "GLOO_SOCKET_IFNAME",
-            "TORCH_EXTENSIONS_DIR",
-            "PYTHONPATH",
-        )
+        passed = ("NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TORCH_EXTENSIONS_DIR")
         return {
             **{name: os.environ[name] for name in passed if name in os.environ},
+            # A worker starts in a folder of its own; a package that the user trusts lies beside the recipe or on the path.
+            "PYTHONPATH": os.pathsep.join(dict.fromkeys(os.path.abspath(entry) for entry in sys.path)),
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "OPENBLAS_NUM_THREADS": "1",
