@@ -129,7 +129,7 @@ class Ray:
         return {
             **{name: os.environ[name] for name in passed if name in os.environ},
             # A worker starts in a folder of its own; a package that the user trusts lies beside the recipe or on the path.
-            "PYTHONPATH": os.pathsep.join(dict.fromkeys(os.path.abspath(entry) for entry in sys.path)),
+            "PYTHONPATH": os.pathsep.join(dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path)),
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "OPENBLAS_NUM_THREADS": "1",

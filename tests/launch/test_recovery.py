@@ -126,6 +126,11 @@ class Driver:
         return code
 
 
+def launched(recipe_file: Path, run: Path) -> Driver:
+    words = ("launch", str(recipe_file), "--workers", "2", "--name", run.name, "--trust", "recovery_lab")
+    return Driver(*words, run=run, lab=recipe_file.parent)
+
+
 @pytest.fixture
 def drivers() -> Iterator[list[Driver]]:
     started: list[Driver] = []
@@ -141,18 +146,7 @@ def drivers() -> Iterator[list[Driver]]:
 def untouched(recipe_file: Path) -> Path:
     run = recipe_file.parent / "untouched" / "whole"
     run.parent.mkdir()
-    driver = Driver(
-        "launch",
-        str(recipe_file),
-        "--workers",
-        "2",
-        "--name",
-        run.name,
-        "--trust",
-        "recovery_lab",
-        run=run,
-        lab=recipe_file.parent,
-    )
+    driver = launched(recipe_file, run)
     assert driver.end() == 0, driver.log.read_text()
     return run
 
@@ -165,18 +159,7 @@ def test_killed_in_every_way_it_ends_with_the_same_bits(
     run = tmp_path / "hunted"
 
     # A worker, in mid-epoch: Ray starts the group again within the same launch.
-    driver = Driver(
-        "launch",
-        str(recipe_file),
-        "--workers",
-        "2",
-        "--name",
-        run.name,
-        "--trust",
-        "recovery_lab",
-        run=run,
-        lab=recipe_file.parent,
-    )
+    driver = launched(recipe_file, run)
     drivers.append(driver)
     driver.at_step(draw.randrange(6, 14))
     draw.choice(driver.workers()).kill()
@@ -256,18 +239,7 @@ def test_a_run_that_is_being_trained_is_not_trained_twice(
     untouched: Path, recipe_file: Path, tmp_path: Path, drivers: list[Driver]
 ) -> None:
     run = tmp_path / "held"
-    first = Driver(
-        "launch",
-        str(recipe_file),
-        "--workers",
-        "2",
-        "--name",
-        run.name,
-        "--trust",
-        "recovery_lab",
-        run=run,
-        lab=recipe_file.parent,
-    )
+    first = launched(recipe_file, run)
     drivers.append(first)
     first.wait_for(lambda event: event["event"] == "start")
     second = subprocess.run(
