@@ -181,7 +181,7 @@ def test_an_error_in_the_thread_arrives(data, monkeypatch):
     begin = time.monotonic()
     with pytest.raises(LoaderError, match=r"train\.beton failed: OSError: disk on fire"), loader.epoch(0) as batches:
         next(batches)
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 10  # seconds, on a busy machine
 
 
 def test_a_hang_arrives_at_the_limit(data, monkeypatch):
@@ -191,7 +191,7 @@ def test_a_hang_arrives_at_the_limit(data, monkeypatch):
     begin = time.monotonic()
     with pytest.raises(LoaderError, match=r"no batch for 0\.5 s"), loader.epoch(0) as batches:
         next(batches)
-    assert 0.4 < time.monotonic() - begin < 3
+    assert 0.4 < time.monotonic() - begin < 10
     free.set()
 
 

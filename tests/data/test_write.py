@@ -166,9 +166,12 @@ def test_a_worker_that_dies_is_noticed(photo_folder, tmp_path, monkeypatch):
 
 
 def test_workers_that_hang_are_noticed(photo_folder, monkeypatch):
+    stock, limit_s = encode._next, [60.0]  # long enough for the workers to start
+    monkeypatch.setattr(encode, "_next", lambda pending, _: stock(pending, limit_s[0]))
     monkeypatch.setattr(encode, "CHUNK", 1)
-    encoded = encode.encode_all(sources.image_folder(photo_folder)[0].items, encode.Encoding(mode="jpg"), workers=2, stall_s=0.5)
+    encoded = encode.encode_all(sources.image_folder(photo_folder)[0].items, encode.Encoding(mode="jpg"), workers=2)
     next(encoded)
+    limit_s[0] = 0.5
     workers = [worker for worker in psutil.Process().children() if "spawn_main" in " ".join(worker.cmdline())]
     for worker in workers:
         worker.suspend()
