@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pipeline.data import manifest as manifests
 from pipeline.data import sources
@@ -24,16 +24,17 @@ from pipeline.data.manifest import ContentHash, Manifest, verify
 
 __all__ = ["verify", "write_fashion", "write_folder"]
 
+Existing = Literal["refuse", "replace", "keep"]
 Progress = Callable[[int, int], None]  # images done, images in all, over both sets
 
 
 def write_fashion(
-    out: Path, *, workers: int = 1, source: Path | None = None, progress: Progress | None = None, existing: str = "refuse"
+    out: Path, *, workers: int = 1, source: Path | None = None, progress: Progress | None = None, existing: Existing = "refuse"
 ) -> list[Manifest]:
     """Fashion-MNIST, 60000 + 10000 grey images of 28x28, stored raw with three equal channels (FFCV stores RGB only).
 
     `source`: a folder with its four files; None takes Debian's package dataset-fashion-mnist or torchvision's download.
-    `existing`: "refuse" or "replace" files that are there.
+    `existing`: "refuse" or "replace" files that are there, or "keep" them after every byte of them was verified.
 
     Raises: DataError (no source, `out` already written, disk full), LoaderError (a worker died or hung).
     """
@@ -51,7 +52,7 @@ def write_folder(
     workers: int = 1,
     max_bad: int = 0,
     progress: Progress | None = None,
-    existing: str = "refuse",
+    existing: Existing = "refuse",
 ) -> list[Manifest]:
     """Images in ImageNet's layout: `source/train/<class>/*` and `source/val/<class>/*`.
 
@@ -76,17 +77,19 @@ def _write(
     workers: int,
     max_bad: int,
     progress: Progress | None,
-    existing: str,
+    existing: Existing,
 ) -> list[Manifest]:
-    if workers < 1 or max_bad < 0 or existing not in ("refuse", "replace"):
+    if workers < 1 or max_bad < 0 or existing not in get_args(Existing):
         raise DataError(
-            "write: workers must be 1 or more, max_bad 0 or more, existing 'refuse' or 'replace'; "
+            "write: workers must be 1 or more, max_bad 0 or more, existing 'refuse', 'replace' or 'keep'; "
             f"got workers={workers}, max_bad={max_bad}, existing={existing!r}"
         )
     finals = [out / f"{each.name}.beton" for each in sets]
     there = [str(final) for final in finals if final.exists()]
-    if there and existing == "refuse":
-        raise DataError(f"write: {' and '.join(there)} must not exist yet; remove, or ask to replace")
+    if existing == "keep" and len(there) == len(finals):
+        return [verify(final)[0] for final in finals]
+    if there and existing != "replace":
+        raise DataError(f"write: {' and '.join(there)} must not exist yet; remove them, or ask with --existing replace")
     out.mkdir(parents=True, exist_ok=True)
     total, done, written = sum(len(each.items) for each in sets), 0, []
     for each, final in zip(sets, finals, strict=True):

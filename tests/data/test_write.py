@@ -223,6 +223,16 @@ def test_interrupted_leaves_nothing(photo_folder, tmp_path, workers):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_existing_files_are_kept_if_whole(small_fashion, tmp_path):
+    written = write_fashion(tmp_path, source=small_fashion, existing="keep")
+    times = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("*.beton"))]
+    assert write_fashion(tmp_path, source=small_fashion, existing="keep") == written
+    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("*.beton"))] == times
+    (tmp_path / "val.beton").write_bytes((tmp_path / "val.beton").read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"val\.beton"):
+        write_fashion(tmp_path, source=small_fashion, existing="keep")
+
+
 def test_existing_files_are_refused_or_replaced(small_fashion, tmp_path):
     write_fashion(tmp_path, source=small_fashion)
     with pytest.raises(DataError, match=r"train\.beton and .*val\.beton must not exist yet"):
@@ -256,7 +266,7 @@ def test_a_raw_image_larger_than_a_page_is_named(folder, tmp_path):
         ({"mode": "mixed", "jpg_share": 2}, r"jpg_share must be in 0\.\.1; got 2"),
         ({"workers": 0}, "workers must be 1 or more.*got workers=0"),
         ({"max_bad": -1}, "max_bad=-1"),
-        ({"existing": "keep"}, "existing='keep'"),
+        ({"existing": "burn"}, "existing='burn'"),
     ],
 )
 def test_wrong_options_are_refused(photo_folder, tmp_path, wrong, message):
