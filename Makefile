@@ -17,7 +17,7 @@ setup: ## system packages, .venv, the package and what it needs; safe to repeat
 	@infra/setup.sh
 
 demo: setup ## write Fashion-MNIST, train by several rules on $(WORKERS) workers, compare
-	$(BIN)/spiketrain write fashion --out data/fashion
+	$(BIN)/spiketrain write fashion --out data/fashion --existing keep
 	$(BIN)/spiketrain launch recipes/compare/fashion_demo.py --workers $(WORKERS)
 
 check: setup ## format, lint, types, layers

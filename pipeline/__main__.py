@@ -172,6 +172,10 @@ def sync(run: RunName, runs: Runs = RUNS) -> None:
 
 
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for train.beton and val.beton")]
+OnExisting = Annotated[
+    Literal["refuse", "replace", "keep"],
+    typer.Option("--existing", help="what to do about files that are there; keep verifies them"),
+]
 Writers = Annotated[int, typer.Option("--workers", min=1, help="processes that write")]
 
 
@@ -182,13 +186,14 @@ def write_fashion(
         Path | None, typer.Option("--source", help="folder of the four idx files; found or downloaded without it")
     ] = None,
     workers: Writers = 1,
+    existing: OnExisting = "refuse",
 ) -> None:
     """Fashion-MNIST: 60,000 training and 10,000 test images, 28 x 28, 10 classes."""
     from pipeline.data.progress import progress
     from pipeline.data.write import write_fashion as write
 
     with progress("fashion") as told:
-        _report(write(out, workers=workers, source=source, progress=told))
+        _report(write(out, workers=workers, source=source, progress=told, existing=existing))
 
 
 @write_app.command(
@@ -201,6 +206,7 @@ def write_folder(
     max_resolution: Annotated[int | None, typer.Option("--max-resolution", min=1, help="longest side in pixels")] = None,
     quality: Annotated[int, typer.Option("--quality", min=1, max=100, help="of JPEGs that are written anew")] = 90,
     workers: Writers = 1,
+    existing: OnExisting = "refuse",
     max_bad: Annotated[
         int, typer.Option("--max-bad", min=0, help="unreadable images that are skipped and named before giving up")
     ] = 0,
@@ -219,6 +225,7 @@ def write_folder(
             workers=workers,
             max_bad=max_bad,
             progress=told,
+            existing=existing,
         )
     _report(manifests)
 

@@ -81,7 +81,7 @@ class Recipe:
     stop_after: int | None = None
     """end the run after this many global batches (None: after the last epoch); the schedule ends there too"""
     evaluate_samples: int | None = None
-    """evaluate on the first samples only (None: on all); for smoke runs"""
+    """evaluate on so many samples only (None: on all); for smoke runs"""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
