@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.attempt import Attempt, Parts
-from pipeline.job import Job, Place
-from pipeline.launch.drive import Tracking, commit, drive, prepare, resume_command
+from pipeline.job import Job, Place, resume_command
+from pipeline.launch.drive import Tracking, commit, drive, prepare
 from pipeline.launch.ray import Ray
 from pipeline.loop import MicroBatch
 from pipeline.measure.memory import hardware
@@ -136,7 +136,7 @@ def main() -> None:
         job = prepare(recipe, runs)
         with Ray(workers=1, work=partial(work, rule_name=arguments.rule, out=str(out))) as launcher:
             tracking = Tracking(tracking_uri(runs), "overhead")
-            drive(job, launcher, tracking, Console(), resume_command=resume_command(Path(job.run), runs))
+            drive(job, launcher, tracking, Console(), resume_command=resume_command(runs, Path(job.run).name))
         seconds = json.loads(out.read_text())
     ours, bare = (torch.tensor(seconds[key][WARM_UP:]) for key in ("ours_s", "bare_s"))
     report(recipe, arguments.rule, ours, bare)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -31,3 +34,9 @@ class Place:
     rank: int = 0
     workers: int = 1
     device: str = "cpu"
+
+
+def resume_command(runs: str | os.PathLike[str], name: str) -> str:
+    """What a person types to go on with a run."""
+    where = [] if Path(runs) == Path("runs") else ["--runs", os.fspath(runs)]
+    return shlex.join(["spiketrain", "resume", name, *where])

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shlex
 import signal
 import subprocess
 import threading
@@ -161,16 +160,16 @@ def _stop_on_signal(folder: Path, console: Console) -> Iterator[None]:
 @contextmanager
 def _driver_lock(folder: Path) -> Iterator[None]:
     with (folder / "driver.lock").open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refused(f"{folder.name}: is being trained by another process on this machine") from None
+        deadline = time.monotonic() + 1.0  # `spiketrain runs` holds it for an instant, to see whether anybody does
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise Refused(f"{folder.name}: is being trained by another process on this machine") from None
+                time.sleep(0.05)
         yield
-
-
-def resume_command(folder: Path, runs: Path, *, flags: str = "") -> str:
-    where = "" if runs == Path("runs") else f" --runs {shlex.quote(str(runs))}"
-    return f"spiketrain resume {shlex.quote(folder.name)}{where}{flags}"
 
 
 def commit() -> str:

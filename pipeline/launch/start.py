@@ -14,8 +14,9 @@ from rich.console import Console
 from torch import Tensor
 
 from pipeline.evaluate import evaluate
+from pipeline.job import resume_command
 from pipeline.launch.base import Launcher
-from pipeline.launch.drive import Tracking, drive, prepare, read_job, resume_command
+from pipeline.launch.drive import Tracking, drive, prepare, read_job
 from pipeline.launch.inline import Inline
 from pipeline.launch.ray import Ray
 from pipeline.recipe import Recipe, write_json
@@ -68,8 +69,8 @@ def launch_all(
             folder = Path(job.run)
             write_json(folder / "cluster.json", asdict(cluster))
             job = replace(job, threads=cluster.cpus_per_worker, loader_threads=cluster.loader_threads)
-            if drive(job, launcher, _tracking(runs), console, resume_command=resume_command(folder, runs)) is None:
-                console.print(f"stopped; go on with: {resume_command(folder, runs)}")
+            if drive(job, launcher, _tracking(runs), console, resume_command=resume_command(runs, folder.name)) is None:
+                console.print(f"stopped; go on with: {resume_command(runs, folder.name)}")
                 return None
             folders.append(folder)
     return folders
@@ -88,7 +89,7 @@ def resume_run(folder: Path, runs: Path, *, workers: int | None, inline: bool, a
         inline=inline or cluster.inline,
         address=address or cluster.address,
     )
-    command = resume_command(folder, runs)
+    command = resume_command(runs, folder.name)
     with cluster.launcher() as launcher:
         finished = drive(read_job(folder), launcher, _tracking(runs), console, resume_command=command)
     if finished is None:

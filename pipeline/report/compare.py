@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.job import resume_command
 from pipeline.report.differences import differences
-from pipeline.report.runs import ReportError, find_run, load, resume_command, run_folders
+from pipeline.report.runs import ReportError, find_run, load, run_folders
 from pipeline.track.jsonl import first, last
 from pipeline.track.state import State, state_of
 

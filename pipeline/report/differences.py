@@ -26,12 +26,14 @@ def differences(a: Path, b: Path) -> list[tuple[str, Any, Any]]:
         for name in ("world_size", "hardware")
         for name, first, second in _differing(name, *(summary.get(name) for summary in summaries))
     ]
+    if summaries[0].get("rule") == summaries[1].get("rule"):  # one label in the table: it must be one rule (rescale is not in it)
+        found += _differing("rule", *(_recipe(folder).get("rule") for folder in (a, b)))
     keys = [summary.get("study") for summary in summaries]
     return found if keys[0] == keys[1] else _explained(a, b, summaries, keys) + found
 
 
 def _explained(a: Path, b: Path, summaries: tuple[dict, dict], keys: list[Any]) -> list[tuple[str, Any, Any]]:
-    recipes = [(load(folder / "recipe.json") or {}).get("recipe") or {} for folder in (a, b)]
+    recipes = [_recipe(folder) for folder in (a, b)]
     kept = [{name: value for name, value in recipe.items() if name not in _VARIED} for recipe in recipes]
     found = list(_differing("", *kept))
     paths = [one for one in found if all(_is_path(value) for value in one[1:])]
@@ -40,6 +42,10 @@ def _explained(a: Path, b: Path, summaries: tuple[dict, dict], keys: list[Any]) 
     if contents[0] != contents[1]:
         found.append(("data_fingerprint", contents[0], contents[1]))
     return found or paths or [("study", keys[0], keys[1])]
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    return (load(folder / "recipe.json") or {}).get("recipe") or {}
 
 
 def _differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:

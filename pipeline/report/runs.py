@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.job import resume_command
 from pipeline.track.jsonl import first, last
 from pipeline.track.state import State, state_of
 
-__all__ = ["ReportError", "RunRow", "find_run", "list_runs", "load", "print_runs", "resume_command", "run_folders"]
+__all__ = ["ReportError", "RunRow", "find_run", "list_runs", "load", "print_runs", "run_folders"]
 
 
 class ReportError(ValueError):
@@ -87,10 +87,6 @@ def print_runs(runs_dir: str | os.PathLike[str], console: Console | None = None)
     for row in rows:
         if row.resume:
             console.print(row.resume, soft_wrap=True, highlight=False, markup=False)
-
-
-def resume_command(runs_dir: str | os.PathLike[str], name: str) -> str:
-    return shlex.join(["spiketrain", "resume", name, "--runs", os.fspath(runs_dir)])
 
 
 def load(path: Path) -> dict[str, Any] | None:
