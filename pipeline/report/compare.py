@@ -145,9 +145,11 @@ def compare(runs_dir: str | os.PathLike[str], names: Sequence[str | os.PathLike[
     if not finished:
         raise ComparisonError("compare: no finished run: " + ", ".join(f"{run.folder.name} is {run.state}" for run in left_out))
     finished.sort(key=lambda run: (run.summary.get("rule") != BASELINE, str(run.summary.get("rule")), _seed(run), run.name))
+    namesakes: dict[str, Finished] = {}
     for run in finished[1:]:
-        if found := differences(finished[0].folder, run.folder):
-            raise ComparisonError(_refusal(finished[0].name, run.name, found))
+        for other in (finished[0], namesakes.setdefault(str(run.summary.get("rule")), run)):
+            if found := differences(other.folder, run.folder):
+                raise ComparisonError(_refusal(other.name, run.name, found))
     notes = []
     if finished[0].summary.get("rule") != BASELINE:
         finished, notes = _with_baseline(runs_dir, finished)

@@ -227,3 +227,12 @@ def test_printing_in_each_format(make_run: Callable, runs_dir: Path, capsys: pyt
     assert capsys.readouterr().out.startswith("run,rule,seed,study,")
     with pytest.raises(ReportError, match="table, json or csv; got 'xml'"):
         print_comparison(runs_dir, format="xml")
+
+
+def test_one_label_for_two_rules_is_refused(make_run: Callable, runs_dir: Path):
+    make_run("bptt")
+    make_run("plain", rule="SLTT-1", recipe={"rule": {"target": "SLTT", "kwargs": {"k": 1}}})
+    make_run("rescaled", rule="SLTT-1", recipe={"rule": {"target": "SLTT", "kwargs": {"k": 1, "rescale": True}}})
+    with pytest.raises(ComparisonError, match=r'rule\.rescale: "\(absent\)" and true'):
+        compare(runs_dir, ["bptt", "plain", "rescaled"])
+    assert len(compare(runs_dir, ["bptt", "rescaled"]).runs) == 2
