@@ -1,6 +1,6 @@
 # The image installs with infra/setup.sh, as `make setup` does, so that the two cannot drift.
 #
-#   docker build --tag spiketrain .
+#   docker build --tag spiketrain --build-arg COMMIT=$(git rev-parse --short=12 HEAD) .
 #   docker run --gpus all --shm-size 8g --volume /my/data:/opt/spiketrain/data --volume /my/runs:/opt/spiketrain/runs \
 #       spiketrain launch recipes/fashion/sltt.py --workers 1
 #
@@ -31,9 +31,12 @@ COPY pyproject.toml LICENSE ./
 COPY pipeline pipeline
 COPY recipes recipes
 
+# Runs name the commit that they are of, and .git stays outside.
+ARG COMMIT=unknown
 # A number, so that Kubernetes' runAsNonRoot can tell.
 USER 10001
 ENV PATH=/opt/spiketrain/.venv/bin:${PATH} \
+    SPIKETRAIN_COMMIT=${COMMIT} \
     RAY_USAGE_STATS_ENABLED=0 \
     MLFLOW_DISABLE_TELEMETRY=true
 ENTRYPOINT ["spiketrain"]

@@ -173,7 +173,7 @@ def _driver_lock(folder: Path) -> Iterator[None]:
 
 
 def commit() -> str:
-    """The commit of the code that trains, with `+` when the tree has changes; "unknown" outside a checkout."""
+    """The commit of the code that trains, with `+` when the tree has changes; outside a checkout what SPIKETRAIN_COMMIT says."""
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
@@ -184,7 +184,7 @@ def commit() -> str:
     try:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("SPIKETRAIN_COMMIT", "unknown")
 
 
 def _numbered(folder: Path) -> Iterator[Path]:
