@@ -1,0 +1,78 @@
+"""Meters against a batch whose loss, hits and bytes are known."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.measure.meters import Meters, Totals
+from pipeline.rules.base import Objective
+
+
+def same(value: Tensor) -> Tensor:
+    return value
+
+
+@pytest.fixture
+def meters() -> Meters:
+    return Meters(nn.Linear(2, 2), batch_size=4, device=torch.device("cpu"), memory_every=3)
+
+
+def run_batch(meters: Meters, step: int, *, right: int = 3) -> None:
+    """Two micro-batches of two samples, each in two shares, with a wait and a step of 10 ms."""
+    with meters.batch(step):
+        for index in range(2):
+            with meters.waiting():
+                time.sleep(0.01)
+            target_B = torch.tensor([0, 1])
+            hits = [index * 2 + row < right for row in range(2)]
+            logits_BK = torch.tensor(
+                [[1.0, 0.0] if (target == 0) == hit else [0.0, 1.0] for target, hit in zip([0, 1], hits, strict=True)]
+            )
+            for share in range(2):
+                meters.add(Objective(None if share else torch.tensor(1.0), torch.tensor(0.5 + index), logits_BK / 2), 0.5)
+            meters.end_of_micro_batch(target_B)
+        with meters.optimizer():
+            time.sleep(0.01)
+
+
+def test_loss_hits_and_time_of_known_batches(meters: Meters) -> None:
+    for step in range(2):
+        run_batch(meters, step)
+    taken = meters.take(same)
+    assert taken["loss"] == pytest.approx(0.5 * (0.5 + 0.5) + 0.5 * (1.5 + 1.5))
+    assert taken["top1"] == 0.75
+    assert taken["data_wait_s"] >= 0.02
+    assert 0.01 <= taken["optimizer_s"] < 0.02
+    assert taken["step_s"] == pytest.approx(taken["data_wait_s"] + taken["compute_s"] + taken["optimizer_s"])
+    assert taken["images_per_s"] == pytest.approx(4 / taken["step_s"])
+    assert meters.totals.backward_calls == 4
+    run_batch(meters, 2, right=4)
+    assert meters.take(same)["top1"] == 1.0  # the window began anew
+
+
+def test_the_first_batch_and_those_that_count_memory_are_no_measure_of_speed(meters: Meters) -> None:
+    for step in range(6):
+        run_batch(meters, step)
+    assert meters.totals.batches == 6
+    assert meters.totals.steady_samples == 4 * 3  # 0 compiles, 1 and 4 count memory
+    assert meters.totals.steady_s < meters.totals.train_s
+
+
+def test_saved_bytes_are_counted_on_the_second_batch() -> None:
+    network = nn.Linear(2, 2)
+    meters = Meters(network, batch_size=4, device=torch.device("cpu"))
+    for step in range(2):
+        with meters.batch(step):
+            network(torch.zeros(4, 2, requires_grad=True)).sum().backward()
+        assert meters.totals.peak_saved_bytes == (0, 4 * 2 * 4)[step]  # the input; the weight is a parameter
+
+
+def test_totals_over_ranks_take_the_largest_peak(meters: Meters) -> None:
+    meters.totals = Totals(peak_saved_bytes=5, state_bytes=7, train_s=1.5)
+    found = meters.over_ranks(lambda peaks: peaks + 1)
+    assert (found.peak_saved_bytes, found.state_bytes, found.train_s) == (6, 8, 1.5)
+    assert found.peak_rss_bytes > 1e6

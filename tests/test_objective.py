@@ -1,0 +1,53 @@
+"""Losses against their formulas, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.objective import CrossEntropy
+
+LOGITS = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 1.0]], dtype=torch.float64)
+TARGET = torch.tensor([2, 1])
+
+
+def by_hand(smoothing: float) -> float:
+    total = 0.0
+    for logits, target in zip(LOGITS.tolist(), TARGET.tolist(), strict=True):
+        norm = sum(torch.tensor(logits, dtype=torch.float64).exp().tolist())
+        wanted = [smoothing / 3 + (1 - smoothing) * (k == target) for k in range(3)]
+        total -= sum(
+            w * float(torch.log(torch.tensor(logit, dtype=torch.float64).exp() / norm))
+            for w, logit in zip(wanted, logits, strict=True)
+        )
+    return total / 2
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_and_label_smoothing(smoothing: float) -> None:
+    assert float(CrossEntropy(label_smoothing=smoothing)(TARGET)(LOGITS)) == pytest.approx(by_hand(smoothing), abs=1e-12)
+
+
+@pytest.mark.parametrize(("goal", "wanted"), [("ones", [[1, 1, 1], [1, 1, 1]]), ("one_hot", [[0, 0, 1], [0, 1, 0]])])
+def test_the_mixture_with_a_squared_error(goal: str, wanted: list[list[int]]) -> None:
+    squared = float(((LOGITS - torch.tensor(wanted)) ** 2).mean())
+    loss = float(CrossEntropy(mse=0.05, goal=goal)(TARGET)(LOGITS))  # type: ignore[arg-type]
+    assert loss == pytest.approx(0.95 * by_hand(0.0) + 0.05 * squared, abs=1e-12)
+
+
+def test_half_precision_is_widened_first() -> None:
+    loss = CrossEntropy()(TARGET)(LOGITS.bfloat16())
+    assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [
+        ({"mse": 1.5}, "mse must be in 0..1"),
+        ({"label_smoothing": -0.1}, "label_smoothing"),
+        ({"goal": "one_hot"}, "no effect with mse=0"),
+    ],
+)
+def test_refuses(kwargs: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        CrossEntropy(**kwargs)

@@ -1,0 +1,42 @@
+"""Learning rates as functions of the step, and of nothing else."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pipeline.schedule import constant, cosine, staircase
+
+
+def rates(schedule_of, steps: int, asked: list[int], **kwargs: float) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.2)
+    schedule = schedule_of(optimizer, steps, **kwargs)
+    found = []
+    for step in asked:
+        schedule(step)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def test_cosine_with_warm_up() -> None:
+    found = rates(cosine, 100, list(range(100)), warmup=0.1, floor=0.01)
+    assert found[:10] == pytest.approx([0.2 * step / 10 for step in range(10)])
+    expected = [0.01 + 0.5 * (0.2 - 0.01) * (1 + math.cos(math.pi * step / 100)) for step in range(10, 100)]
+    assert found[10:] == pytest.approx(expected)
+
+
+def test_staircase_and_constant() -> None:
+    assert rates(staircase, 90, [0, 29, 30, 59, 60, 89]) == pytest.approx([0.2, 0.2, 0.02, 0.02, 0.002, 0.002])
+    assert rates(constant, 90, [0, 50, 89]) == [0.2, 0.2, 0.2]
+
+
+@pytest.mark.parametrize("schedule_of", [cosine, staircase])
+def test_what_was_asked_before_does_not_matter(schedule_of) -> None:
+    assert rates(schedule_of, 50, [3, 40, 7, 22])[-1] == rates(schedule_of, 50, [22])[0]
+
+
+def test_a_share_beyond_the_run_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"cosine: warmup is a share of the run and must be in 0\.\.1; got 5"):
+        rates(cosine, 10, [0], warmup=5)
