@@ -90,12 +90,14 @@ def resume(
     inline: Inline = False,
     address: Address = None,
     runs: Runs = RUNS,
+    trust: Trust = [],  # noqa: B006
 ) -> None:
     """Go on with a run at the exact sample where its newest whole checkpoint stands."""
     from pipeline.launch.start import resume_run
     from pipeline.report.runs import find_run
 
-    _end(resume_run(find_run(runs, run), runs, workers=workers, inline=inline, address=address), runs)
+    folders = resume_run(find_run(runs, run), runs, workers=workers, inline=inline, address=address, trust=tuple(trust))
+    _end(folders, runs)
 
 
 @app.command(epilog="Example: spiketrain evaluate fashion-sltt-20260105-120000 --which best")

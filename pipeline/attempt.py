@@ -80,6 +80,7 @@ class Attempt:
         """The summary (on rank 0), or None when somebody asked to stop."""
         parts = self.parts
         self._tell_start()
+        self.meters.forget_peaks()
         try:
             while self.step < parts.steps:
                 epoch = self.step // self.epoch_steps
@@ -154,7 +155,6 @@ class Attempt:
         self._save(score=score)
 
     def _evaluate(self) -> Evaluation:
-        self.ranks.average_buffers(self.backend.network)
         limit = self.recipe.evaluate_samples
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -169,10 +169,15 @@ class Attempt:
                     if left == 0:
                         return
 
-        return evaluate(self.backend.model, batches(), self.recipe.objective.build(), over_time=self.recipe.over_time)
+        self.meters.note_peaks()
+        with self.ranks.averaged(self.backend.network):
+            result = evaluate(self.backend.model, batches(), self.recipe.objective.build(), over_time=self.recipe.over_time)
+        self.meters.forget_peaks()  # what evaluation held is not what training needs
+        return result
 
     def _save(self, *, score: float | None) -> None:
-        self.ranks.average_buffers(self.backend.network)
+        if not all(bool(p.isfinite().all()) for p in self.backend.network.parameters()):  # the same on every rank
+            raise Refused(f"training: parameters must be finite to be saved; they are not after step {self.step}")
         totals = self.meters.over_ranks(self.ranks.max)
         mlflow = self.folder / "mlflow.json"
         trainer = {
@@ -190,7 +195,8 @@ class Attempt:
             "score": score,
             "totals": asdict(totals),
         }
-        saved = self.parts.checkpoints.save(self.step, self.backend, self.parts.rule, trainer)
+        with self.ranks.averaged(self.backend.network) as buffers:
+            saved = self.parts.checkpoints.save(self.step, self.backend, self.parts.rule, trainer, buffers=buffers)
         self.saved_at = time.monotonic()
         self.tracker.event(
             "checkpoint", sync=True, step=self.step, path=str(saved.path), seconds=saved.seconds, bytes=saved.bytes
@@ -230,6 +236,7 @@ class Attempt:
             versions=versions(),
             data_fingerprint=self.job.data_fingerprint,
             params=recipe.flat(),
+            loader_threads=self.job.loader_threads,
             resume_command=self.job.resume_command,
         )
 
@@ -254,6 +261,7 @@ class Attempt:
                 "steps": self.step,
                 "epochs": math.ceil(self.step / self.epoch_steps),
                 **summarise(result, totals, read(self.folder / "journal.jsonl")),
+                "loader_threads": self.job.loader_threads,
                 "commit": self.job.commit,
                 "data_fingerprint": self.job.data_fingerprint,
             }

@@ -4,7 +4,7 @@
         deepspeed/ | plain/     weights and optimizer state, as the backend writes them
         model.safetensors       the weights alone, for evaluation and publication, without the backend
         rule.pt                 the rule's own state, where it has any
-        rng_rank0.pt ...        random number generators of each rank
+        rng_rank0.pt ...        random number generators of each rank, and its own running statistics
         trainer.json            step, data position, run ids, recipe, totals
         manifest.json           sizes and sha256 of all of these, written last
 
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from pipeline.backend.base import Backend
 
@@ -74,8 +74,19 @@ class Checkpoints:
         self.rank = rank
         self.on_quarantine = on_quarantine
 
-    def save(self, step: int, backend: Backend, rule: nn.Module, trainer: Mapping[str, Any]) -> Saved:
-        """Write a checkpoint; collective. When it returns on rank 0, the checkpoint is whole and on disk."""
+    def save(
+        self,
+        step: int,
+        backend: Backend,
+        rule: nn.Module,
+        trainer: Mapping[str, Any],
+        *,
+        buffers: Mapping[str, Tensor] | None = None,
+    ) -> Saved:
+        """Write a checkpoint; collective. When it returns on rank 0, the checkpoint is whole and on disk.
+
+        `buffers` are this rank's own running statistics, where the network holds the mean over ranks while it is saved.
+        """
         begun = time.monotonic()
         final = self.folder / step_name(step)
         temp = self.folder / f".writing-{self.attempt}-{step_name(step)}"
@@ -84,7 +95,7 @@ class Checkpoints:
             (temp / backend.name).mkdir(parents=True)
         _barrier()
         backend.save(temp / backend.name)
-        torch.save(_rng_state(), temp / f"rng_rank{self.rank}.pt")
+        torch.save({**_rng_state(), "buffers": dict(buffers or {})}, temp / f"rng_rank{self.rank}.pt")
         _barrier()
         size = 0
         if self.rank == 0:
@@ -95,7 +106,7 @@ class Checkpoints:
             _write_json(temp / TRAINER, {**trainer, "step": step})
             size = _seal(temp)
             if final.exists():  # a step redone after a rollback; the redone one is as good and surely whole
-                shutil.rmtree(final)
+                self._delete(final)
             temp.rename(final)
             _sync_folder(self.folder)
             self._prune()
@@ -106,8 +117,8 @@ class Checkpoints:
         """The newest checkpoint that verifies; damaged ones are moved away. For rank 0, which tells the others."""
         if not self.folder.is_dir():
             return None
-        for abandoned in self.folder.glob(".writing-*"):  # whoever wrote it lost the run's lock: see worker.py
-            shutil.rmtree(abandoned, ignore_errors=True)
+        for abandoned in (*self.folder.glob(".writing-*"), *self.folder.glob(".deleting-*")):
+            shutil.rmtree(abandoned)  # whoever was at it has lost the run's lock: see writer.py
         for path in reversed(step_folders(self.folder)):
             reason = damage(path)
             if reason is None:
@@ -137,17 +148,23 @@ class Checkpoints:
             rule.load_state_dict(torch.load(path / "rule.pt", map_location="cpu", weights_only=True))
         rng = path / f"rng_rank{self.rank}.pt"
         if rng.exists():  # there is none for a rank that the writing attempt did not have
-            _set_rng_state(torch.load(rng, map_location="cpu", weights_only=True))
+            state = torch.load(rng, map_location="cpu", weights_only=True)
+            _set_rng_state(state)
+            backend.network.load_state_dict(state["buffers"], strict=False)
         return trainer
 
     def _prune(self) -> None:
         folders = step_folders(self.folder)
-        scores = {path: read_trainer(path).get("score") for path in folders}
-        scored = [path for path in folders if scores[path] is not None]
-        best = max(scored, key=lambda path: (scores[path], path.name), default=None)
+        best = max((path for path in folders if _score(path) is not None), key=_by_score, default=None)
         for path in folders[: -self.keep]:
             if path != best:
-                shutil.rmtree(path)
+                self._delete(path)
+
+    def _delete(self, path: Path) -> None:
+        """Renamed first: a folder that is called a checkpoint is whole, also when we die in the middle of this."""
+        doomed = self.folder / f".deleting-{self.attempt}-{path.name}"
+        path.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 # ------------------------------------------------------------------------------------------------- reading, for anybody
@@ -170,11 +187,23 @@ def verified(folder: Path, which: str = "last") -> Path:
     """
     whole = [path for path in step_folders(folder) if damage(path) is None]
     if which == "best":
-        scored = [path for path in whole if read_trainer(path).get("score") is not None]
-        whole = sorted(scored, key=lambda path: (read_trainer(path)["score"], path.name)) or whole
+        whole = sorted((path for path in whole if _score(path) is not None), key=_by_score) or whole
     if not whole:
         raise CheckpointError(f"{folder}: needs a checkpoint that verifies; got none")
     return whole[-1]
+
+
+def _score(path: Path) -> float | None:
+    """None, too, for a damaged checkpoint: it is nobody's best."""
+    try:
+        return read_trainer(path)["score"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _by_score(path: Path) -> tuple[float, str]:
+    score = _score(path)
+    return (-1.0 if score is None else score, path.name)
 
 
 def read_trainer(path: Path) -> dict[str, Any]:
@@ -249,7 +278,12 @@ def _rng_state() -> dict[str, Any]:
     state = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": {"keys": torch.from_numpy(numpy["state"]["key"].astype(np.int64)), "pos": int(numpy["state"]["pos"])},
+        "numpy": {
+            "keys": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
+            "pos": int(numpy["state"]["pos"]),
+            "has_gauss": int(numpy["has_gauss"]),
+            "gauss": float(numpy["gauss"]),
+        },
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -260,8 +294,9 @@ def _set_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-    keys = state["numpy"]["keys"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, state["numpy"]["pos"], 0, 0.0))
+    numpy = state["numpy"]
+    keys = numpy["keys"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, numpy["pos"], numpy["has_gauss"], numpy["gauss"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 

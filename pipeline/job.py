@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,9 +35,11 @@ class Place:
     rank: int = 0
     workers: int = 1
     device: str = "cpu"
+    local_rank: int = 0
+    """among the workers of its machine"""
 
 
-def resume_command(runs: str | os.PathLike[str], name: str) -> str:
-    """What a person types to go on with a run."""
+def resume_command(runs: str | os.PathLike[str], name: str, *, trust: Sequence[str] = ()) -> str:
+    """What a person types to go on with a run. Trust is part of it: a folder that came from elsewhere must not bring its own."""
     where = [] if Path(runs) == Path("runs") else ["--runs", os.fspath(runs)]
-    return shlex.join(["spiketrain", "resume", name, *where])
+    return shlex.join(["spiketrain", "resume", name, *where, *(word for package in trust for word in ("--trust", package))])

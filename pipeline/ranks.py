@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -56,13 +57,41 @@ class Ranks:
             raise Refused(outcome[1])
         return outcome[0]
 
-    def average_buffers(self, network: nn.Module) -> None:
-        """Running statistics differ between ranks; before they are used or saved every rank takes their mean."""
+    def together(self, act: Callable[[], T_]) -> T_:
+        """Every rank acts; where one of them is refused, all are, with what the first of those said.
+
+        A rank that gave up alone would leave the others waiting for it in their next collective.
+        """
+        result, said = None, None
+        try:
+            result = act()
+        except ValueError as error:
+            said = str(error)
+        everybody: list[Any] = [said]
         if self.size > 1:
-            for buffer in network.buffers():
-                if buffer.is_floating_point():
-                    distributed.all_reduce(buffer)
-                    buffer /= self.size
+            everybody = [None] * self.size
+            distributed.all_gather_object(everybody, said, group=self.control)
+        for rank, refusal in enumerate(everybody):
+            if refusal is not None:
+                raise Refused(refusal if self.size == 1 else f"{refusal} (worker {rank})")
+        return result  # type: ignore[return-value]  # nobody was refused, so act returned
+
+    @contextmanager
+    def averaged(self, network: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """Inside, running statistics are their mean over ranks, to be evaluated and saved; after it, each rank has its own again.
+
+        Gives this rank's own.
+        """
+        floating = {name: buffer for name, buffer in network.named_buffers() if buffer.is_floating_point() and self.size > 1}
+        own = {name: buffer.clone() for name, buffer in floating.items()}
+        for buffer in floating.values():
+            distributed.all_reduce(buffer)
+            buffer /= self.size
+        try:
+            yield own
+        finally:
+            for name, buffer in floating.items():
+                buffer.copy_(own[name])
 
     def _reduce(self, value: Tensor, how: Any) -> Tensor:
         if self.size > 1:

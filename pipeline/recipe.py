@@ -21,7 +21,12 @@ from pipeline.spec import Spec, accepted_text, admits, is_path, spec, type_name
 
 __all__ = ["Recipe", "Spec", "Split", "spec", "write_json"]
 
-TRUSTED = ("pipeline", "recipes", "torch", "timm")
+# Where a part named in recipe.json may be defined. Narrower than whole packages: torch.hub, torch.load and torch.utils run code.
+TRUSTED = (
+    *(f"pipeline.{part}" for part in ("data", "models", "objective", "rules", "schedule", "spiking", "teachers")),
+    "recipes",
+    *("torch.nn", "torch.optim", "timm.layers", "timm.loss", "timm.models", "timm.optim", "timm.scheduler"),
+)
 FORMAT = 1
 
 
@@ -254,8 +259,8 @@ def _dotted(target: Callable[..., Any]) -> str:
 
 def _decode_target(name: str, trust: Collection[str]) -> Callable[..., Any]:
     trusted = (*TRUSTED, *trust)
-    refusal = f"recipe.json: {name} is not in a trusted package ({', '.join(trusted)}); name its package with --trust"
-    if name.split(".")[0] not in trusted:
+    refusal = f"recipe.json: {name} is not in a trusted package; trusted are {', '.join(trusted)}; name its package with --trust"
+    if not _is_inside(name, trusted):
         raise ValueError(refusal)
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
@@ -268,18 +273,30 @@ def _decode_target(name: str, trust: Collection[str]) -> Callable[..., Any]:
             continue
         for part in parts[cut:]:
             found = getattr(found, part, None)
-        # `torch.os.system` begins with a trusted name and ends outside: what counts is where the object was defined.
-        if not callable(found) or (getattr(found, "__module__", None) or "").split(".")[0] not in trusted:
+        # `pipeline.data.write.os.system` begins with a trusted name: what counts is where the object was defined.
+        if not callable(found) or not _is_inside(f"{getattr(found, '__module__', '')}.", trusted):
             raise ValueError(refusal)
         return found
     raise ValueError(f"recipe.json: {name} does not exist in this installation")
+
+
+def _decode_value(name: str, kwargs: dict[str, Any], trust: Collection[str]) -> Any:
+    """A frozen value, such as Triangle(): made while the recipe is read, so it must be a dataclass and nothing else."""
+    made = _decode_target(name, trust)
+    if not (isinstance(made, type) and dataclasses.is_dataclass(made)):
+        raise ValueError(f"recipe.json: {name} must be a dataclass to be a value; it is not")
+    return made(**kwargs)
+
+
+def _is_inside(name: str, packages: Collection[str]) -> bool:
+    return any(name.startswith(package + ".") for package in packages)
 
 
 def _decoded(value: Any, trust: Collection[str]) -> Any:
     if isinstance(value, Mapping) and set(value) == {"target", "kwargs"}:
         return Spec(_decode_target(value["target"], trust), {key: _decoded(item, trust) for key, item in value["kwargs"].items()})
     if isinstance(value, Mapping) and set(value) == {"value", "kwargs"}:
-        return _decode_target(value["value"], trust)(**{key: _decoded(item, trust) for key, item in value["kwargs"].items()})
+        return _decode_value(value["value"], {key: _decoded(item, trust) for key, item in value["kwargs"].items()}, trust)
     if isinstance(value, Mapping):
         return {key: _decoded(item, trust) for key, item in value.items()}
     if isinstance(value, list):

@@ -13,6 +13,7 @@ from pipeline.measure.meters import Totals
 
 def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Accuracy, speed, memory and time; `events` is the run's whole journal. Seconds, bytes, shares in 0..1."""
+    starts = [event for event in events if event["event"] == "start"]
     attempts = {event["attempt"] for event in events}
     return {
         "top1": result.top1,
@@ -31,7 +32,8 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any
         "peak_device_bytes": totals.peak_device_bytes,
         "peak_rss_bytes": totals.peak_rss_bytes,
         "backward_calls_per_batch": totals.backward_calls / max(1, totals.batches),
-        "restarts": len(attempts) - 1,
+        "restarts": len(starts) - 1,
+        "commits": sorted({event["commit"] for event in starts}),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -86,3 +87,11 @@ def _read(file: Path) -> Mapping[str, Tensor]:
 def _head(network: nn.Module) -> str:
     """Name of the last module that holds parameters of its own."""
     return [name for name, module in network.named_modules() if list(module.parameters(recurse=False))][-1]
+
+
+def study_inputs(recipe: Recipe, fingerprint: str) -> dict[str, str]:
+    """Content hashes of what the recipe only points at."""
+    inputs = {"data": fingerprint}
+    if recipe.init is not None:
+        inputs["init"] = hashlib.sha256(weights_file(Path(recipe.init)).read_bytes()).hexdigest()
+    return inputs

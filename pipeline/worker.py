@@ -18,7 +18,7 @@ from pipeline.attempt import Attempt, Parts
 from pipeline.backend.base import Backend
 from pipeline.backend.plain import Plain
 from pipeline.checkpoint import Checkpoints
-from pipeline.data.base import Data
+from pipeline.data.base import Data, Loader
 from pipeline.job import Job, Place
 from pipeline.measure.meters import Meters
 from pipeline.ranks import Ranks, Refused
@@ -39,22 +39,21 @@ def run(job: Job, place: Place, *, attempt_of: Callable[[Parts], Attempt] = Atte
     """
     began = time.time()
     torch.set_num_threads(job.threads)
+    torch.backends.cudnn.deterministic = True  # the same bits after a restart; costs speed where cuDNN has a faster kernel
     ranks = Ranks(place.rank, place.workers, place.device)
     with only_writer(Path(job.run), ranks), journal(Path(job.run), ranks) as tracker:
         try:
-            attempt = attempt_of(compose(job, ranks, tracker, began))
+            attempt = attempt_of(compose(job, place, ranks, tracker, began))
         except ValueError as error:
             raise Refused(str(error)) from error
         return attempt.run()
 
 
-def compose(job: Job, ranks: Ranks, tracker: Tracker, began: float) -> Parts:
-    """Build everything that this process trains with, and restore the newest checkpoint into it."""
+def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, began: float) -> Parts:
+    """Build everything that this process trains with, and restore the newest checkpoint into it; collective."""
     folder = Path(job.run)
     recipe = Recipe.from_json(json.loads((folder / "recipe.json").read_text()), trust=job.trust)
     split = recipe.split(ranks.size)
-    data: Data = recipe.data.build()
-    ranks.agree(lambda: check_data(data, job))
     checkpoints = Checkpoints(
         folder / "checkpoints",
         attempt=ranks.agree(lambda: f"{os.getpid()}-{time.time_ns():x}"),
@@ -63,21 +62,13 @@ def compose(job: Job, ranks: Ranks, tracker: Tracker, began: float) -> Parts:
         on_quarantine=lambda path, reason: tracker.event("quarantine", path=str(path), reason=reason),
     )
     checkpoint = ranks.agree(checkpoints.newest)
-
-    seed_everything(recipe.seed)
-    network = build_network(recipe, data)
-    if recipe.init is not None and checkpoint is None:
-        start = load_start(network, Path(recipe.init))
-        tracker.event("init", file=start.file, fresh=list(start.fresh))
-    network.to(ranks.device)
-    rule = attached_rule(recipe, network, World(recipe.seed, ranks.rank, ranks.size, ranks.mean))
-    if rule.update == "objective" and split.accumulation > 1:
-        raise ValueError(f"{recipe.rule.label}: moves the weights at every time step and refuses accumulation; got {split}")
-    backend = build_backend(recipe, network, split)
+    world = World(recipe.seed, ranks.rank, ranks.size, ranks.mean)
+    # What can be refused on one machine alone comes first, and nobody talks to the others while it does.
+    network, rule, train_set, val_set = ranks.together(
+        lambda: _own_parts(job, place, recipe, split, world, tracker, is_fresh=checkpoint is None)
+    )
+    backend = ranks.together(lambda: build_backend(recipe, network, split))
     seed_everything(recipe.seed + 1 + ranks.rank)  # dropout and its like: not the same on two ranks
-
-    sizes = {"rank": ranks.rank, "world": ranks.size, "micro_batch": split.micro_batch, "threads": job.loader_threads}
-    train_set = data.train(seed=recipe.seed, batch_size=recipe.batch_size, **sizes)
     steps = total_steps(recipe, train_set.steps_per_epoch)
     return Parts(
         job=job,
@@ -90,13 +81,33 @@ def compose(job: Job, ranks: Ranks, tracker: Tracker, began: float) -> Parts:
         backend=backend,
         schedule=recipe.schedule.build(backend.optimizer, steps),
         train_set=train_set,
-        val_set=data.val(**sizes),
+        val_set=val_set,
         meters=Meters(network, batch_size=recipe.batch_size, device=ranks.device),
         checkpoints=checkpoints,
         steps=steps,
         trainer=None if checkpoint is None else checkpoints.load(checkpoint, backend, rule),
         began=began,
     )
+
+
+def _own_parts(
+    job: Job, place: Place, recipe: Recipe, split: Split, world: World, tracker: Tracker, *, is_fresh: bool
+) -> tuple[nn.Module, Rule, Loader, Loader]:
+    """Network, rule and data of this process: every one of them may be refused here, and none of them is collective."""
+    data: Data = recipe.data.build()
+    check_data(data, job, every_page=place.local_rank == 0)
+    seed_everything(recipe.seed)
+    network = build_network(recipe, data)
+    if recipe.init is not None and is_fresh:
+        start = load_start(network, Path(recipe.init))
+        tracker.event("init", file=start.file, fresh=list(start.fresh))
+    network.to(place.device)
+    rule = attached_rule(recipe, network, world)
+    if rule.update == "objective" and split.accumulation > 1:
+        raise ValueError(f"{recipe.rule.label}: moves the weights at every time step and refuses accumulation; got {split}")
+    sizes = {"rank": world.rank, "world": world.size, "micro_batch": split.micro_batch, "threads": job.loader_threads}
+    train_set = data.train(seed=recipe.seed, batch_size=recipe.batch_size, **sizes)
+    return network, rule, train_set, data.val(**sizes)
 
 
 def build_network(recipe: Recipe, data: Data) -> nn.Module:
@@ -141,9 +152,10 @@ def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
     return steps if recipe.stop_after is None else min(steps, recipe.stop_after)
 
 
-def check_data(data: Data, job: Job) -> None:
-    """Every page of the data set against its checksum, and its content against what the run was launched on."""
-    data.check()
+def check_data(data: Data, job: Job, *, every_page: bool) -> None:
+    """The data set's content against what the run was launched on, and every page against its checksum, once on a machine."""
+    if every_page:
+        data.check()
     if data.fingerprint() != job.data_fingerprint:
         raise ValueError(
             f"data: this run was launched on content {job.data_fingerprint[:12]}; got {data.fingerprint()[:12]}: "

@@ -52,7 +52,8 @@ def train_inline(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     job = make_run(folder, recipe) if not folder.exists() else Job(
         run=str(folder), study="s", data_fingerprint=recipe.data.build().fingerprint(), commit="c", run_id="r"
     )  # fmt: skip
-    return Inline().run(job, "test")
+    with Inline() as launcher:
+        return launcher.run(job, "test")
 
 
 def same_weights(one: Path, other: Path, *, trust: Sequence[str] = ()) -> bool:

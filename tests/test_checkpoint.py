@@ -148,3 +148,25 @@ def test_nothing_to_restore_is_no_error(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "none", attempt="a").newest() is None
     with pytest.raises(CheckpointError, match="got none"):
         verified(tmp_path)
+
+
+def test_a_kill_while_an_old_checkpoint_is_deleted_is_survived(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, [1, 2])
+    half = tmp_path / ".deleting-dead-step_00000000"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"rest")
+    (tmp_path / "step_00000001" / "trainer.json").write_text("{")  # damaged, and old: nobody's best, and in nobody's way
+    checkpoints.save(3, backend(), Counting(), {**TRAINER, "score": 0.5})
+    checkpoints.save(4, backend(), Counting(), TRAINER)
+    assert [path.name[-1] for path in step_folders(tmp_path)] == ["3", "4"]
+    assert checkpoints.newest() == tmp_path / "step_00000004"
+    assert not half.exists()
+
+
+def test_each_rank_gets_its_own_running_statistics_back(tmp_path: Path) -> None:
+    made = backend(1)
+    made.network.register_buffer("running_mean", torch.tensor([3.0]))
+    own = {"running_mean": torch.tensor([1.0])}
+    Checkpoints(tmp_path, attempt="a").save(1, made, Counting(), TRAINER, buffers=own)
+    restore(Checkpoints(tmp_path, attempt="b"), made, Counting())
+    assert made.network.running_mean.item() == 1.0  # type: ignore[union-attr, operator]

@@ -23,7 +23,8 @@ def _talk(rank: int, size: int) -> dict[str, Any]:
     ranks = Ranks(rank, size)
     network = nn.BatchNorm1d(2)
     network.running_mean.fill_(float(rank))  # type: ignore[union-attr]
-    ranks.average_buffers(network)
+    with ranks.averaged(network) as own:
+        inside = network.running_mean.tolist()  # type: ignore[union-attr]
 
     def refuse() -> None:
         raise ValueError("rank 0 has seen it")
@@ -33,14 +34,26 @@ def _talk(rank: int, size: int) -> dict[str, Any]:
         said = "nothing"
     except Refused as error:
         said = str(error)
+
+    def cannot() -> None:
+        if rank == 1:
+            raise ValueError("rank 1 cannot")
+
+    try:
+        ranks.together(cannot)
+        together = "nothing"
+    except Refused as error:
+        together = str(error)
     return {
+        "together": together,
         "sum": ranks.sum(torch.tensor([1.0, float(rank)])).tolist(),
         "mean": ranks.mean(torch.tensor([float(rank)])).tolist(),
         "max": ranks.max(torch.tensor([rank, 5 - rank])).tolist(),
         "decide": ranks.decide(rank == 0, rank == 1),
         "agree": ranks.agree(lambda: f"rank {rank}"),
         "refused": said,
-        "running_mean": network.running_mean.tolist(),  # type: ignore[union-attr]
+        "averaged": inside,
+        "own": [own["running_mean"].tolist() == [float(rank)] * 2, network.running_mean.tolist() == [float(rank)] * 2],  # type: ignore[union-attr]
         "counted": int(network.num_batches_tracked),  # type: ignore[arg-type]
     }
 
@@ -53,7 +66,9 @@ def test_both_ranks_hear_the_same(tmp_path: Path) -> None:
         "decide": [True, False],
         "agree": "rank 0",
         "refused": "rank 0 has seen it",
-        "running_mean": [0.5, 0.5],
+        "averaged": [0.5, 0.5],
+        "own": [True, True],
+        "together": "rank 1 cannot (worker 1)",
         "counted": 0,
     }
     assert run_ranks(_talk, 2, tmp_path) == [expected, expected]

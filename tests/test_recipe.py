@@ -74,12 +74,34 @@ def test_a_recipe_is_the_same_after_json() -> None:
     assert Recipe.from_json(recipe.to_json()).model.build().stages[0][0].neuron1.surrogate == Sigmoid(alpha=2.0)
 
 
-@pytest.mark.parametrize("target", ["os.system", "torch.os.system", "pipeline.recipe.importlib.import_module", "subprocess.run"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "torch.os.system",
+        "pipeline.data.write.os.system",
+        "subprocess.run",
+        "torch.hub.load",
+        "torch.load",
+        "torch.utils.collect_env.run",
+        "pipeline.recipe_file.load_recipes",
+        "recipesque.run",
+    ],
+)
 def test_json_imports_from_trusted_packages_alone(target: str) -> None:
     value = small().to_json()
     value["recipe"]["rule"] = {"target": target, "kwargs": {}}
     with pytest.raises(ValueError, match="not in a trusted package"):
         Recipe.from_json(value)
+
+
+@pytest.mark.parametrize("target", ["torch.utils.collect_env.run", "timm.optim.create_optimizer_v2", "torch.nn.Linear"])
+def test_a_value_in_json_is_a_dataclass_and_runs_nothing(target: str, tmp_path: Path) -> None:
+    value = small().to_json()
+    value["recipe"]["model"]["kwargs"]["surrogate"] = {"value": target, "kwargs": {"command": f"touch {tmp_path / 'pwned'}"}}
+    with pytest.raises(ValueError, match=r"trusted|must be a dataclass"):
+        Recipe.from_json(value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_users_package_is_admitted_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

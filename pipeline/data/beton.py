@@ -76,7 +76,7 @@ class Beton:
         threads: int = 1,
         hang_s: float | None = None,
     ) -> "BetonLoader":
-        """See base.Data. `hang_s`: the longest wait for one batch in seconds, 300 by default."""
+        """See base.Data. `hang_s`: the longest wait for one batch in seconds; None: see reader.py."""
         order = TrainOrder(
             samples=self._manifest("train").samples,
             seed=seed,
@@ -96,7 +96,7 @@ class Beton:
     def _loader(
         self, name: Literal["train", "val"], order: TrainOrder | ValOrder, *, seed: int, threads: int, hang_s: float | None
     ) -> "BetonLoader":
-        from pipeline.data.reader import HANG_S, BetonLoader, usable_threads
+        from pipeline.data.reader import BetonLoader, usable_threads
 
         threads = usable_threads(threads)
         loader = BetonLoader(
@@ -105,7 +105,7 @@ class Beton:
             order,
             seed=seed,
             threads=threads,
-            hang_s=HANG_S if hang_s is None else hang_s,
+            hang_s=hang_s,
         )
         if self.crop == "shift":
             _check_sides(self._path(name), loader.sides, self.shape[1])

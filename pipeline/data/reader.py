@@ -6,7 +6,6 @@ sets torch's number of threads. Subclassed here, so that its reading, scheduling
 
 import ctypes
 import importlib
-import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -36,23 +35,22 @@ from pipeline.data.ffcv_api import (
 )
 from pipeline.data.order import TrainOrder, ValOrder
 
-logger = logging.getLogger(__name__)
-HANG_S = 300.0  # longer than the first compilation, which took 5 to 20 s on two busy cores
+FIRST_BATCH_S = 300.0  # longer than the compilation before it, which took 5 to 20 s on two busy cores
+HANG_S = 30.0  # for every batch after it
 PATIENCE_S = 5.0  # for a thread to end once asked; one batch at most lies between
 
 
 def usable_threads(threads: int) -> int:
-    """`threads`, or fewer if this process may not use as many (its CPU affinity, or NUMBA_NUM_THREADS).
+    """`threads`, if this process may use as many.
 
-    Raises: DataError below 1, or if more than 1 and numba finds no TBB.
+    Raises: DataError below 1, above numba's number (CPU affinity, or NUMBA_NUM_THREADS), or above 1 without TBB.
     """
     if threads < 1:
         raise DataError(f"data: threads must be 1 or more; got {threads}")
     # The CPU affinity, unless the environment says otherwise (0.68.1).
     most = numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
     if threads > most:
-        logger.warning("data: %d loader threads asked for, %d used: this process may use no more", threads, most)
-        threads = most
+        raise DataError(f"data: threads must be at most {most} here (its cores, or NUMBA_NUM_THREADS); got {threads}")
     if threads > 1:
         _demand_tbb()
     return threads
@@ -61,13 +59,14 @@ def usable_threads(threads: int) -> int:
 class BetonLoader:
     """The batches of one rank from one file (see base.Loader).
 
-    `parallel` of `decode` and `threads` come from `usable_threads`. `hang_s`: the longest wait for one batch, in seconds.
+    `parallel` of `decode` and `threads` come from `usable_threads`. `hang_s`: the longest wait for
+    one batch, in seconds (None: 300 for the first, before which a loop is compiled, 30 for each after it).
 
     Raises: DataError, LoaderError (while iterating).
     """
 
     def __init__(
-        self, path: Path, decode: Decode, order: TrainOrder | ValOrder, *, seed: int, threads: int, hang_s: float = HANG_S
+        self, path: Path, decode: Decode, order: TrainOrder | ValOrder, *, seed: int, threads: int, hang_s: float | None = None
     ) -> None:
         self.samples, self.steps_per_epoch = order.samples, order.steps
         self._order, self._seed, self._hang_s = order, seed, hang_s
@@ -145,8 +144,9 @@ class _Failure:
 class _Reading(EpochIterator):
     """One run through an order, in a thread that reads ahead."""
 
-    def __init__(self, loader: _Loader, ids: NDArray[np.int64], *, seed: int, epoch: int, hang_s: float) -> None:
+    def __init__(self, loader: _Loader, ids: NDArray[np.int64], *, seed: int, epoch: int, hang_s: float | None) -> None:
         self._keys, self._hang_s, self._closing = (seed, epoch), hang_s, Lock()
+        self._is_first = True
         self._node = loader.decode_node
         super().__init__(loader, ids.astype(np.uint64))  # pyright: ignore[reportArgumentType]
 
@@ -191,7 +191,9 @@ class _Reading(EpochIterator):
             self.memory_context.__exit__(None, None, None)
 
     def _wait(self) -> tuple[int, Any]:
-        give_up = time.monotonic() + self._hang_s
+        patience = self._hang_s or (FIRST_BATCH_S if self._is_first else HANG_S)
+        self._is_first = False
+        give_up = time.monotonic() + patience
         while True:
             if self.closed:
                 raise LoaderError(f"data: the loader of {self.loader.fname} was closed")
@@ -201,7 +203,7 @@ class _Reading(EpochIterator):
                 if not self.is_alive() and self.output_queue.empty():
                     item = _Failure(RuntimeError("its thread ended without a word"))
                 elif time.monotonic() > give_up:
-                    item = _Failure(TimeoutError(f"no batch for {self._hang_s:g} s"))
+                    item = _Failure(TimeoutError(f"no batch for {patience:g} s"))
                 else:
                     continue
             if item is None:

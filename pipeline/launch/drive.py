@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,6 +32,7 @@ from pipeline.ranks import Refused
 from pipeline.recipe import Recipe, write_json
 from pipeline.track.jsonl import Follower
 from pipeline.track.mlflow import Mirror
+from pipeline.weights import study_inputs
 
 POLL_S = 0.25
 MLFLOW_PATIENCE_S = 30.0
@@ -73,34 +74,26 @@ def prepare(
         run_id=uuid.uuid4().hex,
         trust=trust,
     )
-    write_json(folder / "job.json", job.__dict__)
+    write_job(job)
     return job
 
 
-def study_inputs(recipe: Recipe, fingerprint: str) -> dict[str, str]:
-    """Content hashes of what the recipe only points at."""
-    inputs = {"data": fingerprint}
-    if recipe.init is not None:
-        import hashlib
-
-        from pipeline.weights import weights_file
-
-        inputs["init"] = hashlib.sha256(weights_file(Path(recipe.init)).read_bytes()).hexdigest()
-    return inputs
+def write_job(job: Job) -> None:
+    """Beside the recipe, for a resume. Whom the user trusts is not written down: the next user says it anew."""
+    write_json(Path(job.run) / "job.json", {name: value for name, value in asdict(job).items() if name not in ("run", "trust")})
 
 
-def read_job(folder: Path) -> Job:
-    value = json.loads((folder / "job.json").read_text())
-    return Job(**{**value, "trust": tuple(value["trust"])})
+def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
+    return Job(**json.loads((folder / "job.json").read_text()), run=str(folder.absolute()), trust=trust)
 
 
 def drive(job: Job, launcher: Launcher, tracking: Tracking, console: Console, *, resume_command: str) -> dict[str, Any] | None:
     """Run one job to its end, watched, mirrored to MLflow and stoppable. See `Launcher.run` for what comes back or is raised."""
     folder = Path(job.run)
-    job = replace(job, resume_command=resume_command)
+    job = replace(job, resume_command=resume_command, commit=commit())
     with _driver_lock(folder):
         (folder / "stop").unlink(missing_ok=True)
-        write_json(folder / "job.json", job.__dict__)
+        write_job(job)
         journal = folder / "journal.jsonl"
         offset = journal.stat().st_size if journal.exists() else 0
         mirror = Mirror(folder, uri=tracking.uri, experiment=tracking.experiment)
@@ -138,6 +131,11 @@ def _in_thread(work: Callable[[], dict[str, Any] | None], *, meanwhile: Callable
     if "error" in outcome:
         raise outcome["error"]
     return outcome["value"]
+
+
+def was_stopped(folder: Path) -> bool:
+    """Whether somebody asked this run to stop since it was last launched or resumed."""
+    return (folder / "stop").exists()
 
 
 @contextmanager

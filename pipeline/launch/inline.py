@@ -16,25 +16,28 @@ GROUP_PATIENCE = timedelta(minutes=30)
 
 
 class Inline:
-    """Runs a job's only worker in the calling thread."""
+    """Runs a job's only worker in the calling thread.
+
+    The process group lives as long as the launcher, because DeepSpeed (0.19.8) keeps hold of the first one that it met.
+    """
 
     workers = 1
 
+    def __init__(self) -> None:
+        self._owned = False
+
     def __enter__(self) -> Self:
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})  # DeepSpeed reads them
+        self._owned = not distributed.is_initialized()
+        if self._owned:
+            distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1, timeout=GROUP_PATIENCE)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Nothing was started."""
+        if self._owned:
+            distributed.destroy_process_group()
+            self._owned = False
 
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
         del attempt
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})  # DeepSpeed reads them
-        owned = not distributed.is_initialized()
-        if owned:
-            distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1, timeout=GROUP_PATIENCE)
-        try:
-            return run(job, Place(device=device))
-        finally:
-            if owned:
-                distributed.destroy_process_group()
+        return run(job, Place(device="cuda" if torch.cuda.is_available() else "cpu"))

@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-
 from pipeline.job import Job, Place
 from pipeline.launch.base import LaunchError
 from pipeline.ranks import Refused
@@ -110,7 +108,7 @@ class Ray:
                 name=f"attempt-{attempt}",  # a new name each time: nothing that Ray remembers can stand in the way
                 storage_path=str(Path(job.run) / "ray"),
                 failure_config=FailureConfig(max_failures=self.max_restarts, controller_failure_limit=1),
-                worker_runtime_env={"env_vars": self._environment()},
+                worker_runtime_env={"env_vars": self._environment(job, gpus)},
             ),
         )
         try:
@@ -121,7 +119,7 @@ class Ray:
             raise Refused(outcome["refused"])
         return outcome
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, job: Job, gpus: bool) -> dict[str, str]:
         """What reaches every worker: Ray passes on a fixed list of its own, and forces OMP_NUM_THREADS to 1 by itself."""
         threads = str(self.cpus_per_worker)
         passed = ("NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TORCH_EXTENSIONS_DIR")
@@ -133,7 +131,9 @@ class Ray:
             "MKL_NUM_THREADS": threads,
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads beside a busy process were nine times slower
-            "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
+            "NUMBA_NUM_THREADS": str(job.loader_threads),
+            # What the workers have, not what this process sees; and workers without a GPU each must not meet the few there are.
+            **({"DS_ACCELERATOR": "cuda"} if gpus else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}),
         }
 
 
@@ -144,7 +144,7 @@ def _train(config: dict[str, Any], *, work: Callable[[Job, Place], dict[str, Any
 
     context = train.get_context()
     job = Job(**{**config, "trust": tuple(config["trust"])})
-    place = Place(context.get_world_rank(), context.get_world_size(), str(get_device()))
+    place = Place(context.get_world_rank(), context.get_world_size(), str(get_device()), context.get_local_rank())
     try:
         return work(job, place)
     except Refused as error:  # returned, not raised: starting again would not help

@@ -13,16 +13,18 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from pipeline.backend.base import autocast
 from pipeline.evaluate import evaluate
 from pipeline.job import resume_command
 from pipeline.launch.base import Launcher
-from pipeline.launch.drive import Tracking, drive, prepare, read_job
+from pipeline.launch.drive import Tracking, drive, prepare, read_job, was_stopped
 from pipeline.launch.inline import Inline
 from pipeline.launch.ray import Ray
 from pipeline.recipe import Recipe, write_json
 from pipeline.rules.base import World
 from pipeline.spiking.encode import repeat
 from pipeline.track.mlflow import tracking_uri
+from pipeline.track.state import state_of
 from pipeline.weights import load_run
 from pipeline.worker import attached_rule
 
@@ -69,17 +71,27 @@ def launch_all(
             folder = Path(job.run)
             write_json(folder / "cluster.json", asdict(cluster))
             job = replace(job, threads=cluster.cpus_per_worker, loader_threads=cluster.loader_threads)
-            if drive(job, launcher, _tracking(runs), console, resume_command=resume_command(runs, folder.name)) is None:
-                console.print(f"stopped; go on with: {resume_command(runs, folder.name)}")
-                return None
+            command = resume_command(runs, folder.name, trust=trust)
+            finished = drive(job, launcher, _tracking(runs), console, resume_command=command)
+            if finished is None:
+                console.print(f"stopped; go on with: {command}", soft_wrap=True)
             folders.append(folder)
+            left = [each.name for each in recipes[len(folders) :]]
+            if was_stopped(folder) and left:  # also where the last batch was under way already, and the run finished
+                console.print(f"not started: {', '.join(left)}", soft_wrap=True)
+            if finished is None or (was_stopped(folder) and left):
+                return None
     return folders
 
 
-def resume_run(folder: Path, runs: Path, *, workers: int | None, inline: bool, address: str | None) -> list[Path] | None:
+def resume_run(
+    folder: Path, runs: Path, *, workers: int | None, inline: bool, address: str | None, trust: tuple[str, ...] = ()
+) -> list[Path] | None:
     """Go on with a run: its folder, or None when asked to stop."""
     console = Console()
-    if (folder / "summary.json").exists():
+    if folder.parent.resolve() != runs.resolve():  # a run that was named by its path
+        runs = folder.parent
+    if state_of(folder) == "finished":
         console.print(f"{folder.name} has finished")
         return [folder]
     cluster = Cluster(**json.loads((folder / "cluster.json").read_text()))
@@ -89,11 +101,11 @@ def resume_run(folder: Path, runs: Path, *, workers: int | None, inline: bool, a
         inline=inline or cluster.inline,
         address=address or cluster.address,
     )
-    command = resume_command(runs, folder.name)
+    command = resume_command(runs, folder.name, trust=trust)
     with cluster.launcher() as launcher:
-        finished = drive(read_job(folder), launcher, _tracking(runs), console, resume_command=command)
+        finished = drive(read_job(folder, trust=trust), launcher, _tracking(runs), console, resume_command=command)
     if finished is None:
-        console.print(f"stopped; go on with: {command}")
+        console.print(f"stopped; go on with: {command}", soft_wrap=True)
         return None
     return [folder]
 
@@ -104,9 +116,8 @@ def evaluate_run(folder: Path, *, which: str, time_steps: int | None, trust: tup
         raise ValueError(f"evaluate: --which must be last or best; got {which!r}")
     recipe = Recipe.from_json(json.loads((folder / "recipe.json").read_text()), trust=trust)
     steps = time_steps or recipe.time_steps
-    network = load_run(folder, which=which, trust=trust)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network.to(device)
+    network = load_run(folder, which=which, trust=trust).to(device)
     data = recipe.data.build()
     data.check()
     loader = data.val(rank=0, world=1, micro_batch=recipe.split(1).micro_batch, threads=1)
@@ -118,7 +129,8 @@ def evaluate_run(folder: Path, *, which: str, time_steps: int | None, trust: tup
 
     begun = time.monotonic()
     try:
-        result = evaluate(network, batches(), recipe.objective.build(), over_time=recipe.over_time)
+        with autocast(device, recipe.precision):  # as in training
+            result = evaluate(network, batches(), recipe.objective.build(), over_time=recipe.over_time)
     finally:
         loader.close()
     print(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.measure.memory import SavedBytes, peak_device_bytes, peak_rss_bytes
+from pipeline.measure.memory import SavedBytes, peak_device_bytes, peak_rss_bytes, reset_peak_device_bytes, reset_peak_rss
 from pipeline.rules.base import Objective
 from pipeline.spiking.state import state_bytes
 
@@ -84,6 +84,8 @@ class Meters:
         begun = time.perf_counter()
         with SavedBytes(self.network) if self._counting else nullcontext() as saved:
             yield
+        if self.device.type == "cuda":  # kernels run on after the host is done; their time is this batch's
+            torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - begun
         if saved is not None:
             self.totals.peak_saved_bytes = max(self.totals.peak_saved_bytes, saved.peak)
@@ -126,10 +128,19 @@ class Meters:
             "step_s": seconds / batches,
         }
 
-    def over_ranks(self, reduce_max: Reduce) -> Totals:
-        """The totals with every peak the largest over ranks; collective."""
+    def note_peaks(self) -> None:
+        """Take the process's and the device's peaks of memory into the totals."""
         self.totals.peak_rss_bytes = max(self.totals.peak_rss_bytes, peak_rss_bytes())
         self.totals.peak_device_bytes = max(self.totals.peak_device_bytes, peak_device_bytes())
+
+    def forget_peaks(self) -> None:
+        """Start the peaks anew: what was held before is not training's."""
+        reset_peak_rss()
+        reset_peak_device_bytes()
+
+    def over_ranks(self, reduce_max: Reduce) -> Totals:
+        """The totals with every peak the largest over ranks; collective."""
+        self.note_peaks()
         peaks = torch.tensor([getattr(self.totals, name) for name in Totals.PEAKS], dtype=torch.int64)
         return Totals(**{**asdict(self.totals), **dict(zip(Totals.PEAKS, reduce_max(peaks).tolist(), strict=True))})
 

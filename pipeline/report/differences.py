@@ -23,7 +23,7 @@ def differences(a: Path, b: Path) -> list[tuple[str, Any, Any]]:
     summaries = load(a / "summary.json") or {}, load(b / "summary.json") or {}
     found = [
         (name, first, second)
-        for name in ("world_size", "hardware")
+        for name in ("world_size", "loader_threads", "hardware")
         for name, first, second in _differing(name, *(summary.get(name) for summary in summaries))
     ]
     if summaries[0].get("rule") == summaries[1].get("rule"):  # one label in the table: it must be one rule (rescale is not in it)

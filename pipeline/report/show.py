@@ -12,6 +12,7 @@ from pipeline.backend.deepspeed import config
 from pipeline.data.base import DataError
 from pipeline.recipe import Recipe
 from pipeline.rules.base import World
+from pipeline.weights import study_inputs
 from pipeline.worker import attached_rule
 
 
@@ -44,6 +45,6 @@ def show_recipe(recipe: Recipe, workers: int, console: Console | None = None) ->
 
 def _study(recipe: Recipe) -> str:
     try:
-        return recipe.study_key({"data": recipe.data.build().fingerprint()})
+        return recipe.study_key(study_inputs(recipe, recipe.data.build().fingerprint()))
     except DataError as error:
         return f"depends on the data's content, which is not here yet ({error})"

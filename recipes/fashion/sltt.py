@@ -2,7 +2,8 @@
 
 Command:  spiketrain launch recipes/fashion/sltt.py --workers 2
 Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311; the network is a small NF-ResNet of ours.
-Result:   not run (target: 0.905 on the 10,000 test images)
+Result:   0.9129 top-1 on the 10,000 test images after 15 epochs, one run; commit 61c6e55494d6, 2 cores of an AMD EPYC that
+          other work was using, 35 minutes
 """
 
 from __future__ import annotations

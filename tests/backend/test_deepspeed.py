@@ -269,6 +269,42 @@ def test_deepspeeds_default_drops_gradients_of_slTT_in_silence(tmp_path: Path) -
         assert max(found["ours", zero] for zero in STAGES) <= 1e-6
 
 
+def _resumed(rank: int, ranks: int, folder: str) -> dict[int, bool]:
+    """Four steps without a break against two, a checkpoint, another engine, and two more."""
+    found = {}
+    for zero in STAGES:
+
+        def engine_of(model: nn.Module, zero: int = zero) -> DeepSpeed:
+            return DeepSpeed(model, sgd, micro_batch=BATCH // RANKS, zero=zero, clip_norm=0.05)
+
+        def steps(backend: DeepSpeed, model: nn.Module, first: int, last: int) -> None:
+            rule = SLTT()
+            rule.attach(model, world=World(seed=7, rank=rank, size=RANKS))
+            half = slice(rank * BATCH // RANKS, (rank + 1) * BATCH // RANKS)
+            rows = range(half.start, half.stop)
+            batches = (
+                (step, [MicroBatch(batch(step)[0][:, half], batch(step)[1][half], rows, 0.5)]) for step in range(first, last)
+            )
+            train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters())
+            rule.release()
+
+        whole, first, second = network(), network(), network()
+        steps(engine_of(whole), whole, 0, 4)
+        before = engine_of(first)
+        steps(before, first, 0, 2)
+        before.save(Path(folder) / str(zero))
+        distributed.barrier()
+        after = engine_of(second)
+        after.load(Path(folder) / str(zero))
+        steps(after, second, 2, 4)
+        found[zero] = distance(whole, second) == 0.0
+    return found
+
+
+def test_a_checkpoint_resumes_to_the_same_bits_at_every_stage(tmp_path: Path) -> None:
+    assert run_ranks(_resumed, RANKS, tmp_path, str(tmp_path / "saved")) == [dict.fromkeys(STAGES, True)] * RANKS
+
+
 def test_clipping_is_off_unless_the_recipe_says_otherwise() -> None:
     assert config(micro_batch=4, workers=2)["gradient_clipping"] == 0.0
     assert config(micro_batch=4, workers=2, clip_norm=0.5)["gradient_clipping"] == 0.5

@@ -195,6 +195,21 @@ def test_a_hang_arrives_at_the_limit(data, monkeypatch):
     free.set()
 
 
+def test_a_hang_after_the_first_batch_arrives_within_seconds(data, monkeypatch):
+    monkeypatch.setattr(reader, "HANG_S", 0.5)
+    monkeypatch.setattr(reader, "PATIENCE_S", 0.1)
+    free, original, done = threading.Event(), reader._Reading.run_pipeline, []
+
+    def hang_later(self, *args):
+        done.append(None)
+        return original(self, *args) if len(done) < 3 else free.wait(30)
+
+    monkeypatch.setattr(reader._Reading, "run_pipeline", hang_later)
+    with pytest.raises(LoaderError, match=r"no batch for 0\.5 s"), data.train(**SIZES).epoch(0) as batches:
+        assert len(list(batches)) < 3
+    free.set()
+
+
 def test_a_thread_that_dies_is_noticed(data, monkeypatch):
     monkeypatch.setattr(reader._Reading, "run", lambda _: None)
     with pytest.raises(LoaderError, match="thread ended"), data.train(**SIZES).epoch(0) as batches:
@@ -227,9 +242,11 @@ def test_torch_keeps_its_threads(data):
         torch.set_num_threads(before)
 
 
-def test_threads_are_clamped_and_tbb_demanded(monkeypatch, caplog):
-    assert reader.usable_threads(64) == reader.numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
-    assert "64 loader threads asked for" in caplog.text
+def test_too_many_threads_are_refused_and_tbb_demanded(monkeypatch):
+    most = reader.numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
+    assert reader.usable_threads(most) == most
+    with pytest.raises(DataError, match=f"threads must be at most {most} here .*; got 64"):
+        reader.usable_threads(64)
     with pytest.raises(DataError, match="threads must be 1 or more; got 0"):
         reader.usable_threads(0)
 

@@ -180,7 +180,7 @@ def test_killed_in_every_way_it_ends_with_the_same_bits(
     assert step_folders(run / "checkpoints")[-1].name == f"step_{stopped['step']:08d}"
 
     # The driver, with kill -9: its workers are gone within seconds.
-    driver = Driver("resume", run.name, run=run, lab=recipe_file.parent)
+    driver = Driver("resume", run.name, "--trust", "recovery_lab", run=run, lab=recipe_file.parent)
     drivers.append(driver)
     assert driver.wait_for(lambda event: event["event"] == "start")["step"] == stopped["step"]
     driver.at_step(stopped["step"] + draw.randrange(3, 9))
@@ -196,7 +196,7 @@ def test_killed_in_every_way_it_ends_with_the_same_bits(
     content = bytearray(weights.read_bytes())
     content[-1] ^= 4
     weights.write_bytes(content)
-    driver = Driver("resume", run.name, run=run, lab=recipe_file.parent)
+    driver = Driver("resume", run.name, "--trust", "recovery_lab", run=run, lab=recipe_file.parent)
     drivers.append(driver)
     quarantined = driver.wait_for(lambda event: event["event"] == "quarantine")
     assert newest.name in quarantined["path"]
