@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -43,10 +43,20 @@ Name = Annotated[str | None, typer.Option("--name", help="the run's name; withou
 RUNS = Path("runs")
 
 
+usage_error: Any = typer.BadParameter.__mro__[1]  # typer 0.29 brings its own click, older ones do not
+
+
 def main() -> None:
     """Run the command line; what a user can mend ends in one line and exit code 2."""
     try:
-        app(prog_name="spiketrain")
+        code = app(prog_name="spiketrain", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except usage_error as error:
+        where = error.ctx.command_path if error.ctx is not None else "spiketrain"
+        print(f"{error.format_message()} (see {where} --help)", file=sys.stderr)
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(130)
     except ValueError as error:
         _refuse(error, 2)
     except (RuntimeError, OSError) as error:
@@ -78,9 +88,17 @@ def launch(
     """Train a recipe, or each recipe of a comparison, and end in a table."""
     recipes = _recipes(recipe, set_, tiny)
     from pipeline.launch.start import Cluster, launch_all
+    from pipeline.recipe_file import own_package
 
-    cluster = Cluster(workers, inline, address, cpus_per_worker, loader_threads, max_restarts)
-    _end(launch_all(recipes, cluster, runs, name=name, trust=tuple(trust)), runs)
+    cluster = Cluster(
+        workers=workers,
+        inline=inline,
+        address=address,
+        cpus_per_worker=cpus_per_worker,
+        loader_threads=loader_threads,
+        max_restarts=max_restarts,
+    )
+    _end(launch_all(recipes, cluster, runs, name=name, trust=(*trust, *own_package(recipe, recipes))), runs)
 
 
 @app.command(epilog="Example: spiketrain resume fashion-sltt-20260105-120000")
@@ -206,7 +224,9 @@ def write_folder(
     out: Out,
     mode: Annotated[Literal["jpg", "raw", "mixed"], typer.Option("--mode", help="how pixels are stored")] = "jpg",
     max_resolution: Annotated[int | None, typer.Option("--max-resolution", min=1, help="longest side in pixels")] = None,
-    quality: Annotated[int, typer.Option("--quality", min=1, max=100, help="of JPEGs that are written anew")] = 90,
+    quality: Annotated[
+        int | None, typer.Option("--quality", min=1, max=100, help="of JPEGs that are written anew; without it 90")
+    ] = None,
     workers: Writers = 1,
     existing: OnExisting = "refuse",
     max_bad: Annotated[
@@ -244,6 +264,8 @@ def _end(folders: list[Path] | None, runs: Path) -> None:
 def _report(manifests: list) -> None:
     for manifest in manifests:
         print(f"{manifest.file}: {manifest.samples} samples, {len(manifest.classes)} classes, {len(manifest.skipped)} skipped")
+        for skipped in manifest.skipped[:20]:
+            print(f"  skipped {skipped['image']}: {skipped['reason']}", file=sys.stderr)
 
 
 def _recipes(path: Path, changes: list[str], tiny: bool) -> list:

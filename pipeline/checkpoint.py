@@ -187,9 +187,10 @@ def verified(folder: Path, which: str = "last") -> Path:
     """
     whole = [path for path in step_folders(folder) if damage(path) is None]
     if which == "best":
-        whole = sorted((path for path in whole if _score(path) is not None), key=_by_score) or whole
+        whole = sorted((path for path in whole if _score(path) is not None), key=_by_score)
     if not whole:
-        raise CheckpointError(f"{folder}: needs a checkpoint that verifies; got none")
+        kind = "with a score that verifies" if which == "best" else "that verifies"
+        raise CheckpointError(f"{folder}: needs a checkpoint {kind}; got none")
     return whole[-1]
 
 

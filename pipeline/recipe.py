@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pipeline.spec import Spec, accepted_text, admits, is_path, spec, type_name
 
-__all__ = ["Recipe", "Spec", "Split", "spec", "write_json"]
+__all__ = ["Recipe", "Spec", "Split", "read_json", "spec", "write_json"]
 
 # Where a part named in recipe.json may be defined. Narrower than whole packages: torch.hub, torch.load and torch.utils run code.
 TRUSTED = (
@@ -182,13 +182,29 @@ class Recipe:
         Raises:
             ValueError: another format version, a target outside the trusted packages, or a recipe that no longer fits.
         """
-        if value.get("version") != FORMAT:
-            raise ValueError(f"recipe.json: this spiketrain reads format version {FORMAT}; got {value.get('version')!r}")
-        fields = {key: _decoded(item, trust) for key, item in value["recipe"].items()}
+        if not isinstance(value, Mapping) or value.get("version") != FORMAT:
+            got = value.get("version") if isinstance(value, Mapping) else value
+            raise ValueError(f"recipe.json: this spiketrain reads format version {FORMAT}; got {got!r}")
+        written = value.get("recipe")
+        if not isinstance(written, Mapping):
+            raise ValueError(f"recipe.json: 'recipe' must hold the fields of a recipe; got {written!r}")
+        fields = {key: _decoded(item, trust) for key, item in written.items()}
         unknown = sorted(set(fields) - set(_field_names(cls)))
         if unknown:
             raise ValueError(f"recipe.json: unknown fields {', '.join(unknown)}; a recipe has {', '.join(_field_names(cls))}")
+        needed = [each.name for each in dataclasses.fields(cls) if each.default is dataclasses.MISSING]
+        missing = [name for name in needed if name not in fields]
+        if missing:
+            raise ValueError(f"recipe.json: fields {', '.join(missing)} are missing")
         return cls(**fields)
+
+    @classmethod
+    def read(cls, path: Path, *, trust: Collection[str] = ()) -> Recipe:
+        """The recipe of a run, from its recipe.json. Raises what `from_json` does, and where there is no such file."""
+        try:
+            return cls.from_json(read_json(path), trust=trust)
+        except ValueError as error:
+            raise ValueError(f"{path.parent}: {error}") from error
 
     def flat(self) -> dict[str, str]:
         """Dotted keys to short text, for a tracker's table of parameters."""
@@ -257,7 +273,9 @@ def _dotted(target: Callable[..., Any]) -> str:
     return name
 
 
-def _decode_target(name: str, trust: Collection[str]) -> Callable[..., Any]:
+def _decode_target(name: Any, trust: Collection[str]) -> Callable[..., Any]:
+    if not isinstance(name, str):
+        raise ValueError(f"recipe.json: a part is named by text; got {name!r}")
     trusted = (*TRUSTED, *trust)
     refusal = f"recipe.json: {name} is not in a trusted package; trusted are {', '.join(trusted)}; name its package with --trust"
     if not _is_inside(name, trusted):
@@ -272,7 +290,9 @@ def _decode_target(name: str, trust: Collection[str]) -> Callable[..., Any]:
                 raise  # the module is there; something that it needs is not
             continue
         for part in parts[cut:]:
-            found = getattr(found, part, None)
+            if not hasattr(found, part):
+                raise ValueError(f"recipe.json: {name} does not exist in this installation")
+            found = getattr(found, part)
         # `pipeline.data.write.os.system` begins with a trusted name: what counts is where the object was defined.
         if not callable(found) or not _is_inside(f"{getattr(found, '__module__', '')}.", trusted):
             raise ValueError(refusal)
@@ -294,14 +314,20 @@ def _is_inside(name: str, packages: Collection[str]) -> bool:
 
 def _decoded(value: Any, trust: Collection[str]) -> Any:
     if isinstance(value, Mapping) and set(value) == {"target", "kwargs"}:
-        return Spec(_decode_target(value["target"], trust), {key: _decoded(item, trust) for key, item in value["kwargs"].items()})
+        return Spec(_decode_target(value["target"], trust), _decoded_kwargs(value["kwargs"], trust))
     if isinstance(value, Mapping) and set(value) == {"value", "kwargs"}:
-        return _decode_value(value["value"], {key: _decoded(item, trust) for key, item in value["kwargs"].items()}, trust)
+        return _decode_value(value["value"], _decoded_kwargs(value["kwargs"], trust), trust)
     if isinstance(value, Mapping):
         return {key: _decoded(item, trust) for key, item in value.items()}
     if isinstance(value, list):
         return tuple(_decoded(item, trust) for item in value)
     return value
+
+
+def _decoded_kwargs(value: Any, trust: Collection[str]) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"recipe.json: kwargs must be an object; got {value!r}")
+    return {key: _decoded(item, trust) for key, item in value.items()}
 
 
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -314,6 +340,20 @@ def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
             yield from _flat(f"{prefix}.{key}" if prefix else key, item)
     else:
         yield prefix, value if isinstance(value, str) else json.dumps(value)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: it is not there, or holds something else; the message names it.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: must be a JSON file; it does not exist") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: must be a JSON file; got {error}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -30,12 +30,20 @@ def load_recipes(path: Path) -> list[Recipe]:
         if make is None:
             raise ValueError("must define a function recipe() that returns a Recipe or several; it does not")
         made = make()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{path}:{_line(error, path)} {_said(error)}") from error
-    recipes = [made] if isinstance(made, Recipe) else list(made)
-    if not recipes or not all(isinstance(each, Recipe) for each in recipes):
-        raise ValueError(f"{path}: recipe() must return a Recipe or several; got {made!r}")
-    return recipes
+    recipes = [made] if isinstance(made, Recipe) else made
+    if not isinstance(recipes, (list, tuple)) or not recipes or not all(isinstance(each, Recipe) for each in recipes):
+        raise ValueError(f"{path}: recipe() must return a Recipe or a list of them; got {made!r}")
+    return list(recipes)
+
+
+def own_package(path: Path, recipes: Sequence[Recipe]) -> list[str]:
+    """The recipe file's own module, where a recipe is built from what it defines: running the file was trusting it."""
+    module = sys.modules.get(path.stem)
+    is_own = module is not None and Path(getattr(module, "__file__", None) or "").resolve() == path.resolve()
+    used = any(value.startswith(f"{path.stem}.") for recipe in recipes for value in recipe.flat().values())
+    return [path.stem] if is_own and used else []
 
 
 def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
@@ -57,9 +65,15 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _module(path: Path) -> ModuleType:
-    """Under its importable name where it has one (`recipes.fashion.sltt`): what it defines can then be named in recipe.json."""
+    """Under its importable name, `recipes.fashion.sltt`, so that recipe.json can name what it defines.
+
+    A file outside of any package is a module of its own: its folder joins the path.
+    """
     resolved = path.resolve()
-    for parent in resolved.parents:
+    for parent in (*resolved.parents, None):
+        if parent is None:
+            parent = resolved.parent
+            sys.path.append(str(parent))
         name = ".".join(resolved.relative_to(parent).with_suffix("").parts)
         if all(part.isidentifier() for part in name.split(".")) and parent in map(Path, map(_absolute, sys.path)):
             found = importlib.util.find_spec(name) if "." not in name or _importable(name.rpartition(".")[0]) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ def load_run(run: str | os.PathLike[str], *, which: str = "last", trust: Collect
     folder = Path(run)
     if not (folder / "recipe.json").is_file():
         raise ValueError(f"load: {folder} must be a run's folder, which holds recipe.json; it does not")
-    recipe = Recipe.from_json(json.loads((folder / "recipe.json").read_text()), trust=trust)
+    recipe = Recipe.read(folder / "recipe.json", trust=trust)
     network: nn.Module = recipe.model.build()
     network.load_state_dict(load_file(verified(folder / "checkpoints", which) / WEIGHTS))
     return network.eval()
@@ -75,12 +74,15 @@ def load_start(network: nn.Module, start: Path) -> Start:
 
 
 def _read(file: Path) -> Mapping[str, Tensor]:
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a foreign file makes torch and safetensors raise is theirs to choose
+        raise ValueError(f"init: {file} must hold weights; it could not be read: {str(error).splitlines()[0]}") from error
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"init: {file} must hold named tensors; it holds something else")
     return state
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import time
@@ -52,7 +51,7 @@ def run(job: Job, place: Place, *, attempt_of: Callable[[Parts], Attempt] = Atte
 def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, began: float) -> Parts:
     """Build everything that this process trains with, and restore the newest checkpoint into it; collective."""
     folder = Path(job.run)
-    recipe = Recipe.from_json(json.loads((folder / "recipe.json").read_text()), trust=job.trust)
+    recipe = Recipe.read(folder / "recipe.json", trust=job.trust)
     split = recipe.split(ranks.size)
     checkpoints = Checkpoints(
         folder / "checkpoints",
@@ -126,12 +125,27 @@ def attached_rule(recipe: Recipe, network: nn.Module, world: World) -> Rule:
     return rule
 
 
+def check_recipe(recipe: Recipe, workers: int) -> nn.Module:
+    """Refuse what does not fit together, before anything is launched; needs no data file. The network that was made for it."""
+    recipe.split(workers)
+    network = build_network(recipe, recipe.data.build())
+    if recipe.init is not None:
+        load_start(network, Path(recipe.init))
+    attached_rule(recipe, network, World(recipe.seed, size=workers))
+    recipe.schedule.build(build_optimizer(recipe, network), 1000)
+    return network
+
+
+def build_optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
+    try:
+        return recipe.optimizer.build(network)
+    except (TypeError, AssertionError, RuntimeError) as error:  # timm passes on what it does not know, and complains in many ways
+        raise ValueError(f"{recipe.optimizer.label}: {error}") from error
+
+
 def build_backend(recipe: Recipe, network: nn.Module, split: Split) -> Backend:
     def optimizer_of(network: nn.Module) -> torch.optim.Optimizer:
-        try:
-            return recipe.optimizer.build(network)
-        except TypeError as error:  # timm passes what it does not know on to the optimizer
-            raise ValueError(f"{recipe.optimizer.label}: {error}") from error
+        return build_optimizer(recipe, network)
 
     if recipe.backend == "plain":
         return Plain(network, optimizer_of, precision=recipe.precision, clip_norm=recipe.clip_norm)

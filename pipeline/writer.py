@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +50,7 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
         try:
             yield tracker
         except Exception as error:
-            tracker.event("failed", sync=True, error=f"{type(error).__name__}: {error}")
+            tracker.event("failed", sync=True, error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
             raise
 
 

@@ -89,6 +89,11 @@ def refused(*words: str) -> str:
         ("launch recipes/fashion/sltt.py --set rule.kk=1", "SLTT: unexpected keyword 'kk'; it accepts k, chunk, rescale"),
         ("launch recipes/fashion/sltt.py --set epochs=many", "epochs must be int; got 'many'"),
         ("launch recipes/fashion/sltt.py --set epochs", "must look like key=value"),
+        ("launch recipes/fashion/sltt.py --workers many", "(see spiketrain launch --help)"),
+        ("launch", "Missing argument 'RECIPE'"),
+        ("lunch", "No such command 'lunch'"),
+        ("compare --format xml", "'xml' is not one of 'table', 'json', 'csv'"),
+        ("launch recipes/fashion/sltt.py --inline --max-restarts 1", "without Ray; got --max-restarts 1"),
         ("launch recipes/fashion/sltt.py --workers 3", "batch_size must divide by 3 workers"),
         ("launch recipes/fashion/sltt.py --inline --workers 2", "--inline is one worker"),
         ("launch recipes/fashion/sltt.py --set data.folder=nowhere", "does not exist"),
@@ -102,8 +107,9 @@ def refused(*words: str) -> str:
     ],
 )
 def test_a_mistake_ends_in_one_line(words: str, said: str, tmp_path: Path) -> None:
-    place = [] if words.split()[0] in ("show", "verify", "write") else ["--runs", str(tmp_path)]
-    assert said in refused(*words.split(), *place)
+    takes_runs = words.split()[0] in ("launch", "resume", "evaluate", "compare", "sync") and words != "launch"
+    assert said in refused(*words.split(), *(["--runs", str(tmp_path)] if takes_runs else []))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_flipped_byte_in_the_data_is_refused_by_verify_and_by_launch(damaged: Path, tmp_path: Path) -> None:
@@ -113,6 +119,98 @@ def test_a_flipped_byte_in_the_data_is_refused_by_verify_and_by_launch(damaged: 
     )
     assert "train.beton" in said
     assert "page" in said
+
+
+OWN = """
+from dataclasses import replace
+from torch import nn
+from pipeline.recipe import spec
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.synapse import Linear
+from pipeline.rules.bptt import BPTT
+from tests.small import small_recipe
+
+class Flat(nn.Module):
+    def forward(self, x_TBCHW):
+        return x_TBCHW.flatten(2)
+
+def my_network(classes):
+    return nn.Sequential(Flat(), Linear(64, 8), LIF(), Linear(8, classes))
+
+def recipe():
+    base = small_recipe(checkpoint_every=0, epochs=1, backend="deepspeed", model=spec(my_network, classes=10))
+    return [replace(base, name="own-bptt", rule=spec(BPTT)), replace(base, name="own-sltt")]
+"""
+
+
+def test_a_network_of_the_recipe_files_own_trains_by_two_rules_with_deepspeed_inline(tmp_path: Path) -> None:
+    (tmp_path / "own_lab.py").write_text(OWN)
+    runs = ["--runs", str(tmp_path / "runs")]
+    done = spiketrain("launch", str(tmp_path / "own_lab.py"), "--inline", *runs)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "SLTT-2 is SLTT(k=2, rescale=True)" in done.stdout
+    assert "--trust own_lab" in done.stdout
+    [run] = (tmp_path / "runs").glob("own-sltt*")
+    assert "name its package with --trust" in refused("evaluate", run.name, *runs)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("model.classes=3", "must have the same classes; got 3 and 10"),
+        ("batch_size=1000", "batch_size must be at most the 64"),
+        ("optimizer.lrr=1", "lrr"),
+        ("optimizer.opt=sgdd", "sgdd"),
+        ("init=README.md", "init: "),
+        ("rule.k=9", "k must be in 1..T; got k=9, T=3"),
+    ],
+)
+def test_what_does_not_fit_leaves_no_run_behind(tmp_path: Path, change: str, said: str) -> None:
+    (tmp_path / "one.py").write_text("from tests.small import small_recipe as recipe\n")
+    runs = tmp_path / "runs"
+    assert said in refused("launch", str(tmp_path / "one.py"), "--inline", "--runs", str(runs), "--set", change)
+    assert not runs.exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return 3", "must return a Recipe or a list of them; got 3"),
+        ("return [1]", "must return a Recipe or a list of them"),
+        ("raise KeyError('x')", "mine.py:2: KeyError: 'x'"),
+        ("import sys; sys.exit(3)", "mine.py:2: SystemExit: 3"),
+        ("return (", "mine.py:2: SyntaxError"),
+    ],
+)
+def test_a_recipe_file_that_goes_wrong_names_its_line(tmp_path: Path, body: str, said: str) -> None:
+    (tmp_path / "mine.py").write_text(f"def recipe():\n    {body}\n")
+    assert said in refused("show", str(tmp_path / "mine.py"))
+
+
+def test_a_run_that_was_moved_or_damaged(tmp_path: Path) -> None:
+    from pipeline.launch.drive import write_job
+    from tests.small import make_run, small_recipe, train_inline
+    from tests.test_worker import Killed, die_at
+
+    with pytest.MonkeyPatch.context() as patch:
+        die_at(patch, 9)
+        with pytest.raises(Killed):
+            train_inline(tmp_path / "first" / "run", small_recipe())
+    run = tmp_path / "second" / "moved"
+    run.parent.mkdir()
+    (tmp_path / "first" / "run").rename(run)
+    job = make_run(tmp_path / "first" / "run", small_recipe())
+    write_job(job)
+    (tmp_path / "first" / "run" / "job.json").rename(run / "job.json")
+    (run / "cluster.json").write_text('{"inline": true}')
+    before = sorted((tmp_path / "first" / "run").iterdir())
+    done = spiketrain("resume", str(run))
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert json.loads((run / "summary.json").read_text())["steps"] == 16
+    assert sorted((tmp_path / "first" / "run").iterdir()) == before
+    for damage in ("{", "[]", '{"version": 1}', '{"version": 1, "recipe": {"name": "x"}}'):
+        (run / "recipe.json").write_text(damage)
+        assert "recipe.json" in refused("evaluate", str(run))
 
 
 def test_show_needs_no_data_and_prints_what_will_be_used() -> None:

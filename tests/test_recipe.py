@@ -194,6 +194,7 @@ def test_a_recipe_file_that_fails_names_its_line(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"mine\.py:4: SLTT: unexpected keyword 'q'"):
         load_recipes(file)
+    file = tmp_path / "empty.py"
     file.write_text("x = 1\n")
     with pytest.raises(ValueError, match=r"must define a function recipe\(\)"):
         load_recipes(file)

@@ -47,7 +47,7 @@ def write_folder(
     *,
     mode: Literal["jpg", "raw", "mixed"] = "jpg",
     max_resolution: int | None = None,
-    quality: int = 90,
+    quality: int | None = None,
     jpg_share: float | None = None,
     workers: int = 1,
     max_bad: int = 0,
@@ -66,6 +66,9 @@ def write_folder(
     """
     if jpg_share is not None and mode != "mixed":
         raise DataError(f"write_folder: jpg_share has no effect in mode {mode!r}; leave it out or choose 'mixed'")
+    if quality is not None and mode == "raw":
+        raise DataError(f"write_folder: quality has no effect in mode 'raw'; got {quality}")
+    quality = 90 if quality is None else quality
     how = Encoding(mode=mode, max_resolution=max_resolution, quality=quality, jpg_share=0.5 if jpg_share is None else jpg_share)
     return _write(sources.image_folder(Path(source)), Path(out), how, workers, max_bad, progress, existing)
 
@@ -87,7 +90,13 @@ def _write(
     finals = [out / f"{each.name}.beton" for each in sets]
     there = [str(final) for final in finals if final.exists()]
     if existing == "keep" and len(there) == len(finals):
-        return [verify(final)[0] for final in finals]
+        kept = [verify(final)[0] for final in finals]
+        for manifest, final in zip(kept, finals, strict=True):
+            if manifest.options != asdict(how):
+                raise DataError(
+                    f"write: {final} was written with {manifest.options}; got {asdict(how)}; ask with --existing replace"
+                )
+        return kept
     if there and existing != "replace":
         raise DataError(f"write: {' and '.join(there)} must not exist yet; remove them, or ask with --existing replace")
     out.mkdir(parents=True, exist_ok=True)

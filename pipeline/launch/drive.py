@@ -8,7 +8,6 @@ at once.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -29,7 +28,7 @@ from pipeline.job import Job
 from pipeline.launch.base import Launcher
 from pipeline.launch.watch import Watch
 from pipeline.ranks import Refused
-from pipeline.recipe import Recipe, write_json
+from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.track.jsonl import Follower
 from pipeline.track.mlflow import Mirror
 from pipeline.weights import study_inputs
@@ -84,7 +83,7 @@ def write_job(job: Job) -> None:
 
 
 def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
-    return Job(**json.loads((folder / "job.json").read_text()), run=str(folder.absolute()), trust=trust)
+    return Job(**read_json(folder / "job.json"), run=str(folder.absolute()), trust=trust)
 
 
 def drive(job: Job, launcher: Launcher, tracking: Tracking, console: Console, *, resume_command: str) -> dict[str, Any] | None:

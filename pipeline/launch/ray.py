@@ -28,6 +28,9 @@ SETTINGS = {
 }
 
 
+PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "FI_", "HF_")
+
+
 class Ray:
     """Workers on a Ray cluster: an existing one, or one of our own on this machine.
 
@@ -122,9 +125,8 @@ class Ray:
     def _environment(self, job: Job, gpus: bool) -> dict[str, str]:
         """What reaches every worker: Ray passes on a fixed list of its own, and forces OMP_NUM_THREADS to 1 by itself."""
         threads = str(self.cpus_per_worker)
-        passed = ("NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TORCH_EXTENSIONS_DIR")
         return {
-            **{name: os.environ[name] for name in passed if name in os.environ},
+            **{name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)},
             # A worker starts in a folder of its own; a package that the user trusts lies beside the recipe or on the path.
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path)),
             "OMP_NUM_THREADS": threads,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -20,16 +19,15 @@ from pipeline.launch.base import Launcher
 from pipeline.launch.drive import Tracking, drive, prepare, read_job, was_stopped
 from pipeline.launch.inline import Inline
 from pipeline.launch.ray import Ray
-from pipeline.recipe import Recipe, write_json
-from pipeline.rules.base import World
+from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.spiking.encode import repeat
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.state import state_of
 from pipeline.weights import load_run
-from pipeline.worker import attached_rule
+from pipeline.worker import check_data, check_recipe
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cluster:
     """Where and on how much a run trains: nothing of it belongs to the recipe."""
 
@@ -42,9 +40,10 @@ class Cluster:
 
     def launcher(self) -> Launcher:
         if self.inline:
-            for name, plain in (("workers", 1), ("address", None)):
-                if getattr(self, name) != plain:
-                    raise ValueError(f"launch: --inline is one worker in this process; got --{name} {getattr(self, name)}")
+            for name in ("workers", "address", "cpus_per_worker", "max_restarts"):
+                if getattr(self, name) != getattr(Cluster, name):
+                    option = f"--{name.replace('_', '-')} {getattr(self, name)}"
+                    raise ValueError(f"launch: --inline is one worker in this process, without Ray; got {option}")
             return Inline()
         return Ray(
             workers=self.workers, address=self.address, cpus_per_worker=self.cpus_per_worker, max_restarts=self.max_restarts
@@ -57,11 +56,13 @@ def launch_all(
     """Train each recipe in turn, never two at a time on the same cores; their folders, or None when asked to stop."""
     if name is not None and len(recipes) > 1:
         raise ValueError(f"launch: --name names one run; got {len(recipes)} recipes")
-    for recipe in recipes:  # everything that can be refused is, before the first of them trains
-        recipe.split(cluster.workers)
+    for recipe in recipes:  # everything that can be refused is, before the first of them leaves anything behind
         Recipe.from_json(recipe.to_json(), trust=trust)
-        recipe.data.build().fingerprint()
-        attached_rule(recipe, recipe.model.build(), World())
+        check_recipe(recipe, cluster.workers)
+        data, split = recipe.data.build(), recipe.split(cluster.workers)
+        data.fingerprint()
+        sizes = {"rank": 0, "world": split.workers, "micro_batch": split.micro_batch, "threads": 1}
+        data.train(seed=recipe.seed, batch_size=recipe.batch_size, **sizes).close()
     console = Console()
     parent = uuid.uuid4().hex if len(recipes) > 1 else None
     folders = []
@@ -94,13 +95,11 @@ def resume_run(
     if state_of(folder) == "finished":
         console.print(f"{folder.name} has finished")
         return [folder]
-    cluster = Cluster(**json.loads((folder / "cluster.json").read_text()))
-    cluster = replace(
-        cluster,
-        workers=1 if inline else workers or cluster.workers,
-        inline=inline or cluster.inline,
-        address=address or cluster.address,
-    )
+    cluster = Cluster(**read_json(folder / "cluster.json"))
+    if inline:
+        cluster = Cluster(inline=True, loader_threads=cluster.loader_threads)
+    elif workers is not None or address is not None:
+        cluster = replace(cluster, inline=False, workers=workers or cluster.workers, address=address or cluster.address)
     command = resume_command(runs, folder.name, trust=trust)
     with cluster.launcher() as launcher:
         finished = drive(read_job(folder, trust=trust), launcher, _tracking(runs), console, resume_command=command)
@@ -112,14 +111,12 @@ def resume_run(
 
 def evaluate_run(folder: Path, *, which: str, time_steps: int | None, trust: tuple[str, ...]) -> None:
     """Print the accuracy of a run's network on its whole evaluation set."""
-    if which not in ("last", "best"):
-        raise ValueError(f"evaluate: --which must be last or best; got {which!r}")
-    recipe = Recipe.from_json(json.loads((folder / "recipe.json").read_text()), trust=trust)
+    recipe = Recipe.read(folder / "recipe.json", trust=trust)
     steps = time_steps or recipe.time_steps
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_run(folder, which=which, trust=trust).to(device)
     data = recipe.data.build()
-    data.check()
+    check_data(data, read_job(folder), every_page=True)
     loader = data.val(rank=0, world=1, micro_batch=recipe.split(1).micro_batch, threads=1)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:

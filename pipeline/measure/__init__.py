@@ -1,1 +1,1 @@
-"""What a run cost: memory, time, energy."""
+"""What a run cost: memory and time."""

@@ -20,7 +20,6 @@ __all__ = [
     "memory_now_bytes",
     "peak_device_bytes",
     "peak_rss_bytes",
-    "pss_bytes",
     "reset_peak_device_bytes",
     "reset_peak_rss",
 ]
@@ -149,12 +148,6 @@ def reset_peak_rss() -> bool:
     except OSError:
         return False
     return True
-
-
-def pss_bytes() -> int | None:
-    """Proportional set size now, in bytes (a page shared by n workers counts 1/n); None where the kernel does not tell."""
-    kilobytes = _proc_kilobytes("/proc/self/smaps_rollup", "Pss:")
-    return None if kilobytes is None else kilobytes * 1024
 
 
 def memory_now_bytes() -> int:

@@ -153,6 +153,7 @@ def compare(runs_dir: str | os.PathLike[str], names: Sequence[str | os.PathLike[
     notes = []
     if finished[0].summary.get("rule") != BASELINE:
         finished, notes = _with_baseline(runs_dir, finished)
+    notes += [f"{rule} is {written}" for rule, run in namesakes.items() if (written := _written_rule(run)) is not None]
     commits = sorted({str(run.summary.get("commit")) for run in finished})
     if len(commits) > 1:
         notes.append(f"note: the runs are of different commits: {', '.join(commits)}")
@@ -218,6 +219,14 @@ def _with_baseline(runs_dir: Path, finished: list[Finished]) -> tuple[list[Finis
     else:
         why = f"study {str(study)[:8]} has no finished run of {BASELINE}"
     return finished, [f"no baseline, no ratios: {why}"]
+
+
+def _written_rule(run: Finished) -> str | None:
+    """`SLTT(k=1, rescale=True)`: what the recipe says, where it says more than a name."""
+    part = ((load(run.folder / "recipe.json") or {}).get("recipe") or {}).get("rule") or {}
+    if not part.get("kwargs"):
+        return None
+    return f"{part['target'].rpartition('.')[2]}({', '.join(f'{name}={value}' for name, value in part['kwargs'].items())})"
 
 
 def _refusal(a: str, b: str, found: list[tuple[str, Any, Any]]) -> str:

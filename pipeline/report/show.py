@@ -6,22 +6,19 @@ import json
 
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from pipeline.backend.deepspeed import config
 from pipeline.data.base import DataError
 from pipeline.recipe import Recipe
-from pipeline.rules.base import World
 from pipeline.weights import study_inputs
-from pipeline.worker import attached_rule
+from pipeline.worker import check_recipe
 
 
 def show_recipe(recipe: Recipe, workers: int, console: Console | None = None) -> None:
     """Print the resolved recipe, its parameters, study key, global batch and DeepSpeed settings; needs no data file."""
     console = console or Console()
+    network = check_recipe(recipe, workers)
     split = recipe.split(workers)
-    network: nn.Module = recipe.model.build()
-    attached_rule(recipe, network, World())
     parameters = sum(p.numel() for p in network.parameters())
     table = Table(title=recipe.name, show_header=False, box=None, pad_edge=False)
     for key, value in recipe.flat().items():
