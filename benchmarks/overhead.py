@@ -5,7 +5,7 @@ Result:   not run
 
 One Ray worker with one torch thread trains by the product's loop: FFCV file, DeepSpeed ZeRO-0, meters, journal, and MLflow
 from the driver. Between every two of its steps the same process trains a second copy of the network by the loop that
-anybody would write, on a batch that was read before. Medians of both are compared, so that drift of the machine falls on
+anybody would write, on batches that were read before. Medians of both are compared, so that drift of the machine falls on
 both alike. Batch size is tuned beforehand until a bare step takes about 100 ms.
 """
 
@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,29 +47,33 @@ from recipes.fashion.base import fashion
 
 STEP_S = 0.1
 WARM_UP = 20
+PRE_READ = 16
 RULES = {"sltt": SLTT, "bptt": BPTT}
 
 
 class Bare:
     """The loop that anybody would write: no rule object, no backend, no meters, no loader."""
 
-    def __init__(self, network: nn.Module, rule_name: str, batch_size: int, steps: int) -> None:
+    def __init__(self, network: nn.Module, rule_name: str, batches: Sequence[tuple[Tensor, Tensor]], steps: int) -> None:
         self.network, self.online, self.steps = network, rule_name == "sltt", steps
         rule: Rule = RULES[rule_name]()
         rule.attach(network)  # cuts the membrane where the rule does
         self.optimizer = torch.optim.SGD(network.parameters(), lr=0.5, momentum=0.9, nesterov=True)
-        draw = torch.Generator().manual_seed(0)
-        self.x_TB = repeat(torch.randn(batch_size, 1, 28, 28, generator=draw), steps)
-        self.target_B = torch.randint(10, (batch_size,), generator=draw)
+        self.batches = itertools.cycle(batches)
 
     def step(self) -> None:
+        x_BCHW, target_B = next(self.batches)
         with fresh_state(self.network):
-            for x_TB in self.x_TB.split(1 if self.online else self.steps):
+            for x_TB in repeat(x_BCHW, self.steps).split(1 if self.online else self.steps):
                 logits_TBK = self.network(x_TB)
-                loss = torch.stack([F.cross_entropy(logits_BK, self.target_B) for logits_BK in logits_TBK]).sum()
+                loss = torch.stack([F.cross_entropy(logits_BK, target_B) for logits_BK in logits_TBK]).sum()
                 (loss / self.steps).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def follow(self, network: nn.Module) -> None:
+        """Take over the other loop's weights, so that both compute on the same numbers; not timed."""
+        self.network.load_state_dict(network.state_dict())
 
 
 class Interleaved(Attempt):
@@ -77,8 +82,9 @@ class Interleaved(Attempt):
     def __init__(self, parts: Parts, *, rule_name: str, out: str) -> None:
         super().__init__(parts)
         network = copy.deepcopy(self.recipe.model.build())
-        network.load_state_dict(self.backend.network.state_dict())
-        self.bare = Bare(network, rule_name, self.recipe.batch_size, self.recipe.time_steps)
+        with parts.train_set.epoch(0) as loader:
+            read = [(batch.x, batch.target) for batch in itertools.islice(loader, PRE_READ)]
+        self.bare = Bare(network, rule_name, read, self.recipe.time_steps)
         self.out = Path(out)
         self.ours_s: list[float] = []
         self.bare_s: list[float] = []
@@ -92,6 +98,7 @@ class Interleaved(Attempt):
                 break
             yield batch
             self.ours_s.append(time.perf_counter() - began)
+            self.bare.follow(self.backend.network)
             began = time.perf_counter()
             self.bare.step()
             self.bare_s.append(time.perf_counter() - began)
@@ -107,7 +114,8 @@ def tuned_batch(recipe: Recipe, rule_name: str) -> int:
     torch.set_num_threads(1)
 
     def seconds(size: int) -> float:
-        bare = Bare(recipe.model.build(), rule_name, size, recipe.time_steps)
+        batch = torch.randn(size, 1, 28, 28), torch.randint(10, (size,))
+        bare = Bare(recipe.model.build(), rule_name, [batch], recipe.time_steps)
         return statistics.median(timed(bare.step) for _ in range(7))
 
     size = 64
