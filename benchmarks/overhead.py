@@ -2,8 +2,8 @@
 
 Command:  python -m benchmarks.overhead [--rule sltt|bptt] [--steps 200]
 Result:   SLTT +4.7 % (100.0 ms against 95.5), BPTT +3.2 % (79.7 ms against 77.3), medians of 200 steps; commit e543c42da387,
-          2 cores of an AMD EPYC, torch 2.13. With backend="plain" in place of DeepSpeed SLTT has +2.1 %: half of it is the engine's
-          forward, backward and step, which an online rule calls T times.
+          2 cores of an AMD EPYC, torch 2.13. With backend="plain" in place of DeepSpeed SLTT has +2.1 %: half of it is the
+          engine's forward, backward and step, which an online rule calls T times.
 
 One Ray worker with one torch thread trains by the product's loop: FFCV file, DeepSpeed ZeRO-0, meters, journal, and MLflow
 from the driver. Between every two of its steps the same process trains a second copy of the network by the loop that
