@@ -1,0 +1,64 @@
+"""One writer for a run: the next one waits until the last one's process is gone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import writer
+from pipeline.ranks import Ranks, Refused
+from pipeline.track.base import NullTracker
+from pipeline.track.jsonl import read
+from pipeline.writer import journal, only_writer
+
+HOLD = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+
+
+@pytest.fixture
+def holder(tmp_path: Path):
+    """Another process that writes the run."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "writer.lock")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_the_next_writer_waits_until_the_last_is_gone(tmp_path: Path, holder: subprocess.Popen) -> None:
+    begun = time.monotonic()
+    subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {holder.pid}"])
+    with only_writer(tmp_path, Ranks()):
+        assert time.monotonic() - begun > 0.8
+
+
+def test_it_gives_up_in_one_line(tmp_path: Path, holder: subprocess.Popen, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "PATIENCE_S", 0.3)
+    with pytest.raises(Refused, match="another worker still writes this run"), only_writer(tmp_path, Ranks()):
+        pass
+
+
+def test_the_lock_is_free_again_afterwards(tmp_path: Path) -> None:
+    for _ in range(2):
+        with only_writer(tmp_path, Ranks()):
+            pass
+
+
+def test_an_attempt_that_fails_says_so_with_its_traceback(tmp_path: Path) -> None:
+    for attempt in range(2):
+        with pytest.raises(ZeroDivisionError), journal(tmp_path, Ranks()):
+            print(1 // 0)
+        failed = read(tmp_path / "journal.jsonl")[-1]
+        assert (failed["event"], failed["attempt"]) == ("failed", attempt)
+        assert failed["error"].startswith("ZeroDivisionError")
+        assert "print(1 // 0)" in failed["traceback"]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    with journal(tmp_path, Ranks(rank=1)) as tracker:
+        assert isinstance(tracker, NullTracker)
+    assert list(tmp_path.iterdir()) == []
