@@ -15,7 +15,13 @@ from pipeline.track.base import NullTracker
 from pipeline.track.jsonl import read
 from pipeline.writer import journal, only_writer
 
-HOLD = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(60)
+"""
 
 
 @pytest.fixture
