@@ -55,7 +55,7 @@ def main() -> None:
         where = error.ctx.command_path if error.ctx is not None else "spiketrain"
         print(f"{error.format_message()} (see {where} --help)", file=sys.stderr)
         sys.exit(2)
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except ValueError as error:
         _refuse(error, 2)

@@ -56,6 +56,7 @@ def launch_all(
     """Train each recipe in turn, never two at a time on the same cores; their folders, or None when asked to stop."""
     if name is not None and len(recipes) > 1:
         raise ValueError(f"launch: --name names one run; got {len(recipes)} recipes")
+    launcher = cluster.launcher()
     for recipe in recipes:  # everything that can be refused is, before the first of them leaves anything behind
         Recipe.from_json(recipe.to_json(), trust=trust)
         check_recipe(recipe, cluster.workers)
@@ -66,7 +67,7 @@ def launch_all(
     console = Console()
     parent = uuid.uuid4().hex if len(recipes) > 1 else None
     folders = []
-    with cluster.launcher() as launcher:
+    with launcher:
         for recipe in recipes:
             job = prepare(recipe, runs, name=name, parent=parent, trust=trust)
             folder = Path(job.run)

@@ -66,6 +66,11 @@ class Delivery:
 
         `leaving`: nobody drives the run after this, whatever its journal says.
         """
+        # Making a schema, an experiment, a run or a tag is no atomic step in MLflow (3.17.2): two at once can both fail.
+        with _one_at_a_time(self.run_dir.parent):
+            return self._advance(leaving=leaving)
+
+    def _advance(self, *, leaving: bool) -> bool:
         if self._client is None and not self._open():
             return False
         status, ended = "", 0
@@ -93,12 +98,11 @@ class Delivery:
         start = first(self.run_dir / "journal.jsonl", "start")
         if start is None:
             return False
-        with _one_at_a_time(self.run_dir.parent):  # creating the schema, an experiment or a run is no atomic step in MLflow
-            client = connect(self._uri)
-            experiment_id = self._experiment_id(client, start)
-            if start.get("study_parent"):
-                self._parent_id = self._parent(client, experiment_id, start)
-            run = self._find_or_create(client, experiment_id, start)
+        client = connect(self._uri)
+        experiment_id = self._experiment_id(client, start)
+        if start.get("study_parent"):
+            self._parent_id = self._parent(client, experiment_id, start)
+        run = self._find_or_create(client, experiment_id, start)
         self._client = client
         self._run_id = run.info.run_id
         self._note_for_people(experiment_id)

@@ -39,14 +39,14 @@ from recovery_lab import triangle
 def recipe():
     return Recipe(
         name="recovery",
-        model=spec(nf_resnet18_small, classes=3, width=8, blocks=(1, 1)),
+        model=spec(nf_resnet18_small, classes=3, width=16, blocks=(1, 1)),
         rule=spec(SLTT, k=2, rescale=True),
-        data=spec(Beton, folder={folder!r}, classes=3, size=24, crop="shift", flip="random"),
+        data=spec(Beton, folder={folder!r}, classes=3, size=32, crop="shift", flip="random"),
         objective=spec(CrossEntropy),
         optimizer=spec(create_optimizer_v2, opt="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4),
         schedule=spec(triangle),
         time_steps=4,
-        batch_size=8,
+        batch_size=32,  # a step of some 100 ms: time enough to be killed in
         epochs={epochs},
         checkpoint_every=5,
         log_every=1,
@@ -70,11 +70,11 @@ def triangle(optimizer, steps):
 def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     draw = np.random.default_rng(0)
-    for part, count in (("train", STEPS_PER_EPOCH * 8 // 3 + 1), ("val", 5)):
+    for part, count in (("train", STEPS_PER_EPOCH * 32 // 3 + 1), ("val", 5)):
         for label in range(3):
             (folder / part / f"class{label}").mkdir(parents=True)
             for index in range(count):
-                pixels = draw.integers(0, 256, (24, 24, 3), dtype=np.uint8) // 2 + np.uint8(60 * label)
+                pixels = draw.integers(0, 256, (32, 32, 3), dtype=np.uint8) // 2 + np.uint8(60 * label)
                 Image.fromarray(pixels).save(folder / part / f"class{label}" / f"{index}.jpg")
     write_folder(folder, folder / "beton", workers=1)
     file = folder / "recovery.py"
