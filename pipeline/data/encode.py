@@ -88,14 +88,17 @@ def encode_all(
         return
     # Spawned, not forked: this process may run threads (torch, numba), which a fork would leave in an unknown state.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=signal, initargs=(SIGINT, SIG_IGN))
+    pending: deque[tuple[list[Item], Future[list[Encoded | Bad]]]] = deque()
     try:
-        pending: deque[tuple[list[Item], Future[list[Encoded | Bad]]]] = deque()
         for chunk in _chunks(items):
             pending.append((chunk, pool.submit(_encode_chunk, chunk, how)))
             if len(pending) > 2 * workers:
                 yield from _next(pending, stall_s)
         while pending:
             yield from _next(pending, stall_s)
+    except BrokenProcessPool as error:  # from a result, or from handing out the next chunk
+        waiting = f" while images from {pending[0][0][0]} on were encoded" if pending else ""
+        raise LoaderError(f"write: a worker process died{waiting}") from error
     finally:
         # CPython 3.11 to 3.13 offer no public way to end a worker that hangs; 3.14 has terminate_workers().
         for process in list((getattr(pool, "_processes", None) or {}).values()):
@@ -187,8 +190,6 @@ def _next(
     chunk, future = pending.popleft()
     try:
         results = future.result(timeout=stall_s)
-    except BrokenProcessPool as error:
-        raise LoaderError(f"write: a worker process died while images from {chunk[0]} on were encoded") from error
     except TimeoutError as error:
         raise LoaderError(f"write: no worker finished for {stall_s:g} s; waiting for images {chunk[0]} to {chunk[-1]}") from error
     yield from zip(chunk, results, strict=True)
