@@ -18,7 +18,7 @@ setup: ## system packages, .venv, the package and what it needs; safe to repeat
 
 demo: setup ## write Fashion-MNIST, train by several rules on $(WORKERS) workers, compare
 	$(BIN)/spiketrain write fashion --out data/fashion --existing keep
-	$(BIN)/spiketrain launch recipes/compare/fashion_demo.py --workers $(WORKERS)
+	$(BIN)/spiketrain launch recipes/compare/fashion_demo.py --workers $(WORKERS) --device cpu
 
 check: setup ## format, lint, types, layers
 	$(BIN)/ruff format --check .

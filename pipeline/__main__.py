@@ -35,6 +35,7 @@ Tiny = Annotated[bool, typer.Option("--tiny", help="shrink the recipe to seconds
 Workers = Annotated[int, typer.Option("--workers", min=1, help="processes that train together")]
 Inline = Annotated[bool, typer.Option("--inline", help="one worker in this process, without Ray")]
 Address = Annotated[str | None, typer.Option("--address", help="of a Ray cluster: auto, host:6379; without it one starts here")]
+Device = Annotated[Literal["auto", "cpu", "gpu"], typer.Option("--device", help="auto takes GPUs where there are any")]
 Cpus = Annotated[int, typer.Option("--cpus-per-worker", min=1, help="cores reserved for a worker, and its torch threads")]
 Loaders = Annotated[int, typer.Option("--loader-threads", min=1, help="threads that read data in each worker")]
 Restarts = Annotated[int, typer.Option("--max-restarts", min=0, help="how often dead workers are started again")]
@@ -76,6 +77,7 @@ def launch(
     workers: Workers = 1,
     inline: Inline = False,
     address: Address = None,
+    device: Device = "auto",
     cpus_per_worker: Cpus = 1,
     loader_threads: Loaders = 1,
     max_restarts: Restarts = 3,
@@ -94,6 +96,7 @@ def launch(
         workers=workers,
         inline=inline,
         address=address,
+        device=device,
         cpus_per_worker=cpus_per_worker,
         loader_threads=loader_threads,
         max_restarts=max_restarts,

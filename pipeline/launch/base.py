@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 from pipeline.job import Job
+from pipeline.ranks import Refused
+
+Device = Literal["auto", "cpu", "gpu"]
+
+
+def takes_gpus(device: Device, workers: int, gpus: int) -> bool:
+    """Whether each worker gets a GPU: `auto` takes them where there are any, and there must be one for each.
+
+    Raises:
+        Refused: fewer GPUs than workers; nobody would notice that the rest train on CPUs.
+    """
+    if device == "cpu" or (device == "auto" and gpus == 0):
+        return False
+    if gpus < workers:
+        raise Refused(f"launch: {workers} workers need as many GPUs; there are {gpus}; take fewer workers or --device cpu")
+    return True
 
 
 class Launcher(Protocol):

@@ -10,6 +10,7 @@ import torch
 from torch import distributed
 
 from pipeline.job import Job, Place
+from pipeline.launch.base import Device, takes_gpus
 from pipeline.worker import run
 
 GROUP_PATIENCE = timedelta(minutes=30)
@@ -23,11 +24,13 @@ class Inline:
 
     workers = 1
 
-    def __init__(self) -> None:
+    def __init__(self, *, device: Device = "auto") -> None:
+        self.device = "cuda" if takes_gpus(device, 1, torch.cuda.device_count()) else "cpu"
         self._owned = False
 
     def __enter__(self) -> Self:
-        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})  # DeepSpeed reads them
+        # DeepSpeed reads all of them.
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": self.device})
         self._owned = not distributed.is_initialized()
         if self._owned:
             distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1, timeout=GROUP_PATIENCE)
@@ -40,4 +43,4 @@ class Inline:
 
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
         del attempt
-        return run(job, Place(device="cuda" if torch.cuda.is_available() else "cpu"))
+        return run(job, Place(device=self.device))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pipeline.job import Job, Place
-from pipeline.launch.base import LaunchError
+from pipeline.launch.base import Device, LaunchError, takes_gpus
 from pipeline.ranks import Refused
 from pipeline.worker import run
 
@@ -37,6 +37,7 @@ class Ray:
     Args:
         workers: processes that train together.
         address: of an existing cluster (`auto`, `host:6379`, `ray://...`); None starts one here.
+        device: whether each worker gets a GPU; see `takes_gpus`.
         cpus_per_worker: cores that Ray reserves for a worker; torch gets one thread for each.
         max_restarts: how often the workers are started again after one of them died.
         work: what a worker does with its job (None: train it); benchmarks measure inside it.
@@ -48,6 +49,7 @@ class Ray:
         workers: int,
         address: str | None = None,
         cpus_per_worker: int = 1,
+        device: Device = "auto",
         max_restarts: int = 3,
         work: Callable[[Job, Place], dict[str, Any] | None] = run,
     ) -> None:
@@ -55,6 +57,7 @@ class Ray:
         self.workers = workers
         self.address = address
         self.cpus_per_worker = cpus_per_worker
+        self.device: Device = device
         self.max_restarts = max_restarts
         self._owned = False
 
@@ -97,7 +100,7 @@ class Ray:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        gpus = ray.cluster_resources().get("GPU", 0) >= self.workers
+        gpus = takes_gpus(self.device, self.workers, int(ray.cluster_resources().get("GPU", 0)))
         trainer = TorchTrainer(
             partial(_train, work=self.work),
             train_loop_config=asdict(job),

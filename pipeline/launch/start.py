@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.backend.base import autocast
 from pipeline.evaluate import evaluate
 from pipeline.job import resume_command
-from pipeline.launch.base import Launcher
+from pipeline.launch.base import Device, Launcher
 from pipeline.launch.drive import Tracking, drive, prepare, read_job, was_stopped
 from pipeline.launch.inline import Inline
 from pipeline.launch.ray import Ray
@@ -34,6 +34,7 @@ class Cluster:
     workers: int = 1
     inline: bool = False
     address: str | None = None
+    device: Device = "auto"
     cpus_per_worker: int = 1
     loader_threads: int = 1
     max_restarts: int = 3
@@ -44,9 +45,13 @@ class Cluster:
                 if getattr(self, name) != getattr(Cluster, name):
                     option = f"--{name.replace('_', '-')} {getattr(self, name)}"
                     raise ValueError(f"launch: --inline is one worker in this process, without Ray; got {option}")
-            return Inline()
+            return Inline(device=self.device)
         return Ray(
-            workers=self.workers, address=self.address, cpus_per_worker=self.cpus_per_worker, max_restarts=self.max_restarts
+            workers=self.workers,
+            address=self.address,
+            cpus_per_worker=self.cpus_per_worker,
+            device=self.device,
+            max_restarts=self.max_restarts,
         )
 
 
@@ -98,7 +103,7 @@ def resume_run(
         return [folder]
     cluster = Cluster(**read_json(folder / "cluster.json"))
     if inline:
-        cluster = Cluster(inline=True, loader_threads=cluster.loader_threads)
+        cluster = Cluster(inline=True, device=cluster.device, loader_threads=cluster.loader_threads)
     elif workers is not None or address is not None:
         cluster = replace(cluster, inline=False, workers=workers or cluster.workers, address=address or cluster.address)
     command = resume_command(runs, folder.name, trust=trust)
