@@ -18,6 +18,7 @@ from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.ranks import Refused
 from pipeline.recipe import spec
 from pipeline.recipe_file import load_recipes
+from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.state import fresh_state
 from pipeline.track.jsonl import read
@@ -251,3 +252,16 @@ def test_a_run_that_died_after_its_last_checkpoint_is_finished_by_a_resume(
     assert whole is not None
     assert resumed is not None
     assert (resumed["steps"], resumed["top1"], resumed["loss"]) == (whole["steps"], whole["top1"], whole["loss"])
+
+
+def test_rows_are_the_samples_places_in_the_global_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[range] = []
+    original = SLTT.objectives
+
+    def objectives(self: SLTT, *args: Any, rows: range, **kwargs: Any) -> Any:
+        seen.append(rows)
+        return original(self, *args, rows=rows, **kwargs)
+
+    monkeypatch.setattr(SLTT, "objectives", objectives)
+    train_inline(tmp_path / "run", small_recipe(micro_batch=2, stop_after=2))
+    assert seen == [range(first, first + 2) for first in (0, 2, 4, 6)] * 2

@@ -23,7 +23,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.surrogate import Triangle
-from pipeline.spiking.synapse import Conv2d, Linear
+from pipeline.spiking.synapse import Conv2d
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -74,7 +74,8 @@ def network(*, norm: bool = False) -> nn.Module:
         Conv2d(6, 4, 3, stride=2, padding=1),
         LIF(0.5, threshold=0.3, surrogate=Watched()),
         Flatten(),
-        Linear(4 * 3 * 3, 5),
+        # A layer of torch's own: DeepSpeed 0.19.8 would reduce the gradients of these (not of subclasses) in bf16.
+        nn.Linear(4 * 3 * 3, 5),
     )
 
 
@@ -233,7 +234,8 @@ def test_bf16_equals_plain_torch_split_the_same_way(tmp_path: Path) -> None:
     for result in run_ranks(_bf16, RANKS, tmp_path):
         far = {case: gap for case, gap in result.items() if case[1] == "far from fp32"}
         assert min(far.values()) > 1e-5, "bf16 was not in use"
-        assert {case: gap for case, gap in result.items() if case not in far and not gap <= 1e-4} == {}
+        # 1e-8 here; gradients reduced in bf16, as DeepSpeed does unless told otherwise, would be 1e-4 away.
+        assert {case: gap for case, gap in result.items() if case not in far and not gap <= 1e-6} == {}
 
 
 # ---------------------------------------------------------------------------------------------- what the settings are for
