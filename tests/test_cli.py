@@ -92,6 +92,7 @@ def refused(*words: str) -> str:
         ("launch recipes/fashion/sltt.py --workers many", "(see spiketrain launch --help)"),
         ("launch", "Missing argument 'RECIPE'"),
         ("lunch", "No such command 'lunch'"),
+        ("show recipes/fashion/sltt.py --workers 3", "batch_size must divide by 3 workers"),
         ("compare --format xml", "'xml' is not one of 'table', 'json', 'csv'"),
         ("launch recipes/fashion/sltt.py --inline --max-restarts 1", "without Ray; got --max-restarts 1"),
         ("launch recipes/fashion/sltt.py --workers 3", "batch_size must divide by 3 workers"),
@@ -170,6 +171,15 @@ def test_what_does_not_fit_leaves_no_run_behind(tmp_path: Path, change: str, sai
     runs = tmp_path / "runs"
     assert said in refused("launch", str(tmp_path / "one.py"), "--inline", "--runs", str(runs), "--set", change)
     assert not runs.exists()
+
+
+def test_a_cluster_that_is_not_there_is_refused_within_seconds(tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text("from tests.small import small_recipe as recipe\n")
+    begun = time.monotonic()
+    said = refused("launch", str(tmp_path / "one.py"), "--address", "127.0.0.1:1", "--runs", str(tmp_path / "runs"))
+    assert "no cluster answered at '127.0.0.1:1'" in said
+    assert time.monotonic() - begun < 60
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -65,6 +66,8 @@ class Ray:
         """Join the cluster, or start one: in the main thread, because Ray's servers end with the thread that started them."""
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
+        if self.address is not None:
+            _offer_token()  # Ray reads its settings when it is imported
         import ray
 
         self._owned = not ray.is_initialized()
@@ -74,8 +77,9 @@ class Ray:
                     cores = max(self.workers * self.cpus_per_worker, os.cpu_count() or 1)
                     ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
                 else:
+                    _knock(self.address)
                     ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
-            except (ConnectionError, RuntimeError) as error:
+            except (OSError, RuntimeError) as error:  # a ConnectionError is an OSError
                 raise Refused(
                     f"ray: no cluster answered at {self.address!r}: {str(error).splitlines()[0]}; "
                     "is it running, and is RAY_AUTH_TOKEN the cluster's?"
@@ -140,6 +144,20 @@ class Ray:
             # What the workers have, not what this process sees; and workers without a GPU each must not meet the few there are.
             **({"DS_ACCELERATOR": "cuda"} if gpus else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}),
         }
+
+
+def _knock(address: str) -> None:
+    """Fail within seconds where nobody listens: Ray 2.60 tries for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=5).close()
+
+
+def _offer_token() -> None:
+    """A cluster of Ray 2.60 asks for a token as soon as it has one; a driver shows its own only when told to."""
+    in_environment = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if in_environment or Path("~/.ray/auth_token").expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _train(config: dict[str, Any], *, work: Callable[[Job, Place], dict[str, Any] | None]) -> dict[str, Any] | None:
