@@ -6,7 +6,6 @@ calls on logits, once per time step in time order (`over_time="steps"`) or once 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LossOf = Callable[[Tensor], Tensor]
+from pipeline.rules.base import LossOf
 
 
 class Loss(Protocol):

@@ -91,6 +91,9 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 def reference(rule: Rule, clip: float, *, norm: bool = False) -> nn.Module:
     """Plain torch on the joint batch in one process: no loop, no backend, no shares."""
     model = network(norm=norm)
+    for module in model.modules():  # the joint batch in one process has nobody to synchronise with
+        if isinstance(module, BatchNorm):
+            module.between = "rank"
     rule.attach(model, world=World(seed=7))
     optimizer = sgd(model)
     for step in range(STEPS):
@@ -156,27 +159,10 @@ def test_two_ranks_equal_plain_torch_on_the_joint_batch(tmp_path: Path) -> None:
 def _normed(rank: int, ranks: int) -> dict[tuple[str, int], float]:
     found = {}
     for name in RULES:
-        model = network(norm=True)
-        expected = reference_normed(RULES[name](), model)
+        expected = reference(RULES[name](), 0.0, norm=True)
         for zero in STAGES:
             found[name, zero] = distance(ours(RULES[name](), rank, zero=zero, clip=0.0, accumulation=1, norm=True), expected)
     return found
-
-
-def reference_normed(rule: Rule, model: nn.Module) -> nn.Module:
-    for module in model.modules():  # the joint batch in one process has nobody to synchronise with
-        if isinstance(module, BatchNorm):
-            module.between = "rank"
-    rule.attach(model, world=World(seed=7))
-    optimizer = sgd(model)
-    for step in range(STEPS):
-        x_TB, target_B = batch(step)
-        for objective in rule.objectives(model, x_TB, CrossEntropy()(target_B), step=step):
-            if objective.backward is not None:
-                objective.backward.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
 
 
 def test_two_ranks_equal_the_joint_batch_with_synchronised_batch_norm(tmp_path: Path) -> None:
