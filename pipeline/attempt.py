@@ -134,6 +134,7 @@ class Attempt:
                     f"training: the loss must be finite; got {metrics['loss']} at step {self.step}; lower optimizer.lr?"
                 )
             metrics["lr"] = self.backend.optimizer.param_groups[0]["lr"]
+            metrics |= {f"rule_{name}": value for name, value in self._figures().items()}
             self.tracker.event("step", step=self.step, epoch=epoch, metrics=metrics, memory_bytes=memory_now_bytes())
         due = recipe.checkpoint_every > 0 and self.step % recipe.checkpoint_every == 0
         self.stop_asked, late = self.ranks.decide(
@@ -142,6 +143,14 @@ class Attempt:
         )
         if (due or late or self.stop_asked) and not last:
             self._save(score=None)
+
+    def _figures(self) -> dict[str, float]:
+        """What the rule says of its last batch, the mean over ranks; collective."""
+        figures = self.parts.rule.figures()
+        if not figures:
+            return {}
+        means = self.ranks.mean(torch.tensor(list(figures.values()), dtype=torch.float64, device=self.parts.device))
+        return dict(zip(figures, means.tolist(), strict=True))
 
     # ------------------------------------------------------------------------------------------- epochs and checkpoints
 
@@ -248,6 +257,7 @@ class Attempt:
     def _finish(self) -> dict[str, Any]:
         result = self.result or self._evaluate()  # an attempt that died after its last checkpoint has evaluated nothing
         totals = self.meters.over_ranks(self.ranks.max)
+        figures = self._figures()
         summary: dict[str, Any] = {}
         if self.ranks.rank == 0:
             summary = {
@@ -261,6 +271,7 @@ class Attempt:
                 "steps": self.step,
                 "epochs": math.ceil(self.step / self.epoch_steps),
                 **summarise(result, totals, read(self.folder / "journal.jsonl")),
+                "rule_figures": figures,
                 "loader_threads": self.job.loader_threads,
                 "commit": self.job.commit,
                 "data_fingerprint": self.job.data_fingerprint,

@@ -64,6 +64,7 @@ def train(
                         with meters.optimizer():
                             backend.step()
                 meters.end_of_micro_batch(target_B)
+            rule.end_of_batch()
             if rule.update == "batch":
                 with meters.optimizer():
                     backend.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.attempt import Attempt, Parts
 from pipeline.backend.base import Backend
@@ -23,6 +24,7 @@ from pipeline.measure.meters import Meters
 from pipeline.ranks import Ranks, Refused
 from pipeline.recipe import Recipe, Split
 from pipeline.rules.base import Rule, World
+from pipeline.spiking.encode import repeat
 from pipeline.track.base import Tracker
 from pipeline.weights import load_start
 from pipeline.writer import journal, only_writer
@@ -102,6 +104,8 @@ def _own_parts(
         tracker.event("init", file=start.file, fresh=list(start.fresh))
     network.to(place.device)
     rule = attached_rule(recipe, network, world)
+    if is_fresh and rule.calibration_batches:
+        rule.calibrate(network, first_batches(recipe, data, rule.calibration_batches, place.device))
     if rule.update == "objective" and split.accumulation > 1:
         raise ValueError(f"{recipe.rule.label}: moves the weights at every time step and refuses accumulation; got {split}")
     sizes = {"rank": world.rank, "world": world.size, "micro_batch": split.micro_batch, "threads": job.loader_threads}
@@ -123,6 +127,17 @@ def attached_rule(recipe: Recipe, network: nn.Module, world: World) -> Rule:
     rule.check_steps(recipe.time_steps)
     rule.attach(network, world=world, over_time=recipe.over_time)
     return rule
+
+
+def first_batches(recipe: Recipe, data: Data, count: int, device: torch.device) -> list[Tensor]:
+    """The inputs `x_TB` of the first `count` global batches, whole: the same on every rank, whatever the number of ranks."""
+    whole = {"rank": 0, "world": 1, "batch_size": recipe.batch_size, "micro_batch": recipe.batch_size, "threads": 1}
+    loader = data.train(seed=recipe.seed, **whole)
+    try:
+        with loader.epoch(0) as batches:
+            return [repeat(batch.x.to(device), recipe.time_steps) for batch in itertools.islice(batches, count)]
+    finally:
+        loader.close()
 
 
 def check_recipe(recipe: Recipe, workers: int) -> nn.Module:

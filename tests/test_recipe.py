@@ -19,6 +19,7 @@ from pipeline.recipe_file import load_recipes, parse_changes
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.schedule import cosine
+from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
 
 RECIPES = sorted(path for path in Path("recipes").rglob("*.py") if path.name not in ("__init__.py", "base.py"))
@@ -27,7 +28,9 @@ RECIPES = sorted(path for path in Path("recipes").rglob("*.py") if path.name not
 def small(**changes: Any) -> Recipe:
     written = Recipe(
         name="small",
-        model=spec(nf_resnet18_small, classes=10, in_channels=1, width=4, blocks=[1], surrogate=Sigmoid(alpha=2.0)),
+        model=spec(
+            nf_resnet18_small, classes=10, in_channels=1, width=4, blocks=[1], neuron=spec(LIF, surrogate=Sigmoid(alpha=2.0))
+        ),
         rule=spec(SLTT, k=1),
         data=spec(Synthetic, samples=64, shape=(1, 8, 8)),
         objective=spec(CrossEntropy),
@@ -98,7 +101,10 @@ def test_json_imports_from_trusted_packages_alone(target: str) -> None:
 @pytest.mark.parametrize("target", ["torch.utils.collect_env.run", "timm.optim.create_optimizer_v2", "torch.nn.Linear"])
 def test_a_value_in_json_is_a_dataclass_and_runs_nothing(target: str, tmp_path: Path) -> None:
     value = small().to_json()
-    value["recipe"]["model"]["kwargs"]["surrogate"] = {"value": target, "kwargs": {"command": f"touch {tmp_path / 'pwned'}"}}
+    value["recipe"]["model"]["kwargs"]["neuron"]["kwargs"]["surrogate"] = {
+        "value": target,
+        "kwargs": {"command": f"touch {tmp_path / 'pwned'}"},
+    }
     with pytest.raises(ValueError, match=r"trusted|must be a dataclass"):
         Recipe.from_json(value)
     assert list(tmp_path.iterdir()) == []

@@ -13,24 +13,18 @@ Meng et al. 2023 (SLTT, arXiv 2302.14311) for the spiking one.
 # T time, B batch, C channels, H W pixels, K classes
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.parts import one_more, standardized_conv, variance_gain
 from pipeline.spiking.neuron import LIF
-from pipeline.spiking.surrogate import Surrogate, Triangle
 from pipeline.spiking.synapse import Conv2d, Linear, folded
 
-# 1 / sqrt(p (1 - p)) = 2.737 with p = P(N(0, 1) >= 1): a spike of a unit-variance current at threshold 1 has unit variance
-# after it. Rounded as published.
-SPIKE_GAIN = 2.74
 # The weight of each branch: it adds alpha^2 to the variance of the stream.
 ALPHA = 0.2
-
-Neuron = Callable[[], nn.Module]
 
 
 class BasicBlock(nn.Module):
@@ -38,19 +32,20 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, width: int, *, stride: int, beta: float, neuron: Neuron) -> None:
+    def __init__(self, in_channels: int, width: int, *, stride: int, beta: float, neuron: nn.Module) -> None:
         super().__init__()
         self.beta = beta
-        self.neuron1, self.neuron2 = neuron(), neuron()
+        self.neuron1, self.neuron2 = one_more(neuron), one_more(neuron)
+        self.gain = variance_gain(neuron)
         self.conv1 = standardized_conv(in_channels, width, 3, stride=stride)
         self.conv2 = standardized_conv(width, width, 3)
         self.downsample = _downsample(in_channels, width * self.expansion, stride=stride)
         self.skip_gain = nn.Parameter(torch.zeros(1))  # one number, not a scalar: DeepSpeed 0.19.8 cannot broadcast those
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
-        h = SPIKE_GAIN * self.neuron1(x_TBCHW / self.beta)
+        h = self.gain * self.neuron1(x_TBCHW / self.beta)
         shortcut = x_TBCHW if self.downsample is None else self.downsample(h)
-        h = SPIKE_GAIN * self.neuron2(self.conv1(h))
+        h = self.gain * self.neuron2(self.conv1(h))
         return torch.addcmul(shortcut, self.conv2(h), self.skip_gain, value=ALPHA)
 
 
@@ -59,10 +54,11 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, *, stride: int, beta: float, neuron: Neuron) -> None:
+    def __init__(self, in_channels: int, width: int, *, stride: int, beta: float, neuron: nn.Module) -> None:
         super().__init__()
         self.beta = beta
-        self.neuron1, self.neuron2, self.neuron3 = neuron(), neuron(), neuron()
+        self.neuron1, self.neuron2, self.neuron3 = one_more(neuron), one_more(neuron), one_more(neuron)
+        self.gain = variance_gain(neuron)
         self.conv1 = standardized_conv(in_channels, width, 1)
         self.conv2 = standardized_conv(width, width, 3, stride=stride)
         self.conv3 = standardized_conv(width, width * self.expansion, 1)
@@ -70,10 +66,10 @@ class Bottleneck(nn.Module):
         self.skip_gain = nn.Parameter(torch.zeros(1))  # one number, not a scalar: DeepSpeed 0.19.8 cannot broadcast those
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
-        h = SPIKE_GAIN * self.neuron1(x_TBCHW / self.beta)
+        h = self.gain * self.neuron1(x_TBCHW / self.beta)
         shortcut = x_TBCHW if self.downsample is None else self.downsample(h)
-        h = SPIKE_GAIN * self.neuron2(self.conv1(h))
-        h = SPIKE_GAIN * self.neuron3(self.conv2(h))
+        h = self.gain * self.neuron2(self.conv1(h))
+        h = self.gain * self.neuron3(self.conv2(h))
         return torch.addcmul(shortcut, self.conv3(h), self.skip_gain, value=ALPHA)
 
 
@@ -97,7 +93,7 @@ class NFResNet(nn.Module):
         width: int,
         stem: Literal["imagenet", "small"],
         stem_stride: int = 1,
-        neuron: Neuron,
+        neuron: nn.Module,
     ) -> None:
         super().__init__()
         numbers = {"classes": classes, "in_channels": in_channels, "width": width, "stem_stride": stem_stride}
@@ -139,14 +135,9 @@ def nf_resnet34(
     classes: int = 1000,
     *,
     in_channels: int = 3,
-    leak: float = 0.5,
-    threshold: float = 1.0,
-    reset: Literal["subtract", "zero"] = "subtract",
-    reset_gradient: Literal["detached", "kept"] = "detached",
-    surrogate: Surrogate = Triangle(),
+    neuron: nn.Module = LIF(),
 ) -> NFResNet:
     """NF-ResNet-34, 21,797,688 parameters at 1000 classes. SLTT's published leak is 1/11, OTTT's 0.5."""
-    neuron = partial(LIF, leak, threshold=threshold, reset=reset, reset_gradient=reset_gradient, surrogate=surrogate)
     return NFResNet(
         BasicBlock, blocks=(3, 4, 6, 3), classes=classes, in_channels=in_channels, width=64, stem="imagenet", neuron=neuron
     )
@@ -156,14 +147,9 @@ def nf_resnet50(
     classes: int = 1000,
     *,
     in_channels: int = 3,
-    leak: float = 0.5,
-    threshold: float = 1.0,
-    reset: Literal["subtract", "zero"] = "subtract",
-    reset_gradient: Literal["detached", "kept"] = "detached",
-    surrogate: Surrogate = Triangle(),
+    neuron: nn.Module = LIF(),
 ) -> NFResNet:
     """NF-ResNet-50, 25,557,048 parameters at 1000 classes."""
-    neuron = partial(LIF, leak, threshold=threshold, reset=reset, reset_gradient=reset_gradient, surrogate=surrogate)
     return NFResNet(
         Bottleneck, blocks=(3, 4, 6, 3), classes=classes, in_channels=in_channels, width=64, stem="imagenet", neuron=neuron
     )
@@ -173,14 +159,9 @@ def nf_resnet101(
     classes: int = 1000,
     *,
     in_channels: int = 3,
-    leak: float = 0.5,
-    threshold: float = 1.0,
-    reset: Literal["subtract", "zero"] = "subtract",
-    reset_gradient: Literal["detached", "kept"] = "detached",
-    surrogate: Surrogate = Triangle(),
+    neuron: nn.Module = LIF(),
 ) -> NFResNet:
     """NF-ResNet-101, 44,549,193 parameters at 1000 classes."""
-    neuron = partial(LIF, leak, threshold=threshold, reset=reset, reset_gradient=reset_gradient, surrogate=surrogate)
     return NFResNet(
         Bottleneck, blocks=(3, 4, 23, 3), classes=classes, in_channels=in_channels, width=64, stem="imagenet", neuron=neuron
     )
@@ -193,14 +174,9 @@ def nf_resnet18_small(
     width: int = 64,
     blocks: Sequence[int] = (2, 2, 2, 2),
     stem_stride: int = 1,
-    leak: float = 0.5,
-    threshold: float = 1.0,
-    reset: Literal["subtract", "zero"] = "subtract",
-    reset_gradient: Literal["detached", "kept"] = "detached",
-    surrogate: Surrogate = Triangle(),
+    neuron: nn.Module = LIF(),
 ) -> NFResNet:
     """NF-ResNet-18 for 28 to 32 pixels: 3x3 stem, no stem pool. `width`, fewer `blocks` and `stem_stride` make it small."""
-    neuron = partial(LIF, leak, threshold=threshold, reset=reset, reset_gradient=reset_gradient, surrogate=surrogate)
     return NFResNet(
         BasicBlock,
         blocks=blocks,
@@ -211,14 +187,6 @@ def nf_resnet18_small(
         stem_stride=stem_stride,
         neuron=neuron,
     )
-
-
-def standardized_conv(in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1) -> Conv2d:
-    """A convolution with standardised weights that keeps the size of the image, stride aside; Kaiming fan-out, bias 0."""
-    conv = Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, weights="standardized")
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-    return conv
 
 
 def _downsample(in_channels: int, out_channels: int, *, stride: int) -> Conv2d | None:

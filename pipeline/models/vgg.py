@@ -8,27 +8,25 @@ Source: Xiao et al. 2022 (OTTT, arXiv 2210.04195), section 5 and appendix.
 # T time, B batch, C channels, H W pixels, K classes
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.models.nf_resnet import SPIKE_GAIN, Neuron, standardized_conv
+from pipeline.models.parts import one_more, standardized_conv, variance_gain
 from pipeline.spiking.neuron import LIF
-from pipeline.spiking.surrogate import Surrogate, Triangle
 from pipeline.spiking.synapse import Linear, folded
 
 
 class Layer(nn.Module):
     """h = gamma LIF(sWS convolution(h))."""
 
-    def __init__(self, in_channels: int, width: int, *, neuron: Neuron) -> None:
+    def __init__(self, in_channels: int, width: int, *, neuron: nn.Module) -> None:
         super().__init__()
         self.conv = standardized_conv(in_channels, width, 3)
-        self.neuron = neuron()
+        self.neuron = one_more(neuron)
+        self.gain = variance_gain(neuron)
 
     def forward(self, h_TBCHW: Tensor) -> Tensor:
-        return SPIKE_GAIN * self.neuron(self.conv(h_TBCHW))
+        return self.gain * self.neuron(self.conv(h_TBCHW))
 
 
 class VGG(nn.Module):
@@ -37,7 +35,7 @@ class VGG(nn.Module):
     Raises: ValueError for an empty stage, or an image too small for the pools between the stages.
     """
 
-    def __init__(self, *, stages: Sequence[Sequence[int]], classes: int, in_channels: int, neuron: Neuron) -> None:
+    def __init__(self, *, stages: Sequence[Sequence[int]], classes: int, in_channels: int, neuron: nn.Module) -> None:
         super().__init__()
         if not stages or any(not widths or min(widths) < 1 for widths in stages):
             raise ValueError(f"VGG: each stage must hold at least one width >= 1; got stages={stages}")
@@ -74,12 +72,10 @@ def vgg_sws(
     *,
     in_channels: int = 3,
     stages: Sequence[Sequence[int]] = ((64, 128), (256, 256), (512, 512), (512, 512)),
-    leak: float = 0.5,
-    threshold: float = 1.0,
-    reset: Literal["subtract", "zero"] = "subtract",
-    reset_gradient: Literal["detached", "kept"] = "detached",
-    surrogate: Surrogate = Triangle(),
+    neuron: nn.Module = LIF(),
 ) -> VGG:
-    """VGG-sWS, 9,228,362 parameters at 10 classes and 3 channels. OTTT's surrogate is Sigmoid(4); narrower `stages` for demos."""
-    neuron = partial(LIF, leak, threshold=threshold, reset=reset, reset_gradient=reset_gradient, surrogate=surrogate)
+    """VGG-sWS, 9,228,362 parameters at 10 classes and 3 channels; narrower `stages` for demos.
+
+    OTTT's neuron is LIF(surrogate=Sigmoid(4)).
+    """
     return VGG(stages=stages, classes=classes, in_channels=in_channels, neuron=neuron)

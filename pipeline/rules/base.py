@@ -4,6 +4,7 @@
     for objective in rule.objectives(model, x_TB, loss_of, step=step):   # once per batch that a worker holds (a micro-batch)
         if objective.backward is not None:
             objective.backward.backward()
+    rule.end_of_batch()                                                  # once per global batch, before the weights move
 
 A rule finds neurons and synapses and sets their seams; it never meets an optimizer, a label or a process group.
 """
@@ -58,12 +59,15 @@ class Rule(nn.Module):
 
     A rule says in `memory` how the bytes kept for its backward grow with T, in `update` when the loop may move the weights
     (after the batch, or after each objective), and in `over_time_choices` which losses it can differentiate.
-    It overrides `_objectives`, and `attach` where it sets seams.
+    It overrides `_objectives`, and `attach` where it sets seams. A rule that learns by itself, beside the gradients, keeps
+    what it learnt in buffers of fp32 (they are checkpointed) and moves it in `end_of_batch`.
     """
 
     memory: ClassVar[Literal["constant", "linear"]]
     update: Literal["batch", "objective"] = "batch"
     over_time_choices: ClassVar[tuple[OverTime, ...]] = ("steps",)
+    calibration_batches: int = 0
+    """global batches of the training set that `calibrate` wants to see before the first step"""
 
     world: World
     over_time: OverTime
@@ -88,8 +92,13 @@ class Rule(nn.Module):
         if over_time not in ("steps", "mean"):
             raise ValueError(f"{self.label}: over_time must be 'steps' or 'mean'; got over_time={over_time!r}")
         if over_time not in self.over_time_choices:
+            why = (
+                "the loss of the mean logits needs all T steps in one graph"
+                if over_time == "mean"
+                else "it has one loss, of rates"
+            )
             raise ValueError(
-                f"{self.label}: the loss of the mean logits needs all T steps in one graph; got over_time={over_time!r}"
+                f"{self.label}: {why}, so over_time must be {self.over_time_choices[0]!r}; got over_time={over_time!r}"
             )
         if self._attached:
             raise ValueError(f"{self.label}: release the first model before attaching another")
@@ -109,6 +118,25 @@ class Rule(nn.Module):
 
         Raises: ValueError that names the argument which does not fit.
         """
+
+    def calibrate(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
+        """Set what depends on the data, such as thresholds, from `calibration_batches` of training inputs `x_TB`.
+
+        Called once, at a fresh start, after `attach` and before anything is distributed; every rank sees the same batches.
+        """
+
+    def start_task(self, model: nn.Module, task: int) -> None:
+        """Task `task` (from 0) of a recipe with several begins. Rules that know no tasks go on as before."""
+
+    def end_of_batch(self) -> None:
+        """All micro-batches of a global batch were differentiated; collective, where the rule averages over ranks."""
+
+    def figures(self) -> dict[str, float]:
+        """What the rule has to say of its last batch beside loss and accuracy, such as how well a solve converged.
+
+        Reported in the journal as means over ranks, so the names are the same on every rank.
+        """
+        return {}
 
     def release(self) -> None:
         """Give the seams back what they held before `attach`; nothing happens where nothing is attached."""
@@ -168,6 +196,13 @@ def slices(x_TB: Tensor, chunk: int) -> Iterator[Tensor]:
 def named_neurons(model: nn.Module) -> list[tuple[str, LIF]]:
     """Every LIF of `model` with its module name, in the order of construction."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LIF)]
+
+
+def cut_in_time(rule: Rule, model: nn.Module) -> None:
+    """Whatever `model` carries from one time step to the next becomes a constant: membranes, and feedback between steps."""
+    for module in model.modules():
+        if hasattr(module, "carry"):
+            rule.set_seam(module, "carry", torch.detach)
 
 
 def refuse_batch_norm_over_time(rule: Rule, model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from pipeline.rules.base import (
     Rule,
     World,
     counter_hash,
+    cut_in_time,
     named_neurons,
     refuse_batch_norm_over_time,
     slices,
@@ -64,8 +65,7 @@ class SLTT(Rule):
         if not neurons:
             raise ValueError(f"{self.label}: the model must have LIF neurons, whose membrane is cut; got {type(model).__name__}")
         super().attach(model, world=world, over_time=over_time)
-        for _, neuron in neurons:
-            self.set_seam(neuron, "carry", torch.detach)
+        cut_in_time(self, model)
 
     def check_steps(self, steps: int) -> None:
         k = steps if self.k is None else self.k

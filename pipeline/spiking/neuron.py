@@ -22,11 +22,12 @@ class LIF(nn.Module):
 
         u[t] = leak v[t-1] + x[t]              (decay_input: leak v[t-1] + (1 - leak) x[t]),  v[0] = 0
         s[t] = 1 if u[t] >= threshold else 0
-        v[t] = u[t] - threshold s[t]           (reset "subtract")      or      u[t] (1 - s[t])     (reset "zero")
+        v[t] = u[t] - subtract s[t]            (reset "subtract")      or      u[t] (1 - s[t])     (reset "zero")
 
     Arguments: `leak` is the part of the membrane kept per time step, 1 - 1/tau with tau in steps; `threshold` is in units
-    of the current; `reset_gradient="detached"` treats the s of the last line as a constant; `surrogate` replaces the
-    derivative of the second line. The membrane is never below fp32 (float64 stays); spikes have the dtype of the current.
+    of the current, and so is `subtract`, None for the threshold (more of it makes rest negative);
+    `reset_gradient="detached"` treats the s of the last line as a constant; `surrogate` replaces the derivative of the
+    second line. The membrane is never below fp32 (float64 stays); spikes have the dtype of the current.
 
     Two seams for rules: `carry` is applied to the membrane after every step, so it stands between all steps, inside a
     slice as between slices; `gradient(lif, x_TB) -> s_TB`, where set, replaces the loop (it finds the equations in `step`
@@ -41,6 +42,7 @@ class LIF(nn.Module):
         *,
         threshold: float = 1.0,
         reset: Literal["subtract", "zero"] = "subtract",
+        subtract: float | None = None,
         reset_gradient: Literal["detached", "kept"] = "detached",
         decay_input: bool = False,
         surrogate: Surrogate = Triangle(),
@@ -52,6 +54,8 @@ class LIF(nn.Module):
             raise ValueError(f"LIF: threshold must be > 0; got threshold={threshold}")
         if reset not in ("subtract", "zero"):
             raise ValueError(f"LIF: reset must be 'subtract' or 'zero'; got reset={reset!r}")
+        if subtract is not None and (reset != "subtract" or not subtract > 0):
+            raise ValueError(f"LIF: subtract must be > 0 and needs reset='subtract'; got subtract={subtract}, reset={reset!r}")
         if reset_gradient not in ("detached", "kept"):
             raise ValueError(f"LIF: reset_gradient must be 'detached' or 'kept'; got reset_gradient={reset_gradient!r}")
         if decay_input and leak == 1:
@@ -59,6 +63,7 @@ class LIF(nn.Module):
         self.leak = leak
         self.threshold = threshold
         self.reset = reset
+        self.subtract = threshold if subtract is None else subtract
         self.reset_gradient = reset_gradient
         self.decay_input = decay_input
         self.surrogate = surrogate
@@ -100,15 +105,15 @@ class LIF(nn.Module):
         # Written so that autograd keeps `above_B` alone (and a mask of bytes, for the detached reset to zero).
         if self.reset == "subtract":
             s_reset_B = s_B if self.reset_gradient == "kept" else s_B.detach()
-            return s_B, torch.sub(u_B, s_reset_B, alpha=self.threshold)
+            return s_B, torch.sub(u_B, s_reset_B, alpha=self.subtract)
         if self.reset_gradient == "kept":
             return s_B, u_B * (1 - s_B)
         return s_B, u_B.masked_fill(above_B.detach() >= 0, 0)
 
     def extra_repr(self) -> str:
         return (
-            f"leak={self.leak}, threshold={self.threshold}, reset={self.reset!r}, reset_gradient={self.reset_gradient!r}, "
-            f"decay_input={self.decay_input}, surrogate={self.surrogate}"
+            f"leak={self.leak}, threshold={self.threshold}, reset={self.reset!r}, subtract={self.subtract}, "
+            f"reset_gradient={self.reset_gradient!r}, decay_input={self.decay_input}, surrogate={self.surrogate}"
         )
 
 
@@ -116,8 +121,9 @@ def IF(
     *,
     threshold: float = 1.0,
     reset: Literal["subtract", "zero"] = "subtract",
+    subtract: float | None = None,
     reset_gradient: Literal["detached", "kept"] = "detached",
     surrogate: Surrogate = Triangle(),
 ) -> LIF:
     """Integrate-and-fire: the LIF that forgets nothing, leak 1."""
-    return LIF(1.0, threshold=threshold, reset=reset, reset_gradient=reset_gradient, surrogate=surrogate)
+    return LIF(1.0, threshold=threshold, reset=reset, subtract=subtract, reset_gradient=reset_gradient, surrogate=surrogate)

@@ -10,6 +10,7 @@ from pipeline.objective import CrossEntropy
 from pipeline.recipe import Recipe, spec
 from pipeline.rules.sltt import SLTT
 from pipeline.schedule import cosine
+from pipeline.spiking.neuron import LIF
 
 LEAK = 1 / 11  # SLTT's published tau of 1.1
 
@@ -18,7 +19,9 @@ def fashion() -> Recipe:
     """A small NF-ResNet on Fashion-MNIST at T = 6, trained by SLTT."""
     return Recipe(
         name="fashion",
-        model=spec(nf_resnet18_small, classes=10, in_channels=1, width=16, blocks=(1, 1, 1), stem_stride=2, leak=LEAK),
+        model=spec(
+            nf_resnet18_small, classes=10, in_channels=1, width=16, blocks=(1, 1, 1), stem_stride=2, neuron=spec(LIF, leak=LEAK)
+        ),
         rule=spec(SLTT),
         data=spec(
             Beton, folder="data/fashion", classes=10, channels=1, size=28, crop="shift", reach=2, mean=(0.286,), std=(0.353,)

@@ -15,12 +15,13 @@ from pipeline.objective import CrossEntropy
 from pipeline.recipe import Recipe, spec
 from pipeline.rules.sltt import SLTT
 from pipeline.schedule import cosine
+from pipeline.spiking.neuron import LIF
 
 
 def recipe() -> Recipe:
     return Recipe(
         name="imagenet-nf-resnet34-t1",
-        model=spec(nf_resnet34, classes=1000, leak=1 / 11),
+        model=spec(nf_resnet34, classes=1000, neuron=spec(LIF, leak=1 / 11)),
         rule=spec(SLTT),
         data=spec(Beton, folder="data/imagenet", classes=1000, size=224, crop="resized"),
         objective=spec(CrossEntropy),

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, distributed, nn
 from pipeline.backend.deepspeed import DeepSpeed, config, import_deepspeed
 from pipeline.loop import MicroBatch, train
 from pipeline.objective import CrossEntropy
-from pipeline.rules.base import Objective, Rule, World
+from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
@@ -25,28 +24,13 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.surrogate import Triangle
 from pipeline.spiking.synapse import Conv2d
 from tests.processes import run_ranks
+from tests.silent import NoMeters
 
 pytestmark = pytest.mark.distributed
 
 TIME, BATCH, RANKS, STEPS, LR, MOMENTUM = 4, 16, 2, 2, 0.2, 0.9
 RULES = {"BPTT": BPTT, "SLTT": SLTT, "SLTT-2": lambda: SLTT(k=2, rescale=True)}
 STAGES = (0, 1, 2)
-
-
-class NoMeters:
-    """Meters that measure nothing: the loop alone is on trial."""
-
-    def batch(self, step: int) -> Any:
-        return nullcontext()
-
-    def optimizer(self) -> Any:
-        return nullcontext()
-
-    def add(self, objective: Objective, share: float) -> None:
-        pass
-
-    def end_of_micro_batch(self, target_B: Tensor) -> None:
-        pass
 
 
 class Watched(Triangle):

@@ -49,7 +49,7 @@ def test_start_of_the_classifier():
 
 def test_neuron_arguments_reach_every_neuron():
     with torch.device("meta"):
-        model = vgg_sws(leak=0.25, threshold=0.5, reset="zero", reset_gradient="kept", surrogate=Sigmoid())
+        model = vgg_sws(neuron=LIF(0.25, threshold=0.5, reset="zero", reset_gradient="kept", surrogate=Sigmoid()))
     neurons = [m for m in model.modules() if isinstance(m, LIF)]
     assert len(neurons) == 8
     assert {(n.leak, n.threshold, n.reset, n.reset_gradient, n.surrogate) for n in neurons} == {

@@ -176,3 +176,14 @@ def test_refuses(arguments, message):
 
 def test_repr_says_which_neuron_it_is():
     assert "leak=0.25" in repr(LIF(0.25)) and repr(Triangle()) in repr(LIF())
+
+
+def test_subtract_is_what_a_spike_takes():
+    """The symmetric reset: 2 thresholds, so that the membrane stays centred; a constant current fires at half the rate."""
+    neuron = IF(threshold=1.0, subtract=2.0)
+    x = torch.full((1000, 1, 1), 0.5, dtype=torch.float64)
+    with fresh_state(neuron):
+        spikes = neuron(x)
+    assert abs(spikes.mean().item() - 0.25) <= 1 / 1000
+    with pytest.raises(ValueError, match=r"LIF: subtract must be > 0 and needs reset='subtract'; got subtract=2.0, reset='zero'"):
+        IF(subtract=2.0, reset="zero")

@@ -1,0 +1,36 @@
+"""What several families are made of: copies of one neuron, and the convolution of networks without batch norm.
+
+A builder takes its neuron as a module, `neuron=LIF(leak=0.5)`, in a recipe `neuron=spec(LIF, leak=0.5)`, and gives each
+layer a copy of its own. `neuron=nn.ReLU()` is the ANN with the same layers.
+"""
+
+import copy
+import math
+
+from torch import nn
+
+from pipeline.spiking.synapse import Conv2d
+
+# 1 / sqrt(p (1 - p)) = 2.737 with p = P(N(0, 1) >= 1): a spike of a unit-variance current at threshold 1 has unit variance
+# after it. Rounded as published.
+SPIKE_GAIN = 2.74
+# The same for max(0, N(0, 1)), whose variance is (1 - 1/pi) / 2 (Brock et al. 2021, arXiv 2101.08692).
+RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))
+
+
+def one_more(neuron: nn.Module) -> nn.Module:
+    """A copy of the prototype, with parameters and state of its own."""
+    return copy.deepcopy(neuron)
+
+
+def variance_gain(neuron: nn.Module) -> float:
+    """What a unit-variance current must be multiplied by behind the neuron to have unit variance again."""
+    return RELU_GAIN if isinstance(neuron, nn.ReLU) else SPIKE_GAIN
+
+
+def standardized_conv(in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1) -> Conv2d:
+    """A convolution with standardised weights that keeps the size of the image, stride aside; Kaiming fan-out, bias 0."""
+    conv = Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, weights="standardized")
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+    return conv

@@ -1,0 +1,26 @@
+"""Meters that measure nothing, where the loop alone is on trial."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.rules.base import Objective
+
+
+class NoMeters:
+    """Fits the loop's Protocol."""
+
+    def batch(self, step: int) -> Any:
+        return nullcontext()
+
+    def optimizer(self) -> Any:
+        return nullcontext()
+
+    def add(self, objective: Objective, share: float) -> None:
+        pass
+
+    def end_of_micro_batch(self, target_B: Tensor) -> None:
+        pass
