@@ -105,7 +105,7 @@ def _own_parts(
     network.to(place.device)
     rule = attached_rule(recipe, network, world)
     if is_fresh and rule.calibration_batches:
-        rule.calibrate(network, first_batches(recipe, data, rule.calibration_batches, place.device))
+        rule.calibrate(network, first_batches(recipe, data, rule.calibration_batches, torch.device(place.device)))
     if rule.update == "objective" and split.accumulation > 1:
         raise ValueError(f"{recipe.rule.label}: moves the weights at every time step and refuses accumulation; got {split}")
     sizes = {"rank": world.rank, "world": world.size, "micro_batch": split.micro_batch, "threads": job.loader_threads}
