@@ -1,0 +1,50 @@
+"""Fully connected networks: `[T, B, ...]` to logits `[T, B, K]`, a neuron behind each hidden layer."""
+
+# T time, B batch, K classes
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from pipeline.models.parts import one_more
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.synapse import Linear, Weights
+
+
+class MLP(nn.Module):
+    """Flatten, then Linear and neuron for each of `hidden`, then the classifier.
+
+    Raises: ValueError for sizes below 1.
+    """
+
+    def __init__(
+        self, *, in_features: int, hidden: Sequence[int], classes: int, bias: bool, weights: Weights, neuron: nn.Module
+    ) -> None:
+        super().__init__()
+        if min(in_features, classes, *hidden) < 1:
+            raise ValueError(
+                f"MLP: in_features, classes and every hidden size must be >= 1; got {in_features}, {classes} and {tuple(hidden)}"
+            )
+        self.layers = nn.Sequential()
+        size = in_features
+        for width in hidden:
+            self.layers.append(Linear(size, width, bias, weights=weights))
+            self.layers.append(one_more(neuron))
+            size = width
+        self.classifier = Linear(size, classes, bias)
+
+    def forward(self, x_TB: Tensor) -> Tensor:
+        return self.classifier(self.layers(x_TB.flatten(2)))
+
+
+def mlp(
+    classes: int = 10,
+    *,
+    in_features: int = 784,
+    hidden: Sequence[int] = (800, 800),
+    bias: bool = True,
+    weights: Weights = "plain",
+    neuron: nn.Module = LIF(),
+) -> MLP:
+    """784-800-800-10 unless told otherwise; HLOP's published network has no bias."""
+    return MLP(in_features=in_features, hidden=hidden, classes=classes, bias=bias, weights=weights, neuron=neuron)

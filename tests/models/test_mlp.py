@@ -1,0 +1,39 @@
+import pytest
+import torch
+from torch import nn
+
+from pipeline.models.mlp import mlp
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.state import fresh_state
+
+
+def test_parameter_counts():
+    assert sum(p.numel() for p in mlp(bias=False).parameters()) == 784 * 800 + 800 * 800 + 800 * 10
+    assert sum(p.numel() for p in mlp(hidden=(400,)).parameters()) == 785 * 400 + 401 * 10
+
+
+def test_against_an_independent_forward():
+    model = mlp(3, in_features=8, hidden=(5, 4), neuron=LIF(0.25)).double()
+    x = 3 * torch.randn(4, 2, 2, 2, 2, dtype=torch.float64)
+    w = dict(model.named_parameters())
+    v = [torch.zeros(2, n, dtype=torch.float64) for n in (5, 4)]
+    logits = []
+    for frame in x.flatten(2):
+        h = frame
+        for index, layer in enumerate(("layers.0", "layers.2")):
+            u = 0.25 * v[index] + h @ w[f"{layer}.weight"].T + w[f"{layer}.bias"]
+            h = (u >= 1).double()
+            v[index] = u - h
+        logits.append(h @ w["classifier.weight"].T + w["classifier.bias"])
+    with fresh_state(model):
+        assert torch.allclose(model(x), torch.stack(logits), atol=1e-12)
+
+
+def test_relu_is_the_ann():
+    model = mlp(neuron=nn.ReLU())
+    assert model(torch.randn(1, 2, 1, 28, 28)).shape == (1, 2, 10)
+
+
+def test_refuses():
+    with pytest.raises(ValueError, match=r"MLP: in_features, classes and every hidden size must be >= 1; got 784, 10 and \(0,\)"):
+        mlp(hidden=(0,))
