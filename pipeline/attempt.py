@@ -29,7 +29,7 @@ from pipeline.measure.meters import Meters, Totals
 from pipeline.ranks import Ranks, Refused
 from pipeline.recipe import Recipe, Split, write_json
 from pipeline.rules.base import Rule
-from pipeline.spiking.encode import repeat
+from pipeline.spiking.encode import over_steps
 from pipeline.summary import summarise, versions
 from pipeline.track.base import Tracker
 from pipeline.track.jsonl import read
@@ -118,7 +118,7 @@ class Attempt:
         for index in range(self.parts.split.accumulation):
             with self.meters.waiting():
                 batch = next(source)
-                x_TB = repeat(batch.x.to(self.parts.device, non_blocking=True), self.recipe.time_steps)
+                x_TB = over_steps(batch.x.to(self.parts.device, non_blocking=True), self.recipe.time_steps)
                 target_B = batch.target.to(self.parts.device, non_blocking=True)
             first = (index * workers + self.ranks.rank) * micro
             yield MicroBatch(x_TB, target_B, range(first, first + micro), micro / self.recipe.batch_size)
@@ -174,7 +174,7 @@ class Attempt:
                     if left is not None:
                         left -= len(target_B)
                     if len(target_B):
-                        yield repeat(x_BCHW.to(self.parts.device), self.recipe.time_steps), target_B.to(self.parts.device)
+                        yield over_steps(x_BCHW.to(self.parts.device), self.recipe.time_steps), target_B.to(self.parts.device)
                     if left == 0:
                         return
 

@@ -24,7 +24,7 @@ from pipeline.measure.meters import Meters
 from pipeline.ranks import Ranks, Refused
 from pipeline.recipe import Recipe, Split
 from pipeline.rules.base import Rule, World
-from pipeline.spiking.encode import repeat
+from pipeline.spiking.encode import over_steps
 from pipeline.track.base import Tracker
 from pipeline.weights import load_start
 from pipeline.writer import journal, only_writer
@@ -135,7 +135,7 @@ def first_batches(recipe: Recipe, data: Data, count: int, device: torch.device) 
     loader = data.train(seed=recipe.seed, **whole)
     try:
         with loader.epoch(0) as batches:
-            return [repeat(batch.x.to(device), recipe.time_steps) for batch in itertools.islice(batches, count)]
+            return [over_steps(batch.x.to(device), recipe.time_steps) for batch in itertools.islice(batches, count)]
     finally:
         loader.close()
 

@@ -20,7 +20,7 @@ from pipeline.launch.drive import Tracking, drive, prepare, read_job, was_stoppe
 from pipeline.launch.inline import Inline
 from pipeline.launch.ray import Ray
 from pipeline.recipe import Recipe, read_json, write_json
-from pipeline.spiking.encode import repeat
+from pipeline.spiking.encode import over_steps
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.state import state_of
 from pipeline.weights import load_run
@@ -128,7 +128,7 @@ def evaluate_run(folder: Path, *, which: str, time_steps: int | None, trust: tup
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         with loader.epoch(0) as source:
             for batch in source:
-                yield repeat(batch.x.to(device), steps), batch.target.to(device)
+                yield over_steps(batch.x.to(device), steps), batch.target.to(device)
 
     begun = time.monotonic()
     try:

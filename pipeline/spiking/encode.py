@@ -5,6 +5,20 @@
 from torch import Tensor
 
 
+def over_steps(x_B: Tensor, steps: int) -> Tensor:
+    """A batch of a data set, time first: still images `[B, C, H, W]` repeated, recordings `[B, T, C, H, W]` as they are.
+
+    Raises: ValueError for recordings of another length than `steps`.
+    """
+    if x_B.dim() == 4:
+        return repeat(x_B, steps)
+    if x_B.dim() != 5 or x_B.shape[1] != steps:
+        raise ValueError(
+            f"over_steps: a sample must be an image [C, H, W] or {steps} frames [T, C, H, W]; got {tuple(x_B.shape[1:])}"
+        )
+    return x_B.transpose(0, 1).contiguous()
+
+
 def repeat(x_BCHW: Tensor, steps: int) -> Tensor:
     """The same frame at each of `steps` time steps: `[B, C, H, W]` to `[T, B, C, H, W]`, a view that copies nothing.
 
