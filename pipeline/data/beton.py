@@ -7,10 +7,13 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipeline.data import manifest as manifests
 from pipeline.data.errors import DataError
 from pipeline.data.manifest import Manifest
-from pipeline.data.order import TrainOrder, ValOrder
+from pipeline.data.order import TrainOrder, ValOrder, held_out
 
 if TYPE_CHECKING:
     from pipeline.data.reader import BetonLoader
@@ -29,6 +32,8 @@ class Beton:
     A "shift" never resizes: it takes images whose sides differ from `size` by a quarter of it at most (28 in 32, zeros around).
     `flip`: "random" mirrors every second training image, "never" none.
     `mean`, `std`: a value a channel, of pixels scaled to 0..1.
+    `held_out`: the share of the training set to evaluate on in the place of the val set, and not to train on: a learning rate
+    is chosen on it, for example with `--set data.held_out=0.1`.
 
     Raises: DataError for options that contradict each other or have no effect.
     """
@@ -47,9 +52,11 @@ class Beton:
         reach: int | None = None,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
+        held_out: float = 0.0,
     ) -> None:
         self.folder, self.classes, self.shape = Path(folder), classes, (channels, size, size)
         self.crop, self.flip, self.mean, self.std = crop, flip, tuple(mean), tuple(std)
+        self.held_out = held_out
         _check_options(self, area, ratio, reach)
         self.area, self.ratio = area or (0.08, 1.0), ratio or (3 / 4, 4 / 3)
         self.reach = 4 if reach is None else reach
@@ -77,45 +84,62 @@ class Beton:
         hang_s: float | None = None,
     ) -> "BetonLoader":
         """See base.Data. `hang_s`: the longest wait for one batch in seconds; None: see reader.py."""
+        ids = self._ids("train")
         order = TrainOrder(
-            samples=self._manifest("train").samples,
+            samples=len(ids),
+            ids=ids,
             seed=seed,
             rank=rank,
             world=world,
             batch_size=batch_size,
             micro_batch=micro_batch,
         )
-        return self._loader("train", order, seed=seed, threads=threads, hang_s=hang_s)
+        return self._loader("train", "train", order, seed=seed, threads=threads, hang_s=hang_s)
 
     def val(
         self, *, rank: int = 0, world: int = 1, micro_batch: int, threads: int = 1, hang_s: float | None = None
     ) -> "BetonLoader":
-        order = ValOrder(samples=self._manifest("val").samples, rank=rank, world=world, micro_batch=micro_batch)
-        return self._loader("val", order, seed=0, threads=threads, hang_s=hang_s)
+        ids = self._ids("val")
+        order = ValOrder(samples=len(ids), ids=ids, rank=rank, world=world, micro_batch=micro_batch)
+        return self._loader("train" if self.held_out else "val", "val", order, seed=0, threads=threads, hang_s=hang_s)
+
+    def _ids(self, use: Literal["train", "val"]) -> NDArray[np.int64]:
+        """Which samples of its file a set consists of."""
+        if not self.held_out:
+            return np.arange(self._manifest(use).samples)
+        train, chosen_on = held_out(self._manifest("train").samples, self.held_out)
+        return train if use == "train" else chosen_on
 
     def _loader(
-        self, name: Literal["train", "val"], order: TrainOrder | ValOrder, *, seed: int, threads: int, hang_s: float | None
+        self,
+        file: Literal["train", "val"],
+        use: Literal["train", "val"],
+        order: TrainOrder | ValOrder,
+        *,
+        seed: int,
+        threads: int,
+        hang_s: float | None,
     ) -> "BetonLoader":
         from pipeline.data.reader import BetonLoader, usable_threads
 
         threads = usable_threads(threads)
         loader = BetonLoader(
-            self._path(name),
-            self._decode(name, parallel=threads > 1),
+            self._path(file),
+            self._decode(use, parallel=threads > 1),
             order,
             seed=seed,
             threads=threads,
             hang_s=hang_s,
         )
         if self.crop == "shift":
-            _check_sides(self._path(name), loader.sides, self.shape[1])
+            _check_sides(self._path(file), loader.sides, self.shape[1])
         return loader
 
-    def _decode(self, name: Literal["train", "val"], *, parallel: bool) -> Any:
+    def _decode(self, use: Literal["train", "val"], *, parallel: bool) -> Any:
         from pipeline.data.augment import CENTRE, RESIZED, WINDOW, Decode
 
         channels, size, _ = self.shape
-        train = name == "train"
+        train = use == "train"
         kind = WINDOW if self.crop == "shift" else RESIZED if self.crop == "resized" and train else CENTRE
         return Decode(
             kind=kind,
@@ -155,6 +179,8 @@ def _check_options(data: Beton, area: tuple[float, float] | None, ratio: tuple[f
         raise DataError(
             f"Beton: mean and std must have {channels} values (channels), std above 0; got mean={data.mean}, std={data.std}"
         )
+    if not 0 <= data.held_out < 1:
+        raise DataError(f"Beton: held_out must be a share in 0..1, 1 excluded; got {data.held_out}")
     for name, value in (("area", area), ("ratio", ratio)):
         if value is not None and data.crop != "resized":
             raise DataError(f"Beton: {name} has no effect with crop={data.crop!r}; leave it out or set crop='resized'")

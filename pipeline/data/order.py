@@ -1,12 +1,12 @@
 """Which sample goes to which rank, when: pure functions of (seed, epoch) and sizes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.errors import DataError
-from pipeline.data.random import ORDER, bits
+from pipeline.data.random import HELD_OUT, ORDER, bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,7 @@ class TrainOrder:
     world: int
     batch_size: int  # samples of a global batch, over all ranks and micro-batches
     micro_batch: int  # samples of one batch on one rank
+    ids: NDArray[np.int64] | None = field(default=None, compare=False)  # the `samples` of the file that are used; None: all
 
     def __post_init__(self) -> None:
         _check_rank(self.rank, self.world)
@@ -55,6 +56,8 @@ class TrainOrder:
         if start % self.batch_size or not 0 <= start <= whole:
             raise DataError(f"train: start must be a multiple of batch_size={self.batch_size} in 0..{whole}; got {start}")
         order = permutation(self.samples, seed=self.seed, epoch=epoch)[start:whole]
+        if self.ids is not None:
+            order = self.ids[order]
         return order.reshape(-1, self.world, self.micro_batch)[:, self.rank].reshape(-1)
 
 
@@ -66,6 +69,7 @@ class ValOrder:
     rank: int
     world: int
     micro_batch: int
+    ids: NDArray[np.int64] | None = field(default=None, compare=False)  # the `samples` of the file that are used; None: all
 
     def __post_init__(self) -> None:
         _check_rank(self.rank, self.world)
@@ -83,7 +87,8 @@ class ValOrder:
         """
         if start:
             raise DataError(f"val: an evaluation starts at 0; got start={start}")
-        return np.arange(self.samples * self.rank // self.world, self.samples * (self.rank + 1) // self.world)
+        places = np.arange(self.samples * self.rank // self.world, self.samples * (self.rank + 1) // self.world)
+        return places if self.ids is None else self.ids[places]
 
 
 def permutation(samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -92,6 +97,16 @@ def permutation(samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
     1.28 M samples take about 0.2 s.
     """
     return np.argsort(bits(seed, epoch, np.arange(samples), ORDER), kind="stable")
+
+
+def held_out(samples: int, share: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """A training set's ids in two parts, (to train on, to choose on): the same in every run, whatever its seed.
+
+    For learning rates and their like, which must never be chosen on the test set.
+    """
+    order = np.argsort(bits(0, 0, np.arange(samples), HELD_OUT), kind="stable")
+    count = round(samples * share)
+    return np.sort(order[count:]), np.sort(order[:count])
 
 
 def _check_rank(rank: int, world: int) -> None:

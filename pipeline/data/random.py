@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 # Which draw means what. A new use takes new numbers: an old one never moves.
 ORDER, FLIP, SHIFT_Y, SHIFT_X = 0, 1, 2, 3
+HELD_OUT = 8
 CROP = 16  # attempt a of a random resized crop draws CROP + 4a + (0 area, 1 ratio, 2 top, 3 left)
 
 

@@ -1,6 +1,7 @@
 import shutil
 
 import pytest
+import torch
 
 pytest.importorskip("ffcv")
 
@@ -76,3 +77,19 @@ def test_train_and_val_must_name_the_classes_alike(photos, photo_folder, tmp_pat
         shutil.copy(each, tmp_path / "out")
     with pytest.raises(DataError, match="must have the same classes, in the same order"):
         Beton(tmp_path / "out", **GOOD).check()
+
+
+def test_a_held_out_share_is_evaluated_and_never_trained_on(fashion):
+    data = Beton(fashion, classes=10, channels=1, size=28, crop="shift", mean=(0.5,), std=(0.5,), held_out=0.1)
+    seen = {}
+    for name, loader in (
+        ("train", data.train(seed=0, batch_size=10, micro_batch=10)),
+        ("val", data.val(micro_batch=10)),
+    ):
+        with loader.epoch(0) as batches:
+            seen[name] = torch.cat([batch.index for batch in batches])
+        loader.close()
+    assert len(seen["train"]) == 90 and len(seen["val"]) == 10
+    assert sorted(torch.cat([*seen.values()]).tolist()) == list(range(100))
+    with pytest.raises(DataError, match=r"Beton: held_out must be a share in 0\.\.1, 1 excluded; got 1"):
+        Beton(fashion, classes=10, size=28, held_out=1.0)

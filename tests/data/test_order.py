@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.base import DataError
-from pipeline.data.order import TrainOrder, ValOrder, permutation
+from pipeline.data.order import TrainOrder, ValOrder, held_out, permutation
 
 
 @st.composite
@@ -99,3 +99,19 @@ def test_start_within_a_global_batch_is_refused(start):
 def test_evaluation_has_no_start():
     with pytest.raises(DataError, match="starts at 0; got start=8"):
         ValOrder(samples=10, rank=0, world=1, micro_batch=2).epoch(0, start=8)
+
+
+def test_a_held_out_part_is_fixed_and_disjoint():
+    train, chosen_on = held_out(1000, 0.1)
+    assert len(chosen_on) == 100 and sorted([*train, *chosen_on]) == list(range(1000))
+    assert np.array_equal(held_out(1000, 0.1)[1], chosen_on)
+    assert 30 < np.mean(chosen_on < 500) * 100 < 70  # spread over the file, which may be sorted by class
+
+
+def test_an_order_of_some_ids_is_the_order_of_their_places():
+    ids = np.array([3, 5, 8, 13, 21, 34, 55])
+    sizes = {"seed": 1, "rank": 0, "world": 1, "batch_size": 3, "micro_batch": 3}
+    places = TrainOrder(samples=7, **sizes).epoch(2, start=3)
+    assert np.array_equal(TrainOrder(samples=7, ids=ids, **sizes).epoch(2, start=3), ids[places])
+    parts = [ValOrder(samples=7, ids=ids, rank=rank, world=2, micro_batch=2).epoch(0) for rank in range(2)]
+    assert np.array_equal(np.concatenate(parts), ids)
