@@ -13,7 +13,7 @@ A rule finds neurons and synapses and sets their seams; it never meets an optimi
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -63,9 +63,9 @@ class Rule(nn.Module):
     what it learnt in buffers of fp32 (they are checkpointed) and moves it in `end_of_batch`.
     """
 
-    memory: ClassVar[Literal["constant", "linear"]]
+    memory: Literal["constant", "linear"]
     update: Literal["batch", "objective"] = "batch"
-    over_time_choices: ClassVar[tuple[OverTime, ...]] = ("steps",)
+    over_time_choices: tuple[OverTime, ...] = ("steps",)
     calibration_batches: int = 0
     """global batches of the training set that `calibrate` wants to see before the first step"""
 

@@ -3,13 +3,14 @@
 # T time, B batch, K classes
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.rules.base import LossOf, Objective, OverTime, Rule, steps_share
-from pipeline.spiking.state import fresh_state
+from pipeline.rules.base import LossOf, Objective, OverTime, Rule, slices, steps_share
+from pipeline.spiking.recompute import Recomputed
+from pipeline.spiking.state import fresh_state, states_of
 
 
 class BPTT(Rule):
@@ -19,29 +20,80 @@ class BPTT(Rule):
 
     `chunk` is the number of steps per forward call, None for all T at once: the same graph, built in slices.
 
-    Raises: ValueError when chunk is not in 1..T.
-    Source: Neftci et al. 2019 (arXiv 1901.09948) for the surrogate gradient through time.
+    Two relatives that every comparison asks for:
+    `recompute` keeps the membranes between slices of `chunk` steps (None: 1) and nothing else, and computes each slice again
+    when its turn in the backward comes: the same gradient for about 4/3 of the time. Of all that is saved only the membranes
+    grow with T. Running statistics move once, and what dropout drew is drawn again.
+    `truncate` cuts the graph every so many steps, and differentiates each piece as soon as it is whole: memory knows the
+    length of a piece and not T. 1 is SLTT; T is BPTT.
+
+    Raises: ValueError when chunk or truncate are not in 1..T, or when options exclude each other.
+    Source: Neftci et al. 2019 (arXiv 1901.09948) for the surrogate gradient through time; Chen et al. 2016 (arXiv 1604.06174)
+    for recomputation; Williams & Peng 1990 (doi 10.1162/neco.1990.2.4.490) for truncation.
     """
 
-    memory: ClassVar[Literal["constant", "linear"]] = "linear"
-    over_time_choices: ClassVar[tuple[OverTime, ...]] = ("steps", "mean")
+    over_time_choices = ("steps", "mean")
 
-    def __init__(self, chunk: int | None = None) -> None:
+    def __init__(self, chunk: int | None = None, *, recompute: bool = False, truncate: int | None = None) -> None:
         super().__init__()
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"BPTT: chunk must be in 1..T; got chunk={chunk}")
+        for name, value in (("chunk", chunk), ("truncate", truncate)):
+            if value is not None and value < 1:
+                raise ValueError(f"BPTT: {name} must be in 1..T; got {name}={value}")
+        if truncate is not None and (recompute or chunk is not None):
+            raise ValueError(
+                "BPTT: truncate excludes recompute and chunk: a piece is one forward, and short; "
+                f"got truncate={truncate}, recompute={recompute}, chunk={chunk}"
+            )
         self.chunk = chunk
+        self.recompute = recompute
+        self.truncate = truncate
+        self.memory: Literal["constant", "linear"] = "linear" if truncate is None else "constant"
+
+    @property
+    def label(self) -> str:
+        if self.truncate is not None:
+            return f"BPTT-truncate-{self.truncate}"
+        return "BPTT-recompute" if self.recompute else "BPTT"
+
+    def attach(self, model: nn.Module, *, over_time: OverTime = "steps", **more: Any) -> None:
+        if self.truncate is not None and over_time == "mean":
+            raise ValueError(f"{self.label}: the loss of the mean logits needs all T steps in one graph; got over_time='mean'")
+        super().attach(model, over_time=over_time, **more)
 
     def check_steps(self, steps: int) -> None:
-        if self.chunk is not None and self.chunk > steps:
-            raise ValueError(f"BPTT: chunk must be in 1..T; got chunk={self.chunk}, T={steps}")
+        for name in ("chunk", "truncate"):
+            value = getattr(self, name)
+            if value is not None and value > steps:
+                raise ValueError(f"BPTT: {name} must be in 1..T; got {name}={value}, T={steps}")
 
     def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
         steps = x_TB.shape[0]
         with fresh_state(model):
-            logits_TBK = torch.cat([model(x_cB) for x_cB in x_TB.split(self.chunk or steps)])
-            if self.over_time == "steps":
-                loss, mean_logits_BK = steps_share(logits_TBK, loss_of, steps=steps)
+            if self.truncate is not None:
+                yield from self._in_pieces(model, x_TB, loss_of)
+            elif self.recompute:
+                yield self._computed_twice(model, x_TB, loss_of)
             else:
-                loss, mean_logits_BK = loss_of(logits_TBK.mean(0)), logits_TBK.detach().mean(0)
-            yield Objective(backward=loss, loss=loss.detach(), logits=mean_logits_BK)
+                logits_TBK = torch.cat([model(x_cB) for x_cB in x_TB.split(self.chunk or steps)])
+                loss, mean_logits_BK = self._loss(logits_TBK, loss_of)
+                yield Objective(backward=loss, loss=loss.detach(), logits=mean_logits_BK)
+
+    def _loss(self, logits_TBK: Tensor, loss_of: LossOf) -> tuple[Tensor, Tensor]:
+        if self.over_time == "steps":
+            return steps_share(logits_TBK, loss_of, steps=logits_TBK.shape[0])
+        return loss_of(logits_TBK.mean(0)), logits_TBK.detach().mean(0)
+
+    def _in_pieces(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf) -> Iterator[Objective]:
+        for x_cB in slices(x_TB, self.truncate or 1):
+            loss, share_BK = steps_share(model(x_cB), loss_of, steps=x_TB.shape[0])
+            yield Objective(backward=loss, loss=loss.detach(), logits=share_BK)
+            for state in states_of(model):
+                state.values.update({name: value.detach() for name, value in state.values.items()})
+
+    def _computed_twice(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf) -> Objective:
+        run = Recomputed(model, x_TB.split(self.chunk or 1))
+        with torch.enable_grad():
+            logits_TBK = run.forward().requires_grad_()
+            loss, mean_logits_BK = self._loss(logits_TBK, loss_of)
+            (error_TBK,) = torch.autograd.grad(loss, logits_TBK)
+        return Objective(backward=run.scalar(loss, error_TBK), loss=loss.detach(), logits=mean_logits_BK)

@@ -3,7 +3,6 @@
 # T time, B batch, K classes
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +40,7 @@ class SLTT(Rule):
     Source: Meng et al. 2023 (arXiv 2302.14311), eq. 8 and section 4.3.
     """
 
-    memory: ClassVar[Literal["constant", "linear"]] = "constant"
+    memory = "constant"
 
     def __init__(self, k: int | None = None, *, chunk: int = 1, rescale: bool = False) -> None:
         super().__init__()
