@@ -1,0 +1,116 @@
+"""Plain convolutional networks: `[T, B, C, H, W]` to logits `[T, B, K]`.
+
+    per layer:   h = neuron(norm(convolution(h))),   an average pool between stages, one more before the classifier
+
+Every map between two neurons is linear in eval mode, so the network computes on spikes, on rates, or with ReLU alike.
+"""
+
+# T time, B batch, C channels, H W pixels, K classes
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+
+from pipeline.models.parts import one_more
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.synapse import Conv2d, Linear, folded
+
+Norm = Literal["batch", "none"]
+Over = Literal["step", "time"]
+
+
+class Layer(nn.Module):
+    """h = neuron(norm(convolution(h))); the convolution keeps the size of the image, and has a bias where no norm has one."""
+
+    def __init__(self, in_channels: int, width: int, *, kernel: int, norm: Norm, over: Over, neuron: nn.Module) -> None:
+        super().__init__()
+        self.conv = Conv2d(in_channels, width, kernel, padding=kernel // 2, bias=norm == "none")
+        nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
+        if self.conv.bias is not None:
+            nn.init.zeros_(self.conv.bias)
+        self.norm = BatchNorm(width, over=over) if norm == "batch" else nn.Identity()
+        self.neuron = one_more(neuron)
+
+    def forward(self, h_TBCHW: Tensor) -> Tensor:
+        return self.neuron(self.norm(self.conv(h_TBCHW)))
+
+
+class ConvNet(nn.Module):
+    """Stages of layers as at the head of the file.
+
+    Raises: ValueError for an empty stage, sizes below 1, an even kernel, an unknown `norm`, or an image too small for the
+    pools.
+    """
+
+    def __init__(
+        self,
+        *,
+        stages: Sequence[Sequence[int]],
+        classes: int,
+        in_channels: int,
+        kernel: int,
+        norm: Norm,
+        over: Over,
+        grid: int,
+        neuron: nn.Module,
+    ) -> None:
+        super().__init__()
+        if not stages or any(not widths or min(widths) < 1 for widths in stages):
+            raise ValueError(f"ConvNet: each stage must hold at least one width >= 1; got stages={stages}")
+        if min(classes, in_channels, grid) < 1:
+            raise ValueError(f"ConvNet: classes, in_channels and grid must be >= 1; got {classes}, {in_channels} and {grid}")
+        if kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f"ConvNet: kernel must be odd, to keep the size of the image; got kernel={kernel}")
+        if norm not in ("batch", "none"):
+            raise ValueError(f"ConvNet: norm must be 'batch' or 'none'; got norm={norm!r}")
+        if norm == "none" and over != "step":
+            raise ValueError(f"ConvNet: over={over!r} is about batch norm and has no effect with norm='none'")
+        self.stages = nn.ModuleList()
+        channels = in_channels
+        for widths in stages:
+            layers = nn.Sequential()
+            for width in widths:
+                layers.append(Layer(channels, width, kernel=kernel, norm=norm, over=over, neuron=neuron))
+                channels = width
+            self.stages.append(layers)
+        self.pool = nn.AvgPool2d(2)
+        self.last_pool = nn.AdaptiveAvgPool2d(grid)
+        self.smallest = grid * 2 ** (len(stages) - 1)
+        self.classifier = Linear(channels * grid**2, classes)
+
+    def forward(self, x_TBCHW: Tensor) -> Tensor:
+        if min(x_TBCHW.shape[-2:]) < self.smallest:
+            raise ValueError(
+                f"ConvNet: {len(self.stages)} stages, the image halved between them, need {self.smallest} pixels a side; "
+                f"got {tuple(x_TBCHW.shape[-2:])}"
+            )
+        h = x_TBCHW
+        for index, layers in enumerate(self.stages):
+            h = layers(h if index == 0 else folded(self.pool, h))
+        return self.classifier(folded(self.last_pool, h).flatten(2))
+
+
+def convnet(
+    classes: int = 10,
+    *,
+    in_channels: int = 3,
+    stages: Sequence[Sequence[int]] = ((32,), (64,), (128,)),
+    kernel: int = 3,
+    norm: Norm = "batch",
+    over: Over = "step",
+    grid: int = 1,
+    neuron: nn.Module = LIF(),
+) -> ConvNet:
+    """A stack for small images. `over` is batch norm's; the last pool leaves `grid` x `grid` places, 1 is a global pool."""
+    return ConvNet(
+        stages=stages,
+        classes=classes,
+        in_channels=in_channels,
+        kernel=kernel,
+        norm=norm,
+        over=over,
+        grid=grid,
+        neuron=neuron,
+    )

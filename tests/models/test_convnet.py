@@ -1,0 +1,75 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.models.convnet import convnet
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.state import fresh_state
+
+
+def test_parameter_counts():
+    assert sum(p.numel() for p in convnet(in_channels=1, norm="none").parameters()) == 320 + 64 * 289 + 128 * 577 + 1290
+    assert sum(p.numel() for p in convnet(stages=((4, 4),), grid=3).parameters()) == 4 * 27 + 4 * 36 + 16 + 10 * (4 * 9 + 1)
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_against_an_independent_forward(norm):
+    torch.manual_seed(0)
+    model = convnet(4, in_channels=2, stages=((3, 5), (6,)), kernel=5, norm=norm, grid=2, neuron=LIF(0.25)).double().eval()
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            for value in (module.weight, module.bias, module.running_mean, module.running_var):
+                nn.init.uniform_(value, 0.5, 1.5)
+    x_TBCHW = 3 * torch.randn(3, 2, 2, 9, 8, dtype=torch.float64)
+    w = model.state_dict()
+    names = ["stages.0.0", "stages.0.1", "stages.1.0"]
+    v = dict.fromkeys(names, 0.0)
+    expected = []
+    for h in x_TBCHW:
+        for name in names:
+            if name == "stages.1.0":
+                h = F.avg_pool2d(h, 2)
+            h = F.conv2d(h, w[f"{name}.conv.weight"], w.get(f"{name}.conv.bias"), padding=2)
+            if norm == "batch":
+                mean, var, gain, bias = (
+                    w[f"{name}.norm.{key}"].view(-1, 1, 1) for key in ("running_mean", "running_var", "weight", "bias")
+                )
+                h = gain * (h - mean) / (var + 1e-5).sqrt() + bias
+            u = 0.25 * v[name] + h
+            h = (u >= 1).double()
+            v[name] = u - h
+        h = torch.stack([h[..., i : i + 2, j : j + 2].mean((-2, -1)) for i in (0, 2) for j in (0, 2)], -1)
+        expected.append(h.flatten(1) @ w["classifier.weight"].T + w["classifier.bias"])
+    with torch.no_grad(), fresh_state(model):
+        got = model(x_TBCHW)
+    assert got.std() > 1e-2
+    assert torch.allclose(got, torch.stack(expected), atol=1e-12)
+
+
+def test_relu_is_the_ann():
+    spiking, ann = convnet(over="time"), convnet(over="time", neuron=nn.ReLU())
+    assert {k: v.shape for k, v in spiking.state_dict().items()} == {k: v.shape for k, v in ann.state_dict().items()}
+    assert ann(torch.randn(1, 2, 3, 8, 8)).shape == (1, 2, 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stages": ((4,), ())}, r"ConvNet: each stage must hold at least one width >= 1; got stages=\(\(4,\), \(\)\)"),
+        ({"grid": 0}, r"ConvNet: classes, in_channels and grid must be >= 1; got 10, 3 and 0"),
+        ({"kernel": 4}, r"ConvNet: kernel must be odd, to keep the size of the image; got kernel=4"),
+        ({"norm": "layer"}, r"ConvNet: norm must be 'batch' or 'none'; got norm='layer'"),
+        ({"norm": "none", "over": "time"}, r"ConvNet: over='time' is about batch norm and has no effect with norm='none'"),
+    ],
+)
+def test_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        convnet(**arguments)
+
+
+def test_an_image_too_small_for_the_pools_is_refused():
+    model = convnet(grid=2)
+    with fresh_state(model), pytest.raises(ValueError, match=r"ConvNet: 3 stages, .* need 8 pixels a side; got \(7, 9\)"):
+        model(torch.zeros(1, 1, 3, 7, 9))
