@@ -1,6 +1,6 @@
 """What the training loop knows of data: a batch, a loader, a data set, and how they fail."""
 
-# B batch (samples of one micro-batch on one rank), C channels, H W pixels
+# B batch (samples of one micro-batch on one rank), T time, C channels, H W pixels
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -18,7 +18,7 @@ __all__ = ["Batch", "Data", "DataError", "Loader", "LoaderError"]
 class Batch:
     """One micro-batch of one rank, in memory of its own (it may be kept)."""
 
-    x: Tensor  # float32 [B,C,H,W], normalised
+    x: Tensor  # float32, normalised: images [B,C,H,W], or recordings [B,T,C,H,W]
     target: Tensor  # int64 [B]
     index: Tensor  # int64 [B], the samples' places in the file
 
@@ -60,8 +60,8 @@ class Data(Protocol):
     def classes(self) -> int: ...
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of a sample of `Batch.x`."""
+    def shape(self) -> tuple[int, ...]:
+        """Of a sample of `Batch.x`: (C, H, W) of an image, (T, C, H, W) of a recording, whose T is the recipe's `time_steps`."""
         ...
 
     def fingerprint(self) -> str:

@@ -3,17 +3,12 @@
 Constructing one opens no file, so a recipe can be shown where its data is not. FFCV is imported when a loader is made.
 """
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from pipeline.data import manifest as manifests
 from pipeline.data.errors import DataError
-from pipeline.data.manifest import Manifest
-from pipeline.data.order import TrainOrder, ValOrder, held_out
+from pipeline.data.files import Files, Name
+from pipeline.data.order import TrainOrder, ValOrder
 
 if TYPE_CHECKING:
     from pipeline.data.reader import BetonLoader
@@ -56,21 +51,16 @@ class Beton:
     ) -> None:
         self.folder, self.classes, self.shape = Path(folder), classes, (channels, size, size)
         self.crop, self.flip, self.mean, self.std = crop, flip, tuple(mean), tuple(std)
-        self.held_out = held_out
+        self.held_out, self._files = held_out, Files("Beton", self.folder, classes, held_out)
         _check_options(self, area, ratio, reach)
         self.area, self.ratio = area or (0.08, 1.0), ratio or (3 / 4, 4 / 3)
         self.reach = 4 if reach is None else reach
 
     def fingerprint(self) -> str:
-        parts = [self._manifest(name).content for name in ("train", "val")]
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+        return self._files.fingerprint()
 
     def check(self) -> None:
-        for name in ("train", "val"):
-            manifests.check(self._path(name))
-        train, val = self._manifest("train"), self._manifest("val")
-        if train.classes != val.classes:
-            raise DataError(f"Beton: train and val in {self.folder} must have the same classes, in the same order")
+        self._files.check()
 
     def train(
         self,
@@ -84,58 +74,27 @@ class Beton:
         hang_s: float | None = None,
     ) -> "BetonLoader":
         """See base.Data. `hang_s`: the longest wait for one batch in seconds; None: see reader.py."""
-        ids = self._ids("train")
-        order = TrainOrder(
-            samples=len(ids),
-            ids=ids,
-            seed=seed,
-            rank=rank,
-            world=world,
-            batch_size=batch_size,
-            micro_batch=micro_batch,
-        )
-        return self._loader("train", "train", order, seed=seed, threads=threads, hang_s=hang_s)
+        path, order = self._files.train_order(seed=seed, rank=rank, world=world, batch_size=batch_size, micro_batch=micro_batch)
+        return self._loader("train", path, order, seed=seed, threads=threads, hang_s=hang_s)
 
     def val(
         self, *, rank: int = 0, world: int = 1, micro_batch: int, threads: int = 1, hang_s: float | None = None
     ) -> "BetonLoader":
-        ids = self._ids("val")
-        order = ValOrder(samples=len(ids), ids=ids, rank=rank, world=world, micro_batch=micro_batch)
-        return self._loader("train" if self.held_out else "val", "val", order, seed=0, threads=threads, hang_s=hang_s)
-
-    def _ids(self, use: Literal["train", "val"]) -> NDArray[np.int64]:
-        """Which samples of its file a set consists of."""
-        if not self.held_out:
-            return np.arange(self._manifest(use).samples)
-        train, chosen_on = held_out(self._manifest("train").samples, self.held_out)
-        return train if use == "train" else chosen_on
+        path, order = self._files.val_order(rank=rank, world=world, micro_batch=micro_batch)
+        return self._loader("val", path, order, seed=0, threads=threads, hang_s=hang_s)
 
     def _loader(
-        self,
-        file: Literal["train", "val"],
-        use: Literal["train", "val"],
-        order: TrainOrder | ValOrder,
-        *,
-        seed: int,
-        threads: int,
-        hang_s: float | None,
+        self, use: Name, path: Path, order: TrainOrder | ValOrder, *, seed: int, threads: int, hang_s: float | None
     ) -> "BetonLoader":
         from pipeline.data.reader import BetonLoader, usable_threads
 
         threads = usable_threads(threads)
-        loader = BetonLoader(
-            self._path(file),
-            self._decode(use, parallel=threads > 1),
-            order,
-            seed=seed,
-            threads=threads,
-            hang_s=hang_s,
-        )
+        loader = BetonLoader(path, self._decode(use, parallel=threads > 1), order, seed=seed, threads=threads, hang_s=hang_s)
         if self.crop == "shift":
-            _check_sides(self._path(file), loader.sides, self.shape[1])
+            _check_sides(path, loader.sides, self.shape[1])
         return loader
 
-    def _decode(self, use: Literal["train", "val"], *, parallel: bool) -> Any:
+    def _decode(self, use: Name, *, parallel: bool) -> Any:
         from pipeline.data.augment import CENTRE, RESIZED, WINDOW, Decode
 
         channels, size, _ = self.shape
@@ -154,15 +113,6 @@ class Beton:
             parallel=parallel,
         )
 
-    def _path(self, name: str) -> Path:
-        return self.folder.expanduser() / f"{name}.beton"
-
-    def _manifest(self, name: str) -> Manifest:
-        manifest = manifests.read(self._path(name))
-        if len(manifest.classes) != self.classes:
-            raise DataError(f"Beton: classes must be those of {self._path(name)}, {len(manifest.classes)}; got {self.classes}")
-        return manifest
-
 
 def _check_options(data: Beton, area: tuple[float, float] | None, ratio: tuple[float, float] | None, reach: int | None) -> None:
     channels, size, _ = data.shape
@@ -179,8 +129,6 @@ def _check_options(data: Beton, area: tuple[float, float] | None, ratio: tuple[f
         raise DataError(
             f"Beton: mean and std must have {channels} values (channels), std above 0; got mean={data.mean}, std={data.std}"
         )
-    if not 0 <= data.held_out < 1:
-        raise DataError(f"Beton: held_out must be a share in 0..1, 1 excluded; got {data.held_out}")
     for name, value in (("area", area), ("ratio", ratio)):
         if value is not None and data.crop != "resized":
             raise DataError(f"Beton: {name} has no effect with crop={data.crop!r}; leave it out or set crop='resized'")

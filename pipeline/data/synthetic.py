@@ -1,10 +1,10 @@
 """A learnable data set made of counter-based random numbers: no file, no FFCV. For tests and benchmarks.
 
 A class is a smooth random pattern; a sample is its class's pattern at half to full contrast under noise. Order, resumption and
-augmentation behave exactly as those of files do.
+augmentation behave exactly as those of files do. A set of recordings stands for event data: T patterns a class, as counts.
 """
 
-# N samples of a set, B batch, K classes, C channels, H W pixels
+# N samples of a set, B batch, K classes, T time, C channels (of a recording T x C of them), H W pixels
 
 import hashlib
 from collections.abc import Iterator
@@ -25,8 +25,9 @@ _TRAIN, _VAL = 0, 1
 
 
 class Synthetic:
-    """`samples` training and `val_samples` evaluation samples of `shape` = (C, H, W); sample i is of class `i % classes`.
+    """`samples` training and `val_samples` evaluation samples of `shape` (C, H, W), images, or (T, C, H, W), recordings.
 
+    Sample i is of class `i % classes`. The values of a recording are whole numbers, 0 or more, as counts of events are.
     `noise`: its standard deviation, in those of a pattern at full contrast.
     `augment`: "shift-flip" moves a training sample by up to max(1, H // 8) pixels (zeros come in) and mirrors every second one.
     `content_seed`: selects patterns and noise; it belongs to the data, unlike the `seed` of `train`.
@@ -39,15 +40,15 @@ class Synthetic:
         samples: int = 512,
         *,
         classes: int = 10,
-        shape: tuple[int, int, int] = (1, 16, 16),
+        shape: tuple[int, ...] = (1, 16, 16),
         val_samples: int = 128,
         noise: float = 0.5,
         augment: Literal["shift-flip", "none"] = "shift-flip",
         content_seed: int = 0,
     ) -> None:
-        if min(samples, val_samples, classes, *shape) < 1 or len(shape) != 3:
+        if min(samples, val_samples, classes, *shape) < 1 or len(shape) not in (3, 4):
             raise DataError(
-                f"Synthetic: samples, val_samples, classes and the three sizes of shape must be 1 or more; "
+                f"Synthetic: samples, val_samples, classes and the 3 or 4 sizes of shape must be 1 or more; "
                 f"got samples={samples}, val_samples={val_samples}, classes={classes}, shape={shape}"
             )
         if augment not in ("shift-flip", "none"):
@@ -55,7 +56,7 @@ class Synthetic:
         if noise < 0 or content_seed < 0:
             raise DataError(f"Synthetic: noise and content_seed must be 0 or more; got {noise} and {content_seed}")
         self.samples, self.val_samples, self.classes = samples, val_samples, classes
-        self.shape = (int(shape[0]), int(shape[1]), int(shape[2]))
+        self.shape = tuple(int(size) for size in shape)
         self.noise, self.augment, self.content_seed = float(noise), augment, content_seed
 
     def fingerprint(self) -> str:
@@ -106,12 +107,15 @@ class SyntheticLoader:
         x_BCHW += self._fields_FCHW[below(draw(_FIELD_B), _FIELDS), :, ::-1, ::-1]
         if self._seed is not None:
             x_BCHW = _shift_flip(x_BCHW, ids_B, seed=self._seed, epoch=epoch)
-        return Batch(torch.from_numpy(x_BCHW), torch.from_numpy(target_B), torch.from_numpy(ids_B.copy()))
+        if len(self._data.shape) == 4:
+            x_BCHW = np.maximum(np.rint(x_BCHW), 0.0)
+        x_B = torch.from_numpy(x_BCHW.reshape(len(ids_B), *self._data.shape))
+        return Batch(x_B, torch.from_numpy(target_B), torch.from_numpy(ids_B.copy()))
 
 
 def _patterns(data: Synthetic) -> NDArray[np.float32]:
     """One smooth pattern a class, mean 0 and standard deviation 1: 4 x 4 random values a channel, blown up linearly. [K,C,H,W]"""
-    channels, height, width = data.shape
+    channels, height, width = _channels(data), *data.shape[-2:]
     corners = _uniform(data.content_seed, _PATTERN, (data.classes, channels, 4, 4))
     rows, columns = _interpolation(height), _interpolation(width)
     x = np.einsum("hi,kcij,wj->kchw", rows, corners, columns)
@@ -121,8 +125,12 @@ def _patterns(data: Synthetic) -> NDArray[np.float32]:
 
 def _fields(data: Synthetic) -> NDArray[np.float32]:
     """Noise fields; the sum of two has the standard deviation `data.noise`. [F,C,H,W]"""
-    x = _uniform(data.content_seed, _NOISE, (_FIELDS, *data.shape))
+    x = _uniform(data.content_seed, _NOISE, (_FIELDS, _channels(data), *data.shape[-2:]))
     return (x * (data.noise * np.sqrt(6.0))).astype(np.float32)  # a uniform of width 1 has variance 1/12
+
+
+def _channels(data: Synthetic) -> int:
+    return int(np.prod(data.shape[:-2]))
 
 
 def _uniform(seed: int, draw: int, shape: tuple[int, ...]) -> NDArray[np.float64]:

@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 
@@ -38,6 +39,30 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone():
     assert sum(not torch.equal(alone[i], later[i]) for i in alone.keys() & later.keys()) > 20
 
 
+def test_recordings_are_counts_that_change_with_time_and_move_as_one():
+    data = Synthetic(50, shape=(3, 2, 8, 8))
+    batch = read(data.train(**SIZES))[0]
+    assert batch.x.shape == (12, 3, 2, 8, 8) and data.shape == (3, 2, 8, 8)
+    assert torch.equal(batch.x, batch.x.round()) and batch.x.min() == 0 and batch.x.max() > 0
+    assert not torch.equal(batch.x[:, 0], batch.x[:, 1])
+    still, noise = {"augment": "none"}, {"noise": 0.0, "content_seed": 3}
+    plain = read(Synthetic(50, shape=(3, 2, 8, 8), **still, **noise).train(**SIZES))[0]
+    moved = read(Synthetic(50, shape=(3, 2, 8, 8), **noise).train(**SIZES))[0]
+    for one, other in zip(plain.x, moved.x, strict=True):
+        fits = {
+            (down, right, turned)
+            for down in (-1, 0, 1) for right in (-1, 0, 1) for turned in (False, True)
+            if torch.equal(other[..., 1:-1, 1:-1], window(one, down, right, turned))
+        }  # fmt: skip
+        assert len(fits) == 1  # one shift and one flip for all frames of the recording
+
+
+def window(x, down, right, turned):
+    """The inside of `x` after it was moved by one pixel at most, and mirrored."""
+    cut = x[..., 1 + down : x.shape[-2] - 1 + down, 1 + right : x.shape[-1] - 1 + right]
+    return cut.flip(-1) if turned else cut
+
+
 def test_augment_none_repeats_the_samples():
     data = Synthetic(50, shape=(1, 8, 8), augment="none")
     first, second = ({int(i): x for b in read(data.train(**SIZES), e) for i, x in zip(b.index, b.x, strict=True)} for e in (0, 1))
@@ -51,14 +76,15 @@ def test_evaluation_over_ranks_takes_each_sample_once():
     assert [] in ids
 
 
-def test_linear_regression_learns_it():
-    data, generator = Synthetic(600, classes=5, shape=(1, 8, 8), val_samples=200), torch.Generator().manual_seed(0)
-    weight = torch.randn(64, 5, generator=generator).mul_(0.01).requires_grad_()
+@pytest.mark.parametrize("shape", [(1, 8, 8), (4, 2, 8, 8)], ids=["images", "recordings"])
+def test_linear_regression_learns_it(shape):
+    data, generator = Synthetic(600, classes=5, shape=shape, val_samples=200), torch.Generator().manual_seed(0)
+    weight = torch.randn(math.prod(shape), 5, generator=generator).mul_(0.01).requires_grad_()
     loader = data.train(**SIZES | {"batch_size": 50, "micro_batch": 50})
     for epoch in range(4):
         for batch in read(loader, epoch):
             loss = torch.nn.functional.cross_entropy(batch.x.flatten(1) @ weight, batch.target)
-            weight.data -= 0.1 * torch.autograd.grad(loss, weight)[0]
+            weight.data -= 0.1 * 64 / len(weight) * torch.autograd.grad(loss, weight)[0]
     right = [(b.x.flatten(1) @ weight).argmax(1) == b.target for b in read(data.val(micro_batch=50))]
     assert torch.cat(right).float().mean() > 0.8
 
@@ -75,7 +101,9 @@ def test_needs_neither_ffcv_nor_numba():
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-@pytest.mark.parametrize("wrong", [{"samples": 0}, {"classes": 0}, {"shape": (1, 0, 4)}, {"augment": "crop"}, {"noise": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"samples": 0}, {"classes": 0}, {"shape": (1, 0, 4)}, {"shape": (4, 4)}, {"augment": "crop"}, {"noise": -1}]
+)
 def test_refuses(wrong):
     with pytest.raises(DataError, match=r"Synthetic: .*got"):
         Synthetic(**wrong)

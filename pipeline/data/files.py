@@ -1,0 +1,78 @@
+"""The two files of a folder, `train.beton` and `val.beton`: their identity, and which of their samples a run uses.
+
+Nothing is opened before it is asked for, so a recipe can be shown where its data is not.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data import manifest as manifests
+from pipeline.data.errors import DataError
+from pipeline.data.manifest import Manifest
+from pipeline.data.order import TrainOrder, ValOrder, held_out
+
+Name = Literal["train", "val"]
+
+
+@dataclass(frozen=True)
+class Files:
+    """`owner` is the name that refusals begin with. `held_out`: the share of the training set to evaluate on, see order.py.
+
+    Raises: DataError for a share outside 0..1.
+    """
+
+    owner: str
+    folder: Path
+    classes: int
+    held_out: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.held_out < 1:
+            raise DataError(f"{self.owner}: held_out must be a share in 0..1, 1 excluded; got {self.held_out}")
+
+    def path(self, name: Name) -> Path:
+        return self.folder.expanduser() / f"{name}.beton"
+
+    def manifest(self, name: Name) -> Manifest:
+        """Raises: DataError if the file is missing or has another number of classes."""
+        manifest = manifests.read(self.path(name))
+        if len(manifest.classes) != self.classes:
+            raise DataError(
+                f"{self.owner}: classes must be those of {self.path(name)}, {len(manifest.classes)}; got {self.classes}"
+            )
+        return manifest
+
+    def fingerprint(self) -> str:
+        """See base.Data."""
+        parts = [self.manifest(name).content for name in ("train", "val")]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    def check(self) -> None:
+        """See base.Data."""
+        for name in ("train", "val"):
+            manifests.check(self.path(name))
+        if self.manifest("train").classes != self.manifest("val").classes:
+            raise DataError(f"{self.owner}: train and val in {self.folder} must have the same classes, in the same order")
+
+    def train_order(self, *, seed: int, rank: int, world: int, batch_size: int, micro_batch: int) -> tuple[Path, TrainOrder]:
+        """The file to train on, and in which order."""
+        ids = self._ids("train")
+        sizes = {"rank": rank, "world": world, "batch_size": batch_size, "micro_batch": micro_batch}
+        return self.path("train"), TrainOrder(samples=len(ids), ids=ids, seed=seed, **sizes)
+
+    def val_order(self, *, rank: int, world: int, micro_batch: int) -> tuple[Path, ValOrder]:
+        """The file to evaluate on, and in which order: with a share held out, that share of the training file."""
+        ids = self._ids("val")
+        order = ValOrder(samples=len(ids), ids=ids, rank=rank, world=world, micro_batch=micro_batch)
+        return self.path("train" if self.held_out else "val"), order
+
+    def _ids(self, use: Name) -> NDArray[np.int64]:
+        if not self.held_out:
+            return np.arange(self.manifest(use).samples)
+        train, chosen_on = held_out(self.manifest("train").samples, self.held_out)
+        return train if use == "train" else chosen_on
