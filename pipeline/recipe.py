@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import json
 import os
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.recipe_json import decode, encode, flat, read_json, write_json
 from pipeline.spec import Spec, accepted_text, admits, is_path, spec, type_name
 
 __all__ = ["Recipe", "Spec", "Split", "read_json", "spec", "write_json"]
@@ -166,14 +166,14 @@ class Recipe:
         Args:
             inputs: content hashes of what paths only point at: `data` (and `init`, where there is one).
         """
-        value = _encoded(self, paths=False)
+        value = self._encoded(paths=False)
         for name in ("name", "rule", "seed", "init"):
             del value[name]
         return hashlib.sha256(json.dumps([value, dict(inputs)], sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value that `from_json` turns back into an equal recipe; callables are named by dotted path."""
-        return {"version": FORMAT, "recipe": _encoded(self, paths=True)}
+        return {"version": FORMAT, "recipe": self._encoded(paths=True)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], *, trust: Collection[str] = ()) -> Recipe:
@@ -188,7 +188,7 @@ class Recipe:
         written = value.get("recipe")
         if not isinstance(written, Mapping):
             raise ValueError(f"recipe.json: 'recipe' must hold the fields of a recipe; got {written!r}")
-        fields = {key: _decoded(item, trust) for key, item in written.items()}
+        fields = {key: decode(item, (*TRUSTED, *trust)) for key, item in written.items()}
         unknown = sorted(set(fields) - set(_field_names(cls)))
         if unknown:
             raise ValueError(f"recipe.json: unknown fields {', '.join(unknown)}; a recipe has {', '.join(_field_names(cls))}")
@@ -208,7 +208,10 @@ class Recipe:
 
     def flat(self) -> dict[str, str]:
         """Dotted keys to short text, for a tracker's table of parameters."""
-        return dict(_flat("", _encoded(self, paths=True)))
+        return dict(flat(self._encoded(paths=True)))
+
+    def _encoded(self, *, paths: bool) -> dict[str, Any]:
+        return {each.name: encode(getattr(self, each.name), paths=paths) for each in dataclasses.fields(self)}
 
 
 def _field_names(recipe: Recipe | type[Recipe]) -> list[str]:
@@ -239,125 +242,3 @@ def _resolved(value: Any) -> Any:
         key: str(Path(item).absolute()) for key, item in value.kwargs.items() if item is not None and is_path(value.target, key)
     }
     return value.with_(**{**{key: _resolved(item) for key, item in value.kwargs.items()}, **paths})
-
-
-# -------------------------------------------------------------------------------------------------------- JSON both ways
-
-
-def _encoded(recipe: Recipe, *, paths: bool) -> dict[str, Any]:
-    return {each.name: _encode(getattr(recipe, each.name), paths) for each in dataclasses.fields(recipe)}
-
-
-def _encode(value: Any, paths: bool) -> Any:
-    if isinstance(value, Spec):
-        kwargs = {key: _encode(item, paths) for key, item in value.kwargs.items() if paths or not is_path(value.target, key)}
-        return {"target": _dotted(value.target), "kwargs": kwargs}
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, (list, tuple)):
-        return [_encode(item, paths) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): _encode(item, paths) for key, item in value.items()}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kwargs = {each.name: _encode(getattr(value, each.name), paths) for each in dataclasses.fields(value) if each.init}
-        return {"value": _dotted(type(value)), "kwargs": kwargs}
-    raise ValueError(f"recipe: {value!r} cannot be written to recipe.json; use numbers, text, lists or spec(...)")
-
-
-def _dotted(target: Callable[..., Any]) -> str:
-    name = f"{target.__module__}.{target.__qualname__}"
-    if "<" in name:
-        raise ValueError(f"recipe: {name} has no importable name; define it at the top level of a module")
-    return name
-
-
-def _decode_target(name: Any, trust: Collection[str]) -> Callable[..., Any]:
-    if not isinstance(name, str):
-        raise ValueError(f"recipe.json: a part is named by text; got {name!r}")
-    trusted = (*TRUSTED, *trust)
-    refusal = f"recipe.json: {name} is not in a trusted package; trusted are {', '.join(trusted)}; name its package with --trust"
-    if not _is_inside(name, trusted):
-        raise ValueError(refusal)
-    parts = name.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
-        module_name = ".".join(parts[:cut])
-        try:
-            found: Any = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not (module_name + ".").startswith(error.name + "."):
-                raise  # the module is there; something that it needs is not
-            continue
-        for part in parts[cut:]:
-            if not hasattr(found, part):
-                raise ValueError(f"recipe.json: {name} does not exist in this installation")
-            found = getattr(found, part)
-        # `pipeline.data.write.os.system` begins with a trusted name: what counts is where the object was defined.
-        if not callable(found) or not _is_inside(f"{getattr(found, '__module__', '')}.", trusted):
-            raise ValueError(refusal)
-        return found
-    raise ValueError(f"recipe.json: {name} does not exist in this installation")
-
-
-def _decode_value(name: str, kwargs: dict[str, Any], trust: Collection[str]) -> Any:
-    """A frozen value, such as Triangle(): made while the recipe is read, so it must be a dataclass and nothing else."""
-    made = _decode_target(name, trust)
-    if not (isinstance(made, type) and dataclasses.is_dataclass(made)):
-        raise ValueError(f"recipe.json: {name} must be a dataclass to be a value; it is not")
-    return made(**kwargs)
-
-
-def _is_inside(name: str, packages: Collection[str]) -> bool:
-    return any(name.startswith(package + ".") for package in packages)
-
-
-def _decoded(value: Any, trust: Collection[str]) -> Any:
-    if isinstance(value, Mapping) and set(value) == {"target", "kwargs"}:
-        return Spec(_decode_target(value["target"], trust), _decoded_kwargs(value["kwargs"], trust))
-    if isinstance(value, Mapping) and set(value) == {"value", "kwargs"}:
-        return _decode_value(value["value"], _decoded_kwargs(value["kwargs"], trust), trust)
-    if isinstance(value, Mapping):
-        return {key: _decoded(item, trust) for key, item in value.items()}
-    if isinstance(value, list):
-        return tuple(_decoded(item, trust) for item in value)
-    return value
-
-
-def _decoded_kwargs(value: Any, trust: Collection[str]) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"recipe.json: kwargs must be an object; got {value!r}")
-    return {key: _decoded(item, trust) for key, item in value.items()}
-
-
-def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
-    for kind in ("target", "value"):
-        if isinstance(value, Mapping) and set(value) == {kind, "kwargs"}:
-            yield prefix, value[kind]
-            value = value["kwargs"]
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flat(f"{prefix}.{key}" if prefix else key, item)
-    else:
-        yield prefix, value if isinstance(value, str) else json.dumps(value)
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ValueError: it is not there, or holds something else; the message names it.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: must be a JSON file; it does not exist") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: must be a JSON file; got {error}") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    temp = path.with_name(f".{path.name}.{os.getpid()}")
-    temp.write_text(json.dumps(value, indent=1) + "\n")
-    temp.rename(path)

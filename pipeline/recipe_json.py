@@ -1,0 +1,141 @@
+"""What a recipe is made of as JSON, and back: a part is `{"target": name, "kwargs": ...}`, a frozen value `{"value": name, ...}`.
+
+Names are dotted paths. Reading imports what they name, and so admits trusted packages alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.spec import Spec, is_path
+
+
+def encode(value: Any, *, paths: bool) -> Any:
+    """The JSON form of a field; without `paths`, keywords that say where something lies are left out.
+
+    Raises:
+        ValueError: a value that has no JSON form, or a callable that cannot be imported again.
+    """
+    if isinstance(value, Spec):
+        kwargs = {key: encode(item, paths=paths) for key, item in value.kwargs.items() if paths or not is_path(value.target, key)}
+        return {"target": _dotted(value.target), "kwargs": kwargs}
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (list, tuple)):
+        return [encode(item, paths=paths) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): encode(item, paths=paths) for key, item in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kwargs = {each.name: encode(getattr(value, each.name), paths=paths) for each in dataclasses.fields(value) if each.init}
+        return {"value": _dotted(type(value)), "kwargs": kwargs}
+    raise ValueError(f"recipe: {value!r} cannot be written to recipe.json; use numbers, text, lists or spec(...)")
+
+
+def decode(value: Any, trusted: Collection[str]) -> Any:
+    """The field that `encode` wrote; `trusted` packages are those that may be imported from.
+
+    Raises:
+        ValueError: a target outside the trusted packages, or one that does not exist.
+    """
+    if isinstance(value, Mapping) and set(value) == {"target", "kwargs"}:
+        return Spec(_target(value["target"], trusted), _keywords(value["kwargs"], trusted))
+    if isinstance(value, Mapping) and set(value) == {"value", "kwargs"}:
+        return _frozen_value(value["value"], _keywords(value["kwargs"], trusted), trusted)
+    if isinstance(value, Mapping):
+        return {key: decode(item, trusted) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(decode(item, trusted) for item in value)
+    return value
+
+
+def flat(encoded: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys and short text of an encoded value, for a table of parameters."""
+    for kind in ("target", "value"):
+        if isinstance(encoded, Mapping) and set(encoded) == {kind, "kwargs"}:
+            yield prefix, encoded[kind]
+            encoded = encoded["kwargs"]
+    if isinstance(encoded, Mapping):
+        for key, item in encoded.items():
+            yield from flat(item, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, encoded if isinstance(encoded, str) else json.dumps(encoded)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: it is not there, or holds something else; the message names it.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: must be a JSON file; it does not exist") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: must be a JSON file; got {error}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    temp = path.with_name(f".{path.name}.{os.getpid()}")
+    temp.write_text(json.dumps(value, indent=1) + "\n")
+    temp.rename(path)
+
+
+def _dotted(target: Callable[..., Any]) -> str:
+    name = f"{target.__module__}.{target.__qualname__}"
+    if "<" in name:
+        raise ValueError(f"recipe: {name} has no importable name; define it at the top level of a module")
+    return name
+
+
+def _target(name: Any, trusted: Collection[str]) -> Callable[..., Any]:
+    if not isinstance(name, str):
+        raise ValueError(f"recipe.json: a part is named by text; got {name!r}")
+    refusal = f"recipe.json: {name} is not in a trusted package; trusted are {', '.join(trusted)}; name its package with --trust"
+    if not _is_inside(name, trusted):
+        raise ValueError(refusal)
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        module_name = ".".join(parts[:cut])
+        try:
+            found: Any = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (module_name + ".").startswith(error.name + "."):
+                raise  # the module is there; something that it needs is not
+            continue
+        for part in parts[cut:]:
+            if not hasattr(found, part):
+                raise ValueError(f"recipe.json: {name} does not exist in this installation")
+            found = getattr(found, part)
+        # `pipeline.data.write.os.system` begins with a trusted name: what counts is where the object was defined.
+        if not callable(found) or not _is_inside(f"{getattr(found, '__module__', '')}.", trusted):
+            raise ValueError(refusal)
+        return found
+    raise ValueError(f"recipe.json: {name} does not exist in this installation")
+
+
+def _frozen_value(name: str, kwargs: dict[str, Any], trusted: Collection[str]) -> Any:
+    """Such as Triangle(): made while the recipe is read, so it must be a dataclass and nothing else."""
+    made = _target(name, trusted)
+    if not (isinstance(made, type) and dataclasses.is_dataclass(made)):
+        raise ValueError(f"recipe.json: {name} must be a dataclass to be a value; it is not")
+    return made(**kwargs)
+
+
+def _keywords(value: Any, trusted: Collection[str]) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"recipe.json: kwargs must be an object; got {value!r}")
+    return {key: decode(item, trusted) for key, item in value.items()}
+
+
+def _is_inside(name: str, packages: Collection[str]) -> bool:
+    return any(name.startswith(package + ".") for package in packages)
