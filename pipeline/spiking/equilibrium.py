@@ -1,0 +1,276 @@
+"""A network that feeds back into itself until its firing rates come to rest, and its gradient at rest.
+
+    first layer    c_1[t] = inject(x[t]) + feedback(s_N[t-1]),     s_1[t] = neuron_1(c_1[t])          (s_N[0] = 0)
+    layer l        c_l[t] = synapse_l(s_{l-1}[t]),                 s_l[t] = neuron_l(c_l[t])          l = 2..N
+
+The (weighted) firing rate of the last layer, a[T] = sum_t leak^(T-t) s_N[t] / sum_t leak^(T-t), approaches a fixed point
+
+    a* = f(a*),    f = f_N o ... o f_1,    f_1(a) = rate(inject(x*) + feedback(a)),    f_l(z) = rate(synapse_l(z)),
+    rate(c) = clamp(c / subtract, 0, 1)
+
+with x* the same weighted mean of the input, as 1/T for IF (leak 1) and up to a remainder that time does not remove for LIF.
+
+Source: Xiao et al. 2021 (IDE, arXiv 2109.14247), sections 4.1-4.3; Bai et al. 2019 (arXiv 1909.01377) for the implicit gradient.
+"""
+
+# T time, B batch, N layers; v_B and the like are [B, ...] in the shape of the last layer
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.spiking.neuron import LIF, identity
+from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.state import State
+
+Adjoint = Callable[[Tensor, "Linearized"], "Tensor | Sequence[Tensor]"]
+
+
+class Equilibrium(nn.Module):
+    """The equations at the head of the file: inputs `[T, B, ...]` to `[T, B, ...]` in the shape of the last layer.
+
+    `inject` and `synapses` (N - 1 of them, layer l to l + 1) are affine in evaluation, such as a synapse with batch norm;
+    `feedback`, from the last layer to the first, is linear. `neurons` are N LIFs of one leak that reset by subtraction.
+
+    What comes out at step t is t a[t] - (t-1) a[t-1] (the spikes, for IF): its mean over time is the rate a[T], whatever T
+    and however it is sliced, so that the mean over T of an affine readout of it is the readout of a[T].
+
+    As it stands this is a recurrent network, unrolled with its graph (BPTT). Two seams for rules: `carry` is applied to what
+    crosses a time step; and `adjoint(g_B, vjp) -> beta_B`, where set, replaces backpropagation through time when a
+    gradient is wanted. The simulation then has no graph, its output is a[T] alone, as one step `[1, B, ...]`, and
+
+        the gradient g = dL/da[T] that arrives is replaced by what `adjoint` makes of it, a solution of beta = g + J^T beta
+        with J = df/da at a[T], and beta goes on through one application of f at a[T] into its parameters and its input.
+
+    `vjp` is a `Linearized`: v_B -> J^T v_B, and each layer's part of it. Where `adjoint` returns N tensors, one for each
+    layer's rate, each layer of f takes its own in the place of what the layer behind it would hand down.
+
+    Batch norm inside is evaluated, not trained, during such a simulation and in J; its statistics and its batch gradient
+    come from the one application of f. An input that is the same at every step (`encode.repeat`) is injected once.
+
+    Raises: ValueError for neurons that have no such rate, a feedback with bias, or a wrong number of synapses; with an
+    adjoint, for a batch that comes in slices.
+    """
+
+    def __init__(
+        self, *, inject: nn.Module, feedback: nn.Module, neurons: Sequence[nn.Module], synapses: Sequence[nn.Module] = ()
+    ) -> None:
+        super().__init__()
+        if len(neurons) < 1 or len(synapses) != len(neurons) - 1:
+            raise ValueError(
+                f"Equilibrium: N neurons need N - 1 synapses between them; got {len(neurons)} neurons, {len(synapses)} synapses"
+            )
+        self.leak, self.divisors = _check_neurons(neurons)
+        _check_linear(feedback)
+        self.inject = inject
+        self.feedback = feedback
+        self.synapses = nn.ModuleList(synapses)
+        self.neurons = nn.ModuleList(neurons)
+        self.carry: Callable[[Tensor], Tensor] = identity
+        self.adjoint: Adjoint | None = None
+        self.state = State("Equilibrium")
+
+    def forward(self, x_TB: Tensor) -> Tensor:
+        if self.adjoint is not None and torch.is_grad_enabled():
+            return self._implicit(x_TB, self.adjoint)
+        return torch.cat([self._step(current_1B) for current_1B in self.inject(x_TB).split(1)])
+
+    def rate(self, layer: int, current_1B: Tensor) -> Tensor:
+        """clamp(c / subtract, 0, 1), whose derivative is 1 / subtract strictly inside."""
+        return F.hardtanh(current_1B / self.divisors[layer], 0.0, 1.0)
+
+    def _step(self, current_1B: Tensor) -> Tensor:
+        """One time step: the current that `inject` gives to t a[t] - (t-1) a[t-1]."""
+        before_1B = self.state.read("spikes")
+        if before_1B is not None:
+            current_1B = current_1B + self.feedback(before_1B)
+        s_1B = self.neurons[0](current_1B)
+        for synapse, neuron in zip(self.synapses, self.neurons[1:], strict=True):
+            s_1B = neuron(synapse(s_1B))
+        self.state.write("spikes", self.carry(s_1B))
+        return self._count(s_1B)
+
+    def _count(self, s_1B: Tensor) -> Tensor:
+        """Add the spikes to the running sum_t leak^(T-t) s[t]."""
+        sum_1B, steps = self.state.read("sum"), self.state.read("steps")
+        t = 1 if steps is None else int(steps) + 1
+        wide_1B = s_1B.to(torch.promote_types(s_1B.dtype, torch.float32))
+        now_1B = wide_1B if sum_1B is None else torch.add(wide_1B, sum_1B, alpha=self.leak)
+        self.state.write("sum", self.carry(now_1B))
+        self.state.write("steps", torch.tensor(t))
+        if self.leak == 1:
+            return s_1B
+        out_1B = now_1B * (t / _total(self.leak, t))
+        if sum_1B is not None:
+            out_1B = torch.sub(out_1B, sum_1B, alpha=(t - 1) / _total(self.leak, t - 1))
+        return out_1B.to(s_1B.dtype)
+
+    def _implicit(self, x_TB: Tensor, adjoint: Adjoint) -> Tensor:
+        if self.state.read("steps") is not None:
+            raise ValueError("Equilibrium: with an adjoint a batch is one call on all T steps; got a second slice of it")
+        is_still = x_TB.shape[0] == 1 or x_TB.stride(0) == 0
+        current_1B = self.inject(x_TB[:1] if is_still else weighted_mean(x_TB, self.leak))
+        with torch.no_grad(), evaluated_norms(self):
+            for x_1B in x_TB.split(1):
+                self._step(current_1B if is_still else self.inject(x_1B))
+            sum_1B = self.state.read("sum")
+            assert sum_1B is not None
+            a_1B = sum_1B / _total(self.leak, x_TB.shape[0])
+        return self._at_rest(a_1B, current_1B, adjoint)
+
+    def _at_rest(self, a_1B: Tensor, current_1B: Tensor, adjoint: Adjoint) -> Tensor:
+        """`a_1B` as the value, and as the gradient the adjoint's, through f at `a_1B`."""
+        solution = _Solution()
+        z_1B = self.rate(0, current_1B + self.feedback(a_1B))
+        for layer, synapse in enumerate(self.synapses, start=1):
+            z_1B = self.rate(layer, synapse(_OwnGradient.apply(z_1B, solution, layer - 1)))
+        return _AtRest.apply(z_1B, a_1B, current_1B, self, adjoint, solution)  # type: ignore[return-value]
+
+
+class Linearized:
+    """J = df/da at rates `a_1B`, with constant parameters and batch norm in evaluation: `linearized(v_B)` is J^T v_B.
+
+    `masks[l]` is 1 where layer l's rate lies strictly between 0 and 1, else 0; `divisors[l]` its neurons' `subtract`.
+    `transposed(l, d_B)` is the transposed synapse into layer l (l = 0: the feedback): from a gradient of layer l's current
+    to that of the rate which feeds it. So, from the last layer to the first,  v <- transposed(l, masks[l] v / divisors[l]).
+
+    No gradient reaches a parameter from here, and no hook of one is run.
+    """
+
+    def __init__(self, equilibrium: Equilibrium, a_1B: Tensor, current_1B: Tensor) -> None:
+        self.divisors = equilibrium.divisors
+        self.masks: list[Tensor] = []
+        self._maps: list[tuple[Tensor, Tensor]] = []
+        rate_1B = a_1B
+        with torch.enable_grad(), evaluated_norms(equilibrium):
+            for layer, synapse in enumerate([equilibrium.feedback, *equilibrium.synapses]):
+                input_1B = rate_1B.detach().requires_grad_()
+                output_1B = synapse(input_1B)
+                self._maps.append((input_1B, output_1B))
+                total_1B = output_1B.detach() + current_1B.detach() if layer == 0 else output_1B.detach()
+                rate_1B = equilibrium.rate(layer, total_1B)
+                self.masks.append(((rate_1B > 0) & (rate_1B < 1)).to(rate_1B.dtype).squeeze(0))
+
+    def __call__(self, v_B: Tensor) -> Tensor:
+        return self.backwards(v_B)[-1]
+
+    def backwards(self, v_B: Tensor) -> list[Tensor]:
+        """`v_B` handed down from the last layer's rate: to layer N - 1's, ..., layer 1's, and through the feedback, J^T v."""
+        found = []
+        for layer in reversed(range(len(self.masks))):
+            v_B = self.transposed(layer, self.masks[layer] * v_B / self.divisors[layer])
+            found.append(v_B)
+        return found
+
+    def transposed(self, layer: int, d_B: Tensor) -> Tensor:
+        input_1B, output_1B = self._maps[layer]
+        (v_1B,) = torch.autograd.grad(output_1B, input_1B, d_B.unsqueeze(0), retain_graph=True)
+        return v_1B.squeeze(0)
+
+
+def weighted_mean(x_TB: Tensor, leak: float) -> Tensor:
+    """sum_t leak^(T-t) x[t] / sum_t leak^(T-t) as one step, `[1, B, ...]`."""
+    steps = x_TB.shape[0]
+    weights = [leak ** (steps - 1 - t) / _total(leak, steps) for t in range(steps)]
+    mean_B = weights[0] * x_TB[0]
+    for t in range(1, steps):
+        mean_B = torch.add(mean_B, x_TB[t], alpha=weights[t])
+    return mean_B.unsqueeze(0)
+
+
+@contextmanager
+def evaluated_norms(model: nn.Module) -> Iterator[None]:
+    """Batch norm under `model` uses its running statistics, and leaves them alone; everything else stays as it is."""
+    training = [module for module in model.modules() if isinstance(module, BatchNorm) and module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Solution:
+    """What the adjoint gave each layer, on its way from the last layer's backward to the others'."""
+
+    def __init__(self) -> None:
+        self.betas: list[Tensor] | None = None
+
+
+class _OwnGradient(torch.autograd.Function):
+    """Identity; backward, a layer's own solution where there is one."""
+
+    @staticmethod
+    def forward(ctx: Any, z_1B: Tensor, solution: _Solution, layer: int) -> Tensor:
+        ctx.solution, ctx.layer = solution, layer
+        return z_1B.view_as(z_1B)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        betas = ctx.solution.betas
+        return (grad_outputs[0] if betas is None else betas[ctx.layer].unsqueeze(0)), None, None
+
+
+class _AtRest(torch.autograd.Function):
+    """The value a[T] with the graph of f(a[T]); backward, the adjoint's solution in the place of the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z_1B: Tensor,
+        a_1B: Tensor,
+        current_1B: Tensor,
+        equilibrium: Equilibrium,
+        adjoint: Adjoint,
+        solution: _Solution,
+    ) -> Tensor:
+        ctx.save_for_backward(a_1B, current_1B)
+        ctx.equilibrium, ctx.adjoint, ctx.solution = equilibrium, adjoint, solution
+        return a_1B.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        a_1B, current_1B = ctx.saved_tensors
+        solved = ctx.adjoint(grad_outputs[0].squeeze(0), Linearized(ctx.equilibrium, a_1B, current_1B))
+        if isinstance(solved, Tensor):
+            return solved.unsqueeze(0), None, None, None, None, None
+        ctx.solution.betas = list(solved)
+        return solved[-1].unsqueeze(0), None, None, None, None, None
+
+
+def _total(leak: float, steps: int) -> float:
+    """sum_{t=1..steps} leak^(steps-t)."""
+    return float(steps) if leak == 1 else (1 - leak**steps) / (1 - leak)
+
+
+def _check_neurons(neurons: Sequence[nn.Module]) -> tuple[float, list[float]]:
+    """The leak of all of them, and what a spike takes from each."""
+    leaks, divisors = set(), []
+    for neuron in neurons:
+        if not isinstance(neuron, LIF):
+            raise ValueError(f"Equilibrium: the neurons must be LIF, whose rate is known; got {type(neuron).__name__}")
+        if neuron.reset != "subtract" or neuron.decay_input:
+            raise ValueError(
+                "Equilibrium: neurons must reset by subtraction and not decay their input; "
+                f"got reset={neuron.reset!r}, decay_input={neuron.decay_input}"
+            )
+        leaks.add(neuron.leak)
+        divisors.append(neuron.subtract)
+    if len(leaks) > 1:
+        raise ValueError(f"Equilibrium: one weighted mean is the rate of all layers, so they have one leak; got {sorted(leaks)}")
+    return leaks.pop(), divisors
+
+
+def _check_linear(feedback: nn.Module) -> None:
+    for name, module in feedback.named_modules():
+        if getattr(module, "bias", None) is not None:
+            where = f"feedback.{name}" if name else "feedback"
+            raise ValueError(
+                f"Equilibrium: the feedback must be linear, because it starts a step late; got a bias in {where}: "
+                "give it to inject"
+            )
