@@ -2,22 +2,32 @@
 
     per layer:   h = gamma LIF(sWS convolution(h)),   an average pool between stages, a global one before the classifier
 
+VGG-F hands its last features back to its first layer, a time step later:
+
+    first layer:   h[t] = gamma LIF(sWS convolution(x[t]) + convolution(upsampled h_last[t-1])),   h_last[0] = 0
+
+where the second convolution starts at zero, so that VGG-F starts as VGG.
+
 Source: Xiao et al. 2022 (OTTT, arXiv 2210.04195), section 5 and appendix.
 """
 
 # T time, B batch, C channels, H W pixels, K classes
 
 from collections.abc import Sequence
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pipeline.models.parts import one_more, standardized_conv, variance_gain
+from pipeline.spiking.feedback import Feedback
 from pipeline.spiking.neuron import LIF
-from pipeline.spiking.synapse import Linear, folded
+from pipeline.spiking.synapse import Conv2d, Linear, folded
 
 
 class Layer(nn.Module):
-    """h = gamma LIF(sWS convolution(h))."""
+    """h = gamma LIF(sWS convolution(h) + more(h)), `more` being where else current comes from."""
 
     def __init__(self, in_channels: int, width: int, *, neuron: nn.Module) -> None:
         super().__init__()
@@ -25,22 +35,56 @@ class Layer(nn.Module):
         self.neuron = one_more(neuron)
         self.gain = variance_gain(neuron)
 
-    def forward(self, h_TBCHW: Tensor) -> Tensor:
-        return self.gain * self.neuron(self.conv(h_TBCHW))
+    def forward(self, h_TBCHW: Tensor, more: nn.Module | None = None) -> Tensor:
+        current_TBCHW = self.conv(h_TBCHW)
+        return self.gain * self.neuron(current_TBCHW if more is None else current_TBCHW + more(h_TBCHW))
+
+
+class FeedbackConv(nn.Module):
+    """The current that h_last[t-1] gives the first layer, whose input is x[t]: upsampled to its nearest pixels, 3x3 convolution.
+
+    At the first time step that is the bias (the published code leaves it out there).
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.features = Feedback()
+        self.conv = Conv2d(channels, width, 3, padding=1)
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+
+    def forward(self, x_TBCHW: Tensor) -> Tensor:
+        h_TBCHW = self.features.recall()
+        if h_TBCHW is None:
+            return self.conv(x_TBCHW.new_zeros(*x_TBCHW.shape[:2], self.conv.in_channels, *x_TBCHW.shape[3:]))
+        size = x_TBCHW.shape[3:]
+        return self.conv(folded(lambda h_NCHW: F.interpolate(h_NCHW, size, mode="nearest"), h_TBCHW))
 
 
 class VGG(nn.Module):
     """3x3 convolutions with a neuron after each, `stages` of widths: `[T, B, C, H, W]` to `[T, B, K]`.
 
-    Raises: ValueError for an empty stage, or an image too small for the pools between the stages.
+    With `feedback="last"` (VGG-F) the time steps run one after another, whatever the length of the slice.
+
+    Raises: ValueError for an empty stage, an unknown feedback, or an image too small for the pools between the stages.
     """
 
-    def __init__(self, *, stages: Sequence[Sequence[int]], classes: int, in_channels: int, neuron: nn.Module) -> None:
+    def __init__(
+        self,
+        *,
+        stages: Sequence[Sequence[int]],
+        classes: int,
+        in_channels: int,
+        feedback: Literal["none", "last"] = "none",
+        neuron: nn.Module,
+    ) -> None:
         super().__init__()
         if not stages or any(not widths or min(widths) < 1 for widths in stages):
             raise ValueError(f"VGG: each stage must hold at least one width >= 1; got stages={stages}")
         if classes < 1 or in_channels < 1:
             raise ValueError(f"VGG: classes and in_channels must be >= 1; got classes={classes}, in_channels={in_channels}")
+        if feedback not in ("none", "last"):
+            raise ValueError(f"VGG: feedback must be 'none' or 'last'; got feedback={feedback!r}")
         self.stages = nn.ModuleList()
         channels = in_channels
         for widths in stages:
@@ -50,6 +94,7 @@ class VGG(nn.Module):
                 channels = width
             self.stages.append(layers)
         self.pool = nn.AvgPool2d(2)
+        self.feedback = FeedbackConv(channels, stages[0][0]) if feedback == "last" else None
         self.classifier = Linear(channels, classes)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
@@ -61,9 +106,22 @@ class VGG(nn.Module):
                 f"VGG: {len(self.stages)} stages, the image halved between them, need {smallest} pixels a side; "
                 f"got {tuple(x_TBCHW.shape[-2:])}"
             )
-        h = x_TBCHW
-        for index, layers in enumerate(self.stages):
-            h = layers(h if index == 0 else folded(self.pool, h))
+        if self.feedback is None:
+            return self.classifier(self._features(x_TBCHW).mean((3, 4)))
+        return torch.cat([self._step(x_1BCHW, self.feedback) for x_1BCHW in x_TBCHW.split(1)])
+
+    def _features(self, x_TBCHW: Tensor, feedback: FeedbackConv | None = None) -> Tensor:
+        first, *others = self.stages[0].children()
+        h = first(x_TBCHW, feedback)
+        for layer in others:
+            h = layer(h)
+        for layers in self.stages[1:]:
+            h = layers(folded(self.pool, h))
+        return h
+
+    def _step(self, x_1BCHW: Tensor, feedback: FeedbackConv) -> Tensor:
+        h = self._features(x_1BCHW, feedback)
+        feedback.features.keep(h)
         return self.classifier(h.mean((3, 4)))
 
 
@@ -79,3 +137,14 @@ def vgg_sws(
     OTTT's neuron is LIF(surrogate=Sigmoid(4)).
     """
     return VGG(stages=stages, classes=classes, in_channels=in_channels, neuron=neuron)
+
+
+def vgg_sws_f(
+    classes: int = 10,
+    *,
+    in_channels: int = 3,
+    stages: Sequence[Sequence[int]] = ((64, 128), (256, 256), (512, 512), (512, 512)),
+    neuron: nn.Module = LIF(),
+) -> VGG:
+    """VGG-F, VGG-sWS with feedback: 9,523,338 parameters at 10 classes and 3 channels."""
+    return VGG(stages=stages, classes=classes, in_channels=in_channels, feedback="last", neuron=neuron)

@@ -1,17 +1,23 @@
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models.vgg import vgg_sws
+from pipeline.models.vgg import VGG, vgg_sws, vgg_sws_f
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
-from pipeline.spiking.surrogate import Sigmoid
+from pipeline.spiking.surrogate import Sigmoid, Triangle
+from tests.rules.small import cross_entropy, difference, gradients
 
 
 def test_parameter_count():
     with torch.device("meta"):
         assert sum(p.numel() for p in vgg_sws().parameters()) == 9_228_362
+        # One 3x3 convolution with bias from 512 to 64 channels more.
+        assert sum(p.numel() for p in vgg_sws_f().parameters()) == 9_228_362 + 512 * 64 * 9 + 64 == 9_523_338
 
 
 def test_against_an_independent_forward():
@@ -41,6 +47,74 @@ def test_against_an_independent_forward():
     assert torch.allclose(got, torch.stack(expected), atol=1e-12)
 
 
+def small_vgg_f() -> VGG:
+    """In float64, with a feedback that is there, on 9 pixels a side: the last features are 4 a side."""
+    torch.manual_seed(0)
+    model = vgg_sws_f(4, in_channels=2, stages=((3, 5), (6,))).double()
+    assert model.feedback is not None
+    nn.init.normal_(model.feedback.conv.weight, std=0.3)
+    nn.init.normal_(model.feedback.conv.bias, std=0.3)
+    nn.init.normal_(model.classifier.weight)
+    return model
+
+
+def images(steps: int) -> Tensor:
+    return 3 * torch.randn(steps, 2, 2, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def vgg_f_by_hand(model: VGG, x_TBCHW: Tensor, *, detach) -> Tensor:
+    """The network written out, with its own spikes; `detach` is applied to whatever crosses a time step."""
+    p = dict(model.named_parameters())
+    names = ["stages.0.0", "stages.0.1", "stages.1.0"]
+    membranes: dict = dict.fromkeys(names, 0.0)
+    last, logits = torch.zeros(2, 6, 4, 4, dtype=torch.float64), []
+    nearest = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3, 3])  # floor(i 4 / 9)
+    for x in x_TBCHW:
+        h = x
+        back = F.conv2d(last[:, :, nearest][:, :, :, nearest], p["feedback.conv.weight"], p["feedback.conv.bias"], padding=1)
+        for name in names:
+            if name == "stages.1.0":
+                h = F.avg_pool2d(h, 2)
+            w = p[f"{name}.conv.weight"]
+            scale = torch.sqrt(w.var((1, 2, 3), keepdim=True) * w[0].numel() + 1e-4)
+            w = p[f"{name}.conv.gain"] * (w - w.mean((1, 2, 3), keepdim=True)) / scale
+            u = 0.5 * membranes[name] + F.conv2d(h, w, p[f"{name}.conv.bias"], padding=1) + (back if name == names[0] else 0)
+            s = Triangle()(u - 1)
+            membranes[name] = detach(u - s.detach())
+            h = 2.74 * s
+        last = detach(h)
+        logits.append(F.linear(h.mean((2, 3)), p["classifier.weight"], p["classifier.bias"]))
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize(("rule", "detach"), [(BPTT(), lambda h: h), (BPTT(chunk=2), lambda h: h), (SLTT(chunk=2), torch.detach)])
+def test_feedback_against_an_independent_network(rule, detach):
+    model, x_TBCHW, target = small_vgg_f(), images(4), torch.tensor([0, 3])
+    expected = vgg_f_by_hand(model, x_TBCHW, detach=detach)
+    with torch.no_grad(), fresh_state(model):
+        assert torch.allclose(model(x_TBCHW), expected, atol=1e-12)
+    loss = torch.stack([F.cross_entropy(o, target) for o in expected]).mean()
+    wanted = dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    assert wanted["feedback.conv.weight"].abs().max() > 1e-3
+    assert difference(gradients(rule, model, x_TBCHW, cross_entropy(target)), wanted) < 1e-12
+
+
+def test_feedback_starts_at_zero_and_slices_continue_one_another():
+    torch.manual_seed(0)
+    plain, fed_back = vgg_sws(4, in_channels=2, stages=((3,), (6,))), vgg_sws_f(4, in_channels=2, stages=((3,), (6,)))
+    assert set(fed_back.state_dict()) - set(plain.state_dict()) == {"feedback.conv.weight", "feedback.conv.bias"}
+    fed_back.load_state_dict(plain.state_dict(), strict=False)
+    x_TBCHW = images(4).float()
+    with torch.no_grad():
+        with fresh_state(plain), fresh_state(fed_back):
+            assert torch.equal(plain(x_TBCHW), fed_back(x_TBCHW))
+        model = small_vgg_f()
+        with fresh_state(model):
+            together = model(images(4))
+        with fresh_state(model):
+            assert torch.equal(torch.cat([model(x) for x in images(4).split(1)]), together)
+
+
 def test_start_of_the_classifier():
     torch.manual_seed(0)
     weight = vgg_sws().classifier.weight
@@ -62,6 +136,8 @@ def test_refuses():
         vgg_sws(stages=((4,), ()))
     with pytest.raises(ValueError, match=r"VGG: classes and in_channels must be >= 1; got classes=0, in_channels=3"):
         vgg_sws(0)
+    with pytest.raises(ValueError, match=r"VGG: feedback must be 'none' or 'last'; got feedback='all'"):
+        VGG(stages=((2,),), classes=2, in_channels=1, feedback="all", neuron=LIF())
     model = vgg_sws(stages=((2,), (2,), (2,)))
     with fresh_state(model), pytest.raises(ValueError, match=r"VGG: 3 stages, .* need 4 pixels a side; got \(3, 8\)"):
         model(torch.zeros(1, 1, 3, 3, 8))
