@@ -139,13 +139,15 @@ def evaluate(
 @app.command(epilog="Example: spiketrain compare --format json")
 def compare(
     names: Annotated[list[str] | None, typer.Argument(metavar="[STUDY|RUN]...", help="none: the newest study")] = None,
+    against: Annotated[str, typer.Option("--against", metavar="RULE", help="the baseline")] = "BPTT",
+    within: Annotated[float, typer.Option("--within", help="points below it that a rule may be (paired seeds)")] = 0.7,
     format_: Annotated[Literal["table", "json", "csv"], typer.Option("--format")] = "table",
     runs: Runs = RUNS,
 ) -> None:
     """Print what each rule cost and how well it did, with ratios to the BPTT run of the same study."""
     from pipeline.report.compare import print_comparison
 
-    print_comparison(runs, names or [], format=format_)
+    print_comparison(runs, names or [], format=format_, against=against, within=within)
 
 
 @app.command(epilog="Example: spiketrain show recipes/fashion/sltt.py --workers 2")
@@ -259,9 +261,9 @@ def _end(folders: list[Path] | None, runs: Path) -> None:
     """The table of what was trained; somebody who stopped the training gets the shell's code for that."""
     if folders is None:
         sys.exit(130)
-    from pipeline.report.compare import print_comparison
+    from pipeline.report.compare import print_studies
 
-    print_comparison(runs, [str(folder) for folder in folders])
+    print_studies(runs, folders)
 
 
 def _report(manifests: list) -> None:

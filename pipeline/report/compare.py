@@ -1,4 +1,4 @@
-"""Sets the runs of one study side by side: what each rule cost and how well it did, with ratios to the BPTT run.
+"""Sets the runs of one study side by side: what each rule cost and how well it did, with ratios to the baseline, BPTT.
 
 Runs that differ in more than the rule and the seed are refused, and nothing is divided across studies: a table of unlike runs
 would look the same as this one.
@@ -13,7 +13,7 @@ import os
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from rich.text import Text
 
 from pipeline.job import resume_command
 from pipeline.report.differences import differences
+from pipeline.report.paired import WITHIN, Difference, paired_difference
 from pipeline.report.runs import ReportError, find_run, load, run_folders
 from pipeline.track.jsonl import first, last
 from pipeline.track.state import State, state_of
 
-__all__ = ["Comparison", "ComparisonError", "Finished", "Unfinished", "compare", "print_comparison"]
+__all__ = ["Comparison", "ComparisonError", "Finished", "Unfinished", "compare", "print_comparison", "print_studies"]
 
 BASELINE = "BPTT"
 _COMPARED = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")
@@ -63,11 +64,31 @@ class Comparison:
     runs: tuple[Finished, ...]
     unfinished: tuple[Unfinished, ...]
     notes: tuple[str, ...]
+    against: str
+    within: float
 
     @property
     def baseline(self) -> tuple[Finished, ...]:
-        """The BPTT runs, one for each seed; empty when there is none."""
-        return tuple(run for run in self.runs if run.summary.get("rule") == BASELINE)
+        """The runs of the rule that the others are compared with, one for each seed; empty when there is none."""
+        return self.of(self.against)
+
+    def of(self, rule: str) -> tuple[Finished, ...]:
+        return tuple(run for run in self.runs if _rule(run) == rule)
+
+    @property
+    def rules(self) -> list[str]:
+        return list(dict.fromkeys(map(_rule, self.runs)))
+
+    @property
+    def differences(self) -> list[Difference]:
+        """Baseline minus rule, of every rule with at least two seeds in common with it."""
+        base = _top1_by_seed(self.baseline)
+        found = [
+            paired_difference(base, _top1_by_seed(self.of(rule)), names=(self.against, rule))
+            for rule in self.rules
+            if rule != self.against
+        ]
+        return [difference for difference in found if difference is not None]
 
     def ratio(self, name: str, value: float | None) -> float | None:
         """`value` over the baseline's mean of the same quantity; None without a baseline."""
@@ -75,7 +96,7 @@ class Comparison:
         return None if value is None or not base else value / base
 
     def to_json(self) -> dict[str, Any]:
-        """`baseline` is the name of the (first) BPTT run; each run is its summary and `ratios` to the baseline's mean."""
+        """`baseline` names its (first) run; each run is its summary and `ratios` to the mean of the baseline."""
         return {
             "study": self.study,
             "baseline": self.baseline[0].name if self.baseline else None,
@@ -84,6 +105,8 @@ class Comparison:
                 {**run.summary, "run": run.name, "ratios": {name: self.ratio(name, _value(run, name)) for name in _COMPARED}}
                 for run in self.runs
             ],
+            "differences": [{**asdict(each), "verdict": each.verdict(self.within)} for each in self.differences],
+            "within": self.within,
             "unfinished": [{"run": run.folder.name, "rule": run.rule, "state": run.state} for run in self.unfinished],
             "notes": list(self.notes),
         }
@@ -104,12 +127,12 @@ class Comparison:
         table.add_column("rule", overflow="fold")
         for title in ("top-1", "peak saved", "images/s", "wall clock"):
             table.add_column(title, justify="right")
-        for rule in dict.fromkeys(str(run.summary.get("rule")) for run in self.runs):
-            runs = tuple(run for run in self.runs if str(run.summary.get("rule")) == rule)
+        for rule in self.rules:
+            runs = self.of(rule)
             label = rule if len(runs) == 1 else f"{rule} ({len(runs)} runs)"
             table.add_row(Text(label), *(Text(self._cell(runs, name)) for name in _COMPARED))
         console.print(table)
-        for note in self.notes:
+        for note in (*(each.text(self.within) for each in self.differences), *self.notes):
             console.print(note, soft_wrap=True, markup=False, highlight=False)
         for run in self.unfinished:
             command = "" if run.state == "running" else f"; {resume_command(run.folder.parent, run.folder.name)}"
@@ -126,13 +149,21 @@ class Comparison:
         return text if len(values) == 1 else f"{text}\n± {_shown(name, statistics.stdev(values), like=mean)}"
 
 
-def compare(runs_dir: str | os.PathLike[str], names: Sequence[str | os.PathLike[str]] = ()) -> Comparison:
+def compare(
+    runs_dir: str | os.PathLike[str],
+    names: Sequence[str | os.PathLike[str]] = (),
+    *,
+    against: str = BASELINE,
+    within: float = WITHIN,
+) -> Comparison:
     """Compare finished runs.
 
     Args:
         runs_dir: where runs live.
         names: run names, paths, or study keys (or beginnings of them); none: all of the study whose run finished last. Named
-            runs without a BPTT run among them get those of the same study.
+            runs without a run of the baseline among them get those of the same study.
+        against: the rule that ratios and differences refer to.
+        within: points of accuracy below it that a rule may be, for the verdict on paired seeds.
 
     Raises:
         ComparisonError: nothing finished, or the runs differ in more than the rule and the seed.
@@ -144,21 +175,28 @@ def compare(runs_dir: str | os.PathLike[str], names: Sequence[str | os.PathLike[
     left_out = [_unfinished(folder) for folder in folders if _finished(folder) is None]
     if not finished:
         raise ComparisonError("compare: no finished run: " + ", ".join(f"{run.folder.name} is {run.state}" for run in left_out))
-    finished.sort(key=lambda run: (run.summary.get("rule") != BASELINE, str(run.summary.get("rule")), _seed(run), run.name))
+    finished.sort(key=lambda run: (_rule(run) != against, _rule(run), _seed(run), run.name))
     namesakes: dict[str, Finished] = {}
     for run in finished[1:]:
-        for other in (finished[0], namesakes.setdefault(str(run.summary.get("rule")), run)):
+        for other in (finished[0], namesakes.setdefault(_rule(run), run)):
             if found := differences(other.folder, run.folder):
                 raise ComparisonError(_refusal(other.name, run.name, found))
     notes = []
-    if finished[0].summary.get("rule") != BASELINE:
-        finished, notes = _with_baseline(runs_dir, finished)
+    if _rule(finished[0]) != against:
+        finished, notes = _with_baseline(runs_dir, finished, against)
     notes += [f"{rule} is {written}" for rule, run in namesakes.items() if (written := _written_rule(run)) is not None]
     commits = sorted({str(run.summary.get("commit")) for run in finished})
     if len(commits) > 1:
         notes.append(f"note: the runs are of different commits: {', '.join(commits)}")
     study = str(finished[0].summary.get("study", ""))
-    return Comparison(study=study, runs=tuple(finished), unfinished=tuple(left_out), notes=tuple(notes))
+    return Comparison(
+        study=study,
+        runs=tuple(finished),
+        unfinished=tuple(left_out),
+        notes=tuple(notes),
+        against=against,
+        within=within,
+    )
 
 
 def print_comparison(
@@ -166,18 +204,31 @@ def print_comparison(
     names: Sequence[str | os.PathLike[str]] = (),
     *,
     format: str = "table",
+    against: str = BASELINE,
+    within: float = WITHIN,
     console: Console | None = None,
 ) -> None:
     """Print `compare` as a table, json or csv."""
     if format not in ("table", "json", "csv"):
         raise ReportError(f"compare: format must be table, json or csv; got {format!r}")
-    comparison = compare(runs_dir, names)
+    comparison = compare(runs_dir, names, against=against, within=within)
     if format == "table":
         comparison.render(console or Console())
     elif format == "json":
         print(json.dumps(comparison.to_json(), indent=2))
     else:
         sys.stdout.write(comparison.to_csv())
+
+
+def print_studies(runs_dir: str | os.PathLike[str], folders: Sequence[Path], *, console: Console | None = None) -> None:
+    """A table for each study among the runs, one below another: runs of different studies are never divided by one another."""
+    by_study: dict[str, list[Path]] = {}
+    for folder in folders:
+        by_study.setdefault(_study(folder), []).append(folder)
+    for index, members in enumerate(by_study.values()):
+        if index:
+            (console or Console()).print()
+        print_comparison(runs_dir, members, console=console)
 
 
 def _newest_study(runs_dir: Path) -> list[Path]:
@@ -205,11 +256,11 @@ def _named(runs_dir: Path, names: Sequence[str | os.PathLike[str]]) -> list[Path
     return list(folders)
 
 
-def _with_baseline(runs_dir: Path, finished: list[Finished]) -> tuple[list[Finished], list[str]]:
-    """Adds the BPTT runs of the study that stand comparison; else says why there is none."""
+def _with_baseline(runs_dir: Path, finished: list[Finished], against: str) -> tuple[list[Finished], list[str]]:
+    """Adds the baseline's runs of the study that stand comparison; else says why there is none."""
     study, reference = finished[0].summary.get("study"), finished[0]
     others = [run for folder in run_folders(runs_dir) if _study(folder) == study and (run := _finished(folder)) is not None]
-    baselines = [run for run in others if run.summary.get("rule") == BASELINE]
+    baselines = [run for run in others if _rule(run) == against]
     fit = [run for run in baselines if not differences(run.folder, reference.folder)]
     if fit:
         return fit + finished, []
@@ -217,7 +268,7 @@ def _with_baseline(runs_dir: Path, finished: list[Finished]) -> tuple[list[Finis
         found = differences(baselines[0].folder, reference.folder)
         why = f"{baselines[0].name} does not stand comparison: {_listed(found)}"
     else:
-        why = f"study {str(study)[:8]} has no finished run of {BASELINE}"
+        why = f"study {str(study)[:8]} has no finished run of {against}"
     return finished, [f"no baseline, no ratios: {why}"]
 
 
@@ -258,6 +309,14 @@ def _study(folder: Path) -> str:
 def _ended(folder: Path) -> float:
     finish = last(folder / "journal.jsonl", "finish")
     return float(finish["time"]) if finish else (folder / "summary.json").stat().st_mtime
+
+
+def _rule(run: Finished) -> str:
+    return str(run.summary.get("rule"))
+
+
+def _top1_by_seed(runs: tuple[Finished, ...]) -> dict[int, float]:
+    return {_seed(run): top1 for run in runs if (top1 := _value(run, "top1")) is not None}
 
 
 def _seed(run: Finished) -> int:

@@ -1,0 +1,53 @@
+"""How far a rule is from the baseline, from runs that share everything but the rule: seed by seed, with its interval.
+
+    d_i = top1(baseline, seed i) - top1(rule, seed i),     mean d +- t(0.975, n - 1) sd(d) / sqrt(n)
+
+Runs of one seed begin with the same weights and see the same order, so most of what a seed does is in both and drops out.
+The interval is over seeds; that the test set is itself a sample is in it only as far as it acts on the difference.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from scipy import stats
+
+WITHIN = 0.7  # points of accuracy: what SLTT and OTTT claim to lose at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Baseline minus rule in points of accuracy, with the 95 % interval of its mean."""
+
+    baseline: str
+    rule: str
+    seeds: int
+    mean: float
+    low: float
+    high: float
+
+    def verdict(self, within: float) -> Literal["holds", "fails", "is undecided"]:
+        """Whether "at most `within` points below the baseline" is true of the whole interval, of none of it, or of a part."""
+        if self.high <= within:
+            return "holds"
+        return "fails" if self.low > within else "is undecided"
+
+    def text(self, within: float) -> str:
+        return (
+            f"{self.baseline} - {self.rule}: {self.mean:+.2f} points over {self.seeds} paired seeds, 95 % interval "
+            f"{self.low:+.2f} to {self.high:+.2f}; at most {within:g} points below {self.verdict(within)}"
+        )
+
+
+def paired_difference(baseline: Mapping[int, float], rule: Mapping[int, float], *, names: tuple[str, str]) -> Difference | None:
+    """From top-1 in 0..1 by seed; None with fewer than two seeds in common."""
+    seeds = sorted(baseline.keys() & rule.keys())
+    if len(seeds) < 2:
+        return None
+    points = [100 * (baseline[seed] - rule[seed]) for seed in seeds]
+    mean = statistics.fmean(points)
+    reach = float(stats.t.ppf(0.975, len(points) - 1)) * statistics.stdev(points) / len(points) ** 0.5
+    return Difference(baseline=names[0], rule=names[1], seeds=len(points), mean=mean, low=mean - reach, high=mean + reach)
