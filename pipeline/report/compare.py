@@ -22,38 +22,29 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.job import resume_command
+from pipeline.report.choose import (
+    ComparisonError,
+    Finished,
+    Unfinished,
+    finished_run,
+    listed,
+    named,
+    newest_study,
+    rule_of,
+    seed_of,
+    study_of,
+    unfinished_run,
+    with_baseline,
+)
 from pipeline.report.differences import differences
 from pipeline.report.paired import WITHIN, Difference, paired_difference
-from pipeline.report.runs import ReportError, find_run, load, run_folders
-from pipeline.track.jsonl import first, last
-from pipeline.track.state import State, state_of
+from pipeline.report.runs import ReportError, load
 
 __all__ = ["Comparison", "ComparisonError", "Finished", "Unfinished", "compare", "print_comparison", "print_studies"]
 
 BASELINE = "BPTT"
 _COMPARED = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")
 _FIRST = ("run", "rule", "seed", "study", "recipe", "world_size", "steps", "epochs", *_COMPARED)
-
-
-class ComparisonError(ReportError):
-    """Runs that must not be set side by side, or nothing to compare; one line that names what differs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finished:
-    folder: Path
-    summary: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unfinished:
-    folder: Path
-    rule: str
-    state: State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +64,11 @@ class Comparison:
         return self.of(self.against)
 
     def of(self, rule: str) -> tuple[Finished, ...]:
-        return tuple(run for run in self.runs if _rule(run) == rule)
+        return tuple(run for run in self.runs if rule_of(run) == rule)
 
     @property
     def rules(self) -> list[str]:
-        return list(dict.fromkeys(map(_rule, self.runs)))
+        return list(dict.fromkeys(map(rule_of, self.runs)))
 
     @property
     def differences(self) -> list[Difference]:
@@ -170,20 +161,20 @@ def compare(
         ReportError: a name that is neither a run nor a study.
     """
     runs_dir = Path(runs_dir)
-    folders = _named(runs_dir, names) if names else _newest_study(runs_dir)
-    finished = [run for folder in folders if (run := _finished(folder)) is not None]
-    left_out = [_unfinished(folder) for folder in folders if _finished(folder) is None]
+    folders = named(runs_dir, names) if names else newest_study(runs_dir)
+    finished = [run for folder in folders if (run := finished_run(folder)) is not None]
+    left_out = [unfinished_run(folder) for folder in folders if finished_run(folder) is None]
     if not finished:
         raise ComparisonError("compare: no finished run: " + ", ".join(f"{run.folder.name} is {run.state}" for run in left_out))
-    finished.sort(key=lambda run: (_rule(run) != against, _rule(run), _seed(run), run.name))
+    finished.sort(key=lambda run: (rule_of(run) != against, rule_of(run), seed_of(run), run.name))
     namesakes: dict[str, Finished] = {}
     for run in finished[1:]:
-        for other in (finished[0], namesakes.setdefault(_rule(run), run)):
+        for other in (finished[0], namesakes.setdefault(rule_of(run), run)):
             if found := differences(other.folder, run.folder):
                 raise ComparisonError(_refusal(other.name, run.name, found))
     notes = []
-    if _rule(finished[0]) != against:
-        finished, notes = _with_baseline(runs_dir, finished, against)
+    if rule_of(finished[0]) != against:
+        finished, notes = with_baseline(runs_dir, finished, against)
     notes += [f"{rule} is {written}" for rule, run in namesakes.items() if (written := _written_rule(run)) is not None]
     commits = sorted({str(run.summary.get("commit")) for run in finished})
     if len(commits) > 1:
@@ -224,52 +215,11 @@ def print_studies(runs_dir: str | os.PathLike[str], folders: Sequence[Path], *, 
     """A table for each study among the runs, one below another: runs of different studies are never divided by one another."""
     by_study: dict[str, list[Path]] = {}
     for folder in folders:
-        by_study.setdefault(_study(folder), []).append(folder)
+        by_study.setdefault(study_of(folder), []).append(folder)
     for index, members in enumerate(by_study.values()):
         if index:
             (console or Console()).print()
         print_comparison(runs_dir, members, console=console)
-
-
-def _newest_study(runs_dir: Path) -> list[Path]:
-    folders = run_folders(runs_dir)
-    finished = [run for folder in folders if (run := _finished(folder)) is not None]
-    if not finished:
-        there = f"it has {len(folders)} that did not finish" if folders else "it has no runs"
-        raise ComparisonError(f"compare: no finished run in {runs_dir}; {there}")
-    newest = max(finished, key=lambda run: _ended(run.folder))
-    return [folder for folder in folders if _study(folder) == newest.summary.get("study")]
-
-
-def _named(runs_dir: Path, names: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    folders: dict[Path, None] = {}
-    for name in names:
-        text = os.fspath(name)
-        of_study = [folder for folder in run_folders(runs_dir) if text and _study(folder).startswith(text)]
-        studies = sorted({_study(folder) for folder in of_study})
-        if of_study and not (runs_dir / text).exists():
-            if len(studies) > 1:
-                raise ComparisonError(f"compare: {text!r} begins several study keys: {', '.join(studies)}")
-            folders.update(dict.fromkeys(folder.resolve() for folder in of_study))
-        else:
-            folders[find_run(runs_dir, text).resolve()] = None
-    return list(folders)
-
-
-def _with_baseline(runs_dir: Path, finished: list[Finished], against: str) -> tuple[list[Finished], list[str]]:
-    """Adds the baseline's runs of the study that stand comparison; else says why there is none."""
-    study, reference = finished[0].summary.get("study"), finished[0]
-    others = [run for folder in run_folders(runs_dir) if _study(folder) == study and (run := _finished(folder)) is not None]
-    baselines = [run for run in others if _rule(run) == against]
-    fit = [run for run in baselines if not differences(run.folder, reference.folder)]
-    if fit:
-        return fit + finished, []
-    if baselines:
-        found = differences(baselines[0].folder, reference.folder)
-        why = f"{baselines[0].name} does not stand comparison: {_listed(found)}"
-    else:
-        why = f"study {str(study)[:8]} has no finished run of {against}"
-    return finished, [f"no baseline, no ratios: {why}"]
 
 
 def _written_rule(run: Finished) -> str | None:
@@ -281,47 +231,11 @@ def _written_rule(run: Finished) -> str | None:
 
 
 def _refusal(a: str, b: str, found: list[tuple[str, Any, Any]]) -> str:
-    return f"compare: {a} and {b} differ in more than the rule and the seed: {_listed(found)}; name runs that agree"
-
-
-def _listed(found: list[tuple[str, Any, Any]]) -> str:
-    shown = "; ".join(f"{name}: {json.dumps(a)} and {json.dumps(b)}" for name, a, b in found[:6])
-    return shown + (f"; and {len(found) - 6} more" if len(found) > 6 else "")
-
-
-def _finished(folder: Path) -> Finished | None:
-    summary = load(folder / "summary.json")
-    return Finished(folder=folder, summary=summary) if summary is not None and state_of(folder) == "finished" else None
-
-
-def _unfinished(folder: Path) -> Unfinished:
-    start = last(folder / "journal.jsonl", "start") or {}
-    state = state_of(folder)
-    return Unfinished(folder=folder, rule=str(start.get("rule", "-")), state="interrupted" if state == "finished" else state)
-
-
-def _study(folder: Path) -> str:
-    """From the journal, as unfinished runs have no summary."""
-    start = first(folder / "journal.jsonl", "start")
-    return str(start.get("study", "")) if start else str((load(folder / "summary.json") or {}).get("study", ""))
-
-
-def _ended(folder: Path) -> float:
-    finish = last(folder / "journal.jsonl", "finish")
-    return float(finish["time"]) if finish else (folder / "summary.json").stat().st_mtime
-
-
-def _rule(run: Finished) -> str:
-    return str(run.summary.get("rule"))
+    return f"compare: {a} and {b} differ in more than the rule and the seed: {listed(found)}; name runs that agree"
 
 
 def _top1_by_seed(runs: tuple[Finished, ...]) -> dict[int, float]:
-    return {_seed(run): top1 for run in runs if (top1 := _value(run, "top1")) is not None}
-
-
-def _seed(run: Finished) -> int:
-    seed = run.summary.get("seed")
-    return seed if isinstance(seed, int) else 0
+    return {seed_of(run): top1 for run in runs if (top1 := _value(run, "top1")) is not None}
 
 
 def _value(run: Finished, name: str) -> float | None:

@@ -1,0 +1,113 @@
+"""Which runs a comparison is of: those named, or the newest study, and the baseline's runs that belong to them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.report.differences import differences
+from pipeline.report.runs import ReportError, find_run, load, run_folders
+from pipeline.track.jsonl import first, last
+from pipeline.track.state import State, state_of
+
+
+class ComparisonError(ReportError):
+    """Runs that must not be set side by side, or nothing to compare; one line that names what differs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    folder: Path
+    summary: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unfinished:
+    folder: Path
+    rule: str
+    state: State
+
+
+def newest_study(runs_dir: Path) -> list[Path]:
+    folders = run_folders(runs_dir)
+    finished = [run for folder in folders if (run := finished_run(folder)) is not None]
+    if not finished:
+        there = f"it has {len(folders)} that did not finish" if folders else "it has no runs"
+        raise ComparisonError(f"compare: no finished run in {runs_dir}; {there}")
+    newest = max(finished, key=lambda run: _ended(run.folder))
+    return [folder for folder in folders if study_of(folder) == newest.summary.get("study")]
+
+
+def named(runs_dir: Path, names: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    folders: dict[Path, None] = {}
+    for name in names:
+        text = os.fspath(name)
+        of_study = [folder for folder in run_folders(runs_dir) if text and study_of(folder).startswith(text)]
+        studies = sorted({study_of(folder) for folder in of_study})
+        if of_study and not (runs_dir / text).exists():
+            if len(studies) > 1:
+                raise ComparisonError(f"compare: {text!r} begins several study keys: {', '.join(studies)}")
+            folders.update(dict.fromkeys(folder.resolve() for folder in of_study))
+        else:
+            folders[find_run(runs_dir, text).resolve()] = None
+    return list(folders)
+
+
+def with_baseline(runs_dir: Path, finished: list[Finished], against: str) -> tuple[list[Finished], list[str]]:
+    """Adds the baseline's runs of the study that stand comparison; else says why there is none."""
+    study, reference = finished[0].summary.get("study"), finished[0]
+    others = [run for folder in run_folders(runs_dir) if study_of(folder) == study and (run := finished_run(folder)) is not None]
+    baselines = [run for run in others if rule_of(run) == against]
+    fit = [run for run in baselines if not differences(run.folder, reference.folder)]
+    if fit:
+        return fit + finished, []
+    if baselines:
+        found = differences(baselines[0].folder, reference.folder)
+        why = f"{baselines[0].name} does not stand comparison: {listed(found)}"
+    else:
+        why = f"study {str(study)[:8]} has no finished run of {against}"
+    return finished, [f"no baseline, no ratios: {why}"]
+
+
+def finished_run(folder: Path) -> Finished | None:
+    summary = load(folder / "summary.json")
+    return Finished(folder=folder, summary=summary) if summary is not None and state_of(folder) == "finished" else None
+
+
+def unfinished_run(folder: Path) -> Unfinished:
+    start = last(folder / "journal.jsonl", "start") or {}
+    state = state_of(folder)
+    return Unfinished(folder=folder, rule=str(start.get("rule", "-")), state="interrupted" if state == "finished" else state)
+
+
+def study_of(folder: Path) -> str:
+    """From the journal, as unfinished runs have no summary."""
+    start = first(folder / "journal.jsonl", "start")
+    return str(start.get("study", "")) if start else str((load(folder / "summary.json") or {}).get("study", ""))
+
+
+def rule_of(run: Finished) -> str:
+    return str(run.summary.get("rule"))
+
+
+def seed_of(run: Finished) -> int:
+    seed = run.summary.get("seed")
+    return seed if isinstance(seed, int) else 0
+
+
+def _ended(folder: Path) -> float:
+    finish = last(folder / "journal.jsonl", "finish")
+    return float(finish["time"]) if finish else (folder / "summary.json").stat().st_mtime
+
+
+def listed(found: list[tuple[str, Any, Any]]) -> str:
+    shown = "; ".join(f"{name}: {json.dumps(a)} and {json.dumps(b)}" for name, a, b in found[:6])
+    return shown + (f"; and {len(found) - 6} more" if len(found) > 6 else "")
