@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 # Where a rule puts its callables. A callable with memory of its own (a trace) holds a `State` as `state`, too.
-SEAMS = ("presynaptic", "carry", "gradient", "adjoint")
+SEAMS = ("presynaptic", "backward_weight", "carry", "gradient", "adjoint")
 
 
 class State:

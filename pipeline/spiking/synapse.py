@@ -1,11 +1,12 @@
-"""Synapses: torch's linear maps on time-first tensors, with a seam for what the weight gradient multiplies.
+"""Synapses: torch's linear maps on time-first tensors, with a seam for each of the two things that their backward multiplies.
 
 `weights="standardized"` is scaled weight standardisation (sWS), the normalisation of networks without batch norm:
 
     W^ = gain (W - mean) / sqrt(fan_in var + 1e-4),   mean and unbiased var per output filter, gain learnable
 
 The seam `presynaptic: x_TB -> factor_TB`, where set, gives the factor that the weight gradient uses in the place of the
-input: dL/dW = sum_t g[t] factor[t]^T, while dL/dx stays W^T g. One forward, one backward op, no second pass.
+input: dL/dW = sum_t g[t] factor[t]^T. The seam `backward_weight: weight -> weight`, where set, gives the weight that carries
+the error down: dL/dx = backward_weight(W)^T g. Neither touches the other; one forward, one backward op, no second pass.
 
 Source of sWS: Brock et al. 2021 (arXiv 2101.08692), eq. 1, in the form of OTTT and SLTT's NF-ResNet.
 """
@@ -24,6 +25,7 @@ STANDARDIZATION_EPS = 1e-4
 
 Weights = Literal["plain", "standardized"]
 Presynaptic = Callable[[Tensor], Tensor]
+BackwardWeight = Callable[[Tensor], Tensor]
 
 
 def folded(op: Callable[[Tensor], Tensor], x_TB: Tensor) -> Tensor:
@@ -32,7 +34,7 @@ def folded(op: Callable[[Tensor], Tensor], x_TB: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` on `[T, B, ..., C]`; `weights` and `presynaptic` as at the head of the file.
+    """`torch.nn.Linear` on `[T, B, ..., C]`; `weights` and the seams as at the head of the file.
 
     Raises: ValueError for an unknown `weights`, or for an input without a time axis.
     """
@@ -42,19 +44,20 @@ class Linear(nn.Linear):
         self.weights = weights
         self.gain = _gain("Linear", self.weight, weights)
         self.presynaptic: Presynaptic | None = None
+        self.backward_weight: BackwardWeight | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() < 3:
             raise ValueError(f"Linear: the input must be time first, [T, B, ..., C]; got shape {tuple(input.shape)}")
         weight = effective_weight(self.weight, self.gain)
-        if self.presynaptic is None:
+        if self.presynaptic is None and self.backward_weight is None:
             return F.linear(input, weight, self.bias)
         x_TB, factor_TB, weight, bias = _operands(input, self.presynaptic, weight, self.bias)
-        return _LinearWithFactor.apply(x_TB, factor_TB, weight, bias)  # type: ignore[return-value]
+        return _LinearWithSeams.apply(x_TB, factor_TB, weight, bias, self.backward_weight)  # type: ignore[return-value]
 
 
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` on `[T, B, C, H, W]`, zero padding; `weights` and `presynaptic` as at the head of the file.
+    """`torch.nn.Conv2d` on `[T, B, C, H, W]`, zero padding; `weights` and the seams as at the head of the file.
 
     Raises: ValueError for an unknown `weights`, padding given as a word, or an input without a time axis.
     """
@@ -78,17 +81,18 @@ class Conv2d(nn.Conv2d):
         self.weights = weights
         self.gain = _gain("Conv2d", self.weight, weights)
         self.presynaptic: Presynaptic | None = None
+        self.backward_weight: BackwardWeight | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() != 5:
             raise ValueError(f"Conv2d: the input must be time first, [T, B, C, H, W]; got shape {tuple(input.shape)}")
         weight = effective_weight(self.weight, self.gain)
-        if self.presynaptic is None:
+        if self.presynaptic is None and self.backward_weight is None:
             return folded(lambda x_NCHW: self._conv_forward(x_NCHW, weight, self.bias), input)
         x_TB, factor_TB, weight, bias = _operands(input, self.presynaptic, weight, self.bias)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        factor_NCHW = factor_TB.flatten(0, 1)
-        return folded(lambda x_NCHW: _ConvWithFactor.apply(x_NCHW, factor_NCHW, weight, bias, geometry), x_TB)  # type: ignore[arg-type]
+        operands = (factor_TB.flatten(0, 1), weight, bias, self.backward_weight, geometry)
+        return folded(lambda x_NCHW: _ConvWithSeams.apply(x_NCHW, *operands), x_TB)  # type: ignore[arg-type]
 
 
 def effective_weight(weight: Tensor, gain: Tensor | None) -> Tensor:
@@ -105,31 +109,42 @@ def effective_weight(weight: Tensor, gain: Tensor | None) -> Tensor:
     return F.batch_norm(flat_1CN, None, None, (gain * scale).flatten(), training=True, eps=eps).view_as(weight)
 
 
-class _LinearWithFactor(torch.autograd.Function):
+class _LinearWithSeams(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TBC: Tensor, factor_TBC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x_TBC: Tensor, factor_TBC: Tensor, weight: Tensor, bias: Tensor | None, downward: BackwardWeight | None
+    ) -> Tensor:
         ctx.save_for_backward(factor_TBC, weight)
+        ctx.downward = downward
         return F.linear(x_TBC, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (g_TBK,) = grad_outputs
         factor_TBC, weight = ctx.saved_tensors
-        want_x, _, want_weight, want_bias = ctx.needs_input_grad
+        want_x, _, want_weight, want_bias, _ = ctx.needs_input_grad
         return (
-            g_TBK @ weight if want_x else None,
+            g_TBK @ _carrier(weight, ctx.downward) if want_x else None,
             None,
             g_TBK.flatten(0, -2).T @ factor_TBC.flatten(0, -2) if want_weight else None,
             g_TBK.flatten(0, -2).sum(0) if want_bias else None,
+            None,
         )
 
 
-class _ConvWithFactor(torch.autograd.Function):
+class _ConvWithSeams(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_NCHW: Tensor, factor_NCHW: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]
+        ctx: Any,
+        x_NCHW: Tensor,
+        factor_NCHW: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        downward: BackwardWeight | None,
+        geometry: tuple[Any, ...],
     ) -> Tensor:
         ctx.save_for_backward(factor_NCHW, weight)
+        ctx.downward = downward
         ctx.geometry = geometry
         return F.conv2d(x_NCHW, weight, bias, *geometry)
 
@@ -137,12 +152,13 @@ class _ConvWithFactor(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         factor_NCHW, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
-        want_x, _, want_weight, want_bias, _ = ctx.needs_input_grad
-        # The input enters this op only through the weight gradient (its shape aside): handing it the factor gives both.
+        want_x, _, want_weight, want_bias, *_ = ctx.needs_input_grad
+        # The input enters this op only through the weight gradient (its shape aside), and the weight only through the
+        # input's: handing it the factor and the carrier of the error gives both.
         g_x, g_weight, g_bias = torch.ops.aten.convolution_backward(
             grad_outputs[0],
             factor_NCHW,
-            weight,
+            _carrier(weight, ctx.downward),
             [weight.shape[0]],
             stride,
             padding,
@@ -152,15 +168,20 @@ class _ConvWithFactor(torch.autograd.Function):
             groups,
             [want_x, want_weight, want_bias],
         )
-        return g_x, None, g_weight, g_bias, None
+        return g_x, None, g_weight, g_bias, None, None
+
+
+def _carrier(weight: Tensor, downward: BackwardWeight | None) -> Tensor:
+    """What carries the error down; made in the backward, so that nothing more is kept for it."""
+    return weight if downward is None else downward(weight).to(weight.dtype)
 
 
 def _operands(
-    x_TB: Tensor, presynaptic: Presynaptic, weight: Tensor, bias: Tensor | None
+    x_TB: Tensor, presynaptic: Presynaptic | None, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """x, its factor, weight and bias in one dtype: what autocast does for torch's ops, it does not for ours."""
     with torch.no_grad():
-        factor_TB = presynaptic(x_TB)
+        factor_TB = x_TB if presynaptic is None else presynaptic(x_TB)
     if factor_TB.shape != x_TB.shape:
         raise ValueError(
             f"presynaptic: the factor must have the shape of the input, {tuple(x_TB.shape)}; got {tuple(factor_TB.shape)}"

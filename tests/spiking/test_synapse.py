@@ -103,6 +103,27 @@ def test_presynaptic_linear(shape, weights):
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("presynaptic", [None, torch.cos])
+@pytest.mark.parametrize("geometry", [None, *GEOMETRIES])
+def test_another_weight_carries_the_error_down(geometry, presynaptic):
+    synapse, carrier = (Linear(4, 6) if geometry is None else Conv2d(4, 6, **geometry) for _ in range(2))
+    synapse, carrier = synapse.double(), carrier.double()
+    x = (double(3, 2, 4) if geometry is None else double(3, 2, 4, 9, 8)).requires_grad_()
+    synapse.presynaptic = presynaptic
+    plain = synapse(x)
+    upstream = torch.randn_like(plain)
+    (expected_x,) = torch.autograd.grad((carrier(x) * upstream).sum(), x)
+    expected = torch.autograd.grad((plain * upstream).sum(), list(synapse.parameters()))
+    synapse.backward_weight = lambda weight: carrier.weight.detach() + (weight - synapse.weight)
+    with SavedBytes(synapse) as saved:
+        y = synapse(x)
+    assert torch.equal(y, plain)
+    assert saved.peak == x.numel() * 8  # the factor; the carrier is made when it is needed
+    got_x, *got = torch.autograd.grad((y * upstream).sum(), [x, *synapse.parameters()])
+    assert torch.allclose(got_x, expected_x, atol=1e-12)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(got, expected, strict=True))
+
+
 @pytest.mark.parametrize("synapse", [Linear(4, 3), Conv2d(4, 3, 3)])
 def test_the_input_itself_may_be_the_factor(synapse):
     synapse = synapse.double()
