@@ -68,7 +68,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, began: float
     network, rule, train_set, val_set = ranks.together(
         lambda: _own_parts(job, place, recipe, split, world, tracker, is_fresh=checkpoint is None)
     )
-    backend = ranks.together(lambda: build_backend(recipe, network, split))
+    backend = ranks.together(lambda: build_backend(recipe, network, rule, split))
     seed_everything(recipe.seed + 1 + ranks.rank)  # dropout and its like: not the same on two ranks
     steps = total_steps(recipe, train_set.steps_per_epoch)
     return Parts(
@@ -146,21 +146,23 @@ def check_recipe(recipe: Recipe, workers: int) -> nn.Module:
     network = build_network(recipe, recipe.data.build())
     if recipe.init is not None:
         load_start(network, Path(recipe.init))
-    attached_rule(recipe, network, World(recipe.seed, size=workers))
-    recipe.schedule.build(build_optimizer(recipe, network), 1000)
+    rule = attached_rule(recipe, network, World(recipe.seed, size=workers))
+    recipe.schedule.build(build_optimizer(recipe, network, rule), 1000)
     return network
 
 
-def build_optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(recipe: Recipe, network: nn.Module, rule: Rule) -> torch.optim.Optimizer:
     try:
-        return recipe.optimizer.build(network)
+        optimizer = recipe.optimizer.build(network)
     except (TypeError, AssertionError, RuntimeError) as error:  # timm passes on what it does not know, and complains in many ways
         raise ValueError(f"{recipe.optimizer.label}: {error}") from error
+    rule.check_optimizer(optimizer)
+    return optimizer
 
 
-def build_backend(recipe: Recipe, network: nn.Module, split: Split) -> Backend:
+def build_backend(recipe: Recipe, network: nn.Module, rule: Rule, split: Split) -> Backend:
     def optimizer_of(network: nn.Module) -> torch.optim.Optimizer:
-        return build_optimizer(recipe, network)
+        return build_optimizer(recipe, network, rule)
 
     if recipe.backend == "plain":
         return Plain(network, optimizer_of, precision=recipe.precision, clip_norm=recipe.clip_norm)

@@ -119,6 +119,12 @@ class Rule(nn.Module):
         Raises: ValueError that names the argument which does not fit.
         """
 
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Whether what the rule promises survives this optimizer; asked before anything is launched, and wherever one is built.
+
+        Raises: ValueError that names what does not fit.
+        """
+
     def calibrate(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
         """Set what depends on the data, such as thresholds, from `calibration_batches` of training inputs `x_TB`.
 

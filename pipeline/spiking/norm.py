@@ -22,7 +22,8 @@ class BatchNorm(nn.Module):
     """Batch norm on `[T, B, C]` or `[T, B, C, H, W]`.
 
     In train mode the running statistics move once per time step (`over="time"`: once per call), under `no_grad` too; in
-    eval mode they take the place of the batch's. With `between="world"` every rank must make the same calls.
+    eval mode, and where `frozen` is set, they rest and take the place of the batch's. With `between="world"` every rank must
+    make the same calls.
 
     Raises: ValueError for an unknown `over` or `between`, or when the third dimension is not `channels`.
     Source: Ioffe & Szegedy 2015 (arXiv 1502.03167).
@@ -50,6 +51,7 @@ class BatchNorm(nn.Module):
         self.momentum = momentum
         self.over = over
         self.between = between
+        self.frozen = False
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -58,15 +60,20 @@ class BatchNorm(nn.Module):
     def forward(self, x_TBC: Tensor) -> Tensor:
         if x_TBC.dim() < 3 or x_TBC.shape[2] != self.channels:
             raise ValueError(f"BatchNorm: the input must be [T, B, {self.channels}, ...]; got shape {tuple(x_TBC.shape)}")
-        if self.training and self.over == "step":
+        if self.uses_batch and self.over == "step":
             return torch.stack([self._normalize(x_BC) for x_BC in x_TBC.unbind(0)])
         return self._normalize(x_TBC.flatten(0, 1)).view_as(x_TBC)
 
+    @property
+    def uses_batch(self) -> bool:
+        """Whether the statistics are the batch's own, rather than the running ones."""
+        return self.training and not self.frozen
+
     def _normalize(self, x_NC: Tensor) -> Tensor:
-        if self.training and self.between == "world" and distributed.is_initialized():
+        if self.uses_batch and self.between == "world" and distributed.is_initialized():
             return self._normalize_over_ranks(x_NC)
         return F.batch_norm(
-            x_NC, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+            x_NC, self.running_mean, self.running_var, self.weight, self.bias, self.uses_batch, self.momentum, self.eps
         )
 
     def _normalize_over_ranks(self, x_NC: Tensor) -> Tensor:

@@ -65,6 +65,19 @@ def test_statistics_move_without_a_graph_and_rest_in_eval():
     assert torch.equal(norm.running_mean, before)
 
 
+@pytest.mark.parametrize("choice", [{}, {"over": "time"}, {"between": "world"}])
+def test_frozen_is_eval_mode_in_training(choice):
+    norm, x = fresh(**choice), double(4, 5, 3)
+    norm(x + 2)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    norm.frozen = True
+    y = norm(x)
+    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
+    assert torch.equal(y, norm.eval()(x))
+    norm.train().frozen = False
+    assert not torch.allclose(norm(x), y, atol=0.1)
+
+
 def test_between_world_is_per_rank_where_there_is_one_rank():
     x = double(4, 5, 3)
     assert torch.equal(fresh(between="world")(x), fresh()(x))
