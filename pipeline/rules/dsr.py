@@ -1,0 +1,194 @@
+"""Differentiation on Spike Representation: backward through what spikes mean, their rates, and through no spike."""
+
+# T time, B batch, K classes
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, named_neurons, steps_share
+from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.rate import RateNeuron, rate_weights
+from pipeline.spiking.state import fresh_state
+
+# Calibration holds so many samples at a time, at every T and width; and each layer keeps 1 / 1000 of its rates.
+CALIBRATION_SAMPLES = 32
+OUTLIERS = 1000
+
+
+class DSR(Rule):
+    """Spikes forward, the rate map of `spiking/rate.py` backward, for `RateIF` and `RateLIF`:
+
+        I = sum_t w[t] x[t],    r = clamp(gain I, 0, height),    G = sum_t dL/dout[t]
+        dL/dx[t]     = w[t] gain G     where 0 <= gain I <= height, else 0
+        dL/dheight   = sum of G        where gain I > height
+
+    Everything between two neurons is plain autograd on T steps. Where the loss sees the weighted mean of the logits
+    (`WeightedRates`; IF: the plain mean), G[t] is proportional to w[t] in every layer and the gradient is exactly that of
+    the network of rates. The published code hands LIF's back evenly and takes G = T sum_t w[t] dL/dout[t], which is the same
+    for IF; for LIF it uses the plain rates as the factor of a weight's gradient and makes the last layer's too large by
+    T sum_t w[t]^2 (1.02 to 1.5), so it is not followed here.
+
+    `calibrate` sets every threshold from so many training batches before the first step, layer after layer: height is the
+    99.9th percentile of max(0, gain I) over samples and units, batch norm on the batch's own statistics.
+
+    Raises: ValueError for a negative `calibrate`; for a model without rate-coded neurons, or with others beside them
+    (`attach`).
+    Source: Meng et al. 2022 (arXiv 2205.00459), section 4; calibration: Rathi et al. 2020 (arXiv 2005.01807).
+    """
+
+    memory = "linear"
+    over_time_choices = ("mean", "steps")
+
+    def __init__(self, *, calibrate: int = 0) -> None:
+        super().__init__()
+        if calibrate < 0:
+            raise ValueError(f"DSR: calibrate is a number of batches and must be >= 0; got calibrate={calibrate}")
+        self.calibration_batches = calibrate
+
+    def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
+        neurons = named_neurons(model)
+        if not neurons:
+            raise ValueError(f"DSR: the model must have rate-coded neurons, RateIF or RateLIF; got {type(model).__name__}")
+        for name, neuron in neurons:
+            if not isinstance(neuron, RateNeuron):
+                where = name or "the model itself"
+                raise ValueError(f"DSR: every neuron must be a RateIF or RateLIF; got {type(neuron).__name__} at {where}")
+        super().attach(model, world=world, over_time=over_time)
+        for _, neuron in neurons:
+            self.set_seam(neuron, "gradient", rate_gradient)
+
+    def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
+        with fresh_state(model):
+            logits_TBK = model(x_TB)
+            if self.over_time == "steps":
+                loss, mean_logits_BK = steps_share(logits_TBK, loss_of, steps=len(x_TB))
+            else:
+                loss, mean_logits_BK = loss_of(logits_TBK.mean(0)), logits_TBK.detach().mean(0)
+            yield Objective(backward=loss, loss=loss.detach(), logits=mean_logits_BK)
+
+    @torch.no_grad()
+    def calibrate(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
+        parts = [part_TB for x_TB in batches for part_TB in x_TB.split(CALIBRATION_SAMPLES, dim=1)]
+        samples = sum(part_TB.shape[1] for part_TB in parts)
+        with _batch_statistics(model):
+            for neuron in _in_order_of_use(model, parts[0]):
+                height = _percentile((_rates_into(neuron, model, part_TB) for part_TB in parts), samples)
+                neuron.threshold.fill_(max(neuron.dt * float(height), neuron.bound))
+
+
+def rate_gradient(lif: RateNeuron, x_TB: Tensor) -> Tensor:
+    """`LIF.gradient`: the neuron's own spikes, with the derivative of its rate."""
+    return _RateMap.apply(x_TB, lif.held_threshold(), lif)  # type: ignore[return-value]
+
+
+class _RateMap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TB: Tensor, threshold: Tensor, lif: RateNeuron) -> Tensor:
+        v_B = lif.membrane(x_TB)
+        out_TB = torch.empty_like(x_TB, memory_format=torch.contiguous_format)
+        for t, x_B in enumerate(x_TB.unbind(0)):
+            out_TB[t], v_B = lif.step(x_B.to(v_B.dtype), v_B)
+        lif.state.write("v", v_B)
+        rate_B = _rate(lif, x_TB)
+        height = (threshold / lif.dt).to(rate_B.dtype)
+        ctx.save_for_backward((rate_B >= 0) & (rate_B <= height), rate_B > height)
+        ctx.leak, ctx.gain, ctx.dt = lif.leak, lif.gain, lif.dt
+        return out_TB
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (g_TB,) = grad_outputs
+        inside_B, above_B = ctx.saved_tensors
+        want_x, want_threshold, _ = ctx.needs_input_grad
+        dtype = torch.promote_types(g_TB.dtype, torch.float32)
+        g_B = g_TB.sum(0, dtype=dtype)
+        g_x_TB = g_threshold = None
+        if want_x:
+            weights_T = rate_weights(ctx.leak, g_TB).view(-1, *[1] * g_B.dim())
+            g_x_TB = (weights_T * (ctx.gain * (inside_B * g_B))).to(g_TB.dtype)
+        if want_threshold:
+            g_threshold = (above_B * g_B).sum().view(1) / ctx.dt
+        return g_x_TB, g_threshold, None
+
+
+def _rate(lif: RateNeuron, x_TB: Tensor) -> Tensor:
+    """gain I of the input, never below fp32."""
+    weights_T = rate_weights(lif.leak, x_TB)
+    return lif.gain * torch.tensordot(weights_T, x_TB.to(weights_T.dtype), dims=1)
+
+
+# ------------------------------------------------------------------------------------------------------------ calibration
+
+
+class _Reached(Exception):
+    """Ends a forward at the neuron whose input was wanted."""
+
+    def __init__(self, rate_B: Tensor) -> None:
+        super().__init__()
+        self.rate_B = rate_B
+
+
+def _stop(lif: RateNeuron, x_TB: Tensor) -> Tensor:
+    raise _Reached(_rate(lif, x_TB))
+
+
+def _rates_into(neuron: RateNeuron, model: nn.Module, x_TB: Tensor) -> Tensor:
+    """gain I of `neuron`, `[B, ...]`, from the spikes of the neurons before it."""
+    before, neuron.gradient = neuron.gradient, _stop  # type: ignore[assignment]  # set on rate-coded neurons alone
+    try:
+        with fresh_state(model):
+            model(x_TB)
+    except _Reached as reached:
+        return reached.rate_B
+    finally:
+        neuron.gradient = before
+    raise AssertionError("a neuron that ran once runs again")
+
+
+def _in_order_of_use(model: nn.Module, x_TB: Tensor) -> list[RateNeuron]:
+    """The neurons that one forward meets, each once."""
+    met: dict[nn.Module, None] = {}
+    hooks = [lif.register_forward_pre_hook(lambda lif, _: met.setdefault(lif)) for _, lif in named_neurons(model)]
+    try:
+        with fresh_state(model):
+            model(x_TB)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [lif for lif in met if isinstance(lif, RateNeuron)]
+
+
+def _percentile(rates: Iterator[Tensor], samples: int) -> Tensor:
+    """The smallest of max(0, rate) that 99.9 % do not exceed, exactly, in memory for the largest 0.1 %."""
+    largest = None
+    for rate_B in rates:
+        keep = rate_B[0].numel() * samples // OUTLIERS + 1
+        found = rate_B.flatten() if largest is None else torch.cat([largest, rate_B.flatten()])
+        largest = found.topk(min(keep, found.numel())).values
+    assert largest is not None
+    return largest[-1].clamp_min(0)
+
+
+@contextmanager
+def _batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, but batch norm by the statistics of the batch, this rank's own; the model is as before afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    norms = {module: module.between for module in model.modules() if isinstance(module, BatchNorm)}
+    model.eval()
+    for norm in norms:
+        norm.train()
+        norm.between = "rank"
+    try:
+        yield
+    finally:
+        for norm, between in norms.items():
+            norm.between = between
+        for buffer, value in buffers.items():
+            buffer.copy_(value)
+        for module, mode in modes.items():
+            module.training = mode

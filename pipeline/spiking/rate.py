@@ -1,0 +1,200 @@
+"""Rate-coded neurons: spikes of a learnable height, whose mean over time is a ramp with two corners.
+
+    IF:    u[t] = v[t-1] + x[t]                      LIF:    u[t] = b v[t-1] + (1 - b) x[t],    b = exp(-dt / tau)
+    s[t] = 1 if u[t] >= alpha threshold else 0       v[t] = u[t] - threshold s[t],    v[0] = 0
+    out[t] = height s[t]
+
+Unrolled from 0 to T, with weights w[t] that sum to 1, rate r = sum_t w[t] out[t] and mean input I = sum_t w[t] x[t]:
+
+    r = gain I - v[T] / (dt sum_t b^(T-t)),          so    r is near clamp(gain I, 0, height) while v[T] is small
+
+            w[t]                    gain            height              |r - clamp| for a constant input, at most
+    IF      1 / T                   1               threshold           max(alpha, 1 - alpha) height / T
+    LIF     b^(T-t) / sum           (1 - b) / dt    threshold / dt      max(alpha, 1 - alpha) height (1 - b) / (1 - b^T)
+
+IF's error falls with T; LIF's does not, it falls with dt. Input that changes obeys neither bound.
+
+Source: Meng et al. 2022 (DSR, arXiv 2205.00459), sections 3 and 4. There LIF's gain is 1 / tau, which (1 - b) / dt is at dt = 0.
+"""
+
+# T time, B batch, K classes
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.state import State
+from pipeline.spiking.surrogate import Surrogate, Triangle
+
+
+class RateNeuron(LIF):
+    """What `RateIF` and `RateLIF` make: a LIF whose spikes are worth `threshold / dt` each.
+
+    `threshold`, a parameter of shape (1,), is in units of the potential; the neuron fires at `alpha` of it, which centres
+    the error of the rate. It is kept from below at `bound` by a view: the parameter itself is never written to, as ZeRO
+    trains a copy of it, and its gradient passes the bound unchanged, so that it is linear in the batch and the same for
+    any number of ranks. That gradient is multiplied by `threshold_gradient`, under every rule.
+
+    The seams are LIF's. Without a rule the spike has the surrogate's derivative, on u / threshold - alpha, and a detached
+    reset.
+
+    Raises: ValueError for arguments out of range.
+    """
+
+    threshold: nn.Parameter  # type: ignore[assignment]  # LIF's is a number
+
+    def __init__(
+        self,
+        *,
+        threshold: float,
+        leak: float,
+        dt: float,
+        alpha: float,
+        bound: float,
+        threshold_gradient: float,
+        surrogate: Surrogate,
+    ) -> None:
+        who = "RateIF" if leak == 1 else "RateLIF"
+        if not 0 < alpha <= 1:
+            raise ValueError(f"{who}: alpha must be above 0 and at most 1; got alpha={alpha}")
+        if not 0 < bound <= threshold:
+            raise ValueError(f"{who}: bound must be above 0 and at most the threshold; got bound={bound}, threshold={threshold}")
+        if not threshold_gradient >= 0:
+            raise ValueError(f"{who}: threshold_gradient must be >= 0; got threshold_gradient={threshold_gradient}")
+        super().__init__(leak, decay_input=leak < 1, surrogate=surrogate)
+        del self.threshold, self.subtract  # numbers; here one parameter stands for both
+        self.threshold = nn.Parameter(torch.tensor([float(threshold)]))
+        self.dt = dt
+        self.alpha = alpha
+        self.bound = bound
+        self.threshold_gradient = threshold_gradient
+        self.gain = 1.0 if leak == 1 else (1 - leak) / dt
+
+    def held_threshold(self) -> Tensor:
+        """The threshold in force: not below `bound`, with the scaled gradient."""
+        return _Held.apply(self.threshold, self.bound, self.threshold_gradient)  # type: ignore[return-value]
+
+    def step(self, x_B: Tensor, v_B: Tensor) -> tuple[Tensor, Tensor]:
+        """One time step: (x[t], v[t-1]) -> (out[t], v[t])."""
+        threshold = self.held_threshold().to(v_B.dtype)
+        current_B = (1 - self.leak) * x_B if self.decay_input else x_B
+        u_B = torch.add(current_B, v_B, alpha=self.leak)
+        s_B = self.surrogate((u_B - self.alpha * threshold) / threshold)
+        return s_B * (threshold / self.dt), u_B - threshold * s_B.detach()
+
+    def extra_repr(self) -> str:
+        return (
+            f"leak={self.leak}, dt={self.dt}, alpha={self.alpha}, bound={self.bound}, "
+            f"threshold_gradient={self.threshold_gradient}, surrogate={self.surrogate}"
+        )
+
+
+def RateIF(
+    *,
+    threshold: float = 6.0,
+    alpha: float = 0.5,
+    bound: float = 0.01,
+    threshold_gradient: float = 1.0,
+    surrogate: Surrogate = Triangle(),
+) -> RateNeuron:
+    """DSR's integrate-and-fire neuron; the defaults are those published for CIFAR.
+
+    On ImageNet the published `threshold_gradient` is 0.001.
+    """
+    return RateNeuron(
+        threshold=threshold,
+        leak=1.0,
+        dt=1.0,
+        alpha=alpha,
+        bound=bound,
+        threshold_gradient=threshold_gradient,
+        surrogate=surrogate,
+    )
+
+
+def RateLIF(
+    *,
+    threshold: float = 0.3,
+    tau: float = 1.0,
+    dt: float = 0.05,
+    alpha: float = 0.3,
+    bound: float = 5e-4,
+    threshold_gradient: float | None = None,
+    surrogate: Surrogate = Triangle(),
+) -> RateNeuron:
+    """DSR's leaky neuron; `tau` and `dt`, the length of a time step, in one unit of time. The defaults are CIFAR's.
+
+    `threshold_gradient=None` is dt^2. What the network feels is the height threshold / dt, so the exact derivative by the
+    threshold (1.0) moves the height under SGD by 1 / dt^2 = 400 times of what it would move as a parameter itself; dt^2
+    makes up for that, and is what the published code does (its gradient has dt in the place of 1 / dt).
+
+    Raises: ValueError for tau or dt that are not positive.
+    """
+    if not (tau > 0 and dt > 0):
+        raise ValueError(f"RateLIF: tau and dt must be > 0; got tau={tau}, dt={dt}")
+    return RateNeuron(
+        threshold=threshold,
+        leak=math.exp(-dt / tau),
+        dt=dt,
+        alpha=alpha,
+        bound=bound,
+        threshold_gradient=dt**2 if threshold_gradient is None else threshold_gradient,
+        surrogate=surrogate,
+    )
+
+
+class WeightedRates(nn.Module):
+    """Readout of LIF rates: step t times T w[t], so that the mean over time of what comes out is the weighted rate.
+
+        y[t] = T w[t] x[t],      mean_t y[t] = sum_t w[t] x[t]
+
+    The weights count back from the last step, so the sequence must come whole.
+
+    Raises: ValueError for a second slice within one fresh_state.
+    """
+
+    def __init__(self, leak: float) -> None:
+        super().__init__()
+        self.leak = leak
+        self.state = State("WeightedRates")
+
+    def forward(self, x_TBK: Tensor) -> Tensor:
+        if self.state.read("seen") is not None:
+            raise ValueError("WeightedRates: weights depend on T, so all T steps must come at once; got a second slice")
+        self.state.write("seen", x_TBK.new_empty(0))
+        weights_T = rate_weights(self.leak, x_TBK).view(-1, *[1] * (x_TBK.dim() - 1))
+        return x_TBK * (len(x_TBK) * weights_T).to(x_TBK.dtype)
+
+    def extra_repr(self) -> str:
+        return f"leak={self.leak}"
+
+
+def rate_readout(neuron: nn.Module) -> nn.Module:
+    """What stands between a network's last layer and its logits: weights where its neurons' rates are weighted."""
+    if isinstance(neuron, RateNeuron) and neuron.leak < 1:
+        return WeightedRates(neuron.leak)
+    return nn.Identity()
+
+
+def rate_weights(leak: float, x_TB: Tensor) -> Tensor:
+    """leak^(T-t) / sum over the T steps of `x_TB`: `[T]`; 1 / T each where nothing leaks."""
+    powers = [leak**age for age in reversed(range(len(x_TB)))]
+    total = sum(powers)
+    dtype = torch.promote_types(x_TB.dtype, torch.float32)
+    return torch.tensor([power / total for power in powers], dtype=dtype, device=x_TB.device)
+
+
+class _Held(torch.autograd.Function):
+    """max(threshold, bound) forward; the gradient passes, scaled."""
+
+    @staticmethod
+    def forward(ctx: Any, threshold: Tensor, bound: float, scale: float) -> Tensor:
+        ctx.scale = scale
+        return threshold.clamp_min(bound)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.scale * grad_outputs[0], None, None

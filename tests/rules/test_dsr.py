@@ -1,0 +1,251 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.models.convnet import convnet
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.dsr import DSR
+from pipeline.rules.sltt import SLTT
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.rate import RateIF, RateLIF, RateNeuron, rate_readout, rate_weights
+from pipeline.spiking.state import fresh_state
+from pipeline.spiking.synapse import Linear
+from tests.rules.small import batch, cross_entropy, difference, gradients, learn
+
+MEAN = {"over_time": "mean"}
+contract_exceptions = {"test_one_step_equals_bptt": "the derivative is that of the rate, at one step too, and not a surrogate's"}
+
+
+def smallest_model(*neurons: RateNeuron) -> nn.Sequential:
+    """Two hidden layers, IF and LIF unless told otherwise, and the readout that the last one's rates need."""
+    first, second = neurons or (RateIF(threshold=1.0), RateLIF(threshold=0.1, dt=0.1))
+    model = nn.Sequential(Linear(6, 8), first, Linear(8, 7), second, Linear(7, 3), rate_readout(second))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for index in (0, 2, 4):
+            for parameter in model[index].parameters():
+                parameter.copy_(0.9 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+# ------------------------------------------------------------------------------------------------- one neuron, closed forms
+
+
+def map_of(neuron: RateNeuron, x_TB: torch.Tensor, g_TB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What DSR hands back for the output gradient `g_TB`: to the input, and to the threshold."""
+    rule = DSR()
+    rule.attach(neuron, **MEAN)
+    x_TB = x_TB.clone().requires_grad_()
+    with fresh_state(neuron):
+        out_TB = neuron(x_TB)
+    g_x_TB, g_threshold = torch.autograd.grad(out_TB, (x_TB, neuron.threshold), g_TB)
+    rule.release()
+    return g_x_TB, g_threshold
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    steps=st.integers(1, 9),
+    leaky=st.booleans(),
+    scale=st.sampled_from([0.001, 1.0]),
+)
+def test_gradient_is_autograd_through_the_clamp_of_the_mean(seed, steps, leaky, scale):
+    """Whatever the input does in time, and for any upstream gradient that a function of the rate can give."""
+    generator = torch.Generator().manual_seed(seed)
+    dt, tau = 0.2, 1.3
+    neuron = RateLIF(threshold=0.4, dt=dt, tau=tau, threshold_gradient=scale) if leaky else RateIF(threshold_gradient=scale)
+    neuron.double()
+    x_TB = 8 * torch.randn(steps, 3, 4, generator=generator, dtype=torch.float64) + 2
+    g_B = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    b = math.exp(-dt / tau) if leaky else 1.0
+    w_T = torch.tensor([b ** (steps - t) for t in range(1, steps + 1)], dtype=torch.float64)
+    w_T = (w_T / w_T.sum()).view(-1, 1, 1)
+    x, threshold = x_TB.clone().requires_grad_(), neuron.threshold.detach().clone().requires_grad_()
+    height, gain = (threshold / dt, (1 - b) / dt) if leaky else (threshold, 1.0)
+    rate = torch.minimum((gain * (w_T * x).sum(0)).clamp_min(0), height)
+    expected_x, expected_threshold = torch.autograd.grad(rate, (x, threshold), g_B)
+    got_x, got_threshold = map_of(neuron, x_TB, g_B * w_T)
+    assert torch.allclose(got_x, expected_x, atol=1e-14)
+    assert torch.allclose(got_threshold, scale * expected_threshold, atol=1e-12)
+
+
+@pytest.mark.parametrize("neuron", [RateIF(threshold=2.0), RateLIF(threshold=0.2, dt=0.1)])
+def test_any_upstream_gradient_is_summed_and_handed_back(neuron):
+    """Sum over t of the returned gradient = gain G inside the ramp, 0 outside; the threshold learns above it alone."""
+    neuron.double()
+    generator = torch.Generator().manual_seed(0)
+    share_B = torch.tensor([[-0.5, 0.3, 0.9, 1.4]], dtype=torch.float64)
+    height = neuron.threshold.item() / neuron.dt
+    x_TB = (share_B * height / neuron.gain).expand(6, -1, -1)
+    g_TB = torch.randn(6, 1, 4, generator=generator, dtype=torch.float64)
+    g_x, g_threshold = map_of(neuron, x_TB, g_TB)
+    G_B = g_TB.sum(0)
+    inside_B = torch.tensor([[0.0, 1, 1, 0]], dtype=torch.float64)
+    assert torch.allclose(g_x.sum(0), neuron.gain * G_B * inside_B, atol=1e-14)
+    assert g_threshold.item() == pytest.approx(neuron.threshold_gradient * G_B[0, 3].item() / neuron.dt)
+    weights_T = rate_weights(neuron.leak, x_TB)
+    assert torch.allclose(g_x, weights_T.view(-1, 1, 1) * g_x.sum(0), atol=1e-14)
+    quiet_x, quiet_threshold = map_of(neuron, 0.4 * (x_TB.abs() / 1.4), g_TB)
+    assert quiet_threshold.item() == 0 and (quiet_x.sum(0) != 0).all()
+
+
+# ------------------------------------------------------------------------------------------------------------- a network
+
+
+class Ramp(nn.Module):
+    """r = clamp(gain I, 0, height) with torch's own autograd, the network of rates' neuron."""
+
+    def __init__(self, neuron: RateNeuron) -> None:
+        super().__init__()
+        self.threshold, self.dt, self.gain = nn.Parameter(neuron.threshold.detach().clone()), neuron.dt, neuron.gain
+
+    def forward(self, rate_B: torch.Tensor) -> torch.Tensor:
+        return torch.minimum((self.gain * rate_B).clamp_min(0), self.threshold / self.dt)
+
+
+@pytest.mark.parametrize("make", [lambda: RateIF(threshold=1.0), lambda: RateLIF(threshold=0.1, dt=0.1, threshold_gradient=1.0)])
+def test_a_network_that_follows_its_rates_has_the_gradient_of_the_network_of_rates(make):
+    """The reference knows rates only, with torch's own autograd; it is fed the rates that the spikes had, as otherwise the two
+    would see other values. Then nothing is left to differ: LIF's weights in time are carried through every layer.
+    """
+    spiking = smallest_model(make(), make()).double()
+    x_TBC, target = batch(6)
+    with torch.no_grad(), fresh_state(spiking):
+        out_TBC, before = x_TBC, []
+        for module in spiking:
+            if isinstance(module, Linear):
+                before.append((rate_weights(spiking[1].leak, out_TBC).view(-1, 1, 1) * out_TBC).sum(0))
+            out_TBC = module(out_TBC)
+    ramps = [Ramp(spiking[1]).double(), Ramp(spiking[3]).double()]
+    layers = [nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 3)]
+    for layer, source in zip(layers, (spiking[0], spiking[2], spiking[4]), strict=True):
+        layer.double().load_state_dict(source.state_dict())
+    # Straight-through: the value of the spikes' own rate, the gradient of the ramp's.
+    h = layers[0](before[0])
+    for ramp, layer, seen in zip(ramps, layers[1:], before[1:], strict=True):
+        rate = ramp(h)
+        h = layer(rate + (seen - rate).detach())
+    F.cross_entropy(h, target).backward()
+    got = gradients(DSR(), spiking, x_TBC, cross_entropy(target), **MEAN)
+    parts = (layers[0], ramps[0], layers[1], ramps[1], layers[2])
+    expected = {f"{i}.{name}": p.grad for i, part in enumerate(parts) for name, p in part.named_parameters()}
+    assert difference(got, expected) < 1e-13
+    assert all(g.abs().max() > 1e-3 for g in got.values())
+
+
+def test_bptt_trains_the_same_network_by_another_gradient():
+    model = smallest_model().double()
+    x_TBC, target = batch(6)
+    dsr, bptt = (gradients(rule, model, x_TBC, cross_entropy(target), **MEAN) for rule in (DSR(), BPTT()))
+    assert dsr.keys() == bptt.keys() and difference(dsr, bptt) > 1e-2
+    assert all(g.abs().max() > 0 for name, g in bptt.items())
+
+
+def test_sltt_trains_if_neurons_step_by_step():
+    model = smallest_model(RateIF(threshold=2.0), RateIF(threshold=2.0)).double()
+    x_TBC, target = batch(6)
+    assert all(g.abs().max() > 0 for g in gradients(SLTT(), model, x_TBC, cross_entropy(target)).values())
+
+
+def test_the_two_losses_over_time():
+    x_TBC, target = batch(5)
+    for over_time in ("mean", "steps"):
+        model, rule = smallest_model().double(), DSR()
+        with torch.no_grad(), fresh_state(model):
+            logits_TBK = model(x_TBC)
+        expected = {
+            "mean": F.cross_entropy(logits_TBK.mean(0), target),
+            "steps": torch.stack([F.cross_entropy(o, target) for o in logits_TBK]).mean(),
+        }
+        rule.attach(model, over_time=over_time)
+        (objective,) = learn(rule.objectives(model, x_TBC, cross_entropy(target)))
+        assert objective.loss.item() == pytest.approx(expected[over_time].item(), abs=1e-12)
+        assert torch.allclose(objective.logits, logits_TBK.mean(0), atol=1e-14)
+
+
+def test_half_precision_keeps_rates_and_thresholds_in_fp32():
+    model, rule = smallest_model(), DSR()
+    rule.attach(model, **MEAN)
+    x_TBC, target = batch(6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        learn(rule.objectives(model, x_TBC.float(), lambda o: F.cross_entropy(o.float(), target)))
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------------ calibration
+
+
+def calibrated(model: nn.Module, batches: list[torch.Tensor]) -> Any:
+    rule = DSR(calibrate=len(batches))
+    rule.attach(model, **MEAN)
+    rule.calibrate(model, batches)
+    rule.release()
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: RateIF(threshold=1.0), lambda: RateLIF(threshold=0.1, dt=0.1)])
+def test_calibration_is_the_percentile_of_the_mean_input_layer_after_layer(make):
+    torch.manual_seed(0)
+    batches = [torch.randn(4, size, 6) for size in (40, 30, 80)]
+    model = calibrated(smallest_model(make(), make()), batches)
+    h = torch.cat(batches, 1)
+    for linear, neuron in ((model[0], model[1]), (model[2], model[3])):
+        h = linear(h)
+        weighted = (rate_weights(neuron.leak, h).view(-1, 1, 1) * h).sum(0)
+        sorted_rates = (neuron.gain * weighted).relu().flatten().sort().values
+        nearest_rank = math.ceil(0.999 * len(sorted_rates) - 1e-9)
+        assert neuron.threshold.item() / neuron.dt == pytest.approx(sorted_rates[nearest_rank - 1].item(), rel=1e-5)
+        assert sorted_rates[-1] > 1.01 * sorted_rates[nearest_rank - 1]
+        with torch.no_grad(), fresh_state(neuron):
+            h = neuron(h)
+
+
+def test_calibration_leaves_everything_else_as_it_was():
+    model = convnet(3, in_channels=1, stages=((4,), (4,)), over="time", neuron=RateIF())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    norm = next(m for m in model.modules() if isinstance(m, BatchNorm))
+    norm.between = "world"
+    x_TBCHW = 5 + 3 * torch.randn(2, 40, 1, 6, 6)
+    state = torch.get_rng_state()
+    calibrated(model, [x_TBCHW])
+    assert {name: module.training for name, module in model.named_modules()} == modes and norm.between == "world"
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if name.endswith("threshold")}
+    # Batch norm by the batch's own statistics: the 99.9th percentile of about a normal distribution, three deviations.
+    assert all(2 < value < 5 for name, value in model.state_dict().items() if name.endswith("0.threshold"))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_silent_layer_is_left_at_the_bound():
+    model = smallest_model()
+    with torch.no_grad():
+        model.get_parameter("0.bias").fill_(-100)
+    assert calibrated(model, [torch.randn(4, 8, 6)])[1].threshold.item() == pytest.approx(0.01)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: DSR(calibrate=-1), r"DSR: calibrate is a number of batches and must be >= 0; got calibrate=-1"),
+        (lambda: DSR().attach(nn.Linear(2, 2)), r"DSR: the model must have rate-coded neurons, .* got Linear"),
+        (
+            lambda: DSR().attach(nn.Sequential(RateIF(), nn.Sequential(LIF()))),
+            r"DSR: every neuron must be a RateIF or RateLIF; got LIF at 1\.0",
+        ),
+    ],
+)
+def test_refuses(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
