@@ -3,6 +3,8 @@
 Constructing one opens no file, so a recipe can be shown where its data is not. FFCV is imported when a loader is made.
 """
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,6 +63,12 @@ class Beton:
 
     def check(self) -> None:
         self._files.check()
+
+    def of_classes(self, classes: tuple[int, ...]) -> "Beton":
+        """The same sets without the samples of other classes; labels stay as they are."""
+        narrowed = copy.copy(self)
+        narrowed._files = replace(self._files, only=classes)
+        return narrowed
 
     def train(
         self,

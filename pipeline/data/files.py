@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data import format as beton
 from pipeline.data import manifest as manifests
 from pipeline.data.errors import DataError
 from pipeline.data.manifest import Manifest
@@ -22,6 +23,7 @@ Name = Literal["train", "val"]
 @dataclass(frozen=True)
 class Files:
     """`owner` is the name that refusals begin with. `held_out`: the share of the training set to evaluate on, see order.py.
+    `only`: the labels whose samples are used; None: all.
 
     Raises: DataError for a share outside 0..1.
     """
@@ -30,6 +32,7 @@ class Files:
     folder: Path
     classes: int
     held_out: float
+    only: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
@@ -72,7 +75,15 @@ class Files:
         return self.path("train" if self.held_out else "val"), order
 
     def _ids(self, use: Name) -> NDArray[np.int64]:
-        if not self.held_out:
-            return np.arange(self.manifest(use).samples)
-        train, chosen_on = held_out(self.manifest("train").samples, self.held_out)
-        return train if use == "train" else chosen_on
+        if self.held_out:
+            train, chosen_on = held_out(self.manifest("train").samples, self.held_out)
+            ids = train if use == "train" else chosen_on
+        else:
+            ids = np.arange(self.manifest(use).samples)
+        if self.only is None:
+            return ids
+        path = self.path("train" if self.held_out else use)
+        ids = ids[np.isin(beton.samples(path).labels[ids], self.only)]
+        if not len(ids):
+            raise DataError(f"{self.owner}: {path} must hold samples of the classes {self.only} to {use} on; got none")
+        return ids

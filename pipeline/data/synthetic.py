@@ -6,6 +6,7 @@ augmentation behave exactly as those of files do. A set of recordings stands for
 
 # N samples of a set, B batch, K classes, T time, C channels (of a recording T x C of them), H W pixels
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,7 @@ class Synthetic:
         self.samples, self.val_samples, self.classes = samples, val_samples, classes
         self.shape = tuple(int(size) for size in shape)
         self.noise, self.augment, self.content_seed = float(noise), augment, content_seed
+        self._only: tuple[int, ...] | None = None
 
     def fingerprint(self) -> str:
         """A hash of everything that the samples are computed from."""
@@ -67,16 +69,27 @@ class Synthetic:
     def check(self) -> None:
         """Nothing on disk, nothing to check."""
 
+    def of_classes(self, classes: tuple[int, ...]) -> "Synthetic":
+        """The same sets without the samples of other classes; labels stay as they are."""
+        narrowed = copy.copy(self)
+        narrowed._only = classes
+        return narrowed
+
     def train(
         self, *, seed: int, rank: int = 0, world: int = 1, batch_size: int, micro_batch: int, threads: int = 1
     ) -> "SyntheticLoader":
-        order = TrainOrder(
-            samples=self.samples, seed=seed, rank=rank, world=world, batch_size=batch_size, micro_batch=micro_batch
-        )
+        ids = self._ids(self.samples)
+        sizes = {"rank": rank, "world": world, "batch_size": batch_size, "micro_batch": micro_batch}
+        order = TrainOrder(samples=len(ids), ids=ids, seed=seed, **sizes)
         return SyntheticLoader(self, order, seed=seed if self.augment == "shift-flip" else None)
 
     def val(self, *, rank: int = 0, world: int = 1, micro_batch: int, threads: int = 1) -> "SyntheticLoader":
-        return SyntheticLoader(self, ValOrder(samples=self.val_samples, rank=rank, world=world, micro_batch=micro_batch))
+        ids = self._ids(self.val_samples)
+        return SyntheticLoader(self, ValOrder(samples=len(ids), ids=ids, rank=rank, world=world, micro_batch=micro_batch))
+
+    def _ids(self, samples: int) -> NDArray[np.int64]:
+        ids = np.arange(samples)
+        return ids if self._only is None else ids[np.isin(ids % self.classes, self._only)]
 
 
 class SyntheticLoader:
