@@ -20,7 +20,7 @@ def torch_threads_kept() -> Iterator[None]:
 
 
 with torch_threads_kept():
-    from ffcv.fields import IntField, RGBImageField
+    from ffcv.fields import IntField, NDArrayField, RGBImageField
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from ffcv.libffcv import imdecode, resize_crop
     from ffcv.loader.epoch_iterator import EpochIterator
@@ -29,6 +29,7 @@ with torch_threads_kept():
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.compiler import Compiler
     from ffcv.pipeline.graph import Graph
+    from ffcv.pipeline.operation import Operation
     from ffcv.pipeline.pipeline_spec import PipelineSpec
     from ffcv.pipeline.state import State
     from ffcv.reader import Reader
@@ -45,8 +46,10 @@ __all__ = [
     "HeaderType",
     "IntField",
     "Loader",
+    "NDArrayField",
     "OSCacheContext",
     "OSCacheManager",
+    "Operation",
     "PipelineSpec",
     "RGBImageField",
     "Reader",

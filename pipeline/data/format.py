@@ -1,22 +1,89 @@
-"""The layout of a .beton of images, and a writer of it whose output does not depend on how many processes encode.
+"""The layout of a .beton, and a writer of it whose output does not depend on how many processes encode.
 
     header | field descriptors | metadata, one record a sample | zeros up to a page | pages | allocation table
 
-A sample lies whole within one page. FFCV's own writer (1.0.2) lets its worker processes race for pages, waits for ever for one
-that died, and cannot store a JPEG as it is; this one is fed by a single process, in the order of the samples. FFCV reads both.
+A file holds samples of one kind, images or arrays, and a label beside each. A sample lies whole within one page. FFCV's own
+writer (1.0.2) lets its worker processes race for pages, waits for ever for one that died, and cannot store a JPEG as it is; this
+one is fed by a single process, in the order of the samples. FFCV reads both.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from pipeline.data.errors import DataError
 
 PAGE_BYTES = 8 << 20  # FFCV's default
-JPG, RAW = 0, 1  # FFCV's codes of how a sample is stored
+JPG, RAW = 0, 1  # FFCV's codes of how an image is stored
+
+
+@dataclass(frozen=True)
+class Images:
+    """RGB images, each of its own size: FFCV's RGBImageField (type 2 in 1.0.2); a record is (mode, width, height, address)."""
+
+    name: ClassVar[str] = "image"
+    type_id: ClassVar[int] = 2
+
+    def field(self) -> Any:
+        from pipeline.data.ffcv_api import RGBImageField
+
+        return RGBImageField()
+
+    def record(self, address: int, *, mode: int, height: int, width: int) -> Any:
+        return mode, width, height, address
+
+    def about(self, record: Any) -> dict[str, int]:
+        """What `BetonWriter.add` was told of a sample beside its label."""
+        mode, width, height, _ = record.tolist()
+        return {"mode": mode, "height": height, "width": width}
+
+    def addresses(self, records: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+        return records["data_ptr"]
+
+    def too_large(self, *, mode: int, height: int, width: int) -> str:
+        return f"({width}x{height}); set max_resolution, or store it as jpg"
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Arrays of one type and shape: FFCV's NDArrayField (type 4 in 1.0.2); a record is an address.
+
+    `dtype` is numpy's name of it. Not uint16, of which FFCV warns whenever such a file is opened.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    name: ClassVar[str] = "array"
+    type_id: ClassVar[int] = 4
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def field(self) -> Any:
+        from pipeline.data.ffcv_api import NDArrayField
+
+        return NDArrayField(np.dtype(self.dtype), self.shape)
+
+    def record(self, address: int) -> Any:
+        return address
+
+    def about(self, record: Any) -> dict[str, int]:
+        return {}
+
+    def addresses(self, records: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+        return records
+
+    def too_large(self) -> str:
+        return f"({self.dtype} {'x'.join(map(str, self.shape))})"
+
+
+Kind = Images | Arrays
 
 
 @dataclass(frozen=True)
@@ -29,16 +96,16 @@ class Region:
 
 
 class BetonWriter:
-    """Writes samples in order to `path`, which must not be in use; `finish` makes the file whole and durable.
+    """Writes samples of one kind in order to `path`, which must not be in use; `finish` makes the file whole and durable.
 
     `capacity`: the most samples that may come; room for their metadata is left at the front.
     """
 
-    def __init__(self, path: Path, *, capacity: int, page_bytes: int = PAGE_BYTES) -> None:
+    def __init__(self, path: Path, *, capacity: int, kind: Kind = Images(), page_bytes: int = PAGE_BYTES) -> None:
         from pipeline.data.ffcv_api import ALLOC_TABLE_TYPE
 
-        self.path, self.page_bytes, self.samples = path, page_bytes, 0
-        self._metadata = np.zeros(capacity, _metadata_type())
+        self.path, self.kind, self.page_bytes, self.samples = path, kind, page_bytes, 0
+        self._metadata = np.zeros(capacity, _metadata_type(kind))
         self._table = np.zeros(capacity, ALLOC_TABLE_TYPE)
         self._pages_offset = -(-(_metadata_offset() + self._metadata.nbytes) // page_bytes) * page_bytes
         self._page = bytearray()
@@ -46,41 +113,37 @@ class BetonWriter:
         self._file = path.open("wb")
         self._file.seek(self._pages_offset)
 
-    def add(self, payload: bytes, *, mode: int, height: int, width: int, label: int) -> None:
-        """Append one sample.
+    def add(self, payload: bytes, *, label: int, **about: int) -> None:
+        """Append one sample; of an image also its `mode`, `height` and `width`.
 
         Raises: DataError if it does not fit a page.
         """
         if len(payload) > self.page_bytes:
             raise DataError(
-                f"write: a stored image must fit a page of {self.page_bytes} bytes; got {len(payload)} bytes ({width}x{height}); "
-                "set max_resolution, or store it as jpg"
+                f"write: a stored {self.kind.name} must fit a page of {self.page_bytes} bytes; "
+                f"got {len(payload)} bytes {self.kind.too_large(**about)}"
             )
         if len(self._page) + len(payload) > self.page_bytes:
             self._flush()
         address = self._pages_offset + self._pages * self.page_bytes + len(self._page)
         self._page += payload
-        self._metadata[self.samples] = ((mode, width, height, address), label)
+        self._metadata[self.samples] = (self.kind.record(address, **about), label)
         self._table[self.samples] = (self.samples, address, len(payload))
         self.samples += 1
 
     def finish(self) -> None:
         """Write what is left, the table, the metadata and the header; then wait until the disk has it."""
-        from pipeline.data.ffcv_api import CURRENT_VERSION, FieldDescType, HeaderType
+        from pipeline.data.ffcv_api import CURRENT_VERSION, HeaderType
 
         if self._page:
             self._flush()
         table_offset = self._pages_offset + self._pages * self.page_bytes
         self._file.write(self._table[: self.samples].tobytes())
         header = np.zeros((), HeaderType)
-        header["version"], header["num_fields"], header["page_size"] = CURRENT_VERSION, len(_FIELDS), self.page_bytes
+        header["version"], header["num_fields"], header["page_size"] = CURRENT_VERSION, 2, self.page_bytes
         header["num_samples"], header["alloc_table_ptr"] = self.samples, table_offset
-        fields = np.zeros(len(_FIELDS), FieldDescType)
-        for field, (name, type_id) in zip(fields, _FIELDS, strict=True):
-            field["type_id"] = type_id
-            field["name"][: len(name)] = np.frombuffer(name, np.uint8)
         self._file.seek(0)
-        self._file.write(header.tobytes() + fields.tobytes() + self._metadata[: self.samples].tobytes())
+        self._file.write(header.tobytes() + _descriptors(self.kind) + self._metadata[: self.samples].tobytes())
         self._file.flush()
         os.fsync(self._file.fileno())
         self.close()
@@ -99,6 +162,7 @@ class BetonWriter:
 class Layout:
     """Where what lies in a .beton."""
 
+    kind: Kind
     samples: int
     page_bytes: int
     front: tuple[Region, ...]  # header, field descriptors, metadata, padding (if any)
@@ -109,7 +173,7 @@ class Layout:
 def layout(path: Path) -> Layout:
     """The regions of a file, which cover it without gap.
 
-    Raises: DataError if the file is not a whole .beton of images and labels as written here or by FFCV.
+    Raises: DataError if the file is not a whole .beton of images or arrays, and labels, as written here or by FFCV.
     """
     from pipeline.data.ffcv_api import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType
 
@@ -124,17 +188,15 @@ def layout(path: Path) -> Layout:
     if page_bytes < 1 or page_bytes & (page_bytes - 1):
         raise DataError(f"{path}: damaged header: page size must be a power of 2; got {page_bytes}")
     fields = np.fromfile(path, FieldDescType, count=int(header["num_fields"]), offset=HeaderType.itemsize)
-    found = [(bytes(field["name"]).rstrip(b"\0"), int(field["type_id"])) for field in fields]
-    if found != _FIELDS:
-        raise DataError(f"{path}: must hold the fields image and label, in this order; got {found}")
-    metadata_size = samples * _metadata_type().itemsize
+    kind = _kind(path, fields)
+    metadata_size = samples * _metadata_type(kind).itemsize
     metadata_end = _metadata_offset() + metadata_size
     lowest = -(-metadata_end // page_bytes) * page_bytes
     if table % page_bytes or table < lowest or table + samples * ALLOC_TABLE_TYPE.itemsize != size:
         raise DataError(
             f"{path}: truncated or damaged: {size} bytes, but its header places a table of {samples} samples at {table}"
         )
-    first = _first_page(path, samples, page_bytes, lowest)
+    first = _first_page(path, kind, samples, page_bytes, lowest)
     front = [
         Region("header", 0, HeaderType.itemsize),
         Region("field descriptors", HeaderType.itemsize, fields.nbytes),
@@ -142,16 +204,17 @@ def layout(path: Path) -> Layout:
         Region("padding", metadata_end, first - metadata_end),
     ]
     pages = [Region(f"page {i}", at, page_bytes) for i, at in enumerate(range(first, table, page_bytes))]
-    return Layout(
-        samples, page_bytes, tuple(r for r in front if r.size), tuple(pages), Region("allocation table", table, size - table)
-    )
+    front_regions, table_region = tuple(r for r in front if r.size), Region("allocation table", table, size - table)
+    return Layout(kind, samples, page_bytes, front_regions, tuple(pages), table_region)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples of a file, in index order: records of (mode, width, height, address), labels, and bytes in the file."""
+    """The samples of a file, in index order: what FFCV records of each, addresses in the file, labels, and bytes in the file."""
 
+    kind: Kind
     records: np.ndarray[Any, Any]
+    addresses: np.ndarray[Any, Any]
     labels: np.ndarray[Any, Any]
     sizes: np.ndarray[Any, Any]
 
@@ -161,40 +224,77 @@ def samples(path: Path) -> Samples:
     from pipeline.data.ffcv_api import ALLOC_TABLE_TYPE
 
     where = layout(path)
-    metadata = np.fromfile(path, _metadata_type(), count=where.samples, offset=_metadata_offset())
+    metadata = np.fromfile(path, _metadata_type(where.kind), count=where.samples, offset=_metadata_offset())
+    addresses = where.kind.addresses(metadata["f0"])
     table = np.fromfile(path, ALLOC_TABLE_TYPE, offset=where.table.offset)
     table = table[np.argsort(table["sample_id"], kind="stable")]
     start, end = where.table.offset - where.page_bytes * len(where.pages), where.table.offset
     if (
         not np.array_equal(table["sample_id"], np.arange(where.samples))
-        or not np.array_equal(table["ptr"], metadata["f0"]["data_ptr"])
+        or not np.array_equal(table["ptr"], addresses)
         or (where.samples and (table["ptr"].min() < start or (table["ptr"] + table["size"]).max() > end))
     ):
         raise DataError(f"{path}: damaged: metadata and allocation table contradict each other")
-    return Samples(metadata["f0"], metadata["f1"], table["size"])
+    return Samples(where.kind, metadata["f0"], addresses, metadata["f1"], table["size"])
 
 
-_FIELDS = [(b"image", 2), (b"label", 1)]  # name and FFCV's type number: RGBImageField, IntField (1.0.2)
+_LABEL = ("label", 1)  # name, and FFCV's type number: IntField (1.0.2)
 
 
-def _metadata_type() -> np.dtype[Any]:
-    from pipeline.data.ffcv_api import IntField, RGBImageField, get_metadata_type
+def _descriptors(kind: Kind) -> bytes:
+    """The two field descriptors of a file, as FFCV writes them."""
+    from pipeline.data.ffcv_api import FieldDescType, IntField
 
-    return get_metadata_type([RGBImageField(), IntField()])
+    fields = np.zeros(2, FieldDescType)
+    for descriptor, (name, type_id), field in zip(
+        fields, ((kind.name, kind.type_id), _LABEL), (kind.field(), IntField()), strict=True
+    ):
+        descriptor["type_id"] = type_id
+        descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+        descriptor["arguments"] = field.to_binary()[0]
+    return fields.tobytes()
+
+
+def _kind(path: Path, fields: np.ndarray[Any, Any]) -> Kind:
+    """What kind of samples a file's field descriptors speak of."""
+    from pipeline.data.ffcv_api import NDArrayField
+
+    found = [(bytes(field["name"]).rstrip(b"\0").decode(errors="replace"), int(field["type_id"])) for field in fields]
+    if found == [(Images.name, Images.type_id), _LABEL]:
+        return Images()
+    if found != [(Arrays.name, Arrays.type_id), _LABEL]:
+        raise DataError(f"{path}: must hold the fields image or array, and label, in this order; got {found}")
+    try:
+        field: Any = NDArrayField.from_binary(fields[0]["arguments"])
+        return Arrays(field.dtype.name, tuple(int(side) for side in field.shape))
+    except (
+        ValueError,
+        IndexError,
+        TypeError,
+        KeyError,
+        AssertionError,
+    ) as error:  # what FFCV 1.0.2 raises for bytes that say nothing
+        raise DataError(f"{path}: damaged field descriptors: no array's type and shape ({error})") from error
+
+
+def _metadata_type(kind: Kind) -> np.dtype[Any]:
+    from pipeline.data.ffcv_api import IntField, get_metadata_type
+
+    return get_metadata_type([kind.field(), IntField()])
 
 
 def _metadata_offset() -> int:
     from pipeline.data.ffcv_api import FieldDescType, HeaderType
 
-    return HeaderType.itemsize + len(_FIELDS) * FieldDescType.itemsize
+    return HeaderType.itemsize + 2 * FieldDescType.itemsize
 
 
-def _first_page(path: Path, samples: int, page_bytes: int, lowest: int) -> int:
+def _first_page(path: Path, kind: Kind, samples: int, page_bytes: int, lowest: int) -> int:
     """Where the pages begin: with skipped images there is more room for metadata than samples use."""
     if not samples:
         return lowest
-    metadata = np.fromfile(path, _metadata_type(), count=samples, offset=_metadata_offset())
-    first = int(metadata["f0"]["data_ptr"].min()) // page_bytes * page_bytes
+    metadata = np.fromfile(path, _metadata_type(kind), count=samples, offset=_metadata_offset())
+    first = int(kind.addresses(metadata["f0"]).min()) // page_bytes * page_bytes
     if first < lowest:
         raise DataError(f"{path}: damaged metadata: a sample lies at {first}, before the first page at {lowest}")
     return first

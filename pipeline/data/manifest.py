@@ -18,6 +18,7 @@ import xxhash
 
 from pipeline.data import format as beton
 from pipeline.data.errors import DataError
+from pipeline.data.format import Arrays, Images, Kind
 
 FORMAT, VERSION = "spiketrain beton manifest", 1
 SUFFIX = ".manifest.json"
@@ -38,7 +39,7 @@ class Manifest:
     page_bytes: int
     pages: list[str]  # xxh3-64 of each
     skipped: list[dict[str, str]] = field(default_factory=list)  # images that could not be read, and why
-    stored: dict[str, int] = field(default_factory=dict)  # how many samples "as it is", as "jpg", as "raw"
+    stored: dict[str, int] = field(default_factory=dict)  # images: how many "as it is", as "jpg", as "raw"; else what was counted
     source: str = ""
     command: str = ""
     options: dict[str, Any] = field(default_factory=dict)
@@ -122,13 +123,19 @@ def verify(path: Path) -> list[Manifest]:
 
 
 class ContentHash:
-    """sha256 over the class names and, in index order, each sample's label, storage code, height, width and xxh3-128."""
+    """sha256 over the class names and, in index order, each sample's label, what is recorded of it, and xxh3-128.
 
-    def __init__(self, classes: list[str]) -> None:
+    Recorded are an image's storage code, height and width; an array has the type and shape of all, named after the classes.
+    """
+
+    def __init__(self, classes: list[str], kind: Kind = Images()) -> None:
         self._hash = hashlib.sha256(json.dumps(classes).encode())
+        if isinstance(kind, Arrays):
+            self._hash.update(json.dumps(asdict(kind)).encode())
 
-    def add(self, payload: "bytes | memoryview", *, mode: int, height: int, width: int, label: int) -> None:
-        self._hash.update(np.array([label, mode, height, width], "<i8").tobytes() + xxhash.xxh3_128_digest(payload))
+    def add(self, payload: "bytes | memoryview", *, label: int, **about: int) -> None:
+        recorded = [about[name] for name in ("mode", "height", "width") if name in about]
+        self._hash.update(np.array([label, *recorded], "<i8").tobytes() + xxhash.xxh3_128_digest(payload))
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
@@ -162,11 +169,11 @@ def content_of(path: Path, classes: list[str]) -> str:
 
     Raises: DataError if the file's tables contradict each other.
     """
-    found, content = beton.samples(path), ContentHash(classes)
-    view = np.memmap(path, np.uint8, "r")
-    for record, label, size in zip(found.records.tolist(), found.labels.tolist(), found.sizes.tolist(), strict=True):
-        mode, width, height, address = record
-        content.add(view[address : address + size].data, mode=mode, height=height, width=width, label=label)
+    found = beton.samples(path)
+    content, view = ContentHash(classes, found.kind), np.memmap(path, np.uint8, "r")
+    places = zip(found.records, found.addresses.tolist(), found.labels.tolist(), found.sizes.tolist(), strict=True)
+    for record, address, label, size in places:
+        content.add(view[address : address + size].data, label=label, **found.kind.about(record))
     return content.hexdigest()
 
 
