@@ -1,4 +1,4 @@
-"""One image, from a file or from memory, to the bytes that a .beton stores; in this process or in several.
+"""One sample to the bytes that a .beton stores, in this process or in several; here an image, from a file or from memory.
 
 A JPEG that fits `max_resolution` is stored as it is in mode "jpg", a progressive or grey one too, provided that FFCV's decoder
 takes it without a warning. All else (PNG, CMYK, a JPEG with stray bytes, one too large) is decoded by Pillow to RGB, shrunk by
@@ -17,16 +17,48 @@ from importlib.machinery import PathFinder
 from multiprocessing import get_context
 from pathlib import Path
 from signal import SIG_IGN, SIGINT, signal
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from pipeline.data.errors import DataError, LoaderError
-from pipeline.data.format import JPG, RAW
+from pipeline.data.format import JPG, RAW, Images, Kind
 from pipeline.data.random import bits
 
-CHUNK = 32  # images a worker takes at a time
+CHUNK = 32  # samples a worker takes at a time
+
+
+class Sample(Protocol):
+    """What is to be stored; its text names it where something is wrong with it."""
+
+    @property
+    def label(self) -> int: ...
+
+
+S = TypeVar("S", bound=Sample)
+S_contra = TypeVar("S_contra", bound=Sample, contravariant=True)
+
+
+class Encoder(Protocol[S_contra]):
+    """How samples become bytes: a frozen dataclass, for its fields are kept in the manifest. Worker processes get a copy."""
+
+    @property
+    def kind(self) -> Kind: ...
+
+    def __call__(self, sample: S_contra, /) -> "Encoded | Bad": ...
+
+
+@dataclass(frozen=True)
+class Encoded:
+    payload: bytes
+    about: dict[str, int]  # what the file records of it beside its label, see format.py
+    counted: dict[str, int]  # what the manifest adds up over the samples
+
+
+@dataclass(frozen=True)
+class Bad:
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +80,13 @@ class Encoding:
         if not 0 <= self.jpg_share <= 1:
             raise DataError(f"write: jpg_share must be in 0..1; got {self.jpg_share}")
 
+    @property
+    def kind(self) -> Kind:
+        return Images()
+
+    def __call__(self, item: "Item") -> Encoded | Bad:
+        return encode(item, self)
+
 
 @dataclass(frozen=True)
 class Item:
@@ -61,34 +100,18 @@ class Item:
         return str(self.image) if isinstance(self.image, Path) else f"image {self.number}"
 
 
-@dataclass(frozen=True)
-class Encoded:
-    payload: bytes
-    mode: int  # JPG or RAW, as FFCV numbers them
-    height: int
-    width: int
-    stored: Literal["as it is", "jpg", "raw"]
-
-
-@dataclass(frozen=True)
-class Bad:
-    reason: str
-
-
-def encode_all(
-    items: Iterable[Item], how: Encoding, *, workers: int, stall_s: float = 300.0
-) -> Iterator[tuple[Item, "Encoded | Bad"]]:
+def encode_all(items: Iterable[S], how: Encoder[S], *, workers: int, stall_s: float = 300.0) -> Iterator[tuple[S, Encoded | Bad]]:
     """Encode in order, by `workers` processes (1: in this one).
 
     Raises: LoaderError if a worker process dies, or finishes nothing for `stall_s` seconds.
     """
     if workers == 1:
         for item in items:
-            yield item, encode(item, how)
+            yield item, how(item)
         return
     # Spawned, not forked: this process may run threads (torch, numba), which a fork would leave in an unknown state.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=signal, initargs=(SIGINT, SIG_IGN))
-    pending: deque[tuple[list[Item], Future[list[Encoded | Bad]]]] = deque()
+    pending: deque[tuple[list[S], Future[list[Encoded | Bad]]]] = deque()
     try:
         for chunk in _chunks(items):
             pending.append((chunk, pool.submit(_encode_chunk, chunk, how)))
@@ -97,7 +120,7 @@ def encode_all(
         while pending:
             yield from _next(pending, stall_s)
     except BrokenProcessPool as error:  # from a result, or from handing out the next chunk
-        waiting = f" while images from {pending[0][0][0]} on were encoded" if pending else ""
+        waiting = f" while samples from {pending[0][0][0]} on were encoded" if pending else ""
         raise LoaderError(f"write: a worker process died{waiting}") from error
     finally:
         # CPython 3.11 to 3.13 offer no public way to end a worker that hangs; 3.14 has terminate_workers().
@@ -106,7 +129,7 @@ def encode_all(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def encode(item: Item, how: Encoding) -> "Encoded | Bad":
+def encode(item: Item, how: Encoding) -> Encoded | Bad:
     """Encode one image; whatever is wrong with it is the reason that `Bad` gives."""
     as_jpg = how.mode == "jpg" or (how.mode == "mixed" and int(bits(0, 0, item.number, 0)) < how.jpg_share * 2.0**64)
     try:
@@ -119,17 +142,17 @@ def encode(item: Item, how: Encoding) -> "Encoded | Bad":
         return Bad(f"{type(error).__name__}: {error}")
 
 
-def _encode_file(path: Path, how: Encoding, as_jpg: bool) -> "Encoded | Bad":
+def _encode_file(path: Path, how: Encoding, as_jpg: bool) -> Encoded | Bad:
     content = path.read_bytes()
     with Image.open(io.BytesIO(content)) as picture:
         width, height = picture.size
         fits = how.max_resolution is None or max(width, height) <= how.max_resolution
         if as_jpg and fits and picture.format == "JPEG" and _ffcv_decodes(content, height, width):
-            return Encoded(content, JPG, height, width, "as it is")
+            return _image(content, JPG, height, width, "as it is")
         return _encode_picture(picture, how, as_jpg)
 
 
-def _encode_picture(picture: Image.Image, how: Encoding, as_jpg: bool) -> "Encoded | Bad":
+def _encode_picture(picture: Image.Image, how: Encoding, as_jpg: bool) -> Encoded | Bad:
     if picture.mode.startswith(("I", "F")):
         return Bad(f"pixels of 8 bits are needed; got mode {picture.mode}")
     picture = picture.convert("RGB")  # decodes it all: raises if the file ends early
@@ -143,8 +166,12 @@ def _encode_picture(picture: Image.Image, how: Encoding, as_jpg: bool) -> "Encod
     if as_jpg:
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=how.quality)
-        return Encoded(buffer.getvalue(), JPG, height, width, "jpg")
-    return Encoded(picture.tobytes(), RAW, height, width, "raw")
+        return _image(buffer.getvalue(), JPG, height, width, "jpg")
+    return _image(picture.tobytes(), RAW, height, width, "raw")
+
+
+def _image(payload: bytes, mode: int, height: int, width: int, stored: Literal["as it is", "jpg", "raw"]) -> Encoded:
+    return Encoded(payload, {"mode": mode, "height": height, "width": width}, {stored: 1})
 
 
 def _ffcv_decodes(content: bytes, height: int, width: int) -> bool:
@@ -169,12 +196,12 @@ def _ffcv_imdecode() -> Callable[..., int]:
     return function
 
 
-def _encode_chunk(chunk: list[Item], how: Encoding) -> "list[Encoded | Bad]":
-    return [encode(item, how) for item in chunk]
+def _encode_chunk(chunk: list[S], how: Encoder[S]) -> list[Encoded | Bad]:
+    return [how(item) for item in chunk]
 
 
-def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
-    chunk: list[Item] = []
+def _chunks(items: Iterable[S]) -> Iterator[list[S]]:
+    chunk: list[S] = []
     for item in items:
         chunk.append(item)
         if len(chunk) == CHUNK:
@@ -184,12 +211,12 @@ def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
         yield chunk
 
 
-def _next(
-    pending: "deque[tuple[list[Item], Future[list[Encoded | Bad]]]]", stall_s: float
-) -> "Iterator[tuple[Item, Encoded | Bad]]":
+def _next(pending: deque[tuple[list[S], Future[list[Encoded | Bad]]]], stall_s: float) -> Iterator[tuple[S, Encoded | Bad]]:
     chunk, future = pending.popleft()
     try:
         results = future.result(timeout=stall_s)
     except TimeoutError as error:
-        raise LoaderError(f"write: no worker finished for {stall_s:g} s; waiting for images {chunk[0]} to {chunk[-1]}") from error
+        raise LoaderError(
+            f"write: no worker finished for {stall_s:g} s; waiting for samples {chunk[0]} to {chunk[-1]}"
+        ) from error
     yield from zip(chunk, results, strict=True)

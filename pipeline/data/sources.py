@@ -3,13 +3,15 @@
 import gzip
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.encode import Item
+from pipeline.data.encode import Item, S
 from pipeline.data.errors import DataError
 
 FASHION_PACKAGE = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
@@ -18,16 +20,16 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".ppm", ".ti
 
 
 @dataclass(frozen=True)
-class Source:
-    """The images of one set, in the order in which they will be stored."""
+class Source(Generic[S]):
+    """The samples of one set, in the order in which they will be stored."""
 
     name: str  # train or val
     classes: list[str]  # the place of a name is its label
-    items: list[Item]
+    items: Sequence[S]
     where: str
 
 
-def fashion(source: Path | None = None) -> list[Source]:
+def fashion(source: Path | None = None) -> list[Source[Item]]:
     """Fashion-MNIST from `source`, or where Debian's package puts it, or downloaded by torchvision.
 
     Raises: DataError if it is in none of these.
@@ -37,7 +39,7 @@ def fashion(source: Path | None = None) -> list[Source]:
     return [_fashion_set(folder, "train", "train"), _fashion_set(folder, "val", "t10k")]
 
 
-def image_folder(source: Path) -> list[Source]:
+def image_folder(source: Path) -> list[Source[Item]]:
     """`source/train/<class>/*` and `source/val/<class>/*`; labels by the sorted names of the class folders, images by name.
 
     Raises: DataError if a folder is missing or empty, or the two sets have not the same classes.
@@ -69,7 +71,7 @@ def _fashion_folder(source: Path | None) -> Path:
         ) from error
 
 
-def _fashion_set(folder: Path, name: str, prefix: str) -> Source:
+def _fashion_set(folder: Path, name: str, prefix: str) -> Source[Item]:
     images_NHW = _idx(folder, f"{prefix}-images-idx3-ubyte")
     labels_N = _idx(folder, f"{prefix}-labels-idx1-ubyte")
     if images_NHW.shape != (len(labels_N), 28, 28) or labels_N.max(initial=0) > 9:
@@ -92,7 +94,7 @@ def _idx(folder: Path, name: str) -> NDArray[np.uint8]:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
 
 
-def _folder_set(folder: Path, name: str) -> Source:
+def _folder_set(folder: Path, name: str) -> Source[Item]:
     if not folder.is_dir():
         raise DataError(f"write_folder: {folder.absolute()} must be a folder of class folders; it does not exist")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))

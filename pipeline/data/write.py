@@ -1,4 +1,4 @@
-"""From images to checked .beton files: `train.beton`, `val.beton` and a manifest beside each.
+"""From samples to checked .beton files: `train.beton`, `val.beton` and a manifest beside each.
 
 A file appears under its final name whole or not at all, and is the same, byte for byte, whatever the number of workers.
 """
@@ -8,24 +8,24 @@ import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from pipeline.data import manifest as manifests
 from pipeline.data import sources
-from pipeline.data.encode import Bad, Encoding, encode_all
+from pipeline.data.encode import Bad, Encoder, Encoding, S, encode_all
 from pipeline.data.errors import DataError
 from pipeline.data.format import BetonWriter
 from pipeline.data.manifest import ContentHash, Manifest, verify
 
-__all__ = ["verify", "write_fashion", "write_folder"]
+__all__ = ["verify", "write_fashion", "write_folder", "write_sets"]
 
 Existing = Literal["refuse", "replace", "keep"]
-Progress = Callable[[int, int], None]  # images done, images in all, over both sets
+Progress = Callable[[int, int], None]  # samples done, samples in all, over both sets
 
 
 def write_fashion(
@@ -38,7 +38,8 @@ def write_fashion(
 
     Raises: DataError (no source, `out` already written, disk full), LoaderError (a worker died or hung).
     """
-    return _write(sources.fashion(source), Path(out), Encoding(mode="raw"), workers, 0, progress, existing)
+    how = Encoding(mode="raw")
+    return write_sets(sources.fashion(source), Path(out), how, workers=workers, progress=progress, existing=existing)
 
 
 def write_folder(
@@ -70,18 +71,21 @@ def write_folder(
         raise DataError(f"write_folder: quality has no effect in mode 'raw'; got {quality}")
     quality = 90 if quality is None else quality
     how = Encoding(mode=mode, max_resolution=max_resolution, quality=quality, jpg_share=0.5 if jpg_share is None else jpg_share)
-    return _write(sources.image_folder(Path(source)), Path(out), how, workers, max_bad, progress, existing)
+    sets = sources.image_folder(Path(source))
+    return write_sets(sets, Path(out), how, workers=workers, max_bad=max_bad, progress=progress, existing=existing)
 
 
-def _write(
-    sets: list[sources.Source],
+def write_sets(
+    sets: Sequence[sources.Source[S]],
     out: Path,
-    how: Encoding,
-    workers: int,
-    max_bad: int,
-    progress: Progress | None,
-    existing: Existing,
+    how: Encoder[S],
+    *,
+    workers: int = 1,
+    max_bad: int = 0,
+    progress: Progress | None = None,
+    existing: Existing = "refuse",
 ) -> list[Manifest]:
+    """Each set to `out/<its name>.beton` as `how` stores it; arguments and what is raised as for `write_folder`."""
     if workers < 1 or max_bad < 0 or existing not in get_args(Existing):
         raise DataError(
             "write: workers must be 1 or more, max_bad 0 or more, existing 'refuse', 'replace' or 'keep'; "
@@ -92,9 +96,9 @@ def _write(
     if existing == "keep" and len(there) == len(finals):
         kept = [verify(final)[0] for final in finals]
         for manifest, final in zip(kept, finals, strict=True):
-            if manifest.options != asdict(how):
+            if manifest.options != _options(how):
                 raise DataError(
-                    f"write: {final} was written with {manifest.options}; got {asdict(how)}; ask with --existing replace"
+                    f"write: {final} was written with {manifest.options}; got {_options(how)}; ask with --existing replace"
                 )
         return kept
     if there and existing != "replace":
@@ -113,29 +117,28 @@ def _write(
 
 
 def _write_set(
-    source: sources.Source, final: Path, how: Encoding, workers: int, max_bad: int, report: Callable[[int], None]
+    source: sources.Source[S], final: Path, how: Encoder[S], workers: int, max_bad: int, report: Callable[[int], None]
 ) -> Manifest:
-    content, labels, skipped, stored = ContentHash(source.classes), [], [], Counter()
+    content, labels, skipped, stored = ContentHash(source.classes, how.kind), [], [], Counter()
     with _whole_or_nothing(final) as temporary:
-        writer = BetonWriter(temporary, capacity=len(source.items))
+        writer = BetonWriter(temporary, capacity=len(source.items), kind=how.kind)
         try:
             for done, (item, result) in enumerate(encode_all(source.items, how, workers=workers), 1):
                 if isinstance(result, Bad):
                     skipped.append({"image": str(item), "reason": result.reason})
                     if len(skipped) > max_bad:
                         raise DataError(
-                            f"write: at most max_bad={max_bad} images of {source.name} may be unreadable; got "
+                            f"write: at most max_bad={max_bad} {how.kind.name}s of {source.name} may be unreadable; got "
                             + "; ".join(f"{bad['image']} ({bad['reason']})" for bad in skipped[-5:])
                         )
                 else:
-                    about = {"mode": result.mode, "height": result.height, "width": result.width, "label": item.label}
                     try:
-                        writer.add(result.payload, **about)
+                        writer.add(result.payload, label=item.label, **result.about)
                     except DataError as error:
                         raise DataError(f"{item}: {error}") from error
-                    content.add(result.payload, **about)
+                    content.add(result.payload, label=item.label, **result.about)
                     labels.append(item.label)
-                    stored[result.stored] += 1
+                    stored.update(result.counted)
                 report(done)
             writer.finish()
         finally:
@@ -150,7 +153,7 @@ def _write_set(
             stored=dict(stored),
             source=source.where,
             command=shlex.join(sys.argv),
-            options=asdict(how),
+            options=_options(how),
             written_by={name: _version(name) for name in ("spiketrain", "ffcv", "numpy", "pillow")},
         )
         # An old manifest must not vouch for a new file, nor a new one for an old file.
@@ -179,6 +182,12 @@ def _whole_or_nothing(final: Path) -> Iterator[Path]:
         raise DataError(f"write: {final} {'does not fit the disk' if full else 'cannot be written'}: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _options(how: Encoder[Any]) -> dict[str, Any]:
+    """The fields of an encoder as the manifest keeps them: what JSON makes of tuples are lists."""
+    assert is_dataclass(how) and not isinstance(how, type)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(how).items()}
 
 
 def _version(package: str) -> str:

@@ -175,7 +175,7 @@ def test_workers_that_hang_are_noticed(photo_folder, monkeypatch):
     workers = [worker for worker in psutil.Process().children() if "spawn_main" in " ".join(worker.cmdline())]
     for worker in workers:
         worker.suspend()
-    with pytest.raises(LoaderError, match=r"no worker finished for 0\.5 s; waiting for images .*jpg to .*jpg"):
+    with pytest.raises(LoaderError, match=r"no worker finished for 0\.5 s; waiting for samples .*jpg to .*jpg"):
         list(encoded)
     assert workers and not any(worker.is_running() for worker in workers)
 
