@@ -115,12 +115,16 @@ class Equilibrium(nn.Module):
         is_still = x_TB.shape[0] == 1 or x_TB.stride(0) == 0
         current_1B = self.inject(x_TB[:1] if is_still else weighted_mean(x_TB, self.leak))
         with torch.no_grad(), evaluated_norms(self):
-            for x_1B in x_TB.split(1):
-                self._step(current_1B if is_still else self.inject(x_1B))
-            sum_1B = self.state.read("sum")
-            assert sum_1B is not None
-            a_1B = sum_1B / _total(self.leak, x_TB.shape[0])
+            a_1B = self._simulate(x_TB, current_1B if is_still else None)
         return self._at_rest(a_1B, current_1B, adjoint)
+
+    def _simulate(self, x_TB: Tensor, current_1B: Tensor | None) -> Tensor:
+        """a[T]; `current_1B` is what `inject` gives at every step, None where it has to be asked."""
+        for x_1B in x_TB.split(1):
+            self._step(self.inject(x_1B) if current_1B is None else current_1B)
+        sum_1B = self.state.read("sum")
+        assert sum_1B is not None
+        return sum_1B / _total(self.leak, x_TB.shape[0])
 
     def _at_rest(self, a_1B: Tensor, current_1B: Tensor, adjoint: Adjoint) -> Tensor:
         """`a_1B` as the value, and as the gradient the adjoint's, through f at `a_1B`."""

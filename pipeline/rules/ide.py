@@ -1,0 +1,121 @@
+"""Implicit differentiation at the equilibrium: the gradient of a feedback network from where it comes to rest alone."""
+
+# T time, B batch, K classes, N layers
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, named_neurons
+from pipeline.spiking.equilibrium import Equilibrium, Linearized
+from pipeline.spiking.solvers import Solution, broyden, fixed_point
+from pipeline.spiking.state import fresh_state
+
+UNSOLVED = 0.5
+
+
+class IDE(Rule):
+    """IDE: L = loss_of(readout of a[T]), differentiated as if a[T] were the fixed point a* = f(a*) that it approaches.
+
+        dL/dtheta = beta^T df/dtheta at a[T],     beta = g + J^T beta,     g = dL/da[T],     J = df/da at a[T]
+
+    with f the map of `spiking/equilibrium.py`. The T steps are simulated without a graph, so memory does not grow with T.
+    The gradient is exact at the fixed point, away from the kinks of the clamp; at a[T] its error falls as 1/T.
+
+    beta is solved by limited-memory Broyden or by a damped fixed point, each sample by itself until its residual is at most
+    `tolerance` times |g|, in at most `iterations` evaluations of J^T. Reported: the residual and the iterations.
+
+    Raises: ValueError for an unknown solver, iterations < 1 or tolerance outside 0..1 (when made); for a model without an
+    `Equilibrium`, with several, or with neurons outside it (`attach`); where a solve leaves more than half of g unsolved,
+    as it does when J is no contraction (in backward).
+    Source: Xiao et al. 2021 (arXiv 2109.14247), section 4.3.
+    """
+
+    memory: Literal["constant", "linear"] = "constant"
+    over_time_choices: tuple[OverTime, ...] = ("mean",)
+
+    def __init__(
+        self, *, solver: Literal["broyden", "fixed_point"] = "broyden", iterations: int = 30, tolerance: float = 1e-5
+    ) -> None:
+        super().__init__()
+        if solver not in ("broyden", "fixed_point"):
+            raise ValueError(f"IDE: solver must be 'broyden' or 'fixed_point'; got solver={solver!r}")
+        if iterations < 1:
+            raise ValueError(f"IDE: iterations must be >= 1; got iterations={iterations}")
+        if not 0 <= tolerance < 1:
+            raise ValueError(f"IDE: tolerance is relative to the gradient and must be in 0..1; got tolerance={tolerance}")
+        self.adjoint = _Adjoint(solver, iterations, tolerance)
+
+    def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
+        equilibrium = the_equilibrium(self, model)
+        super().attach(model, world=world, over_time=over_time)
+        self.set_seam(equilibrium, "adjoint", self.adjoint)
+
+    def figures(self) -> dict[str, float]:
+        return self.adjoint.figures()
+
+    def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
+        with fresh_state(model):
+            (logits_BK,) = model(x_TB)  # of a[T]: one step
+            loss = loss_of(logits_BK)
+            yield Objective(backward=loss, loss=loss.detach(), logits=logits_BK.detach())
+
+
+def the_equilibrium(rule: Rule, model: nn.Module) -> Equilibrium:
+    """The one equilibrium of `model`, which holds all its neurons.
+
+    Raises: ValueError that says what the model has instead.
+    """
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, Equilibrium)]
+    if len(found) != 1:
+        what = " and ".join(name or type(module).__name__ for name, module in found) or f"none in {type(model).__name__}"
+        raise ValueError(f"{rule.label}: the model must have one equilibrium, whose rates are differentiated; got {what}")
+    inside = {id(neuron) for _, neuron in named_neurons(found[0][1])}
+    outside = [name for name, neuron in named_neurons(model) if id(neuron) not in inside]
+    if outside:
+        raise ValueError(f"{rule.label}: every neuron must be part of the equilibrium; got {', '.join(outside)} outside it")
+    return found[0][1]
+
+
+class _Adjoint:
+    """The seam: holds what the last solve found, and no reference to rule or model."""
+
+    def __init__(self, solver: Literal["broyden", "fixed_point"], iterations: int, tolerance: float) -> None:
+        self.solver, self.iterations, self.tolerance = solver, iterations, tolerance
+        self.residual, self.evaluations = 0.0, 0.0
+
+    def __call__(self, g_B: Tensor, vjp: Linearized) -> Tensor:
+        solve = broyden if self.solver == "broyden" else fixed_point
+        solution = solve(g_B, vjp, iterations=self.iterations, tolerance=self.tolerance)
+        unsolved_B = ~(solution.residual_B <= UNSOLVED)  # so that "not a number" is unsolved, too
+        if unsolved_B.any():
+            raise ValueError(self._diverged(solution, unsolved_B, vjp))
+        self.residual = solution.residual_B.mean().item()
+        self.evaluations = solution.iterations_B.double().mean().item()
+        return solution.beta_B
+
+    def figures(self) -> dict[str, float]:
+        """Means over the samples of the last micro-batch: relative residual, and evaluations of J^T."""
+        return {"residual": self.residual, "iterations": self.evaluations}
+
+    def _diverged(self, solution: Solution, unsolved_B: Tensor, vjp: Linearized) -> str:
+        stretch = [f"{ratio:.2g}" for ratio in stretches(solution.beta_B, unsolved_B, vjp)]
+        return (
+            f"IDE: the solve of beta = g + J^T beta must converge; got a residual of {solution.residual_B.max().item():.2g} |g| "
+            f"on {int(unsolved_B.sum())} of {len(unsolved_B)} samples after {self.iterations} iterations of {self.solver}; "
+            f"there J^T stretches by {', '.join(stretch)} in layers {len(stretch)} to 1: limit the synapses (SpectralLimit), "
+            "raise the threshold, or lower the learning rate"
+        )
+
+
+def stretches(beta_B: Tensor, unsolved_B: Tensor, vjp: Linearized, *, turns: int = 20) -> list[float]:
+    """By how much each layer of J^T lengthens the direction that J^T lengthens most, on the samples that did not converge."""
+    some = unsolved_B.to(beta_B.dtype).view(-1, *[1] * (beta_B.dim() - 1))
+    v_B = some * torch.nan_to_num(beta_B, nan=1.0, posinf=1.0, neginf=1.0) + some
+    for _ in range(turns):
+        v_B = vjp(v_B / v_B.norm().clamp_min(torch.finfo(v_B.dtype).tiny))
+    norms = [v_B.norm().item(), *(each.norm().item() for each in vjp.backwards(v_B))]
+    return [after / max(before, 1e-30) for before, after in itertools.pairwise(norms)]

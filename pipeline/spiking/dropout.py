@@ -1,0 +1,39 @@
+"""Dropout whose mask does not change within a batch."""
+
+# T time, B batch
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.spiking.state import State
+
+
+class Dropout(nn.Module):
+    """y[t] = m x[t] / (1 - share), where m is 0 with probability `share`, else 1, drawn once for each `fresh_state`.
+
+    A mask that is the same at all time steps, in every pass of a batch: what is dropped is a unit, not a spike. Evaluation
+    is the identity. Drawn from torch's generator of the device.
+
+    Raises: ValueError for a share outside 0..1, or when trained outside `fresh_state`.
+    Source: Gal & Ghahramani 2016 (arXiv 1512.05287).
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        if not 0 <= share < 1:
+            raise ValueError(f"Dropout: the share must be in 0..1, 1 excluded; got share={share}")
+        self.share = share
+        self.state = State("Dropout")
+
+    def forward(self, x_TB: Tensor) -> Tensor:
+        if not self.training or self.share == 0:
+            return x_TB
+        mask_B = self.state.read("mask")
+        if mask_B is None:
+            kept_B = torch.rand(x_TB.shape[1:], device=x_TB.device) >= self.share
+            mask_B = kept_B.to(x_TB.dtype) / (1 - self.share)
+            self.state.write("mask", mask_B)
+        return x_TB * mask_B
+
+    def extra_repr(self) -> str:
+        return f"share={self.share}"

@@ -1,0 +1,382 @@
+"""IDE against what it stands for: autograd through the iteration that it never runs, and differences of its own fixed point."""
+
+# T time, B batch
+
+import math
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.ide import IDE
+from pipeline.spiking.encode import repeat
+from pipeline.spiking.equilibrium import Equilibrium
+from pipeline.spiking.neuron import IF, LIF
+from pipeline.spiking.spectral import SpectralLimit
+from pipeline.spiking.state import fresh_state
+from pipeline.spiking.synapse import Conv2d, Linear
+from tests.rules.small import CLASSES, FEATURES, batch, cross_entropy, difference, gradients, learn, lif_network
+from tests.spiking.saved import SavedBytes
+
+ITERATIONS = 400
+
+
+def seeded(model: nn.Sequential, *, seed: int, scale: float = 0.9) -> nn.Sequential:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        for module in model.modules():
+            if isinstance(module, SpectralLimit):
+                module.gain.fill_(0.9)  # inside the clamp, where it learns
+    return model
+
+
+def smallest_model() -> nn.Sequential:
+    """Two layers of IF, the feedback limited."""
+    equilibrium = Equilibrium(
+        inject=Linear(FEATURES, 8),
+        feedback=SpectralLimit(Linear(7, 8, bias=False)),
+        neurons=[IF(), IF()],
+        synapses=[Linear(8, 7)],
+    )
+    return seeded(nn.Sequential(equilibrium, Linear(7, CLASSES)), seed=3)
+
+
+def contract_rules() -> list[IDE]:
+    return [IDE(), IDE(solver="fixed_point")]
+
+
+contract_exceptions = {
+    "test_one_step_equals_bptt": "IDE differentiates the clamp of a rate at rest, BPTT the surrogate of a spike; at T = 1 too"
+}
+
+
+def fully_connected(*, leak: float = 1.0) -> nn.Sequential:
+    equilibrium = Equilibrium(
+        inject=Linear(FEATURES, 9),
+        feedback=Linear(9, 9, bias=False),
+        neurons=[LIF(leak, threshold=2.0)],
+    )
+    model = seeded(nn.Sequential(equilibrium, Linear(9, CLASSES)).double(), seed=6)
+    with torch.no_grad():
+        feedback: Tensor = equilibrium.feedback.weight  # type: ignore[assignment]
+        feedback.div_(torch.linalg.matrix_norm(feedback, 2))
+    return model
+
+
+def two_layers(*, leak: float = 1.0) -> nn.Sequential:
+    equilibrium = Equilibrium(
+        inject=Linear(FEATURES, 9),
+        feedback=SpectralLimit(Linear(7, 9, bias=False)),
+        neurons=[LIF(leak, threshold=1.0), LIF(leak, threshold=1.0, subtract=1.5)],
+        synapses=[Linear(9, 7)],
+    )
+    return seeded(nn.Sequential(equilibrium, Linear(7, CLASSES)).double(), seed=4)
+
+
+class Flat(nn.Module):
+    def forward(self, x_TB: Tensor) -> Tensor:
+        return x_TB.flatten(2)
+
+
+def convolutional(*, leak: float = 1.0) -> nn.Sequential:
+    equilibrium = Equilibrium(
+        inject=Conv2d(2, 4, 3, 2, 1),
+        feedback=Conv2d(3, 4, 3, 1, 1, bias=False),
+        neurons=[LIF(leak), LIF(leak)],
+        synapses=[Conv2d(4, 3, 3, 1, 1)],
+    )
+    return seeded(nn.Sequential(equilibrium, Flat(), Linear(3 * 3 * 3, CLASSES)).double(), seed=5, scale=0.25)
+
+
+Reference = Callable[[dict[str, Tensor], Tensor, Tensor], tuple[Tensor, list[Tensor]]]
+
+
+def fully_connected_map(p: dict[str, Tensor], x_B: Tensor, a_B: Tensor) -> tuple[Tensor, list[Tensor]]:
+    c = (x_B @ p["0.inject.weight"].T + p["0.inject.bias"] + a_B @ p["0.feedback.weight"].T) / 2
+    return c.clamp(0, 1), [c]
+
+
+def two_layers_map(p: dict[str, Tensor], x_B: Tensor, a_B: Tensor) -> tuple[Tensor, list[Tensor]]:
+    V = p["0.feedback.synapse.weight"]
+    W = p["0.feedback.gain"] * V / torch.linalg.matrix_norm(V, 2)
+    c1 = x_B @ p["0.inject.weight"].T + p["0.inject.bias"] + a_B @ W.T
+    c2 = (c1.clamp(0, 1) @ p["0.synapses.0.weight"].T + p["0.synapses.0.bias"]) / 1.5
+    return c2.clamp(0, 1), [c1, c2]
+
+
+def convolutional_map(p: dict[str, Tensor], x_B: Tensor, a_B: Tensor) -> tuple[Tensor, list[Tensor]]:
+    c1 = F.conv2d(x_B, p["0.inject.weight"], p["0.inject.bias"], stride=2, padding=1)
+    c1 = c1 + F.conv2d(a_B, p["0.feedback.weight"], padding=1)
+    c2 = F.conv2d(c1.clamp(0, 1), p["0.synapses.0.weight"], p["0.synapses.0.bias"], padding=1)
+    return c2.clamp(0, 1), [c1, c2]
+
+
+NETWORKS: dict[str, tuple[Callable[..., nn.Sequential], Reference, tuple[int, ...], tuple[int, ...]]] = {
+    "fully connected": (fully_connected, fully_connected_map, (FEATURES,), (9,)),
+    "two layers": (two_layers, two_layers_map, (FEATURES,), (7,)),
+    "convolutional": (convolutional, convolutional_map, (2, 6, 6), (3, 3, 3)),
+}
+
+
+def image(shape: tuple[int, ...], *, size: int = 5, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x_B = torch.randn(size, *shape, generator=generator, dtype=torch.float64)
+    return x_B, torch.randint(CLASSES, (size,), generator=generator)
+
+
+def named(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+
+
+def rest(network: str, p: dict[str, Tensor], x_B: Tensor) -> Tensor:
+    _, reference, _, shape = NETWORKS[network]
+    a_B = torch.zeros(len(x_B), *shape, dtype=torch.float64)
+    for _ in range(ITERATIONS):
+        a_B, _ = reference(p, x_B, a_B)
+    return a_B
+
+
+def loss_at_rest(network: str, p: dict[str, Tensor], x_B: Tensor, target_B: Tensor) -> Tensor:
+    readout = [name.removesuffix(".weight") for name in p if name.endswith(".weight")][-1]
+    logits_BK = rest(network, p, x_B).flatten(1) @ p[f"{readout}.weight"].T + p[f"{readout}.bias"]
+    return F.cross_entropy(logits_BK, target_B)
+
+
+def by_unrolling(network: str, model: nn.Module, x_B: Tensor, target_B: Tensor) -> dict[str, Tensor]:
+    p = named(model)
+    found = torch.autograd.grad(loss_at_rest(network, p, x_B, target_B), list(p.values()))
+    return dict(zip(p, found, strict=True))
+
+
+def at_rest(monkeypatch: pytest.MonkeyPatch, network: str, model: nn.Module, x_B: Tensor) -> None:
+    """The simulation ends at the solved fixed point instead of a[T]."""
+    a_B = rest(network, {name: p.detach() for name, p in model.named_parameters()}, x_B)
+    monkeypatch.setattr(Equilibrium, "_simulate", lambda self, x_TB, current_1B: a_B.unsqueeze(0))
+
+
+def solved(solver: str = "broyden") -> IDE:
+    return IDE(solver=solver, iterations=200, tolerance=1e-13)
+
+
+def ide(rule: IDE, model: nn.Module, x_B: Tensor, target_B: Tensor, *, steps: int = 1) -> dict[str, Tensor]:
+    return gradients(rule, model, repeat(x_B, steps), cross_entropy(target_B), over_time="mean")
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_examples_are_away_from_the_kinks_and_contract(network):
+    build, reference, shape, _ = NETWORKS[network]
+    model, (x_B, _) = build(), image(shape)
+    p = named(model)
+    a_B = rest(network, p, x_B).detach().requires_grad_()
+    f_B, currents = reference(p, x_B, a_B)
+    assert (f_B - a_B).abs().max() < 1e-14
+    assert min(torch.stack([c.abs(), (c - 1).abs()]).min().item() for c in currents) > 1e-3
+    inside = ((a_B > 0) & (a_B < 1)).double().mean()
+    assert inside > 0.2
+    v = torch.randn(f_B.shape, dtype=torch.float64)
+    for _ in range(100):
+        (v,) = torch.autograd.grad(f_B, a_B, v / v.norm(), retain_graph=True)
+    assert 0.05 < v.norm() < 0.95
+
+
+@pytest.mark.parametrize("solver", ["broyden", "fixed_point"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_at_the_fixed_point_the_gradient_is_autograds_through_400_iterations(network, solver, monkeypatch):
+    build, _, shape, _ = NETWORKS[network]
+    model, (x_B, target) = build(), image(shape)
+    expected = by_unrolling(network, model, x_B, target)
+    at_rest(monkeypatch, network, model, x_B)
+    got = ide(solved(solver), model, x_B, target)
+    assert all(g.abs().max() > 1e-4 for g in expected.values())
+    assert difference(got, expected) < 1e-12
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_at_the_fixed_point_the_gradient_is_the_central_difference(network, monkeypatch):
+    build, _, shape, _ = NETWORKS[network]
+    model, (x_B, target) = build(), image(shape)
+    at_rest(monkeypatch, network, model, x_B)
+    got = ide(solved(), model, x_B, target)
+    generator, eps = torch.Generator().manual_seed(0), 1e-5
+    with torch.no_grad():
+        for name in got:
+            for _ in range(2):
+                p = {key: value.detach().clone() for key, value in model.named_parameters()}
+                direction = torch.randn(p[name].shape, generator=generator, dtype=torch.float64)
+                ends = [
+                    loss_at_rest(network, p | {name: p[name] + sign * eps * direction}, x_B, target).item() for sign in (1, -1)
+                ]
+                assert (got[name] * direction).sum().item() == pytest.approx((ends[0] - ends[1]) / (2 * eps), abs=1e-8, rel=1e-6)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_input_gets_its_gradient(network, monkeypatch):
+    build, _, shape, _ = NETWORKS[network]
+    model, (x_B, target) = build(), image(shape)
+    ours, reference = x_B.clone().requires_grad_(), x_B.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss_at_rest(network, named(model), reference, target), reference)
+    at_rest(monkeypatch, network, model, x_B)
+    rule = solved()
+    rule.attach(model, over_time="mean")
+    learn(rule.objectives(model, ours.unsqueeze(0), cross_entropy(target)))
+    assert ours.grad is not None and torch.allclose(ours.grad, expected, atol=1e-12)
+
+
+def error_at(steps: int, *, network: str = "fully connected", leak: float = 1.0) -> tuple[float, float]:
+    """Relative error of the gradient at a[T], and the largest distance of the rate from the fixed point."""
+    build, _, shape, _ = NETWORKS[network]
+    model, (x_B, target) = build(leak=leak), image(shape)
+    expected = by_unrolling(network, model, x_B, target)
+    got = ide(solved(), model, x_B, target, steps=steps)
+    a_B = rest(network, named(model), x_B)
+    with torch.no_grad(), fresh_state(model):
+        rate_B = model[0](repeat(x_B, steps)).mean(0)
+    flat = [torch.cat([g.flatten() for g in grads.values()]) for grads in (got, expected)]
+    return ((flat[0] - flat[1]).norm() / flat[1].norm()).item(), (rate_B - a_B).abs().max().item()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_if_approaches_the_fixed_point_as_one_over_t(network):
+    gaps = {steps: error_at(steps, network=network) for steps in (10, 100, 1000)}
+    assert all(steps * gap < 4 for steps, (_, gap) in gaps.items())
+    assert gaps[1000][1] < 0.03 * gaps[10][1]
+    assert gaps[1000][0] < 0.05 * gaps[10][0]  # the gradient's error follows
+
+
+def test_lif_levels_off():
+    gaps = {steps: error_at(steps, leak=0.95)[1] for steps in (10, 100, 400, 800)}
+    assert gaps[100] < gaps[10]
+    assert 0.5 < gaps[800] / gaps[400] < 2
+    assert gaps[800] > 20 * error_at(800)[1]
+
+
+def test_units_of_a_sample_know_nothing_of_the_other_samples():
+    model = two_layers()
+    x_B, target = image((FEATURES,), size=8)
+    whole = ide(IDE(), model, x_B, target, steps=6)
+    parts = [ide(IDE(), model, x_B[i : i + 2], target[i : i + 2], steps=6) for i in range(0, 8, 2)]
+    assert difference(whole, {name: torch.stack([part[name] for part in parts]).mean(0) for name in whole}) < 1e-15
+
+
+def test_the_scale_of_the_loss_changes_nothing():
+    model = two_layers()
+    x_B, target = image((FEATURES,))
+    one, other = (
+        gradients(IDE(), model, repeat(x_B, 6), lambda o, s=s: s * F.cross_entropy(o, target), over_time="mean")
+        for s in (1.0, 2.0**-20)
+    )
+    assert difference(one, {name: 2.0**20 * g for name, g in other.items()}) < 1e-15
+
+
+def test_frames_are_averaged_by_the_weights_of_the_rate():
+    """An input that changes has the gradient of its weighted mean, at the rate that it led to."""
+    model = fully_connected(leak=0.8)
+    x_TB, target = batch(6)
+    weights_T = 0.8 ** torch.arange(5, -1, -1, dtype=torch.float64)
+    mean_B = (weights_T[:, None, None] * x_TB).sum(0) / weights_T.sum()
+    p = named(model)
+    with torch.no_grad(), fresh_state(model):
+        a_B = model[0](x_TB).mean(0)
+    a = a_B.clone().requires_grad_()
+    f_B, _ = fully_connected_map(p, mean_B, a)
+    logits_BK = a_B @ p["1.weight"].T + p["1.bias"]
+    g_B = (logits_BK.softmax(1) - F.one_hot(target, CLASSES)) / len(target) @ p["1.weight"]
+    beta_B = g_B.detach()
+    for _ in range(200):
+        beta_B = g_B.detach() + torch.autograd.grad(f_B, a, beta_B, retain_graph=True)[0]
+    expected = torch.autograd.grad(f_B, [p["0.inject.weight"], p["0.inject.bias"], p["0.feedback.weight"]], beta_B)
+    got = gradients(solved(), model, x_TB, cross_entropy(target), over_time="mean")
+    for name, value in zip(("0.inject.weight", "0.inject.bias", "0.feedback.weight"), expected, strict=True):
+        assert torch.allclose(got[name], value, atol=1e-12)
+
+
+def test_saved_bytes_do_not_know_t_and_bptts_do():
+    def peak(rule, steps: int, frames: bool) -> int:
+        model, (x_B, target) = two_layers(), image((FEATURES,))
+        x_TB = repeat(x_B, steps)
+        rule.attach(model, over_time="mean")
+        with SavedBytes(model) as saved:
+            learn(rule.objectives(model, x_TB.clone() if frames else x_TB, cross_entropy(target)))
+        return saved.peak
+
+    for frames in (False, True):
+        assert peak(IDE(), 2, frames) == peak(IDE(), 32, frames) > 0
+        assert peak(BPTT(), 32, frames) > 8 * peak(BPTT(), 2, frames)
+
+
+def test_convergence_is_reported():
+    model, rule = fully_connected(), IDE(tolerance=1e-6)
+    x_B, target = image((FEATURES,))
+    ide(rule, model, x_B, target, steps=20)
+    figures = rule.figures()
+    assert figures.keys() == {"residual", "iterations"}
+    assert 0 < figures["residual"] < 1e-6 and 1 < figures["iterations"] < 30
+
+
+def too_strong() -> nn.Module:
+    """One unit inside the clamp that answers itself threefold."""
+    model = nn.Sequential(
+        Equilibrium(inject=Linear(1, 1), feedback=Linear(1, 1, bias=False), neurons=[IF()]), Linear(1, 2)
+    ).double()
+    for parameter, value in zip(model.parameters(), (1.0, 0.0, 3.0), strict=False):
+        nn.init.constant_(parameter, value)
+    return model
+
+
+def test_a_solve_that_diverges_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(Equilibrium, "_simulate", lambda self, x_TB, current_1B: torch.full((1, 4, 1), 0.3).double())
+    x_TB = torch.full((1, 4, 1), -0.5).double()
+    rule, model = IDE(solver="fixed_point"), too_strong()
+    rule.attach(model, over_time="mean")
+    message = (
+        r"IDE: the solve of beta = g \+ J\^T beta must converge; got a residual of .* on 4 of 4 samples after 30 iterations of "
+        r"fixed_point; there J\^T stretches by 3 in layers 1 to 1: limit the synapses \(SpectralLimit\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        learn(rule.objectives(model, x_TB, cross_entropy(torch.zeros(4, dtype=torch.int64))))
+
+
+class Outside(nn.Module):
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: IDE(solver="newton"), "IDE: solver must be 'broyden' or 'fixed_point'; got solver='newton'"),
+        (lambda: IDE(iterations=0), "IDE: iterations must be >= 1; got iterations=0"),
+        (lambda: IDE(tolerance=1.0), "IDE: tolerance is relative to the gradient and must be in 0..1; got tolerance=1.0"),
+        (
+            lambda: IDE().attach(lif_network(), over_time="mean"),
+            "IDE: the model must have one equilibrium, whose rates are differentiated; got none in Sequential",
+        ),
+        (
+            lambda: IDE().attach(Outside(smallest_model(), smallest_model()), over_time="mean"),
+            "IDE: the model must have one equilibrium, whose rates are differentiated; got parts.0.0 and parts.1.0",
+        ),
+        (
+            lambda: IDE().attach(nn.Sequential(*smallest_model(), LIF()), over_time="mean"),
+            "IDE: every neuron must be part of the equilibrium; got 2 outside it",
+        ),
+        (lambda: IDE().attach(smallest_model()), "IDE: it has one loss, of rates, so over_time must be 'mean'; got"),
+    ],
+)
+def test_refuses(build, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build()
+
+
+def test_the_error_of_the_gradient_falls_as_one_over_t():
+    steps = (5, 30, 100, 1000, 10000)
+    errors = [error_at(t) for t in steps]
+    slope = math.log(errors[-1][0] / errors[0][0]) / math.log(steps[-1] / steps[0])
+    assert -1.3 < slope < -0.7
+    assert all(t * gap < 4 for t, (_, gap) in zip(steps, errors, strict=True))

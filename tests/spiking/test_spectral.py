@@ -1,0 +1,134 @@
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.spiking.encode import repeat
+from pipeline.spiking.spectral import SpectralLimit, spectral_norm
+from pipeline.spiking.synapse import Conv2d, Linear
+
+
+def exact(V: Tensor) -> float:
+    return torch.linalg.matrix_norm(V.double().flatten(1), 2).item()
+
+
+def orthogonal(size: int) -> Tensor:
+    return torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(size)))[0]
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+HARD = {
+    "square": lambda: _random(400, 400),
+    "wide": lambda: _random(96, 2304),
+    "tall": lambda: _random(1152, 128),
+    "uniform spectrum": lambda: orthogonal(200) @ torch.diag(torch.linspace(0, 1, 200)) @ orthogonal(200).T,
+    "diagonal": lambda: torch.diag(torch.arange(400.0)),
+    "orthogonal": lambda: orthogonal(200),
+    "identity": lambda: torch.eye(200),
+    "common direction": lambda: torch.ones(200, 200) + 0.01 * _random(200, 200),
+    "no common direction": lambda: torch.eye(200) - torch.ones(200, 200) / 200,
+    "rank 3": lambda: _random(200, 3) @ _random(3, 200),
+    "rank 1": lambda: torch.outer(_random(30), _random(50)),
+    "one by one": lambda: torch.full((1, 1), -2.0),
+}
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+@pytest.mark.parametrize("name", HARD)
+def test_the_largest_singular_value(name, scale):
+    V = HARD[name]() * scale
+    found = spectral_norm(V).item() / exact(V)
+    assert 1 - 1e-3 < found < 1 + 1e-5
+
+
+def test_exact_for_small_matrices_and_so_is_its_gradient():
+    V = torch.randn(9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert spectral_norm(V).item() == pytest.approx(exact(V), rel=1e-14)
+    assert torch.autograd.gradcheck(spectral_norm, (V,))
+
+
+def test_a_pure_function_of_the_weight():
+    V = torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
+    state = torch.get_rng_state()
+    assert torch.equal(spectral_norm(V), spectral_norm(V.clone()))
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(spectral_norm(V), spectral_norm(V.clone())) and spectral_norm(V).dtype == torch.float32
+
+
+def limited(kind: str) -> SpectralLimit:
+    torch.manual_seed(0)
+    return SpectralLimit(Linear(60, 70, bias=False) if kind == "linear" else Conv2d(6, 8, 3, 1, 1, bias=False))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_the_norm_is_at_most_one_after_any_update(kind):
+    synapse = limited(kind)
+    for size in (0.0, 1e-3, 0.1, 10.0, 1e4):
+        with torch.no_grad():
+            for parameter in synapse.parameters():
+                parameter.add_(size * torch.randn(parameter.shape))
+        assert exact(synapse.weight()) <= 1 + 1e-3
+    nn.init.constant_(synapse.gain, -0.25)
+    assert exact(synapse.weight()) == pytest.approx(0.25, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_the_output_is_that_of_the_limited_weight(kind):
+    synapse = limited(kind).double()
+    nn.init.constant_(synapse.gain, 0.7)
+    x_TB = torch.randn(2, 3, *([60] if kind == "linear" else [6, 5, 5]), dtype=torch.float64)
+    plain = copy.deepcopy(synapse.synapse)
+    with torch.no_grad():
+        plain.weight.copy_(synapse.weight())  # type: ignore[operator]
+    assert torch.allclose(synapse(x_TB), plain(x_TB), atol=1e-14)
+
+
+def test_the_gradient_is_that_of_the_whole_map():
+    synapse = SpectralLimit(Linear(5, 6, bias=False)).double()
+    x_TB = torch.randn(1, 3, 5, dtype=torch.float64)
+    names = ("synapse.weight", "gain")
+    values = [dict(synapse.named_parameters())[name].detach().clone() for name in names]
+    values[1].fill_(0.6)
+
+    def out(*changed):
+        return torch.func.functional_call(synapse, dict(zip(names, changed, strict=True)), (x_TB,))
+
+    assert torch.autograd.gradcheck(out, tuple(value.requires_grad_() for value in values))
+
+
+def operator_norm(synapse: nn.Module, shape: tuple[int, ...]) -> float:
+    """Of the map on images, by power iteration of its own."""
+    x = torch.randn(1, 1, *shape, dtype=torch.float64)
+    norm = 0.0
+    for _ in range(300):
+        x = (x / x.norm()).requires_grad_()
+        y = synapse(x)
+        norm = y.norm().item()
+        (x,) = torch.autograd.grad(y, x, y)
+    return norm
+
+
+def test_a_convolution_on_images_may_be_longer_and_is_bounded():
+    """Why contraction is likely and not certain with convolutions: 1 is the norm of the matrix, sqrt(taps) bounds the map's."""
+    worst = SpectralLimit(Conv2d(1, 1, 3, 1, 1, bias=False)).double()
+    nn.init.ones_(worst.synapse.weight)  # type: ignore[arg-type]
+    assert 2.9 < operator_norm(worst, (1, 40, 40)) < 3
+    usual = limited("conv").double()
+    assert 1 < operator_norm(usual, (6, 12, 12)) < 3
+
+
+@pytest.mark.parametrize("synapse", [Linear(3, 3), nn.ReLU()])
+def test_refuses(synapse):
+    with pytest.raises(ValueError, match="SpectralLimit: the synapse must have a weight and no bias; got"):
+        SpectralLimit(synapse)
+
+
+def test_keeps_the_type_under_autocast():
+    synapse = limited("linear")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert synapse(repeat(torch.randn(2, 60), 1).float()).dtype == torch.bfloat16
