@@ -17,21 +17,16 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from pipeline.data.ffcv_api import AllocationQuery, SimpleRGBImageDecoder, State, imdecode, resize_crop
-from pipeline.data.format import JPG
+from pipeline.data.decoder import Decoder
+from pipeline.data.ffcv_api import imdecode, resize_crop
+from pipeline.data.format import JPG, Images
 from pipeline.data.random import CROP, FLIP, SHIFT_X, SHIFT_Y, make
 
 RESIZED, CENTRE, WINDOW = 0, 1, 2  # random resized crop; central square, resized; window of the output's size, never resized
 
 
-class Decode(SimpleRGBImageDecoder):
-    """FFCV's slot for our loop: from sample ids to float32 [B,C,S,S].
-
-    Its memory holds, for each batch in flight, the output, (seed, epoch) - which numba would freeze in a closure - and one status
-    a sample: 0, or what the JPEG decoder returned.
-    """
-
-    KEYS, STATUS = 1, 2  # places in the memory
+class Decode(Decoder):
+    """From the images of a file to float32 [B,C,S,S]. Its status is what the JPEG decoder returned."""
 
     def __init__(
         self,
@@ -47,20 +42,10 @@ class Decode(SimpleRGBImageDecoder):
         std: tuple[float, ...],
         parallel: bool,
     ) -> None:
-        super().__init__()
-        self.size, self.channels, self.parallel = size, channels, parallel
+        super().__init__(name=Images.name, what="the JPEG", shape=(channels, size, size))
+        self.parallel = parallel
         self._options = np.array([kind, reach, int(flip)], np.int64)
         self._area, self._ratios, self._lookup = np.array(area, np.float64), ratio_table(ratio), lookup(mean, std)
-
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
-        shape = (self.channels, self.size, self.size)
-        state = State(jit_mode=True, device=previous_state.device, shape=shape, dtype=np.dtype(np.float32))
-        memory = (
-            AllocationQuery(shape, np.dtype(np.float32)),
-            AllocationQuery((2,), np.dtype(np.uint64)),
-            AllocationQuery((1,), np.dtype(np.int32)),
-        )
-        return state, memory
 
     def generate_code(self) -> Any:
         batch = compiled(self.parallel)

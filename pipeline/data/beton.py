@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from pipeline.data.errors import DataError
 from pipeline.data.files import Files, Name
 from pipeline.data.order import TrainOrder, ValOrder
@@ -99,7 +101,7 @@ class Beton:
         threads = usable_threads(threads)
         loader = BetonLoader(path, self._decode(use, parallel=threads > 1), order, seed=seed, threads=threads, hang_s=hang_s)
         if self.crop == "shift":
-            _check_sides(path, loader.sides, self.shape[1])
+            _check_sides(path, loader.records, self.shape[1])
         return loader
 
     def _decode(self, use: Name, *, parallel: bool) -> Any:
@@ -148,9 +150,11 @@ def _check_options(data: Beton, area: tuple[float, float] | None, ratio: tuple[f
         raise DataError(f"Beton: reach must be 0..size={size} pixels; got {reach}")
 
 
-def _check_sides(path: Path, sides: tuple[int, int], size: int) -> None:
-    if max(abs(side - size) for side in sides) > size // 4:
+def _check_sides(path: Path, records: Any, size: int) -> None:
+    sides = np.concatenate([records["width"], records["height"]])
+    shortest, longest = int(sides.min()), int(sides.max())
+    if max(size - shortest, longest - size) > size // 4:
         raise DataError(
             f"Beton: crop='shift' does not resize: the sides of {path} must be within a quarter of size={size}; "
-            f"got {sides[0]} to {sides[1]}; choose crop='resized' or write the data with max_resolution"
+            f"got {shortest} to {longest}; choose crop='resized' or write the data with max_resolution"
         )

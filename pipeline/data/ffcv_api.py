@@ -21,7 +21,6 @@ def torch_threads_kept() -> Iterator[None]:
 
 with torch_threads_kept():
     from ffcv.fields import IntField, NDArrayField, RGBImageField
-    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from ffcv.libffcv import imdecode, resize_crop
     from ffcv.loader.epoch_iterator import EpochIterator
     from ffcv.loader.loader import Loader
@@ -53,7 +52,6 @@ __all__ = [
     "PipelineSpec",
     "RGBImageField",
     "Reader",
-    "SimpleRGBImageDecoder",
     "State",
     "get_metadata_type",
     "imdecode",

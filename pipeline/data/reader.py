@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.data import ffcv_api
-from pipeline.data.augment import Decode
 from pipeline.data.base import Batch, DataError, LoaderError
+from pipeline.data.decoder import Decoder
 from pipeline.data.ffcv_api import (
     Compiler,
     EpochIterator,
@@ -66,7 +66,7 @@ class BetonLoader:
     """
 
     def __init__(
-        self, path: Path, decode: Decode, order: TrainOrder | ValOrder, *, seed: int, threads: int, hang_s: float | None = None
+        self, path: Path, decode: Decoder, order: TrainOrder | ValOrder, *, seed: int, threads: int, hang_s: float | None = None
     ) -> None:
         self.samples, self.steps_per_epoch = order.samples, order.steps
         self._order, self._seed, self._hang_s = order, seed, hang_s
@@ -74,9 +74,7 @@ class BetonLoader:
         with torch_threads_kept():
             self._ffcv = _Loader(path, decode, batch_size=order.micro_batch, threads=threads)
         metadata = self._ffcv.reader.metadata
-        self._labels = metadata["f1"]
-        widths, heights = metadata["f0"]["width"], metadata["f0"]["height"]
-        self.sides = (int(min(widths.min(), heights.min())), int(max(widths.max(), heights.max())))  # shortest, longest in pixels
+        self.records, self._labels = metadata["f0"], metadata["f1"]
 
     @contextmanager
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Iterator[Batch]]:
@@ -98,9 +96,9 @@ class BetonLoader:
         size = self._order.micro_batch
         for first in range(0, len(ids), size):
             index_B = ids[first : first + size]
-            x_BCHW = reading.next_batch(index_B)
+            x_B = reading.next_batch(index_B)
             target_B = np.ascontiguousarray(self._labels[index_B], np.int64)
-            yield Batch(x_BCHW, torch.from_numpy(target_B), torch.from_numpy(index_B.copy()))
+            yield Batch(x_B, torch.from_numpy(target_B), torch.from_numpy(index_B.copy()))
 
 
 class _Pages(OSCacheManager):
@@ -118,15 +116,16 @@ class _Pages(OSCacheManager):
 
 
 class _Loader(ffcv_api.Loader):
-    """FFCV's loader with one pipeline, for the image; labels need none. It has no order of its own: `_Reading` is given one."""
+    """FFCV's loader with one pipeline, for all but the label. It has no order of its own: `_Reading` is given one."""
 
-    def __init__(self, path: Path, decode: Decode, *, batch_size: int, threads: int) -> None:
+    def __init__(self, path: Path, decode: Decoder, *, batch_size: int, threads: int) -> None:
         self.fname, self.batch_size, self.batches_ahead, self.num_workers = str(path), batch_size, 3, threads
         self.reader = Reader(self.fname)
         self.memory_manager = _Pages(self.reader)
         Compiler.set_num_threads(threads)
-        pipelines = {"image": PipelineSpec("image", decoder=decode)}
-        self.graph = Graph(pipelines, self.reader.handlers, {"image": 0}, self.reader.metadata, None)
+        pipelines = {decode.name: PipelineSpec(decode.name, decoder=decode)}
+        self.graph = Graph(pipelines, self.reader.handlers, {decode.name: 0}, self.reader.metadata, None)
+        self.what = decode.what
         self.decode_node = self.graph.operation_to_node[decode][0].id
         # The loop is compiled once a process (augment.py); FFCV would compile, for each loader, what hands it its arguments.
         Compiler.set_enabled(False)
@@ -147,14 +146,14 @@ class _Reading(EpochIterator):
     def __init__(self, loader: _Loader, ids: NDArray[np.int64], *, seed: int, epoch: int, hang_s: float | None) -> None:
         self._keys, self._hang_s, self._closing = (seed, epoch), hang_s, Lock()
         self._is_first = True
-        self._node = loader.decode_node
+        self._node, self._what = loader.decode_node, loader.what
         super().__init__(loader, ids.astype(np.uint64))  # pyright: ignore[reportArgumentType]
 
     def start(self) -> None:
         # The base class has allocated its memory and is about to run.
         memory = self.memory_allocations["operation"][self._node]
-        memory[Decode.KEYS][...] = np.array(self._keys, np.uint64)
-        self._status = memory[Decode.STATUS]
+        memory[Decoder.KEYS][...] = np.array(self._keys, np.uint64)
+        self._status = memory[Decoder.STATUS]
         super().start()
 
     def run(self) -> None:
@@ -164,15 +163,15 @@ class _Reading(EpochIterator):
             self.output_queue.put(_Failure(error))
 
     def next_batch(self, index_B: NDArray[np.int64]) -> torch.Tensor:
-        """The images of the batch that comes next, which are those of `index_B`: float32 [B,C,S,S], copied."""
-        slot, (view_BCSS,) = self._wait()
+        """The samples of the batch that comes next, which are those of `index_B`: float32 [B, ...], copied."""
+        slot, (view_B,) = self._wait()
         failed = np.flatnonzero(self._status[slot][: len(index_B), 0])
         if len(failed):
             names = ", ".join(str(i) for i in index_B[failed][:10])
-            raise DataError(f"data: {self.loader.fname}: cannot decode the JPEG of samples [{names}]; `spiketrain verify` it")
+            raise DataError(f"data: {self.loader.fname}: cannot decode {self._what} of samples [{names}]; `spiketrain verify` it")
         # The slot is written again two batches later. Pinned where a GPU waits for it, so that the copy there can overlap.
-        x_BCSS = torch.empty(view_BCSS.shape, dtype=torch.float32, pin_memory=torch.cuda.is_available())
-        return x_BCSS.copy_(torch.from_numpy(view_BCSS))
+        x_B = torch.empty(view_B.shape, dtype=torch.float32, pin_memory=torch.cuda.is_available())
+        return x_B.copy_(torch.from_numpy(view_B))
 
     def close(self) -> None:
         """Stop reading ahead and wait for the thread. A thread that hangs is left behind (it is a daemon)."""

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.data.errors import DataError
-from pipeline.data.files import Files
+from pipeline.data.files import Files, Name
+from pipeline.data.format import Arrays, layout
+from pipeline.data.order import TrainOrder, ValOrder
 
 if TYPE_CHECKING:
     from pipeline.data.reader import BetonLoader
@@ -56,12 +58,61 @@ class Events:
         self._files.check()
 
     def train(
-        self, *, seed: int, rank: int = 0, world: int = 1, batch_size: int, micro_batch: int, threads: int = 1
+        self,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        batch_size: int,
+        micro_batch: int,
+        threads: int = 1,
+        hang_s: float | None = None,
     ) -> "BetonLoader":
-        raise DataError("Events: reading is not written yet")
+        """See base.Data. `hang_s`: the longest wait for one batch in seconds; None: see reader.py."""
+        path, order = self._files.train_order(seed=seed, rank=rank, world=world, batch_size=batch_size, micro_batch=micro_batch)
+        return self._loader("train", path, order, seed=seed, threads=threads, hang_s=hang_s)
 
-    def val(self, *, rank: int = 0, world: int = 1, micro_batch: int, threads: int = 1) -> "BetonLoader":
-        raise DataError("Events: reading is not written yet")
+    def val(
+        self, *, rank: int = 0, world: int = 1, micro_batch: int, threads: int = 1, hang_s: float | None = None
+    ) -> "BetonLoader":
+        path, order = self._files.val_order(rank=rank, world=world, micro_batch=micro_batch)
+        return self._loader("val", path, order, seed=0, threads=threads, hang_s=hang_s)
+
+    def _loader(
+        self, use: Name, path: Path, order: TrainOrder | ValOrder, *, seed: int, threads: int, hang_s: float | None
+    ) -> "BetonLoader":
+        from pipeline.data.events.read import DecodeEvents
+        from pipeline.data.reader import BetonLoader, usable_threads
+
+        threads, train = usable_threads(threads), use == "train"
+        decode = DecodeEvents(
+            _stored(path, self.shape),
+            shape=self.shape,
+            reach=self.reach if train and self.crop == "shift" else 0,
+            flip=train and self.flip == "random",
+            mean=self.mean,
+            std=self.std,
+            parallel=threads > 1,
+        )
+        return BetonLoader(path, decode, order, seed=seed, threads=threads, hang_s=hang_s)
+
+
+def _stored(path: Path, shape: tuple[int, ...]) -> Arrays:
+    """What the file holds of a recording, if `shape` can be made of it.
+
+    Raises: DataError for images, for frames of another size, and for a number of steps that does not divide their slices.
+    """
+    stored = layout(path).kind
+    steps, _, size, _ = shape
+    if not isinstance(stored, Arrays) or len(stored.shape) != 4 or stored.shape[1] != 2:
+        raise DataError(f"Events: {path} must hold frames [slices, 2, H, W]; got {stored}; images are read by Beton")
+    slices, _, *sides = stored.shape
+    if sides != [size, size]:
+        raise DataError(f"Events: size must be the file's, {sides[0]}x{sides[1]} in {path}; got {size}")
+    if slices % steps:
+        near = [str(each) for each in range(1, slices + 1) if slices % each == 0]
+        raise DataError(f"Events: steps must divide the {slices} slices of {path}: {', '.join(near)}; got {steps}")
+    return stored
 
 
 def _check_options(data: Events, reach: int | None) -> None:
