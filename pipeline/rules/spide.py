@@ -1,0 +1,243 @@
+"""SPIDE: the gradient at a feedback network's rest, found by neurons that spike, as the rest itself was."""
+
+# T time, B batch, K classes, N layers; T_B steps of the backward phase
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World
+from pipeline.rules.ide import the_equilibrium
+from pipeline.spiking.equilibrium import Equilibrium, Linearized
+from pipeline.spiking.state import fresh_state
+
+Transposed = Callable[[Tensor, Tensor], None]
+"""(u_B, s_B): add to the potentials u_B of a layer what the emissions s_B of the layer behind it hand down, in place"""
+
+
+class SPIDE(Rule):
+    """Spike-based implicit differentiation: IDE's equation, solved by a second phase of `steps` (T_B) time steps.
+
+        forward      T steps without a graph; a[T] is the rate at their end                   (`spiking/equilibrium.py`)
+        backward     beta = g + J^T beta, as mean emissions of ternary neurons                (`ternary_phase`)
+        grad W_l   = mean_b (mask_l beta_l / subtract_l) z_{l-1}^T,      one beta for each layer
+
+    What enters the backward phase is the gradient g of each sample's own loss, times `scale`, and `scale` is divided out
+    again behind it. A neuron's emissions are q = 2 threshold, so scale |beta| is resolved to q / T_B and must stay below q:
+    too small a scale and nothing fires, too large and it saturates. The spikes depend on the sample alone, not on the batch,
+    its micro-batches or the ranks, and the gradient has the size of any other rule's, for learning rate, decay and clipping.
+    The published factor S multiplies a mean over 128 samples: it is `scale` = S / 128 here.
+
+    The symmetric reset of the forward neurons, rest at -threshold, is `subtract` = 2 threshold of the network's own. `leak`
+    below 1 makes the backward neurons leaky: they average over their last 1 / (1 - leak) steps.
+    Masks and z_l are those of f at a[T], as in IDE, which so differs from SPIDE in the solution of the equation alone; the
+    published code takes them from each layer's simulated rate.
+
+    Reported, of the last micro-batch: spikes per neuron and step of the forward phase and of the backward phase, and the
+    share of the backward neurons that saturated. Where none fires, or most saturate, it warns once.
+
+    Raises: ValueError for arguments out of range (when made); for a model without an `Equilibrium`, with several, or with
+    neurons outside it (`attach`); for a gradient that is not finite (in backward).
+    Source: Xiao et al. 2023 (arXiv 2302.00232), sections 4.1-4.3.
+    """
+
+    memory: Literal["constant", "linear"] = "constant"
+    over_time_choices: tuple[OverTime, ...] = ("mean",)
+
+    def __init__(self, steps: int = 100, *, scale: float = 1.0, threshold: float = 0.5, leak: float = 1.0) -> None:
+        super().__init__()
+        if steps < 1:
+            raise ValueError(f"SPIDE: the backward phase needs steps >= 1; got steps={steps}")
+        if not scale > 0:
+            raise ValueError(f"SPIDE: scale must be > 0; got scale={scale}")
+        if not threshold > 0:
+            raise ValueError(f"SPIDE: threshold must be > 0; got threshold={threshold}")
+        if not 0 < leak <= 1:
+            raise ValueError(f"SPIDE: leak must be > 0 and at most 1; got leak={leak}")
+        self.adjoint = _Adjoint(steps, scale, threshold, leak)
+        self.forward_rate = 0.0
+
+    def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
+        equilibrium = the_equilibrium(self, model)
+        super().attach(model, world=world, over_time=over_time)
+        self.set_seam(equilibrium, "adjoint", self.adjoint)
+
+    def figures(self) -> dict[str, float]:
+        return {"forward_rate": self.forward_rate, **self.adjoint.figures()}
+
+    def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
+        with fresh_state(model):
+            with spikes_counted(the_equilibrium(self, model)) as counted:
+                (logits_BK,) = model(x_TB)  # of a[T]: one step
+            self.forward_rate = counted.spikes / counted.places
+            self.adjoint.samples = len(logits_BK)
+            loss = loss_of(logits_BK)
+            backward: Tensor = _Heard.apply(loss, self.adjoint)  # type: ignore[assignment]
+            yield Objective(backward=backward, loss=loss.detach(), logits=logits_BK.detach())
+
+
+class _Adjoint:
+    """The seam: the settings of a backward phase and what the last one found, and no reference to rule or model."""
+
+    def __init__(self, steps: int, scale: float, threshold: float, leak: float) -> None:
+        self.steps, self.scale, self.threshold, self.leak = steps, scale, threshold, leak
+        self.samples, self.factor = 1, 1.0
+        self.backward_rate, self.saturated = 0.0, 0.0
+
+    def __call__(self, g_B: Tensor, vjp: Linearized) -> list[Tensor]:
+        g_B = g_B.to(torch.promote_types(g_B.dtype, torch.float32))
+        if not g_B.isfinite().all():
+            raise ValueError(f"SPIDE: the gradient of the loss must be finite; got {g_B[~g_B.isfinite()][0].item()}")
+        # What arrives is the gradient of `factor` times a mean over `samples`.
+        gain = self.scale * self.samples / self.factor
+        found = ternary_phase(
+            gain * g_B,
+            [_hand_down(vjp, layer) for layer in range(len(vjp.masks))],
+            [mask_B.shape for mask_B in vjp.masks],
+            steps=self.steps,
+            threshold=self.threshold,
+            quantum=2 * self.threshold,
+            leak=self.leak,
+        )
+        self.backward_rate, self.saturated = found.rate, found.saturated
+        self._warn(gain * g_B.abs().max().item())
+        return [beta_B / gain for beta_B in found.beta]
+
+    def figures(self) -> dict[str, float]:
+        return {"backward_rate": self.backward_rate, "saturated": self.saturated}
+
+    def _warn(self, largest: float) -> None:
+        settings = f"scale={self.scale}, steps={self.steps}, threshold={self.threshold}"
+        if self.backward_rate == 0 and largest > 0:
+            warnings.warn(
+                f"SPIDE: no backward neuron fired, so this batch taught nothing: its largest gradient times scale is "
+                f"{largest:.2g} at {settings}; raise scale or steps",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        if self.saturated > 0.5:
+            warnings.warn(
+                f"SPIDE: {self.saturated:.0%} of the backward neurons saturated: the largest gradient times scale is "
+                f"{largest:.2g} at {settings}; lower scale",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+class _Heard(torch.autograd.Function):
+    """Identity; backward, before anything else, the adjoint hears what a backend multiplied the loss by."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, adjoint: _Adjoint) -> Tensor:
+        ctx.adjoint = adjoint
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        ctx.adjoint.factor = grad_outputs[0].item()
+        return grad_outputs[0], None
+
+
+@dataclass(frozen=True)
+class Ternary:
+    """What a backward phase found."""
+
+    beta: list[Tensor]
+    """the mean emissions of each layer"""
+    rate: float
+    """emissions per neuron and step"""
+    saturated: float
+    """share of the neurons that hold back more than one emission at the end: their beta stopped at the quantum"""
+
+
+@torch.no_grad()
+def ternary_phase(
+    g_B: Tensor,
+    transposed: Sequence[Transposed],
+    shapes: Sequence[torch.Size],
+    *,
+    steps: int,
+    threshold: float,
+    quantum: float,
+    leak: float = 1.0,
+) -> Ternary:
+    """Solve beta = g + J^T beta by neurons that emit +quantum, 0 or -quantum.
+
+        u[t] = leak u[t-1] + J^T s[t-1] + g
+        s[t] = quantum sign(u[t]) if |u[t]| >= threshold else 0,      then u[t] -= s[t]
+        beta = sum_t leak^(T_B-t) s[t] / sum_t leak^(T_B-t)
+
+    J^T is taken layer by layer, the last layer first, each with potentials of its own: within a step a layer hears what the
+    layer behind it has just emitted, and the last layer what the first emitted in the step before. g enters the last layer.
+
+    With leak 1, while |beta| < quantum the error is at most quantum ||(I - J^T)^-1||_inf / T_B. The symmetric reset,
+    quantum = 2 threshold (rest at -threshold), keeps potentials within +-threshold and so has the smallest error there is.
+
+    Arguments: `transposed[l]` takes the emissions of layer l to the layer before it, those of layer 0 to the last;
+    `shapes[l]` is the shape of layer l's potentials.
+    """
+    last = len(shapes) - 1
+    # |u| > below is |u| >= threshold, and hardshrink is the former in one op.
+    below = torch.nextafter(g_B.new_tensor(threshold), g_B.new_tensor(0.0)).item()
+    potentials, emissions, sums, counts = ([g_B.new_zeros(shape) for shape in shapes] for _ in range(4))
+    for _ in range(steps):
+        for layer in range(last, -1, -1):
+            u_B, s_B, sum_B = potentials[layer], emissions[layer], sums[layer]
+            if leak != 1:
+                u_B.mul_(leak)
+                sum_B.mul_(leak)
+            behind = 0 if layer == last else layer + 1
+            transposed[behind](u_B, emissions[behind])
+            if layer == last:
+                u_B.add_(g_B)
+            torch.ops.aten.hardshrink.out(u_B, below, out=s_B)
+            s_B.sign_()
+            counts[layer].addcmul_(s_B, s_B)
+            s_B.mul_(quantum)
+            u_B.sub_(s_B)
+            sum_B.add_(s_B)
+    weight = float(steps) if leak == 1 else (1 - leak**steps) / (1 - leak)
+    neurons = sum(u_B.numel() for u_B in potentials)
+    return Ternary(
+        beta=[sum_B / weight for sum_B in sums],
+        rate=sum(count_B.sum().item() for count_B in counts) / (steps * neurons),
+        saturated=sum((u_B.abs() > quantum).sum().item() for u_B in potentials) / neurons,
+    )
+
+
+def _hand_down(vjp: Linearized, layer: int) -> Transposed:
+    """Mask and divisor of a layer's neurons, then the transposed synapse into it."""
+    gain_B = vjp.masks[layer] / vjp.divisors[layer]
+
+    def transposed(u_B: Tensor, s_B: Tensor) -> None:
+        u_B.add_(vjp.transposed(layer, gain_B * s_B))
+
+    return transposed
+
+
+@dataclass
+class _Counted:
+    spikes: float = 0.0
+    places: int = 0
+
+
+@contextmanager
+def spikes_counted(equilibrium: Equilibrium) -> Iterator[_Counted]:
+    """Spikes, and neurons times steps, that every layer gave while the context is open."""
+    counted = _Counted()
+
+    def count(_: nn.Module, __: object, s_1B: Tensor) -> None:
+        counted.spikes += s_1B.count_nonzero().item()
+        counted.places += s_1B.numel()
+
+    hooks = [neuron.register_forward_hook(count) for neuron in equilibrium.neurons]
+    try:
+        yield counted
+    finally:
+        for hook in hooks:
+            hook.remove()

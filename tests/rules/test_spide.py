@@ -1,0 +1,324 @@
+"""SPIDE's backward phase against the linear system that it solves, and its gradient against IDE's, in float64."""
+
+# B batch, N neurons, T_B steps of the backward phase
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.rules.ide import IDE, the_equilibrium
+from pipeline.rules.spide import SPIDE, Ternary, ternary_phase
+from pipeline.spiking.equilibrium import Equilibrium, Linearized
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.state import fresh_state
+from pipeline.spiking.synapse import Linear
+from tests.rules.small import CLASSES, FEATURES, batch, cross_entropy, difference, gradients, learn, lif_network, spikes_of
+
+STEPS = (50, 500, 5000)
+SYMMETRIC = {"threshold": 0.5, "quantum": 1.0}
+
+
+def feedback_network(*widths: int, seed: int = 8, weight: float = 0.5, **neuron) -> nn.Sequential:
+    """Layers of `widths`, a feedback of spectral norm 1, and a readout, in float64."""
+    neuron = {"leak": 1.0, "threshold": 1.0, "subtract": 2.0} | neuron
+    generator = torch.Generator().manual_seed(seed)
+    feedback = Linear(widths[-1], widths[0], bias=False)
+    model = nn.Sequential(
+        Equilibrium(
+            inject=Linear(FEATURES, widths[0]),
+            feedback=feedback,
+            neurons=[LIF(**neuron) for _ in widths],
+            synapses=[Linear(a, b) for a, b in itertools.pairwise(widths)],
+        ),
+        Linear(widths[-1], CLASSES),
+    ).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(weight * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        feedback.weight.div_(torch.linalg.matrix_norm(feedback.weight, 2))
+    return model
+
+
+def smallest_model() -> nn.Sequential:
+    return feedback_network(8, 7)
+
+
+def contract_rules() -> list[SPIDE]:
+    return [SPIDE(scale=0.25)]
+
+
+contract_exceptions = {"test_one_step_equals_bptt": "SPIDE differentiates the clamp of a rate, BPTT a spike by its surrogate"}
+
+
+class Chain:
+    """Random layers in a ring with masks for each sample, and the beta of each of them by a direct solve."""
+
+    def __init__(self, seed: int, sizes: tuple[int, ...], *, largest: float = 0.8, batch: int = 3) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        before = (sizes[-1], *sizes[:-1])
+        weights = [torch.randn(n, m, generator=generator, dtype=torch.float64) for n, m in zip(sizes, before, strict=True)]
+        self.weights = [0.6 * w / torch.linalg.matrix_norm(w, 2) for w in weights]
+        self.masks_BN = [(torch.rand(batch, n, generator=generator) < 0.7).double() for n in sizes]
+        g_BN = torch.randn(batch, sizes[-1], generator=generator, dtype=torch.float64)
+        inverses = torch.stack([self._inverse([mask_BN[b] for mask_BN in self.masks_BN]) for b in range(batch)])
+        self.norm = inverses.abs().sum(-1).max().item()  # ||(I - J^T)^-1||_inf
+        beta_BN = (inverses[..., -sizes[-1] :] @ g_BN[..., None]).squeeze(-1)
+        factor = largest / beta_BN.abs().max()
+        self.g_BN, self.beta = factor * g_BN, (factor * beta_BN).split(sizes, 1)
+
+    def _inverse(self, masks_N: list[Tensor]) -> Tensor:
+        """(I - J^T)^-1 of all layers together: block (l - 1, l) of J^T is W_l^T D_l."""
+        blocks = [[torch.zeros(len(row), len(column)).double() for column in masks_N] for row in masks_N]
+        for layer, (weight, mask_N) in enumerate(zip(self.weights, masks_N, strict=True)):
+            blocks[layer - 1][layer] = weight.T * mask_N
+        joint = torch.cat([torch.cat(row, 1) for row in blocks])
+        return torch.linalg.inv(torch.eye(len(joint)).double() - joint)
+
+    def solve(self, steps: int, *, g_BN: Tensor | None = None, rows: slice = slice(None), **neuron: float) -> Ternary:
+        def back(layer: int, u_BN: Tensor, s_BN: Tensor) -> None:
+            u_BN.addmm_(s_BN * self.masks_BN[layer][rows], self.weights[layer])
+
+        g_BN = self.g_BN[rows] if g_BN is None else g_BN
+        maps = [lambda u_BN, s_BN, layer=layer: back(layer, u_BN, s_BN) for layer in range(len(self.weights))]
+        return ternary_phase(g_BN, maps, [mask_BN[rows].shape for mask_BN in self.masks_BN], steps=steps, **neuron)
+
+    def error(self, found: Ternary) -> float:
+        return max((a - b).abs().max().item() for a, b in zip(found.beta, self.beta, strict=True))
+
+
+RINGS = [(seed, sizes) for sizes in ((24,), (9, 12, 7)) for seed in range(4)]
+
+
+@pytest.mark.parametrize(("seed", "sizes"), RINGS)
+def test_the_error_falls_as_one_over_the_steps(seed, sizes):
+    ring = Chain(seed, sizes)
+    errors = [ring.error(ring.solve(steps, **SYMMETRIC)) for steps in STEPS]
+    assert all(error <= ring.norm / steps for error, steps in zip(errors, STEPS, strict=True))
+    assert math.log10(errors[2] / errors[0]) / 2 == pytest.approx(-1, abs=0.15)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_without_the_symmetric_reset_the_range_halves(seed):
+    ring = Chain(seed, (24,), largest=0.6)
+    plain = [ring.solve(steps, threshold=0.5, quantum=0.5) for steps in STEPS[1:]]
+    symmetric = [ring.error(ring.solve(steps, **SYMMETRIC)) for steps in STEPS[1:]]
+    assert [ring.error(found) for found in plain] == pytest.approx([0.1, 0.1], abs=0.002)
+    assert symmetric[1] < 0.2 * symmetric[0] < 0.001
+    assert 0 < plain[1].saturated < 0.2 and ring.solve(5000, **SYMMETRIC).saturated == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_without_the_symmetric_reset_the_error_is_larger_at_equal_range(seed):
+    ring = Chain(seed, (24,))
+    for steps in STEPS:
+        symmetric, plain = (ring.error(ring.solve(steps, threshold=v, quantum=1.0)) for v in (0.5, 1.0))
+        assert plain > 1.5 * symmetric
+
+
+def test_odd_in_its_input():
+    ring = Chain(0, (9, 12, 7))
+    one, other = ring.solve(60, **SYMMETRIC), ring.solve(60, g_BN=-ring.g_BN, **SYMMETRIC)
+    assert all(torch.equal(a, -b) and a.any() for a, b in zip(one.beta, other.beta, strict=True))
+    nothing = ring.solve(60, g_BN=torch.zeros_like(ring.g_BN), **SYMMETRIC)
+    assert nothing.rate == 0 and not any(beta_BN.any() for beta_BN in nothing.beta)
+
+
+def test_a_scale_of_input_and_emission_changes_no_spike():
+    ring = Chain(1, (24,))
+    one = ring.solve(60, **SYMMETRIC)
+    other = ring.solve(60, g_BN=4 * ring.g_BN, threshold=2.0, quantum=4.0)
+    assert torch.equal(4 * one.beta[0], other.beta[0]) and one.rate == other.rate > 0
+
+
+def test_no_sample_hears_another():
+    ring = Chain(2, (9, 12, 7))
+    whole = ring.solve(200, **SYMMETRIC)
+    for row in range(3):
+        alone = ring.solve(200, rows=slice(row, row + 1), **SYMMETRIC)
+        assert all(torch.equal(a[row], b[0]) for a, b in zip(whole.beta, alone.beta, strict=True))
+
+
+def one_neuron(g: float, steps: int) -> Ternary:
+    g_BN = torch.tensor([[g]]).double()
+    return ternary_phase(g_BN, [lambda u_BN, s_BN: None], [g_BN.shape], steps=steps, **SYMMETRIC)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_threshold_reached_is_a_spike(sign):
+    """u = 0.5 and an emission, 0 and none, 0.5 and an emission."""
+    found = one_neuron(0.5 * sign, 3)
+    assert found.beta[0].item() == pytest.approx(sign * 2 / 3) and found.rate == pytest.approx(2 / 3)
+
+
+def test_saturated_is_who_holds_back_more_than_one_emission():
+    assert [one_neuron(g, 100).saturated for g in (0.99, 1.008, -1.05)] == [0, 0, 1]
+
+
+def test_leaky_neurons_level_off():
+    """The leaky mean hears the last 1 / (1 - leak) steps, so more of them than that change nothing."""
+    ring = Chain(3, (24,))
+    errors = [ring.error(ring.solve(steps, leak=0.99, **SYMMETRIC)) for steps in STEPS]
+    assert errors[0] < ring.norm / 50
+    assert 0.001 < errors[2] < ring.norm * 0.01
+    assert errors[2] == pytest.approx(errors[1], rel=0.5)
+
+
+class Recorded:
+    """An adjoint that keeps what it returned, as emissions: beta without the scale, the batch and the backend's factor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        equilibrium = the_equilibrium(SPIDE(), model)
+        self.adjoint: Any = equilibrium.adjoint
+        self.seen: list[Tensor] = []
+        equilibrium.adjoint = self
+
+    def __call__(self, g_B: Tensor, vjp: Linearized) -> list[Tensor]:
+        betas = self.adjoint(g_B, vjp)
+        unit = 2 * self.adjoint.threshold / self.adjoint.steps
+        counts = [beta_B * (self.adjoint.scale * self.adjoint.samples / self.adjoint.factor / unit) for beta_B in betas]
+        assert all((count_B - count_B.round()).abs().max() < 1e-9 for count_B in counts)
+        self.seen.append(torch.cat([count_B.round() for count_B in counts], 1))
+        return betas
+
+
+def emissions(x_TB: Tensor, target_B: Tensor, *, factor: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of every backward neuron, [B, N], and the gradient divided by what the backend multiplies by."""
+    model, rule = smallest_model(), SPIDE(100, scale=0.25)
+    rule.attach(model, over_time="mean")
+    recorded = Recorded(model)
+    for objective in rule.objectives(model, x_TB, cross_entropy(target_B)):
+        assert objective.backward is not None
+        (factor * objective.backward).backward()
+    return recorded.seen[0], {name: p.grad / factor for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("widths", [(12,), (8, 9, 7)])
+def test_the_gradient_approaches_ide_as_one_over_the_steps(widths):
+    model = feedback_network(*widths)
+    x_TBC, target = batch(20)
+    exact = gradients(IDE(tolerance=0, iterations=60), model, x_TBC, cross_entropy(target), over_time="mean")
+    errors = []
+    for steps in STEPS:
+        rule = SPIDE(steps, scale=0.25)
+        errors.append(difference(gradients(rule, model, x_TBC, cross_entropy(target), over_time="mean"), exact))
+        assert rule.figures()["saturated"] == 0 < rule.figures()["backward_rate"] < 0.5
+    assert max(g.abs().max() for g in exact.values()) > 0.1
+    assert errors[0] < 0.02
+    assert math.log10(errors[2] / errors[0]) / 2 == pytest.approx(-1, abs=0.15)
+
+
+def test_beta_stays_within_the_bound_of_ide_s():
+    """The error that the equation's inverse allows, on the Jacobian that the equilibrium itself hands out."""
+    model = feedback_network(12)
+    x_TBC, target = batch(20)
+    checked = []
+
+    def adjoint(g_B: Tensor, vjp: Linearized) -> Tensor:
+        exact_B = IDE(tolerance=0, iterations=60).adjoint(g_B, vjp)
+        columns = torch.stack([vjp(torch.eye(12).double()[n].expand(len(g_B), -1)) for n in range(12)], -1)
+        norm = torch.linalg.inv(torch.eye(12).double() - columns).abs().sum(-1).max().item()
+        for steps in STEPS:
+            phase = SPIDE(steps, scale=0.25).adjoint
+            phase.samples = len(g_B)
+            (beta_B,) = phase(g_B, vjp)
+            assert 0 < phase.scale * phase.samples * beta_B.abs().max() < 1
+            assert phase.scale * phase.samples * (beta_B - exact_B).abs().max() <= norm / steps
+            checked.append(norm)
+        return exact_B
+
+    model[0].adjoint = adjoint
+    with fresh_state(model):
+        cross_entropy(target)(model(x_TBC)[0]).backward()
+    assert len(checked) == 3 and 1.1 < checked[0] < 4
+
+
+def test_spikes_know_neither_batch_nor_backend():
+    x_TBC, target = batch(20, size=6)
+    counts, gradient = emissions(x_TBC, target)
+    assert counts.abs().sum() > 100 and counts.abs().max() < 100
+    for factor in (3.0, 0.37, 1e-6):
+        scaled, same = emissions(x_TBC, target, factor=factor)
+        assert torch.equal(scaled, counts) and difference(same, gradient) < 1e-14
+    order = torch.tensor([4, 0, 5, 2, 1, 3])
+    permuted, same = emissions(x_TBC[:, order], target[order])
+    assert torch.equal(permuted, counts[order]) and difference(same, gradient) < 1e-14
+    parts = [emissions(x_TBC[:, rows], target[rows], factor=len(rows) / 6) for rows in (range(1), range(1, 3), range(3, 6))]
+    assert torch.equal(torch.cat([part for part, _ in parts]), counts)
+    shares = [{name: g * (len(part) / 6) for name, g in found.items()} for part, found in parts]
+    assert difference({name: sum(share[name] for share in shares) for name in gradient}, gradient) < 1e-14
+
+
+def test_the_scale_resolves_and_does_not_multiply():
+    model = feedback_network(8, 7)
+    x_TBC, target = batch(20)
+    exact = gradients(IDE(), model, x_TBC, cross_entropy(target), over_time="mean")
+    errors = {
+        scale: difference(gradients(SPIDE(100, scale=scale), model, x_TBC, cross_entropy(target), over_time="mean"), exact)
+        for scale in (0.01, 0.25, 100.0)
+    }
+    assert errors[0.25] < 0.01 < 0.05 < min(errors[0.01], errors[100.0])
+
+
+def test_the_symmetric_reset_of_the_forward_phase_centres_its_rates():
+    """Same fixed point; the rate's error is about half, and its sign no longer gives it away."""
+    for seed in range(5):
+        x_TBC = batch(1, size=16)[0].expand(30, -1, -1)
+        found = []
+        for neuron in ({"threshold": 1.0, "subtract": 2.0}, {"threshold": 2.0, "subtract": 2.0}):
+            model = feedback_network(24, seed=seed, weight=0.35, **neuron)
+            rest: Any = model[0]
+            with torch.no_grad(), fresh_state(model):
+                a_1B = torch.zeros(1, 16, 24).double()
+                for _ in range(500):
+                    a_1B = rest.rate(0, rest.inject(x_TBC[:1]) + rest.feedback(a_1B))
+                found.append(rest(x_TBC).mean(0) - a_1B[0])
+        symmetric, plain = found
+        assert symmetric.abs().mean() < 0.7 * plain.abs().mean() < 0.02
+        assert abs(symmetric.mean()) < 0.5 * abs(plain.mean())
+
+
+def test_figures_are_of_both_phases():
+    model, rule = smallest_model(), SPIDE(50, scale=0.25)
+    rule.attach(model, over_time="mean")
+    record = spikes_of(model)
+    x_TBC, target = batch(12)
+    learn(rule.objectives(model, x_TBC, cross_entropy(target)))
+    spikes = torch.cat([torch.cat(layer).flatten() for layer in record.values()])
+    assert rule.figures()["forward_rate"] == pytest.approx(spikes.mean().item(), abs=1e-12)
+    assert 0.01 < rule.figures()["backward_rate"] < 0.5
+    assert rule.figures()["saturated"] == 0
+
+
+@pytest.mark.parametrize(("scale", "message"), [(1e-3, "no backward neuron fired"), (1e4, r"\d+% .* saturated")])
+def test_warns_where_the_scale_is_out_of_range(scale, message):
+    with pytest.warns(RuntimeWarning, match=rf"^SPIDE: {message}"):
+        gradients(SPIDE(50, scale=scale), feedback_network(12), *batch_of_12(), over_time="mean")
+
+
+def batch_of_12():
+    x_TBC, target = batch(12)
+    return x_TBC, cross_entropy(target)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: SPIDE(0), r"SPIDE: the backward phase needs steps >= 1; got steps=0"),
+        (lambda: SPIDE(scale=0), r"SPIDE: scale must be > 0; got scale=0"),
+        (lambda: SPIDE(threshold=-1), r"SPIDE: threshold must be > 0; got threshold=-1"),
+        (lambda: SPIDE(leak=0), r"SPIDE: leak must be > 0 and at most 1; got leak=0"),
+        (lambda: SPIDE().attach(lif_network(), over_time="mean"), r"SPIDE: the model must have one equilibrium, .* got none in"),
+        (lambda: SPIDE().attach(smallest_model()), r"SPIDE: it has one loss, of rates, so over_time must be 'mean'"),
+        (
+            lambda: gradients(SPIDE(), smallest_model(), batch_of_12()[0], lambda o: o.sum() * math.nan, over_time="mean"),
+            r"SPIDE: the gradient of the loss must be finite; got nan",
+        ),
+    ],
+)
+def test_refuses(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
