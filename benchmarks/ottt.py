@@ -1,0 +1,103 @@
+"""What OTTT's traces cost: time of OTTT-A against SLTT on the same network, side by side in one process.
+
+Command:  python -m benchmarks.ottt [--network vgg|nf_resnet|mlp] [--batches 40]
+Result:   not run
+
+Two copies of a network with the same weights see the same random images at T = 6, batch after batch, one copy by SLTT and
+one by OTTT-A, whoever comes first taking turns, so that drift of the machine falls on both alike. Timed are forward, loss
+and backward of all T steps; the optimizer's step, which knows no rule, comes after the clock. Exits with 1 when the ratio
+of the medians is above the bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.launch.drive import commit
+from pipeline.measure.memory import hardware
+from pipeline.models.mlp import mlp
+from pipeline.models.nf_resnet import nf_resnet18_small
+from pipeline.models.vgg import vgg_sws
+from pipeline.objective import CrossEntropy
+from pipeline.rules.base import Rule
+from pipeline.rules.ottt import OTTT
+from pipeline.rules.sltt import SLTT
+from pipeline.spiking.encode import repeat
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.surrogate import Sigmoid
+
+BOUND = 1.35  # OTTT / SLTT
+TIME_STEPS, WARM_UP = 6, 4
+NEURON = LIF(surrogate=Sigmoid())
+# (network, shape of a sample, batch size): OTTT's own, narrower; the one of the Fashion-MNIST recipes; a fully connected one.
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "vgg": (lambda: vgg_sws(stages=((32, 64), (128, 128), (128, 128)), neuron=NEURON), (3, 32, 32), 16),
+    "nf_resnet": (
+        lambda: nf_resnet18_small(in_channels=1, width=32, blocks=(1, 1, 1), stem_stride=2, neuron=NEURON), (1, 28, 28), 64,
+    ),
+    "mlp": (lambda: mlp(neuron=NEURON), (1, 28, 28), 128),
+}  # fmt: skip
+
+
+class Trainee:
+    """A network of its own under one rule."""
+
+    def __init__(self, network: nn.Module, rule: Rule) -> None:
+        self.network, self.rule = network, rule
+        rule.attach(network)
+        self.optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+        self.seconds: list[float] = []
+
+    def learn(self, x_TB: Tensor, target_B: Tensor) -> None:
+        began = time.perf_counter()
+        for objective in self.rule.objectives(self.network, x_TB, CrossEntropy()(target_B)):
+            if objective.backward is not None:
+                objective.backward.backward()
+        self.seconds.append(time.perf_counter() - began)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def median(self) -> float:
+        return statistics.median(self.seconds[WARM_UP:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--network", choices=sorted(NETWORKS), default="vgg")
+    parser.add_argument("--batches", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    ratio = compare(arguments.network, arguments.batches)
+    sys.exit(ratio > BOUND)
+
+
+def compare(name: str, batches: int) -> float:
+    """OTTT-A's median time over SLTT's."""
+    build, shape, size = NETWORKS[name]
+    torch.manual_seed(0)
+    sltt, ottt = Trainee(build(), SLTT()), Trainee(build(), OTTT())
+    for index in range(WARM_UP + batches):
+        ottt.network.load_state_dict(sltt.network.state_dict())  # equal weights, so equal spikes
+        x_TB, target_B = repeat(torch.randn(size, *shape), TIME_STEPS), torch.randint(10, (size,))
+        for trainee in (sltt, ottt) if index % 2 else (ottt, sltt):
+            trainee.learn(x_TB, target_B)
+    ratio = ottt.median() / sltt.median()
+    machine = hardware()
+    print(
+        f"{name}, T = {TIME_STEPS}, batch {size}, {batches} interleaved batches, {torch.get_num_threads()} threads: "
+        f"OTTT-A {ottt.median() * 1e3:.1f} ms, SLTT {sltt.median() * 1e3:.1f} ms, ratio {ratio:.3f} (bound {BOUND}) "
+        f"(commit {commit()}, {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']})"
+    )
+    return ratio
+
+
+if __name__ == "__main__":
+    main()
