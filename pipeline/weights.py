@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from pipeline.checkpoint import WEIGHTS, verified
 from pipeline.recipe import Recipe
+from pipeline.spiking.rate import RateNeuron
 
 
 @dataclass(frozen=True)
 class Start:
-    """What `load_start` did: the file, and the keys of a head that was left as it was initialised."""
+    """What `load_start` did: the file, and the keys that were left as they were initialised."""
 
     file: Path
     fresh: tuple[str, ...] = ()
@@ -48,6 +49,7 @@ def load_start(network: nn.Module, start: Path) -> Start:
     """Load weights into a network that may have other time steps and another number of classes.
 
     Only the head (the last module with weights) may differ in shape: it keeps its fresh weights and is named in the answer.
+    So are the thresholds of rate-coded neurons, where the file has none: it may come from the ANN of the same layers.
 
     Raises:
         ValueError: keys that do not match, each named.
@@ -56,9 +58,11 @@ def load_start(network: nn.Module, start: Path) -> Start:
     found = _read(file)
     expected = network.state_dict()
     head = _head(network)
+    thresholds = {f"{name}.threshold" for name, module in network.named_modules() if isinstance(module, RateNeuron)}
+    unknown_to_ann = thresholds if not thresholds & set(found) else set()
     reshaped = [key for key in expected if key in found and found[key].shape != expected[key].shape]
     complaints = [
-        *(f"{key} is missing" for key in expected if key not in found),
+        *(f"{key} is missing" for key in expected if key not in found and key not in unknown_to_ann),
         *(f"{key} is unknown" for key in found if key not in expected),
         *(
             f"{key} is {list(found[key].shape)} instead of {list(expected[key].shape)}"
@@ -68,7 +72,7 @@ def load_start(network: nn.Module, start: Path) -> Start:
     ]
     if complaints:
         raise ValueError(f"init: {file} must fit the network but for its head, {head}; got {'; '.join(complaints)}")
-    fresh = tuple(key for key in expected if key.startswith(head + ".")) if reshaped else ()
+    fresh = tuple(key for key in expected if key in unknown_to_ann or (reshaped and key.startswith(head + ".")))
     network.load_state_dict({key: value for key, value in found.items() if key not in fresh}, strict=False)
     return Start(file, fresh)
 
@@ -87,8 +91,9 @@ def _read(file: Path) -> Mapping[str, Tensor]:
 
 
 def _head(network: nn.Module) -> str:
-    """Name of the last module that holds parameters of its own."""
-    return [name for name, module in network.named_modules() if list(module.parameters(recurse=False))][-1]
+    """Name of the last module that holds weights of its own; a neuron's threshold is none."""
+    holders = [name for name, module in network.named_modules() if list(module.parameters(recurse=False))]
+    return [name for name in holders if not isinstance(network.get_submodule(name), RateNeuron)][-1]
 
 
 def study_inputs(recipe: Recipe, fingerprint: str) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
     per layer:   h = neuron(norm(convolution(h))),   an average pool between stages, one more before the classifier
 
-Every map between two neurons is linear in eval mode, so the network computes on spikes, on rates, or with ReLU alike.
+Every map between two neurons is affine in eval mode, so the network computes on spikes, on rates, or with ReLU alike.
+`head="linear"` ends in a linear classifier, `"rate"` in neurons (`rate_head.py`), as DSR's networks do.
 """
 
 # T time, B batch, C channels, H W pixels, K classes
@@ -13,18 +14,23 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline.models.parts import one_more
+from pipeline.models.rate_head import RateHead
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.rate import rate_readout
 from pipeline.spiking.synapse import Conv2d, Linear, folded
 
 Norm = Literal["batch", "none"]
 Over = Literal["step", "time"]
+Head = Literal["linear", "rate"]
 
 
 class Layer(nn.Module):
     """h = neuron(norm(convolution(h))); the convolution keeps the size of the image, and has a bias where no norm has one."""
 
-    def __init__(self, in_channels: int, width: int, *, kernel: int, norm: Norm, over: Over, neuron: nn.Module) -> None:
+    def __init__(
+        self, in_channels: int, width: int, *, kernel: int, norm: Norm, over: Over, dropout: float, neuron: nn.Module
+    ) -> None:
         super().__init__()
         self.conv = Conv2d(in_channels, width, kernel, padding=kernel // 2, bias=norm == "none")
         nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
@@ -32,9 +38,10 @@ class Layer(nn.Module):
             nn.init.zeros_(self.conv.bias)
         self.norm = BatchNorm(width, over=over) if norm == "batch" else nn.Identity()
         self.neuron = one_more(neuron)
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
 
     def forward(self, h_TBCHW: Tensor) -> Tensor:
-        return self.neuron(self.norm(self.conv(h_TBCHW)))
+        return self.dropout(self.neuron(self.norm(self.conv(h_TBCHW))))
 
 
 class ConvNet(nn.Module):
@@ -54,6 +61,8 @@ class ConvNet(nn.Module):
         norm: Norm,
         over: Over,
         grid: int,
+        dropout: float,
+        head: Head,
         neuron: nn.Module,
     ) -> None:
         super().__init__()
@@ -65,20 +74,29 @@ class ConvNet(nn.Module):
             raise ValueError(f"ConvNet: kernel must be odd, to keep the size of the image; got kernel={kernel}")
         if norm not in ("batch", "none"):
             raise ValueError(f"ConvNet: norm must be 'batch' or 'none'; got norm={norm!r}")
-        if norm == "none" and over != "step":
+        if head not in ("linear", "rate"):
+            raise ValueError(f"ConvNet: head must be 'linear' or 'rate'; got head={head!r}")
+        if norm == "none" and head == "linear" and over != "step":
             raise ValueError(f"ConvNet: over={over!r} is about batch norm and has no effect with norm='none'")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"ConvNet: dropout is a probability in 0..1, below 1; got dropout={dropout}")
         self.stages = nn.ModuleList()
         channels = in_channels
         for widths in stages:
             layers = nn.Sequential()
             for width in widths:
-                layers.append(Layer(channels, width, kernel=kernel, norm=norm, over=over, neuron=neuron))
+                layers.append(Layer(channels, width, kernel=kernel, norm=norm, over=over, dropout=dropout, neuron=neuron))
                 channels = width
             self.stages.append(layers)
         self.pool = nn.AvgPool2d(2)
         self.last_pool = nn.AdaptiveAvgPool2d(grid)
         self.smallest = grid * 2 ** (len(stages) - 1)
-        self.classifier = Linear(channels * grid**2, classes)
+        features = channels * grid**2
+        if head == "rate":
+            self.classifier = RateHead(features, classes, over=over, neuron=neuron)
+        else:
+            self.classifier = Linear(features, classes)
+        self.readout = rate_readout(neuron) if head == "linear" else nn.Identity()
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         if min(x_TBCHW.shape[-2:]) < self.smallest:
@@ -89,7 +107,7 @@ class ConvNet(nn.Module):
         h = x_TBCHW
         for index, layers in enumerate(self.stages):
             h = layers(h if index == 0 else folded(self.pool, h))
-        return self.classifier(folded(self.last_pool, h).flatten(2))
+        return self.readout(self.classifier(folded(self.last_pool, h).flatten(2)))
 
 
 def convnet(
@@ -101,9 +119,14 @@ def convnet(
     norm: Norm = "batch",
     over: Over = "step",
     grid: int = 1,
+    dropout: float = 0.0,
+    head: Head = "linear",
     neuron: nn.Module = LIF(),
 ) -> ConvNet:
-    """A stack for small images. `over` is batch norm's; the last pool leaves `grid` x `grid` places, 1 is a global pool."""
+    """A stack for small images. `over` is batch norm's; the last pool leaves `grid` x `grid` places, 1 is a global pool.
+
+    `dropout` behind each neuron of a stage, drawn at each time step.
+    """
     return ConvNet(
         stages=stages,
         classes=classes,
@@ -112,5 +135,7 @@ def convnet(
         norm=norm,
         over=over,
         grid=grid,
+        dropout=dropout,
+        head=head,
         neuron=neuron,
     )

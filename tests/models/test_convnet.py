@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -6,6 +8,7 @@ from torch.nn import functional as F
 from pipeline.models.convnet import convnet
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.rate import RateLIF
 from pipeline.spiking.state import fresh_state
 
 
@@ -48,8 +51,35 @@ def test_against_an_independent_forward(norm):
     assert torch.allclose(got, torch.stack(expected), atol=1e-12)
 
 
-def test_relu_is_the_ann():
-    spiking, ann = convnet(over="time"), convnet(over="time", neuron=nn.ReLU())
+def test_dropout_stands_behind_each_neuron():
+    model = convnet(stages=((8,), (8, 8)), dropout=0.5, neuron=nn.ReLU())
+    zeros = []
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(lambda _module, x, y: zeros.append(((y == 0) & (x[0] > 0)).sum() / (x[0] > 0).sum()))
+    model(torch.randn(4, 4, 3, 16, 16))
+    assert len(zeros) == 3 and all(0.45 < share < 0.55 for share in zeros)
+
+
+def test_the_rate_head_ends_in_rates():
+    """linear -> batch norm -> neuron behind a neuron; the mean over time of the logits is LIF's weighted rate."""
+    model = convnet(4, stages=((3,),), head="rate", neuron=RateLIF(threshold=0.05)).eval()
+    outputs = {}
+    for name in ("neuron_in", "neuron_out"):
+        module = model.classifier.get_submodule(name)
+        module.register_forward_hook(lambda _module, _x, y, name=name: outputs.update({name: y}))
+    with torch.no_grad(), fresh_state(model):
+        logits_TBK = model(3 * torch.randn(1, 2, 3, 6, 6).expand(8, -1, -1, -1, -1) + 1)
+    for out_TBC in outputs.values():
+        assert out_TBC.unique().tolist() == pytest.approx([0.0, 1.0])
+    b = math.exp(-0.05)
+    w = torch.tensor([b ** (8 - t) for t in range(1, 9)]).view(-1, 1, 1)
+    assert torch.allclose(logits_TBK.mean(0), (w * outputs["neuron_out"]).sum(0) / w.sum(), atol=1e-6)
+
+
+@pytest.mark.parametrize("head", ["linear", "rate"])
+def test_relu_is_the_ann(head):
+    spiking, ann = convnet(over="time", head=head), convnet(over="time", head=head, neuron=nn.ReLU())
     assert {k: v.shape for k, v in spiking.state_dict().items()} == {k: v.shape for k, v in ann.state_dict().items()}
     assert ann(torch.randn(1, 2, 3, 8, 8)).shape == (1, 2, 10)
 
@@ -62,6 +92,8 @@ def test_relu_is_the_ann():
         ({"kernel": 4}, r"ConvNet: kernel must be odd, to keep the size of the image; got kernel=4"),
         ({"norm": "layer"}, r"ConvNet: norm must be 'batch' or 'none'; got norm='layer'"),
         ({"norm": "none", "over": "time"}, r"ConvNet: over='time' is about batch norm and has no effect with norm='none'"),
+        ({"head": "spike"}, r"ConvNet: head must be 'linear' or 'rate'; got head='spike'"),
+        ({"dropout": 1.0}, r"ConvNet: dropout is a probability in 0\.\.1, below 1; got dropout=1\.0"),
     ],
 )
 def test_refuses(arguments, message):

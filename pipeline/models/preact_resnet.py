@@ -1,0 +1,137 @@
+"""PreAct-ResNet for rate-coded neurons: DSR's network for CIFAR and ImageNet.
+
+    block:   h = neuron(norm(x)),   y = convolution(neuron(norm(convolution(h)))) + (h, through a 1x1 convolution where the
+             shape changes)
+
+So the shortcut carries spikes even where nothing changes shape, unlike He et al.'s, whose identity takes x. Pools are
+averages; behind the last block come norm, neuron, a global pool and the `RateHead`.
+
+Source: He et al. 2016 (arXiv 1603.05027); Meng et al. 2022 (DSR, arXiv 2205.00459) for the spiking form.
+"""
+
+# T time, B batch, C channels, H W pixels, K classes
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+
+from pipeline.models.parts import one_more
+from pipeline.models.rate_head import RateHead
+from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.rate import RateIF
+from pipeline.spiking.synapse import Conv2d, folded
+
+Over = Literal["step", "time"]
+Stem = Literal["imagenet", "small"]
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions, norm and neuron before each."""
+
+    def __init__(
+        self, in_channels: int, width: int, *, stride: int, normed_shortcut: bool, over: Over, neuron: nn.Module
+    ) -> None:
+        super().__init__()
+        self.norm1, self.neuron1 = BatchNorm(in_channels, over=over), one_more(neuron)
+        self.conv1 = _conv(in_channels, width, 3, stride=stride)
+        self.norm2, self.neuron2 = BatchNorm(width, over=over), one_more(neuron)
+        self.conv2 = _conv(width, width, 3)
+        self.downsample = nn.Sequential()
+        if stride != 1 or in_channels != width:
+            self.downsample.append(_conv(in_channels, width, 1, stride=stride))
+            if normed_shortcut:
+                self.downsample.append(BatchNorm(width, over=over))
+
+    def forward(self, x_TBCHW: Tensor) -> Tensor:
+        h = self.neuron1(self.norm1(x_TBCHW))
+        return self.conv2(self.neuron2(self.norm2(self.conv1(h)))) + self.downsample(h)
+
+
+class PreActResNet(nn.Module):
+    """`stem` "imagenet": 7x7 convolution, norm, neuron and pool, norms in the shortcuts; "small": a 3x3 convolution, none.
+
+    Raises: ValueError for an unknown `stem`, or sizes below 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        blocks: Sequence[int],
+        classes: int,
+        in_channels: int,
+        width: int,
+        stem: Stem,
+        over: Over,
+        neuron: nn.Module,
+    ) -> None:
+        super().__init__()
+        numbers = {"classes": classes, "in_channels": in_channels, "width": width, "blocks": min(blocks, default=0)}
+        for name, number in numbers.items():
+            if number < 1:
+                raise ValueError(f"PreActResNet: {name} must be >= 1; got {name}={number}")
+        if stem not in ("imagenet", "small"):
+            raise ValueError(f"PreActResNet: stem must be 'imagenet' or 'small'; got stem={stem!r}")
+        self.stem = nn.Sequential()
+        self.stem_pool = None
+        if stem == "imagenet":
+            self.stem.extend([_conv(in_channels, width, 7, stride=2), BatchNorm(width, over=over), one_more(neuron)])
+            self.stem_pool = nn.AvgPool2d(3, stride=2, padding=1)
+        else:
+            self.stem.append(_conv(in_channels, width, 3))
+        stages = []
+        channels = width
+        for index, count in enumerate(blocks):
+            stage = nn.Sequential()
+            for position in range(count):
+                stride = 2 if index > 0 and position == 0 else 1
+                wide = width * 2**index
+                stage.append(Block(channels, wide, stride=stride, normed_shortcut=stem == "imagenet", over=over, neuron=neuron))
+                channels = wide
+            stages.append(stage)
+        self.stages = nn.Sequential(*stages)
+        self.norm, self.neuron = BatchNorm(channels, over=over), one_more(neuron)
+        self.classifier = RateHead(channels, classes, over=over, neuron=neuron)
+
+    def forward(self, x_TBCHW: Tensor) -> Tensor:
+        h = self.stem(x_TBCHW)
+        if self.stem_pool is not None:
+            h = folded(self.stem_pool, h)
+        return self.classifier(self.neuron(self.norm(self.stages(h))).mean((3, 4)))
+
+
+def preact_resnet18(
+    classes: int = 1000,
+    *,
+    in_channels: int = 3,
+    over: Over = "time",
+    neuron: nn.Module = RateIF(),
+) -> PreActResNet:
+    """PreAct-ResNet-18 for ImageNet, 11.69 M parameters. `over` is batch norm's, over T and B as published."""
+    return PreActResNet(
+        blocks=(2, 2, 2, 2), classes=classes, in_channels=in_channels, width=64, stem="imagenet", over=over, neuron=neuron
+    )
+
+
+def preact_resnet18_small(
+    classes: int = 10,
+    *,
+    in_channels: int = 3,
+    width: int = 64,
+    blocks: Sequence[int] = (2, 2, 2, 2),
+    over: Over = "time",
+    neuron: nn.Module = RateIF(),
+) -> PreActResNet:
+    """PreAct-ResNet-18 for 28 to 32 pixels: 3x3 stem, no stem pool. `width` and fewer `blocks` make it small.
+
+    The published one has biases in its convolutions; a batch norm stands behind each of those here and takes them away.
+    """
+    return PreActResNet(
+        blocks=blocks, classes=classes, in_channels=in_channels, width=width, stem="small", over=over, neuron=neuron
+    )
+
+
+def _conv(in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1) -> Conv2d:
+    conv = Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return conv

@@ -1,0 +1,77 @@
+"""From a trained ANN to the spiking network of the same layers: weights loaded, thresholds from training batches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import pipeline
+from pipeline.models.convnet import convnet
+from pipeline.recipe import Recipe, Spec, spec
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.dsr import DSR
+from pipeline.spiking.rate import RateIF
+from pipeline.track.jsonl import read
+from pipeline.weights import load_start
+from tests.small import small_recipe, train_inline
+
+STAGES: Any = ((4,), (6,))
+
+
+def network(neuron: Spec, **more: Any) -> Spec:
+    return spec(convnet, classes=10, in_channels=1, stages=STAGES, over="time", head="rate", neuron=neuron, **more)
+
+
+def ann() -> Recipe:
+    return small_recipe(model=network(spec(nn.ReLU)), rule=spec(BPTT), time_steps=1, over_time="mean")
+
+
+def spiking(**changes: Any) -> Recipe:
+    return replace(ann(), model=network(spec(RateIF)), rule=spec(DSR, calibrate=3), time_steps=4, **changes)
+
+
+def test_a_spiking_run_starts_from_the_ann(tmp_path: Path) -> None:
+    train_inline(tmp_path / "ann", ann())
+    recipe = spiking(init=str(tmp_path / "ann"), stop_after=1).override({"optimizer.lr": 0.0})
+    assert train_inline(tmp_path / "snn", recipe) is not None
+    weights, start = pipeline.load(tmp_path / "snn").state_dict(), pipeline.load(tmp_path / "ann").state_dict()
+    thresholds = {key for key in weights if key.endswith(".threshold")}
+    assert set(weights) - set(start) == thresholds and len(thresholds) == 4
+    learnt = [key for key in start if "running" not in key]
+    assert all(torch.equal(weights[key], start[key]) for key in learnt)
+    (told,) = [event for event in read(tmp_path / "snn" / "journal.jsonl") if event["event"] == "init"]
+    assert set(told["fresh"]) == thresholds
+    assert all(0.01 < weights[key].item() < 6 for key in thresholds)  # calibrated: neither the bound nor the recipe's 6
+
+
+def test_calibrated_thresholds_carry_the_accuracy_over(tmp_path: Path) -> None:
+    """No training: at T = 16 the calibrated network answers as the ANN does, the one with the recipe's thresholds does not."""
+
+    def top1(folder: str, recipe: Recipe) -> float:
+        summary = train_inline(tmp_path / folder, replace(recipe, data=recipe.data.with_(val_samples=200)))
+        assert summary is not None
+        return summary["top1"]
+
+    trained = top1("ann", replace(ann(), epochs=8))
+    recipe = replace(spiking(init=str(tmp_path / "ann"), stop_after=1), time_steps=16).override({"optimizer.lr": 0.0})
+    assert trained > 0.4
+    assert top1("calibrated", recipe) > trained - 0.05
+    assert top1("as written", replace(recipe, rule=spec(DSR))) < trained - 0.15
+
+
+def test_a_file_that_lacks_some_thresholds_or_has_others_is_refused(tmp_path: Path) -> None:
+    model = network(spec(RateIF)).build()
+    state = model.state_dict()
+    save_file({key: value for key, value in state.items() if key != "stages.0.0.neuron.threshold"}, tmp_path / "some.safetensors")
+    with pytest.raises(ValueError, match=r"init: .* got stages\.0\.0\.neuron\.threshold is missing"):
+        load_start(model, tmp_path / "some.safetensors")
+    save_file(state, tmp_path / "all.safetensors")
+    with pytest.raises(ValueError, match=r"stages\.0\.0\.neuron\.threshold is unknown"):
+        load_start(network(spec(nn.ReLU)).build(), tmp_path / "all.safetensors")
+    assert load_start(network(spec(RateIF)).build(), tmp_path / "all.safetensors").fresh == ()
