@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.phases import Phase, check_phases
 from pipeline.recipe_json import decode, encode, flat, read_json, write_json
 from pipeline.spec import Spec, accepted_text, admits, is_path, spec, type_name
 
-__all__ = ["Recipe", "Spec", "Split", "read_json", "spec", "write_json"]
+__all__ = ["Phase", "Recipe", "Spec", "Split", "read_json", "spec", "write_json"]
 
 # Where a part named in recipe.json may be defined. Narrower than whole packages: torch.hub, torch.load and torch.utils run code.
 TRUSTED = (
-    *(f"pipeline.{part}" for part in ("data", "models", "objective", "rules", "schedule", "spiking", "teachers")),
+    *(f"pipeline.{part}" for part in ("data", "models", "objective", "phases", "rules", "schedule", "spiking", "teachers")),
     "recipes",
     *("torch.nn", "torch.optim", "timm.layers", "timm.loss", "timm.models", "timm.optim", "timm.scheduler"),
 )
@@ -49,7 +50,7 @@ class Recipe:
     rule: Spec
     """-> pipeline.rules.base.Rule: what replaces `loss.backward()`"""
     data: Spec
-    """-> pipeline.data.base.Data"""
+    """-> pipeline.data.base.Data; with phases, what their tasks are made of"""
     objective: Spec
     """-> pipeline.objective.Loss: logits and targets to a scalar"""
     optimizer: Spec
@@ -60,6 +61,8 @@ class Recipe:
     batch_size: int
     """samples in one global batch, whatever the number of workers"""
     epochs: int
+    phases: tuple[Phase, ...] = ()
+    """tasks to learn one after another; none: the data as it is"""
     over_time: Literal["steps", "mean"] = "steps"
     """the loss is the mean over time of each step's loss, or one loss of the mean logits"""
     micro_batch: int | None = None
@@ -84,7 +87,7 @@ class Recipe:
     log_every: int = 10
     """steps between step events in the journal"""
     stop_after: int | None = None
-    """end the run after this many global batches (None: after the last epoch); the schedule ends there too"""
+    """end the run, or each of its phases, after this many global batches (None: after its last epoch); so does the schedule"""
     evaluate_samples: int | None = None
     """evaluate on so many samples only (None: on all); for smoke runs"""
 
@@ -107,6 +110,8 @@ class Recipe:
             raise ValueError(f"recipe: zero={self.zero} needs backend='deepspeed'; got backend='plain'")
         if os.sep in self.name or self.name.strip() in ("", ".", ".."):
             raise ValueError(f"recipe: name becomes a folder's name and must not hold {os.sep!r}; got {self.name!r}")
+        object.__setattr__(self, "phases", tuple(self.phases))
+        check_phases(self.phases)
 
     def split(self, workers: int) -> Split:
         """How the global batch falls on `workers`: the fewest accumulated micro-batches that respect `micro_batch`.
@@ -136,6 +141,10 @@ class Recipe:
             head, *rest = key.split(".")
             if head not in _field_names(recipe):
                 raise ValueError(f"recipe: no field {head!r}; it has {', '.join(_field_names(recipe))}")
+            if head == "phases":
+                raise ValueError(
+                    f"recipe: phases are written in the recipe alone; got {key}; data, epochs and stop_after reach all of them"
+                )
             part = getattr(recipe, head)
             recipe = dataclasses.replace(recipe, **{head: _changed(part, rest, value, key)})
         return recipe
@@ -146,7 +155,8 @@ class Recipe:
         return dataclasses.replace(self, **{**parts, "init": self.init if self.init is None else str(Path(self.init).absolute())})
 
     def tiny(self, *, data: Spec | None = None) -> Recipe:
-        """The same recipe shrunk to seconds on a CPU: few steps of small batches at T = 2, a small evaluation."""
+        """The same recipe shrunk to seconds on a CPU: 4 steps of small batches at T = 2, a small evaluation, 2 phases at most."""
+        phases = tuple(dataclasses.replace(phase, epochs=None) for phase in self.phases[:2])
         return dataclasses.replace(
             self,
             name=f"{self.name}-tiny",
@@ -155,7 +165,8 @@ class Recipe:
             batch_size=8,
             micro_batch=None,
             epochs=1,
-            stop_after=4,
+            phases=phases,
+            stop_after=4 // max(1, len(phases)),
             evaluate_samples=64,
             log_every=1,
         )
@@ -211,7 +222,8 @@ class Recipe:
         return dict(flat(self._encoded(paths=True)))
 
     def _encoded(self, *, paths: bool) -> dict[str, Any]:
-        return {each.name: encode(getattr(self, each.name), paths=paths) for each in dataclasses.fields(self)}
+        fields = {each.name: encode(getattr(self, each.name), paths=paths) for each in dataclasses.fields(self)}
+        return fields if self.phases else {name: value for name, value in fields.items() if name != "phases"}
 
 
 def _field_names(recipe: Recipe | type[Recipe]) -> list[str]:
@@ -236,6 +248,10 @@ def _changed(part: Any, path: list[str], value: Any, key: str) -> Any:
 
 
 def _resolved(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_resolved(item) for item in value)
+    if isinstance(value, Phase):
+        return dataclasses.replace(value, data=_resolved(value.data))
     if not isinstance(value, Spec):
         return value
     paths = {

@@ -65,6 +65,9 @@ def flat(encoded: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(encoded, Mapping):
         for key, item in encoded.items():
             yield from flat(item, f"{prefix}.{key}" if prefix else key)
+    elif isinstance(encoded, list) and any(isinstance(item, Mapping) for item in encoded):
+        for index, item in enumerate(encoded):
+            yield from flat(item, f"{prefix}.{index}")
     else:
         yield prefix, encoded if isinstance(encoded, str) else json.dumps(encoded)
 

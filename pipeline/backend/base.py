@@ -6,9 +6,10 @@ optimizer step (which fail silently when broken) live in one place for each back
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,10 @@ class Backend(Protocol):
         """Sum the gradients over ranks, clip them where the recipe says so, move the weights, forget the gradients."""
         ...
 
+    def forget(self) -> None:
+        """Give the optimizer the state and the settings back that it was made with, no momentum among them; weights stay."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state; every rank calls it and owns the files it writes."""
         ...
@@ -46,6 +51,32 @@ class Backend(Protocol):
     def load(self, folder: Path) -> None:
         """Read what `save` wrote; every rank calls it."""
         ...
+
+
+def forgetter(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """What makes `optimizer`, which has not stepped yet, as it is now again.
+
+    Inside DeepSpeed's ZeRO wrappers (0.19.8) is a torch optimizer of this rank's share of the parameters, inside timm's Lookahead
+    (1.0.31) the one that keeps the state.
+    """
+    for inside in ("optimizer", "_base_optimizer"):
+        optimizer = getattr(optimizer, inside, optimizer)
+    states = {parameter: copy.deepcopy(state) for parameter, state in optimizer.state.items()}  # Adagrad begins with sums
+    settings = [_settings(group) for group in optimizer.param_groups]
+
+    def forget() -> None:
+        optimizer.state.clear()
+        optimizer.state.update({parameter: copy.deepcopy(state) for parameter, state in states.items()})
+        for group, made in zip(optimizer.param_groups, settings, strict=True):
+            for name in group.keys() - made.keys() - {"params"}:  # LAMB counts its steps here
+                del group[name]
+            group.update(copy.deepcopy(made))
+
+    return forget
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy({name: value for name, value in group.items() if name != "params"})
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

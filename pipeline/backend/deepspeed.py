@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from pipeline.backend.base import OptimizerOf
+from pipeline.backend.base import OptimizerOf, forgetter
 
 CHECKED = "0.19.8"
 CHECKPOINT_TAG = "state"
@@ -72,6 +72,7 @@ class DeepSpeed:
         self.model: nn.Module = engine
         self.network = network
         self.optimizer: torch.optim.Optimizer = optimizer
+        self.forget = forgetter(optimizer)
         self._engine: Any = engine
 
     def backward(self, loss: Tensor, share: float) -> None:

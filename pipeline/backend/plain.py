@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed, nn
 
-from pipeline.backend.base import OptimizerOf, autocast
+from pipeline.backend.base import OptimizerOf, autocast, forgetter
 
 
 class _Autocast(nn.Module):
@@ -32,6 +32,7 @@ class Plain:
         self.network = network
         self.model = _Autocast(network, precision)
         self.optimizer = optimizer_of(network)
+        self.forget = forgetter(self.optimizer)
         self.clip_norm = clip_norm
         if _ranks() > 1:
             for tensor in (*network.parameters(), *network.buffers()):

@@ -1,0 +1,154 @@
+"""An optimizer that was made to forget is a new one, in plain torch and in every ZeRO stage on two ranks; unused heads stay."""
+
+# T time, B batch, C channels, K classes
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+
+from pipeline.backend.base import Backend
+from pipeline.backend.deepspeed import DeepSpeed
+from pipeline.backend.plain import Plain
+from pipeline.loop import MicroBatch, train
+from pipeline.models.heads import multi_head, select_head
+from pipeline.models.mlp import mlp
+from pipeline.objective import CrossEntropy
+from pipeline.rules.base import World
+from pipeline.rules.sltt import SLTT
+from tests.processes import run_ranks
+from tests.silent import NoMeters
+
+TIME, BATCH, RANKS, STEPS, TASKS = 2, 8, 2, 3, 3
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "momentum": {"opt": "momentum", "lr": 0.2, "momentum": 0.9},
+    "adamw": {"opt": "adamw", "lr": 0.01},
+    "adagrad": {"opt": "adagrad", "lr": 0.05},
+    "lamb": {"opt": "lamb", "lr": 0.02},
+    "lookahead": {"opt": "lookahead_momentum", "lr": 0.2, "momentum": 0.9},
+}
+# Not LAMB: its trust ratio is one for each parameter in plain torch, and one for each rank's share under ZeRO.
+SHARED = ("momentum", "adamw", "adagrad")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return multi_head(mlp(3, in_features=6, hidden=(8,)), heads=TASKS)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(100 + step)
+    return 2 * torch.randn(TIME, BATCH, 6, generator=draw), torch.randint(3, (BATCH,), generator=draw)
+
+
+def optimizer_of(name: str) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    return lambda model: create_optimizer_v2(model, weight_decay=0.0, **OPTIMIZERS[name])
+
+
+def reference(name: str, *, renewed: bool = True) -> nn.Module:
+    """Plain torch on the joint batch; each task has its head and, where it is `renewed`, an optimizer that nobody has used."""
+    model, rule = network(), SLTT()
+    rule.attach(model, world=World())
+    optimizer = optimizer_of(name)(model)
+    for task in range(TASKS):
+        select_head(model, task)
+        if renewed:
+            optimizer = optimizer_of(name)(model)
+        for step in range(task * STEPS, (task + 1) * STEPS):
+            x_TB, target_B = batch(step)
+            for objective in rule.objectives(model, x_TB, CrossEntropy()(target_B), step=step):
+                assert objective.backward is not None
+                objective.backward.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return model
+
+
+def ours(backend_of: Callable[[nn.Module], Backend], rank: int, ranks: int) -> nn.Module:
+    """The product's loop on this rank's rows, one backend throughout."""
+    model, rule = network(), SLTT()
+    rule.attach(model, world=World(rank=rank, size=ranks))
+    backend = backend_of(model)
+    share = BATCH // ranks
+
+    def micro_batches(step: int) -> Iterator[MicroBatch]:
+        x_TB, target_B = batch(step)
+        rows = range(rank * share, (rank + 1) * share)
+        yield MicroBatch(x_TB[:, rows.start : rows.stop], target_B[rows.start : rows.stop], rows, 1 / ranks)
+
+    for task in range(TASKS):
+        select_head(model, task)
+        if task:
+            backend.forget()
+        batches = ((step, micro_batches(step)) for step in range(task * STEPS, (task + 1) * STEPS))
+        train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters())
+    return model
+
+
+def distance(one: nn.Module, other: nn.Module) -> float:
+    a, b = one.state_dict(), other.state_dict()
+    assert a.keys() == b.keys()
+    return max(float((a[key] - b[key]).abs().max()) for key in a)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_plain_torch_goes_on_as_with_a_new_optimizer(name: str) -> None:
+    assert distance(ours(lambda model: Plain(model, optimizer_of(name)), 0, 1), reference(name)) == 0
+    assert distance(reference(name, renewed=False), reference(name)) > 1e-3, "the reference does not see what is remembered"
+
+
+def test_settings_that_an_optimizer_changed_are_those_it_was_made_with() -> None:
+    backend = Plain(network(), optimizer_of("momentum"))
+    before = [{key: value for key, value in group.items() if key != "params"} for group in backend.optimizer.param_groups]
+    for group in backend.optimizer.param_groups:
+        group["lr"], group["counted"] = 7.0, 3
+    backend.forget()
+    after = [{key: value for key, value in group.items() if key != "params"} for group in backend.optimizer.param_groups]
+    assert after == before
+
+
+def test_a_head_that_was_not_selected_keeps_its_bits() -> None:
+    model = network()
+    first = {key: value.clone() for key, value in model.state_dict().items()}
+    backend = Plain(model, optimizer_of("adamw"))
+    select_head(model, 1)
+    x_TB, target_B = batch(0)
+    rule = SLTT()
+    rule.attach(model)
+    for objective in rule.objectives(model, x_TB, CrossEntropy()(target_B)):
+        assert objective.backward is not None
+        backend.backward(objective.backward, 1.0)
+    backend.step()
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, first[key])}
+    assert moved == {key for key in first if "heads.0" not in key and "heads.2" not in key}
+
+
+def _ranks(rank: int, ranks: int) -> dict[tuple[str, str], float]:
+    found = {}
+    for name in SHARED:
+        expected = reference(name)
+        backends: dict[str, Callable[[nn.Module], Backend]] = {
+            f"zero-{zero}": partial(DeepSpeed, optimizer_of=optimizer_of(name), micro_batch=BATCH // RANKS, zero=zero)
+            for zero in (0, 1, 2)
+        }
+        backends["plain"] = partial(Plain, optimizer_of=optimizer_of(name))
+        for stage, backend_of in backends.items():
+            found[name, stage] = distance(ours(backend_of, rank, ranks), expected)
+    return found
+
+
+@pytest.mark.distributed
+def test_two_ranks_go_on_as_plain_torch_with_a_new_optimizer(tmp_path: Path) -> None:
+    found = run_ranks(_ranks, RANKS, tmp_path)
+    cases = set(itertools.product(SHARED, ("zero-0", "zero-1", "zero-2", "plain")))
+    assert set(found[0]) == cases
+    wrong = {case: gap for result in found for case, gap in result.items() if not gap <= 1e-6}
+    assert not wrong
