@@ -26,13 +26,22 @@ Head = Literal["linear", "rate"]
 
 
 class Layer(nn.Module):
-    """h = neuron(norm(convolution(h))); the convolution keeps the size of the image, and has a bias where no norm has one."""
+    """h = neuron(norm(convolution(h))); it keeps the size of the image, stride aside, and has a bias where no norm has one."""
 
     def __init__(
-        self, in_channels: int, width: int, *, kernel: int, norm: Norm, over: Over, dropout: float, neuron: nn.Module
+        self,
+        in_channels: int,
+        width: int,
+        *,
+        kernel: int,
+        stride: int,
+        norm: Norm,
+        over: Over,
+        dropout: float,
+        neuron: nn.Module,
     ) -> None:
         super().__init__()
-        self.conv = Conv2d(in_channels, width, kernel, padding=kernel // 2, bias=norm == "none")
+        self.conv = Conv2d(in_channels, width, kernel, stride, kernel // 2, bias=norm == "none")
         nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
@@ -58,6 +67,7 @@ class ConvNet(nn.Module):
         classes: int,
         in_channels: int,
         kernel: int,
+        stem_stride: int,
         norm: Norm,
         over: Over,
         grid: int,
@@ -68,8 +78,10 @@ class ConvNet(nn.Module):
         super().__init__()
         if not stages or any(not widths or min(widths) < 1 for widths in stages):
             raise ValueError(f"ConvNet: each stage must hold at least one width >= 1; got stages={stages}")
-        if min(classes, in_channels, grid) < 1:
-            raise ValueError(f"ConvNet: classes, in_channels and grid must be >= 1; got {classes}, {in_channels} and {grid}")
+        numbers = {"classes": classes, "in_channels": in_channels, "stem_stride": stem_stride, "grid": grid}
+        for name, number in numbers.items():
+            if number < 1:
+                raise ValueError(f"ConvNet: {name} must be >= 1; got {name}={number}")
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"ConvNet: kernel must be odd, to keep the size of the image; got kernel={kernel}")
         if norm not in ("batch", "none"):
@@ -85,12 +97,23 @@ class ConvNet(nn.Module):
         for widths in stages:
             layers = nn.Sequential()
             for width in widths:
-                layers.append(Layer(channels, width, kernel=kernel, norm=norm, over=over, dropout=dropout, neuron=neuron))
+                layers.append(
+                    Layer(
+                        channels,
+                        width,
+                        kernel=kernel,
+                        stride=1 if len(self.stages) or len(layers) else stem_stride,
+                        norm=norm,
+                        over=over,
+                        dropout=dropout,
+                        neuron=neuron,
+                    )
+                )
                 channels = width
             self.stages.append(layers)
         self.pool = nn.AvgPool2d(2)
         self.last_pool = nn.AdaptiveAvgPool2d(grid)
-        self.smallest = grid * 2 ** (len(stages) - 1)
+        self.smallest = (grid * 2 ** (len(stages) - 1) - 1) * stem_stride + 1
         features = channels * grid**2
         if head == "rate":
             self.classifier = RateHead(features, classes, over=over, neuron=neuron)
@@ -116,6 +139,7 @@ def convnet(
     in_channels: int = 3,
     stages: Sequence[Sequence[int]] = ((32,), (64,), (128,)),
     kernel: int = 3,
+    stem_stride: int = 1,
     norm: Norm = "batch",
     over: Over = "step",
     grid: int = 1,
@@ -125,13 +149,14 @@ def convnet(
 ) -> ConvNet:
     """A stack for small images. `over` is batch norm's; the last pool leaves `grid` x `grid` places, 1 is a global pool.
 
-    `dropout` behind each neuron of a stage, drawn at each time step.
+    `stem_stride` is the first convolution's; `dropout` stands behind each neuron of a stage and is drawn at each time step.
     """
     return ConvNet(
         stages=stages,
         classes=classes,
         in_channels=in_channels,
         kernel=kernel,
+        stem_stride=stem_stride,
         norm=norm,
         over=over,
         grid=grid,

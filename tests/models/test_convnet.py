@@ -17,15 +17,16 @@ def test_parameter_counts():
     assert sum(p.numel() for p in convnet(stages=((4, 4),), grid=3).parameters()) == 4 * 27 + 4 * 36 + 16 + 10 * (4 * 9 + 1)
 
 
-@pytest.mark.parametrize("norm", ["batch", "none"])
-def test_against_an_independent_forward(norm):
+@pytest.mark.parametrize(("norm", "stride"), [("batch", 1), ("none", 1), ("none", 2)])
+def test_against_an_independent_forward(norm, stride):
     torch.manual_seed(0)
-    model = convnet(4, in_channels=2, stages=((3, 5), (6,)), kernel=5, norm=norm, grid=2, neuron=LIF(0.25)).double().eval()
+    model = convnet(4, in_channels=2, stages=((3, 5), (6,)), kernel=5, stem_stride=stride, norm=norm, grid=2, neuron=LIF(0.25))
+    model.double().eval()
     for module in model.modules():
         if isinstance(module, BatchNorm):
             for value in (module.weight, module.bias, module.running_mean, module.running_var):
                 nn.init.uniform_(value, 0.5, 1.5)
-    x_TBCHW = 3 * torch.randn(3, 2, 2, 9, 8, dtype=torch.float64)
+    x_TBCHW = 3 * torch.randn(3, 2, 2, 9 * stride, 8 * stride, dtype=torch.float64)
     w = model.state_dict()
     names = ["stages.0.0", "stages.0.1", "stages.1.0"]
     v = dict.fromkeys(names, 0.0)
@@ -34,7 +35,7 @@ def test_against_an_independent_forward(norm):
         for name in names:
             if name == "stages.1.0":
                 h = F.avg_pool2d(h, 2)
-            h = F.conv2d(h, w[f"{name}.conv.weight"], w.get(f"{name}.conv.bias"), padding=2)
+            h = F.conv2d(h, w[f"{name}.conv.weight"], w.get(f"{name}.conv.bias"), stride if name == names[0] else 1, padding=2)
             if norm == "batch":
                 mean, var, gain, bias = (
                     w[f"{name}.norm.{key}"].view(-1, 1, 1) for key in ("running_mean", "running_var", "weight", "bias")
@@ -88,7 +89,7 @@ def test_relu_is_the_ann(head):
     ("arguments", "message"),
     [
         ({"stages": ((4,), ())}, r"ConvNet: each stage must hold at least one width >= 1; got stages=\(\(4,\), \(\)\)"),
-        ({"grid": 0}, r"ConvNet: classes, in_channels and grid must be >= 1; got 10, 3 and 0"),
+        ({"grid": 0}, r"ConvNet: grid must be >= 1; got grid=0"),
         ({"kernel": 4}, r"ConvNet: kernel must be odd, to keep the size of the image; got kernel=4"),
         ({"norm": "layer"}, r"ConvNet: norm must be 'batch' or 'none'; got norm='layer'"),
         ({"norm": "none", "over": "time"}, r"ConvNet: over='time' is about batch norm and has no effect with norm='none'"),
@@ -102,6 +103,7 @@ def test_refuses(arguments, message):
 
 
 def test_an_image_too_small_for_the_pools_is_refused():
+    assert convnet(grid=2, stem_stride=2).smallest == 15  # the stem makes 8 of it
     model = convnet(grid=2)
     with fresh_state(model), pytest.raises(ValueError, match=r"ConvNet: 3 stages, .* need 8 pixels a side; got \(7, 9\)"):
         model(torch.zeros(1, 1, 3, 7, 9))
