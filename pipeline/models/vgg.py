@@ -29,9 +29,9 @@ from pipeline.spiking.synapse import Conv2d, Linear, folded
 class Layer(nn.Module):
     """h = gamma LIF(sWS convolution(h) + more(h)), `more` being where else current comes from."""
 
-    def __init__(self, in_channels: int, width: int, *, neuron: nn.Module) -> None:
+    def __init__(self, in_channels: int, width: int, *, kernel: int = 3, stride: int = 1, neuron: nn.Module) -> None:
         super().__init__()
-        self.conv = standardized_conv(in_channels, width, 3)
+        self.conv = standardized_conv(in_channels, width, kernel, stride=stride)
         self.neuron = one_more(neuron)
         self.gain = variance_gain(neuron)
 
@@ -64,6 +64,7 @@ class FeedbackConv(nn.Module):
 class VGG(nn.Module):
     """3x3 convolutions with a neuron after each, `stages` of widths: `[T, B, C, H, W]` to `[T, B, K]`.
 
+    `stem` is (kernel, stride) of the first convolution: (5, 2) quarters what an image of 28 pixels costs.
     With `feedback="last"` (VGG-F) the time steps run one after another, whatever the length of the slice.
 
     Raises: ValueError for an empty stage, an unknown feedback, or an image too small for the pools between the stages.
@@ -75,6 +76,7 @@ class VGG(nn.Module):
         stages: Sequence[Sequence[int]],
         classes: int,
         in_channels: int,
+        stem: tuple[int, int] = (3, 1),
         feedback: Literal["none", "last"] = "none",
         neuron: nn.Module,
     ) -> None:
@@ -85,25 +87,28 @@ class VGG(nn.Module):
             raise ValueError(f"VGG: classes and in_channels must be >= 1; got classes={classes}, in_channels={in_channels}")
         if feedback not in ("none", "last"):
             raise ValueError(f"VGG: feedback must be 'none' or 'last'; got feedback={feedback!r}")
+        kernel, stride = stem
+        if kernel < 1 or kernel % 2 == 0 or stride < 1:
+            raise ValueError(f"VGG: stem must be an odd kernel and a stride >= 1; got stem={stem}")
         self.stages = nn.ModuleList()
         channels = in_channels
         for widths in stages:
             layers = nn.Sequential()
             for width in widths:
-                layers.append(Layer(channels, width, neuron=neuron))
-                channels = width
+                layers.append(Layer(channels, width, kernel=kernel, stride=stride, neuron=neuron))
+                channels, kernel, stride = width, 3, 1
             self.stages.append(layers)
         self.pool = nn.AvgPool2d(2)
+        self.smallest = stem[1] * 2 ** (len(stages) - 1)
         self.feedback = FeedbackConv(channels, stages[0][0]) if feedback == "last" else None
         self.classifier = Linear(channels, classes)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
-        smallest = 2 ** (len(self.stages) - 1)
-        if min(x_TBCHW.shape[-2:]) < smallest:
+        if min(x_TBCHW.shape[-2:]) < self.smallest:
             raise ValueError(
-                f"VGG: {len(self.stages)} stages, the image halved between them, need {smallest} pixels a side; "
+                f"VGG: {len(self.stages)} stages, the image halved between them, need {self.smallest} pixels a side; "
                 f"got {tuple(x_TBCHW.shape[-2:])}"
             )
         if self.feedback is None:
@@ -130,13 +135,14 @@ def vgg_sws(
     *,
     in_channels: int = 3,
     stages: Sequence[Sequence[int]] = ((64, 128), (256, 256), (512, 512), (512, 512)),
+    stem: tuple[int, int] = (3, 1),
     neuron: nn.Module = LIF(),
 ) -> VGG:
     """VGG-sWS, 9,228,362 parameters at 10 classes and 3 channels; narrower `stages` for demos.
 
     OTTT's neuron is LIF(surrogate=Sigmoid(4)).
     """
-    return VGG(stages=stages, classes=classes, in_channels=in_channels, neuron=neuron)
+    return VGG(stages=stages, classes=classes, in_channels=in_channels, stem=stem, neuron=neuron)
 
 
 def vgg_sws_f(
@@ -144,7 +150,8 @@ def vgg_sws_f(
     *,
     in_channels: int = 3,
     stages: Sequence[Sequence[int]] = ((64, 128), (256, 256), (512, 512), (512, 512)),
+    stem: tuple[int, int] = (3, 1),
     neuron: nn.Module = LIF(),
 ) -> VGG:
     """VGG-F, VGG-sWS with feedback: 9,523,338 parameters at 10 classes and 3 channels."""
-    return VGG(stages=stages, classes=classes, in_channels=in_channels, feedback="last", neuron=neuron)
+    return VGG(stages=stages, classes=classes, in_channels=in_channels, stem=stem, feedback="last", neuron=neuron)

@@ -141,3 +141,15 @@ def test_refuses():
     model = vgg_sws(stages=((2,), (2,), (2,)))
     with fresh_state(model), pytest.raises(ValueError, match=r"VGG: 3 stages, .* need 4 pixels a side; got \(3, 8\)"):
         model(torch.zeros(1, 1, 3, 3, 8))
+
+
+def test_the_stem_has_a_kernel_and_a_stride_of_its_own():
+    model = vgg_sws(4, in_channels=1, stages=((3, 5), (6,)), stem=(5, 2))
+    shapes = [tuple(m.conv.weight.shape[1:]) + m.conv.stride for m in model.modules() if hasattr(m, "conv")]
+    assert shapes == [(1, 5, 5, 2, 2), (3, 3, 3, 1, 1), (5, 3, 3, 1, 1)]
+    with fresh_state(model):
+        assert model(torch.zeros(2, 1, 1, 28, 28)).shape == (2, 1, 4)
+    with fresh_state(model), pytest.raises(ValueError, match=r"VGG: 2 stages, .* need 4 pixels a side; got \(3, 8\)"):
+        model(torch.zeros(1, 1, 1, 3, 8))
+    with pytest.raises(ValueError, match=r"VGG: stem must be an odd kernel and a stride >= 1; got stem=\(4, 2\)"):
+        vgg_sws(stem=(4, 2))
