@@ -1,0 +1,175 @@
+"""Networks whose last layer feeds back to the first, and that come to rest: those of IDE and SPIDE.
+
+    inject -> [layer 1 -> ... -> layer N -> layer 1] -> dropout -> classifier
+
+A notation of the papers is kept in the names: 96C3s is a 3x3 convolution of stride 2 with 96 outputs, (F96C3u) a feedback
+of 3x3 transposed convolutions that brings the last layer to the 96 channels and the size of the first.
+
+Source: Xiao et al. 2021 (IDE, arXiv 2109.14247), section 5 and appendix.
+"""
+
+# T time, B batch, C channels, H W pixels, K classes
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+
+from pipeline.models.parts import one_more
+from pipeline.spiking.dropout import Dropout
+from pipeline.spiking.equilibrium import Equilibrium
+from pipeline.spiking.neuron import IF, LIF
+from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.spectral import SpectralLimit
+from pipeline.spiking.synapse import Conv2d, Linear, folded
+
+Norm = Literal["batch", "none"]
+Limit = Literal["spectral", "none"]
+
+
+class FeedbackNetwork(nn.Module):
+    """`[T, B, ...]` to the readout `[T, B, K]` of a network at rest, whose mean over T is that of its rate a[T].
+
+    `flat` inputs are vectors to it, whatever their shape.
+    """
+
+    def __init__(self, equilibrium: Equilibrium, *, features: int, classes: int, dropout: float, flat: bool) -> None:
+        super().__init__()
+        self.equilibrium = equilibrium
+        self.dropout = Dropout(dropout)
+        self.classifier = Linear(features, classes)
+        self.flat = flat
+
+    def forward(self, x_TB: Tensor) -> Tensor:
+        rate_TB = self.equilibrium(x_TB.flatten(2) if self.flat else x_TB)
+        return self.classifier(self.dropout(rate_TB.flatten(2)))
+
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """`torch.nn.ConvTranspose2d` on `[T, B, C, H, W]`, without bias: an image `stride` times as large."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int) -> None:
+        padding = kernel_size // 2
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, output_padding=stride - 1, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        return folded(super().forward, input)
+
+
+def fc_feedback(
+    classes: int = 10,
+    *,
+    in_features: int = 784,
+    hidden: int = 400,
+    norm: Norm = "none",
+    dropout: float = 0.2,
+    limit: Limit = "spectral",
+    neuron: nn.Module = IF(threshold=2.0),
+) -> FeedbackNetwork:
+    """One fully connected layer that feeds back to itself: 400 (F400), 478,011 parameters without norm.
+
+    `dropout` is that of the readout; IDE's neurons have threshold 2, which makes the limited feedback a contraction by 1/2.
+    """
+    if min(classes, in_features, hidden) < 1:
+        raise ValueError(f"fc_feedback: classes, in_features and hidden must be >= 1; got {classes}, {in_features} and {hidden}")
+    equilibrium = Equilibrium(
+        inject=_normed(Linear(in_features, hidden, norm == "none"), hidden, norm),
+        feedback=_limited(Linear(hidden, hidden, bias=False), limit),
+        neurons=[one_more(neuron)],
+    )
+    return FeedbackNetwork(equilibrium, features=hidden, classes=classes, dropout=dropout, flat=True)
+
+
+def conv_feedback(
+    classes: int = 10,
+    *,
+    in_channels: int = 1,
+    size: int = 28,
+    layers: Sequence[tuple[int, int, int]] = ((64, 5, 2),),
+    kernel: int = 5,
+    norm: Norm = "batch",
+    dropout: float = 0.2,
+    limit: Limit = "spectral",
+    neuron: nn.Module = IF(threshold=2.0),
+) -> FeedbackNetwork:
+    """Convolutions `(width, kernel, stride)` on images of `size` pixels, fed back by one of `kernel`: 64C5s (F64C5) as it is.
+
+    Raises: ValueError for no layers, or strides that do not divide the image.
+    """
+    if not layers or min(min(layer) for layer in layers) < 1:
+        raise ValueError(f"conv_feedback: layers must be (width, kernel, stride), each >= 1; got {tuple(layers)}")
+    total = 1
+    for _, _, stride in layers:
+        total *= stride
+    if size % total:
+        raise ValueError(f"conv_feedback: the strides must divide the image; got size={size}, strides to {total}")
+    widths = [in_channels, *(width for width, _, _ in layers)]
+    synapses = [
+        _normed(Conv2d(before, width, taps, stride, taps // 2, bias=norm == "none"), width, norm)
+        for before, (width, taps, stride) in zip(widths, layers, strict=False)
+    ]
+    first, last, up = widths[1], widths[-1], total // layers[0][2]
+    feedback = ConvTranspose2d(last, first, kernel, up) if up > 1 else Conv2d(last, first, kernel, 1, kernel // 2, bias=False)
+    equilibrium = Equilibrium(
+        inject=synapses[0],
+        feedback=_limited(feedback, limit),
+        neurons=[one_more(neuron) for _ in layers],
+        synapses=synapses[1:],
+    )
+    features = last * (size // total) ** 2
+    return FeedbackNetwork(equilibrium, features=features, classes=classes, dropout=dropout, flat=False)
+
+
+def alexnet_f(
+    classes: int = 10,
+    *,
+    in_channels: int = 3,
+    size: int = 32,
+    width: float = 1.0,
+    dropout: float = 0.2,
+    neuron: nn.Module = LIF(0.99, threshold=2.0),
+) -> FeedbackNetwork:
+    """AlexNet-F: 96C3s-256C3-384C3s-384C3-256C3 (F96C3u), 3,708,139 parameters at 10 classes; `width` narrows it for demos."""
+    layers = ((96, 3, 2), (256, 3, 1), (384, 3, 2), (384, 3, 1), (256, 3, 1))
+    return _classic(layers, classes, in_channels, size, width, dropout, neuron)
+
+
+def cifarnet_f(
+    classes: int = 10,
+    *,
+    in_channels: int = 3,
+    size: int = 32,
+    width: float = 1.0,
+    dropout: float = 0.2,
+    neuron: nn.Module = LIF(0.99, threshold=2.0),
+) -> FeedbackNetwork:
+    """CIFARNet-F: 128C3s-256C3-512C3s-1024C3-512C3 (F128C3u), 11,837,579 parameters at 10 classes; `width` as above."""
+    layers = ((128, 3, 2), (256, 3, 1), (512, 3, 2), (1024, 3, 1), (512, 3, 1))
+    return _classic(layers, classes, in_channels, size, width, dropout, neuron)
+
+
+def _classic(
+    layers: Sequence[tuple[int, int, int]],
+    classes: int,
+    in_channels: int,
+    size: int,
+    width: float,
+    dropout: float,
+    neuron: nn.Module,
+) -> FeedbackNetwork:
+    scaled = [(max(1, round(channels * width)), taps, stride) for channels, taps, stride in layers]
+    return conv_feedback(
+        classes, in_channels=in_channels, size=size, layers=scaled, kernel=3, norm="batch", dropout=dropout, neuron=neuron
+    )
+
+
+def _normed(synapse: nn.Module, channels: int, norm: Norm) -> nn.Module:
+    if norm not in ("batch", "none"):
+        raise ValueError(f"feedback: norm must be 'batch' or 'none'; got norm={norm!r}")
+    return synapse if norm == "none" else nn.Sequential(synapse, BatchNorm(channels))
+
+
+def _limited(synapse: nn.Module, limit: Limit) -> nn.Module:
+    if limit not in ("spectral", "none"):
+        raise ValueError(f"feedback: limit must be 'spectral' or 'none'; got limit={limit!r}")
+    return synapse if limit == "none" else SpectralLimit(synapse)

@@ -1,0 +1,90 @@
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.models.feedback import alexnet_f, cifarnet_f, conv_feedback, fc_feedback
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.ide import IDE
+from pipeline.spiking.encode import repeat
+from pipeline.spiking.neuron import IF, LIF
+from pipeline.spiking.spectral import SpectralLimit
+from pipeline.spiking.state import fresh_state
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_parameter_counts():
+    """Published: 3.7 M and 11.8 M."""
+    with torch.device("meta"):
+        assert parameters(alexnet_f()) == 3_708_139
+        assert parameters(cifarnet_f()) == 11_837_579
+        assert parameters(fc_feedback()) == 478_011
+        assert parameters(conv_feedback()) == 25 * 64 + 2 * 64 + 25 * 64 * 64 + 1 + (64 * 14 * 14 + 1) * 10
+
+
+def test_fully_connected_against_an_independent_forward():
+    torch.manual_seed(0)
+    model = fc_feedback(4, in_features=6, hidden=9, neuron=IF(threshold=2.0)).double().eval()
+    x_BCHW = 3 * torch.randn(5, 1, 2, 3, dtype=torch.float64)
+    p = dict(model.named_parameters())
+    V = p["equilibrium.feedback.synapse.weight"]
+    W = V / torch.linalg.matrix_norm(V, 2)
+    v = s = torch.zeros(5, 9, dtype=torch.float64)
+    total = torch.zeros(5, 9, dtype=torch.float64)
+    for _ in range(6):
+        u = v + x_BCHW.flatten(1) @ p["equilibrium.inject.weight"].T + p["equilibrium.inject.bias"] + s @ W.T
+        s = (u >= 2).double()
+        v, total = u - 2 * s, total + s
+    assert 0.05 < total.mean() / 6 < 0.8
+    expected = F.linear(total / 6, p["classifier.weight"], p["classifier.bias"])
+    with torch.no_grad(), fresh_state(model):
+        assert torch.allclose(model(repeat(x_BCHW, 6)).mean(0), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("build", [alexnet_f, cifarnet_f])
+def test_the_classic_networks_train_under_ide_and_bptt(build):
+    torch.manual_seed(0)
+    x_BCHW, target = torch.randn(4, 3, 16, 16), torch.randint(10, (4,))
+    for rule in (IDE(), BPTT()):
+        model = build(size=16, width=0.1)
+        rule.attach(model, over_time="mean")
+        (objective,) = rule.objectives(model, repeat(x_BCHW, 4), lambda o: F.cross_entropy(o, target))
+        assert objective.backward is not None and objective.logits.shape == (4, 10)
+        objective.backward.backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+        rule.release()
+
+
+def test_the_feedback_brings_the_last_layer_to_the_first():
+    model = alexnet_f(size=16, width=0.05)
+    assert isinstance(model.equilibrium.feedback, SpectralLimit)
+    assert model.equilibrium.feedback(torch.ones(1, 2, 13, 4, 4)).shape == (1, 2, 5, 8, 8)
+    same = conv_feedback(size=12, layers=((3, 5, 2), (4, 3, 1)), limit="none", norm="none")
+    assert same.equilibrium.feedback(torch.ones(1, 2, 4, 6, 6)).shape == (1, 2, 3, 6, 6)
+
+
+def test_neuron_arguments_reach_every_neuron():
+    with torch.device("meta"):
+        model = alexnet_f(neuron=LIF(0.9, threshold=1.5))
+    neurons = [m for m in model.modules() if isinstance(m, LIF)]
+    assert len(neurons) == 5 and {(n.leak, n.threshold) for n in neurons} == {(0.9, 1.5)}
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: fc_feedback(hidden=0), "fc_feedback: classes, in_features and hidden must be >= 1; got 10, 784 and 0"),
+        (lambda: fc_feedback(norm="layer"), "feedback: norm must be 'batch' or 'none'; got norm='layer'"),
+        (lambda: fc_feedback(limit="l2"), "feedback: limit must be 'spectral' or 'none'; got limit='l2'"),
+        (lambda: conv_feedback(layers=()), "conv_feedback: layers must be (width, kernel, stride), each >= 1; got ()"),
+        (lambda: conv_feedback(size=27), "conv_feedback: the strides must divide the image; got size=27, strides to 2"),
+    ],
+)
+def test_refuses(build, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build()
