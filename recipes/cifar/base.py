@@ -1,0 +1,42 @@
+"""What the CIFAR recipes share: the data, the optimizer, the schedule, OTTT's network.
+
+CIFAR has no command of its own: `spiketrain write folder` reads it from pictures, SOURCE/train/CLASS/*.png and
+SOURCE/val/CLASS/*.png, the test set being val. `--mode raw` keeps the pixels as they are.
+"""
+
+from __future__ import annotations
+
+from timm.optim import create_optimizer_v2
+
+from pipeline.data.beton import Beton
+from pipeline.models.vgg import vgg_sws
+from pipeline.objective import CrossEntropy
+from pipeline.recipe import Recipe, Spec, spec
+from pipeline.rules.ottt import OTTT
+from pipeline.schedule import cosine
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.surrogate import Sigmoid
+
+# Of the training set of CIFAR-10; OTTT's published code takes them for CIFAR-100, too.
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+
+def images(classes: int) -> Spec:
+    """CIFAR-10 or CIFAR-100: crop after padding by 4 pixels, flip. The published Cutout is not part of it."""
+    return spec(Beton, folder=f"data/cifar{classes}", classes=classes, size=32, crop="shift", reach=4, mean=MEAN, std=STD)
+
+
+def cifar(classes: int = 10) -> Recipe:
+    """VGG-sWS at T = 6, trained by OTTT-A with OTTT's published settings."""
+    return Recipe(
+        name=f"cifar{classes}",
+        model=spec(vgg_sws, classes=classes, neuron=spec(LIF, leak=0.5, surrogate=Sigmoid(alpha=4.0))),
+        rule=spec(OTTT),
+        data=images(classes),
+        objective=spec(CrossEntropy, mse=0.05, goal="one_hot"),
+        optimizer=spec(create_optimizer_v2, opt="momentum", lr=0.1, momentum=0.9, weight_decay=0.0),
+        schedule=spec(cosine),
+        time_steps=6,
+        batch_size=128,
+        epochs=300,
+    )

@@ -1,0 +1,18 @@
+"""OTTT-O on Fashion-MNIST: the weights move at every time step.
+
+Command:  spiketrain launch recipes/fashion/ottt_o.py --workers 2
+Source:   Xiao et al. 2022 (OTTT), arXiv:2210.04195, for the rule; the network is a small one of ours.
+Result:   not run
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pipeline.recipe import Recipe
+from recipes.fashion.ottt_a import recipe as at_the_end_of_a_batch
+
+
+def recipe() -> Recipe:
+    shared = at_the_end_of_a_batch()
+    return replace(shared, name="fashion-ottt-o", rule=shared.rule.with_(update="objective"))
