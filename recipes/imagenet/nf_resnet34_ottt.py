@@ -2,9 +2,9 @@
 
 Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg --max-resolution 500
           spiketrain launch recipes/imagenet/nf_resnet34_ottt.py --workers 8
-Source:   Xiao et al. 2022 (OTTT), arXiv:2210.04195: T = 6, batch 256, 100 epochs, SGD 0.1, weight decay 2e-5, leak 0.5, no trace
-          at the first convolution and the classifier, decay of biases and gains, too, cross-entropy alone, fp32. These are the published code's defaults, the
-          cosine schedule among them: the paper's text says a tenth of the learning rate every 30 epochs.
+Source:   Xiao et al. 2022 (OTTT), arXiv:2210.04195: T = 6, batch 256, 100 epochs, SGD 0.1, weight decay 2e-5 on biases and gains,
+          too, leak 0.5, no trace at the first convolution and the classifier, cross-entropy alone, fp32. These are the defaults
+          of the published code, the cosine among them: the paper's text says a tenth of the learning rate every 30 epochs.
 Result:   not run (target, published: 65.15 % top-1)
 """
 
