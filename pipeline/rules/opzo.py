@@ -1,0 +1,282 @@
+"""Online Pseudo-Zeroth-Order training: errors reach hidden layers through matrices learnt from noise, not backwards."""
+
+# T time, B batch, N units of a layer, K outputs, L hidden layers
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from pipeline.rules.base import (
+    LossOf,
+    Objective,
+    OverTime,
+    Rule,
+    World,
+    counter_hash,
+    cut_in_time,
+    named_neurons,
+    slices,
+    steps_share,
+)
+from pipeline.rules.ottt import Trace, refuse_batch_norm, running_order
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.noise import DISTRIBUTIONS, Distribution
+from pipeline.spiking.signals import Fixed, MeanJacobian, Signals, SinglePoint
+from pipeline.spiking.state import fresh_state
+from pipeline.spiking.synapse import Conv2d, Linear
+from pipeline.spiking.topdown import Inject, Readout, TopDown, refuse_streams, with_signals
+
+Feedback = Literal["momentum", "random", "single_point"]
+NAMES = {"momentum": "OPZO", "random": "OPZO-DFA", "single_point": "OPZO-ZO"}
+NOISE = 0.2
+
+
+class OPZO(Rule):
+    """OPZO, and the two baselines that it is compared with: DFA (`feedback="random"`) and ZO (`"single_point"`).
+
+        out[t] = s[t] + alpha z[t]        in every hidden layer, z ~ N(0, 1);  o[t] the logits of this one noisy forward
+        e[t]   = dL[t]/do[t]              the output error of each sample
+        g[t]   = M e[t] / (1 - lam^k)     the signal to a hidden layer, M of N x K, after k batches
+        grad W = 1/T sum_t (psi(u[t]) g[t]) a[t]^T,       a[t] = leak a[t-1] + x[t]     three local factors
+        M     <- lam M + (1 - lam) mean of z[t] o[t]^T / alpha    after each global batch, over its samples and time steps
+
+    So M follows the mean Jacobian E[do/ds]^T. No gradient passes from a layer to the one below; the readout learns from e
+    itself. Neurons, traces and losses are OTTT's. "random": M is drawn once and stays, with independent entries of variance
+    1/K. "single_point": g = z (o^T e) / alpha, the estimate of the sample and the step alone.
+
+    Args:
+        noise: alpha, in spikes (`inject="spikes"`) or units of the membrane (`"membrane"`, which decides on the spike and is
+            not carried on). None: 0.2 where the feedback comes from it, 0 for "random", where it is a matter of taste.
+        distribution: of z, "gaussian" or "rademacher".
+        antithetic: every second time step takes the noise of the one before with the sign turned.
+        local_readouts: OPZO+LL. Each hidden layer learns, beside the signal from above, from the loss of its own linear
+            readout, a `Readout` of the model (`models/readouts.py`), whose weights learn from that loss alone.
+        intermediate: IGL. Hidden layers, counted from 0, whose readouts send their errors to all layers below, too: M then
+            has K columns for each of them above a layer, and K for the output.
+        leak: that of all neurons, which the traces share; None takes it from the model.
+
+    Each z is a pure function of (seed, step, row, layer, time). `loss_of` is called on each readout's logits after the
+    output's; a loss with memory between calls is not for readouts.
+
+    There is no public code. From the paper: noise, M's average, g, the three factors, antithetic pairs, the two add-ons as
+    ideas. Reconstructed here: M starts at 0 and is corrected as Adam's means are; it moves once per global batch, not per
+    step; psi(u) also multiplies where the noise is in the membrane; how IGL's errors and LL's losses are weighed (1 each) and
+    that readouts average over places; DFA's variance.
+
+    Raises: ValueError for arguments out of range (when made); for a loss over mean logits, no neurons or several leaks,
+    batch norm, layers of torch where a synapse is due, readouts that the model lacks (`attach`); for a stream that passes by
+    the neurons, through which gradients would pass too, or layers that change their size (`objectives`).
+    Source: Xiao et al. 2024 (OPZO, arXiv 2407.12516); Noekland 2016 (DFA, arXiv 1609.01596).
+    """
+
+    memory = "constant"
+
+    def __init__(
+        self,
+        feedback: Feedback = "momentum",
+        *,
+        noise: float | None = None,
+        distribution: Distribution = "gaussian",
+        inject: Inject = "spikes",
+        momentum: float = 0.999,
+        antithetic: bool = True,
+        local_readouts: bool = False,
+        intermediate: Sequence[int] = (),
+        leak: float | None = None,
+    ) -> None:
+        super().__init__()
+        choices = {"feedback": tuple(NAMES), "distribution": DISTRIBUTIONS, "inject": ("spikes", "membrane")}
+        for name, value in (("feedback", feedback), ("distribution", distribution), ("inject", inject)):
+            if value not in choices[name]:
+                raise ValueError(f"OPZO: {name} must be one of {', '.join(choices[name])}; got {name}={value!r}")
+        if noise is None:
+            noise = 0.0 if feedback == "random" else NOISE
+        if noise < 0 or (noise == 0 and feedback != "random"):
+            raise ValueError(f"OPZO: noise must be > 0, for the feedback is learnt from it; got noise={noise}, {feedback=}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"OPZO: momentum must be at least 0 and below 1; got momentum={momentum}")
+        intermediate = tuple(intermediate)
+        if list(intermediate) != sorted(set(intermediate)) or min(intermediate, default=0) < 0:
+            raise ValueError(f"OPZO: intermediate must be places of hidden layers, from 0, in order; got {intermediate}")
+        self.feedback = feedback
+        self.noise = noise
+        self.distribution: Distribution = distribution
+        self.inject: Inject = inject
+        self.antithetic = antithetic
+        self.local_readouts = local_readouts
+        self.intermediate = intermediate
+        self.leak = leak
+        self.signals: Signals = {
+            "momentum": lambda: MeanJacobian(momentum=momentum, scale=noise),
+            "random": Fixed,
+            "single_point": lambda: SinglePoint(scale=noise),
+        }[feedback]()
+        self._layers: list[TopDown] = []
+        self._noted = -1
+        self._paths_are_known = False
+
+    @property
+    def label(self) -> str:
+        return NAMES[self.feedback] + "-LL" * self.local_readouts + "-IGL" * bool(self.intermediate)
+
+    def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
+        refuse_batch_norm(self, model)
+        leak, synapses, readouts = self._leak_of(model), list(self._synapses_of(model).values()), self._readouts_of(model)
+        super().attach(model, world=world, over_time=over_time)
+        self.signals.begin(next(model.parameters()).device)
+        if isinstance(self.signals, Fixed):
+            self.signals.key_of = partial(counter_hash, world.seed, _MATRIX)
+        self._noted = -1
+        self._paths_are_known = False
+        cut_in_time(self, model)
+        # The first synapse sees the data, and has no trace, as published for OTTT.
+        for synapse in synapses[1:]:
+            self.set_seam(synapse, "presynaptic", Trace(leak))
+        for index, (_, neuron) in enumerate(named_neurons(model)):
+            layer = TopDown(scale=self.noise, inject=self.inject, distribution=self.distribution, readout=readouts.get(index))
+            self._layers.append(layer)
+            self.set_seam(neuron, "gradient", layer)
+
+    def release(self) -> None:
+        super().release()
+        self._layers.clear()
+
+    def end_of_batch(self) -> None:
+        self.signals.end_of_batch(self.world.mean)
+
+    def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
+        steps = x_TB.shape[0]
+        if step != self._noted:
+            self.signals.drop()  # of a batch that failed half-way
+            self._noted = step
+        with fresh_state(model):
+            for t, x_1B in enumerate(slices(x_TB, 1)):
+                with self._learning(step, rows, t):
+                    logits_1BK = model(x_1B) if self._paths_are_known else self._checked(model, x_1B)
+                loss, share_BK, ends, signals = self._ends(logits_1BK, loss_of, steps)
+                yield Objective(backward=with_signals(loss, ends, signals), loss=loss, logits=share_BK)
+
+    @contextmanager
+    def _learning(self, step: int, rows: Sequence[int], t: int) -> Iterator[None]:
+        """Inside, every layer learns from its steps, perturbed by the noise of (seed, step, row, layer, time)."""
+        drawn, sign = (t // 2 * 2, (-1.0) ** t) if self.antithetic else (t, 1.0)
+        for index, layer in enumerate(self._layers):
+            keys = [counter_hash(self.world.seed, step, row, index, drawn) for row in rows] if self.noise else ()
+            layer.open(keys, sign=sign)
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer.close()
+
+    def _ends(self, logits_1BK: Tensor, loss_of: LossOf, steps: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """Of one step: loss and logits as they are reported, where signals arrive, and the signals.
+
+        Each output takes its own error, each hidden layer what its errors make of it.
+        """
+        (loss, share_BK), e_BK = _loss_and_error(logits_1BK, loss_of, steps)
+        readouts = {index: layer.kept("logits") for index, layer in enumerate(self._layers) if layer.readout is not None}
+        ends, signals = [logits_1BK, *readouts.values()], [e_BK]
+        signals += [_loss_and_error(local_1BK, loss_of, steps)[1] for local_1BK in readouts.values()]
+        errors = dict(zip(readouts, signals[1:], strict=True))
+        for index, layer in enumerate(self._layers):
+            s_1B = layer.kept("spikes")
+            above = [place for place in self.intermediate if place > index]
+            outputs = [*(readouts[place] for place in above), logits_1BK]
+            g_BN = self.signals.signal(
+                index,
+                s_1B[0, 0].numel(),
+                e_BK=_columns([*(errors[place] for place in above), e_BK], s_1B.dtype),
+                o_BK=_columns(outputs, s_1B.dtype),
+                z_BN=layer.kept("z") if self.noise else None,
+            )
+            ends.append(s_1B)
+            signals.append(g_BN.view_as(s_1B))
+        return loss, share_BK, ends, signals
+
+    # ------------------------------------------------------------------------------------------------------------ checks
+
+    def _leak_of(self, model: nn.Module) -> float:
+        leaks = {name or "the model itself": neuron.leak for name, neuron in named_neurons(model)}
+        if not leaks:
+            raise ValueError(f"{self.label}: the model must have LIF neurons, which take the signals; got {type(model).__name__}")
+        wanted = next(iter(leaks.values())) if self.leak is None else self.leak
+        for name, leak in leaks.items():
+            if leak != wanted:
+                raise ValueError(
+                    f"{self.label}: leak must be that of all neurons, whose traces share it; got {wanted}, and {leak} at {name}"
+                )
+        return wanted
+
+    def _synapses_of(self, model: nn.Module) -> dict[str, Linear | Conv2d]:
+        """By module name, in order of registration; readouts beside the network are not among them."""
+        beside = {id(module.linear) for module in model.modules() if isinstance(module, Readout)}
+        found = {}
+        for name, module in model.named_modules():
+            if isinstance(module, (Linear, Conv2d)):
+                found[name] = module
+            elif isinstance(module, (nn.Linear, _ConvNd)):
+                raise ValueError(
+                    f"{self.label}: the layers with weights must be of pipeline.spiking.synapse, which holds the traces; "
+                    f"got torch's {type(module).__name__} at {name}"
+                )
+        return {name: synapse for name, synapse in found.items() if id(synapse) not in beside}
+
+    def _readouts_of(self, model: nn.Module) -> dict[int, Readout]:
+        """The readouts in use, by the hidden layer that each stands behind."""
+        place, found = -1, {}
+        for module in model.modules():
+            if isinstance(module, LIF):
+                place += 1
+            elif isinstance(module, Readout):
+                found[place] = module
+        wanted = range(place + 1) if self.local_readouts else self.intermediate
+        lacking = [index for index in wanted if index not in found]
+        if lacking:
+            raise ValueError(
+                f"{self.label}: the model must have a Readout behind each hidden layer that learns from one "
+                f"(models/readouts.py); got none at layer {', '.join(map(str, lacking))} of 0..{place}"
+            )
+        return {index: found[index] for index in wanted}
+
+    def _checked(self, model: nn.Module, x_1B: Tensor) -> Tensor:
+        """The logits of the first step, whose run must show that nothing but neurons leads from layer to layer."""
+        network = self._attached[0]
+        synapses = self._synapses_of(network)
+        with running_order(synapses) as ran:
+            logits_1BK = model(x_1B)
+        if ran[0] != next(iter(synapses)):
+            raise ValueError(
+                f"{self.label}: the first synapse in order of registration must run first, for it has no trace; "
+                f"got {ran[0]} before {next(iter(synapses))}"
+            )
+        names = [name for name, _ in named_neurons(network)]
+        ends = dict(zip(names, (layer.kept("spikes") for layer in self._layers), strict=True))
+        refuse_streams(self.label, network, {**ends, "the output": logits_1BK})
+        self._paths_are_known = True
+        return logits_1BK
+
+
+def _loss_and_error(logits_1BK: Tensor, loss_of: LossOf, steps: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """A step's share of loss and logits, and dloss/dlogits.
+
+    On a leaf: DeepSpeed 0.19.8 takes any gradient that passes the output of its engine for a backward of its own.
+    """
+    leaf_1BK = logits_1BK.detach().requires_grad_()
+    with torch.enable_grad():
+        loss, share_BK = steps_share(leaf_1BK, loss_of, steps=steps)
+    (e_1BK,) = torch.autograd.grad(loss, leaf_1BK)
+    return (loss.detach(), share_BK), e_1BK
+
+
+def _columns(parts_1BK: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """The outputs of several readouts side by side, `[B, K]`."""
+    return torch.cat([part_1BK.detach()[0] for part_1BK in parts_1BK], dim=1).to(dtype)
+
+
+_MATRIX = 0x4D  # apart from every (seed, step, row, layer, time)

@@ -1,0 +1,410 @@
+"""OPZO: three local factors, matrices that find the Jacobian, noise that knows neither ranks nor micro-batches."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.models.nf_resnet import nf_resnet18_small
+from pipeline.models.readouts import with_readouts
+from pipeline.models.vgg import vgg_sws
+from pipeline.rules.base import World, counter_hash
+from pipeline.rules.opzo import OPZO
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.noise import noise
+from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.state import fresh_state
+from pipeline.spiking.surrogate import Triangle
+from pipeline.spiking.synapse import Linear
+from pipeline.spiking.topdown import Readout
+from tests.rules.small import CLASSES, FEATURES, batch, cross_entropy, difference, learn, lif_network, spikes_of
+
+# So small that no membrane of a test can tell, in float32 or float64.
+IMPERCEPTIBLE = {"noise": 1e-30, "inject": "membrane"}
+
+contract_exceptions = {
+    "test_one_step_equals_bptt": "errors do not pass backwards through the layers, which is what BPTT does within one step",
+}
+
+
+def smallest_model() -> nn.Sequential:
+    """Readouts beside the network: some rules use them, and to the others they must make no difference."""
+    generator = torch.Generator().manual_seed(3)
+    one, other = lif_network(), nn.ModuleList([Readout(8, CLASSES), Readout(7, CLASSES)]).double()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return nn.Sequential(one[0], one[1], other[0], one[2], one[3], other[1], one[4])
+
+
+def contract_rules() -> list[OPZO]:
+    return [
+        OPZO(),
+        OPZO(local_readouts=True, intermediate=(0,), distribution="rademacher"),
+        OPZO("random"),
+        OPZO("single_point", inject="membrane", antithetic=False),
+    ]
+
+
+def quiet_rules() -> list[OPZO]:
+    return [
+        OPZO(**IMPERCEPTIBLE),
+        OPZO(local_readouts=True, intermediate=(0,), distribution="rademacher", **IMPERCEPTIBLE),
+        OPZO("random"),
+        OPZO("single_point", antithetic=False, **IMPERCEPTIBLE),
+    ]
+
+
+def test_discovered_network_is_the_plain_one():
+    x_TBC, _ = batch(3)
+    with torch.no_grad():
+        one, other = smallest_model(), lif_network()
+        with fresh_state(one), fresh_state(other):
+            assert torch.equal(one(x_TBC), other(x_TBC))
+
+
+def with_matrices(rule: OPZO, model: nn.Module, *, columns: tuple[int, ...] = (CLASSES, CLASSES), **attach) -> list[Tensor]:
+    """Attach, and give the layers matrices that have learnt something: as those of a checkpoint."""
+    rule.attach(model, **attach)
+    generator = torch.Generator().manual_seed(5)
+    sizes = zip((8, 7), columns, strict=True)
+    matrices = [torch.randn(units, outputs, generator=generator, dtype=torch.float64) for units, outputs in sizes]
+    state = {f"signals.matrix_{layer}": matrix for layer, matrix in enumerate(matrices)}
+    if rule.feedback == "momentum":
+        state["signals.updates"] = torch.tensor([10])
+        matrices = [matrix / (1 - 0.999**10) for matrix in matrices]
+    rule.load_state_dict(state)
+    return matrices
+
+
+def gradient_of(rule: OPZO, model: nn.Module, steps: int, *, rows=None) -> dict[str, Tensor]:
+    x_TBC, target_B = batch(steps)
+    if rows is not None:
+        x_TBC, target_B = x_TBC[:, rows], target_B[rows]
+    model.zero_grad()
+    learn(rule.objectives(model, x_TBC, cross_entropy(target_B), step=0, rows=rows))
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+
+
+def by_hand(
+    model: nn.Module, matrices: list[Tensor], x_TBC: Tensor, target_B: Tensor, *, inject: str, seed: int
+) -> dict[str, Tensor]:
+    """Psi times signal times trace, in loops over time and layers, without autograd."""
+    weights = [module for module in model.modules() if isinstance(module, Linear)]
+    leak, alpha, size = 0.5, 0.2, x_TBC.shape[1]
+    v = [torch.zeros(size, units, dtype=torch.float64) for units in (8, 7)]
+    trace: list[Tensor | float] = [0.0, 0.0, 0.0]
+    found = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    names = ("0", "2", "4")
+    for t, x_BC in enumerate(x_TBC):
+        factors, slopes = [], []
+        for layer in range(2):
+            keys = [counter_hash(seed, 0, row, layer, t // 2 * 2) for row in range(size)]
+            n = alpha * (-1) ** t * noise(keys, v[layer].shape[1], distribution="gaussian").double()
+            trace[layer] = x_BC if layer == 0 else leak * trace[layer] + x_BC  # the first synapse has none
+            factors.append(trace[layer])
+            u = leak * v[layer] + x_BC @ weights[layer].weight.T + weights[layer].bias
+            decided = u + n if inject == "membrane" else u
+            s = (decided >= 1).double()
+            slopes.append((1 - (decided - 1).abs()).clamp_min(0))
+            v[layer] = u - s
+            x_BC = s + n if inject == "spikes" else s
+        trace[2] = leak * trace[2] + x_BC
+        factors.append(trace[2])
+        o_BK = x_BC @ weights[2].weight.T + weights[2].bias
+        e_BK = (torch.softmax(o_BK, 1) - F.one_hot(target_B, CLASSES)) / size / len(x_TBC)
+        signals = [slope * (e_BK @ matrix.T) for slope, matrix in zip(slopes, matrices, strict=True)] + [e_BK]
+        for name, factor, g in zip(names, factors, signals, strict=True):
+            found[f"{name}.weight"] += g.T @ factor
+            found[f"{name}.bias"] += g.sum(0)
+    return found
+
+
+@pytest.mark.parametrize("inject", ["spikes", "membrane"])
+@pytest.mark.parametrize("feedback", ["momentum", "random"])
+def test_the_update_is_the_product_of_three_local_factors(feedback, inject):
+    model, rule = lif_network(), OPZO(feedback, noise=0.2, inject=inject)
+    matrices = with_matrices(rule, model, world=World(seed=11))
+    got = gradient_of(rule, model, 3)
+    expected = by_hand(model, matrices, *batch(3), inject=inject, seed=11)
+    assert min(g.abs().max() for g in expected.values()) > 1e-3
+    assert difference(got, expected) < 1e-14
+
+
+def test_no_gradient_passes_from_a_layer_to_the_one_below():
+    model, rule = lif_network(), OPZO("random")
+    with_matrices(rule, model)
+    with torch.no_grad():
+        rule.signals.get_buffer("matrix_0").zero_()
+    got = gradient_of(rule, model, 3)
+    assert not got["0.weight"].any() and not got["0.bias"].any()
+    assert got["2.weight"].abs().max() > 1e-3 and got["4.weight"].abs().max() > 1e-3
+
+
+def test_the_first_batch_teaches_the_matrices_and_the_readout_alone():
+    model, rule = lif_network(), OPZO()
+    rule.attach(model)
+    first = gradient_of(rule, model, 3)
+    rule.end_of_batch()
+    second = gradient_of(rule, model, 3)
+    assert not first["2.weight"].any() and first["4.weight"].any()
+    assert second["2.weight"].any() and second["0.weight"].any()
+    assert int(rule.signals.get_buffer("updates")) == 1
+
+
+def test_a_single_point_is_the_estimate_of_the_sample():
+    """The gradient of the last hidden bias at T = 1, where the spikes are those of `record` without their noise."""
+    model, rule = lif_network(), OPZO("single_point", noise=0.2)
+    rule.attach(model, world=World(seed=2))
+    record = spikes_of(model)
+    got = gradient_of(rule, model, 1)
+    _, target_B = batch(1)
+    h_BN = record["3"][0][0]
+    z_BN = noise([counter_hash(2, 0, row, 1, 0) for row in range(5)], 7, distribution="gaussian").double()
+    inputs_BN = record["1"][0][0]
+    u_BN, o_BK = (F.linear(h, *(p.detach() for p in model[place].parameters())) for h, place in ((inputs_BN, 2), (h_BN, 4)))
+    assert torch.equal((u_BN >= 1).double() + 0.2 * z_BN, h_BN)
+    e_BK = (torch.softmax(o_BK, 1) - F.one_hot(target_B, CLASSES)) / 5
+    g_BN = torch.stack([torch.outer(z, o) @ e / 0.2 for z, o, e in zip(z_BN, o_BK, e_BK, strict=True)])
+    expected = (Triangle().derivative(u_BN - 1) * g_BN).sum(0)
+    assert torch.allclose(got["2.bias"], expected, atol=1e-14) and expected.abs().max() > 1e-3
+
+
+def test_local_readouts_add_the_gradient_of_their_own_loss():
+    """T = 1, no signal from above: each layer and its readout by autograd through that layer alone."""
+    model, rule = smallest_model(), OPZO("random", local_readouts=True)
+    with_matrices(rule, model)
+    for layer in range(2):
+        rule.signals.get_buffer(f"matrix_{layer}").zero_()
+    got = gradient_of(rule, model, 1)
+    x_TBC, target_B = batch(1)
+    model.zero_grad()
+    h_TBN, record = x_TBC, []
+    rule.release()
+    with fresh_state(model):
+        for synapse, neuron, readout in ((model[0], model[1], model[2]), (model[3], model[4], model[5])):
+            s_TBN = neuron(synapse(h_TBN.detach()))
+            record.append(F.cross_entropy(F.linear(s_TBN[0], *readout.parameters()), target_B))
+            h_TBN = s_TBN
+        record.append(F.cross_entropy(model[6](h_TBN.detach())[0], target_B))
+    torch.stack(record).sum().backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert min(g.abs().max() for g in expected.values()) > 1e-3
+    assert difference(got, expected) < 1e-15
+
+
+def test_intermediate_readouts_send_their_errors_to_the_layers_below():
+    """The signal of layer 0 is M of twice the columns times both errors; the columns of the readout add to the gradient."""
+    model = smallest_model()
+    found = []
+    for columns in (slice(0, 3), slice(3, 6), slice(0, 6)):
+        rule = OPZO("random", intermediate=(1,))
+        matrix = with_matrices(rule, model, columns=(6, 3))[0]
+        masked = torch.zeros_like(matrix)
+        masked[:, columns] = matrix[:, columns]
+        rule.signals.get_buffer("matrix_0").copy_(masked)
+        found.append(gradient_of(rule, model, 3)["0.weight"])
+        rule.release()
+    readout, output, both = found
+    assert torch.allclose(readout + output, both, atol=1e-15)
+    assert readout.abs().max() > 1e-3 and output.abs().max() > 1e-3
+    plain = OPZO("random")
+    with_matrices(plain, model)
+    plain.signals.get_buffer("matrix_0").copy_(matrix[:, 3:])
+    assert torch.allclose(gradient_of(plain, model, 3)["0.weight"], output, atol=1e-15)
+
+
+def test_noise_and_gradients_know_neither_ranks_nor_micro_batches():
+    def run(rule: OPZO, model: nn.Module, rows: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        record = spikes_of(model)
+        got = gradient_of(rule, model, 3, rows=rows)
+        return got, {name: torch.stack([s[0] for s in spikes]) for name, spikes in record.items()}
+
+    def fresh() -> tuple[OPZO, nn.Module]:
+        model, rule = lif_network(), OPZO(momentum=0.0)
+        with_matrices(rule, model, world=World(seed=4))
+        return rule, model
+
+    rule, model = fresh()
+    whole, out = run(rule, model, [0, 1, 2, 3, 4])
+    parts = [([0, 3], *fresh()), ([4, 1, 2], *fresh())]
+    total = {name: torch.zeros_like(value) for name, value in whole.items()}
+    for rows, part_rule, part_model in parts:
+        got, part_out = run(part_rule, part_model, rows)
+        assert all(torch.equal(part_out[name], out[name][:, rows]) for name in out)
+        for name, value in got.items():
+            total[name] += value * len(rows) / 5
+    assert difference(total, whole) < 1e-15
+    rule.end_of_batch()
+    first, second = (part_rule.signals for _, part_rule, _ in parts)
+    sent: list[Tensor] = []
+    second.end_of_batch(lambda statistic: (sent.append(statistic), statistic)[1])
+    first.end_of_batch(lambda statistic: (statistic + sent[0]) / 2)
+    assert all(torch.allclose(value, rule.signals.state_dict()[name], atol=1e-14) for name, value in first.state_dict().items())
+
+
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_every_second_step_turns_the_sign(antithetic):
+    model, rule = lif_network(), OPZO(antithetic=antithetic)
+    rule.attach(model)
+    record = spikes_of(model)
+    gradient_of(rule, model, 5)
+    noises = [s_TBN - (s_TBN > 0.5).double() for s_TBN in record["1"]]  # noise of 0.2 rarely hides a spike: compare most
+    turned = [float(torch.isclose(one, -other).double().mean()) for one, other in itertools.pairwise(noises)]
+    assert [share > 0.9 for share in turned] == ([True, False, True, False] if antithetic else [False] * 4)
+
+
+def test_an_evaluation_sees_no_noise():
+    model, rule = lif_network(), OPZO()
+    x_TBC, _ = batch(3)
+
+    def logits() -> Tensor:
+        with torch.no_grad(), fresh_state(model):
+            return model(x_TBC)
+
+    before = logits()
+    rule.attach(model)
+    gradient_of(rule, model, 3)
+    assert torch.equal(logits(), before)
+    twin = copy.deepcopy(model)
+    with torch.no_grad(), fresh_state(twin):
+        assert torch.equal(twin(x_TBC), before)
+
+
+@pytest.mark.parametrize("reset", ["subtract", "zero"])
+@pytest.mark.parametrize("decay_input", [True, False])
+def test_noise_in_the_membrane_decides_and_is_not_carried(reset, decay_input):
+    model, rule = lif_network(reset=reset, decay_input=decay_input), OPZO(inject="membrane", antithetic=False)
+    rule.attach(model, world=World(seed=9))
+    record = spikes_of(model)
+    gradient_of(rule, model, 4)
+    x_TBC, leak = batch(4)[0], 0.5
+    v_BN = torch.zeros(5, 8, dtype=torch.float64)
+    changed = 0
+    for t, x_BC in enumerate(x_TBC):
+        current_BN = F.linear(x_BC, *(p.detach() for p in model[0].parameters())) * (1 - leak if decay_input else 1)
+        u_BN = leak * v_BN + current_BN
+        z_BN = noise([counter_hash(9, 0, row, 0, t) for row in range(5)], 8, distribution="gaussian").double()
+        s_BN = (u_BN + 0.2 * z_BN >= 1).double()
+        assert torch.equal(record["1"][t][0], s_BN)
+        changed += int((s_BN != (u_BN >= 1)).sum())
+        v_BN = u_BN - s_BN if reset == "subtract" else u_BN * (1 - s_BN)
+    assert changed > 0
+
+
+@pytest.mark.full
+def test_the_matrix_behind_the_last_hidden_layer_is_that_of_the_readout():
+    """100 hidden units, noise 0.2, 6000 batches of 32: the true Jacobian of the last layer is W_out^T."""
+    generator = torch.Generator().manual_seed(1)
+    model = nn.Sequential(Linear(20, 100), LIF(), Linear(100, 100), LIF(), readout := Linear(100, 5))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 1.5 / parameter.shape[-1] ** 0.5)
+    found = {}
+    rules = {
+        "momentum": OPZO(antithetic=False),
+        "antithetic": OPZO(),
+        "none": OPZO(momentum=0.0, antithetic=False),
+        "random": OPZO("random"),
+    }
+    for name, rule in rules.items():
+        rule.attach(model)
+        for step in range({"momentum": 6000, "antithetic": 1000}.get(name, 1)):
+            x_TBC = torch.randn(2 if name == "antithetic" else 1, 32, 20, generator=generator)
+            target_B = torch.randint(5, (32,), generator=generator)
+            for _ in rule.objectives(model, x_TBC, cross_entropy(target_B), step=step):
+                pass
+            rule.end_of_batch()
+        matrix = rule.signals.get_buffer("matrix_1")
+        found[name] = float(F.cosine_similarity(matrix.flatten(), readout.weight.detach().T.flatten(), dim=0))
+        rule.release()
+    assert found["momentum"] >= 0.95 and found["antithetic"] >= 0.95
+    assert abs(found["none"]) <= 0.3 and abs(found["random"]) <= 0.2
+
+
+def test_labels():
+    rules = [*contract_rules(), OPZO(local_readouts=True), OPZO("random", intermediate=(0, 2))]
+    expected = ["OPZO", "OPZO-LL-IGL", "OPZO-DFA", "OPZO-ZO", "OPZO-LL", "OPZO-DFA-IGL"]
+    assert [rule.label for rule in rules] == expected
+
+
+def other_leak() -> nn.Module:
+    model = lif_network()
+    model[3] = LIF(0.25)
+    return model
+
+
+def run(model: nn.Module, x_TB: Tensor) -> None:
+    rule = OPZO()
+    rule.attach(model)
+    learn(rule.objectives(model, x_TB, cross_entropy(torch.zeros(x_TB.shape[1], dtype=torch.int64))))
+
+
+class Swapped(nn.Module):
+    """Registers the synapse of its second layer first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second, self.first, self.third = Linear(8, 7), Linear(FEATURES, 8), Linear(7, CLASSES)
+        self.one, self.two = LIF(), LIF()
+
+    def forward(self, x_TB: Tensor) -> Tensor:
+        return self.third(self.two(self.second(self.one(self.first(x_TB)))))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: OPZO("learnt"), r"OPZO: feedback must be one of momentum, random, single_point; got feedback='learnt'"),  # type: ignore[arg-type]
+        (lambda: OPZO(noise=0), r"OPZO: noise must be > 0, for the feedback is learnt from it; got noise=0, feedback='momentum'"),
+        (lambda: OPZO("random", noise=-1), r"OPZO: noise must be .* got noise=-1, feedback='random'"),
+        (lambda: OPZO(momentum=1), r"OPZO: momentum must be at least 0 and below 1; got momentum=1"),
+        (lambda: OPZO(intermediate=(1, 0)), r"OPZO: intermediate must be places of hidden layers, .* got \(1, 0\)"),
+        (lambda: OPZO().attach(lif_network(), over_time="mean"), r"OPZO: the loss of the mean logits needs all T steps"),
+        (lambda: OPZO().attach(nn.Sequential(Linear(2, 2))), r"OPZO: the model must have LIF neurons, .* got Sequential"),
+        (lambda: OPZO(leak=0.9).attach(lif_network()), r"OPZO: leak must be that of all neurons, .* got 0.9, and 0.5 at 1"),
+        (lambda: OPZO().attach(other_leak()), r"OPZO: leak must be that of all neurons, .* got 0.5, and 0.25 at 3"),
+        (
+            lambda: OPZO().attach(nn.Sequential(*lif_network(), BatchNorm(3))),
+            r"OPZO: a trace cannot pass batch norm; .* got batch norm at 5",
+        ),
+        (
+            lambda: OPZO().attach(nn.Sequential(nn.Linear(6, 8), LIF())),
+            r"OPZO: the layers with weights must be .* torch's Linear at 0",
+        ),
+        (lambda: OPZO(local_readouts=True).attach(lif_network()), r"OPZO-LL: .* got none at layer 0, 1 of 0\.\.1"),
+        (lambda: OPZO(intermediate=(0, 4)).attach(smallest_model()), r"OPZO-IGL: .* got none at layer 4 of 0\.\.1"),
+        (
+            lambda: run(nf_resnet18_small(3, in_channels=1, width=4, blocks=(1, 1)), torch.randn(2, 2, 1, 8, 8)),
+            r"OPZO: a stream that passes by the neurons .* got stem\..* with a path to stages\.0\.0\.neuron1 and to ",
+        ),
+        (lambda: run(Swapped(), torch.randn(2, 2, FEATURES)), r"OPZO: the first synapse .* got first before second"),
+    ],
+)
+def test_refuses(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_a_convolutional_network_learns():
+    """Noisy prototypes, 100 batches: learnt through the matrices found on the way, where fixed ones still grope."""
+    loss = {}
+    for name, rule in {"OPZO": OPZO(momentum=0.99), "DFA": OPZO("random")}.items():
+        torch.manual_seed(0)
+        model = with_readouts(vgg_sws(3, in_channels=1, stages=((4,), (6,), (8,))), 3)
+        generator = torch.Generator().manual_seed(0)
+        prototypes = torch.randn(3, 1, 12, 12, generator=generator)
+        rule.attach(model)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+        for step in range(100):
+            target_B = torch.randint(3, (32,), generator=generator)
+            x_B = prototypes[target_B] + 0.5 * torch.randn(32, 1, 12, 12, generator=generator)
+            optimizer.zero_grad()
+            seen = learn(rule.objectives(model, torch.stack([x_B, x_B]), cross_entropy(target_B), step=step))
+            rule.end_of_batch()
+            optimizer.step()
+            loss[name] = sum(objective.loss.item() for objective in seen)
+    assert loss["OPZO"] < 0.4 < 0.7 < loss["DFA"]
