@@ -21,23 +21,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.models.parts import one_more, standardized_conv, variance_gain
+from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.feedback import Feedback
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Conv2d, Linear, folded
 
 
 class Layer(nn.Module):
-    """h = gamma LIF(sWS convolution(h) + more(h)), `more` being where else current comes from."""
+    """h = gamma dropout(LIF(sWS convolution(h) + more(h))), `more` being where else current comes from."""
 
-    def __init__(self, in_channels: int, width: int, *, kernel: int = 3, stride: int = 1, neuron: nn.Module) -> None:
+    def __init__(
+        self, in_channels: int, width: int, *, kernel: int = 3, stride: int = 1, dropout: float = 0.0, neuron: nn.Module
+    ) -> None:
         super().__init__()
         self.conv = standardized_conv(in_channels, width, kernel, stride=stride)
         self.neuron = one_more(neuron)
+        self.dropout = Dropout(dropout)
         self.gain = variance_gain(neuron)
 
     def forward(self, h_TBCHW: Tensor, more: nn.Module | None = None) -> Tensor:
         current_TBCHW = self.conv(h_TBCHW)
-        return self.gain * self.neuron(current_TBCHW if more is None else current_TBCHW + more(h_TBCHW))
+        return self.gain * self.dropout(self.neuron(current_TBCHW if more is None else current_TBCHW + more(h_TBCHW)))
 
 
 class FeedbackConv(nn.Module):
@@ -65,6 +69,7 @@ class VGG(nn.Module):
     """3x3 convolutions with a neuron after each, `stages` of widths: `[T, B, C, H, W]` to `[T, B, K]`.
 
     `stem` is (kernel, stride) of the first convolution: (5, 2) quarters what an image of 28 pixels costs.
+    `dropout` is the share of neurons whose spikes are dropped, the same ones at every time step of a batch.
     With `feedback="last"` (VGG-F) the time steps run one after another, whatever the length of the slice.
 
     Raises: ValueError for an empty stage, an unknown feedback, or an image too small for the pools between the stages.
@@ -77,6 +82,7 @@ class VGG(nn.Module):
         classes: int,
         in_channels: int,
         stem: tuple[int, int] = (3, 1),
+        dropout: float = 0.0,
         feedback: Literal["none", "last"] = "none",
         neuron: nn.Module,
     ) -> None:
@@ -90,12 +96,16 @@ class VGG(nn.Module):
         kernel, stride = stem
         if kernel < 1 or kernel % 2 == 0 or stride < 1:
             raise ValueError(f"VGG: stem must be an odd kernel and a stride >= 1; got stem={stem}")
+        if feedback == "last" and stride > 1:
+            raise ValueError(
+                f"VGG: feedback joins the current of the first layer, pixel by pixel, so stem keeps the size; got {stem}"
+            )
         self.stages = nn.ModuleList()
         channels = in_channels
         for widths in stages:
             layers = nn.Sequential()
             for width in widths:
-                layers.append(Layer(channels, width, kernel=kernel, stride=stride, neuron=neuron))
+                layers.append(Layer(channels, width, kernel=kernel, stride=stride, dropout=dropout, neuron=neuron))
                 channels, kernel, stride = width, 3, 1
             self.stages.append(layers)
         self.pool = nn.AvgPool2d(2)
@@ -136,13 +146,14 @@ def vgg_sws(
     in_channels: int = 3,
     stages: Sequence[Sequence[int]] = ((64, 128), (256, 256), (512, 512), (512, 512)),
     stem: tuple[int, int] = (3, 1),
+    dropout: float = 0.0,
     neuron: nn.Module = LIF(),
 ) -> VGG:
     """VGG-sWS, 9,228,362 parameters at 10 classes and 3 channels; narrower `stages` for demos.
 
-    OTTT's neuron is LIF(surrogate=Sigmoid(4)).
+    OTTT's neuron is LIF(surrogate=Sigmoid(4)), its dropout 0.1 on event data and 0 on images.
     """
-    return VGG(stages=stages, classes=classes, in_channels=in_channels, stem=stem, neuron=neuron)
+    return VGG(stages=stages, classes=classes, in_channels=in_channels, stem=stem, dropout=dropout, neuron=neuron)
 
 
 def vgg_sws_f(
@@ -150,8 +161,7 @@ def vgg_sws_f(
     *,
     in_channels: int = 3,
     stages: Sequence[Sequence[int]] = ((64, 128), (256, 256), (512, 512), (512, 512)),
-    stem: tuple[int, int] = (3, 1),
     neuron: nn.Module = LIF(),
 ) -> VGG:
     """VGG-F, VGG-sWS with feedback: 9,523,338 parameters at 10 classes and 3 channels."""
-    return VGG(stages=stages, classes=classes, in_channels=in_channels, stem=stem, feedback="last", neuron=neuron)
+    return VGG(stages=stages, classes=classes, in_channels=in_channels, feedback="last", neuron=neuron)

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models.vgg import VGG, vgg_sws, vgg_sws_f
+from pipeline.models.vgg import VGG, Layer, vgg_sws, vgg_sws_f
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
@@ -145,7 +145,7 @@ def test_refuses():
 
 def test_the_stem_has_a_kernel_and_a_stride_of_its_own():
     model = vgg_sws(4, in_channels=1, stages=((3, 5), (6,)), stem=(5, 2))
-    shapes = [tuple(m.conv.weight.shape[1:]) + m.conv.stride for m in model.modules() if hasattr(m, "conv")]
+    shapes = [(*m.conv.weight.shape[1:], *m.conv.stride) for m in model.modules() if isinstance(m, Layer)]
     assert shapes == [(1, 5, 5, 2, 2), (3, 3, 3, 1, 1), (5, 3, 3, 1, 1)]
     with fresh_state(model):
         assert model(torch.zeros(2, 1, 1, 28, 28)).shape == (2, 1, 4)
@@ -153,3 +153,26 @@ def test_the_stem_has_a_kernel_and_a_stride_of_its_own():
         model(torch.zeros(1, 1, 1, 3, 8))
     with pytest.raises(ValueError, match=r"VGG: stem must be an odd kernel and a stride >= 1; got stem=\(4, 2\)"):
         vgg_sws(stem=(4, 2))
+    with pytest.raises(ValueError, match=r"VGG: feedback joins the current .* got \(5, 2\)"):
+        VGG(stages=((4,),), classes=2, in_channels=1, stem=(5, 2), feedback="last", neuron=LIF())
+
+
+def test_dropout_drops_the_same_neurons_at_every_step():
+    torch.manual_seed(0)
+    model = vgg_sws(4, in_channels=2, stages=((16,), (8,)), dropout=0.5)
+    record = []
+    first = model.get_submodule("stages.0.0")
+    first.register_forward_hook(lambda _module, _x, h_TBCHW: record.append(h_TBCHW))  # type: ignore[arg-type]
+    with torch.no_grad(), fresh_state(model):
+        model(images(6).float()[:3])
+        model(images(6).float()[3:])
+    fired = torch.cat(record) > 0
+    dropped = ~fired.any(0)
+    model.eval()
+    with torch.no_grad(), fresh_state(model):
+        model(images(6).float())
+    would_fire = (record[-1] > 0).any(0)
+    # Inputs are the same, so in the first layer a neuron that fires without dropout, and never with it, was dropped.
+    assert (fired == ((record[-1] > 0) & ~dropped)).all()
+    assert (dropped & would_fire).sum() / would_fire.sum() == pytest.approx(0.5, abs=0.06)
+    assert torch.allclose(torch.cat(record[:2]).unique(), torch.tensor([0, 2 * 2.74]))
