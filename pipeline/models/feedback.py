@@ -5,15 +5,18 @@
 A notation of the papers is kept in the names: 96C3s is a 3x3 convolution of stride 2 with 96 outputs, (F96C3u) a feedback
 of 3x3 transposed convolutions that brings the last layer to the 96 channels and the size of the first.
 
-Source: Xiao et al. 2021 (IDE, arXiv 2109.14247), section 5 and appendix.
+Source: Xiao et al. 2021 (IDE, arXiv 2109.14247), section 5 and appendix; Xiao et al. 2023 (SPIDE, arXiv 2302.00232) for the
+networks without norm.
 """
 
 # T time, B batch, C channels, H W pixels, K classes
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pipeline.models.parts import one_more
 from pipeline.spiking.dropout import Dropout
@@ -24,7 +27,8 @@ from pipeline.spiking.spectral import SpectralLimit
 from pipeline.spiking.synapse import Conv2d, Linear, folded
 
 Norm = Literal["batch", "none"]
-Limit = Literal["spectral", "none"]
+Limit = Literal["spectral", "none"] | float
+"""of the feedback's weight: "spectral" is SpectralLimit, a number the largest Frobenius norm"""
 
 
 class FeedbackNetwork(nn.Module):
@@ -54,6 +58,43 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         return folded(super().forward, input)
+
+
+class FrobeniusLimit(nn.Module):
+    """`synapse`, its output scaled as if its weight V had a Frobenius norm of at most `largest`: min(1, largest / |V|) V.
+
+    The published code estimates |V| anew for each forward from 64 Gaussian vectors; here it is exact.
+    """
+
+    def __init__(self, synapse: nn.Module, largest: float) -> None:
+        super().__init__()
+        if not largest > 0:
+            raise ValueError(f"FrobeniusLimit: the largest norm must be > 0; got largest={largest}")
+        self.synapse = synapse
+        self.largest = largest
+
+    def forward(self, x_TB: Tensor) -> Tensor:
+        norm = self.synapse.weight.detach().norm()  # type: ignore[operator]
+        return (self.largest / norm).clamp(max=1.0).to(x_TB.dtype) * self.synapse(x_TB)
+
+
+class NoFeedback(nn.Module):
+    """The linear map to nothing: zeros of `shape` for each sample."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x_TB: Tensor) -> Tensor:
+        nothing_TB = 0 * x_TB.flatten(2).sum(2)  # still a function of x: the solvers ask for its gradient
+        return nothing_TB.view(*nothing_TB.shape, *[1] * len(self.shape)).expand(*nothing_TB.shape, *self.shape)
+
+
+class Pool(nn.Module):
+    """The mean of 2x2 pixels, as a synapse: neurons stand behind it."""
+
+    def forward(self, x_TBCHW: Tensor) -> Tensor:
+        return folded(lambda x_NCHW: F.avg_pool2d(x_NCHW, 2), x_TBCHW)
 
 
 def fc_feedback(
@@ -148,6 +189,82 @@ def cifarnet_f(
     return _classic(layers, classes, in_channels, size, width, dropout, neuron)
 
 
+def convnet_f(
+    classes: int = 10,
+    *,
+    in_channels: int = 1,
+    size: int = 28,
+    layers: Sequence[tuple[int, int, int]] = ((64, 5, 2), (64, 5, 2), (64, 5, 1)),
+    kernel: int = 3,
+    gain: float = 2.0,
+    limit: Limit = 2.0,
+    dropout: float = 0.2,
+    neuron: nn.Module = IF(threshold=1.0, subtract=2.0),
+) -> FeedbackNetwork:
+    """SPIDE's networks without norm: 64C5s-64C5s-64C5 (F64C3u), 274,826 parameters, or the layers that are named.
+
+    Weights start as N(0, gain / fan_in), a tenth of that in an upsampling feedback, biases at 0.
+    """
+    network = conv_feedback(
+        classes,
+        in_channels=in_channels,
+        size=size,
+        layers=layers,
+        kernel=kernel,
+        norm="none",
+        limit=limit,
+        dropout=dropout,
+        neuron=neuron,
+    )
+    _draw(network.equilibrium, gain)
+    return network
+
+
+def lenet_f(
+    classes: int = 10,
+    *,
+    in_channels: int = 1,
+    size: int = 28,
+    width: float = 1.0,
+    dropout: float = 0.5,
+    neuron: nn.Module = IF(threshold=1.0, subtract=2.0),
+) -> FeedbackNetwork:
+    """LeNet as SPIDE trains it: 15C5-P2-40C5-P2-300, neurons behind the pools, too, and nothing fed back; 606,740 parameters.
+
+    It comes to rest as fast as its layers do; its backward phase is that of a chain.
+
+    Raises: ValueError for an image that two pools do not divide.
+    """
+    if size % 4:
+        raise ValueError(f"lenet_f: size must be a multiple of 4; got size={size}")
+    first, second, features = (max(1, round(channels * width)) for channels in (15, 40, 300))
+    flat = second * (size // 4) ** 2
+    equilibrium = Equilibrium(
+        inject=Conv2d(in_channels, first, 5, padding=2),
+        feedback=NoFeedback((first, size, size)),
+        neurons=[one_more(neuron) for _ in range(5)],
+        synapses=[
+            Pool(),
+            Conv2d(first, second, 5, padding=2),
+            Pool(),
+            nn.Sequential(nn.Flatten(2), Linear(flat, features)),
+        ],
+    )
+    _draw(equilibrium, 2.0)
+    return FeedbackNetwork(equilibrium, features=features, classes=classes, dropout=dropout, flat=False)
+
+
+def _draw(equilibrium: Equilibrium, gain: float) -> None:
+    """Variance gain / fan_in for every weight, a tenth of that standard deviation in a transposed convolution, biases 0."""
+    for module in equilibrium.modules():
+        if isinstance(module, Linear | Conv2d):
+            nn.init.normal_(module.weight, std=math.sqrt(gain / module.weight[0].numel()))
+        elif isinstance(module, ConvTranspose2d):
+            nn.init.normal_(module.weight, std=0.1 * math.sqrt(gain / module.weight[0].numel()))
+        if isinstance(getattr(module, "bias", None), Tensor):
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+
 def _classic(
     layers: Sequence[tuple[int, int, int]],
     classes: int,
@@ -170,6 +287,8 @@ def _normed(synapse: nn.Module, channels: int, norm: Norm) -> nn.Module:
 
 
 def _limited(synapse: nn.Module, limit: Limit) -> nn.Module:
+    if isinstance(limit, int | float):
+        return FrobeniusLimit(synapse, limit)
     if limit not in ("spectral", "none"):
-        raise ValueError(f"feedback: limit must be 'spectral' or 'none'; got limit={limit!r}")
+        raise ValueError(f"feedback: limit must be 'spectral', 'none' or a number; got limit={limit!r}")
     return synapse if limit == "none" else SpectralLimit(synapse)

@@ -5,13 +5,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.models.feedback import alexnet_f, cifarnet_f, conv_feedback, fc_feedback
+from pipeline.models.feedback import FrobeniusLimit, alexnet_f, cifarnet_f, conv_feedback, convnet_f, fc_feedback, lenet_f
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ide import IDE
+from pipeline.rules.spide import SPIDE
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import IF, LIF
 from pipeline.spiking.spectral import SpectralLimit
 from pipeline.spiking.state import fresh_state
+from pipeline.spiking.synapse import Linear
 
 
 def parameters(model: nn.Module) -> int:
@@ -24,6 +26,8 @@ def test_parameter_counts():
         assert parameters(alexnet_f()) == 3_708_139
         assert parameters(cifarnet_f()) == 11_837_579
         assert parameters(fc_feedback()) == 478_011
+        assert parameters(convnet_f()) == 25 * 64 + 2 * 25 * 64 * 64 + 3 * 64 + 9 * 64 * 64 + (64 * 49 + 1) * 10 == 274_826
+        assert parameters(lenet_f()) == 15 * 26 + 40 * (15 * 25 + 1) + 300 * (40 * 49 + 1) + 3010 == 606_740
         assert parameters(conv_feedback()) == 25 * 64 + 2 * 64 + 25 * 64 * 64 + 1 + (64 * 14 * 14 + 1) * 10
 
 
@@ -68,6 +72,30 @@ def test_the_feedback_brings_the_last_layer_to_the_first():
     assert same.equilibrium.feedback(torch.ones(1, 2, 4, 6, 6)).shape == (1, 2, 3, 6, 6)
 
 
+@pytest.mark.parametrize("build", [convnet_f, lenet_f])
+def test_the_networks_without_norm_fire_and_train_under_spide(build):
+    torch.manual_seed(0)
+    model = build()
+    rule = SPIDE(100, scale=64.0)  # two pools stand between the loss and the first layer: an eighth passes each
+    rule.attach(model, over_time="mean")
+    x_BCHW, target = torch.randn(4, 1, 28, 28), torch.randint(10, (4,))
+    (objective,) = rule.objectives(model, repeat(x_BCHW, 30), lambda o: F.cross_entropy(o, target))
+    assert objective.backward is not None
+    objective.backward.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    assert rule.figures()["forward_rate"] > 0.05 and rule.figures()["backward_rate"] > 0.001
+    assert all(p.grad is not None and p.grad.norm() > 0 for name, p in model.named_parameters() if name.endswith("weight"))
+
+
+def test_a_number_limits_the_frobenius_norm():
+    x_TBC = torch.randn(1, 3, 7, dtype=torch.float64)
+    for largest in (0.5, 100.0):
+        synapse = Linear(7, 5, bias=False).double()
+        V = synapse.weight.detach()
+        expected = x_TBC @ (V * min(1, largest / V.square().sum().sqrt())).T
+        assert torch.allclose(FrobeniusLimit(synapse, largest)(x_TBC), expected, atol=1e-14)
+
+
 def test_neuron_arguments_reach_every_neuron():
     with torch.device("meta"):
         model = alexnet_f(neuron=LIF(0.9, threshold=1.5))
@@ -80,8 +108,10 @@ def test_neuron_arguments_reach_every_neuron():
     [
         (lambda: fc_feedback(hidden=0), "fc_feedback: classes, in_features and hidden must be >= 1; got 10, 784 and 0"),
         (lambda: fc_feedback(norm="layer"), "feedback: norm must be 'batch' or 'none'; got norm='layer'"),
-        (lambda: fc_feedback(limit="l2"), "feedback: limit must be 'spectral' or 'none'; got limit='l2'"),
+        (lambda: fc_feedback(limit="l2"), "feedback: limit must be 'spectral', 'none' or a number; got limit='l2'"),
         (lambda: conv_feedback(layers=()), "conv_feedback: layers must be (width, kernel, stride), each >= 1; got ()"),
+        (lambda: fc_feedback(limit=0), "FrobeniusLimit: the largest norm must be > 0; got largest=0"),
+        (lambda: lenet_f(size=30), "lenet_f: size must be a multiple of 4; got size=30"),
         (lambda: conv_feedback(size=27), "conv_feedback: the strides must divide the image; got size=27, strides to 2"),
     ],
 )
