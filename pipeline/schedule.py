@@ -5,10 +5,11 @@ timm's schedulers do the arithmetic. DeepSpeed is never handed one: it would ste
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.scheduler.multistep_lr import MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.step_lr import StepLRScheduler
 
@@ -48,6 +49,24 @@ def staircase(optimizer: torch.optim.Optimizer, steps: int, *, every: float = 1 
             optimizer, decay_t=max(1, _share("staircase", "every", every, steps)), decay_rate=factor, t_in_epochs=False
         )
     )
+
+
+def milestones(
+    optimizer: torch.optim.Optimizer, steps: int, *, at: Sequence[float], factor: float = 0.1, warmup: float = 0.0
+) -> Schedule:
+    """Linear warm-up from 0, then the learning rate times `factor` at each of the places `at` in the run (shares in 0..1)."""
+    places = [_share("milestones", "at", share, steps) for share in at]
+    if places != sorted(places):
+        raise ValueError(f"milestones: at must rise; got at={tuple(at)}")
+    scheduler = MultiStepLRScheduler(
+        optimizer,
+        decay_t=[place + 1 for place in places],  # timm 1.0.31 lets a milestone m apply from step m - 1
+        decay_rate=factor,
+        warmup_t=_share("milestones", "warmup", warmup, steps),
+        warmup_prefix=False,
+        t_in_epochs=False,
+    )
+    return _by_step(scheduler)
 
 
 def _share(who: str, name: str, share: float, steps: int) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from pipeline.schedule import constant, cosine, staircase
+from pipeline.schedule import constant, cosine, milestones, staircase
 
 
 def rates(schedule_of, steps: int, asked: list[int], **kwargs: float) -> list[float]:
@@ -32,7 +33,16 @@ def test_staircase_and_constant() -> None:
     assert rates(constant, 90, [0, 50, 89]) == [0.2, 0.2, 0.2]
 
 
-@pytest.mark.parametrize("schedule_of", [cosine, staircase])
+def test_milestones() -> None:
+    asked = [0, 5, 10, 49, 50, 74, 75, 99]
+    found = rates(partial(milestones, at=(0.5, 0.75)), 100, asked, warmup=0.1)
+    assert found == pytest.approx([0.0, 0.1, 0.2, 0.2, 0.02, 0.02, 0.002, 0.002])
+    assert rates(partial(milestones, at=(0.5,), factor=0.5), 100, [0, 49, 50]) == pytest.approx([0.2, 0.2, 0.1])
+    with pytest.raises(ValueError, match=r"milestones: at must rise; got at=\(0\.75, 0\.5\)"):
+        rates(partial(milestones, at=(0.75, 0.5)), 100, [0])
+
+
+@pytest.mark.parametrize("schedule_of", [cosine, staircase, partial(milestones, at=(0.3, 0.6))])
 def test_what_was_asked_before_does_not_matter(schedule_of) -> None:
     assert rates(schedule_of, 50, [3, 40, 7, 22])[-1] == rates(schedule_of, 50, [22])[0]
 
