@@ -1,0 +1,17 @@
+"""BPTT on Fashion-MNIST: the baseline of every rule that trains the same network.
+
+Command:  spiketrain launch recipes/fashion/bptt.py --workers 2        (leak 0.5: --set model.neuron.leak=0.5)
+Source:   Neftci et al. 2019, arXiv:1901.09948; the network is a small one of ours, in the form of OTTT's.
+Result:   not run
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pipeline.recipe import Recipe
+from recipes.fashion.base import fashion
+
+
+def recipe() -> Recipe:
+    return replace(fashion(), name="fashion-bptt")
