@@ -9,18 +9,10 @@ Result:   not run (target, published: 66.19 % top-1)
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+from pipeline.models.nf_resnet import nf_resnet34
 from pipeline.recipe import Recipe
-from recipes.imagenet.nf_resnet34_t1 import recipe as first_stage
+from recipes.imagenet.base import second_stage
 
 
 def recipe() -> Recipe:
-    stage = first_stage()
-    return replace(
-        stage,
-        name="imagenet-nf-resnet34-sltt",
-        optimizer=stage.optimizer.with_(lr=0.001, weight_decay=0.0),
-        time_steps=6,
-        epochs=30,
-    )
+    return second_stage(nf_resnet34, "nf-resnet34")
