@@ -257,6 +257,48 @@ def write_folder(
     _report(manifests)
 
 
+@write_app.command("events", epilog="Example: spiketrain write events moving --out data/moving")
+def write_events(
+    name: Annotated[
+        Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"], typer.Argument(metavar="SET")
+    ],
+    out: Out,
+    source: Annotated[
+        str | None, typer.Option("--source", help="published sets: the folder that tonic fills; saccades: fashion, or its files")
+    ] = None,
+    slices: Annotated[
+        int | None, typer.Option("--slices", min=1, help="frames stored; read with any T that divides them")
+    ] = None,
+    frames_by: Annotated[
+        Literal["time", "number"], typer.Option("--frames-by", help="slices of equal length, or of equally many events")
+    ] = "time",
+    size: Annotated[int | None, typer.Option("--size", min=1, help="pixels a side; without it the sensor's")] = None,
+    resize: Annotated[
+        Literal["sum", "area"] | None, typer.Option("--resize", help="counts of all pixels beneath one, or their mean")
+    ] = None,
+    counts: Annotated[Literal["uint8", "int16"], typer.Option("--counts", help="how a count is stored")] = "uint8",
+    overflow: Annotated[Literal["refuse", "saturate"], typer.Option("--overflow", help="what a larger count does")] = "refuse",
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="training recordings that are generated")] = None,
+    val_samples: Annotated[int | None, typer.Option("--val-samples", min=1, help="evaluation recordings, likewise")] = None,
+    workers: Writers = 1,
+    existing: OnExisting = "refuse",
+    max_bad: Annotated[int, typer.Option("--max-bad", min=0, help="unreadable recordings to skip before giving up")] = 0,
+) -> None:
+    """Recordings of event cameras.
+
+    Generated: moving (shapes whose direction only time tells), saccades (over Fashion-MNIST). Published, read by tonic: nmnist,
+    cifar10dvs, gesture, ncaltech101.
+    """
+    from pipeline.data.events.write import write_events as write
+    from pipeline.data.progress import progress
+
+    given = {"source": source, "slices": slices, "size": size, "resize": resize, "samples": samples, "val_samples": val_samples}
+    options = {key: value for key, value in given.items() if value is not None}
+    how = {"frames_by": frames_by, "counts": counts, "overflow": overflow, "workers": workers, "existing": existing}
+    with progress(name) as told:
+        _report(write(name, out, progress=told, max_bad=max_bad, **how, **options))
+
+
 def _end(folders: list[Path] | None, runs: Path) -> None:
     """The table of what was trained; somebody who stopped the training gets the shell's code for that."""
     if folders is None:

@@ -1,0 +1,132 @@
+"""Event files: recordings, generated ones or those of a published set, to train.beton and val.beton with their manifests."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from pipeline.data import sources as images
+from pipeline.data.errors import DataError
+from pipeline.data.events.frames import Framing
+from pipeline.data.events.moving import CLASSES, Moving
+from pipeline.data.events.saccades import Saccades
+from pipeline.data.events.sources import PUBLISHED, Published, recorded
+from pipeline.data.manifest import Manifest
+from pipeline.data.sources import Source
+from pipeline.data.write import Existing, Progress, write_sets
+
+Name = Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"]
+
+
+def write_events(
+    name: Name,
+    out: Path,
+    *,
+    source: str | Path | None = None,
+    slices: int | None = None,
+    size: int | None = None,
+    samples: int | None = None,
+    val_samples: int | None = None,
+    content_seed: int | None = None,
+    workers: int = 1,
+    max_bad: int = 0,
+    progress: Progress | None = None,
+    existing: Existing = "refuse",
+    **framing: Any,
+) -> list[Manifest]:
+    """Write a set as event files.
+
+    `source`: of a published set the folder that tonic fills (sources.py); of saccades "fashion" or the folder of its files.
+    `slices`: 10 (moving), 6 (saccades); a published set has no default. `size`: 34 (generated), or the sensor's.
+    `samples`, `val_samples`: how many are generated, 6000 and 1600 (moving), or one for each image (saccades).
+    `content_seed`: selects what is generated (0).
+    `framing`: `frames_by`, `resize`, `counts`, `overflow` of frames.Framing.
+    `max_bad`, `existing`: as for `write_folder`.
+
+    Raises: DataError for options that are missing or have no effect, and for recordings that are not to be had; what
+    `write_sets` raises.
+    """
+    generated = {"samples": samples, "val_samples": val_samples, "content_seed": content_seed}
+    if name in PUBLISHED:
+        _refuse(name, "has its own recordings", **generated)
+        sets, plan = _published(name, source, slices, size)
+    elif name in get_args(Name):
+        _refuse(name, "is generated in the size asked for", resize=framing.get("resize"))
+        counts = {key: value for key, value in generated.items() if value is not None}
+        sets, plan = _moving(source, slices, size, **counts) if name == "moving" else _saccades(source, slices, size, **counts)
+    else:
+        raise DataError(f"write events: the set must be one of {', '.join(get_args(Name))}; got {name!r}")
+    how = Framing(**plan, **framing)
+    written = write_sets(sets, Path(out), how, workers=workers, max_bad=max_bad, progress=progress, existing=existing)
+    _check_kept(written, sets)
+    return written
+
+
+def _published(
+    name: Any, source: str | Path | None, slices: int | None, size: int | None
+) -> tuple[list[Source[Any]], dict[str, int]]:
+    about: Published = PUBLISHED[name]
+    if source is None or slices is None:
+        raise DataError(
+            f"write events: {name} needs a source, the folder that tonic fills, and slices; got source={source}, slices={slices}"
+        )
+    return recorded(name, Path(source)), {"slices": slices, "size": max(about.sensor) if size is None else size}
+
+
+def _moving(
+    source: str | Path | None,
+    slices: int | None,
+    size: int | None,
+    *,
+    samples: int = 6000,
+    val_samples: int = 1600,
+    content_seed: int = 0,
+) -> tuple[list[Source[Any]], dict[str, int]]:
+    _refuse("moving", "is generated", source=source)
+    plan = {"slices": 10 if slices is None else slices, "size": 34 if size is None else size}
+    sets: list[Source[Any]] = []
+    for part, (name, count) in enumerate((("train", samples), ("val", val_samples))):
+        items = [Moving(number, part, plan["size"], content_seed) for number in range(count)]
+        sets.append(Source(name, CLASSES, items, f"moving shapes, content seed {content_seed}"))
+    return sets, plan
+
+
+def _saccades(
+    source: str | Path | None,
+    slices: int | None,
+    size: int | None,
+    *,
+    samples: int | None = None,
+    val_samples: int | None = None,
+    content_seed: int = 0,
+) -> tuple[list[Source[Any]], dict[str, int]]:
+    plan = {"slices": 6 if slices is None else slices, "size": 34 if size is None else size}
+    sets: list[Source[Any]] = []
+    found = images.fashion(None if source in (None, "fashion") else Path(source))
+    for part, (each, count) in enumerate(zip(found, (samples, val_samples), strict=True)):
+        if count is not None and count > len(each.items):
+            raise DataError(f"write events: saccades: {each.name} has {len(each.items)} images; got {count} to be seen")
+        items = [
+            Saccades(np.asarray(item.image), item.label, item.number, part, plan["size"], content_seed)
+            for item in each.items[:count]
+        ]
+        sets.append(Source(each.name, each.classes, items, f"saccades over {each.where}, content seed {content_seed}"))
+    return sets, plan
+
+
+def _refuse(name: str, why: str, **given: Any) -> None:
+    for option, value in given.items():
+        if value is not None:
+            raise DataError(f"write events: {option} has no effect: {name} {why}; got {option}={value}")
+
+
+def _check_kept(written: Sequence[Manifest], sets: Sequence[Source[Any]]) -> None:
+    """Files that were kept must be of the set that was asked for, and whole."""
+    for manifest, each in zip(written, sets, strict=True):
+        held = manifest.samples + len(manifest.skipped)
+        if (held, manifest.source) != (len(each.items), each.where):
+            raise DataError(
+                f"write events: {manifest.file} was written from {held} recordings of {manifest.source}; "
+                f"got {len(each.items)} of {each.where}; ask with --existing replace"
+            )
