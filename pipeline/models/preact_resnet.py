@@ -1,12 +1,14 @@
-"""PreAct-ResNet for rate-coded neurons: DSR's network for CIFAR and ImageNet.
+"""PreAct-ResNet: DSR's network for CIFAR and ImageNet, and SLTT's for CIFAR.
 
     block:   h = neuron(norm(x)),   y = convolution(neuron(norm(convolution(h)))) + (h, through a 1x1 convolution where the
              shape changes)
 
 So the shortcut carries spikes even where nothing changes shape, unlike He et al.'s, whose identity takes x. Pools are
-averages; behind the last block come norm, neuron, a global pool and the `RateHead`.
+averages; behind the last block come norm, neuron, a global pool and the head: `"rate"` ends in neurons (`RateHead`),
+`"linear"` is a linear classifier.
 
-Source: He et al. 2016 (arXiv 1603.05027); Meng et al. 2022 (DSR, arXiv 2205.00459) for the spiking form.
+Source: He et al. 2016 (arXiv 1603.05027); Meng et al. 2022 (DSR, arXiv 2205.00459) and Meng et al. 2023 (SLTT, arXiv
+2302.14311) for the spiking form.
 """
 
 # T time, B batch, C channels, H W pixels, K classes
@@ -20,10 +22,11 @@ from pipeline.models.parts import one_more
 from pipeline.models.rate_head import RateHead
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF
-from pipeline.spiking.synapse import Conv2d, folded
+from pipeline.spiking.synapse import Conv2d, Linear, folded
 
 Over = Literal["step", "time"]
 Stem = Literal["imagenet", "small"]
+Head = Literal["rate", "linear"]
 
 
 class Block(nn.Module):
@@ -51,7 +54,7 @@ class Block(nn.Module):
 class PreActResNet(nn.Module):
     """`stem` "imagenet": 7x7 convolution, norm, neuron and pool, norms in the shortcuts; "small": a 3x3 convolution, none.
 
-    Raises: ValueError for an unknown `stem`, or sizes below 1.
+    Raises: ValueError for an unknown `stem` or `head`, or sizes below 1.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class PreActResNet(nn.Module):
         in_channels: int,
         width: int,
         stem: Stem,
+        head: Head,
         over: Over,
         neuron: nn.Module,
     ) -> None:
@@ -72,6 +76,8 @@ class PreActResNet(nn.Module):
                 raise ValueError(f"PreActResNet: {name} must be >= 1; got {name}={number}")
         if stem not in ("imagenet", "small"):
             raise ValueError(f"PreActResNet: stem must be 'imagenet' or 'small'; got stem={stem!r}")
+        if head not in ("rate", "linear"):
+            raise ValueError(f"PreActResNet: head must be 'rate' or 'linear'; got head={head!r}")
         self.stem = nn.Sequential()
         self.stem_pool = None
         if stem == "imagenet":
@@ -91,7 +97,7 @@ class PreActResNet(nn.Module):
             stages.append(stage)
         self.stages = nn.Sequential(*stages)
         self.norm, self.neuron = BatchNorm(channels, over=over), one_more(neuron)
-        self.classifier = RateHead(channels, classes, over=over, neuron=neuron)
+        self.classifier = RateHead(channels, classes, over=over, neuron=neuron) if head == "rate" else Linear(channels, classes)
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         h = self.stem(x_TBCHW)
@@ -109,7 +115,14 @@ def preact_resnet18(
 ) -> PreActResNet:
     """PreAct-ResNet-18 for ImageNet, 11.69 M parameters. `over` is batch norm's, over T and B as published."""
     return PreActResNet(
-        blocks=(2, 2, 2, 2), classes=classes, in_channels=in_channels, width=64, stem="imagenet", over=over, neuron=neuron
+        blocks=(2, 2, 2, 2),
+        classes=classes,
+        in_channels=in_channels,
+        width=64,
+        stem="imagenet",
+        head="rate",
+        over=over,
+        neuron=neuron,
     )
 
 
@@ -119,15 +132,24 @@ def preact_resnet18_small(
     in_channels: int = 3,
     width: int = 64,
     blocks: Sequence[int] = (2, 2, 2, 2),
+    head: Head = "rate",
     over: Over = "time",
     neuron: nn.Module = RateIF(),
 ) -> PreActResNet:
     """PreAct-ResNet-18 for 28 to 32 pixels: 3x3 stem, no stem pool. `width` and fewer `blocks` make it small.
 
-    The published one has biases in its convolutions; a batch norm stands behind each of those here and takes them away.
+    The published ones have biases in their convolutions; a batch norm stands behind each of those here and takes them away.
+    SLTT's is `head="linear", over="step", neuron=LIF(1 / 11)`.
     """
     return PreActResNet(
-        blocks=blocks, classes=classes, in_channels=in_channels, width=width, stem="small", over=over, neuron=neuron
+        blocks=blocks,
+        classes=classes,
+        in_channels=in_channels,
+        width=width,
+        stem="small",
+        head=head,
+        over=over,
+        neuron=neuron,
     )
 
 

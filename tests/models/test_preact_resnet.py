@@ -4,6 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.models.preact_resnet import preact_resnet18, preact_resnet18_small
+from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, RateLIF, RateNeuron, WeightedRates
 from pipeline.spiking.state import fresh_state
@@ -93,3 +94,14 @@ def test_lif_logits_are_weighted():
 def test_refuses(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_with_a_linear_head_it_is_slTTs_network():
+    """Published: 11.18 M with the biases of its convolutions; those that a batch norm takes away are left out here."""
+    with torch.device("meta"):
+        model = preact_resnet18_small(10, head="linear", over="step", neuron=LIF(1 / 11))
+    biases = 64 + 2 * 2 * (64 + 128 + 256 + 512) + 128 + 256 + 512  # stem, blocks, shortcuts
+    assert round((sum(p.numel() for p in model.parameters()) + biases) / 1e6, 2) == 11.18
+    assert sum(isinstance(m, LIF) for m in model.modules()) == 17
+    with pytest.raises(ValueError, match=r"PreActResNet: head must be 'rate' or 'linear'; got head='none'"):
+        preact_resnet18_small(head="none")

@@ -1,0 +1,26 @@
+"""SLTT's network and settings for CIFAR."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pipeline.models.preact_resnet import preact_resnet18_small
+from pipeline.objective import CrossEntropy
+from pipeline.recipe import Recipe, spec
+from pipeline.rules.sltt import SLTT
+from pipeline.spiking.neuron import LIF
+from recipes.cifar.base import cifar
+
+
+def sltt(classes: int, *, weight_decay: float) -> Recipe:
+    """PreAct-ResNet-18 with batch norm per time step, at T = 6."""
+    shared = cifar(classes)
+    return replace(
+        shared,
+        model=spec(preact_resnet18_small, classes=classes, head="linear", over="step", neuron=spec(LIF, leak=1 / 11)),
+        rule=spec(SLTT),
+        objective=spec(CrossEntropy, mse=0.05),
+        optimizer=shared.optimizer.with_(weight_decay=weight_decay),
+        epochs=200,
+        precision="bf16",
+    )
