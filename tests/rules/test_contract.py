@@ -6,6 +6,7 @@ What a rule's own tests export for it is written at the head of `tests/rules/cas
 import copy
 import pickle
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from torch.nn import functional as F
 
 from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
+from pipeline.rules.hlop import HLOP
+from pipeline.spiking.spectral import SpectralLimit
 from pipeline.spiking.state import SEAMS, fresh_state, state_bytes
+from pipeline.spiking.synapse import Conv2d, Linear
 from tests.rules.cases import CASES, FILES, Case, rule_classes
 from tests.rules.small import batch, cross_entropy, difference, gradients, learn, spikes_of
 from tests.spiking.saved import SavedBytes
@@ -54,6 +58,15 @@ def mean_loss(rule: Rule, logits_TBK: torch.Tensor, target: torch.Tensor) -> tor
 def global_generators() -> tuple:
     numpy_state = np.random.get_state()  # noqa: NPY002
     return torch.get_rng_state().tolist(), numpy_state[1].tolist(), numpy_state[2], random.getstate()
+
+
+def with_plain_weights(model: nn.Module) -> nn.Module:
+    """The same network without limits on its synapses, which HLOP refuses."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SpectralLimit):
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, module.synapse)
+    return model
 
 
 def plain_logits(model: nn.Module, x_TBC: torch.Tensor) -> torch.Tensor:
@@ -151,7 +164,7 @@ def test_release_restores(case):
 def test_second_attach_is_refused(case):
     rule, model = case.rule(), case.model()
     attach(rule, model)
-    with pytest.raises(ValueError, match=rf"^{rule.label}: "):
+    with pytest.raises(ValueError, match=rf"^{re.escape(rule.label)}: "):
         attach(rule, case.model())
     with pytest.raises(ValueError, match=r"BPTT: .* no rule yet"):
         BPTT().attach(model)
@@ -250,3 +263,25 @@ def test_resumes_exactly(case):
     got = second.state_dict() | second_model.state_dict()
     assert got.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in got.items())
+
+
+def test_hlop_around_it_is_orthogonal(case):
+    """In the second task no weight learns in the subspace of the first, vectors of parameters rest, and learning goes on."""
+    rule, model = case.rule(), with_plain_weights(case.model())
+    synapses = [module for module in model.modules() if isinstance(module, (Linear, Conv2d))]
+    if not isinstance(rule, HLOP):
+        rule = HLOP(rule, rows=((3,) * len(synapses), (1,) * len(synapses)))
+    attach(rule, model, world=World(seed=3))
+    for step in range(2):
+        run(rule, model, 4, step=step)
+    rule.start_task(model, 1)
+    model.zero_grad()
+    run(rule, model, 4, step=2)
+    learnt = 0.0
+    for synapse, subspace in zip(synapses, rule.subspaces, strict=True):
+        if synapse.weight.grad is not None:  # a readout that the rule does not use has none
+            g_KC, old = synapse.weight.grad.flatten(1), subspace.get_buffer("old")
+            assert len(old) >= 3 and (g_KC @ old.T).abs().max() < 1e-14 + 1e-13 * g_KC.abs().max()
+            learnt = max(learnt, g_KC.abs().max().item())
+    assert learnt > 1e-4
+    assert all(not p.grad.any() for p in model.parameters() if p.dim() == 1 and p.grad is not None)

@@ -1,0 +1,324 @@
+"""Hebbian Learning based Orthogonal Projection: any rule, held to the directions that old tasks do not use."""
+
+# T time, B batch
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, counter_hash, named_neurons
+from pipeline.spiking.errorpath import FixedFeedback, sign_symmetric
+from pipeline.spiking.listen import Ear, Overheard, fan_in
+from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.plain import named_parameters, plain_synapses
+from pipeline.spiking.subspace import Moments, SecondMoments, SpikingMoments, Subspace
+from pipeline.spiking.synapse import Conv2d, Linear
+
+LearnFrom = Literal["spikes", "traces", "rates"]
+Error = Literal["backprop", "sign_symmetric", "feedback"]
+
+# What a draw is for; layers and tasks follow.
+_ROWS, _FEEDBACK = 0x484C4F50, 0x46414C47
+
+
+class HLOP(Rule):
+    """HLOP(inner): `inner` decides on the gradients, and each task leaves the subspaces of the tasks before it alone.
+
+        dL/dW <- dL/dW - (dL/dW H^T) H         from the second task on;  H the frozen rows of the synapse
+
+    where H spans the inputs that the synapse had in old tasks, so that what it answered to them stays. H is learnt beside
+    the weights, by Hebbian lateral neurons (`spiking/subspace.py`), from every batch's inputs, once a global batch. A
+    convolution's inputs are its patches, its weight a matrix `[out, C k k]`; the projection unfolds nothing.
+
+    `start_task` freezes the rows learnt and begins new ones, orthogonal to them. With it, from the second task on, every
+    vector of parameters rests (biases, thresholds, gains: their gradient is zero), and batch norm uses its running
+    statistics and keeps them. Old outputs stay exactly where H spans the old *per-step* inputs, and by |dW| times what
+    H misses of them otherwise, under SGD with or without momentum, which must be fresh in each task: an old momentum still
+    points into the subspace. Weight decay, Adam and the like, weights that are not the plain parameter (standardised, 1-bit,
+    spectrally limited) leave it, so they are refused.
+
+    Args:
+        rows: how many rows each synapse, in order of registration, gets in each task: `((80, 200, 100), (70, 70, 70))`; the
+            last entry holds for all later tasks.
+        learning_rate: of the lateral neurons, one or one for each synapse; it is in units of 1 / E|x|^2.
+        inner_iterations, momentum: of the Hebbian rule within a batch.
+        learn_from: "spikes", the inputs of each step; "traces", what the inner rule multiplies the error with (OTTT, OPZO);
+            "rates", their weighted mean over time (DSR's), for rules that hold all steps at once. Rates keep the mean current
+            of old tasks and not that of each step.
+        lateral_steps: lateral neurons answer in spikes of so many steps (published: 1000, 40); None: in real numbers.
+        error: "backprop"; "sign_symmetric" or "feedback", another weight that carries the error down (`spiking/errorpath.py`).
+        skip: modules with all in them that are neither projected nor frozen, such as the heads that tasks do not share.
+
+    Unlike the published code, which learns at every forward from its own samples (OTTT: at each step, from spikes and traces
+    stacked), H learns from the mean over the global batch, so that ranks and micro-batches agree on it; and it is made
+    orthonormal after each batch.
+
+    Raises: ValueError for arguments out of range (when made); for a synapse or parameter that cannot be projected, batch norm
+    of torch, rows that do not fit, traces or rates that the inner rule or model does not have (`attach`); for an optimizer
+    that is not plain SGD (`check_optimizer`); for slices under "rates" (`objectives`); for a task out of turn (`start_task`).
+    Source: Xiao et al. 2024 (arXiv 2402.11984), sections 4.1-4.3.
+    """
+
+    def __init__(
+        self,
+        inner: Rule,
+        *,
+        rows: Sequence[Sequence[int]],
+        learning_rate: float | Sequence[float] = 0.01,
+        inner_iterations: int = 5,
+        momentum: float = 0.9,
+        learn_from: LearnFrom = "spikes",
+        lateral_steps: int | None = None,
+        error: Error = "backprop",
+        skip: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        if not isinstance(inner, Rule) or isinstance(inner, HLOP):
+            raise ValueError(f"HLOP: inner must be a rule other than HLOP; got {inner!r}")
+        if isinstance(rows, str) or not rows or any(isinstance(each, int) or not each or min(each) < 0 for each in rows):
+            raise ValueError(f"HLOP: rows must hold, for each task, a number >= 0 for each synapse; got rows={rows!r}")
+        rates = (learning_rate,) if isinstance(learning_rate, (int, float)) else tuple(learning_rate)
+        if not rates or min(rates) <= 0:
+            raise ValueError(f"HLOP: learning_rate must be > 0; got learning_rate={learning_rate}")
+        if inner_iterations < 1:
+            raise ValueError(f"HLOP: inner_iterations must be >= 1; got inner_iterations={inner_iterations}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"HLOP: momentum must be in 0..1, below 1; got momentum={momentum}")
+        if lateral_steps is not None and lateral_steps < 1:
+            raise ValueError(f"HLOP: lateral_steps must be >= 1; got lateral_steps={lateral_steps}")
+        for name, value, choices in (
+            ("learn_from", learn_from, ("spikes", "traces", "rates")),
+            ("error", error, ("backprop", "sign_symmetric", "feedback")),
+        ):
+            if value not in choices:
+                raise ValueError(f"HLOP: {name} must be one of {', '.join(choices)}; got {name}={value!r}")
+        self.inner = inner
+        self.memory, self.update = inner.memory, inner.update
+        self.over_time_choices, self.calibration_batches = inner.over_time_choices, inner.calibration_batches
+        self.row_counts = tuple(tuple(each) for each in rows)
+        self.learning_rates = rates
+        self.inner_iterations = inner_iterations
+        self.momentum = momentum
+        self.learn_from: LearnFrom = learn_from
+        self.lateral_steps = lateral_steps
+        self.error: Error = error
+        self.skip = tuple(skip)
+        self.register_buffer("task", torch.zeros(1, dtype=torch.int64))
+        self.subspaces = nn.ModuleList()
+        self._ears: list[Ear] = []
+        self._batch = -1
+        self._hooks: list[RemovableHandle] = []
+
+    @property
+    def label(self) -> str:
+        spiking = "" if self.lateral_steps is None else ", spiking"
+        error = "" if self.error == "backprop" else f", {self.error.replace('_', '-')}"
+        return f"HLOP({self.inner.label}{error}{spiking})"
+
+    # ------------------------------------------------------------------------------------------------- attach and release
+
+    def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
+        if self._attached:
+            raise ValueError(f"{self.label}: release the first model before attaching another")
+        synapses = self._synapses_of(model)
+        leak = self._leak_of(model) if self.learn_from == "rates" else None
+        # Not super().attach: it is the inner rule that finds out whether the model is free.
+        self.inner.attach(model, world=world, over_time=over_time)
+        if self.learn_from == "traces" and all(synapse.presynaptic is None for synapse in synapses.values()):
+            self.inner.release()
+            raise ValueError(
+                f"{self.label}: learn_from='traces' needs a rule that keeps traces, such as OTTT; got {self.inner.label}"
+            )
+        self.world, self.over_time = world, over_time
+        self._attached.append(model)
+        for module in model.modules():
+            self.set_seam(module, "carried_rule", self.label)
+        self.task = torch.zeros(1, dtype=torch.int64)
+        self.subspaces = nn.ModuleList(
+            Subspace(
+                fan_in(synapse), dtype=torch.promote_types(synapse.weight.dtype, torch.float32), device=synapse.weight.device
+            )
+            for synapse in synapses.values()
+        )
+        self._grow()
+        for index, (name, synapse) in enumerate(synapses.items()):
+            self._tie(name, synapse, self.subspaces[index], leak)  # type: ignore[arg-type]
+        self._set_error_path(model)
+        projected = {id(synapse.weight) for synapse in synapses.values()}
+        for _, parameter in named_parameters(model, skip=self.skip):
+            if parameter.requires_grad and id(parameter) not in projected:
+                self._hooks.append(parameter.register_hook(self._at_rest))
+
+    def release(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+        self._ears.clear()
+        super().release()
+        self.inner.release()
+
+    def _tie(self, name: str, synapse: Linear | Conv2d, subspace: Subspace, leak: float | None) -> None:
+        """One synapse to its subspace: what it hears, and the gradient of its weight."""
+        ear = Ear(name, synapse, subspace, self._moments, leak)
+        self._ears.append(ear)
+        if self.learn_from == "traces" and synapse.presynaptic is not None:
+            self.set_seam(synapse, "presynaptic", Overheard(synapse.presynaptic, ear.hear))
+        else:
+            # Closures are not copied with the model, unlike bound methods, which would take the rule along.
+            self._hooks.append(synapse.register_forward_pre_hook(lambda _, inputs: ear.hear(inputs[0])))
+        if synapse.weight.requires_grad:
+            self._hooks.append(synapse.weight.register_hook(lambda g: subspace.project(g) if len(subspace.old) else None))
+
+    def _moments(self, subspace: Subspace) -> Moments:
+        return SecondMoments(subspace) if self.lateral_steps is None else SpikingMoments(subspace, steps=self.lateral_steps)
+
+    def _set_error_path(self, model: nn.Module) -> None:
+        synapses = [module for module in model.modules() if isinstance(module, (Linear, Conv2d))]
+        for index, synapse in enumerate(synapses):
+            if self.error == "sign_symmetric":
+                self.set_seam(synapse, "backward_weight", sign_symmetric)
+            elif self.error == "feedback":
+                key = counter_hash(self.world.seed, _FEEDBACK, index)
+                self.set_seam(synapse, "backward_weight", FixedFeedback(synapse.weight.detach(), key=key))
+
+    def _at_rest(self, g: Tensor) -> Tensor | None:
+        """The gradient of a vector of parameters: zero from the second task on. The parameter itself stays the optimizer's."""
+        return torch.zeros_like(g) if int(self.task) else None
+
+    # -------------------------------------------------------------------------------------------------------------- tasks
+
+    def start_task(self, model: nn.Module, task: int) -> None:
+        """Task 0 has begun with `attach`; each later one freezes what was learnt. Collective where there is batch norm."""
+        self.inner.start_task(model, task)
+        if task == int(self.task) == 0:
+            return
+        if task != int(self.task) + 1:
+            raise ValueError(f"{self.label}: tasks come one after another; got task {task} after task {int(self.task)}")
+        self.task += 1
+        self._grow()
+        for module in self._attached[0].modules():
+            if isinstance(module, BatchNorm):  # what rests is the same on every rank
+                module.running_mean.copy_(self.world.mean(module.running_mean))
+                module.running_var.copy_(self.world.mean(module.running_var))
+        self._freeze_norms()
+
+    def _grow(self) -> None:
+        task = int(self.task)
+        counts = self.row_counts[min(task, len(self.row_counts) - 1)]
+        for index, (subspace, count) in enumerate(zip(self._subspaces, counts, strict=True)):
+            if count > subspace.free:
+                raise ValueError(
+                    f"{self.label}: rows must fit into the inputs of a synapse; got {count} more for task {task}, where "
+                    f"synapse {index} has {subspace.free} directions left"
+                )
+            subspace.grow(count, key=counter_hash(self.world.seed, _ROWS, index, task))
+
+    def _freeze_norms(self) -> None:
+        for module in self._attached[0].modules():
+            if isinstance(module, BatchNorm) and not module.frozen:
+                self.set_seam(module, "frozen", True)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **more: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **more)
+        if int(self.task) and self._attached:  # start_task is not called again for the task that was running
+            self._freeze_norms()
+
+    @property
+    def _subspaces(self) -> list[Subspace]:
+        return list(self.subspaces)  # type: ignore[arg-type]
+
+    # ------------------------------------------------------------------------------------------------------------ batches
+
+    def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
+        if step != self._batch:
+            self._batch = step
+            for ear in self._ears:
+                ear.forget()
+        shares = self.inner.objectives(model, x_TB, loss_of, step=step, rows=rows)
+        while True:
+            # Closed again before the yield: what a backward computes once more (recomputation) is not heard twice.
+            with self._listening(x_TB.shape[0]):
+                share = next(shares, None)
+            if share is None:
+                return
+            yield share
+
+    @contextmanager
+    def _listening(self, steps: int) -> Iterator[None]:
+        for ear in self._ears:
+            ear.open_for = steps
+        try:
+            yield
+        finally:
+            for ear in self._ears:
+                ear.open_for = None
+
+    def end_of_batch(self) -> None:
+        """The rows learn from the inputs of all micro-batches and ranks; one collective or three a synapse."""
+        self.inner.end_of_batch()
+        for ear, rate in zip(self._ears, self._rates(len(self._ears)), strict=True):
+            heard = ear.take(self.world.mean)
+            if heard is not None:
+                ear.subspace.learn(heard, rate=rate, momentum=self.momentum, iterations=self.inner_iterations)
+
+    def figures(self) -> dict[str, float]:
+        """The inner rule's, and for each synapse the energy of the last batch's inputs that its rows keep, and what is free."""
+        found = dict(self.inner.figures())
+        for ear in self._ears:
+            found[f"energy_{ear.name}"] = ear.energy()
+            found[f"free_{ear.name}"] = float(ear.subspace.free)
+        return found
+
+    # -------------------------------------------------------------------------------------------- what is the inner rule's
+
+    def check_steps(self, steps: int) -> None:
+        self.inner.check_steps(steps)
+
+    def calibrate(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
+        self.inner.calibrate(model, batches)
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        self.inner.check_optimizer(optimizer)
+        if not isinstance(optimizer, torch.optim.SGD):
+            raise ValueError(
+                f"{self.label}: the optimizer must be SGD, whose steps are sums of projected gradients; "
+                f"got {type(optimizer).__name__}"
+            )
+        decay = max(group["weight_decay"] for group in optimizer.param_groups)
+        if decay != 0:
+            raise ValueError(
+                f"{self.label}: weight_decay must be 0, for it shrinks weights in the directions of old tasks, too; "
+                f"got weight_decay={decay}"
+            )
+
+    # ------------------------------------------------------------------------------------------------------------- checks
+
+    def _synapses_of(self, model: nn.Module) -> dict[str, Linear | Conv2d]:
+        """What is projected, by module name, in order of registration."""
+        found = plain_synapses(self.label, model, skip=self.skip)
+        for what, lists in (("rows", self.row_counts), ("learning_rate", (self._rates(len(found)),))):
+            for each in lists:
+                if len(each) != len(found):
+                    raise ValueError(f"{self.label}: {what} must name one for each of {', '.join(found)}; got {each}")
+        for index, (name, synapse) in enumerate(found.items()):
+            asked = sum(counts[index] for counts in self.row_counts)
+            if asked > fan_in(synapse):
+                raise ValueError(
+                    f"{self.label}: rows of all tasks must fit into the {fan_in(synapse)} inputs of {name}; got {asked}"
+                )
+        return found
+
+    def _rates(self, count: int) -> tuple[float, ...]:
+        return self.learning_rates * count if len(self.learning_rates) == 1 else self.learning_rates
+
+    def _leak_of(self, model: nn.Module) -> float:
+        leaks = {neuron.leak for _, neuron in named_neurons(model)}
+        if len(leaks) != 1:
+            raise ValueError(
+                f"{self.label}: learn_from='rates' needs neurons of one leak, which weighs the steps; "
+                f"got {sorted(leaks) or 'no neurons'}"
+            )
+        return leaks.pop()

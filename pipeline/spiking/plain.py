@@ -1,0 +1,72 @@
+"""Synapses whose weight is the parameter itself, for rules whose promise is about what an update does to W x."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
+
+from pipeline.spiking.spectral import SpectralLimit
+from pipeline.spiking.synapse import Conv2d, Linear
+
+
+def plain_synapses(who: str, model: nn.Module, *, skip: Sequence[str] = ()) -> dict[str, Linear | Conv2d]:
+    """Every Linear and Conv2d outside the modules in `skip`, by module name, in order of registration.
+
+    Raises: ValueError, in the name of `who`, that names a weight which is not its parameter (standardised, parametrised,
+    limited in its norm, of another class), a matrix that belongs to no synapse, two synapses with one weight, groups,
+    torch's batch norm, or an entry of `skip` that is no module.
+    """
+    modules = dict(model.named_modules())
+    for name in skip:
+        if name not in modules:
+            raise ValueError(f"{who}: skip must name modules of the model; got {name!r}")
+    found: dict[str, Linear | Conv2d] = {}
+    for name, module in modules.items():
+        if is_inside(name, skip):
+            continue
+        why = _why_not(module)
+        if why is not None:
+            raise ValueError(
+                f"{who}: every layer must be a plain Linear or Conv2d, whose weight is the parameter itself; "
+                f"got {why} at {name or 'the model itself'}"
+            )
+        if isinstance(module, (Linear, Conv2d)):
+            found[name] = module
+    weights = {id(synapse.weight) for synapse in found.values()}
+    for name, parameter in named_parameters(model, skip=skip):
+        if parameter.dim() > 1 and id(parameter) not in weights:
+            raise ValueError(f"{who}: every matrix must be the weight of a Linear or Conv2d; got {name}")
+    if not found or len(weights) < len(found):
+        raise ValueError(f"{who}: the model must have synapses, each with a weight of its own; got {', '.join(found) or 'none'}")
+    return found
+
+
+def named_parameters(model: nn.Module, *, skip: Sequence[str] = ()) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters outside the modules in `skip`."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if not is_inside(name, skip))
+
+
+def is_inside(name: str, modules: Sequence[str]) -> bool:
+    """Whether a dotted name is one of `modules` or lies in one."""
+    return any(name == each or name.startswith(each + ".") for each in modules)
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """What speaks against a module, in words."""
+    if isinstance(module, _BatchNorm):
+        return "torch's batch norm, which cannot be frozen (pipeline.spiking.norm's can),"
+    if isinstance(module, SpectralLimit):
+        return "SpectralLimit, which scales what its weight answers,"
+    if not isinstance(module, (nn.Linear, _ConvNd)):
+        return None
+    if not isinstance(module, (Linear, Conv2d)):
+        return f"torch's {type(module).__name__}"
+    if module.weights != "plain":
+        return f"{module.weights} weights"
+    if is_parametrized(module):
+        return "parametrised weights"
+    if isinstance(module, Conv2d) and module.groups > 1:
+        return f"groups={module.groups}"
+    return None

@@ -1,0 +1,177 @@
+"""The subspace that the inputs of a layer span, learnt by lateral neurons from Hebbian and anti-Hebbian plasticity.
+
+    y = x H^T                                     lateral neurons, one for each row of H
+    D = clamp(E[y^T (x - y H)], -10, 10)          Hebbian in y x, anti-Hebbian in y (y H);  E over samples and time steps
+    m <- momentum m + (1 - momentum) D,   H <- H + rate m         for the rows that still learn
+
+Frozen rows take part in y H, so new rows learn what the old ones leave over. D sees the inputs only through their second
+moments, D = H S (I - H^T H) with S = E[x^T x]: adding up S over time steps, micro-batches and ranks and iterating once for a
+global batch gives every rank the same H, however the batch was cut.
+
+Source: Xiao et al. 2024 (HLOP, arXiv 2402.11984), section 4; Oja 1989 (doi 10.1142/S0129065789000475) for the subspace rule.
+"""
+
+# N samples and time steps, C inputs of a layer, K lateral neurons
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+LARGEST_CHANGE = 10.0
+LARGEST_RESPONSE = 20.0
+
+
+class Moments(Protocol):
+    """What the lateral neurons learn a global batch from."""
+
+    def add(self, x_NC: Tensor) -> None: ...
+
+    def mean(self, over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """From sums over the samples of this rank to means over all; collective. Each rank must hold as many samples."""
+        ...
+
+    def drive(self, subspace: "Subspace") -> Tensor:
+        """E[y^T (x - y H)] of the rows that learn."""
+        ...
+
+    def energy(self, subspace: "Subspace") -> Tensor:
+        """The share of E|x|^2 that the rows keep, for orthonormal rows E|y|^2 / E|x|^2."""
+        ...
+
+
+class Subspace(nn.Module):
+    """H over `size` inputs: the rows `old`, frozen, and the rows `new`, which learn; both orthonormal, and to each other.
+
+    Orthonormality is an attractor of the Hebbian rule, but only where the rows have inputs to learn from; the projection
+    relies on it. So the new rows are made orthonormal after each batch (their span stays) - an addition to the published rule.
+    """
+
+    old: Tensor
+    new: Tensor
+    velocity: Tensor
+    energy: Tensor
+    """the share of E|x|^2 that the rows kept when it was last asked for"""
+
+    def __init__(self, size: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        for name in ("old", "new", "velocity"):
+            self.register_buffer(name, torch.zeros(0, size, dtype=dtype, device=device))
+        self.register_buffer("energy", torch.zeros(1, dtype=dtype, device=device))
+
+    @property
+    def rows(self) -> Tensor:
+        return torch.cat([self.old, self.new])
+
+    @property
+    def free(self) -> int:
+        """Directions that no row takes yet."""
+        return self.old.shape[1] - len(self.old) - len(self.new)
+
+    @torch.no_grad()
+    def grow(self, count: int, *, key: int) -> None:
+        """Freeze what was learnt, and begin `count` new rows, drawn from `key` alone, orthogonal to all others."""
+        old, dtype, device = self.old.double(), self.old.dtype, self.old.device
+        self.old = torch.cat([self.old, orthonormal(orthonormal(self.new.double(), old), old).to(dtype)])
+        generator = torch.Generator().manual_seed(key & 0x7FFF_FFFF_FFFF_FFFF)
+        drawn = torch.randn(count, self.old.shape[1], generator=generator, dtype=torch.float64).to(device)
+        old = self.old.double()
+        self.new = orthonormal(orthonormal(drawn, old), old).to(dtype)
+        self.velocity = torch.zeros_like(self.new)
+
+    @torch.no_grad()
+    def learn(self, moments: Moments, *, rate: float, momentum: float, iterations: int) -> None:
+        """The equations at the head of the file, `iterations` times."""
+        for _ in range(iterations):
+            change = moments.drive(self).clamp_(-LARGEST_CHANGE, LARGEST_CHANGE)
+            self.velocity = momentum * self.velocity + (1 - momentum) * change
+            self.new = self.new + rate * self.velocity
+        self.new = orthonormal(self.new, self.old)
+
+    @torch.no_grad()
+    def project(self, g: Tensor) -> Tensor:
+        """g - (g H^T) H over the frozen rows; `g` is the gradient of a weight, flattened to `[outputs, C]`."""
+        with torch.autocast(g.device.type, enabled=False):
+            g_KC = g.flatten(1).to(self.old.dtype)
+            return (g_KC - (g_KC @ self.old.T) @ self.old).view_as(g).to(g.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **more: Any) -> None:
+        # The number of rows is a matter of the tasks so far: a checkpoint brings it.
+        for name in ("old", "new", "velocity"):
+            saved = state_dict.get(prefix + name)
+            if saved is not None:
+                setattr(self, name, getattr(self, name).new_empty(len(saved), self.old.shape[1]))
+        super()._load_from_state_dict(state_dict, prefix, *args, **more)
+
+
+class SecondMoments:
+    """S = E[x^T x], from which real-valued lateral neurons learn: D = H S (I - H^T H)."""
+
+    def __init__(self, subspace: Subspace) -> None:
+        self.second_CC = subspace.new.new_zeros(subspace.new.shape[1], subspace.new.shape[1])
+        self.samples = 0
+
+    def add(self, x_NC: Tensor) -> None:
+        self.second_CC.addmm_(x_NC.T, x_NC)
+        self.samples += len(x_NC)
+
+    def mean(self, over_ranks: Callable[[Tensor], Tensor]) -> None:
+        self.second_CC = over_ranks(self.second_CC / self.samples)
+
+    def drive(self, subspace: Subspace) -> Tensor:
+        old, new = subspace.old, subspace.new
+        response_KC = new @ self.second_CC
+        return response_KC - (response_KC @ old.T) @ old - (response_KC @ new.T) @ new
+
+    def energy(self, subspace: Subspace) -> Tensor:
+        rows = subspace.rows
+        return ((rows @ self.second_CC) * rows).sum() / self.second_CC.trace()
+
+
+class SpikingMoments:
+    """E[y^T x] and E[y^T y] of lateral neurons that answer in spikes, y clipped to +-20 and rounded to 1 / steps of that.
+
+    They fire once for each batch, with the weights of its beginning; the iterations move the weights under the same spikes.
+    """
+
+    def __init__(self, subspace: Subspace, *, steps: int) -> None:
+        self.rows, self.steps = subspace.rows, steps
+        count = len(self.rows)
+        self.cross_KC = torch.zeros_like(self.rows)
+        self.lateral_KK = self.rows.new_zeros(count, count)
+        self.power = self.rows.new_zeros(1)
+        self.samples = 0
+
+    def add(self, x_NC: Tensor) -> None:
+        y_NK = in_spikes(x_NC @ self.rows.T, self.steps)
+        self.cross_KC.addmm_(y_NK.T, x_NC)
+        self.lateral_KK.addmm_(y_NK.T, y_NK)
+        self.power += x_NC.square().sum()
+        self.samples += len(x_NC)
+
+    def mean(self, over_ranks: Callable[[Tensor], Tensor]) -> None:
+        self.cross_KC = over_ranks(self.cross_KC / self.samples)
+        self.lateral_KK = over_ranks(self.lateral_KK / self.samples)
+        self.power = over_ranks(self.power / self.samples)
+
+    def drive(self, subspace: Subspace) -> Tensor:
+        first = len(subspace.old)
+        return self.cross_KC[first:] - self.lateral_KK[first:] @ subspace.rows
+
+    def energy(self, subspace: Subspace) -> Tensor:
+        return self.lateral_KK.trace() / self.power[0]
+
+
+def in_spikes(y: Tensor, steps: int) -> Tensor:
+    """What `steps` time steps of signed spikes can say of y: clipped to +-20, in steps of 20 / `steps`."""
+    return (y.clamp(-LARGEST_RESPONSE, LARGEST_RESPONSE) * (steps / LARGEST_RESPONSE)).round() * (LARGEST_RESPONSE / steps)
+
+
+def orthonormal(rows: Tensor, others: Tensor) -> Tensor:
+    """Rows of the same span, apart from what lies in that of `others`: orthonormal, and orthogonal to `others`.
+
+    Gram-Schmidt in the order of the rows; where they are orthonormal already, nothing changes.
+    """
+    q, r = torch.linalg.qr((rows - (rows @ others.T) @ others).T)
+    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)).T.contiguous()

@@ -1,0 +1,555 @@
+"""HLOP the rule: what it hears, learns and holds still. Its lateral neurons alone are in tests/spiking/test_subspace.py."""
+
+import copy
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.rules.base import Rule, World
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.dsr import DSR
+from pipeline.rules.hlop import HLOP
+from pipeline.rules.ottt import OTTT
+from pipeline.rules.sltt import SLTT
+from pipeline.spiking.errorpath import FixedFeedback, sign_symmetric
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.rate import RateLIF
+from pipeline.spiking.spectral import SpectralLimit
+from pipeline.spiking.state import fresh_state
+from pipeline.spiking.subspace import SecondMoments, orthonormal
+from pipeline.spiking.synapse import Conv2d, Linear
+from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network
+
+ROWS = ((3, 4, 3), (1, 2, 2))
+
+
+def smallest_model() -> nn.Sequential:
+    return lif_network()
+
+
+def contract_rules() -> list[HLOP]:
+    return [
+        HLOP(SLTT(), rows=ROWS),
+        HLOP(BPTT(), rows=ROWS, learn_from="rates"),
+        HLOP(OTTT(), rows=ROWS, learn_from="traces", learning_rate=(0.001, 0.01, 0.01)),
+    ]
+
+
+def train(rule: Rule, model: nn.Module, x_TB: Tensor, target_B: Tensor, *, step: int, optimizer: Any = None) -> None:
+    model.zero_grad()
+    learn(rule.objectives(model, x_TB, cross_entropy(target_B), step=step))
+    rule.end_of_batch()
+    if optimizer is not None:
+        optimizer.step()
+
+
+def logits(model: nn.Module, x_TB: Tensor) -> Tensor:
+    with torch.no_grad(), fresh_state(model):
+        return model(x_TB)
+
+
+def rows_of(rule: HLOP, index: int, *, name: str = "old") -> Tensor:
+    return rule.subspaces[index].get_buffer(name)
+
+
+def moments_of(rule: HLOP, index: int) -> Tensor:
+    """S of the last batch."""
+    last = rule._ears[index].last
+    assert isinstance(last, SecondMoments)
+    return last.second_CC
+
+
+def gradient(module: nn.Module, name: str = "weight") -> Tensor:
+    found = module.get_parameter(name).grad
+    assert found is not None
+    return found
+
+
+def inputs_of(model: nn.Module, names: Sequence[str]) -> list[list[Tensor]]:
+    """Fills with what each of the modules is given."""
+    seen: list[list[Tensor]] = [[] for _ in names]
+
+    def note(found: list[Tensor], _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.append(inputs[0].detach())
+
+    for found, name in zip(seen, names, strict=True):
+        model.get_submodule(name).register_forward_pre_hook(partial(note, found))
+    return seen
+
+
+def carriers_of(model: nn.Sequential) -> list[Tensor]:
+    """What carries the error down, by synapse."""
+    synapses = [module for module in model if isinstance(module, Linear)]
+    assert all(synapse.backward_weight is not None for synapse in synapses)
+    return [synapse.backward_weight(synapse.weight.detach()) for synapse in synapses]  # type: ignore[misc]
+
+
+def batch_and_loss(steps: int) -> tuple[Tensor, Any]:
+    x_TB, target_B = batch(steps)
+    return x_TB, cross_entropy(target_B)
+
+
+def distance_moved(model: nn.Module, before: dict[str, Tensor], name: str) -> float:
+    """How far a weight moved, relative to its length."""
+    return ((model.get_parameter(name) - before[name]).norm() / before[name].norm()).item()
+
+
+def wide_network() -> nn.Sequential:
+    generator = torch.Generator().manual_seed(1)
+    model = nn.Sequential(Linear(12, 60), LIF(), Linear(60, 60), LIF(), Linear(60, 3)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / (p.shape[-1] ** 0.5 if p.dim() > 1 else 2))
+    return model
+
+
+def old_task() -> tuple[Tensor, Tensor]:
+    """4 samples of 4 steps; inputs in 5 of 12 directions, spikes of a layer in at most 16 of 60."""
+    x_TB, target_B = batch(4, size=4, features=12)
+    basis = orthonormal(x_TB[0, :, :].repeat(2, 1)[:5] + 0.1 * x_TB[1].repeat(2, 1)[:5].flip(0), x_TB.new_zeros(0, 12))
+    return 2 * x_TB @ basis.T @ basis, target_B
+
+
+def with_the_old_task_learnt(inner: Rule, model: nn.Module) -> HLOP:
+    """A rule whose rows know the inputs of the old task; the weights stay where they are."""
+    rule = HLOP(inner, rows=((5, 20, 20), (2, 4, 4)), learning_rate=(0.1, 0.3, 1.5), inner_iterations=25)
+    rule.attach(model)
+    for step in range(80):
+        train(rule, model, *old_task(), step=step)
+    return rule
+
+
+@pytest.mark.parametrize("inner", [BPTT, SLTT, OTTT])
+def test_old_outputs_stay_where_rows_span_the_old_inputs(inner):
+    model = wide_network()
+    rule = with_the_old_task_learnt(inner(), model)
+    rule.start_task(model, 1)
+    before = copy.deepcopy(model.state_dict())
+    old = logits(model, old_task()[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    for step in range(40):
+        x_TB, target_B = batch(5 + step % 7, size=8, features=12)
+        train(rule, model, x_TB, target_B, step=80 + step, optimizer=optimizer)
+    for name in ("0.weight", "2.weight", "4.weight"):
+        assert distance_moved(model, before, name) > 0.05
+    assert (logits(model, old_task()[0]) - old).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("leaves", ["adam", "weight_decay", "momentum"])
+def test_what_is_refused_or_must_be_fresh_moves_old_outputs(leaves):
+    """Why: the same run as above with Adam, with weight decay, or with the old task's momentum."""
+    model = wide_network()
+    rule = with_the_old_task_learnt(BPTT(), model)
+    make = {"adam": torch.optim.Adam, "weight_decay": torch.optim.SGD, "momentum": torch.optim.SGD}[leaves]
+    more = {"adam": {"lr": 1e-3}, "weight_decay": {"lr": 0.2, "momentum": 0.9, "weight_decay": 5e-4}}
+    optimizer = make(model.parameters(), **more.get(leaves, {"lr": 0.2, "momentum": 0.9}))
+    if leaves == "momentum":
+        at = copy.deepcopy(model.state_dict())
+        train(rule, model, *old_task(), step=80, optimizer=optimizer)
+        model.load_state_dict(at)
+    rule.start_task(model, 1)
+    old = logits(model, old_task()[0])
+    for step in range(10):
+        x_TB, target_B = batch(5 + step % 7, size=8, features=12)
+        train(rule, model, x_TB, target_B, step=81 + step, optimizer=optimizer)
+    assert (logits(model, old_task()[0]) - old).norm() / old.norm() > 1e-3
+
+
+def test_what_truncated_rows_miss_bounds_the_change():
+    """Without neurons the outputs are W x: their change is dW (x - x H^T H)."""
+    x_TB, target_B = batch(4, size=6, features=12)
+    projected, free = (Linear(12, 3, bias=False).double() for _ in range(2))
+    free.load_state_dict(projected.state_dict())
+    rule, baseline = HLOP(BPTT(), rows=((4,),), learning_rate=0.1), BPTT()
+    rule.attach(projected)
+    for step in range(100):
+        train(rule, projected, x_TB, target_B, step=step)
+    rule.start_task(projected, 1)
+    baseline.attach(free)
+    residual = (x_TB - x_TB @ rows_of(rule, 0).T @ rows_of(rule, 0)).norm(dim=-1)
+    found = []
+    for each, linear in ((rule, projected), (baseline, free)):
+        old, weight = logits(linear, x_TB), linear.weight.detach().clone()
+        optimizer = torch.optim.SGD(linear.parameters(), lr=0.1, momentum=0.9)
+        for step in range(30):
+            train(each, linear, *batch(5, size=8, features=12), step=100 + step, optimizer=optimizer)
+        change = (logits(linear, x_TB) - old).norm(dim=-1)
+        found.append((change, residual * torch.linalg.matrix_norm(linear.weight.detach() - weight, 2)))
+    change, bound = found[0]
+    assert (change <= bound + 1e-12).all() and change.max() > 0.3 * bound.max() > 1e-3
+    change, bound = found[1]
+    assert (change > bound).any()
+
+
+class ConvNet(nn.Module):
+    def __init__(self, **geometry: Any) -> None:
+        super().__init__()
+        self.conv = Conv2d(2, 4, **geometry)
+        self.norm = BatchNorm(4)
+        self.neuron = LIF()
+        self.classifier = Linear(4, 3)
+
+    def forward(self, x_TB: Tensor) -> Tensor:
+        return self.classifier(self.neuron(self.norm(self.conv(x_TB))).mean((3, 4)))
+
+
+def images(size: int = 4, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(3, size, 2, 7, 6, generator=generator, dtype=torch.float64), torch.arange(size) % 3
+
+
+@pytest.mark.parametrize("geometry", [{"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": (3, 1), "dilation": (2, 1)}])
+def test_a_projected_convolution_is_one_on_projected_patches(geometry):
+    model, (x_TB, target_B) = ConvNet(**geometry).double(), images()
+    conv = model.conv
+    rule = HLOP(BPTT(), rows=((4, 2), (1, 1)))
+    rule.attach(model)
+    train(rule, model, x_TB, target_B, step=0)
+    patches_NC = torch.cat([p.T for x in x_TB for p in F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)])
+    assert torch.allclose(moments_of(rule, 0), patches_NC.T @ patches_NC / len(patches_NC), atol=1e-12)
+    rule.start_task(model, 1)
+    errors: list[Tensor] = []
+    conv.register_forward_hook(lambda _module, _inputs, y_TB: y_TB.register_hook(errors.append) and None)
+    train(rule, model, x_TB, target_B, step=1)
+    g_NK = errors[0].flatten(0, 1).flatten(2).transpose(1, 2).flatten(0, 1)
+    old = rows_of(rule, 0)
+    expected = g_NK.T @ (patches_NC - patches_NC @ old.T @ old)
+    assert len(old) == 4 and expected.abs().max() > 1e-4
+    assert torch.allclose(gradient(conv).flatten(1), expected, atol=1e-13)
+
+
+def test_after_the_first_task_vectors_and_statistics_rest():
+    """Biases, the gain and bias of batch norm, thresholds; its running statistics; and rows of old tasks, to the bit."""
+    norm = BatchNorm(7)
+    model = nn.Sequential(Linear(6, 7), norm, RateLIF(), Linear(7, 5), LIF(), Linear(5, 3)).double()
+    rule = HLOP(BPTT(), rows=((2, 3, 2), (1, 1, 1)))
+    rule.attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    start = copy.deepcopy(model.state_dict())
+    for step in range(3):
+        train(rule, model, *batch(4), step=step, optimizer=optimizer)
+    # The bias in front of batch norm has no gradient but rounding.
+    vectors = [name for name, value in model.state_dict().items() if value.dim() == 1 and name != "0.bias"]
+    assert len(vectors) == 7 and all(not torch.equal(model.state_dict()[name], start[name]) for name in vectors)
+    for task in (1, 2):
+        rule.start_task(model, task)
+        before, rows = copy.deepcopy(model.state_dict()), [rows_of(rule, index).clone() for index in range(3)]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for step in range(3):
+            train(rule, model, *batch(4 + step), step=3 * task + step, optimizer=optimizer)
+        moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+        assert moved == {"0.weight", "3.weight", "5.weight"}
+        assert all(torch.equal(rows_of(rule, index), rows[index]) for index in range(3))
+        assert all(p.requires_grad for p in model.parameters())
+    trained = logits(model, batch(4)[0])
+    assert torch.equal(trained, logits(model.eval(), batch(4)[0])) and norm.frozen
+    rule.release()
+    assert not norm.frozen
+
+
+def test_modules_in_skip_are_left_alone():
+    model = lif_network()
+    rule = HLOP(BPTT(), rows=((3, 4), (1, 2)), skip=("4",))
+    plain = gradients(BPTT(), model, *batch_and_loss(4))
+    rule.attach(model)
+    train(rule, model, *batch(4), step=0)
+    rule.start_task(model, 1)
+    train(rule, model, *batch(4), step=1)
+    found = {name: gradient(model, name) for name in plain}
+    assert torch.equal(found["4.weight"], plain["4.weight"]) and torch.equal(found["4.bias"], plain["4.bias"])
+    assert not torch.allclose(found["2.weight"], plain["2.weight"], atol=1e-4)
+    assert not found["2.bias"].any() and not found["0.bias"].any()
+
+
+# ------------------------------------------------------------------------------------------------------------ what is heard
+
+
+def test_the_rows_learn_from_the_inputs_of_every_synapse_at_every_step():
+    """Against a plain forward; accumulated micro-batches are one batch, whether steps are differentiated or not."""
+    x_TB, target_B = batch(4, size=6)
+    model = lif_network()
+    seen = inputs_of(model, ("0", "2", "4"))
+    logits(model, x_TB)
+    rules = [HLOP(inner, rows=ROWS) for inner in (BPTT(), BPTT(recompute=True), SLTT(), SLTT(1), OTTT())]
+    for rule in rules:
+        model = lif_network()
+        rule.attach(model)
+        for part in (slice(0, 2), slice(2, 6)):
+            learn(rule.objectives(model, x_TB[:, part], cross_entropy(target_B[part]), step=0))
+        rule.end_of_batch()
+        for index, (x,) in enumerate(seen):
+            x_NC = x.flatten(0, 1)
+            assert torch.allclose(moments_of(rule, index), x_NC.T @ x_NC / len(x_NC), atol=1e-13)
+            assert torch.allclose(rows_of(rule, index, name="new"), rows_of(rules[0], index, name="new"), atol=1e-12)
+
+
+def test_traces_and_rates():
+    x_TB, target_B = batch(4)
+    rule, model = HLOP(OTTT(), rows=ROWS, learn_from="traces"), lif_network()
+    rule.attach(model)
+    (spikes,) = inputs_of(model, ("2",))
+    train(rule, model, x_TB, target_B, step=0)
+    s_TB = torch.cat(spikes)
+    trace_TB = torch.stack([sum(0.5 ** (t - k) * s_TB[k] for k in range(t + 1)) for t in range(4)])  # type: ignore[misc]
+    for index, factor_TB in ((0, x_TB), (1, trace_TB)):  # the first synapse has no trace
+        f_NC = factor_TB.flatten(0, 1)
+        assert torch.allclose(moments_of(rule, index), f_NC.T @ f_NC / len(f_NC), atol=1e-13)
+
+    model = nn.Sequential(Linear(6, 8), RateLIF(), Linear(8, 3)).double()
+    rule = HLOP(DSR(), rows=((3, 4), (1, 1)), learn_from="rates")
+    rule.attach(model, over_time="mean")
+    (spikes,) = inputs_of(model, ("2",))
+    train(rule, model, x_TB, target_B, step=0)
+    w_T = [math.exp(-0.05 * (3 - t)) for t in range(4)]
+    for index, z_TB in ((0, x_TB), (1, spikes[0])):
+        rate_BC = torch.stack([w * z_BC for w, z_BC in zip(w_T, z_TB, strict=True)]).sum(0) / sum(w_T)
+        assert torch.allclose(moments_of(rule, index), rate_BC.T @ rate_BC / len(rate_BC), atol=1e-12)
+
+
+@pytest.mark.parametrize("learn_from", ["spikes", "rates"])
+def test_a_repeated_frame_is_heard_once(learn_from):
+    x_B, target_B = batch(1)[0][0], batch(1)[1]
+    rule, model = HLOP(BPTT(), rows=ROWS, learn_from=learn_from), lif_network()
+    rule.attach(model)
+    train(rule, model, x_B.expand(5, *x_B.shape), target_B, step=0)
+    assert torch.allclose(moments_of(rule, 0), x_B.T @ x_B / len(x_B), atol=1e-14)
+
+
+def test_evaluation_and_broken_batches_are_not_heard():
+    rule, model = HLOP(SLTT(), rows=ROWS), lif_network()
+    rule.attach(model)
+
+    def broken(logits_BK: Tensor) -> Tensor:
+        raise RuntimeError("no loss today")
+
+    with pytest.raises(RuntimeError, match="no loss today"):
+        list(rule.objectives(model, 100 * batch(4)[0], broken, step=0))
+    train(rule, model, *batch(4), step=1)
+    logits(model, 100 * batch(5)[0])
+    x_NC = batch(4)[0].flatten(0, 1)
+    assert torch.allclose(moments_of(rule, 0), x_NC.T @ x_NC / len(x_NC), atol=1e-13)
+
+
+def test_figures_say_what_is_kept_and_what_is_free():
+    rule, model = HLOP(SLTT(), rows=ROWS), lif_network()
+    rule.attach(model)
+    assert {name for name in rule.figures() if name.startswith("free")} == {"free_0", "free_2", "free_4"}
+    for step in range(50):
+        train(rule, model, *batch(4), step=step)
+    figures, x_NC = rule.figures(), batch(4)[0].flatten(0, 1)
+    rows = rows_of(rule, 0, name="new")
+    assert figures["energy_0"] == pytest.approx(float((x_NC @ rows.T).square().sum() / x_NC.square().sum()), abs=1e-12)
+    assert 0.5 < figures["energy_0"] < 1 and figures["free_0"] == 3
+    rule.start_task(model, 1)
+    assert rule.figures()["free_0"] == 2
+
+
+# -------------------------------------------------------------------------------------------------------------- error paths
+
+
+@pytest.mark.parametrize("error", ["sign_symmetric", "feedback"])
+def test_another_weight_carries_the_error_down(error):
+    """Every factor written out: the synapse that carries the error differs, the weights' own gradients follow from it."""
+    model, (x_TB, target_B) = lif_network(), batch(4)
+    rule = HLOP(SLTT(), rows=ROWS, error=error)
+    got = gradients(rule, model, x_TB, cross_entropy(target_B), world=World(seed=5))
+    rule.attach(model, world=World(seed=5))
+    _, carrier2, carrier3 = carriers_of(model)
+    rule.release()
+    found = {name: torch.zeros_like(value) for name, value in got.items()}
+    with torch.no_grad():
+        w1, b1, w2, b2, w3, b3 = model.parameters()
+        v1, v2 = torch.zeros(5, 8, dtype=torch.float64), torch.zeros(5, 7, dtype=torch.float64)
+        for x in x_TB:
+            u1 = 0.5 * v1 + x @ w1.T + b1
+            s1 = (u1 >= 1).double()
+            u2 = 0.5 * v2 + s1 @ w2.T + b2
+            s2 = (u2 >= 1).double()
+            v1, v2 = u1 - s1, u2 - s2
+            g3 = (torch.softmax(s2 @ w3.T + b3, 1) - F.one_hot(target_B, 3)) / 20
+            g2 = g3 @ carrier3 * (1 - (u2 - 1).abs()).clamp(min=0)
+            g1 = g2 @ carrier2 * (1 - (u1 - 1).abs()).clamp(min=0)
+            for layer, g, s in ((4, g3, s2), (2, g2, s1), (0, g1, x)):
+                found[f"{layer}.weight"] += g.T @ s
+                found[f"{layer}.bias"] += g.sum(0)
+    assert difference(got, found) < 1e-12
+    assert difference(got, gradients(SLTT(), model, x_TB, cross_entropy(target_B))) > 1e-2
+
+
+def test_the_carriers_have_the_scale_of_weights():
+    weight = torch.randn(300, 4, 5, 5)
+    assert torch.equal(sign_symmetric(weight), torch.where(weight > 0, 0.1, -0.1))
+    matrix = FixedFeedback(weight, key=2**64 - 1)(weight)
+    assert matrix.shape == weight.shape and matrix.dtype == weight.dtype
+    assert matrix.std().item() == pytest.approx(0.1, rel=0.02) and abs(matrix.mean().item()) < 0.002
+
+
+def test_feedback_depends_on_the_seed_and_the_layer_alone():
+    def matrices(seed: int) -> list[Tensor]:
+        model, rule = lif_network(), HLOP(SLTT(), rows=ROWS, error="feedback")
+        rule.attach(model, world=World(seed=seed))
+        return carriers_of(model)
+
+    one, again, other = matrices(1), matrices(1), matrices(2)
+    assert all(torch.equal(a, b) and not torch.allclose(a, c, atol=0.1) for a, b, c in zip(one, again, other, strict=True))
+    assert not torch.allclose(one[0][:7, :3], one[1][:7, :3], atol=0.1)
+
+
+# ------------------------------------------------------------------------------------------------------- tasks and resuming
+
+
+@pytest.mark.parametrize("lateral_steps", [None, 40])
+def test_a_fresh_process_goes_on_in_the_middle_of_a_later_task(lateral_steps):
+    """The rule is attached, its state loaded, and start_task is not called again."""
+
+    def fresh() -> tuple[HLOP, nn.Sequential]:
+        rule = HLOP(BPTT(), rows=ROWS, lateral_steps=lateral_steps)
+        torch.manual_seed(0)
+        model = nn.Sequential(Linear(6, 8), BatchNorm(8), LIF(), Linear(8, 7), LIF(), Linear(7, 3)).double()
+        rule.attach(model, world=World(seed=3))
+        return rule, model
+
+    def go_on(rule: HLOP, model: nn.Module, steps: range) -> None:
+        for step in steps:
+            train(rule, model, *batch(2 + step), step=step, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+
+    (whole, whole_model), (second, second_model) = fresh(), fresh()
+    whole.start_task(whole_model, 0)
+    go_on(whole, whole_model, range(2))
+    whole.start_task(whole_model, 1)
+    go_on(whole, whole_model, range(2, 4))
+    whole.figures()
+    second_model.load_state_dict(copy.deepcopy(whole_model.state_dict()))
+    second.load_state_dict(copy.deepcopy(whole.state_dict()))
+    assert second.figures() == whole.figures()
+    for rule, model in ((whole, whole_model), (second, second_model)):
+        go_on(rule, model, range(4, 6))
+        rule.start_task(model, 2)
+        go_on(rule, model, range(6, 7))
+    expected, got = whole.state_dict() | whole_model.state_dict(), second.state_dict() | second_model.state_dict()
+    assert got.keys() == expected.keys() and int(whole.task) == 2
+    assert all(torch.equal(value, expected[name]) for name, value in got.items())
+
+
+def test_each_task_begins_rows_of_its_own():
+    rule, model = HLOP(SLTT(), rows=((2, 3, 2), (1, 0, 1))), lif_network()
+    rule.attach(model)
+    assert [len(rows_of(rule, index, name="new")) for index in range(3)] == [2, 3, 2]
+    for task, sizes in ((1, [2, 3, 2]), (2, [3, 3, 3]), (3, [4, 3, 4])):
+        train(rule, model, *batch(4), step=task)
+        rule.start_task(model, task)
+        assert [len(rows_of(rule, index)) for index in range(3)] == sizes
+        for index in range(3):
+            rows = torch.cat([rows_of(rule, index), rows_of(rule, index, name="new")])
+            assert torch.allclose(rows @ rows.T, torch.eye(len(rows), dtype=torch.float64), atol=1e-14)
+
+
+# ----------------------------------------------------------------------------------------------------------------- refusals
+
+
+def sgd(**more: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1, **more)  # type: ignore[arg-type]
+
+
+def attached(rule: HLOP, model: nn.Module | None = None, **more: Any) -> HLOP:
+    rule.attach(lif_network() if model is None else model, **more)
+    return rule
+
+
+def network_with(*modules: nn.Module) -> nn.Module:
+    return nn.Sequential(Linear(6, 8), LIF(), *modules)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: HLOP(HLOP(SLTT(), rows=ROWS), rows=ROWS), r"HLOP: inner must be a rule other than HLOP"),
+        (lambda: HLOP(SLTT(), rows=(3, 4, 3)), r"HLOP: rows must hold, for each task, .* got rows=\(3, 4, 3\)"),
+        (lambda: HLOP(SLTT(), rows=ROWS, learning_rate=0.0), r"HLOP: learning_rate must be > 0; got learning_rate=0\.0"),
+        (lambda: HLOP(SLTT(), rows=ROWS, inner_iterations=0), r"HLOP: inner_iterations must be >= 1"),
+        (lambda: HLOP(SLTT(), rows=ROWS, momentum=1.0), r"HLOP: momentum must be in 0\.\.1, below 1; got momentum=1\.0"),
+        (lambda: HLOP(SLTT(), rows=ROWS, lateral_steps=0), r"HLOP: lateral_steps must be >= 1; got lateral_steps=0"),
+        (lambda: HLOP(SLTT(), rows=ROWS, learn_from="all"), r"HLOP: learn_from must be one of .*; got learn_from='all'"),
+        (lambda: HLOP(SLTT(), rows=ROWS, error="fa"), r"HLOP: error must be one of .*; got error='fa'"),
+        (lambda: attached(HLOP(SLTT(), rows=((3, 4),))), r"HLOP\(SLTT\): rows must name one for each of 0, 2, 4; got \(3, 4\)"),
+        (lambda: attached(HLOP(SLTT(), rows=ROWS, learning_rate=(1, 2))), r"HLOP\(SLTT\): learning_rate must name one for each"),
+        (
+            lambda: attached(HLOP(SLTT(), rows=((3, 4, 3), (4, 1, 1)))),
+            r"rows of all tasks must fit into the 6 inputs of 0; got 7",
+        ),
+        (lambda: attached(HLOP(SLTT(), rows=ROWS, skip=("5",))), r"HLOP\(SLTT\): skip must name modules of the model; got '5'"),
+        (lambda: attached(HLOP(SLTT(), rows=ROWS, learn_from="traces")), r"needs a rule that keeps traces, .*; got SLTT"),
+        (lambda: attached(HLOP(SLTT(), rows=ROWS), over_time="mean"), r"over_time must be 'steps'"),
+        (
+            lambda: attached(HLOP(BPTT(), rows=((3, 4),), learn_from="rates"), nn.Sequential(Linear(6, 5), Linear(5, 3))),
+            r"HLOP\(BPTT\): learn_from='rates' needs neurons of one leak, which weighs the steps; got no neurons",
+        ),
+        (
+            lambda: attached(HLOP(SLTT(), rows=ROWS), network_with(Linear(8, 3, weights="standardized"))),
+            r"HLOP\(SLTT\): every layer must be a plain Linear or Conv2d, .* got standardized weights at 2",
+        ),
+        (
+            lambda: attached(HLOP(SLTT(), rows=ROWS), network_with(nn.utils.parametrizations.weight_norm(Linear(8, 3)))),
+            r"got parametrised weights at 2",
+        ),
+        (
+            lambda: attached(HLOP(SLTT(), rows=ROWS), network_with(SpectralLimit(Linear(8, 8, False)))),
+            r"got SpectralLimit, .* at 2",
+        ),
+        (lambda: attached(HLOP(SLTT(), rows=ROWS), network_with(Conv2d(4, 4, 3, groups=2))), r"got groups=2 at 2"),
+        (lambda: attached(HLOP(SLTT(), rows=ROWS), network_with(nn.Linear(8, 3))), r"got torch's Linear at 2"),
+        (lambda: attached(HLOP(SLTT(), rows=ROWS), network_with(nn.BatchNorm1d(8))), r"got torch's batch norm, .* at 2"),
+        (
+            lambda: attached(HLOP(SLTT(), rows=ROWS), network_with(nn.Bilinear(8, 8, 3))),
+            r"every matrix must be .*; got 2\.weight",
+        ),
+        (lambda: attached(HLOP(SLTT(), rows=ROWS), LIF()), r"the model must have synapses, .*; got none"),
+        (lambda: attached(HLOP(SLTT(), rows=ROWS)).start_task(nn.Module(), 2), r"one after another; got task 2 after task 0"),
+        (
+            lambda: HLOP(SLTT(), rows=ROWS).check_optimizer(torch.optim.Adam([nn.Parameter(torch.ones(1))])),
+            r"HLOP\(SLTT\): the optimizer must be SGD, whose steps are sums of projected gradients; got Adam",
+        ),
+        (
+            lambda: HLOP(SLTT(), rows=ROWS).check_optimizer(sgd(weight_decay=1e-4)),
+            r"HLOP\(SLTT\): weight_decay must be 0, for it shrinks .*; got weight_decay=0\.0001",
+        ),
+    ],
+)
+def test_refuses(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_refuses_slices_where_rates_are_asked_for_and_more_rows_than_there_is_room():
+    rule, model = HLOP(BPTT(chunk=1), rows=((5, 1, 1), (1, 1, 1)), learn_from="rates"), lif_network()
+    rule.attach(model)
+    with pytest.raises(ValueError, match=r"HLOP: learn_from='rates' needs .* all T steps .*; got 1 of 4 steps at 0"):
+        train(rule, model, *batch(4), step=0)
+    rule.start_task(model, 1)
+    with pytest.raises(ValueError, match=r"got 1 more for task 2, where synapse 0 has 0 directions left"):
+        rule.start_task(model, 2)
+
+
+def test_a_refused_model_is_free_again():
+    model = lif_network()
+    with pytest.raises(ValueError, match="traces"):
+        HLOP(SLTT(), rows=ROWS, learn_from="traces").attach(model)
+    BPTT().attach(model)
+
+
+def test_sgd_of_every_kind_is_welcome():
+    for optimizer in (sgd(), sgd(momentum=0.9), sgd(momentum=0.9, nesterov=True)):
+        HLOP(SLTT(), rows=ROWS).check_optimizer(optimizer)
+
+
+def test_labels_are_distinct():
+    made = [HLOP(SLTT(), rows=ROWS), HLOP(SLTT(), rows=ROWS, lateral_steps=40), HLOP(OTTT(), rows=ROWS, error="sign_symmetric")]
+    assert [rule.label for rule in made] == ["HLOP(SLTT)", "HLOP(SLTT, spiking)", "HLOP(OTTT-A, sign-symmetric)"]
+    assert [rule.memory for rule in made] == ["constant"] * 3 and HLOP(OTTT(update="objective"), rows=ROWS).update == "objective"

@@ -1,0 +1,201 @@
+import pytest
+import torch
+
+from pipeline.spiking import subspace as module
+from pipeline.spiking.subspace import SecondMoments, SpikingMoments, Subspace, in_spikes, orthonormal
+
+CPU = torch.device("cpu")
+LEARNING = {"rate": 0.01, "momentum": 0.9, "iterations": 5}
+
+
+def double(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def grown(size: int, *counts: int, dtype: torch.dtype = torch.float64) -> Subspace:
+    subspace = Subspace(size, dtype=dtype, device=CPU)
+    for index, count in enumerate(counts):
+        subspace.grow(count, key=index)
+    return subspace
+
+
+def learn(subspace: Subspace, x_NC: torch.Tensor, **changes: float) -> None:
+    moments = SecondMoments(subspace)
+    moments.add(x_NC)
+    moments.mean(lambda statistic: statistic)
+    subspace.learn(moments, **{**LEARNING, **changes})  # type: ignore[arg-type]
+
+
+def away_from_identity(rows: torch.Tensor) -> float:
+    return (rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype)).abs().max().item()
+
+
+def gram_schmidt(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """One row at a time."""
+    done = list(others)
+    for row in rows:
+        for each in done:
+            row = row - (row @ each) * each
+        done.append(row / row.norm())
+    return torch.stack(done[len(others) :])
+
+
+def by_hand(old, new, velocity, x_NC, *, rate, momentum, iterations):
+    """The published rule, sample by sample on all rows, of which the old ones are put back."""
+    rows = torch.cat([old, new])
+    for _ in range(iterations):
+        change = torch.zeros_like(rows)
+        for x in x_NC:
+            y = rows @ x
+            change += torch.outer(y, x - rows.T @ y) / len(x_NC)
+        velocity = momentum * velocity + (1 - momentum) * change.clamp(-10, 10)[len(old) :]
+        rows = torch.cat([old, rows[len(old) :] + rate * velocity])
+    return rows[len(old) :], velocity
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])  # at 30 changes are clipped
+@pytest.mark.parametrize("counts", [(4,), (3, 4), (2, 0)])
+def test_learning_is_the_published_rule_sample_by_sample(counts, scale):
+    subspace = grown(9, *counts)
+    old, new, velocity = subspace.old.clone(), subspace.new.clone(), subspace.velocity.clone()
+    for seed in range(3):
+        x_NC = scale * double(20, 9, seed=seed)
+        new, velocity = by_hand(old, new, velocity, x_NC, **LEARNING)
+        new = gram_schmidt(new, old) if len(new) else new
+        learn(subspace, x_NC)
+        assert torch.allclose(subspace.velocity, velocity, atol=1e-11)
+        assert torch.allclose(subspace.new, new, atol=1e-11)
+    assert torch.equal(subspace.old, old)
+
+
+def test_the_rule_alone_makes_rows_orthonormal_where_they_have_inputs(monkeypatch):
+    """300 batches, never two the same, from as many directions as there are rows; a second task's from new ones beside the old.
+
+    Nothing is made orthonormal here but by the Hebbian rule, and the rows begin far from it.
+    """
+    basis = orthonormal(double(9, 30), double(0, 30))
+    subspace = Subspace(30, dtype=torch.float64, device=CPU)
+    monkeypatch.setattr(module, "orthonormal", lambda rows, others: rows)
+    for task, seen in enumerate((basis[:5], basis)):
+        subspace.grow(5 if task == 0 else 4, key=task)
+        subspace.new = subspace.new / subspace.new.norm(dim=1, keepdim=True)
+        assert away_from_identity(subspace.rows) > 0.05
+        for seed in range(300):
+            learn(subspace, double(64, len(seen), seed=seed) @ seen, rate=0.1)
+        assert away_from_identity(subspace.rows) < 1e-8
+        assert (seen - seen @ subspace.rows.T @ subspace.rows).abs().max() < 1e-8
+    assert (subspace.new @ subspace.old.T).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3])
+def test_rows_are_orthonormal_after_300_batches_whatever_the_inputs(scale):
+    subspace = grown(40, 10, 8)
+    spectrum = scale * 0.7 ** torch.arange(40, dtype=torch.float64)
+    for seed in range(300):
+        learn(subspace, double(64, 40, seed=seed) * spectrum)
+        assert away_from_identity(subspace.rows) < 1e-12
+    before = subspace.old.clone()
+    subspace.grow(5, key=9)
+    assert away_from_identity(subspace.rows) < 1e-14
+    assert torch.equal(subspace.old[:10], before) and len(subspace.old) == 18
+
+
+def test_rows_find_the_principal_directions_and_new_ones_what_is_left():
+    spectrum = torch.tensor([5.0, 4.0, 3.0, 2.0, 0.3, 0.2, 0.1], dtype=torch.float64)
+    subspace = grown(7, 2)
+    for task in range(2):
+        for seed in range(400):
+            learn(subspace, double(256, 7, seed=seed) * spectrum)
+        rows = subspace.rows
+        kept = (rows * spectrum).square().sum() / spectrum.square().sum()
+        best = spectrum[: 2 * (task + 1)].square().sum() / spectrum.square().sum()
+        assert 0.99 * best < kept <= best + 1e-12
+        subspace.grow(2, key=1 + task)
+
+
+def test_projection_leaves_nothing_in_the_span_of_old_rows():
+    subspace, g = grown(18, 7, 3), double(4, 2, 3, 3, seed=3)
+    basis = torch.linalg.qr(subspace.old.T)[0]
+    expected = g.flatten(1) @ (torch.eye(18, dtype=torch.float64) - basis @ basis.T)
+    assert torch.allclose(subspace.project(g).flatten(1), expected, atol=1e-14)
+    assert torch.allclose(subspace.project(subspace.project(g)), subspace.project(g), atol=1e-14)
+
+
+def test_single_precision_holds_what_it_can():
+    subspace = grown(800, 200, 70, dtype=torch.float32)
+    for seed in range(3):
+        learn(subspace, double(64, 800, seed=seed).float())
+        assert subspace.new.dtype == torch.float32 and away_from_identity(subspace.rows) < 2e-6
+    subspace.grow(70, key=2)
+    g = double(10, 800).float()
+    assert (subspace.project(g) @ subspace.old.T).abs().max() < 2e-6 * g.norm(dim=1).max()
+
+
+@pytest.mark.parametrize("make", [SecondMoments, lambda subspace: SpikingMoments(subspace, steps=40)])
+def test_moments_do_not_depend_on_how_a_batch_is_cut(make):
+    subspace, x_NC = grown(9, 3, 4), double(24, 9)
+    found = []
+    for parts in (x_NC.split(24), x_NC.split(5)):
+        moments = make(subspace)
+        for part_NC in parts:
+            moments.add(part_NC)
+        moments.mean(lambda statistic: statistic)
+        found.append((moments.drive(subspace), moments.energy(subspace)))
+    two_ranks = [make(subspace) for _ in range(2)]
+    for moments, part_NC in zip(two_ranks, x_NC.split(12), strict=True):
+        moments.add(part_NC)
+    sums: list[torch.Tensor] = []
+    two_ranks[0].mean(lambda statistic: sums.append(statistic) or statistic)
+    two_ranks[1].mean(lambda statistic: (sums.pop(0) + statistic) / 2)
+    found.append((two_ranks[1].drive(subspace), two_ranks[1].energy(subspace)))
+    for drive, energy in found[1:]:
+        assert torch.allclose(drive, found[0][0], atol=1e-14) and torch.allclose(energy, found[0][1], atol=1e-14)
+
+
+def test_energy_is_what_the_rows_keep():
+    subspace, x_NC = grown(9, 3, 4), double(24, 9)
+    expected = (x_NC @ subspace.rows.T).square().sum() / x_NC.square().sum()
+    for moments in (SecondMoments(subspace), SpikingMoments(subspace, steps=10**9)):
+        moments.add(x_NC)
+        moments.mean(lambda statistic: statistic)
+        assert torch.allclose(moments.energy(subspace), expected, atol=1e-8)
+    assert subspace.free == 2
+
+
+def test_spikes_of_lateral_neurons():
+    y = torch.tensor([0.24, 0.26, -0.26, 19.9, 20.4, -1000.0, 0.0], dtype=torch.float64)
+    assert in_spikes(y, 40).tolist() == [0.0, 0.5, -0.5, 20.0, 20.0, -20.0, 0.0]
+    subspace, x_NC = grown(9, 3, 4), 2 * double(24, 9)
+    moments = SpikingMoments(subspace, steps=40)
+    moments.add(x_NC)
+    moments.mean(lambda statistic: statistic)
+    y_NK = (x_NC @ subspace.rows.T / 0.5).round() * 0.5
+    assert torch.allclose(moments.drive(subspace), (y_NK.T @ (x_NC - y_NK @ subspace.rows) / 24)[3:], atol=1e-14)
+    exact = SecondMoments(subspace)
+    exact.add(x_NC)
+    exact.mean(lambda statistic: statistic)
+    fine = SpikingMoments(subspace, steps=10**9)
+    fine.add(x_NC)
+    fine.mean(lambda statistic: statistic)
+    assert torch.allclose(fine.drive(subspace), exact.drive(subspace), atol=1e-7)
+    assert not torch.allclose(moments.drive(subspace), exact.drive(subspace), atol=1e-2)
+
+
+def test_rows_are_drawn_from_the_key_alone():
+    states = torch.get_rng_state()
+    assert torch.equal(grown(9, 3, 4).new, grown(9, 3, 4).new)
+    one, other = Subspace(9, dtype=torch.float64, device=CPU), Subspace(9, dtype=torch.float64, device=CPU)
+    one.grow(3, key=1)
+    other.grow(3, key=2**63 + 2)
+    assert not torch.allclose(one.new, other.new, atol=0.1)
+    assert torch.equal(torch.get_rng_state(), states)
+
+
+def test_a_checkpoint_brings_its_rows():
+    before, fresh = grown(9, 3, 4), grown(9, 3)
+    learn(before, double(20, 9))
+    fresh.load_state_dict(before.state_dict())
+    assert all(torch.equal(value, before.state_dict()[name]) for name, value in fresh.state_dict().items())
+    learn(before, double(20, 9, seed=1))
+    learn(fresh, double(20, 9, seed=1))
+    assert torch.equal(fresh.new, before.new)
