@@ -19,6 +19,8 @@ Source: Xiao et al. 2021 (IDE, arXiv 2109.14247), section 4.4; Golub & Kahan 196
 import torch
 from torch import Tensor, nn
 
+from pipeline.spiking.state import State
+
 STEPS = 32
 
 
@@ -36,9 +38,10 @@ class SpectralLimit(nn.Module):
             raise ValueError(f"SpectralLimit: the synapse must have a weight and no bias; got {synapse}")
         self.synapse = synapse
         self.gain = nn.Parameter(torch.ones(1))
+        self.state = State("SpectralLimit")
 
     def forward(self, x_TB: Tensor) -> Tensor:
-        scale = self.gain.clamp(-1, 1) / spectral_norm(self.synapse.weight.flatten(1))  # type: ignore[operator]
+        scale = self.gain.clamp(-1, 1) / self._sigma()
         y_TB = self.synapse(x_TB)
         return scale.to(y_TB.dtype) * y_TB
 
@@ -47,6 +50,18 @@ class SpectralLimit(nn.Module):
         V: Tensor = self.synapse.weight  # type: ignore[assignment]
         return self.gain.clamp(-1, 1) / spectral_norm(V.flatten(1)) * V
 
+    def _sigma(self) -> Tensor:
+        """Of one batch, whose time steps share the weight, the singular vectors are sought once."""
+        V_MN: Tensor = self.synapse.weight.flatten(1)  # type: ignore[operator]
+        if not self.state.is_open:
+            return spectral_norm(V_MN)
+        u, v = self.state.read("u"), self.state.read("v")
+        if u is None or v is None:
+            u, v = top_vectors(V_MN, steps=STEPS)
+            self.state.write("u", u)
+            self.state.write("v", v)
+        return _stretch(u, V_MN, v)
+
 
 def spectral_norm(V: Tensor, *, steps: int = STEPS) -> Tensor:
     """The largest singular value of V `[M, N]`, with its gradient u v^T; a pure function of V, never below fp32.
@@ -54,15 +69,22 @@ def spectral_norm(V: Tensor, *, steps: int = STEPS) -> Tensor:
     Exact from min(M, N) steps on; before that from below, within 1e-3 at 32 steps even where singular values crowd
     together at the top, as in random square matrices of 400 (tests/spiking/test_spectral.py).
     """
-    with torch.no_grad(), torch.autocast(V.device.type, enabled=False):
-        wide = V.to(torch.promote_types(V.dtype, torch.float32))
-        u, v = top_vectors(wide, steps=steps)
+    u, v = top_vectors(V, steps=steps)
+    return _stretch(u, V, v)
+
+
+def _stretch(u: Tensor, V: Tensor, v: Tensor) -> Tensor:
     with torch.autocast(V.device.type, enabled=False):
-        return u @ V.to(wide.dtype) @ v
+        return u @ V.to(u.dtype) @ v
 
 
 def top_vectors(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
     """Unit u, v that make u^T V v largest over the Krylov space of a fixed start: Golub-Kahan-Lanczos, reorthogonalised."""
+    with torch.no_grad(), torch.autocast(V.device.type, enabled=False):
+        return _lanczos(V.to(torch.promote_types(V.dtype, torch.float32)), steps=steps)
+
+
+def _lanczos(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
     A = V if V.shape[0] >= V.shape[1] else V.T
     size = A.shape[1]
     steps = min(steps, size)

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.spiking import spectral
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.spectral import SpectralLimit, spectral_norm
+from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d, Linear
 
 
@@ -132,3 +134,25 @@ def test_keeps_the_type_under_autocast():
     synapse = limited("linear")
     with torch.autocast("cpu", torch.bfloat16):
         assert synapse(repeat(torch.randn(2, 60), 1).float()).dtype == torch.bfloat16
+
+
+def test_a_batch_seeks_its_singular_vectors_once(monkeypatch):
+    sought = []
+    original = spectral.top_vectors
+
+    def top_vectors(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
+        sought.append(steps)
+        return original(V, steps=steps)
+
+    monkeypatch.setattr(spectral, "top_vectors", top_vectors)
+    synapse = Linear(40, 50, bias=False)
+    limit = SpectralLimit(synapse)
+    x_TBC = torch.randn(6, 2, 40, generator=torch.Generator().manual_seed(0))
+    alone = limit(x_TBC)
+    with fresh_state(limit):
+        together = torch.cat([limit(x_1BC) for x_1BC in x_TBC.split(1)])
+    assert len(sought) == 2 and torch.allclose(together, alone, rtol=1e-6)
+    with torch.no_grad(), fresh_state(limit):
+        synapse.weight.mul_(2)
+        assert torch.allclose(limit(x_TBC), alone, rtol=1e-5)  # the next batch's weight
+    assert len(sought) == 3
