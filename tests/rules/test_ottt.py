@@ -14,7 +14,7 @@ from pipeline.rules.ottt import OTTT, Trace
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.state import State, fresh_state, state_bytes
+from pipeline.spiking.state import State, fresh_state, state_bytes, states_of
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d, Linear
 from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network
@@ -153,6 +153,19 @@ def test_a_trace_is_a_tensor_of_its_own_and_never_below_fp32():
         assert first.dtype == second.dtype == expected and not second.requires_grad
         assert first.data_ptr() != x_TBC.data_ptr()
         assert torch.equal(second, 1.5 * torch.ones_like(second))
+
+
+def test_under_autocast_the_traces_stay_in_fp32():
+    rule, model = OTTT(), lif_network().float()
+    x_TBC, target = batch(4)
+    rule.attach(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        for objective in rule.objectives(model, x_TBC.float(), cross_entropy(target)):
+            kept = {name: value.dtype for state in states_of(model) for name, value in state.values.items()}
+            assert kept == {"v": torch.float32, "a": torch.float32}
+            assert objective.backward is not None
+            objective.backward.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
 # ----------------------------------------------------------------------------------------------- against two forwards
