@@ -145,14 +145,14 @@ def test_a_batch_seeks_its_singular_vectors_once(monkeypatch):
         return original(V, steps=steps)
 
     monkeypatch.setattr(spectral, "top_vectors", top_vectors)
-    synapse = Linear(40, 50, bias=False)
-    limit = SpectralLimit(synapse)
-    x_TBC = torch.randn(6, 2, 40, generator=torch.Generator().manual_seed(0))
+    synapse = Linear(40, 50, bias=False).double()
+    limit = SpectralLimit(synapse).double()
+    x_TBC = torch.randn(6, 2, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     alone = limit(x_TBC)
     with fresh_state(limit):
         together = torch.cat([limit(x_1BC) for x_1BC in x_TBC.split(1)])
-    assert len(sought) == 2 and torch.allclose(together, alone, rtol=1e-6)
+    assert len(sought) == 2 and torch.allclose(together, alone, atol=1e-12)
     with torch.no_grad(), fresh_state(limit):
         synapse.weight.mul_(2)
-        assert torch.allclose(limit(x_TBC), alone, rtol=1e-5)  # the next batch's weight
+        assert torch.allclose(limit(x_TBC), alone, atol=1e-12)  # the next batch's weight
     assert len(sought) == 3
