@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.models.mlp import mlp
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
@@ -25,7 +27,9 @@ from pipeline.spiking.spectral import SpectralLimit
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.subspace import SecondMoments, orthonormal
 from pipeline.spiking.synapse import Conv2d, Linear
+from pipeline.worker import check_recipe
 from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network
+from tests.small import small_recipe
 
 ROWS = ((3, 4, 3), (1, 2, 2))
 
@@ -553,3 +557,26 @@ def test_labels_are_distinct():
     made = [HLOP(SLTT(), rows=ROWS), HLOP(SLTT(), rows=ROWS, lateral_steps=40), HLOP(OTTT(), rows=ROWS, error="sign_symmetric")]
     assert [rule.label for rule in made] == ["HLOP(SLTT)", "HLOP(SLTT, spiking)", "HLOP(OTTT-A, sign-symmetric)"]
     assert [rule.memory for rule in made] == ["constant"] * 3 and HLOP(OTTT(update="objective"), rows=ROWS).update == "objective"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer.weight_decay": 1e-4}, r"HLOP\(SLTT\): weight_decay must be 0, .*; got weight_decay=0\.0001"),
+        ({"optimizer.opt": "adam"}, r"HLOP\(SLTT\): the optimizer must be SGD, .*; got Adam"),
+        ({"optimizer.opt": "lamb"}, r"HLOP\(SLTT\): the optimizer must be SGD, .*; got Lamb"),
+        (
+            {"model.weights": "standardized"},
+            r"HLOP\(SLTT\): every layer must be a plain .*; got standardized weights at layers\.0",
+        ),
+        ({"rule.rows": ((3, 9), (1, 1))}, r"rows of all tasks must fit into the 8 inputs of classifier; got 10"),
+    ],
+)
+def test_a_recipe_is_refused_before_anything_is_launched(changes, message):
+    recipe = small_recipe(
+        model=spec(mlp, in_features=64, hidden=(8,)), rule=spec(HLOP, inner=spec(SLTT), rows=((3, 2), (1, 1)))
+    ).override({"optimizer.weight_decay": 0.0})
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    check_recipe(recipe, 1)
+    with pytest.raises(ValueError, match=message):
+        check_recipe(recipe.override(changes), 1)
