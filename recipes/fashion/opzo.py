@@ -1,0 +1,36 @@
+"""OPZO on Fashion-MNIST: three convolutions whose errors come from above through matrices learnt from noise.
+
+OPZO, OPZO+LL, DFA and backpropagation (recipes/fashion/opzo*.py, dfa.py) train this network with these settings, and form a
+study; the readouts beside the network are inert for all but OPZO+LL.
+
+Command:  spiketrain launch recipes/fashion/opzo.py --workers 2
+Source:   Xiao et al. 2024 (OPZO), arXiv:2407.12516, for the rule, which has no public code; the network is a small one of ours.
+Result:   not run
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from timm.optim import create_optimizer_v2
+
+from pipeline.models.readouts import with_readouts
+from pipeline.recipe import Recipe, spec
+from pipeline.rules.opzo import OPZO
+from pipeline.spiking.neuron import LIF
+from recipes.fashion.base import fashion
+
+
+def recipe() -> Recipe:
+    shared = fashion()
+    network = shared.model.with_(neuron=spec(LIF, leak=0.5))
+    return replace(
+        shared,
+        name="fashion-opzo",
+        model=spec(with_readouts, network=network, classes=10, cells=3),
+        rule=spec(OPZO),
+        optimizer=spec(create_optimizer_v2, opt="adam", lr=0.003, weight_decay=0.0),
+        time_steps=2,
+        epochs=6,
+        evaluate_every=6,
+    )

@@ -1,0 +1,23 @@
+"""OPZO on Fashion-MNIST with a fully connected network, where fixed random feedback does about as well.
+
+Command:  spiketrain launch recipes/fashion/opzo_fc.py --workers 2
+Source:   Xiao et al. 2024 (OPZO), arXiv:2407.12516, for the rule, which has no public code; the network is one of ours.
+Result:   not run
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pipeline.models.mlp import mlp
+from pipeline.recipe import Recipe, spec
+from pipeline.spiking.neuron import LIF
+from recipes.fashion.opzo import recipe as opzo
+
+
+def recipe() -> Recipe:
+    return replace(
+        opzo(),
+        name="fashion-opzo-fc",
+        model=spec(mlp, classes=10, hidden=(400, 400), weights="standardized", neuron=spec(LIF, leak=0.5)),
+    )
