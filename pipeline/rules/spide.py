@@ -10,11 +10,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World
 from pipeline.rules.ide import the_equilibrium
 from pipeline.spiking.equilibrium import Equilibrium, Linearized
+from pipeline.spiking.spectral import SpectralLimit
 from pipeline.spiking.state import fresh_state
+from pipeline.spiking.synapse import Linear, effective_weight
 
 Transposed = Callable[[Tensor, Tensor], None]
 """(u_B, s_B): add to the potentials u_B of a layer what the emissions s_B of the layer behind it hand down, in place"""
@@ -213,11 +216,42 @@ def ternary_phase(
 def _hand_down(vjp: Linearized, layer: int) -> Transposed:
     """Mask and divisor of a layer's neurons, then the transposed synapse into it."""
     gain_B = vjp.masks[layer] / vjp.divisors[layer]
+    weight = _matrix(vjp.synapses[layer])
+    if weight is not None and gain_B.device.type == "cpu":
+        return _event_driven(weight.to(gain_B.dtype), gain_B)
 
     def transposed(u_B: Tensor, s_B: Tensor) -> None:
         u_B.add_(vjp.transposed(layer, gain_B * s_B))
 
     return transposed
+
+
+def _event_driven(weight: Tensor, gain_BM: Tensor) -> Transposed:
+    """u += (gain s) W as a sum of those rows of W whose neuron emitted; a few per cent do.
+
+    A quarter of the time of the product at 128 samples, 400 neurons and 3 % (one core, torch 2.13); and a sample's sum has
+    the same order, and so the same bits, whatever the batch.
+    """
+    samples, neurons = gain_BM.shape
+    rows_B = torch.arange(samples)
+
+    def transposed(u_BN: Tensor, s_BM: Tensor) -> None:
+        flat = (gain_BM * s_BM).flatten()
+        places = flat.nonzero().squeeze(1)
+        sample = places.div(neurons, rounding_mode="floor")
+        starts_B = torch.searchsorted(sample, rows_B)
+        u_BN.add_(F.embedding_bag(places - sample * neurons, weight, starts_B, mode="sum", per_sample_weights=flat[places]))
+
+    return transposed
+
+
+def _matrix(synapse: nn.Module) -> Tensor | None:
+    """The weight of a synapse that is the product with a matrix, else None."""
+    if isinstance(synapse, Linear):
+        return effective_weight(synapse.weight, synapse.gain).detach()
+    if isinstance(synapse, SpectralLimit) and isinstance(synapse.synapse, Linear):
+        return synapse.weight().detach()
+    return None
 
 
 @dataclass

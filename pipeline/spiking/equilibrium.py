@@ -138,20 +138,22 @@ class Equilibrium(nn.Module):
 class Linearized:
     """J = df/da at rates `a_1B`, with constant parameters and batch norm in evaluation: `linearized(v_B)` is J^T v_B.
 
-    `masks[l]` is 1 where layer l's rate lies strictly between 0 and 1, else 0; `divisors[l]` its neurons' `subtract`.
-    `transposed(l, d_B)` is the transposed synapse into layer l (l = 0: the feedback): from a gradient of layer l's current
-    to that of the rate which feeds it. So, from the last layer to the first,  v <- transposed(l, masks[l] v / divisors[l]).
+    `synapses[l]` is the synapse into layer l (l = 0: the feedback); `masks[l]` is 1 where layer l's rate lies strictly
+    between 0 and 1, else 0; `divisors[l]` its neurons' `subtract`.
+    `transposed(l, d_B)` is the transposed synapse into layer l: from a gradient of layer l's current to that of the rate
+    which feeds it. So, from the last layer to the first,  v <- transposed(l, masks[l] v / divisors[l]).
 
     No gradient reaches a parameter from here, and no hook of one is run.
     """
 
     def __init__(self, equilibrium: Equilibrium, a_1B: Tensor, current_1B: Tensor) -> None:
+        self.synapses = [equilibrium.feedback, *equilibrium.synapses]
         self.divisors = equilibrium.divisors
         self.masks: list[Tensor] = []
         self._maps: list[tuple[Tensor, Tensor]] = []
         rate_1B = a_1B
         with torch.enable_grad(), evaluated_norms(equilibrium):
-            for layer, synapse in enumerate([equilibrium.feedback, *equilibrium.synapses]):
+            for layer, synapse in enumerate(self.synapses):
                 input_1B = rate_1B.detach().requires_grad_()
                 output_1B = synapse(input_1B)
                 self._maps.append((input_1B, output_1B))

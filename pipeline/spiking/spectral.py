@@ -48,7 +48,7 @@ class SpectralLimit(nn.Module):
     def weight(self) -> Tensor:
         """W, in the shape of V."""
         V: Tensor = self.synapse.weight  # type: ignore[assignment]
-        return self.gain.clamp(-1, 1) / spectral_norm(V.flatten(1)) * V
+        return self.gain.clamp(-1, 1) / self._sigma() * V
 
     def _sigma(self) -> Tensor:
         """Of one batch, whose time steps share the weight, the singular vectors are sought once."""

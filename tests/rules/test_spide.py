@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.feedback import convnet_f, fc_feedback
 from pipeline.rules.ide import IDE, the_equilibrium
-from pipeline.rules.spide import SPIDE, Ternary, ternary_phase
+from pipeline.rules.spide import SPIDE, Ternary, _hand_down, ternary_phase
 from pipeline.spiking.equilibrium import Equilibrium, Linearized
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
@@ -209,6 +210,35 @@ def test_the_gradient_approaches_ide_as_one_over_the_steps(widths):
     assert max(g.abs().max() for g in exact.values()) > 0.1
     assert errors[0] < 0.02
     assert math.log10(errors[2] / errors[0]) / 2 == pytest.approx(-1, abs=0.15)
+
+
+def test_so_it_does_on_a_convolutional_network():
+    torch.manual_seed(0)
+    model = convnet_f(CLASSES, in_channels=2, size=8, layers=((3, 3, 2), (4, 3, 2)), dropout=0.0).double()
+    x_TBCHW = 3 * torch.randn(1, 5, 2, 8, 8).double().expand(30, -1, -1, -1, -1)
+    target = batch(1)[1]
+    exact = gradients(IDE(tolerance=0, iterations=60), model, x_TBCHW, cross_entropy(target), over_time="mean")
+    errors = [
+        difference(gradients(SPIDE(steps), model, x_TBCHW, cross_entropy(target), over_time="mean"), exact)
+        for steps in (100, 1000)
+    ]
+    assert max(g.abs().max() for g in exact.values()) > 0.1 and errors[1] < 0.2 * errors[0] < 0.02
+
+
+@pytest.mark.parametrize("limit", ["spectral", "none"])
+def test_events_are_handed_down_as_a_product_is(limit):
+    """Sparse sums of rows against the transposed synapse; samples without an event, the last among them, and none at all."""
+    torch.manual_seed(0)
+    rest = fc_feedback(in_features=6, hidden=9, limit=limit).double().equilibrium
+    vjp = Linearized(rest, torch.rand(1, 5, 9).double(), 2 * torch.randn(1, 5, 9).double())
+    s_BN = torch.randint(-1, 2, (5, 9)).double()
+    s_BN[[1, 4]] = 0
+    for emitted_BN in (s_BN, torch.zeros_like(s_BN)):
+        u_BN = torch.ones(5, 9).double()
+        _hand_down(vjp, 0)(u_BN, emitted_BN)
+        expected_BN = 1 + vjp.transposed(0, vjp.masks[0] * emitted_BN / 2)
+        assert torch.allclose(u_BN, expected_BN, atol=1e-14)
+        assert bool((expected_BN != 1).any()) == bool(emitted_BN.any())
 
 
 def test_beta_stays_within_the_bound_of_ide_s():
