@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.backend.plain import Plain
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.models.readouts import with_readouts
 from pipeline.models.vgg import vgg_sws
+from pipeline.objective import CrossEntropy
 from pipeline.rules.base import World, counter_hash
 from pipeline.rules.opzo import OPZO
 from pipeline.spiking.neuron import LIF
@@ -244,6 +246,21 @@ def test_noise_and_gradients_know_neither_ranks_nor_micro_batches():
     second.end_of_batch(lambda statistic: (sent.append(statistic), statistic)[1])
     first.end_of_batch(lambda statistic: (statistic + sent[0]) / 2)
     assert all(torch.allclose(value, rule.signals.state_dict()[name], atol=1e-14) for name, value in first.state_dict().items())
+
+
+def test_matrices_stay_in_fp32_under_bf16():
+    """An average that moves by a thousandth stands still in bf16."""
+    model, rule = smallest_model().float(), OPZO(local_readouts=True)
+    backend = Plain(model, lambda network: torch.optim.SGD(network.parameters(), lr=0.1), precision="bf16")
+    rule.attach(model)
+    x_TBC, target_B = batch(3)
+    for step in range(2):
+        for objective in rule.objectives(backend.model, x_TBC.float(), CrossEntropy()(target_B), step=step):
+            backend.backward(objective.backward, 1.0)  # type: ignore[arg-type]
+        rule.end_of_batch()
+        backend.step()
+    matrix = rule.signals.get_buffer("matrix_0")
+    assert matrix.dtype == torch.float32 and matrix.any() and not torch.equal(matrix, matrix.bfloat16().float())
 
 
 @pytest.mark.parametrize("antithetic", [True, False])
