@@ -31,7 +31,7 @@ def fashion() -> Recipe:
             Beton, folder="data/fashion", classes=10, channels=1, size=28, crop="shift", reach=2, mean=(0.286,), std=(0.353,)
         ),
         objective=spec(CrossEntropy),
-        optimizer=spec(create_optimizer_v2, opt="sgd", lr=0.3, momentum=0.9, weight_decay=0.0),
+        optimizer=spec(create_optimizer_v2, opt="momentum", lr=0.3, momentum=0.9, weight_decay=0.0),
         schedule=spec(cosine, warmup=0.05),
         time_steps=4,
         batch_size=128,

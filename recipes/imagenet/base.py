@@ -29,7 +29,7 @@ def first_stage(network: Callable[..., nn.Module], name: str) -> Recipe:
         rule=spec(SLTT),
         data=spec(Beton, folder="data/imagenet", classes=1000, size=224, crop="resized"),
         objective=spec(CrossEntropy),
-        optimizer=spec(create_optimizer_v2, opt="sgd", lr=0.1, momentum=0.9, weight_decay=1e-5),
+        optimizer=spec(create_optimizer_v2, opt="momentum", lr=0.1, momentum=0.9, weight_decay=1e-5),
         schedule=spec(cosine),
         time_steps=1,
         batch_size=256,
