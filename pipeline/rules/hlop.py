@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, counter_hash, named_neurons
+from pipeline.rules.opzo import OPZO
 from pipeline.spiking.errorpath import FixedFeedback, sign_symmetric
 from pipeline.spiking.listen import Ear, Overheard, fan_in
 from pipeline.spiking.norm import BatchNorm
@@ -51,11 +52,13 @@ class HLOP(Rule):
             of old tasks and not that of each step.
         lateral_steps: lateral neurons answer in spikes of so many steps (published: 1000, 40); None: in real numbers.
         error: "backprop"; "sign_symmetric" or "feedback", another weight that carries the error down (`spiking/errorpath.py`).
+            OPZO hands no error from layer to layer and refuses them.
         skip: modules with all in them that are neither projected nor frozen, such as the heads that tasks do not share.
 
     Unlike the published code, which learns at every forward from its own samples (OTTT: at each step, from spikes and traces
     stacked), H learns from the mean over the global batch, so that ranks and micro-batches agree on it; and it is made
-    orthonormal after each batch.
+    orthonormal after each batch. Each backward call is projected by itself: an online rule with `chunk` = T costs one
+    projection a batch instead of T.
 
     Raises: ValueError for arguments out of range (when made); for a synapse or parameter that cannot be projected, batch norm
     of torch, rows that do not fit, traces or rates that the inner rule or model does not have (`attach`); for an optimizer
@@ -96,6 +99,8 @@ class HLOP(Rule):
         ):
             if value not in choices:
                 raise ValueError(f"HLOP: {name} must be one of {', '.join(choices)}; got {name}={value!r}")
+        if error != "backprop" and isinstance(inner, OPZO):
+            raise ValueError(f"HLOP: {inner.label} hands no error from layer to layer, so error must be 'backprop'; got {error=}")
         self.inner = inner
         self.memory, self.update = inner.memory, inner.update
         self.over_time_choices, self.calibration_batches = inner.over_time_choices, inner.calibration_batches

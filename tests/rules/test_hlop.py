@@ -17,6 +17,7 @@ from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
 from pipeline.rules.hlop import HLOP
+from pipeline.rules.opzo import OPZO
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.errorpath import FixedFeedback, sign_symmetric
@@ -326,6 +327,23 @@ def test_a_repeated_frame_is_heard_once(learn_from):
     assert torch.allclose(moments_of(rule, 0), x_B.T @ x_B / len(x_B), atol=1e-14)
 
 
+def test_rows_stay_in_single_precision_under_autocast():
+    rule, model = HLOP(BPTT(), rows=ROWS), lif_network().float()
+    rule.attach(model)
+    for step in range(2):
+        x_TB, target_B = batch(4)
+        with torch.autocast("cpu", torch.bfloat16):
+            learn(rule.objectives(model, x_TB.float(), cross_entropy(target_B), step=step))
+        rule.end_of_batch()
+        x_NC = x_TB.float().flatten(0, 1)
+        assert torch.allclose(moments_of(rule, 0), x_NC.T @ x_NC / len(x_NC), rtol=1e-6, atol=1e-6)
+        if step == 0:
+            rule.start_task(model, 1)
+            model.zero_grad()
+    old = rows_of(rule, 2)
+    assert old.dtype == torch.float32 and (gradient(model, "4.weight") @ old.T).abs().max() < 1e-6
+
+
 def test_evaluation_and_broken_batches_are_not_heard():
     rule, model = HLOP(SLTT(), rows=ROWS), lif_network()
     rule.attach(model)
@@ -482,6 +500,7 @@ def network_with(*modules: nn.Module) -> nn.Module:
         (lambda: HLOP(SLTT(), rows=ROWS, lateral_steps=0), r"HLOP: lateral_steps must be >= 1; got lateral_steps=0"),
         (lambda: HLOP(SLTT(), rows=ROWS, learn_from="all"), r"HLOP: learn_from must be one of .*; got learn_from='all'"),
         (lambda: HLOP(SLTT(), rows=ROWS, error="fa"), r"HLOP: error must be one of .*; got error='fa'"),
+        (lambda: HLOP(OPZO(), rows=ROWS, error="feedback"), r"OPZO hands no error from layer to layer, .*; got error='feedback'"),
         (lambda: attached(HLOP(SLTT(), rows=((3, 4),))), r"HLOP\(SLTT\): rows must name one for each of 0, 2, 4; got \(3, 4\)"),
         (lambda: attached(HLOP(SLTT(), rows=ROWS, learning_rate=(1, 2))), r"HLOP\(SLTT\): learning_rate must name one for each"),
         (
