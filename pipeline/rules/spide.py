@@ -91,6 +91,7 @@ class _Adjoint:
         self.steps, self.scale, self.threshold, self.leak = steps, scale, threshold, leak
         self.samples, self.factor = 1, 1.0
         self.backward_rate, self.saturated = 0.0, 0.0
+        self.warned: set[str] = set()
 
     def __call__(self, g_B: Tensor, vjp: Linearized) -> list[Tensor]:
         g_B = g_B.to(torch.promote_types(g_B.dtype, torch.float32))
@@ -115,20 +116,22 @@ class _Adjoint:
         return {"backward_rate": self.backward_rate, "saturated": self.saturated}
 
     def _warn(self, largest: float) -> None:
-        settings = f"scale={self.scale}, steps={self.steps}, threshold={self.threshold}"
-        if self.backward_rate == 0 and largest > 0:
+        settings = f"{largest:.2g} at scale={self.scale}, steps={self.steps}, threshold={self.threshold}"
+        if self.backward_rate == 0 and largest > 0 and "silent" not in self.warned:
+            self.warned.add("silent")
             warnings.warn(
-                f"SPIDE: no backward neuron fired, so this batch taught nothing: its largest gradient times scale is "
-                f"{largest:.2g} at {settings}; raise scale or steps",
+                f"SPIDE: no backward neuron fired, so a batch taught the network nothing but its readout: "
+                f"the largest gradient times scale is {settings}; raise scale or steps",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        if self.saturated > 0.5:
+        if self.saturated > 0.5 and "saturated" not in self.warned:
+            self.warned.add("saturated")
             warnings.warn(
-                f"SPIDE: {self.saturated:.0%} of the backward neurons saturated: the largest gradient times scale is "
-                f"{largest:.2g} at {settings}; lower scale",
+                f"SPIDE: {self.saturated:.0%} of the backward neurons saturated: "
+                f"the largest gradient times scale is {settings}; lower scale",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
 
 

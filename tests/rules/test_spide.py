@@ -4,6 +4,7 @@
 
 import itertools
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -324,9 +325,13 @@ def test_figures_are_of_both_phases():
 
 
 @pytest.mark.parametrize(("scale", "message"), [(1e-3, "no backward neuron fired"), (1e4, r"\d+% .* saturated")])
-def test_warns_where_the_scale_is_out_of_range(scale, message):
+def test_warns_once_where_the_scale_is_out_of_range(scale, message):
+    rule = SPIDE(50, scale=scale)
     with pytest.warns(RuntimeWarning, match=rf"^SPIDE: {message}"):
-        gradients(SPIDE(50, scale=scale), feedback_network(12), *batch_of_12(), over_time="mean")
+        gradients(rule, feedback_network(12), *batch_of_12(), over_time="mean")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradients(rule, feedback_network(12, seed=9), *batch_of_12(), over_time="mean")
 
 
 def batch_of_12():
