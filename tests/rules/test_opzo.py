@@ -407,7 +407,7 @@ def test_refuses(build, message):
 
 
 def test_a_convolutional_network_learns():
-    """Noisy prototypes, 100 batches: learnt through the matrices found on the way, where fixed ones still grope."""
+    """Noisy prototypes, 70 batches: learnt through the matrices found on the way, where fixed ones still grope."""
     loss = {}
     for name, rule in {"OPZO": OPZO(momentum=0.99), "DFA": OPZO("random")}.items():
         torch.manual_seed(0)
@@ -416,7 +416,7 @@ def test_a_convolutional_network_learns():
         prototypes = torch.randn(3, 1, 12, 12, generator=generator)
         rule.attach(model)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
-        for step in range(100):
+        for step in range(70):
             target_B = torch.randint(3, (32,), generator=generator)
             x_B = prototypes[target_B] + 0.5 * torch.randn(32, 1, 12, 12, generator=generator)
             optimizer.zero_grad()
@@ -424,4 +424,4 @@ def test_a_convolutional_network_learns():
             rule.end_of_batch()
             optimizer.step()
             loss[name] = sum(objective.loss.item() for objective in seen)
-    assert loss["OPZO"] < 0.4 < 0.7 < loss["DFA"]
+    assert loss["OPZO"] < 0.6 < 0.9 < loss["DFA"]
