@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -157,11 +157,14 @@ class Recipe:
     def tiny(self, *, data: Spec | None = None) -> Recipe:
         """The same recipe shrunk to seconds on a CPU: 4 steps of small batches at T = 2, a small evaluation, 2 phases at most."""
         phases = tuple(dataclasses.replace(phase, epochs=None) for phase in self.phases[:2])
+        steps = min(self.time_steps, 2)
+        data = self.data if data is None else data
         return dataclasses.replace(
             self,
             name=f"{self.name}-tiny",
-            data=self.data if data is None else data,
-            time_steps=min(self.time_steps, 2),
+            model=_with_time_steps(self.model, steps),
+            data=data.with_(steps=steps) if "steps" in data.kwargs else data,
+            time_steps=steps,
             batch_size=8,
             micro_batch=None,
             epochs=1,
@@ -170,6 +173,20 @@ class Recipe:
             evaluate_samples=64,
             log_every=1,
         )
+
+    def check_time_steps(self, shape: Sequence[int]) -> None:
+        """Refuse recordings (`shape` of a sample is (T, C, H, W)) and parts of the model that count on another T.
+
+        A part that must know T, which slices do not show, is told by the keyword `time_steps`; data by `steps`.
+
+        Raises:
+            ValueError: a T that is not the recipe's `time_steps`.
+        """
+        if len(shape) == 4 and shape[0] != self.time_steps:
+            raise ValueError(f"recipe: data.steps must be time_steps={self.time_steps}; got {shape[0]}")
+        for key, steps in _told_time_steps("model", self.model):
+            if steps != self.time_steps:
+                raise ValueError(f"recipe: {key} must be the recipe's time_steps={self.time_steps}; got {steps}")
 
     def study_key(self, inputs: Mapping[str, str]) -> str:
         """Runs with one key differ in the rule and the seed alone and may be compared: 16 hex digits.
@@ -245,6 +262,19 @@ def _changed(part: Any, path: list[str], value: Any, key: str) -> Any:
             f"recipe: {key}: {part.target.__name__} was not given a part {head!r}; it holds {', '.join(part.kwargs)}"
         )
     return part.with_(**{head: _changed(part.kwargs.get(head), rest, value, key)})
+
+
+def _told_time_steps(key: str, part: Spec) -> Iterator[tuple[str, int]]:
+    for name, value in part.kwargs.items():
+        if name == "time_steps":
+            yield f"{key}.{name}", value
+        elif isinstance(value, Spec):
+            yield from _told_time_steps(f"{key}.{name}", value)
+
+
+def _with_time_steps(part: Spec, steps: int) -> Spec:
+    changes = {key: _with_time_steps(value, steps) for key, value in part.kwargs.items() if isinstance(value, Spec)}
+    return part.with_(**changes, **({"time_steps": steps} if "time_steps" in part.kwargs else {}))
 
 
 def _resolved(value: Any) -> Any:

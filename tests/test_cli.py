@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.__main__ import main
 from pipeline.data.write import write_fashion
 from tests.small import same_weights
 
@@ -29,7 +30,8 @@ def spiketrain(*words: str, cwd: Path | None = None) -> subprocess.CompletedProc
     return subprocess.run([sys.executable, "-m", "pipeline", *words], capture_output=True, text=True, timeout=110, cwd=cwd)
 
 
-COMMANDS = ["launch", "resume", "evaluate", "compare", "show", "runs", "write fashion", "write folder", "verify", "sync"]
+WRITE = ["write fashion", "write folder", "write events"]
+COMMANDS = ["launch", "resume", "evaluate", "compare", "show", "runs", *WRITE, "verify", "sync"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -255,3 +257,25 @@ def test_a_comparison_from_launch_to_table(tmp_path: Path) -> None:
     assert second.returncode == 0
     [other] = (tmp_path / "other").glob("one-sltt*")
     assert same_weights(sltt, other)
+
+
+def test_events_are_written_verified_and_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["spiketrain", *words])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return int(end.value.code or 0), *capsys.readouterr()
+
+    folder, sizes = str(tmp_path / "moving"), ("--samples", "20", "--val-samples", "10", "--slices", "4", "--size", "16")
+    code, out, _ = run("write", "events", "moving", "--out", folder, *sizes)
+    assert code == 0
+    assert out.splitlines() == [f"{name}.beton: {n} samples, 16 classes, 0 skipped" for name, n in (("train", 20), ("val", 10))]
+    assert run("verify", folder)[0] == 0
+    with (tmp_path / "moving" / "val.beton").open("r+b") as file:
+        file.truncate(1000)
+    code, _, said = run("verify", folder)
+    assert code == 2 and "truncated, or another file" in said and said.count("\n") == 1
+    code, _, said = run("write", "events", "moving", "--out", str(tmp_path / "other"), "--resize", "sum")
+    assert code == 2 and "resize has no effect" in said and said.count("\n") == 1

@@ -11,7 +11,10 @@ import pytest
 from timm.optim import create_optimizer_v2
 
 from pipeline.data.beton import Beton
+from pipeline.data.events import Events
 from pipeline.data.synthetic import Synthetic
+from pipeline.models.late import late
+from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.objective import CrossEntropy
 from pipeline.recipe import Recipe, Spec, spec
@@ -22,7 +25,7 @@ from pipeline.schedule import cosine
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
 
-RECIPES = sorted(path for path in Path("recipes").rglob("*.py") if path.name not in ("__init__.py", "base.py"))
+RECIPES = sorted(path for path in Path("recipes").rglob("*.py") if not path.name.endswith(("__init__.py", "base.py")))
 
 
 def small(**changes: Any) -> Recipe:
@@ -69,6 +72,33 @@ def test_a_value_of_the_wrong_type_is_refused(kwargs: dict[str, Any], said: str)
 def test_a_recipe_validates_itself(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         small(**changes)
+
+
+def recordings(**changes: Any) -> Recipe:
+    network = spec(mlp, classes=10, in_features=128, hidden=(8,))
+    data = spec(Events, folder="data/nowhere", classes=10, steps=4, size=8)
+    return small(model=spec(late, network=network, time_steps=4), data=data, **changes)
+
+
+def test_tiny_tells_every_part_the_time_steps_it_is_left_with() -> None:
+    tiny = recordings().tiny()
+    assert (tiny.time_steps, tiny.data.kwargs["steps"], tiny.model.kwargs["time_steps"]) == (2, 2, 2)
+    assert tiny.data.build().shape == (2, 2, 8, 8)
+    assert tiny.model.kwargs["network"] == recordings().model.kwargs["network"]
+    tiny.check_time_steps(tiny.data.build().shape)
+
+
+def test_parts_that_count_on_another_number_of_time_steps_are_refused() -> None:
+    recipe = recordings()
+    recipe.check_time_steps((4, 2, 8, 8))
+    recipe.check_time_steps((1, 8, 8))  # an image is shown at each time step
+    with pytest.raises(ValueError, match=r"^recipe: data\.steps must be time_steps=4; got 5$"):
+        recipe.check_time_steps((5, 2, 8, 8))
+    with pytest.raises(ValueError, match=r"^recipe: model\.time_steps must be the recipe's time_steps=5; got 4$"):
+        recipe.override({"time_steps": 5}).check_time_steps((5, 2, 8, 8))
+    outer = replace(recipe, model=spec(late, network=recipe.model, time_steps=6), time_steps=6)
+    with pytest.raises(ValueError, match=r"^recipe: model\.network\.time_steps must be .*6; got 4$"):
+        outer.check_time_steps((6, 2, 8, 8))
 
 
 def test_a_recipe_is_the_same_after_json() -> None:

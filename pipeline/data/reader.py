@@ -121,6 +121,11 @@ class _Loader(ffcv_api.Loader):
     def __init__(self, path: Path, decode: Decoder, *, batch_size: int, threads: int) -> None:
         self.fname, self.batch_size, self.batches_ahead, self.num_workers = str(path), batch_size, 3, threads
         self.reader = Reader(self.fname)
+        if decode.name not in self.reader.handlers:
+            fields = ", ".join(self.reader.field_names)
+            raise DataError(
+                f"data: {path} must hold a field {decode.name!r}; got {fields}; images are read by Beton, arrays by Events"
+            )
         self.memory_manager = _Pages(self.reader)
         Compiler.set_num_threads(threads)
         pipelines = {decode.name: PipelineSpec(decode.name, decoder=decode)}

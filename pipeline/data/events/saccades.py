@@ -19,7 +19,7 @@ from pipeline.data.events.frames import Stream
 from pipeline.data.random import below, bits
 
 CORNERS = ((-3, -3), (3, 0), (-3, 3))  # (down, right) of the gaze from the middle, in pixels
-SACCADE_US, INSTANTS = 100_000, 24  # of each side: 6 pixels, a quarter of one between two instants
+SACCADE_US, INSTANTS = 100_000, 25  # of each side: about 6 pixels, a quarter of one between two instants
 THRESHOLD = 0.15  # of black to white
 
 _NOISE_COUNT, _NOISE = 768, 1024  # draws, see random.py

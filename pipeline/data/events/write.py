@@ -54,6 +54,8 @@ def write_events(
     elif name in get_args(Name):
         _refuse(name, "is generated in the size asked for", resize=framing.get("resize"))
         counts = {key: value for key, value in generated.items() if value is not None}
+        if min(counts.get("samples", 1), counts.get("val_samples", 1)) < 1:
+            raise DataError(f"write events: samples and val_samples must be 1 or more; got {samples} and {val_samples}")
         sets, plan = _moving(source, slices, size, **counts) if name == "moving" else _saccades(source, slices, size, **counts)
     else:
         raise DataError(f"write events: the set must be one of {', '.join(get_args(Name))}; got {name!r}")
