@@ -1,7 +1,10 @@
 """How far a rate is from the ramp that DSR differentiates: IF and LIF under a constant input, and an input that changes.
 
 Command:  python -m benchmarks.dsr_error [--out dsr_error.svg]
-Result:   not run
+Result:   IF, alpha 0.5: largest error 0.0999, 0.0250, 0.0050, 0.0005 of a height at T = 5, 20, 100, 1000, on its bound.
+          LIF, alpha 0.3: from T = 100 on 0.1268, 0.0666, 0.0343, 0.0188 at dt = 0.2, 0.1, 0.05, 0.025, on its bound; at T = 1000
+          0.1269, 0.0666, 0.0341, 0.0173. Input with noise of one height: T times the mean error 0.46, 1.10, 1.76, 2.81 at
+          T = 5, 20, 100, 1000, where a constant input has 0.25; commit 777df71, float64, 3 s on one core of an AMD EPYC
 
 Errors are in parts of a spike's height, over inputs spread evenly on the ramp. IF's falls as 1/T below its bound
 max(alpha, 1 - alpha)/T. LIF's levels off at a floor that dt decides, below its bound max(alpha, 1 - alpha)(1 - b)/(1 - b^T).
