@@ -45,7 +45,8 @@ class HLOP(Rule):
     Args:
         rows: how many rows each synapse, in order of registration, gets in each task: `((80, 200, 100), (70, 70, 70))`; the
             last entry holds for all later tasks.
-        learning_rate: of the lateral neurons, one or one for each synapse; it is in units of 1 / E|x|^2.
+        learning_rate: of the lateral neurons, one or one for each synapse, in units of 1 / x^2: times the largest eigenvalue
+            of E[x^T x] it must stay below about 4 (published: 0.01, and 0.001 for 784 normalised pixels).
         inner_iterations, momentum: of the Hebbian rule within a batch.
         learn_from: "spikes", the inputs of each step; "traces", what the inner rule multiplies the error with (OTTT, OPZO);
             "rates", their weighted mean over time (DSR's), for rules that hold all steps at once. Rates keep the mean current

@@ -1,7 +1,10 @@
-"""HLOP the rule: what it hears, learns and holds still. Its lateral neurons alone are in tests/spiking/test_subspace.py."""
+"""HLOP the rule: what it holds still, and how tasks follow one another.
+
+Its lateral neurons are in tests/spiking/test_subspace.py, what they hear in test_hlop_hears.py, what it refuses in
+test_hlop_refuses.py.
+"""
 
 import copy
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -11,26 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models.mlp import mlp
-from pipeline.recipe import Recipe, spec
+from pipeline.models.parts import one_more
 from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
 from pipeline.rules.hlop import HLOP
-from pipeline.rules.opzo import OPZO
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
-from pipeline.spiking.errorpath import FixedFeedback, sign_symmetric
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.rate import RateLIF
-from pipeline.spiking.spectral import SpectralLimit
+from pipeline.spiking.rate import RateIF, RateLIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.subspace import SecondMoments, orthonormal
 from pipeline.spiking.synapse import Conv2d, Linear
-from pipeline.worker import check_recipe
-from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network
-from tests.small import small_recipe
+from tests.rules.small import batch, cross_entropy, gradients, learn, lif_network
 
 ROWS = ((3, 4, 3), (1, 2, 2))
 
@@ -89,13 +86,6 @@ def inputs_of(model: nn.Module, names: Sequence[str]) -> list[list[Tensor]]:
     return seen
 
 
-def carriers_of(model: nn.Sequential) -> list[Tensor]:
-    """What carries the error down, by synapse."""
-    synapses = [module for module in model if isinstance(module, Linear)]
-    assert all(synapse.backward_weight is not None for synapse in synapses)
-    return [synapse.backward_weight(synapse.weight.detach()) for synapse in synapses]  # type: ignore[misc]
-
-
 def batch_and_loss(steps: int) -> tuple[Tensor, Any]:
     x_TB, target_B = batch(steps)
     return x_TB, cross_entropy(target_B)
@@ -106,11 +96,12 @@ def distance_moved(model: nn.Module, before: dict[str, Tensor], name: str) -> fl
     return ((model.get_parameter(name) - before[name]).norm() / before[name].norm()).item()
 
 
-def wide_network() -> nn.Sequential:
+def wide_network(neuron: nn.Module = LIF()) -> nn.Sequential:
     generator = torch.Generator().manual_seed(1)
-    model = nn.Sequential(Linear(12, 60), LIF(), Linear(60, 60), LIF(), Linear(60, 3)).double()
+    layers = (Linear(12, 60), one_more(neuron), Linear(60, 60), one_more(neuron), Linear(60, 3))
+    model = nn.Sequential(*layers).double()
     with torch.no_grad():
-        for p in model.parameters():
+        for p in (p for layer in layers[::2] for p in layer.parameters()):
             p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / (p.shape[-1] ** 0.5 if p.dim() > 1 else 2))
     return model
 
@@ -122,19 +113,23 @@ def old_task() -> tuple[Tensor, Tensor]:
     return 2 * x_TB @ basis.T @ basis, target_B
 
 
-def with_the_old_task_learnt(inner: Rule, model: nn.Module) -> HLOP:
+def with_the_old_task_learnt(inner: Rule, model: nn.Module, *, learning_rate: Sequence[float] = (0.1, 0.3, 1.5)) -> HLOP:
     """A rule whose rows know the inputs of the old task; the weights stay where they are."""
-    rule = HLOP(inner, rows=((5, 20, 20), (2, 4, 4)), learning_rate=(0.1, 0.3, 1.5), inner_iterations=25)
-    rule.attach(model)
+    rule = HLOP(inner, rows=((5, 20, 20), (2, 4, 4)), learning_rate=learning_rate, inner_iterations=25)
+    rule.attach(model, over_time=rule.over_time_choices[0])
     for step in range(80):
         train(rule, model, *old_task(), step=step)
     return rule
 
 
-@pytest.mark.parametrize("inner", [BPTT, SLTT, OTTT])
+@pytest.mark.parametrize("inner", [BPTT, SLTT, OTTT, DSR])
 def test_old_outputs_stay_where_rows_span_the_old_inputs(inner):
-    model = wide_network()
-    rule = with_the_old_task_learnt(inner(), model)
+    if inner is DSR:  # fires more, so its inputs are larger
+        model = wide_network(RateIF(threshold=1.0))
+        rule = with_the_old_task_learnt(DSR(), model, learning_rate=(0.1, 0.2, 0.4))
+    else:
+        model = wide_network()
+        rule = with_the_old_task_learnt(inner(), model)
     rule.start_task(model, 1)
     before = copy.deepcopy(model.state_dict())
     old = logits(model, old_task()[0])
@@ -273,160 +268,6 @@ def test_modules_in_skip_are_left_alone():
     assert not found["2.bias"].any() and not found["0.bias"].any()
 
 
-# ------------------------------------------------------------------------------------------------------------ what is heard
-
-
-def test_the_rows_learn_from_the_inputs_of_every_synapse_at_every_step():
-    """Against a plain forward; accumulated micro-batches are one batch, whether steps are differentiated or not."""
-    x_TB, target_B = batch(4, size=6)
-    model = lif_network()
-    seen = inputs_of(model, ("0", "2", "4"))
-    logits(model, x_TB)
-    rules = [HLOP(inner, rows=ROWS) for inner in (BPTT(), BPTT(recompute=True), SLTT(), SLTT(1), OTTT())]
-    for rule in rules:
-        model = lif_network()
-        rule.attach(model)
-        for part in (slice(0, 2), slice(2, 6)):
-            learn(rule.objectives(model, x_TB[:, part], cross_entropy(target_B[part]), step=0))
-        rule.end_of_batch()
-        for index, (x,) in enumerate(seen):
-            x_NC = x.flatten(0, 1)
-            assert torch.allclose(moments_of(rule, index), x_NC.T @ x_NC / len(x_NC), atol=1e-13)
-            assert torch.allclose(rows_of(rule, index, name="new"), rows_of(rules[0], index, name="new"), atol=1e-12)
-
-
-def test_traces_and_rates():
-    x_TB, target_B = batch(4)
-    rule, model = HLOP(OTTT(), rows=ROWS, learn_from="traces"), lif_network()
-    rule.attach(model)
-    (spikes,) = inputs_of(model, ("2",))
-    train(rule, model, x_TB, target_B, step=0)
-    s_TB = torch.cat(spikes)
-    trace_TB = torch.stack([sum(0.5 ** (t - k) * s_TB[k] for k in range(t + 1)) for t in range(4)])  # type: ignore[misc]
-    for index, factor_TB in ((0, x_TB), (1, trace_TB)):  # the first synapse has no trace
-        f_NC = factor_TB.flatten(0, 1)
-        assert torch.allclose(moments_of(rule, index), f_NC.T @ f_NC / len(f_NC), atol=1e-13)
-
-    model = nn.Sequential(Linear(6, 8), RateLIF(), Linear(8, 3)).double()
-    rule = HLOP(DSR(), rows=((3, 4), (1, 1)), learn_from="rates")
-    rule.attach(model, over_time="mean")
-    (spikes,) = inputs_of(model, ("2",))
-    train(rule, model, x_TB, target_B, step=0)
-    w_T = [math.exp(-0.05 * (3 - t)) for t in range(4)]
-    for index, z_TB in ((0, x_TB), (1, spikes[0])):
-        rate_BC = torch.stack([w * z_BC for w, z_BC in zip(w_T, z_TB, strict=True)]).sum(0) / sum(w_T)
-        assert torch.allclose(moments_of(rule, index), rate_BC.T @ rate_BC / len(rate_BC), atol=1e-12)
-
-
-@pytest.mark.parametrize("learn_from", ["spikes", "rates"])
-def test_a_repeated_frame_is_heard_once(learn_from):
-    x_B, target_B = batch(1)[0][0], batch(1)[1]
-    rule, model = HLOP(BPTT(), rows=ROWS, learn_from=learn_from), lif_network()
-    rule.attach(model)
-    train(rule, model, x_B.expand(5, *x_B.shape), target_B, step=0)
-    assert torch.allclose(moments_of(rule, 0), x_B.T @ x_B / len(x_B), atol=1e-14)
-
-
-def test_rows_stay_in_single_precision_under_autocast():
-    rule, model = HLOP(BPTT(), rows=ROWS), lif_network().float()
-    rule.attach(model)
-    for step in range(2):
-        x_TB, target_B = batch(4)
-        with torch.autocast("cpu", torch.bfloat16):
-            learn(rule.objectives(model, x_TB.float(), cross_entropy(target_B), step=step))
-        rule.end_of_batch()
-        x_NC = x_TB.float().flatten(0, 1)
-        assert torch.allclose(moments_of(rule, 0), x_NC.T @ x_NC / len(x_NC), rtol=1e-6, atol=1e-6)
-        if step == 0:
-            rule.start_task(model, 1)
-            model.zero_grad()
-    old = rows_of(rule, 2)
-    assert old.dtype == torch.float32 and (gradient(model, "4.weight") @ old.T).abs().max() < 1e-6
-
-
-def test_evaluation_and_broken_batches_are_not_heard():
-    rule, model = HLOP(SLTT(), rows=ROWS), lif_network()
-    rule.attach(model)
-
-    def broken(logits_BK: Tensor) -> Tensor:
-        raise RuntimeError("no loss today")
-
-    with pytest.raises(RuntimeError, match="no loss today"):
-        list(rule.objectives(model, 100 * batch(4)[0], broken, step=0))
-    train(rule, model, *batch(4), step=1)
-    logits(model, 100 * batch(5)[0])
-    x_NC = batch(4)[0].flatten(0, 1)
-    assert torch.allclose(moments_of(rule, 0), x_NC.T @ x_NC / len(x_NC), atol=1e-13)
-
-
-def test_figures_say_what_is_kept_and_what_is_free():
-    rule, model = HLOP(SLTT(), rows=ROWS), lif_network()
-    rule.attach(model)
-    assert {name for name in rule.figures() if name.startswith("free")} == {"free_0", "free_2", "free_4"}
-    for step in range(50):
-        train(rule, model, *batch(4), step=step)
-    figures, x_NC = rule.figures(), batch(4)[0].flatten(0, 1)
-    rows = rows_of(rule, 0, name="new")
-    assert figures["energy_0"] == pytest.approx(float((x_NC @ rows.T).square().sum() / x_NC.square().sum()), abs=1e-12)
-    assert 0.5 < figures["energy_0"] < 1 and figures["free_0"] == 3
-    rule.start_task(model, 1)
-    assert rule.figures()["free_0"] == 2
-
-
-# -------------------------------------------------------------------------------------------------------------- error paths
-
-
-@pytest.mark.parametrize("error", ["sign_symmetric", "feedback"])
-def test_another_weight_carries_the_error_down(error):
-    """Every factor written out: the synapse that carries the error differs, the weights' own gradients follow from it."""
-    model, (x_TB, target_B) = lif_network(), batch(4)
-    rule = HLOP(SLTT(), rows=ROWS, error=error)
-    got = gradients(rule, model, x_TB, cross_entropy(target_B), world=World(seed=5))
-    rule.attach(model, world=World(seed=5))
-    _, carrier2, carrier3 = carriers_of(model)
-    rule.release()
-    found = {name: torch.zeros_like(value) for name, value in got.items()}
-    with torch.no_grad():
-        w1, b1, w2, b2, w3, b3 = model.parameters()
-        v1, v2 = torch.zeros(5, 8, dtype=torch.float64), torch.zeros(5, 7, dtype=torch.float64)
-        for x in x_TB:
-            u1 = 0.5 * v1 + x @ w1.T + b1
-            s1 = (u1 >= 1).double()
-            u2 = 0.5 * v2 + s1 @ w2.T + b2
-            s2 = (u2 >= 1).double()
-            v1, v2 = u1 - s1, u2 - s2
-            g3 = (torch.softmax(s2 @ w3.T + b3, 1) - F.one_hot(target_B, 3)) / 20
-            g2 = g3 @ carrier3 * (1 - (u2 - 1).abs()).clamp(min=0)
-            g1 = g2 @ carrier2 * (1 - (u1 - 1).abs()).clamp(min=0)
-            for layer, g, s in ((4, g3, s2), (2, g2, s1), (0, g1, x)):
-                found[f"{layer}.weight"] += g.T @ s
-                found[f"{layer}.bias"] += g.sum(0)
-    assert difference(got, found) < 1e-12
-    assert difference(got, gradients(SLTT(), model, x_TB, cross_entropy(target_B))) > 1e-2
-
-
-def test_the_carriers_have_the_scale_of_weights():
-    weight = torch.randn(300, 4, 5, 5)
-    assert torch.equal(sign_symmetric(weight), torch.where(weight > 0, 0.1, -0.1))
-    matrix = FixedFeedback(weight, key=2**64 - 1)(weight)
-    assert matrix.shape == weight.shape and matrix.dtype == weight.dtype
-    assert matrix.std().item() == pytest.approx(0.1, rel=0.02) and abs(matrix.mean().item()) < 0.002
-
-
-def test_feedback_depends_on_the_seed_and_the_layer_alone():
-    def matrices(seed: int) -> list[Tensor]:
-        model, rule = lif_network(), HLOP(SLTT(), rows=ROWS, error="feedback")
-        rule.attach(model, world=World(seed=seed))
-        return carriers_of(model)
-
-    one, again, other = matrices(1), matrices(1), matrices(2)
-    assert all(torch.equal(a, b) and not torch.allclose(a, c, atol=0.1) for a, b, c in zip(one, again, other, strict=True))
-    assert not torch.allclose(one[0][:7, :3], one[1][:7, :3], atol=0.1)
-
-
-# ------------------------------------------------------------------------------------------------------- tasks and resuming
-
-
 @pytest.mark.parametrize("lateral_steps", [None, 40])
 def test_a_fresh_process_goes_on_in_the_middle_of_a_later_task(lateral_steps):
     """The rule is attached, its state loaded, and start_task is not called again."""
@@ -471,131 +312,3 @@ def test_each_task_begins_rows_of_its_own():
         for index in range(3):
             rows = torch.cat([rows_of(rule, index), rows_of(rule, index, name="new")])
             assert torch.allclose(rows @ rows.T, torch.eye(len(rows), dtype=torch.float64), atol=1e-14)
-
-
-# ----------------------------------------------------------------------------------------------------------------- refusals
-
-
-def sgd(**more: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1, **more)  # type: ignore[arg-type]
-
-
-def attached(rule: HLOP, model: nn.Module | None = None, **more: Any) -> HLOP:
-    rule.attach(lif_network() if model is None else model, **more)
-    return rule
-
-
-def network_with(*modules: nn.Module) -> nn.Module:
-    return nn.Sequential(Linear(6, 8), LIF(), *modules)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: HLOP(HLOP(SLTT(), rows=ROWS), rows=ROWS), r"HLOP: inner must be a rule other than HLOP"),
-        (lambda: HLOP(SLTT(), rows=(3, 4, 3)), r"HLOP: rows must hold, for each task, .* got rows=\(3, 4, 3\)"),
-        (lambda: HLOP(SLTT(), rows=ROWS, learning_rate=0.0), r"HLOP: learning_rate must be > 0; got learning_rate=0\.0"),
-        (lambda: HLOP(SLTT(), rows=ROWS, inner_iterations=0), r"HLOP: inner_iterations must be >= 1"),
-        (lambda: HLOP(SLTT(), rows=ROWS, momentum=1.0), r"HLOP: momentum must be in 0\.\.1, below 1; got momentum=1\.0"),
-        (lambda: HLOP(SLTT(), rows=ROWS, lateral_steps=0), r"HLOP: lateral_steps must be >= 1; got lateral_steps=0"),
-        (lambda: HLOP(SLTT(), rows=ROWS, learn_from="all"), r"HLOP: learn_from must be one of .*; got learn_from='all'"),
-        (lambda: HLOP(SLTT(), rows=ROWS, error="fa"), r"HLOP: error must be one of .*; got error='fa'"),
-        (lambda: HLOP(OPZO(), rows=ROWS, error="feedback"), r"OPZO hands no error from layer to layer, .*; got error='feedback'"),
-        (lambda: attached(HLOP(SLTT(), rows=((3, 4),))), r"HLOP\(SLTT\): rows must name one for each of 0, 2, 4; got \(3, 4\)"),
-        (lambda: attached(HLOP(SLTT(), rows=ROWS, learning_rate=(1, 2))), r"HLOP\(SLTT\): learning_rate must name one for each"),
-        (
-            lambda: attached(HLOP(SLTT(), rows=((3, 4, 3), (4, 1, 1)))),
-            r"rows of all tasks must fit into the 6 inputs of 0; got 7",
-        ),
-        (lambda: attached(HLOP(SLTT(), rows=ROWS, skip=("5",))), r"HLOP\(SLTT\): skip must name modules of the model; got '5'"),
-        (lambda: attached(HLOP(SLTT(), rows=ROWS, learn_from="traces")), r"needs a rule that keeps traces, .*; got SLTT"),
-        (lambda: attached(HLOP(SLTT(), rows=ROWS), over_time="mean"), r"over_time must be 'steps'"),
-        (
-            lambda: attached(HLOP(BPTT(), rows=((3, 4),), learn_from="rates"), nn.Sequential(Linear(6, 5), Linear(5, 3))),
-            r"HLOP\(BPTT\): learn_from='rates' needs neurons of one leak, which weighs the steps; got no neurons",
-        ),
-        (
-            lambda: attached(HLOP(SLTT(), rows=ROWS), network_with(Linear(8, 3, weights="standardized"))),
-            r"HLOP\(SLTT\): every layer must be a plain Linear or Conv2d, .* got standardized weights at 2",
-        ),
-        (
-            lambda: attached(HLOP(SLTT(), rows=ROWS), network_with(nn.utils.parametrizations.weight_norm(Linear(8, 3)))),
-            r"got parametrised weights at 2",
-        ),
-        (
-            lambda: attached(HLOP(SLTT(), rows=ROWS), network_with(SpectralLimit(Linear(8, 8, False)))),
-            r"got SpectralLimit, .* at 2",
-        ),
-        (lambda: attached(HLOP(SLTT(), rows=ROWS), network_with(Conv2d(4, 4, 3, groups=2))), r"got groups=2 at 2"),
-        (lambda: attached(HLOP(SLTT(), rows=ROWS), network_with(nn.Linear(8, 3))), r"got torch's Linear at 2"),
-        (lambda: attached(HLOP(SLTT(), rows=ROWS), network_with(nn.BatchNorm1d(8))), r"got torch's batch norm, .* at 2"),
-        (
-            lambda: attached(HLOP(SLTT(), rows=ROWS), network_with(nn.Bilinear(8, 8, 3))),
-            r"every matrix must be .*; got 2\.weight",
-        ),
-        (lambda: attached(HLOP(SLTT(), rows=ROWS), LIF()), r"the model must have synapses, .*; got none"),
-        (lambda: attached(HLOP(SLTT(), rows=ROWS)).start_task(nn.Module(), 2), r"one after another; got task 2 after task 0"),
-        (
-            lambda: HLOP(SLTT(), rows=ROWS).check_optimizer(torch.optim.Adam([nn.Parameter(torch.ones(1))])),
-            r"HLOP\(SLTT\): the optimizer must be SGD, whose steps are sums of projected gradients; got Adam",
-        ),
-        (
-            lambda: HLOP(SLTT(), rows=ROWS).check_optimizer(sgd(weight_decay=1e-4)),
-            r"HLOP\(SLTT\): weight_decay must be 0, for it shrinks .*; got weight_decay=0\.0001",
-        ),
-    ],
-)
-def test_refuses(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_refuses_slices_where_rates_are_asked_for_and_more_rows_than_there_is_room():
-    rule, model = HLOP(BPTT(chunk=1), rows=((5, 1, 1), (1, 1, 1)), learn_from="rates"), lif_network()
-    rule.attach(model)
-    with pytest.raises(ValueError, match=r"HLOP: learn_from='rates' needs .* all T steps .*; got 1 of 4 steps at 0"):
-        train(rule, model, *batch(4), step=0)
-    rule.start_task(model, 1)
-    with pytest.raises(ValueError, match=r"got 1 more for task 2, where synapse 0 has 0 directions left"):
-        rule.start_task(model, 2)
-
-
-def test_a_refused_model_is_free_again():
-    model = lif_network()
-    with pytest.raises(ValueError, match="traces"):
-        HLOP(SLTT(), rows=ROWS, learn_from="traces").attach(model)
-    BPTT().attach(model)
-
-
-def test_sgd_of_every_kind_is_welcome():
-    for optimizer in (sgd(), sgd(momentum=0.9), sgd(momentum=0.9, nesterov=True)):
-        HLOP(SLTT(), rows=ROWS).check_optimizer(optimizer)
-
-
-def test_labels_are_distinct():
-    made = [HLOP(SLTT(), rows=ROWS), HLOP(SLTT(), rows=ROWS, lateral_steps=40), HLOP(OTTT(), rows=ROWS, error="sign_symmetric")]
-    assert [rule.label for rule in made] == ["HLOP(SLTT)", "HLOP(SLTT, spiking)", "HLOP(OTTT-A, sign-symmetric)"]
-    assert [rule.memory for rule in made] == ["constant"] * 3 and HLOP(OTTT(update="objective"), rows=ROWS).update == "objective"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"optimizer.weight_decay": 1e-4}, r"HLOP\(SLTT\): weight_decay must be 0, .*; got weight_decay=0\.0001"),
-        ({"optimizer.opt": "adam"}, r"HLOP\(SLTT\): the optimizer must be SGD, .*; got Adam"),
-        ({"optimizer.opt": "lamb"}, r"HLOP\(SLTT\): the optimizer must be SGD, .*; got Lamb"),
-        (
-            {"model.weights": "standardized"},
-            r"HLOP\(SLTT\): every layer must be a plain .*; got standardized weights at layers\.0",
-        ),
-        ({"rule.rows": ((3, 9), (1, 1))}, r"rows of all tasks must fit into the 8 inputs of classifier; got 10"),
-    ],
-)
-def test_a_recipe_is_refused_before_anything_is_launched(changes, message):
-    recipe = small_recipe(
-        model=spec(mlp, in_features=64, hidden=(8,)), rule=spec(HLOP, inner=spec(SLTT), rows=((3, 2), (1, 1)))
-    ).override({"optimizer.weight_decay": 0.0})
-    assert Recipe.from_json(recipe.to_json()) == recipe
-    check_recipe(recipe, 1)
-    with pytest.raises(ValueError, match=message):
-        check_recipe(recipe.override(changes), 1)
