@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -159,10 +159,12 @@ class Recipe:
         phases = tuple(dataclasses.replace(phase, epochs=None) for phase in self.phases[:2])
         steps = min(self.time_steps, 2)
         data = self.data if data is None else data
+        rule = self.rule.with_(**getattr(self.rule.target, "tiny", {}))
         return dataclasses.replace(
             self,
             name=f"{self.name}-tiny",
-            model=_with_time_steps(self.model, steps),
+            model=_changed_throughout(self.model, "time_steps", lambda _: steps),
+            rule=_changed_throughout(rule, "k", lambda k: k if k is None else min(k, steps)),
             data=data.with_(steps=steps) if "steps" in data.kwargs else data,
             time_steps=steps,
             batch_size=8,
@@ -272,9 +274,10 @@ def _told_time_steps(key: str, part: Spec) -> Iterator[tuple[str, int]]:
             yield from _told_time_steps(f"{key}.{name}", value)
 
 
-def _with_time_steps(part: Spec, steps: int) -> Spec:
-    changes = {key: _with_time_steps(value, steps) for key, value in part.kwargs.items() if isinstance(value, Spec)}
-    return part.with_(**changes, **({"time_steps": steps} if "time_steps" in part.kwargs else {}))
+def _changed_throughout(part: Spec, name: str, change: Callable[[Any], Any]) -> Spec:
+    """The part with every keyword `name` changed, its own and those of the parts within it."""
+    inside = {key: _changed_throughout(value, name, change) for key, value in part.kwargs.items() if isinstance(value, Spec)}
+    return part.with_(**inside, **{key: change(value) for key, value in part.kwargs.items() if key == name})
 
 
 def _resolved(value: Any) -> Any:

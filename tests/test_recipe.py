@@ -85,6 +85,8 @@ def test_tiny_tells_every_part_the_time_steps_it_is_left_with() -> None:
     assert (tiny.time_steps, tiny.data.kwargs["steps"], tiny.model.kwargs["time_steps"]) == (2, 2, 2)
     assert tiny.data.build().shape == (2, 2, 8, 8)
     assert tiny.model.kwargs["network"] == recordings().model.kwargs["network"]
+    assert recordings(rule=spec(SLTT, k=3)).tiny().rule == spec(SLTT, k=2)
+    assert recordings(rule=spec(SLTT, k=1)).tiny().rule == spec(SLTT, k=1)
     tiny.check_time_steps(tiny.data.build().shape)
 
 

@@ -217,7 +217,7 @@ def test_every_recipe_trains_in_small(tmp_path: Path, path: Path) -> None:
     for index, recipe in enumerate(load_recipes(path)):
         data = recipe.data.build()
         steps = [recipe.tiny().time_steps] if len(data.shape) == 4 else []  # of a recording
-        most = 48 if steps else 32  # pixels a side
+        most = 64 if steps else 32  # pixels a side
         shape = (*steps, data.shape[-3], min(data.shape[-2], most), min(data.shape[-1], most))
         tiny = recipe.tiny(data=spec(Synthetic, samples=64, val_samples=10, classes=data.classes, shape=shape))
         summary = train_inline(tmp_path / str(index), replace(tiny, backend="plain"))

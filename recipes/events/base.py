@@ -6,14 +6,18 @@ The test set is read once, after the last epoch; learning rate and epochs were c
 
 from __future__ import annotations
 
+from typing import Literal
+
 from timm.optim import create_optimizer_v2
 
 from pipeline.data.events import Events
+from pipeline.models.convnet import convnet
 from pipeline.models.late import late
 from pipeline.models.vgg import vgg_sws
 from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe import Recipe, Spec, spec
 from pipeline.rules.bptt import BPTT
+from pipeline.rules.sltt import SLTT
 from pipeline.schedule import cosine
 from pipeline.spiking.neuron import LIF
 
@@ -38,4 +42,45 @@ def moving() -> Recipe:
         batch_size=64,
         epochs=6,
         evaluate_every=6,
+    )
+
+
+def sltt_k(
+    *,
+    name: str,
+    k: int,
+    data: Spec,
+    goal: Literal["ones", "one_hot"],
+    lr: float,
+    dropout: float,
+    batch_size: int,
+    grid: int = 1,
+) -> Recipe:
+    """VGG-11 with batch norm per time step, and what SLTT's settings for recordings have in common.
+
+    As published, the gradient of k steps is not rescaled.
+    """
+    classes, steps = data.kwargs["classes"], data.kwargs["steps"]
+    network = spec(
+        convnet,
+        classes=classes,
+        in_channels=2,
+        stages=((64,), (128,), (256, 256), (512, 512), (512, 512)),
+        grid=grid,
+        dropout=dropout,
+        neuron=spec(LIF, leak=1 / 11),
+    )
+    return Recipe(
+        name=name,
+        model=network,
+        rule=spec(SLTT, k=k),
+        data=data,
+        objective=spec(CrossEntropy, mse=0.05, goal=goal),
+        optimizer=spec(create_optimizer_v2, opt="momentum", lr=lr, momentum=0.9, weight_decay=5e-4),
+        schedule=spec(cosine),
+        time_steps=steps,
+        batch_size=batch_size,
+        epochs=300,
+        precision="bf16",
+        evaluate_every=10,
     )
