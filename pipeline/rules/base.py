@@ -11,7 +11,7 @@ A rule finds neurons and synapses and sets their seams; it never meets an optimi
 
 # T time, B batch, K classes
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -68,6 +68,8 @@ class Rule(nn.Module):
     over_time_choices: tuple[OverTime, ...] = ("steps",)
     calibration_batches: int = 0
     """global batches of the training set that `calibrate` wants to see before the first step"""
+    tiny: Mapping[str, Any] = {}
+    """the rule's own keywords in a recipe that `Recipe.tiny` shrinks"""
 
     world: World
     over_time: OverTime

@@ -3,7 +3,7 @@
 # T time, B batch, K classes, N layers; T_B steps of the backward phase
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -51,6 +51,7 @@ class SPIDE(Rule):
 
     memory: Literal["constant", "linear"] = "constant"
     over_time_choices: tuple[OverTime, ...] = ("mean",)
+    tiny: Mapping[str, Any] = {"steps": 4}
 
     def __init__(self, steps: int = 100, *, scale: float = 1.0, threshold: float = 0.5, leak: float = 1.0) -> None:
         super().__init__()

@@ -5,6 +5,7 @@
 import itertools
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.feedback import convnet_f, fc_feedback
+from pipeline.recipe_file import load_recipes
 from pipeline.rules.ide import IDE, the_equilibrium
 from pipeline.rules.spide import SPIDE, Ternary, _hand_down, ternary_phase
 from pipeline.spiking.equilibrium import Equilibrium, Linearized
@@ -357,3 +359,9 @@ def batch_of_12():
 def test_refuses(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_tiny_recipe_has_a_short_backward_phase():
+    (recipe,) = load_recipes(Path("recipes/fashion/spide.py"))
+    assert recipe.rule.kwargs["steps"] == 100
+    assert recipe.tiny().rule == recipe.rule.with_(steps=4)

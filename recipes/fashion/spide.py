@@ -1,0 +1,26 @@
+"""SPIDE on Fashion-MNIST: IDE's network and settings, with the symmetric reset; the backward phase spikes for 100 steps.
+
+Command:  spiketrain launch recipes/fashion/spide.py --workers 2
+Source:   Xiao et al. 2023 (SPIDE), arXiv:2302.00232, for the rule; the network is that of recipes/fashion/ide.py with
+          threshold 1 and rest at -1, so that a spike takes 2 as there, and its settings are all the others.
+Result:   not run
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pipeline.recipe import Recipe, spec
+from pipeline.rules.spide import SPIDE
+from pipeline.spiking.neuron import IF
+from recipes.fashion.ide import recipe as ide
+
+
+def recipe() -> Recipe:
+    shared = ide()
+    return replace(
+        shared,
+        name="fashion-spide",
+        model=shared.model.with_(neuron=spec(IF, threshold=1.0, subtract=2.0)),
+        rule=spec(SPIDE, steps=100, scale=2.0),
+    )
