@@ -5,7 +5,7 @@
 A notation of the papers is kept in the names: 96C3s is a 3x3 convolution of stride 2 with 96 outputs, (F96C3u) a feedback
 of 3x3 transposed convolutions that brings the last layer to the 96 channels and the size of the first.
 
-Source: Xiao et al. 2021 (IDE, arXiv 2109.14247), section 5 and appendix; Xiao et al. 2023 (SPIDE, arXiv 2302.00232) for the
+Source: Xiao et al. 2021 (IDE, arXiv 2109.14247); Xiao et al. 2023 (SPIDE, arXiv 2302.00232) for the
 networks without norm.
 """
 

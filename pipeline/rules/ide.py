@@ -31,7 +31,7 @@ class IDE(Rule):
     Raises: ValueError for an unknown solver, iterations < 1 or tolerance outside 0..1 (when made); for a model without an
     `Equilibrium`, with several, or with neurons outside it (`attach`); where a solve leaves more than half of g unsolved,
     as it does when J is no contraction (in backward).
-    Source: Xiao et al. 2021 (arXiv 2109.14247), section 4.3.
+    Source: Xiao et al. 2021 (arXiv 2109.14247).
     """
 
     memory: Literal["constant", "linear"] = "constant"

@@ -10,7 +10,7 @@ The (weighted) firing rate of the last layer, a[T] = sum_t leak^(T-t) s_N[t] / s
 
 with x* the same weighted mean of the input, as 1/T for IF (leak 1) and up to a remainder that time does not remove for LIF.
 
-Source: Xiao et al. 2021 (IDE, arXiv 2109.14247), sections 4.1-4.3; Bai et al. 2019 (arXiv 1909.01377) for the implicit gradient.
+Source: Xiao et al. 2021 (IDE, arXiv 2109.14247); Bai et al. 2019 (arXiv 1909.01377) for the implicit gradient.
 """
 
 # T time, B batch, N layers; v_B and the like are [B, ...] in the shape of the last layer

@@ -30,7 +30,7 @@ def fixed_point(g_B: Tensor, transposed: Callable[[Tensor], Tensor], *, iteratio
     """beta <- (beta + J^T beta + g) / 2, which converges where every eigenvalue of J lies within 2 of -1: for every
     contraction, and beyond.
 
-    Source: Xiao et al. 2021 (arXiv 2109.14247), appendix; damping by one half.
+    Source: Xiao et al. 2021 (IDE, arXiv 2109.14247), the solver of its N-MNIST runs.
     """
     progress = _Progress(g_B, tolerance, keep="last")
     beta_B, r_B = torch.zeros_like(g_B), g_B
@@ -52,7 +52,7 @@ def broyden(g_B: Tensor, transposed: Callable[[Tensor], Tensor], *, iterations: 
 
     H is kept as -I and one rank-one term for each iteration, of each sample its own: 2 x iterations x D numbers a sample.
 
-    Source: Broyden 1965 (doi 10.1090/S0025-5718-1965-0198670-6); Bai et al. 2019 (arXiv 1909.01377), appendix, for the
+    Source: Broyden 1965 (doi 10.1090/S0025-5718-1965-0198670-6); Bai et al. 2019 (arXiv 1909.01377) for the
     limited memory.
     """
     progress = _Progress(g_B, tolerance, keep="lowest")

@@ -7,11 +7,11 @@ norm of a convolution as an operator on images is another: with k taps (9 for 3x
 matrix. There, and in a chain with synapses that are not limited, contraction is likely, not certain; the solvers of
 `spiking/solvers.py` notice where it fails.
 
-sigma is computed anew from V, by Lanczos from a fixed start. The published code keeps the vectors of a power iteration as
-buffers and makes one iteration per forward instead: its sigma lags behind a large step (the norm is then above 1), and
-depends on how many micro-batches a batch was cut into.
+sigma is computed anew from V for each batch, by Lanczos from a fixed start. The published code keeps the vectors of a power
+iteration as buffers and makes one iteration per forward instead: its sigma lags behind a large step (the norm is then above
+1), and depends on how many micro-batches a batch was cut into.
 
-Source: Xiao et al. 2021 (IDE, arXiv 2109.14247), section 4.4; Golub & Kahan 1965 (doi 10.1137/0702016).
+Source: Xiao et al. 2021 (IDE, arXiv 2109.14247); Golub & Kahan 1965 (doi 10.1137/0702016).
 """
 
 # V [M, N]; K Lanczos steps
@@ -41,14 +41,16 @@ class SpectralLimit(nn.Module):
         self.state = State("SpectralLimit")
 
     def forward(self, x_TB: Tensor) -> Tensor:
-        scale = self.gain.clamp(-1, 1) / self._sigma()
         y_TB = self.synapse(x_TB)
-        return scale.to(y_TB.dtype) * y_TB
+        return self._scale().to(y_TB.dtype) * y_TB
 
     def weight(self) -> Tensor:
         """W, in the shape of V."""
         V: Tensor = self.synapse.weight  # type: ignore[assignment]
-        return self.gain.clamp(-1, 1) / self._sigma() * V
+        return self._scale() * V
+
+    def _scale(self) -> Tensor:
+        return self.gain.clamp(-1, 1) / self._sigma()
 
     def _sigma(self) -> Tensor:
         """Of one batch, whose time steps share the weight, the singular vectors are sought once."""

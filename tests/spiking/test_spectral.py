@@ -79,10 +79,12 @@ def test_the_norm_is_at_most_one_after_any_update(kind):
     assert exact(synapse.weight()) == pytest.approx(0.25, rel=1e-3)
 
 
+@pytest.mark.parametrize("gain", [0.7, -3.0])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_the_output_is_that_of_the_limited_weight(kind):
+def test_the_output_is_that_of_the_limited_weight(kind, gain):
     synapse = limited(kind).double()
-    nn.init.constant_(synapse.gain, 0.7)
+    nn.init.constant_(synapse.gain, gain)
+    assert exact(synapse.weight()) == pytest.approx(min(1, abs(gain)), rel=1e-3)
     x_TB = torch.randn(2, 3, *([60] if kind == "linear" else [6, 5, 5]), dtype=torch.float64)
     plain = copy.deepcopy(synapse.synapse)
     with torch.no_grad():
