@@ -228,6 +228,19 @@ def test_so_it_does_on_a_convolutional_network():
     assert max(g.abs().max() for g in exact.values()) > 0.1 and errors[1] < 0.2 * errors[0] < 0.02
 
 
+def test_leaky_neurons_in_either_phase():
+    """A leak of the forward phase leaves the equation as it is; one of the backward phase leaves a remainder."""
+    model = feedback_network(12, leak=0.9)
+    x_TBC, target = batch(20)
+    exact = gradients(IDE(tolerance=0, iterations=60), model, x_TBC, cross_entropy(target), over_time="mean")
+    even, leaky = (
+        difference(gradients(SPIDE(5000, scale=0.25, leak=leak), model, x_TBC, cross_entropy(target), over_time="mean"), exact)
+        for leak in (1.0, 0.99)
+    )
+    assert max(g.abs().max() for g in exact.values()) > 0.1
+    assert even < 0.001 < leaky < 0.05
+
+
 @pytest.mark.parametrize("limit", ["spectral", "none"])
 def test_events_are_handed_down_as_a_product_is(limit):
     """Sparse sums of rows against the transposed synapse; samples without an event, the last among them, and none at all."""
