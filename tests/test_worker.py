@@ -178,6 +178,7 @@ def test_another_data_set_than_the_one_launched_on_is_refused(tmp_path: Path) ->
             {"model": spec(nf_resnet18_small, classes=7, in_channels=1, width=4, blocks=(1,))},
             "must have the same classes; got 7 and 10",
         ),
+        ({"data": spec(Synthetic, samples=64, shape=(2, 1, 8, 8))}, r"data\.steps must be time_steps=3; got 2"),
         ({"init": "nowhere"}, "init: must be a run's folder or a weights file"),
     ],
 )
@@ -219,7 +220,7 @@ def test_every_recipe_trains_in_small(tmp_path: Path, path: Path) -> None:
         steps = [recipe.tiny().time_steps] if len(data.shape) == 4 else []  # of a recording
         most = 64 if steps else 32  # pixels a side
         shape = (*steps, data.shape[-3], min(data.shape[-2], most), min(data.shape[-1], most))
-        tiny = recipe.tiny(data=spec(Synthetic, samples=64, val_samples=10, classes=data.classes, shape=shape))
+        tiny = recipe.tiny(data=spec(Synthetic, samples=320, val_samples=10, classes=data.classes, shape=shape))
         summary = train_inline(tmp_path / str(index), replace(tiny, backend="plain"))
         assert summary is not None
         assert summary["steps"] == 4
