@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -84,7 +85,7 @@ class Interleaved(Attempt):
     def __init__(self, parts: Parts, *, rule_name: str, out: str) -> None:
         super().__init__(parts)
         network = copy.deepcopy(self.recipe.model.build())
-        with parts.train_set.epoch(0) as loader:
+        with closing(parts.loaders.train(0)) as train_set, train_set.epoch(0) as loader:
             read = [(batch.x, batch.target) for batch in itertools.islice(loader, PRE_READ)]
         self.bare = Bare(network, rule_name, read, self.recipe.time_steps)
         self.out = Path(out)

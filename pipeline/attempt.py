@@ -16,21 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline.backend.base import Backend
 from pipeline.checkpoint import Checkpoints
-from pipeline.data.base import Loader
-from pipeline.evaluate import Evaluation, evaluate
+from pipeline.evaluate import Evaluation, evaluate, inputs
 from pipeline.job import Job
 from pipeline.loop import MicroBatch, train
 from pipeline.measure.memory import hardware, memory_now_bytes
 from pipeline.measure.meters import Meters, Totals
+from pipeline.phases import Stretch, stretch_at
 from pipeline.ranks import Ranks, Refused
 from pipeline.recipe import Recipe, Split, write_json
 from pipeline.rules.base import Rule
 from pipeline.spiking.encode import over_steps
 from pipeline.summary import summarise, versions
+from pipeline.tasks import Learnt, Loaders, mean_of
 from pipeline.track.base import Tracker
 from pipeline.track.jsonl import read
 
@@ -48,12 +48,11 @@ class Parts:
     rule: Rule
     backend: Backend
     schedule: Callable[[int], None]
-    train_set: Loader
-    val_set: Loader
+    loaders: Loaders
+    stretches: tuple[Stretch, ...]
+    """of each task, by the loaders' numbers"""
     meters: Meters
     checkpoints: Checkpoints
-    steps: int
-    """global batches of the whole run"""
     trainer: dict[str, Any] | None
     """what the checkpoint says that was restored; None at a fresh start"""
     began: float
@@ -68,43 +67,58 @@ class Attempt:
         self.job, self.ranks, self.tracker, self.recipe = parts.job, parts.ranks, parts.tracker, parts.recipe
         self.meters, self.backend = parts.meters, parts.backend
         self.folder = Path(parts.job.run)
-        self.epoch_steps = parts.train_set.steps_per_epoch
-        self.step = 0 if parts.trainer is None else parts.trainer["step"]
+        self.tasks, self.steps = parts.loaders.tasks, parts.stretches[-1].end
+        self.step, self.learnt = 0, Learnt()
         if parts.trainer is not None:
+            self.step = parts.trainer["step"]
             self.meters.totals = Totals(**parts.trainer["totals"])
+            self.learnt = Learnt(**parts.trainer["learnt"])
+        self.stretch = stretch_at(parts.stretches, self.step)
         self.result: Evaluation | None = None
         self.saved_at = time.monotonic()
         self.stop_asked = False
 
     def run(self) -> dict[str, Any] | None:
         """The summary (on rank 0), or None when somebody asked to stop."""
-        parts = self.parts
         self._tell_start()
         self.meters.forget_peaks()
-        try:
-            while self.step < parts.steps:
-                epoch = self.step // self.epoch_steps
-                with closing(self.batches(epoch)) as batches:
-                    train(parts.rule, self.backend, parts.schedule, batches, self.recipe.objective.build(), self.meters)
-                if self.step == self._epoch_end(epoch):
-                    self._end_of_epoch(epoch)
-                if self.stop_asked and self.step < parts.steps:
-                    return self._stopped()
-            return self._finish()
-        finally:
-            parts.train_set.close()
-            parts.val_set.close()
+        while self.step < self.steps:
+            self.stretch = stretch_at(self.parts.stretches, self.step)
+            with closing(self.parts.loaders.train(self.stretch.index)) as self.train_set:
+                self._train()
+            if self.stop_asked and self.step < self.steps:
+                return self._stopped()
+        return self._finish()
 
-    def _epoch_end(self, epoch: int) -> int:
-        return min((epoch + 1) * self.epoch_steps, self.parts.steps)
+    def _train(self) -> None:
+        """The rest of the task at hand."""
+        stretch = self.stretch
+        self.tasks[stretch.index].choose_head(self.backend.network)
+        if self.step == stretch.first:  # a checkpoint at a boundary was saved before the next task began
+            self._begin_task()
+        while self.step < stretch.end and not self.stop_asked:
+            epoch = stretch.epoch(self.step)
+            with closing(self.batches(epoch)) as batches:
+                train(self.parts.rule, self.backend, self.parts.schedule, batches, self.recipe.objective.build(), self.meters)
+            if self.step == stretch.epoch_end(epoch):
+                self._end_of_epoch(epoch)
+
+    def _begin_task(self) -> None:
+        task, stretch = self.tasks[self.stretch.index], self.stretch
+        if stretch.index:
+            self.backend.forget()
+        self.parts.rule.start_task(self.backend.network, stretch.index)
+        if self.recipe.phases:
+            fields = {"name": task.name, "head": task.head, "steps": stretch.steps, "epochs": task.epochs}
+            self.tracker.event("phase", step=self.step, phase=stretch.index, of=len(self.tasks), **fields)
 
     # ------------------------------------------------------------------------------------------------------- batches
 
     def batches(self, epoch: int) -> Generator[tuple[int, Iterator[MicroBatch]]]:
         """The rest of an epoch; what happens between two batches happens here, after the loop asked for the next."""
-        end = self._epoch_end(epoch)
-        start = (self.step - epoch * self.epoch_steps) * self.recipe.batch_size
-        with self.parts.train_set.epoch(epoch, start=start) as loader:
+        end = self.stretch.epoch_end(epoch)
+        start = (self.step - self.stretch.epoch_start(epoch)) * self.recipe.batch_size
+        with self.train_set.epoch(epoch, start=start) as loader:
             source = iter(loader)
             while self.step < end:
                 yield self.step, self._micro_batches(source)
@@ -155,54 +169,63 @@ class Attempt:
     # ------------------------------------------------------------------------------------------- epochs and checkpoints
 
     def _end_of_epoch(self, epoch: int) -> None:
-        score = None
-        if self.step == self.parts.steps or (epoch + 1) % self.recipe.evaluate_every == 0:
-            self.result = result = self._evaluate()
-            score = result.top1
-            metrics = {name: value for name, value in asdict(result).items() if name != "samples"}
-            self.tracker.event("evaluation", sync=True, step=self.step, epoch=epoch, samples=result.samples, metrics=metrics)
+        stretch, score = self.stretch, None
+        is_learnt = self.step == stretch.end
+        if is_learnt or (epoch - stretch.first_epoch + 1) % self.recipe.evaluate_every == 0:
+            figures = self._figures()
+            results = self._evaluate()
+            self.result = mean_of(results)
+            # With tasks to come the mean is one of other tasks: no score to find the best checkpoint by.
+            score = self.result.top1 if stretch.index + 1 == len(self.tasks) else None
+            self._tell_results(epoch, results)
+            if is_learnt:
+                self.learnt.add([result.top1 for result in results], figures)
         self._save(score=score)
 
-    def _evaluate(self) -> Evaluation:
-        limit = self.recipe.evaluate_samples
+    def _tell_results(self, epoch: int, results: list[Evaluation]) -> None:
+        assert self.result is not None
+        metrics = {name: value for name, value in asdict(self.result).items() if name != "samples"}
+        if self.recipe.phases:
+            metrics |= self.learnt.metrics([result.top1 for result in results], self.tasks)
+        self.tracker.event("evaluation", sync=True, step=self.step, epoch=epoch, samples=self.result.samples, metrics=metrics)
 
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            left = None if limit is None else len(range(self.ranks.rank, limit, self.ranks.size))
-            with self.parts.val_set.epoch(0) as loader:
-                for batch in loader:
-                    x_BCHW, target_B = batch.x[:left], batch.target[:left]
-                    if left is not None:
-                        left -= len(target_B)
-                    if len(target_B):
-                        yield over_steps(x_BCHW.to(self.parts.device), self.recipe.time_steps), target_B.to(self.parts.device)
-                    if left == 0:
-                        return
-
+    def _evaluate(self) -> list[Evaluation]:
+        """On each task so far, the one at hand last."""
+        recipe, limit, results = self.recipe, self.recipe.evaluate_samples, []
+        most = None if limit is None else len(range(self.ranks.rank, limit, self.ranks.size))
         self.meters.note_peaks()
         with self.ranks.averaged(self.backend.network):
-            result = evaluate(self.backend.model, batches(), self.recipe.objective.build(), over_time=self.recipe.over_time)
+            for index, task in enumerate(self.tasks[: self.stretch.index + 1]):
+                task.choose_head(self.backend.network)
+                with closing(self.parts.loaders.val(index)) as val_set:
+                    batches = inputs(val_set, recipe.time_steps, self.parts.device, most=most)
+                    results.append(evaluate(self.backend.model, batches, recipe.objective.build(), over_time=recipe.over_time))
         self.meters.forget_peaks()  # what evaluation held is not what training needs
-        return result
+        return results
 
     def _save(self, *, score: float | None) -> None:
         if not all(bool(p.isfinite().all()) for p in self.backend.network.parameters()):  # the same on every rank
             raise Refused(f"training: parameters must be finite to be saved; they are not after step {self.step}")
         totals = self.meters.over_ranks(self.ranks.max)
         mlflow = self.folder / "mlflow.json"
+        stretch = stretch_at(self.parts.stretches, self.step)
+        epoch = stretch.epoch(self.step)
         trainer = {
             "run": self.folder.name,
             "run_id": self.job.run_id,
             "mlflow": json.loads(mlflow.read_text()) if mlflow.exists() else None,
             "study": self.job.study,
             "commit": self.job.commit,
-            "epoch": self.step // self.epoch_steps,
-            "sample": self.step % self.epoch_steps * self.recipe.batch_size,
+            "phase": stretch.index,
+            "epoch": epoch,
+            "sample": (self.step - stretch.epoch_start(epoch)) * self.recipe.batch_size,
             "seed": self.recipe.seed,
             "world_size": self.ranks.size,
             "zero": self.recipe.zero,
             "data_fingerprint": self.job.data_fingerprint,
             "score": score,
             "totals": asdict(totals),
+            "learnt": asdict(self.learnt),
         }
         with self.ranks.averaged(self.backend.network) as buffers:
             saved = self.parts.checkpoints.save(self.step, self.backend, self.parts.rule, trainer, buffers=buffers)
@@ -215,6 +238,7 @@ class Attempt:
 
     def _tell_start(self) -> None:
         recipe, split = self.recipe, self.parts.split
+        samples, epoch_steps = self.parts.loaders.lengths[self.stretch.index]  # of the task at hand
         self.tracker.event(
             "start",
             sync=True,
@@ -230,11 +254,11 @@ class Attempt:
             micro_batch=split.micro_batch,
             accumulation=split.accumulation,
             parameters=sum(p.numel() for p in self.backend.network.parameters()),
-            steps_per_epoch=self.epoch_steps,
-            total_steps=self.parts.steps,
-            epochs=recipe.epochs,
-            samples=self.parts.train_set.samples,
-            dropped_per_epoch=self.parts.train_set.samples - self.epoch_steps * recipe.batch_size,
+            steps_per_epoch=epoch_steps,
+            total_steps=self.steps,
+            epochs=sum(task.epochs for task in self.tasks),
+            samples=samples,
+            dropped_per_epoch=samples - epoch_steps * recipe.batch_size,
             step=self.step,
             began=self.parts.began,
             time_steps=recipe.time_steps,
@@ -255,7 +279,7 @@ class Attempt:
         self.tracker.event("stopped", sync=True, step=self.step, reason="asked to stop", resume_command=self.job.resume_command)
 
     def _finish(self) -> dict[str, Any]:
-        result = self.result or self._evaluate()  # an attempt that died after its last checkpoint has evaluated nothing
+        result = self.result or mean_of(self._evaluate())  # an attempt that died after its last checkpoint has evaluated nothing
         totals = self.meters.over_ranks(self.ranks.max)
         figures = self._figures()
         summary: dict[str, Any] = {}
@@ -269,8 +293,9 @@ class Attempt:
                 "seed": self.recipe.seed,
                 "world_size": self.ranks.size,
                 "steps": self.step,
-                "epochs": math.ceil(self.step / self.epoch_steps),
+                "epochs": self.stretch.epoch(self.step - 1) + 1,
                 **summarise(result, totals, read(self.folder / "journal.jsonl")),
+                **(self.learnt.summary(self.tasks) if self.recipe.phases else {}),
                 "rule_figures": figures,
                 "loader_threads": self.job.loader_threads,
                 "commit": self.job.commit,

@@ -5,14 +5,16 @@ T time, B batch, K classes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed, nn
 
+from pipeline.data.base import Loader
 from pipeline.objective import Loss
+from pipeline.spiking.encode import over_steps
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
 
@@ -68,6 +70,20 @@ def evaluate(
     if samples == 0:
         raise ValueError("evaluate: needs at least one sample; got none on any rank")
     return Evaluation(int(samples), top1 / samples, top5 / samples, loss / samples, fired / max(places, 1.0))
+
+
+def inputs(loader: Loader, time_steps: int, device: torch.device, *, most: int | None = None) -> Generator[tuple[Tensor, Tensor]]:
+    """What `evaluate` takes, from this rank's batches: all of them, or the first `most` samples. Close it if you leave early."""
+    left = most
+    with loader.epoch(0) as batches:
+        for batch in batches:
+            x_B, target_B = batch.x[:left], batch.target[:left]
+            if left is not None:
+                left -= len(target_B)
+            if len(target_B):
+                yield over_steps(x_B.to(device), time_steps), target_B.to(device)
+            if left == 0:
+                return
 
 
 @contextmanager

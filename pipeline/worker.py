@@ -6,7 +6,7 @@ import itertools
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,15 @@ from pipeline.attempt import Attempt, Parts
 from pipeline.backend.base import Backend
 from pipeline.backend.plain import Plain
 from pipeline.checkpoint import Checkpoints
-from pipeline.data.base import Data, Loader
+from pipeline.data.base import Data
 from pipeline.job import Job, Place
 from pipeline.measure.meters import Meters
+from pipeline.phases import Stretch, stretch_at, timetable
 from pipeline.ranks import Ranks, Refused
-from pipeline.recipe import Recipe, Split
+from pipeline.recipe import Recipe, Spec, Split
 from pipeline.rules.base import Rule, World
 from pipeline.spiking.encode import over_steps
+from pipeline.tasks import Loaders, Task, tasks_of
 from pipeline.track.base import Tracker
 from pipeline.weights import load_start
 from pipeline.writer import journal, only_writer
@@ -65,12 +67,13 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, began: float
     checkpoint = ranks.agree(checkpoints.newest)
     world = World(recipe.seed, ranks.rank, ranks.size, ranks.mean)
     # What can be refused on one machine alone comes first, and nobody talks to the others while it does.
-    network, rule, train_set, val_set = ranks.together(
+    network, rule, loaders = ranks.together(
         lambda: _own_parts(job, place, recipe, split, world, tracker, is_fresh=checkpoint is None)
     )
     backend = ranks.together(lambda: build_backend(recipe, network, rule, split))
     seed_everything(recipe.seed + 1 + ranks.rank)  # dropout and its like: not the same on two ranks
-    steps = total_steps(recipe, train_set.steps_per_epoch)
+    lengths = [(task.epochs, steps) for task, (_, steps) in zip(loaders.tasks, loaders.lengths, strict=True)]
+    stretches = timetable(lengths, stop_after=recipe.stop_after)
     return Parts(
         job=job,
         ranks=ranks,
@@ -80,12 +83,11 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, began: float
         device=ranks.device,
         rule=rule,
         backend=backend,
-        schedule=recipe.schedule.build(backend.optimizer, steps),
-        train_set=train_set,
-        val_set=val_set,
+        schedule=build_schedule(recipe, backend.optimizer, stretches),
+        loaders=loaders,
+        stretches=stretches,
         meters=Meters(network, batch_size=recipe.batch_size, device=ranks.device),
         checkpoints=checkpoints,
-        steps=steps,
         trainer=None if checkpoint is None else checkpoints.load(checkpoint, backend, rule),
         began=began,
     )
@@ -93,32 +95,42 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, began: float
 
 def _own_parts(
     job: Job, place: Place, recipe: Recipe, split: Split, world: World, tracker: Tracker, *, is_fresh: bool
-) -> tuple[nn.Module, Rule, Loader, Loader]:
+) -> tuple[nn.Module, Rule, Loaders]:
     """Network, rule and data of this process: every one of them may be refused here, and none of them is collective."""
-    data: Data = recipe.data.build()
-    check_data(data, job, every_page=place.local_rank == 0)
+    check_data(recipe.data.build(), job, every_page=place.local_rank == 0)
+    tasks = tasks_of(recipe)
     seed_everything(recipe.seed)
-    network = build_network(recipe, data)
+    network = build_network(recipe, tasks)
     if recipe.init is not None and is_fresh:
         start = load_start(network, Path(recipe.init))
         tracker.event("init", file=start.file, fresh=list(start.fresh))
     network.to(place.device)
     rule = attached_rule(recipe, network, world)
     if is_fresh and rule.calibration_batches:
-        rule.calibrate(network, first_batches(recipe, data, rule.calibration_batches, torch.device(place.device)))
+        rule.calibrate(network, first_batches(recipe, tasks[0].data, rule.calibration_batches, torch.device(place.device)))
     if rule.update == "objective" and split.accumulation > 1:
         raise ValueError(f"{recipe.rule.label}: moves the weights at every time step and refuses accumulation; got {split}")
-    sizes = {"rank": world.rank, "world": world.size, "micro_batch": split.micro_batch, "threads": job.loader_threads}
-    train_set = data.train(seed=recipe.seed, batch_size=recipe.batch_size, **sizes)
-    return network, rule, train_set, data.val(**sizes)
+    return network, rule, Loaders(tasks, recipe, split, rank=world.rank, threads=job.loader_threads)
 
 
-def build_network(recipe: Recipe, data: Data) -> nn.Module:
-    """The recipe's network, with fresh weights."""
-    classes = recipe.model.kwargs.get("classes", data.classes)
-    if classes != data.classes:
-        raise ValueError(f"recipe: model and data must have the same classes; got {classes} and {data.classes}")
-    return recipe.model.build()
+def build_network(recipe: Recipe, tasks: Sequence[Task]) -> nn.Module:
+    """The recipe's network, with fresh weights, ready for its first task."""
+    classes = _written_classes(recipe.model)
+    for task in tasks:
+        recipe.check_time_steps(task.data.shape)
+        if classes not in (None, task.data.classes):
+            where = f" in {task.name}" if recipe.phases else ""
+            raise ValueError(f"recipe: model and data must have the same classes; got {classes} and {task.data.classes}{where}")
+    network = recipe.model.build()
+    for task in reversed(tasks):
+        task.choose_head(network)
+    return network
+
+
+def _written_classes(part: Spec) -> int | None:
+    """What a model, or the model that it is built around, is told about classes."""
+    inside = [_written_classes(value) for value in part.kwargs.values() if isinstance(value, Spec)]
+    return part.kwargs.get("classes") or next(filter(None, inside), None)
 
 
 def attached_rule(recipe: Recipe, network: nn.Module, world: World) -> Rule:
@@ -143,7 +155,7 @@ def first_batches(recipe: Recipe, data: Data, count: int, device: torch.device) 
 def check_recipe(recipe: Recipe, workers: int) -> nn.Module:
     """Refuse what does not fit together, before anything is launched; needs no data file. The network that was made for it."""
     recipe.split(workers)
-    network = build_network(recipe, recipe.data.build())
+    network = build_network(recipe, tasks_of(recipe))
     if recipe.init is not None:
         load_start(network, Path(recipe.init))
     rule = attached_rule(recipe, network, World(recipe.seed, size=workers))
@@ -157,7 +169,26 @@ def build_optimizer(recipe: Recipe, network: nn.Module, rule: Rule) -> torch.opt
     except (TypeError, AssertionError, RuntimeError) as error:  # timm passes on what it does not know, and complains in many ways
         raise ValueError(f"{recipe.optimizer.label}: {error}") from error
     rule.check_optimizer(optimizer)
+    decay = max(group.get("weight_decay", 0.0) for group in optimizer.param_groups)
+    if decay and any(phase.head is not None for phase in recipe.phases):
+        raise ValueError(f"recipe: weight_decay must be 0 where phases have heads, for it shrinks the others too; got {decay}")
     return optimizer
+
+
+def build_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, stretches: Sequence[Stretch]) -> Callable[[int], None]:
+    """The recipe's schedule of learning rates, begun anew in each phase."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    schedules = []
+    for stretch in stretches:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # a schedule with a warm-up sets it as soon as it is made
+        schedules.append(recipe.schedule.build(optimizer, stretch.steps))
+
+    def schedule(step: int) -> None:
+        stretch = stretch_at(stretches, step)
+        schedules[stretch.index](step - stretch.first)
+
+    return schedule
 
 
 def build_backend(recipe: Recipe, network: nn.Module, rule: Rule, split: Split) -> Backend:
@@ -176,11 +207,6 @@ def build_backend(recipe: Recipe, network: nn.Module, rule: Rule, split: Split) 
         precision=recipe.precision,
         clip_norm=recipe.clip_norm,
     )
-
-
-def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
-    steps = recipe.epochs * steps_per_epoch
-    return steps if recipe.stop_after is None else min(steps, recipe.stop_after)
 
 
 def check_data(data: Data, job: Job, *, every_page: bool) -> None:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from pipeline.backend.base import autocast
-from pipeline.evaluate import evaluate
+from pipeline.evaluate import Evaluation, evaluate, inputs
 from pipeline.job import resume_command
 from pipeline.launch.base import Device, Launcher
 from pipeline.launch.drive import Tracking, drive, prepare, read_job, was_stopped
 from pipeline.launch.inline import Inline
 from pipeline.launch.ray import Ray
 from pipeline.recipe import Recipe, read_json, write_json
-from pipeline.spiking.encode import over_steps
+from pipeline.tasks import Loaders, mean_of, tasks_of
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.state import state_of
 from pipeline.weights import load_run
@@ -65,10 +65,8 @@ def launch_all(
     for recipe in recipes:  # everything that can be refused is, before the first of them leaves anything behind
         Recipe.from_json(recipe.to_json(), trust=trust)
         check_recipe(recipe, cluster.workers)
-        data, split = recipe.data.build(), recipe.split(cluster.workers)
-        data.fingerprint()
-        sizes = {"rank": 0, "world": split.workers, "micro_batch": split.micro_batch, "threads": 1}
-        data.train(seed=recipe.seed, batch_size=recipe.batch_size, **sizes).close()
+        recipe.data.build().fingerprint()
+        Loaders(tasks_of(recipe), recipe, recipe.split(cluster.workers))
     console = Console()
     parent = uuid.uuid4().hex if len(recipes) > 1 else None
     folders = []
@@ -116,29 +114,29 @@ def resume_run(
 
 
 def evaluate_run(folder: Path, *, which: str, time_steps: int | None, trust: tuple[str, ...]) -> None:
-    """Print the accuracy of a run's network on its whole evaluation set."""
+    """Print the accuracy of a run's network on the whole evaluation set of each of its tasks."""
     recipe = Recipe.read(folder / "recipe.json", trust=trust)
     steps = time_steps or recipe.time_steps
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_run(folder, which=which, trust=trust).to(device)
-    data = recipe.data.build()
-    check_data(data, read_job(folder), every_page=True)
-    loader = data.val(rank=0, world=1, micro_batch=recipe.split(1).micro_batch, threads=1)
+    check_data(recipe.data.build(), read_job(folder), every_page=True)
+    loaders, results = Loaders(tasks_of(recipe), recipe, recipe.split(1)), []
+    for index, task in enumerate(loaders.tasks):
+        begun = time.monotonic()
+        task.choose_head(network)
+        with closing(loaders.val(index)) as val_set, autocast(device, recipe.precision):  # as in training
+            batches = inputs(val_set, steps, device)
+            results.append(evaluate(network, batches, recipe.objective.build(), over_time=recipe.over_time))
+        where = f", {task.name}" if recipe.phases else ""
+        print(f"{folder.name} ({which}, T = {steps}{where}): {_told(results[-1])} in {time.monotonic() - begun:.1f} s")
+    if recipe.phases:
+        print(f"{folder.name} ({which}, T = {steps}, mean of {len(results)} tasks): {_told(mean_of(results))}")
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        with loader.epoch(0) as source:
-            for batch in source:
-                yield over_steps(batch.x.to(device), steps), batch.target.to(device)
 
-    begun = time.monotonic()
-    try:
-        with autocast(device, recipe.precision):  # as in training
-            result = evaluate(network, batches(), recipe.objective.build(), over_time=recipe.over_time)
-    finally:
-        loader.close()
-    print(
-        f"{folder.name} ({which}, T = {steps}): top-1 {result.top1:.4f}, top-5 {result.top5:.4f}, loss {result.loss:.4f}, "
-        f"firing rate {result.firing_rate:.4f} on {result.samples} samples in {time.monotonic() - begun:.1f} s"
+def _told(result: Evaluation) -> str:
+    return (
+        f"top-1 {result.top1:.4f}, top-5 {result.top5:.4f}, loss {result.loss:.4f}, "
+        f"firing rate {result.firing_rate:.4f} on {result.samples} samples"
     )
 
 

@@ -82,10 +82,16 @@ class Watch:
                 self._bar.start()
             self._bar.reset(self._task, total=total, completed=done, text="")
 
+    def _on_phase(self, event: dict[str, Any]) -> None:
+        head = "" if event.get("head") is None else f", head {event['head']}"
+        place = f"{_from_one(event.get('phase'))}/{event.get('of')}"
+        self._say(f"phase {place}, {event.get('name')}: from step {event.get('step')}, {event.get('steps')} steps{head}")
+
     def _on_evaluation(self, event: dict[str, Any]) -> None:
         metrics = event.get("metrics", {})
         parts = [f"{name} {_share(metrics[key])}" for name, key in (("top-1", "top1"), ("top-5", "top5")) if key in metrics]
         parts += [f"{key.replace('_', ' ')} {_short(metrics[key])}" for key in ("loss", "firing_rate") if key in metrics]
+        parts += [f"BWT {_share(metrics['bwt'])}"] if "bwt" in metrics else []
         self._accuracy = _share(metrics["top1"]) if "top1" in metrics else ""
         self._say(f"evaluation after step {event.get('step')} (epoch {_from_one(event.get('epoch'))}): {', '.join(parts)}")
 

@@ -1,0 +1,60 @@
+"""What the continual-learning recipes share: HLOP's fully connected network, plain SGD, and the tasks made of Fashion-MNIST."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from timm.optim import create_optimizer_v2
+
+from pipeline.data.beton import Beton
+from pipeline.data.tasks import Permuted, SplitClasses
+from pipeline.models.heads import multi_head
+from pipeline.models.mlp import mlp
+from pipeline.objective import CrossEntropy
+from pipeline.recipe import Phase, Recipe, spec
+from pipeline.rules.sltt import SLTT
+from pipeline.schedule import constant
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.surrogate import Sigmoid
+
+NEURON = spec(LIF, leak=0.5, surrogate=Sigmoid(4.0))  # published for OTTT and BPTT
+
+
+def permuted() -> Recipe:
+    """Ten tasks: Fashion-MNIST with its pixels in ten orders, one epoch each, one head for all. Trained by SLTT."""
+    return Recipe(
+        name="permuted-fashion",
+        model=spec(mlp, classes=10, hidden=(800, 800), bias=False, neuron=NEURON),
+        rule=spec(SLTT),
+        # No augmentation: it would move pixels that have changed places.
+        data=spec(
+            Beton,
+            folder="data/fashion",
+            classes=10,
+            channels=1,
+            size=28,
+            crop="shift",
+            reach=0,
+            flip="never",
+            mean=(0.286,),
+            std=(0.353,),
+        ),
+        objective=spec(CrossEntropy),
+        optimizer=spec(create_optimizer_v2, opt="momentum", lr=0.1, momentum=0.0, weight_decay=0.0),
+        schedule=spec(constant),
+        time_steps=3,
+        batch_size=64,
+        epochs=1,
+        phases=tuple(Phase(name=f"order-{task}", data=spec(Permuted, task=task)) for task in range(10)),
+        log_every=50,
+    )
+
+
+def split() -> Recipe:
+    """Five tasks of two classes each, a head for each task. Trained by SLTT."""
+    return replace(
+        permuted(),
+        name="split-fashion",
+        model=spec(multi_head, network=spec(mlp, classes=2, hidden=(800, 800), bias=False, neuron=NEURON), heads=5),
+        phases=tuple(Phase(name=f"pair-{task}", data=spec(SplitClasses, task=task), head=task) for task in range(5)),
+    )
