@@ -380,3 +380,14 @@ def test_the_error_of_the_gradient_falls_as_one_over_t():
     slope = math.log(errors[-1][0] / errors[0][0]) / math.log(steps[-1] / steps[0])
     assert -1.3 < slope < -0.7
     assert all(t * gap < 4 for t, (_, gap) in zip(steps, errors, strict=True))
+
+
+def test_bf16_solves_in_fp32():
+    model = two_layers().float()
+    x_B, target = image((FEATURES,))
+    full = ide(IDE(), model, x_B.float(), target, steps=6)
+    rule = IDE(tolerance=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = ide(rule, model, x_B.float(), target, steps=6)
+    assert rule.figures()["residual"] < 1e-6
+    assert all(0 < (half[name] - full[name]).norm() < 0.05 * full[name].norm() for name in full)
