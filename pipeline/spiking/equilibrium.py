@@ -143,7 +143,7 @@ class Linearized:
     `transposed(l, d_B)` is the transposed synapse into layer l: from a gradient of layer l's current to that of the rate
     which feeds it. So, from the last layer to the first,  v <- transposed(l, masks[l] v / divisors[l]).
 
-    In the precision of `a_1B`, never below fp32. No gradient reaches a parameter from here, and no hook of one is run.
+    No gradient reaches a parameter from here, and no hook of one is run.
     """
 
     def __init__(self, equilibrium: Equilibrium, a_1B: Tensor, current_1B: Tensor) -> None:
@@ -152,7 +152,7 @@ class Linearized:
         self.masks: list[Tensor] = []
         self._maps: list[tuple[Tensor, Tensor]] = []
         rate_1B = a_1B
-        with torch.enable_grad(), torch.autocast(a_1B.device.type, enabled=False), evaluated_norms(equilibrium):
+        with torch.enable_grad(), evaluated_norms(equilibrium):
             for layer, synapse in enumerate(self.synapses):
                 input_1B = rate_1B.detach().requires_grad_()
                 output_1B = synapse(input_1B)
@@ -242,7 +242,9 @@ class _AtRest(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         a_1B, current_1B = ctx.saved_tensors
-        solved = ctx.adjoint(grad_outputs[0].squeeze(0), Linearized(ctx.equilibrium, a_1B, current_1B))
+        # In the precision of the rate, never below fp32: a solve is longer than bf16 is precise.
+        with torch.autocast(a_1B.device.type, enabled=False):
+            solved = ctx.adjoint(grad_outputs[0].squeeze(0), Linearized(ctx.equilibrium, a_1B, current_1B.to(a_1B.dtype)))
         if isinstance(solved, Tensor):
             return solved.unsqueeze(0), None, None, None, None, None
         ctx.solution.betas = list(solved)
