@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import pipeline
+from pipeline.job import Place
 from pipeline.models.convnet import convnet
 from pipeline.recipe import Recipe, Spec, spec
 from pipeline.rules.bptt import BPTT
@@ -19,7 +20,9 @@ from pipeline.rules.dsr import DSR
 from pipeline.spiking.rate import RateIF
 from pipeline.track.jsonl import read
 from pipeline.weights import load_start
-from tests.small import small_recipe, train_inline
+from pipeline.worker import run
+from tests.processes import run_ranks
+from tests.small import make_run, small_recipe, train_inline
 
 STAGES: Any = ((4,), (6,))
 
@@ -75,3 +78,26 @@ def test_a_file_that_lacks_some_thresholds_or_has_others_is_refused(tmp_path: Pa
     with pytest.raises(ValueError, match=r"stages\.0\.0\.neuron\.threshold is unknown"):
         load_start(network(spec(nn.ReLU)).build(), tmp_path / "all.safetensors")
     assert load_start(network(spec(RateIF)).build(), tmp_path / "all.safetensors").fresh == ()
+
+
+def still() -> Recipe:
+    """One step that moves no weights: what is saved is what calibration found."""
+    return spiking(stop_after=1).override({"optimizer.lr": 0.0})
+
+
+def _rank(rank: int, ranks: int, folder: str) -> None:
+    job = make_run(Path(folder) / str(rank), still()) if rank == 0 else None
+    torch.distributed.barrier()
+    found = [job]
+    torch.distributed.broadcast_object_list(found, src=0)
+    assert found[0] is not None
+    run(found[0], Place(rank, ranks, "cpu", rank))
+
+
+@pytest.mark.distributed
+def test_two_ranks_calibrate_as_one_does(tmp_path: Path) -> None:
+    train_inline(tmp_path / "one", still())
+    run_ranks(_rank, 2, tmp_path, str(tmp_path))
+    one, two = (pipeline.load(tmp_path / name).state_dict() for name in ("one", "0"))
+    thresholds = [key for key in one if key.endswith(".threshold")]
+    assert len(thresholds) == 4 and all(torch.equal(one[key], two[key]) and one[key] != 6 for key in thresholds)

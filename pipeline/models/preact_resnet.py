@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pipeline.models.parts import one_more
 from pipeline.models.rate_head import RateHead
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.rate import RateIF
+from pipeline.spiking.rate import RateIF, rate_readout
 from pipeline.spiking.synapse import Conv2d, Linear, folded
 
 Over = Literal["step", "time"]
@@ -98,12 +98,13 @@ class PreActResNet(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.norm, self.neuron = BatchNorm(channels, over=over), one_more(neuron)
         self.classifier = RateHead(channels, classes, over=over, neuron=neuron) if head == "rate" else Linear(channels, classes)
+        self.readout = rate_readout(neuron) if head == "linear" else nn.Identity()
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         h = self.stem(x_TBCHW)
         if self.stem_pool is not None:
             h = folded(self.stem_pool, h)
-        return self.classifier(self.neuron(self.norm(self.stages(h))).mean((3, 4)))
+        return self.readout(self.classifier(self.neuron(self.norm(self.stages(h))).mean((3, 4))))
 
 
 def preact_resnet18(

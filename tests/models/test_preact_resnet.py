@@ -65,7 +65,7 @@ def test_the_spiking_network_approaches_the_ann():
     """Same weights, thresholds above every activation: the longer the sequence, the nearer the rates to the activations."""
     torch.manual_seed(0)
     ann = preact_resnet18_small(4, width=4, blocks=(1, 1), neuron=nn.ReLU()).eval()
-    nn.init.uniform_(ann.classifier.norm.bias, 0.5, 1.5)
+    nn.init.uniform_(ann.get_parameter("classifier.norm.bias"), 0.5, 1.5)
     network = preact_resnet18_small(4, width=4, blocks=(1, 1), neuron=RateIF(threshold=6.0)).eval()
     network.load_state_dict(ann.state_dict(), strict=False)
     x_BCHW = torch.randn(3, 3, 8, 8)
@@ -79,9 +79,10 @@ def test_the_spiking_network_approaches_the_ann():
     assert errors[1] < 0.05 and errors[1] < errors[0] / 4
 
 
-def test_lif_logits_are_weighted():
-    model = preact_resnet18_small(3, width=2, blocks=(1,), neuron=RateLIF())
-    assert [name for name, m in model.named_modules() if isinstance(m, WeightedRates)] == ["classifier.readout"]
+@pytest.mark.parametrize(("head", "where"), [("rate", "classifier.readout"), ("linear", "readout")])
+def test_lif_logits_are_weighted(head, where):
+    model = preact_resnet18_small(3, width=2, blocks=(1,), head=head, neuron=RateLIF())
+    assert [name for name, m in model.named_modules() if isinstance(m, WeightedRates)] == [where]
 
 
 @pytest.mark.parametrize(
