@@ -46,7 +46,7 @@ class SPIDE(Rule):
 
     Raises: ValueError for arguments out of range (when made); for a model without an `Equilibrium`, with several, or with
     neurons outside it (`attach`); for a gradient that is not finite (in backward).
-    Source: Xiao et al. 2023 (arXiv 2302.00232), sections 4.1-4.3.
+    Source: Xiao et al. 2023 (arXiv 2302.00232, doi 10.1016/j.neunet.2023.01.026).
     """
 
     memory: Literal["constant", "linear"] = "constant"
