@@ -94,6 +94,9 @@ class Watch:
         parts += [f"BWT {_share(metrics['bwt'])}"] if "bwt" in metrics else []
         self._accuracy = _share(metrics["top1"]) if "top1" in metrics else ""
         self._say(f"evaluation after step {event.get('step')} (epoch {_from_one(event.get('epoch'))}): {', '.join(parts)}")
+        tasks = [f"{key.removeprefix('top1_')} {_share(top1)}" for key, top1 in metrics.items() if key.startswith("top1_")]
+        if len(tasks) > 1:
+            self._say(f"each task: {', '.join(tasks)}")
 
     def _on_checkpoint(self, event: dict[str, Any]) -> None:
         if self._bar is not None:
@@ -117,7 +120,8 @@ class Watch:
         if self._bar is not None:
             self._bar.update(self._task, completed=self._start.get("total_steps"))
         top1 = f", top-1 {_share(event['top1'])}" if event.get("top1") is not None else ""
-        self._say(f"finished: {event.get('steps', event.get('step'))} steps in {_short(event.get('wall_s'))} s{top1}")
+        bwt = f", BWT {_share(event['bwt'])}" if event.get("bwt") is not None else ""
+        self._say(f"finished: {event.get('steps', event.get('step'))} steps in {_short(event.get('wall_s'))} s{top1}{bwt}")
 
     # ---------------------------------------------------------------------------------------------------------- drawing
 

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from pipeline.models.parts import one_more
 from pipeline.spiking.neuron import LIF
+from pipeline.spiking.rate import rate_readout
 from pipeline.spiking.synapse import Linear, Weights
 
 
 class MLP(nn.Module):
-    """Flatten, then Linear and neuron for each of `hidden`, then the classifier.
+    """Flatten, then Linear and neuron for each of `hidden`, then the classifier; rates that are weighted end weighted.
 
     Raises: ValueError for sizes below 1.
     """
@@ -32,9 +33,10 @@ class MLP(nn.Module):
             self.layers.append(one_more(neuron))
             size = width
         self.classifier = Linear(size, classes, bias)
+        self.readout = rate_readout(neuron)
 
     def forward(self, x_TB: Tensor) -> Tensor:
-        return self.classifier(self.layers(x_TB.flatten(2)))
+        return self.readout(self.classifier(self.layers(x_TB.flatten(2))))
 
 
 def mlp(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from timm.optim import create_optimizer_v2
 
@@ -11,12 +12,16 @@ from pipeline.data.tasks import Permuted, SplitClasses
 from pipeline.models.heads import multi_head
 from pipeline.models.mlp import mlp
 from pipeline.objective import CrossEntropy
-from pipeline.recipe import Phase, Recipe, spec
+from pipeline.recipe import Phase, Recipe, Spec, spec
+from pipeline.rules.hlop import HLOP
 from pipeline.rules.sltt import SLTT
 from pipeline.schedule import constant
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
 
+# Rows that each task adds to the three layers, as published: fewer at every third task, so that ten fit into 800 inputs.
+FIRST, MORE, FEWER = (80, 200, 100), (70, 70, 70), (50, 50, 50)
+ROWS = (FIRST, MORE, MORE, FEWER, MORE, MORE, FEWER, MORE, MORE, FEWER)
 NEURON = spec(LIF, leak=0.5, surrogate=Sigmoid(4.0))  # published for OTTT and BPTT
 
 
@@ -48,6 +53,11 @@ def permuted() -> Recipe:
         phases=tuple(Phase(name=f"order-{task}", data=spec(Permuted, task=task)) for task in range(10)),
         log_every=50,
     )
+
+
+def protected(recipe: Recipe, inner: Spec, **changes: Any) -> Recipe:
+    """The same tasks by HLOP around `inner`; `changes` are HLOP's keywords."""
+    return replace(recipe, rule=spec(HLOP, **{"inner": inner, "rows": ROWS, "learning_rate": (0.001, 0.01, 0.01), **changes}))
 
 
 def split() -> Recipe:

@@ -146,3 +146,22 @@ def test_a_terminal_gets_a_bar_and_lines_above_it():
 def test_closing_before_anything_happened():
     view, _, _ = watch(terminal=True)
     view.close()
+
+
+def test_a_run_of_several_tasks_tells_each_of_them():
+    view, out, _ = watch()
+    out.truncate(0)
+    metrics = {"top1": 0.8, "top1_a": 0.7, "top1_b": 0.9, "bwt": -0.125}
+    view.show(
+        [
+            START,
+            {"event": "phase", "step": 50, "phase": 1, "of": 2, "name": "b", "steps": 50, "head": 1},
+            {"event": "evaluation", "step": 100, "epoch": 1, "metrics": metrics},
+            {"event": "finish", "step": 100, "steps": 100, "wall_s": 5.0, "top1": 0.8, "bwt": -0.125},
+        ]
+    )
+    lines = out.getvalue().splitlines()
+    assert "phase 2/2, b: from step 50, 50 steps, head 1" in lines
+    assert "evaluation after step 100 (epoch 2): top-1 80.00%, BWT -12.50%" in lines
+    assert "each task: a 70.00%, b 90.00%" in lines
+    assert "finished: 100 steps in 5 s, top-1 80.00%, BWT -12.50%" in lines

@@ -1,9 +1,12 @@
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from pipeline.models.mlp import mlp
 from pipeline.spiking.neuron import LIF
+from pipeline.spiking.rate import RateLIF, rate_weights
 from pipeline.spiking.state import fresh_state
 
 
@@ -32,6 +35,16 @@ def test_against_an_independent_forward():
 def test_relu_is_the_ann():
     model = mlp(neuron=nn.ReLU())
     assert model(torch.randn(1, 2, 1, 28, 28)).shape == (1, 2, 10)
+
+
+def test_leaky_rates_end_in_their_weighted_mean():
+    model, x = mlp(3, in_features=8, hidden=(5,), neuron=RateLIF()).double(), torch.rand(4, 2, 8, dtype=torch.float64)
+    with fresh_state(model):
+        plain = model.classifier(model.layers(x))
+    with fresh_state(model):
+        weighted = model(x).mean(0)
+    assert torch.allclose(weighted, torch.einsum("t,tbk->bk", rate_weights(math.exp(-0.05), x), plain), atol=1e-12)
+    assert not torch.allclose(weighted, plain.mean(0), atol=1e-4)
 
 
 def test_refuses():

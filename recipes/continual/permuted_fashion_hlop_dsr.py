@@ -1,0 +1,27 @@
+"""Ten permutations of Fashion-MNIST, one after another, by DSR within the directions that HLOP leaves free.
+
+Command:  spiketrain launch recipes/continual/permuted_fashion_hlop_dsr.py --workers 2
+Source:   Xiao et al. 2024 (HLOP), arXiv:2402.11984: tasks, network, neuron, optimizer and rows, with Fashion-MNIST for MNIST and
+          T = 10 for 20. The rows learn from weighted rates, as published: they keep the mean current of old tasks.
+Result:   not run
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pipeline.recipe import Recipe, spec
+from pipeline.rules.dsr import DSR
+from pipeline.spiking.rate import RateLIF
+from recipes.continual.base import permuted, protected
+
+
+def recipe() -> Recipe:
+    shared = protected(permuted(), spec(DSR), learn_from="rates")
+    return replace(
+        shared,
+        name="permuted-fashion-hlop-dsr",
+        model=shared.model.with_(neuron=spec(RateLIF)),
+        over_time="mean",
+        time_steps=10,
+    )
