@@ -36,7 +36,7 @@ def moving() -> Recipe:
         rule=spec(BPTT),
         data=spec(Events, folder="data/moving", classes=16, steps=STEPS, size=34),
         objective=spec(CrossEntropy),
-        optimizer=spec(create_optimizer_v2, opt="adam", lr=0.003, weight_decay=0.0),
+        optimizer=spec(create_optimizer_v2, opt="adam", lr=0.01, weight_decay=0.0),
         schedule=spec(cosine, warmup=0.05),
         time_steps=STEPS,
         batch_size=64,

@@ -40,6 +40,12 @@ def test_counts_are_those_of_a_loop_over_the_events(by: Any, slices: int, size: 
     assert found.sum() == 500
 
 
+def test_slices_by_time_begin_where_the_span_is_cut() -> None:
+    t_N, zeros = np.arange(10, 18), np.zeros(8, np.int64)
+    events = Stream(t_N, zeros, np.arange(8), zeros, (1, 8), (10, 18))
+    assert frames(events, 4, 8)[:, 0, 0].argmax(1).tolist() == [0, 2, 4, 6]  # each the first of its two
+
+
 @pytest.mark.parametrize("by", ["time", "number"])
 @pytest.mark.parametrize("resize", ["sum", "area"])
 def test_neighbouring_slices_make_those_of_a_coarser_cut(by: Any, resize: Any) -> None:
