@@ -71,6 +71,7 @@ def test_the_rate_head_ends_in_rates():
         module.register_forward_hook(lambda _module, _x, y, name=name: outputs.update({name: y}))
     with torch.no_grad(), fresh_state(model):
         logits_TBK = model(3 * torch.randn(1, 2, 3, 6, 6).expand(8, -1, -1, -1, -1) + 1)
+    assert set(outputs) == {"neuron_in", "neuron_out"}
     for out_TBC in outputs.values():
         assert out_TBC.unique().tolist() == pytest.approx([0.0, 1.0])
     b = math.exp(-0.05)

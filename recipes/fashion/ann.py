@@ -1,0 +1,41 @@
+"""The ANN of the rate-coded study: the network of dsr_if.py and dsr_lif.py with ReLU, for which one time step is enough.
+
+Command:  spiketrain launch recipes/fashion/ann.py --workers 2
+Source:   the network is a small one of ours, ended by rates as in Meng et al. 2022 (DSR), arXiv:2205.00459.
+Result:   not run
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from pipeline.models.convnet import convnet
+from pipeline.recipe import Recipe, spec
+from pipeline.rules.bptt import BPTT
+from recipes.fashion.base import fashion
+
+
+def recipe() -> Recipe:
+    shared = fashion()
+    return replace(
+        shared,
+        name="fashion-ann",
+        model=spec(
+            convnet,
+            classes=10,
+            in_channels=1,
+            stages=((32,), (64,), (128,)),
+            stem_stride=2,
+            grid=3,
+            over="time",
+            head="rate",
+            neuron=spec(nn.ReLU),
+        ),
+        rule=spec(BPTT),
+        # Everything decays, as DSR has it: thresholds come down by it.
+        optimizer=shared.optimizer.with_(lr=0.1, weight_decay=5e-4, filter_bias_and_bn=False),
+        time_steps=1,
+        over_time="mean",
+    )

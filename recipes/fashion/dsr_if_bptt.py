@@ -1,0 +1,18 @@
+"""BPTT on the network of dsr_if.py: the baseline of the rate-coded study, through the surrogate of the same neurons.
+
+Command:  spiketrain launch recipes/fashion/dsr_if_bptt.py --workers 2
+Source:   Neftci et al. 2019, arXiv:1901.09948; the network is a small one of ours.
+Result:   not run
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pipeline.recipe import Recipe, spec
+from pipeline.rules.bptt import BPTT
+from recipes.fashion.dsr_if import recipe as dsr_if
+
+
+def recipe() -> Recipe:
+    return replace(dsr_if(), name="fashion-dsr-if-bptt", rule=spec(BPTT))
