@@ -34,6 +34,7 @@ from pipeline.recipe import Recipe, spec, write_json
 from pipeline.report.runs import list_runs
 from pipeline.report.show import show_recipe
 from pipeline.rules.base import LossOf, Objective
+from pipeline.rules.hlop import HLOP
 from pipeline.rules.sltt import SLTT
 from pipeline.schedule import cosine
 from pipeline.spiking.encode import repeat
@@ -84,6 +85,16 @@ def split(**changes: Any) -> Recipe:
         optimizer=several().optimizer.with_(weight_decay=0.0),
         batch_size=4,
         phases=phases,
+    )
+    return replace(written, **changes)
+
+
+def protected(**changes: Any) -> Recipe:
+    """HLOP around SLTT on a small fully connected network."""
+    written = several(
+        model=spec(mlp, in_features=64, hidden=(24,)),
+        rule=spec(HLOP, inner=spec(SLTT), rows=((10, 6), (5, 3)), learning_rate=0.05),
+        optimizer=several().optimizer.with_(weight_decay=0.0),
     )
     return replace(written, **changes)
 
@@ -193,6 +204,27 @@ def test_a_killed_run_goes_on_in_the_right_task_to_the_same_bits(
     assert outcome(resumed) == outcome(json.loads((whole / "summary.json").read_text()))
     rule = torch.load(step_folders(tmp_path / "run" / "checkpoints")[-1] / "rule.pt", weights_only=True)
     assert rule["begun"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("killed", [at_step(13), before_saving(24), before_task(2), at_step(30)])
+def test_a_killed_hlop_run_goes_on_in_the_right_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    untouched = train(tmp_path / "whole", protected())
+    with monkeypatch.context() as patch:
+        killed(patch)
+        with pytest.raises(Killed):
+            train(tmp_path / "run", protected())
+    resumed = train(tmp_path / "run", protected())
+    assert outcome(resumed) == outcome(untouched)
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+    assert [phase["figures"]["free_classifier"] for phase in resumed["phases"]] == [18, 15, 12]
+    assert all(0 < phase["figures"]["energy_layers.0"] <= 1 for phase in resumed["phases"])
+    first, other = (
+        torch.load(step_folders(tmp_path / name / "checkpoints")[-1] / "rule.pt", weights_only=True) for name in ("whole", "run")
+    )
+    assert first.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in first.items())
 
 
 def test_a_run_that_is_stopped_at_a_boundary_begins_the_next_task_once(
@@ -412,6 +444,7 @@ def test_stop_after_cuts_each_phase(tmp_path: Path) -> None:
             several(model=spec(multi_head, network=spec(mlp, in_features=64), heads=2)),
             "a phase must name its own; got head=None for task-",
         ),
+        (protected(optimizer=several().optimizer), "weight_decay must be 0"),
         (several(phases=(TASKS[0], Phase(name="x", data=spec(SplitClasses, task=9)))), "make 5 tasks, from 0; got task=9"),
     ],
 )

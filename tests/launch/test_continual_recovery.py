@@ -16,17 +16,31 @@ from tests.small import same_weights
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 RECIPE = """
+from timm.optim import create_optimizer_v2
+from pipeline.data.synthetic import Synthetic
 from pipeline.data.tasks import Permuted
+from pipeline.models.mlp import mlp
 from pipeline.recipe import Phase, spec
+from pipeline.rules.hlop import HLOP
+from pipeline.rules.sltt import SLTT
 from tests.small import small_recipe
 
 def recipe():
-    phases = tuple(Phase(name=f"task-{task}", data=spec(Permuted, task=task)) for task in range(3))
     return small_recipe(
-        name="several", phases=phases, epochs=2, backend="deepspeed", zero=1, checkpoint_every=5, time_steps=24, evaluate_every=2
+        name="several",
+        model=spec(mlp, in_features=64, hidden=(32,)),
+        rule=spec(HLOP, inner=spec(SLTT), rows=((10, 8), (6, 4))),
+        data=spec(Synthetic, samples=512, val_samples=100, shape=(1, 8, 8)),
+        optimizer=spec(create_optimizer_v2, opt="momentum", lr=0.1, momentum=0.9, weight_decay=0.0),
+        phases=tuple(Phase(name=f"task-{task}", data=spec(Permuted, task=task)) for task in range(3)),
+        epochs=1,
+        time_steps=6,
+        backend="deepspeed",
+        zero=1,
+        checkpoint_every=5,
     )
 """
-SECOND_TASK = range(16, 32)
+SECOND_TASK = range(64, 128)
 
 
 def command(*words: str, runs: Path) -> list[str]:
@@ -40,7 +54,7 @@ def test_a_run_killed_in_its_second_task_goes_on_there(tmp_path: Path) -> None:
         command("launch", str(file), "--name", "whole", runs=tmp_path), capture_output=True, text=True, timeout=280
     )
     assert whole.returncode == 0, whole.stderr
-    assert "phase 2/3, task-1: from step 16, 16 steps" in whole.stdout
+    assert "phase 2/3, task-1: from step 64, 64 steps" in whole.stdout
     assert "BWT" in whole.stdout
 
     journal = tmp_path / "hunted" / "journal.jsonl"
@@ -48,7 +62,7 @@ def test_a_run_killed_in_its_second_task_goes_on_there(tmp_path: Path) -> None:
         driver = subprocess.Popen(command("launch", str(file), "--name", "hunted", runs=tmp_path), stdout=log, stderr=log)
         follower = Follower(journal)
         deadline, seen = time.monotonic() + 200, 0
-        while seen < 22 and time.monotonic() < deadline and driver.poll() is None:
+        while seen < 70 and time.monotonic() < deadline and driver.poll() is None:
             seen = max([seen, *(event["step"] for event in follower.poll() if event["event"] == "step")])
             time.sleep(0.005)
         driver.kill()
