@@ -266,7 +266,8 @@ def test_events_are_written_verified_and_refused(
         monkeypatch.setattr(sys, "argv", ["spiketrain", *words])
         with pytest.raises(SystemExit) as end:
             main()
-        return int(end.value.code or 0), *capsys.readouterr()
+        said = capsys.readouterr()
+        return int(end.value.code or 0), said.out, said.err
 
     folder, sizes = str(tmp_path / "moving"), ("--samples", "20", "--val-samples", "10", "--slices", "4", "--size", "16")
     code, out, _ = run("write", "events", "moving", "--out", folder, *sizes)
