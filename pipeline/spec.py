@@ -25,8 +25,17 @@ class Spec:
         object.__setattr__(self, "kwargs", types.MappingProxyType(kwargs))
 
     def build(self, *args: Any, **more: Any) -> Any:
-        """Call the target; nested specs are built first. `args` and `more` are what only the running process knows."""
-        return self.target(*args, **{key: _built(value) for key, value in self.kwargs.items()}, **more)
+        """Call the target; nested specs are built first. `args` and `more` are what only the running process knows.
+
+        Raises:
+            ValueError: an argument that the target needs and nobody gave.
+        """
+        kwargs = {key: _built(value) for key, value in self.kwargs.items()} | more
+        try:
+            inspect.signature(self.target).bind(*args, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"{self.target.__name__}: {error}; it accepts {accepted_text(self.target)}") from error
+        return self.target(*args, **kwargs)
 
     def with_(self, **changes: Any) -> Spec:
         """The same part with some keywords changed."""

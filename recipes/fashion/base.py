@@ -23,9 +23,7 @@ def fashion() -> Recipe:
     """A small VGG with standardised weights on Fashion-MNIST at T = 4, trained by BPTT."""
     return Recipe(
         name="fashion",
-        model=spec(
-            vgg_sws, classes=10, in_channels=1, stages=((32,), (64,), (128,)), stem=(5, 2), neuron=spec(LIF, leak=LEAK)
-        ),
+        model=spec(vgg_sws, classes=10, in_channels=1, stages=((32,), (64,), (128,)), stem=(5, 2), neuron=spec(LIF, leak=LEAK)),
         rule=spec(BPTT),
         data=spec(
             Beton, folder="data/fashion", classes=10, channels=1, size=28, crop="shift", reach=2, mean=(0.286,), std=(0.353,)

@@ -1,0 +1,91 @@
+"""What does not fit together is refused before anything is launched: one line, exit code 2, nothing left behind."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pipeline.__main__ import main
+
+IMPORTS = """
+from dataclasses import replace
+from pipeline.models.convnet import convnet
+from pipeline.recipe import spec
+from pipeline.rules.dsr import DSR
+from pipeline.rules.hlop import HLOP
+from pipeline.rules.ide import IDE
+from pipeline.rules.ottt import OTTT
+from pipeline.rules.spide import SPIDE
+from pipeline.rules.sltt import SLTT
+from recipes.fashion.base import fashion
+
+def recipe():
+    shared = fashion()
+    normed = spec(convnet, classes=10, in_channels=1, stages=((4,), (4,)), norm="batch")
+    return """
+
+
+def refused(*words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    monkeypatch.setattr("sys.argv", ["spiketrain", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and len(said.splitlines()) == 1, said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("replace(shared, model=normed, rule=spec(OTTT))", r"OTTT-A: .*batch norm.*stages\.0\.0\.norm"),
+        ("replace(shared, rule=spec(IDE), over_time='mean')", "IDE: .*[Ee]quilibrium"),
+        ("replace(shared, rule=spec(SPIDE), over_time='mean')", "SPIDE: .*[Ee]quilibrium"),
+        ("replace(shared, rule=spec(DSR), over_time='mean')", r"DSR: .*RateIF.*LIF at stages\.0\.0\.neuron"),
+        ("replace(shared, rule=spec(SLTT, k=9))", r"SLTT: k must be in 1\.\.T; got k=9, T=4"),
+        ("replace(shared, rule=spec(SLTT), over_time='mean')", "SLTT: .*over_time must be 'steps'; got over_time='mean'"),
+        ("replace(shared, rule=spec(OTTT), over_time='mean')", "OTTT-A: .*over_time must be 'steps'; got over_time='mean'"),
+        ("replace(shared, rule=spec(HLOP, inner=spec(SLTT)))", "HLOP: missing a required .*'rows'; it accepts inner, rows"),
+        (
+            "replace(shared, rule=spec(HLOP, inner=spec(SLTT), rows=((2, 2, 2, 2),)))",
+            r"HLOP\(SLTT\): .*standardized.*stages\.0\.0\.conv",
+        ),
+    ],
+)
+def test_a_rule_refuses_what_it_cannot_train(
+    recipe: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(IMPORTS + recipe + "\n")
+    line = refused("launch", str(file), "--runs", str(tmp_path / "runs"), monkeypatch=monkeypatch, capsys=capsys)
+    assert re.search(said, line), line
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("change", ["optimizer.weight_decay=1e-4", "optimizer.opt=adamw", "optimizer.opt=lamb"])
+def test_hlop_refuses_what_moves_weights_off_the_gradient(
+    change: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = "recipes/continual/permuted_fashion_hlop_sltt.py"
+    assert refused("show", recipe, "--set", change, monkeypatch=monkeypatch, capsys=capsys).startswith("HLOP(SLTT): ")
+
+
+def test_an_event_file_that_is_cut_short_is_refused_by_verify_and_by_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline.data.events.write import write_events
+
+    write_events("moving", tmp_path / "data", samples=32, val_samples=16)
+    file = tmp_path / "data" / "train.beton"
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size - 1000)
+    capsys.readouterr()
+    for words in (
+        ("verify", str(tmp_path / "data")),
+        ("launch", "recipes/events/moving_sltt.py", "--inline", "--set", f"data.folder={tmp_path / 'data'}", "--set", "batch_size=16", "--runs",
+         str(tmp_path / "runs")),
+    ):  # fmt: skip
+        line = refused(*words, monkeypatch=monkeypatch, capsys=capsys)
+        assert "train.beton" in line and "truncated" in line
+    assert not (tmp_path / "runs").exists()
