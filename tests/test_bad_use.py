@@ -81,11 +81,9 @@ def test_an_event_file_that_is_cut_short_is_refused_by_verify_and_by_launch(
     with file.open("r+b") as stream:
         stream.truncate(file.stat().st_size - 1000)
     capsys.readouterr()
-    for words in (
-        ("verify", str(tmp_path / "data")),
-        ("launch", "recipes/events/moving_sltt.py", "--inline", "--set", f"data.folder={tmp_path / 'data'}", "--set", "batch_size=16", "--runs",
-         str(tmp_path / "runs")),
-    ):  # fmt: skip
+    changes = ("--set", f"data.folder={tmp_path / 'data'}", "--set", "batch_size=16")
+    launch = ("launch", "recipes/events/moving_sltt.py", "--inline", *changes, "--runs", str(tmp_path / "runs"))
+    for words in (("verify", str(tmp_path / "data")), launch):
         line = refused(*words, monkeypatch=monkeypatch, capsys=capsys)
         assert "train.beton" in line and "truncated" in line
     assert not (tmp_path / "runs").exists()

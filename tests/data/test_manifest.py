@@ -1,8 +1,11 @@
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import xxhash
 
 pytest.importorskip("ffcv")
 
@@ -69,6 +72,20 @@ def test_a_page_is_named_among_many(tmp_path):
     flip(path, manifest.pages_offset + 7 * 4096 + 4095)
     with pytest.raises(DataError, match=r"page 7 \(bytes "):
         manifests.check(path)
+
+
+def test_the_content_hash_is_that_of_its_definition():
+    """Old files keep their hash: it is part of every study's key."""
+    content = manifests.ContentHash(["a", "b"])
+    content.add(b"pixels", label=1, width=3, height=2, mode=0)
+    about = np.array([1, 0, 2, 3], "<i8").tobytes()  # label, mode, height, width
+    parts = b'["a", "b"]' + about + xxhash.xxh3_128_digest(b"pixels")
+    assert content.hexdigest() == hashlib.sha256(parts).hexdigest()
+
+    content = manifests.ContentHash(["a"], beton_format.Arrays("uint8", (2, 3)))
+    content.add(b"counts", label=0)
+    parts = b'["a"]{"dtype": "uint8", "shape": [2, 3]}' + bytes(8) + xxhash.xxh3_128_digest(b"counts")
+    assert content.hexdigest() == hashlib.sha256(parts).hexdigest()
 
 
 def test_a_truncated_file_is_refused(folder):
