@@ -380,7 +380,7 @@ def start_server(store: Path, port: int) -> subprocess.Popen:
         with urllib.request.urlopen(url, timeout=30) as reply:
             return reply.status == 200
 
-    assert wait_for(answers, 60)
+    assert wait_for(answers, 120)
     return server
 
 
