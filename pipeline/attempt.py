@@ -204,8 +204,11 @@ class Attempt:
         return results
 
     def _save(self, *, score: float | None) -> None:
-        if not all(bool(p.isfinite().all()) for p in self.backend.network.parameters()):  # the same on every rank
-            raise Refused(f"training: parameters must be finite to be saved; they are not after step {self.step}")
+        kept = (*self.backend.network.parameters(), *(b for b in self.parts.rule.buffers() if b.is_floating_point()))
+        if not all(bool(value.isfinite().all()) for value in kept):  # the same on every rank
+            raise Refused(
+                f"training: weights and what the rule learnt must be finite to be saved; they are not after step {self.step}"
+            )
         totals = self.meters.over_ranks(self.ranks.max)
         mlflow = self.folder / "mlflow.json"
         stretch = stretch_at(self.parts.stretches, self.step)

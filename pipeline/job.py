@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+REFUSAL = "refusal.txt"
+"""in a run's folder: why its last attempt cannot go on, found by one rank alone in the middle of training"""
+
 
 @dataclass(frozen=True)
 class Job:

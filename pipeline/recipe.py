@@ -159,12 +159,14 @@ class Recipe:
         phases = tuple(dataclasses.replace(phase, epochs=None) for phase in self.phases[:2])
         steps = min(self.time_steps, 2)
         data = self.data if data is None else data
-        rule = self.rule.with_(**getattr(self.rule.target, "tiny", {}))
+        rule = _tiny_rule(self.rule)
+        for name in ("k", "chunk", "truncate"):
+            rule = _changed_throughout(rule, name, lambda value: value if value is None else min(value, steps))
         return dataclasses.replace(
             self,
             name=f"{self.name}-tiny",
             model=_changed_throughout(self.model, "time_steps", lambda _: steps),
-            rule=_changed_throughout(rule, "k", lambda k: k if k is None else min(k, steps)),
+            rule=rule,
             data=data.with_(steps=steps) if "steps" in data.kwargs else data,
             time_steps=steps,
             batch_size=8,
@@ -272,6 +274,12 @@ def _told_time_steps(key: str, part: Spec) -> Iterator[tuple[str, int]]:
             yield f"{key}.{name}", value
         elif isinstance(value, Spec):
             yield from _told_time_steps(f"{key}.{name}", value)
+
+
+def _tiny_rule(rule: Spec) -> Spec:
+    """The rule, and one inside it, with what they call tiny themselves."""
+    inside = {key: _tiny_rule(value) for key, value in rule.kwargs.items() if isinstance(value, Spec)}
+    return rule.with_(**inside, **getattr(rule.target, "tiny", {}))
 
 
 def _changed_throughout(part: Spec, name: str, change: Callable[[Any], Any]) -> Spec:

@@ -19,7 +19,7 @@ from pipeline.backend.base import Backend
 from pipeline.backend.plain import Plain
 from pipeline.checkpoint import Checkpoints
 from pipeline.data.base import Data
-from pipeline.job import Job, Place
+from pipeline.job import REFUSAL, Job, Place
 from pipeline.measure.meters import Meters
 from pipeline.phases import Stretch, stretch_at, timetable
 from pipeline.ranks import Ranks, Refused
@@ -45,11 +45,31 @@ def run(job: Job, place: Place, *, attempt_of: Callable[[Parts], Attempt] = Atte
     torch.backends.cudnn.deterministic = True  # the same bits after a restart; costs speed where cuDNN has a faster kernel
     ranks = Ranks(place.rank, place.workers, place.device)
     with only_writer(Path(job.run), ranks), journal(Path(job.run), ranks) as tracker:
+        ranks.together(lambda: raise_refusal(Path(job.run)))
         try:
             attempt = attempt_of(compose(job, place, ranks, tracker, began))
         except ValueError as error:
             raise Refused(str(error)) from error
-        return attempt.run()
+        try:
+            return attempt.run()
+        except Refused:
+            raise  # every rank knows
+        except ValueError as error:
+            if ranks.size > 1:  # the others wait for this rank: only its death frees them, and then the note speaks to all
+                note_refusal(Path(job.run), error)
+                raise
+            raise Refused(str(error)) from error
+
+
+def note_refusal(folder: Path, error: ValueError) -> None:
+    """Write down, for the next attempt, what one rank found that a restart would only find again: a solve that diverges."""
+    (folder / REFUSAL).write_text(str(error), encoding="utf-8")
+
+
+def raise_refusal(folder: Path) -> None:
+    """Raise what the last attempt wrote down. The driver clears it when the user launches or resumes."""
+    if (folder / REFUSAL).exists():
+        raise Refused((folder / REFUSAL).read_text(encoding="utf-8"))
 
 
 def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, began: float) -> Parts:
@@ -138,6 +158,7 @@ def attached_rule(recipe: Recipe, network: nn.Module, world: World) -> Rule:
     rule: Rule = recipe.rule.build()
     rule.check_steps(recipe.time_steps)
     rule.attach(network, world=world, over_time=recipe.over_time)
+    rule.check_tasks(network, max(1, len(recipe.phases)))
     return rule
 
 

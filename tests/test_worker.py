@@ -23,6 +23,7 @@ from pipeline.spiking.encode import repeat
 from pipeline.spiking.state import fresh_state
 from pipeline.track.jsonl import read
 from pipeline.weights import load_start
+from pipeline.worker import note_refusal
 from tests.small import make_run, same_weights, small_recipe, train_inline
 from tests.test_recipe import RECIPES
 
@@ -268,3 +269,20 @@ def test_rows_are_the_samples_places_in_the_global_batch(tmp_path: Path, monkeyp
     monkeypatch.setattr(SLTT, "objectives", objectives)
     train_inline(tmp_path / "run", small_recipe(micro_batch=2, stop_after=2))
     assert seen == [range(first, first + 2) for first in (0, 2, 4, 6)] * 2
+
+
+def test_what_a_rule_cannot_compute_is_refused_and_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverges(*_: Any, **__: Any) -> Any:
+        raise ValueError("IDE: the solve must converge")
+
+    monkeypatch.setattr(SLTT, "objectives", diverges)
+    with pytest.raises(Refused, match="IDE: the solve must converge"):
+        train_inline(tmp_path / "run", small_recipe())
+
+
+def test_a_refusal_that_one_rank_found_stops_the_next_attempt(tmp_path: Path) -> None:
+    recipe = small_recipe()
+    make_run(tmp_path / "run", recipe)
+    note_refusal(tmp_path / "run", ValueError("IDE: the solve must converge"))
+    with pytest.raises(Refused, match="IDE: the solve must converge"):
+        train_inline(tmp_path / "run", recipe)

@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.data.base import Data
-from pipeline.job import Job
+from pipeline.job import REFUSAL, Job
 from pipeline.launch.base import Launcher
 from pipeline.launch.watch import Watch
 from pipeline.ranks import Refused
@@ -91,7 +91,8 @@ def drive(job: Job, launcher: Launcher, tracking: Tracking, console: Console, *,
     folder = Path(job.run)
     job = replace(job, resume_command=resume_command, commit=commit())
     with _driver_lock(folder):
-        (folder / "stop").unlink(missing_ok=True)
+        for note in ("stop", REFUSAL):
+            (folder / note).unlink(missing_ok=True)
         write_job(job)
         journal = folder / "journal.jsonl"
         offset = journal.stat().st_size if journal.exists() else 0

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -74,8 +75,10 @@ class FrobeniusLimit(nn.Module):
         self.largest = largest
 
     def forward(self, x_TB: Tensor) -> Tensor:
-        norm = self.synapse.weight.detach().norm()  # type: ignore[operator]
-        return (self.largest / norm).clamp(max=1.0).to(x_TB.dtype) * self.synapse(x_TB)
+        V: Tensor = self.synapse.weight  # type: ignore[assignment]
+        # Before the square root, whose derivative is infinite at 0; where the limit acts, the scale has a gradient too.
+        smallest = torch.tensor(self.largest**2, dtype=V.dtype, device=V.device)
+        return (self.largest * V.square().sum().maximum(smallest).rsqrt()).to(x_TB.dtype) * self.synapse(x_TB)
 
 
 class NoFeedback(nn.Module):

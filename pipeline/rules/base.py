@@ -127,6 +127,12 @@ class Rule(nn.Module):
         Raises: ValueError that names what does not fit.
         """
 
+    def check_tasks(self, model: nn.Module, tasks: int) -> None:
+        """Whether the rule can learn so many tasks on the attached `model`, asked before anything is launched.
+
+        Raises: ValueError that names the argument which does not fit.
+        """
+
     def calibrate(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
         """Set what depends on the data, such as thresholds, from `calibration_batches` of training inputs `x_TB`.
 

@@ -211,9 +211,21 @@ class HLOP(Rule):
                 module.running_var.copy_(self.world.mean(module.running_var))
         self._freeze_norms()
 
+    def check_tasks(self, model: nn.Module, tasks: int) -> None:
+        for index, (name, synapse) in enumerate(self._synapses_of(model).items()):
+            asked = sum(self._counts(task)[index] for task in range(tasks))
+            if asked > fan_in(synapse):
+                raise ValueError(
+                    f"{self.label}: rows of all {tasks} tasks must fit into the {fan_in(synapse)} inputs of {name}; got {asked}"
+                )
+
+    def _counts(self, task: int) -> tuple[int, ...]:
+        """The rows that a task adds; what is written last holds for all later ones."""
+        return self.row_counts[min(task, len(self.row_counts) - 1)]
+
     def _grow(self) -> None:
         task = int(self.task)
-        counts = self.row_counts[min(task, len(self.row_counts) - 1)]
+        counts = self._counts(task)
         for index, (subspace, count) in enumerate(zip(self._subspaces, counts, strict=True)):
             if count > subspace.free:
                 raise ValueError(

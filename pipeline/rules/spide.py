@@ -98,6 +98,8 @@ class _Adjoint:
         g_B = g_B.to(torch.promote_types(g_B.dtype, torch.float32))
         if not g_B.isfinite().all():
             raise ValueError(f"SPIDE: the gradient of the loss must be finite; got {g_B[~g_B.isfinite()][0].item()}")
+        if self.factor == 0:  # a share of nothing teaches nothing
+            return [torch.zeros_like(mask_B, dtype=g_B.dtype) for mask_B in vjp.masks]
         # What arrives is the gradient of `factor` times a mean over `samples`.
         gain = self.scale * self.samples / self.factor
         found = ternary_phase(

@@ -1,7 +1,7 @@
 """IDE on Fashion-MNIST: 400 units that feed back to themselves, the published network, at T = 5.
 
-IDE, SPIDE and BPTT unrolled on this network form a study of their own. Learning rate, augmentation and length were chosen
-on a held-out tenth of the training set.
+IDE and BPTT unrolled on this network form a study of their own; SPIDE needs the symmetric reset of recipes/fashion/spide.py.
+Learning rate, augmentation and length were chosen on a held-out tenth of the training set.
 
 Command:  spiketrain launch recipes/fashion/ide.py --workers 2
 Source:   Xiao et al. 2021 (IDE), arXiv:2109.14247: F400, T = 5, threshold 2, batch 128, SGD 0.05, weight decay 5e-4, dropout 0.2;

@@ -118,3 +118,17 @@ def test_neuron_arguments_reach_every_neuron():
 def test_refuses(build, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         build()
+
+
+@pytest.mark.parametrize("largest", [0.5, 50.0])
+def test_the_frobenius_limit_is_differentiated_too(largest: float) -> None:
+    synapse = Linear(3, 4, bias=False).double()
+    limit = FrobeniusLimit(synapse, largest)
+    x = torch.randn(2, 2, 3, dtype=torch.float64)
+    weight = synapse.weight.detach().clone().requires_grad_()
+    scaled = weight * (largest / weight.norm()).clamp(max=1.0)
+    (expected,) = torch.autograd.grad((x @ scaled.T).square().sum(), weight)
+    limit(x).square().sum().backward()
+    assert torch.allclose(synapse.weight.grad, expected, atol=1e-12)
+    torch.nn.init.zeros_(synapse.weight)
+    assert limit(x).abs().max() == 0

@@ -145,3 +145,12 @@ def test_a_recipe_is_refused_before_anything_is_launched(changes, message):
     check_recipe(recipe, 1)
     with pytest.raises(ValueError, match=message):
         check_recipe(recipe.override(changes), 1)
+
+
+def test_rows_must_fit_all_tasks_that_come():
+    model = mlp(3, in_features=6, hidden=(8, 7), bias=False)
+    rule = HLOP(SLTT(), rows=((2, 2, 2), (1, 1, 1)))
+    rule.attach(model)
+    rule.check_tasks(model, 5)
+    with pytest.raises(ValueError, match=r"HLOP\(SLTT\): rows of all 6 tasks must fit into the 6 inputs of layers\.0; got 7"):
+        rule.check_tasks(model, 6)
