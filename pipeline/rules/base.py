@@ -68,6 +68,8 @@ class Rule(nn.Module):
     over_time_choices: tuple[OverTime, ...] = ("steps",)
     calibration_batches: int = 0
     """global batches of the training set that `calibrate` wants to see before the first step"""
+    disturbs_forward: bool = False
+    """whether the activity in training is not the network's own, because the rule adds noise to it"""
     tiny: Mapping[str, Any] = {}
     """the rule's own keywords in a recipe that `Recipe.tiny` shrinks"""
 

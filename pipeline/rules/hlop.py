@@ -3,7 +3,7 @@
 # T time, B batch
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from pipeline.spiking.errorpath import FixedFeedback, sign_symmetric
 from pipeline.spiking.listen import Ear, Overheard, fan_in
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.plain import named_parameters, plain_synapses
+from pipeline.spiking.state import fresh_state
 from pipeline.spiking.subspace import Moments, SecondMoments, SpikingMoments, Subspace
 from pipeline.spiking.synapse import Conv2d, Linear
 
@@ -105,6 +106,7 @@ class HLOP(Rule):
         self.inner = inner
         self.memory, self.update = inner.memory, inner.update
         self.over_time_choices, self.calibration_batches = inner.over_time_choices, inner.calibration_batches
+        self.disturbs_forward = inner.disturbs_forward
         self.row_counts = tuple(tuple(each) for each in rows)
         self.learning_rates = rates
         self.inner_iterations = inner_iterations
@@ -255,10 +257,14 @@ class HLOP(Rule):
             self._batch = step
             for ear in self._ears:
                 ear.forget()
+        if self.inner.disturbs_forward:
+            # What must stay is what the network does by itself: its inputs without the noise, for one forward more.
+            with torch.no_grad(), fresh_state(model), self._listening(x_TB.shape[0]):
+                model(x_TB)
         shares = self.inner.objectives(model, x_TB, loss_of, step=step, rows=rows)
         while True:
             # Closed again before the yield: what a backward computes once more (recomputation) is not heard twice.
-            with self._listening(x_TB.shape[0]):
+            with nullcontext() if self.inner.disturbs_forward else self._listening(x_TB.shape[0]):
                 share = next(shares, None)
             if share is None:
                 return

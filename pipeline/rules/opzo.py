@@ -105,6 +105,7 @@ class OPZO(Rule):
             raise ValueError(f"OPZO: intermediate must be places of hidden layers, from 0, in order; got {intermediate}")
         self.feedback = feedback
         self.noise = noise
+        self.disturbs_forward = noise > 0
         self.distribution: Distribution = distribution
         self.inject: Inject = inject
         self.antithetic = antithetic

@@ -19,6 +19,7 @@ from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
 from pipeline.rules.hlop import HLOP
+from pipeline.rules.opzo import OPZO
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
@@ -122,7 +123,7 @@ def with_the_old_task_learnt(inner: Rule, model: nn.Module, *, learning_rate: Se
     return rule
 
 
-@pytest.mark.parametrize("inner", [BPTT, SLTT, OTTT, DSR])
+@pytest.mark.parametrize("inner", [BPTT, SLTT, OTTT, DSR, OPZO])
 def test_old_outputs_stay_where_rows_span_the_old_inputs(inner):
     if inner is DSR:  # fires more, so its inputs are larger
         model = wide_network(RateIF(threshold=1.0))
