@@ -50,7 +50,9 @@ class Equilibrium(nn.Module):
     layer's rate, each layer of f takes its own in the place of what the layer behind it would hand down.
 
     Batch norm inside is evaluated, not trained, during such a simulation and in J; its statistics and its batch gradient
-    come from the one application of f. An input that is the same at every step (`encode.repeat`) is injected once.
+    come from the one application of f. An input that is the same at every step (`encode.repeat`) is injected once, for both:
+    by the batch's statistics. The frames of a recording are injected by the running ones in the simulation and, as their
+    mean, by the batch's in f, so a[T] is f's only as far as the two agree.
 
     Raises: ValueError for neurons that have no such rate, a feedback with bias, or a wrong number of synapses; with an
     adjoint, for a batch that comes in slices.
