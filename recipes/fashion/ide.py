@@ -6,8 +6,8 @@ Learning rate, augmentation and length were chosen on a held-out tenth of the tr
 Command:  spiketrain launch recipes/fashion/ide.py --workers 2
 Source:   Xiao et al. 2021 (IDE), arXiv:2109.14247: F400, T = 5, threshold 2, batch 128, SGD 0.05, weight decay 5e-4, dropout 0.2;
           100 epochs with steps there, fewer with a cosine here.
-Result:   0.8994 top-1 on the 10,000 test images after 60 epochs, one run with --inline: one core of an AMD EPYC that other work was
-          using, 17 minutes; commit 2da429644653 (target, published: 0.9004, mean of several runs)
+Result:   0.8994 top-1 on the 10,000 test images after 60 epochs, one run with --inline: one core of an AMD EPYC, other work
+          beside it, 17 minutes; commit 2da429644653 (target, published: 0.9004, mean of several runs)
 """
 
 from __future__ import annotations
