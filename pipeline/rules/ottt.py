@@ -141,11 +141,17 @@ class OTTT(Rule):
         return {name for name, choice in ((names[0], self.first), (names[-1], self.readout)) if choice == "plain"}
 
     def _checked(self, model: nn.Module, x_cB: Tensor) -> Tensor:
-        """The logits of the first slice, whose run must confirm which synapse is first and which last."""
+        """The logits of the first slice, whose run must confirm which synapse is first, which last, and that each runs once."""
         synapses = self._synapses_of(self._attached[0])
         names = list(synapses)
         with running_order(synapses) as ran:
             logits_TBK = model(x_cB)
+        for name in names:  # a whole slice at once, or its steps one by one as where features are fed back
+            if (count := ran.count(name)) not in (0, 1, len(x_cB)):
+                raise ValueError(
+                    f"{self.label}: a synapse must run once in a time step, because its trace is of one input; "
+                    f"got {name}, which ran {count} times in {len(x_cB)}"
+                )
         for what, choice, place in (("first", self.first, 0), ("readout", self.readout, -1)):
             if choice == "plain" and ran[place] != names[place]:
                 raise ValueError(

@@ -390,3 +390,19 @@ def test_the_networks_run_their_first_and_last_synapse_where_they_are_registered
 
 def test_labels():
     assert [r.label for r in (OTTT(), OTTT(update="objective"), OTTT(chunk=2))] == ["OTTT-A", "OTTT-O", "OTTT-A"]
+
+
+def test_a_synapse_that_runs_twice_in_a_time_step_is_refused():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.again, self.lif, self.last = Linear(6, 6), Linear(6, 6), LIF(), Linear(6, 3)
+
+        def forward(self, x_TB: torch.Tensor) -> torch.Tensor:
+            return self.last(self.lif(self.again(self.again(self.first(x_TB)))))
+
+    rule, model = OTTT(), Twice().double()
+    rule.attach(model)
+    x_TBC, target = batch(4)
+    with pytest.raises(ValueError, match=r"OTTT-A: a synapse must run once in a time step, .* got again, which ran 2 times in 1"):
+        list(rule.objectives(model, x_TBC, cross_entropy(target)))
