@@ -37,7 +37,7 @@ class Moments(Protocol):
         ...
 
     def energy(self, subspace: "Subspace") -> Tensor:
-        """The share of E|x|^2 that the rows keep, for orthonormal rows E|y|^2 / E|x|^2."""
+        """The share of E|x|^2 that the rows keep, for orthonormal rows E|y|^2 / E|x|^2; 1 where x is silent."""
         ...
 
 
@@ -126,7 +126,7 @@ class SecondMoments:
 
     def energy(self, subspace: Subspace) -> Tensor:
         rows = subspace.rows
-        return ((rows @ self.second_CC) * rows).sum() / self.second_CC.trace()
+        return _share(((rows @ self.second_CC) * rows).sum(), self.second_CC.trace())
 
 
 class SpikingMoments:
@@ -160,7 +160,12 @@ class SpikingMoments:
         return self.cross_KC[first:] - self.lateral_KK[first:] @ subspace.rows
 
     def energy(self, subspace: Subspace) -> Tensor:
-        return self.lateral_KK.trace() / self.power[0]
+        return _share(self.lateral_KK.trace(), self.power[0])
+
+
+def _share(kept: Tensor, energy: Tensor) -> Tensor:
+    """kept / energy; of silent inputs, all is kept."""
+    return torch.where(energy > 0, kept / energy.clamp_min(torch.finfo(energy.dtype).tiny), torch.ones_like(energy))
 
 
 def in_spikes(y: Tensor, steps: int) -> Tensor:

@@ -199,3 +199,12 @@ def test_a_checkpoint_brings_its_rows():
     learn(before, double(20, 9, seed=1))
     learn(fresh, double(20, 9, seed=1))
     assert torch.equal(fresh.new, before.new)
+
+
+@pytest.mark.parametrize("make", [SecondMoments, lambda subspace: SpikingMoments(subspace, steps=40)])
+def test_of_silent_inputs_all_is_kept(make):
+    subspace = grown(6, 2)
+    moments = make(subspace)
+    moments.add(torch.zeros(4, 6, dtype=torch.float64))
+    moments.mean(lambda statistic: statistic)
+    assert moments.energy(subspace).item() == 1
