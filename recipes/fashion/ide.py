@@ -1,6 +1,6 @@
 """IDE on Fashion-MNIST: 400 units that feed back to themselves, the published network, at T = 5.
 
-IDE and BPTT unrolled on this network form a study of their own; SPIDE needs the symmetric reset of recipes/fashion/spide.py.
+IDE and BPTT unrolled on this network form a study of their own; SPIDE needs the symmetric reset, and forms one with spide_ide.py.
 Learning rate, augmentation and length were chosen on a held-out tenth of the training set.
 
 Command:  spiketrain launch recipes/fashion/ide.py --workers 2
