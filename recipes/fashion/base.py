@@ -26,7 +26,7 @@ def fashion() -> Recipe:
         model=spec(vgg_sws, classes=10, in_channels=1, stages=((32,), (64,), (128,)), stem=(5, 2), neuron=spec(LIF, leak=LEAK)),
         rule=spec(BPTT),
         data=spec(
-            Beton, folder="data/fashion", classes=10, channels=1, size=28, crop="shift", reach=2, mean=(0.286,), std=(0.353,)
+            Beton, folder="data/fashion", classes=10, channels=1, size=28, crop="shift", reach=0, mean=(0.286,), std=(0.353,)
         ),
         objective=spec(CrossEntropy),
         optimizer=spec(create_optimizer_v2, opt="momentum", lr=0.3, momentum=0.9, weight_decay=0.0),

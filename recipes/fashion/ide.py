@@ -28,7 +28,6 @@ def recipe() -> Recipe:
         name="fashion-ide",
         model=spec(fc_feedback, classes=10, hidden=400, dropout=0.2, neuron=spec(IF, threshold=2.0)),
         rule=spec(IDE),
-        data=shared.data.with_(reach=0),
         optimizer=shared.optimizer.with_(opt="momentum", lr=0.05, weight_decay=5e-4),
         time_steps=5,
         over_time="mean",
