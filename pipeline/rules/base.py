@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 
 OverTime = Literal["steps", "mean"]
@@ -70,6 +69,8 @@ class Rule(nn.Module):
     """global batches of the training set that `calibrate` wants to see before the first step"""
     disturbs_forward: bool = False
     """whether the activity in training is not the network's own, because the rule adds noise to it"""
+    hands_errors_down: bool = True
+    """whether the error of a layer comes through the synapse of the layer above it"""
     tiny: Mapping[str, Any] = {}
     """the rule's own keywords in a recipe that `Recipe.tiny` shrinks"""
 
@@ -207,11 +208,6 @@ def slices(x_TB: Tensor, chunk: int) -> Iterator[Tensor]:
     for x_cB in x_TB.split(chunk):
         whole = x_cB.untyped_storage().nbytes() > x_cB.numel() * x_cB.element_size()
         yield x_cB.clone() if whole else x_cB
-
-
-def named_neurons(model: nn.Module) -> list[tuple[str, LIF]]:
-    """Every LIF of `model` with its module name, in the order of construction."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LIF)]
 
 
 def cut_in_time(rule: Rule, model: nn.Module) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, named_neurons, steps_share
+from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, steps_share
+from pipeline.spiking.neuron import named_neurons
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateNeuron, rate_weights
 from pipeline.spiking.state import fresh_state

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, counter_hash, named_neurons
-from pipeline.rules.opzo import OPZO
+from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, counter_hash
 from pipeline.spiking.errorpath import FixedFeedback, sign_symmetric
 from pipeline.spiking.listen import Ear, Overheard, fan_in
+from pipeline.spiking.neuron import named_neurons
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.plain import named_parameters, plain_synapses
 from pipeline.spiking.state import fresh_state
@@ -101,12 +101,12 @@ class HLOP(Rule):
         ):
             if value not in choices:
                 raise ValueError(f"HLOP: {name} must be one of {', '.join(choices)}; got {name}={value!r}")
-        if error != "backprop" and isinstance(inner, OPZO):
+        if error != "backprop" and not inner.hands_errors_down:
             raise ValueError(f"HLOP: {inner.label} hands no error from layer to layer, so error must be 'backprop'; got {error=}")
         self.inner = inner
         self.memory, self.update = inner.memory, inner.update
         self.over_time_choices, self.calibration_batches = inner.over_time_choices, inner.calibration_batches
-        self.disturbs_forward = inner.disturbs_forward
+        self.disturbs_forward, self.hands_errors_down = inner.disturbs_forward, inner.hands_errors_down
         self.row_counts = tuple(tuple(each) for each in rows)
         self.learning_rates = rates
         self.inner_iterations = inner_iterations

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, named_neurons
-from pipeline.spiking.equilibrium import Equilibrium, Linearized
+from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World
+from pipeline.spiking.equilibrium import Linearized, the_equilibrium
 from pipeline.spiking.solvers import Solution, broyden, fixed_point
 from pipeline.spiking.state import fresh_state
 
@@ -50,7 +50,7 @@ class IDE(Rule):
         self.adjoint = _Adjoint(solver, iterations, tolerance)
 
     def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
-        equilibrium = the_equilibrium(self, model)
+        equilibrium = the_equilibrium(self.label, model)
         super().attach(model, world=world, over_time=over_time)
         self.set_seam(equilibrium, "adjoint", self.adjoint)
 
@@ -62,22 +62,6 @@ class IDE(Rule):
             (logits_BK,) = model(x_TB)  # of a[T]: one step
             loss = loss_of(logits_BK)
             yield Objective(backward=loss, loss=loss.detach(), logits=logits_BK.detach())
-
-
-def the_equilibrium(rule: Rule, model: nn.Module) -> Equilibrium:
-    """The one equilibrium of `model`, which holds all its neurons.
-
-    Raises: ValueError that says what the model has instead.
-    """
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, Equilibrium)]
-    if len(found) != 1:
-        what = " and ".join(name or type(module).__name__ for name, module in found) or f"none in {type(model).__name__}"
-        raise ValueError(f"{rule.label}: the model must have one equilibrium, whose rates are differentiated; got {what}")
-    inside = {id(neuron) for _, neuron in named_neurons(found[0][1])}
-    outside = [name for name, neuron in named_neurons(model) if id(neuron) not in inside]
-    if outside:
-        raise ValueError(f"{rule.label}: every neuron must be part of the equilibrium; got {', '.join(outside)} outside it")
-    return found[0][1]
 
 
 class _Adjoint:

@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from pipeline.rules.base import (
     LossOf,
@@ -19,17 +18,16 @@ from pipeline.rules.base import (
     World,
     counter_hash,
     cut_in_time,
-    named_neurons,
     slices,
     steps_share,
 )
-from pipeline.rules.ottt import Trace, refuse_batch_norm, running_order
-from pipeline.spiking.neuron import LIF
+from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.noise import DISTRIBUTIONS, Distribution
 from pipeline.spiking.signals import Fixed, MeanJacobian, Signals, SinglePoint
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d, Linear
 from pipeline.spiking.topdown import Inject, Readout, TopDown, refuse_streams, with_signals
+from pipeline.spiking.trace import Trace, refuse_batch_norm, running_order, the_leak, traceable_synapses
 
 Feedback = Literal["momentum", "random", "single_point"]
 NAMES = {"momentum": "OPZO", "random": "OPZO-DFA", "single_point": "OPZO-ZO"}
@@ -75,6 +73,7 @@ class OPZO(Rule):
     """
 
     memory = "constant"
+    hands_errors_down = False
 
     def __init__(
         self,
@@ -126,8 +125,12 @@ class OPZO(Rule):
         return NAMES[self.feedback] + "-LL" * self.local_readouts + "-IGL" * bool(self.intermediate)
 
     def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
-        refuse_batch_norm(self, model)
-        leak, synapses, readouts = self._leak_of(model), list(self._synapses_of(model).values()), self._readouts_of(model)
+        refuse_batch_norm(self.label, model)
+        leak, synapses, readouts = (
+            the_leak(self.label, model, self.leak),
+            list(self._synapses_of(model).values()),
+            self._readouts_of(model),
+        )
         super().attach(model, world=world, over_time=over_time)
         self.signals.begin(next(model.parameters()).device)
         if isinstance(self.signals, Fixed):
@@ -202,30 +205,10 @@ class OPZO(Rule):
 
     # ------------------------------------------------------------------------------------------------------------ checks
 
-    def _leak_of(self, model: nn.Module) -> float:
-        leaks = {name or "the model itself": neuron.leak for name, neuron in named_neurons(model)}
-        if not leaks:
-            raise ValueError(f"{self.label}: the model must have LIF neurons, which take the signals; got {type(model).__name__}")
-        wanted = next(iter(leaks.values())) if self.leak is None else self.leak
-        for name, leak in leaks.items():
-            if leak != wanted:
-                raise ValueError(
-                    f"{self.label}: leak must be that of all neurons, whose traces share it; got {wanted}, and {leak} at {name}"
-                )
-        return wanted
-
     def _synapses_of(self, model: nn.Module) -> dict[str, Linear | Conv2d]:
-        """By module name, in order of registration; readouts beside the network are not among them."""
+        """Those that hold traces; readouts beside the network are not among them."""
         beside = {id(module.linear) for module in model.modules() if isinstance(module, Readout)}
-        found = {}
-        for name, module in model.named_modules():
-            if isinstance(module, (Linear, Conv2d)):
-                found[name] = module
-            elif isinstance(module, (nn.Linear, _ConvNd)):
-                raise ValueError(
-                    f"{self.label}: the layers with weights must be of pipeline.spiking.synapse, which holds the traces; "
-                    f"got torch's {type(module).__name__} at {name}"
-                )
+        found = traceable_synapses(self.label, model)
         return {name: synapse for name, synapse in found.items() if id(synapse) not in beside}
 
     def _readouts_of(self, model: nn.Module) -> dict[int, Readout]:

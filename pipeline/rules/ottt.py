@@ -2,15 +2,10 @@
 
 # T time, B batch, K classes
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from pipeline.rules.base import (
     LossOf,
@@ -19,13 +14,11 @@ from pipeline.rules.base import (
     Rule,
     World,
     cut_in_time,
-    named_neurons,
     slices,
     steps_share,
 )
-from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.state import State, fresh_state
-from pipeline.spiking.synapse import Conv2d, Linear
+from pipeline.spiking.state import fresh_state
+from pipeline.spiking.trace import Trace, refuse_batch_norm, running_order, the_leak, traceable_synapses
 
 
 class OTTT(Rule):
@@ -83,9 +76,9 @@ class OTTT(Rule):
         return "OTTT-A" if self.update == "batch" else "OTTT-O"
 
     def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
-        refuse_batch_norm(self, model)
-        leak = self._leak_of(model)
-        synapses = self._synapses_of(model)
+        refuse_batch_norm(self.label, model)
+        leak = the_leak(self.label, model, self.leak)
+        synapses = traceable_synapses(self.label, model)
         super().attach(model, world=world, over_time=over_time)
         cut_in_time(self, model)
         self._order_is_known = False
@@ -106,43 +99,13 @@ class OTTT(Rule):
                 loss, share_BK = steps_share(logits_TBK, loss_of, steps=steps)
                 yield Objective(backward=loss, loss=loss.detach(), logits=share_BK)
 
-    def _leak_of(self, model: nn.Module) -> float:
-        leaks = {name or "the model itself": neuron.leak for name, neuron in named_neurons(model)}
-        if not leaks:
-            raise ValueError(
-                f"{self.label}: the model must have LIF neurons, whose leak a trace shares; got {type(model).__name__}"
-            )
-        others = {name: leak for name, leak in leaks.items() if leak != self.leak}
-        if self.leak is not None and others:
-            raise ValueError(
-                f"{self.label}: leak must be that of the neurons, which the traces feed; got {self.leak} and {_listed(others)}"
-            )
-        if len(set(leaks.values())) > 1:
-            raise ValueError(f"{self.label}: the neurons must share one leak, which the traces take; got {_listed(leaks)}")
-        return next(iter(leaks.values()))
-
-    def _synapses_of(self, model: nn.Module) -> dict[str, Linear | Conv2d]:
-        """By module name, in order of registration."""
-        found = {}
-        for name, module in model.named_modules():
-            if isinstance(module, (Linear, Conv2d)):
-                found[name] = module
-            elif isinstance(module, (nn.Linear, _ConvNd)):
-                raise ValueError(
-                    f"{self.label}: the layers with weights must be of pipeline.spiking.synapse, which holds the traces; "
-                    f"got torch's {type(module).__name__} at {name}"
-                )
-        if not found:
-            raise ValueError(f"{self.label}: the model must have synapses, which hold the traces; got {type(model).__name__}")
-        return found
-
     def _plain(self, names: Sequence[str]) -> set[str]:
         """The synapses without a trace."""
         return {name for name, choice in ((names[0], self.first), (names[-1], self.readout)) if choice == "plain"}
 
     def _checked(self, model: nn.Module, x_cB: Tensor) -> Tensor:
         """The logits of the first slice, whose run must confirm which synapse is first, which last, and that each runs once."""
-        synapses = self._synapses_of(self._attached[0])
+        synapses = traceable_synapses(self.label, self._attached[0])
         names = list(synapses)
         with running_order(synapses) as ran:
             logits_TBK = model(x_cB)
@@ -160,55 +123,3 @@ class OTTT(Rule):
                 )
         self._order_is_known = True
         return logits_TBK
-
-
-class Trace:
-    """The seam `presynaptic` under OTTT: x[t] -> a[t] = leak a[t-1] + x[t], without a graph and never below fp32."""
-
-    def __init__(self, leak: float) -> None:
-        self.leak = leak
-        self.state = State("Trace")
-
-    @torch.no_grad()
-    def __call__(self, x_TB: Tensor) -> Tensor:
-        a_B = self.state.read("a")
-        # A tensor of its own from the first step on: the factor must not be x itself.
-        a_TB = torch.empty_like(x_TB, dtype=torch.promote_types(x_TB.dtype, torch.float32))
-        for t, x_B in enumerate(x_TB.unbind(0)):
-            a_B = a_TB[t].copy_(x_B) if a_B is None else torch.add(x_B, a_B, alpha=self.leak, out=a_TB[t])
-        # What is remembered beyond the slice holds one step, not the slice.
-        self.state.write("a", a_TB[-1] if len(a_TB) == 1 else a_TB[-1].clone())
-        return a_TB
-
-
-def refuse_batch_norm(rule: Rule, model: nn.Module) -> None:
-    """A normalised current is no sum over past inputs any more, so no trace can stand for it.
-
-    Raises: ValueError that names every batch norm of `model`.
-    """
-    names = [name or "the model itself" for name, module in model.named_modules() if isinstance(module, (BatchNorm, _BatchNorm))]
-    if names:
-        raise ValueError(
-            f"{rule.label}: a trace cannot pass batch norm; standardise the weights instead (weights='standardized'); "
-            f"got batch norm at {', '.join(names)}"
-        )
-
-
-@contextmanager
-def running_order(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
-    """Fills with the names of `modules` as they run."""
-    ran: list[str] = []
-
-    def note(name: str, *_: object) -> None:
-        ran.append(name)
-
-    hooks = [module.register_forward_pre_hook(partial(note, name)) for name, module in modules.items()]
-    try:
-        yield ran
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _listed(leaks: dict[str, float]) -> str:
-    return ", ".join(f"{leak:g} at {name}" for name, leak in leaks.items())

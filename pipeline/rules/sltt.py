@@ -15,11 +15,11 @@ from pipeline.rules.base import (
     World,
     counter_hash,
     cut_in_time,
-    named_neurons,
     refuse_batch_norm_over_time,
     slices,
     steps_share,
 )
+from pipeline.spiking.neuron import named_neurons
 from pipeline.spiking.state import fresh_state
 
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World
-from pipeline.rules.ide import the_equilibrium
-from pipeline.spiking.equilibrium import Equilibrium, Linearized
+from pipeline.spiking.equilibrium import Equilibrium, Linearized, the_equilibrium
 from pipeline.spiking.spectral import SpectralLimit
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear, effective_weight
@@ -67,7 +66,7 @@ class SPIDE(Rule):
         self.forward_rate = 0.0
 
     def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
-        equilibrium = the_equilibrium(self, model)
+        equilibrium = the_equilibrium(self.label, model)
         super().attach(model, world=world, over_time=over_time)
         self.set_seam(equilibrium, "adjoint", self.adjoint)
 
@@ -76,7 +75,7 @@ class SPIDE(Rule):
 
     def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
         with fresh_state(model):
-            with spikes_counted(the_equilibrium(self, model)) as counted:
+            with spikes_counted(the_equilibrium(self.label, model)) as counted:
                 (logits_BK,) = model(x_TB)  # of a[T]: one step
             self.forward_rate = counted.spikes / counted.places
             self.adjoint.samples = len(logits_BK)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.spiking.neuron import LIF, identity
+from pipeline.spiking.neuron import LIF, identity, named_neurons
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import State
 
@@ -135,6 +135,22 @@ class Equilibrium(nn.Module):
         for layer, synapse in enumerate(self.synapses, start=1):
             z_1B = self.rate(layer, synapse(_OwnGradient.apply(z_1B, solution, layer - 1)))
         return _AtRest.apply(z_1B, a_1B, current_1B, self, adjoint, solution)  # type: ignore[return-value]
+
+
+def the_equilibrium(who: str, model: nn.Module) -> Equilibrium:
+    """The one equilibrium of `model`, which holds all its neurons.
+
+    Raises: ValueError, in the name of `who`, that says what the model has instead.
+    """
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, Equilibrium)]
+    if len(found) != 1:
+        what = " and ".join(name or type(module).__name__ for name, module in found) or f"none in {type(model).__name__}"
+        raise ValueError(f"{who}: the model must have one equilibrium, whose rates are differentiated; got {what}")
+    inside = {id(neuron) for _, neuron in named_neurons(found[0][1])}
+    outside = [name for name, neuron in named_neurons(model) if id(neuron) not in inside]
+    if outside:
+        raise ValueError(f"{who}: every neuron must be part of the equilibrium; got {', '.join(outside)} outside it")
+    return found[0][1]
 
 
 class Linearized:

@@ -127,3 +127,8 @@ def IF(
 ) -> LIF:
     """Integrate-and-fire: the LIF that forgets nothing, leak 1."""
     return LIF(1.0, threshold=threshold, reset=reset, subtract=subtract, reset_gradient=reset_gradient, surrogate=surrogate)
+
+
+def named_neurons(model: nn.Module) -> list[tuple[str, LIF]]:
+    """Every LIF of `model` with its module name, in the order of construction."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LIF)]

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.rules.base import Objective, Rule, World, counter_hash, named_neurons
+from pipeline.rules.base import Objective, Rule, World, counter_hash
 from pipeline.rules.bptt import BPTT
+from pipeline.spiking.neuron import named_neurons
 from tests.rules.small import FEATURES, batch, cross_entropy, lif_network
 
 

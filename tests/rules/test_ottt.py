@@ -10,13 +10,14 @@ from torch.nn import functional as F
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.models.vgg import vgg_sws, vgg_sws_f
 from pipeline.rules.bptt import BPTT
-from pipeline.rules.ottt import OTTT, Trace
+from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import State, fresh_state, state_bytes, states_of
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d, Linear
+from pipeline.spiking.trace import Trace
 from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network
 from tests.spiking.saved import SavedBytes
 

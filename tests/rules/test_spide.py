@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from pipeline.models.feedback import convnet_f, fc_feedback
 from pipeline.recipe_file import load_recipes
-from pipeline.rules.ide import IDE, the_equilibrium
+from pipeline.rules.ide import IDE
 from pipeline.rules.spide import SPIDE, Ternary, _hand_down, ternary_phase
-from pipeline.spiking.equilibrium import Equilibrium, Linearized
+from pipeline.spiking.equilibrium import Equilibrium, Linearized, the_equilibrium
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
@@ -175,7 +175,7 @@ class Recorded:
     """An adjoint that keeps what it returned, as emissions: beta without the scale, the batch and the backend's factor."""
 
     def __init__(self, model: nn.Module) -> None:
-        equilibrium = the_equilibrium(SPIDE(), model)
+        equilibrium = the_equilibrium("SPIDE", model)
         self.adjoint: Any = equilibrium.adjoint
         self.seen: list[Tensor] = []
         equilibrium.adjoint = self

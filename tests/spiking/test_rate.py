@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pipeline.rules.base import named_neurons
-from pipeline.spiking.neuron import LIF
+from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.rate import RateIF, RateLIF, RateNeuron, rate_readout
 from pipeline.spiking.state import fresh_state
 
