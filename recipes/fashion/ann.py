@@ -38,4 +38,6 @@ def recipe() -> Recipe:
         optimizer=shared.optimizer.with_(lr=0.1, weight_decay=5e-4, filter_bias_and_bn=False),
         time_steps=1,
         over_time="mean",
+        epochs=8,
+        evaluate_every=8,
     )

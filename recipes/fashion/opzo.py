@@ -31,6 +31,6 @@ def recipe() -> Recipe:
         rule=spec(OPZO),
         optimizer=spec(create_optimizer_v2, opt="adam", lr=0.01, weight_decay=0.0),
         time_steps=2,
-        epochs=10,
-        evaluate_every=10,
+        epochs=6,
+        evaluate_every=6,
     )

@@ -2,7 +2,7 @@
 
 Command:  spiketrain launch recipes/fashion/spide.py --workers 2
 Source:   Xiao et al. 2023 (SPIDE), arXiv:2302.00232, for the rule; the network is that of recipes/fashion/ide.py with
-          threshold 1 and rest at -1, so that a spike takes 2 as there, and its settings are all the others.
+          threshold 1 and rest at -1, so that a spike takes 2 as there, and its settings, for a third of its epochs, the others.
 Result:   not run
 """
 
@@ -23,4 +23,6 @@ def recipe() -> Recipe:
         name="fashion-spide",
         model=shared.model.with_(neuron=spec(IF, threshold=1.0, subtract=2.0)),
         rule=spec(SPIDE, steps=100, scale=2.0),
+        epochs=20,
+        evaluate_every=20,
     )
