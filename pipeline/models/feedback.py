@@ -15,16 +15,15 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.models.parts import one_more
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.equilibrium import Equilibrium
+from pipeline.spiking.limit import FrobeniusLimit, SpectralLimit
 from pipeline.spiking.neuron import IF, LIF
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.spectral import SpectralLimit
 from pipeline.spiking.synapse import Conv2d, Linear, folded
 
 Norm = Literal["batch", "none"]
@@ -58,27 +57,12 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, output_padding=stride - 1, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
-        return folded(super().forward, input)
+        return self.with_weight(input, self.weight)
 
-
-class FrobeniusLimit(nn.Module):
-    """`synapse`, its output scaled as if its weight V had a Frobenius norm of at most `largest`: min(1, largest / |V|) V.
-
-    The published code estimates |V| anew for each forward from 64 Gaussian vectors; here it is exact.
-    """
-
-    def __init__(self, synapse: nn.Module, largest: float) -> None:
-        super().__init__()
-        if not largest > 0:
-            raise ValueError(f"FrobeniusLimit: the largest norm must be > 0; got largest={largest}")
-        self.synapse = synapse
-        self.largest = largest
-
-    def forward(self, x_TB: Tensor) -> Tensor:
-        V: Tensor = self.synapse.weight  # type: ignore[assignment]
-        # Before the square root, whose derivative is infinite at 0; where the limit acts, the scale has a gradient too.
-        smallest = torch.tensor(self.largest**2, dtype=V.dtype, device=V.device)
-        return (self.largest * V.square().sum().maximum(smallest).rsqrt()).to(x_TB.dtype) * self.synapse(x_TB)
+    def with_weight(self, input: Tensor, weight: Tensor) -> Tensor:
+        """`forward` with another weight, a function of the parameter."""
+        stride, padding, output_padding = self.stride[0], self.kernel_size[0] // 2, self.output_padding[0]
+        return folded(lambda x_NCHW: F.conv_transpose2d(x_NCHW, weight, None, stride, padding, output_padding), input)
 
 
 class NoFeedback(nn.Module):

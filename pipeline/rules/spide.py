@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World
 from pipeline.spiking.equilibrium import Equilibrium, Linearized, the_equilibrium
-from pipeline.spiking.spectral import SpectralLimit
+from pipeline.spiking.limit import Limited
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear, effective_weight
 
@@ -254,7 +254,7 @@ def _matrix(synapse: nn.Module) -> Tensor | None:
     """The weight of a synapse that is the product with a matrix, else None."""
     if isinstance(synapse, Linear):
         return effective_weight(synapse.weight, synapse.gain).detach()
-    if isinstance(synapse, SpectralLimit) and isinstance(synapse.synapse, Linear):
+    if isinstance(synapse, Limited) and isinstance(synapse.synapse, Linear):
         return synapse.weight().detach()
     return None
 

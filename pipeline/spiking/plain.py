@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from pipeline.spiking.spectral import SpectralLimit
+from pipeline.spiking.limit import Limited
 from pipeline.spiking.synapse import Conv2d, Linear
 
 
@@ -57,8 +57,8 @@ def _why_not(module: nn.Module) -> str | None:
     """What speaks against a module, in words."""
     if isinstance(module, _BatchNorm):
         return "torch's batch norm, which cannot be frozen (pipeline.spiking.norm's can),"
-    if isinstance(module, SpectralLimit):
-        return "SpectralLimit, which scales what its weight answers,"
+    if isinstance(module, Limited):
+        return f"{type(module).__name__}, which scales the weight,"
     if not isinstance(module, (nn.Linear, _ConvNd)):
         return None
     if not isinstance(module, (Linear, Conv2d)):

@@ -49,7 +49,10 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() < 3:
             raise ValueError(f"Linear: the input must be time first, [T, B, ..., C]; got shape {tuple(input.shape)}")
-        weight = effective_weight(self.weight, self.gain)
+        return self.with_weight(input, effective_weight(self.weight, self.gain))
+
+    def with_weight(self, input: Tensor, weight: Tensor) -> Tensor:
+        """`forward` with another weight, a function of the parameter; bias and seams are the synapse's own."""
         if self.presynaptic is None and self.backward_weight is None:
             return F.linear(input, weight, self.bias)
         x_TB, factor_TB, weight, bias = _operands(input, self.presynaptic, weight, self.bias)
@@ -86,7 +89,10 @@ class Conv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() != 5:
             raise ValueError(f"Conv2d: the input must be time first, [T, B, C, H, W]; got shape {tuple(input.shape)}")
-        weight = effective_weight(self.weight, self.gain)
+        return self.with_weight(input, effective_weight(self.weight, self.gain))
+
+    def with_weight(self, input: Tensor, weight: Tensor) -> Tensor:
+        """`forward` with another weight, a function of the parameter; bias and seams are the synapse's own."""
         if self.presynaptic is None and self.backward_weight is None:
             return folded(lambda x_NCHW: self._conv_forward(x_NCHW, weight, self.bias), input)
         x_TB, factor_TB, weight, bias = _operands(input, self.presynaptic, weight, self.bias)

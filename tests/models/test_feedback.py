@@ -5,13 +5,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.models.feedback import FrobeniusLimit, alexnet_f, cifarnet_f, conv_feedback, convnet_f, fc_feedback, lenet_f
+from pipeline.models.feedback import alexnet_f, cifarnet_f, conv_feedback, convnet_f, fc_feedback, lenet_f
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ide import IDE
 from pipeline.rules.spide import SPIDE
 from pipeline.spiking.encode import repeat
+from pipeline.spiking.limit import FrobeniusLimit, SpectralLimit
 from pipeline.spiking.neuron import IF, LIF
-from pipeline.spiking.spectral import SpectralLimit
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.hlop import HLOP
-from pipeline.spiking.spectral import SpectralLimit
+from pipeline.spiking.limit import SpectralLimit
 from pipeline.spiking.state import SEAMS, fresh_state, state_bytes
 from pipeline.spiking.synapse import Conv2d, Linear
 from tests.rules.cases import CASES, FILES, Case, rule_classes

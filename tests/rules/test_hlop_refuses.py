@@ -13,8 +13,8 @@ from pipeline.rules.hlop import HLOP
 from pipeline.rules.opzo import OPZO
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
+from pipeline.spiking.limit import SpectralLimit
 from pipeline.spiking.neuron import LIF
-from pipeline.spiking.spectral import SpectralLimit
 from pipeline.spiking.synapse import Conv2d, Linear
 from pipeline.worker import check_recipe
 from tests.rules.small import batch, lif_network

@@ -15,8 +15,8 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.ide import IDE
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.equilibrium import Equilibrium
+from pipeline.spiking.limit import SpectralLimit
 from pipeline.spiking.neuron import IF, LIF
-from pipeline.spiking.spectral import SpectralLimit
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d, Linear
 from tests.rules.small import CLASSES, FEATURES, batch, cross_entropy, difference, gradients, learn, lif_network

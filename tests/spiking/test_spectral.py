@@ -1,14 +1,8 @@
-import copy
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline.spiking import spectral
-from pipeline.spiking.encode import repeat
-from pipeline.spiking.spectral import SpectralLimit, spectral_norm
-from pipeline.spiking.state import fresh_state
-from pipeline.spiking.synapse import Conv2d, Linear
+from pipeline.spiking.spectral import spectral_norm
 
 
 def exact(V: Tensor) -> float:
@@ -60,101 +54,3 @@ def test_a_pure_function_of_the_weight():
     assert torch.equal(torch.get_rng_state(), state)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(spectral_norm(V), spectral_norm(V.clone())) and spectral_norm(V).dtype == torch.float32
-
-
-def limited(kind: str) -> SpectralLimit:
-    torch.manual_seed(0)
-    return SpectralLimit(Linear(60, 70, bias=False) if kind == "linear" else Conv2d(6, 8, 3, 1, 1, bias=False))
-
-
-@pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_the_norm_is_at_most_one_after_any_update(kind):
-    synapse = limited(kind)
-    for size in (0.0, 1e-3, 0.1, 10.0, 1e4):
-        with torch.no_grad():
-            for parameter in synapse.parameters():
-                parameter.add_(size * torch.randn(parameter.shape))
-        assert exact(synapse.weight()) <= 1 + 1e-3
-    nn.init.constant_(synapse.gain, -0.25)
-    assert exact(synapse.weight()) == pytest.approx(0.25, rel=1e-3)
-
-
-@pytest.mark.parametrize("gain", [0.7, -3.0])
-@pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_the_output_is_that_of_the_limited_weight(kind, gain):
-    synapse = limited(kind).double()
-    nn.init.constant_(synapse.gain, gain)
-    assert exact(synapse.weight()) == pytest.approx(min(1, abs(gain)), rel=1e-3)
-    x_TB = torch.randn(2, 3, *([60] if kind == "linear" else [6, 5, 5]), dtype=torch.float64)
-    plain = copy.deepcopy(synapse.synapse)
-    with torch.no_grad():
-        plain.weight.copy_(synapse.weight())  # type: ignore[operator]
-    assert torch.allclose(synapse(x_TB), plain(x_TB), atol=1e-14)
-
-
-def test_the_gradient_is_that_of_the_whole_map():
-    synapse = SpectralLimit(Linear(5, 6, bias=False)).double()
-    x_TB = torch.randn(1, 3, 5, dtype=torch.float64)
-    names = ("synapse.weight", "gain")
-    values = [dict(synapse.named_parameters())[name].detach().clone() for name in names]
-    values[1].fill_(0.6)
-
-    def out(*changed):
-        return torch.func.functional_call(synapse, dict(zip(names, changed, strict=True)), (x_TB,))
-
-    assert torch.autograd.gradcheck(out, tuple(value.requires_grad_() for value in values))
-
-
-def operator_norm(synapse: nn.Module, shape: tuple[int, ...]) -> float:
-    """Of the map on images, by power iteration of its own."""
-    x = torch.randn(1, 1, *shape, dtype=torch.float64)
-    norm = 0.0
-    for _ in range(300):
-        x = (x / x.norm()).requires_grad_()
-        y = synapse(x)
-        norm = y.norm().item()
-        (x,) = torch.autograd.grad(y, x, y)
-    return norm
-
-
-def test_a_convolution_on_images_may_be_longer_and_is_bounded():
-    """Why contraction is likely and not certain with convolutions: 1 is the norm of the matrix, sqrt(taps) bounds the map's."""
-    worst = SpectralLimit(Conv2d(1, 1, 3, 1, 1, bias=False)).double()
-    nn.init.ones_(worst.synapse.weight)  # type: ignore[arg-type]
-    assert 2.9 < operator_norm(worst, (1, 40, 40)) < 3
-    usual = limited("conv").double()
-    assert 1 < operator_norm(usual, (6, 12, 12)) < 3
-
-
-@pytest.mark.parametrize("synapse", [Linear(3, 3), nn.ReLU()])
-def test_refuses(synapse):
-    with pytest.raises(ValueError, match="SpectralLimit: the synapse must have a weight and no bias; got"):
-        SpectralLimit(synapse)
-
-
-def test_keeps_the_type_under_autocast():
-    synapse = limited("linear")
-    with torch.autocast("cpu", torch.bfloat16):
-        assert synapse(repeat(torch.randn(2, 60), 1).float()).dtype == torch.bfloat16
-
-
-def test_a_batch_seeks_its_singular_vectors_once(monkeypatch):
-    sought = []
-    original = spectral.top_vectors
-
-    def top_vectors(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
-        sought.append(steps)
-        return original(V, steps=steps)
-
-    monkeypatch.setattr(spectral, "top_vectors", top_vectors)
-    synapse = Linear(40, 50, bias=False).double()
-    limit = SpectralLimit(synapse).double()
-    x_TBC = torch.randn(6, 2, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    alone = limit(x_TBC)
-    with fresh_state(limit):
-        together = torch.cat([limit(x_1BC) for x_1BC in x_TBC.split(1)])
-    assert len(sought) == 2 and torch.allclose(together, alone, atol=1e-12)
-    with torch.no_grad(), fresh_state(limit):
-        synapse.weight.mul_(2)
-        assert torch.allclose(limit(x_TBC), alone, atol=1e-12)  # the next batch's weight
-    assert len(sought) == 3

@@ -1,0 +1,92 @@
+"""Synapses with a limited weight: what makes a feedback a contraction, so that its equilibrium is one and is reached.
+
+    SpectralLimit     W = clamp(gain, -1, 1) V / sigma(V),       sigma the largest singular value of V as a matrix [out, the rest]
+    FrobeniusLimit    W = min(1, largest / |V|) V
+
+With threshold 2 a fully connected feedback of spectral norm 1 has Lipschitz constant 1/2. The norm of a convolution as an
+operator on images is another than that of its matrix: with k taps (9 for 3x3) it may be up to sqrt(k) times as large. There,
+and in a chain with synapses that are not limited, contraction is likely, not certain; the solvers of `spiking/solvers.py`
+notice where it fails.
+
+It is the weight that is limited, not the output: whatever a seam puts in the place of the synapse's input reaches V and gain.
+
+Source: Xiao et al. 2021 (IDE, arXiv 2109.14247), whose estimates of both norms are exact here.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.spiking.spectral import STEPS, spectral_norm, stretch, top_vectors
+from pipeline.spiking.state import State
+
+
+class Limited(nn.Module):
+    """`synapse` with `weight()` in the place of its own weight V, the parameter.
+
+    Raises: ValueError for a synapse that takes no weight from outside (`with_weight`), whose weight is standardised
+    already, or with a bias.
+    """
+
+    def __init__(self, synapse: nn.Module) -> None:
+        super().__init__()
+        plain = hasattr(synapse, "with_weight") and getattr(synapse, "weights", "plain") == "plain"
+        if not plain or getattr(synapse, "bias", None) is not None:
+            raise ValueError(
+                f"{type(self).__name__}: the synapse must be one of pipeline.spiking.synapse, plain and without bias; "
+                f"got {synapse}"
+            )
+        self.synapse = synapse
+
+    @property
+    def V(self) -> Tensor:
+        return self.synapse.weight  # type: ignore[return-value]
+
+    def forward(self, x_TB: Tensor) -> Tensor:
+        return self.synapse.with_weight(x_TB, self.weight().to(self.V.dtype))  # type: ignore[operator]
+
+    def weight(self) -> Tensor:
+        """W, in the shape of V."""
+        raise NotImplementedError(f"{type(self).__name__} must override weight")
+
+
+class SpectralLimit(Limited):
+    """A spectral norm of at most 1; `gain` is learnable, from 1. A weight of zeros stays what it is."""
+
+    def __init__(self, synapse: nn.Module) -> None:
+        super().__init__(synapse)
+        self.gain = nn.Parameter(torch.ones(1))
+        self.state = State("SpectralLimit")
+
+    def weight(self) -> Tensor:
+        sigma = self._sigma()
+        return self.gain.clamp(-1, 1) / torch.where(sigma > 0, sigma, torch.ones_like(sigma)) * self.V
+
+    def _sigma(self) -> Tensor:
+        """Of one batch, whose time steps share the weight, the singular vectors are sought once."""
+        V_MN = self.V.flatten(1)
+        if not self.state.is_open:
+            return spectral_norm(V_MN)
+        u, v = self.state.read("u"), self.state.read("v")
+        if u is None or v is None:
+            u, v = top_vectors(V_MN, steps=STEPS)
+            self.state.write("u", u)
+            self.state.write("v", v)
+        return stretch(u, V_MN, v)
+
+
+class FrobeniusLimit(Limited):
+    """A Frobenius norm of at most `largest`.
+
+    Raises: ValueError for a `largest` that is not above 0.
+    """
+
+    def __init__(self, synapse: nn.Module, largest: float) -> None:
+        super().__init__(synapse)
+        if not largest > 0:
+            raise ValueError(f"FrobeniusLimit: the largest norm must be > 0; got largest={largest}")
+        self.largest = largest
+
+    def weight(self) -> Tensor:
+        # Before the square root, whose derivative is infinite at 0; where the limit acts, the scale has a gradient too.
+        smallest = torch.tensor(self.largest**2, dtype=self.V.dtype, device=self.V.device)
+        return self.largest * self.V.square().sum().maximum(smallest).rsqrt() * self.V
