@@ -22,6 +22,8 @@ def load(run: str | os.PathLike[str], *, which: Literal["last", "best"] = "last"
         with torch.no_grad(), fresh_state(network):
             logits_BK = network(repeat(x_BCHW, 6)).mean(0)
 
+    One with a head for each task answers with the first head until `models.heads.select_head` chooses another.
+
     Args:
         run: the run's folder.
         which: the newest checkpoint, or the one with the best top-1.

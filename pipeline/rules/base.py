@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.rate import WeightedRates
 
 OverTime = Literal["steps", "mean"]
 LossOf = Callable[[Tensor], Tensor]
@@ -217,17 +218,19 @@ def cut_in_time(rule: Rule, model: nn.Module) -> None:
             rule.set_seam(module, "carry", torch.detach)
 
 
-def refuse_batch_norm_over_time(rule: Rule, model: nn.Module) -> None:
-    """Online rules see one slice at a time, so statistics over all of T are not theirs to compute.
+def refuse_whole_time(rule: Rule, model: nn.Module) -> None:
+    """A rule that shows the model one slice of time after another cannot train what needs all T steps at once.
 
-    Raises: ValueError that names the first module with `over="time"`.
+    Raises: ValueError that names the first batch norm with statistics over time, or weights that count back from the end.
     """
     for name, module in model.named_modules():
         if isinstance(module, BatchNorm) and module.over == "time":
-            raise ValueError(
-                f"{rule.label}: an online rule needs batch statistics per step, BatchNorm(over='step'); "
-                f"got over='time' at {name or 'the model itself'}"
-            )
+            need = "needs batch statistics per step, BatchNorm(over='step'); got over='time'"
+        elif isinstance(module, WeightedRates):
+            need = "cannot weigh steps by their distance to the last, which WeightedRates does; got it"
+        else:
+            continue
+        raise ValueError(f"{rule.label}: a rule that runs in slices of time {need} at {name or 'the model itself'}")
 
 
 def counter_hash(*counters: int) -> int:

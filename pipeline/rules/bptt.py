@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.rules.base import LossOf, Objective, OverTime, Rule, slices, steps_share
+from pipeline.rules.base import LossOf, Objective, OverTime, Rule, refuse_whole_time, slices, steps_share
 from pipeline.spiking.recompute import Recomputed
 from pipeline.spiking.state import fresh_state, states_of
 
@@ -58,6 +58,8 @@ class BPTT(Rule):
     def attach(self, model: nn.Module, *, over_time: OverTime = "steps", **more: Any) -> None:
         if self.truncate is not None and over_time == "mean":
             raise ValueError(f"{self.label}: the loss of the mean logits needs all T steps in one graph; got over_time='mean'")
+        if self.recompute or self.truncate is not None or self.chunk is not None:
+            refuse_whole_time(self, model)
         super().attach(model, over_time=over_time, **more)
 
     def check_steps(self, steps: int) -> None:

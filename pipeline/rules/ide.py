@@ -3,6 +3,7 @@
 # T time, B batch, K classes, N layers
 
 import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -14,7 +15,8 @@ from pipeline.spiking.equilibrium import Linearized, the_equilibrium
 from pipeline.spiking.solvers import Solution, broyden, fixed_point
 from pipeline.spiking.state import fresh_state
 
-UNSOLVED = 0.5
+# Mean residual of a batch from which IDE warns, and that of a sample which is an error.
+COARSE, UNSOLVED = 0.05, 0.5
 
 
 class IDE(Rule):
@@ -26,7 +28,8 @@ class IDE(Rule):
     The gradient is exact at the fixed point, away from the kinks of the clamp; at a[T] its error falls as 1/T.
 
     beta is solved by limited-memory Broyden or by a damped fixed point, each sample by itself until its residual is at most
-    `tolerance` times |g|, in at most `iterations` evaluations of J^T. Reported: the residual and the iterations.
+    `tolerance` times |g|, in at most `iterations` evaluations of J^T. Reported: the residual and the iterations; a mean
+    residual above 5 % warns once.
 
     Raises: ValueError for an unknown solver, iterations < 1 or tolerance outside 0..1 (when made); for a model without an
     `Equilibrium`, with several, or with neurons outside it (`attach`); where a solve leaves more than half of g unsolved,
@@ -69,7 +72,7 @@ class _Adjoint:
 
     def __init__(self, solver: Literal["broyden", "fixed_point"], iterations: int, tolerance: float) -> None:
         self.solver, self.iterations, self.tolerance = solver, iterations, tolerance
-        self.residual, self.evaluations = 0.0, 0.0
+        self.residual, self.evaluations, self.warned = 0.0, 0.0, False
 
     def __call__(self, g_B: Tensor, vjp: Linearized) -> Tensor:
         solve = broyden if self.solver == "broyden" else fixed_point
@@ -78,6 +81,14 @@ class _Adjoint:
         if unsolved_B.any():
             raise ValueError(self._diverged(solution, unsolved_B, vjp))
         self.residual = solution.residual_B.mean().item()
+        if self.residual > COARSE and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"IDE: {self.solver} left a residual of {self.residual:.2g} |g| after {self.iterations} iterations, so the "
+                "gradient is coarse; allow more iterations, or limit the synapses",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         self.evaluations = solution.iterations_B.double().mean().item()
         return solution.beta_B
 

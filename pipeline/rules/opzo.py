@@ -18,6 +18,7 @@ from pipeline.rules.base import (
     World,
     counter_hash,
     cut_in_time,
+    refuse_whole_time,
     slices,
     steps_share,
 )
@@ -68,7 +69,7 @@ class OPZO(Rule):
 
     Raises: ValueError for arguments out of range (when made); for a loss over mean logits, no neurons or several leaks,
     batch norm, layers of torch where a synapse is due, readouts that the model lacks (`attach`); for a stream that passes by
-    the neurons, through which gradients would pass too, or layers that change their size (`objectives`).
+    the neurons, through which gradients would pass too, layers that run twice in a step or change their size (`objectives`).
     Source: Xiao et al. 2024 (OPZO, arXiv 2407.12516); Noekland 2016 (DFA, arXiv 1609.01596).
     """
 
@@ -126,6 +127,7 @@ class OPZO(Rule):
 
     def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
         refuse_batch_norm(self.label, model)
+        refuse_whole_time(self, model)
         leak, synapses, readouts = (
             the_leak(self.label, model, self.leak),
             list(self._synapses_of(model).values()),
@@ -232,15 +234,20 @@ class OPZO(Rule):
         """The logits of the first step, whose run must show that nothing but neurons leads from layer to layer."""
         network = self._attached[0]
         synapses = self._synapses_of(network)
-        with running_order(synapses) as ran:
+        neurons = dict(named_neurons(network))
+        with running_order(synapses) as ran, running_order(neurons) as fired:
             logits_1BK = model(x_1B)
+        twice = [name for name in (*synapses, *neurons) if ran.count(name) + fired.count(name) > 1]
+        if twice:
+            raise ValueError(
+                f"{self.label}: a layer must run once in a time step, because it takes one signal; got {', '.join(twice)} twice"
+            )
         if ran[0] != next(iter(synapses)):
             raise ValueError(
                 f"{self.label}: the first synapse in order of registration must run first, for it has no trace; "
                 f"got {ran[0]} before {next(iter(synapses))}"
             )
-        names = [name for name, _ in named_neurons(network)]
-        ends = dict(zip(names, (layer.kept("spikes") for layer in self._layers), strict=True))
+        ends = dict(zip(neurons, (layer.kept("spikes") for layer in self._layers), strict=True))
         refuse_streams(self.label, network, {**ends, "the output": logits_1BK})
         self._paths_are_known = True
         return logits_1BK

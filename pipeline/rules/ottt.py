@@ -14,6 +14,7 @@ from pipeline.rules.base import (
     Rule,
     World,
     cut_in_time,
+    refuse_whole_time,
     slices,
     steps_share,
 )
@@ -77,6 +78,7 @@ class OTTT(Rule):
 
     def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
         refuse_batch_norm(self.label, model)
+        refuse_whole_time(self, model)
         leak = the_leak(self.label, model, self.leak)
         synapses = traceable_synapses(self.label, model)
         super().attach(model, world=world, over_time=over_time)

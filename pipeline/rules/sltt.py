@@ -15,7 +15,7 @@ from pipeline.rules.base import (
     World,
     counter_hash,
     cut_in_time,
-    refuse_batch_norm_over_time,
+    refuse_whole_time,
     slices,
     steps_share,
 )
@@ -59,7 +59,7 @@ class SLTT(Rule):
         return "SLTT" if self.k is None else f"SLTT-{self.k}"
 
     def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
-        refuse_batch_norm_over_time(self, model)
+        refuse_whole_time(self, model)
         neurons = named_neurons(model)
         if not neurons:
             raise ValueError(f"{self.label}: the model must have LIF neurons, whose membrane is cut; got {type(model).__name__}")

@@ -1,6 +1,6 @@
 r"""VGG-11 with batch norm on CIFAR10-DVS by DSR, leaky neurons at T = 20.
 
-Command:  spiketrain write events cifar10dvs --source tonic --out data/cifar10dvs --slices 20 --frames-by number \
+Command:  spiketrain write events cifar10dvs --source tonic --out data/cifar10dvs-20 --slices 20 --frames-by number \
               --size 48 --resize area
           spiketrain launch recipes/events/cifar10dvs_dsr.py --workers 1
 Source:   Meng et al. 2022 (DSR), arXiv:2205.00459: T = 20, 48 pixels, padded by 4 and cropped, batch 128, 300 epochs, SGD 0.05,
@@ -39,7 +39,7 @@ def recipe() -> Recipe:
             head="rate",
             neuron=spec(RateLIF),
         ),
-        data=spec(Events, folder="data/cifar10dvs", classes=10, steps=20, size=48, crop="shift", reach=4),
+        data=spec(Events, folder="data/cifar10dvs-20", classes=10, steps=20, size=48, crop="shift", reach=4),
         optimizer=shared.optimizer.with_(lr=0.05),
         schedule=spec(cosine, warmup=WARMUP_STEPS / (EPOCHS * (SAMPLES // shared.batch_size))),
         epochs=EPOCHS,

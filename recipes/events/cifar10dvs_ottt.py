@@ -1,6 +1,6 @@
 r"""VGG-sWS on CIFAR10-DVS by OTTT-A.
 
-Command:  spiketrain write events cifar10dvs --source tonic --out data/cifar10dvs --slices 10 --frames-by number \
+Command:  spiketrain write events cifar10dvs --source tonic --out data/cifar10dvs-10 --slices 10 --frames-by number \
               --size 48 --resize area
           spiketrain launch recipes/events/cifar10dvs_ottt.py --workers 1
 Source:   Xiao et al. 2022 (OTTT), arXiv:2210.04195: T = 10 frames of equally many events, 48 pixels, padded by 4 and cropped
@@ -31,7 +31,7 @@ def recipe() -> Recipe:
         cifar(10),
         name="cifar10dvs-ottt",
         model=spec(vgg_sws, classes=10, in_channels=2, dropout=0.1, neuron=neuron),
-        data=spec(Events, folder="data/cifar10dvs", classes=10, steps=10, size=48, crop="shift", reach=4, mean=MEAN, std=STD),
+        data=spec(Events, folder="data/cifar10dvs-10", classes=10, steps=10, size=48, crop="shift", reach=4, mean=MEAN, std=STD),
         objective=spec(CrossEntropy, mse=0.001, goal="one_hot"),
         time_steps=10,
     )

@@ -1,6 +1,6 @@
 r"""VGG-11 with batch norm on CIFAR10-DVS by SLTT-2: two random time steps of ten are differentiated.
 
-Command:  spiketrain write events cifar10dvs --source tonic --out data/cifar10dvs --slices 10 --frames-by number \
+Command:  spiketrain write events cifar10dvs --source tonic --out data/cifar10dvs-10 --slices 10 --frames-by number \
               --size 48 --resize area
           spiketrain launch recipes/events/cifar10dvs_sltt_k.py --workers 1
 Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311, and the defaults of its code: T = 10, 48 pixels, no augmentation, batch 128,
@@ -21,7 +21,7 @@ def recipe() -> Recipe:
     return sltt_k(
         name="cifar10dvs-sltt-2",
         k=2,
-        data=spec(Events, folder="data/cifar10dvs", classes=10, steps=10, size=48),
+        data=spec(Events, folder="data/cifar10dvs-10", classes=10, steps=10, size=48),
         goal="one_hot",
         lr=0.05,
         dropout=0.3,

@@ -6,9 +6,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.rules.bptt import BPTT
+from pipeline.rules.opzo import OPZO
+from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.rate import WeightedRates
 from pipeline.spiking.surrogate import Triangle
 from pipeline.spiking.synapse import Linear
 from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network
@@ -209,6 +212,16 @@ def test_the_options_exclude_one_another():
     rule.attach(model)
     with pytest.raises(ValueError, match=r"BPTT: truncate must be in 1\.\.T; got truncate=4, T=3"):
         rule.objectives(model, batch(3)[0], torch.sum)
+
+
+@pytest.mark.parametrize(
+    "rule", [BPTT(1), BPTT(recompute=True), BPTT(truncate=2), SLTT(), OTTT(), OPZO()], ids=lambda rule: rule.label
+)
+def test_slices_refuse_what_needs_all_of_time(rule):
+    weighted = nn.Sequential(Linear(5, 8), LIF(), Linear(8, 3), WeightedRates(0.5))
+    with pytest.raises(ValueError, match=r": a rule that runs in slices of time cannot weigh steps .* at 3$"):
+        rule.attach(weighted)
+    BPTT().attach(weighted)
 
 
 def test_labels():

@@ -4,6 +4,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -317,6 +318,16 @@ def test_convergence_is_reported():
     figures = rule.figures()
     assert figures.keys() == {"residual", "iterations"}
     assert 0 < figures["residual"] < 1e-6 and 1 < figures["iterations"] < 30
+
+
+def test_a_coarse_solve_warns_once():
+    model, rule = fully_connected(), IDE(iterations=1)
+    x_B, target = image((FEATURES,))
+    with pytest.warns(RuntimeWarning, match=r"IDE: broyden left a residual of .* \|g\| after 1 iterations"):
+        ide(rule, model, x_B, target, steps=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ide(rule, model, x_B, target, steps=20)
 
 
 def too_strong() -> nn.Module:

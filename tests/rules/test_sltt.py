@@ -237,7 +237,7 @@ def test_batch_norm_over_time_is_refused_by_name(over):
     if over == "step":
         SLTT().attach(model)
         return
-    with pytest.raises(ValueError, match=r"SLTT-2: an online rule needs .* got over='time' at 1\.norm"):
+    with pytest.raises(ValueError, match=r"SLTT-2: a rule that runs in slices of time needs .* got over='time' at 1\.norm"):
         SLTT(2).attach(model)
 
 
