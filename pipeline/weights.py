@@ -48,7 +48,7 @@ def weights_file(start: Path) -> Path:
 def load_start(network: nn.Module, start: Path) -> Start:
     """Load weights into a network that may have other time steps and another number of classes.
 
-    Only the head (the last module with weights) may differ in shape: it keeps its fresh weights and is named in the answer.
+    Only the head (the network's `classifier`) may differ in shape: it keeps its fresh weights and is named in the answer.
     So are the thresholds of rate-coded neurons, where the file has none: it may come from the ANN of the same layers.
 
     Raises:
@@ -91,7 +91,9 @@ def _read(file: Path) -> Mapping[str, Tensor]:
 
 
 def _head(network: nn.Module) -> str:
-    """Name of the last module that holds weights of its own; a neuron's threshold is none."""
+    """`classifier`, or in a network without one the last module with weights of its own; a neuron's threshold is none."""
+    if isinstance(getattr(network, "classifier", None), nn.Module):
+        return "classifier"
     holders = [name for name, module in network.named_modules() if list(module.parameters(recurse=False))]
     return [name for name in holders if not isinstance(network.get_submodule(name), RateNeuron)][-1]
 

@@ -80,6 +80,18 @@ def test_a_file_that_lacks_some_thresholds_or_has_others_is_refused(tmp_path: Pa
     assert load_start(network(spec(RateIF)).build(), tmp_path / "all.safetensors").fresh == ()
 
 
+def test_a_head_of_rates_is_replaced_whole(tmp_path: Path) -> None:
+    ten, three = (
+        spec(convnet, classes=classes, in_channels=1, stages=STAGES, over="time", head="rate").build() for classes in (10, 3)
+    )
+    save_file(ten.state_dict(), tmp_path / "ten.safetensors")
+    before = {key: value.clone() for key, value in three.state_dict().items()}
+    start = load_start(three, tmp_path / "ten.safetensors")
+    assert start.fresh and all(key.startswith("classifier.") for key in start.fresh)
+    for key, value in three.state_dict().items():
+        assert torch.equal(value, before[key] if key in start.fresh else ten.state_dict()[key])
+
+
 def still() -> Recipe:
     """One step that moves no weights: what is saved is what calibration found."""
     return spiking(stop_after=1).override({"optimizer.lr": 0.0})
