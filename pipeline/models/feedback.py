@@ -56,11 +56,8 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         padding = kernel_size // 2
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, output_padding=stride - 1, bias=False)
 
-    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
-        return self.with_weight(input, self.weight)
-
-    def with_weight(self, input: Tensor, weight: Tensor) -> Tensor:
-        """`forward` with another weight, a function of the parameter."""
+    def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        weight = self.weight if weight is None else weight
         stride, padding, output_padding = self.stride[0], self.kernel_size[0] // 2, self.output_padding[0]
         return folded(lambda x_NCHW: F.conv_transpose2d(x_NCHW, weight, None, stride, padding, output_padding), input)
 

@@ -72,6 +72,8 @@ class Rule(nn.Module):
     """whether the activity in training is not the network's own, because the rule adds noise to it"""
     hands_errors_down: bool = True
     """whether the error of a layer comes through the synapse of the layer above it"""
+    chunk: int | None = None
+    """how many time steps the model is given at once; None: all of them"""
     tiny: Mapping[str, Any] = {}
     """the rule's own keywords in a recipe that `Recipe.tiny` shrinks"""
 
@@ -113,6 +115,14 @@ class Rule(nn.Module):
             if carried is not None:
                 where = name or type(module).__name__
                 raise ValueError(f"{self.label}: the model must carry no rule yet; got {carried} on {where}")
+        if self.chunk is not None:
+            refuse_whole_time(self, model)
+        weighted = next((name for name, module in model.named_modules() if isinstance(module, WeightedRates)), None)
+        if weighted is not None and over_time == "steps":
+            raise ValueError(
+                f"{self.label}: logits that weigh the steps by their distance to the last, as {weighted}, are a rate only as "
+                "their mean, so over_time must be 'mean'; got over_time='steps'"
+            )
         self.world = world
         self.over_time = over_time
         self._attached.append(model)
@@ -124,6 +134,8 @@ class Rule(nn.Module):
 
         Raises: ValueError that names the argument which does not fit.
         """
+        if self.chunk is not None and self.chunk > steps:
+            raise ValueError(f"{type(self).__name__}: chunk must be in 1..T; got chunk={self.chunk}, T={steps}")
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Whether what the rule promises survives this optimizer; asked before anything is launched, and wherever one is built.
@@ -200,13 +212,13 @@ def steps_share(logits_TBK: Tensor, loss_of: LossOf, *, steps: int) -> tuple[Ten
     return torch.stack(losses).sum() / steps, logits_TBK.detach().sum(0) / steps
 
 
-def slices(x_TB: Tensor, chunk: int) -> Iterator[Tensor]:
-    """The input of an online rule, `chunk` steps at a time, each slice in storage of its own.
+def slices(x_TB: Tensor, chunk: int | None) -> Iterator[Tensor]:
+    """The input of an online rule, `chunk` steps at a time (None: all), each slice in storage of its own.
 
     The first synapse keeps its input for the backward. A slice that is a view would keep, and count as, all T steps; a
     slice of a repeated frame is as small as the frame and is not copied.
     """
-    for x_cB in x_TB.split(chunk):
+    for x_cB in x_TB.split(chunk or len(x_TB)):
         whole = x_cB.untyped_storage().nbytes() > x_cB.numel() * x_cB.element_size()
         yield x_cB.clone() if whole else x_cB
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.rules.base import LossOf, Objective, OverTime, Rule, refuse_whole_time, slices, steps_share
+from pipeline.rules.base import LossOf, Objective, OverTime, Rule, slices, steps_share
 from pipeline.spiking.recompute import Recomputed
 from pipeline.spiking.state import fresh_state, states_of
 
@@ -22,8 +22,8 @@ class BPTT(Rule):
 
     Two relatives that every comparison asks for:
     `recompute` keeps the membranes between slices of `chunk` steps (None: 1) and nothing else, and computes each slice again
-    when its turn in the backward comes: the same gradient for about 4/3 of the time. Of all that is saved only the membranes
-    grow with T. Running statistics move once, and what dropout drew is drawn again.
+    when its turn in the backward comes: the same gradient for about 4/3 of the time. Of all that is saved only the membranes,
+    and the running statistics of batch norm, grow with T. The latter move once, and what dropout drew is drawn again.
     `truncate` cuts the graph every so many steps, and differentiates each piece as soon as it is whole: memory knows the
     length of a piece and not T. 1 is SLTT; T is BPTT.
 
@@ -44,7 +44,7 @@ class BPTT(Rule):
                 "BPTT: truncate excludes recompute and chunk: a piece is one forward, and short; "
                 f"got truncate={truncate}, recompute={recompute}, chunk={chunk}"
             )
-        self.chunk = chunk
+        self.chunk = truncate if truncate is not None else 1 if recompute and chunk is None else chunk
         self.recompute = recompute
         self.truncate = truncate
         self.memory: Literal["constant", "linear"] = "linear" if truncate is None else "constant"
@@ -58,15 +58,12 @@ class BPTT(Rule):
     def attach(self, model: nn.Module, *, over_time: OverTime = "steps", **more: Any) -> None:
         if self.truncate is not None and over_time == "mean":
             raise ValueError(f"{self.label}: the loss of the mean logits needs all T steps in one graph; got over_time='mean'")
-        if self.recompute or self.truncate is not None or self.chunk is not None:
-            refuse_whole_time(self, model)
         super().attach(model, over_time=over_time, **more)
 
     def check_steps(self, steps: int) -> None:
-        for name in ("chunk", "truncate"):
-            value = getattr(self, name)
-            if value is not None and value > steps:
-                raise ValueError(f"BPTT: {name} must be in 1..T; got {name}={value}, T={steps}")
+        if self.truncate is not None and self.truncate > steps:
+            raise ValueError(f"BPTT: truncate must be in 1..T; got truncate={self.truncate}, T={steps}")
+        super().check_steps(steps)
 
     def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
         steps = x_TB.shape[0]

@@ -15,7 +15,7 @@ from pipeline.spiking.errorpath import FixedFeedback, sign_symmetric
 from pipeline.spiking.listen import Ear, Overheard, fan_in
 from pipeline.spiking.neuron import named_neurons
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.plain import named_parameters, plain_synapses
+from pipeline.spiking.plain import is_inside, named_parameters, plain_synapses
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.subspace import Moments, SecondMoments, SpikingMoments, Subspace
 from pipeline.spiking.synapse import Conv2d, Linear
@@ -64,7 +64,7 @@ class HLOP(Rule):
 
     Raises: ValueError for arguments out of range (when made); for a synapse or parameter that cannot be projected, batch norm
     of torch, rows that do not fit, traces or rates that the inner rule or model does not have (`attach`); for an optimizer
-    that is not plain SGD (`check_optimizer`); for slices under "rates" (`objectives`); for a task out of turn (`start_task`).
+    that is not plain SGD (`check_optimizer`); for slices under "rates" (`check_steps`); for a task out of turn (`start_task`).
     Source: Xiao et al. 2024 (arXiv 2402.11984), sections 4.1-4.3.
     """
 
@@ -107,6 +107,7 @@ class HLOP(Rule):
         self.memory, self.update = inner.memory, inner.update
         self.over_time_choices, self.calibration_batches = inner.over_time_choices, inner.calibration_batches
         self.disturbs_forward, self.hands_errors_down = inner.disturbs_forward, inner.hands_errors_down
+        self.chunk = inner.chunk
         self.row_counts = tuple(tuple(each) for each in rows)
         self.learning_rates = rates
         self.inner_iterations = inner_iterations
@@ -207,8 +208,8 @@ class HLOP(Rule):
             raise ValueError(f"{self.label}: tasks come one after another; got task {task} after task {int(self.task)}")
         self.task += 1
         self._grow()
-        for module in self._attached[0].modules():
-            if isinstance(module, BatchNorm):  # what rests is the same on every rank
+        for module in self._norms():
+            if not module.frozen:  # what rests is the same on every rank
                 module.running_mean.copy_(self.world.mean(module.running_mean))
                 module.running_var.copy_(self.world.mean(module.running_var))
         self._freeze_norms()
@@ -237,9 +238,13 @@ class HLOP(Rule):
             subspace.grow(count, key=counter_hash(self.world.seed, _ROWS, index, task))
 
     def _freeze_norms(self) -> None:
-        for module in self._attached[0].modules():
-            if isinstance(module, BatchNorm) and not module.frozen:
+        for module in self._norms():
+            if not module.frozen:
                 self.set_seam(module, "frozen", True)
+
+    def _norms(self) -> list[BatchNorm]:
+        named = self._attached[0].named_modules()
+        return [module for name, module in named if isinstance(module, BatchNorm) and not is_inside(name, self.skip)]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **more: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **more)
@@ -300,6 +305,11 @@ class HLOP(Rule):
 
     def check_steps(self, steps: int) -> None:
         self.inner.check_steps(steps)
+        if self.learn_from == "rates" and (self.chunk or steps) < steps:
+            raise ValueError(
+                f"{self.label}: learn_from='rates' needs a rule that gives all T steps to the model at once; "
+                f"{self.inner.label} gives {self.chunk} of {steps}"
+            )
 
     def calibrate(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
         self.inner.calibrate(model, batches)

@@ -18,7 +18,6 @@ from pipeline.rules.base import (
     World,
     counter_hash,
     cut_in_time,
-    refuse_whole_time,
     slices,
     steps_share,
 )
@@ -49,14 +48,16 @@ class OPZO(Rule):
     1/K. "single_point": g = z (o^T e) / alpha, the estimate of the sample and the step alone.
 
     Args:
-        noise: alpha, in spikes (`inject="spikes"`) or units of the membrane (`"membrane"`, which decides on the spike and is
-            not carried on). None: 0.2 where the feedback comes from it, 0 for "random", where it is a matter of taste.
-        distribution: of z, "gaussian" or "rademacher".
-        antithetic: every second time step takes the noise of the one before with the sign turned.
+        noise: alpha, in spikes (`inject="spikes"`, the default) or units of the membrane (`"membrane"`, which decides on the
+            spike and is not carried on). None: 0.2 where the feedback comes from it, 0 for "random", where it is a matter of
+            taste. Without noise, the settings of noise are refused.
+        distribution: of z, "gaussian" (the default) or "rademacher".
+        momentum: lam, of "momentum" alone; 0.999 by default.
+        antithetic: every second time step takes the noise of the one before with the sign turned (the default).
         local_readouts: OPZO+LL. Each hidden layer learns, beside the signal from above, from the loss of its own linear
             readout, a `Readout` of the model (`models/readouts.py`), whose weights learn from that loss alone.
         intermediate: IGL. Hidden layers, counted from 0, whose readouts send their errors to all layers below, too: M then
-            has K columns for each of them above a layer, and K for the output.
+            has K columns for each of them above a layer, and K for the output. The layer itself learns from its readout's loss.
         leak: that of all neurons, which the traces share; None takes it from the model.
 
     Each z is a pure function of (seed, step, row, layer, time). `loss_of` is called on each readout's logits after the
@@ -64,8 +65,8 @@ class OPZO(Rule):
 
     There is no public code. From the paper: noise, M's average, g, the three factors, antithetic pairs, the two add-ons as
     ideas. Reconstructed here: M starts at 0 and is corrected as Adam's means are; it moves once per global batch, not per
-    step; psi(u) also multiplies where the noise is in the membrane; how IGL's errors and LL's losses are weighed (1 each) and
-    that readouts average over places; DFA's variance.
+    step; psi, then of u + alpha z, also multiplies where the noise is in the membrane; how IGL's errors and LL's losses are
+    weighed (1 each) and that readouts average over places; DFA's variance.
 
     Raises: ValueError for arguments out of range (when made); for a loss over mean logits, no neurons or several leaks,
     batch norm, layers of torch where a synapse is due, readouts that the model lacks (`attach`); for a stream that passes by
@@ -75,29 +76,40 @@ class OPZO(Rule):
 
     memory = "constant"
     hands_errors_down = False
+    chunk = 1
 
     def __init__(
         self,
         feedback: Feedback = "momentum",
         *,
         noise: float | None = None,
-        distribution: Distribution = "gaussian",
-        inject: Inject = "spikes",
-        momentum: float = 0.999,
-        antithetic: bool = True,
+        distribution: Distribution | None = None,
+        inject: Inject | None = None,
+        momentum: float | None = None,
+        antithetic: bool | None = None,
         local_readouts: bool = False,
         intermediate: Sequence[int] = (),
         leak: float | None = None,
     ) -> None:
         super().__init__()
-        choices = {"feedback": tuple(NAMES), "distribution": DISTRIBUTIONS, "inject": ("spikes", "membrane")}
+        choices = {"feedback": tuple(NAMES), "distribution": (*DISTRIBUTIONS, None), "inject": ("spikes", "membrane", None)}
         for name, value in (("feedback", feedback), ("distribution", distribution), ("inject", inject)):
             if value not in choices[name]:
-                raise ValueError(f"OPZO: {name} must be one of {', '.join(choices[name])}; got {name}={value!r}")
+                accepted = ", ".join(choice for choice in choices[name] if choice)
+                raise ValueError(f"OPZO: {name} must be one of {accepted}; got {name}={value!r}")
         if noise is None:
             noise = 0.0 if feedback == "random" else NOISE
         if noise < 0 or (noise == 0 and feedback != "random"):
             raise ValueError(f"OPZO: noise must be > 0, for the feedback is learnt from it; got noise={noise}, {feedback=}")
+        for name, value, acts in (
+            ("momentum", momentum, feedback == "momentum"),
+            ("distribution", distribution, noise > 0),
+            ("inject", inject, noise > 0),
+            ("antithetic", antithetic, noise > 0),
+        ):
+            if value is not None and not acts:
+                raise ValueError(f"OPZO: {name} has no effect with {feedback=} and noise={noise}; got {name}={value!r}")
+        momentum = 0.999 if momentum is None else momentum
         if not 0 <= momentum < 1:
             raise ValueError(f"OPZO: momentum must be at least 0 and below 1; got momentum={momentum}")
         intermediate = tuple(intermediate)
@@ -106,9 +118,9 @@ class OPZO(Rule):
         self.feedback = feedback
         self.noise = noise
         self.disturbs_forward = noise > 0
-        self.distribution: Distribution = distribution
-        self.inject: Inject = inject
-        self.antithetic = antithetic
+        self.distribution: Distribution = distribution or "gaussian"
+        self.inject: Inject = inject or "spikes"
+        self.antithetic = antithetic is not False
         self.local_readouts = local_readouts
         self.intermediate = intermediate
         self.leak = leak
@@ -127,7 +139,6 @@ class OPZO(Rule):
 
     def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
         refuse_batch_norm(self.label, model)
-        refuse_whole_time(self, model)
         leak, synapses, readouts = (
             the_leak(self.label, model, self.leak),
             list(self._synapses_of(model).values()),

@@ -14,7 +14,6 @@ from pipeline.rules.base import (
     Rule,
     World,
     cut_in_time,
-    refuse_whole_time,
     slices,
     steps_share,
 )
@@ -78,7 +77,6 @@ class OTTT(Rule):
 
     def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
         refuse_batch_norm(self.label, model)
-        refuse_whole_time(self, model)
         leak = the_leak(self.label, model, self.leak)
         synapses = traceable_synapses(self.label, model)
         super().attach(model, world=world, over_time=over_time)
@@ -88,10 +86,6 @@ class OTTT(Rule):
         for name, synapse in synapses.items():
             if name not in plain:
                 self.set_seam(synapse, "presynaptic", Trace(leak))
-
-    def check_steps(self, steps: int) -> None:
-        if self.chunk > steps:
-            raise ValueError(f"OTTT: chunk must be in 1..T; got chunk={self.chunk}, T={steps}")
 
     def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
         steps = x_TB.shape[0]
@@ -111,8 +105,8 @@ class OTTT(Rule):
         names = list(synapses)
         with running_order(synapses) as ran:
             logits_TBK = model(x_cB)
-        for name in names:  # a whole slice at once, or its steps one by one as where features are fed back
-            if (count := ran.count(name)) not in (0, 1, len(x_cB)):
+        for name in names:
+            if (count := ran.count(name)) > len(x_cB):
                 raise ValueError(
                     f"{self.label}: a synapse must run once in a time step, because its trace is of one input; "
                     f"got {name}, which ran {count} times in {len(x_cB)}"

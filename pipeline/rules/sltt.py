@@ -15,7 +15,6 @@ from pipeline.rules.base import (
     World,
     counter_hash,
     cut_in_time,
-    refuse_whole_time,
     slices,
     steps_share,
 )
@@ -59,7 +58,6 @@ class SLTT(Rule):
         return "SLTT" if self.k is None else f"SLTT-{self.k}"
 
     def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
-        refuse_whole_time(self, model)
         neurons = named_neurons(model)
         if not neurons:
             raise ValueError(f"{self.label}: the model must have LIF neurons, whose membrane is cut; got {type(model).__name__}")
@@ -70,9 +68,8 @@ class SLTT(Rule):
         k = steps if self.k is None else self.k
         if k > steps:
             raise ValueError(f"SLTT: k must be in 1..T; got k={k}, T={steps}")
-        if self.chunk > steps:
-            raise ValueError(f"SLTT: chunk must be in 1..T; got chunk={self.chunk}, T={steps}")
-        if k < steps and self.chunk > 1:
+        super().check_steps(steps)
+        if k < steps and self.chunk != 1:
             raise ValueError(f"SLTT: k < T selects single steps, so chunk must be 1; got k={k}, T={steps}, chunk={self.chunk}")
 
     def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:

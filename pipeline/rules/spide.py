@@ -16,7 +16,7 @@ from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World
 from pipeline.spiking.equilibrium import Equilibrium, Linearized, the_equilibrium
 from pipeline.spiking.limit import Limited
 from pipeline.spiking.state import fresh_state
-from pipeline.spiking.synapse import Linear, effective_weight
+from pipeline.spiking.synapse import Linear, carrier, effective_weight
 
 Transposed = Callable[[Tensor, Tensor], None]
 """(u_B, s_B): add to the potentials u_B of a layer what the emissions s_B of the layer behind it hand down, in place"""
@@ -251,12 +251,12 @@ def _event_driven(weight: Tensor, gain_BM: Tensor) -> Transposed:
 
 
 def _matrix(synapse: nn.Module) -> Tensor | None:
-    """The weight of a synapse that is the product with a matrix, else None."""
-    if isinstance(synapse, Linear):
-        return effective_weight(synapse.weight, synapse.gain).detach()
-    if isinstance(synapse, Limited) and isinstance(synapse.synapse, Linear):
-        return synapse.weight().detach()
-    return None
+    """What carries errors down a synapse that is the product with a matrix, else None."""
+    linear = synapse.synapse if isinstance(synapse, Limited) else synapse
+    if not isinstance(linear, Linear):
+        return None
+    weight = synapse.weight() if isinstance(synapse, Limited) else effective_weight(linear.weight, linear.gain)
+    return carrier(weight, linear.backward_weight).detach()
 
 
 @dataclass

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from pipeline.spiking.neuron import LIF, identity, named_neurons
 from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.rate import RateNeuron
 from pipeline.spiking.state import State
 
 Adjoint = Callable[[Tensor, "Linearized"], "Tensor | Sequence[Tensor]"]
@@ -278,8 +279,8 @@ def _check_neurons(neurons: Sequence[nn.Module]) -> tuple[float, list[float]]:
     """The leak of all of them, and what a spike takes from each."""
     leaks, divisors = set(), []
     for neuron in neurons:
-        if not isinstance(neuron, LIF):
-            raise ValueError(f"Equilibrium: the neurons must be LIF, whose rate is known; got {type(neuron).__name__}")
+        if not isinstance(neuron, LIF) or isinstance(neuron, RateNeuron):
+            raise ValueError(f"Equilibrium: the neurons must be LIF or IF, whose rate is known; got {type(neuron).__name__}")
         if neuron.reset != "subtract" or neuron.decay_input:
             raise ValueError(
                 "Equilibrium: neurons must reset by subtraction and not decay their input; "

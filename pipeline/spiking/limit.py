@@ -10,26 +10,30 @@ notice where it fails.
 
 It is the weight that is limited, not the output: whatever a seam puts in the place of the synapse's input reaches V and gain.
 
-Source: Xiao et al. 2021 (IDE, arXiv 2109.14247), whose estimates of both norms are exact here.
+Source: Xiao et al. 2021 (IDE, arXiv 2109.14247) for the former, Xiao et al. 2023 (SPIDE, arXiv 2302.00232) for the latter. The
+published code estimates both norms from random vectors; here the latter is exact and the former exact up to 32 directions,
+beyond them within 1e-3 and from below (`spiking/spectral.py`), so that W may be so much longer than 1.
 """
+
+import inspect
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.spiking.spectral import STEPS, spectral_norm, stretch, top_vectors
+from pipeline.spiking.spectral import STEPS, answer, spectral_norm, stretch, top_vectors
 from pipeline.spiking.state import State
 
 
 class Limited(nn.Module):
     """`synapse` with `weight()` in the place of its own weight V, the parameter.
 
-    Raises: ValueError for a synapse that takes no weight from outside (`with_weight`), whose weight is standardised
-    already, or with a bias.
+    Raises: ValueError for a synapse that takes no weight from outside, whose weight is standardised already, or with a bias.
     """
 
     def __init__(self, synapse: nn.Module) -> None:
         super().__init__()
-        plain = hasattr(synapse, "with_weight") and getattr(synapse, "weights", "plain") == "plain"
+        takes_weight = "weight" in inspect.signature(synapse.forward).parameters
+        plain = takes_weight and getattr(synapse, "weights", "plain") == "plain"
         if not plain or getattr(synapse, "bias", None) is not None:
             raise ValueError(
                 f"{type(self).__name__}: the synapse must be one of pipeline.spiking.synapse, plain and without bias; "
@@ -42,7 +46,7 @@ class Limited(nn.Module):
         return self.synapse.weight  # type: ignore[return-value]
 
     def forward(self, x_TB: Tensor) -> Tensor:
-        return self.synapse.with_weight(x_TB, self.weight().to(self.V.dtype))  # type: ignore[operator]
+        return self.synapse(x_TB, self.weight().to(self.V.dtype))
 
     def weight(self) -> Tensor:
         """W, in the shape of V."""
@@ -62,15 +66,15 @@ class SpectralLimit(Limited):
         return self.gain.clamp(-1, 1) / torch.where(sigma > 0, sigma, torch.ones_like(sigma)) * self.V
 
     def _sigma(self) -> Tensor:
-        """Of one batch, whose time steps share the weight, the singular vectors are sought once."""
+        """Of one batch, whose time steps share the weight, the singular vectors are sought once; again if the weight moves."""
         V_MN = self.V.flatten(1)
         if not self.state.is_open:
             return spectral_norm(V_MN)
-        u, v = self.state.read("u"), self.state.read("v")
-        if u is None or v is None:
+        u, v, answer_M = (self.state.read(name) for name in ("u", "v", "answer"))
+        if u is None or v is None or answer_M is None or not torch.equal(answer(V_MN, v), answer_M):
             u, v = top_vectors(V_MN, steps=STEPS)
-            self.state.write("u", u)
-            self.state.write("v", v)
+            for name, value in (("u", u), ("v", v), ("answer", answer(V_MN, v))):
+                self.state.write(name, value)
         return stretch(u, V_MN, v)
 
 

@@ -30,6 +30,13 @@ def stretch(u: Tensor, V: Tensor, v: Tensor) -> Tensor:
         return u @ V.to(u.dtype) @ v
 
 
+@torch.no_grad()
+def answer(V: Tensor, v: Tensor) -> Tensor:
+    """V v, without a graph: another one shows that V has moved."""
+    with torch.autocast(V.device.type, enabled=False):
+        return V.to(v.dtype) @ v
+
+
 def top_vectors(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
     """Unit u, v that make u^T V v largest over the Krylov space of a fixed start: Golub-Kahan-Lanczos, reorthogonalised."""
     with torch.no_grad(), torch.autocast(V.device.type, enabled=False):

@@ -8,6 +8,8 @@ The seam `presynaptic: x_TB -> factor_TB`, where set, gives the factor that the 
 input: dL/dW = sum_t g[t] factor[t]^T. The seam `backward_weight: weight -> weight`, where set, gives the weight that carries
 the error down: dL/dx = backward_weight(W)^T g. Neither touches the other; one forward, one backward op, no second pass.
 
+`forward` takes another `weight` where one is given, such as a limited one (`spiking/limit.py`); bias and seams stay.
+
 Source of sWS: Brock et al. 2021 (arXiv 2101.08692), eq. 1, in the form of OTTT and SLTT's NF-ResNet.
 """
 
@@ -46,13 +48,10 @@ class Linear(nn.Linear):
         self.presynaptic: Presynaptic | None = None
         self.backward_weight: BackwardWeight | None = None
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
         if input.dim() < 3:
             raise ValueError(f"Linear: the input must be time first, [T, B, ..., C]; got shape {tuple(input.shape)}")
-        return self.with_weight(input, effective_weight(self.weight, self.gain))
-
-    def with_weight(self, input: Tensor, weight: Tensor) -> Tensor:
-        """`forward` with another weight, a function of the parameter; bias and seams are the synapse's own."""
+        weight = effective_weight(self.weight, self.gain) if weight is None else weight
         if self.presynaptic is None and self.backward_weight is None:
             return F.linear(input, weight, self.bias)
         x_TB, factor_TB, weight, bias = _operands(input, self.presynaptic, weight, self.bias)
@@ -86,13 +85,10 @@ class Conv2d(nn.Conv2d):
         self.presynaptic: Presynaptic | None = None
         self.backward_weight: BackwardWeight | None = None
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
         if input.dim() != 5:
             raise ValueError(f"Conv2d: the input must be time first, [T, B, C, H, W]; got shape {tuple(input.shape)}")
-        return self.with_weight(input, effective_weight(self.weight, self.gain))
-
-    def with_weight(self, input: Tensor, weight: Tensor) -> Tensor:
-        """`forward` with another weight, a function of the parameter; bias and seams are the synapse's own."""
+        weight = effective_weight(self.weight, self.gain) if weight is None else weight
         if self.presynaptic is None and self.backward_weight is None:
             return folded(lambda x_NCHW: self._conv_forward(x_NCHW, weight, self.bias), input)
         x_TB, factor_TB, weight, bias = _operands(input, self.presynaptic, weight, self.bias)
@@ -130,7 +126,7 @@ class _LinearWithSeams(torch.autograd.Function):
         factor_TBC, weight = ctx.saved_tensors
         want_x, _, want_weight, want_bias, _ = ctx.needs_input_grad
         return (
-            g_TBK @ _carrier(weight, ctx.downward) if want_x else None,
+            g_TBK @ carrier(weight, ctx.downward) if want_x else None,
             None,
             g_TBK.flatten(0, -2).T @ factor_TBC.flatten(0, -2) if want_weight else None,
             g_TBK.flatten(0, -2).sum(0) if want_bias else None,
@@ -164,7 +160,7 @@ class _ConvWithSeams(torch.autograd.Function):
         g_x, g_weight, g_bias = torch.ops.aten.convolution_backward(
             grad_outputs[0],
             factor_NCHW,
-            _carrier(weight, ctx.downward),
+            carrier(weight, ctx.downward),
             [weight.shape[0]],
             stride,
             padding,
@@ -177,7 +173,7 @@ class _ConvWithSeams(torch.autograd.Function):
         return g_x, None, g_weight, g_bias, None, None
 
 
-def _carrier(weight: Tensor, downward: BackwardWeight | None) -> Tensor:
+def carrier(weight: Tensor, downward: BackwardWeight | None) -> Tensor:
     """What carries the error down; made in the backward, so that nothing more is kept for it."""
     return weight if downward is None else downward(weight).to(weight.dtype)
 

@@ -5,7 +5,7 @@ keeps those with the graph of its own layer aside, which ends at the synapse tha
 scalar whose gradient is each layer's signal at its own spikes, and whose value is the loss.
 
     forward     s[t] = LIF(x[t]),  out[t] = s[t] + alpha z[t]     or      s[t] = 1 if u[t] + alpha z[t] >= threshold
-    backward    dL/dx[t] = psi(u[t]) g[t],   g[t] the signal from above,   and nothing else
+    backward    dL/dx[t] = psi(u[t]) g[t],   g[t] the signal from above,   and nothing else;   psi(u[t] + alpha z[t]) on the right
 """
 
 # T time, B batch, N units of a layer, K outputs

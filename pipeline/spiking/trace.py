@@ -86,11 +86,11 @@ def refuse_batch_norm(who: str, model: nn.Module) -> None:
 
 @contextmanager
 def running_order(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
-    """Fills with the names of `modules` as they run."""
+    """Fills with the names of `modules` as they run, each once for every time step that it is run on."""
     ran: list[str] = []
 
-    def note(name: str, *_: object) -> None:
-        ran.append(name)
+    def note(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        ran.extend([name] * len(inputs[0]))
 
     hooks = [module.register_forward_pre_hook(partial(note, name)) for name, module in modules.items()]
     try:

@@ -38,7 +38,8 @@ def test_relu_is_the_ann():
 
 
 def test_leaky_rates_end_in_their_weighted_mean():
-    model, x = mlp(3, in_features=8, hidden=(5,), neuron=RateLIF()).double(), torch.rand(4, 2, 8, dtype=torch.float64)
+    torch.manual_seed(0)
+    model, x = mlp(3, in_features=8, hidden=(5,), neuron=RateLIF()).double(), 10 * torch.rand(4, 2, 8, dtype=torch.float64)
     with fresh_state(model):
         plain = model.classifier(model.layers(x))
     with fresh_state(model):

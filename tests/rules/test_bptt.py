@@ -221,7 +221,7 @@ def test_slices_refuse_what_needs_all_of_time(rule):
     weighted = nn.Sequential(Linear(5, 8), LIF(), Linear(8, 3), WeightedRates(0.5))
     with pytest.raises(ValueError, match=r": a rule that runs in slices of time cannot weigh steps .* at 3$"):
         rule.attach(weighted)
-    BPTT().attach(weighted)
+    BPTT().attach(weighted, over_time="mean")
 
 
 def test_labels():

@@ -154,10 +154,11 @@ def test_release_restores(case):
     rule, model = case.rule(), case.model()
     seams = [(m, seam, getattr(m, seam)) for m in model.modules() for seam in SEAMS if hasattr(m, seam)]
     x_TBC, target = batch(4)
-    before = gradients(BPTT(), model, x_TBC, cross_entropy(target))
-    gradients(rule, model, x_TBC, cross_entropy(target), over_time=rule.over_time_choices[0])
+    over_time = rule.over_time_choices[0]
+    before = gradients(BPTT(), model, x_TBC, cross_entropy(target), over_time=over_time)
+    gradients(rule, model, x_TBC, cross_entropy(target), over_time=over_time)
     assert all(getattr(m, seam) is value for m, seam, value in seams)
-    assert difference(gradients(BPTT(), model, x_TBC, cross_entropy(target)), before) == 0
+    assert difference(gradients(BPTT(), model, x_TBC, cross_entropy(target), over_time=over_time), before) == 0
     attach(rule, case.model())  # a released rule may be attached again
 
 
@@ -277,11 +278,9 @@ def test_hlop_around_it_is_orthogonal(case):
     rule.start_task(model, 1)
     model.zero_grad()
     run(rule, model, 4, step=2)
-    learnt = 0.0
     for synapse, subspace in zip(synapses, rule.subspaces, strict=True):
         if synapse.weight.grad is not None:  # a readout that the rule does not use has none
             g_KC, old = synapse.weight.grad.flatten(1), subspace.get_buffer("old")
             assert len(old) >= 3 and (g_KC @ old.T).abs().max() < 1e-14 + 1e-13 * g_KC.abs().max()
-            learnt = max(learnt, g_KC.abs().max().item())
-    assert learnt > 1e-4
+            assert g_KC.abs().max() > 1e-5
     assert all(not p.grad.any() for p in model.parameters() if p.dim() == 1 and p.grad is not None)

@@ -158,7 +158,7 @@ def test_sltt_trains_if_neurons_step_by_step():
 def test_the_two_losses_over_time():
     x_TBC, target = batch(5)
     for over_time in ("mean", "steps"):
-        model, rule = smallest_model().double(), DSR()
+        model, rule = smallest_model(RateIF(), RateIF()).double(), DSR()
         with torch.no_grad(), fresh_state(model):
             logits_TBK = model(x_TBC)
         expected = {
@@ -169,6 +169,13 @@ def test_the_two_losses_over_time():
         (objective,) = learn(rule.objectives(model, x_TBC, cross_entropy(target)))
         assert objective.loss.item() == pytest.approx(expected[over_time].item(), abs=1e-12)
         assert torch.allclose(objective.logits, logits_TBK.mean(0), atol=1e-14)
+
+
+def test_weighted_logits_have_one_loss():
+    with pytest.raises(
+        ValueError, match=r"DSR: logits that weigh the steps .* so over_time must be 'mean'; got over_time='steps'"
+    ):
+        DSR().attach(smallest_model(), over_time="steps")
 
 
 def test_half_precision_keeps_rates_and_thresholds_in_fp32():

@@ -14,7 +14,7 @@ from pipeline.rules.hlop import HLOP
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.errorpath import FixedFeedback, sign_symmetric
-from pipeline.spiking.rate import RateLIF
+from pipeline.spiking.rate import RateLIF, WeightedRates
 from pipeline.spiking.synapse import Linear
 from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network
 from tests.rules.test_hlop import ROWS, gradient, inputs_of, logits, moments_of, rows_of, train
@@ -51,7 +51,7 @@ def test_traces_and_rates():
         f_NC = factor_TB.flatten(0, 1)
         assert torch.allclose(moments_of(rule, index), f_NC.T @ f_NC / len(f_NC), atol=1e-13)
 
-    model = nn.Sequential(Linear(6, 8), RateLIF(), Linear(8, 3)).double()
+    model = nn.Sequential(Linear(6, 8), RateLIF(), Linear(8, 3), WeightedRates(RateLIF().leak)).double()
     rule = HLOP(DSR(), rows=((3, 4), (1, 1)), learn_from="rates")
     rule.attach(model, over_time="mean")
     (spikes,) = inputs_of(model, ("2",))

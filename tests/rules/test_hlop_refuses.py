@@ -53,6 +53,10 @@ def network_with(*modules: nn.Module) -> nn.Module:
             lambda: attached(HLOP(SLTT(), rows=((3, 4, 3), (4, 1, 1)))),
             r"rows of all tasks must fit into the 6 inputs of 0; got 7",
         ),
+        (
+            lambda: HLOP(SLTT(), rows=ROWS, learn_from="rates").check_steps(4),
+            r"HLOP\(SLTT\): learn_from='rates' needs a rule that gives all T steps to the model at once; SLTT gives 1 of 4",
+        ),
         (lambda: attached(HLOP(SLTT(), rows=ROWS, skip=("5",))), r"HLOP\(SLTT\): skip must name modules of the model; got '5'"),
         (lambda: attached(HLOP(SLTT(), rows=ROWS, learn_from="traces")), r"needs a rule that keeps traces, .*; got SLTT"),
         (lambda: attached(HLOP(SLTT(), rows=ROWS), over_time="mean"), r"over_time must be 'steps'"),
@@ -99,7 +103,7 @@ def test_refuses(call, message):
 def test_refuses_slices_where_rates_are_asked_for_and_more_rows_than_there_is_room():
     rule, model = HLOP(BPTT(chunk=1), rows=((5, 1, 1), (1, 1, 1)), learn_from="rates"), lif_network()
     rule.attach(model)
-    with pytest.raises(ValueError, match=r"HLOP: learn_from='rates' needs .* all T steps .*; got 1 of 4 steps at 0"):
+    with pytest.raises(ValueError, match=r"HLOP\(BPTT\): learn_from='rates' needs .* all T steps .*; BPTT gives 1 of 4"):
         train(rule, model, *batch(4), step=0)
     rule.start_task(model, 1)
     with pytest.raises(ValueError, match=r"got 1 more for task 2, where synapse 0 has 0 directions left"):

@@ -312,7 +312,7 @@ def test_noise_in_the_membrane_decides_and_is_not_carried(reset, decay_input):
     assert changed > 0
 
 
-@pytest.mark.full
+@pytest.mark.timeout(300)
 def test_the_matrix_behind_the_last_hidden_layer_is_that_of_the_readout():
     """100 hidden units, noise 0.2, 6000 batches of 32: the true Jacobian of the last layer is W_out^T."""
     generator = torch.Generator().manual_seed(1)
@@ -387,6 +387,13 @@ def a_neuron_twice() -> nn.Module:
         (lambda: OPZO("learnt"), r"OPZO: feedback must be one of momentum, random, single_point; got feedback='learnt'"),  # type: ignore[arg-type]
         (lambda: OPZO(noise=0), r"OPZO: noise must be > 0, for the feedback is learnt from it; got noise=0, feedback='momentum'"),
         (lambda: OPZO("random", noise=-1), r"OPZO: noise must be .* got noise=-1, feedback='random'"),
+        (
+            lambda: OPZO("random", momentum=0.3),
+            r"OPZO: momentum has no effect with feedback='random' and noise=0.0; got momentum=0.3",
+        ),
+        (lambda: OPZO("single_point", momentum=0.9), r"OPZO: momentum has no effect with feedback='single_point'"),
+        (lambda: OPZO("random", inject="membrane"), r"OPZO: inject has no effect with .* got inject='membrane'"),
+        (lambda: OPZO("random", antithetic=False), r"OPZO: antithetic has no effect with .* got antithetic=False"),
         (lambda: OPZO(momentum=1), r"OPZO: momentum must be at least 0 and below 1; got momentum=1"),
         (lambda: OPZO(intermediate=(1, 0)), r"OPZO: intermediate must be places of hidden layers, .* got \(1, 0\)"),
         (lambda: OPZO().attach(lif_network(), over_time="mean"), r"OPZO: the loss of the mean logits needs all T steps"),

@@ -12,7 +12,9 @@ from pipeline.models.vgg import vgg_sws, vgg_sws_f
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
-from pipeline.spiking.neuron import LIF
+from pipeline.spiking.equilibrium import Equilibrium
+from pipeline.spiking.limit import SpectralLimit
+from pipeline.spiking.neuron import IF, LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import State, fresh_state, state_bytes, states_of
 from pipeline.spiking.surrogate import Sigmoid
@@ -402,8 +404,30 @@ def test_a_synapse_that_runs_twice_in_a_time_step_is_refused():
         def forward(self, x_TB: torch.Tensor) -> torch.Tensor:
             return self.last(self.lif(self.again(self.again(self.first(x_TB)))))
 
-    rule, model = OTTT(), Twice().double()
-    rule.attach(model)
-    x_TBC, target = batch(4)
-    with pytest.raises(ValueError, match=r"OTTT-A: a synapse must run once in a time step, .* got again, which ran 2 times in 1"):
-        list(rule.objectives(model, x_TBC, cross_entropy(target)))
+    for chunk in (1, 2, 4):
+        rule, model = OTTT(chunk=chunk), Twice().double()
+        rule.attach(model)
+        x_TBC, target = batch(4)
+        message = rf"OTTT-A: a synapse must run once in a time step, .* got again, which ran {2 * chunk} times in {chunk}$"
+        with pytest.raises(ValueError, match=message):
+            list(rule.objectives(model, x_TBC, cross_entropy(target)))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4])
+def test_a_feedback_that_starts_a_step_late_is_not_taken_for_a_second_run(chunk):
+    equilibrium = Equilibrium(inject=Linear(6, 5), feedback=Linear(5, 5, bias=False), neurons=[IF()])
+    model, (x_TBC, target) = nn.Sequential(equilibrium, Linear(5, 3)).double(), batch(4)
+    one = gradients(OTTT(), model, x_TBC, cross_entropy(target))
+    assert difference(gradients(OTTT(chunk=chunk), model, x_TBC, cross_entropy(target)), one) < 1e-14
+
+
+def test_a_limited_synapse_is_seen_running():
+    model, (x_TBC, target) = nn.Sequential(SpectralLimit(Linear(6, 5, bias=False)), LIF(), Linear(5, 3)).double(), batch(4)
+    assert gradients(OTTT(), model, x_TBC, cross_entropy(target))
+    limited = SpectralLimit(Linear(6, 6, bias=False))
+    rule, twice = OTTT(), nn.Sequential(Linear(6, 6), limited, LIF(), limited, LIF(), Linear(6, 3)).double()
+    rule.attach(twice)
+    with pytest.raises(
+        ValueError, match=r"OTTT-A: a synapse must run once in a time step, .* got 1.synapse, which ran 2 times in 1"
+    ):
+        list(rule.objectives(twice, x_TBC, cross_entropy(target)))

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.rules.dsr import DSR
+from pipeline.rules.ide import IDE
 from pipeline.rules.ottt import OTTT
+from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.feedback import Feedback
-from pipeline.spiking.neuron import LIF
+from pipeline.spiking.neuron import IF, LIF
+from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Linear
@@ -100,6 +104,28 @@ def ide_by_hand(model: Recurrent, x_BC: Tensor, target_B: Tensor, rates: list[Te
     beta_BC = torch.linalg.solve(torch.eye(HIDDEN).double() - j_BCC.mT, e @ model.readout.weight)
     g_BC = slope_BC * beta_BC
     return {"inputs.weight": g_BC.T @ x_BC, "lateral.weight": g_BC.T @ r, "readout.weight": e.T @ r}
+
+
+def test_the_gradients_of_rates_are_those_of_dsr_and_ide():
+    """Where the rates have arrived: IF for so long that a rate is its clamped current to within 1e-3."""
+    model = feed_forward(1.0)
+    _, x_BC, target = drawn(model, seed=0)
+    rates = weighted_rates(model, x_BC.expand(4000, -1, -1), 1.0)
+    neurons = [RateIF(threshold=1.0, alpha=1.0) for _ in range(2)]
+    twin = nn.Sequential(model[0], neurons[0], model[2], neurons[1], model[4]).double()
+    got = gradients(DSR(), twin, x_BC.expand(4000, -1, -1), cross_entropy(target), over_time="mean")
+    for name, g in dsr_by_hand(model, x_BC, target, rates).items():
+        assert torch.allclose(got[name], g, atol=1e-3 * g.abs().max())
+
+    model = Recurrent(1.0)
+    _, x_BC, target = drawn(model, seed=0)
+    rates = weighted_rates(model, x_BC.expand(4000, -1, -1), 1.0)
+    twin = nn.Sequential(Equilibrium(inject=model.inputs, feedback=model.lateral, neurons=[IF()]), model.readout)
+    got = gradients(IDE(), twin, x_BC.expand(4000, -1, -1), cross_entropy(target), over_time="mean")
+    names = {"0.inject.weight": "inputs.weight", "0.feedback.weight": "lateral.weight", "1.weight": "readout.weight"}
+    by_hand = ide_by_hand(model, x_BC, target, rates)
+    for ours, theirs in names.items():
+        assert torch.allclose(got[ours], by_hand[theirs], atol=1e-3 * by_hand[theirs].abs().max())
 
 
 @pytest.mark.parametrize("steps", [6, 20])

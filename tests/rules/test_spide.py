@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.models.feedback import convnet_f, fc_feedback
 from pipeline.recipe_file import load_recipes
+from pipeline.rules.hlop import HLOP
 from pipeline.rules.ide import IDE
 from pipeline.rules.spide import SPIDE, Ternary, _hand_down, ternary_phase
 from pipeline.spiking.equilibrium import Equilibrium, Linearized, the_equilibrium
@@ -213,6 +214,20 @@ def test_the_gradient_approaches_ide_as_one_over_the_steps(widths):
     assert max(g.abs().max() for g in exact.values()) > 0.1
     assert errors[0] < 0.02
     assert math.log10(errors[2] / errors[0]) / 2 == pytest.approx(-1, abs=0.15)
+
+
+@pytest.mark.parametrize("error", ["sign_symmetric", "feedback"])
+def test_another_weight_carries_its_errors_down_as_it_does_under_ide(error):
+    model, (x_TBC, target) = feedback_network(8, 7), batch(20)
+    plain, ide, spide = (
+        gradients(rule, model, x_TBC, cross_entropy(target), over_time="mean")
+        for rule in (
+            IDE(),
+            HLOP(IDE(tolerance=0, iterations=60), rows=((2, 2, 2, 2),), error=error),
+            HLOP(SPIDE(5000, scale=0.25), rows=((2, 2, 2, 2),), error=error),
+        )
+    )
+    assert difference(ide, spide) < 1e-3 < 1e-2 < difference(ide, plain)
 
 
 def test_so_it_does_on_a_convolutional_network():

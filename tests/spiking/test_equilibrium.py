@@ -10,6 +10,7 @@ from pipeline.spiking.encode import repeat
 from pipeline.spiking.equilibrium import Equilibrium, Linearized, weighted_mean
 from pipeline.spiking.neuron import IF, LIF
 from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state, state_bytes
 from pipeline.spiking.surrogate import Triangle
 from pipeline.spiking.synapse import Conv2d, Linear
@@ -236,7 +237,8 @@ def ring(**changes) -> Equilibrium:
     [
         ({"neurons": []}, "Equilibrium: N neurons need N - 1 synapses between them; got 0 neurons, 0 synapses"),
         ({"synapses": [Linear(3, 3)]}, "Equilibrium: N neurons need N - 1 synapses between them; got 1 neurons, 1 synapses"),
-        ({"neurons": [nn.ReLU()]}, "Equilibrium: the neurons must be LIF, whose rate is known; got ReLU"),
+        ({"neurons": [nn.ReLU()]}, "Equilibrium: the neurons must be LIF or IF, whose rate is known; got ReLU"),
+        ({"neurons": [RateIF()]}, "Equilibrium: the neurons must be LIF or IF, whose rate is known; got RateNeuron"),
         ({"neurons": [LIF(reset="zero")]}, "Equilibrium: neurons must reset by subtraction and not decay their input; got"),
         ({"neurons": [LIF(decay_input=True)]}, "got reset='subtract', decay_input=True"),
         (

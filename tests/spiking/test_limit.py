@@ -124,6 +124,15 @@ def test_a_trace_reaches_whatever_the_weight_is_made_of(limit):
         assert theirs.abs().max() > 1e-4 and torch.allclose(ours, theirs, rtol=0, atol=1e-12)
 
 
+def test_a_weight_that_moves_within_a_batch_is_limited_anew():
+    synapse = limited("linear")
+    x_TB = torch.eye(60).unsqueeze(0)
+    with fresh_state(synapse), torch.no_grad():
+        for _ in range(3):  # as between the steps of OTTT-O
+            assert exact(synapse(x_TB)[0].T) <= 1 + 1e-3
+            synapse.synapse.weight.add_(torch.randn(70, 60))  # type: ignore[operator]
+
+
 def test_keeps_the_type_under_autocast():
     synapse = limited("linear")
     with torch.autocast("cpu", torch.bfloat16):
