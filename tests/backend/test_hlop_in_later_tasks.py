@@ -32,11 +32,11 @@ from tests.silent import NoMeters
 pytestmark = pytest.mark.distributed
 
 INNER = (BPTT, SLTT, OTTT)
-SECOND_TASK = STEPS - 1
+SECOND_TASK = STEPS - 2  # two batches of it, so that its momentum acts, and none of the task before
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.1)
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
 def attached(inner: type, ranks: Ranks) -> tuple[nn.Module, HLOP]:
@@ -50,6 +50,8 @@ def reference(inner: type) -> tuple[nn.Module, HLOP]:
     optimizer, before = sgd(model), {}
     for step in range(STEPS):
         before = begin(rule, model, step)
+        if step == SECOND_TASK:
+            optimizer = sgd(model)
         x_TB, target_B = global_batch(step)
         learn(rule.objectives(model, x_TB, CrossEntropy()(target_B), step=step))
         rule.end_of_batch()
@@ -73,6 +75,8 @@ def on_deepspeed(inner: type, rank: int, *, zero: int, accumulation: int) -> tup
 
     for step in range(STEPS):
         before = begin(rule, model, step)
+        if step == SECOND_TASK:
+            backend.forget()
         train(rule, backend, lambda step: None, [(step, micro_batches(step))], CrossEntropy(), NoMeters())
     return model, rule, moved_where_it_must_not(model, rule, before)
 

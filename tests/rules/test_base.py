@@ -6,7 +6,6 @@ from torch import nn
 
 from pipeline.rules.base import Objective, Rule, World, counter_hash
 from pipeline.rules.bptt import BPTT
-from pipeline.spiking.neuron import named_neurons
 from tests.rules.small import FEATURES, batch, cross_entropy, lif_network
 
 
@@ -34,10 +33,6 @@ def test_a_rule_does_not_own_the_network():
     rule, model = BPTT(), lif_network()
     rule.attach(model)
     assert not list(rule.parameters()) and not rule.state_dict() and len(list(rule.modules())) == 1
-
-
-def test_named_neurons():
-    assert [name for name, _ in named_neurons(lif_network())] == ["1", "3"]
 
 
 def test_refusals_come_at_once():

@@ -19,9 +19,9 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import State, fresh_state, state_bytes, states_of
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d, Linear
-from pipeline.spiking.trace import Trace
 from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network
 from tests.spiking.saved import SavedBytes
+from tests.spiking.traces import traces_of
 
 
 def smallest_model() -> nn.Sequential:
@@ -93,13 +93,6 @@ def test_without_leak_or_at_one_step_it_is_sltt(leak, steps, rule):
     assert difference(got, expected) < 1e-14
 
 
-def traces_of(x_TBC: Tensor, leak: float) -> Tensor:
-    """a[t] = sum_k leak^(t-k) x[k], the sum written out."""
-    steps = x_TBC.shape[0]
-    weights = torch.tensor([[leak ** (t - k) if k <= t else 0.0 for k in range(steps)] for t in range(steps)], dtype=x_TBC.dtype)
-    return torch.einsum("tk,k...->t...", weights, x_TBC)
-
-
 def sigmoid_window(x: Tensor) -> Tensor:
     return 4 * torch.sigmoid(4 * x) * (1 - torch.sigmoid(4 * x))
 
@@ -136,26 +129,6 @@ def test_an_update_is_trace_times_surrogate_times_error(leak):
     plain = gradients(OTTT(), model, x_TBC, cross_entropy(target))
     x, psi, e = three_factors(model, x_TBC, target, leak=leak)["0.weight"]
     assert (plain["0.weight"] - torch.einsum("tbo,tbo,tbi->oi", e, psi, x)).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 4])
-def test_trace_identity(chunk):
-    trace, x_TBC = Trace(0.7), batch(8)[0]
-    trace.state.is_open = True
-    got = torch.cat([trace(x) for x in x_TBC.split(chunk)])
-    assert (got - traces_of(x_TBC, 0.7)).abs().max() < 1e-14
-    kept = trace.state.read("a")
-    assert kept is not None and torch.equal(kept, got[-1]) and kept.untyped_storage().nbytes() == kept.numel() * 8
-
-
-def test_a_trace_is_a_tensor_of_its_own_and_never_below_fp32():
-    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)):
-        trace, x_TBC = Trace(0.5), torch.ones(1, 2, 3, dtype=dtype, requires_grad=True)
-        trace.state.is_open = True
-        first, second = trace(x_TBC), trace(x_TBC)
-        assert first.dtype == second.dtype == expected and not second.requires_grad
-        assert first.data_ptr() != x_TBC.data_ptr()
-        assert torch.equal(second, 1.5 * torch.ones_like(second))
 
 
 def test_under_autocast_the_traces_stay_in_fp32():

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.spiking.neuron import IF, LIF
+from pipeline.spiking.neuron import IF, LIF, named_neurons
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.surrogate import Sigmoid, Triangle
+from tests.rules.small import lif_network
 from tests.spiking.saved import SavedBytes
 
 VARIANTS = list(itertools.product(("subtract", "zero"), ("detached", "kept")))
@@ -187,3 +188,7 @@ def test_subtract_is_what_a_spike_takes():
     assert abs(spikes.mean().item() - 0.25) <= 1 / 1000
     with pytest.raises(ValueError, match=r"LIF: subtract must be > 0 and needs reset='subtract'; got subtract=2.0, reset='zero'"):
         IF(subtract=2.0, reset="zero")
+
+
+def test_named_neurons():
+    assert [name for name, _ in named_neurons(lif_network())] == ["1", "3"]
