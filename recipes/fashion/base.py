@@ -1,7 +1,8 @@
 """What the Fashion-MNIST recipes share: the data, the optimizer, the schedule, and the feed-forward network of the study.
 
 The test set is read once, after the last epoch. Learning rates were chosen on a held-out tenth of the training set
-(`--set data.held_out=0.1`), every rule on the same grid; docs/LOG.md has the figures.
+(`--set data.held_out=0.1`), every rule on the same grid, and the rules of a study share the one that was best on their mean;
+docs/LOG.md has the figures. At leak 0.5 that is 0.3: `--set model.neuron.leak=0.5 --set optimizer.lr=0.3`.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ def fashion() -> Recipe:
             Beton, folder="data/fashion", classes=10, channels=1, size=28, crop="shift", reach=0, mean=(0.286,), std=(0.353,)
         ),
         objective=spec(CrossEntropy),
-        optimizer=spec(create_optimizer_v2, opt="momentum", lr=0.3, momentum=0.9, weight_decay=0.0),
+        optimizer=spec(create_optimizer_v2, opt="momentum", lr=0.6, momentum=0.9, weight_decay=0.0),
         schedule=spec(cosine, warmup=0.05),
         time_steps=4,
         batch_size=128,
-        epochs=12,
-        evaluate_every=12,
+        epochs=10,
+        evaluate_every=10,
     )
