@@ -1,8 +1,9 @@
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 
 from pipeline.spiking.norm import BatchNorm
+from tests.processes import run_ranks
 
 SHAPES = [(4, 5, 3), (4, 5, 3, 2, 2)]
 
@@ -96,8 +97,7 @@ def test_refuses(call, message):
         call()
 
 
-def rank_of_two(rank: int, rendezvous: str, x: torch.Tensor, upstream: torch.Tensor, expected: dict) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+def rank_of_two(rank: int, ranks: int, x: torch.Tensor, upstream: torch.Tensor, expected: dict) -> None:
     mine = slice(0, 4) if rank == 0 else slice(4, 7)  # unequal on purpose
     for over, one_rank in expected.items():
         got = norm_and_gradients(over, x[:, mine], upstream[:, mine])
@@ -106,8 +106,6 @@ def rank_of_two(rank: int, rendezvous: str, x: torch.Tensor, upstream: torch.Ten
         for name, value in one_rank.items():
             value = value[:, mine] if name in ("y", "x") else value
             torch.testing.assert_close(got[name], value, atol=1e-12, rtol=0, msg=lambda m, n=name, o=over: f"{o} {n}: {m}")
-    distributed.barrier()
-    distributed.destroy_process_group()
 
 
 def norm_and_gradients(over: str, x: torch.Tensor, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -123,4 +121,4 @@ def norm_and_gradients(over: str, x: torch.Tensor, upstream: torch.Tensor) -> di
 def test_two_unequal_ranks_equal_one(tmp_path):
     x, upstream = double(2, 7, 3, 2, 2) + 5, double(2, 7, 3, 2, 2)
     expected = {over: norm_and_gradients(over, x, upstream) for over in ("step", "time")}
-    multiprocessing.spawn(rank_of_two, (str(tmp_path / "rendezvous"), x, upstream, expected), nprocs=2)
+    run_ranks(rank_of_two, 2, tmp_path, x, upstream, expected)
