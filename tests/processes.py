@@ -33,6 +33,6 @@ def _rank(rank: int, work: Callable[..., Any], ranks: int, folder: str, args: tu
     distributed.barrier()  # every result is there
     sys.stdout.flush()
     sys.stderr.flush()
-    # Without the end of the interpreter, where threads of gloo can outlive the groups that they belong to (torch 2.13): a rank was
-    # seen to abort there ("terminate called without an active exception") with its work done.
+    # Without the end of the interpreter, where threads of gloo can outlive the groups that they belong to (torch 2.13): a rank
+    # was seen to abort there ("terminate called without an active exception") with its work done.
     os._exit(0)
