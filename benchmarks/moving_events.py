@@ -2,7 +2,8 @@
 
 Command:  spiketrain write events moving --out data/moving
           python -m benchmarks.moving_events [--folder data/moving] [--epochs 8] [--held-out 0.1]
-Result:   on the 1,600 test recordings 0.4844 from sums over time, 0.9975 from ten slices; 40 s, one core of an AMD EPYC; commit fe0509bb3ec0
+Result:   on the 1,600 test recordings 0.4844 from sums over time, 0.9975 from ten slices; 40 s on one core of an AMD
+          EPYC; commit fe0509bb3ec0
 
 One convolutional network, trained twice by backpropagation on the same recordings: on their counts summed over time, and on the
 ten slices of them, laid one upon another as channels. Opposite directions are exact reversals of each other, so a classifier of
