@@ -83,7 +83,7 @@ class BPTT(Rule):
         return loss_of(logits_TBK.mean(0)), logits_TBK.detach().mean(0)
 
     def _in_pieces(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf) -> Iterator[Objective]:
-        for x_cB in slices(x_TB, self.truncate or 1):
+        for x_cB in slices(x_TB, self.chunk):
             loss, share_BK = steps_share(model(x_cB), loss_of, steps=x_TB.shape[0])
             yield Objective(backward=loss, loss=loss.detach(), logits=share_BK)
             for state in states_of(model):

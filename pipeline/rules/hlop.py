@@ -208,10 +208,9 @@ class HLOP(Rule):
             raise ValueError(f"{self.label}: tasks come one after another; got task {task} after task {int(self.task)}")
         self.task += 1
         self._grow()
-        for module in self._norms():
-            if not module.frozen:  # what rests is the same on every rank
-                module.running_mean.copy_(self.world.mean(module.running_mean))
-                module.running_var.copy_(self.world.mean(module.running_var))
+        for norm in self._moving_norms():  # what rests is the same on every rank
+            norm.running_mean.copy_(self.world.mean(norm.running_mean))
+            norm.running_var.copy_(self.world.mean(norm.running_var))
         self._freeze_norms()
 
     def check_tasks(self, model: nn.Module, tasks: int) -> None:
@@ -238,13 +237,14 @@ class HLOP(Rule):
             subspace.grow(count, key=counter_hash(self.world.seed, _ROWS, index, task))
 
     def _freeze_norms(self) -> None:
-        for module in self._norms():
-            if not module.frozen:
-                self.set_seam(module, "frozen", True)
+        for norm in self._moving_norms():
+            self.set_seam(norm, "frozen", True)
 
-    def _norms(self) -> list[BatchNorm]:
+    def _moving_norms(self) -> list[BatchNorm]:
+        """Those that tasks share and that were not frozen yet."""
         named = self._attached[0].named_modules()
-        return [module for name, module in named if isinstance(module, BatchNorm) and not is_inside(name, self.skip)]
+        norms = [module for name, module in named if isinstance(module, BatchNorm) and not is_inside(name, self.skip)]
+        return [norm for norm in norms if not norm.frozen]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **more: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **more)
