@@ -1,4 +1,4 @@
-"""Dropout whose mask does not change within a batch."""
+"""Dropout whose mask does not change within a batch: of units, and of whole branches."""
 
 # T time, B batch
 
@@ -21,19 +21,33 @@ class Dropout(nn.Module):
     def __init__(self, share: float) -> None:
         super().__init__()
         if not 0 <= share < 1:
-            raise ValueError(f"Dropout: the share must be in 0..1, 1 excluded; got share={share}")
+            raise ValueError(f"{type(self).__name__}: the share must be in 0..1, 1 excluded; got share={share}")
         self.share = share
-        self.state = State("Dropout")
+        self.state = State(type(self).__name__)
 
     def forward(self, x_TB: Tensor) -> Tensor:
         if not self.training or self.share == 0:
             return x_TB
         mask_B = self.state.read("mask")
         if mask_B is None:
-            kept_B = torch.rand(x_TB.shape[1:], device=x_TB.device) >= self.share
+            kept_B = torch.rand(self._dropped_together(x_TB[0]), device=x_TB.device) >= self.share
             mask_B = kept_B.to(x_TB.dtype) / (1 - self.share)
             self.state.write("mask", mask_B)
         return x_TB * mask_B
 
+    def _dropped_together(self, x_B: Tensor) -> torch.Size:
+        """The shape of the mask: one number for each unit."""
+        return x_B.shape
+
     def extra_repr(self) -> str:
         return f"share={self.share}"
+
+
+class DropPath(Dropout):
+    """The same, with one m for all of a sample: behind the branch of a residual block it leaves that sample the shortcut alone.
+
+    Source: Huang et al. 2016 (stochastic depth, arXiv 1603.09382).
+    """
+
+    def _dropped_together(self, x_B: Tensor) -> torch.Size:
+        return torch.Size([len(x_B), *[1] * (x_B.dim() - 1)])

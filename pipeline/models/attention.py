@@ -1,0 +1,90 @@
+"""Attention without softmax, on spikes: QKFormer's two.
+
+q, k, v are spikes of 1x1 synapses that read the stream, split into heads of d channels; the tokens are the N pixels.
+
+    TokenQK          a[n] = L'(sum_d q[d, n]) k[ . , n]            a mask over tokens: O(N C)
+    SelfAttention    a[n] = L'(SCALE sum_m (q[n] . k[m]) v[m])     computed as (sum_m v[m] k[m]^T) q[n]: O(N C d)
+
+with L' a neuron of threshold 0.5; the last synapse reads a. On a stream of real numbers one neuron stands before q, k and v, and
+none behind the last norm. Under "multiple_all" each projection has a shortcut of its own: the stream is added to
+the currents of q, k and v, and what L' reads to the currents of the last synapse.
+
+Source: Zhou et al. 2024 (QKFormer, arXiv 2403.16552); Zhou et al. 2023 (Spikformer, arXiv 2209.15425); the shortcuts: Le & Li 2023
+(BinaryViT, arXiv 2306.16678).
+"""
+
+# T time, B batch, C channels, H W pixels; h heads, d channels of a head, N tokens
+
+from torch import Tensor, nn
+
+from pipeline.models.residual import Blocks, Layer
+
+ATTENTION_THRESHOLD = 0.5
+SCALE = 0.125
+
+
+class Projection(nn.Module):
+    """Spikes for one of q, k, v: neuron(norm(synapse(h))), with the stream added to the currents where it is given."""
+
+    def __init__(self, blocks: Blocks, channels: int) -> None:
+        super().__init__()
+        self.currents = blocks.currents(Layer(channels, channels))
+        self.neuron = blocks.neuron()
+
+    def forward(self, h_TBCHW: Tensor, x_TBCHW: Tensor | None) -> Tensor:
+        currents = self.currents(h_TBCHW)
+        return self.neuron(currents if x_TBCHW is None else currents + x_TBCHW)
+
+
+class Attention(nn.Module):
+    """`[T, B, C, H, W]` to the same; `_mix` says how the tokens meet.
+
+    Raises: ValueError for channels that do not divide into the heads.
+    """
+
+    def __init__(self, blocks: Blocks, channels: int, *, heads: int, projections: tuple[str, ...]) -> None:
+        super().__init__()
+        if heads < 1 or channels % heads:
+            raise ValueError(f"{type(self).__name__}: the channels must divide into heads; got {channels} and heads={heads}")
+        self.heads = heads
+        self.has_shortcuts = blocks.shortcut == "multiple_all"
+        self.first = nn.Identity() if blocks.carries_spikes else blocks.spikes_of_stream()
+        self.projections = nn.ModuleDict({name: Projection(blocks, channels) for name in projections})
+        self.attention_neuron = blocks.spikes(threshold=ATTENTION_THRESHOLD)
+        self.project = blocks.currents(Layer(channels, channels, bias=True))
+        self.last = blocks.neuron() if blocks.carries_spikes else nn.Identity()
+
+    def forward(self, x_TBCHW: Tensor) -> Tensor:
+        h = self.first(x_TBCHW)
+        stream = x_TBCHW if self.has_shortcuts else None
+        heads = [each(h, stream).flatten(3).unflatten(2, (self.heads, -1)) for each in self.projections.values()]
+        return self.last(self._mix(*heads, shape=x_TBCHW.shape))
+
+    def _mix(self, *heads_TBhdN: Tensor, shape: tuple[int, ...]) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must override _mix")
+
+
+class TokenQK(Attention):
+    """A mask over the tokens of k."""
+
+    def __init__(self, blocks: Blocks, channels: int, *, heads: int) -> None:
+        super().__init__(blocks, channels, heads=heads, projections=("q", "k"))
+
+    def _mix(self, *heads_TBhdN: Tensor, shape: tuple[int, ...]) -> Tensor:
+        q_TBhdN, k_TBhdN = heads_TBhdN
+        mask_TBh1N = self.attention_neuron(q_TBhdN.sum(3, keepdim=True))
+        return self.project((mask_TBh1N * k_TBhdN).reshape(shape))
+
+
+class SelfAttention(Attention):
+    """Every token sees every other; linear in their number."""
+
+    def __init__(self, blocks: Blocks, channels: int, *, heads: int) -> None:
+        super().__init__(blocks, channels, heads=heads, projections=("q", "k", "v"))
+
+    def _mix(self, *heads_TBhdN: Tensor, shape: tuple[int, ...]) -> Tensor:
+        q_TBhdN, k_TBhdN, v_TBhdN = heads_TBhdN
+        seen_TBhdd = v_TBhdN @ k_TBhdN.transpose(-1, -2)
+        a = (seen_TBhdd @ q_TBhdN * SCALE).reshape(shape)
+        y = self.project(self.attention_neuron(a))
+        return y + a if self.has_shortcuts else y

@@ -1,0 +1,165 @@
+"""QKFormer: a hierarchical spiking Transformer of three stages, at 1/4, 1/8 and 1/16 of the image.
+
+    embed to D/4, 1 block with TokenQK;   embed to D/2, 2 blocks with TokenQK;   embed to D, the rest with SelfAttention;
+    mean over tokens, linear classifier
+    block:   x <- x + attention(x),   x <- x + ffn(x),   ffn of two 1x1 synapses, D to 4 D to D
+    embed:   synapse, norm, max pool, neuron, synapse, norm, neuron + (1x1 synapse of stride 2, norm, neuron)
+
+as published with `shortcut="sew"`, whose stream holds whole numbers. With "membrane", "multiple" and "multiple_all" the
+stream is real (`models/residual.py`): neurons stand before synapses, also in the embeddings, and one before the classifier.
+
+Drop path is a share that grows linearly with depth to `drop_path`, one for both branches of a block. The published code declares
+it and never applies it, so 0 is as published.
+
+Source: Zhou et al. 2024 (QKFormer, arXiv 2403.16552).
+"""
+
+# T time, B batch, C channels, H W pixels, K classes
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from pipeline.models.attention import SelfAttention, TokenQK
+from pipeline.models.residual import Blocks, Layer, Norm, Over, Shortcut
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.surrogate import Sigmoid
+from pipeline.spiking.synapse import Linear
+
+# SpikingJelly's LIF at tau 2, as the published code uses it; and without its decay of the input, which normaliser-free
+# currents do not stand.
+NEURON = LIF(0.5, reset="zero", decay_input=True, surrogate=Sigmoid(4.0))
+SWS_NEURON = LIF(0.5, surrogate=Sigmoid(4.0))
+
+
+class QKFormer(nn.Module):
+    """`[T, B, C, H, W]` to `[T, B, K]`, for images of any size from 16 pixels on.
+
+    Args:
+        channels: D, of the last stage; a multiple of 4 heads.
+        depth: blocks in all; 1 and 2 of them in the first stages.
+        heads: of every attention.
+        expansion: of the FFN.
+        drop_path: the share at the last block.
+        neuron: None for the published LIF (leak 0.5, decay of the input, reset to zero), under "sws" for one with reset by
+            subtraction and without that decay.
+
+    Raises: ValueError for numbers that make no network, or choices that do not fit together (`models/residual.py`).
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        depth: int,
+        heads: int,
+        classes: int,
+        in_channels: int = 3,
+        expansion: int = 4,
+        shortcut: Shortcut = "sew",
+        norm: Norm = "batch",
+        over: Over = "step",
+        drop_path: float = 0.0,
+        neuron: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        numbers = {"classes": classes, "in_channels": in_channels, "expansion": expansion, "heads": heads, "channels": channels}
+        for name, number in numbers.items():
+            if number < 1:
+                raise ValueError(f"QKFormer: {name} must be >= 1; got {name}={number}")
+        if channels % (4 * heads):
+            raise ValueError(f"QKFormer: channels must be a multiple of 4 heads; got channels={channels}, heads={heads}")
+        if depth < 4:
+            raise ValueError(f"QKFormer: depth must be >= 4, one block for the first stage and two for the second; got {depth=}")
+        if shortcut == "post_activation":
+            raise ValueError("QKFormer: shortcut must not be 'post_activation', which has no published form for attention")
+        if neuron is None:
+            neuron = SWS_NEURON if norm == "sws" else NEURON
+        blocks = Blocks(shortcut=shortcut, neuron=neuron, norm=norm, over=over)
+        shares = iter(drop_path * index / (depth - 1) for index in range(depth))
+        stages = []
+        for wide, count, attention in (
+            (channels // 4, 1, TokenQK),
+            (channels // 2, 2, TokenQK),
+            (channels, depth - 3, SelfAttention),
+        ):
+            stage = nn.Sequential(Embed(blocks, wide // 2, wide, stem_channels=None if stages else in_channels))
+            for _ in range(count):
+                share = next(shares)
+                stage.append(Block(blocks, wide, attention=attention, heads=heads, expansion=expansion, drop_path=share))
+            stages.append(stage)
+        self.stages = nn.Sequential(*stages)
+        self.last = nn.Identity() if blocks.carries_spikes else blocks.spikes_of_stream()
+        self.classifier = Linear(channels, classes)
+        nn.init.trunc_normal_(self.classifier.weight, std=0.02)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, x_TBCHW: Tensor) -> Tensor:
+        return self.classifier(self.last(self.stages(x_TBCHW)).mean((3, 4)))
+
+
+class Embed(nn.Module):
+    """Halves the image (the first one, with a stem of its own before it: to a quarter) and changes the channels."""
+
+    def __init__(self, blocks: Blocks, in_channels: int, channels: int, *, stem_channels: int | None) -> None:
+        super().__init__()
+        self.stem = nn.Sequential()
+        if stem_channels is not None:
+            self.stem.append(blocks.currents(Layer(stem_channels, in_channels, 3, pools=True)))
+            if blocks.carries_spikes:
+                self.stem.append(blocks.neuron())
+        layers = [Layer(in_channels, channels, 3, pools=True), Layer(channels, channels, 3)]
+        self.residual = blocks.one_residual(layers, shortcut_of="first")
+
+    def forward(self, x_TBCHW: Tensor) -> Tensor:
+        return self.residual(self.stem(x_TBCHW))
+
+
+class Block(nn.Module):
+    """Attention and FFN, each with its shortcut."""
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        channels: int,
+        *,
+        attention: type[TokenQK] | type[SelfAttention],
+        heads: int,
+        expansion: int,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.attention = blocks.around(attention(blocks, channels, heads=heads), drop_path=drop_path)
+        wide = channels * expansion
+        self.ffn = blocks.residual([Layer(channels, wide, bias=True), Layer(wide, channels, bias=True)], drop_path=drop_path)
+
+    def forward(self, x_TBCHW: Tensor) -> Tensor:
+        return self.ffn(self.attention(x_TBCHW))
+
+
+def qkformer_10(
+    channels: Literal[384, 512, 768] = 384,
+    *,
+    classes: int = 1000,
+    in_channels: int = 3,
+    shortcut: Shortcut = "sew",
+    norm: Norm = "batch",
+    over: Over = "step",
+    drop_path: float = 0.0,
+    neuron: nn.Module | None = None,
+) -> QKFormer:
+    """QKFormer-10-384, -512 or -768: 16.47, 29.08 or 64.96 M parameters at 1000 classes."""
+    if channels not in (384, 512, 768):
+        raise ValueError(f"qkformer_10: channels must be 384, 512 or 768, as published; got channels={channels}")
+    return QKFormer(
+        channels=channels,
+        depth=10,
+        heads=channels // 64,
+        classes=classes,
+        in_channels=in_channels,
+        shortcut=shortcut,
+        norm=norm,
+        over=over,
+        drop_path=drop_path,
+        neuron=neuron,
+    )

@@ -1,0 +1,107 @@
+"""QKFormer's published weights: their names and shapes, read into our network and written back.
+
+Source: names and shapes of the module of Zhou et al. 2024 (QKFormer, arXiv 2403.16552).
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pipeline.models.qkformer import QKFormer
+
+# What a published file holds that this network has no place for, and why.
+IGNORED = {"num_batches_tracked": "counts calls for torch's cumulative average, which batch norm with a momentum never reads"}
+
+_KINDS = {"synapse": "conv", "norm": "bn"}
+_EMBEDDINGS = {("0", "branch.0"): "proj1", ("0", "branch.2"): "proj2", ("1", "branch.0"): "proj3", ("1", "branch.2"): "proj4"}
+
+
+def published_name(name: str) -> str:
+    """The published name of one of our tensors."""
+    stage = r"stages\.(?P<stage>\d)\."
+    block = stage + r"(?P<block>\d+)\."
+    kind = r"(?P<kind>synapse|norm)\.(?P<tensor>\w+)$"
+    if found := re.match(stage + r"0\.stem\.0\." + kind, name):
+        place = "patch_embed1.proj"
+    elif found := re.match(stage + r"0\.residual\.(?P<part>branch\.[02]|shortcut\.0)\." + kind, name):
+        part = "proj_res" if found["part"] == "shortcut.0" else _EMBEDDINGS[min(found["stage"], "1"), found["part"]]
+        place = f"patch_embed{int(found['stage']) + 1}.{part}"
+    elif found := re.match(block + r"attention\.branch\.(projections\.(?P<which>[qkv])\.currents|project)\." + kind, name):
+        attention = "attn" if found["stage"] == "2" else "tssa"
+        place = f"stage{int(found['stage']) + 1}.{int(found['block']) - 1}.{attention}.{found['which'] or 'proj'}"
+    elif found := re.match(block + r"ffn\.branch\.(?P<layer>[02])\." + kind, name):
+        layer = "fc1" if found["layer"] == "0" else "fc2"
+        place = f"stage{int(found['stage']) + 1}.{int(found['block']) - 1}.mlp.{layer}"
+    elif found := re.match(r"classifier\.(?P<tensor>\w+)$", name):
+        return f"head.{found['tensor']}"
+    else:
+        raise ValueError(f"published_name: only tensors of a QKFormer with shortcut='sew' were published; got {name}")
+    return f"{place}_{_KINDS[found['kind']]}.{found['tensor']}"
+
+
+def from_published(published: Mapping[str, Tensor], *, heads: int | None = None) -> QKFormer:
+    """The network that published weights belong to, with these weights: its sizes are those of the tensors.
+
+    `heads`, which no tensor tells, is one for 64 channels where it is not given, as published for ImageNet.
+
+    Raises: ValueError for tensors that are missing, left over or of another shape.
+    """
+    try:
+        classes, channels = published["head.weight"].shape
+        in_channels = published["patch_embed1.proj_conv.weight"].shape[1]
+        expansion = published["stage1.0.mlp.fc1_conv.weight"].shape[0] * 4 // channels
+    except KeyError as error:
+        raise ValueError(f"from_published: the weights must be those of a published QKFormer; got none named {error}") from None
+    depth = len({name.rsplit(".mlp.", 1)[0] for name in published if ".mlp." in name})
+    with torch.device("meta"):
+        network = QKFormer(
+            channels=channels,
+            depth=depth,
+            heads=channels // 64 if heads is None else heads,
+            classes=classes,
+            in_channels=in_channels,
+            expansion=expansion,
+        )
+    network.to_empty(device="cpu")
+    network.load_state_dict(with_our_names(published, network))
+    return network
+
+
+def with_our_names(published: Mapping[str, Tensor], network: QKFormer) -> dict[str, Tensor]:
+    """Published tensors under the names that `network` has for them, in its shapes (a 1x1 convolution was published in 1-D).
+
+    Raises: ValueError for tensors that are missing, left over or of another shape.
+    """
+    left = {name for name in published if name.rsplit(".", 1)[-1] not in IGNORED}
+    ours = {}
+    for name, mine in network.state_dict().items():
+        theirs = published_name(name)
+        if theirs not in published:
+            raise ValueError(f"QKFormer: published weights must hold every tensor; got none named {theirs}")
+        tensor = published[theirs]
+        if tensor.shape != _published_shape(theirs, mine):
+            raise ValueError(
+                f"QKFormer: {theirs} must have the shape {tuple(_published_shape(theirs, mine))}; got {tuple(tensor.shape)}"
+            )
+        ours[name] = tensor.reshape(mine.shape)
+        left.remove(theirs)
+    if left:
+        raise ValueError(f"QKFormer: published weights must fit the network; got {len(left)} tensors too many, {min(left)} among them")
+    return ours
+
+
+def to_published(network: QKFormer) -> dict[str, Tensor]:
+    """Our weights under the published names and in the published shapes; without the counts of calls."""
+    tensors = {}
+    for name, tensor in network.state_dict().items():
+        theirs = published_name(name)
+        tensors[theirs] = tensor.reshape(_published_shape(theirs, tensor))
+    return tensors
+
+
+def _published_shape(theirs: str, tensor: Tensor) -> torch.Size:
+    """The synapses of an attention were published as 1-D convolutions over tokens."""
+    is_1d = re.search(r"\.(tssa|attn)\.\w+_conv\.weight$", theirs) is not None
+    return tensor.shape[:-1] if is_1d else tensor.shape

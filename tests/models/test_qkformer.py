@@ -1,0 +1,221 @@
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.models.qkformer import QKFormer, qkformer_10
+from pipeline.models.qkformer_published import to_published
+from pipeline.rules.base import Rule
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.ottt import OTTT
+from pipeline.rules.sltt import SLTT
+from pipeline.spiking.encode import repeat
+from pipeline.spiking.neuron import named_neurons
+from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.state import fresh_state
+
+STREAMS = [
+    ("sew", "batch"),
+    ("sew_multiple", "batch"),
+    ("membrane", "batch"),
+    ("multiple", "batch"),
+    ("multiple_all", "batch"),
+    ("membrane", "sws"),
+    ("multiple", "sws"),
+]
+
+
+def small(shortcut="sew", norm="batch", **choices) -> QKFormer:
+    torch.manual_seed(0)
+    sizes = {"channels": 32, "depth": 4, "heads": 2, "classes": 5}
+    return lively(QKFormer(**(sizes | choices), shortcut=shortcut, norm=norm))
+
+
+def lively(model: QKFormer) -> QKFormer:
+    """Statistics and gains under which every neuron has something to say."""
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            nn.init.uniform_(module.weight, 1, 3)
+            nn.init.uniform_(module.bias, 0.5, 2)
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.2, 1)
+    for name, p in model.named_parameters():
+        if "skip_gain" in name:
+            nn.init.ones_(p)
+        elif name.endswith("synapse.bias"):
+            nn.init.uniform_(p, 0, 1.5)
+    return model
+
+
+@pytest.mark.parametrize(("channels", "count"), [(384, 16_473_688), (512, 29_079_336), (768, 64_962_760)])
+def test_parameter_counts(channels, count):
+    """Those of the published module, in which no tensor is dead."""
+    with torch.device("meta"):
+        assert sum(p.numel() for p in qkformer_10(channels).parameters()) == count
+
+
+def test_ffn_is_half_of_it():
+    """Published (abstract of SEI-BWSNN, by our count): 35.7 of 64.96 M weights are the FFN's."""
+    with torch.device("meta"):
+        model = qkformer_10(768)
+    ffn = sum(p.numel() for name, p in model.named_parameters() if ".ffn." in name and name.endswith("synapse.weight"))
+    assert ffn == 7 * 8 * 768**2 + 2 * 8 * 384**2 + 8 * 192**2 == 35_684_352
+
+
+class Reference:
+    """The published network written out on torch's functions and published names: spikes of shape [B, C, H, W], step by step."""
+
+    def __init__(self, weights: dict[str, torch.Tensor], heads: int) -> None:
+        self.w = weights
+        self.heads = heads
+        self.membranes: dict[str, torch.Tensor] = {}
+
+    def lif(self, key: str, x: torch.Tensor, threshold: float = 1.0) -> torch.Tensor:
+        v = self.membranes.get(key, torch.zeros_like(x))
+        u = v + (x - v) / 2
+        s = (u >= threshold).to(x.dtype)
+        self.membranes[key] = u * (1 - s)
+        return s
+
+    def conv_bn(self, name: str, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
+        weight = self.w[f"{name}_conv.weight"]
+        weight = weight if weight.dim() == 4 else weight[..., None]
+        x = F.conv2d(x, weight, self.w.get(f"{name}_conv.bias"), stride, weight.shape[-1] // 2)
+        return F.batch_norm(x, *(self.w[f"{name}_bn.{k}"] for k in ("running_mean", "running_var", "weight", "bias")))
+
+    def embed(self, name: str, first: str, second: str, x: torch.Tensor) -> torch.Tensor:
+        h = self.lif(name + first, F.max_pool2d(self.conv_bn(name + first, x), 3, 2, 1))
+        h = self.lif(name + second, self.conv_bn(name + second, h))
+        return h + self.lif(name + "res", self.conv_bn(name + "proj_res", x, 2))
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(len(x), self.heads, -1, x.shape[2] * x.shape[3])
+
+    def block(self, name: str, attention: str, x: torch.Tensor) -> torch.Tensor:
+        at = f"{name}.{attention}."
+        q, k = (self.split(self.lif(at + i, self.conv_bn(at + i, x))) for i in "qk")
+        if attention == "tssa":
+            a = self.lif(at, q.sum(2, keepdim=True), 0.5) * k
+        else:
+            v = self.split(self.lif(at + "v", self.conv_bn(at + "v", x)))
+            scores = torch.einsum("bhdn,bhdm->bhnm", q, k)  # the quadratic form, where the network takes the linear one
+            a = self.lif(at, 0.125 * torch.einsum("bhnm,bhdm->bhdn", scores, v), 0.5)
+        x = x + self.lif(at + "proj", self.conv_bn(at + "proj", a.reshape(x.shape)))
+        h = self.lif(name + "1", self.conv_bn(name + ".mlp.fc1", x))
+        return x + self.lif(name + "2", self.conv_bn(name + ".mlp.fc2", h))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.lif("stem", F.max_pool2d(self.conv_bn("patch_embed1.proj", x), 3, 2, 1))
+        x = self.embed("patch_embed1.", "proj1", "proj2", x)
+        x = self.block("stage1.0", "tssa", x)
+        x = self.embed("patch_embed2.", "proj3", "proj4", x)
+        for i in range(2):
+            x = self.block(f"stage2.{i}", "tssa", x)
+        x = self.embed("patch_embed3.", "proj3", "proj4", x)
+        for i in range(sum(name.startswith("stage3") and name.endswith("fc1_conv.weight") for name in self.w)):
+            x = self.block(f"stage3.{i}", "attn", x)
+        return x.mean((2, 3)) @ self.w["head.weight"].T + self.w["head.bias"]
+
+
+def test_against_an_independent_forward():
+    model = small(depth=5).double().eval()
+    x_BCHW = 2 * torch.randn(2, 3, 48, 40, dtype=torch.float64)
+    reference = Reference(to_published(model), heads=2)
+    with torch.no_grad(), fresh_state(model):
+        logits_TBK = model(repeat(x_BCHW, 3))
+        expected_TBK = torch.stack([reference(x_BCHW) for _ in range(3)])
+    assert (logits_TBK - expected_TBK).abs().max() < 1e-12
+    assert not torch.equal(expected_TBK[0], expected_TBK[2])
+    rates = [float(v.mean()) for v in reference.membranes.values()]
+    assert len(rates) == len(named_neurons(model))
+
+
+@pytest.mark.parametrize(("shortcut", "norm"), STREAMS)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_slices_equal_the_whole(shortcut, norm, mode):
+    model = small(shortcut, norm).double().train(mode == "train")
+    x_TBCHW = repeat(torch.randn(2, 3, 32, 32, dtype=torch.float64), 3)
+    with torch.no_grad():
+        with fresh_state(model):
+            whole_TBK = model(x_TBCHW)
+        with fresh_state(model):
+            slices_TBK = torch.cat([model(x_BCHW[None]) for x_BCHW in x_TBCHW])
+    if mode == "eval" or norm == "sws":
+        assert (whole_TBK - slices_TBK).abs().max() < 1e-12
+    else:  # running statistics moved between the two calls, but a training batch does not read them
+        assert (whole_TBK - slices_TBK).abs().max() < 1e-12
+    assert whole_TBK.std() > 0
+
+
+@pytest.mark.parametrize(("shortcut", "norm"), STREAMS)
+@pytest.mark.parametrize("make_rule", [BPTT, partial(SLTT, k=1, rescale=True), OTTT], ids=["BPTT", "SLTT-1", "OTTT"])
+def test_trains(shortcut, norm, make_rule: Callable[[], Rule]):
+    """Every weight that the loss reaches gets a gradient; OTTT takes the normaliser-free ones alone."""
+    model, rule = small(shortcut, norm), make_rule()
+    if isinstance(rule, OTTT) and norm == "batch":
+        with pytest.raises(ValueError, match=r"OTTT.*batch norm.*stages\.0\.0\.stem"):
+            rule.attach(model)
+        return
+    rule.attach(model)
+    target_B = torch.tensor([0, 1, 2])
+    x_TBCHW = repeat(3 * torch.randn(3, 3, 32, 32), 2)
+    for objective in rule.objectives(model, x_TBCHW, lambda logits_BK: F.cross_entropy(logits_BK, target_B), step=0):
+        if objective.backward is not None:
+            objective.backward.backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+    silent = [name for name, p in model.named_parameters() if p.grad.abs().max() == 0]  # type: ignore[union-attr]
+    # A bias before batch norm has no gradient but rounding.
+    assert not silent
+
+
+def test_drop_path_grows_with_depth_and_works():
+    model = small(depth=6, drop_path=0.5)
+    shares = [round(m.share, 3) for m in model.modules() if type(m).__name__ == "DropPath"]
+    assert shares == [0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5]
+    x_TBCHW = repeat(torch.randn(2, 3, 32, 32), 2)
+    with torch.no_grad():
+        runs = []
+        for _ in range(2):
+            with fresh_state(model):
+                runs.append(model(x_TBCHW))
+        assert not torch.equal(*runs)
+        model.eval()
+        with fresh_state(model):
+            first = model(x_TBCHW)
+        with fresh_state(model):
+            assert torch.equal(first, model(x_TBCHW))
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"channels": 36}, "channels must be a multiple of 4 heads; got channels=36, heads=2"),
+        ({"depth": 3}, "depth must be >= 4"),
+        ({"classes": 0}, "classes must be >= 1; got classes=0"),
+        ({"shortcut": "post_activation"}, "shortcut must not be 'post_activation'"),
+        ({"shortcut": "some"}, "shortcut must be one of .*; got shortcut='some'"),
+        ({"norm": "sws"}, "norm='sws' needs shortcut='membrane' or 'multiple'"),
+        ({"norm": "layer"}, "norm must be one of batch, sws; got norm='layer'"),
+    ],
+)
+def test_refuses(choices, message):
+    with pytest.raises(ValueError, match=message):
+        small(**choices)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("shortcut", "norm"), [("sew", "batch"), ("multiple", "batch"), ("multiple", "sws")])
+def test_gradients_at_full_size_are_finite_in_bf16(shortcut, norm):
+    model = qkformer_10(384, shortcut=shortcut, norm=norm)
+    rule = BPTT()
+    rule.attach(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        for objective in rule.objectives(model, repeat(torch.randn(1, 3, 224, 224), 1), lambda o: F.cross_entropy(o, torch.tensor([3]))):
+            assert objective.backward is not None
+            objective.backward.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -1,0 +1,54 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.models.qkformer import QKFormer, qkformer_10
+from pipeline.models.qkformer_published import IGNORED, from_published, published_name, to_published
+from pipeline.spiking.encode import repeat
+from pipeline.spiking.state import fresh_state
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "qkformer_10_384.txt"
+
+
+def published() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the published module."""
+    lines = [line.split() for line in GOLDEN.read_text().splitlines()]
+    return {name: tuple(map(int, shape)) for name, *shape in lines}
+
+
+def test_names_and_shapes_are_the_published_ones():
+    with torch.device("meta"):
+        ours = {name: tuple(tensor.shape) for name, tensor in to_published(qkformer_10(384)).items()}
+    theirs = {name: shape for name, shape in published().items() if name.rsplit(".", 1)[-1] not in IGNORED}
+    assert len(theirs) == len(ours) == 367
+    assert ours == theirs
+
+
+def small() -> QKFormer:
+    return QKFormer(channels=64, depth=5, heads=1, classes=7, in_channels=2)
+
+
+def test_there_and_back():
+    torch.manual_seed(0)
+    model = small().eval()
+    weights = to_published(model) | {"patch_embed1.proj_bn.num_batches_tracked": torch.tensor(3)}
+    again = from_published(weights).eval()
+    assert again.state_dict().keys() == model.state_dict().keys()
+    x_TBCHW = repeat(torch.randn(2, 2, 32, 32), 2)
+    with torch.no_grad(), fresh_state(model), fresh_state(again):
+        assert torch.equal(model(x_TBCHW), again(x_TBCHW))
+
+
+def test_refuses_what_does_not_fit():
+    weights = to_published(small())
+    with pytest.raises(ValueError, match=r"must be those of a published QKFormer; got none named 'head.weight'"):
+        from_published({name: tensor for name, tensor in weights.items() if name != "head.weight"})
+    with pytest.raises(ValueError, match=r"must hold every tensor; got none named stage2\.1\.mlp\.fc2_bn\.bias"):
+        from_published({name: tensor for name, tensor in weights.items() if name != "stage2.1.mlp.fc2_bn.bias"})
+    with pytest.raises(ValueError, match=r"got 1 tensors too many, pos_embed among them"):
+        from_published(weights | {"pos_embed": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"head.bias must have the shape \(7,\); got \(8,\)"):
+        from_published(weights | {"head.bias": torch.zeros(8)})
+    with pytest.raises(ValueError, match=r"only tensors of a QKFormer with shortcut='sew' were published; got .*ffn\.0\.branch"):
+        published_name("stages.0.1.ffn.0.branch.0.synapse.weight")
