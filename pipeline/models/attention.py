@@ -5,12 +5,12 @@ q, k, v are spikes of 1x1 synapses that read the stream, split into heads of d c
     TokenQK          a[n] = L'(sum_d q[d, n]) k[ . , n]            a mask over tokens: O(N C)
     SelfAttention    a[n] = L'(SCALE sum_m (q[n] . k[m]) v[m])     computed as (sum_m v[m] k[m]^T) q[n]: O(N C d)
 
-with L' a neuron of threshold 0.5; the last synapse reads a. On a stream of real numbers one neuron stands before q, k and v, and
-none behind the last norm. Under "multiple_all" each projection has a shortcut of its own: the stream is added to
-the currents of q, k and v, and what L' reads to the currents of the last synapse.
+with L' a neuron of threshold 0.5; the last synapse reads a. On a stream of real numbers one neuron stands before q, k and v,
+and none behind the last norm. Under "multiple_all" each projection has a shortcut of its own: the stream is added to the
+currents of q, k and v, and what L' reads to the currents of the last synapse.
 
-Source: Zhou et al. 2024 (QKFormer, arXiv 2403.16552); Zhou et al. 2023 (Spikformer, arXiv 2209.15425); the shortcuts: Le & Li 2023
-(BinaryViT, arXiv 2306.16678).
+Source: Zhou et al. 2024 (QKFormer, arXiv 2403.16552); Zhou et al. 2023 (Spikformer, arXiv 2209.15425); the shortcuts: Le & Li
+2023 (BinaryViT, arXiv 2306.16678).
 """
 
 # T time, B batch, C channels, H W pixels; h heads, d channels of a head, N tokens

@@ -9,6 +9,7 @@ import math
 
 from torch import nn
 
+from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Conv2d
 
 # 1 / sqrt(p (1 - p)) = 2.737 with p = P(N(0, 1) >= 1): a spike of a unit-variance current at threshold 1 has unit variance
@@ -25,7 +26,12 @@ def one_more(neuron: nn.Module) -> nn.Module:
 
 def variance_gain(neuron: nn.Module) -> float:
     """What a unit-variance current must be multiplied by behind the neuron to have unit variance again."""
-    return RELU_GAIN if isinstance(neuron, nn.ReLU) else SPIKE_GAIN
+    if isinstance(neuron, nn.ReLU):
+        return RELU_GAIN
+    if not isinstance(neuron, LIF) or neuron.threshold == 1:
+        return SPIKE_GAIN
+    p = math.erfc(neuron.threshold / math.sqrt(2)) / 2
+    return 1 / math.sqrt(p * (1 - p))
 
 
 def standardized_conv(in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1) -> Conv2d:
@@ -34,3 +40,10 @@ def standardized_conv(in_channels: int, out_channels: int, kernel_size: int, *, 
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
     return conv
+
+
+def initialized_as_relu(model: nn.Module) -> None:
+    """Convolutions as torchvision's ResNet begins: normal, Kaiming fan-out."""
+    for module in model.modules():
+        if isinstance(module, Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

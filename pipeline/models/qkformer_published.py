@@ -88,7 +88,9 @@ def with_our_names(published: Mapping[str, Tensor], network: QKFormer) -> dict[s
         ours[name] = tensor.reshape(mine.shape)
         left.remove(theirs)
     if left:
-        raise ValueError(f"QKFormer: published weights must fit the network; got {len(left)} tensors too many, {min(left)} among them")
+        raise ValueError(
+            f"QKFormer: published weights must fit the network; got {len(left)} tensors too many, {min(left)} among them"
+        )
     return ours
 
 

@@ -18,12 +18,12 @@ or averages groups of them; where the stride changes, it is an average pool and 
 
     y = x + ALPHA skip_gain branch(gain L(x / beta)),   gain L( . ) before every further synapse of the branch
 
-beta the expected standard deviation of the stream, gain what a spike takes from the variance, skip_gain from 0; a change of shape
-starts from gain L(x / beta). No statistics of the batch anywhere: such a network runs one time step at a time.
+beta the expected standard deviation of the stream, gain what a spike takes from the variance, skip_gain from 0; a change of
+shape starts from gain L(x / beta). No statistics of the batch anywhere: such a network runs one time step at a time.
 
-Source: He et al. 2016 (arXiv 1512.03385), Fang et al. 2021 (SEW, arXiv 2102.04159), Hu et al. 2021 (MS, arXiv 2112.08954), Brock et al.
-2021 (NF, arXiv 2101.08692); multiple shortcuts: Liu et al. 2018 (Bi-Real, arXiv 1808.00278), Le & Li 2023 (BinaryViT, arXiv
-2306.16678).
+Source: He et al. 2016 (arXiv 1512.03385), Fang et al. 2021 (SEW, arXiv 2102.04159), Hu et al. 2021 (MS, arXiv 2112.08954),
+Brock et al. 2021 (NF, arXiv 2101.08692); multiple shortcuts: Liu et al. 2018 (Bi-Real, arXiv 1808.00278), Le & Li 2023
+(BinaryViT, arXiv 2306.16678).
 """
 
 # T time, B batch, C channels, H W pixels
@@ -51,7 +51,7 @@ ALPHA = 0.2
 
 
 class Layer(NamedTuple):
-    """A convolution that keeps the size of the image, stride aside, and its norm; `pools` halves the image by a max pool behind."""
+    """A convolution that keeps the size of the image, stride aside; `pools` halves the image, by a max pool behind its norm."""
 
     in_channels: int
     out_channels: int
@@ -90,7 +90,9 @@ class Blocks:
         if norm == "sws" and shortcut not in ("membrane", "multiple"):
             raise ValueError(f"norm='sws' needs shortcut='membrane' or 'multiple', whose streams it scales; got {shortcut=}")
         if norm == "sws" and getattr(neuron, "decay_input", False):
-            raise ValueError("norm='sws' counts on currents of unit variance, which decay_input shrinks; got a neuron with decay_input")
+            raise ValueError(
+                "norm='sws' counts on currents of unit variance, which decay_input shrinks; got a neuron with decay_input"
+            )
         self.shortcut: Shortcut = shortcut
         self.prototype = neuron
         self.is_sws = norm == "sws"
@@ -126,16 +128,17 @@ class Blocks:
         """The neuron that reads the stream where it stands now."""
         return Rescaled(self.neuron(), gain=self.gain, beta=self.stream.variance**0.5) if self.is_sws else self.neuron()
 
-    def currents(self, layer: Layer, *, gain: float | None = None) -> nn.Sequential:
-        """Synapse, norm and pool; the convolution has its bias under "sws", whatever the layer says."""
-        parts: dict[str, nn.Module] = {}
+    def synapse(self, layer: Layer) -> Conv2d:
+        """The convolution of a layer; it has its bias under "sws", whatever the layer says."""
+        in_channels, out_channels, size, stride = layer[:4]
         if self.is_sws:
-            parts["synapse"] = standardized_conv(layer.in_channels, layer.out_channels, layer.kernel_size, stride=layer.stride)
-        else:
-            padding = layer.kernel_size // 2
-            parts["synapse"] = Conv2d(
-                layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, padding, bias=layer.bias
-            )
+            return standardized_conv(in_channels, out_channels, size, stride=stride)
+        return Conv2d(in_channels, out_channels, size, stride, size // 2, bias=layer.bias)
+
+    def currents(self, layer: Layer, *, gain: float | None = None) -> nn.Sequential:
+        """Synapse, norm and pool; `gain` is where that of the batch norm starts."""
+        parts: dict[str, nn.Module] = {"synapse": self.synapse(layer)}
+        if not self.is_sws:
             parts["norm"] = norm = BatchNorm(layer.out_channels, over=self.over)
             nn.init.constant_(norm.weight, self.norm_gain if gain is None else gain)
         if layer.pools:

@@ -1,20 +1,13 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.models.nf_resnet import (
-    ALPHA,
-    BasicBlock,
-    Bottleneck,
-    NFResNet,
-    nf_resnet18_small,
-    nf_resnet34,
-    nf_resnet50,
-    nf_resnet101,
-)
+from pipeline.models.nf_resnet import NFResNet, nf_resnet18_small, nf_resnet34, nf_resnet50, nf_resnet101
+from pipeline.models.residual import ALPHA, Residual
 from pipeline.rules.bptt import BPTT
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
@@ -39,9 +32,9 @@ def awake(model: NFResNet) -> NFResNet:
     return model.double()
 
 
-def tiny(block: type[BasicBlock] | type[Bottleneck], **choices) -> NFResNet:
+def tiny(**choices) -> NFResNet:
     arguments = {"blocks": (1, 2), "classes": 5, "in_channels": 2, "width": 4, "stem": "small", "neuron": LIF()}
-    return NFResNet(block, **(arguments | choices))
+    return NFResNet(**(arguments | choices))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +55,7 @@ def test_small_parameter_count():
 def test_betas_of_34_layers():
     with torch.device("meta"):
         model = nf_resnet34()
-    betas = [round(m.beta, 4) for m in model.modules() if isinstance(m, BasicBlock)]
+    betas = [round(block.first.beta, 4) for block in residuals(model)]
     stage2 = [1.0198, 1.0392, 1.0583]
     stage3 = [1.0198, 1.0392, 1.0583, 1.0770, 1.0954]
     # The first block of a stage sees the variance that the stage before has piled up.
@@ -86,6 +79,10 @@ def standardized(conv: Conv2d, x: torch.Tensor) -> torch.Tensor:
     return F.conv2d(x, w, conv.bias, conv.stride, conv.kernel_size[0] // 2)
 
 
+def residuals(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, Residual)]
+
+
 def by_hand(model: NFResNet, x_BCHW: torch.Tensor, steps: int) -> torch.Tensor:
     """The published network, one frame at a time, with a soft reset at leak 0.5."""
     membranes: dict[nn.Module, torch.Tensor] = {}
@@ -98,25 +95,23 @@ def by_hand(model: NFResNet, x_BCHW: torch.Tensor, steps: int) -> torch.Tensor:
 
     logits = []
     for _ in range(steps):
-        h = standardized(model.stem, x_BCHW)
-        if model.stem_pool is not None:
+        h = standardized(model.stem[0], x_BCHW)
+        if len(model.stem) == 2:
             h = F.avg_pool2d(h, 3, 2, 1)
-        for block in (m for m in model.modules() if isinstance(m, (BasicBlock, Bottleneck))):
-            out = neuron(block.neuron1, h / block.beta)
-            identity = h if block.downsample is None else standardized(block.downsample, out)
-            out = neuron(block.neuron2, standardized(block.conv1, out))
-            out = standardized(block.conv2, out)
-            if isinstance(block, Bottleneck):
-                out = standardized(block.conv3, neuron(block.neuron3, out))
+        for block in residuals(model):
+            out = neuron(block.first, h / block.first.beta)
+            identity = h if isinstance(block.shortcut, nn.Identity) else standardized(block.shortcut[0].synapse, out)
+            for position, layer in enumerate(block.branch):
+                out = neuron(layer, out) if position % 2 else standardized(layer.synapse, out)
             h = out * block.skip_gain * 0.2 + identity
         logits.append(model.classifier.weight @ h.mean((2, 3)).T + model.classifier.bias[:, None])
     return torch.stack(logits).transpose(1, 2)
 
 
-@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+@pytest.mark.parametrize("bottleneck", [False, True])
 @pytest.mark.parametrize("stem", ["small", "imagenet"])
-def test_against_an_independent_forward(block, stem):
-    model = awake(tiny(block, stem=stem))
+def test_against_an_independent_forward(bottleneck, stem):
+    model = awake(tiny(bottleneck=bottleneck, stem=stem))
     x_BCHW = torch.randn(3, 2, 16, 16, dtype=torch.float64)
     with torch.no_grad(), fresh_state(model):
         got = model(repeat(x_BCHW, 4))
@@ -125,16 +120,8 @@ def test_against_an_independent_forward(block, stem):
     assert torch.allclose(got, by_hand(model, x_BCHW, 4), atol=1e-10)
 
 
-@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
-def test_a_block_with_skip_gain_zero_is_its_shortcut(block):
-    layer = block(4 * block.expansion, 4, stride=1, beta=1.0, neuron=LIF())
-    x = torch.randn(2, 3, 4 * block.expansion, 5, 5)
-    with fresh_state(layer):
-        assert torch.equal(layer(x), x)
-
-
 def test_slices_equal_the_batch_in_train_and_eval():
-    model = awake(tiny(BasicBlock))
+    model = awake(tiny())
     x = torch.randn(4, 2, 2, 8, 8, dtype=torch.float64)
     for mode in (True, False):
         model.train(mode)
@@ -146,7 +133,7 @@ def test_slices_equal_the_batch_in_train_and_eval():
 
 
 def test_every_parameter_learns():
-    model = awake(tiny(Bottleneck))
+    model = awake(tiny(bottleneck=True))
     with fresh_state(model):
         model(torch.randn(3, 4, 2, 8, 8, dtype=torch.float64)).square().sum().backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
@@ -177,7 +164,7 @@ def test_the_size_of_the_image_on_its_way_through_imagenet():
 def test_the_variance_of_the_stream_is_as_expected_at_the_start():
     torch.manual_seed(0)
     with torch.no_grad():
-        stem = tiny(BasicBlock, width=256, in_channels=64).stem
+        stem = tiny(width=256, in_channels=64).stem
         y = stem(torch.randn(1, 8, 64, 12, 12))[..., 2:-2, 2:-2]
     assert y.var().item() == pytest.approx(1, abs=0.1)
     assert ALPHA == 0.2
@@ -195,4 +182,4 @@ def test_the_variance_of_the_stream_is_as_expected_at_the_start():
 )
 def test_refuses(choices, message):
     with pytest.raises(ValueError, match=message):
-        tiny(BasicBlock, **choices)
+        tiny(**choices)

@@ -12,6 +12,7 @@ from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
+from pipeline.spiking.dropout import DropPath
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import named_neurons
 from pipeline.spiking.norm import BatchNorm
@@ -128,9 +129,8 @@ def test_against_an_independent_forward():
         logits_TBK = model(repeat(x_BCHW, 3))
         expected_TBK = torch.stack([reference(x_BCHW) for _ in range(3)])
     assert (logits_TBK - expected_TBK).abs().max() < 1e-12
-    assert not torch.equal(expected_TBK[0], expected_TBK[2])
-    rates = [float(v.mean()) for v in reference.membranes.values()]
-    assert len(rates) == len(named_neurons(model))
+    assert not torch.equal(expected_TBK[0], expected_TBK[2])  # membranes carry over
+    assert len(reference.membranes) == len(named_neurons(model))
 
 
 @pytest.mark.parametrize(("shortcut", "norm"), STREAMS)
@@ -143,10 +143,7 @@ def test_slices_equal_the_whole(shortcut, norm, mode):
             whole_TBK = model(x_TBCHW)
         with fresh_state(model):
             slices_TBK = torch.cat([model(x_BCHW[None]) for x_BCHW in x_TBCHW])
-    if mode == "eval" or norm == "sws":
-        assert (whole_TBK - slices_TBK).abs().max() < 1e-12
-    else:  # running statistics moved between the two calls, but a training batch does not read them
-        assert (whole_TBK - slices_TBK).abs().max() < 1e-12
+    assert (whole_TBK - slices_TBK).abs().max() < 1e-12
     assert whole_TBK.std() > 0
 
 
@@ -168,13 +165,12 @@ def test_trains(shortcut, norm, make_rule: Callable[[], Rule]):
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name
     silent = [name for name, p in model.named_parameters() if p.grad.abs().max() == 0]  # type: ignore[union-attr]
-    # A bias before batch norm has no gradient but rounding.
-    assert not silent
+    assert silent == []
 
 
 def test_drop_path_grows_with_depth_and_works():
     model = small(depth=6, drop_path=0.5)
-    shares = [round(m.share, 3) for m in model.modules() if type(m).__name__ == "DropPath"]
+    shares = [round(m.share, 3) for m in model.modules() if isinstance(m, DropPath)]
     assert shares == [0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5]
     x_TBCHW = repeat(torch.randn(2, 3, 32, 32), 2)
     with torch.no_grad():
@@ -215,7 +211,9 @@ def test_gradients_at_full_size_are_finite_in_bf16(shortcut, norm):
     rule = BPTT()
     rule.attach(model)
     with torch.autocast("cpu", torch.bfloat16):
-        for objective in rule.objectives(model, repeat(torch.randn(1, 3, 224, 224), 1), lambda o: F.cross_entropy(o, torch.tensor([3]))):
+        for objective in rule.objectives(
+            model, repeat(torch.randn(1, 3, 224, 224), 1), lambda o: F.cross_entropy(o, torch.tensor([3]))
+        ):
             assert objective.backward is not None
             objective.backward.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -1,0 +1,127 @@
+"""MS-ResNet: the membrane shortcut, a stream of real numbers that every neuron reads before its synapse.
+
+    y = N S L N S L x + x,     where the shape changes the shortcut is N S x: a 1x1 synapse that reads the stream itself
+
+The 7x7 stem is followed by no neuron and no pool; the first stage halves the image, too. The 104-layer one has a stem of
+three 3x3 synapses, an average pool before the 1x1 in its shortcuts, and dropout before the classifier. The last batch norm of
+a block starts at gain 0, all others at the threshold.
+
+With `shortcut="multiple"` every synapse has a shortcut of its own; with `norm="sws"` there is no batch norm, and what changes
+the shape reads spikes (`models/residual.py`).
+
+Source: Hu et al. 2021 (MS-ResNet, arXiv 2112.08954).
+"""
+
+# T time, B batch, C channels, H W pixels, K classes
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+
+from pipeline.models.residual import Blocks, Layer, Norm, Over
+from pipeline.models.sew_resnet import resnet_layers
+from pipeline.spiking.dropout import Dropout
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.surrogate import Rectangle
+from pipeline.spiking.synapse import Linear
+
+Stem = Literal["one", "three"]
+
+THRESHOLD = 0.5
+NEURON = LIF(0.25, threshold=THRESHOLD, reset="zero", surrogate=Rectangle(1.0))
+
+DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 104: (3, 8, 32, 8)}
+
+
+class MSResNet(nn.Module):
+    """`[T, B, C, H, W]` to `[T, B, K]`: stem, stages that each halve the image, neuron, global average pool, classifier.
+
+    Args:
+        blocks: in each stage, each of two 3x3 synapses.
+        stem: "one" 7x7 synapse of stride 2, or "three" 3x3, the first of stride 2; for images of 28 or 32 pixels `stem_stride=1`.
+        pooled: an average pool before the 1x1 synapse of a shortcut, in the place of its stride.
+        dropout: share of the features before the classifier.
+
+    Raises: ValueError for numbers that make no network, or choices that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        blocks: Sequence[int],
+        classes: int,
+        in_channels: int = 3,
+        width: int = 64,
+        stem: Stem = "one",
+        stem_stride: int = 2,
+        pooled: bool = False,
+        dropout: float = 0.0,
+        shortcut: Literal["membrane", "multiple"] = "membrane",
+        norm: Norm = "batch",
+        over: Over = "time",
+        drop_path: float = 0.0,
+        neuron: nn.Module = NEURON,
+    ) -> None:
+        super().__init__()
+        numbers = {"classes": classes, "in_channels": in_channels, "width": width, "stem_stride": stem_stride}
+        for name, number in {**numbers, "blocks": min(blocks, default=0)}.items():
+            if number < 1:
+                raise ValueError(f"MSResNet: {name} must be >= 1; got {name}={number}")
+        if stem not in ("one", "three"):
+            raise ValueError(f"MSResNet: stem must be 'one' or 'three'; got stem={stem!r}")
+        if shortcut not in ("membrane", "multiple"):
+            raise ValueError(f"MSResNet: shortcut must be 'membrane' or 'multiple'; got shortcut={shortcut!r}")
+        factory = Blocks(shortcut=shortcut, neuron=neuron, norm=norm, over=over, norm_gain=THRESHOLD)
+        if stem == "one":
+            self.stem = factory.currents(Layer(in_channels, width, 7, stem_stride))
+        else:
+            first, second, third = Layer(in_channels, width, 3, stem_stride, True), *[Layer(width, width, 3, 1, True)] * 2
+            self.stem = nn.Sequential(factory.synapse(first), factory.synapse(second), factory.currents(third))
+        depth, share = sum(blocks), iter(range(sum(blocks)))
+        stages = []
+        channels = width
+        for index, count in enumerate(blocks):
+            stage = nn.Sequential()
+            for position in range(count):
+                layers = resnet_layers(channels, width * 2**index, stride=1 if position else 2, bottleneck=False)
+                dropped = drop_path * next(share) / max(1, depth - 1)
+                stage.append(factory.residual(layers, last_gain=0.0, pooled=pooled, drop_path=dropped))
+                channels = layers[-1].out_channels
+            stages.append(stage)
+        self.stages = nn.Sequential(*stages)
+        self.last = factory.spikes_of_stream()
+        self.dropout = Dropout(dropout) if dropout else nn.Identity()
+        self.classifier = Linear(channels, classes)
+
+    def forward(self, x_TBCHW: Tensor) -> Tensor:
+        return self.classifier(self.dropout(self.last(self.stages(self.stem(x_TBCHW))).mean((3, 4))))
+
+
+def ms_resnet(
+    depth: Literal[18, 34, 104] = 34,
+    *,
+    classes: int = 1000,
+    in_channels: int = 3,
+    shortcut: Literal["membrane", "multiple"] = "membrane",
+    norm: Norm = "batch",
+    over: Over = "time",
+    drop_path: float = 0.0,
+    neuron: nn.Module = NEURON,
+) -> MSResNet:
+    """MS-ResNet-18, -34 and -104 for ImageNet: 11.69, 21.80 and 77.35 M parameters."""
+    if depth not in DEPTHS:
+        raise ValueError(f"ms_resnet: depth must be one of {', '.join(map(str, DEPTHS))}; got depth={depth}")
+    return MSResNet(
+        blocks=DEPTHS[depth],
+        classes=classes,
+        in_channels=in_channels,
+        stem="three" if depth == 104 else "one",
+        pooled=depth == 104,
+        dropout=0.2 if depth == 104 else 0.0,
+        shortcut=shortcut,
+        norm=norm,
+        over=over,
+        drop_path=drop_path,
+        neuron=neuron,
+    )

@@ -1,0 +1,113 @@
+"""SEW-ResNet, and the Spiking ResNet that it was built to better: ResNets whose neurons stand behind synapse and norm.
+
+    SEW        y = L(N S L N S x) + x          spikes are added to spikes: whole numbers on the stream
+    Spiking    y = L(N S L N S x + x)          currents to spikes: deep ones do not learn
+
+(three layers in a bottleneck); where the shape changes, a 1x1 synapse with norm, and neuron in SEW, stands in the shortcut.
+
+Source: Fang et al. 2021 (SEW, arXiv 2102.04159), of which this is "ADD".
+"""
+
+# T time, B batch, C channels, H W pixels, K classes
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+
+from pipeline.models.parts import initialized_as_relu
+from pipeline.models.residual import Blocks, Layer, Over, Pool
+from pipeline.spiking.neuron import IF
+from pipeline.spiking.surrogate import ATan
+from pipeline.spiking.synapse import Linear
+
+Order = Literal["sew", "post_activation"]
+
+# SpikingJelly's default surrogate, of which no setting was published.
+NEURON = IF(reset="zero", surrogate=ATan())
+
+DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+
+
+class SEWResNet(nn.Module):
+    """`[T, B, C, H, W]` to `[T, B, K]`: 7x7 stem with max pool, four (or fewer) stages, global average pool, classifier.
+
+    Args:
+        blocks: in each stage, of which all but the first halve the image.
+        bottleneck: blocks of 1x1, 3x3, 1x1 with four times `width` outside, in the place of two 3x3.
+        shortcut: "sew" or "post_activation".
+
+    Raises: ValueError for numbers that make no network, or another shortcut.
+    """
+
+    def __init__(
+        self,
+        *,
+        blocks: Sequence[int],
+        bottleneck: bool,
+        classes: int,
+        in_channels: int = 3,
+        width: int = 64,
+        shortcut: Order = "sew",
+        over: Over = "time",
+        neuron: nn.Module = NEURON,
+    ) -> None:
+        super().__init__()
+        numbers = {"classes": classes, "in_channels": in_channels, "width": width, "blocks": min(blocks, default=0)}
+        for name, number in numbers.items():
+            if number < 1:
+                raise ValueError(f"SEWResNet: {name} must be >= 1; got {name}={number}")
+        if shortcut not in ("sew", "post_activation"):
+            raise ValueError(f"SEWResNet: shortcut must be 'sew' or 'post_activation'; got shortcut={shortcut!r}")
+        factory = Blocks(shortcut=shortcut, neuron=neuron, over=over)
+        self.stem = nn.Sequential(
+            factory.currents(Layer(in_channels, width, 7, stride=2)),
+            factory.neuron(),
+            Pool(nn.MaxPool2d(3, stride=2, padding=1)),
+        )
+        stages = []
+        channels = width
+        for index, count in enumerate(blocks):
+            stage = nn.Sequential()
+            for position in range(count):
+                stride = 2 if index > 0 and position == 0 else 1
+                layers = resnet_layers(channels, width * 2**index, stride=stride, bottleneck=bottleneck)
+                stage.append(factory.residual(layers))
+                channels = layers[-1].out_channels
+            stages.append(stage)
+        self.stages = nn.Sequential(*stages)
+        self.classifier = Linear(channels, classes)
+        initialized_as_relu(self)
+
+    def forward(self, x_TBCHW: Tensor) -> Tensor:
+        return self.classifier(self.stages(self.stem(x_TBCHW)).mean((3, 4)))
+
+
+def resnet_layers(in_channels: int, width: int, *, stride: int, bottleneck: bool) -> list[Layer]:
+    """What a block of a ResNet is made of; in a bottleneck the 3x3 has the stride."""
+    if bottleneck:
+        return [Layer(in_channels, width), Layer(width, width, 3, stride), Layer(width, 4 * width)]
+    return [Layer(in_channels, width, 3, stride), Layer(width, width, 3)]
+
+
+def sew_resnet(
+    depth: Literal[18, 34, 50, 101, 152] = 34,
+    *,
+    classes: int = 1000,
+    in_channels: int = 3,
+    shortcut: Order = "sew",
+    over: Over = "time",
+    neuron: nn.Module = NEURON,
+) -> SEWResNet:
+    """SEW-ResNet-18 to -152 for ImageNet; 11.69, 21.80, 25.56, 44.55, 60.19 M parameters. "post_activation": Spiking ResNet."""
+    if depth not in DEPTHS:
+        raise ValueError(f"sew_resnet: depth must be one of {', '.join(map(str, DEPTHS))}; got depth={depth}")
+    return SEWResNet(
+        blocks=DEPTHS[depth],
+        bottleneck=depth >= 50,
+        classes=classes,
+        in_channels=in_channels,
+        shortcut=shortcut,
+        over=over,
+        neuron=neuron,
+    )

@@ -1,0 +1,174 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.models.residual import ALPHA, Blocks, GroupMean, Layer, Repeat, Rescaled, Residual, StreamVariance
+from pipeline.spiking.neuron import LIF, named_neurons
+from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.state import fresh_state
+from pipeline.spiking.synapse import Conv2d
+
+FFN = [Layer(4, 12, bias=True), Layer(12, 4, bias=True)]
+DOWN = [Layer(4, 8, 3, 2), Layer(8, 8, 3)]
+
+
+def blocks(shortcut, norm="batch", **choices) -> Blocks:
+    return Blocks(shortcut=shortcut, norm=norm, neuron=LIF(0.5), **choices)
+
+
+def lively(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, BatchNorm):
+                module.weight.copy_(1 + 2 * torch.rand(module.channels, generator=generator))
+                module.bias.copy_(torch.rand(module.channels, generator=generator))
+                module.running_mean.copy_(torch.rand(module.channels, generator=generator))
+    return model.double().eval()
+
+
+def norm(module: BatchNorm, x: torch.Tensor) -> torch.Tensor:
+    return F.batch_norm(x, module.running_mean, module.running_var, module.weight, module.bias)
+
+
+def conv(module: Conv2d, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
+    return F.conv2d(x, module.weight, module.bias, stride, module.weight.shape[-1] // 2)
+
+
+def spike(x: torch.Tensor) -> torch.Tensor:
+    """A neuron at its first time step."""
+    return (x >= 1).to(x.dtype)
+
+
+def layers(model: nn.Module) -> list[tuple[Conv2d, BatchNorm]]:
+    """Synapses with their norms, in order of registration: those of a branch before those of its shortcut."""
+    found = [module for module in model.modules() if isinstance(module, (Conv2d, BatchNorm))]
+    return list(zip(found[::2], found[1::2], strict=True))  # type: ignore[arg-type]
+
+
+def by_hand(shortcut: str, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The table at the head of residual.py, written out for two layers that halve the image, at one time step."""
+    (c1, n1), (c2, n2), (cs, ns) = layers(model)[:3]
+    if shortcut == "membrane":
+        return norm(n2, conv(c2, spike(norm(n1, conv(c1, spike(x), 2))))) + norm(ns, conv(cs, x, 2))
+    if shortcut == "post_activation":
+        return spike(norm(n2, conv(c2, spike(norm(n1, conv(c1, x, 2))))) + norm(ns, conv(cs, x, 2)))
+    if shortcut == "sew":
+        return spike(norm(n2, conv(c2, spike(norm(n1, conv(c1, x, 2)))))) + spike(norm(ns, conv(cs, x, 2)))
+    (c1, n1), (cs, ns), (c2, n2) = layers(model)  # a shortcut for each layer
+    pooled = norm(ns, conv(cs, F.avg_pool2d(x, 2)))
+    if shortcut == "multiple":
+        h = norm(n1, conv(c1, spike(x), 2)) + pooled
+        return norm(n2, conv(c2, spike(h))) + h
+    h = spike(norm(n1, conv(c1, x, 2))) + spike(pooled)
+    return spike(norm(n2, conv(c2, h))) + h
+
+
+@pytest.mark.parametrize("shortcut", ["post_activation", "sew", "sew_multiple", "membrane", "multiple"])
+def test_orders(shortcut):
+    torch.manual_seed(0)
+    model = lively(blocks(shortcut).residual(DOWN))
+    x_BCHW = torch.randn(3, 4, 8, 8, dtype=torch.float64)
+    x_BCHW = x_BCHW if shortcut in ("membrane", "multiple") else spike(x_BCHW)
+    with torch.no_grad(), fresh_state(model):
+        got = model(x_BCHW[None])[0]
+    assert got.std() > 0
+    assert (got - by_hand(shortcut, model, x_BCHW)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("shortcut", ["sew", "membrane"])
+def test_pooled_projection(shortcut):
+    model = lively(blocks(shortcut).residual(DOWN, pooled=True))
+    x_BCHW = spike(torch.randn(3, 4, 8, 8, dtype=torch.float64))
+    cs, ns = layers(model)[2]
+    assert cs.stride == (1, 1)
+    with torch.no_grad():
+        for module in layers(model)[1]:
+            nn.init.zeros_(module.weight)
+        nn.init.constant_(layers(model)[1][1].bias, -1.0)
+        projected = norm(ns, conv(cs, F.avg_pool2d(x_BCHW, 2)))
+        with fresh_state(model):
+            expected = spike(projected) if shortcut == "sew" else projected - 1
+            assert (model(x_BCHW[None])[0] - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(("shortcut", "kind"), [("multiple", "batch"), ("multiple", "sws"), ("sew_multiple", "batch")])
+def test_a_stream_passes_silent_layers_whole(shortcut, kind):
+    """With the branches of a widening and narrowing pair at zero the block is the identity, and so is its gradient."""
+    model = blocks(shortcut, kind).residual(FFN).double()
+    for module in model.modules():
+        if isinstance(module, Conv2d):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    x_TB = torch.randn(2, 3, 4, 5, 5, dtype=torch.float64, requires_grad=True)
+    g_TB = torch.randn(2, 3, 4, 5, 5, dtype=torch.float64)
+    with fresh_state(model):
+        y_TB = model(x_TB)
+        y_TB.backward(g_TB)
+    assert (y_TB - x_TB).abs().max() < 1e-15
+    assert (x_TB.grad - g_TB).abs().max() < 1e-15  # type: ignore[operator]
+
+
+def test_every_layer_has_its_shortcut():
+    assert len([m for m in blocks("multiple").residual(DOWN * 1).modules() if isinstance(m, Residual)]) == 2
+    assert len([m for m in blocks("membrane").residual(DOWN).modules() if isinstance(m, Residual)]) == 1
+    assert len(named_neurons(blocks("multiple").residual(FFN))) == len(named_neurons(blocks("membrane").residual(FFN))) == 2
+
+
+def test_group_mean_undoes_repeat():
+    x = torch.randn(2, 3, 4, 5)
+    repeated = Repeat(3)(x)
+    assert repeated.shape == (2, 3, 12, 5)
+    assert torch.allclose(GroupMean(3)(repeated), x)
+    assert GroupMean(2)(torch.tensor([1.0, 2.0, 5.0, 8.0]).view(1, 1, 4)).flatten().tolist() == [3, 5]
+
+
+def test_expected_variance_of_a_stream():
+    """Against streams drawn at random: branches of unit variance, weighted by ALPHA."""
+    torch.manual_seed(0)
+    stream = StreamVariance()
+    x = torch.randn(1, 1, 2, 1_000_000, dtype=torch.float64)
+    stream.add()
+    x = x + ALPHA * torch.randn_like(x)
+    stream.repeat()
+    x = Repeat(4)(x)
+    x = x + 5 * ALPHA * torch.randn_like(x)  # louder than expected, so that the division is seen
+    stream.own *= 25
+    assert x.var().item() == pytest.approx(stream.variance, rel=0.01)
+    stream.average(4)
+    x = GroupMean(4)(x)
+    x = x + ALPHA * torch.randn_like(x)
+    assert x.var().item() == pytest.approx(stream.variance, rel=0.01)
+    stream.restart()
+    assert stream.variance == 1 + ALPHA**2
+
+
+def test_sws_divides_by_the_stream_and_projects_spikes():
+    factory = blocks("membrane", "sws")
+    first, second, third = factory.residual(FFN), factory.residual(DOWN), factory.residual([*FFN[:1], Layer(12, 8)])
+    betas = [m.beta for block in (first, second, third) for m in block.modules() if isinstance(m, Rescaled)]
+    assert [beta**2 for beta in betas[::2]] == pytest.approx([1, 1 + ALPHA**2, 1 + ALPHA**2])
+    assert isinstance(first, Residual) and first.shortcut_of == "stream"
+    assert isinstance(second, Residual) and second.shortcut_of == "first"
+    assert isinstance(third, Residual) and third.shortcut_of == "first"
+    assert not any(isinstance(m, BatchNorm) for m in second.modules())
+    assert all(m.weights == "standardized" for m in second.modules() if isinstance(m, Conv2d))
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"shortcut": "none"}, r"shortcut must be one of .*; got shortcut='none'"),
+        ({"shortcut": "sew", "norm": "group"}, r"norm must be one of batch, sws; got norm='group'"),
+        ({"shortcut": "sew", "norm": "sws"}, r"norm='sws' needs shortcut='membrane' or 'multiple', .*got shortcut='sew'"),
+    ],
+)
+def test_refuses(choices, message):
+    with pytest.raises(ValueError, match=message):
+        Blocks(neuron=LIF(), **choices)
+
+
+def test_refuses_sws_on_neurons_that_shrink_their_input():
+    with pytest.raises(ValueError, match=r"norm='sws' counts on currents of unit variance"):
+        Blocks(shortcut="membrane", norm="sws", neuron=LIF(decay_input=True))
