@@ -1,0 +1,37 @@
+"""What the QKFormer recipes share: the published training of QKFormer-10, at T = 2 and with batch norm at each time step.
+
+Published: T = 4, batch norm over T and B together, 8 cards with 32 images each and two accumulated steps. Here statistics are
+taken at each time step, so that every rule sees the same network; T = 2 is SEI-BWSNN's. So these are studies of our own on
+the published network, and published accuracies are targets of another setting.
+"""
+
+from __future__ import annotations
+
+from timm.optim import create_optimizer_v2
+
+from pipeline.data.beton import Beton
+from pipeline.models.qkformer import qkformer_10
+from pipeline.objective import CrossEntropy
+from pipeline.recipe import Recipe, spec
+from pipeline.rules.bptt import BPTT
+from pipeline.schedule import cosine
+
+RATE_FOR_256 = 6e-4
+
+
+def qkformer(channels: int, *, batch_size: int) -> Recipe:
+    """QKFormer-10 of this width by BPTT: AdamW, 200 epochs, 5 of them warm-up; the learning rate grows with the batch."""
+    return Recipe(
+        name=f"imagenet-qkformer-10-{channels}-bptt",
+        model=spec(qkformer_10, channels=channels, classes=1000),
+        rule=spec(BPTT),
+        data=spec(Beton, folder="data/imagenet", classes=1000, size=224, crop="resized"),
+        objective=spec(CrossEntropy, label_smoothing=0.1),
+        optimizer=spec(create_optimizer_v2, opt="adamw", lr=RATE_FOR_256 * batch_size / 256, weight_decay=0.05),
+        schedule=spec(cosine, warmup=5 / 200, floor=1e-6),
+        time_steps=2,
+        batch_size=batch_size,
+        epochs=200,
+        precision="bf16",
+        log_every=50,
+    )
