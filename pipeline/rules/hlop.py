@@ -13,12 +13,12 @@ from torch.utils.hooks import RemovableHandle
 from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, counter_hash
 from pipeline.spiking.errorpath import FixedFeedback, sign_symmetric
 from pipeline.spiking.listen import Ear, Overheard, fan_in
-from pipeline.spiking.neuron import named_neurons
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.plain import is_inside, named_parameters, plain_synapses
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.subspace import Moments, SecondMoments, SpikingMoments, Subspace
 from pipeline.spiking.synapse import Conv2d, Linear
+from pipeline.spiking.trace import the_leak
 
 LearnFrom = Literal["spikes", "traces", "rates"]
 Error = Literal["backprop", "sign_symmetric", "feedback"]
@@ -134,7 +134,7 @@ class HLOP(Rule):
         if self._attached:
             raise ValueError(f"{self.label}: release the first model before attaching another")
         synapses = self._synapses_of(model)
-        leak = self._leak_of(model) if self.learn_from == "rates" else None
+        leak = the_leak(self.label, model) if self.learn_from == "rates" else None
         # Not super().attach: it is the inner rule that finds out whether the model is free.
         self.inner.attach(model, world=world, over_time=over_time)
         if self.learn_from == "traces" and all(synapse.presynaptic is None for synapse in synapses.values()):
@@ -347,12 +347,3 @@ class HLOP(Rule):
 
     def _rates(self, count: int) -> tuple[float, ...]:
         return self.learning_rates * count if len(self.learning_rates) == 1 else self.learning_rates
-
-    def _leak_of(self, model: nn.Module) -> float:
-        leaks = {neuron.leak for _, neuron in named_neurons(model)}
-        if len(leaks) != 1:
-            raise ValueError(
-                f"{self.label}: learn_from='rates' needs neurons of one leak, which weighs the steps; "
-                f"got {sorted(leaks) or 'no neurons'}"
-            )
-        return leaks.pop()

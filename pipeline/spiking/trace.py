@@ -37,18 +37,18 @@ class Trace:
 
 
 def the_leak(who: str, model: nn.Module, leak: float | None = None) -> float:
-    """The one leak of all neurons of `model`, at which the traces of their inputs forget; a `leak` that is given must be it.
+    """The one leak of all neurons of `model`, at which traces of their inputs forget; a `leak` that is given must be it.
 
     Raises: ValueError, in the name of `who`, that names the neurons which differ.
     """
     leaks = {name or "the model itself": neuron.leak for name, neuron in named_neurons(model)}
     if not leaks:
-        raise ValueError(f"{who}: the model must have LIF neurons, whose leak a trace shares; got {type(model).__name__}")
+        raise ValueError(f"{who}: the model must have LIF neurons, whose leak traces and rates share; got {type(model).__name__}")
     others = {name: each for name, each in leaks.items() if each != leak}
     if leak is not None and others:
         raise ValueError(f"{who}: leak must be that of the neurons, which the traces feed; got {leak} and {_listed(others)}")
     if len(set(leaks.values())) > 1:
-        raise ValueError(f"{who}: the neurons must share one leak, which the traces take; got {_listed(leaks)}")
+        raise ValueError(f"{who}: the neurons must share one leak; got {_listed(leaks)}")
     return next(iter(leaks.values()))
 
 

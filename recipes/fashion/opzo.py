@@ -29,8 +29,8 @@ def recipe() -> Recipe:
         name="fashion-opzo",
         model=spec(with_readouts, network=network, classes=10, cells=(7, 7, 3)),
         rule=spec(OPZO),
-        optimizer=spec(create_optimizer_v2, opt="adam", lr=0.03, weight_decay=0.0),
+        optimizer=spec(create_optimizer_v2, opt="adam", lr=0.01, weight_decay=0.0),
         time_steps=2,
-        epochs=6,
-        evaluate_every=6,
+        epochs=10,
+        evaluate_every=10,
     )

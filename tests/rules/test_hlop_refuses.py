@@ -62,7 +62,7 @@ def network_with(*modules: nn.Module) -> nn.Module:
         (lambda: attached(HLOP(SLTT(), rows=ROWS), over_time="mean"), r"over_time must be 'steps'"),
         (
             lambda: attached(HLOP(BPTT(), rows=((3, 4),), learn_from="rates"), nn.Sequential(Linear(6, 5), Linear(5, 3))),
-            r"HLOP\(BPTT\): learn_from='rates' needs neurons of one leak, which weighs the steps; got no neurons",
+            r"HLOP\(BPTT\): the model must have LIF neurons, whose leak traces and rates share; got Sequential",
         ),
         (
             lambda: attached(HLOP(SLTT(), rows=ROWS), network_with(Linear(8, 3, weights="standardized"))),
