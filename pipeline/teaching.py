@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -114,7 +115,7 @@ def _fitted(teacher: Teacher, data: Data, place: Path, tracker: Tracker, threads
     head = teacher.probe.fit(features_ND, target_N, data.classes)
     top1 = float((head(features_ND).argmax(-1) == target_N).float().mean())
     state = dict(head.state_dict())
-    temporary = place / ".probe.part"
+    temporary = place / f".probe.{os.getpid()}"  # another run may fit the same
     save_file(state, temporary)
     temporary.rename(place / f"probe-{_sha256(temporary)[:8]}.safetensors")
     tracker.event("probe", teacher=teacher.label, views=len(target_N), top1=top1, seconds=time.monotonic() - begun)

@@ -99,9 +99,7 @@ def timm_teacher(
     own_size = tuple(own["input_size"][1:])
     config: dict[str, Any] = body.pretrained_cfg  # type: ignore[assignment]
     if size is not None and (size < 1 or (config.get("fixed_input_size") and (size, size) != own_size)):
-        raise ValueError(
-            f"timm_teacher: size must be 1 or more, and {own_size[0]} where a model knows no other; got {size}, {name}"
-        )
+        raise ValueError(f"timm_teacher: size must be 1 or more, and {own_size[0]} where {name} knows no other; got {size}")
     if isinstance(crop, str) and crop != "own":
         raise ValueError(f"timm_teacher: crop must be a share or 'own'; got {crop!r}")
     if probe is None and body.num_classes != pictures.classes:
