@@ -31,6 +31,7 @@ from pipeline.rules.base import Rule
 from pipeline.spiking.encode import over_steps
 from pipeline.summary import summarise, versions
 from pipeline.tasks import Learnt, Loaders, mean_of
+from pipeline.teaching import Teaching
 from pipeline.track.base import Tracker
 from pipeline.track.jsonl import read
 
@@ -51,6 +52,7 @@ class Parts:
     loaders: Loaders
     stretches: tuple[Stretch, ...]
     """of each task, by the loaders' numbers"""
+    teaching: Teaching | None
     meters: Meters
     checkpoints: Checkpoints
     trainer: dict[str, Any] | None
@@ -132,10 +134,15 @@ class Attempt:
         for index in range(self.parts.split.accumulation):
             with self.meters.waiting():
                 batch = next(source)
-                x_TB = over_steps(batch.x.to(self.parts.device, non_blocking=True), self.recipe.time_steps)
+                x_B = batch.x.to(self.parts.device, non_blocking=True)
                 target_B = batch.target.to(self.parts.device, non_blocking=True)
+            teacher_BK = None
+            if self.parts.teaching is not None:
+                with self.meters.teaching():
+                    teacher_BK = self.parts.teaching(x_B, batch.index, self.stretch.epoch(self.step))
+            x_TB = over_steps(x_B, self.recipe.time_steps)
             first = (index * workers + self.ranks.rank) * micro
-            yield MicroBatch(x_TB, target_B, range(first, first + micro), micro / self.recipe.batch_size)
+            yield MicroBatch(x_TB, target_B, range(first, first + micro), micro / self.recipe.batch_size, teacher_BK)
 
     def _between_batches(self, epoch: int, *, last: bool) -> None:
         """Log, look whether somebody asked to stop, and save where it is time; an epoch's end is saved after its evaluation."""
@@ -193,13 +200,14 @@ class Attempt:
         """On each task so far, the one at hand last."""
         recipe, limit, results = self.recipe, self.recipe.evaluate_samples, []
         most = None if limit is None else len(range(self.ranks.rank, limit, self.ranks.size))
+        loss_for = recipe.objective.build().labels
         self.meters.note_peaks()
         with self.ranks.averaged(self.backend.network):
             for index, task in enumerate(self.tasks[: self.stretch.index + 1]):
                 task.choose_head(self.backend.network)
                 with closing(self.parts.loaders.val(index)) as val_set:
                     batches = inputs(val_set, recipe.time_steps, self.parts.device, most=most)
-                    results.append(evaluate(self.backend.model, batches, recipe.objective.build(), over_time=recipe.over_time))
+                    results.append(evaluate(self.backend.model, batches, loss_for, over_time=recipe.over_time))
         self.meters.forget_peaks()  # what evaluation held is not what training needs
         return results
 
@@ -284,7 +292,7 @@ class Attempt:
     def _finish(self) -> dict[str, Any]:
         result = self.result or mean_of(self._evaluate())  # an attempt that died after its last checkpoint has evaluated nothing
         totals = self.meters.over_ranks(self.ranks.max)
-        figures = self._figures()
+        figures, taught = self._figures(), self.parts.teaching
         summary: dict[str, Any] = {}
         if self.ranks.rank == 0:
             summary = {
@@ -299,6 +307,7 @@ class Attempt:
                 "epochs": self.stretch.epoch(self.step - 1) + 1,
                 **summarise(result, totals, read(self.folder / "journal.jsonl")),
                 **(self.learnt.summary(self.tasks) if self.recipe.phases else {}),
+                **({} if taught is None else {"teacher_top1": taught.accuracy.top1, "teacher_top5": taught.accuracy.top5}),
                 "rule_figures": figures,
                 "loader_threads": self.job.loader_threads,
                 "commit": self.job.commit,

@@ -25,6 +25,8 @@ class MicroBatch(NamedTuple):
     """place of each sample in the global batch: what a rule draws for a sample depends on it, never on ranks"""
     share: float
     """of the global batch: a weight; shares sum to 1 over ranks and micro-batches"""
+    teacher_BK: Tensor | None = None
+    """what a teacher answers, where there is one: asked once, whatever T and the rule"""
 
 
 class Meters(Protocol):
@@ -55,8 +57,9 @@ def train(
     for step, micro_batches in batches:
         with meters.batch(step):
             schedule(step)
-            for x_TB, target_B, rows, share in micro_batches:
-                for objective in rule.objectives(backend.model, x_TB, loss_for(target_B), step=step, rows=rows):
+            for x_TB, target_B, rows, share, teacher_BK in micro_batches:
+                loss_of = loss_for(target_B, teacher_BK)
+                for objective in rule.objectives(backend.model, x_TB, loss_of, step=step, rows=rows):
                     if objective.backward is not None:  # SLTT-K reports T steps and differentiates K
                         backend.backward(objective.backward, share)
                     meters.add(objective, share)

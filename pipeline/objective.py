@@ -1,7 +1,8 @@
 """From logits to the scalar that is minimised.
 
 A recipe's objective is a value: called with the targets of one micro-batch it gives a fresh `loss_of`, which a rule then
-calls on logits, once per time step in time order (`over_time="steps"`) or once on the mean (`"mean"`).
+calls on logits, once per time step in time order (`over_time="steps"`) or once on the mean (`"mean"`). Objectives that
+distil are in distill.py.
 """
 
 from __future__ import annotations
@@ -13,13 +14,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.rules.base import LossOf
+from pipeline.rules.base import LossOf, OverTime
 
 
 class Loss(Protocol):
-    """Targets [B] -> (logits [B,K] -> scalar, the mean over the batch)."""
+    """Targets [B], and a teacher's logits [B,K] where there is one -> (logits [B,K] -> scalar, the mean over the batch)."""
 
-    def __call__(self, target_B: Tensor) -> LossOf: ...
+    def __call__(self, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossOf: ...
+
+    @property
+    def labels(self) -> Loss:
+        """The loss on labels alone, which evaluation reports: no teacher is asked there."""
+        ...
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a `loss_of` keeps something of one call for the next, and so must be called once per step, in time order."""
+        ...
+
+    def check(self, *, taught: bool, over_time: OverTime, time_steps: int) -> None:
+        """Whether the objective fits the rest of a recipe, asked before anything is launched.
+
+        Raises: ValueError that names what does not fit.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +63,24 @@ class CrossEntropy:
         if self.goal != "ones" and self.mse == 0:
             raise ValueError(f"CrossEntropy: goal={self.goal!r} has no effect with mse=0")
 
-    def __call__(self, target_B: Tensor) -> LossOf:
+    @property
+    def labels(self) -> CrossEntropy:
+        return self
+
+    @property
+    def remembers(self) -> bool:
+        return False
+
+    def check(self, *, taught: bool, over_time: OverTime, time_steps: int) -> None:
+        del over_time, time_steps
+        if taught:
+            raise ValueError("CrossEntropy: knows labels alone, so a teacher has no effect; leave it out, or use Distillation")
+
+    def __call__(self, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossOf:
+        assert teacher_BK is None, "check refuses a teacher"
+
         def loss_of(logits_BK: Tensor) -> Tensor:
-            logits_BK = logits_BK.to(torch.promote_types(logits_BK.dtype, torch.float32))
+            logits_BK = widened(logits_BK)
             loss = F.cross_entropy(logits_BK, target_B, label_smoothing=self.label_smoothing)
             if self.mse == 0:
                 return loss
@@ -58,3 +91,8 @@ class CrossEntropy:
             return (1 - self.mse) * loss + self.mse * F.mse_loss(logits_BK, goal_BK)
 
         return loss_of
+
+
+def widened(logits: Tensor) -> Tensor:
+    """In fp32, or in float64 where they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

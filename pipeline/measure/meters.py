@@ -27,6 +27,7 @@ class Totals:
 
     train_s: float = 0.0
     data_wait_s: float = 0.0
+    teacher_s: float = 0.0
     compute_s: float = 0.0
     optimizer_s: float = 0.0
     steady_samples: int = 0
@@ -42,6 +43,9 @@ class Totals:
     PEAKS = ("peak_saved_bytes", "state_bytes", "peak_rss_bytes", "peak_device_bytes")
 
 
+_PHASES: tuple[str, ...] = ("data_wait", "teacher", "optimizer")  # what is timed; the rest of a batch is "compute"
+
+
 @dataclass
 class _Window:
     """Sums since the last `take`."""
@@ -50,7 +54,7 @@ class _Window:
     hits: Tensor
     samples: int = 0
     batches: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: {"data_wait": 0.0, "compute": 0.0, "optimizer": 0.0})
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*_PHASES, "compute"), 0.0))
 
 
 class Meters:
@@ -71,7 +75,7 @@ class Meters:
         self.memory_every = memory_every
         self.totals = Totals()
         self._in_attempt = 0
-        self._phases = {"data_wait": 0.0, "optimizer": 0.0}
+        self._phases: dict[str, float] = dict.fromkeys(_PHASES, 0.0)
         self._counting = False
         self._logits: Tensor | None = None
         self._window = self._new_window()
@@ -80,7 +84,7 @@ class Meters:
     def batch(self, step: int) -> Iterator[None]:
         """Times one global batch; on some of them counts what backward keeps alive."""
         self._counting = self._in_attempt % self.memory_every == 1
-        self._phases = dict.fromkeys(self._phases, 0.0)
+        self._phases = dict.fromkeys(_PHASES, 0.0)
         begun = time.perf_counter()
         with SavedBytes(self.network) if self._counting else nullcontext() as saved:
             yield
@@ -94,6 +98,14 @@ class Meters:
     def waiting(self) -> Any:
         """Surrounds the wait for the next micro-batch."""
         return self._phase("data_wait")
+
+    @contextmanager
+    def teaching(self) -> Iterator[None]:
+        """Surrounds the question to the teacher, whose kernels are waited for: their time is not the student's."""
+        with self._phase("teacher"):
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
 
     def optimizer(self) -> Any:
         return self._phase("optimizer")

@@ -72,6 +72,8 @@ class Rule(nn.Module):
     """whether the activity in training is not the network's own, because the rule adds noise to it"""
     hands_errors_down: bool = True
     """whether the error of a layer comes through the synapse of the layer above it"""
+    one_loss_a_step: bool = True
+    """whether `loss_of` is called once per step, or once; False: also on what is no output of the network at a step"""
     chunk: int | None = None
     """how many time steps the model is given at once; None: all of them"""
     tiny: Mapping[str, Any] = {}

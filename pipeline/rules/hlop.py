@@ -107,7 +107,7 @@ class HLOP(Rule):
         self.memory, self.update = inner.memory, inner.update
         self.over_time_choices, self.calibration_batches = inner.over_time_choices, inner.calibration_batches
         self.disturbs_forward, self.hands_errors_down = inner.disturbs_forward, inner.hands_errors_down
-        self.chunk = inner.chunk
+        self.chunk, self.one_loss_a_step = inner.chunk, inner.one_loss_a_step
         self.row_counts = tuple(tuple(each) for each in rows)
         self.learning_rates = rates
         self.inner_iterations = inner_iterations

@@ -123,6 +123,7 @@ class OPZO(Rule):
         self.antithetic = antithetic is not False
         self.local_readouts = local_readouts
         self.intermediate = intermediate
+        self.one_loss_a_step = not (local_readouts or intermediate)
         self.leak = leak
         self.signals: Signals = {
             "momentum": lambda: MeanJacobian(momentum=momentum, scale=noise),

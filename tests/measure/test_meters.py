@@ -54,6 +54,16 @@ def test_loss_hits_and_time_of_known_batches(meters: Meters) -> None:
     assert meters.take(same)["top1"] == 1.0  # the window began anew
 
 
+def test_a_teachers_seconds_are_its_own(meters: Meters) -> None:
+    with meters.batch(0), meters.teaching():
+        time.sleep(0.01)
+    taken = meters.take(same)
+    assert taken["teacher_s"] >= 0.01
+    assert taken["compute_s"] < 0.01
+    assert meters.totals.teacher_s == taken["teacher_s"]
+    assert taken["step_s"] == pytest.approx(taken["teacher_s"] + taken["compute_s"])
+
+
 def test_the_first_batch_and_those_that_count_memory_are_no_measure_of_speed(meters: Meters) -> None:
     for step in range(6):
         run_batch(meters, step)

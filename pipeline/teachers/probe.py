@@ -1,0 +1,86 @@
+"""Softmax regression on a frozen network's features: a head for classes that the network was not trained on."""
+
+# N samples, D features, K classes
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from torch import Tensor, nn
+
+ITERATIONS = 2000
+TOLERANCE = 1e-5
+"""largest entry of the gradient at the end"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """The W, b of the one minimum of
+
+        1/N sum_n CE(W z_n + b, y_n)  +  l2/2 |W|^2,      z the features, each with mean 0 and variance 1 over the N
+
+    by L-BFGS in float64: no learning rate, no order, no seed of its own decides it. The standardisation is folded into W and b.
+
+    Args:
+        l2: above 0, so that there is one minimum also where the classes can be separated.
+        views: how many augmented views of the training part it is fitted on; None: one of each sample.
+        seed: of the order and the augmentation of those views. Not the run's seed: every run of a study has the same teacher.
+    """
+
+    l2: float = 1e-3
+    views: int | None = None
+    seed: int = 0
+
+    tiny: ClassVar[Mapping[str, Any]] = {"views": 64}
+
+    def __post_init__(self) -> None:
+        if not self.l2 > 0:
+            raise ValueError(f"Probe: l2 must be above 0; got {self.l2}")
+        if self.views is not None and self.views < 1:
+            raise ValueError(f"Probe: views must be 1 or more; got {self.views}")
+        if self.seed < 0:
+            raise ValueError(f"Probe: seed must not be negative; got {self.seed}")
+
+    def fit(self, features_ND: Tensor, target_N: Tensor, classes: int) -> nn.Linear:
+        """The head, in fp32.
+
+        Raises: ValueError when the minimum is not reached.
+        """
+        x_ND, y_N = features_ND.double().cpu().numpy(), target_N.cpu().numpy()
+        mean_D, std_D = x_ND.mean(0), x_ND.std(0)
+        std_D[std_D == 0] = 1.0  # a feature that never moves says nothing, whatever its weight
+        z_ND = (x_ND - mean_D) / std_D
+        shape = (classes, z_ND.shape[1])
+
+        def loss(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            w_KD, b_K = flat[:-classes].reshape(shape), flat[-classes:]
+            logits_NK = z_ND @ w_KD.T + b_K
+            logits_NK -= logits_NK.max(1, keepdims=True)
+            q_NK = np.exp(logits_NK)
+            norm_N = q_NK.sum(1)
+            value = np.mean(np.log(norm_N) - logits_NK[np.arange(len(y_N)), y_N]) + self.l2 / 2 * np.square(w_KD).sum()
+            error_NK = q_NK / norm_N[:, None]
+            error_NK[np.arange(len(y_N)), y_N] -= 1
+            error_NK /= len(y_N)
+            return float(value), np.concatenate([(error_NK.T @ z_ND + self.l2 * w_KD).ravel(), error_NK.sum(0)])
+
+        start = np.zeros(classes * (shape[1] + 1))
+        options = {"maxiter": ITERATIONS, "maxfun": 2 * ITERATIONS, "ftol": 0.0, "gtol": TOLERANCE / 10}
+        found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
+        steepest = float(np.abs(found.jac).max())
+        if not steepest <= TOLERANCE:
+            raise ValueError(
+                f"Probe: the fit must reach its minimum in {ITERATIONS} iterations; the gradient is still {steepest:.1e}; "
+                f"raise l2={self.l2}"
+            )
+        w_KD = found.x[:-classes].reshape(shape) / std_D
+        head = nn.Linear(shape[1], classes, device="meta").to_empty(device="cpu").requires_grad_(False)  # draws nothing
+        head.weight.copy_(torch.from_numpy(w_KD))
+        head.bias.copy_(torch.from_numpy(found.x[-classes:] - w_KD @ mean_D))
+        return head

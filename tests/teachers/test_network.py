@@ -1,0 +1,46 @@
+"""A network of this pipeline as a teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipeline.data.synthetic import Synthetic
+from pipeline.models.mlp import mlp
+from pipeline.recipe import spec
+from pipeline.spiking.encode import repeat
+from pipeline.spiking.state import fresh_state
+from pipeline.teachers.network import NetworkTeacher, network_teacher
+
+
+def teacher(file: Path, *, hidden: Any = (8,), classes: int = 10, **more: Any) -> NetworkTeacher:
+    model = spec(mlp, in_features=64, hidden=hidden, classes=classes)
+    return spec(network_teacher, model=model, weights=str(file), time_steps=3, **more).build(Synthetic(shape=(1, 8, 8)))
+
+
+def test_it_answers_with_the_mean_logits_of_the_network_that_was_saved(tmp_path: Path) -> None:
+    network = mlp(in_features=64, hidden=(8,))
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    x_BCHW = torch.randn(4, 1, 8, 8)
+    with torch.no_grad(), fresh_state(network):
+        wanted = network(repeat(x_BCHW, 3)).mean(0)
+    found = teacher(tmp_path / "model.safetensors")
+    assert torch.equal(found(x_BCHW), wanted)
+    assert torch.equal(found(x_BCHW), wanted)  # the membranes begin anew
+    assert not any(p.requires_grad for p in found.parameters())
+
+
+def test_refuses(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file(mlp(in_features=64, hidden=(8,)).state_dict(), file)
+    with pytest.raises(ValueError, match=r"network_teacher: the weights in .* must fit the model to the last key; got .* shape"):
+        teacher(file, hidden=(9,))
+    save_file(mlp(in_features=64, hidden=(8,), classes=3).state_dict(), file)
+    with pytest.raises(ValueError, match="network_teacher: model and data must have the same classes; got 3 and 10"):
+        teacher(file, classes=3)
+    with pytest.raises(ValueError, match="shows no features, so no probe can be fitted"):
+        NetworkTeacher(mlp(), time_steps=1, cache=None).features(torch.zeros(1))
