@@ -25,13 +25,21 @@ def load(run: str | os.PathLike[str], *, which: Literal["last", "best"] = "last"
     One with a head for each task answers with the first head until `models.heads.select_head` chooses another.
 
     Args:
-        run: the run's folder.
+        run: the run's folder, or a file of `spiketrain export`.
         which: the newest checkpoint, or the one with the best top-1.
         trust: packages outside spiketrain that the recipe may import from.
 
     Raises:
-        ValueError: the folder is no run, or none of its checkpoints verifies.
+        ValueError: the folder is no run, none of its checkpoints verifies, or the file is damaged or of another kind.
     """
+    from pathlib import Path
+
+    if Path(run).is_file():
+        from pipeline.export import load_export
+
+        if which != "last":
+            raise ValueError(f"load: which chooses a checkpoint, and the file {run} has none; got which={which!r}")
+        return load_export(Path(run), trust=trust)
     from pipeline.weights import load_run  # keeps `import pipeline`, and so `spiketrain --help`, free of torch
 
     return load_run(run, which=which, trust=trust)

@@ -126,6 +126,7 @@ def evaluate(
     run: RunName,
     which: Annotated[Literal["last", "best"], typer.Option("--which", help="checkpoint")] = "last",
     steps: Annotated[int | None, typer.Option("--time-steps", min=1, help="evaluate at another number of time steps")] = None,
+    weights: Annotated[Path | None, typer.Option("--weights", metavar="FILE", help="what export wrote, not a checkpoint")] = None,
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
@@ -133,7 +134,26 @@ def evaluate(
     from pipeline.launch.start import evaluate_run
     from pipeline.report.runs import find_run
 
-    evaluate_run(find_run(runs, run), which=which, time_steps=steps, trust=tuple(trust))
+    evaluate_run(find_run(runs, run), which=which, time_steps=steps, weights=weights, trust=tuple(trust))
+
+
+@app.command(epilog="Example: spiketrain export fashion-sltt-20260105-120000 --packed")
+def export(
+    run: RunName,
+    packed: Annotated[bool, typer.Option("--packed", help="1-bit weights as bits, 8 to a byte")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="a new .safetensors file; without it one in the run's folder")
+    ] = None,
+    which: Annotated[Literal["last", "best"], typer.Option("--which", help="checkpoint")] = "last",
+    runs: Runs = RUNS,
+    trust: Trust = [],  # noqa: B006
+) -> None:
+    """Write a trained network as one file, from which pipeline.load makes it again; print its size."""
+    from pipeline.export import export_run
+    from pipeline.report.runs import find_run
+
+    layout = "packed" if packed else "plain"
+    print(export_run(find_run(runs, run), out, layout=layout, which=which, trust=tuple(trust)))
 
 
 @app.command(epilog="Example: spiketrain compare --format json")

@@ -14,6 +14,7 @@ from torch import nn
 from pipeline.checkpoint import WEIGHTS, verified
 from pipeline.recipe import Recipe
 from pipeline.spec import Spec, is_path
+from pipeline.spiking.binary import Binarizer, binary_synapses
 from pipeline.spiking.rate import RateNeuron
 from pipeline.state_file import read_state
 
@@ -50,7 +51,8 @@ def load_start(network: nn.Module, start: Path) -> Start:
     """Load weights into a network that may have other time steps and another number of classes.
 
     Only the head (the network's `classifier`) may differ in shape: it keeps its fresh weights and is named in the answer.
-    So are the thresholds of rate-coded neurons, where the file has none: it may come from the ANN of the same layers.
+    So are the thresholds of rate-coded neurons, where the file has none: it may come from the ANN of the same layers. The
+    learnable scales of 1-bit weights, where the file has none, begin anew from the weights: it is of full precision.
 
     Raises:
         ValueError: keys that do not match, each named.
@@ -60,10 +62,12 @@ def load_start(network: nn.Module, start: Path) -> Start:
     expected = network.state_dict()
     head = _head(network)
     thresholds = {f"{name}.threshold" for name, module in network.named_modules() if isinstance(module, RateNeuron)}
-    unknown_to_ann = thresholds if not thresholds & set(found) else set()
+    synapses = {f"{name}.binarizer.scale": synapse for name, synapse in binary_synapses(network).items()}
+    scales = {key for key in synapses if key in expected}
+    unknown = {key for keys in (thresholds, scales) if not keys & set(found) for key in keys}
     reshaped = [key for key in expected if key in found and found[key].shape != expected[key].shape]
     complaints = [
-        *(f"{key} is missing" for key in expected if key not in found and key not in unknown_to_ann),
+        *(f"{key} is missing" for key in expected if key not in found and key not in unknown),
         *(f"{key} is unknown" for key in found if key not in expected),
         *(
             f"{key} is {list(found[key].shape)} instead of {list(expected[key].shape)}"
@@ -73,17 +77,19 @@ def load_start(network: nn.Module, start: Path) -> Start:
     ]
     if complaints:
         raise ValueError(f"init: {file} must fit the network but for its head, {head}; got {'; '.join(complaints)}")
-    fresh = tuple(key for key in expected if key in unknown_to_ann or (reshaped and key.startswith(head + ".")))
+    fresh = tuple(key for key in expected if key in unknown or (reshaped and key.startswith(head + ".")))
     network.load_state_dict({key: value for key, value in found.items() if key not in fresh}, strict=False)
+    for key in scales & unknown:
+        synapses[key].binarizer.reset(synapses[key].weight)  # type: ignore[operator, union-attr]
     return Start(file, fresh)
 
 
 def _head(network: nn.Module) -> str:
-    """`classifier`, or in a network without one the last module with weights of its own; a neuron's threshold is none."""
+    """`classifier`, or in a network without one the last module with weights of its own; thresholds and scales are none."""
     if isinstance(getattr(network, "classifier", None), nn.Module):
         return "classifier"
     holders = [name for name, module in network.named_modules() if list(module.parameters(recurse=False))]
-    return [name for name in holders if not isinstance(network.get_submodule(name), RateNeuron)][-1]
+    return [name for name in holders if not isinstance(network.get_submodule(name), (RateNeuron, Binarizer))][-1]
 
 
 def study_inputs(recipe: Recipe, fingerprint: str) -> dict[str, str]:

@@ -11,6 +11,7 @@ from pipeline.__main__ import main
 
 IMPORTS = """
 from dataclasses import replace
+from pipeline.models.binarized import binarized
 from pipeline.models.convnet import convnet
 from pipeline.distill import Distillation
 from pipeline.recipe import spec
@@ -82,6 +83,26 @@ def test_what_does_not_fit_together_is_refused(
     file.write_text(IMPORTS + recipe + "\n")
     line = refused("launch", str(file), "--runs", str(tmp_path / "runs"), monkeypatch=monkeypatch, capsys=capsys)
     assert re.search(said, line), line
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("ffn", "binarized: part must be one that the network has; VGG has all_but_ends; got part='ffn'"),
+        (
+            "all_but_ends",
+            "binarize: the weights must be plain before they are 1-bit; got standardized weights at stages.1.0.conv",
+        ),
+    ],
+)
+def test_a_part_that_is_not_there_or_cannot_be_one_bit(
+    part: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(f"{IMPORTS}replace(shared, model=spec(binarized, network=shared.model, part={part!r}))\n")
+    for words in (("show", str(file)), ("launch", str(file), "--runs", str(tmp_path / "runs"))):
+        assert refused(*words, monkeypatch=monkeypatch, capsys=capsys) == said
     assert not (tmp_path / "runs").exists()
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 import pipeline
 from pipeline.job import Place
+from pipeline.models.binarized import binarized
 from pipeline.models.convnet import convnet
 from pipeline.recipe import Recipe, Spec, spec
 from pipeline.rules.bptt import BPTT
@@ -113,3 +114,28 @@ def test_two_ranks_calibrate_as_one_does(tmp_path: Path) -> None:
     one, two = (pipeline.load(tmp_path / name).state_dict() for name in ("one", "0"))
     thresholds = [key for key in one if key.endswith(".threshold")]
     assert len(thresholds) == 4 and all(torch.equal(one[key], two[key]) and one[key] != 6 for key in thresholds)
+
+
+def bits(weights: str) -> nn.Module:
+    inside = convnet(10, in_channels=1, stages=STAGES)
+    return binarized(inside, part="all_but_ends", weights=weights)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weights", ["scaled", "learnable"])
+def test_one_bit_starts_from_the_weights_of_full_precision(weights: str, tmp_path: Path) -> None:
+    """The second stage of a binary network: latent weights are those of the first, a learnable scale is that of them."""
+    first, second = convnet(10, in_channels=1, stages=STAGES), bits(weights)
+    save_file(first.state_dict(), tmp_path / "first.safetensors")
+    start = load_start(second, tmp_path / "first.safetensors")
+    found = second.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in first.state_dict().items())
+    scale = "stages.1.0.conv.binarizer.scale"
+    assert start.fresh == ((scale,) if weights == "learnable" else ())
+    if weights == "learnable":
+        assert torch.allclose(found[scale], 2 * found["stages.1.0.conv.weight"].abs().mean((1, 2, 3)))
+        save_file({**found, scale: found[scale] + 1}, tmp_path / "second.safetensors")
+        again = bits(weights)
+        assert load_start(again, tmp_path / "second.safetensors").fresh == ()
+        assert torch.equal(again.state_dict()[scale], found[scale] + 1)
+        with pytest.raises(ValueError, match=r"binarizer\.scale is unknown"):
+            load_start(first, tmp_path / "second.safetensors")

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from pipeline.backend.base import autocast
 from pipeline.evaluate import Evaluation, evaluate, inputs
+from pipeline.export import load_export
 from pipeline.job import resume_command
 from pipeline.launch.base import Device, Launcher
 from pipeline.launch.drive import Tracking, drive, prepare, read_job, was_stopped
@@ -113,12 +114,17 @@ def resume_run(
     return [folder]
 
 
-def evaluate_run(folder: Path, *, which: str, time_steps: int | None, trust: tuple[str, ...]) -> None:
-    """Print the accuracy of a run's network on the whole evaluation set of each of its tasks."""
+def evaluate_run(folder: Path, *, which: str, time_steps: int | None, weights: Path | None, trust: tuple[str, ...]) -> None:
+    """Print the accuracy of a run's network, or of what was exported of it, on the whole evaluation set of each of its tasks."""
     recipe = Recipe.read(folder / "recipe.json", trust=trust)
     steps = time_steps or recipe.time_steps
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = load_run(folder, which=which, trust=trust).to(device)
+    if weights is None:
+        network = load_run(folder, which=which, trust=trust).to(device)
+    elif which == "last":
+        network, which = load_export(weights, model=recipe.model, trust=trust).to(device), weights.name
+    else:
+        raise ValueError(f"evaluate: --weights takes the place of a checkpoint, so --which has no effect; got {which}")
     check_data(recipe.data.build(), read_job(folder), every_page=True)
     loaders, results = Loaders(tasks_of(recipe), recipe, recipe.split(1)), []
     for index, task in enumerate(loaders.tasks):

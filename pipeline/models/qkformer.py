@@ -132,6 +132,7 @@ class Block(nn.Module):
         self.attention = blocks.around(attention(blocks, channels, heads=heads), drop_path=drop_path)
         wide = channels * expansion
         self.ffn = blocks.residual([Layer(channels, wide, bias=True), Layer(wide, channels, bias=True)], drop_path=drop_path)
+        self.ffn.part = "ffn"  # type: ignore[assignment]  # as models/binarized.py asks
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         return self.ffn(self.attention(x_TBCHW))

@@ -255,7 +255,7 @@ def _matrix(synapse: nn.Module) -> Tensor | None:
     linear = synapse.synapse if isinstance(synapse, Limited) else synapse
     if not isinstance(linear, Linear):
         return None
-    weight = synapse.weight() if isinstance(synapse, Limited) else effective_weight(linear.weight, linear.gain)
+    weight = synapse.weight() if isinstance(synapse, Limited) else effective_weight(linear)
     return carrier(weight, linear.backward_weight).detach()
 
 

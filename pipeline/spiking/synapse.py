@@ -4,6 +4,9 @@
 
     W^ = gain (W - mean) / sqrt(fan_in var + 1e-4),   mean and unbiased var per output filter, gain learnable
 
+A synapse may be given a `binarizer` (`spiking/binary.py`), which makes a weight of one bit of the parameter at every call;
+its `weights` are "1-bit" then.
+
 The seam `presynaptic: x_TB -> factor_TB`, where set, gives the factor that the weight gradient uses in the place of the
 input: dL/dW = sum_t g[t] factor[t]^T. The seam `backward_weight: weight -> weight`, where set, gives the weight that carries
 the error down: dL/dx = backward_weight(W)^T g. Neither touches the other; one forward, one backward op, no second pass.
@@ -26,6 +29,7 @@ from torch.nn import functional as F
 STANDARDIZATION_EPS = 1e-4
 
 Weights = Literal["plain", "standardized"]
+"""what a synapse may be made with"""
 Presynaptic = Callable[[Tensor], Tensor]
 BackwardWeight = Callable[[Tensor], Tensor]
 
@@ -43,15 +47,16 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, weights: Weights = "plain") -> None:
         super().__init__(in_features, out_features, bias)
-        self.weights = weights
+        self.weights: str = weights
         self.gain = _gain("Linear", self.weight, weights)
+        self.binarizer: nn.Module | None = None
         self.presynaptic: Presynaptic | None = None
         self.backward_weight: BackwardWeight | None = None
 
     def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
         if input.dim() < 3:
             raise ValueError(f"Linear: the input must be time first, [T, B, ..., C]; got shape {tuple(input.shape)}")
-        weight = effective_weight(self.weight, self.gain) if weight is None else weight
+        weight = effective_weight(self) if weight is None else weight
         if self.presynaptic is None and self.backward_weight is None:
             return F.linear(input, weight, self.bias)
         x_TB, factor_TB, weight, bias = _operands(input, self.presynaptic, weight, self.bias)
@@ -80,15 +85,16 @@ class Conv2d(nn.Conv2d):
         if isinstance(padding, str):
             raise ValueError(f"Conv2d: padding must be a number of pixels; got padding={padding!r}")
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-        self.weights = weights
+        self.weights: str = weights
         self.gain = _gain("Conv2d", self.weight, weights)
+        self.binarizer: nn.Module | None = None
         self.presynaptic: Presynaptic | None = None
         self.backward_weight: BackwardWeight | None = None
 
     def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
         if input.dim() != 5:
             raise ValueError(f"Conv2d: the input must be time first, [T, B, C, H, W]; got shape {tuple(input.shape)}")
-        weight = effective_weight(self.weight, self.gain) if weight is None else weight
+        weight = effective_weight(self) if weight is None else weight
         if self.presynaptic is None and self.backward_weight is None:
             return folded(lambda x_NCHW: self._conv_forward(x_NCHW, weight, self.bias), input)
         x_TB, factor_TB, weight, bias = _operands(input, self.presynaptic, weight, self.bias)
@@ -97,10 +103,14 @@ class Conv2d(nn.Conv2d):
         return folded(lambda x_NCHW: _ConvWithSeams.apply(x_NCHW, *operands), x_TB)  # type: ignore[arg-type]
 
 
-def effective_weight(weight: Tensor, gain: Tensor | None) -> Tensor:
-    """The weight that multiplies: `weight` itself, or its standardised form where there is a gain."""
-    if gain is None:
-        return weight
+def effective_weight(synapse: Linear | Conv2d) -> Tensor:
+    """The weight that multiplies: the parameter itself, its standardised form, or the one bit that a binarizer makes of it."""
+    if synapse.binarizer is not None:
+        return synapse.binarizer(synapse.weight)
+    return synapse.weight if synapse.gain is None else _standardized(synapse.weight, synapse.gain)
+
+
+def _standardized(weight: Tensor, gain: Tensor) -> Tensor:
     fan_in = weight[0].numel()
     # Batch norm with filters as channels is this standardisation in one fused op that keeps the parameter, a mean and a
     # scale per filter (timm's ScaledStdConv does the same). Its variance is biased, so both constants are rewritten:

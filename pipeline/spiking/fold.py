@@ -1,0 +1,102 @@
+"""Which batch norm directly follows a synapse, and how the norm takes over what scales the synapse's output.
+
+With a > 0 per channel and the running statistics of eval mode,
+
+    gain (a z + bias - mean) / sqrt(var + eps) + shift  =  (a gain) (z + bias / a - mean / a) / sqrt(var + eps) + shift
+
+so a weight a W may be stored as W where the norm is the only one that hears it.
+"""
+
+# T time, B batch
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.state import fresh_state
+
+
+@torch.no_grad()
+def following_norms(network: nn.Module, synapses: Mapping[str, nn.Module], x_TB: Tensor) -> dict[str, str]:
+    """The batch norm of each of `synapses` that has one: its only listener, which hears nothing else.
+
+    Found by running `network` on `x_TB`, of which the values do not matter. Every operation on an output counts as listening;
+    a synapse that does not run has no norm.
+    """
+    listeners = _Listeners()
+    norms = {name: module for name, module in network.named_modules() if isinstance(module, BatchNorm)}
+    was_training = network.training
+    network.eval()
+    with fresh_state(network), _hooked(synapses, norms, listeners), listeners:
+        network(x_TB)
+    network.train(was_training)
+    found = {}
+    for name in synapses:
+        heard_by = listeners.of.get(name, set())
+        only = next(iter(heard_by)) if len(heard_by) == 1 else None
+        if only is not None and listeners.hears[only] == {name}:
+            found[name] = only
+    return found
+
+
+def fold(scale_O: Tensor, bias_O: Tensor | None, norm: BatchNorm) -> None:
+    """Let `norm` and the bias before it (where there is one) take over a `scale_O` > 0, as at the head of the file."""
+    with torch.no_grad():
+        norm.weight.copy_(norm.weight.double() * scale_O)
+        norm.running_mean.copy_(norm.running_mean.double() / scale_O)
+        if bias_O is not None:
+            bias_O.copy_(bias_O.double() / scale_O)
+
+
+class _Listeners(TorchDispatchMode):
+    """Who works on the outputs of synapses: the norm that runs at that moment, or None for anything else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: dict[int, tuple[str, Tensor]] = {}  # the tensor too: so that no other gets its id
+        self.running: str | None = None
+        self.of: dict[str, set[str | None]] = {}
+        self.hears: dict[str, set[str | None]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for argument in _tensors((*args, *(kwargs or {}).values())):
+            if id(argument) in self.outputs:
+                self.of.setdefault(self.outputs[id(argument)][0], set()).add(self.running)
+        return func(*args, **(kwargs or {}))
+
+    def made(self, name: str, _: nn.Module, __: Any, y_TB: Tensor) -> None:
+        self.outputs[id(y_TB)] = (name, y_TB)
+
+    def begins(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.running = name
+        self.hears.setdefault(name, set()).add(self.outputs.get(id(inputs[0]), (None,))[0])
+
+    def ends(self, *_: Any) -> None:
+        self.running = None
+
+
+@contextmanager
+def _hooked(synapses: Mapping[str, nn.Module], norms: Mapping[str, nn.Module], listeners: _Listeners) -> Iterator[None]:
+    hooks = [module.register_forward_hook(partial(listeners.made, name)) for name, module in synapses.items()]
+    for name, norm in norms.items():
+        hooks.append(norm.register_forward_pre_hook(partial(listeners.begins, name)))
+        hooks.append(norm.register_forward_hook(listeners.ends))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
