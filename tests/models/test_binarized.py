@@ -109,7 +109,7 @@ def test_all_but_the_ends_of_a_resnet():
         (lambda: binarized(blocks(), part="fnn"), r"Sequential has all_but_ends, attention, ffn; got part='fnn'"),
         (
             lambda: binarized(nf_resnet18_small(width=4, blocks=(1,)), part="all_but_ends"),
-            r"weights must be plain before they are 1-bit; got standardized weights at stages\.0\.0\.conv1",
+            r"weights must be plain before they are 1-bit; got standardized weights at stages\.0\.0\.branch\.0\.synapse",
         ),
         (lambda: binarized(mlp(hidden=(5,)), part="all_but_ends"), r"'all_but_ends' of MLP holds none"),
         (lambda: binarized(blocks(plain=False), part="ffn"), r"of pipeline\.spiking\.synapse; got Linear at 2\.down"),

@@ -6,12 +6,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pipeline.models.binarized import binarized
 from pipeline.models.qkformer import QKFormer, qkformer_10
 from pipeline.models.qkformer_published import to_published
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
+from pipeline.spiking.binary import binary_synapses
 from pipeline.spiking.dropout import DropPath
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import named_neurons
@@ -58,12 +60,15 @@ def test_parameter_counts(channels, count):
         assert sum(p.numel() for p in qkformer_10(channels).parameters()) == count
 
 
-def test_ffn_is_half_of_it():
-    """Published (abstract of SEI-BWSNN, by our count): 35.7 of 64.96 M weights are the FFN's."""
+@pytest.mark.parametrize("shortcut", ["sew", "multiple"])
+def test_ffn_is_half_of_it_and_can_be_binary(shortcut):
+    """By the published sizes 35.7 of 64.96 M weights are the FFN's."""
     with torch.device("meta"):
-        model = qkformer_10(768)
-    ffn = sum(p.numel() for name, p in model.named_parameters() if ".ffn." in name and name.endswith("synapse.weight"))
-    assert ffn == 7 * 8 * 768**2 + 2 * 8 * 384**2 + 8 * 192**2 == 35_684_352
+        chosen = binary_synapses(binarized(qkformer_10(768, shortcut=shortcut), part="ffn"))
+    assert len(chosen) == 2 * 10 and all(".ffn." in name for name in chosen)
+    assert (
+        sum(synapse.weight.numel() for synapse in chosen.values()) == 7 * 8 * 768**2 + 2 * 8 * 384**2 + 8 * 192**2 == 35_684_352
+    )
 
 
 class Reference:
