@@ -7,14 +7,20 @@ the published network, and published accuracies are targets of another setting.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from timm.optim import create_optimizer_v2
 
 from pipeline.data.beton import Beton
+from pipeline.distill import Distillation
+from pipeline.models.binarized import binarized
 from pipeline.models.qkformer import qkformer_10
 from pipeline.objective import CrossEntropy
 from pipeline.recipe import Recipe, spec
 from pipeline.rules.bptt import BPTT
+from pipeline.rules.sltt import SLTT
 from pipeline.schedule import cosine
+from pipeline.teachers.timm import timm_teacher
 
 RATE_FOR_256 = 6e-4
 
@@ -34,4 +40,33 @@ def qkformer(channels: int, *, batch_size: int) -> Recipe:
         epochs=200,
         precision="bf16",
         log_every=50,
+    )
+
+
+def sei_first_stage(channels: int, *, batch_size: int) -> Recipe:
+    """Reading A of SEI-BWSNN, full precision: a shortcut round every synapse of the FFN, a teacher for every step, SLTT."""
+    recipe = qkformer(channels, batch_size=batch_size)
+    return replace(
+        recipe,
+        name=f"imagenet-qkformer-10-{channels}-sei-fp",
+        model=recipe.model.with_(shortcut="multiple"),
+        rule=spec(SLTT),
+        # ReActNet's: the teacher's answer and no label.
+        objective=spec(Distillation, label_weight=0.0, form="soft"),
+        teacher=spec(timm_teacher, name="caformer_b36.sail_in22k_ft_in1k", precision="bf16"),
+    )
+
+
+def sei_second_stage(channels: int, *, batch_size: int) -> Recipe:
+    """The same with a 1-bit FFN, from the weights of the first stage (`--set init=runs/...`), at half its learning rate.
+
+    Latent weights have no decay, as no 1-bit synapse's have.
+    """
+    stage = sei_first_stage(channels, batch_size=batch_size)
+    return replace(
+        stage,
+        name=f"imagenet-qkformer-10-{channels}-sei-bw",
+        model=spec(binarized, network=stage.model, part="ffn", weights="scaled"),
+        optimizer=stage.optimizer.with_(lr=RATE_FOR_256 * batch_size / 256 / 2),
+        epochs=100,
     )

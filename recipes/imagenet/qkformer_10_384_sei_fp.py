@@ -1,0 +1,15 @@
+"""The first stage of qkformer_10_384_sei_bw.py: the same network, shortcuts and teacher in full precision.
+
+Command:  spiketrain launch recipes/imagenet/qkformer_10_384_sei_fp.py --workers 8 --name qk384-fp
+Source:   as qkformer_10_384_sei_bw.py.
+Result:   not run
+"""
+
+from __future__ import annotations
+
+from pipeline.recipe import Recipe
+from recipes.imagenet.qkformer_base import sei_first_stage
+
+
+def recipe() -> Recipe:
+    return sei_first_stage(384, batch_size=512)
