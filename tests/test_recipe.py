@@ -106,7 +106,7 @@ def test_parts_that_count_on_another_number_of_time_steps_are_refused() -> None:
 def test_a_recipe_is_the_same_after_json() -> None:
     recipe = small()
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
-    assert Recipe.from_json(recipe.to_json()).model.build().stages[0][0].neuron1.surrogate == Sigmoid(alpha=2.0)
+    assert Recipe.from_json(recipe.to_json()).model.build().stages[0][0].first.neuron.surrogate == Sigmoid(alpha=2.0)
 
 
 @pytest.mark.parametrize(

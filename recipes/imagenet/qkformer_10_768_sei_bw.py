@@ -4,7 +4,7 @@ Command:  spiketrain write folder --source imagenet --out data/imagenet --mode j
           spiketrain launch recipes/imagenet/qkformer_10_768_sei_fp.py --workers 8 --name qk768-fp
           spiketrain launch recipes/imagenet/qkformer_10_768_sei_bw.py --workers 8 --set init=runs/qk768-fp
 Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, of which the abstract alone is public. A reconstruction: backbone, place
-          of the shortcuts (reading A: the membrane stream), binariser, teacher, stages and settings are ours, after Zhou et al. 2024
+          of the shortcuts (reading A: the membrane stream), binariser, teacher, stages, settings are ours, after Zhou et al. 2024
           (QKFormer), arXiv:2403.16552, and Liu et al. 2020 (ReActNet), arXiv:2003.03488. Reading B, whole numbers on the
           stream as published for QKFormer: --set model.network.shortcut=sew_multiple in both stages.
 Result:   not run (target, published: 82.52 % top-1 at T = 2, for a Transformer that is not named)

@@ -412,7 +412,7 @@ def a_neuron_twice() -> nn.Module:
         (lambda: OPZO(intermediate=(0, 4)).attach(smallest_model()), r"OPZO-IGL: .* got none at layer 4 of 0\.\.1"),
         (
             lambda: run(nf_resnet18_small(3, in_channels=1, width=4, blocks=(1, 1)), torch.randn(2, 2, 1, 8, 8)),
-            r"OPZO: a stream that passes by the neurons .* got stem\..* with a path to stages\.0\.0\.neuron1 and to ",
+            r"OPZO: a stream that passes by the neurons .* got stem\..* with a path to stages\.0\.0\.first\.neuron and to ",
         ),
         (lambda: run(Swapped(), torch.randn(2, 2, FEATURES)), r"OPZO: the first synapse .* got first before second"),
     ],
