@@ -399,7 +399,7 @@ def a_neuron_twice() -> nn.Module:
         (lambda: OPZO().attach(lif_network(), over_time="mean"), r"OPZO: the loss of the mean logits needs all T steps"),
         (lambda: OPZO().attach(nn.Sequential(Linear(2, 2))), r"OPZO: the model must have LIF neurons, .* got Sequential"),
         (lambda: OPZO(leak=0.9).attach(lif_network()), r"OPZO: leak must be that of the neurons, .* got 0.9 and 0.5 at 1"),
-        (lambda: OPZO().attach(other_leak()), r"OPZO: the neurons must share one leak, .* got 0.5 at 1, 0.25 at 3"),
+        (lambda: OPZO().attach(other_leak()), r"OPZO: the neurons must share one leak; got 0.5 at 1, 0.25 at 3"),
         (
             lambda: OPZO().attach(nn.Sequential(*lif_network(), BatchNorm(3))),
             r"OPZO: a trace cannot pass batch norm; .* got batch norm at 5",

@@ -310,7 +310,7 @@ def two_leaks() -> nn.Sequential:
         (lambda: OTTT().attach(lif_network(), over_time="mean"), r"OTTT-A: the loss of the mean logits needs all T steps"),
         (lambda: OTTT().attach(nn.Sequential(Linear(2, 2))), r"OTTT-A: the model must have LIF neurons, .* got Sequential"),
         (lambda: OTTT().attach(LIF()), r"OTTT-A: the model must have synapses, .* got LIF"),
-        (lambda: OTTT().attach(two_leaks()), r"OTTT-A: the neurons must share one leak, .* got 0\.5 at 1, 0\.9 at 3$"),
+        (lambda: OTTT().attach(two_leaks()), r"OTTT-A: the neurons must share one leak; got 0\.5 at 1, 0\.9 at 3$"),
         (lambda: OTTT(0.5).attach(two_leaks()), r"OTTT-A: leak must be that of the neurons, .* got 0\.5 and 0\.9 at 3$"),
         (
             lambda: OTTT(update="objective").attach(nn.Sequential(LIF(), nn.Linear(2, 2))),
