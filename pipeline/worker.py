@@ -204,9 +204,9 @@ def check_recipe(recipe: Recipe, workers: int) -> nn.Module:
     network = build_network(recipe, tasks)
     if recipe.init is not None:
         load_start(network, Path(recipe.init))
+    rule = attached_rule(recipe, network, World(recipe.seed, size=workers))
     if recipe.teacher is not None:
         build_teacher(recipe, tasks[0].data)
-    rule = attached_rule(recipe, network, World(recipe.seed, size=workers))
     recipe.schedule.build(build_optimizer(recipe, network, rule), 1000)
     return network
 

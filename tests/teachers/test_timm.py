@@ -39,7 +39,7 @@ def test_it_sees_what_timm_would_show_it() -> None:
     found = teacher(size=32)
     pixels = (X * 0.2 + 0.5).clamp(0, 1)
     resized = nn.functional.interpolate(pixels, (32, 32), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
-    own = found.body.pretrained_cfg
+    own: Any = found.body.pretrained_cfg
     mean, std = (torch.tensor(own[key])[:, None, None] for key in ("mean", "std"))
     with torch.no_grad():
         wanted = found.body((resized - mean) / std)
@@ -74,7 +74,8 @@ def test_with_a_probe_it_answers_by_the_fitted_head() -> None:
     assert features.shape == (4, found.body.num_features)
     found.head = nn.Linear(features.shape[1], 3)
     assert torch.equal(found(X), found.head(features))
-    assert torch.allclose(found.body.get_classifier()(features), found.body(found.view(X)), atol=1e-5)
+    own: Any = found.body
+    assert torch.allclose(own.get_classifier()(features), own(found.view(X)), atol=1e-5)
 
 
 def test_what_it_answers_depends_on_all_that_it_calls_its_identity() -> None:

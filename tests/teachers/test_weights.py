@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_the_twin_loads_without_complaint_and_is_wrong(lite0: TimmTeacher, origi
 
 
 def test_a_weight_that_is_off_by_a_hundredth_is_seen(lite0: TimmTeacher, original: torch.nn.Module) -> None:
-    off = timm.create_model("tf_efficientnet_lite0").eval()
+    off: Any = timm.create_model("tf_efficientnet_lite0").eval()
     off.load_state_dict(lite0.body.state_dict())
     with torch.no_grad():
         off.conv_stem.weight[0, 0, 0, 0] += 0.01
