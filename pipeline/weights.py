@@ -8,13 +8,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.checkpoint import WEIGHTS, verified
+from pipeline.models.qkformer import QKFormer
+from pipeline.models.qkformer_published import is_published, renamed
 from pipeline.recipe import Recipe
 from pipeline.spiking.rate import RateNeuron
+from pipeline.state_file import misfits, read_state
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,19 @@ def load_run(run: str | os.PathLike[str], *, which: str = "last", trust: Collect
     return network.eval()
 
 
+def load_weights(network: nn.Module, file: Path) -> nn.Module:
+    """Load every weight of a network from one file, for evaluation; the network. Published names are known for QKFormer.
+
+    Raises:
+        ValueError: a file that cannot be read, or weights that do not fit, the first of them named.
+    """
+    found = _read(file, network, who="evaluate")
+    if wrong := misfits(found, network.state_dict()):
+        raise ValueError(f"evaluate: {file} must fit the network; got {wrong}")
+    network.load_state_dict(found)
+    return network.eval()
+
+
 def weights_file(start: Path) -> Path:
     """The weights that `init` names: a file, or the newest verified checkpoint of a run's folder."""
     if start.is_dir():
@@ -50,44 +65,37 @@ def load_start(network: nn.Module, start: Path) -> Start:
 
     Only the head (the network's `classifier`) may differ in shape: it keeps its fresh weights and is named in the answer.
     So are the thresholds of rate-coded neurons, where the file has none: it may come from the ANN of the same layers.
+    Published names are known for QKFormer.
 
     Raises:
-        ValueError: keys that do not match, each named.
+        ValueError: a file that cannot be read, or keys that do not match, the first of them named.
     """
     file = weights_file(start)
-    found = _read(file)
+    found = _read(file, network, who="init")
     expected = network.state_dict()
     head = _head(network)
     thresholds = {f"{name}.threshold" for name, module in network.named_modules() if isinstance(module, RateNeuron)}
     unknown_to_ann = thresholds if not thresholds & set(found) else set()
     reshaped = [key for key in expected if key in found and found[key].shape != expected[key].shape]
-    complaints = [
-        *(f"{key} is missing" for key in expected if key not in found and key not in unknown_to_ann),
-        *(f"{key} is unknown" for key in found if key not in expected),
-        *(
-            f"{key} is {list(found[key].shape)} instead of {list(expected[key].shape)}"
-            for key in reshaped
-            if not key.startswith(head + ".")
-        ),
-    ]
-    if complaints:
-        raise ValueError(f"init: {file} must fit the network but for its head, {head}; got {'; '.join(complaints)}")
-    fresh = tuple(key for key in expected if key in unknown_to_ann or (reshaped and key.startswith(head + ".")))
-    network.load_state_dict({key: value for key, value in found.items() if key not in fresh}, strict=False)
+    in_head = {key for key in expected if key.startswith(head + ".")}
+    replaced = unknown_to_ann | (in_head if in_head.intersection(reshaped) else set())
+    fresh = tuple(key for key in expected if key in replaced)
+    kept = {key: value for key, value in found.items() if key not in replaced}
+    if wrong := misfits(kept, {key: value for key, value in expected.items() if key not in replaced}):
+        raise ValueError(f"init: {file} must fit the network but for its head, {head}; got {wrong}")
+    network.load_state_dict(kept, strict=False)
     return Start(file, fresh)
 
 
-def _read(file: Path) -> Mapping[str, Tensor]:
+def _read(file: Path, network: nn.Module, *, who: str) -> Mapping[str, Tensor]:
+    """The tensors of a file, under the network's own names where they are those of a published QKFormer."""
+    found = read_state(file, who=who)
+    if not (isinstance(network, QKFormer) and is_published(found)):
+        return found
     try:
-        state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a foreign file makes torch and safetensors raise is theirs to choose
-        raise ValueError(f"init: {file} must hold weights; it could not be read: {str(error).splitlines()[0]}") from error
-    for wrapper in ("state_dict", "model", "module"):
-        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"init: {file} must hold named tensors; it holds something else")
-    return state
+        return renamed(found, network)
+    except ValueError as error:
+        raise ValueError(f"{who}: {file}: {error}") from error
 
 
 def _head(network: nn.Module) -> str:
