@@ -154,6 +154,29 @@ def evaluate(
     evaluate_run(find_run(runs, run), which=which, weights=weights, time_steps=steps, trust=tuple(trust))
 
 
+@app.command(epilog="Example: spiketrain carryover fashion-sltt-20260105-120000 --steps 1,2,4,8")
+def carryover(
+    run: RunName,
+    steps: Annotated[
+        str | None, typer.Option("--steps", metavar="T,...", help="without it 1,2,4,8, and for recordings their own length")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=2, help="samples at a time; without it as in training. Memory grows with T")
+    ] = None,
+    which: Annotated[Literal["last", "best"], typer.Option("--which", help="checkpoint")] = "last",
+    runs: Runs = RUNS,
+    trust: Trust = [],  # noqa: B006
+) -> None:
+    """Is what membranes carry over noise? Single steps and their ensemble with the real carry-over, none, another's, or noise."""
+    from pipeline.launch.carryover import carryover_of_run
+    from pipeline.report.carryover import print_carryover
+    from pipeline.report.runs import find_run
+
+    folder = find_run(runs, run)
+    found = carryover_of_run(folder, which=which, steps=steps, micro_batch=batch, trust=tuple(trust))
+    print_carryover(found, f"{folder.name} ({which})")
+
+
 @app.command(epilog="Example: spiketrain compare --format json")
 def compare(
     names: Annotated[list[str] | None, typer.Argument(metavar="[STUDY|RUN]...", help="none: the newest study")] = None,
