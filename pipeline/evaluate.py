@@ -56,9 +56,9 @@ def evaluate(
                 loss = loss_of(mean_BK)
             else:
                 loss = torch.stack([loss_of(logits_BK) for logits_BK in logits_TBK]).mean()
-            ranked_BK = mean_BK.topk(min(5, mean_BK.shape[-1])).indices == target_B[:, None]
-            hits = (ranked_BK[:, 0].sum(), ranked_BK.sum(), loss.double() * len(target_B))
-            sums[:4] += torch.tensor([len(target_B), *map(float, hits)], dtype=torch.float64)
+            hits_B5 = hits(mean_BK, target_B)
+            found = (hits_B5[:, 0].sum(), hits_B5.sum(), loss.double() * len(target_B))
+            sums[:4] += torch.tensor([len(target_B), *map(float, found)], dtype=torch.float64)
         sums[4], sums[5] = spikes
     model.train(was_training)
     if distributed.is_initialized() and distributed.get_world_size() > 1:
@@ -70,6 +70,11 @@ def evaluate(
     if samples == 0:
         raise ValueError("evaluate: needs at least one sample; got none on any rank")
     return Evaluation(int(samples), top1 / samples, top5 / samples, loss / samples, fired / max(places, 1.0))
+
+
+def hits(logits_BK: Tensor, target_B: Tensor) -> Tensor:
+    """Whether the label is the best class, the second best, ...: `[B, 5]`, narrower where there are fewer classes."""
+    return logits_BK.topk(min(5, logits_BK.shape[-1])).indices == target_B[:, None]
 
 
 def inputs(loader: Loader, time_steps: int, device: torch.device, *, most: int | None = None) -> Generator[tuple[Tensor, Tensor]]:

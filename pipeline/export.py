@@ -35,6 +35,7 @@ from pipeline.recipe_json import decode, encode
 from pipeline.spiking.binary import SMALLEST_SCALE, Binarizer, binary_synapses, fix
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.fold import fold, following_norms
+from pipeline.state_file import misfits
 from pipeline.tasks import tasks_of
 from pipeline.weights import load_run
 
@@ -102,6 +103,15 @@ def export_run(
     save_file(tensors, temp, {**metadata, "sha256": _digest(metadata, tensors)})
     temp.rename(out)
     return Exported(out, out.stat().st_size, whole, parameters, **packed)
+
+
+def is_export(file: Path) -> bool:
+    """Whether `export_run` wrote the file, by what its metadata say; not whether it is whole."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return (opened.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return False
 
 
 def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str] = ()) -> nn.Module:
@@ -202,18 +212,8 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    expected = network.state_dict()
-    complaints = [
-        *(f"{key} is missing" for key in expected if key not in tensors),
-        *(f"{key} is unknown" for key in tensors if key not in expected),
-        *(
-            f"{key} is {list(tensors[key].shape)} instead of {list(value.shape)}"
-            for key, value in expected.items()
-            if key in tensors and tensors[key].shape != value.shape
-        ),
-    ]
-    if complaints:
-        raise ValueError(f"the weights must fit the model; got {'; '.join(complaints)}")
+    if wrong := misfits(tensors, network.state_dict()):
+        raise ValueError(f"the weights must fit the model; got {wrong}")
     network.load_state_dict(tensors)
 
 

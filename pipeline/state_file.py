@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,12 +14,15 @@ from torch import Tensor
 def read_state(file: Path, *, who: str) -> Mapping[str, Tensor]:
     """The `state_dict` in a .safetensors file, or in one of torch.save, bare or under one of its usual names.
 
+    No code of the file is run. Beside tensors and plain values it may hold the arguments of the program that wrote it.
+
     Raises: ValueError, in the name of `who` asks, for a file that is not there, cannot be read, or holds something else.
     """
     if not file.is_file():
         raise ValueError(f"{who}: {file} must be a file of weights; it does not exist")
     try:
-        state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # as published QKFormers were saved; a bag of names
+            state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what a foreign file makes torch and safetensors raise is theirs to choose
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{who}: {file} must hold weights; it could not be read: {said}") from error

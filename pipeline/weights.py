@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.checkpoint import WEIGHTS, verified
+from pipeline.models.qkformer import QKFormer
+from pipeline.models.qkformer_published import is_published, renamed
 from pipeline.recipe import Recipe
 from pipeline.spec import Spec, is_path
 from pipeline.spiking.binary import Binarizer, binary_synapses
 from pipeline.spiking.rate import RateNeuron
-from pipeline.state_file import read_state
+from pipeline.state_file import misfits, read_state
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,19 @@ def load_run(run: str | os.PathLike[str], *, which: str = "last", trust: Collect
     return network.eval()
 
 
+def load_weights(network: nn.Module, file: Path) -> nn.Module:
+    """Load every weight of a network from one file, for evaluation; the network. Published names are known for QKFormer.
+
+    Raises:
+        ValueError: a file that cannot be read, or weights that do not fit, the first of them named.
+    """
+    found = _read(file, network, who="evaluate")
+    if wrong := misfits(found, network.state_dict()):
+        raise ValueError(f"evaluate: {file} must fit the network; got {wrong}")
+    network.load_state_dict(found)
+    return network.eval()
+
+
 def weights_file(start: Path) -> Path:
     """The weights that `init` names: a file, or the newest verified checkpoint of a run's folder."""
     if start.is_dir():
@@ -53,12 +68,13 @@ def load_start(network: nn.Module, start: Path) -> Start:
     Only the head (the network's `classifier`) may differ in shape: it keeps its fresh weights and is named in the answer.
     So are the thresholds of rate-coded neurons, where the file has none: it may come from the ANN of the same layers. The
     learnable scales of 1-bit weights, where the file has none, begin anew from the weights: it is of full precision.
+    Published names are known for QKFormer.
 
     Raises:
-        ValueError: keys that do not match, each named.
+        ValueError: a file that cannot be read, or keys that do not match, the first of them named.
     """
     file = weights_file(start)
-    found = read_state(file, who="init")
+    found = _read(file, network, who="init")
     expected = network.state_dict()
     head = _head(network)
     thresholds = {f"{name}.threshold" for name, module in network.named_modules() if isinstance(module, RateNeuron)}
@@ -66,22 +82,27 @@ def load_start(network: nn.Module, start: Path) -> Start:
     scales = {key for key in synapses if key in expected}
     unknown = {key for keys in (thresholds, scales) if not keys & set(found) for key in keys}
     reshaped = [key for key in expected if key in found and found[key].shape != expected[key].shape]
-    complaints = [
-        *(f"{key} is missing" for key in expected if key not in found and key not in unknown),
-        *(f"{key} is unknown" for key in found if key not in expected),
-        *(
-            f"{key} is {list(found[key].shape)} instead of {list(expected[key].shape)}"
-            for key in reshaped
-            if not key.startswith(head + ".")
-        ),
-    ]
-    if complaints:
-        raise ValueError(f"init: {file} must fit the network but for its head, {head}; got {'; '.join(complaints)}")
-    fresh = tuple(key for key in expected if key in unknown or (reshaped and key.startswith(head + ".")))
-    network.load_state_dict({key: value for key, value in found.items() if key not in fresh}, strict=False)
+    in_head = {key for key in expected if key.startswith(head + ".")}
+    replaced = unknown | (in_head if in_head.intersection(reshaped) else set())
+    fresh = tuple(key for key in expected if key in replaced)
+    kept = {key: value for key, value in found.items() if key not in replaced}
+    if wrong := misfits(kept, {key: value for key, value in expected.items() if key not in replaced}):
+        raise ValueError(f"init: {file} must fit the network but for its head, {head}; got {wrong}")
+    network.load_state_dict(kept, strict=False)
     for key in scales & unknown:
         synapses[key].binarizer.reset(synapses[key].weight)  # type: ignore[operator, union-attr]
     return Start(file, fresh)
+
+
+def _read(file: Path, network: nn.Module, *, who: str) -> Mapping[str, Tensor]:
+    """The tensors of a file, under the network's own names where they are those of a published QKFormer."""
+    found = read_state(file, who=who)
+    if not (isinstance(network, QKFormer) and is_published(found)):
+        return found
+    try:
+        return renamed(found, network)
+    except ValueError as error:
+        raise ValueError(f"{who}: {file}: {error}") from error
 
 
 def _head(network: nn.Module) -> str:

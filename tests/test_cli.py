@@ -31,7 +31,7 @@ def spiketrain(*words: str, cwd: Path | None = None) -> subprocess.CompletedProc
 
 
 WRITE = ["write fashion", "write folder", "write events"]
-COMMANDS = ["launch", "resume", "evaluate", "export", "compare", "show", "runs", *WRITE, "verify", "sync"]
+COMMANDS = ["launch", "resume", "evaluate", "export", "carryover", "compare", "show", "runs", *WRITE, "verify", "sync"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -104,6 +104,10 @@ def refused(*words: str) -> str:
         ("resume none", "none"),
         ("evaluate none", "none"),
         ("export none", "none"),
+        ("evaluate recipes/fashion/sltt.py", "needs --weights FILE; got no --weights"),
+        ("evaluate recipes/fashion/sltt.py --weights nowhere.pt", "nowhere.pt must be a file of weights; it does not exist"),
+        ("carryover none", "none"),
+        ("carryover none --batch 1", "(see spiketrain carryover --help)"),
         ("compare none", "none"),
         ("sync none", "none"),
         ("verify nowhere", "nowhere"),
@@ -111,7 +115,9 @@ def refused(*words: str) -> str:
     ],
 )
 def test_a_mistake_ends_in_one_line(words: str, said: str, tmp_path: Path) -> None:
-    takes_runs = words.split()[0] in ("launch", "resume", "evaluate", "export", "compare", "sync") and words != "launch"
+    takes_runs = (
+        words.split()[0] in ("launch", "resume", "evaluate", "export", "carryover", "compare", "sync") and words != "launch"
+    )
     assert said in refused(*words.split(), *(["--runs", str(tmp_path)] if takes_runs else []))
     assert list(tmp_path.iterdir()) == []
 

@@ -414,7 +414,7 @@ def test_a_run_of_several_tasks_can_be_shown_listed_and_evaluated(whole: Path, c
     assert "phases.2.data.task" in shown.getvalue()
     [row] = list_runs(whole.parent)
     assert (row.state, row.step, row.total_steps) == ("finished", 32, 32)
-    evaluate_run(whole, which="last", time_steps=None, trust=("tests",))
+    evaluate_run(whole, which="last", weights=None, time_steps=None, trust=("tests",))
     lines = capsys.readouterr().out.splitlines()
     rows = json.loads((whole / "summary.json").read_text())["accuracy_matrix"]
     assert len(lines) == 4

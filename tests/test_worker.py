@@ -204,14 +204,14 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
     train_inline(tmp_path / "second", recipe)
 
 
-def test_init_swaps_the_head_and_names_every_other_mismatch(tmp_path: Path) -> None:
+def test_init_swaps_the_head_and_counts_every_other_mismatch(tmp_path: Path) -> None:
     train_inline(tmp_path / "first", small_recipe())
     other_head = nf_resnet18_small(3, in_channels=1, width=4, blocks=(1, 1))
     assert load_start(other_head, tmp_path / "first").fresh == ("classifier.weight", "classifier.bias")
     wider = nf_resnet18_small(10, in_channels=1, width=8, blocks=(1,))
-    with pytest.raises(ValueError, match=r"stages\.1\.0\.conv1\.weight is unknown") as refusal:
+    with pytest.raises(ValueError, match=r"10 unknown: stages\.1\.0\.branch\.0\.synapse\.bias, ") as refusal:
         load_start(wider, tmp_path / "first")
-    assert "stem.weight is [4, 1, 3, 3] instead of [8, 1, 3, 3]" in str(refusal.value)
+    assert "9 of another shape: stem.0.weight ([4, 1, 3, 3] instead of [8, 1, 3, 3])" in str(refusal.value)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=str)

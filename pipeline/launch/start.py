@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from pipeline.backend.base import autocast
 from pipeline.evaluate import Evaluation, evaluate, inputs
-from pipeline.export import load_export
+from pipeline.export import is_export, load_export
 from pipeline.job import resume_command
 from pipeline.launch.base import Device, Launcher
 from pipeline.launch.drive import Tracking, drive, prepare, read_job, was_stopped
@@ -24,8 +25,8 @@ from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.tasks import Loaders, mean_of, tasks_of
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.state import state_of
-from pipeline.weights import load_run
-from pipeline.worker import check_data, check_recipe
+from pipeline.weights import load_run, load_weights
+from pipeline.worker import build_network, check_data, check_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,18 +115,48 @@ def resume_run(
     return [folder]
 
 
-def evaluate_run(folder: Path, *, which: str, time_steps: int | None, weights: Path | None, trust: tuple[str, ...]) -> None:
-    """Print the accuracy of a run's network, or of what was exported of it, on the whole evaluation set of each of its tasks."""
+def evaluate_run(
+    folder: Path, *, which: str | None, weights: Path | None, time_steps: int | None, trust: tuple[str, ...]
+) -> None:
+    """Print the accuracy of a run's network, with the weights of a checkpoint or of a file (None: of the last checkpoint)."""
+    if which is not None and weights is not None:
+        raise ValueError(f"evaluate: --weights takes the place of a checkpoint, so --which has no effect; got --which {which}")
     recipe = Recipe.read(folder / "recipe.json", trust=trust)
+    if weights is None:
+        which = which or "last"
+        network = load_run(folder, which=which, trust=trust)
+    else:
+        network = _with_weights(recipe, weights, trust=trust)
+    check_data(recipe.data.build(), read_job(folder), every_page=True)
+    _print_accuracy(network, recipe, f"{folder.name} ({which if weights is None else weights.name}", time_steps)
+
+
+def evaluate_recipes(recipes: Sequence[Recipe], *, which: str | None, weights: Path | None, time_steps: int | None) -> None:
+    """Print the accuracy of the one recipe's network with the weights of a file; no run is needed."""
+    if weights is None or which is not None:
+        got = "no --weights" if weights is None else f"--which {which}"
+        raise ValueError(f"evaluate: a recipe has no checkpoints and needs --weights FILE; got {got}")
+    if len(recipes) > 1:
+        names = ", ".join(recipe.name for recipe in recipes)
+        raise ValueError(f"evaluate: --weights are those of one network, so the file must hold one recipe; got {names}")
+    recipe = recipes[0]
+    network = _with_weights(recipe, weights)
+    recipe.data.build().check()
+    _print_accuracy(network, recipe, f"{recipe.name} ({weights.name}", time_steps)
+
+
+def _with_weights(recipe: Recipe, file: Path, *, trust: tuple[str, ...] = ()) -> nn.Module:
+    """The recipe's network with the weights of a file: one of `spiketrain export`, packed or not, or any other."""
+    if is_export(file):
+        return load_export(file, model=recipe.model, trust=trust)
+    return load_weights(build_network(recipe, tasks_of(recipe)), file)
+
+
+def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: int | None) -> None:
+    """On the whole evaluation set of each task."""
     steps = time_steps or recipe.time_steps
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if weights is None:
-        network = load_run(folder, which=which, trust=trust).to(device)
-    elif which == "last":
-        network, which = load_export(weights, model=recipe.model, trust=trust).to(device), weights.name
-    else:
-        raise ValueError(f"evaluate: --weights takes the place of a checkpoint, so --which has no effect; got {which}")
-    check_data(recipe.data.build(), read_job(folder), every_page=True)
+    network.to(device)
     loaders, results = Loaders(tasks_of(recipe), recipe, recipe.split(1)), []
     for index, task in enumerate(loaders.tasks):
         begun = time.monotonic()
@@ -134,9 +165,9 @@ def evaluate_run(folder: Path, *, which: str, time_steps: int | None, weights: P
             batches = inputs(val_set, steps, device)
             results.append(evaluate(network, batches, recipe.objective.build().labels, over_time=recipe.over_time))
         where = f", {task.name}" if recipe.phases else ""
-        print(f"{folder.name} ({which}, T = {steps}{where}): {_told(results[-1])} in {time.monotonic() - begun:.1f} s")
+        print(f"{name}, T = {steps}{where}): {_told(results[-1])} in {time.monotonic() - begun:.1f} s")
     if recipe.phases:
-        print(f"{folder.name} ({which}, T = {steps}, mean of {len(results)} tasks): {_told(mean_of(results))}")
+        print(f"{name}, T = {steps}, mean of {len(results)} tasks): {_told(mean_of(results))}")
 
 
 def _told(result: Evaluation) -> str:

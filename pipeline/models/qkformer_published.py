@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.models.qkformer import QKFormer
 
@@ -74,33 +74,49 @@ def with_our_names(published: Mapping[str, Tensor], network: QKFormer) -> dict[s
 
     Raises: ValueError for tensors that are missing, left over or of another shape.
     """
-    left = {name for name in published if name.rsplit(".", 1)[-1] not in IGNORED}
-    ours = {}
-    for name, mine in network.state_dict().items():
-        theirs = published_name(name)
+    expected = {theirs: _published_shape(theirs, mine) for theirs, mine in _by_published_name(network).items()}
+    for theirs, shape in expected.items():
         if theirs not in published:
             raise ValueError(f"QKFormer: published weights must hold every tensor; got none named {theirs}")
-        tensor = published[theirs]
-        if tensor.shape != _published_shape(theirs, mine):
-            raise ValueError(
-                f"QKFormer: {theirs} must have the shape {tuple(_published_shape(theirs, mine))}; got {tuple(tensor.shape)}"
-            )
-        ours[name] = tensor.reshape(mine.shape)
-        left.remove(theirs)
+        if published[theirs].shape != shape:
+            raise ValueError(f"QKFormer: {theirs} must have the shape {tuple(shape)}; got {tuple(published[theirs].shape)}")
+    left = {name for name in published if name.rsplit(".", 1)[-1] not in IGNORED} - expected.keys()
     if left:
         raise ValueError(
             f"QKFormer: published weights must fit the network; got {len(left)} tensors too many, {min(left)} among them"
         )
-    return ours
+    return renamed(published, network)
+
+
+def is_published(weights: Mapping[str, Tensor]) -> bool:
+    """Whether the names are those of a published QKFormer."""
+    return any(name.startswith("patch_embed1.") for name in weights)
+
+
+def renamed(published: Mapping[str, Tensor], network: QKFormer) -> dict[str, Tensor]:
+    """The same, of weights that need not fit: what `network` has no place for keeps its name, what is of another size its shape.
+
+    Raises: ValueError for a network with a stream of real numbers, which nothing published belongs to.
+    """
+    if not isinstance(network.last, nn.Identity):
+        raise ValueError("QKFormer: published weights are those of shortcut='sew'; got a network with a stream of real numbers")
+    left = {name: tensor for name, tensor in published.items() if name.rsplit(".", 1)[-1] not in IGNORED}
+    ours = {}
+    for name, mine in network.state_dict().items():
+        theirs = published_name(name)
+        if theirs in left:
+            tensor = left.pop(theirs)
+            ours[name] = tensor.reshape(mine.shape) if tensor.shape == _published_shape(theirs, mine) else tensor
+    return ours | left
 
 
 def to_published(network: QKFormer) -> dict[str, Tensor]:
     """Our weights under the published names and in the published shapes; without the counts of calls."""
-    tensors = {}
-    for name, tensor in network.state_dict().items():
-        theirs = published_name(name)
-        tensors[theirs] = tensor.reshape(_published_shape(theirs, tensor))
-    return tensors
+    return {theirs: tensor.reshape(_published_shape(theirs, tensor)) for theirs, tensor in _by_published_name(network).items()}
+
+
+def _by_published_name(network: QKFormer) -> dict[str, Tensor]:
+    return {published_name(name): tensor for name, tensor in network.state_dict().items()}
 
 
 def _published_shape(theirs: str, tensor: Tensor) -> torch.Size:

@@ -1,0 +1,51 @@
+"""The causal test of what membranes carry over, as a table."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.ensemble import CausalTest, Ensemble, Mean
+
+_TITLES = ("T", "carry-over", "one step", "ensemble", "gap", "disagree", "below real", "loss of one", "of ensemble")
+
+
+def print_carryover(found: CausalTest, name: str, console: Console | None = None) -> None:
+    """One line for each T and carry-over: accuracies in per cent and their differences in points, ± standard errors."""
+    console = console or Console()
+    table = Table(title=name, box=None, header_style="bold", pad_edge=False, title_justify="left")
+    for title in _TITLES:
+        table.add_column(title, justify="left" if title == "carry-over" else "right")
+    for ensemble in found.ensembles:
+        table.add_row(*map(Text, _cells(ensemble)))
+    console.print(table)
+    console.print(
+        f"{found.samples} samples, ± one standard error over them; gaussian: moments of {found.examples} training samples; "
+        f"shuffled: {found.same_class:.1%} of donors are of the same class; one batch carried over {found.bytes / 1e6:.4g} MB",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
+
+
+def _cells(one: Ensemble) -> tuple[str, ...]:
+    return (
+        str(one.steps),
+        one.carry_over,
+        _share(one.single),
+        _share(one.ensemble),
+        _points(one.gap),
+        _share(one.disagreement),
+        _points(one.below_real) if one.carry_over != "real" else "",
+        f"{one.single_loss.value:.4f}",
+        f"{one.ensemble_loss.value:.4f}",
+    )
+
+
+def _share(mean: Mean) -> str:
+    return f"{mean.value:.2%}"
+
+
+def _points(mean: Mean) -> str:
+    return f"{100 * mean.value:+.2f} ± {100 * mean.error:.2f}"

@@ -1,0 +1,86 @@
+"""`spiketrain carryover`: one table, the same figures as JSON beside the summary, and one line for what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.__main__ import main
+from pipeline.launch.drive import write_job
+from pipeline.recipe import write_json
+from tests.small import make_run, small_recipe, train_inline
+
+SPIKETRAIN = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that finished."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    recipe = small_recipe(stop_after=4)
+    write_job(make_run(folder, recipe))
+    assert train_inline(folder, recipe) is not None
+    return folder
+
+
+@pytest.fixture
+def spiketrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> SPIKETRAIN:
+    """The command line in this process: exit code, stdout and stderr."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setenv("COLUMNS", "160")
+        monkeypatch.setattr("sys.argv", ["spiketrain", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        said = capsys.readouterr()
+        return int(end.value.code or 0), said.out, said.err
+
+    return run
+
+
+def test_one_table_and_a_file(spiketrain: SPIKETRAIN, folder: Path) -> None:
+    code, said, _ = spiketrain("carryover", folder, "--steps", "1,3", "--batch", "8")
+    assert code == 0
+    rows = [line.split() for line in said.splitlines()[2:10]]
+    kinds = ["real", "zero", "shuffled", "gaussian"]
+    assert [row[:2] for row in rows] == [[T, kind] for T in "13" for kind in kinds]
+    assert "20 samples" in said and "moments of 64 training samples" in said and "MB" in said
+    written = json.loads((folder / "carryover.json").read_text())
+    assert (written["run"], written["which"], written["trained_steps"]) == ("run", "last", 3)
+    assert [(each["steps"], each["carry_over"]) for each in written["ensembles"]] == [(T, kind) for T in (1, 3) for kind in kinds]
+    for row, each in zip(rows, written["ensembles"], strict=True):
+        assert row[2] == f"{each['single']['value']:.2%}" and row[3] == f"{each['ensemble']['value']:.2%}"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert written["ensembles"][4]["ensemble"]["value"] == pytest.approx(summary["top1"], abs=1e-12)
+
+
+def test_still_images_are_asked_at_1_2_4_8(spiketrain: SPIKETRAIN, folder: Path) -> None:
+    assert spiketrain("carryover", folder)[0] == 0
+    written = json.loads((folder / "carryover.json").read_text())
+    assert [each["steps"] for each in written["ensembles"][::4]] == [1, 2, 4, 8]
+
+
+def test_mistakes_end_in_one_line(spiketrain: SPIKETRAIN, folder: Path) -> None:
+    for words, said in (
+        (("--steps", "1,two"), "--steps must be numbers of time steps, such as 1,2,4,8; got '1,two'"),
+        (("--steps", "0"), "steps must be numbers of time steps, from 1; got [0]"),
+        (("--batch", "65"), "batch_size must be at most the 64 samples"),
+        (("--batch", "1"), "--help"),
+    ):
+        code, _, line = spiketrain("carryover", folder, *words)
+        assert code == 2 and said in line and len(line.splitlines()) == 1, line
+
+
+def test_a_run_of_several_tasks_is_refused(spiketrain: SPIKETRAIN, folder: Path, tmp_path: Path) -> None:
+    from recipes.continual.permuted_fashion_hlop_sltt import recipe as continual
+
+    other = tmp_path / "other"
+    other.mkdir()
+    made = continual()
+    write_json(other / "recipe.json", replace(made, name="other").to_json())
+    code, _, line = spiketrain("carryover", other)
+    assert code == 2 and f"must be of one task; got {len(made.phases)} phases in other" in line

@@ -1,0 +1,173 @@
+"""`spiketrain evaluate` with weights from a file: exact, for a recipe or a run, and refused in one line where they do not fit."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from pipeline.__main__ import main
+from pipeline.data.synthetic import Synthetic
+from pipeline.launch.drive import write_job
+from pipeline.models.qkformer import QKFormer
+from pipeline.models.qkformer_published import to_published
+from pipeline.spiking.encode import repeat
+from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.state import fresh_state
+from pipeline.weights import load_start
+from tests.small import make_run, small_recipe
+
+RECIPE = """
+from pipeline.models.qkformer import QKFormer
+from pipeline.recipe import spec
+from tests.small import small_recipe
+
+MODEL = spec(QKFormer, channels=32, depth=4, heads=1, in_channels=1, classes=10)
+
+def recipe():
+    return small_recipe(model=MODEL, time_steps=2)
+"""
+SPIKETRAIN = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def spiketrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> SPIKETRAIN:
+    """The command line in this process: exit code, stdout and stderr."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["spiketrain", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        said = capsys.readouterr()
+        return int(end.value.code or 0), said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "mine.py").write_text(RECIPE)
+    return tmp_path / "mine.py"
+
+
+def network(**sizes: Any) -> QKFormer:
+    """One that tells images apart, though it never learnt to."""
+    torch.manual_seed(3)
+    made = QKFormer(**{"channels": 32, "depth": 4, "heads": 1, "in_channels": 1, "classes": 10, **sizes})
+    for module in made.modules():
+        if isinstance(module, BatchNorm):
+            torch.nn.init.uniform_(module.bias, 0, 2)
+            torch.nn.init.uniform_(module.running_var, 0.2, 1)
+    torch.nn.init.normal_(made.classifier.weight)
+    return made.eval()
+
+
+def as_published(weights: dict[str, torch.Tensor], file: Path) -> Path:
+    """As the published files are made: the weights beside what else the program knew."""
+    counts = {"patch_embed1.proj_bn.num_batches_tracked": torch.tensor(5)}
+    torch.save({"model": weights | counts, "epoch": 199, "args": argparse.Namespace(model="QKFormer_10_384")}, file)
+    return file
+
+
+def by_hand(made: QKFormer, steps: int) -> tuple[float, float, float]:
+    """Top-1, top-5 and the loss, one sample at a time, in an order of our own."""
+    top1, top5, loss = 0, 0, 0.0
+    data = Synthetic(samples=64, val_samples=20, shape=(1, 8, 8))
+    with data.val(micro_batch=1).epoch(0) as batches:
+        for batch in batches:
+            with torch.no_grad(), fresh_state(made):
+                logits_TBK = made(repeat(batch.x, steps))
+            better = int((logits_TBK.mean(0)[0] > logits_TBK.mean(0)[0, batch.target]).sum())
+            top1, top5 = top1 + (better < 1), top5 + (better < 5)
+            loss += sum(float(F.cross_entropy(logits_BK, batch.target)) for logits_BK in logits_TBK) / steps
+    return top1 / 20, top5 / 20, loss / 20
+
+
+def figures(said: str) -> list[float]:
+    found = re.search(r"top-1 ([\d.]+), top-5 ([\d.]+), loss ([\d.]+), .* on 20 samples", said)
+    assert found, said
+    return [float(each) for each in found.groups()]
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_recipe_with_published_weights_or_with_ours(spiketrain: SPIKETRAIN, recipe: Path, tmp_path: Path, steps: int) -> None:
+    made = network()
+    published = as_published(to_published(made), tmp_path / "published.pth")
+    save_file(made.state_dict(), tmp_path / "ours.safetensors")
+    expected = by_hand(made, steps)
+    assert len({*expected}) == 3 and 0 < expected[0] < 1
+    for file in (published, tmp_path / "ours.safetensors"):
+        code, said, _ = spiketrain("evaluate", recipe, "--weights", file, "--time-steps", steps)
+        assert code == 0
+        assert said.startswith(f"small ({file.name}, T = {steps}): ")
+        assert figures(said) == pytest.approx(expected, abs=6e-5)
+
+
+def test_a_run_with_the_weights_of_a_file(spiketrain: SPIKETRAIN, tmp_path: Path) -> None:
+    plain = small_recipe()
+    write_job(make_run(tmp_path / "run", plain))
+    file = tmp_path / "other.safetensors"
+    save_file(plain.model.build().state_dict(), file)
+    code, said, _ = spiketrain("evaluate", tmp_path / "run", "--weights", file)
+    assert code == 0 and said.startswith("run (other.safetensors, T = 3): top-1 ")
+    code, _, said = spiketrain("evaluate", tmp_path / "run", "--weights", file, "--which", "best")
+    assert code == 2 and "--which has no effect; got --which best" in said
+    code, _, said = spiketrain("evaluate", tmp_path / "run", "--set", "epochs=1")
+    assert code == 2 and "a run keeps its own" in said
+
+
+def test_what_does_not_fit_is_refused_in_one_line(spiketrain: SPIKETRAIN, recipe: Path, tmp_path: Path) -> None:
+    weights = to_published(network())
+    whole = as_published(weights, tmp_path / "whole.pth")
+    (tmp_path / "damaged.pth").write_bytes(whole.read_bytes()[:-1000])
+    lacking = {name: tensor for name, tensor in weights.items() if name != "stage2.1.mlp.fc2_bn.bias"}
+    three = as_published(to_published(network(classes=3)), tmp_path / "three.pth")
+    (tmp_path / "several.py").write_text("from tests.small import small_recipe\ndef recipe():\n    return [small_recipe()] * 2\n")
+    for words, expected in (
+        ((recipe, "--weights", tmp_path / "nowhere.pth"), "evaluate: .*nowhere.pth must be a file of weights"),
+        ((recipe, "--weights", tmp_path / "damaged.pth"), "evaluate: .*damaged.pth must hold weights; it could not be read"),
+        (
+            (recipe, "--weights", as_published(lacking, tmp_path / "lacking.pth")),
+            r"lacking.pth must fit the network; got 1 missing: stages\.1\.2\.ffn\.branch\.2\.norm\.bias$",
+        ),
+        (
+            (recipe, "--weights", as_published(weights | {"pos_embed": torch.zeros(1)}, tmp_path / "more.pth")),
+            "more.pth must fit the network; got 1 unknown: pos_embed$",
+        ),
+        (
+            (recipe, "--weights", three),
+            r"2 of another shape: classifier\.weight \(\[3, 32\] instead of \[10, 32\]\), classifier\.bias",
+        ),
+        ((recipe, "--weights", whole, "--set", "model.channels=64"), r"of another shape: stages\.0\.0\.stem"),
+        ((recipe, "--weights", whole, "--set", "model.shortcut=multiple"), "whole.pth: QKFormer: .*those of shortcut='sew'"),
+        ((recipe, "--weights", whole, "--set", "model.shortcut=sew_multiple"), "whole.pth: .*only tensors of a QKFormer"),
+        ((recipe, "--weights", whole, "--set", "data.classes=3"), "same classes; got 10 and 3"),
+        ((recipe,), "needs --weights FILE; got no --weights"),
+        ((recipe, "--weights", whole, "--which", "last"), "needs --weights FILE; got --which last"),
+        ((tmp_path / "several.py", "--weights", whole), "must hold one recipe; got small, small"),
+    ):
+        code, _, said = spiketrain("evaluate", *words)
+        assert code == 2 and len(said.splitlines()) == 1, said
+        assert re.search(expected, said.strip()), said
+
+
+def test_a_recipe_starts_from_published_weights_with_a_head_of_its_own(
+    spiketrain: SPIKETRAIN, recipe: Path, tmp_path: Path
+) -> None:
+    made, three = network(), network(classes=3)
+    file = as_published(to_published(made), tmp_path / "published.pth")
+    head = {name: three.state_dict()[name].clone() for name in ("classifier.weight", "classifier.bias")}
+    assert load_start(three, file).fresh == tuple(head)
+    for name, tensor in three.state_dict().items():
+        assert torch.equal(tensor, head[name] if name in head else made.state_dict()[name]), name
+    other = ("--set", "model.classes=3", "--set", "data.classes=3")
+    assert spiketrain("show", recipe, "--set", f"init={file}", *other)[0] == 0
+    code, _, said = spiketrain("show", recipe, "--set", f"init={file}", "--set", "model.depth=5")
+    assert code == 2 and re.search("init: .*must fit the network but for its head, classifier; got 33 missing: ", said), said
