@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, counter_hash
+from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.errorpath import FixedFeedback, sign_symmetric
 from pipeline.spiking.listen import Ear, Overheard, fan_in
 from pipeline.spiking.norm import BatchNorm
@@ -49,9 +50,9 @@ class HLOP(Rule):
         learning_rate: of the lateral neurons, one or one for each synapse, in units of 1 / x^2: times the largest eigenvalue
             of E[x^T x] it must stay below about 4 (published: 0.01, and 0.001 for 784 normalised pixels).
         inner_iterations, momentum: of the Hebbian rule within a batch.
-        learn_from: "spikes", the inputs of each step; "traces", what the inner rule multiplies the error with (OTTT, OPZO);
-            "rates", their weighted mean over time (DSR's), for rules that hold all steps at once. Rates keep the mean current
-            of old tasks and not that of each step.
+        learn_from: "spikes", the inputs of each step (of an equilibrium: of each step of its simulation, and of its last state);
+            "traces", what the inner rule multiplies the error with (OTTT, OPZO); "rates", their weighted mean over time
+            (DSR's), for rules that hold all steps at once. Rates keep the mean current of old tasks and not that of each step.
         lateral_steps: lateral neurons answer in spikes of so many steps (published: 1000, 40); None: in real numbers.
         error: "backprop"; "sign_symmetric" or "feedback", another weight that carries the error down (`spiking/errorpath.py`).
             OPZO hands no error from layer to layer and refuses them.
@@ -64,7 +65,8 @@ class HLOP(Rule):
 
     Raises: ValueError for arguments out of range (when made); for a synapse or parameter that cannot be projected, batch norm
     of torch, rows that do not fit, traces or rates that the inner rule or model does not have (`attach`); for an optimizer
-    that is not plain SGD (`check_optimizer`); for slices under "rates" (`check_steps`); for a task out of turn (`start_task`).
+    that is not plain SGD (`check_optimizer`); for slices under "rates" (`check_steps`); for fewer than two tasks, or rows of
+    all tasks that do not fit (`check_tasks`); for a task out of turn (`start_task`).
     Source: Xiao et al. 2024 (arXiv 2402.11984), sections 4.1-4.3.
     """
 
@@ -134,6 +136,8 @@ class HLOP(Rule):
         if self._attached:
             raise ValueError(f"{self.label}: release the first model before attaching another")
         synapses = self._synapses_of(model)
+        if self.learn_from == "rates" and any(isinstance(module, Equilibrium) for module in model.modules()):
+            raise ValueError(f"{self.label}: an equilibrium is run one step at a time, so learn_from must not be 'rates'")
         leak = the_leak(self.label, model) if self.learn_from == "rates" else None
         # Not super().attach: it is the inner rule that finds out whether the model is free.
         self.inner.attach(model, world=world, over_time=over_time)
@@ -214,6 +218,8 @@ class HLOP(Rule):
         self._freeze_norms()
 
     def check_tasks(self, model: nn.Module, tasks: int) -> None:
+        if tasks < 2:
+            raise ValueError(f"{self.label}: protects the tasks before, so a recipe must have 2 phases or more; got {tasks}")
         for index, (name, synapse) in enumerate(self._synapses_of(model).items()):
             asked = sum(self._counts(task)[index] for task in range(tasks))
             if asked > fan_in(synapse):
@@ -337,12 +343,9 @@ class HLOP(Rule):
             for each in lists:
                 if len(each) != len(found):
                     raise ValueError(f"{self.label}: {what} must name one for each of {', '.join(found)}; got {each}")
-        for index, (name, synapse) in enumerate(found.items()):
-            asked = sum(counts[index] for counts in self.row_counts)
-            if asked > fan_in(synapse):
-                raise ValueError(
-                    f"{self.label}: rows of all tasks must fit into the {fan_in(synapse)} inputs of {name}; got {asked}"
-                )
+        for count, (name, synapse) in zip(self._counts(0), found.items(), strict=True):
+            if count > fan_in(synapse):
+                raise ValueError(f"{self.label}: rows must fit into the {fan_in(synapse)} inputs of {name}; got {count}")
         return found
 
     def _rates(self, count: int) -> tuple[float, ...]:

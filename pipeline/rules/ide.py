@@ -75,6 +75,8 @@ class _Adjoint:
         self.residual, self.evaluations, self.warned = 0.0, 0.0, False
 
     def __call__(self, g_B: Tensor, vjp: Linearized) -> Tensor:
+        if not g_B.isfinite().all():  # or the solve would be blamed
+            raise ValueError(f"IDE: the gradient of the loss must be finite; got {g_B[~g_B.isfinite()][0].item()}")
         solve = broyden if self.solver == "broyden" else fixed_point
         solution = solve(g_B, vjp, iterations=self.iterations, tolerance=self.tolerance)
         unsolved_B = ~(solution.residual_B <= UNSOLVED)  # so that "not a number" is unsolved, too

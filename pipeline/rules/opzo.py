@@ -2,6 +2,7 @@
 
 # T time, B batch, N units of a layer, K outputs, L hidden layers
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -99,7 +100,7 @@ class OPZO(Rule):
                 raise ValueError(f"OPZO: {name} must be one of {accepted}; got {name}={value!r}")
         if noise is None:
             noise = 0.0 if feedback == "random" else NOISE
-        if noise < 0 or (noise == 0 and feedback != "random"):
+        if not 0 <= noise < math.inf or (noise == 0 and feedback != "random"):
             raise ValueError(f"OPZO: noise must be > 0, for the feedback is learnt from it; got noise={noise}, {feedback=}")
         for name, value, acts in (
             ("momentum", momentum, feedback == "momentum"),
@@ -113,8 +114,10 @@ class OPZO(Rule):
         if not 0 <= momentum < 1:
             raise ValueError(f"OPZO: momentum must be at least 0 and below 1; got momentum={momentum}")
         intermediate = tuple(intermediate)
-        if list(intermediate) != sorted(set(intermediate)) or min(intermediate, default=0) < 0:
-            raise ValueError(f"OPZO: intermediate must be places of hidden layers, from 0, in order; got {intermediate}")
+        if not all(isinstance(place, int) for place in intermediate) or list(intermediate) != sorted(set(intermediate)):
+            raise ValueError(f"OPZO: intermediate must be places of hidden layers, in order; got {intermediate}")
+        if min(intermediate, default=1) < 1:
+            raise ValueError(f"OPZO: intermediate must be 1 or more, for below layer 0 there is none; got {intermediate}")
         self.feedback = feedback
         self.noise = noise
         self.disturbs_forward = noise > 0

@@ -2,6 +2,7 @@
 
 # T time, B batch, K classes, N layers; T_B steps of the backward phase
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,8 +57,8 @@ class SPIDE(Rule):
         super().__init__()
         if steps < 1:
             raise ValueError(f"SPIDE: the backward phase needs steps >= 1; got steps={steps}")
-        if not scale > 0:
-            raise ValueError(f"SPIDE: scale must be > 0; got scale={scale}")
+        if not 0 < scale < math.inf:
+            raise ValueError(f"SPIDE: scale must be > 0 and finite; got scale={scale}")
         if not threshold > 0:
             raise ValueError(f"SPIDE: threshold must be > 0; got threshold={threshold}")
         if not 0 < leak <= 1:

@@ -1,7 +1,7 @@
 """IDE on Fashion-MNIST: 400 units that feed back to themselves, the published network, at T = 5.
 
 IDE and BPTT unrolled on this network form a study of their own; SPIDE needs the symmetric reset, and forms one with spide_ide.py.
-Learning rate, augmentation and length were chosen on a held-out tenth of the training set.
+Learning rate, augmentation and length were chosen on a held-out tenth of the training set; of the latter two no figures are kept.
 
 Command:  spiketrain launch recipes/fashion/ide.py --workers 2
 Source:   Xiao et al. 2021 (IDE), arXiv:2109.14247: F400, T = 5, threshold 2, batch 128, SGD 0.05, weight decay 5e-4, dropout 0.2;

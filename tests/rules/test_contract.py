@@ -76,7 +76,7 @@ def plain_logits(model: nn.Module, x_TBC: torch.Tensor) -> torch.Tensor:
 
 def test_discovery():
     """Each file in pipeline/rules is one rule, has tests beside it, and is under this contract."""
-    assert FILES == ["bptt", "dsr", "hlop", "ide", "opzo", "ottt", "sltt", "spide"]
+    assert {"bptt", "dsr", "hlop", "ide", "opzo", "ottt", "sltt", "spide"} <= set(FILES)
     for stem in FILES:
         assert len(rule_classes(stem)) == 1, f"rules/{stem}.py must define one public Rule"
         assert Path(__file__).with_name(f"test_{stem}.py").exists(), f"rules/{stem}.py needs tests/rules/test_{stem}.py"

@@ -6,15 +6,18 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.data.tasks import Permuted
 from pipeline.models.mlp import mlp
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe import Phase, Recipe, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.hlop import HLOP
+from pipeline.rules.ide import IDE
 from pipeline.rules.opzo import OPZO
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
+from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.limit import SpectralLimit
-from pipeline.spiking.neuron import LIF
+from pipeline.spiking.neuron import IF, LIF
 from pipeline.spiking.synapse import Conv2d, Linear
 from pipeline.worker import check_recipe
 from tests.rules.small import batch, lif_network
@@ -50,8 +53,8 @@ def network_with(*modules: nn.Module) -> nn.Module:
         (lambda: attached(HLOP(SLTT(), rows=((3, 4),))), r"HLOP\(SLTT\): rows must name one for each of 0, 2, 4; got \(3, 4\)"),
         (lambda: attached(HLOP(SLTT(), rows=ROWS, learning_rate=(1, 2))), r"HLOP\(SLTT\): learning_rate must name one for each"),
         (
-            lambda: attached(HLOP(SLTT(), rows=((3, 4, 3), (4, 1, 1)))),
-            r"rows of all tasks must fit into the 6 inputs of 0; got 7",
+            lambda: attached(HLOP(SLTT(), rows=((7, 4, 3), (4, 1, 1)))),
+            r"HLOP\(SLTT\): rows must fit into the 6 inputs of 0; got 7",
         ),
         (
             lambda: HLOP(SLTT(), rows=ROWS, learn_from="rates").check_steps(4),
@@ -138,17 +141,33 @@ def test_labels_are_distinct():
             {"model.weights": "standardized"},
             r"HLOP\(SLTT\): every layer must be a plain .*; got standardized weights at layers\.0",
         ),
-        ({"rule.rows": ((3, 9), (1, 1))}, r"rows of all tasks must fit into the 8 inputs of classifier; got 10"),
+        ({"rule.rows": ((3, 8), (1, 2))}, r"rows of all 2 tasks must fit into the 8 inputs of classifier; got 10"),
     ],
 )
 def test_a_recipe_is_refused_before_anything_is_launched(changes, message):
     recipe = small_recipe(
-        model=spec(mlp, in_features=64, hidden=(8,)), rule=spec(HLOP, inner=spec(SLTT), rows=((3, 2), (1, 1)))
+        model=spec(mlp, in_features=64, hidden=(8,)),
+        rule=spec(HLOP, inner=spec(SLTT), rows=((3, 2), (1, 1))),
+        phases=tuple(Phase(name=f"order-{task}", data=spec(Permuted, task=task)) for task in range(2)),
     ).override({"optimizer.weight_decay": 0.0})
     assert Recipe.from_json(recipe.to_json()) == recipe
     check_recipe(recipe, 1)
     with pytest.raises(ValueError, match=message):
         check_recipe(recipe.override(changes), 1)
+
+
+def test_a_recipe_of_one_task_has_nothing_to_protect():
+    recipe = small_recipe(model=spec(mlp, in_features=64, hidden=(8,)), rule=spec(HLOP, inner=spec(SLTT), rows=((3, 2),)))
+    with pytest.raises(ValueError, match=r"HLOP\(SLTT\): .* a recipe must have 2 phases or more; got 1"):
+        check_recipe(recipe.override({"optimizer.weight_decay": 0.0}), 1)
+
+
+def test_rates_of_an_equilibrium_are_not_heard():
+    feedback = Linear(4, 4, bias=False)
+    model = nn.Sequential(Equilibrium(inject=Linear(6, 4), feedback=feedback, neurons=[IF()], synapses=[]), Linear(4, 3))
+    rule = HLOP(IDE(), rows=((1, 1, 1),), learn_from="rates")
+    with pytest.raises(ValueError, match=r"HLOP\(IDE\): an equilibrium is run one step at a time, so learn_from must not be"):
+        rule.attach(model, over_time="mean")
 
 
 def test_rows_must_fit_all_tasks_that_come():

@@ -340,6 +340,14 @@ def too_strong() -> nn.Module:
     return model
 
 
+def test_a_loss_that_is_not_finite_is_not_blamed_on_the_solve():
+    rule, model = IDE(), smallest_model()
+    rule.attach(model, over_time="mean")
+    (objective,) = rule.objectives(model, torch.rand(3, 4, FEATURES), lambda logits_BK: logits_BK.sum() * math.nan)
+    with pytest.raises(ValueError, match=r"IDE: the gradient of the loss must be finite; got nan"):
+        objective.backward.backward()
+
+
 def test_a_solve_that_diverges_says_what_to_do(monkeypatch):
     monkeypatch.setattr(Equilibrium, "_simulate", lambda self, x_TB, current_1B: torch.full((1, 4, 1), 0.3).double())
     x_TB = torch.full((1, 4, 1), -0.5).double()

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def smallest_model() -> nn.Sequential:
 def contract_rules() -> list[OPZO]:
     return [
         OPZO(),
-        OPZO(local_readouts=True, intermediate=(0,), distribution="rademacher"),
+        OPZO(local_readouts=True, intermediate=(1,), distribution="rademacher"),
         OPZO("random"),
         OPZO("single_point", inject="membrane", antithetic=False),
     ]
@@ -54,7 +55,7 @@ def contract_rules() -> list[OPZO]:
 def quiet_rules() -> list[OPZO]:
     return [
         OPZO(**IMPERCEPTIBLE),
-        OPZO(local_readouts=True, intermediate=(0,), distribution="rademacher", **IMPERCEPTIBLE),
+        OPZO(local_readouts=True, intermediate=(1,), distribution="rademacher", **IMPERCEPTIBLE),
         OPZO("random"),
         OPZO("single_point", antithetic=False, **IMPERCEPTIBLE),
     ]
@@ -343,7 +344,7 @@ def test_the_matrix_behind_the_last_hidden_layer_is_that_of_the_readout():
 
 
 def test_labels():
-    rules = [*contract_rules(), OPZO(local_readouts=True), OPZO("random", intermediate=(0, 2))]
+    rules = [*contract_rules(), OPZO(local_readouts=True), OPZO("random", intermediate=(1, 2))]
     expected = ["OPZO", "OPZO-LL-IGL", "OPZO-DFA", "OPZO-ZO", "OPZO-LL", "OPZO-DFA-IGL"]
     assert [rule.label for rule in rules] == expected
 
@@ -395,6 +396,9 @@ def a_neuron_twice() -> nn.Module:
         (lambda: OPZO("random", inject="membrane"), r"OPZO: inject has no effect with .* got inject='membrane'"),
         (lambda: OPZO("random", antithetic=False), r"OPZO: antithetic has no effect with .* got antithetic=False"),
         (lambda: OPZO(momentum=1), r"OPZO: momentum must be at least 0 and below 1; got momentum=1"),
+        (lambda: OPZO(intermediate=(0, 1)), r"OPZO: intermediate must be 1 or more, .* got \(0, 1\)"),
+        (lambda: OPZO(intermediate="12"), r"OPZO: intermediate must be places of hidden layers, .* got \('1', '2'\)"),  # type: ignore[arg-type]
+        (lambda: OPZO(noise=math.nan), r"OPZO: noise must be > 0, .* got noise=nan"),
         (lambda: OPZO(intermediate=(1, 0)), r"OPZO: intermediate must be places of hidden layers, .* got \(1, 0\)"),
         (lambda: OPZO().attach(lif_network(), over_time="mean"), r"OPZO: the loss of the mean logits needs all T steps"),
         (lambda: OPZO().attach(nn.Sequential(Linear(2, 2))), r"OPZO: the model must have LIF neurons, .* got Sequential"),
@@ -409,7 +413,7 @@ def a_neuron_twice() -> nn.Module:
             r"OPZO: the layers with weights must be .* torch's Linear at 0",
         ),
         (lambda: OPZO(local_readouts=True).attach(lif_network()), r"OPZO-LL: .* got none at layer 0, 1 of 0\.\.1"),
-        (lambda: OPZO(intermediate=(0, 4)).attach(smallest_model()), r"OPZO-IGL: .* got none at layer 4 of 0\.\.1"),
+        (lambda: OPZO(intermediate=(1, 4)).attach(smallest_model()), r"OPZO-IGL: .* got none at layer 4 of 0\.\.1"),
         (
             lambda: run(nf_resnet18_small(3, in_channels=1, width=4, blocks=(1, 1)), torch.randn(2, 2, 1, 8, 8)),
             r"OPZO: a stream that passes by the neurons .* got stem\..* with a path to stages\.0\.0\.first\.neuron and to ",

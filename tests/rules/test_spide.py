@@ -373,7 +373,8 @@ def batch_of_12():
     ("build", "message"),
     [
         (lambda: SPIDE(0), r"SPIDE: the backward phase needs steps >= 1; got steps=0"),
-        (lambda: SPIDE(scale=0), r"SPIDE: scale must be > 0; got scale=0"),
+        (lambda: SPIDE(scale=0), r"SPIDE: scale must be > 0 and finite; got scale=0"),
+        (lambda: SPIDE(scale=math.inf), r"SPIDE: scale must be > 0 and finite; got scale=inf"),
         (lambda: SPIDE(threshold=-1), r"SPIDE: threshold must be > 0; got threshold=-1"),
         (lambda: SPIDE(leak=0), r"SPIDE: leak must be > 0 and at most 1; got leak=0"),
         (lambda: SPIDE().attach(lif_network(), over_time="mean"), r"SPIDE: the model must have one equilibrium, .* got none in"),
