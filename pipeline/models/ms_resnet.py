@@ -23,6 +23,7 @@ from pipeline.models.residual import Blocks, Layer, Norm, Over
 from pipeline.models.sew_resnet import resnet_layers
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
+from pipeline.spiking.still import OncePerImage
 from pipeline.spiking.surrogate import Rectangle
 from pipeline.spiking.synapse import Linear
 
@@ -74,10 +75,10 @@ class MSResNet(nn.Module):
             raise ValueError(f"MSResNet: shortcut must be 'membrane' or 'multiple'; got shortcut={shortcut!r}")
         factory = Blocks(shortcut=shortcut, neuron=neuron, norm=norm, over=over, norm_gain=THRESHOLD)
         if stem == "one":
-            self.stem = factory.currents(Layer(in_channels, width, 7, stem_stride))
+            self.stem = OncePerImage.of(factory.currents(Layer(in_channels, width, 7, stem_stride)))
         else:
             first, second, third = Layer(in_channels, width, 3, stem_stride, True), *[Layer(width, width, 3, 1, True)] * 2
-            self.stem = nn.Sequential(factory.synapse(first), factory.synapse(second), factory.currents(third))
+            self.stem = OncePerImage(factory.synapse(first), factory.synapse(second), factory.currents(third))
         depth, share = sum(blocks), iter(range(sum(blocks)))
         stages = []
         channels = width

@@ -21,6 +21,7 @@ from pipeline.models.parts import standardized_conv
 from pipeline.models.residual import Blocks, Pool
 from pipeline.models.sew_resnet import resnet_layers
 from pipeline.spiking.neuron import LIF
+from pipeline.spiking.still import OncePerImage
 from pipeline.spiking.synapse import Linear
 
 
@@ -55,7 +56,7 @@ class NFResNet(nn.Module):
         if stem not in ("imagenet", "small"):
             raise ValueError(f"NFResNet: stem must be 'imagenet' or 'small'; got stem={stem!r}")
         factory = Blocks(shortcut="membrane", neuron=neuron, norm="sws")
-        self.stem = nn.Sequential()
+        self.stem = OncePerImage()
         if stem == "imagenet":
             self.stem.extend([standardized_conv(in_channels, width, 7, stride=2), Pool(nn.AvgPool2d(3, stride=2, padding=1))])
         else:

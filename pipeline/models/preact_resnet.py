@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from pipeline.models.parts import one_more
 from pipeline.models.rate_head import RateHead
+from pipeline.models.residual import Pool
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, rate_readout
-from pipeline.spiking.synapse import Conv2d, Linear, folded
+from pipeline.spiking.still import OncePerImage
+from pipeline.spiking.synapse import Conv2d, Linear
 
 Over = Literal["step", "time"]
 Stem = Literal["imagenet", "small"]
@@ -78,11 +80,10 @@ class PreActResNet(nn.Module):
             raise ValueError(f"PreActResNet: stem must be 'imagenet' or 'small'; got stem={stem!r}")
         if head not in ("rate", "linear"):
             raise ValueError(f"PreActResNet: head must be 'rate' or 'linear'; got head={head!r}")
-        self.stem = nn.Sequential()
-        self.stem_pool = None
+        self.stem, self.stem_spikes = OncePerImage(), nn.Sequential()
         if stem == "imagenet":
-            self.stem.extend([_conv(in_channels, width, 7, stride=2), BatchNorm(width, over=over), one_more(neuron)])
-            self.stem_pool = nn.AvgPool2d(3, stride=2, padding=1)
+            self.stem.extend([_conv(in_channels, width, 7, stride=2), BatchNorm(width, over=over)])
+            self.stem_spikes.extend([one_more(neuron), Pool(nn.AvgPool2d(3, stride=2, padding=1))])
         else:
             self.stem.append(_conv(in_channels, width, 3))
         stages = []
@@ -101,10 +102,8 @@ class PreActResNet(nn.Module):
         self.readout = rate_readout(neuron) if head == "linear" else nn.Identity()
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
-        h = self.stem(x_TBCHW)
-        if self.stem_pool is not None:
-            h = folded(self.stem_pool, h)
-        return self.readout(self.classifier(self.neuron(self.norm(self.stages(h))).mean((3, 4))))
+        h = self.stages(self.stem_spikes(self.stem(x_TBCHW)))
+        return self.readout(self.classifier(self.neuron(self.norm(h)).mean((3, 4))))
 
 
 def preact_resnet18(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pipeline.models.attention import SelfAttention, TokenQK
 from pipeline.models.residual import Blocks, Layer, Norm, Over, Shortcut
 from pipeline.spiking.neuron import LIF
+from pipeline.spiking.still import OncePerImage
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Linear
 
@@ -105,7 +106,7 @@ class Embed(nn.Module):
         super().__init__()
         self.stem = nn.Sequential()
         if stem_channels is not None:
-            self.stem.append(blocks.currents(Layer(stem_channels, in_channels, 3, pools=True)))
+            self.stem.append(OncePerImage.of(blocks.currents(Layer(stem_channels, in_channels, 3, pools=True))))
             if blocks.carries_spikes:
                 self.stem.append(blocks.neuron())
         layers = [Layer(in_channels, channels, 3, pools=True), Layer(channels, channels, 3)]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pipeline.models.parts import initialized_as_relu
 from pipeline.models.residual import Blocks, Layer, Over, Pool
 from pipeline.spiking.neuron import IF
+from pipeline.spiking.still import OncePerImage
 from pipeline.spiking.surrogate import ATan
 from pipeline.spiking.synapse import Linear
 
@@ -61,7 +62,7 @@ class SEWResNet(nn.Module):
             raise ValueError(f"SEWResNet: shortcut must be 'sew' or 'post_activation'; got shortcut={shortcut!r}")
         factory = Blocks(shortcut=shortcut, neuron=neuron, over=over)
         self.stem = nn.Sequential(
-            factory.currents(Layer(in_channels, width, 7, stride=2)),
+            OncePerImage.of(factory.currents(Layer(in_channels, width, 7, stride=2))),
             factory.neuron(),
             Pool(nn.MaxPool2d(3, stride=2, padding=1)),
         )

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.spiking.encode import is_still, repeat
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import WeightedRates
 
@@ -217,19 +218,31 @@ def steps_share(logits_TBK: Tensor, loss_of: LossOf, *, steps: int) -> tuple[Ten
 def slices(x_TB: Tensor, chunk: int | None) -> Iterator[Tensor]:
     """The input of an online rule, `chunk` steps at a time (None: all), each slice in storage of its own.
 
-    The first synapse keeps its input for the backward. A slice that is a view would keep, and count as, all T steps; a
-    slice of a repeated frame is as small as the frame and is not copied.
+    The first synapse keeps its input for the backward. A slice that is a view would keep, and count as, all T steps; the
+    slices of a still image share one frame and stay still.
     """
-    for x_cB in x_TB.split(chunk or len(x_TB)):
-        whole = x_cB.untyped_storage().nbytes() > x_cB.numel() * x_cB.element_size()
-        yield x_cB.clone() if whole else x_cB
+    size = chunk or len(x_TB)
+    if is_still(x_TB):
+        yield from repeat(_own(x_TB[0]), len(x_TB)).split(size)
+    else:
+        for x_cB in x_TB.split(size):
+            yield _own(x_cB)
+
+
+def _own(x: Tensor) -> Tensor:
+    """`x` in storage that holds nothing else."""
+    return x.clone() if x.untyped_storage().nbytes() > x.numel() * x.element_size() else x
 
 
 def cut_in_time(rule: Rule, model: nn.Module) -> None:
     """Whatever `model` carries from one time step to the next becomes a constant: membranes, and feedback between steps."""
-    for module in model.modules():
-        if hasattr(module, "carry"):
-            rule.set_seam(module, "carry", torch.detach)
+    for module in carriers(model):
+        rule.set_seam(module, "carry", torch.detach)
+
+
+def carriers(model: nn.Module) -> list[nn.Module]:
+    """The modules whose `state` crosses a time step by way of their `carry`."""
+    return [module for module in model.modules() if hasattr(module, "carry")]
 
 
 def refuse_whole_time(rule: Rule, model: nn.Module) -> None:

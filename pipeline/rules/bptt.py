@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.rules.base import LossOf, Objective, OverTime, Rule, slices, steps_share
+from pipeline.rules.base import LossOf, Objective, OverTime, Rule, carriers, slices, steps_share
 from pipeline.spiking.recompute import Recomputed
-from pipeline.spiking.state import fresh_state, states_of
+from pipeline.spiking.state import State, fresh_state
+from pipeline.spiking.still import Sharing, images_computed_once
 
 
 class BPTT(Rule):
@@ -67,9 +68,10 @@ class BPTT(Rule):
 
     def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
         steps = x_TB.shape[0]
-        with fresh_state(model):
+        backwards = "one" if self.truncate is None else "several"
+        with fresh_state(model), images_computed_once(model, steps=steps, backwards=backwards) as images:
             if self.truncate is not None:
-                yield from self._in_pieces(model, x_TB, loss_of)
+                yield from self._in_pieces(model, x_TB, loss_of, images)
             elif self.recompute:
                 yield self._computed_twice(model, x_TB, loss_of)
             else:
@@ -82,11 +84,14 @@ class BPTT(Rule):
             return steps_share(logits_TBK, loss_of, steps=logits_TBK.shape[0])
         return loss_of(logits_TBK.mean(0)), logits_TBK.detach().mean(0)
 
-    def _in_pieces(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf) -> Iterator[Objective]:
-        for x_cB in slices(x_TB, self.chunk):
-            loss, share_BK = steps_share(model(x_cB), loss_of, steps=x_TB.shape[0])
+    def _in_pieces(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, images: Sharing) -> Iterator[Objective]:
+        steps = x_TB.shape[0]
+        for first, x_cB in zip(range(0, steps, self.chunk or 1), slices(x_TB, self.chunk), strict=True):
+            images.is_last = first + len(x_cB) == steps
+            loss, share_BK = steps_share(model(x_cB), loss_of, steps=steps)
             yield Objective(backward=loss, loss=loss.detach(), logits=share_BK)
-            for state in states_of(model):
+            for module in carriers(model):
+                state: State = module.state  # type: ignore[assignment]
                 state.values.update({name: value.detach() for name, value in state.values.items()})
 
     def _computed_twice(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf) -> Objective:

@@ -3,6 +3,7 @@
 # T time, B batch, K classes
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from pipeline.rules.base import (
     steps_share,
 )
 from pipeline.spiking.state import fresh_state
+from pipeline.spiking.still import images_computed_once
 from pipeline.spiking.trace import Trace, refuse_batch_norm, running_order, the_leak, traceable_synapses
 
 
@@ -89,8 +91,13 @@ class OTTT(Rule):
 
     def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
         steps = x_TB.shape[0]
-        with fresh_state(model):
-            for x_cB in slices(x_TB, self.chunk):
+        last = (steps - 1) // (self.chunk or steps)
+        # What OTTT-O computes before the first neuron changes with the weights, at every step.
+        once = images_computed_once(model, steps=steps, backwards="several") if self.update == "batch" else nullcontext()
+        with fresh_state(model), once as images:
+            for index, x_cB in enumerate(slices(x_TB, self.chunk)):
+                if images is not None:
+                    images.is_last = index == last
                 logits_TBK = model(x_cB) if self._order_is_known else self._checked(model, x_cB)
                 loss, share_BK = steps_share(logits_TBK, loss_of, steps=steps)
                 yield Objective(backward=loss, loss=loss.detach(), logits=share_BK)

@@ -20,6 +20,7 @@ from pipeline.rules.base import (
 )
 from pipeline.spiking.neuron import named_neurons
 from pipeline.spiking.state import fresh_state
+from pipeline.spiking.still import images_computed_once
 
 
 class SLTT(Rule):
@@ -76,10 +77,12 @@ class SLTT(Rule):
         steps = x_TB.shape[0]
         k = steps if self.k is None else self.k
         selected = selected_steps(steps, k, seed=self.world.seed, step=step)
+        last = selected[-1] // (self.chunk or steps)
         scale = steps / k if self.rescale else 1.0
-        with fresh_state(model):
+        with fresh_state(model), images_computed_once(model, steps=steps, backwards="several") as images:
             for index, x_cB in enumerate(slices(x_TB, self.chunk)):
                 learns = k == steps or index in selected
+                images.is_last = index == last
                 # The block ends before the yield: a generator suspended inside it would switch off the consumer's graph.
                 with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
                     logits_TBK = model(x_cB)

@@ -19,11 +19,19 @@ def over_steps(x_B: Tensor, steps: int) -> Tensor:
     return x_B.transpose(0, 1).contiguous()
 
 
-def repeat(x_BCHW: Tensor, steps: int) -> Tensor:
-    """The same frame at each of `steps` time steps: `[B, C, H, W]` to `[T, B, C, H, W]`, a view that copies nothing.
+def repeat(x_B: Tensor, steps: int) -> Tensor:
+    """The same frame at each of `steps` time steps: `[B, ...]` to `[T, B, ...]`, a view that copies nothing.
 
     Raises: ValueError for fewer than one step.
     """
     if steps < 1:
         raise ValueError(f"repeat: steps must be >= 1; got steps={steps}")
-    return x_BCHW.unsqueeze(0).expand(steps, *x_BCHW.shape)
+    return x_B.unsqueeze(0).expand(steps, *x_B.shape)
+
+
+def is_still(x_TB: Tensor) -> bool:
+    """Whether all time steps are one frame, as `repeat` makes them; slices along T stay so, and frames that are equal are not.
+
+    What maps each step by itself then maps one frame: `folded` and the layers of `pipeline.spiking` do, and hand on a view.
+    """
+    return x_TB.stride(0) == 0

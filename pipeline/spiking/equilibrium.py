@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.spiking.encode import is_still
 from pipeline.spiking.neuron import LIF, identity, named_neurons
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateNeuron
@@ -115,10 +116,10 @@ class Equilibrium(nn.Module):
     def _implicit(self, x_TB: Tensor, adjoint: Adjoint) -> Tensor:
         if self.state.read("steps") is not None:
             raise ValueError("Equilibrium: with an adjoint a batch is one call on all T steps; got a second slice of it")
-        is_still = x_TB.shape[0] == 1 or x_TB.stride(0) == 0
-        current_1B = self.inject(x_TB[:1] if is_still else weighted_mean(x_TB, self.leak))
+        same = x_TB.shape[0] == 1 or is_still(x_TB)
+        current_1B = self.inject(x_TB[:1] if same else weighted_mean(x_TB, self.leak))
         with torch.no_grad(), evaluated_norms(self):
-            a_1B = self._simulate(x_TB, current_1B if is_still else None)
+            a_1B = self._simulate(x_TB, current_1B if same else None)
         return self._at_rest(a_1B, current_1B, adjoint)
 
     def _simulate(self, x_TB: Tensor, current_1B: Tensor | None) -> Tensor:

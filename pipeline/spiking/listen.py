@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.spiking.encode import is_still
 from pipeline.spiking.rate import rate_weights
 from pipeline.spiking.subspace import Moments, Subspace
 from pipeline.spiking.synapse import Conv2d, Linear
@@ -41,7 +42,7 @@ class Ear:
         if self.heard is None:
             self.heard = self.moments(self.subspace)
         with torch.autocast(x_TB.device.type, enabled=False):
-            if x_TB.stride(0) == 0:  # one frame, repeated: every mean over time is the frame
+            if is_still(x_TB):  # every mean over time is the frame
                 x_TB = x_TB[:1]
             elif self.leak is not None:
                 x_TB = torch.einsum("t,tb...->b...", rate_weights(self.leak, x_TB), x_TB.to(self.subspace.old.dtype)).unsqueeze(0)

@@ -7,15 +7,22 @@ Two named choices, both part of the model and so of the study:
 `over="time"` takes them over T and B together, as most published Transformers do; online rules refuse it.
 `between="rank"` normalises by each rank's own samples; `between="world"` by all ranks' samples, exactly, whatever the
 local batch sizes (torch's SyncBatchNorm runs on CUDA alone, checked on torch 2.13).
+
+A still image (`encode.is_still`) has the same statistics at every step: they are taken once, and the running ones end where
+all steps would have brought them.
 """
 
 # T time, B batch, C channels, R ranks
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+
+from pipeline.spiking.encode import is_still, repeat
 
 
 class BatchNorm(nn.Module):
@@ -52,6 +59,7 @@ class BatchNorm(nn.Module):
         self.over = over
         self.between = between
         self.frozen = False
+        self.stands_for: int | None = None
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -60,6 +68,8 @@ class BatchNorm(nn.Module):
     def forward(self, x_TBC: Tensor) -> Tensor:
         if x_TBC.dim() < 3 or x_TBC.shape[2] != self.channels:
             raise ValueError(f"BatchNorm: the input must be [T, B, {self.channels}, ...]; got shape {tuple(x_TBC.shape)}")
+        if self.stands_for is not None or is_still(x_TBC):
+            return repeat(self._normalize(x_TBC[0], self.stands_for or len(x_TBC)), len(x_TBC))
         if self.uses_batch and self.over == "step":
             return torch.stack([self._normalize(x_BC) for x_BC in x_TBC.unbind(0)])
         return self._normalize(x_TBC.flatten(0, 1)).view_as(x_TBC)
@@ -69,27 +79,53 @@ class BatchNorm(nn.Module):
         """Whether the statistics are the batch's own, rather than the running ones."""
         return self.training and not self.frozen
 
-    def _normalize(self, x_NC: Tensor) -> Tensor:
+    def _normalize(self, x_NC: Tensor, times: int = 1) -> Tensor:
+        """`times`: how many time steps of these very values there are."""
         if self.uses_batch and self.between == "world" and distributed.is_initialized():
-            return self._normalize_over_ranks(x_NC)
-        return F.batch_norm(
-            x_NC, self.running_mean, self.running_var, self.weight, self.bias, self.uses_batch, self.momentum, self.eps
-        )
+            return self._normalize_over_ranks(x_NC, times)
+        if not self.uses_batch or times == 1:
+            return F.batch_norm(
+                x_NC, self.running_mean, self.running_var, self.weight, self.bias, self.uses_batch, self.momentum, self.eps
+            )
+        # With momentum 1, what the running statistics become is the batch's.
+        mean_C, var_C = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+        y_NC = F.batch_norm(x_NC, mean_C, var_C, self.weight, self.bias, True, 1.0, self.eps)
+        count = x_NC.numel() // self.channels
+        self._move(mean_C, var_C * ((count - 1) / count), count, times)
+        return y_NC
 
-    def _normalize_over_ranks(self, x_NC: Tensor) -> Tensor:
+    def _normalize_over_ranks(self, x_NC: Tensor, times: int) -> Tensor:
         wide_NC = x_NC.to(torch.promote_types(x_NC.dtype, torch.float32))
         mean_C, var_C, count = moments_over_ranks(wide_NC)
-        with torch.no_grad():
-            unbiased_C = var_C * (count / (count - 1))
-            self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(unbiased_C.to(self.running_var.dtype), self.momentum)
+        self._move(mean_C, var_C, count, times)
         shape = (-1, *[1] * (x_NC.dim() - 2))
         scale_C = self.weight * torch.rsqrt(var_C + self.eps)
         y_NC = (wide_NC - mean_C.view(shape)) * scale_C.view(shape) + self.bias.view(shape)
         return y_NC.to(x_NC.dtype)
 
+    @torch.no_grad()
+    def _move(self, mean_C: Tensor, var_C: Tensor, count: Tensor | int, times: int) -> None:
+        """The running statistics, by mean and biased variance of `count` samples at each of `times` equal steps."""
+        moves, samples = (times, count) if self.over == "step" else (1, count * times)
+        part = 1 - (1 - self.momentum) ** moves  # so many moves towards one value
+        self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), part)
+        self.running_var.lerp_((var_C * (samples / (samples - 1))).to(self.running_var.dtype), part)
+
     def extra_repr(self) -> str:
         return f"{self.channels}, eps={self.eps}, momentum={self.momentum}, over={self.over!r}, between={self.between!r}"
+
+
+@contextmanager
+def standing_for(model: nn.Module, steps: int) -> Iterator[None]:
+    """Inside, the slices that batch norms under `model` see are one frame, which stands for so many time steps."""
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    for norm in norms:
+        norm.stands_for = steps
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.stands_for = None
 
 
 def moments_over_ranks(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.spiking.encode import is_still, repeat
+
 STANDARDIZATION_EPS = 1e-4
 
 Weights = Literal["plain", "standardized"]
@@ -35,7 +37,9 @@ BackwardWeight = Callable[[Tensor], Tensor]
 
 
 def folded(op: Callable[[Tensor], Tensor], x_TB: Tensor) -> Tensor:
-    """Apply a map without memory to all time steps at once: `[T, B, ...]` as a batch of T * B."""
+    """Apply a map without memory to all time steps at once: `[T, B, ...]` as a batch of T * B; to a still image, once."""
+    if is_still(x_TB):
+        return repeat(op(x_TB[0]), len(x_TB))
     return op(x_TB.flatten(0, 1)).unflatten(0, x_TB.shape[:2])
 
 
@@ -58,6 +62,8 @@ class Linear(nn.Linear):
             raise ValueError(f"Linear: the input must be time first, [T, B, ..., C]; got shape {tuple(input.shape)}")
         weight = effective_weight(self) if weight is None else weight
         if self.presynaptic is None and self.backward_weight is None:
+            if is_still(input):
+                return repeat(F.linear(input[0], weight, self.bias), len(input))
             return F.linear(input, weight, self.bias)
         x_TB, factor_TB, weight, bias = _operands(input, self.presynaptic, weight, self.bias)
         return _LinearWithSeams.apply(x_TB, factor_TB, weight, bias, self.backward_weight)  # type: ignore[return-value]
@@ -99,8 +105,8 @@ class Conv2d(nn.Conv2d):
             return folded(lambda x_NCHW: self._conv_forward(x_NCHW, weight, self.bias), input)
         x_TB, factor_TB, weight, bias = _operands(input, self.presynaptic, weight, self.bias)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        operands = (factor_TB.flatten(0, 1), weight, bias, self.backward_weight, geometry)
-        return folded(lambda x_NCHW: _ConvWithSeams.apply(x_NCHW, *operands), x_TB)  # type: ignore[arg-type]
+        operands = (x_TB.flatten(0, 1), factor_TB.flatten(0, 1), weight, bias, self.backward_weight, geometry)
+        return _ConvWithSeams.apply(*operands).unflatten(0, input.shape[:2])  # type: ignore[union-attr]  # apply is untyped
 
 
 def effective_weight(synapse: Linear | Conv2d) -> Tensor:

@@ -1,0 +1,92 @@
+"""What a still image saves: step time with what stands before the first neuron computed once, against computed at every step.
+
+Command:  python -m benchmarks.still [--rule bptt|sltt|ottt] [--batches 6] [--side 160] [--size 2] [--threads 1]
+Result:   not run.
+
+Two copies of a QKFormer (10-384 as published, but one block in its last stage) with the same weights see the same random
+images, one as `encode.repeat` gives them and one as a recording of equal frames, which is computed frame by frame; whoever comes
+first takes turns, so that drift of the machine falls on both alike. Timed are forward, loss and backward of all T steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pipeline.launch.drive import commit
+from pipeline.measure.memory import hardware
+from pipeline.models.qkformer import QKFormer
+from pipeline.objective import CrossEntropy
+from pipeline.rules.base import Rule
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.ottt import OTTT
+from pipeline.rules.sltt import SLTT
+from pipeline.spiking.encode import repeat
+
+CLASSES, WARM_UP = 13, 1
+NETWORK = partial(QKFormer, channels=384, depth=4, heads=6, classes=CLASSES)
+RULES: dict[str, Callable[[], Rule]] = {"bptt": BPTT, "sltt": SLTT, "ottt": OTTT}
+
+
+class Trainee:
+    """A network of its own under one rule."""
+
+    def __init__(self, rule: str) -> None:
+        torch.manual_seed(0)
+        # OTTT has no trace for batch norm.
+        self.network = NETWORK(shortcut="multiple", norm="sws") if rule == "ottt" else NETWORK()
+        self.rule = RULES[rule]()
+        self.rule.attach(self.network)
+        self.seconds: list[float] = []
+
+    def learn(self, x_TB: Tensor, target_B: Tensor) -> None:
+        began = time.perf_counter()
+        for objective in self.rule.objectives(self.network, x_TB, CrossEntropy()(target_B)):
+            if objective.backward is not None:
+                objective.backward.backward()
+        self.seconds.append(time.perf_counter() - began)
+        self.network.zero_grad()
+
+    def median(self) -> float:
+        return statistics.median(self.seconds[WARM_UP:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--rule", choices=sorted(RULES), default="sltt")
+    parser.add_argument("--batches", type=int, default=6)
+    parser.add_argument("--side", type=int, default=160)
+    parser.add_argument("--size", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for steps in (2, 4):
+        compare(arguments.rule, steps, batches=arguments.batches, side=arguments.side, size=arguments.size)
+
+
+def compare(rule: str, steps: int, *, batches: int, side: int, size: int) -> float:
+    """The median time of a batch of still images over that of the same frames as a recording."""
+    still, recording = Trainee(rule), Trainee(rule)
+    for index in range(WARM_UP + batches):
+        x_TB, target_B = repeat(torch.randn(size, 3, side, side), steps), torch.randint(CLASSES, (size,))
+        pairs = [(still, x_TB), (recording, x_TB.contiguous())]
+        for trainee, frames_TB in pairs if index % 2 else reversed(pairs):
+            trainee.learn(frames_TB, target_B)
+    ratio = still.median() / recording.median()
+    machine = hardware()
+    print(
+        f"{rule}, {side} px, T = {steps}, batch {size}, {batches} interleaved batches, {torch.get_num_threads()} threads: "
+        f"once {still.median():.3f} s, at every step {recording.median():.3f} s, ratio {ratio:.3f} "
+        f"(commit {commit()}, {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']})"
+    )
+    return ratio
+
+
+if __name__ == "__main__":
+    main()
