@@ -66,6 +66,15 @@ class Beton:
     def check(self) -> None:
         self._files.check()
 
+    def groups(self, use: Name, *, by: str) -> list[str]:
+        """What each sample belongs with, at its place in the file, as `Batch.index` counts.
+
+        Of a set of stamps `groups("val", by="object")[i]` is the object that evaluation image i shows.
+
+        Raises: DataError if the samples are not grouped so.
+        """
+        return self._files.groups(use, by)
+
     def of_classes(self, classes: tuple[int, ...]) -> "Beton":
         """The same sets without the samples of other classes; labels stay as they are."""
         narrowed = copy.copy(self)

@@ -74,6 +74,18 @@ class Files:
         order = ValOrder(samples=len(ids), ids=ids, rank=rank, world=world, micro_batch=micro_batch)
         return self.path("train" if self.held_out else "val"), order
 
+    def groups(self, use: Name, by: str) -> list[str]:
+        """What each sample of the file that `use` reads belongs with, at its place in the file (`Batch.index`).
+
+        Raises: DataError if the file's manifest does not group its samples so.
+        """
+        path = self.path("train" if self.held_out else use)
+        groups = self.manifest("train" if self.held_out else use).groups
+        if by not in groups:
+            known = f"by {', '.join(sorted(groups))}" if groups else "not at all"
+            raise DataError(f"{self.owner}: {path} must group its samples by {by!r}; it groups them {known}")
+        return groups[by]
+
     def _ids(self, use: Name) -> NDArray[np.int64]:
         if self.held_out:
             train, chosen_on = held_out(self.manifest("train").samples, self.held_out)
