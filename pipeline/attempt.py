@@ -19,6 +19,7 @@ import torch
 
 from pipeline.backend.base import Backend
 from pipeline.checkpoint import Checkpoints
+from pipeline.data.mixing import Mixing
 from pipeline.evaluate import Evaluation, evaluate, inputs
 from pipeline.job import Job
 from pipeline.loop import MicroBatch, train
@@ -51,6 +52,7 @@ class Parts:
     loaders: Loaders
     stretches: tuple[Stretch, ...]
     """of each task, by the loaders' numbers"""
+    mixing: Mixing | None
     meters: Meters
     checkpoints: Checkpoints
     trainer: dict[str, Any] | None
@@ -132,10 +134,14 @@ class Attempt:
         for index in range(self.parts.split.accumulation):
             with self.meters.waiting():
                 batch = next(source)
-                x_TB = over_steps(batch.x.to(self.parts.device, non_blocking=True), self.recipe.time_steps)
+                x_B = batch.x.to(self.parts.device, non_blocking=True)
                 target_B = batch.target.to(self.parts.device, non_blocking=True)
             first = (index * workers + self.ranks.rank) * micro
-            yield MicroBatch(x_TB, target_B, range(first, first + micro), micro / self.recipe.batch_size)
+            rows = range(first, first + micro)
+            if self.parts.mixing is not None:
+                place = {"seed": self.recipe.seed, "step": self.step, "rows": rows}
+                x_B, target_B = self.parts.mixing(x_B, target_B, classes=self.tasks[self.stretch.index].data.classes, **place)
+            yield MicroBatch(over_steps(x_B, self.recipe.time_steps), target_B, rows, micro / self.recipe.batch_size)
 
     def _between_batches(self, epoch: int, *, last: bool) -> None:
         """Log, look whether somebody asked to stop, and save where it is time; an epoch's end is saved after its evaluation."""

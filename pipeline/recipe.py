@@ -61,6 +61,8 @@ class Recipe:
     batch_size: int
     """samples in one global batch, whatever the number of workers"""
     epochs: int
+    mixing: Spec | None = None
+    """-> pipeline.data.mixing.Mixing: Mixup and CutMix of the training batches; None: samples as they are"""
     phases: tuple[Phase, ...] = ()
     """tasks to learn one after another; none: the data as it is"""
     over_time: Literal["steps", "mean"] = "steps"
@@ -244,7 +246,8 @@ class Recipe:
 
     def _encoded(self, *, paths: bool) -> dict[str, Any]:
         fields = {each.name: encode(getattr(self, each.name), paths=paths) for each in dataclasses.fields(self)}
-        return fields if self.phases else {name: value for name, value in fields.items() if name != "phases"}
+        absent = [name for name in ("mixing", "phases") if not getattr(self, name)]  # a recipe without them keeps its study key
+        return {name: value for name, value in fields.items() if name not in absent}
 
 
 def _field_names(recipe: Recipe | type[Recipe]) -> list[str]:

@@ -19,6 +19,7 @@ from pipeline.backend.base import Backend
 from pipeline.backend.plain import Plain
 from pipeline.checkpoint import Checkpoints
 from pipeline.data.base import Data
+from pipeline.data.mixing import Mixing
 from pipeline.job import REFUSAL, Job, Place
 from pipeline.measure.meters import Meters
 from pipeline.phases import Stretch, stretch_at, timetable
@@ -90,6 +91,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, began: float
     network, rule, loaders = ranks.together(
         lambda: _own_parts(job, place, recipe, split, world, tracker, is_fresh=checkpoint is None)
     )
+    mixing = ranks.together(lambda: build_mixing(recipe, split))
     backend = ranks.together(lambda: build_backend(recipe, network, rule, split))
     seed_everything(recipe.seed + 1 + ranks.rank)  # dropout and its like: not the same on two ranks
     lengths = [(task.epochs, steps) for task, (_, steps) in zip(loaders.tasks, loaders.lengths, strict=True)]
@@ -106,6 +108,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, began: float
         schedule=build_schedule(recipe, backend.optimizer, stretches),
         loaders=loaders,
         stretches=stretches,
+        mixing=mixing,
         meters=Meters(network, batch_size=recipe.batch_size, device=ranks.device),
         checkpoints=checkpoints,
         trainer=None if checkpoint is None else checkpoints.load(checkpoint, backend, rule),
@@ -175,7 +178,7 @@ def first_batches(recipe: Recipe, data: Data, count: int, device: torch.device) 
 
 def check_recipe(recipe: Recipe, workers: int) -> nn.Module:
     """Refuse what does not fit together, before anything is launched; needs no data file. The network that was made for it."""
-    recipe.split(workers)
+    build_mixing(recipe, recipe.split(workers))
     network = build_network(recipe, tasks_of(recipe))
     if recipe.init is not None:
         load_start(network, Path(recipe.init))
@@ -228,6 +231,14 @@ def build_backend(recipe: Recipe, network: nn.Module, rule: Rule, split: Split) 
         precision=recipe.precision,
         clip_norm=recipe.clip_norm,
     )
+
+
+def build_mixing(recipe: Recipe, split: Split) -> Mixing | None:
+    if recipe.mixing is None:
+        return None
+    mixing: Mixing = recipe.mixing.build()
+    mixing.check(micro_batch=split.micro_batch)
+    return mixing
 
 
 def check_data(data: Data, job: Job, *, every_page: bool) -> None:
