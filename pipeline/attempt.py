@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from pipeline.backend.base import Backend
-from pipeline.checkpoint import Checkpoints
+from pipeline.checkpoint import Checkpoints, weights_of
 from pipeline.data.mixing import Mixing
 from pipeline.evaluate import Evaluation, evaluate, inputs
 from pipeline.job import Job
@@ -200,7 +200,7 @@ class Attempt:
         recipe, limit, results = self.recipe, self.recipe.evaluate_samples, []
         most = None if limit is None else len(range(self.ranks.rank, limit, self.ranks.size))
         self.meters.note_peaks()
-        with self.ranks.averaged(self.backend.network):
+        with self._published():
             for index, task in enumerate(self.tasks[: self.stretch.index + 1]):
                 task.choose_head(self.backend.network)
                 with closing(self.parts.loaders.val(index)) as val_set:
@@ -208,6 +208,12 @@ class Attempt:
                     results.append(evaluate(self.backend.model, batches, recipe.objective.build(), over_time=recipe.over_time))
         self.meters.forget_peaks()  # what evaluation held is not what training needs
         return results
+
+    @contextmanager
+    def _published(self) -> Iterator[None]:
+        """Inside, the network is what is evaluated and published: an average of its weights where the recipe asks for one."""
+        with self.backend.published(), self.ranks.averaged(self.backend.network):
+            yield
 
     def _save(self, *, score: float | None) -> None:
         kept = (*self.backend.network.parameters(), *(b for b in self.parts.rule.buffers() if b.is_floating_point()))
@@ -236,8 +242,11 @@ class Attempt:
             "totals": asdict(totals),
             "learnt": asdict(self.learnt),
         }
+        with self._published():
+            weights = weights_of(self.backend.network) if self.ranks.rank == 0 else None
         with self.ranks.averaged(self.backend.network) as buffers:
-            saved = self.parts.checkpoints.save(self.step, self.backend, self.parts.rule, trainer, buffers=buffers)
+            state = {"buffers": buffers, "weights": weights}
+            saved = self.parts.checkpoints.save(self.step, self.backend, self.parts.rule, trainer, **state)
         self.saved_at = time.monotonic()
         self.tracker.event(
             "checkpoint", sync=True, step=self.step, path=str(saved.path), seconds=saved.seconds, bytes=saved.bytes

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.attempt import Attempt, Parts
+from pipeline.backend.averaged import Averaged
 from pipeline.backend.base import Backend
 from pipeline.backend.plain import Plain
 from pipeline.checkpoint import Checkpoints
@@ -216,6 +217,11 @@ def build_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, stretches: 
 
 
 def build_backend(recipe: Recipe, network: nn.Module, rule: Rule, split: Split) -> Backend:
+    backend = _plain_or_deepspeed(recipe, network, rule, split)
+    return Averaged(backend, decay=recipe.ema_decay) if recipe.ema_decay else backend
+
+
+def _plain_or_deepspeed(recipe: Recipe, network: nn.Module, rule: Rule, split: Split) -> Backend:
     def optimizer_of(network: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(recipe, network, rule)
 

@@ -91,6 +91,26 @@ def test_mixed_batches_are_the_same_after_a_restart_and_in_micro_batches(tmp_pat
     assert max(float((whole[key] - plain[key]).abs().max()) for key in whole) > 1e-3
 
 
+def test_an_average_of_the_weights_goes_on_to_the_same_bits_and_moves_none_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_recipe(ema_decay=0.8)
+    train_inline(tmp_path / "whole", recipe)
+    with monkeypatch.context() as patch:
+        die_at(patch, 5)
+        with pytest.raises(Killed):
+            train_inline(tmp_path / "broken", recipe)
+    train_inline(tmp_path / "broken", recipe)
+    assert same_weights(tmp_path / "whole", tmp_path / "broken")
+    train_inline(tmp_path / "plain", small_recipe())
+    assert not same_weights(tmp_path / "whole", tmp_path / "plain")
+    states = [
+        torch.load(step_folders(tmp_path / name / "checkpoints")[-1] / "plain" / "state.pt", weights_only=True)["network"]
+        for name in ("whole", "plain")
+    ]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
 def test_a_micro_batch_that_parts_neighbours_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Mixing: a micro-batch must be even, .*; got 1"):
         train_inline(tmp_path / "run", small_recipe(mixing=spec(Mixing, mixup=0.5), micro_batch=1))
@@ -167,8 +187,9 @@ def test_checkpoints_hold_everything_that_a_resume_needs(tmp_path: Path) -> None
     )
 
 
-def test_loaded_in_python_the_network_gives_the_evaluated_accuracy(tmp_path: Path) -> None:
-    recipe = small_recipe(epochs=6)
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_loaded_in_python_the_network_gives_the_evaluated_accuracy(tmp_path: Path, ema_decay: float) -> None:
+    recipe = small_recipe(epochs=6, ema_decay=ema_decay)
     summary = train_inline(tmp_path / "run", recipe)
     network = pipeline.load(tmp_path / "run")
     assert not network.training
