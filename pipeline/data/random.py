@@ -6,6 +6,8 @@ with splitmix64's increment g and its finaliser `mix`, all modulo 2^64.
 
 Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014, doi:10.1145/2660193.2660195 (the finaliser
 is Stafford's variant 13).
+
+The views of a sample that one epoch holds several of (`repeats` in order.py) differ in the second part, epoch + copy 2^32.
 """
 
 from collections.abc import Callable
