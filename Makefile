@@ -8,13 +8,16 @@ WORKERS ?= 2
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test test-full clean
+.PHONY: help setup pictures demo check format test test-full clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## system packages, .venv, the package and what it needs; safe to repeat
 	@infra/setup.sh
+
+pictures: ## the photographs that `spiketrain write stamps` is made of: three packages of Debian, 260 MB
+	@infra/setup.sh --pictures
 
 demo: setup ## write Fashion-MNIST, train by several rules on $(WORKERS) workers, compare
 	$(BIN)/spiketrain write fashion --out data/fashion --existing keep

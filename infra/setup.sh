@@ -4,6 +4,7 @@
 #
 #   infra/setup.sh              all of it
 #   infra/setup.sh --system     only the system packages
+#   infra/setup.sh --pictures   only the photographs that `spiketrain write stamps` is made of
 #   infra/setup.sh --runtime    only the system packages that a finished .venv needs to run (the second stage of the image)
 #
 #   PYTHON=/path/to/python3.12  which interpreter; otherwise that of .venv, then python3, then python3.11 to python3.13
@@ -20,6 +21,7 @@ readonly RUNTIME_LIST=$VENV/runtime-packages
 # FFCV is built from source against OpenCV and libjpeg-turbo, and loops in numba's TBB layer, which looks for the system's libtbb.
 # The opencv-python that it asks for loads libGL.
 readonly PACKAGES=(build-essential pkg-config libopencv-dev libturbojpeg0-dev libtbb12 libgl1)
+readonly PICTURES=(tuxpaint-stamps-default mate-backgrounds plasma-workspace-wallpapers) # 260 MB: only when asked for
 readonly OPTIONAL=(dataset-fashion-mnist) # the images of the demo, where the distribution has them
 
 main() {
@@ -30,8 +32,9 @@ main() {
     case "${1:-}" in
         "") is_current || install_everything ;;
         --system) install_system_packages ;;
+        --pictures) install_pictures ;;
         --runtime) install_runtime_packages ;;
-        *) fail "unknown option $1; known: --system, --runtime" ;;
+        *) fail "unknown option $1; known: --system, --pictures, --runtime" ;;
     esac
 }
 
@@ -143,6 +146,11 @@ install_system_packages() {
     python=$(find_python) || fail "needs Python 3.11, 3.12 or 3.13; this distribution's python3 is $(python_version python3). Install one and name it: PYTHON=/path/to/python3.12 make setup"
     has_venv "$python" || fail "$python cannot make virtual environments: its modules venv and ensurepip are missing"
     has_headers "$python" || fail "$python has no C headers (Python.h), which FFCV's build needs"
+}
+
+install_pictures() {
+    command -v apt-get >/dev/null || fail "this system has no apt-get; unpack Debian's packages ${PICTURES[*]}, and name their usr/share: spiketrain write stamps --source DIR"
+    apt_install "${PICTURES[@]}"
 }
 
 apt_install() {

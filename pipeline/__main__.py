@@ -362,6 +362,36 @@ def write_events(
         _report(write(name, out, progress=told, max_bad=max_bad, **how, **options))
 
 
+@write_app.command("stamps", epilog="Example: spiketrain write stamps --out data/stamps-0 --size 160 --split 0 --workers 2")
+def write_stamps(
+    out: Out,
+    size: Annotated[int, typer.Option("--size", help="pixels a side")] = 160,
+    split: Annotated[int, typer.Option("--split", help="which quarter of the objects evaluates: 0, 1 or 2")] = 0,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="training scenes")] = 5200,
+    val_samples: Annotated[int, typer.Option("--val-samples", min=1, help="evaluation scenes")] = 1040,
+    smallest: Annotated[float, typer.Option("--smallest", help="least share of a scene's side that its object takes")] = 0.5,
+    content_seed: Annotated[int, typer.Option("--content-seed", min=0, help="selects the scenes, not the split")] = 0,
+    source: Annotated[
+        Path | None, typer.Option("--source", help="where the packages' pictures are; without it /usr/share")
+    ] = None,
+    mode: Annotated[Literal["jpg", "raw"], typer.Option("--mode", help="how pixels are stored")] = "jpg",
+    quality: Annotated[int | None, typer.Option("--quality", min=1, max=100, help="of JPEGs; without it 90")] = None,
+    workers: Writers = 1,
+    existing: OnExisting = "refuse",
+) -> None:
+    """Scenes of 300 cut-out photographs in 13 classes, on photographs; what is tested was never seen in training.
+
+    Their pictures come with Debian: apt install tuxpaint-stamps-default mate-backgrounds plasma-workspace-wallpapers.
+    """
+    from pipeline.data.progress import progress
+    from pipeline.data.stamps.write import write_stamps as write
+
+    options = {"size": size, "split": split, "samples": samples, "val_samples": val_samples, "smallest": smallest}
+    how = {"content_seed": content_seed, "source": source, "mode": mode, "quality": quality}
+    with progress("stamps") as told:
+        _report(write(out, workers=workers, progress=told, existing=existing, **options, **how))
+
+
 def _end(folders: list[Path] | None, runs: Path) -> None:
     """The table of what was trained; somebody who stopped the training gets the shell's code for that."""
     if folders is None:

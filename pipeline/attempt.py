@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from pipeline.backend.base import Backend
-from pipeline.checkpoint import Checkpoints
+from pipeline.checkpoint import Checkpoints, weights_of
+from pipeline.data.mixing import Mixing
 from pipeline.evaluate import Evaluation, evaluate, inputs
 from pipeline.job import Job
 from pipeline.loop import MicroBatch, train
@@ -52,6 +53,7 @@ class Parts:
     loaders: Loaders
     stretches: tuple[Stretch, ...]
     """of each task, by the loaders' numbers"""
+    mixing: Mixing | None
     teaching: Teaching | None
     meters: Meters
     checkpoints: Checkpoints
@@ -136,13 +138,17 @@ class Attempt:
                 batch = next(source)
                 x_B = batch.x.to(self.parts.device, non_blocking=True)
                 target_B = batch.target.to(self.parts.device, non_blocking=True)
+            first = (index * workers + self.ranks.rank) * micro
+            rows = range(first, first + micro)
+            if self.parts.mixing is not None:
+                place = {"seed": self.recipe.seed, "step": self.step, "rows": rows}
+                x_B, target_B = self.parts.mixing(x_B, target_B, classes=self.tasks[self.stretch.index].data.classes, **place)
             teacher_BK = None
             if self.parts.teaching is not None:
                 with self.meters.teaching():
                     teacher_BK = self.parts.teaching(x_B, batch.index, self.stretch.epoch(self.step))
             x_TB = over_steps(x_B, self.recipe.time_steps)
-            first = (index * workers + self.ranks.rank) * micro
-            yield MicroBatch(x_TB, target_B, range(first, first + micro), micro / self.recipe.batch_size, teacher_BK)
+            yield MicroBatch(x_TB, target_B, rows, micro / self.recipe.batch_size, teacher_BK)
 
     def _between_batches(self, epoch: int, *, last: bool) -> None:
         """Log, look whether somebody asked to stop, and save where it is time; an epoch's end is saved after its evaluation."""
@@ -202,7 +208,7 @@ class Attempt:
         most = None if limit is None else len(range(self.ranks.rank, limit, self.ranks.size))
         loss_for = recipe.objective.build().labels
         self.meters.note_peaks()
-        with self.ranks.averaged(self.backend.network):
+        with self._published():
             for index, task in enumerate(self.tasks[: self.stretch.index + 1]):
                 task.choose_head(self.backend.network)
                 with closing(self.parts.loaders.val(index)) as val_set:
@@ -210,6 +216,12 @@ class Attempt:
                     results.append(evaluate(self.backend.model, batches, loss_for, over_time=recipe.over_time))
         self.meters.forget_peaks()  # what evaluation held is not what training needs
         return results
+
+    @contextmanager
+    def _published(self) -> Iterator[None]:
+        """Inside, the network is what is evaluated and published: an average of its weights where the recipe asks for one."""
+        with self.backend.published(), self.ranks.averaged(self.backend.network):
+            yield
 
     def _save(self, *, score: float | None) -> None:
         kept = (*self.backend.network.parameters(), *(b for b in self.parts.rule.buffers() if b.is_floating_point()))
@@ -238,8 +250,11 @@ class Attempt:
             "totals": asdict(totals),
             "learnt": asdict(self.learnt),
         }
+        with self._published():
+            weights = weights_of(self.backend.network) if self.ranks.rank == 0 else None
         with self.ranks.averaged(self.backend.network) as buffers:
-            saved = self.parts.checkpoints.save(self.step, self.backend, self.parts.rule, trainer, buffers=buffers)
+            state = {"buffers": buffers, "weights": weights}
+            saved = self.parts.checkpoints.save(self.step, self.backend, self.parts.rule, trainer, **state)
         self.saved_at = time.monotonic()
         self.tracker.event(
             "checkpoint", sync=True, step=self.step, path=str(saved.path), seconds=saved.seconds, bytes=saved.bytes

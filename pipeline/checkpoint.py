@@ -82,10 +82,12 @@ class Checkpoints:
         trainer: Mapping[str, Any],
         *,
         buffers: Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> Saved:
         """Write a checkpoint; collective. When it returns on rank 0, the checkpoint is whole and on disk.
 
         `buffers` are this rank's own running statistics, where the network holds the mean over ranks while it is saved.
+        `weights` are those to publish; None: the network's as they are.
         """
         begun = time.monotonic()
         final = self.folder / step_name(step)
@@ -99,8 +101,7 @@ class Checkpoints:
         _barrier()
         size = 0
         if self.rank == 0:
-            weights = {name: value.detach().cpu().contiguous().clone() for name, value in backend.network.state_dict().items()}
-            save_file(weights, temp / WEIGHTS)
+            save_file(dict(weights_of(backend.network) if weights is None else weights), temp / WEIGHTS)
             if rule.state_dict():
                 torch.save(rule.state_dict(), temp / "rule.pt")
             _write_json(temp / TRAINER, {**trainer, "step": step})
@@ -165,6 +166,11 @@ class Checkpoints:
         doomed = self.folder / f".deleting-{self.attempt}-{path.name}"
         path.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def weights_of(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of them on the CPU, as they are published."""
+    return {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
 
 
 # ------------------------------------------------------------------------------------------------- reading, for anybody

@@ -21,6 +21,7 @@ class MicroBatch(NamedTuple):
 
     x_TB: Tensor
     target_B: Tensor
+    """a class [B], or shares of the classes [B,K]"""
     rows: range
     """place of each sample in the global batch: what a rule draws for a sample depends on it, never on ranks"""
     share: float

@@ -3,6 +3,8 @@
 A recipe's objective is a value: called with the targets of one micro-batch it gives a fresh `loss_of`, which a rule then
 calls on logits, once per time step in time order (`over_time="steps"`) or once on the mean (`"mean"`). Objectives that
 distil are in distill.py.
+
+A target is a class, int64 [B], or, of samples that were mixed, each class's share, float [B,K].
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class CrossEntropy:
     Args:
         label_smoothing: share of the target's probability that is spread over all classes.
         mse: weight of the regulariser on the raw logits; 0 leaves it out.
-        goal: what the regulariser pulls logits to: a constant 1 for every class, or the one-hot target.
+        goal: what the regulariser pulls logits to: a constant 1 for every class, or the target as shares of the classes.
 
     Source: Meng et al. 2023 (SLTT), arXiv:2302.14311; the constant goal goes back to Deng et al. 2022 (TET), arXiv:2202.11946.
     """
@@ -81,13 +83,14 @@ class CrossEntropy:
 
         def loss_of(logits_BK: Tensor) -> Tensor:
             logits_BK = widened(logits_BK)
-            loss = F.cross_entropy(logits_BK, target_B, label_smoothing=self.label_smoothing)
+            wanted = target_B if target_B.dim() == 1 else target_B.to(logits_BK.dtype)
+            loss = F.cross_entropy(logits_BK, wanted, label_smoothing=self.label_smoothing)
             if self.mse == 0:
                 return loss
             if self.goal == "ones":
                 goal_BK = torch.ones_like(logits_BK)
             else:
-                goal_BK = F.one_hot(target_B, logits_BK.shape[-1]).to(logits_BK.dtype)
+                goal_BK = wanted if wanted.dim() == 2 else F.one_hot(wanted, logits_BK.shape[-1]).to(logits_BK.dtype)
             return (1 - self.mse) * loss + self.mse * F.mse_loss(logits_BK, goal_BK)
 
         return loss_of

@@ -64,6 +64,8 @@ class Recipe:
     batch_size: int
     """samples in one global batch, whatever the number of workers"""
     epochs: int
+    mixing: Spec | None = None
+    """-> pipeline.data.mixing.Mixing: Mixup and CutMix of the training batches; None: samples as they are"""
     teacher: Spec | None = None
     """called with the data -> pipeline.teachers.base.Teacher, whose answers the objective distils; None: labels alone"""
     phases: tuple[Phase, ...] = ()
@@ -76,6 +78,8 @@ class Recipe:
     precision: Literal["fp32", "bf16"] = "fp32"
     clip_norm: float = 0.0
     """largest gradient norm of a global batch; 0 switches clipping off"""
+    ema_decay: float = 0.0
+    """of a running average of the weights, 0.9999 for example, which is then what is evaluated and published; 0: no average"""
     backend: Literal["deepspeed", "plain"] = "deepspeed"
     zero: Literal[0, 1, 2] = 0
     """DeepSpeed's ZeRO stage"""
@@ -111,6 +115,8 @@ class Recipe:
         for name in ("clip_norm", "checkpoint_every", "checkpoint_minutes", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"recipe: {name} must not be negative; got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"recipe: ema_decay must be in 0..1, 1 excluded; got {self.ema_decay}")
         if self.backend == "plain" and self.zero:
             raise ValueError(f"recipe: zero={self.zero} needs backend='deepspeed'; got backend='plain'")
         if os.sep in self.name or self.name.strip() in ("", ".", ".."):
@@ -250,7 +256,8 @@ class Recipe:
 
     def _encoded(self, *, paths: bool) -> dict[str, Any]:
         fields = {each.name: encode(getattr(self, each.name), paths=paths) for each in dataclasses.fields(self)}
-        absent = [name for name in ("phases", "teacher") if not getattr(self, name)]  # a recipe without them keeps its study key
+        # A recipe without them keeps its study key.
+        absent = [name for name in ("mixing", "teacher", "phases", "ema_decay") if not getattr(self, name)]
         return {name: value for name, value in fields.items() if name not in absent}
 
 

@@ -68,6 +68,13 @@ def build_teacher(recipe: Recipe, data: Data) -> Teacher:
         raise ValueError(f"recipe: a teacher knows the classes of one data set, so it takes no phases; got {len(recipe.phases)}")
     with torch.random.fork_rng(devices=[]):
         teacher: Teacher = recipe.teacher.build(data)
+    repeats = recipe.data.kwargs.get("repeats", 1)
+    if teacher.cache is not None and (recipe.mixing is not None or repeats > 1):
+        mixing = None if recipe.mixing is None else recipe.mixing.label
+        raise ValueError(
+            "recipe: a teacher's cache keeps one answer for each sample of an epoch, so it takes neither mixed nor repeated samples; "
+            f"leave teacher.cache out; got mixing={mixing}, repeats={repeats}"
+        )
     return teacher
 
 

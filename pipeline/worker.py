@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.attempt import Attempt, Parts
+from pipeline.backend.averaged import Averaged
 from pipeline.backend.base import Backend
 from pipeline.backend.plain import Plain
 from pipeline.checkpoint import Checkpoints
 from pipeline.data.base import Data
+from pipeline.data.mixing import Mixing
 from pipeline.job import REFUSAL, Job, Place
 from pipeline.measure.meters import Meters
 from pipeline.objective import Loss
@@ -93,6 +95,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, began: float
     network, rule, loaders = ranks.together(
         lambda: _own_parts(job, place, recipe, split, world, tracker, is_fresh=checkpoint is None)
     )
+    mixing = ranks.together(lambda: build_mixing(recipe, split))
     backend = ranks.together(lambda: build_backend(recipe, network, rule, split))
     seed_everything(recipe.seed + 1 + ranks.rank)  # dropout and its like: not the same on two ranks
     lengths = [(task.epochs, steps) for task, (_, steps) in zip(loaders.tasks, loaders.lengths, strict=True)]
@@ -117,6 +120,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, began: float
         schedule=build_schedule(recipe, backend.optimizer, stretches),
         loaders=loaders,
         stretches=stretches,
+        mixing=mixing,
         teaching=teaching,
         meters=Meters(network, batch_size=recipe.batch_size, device=ranks.device),
         checkpoints=checkpoints,
@@ -199,7 +203,7 @@ def first_batches(recipe: Recipe, data: Data, count: int, device: torch.device) 
 
 def check_recipe(recipe: Recipe, workers: int) -> nn.Module:
     """Refuse what does not fit together, before anything is launched; needs no data file. The network that was made for it."""
-    recipe.split(workers)
+    build_mixing(recipe, recipe.split(workers))
     tasks = tasks_of(recipe)
     network = build_network(recipe, tasks)
     if recipe.init is not None:
@@ -261,6 +265,11 @@ def build_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, stretches: 
 
 
 def build_backend(recipe: Recipe, network: nn.Module, rule: Rule, split: Split) -> Backend:
+    backend = _plain_or_deepspeed(recipe, network, rule, split)
+    return Averaged(backend, decay=recipe.ema_decay) if recipe.ema_decay else backend
+
+
+def _plain_or_deepspeed(recipe: Recipe, network: nn.Module, rule: Rule, split: Split) -> Backend:
     def optimizer_of(network: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(recipe, network, rule)
 
@@ -276,6 +285,14 @@ def build_backend(recipe: Recipe, network: nn.Module, rule: Rule, split: Split) 
         precision=recipe.precision,
         clip_norm=recipe.clip_norm,
     )
+
+
+def build_mixing(recipe: Recipe, split: Split) -> Mixing | None:
+    if recipe.mixing is None:
+        return None
+    mixing: Mixing = recipe.mixing.build()
+    mixing.check(micro_batch=split.micro_batch)
+    return mixing
 
 
 def check_data(data: Data, job: Job, *, every_page: bool) -> None:

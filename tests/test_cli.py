@@ -30,7 +30,7 @@ def spiketrain(*words: str, cwd: Path | None = None) -> subprocess.CompletedProc
     return subprocess.run([sys.executable, "-m", "pipeline", *words], capture_output=True, text=True, timeout=110, cwd=cwd)
 
 
-WRITE = ["write fashion", "write folder", "write events"]
+WRITE = ["write fashion", "write folder", "write events", "write stamps"]
 COMMANDS = ["launch", "resume", "evaluate", "export", "carryover", "compare", "show", "runs", *WRITE, "verify", "sync"]
 
 

@@ -35,6 +35,21 @@ def test_the_mixture_with_a_squared_error(goal: str, wanted: list[list[int]]) ->
     assert loss == pytest.approx(0.95 * by_hand(0.0) + 0.05 * squared, abs=1e-12)
 
 
+@pytest.mark.parametrize("objective", [CrossEntropy(label_smoothing=0.1), CrossEntropy(mse=0.3)])
+def test_a_mixed_target_has_the_mixture_of_the_losses(objective: CrossEntropy) -> None:
+    """Both terms without a square of the target are linear in it."""
+    other = torch.tensor([0, 0])
+    shares = 0.7 * torch.nn.functional.one_hot(TARGET, 3).double() + 0.3 * torch.nn.functional.one_hot(other, 3).double()
+    expected = 0.7 * float(objective(TARGET)(LOGITS)) + 0.3 * float(objective(other)(LOGITS))
+    assert float(objective(shares)(LOGITS)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_squared_error_pulls_to_a_mixed_target() -> None:
+    shares = torch.tensor([[0.25, 0.0, 0.75], [0.0, 1.0, 0.0]])
+    loss = float(CrossEntropy(mse=1.0, goal="one_hot")(shares)(LOGITS))
+    assert loss == pytest.approx(float(((LOGITS - shares) ** 2).mean()), abs=1e-12)
+
+
 def test_half_precision_is_widened_first() -> None:
     loss = CrossEntropy()(TARGET)(LOGITS.bfloat16())
     assert loss.dtype == torch.float32

@@ -12,6 +12,7 @@ from timm.optim import create_optimizer_v2
 
 from pipeline.data.beton import Beton
 from pipeline.data.events import Events
+from pipeline.data.mixing import Mixing
 from pipeline.data.synthetic import Synthetic
 from pipeline.models.late import late
 from pipeline.models.mlp import mlp
@@ -64,6 +65,7 @@ def test_a_value_of_the_wrong_type_is_refused(kwargs: dict[str, Any], said: str)
         ({"batch_size": 2.5}, "batch_size must be int; got 2.5"),
         ({"over_time": "sum"}, "over_time must be one of 'steps', 'mean'; got 'sum'"),
         ({"clip_norm": -1.0}, "clip_norm must not be negative"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in 0\.\.1, 1 excluded; got 1\.0"),
         ({"backend": "plain", "zero": 1}, "zero=1 needs backend='deepspeed'"),
         ({"rule": SLTT}, "rule must be Spec"),
         ({"name": "a/b"}, "name becomes a folder's name"),
@@ -195,6 +197,13 @@ def test_a_global_batch_splits_exactly(batch: int, micro: int | None, workers: i
 def test_a_batch_that_does_not_divide_names_sizes_that_do() -> None:
     with pytest.raises(ValueError, match="must divide by 3 workers; got 32, near it 30 and 33 do"):
         small().split(3)
+
+
+def test_a_recipe_keeps_its_study_key_when_recipes_learn_more() -> None:
+    """What is left out is not written: the keys of published studies stay."""
+    written = small().to_json()["recipe"]
+    assert not {"phases", "mixing", "ema_decay"} & set(written)
+    assert "mixing" in small(mixing=spec(Mixing, mixup=0.2)).to_json()["recipe"]
 
 
 def test_the_study_key_ignores_rule_seed_name_and_paths_and_nothing_else() -> None:

@@ -13,6 +13,7 @@ import torch
 import pipeline
 from pipeline.attempt import Attempt
 from pipeline.checkpoint import read_trainer, step_folders
+from pipeline.data.mixing import Mixing
 from pipeline.data.synthetic import Synthetic, SyntheticLoader
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.ranks import Refused
@@ -72,6 +73,47 @@ def test_accumulated_micro_batches_train_the_same_network(tmp_path: Path) -> Non
     train_inline(tmp_path / "b", small_recipe(micro_batch=2))
     a, b = (pipeline.load(tmp_path / name).state_dict() for name in "ab")
     assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-5
+
+
+def test_mixed_batches_are_the_same_after_a_restart_and_in_micro_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = small_recipe(mixing=spec(Mixing, mixup=0.5, cutmix=1.0))
+    train_inline(tmp_path / "whole", recipe)
+    with monkeypatch.context() as patch:
+        die_at(patch, 5)
+        with pytest.raises(Killed):
+            train_inline(tmp_path / "broken", recipe)
+    train_inline(tmp_path / "broken", recipe)
+    assert same_weights(tmp_path / "whole", tmp_path / "broken")
+    train_inline(tmp_path / "micro", replace(recipe, micro_batch=2))
+    train_inline(tmp_path / "plain", small_recipe())
+    whole, micro, plain = (pipeline.load(tmp_path / name).state_dict() for name in ("whole", "micro", "plain"))
+    assert max(float((whole[key] - micro[key]).abs().max()) for key in whole) < 1e-5
+    assert max(float((whole[key] - plain[key]).abs().max()) for key in whole) > 1e-3
+
+
+def test_an_average_of_the_weights_goes_on_to_the_same_bits_and_moves_none_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_recipe(ema_decay=0.8)
+    train_inline(tmp_path / "whole", recipe)
+    with monkeypatch.context() as patch:
+        die_at(patch, 5)
+        with pytest.raises(Killed):
+            train_inline(tmp_path / "broken", recipe)
+    train_inline(tmp_path / "broken", recipe)
+    assert same_weights(tmp_path / "whole", tmp_path / "broken")
+    train_inline(tmp_path / "plain", small_recipe())
+    assert not same_weights(tmp_path / "whole", tmp_path / "plain")
+    states = [
+        torch.load(step_folders(tmp_path / name / "checkpoints")[-1] / "plain" / "state.pt", weights_only=True)["network"]
+        for name in ("whole", "plain")
+    ]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_a_micro_batch_that_parts_neighbours_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Mixing: a micro-batch must be even, .*; got 1"):
+        train_inline(tmp_path / "run", small_recipe(mixing=spec(Mixing, mixup=0.5), micro_batch=1))
 
 
 def test_a_stop_file_saves_after_the_step_and_the_run_goes_on(tmp_path: Path) -> None:
@@ -145,8 +187,9 @@ def test_checkpoints_hold_everything_that_a_resume_needs(tmp_path: Path) -> None
     )
 
 
-def test_loaded_in_python_the_network_gives_the_evaluated_accuracy(tmp_path: Path) -> None:
-    recipe = small_recipe(epochs=6)
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_loaded_in_python_the_network_gives_the_evaluated_accuracy(tmp_path: Path, ema_decay: float) -> None:
+    recipe = small_recipe(epochs=6, ema_decay=ema_decay)
     summary = train_inline(tmp_path / "run", recipe)
     network = pipeline.load(tmp_path / "run")
     assert not network.training

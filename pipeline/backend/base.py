@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +43,10 @@ class Backend(Protocol):
 
     def forget(self) -> None:
         """Give the optimizer the state and the settings back that it was made with, no momentum among them; weights stay."""
+        ...
+
+    def published(self) -> AbstractContextManager[None]:
+        """Inside, `network` holds what is evaluated and published: its weights, or an average of them. No step is made there."""
         ...
 
     def save(self, folder: Path) -> None:

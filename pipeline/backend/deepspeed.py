@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,9 @@ class DeepSpeed:
 
     def step(self) -> None:
         self._engine.step()
+
+    def published(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def save(self, folder: Path) -> None:
         with warnings.catch_warnings():

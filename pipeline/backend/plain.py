@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -51,6 +52,9 @@ class Plain:
             nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def published(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def save(self, folder: Path) -> None:
         if not distributed.is_initialized() or distributed.get_rank() == 0:

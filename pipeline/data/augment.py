@@ -1,7 +1,7 @@
 """From a stored image to a normalised float32 one, in one compiled loop: decode, crop, mirror, normalise, [H,W,C] to [C,H,W].
 
-Each random number is a pure function of (seed, epoch, sample, draw), so a sample comes out the same, bit for bit, in any thread,
-batch, rank and process. Compiled without fastmath; ratios come from a table, because `exp` depends on the machine's libm.
+Each random number is a pure function of (seed, epoch, copy, sample, draw), so a view comes out the same, bit for bit, in any
+thread, batch, rank and process. Compiled without fastmath; ratios come from a table, because `exp` depends on the machine's libm.
 
 FFCV's own decoders (1.0.2) draw from numba's generator of each thread, which no seed reaches, and ignore what `imdecode` returns.
 """
@@ -154,12 +154,13 @@ def functions() -> SimpleNamespace:
     @compiled_here
     def sample(b, indices_B, out_BCSS, keys, status, records, storage, options, area, ratios, table):
         file, addresses, sizes = storage
-        index = np.uint64(indices_B[b])
+        samples = np.uint64(len(records))
+        copy, index = np.uint64(indices_B[b]) // samples, np.uint64(indices_B[b]) % samples  # see reader.py
         record = records[index]
         address = record["data_ptr"]
         stored = file[address : address + sizes[np.searchsorted(addresses, address)]]
         h, w = np.int64(record["height"]), np.int64(record["width"])
-        seed, epoch = keys[b, 0], keys[b, 1]
+        seed, epoch = keys[b, 0], keys[b, 1] + (copy << s32)
         status[b, 0] = 0
         if record["mode"] == jpg:
             # Scratch memory here, not in FFCV's: that would be one image of the largest size for each sample in flight.

@@ -33,6 +33,7 @@ class Beton:
     `mean`, `std`: a value a channel, of pixels scaled to 0..1.
     `held_out`: the share of the training set to evaluate on in the place of the val set, and not to train on: a learning rate
     is chosen on it, for example with `--set data.held_out=0.1`.
+    `repeats`: how many views of each of its samples a training batch holds, and so how many epochs it takes to see all of them.
 
     Raises: DataError for options that contradict each other or have no effect.
     """
@@ -52,10 +53,11 @@ class Beton:
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
         held_out: float = 0.0,
+        repeats: int = 1,
     ) -> None:
         self.folder, self.classes, self.shape = Path(folder), classes, (channels, size, size)
         self.crop, self.flip, self.mean, self.std = crop, flip, tuple(mean), tuple(std)
-        self.held_out, self._files = held_out, Files("Beton", self.folder, classes, held_out)
+        self.held_out, self._files = held_out, Files("Beton", self.folder, classes, held_out, repeats=repeats)
         _check_options(self, area, ratio, reach)
         self.area, self.ratio = area or (0.08, 1.0), ratio or (3 / 4, 4 / 3)
         self.reach = 4 if reach is None else reach
@@ -65,6 +67,15 @@ class Beton:
 
     def check(self) -> None:
         self._files.check()
+
+    def groups(self, use: Name, *, by: str) -> list[str]:
+        """What each sample belongs with, at its place in the file, as `Batch.index` counts.
+
+        Of a set of stamps `groups("val", by="object")[i]` is the object that evaluation image i shows.
+
+        Raises: DataError if the samples are not grouped so.
+        """
+        return self._files.groups(use, by)
 
     def of_classes(self, classes: tuple[int, ...]) -> "Beton":
         """The same sets without the samples of other classes; labels stay as they are."""
@@ -131,6 +142,8 @@ def _check_options(data: Beton, area: tuple[float, float] | None, ratio: tuple[f
             "Beton: classes and size must be 1 or more, channels 1 or 3; "
             f"got classes={data.classes}, size={size}, channels={channels}"
         )
+    if data._files.repeats < 1:
+        raise DataError(f"Beton: repeats must be 1 or more; got {data._files.repeats}")
     if data.crop not in ("resized", "shift", "centre"):
         raise DataError(f"Beton: crop must be 'resized', 'shift' or 'centre'; got {data.crop!r}")
     if data.flip not in ("random", "never"):

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.machinery import PathFinder
 from multiprocessing import get_context
@@ -54,6 +54,7 @@ class Encoded:
     payload: bytes
     about: dict[str, int]  # what the file records of it beside its label, see format.py
     counted: dict[str, int]  # what the manifest adds up over the samples
+    groups: dict[str, str] = field(default_factory=dict)  # what the manifest keeps of each sample: what it belongs with
 
 
 @dataclass(frozen=True)

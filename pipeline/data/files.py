@@ -23,7 +23,7 @@ Name = Literal["train", "val"]
 @dataclass(frozen=True)
 class Files:
     """`owner` is the name that refusals begin with. `held_out`: the share of the training set to evaluate on, see order.py.
-    `only`: the labels whose samples are used; None: all.
+    `only`: the labels whose samples are used; None: all. `repeats`: views of each sample in a training batch, see order.py.
 
     Raises: DataError for a share outside 0..1.
     """
@@ -33,6 +33,7 @@ class Files:
     classes: int
     held_out: float
     only: tuple[int, ...] | None = None
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
@@ -66,13 +67,25 @@ class Files:
         """The file to train on, and in which order."""
         ids = self._ids("train")
         sizes = {"rank": rank, "world": world, "batch_size": batch_size, "micro_batch": micro_batch}
-        return self.path("train"), TrainOrder(samples=len(ids), ids=ids, seed=seed, **sizes)
+        return self.path("train"), TrainOrder(samples=len(ids), ids=ids, seed=seed, repeats=self.repeats, **sizes)
 
     def val_order(self, *, rank: int, world: int, micro_batch: int) -> tuple[Path, ValOrder]:
         """The file to evaluate on, and in which order: with a share held out, that share of the training file."""
         ids = self._ids("val")
         order = ValOrder(samples=len(ids), ids=ids, rank=rank, world=world, micro_batch=micro_batch)
         return self.path("train" if self.held_out else "val"), order
+
+    def groups(self, use: Name, by: str) -> list[str]:
+        """What each sample of the file that `use` reads belongs with, at its place in the file (`Batch.index`).
+
+        Raises: DataError if the file's manifest does not group its samples so.
+        """
+        path = self.path("train" if self.held_out else use)
+        groups = self.manifest("train" if self.held_out else use).groups
+        if by not in groups:
+            known = f"by {', '.join(sorted(groups))}" if groups else "not at all"
+            raise DataError(f"{self.owner}: {path} must group its samples by {by!r}; it groups them {known}")
+        return groups[by]
 
     def _ids(self, use: Name) -> NDArray[np.int64]:
         if self.held_out:

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class Manifest:
     pages: list[str]  # xxh3-64 of each
     skipped: list[dict[str, str]] = field(default_factory=list)  # images that could not be read, and why
     stored: dict[str, int] = field(default_factory=dict)  # images: how many "as it is", as "jpg", as "raw"; else what was counted
+    # By name of the grouping, one text a sample: samples with equal ones belong together, scenes of one "object" for example.
+    groups: dict[str, list[str]] = field(default_factory=dict)
     source: str = ""
     command: str = ""
     options: dict[str, Any] = field(default_factory=dict)
@@ -73,9 +75,9 @@ def read(path: Path) -> Manifest:
         if (version := body.pop("version", None)) != VERSION:
             raise DataError(f"data: {at} is of version {version!r}; this program reads {VERSION}")
         checksum = body.pop("checksum", None)
-        if checksum != _checksum({"format": FORMAT, "version": VERSION, **body}) or set(body) != {
-            f.name for f in fields(Manifest)
-        }:
+        known = {each.name: each.default is MISSING and each.default_factory is MISSING for each in fields(Manifest)}
+        needed = {name for name, is_needed in known.items() if is_needed}
+        if checksum != _checksum({"format": FORMAT, "version": VERSION, **body}) or not needed <= set(body) <= set(known):
             raise DataError(f"data: {at} is damaged: its own checksum differs; restore it or write the data again")
         manifest = Manifest(**body)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

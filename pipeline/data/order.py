@@ -13,7 +13,12 @@ from pipeline.data.random import HELD_OUT, ORDER, bits
 class TrainOrder:
     """The training order of one rank.
 
+    With `repeats` above 1, a global batch holds so many copies of batch_size / repeats samples, each copy another view: in row r
+    copy r // (batch_size / repeats). An epoch has as many steps as without, and so sees one in `repeats` of the samples.
+
     Raises: DataError if the sizes do not divide, or the set is smaller than one global batch.
+    Source of repeated augmentation: Hoffer et al. 2019, arXiv:1901.09335; the length of an epoch is that of Touvron et al. 2021
+    (DeiT), arXiv:2012.12877.
     """
 
     samples: int
@@ -22,11 +27,14 @@ class TrainOrder:
     world: int
     batch_size: int  # samples of a global batch, over all ranks and micro-batches
     micro_batch: int  # samples of one batch on one rank
+    repeats: int = 1
     ids: NDArray[np.int64] | None = field(default=None, compare=False)  # the `samples` of the file that are used; None: all
 
     def __post_init__(self) -> None:
         _check_rank(self.rank, self.world)
         _check_micro_batch(self.micro_batch)
+        if self.repeats < 1 or self.batch_size % self.repeats:
+            raise DataError(f"train: repeats must be 1 or more and divide batch_size={self.batch_size}; got {self.repeats}")
         if not 0 <= self.seed < 2**63:
             raise DataError(f"train: seed must be in 0..2^63-1; got {self.seed}")
         share = self.world * self.micro_batch
@@ -55,10 +63,17 @@ class TrainOrder:
         whole = self.steps * self.batch_size
         if start % self.batch_size or not 0 <= start <= whole:
             raise DataError(f"train: start must be a multiple of batch_size={self.batch_size} in 0..{whole}; got {start}")
-        order = permutation(self.samples, seed=self.seed, epoch=epoch)[start:whole]
+        order = permutation(self.samples, seed=self.seed, epoch=epoch)[start // self.repeats : whole // self.repeats]
         if self.ids is not None:
             order = self.ids[order]
+        distinct = self.batch_size // self.repeats
+        order = np.tile(order.reshape(-1, 1, distinct), (1, self.repeats, 1))
         return order.reshape(-1, self.world, self.micro_batch)[:, self.rank].reshape(-1)
+
+    def copies(self, *, start: int = 0) -> NDArray[np.int64]:
+        """Which copy of its sample each one of `epoch` is, 0 to repeats - 1: what its view is drawn for beside the epoch."""
+        rows = np.arange(self.batch_size).reshape(-1, self.world, self.micro_batch)[:, self.rank].reshape(-1)
+        return np.tile(rows // (self.batch_size // self.repeats), self.steps - start // self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +104,9 @@ class ValOrder:
             raise DataError(f"val: an evaluation starts at 0; got start={start}")
         places = np.arange(self.samples * self.rank // self.world, self.samples * (self.rank + 1) // self.world)
         return places if self.ids is None else self.ids[places]
+
+    def copies(self, *, start: int = 0) -> NDArray[np.int64]:
+        return np.zeros(len(self.epoch(0, start=start)), np.int64)
 
 
 def permutation(samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -6,6 +6,8 @@ with splitmix64's increment g and its finaliser `mix`, all modulo 2^64.
 
 Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014, doi:10.1145/2660193.2660195 (the finaliser
 is Stafford's variant 13).
+
+The views of a sample that one epoch holds several of (`repeats` in order.py) differ in the second part, epoch + copy 2^32.
 """
 
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 # Which draw means what. A new use takes new numbers: an old one never moves.
 ORDER, FLIP, SHIFT_Y, SHIFT_X = 0, 1, 2, 3
 HELD_OUT = 8
+MIX, MIX_BY_CUT, MIX_SHARE, MIX_Y, MIX_X = 96, 97, 98, 99, 100  # with the step for the epoch, see mixing.py
 CROP = 16  # attempt a of a random resized crop draws CROP + 4a + (0 area, 1 ratio, 2 top, 3 left)
 
 

@@ -79,8 +79,9 @@ class BetonLoader:
     @contextmanager
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Iterator[Batch]]:
         ids = self._order.epoch(epoch, start=start)
+        views = ids + len(self._labels) * self._order.copies(start=start)  # the loop takes it apart again
         # Sets torch's threads too, but in its own thread, which this one does not notice (torch 2.13).
-        reading = _Reading(self._ffcv, ids, seed=self._seed, epoch=epoch, hang_s=self._hang_s)
+        reading = _Reading(self._ffcv, views, seed=self._seed, epoch=epoch, hang_s=self._hang_s)
         self._open.append(reading)
         try:
             yield self._batches(reading, ids)

@@ -31,6 +31,7 @@ class Synthetic:
     Sample i is of class `i % classes`. The values of a recording are whole numbers, 0 or more, as counts of events are.
     `noise`: its standard deviation, in those of a pattern at full contrast.
     `augment`: "shift-flip" moves a training sample by up to max(1, H // 8) pixels (zeros come in) and mirrors every second one.
+    `repeats`: views of each of its samples in a training batch, see order.py.
     `content_seed`: selects patterns and noise; it belongs to the data, unlike the `seed` of `train`.
 
     Raises: DataError for sizes that make no set.
@@ -45,6 +46,7 @@ class Synthetic:
         val_samples: int = 128,
         noise: float = 0.5,
         augment: Literal["shift-flip", "none"] = "shift-flip",
+        repeats: int = 1,
         content_seed: int = 0,
     ) -> None:
         if min(samples, val_samples, classes, *shape) < 1 or len(shape) not in (3, 4):
@@ -54,13 +56,15 @@ class Synthetic:
             )
         if augment not in ("shift-flip", "none"):
             raise DataError(f"Synthetic: augment must be 'shift-flip' or 'none'; got {augment!r}")
+        if repeats < 1:
+            raise DataError(f"Synthetic: repeats must be 1 or more; got {repeats}")
         if noise < 0 or content_seed < 0:
             raise DataError(f"Synthetic: noise and content_seed must be 0 or more; got {noise} and {content_seed}")
         self.samples, self.val_samples, self.classes = samples, val_samples, classes
         self.shape = tuple(int(size) for size in shape)
         # To whoever must see pictures, a teacher, the values are pixels normalised so.
         self.mean, self.std = (0.5,) * shape[-3], (0.2,) * shape[-3]
-        self.noise, self.augment, self.content_seed = float(noise), augment, content_seed
+        self.noise, self.augment, self.content_seed, self.repeats = float(noise), augment, content_seed, repeats
         self._only: tuple[int, ...] | None = None
 
     def fingerprint(self) -> str:
@@ -82,7 +86,7 @@ class Synthetic:
     ) -> "SyntheticLoader":
         ids = self._ids(self.samples)
         sizes = {"rank": rank, "world": world, "batch_size": batch_size, "micro_batch": micro_batch}
-        order = TrainOrder(samples=len(ids), ids=ids, seed=seed, **sizes)
+        order = TrainOrder(samples=len(ids), ids=ids, seed=seed, repeats=self.repeats, **sizes)
         return SyntheticLoader(self, order, seed=seed if self.augment == "shift-flip" else None)
 
     def val(self, *, rank: int = 0, world: int = 1, micro_batch: int, threads: int = 1) -> "SyntheticLoader":
@@ -106,14 +110,14 @@ class SyntheticLoader:
 
     @contextmanager
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Iterator[Batch]]:
-        ids = self._order.epoch(epoch, start=start)
+        ids, epochs = self._order.epoch(epoch, start=start), epoch + (self._order.copies(start=start) << 32)
         size = self._order.micro_batch
-        yield (self._batch(ids[first : first + size], epoch) for first in range(0, len(ids), size))
+        yield (self._batch(ids[i : i + size], epochs[i : i + size]) for i in range(0, len(ids), size))
 
     def close(self) -> None:
         """Nothing is open."""
 
-    def _batch(self, ids_B: NDArray[np.int64], epoch: int) -> Batch:
+    def _batch(self, ids_B: NDArray[np.int64], epoch_B: NDArray[np.int64]) -> Batch:
         target_B = ids_B % self._data.classes
         draw = lambda number: bits(self._data.content_seed, self._part, ids_B, number)
         contrast_B = (0.5 + (draw(_CONTRAST) >> np.uint64(40)) * 2.0**-25).astype(np.float32)
@@ -121,7 +125,7 @@ class SyntheticLoader:
         x_BCHW += self._fields_FCHW[below(draw(_FIELD_A), _FIELDS)]
         x_BCHW += self._fields_FCHW[below(draw(_FIELD_B), _FIELDS), :, ::-1, ::-1]
         if self._seed is not None:
-            x_BCHW = _shift_flip(x_BCHW, ids_B, seed=self._seed, epoch=epoch)
+            x_BCHW = _shift_flip(x_BCHW, ids_B, seed=self._seed, epoch_B=epoch_B)
         if len(self._data.shape) == 4:
             x_BCHW = np.maximum(np.rint(x_BCHW), 0.0)
         x_B = torch.from_numpy(x_BCHW.reshape(len(ids_B), *self._data.shape))
@@ -160,11 +164,13 @@ def _interpolation(size: int) -> NDArray[np.float64]:
     return np.asarray(np.maximum(0.0, 1.0 - np.abs(place[:, None] - np.arange(4))), np.float64)
 
 
-def _shift_flip(x_BCHW: NDArray[np.float32], ids_B: NDArray[np.int64], *, seed: int, epoch: int) -> NDArray[np.float32]:
+def _shift_flip(
+    x_BCHW: NDArray[np.float32], ids_B: NDArray[np.int64], *, seed: int, epoch_B: NDArray[np.int64]
+) -> NDArray[np.float32]:
     reach = max(1, x_BCHW.shape[2] // 8)
-    down_B = below(bits(seed, epoch, ids_B, SHIFT_Y), 2 * reach + 1)
-    right_B = below(bits(seed, epoch, ids_B, SHIFT_X), 2 * reach + 1)
-    mirrored_B = below(bits(seed, epoch, ids_B, FLIP), 2)
+    down_B = below(bits(seed, epoch_B, ids_B, SHIFT_Y), 2 * reach + 1)
+    right_B = below(bits(seed, epoch_B, ids_B, SHIFT_X), 2 * reach + 1)
+    mirrored_B = below(bits(seed, epoch_B, ids_B, FLIP), 2)
     height, width = x_BCHW.shape[2:]
     padded = np.pad(x_BCHW, ((0, 0), (0, 0), (reach, reach), (reach, reach)))
     out = np.empty_like(x_BCHW)

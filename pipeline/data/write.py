@@ -7,7 +7,7 @@ import errno
 import os
 import shlex
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -22,7 +22,7 @@ from pipeline.data.errors import DataError
 from pipeline.data.format import BetonWriter
 from pipeline.data.manifest import ContentHash, Manifest, verify
 
-__all__ = ["verify", "write_fashion", "write_folder", "write_sets"]
+__all__ = ["check_kept", "verify", "write_fashion", "write_folder", "write_sets"]
 
 Existing = Literal["refuse", "replace", "keep"]
 Progress = Callable[[int, int], None]  # samples done, samples in all, over both sets
@@ -116,10 +116,25 @@ def write_sets(
     return written
 
 
+def check_kept(written: Sequence[Manifest], sets: Sequence[sources.Source[Any]]) -> None:
+    """Files that were kept must be of the set that was asked for, and whole.
+
+    Raises: DataError naming what they are of.
+    """
+    for manifest, each in zip(written, sets, strict=True):
+        held = manifest.samples + len(manifest.skipped)
+        if (held, manifest.source) != (len(each.items), each.where):
+            raise DataError(
+                f"write: {manifest.file} was written from {held} samples of {manifest.source}; "
+                f"got {len(each.items)} of {each.where}; ask with --existing replace"
+            )
+
+
 def _write_set(
     source: sources.Source[S], final: Path, how: Encoder[S], workers: int, max_bad: int, report: Callable[[int], None]
 ) -> Manifest:
     content, labels, skipped, stored = ContentHash(source.classes, how.kind), [], [], Counter()
+    groups: defaultdict[str, list[str]] = defaultdict(list)
     with _whole_or_nothing(final) as temporary:
         writer = BetonWriter(temporary, capacity=len(source.items), kind=how.kind)
         try:
@@ -139,6 +154,8 @@ def _write_set(
                     content.add(result.payload, label=item.label, **result.about)
                     labels.append(item.label)
                     stored.update(result.counted)
+                    for by, group in result.groups.items():
+                        groups[by].append(group)
                 report(done)
             writer.finish()
         finally:
@@ -151,6 +168,7 @@ def _write_set(
             labels=labels,
             skipped=skipped,
             stored=dict(stored),
+            groups=dict(groups),
             source=source.where,
             command=shlex.join(sys.argv),
             options=_options(how),

@@ -119,7 +119,8 @@ class Meters:
 
     def end_of_micro_batch(self, target_B: Tensor) -> None:
         assert self._logits is not None, "a rule yields at least one objective"
-        self._window.hits += (self._logits.argmax(-1) == target_B).sum()
+        wanted_B = target_B if target_B.dim() == 1 else target_B.argmax(-1)  # of a mixed sample, what there is most of
+        self._window.hits += (self._logits.argmax(-1) == wanted_B).sum()
         self._window.samples += len(target_B)
         self._logits = None
 

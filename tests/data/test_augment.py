@@ -96,6 +96,25 @@ def test_random_resized_crop_and_flip_of_images(raw):
     assert 35 < flipped < 80
 
 
+def test_the_copies_of_a_sample_are_views_of_their_own(raw):
+    """Three views of each of a batch's samples, each keyed by (seed, epoch + copy 2^32, sample); resumed, and over two ranks."""
+    folder, pictures = raw
+    data = Beton(folder, classes=2, size=24, mean=MEAN, std=STD, repeats=3, flip="never")
+    views = {}
+    for rank in range(2):
+        loader = data.train(seed=21, batch_size=12, micro_batch=3, rank=rank, world=2)
+        with loader.epoch(4, start=12) as batches:
+            for number, batch in enumerate(batches):
+                for b, (i, x) in enumerate(zip(batch.index.tolist(), batch.x.numpy(), strict=True)):
+                    copy = ((number % 2 * 2 + rank) * 3 + b) // 4
+                    h, w, _ = pictures[i].shape
+                    expected = resized(pictures[i], crop_by_hand(h, w, 21, 4 + (copy << 32), i), 24)
+                    assert np.array_equal(x, normalised(expected))
+                    views.setdefault(i, set()).add(x.tobytes())
+                    assert int(batch.target[b]) == int(i >= 31)
+    assert len(views) == (61 // 12 - 1) * 4 and all(len(each) == 3 for each in views.values())
+
+
 def test_evaluation_takes_the_central_square(raw, photo_folder):
     folder, _ = raw
     paths = [path for kind in ("china", "flower") for path in sorted((photo_folder / "val" / kind).iterdir())]

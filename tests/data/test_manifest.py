@@ -124,6 +124,24 @@ def test_a_bad_manifest_is_refused(folder, change, message):
         Beton(folder, classes=2, size=8).check()
 
 
+def test_a_manifest_may_lack_what_has_a_default(folder):
+    """Files that were written before their samples could be grouped are read."""
+    path = folder / "train.beton.manifest.json"
+    whole = json.loads(path.read_text())
+
+    def written(change):
+        body = {key: value for key, value in whole.items() if key != "checksum"}
+        change(body)
+        path.write_text(json.dumps({**body, "checksum": manifests._checksum(body)}))
+
+    written(lambda body: body.pop("groups"))
+    assert manifests.check(folder / "train.beton").groups == {}
+    for change in (lambda body: body.pop("classes"), lambda body: body.update(more=1)):
+        written(change)
+        with pytest.raises(DataError, match=r"train\.beton\.manifest\.json is damaged"):
+            manifests.check(folder / "train.beton")
+
+
 def test_a_foreign_manifest_is_refused(folder):
     (folder / "val.beton.manifest.json").rename(folder / "train.beton.manifest.json")
     with pytest.raises(DataError, match=r"belongs to another file, val\.beton"):

@@ -57,6 +57,31 @@ def test_every_world_forms_the_same_global_batches():
     assert len(set.union(*batches(3, 2))) == 96
 
 
+@given(sizes(), st.integers(1, 4), st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_batch_holds_each_of_its_samples_as_often_as_asked_in_copies_of_their_own(size, repeats, data):
+    samples, world, micro, accumulation = size
+    batch = world * micro * accumulation
+    if batch % repeats:
+        return
+    start = batch * data.draw(st.integers(0, samples // batch))
+    common = {"samples": samples, "seed": 3, "world": world, "micro_batch": micro, "batch_size": batch, "repeats": repeats}
+    ranks = [TrainOrder(rank=rank, **common) for rank in range(world)]
+    shape = (samples // batch, accumulation, micro)
+    ids, copies = (
+        np.stack([each.reshape(shape) for each in values], 2).reshape(-1, batch)  # [steps, rows of the global batch]
+        for values in ([rank.epoch(5) for rank in ranks], [rank.copies() for rank in ranks])
+    )
+    whole = permutation(samples, seed=3, epoch=5)
+    for step in range(samples // batch):
+        distinct = whole[step * batch // repeats : (step + 1) * batch // repeats]
+        assert np.array_equal(ids[step], np.tile(distinct, repeats))
+        assert np.array_equal(copies[step], np.repeat(np.arange(repeats), len(distinct)))
+    for rank in ranks:
+        assert np.array_equal(rank.epoch(5, start=start), rank.epoch(5)[start // world :])
+        assert np.array_equal(rank.copies(start=start), rank.copies()[start // world :])
+
+
 def test_epoch_and_seed_change_the_order():
     first = permutation(50, seed=0, epoch=0).tolist()
     assert first != permutation(50, seed=0, epoch=1).tolist()
@@ -81,6 +106,8 @@ def test_evaluation_takes_each_sample_once(samples, world, micro):
         ({"batch_size": 104}, r"at most the 100 samples of the set; got 104"),
         ({"rank": 2}, r"rank must be in 0..world-1; got rank=2, world=2"),
         ({"micro_batch": 0}, r"micro_batch must be 1 or more; got 0"),
+        ({"repeats": 3}, r"repeats must be 1 or more and divide batch_size=8; got 3"),
+        ({"repeats": 0}, r"repeats must be 1 or more and divide batch_size=8; got 0"),
         ({"seed": -1}, r"seed must be in 0..2\^63-1; got -1"),
     ],
 )

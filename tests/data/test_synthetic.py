@@ -69,6 +69,14 @@ def test_augment_none_repeats_the_samples():
     assert all(torch.equal(first[i], second[i]) for i in first.keys() & second.keys())
 
 
+def test_the_copies_of_a_sample_are_views_of_their_own():
+    loader = Synthetic(50, shape=(1, 16, 16), noise=0.1, repeats=2).train(**SIZES | {"batch_size": 10, "micro_batch": 10})
+    for batch in read(loader):
+        assert torch.equal(batch.index[:5], batch.index[5:])
+        moved = [not torch.equal(one, other) for one, other in zip(batch.x[:5], batch.x[5:], strict=True)]
+        assert sum(moved) >= 3  # 1 of 50 has the same shift and flip twice
+
+
 def test_evaluation_over_ranks_takes_each_sample_once():
     data = Synthetic(50, val_samples=4)
     ids = [read(data.val(rank=rank, world=5, micro_batch=2, threads=1)) for rank in range(5)]
@@ -102,7 +110,8 @@ def test_needs_neither_ffcv_nor_numba():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"samples": 0}, {"classes": 0}, {"shape": (1, 0, 4)}, {"shape": (4, 4)}, {"augment": "crop"}, {"noise": -1}]
+    "wrong",
+    [{"samples": 0}, {"classes": 0}, {"shape": (1, 0, 4)}, {"shape": (4, 4)}, {"augment": "crop"}, {"noise": -1}, {"repeats": 0}],
 )
 def test_refuses(wrong):
     with pytest.raises(DataError, match=r"Synthetic: .*got"):

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from pipeline.data import encode, ffcv_api, manifest, sources
 from pipeline.data import format as beton_format
 from pipeline.data.base import DataError, LoaderError
 from pipeline.data.beton import Beton
-from pipeline.data.write import verify, write_fashion, write_folder
+from pipeline.data.write import verify, write_fashion, write_folder, write_sets
 
 
 @pytest.fixture
@@ -149,6 +150,24 @@ def test_bad_images_are_skipped_up_to_a_limit(folder, tmp_path, workers):
     assert train.samples == 61 and [Path(each["image"]).name for each in train.skipped] == names
     assert all(each["reason"] for each in train.skipped)
     assert verify(tmp_path / "out")[0] == train
+
+
+@dataclass(frozen=True)
+class Odd:
+    """Stores the images of odd numbers, each in a group of its own."""
+
+    kind = beton_format.Images()
+
+    def __call__(self, item: encode.Item) -> encode.Encoded | encode.Bad:
+        if item.number % 2 == 0:
+            return encode.Bad("even")
+        return replace(encode.encode(item, encode.Encoding(mode="raw")), groups={"number": str(item.number)})
+
+
+def test_groups_are_those_of_the_samples_that_were_stored(small_fashion, tmp_path):
+    train, val = write_sets(sources.fashion(small_fashion), tmp_path, Odd(), max_bad=50)
+    assert train.groups == {"number": [str(number) for number in range(1, 100, 2)]} and len(val.groups["number"]) == 15
+    assert verify(tmp_path) == [train, val]
 
 
 def test_a_worker_that_dies_is_noticed(photo_folder, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Event files: recordings, generated ones or those of a published set, to train.beton and val.beton with their manifests."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,7 +13,7 @@ from pipeline.data.events.saccades import Saccades
 from pipeline.data.events.sources import PUBLISHED, Published, recorded
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources import Source
-from pipeline.data.write import Existing, Progress, write_sets
+from pipeline.data.write import Existing, Progress, check_kept, write_sets
 
 Name = Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"]
 
@@ -61,7 +60,7 @@ def write_events(
         raise DataError(f"write events: the set must be one of {', '.join(get_args(Name))}; got {name!r}")
     how = Framing(**plan, **framing)
     written = write_sets(sets, Path(out), how, workers=workers, max_bad=max_bad, progress=progress, existing=existing)
-    _check_kept(written, sets)
+    check_kept(written, sets)
     return written
 
 
@@ -121,14 +120,3 @@ def _refuse(name: str, why: str, **given: Any) -> None:
     for option, value in given.items():
         if value is not None:
             raise DataError(f"write events: {option} has no effect: {name} {why}; got {option}={value}")
-
-
-def _check_kept(written: Sequence[Manifest], sets: Sequence[Source[Any]]) -> None:
-    """Files that were kept must be of the set that was asked for, and whole."""
-    for manifest, each in zip(written, sets, strict=True):
-        held = manifest.samples + len(manifest.skipped)
-        if (held, manifest.source) != (len(each.items), each.where):
-            raise DataError(
-                f"write events: {manifest.file} was written from {held} recordings of {manifest.source}; "
-                f"got {len(each.items)} of {each.where}; ask with --existing replace"
-            )

@@ -258,7 +258,7 @@ def test_options_that_contradict_are_refused(wrong: dict[str, Any], said: str) -
 
 def test_files_that_were_kept_must_be_those_that_were_asked_for(copy: Path) -> None:
     assert write(copy, existing="keep") == verify(copy)
-    with pytest.raises(DataError, match=r"train\.beton was written from 61 recordings .*; got 60 of"):
+    with pytest.raises(DataError, match=r"train\.beton was written from 61 samples .*; got 60 of"):
         write(copy, existing="keep", samples=60)
     with pytest.raises(DataError, match=r"train\.beton was written with .*ask with --existing replace"):
         write(copy, existing="keep", slices=6)

@@ -1,0 +1,143 @@
+"""Mixup and CutMix: each sample of a batch is mixed with its neighbour, and so is what it should be taken for.
+
+    x'_r = w x_r + (1 - w) x_n        y'_r = lam y_r + (1 - lam) y_n        n: row r + 1 where r is even, r - 1 where it is odd
+
+    Mixup     w = lam everywhere                           lam ~ Beta(mixup, mixup)
+    CutMix    w = 0 within a box, 1 outside of it          the box has the share 1 - l of the image, l ~ Beta(cutmix, cutmix);
+                                                           cut at the image's border, it leaves the share lam
+
+Rows are places in the global batch, which is in random order: a neighbour is as good as any other partner, and it lies on the
+same rank. All that is drawn is a pure function of (seed, step) or of (seed, step, row), so that the batches are the same for any
+number of ranks and micro-batches and after any restart.
+
+Source: Zhang et al. 2018 (Mixup), arXiv:1710.09412; Yun et al. 2019 (CutMix), arXiv:1905.04899; what may be chosen is as of
+timm 1.0.31, whose partners are the rows of a rank's batch from its other end.
+"""
+
+# B batch, K classes, H W pixels
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import betaincinv
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.data.errors import DataError
+from pipeline.data.random import MIX, MIX_BY_CUT, MIX_SHARE, MIX_X, MIX_Y, below, bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixing:
+    """What becomes of a micro-batch on its device.
+
+    Args:
+        mixup, cutmix: the parameter of each one's Beta distribution; 0 leaves it out.
+        probability: of being mixed at all.
+        switch: the share of CutMix where both are there.
+        per: one draw for the whole "batch", for each "pair" of neighbours, or for each "sample".
+
+    Raises: DataError for numbers that mix nothing, or have no effect.
+    """
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    probability: float = 1.0
+    switch: float | None = None
+    per: Literal["batch", "pair", "sample"] = "batch"
+
+    def __post_init__(self) -> None:
+        if min(self.mixup, self.cutmix) < 0 or self.mixup == self.cutmix == 0:
+            raise DataError(f"Mixing: mixup or cutmix must be above 0; got mixup={self.mixup}, cutmix={self.cutmix}")
+        if not 0 < self.probability <= 1:
+            raise DataError(f"Mixing: probability must be in 0..1, above 0; got {self.probability}")
+        if self.switch is not None and 0 in (self.mixup, self.cutmix):
+            raise DataError(f"Mixing: switch has no effect without both mixup and cutmix; got {self.switch}")
+        if self.switch is not None and not 0 < self.switch < 1:
+            raise DataError(f"Mixing: switch must be between 0 and 1; got {self.switch}")
+        if self.per not in ("batch", "pair", "sample"):
+            raise DataError(f"Mixing: per must be 'batch', 'pair' or 'sample'; got {self.per!r}")
+
+    def check(self, *, micro_batch: int) -> None:
+        """Raises: DataError for a micro-batch that would part neighbours."""
+        if micro_batch % 2:
+            raise DataError(f"Mixing: a micro-batch must be even, for samples are mixed in pairs; got {micro_batch}")
+
+    def __call__(
+        self, x_B: Tensor, target_B: Tensor, *, classes: int, seed: int, step: int, rows: range
+    ) -> tuple[Tensor, Tensor]:
+        """`x` mixed, [B,...,H,W], and what the samples are now taken for: shares of the classes, [B,K], in the type of `x`."""
+        assert len(rows) == len(x_B) and rows.start % 2 == len(rows) % 2 == 0, rows
+        lam_B, box_B4 = self._drawn(x_B.shape[-2], x_B.shape[-1], seed=seed, step=step, rows=np.asarray(rows))
+        target_BK = F.one_hot(target_B, classes).to(x_B.dtype)
+        weight_B = torch.from_numpy(lam_B).to(x_B)
+        mixed_target_BK = _neighbours(target_BK).lerp_(target_BK, weight_B[:, None])
+        if box_B4 is not None:
+            weight_B = _outside(weight_B, torch.from_numpy(box_B4).to(x_B.device), x_B)
+        else:
+            weight_B = weight_B.view(-1, *[1] * (x_B.dim() - 1))
+        return _neighbours(x_B).lerp_(x_B, weight_B), mixed_target_BK
+
+    def _drawn(
+        self, height: int, width: int, *, seed: int, step: int, rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64] | None]:
+        """The share lam that each sample keeps, and the box (top, bottom, left, right) that it loses; None where none does.
+
+        A box of a sample that loses none is -1.
+        """
+        key_B = {"batch": np.zeros_like(rows), "pair": rows // 2, "sample": rows}[self.per]
+        draw = lambda number: bits(seed, step, key_B, number)
+        unit = lambda number: (draw(number) >> np.uint64(11)) * 2.0**-53
+        place_B = (draw(MIX_SHARE) >> np.uint64(52)).astype(np.int64)
+        is_cut_B = np.full(len(rows), self.cutmix > 0)
+        if self.mixup > 0 and self.cutmix > 0:
+            is_cut_B = unit(MIX_BY_CUT) < (0.5 if self.switch is None else self.switch)
+        lam_B = np.where(is_cut_B, _beta(self.cutmix)[place_B], _beta(self.mixup)[place_B])
+        is_mixed_B = unit(MIX) < self.probability
+        is_cut_B &= is_mixed_B
+        lam_B = np.where(is_mixed_B, lam_B, 1.0)
+        if not is_cut_B.any():
+            return lam_B, None
+        box_B4 = _boxes(lam_B, below(draw(MIX_Y), height), below(draw(MIX_X), width), height, width)
+        box_B4[~is_cut_B] = -1
+        lost_B = (box_B4[:, 1] - box_B4[:, 0]) * (box_B4[:, 3] - box_B4[:, 2]) / (height * width)
+        return np.where(is_cut_B, 1 - lost_B, lam_B), box_B4
+
+
+@cache
+def _beta(parameter: float) -> NDArray[np.float64]:
+    """4096 values at evenly spaced quantiles of Beta(parameter, parameter), rounded so that no library's last digit matters."""
+    if parameter == 0:
+        return np.ones(4096)
+    return np.round(betaincinv(parameter, parameter, (np.arange(4096) + 0.5) / 4096), 6)
+
+
+def _boxes(
+    lam_B: NDArray[np.float64], y_B: NDArray[np.int64], x_B: NDArray[np.int64], height: int, width: int
+) -> NDArray[np.int64]:
+    """Boxes of the image's shape and the share 1 - lam of it around (y, x), cut at its border: [B,4]."""
+    side_B = np.sqrt(1 - lam_B)
+    ends = []
+    for middle_B, length in ((y_B, height), (x_B, width)):
+        size_B = (length * side_B).astype(np.int64)
+        ends += [np.clip(middle_B - size_B // 2, 0, length), np.clip(middle_B + (size_B + 1) // 2, 0, length)]
+    return np.stack(ends, -1)
+
+
+def _outside(lam_B: Tensor, box_B4: Tensor, x_B: Tensor) -> Tensor:
+    """The weight of each pixel: 0 within a box and 1 outside of it, lam everywhere in a sample without one: [B,1,...,H,W]."""
+    height, width = x_B.shape[-2:]
+    y_1H1, x_11W = torch.arange(height, device=x_B.device)[None, :, None], torch.arange(width, device=x_B.device)[None, None]
+    top, bottom, left, right = (each_B[:, None, None] for each_B in box_B4.unbind(-1))
+    inside_BHW = (y_1H1 >= top) & (y_1H1 < bottom) & (x_11W >= left) & (x_11W < right)
+    weight_BHW = torch.where(top < 0, lam_B[:, None, None], (~inside_BHW).to(x_B))
+    return weight_BHW.view(len(x_B), *[1] * (x_B.dim() - 3), height, width)
+
+
+def _neighbours(x_B: Tensor) -> Tensor:
+    """A copy with the rows of each pair exchanged."""
+    return x_B.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)

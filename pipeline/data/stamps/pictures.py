@@ -1,0 +1,152 @@
+"""The pictures that scenes are made of, as three packages of Debian 13 install them; none comes with this program.
+
+    tuxpaint-stamps-default 2025.03.31-1        300 objects: photographs, cut out, with transparency around
+    mate-backgrounds 1.26.0-1                   12 grounds: photographs
+    plasma-workspace-wallpapers 4:6.3.4-1       13 grounds: its photographs (most of it is computer art)
+
+Licences: the stamps under GPL-2 and, by upstream's own notes, the public domain, GFDL and several of Creative Commons; the
+wallpapers under GPL-2 or later.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+
+from pipeline.data.errors import DataError
+
+SHARE = Path("/usr/share")
+STAMPS, MATE, PLASMA = "tuxpaint-stamps-default", "mate-backgrounds", "plasma-workspace-wallpapers"
+
+# The folders of each class below tuxpaint/stamps, without the folders in them. With LEFT_OUT, in 2025.03.31-1:
+CLASSES: dict[str, tuple[str, ...]] = {
+    "bird": ("animals/birds",),  # 35
+    "coin": tuple(f"symbols/money/{each}" for each in ("canadian/coins", "euro/coins", "japanese", "us/coins")),  # 26
+    "fish": ("animals/fish", "animals/shellfish"),  # 13, shellfish among them
+    "flower": ("plants/flowers",),  # 24
+    "fruit": ("food/fruit", "food/nuts"),  # 29
+    "household": ("household", "household/dishes", "household/dishes/utensils", "hobbies"),  # 16
+    "insect": ("animals/insects",),  # 8, a slug and a woodlouse among them
+    "instrument": tuple(f"hobbies/music/{each}" for each in ("brass", "percussion", "string", "wind")),  # 11
+    "mammal": (
+        *("animals/mammals", "animals/marsupials"),
+        *(f"animals/mammals/{each}" for each in ("apes", "aquatic", "bears", "bovines", "camel", "cats", "deer", "dogs")),
+        *(f"animals/mammals/{each}" for each in ("equines", "lagomorphs", "rodents")),
+    ),  # 65
+    "planet": ("space/solarsystem", "space/solarsystem/moon"),  # 13, the sun and three phases of the moon among them
+    "tool": ("household/tools", "household/arttools", "medical"),  # 18
+    "vegetable": ("food/vegetables", "food/spices", "plants/mushrooms"),  # 22
+    "vehicle": (
+        *("vehicles", "military/vehicles", "space"),
+        *(f"vehicles/{each}" for each in ("auto", "construction", "cycle", "emergency", "flight", "flight/planes")),
+        *(f"vehicles/{each}" for each in ("locomotive", "masstransit", "race", "ship")),
+    ),  # 20
+}
+# Beside what is left out by rule: pictures with an .svg of their name, which are drawings, and mirror images of another.
+LEFT_OUT = frozenset(
+    {
+        *("animals/mammals/echidna", "animals/mammals/hedgehog", "household/arttools/highlighter", "household/dishes/glass"),
+        *("medical/tooth", "vehicles/7spoke256"),  # drawings
+        *("medical/bandage_adhesive", "space/spacewalk", "vehicles/wheel_tractor"),  # not of the class
+        *("food/nuts/walnut_shelled", "vehicles/emergency/sedan_police"),  # of 25 pixels; only a car's lights
+    }
+)
+
+_NATURE = ("Aqua", "Blinds", "Dune", "FreshFlower", "Garden", "GreenMeadow", "LadyBird", "RainDrops", "Storm", "TwoWings", "Wood")
+_PHOTOS = ("BytheWater", "ColdRipple", "ColorfulCups", "DarkestHour", "EveningGlow", "FallenLeaf", "Grey", "Kite", "OneStandsOut")
+GROUNDS = {  # below /usr/share, and the package that brings it
+    **{f"backgrounds/mate/nature/{name}.jpg": MATE for name in (*_NATURE, "YellowFlower")},
+    **{f"wallpapers/{name}/contents/images/2560x1600.jpg": PLASMA for name in (*_PHOTOS, "Path", "summer_1am")},
+    "wallpapers/Mountain/contents/images/5120x2880.png": PLASMA,
+    "wallpapers/Volna/contents/images/5120x2880.jpg": PLASMA,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    name: str  # its path below the package's folder, without suffix: unique among objects, and among grounds
+    path: Path
+    package: str
+
+
+@dataclass(frozen=True)
+class Pictures:
+    objects: dict[str, list[Picture]]  # of each class
+    grounds: list[Picture]
+
+
+def installed(share: Path = SHARE) -> Pictures:
+    """What the packages have put below `share`.
+
+    Raises: DataError naming the package that is missing, or that does not hold what it should.
+    """
+    stamps = share / "tuxpaint" / "stamps"
+    if not stamps.is_dir():
+        raise _missing(stamps, STAMPS)
+    objects = {
+        name: [picture for folder in folders for picture in _photographs(stamps, folder)] for name, folders in CLASSES.items()
+    }
+    grounds = [Picture(str(Path(name).with_suffix("")), share / name, package) for name, package in GROUNDS.items()]
+    for ground in grounds:
+        if not ground.path.is_file():
+            raise _missing(ground.path, ground.package)
+    return Pictures(objects, grounds)
+
+
+@cache
+def cut_out(picture: Picture, longest: int) -> Image.Image:
+    """An object without its empty border, its longer side shrunk to `longest` pixels if it has more: alpha-multiplied."""
+    opened = _read(picture, "RGBA")
+    box = opened.getchannel("A").getbbox()
+    if box is None:
+        raise _unreadable(picture, "nothing of it can be seen")
+    return _shrunk(opened.crop(box).convert("RGBa"), longest, of=max)
+
+
+@cache
+def ground(picture: Picture, shortest: int) -> Image.Image:
+    """A ground, its shorter side shrunk to `shortest` pixels if it has more: RGB."""
+    return _shrunk(_read(picture, "RGB", least=shortest), shortest, of=min)
+
+
+def _photographs(stamps: Path, folder: str) -> list[Picture]:
+    if not (stamps / folder).is_dir():
+        raise _missing(stamps / folder, STAMPS)
+    found = [Picture(f"{folder}/{path.stem}", path, STAMPS) for path in sorted((stamps / folder).glob("*.png"))]
+    return [
+        each
+        for each in found
+        if each.name not in LEFT_OUT and not each.name.endswith("_mirror") and not each.path.with_suffix(".svg").exists()
+    ]
+
+
+def _read(picture: Picture, mode: str, *, least: int | None = None) -> Image.Image:
+    """`least`: pixels of the shorter side that suffice; a JPEG is then decoded at an eighth, a quarter or half of its size."""
+    try:
+        with Image.open(picture.path) as opened:
+            if least is not None:
+                width, height = (-(-each * least // min(opened.size)) for each in opened.size)
+                opened.draft(mode, (width, height))
+            return opened.convert(mode)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow 13.0 raises for damaged files
+        raise _unreadable(picture, f"{type(error).__name__}: {error}") from error
+
+
+def _shrunk(picture: Image.Image, side: int, *, of: Callable[[tuple[int, int]], int]) -> Image.Image:
+    scale = side / of(picture.size)
+    if scale >= 1:
+        return picture
+    width, height = (max(1, round(each * scale)) for each in picture.size)
+    return picture.resize((width, height), Image.Resampling.BOX)
+
+
+def _missing(path: Path, package: str) -> DataError:
+    return DataError(
+        f"write stamps: {path} does not exist: apt install {package}; or name the folder it was unpacked to by --source"
+    )
+
+
+def _unreadable(picture: Picture, why: str) -> DataError:
+    return DataError(f"write stamps: {picture.path} cannot be read ({why}): apt install --reinstall {picture.package}")
