@@ -344,6 +344,7 @@ def test_a_loss_that_is_not_finite_is_not_blamed_on_the_solve():
     rule, model = IDE(), smallest_model()
     rule.attach(model, over_time="mean")
     (objective,) = rule.objectives(model, torch.rand(3, 4, FEATURES), lambda logits_BK: logits_BK.sum() * math.nan)
+    assert objective.backward is not None
     with pytest.raises(ValueError, match=r"IDE: the gradient of the loss must be finite; got nan"):
         objective.backward.backward()
 
