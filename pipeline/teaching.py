@@ -72,7 +72,7 @@ def build_teacher(recipe: Recipe, data: Data) -> Teacher:
     if teacher.cache is not None and (recipe.mixing is not None or repeats > 1):
         mixing = None if recipe.mixing is None else recipe.mixing.label
         raise ValueError(
-            "recipe: a teacher's cache keeps one answer for each sample of an epoch, so it takes neither mixed nor repeated samples; "
+            "recipe: a teacher's cache keeps one answer a sample and epoch, so it takes neither mixed nor repeated samples; "
             f"leave teacher.cache out; got mixing={mixing}, repeats={repeats}"
         )
     return teacher

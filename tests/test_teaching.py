@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import pipeline
 from pipeline.attempt import Attempt, Parts
 from pipeline.data.base import DataError
+from pipeline.data.mixing import Mixing
 from pipeline.data.synthetic import Synthetic
 from pipeline.distill import Distillation
 from pipeline.job import Place
@@ -246,6 +247,16 @@ def test_a_teacher_of_phases_is_refused() -> None:
     recipe = taught(phases=(Phase(name="one", data=spec(Synthetic)),))
     with pytest.raises(ValueError, match="a teacher knows the classes of one data set, so it takes no phases; got 1"):
         build_teacher(recipe, recipe.data.build())
+
+
+@pytest.mark.parametrize(
+    "change", [{"mixing": spec(Mixing, mixup=0.8)}, {"data": spec(Synthetic, samples=64, shape=(1, 8, 8), repeats=2)}]
+)
+def test_answers_to_mixed_or_repeated_samples_are_not_kept(tmp_path: Path, change: dict[str, Any]) -> None:
+    recipe = replace(taught(cache=tmp_path / "cache"), **change)
+    with pytest.raises(ValueError, match="cache keeps one answer a sample and epoch, so it takes neither mixed nor repeated"):
+        build_teacher(recipe, recipe.data.build())
+    build_teacher(replace(taught(), **change), recipe.data.build())
 
 
 def test_a_recipe_that_fits_is_checked_without_data() -> None:
