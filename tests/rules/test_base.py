@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.rules.base import Objective, Rule, World, counter_hash
+from pipeline.rules.base import Objective, Rule, World, counter_hash, slices
 from pipeline.rules.bptt import BPTT
+from pipeline.spiking.encode import is_still, repeat
 from tests.rules.small import FEATURES, batch, cross_entropy, lif_network
 
 
@@ -80,3 +81,14 @@ def test_step_counts_on_and_rows_count_from_zero():
     assert steps == [0, 1, 7, 8, 0, 1]
     assert next(rule.objectives(model, x_TB, torch.sum)).logits.tolist() == [0, 1, 2]
     assert next(rule.objectives(model, x_TB, torch.sum, rows=[4, 9, 2])).logits.tolist() == [4, 9, 2]
+
+
+def test_slices_own_their_storage_and_a_still_image_stays_still():
+    many_B = torch.randn(8, 2, 3)
+    recording_TB, still_TB = torch.randn(5, 8, 2, 3)[:, :4], repeat(many_B[:4], 5)
+    for x_TB in (recording_TB, still_TB):
+        parts = list(slices(x_TB, 2))
+        assert torch.equal(torch.cat(parts), x_TB) and [len(part) for part in parts] == [2, 2, 1]
+        assert all(is_still(part) == is_still(x_TB) for part in parts)
+        assert all(part.untyped_storage().nbytes() <= part.numel() * 4 for part in parts)
+    assert len({part.data_ptr() for part in slices(still_TB, 1)}) == 1

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pipeline.spiking.encode import over_steps, repeat
+from pipeline.spiking.encode import is_still, over_steps, repeat
 
 
 def test_repeat_is_a_view_of_one_frame():
@@ -10,6 +10,12 @@ def test_repeat_is_a_view_of_one_frame():
     assert x_TBCHW.shape == (6, 2, 3, 4, 4)
     assert all(torch.equal(x_TBCHW[t], x_BCHW) for t in range(6))
     assert x_TBCHW.untyped_storage().data_ptr() == x_BCHW.untyped_storage().data_ptr()
+
+
+def test_still_is_what_repeat_made():
+    x_TBCHW = repeat(torch.randn(2, 3, 4, 4), 6)
+    assert is_still(x_TBCHW) and all(is_still(x_cBCHW) for x_cBCHW in (x_TBCHW[:1], x_TBCHW[2:5], x_TBCHW[:, :1]))
+    assert not is_still(x_TBCHW.contiguous()) and not is_still(x_TBCHW.contiguous()[:1]) and not is_still(x_TBCHW * 1)
 
 
 def test_repeat_refuses_no_steps():

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import distributed, nn
 
+from pipeline.spiking.encode import repeat
 from pipeline.spiking.norm import BatchNorm
 from tests.processes import run_ranks
 
@@ -77,6 +78,22 @@ def test_frozen_is_eval_mode_in_training(choice):
     assert torch.equal(y, norm.eval()(x))
     norm.train().frozen = False
     assert not torch.allclose(norm(x), y, atol=0.1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("over", ["step", "time"])
+@pytest.mark.parametrize("mode", ["train", "frozen", "eval"])
+def test_a_still_image_moves_the_statistics_as_its_steps_do(shape, over, mode):
+    x_B, upstream = double(*shape[1:]) + 2, double(*shape)
+    found = []
+    for frames in (lambda x_B: repeat(x_B, 4), lambda x_B: repeat(x_B, 4).contiguous()):
+        norm, leaf_B = fresh(over=over), x_B.clone().requires_grad_()
+        norm.train(mode != "eval").frozen = mode == "frozen"
+        y = norm(frames(leaf_B))
+        gradients = torch.autograd.grad((y * upstream).sum(), [leaf_B, norm.weight, norm.bias])
+        found.append([y, *gradients, norm.running_mean, norm.running_var])
+    assert all(torch.allclose(one, other, rtol=0, atol=1e-12) for one, other in zip(*found, strict=True))
+    assert (found[0][-2].abs().max() > 0.1) == (mode == "train")
 
 
 def test_between_world_is_per_rank_where_there_is_one_rank():
