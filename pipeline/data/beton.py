@@ -30,6 +30,8 @@ class Beton:
       "centre"   central 224/256, resized; the same
     A "shift" never resizes: it takes images whose sides differ from `size` by a quarter of it at most (28 in 32, zeros around).
     `flip`: "random" mirrors every second training image, "never" none.
+    `colour`: the magnitude, up to 10, of RandAugment's operations on the colour of training images, see colour.py; 0: none.
+    `erase`: how probable it is that a rectangle of a training image becomes noise, see erase.py.
     `mean`, `std`: a value a channel, of pixels scaled to 0..1.
     `held_out`: the share of the training set to evaluate on in the place of the val set, and not to train on: a learning rate
     is chosen on it, for example with `--set data.held_out=0.1`.
@@ -50,6 +52,8 @@ class Beton:
         area: tuple[float, float] | None = None,
         ratio: tuple[float, float] | None = None,
         reach: int | None = None,
+        colour: float = 0.0,
+        erase: float = 0.0,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
         held_out: float = 0.0,
@@ -57,6 +61,7 @@ class Beton:
     ) -> None:
         self.folder, self.classes, self.shape = Path(folder), classes, (channels, size, size)
         self.crop, self.flip, self.mean, self.std = crop, flip, tuple(mean), tuple(std)
+        self.colour, self.erase = float(colour), float(erase)
         self.held_out, self._files = held_out, Files("Beton", self.folder, classes, held_out, repeats=repeats)
         _check_options(self, area, ratio, reach)
         self.area, self.ratio = area or (0.08, 1.0), ratio or (3 / 4, 4 / 3)
@@ -129,6 +134,9 @@ class Beton:
             flip=train and self.flip == "random",
             area=self.area if kind == RESIZED else (VAL_RATIO, VAL_RATIO),
             ratio=self.ratio,
+            colour=self.colour if train else 0.0,
+            erase=self.erase if train else 0.0,
+            strong=self.colour > 0 or self.erase > 0,
             mean=self.mean,
             std=self.std,
             parallel=parallel,
@@ -142,6 +150,10 @@ def _check_options(data: Beton, area: tuple[float, float] | None, ratio: tuple[f
             "Beton: classes and size must be 1 or more, channels 1 or 3; "
             f"got classes={data.classes}, size={size}, channels={channels}"
         )
+    if not 0 <= data.colour <= 10 or not 0 <= data.erase <= 1:
+        raise DataError(f"Beton: colour must be in 0..10, erase in 0..1; got colour={data.colour}, erase={data.erase}")
+    if data.colour and channels == 1:
+        raise DataError(f"Beton: colour has no effect on images of 1 channel; got colour={data.colour}")
     if data._files.repeats < 1:
         raise DataError(f"Beton: repeats must be 1 or more; got {data._files.repeats}")
     if data.crop not in ("resized", "shift", "centre"):

@@ -20,6 +20,9 @@ from numpy.typing import ArrayLike, NDArray
 ORDER, FLIP, SHIFT_Y, SHIFT_X = 0, 1, 2, 3
 HELD_OUT = 8
 MIX, MIX_BY_CUT, MIX_SHARE, MIX_Y, MIX_X = 96, 97, 98, 99, 100  # with the step for the epoch, see mixing.py
+COLOUR = 112  # layer l draws COLOUR + 8l + (0 whether, 1 which, 2 magnitude, 3 sign)
+ERASE = 136  # whether; attempt a draws ERASE + 8 + 4a + (0 area, 1 ratio, 2 top, 3 left)
+ERASE_PIXELS = 1 << 20  # and upwards: 4 pixels a draw
 CROP = 16  # attempt a of a random resized crop draws CROP + 4a + (0 area, 1 ratio, 2 top, 3 left)
 
 
@@ -32,6 +35,13 @@ def bits(seed: ArrayLike, epoch: ArrayLike, index: ArrayLike, draw: ArrayLike) -
 def below(random_bits: ArrayLike, n: int) -> NDArray[np.int64]:
     """Whole numbers 0..n-1 from the upper 32 bits; n < 2^31, bias below n / 2^32."""
     return ((np.asarray(random_bits, np.uint64) >> _S32) * np.uint64(n) >> _S32).astype(np.int64)
+
+
+def normal_table() -> NDArray[np.float32]:
+    """65536 values at evenly spaced quantiles of the normal distribution, rounded so that no library's last digit matters."""
+    from scipy.special import ndtri  # not for processes that write, which draw nothing from it
+
+    return np.round(ndtri((np.arange(1 << 16) + 0.5) / (1 << 16)), 5).astype(np.float32)
 
 
 def make(compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function) -> Callable[..., Any]:

@@ -39,6 +39,17 @@ def photos(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
+def raw(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np.ndarray]]:
+    """The photographs stored raw, and their pixels in order: a folder and a list of uint8 [h,w,3]."""
+    from pipeline.data.write import write_folder
+
+    out = tmp_path_factory.mktemp("raw")
+    write_folder(photo_folder, out, mode="raw")
+    paths = [path for kind in ("china", "flower") for path in sorted((photo_folder / "train" / kind).iterdir())]
+    return out, [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+
+
+@pytest.fixture(scope="session")
 def small_fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """100 + 30 random grey images in Fashion-MNIST's file format: a folder to pass as `source`."""
     rng, folder = np.random.default_rng(1), tmp_path_factory.mktemp("idx")

@@ -32,6 +32,13 @@ def test_constructing_opens_no_file():
         ({"area": (0.0, 1.0)}, r"area must be \(low, high\) with 0 < low <= high <= 1; got \(0.0, 1.0\)"),
         ({"area": (0.5, 1.5)}, r"high <= 1; got \(0.5, 1.5\)"),
         ({"ratio": (2.0, 1.0)}, r"ratio must be \(low, high\) with 0 < low <= high; got"),
+        ({"colour": 11.0}, r"colour must be in 0\.\.10, erase in 0\.\.1; got colour=11\.0"),
+        ({"erase": -0.1}, r"erase in 0\.\.1; got colour=0\.0, erase=-0\.1"),
+        (
+            {"colour": 9.0, "channels": 1, "mean": (0.5,), "std": (0.5,)},
+            "colour has no effect on images of 1",
+        ),
+        ({"repeats": 0}, "repeats must be 1 or more; got 0"),
         ({"crop": "shift", "reach": 33}, r"reach must be 0..size=32 pixels; got 33"),
     ],
 )
