@@ -175,9 +175,9 @@ def test_no_flipped_bit_goes_unseen(packed: Path, tmp_path_factory: pytest.TempP
         ({"drop": "stages.1.0.conv.bits"}, r"must fit the model; got no bits, or others, for stages\.1\.0\.conv"),
         ({"stages.1.0.conv.bits": torch.zeros(3, dtype=torch.uint8)}, r"got no bits, or others, for stages\.1\.0\.conv"),
         ({"stages.1.0.conv.scale": torch.ones(3)}, r"got no bits, or others, for stages\.1\.0\.conv"),
-        ({"drop": "classifier.weight"}, r"must fit the model; got classifier\.weight is missing"),
-        ({"more": torch.ones(3)}, r"must fit the model; got more is unknown"),
-        ({"classifier.weight": torch.ones(3)}, r"got classifier\.weight is \[3\] instead of \[10, 7\]"),
+        ({"drop": "classifier.weight"}, r"must fit the model; got 1 missing: classifier\.weight"),
+        ({"more": torch.ones(3)}, r"must fit the model; got 1 unknown: more"),
+        ({"classifier.weight": torch.ones(3)}, r"got 1 of another shape: classifier\.weight \(\[3\] instead of \[10, 7\]\)"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(change: dict, said: str, packed: Path, tmp_path: Path) -> None:
