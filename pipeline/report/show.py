@@ -29,6 +29,8 @@ def show_recipe(recipe: Recipe, workers: int, console: Console | None = None) ->
     console.print(
         f"global batch  {recipe.batch_size} = {workers} workers x {split.micro_batch} samples x {split.accumulation} accumulated"
     )
+    if isinstance(rate := recipe.optimizer.kwargs.get("lr"), float):
+        console.print(f"learning rate {rate:g} for this batch, {rate * 256 / recipe.batch_size:g} for one of 256 samples")
     if recipe.backend == "deepspeed":
         settings = config(
             micro_batch=split.micro_batch,

@@ -31,7 +31,8 @@ def qkformer(channels: int, *, batch_size: int) -> Recipe:
         name=f"imagenet-qkformer-10-{channels}-bptt",
         model=spec(qkformer_10, channels=channels, classes=1000),
         rule=spec(BPTT),
-        data=spec(Beton, folder="data/imagenet", classes=1000, size=224, crop="resized"),
+        # Published: RandAugment (magnitude 9), of which the geometric operations are left out here, and random erasing.
+        data=spec(Beton, folder="data/imagenet", classes=1000, size=224, crop="resized", colour=9.0, erase=0.25),
         objective=spec(CrossEntropy, label_smoothing=0.1),
         optimizer=spec(create_optimizer_v2, opt="adamw", lr=RATE_FOR_256 * batch_size / 256, weight_decay=0.05),
         schedule=spec(cosine, warmup=5 / 200, floor=1e-6),
