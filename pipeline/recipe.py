@@ -178,7 +178,7 @@ class Recipe:
             name=f"{self.name}-tiny",
             model=_changed_throughout(self.model, "time_steps", lambda _: steps),
             rule=rule,
-            teacher=None if self.teacher is None else _tiny_part(self.teacher),
+            teacher=self.with_untrained_teacher().teacher,
             data=data.with_(steps=steps) if "steps" in data.kwargs else data,
             time_steps=steps,
             batch_size=8,
@@ -189,6 +189,10 @@ class Recipe:
             evaluate_samples=64,
             log_every=1,
         )
+
+    def with_untrained_teacher(self) -> Recipe:
+        """The same recipe with a teacher whose weights need not be had: to look at, not to train."""
+        return self if self.teacher is None else dataclasses.replace(self, teacher=_tiny_part(self.teacher))
 
     def check_time_steps(self, shape: Sequence[int]) -> None:
         """Refuse recordings (`shape` of a sample is (T, C, H, W)) and parts of the model that count on another T.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
 import pipeline
@@ -23,13 +25,14 @@ from pipeline.models.mlp import mlp
 from pipeline.phases import Phase
 from pipeline.ranks import Ranks, Refused
 from pipeline.recipe import Recipe, spec
+from pipeline.report.show import show_recipe
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.teachers.base import content_hash
 from pipeline.teachers.cache import Cache
 from pipeline.teachers.probe import Probe
 from pipeline.teachers.timm import TimmTeacher, timm_teacher
-from pipeline.teachers.weights import File, Untrained
+from pipeline.teachers.weights import File, Hub, Untrained
 from pipeline.teaching import build_teacher, open_teaching
 from pipeline.track.base import NullTracker
 from pipeline.track.jsonl import read
@@ -241,6 +244,17 @@ def test_tiny_needs_no_download_and_no_cache() -> None:
         "weights": spec(Untrained),
         "cache": None,
     }
+
+
+def test_a_recipe_is_shown_without_the_weights_of_its_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: Any) -> None:
+        raise AssertionError("the weights were asked for")
+
+    monkeypatch.setattr(Hub, "load", download)
+    shown = io.StringIO()
+    recipe = taught(teacher=spec(timm_teacher, name="test_resnet", probe=spec(Probe)))
+    show_recipe(recipe, 1, Console(width=150, file=shown))
+    assert "test_resnet" in shown.getvalue()
 
 
 def test_a_teacher_of_phases_is_refused() -> None:

@@ -17,7 +17,7 @@ from pipeline.worker import check_recipe
 def show_recipe(recipe: Recipe, workers: int, console: Console | None = None) -> None:
     """Print the resolved recipe, its parameters, study key, global batch and DeepSpeed settings; needs no data file."""
     console = console or Console()
-    network = check_recipe(recipe, workers)
+    network = check_recipe(recipe.with_untrained_teacher(), workers)  # its weights may have to be downloaded
     split = recipe.split(workers)
     parameters = sum(p.numel() for p in network.parameters())
     table = Table(title=recipe.name, show_header=False, box=None, pad_edge=False)
