@@ -19,8 +19,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from pipeline.models.parts import refuse_below_one
 from pipeline.models.residual import Blocks, Layer, Norm, Over
-from pipeline.models.sew_resnet import resnet_layers
+from pipeline.models.resnet_stages import resnet_stages
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.still import OncePerImage
@@ -66,9 +67,7 @@ class MSResNet(nn.Module):
     ) -> None:
         super().__init__()
         numbers = {"classes": classes, "in_channels": in_channels, "width": width, "stem_stride": stem_stride}
-        for name, number in {**numbers, "blocks": min(blocks, default=0)}.items():
-            if number < 1:
-                raise ValueError(f"MSResNet: {name} must be >= 1; got {name}={number}")
+        refuse_below_one("MSResNet", {**numbers, "blocks": min(blocks, default=0)})
         if stem not in ("one", "three"):
             raise ValueError(f"MSResNet: stem must be 'one' or 'three'; got stem={stem!r}")
         if shortcut not in ("membrane", "multiple"):
@@ -79,18 +78,9 @@ class MSResNet(nn.Module):
         else:
             first, second, third = Layer(in_channels, width, 3, stem_stride, True), *[Layer(width, width, 3, 1, True)] * 2
             self.stem = OncePerImage(factory.synapse(first), factory.synapse(second), factory.currents(third))
-        depth, share = sum(blocks), iter(range(sum(blocks)))
-        stages = []
-        channels = width
-        for index, count in enumerate(blocks):
-            stage = nn.Sequential()
-            for position in range(count):
-                layers = resnet_layers(channels, width * 2**index, stride=1 if position else 2, bottleneck=False)
-                dropped = drop_path * next(share) / max(1, depth - 1)
-                stage.append(factory.residual(layers, last_gain=0.0, pooled=pooled, drop_path=dropped))
-                channels = layers[-1].out_channels
-            stages.append(stage)
-        self.stages = nn.Sequential(*stages)
+        self.stages, channels = resnet_stages(
+            factory, blocks, width, first_stride=2, last_gain=0.0, pooled=pooled, drop_path=drop_path
+        )
         self.last = factory.spikes_of_stream()
         self.dropout = Dropout(dropout) if dropout else nn.Identity()
         self.classifier = Linear(channels, classes)

@@ -17,9 +17,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.models.parts import standardized_conv
+from pipeline.models.parts import refuse_below_one, standardized_conv
 from pipeline.models.residual import Blocks, Pool
-from pipeline.models.sew_resnet import resnet_layers
+from pipeline.models.resnet_stages import resnet_stages
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.still import OncePerImage
 from pipeline.spiking.synapse import Linear
@@ -50,9 +50,7 @@ class NFResNet(nn.Module):
     ) -> None:
         super().__init__()
         numbers = {"classes": classes, "in_channels": in_channels, "width": width, "stem_stride": stem_stride}
-        for name, number in {**numbers, "blocks": min(blocks, default=0)}.items():
-            if number < 1:
-                raise ValueError(f"NFResNet: {name} must be >= 1; got {name}={number}")
+        refuse_below_one("NFResNet", {**numbers, "blocks": min(blocks, default=0)})
         if stem not in ("imagenet", "small"):
             raise ValueError(f"NFResNet: stem must be 'imagenet' or 'small'; got stem={stem!r}")
         factory = Blocks(shortcut="membrane", neuron=neuron, norm="sws")
@@ -61,17 +59,7 @@ class NFResNet(nn.Module):
             self.stem.extend([standardized_conv(in_channels, width, 7, stride=2), Pool(nn.AvgPool2d(3, stride=2, padding=1))])
         else:
             self.stem.append(standardized_conv(in_channels, width, 3, stride=stem_stride))
-        stages = []
-        channels = width
-        for index, count in enumerate(blocks):
-            stage = nn.Sequential()
-            for position in range(count):
-                stride = 2 if index > 0 and position == 0 else 1
-                layers = resnet_layers(channels, width * 2**index, stride=stride, bottleneck=bottleneck)
-                stage.append(factory.residual(layers))
-                channels = layers[-1].out_channels
-            stages.append(stage)
-        self.stages = nn.Sequential(*stages)
+        self.stages, channels = resnet_stages(factory, blocks, width, bottleneck=bottleneck)
         self.classifier = Linear(channels, classes)
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)

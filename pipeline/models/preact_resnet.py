@@ -18,7 +18,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.models.parts import one_more
+from pipeline.models.parts import one_more, refuse_below_one
 from pipeline.models.rate_head import RateHead
 from pipeline.models.residual import Pool
 from pipeline.spiking.norm import BatchNorm
@@ -73,9 +73,7 @@ class PreActResNet(nn.Module):
     ) -> None:
         super().__init__()
         numbers = {"classes": classes, "in_channels": in_channels, "width": width, "blocks": min(blocks, default=0)}
-        for name, number in numbers.items():
-            if number < 1:
-                raise ValueError(f"PreActResNet: {name} must be >= 1; got {name}={number}")
+        refuse_below_one("PreActResNet", numbers)
         if stem not in ("imagenet", "small"):
             raise ValueError(f"PreActResNet: stem must be 'imagenet' or 'small'; got stem={stem!r}")
         if head not in ("rate", "linear"):

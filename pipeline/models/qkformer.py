@@ -21,6 +21,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline.models.attention import SelfAttention, TokenQK
+from pipeline.models.parts import refuse_below_one
 from pipeline.models.residual import Blocks, Layer, Norm, Over, Shortcut
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.still import OncePerImage
@@ -65,9 +66,7 @@ class QKFormer(nn.Module):
     ) -> None:
         super().__init__()
         numbers = {"classes": classes, "in_channels": in_channels, "expansion": expansion, "heads": heads, "channels": channels}
-        for name, number in numbers.items():
-            if number < 1:
-                raise ValueError(f"QKFormer: {name} must be >= 1; got {name}={number}")
+        refuse_below_one("QKFormer", numbers)
         if channels % (4 * heads):
             raise ValueError(f"QKFormer: channels must be a multiple of 4 heads; got channels={channels}, heads={heads}")
         if depth < 4:

@@ -15,8 +15,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.models.parts import initialized_as_relu
+from pipeline.models.parts import initialized_as_relu, refuse_below_one
 from pipeline.models.residual import Blocks, Layer, Over, Pool
+from pipeline.models.resnet_stages import resnet_stages
 from pipeline.spiking.neuron import IF
 from pipeline.spiking.still import OncePerImage
 from pipeline.spiking.surrogate import ATan
@@ -55,9 +56,7 @@ class SEWResNet(nn.Module):
     ) -> None:
         super().__init__()
         numbers = {"classes": classes, "in_channels": in_channels, "width": width, "blocks": min(blocks, default=0)}
-        for name, number in numbers.items():
-            if number < 1:
-                raise ValueError(f"SEWResNet: {name} must be >= 1; got {name}={number}")
+        refuse_below_one("SEWResNet", numbers)
         if shortcut not in ("sew", "post_activation"):
             raise ValueError(f"SEWResNet: shortcut must be 'sew' or 'post_activation'; got shortcut={shortcut!r}")
         factory = Blocks(shortcut=shortcut, neuron=neuron, over=over)
@@ -66,29 +65,12 @@ class SEWResNet(nn.Module):
             factory.neuron(),
             Pool(nn.MaxPool2d(3, stride=2, padding=1)),
         )
-        stages = []
-        channels = width
-        for index, count in enumerate(blocks):
-            stage = nn.Sequential()
-            for position in range(count):
-                stride = 2 if index > 0 and position == 0 else 1
-                layers = resnet_layers(channels, width * 2**index, stride=stride, bottleneck=bottleneck)
-                stage.append(factory.residual(layers))
-                channels = layers[-1].out_channels
-            stages.append(stage)
-        self.stages = nn.Sequential(*stages)
+        self.stages, channels = resnet_stages(factory, blocks, width, bottleneck=bottleneck)
         self.classifier = Linear(channels, classes)
         initialized_as_relu(self)
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         return self.classifier(self.stages(self.stem(x_TBCHW)).mean((3, 4)))
-
-
-def resnet_layers(in_channels: int, width: int, *, stride: int, bottleneck: bool) -> list[Layer]:
-    """What a block of a ResNet is made of; in a bottleneck the 3x3 has the stride."""
-    if bottleneck:
-        return [Layer(in_channels, width), Layer(width, width, 3, stride), Layer(width, 4 * width)]
-    return [Layer(in_channels, width, 3, stride), Layer(width, width, 3)]
 
 
 def sew_resnet(
