@@ -366,7 +366,9 @@ def write_events(
 def write_stamps(
     out: Out,
     size: Annotated[int, typer.Option("--size", help="pixels a side")] = 160,
-    split: Annotated[int, typer.Option("--split", help="which quarter of the objects evaluates: 0, 1 or 2")] = 0,
+    split: Annotated[
+        int, typer.Option("--split", help="which quarter of the objects evaluates: 0, 1 or 2; 3 to choose settings on")
+    ] = 0,
     samples: Annotated[int, typer.Option("--samples", min=1, help="training scenes")] = 5200,
     val_samples: Annotated[int, typer.Option("--val-samples", min=1, help="evaluation scenes")] = 1040,
     smallest: Annotated[float, typer.Option("--smallest", help="least share of a scene's side that its object takes")] = 0.5,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.errors import DataError
-from pipeline.data.stamps.parts import SPLITS, parts
+from pipeline.data.stamps.parts import CHOICE, SPLITS, parts
 from pipeline.data.stamps.pictures import CLASSES, Picture, Pictures, installed
 
 
@@ -44,6 +44,18 @@ def test_three_splits_evaluate_on_different_objects_and_grounds() -> None:
     assert len(grounds) == len(set(grounds)) == 18
 
 
+def test_settings_are_chosen_on_objects_and_grounds_with_which_every_split_trains() -> None:
+    pictures = of_sizes(4, 5, 7, 8, 9, 65)
+    train, val = parts(pictures, CHOICE)
+    for name, found in pictures.objects.items():
+        assert val.objects[name] and names(train.objects[name]) == names(found) - names(val.objects[name])
+        for split in range(SPLITS):
+            assert names(val.objects[name]) <= names(parts(pictures, split)[0].objects[name])
+            assert names(val.grounds) <= names(parts(pictures, split)[0].grounds)
+    with pytest.raises(DataError, match=r"^write stamps: class 0 must have pictures that no other split evaluates on; got 6$"):
+        parts(of_sizes(6), CHOICE)
+
+
 def test_the_parts_depend_on_names_alone() -> None:
     pictures = of_sizes(6, 11)
     turned = Pictures({name: found[::-1] for name, found in pictures.objects.items()}, pictures.grounds[::-1])
@@ -54,8 +66,8 @@ def test_the_parts_depend_on_names_alone() -> None:
 
 
 def test_a_split_that_is_none_and_a_class_that_is_too_small_are_refused(share: Path) -> None:
-    for split in (-1, 3):
-        with pytest.raises(DataError, match=rf"^write stamps: split must be in 0\.\.2; got {split}$"):
+    for split in (-1, 4):
+        with pytest.raises(DataError, match=rf"^write stamps: split must be in 0\.\.3; got {split}$"):
             parts(installed(share), split)
     with pytest.raises(DataError, match=r"^write stamps: class 1 must have 4 pictures or more to be divided; got 3$"):
         parts(of_sizes(9, 3), 0)

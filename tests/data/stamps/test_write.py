@@ -119,7 +119,7 @@ def test_bad_use_ends_in_one_line(share: Path, tmp_path: Path, monkeypatch, caps
     dune = spoilt / "backgrounds" / "mate" / "nature" / "Dune.jpg"
     dune.write_bytes(dune.read_bytes()[:999])
     for words, said in (
-        (("--split", "3", "--source", str(share)), "write stamps: split must be in 0..2; got 3"),
+        (("--split", "4", "--source", str(share)), "write stamps: split must be in 0..3; got 4"),
         (("--size", "8", "--source", str(share)), "write stamps: size must be in 32..1024 pixels; got 8"),
         (("--mode", "raw", "--quality", "80", "--source", str(share)), "quality has no effect in mode 'raw'; got 80"),
         (("--source", str(tmp_path / "none")), "does not exist: apt install tuxpaint-stamps-default; or name"),
