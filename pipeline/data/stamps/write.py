@@ -32,8 +32,8 @@ def write_stamps(
 ) -> list[Manifest]:
     """Scenes of 13 classes, `size` pixels a side: `samples` to train on, `val_samples` of other objects to evaluate on.
 
-    `split`: which objects and grounds evaluate, 0, 1 or 2, or 3 to choose settings on (parts.py). `smallest`: the least share of a scene's side that an
-    object takes. `content_seed`: selects the scenes, not the split.
+    `split`: which objects and grounds evaluate, 0, 1 or 2, or 3 to choose settings on (parts.py). `smallest`: the least share
+    of a scene's side that an object takes. `content_seed`: selects the scenes, not the split.
     `source`: what holds the packages' pictures; None: /usr/share.
     `mode`, `quality`: pixels stored as JPEG (quality 90) or raw. `existing`: as for `write_fashion`.
 
