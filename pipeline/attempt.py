@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from pipeline.answers import Answers, write_answers
 from pipeline.backend.base import Backend
 from pipeline.checkpoint import Checkpoints, weights_of
 from pipeline.data.mixing import Mixing
@@ -79,6 +80,8 @@ class Attempt:
             self.learnt = Learnt(**parts.trainer["learnt"])
         self.stretch = stretch_at(parts.stretches, self.step)
         self.result: Evaluation | None = None
+        self.answers: list[Answers] = []
+        """of this rank in the last evaluation, on each task"""
         self.saved_at = time.monotonic()
         self.stop_asked = False
 
@@ -207,13 +210,16 @@ class Attempt:
         recipe, limit, results = self.recipe, self.recipe.evaluate_samples, []
         most = None if limit is None else len(range(self.ranks.rank, limit, self.ranks.size))
         loss_for = recipe.objective.build().labels
+        self.answers = []
         self.meters.note_peaks()
         with self._published():
             for index, task in enumerate(self.tasks[: self.stretch.index + 1]):
                 task.choose_head(self.backend.network)
                 with closing(self.parts.loaders.val(index)) as val_set:
                     batches = inputs(val_set, recipe.time_steps, self.parts.device, most=most)
-                    results.append(evaluate(self.backend.model, batches, loss_for, over_time=recipe.over_time))
+                    result, answers = evaluate(self.backend.model, batches, loss_for, over_time=recipe.over_time)
+                    results.append(result)
+                    self.answers.append(answers)
         self.meters.forget_peaks()  # what evaluation held is not what training needs
         return results
 
@@ -308,6 +314,7 @@ class Attempt:
         result = self.result or mean_of(self._evaluate())  # an attempt that died after its last checkpoint has evaluated nothing
         totals = self.meters.over_ranks(self.ranks.max)
         figures, taught = self._figures(), self.parts.teaching
+        answers = self.ranks.gather(self.answers)
         summary: dict[str, Any] = {}
         if self.ranks.rank == 0:
             summary = {
@@ -328,6 +335,7 @@ class Attempt:
                 "commit": self.job.commit,
                 "data_fingerprint": self.job.data_fingerprint,
             }
+            write_answers(self.folder / "answers.npz", answers, tasks=bool(self.recipe.phases))
             write_json(self.folder / "summary.json", {**summary, "hardware": hardware()})
         self.tracker.event("finish", sync=True, step=self.step, **summary)
         return summary

@@ -57,6 +57,14 @@ class Ranks:
             raise Refused(outcome[1])
         return outcome[0]
 
+    def gather(self, value: T_) -> list[T_]:
+        """On rank 0 every rank's value, in the order of ranks; nothing on the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        distributed.gather_object(value, values, dst=0, group=self.control)
+        return values or []
+
     def together(self, act: Callable[[], T_]) -> T_:
         """Every rank acts; where one of them is refused, all are, with what the first of those said.
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from pipeline.evaluate import evaluate
+from pipeline.answers import Answers, read_answers, write_answers
+from pipeline.evaluate import Evaluation, evaluate
 from pipeline.objective import CrossEntropy
 from pipeline.ranks import Ranks, Refused
 from pipeline.spiking.neuron import LIF
@@ -51,6 +53,7 @@ def _talk(rank: int, size: int) -> dict[str, Any]:
         "max": ranks.max(torch.tensor([rank, 5 - rank])).tolist(),
         "decide": ranks.decide(rank == 0, rank == 1),
         "agree": ranks.agree(lambda: f"rank {rank}"),
+        "gather": ranks.gather([rank] * rank),
         "refused": said,
         "averaged": inside,
         "own": [own["running_mean"].tolist() == [float(rank)] * 2, network.running_mean.tolist() == [float(rank)] * 2],  # type: ignore[union-attr]
@@ -71,7 +74,7 @@ def test_both_ranks_hear_the_same(tmp_path: Path) -> None:
         "together": "rank 1 cannot (worker 1)",
         "counted": 0,
     }
-    assert run_ranks(_talk, 2, tmp_path) == [expected, expected]
+    assert run_ranks(_talk, 2, tmp_path) == [{**expected, "gather": [[], [1]]}, {**expected, "gather": []}]
 
 
 def _network() -> nn.Module:
@@ -79,22 +82,23 @@ def _network() -> nn.Module:
     return nn.Sequential(Linear(4, 6), LIF(), Linear(6, 7))
 
 
-def _batches(samples: range, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(samples: range, size: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     draw = torch.Generator().manual_seed(1)
     x_TBC, target_B = torch.randn(3, 25, 4, generator=draw), torch.randint(7, (25,), generator=draw)
-    rows = list(samples)
-    return [(x_TBC[:, rows[i : i + size]], target_B[rows[i : i + size]]) for i in range(0, len(rows), size)]
+    index = [torch.tensor(samples[i : i + size]) for i in range(0, len(samples), size)]
+    return [(x_TBC[:, index_B], target_B[index_B], 100 + index_B) for index_B in index]
 
 
-def _evaluate(rank: int, size: int) -> Any:
-    share = range(25) if size == 1 else (range(18), range(18, 18), range(18, 25))[rank]  # one rank has nothing
-    return evaluate(_network(), _batches(share, 4), CrossEntropy())
+def _evaluate(rank: int, size: int) -> tuple[Evaluation, list[Answers]]:
+    share = range(25) if size == 1 else (range(18, 25), range(18, 18), range(18))[rank]  # one rank has nothing
+    result, answers = evaluate(_network(), _batches(share, 4), CrossEntropy())
+    return result, Ranks(rank, size).gather(answers)
 
 
 def test_evaluation_is_exact_over_unequal_ranks(tmp_path: Path) -> None:
-    one = _evaluate(0, 1)
+    one, answers = _evaluate(0, 1)
     with torch.no_grad():  # independently: all samples at once
-        [(x_TBC, target_B)] = _batches(range(25), 25)
+        [(x_TBC, target_B, index_B)] = _batches(range(25), 25)
         from pipeline.spiking.state import fresh_state
 
         network = _network()
@@ -104,6 +108,16 @@ def test_evaluation_is_exact_over_unequal_ranks(tmp_path: Path) -> None:
     assert one.samples == 25
     assert one.top1 == pytest.approx(float((ranked_BK[:, 0] == target_B).double().mean()))
     assert one.top5 == pytest.approx(float((ranked_BK[:, :5] == target_B[:, None]).any(-1).double().mean()))
-    for three in run_ranks(_evaluate, 3, tmp_path):
+    assert np.array_equal(_written(tmp_path, answers), torch.stack([index_B, target_B, ranked_BK[:, 0]]))
+    threes = run_ranks(_evaluate, 3, tmp_path)
+    for three, _ in threes:
         assert (three.samples, three.top1, three.top5, three.firing_rate) == (one.samples, one.top1, one.top5, one.firing_rate)
         assert three.loss == pytest.approx(one.loss, abs=1e-6)
+    assert [len(each.index) for each in threes[0][1]] == [7, 0, 18] and threes[1][1] == threes[2][1] == []
+    assert np.array_equal(_written(tmp_path, threes[0][1]), _written(tmp_path, answers))
+
+
+def _written(folder: Path, shares: list[Answers]) -> np.ndarray:
+    write_answers(folder / "answers.npz", [[share] for share in shares], tasks=False)
+    found = read_answers(folder / "answers.npz")
+    return np.stack([found.index, found.target, found.answer])

@@ -1,0 +1,76 @@
+"""What a network answered, sample by sample: of a run's last evaluation `RUN/answers.npz`.
+
+Two runs that were evaluated on one set can be compared sample by sample, and the samples grouped by what they show.
+
+B batch, N samples
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answers:
+    """int64 `[N]` each, one entry a sample."""
+
+    index: Ints
+    """the sample's place in the evaluation file, as `Batch.index` counts"""
+    target: Ints
+    answer: Ints
+    """the class with the highest mean logit"""
+    task: Ints | None = None
+    """whose evaluation set the sample stands in, and its index counts in; None: the run has no phases"""
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        return self.answer == self.target
+
+
+def answers_of(batches_3B: Iterable[Tensor]) -> Answers:
+    """From the index, target and answer of each batch, in their order."""
+    parts = [np.zeros((3, 0), np.int64), *(batch_3B.numpy() for batch_3B in batches_3B)]
+    index, target, answer = np.concatenate(parts, axis=1)
+    return Answers(index=index, target=target, answer=answer)
+
+
+def write_answers(file: Path, shares: Sequence[Sequence[Answers]], *, tasks: bool) -> None:
+    """Write, whole or not at all, what every rank has of each task (`shares[rank][task]`), sorted by task and index.
+
+    `tasks`: whether the file says which task a sample belongs to.
+    """
+    sorted_3N = [_sorted(of_task) for of_task in zip(*shares, strict=True)]
+    columns: dict[str, Ints] = dict(zip(("index", "target", "answer"), np.concatenate(sorted_3N, axis=1), strict=True))
+    if tasks:
+        columns["task"] = np.repeat(np.arange(len(sorted_3N)), [each.shape[1] for each in sorted_3N])
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with temporary.open("wb") as stream:  # a stream, as savez would add its own suffix to a name
+        np.savez(stream, **columns)  # type: ignore[arg-type]  # numpy's own keyword, allow_pickle, is none of them
+    temporary.rename(file)
+
+
+def read_answers(file: Path) -> Answers:
+    """Raises: ValueError for a file that is missing or holds something else."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return Answers(**arrays)
+    except FileNotFoundError:
+        raise ValueError(f"answers: {file} must be there; a run writes it at its end") from None
+    except (TypeError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"answers: {file} must hold index, target and answer; it could not be read: {error}") from error
+
+
+def _sorted(shares: Sequence[Answers]) -> Ints:
+    """`[3,N]`: the shares of all ranks in the order of their samples."""
+    all_3N = np.concatenate([np.stack([each.index, each.target, each.answer]) for each in shares], axis=1)
+    return all_3N[:, np.argsort(all_3N[0])]

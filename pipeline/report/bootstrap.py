@@ -1,0 +1,61 @@
+"""Differences of accuracy between networks that were asked the same questions, resampled over groups of questions.
+
+The questions come in groups (several scenes of one object), and groups in splits. One resample draws, within each split, as many
+groups as it has, with replacement; all questions of a group come together, and every cell (a network) is judged on the same draw:
+
+    a[c]   = mean over splits s of  sum_g m[s,g] right[s,g,c] / sum_g m[s,g] questions[s,g],      m[s] ~ multinomial(G_s, 1/G_s)
+    value  = sum_c w[c] a[c]
+
+Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, ch. 13 (percentiles); Davison & Hinkley 1997, Bootstrap Methods
+and their Application, ch. 3 (strata, and groups drawn whole).
+
+R resamples, G groups of a split, N questions of a split, C cells, K contrasts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Tally:
+    """Of one split: how many questions each group has, and how many of them each cell answered right."""
+
+    questions_G: Floats
+    right_GC: Floats
+
+
+def tally(group_N: NDArray[Any], right_NC: NDArray[np.bool_]) -> Tally:
+    """Count by group; groups in the order of their names."""
+    _, number_N, questions_G = np.unique(group_N, return_inverse=True, return_counts=True)
+    right_GC = np.zeros((len(questions_G), right_NC.shape[1]))
+    np.add.at(right_GC, number_N, right_NC)
+    return Tally(questions_G.astype(np.float64), right_GC)
+
+
+def estimated(tallies: Sequence[Tally], weights_CK: Floats) -> Floats:
+    """The values `[K]` on all groups, each once."""
+    return np.mean([_values(each, weights_CK, np.ones((1, len(each.questions_G)))) for each in tallies], axis=0)[0]
+
+
+def resampled(tallies: Sequence[Tally], weights_CK: Floats, *, resamples: int, seed: int) -> Floats:
+    """The values `[R,K]` of as many draws."""
+    draw = np.random.default_rng(seed)
+    return np.mean([_values(each, weights_CK, _drawn(len(each.questions_G), resamples, draw)) for each in tallies], axis=0)
+
+
+def _drawn(groups: int, resamples: int, draw: np.random.Generator) -> Floats:
+    """How often each group is in each resample: `[R,G]`."""
+    return draw.multinomial(groups, np.full(groups, 1 / groups), size=resamples).astype(np.float64)
+
+
+def _values(one: Tally, weights_CK: Floats, drawn_RG: Floats) -> Floats:
+    # Cells are subtracted while they are whole numbers: alike cells leave exactly nothing.
+    return drawn_RG @ (one.right_GC @ weights_CK) / (drawn_RG @ one.questions_G)[:, None]

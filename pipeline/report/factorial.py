@@ -1,0 +1,270 @@
+"""A factorial study on samples that come in groups (several scenes of one object): accuracy of its cells, and contrasts of them.
+
+    print_factorial(
+        {("fp", "none"): {"0": run, "1": run}, ("1-bit", "none"): {...}, ...},     # a run of each cell for each split of the data
+        all_effects({"weights": ("fp", "1-bit"), "teacher": ("none", "kd")}),
+        by="object",
+    )
+
+Splits evaluate on different groups. The accuracy of a cell in a split is its share of right answers, that of a cell the mean over
+splits, and a contrast the weighted sum over cells, its weights summing to 0.
+
+The 95 % interval of a contrast is that of a paired bootstrap over groups within splits (bootstrap.py). It covers which objects
+happened to be held out: what other objects of the same kind would give with these trained networks. It covers neither what
+another seed would have trained, nor the choice of settings. Of few groups it is too narrow: by sqrt(1 - 1/G) with G groups a
+split, and as normal quantiles are beside Student's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.report.answered import Answered, read_answered
+from pipeline.report.bootstrap import estimated, resampled, tally
+from pipeline.report.runs import ReportError
+
+__all__ = ["Cell", "Contrast", "Factorial", "factorial", "print_factorial"]
+
+CellName: TypeAlias = Any
+"""text, or a tuple of text; a union would refuse a mapping of either, as the keys of mappings are invariant"""
+QUANTILES = (2.5, 97.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """Accuracies are shares in 0..1."""
+
+    name: CellName
+    runs: dict[str, str]
+    """of each split"""
+    accuracies: dict[str, float]
+    """in each split"""
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.accuracies.values()) / len(self.accuracies)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """In points of accuracy, with a 95 % interval over groups."""
+
+    name: str
+    weights: dict[CellName, float]
+    estimate: float
+    low: float
+    high: float
+
+    @property
+    def excludes_0(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factorial:
+    by: str
+    groups: dict[str, int]
+    """in each split"""
+    samples: dict[str, int]
+    """in each split"""
+    cells: tuple[Cell, ...]
+    contrasts: tuple[Contrast, ...]
+    resamples: int
+    seed: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "by": self.by,
+            "splits": [{"split": s, "groups": self.groups[s], "samples": self.samples[s]} for s in self.groups],
+            "resamples": self.resamples,
+            "seed": self.seed,
+            "cells": [
+                {"cell": _text(cell.name), "accuracy": cell.accuracy, "accuracies": cell.accuracies, "runs": cell.runs}
+                for cell in self.cells
+            ],
+            "contrasts": [
+                {
+                    "contrast": each.name,
+                    "points": each.estimate,
+                    "low": each.low,
+                    "high": each.high,
+                    "excludes_0": each.excludes_0,
+                    "weights": {_text(name): weight for name, weight in each.weights.items()},
+                }
+                for each in self.contrasts
+            ],
+        }
+
+    def render(self, console: Console) -> None:
+        """The cells, the contrasts, and what the intervals cover."""
+        cells = _table("cell", *(f"split {split}" for split in self.groups), "mean")
+        for cell in self.cells:
+            shares = (*cell.accuracies.values(), cell.accuracy)
+            cells.add_row(Text(_text(cell.name)), *(Text(f"{share:.2%}") for share in shares))
+        console.print(cells)
+        contrasts = _table("contrast", "points", "95 % interval", "")
+        for each in self.contrasts:
+            interval = f"{each.low:+.2f} to {each.high:+.2f}"
+            verdict = "excludes 0" if each.excludes_0 else "includes 0"
+            contrasts.add_row(*map(Text, (each.name, f"{each.estimate:+.2f}", interval, verdict)))
+        console.print()
+        console.print(contrasts)
+        console.print(
+            f"{_listed(self.groups)} groups by {self.by}, {_listed(self.samples)} samples; {self.resamples} resamples of the "
+            "groups within each split, the same for every cell. An interval covers which groups were held out, neither the "
+            "randomness of training nor the choice of settings.",
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+        )
+
+
+def factorial(
+    cells: Mapping[CellName, Mapping[str, Path]],
+    contrasts: Mapping[str, Mapping[CellName, float]],
+    *,
+    by: str,
+    resamples: int = 10_000,
+    seed: int = 0,
+    trust: Collection[str] = (),
+) -> Factorial:
+    """Read the runs and resample them.
+
+    Args:
+        cells: of each cell its run for each split; a run is a folder with `answers.npz` and `recipe.json`.
+        contrasts: of each contrast its cells' weights, see effects.py.
+        by: what groups the samples, as `Beton.groups` takes it.
+        resamples, seed: of the bootstrap.
+        trust: packages that the runs' recipes may name, beside the product's own.
+
+    Raises:
+        ReportError: a split that a cell lacks, runs of one split on different samples, splits that share a group, fewer than two
+            groups, or a contrast that is none.
+        ValueError: a run that cannot be read, or whose data has no such groups.
+    """
+    splits = _splits(cells)
+    _check_contrasts(contrasts, cells)
+    if resamples < 1:
+        raise ReportError(f"factorial: resamples must be 1 or more; got {resamples}")
+    runs = {split: {name: read_answered(cells[name][split], by=by, trust=trust) for name in cells} for split in splits}
+    groups = {split: _group_N(split, list(of_split.values())) for split, of_split in runs.items()}
+    _check_groups(groups, by)
+    tallies = [
+        tally(groups[split], np.stack([run.answers.right for run in of_split.values()], axis=1))
+        for split, of_split in runs.items()
+    ]
+    weights_CK = np.array([[weights.get(name, 0.0) for weights in contrasts.values()] for name in cells]).reshape(len(cells), -1)
+    points_K = 100 * estimated(tallies, weights_CK)
+    low_K, high_K = np.percentile(100 * resampled(tallies, weights_CK, resamples=resamples, seed=seed), QUANTILES, axis=0)
+    return Factorial(
+        by=by,
+        groups={split: len(np.unique(group_N)) for split, group_N in groups.items()},
+        samples={split: len(group_N) for split, group_N in groups.items()},
+        cells=tuple(_cell(name, {split: of_split[name] for split, of_split in runs.items()}) for name in cells),
+        contrasts=tuple(
+            Contrast(name=name, weights=dict(weights), estimate=float(points), low=float(low), high=float(high))
+            for (name, weights), points, low, high in zip(contrasts.items(), points_K, low_K, high_K, strict=True)
+        ),
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+def _cell(name: CellName, runs: Mapping[str, Answered]) -> Cell:
+    return Cell(
+        name=name,
+        runs={split: run.name for split, run in runs.items()},
+        accuracies={split: float(run.answers.right.mean()) for split, run in runs.items()},
+    )
+
+
+def print_factorial(
+    cells: Mapping[CellName, Mapping[str, Path]],
+    contrasts: Mapping[str, Mapping[CellName, float]],
+    *,
+    by: str,
+    resamples: int = 10_000,
+    seed: int = 0,
+    trust: Collection[str] = (),
+    console: Console | None = None,
+) -> None:
+    """Print `factorial`, which see."""
+    found = factorial(cells, contrasts, by=by, resamples=resamples, seed=seed, trust=trust)
+    found.render(console or Console())
+
+
+# ------------------------------------------------------------------------------------------------------------------- refusals
+
+
+def _splits(cells: Mapping[CellName, Mapping[str, Path]]) -> list[str]:
+    splits = list(dict.fromkeys(split for runs in cells.values() for split in runs))
+    if not splits:
+        raise ReportError(f"factorial: needs a run for each cell and split; got {len(cells)} cells without runs")
+    for name, runs in cells.items():
+        if missing := [split for split in splits if split not in runs]:
+            known = ", ".join(splits)
+            raise ReportError(
+                f"factorial: every cell must have a run of each split, {known}; {_text(name)} has none of {missing[0]}"
+            )
+    return splits
+
+
+def _check_contrasts(contrasts: Mapping[str, Mapping[CellName, float]], cells: Mapping[CellName, Any]) -> None:
+    for name, weights in contrasts.items():
+        if unknown := [_text(cell) for cell in weights if cell not in cells]:
+            accepted = "; ".join(map(_text, cells))
+            raise ReportError(f"factorial: {name} must weigh cells of the study; got {'; '.join(unknown)}; there are {accepted}")
+        total = math.fsum(weights.values())
+        if not abs(total) < 1e-9 or not any(weights.values()):  # also where one of them is not a number
+            raise ReportError(f"factorial: the weights of {name} must sum to 0, some of them not 0; they sum to {total:g}")
+
+
+def _group_N(split: str, runs: list[Answered]) -> NDArray[Any]:
+    """What the samples of a split belong with: of one run, once all of them are found to have the same."""
+    for run in runs[1:]:
+        if said := runs[0].differs_from(run):
+            raise ReportError(
+                f"factorial: all runs of a split must be evaluated on the same samples; in split {split} "
+                f"{runs[0].name} and {run.name} have {said}"
+            )
+    return runs[0].group_N
+
+
+def _check_groups(groups: Mapping[str, NDArray[Any]], by: str) -> None:
+    seen: dict[str, str] = {}
+    for split, group_N in groups.items():
+        found = np.unique(group_N).tolist()
+        if len(found) < 2:
+            raise ReportError(f"factorial: split {split} must have two groups or more by {by!r}; it has {len(found)}")
+        for group in found:
+            if (other := seen.setdefault(group, split)) != split:
+                raise ReportError(f"factorial: splits must evaluate on different groups; {other} and {split} both have {group!r}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------- text
+
+
+def _text(name: CellName) -> str:
+    return name if isinstance(name, str) else ", ".join(map(str, name))
+
+
+def _listed(numbers: Mapping[str, int]) -> str:
+    return " + ".join(map(str, numbers.values()))
+
+
+def _table(first: str, *rest: str) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for title in rest:
+        table.add_column(title, justify="right")
+    return table
