@@ -194,8 +194,8 @@ def test_a_cluster_that_is_not_there_is_refused_within_seconds(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("return 3", "must return a Recipe or a list of them; got 3"),
-        ("return [1]", "must return a Recipe or a list of them"),
+        ("return 3", "must return a Recipe, a list of them or a Suite; got 3"),
+        ("return [1]", "must return a Recipe, a list of them or a Suite; got [1]"),
         ("raise KeyError('x')", "mine.py:2: KeyError: 'x'"),
         ("import sys; sys.exit(3)", "mine.py:2: SystemExit: 3"),
         ("return (", "mine.py:2: SyntaxError"),
