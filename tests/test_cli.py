@@ -252,7 +252,7 @@ def test_a_comparison_from_launch_to_table(tmp_path: Path) -> None:
     assert [run["rule"] for run in table["runs"]] == ["BPTT", "SLTT-2"]
     assert table["study"]
     listed = spiketrain("runs", *runs).stdout
-    assert listed.count("finished") == 2
+    assert "2 of 2 finished" in listed and listed.count("finished") == 3  # the suite, and its runs
     [sltt] = (tmp_path / "runs").glob("one-sltt*")
     evaluated = spiketrain("evaluate", sltt.name, *runs)
     assert "on 20 samples" in evaluated.stdout, evaluated.stderr
