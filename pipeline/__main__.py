@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Recipe
+    from pipeline.suite import Suite
 
 app = typer.Typer(
     name="spiketrain",
@@ -23,6 +27,7 @@ write_app = typer.Typer(
 app.add_typer(write_app, name="write")
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a Python file that defines recipe()")]
+RunOrSuite = Annotated[str, typer.Argument(metavar="RUN|SUITE", help="its folder, or its name under --runs")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under --runs")]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="where runs live")]
 Sets = Annotated[
@@ -39,7 +44,10 @@ Device = Annotated[Literal["auto", "cpu", "gpu"], typer.Option("--device", help=
 Cpus = Annotated[int, typer.Option("--cpus-per-worker", min=1, help="cores reserved for a worker, and its torch threads")]
 Loaders = Annotated[int, typer.Option("--loader-threads", min=1, help="threads that read data in each worker")]
 Restarts = Annotated[int, typer.Option("--max-restarts", min=0, help="how often dead workers are started again")]
-Name = Annotated[str | None, typer.Option("--name", help="the run's name; without it the recipe's and the time")]
+Name = Annotated[
+    str | None,
+    typer.Option("--name", help="the run's name, or the suite's; without it the recipe's, or the file's, and the time"),
+]
 
 RUNS = Path("runs")
 
@@ -87,10 +95,11 @@ def launch(
     trust: Trust = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
-    """Train a recipe, or each recipe of a comparison, and end in a table."""
-    recipes = _recipes(recipe, set_, tiny)
-    from pipeline.launch.start import Cluster, launch_all
+    """Train a recipe, or each recipe of a comparison, and end in a table or the comparison's own report."""
+    made = _made(recipe, set_, tiny)
+    from pipeline.launch.cluster import Cluster
     from pipeline.recipe_file import own_package
+    from pipeline.suite import Suite
 
     cluster = Cluster(
         workers=workers,
@@ -101,24 +110,40 @@ def launch(
         loader_threads=loader_threads,
         max_restarts=max_restarts,
     )
-    _end(launch_all(recipes, cluster, runs, name=name, trust=(*trust, *own_package(recipe, recipes))), runs)
+    trusted = (*trust, *own_package(recipe, made))
+    if isinstance(made, Suite):
+        from pipeline.launch.suite import launch_suite
+
+        stem = recipe.stem.replace("_", "-")
+        _end_suite(launch_suite(made, cluster, runs, stem=stem, name=name, trust=trusted), trusted)
+    else:
+        from pipeline.launch.start import launch_run
+
+        _end_run(launch_run(made, cluster, runs, name=name, trust=trusted), runs)
 
 
 @app.command(epilog="Example: spiketrain resume fashion-sltt-20260105-120000")
 def resume(
-    run: RunName,
+    run: RunOrSuite,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="processes; without it as many as before")] = None,
     inline: Inline = False,
     address: Address = None,
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
-    """Go on with a run at the exact sample where its newest whole checkpoint stands."""
-    from pipeline.launch.start import resume_run
-    from pipeline.report.runs import find_run
+    """Go on with a run at the exact sample where its newest whole checkpoint stands; with a suite, run by run."""
+    from pipeline.report.runs import find_run_or_suite
+    from pipeline.suite import is_suite
 
-    folders = resume_run(find_run(runs, run), runs, workers=workers, inline=inline, address=address, trust=tuple(trust))
-    _end(folders, runs)
+    folder, trusted = find_run_or_suite(runs, run), tuple(trust)
+    if is_suite(folder):
+        from pipeline.launch.suite import resume_suite
+
+        _end_suite(resume_suite(folder, workers=workers, inline=inline, address=address, trust=trusted), trusted)
+    else:
+        from pipeline.launch.start import resume_run
+
+        _end_run(resume_run(folder, runs, workers=workers, inline=inline, address=address, trust=trusted), runs)
 
 
 @app.command(
@@ -144,10 +169,10 @@ def evaluate(
 ) -> None:
     """Evaluate a network, a run's or a recipe's, on its whole evaluation set, in this process."""
     if run.endswith(".py"):
-        recipes = _recipes(Path(run), set_, tiny=False)
-        from pipeline.launch.start import evaluate_recipes
+        made = _made(Path(run), set_, tiny=False)
+        from pipeline.launch.start import evaluate_recipe
 
-        evaluate_recipes(recipes, which=which, weights=weights, time_steps=steps)
+        evaluate_recipe(made, which=which, weights=weights, time_steps=steps)
         return
     from pipeline.launch.start import evaluate_run
     from pipeline.report.runs import find_run
@@ -201,16 +226,28 @@ def carryover(
 
 @app.command(epilog="Example: spiketrain compare --format json")
 def compare(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[STUDY|RUN]...", help="none: the newest study")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[STUDY|RUN]... | SUITE", help="none: the newest study")] = None,
     against: Annotated[str, typer.Option("--against", metavar="RULE", help="the baseline")] = "BPTT",
     within: Annotated[float, typer.Option("--within", help="points below it that a rule may be (paired seeds)")] = 0.7,
     format_: Annotated[Literal["table", "json", "csv"], typer.Option("--format")] = "table",
     runs: Runs = RUNS,
+    trust: Annotated[
+        list[str], typer.Option("--trust", metavar="PACKAGE", help="a package of your own that a suite imports from; repeatable")
+    ] = [],  # noqa: B006
 ) -> None:
-    """Print what each rule cost and how well it did, with ratios to the BPTT run of the same study."""
+    """Print what each rule cost and how well it did, with ratios to the BPTT run of the same study; or a suite's report."""
     from pipeline.report.compare import print_comparison
+    from pipeline.report.suite import print_suite, suite_named
 
-    print_comparison(runs, names or [], format=format_, against=against, within=within)
+    suite = suite_named(runs, names or [])
+    if suite is None:
+        if trust:
+            raise ValueError(f"compare: --trust is for a suite, and runs are compared without it; got {', '.join(trust)}")
+        print_comparison(runs, names or [], format=format_, against=against, within=within)
+        return
+    if format_ != "table":
+        raise ValueError(f"compare: a suite prints its report or tables; got --format {format_}; name its runs instead")
+    print_suite(suite, against=against, within=within, trust=tuple(trust))
 
 
 @app.command(epilog="Example: spiketrain show recipes/fashion/sltt.py --workers 2")
@@ -221,16 +258,15 @@ def show(
     tiny: Tiny = False,
 ) -> None:
     """Print the resolved recipe, its size, its study and the DeepSpeed settings; needs no data."""
-    recipes = _recipes(recipe, set_, tiny)
+    made = _made(recipe, set_, tiny)
     from pipeline.report.show import show_recipe
 
-    for each in recipes:
-        show_recipe(each, workers)
+    show_recipe(made, workers)
 
 
 @app.command("runs", epilog="Example: spiketrain runs --runs /scratch/runs")
 def runs_(runs: Runs = RUNS) -> None:
-    """List runs with their state and the command that resumes each."""
+    """List suites and runs with their state and the command that resumes each."""
     from pipeline.report.runs import print_runs
 
     print_runs(runs)
@@ -394,13 +430,21 @@ def write_stamps(
         _report(write(out, workers=workers, progress=told, existing=existing, **options, **how))
 
 
-def _end(folders: list[Path] | None, runs: Path) -> None:
+def _end_run(folder: Path | None, runs: Path) -> None:
     """The table of what was trained; somebody who stopped the training gets the shell's code for that."""
-    if folders is None:
+    if folder is None:
         sys.exit(130)
     from pipeline.report.compare import print_studies
 
-    print_studies(runs, folders)
+    print_studies(runs, [folder])
+
+
+def _end_suite(folder: Path | None, trust: tuple[str, ...]) -> None:
+    if folder is None:
+        sys.exit(130)
+    from pipeline.report.suite import print_suite
+
+    print_suite(folder, trust=trust)
 
 
 def _report(manifests: list) -> None:
@@ -410,11 +454,11 @@ def _report(manifests: list) -> None:
             print(f"  skipped {skipped['image']}: {skipped['reason']}", file=sys.stderr)
 
 
-def _recipes(path: Path, changes: list[str], tiny: bool) -> list:
-    from pipeline.recipe_file import load_recipes, parse_changes
+def _made(path: Path, changes: list[str], tiny: bool) -> Recipe | Suite:
+    from pipeline.recipe_file import load_recipe, parse_changes
 
-    recipes = [each.override(parse_changes(changes)) for each in load_recipes(path)]
-    return [each.tiny() for each in recipes] if tiny else recipes
+    made = load_recipe(path).override(parse_changes(changes))
+    return made.tiny() if tiny else made
 
 
 if __name__ == "__main__":

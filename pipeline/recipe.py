@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pipeline.phases import Phase, check_phases
 from pipeline.recipe_json import decode, encode, flat, read_json, write_json
-from pipeline.spec import Spec, accepted_text, admits, is_path, spec, type_name
+from pipeline.spec import Spec, accepted_text, admits, is_path, is_reference, spec, type_name
 
 __all__ = ["Phase", "Recipe", "Spec", "Split", "read_json", "spec", "write_json"]
 
@@ -84,7 +84,7 @@ class Recipe:
     zero: Literal[0, 1, 2] = 0
     """DeepSpeed's ZeRO stage"""
     init: str | None = None
-    """a run's folder or a weights file (.safetensors, .pt) to start from; None: from scratch"""
+    """a run's folder or a weights file (.safetensors, .pt) to start from, or in a suite "@NAME"; None: from scratch"""
     evaluate_every: int = 1
     """epochs between evaluations; the last epoch is always evaluated"""
     checkpoint_every: int = 0
@@ -162,8 +162,12 @@ class Recipe:
 
     def resolved(self) -> Recipe:
         """The same recipe with every path absolute: workers start in folders of their own, and so may whoever resumes."""
-        parts = {each.name: _resolved(getattr(self, each.name)) for each in dataclasses.fields(self)}
-        return dataclasses.replace(self, **{**parts, "init": self.init if self.init is None else str(Path(self.init).absolute())})
+        return self.with_paths(lambda path: path if is_reference(path) else str(Path(path).absolute()))
+
+    def with_paths(self, change: Callable[[str], str]) -> Recipe:
+        """The same recipe with `init` and every path among the keywords of its parts changed."""
+        parts = {each.name: _with_paths(getattr(self, each.name), change) for each in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{**parts, "init": None if self.init is None else change(self.init)})
 
     def tiny(self, *, data: Spec | None = None) -> Recipe:
         """The same recipe shrunk to seconds on a CPU: 4 steps of small batches at T = 2, a small evaluation, 2 phases at most."""
@@ -306,14 +310,14 @@ def _changed_throughout(part: Spec, name: str, change: Callable[[Any], Any]) -> 
     return part.with_(**inside, **{key: change(value) for key, value in part.kwargs.items() if key == name})
 
 
-def _resolved(value: Any) -> Any:
+def _with_paths(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, tuple):
-        return tuple(_resolved(item) for item in value)
+        return tuple(_with_paths(item, change) for item in value)
     if isinstance(value, Phase):
-        return dataclasses.replace(value, data=_resolved(value.data))
+        return dataclasses.replace(value, data=_with_paths(value.data, change))
     if not isinstance(value, Spec):
         return value
     paths = {
-        key: str(Path(item).absolute()) for key, item in value.kwargs.items() if item is not None and is_path(value.target, key)
+        key: change(os.fspath(item)) for key, item in value.kwargs.items() if item is not None and is_path(value.target, key)
     }
-    return value.with_(**{**{key: _resolved(item) for key, item in value.kwargs.items()}, **paths})
+    return value.with_(**{**{key: _with_paths(item, change) for key, item in value.kwargs.items()}, **paths})

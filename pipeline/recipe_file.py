@@ -13,10 +13,12 @@ from types import ModuleType
 from typing import Any
 
 from pipeline.recipe import Recipe
+from pipeline.recipe_json import dotted
+from pipeline.suite import Suite
 
 
-def load_recipes(path: Path) -> list[Recipe]:
-    """Run a recipe file, which is code that the user chose to run, and call its `recipe()`: one recipe, or several.
+def load_recipe(path: Path) -> Recipe | Suite:
+    """Run a recipe file, which is code that the user chose to run, and call its `recipe()`. A list is a suite without a report.
 
     Raises:
         ValueError: no such file, a file without `recipe()`, or a recipe that does not fit (with the line that wrote it).
@@ -32,18 +34,24 @@ def load_recipes(path: Path) -> list[Recipe]:
         made = make()
     except (Exception, SystemExit) as error:
         raise ValueError(f"{path}:{_line(error, path)} {_said(error)}") from error
-    recipes = [made] if isinstance(made, Recipe) else made
-    if not isinstance(recipes, (list, tuple)) or not recipes or not all(isinstance(each, Recipe) for each in recipes):
-        raise ValueError(f"{path}: recipe() must return a Recipe or a list of them; got {made!r}")
-    return list(recipes)
+    if isinstance(made, (Recipe, Suite)):
+        return made
+    if not isinstance(made, (list, tuple)) or not made or not all(isinstance(each, Recipe) for each in made):
+        raise ValueError(f"{path}: recipe() must return a Recipe, a list of them or a Suite; got {made!r}")
+    try:
+        return Suite(tuple(made))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def own_package(path: Path, recipes: Sequence[Recipe]) -> list[str]:
-    """The recipe file's own module, where a recipe is built from what it defines: running the file was trusting it."""
+def own_package(path: Path, made: Recipe | Suite) -> list[str]:
+    """The recipe file's own module, where a recipe or a report is what it defines: running the file was trusting it."""
     module = sys.modules.get(path.stem)
     is_own = module is not None and Path(getattr(module, "__file__", None) or "").resolve() == path.resolve()
-    used = any(value.startswith(f"{path.stem}.") for recipe in recipes for value in recipe.flat().values())
-    return [path.stem] if is_own and used else []
+    used = [value for recipe in (made.recipes if isinstance(made, Suite) else [made]) for value in recipe.flat().values()]
+    if isinstance(made, Suite) and made.report is not None:
+        used.append(dotted(made.report))
+    return [path.stem] if is_own and any(value.startswith(f"{path.stem}.") for value in used) else []
 
 
 def parse_changes(texts: Sequence[str]) -> dict[str, Any]:

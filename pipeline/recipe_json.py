@@ -24,7 +24,7 @@ def encode(value: Any, *, paths: bool) -> Any:
     """
     if isinstance(value, Spec):
         kwargs = {key: encode(item, paths=paths) for key, item in value.kwargs.items() if paths or not is_path(value.target, key)}
-        return {"target": _dotted(value.target), "kwargs": kwargs}
+        return {"target": dotted(value.target), "kwargs": kwargs}
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, (list, tuple)):
@@ -35,7 +35,7 @@ def encode(value: Any, *, paths: bool) -> Any:
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kwargs = {each.name: encode(getattr(value, each.name), paths=paths) for each in dataclasses.fields(value) if each.init}
-        return {"value": _dotted(type(value)), "kwargs": kwargs}
+        return {"value": dotted(type(value)), "kwargs": kwargs}
     raise ValueError(f"recipe: {value!r} cannot be written to recipe.json; use numbers, text, lists or spec(...)")
 
 
@@ -46,7 +46,7 @@ def decode(value: Any, trusted: Collection[str]) -> Any:
         ValueError: a target outside the trusted packages, or one that does not exist.
     """
     if isinstance(value, Mapping) and set(value) == {"target", "kwargs"}:
-        return Spec(_target(value["target"], trusted), _keywords(value["kwargs"], trusted))
+        return Spec(imported(value["target"], trusted), _keywords(value["kwargs"], trusted))
     if isinstance(value, Mapping) and set(value) == {"value", "kwargs"}:
         return _frozen_value(value["value"], _keywords(value["kwargs"], trusted), trusted)
     if isinstance(value, Mapping):
@@ -93,17 +93,27 @@ def write_json(path: Path, value: Any) -> None:
     temp.rename(path)
 
 
-def _dotted(target: Callable[..., Any]) -> str:
+def dotted(target: Callable[..., Any]) -> str:
+    """The name under which `imported` finds a callable again.
+
+    Raises:
+        ValueError: one that has none: a lambda, or what was defined inside a function.
+    """
     name = f"{target.__module__}.{target.__qualname__}"
     if "<" in name:
         raise ValueError(f"recipe: {name} has no importable name; define it at the top level of a module")
     return name
 
 
-def _target(name: Any, trusted: Collection[str]) -> Callable[..., Any]:
+def imported(name: Any, trusted: Collection[str], *, who: str = "recipe.json") -> Callable[..., Any]:
+    """The callable of a dotted name.
+
+    Raises:
+        ValueError: one outside the trusted packages, or one that does not exist; in the name of `who` asks.
+    """
     if not isinstance(name, str):
-        raise ValueError(f"recipe.json: a part is named by text; got {name!r}")
-    refusal = f"recipe.json: {name} is not in a trusted package; trusted are {', '.join(trusted)}; name its package with --trust"
+        raise ValueError(f"{who}: what is imported is named by text; got {name!r}")
+    refusal = f"{who}: {name} is not in a trusted package; trusted are {', '.join(trusted)}; name its package with --trust"
     if not _is_inside(name, trusted):
         raise ValueError(refusal)
     parts = name.split(".")
@@ -117,18 +127,18 @@ def _target(name: Any, trusted: Collection[str]) -> Callable[..., Any]:
             continue
         for part in parts[cut:]:
             if not hasattr(found, part):
-                raise ValueError(f"recipe.json: {name} does not exist in this installation")
+                raise ValueError(f"{who}: {name} does not exist in this installation")
             found = getattr(found, part)
         # `pipeline.data.write.os.system` begins with a trusted name: what counts is where the object was defined.
         if not callable(found) or not _is_inside(f"{getattr(found, '__module__', '')}.", trusted):
             raise ValueError(refusal)
         return found
-    raise ValueError(f"recipe.json: {name} does not exist in this installation")
+    raise ValueError(f"{who}: {name} does not exist in this installation")
 
 
 def _frozen_value(name: str, kwargs: dict[str, Any], trusted: Collection[str]) -> Any:
     """Such as Triangle(): made while the recipe is read, so it must be a dataclass and nothing else."""
-    made = _target(name, trusted)
+    made = imported(name, trusted)
     if not (isinstance(made, type) and dataclasses.is_dataclass(made)):
         raise ValueError(f"recipe.json: {name} must be a dataclass to be a value; it is not")
     return made(**kwargs)

@@ -71,6 +71,11 @@ def is_path(target: Callable[..., Any], key: str) -> bool:
     return any(arm is Path or arm is os.PathLike for arm in (hint, *typing.get_args(hint)))
 
 
+def is_reference(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is `@NAME`: what the run of recipe NAME, in the same suite, will have learnt."""
+    return os.fspath(path).startswith("@")
+
+
 def _check_keywords(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
     if not callable(target):
         raise ValueError(f"spec: the target must be callable; got {target!r}")

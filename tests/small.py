@@ -16,6 +16,7 @@ from pipeline.launch.inline import Inline
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.objective import CrossEntropy
 from pipeline.recipe import Recipe, spec, write_json
+from pipeline.recipe_file import load_recipe
 from pipeline.rules.sltt import SLTT
 from pipeline.schedule import cosine
 from pipeline.weights import load_run
@@ -39,6 +40,12 @@ def small_recipe(**changes: Any) -> Recipe:
         backend="plain",
     )
     return replace(recipe, **changes)
+
+
+def recipes_of(file: Path) -> tuple[Recipe, ...]:
+    """Of a recipe file, one or all of its suite."""
+    made = load_recipe(file)
+    return (made,) if isinstance(made, Recipe) else made.recipes
 
 
 def make_run(folder: Path, recipe: Recipe) -> Job:

@@ -194,8 +194,8 @@ def test_a_cluster_that_is_not_there_is_refused_within_seconds(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("return 3", "must return a Recipe or a list of them; got 3"),
-        ("return [1]", "must return a Recipe or a list of them"),
+        ("return 3", "must return a Recipe, a list of them or a Suite; got 3"),
+        ("return [1]", "must return a Recipe, a list of them or a Suite; got [1]"),
         ("raise KeyError('x')", "mine.py:2: KeyError: 'x'"),
         ("import sys; sys.exit(3)", "mine.py:2: SystemExit: 3"),
         ("return (", "mine.py:2: SyntaxError"),
@@ -252,7 +252,7 @@ def test_a_comparison_from_launch_to_table(tmp_path: Path) -> None:
     assert [run["rule"] for run in table["runs"]] == ["BPTT", "SLTT-2"]
     assert table["study"]
     listed = spiketrain("runs", *runs).stdout
-    assert listed.count("finished") == 2
+    assert "2 of 2 finished" in listed and listed.count("finished") == 3  # the suite, and its runs
     [sltt] = (tmp_path / "runs").glob("one-sltt*")
     evaluated = spiketrain("evaluate", sltt.name, *runs)
     assert "on 20 samples" in evaluated.stdout, evaluated.stderr

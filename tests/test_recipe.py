@@ -19,12 +19,13 @@ from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.objective import CrossEntropy
 from pipeline.recipe import Recipe, Spec, spec
-from pipeline.recipe_file import load_recipes, parse_changes
+from pipeline.recipe_file import load_recipe, parse_changes
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.schedule import cosine
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
+from tests.small import recipes_of
 
 RECIPES = sorted(path for path in Path("recipes").rglob("*.py") if not path.name.endswith(("__init__.py", "base.py")))
 
@@ -121,7 +122,7 @@ def test_a_recipe_is_the_same_after_json() -> None:
         "torch.hub.load",
         "torch.load",
         "torch.utils.collect_env.run",
-        "pipeline.recipe_file.load_recipes",
+        "pipeline.recipe_file.load_recipe",
         "recipesque.run",
     ],
 )
@@ -240,19 +241,19 @@ def test_a_recipe_file_that_fails_names_its_line(tmp_path: Path) -> None:
         "from pipeline.recipe import spec\nfrom pipeline.rules.sltt import SLTT\ndef recipe():\n    return spec(SLTT, q=1)\n"
     )
     with pytest.raises(ValueError, match=r"mine\.py:4: SLTT: unexpected keyword 'q'"):
-        load_recipes(file)
+        load_recipe(file)
     file = tmp_path / "empty.py"
     file.write_text("x = 1\n")
     with pytest.raises(ValueError, match=r"must define a function recipe\(\)"):
-        load_recipes(file)
+        load_recipe(file)
     with pytest.raises(ValueError, match="does not exist"):
-        load_recipes(tmp_path / "none.py")
+        load_recipe(tmp_path / "none.py")
 
 
 def test_every_recipe_file_resolves_and_survives_tiny() -> None:
     assert len(RECIPES) >= 4, f"found {RECIPES}"
     for path in RECIPES:
-        for recipe in load_recipes(path):
+        for recipe in recipes_of(path):
             assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
             assert recipe.tiny().time_steps <= 2
             head = path.read_text().split('"""')[1]

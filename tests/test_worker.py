@@ -18,14 +18,14 @@ from pipeline.data.synthetic import Synthetic, SyntheticLoader
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.ranks import Refused
 from pipeline.recipe import spec
-from pipeline.recipe_file import load_recipes
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.state import fresh_state
+from pipeline.suite import filled
 from pipeline.track.jsonl import read
-from pipeline.weights import load_start
+from pipeline.weights import load_start, weights_file
 from pipeline.worker import note_refusal
-from tests.small import make_run, same_weights, small_recipe, train_inline
+from tests.small import make_run, recipes_of, same_weights, small_recipe, train_inline
 from tests.test_recipe import RECIPES
 
 
@@ -259,13 +259,14 @@ def test_init_swaps_the_head_and_counts_every_other_mismatch(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("path", RECIPES, ids=str)
 def test_every_recipe_trains_in_small(tmp_path: Path, path: Path) -> None:
-    for index, recipe in enumerate(load_recipes(path)):
+    for recipe in recipes_of(path):
         data = recipe.data.build()
         steps = [recipe.tiny().time_steps] if len(data.shape) == 4 else []  # of a recording
         most = 64 if steps else 32  # pixels a side
         shape = (*steps, data.shape[-3], min(data.shape[-2], most), min(data.shape[-1], most))
         tiny = recipe.tiny(data=spec(Synthetic, samples=320, val_samples=10, classes=data.classes, shape=shape))
-        summary = train_inline(tmp_path / str(index), replace(tiny, backend="plain"))
+        tiny = filled(tiny, lambda name: weights_file(tmp_path / name))
+        summary = train_inline(tmp_path / recipe.name, replace(tiny, backend="plain"))
         assert summary is not None
         assert summary["steps"] == 4
 

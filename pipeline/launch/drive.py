@@ -57,7 +57,7 @@ def prepare(
     study = recipe.study_key(study_inputs(recipe, fingerprint))
     folder = runs.absolute() / (name or f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if name is None:
-        folder = next(path for path in _numbered(folder) if not path.exists())
+        folder = next(path for path in numbered(folder) if not path.exists())
     if folder.exists():
         raise ValueError(
             f"launch: --name must be new in {runs}; got {folder.name}, which `spiketrain resume {folder.name}` goes on with"
@@ -90,7 +90,7 @@ def drive(job: Job, launcher: Launcher, tracking: Tracking, console: Console, *,
     """Run one job to its end, watched, mirrored to MLflow and stoppable. See `Launcher.run` for what comes back or is raised."""
     folder = Path(job.run)
     job = replace(job, resume_command=resume_command, commit=commit())
-    with _driver_lock(folder):
+    with driver_lock(folder):
         for note in ("stop", REFUSAL):
             (folder / note).unlink(missing_ok=True)
         write_job(job)
@@ -156,7 +156,12 @@ def _stop_on_signal(folder: Path, console: Console) -> Iterator[None]:
 
 
 @contextmanager
-def _driver_lock(folder: Path) -> Iterator[None]:
+def driver_lock(folder: Path) -> Iterator[None]:
+    """Hold the folder of a run, or of a suite, against every other driver on this machine.
+
+    Raises:
+        Refused: somebody else holds it.
+    """
     with (folder / "driver.lock").open("a") as handle:
         deadline = time.monotonic() + 1.0  # `spiketrain runs` holds it for an instant, to see whether anybody does
         while True:
@@ -185,7 +190,8 @@ def commit() -> str:
         return os.environ.get("SPIKETRAIN_COMMIT", "unknown")
 
 
-def _numbered(folder: Path) -> Iterator[Path]:
+def numbered(folder: Path) -> Iterator[Path]:
+    """The folder, and the names to try where it is taken."""
     yield folder
     for number in range(2, 10_000):
         yield folder.with_name(f"{folder.name}-{number}")

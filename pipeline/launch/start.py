@@ -1,12 +1,10 @@
-"""What the commands launch, resume and evaluate do, told as a story; the parts are elsewhere."""
+"""What the commands launch, resume and evaluate do with one run, told as a story; the parts are elsewhere."""
 
 from __future__ import annotations
 
 import time
-import uuid
-from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -16,12 +14,12 @@ from torch import nn
 from pipeline.backend.base import autocast
 from pipeline.evaluate import Evaluation, evaluate, inputs
 from pipeline.export import is_export, load_export
-from pipeline.job import resume_command
-from pipeline.launch.base import Device, Launcher
-from pipeline.launch.drive import Tracking, drive, prepare, read_job, was_stopped
-from pipeline.launch.inline import Inline
-from pipeline.launch.ray import Ray
+from pipeline.job import Job, resume_command
+from pipeline.launch.base import Launcher
+from pipeline.launch.cluster import Cluster
+from pipeline.launch.drive import Tracking, drive, prepare, read_job, write_job
 from pipeline.recipe import Recipe, read_json, write_json
+from pipeline.suite import Suite, refuse_references
 from pipeline.tasks import Loaders, mean_of, tasks_of
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.state import state_of
@@ -29,90 +27,63 @@ from pipeline.weights import load_run, load_weights
 from pipeline.worker import build_network, check_data, check_recipe
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """Where and on how much a run trains: nothing of it belongs to the recipe."""
-
-    workers: int = 1
-    inline: bool = False
-    address: str | None = None
-    device: Device = "auto"
-    cpus_per_worker: int = 1
-    loader_threads: int = 1
-    max_restarts: int = 3
-
-    def launcher(self) -> Launcher:
-        if self.inline:
-            for name in ("workers", "address", "cpus_per_worker", "max_restarts"):
-                if getattr(self, name) != getattr(Cluster, name):
-                    option = f"--{name.replace('_', '-')} {getattr(self, name)}"
-                    raise ValueError(f"launch: --inline is one worker in this process, without Ray; got {option}")
-            return Inline(device=self.device)
-        return Ray(
-            workers=self.workers,
-            address=self.address,
-            cpus_per_worker=self.cpus_per_worker,
-            device=self.device,
-            max_restarts=self.max_restarts,
-        )
-
-
-def launch_all(
-    recipes: Sequence[Recipe], cluster: Cluster, runs: Path, *, name: str | None = None, trust: tuple[str, ...] = ()
-) -> list[Path] | None:
-    """Train each recipe in turn, never two at a time on the same cores; their folders, or None when asked to stop."""
-    if name is not None and len(recipes) > 1:
-        raise ValueError(f"launch: --name names one run; got {len(recipes)} recipes")
+def launch_run(
+    recipe: Recipe, cluster: Cluster, runs: Path, *, name: str | None = None, trust: tuple[str, ...] = ()
+) -> Path | None:
+    """Train a recipe: the run's folder, or None when asked to stop."""
+    refuse_references(recipe)
     launcher = cluster.launcher()
-    for recipe in recipes:  # everything that can be refused is, before the first of them leaves anything behind
-        Recipe.from_json(recipe.to_json(), trust=trust)
-        check_recipe(recipe, cluster.workers)
-        recipe.data.build().fingerprint()
-        Loaders(tasks_of(recipe), recipe, recipe.split(cluster.workers))
-    console = Console()
-    parent = uuid.uuid4().hex if len(recipes) > 1 else None
-    folders = []
+    check(recipe, cluster, trust=trust)
     with launcher:
-        for recipe in recipes:
-            job = prepare(recipe, runs, name=name, parent=parent, trust=trust)
-            folder = Path(job.run)
-            write_json(folder / "cluster.json", asdict(cluster))
-            job = replace(job, threads=cluster.cpus_per_worker, loader_threads=cluster.loader_threads)
-            command = resume_command(runs, folder.name, trust=trust)
-            finished = drive(job, launcher, _tracking(runs), console, resume_command=command)
-            if finished is None:
-                console.print(f"stopped; go on with: {command}", soft_wrap=True)
-            folders.append(folder)
-            left = [each.name for each in recipes[len(folders) :]]
-            if was_stopped(folder) and left:  # also where the last batch was under way already, and the run finished
-                console.print(f"not started: {', '.join(left)}", soft_wrap=True)
-            if finished is None or (was_stopped(folder) and left):
-                return None
-    return folders
+        return _trained(begin(recipe, cluster, runs, name=name, trust=trust), launcher, runs)
 
 
 def resume_run(
     folder: Path, runs: Path, *, workers: int | None, inline: bool, address: str | None, trust: tuple[str, ...] = ()
-) -> list[Path] | None:
+) -> Path | None:
     """Go on with a run: its folder, or None when asked to stop."""
-    console = Console()
     if folder.parent.resolve() != runs.resolve():  # a run that was named by its path
         runs = folder.parent
     if state_of(folder) == "finished":
-        console.print(f"{folder.name} has finished")
-        return [folder]
-    cluster = Cluster(**read_json(folder / "cluster.json"))
-    if inline:
-        cluster = Cluster(inline=True, device=cluster.device, loader_threads=cluster.loader_threads)
-    elif workers is not None or address is not None:
-        cluster = replace(cluster, inline=False, workers=workers or cluster.workers, address=address or cluster.address)
-    command = resume_command(runs, folder.name, trust=trust)
+        Console().print(f"{folder.name} has finished")
+        return folder
+    cluster = Cluster.from_json(read_json(folder / "cluster.json")).resumed(workers=workers, inline=inline, address=address)
     with cluster.launcher() as launcher:
-        finished = drive(read_job(folder, trust=trust), launcher, _tracking(runs), console, resume_command=command)
-    if finished is None:
-        console.print(f"stopped; go on with: {command}", soft_wrap=True)
-        return None
-    return [folder]
+        return _trained(read_job(folder, trust=trust), launcher, runs)
+
+
+def check(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
+    """Everything that can be refused is, before anything is left behind."""
+    Recipe.from_json(recipe.to_json(), trust=trust)
+    check_recipe(recipe, cluster.workers)
+    recipe.data.build().fingerprint()
+    Loaders(tasks_of(recipe), recipe, recipe.split(cluster.workers))
+
+
+def begin(
+    recipe: Recipe, cluster: Cluster, runs: Path, *, name: str | None, trust: tuple[str, ...], parent: str | None = None
+) -> Job:
+    """Make the run's folder: see `prepare`."""
+    job = prepare(recipe, runs, name=name, parent=parent, trust=trust)
+    write_json(Path(job.run) / "cluster.json", asdict(cluster))
+    job = replace(job, threads=cluster.cpus_per_worker, loader_threads=cluster.loader_threads)
+    write_job(job)  # whoever is killed before the first step goes on with as many threads
+    return job
+
+
+def train(job: Job, launcher: Launcher, runs: Path, console: Console) -> bool:
+    """Train a run to its end; False when it was asked to stop before."""
+    command = resume_command(runs, Path(job.run).name, trust=job.trust)
+    tracking = Tracking(tracking_uri(runs), "spiketrain")
+    return drive(job, launcher, tracking, console, resume_command=command) is not None
+
+
+def _trained(job: Job, launcher: Launcher, runs: Path) -> Path | None:
+    console, folder = Console(), Path(job.run)
+    if train(job, launcher, runs, console):
+        return folder
+    console.print(f"stopped; go on with: {resume_command(runs, folder.name, trust=job.trust)}", soft_wrap=True)
+    return None
 
 
 def evaluate_run(
@@ -131,18 +102,17 @@ def evaluate_run(
     _print_accuracy(network, recipe, f"{folder.name} ({which if weights is None else weights.name}", time_steps)
 
 
-def evaluate_recipes(recipes: Sequence[Recipe], *, which: str | None, weights: Path | None, time_steps: int | None) -> None:
-    """Print the accuracy of the one recipe's network with the weights of a file; no run is needed."""
+def evaluate_recipe(made: Recipe | Suite, *, which: str | None, weights: Path | None, time_steps: int | None) -> None:
+    """Print the accuracy of a recipe's network with the weights of a file; no run is needed."""
     if weights is None or which is not None:
         got = "no --weights" if weights is None else f"--which {which}"
         raise ValueError(f"evaluate: a recipe has no checkpoints and needs --weights FILE; got {got}")
-    if len(recipes) > 1:
-        names = ", ".join(recipe.name for recipe in recipes)
+    if isinstance(made, Suite):
+        names = ", ".join(recipe.name for recipe in made.recipes)
         raise ValueError(f"evaluate: --weights are those of one network, so the file must hold one recipe; got {names}")
-    recipe = recipes[0]
-    network = _with_weights(recipe, weights)
-    recipe.data.build().check()
-    _print_accuracy(network, recipe, f"{recipe.name} ({weights.name}", time_steps)
+    network = _with_weights(made, weights)
+    made.data.build().check()
+    _print_accuracy(network, made, f"{made.name} ({weights.name}", time_steps)
 
 
 def _with_weights(recipe: Recipe, file: Path, *, trust: tuple[str, ...] = ()) -> nn.Module:
@@ -176,7 +146,3 @@ def _told(result: Evaluation) -> str:
         f"top-1 {result.top1:.4f}, top-5 {result.top5:.4f}, loss {result.loss:.4f}, "
         f"firing rate {result.firing_rate:.4f} on {result.samples} samples"
     )
-
-
-def _tracking(runs: Path) -> Tracking:
-    return Tracking(tracking_uri(runs), "spiketrain")

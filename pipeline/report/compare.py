@@ -211,7 +211,14 @@ def print_comparison(
         sys.stdout.write(comparison.to_csv())
 
 
-def print_studies(runs_dir: str | os.PathLike[str], folders: Sequence[Path], *, console: Console | None = None) -> None:
+def print_studies(
+    runs_dir: str | os.PathLike[str],
+    folders: Sequence[Path],
+    *,
+    against: str = BASELINE,
+    within: float = WITHIN,
+    console: Console | None = None,
+) -> None:
     """A table for each study among the runs, one below another: runs of different studies are never divided by one another."""
     by_study: dict[str, list[Path]] = {}
     for folder in folders:
@@ -219,7 +226,7 @@ def print_studies(runs_dir: str | os.PathLike[str], folders: Sequence[Path], *, 
     for index, members in enumerate(by_study.values()):
         if index:
             (console or Console()).print()
-        print_comparison(runs_dir, members, console=console)
+        print_comparison(runs_dir, members, against=against, within=within, console=console)
 
 
 def _written_rule(run: Finished) -> str | None:

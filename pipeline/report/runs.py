@@ -1,9 +1,10 @@
-"""The runs of a folder: find one by name, list them all. All is read from the run folders; MLflow is not asked."""
+"""The runs and suites of a folder: find one by name, list them all. All is read from their folders; MLflow is not asked."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,22 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.job import resume_command
+from pipeline.suite import FILE, is_suite, runs_of
 from pipeline.track.jsonl import first, last
-from pipeline.track.state import State, state_of
+from pipeline.track.state import State, is_driven, state_of
 
-__all__ = ["ReportError", "RunRow", "find_run", "list_runs", "load", "print_runs", "run_folders"]
+__all__ = [
+    "ReportError",
+    "RunRow",
+    "SuiteRow",
+    "find_run",
+    "find_run_or_suite",
+    "list_runs",
+    "list_suites",
+    "load",
+    "print_runs",
+    "run_folders",
+]
 
 
 class ReportError(ValueError):
@@ -38,24 +51,48 @@ class RunRow:
     resume: str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class SuiteRow:
+    """One suite in a list. `resume` is None for one that is finished or being trained."""
+
+    name: str
+    folder: Path
+    state: str
+    """such as 2 of 5 finished"""
+    resume: str | None
+
+
 def find_run(runs_dir: str | os.PathLike[str], name_or_path: str | os.PathLike[str]) -> Path:
     """The folder of a run, from its name in `runs_dir`, an unambiguous beginning of it, or a path.
 
     Raises:
         ReportError: no run, or several, answer to it.
     """
-    runs_dir, text = Path(runs_dir), os.fspath(name_or_path)
+    return _found(Path(runs_dir), os.fspath(name_or_path), run_folders(Path(runs_dir)), is_one=_is_run, kind="run")
+
+
+def find_run_or_suite(runs_dir: str | os.PathLike[str], name_or_path: str | os.PathLike[str]) -> Path:
+    """As `find_run`, or the folder of a suite."""
+    runs_dir = Path(runs_dir)
+    folders = sorted(run_folders(runs_dir) + suite_folders(runs_dir))
+
+    def is_one(folder: Path) -> bool:
+        return _is_run(folder) or is_suite(folder)
+
+    return _found(runs_dir, os.fspath(name_or_path), folders, is_one=is_one, kind="run or suite")
+
+
+def _found(runs_dir: Path, text: str, folders: list[Path], *, is_one: Callable[[Path], bool], kind: str) -> Path:
     for folder in (runs_dir / text, Path(text)):
-        if _is_run(folder):
+        if is_one(folder):
             return folder
-    folders = run_folders(runs_dir)
     found = [folder for folder in folders if folder.name.startswith(text)] if text else []
     if len(found) == 1:
         return found[0]
     if found:
         raise ReportError(f"{text!r} begins the names of {len(found)} runs: {', '.join(folder.name for folder in found)}")
     known = ", ".join(folder.name for folder in folders[:8]) + (", ..." if len(folders) > 8 else "")
-    raise ReportError(f"no run {text!r} in {runs_dir}" + (f"; there are {known}" if folders else ", which has no runs"))
+    raise ReportError(f"no {kind} {text!r} in {runs_dir}" + (f"; there are {known}" if folders else ", which has no runs"))
 
 
 def list_runs(runs_dir: str | os.PathLike[str]) -> list[RunRow]:
@@ -64,29 +101,51 @@ def list_runs(runs_dir: str | os.PathLike[str]) -> list[RunRow]:
     return [row for _, row in sorted(rows, key=lambda pair: pair[0], reverse=True)]
 
 
+def list_suites(runs_dir: str | os.PathLike[str]) -> list[SuiteRow]:
+    """All suites of a folder, the one launched last first."""
+    newest = sorted(suite_folders(Path(runs_dir)), key=lambda folder: (folder / FILE).stat().st_mtime, reverse=True)
+    return [_suite_row(Path(runs_dir), folder) for folder in newest]
+
+
+def suite_folders(runs_dir: Path) -> list[Path]:
+    """The folders in `runs_dir` that hold a suite, by name."""
+    return sorted(folder for folder in runs_dir.iterdir() if is_suite(folder)) if runs_dir.is_dir() else []
+
+
 def run_folders(runs_dir: Path) -> list[Path]:
     """The folders in `runs_dir` that hold a run, by name."""
     return sorted(folder for folder in runs_dir.iterdir() if _is_run(folder)) if runs_dir.is_dir() else []
 
 
 def print_runs(runs_dir: str | os.PathLike[str], console: Console | None = None) -> None:
-    """The list as a table, and the command that resumes each run that did not finish on a line of its own, to be copied."""
+    """Suites and runs as tables, and the command that resumes each that did not finish on a line of its own, to be copied."""
     console = console or Console()
-    rows = list_runs(runs_dir)
-    if not rows:
+    rows, suites = list_runs(runs_dir), list_suites(runs_dir)
+    if not rows and not suites:
         console.print(f"no runs in {os.fspath(runs_dir)}", soft_wrap=True, markup=False, highlight=False)
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("run", "state", "rule", "study", "step", "top-1"):
-        table.add_column(title, justify="right" if title in ("step", "top-1") else "left", overflow="fold")
+    if suites:
+        table = _table("suite", "state")
+        for suite in suites:
+            table.add_row(Text(suite.name), Text(suite.state))
+        console.print(table)
+        console.print()
+    table = _table("run", "state", "rule", "study", "step", "top-1")
     for row in rows:
         step = "-" if row.step is None else f"{row.step}/{row.total_steps or '?'}"
         top1 = "-" if row.top1 is None else f"{row.top1:.2%}"
         table.add_row(*map(Text, (row.name, row.state, row.rule, row.study, step, top1)))
     console.print(table)
-    for row in rows:
+    for row in (*suites, *rows):
         if row.resume:
             console.print(row.resume, soft_wrap=True, highlight=False, markup=False)
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in titles:
+        table.add_column(title, justify="right" if title in ("step", "top-1") else "left", overflow="fold")
+    return table
 
 
 def load(path: Path) -> dict[str, Any] | None:
@@ -138,3 +197,15 @@ def _row(runs_dir: Path, folder: Path) -> RunRow:
         top1=float(top1) if top1 is not None else None,
         resume=None if state in ("finished", "running") else resume_command(runs_dir, folder.name),
     )
+
+
+def _suite_row(runs_dir: Path, folder: Path) -> SuiteRow:
+    try:
+        runs = runs_of(folder)
+    except ValueError:
+        return SuiteRow(name=folder.name, folder=folder, state=f"{FILE} is damaged", resume=None)  # a list shows what there is
+    finished = sum(state_of(run) == "finished" for run in runs.values())
+    driven = is_driven(folder)
+    resume = None if finished == len(runs) or driven else resume_command(runs_dir, folder.name)
+    state = f"{finished} of {len(runs)} finished" + (", running" if driven else "")
+    return SuiteRow(name=folder.name, folder=folder, state=state, resume=resume)

@@ -10,14 +10,30 @@ from rich.table import Table
 from pipeline.backend.deepspeed import config
 from pipeline.data.base import DataError
 from pipeline.recipe import Recipe
+from pipeline.stand_in import with_stand_ins
+from pipeline.suite import Suite, references, refuse_references
 from pipeline.weights import study_inputs
 from pipeline.worker import check_recipe
 
 
-def show_recipe(recipe: Recipe, workers: int, console: Console | None = None) -> None:
-    """Print the resolved recipe, its parameters, study key, global batch and DeepSpeed settings; needs no data file."""
+def show_recipe(made: Recipe | Suite, workers: int, console: Console | None = None) -> None:
+    """Print a recipe, or each of a suite: resolved, its parameters, study key, global batch and DeepSpeed settings.
+
+    No data file is needed, nor what a reference names.
+    """
     console = console or Console()
-    network = check_recipe(recipe.with_untrained_teacher(), workers)  # its weights may have to be downloaded
+    if isinstance(made, Recipe):
+        refuse_references(made)
+        _show(made, made, workers, console)
+        return
+    with with_stand_ins(made) as recipes:
+        for recipe, ready in zip(made.recipes, recipes, strict=True):
+            _show(recipe, ready, workers, console)
+
+
+def _show(recipe: Recipe, ready: Recipe, workers: int, console: Console) -> None:
+    """`ready` is the recipe with files in the place of its references."""
+    network = check_recipe(ready.with_untrained_teacher(), workers)  # its weights may have to be downloaded
     split = recipe.split(workers)
     parameters = sum(p.numel() for p in network.parameters())
     table = Table(title=recipe.name, show_header=False, box=None, pad_edge=False)
@@ -43,6 +59,8 @@ def show_recipe(recipe: Recipe, workers: int, console: Console | None = None) ->
 
 
 def _study(recipe: Recipe) -> str:
+    if names := references(recipe):
+        return f"depends on what {', '.join(names)} will have learnt"
     try:
         return recipe.study_key(study_inputs(recipe, recipe.data.build().fingerprint()))
     except DataError as error:

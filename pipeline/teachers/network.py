@@ -7,6 +7,7 @@ teacher=spec(network_teacher, model=spec(...), weights="runs/x/checkpoints/step_
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.spiking.encode import over_steps
-from pipeline.spiking.state import fresh_state
+from pipeline.spiking.state import fresh_state, states_of
 from pipeline.state_file import misfits, read_state
 from pipeline.teachers.base import Teacher, content_hash
 from pipeline.teachers.cache import Cache
@@ -43,7 +44,10 @@ class NetworkTeacher(Teacher):
 
     @torch.no_grad()
     def forward(self, x_B: Tensor) -> Tensor:
-        with torch.autocast(x_B.device.type, enabled=False), fresh_state(self.body):
+        states = states_of(self.body)
+        # `evaluate` opens the states of whatever it is given, for one batch: at rest, they are as they would be made here.
+        at_rest = bool(states) and all(state.is_open and not state.values for state in states)
+        with torch.autocast(x_B.device.type, enabled=False), nullcontext() if at_rest else fresh_state(self.body):
             return self.body(over_steps(x_B, self.time_steps)).mean(0).float()
 
 

@@ -1,6 +1,7 @@
 """Every rule on Fashion-MNIST, one study for each kind of network, a table for each; short runs, to see what each rule costs.
 
-Command:  spiketrain launch recipes/compare/rules_fashion.py --workers 2
+Command:  spiketrain launch recipes/compare/rules_fashion.py --workers 2; stopped, it goes on with: spiketrain resume
+          rules-fashion-DATE-TIME, whose tables so far spiketrain compare rules-fashion-DATE-TIME prints
 Source:   the rules as their own recipes in recipes/fashion name them; the networks are small ones of ours.
 Result:   its three tables in 20 minutes, on two workers of one core each of an AMD EPYC, much other work beside it; commit
           4e0722d9b5a2. Top-1 on the 10,000 test images and saved bytes as a share of BPTT's row:

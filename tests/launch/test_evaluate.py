@@ -129,7 +129,8 @@ def test_what_does_not_fit_is_refused_in_one_line(spiketrain: SPIKETRAIN, recipe
     (tmp_path / "damaged.pth").write_bytes(whole.read_bytes()[:-1000])
     lacking = {name: tensor for name, tensor in weights.items() if name != "stage2.1.mlp.fc2_bn.bias"}
     three = as_published(to_published(network(classes=3)), tmp_path / "three.pth")
-    (tmp_path / "several.py").write_text("from tests.small import small_recipe\ndef recipe():\n    return [small_recipe()] * 2\n")
+    two = "[small_recipe(), small_recipe(name='other')]"
+    (tmp_path / "several.py").write_text(f"from tests.small import small_recipe\ndef recipe():\n    return {two}\n")
     for words, expected in (
         ((recipe, "--weights", tmp_path / "nowhere.pth"), "evaluate: .*nowhere.pth must be a file of weights"),
         ((recipe, "--weights", tmp_path / "damaged.pth"), "evaluate: .*damaged.pth must hold weights; it could not be read"),
@@ -151,7 +152,7 @@ def test_what_does_not_fit_is_refused_in_one_line(spiketrain: SPIKETRAIN, recipe
         ((recipe, "--weights", whole, "--set", "data.classes=3"), "same classes; got 10 and 3"),
         ((recipe,), "needs --weights FILE; got no --weights"),
         ((recipe, "--weights", whole, "--which", "last"), "needs --weights FILE; got --which last"),
-        ((tmp_path / "several.py", "--weights", whole), "must hold one recipe; got small, small"),
+        ((tmp_path / "several.py", "--weights", whole), "must hold one recipe; got small, other"),
     ):
         code, _, said = spiketrain("evaluate", *words)
         assert code == 2 and len(said.splitlines()) == 1, said

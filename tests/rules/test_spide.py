@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.feedback import convnet_f, fc_feedback
-from pipeline.recipe_file import load_recipes
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import load_recipe
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.ide import IDE
 from pipeline.rules.spide import SPIDE, Ternary, _hand_down, ternary_phase
@@ -391,6 +392,7 @@ def test_refuses(build, message):
 
 
 def test_a_tiny_recipe_has_a_short_backward_phase():
-    (recipe,) = load_recipes(Path("recipes/fashion/spide.py"))
+    recipe = load_recipe(Path("recipes/fashion/spide.py"))
+    assert isinstance(recipe, Recipe)
     assert recipe.rule.kwargs["steps"] == 100
     assert recipe.tiny().rule == recipe.rule.with_(steps=4)

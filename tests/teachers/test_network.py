@@ -32,6 +32,10 @@ def test_it_answers_with_the_mean_logits_of_the_network_that_was_saved(tmp_path:
     assert torch.equal(found(x_BCHW), wanted)
     assert torch.equal(found(x_BCHW), wanted)  # the membranes begin anew
     assert not any(p.requires_grad for p in found.parameters())
+    with fresh_state(found):  # as `evaluate` opens it to know the teacher's own accuracy
+        assert torch.equal(found(x_BCHW), wanted)
+        with pytest.raises(ValueError, match="leave the first fresh_state"):
+            found(x_BCHW)
 
 
 def test_refuses(tmp_path: Path) -> None:

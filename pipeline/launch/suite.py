@@ -1,0 +1,123 @@
+"""What the commands launch and resume do with a suite: each recipe in turn, never two at a time on the same cores."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.job import Job, resume_command
+from pipeline.launch.base import Launcher
+from pipeline.launch.cluster import Cluster
+from pipeline.launch.drive import driver_lock, numbered, read_job, was_stopped
+from pipeline.launch.start import begin, check, train
+from pipeline.stand_in import with_stand_ins
+from pipeline.suite import Suite, SuiteFile, filled, runs_of
+from pipeline.track.state import state_of
+from pipeline.weights import weights_file
+
+
+def launch_suite(
+    suite: Suite, cluster: Cluster, runs: Path, *, stem: str, name: str | None = None, trust: tuple[str, ...] = ()
+) -> Path | None:
+    """Train a suite: its folder, or None when asked to stop. Without a `name` it is called `stem` and the time."""
+    launcher = cluster.launcher()
+    folder, names = _names(suite, runs, stem=stem, name=name)
+    suite_file = SuiteFile(suite=suite.resolved(), runs=names, parent=uuid.uuid4().hex, cluster=asdict(cluster))
+    SuiteFile.from_json(suite_file.to_json(), trust=trust)
+    _check_ahead(suite, cluster, trust=trust)
+    with launcher:
+        folder.mkdir(parents=True)
+        suite_file.write(folder)
+        return _train_the_rest(folder, suite_file, cluster, launcher, trust=trust)
+
+
+def resume_suite(
+    folder: Path, *, workers: int | None, inline: bool, address: str | None, trust: tuple[str, ...] = ()
+) -> Path | None:
+    """Go on with a suite where it stopped: its folder, or None when asked to stop."""
+    suite_file = SuiteFile.read(folder, trust=trust)
+    begun = {name: run for name, run in runs_of(folder).items() if run.exists()}
+    for run in begun.values():
+        _begun(run, suite_file.parent, trust=trust)
+    if len(begun) == len(suite_file.runs) and all(state_of(run) == "finished" for run in begun.values()):
+        Console().print(f"{folder.name} has finished")
+        return folder
+    cluster = Cluster.from_json(suite_file.cluster).resumed(workers=workers, inline=inline, address=address)
+    launcher = cluster.launcher()
+    _check_ahead(suite_file.suite, cluster, trust=trust, begun=frozenset(begun))
+    with launcher:
+        return _train_the_rest(folder, suite_file, cluster, launcher, trust=trust)
+
+
+def _train_the_rest(
+    folder: Path, suite_file: SuiteFile, cluster: Cluster, launcher: Launcher, *, trust: tuple[str, ...]
+) -> Path | None:
+    """Every recipe whose run has not finished, each from where its run stands."""
+    console, runs, where = Console(), folder.parent, runs_of(folder)
+    command = resume_command(runs, folder.name, trust=trust)
+    console.print(f"suite   {folder}\nresume  {command}", soft_wrap=True, markup=False, highlight=False)
+    stopped = f"stopped; go on with: {command}"
+    with driver_lock(folder):
+        left = [recipe for recipe in suite_file.suite.recipes if state_of(where[recipe.name]) != "finished"]
+        try:
+            for recipe in left:
+                run = where[recipe.name]
+                if run.exists():
+                    job = _begun(run, suite_file.parent, trust=trust)
+                else:
+                    ready = filled(recipe, lambda name: weights_file(where[name]))
+                    check(ready, cluster, trust=trust)
+                    job = begin(ready, cluster, runs, name=run.name, parent=suite_file.parent, trust=trust)
+                finished = train(job, launcher, runs, console)
+                # Who asks during a run's last batch finds it finished: it is the suite that stops.
+                if not finished or (was_stopped(run) and recipe is not left[-1]):
+                    console.print(stopped, soft_wrap=True, markup=False, highlight=False)
+                    return None
+        except KeyboardInterrupt:  # between two runs
+            console.print(stopped, soft_wrap=True, markup=False, highlight=False)
+            return None
+    return folder
+
+
+def _check_ahead(suite: Suite, cluster: Cluster, *, trust: tuple[str, ...], begun: frozenset[str] = frozenset()) -> None:
+    """Refuse what can be refused before any of them trains; each is checked again, with the weights it refers to, in its turn."""
+    with with_stand_ins(suite) as recipes:
+        for recipe in recipes:
+            if recipe.name not in begun:
+                check(recipe, cluster, trust=trust)
+
+
+def _begun(run: Path, parent: str, *, trust: tuple[str, ...]) -> Job:
+    """The job of a child that has its folder.
+
+    Raises:
+        ValueError: it is not whole, or it is no child of this suite.
+    """
+    if not (run / "job.json").is_file():
+        raise ValueError(f"suite: {run.name} must be a whole run; it has no job.json and has trained nothing: delete it, resume")
+    job = read_job(run, trust=trust)
+    if job.parent != parent:
+        raise ValueError(f"suite: {run.name} must be a run of this suite; got one of another launch")
+    return job
+
+
+def _names(suite: Suite, runs: Path, *, stem: str, name: str | None) -> tuple[Path, tuple[str, ...]]:
+    """The suite's folder and the names of its runs, none of which is taken."""
+    if name is not None and (Path(name).name != name or name == ".."):
+        raise ValueError(f"launch: --name of a suite must be a name in {runs}; got {name}")
+    if name is not None and (runs / name).exists():
+        raise ValueError(f"launch: --name must be new in {runs}; got {name}, which `spiketrain resume {name}` goes on with")
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    taken = {name}
+
+    def free(wanted: str) -> str:
+        found = next(path.name for path in numbered(runs / wanted) if path.name not in taken and not path.exists())
+        taken.add(found)
+        return found
+
+    folder = runs / (name or free(f"{stem}-{stamp}"))
+    return folder, tuple(free(f"{recipe.name}-{stamp}") for recipe in suite.recipes)

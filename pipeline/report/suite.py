@@ -1,0 +1,78 @@
+"""What came out of a suite: its report once all of its runs have finished, or the tables of its studies so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.job import resume_command
+from pipeline.report.compare import BASELINE, print_studies
+from pipeline.report.paired import WITHIN
+from pipeline.report.runs import ReportError, find_run_or_suite
+from pipeline.suite import SuiteFile, is_suite, runs_of
+from pipeline.track.state import is_driven, state_of
+
+
+def suite_named(runs_dir: Path, names: Sequence[str]) -> Path | None:
+    """The folder of the suite that is meant; None where runs or studies are.
+
+    Raises:
+        ReportError: a suite beside something else.
+    """
+    for name in names:
+        try:
+            folder = find_run_or_suite(runs_dir, name)
+        except ReportError:
+            continue  # a study, or nothing: `compare` says which
+        if is_suite(folder):
+            if len(names) > 1:
+                raise ReportError(f"compare: a suite is compared by itself; got {folder.name} among {', '.join(names)}")
+            return folder
+    return None
+
+
+def print_suite(
+    folder: Path,
+    *,
+    trust: tuple[str, ...] = (),
+    against: str = BASELINE,
+    within: float = WITHIN,
+    console: Console | None = None,
+) -> None:
+    """Print a suite's report, or for want of one a table for each study; children that have not finished are named.
+
+    Args:
+        trust: packages of the user's own that the suite's report and recipes may be imported from.
+        against, within: see `compare`; a report of the suite's own knows neither.
+
+    Raises:
+        ValueError: the suite cannot be read, or its runs must not be set side by side.
+    """
+    console = console or Console()
+    report = SuiteFile.read(folder, trust=trust).suite.report
+    if report is not None and (against, within) != (BASELINE, WITHIN):
+        raise ValueError(
+            f"compare: {folder.name} has a report of its own, so --against and --within have no effect; got {against}, {within:g}"
+        )
+    runs = runs_of(folder)
+    finished = {name: run for name, run in runs.items() if state_of(run) == "finished"}
+    if len(finished) == len(runs) and report is not None:
+        report(finished, console)
+        return
+    if finished and report is None:
+        print_studies(folder.parent, list(finished.values()), against=against, within=within, console=console)
+    if len(finished) < len(runs):
+        for name, run in runs.items():
+            if name not in finished:
+                state = f"is {state_of(run)}" if run.exists() else "has not begun"
+                _print(console, f"not finished: {name} ({run.name}) {state}")
+        command = "" if is_driven(folder) else f"; {resume_command(folder.parent, folder.name, trust=trust)}"
+        until = "" if report is None else ", the report is printed when all have"
+        _print(console, f"{len(finished)} of {len(runs)} finished{until}{command}")
+
+
+def _print(console: Console, line: str) -> None:
+    """To be copied: not wrapped, no markup."""
+    console.print(line, soft_wrap=True, markup=False, highlight=False)

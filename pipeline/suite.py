@@ -1,0 +1,206 @@
+"""Several recipes that are trained one after another and read together, as one value and as `suite.json`.
+
+    Suite(recipes=(first, replace(first, name="second", init="@first", rule=spec(SLTT))), report=table)
+
+`@NAME`, in `init` or in a path keyword of any part, is a reference: the weights that recipe NAME, which stands earlier in the
+suite, has learnt by then. Children are runs like any others, beside the suite's folder.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.recipe import Recipe, read_json, write_json
+from pipeline.recipe_json import dotted, imported
+from pipeline.spec import is_reference
+
+__all__ = ["FILE", "Report", "Suite", "SuiteFile", "filled", "is_suite", "references", "refuse_references", "runs_of"]
+
+Report = Callable[[Mapping[str, Path], Any], object]
+"""called with the folder of each recipe's finished run, by the recipe's name in their order, and rich's Console; prints"""
+
+FILE = "suite.json"
+FORMAT = 1
+# Where a report may be defined: narrower than what a recipe is made of, of which nothing reports.
+TRUSTED = ("recipes", "pipeline.report")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Recipes in the order that they are trained in, and what prints what came out."""
+
+    recipes: tuple[Recipe, ...]
+    report: Report | None = None
+    """None: a table for each study"""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "recipes", tuple(self.recipes))
+        if not self.recipes or not all(isinstance(each, Recipe) for each in self.recipes):
+            raise ValueError(f"suite: recipes must be Recipes, at least one; got {self.recipes!r}")
+        names: list[str] = []
+        for recipe in self.recipes:
+            if recipe.name in names:
+                raise ValueError(f"suite: recipes must have names of their own; got two of {recipe.name!r}")
+            for reference in references(recipe):
+                if reference not in names:
+                    raise ValueError(
+                        f"suite: a reference must name an earlier recipe; got '@{reference}' in {recipe.name}, "
+                        f"before it stand {', '.join(names) or 'none'}"
+                    )
+            names.append(recipe.name)
+        if self.report is not None:
+            _check_report(self.report)
+
+    def override(self, changes: Mapping[str, Any]) -> Suite:
+        """The same suite with `Recipe.override` of each recipe."""
+        return replace(self, recipes=tuple(recipe.override(changes) for recipe in self.recipes))
+
+    def tiny(self) -> Suite:
+        """The same suite of `Recipe.tiny` recipes; references follow their new names."""
+        names = {recipe.name: recipe.tiny().name for recipe in self.recipes}
+
+        def follow(path: str) -> str:
+            return f"@{names[path[1:]]}" if is_reference(path) else path
+
+        return replace(self, recipes=tuple(recipe.tiny().with_paths(follow) for recipe in self.recipes))
+
+    def resolved(self) -> Suite:
+        """The same suite with every path absolute; references stay."""
+        return replace(self, recipes=tuple(recipe.resolved() for recipe in self.recipes))
+
+
+def references(recipe: Recipe) -> tuple[str, ...]:
+    """The names that a recipe refers to, each once."""
+    found: dict[str, None] = {}
+
+    def note(path: str) -> str:
+        if is_reference(path):
+            found[path[1:]] = None
+        return path
+
+    recipe.with_paths(note)
+    return tuple(found)
+
+
+def filled(recipe: Recipe, weights: Callable[[str], Path]) -> Recipe:
+    """The recipe with the file `weights(NAME)` in the place of each reference `@NAME`."""
+    return recipe.with_paths(lambda path: str(weights(path[1:])) if is_reference(path) else path)
+
+
+def refuse_references(recipe: Recipe) -> None:
+    """Refuse a recipe with references outside of a suite.
+
+    Raises:
+        ValueError: it has one.
+    """
+    if found := references(recipe):
+        raise ValueError(
+            f"recipe: '@{found[0]}' names an earlier recipe of the same suite; got {recipe.name} alone; "
+            "give a run's folder or a file in its place"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- suite.json
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteFile:
+    """What a suite's folder says of it: all that it takes to go on with it."""
+
+    suite: Suite
+    """paths absolute, references as they were written"""
+    runs: tuple[str, ...]
+    """the name of each recipe's run folder, which lies beside the suite's"""
+    parent: str
+    """what MLflow holds the runs together by: 32 hex digits"""
+    cluster: Mapping[str, Any]
+    """where and on how much it trains: fields of pipeline.launch.cluster.Cluster"""
+
+    def to_json(self) -> dict[str, Any]:
+        children = [{"run": run, "recipe": each.to_json()} for run, each in zip(self.runs, self.suite.recipes, strict=True)]
+        report = None if self.suite.report is None else dotted(self.suite.report)
+        head = {"version": FORMAT, "parent": self.parent, "cluster": dict(self.cluster), "report": report}
+        return {**head, "children": children}
+
+    @classmethod
+    def from_json(cls, value: Any, *, trust: Collection[str] = ()) -> SuiteFile:
+        """Read a suite back, importing from trusted packages alone.
+
+        Raises:
+            ValueError: another format version, a damaged field, a run name that leaves the folder of runs, a target outside
+                the trusted packages, or recipes that no longer fit.
+        """
+        children = list(_children(value))
+        parent, cluster, report = value.get("parent"), value.get("cluster"), value.get("report")
+        if not isinstance(parent, str) or not re.fullmatch("[0-9a-f]{32}", parent):
+            raise ValueError(f"suite.json: parent must be 32 hex digits; got {parent!r}")
+        if not isinstance(cluster, Mapping):
+            raise ValueError(f"suite.json: cluster must be an object; got {cluster!r}")
+        function = None if report is None else imported(report, (*TRUSTED, *trust), who=FILE)
+        recipes = tuple(Recipe.from_json(child["recipe"], trust=trust) for child in children)
+        runs = tuple(child["run"] for child in children)
+        return cls(suite=Suite(recipes, function), runs=runs, parent=parent, cluster=cluster)
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / FILE, self.to_json())
+
+    @classmethod
+    def read(cls, folder: Path, *, trust: Collection[str] = ()) -> SuiteFile:
+        """What the folder of a suite says. Raises what `from_json` does, and where there is no such file."""
+        try:
+            return cls.from_json(read_json(folder / FILE), trust=trust)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+
+
+def is_suite(folder: Path) -> bool:
+    return (folder / FILE).is_file()
+
+
+def runs_of(folder: Path) -> dict[str, Path]:
+    """The run folder of each recipe of a suite, by the recipe's name in their order; nothing is imported.
+
+    Raises:
+        ValueError: suite.json is damaged.
+    """
+    try:
+        return {child["recipe"]["recipe"]["name"]: folder.parent / child["run"] for child in _children(read_json(folder / FILE))}
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def _children(value: Any) -> Iterator[dict[str, Any]]:
+    """What every use of suite.json rests on: its version, and names that stay in the folder of runs."""
+    if not isinstance(value, Mapping) or value.get("version") != FORMAT:
+        got = value.get("version") if isinstance(value, Mapping) else value
+        raise ValueError(f"suite.json: this spiketrain reads format version {FORMAT}; got {got!r}")
+    children = value.get("children")
+    if not isinstance(children, list) or not children:
+        raise ValueError(f"suite.json: children must be a list, not empty; got {children!r}")
+    seen: set[str] = set()
+    for child in children:
+        try:
+            run, name = child["run"], child["recipe"]["recipe"]["name"]
+        except (TypeError, KeyError, IndexError):
+            raise ValueError(f"suite.json: a child must have a run and a recipe; got {child!r}") from None
+        if not isinstance(name, str):
+            raise ValueError(f"suite.json: a recipe's name must be text; got {name!r}")
+        if not isinstance(run, str) or run in ("", "..", *seen) or Path(run).name != run:
+            raise ValueError(f"suite.json: a run must be a name of its own in the folder of runs; got {run!r}")
+        seen.add(run)
+        yield child
+
+
+def _check_report(report: Any) -> None:
+    rule = "suite: report must be a function at the top level of a module, called with (runs, console)"
+    if not inspect.isfunction(report) or report.__qualname__ != report.__name__ or not report.__name__.isidentifier():
+        raise ValueError(f"{rule}; got {report!r}")
+    try:
+        inspect.signature(report).bind({}, None)
+    except TypeError as error:
+        raise ValueError(f"{rule}; got {report.__name__}{inspect.signature(report)}: {error}") from None

@@ -1,0 +1,415 @@
+"""A suite from launch to report: stopped or killed anywhere and resumed, it ends with the bits of one that nobody touched."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pipeline.__main__ import main
+from pipeline.attempt import Attempt
+from pipeline.launch.drive import driver_lock
+from pipeline.report.runs import list_suites, print_runs
+from pipeline.report.suite import print_suite
+from pipeline.suite import SuiteFile, runs_of
+from pipeline.track.jsonl import read
+from pipeline.track.state import state_of
+from tests.small import same_weights
+
+RECIPES = """
+from dataclasses import replace
+from pipeline.distill import Distillation
+from pipeline.recipe import spec
+from pipeline.rules.bptt import BPTT
+from pipeline.suite import Suite
+from pipeline.teachers.network import network_teacher
+from tests.small import small_recipe
+
+def table(runs, console):
+    console.print("REPORT " + " ".join(f"{name}:{run.name}" for name, run in runs.items()), soft_wrap=True)
+
+def recipes():
+    first = small_recipe(name="first", epochs=1)
+    teacher = spec(network_teacher, weights="@first", model=first.model, time_steps=2)
+    second = replace(first, name="second", rule=spec(BPTT), teacher=teacher, objective=spec(Distillation))
+    return first, second, replace(first, name="third", init="@first", seed=1)
+
+"""
+WITH_REPORT = RECIPES + "def recipe():\n    return Suite(recipes(), table)\n"
+WITHOUT = RECIPES + "def recipe():\n    return list(recipes())\n"
+
+pytestmark = pytest.mark.timeout(300)  # three runs and a new MLflow store
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+class Killed(BaseException):
+    """Stands for a process that dies: nothing in the product catches it."""
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the recipe files, on the path, and one MLflow store for all tests: to make one takes seconds."""
+    folder = tmp_path_factory.mktemp("suites")
+    (folder / "lab_suite.py").write_text(WITH_REPORT)
+    (folder / "lab_list.py").write_text(WITHOUT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path, str(folder)])
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        yield folder
+
+
+@pytest.fixture
+def spiketrain(places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """A command in this process: its exit code, and what it wrote."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["spiketrain", *words])
+        with pytest.raises(SystemExit) as end:
+            main()
+        said = capsys.readouterr()
+        return int(end.value.code or 0), said.out, said.err
+
+    return run
+
+
+def at_step(patch: pytest.MonkeyPatch, recipe: str, step: int, act: Callable[[Attempt], None]) -> None:
+    """Do something in the middle of one recipe's run, as it asks for that step's samples."""
+    original = Attempt._micro_batches
+
+    def micro_batches(self: Attempt, source: Any) -> Any:
+        if (self.recipe.name, self.step) == (recipe, step):
+            act(self)
+        return original(self, source)
+
+    patch.setattr(Attempt, "_micro_batches", micro_batches)
+
+
+def die(attempt: Attempt) -> None:
+    raise Killed
+
+
+def interrupt(attempt: Attempt) -> None:
+    """Ctrl-C, in the process that drives; the step goes on once the driver's thread has heard it."""
+    os.kill(os.getpid(), signal.SIGINT)
+    deadline = time.monotonic() + 30
+    while not (attempt.folder / "stop").exists():
+        assert time.monotonic() < deadline, "the driver does not hear Ctrl-C"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def untouched(places: Path) -> Path:
+    """The folder of a suite that ran in one go."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sys, "argv", ["spiketrain", "launch", str(places / "lab_suite.py"), "--inline", "--runs", str(places / "whole")]
+        )
+        with pytest.raises(SystemExit) as end:
+            main()
+    assert end.value.code == 0
+    [folder] = (places / "whole").glob("lab-suite-*")
+    return folder
+
+
+def same_bits(one: Path, other: Path) -> bool:
+    return all(same_weights(run, runs_of(other)[name]) for name, run in runs_of(one).items())
+
+
+def starts(run: Path) -> list[int]:
+    return [event["step"] for event in read(run / "journal.jsonl") if event["event"] == "start"]
+
+
+def test_a_suite_in_one_go(untouched: Path, spiketrain: Command) -> None:
+    runs, stamp = runs_of(untouched), untouched.name.removeprefix("lab-suite-")
+    assert [run.name for run in runs.values()] == [f"{name}-{stamp}" for name in ("first", "second", "third")]
+    suite_file = SuiteFile.read(untouched, trust=["lab_suite"])
+    jobs = [json.loads((run / "job.json").read_text()) for run in runs.values()]
+    assert {job["parent"] for job in jobs} == {suite_file.parent} and suite_file.cluster["inline"] is True
+    # What the references named is written down in the runs, absolute; the suite keeps the references.
+    weights = str(runs["first"] / "checkpoints" / "step_00000008" / "model.safetensors")
+    written = {name: json.loads((run / "recipe.json").read_text())["recipe"] for name, run in runs.items()}
+    assert (written["third"]["init"], written["second"]["teacher"]["kwargs"]["weights"]) == (weights, weights)
+    assert suite_file.suite.recipes[2].init == "@first"
+    assert not same_weights(runs["first"], runs["third"])
+    code, said, _ = spiketrain("compare", untouched.name, "--runs", str(untouched.parent), "--trust", "lab_suite")
+    assert code == 0 and said.startswith("REPORT first:first-") and f"third:third-{stamp}" in said
+    assert spiketrain("resume", untouched.name, "--runs", str(untouched.parent), "--trust", "lab_suite")[1].splitlines() == [
+        f"{untouched.name} has finished",
+        said.strip(),
+    ]
+
+
+@pytest.mark.parametrize(
+    "stops", [[("second", 5)], [("first", 4), ("second", 2), ("third", 6)]], ids=["in the second", "in each"]
+)
+@pytest.mark.parametrize("how", [die, interrupt])
+def test_stopped_and_resumed_it_ends_with_the_same_bits(
+    how: Callable[[Attempt], None],
+    stops: list[tuple[str, int]],
+    untouched: Path,
+    places: Path,
+    tmp_path: Path,
+    spiketrain: Command,
+) -> None:
+    words = ["launch", str(places / "lab_suite.py"), "--inline", "--runs", str(tmp_path), "--name", "broken"]
+    command = f"spiketrain resume broken --runs {tmp_path} --trust lab_suite"
+    for recipe, step in stops:
+        with pytest.MonkeyPatch.context() as patch:
+            at_step(patch, recipe, step, how)
+            if how is die:
+                with pytest.raises(Killed):
+                    spiketrain(*words)
+            else:
+                code, said, _ = spiketrain(*words)
+                assert code == 130 and said.splitlines()[-1] == f"stopped; go on with: {command}"
+        words = command.split()[1:]
+    code, said, error = spiketrain(*words)
+    assert code == 0, error
+    runs = runs_of(tmp_path / "broken")
+    assert said.splitlines()[-1] == "REPORT " + " ".join(f"{name}:{run.name}" for name, run in runs.items())
+    assert same_bits(tmp_path / "broken", untouched)
+    interrupted = {recipe for recipe, _ in stops}
+    assert {name for name, run in runs.items() if len(starts(run)) == 2} == interrupted  # what had finished was left alone
+    parents = {json.loads((run / "job.json").read_text())["parent"] for run in runs.values()}
+    assert parents == {SuiteFile.read(tmp_path / "broken", trust=["lab_suite"]).parent}
+
+
+def test_asked_to_stop_during_a_runs_last_batch_the_suite_stops_and_goes_on(
+    places: Path, tmp_path: Path, spiketrain: Command
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, "first", 7, interrupt)
+        code, said, _ = spiketrain("launch", str(places / "lab_list.py"), "--inline", "--runs", str(tmp_path), "--name", "s")
+    assert code == 130 and "stopped; go on with: spiketrain resume s --runs" in said.splitlines()[-1]
+    runs = runs_of(tmp_path / "s")
+    assert state_of(runs["first"]) == "finished" and not runs["second"].exists()
+    code, said, _ = spiketrain("compare", "s", "--runs", str(tmp_path))
+    lines = said.splitlines()
+    assert code == 0 and "SLTT-2" in said  # the table of the study so far
+    assert [line for line in lines if line.startswith("not finished: ")] == [
+        f"not finished: {name} ({runs[name].name}) has not begun" for name in ("second", "third")
+    ]
+    assert lines[-1] == f"1 of 3 finished; spiketrain resume s --runs {tmp_path}"
+
+    def interrupted(*args: Any, **more: Any) -> None:
+        raise KeyboardInterrupt  # between two runs, where nobody else listens
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.launch.suite.begin", interrupted)
+        code, said, _ = spiketrain("resume", "s", "--runs", str(tmp_path))
+    assert code == 130 and said.splitlines()[-1] == f"stopped; go on with: spiketrain resume s --runs {tmp_path}"
+
+
+def test_what_is_listed_and_reported_while_children_are_missing(places: Path, tmp_path: Path, spiketrain: Command) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, "second", 3, die)
+        with pytest.raises(Killed):
+            spiketrain("launch", str(places / "lab_suite.py"), "--inline", "--runs", str(tmp_path), "--name", "half")
+    folder, second = tmp_path / "half", runs_of(tmp_path / "half")["second"]
+    [row] = list_suites(tmp_path)
+    assert (row.name, row.state, row.resume) == ("half", "1 of 3 finished", f"spiketrain resume half --runs {tmp_path}")
+    with driver_lock(folder):
+        [row] = list_suites(tmp_path)
+        assert (row.state, row.resume) == ("1 of 3 finished, running", None)
+        code, _, error = spiketrain("resume", "half", "--runs", str(tmp_path), "--trust", "lab_suite")
+        assert code == 2 and error == "half: is being trained by another process on this machine\n"
+    out = io.StringIO()
+    print_suite(folder, trust=("lab_suite",), console=Console(file=out, width=80))
+    said = out.getvalue().splitlines()
+    assert said[0] == f"not finished: second ({second.name}) is interrupted" and "REPORT" not in out.getvalue()
+    assert said[2].startswith("1 of 3 finished, the report is printed when all have; spiketrain resume half --runs ")
+    out = io.StringIO()
+    print_runs(tmp_path, Console(file=out, width=80))
+    assert "half   1 of 3 finished" in out.getvalue()
+    assert f"spiketrain resume half --runs {tmp_path}\n" in out.getvalue()
+    (folder / "suite.json").write_text("{")
+    assert list_suites(tmp_path)[0].state == "suite.json is damaged"
+
+
+def test_a_child_that_is_refused_stops_the_suite_and_after_mending_it_goes_on(
+    untouched: Path, places: Path, tmp_path: Path, spiketrain: Command
+) -> None:
+    def refuse(attempt: Attempt) -> None:
+        raise ValueError("IDE: the solve must converge")
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, "second", 6, refuse)
+        code, _, error = spiketrain("launch", str(places / "lab_list.py"), "--inline", "--runs", str(tmp_path), "--name", "s")
+    assert code == 2 and error == "IDE: the solve must converge\n"
+    runs = runs_of(tmp_path / "s")
+    assert [state_of(run) for run in runs.values()] == ["finished", "failed", "new"]
+    # The weights that the third starts from are damaged before its turn: refused then, and nothing of it is left behind.
+    newest, *older = sorted((runs["first"] / "checkpoints").glob("step_*"), reverse=True)
+    weights = newest / "model.safetensors"
+    whole = weights.read_bytes()
+
+    def damage(attempt: Attempt) -> None:
+        weights.write_bytes(whole[:-1])
+        for checkpoint in older:
+            (checkpoint / "manifest.json").unlink()
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, "second", 7, damage)
+        code, _, error = spiketrain("resume", "s", "--runs", str(tmp_path))
+    assert code == 2 and error == f"{newest.parent}: needs a checkpoint that verifies; got none\n"
+    assert state_of(runs["second"]) == "finished" and not runs["third"].exists()
+    weights.write_bytes(whole)
+    code, said, error = spiketrain("resume", "s", "--runs", str(tmp_path))
+    assert code == 0, error
+    assert said.count("top-1 ") >= 3 and "study " in said and "of 3 finished" not in said  # the tables of its studies
+    assert same_bits(tmp_path / "s", untouched)
+
+
+LAUNCH = """
+from dataclasses import replace
+from pipeline.models.mlp import mlp
+from pipeline.recipe import spec
+from pipeline.distill import Distillation
+from pipeline.suite import Suite
+from pipeline.teachers.network import network_teacher
+from tests.small import small_recipe
+
+def recipe():
+    a, b = small_recipe(name="a"), small_recipe(name="b", init="@a")
+    other = spec(mlp, in_features=64, hidden=(8,))
+    taught = replace(a, name="b", objective=spec(Distillation))
+    local = lambda runs, console: None
+    return """
+
+
+@pytest.mark.parametrize(
+    ("recipes", "words", "said"),
+    [
+        ("[b, a]", "", "suite: a reference must name an earlier recipe; got '@a' in b, before it stand none"),
+        ("b", "", "recipe: '@a' names an earlier recipe of the same suite; got b alone; give a run's folder or a file"),
+        ("[a, a]", "", "suite: recipes must have names of their own; got two of 'a'"),
+        ("Suite((a, b), local)", "", "suite: report must be a function at the top level of a module"),
+        ("[a, replace(b, model=other)]", "", "init: "),
+        (
+            "[a, replace(taught, teacher=spec(network_teacher, model=other, weights='@a', time_steps=2))]",
+            "",
+            "network_teacher: the weights in ",
+        ),
+        ("[a, replace(b, batch_size=1000)]", "", "batch_size must be at most the 64"),
+        ("[a, b]", "--set init=@c", "suite: a reference must name an earlier recipe; got '@c' in a, before it stand none"),
+        ("[a, b]", "--set optimizer.lrr=1", "lrr"),
+        ("[a, b]", "--name x/y", "launch: --name of a suite must be a name in "),
+        ("[a, b]", "--name ..", "launch: --name of a suite must be a name in "),
+    ],
+)
+def test_what_cannot_be_trained_to_its_end_leaves_nothing_behind(
+    recipes: str, words: str, said: str, tmp_path: Path, spiketrain: Command
+) -> None:
+    (tmp_path / "mine.py").write_text(LAUNCH + recipes + "\n")
+    code, _, error = spiketrain("launch", str(tmp_path / "mine.py"), "--inline", "--runs", str(tmp_path / "runs"), *words.split())
+    assert code == 2 and said in error and error.count("\n") == 1, error
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("compare whole", "suite.json: lab_suite.table is not in a trusted package; trusted are recipes, pipeline.report"),
+        ("resume whole", "suite.json: lab_suite.table is not in a trusted package"),
+        ("compare whole first --trust lab_suite", "compare: a suite is compared by itself; got whole among whole, first"),
+        ("compare first --trust lab_suite", "compare: --trust is for a suite"),
+        ("compare whole --trust lab_suite --format csv", "compare: a suite prints its report or tables; got --format csv"),
+        (
+            "compare whole --trust lab_suite --against SLTT",
+            "compare: whole has a report of its own, so --against and --within have",
+        ),
+        ("compare nothing", "no run 'nothing'"),
+        ("resume nothing", "no run or suite 'nothing' in "),
+        ("resume f", "'f' begins the names of 2 runs"),
+        ("evaluate whole", "no run 'whole'"),
+    ],
+)
+def test_what_is_wrong_about_a_suite_ends_in_one_line(words: str, said: str, tmp_path: Path, spiketrain: Command) -> None:
+    for name in ("whole", "first", "f2"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "first" / "recipe.json").write_text("{}")
+    (tmp_path / "f2" / "recipe.json").write_text("{}")
+    recipe = {"version": 1, "recipe": {"name": "first"}}
+    head = {"version": 1, "parent": "0" * 32, "cluster": {"inline": True}, "report": "lab_suite.table"}
+    value = {**head, "children": [{"run": "first", "recipe": recipe}]}
+    if "trust" in words:
+        from tests.small import small_recipe
+
+        value["children"] = [{"run": "first", "recipe": small_recipe().to_json()}]
+    (tmp_path / "whole" / "suite.json").write_text(json.dumps(value))
+    code, _, error = spiketrain(*words.split(), "--runs", str(tmp_path))
+    assert code == 2 and said in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("cluster", "cluster: unknown field 'hosts'; it has workers, inline"),
+        ("workers", "cluster: workers must be int; got 'many'"),
+        ("parent", "must be a run of this suite; got one of another launch"),
+        ("job", "must be a whole run; it has no job.json and has trained nothing: delete it, resume"),
+    ],
+)
+def test_a_suite_from_elsewhere_is_not_resumed_over_what_is_not_its_own(
+    change: str, said: str, places: Path, tmp_path: Path, spiketrain: Command
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, "first", 1, die)
+        with pytest.raises(Killed):
+            spiketrain("launch", str(places / "lab_list.py"), "--inline", "--runs", str(tmp_path), "--name", "s")
+    file = tmp_path / "s" / "suite.json"
+    value, run = json.loads(file.read_text()), runs_of(tmp_path / "s")["first"]
+    if change == "cluster":
+        value["cluster"]["hosts"] = "here"
+    elif change == "workers":
+        value["cluster"]["workers"] = "many"
+    elif change == "parent":
+        value["parent"] = "f" * 32
+    else:
+        (run / "job.json").unlink()
+    file.write_text(json.dumps(value))
+    code, _, error = spiketrain("resume", "s", "--runs", str(tmp_path))
+    assert code == 2 and said in error and error.count("\n") == 1, error
+    assert not runs_of(tmp_path / "s")["second"].exists()
+
+
+def test_tiny_follows_references_and_names_do_not_collide(places: Path, tmp_path: Path, spiketrain: Command) -> None:
+    """The file is called as its only recipe is, so that its suite and its run would have one name."""
+    (tmp_path / "twin.py").write_text(
+        "from tests.small import small_recipe\n\ndef recipe():\n"
+        "    return [small_recipe(name='twin'), small_recipe(name='after', init='@twin')]\n"
+    )
+    words = ("launch", str(tmp_path / "twin.py"), "--inline", "--runs", str(tmp_path / "runs"))
+    code, _, error = spiketrain(*words, "--tiny")
+    assert code == 0, error
+    [suite] = [row.folder for row in list_suites(tmp_path / "runs")]
+    runs = runs_of(suite)
+    assert list(runs) == ["twin-tiny", "after-tiny"] and all(state_of(run) == "finished" for run in runs.values())
+    init = json.loads((runs["after-tiny"] / "recipe.json").read_text())["recipe"]["init"]
+    assert init.startswith(str(runs["twin-tiny"]))
+    code, _, error = spiketrain(*words, "--set", "epochs=1", "--name", suite.name)
+    assert code == 2 and f"--name must be new in {tmp_path / 'runs'}; got {suite.name}" in error
+    code, _, error = spiketrain(*words, "--set", "epochs=1")
+    assert code == 0, error
+    newest = list_suites(tmp_path / "runs")[0].folder
+    names = [newest.name, *(run.name for run in runs_of(newest).values())]
+    assert names[1] == f"{names[0]}-2" and len(set(names)) == 3
+
+
+def test_show_prints_every_recipe_of_a_suite_without_what_it_refers_to(places: Path, spiketrain: Command) -> None:
+    code, said, error = spiketrain("show", str(places / "lab_suite.py"))
+    assert code == 0, error
+    assert "@first" in said and "/tmp" not in said.replace(str(places), "")
+    assert said.count("study key     depends on what first will have learnt") == 2
+    code, _, error = spiketrain("evaluate", str(places / "lab_suite.py"), "--weights", "x.pt")
+    assert code == 2 and "the file must hold one recipe; got first, second, third" in error
