@@ -6,7 +6,6 @@ layer a copy of its own. `neuron=nn.ReLU()` is the ANN with the same layers.
 
 import copy
 import math
-from collections.abc import Mapping
 
 from torch import nn
 
@@ -48,10 +47,3 @@ def initialized_as_relu(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-
-def refuse_below_one(who: str, numbers: Mapping[str, int]) -> None:
-    """Raises: ValueError, in the name of `who`, that names the first number which makes no network."""
-    for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"{who}: {name} must be >= 1; got {name}={number}")

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from pipeline.counts import are_counts, refuse_unless_counts
 from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, counter_hash
+from pipeline.spec import admits
 from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.errorpath import FixedFeedback, sign_symmetric
 from pipeline.spiking.listen import Ear, Overheard, fan_in
@@ -86,17 +88,15 @@ class HLOP(Rule):
         super().__init__()
         if not isinstance(inner, Rule) or isinstance(inner, HLOP):
             raise ValueError(f"HLOP: inner must be a rule other than HLOP; got {inner!r}")
-        if isinstance(rows, str) or not rows or any(isinstance(each, int) or not each or min(each) < 0 for each in rows):
+        if not isinstance(rows, Sequence) or not rows or not all(are_counts(each, least=0) for each in rows):
             raise ValueError(f"HLOP: rows must hold, for each task, a number >= 0 for each synapse; got rows={rows!r}")
-        rates = (learning_rate,) if isinstance(learning_rate, (int, float)) else tuple(learning_rate)
-        if not rates or min(rates) <= 0:
-            raise ValueError(f"HLOP: learning_rate must be > 0; got learning_rate={learning_rate}")
-        if inner_iterations < 1:
-            raise ValueError(f"HLOP: inner_iterations must be >= 1; got inner_iterations={inner_iterations}")
+        rates = tuple(learning_rate) if isinstance(learning_rate, Sequence) else (learning_rate,)
+        if not rates or not all(admits(float, rate) and rate > 0 for rate in rates):
+            raise ValueError(f"HLOP: learning_rate must be numbers > 0; got learning_rate={learning_rate!r}")
+        counts = {"inner_iterations": inner_iterations}
+        refuse_unless_counts("HLOP", counts if lateral_steps is None else {**counts, "lateral_steps": lateral_steps})
         if not 0 <= momentum < 1:
             raise ValueError(f"HLOP: momentum must be in 0..1, below 1; got momentum={momentum}")
-        if lateral_steps is not None and lateral_steps < 1:
-            raise ValueError(f"HLOP: lateral_steps must be >= 1; got lateral_steps={lateral_steps}")
         for name, value, choices in (
             ("learn_from", learn_from, ("spikes", "traces", "rates")),
             ("error", error, ("backprop", "sign_symmetric", "feedback")),
