@@ -18,8 +18,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline.counts import refuse_unless_counts
-from pipeline.models.parts import standardized_conv
-from pipeline.models.residual import Blocks, Pool
+from pipeline.models.parts import Pool, standardized_conv
+from pipeline.models.residual import Blocks
 from pipeline.models.resnet_stages import resnet_stages
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.still import OncePerImage

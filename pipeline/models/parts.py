@@ -1,16 +1,18 @@
-"""What several families are made of: copies of one neuron, and the convolution of networks without batch norm.
+"""What several families are made of: copies of one neuron, pools, and the convolution of networks without batch norm.
 
 A builder takes its neuron as a module, `neuron=LIF(leak=0.5)`, in a recipe `neuron=spec(LIF, leak=0.5)`, and gives each
 layer a copy of its own. `neuron=nn.ReLU()` is the ANN with the same layers.
 """
 
+# T time, B batch, C channels, H W pixels
+
 import copy
 import math
 
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.spiking.neuron import LIF
-from pipeline.spiking.synapse import Conv2d
+from pipeline.spiking.synapse import Conv2d, folded
 
 # 1 / sqrt(p (1 - p)) = 2.737 with p = P(N(0, 1) >= 1): a spike of a unit-variance current at threshold 1 has unit variance
 # after it. Rounded as published.
@@ -32,6 +34,17 @@ def variance_gain(neuron: nn.Module) -> float:
         return SPIKE_GAIN
     p = math.erfc(neuron.threshold / math.sqrt(2)) / 2
     return 1 / math.sqrt(p * (1 - p))
+
+
+class Pool(nn.Module):
+    """A pool of torch's, on time-first tensors."""
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x_TBCHW: Tensor) -> Tensor:
+        return folded(self.pool, x_TBCHW)
 
 
 def standardized_conv(in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1) -> Conv2d:

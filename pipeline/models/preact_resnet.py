@@ -19,9 +19,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline.counts import refuse_unless_counts
-from pipeline.models.parts import one_more
+from pipeline.models.parts import Pool, one_more
 from pipeline.models.rate_head import RateHead
-from pipeline.models.residual import Pool
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, rate_readout
 from pipeline.spiking.still import OncePerImage

@@ -16,8 +16,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline.counts import refuse_unless_counts
-from pipeline.models.parts import initialized_as_relu
-from pipeline.models.residual import Blocks, Layer, Over, Pool
+from pipeline.models.parts import Pool, initialized_as_relu
+from pipeline.models.residual import Blocks, Layer, Over
 from pipeline.models.resnet_stages import resnet_stages
 from pipeline.spiking.neuron import IF
 from pipeline.spiking.still import OncePerImage

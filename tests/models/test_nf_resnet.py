@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.models.nf_resnet import NFResNet, nf_resnet18_small, nf_resnet34, nf_resnet50, nf_resnet101
-from pipeline.models.residual import ALPHA, Residual
+from pipeline.models.stream import ALPHA, Residual
 from pipeline.rules.bptt import BPTT
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
