@@ -177,6 +177,7 @@ def test_the_journal_tells_loss_speed_and_place(tmp_path: Path) -> None:
         "peak_saved_bytes state_bytes peak_device_bytes peak_rss_bytes backward_calls_per_batch restarts commit hardware"
     )
     assert set(wanted.split()) <= set(on_disk)
+    assert (on_disk["steps"], on_disk["epochs"]) == (16, 2)
     assert on_disk["evaluated_samples"] == 20
     assert on_disk["backward_calls_per_batch"] == 2  # SLTT-2 differentiates two of its three steps
     assert on_disk["peak_saved_bytes"] > 0
