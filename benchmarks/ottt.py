@@ -13,20 +13,18 @@ of the medians is above the bound.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks.trainee import Trainee
 from pipeline.launch.drive import commit
 from pipeline.measure.memory import hardware
 from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.models.vgg import vgg_sws
-from pipeline.objective import CrossEntropy
 from pipeline.rules.base import Rule
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
@@ -47,28 +45,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 }  # fmt: skip
 
 
-class Trainee:
-    """A network of its own under one rule."""
-
-    def __init__(self, network: nn.Module, rule: Rule) -> None:
-        self.network, self.rule = network, rule
-        rule.attach(network)
-        self.optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
-        self.seconds: list[float] = []
-
-    def learn(self, x_TB: Tensor, target_B: Tensor) -> None:
-        began = time.perf_counter()
-        for objective in self.rule.objectives(self.network, x_TB, CrossEntropy()(target_B)):
-            if objective.backward is not None:
-                objective.backward.backward()
-        self.seconds.append(time.perf_counter() - began)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def median(self) -> float:
-        return statistics.median(self.seconds[WARM_UP:])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--network", choices=sorted(NETWORKS), default="vgg")
@@ -84,20 +60,24 @@ def compare(name: str, batches: int) -> float:
     """OTTT-A's median time over SLTT's."""
     build, shape, size = NETWORKS[name]
     torch.manual_seed(0)
-    sltt, ottt = Trainee(build(), SLTT()), Trainee(build(), OTTT())
+    sltt, ottt = trainee_of(build(), SLTT()), trainee_of(build(), OTTT())
     for index in range(WARM_UP + batches):
         ottt.network.load_state_dict(sltt.network.state_dict())  # equal weights, so equal spikes
         x_TB, target_B = repeat(torch.randn(size, *shape), TIME_STEPS), torch.randint(10, (size,))
         for trainee in (sltt, ottt) if index % 2 else (ottt, sltt):
             trainee.learn(x_TB, target_B)
-    ratio = ottt.median() / sltt.median()
+    by_ottt, by_sltt = ottt.median(warm_up=WARM_UP), sltt.median(warm_up=WARM_UP)
     machine = hardware()
     print(
         f"{name}, T = {TIME_STEPS}, batch {size}, {batches} interleaved batches, {torch.get_num_threads()} threads: "
-        f"OTTT-A {ottt.median() * 1e3:.1f} ms, SLTT {sltt.median() * 1e3:.1f} ms, ratio {ratio:.3f} (bound {BOUND}) "
+        f"OTTT-A {by_ottt * 1e3:.1f} ms, SLTT {by_sltt * 1e3:.1f} ms, ratio {by_ottt / by_sltt:.3f} (bound {BOUND}) "
         f"(commit {commit()}, {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']})"
     )
-    return ratio
+    return by_ottt / by_sltt
+
+
+def trainee_of(network: nn.Module, rule: Rule) -> Trainee:
+    return Trainee(network, rule, optimizer=torch.optim.SGD(network.parameters(), lr=0.01))
 
 
 if __name__ == "__main__":

@@ -32,12 +32,13 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.attempt import Attempt, Parts
+from pipeline.attempt import Attempt
 from pipeline.job import Job, Place, resume_command
 from pipeline.launch.drive import Tracking, commit, drive, prepare
 from pipeline.launch.ray import Ray
 from pipeline.loop import MicroBatch
 from pipeline.measure.memory import hardware
+from pipeline.parts import Parts
 from pipeline.recipe import Recipe, spec
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT

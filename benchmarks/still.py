@@ -11,18 +11,15 @@ first takes turns, so that drift of the machine falls on both alike. Timed are f
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
 
+from benchmarks.trainee import Trainee
 from pipeline.launch.drive import commit
 from pipeline.measure.memory import hardware
 from pipeline.models.qkformer import QKFormer
-from pipeline.objective import CrossEntropy
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
@@ -32,29 +29,6 @@ from pipeline.spiking.encode import repeat
 CLASSES, WARM_UP = 13, 1
 NETWORK = partial(QKFormer, channels=384, depth=4, heads=6, classes=CLASSES)
 RULES: dict[str, Callable[[], Rule]] = {"bptt": BPTT, "sltt": SLTT, "ottt": OTTT}
-
-
-class Trainee:
-    """A network of its own under one rule."""
-
-    def __init__(self, rule: str) -> None:
-        torch.manual_seed(0)
-        # OTTT has no trace for batch norm.
-        self.network = NETWORK(shortcut="multiple", norm="sws") if rule == "ottt" else NETWORK()
-        self.rule = RULES[rule]()
-        self.rule.attach(self.network)
-        self.seconds: list[float] = []
-
-    def learn(self, x_TB: Tensor, target_B: Tensor) -> None:
-        began = time.perf_counter()
-        for objective in self.rule.objectives(self.network, x_TB, CrossEntropy()(target_B)):
-            if objective.backward is not None:
-                objective.backward.backward()
-        self.seconds.append(time.perf_counter() - began)
-        self.network.zero_grad()
-
-    def median(self) -> float:
-        return statistics.median(self.seconds[WARM_UP:])
 
 
 def main() -> None:
@@ -72,20 +46,28 @@ def main() -> None:
 
 def compare(rule: str, steps: int, *, batches: int, side: int, size: int) -> float:
     """The median time of a batch of still images over that of the same frames as a recording."""
-    still, recording = Trainee(rule), Trainee(rule)
+    still, recording = trainee_of(rule), trainee_of(rule)
     for index in range(WARM_UP + batches):
         x_TB, target_B = repeat(torch.randn(size, 3, side, side), steps), torch.randint(CLASSES, (size,))
         pairs = [(still, x_TB), (recording, x_TB.contiguous())]
         for trainee, frames_TB in pairs if index % 2 else reversed(pairs):
             trainee.learn(frames_TB, target_B)
-    ratio = still.median() / recording.median()
+    once, at_every_step = still.median(warm_up=WARM_UP), recording.median(warm_up=WARM_UP)
     machine = hardware()
     print(
         f"{rule}, {side} px, T = {steps}, batch {size}, {batches} interleaved batches, {torch.get_num_threads()} threads: "
-        f"once {still.median():.3f} s, at every step {recording.median():.3f} s, ratio {ratio:.3f} "
+        f"once {once:.3f} s, at every step {at_every_step:.3f} s, ratio {once / at_every_step:.3f} "
         f"(commit {commit()}, {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']})"
     )
-    return ratio
+    return once / at_every_step
+
+
+def trainee_of(rule: str) -> Trainee:
+    """One with the same weights at each call."""
+    torch.manual_seed(0)
+    # OTTT has no trace for batch norm.
+    network = NETWORK(shortcut="multiple", norm="sws") if rule == "ottt" else NETWORK()
+    return Trainee(network, RULES[rule]())
 
 
 if __name__ == "__main__":

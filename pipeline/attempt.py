@@ -6,62 +6,29 @@ stops when asked. Rank 0 decides and tells the others, so that all of them do th
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.answers import Answers, write_answers
-from pipeline.backend.base import Backend
-from pipeline.checkpoint import Checkpoints, weights_of
-from pipeline.data.mixing import Mixing
+from pipeline.checkpoint import weights_of
 from pipeline.evaluate import Evaluation, evaluate, inputs
-from pipeline.job import Job
 from pipeline.loop import MicroBatch, train
 from pipeline.measure.memory import hardware, memory_now_bytes
-from pipeline.measure.meters import Meters, Totals
-from pipeline.phases import Stretch, stretch_at
-from pipeline.ranks import Ranks, Refused
-from pipeline.recipe import Recipe, Split, write_json
-from pipeline.rules.base import Rule
+from pipeline.measure.meters import Totals
+from pipeline.parts import Parts
+from pipeline.phases import stretch_at
+from pipeline.ranks import Refused
+from pipeline.recipe import write_json
+from pipeline.record import told_at_start, told_at_the_end, told_in_checkpoint
 from pipeline.spiking.encode import over_steps
-from pipeline.summary import summarise, versions
-from pipeline.tasks import Learnt, Loaders, mean_of
-from pipeline.teaching import Teaching
-from pipeline.track.base import Tracker
-from pipeline.track.jsonl import read
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """Everything that `worker.compose` built for one process."""
-
-    job: Job
-    ranks: Ranks
-    tracker: Tracker
-    recipe: Recipe
-    split: Split
-    device: torch.device
-    rule: Rule
-    backend: Backend
-    schedule: Callable[[int], None]
-    loaders: Loaders
-    stretches: tuple[Stretch, ...]
-    """of each task, by the loaders' numbers"""
-    mixing: Mixing | None
-    teaching: Teaching | None
-    meters: Meters
-    checkpoints: Checkpoints
-    trainer: dict[str, Any] | None
-    """what the checkpoint says that was restored; None at a fresh start"""
-    began: float
-    """unix seconds at the process's first line of work"""
+from pipeline.tasks import Learnt, mean_of
 
 
 class Attempt:
@@ -87,7 +54,7 @@ class Attempt:
 
     def run(self) -> dict[str, Any] | None:
         """The summary (on rank 0), or None when somebody asked to stop."""
-        self._tell_start()
+        self.tracker.event("start", sync=True, **told_at_start(self.parts, step=self.step))
         self.meters.forget_peaks()
         while self.step < self.steps:
             self.stretch = stretch_at(self.parts.stretches, self.step)
@@ -236,26 +203,7 @@ class Attempt:
                 f"training: weights and what the rule learnt must be finite to be saved; they are not after step {self.step}"
             )
         totals = self.meters.over_ranks(self.ranks.max)
-        mlflow = self.folder / "mlflow.json"
-        stretch = stretch_at(self.parts.stretches, self.step)
-        epoch = stretch.epoch(self.step)
-        trainer = {
-            "run": self.folder.name,
-            "run_id": self.job.run_id,
-            "mlflow": json.loads(mlflow.read_text()) if mlflow.exists() else None,
-            "study": self.job.study,
-            "commit": self.job.commit,
-            "phase": stretch.index,
-            "epoch": epoch,
-            "sample": (self.step - stretch.epoch_start(epoch)) * self.recipe.batch_size,
-            "seed": self.recipe.seed,
-            "world_size": self.ranks.size,
-            "zero": self.recipe.zero,
-            "data_fingerprint": self.job.data_fingerprint,
-            "score": score,
-            "totals": asdict(totals),
-            "learnt": asdict(self.learnt),
-        }
+        trainer = told_in_checkpoint(self.parts, step=self.step, score=score, totals=totals, learnt=self.learnt)
         with self._published():
             weights = weights_of(self.backend.network) if self.ranks.rank == 0 else None
         with self.ranks.averaged(self.backend.network) as buffers:
@@ -266,45 +214,6 @@ class Attempt:
             "checkpoint", sync=True, step=self.step, path=str(saved.path), seconds=saved.seconds, bytes=saved.bytes
         )
 
-    # ------------------------------------------------------------------------------------------------------- beginnings
-
-    def _tell_start(self) -> None:
-        recipe, split = self.recipe, self.parts.split
-        samples, epoch_steps = self.parts.loaders.lengths[self.stretch.index]  # of the task at hand
-        self.tracker.event(
-            "start",
-            sync=True,
-            run=self.folder.name,
-            run_id=self.job.run_id,
-            recipe=recipe.name,
-            rule=self.parts.rule.label,
-            study=self.job.study,
-            study_parent=self.job.parent,
-            seed=recipe.seed,
-            world_size=split.workers,
-            batch_size=recipe.batch_size,
-            micro_batch=split.micro_batch,
-            accumulation=split.accumulation,
-            parameters=sum(p.numel() for p in self.backend.network.parameters()),
-            steps_per_epoch=epoch_steps,
-            total_steps=self.steps,
-            epochs=sum(task.epochs for task in self.tasks),
-            samples=samples,
-            dropped_per_epoch=samples - epoch_steps * recipe.batch_size,
-            step=self.step,
-            began=self.parts.began,
-            time_steps=recipe.time_steps,
-            precision=recipe.precision,
-            zero=recipe.zero,
-            commit=self.job.commit,
-            hardware=hardware(),
-            versions=versions(),
-            data_fingerprint=self.job.data_fingerprint,
-            params=recipe.flat(),
-            loader_threads=self.job.loader_threads,
-            resume_command=self.job.resume_command,
-        )
-
     # ------------------------------------------------------------------------------------------------------------- ends
 
     def _stopped(self) -> None:
@@ -312,29 +221,13 @@ class Attempt:
 
     def _finish(self) -> dict[str, Any]:
         result = self.result or mean_of(self._evaluate())  # an attempt that died after its last checkpoint has evaluated nothing
-        totals = self.meters.over_ranks(self.ranks.max)
-        figures, taught = self._figures(), self.parts.teaching
+        totals, figures = self.meters.over_ranks(self.ranks.max), self._figures()
         answers = self.ranks.gather(self.answers)
         summary: dict[str, Any] = {}
         if self.ranks.rank == 0:
-            summary = {
-                "run": self.folder.name,
-                "run_id": self.job.run_id,
-                "study": self.job.study,
-                "rule": self.parts.rule.label,
-                "recipe": self.recipe.name,
-                "seed": self.recipe.seed,
-                "world_size": self.ranks.size,
-                "steps": self.step,
-                "epochs": self.stretch.epoch(self.step - 1) + 1,
-                **summarise(result, totals, read(self.folder / "journal.jsonl")),
-                **(self.learnt.summary(self.tasks) if self.recipe.phases else {}),
-                **({} if taught is None else {"teacher_top1": taught.accuracy.top1, "teacher_top5": taught.accuracy.top5}),
-                "rule_figures": figures,
-                "loader_threads": self.job.loader_threads,
-                "commit": self.job.commit,
-                "data_fingerprint": self.job.data_fingerprint,
-            }
+            summary = told_at_the_end(
+                self.parts, step=self.step, result=result, totals=totals, learnt=self.learnt, figures=figures
+            )
             write_answers(self.folder / "answers.npz", answers, tasks=bool(self.recipe.phases))
             write_json(self.folder / "summary.json", {**summary, "hardware": hardware()})
         self.tracker.event("finish", sync=True, step=self.step, **summary)

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.counts import is_count
 from pipeline.spec import Spec
 
 
@@ -39,7 +40,7 @@ class Phase:
             )
         for name, least in (("epochs", 1), ("head", 0)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            if value is not None and not is_count(value, least=least):
                 raise ValueError(f"phase {self.name}: {name} must be None or a whole number from {least}; got {value!r}")
 
 

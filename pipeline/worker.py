@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.attempt import Attempt, Parts
+from pipeline.attempt import Attempt
 from pipeline.backend.averaged import Averaged
 from pipeline.backend.base import Backend
 from pipeline.backend.plain import Plain
@@ -24,6 +24,7 @@ from pipeline.data.mixing import Mixing
 from pipeline.job import REFUSAL, Job, Place
 from pipeline.measure.meters import Meters
 from pipeline.objective import Loss
+from pipeline.parts import Parts
 from pipeline.phases import Stretch, stretch_at, timetable
 from pipeline.ranks import Ranks, Refused
 from pipeline.recipe import Recipe, Spec, Split

@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 import pipeline
-from pipeline.attempt import Attempt, Parts
+from pipeline.attempt import Attempt
 from pipeline.data.base import DataError
 from pipeline.data.mixing import Mixing
 from pipeline.data.synthetic import Synthetic
@@ -22,6 +22,7 @@ from pipeline.distill import Distillation
 from pipeline.job import Place
 from pipeline.launch.inline import Inline
 from pipeline.models.mlp import mlp
+from pipeline.parts import Parts
 from pipeline.phases import Phase
 from pipeline.ranks import Ranks, Refused
 from pipeline.recipe import Recipe, spec

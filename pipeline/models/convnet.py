@@ -13,6 +13,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from pipeline.counts import are_counts, is_count, refuse_unless_counts
 from pipeline.models.parts import one_more
 from pipeline.models.rate_head import RateHead
 from pipeline.spiking.neuron import LIF
@@ -76,13 +77,11 @@ class ConvNet(nn.Module):
         neuron: nn.Module,
     ) -> None:
         super().__init__()
-        if not stages or any(not widths or min(widths) < 1 for widths in stages):
+        if not stages or not all(are_counts(widths) for widths in stages):
             raise ValueError(f"ConvNet: each stage must hold at least one width >= 1; got stages={stages}")
         numbers = {"classes": classes, "in_channels": in_channels, "stem_stride": stem_stride, "grid": grid}
-        for name, number in numbers.items():
-            if number < 1:
-                raise ValueError(f"ConvNet: {name} must be >= 1; got {name}={number}")
-        if kernel < 1 or kernel % 2 == 0:
+        refuse_unless_counts("ConvNet", numbers)
+        if not is_count(kernel) or kernel % 2 == 0:
             raise ValueError(f"ConvNet: kernel must be odd, to keep the size of the image; got kernel={kernel}")
         if norm not in ("batch", "none"):
             raise ValueError(f"ConvNet: norm must be 'batch' or 'none'; got norm={norm!r}")

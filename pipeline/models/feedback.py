@@ -18,6 +18,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.counts import are_counts, refuse_unless_counts
 from pipeline.models.parts import one_more
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.equilibrium import Equilibrium
@@ -95,8 +96,7 @@ def fc_feedback(
 
     `dropout` is that of the readout; IDE's neurons have threshold 2, which makes the limited feedback a contraction by 1/2.
     """
-    if min(classes, in_features, hidden) < 1:
-        raise ValueError(f"fc_feedback: classes, in_features and hidden must be >= 1; got {classes}, {in_features} and {hidden}")
+    refuse_unless_counts("fc_feedback", {"classes": classes, "in_features": in_features, "hidden": hidden})
     equilibrium = Equilibrium(
         inject=_normed(Linear(in_features, hidden, norm == "none"), hidden, norm),
         feedback=_limited(Linear(hidden, hidden, bias=False), limit),
@@ -119,9 +119,10 @@ def conv_feedback(
 ) -> FeedbackNetwork:
     """Convolutions `(width, kernel, stride)` on images of `size` pixels, fed back by one of `kernel`: 64C5s (F64C5) as it is.
 
-    Raises: ValueError for no layers, or strides that do not divide the image.
+    Raises: ValueError for sizes below 1, no layers, or strides that do not divide the image.
     """
-    if not layers or min(min(layer) for layer in layers) < 1:
+    refuse_unless_counts("conv_feedback", {"classes": classes, "in_channels": in_channels, "size": size, "kernel": kernel})
+    if not layers or not all(are_counts(layer) and len(layer) == 3 for layer in layers):
         raise ValueError(f"conv_feedback: layers must be (width, kernel, stride), each >= 1; got {tuple(layers)}")
     total = 1
     for _, _, stride in layers:
@@ -219,6 +220,7 @@ def lenet_f(
 
     Raises: ValueError for an image that two pools do not divide.
     """
+    refuse_unless_counts("lenet_f", {"classes": classes, "in_channels": in_channels, "size": size})
     if size % 4:
         raise ValueError(f"lenet_f: size must be a multiple of 4; got size={size}")
     first, second, features = (max(1, round(channels * width)) for channels in (15, 40, 300))

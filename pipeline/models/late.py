@@ -11,6 +11,7 @@ log K and without gradient, so the loss that is differentiated is the one of the
 import torch
 from torch import Tensor, nn
 
+from pipeline.counts import refuse_unless_counts
 from pipeline.spiking.state import State
 
 
@@ -24,10 +25,9 @@ class Late(nn.Module):
 
     def __init__(self, *, share: float, time_steps: int) -> None:
         super().__init__()
-        if not 0 < share <= 1 or time_steps < 1:
-            raise ValueError(
-                f"Late: share must be in 0..1, 0 excluded, time_steps >= 1; got share={share}, time_steps={time_steps}"
-            )
+        refuse_unless_counts("Late", {"time_steps": time_steps})
+        if not 0 < share <= 1:
+            raise ValueError(f"Late: share must be in 0..1, 0 excluded; got share={share}")
         self.time_steps = time_steps
         self.late = max(1, round(share * time_steps))
         self.state = State("Late")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from pipeline.counts import refuse_unless_counts
 from pipeline.models.parts import one_more
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.rate import rate_readout
@@ -22,10 +23,8 @@ class MLP(nn.Module):
         self, *, in_features: int, hidden: Sequence[int], classes: int, bias: bool, weights: Weights, neuron: nn.Module
     ) -> None:
         super().__init__()
-        if min(in_features, classes, *hidden) < 1:
-            raise ValueError(
-                f"MLP: in_features, classes and every hidden size must be >= 1; got {in_features}, {classes} and {tuple(hidden)}"
-            )
+        sizes = {"in_features": in_features, "classes": classes}
+        refuse_unless_counts("MLP", {**sizes, "hidden": hidden} if hidden else sizes)
         self.layers = nn.Sequential()
         size = in_features
         for width in hidden:

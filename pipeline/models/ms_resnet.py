@@ -19,7 +19,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.models.parts import refuse_below_one
+from pipeline.counts import refuse_unless_counts
 from pipeline.models.residual import Blocks, Layer, Norm, Over
 from pipeline.models.resnet_stages import resnet_stages
 from pipeline.spiking.dropout import Dropout
@@ -67,7 +67,7 @@ class MSResNet(nn.Module):
     ) -> None:
         super().__init__()
         numbers = {"classes": classes, "in_channels": in_channels, "width": width, "stem_stride": stem_stride}
-        refuse_below_one("MSResNet", {**numbers, "blocks": min(blocks, default=0)})
+        refuse_unless_counts("MSResNet", {**numbers, "blocks": blocks})
         if stem not in ("one", "three"):
             raise ValueError(f"MSResNet: stem must be 'one' or 'three'; got stem={stem!r}")
         if shortcut not in ("membrane", "multiple"):

@@ -17,8 +17,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.models.parts import refuse_below_one, standardized_conv
-from pipeline.models.residual import Blocks, Pool
+from pipeline.counts import refuse_unless_counts
+from pipeline.models.parts import Pool, standardized_conv
+from pipeline.models.residual import Blocks
 from pipeline.models.resnet_stages import resnet_stages
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.still import OncePerImage
@@ -50,7 +51,7 @@ class NFResNet(nn.Module):
     ) -> None:
         super().__init__()
         numbers = {"classes": classes, "in_channels": in_channels, "width": width, "stem_stride": stem_stride}
-        refuse_below_one("NFResNet", {**numbers, "blocks": min(blocks, default=0)})
+        refuse_unless_counts("NFResNet", {**numbers, "blocks": blocks})
         if stem not in ("imagenet", "small"):
             raise ValueError(f"NFResNet: stem must be 'imagenet' or 'small'; got stem={stem!r}")
         factory = Blocks(shortcut="membrane", neuron=neuron, norm="sws")

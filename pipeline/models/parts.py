@@ -1,17 +1,18 @@
-"""What several families are made of: copies of one neuron, and the convolution of networks without batch norm.
+"""What several families are made of: copies of one neuron, pools, and the convolution of networks without batch norm.
 
 A builder takes its neuron as a module, `neuron=LIF(leak=0.5)`, in a recipe `neuron=spec(LIF, leak=0.5)`, and gives each
 layer a copy of its own. `neuron=nn.ReLU()` is the ANN with the same layers.
 """
 
+# T time, B batch, C channels, H W pixels
+
 import copy
 import math
-from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.spiking.neuron import LIF
-from pipeline.spiking.synapse import Conv2d
+from pipeline.spiking.synapse import Conv2d, folded
 
 # 1 / sqrt(p (1 - p)) = 2.737 with p = P(N(0, 1) >= 1): a spike of a unit-variance current at threshold 1 has unit variance
 # after it. Rounded as published.
@@ -35,6 +36,17 @@ def variance_gain(neuron: nn.Module) -> float:
     return 1 / math.sqrt(p * (1 - p))
 
 
+class Pool(nn.Module):
+    """A pool of torch's, on time-first tensors."""
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x_TBCHW: Tensor) -> Tensor:
+        return folded(self.pool, x_TBCHW)
+
+
 def standardized_conv(in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1) -> Conv2d:
     """A convolution with standardised weights that keeps the size of the image, stride aside; Kaiming fan-out, bias 0."""
     conv = Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, weights="standardized")
@@ -48,10 +60,3 @@ def initialized_as_relu(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-
-def refuse_below_one(who: str, numbers: Mapping[str, int]) -> None:
-    """Raises: ValueError, in the name of `who`, that names the first number which makes no network."""
-    for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"{who}: {name} must be >= 1; got {name}={number}")

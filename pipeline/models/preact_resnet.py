@@ -18,9 +18,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.models.parts import one_more, refuse_below_one
+from pipeline.counts import refuse_unless_counts
+from pipeline.models.parts import Pool, one_more
 from pipeline.models.rate_head import RateHead
-from pipeline.models.residual import Pool
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, rate_readout
 from pipeline.spiking.still import OncePerImage
@@ -72,8 +72,8 @@ class PreActResNet(nn.Module):
         neuron: nn.Module,
     ) -> None:
         super().__init__()
-        numbers = {"classes": classes, "in_channels": in_channels, "width": width, "blocks": min(blocks, default=0)}
-        refuse_below_one("PreActResNet", numbers)
+        numbers = {"classes": classes, "in_channels": in_channels, "width": width, "blocks": blocks}
+        refuse_unless_counts("PreActResNet", numbers)
         if stem not in ("imagenet", "small"):
             raise ValueError(f"PreActResNet: stem must be 'imagenet' or 'small'; got stem={stem!r}")
         if head not in ("rate", "linear"):

@@ -20,8 +20,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from pipeline.counts import refuse_unless_counts
 from pipeline.models.attention import SelfAttention, TokenQK
-from pipeline.models.parts import refuse_below_one
 from pipeline.models.residual import Blocks, Layer, Norm, Over, Shortcut
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.still import OncePerImage
@@ -66,7 +66,7 @@ class QKFormer(nn.Module):
     ) -> None:
         super().__init__()
         numbers = {"classes": classes, "in_channels": in_channels, "expansion": expansion, "heads": heads, "channels": channels}
-        refuse_below_one("QKFormer", numbers)
+        refuse_unless_counts("QKFormer", numbers)
         if channels % (4 * heads):
             raise ValueError(f"QKFormer: channels must be a multiple of 4 heads; got channels={channels}, heads={heads}")
         if depth < 4:

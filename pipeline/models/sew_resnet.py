@@ -15,8 +15,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.models.parts import initialized_as_relu, refuse_below_one
-from pipeline.models.residual import Blocks, Layer, Over, Pool
+from pipeline.counts import refuse_unless_counts
+from pipeline.models.parts import Pool, initialized_as_relu
+from pipeline.models.residual import Blocks, Layer, Over
 from pipeline.models.resnet_stages import resnet_stages
 from pipeline.spiking.neuron import IF
 from pipeline.spiking.still import OncePerImage
@@ -55,8 +56,8 @@ class SEWResNet(nn.Module):
         neuron: nn.Module = NEURON,
     ) -> None:
         super().__init__()
-        numbers = {"classes": classes, "in_channels": in_channels, "width": width, "blocks": min(blocks, default=0)}
-        refuse_below_one("SEWResNet", numbers)
+        numbers = {"classes": classes, "in_channels": in_channels, "width": width, "blocks": blocks}
+        refuse_unless_counts("SEWResNet", numbers)
         if shortcut not in ("sew", "post_activation"):
             raise ValueError(f"SEWResNet: shortcut must be 'sew' or 'post_activation'; got shortcut={shortcut!r}")
         factory = Blocks(shortcut=shortcut, neuron=neuron, over=over)

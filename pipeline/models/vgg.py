@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.counts import are_counts, refuse_unless_counts
 from pipeline.models.parts import one_more, standardized_conv, variance_gain
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.feedback import Feedback
@@ -87,15 +88,14 @@ class VGG(nn.Module):
         neuron: nn.Module,
     ) -> None:
         super().__init__()
-        if not stages or any(not widths or min(widths) < 1 for widths in stages):
+        if not stages or not all(are_counts(widths) for widths in stages):
             raise ValueError(f"VGG: each stage must hold at least one width >= 1; got stages={stages}")
-        if classes < 1 or in_channels < 1:
-            raise ValueError(f"VGG: classes and in_channels must be >= 1; got classes={classes}, in_channels={in_channels}")
+        refuse_unless_counts("VGG", {"classes": classes, "in_channels": in_channels})
         if feedback not in ("none", "last"):
             raise ValueError(f"VGG: feedback must be 'none' or 'last'; got feedback={feedback!r}")
-        kernel, stride = stem
-        if kernel < 1 or kernel % 2 == 0 or stride < 1:
+        if not are_counts(stem) or len(stem) != 2 or stem[0] % 2 == 0:
             raise ValueError(f"VGG: stem must be an odd kernel and a stride >= 1; got stem={stem}")
+        kernel, stride = stem
         if feedback == "last" and stride > 1:
             raise ValueError(
                 f"VGG: feedback joins the current of the first layer, pixel by pixel, so stem keeps the size; got {stem}"

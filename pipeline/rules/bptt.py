@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.counts import refuse_unless_counts
 from pipeline.rules.base import LossOf, Objective, OverTime, Rule, carriers, slices, steps_share
 from pipeline.spiking.recompute import Recomputed
 from pipeline.spiking.state import State, fresh_state
@@ -37,9 +38,8 @@ class BPTT(Rule):
 
     def __init__(self, chunk: int | None = None, *, recompute: bool = False, truncate: int | None = None) -> None:
         super().__init__()
-        for name, value in (("chunk", chunk), ("truncate", truncate)):
-            if value is not None and value < 1:
-                raise ValueError(f"BPTT: {name} must be in 1..T; got {name}={value}")
+        given = {name: value for name, value in (("chunk", chunk), ("truncate", truncate)) if value is not None}
+        refuse_unless_counts("BPTT", given, most="T")
         if truncate is not None and (recompute or chunk is not None):
             raise ValueError(
                 "BPTT: truncate excludes recompute and chunk: a piece is one forward, and short; "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.counts import refuse_unless_counts
 from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, steps_share
 from pipeline.spiking.neuron import named_neurons
 from pipeline.spiking.norm import BatchNorm
@@ -46,8 +47,7 @@ class DSR(Rule):
 
     def __init__(self, *, calibrate: int = 0) -> None:
         super().__init__()
-        if calibrate < 0:
-            raise ValueError(f"DSR: calibrate is a number of batches and must be >= 0; got calibrate={calibrate}")
+        refuse_unless_counts("DSR", {"calibrate": calibrate}, least=0)
         self.calibration_batches = calibrate
 
     def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:

@@ -3,19 +3,22 @@
 # T time, B batch
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from pipeline.counts import refuse_unless_counts
 from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, counter_hash
+from pipeline.spec import admits
 from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.errorpath import FixedFeedback, sign_symmetric
-from pipeline.spiking.listen import Ear, Overheard, fan_in
+from pipeline.spiking.listen import Ear, Overheard, fan_in, listening
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.plain import is_inside, named_parameters, plain_synapses
+from pipeline.spiking.rows import Rows
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.subspace import Moments, SecondMoments, SpikingMoments, Subspace
 from pipeline.spiking.synapse import Conv2d, Linear
@@ -86,17 +89,14 @@ class HLOP(Rule):
         super().__init__()
         if not isinstance(inner, Rule) or isinstance(inner, HLOP):
             raise ValueError(f"HLOP: inner must be a rule other than HLOP; got {inner!r}")
-        if isinstance(rows, str) or not rows or any(isinstance(each, int) or not each or min(each) < 0 for each in rows):
-            raise ValueError(f"HLOP: rows must hold, for each task, a number >= 0 for each synapse; got rows={rows!r}")
-        rates = (learning_rate,) if isinstance(learning_rate, (int, float)) else tuple(learning_rate)
-        if not rates or min(rates) <= 0:
-            raise ValueError(f"HLOP: learning_rate must be > 0; got learning_rate={learning_rate}")
-        if inner_iterations < 1:
-            raise ValueError(f"HLOP: inner_iterations must be >= 1; got inner_iterations={inner_iterations}")
+        self.rows = Rows("HLOP", rows)
+        rates = tuple(learning_rate) if isinstance(learning_rate, Sequence) else (learning_rate,)
+        if not rates or not all(admits(float, rate) and rate > 0 for rate in rates):
+            raise ValueError(f"HLOP: learning_rate must be numbers > 0; got learning_rate={learning_rate!r}")
+        counts = {"inner_iterations": inner_iterations}
+        refuse_unless_counts("HLOP", counts if lateral_steps is None else {**counts, "lateral_steps": lateral_steps})
         if not 0 <= momentum < 1:
             raise ValueError(f"HLOP: momentum must be in 0..1, below 1; got momentum={momentum}")
-        if lateral_steps is not None and lateral_steps < 1:
-            raise ValueError(f"HLOP: lateral_steps must be >= 1; got lateral_steps={lateral_steps}")
         for name, value, choices in (
             ("learn_from", learn_from, ("spikes", "traces", "rates")),
             ("error", error, ("backprop", "sign_symmetric", "feedback")),
@@ -110,7 +110,6 @@ class HLOP(Rule):
         self.over_time_choices, self.calibration_batches = inner.over_time_choices, inner.calibration_batches
         self.disturbs_forward, self.hands_errors_down = inner.disturbs_forward, inner.hands_errors_down
         self.chunk, self.one_loss_a_step = inner.chunk, inner.one_loss_a_step
-        self.row_counts = tuple(tuple(each) for each in rows)
         self.learning_rates = rates
         self.inner_iterations = inner_iterations
         self.momentum = momentum
@@ -157,7 +156,7 @@ class HLOP(Rule):
             )
             for synapse in synapses.values()
         )
-        self._grow()
+        self._begin_rows()
         for index, (name, synapse) in enumerate(synapses.items()):
             self._tie(name, synapse, self.subspaces[index], leak)  # type: ignore[arg-type]
         self._set_error_path(model)
@@ -211,7 +210,7 @@ class HLOP(Rule):
         if task != int(self.task) + 1:
             raise ValueError(f"{self.label}: tasks come one after another; got task {task} after task {int(self.task)}")
         self.task += 1
-        self._grow()
+        self._begin_rows()
         for norm in self._moving_norms():  # what rests is the same on every rank
             norm.running_mean.copy_(self.world.mean(norm.running_mean))
             norm.running_var.copy_(self.world.mean(norm.running_var))
@@ -220,27 +219,11 @@ class HLOP(Rule):
     def check_tasks(self, model: nn.Module, tasks: int) -> None:
         if tasks < 2:
             raise ValueError(f"{self.label}: protects the tasks before, so a recipe must have 2 phases or more; got {tasks}")
-        for index, (name, synapse) in enumerate(self._synapses_of(model).items()):
-            asked = sum(self._counts(task)[index] for task in range(tasks))
-            if asked > fan_in(synapse):
-                raise ValueError(
-                    f"{self.label}: rows of all {tasks} tasks must fit into the {fan_in(synapse)} inputs of {name}; got {asked}"
-                )
+        self.rows.check(self.label, self._synapses_of(model), tasks=tasks)
 
-    def _counts(self, task: int) -> tuple[int, ...]:
-        """The rows that a task adds; what is written last holds for all later ones."""
-        return self.row_counts[min(task, len(self.row_counts) - 1)]
-
-    def _grow(self) -> None:
-        task = int(self.task)
-        counts = self._counts(task)
-        for index, (subspace, count) in enumerate(zip(self._subspaces, counts, strict=True)):
-            if count > subspace.free:
-                raise ValueError(
-                    f"{self.label}: rows must fit into the inputs of a synapse; got {count} more for task {task}, where "
-                    f"synapse {index} has {subspace.free} directions left"
-                )
-            subspace.grow(count, key=counter_hash(self.world.seed, _ROWS, index, task))
+    def _begin_rows(self) -> None:
+        task, seed = int(self.task), self.world.seed
+        self.rows.grow(self.label, self._subspaces, task=task, key_of=lambda index: counter_hash(seed, _ROWS, index, task))
 
     def _freeze_norms(self) -> None:
         for norm in self._moving_norms():
@@ -270,26 +253,16 @@ class HLOP(Rule):
                 ear.forget()
         if self.inner.disturbs_forward:
             # What must stay is what the network does by itself: its inputs without the noise, for one forward more.
-            with torch.no_grad(), fresh_state(model), self._listening(x_TB.shape[0]):
+            with torch.no_grad(), fresh_state(model), listening(self._ears, x_TB.shape[0]):
                 model(x_TB)
         shares = self.inner.objectives(model, x_TB, loss_of, step=step, rows=rows)
         while True:
             # Closed again before the yield: what a backward computes once more (recomputation) is not heard twice.
-            with nullcontext() if self.inner.disturbs_forward else self._listening(x_TB.shape[0]):
+            with nullcontext() if self.inner.disturbs_forward else listening(self._ears, x_TB.shape[0]):
                 share = next(shares, None)
             if share is None:
                 return
             yield share
-
-    @contextmanager
-    def _listening(self, steps: int) -> Iterator[None]:
-        for ear in self._ears:
-            ear.open_for = steps
-        try:
-            yield
-        finally:
-            for ear in self._ears:
-                ear.open_for = None
 
     def end_of_batch(self) -> None:
         """The rows learn from the inputs of all micro-batches and ranks; one collective or three a synapse."""
@@ -339,13 +312,9 @@ class HLOP(Rule):
     def _synapses_of(self, model: nn.Module) -> dict[str, Linear | Conv2d]:
         """What is projected, by module name, in order of registration."""
         found = plain_synapses(self.label, model, skip=self.skip)
-        for what, lists in (("rows", self.row_counts), ("learning_rate", (self._rates(len(found)),))):
-            for each in lists:
-                if len(each) != len(found):
-                    raise ValueError(f"{self.label}: {what} must name one for each of {', '.join(found)}; got {each}")
-        for count, (name, synapse) in zip(self._counts(0), found.items(), strict=True):
-            if count > fan_in(synapse):
-                raise ValueError(f"{self.label}: rows must fit into the {fan_in(synapse)} inputs of {name}; got {count}")
+        self.rows.check(self.label, found, tasks=1)
+        if len(rates := self._rates(len(found))) != len(found):
+            raise ValueError(f"{self.label}: learning_rate must name one for each of {', '.join(found)}; got {rates}")
         return found
 
     def _rates(self, count: int) -> tuple[float, ...]:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.counts import refuse_unless_counts
 from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World
 from pipeline.spiking.equilibrium import Linearized, the_equilibrium
 from pipeline.spiking.solvers import Solution, broyden, fixed_point
@@ -46,8 +47,7 @@ class IDE(Rule):
         super().__init__()
         if solver not in ("broyden", "fixed_point"):
             raise ValueError(f"IDE: solver must be 'broyden' or 'fixed_point'; got solver={solver!r}")
-        if iterations < 1:
-            raise ValueError(f"IDE: iterations must be >= 1; got iterations={iterations}")
+        refuse_unless_counts("IDE", {"iterations": iterations})
         if not 0 <= tolerance < 1:
             raise ValueError(f"IDE: tolerance is relative to the gradient and must be in 0..1; got tolerance={tolerance}")
         self.adjoint = _Adjoint(solver, iterations, tolerance)

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.counts import are_counts
 from pipeline.rules.base import (
     LossOf,
     Objective,
@@ -54,7 +55,8 @@ class OPZO(Rule):
             taste. Without noise, the settings of noise are refused.
         distribution: of z, "gaussian" (the default) or "rademacher".
         momentum: lam, of "momentum" alone; 0.999 by default.
-        antithetic: every second time step takes the noise of the one before with the sign turned (the default).
+        antithetic: every second time step takes the noise of the one before with the sign turned (the default, which at T = 1
+            comes to nothing; asked for there, it is refused).
         local_readouts: OPZO+LL. Each hidden layer learns, beside the signal from above, from the loss of its own linear
             readout, a `Readout` of the model (`models/readouts.py`), whose weights learn from that loss alone.
         intermediate: IGL. Hidden layers, counted from 0, whose readouts send their errors to all layers below, too: M then
@@ -71,7 +73,8 @@ class OPZO(Rule):
 
     Raises: ValueError for arguments out of range (when made); for a loss over mean logits, no neurons or several leaks,
     batch norm, layers of torch where a synapse is due, readouts that the model lacks (`attach`); for a stream that passes by
-    the neurons, through which gradients would pass too, layers that run twice in a step or change their size (`objectives`).
+    the neurons, through which gradients would pass too, layers that run twice in a step or change their size (`objectives`);
+    for antithetic=True at T = 1 (`check_steps`).
     Source: Xiao et al. 2024 (OPZO, arXiv 2407.12516); Noekland 2016 (DFA, arXiv 1609.01596).
     """
 
@@ -113,19 +116,20 @@ class OPZO(Rule):
         momentum = 0.999 if momentum is None else momentum
         if not 0 <= momentum < 1:
             raise ValueError(f"OPZO: momentum must be at least 0 and below 1; got momentum={momentum}")
-        intermediate = tuple(intermediate)
-        if not all(isinstance(place, int) for place in intermediate) or list(intermediate) != sorted(set(intermediate)):
-            raise ValueError(f"OPZO: intermediate must be places of hidden layers, in order; got {intermediate}")
-        if min(intermediate, default=1) < 1:
-            raise ValueError(f"OPZO: intermediate must be 1 or more, for below layer 0 there is none; got {intermediate}")
+        are_places = are_counts(intermediate) and list(intermediate) == sorted(set(intermediate))
+        if not are_places and intermediate not in ((), []):
+            raise ValueError(
+                "OPZO: intermediate must be places of hidden layers in order, 1 or more, for below layer 0 there is none; "
+                f"got intermediate={intermediate!r}"
+            )
         self.feedback = feedback
         self.noise = noise
         self.disturbs_forward = noise > 0
         self.distribution: Distribution = distribution or "gaussian"
         self.inject: Inject = inject or "spikes"
-        self.antithetic = antithetic is not False
+        self.antithetic = antithetic
         self.local_readouts = local_readouts
-        self.intermediate = intermediate
+        self.intermediate = tuple(intermediate)
         self.one_loss_a_step = not (local_readouts or intermediate)
         self.leak = leak
         self.signals: Signals = {
@@ -163,6 +167,11 @@ class OPZO(Rule):
             self._layers.append(layer)
             self.set_seam(neuron, "gradient", layer)
 
+    def check_steps(self, steps: int) -> None:
+        super().check_steps(steps)
+        if self.antithetic and steps < 2:
+            raise ValueError(f"OPZO: antithetic pairs need two time steps, so T must be >= 2; got antithetic=True, T={steps}")
+
     def release(self) -> None:
         super().release()
         self._layers.clear()
@@ -185,7 +194,7 @@ class OPZO(Rule):
     @contextmanager
     def _learning(self, step: int, rows: Sequence[int], t: int) -> Iterator[None]:
         """Inside, every layer learns from its steps, perturbed by the noise of (seed, step, row, layer, time)."""
-        drawn, sign = (t // 2 * 2, (-1.0) ** t) if self.antithetic else (t, 1.0)
+        drawn, sign = (t, 1.0) if self.antithetic is False else (t // 2 * 2, (-1.0) ** t)
         for index, layer in enumerate(self._layers):
             keys = [counter_hash(self.world.seed, step, row, index, drawn) for row in rows] if self.noise else ()
             layer.open(keys, sign=sign)

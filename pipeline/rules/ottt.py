@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from pipeline.counts import refuse_unless_counts
 from pipeline.rules.base import (
     LossOf,
     Objective,
@@ -62,8 +63,7 @@ class OTTT(Rule):
         for name, value in (("first", first), ("readout", readout)):
             if value not in ("plain", "traced"):
                 raise ValueError(f"OTTT: {name} must be 'plain' or 'traced'; got {name}={value!r}")
-        if chunk < 1:
-            raise ValueError(f"OTTT: chunk must be in 1..T; got chunk={chunk}")
+        refuse_unless_counts("OTTT", {"chunk": chunk}, most="T")
         if update == "objective" and chunk > 1:
             raise ValueError(f"OTTT: update='objective' moves the weights at every step, so chunk must be 1; got chunk={chunk}")
         self.leak = leak

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from pipeline.counts import refuse_unless_counts
 from pipeline.rules.base import (
     LossOf,
     Objective,
@@ -44,10 +45,7 @@ class SLTT(Rule):
 
     def __init__(self, k: int | None = None, *, chunk: int = 1, rescale: bool = False) -> None:
         super().__init__()
-        if k is not None and k < 1:
-            raise ValueError(f"SLTT: k must be in 1..T; got k={k}")
-        if chunk < 1:
-            raise ValueError(f"SLTT: chunk must be in 1..T; got chunk={chunk}")
+        refuse_unless_counts("SLTT", {"chunk": chunk} if k is None else {"k": k, "chunk": chunk}, most="T")
         if rescale and k is None:
             raise ValueError("SLTT: rescale multiplies by T/k, so it needs a k; got k=None")
         self.k = k

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.counts import refuse_unless_counts
 from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World
 from pipeline.spiking.equilibrium import Equilibrium, Linearized, the_equilibrium
 from pipeline.spiking.limit import Limited
@@ -55,8 +56,7 @@ class SPIDE(Rule):
 
     def __init__(self, steps: int = 100, *, scale: float = 1.0, threshold: float = 0.5, leak: float = 1.0) -> None:
         super().__init__()
-        if steps < 1:
-            raise ValueError(f"SPIDE: the backward phase needs steps >= 1; got steps={steps}")
+        refuse_unless_counts("SPIDE", {"steps": steps})
         if not 0 < scale < math.inf:
             raise ValueError(f"SPIDE: scale must be > 0 and finite; got scale={scale}")
         if not threshold > 0:

@@ -4,6 +4,8 @@
 
 from torch import Tensor
 
+from pipeline.counts import refuse_unless_counts
+
 
 def over_steps(x_B: Tensor, steps: int) -> Tensor:
     """A batch of a data set, time first: still images `[B, C, H, W]` repeated, recordings `[B, T, C, H, W]` as they are.
@@ -24,8 +26,7 @@ def repeat(x_B: Tensor, steps: int) -> Tensor:
 
     Raises: ValueError for fewer than one step.
     """
-    if steps < 1:
-        raise ValueError(f"repeat: steps must be >= 1; got steps={steps}")
+    refuse_unless_counts("repeat", {"steps": steps})
     return x_B.unsqueeze(0).expand(steps, *x_B.shape)
 
 

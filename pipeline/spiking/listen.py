@@ -2,7 +2,8 @@
 
 # T time, B batch, N samples and time steps, C inputs of a synapse (of a convolution: the values of a patch)
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from pipeline.spiking.synapse import Conv2d, Linear
 
 
 class Ear:
-    """Adds up what one synapse hears while `open_for` holds the number of steps T of the batch; the rule opens and closes it.
+    """Adds up what one synapse hears while `open_for` holds the number of steps T of the batch (`listening`).
 
     With `leak`, it hears the weighted mean over time in the place of each step.
     """
@@ -66,6 +67,18 @@ class Ear:
             heard.mean(over_ranks)
             self.last = heard
         return heard
+
+
+@contextmanager
+def listening(ears: Sequence[Ear], steps: int) -> Iterator[None]:
+    """Inside, all of them hear a batch of so many time steps."""
+    for ear in ears:
+        ear.open_for = steps
+    try:
+        yield
+    finally:
+        for ear in ears:
+            ear.open_for = None
 
 
 class Overheard:

@@ -1,4 +1,4 @@
-"""Noise that a rule adds to a layer: a pure function of the keys of its rows, whatever the device, the rank or the batch.
+"""Noise that a rule adds to a layer: a pure function of the keys of its rows, whatever the rank or the batch.
 
     bits[b, j] = mix(key[b] + (j + 1) g)          splitmix64: the stream of row b, counted from its own key
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.counts import refuse_unless_counts
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.noise import Distribution, noise
 from pipeline.spiking.state import State
@@ -36,8 +37,7 @@ class Readout(nn.Module):
 
     def __init__(self, channels: int, classes: int, *, cells: int = 1) -> None:
         super().__init__()
-        if min(channels, classes, cells) < 1:
-            raise ValueError(f"Readout: channels, classes and cells must be >= 1; got {channels}, {classes} and {cells}")
+        refuse_unless_counts("Readout", {"channels": channels, "classes": classes, "cells": cells})
         self.channels = channels
         self.cells = cells
         self.linear = Linear(channels * cells**2, classes)

@@ -12,16 +12,16 @@ import fcntl
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.track.base import TrackingError
 from pipeline.track.jsonl import Event, Follower, first
+from pipeline.track.translate import STATUS, Translation, milliseconds, parameters
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 RUN_TAG = "spiketrain.run_id"
 PARENT_TAG = "spiketrain.study_parent"
 _PARENT_OF = "mlflow.parentRunId"
-_STATUS = {"start": "RUNNING", "finish": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-_TAGGED = ("recipe", "rule", "study", "study_parent", "seed", "world_size", "batch_size", "micro_batch", "precision", "zero",
-           "commit", "dirty", "data_fingerprint", "baseline")  # fmt: skip
 _BLOCK = 4 << 20  # bytes of journal read at a time
 
 
@@ -45,21 +42,21 @@ class Delivery:
     def __init__(self, run_dir: Path, *, uri: str, experiment: str) -> None:
         self.run_dir = run_dir
         self.delivered = 0
-        self.already_there = 0
         self._uri = uri
         self._experiment = experiment
         self._follower = Follower(run_dir / "journal.jsonl")
         self._client: MlflowClient | None = None
         self._run_id = ""
         self._parent_id: str | None = None
-        self._told: dict[str, int] = {}  # metric -> newest step in MLflow when opened
-        self._seen: dict[str, int] = {}  # metric -> newest step read from the journal
-        self._step = 0  # newest step of any event
+        self._translation = Translation()
         self._params: dict[str, str] = {}
         self._tags: dict[str, str] = {}
         self._status = ("", 0)  # in MLflow, with the end in milliseconds
         self._parent_knows = ""
-        self._counts = {"quarantined": 0, "skipped_samples": 0}
+
+    @property
+    def already_there(self) -> int:
+        return self._translation.already_there
 
     def advance(self, *, leaving: bool = False) -> bool:
         """Deliver what the journal holds by now; False when no attempt of the run has begun.
@@ -79,11 +76,10 @@ class Delivery:
             tags: dict[str, str] = {}
             params: dict[str, str] = {}
             for event in events:
-                points += self._points(event)
-                tags.update(self._tags_of(event))
-                if event["event"] == "start":
-                    params.update({_key(key): str(value)[:6000] for key, value in event.get("params", {}).items()})
-                status, ended = _STATUS.get(event["event"], status), _milliseconds(event)
+                points += self._translation.points(event)
+                tags.update(self._translation.tags(event))
+                params.update(parameters(event))
+                status, ended = STATUS.get(event["event"], status), milliseconds(event)
             self._send(points, tags, params)
         status = status or self._status[0]
         if status == "RUNNING" and leaving:
@@ -109,7 +105,7 @@ class Delivery:
         self._params, self._tags = dict(run.data.params), dict(run.data.tags)
         self._status = (run.info.status, run.info.end_time or 0)
         # The newest step of each metric. `run.data.metrics` has the values alone (3.17.2), the whole histories may be 100 MB.
-        self._told = {metric.key: int(metric.step) for metric in run.data._metric_objs}
+        self._translation.held = {metric.key: int(metric.step) for metric in run.data._metric_objs}
         return True
 
     def _note_for_people(self, experiment_id: str) -> None:
@@ -151,7 +147,7 @@ class Delivery:
             return found[0].info.run_id
         tags = {PARENT_TAG: uuid, "spiketrain.kind": "comparison", "spiketrain.study": str(start.get("study", ""))}
         name = f"compare {uuid[:8]}"
-        return client.create_run(experiment_id, start_time=_milliseconds(start), tags=tags, run_name=name).info.run_id
+        return client.create_run(experiment_id, start_time=milliseconds(start), tags=tags, run_name=name).info.run_id
 
     def _find_or_create(self, client: MlflowClient, experiment_id: str, start: Event) -> Run:
         uuid = str(start["run_id"])
@@ -165,45 +161,7 @@ class Delivery:
         if self._parent_id:
             tags[_PARENT_OF] = self._parent_id
         name = str(start.get("run", self.run_dir.name))
-        return client.create_run(experiment_id, start_time=_milliseconds(start), tags=tags, run_name=name)
-
-    # ------------------------------------------------------------------------------------------------------- translating
-
-    def _points(self, event: Event) -> Iterator[Metric]:
-        """The metrics of one event that MLflow does not hold yet."""
-        from mlflow.entities import Metric
-
-        self._step = step = _integer(event.get("step"), _integer(event.get("steps"), self._step))
-        for key, value in _metrics(event):
-            newest = self._seen.get(key, -1)
-            if step <= newest:
-                continue  # a step that is done again after a rollback
-            self._seen[key] = step
-            if step <= self._told.get(key, -1):
-                self.already_there += 1
-            else:
-                yield Metric(key, value, _milliseconds(event), step)
-
-    def _tags_of(self, event: Event) -> dict[str, str]:
-        kind = event["event"]
-        if kind == "start":
-            tags = {f"spiketrain.{name}": str(event[name]) for name in _TAGGED if event.get(name) is not None}
-            for group in ("hardware", "versions"):
-                tags |= {f"{group}.{_key(name)}": str(value) for name, value in (event.get(group) or {}).items()}
-            if event.get("commit"):
-                tags["mlflow.source.git.commit"] = str(event["commit"])
-            return tags | {"spiketrain.attempt": str(event.get("attempt", 0)), "mlflow.source.name": str(event.get("recipe", ""))}
-        if kind == "failed":
-            return {"spiketrain.error": str(event.get("error", ""))}
-        if kind == "stopped":
-            return {"spiketrain.stopped": str(event.get("reason", ""))}
-        if kind == "quarantine":
-            self._counts["quarantined"] += 1
-            return {"spiketrain.quarantined_checkpoints": str(self._counts["quarantined"])}
-        if kind == "skipped":
-            self._counts["skipped_samples"] += _integer(event.get("samples"), 0)
-            return {"spiketrain.skipped_samples": str(self._counts["skipped_samples"])}
-        return {}
+        return client.create_run(experiment_id, start_time=milliseconds(start), tags=tags, run_name=name)
 
     # ----------------------------------------------------------------------------------------------------------- sending
 
@@ -283,48 +241,6 @@ def _one_at_a_time(runs_dir: Path) -> Iterator[None]:
     with (runs_dir / ".mlflow.lock").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _metrics(event: Event) -> Iterator[tuple[str, float]]:
-    kind = event["event"]
-    prefix = {"step": "train/", "evaluation": "val/", "epoch": "epoch/", "checkpoint": "checkpoint/", "finish": "summary/"}.get(
-        kind
-    )
-    if prefix is None:
-        return
-    values: dict[str, Any] = dict(event.get("metrics") or {})
-    if kind == "step":
-        values["memory_bytes"] = event.get("memory_bytes")
-    elif kind == "checkpoint":
-        values |= {name: event.get(name) for name in ("seconds", "bytes")}
-    elif kind == "finish":
-        values |= {name: value for name, value in event.items() if name not in ("time", "attempt", "seed", "steps", "epochs")}
-    for name, value in values.items():
-        number = _number(value)
-        if number is not None:
-            yield _key(prefix + name), number
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, (int, float)):
-        return float(value)
-    return float(value) if value in ("nan", "inf", "-inf") else None
-
-
-def _integer(value: Any, otherwise: int) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else otherwise
-
-
-def _milliseconds(event: Event) -> int:
-    time = event.get("time", 0)
-    return int(time * 1000) if isinstance(time, (int, float)) and math.isfinite(time) else 0
-
-
-def _key(name: str) -> str:
-    """MLflow takes letters, digits and `_-. :/` in names, 250 characters."""
-    return re.sub(r"[^\w\-. :/]", "_", str(name))[:250]
 
 
 def _is_server(uri: str) -> bool:

@@ -90,7 +90,7 @@ def test_relu_is_the_ann(head):
     ("arguments", "message"),
     [
         ({"stages": ((4,), ())}, r"ConvNet: each stage must hold at least one width >= 1; got stages=\(\(4,\), \(\)\)"),
-        ({"grid": 0}, r"ConvNet: grid must be >= 1; got grid=0"),
+        ({"grid": 0}, r"ConvNet: grid must be a whole number >= 1; got grid=0"),
         ({"kernel": 4}, r"ConvNet: kernel must be odd, to keep the size of the image; got kernel=4"),
         ({"norm": "layer"}, r"ConvNet: norm must be 'batch' or 'none'; got norm='layer'"),
         ({"norm": "none", "over": "time"}, r"ConvNet: over='time' is about batch norm and has no effect with norm='none'"),

@@ -106,7 +106,7 @@ def test_neuron_arguments_reach_every_neuron():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: fc_feedback(hidden=0), "fc_feedback: classes, in_features and hidden must be >= 1; got 10, 784 and 0"),
+        (lambda: fc_feedback(hidden=0), "fc_feedback: hidden must be a whole number >= 1; got hidden=0"),
         (lambda: fc_feedback(norm="layer"), "feedback: norm must be 'batch' or 'none'; got norm='layer'"),
         (lambda: fc_feedback(limit="l2"), "feedback: limit must be 'spectral', 'none' or a number; got limit='l2'"),
         (lambda: conv_feedback(layers=()), "conv_feedback: layers must be (width, kernel, stride), each >= 1; got ()"),

@@ -49,5 +49,5 @@ def test_leaky_rates_end_in_their_weighted_mean():
 
 
 def test_refuses():
-    with pytest.raises(ValueError, match=r"MLP: in_features, classes and every hidden size must be >= 1; got 784, 10 and \(0,\)"):
+    with pytest.raises(ValueError, match=r"MLP: hidden must be whole numbers >= 1; got hidden=\(0,\)"):
         mlp(hidden=(0,))

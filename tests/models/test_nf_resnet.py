@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.models.nf_resnet import NFResNet, nf_resnet18_small, nf_resnet34, nf_resnet50, nf_resnet101
-from pipeline.models.residual import ALPHA, Residual
+from pipeline.models.stream import ALPHA, Residual
 from pipeline.rules.bptt import BPTT
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
@@ -174,10 +174,10 @@ def test_the_variance_of_the_stream_is_as_expected_at_the_start():
     ("choices", "message"),
     [
         ({"stem": "large"}, r"NFResNet: stem must be 'imagenet' or 'small'; got stem='large'"),
-        ({"classes": 0}, r"NFResNet: classes must be >= 1; got classes=0"),
-        ({"blocks": (1, 0)}, r"NFResNet: blocks must be >= 1; got blocks=0"),
-        ({"blocks": ()}, r"NFResNet: blocks must be >= 1; got blocks=0"),
-        ({"width": 0}, r"NFResNet: width must be >= 1; got width=0"),
+        ({"classes": 0}, r"NFResNet: classes must be a whole number >= 1; got classes=0"),
+        ({"blocks": (1, 0)}, r"NFResNet: blocks must be whole numbers >= 1; got blocks=\(1, 0\)"),
+        ({"blocks": ()}, r"NFResNet: blocks must be whole numbers >= 1; got blocks=\(\)"),
+        ({"width": 0}, r"NFResNet: width must be a whole number >= 1; got width=0"),
     ],
 )
 def test_refuses(choices, message):

@@ -88,8 +88,8 @@ def test_lif_logits_are_weighted(head, where):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: preact_resnet18_small(0), r"PreActResNet: classes must be >= 1; got classes=0"),
-        (lambda: preact_resnet18_small(blocks=()), r"PreActResNet: blocks must be >= 1; got blocks=0"),
+        (lambda: preact_resnet18_small(0), r"PreActResNet: classes must be a whole number >= 1; got classes=0"),
+        (lambda: preact_resnet18_small(blocks=()), r"PreActResNet: blocks must be whole numbers >= 1; got blocks=\(\)"),
     ],
 )
 def test_refuses(build, message):

@@ -196,7 +196,7 @@ def test_drop_path_grows_with_depth_and_works():
     [
         ({"channels": 36}, "channels must be a multiple of 4 heads; got channels=36, heads=2"),
         ({"depth": 3}, "depth must be >= 4"),
-        ({"classes": 0}, "classes must be >= 1; got classes=0"),
+        ({"classes": 0}, "classes must be a whole number >= 1; got classes=0"),
         ({"shortcut": "post_activation"}, "shortcut must not be 'post_activation'"),
         ({"shortcut": "some"}, "shortcut must be one of .*; got shortcut='some'"),
         ({"norm": "sws"}, "norm='sws' needs shortcut='membrane' or 'multiple'"),

@@ -122,7 +122,7 @@ def test_sizes_of_the_image():
         (lambda: FAMILIES["sew"](shortcut="membrane"), r"SEWResNet: shortcut must be 'sew' or 'post_activation'"),
         (lambda: FAMILIES["ms"](shortcut="sew"), r"MSResNet: shortcut must be 'membrane' or 'multiple'; got shortcut='sew'"),
         (lambda: FAMILIES["ms"](stem="two"), r"MSResNet: stem must be 'one' or 'three'; got stem='two'"),
-        (lambda: FAMILIES["ms"](blocks=()), r"MSResNet: blocks must be >= 1; got blocks=0"),
+        (lambda: FAMILIES["ms"](blocks=()), r"MSResNet: blocks must be whole numbers >= 1; got blocks=\(\)"),
     ],
 )
 def test_refuses(build, message):

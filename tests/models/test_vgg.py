@@ -134,7 +134,7 @@ def test_neuron_arguments_reach_every_neuron():
 def test_refuses():
     with pytest.raises(ValueError, match=r"VGG: each stage must hold at least one width >= 1; got stages=\(\(4,\), \(\)\)"):
         vgg_sws(stages=((4,), ()))
-    with pytest.raises(ValueError, match=r"VGG: classes and in_channels must be >= 1; got classes=0, in_channels=3"):
+    with pytest.raises(ValueError, match=r"VGG: classes must be a whole number >= 1; got classes=0"):
         vgg_sws(0)
     with pytest.raises(ValueError, match=r"VGG: feedback must be 'none' or 'last'; got feedback='all'"):
         VGG(stages=((2,),), classes=2, in_channels=1, feedback="all", neuron=LIF())

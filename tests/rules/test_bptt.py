@@ -93,7 +93,7 @@ def test_the_two_losses_have_different_gradients():
 
 
 def test_refuses_a_chunk_out_of_range():
-    with pytest.raises(ValueError, match=r"BPTT: chunk must be in 1\.\.T; got chunk=0"):
+    with pytest.raises(ValueError, match=r"BPTT: chunk must be a whole number in 1\.\.T; got chunk=0"):
         BPTT(chunk=0)
     rule, model = BPTT(chunk=4), lif_network()
     rule.attach(model)
@@ -204,7 +204,7 @@ def test_the_options_exclude_one_another():
     for wrong in ({"recompute": True}, {"chunk": 2}):
         with pytest.raises(ValueError, match=r"BPTT: truncate excludes recompute and chunk"):
             BPTT(truncate=2, **wrong)
-    with pytest.raises(ValueError, match=r"BPTT: truncate must be in 1\.\.T; got truncate=0"):
+    with pytest.raises(ValueError, match=r"BPTT: truncate must be a whole number in 1\.\.T; got truncate=0"):
         BPTT(truncate=0)
     with pytest.raises(ValueError, match=r"BPTT-truncate-2: .* got over_time='mean'"):
         BPTT(truncate=2).attach(lif_network(), over_time="mean")

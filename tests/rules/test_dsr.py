@@ -246,7 +246,7 @@ def test_a_silent_layer_is_left_at_the_bound():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: DSR(calibrate=-1), r"DSR: calibrate is a number of batches and must be >= 0; got calibrate=-1"),
+        (lambda: DSR(calibrate=-1), r"DSR: calibrate must be a whole number >= 0; got calibrate=-1"),
         (lambda: DSR().attach(nn.Linear(2, 2)), r"DSR: the model must have rate-coded neurons, .* got Linear"),
         (
             lambda: DSR().attach(nn.Sequential(RateIF(), nn.Sequential(LIF()))),

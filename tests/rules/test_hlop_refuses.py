@@ -43,10 +43,13 @@ def network_with(*modules: nn.Module) -> nn.Module:
     [
         (lambda: HLOP(HLOP(SLTT(), rows=ROWS), rows=ROWS), r"HLOP: inner must be a rule other than HLOP"),
         (lambda: HLOP(SLTT(), rows=(3, 4, 3)), r"HLOP: rows must hold, for each task, .* got rows=\(3, 4, 3\)"),
-        (lambda: HLOP(SLTT(), rows=ROWS, learning_rate=0.0), r"HLOP: learning_rate must be > 0; got learning_rate=0\.0"),
-        (lambda: HLOP(SLTT(), rows=ROWS, inner_iterations=0), r"HLOP: inner_iterations must be >= 1"),
+        (lambda: HLOP(SLTT(), rows=ROWS, learning_rate=0.0), r"HLOP: learning_rate must be numbers > 0; got learning_rate=0\.0"),
+        (lambda: HLOP(SLTT(), rows=ROWS, inner_iterations=0), r"HLOP: inner_iterations must be a whole number >= 1"),
         (lambda: HLOP(SLTT(), rows=ROWS, momentum=1.0), r"HLOP: momentum must be in 0\.\.1, below 1; got momentum=1\.0"),
-        (lambda: HLOP(SLTT(), rows=ROWS, lateral_steps=0), r"HLOP: lateral_steps must be >= 1; got lateral_steps=0"),
+        (
+            lambda: HLOP(SLTT(), rows=ROWS, lateral_steps=0),
+            r"HLOP: lateral_steps must be a whole number >= 1; got lateral_steps=0",
+        ),
         (lambda: HLOP(SLTT(), rows=ROWS, learn_from="all"), r"HLOP: learn_from must be one of .*; got learn_from='all'"),
         (lambda: HLOP(SLTT(), rows=ROWS, error="fa"), r"HLOP: error must be one of .*; got error='fa'"),
         (lambda: HLOP(OPZO(), rows=ROWS, error="feedback"), r"OPZO hands no error from layer to layer, .*; got error='feedback'"),

@@ -372,7 +372,7 @@ class Outside(nn.Module):
     ("build", "message"),
     [
         (lambda: IDE(solver="newton"), "IDE: solver must be 'broyden' or 'fixed_point'; got solver='newton'"),
-        (lambda: IDE(iterations=0), "IDE: iterations must be >= 1; got iterations=0"),
+        (lambda: IDE(iterations=0), "IDE: iterations must be a whole number >= 1; got iterations=0"),
         (lambda: IDE(tolerance=1.0), "IDE: tolerance is relative to the gradient and must be in 0..1; got tolerance=1.0"),
         (
             lambda: IDE().attach(lif_network(), over_time="mean"),

@@ -396,10 +396,19 @@ def a_neuron_twice() -> nn.Module:
         (lambda: OPZO("random", inject="membrane"), r"OPZO: inject has no effect with .* got inject='membrane'"),
         (lambda: OPZO("random", antithetic=False), r"OPZO: antithetic has no effect with .* got antithetic=False"),
         (lambda: OPZO(momentum=1), r"OPZO: momentum must be at least 0 and below 1; got momentum=1"),
-        (lambda: OPZO(intermediate=(0, 1)), r"OPZO: intermediate must be 1 or more, .* got \(0, 1\)"),
-        (lambda: OPZO(intermediate="12"), r"OPZO: intermediate must be places of hidden layers, .* got \('1', '2'\)"),  # type: ignore[arg-type]
+        (lambda: OPZO(intermediate=(0, 1)), r"OPZO: intermediate must be places .*, 1 or more, .* got intermediate=\(0, 1\)"),
+        (lambda: OPZO(intermediate="12"), r"OPZO: intermediate must be places of hidden layers .* got intermediate='12'"),  # type: ignore[arg-type]
+        (lambda: OPZO(intermediate=1), r"OPZO: intermediate must be places of hidden layers .* got intermediate=1"),  # type: ignore[arg-type]
+        (lambda: OPZO(intermediate=(True, 2)), r"OPZO: intermediate must be places .* got intermediate=\(True, 2\)"),
+        (
+            lambda: OPZO(antithetic=True).check_steps(1),
+            r"OPZO: antithetic pairs need two time steps, so T must be >= 2; got antithetic=True, T=1",
+        ),
         (lambda: OPZO(noise=math.nan), r"OPZO: noise must be > 0, .* got noise=nan"),
-        (lambda: OPZO(intermediate=(1, 0)), r"OPZO: intermediate must be places of hidden layers, .* got \(1, 0\)"),
+        (
+            lambda: OPZO(intermediate=(1, 0)),
+            r"OPZO: intermediate must be places of hidden layers in order, .* got intermediate=\(1, 0\)",
+        ),
         (lambda: OPZO().attach(lif_network(), over_time="mean"), r"OPZO: the loss of the mean logits needs all T steps"),
         (lambda: OPZO().attach(nn.Sequential(Linear(2, 2))), r"OPZO: the model must have LIF neurons, .* got Sequential"),
         (lambda: OPZO(leak=0.9).attach(lif_network()), r"OPZO: leak must be that of the neurons, .* got 0.9 and 0.5 at 1"),

@@ -304,7 +304,7 @@ def two_leaks() -> nn.Sequential:
         (lambda: OTTT(update="step"), r"OTTT: update must be 'batch' or 'objective'; got update='step'"),
         (lambda: OTTT(first="none"), r"OTTT: first must be 'plain' or 'traced'; got first='none'"),
         (lambda: OTTT(readout="none"), r"OTTT: readout must be 'plain' or 'traced'; got readout='none'"),
-        (lambda: OTTT(chunk=0), r"OTTT: chunk must be in 1\.\.T; got chunk=0"),
+        (lambda: OTTT(chunk=0), r"OTTT: chunk must be a whole number in 1\.\.T; got chunk=0"),
         (lambda: OTTT(update="objective", chunk=2), r"OTTT: update='objective' moves .* so chunk must be 1; got chunk=2"),
         (lambda: OTTT(chunk=5).check_steps(4), r"OTTT: chunk must be in 1\.\.T; got chunk=5, T=4"),
         (lambda: OTTT().attach(lif_network(), over_time="mean"), r"OTTT-A: the loss of the mean logits needs all T steps"),

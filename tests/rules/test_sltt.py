@@ -257,8 +257,8 @@ def test_running_statistics_move_alike_under_every_rule():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: SLTT(0), r"SLTT: k must be in 1\.\.T; got k=0"),
-        (lambda: SLTT(chunk=0), r"SLTT: chunk must be in 1\.\.T; got chunk=0"),
+        (lambda: SLTT(0), r"SLTT: k must be a whole number in 1\.\.T; got k=0"),
+        (lambda: SLTT(chunk=0), r"SLTT: chunk must be a whole number in 1\.\.T; got chunk=0"),
         (lambda: SLTT(rescale=True), r"SLTT: rescale multiplies by T/k, so it needs a k; got k=None"),
         (lambda: run(SLTT(9), 4), r"SLTT: k must be in 1\.\.T; got k=9, T=4"),
         (lambda: run(SLTT(chunk=5), 4), r"SLTT: chunk must be in 1\.\.T; got chunk=5, T=4"),

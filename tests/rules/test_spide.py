@@ -373,7 +373,7 @@ def batch_of_12():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: SPIDE(0), r"SPIDE: the backward phase needs steps >= 1; got steps=0"),
+        (lambda: SPIDE(0), r"SPIDE: steps must be a whole number >= 1; got steps=0"),
         (lambda: SPIDE(scale=0), r"SPIDE: scale must be > 0 and finite; got scale=0"),
         (lambda: SPIDE(scale=math.inf), r"SPIDE: scale must be > 0 and finite; got scale=inf"),
         (lambda: SPIDE(threshold=-1), r"SPIDE: threshold must be > 0; got threshold=-1"),

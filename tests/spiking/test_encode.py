@@ -19,7 +19,7 @@ def test_still_is_what_repeat_made():
 
 
 def test_repeat_refuses_no_steps():
-    with pytest.raises(ValueError, match="repeat: steps must be >= 1; got steps=0"):
+    with pytest.raises(ValueError, match="repeat: steps must be a whole number >= 1; got steps=0"):
         repeat(torch.zeros(1, 1, 1, 1), 0)
 
 

@@ -20,7 +20,7 @@ def test_a_readout_is_the_identity_in_a_network_and_reads_averaged_places():
 
 
 def test_a_readout_refuses_what_it_cannot_read():
-    with pytest.raises(ValueError, match="Readout: channels, classes and cells must be >= 1; got 3, 0 and 1"):
+    with pytest.raises(ValueError, match="Readout: classes must be a whole number >= 1; got classes=0"):
         Readout(3, 0)
     with pytest.raises(ValueError, match=r"Readout: needs 3 channels on 2 x 2 places; got shape \(1, 1, 2, 6, 6\)"):
         Readout(3, 4, cells=2).logits(torch.zeros(1, 1, 2, 6, 6))

@@ -1,0 +1,29 @@
+"""Whole numbers among arguments - sizes, steps, rows -, refused in one line where they are none; True and 2.0 are none."""
+
+from collections.abc import Mapping, Sequence
+
+
+def refuse_unless_counts(who: str, numbers: Mapping[str, object], *, least: int = 1, most: str | None = None) -> None:
+    """Each must be a whole number, or a sequence of one or more, from `least` on; up to `most`, where that has a name.
+
+    Raises: ValueError, in the name of `who`, that names the first that is not.
+    """
+    accepted = f">= {least}" if most is None else f"in {least}..{most}"
+    for name, value in numbers.items():
+        if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+            what, fits = "whole numbers", are_counts(value, least=least)
+        else:
+            what, fits = "a whole number", is_count(value, least=least)
+        if not fits:
+            raise ValueError(f"{who}: {name} must be {what} {accepted}; got {name}={value!r}")
+
+
+def is_count(value: object, *, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def are_counts(value: object, *, least: int = 1) -> bool:
+    """Whether it is a sequence of one whole number or more, none below `least`."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        return False
+    return len(value) > 0 and all(is_count(each, least=least) for each in value)

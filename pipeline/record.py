@@ -1,0 +1,105 @@
+"""What a run says of itself: at the start of an attempt, in each checkpoint, and at its end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.evaluate import Evaluation
+from pipeline.measure.memory import hardware
+from pipeline.measure.meters import Totals
+from pipeline.parts import Parts
+from pipeline.phases import stretch_at
+from pipeline.summary import summarise, versions
+from pipeline.tasks import Learnt
+from pipeline.track.jsonl import read
+
+
+def told_at_start(parts: Parts, *, step: int) -> dict[str, Any]:
+    """The journal's event "start" of an attempt that begins before `step`."""
+    job, recipe, split = parts.job, parts.recipe, parts.split
+    samples, epoch_steps = parts.loaders.lengths[stretch_at(parts.stretches, step).index]  # of the task at hand
+    return {
+        "run": Path(job.run).name,
+        "run_id": job.run_id,
+        "recipe": recipe.name,
+        "rule": parts.rule.label,
+        "study": job.study,
+        "study_parent": job.parent,
+        "seed": recipe.seed,
+        "world_size": split.workers,
+        "batch_size": recipe.batch_size,
+        "micro_batch": split.micro_batch,
+        "accumulation": split.accumulation,
+        "parameters": sum(p.numel() for p in parts.backend.network.parameters()),
+        "steps_per_epoch": epoch_steps,
+        "total_steps": parts.stretches[-1].end,
+        "epochs": sum(task.epochs for task in parts.loaders.tasks),
+        "samples": samples,
+        "dropped_per_epoch": samples - epoch_steps * recipe.batch_size,
+        "step": step,
+        "began": parts.began,
+        "time_steps": recipe.time_steps,
+        "precision": recipe.precision,
+        "zero": recipe.zero,
+        "commit": job.commit,
+        "hardware": hardware(),
+        "versions": versions(),
+        "data_fingerprint": job.data_fingerprint,
+        "params": recipe.flat(),
+        "loader_threads": job.loader_threads,
+        "resume_command": job.resume_command,
+    }
+
+
+def told_in_checkpoint(parts: Parts, *, step: int, score: float | None, totals: Totals, learnt: Learnt) -> dict[str, Any]:
+    """`trainer.json`: where the run stands after `step` steps, and whose run it is."""
+    folder, job, recipe = Path(parts.job.run), parts.job, parts.recipe
+    mlflow = folder / "mlflow.json"
+    stretch = stretch_at(parts.stretches, step)
+    epoch = stretch.epoch(step)
+    return {
+        "run": folder.name,
+        "run_id": job.run_id,
+        "mlflow": json.loads(mlflow.read_text()) if mlflow.exists() else None,
+        "study": job.study,
+        "commit": job.commit,
+        "phase": stretch.index,
+        "epoch": epoch,
+        "sample": (step - stretch.epoch_start(epoch)) * recipe.batch_size,
+        "seed": recipe.seed,
+        "world_size": parts.ranks.size,
+        "zero": recipe.zero,
+        "data_fingerprint": job.data_fingerprint,
+        "score": score,
+        "totals": asdict(totals),
+        "learnt": asdict(learnt),
+    }
+
+
+def told_at_the_end(
+    parts: Parts, *, step: int, result: Evaluation, totals: Totals, learnt: Learnt, figures: Mapping[str, float]
+) -> dict[str, Any]:
+    """`summary.json` without the hardware, and the event "finish"; `figures` are the rule's, of its last batch."""
+    folder, job, recipe, taught = Path(parts.job.run), parts.job, parts.recipe, parts.teaching
+    return {
+        "run": folder.name,
+        "run_id": job.run_id,
+        "study": job.study,
+        "rule": parts.rule.label,
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "world_size": parts.ranks.size,
+        "steps": step,
+        "epochs": stretch_at(parts.stretches, step).epoch(step - 1) + 1,
+        **summarise(result, totals, read(folder / "journal.jsonl")),
+        **(learnt.summary(parts.loaders.tasks) if recipe.phases else {}),
+        **({} if taught is None else {"teacher_top1": taught.accuracy.top1, "teacher_top5": taught.accuracy.top5}),
+        "rule_figures": dict(figures),
+        "loader_threads": job.loader_threads,
+        "commit": job.commit,
+        "data_fingerprint": job.data_fingerprint,
+    }

@@ -1,0 +1,116 @@
+"""What the events of a journal are in MLflow: metrics, tags, parameters and the status of a run."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from pipeline.track.jsonl import Event
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
+
+STATUS = {"start": "RUNNING", "finish": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+_TAGGED = ("recipe", "rule", "study", "study_parent", "seed", "world_size", "batch_size", "micro_batch", "precision", "zero",
+           "commit", "dirty", "data_fingerprint", "baseline")  # fmt: skip
+
+
+class Translation:
+    """Of one run's events, in the journal's order: the first value of a step counts, and what MLflow held is left out.
+
+    `held` has the newest step of each metric in MLflow before this translation; `already_there` counts the points left out.
+    """
+
+    def __init__(self) -> None:
+        self.held: dict[str, int] = {}
+        self.already_there = 0
+        self._seen: dict[str, int] = {}  # metric -> newest step read from the journal
+        self._step = 0  # newest step of any event
+        self._counts = {"quarantined": 0, "skipped_samples": 0}
+
+    def points(self, event: Event) -> Iterator[Metric]:
+        """The metrics of one event that MLflow does not hold yet."""
+        from mlflow.entities import Metric
+
+        self._step = step = _integer(event.get("step"), _integer(event.get("steps"), self._step))
+        for key, value in _metrics(event):
+            newest = self._seen.get(key, -1)
+            if step <= newest:
+                continue  # a step that is done again after a rollback
+            self._seen[key] = step
+            if step <= self.held.get(key, -1):
+                self.already_there += 1
+            else:
+                yield Metric(key, value, milliseconds(event), step)
+
+    def tags(self, event: Event) -> dict[str, str]:
+        kind = event["event"]
+        if kind == "start":
+            tags = {f"spiketrain.{name}": str(event[name]) for name in _TAGGED if event.get(name) is not None}
+            for group in ("hardware", "versions"):
+                tags |= {f"{group}.{_key(name)}": str(value) for name, value in (event.get(group) or {}).items()}
+            if event.get("commit"):
+                tags["mlflow.source.git.commit"] = str(event["commit"])
+            return tags | {"spiketrain.attempt": str(event.get("attempt", 0)), "mlflow.source.name": str(event.get("recipe", ""))}
+        if kind == "failed":
+            return {"spiketrain.error": str(event.get("error", ""))}
+        if kind == "stopped":
+            return {"spiketrain.stopped": str(event.get("reason", ""))}
+        if kind == "quarantine":
+            self._counts["quarantined"] += 1
+            return {"spiketrain.quarantined_checkpoints": str(self._counts["quarantined"])}
+        if kind == "skipped":
+            self._counts["skipped_samples"] += _integer(event.get("samples"), 0)
+            return {"spiketrain.skipped_samples": str(self._counts["skipped_samples"])}
+        return {}
+
+
+def parameters(event: Event) -> dict[str, str]:
+    """The recipe's values, which the start of an attempt tells."""
+    if event["event"] != "start":
+        return {}
+    return {_key(key): str(value)[:6000] for key, value in event.get("params", {}).items()}
+
+
+def milliseconds(event: Event) -> int:
+    time = event.get("time", 0)
+    return int(time * 1000) if isinstance(time, (int, float)) and math.isfinite(time) else 0
+
+
+def _metrics(event: Event) -> Iterator[tuple[str, float]]:
+    kind = event["event"]
+    prefix = {"step": "train/", "evaluation": "val/", "epoch": "epoch/", "checkpoint": "checkpoint/", "finish": "summary/"}.get(
+        kind
+    )
+    if prefix is None:
+        return
+    values: dict[str, Any] = dict(event.get("metrics") or {})
+    if kind == "step":
+        values["memory_bytes"] = event.get("memory_bytes")
+    elif kind == "checkpoint":
+        values |= {name: event.get(name) for name in ("seconds", "bytes")}
+    elif kind == "finish":
+        values |= {name: value for name, value in event.items() if name not in ("time", "attempt", "seed", "steps", "epochs")}
+    for name, value in values.items():
+        number = _number(value)
+        if number is not None:
+            yield _key(prefix + name), number
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, (int, float)):
+        return float(value)
+    return float(value) if value in ("nan", "inf", "-inf") else None
+
+
+def _integer(value: Any, otherwise: int) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else otherwise
+
+
+def _key(name: str) -> str:
+    """MLflow takes letters, digits and `_-. :/` in names, 250 characters."""
+    return re.sub(r"[^\w\-. :/]", "_", str(name))[:250]

@@ -1,0 +1,50 @@
+from typing import Any
+
+import pytest
+
+from pipeline.track.translate import Translation, milliseconds, parameters
+
+
+def step(number: int, **metrics: Any) -> dict[str, Any]:
+    return {"event": "step", "step": number, "time": 1.5, "metrics": metrics, "memory_bytes": None}
+
+
+def sent(translation: Translation, *events: dict[str, Any]) -> list[tuple[str, int, float]]:
+    return [(point.key, point.step, point.value) for event in events for point in translation.points(event)]
+
+
+def test_the_first_value_of_a_step_counts_and_what_is_held_is_left_out():
+    translation = Translation()
+    translation.held = {"train/loss": 0}
+    events = [step(0, loss=3.0), step(1, loss=2.0), step(1, loss=9.0), step(2, loss="nan", ok=True, name="x")]
+    points = sent(translation, *events)
+    assert [point[:2] for point in points] == [("train/loss", 1), ("train/loss", 2)]
+    assert points[0][2] == 2.0 and points[1][2] != points[1][2]
+    assert translation.already_there == 1
+
+
+def test_a_finish_is_a_summary_at_the_newest_step():
+    translation = Translation()
+    finish = {"event": "finish", "steps": 7, "epochs": 2, "time": 2.0, "top 1!": 0.5, "rule": "SLTT"}
+    assert sent(translation, step(6, loss=1.0), finish)[1:] == [("summary/top 1_", 7, 0.5)]
+
+
+def test_tags_count_what_was_lost():
+    translation = Translation()
+    lost = {"event": "skipped", "samples": 8}
+    assert [translation.tags(lost) for _ in range(2)] == [{"spiketrain.skipped_samples": count} for count in ("8", "16")]
+    assert translation.tags({"event": "quarantine"}) == {"spiketrain.quarantined_checkpoints": "1"}
+    start = translation.tags({"event": "start", "rule": "SLTT", "commit": "ab", "hardware": {"a cpu!": 1}, "attempt": 2})
+    assert start.items() >= {"spiketrain.rule": "SLTT", "hardware.a cpu_": "1", "spiketrain.attempt": "2"}.items()
+
+
+@pytest.mark.parametrize(
+    ("event", "expected"),
+    [({"event": "start", "params": {"a?": 7000 * "x"}}, {"a_": 6000 * "x"}), ({"event": "step", "params": {"a": 1}}, {})],
+)
+def test_parameters_come_with_a_start(event, expected):
+    assert parameters(event) == expected
+
+
+def test_a_time_that_is_none_is_zero():
+    assert [milliseconds({"time": time}) for time in (1.5, float("nan"), "soon")] == [1500, 0, 0]
