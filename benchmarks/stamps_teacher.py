@@ -1,0 +1,78 @@
+"""The frozen teacher of the stamps study: how often it is right about objects that it has not seen, and how sure it is.
+
+Command:  python -m benchmarks.stamps_teacher [--split 3] [--view 96] [--size 224] [--l2 0.03 0.1 0.3] [--threads 1]
+Result:   not run.
+
+`view` is the side of the pictures that student and teacher are shown, `size` the one that the teacher resizes them to. Probes are
+fitted on one augmented view of each training picture. The entropy is that of the teacher's answers on those views, in the mean
+and in nats; label smoothing whose targets are as uncertain stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import closing
+from math import log
+from typing import Any
+
+import torch
+from scipy.optimize import root_scalar
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.launch.drive import commit
+from pipeline.measure.memory import hardware
+from pipeline.teachers.probe import Probe
+from pipeline.teachers.timm import TimmTeacher
+from recipes.stamps.base import CLASSES, pictures, teacher
+
+TOGETHER = 52  # divides both parts, so that no tail is left out of training's epoch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name, value in (("split", 3), ("view", 96), ("size", 224), ("threads", 1)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--l2", type=float, nargs="+", default=[0.03, 0.1, 0.3])
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    data: Any = pictures(str(chosen.split)).with_(size=chosen.view).build()
+    network: TimmTeacher = teacher().with_(size=chosen.size, cache=None).build(data)
+    train_ND, target_N = features(network, data.train(seed=0, batch_size=TOGETHER, micro_batch=TOGETHER))
+    val_MD, val_M = features(network, data.val(micro_batch=TOGETHER))
+    print(f"split {chosen.split}, views of {chosen.view}, teacher at {chosen.size}; {commit()}; {hardware()['cpu']}")
+    for l2 in chosen.l2:
+        head = Probe(l2=l2).fit(train_ND, target_N, CLASSES)
+        val_MK, entropy = head(val_MD), mean_entropy(head(train_ND))
+        right = (val_MK.argmax(-1) == val_M).float().mean().item()
+        print(
+            f"l2 {l2:g}: top-1 {right:.4f}, cross-entropy {F.cross_entropy(val_MK, val_M).item():.3f} on {len(val_M)} pictures; "
+            f"entropy {entropy:.4f} on {len(target_N)} training views, as of label smoothing {smoothing_of(entropy):.4f}"
+        )
+
+
+@torch.no_grad()
+def features(network: TimmTeacher, loader: Any) -> tuple[Tensor, Tensor]:
+    with closing(loader), loader.epoch(0) as batches:
+        found = [(network.features(batch.x), batch.target) for batch in batches]
+    return torch.cat([feature for feature, _ in found]), torch.cat([target for _, target in found])
+
+
+def mean_entropy(logits_NK: Tensor) -> float:
+    log_p_NK = F.log_softmax(logits_NK.double(), dim=-1)
+    return -(log_p_NK.exp() * log_p_NK).sum(-1).mean().item()
+
+
+def smoothing_of(entropy: float) -> float:
+    """The share e for which (1 - e) on the label and e / K on every class have this entropy."""
+
+    def excess(share: float) -> float:
+        other = share / CLASSES
+        label = 1 - share + other
+        return -label * log(label) - (CLASSES - 1) * other * log(other) - entropy
+
+    return float(root_scalar(excess, bracket=(1e-9, 1 - 1e-9)).root)
+
+
+if __name__ == "__main__":
+    main()
