@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.counts import refuse_unless_counts
 from pipeline.models.attention import SelfAttention, TokenQK
+from pipeline.models.parts import Pool
 from pipeline.models.residual import Blocks, Layer, Norm, Over, Shortcut
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.still import OncePerImage
@@ -43,6 +44,8 @@ class QKFormer(nn.Module):
         heads: of every attention.
         expansion: of the FFN.
         drop_path: the share at the last block.
+        shrink: pictures are averaged over squares of so many pixels a side first: a small student looks at less of the view that
+            its teacher sees whole.
         neuron: None for the published LIF (leak 0.5, decay of the input, reset to zero), under "sws" for one with reset by
             subtraction and without that decay.
 
@@ -62,10 +65,12 @@ class QKFormer(nn.Module):
         norm: Norm = "batch",
         over: Over = "step",
         drop_path: float = 0.0,
+        shrink: int = 1,
         neuron: nn.Module | None = None,
     ) -> None:
         super().__init__()
         numbers = {"classes": classes, "in_channels": in_channels, "expansion": expansion, "heads": heads, "channels": channels}
+        numbers |= {"shrink": shrink}
         refuse_unless_counts("QKFormer", numbers)
         if channels % (4 * heads):
             raise ValueError(f"QKFormer: channels must be a multiple of 4 heads; got channels={channels}, heads={heads}")
@@ -83,7 +88,8 @@ class QKFormer(nn.Module):
             (channels // 2, 2, TokenQK),
             (channels, depth - 3, SelfAttention),
         ):
-            stage = nn.Sequential(Embed(blocks, wide // 2, wide, stem_channels=None if stages else in_channels))
+            stem = None if stages else _stem(blocks, in_channels, wide // 2, shrink=shrink)
+            stage = nn.Sequential(Embed(blocks, wide // 2, wide, stem=stem))
             for _ in range(count):
                 share = next(shares)
                 stage.append(Block(blocks, wide, attention=attention, heads=heads, expansion=expansion, drop_path=share))
@@ -101,18 +107,23 @@ class QKFormer(nn.Module):
 class Embed(nn.Module):
     """Halves the image (the first one, with a stem of its own before it: to a quarter) and changes the channels."""
 
-    def __init__(self, blocks: Blocks, in_channels: int, channels: int, *, stem_channels: int | None) -> None:
+    def __init__(self, blocks: Blocks, in_channels: int, channels: int, *, stem: nn.Sequential | None) -> None:
         super().__init__()
-        self.stem = nn.Sequential()
-        if stem_channels is not None:
-            self.stem.append(OncePerImage.of(blocks.currents(Layer(stem_channels, in_channels, 3, pools=True))))
-            if blocks.carries_spikes:
-                self.stem.append(blocks.neuron())
+        self.stem = nn.Sequential() if stem is None else stem
         layers = [Layer(in_channels, channels, 3, pools=True), Layer(channels, channels, 3)]
         self.residual = blocks.one_residual(layers, shortcut_of="first")
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         return self.residual(self.stem(x_TBCHW))
+
+
+def _stem(blocks: Blocks, in_channels: int, channels: int, *, shrink: int) -> nn.Sequential:
+    first = OncePerImage()
+    if shrink > 1:
+        first.add_module("shrink", Pool(nn.AvgPool2d(shrink)))
+    for name, module in blocks.currents(Layer(in_channels, channels, 3, pools=True)).named_children():
+        first.add_module(name, module)
+    return nn.Sequential(first, blocks.neuron()) if blocks.carries_spikes else nn.Sequential(first)
 
 
 class Block(nn.Module):

@@ -26,7 +26,7 @@ from pipeline.teachers.probe import Probe
 from pipeline.teachers.timm import timm_teacher
 from pipeline.teachers.weights import Package
 
-CLASSES, SIZE = 13, 96
+CLASSES, SIZE = 13, 128
 RATE = 2e-3
 
 
@@ -53,7 +53,7 @@ def qkformer() -> Recipe:
     """The small twin of recipes/imagenet/qkformer_base.py: by BPTT, with labels alone."""
     return Recipe(
         name="stamps-qkformer-bptt",
-        model=spec(QKFormer, channels=64, depth=6, heads=4, classes=CLASSES),
+        model=spec(QKFormer, channels=64, depth=6, heads=4, classes=CLASSES, shrink=2, neuron=SWS_NEURON),
         rule=spec(BPTT),
         data=pictures(),
         objective=spec(CrossEntropy, label_smoothing=0.1),

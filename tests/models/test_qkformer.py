@@ -173,6 +173,19 @@ def test_trains(shortcut, norm, make_rule: Callable[[], Rule]):
     assert silent == []
 
 
+@pytest.mark.parametrize(("shortcut", "norm"), [("sew", "batch"), ("multiple", "sws")])
+def test_a_shrunk_picture_is_the_mean_of_squares(shortcut, norm):
+    model, shrunk = small(shortcut, norm).eval(), small(shortcut, norm, shrink=2).eval()
+    assert list(model.state_dict()) == list(shrunk.state_dict())
+    x_BCHW = torch.randn(2, 3, 64, 64)
+    mean_BCHW = sum(x_BCHW[..., i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
+    answers = []
+    for network, image_BCHW in ((model, mean_BCHW), (shrunk, x_BCHW)):
+        with torch.no_grad(), fresh_state(network):
+            answers.append(network(repeat(image_BCHW, 2)))
+    assert (answers[0] - answers[1]).abs().max() < 1e-5 and answers[0].std() > 0
+
+
 def test_drop_path_grows_with_depth_and_works():
     model = small(depth=6, drop_path=0.5)
     shares = [round(m.share, 3) for m in model.modules() if isinstance(m, DropPath)]
@@ -197,6 +210,7 @@ def test_drop_path_grows_with_depth_and_works():
         ({"channels": 36}, "channels must be a multiple of 4 heads; got channels=36, heads=2"),
         ({"depth": 3}, "depth must be >= 4"),
         ({"classes": 0}, "classes must be a whole number >= 1; got classes=0"),
+        ({"shrink": 0}, "shrink must be a whole number >= 1; got shrink=0"),
         ({"shortcut": "post_activation"}, "shortcut must not be 'post_activation'"),
         ({"shortcut": "some"}, "shortcut must be one of .*; got shortcut='some'"),
         ({"norm": "sws"}, "norm='sws' needs shortcut='membrane' or 'multiple'"),
