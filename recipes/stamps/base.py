@@ -21,13 +21,15 @@ from pipeline.recipe import Recipe, Spec, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.schedule import cosine
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.surrogate import Sigmoid
 from pipeline.teachers.cache import Cache
 from pipeline.teachers.probe import Probe
 from pipeline.teachers.timm import timm_teacher
 from pipeline.teachers.weights import Package
 
 CLASSES, SIZE = 13, 128
-RATE = 2e-3
+RATE = 3e-3
 
 
 def pictures(split: str = "0") -> Spec:
@@ -51,9 +53,10 @@ def teacher() -> Spec:
 
 def qkformer() -> Recipe:
     """The small twin of recipes/imagenet/qkformer_base.py: by BPTT, with labels alone."""
+    neuron = spec(LIF, leak=0.5, surrogate=Sigmoid(4.0))  # resets by subtraction, without decay of its input: learns faster here
     return Recipe(
         name="stamps-qkformer-bptt",
-        model=spec(QKFormer, channels=64, depth=6, heads=4, classes=CLASSES, shrink=2, neuron=SWS_NEURON),
+        model=spec(QKFormer, channels=64, depth=6, heads=4, classes=CLASSES, shrink=2, neuron=neuron),
         rule=spec(BPTT),
         data=pictures(),
         objective=spec(CrossEntropy, label_smoothing=0.1),
