@@ -1,8 +1,8 @@
 """What OTTT's traces cost: time of OTTT-A against SLTT on the same network, side by side in one process.
 
 Command:  python -m benchmarks.ottt [--network vgg|nf_resnet|mlp] [--batches 40]
-Result:   OTTT-A / SLTT 1.07, 1.18, 0.99 (vgg), 1.13, 1.12, 1.07 (nf_resnet), 1.03, 1.02 (mlp): medians of 30 to 40 batches, each
-          ratio a run; code of commit f06c77e, one thread of 2 cores of an AMD EPYC under a load of 8 to 19, torch 2.13
+Result:   OTTT-A / SLTT 1.008 (vgg), 1.060 (nf_resnet), 1.020 (mlp): medians of 40 batches, bound 1.35; commit 9206f888d723, one
+          thread of 2 cores of an AMD EPYC, torch 2.13. Under a load of 8 to 19, at f06c77e: 0.99 to 1.18
 
 Two copies of a network with the same weights see the same random images at T = 6, batch after batch, one copy by SLTT and
 one by OTTT-A, whoever comes first taking turns, so that drift of the machine falls on both alike. Timed are forward, loss
