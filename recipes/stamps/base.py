@@ -2,8 +2,9 @@
 
     spiketrain write stamps --out data/stamps-0 --size 160 --split 0        (and 1, 2; 3 to choose settings on)
 
-Objects and grounds of the evaluation images were never seen in training. Learning rates were chosen on split 3, whose
-evaluation objects train in the other three. The test set is read once, after the last epoch.
+Objects and grounds of the evaluation images were never seen in training. Learning rate and epochs are to be chosen on split 3,
+whose evaluation objects train in the other three; so far they are placeholders (docs/LOG.md). The test set is read once, after
+the last epoch.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def pictures(split: str = "0") -> Spec:
 def teacher() -> Spec:
     """EfficientNet-Lite0, trained on ImageNet, its head fitted to the 13 classes on the training part alone.
 
-    l2 was chosen on split 3, where it gives 0.646; 0.001, which knows its training part by heart, gives 0.632.
+    l2 was chosen on split 3 (docs/LOG.md).
     """
     return spec(
         timm_teacher,
@@ -52,8 +53,8 @@ def teacher() -> Spec:
 
 
 def qkformer() -> Recipe:
-    """The small twin of recipes/imagenet/qkformer_base.py: by BPTT, with labels alone."""
-    neuron = spec(LIF, leak=0.5, surrogate=Sigmoid(4.0))  # resets by subtraction, without decay of its input: learns faster here
+    """The small twin of recipes/imagenet/qkformer_base.py: by BPTT, with labels alone; the neuron resets by subtraction."""
+    neuron = spec(LIF, leak=0.5, surrogate=Sigmoid(4.0))
     return Recipe(
         name="stamps-qkformer-bptt",
         model=spec(QKFormer, channels=64, depth=6, heads=4, classes=CLASSES, shrink=2, neuron=neuron),
