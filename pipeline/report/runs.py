@@ -109,12 +109,17 @@ def list_suites(runs_dir: str | os.PathLike[str]) -> list[SuiteRow]:
 
 def suite_folders(runs_dir: Path) -> list[Path]:
     """The folders in `runs_dir` that hold a suite, by name."""
-    return sorted(folder for folder in runs_dir.iterdir() if is_suite(folder)) if runs_dir.is_dir() else []
+    return sorted(folder for folder in _shown(runs_dir) if is_suite(folder))
 
 
 def run_folders(runs_dir: Path) -> list[Path]:
     """The folders in `runs_dir` that hold a run, by name."""
-    return sorted(folder for folder in runs_dir.iterdir() if _is_run(folder)) if runs_dir.is_dir() else []
+    return sorted(folder for folder in _shown(runs_dir) if _is_run(folder))
+
+
+def _shown(runs_dir: Path) -> list[Path]:
+    """What a launch that was killed while it made a folder has left is hidden."""
+    return [folder for folder in runs_dir.iterdir() if not folder.name.startswith(".")] if runs_dir.is_dir() else []
 
 
 def print_runs(runs_dir: str | os.PathLike[str], console: Console | None = None) -> None:

@@ -130,9 +130,9 @@ def starts(run: Path) -> list[int]:
 
 
 def test_a_suite_in_one_go(untouched: Path, spiketrain: Command) -> None:
-    runs, stamp = runs_of(untouched), untouched.name.removeprefix("lab-suite-")
+    runs, suite_file = runs_of(untouched), SuiteFile.read(untouched, trust=["lab_suite"])
+    stamp = f"{untouched.name.removeprefix('lab-suite-')}-{suite_file.parent[:4]}"
     assert [run.name for run in runs.values()] == [f"{name}-{stamp}" for name in ("first", "second", "third")]
-    suite_file = SuiteFile.read(untouched, trust=["lab_suite"])
     jobs = [json.loads((run / "job.json").read_text()) for run in runs.values()]
     assert {job["parent"] for job in jobs} == {suite_file.parent} and suite_file.cluster["inline"] is True
     # What the references named is written down in the runs, absolute; the suite keeps the references.
@@ -205,7 +205,7 @@ def test_asked_to_stop_during_a_runs_last_batch_the_suite_stops_and_goes_on(
         raise KeyboardInterrupt  # between two runs, where nobody else listens
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.launch.suite.begin", interrupted)
+        patch.setattr("pipeline.launch.suite.prepare", interrupted)
         code, said, _ = spiketrain("resume", "s", "--runs", str(tmp_path))
     assert code == 130 and said.splitlines()[-1] == f"stopped; go on with: spiketrain resume s --runs {tmp_path}"
 
@@ -357,7 +357,7 @@ def test_what_is_wrong_about_a_suite_ends_in_one_line(words: str, said: str, tmp
         ("cluster", "cluster: unknown field 'hosts'; it has workers, inline"),
         ("workers", "cluster: workers must be int; got 'many'"),
         ("parent", "must be a run of this suite; got one of another launch"),
-        ("job", "must be a whole run; it has no job.json and has trained nothing: delete it, resume"),
+        ("job", "must be a whole run; it has no job.json: move it away, resume"),
     ],
 )
 def test_a_suite_from_elsewhere_is_not_resumed_over_what_is_not_its_own(
@@ -403,7 +403,25 @@ def test_tiny_follows_references_and_names_do_not_collide(places: Path, tmp_path
     assert code == 0, error
     newest = list_suites(tmp_path / "runs")[0].folder
     names = [newest.name, *(run.name for run in runs_of(newest).values())]
-    assert names[1] == f"{names[0]}-2" and len(set(names)) == 3
+    assert names[1].startswith(f"{names[0]}-") and len(set(names)) == 3
+
+
+def test_two_suites_launched_in_one_second_are_both_trained_to_their_end(
+    places: Path, tmp_path: Path, spiketrain: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is launched while the first trains, before the first has made the folders of its later runs."""
+    monkeypatch.setattr("pipeline.launch.suite.time.strftime", lambda form: "20260105-120000")
+    words = ("launch", str(places / "lab_list.py"), "--inline", "--runs", str(tmp_path), "--set", "epochs=1", "--name")
+    for name in "ab":
+        with pytest.MonkeyPatch.context() as patch:
+            at_step(patch, "first", 1, die)
+            with pytest.raises(Killed):
+                spiketrain(*words, name)
+    for name in "ab":
+        code, _, error = spiketrain("resume", name, "--runs", str(tmp_path))
+        assert code == 0, error
+        assert all(state_of(run) == "finished" for run in runs_of(tmp_path / name).values())
+    assert not {*runs_of(tmp_path / "a").values()} & {*runs_of(tmp_path / "b").values()}
 
 
 def test_show_prints_every_recipe_of_a_suite_without_what_it_refers_to(places: Path, spiketrain: Command) -> None:
