@@ -23,6 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.counts import refuse_unless_counts
 from pipeline.data.base import Data
 from pipeline.job import REFUSAL, Job
 from pipeline.launch.base import Launcher
@@ -31,6 +32,7 @@ from pipeline.launch.folder import numbered, whole_folder
 from pipeline.launch.watch import Watch
 from pipeline.ranks import Refused
 from pipeline.recipe import Recipe, read_json, write_json
+from pipeline.spec import arguments_of
 from pipeline.track.jsonl import Follower
 from pipeline.track.mlflow import Mirror
 from pipeline.weights import study_inputs
@@ -95,7 +97,16 @@ def _to_json(job: Job) -> dict[str, Any]:
 
 
 def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
-    return Job(**read_json(folder / "job.json"), run=str(folder.absolute()), trust=trust)
+    """What `write_job` wrote; a folder that was moved is where it is now.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    file = folder / "job.json"
+    told = arguments_of(Job, read_json(file), who=str(file), besides=("run", "trust"))
+    job = Job(**told, run=str(folder.absolute()), trust=trust)
+    refuse_unless_counts(str(file), {"threads": job.threads, "loader_threads": job.loader_threads})
+    return job
 
 
 def drive(job: Job, launcher: Launcher, tracking: Tracking, console: Console, *, resume_command: str) -> dict[str, Any] | None:

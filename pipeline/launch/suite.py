@@ -29,7 +29,7 @@ def launch_suite(
     parent = uuid.uuid4().hex
     folder, names = _names(suite, runs, stem=stem, name=name, mark=parent[:4])
     suite_file = SuiteFile(suite=suite.resolved(), runs=names, parent=parent, cluster=asdict(cluster))
-    SuiteFile.from_json(suite_file.to_json(), trust=trust)
+    SuiteFile.from_json(suite_file.to_json(), own=folder.name, trust=trust)
     _check_ahead(suite, cluster, trust=trust)
     with launcher:
         with whole_folder(folder) as hidden:

@@ -19,6 +19,7 @@ from pipeline.track.jsonl import first, last
 from pipeline.track.state import State, is_driven, state_of
 
 __all__ = [
+    "AmbiguousName",
     "ReportError",
     "RunRow",
     "SuiteRow",
@@ -34,6 +35,10 @@ __all__ = [
 
 class ReportError(ValueError):
     """A run cannot be found or read; the message is one line for a user."""
+
+
+class AmbiguousName(ReportError):
+    """Several begin with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +95,7 @@ def _found(runs_dir: Path, text: str, folders: list[Path], *, is_one: Callable[[
     if len(found) == 1:
         return found[0]
     if found:
-        raise ReportError(f"{text!r} begins the names of {len(found)} runs: {', '.join(folder.name for folder in found)}")
+        raise AmbiguousName(f"{text!r} begins the names of {len(found)} runs: {', '.join(folder.name for folder in found)}")
     known = ", ".join(folder.name for folder in folders[:8]) + (", ..." if len(folders) > 8 else "")
     raise ReportError(f"no {kind} {text!r} in {runs_dir}" + (f"; there are {known}" if folders else ", which has no runs"))
 

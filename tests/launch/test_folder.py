@@ -65,3 +65,22 @@ def test_a_name_that_another_launch_takes_meanwhile_is_refused(tmp_path: Path) -
     with pytest.raises(ValueError, match="got run, which"):
         launched_beside_another()
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "theirs"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (None, "needs study, data_fingerprint, commit; there is no study"),
+        ({"hosts": 1}, "unknown field 'hosts'; it has study, "),
+        ({"run": "/elsewhere"}, "unknown field 'run'; it has study, "),
+        ({"threads": "many"}, "threads must be int; got 'many'"),
+        ({"loader_threads": 0}, "loader_threads must be a whole number >= 1; got loader_threads=0"),
+    ],
+)
+def test_a_damaged_job_is_refused_in_one_line(change: dict[str, Any] | None, said: str, tmp_path: Path) -> None:
+    prepare(small_recipe(), CLUSTER, tmp_path, name="run")
+    file = tmp_path / "run" / "job.json"
+    file.write_text(json.dumps({} if change is None else json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError) as refusal:
+        read_job(tmp_path / "run")
+    assert str(refusal.value).startswith(f"{file}: {said}") and "\n" not in str(refusal.value)

@@ -23,7 +23,7 @@ from pipeline.report.suite import print_suite
 from pipeline.suite import SuiteFile, runs_of
 from pipeline.track.jsonl import read
 from pipeline.track.state import state_of
-from tests.small import same_weights
+from tests.small import same_weights, small_recipe
 
 RECIPES = """
 from dataclasses import replace
@@ -343,8 +343,6 @@ def test_what_is_wrong_about_a_suite_ends_in_one_line(words: str, said: str, tmp
     head = {"version": 1, "parent": "0" * 32, "cluster": {"inline": True}, "report": "lab_suite.table"}
     value = {**head, "children": [{"run": "first", "recipe": recipe}]}
     if "trust" in words:
-        from tests.small import small_recipe
-
         value["children"] = [{"run": "first", "recipe": small_recipe().to_json()}]
     (tmp_path / "whole" / "suite.json").write_text(json.dumps(value))
     code, _, error = spiketrain(*words.split(), "--runs", str(tmp_path))
@@ -352,10 +350,35 @@ def test_what_is_wrong_about_a_suite_ends_in_one_line(words: str, said: str, tmp
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("compare s", "'s' begins the names of 2 runs: s1, s2"),
+        ("resume s", "'s' begins the names of 2 runs: s1, s2"),
+        ("compare s1", "s1: a run must be a folder; "),
+        ("resume s1", "s1: a run must be a folder; "),
+        ("compare s2", "s2: suite.json: a run must be a name of its own in the folder of runs; got 's2'"),
+        ("resume s2", "s2: suite.json: a run must be a name of its own in the folder of runs; got 's2'"),
+    ],
+)
+def test_suites_of_one_beginning_or_with_runs_that_are_none_end_in_one_line(
+    words: str, said: str, tmp_path: Path, spiketrain: Command
+) -> None:
+    for name, run in (("s1", "file"), ("s2", "s2")):
+        child = {"run": run, "recipe": small_recipe().to_json()}
+        value = {"version": 1, "parent": "0" * 32, "cluster": {"inline": True}, "report": None, "children": [child]}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "suite.json").write_text(json.dumps(value))
+    (tmp_path / "file").touch()
+    code, _, error = spiketrain(*words.split(), "--runs", str(tmp_path))
+    assert code == 2 and said in error and error.count("\n") == 1, error
+    assert spiketrain("runs", "--runs", str(tmp_path))[0] == 0
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         ("cluster", "cluster: unknown field 'hosts'; it has workers, inline"),
-        ("workers", "cluster: workers must be int; got 'many'"),
+        ("workers", "cluster: workers must be a whole number >= 1; got workers=0"),
         ("parent", "must be a run of this suite; got one of another launch"),
         ("job", "must be a whole run; it has no job.json: move it away, resume"),
     ],
@@ -372,7 +395,7 @@ def test_a_suite_from_elsewhere_is_not_resumed_over_what_is_not_its_own(
     if change == "cluster":
         value["cluster"]["hosts"] = "here"
     elif change == "workers":
-        value["cluster"]["workers"] = "many"
+        value["cluster"]["workers"] = 0
     elif change == "parent":
         value["parent"] = "f" * 32
     else:
