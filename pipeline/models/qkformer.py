@@ -36,7 +36,7 @@ SWS_NEURON = LIF(0.5, surrogate=Sigmoid(4.0))
 
 
 class QKFormer(nn.Module):
-    """`[T, B, C, H, W]` to `[T, B, K]`, for images of any size: of 16 pixels a side, once shrunk, one token is left in the last stage.
+    """`[T, B, C, H, W]` to `[T, B, K]`, for images of any size; 16 pixels a side, once shrunk, leave one token in the last stage.
 
     Args:
         channels: D, of the last stage; a multiple of 4 heads.
