@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from pipeline.attempt import Attempt
 from pipeline.job import Job, Place, resume_command
+from pipeline.launch.cluster import Cluster
 from pipeline.launch.drive import Tracking, commit, drive, prepare
 from pipeline.launch.ray import Ray
 from pipeline.loop import MicroBatch
@@ -145,7 +146,7 @@ def main() -> None:
     recipe = replace(recipe, batch_size=tuned_batch(recipe, arguments.rule))
     with tempfile.TemporaryDirectory() as folder:
         runs, out = Path(folder), Path(folder) / "seconds.json"
-        job = prepare(recipe, runs)
+        job = prepare(recipe, Cluster(), runs)
         with Ray(workers=1, work=partial(work, rule_name=arguments.rule, out=str(out))) as launcher:
             tracking = Tracking(tracking_uri(runs), "overhead")
             drive(job, launcher, tracking, Console(), resume_command=resume_command(runs, Path(job.run).name))

@@ -1,11 +1,11 @@
 """The frozen teacher of the stamps study: how often it is right about objects that it has not seen, and how sure it is.
 
-Command:  python -m benchmarks.stamps_teacher [--split 3] [--view 96] [--size 224] [--l2 0.03 0.1 0.3] [--threads 1]
+Command:  python -m benchmarks.stamps_teacher [--split 3] [--view 128] [--size 224] [--l2 0.03 0.1 0.3] [--threads 1]
 Result:   not run.
 
-`view` is the side of the pictures that student and teacher are shown, `size` the one that the teacher resizes them to. Probes are
-fitted on one augmented view of each training picture. The entropy is that of the teacher's answers on those views, in the mean
-and in nats; label smoothing whose targets are as uncertain stands beside it.
+`view` is the side of the pictures that student and teacher are shown, without it the study's; `size` the one that the teacher
+resizes them to. Probes are fitted on one augmented view of each training picture. The entropy is that of the teacher's answers on
+those views, in the mean and in nats; label smoothing whose targets are as uncertain stands beside it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from pipeline.launch.drive import commit
 from pipeline.measure.memory import hardware
 from pipeline.teachers.probe import Probe
 from pipeline.teachers.timm import TimmTeacher
-from recipes.stamps.base import CLASSES, pictures, teacher
+from recipes.stamps.base import CLASSES, SIZE, pictures, teacher
 
 TOGETHER = 52  # divides both parts, so that no tail is left out of training's epoch
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name, value in (("split", 3), ("view", 96), ("size", 224), ("threads", 1)):
+    for name, value in (("split", 3), ("view", SIZE), ("size", 224), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--l2", type=float, nargs="+", default=[0.03, 0.1, 0.3])
     chosen = parser.parse_args()

@@ -63,11 +63,21 @@ def read_answers(file: Path) -> Answers:
     """Raises: ValueError for a file that is missing or holds something else."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            return Answers(**arrays)
+            found = Answers(**arrays)
     except FileNotFoundError:
         raise ValueError(f"answers: {file} must be there; a run writes it at its end") from None
     except (TypeError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"answers: {file} must hold index, target and answer; it could not be read: {error}") from error
+    columns = [column for column in (found.index, found.target, found.answer, found.task) if column is not None]
+    if any(column.ndim != 1 or not np.issubdtype(column.dtype, np.integer) for column in columns):
+        raise ValueError(f"answers: {file} must hold columns of whole numbers; got {', '.join(map(_told, columns))}")
+    if len({len(column) for column in columns}) > 1:
+        raise ValueError(f"answers: {file} must hold an entry a sample in each column; got {', '.join(map(_told, columns))}")
+    return found
+
+
+def _told(column: NDArray[np.generic]) -> str:
+    return f"{column.dtype} {list(column.shape)}"
 
 
 def _sorted(shares: Sequence[Answers]) -> Ints:

@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 
 
-def refuse_unless_counts(who: str, numbers: Mapping[str, object], *, least: int = 1, most: str | None = None) -> None:
-    """Each must be a whole number, or a sequence of one or more, from `least` on; up to `most`, where that has a name.
+def refuse_unless_counts(who: str, numbers: Mapping[str, object], *, least: int = 1, up_to: str | None = None) -> None:
+    """Each must be a whole number, or a sequence of one or more, from `least` on.
+
+    `up_to` only names the upper end in the message, such as T, which is not known yet: nothing is compared with it here.
 
     Raises: ValueError, in the name of `who`, that names the first that is not.
     """
-    accepted = f">= {least}" if most is None else f"in {least}..{most}"
+    accepted = f">= {least}" if up_to is None else f"in {least}..{up_to}"
     for name, value in numbers.items():
         if isinstance(value, Sequence) and not isinstance(value, str | bytes):
             what, fits = "whole numbers", are_counts(value, least=least)

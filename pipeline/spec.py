@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -108,6 +109,27 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
         return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     except (NameError, TypeError, AttributeError):  # an annotation that only a type checker can resolve checks nothing here
         return {}
+
+
+def arguments_of(cls: type, value: Any, *, who: str, besides: Collection[str] = ()) -> dict[str, Any]:
+    """What JSON holds of a dataclass of plain values; the fields `besides` are the caller's to give.
+
+    Raises:
+        ValueError: no object, a field that is missing or that there is not, or a value of another type.
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{who}: must be an object; got {value!r}")
+    hints = typing.get_type_hints(cls)
+    known = {each.name: each for each in dataclasses.fields(cls) if each.name not in besides}
+    for name, given in value.items():
+        if name not in known:
+            raise ValueError(f"{who}: unknown field {name!r}; it has {', '.join(known)}")
+        if not admits(hints[name], given):
+            raise ValueError(f"{who}: {name} must be {type_name(hints[name])}; got {given!r}")
+    needed = [name for name, each in known.items() if each.default is dataclasses.MISSING]
+    if missing := [name for name in needed if name not in value]:
+        raise ValueError(f"{who}: needs {', '.join(needed)}; there is no {missing[0]}")
+    return dict(value)
 
 
 def admits(hint: Any, value: Any) -> bool:

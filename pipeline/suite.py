@@ -128,14 +128,17 @@ class SuiteFile:
         return {**head, "children": children}
 
     @classmethod
-    def from_json(cls, value: Any, *, trust: Collection[str] = ()) -> SuiteFile:
+    def from_json(cls, value: Any, *, own: str = "", trust: Collection[str] = ()) -> SuiteFile:
         """Read a suite back, importing from trusted packages alone.
+
+        Args:
+            own: the name of the suite's folder, which is none of a run.
 
         Raises:
             ValueError: another format version, a damaged field, a run name that leaves the folder of runs, a target outside
                 the trusted packages, or recipes that no longer fit.
         """
-        children = list(_children(value))
+        children = list(_children(value, own=own))
         parent, cluster, report = value.get("parent"), value.get("cluster"), value.get("report")
         if not isinstance(parent, str) or not re.fullmatch("[0-9a-f]{32}", parent):
             raise ValueError(f"suite.json: parent must be 32 hex digits; got {parent!r}")
@@ -153,7 +156,7 @@ class SuiteFile:
     def read(cls, folder: Path, *, trust: Collection[str] = ()) -> SuiteFile:
         """What the folder of a suite says. Raises what `from_json` does, and where there is no such file."""
         try:
-            return cls.from_json(read_json(folder / FILE), trust=trust)
+            return cls.from_json(read_json(folder / FILE), own=folder.absolute().name, trust=trust)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
 
@@ -166,15 +169,20 @@ def runs_of(folder: Path) -> dict[str, Path]:
     """The run folder of each recipe of a suite, by the recipe's name in their order; nothing is imported.
 
     Raises:
-        ValueError: suite.json is damaged.
+        ValueError: suite.json is damaged, or where a run's folder should be lies a file.
     """
     try:
-        return {child["recipe"]["recipe"]["name"]: folder.parent / child["run"] for child in _children(read_json(folder / FILE))}
+        children = list(_children(read_json(folder / FILE), own=folder.absolute().name))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+    runs = {child["recipe"]["recipe"]["name"]: folder.parent / child["run"] for child in children}
+    for run in runs.values():
+        if run.exists() and not run.is_dir():
+            raise ValueError(f"{folder}: a run must be a folder; {run} is a file")
+    return runs
 
 
-def _children(value: Any) -> Iterator[dict[str, Any]]:
+def _children(value: Any, *, own: str) -> Iterator[dict[str, Any]]:
     """What every use of suite.json rests on: its version, and names that stay in the folder of runs."""
     if not isinstance(value, Mapping) or value.get("version") != FORMAT:
         got = value.get("version") if isinstance(value, Mapping) else value
@@ -182,7 +190,7 @@ def _children(value: Any) -> Iterator[dict[str, Any]]:
     children = value.get("children")
     if not isinstance(children, list) or not children:
         raise ValueError(f"suite.json: children must be a list, not empty; got {children!r}")
-    seen: set[str] = set()
+    seen = {own}
     for child in children:
         try:
             run, name = child["run"], child["recipe"]["recipe"]["name"]

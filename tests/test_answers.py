@@ -103,6 +103,25 @@ def test_what_is_no_file_of_answers_is_refused_in_one_line(tmp_path: Path) -> No
             read_answers(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"answer": [1]}, r"must hold an entry a sample in each column; got int64 \[2\], int64 \[2\], int64 \[1\]$"),
+        ({"task": [0, 0, 0]}, r"must hold an entry a sample in each column; got .*, int64 \[3\]$"),
+        ({"index": [0.0, 1.0]}, r"must hold columns of whole numbers; got float64 \[2\], "),
+        ({"answer": [True, False]}, r"must hold columns of whole numbers; got .*, bool \[2\]$"),
+        ({"target": [[0], [1]]}, r"must hold columns of whole numbers; got .*, int64 \[2, 1\], "),
+        ({"target": 1}, r"must hold columns of whole numbers; got .*, int64 \[\], "),
+    ],
+)
+def test_columns_that_do_not_belong_together_are_refused_in_one_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    written = {"index": [0, 1], "target": [1, 0], "answer": [1, 1], **change}
+    np.savez(tmp_path / "answers.npz", **{name: np.array(column) for name, column in written.items()})
+    with pytest.raises(ValueError, match=rf"^answers: .*answers\.npz {said}") as refused:
+        read_answers(tmp_path / "answers.npz")
+    assert "\n" not in str(refused.value)
+
+
 # --------------------------------------------------------------------------------------------------------------------- of runs
 
 

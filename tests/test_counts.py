@@ -28,7 +28,7 @@ def test_accepts(value):
     ids=repr,
 )
 def test_refuses(value, what):
-    for more, range_ in ({}, ">= 1"), ({"most": "T"}, "in 1..T"):
+    for more, range_ in ({}, ">= 1"), ({"up_to": "T"}, "in 1..T"):
         with pytest.raises(ValueError) as refused:
             refuse_unless_counts("who", {"fine": 1, "size": value}, **more)
         assert str(refused.value) == f"who: size must be {what} {range_}; got size={value!r}"

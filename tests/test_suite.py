@@ -165,6 +165,7 @@ def with_target(target: str) -> dict[str, Any]:
             for run in ("..", ".", "", "../elsewhere", "/etc", "a/b", "b/", 3, None, ["a"])
         ),
         (suite_json(children=suite_json()["children"][:1] * 2), "a run must be a name of its own in the folder of runs; got 'a'"),
+        (with_child(run="own"), "a run must be a name of its own in the folder of runs; got 'own'"),
         (suite_json(parent="' OR 1=1"), 'suite.json: parent must be 32 hex digits; got "\' OR 1=1"'),
         (suite_json(parent=None), "suite.json: parent must be 32 hex digits; got None"),
         (suite_json(cluster=[]), "suite.json: cluster must be an object; got []"),
@@ -185,11 +186,25 @@ def with_target(target: str) -> dict[str, Any]:
     ],
 )
 def test_a_damaged_or_foreign_suite_json_is_refused_in_one_line(value: Any, said: str, tmp_path: Path) -> None:
-    (tmp_path / "suite.json").write_text(json.dumps(value))
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "suite.json").write_text(json.dumps(value))
     with pytest.raises(ValueError) as refusal:
-        SuiteFile.read(tmp_path, trust=["tests"])
+        SuiteFile.read(folder, trust=["tests"])
     assert said in str(refusal.value) and "\n" not in str(refusal.value)
-    assert str(refusal.value).startswith(f"{tmp_path}: ")
+    assert str(refusal.value).startswith(f"{folder}: ")
+
+
+def test_a_run_is_neither_the_suites_folder_nor_a_file(tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "suite.json").write_text(json.dumps(with_child(run="own")))
+    with pytest.raises(ValueError, match=r"own: suite.json: a run must be a name of its own in the folder of runs; got 'own'$"):
+        runs_of(folder)
+    (folder / "suite.json").write_text(json.dumps(suite_json()))
+    (tmp_path / "b").touch()
+    with pytest.raises(ValueError, match=r"own: a run must be a folder; .*/b is a file$"):
+        runs_of(folder)
 
 
 def test_nothing_of_ones_own_is_imported_without_trust() -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from pipeline.counts import refuse_unless_counts
 from pipeline.launch.base import Device, Launcher
 from pipeline.launch.inline import Inline
 from pipeline.launch.ray import Ray
-from pipeline.spec import admits, type_name
+from pipeline.spec import arguments_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +24,17 @@ class Cluster:
     loader_threads: int = 1
     max_restarts: int = 3
 
+    def __post_init__(self) -> None:
+        counts = {"workers": self.workers, "cpus_per_worker": self.cpus_per_worker, "loader_threads": self.loader_threads}
+        refuse_unless_counts("cluster", counts)
+        refuse_unless_counts("cluster", {"max_restarts": self.max_restarts}, least=0)
+
     def launcher(self) -> Launcher:
         if self.inline:
             for name in ("workers", "address", "cpus_per_worker", "max_restarts"):
                 if getattr(self, name) != getattr(Cluster, name):
                     option = f"--{name.replace('_', '-')} {getattr(self, name)}"
-                    raise ValueError(f"launch: --inline is one worker in this process, without Ray; got {option}")
+                    raise ValueError(f"cluster: --inline is one worker in this process, without Ray; got {option}")
             return Inline(device=self.device)
         return Ray(
             workers=self.workers,
@@ -42,8 +46,9 @@ class Cluster:
 
     def resumed(self, *, workers: int | None, inline: bool, address: str | None) -> Cluster:
         """As it was launched, but for what the user now says of it."""
-        if inline:
-            return Cluster(inline=True, device=self.device, loader_threads=self.loader_threads)
+        if inline:  # with what does not go with it, which `launcher` refuses
+            mine = Cluster(inline=True, device=self.device, loader_threads=self.loader_threads)
+            return replace(mine, workers=workers or 1, address=address)
         if workers is not None or address is not None:
             return replace(self, inline=False, workers=workers or self.workers, address=address or self.address)
         return self
@@ -53,14 +58,6 @@ class Cluster:
         """What `dataclasses.asdict` made of one.
 
         Raises:
-            ValueError: a field that there is not, or a value of another type.
+            ValueError: a field that there is not, a value of another type, or a count that is none.
         """
-        if not isinstance(value, Mapping):
-            raise ValueError(f"cluster: must be an object; got {value!r}")
-        hints = typing.get_type_hints(cls)
-        for name, given in value.items():
-            if name not in hints:
-                raise ValueError(f"cluster: unknown field {name!r}; it has {', '.join(each.name for each in fields(cls))}")
-            if not admits(hints[name], given):
-                raise ValueError(f"cluster: {name} must be {type_name(hints[name])}; got {given!r}")
-        return cls(**value)
+        return cls(**arguments_of(cls, value, who="cluster"))

@@ -23,12 +23,16 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.counts import refuse_unless_counts
 from pipeline.data.base import Data
 from pipeline.job import REFUSAL, Job
 from pipeline.launch.base import Launcher
+from pipeline.launch.cluster import Cluster
+from pipeline.launch.folder import numbered, whole_folder
 from pipeline.launch.watch import Watch
 from pipeline.ranks import Refused
 from pipeline.recipe import Recipe, read_json, write_json
+from pipeline.spec import arguments_of
 from pipeline.track.jsonl import Follower
 from pipeline.track.mlflow import Mirror
 from pipeline.weights import study_inputs
@@ -44,9 +48,15 @@ class Tracking:
 
 
 def prepare(
-    recipe: Recipe, runs: Path, *, name: str | None = None, parent: str | None = None, trust: tuple[str, ...] = ()
+    recipe: Recipe,
+    cluster: Cluster,
+    runs: Path,
+    *,
+    name: str | None = None,
+    parent: str | None = None,
+    trust: tuple[str, ...] = (),
 ) -> Job:
-    """Make the run's folder and write its recipe.
+    """Make the run's folder, with all that it takes to resume it: its recipe, its job and where it trains.
 
     Raises:
         ValueError: the data set is missing, the weights that `init` names are missing, or the name is taken.
@@ -58,12 +68,6 @@ def prepare(
     folder = runs.absolute() / (name or f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if name is None:
         folder = next(path for path in numbered(folder) if not path.exists())
-    if folder.exists():
-        raise ValueError(
-            f"launch: --name must be new in {runs}; got {folder.name}, which `spiketrain resume {folder.name}` goes on with"
-        )
-    folder.mkdir(parents=True)
-    write_json(folder / "recipe.json", recipe.to_json())
     job = Job(
         run=str(folder),
         study=study,
@@ -72,18 +76,37 @@ def prepare(
         parent=parent,
         run_id=uuid.uuid4().hex,
         trust=trust,
+        threads=cluster.cpus_per_worker,
+        loader_threads=cluster.loader_threads,
     )
-    write_job(job)
+    with whole_folder(folder) as hidden:
+        write_json(hidden / "recipe.json", recipe.to_json())
+        write_json(hidden / "cluster.json", asdict(cluster))
+        write_json(hidden / "job.json", _to_json(job))
     return job
 
 
 def write_job(job: Job) -> None:
-    """Beside the recipe, for a resume. Whom the user trusts is not written down: the next user says it anew."""
-    write_json(Path(job.run) / "job.json", {name: value for name, value in asdict(job).items() if name not in ("run", "trust")})
+    """Beside the recipe, for a resume."""
+    write_json(Path(job.run) / "job.json", _to_json(job))
+
+
+def _to_json(job: Job) -> dict[str, Any]:
+    """Whom the user trusts is not written down: the next user says it anew."""
+    return {name: value for name, value in asdict(job).items() if name not in ("run", "trust")}
 
 
 def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
-    return Job(**read_json(folder / "job.json"), run=str(folder.absolute()), trust=trust)
+    """What `write_job` wrote; a folder that was moved is where it is now.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    file = folder / "job.json"
+    told = arguments_of(Job, read_json(file), who=str(file), besides=("run", "trust"))
+    job = Job(**told, run=str(folder.absolute()), trust=trust)
+    refuse_unless_counts(str(file), {"threads": job.threads, "loader_threads": job.loader_threads})
+    return job
 
 
 def drive(job: Job, launcher: Launcher, tracking: Tracking, console: Console, *, resume_command: str) -> dict[str, Any] | None:
@@ -188,10 +211,3 @@ def commit() -> str:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("SPIKETRAIN_COMMIT", "unknown")
-
-
-def numbered(folder: Path) -> Iterator[Path]:
-    """The folder, and the names to try where it is taken."""
-    yield folder
-    for number in range(2, 10_000):
-        yield folder.with_name(f"{folder.name}-{number}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -17,8 +16,8 @@ from pipeline.export import is_export, load_export
 from pipeline.job import Job, resume_command
 from pipeline.launch.base import Launcher
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.drive import Tracking, drive, prepare, read_job, write_job
-from pipeline.recipe import Recipe, read_json, write_json
+from pipeline.launch.drive import Tracking, drive, prepare, read_job
+from pipeline.recipe import Recipe, read_json
 from pipeline.suite import Suite, refuse_references
 from pipeline.tasks import Loaders, mean_of, tasks_of
 from pipeline.track.mlflow import tracking_uri
@@ -35,7 +34,7 @@ def launch_run(
     launcher = cluster.launcher()
     check(recipe, cluster, trust=trust)
     with launcher:
-        return _trained(begin(recipe, cluster, runs, name=name, trust=trust), launcher, runs)
+        return _trained(prepare(recipe, cluster, runs, name=name, trust=trust), launcher, runs)
 
 
 def resume_run(
@@ -58,17 +57,6 @@ def check(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
     check_recipe(recipe, cluster.workers)
     recipe.data.build().fingerprint()
     Loaders(tasks_of(recipe), recipe, recipe.split(cluster.workers))
-
-
-def begin(
-    recipe: Recipe, cluster: Cluster, runs: Path, *, name: str | None, trust: tuple[str, ...], parent: str | None = None
-) -> Job:
-    """Make the run's folder: see `prepare`."""
-    job = prepare(recipe, runs, name=name, parent=parent, trust=trust)
-    write_json(Path(job.run) / "cluster.json", asdict(cluster))
-    job = replace(job, threads=cluster.cpus_per_worker, loader_threads=cluster.loader_threads)
-    write_job(job)  # whoever is killed before the first step goes on with as many threads
-    return job
 
 
 def train(job: Job, launcher: Launcher, runs: Path, console: Console) -> bool:

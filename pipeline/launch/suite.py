@@ -12,8 +12,9 @@ from rich.console import Console
 from pipeline.job import Job, resume_command
 from pipeline.launch.base import Launcher
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.drive import driver_lock, numbered, read_job, was_stopped
-from pipeline.launch.start import begin, check, train
+from pipeline.launch.drive import driver_lock, prepare, read_job, was_stopped
+from pipeline.launch.folder import numbered, refuse_taken, whole_folder
+from pipeline.launch.start import check, train
 from pipeline.stand_in import with_stand_ins
 from pipeline.suite import Suite, SuiteFile, filled, runs_of
 from pipeline.track.state import state_of
@@ -25,13 +26,14 @@ def launch_suite(
 ) -> Path | None:
     """Train a suite: its folder, or None when asked to stop. Without a `name` it is called `stem` and the time."""
     launcher = cluster.launcher()
-    folder, names = _names(suite, runs, stem=stem, name=name)
-    suite_file = SuiteFile(suite=suite.resolved(), runs=names, parent=uuid.uuid4().hex, cluster=asdict(cluster))
-    SuiteFile.from_json(suite_file.to_json(), trust=trust)
+    parent = uuid.uuid4().hex
+    folder, names = _names(suite, runs, stem=stem, name=name, mark=parent[:4])
+    suite_file = SuiteFile(suite=suite.resolved(), runs=names, parent=parent, cluster=asdict(cluster))
+    SuiteFile.from_json(suite_file.to_json(), own=folder.name, trust=trust)
     _check_ahead(suite, cluster, trust=trust)
     with launcher:
-        folder.mkdir(parents=True)
-        suite_file.write(folder)
+        with whole_folder(folder) as hidden:
+            suite_file.write(hidden)
         return _train_the_rest(folder, suite_file, cluster, launcher, trust=trust)
 
 
@@ -71,7 +73,7 @@ def _train_the_rest(
                 else:
                     ready = filled(recipe, lambda name: weights_file(where[name]))
                     check(ready, cluster, trust=trust)
-                    job = begin(ready, cluster, runs, name=run.name, parent=suite_file.parent, trust=trust)
+                    job = prepare(ready, cluster, runs, name=run.name, parent=suite_file.parent, trust=trust)
                 finished = train(job, launcher, runs, console)
                 # Who asks during a run's last batch finds it finished: it is the suite that stops.
                 if not finished or (was_stopped(run) and recipe is not left[-1]):
@@ -98,26 +100,26 @@ def _begun(run: Path, parent: str, *, trust: tuple[str, ...]) -> Job:
         ValueError: it is not whole, or it is no child of this suite.
     """
     if not (run / "job.json").is_file():
-        raise ValueError(f"suite: {run.name} must be a whole run; it has no job.json and has trained nothing: delete it, resume")
+        raise ValueError(f"suite: {run.name} must be a whole run; it has no job.json: move it away, resume")
     job = read_job(run, trust=trust)
     if job.parent != parent:
         raise ValueError(f"suite: {run.name} must be a run of this suite; got one of another launch")
     return job
 
 
-def _names(suite: Suite, runs: Path, *, stem: str, name: str | None) -> tuple[Path, tuple[str, ...]]:
-    """The suite's folder and the names of its runs, none of which is taken."""
+def _names(suite: Suite, runs: Path, *, stem: str, name: str | None, mark: str) -> tuple[Path, tuple[str, ...]]:
+    """The suite's folder and the names of its runs, none of which is taken.
+
+    `mark` sets them apart from those of a suite that is launched in the same second, as runs get their folders later.
+    """
     if name is not None and (Path(name).name != name or name == ".."):
         raise ValueError(f"launch: --name of a suite must be a name in {runs}; got {name}")
-    if name is not None and (runs / name).exists():
-        raise ValueError(f"launch: --name must be new in {runs}; got {name}, which `spiketrain resume {name}` goes on with")
+    if name is not None:
+        refuse_taken(runs / name)
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    taken = {name}
 
     def free(wanted: str) -> str:
-        found = next(path.name for path in numbered(runs / wanted) if path.name not in taken and not path.exists())
-        taken.add(found)
-        return found
+        return next(path.name for path in numbered(runs / wanted) if not path.exists())
 
     folder = runs / (name or free(f"{stem}-{stamp}"))
-    return folder, tuple(free(f"{recipe.name}-{stamp}") for recipe in suite.recipes)
+    return folder, tuple(free(f"{recipe.name}-{stamp}-{mark}") for recipe in suite.recipes)

@@ -1,4 +1,4 @@
-"""QKFormer: a hierarchical spiking Transformer of three stages, at 1/4, 1/8 and 1/16 of the image.
+"""QKFormer: a hierarchical spiking Transformer of three stages, at 1/4, 1/8 and 1/16 of the image, rounded up.
 
     embed to D/4, 1 block with TokenQK;   embed to D/2, 2 blocks with TokenQK;   embed to D, the rest with SelfAttention;
     mean over tokens, linear classifier
@@ -36,7 +36,7 @@ SWS_NEURON = LIF(0.5, surrogate=Sigmoid(4.0))
 
 
 class QKFormer(nn.Module):
-    """`[T, B, C, H, W]` to `[T, B, K]`, for images of any size from 16 pixels on.
+    """`[T, B, C, H, W]` to `[T, B, K]`, for images of any size; 16 pixels a side, once shrunk, leave one token in the last stage.
 
     Args:
         channels: D, of the last stage; a multiple of 4 heads.
@@ -45,11 +45,12 @@ class QKFormer(nn.Module):
         expansion: of the FFN.
         drop_path: the share at the last block.
         shrink: pictures are averaged over squares of so many pixels a side first: a small student looks at less of the view that
-            its teacher sees whole.
+            its teacher sees whole. Rows and columns that fill no square, at the right and the bottom, are left out.
         neuron: None for the published LIF (leak 0.5, decay of the input, reset to zero), under "sws" for one with reset by
             subtraction and without that decay.
 
-    Raises: ValueError for numbers that make no network, or choices that do not fit together (`models/residual.py`).
+    Raises: ValueError for numbers that make no network, or choices that do not fit together (`models/residual.py`); in
+        `forward` for pictures smaller than one square.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class QKFormer(nn.Module):
         numbers = {"classes": classes, "in_channels": in_channels, "expansion": expansion, "heads": heads, "channels": channels}
         numbers |= {"shrink": shrink}
         refuse_unless_counts("QKFormer", numbers)
+        self.shrink = shrink
         if channels % (4 * heads):
             raise ValueError(f"QKFormer: channels must be a multiple of 4 heads; got channels={channels}, heads={heads}")
         if depth < 4:
@@ -101,6 +103,9 @@ class QKFormer(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
+        height, width = x_TBCHW.shape[3:]
+        if min(height, width) < self.shrink:
+            raise ValueError(f"QKFormer: pictures must have shrink={self.shrink} pixels a side or more; got {height} x {width}")
         return self.classifier(self.last(self.stages(x_TBCHW)).mean((3, 4)))
 
 

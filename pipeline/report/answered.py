@@ -68,4 +68,9 @@ def read_answered(run: Path, *, by: str, trust: Collection[str] = ()) -> Answere
             "another file lies where its recipe points"
         )
     groups = np.array(data.groups("val", by=by))
+    if outside := answers.index[(answers.index < 0) | (answers.index >= len(groups))].tolist():
+        raise ReportError(
+            f"factorial: the samples that {run.name} answered must lie in its data's evaluation file, of {len(groups)}; "
+            f"got index {outside[0]}"
+        )
     return Answered(name=run.name, fingerprint=fingerprint, answers=answers, group_N=groups[answers.index])

@@ -50,7 +50,7 @@ def named(runs_dir: Path, names: Sequence[str | os.PathLike[str]]) -> list[Path]
     folders: dict[Path, None] = {}
     for name in names:
         text = os.fspath(name)
-        of_study = [folder for folder in run_folders(runs_dir) if text and study_of(folder).startswith(text)]
+        of_study = runs_of_study(runs_dir, text)
         studies = sorted({study_of(folder) for folder in of_study})
         if of_study and not (runs_dir / text).exists():
             if len(studies) > 1:
@@ -59,6 +59,11 @@ def named(runs_dir: Path, names: Sequence[str | os.PathLike[str]]) -> list[Path]
         else:
             folders[find_run(runs_dir, text).resolve()] = None
     return list(folders)
+
+
+def runs_of_study(runs_dir: Path, text: str) -> list[Path]:
+    """The runs whose study key begins with it."""
+    return [folder for folder in run_folders(runs_dir) if text and study_of(folder).startswith(text)]
 
 
 def with_baseline(runs_dir: Path, finished: list[Finished], against: str) -> tuple[list[Finished], list[str]]:

@@ -19,6 +19,7 @@ from pipeline.track.jsonl import first, last
 from pipeline.track.state import State, is_driven, state_of
 
 __all__ = [
+    "AmbiguousName",
     "ReportError",
     "RunRow",
     "SuiteRow",
@@ -34,6 +35,10 @@ __all__ = [
 
 class ReportError(ValueError):
     """A run cannot be found or read; the message is one line for a user."""
+
+
+class AmbiguousName(ReportError):
+    """Several begin with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +95,7 @@ def _found(runs_dir: Path, text: str, folders: list[Path], *, is_one: Callable[[
     if len(found) == 1:
         return found[0]
     if found:
-        raise ReportError(f"{text!r} begins the names of {len(found)} runs: {', '.join(folder.name for folder in found)}")
+        raise AmbiguousName(f"{text!r} begins the names of {len(found)} runs: {', '.join(folder.name for folder in found)}")
     known = ", ".join(folder.name for folder in folders[:8]) + (", ..." if len(folders) > 8 else "")
     raise ReportError(f"no {kind} {text!r} in {runs_dir}" + (f"; there are {known}" if folders else ", which has no runs"))
 
@@ -109,12 +114,17 @@ def list_suites(runs_dir: str | os.PathLike[str]) -> list[SuiteRow]:
 
 def suite_folders(runs_dir: Path) -> list[Path]:
     """The folders in `runs_dir` that hold a suite, by name."""
-    return sorted(folder for folder in runs_dir.iterdir() if is_suite(folder)) if runs_dir.is_dir() else []
+    return sorted(folder for folder in _shown(runs_dir) if is_suite(folder))
 
 
 def run_folders(runs_dir: Path) -> list[Path]:
     """The folders in `runs_dir` that hold a run, by name."""
-    return sorted(folder for folder in runs_dir.iterdir() if _is_run(folder)) if runs_dir.is_dir() else []
+    return sorted(folder for folder in _shown(runs_dir) if _is_run(folder))
+
+
+def _shown(runs_dir: Path) -> list[Path]:
+    """What a launch that was killed while it made a folder has left is hidden."""
+    return [folder for folder in runs_dir.iterdir() if not folder.name.startswith(".")] if runs_dir.is_dir() else []
 
 
 def print_runs(runs_dir: str | os.PathLike[str], console: Console | None = None) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.job import resume_command
+from pipeline.report.choose import runs_of_study
 from pipeline.report.compare import BASELINE, print_studies
 from pipeline.report.paired import WITHIN
-from pipeline.report.runs import ReportError, find_run_or_suite
+from pipeline.report.runs import AmbiguousName, ReportError, find_run_or_suite
 from pipeline.suite import SuiteFile, is_suite, runs_of
 from pipeline.track.state import is_driven, state_of
 
@@ -19,11 +20,15 @@ def suite_named(runs_dir: Path, names: Sequence[str]) -> Path | None:
     """The folder of the suite that is meant; None where runs or studies are.
 
     Raises:
-        ReportError: a suite beside something else.
+        ReportError: a suite beside something else, or a name that begins those of several and no study.
     """
     for name in names:
         try:
             folder = find_run_or_suite(runs_dir, name)
+        except AmbiguousName:
+            if not runs_of_study(runs_dir, name):
+                raise
+            continue
         except ReportError:
             continue  # a study, or nothing: `compare` says which
         if is_suite(folder):

@@ -39,7 +39,7 @@ class BPTT(Rule):
     def __init__(self, chunk: int | None = None, *, recompute: bool = False, truncate: int | None = None) -> None:
         super().__init__()
         given = {name: value for name, value in (("chunk", chunk), ("truncate", truncate)) if value is not None}
-        refuse_unless_counts("BPTT", given, most="T")
+        refuse_unless_counts("BPTT", given, up_to="T")
         if truncate is not None and (recompute or chunk is not None):
             raise ValueError(
                 "BPTT: truncate excludes recompute and chunk: a piece is one forward, and short; "

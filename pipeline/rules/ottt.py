@@ -63,7 +63,7 @@ class OTTT(Rule):
         for name, value in (("first", first), ("readout", readout)):
             if value not in ("plain", "traced"):
                 raise ValueError(f"OTTT: {name} must be 'plain' or 'traced'; got {name}={value!r}")
-        refuse_unless_counts("OTTT", {"chunk": chunk}, most="T")
+        refuse_unless_counts("OTTT", {"chunk": chunk}, up_to="T")
         if update == "objective" and chunk > 1:
             raise ValueError(f"OTTT: update='objective' moves the weights at every step, so chunk must be 1; got chunk={chunk}")
         self.leak = leak

@@ -45,7 +45,7 @@ class SLTT(Rule):
 
     def __init__(self, k: int | None = None, *, chunk: int = 1, rescale: bool = False) -> None:
         super().__init__()
-        refuse_unless_counts("SLTT", {"chunk": chunk} if k is None else {"k": k, "chunk": chunk}, most="T")
+        refuse_unless_counts("SLTT", {"chunk": chunk} if k is None else {"k": k, "chunk": chunk}, up_to="T")
         if rescale and k is None:
             raise ValueError("SLTT: rescale multiplies by T/k, so it needs a k; got k=None")
         self.k = k

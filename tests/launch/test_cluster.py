@@ -1,4 +1,4 @@
-"""Joining a Ray cluster that is there already, with the token that it asks for."""
+"""Where and on how much a run trains: what is refused; and joining a Ray cluster that is there already, with its token."""
 
 from __future__ import annotations
 
@@ -10,10 +10,47 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
+from pipeline.launch.cluster import Cluster
+from pipeline.launch.inline import Inline
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ([], "cluster: must be an object; got []"),
+        ({"hosts": 1}, "cluster: unknown field 'hosts'; it has workers, inline"),
+        ({"workers": "many"}, "cluster: workers must be int; got 'many'"),
+        *(
+            ({name: count}, f"cluster: {name} must be a whole number >= 1; got {name}={count}")
+            for name in ("workers", "cpus_per_worker", "loader_threads")
+            for count in (0, -1)
+        ),
+        ({"max_restarts": -1}, "cluster: max_restarts must be a whole number >= 0; got max_restarts=-1"),
+    ],
+)
+def test_a_damaged_cluster_is_refused_in_one_line(value: Any, said: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        Cluster.from_json(value)
+    assert str(refusal.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("asked", "got"), [({"workers": 2}, "--workers 2"), ({"address": "auto"}, "--address auto")], ids=["workers", "address"]
+)
+def test_a_resume_in_this_process_refuses_what_it_would_drop(asked: dict[str, Any], got: str) -> None:
+    now = Cluster(workers=4, cpus_per_worker=2).resumed(**{"workers": None, "address": None, **asked}, inline=True)
+    with pytest.raises(ValueError, match=f"--inline is one worker in this process, without Ray; got {got}$"):
+        now.launcher()
+
+
+def test_a_resume_in_this_process_takes_one_worker_whatever_there_were() -> None:
+    for workers in (None, 1):
+        now = Cluster(workers=4, address="auto", device="cpu").resumed(workers=workers, inline=True, address=None)
+        assert isinstance(now.launcher(), Inline) and now == Cluster(inline=True, device="cpu")
 
 
 @pytest.fixture
@@ -39,6 +76,8 @@ def cluster() -> Iterator[str]:
             head.wait(60)
 
 
+@pytest.mark.distributed
+@pytest.mark.timeout(240)
 def test_two_workers_on_a_cluster_that_was_there(cluster: str, tmp_path: Path) -> None:
     (tmp_path / "one.py").write_text(
         "from tests.small import small_recipe\n\ndef recipe():\n    return small_recipe(backend='deepspeed')\n"

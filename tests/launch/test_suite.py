@@ -23,7 +23,7 @@ from pipeline.report.suite import print_suite
 from pipeline.suite import SuiteFile, runs_of
 from pipeline.track.jsonl import read
 from pipeline.track.state import state_of
-from tests.small import same_weights
+from tests.small import same_weights, small_recipe
 
 RECIPES = """
 from dataclasses import replace
@@ -130,9 +130,9 @@ def starts(run: Path) -> list[int]:
 
 
 def test_a_suite_in_one_go(untouched: Path, spiketrain: Command) -> None:
-    runs, stamp = runs_of(untouched), untouched.name.removeprefix("lab-suite-")
+    runs, suite_file = runs_of(untouched), SuiteFile.read(untouched, trust=["lab_suite"])
+    stamp = f"{untouched.name.removeprefix('lab-suite-')}-{suite_file.parent[:4]}"
     assert [run.name for run in runs.values()] == [f"{name}-{stamp}" for name in ("first", "second", "third")]
-    suite_file = SuiteFile.read(untouched, trust=["lab_suite"])
     jobs = [json.loads((run / "job.json").read_text()) for run in runs.values()]
     assert {job["parent"] for job in jobs} == {suite_file.parent} and suite_file.cluster["inline"] is True
     # What the references named is written down in the runs, absolute; the suite keeps the references.
@@ -205,7 +205,7 @@ def test_asked_to_stop_during_a_runs_last_batch_the_suite_stops_and_goes_on(
         raise KeyboardInterrupt  # between two runs, where nobody else listens
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.launch.suite.begin", interrupted)
+        patch.setattr("pipeline.launch.suite.prepare", interrupted)
         code, said, _ = spiketrain("resume", "s", "--runs", str(tmp_path))
     assert code == 130 and said.splitlines()[-1] == f"stopped; go on with: spiketrain resume s --runs {tmp_path}"
 
@@ -343,8 +343,6 @@ def test_what_is_wrong_about_a_suite_ends_in_one_line(words: str, said: str, tmp
     head = {"version": 1, "parent": "0" * 32, "cluster": {"inline": True}, "report": "lab_suite.table"}
     value = {**head, "children": [{"run": "first", "recipe": recipe}]}
     if "trust" in words:
-        from tests.small import small_recipe
-
         value["children"] = [{"run": "first", "recipe": small_recipe().to_json()}]
     (tmp_path / "whole" / "suite.json").write_text(json.dumps(value))
     code, _, error = spiketrain(*words.split(), "--runs", str(tmp_path))
@@ -352,12 +350,37 @@ def test_what_is_wrong_about_a_suite_ends_in_one_line(words: str, said: str, tmp
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("compare s", "'s' begins the names of 2 runs: s1, s2"),
+        ("resume s", "'s' begins the names of 2 runs: s1, s2"),
+        ("compare s1", "s1: a run must be a folder; "),
+        ("resume s1", "s1: a run must be a folder; "),
+        ("compare s2", "s2: suite.json: a run must be a name of its own in the folder of runs; got 's2'"),
+        ("resume s2", "s2: suite.json: a run must be a name of its own in the folder of runs; got 's2'"),
+    ],
+)
+def test_suites_of_one_beginning_or_with_runs_that_are_none_end_in_one_line(
+    words: str, said: str, tmp_path: Path, spiketrain: Command
+) -> None:
+    for name, run in (("s1", "file"), ("s2", "s2")):
+        child = {"run": run, "recipe": small_recipe().to_json()}
+        value = {"version": 1, "parent": "0" * 32, "cluster": {"inline": True}, "report": None, "children": [child]}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "suite.json").write_text(json.dumps(value))
+    (tmp_path / "file").touch()
+    code, _, error = spiketrain(*words.split(), "--runs", str(tmp_path))
+    assert code == 2 and said in error and error.count("\n") == 1, error
+    assert spiketrain("runs", "--runs", str(tmp_path))[0] == 0
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         ("cluster", "cluster: unknown field 'hosts'; it has workers, inline"),
-        ("workers", "cluster: workers must be int; got 'many'"),
+        ("workers", "cluster: workers must be a whole number >= 1; got workers=0"),
         ("parent", "must be a run of this suite; got one of another launch"),
-        ("job", "must be a whole run; it has no job.json and has trained nothing: delete it, resume"),
+        ("job", "must be a whole run; it has no job.json: move it away, resume"),
     ],
 )
 def test_a_suite_from_elsewhere_is_not_resumed_over_what_is_not_its_own(
@@ -372,7 +395,7 @@ def test_a_suite_from_elsewhere_is_not_resumed_over_what_is_not_its_own(
     if change == "cluster":
         value["cluster"]["hosts"] = "here"
     elif change == "workers":
-        value["cluster"]["workers"] = "many"
+        value["cluster"]["workers"] = 0
     elif change == "parent":
         value["parent"] = "f" * 32
     else:
@@ -403,7 +426,25 @@ def test_tiny_follows_references_and_names_do_not_collide(places: Path, tmp_path
     assert code == 0, error
     newest = list_suites(tmp_path / "runs")[0].folder
     names = [newest.name, *(run.name for run in runs_of(newest).values())]
-    assert names[1] == f"{names[0]}-2" and len(set(names)) == 3
+    assert names[1].startswith(f"{names[0]}-") and len(set(names)) == 3
+
+
+def test_two_suites_launched_in_one_second_are_both_trained_to_their_end(
+    places: Path, tmp_path: Path, spiketrain: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is launched while the first trains, before the first has made the folders of its later runs."""
+    monkeypatch.setattr("pipeline.launch.suite.time.strftime", lambda form: "20260105-120000")
+    words = ("launch", str(places / "lab_list.py"), "--inline", "--runs", str(tmp_path), "--set", "epochs=1", "--name")
+    for name in "ab":
+        with pytest.MonkeyPatch.context() as patch:
+            at_step(patch, "first", 1, die)
+            with pytest.raises(Killed):
+                spiketrain(*words, name)
+    for name in "ab":
+        code, _, error = spiketrain("resume", name, "--runs", str(tmp_path))
+        assert code == 0, error
+        assert all(state_of(run) == "finished" for run in runs_of(tmp_path / name).values())
+    assert not {*runs_of(tmp_path / "a").values()} & {*runs_of(tmp_path / "b").values()}
 
 
 def test_show_prints_every_recipe_of_a_suite_without_what_it_refers_to(places: Path, spiketrain: Command) -> None:

@@ -186,6 +186,25 @@ def test_a_shrunk_picture_is_the_mean_of_squares(shortcut, norm):
     assert (answers[0] - answers[1]).abs().max() < 1e-5 and answers[0].std() > 0
 
 
+def test_any_size_that_leaves_a_pixel():
+    for shrink, sides in ((1, (1, 8, 9)), (4, (4, 7, 33))):
+        model = small(shrink=shrink).eval()
+        for side in sides:
+            with torch.no_grad(), fresh_state(model):
+                assert model(torch.rand(2, 2, 3, side, side)).shape == (2, 2, 5)
+    with pytest.raises(ValueError, match=r"QKFormer: pictures must have shrink=4 pixels a side or more; got 8 x 3$"):
+        model(torch.rand(2, 2, 3, 8, 3))
+
+
+def test_shrinking_leaves_out_what_fills_no_square():
+    model, x_TBCHW = small(shrink=2).eval(), torch.rand(2, 2, 3, 33, 33)
+    answers = []
+    for image_TBCHW in (x_TBCHW, x_TBCHW[..., :32, :32]):
+        with torch.no_grad(), fresh_state(model):
+            answers.append(model(image_TBCHW))
+    assert torch.equal(*answers)
+
+
 def test_drop_path_grows_with_depth_and_works():
     model = small(depth=6, drop_path=0.5)
     shares = [round(m.share, 3) for m in model.modules() if isinstance(m, DropPath)]

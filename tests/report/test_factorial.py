@@ -232,6 +232,8 @@ def pair(folder: Path, **second: Any) -> dict[str, dict[str, Path]]:
         ({"right": [True] * 20, "first": 4}, "have 24 and 20 samples, 20 in common$"),
         ({"data": spec(Synthetic)}, "the data of b must group its samples by 'object'; Synthetic has no groups$"),
         ({"data_fingerprint": "other"}, "b was evaluated on content other; got objects-0/0-: another file lies where"),
+        ({"first": 1}, "the samples that b answered must lie in its data's evaluation file, of 24; got index 24$"),
+        ({"first": -2}, "the samples that b answered must lie in its data's evaluation file, of 24; got index -2$"),
         ({"tasks": True}, "b must be of one task; it has phases$"),
     ],
 )
