@@ -28,7 +28,7 @@ from pipeline.worker import note_refusal
 from tests.small import make_run, recipes_of, same_weights, small_recipe, train_inline
 from tests.test_recipe import RECIPES
 
-# Recipes that call the functions of a smaller one, 384 channels, 50 layers or recipes/stamps, with another width or depth, or many
+# Recipes that call the functions of a smaller one, 384 channels, 50 layers or recipes/stamps, with another width or depth or many
 # times, and nothing else new.
 LARGER = ("qkformer_10_512_", "qkformer_10_768_", "nf_resnet101_", "sei_stamps")
 TIERED = [pytest.param(path, marks=pytest.mark.full) if path.name.startswith(LARGER) else path for path in RECIPES]
