@@ -385,7 +385,7 @@ def write_events(
 ) -> None:
     """Recordings of event cameras.
 
-    Generated: moving (shapes whose direction only time tells), saccades (over Fashion-MNIST). Published, read by tonic: nmnist,
+    Generated: moving (shapes whose direction only memory tells), saccades (over Fashion-MNIST). Published, read by tonic: nmnist,
     cifar10dvs, gesture, ncaltech101.
     """
     from pipeline.data.events.write import write_events as write

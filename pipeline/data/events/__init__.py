@@ -12,7 +12,7 @@ counts by polarity, which `Events` sums to any number of `steps` that divides it
     data.py       Events: what a recipe names          read.py     from the bytes of a file to float32 [B, T, C, H, W]
     frames.py     events to frames of counts           sources.py  N-MNIST, CIFAR10-DVS, DVS-Gesture, N-Caltech101, through tonic
     moving.py     generated: moving shapes, which      saccades.py generated: three saccades over a still image
-                  only time can tell apart             write.py    any of them to train.beton and val.beton
+                  only memory can tell apart           write.py    any of them to train.beton and val.beton
 """
 
 from pipeline.data.events.data import Events

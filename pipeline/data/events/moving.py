@@ -1,19 +1,28 @@
-"""Moving shapes, 16 classes of which only time can tell apart more than pairs: four shapes, each in four directions.
+"""Moving shapes, 16 classes of which only memory can tell apart more than pairs: four shapes, each in four directions.
 
-A shape - disc, square, triangle, cross - crosses the sensor along a row or a column. One recording of each axis is the base; the
-opposite direction is its exact reversal in time,
+A shape - disc, square, triangle, cross - moves along a row or a column of a sensor without ends: what leaves on one side comes in
+on the other. It starts anywhere. One recording of each axis is the base; the opposite direction is its exact reversal in time,
 
     (t, y, x, p)  ->  (end - 1 - t, y, x, p),            then in every recording    p -> p XOR f    with a fair coin f.
 
-So the sum of a recording over time is the sum of its reversal: counts that were summed over time say nothing of the direction
-along the axis, and no classifier of them is right more than half of the time. (A moving edge gives the reversal the other
-polarity; and a camera's hysteresis shows which polarity came first. The coin and the exact reversal take either clue away.)
+So two kinds of reader are right half of the time at most, as to the direction along the axis:
+
+    of sums      The sum of a recording over time is the sum of its reversal.
+    of a moment  The shape is as likely at one place as at another, at any time. What is seen of the base in one slice is then
+                 distributed as what is seen in any other, and the slices of a reversal are those of a base, last first: neither
+                 a slice nor the time of it says which way it was played.
+
+The direction shows in how one slice follows another, and whoever tells it has carried something from the one to the other. (A
+moving edge gives the reversal the other polarity; and a camera's hysteresis shows which polarity came first. The coin and the
+exact reversal take either clue away. A camera switched on amid the motion would miss the first events, and so show where time
+began: this one has been on since the shape was elsewhere.)
 
 Every number is a pure function of (content seed, part, number of the recording).
 """
 
 # M instants of a film, N events, H W pixels
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +40,7 @@ INSTANTS, STEP_US = 93, 1000  # 92 ms
 SMALLEST = 16  # pixels a side: a smaller sensor has no room for the shapes
 
 _FIRST_DRAW = 256  # draws, see random.py: 256.. of the film, 512.. of the noise
-_RADIUS, _ACROSS, _START, _LENGTH, _THRESHOLD, _COIN, _NOISE_COUNT = range(_FIRST_DRAW, _FIRST_DRAW + 7)
+_RADIUS, _ACROSS, _START, _SPEED, _THRESHOLD, _COIN, _NOISE_COUNT = range(_FIRST_DRAW, _FIRST_DRAW + 7)
 _NOISE = 512
 
 
@@ -62,30 +71,61 @@ class Moving:
 
     def base(self, shape: int, axis: int) -> Stream:
         """The recording before reversal and coin: along `axis` (0 to the right, 1 down), noise included."""
-        film_MHW = self._film(shape, axis)
-        stream = watch(film_MHW, threshold=0.2 + 0.01 * self._draw(_THRESHOLD, 11), step_us=STEP_US)
+        scale = self.size / 34
+        stream = seen(
+            SHAPES[shape],
+            axis,
+            size=self.size,
+            radius=scale * (4.5 + self._draw(_RADIUS, 64) / 32),  # 4.5 to 6.5 pixels on 34
+            across=self.size * self._draw(_ACROSS, 1 << 16) / (1 << 16),
+            start=self.size * self._draw(_START, 1 << 16) / (1 << 16),
+            speed=scale * (112 + self._draw(_SPEED, 93)) / 1024,  # 10 to 18 pixels of way
+            threshold=0.2 + 0.01 * self._draw(_THRESHOLD, 11),
+        )
         noise = 100 + self._draw(_NOISE_COUNT, 101)
         return with_noise(stream, bits(self.content_seed, self.part, self.number, _NOISE + np.arange(4 * noise)))
-
-    def _film(self, shape: int, axis: int) -> NDArray[np.float64]:
-        """The shape at each instant, in 0..1, its edge a pixel soft: [M,H,W]."""
-        scale = self.size / 34
-        radius = scale * (4.5 + self._draw(_RADIUS, 64) / 32)  # 4.5 to 6.5 pixels on 34
-        across = scale * (self._draw(_ACROSS, 256) / 16 - 8)  # of the middle, to either side
-        length = scale * (10 + self._draw(_LENGTH, 256) / 32)  # of the way
-        start = -length / 2 + scale * (self._draw(_START, 256) / 32 - 4)
-        middle, pixels = (self.size - 1) / 2, np.arange(self.size, dtype=np.float64)
-        along_M = middle + start + length * np.arange(INSTANTS) / (INSTANTS - 1)
-        y_M, x_M = (np.full(INSTANTS, middle + across), along_M) if axis == 0 else (along_M, np.full(INSTANTS, middle + across))
-        down_MHW = pixels[None, :, None] - y_M[:, None, None]
-        right_MHW = pixels[None, None, :] - x_M[:, None, None]
-        return np.clip(0.5 - outside(SHAPES[shape], down_MHW, right_MHW, radius), 0.0, 1.0)
 
     def _draw(self, number: int, many: int) -> int:
         return int(below(bits(self.content_seed, self.part, self.number, number), many))
 
     def __str__(self) -> str:
         return f"moving recording {self.number}"
+
+
+def seen(
+    shape: str, axis: int, *, size: int, radius: float, across: float, start: float, speed: float, threshold: float
+) -> Stream:
+    """The events of a shape that moves along `axis` (0 to the right, 1 down) at `speed` pixels an instant.
+
+    At time 0 its middle is at `start` along the axis and at `across` on the other, pixels on a torus of `size` a side; an event
+    comes whenever the intensity (0 outside, 1 within) has moved by `threshold`.
+
+    The camera first sees nothing, then the shape, for as long as it takes to leave where it was: what a pixel remembers at time 0
+    is then what the motion has left there, not where the film began.
+    """
+    before = math.ceil((2.2 * radius + 2) / speed)  # no shape is longer, soft edge included
+    along_M = start + speed * np.arange(-before, INSTANTS, dtype=np.float64)
+    across_M = np.full_like(along_M, across)
+    y_M, x_M = (across_M, along_M) if axis == 0 else (along_M, across_M)
+    film_MHW = _film(shape, y_M, x_M, size=size, radius=radius)
+    # In units of the threshold, so that levels are whole numbers and a pixel that the shape has left is back at 0 exactly.
+    stream = watch(np.concatenate([np.zeros((1, size, size)), film_MHW / threshold]), threshold=1.0, step_us=STEP_US)
+    begin = (1 + before) * STEP_US
+    late = stream.t_N >= begin
+    t_N, y_N, x_N, p_N = (values_N[late] for values_N in (stream.t_N - begin, stream.y_N, stream.x_N, stream.p_N))
+    return Stream(t_N, y_N, x_N, p_N, stream.sensor, (0, (INSTANTS - 1) * STEP_US))
+
+
+def _film(shape: str, y_M: NDArray[np.float64], x_M: NDArray[np.float64], *, size: int, radius: float) -> NDArray[np.float64]:
+    """The shape at each instant, in 0..1, its edge a pixel soft: [M,H,W]."""
+    pixels = np.arange(size, dtype=np.float64)
+    down_MH, right_MW = (_ring(pixels - middle_M[:, None], size) for middle_M in (y_M, x_M))
+    return np.clip(0.5 - outside(shape, down_MH[:, :, None], right_MW[:, None, :], radius), 0.0, 1.0)
+
+
+def _ring(distance: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """The distance on a ring of `size` pixels, the shorter way: -size/2 up to size/2."""
+    return (distance + size / 2) % size - size / 2
 
 
 def reversal(stream: Stream) -> Stream:
