@@ -2,8 +2,8 @@
 
 Command:  spiketrain write events moving --out data/moving
           python -m benchmarks.moving_events [--folder data/moving] [--epochs 8] [--held-out 0.1]
-Result:   of the 1,600 test recordings: sum 0.4869, last slice 0.5063, late slices 0.4856, ten slices 0.9981; commit d4cd31c488fa, one
-          core of an AMD EPYC, other work beside it, torch 2.13
+Result:   of the 1,600 test recordings: sum 0.4869, last slice 0.5063, late slices 0.4856, ten slices 0.9981; commit
+          d4cd31c488fa, one core of an AMD EPYC, other work beside it, torch 2.13
 
 One convolutional network, trained anew by backpropagation on four views of the same recordings:
 
