@@ -426,7 +426,7 @@ def test_tiny_follows_references_and_names_do_not_collide(places: Path, tmp_path
     assert code == 0, error
     newest = list_suites(tmp_path / "runs")[0].folder
     names = [newest.name, *(run.name for run in runs_of(newest).values())]
-    assert names[1].startswith(f"{names[0]}-") and len(set(names)) == 3
+    assert names[1].startswith("twin-") and len(set(names)) == 3
 
 
 def test_two_suites_launched_in_one_second_are_both_trained_to_their_end(
