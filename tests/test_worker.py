@@ -28,8 +28,8 @@ from pipeline.worker import note_refusal
 from tests.small import make_run, recipes_of, same_weights, small_recipe, train_inline
 from tests.test_recipe import RECIPES
 
-# Recipes that call the functions of a smaller or another one with other sizes, or many times, and nothing else new: of 384 channels
-# or 50 layers, of recipes/stamps, of ten classes in the place of a hundred, of still images in the place of recordings.
+# Recipes that call the functions of a smaller or another one with other sizes, or many times, and nothing else new: of 384
+# channels or 50 layers, of recipes/stamps, of ten classes in the place of a hundred, of still images in the place of recordings.
 REPEATED = (
     *("qkformer_10_512_", "qkformer_10_768_", "qkformer_10_384_sei_", "ms_resnet34_sei_", "nf_resnet101_", "sei_stamps"),
     *("cifar100_opzo", "cifar100_cifarnet_f", "cifar100_ottt", "cifar100_dsr", "cifar100_sltt", "cifar10dvs_spide"),
