@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from timm.optim import create_optimizer_v2
 
+from pipeline.__main__ import main
 from pipeline.data.synthetic import Synthetic
 from pipeline.job import Job
 from pipeline.launch.inline import Inline
@@ -20,6 +23,21 @@ from pipeline.recipe_file import load_recipe
 from pipeline.rules.sltt import SLTT
 from pipeline.schedule import cosine
 from pipeline.weights import load_run
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command line in this process: from its words to its exit code, and what it wrote to either stream."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["spiketrain", *words])
+        with pytest.raises(SystemExit) as end:
+            main()
+        said = capsys.readouterr()
+        return int(end.value.code or 0), said.out, said.err
+
+    return run
 
 
 def small_recipe(**changes: Any) -> Recipe:

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.__main__ import main
 from pipeline.data.write import write_fashion
-from tests.small import same_weights
+from tests.small import command, same_weights
 
 RECIPE = """
 from dataclasses import replace
@@ -269,12 +268,7 @@ def test_a_comparison_from_launch_to_table(tmp_path: Path) -> None:
 def test_events_are_written_verified_and_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["spiketrain", *words])
-        with pytest.raises(SystemExit) as end:
-            main()
-        said = capsys.readouterr()
-        return int(end.value.code or 0), said.out, said.err
+    run = command(monkeypatch, capsys)
 
     folder, sizes = str(tmp_path / "moving"), ("--samples", "20", "--val-samples", "10", "--slices", "4", "--size", "16")
     code, out, _ = run("write", "events", "moving", "--out", folder, *sizes)

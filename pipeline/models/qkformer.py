@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pipeline.counts import refuse_unless_counts
 from pipeline.models.attention import SelfAttention, TokenQK
 from pipeline.models.parts import Pool
-from pipeline.models.residual import Blocks, Layer, Norm, Over, Shortcut
+from pipeline.models.residual import Blocks, Layer, Norm, Over, Shortcut, named
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.still import OncePerImage
 from pipeline.spiking.surrogate import Sigmoid
@@ -123,11 +123,10 @@ class Embed(nn.Module):
 
 
 def _stem(blocks: Blocks, in_channels: int, channels: int, *, shrink: int) -> nn.Sequential:
-    first = OncePerImage()
+    layers = dict(blocks.currents(Layer(in_channels, channels, 3, pools=True)).named_children())
     if shrink > 1:
-        first.add_module("shrink", Pool(nn.AvgPool2d(shrink)))
-    for name, module in blocks.currents(Layer(in_channels, channels, 3, pools=True)).named_children():
-        first.add_module(name, module)
+        layers = {"shrink": Pool(nn.AvgPool2d(shrink)), **layers}
+    first = OncePerImage.of(named(**layers))
     return nn.Sequential(first, blocks.neuron()) if blocks.carries_spikes else nn.Sequential(first)
 
 

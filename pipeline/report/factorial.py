@@ -1,10 +1,10 @@
 """A factorial study on samples that come in groups (several scenes of one object): accuracy of its cells, and contrasts of them.
 
-    print_factorial(
+    factorial(
         {("fp", "none"): {"0": run, "1": run}, ("1-bit", "none"): {...}, ...},     # a run of each cell for each split of the data
         all_effects({"weights": ("fp", "1-bit"), "teacher": ("none", "kd")}),
         by="object",
-    )
+    ).render(console)
 
 Splits evaluate on different groups. The accuracy of a cell in a split is its share of right answers, that of a cell the mean over
 splits, and a contrast the weighted sum over cells, its weights summing to 0.
@@ -33,7 +33,7 @@ from pipeline.report.answered import Answered, read_answered
 from pipeline.report.bootstrap import estimated, resampled, tally
 from pipeline.report.runs import ReportError
 
-__all__ = ["Cell", "Contrast", "Factorial", "factorial", "print_factorial"]
+__all__ = ["Cell", "Contrast", "Factorial", "factorial"]
 
 CellName: TypeAlias = Any
 """text, or a tuple of text; a union would refuse a mapping of either, as the keys of mappings are invariant"""
@@ -186,21 +186,6 @@ def _cell(name: CellName, runs: Mapping[str, Answered]) -> Cell:
         runs={split: run.name for split, run in runs.items()},
         accuracies={split: float(run.answers.right.mean()) for split, run in runs.items()},
     )
-
-
-def print_factorial(
-    cells: Mapping[CellName, Mapping[str, Path]],
-    contrasts: Mapping[str, Mapping[CellName, float]],
-    *,
-    by: str,
-    resamples: int = 10_000,
-    seed: int = 0,
-    trust: Collection[str] = (),
-    console: Console | None = None,
-) -> None:
-    """Print `factorial`, which see."""
-    found = factorial(cells, contrasts, by=by, resamples=resamples, seed=seed, trust=trust)
-    found.render(console or Console())
 
 
 # ------------------------------------------------------------------------------------------------------------------- refusals

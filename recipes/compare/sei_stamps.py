@@ -23,7 +23,6 @@ their split); another seed of training is not in it. The first contrast is what 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import product
@@ -33,9 +32,9 @@ from rich.console import Console
 
 from pipeline.models.binarized import binarized
 from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe import Recipe, read_json, spec
 from pipeline.report.effects import Levels, all_effects, effect
-from pipeline.report.factorial import print_factorial
+from pipeline.report.factorial import factorial
 from pipeline.suite import Suite
 from pipeline.teachers.network import network_teacher
 from recipes.stamps.base import pictures, qkformer, sei_first_stage
@@ -104,7 +103,7 @@ def report(runs: Mapping[str, Path], console: Console) -> None:
         "1-bit - full precision in as many bits": {SEI: 1, ("narrow",): -1},
     }
     for by in ("object", "ground"):
-        print_factorial(cells, contrasts, by=by, console=console)
+        factorial(cells, contrasts, by=by).render(console)
     for who, cell in (("teacher", SEI), ("peer", ("peer",))):
-        shares = [json.loads((cells[cell][split] / "summary.json").read_text())["teacher_top1"] for split in SPLITS]
+        shares = [read_json(cells[cell][split] / "summary.json")["teacher_top1"] for split in SPLITS]
         console.print(f"{who} alone: {', '.join(f'{share:.2%}' for share in shares)} in splits {', '.join(SPLITS)}")

@@ -23,7 +23,7 @@ from pipeline.report.suite import print_suite
 from pipeline.suite import SuiteFile, runs_of
 from pipeline.track.jsonl import read
 from pipeline.track.state import state_of
-from tests.small import same_weights, small_recipe
+from tests.small import Command, command, same_weights, small_recipe
 
 RECIPES = """
 from dataclasses import replace
@@ -49,8 +49,6 @@ WITHOUT = RECIPES + "def recipe():\n    return list(recipes())\n"
 
 pytestmark = pytest.mark.timeout(300)  # three runs and a new MLflow store
 
-Command = Callable[..., tuple[int, str, str]]
-
 
 class Killed(BaseException):
     """Stands for a process that dies: nothing in the product catches it."""
@@ -70,16 +68,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def spiketrain(places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """A command in this process: its exit code, and what it wrote."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["spiketrain", *words])
-        with pytest.raises(SystemExit) as end:
-            main()
-        said = capsys.readouterr()
-        return int(end.value.code or 0), said.out, said.err
-
-    return run
+    return command(monkeypatch, capsys)
 
 
 def at_step(patch: pytest.MonkeyPatch, recipe: str, step: int, act: Callable[[Attempt], None]) -> None:

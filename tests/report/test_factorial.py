@@ -19,7 +19,7 @@ from pipeline.data.errors import DataError
 from pipeline.data.synthetic import Synthetic
 from pipeline.recipe import Spec, spec, write_json
 from pipeline.report.effects import all_effects, simple_effects
-from pipeline.report.factorial import Factorial, factorial, print_factorial
+from pipeline.report.factorial import Factorial, factorial
 from tests.small import small_recipe
 
 FACTORS = {"weights": ("fp", "1-bit"), "shortcut": ("block", "multiple"), "teacher": ("none", "kd")}
@@ -156,7 +156,7 @@ def test_the_tables_and_the_json(tmp_path: Path) -> None:
     runs["control"] = runs[CELLS[0]]
     contrasts = {**all_effects(FACTORS), "fp - control": {CELLS[7]: 1, "control": -1}}
     out = io.StringIO()
-    print_factorial(runs, contrasts, by="object", resamples=500, trust=("tests",), console=Console(file=out, width=110))
+    factorial(runs, contrasts, by="object", resamples=500, trust=("tests",)).render(Console(file=out, width=110))
     found = read(runs, contrasts)
     lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
     cell = found.cells[3]
