@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,14 @@ from pipeline.measure.memory import hardware
 BOUND, SEEN = 0.53, 0.90  # top-1
 CLASSES, SIZE, STEPS, BATCH = 16, 34, 10, 64
 
+# What each reader is given of a batch [B,J,C,H,W]: [B,V,C,H,W], V looks, the logits of which are averaged.
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda counts_BJCHW: counts_BJCHW.sum(1, keepdim=True),
+    "last slice": lambda counts_BJCHW: counts_BJCHW[:, -1:],
+    "late slices": lambda counts_BJCHW: counts_BJCHW[:, STEPS // 2 :],
+    "ten slices": lambda counts_BJCHW: counts_BJCHW.flatten(1, 2).unsqueeze(1),
+}
+
 
 def network(channels: int) -> nn.Module:
     """Three convolutions with batch norm, 112,192 weights behind two channels."""
@@ -42,16 +51,6 @@ def network(channels: int) -> nn.Module:
     for before, width, kernel, stride in ((channels, 32, 5, 2), (32, 64, 3, 2), (64, 128, 3, 2)):
         layers += [nn.Conv2d(before, width, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Dropout(0.2), nn.Linear(9 * 128, CLASSES))
-
-
-def views(counts_BJCHW: Tensor) -> dict[str, Tensor]:
-    """What each reader is given of a batch: [B,V,C,H,W], V looks, the logits of which are averaged."""
-    return {
-        "sum": counts_BJCHW.sum(1, keepdim=True),
-        "last slice": counts_BJCHW[:, -1:],
-        "late slices": counts_BJCHW[:, STEPS // 2 :],
-        "ten slices": counts_BJCHW.flatten(1, 2).unsqueeze(1),
-    }
 
 
 def top1(folder: str, view: str, *, epochs: int, held_out: float, seed: int) -> float:
@@ -74,7 +73,7 @@ def top1(folder: str, view: str, *, epochs: int, held_out: float, seed: int) -> 
 
 
 def _logits(model: nn.Module, counts_BJCHW: Tensor, view: str) -> Tensor:
-    looks_BVCHW = views(counts_BJCHW)[view]
+    looks_BVCHW = VIEWS[view](counts_BJCHW)
     return model(looks_BVCHW.flatten(0, 1)).unflatten(0, looks_BVCHW.shape[:2]).mean(1)
 
 
@@ -95,7 +94,7 @@ def main() -> int:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     found = {}
-    for view in ("sum", "last slice", "late slices", "ten slices"):
+    for view in VIEWS:
         began = time.monotonic()
         found[view] = top1(asked.folder, view, epochs=asked.epochs, held_out=asked.held_out, seed=asked.seed)
         print(f"{view:<11}  top-1 {found[view]:.4f}   {time.monotonic() - began:.0f} s", flush=True)
