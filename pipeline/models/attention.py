@@ -51,7 +51,7 @@ class Attention(nn.Module):
         self.first = nn.Identity() if blocks.carries_spikes else blocks.spikes_of_stream()
         self.projections = nn.ModuleDict({name: Projection(blocks, channels) for name in projections})
         self.attention_neuron = blocks.spikes(threshold=ATTENTION_THRESHOLD)
-        self.project = blocks.currents(Layer(channels, channels, bias=True))
+        self.project = blocks.currents(Layer(channels, channels, bias=True), gain=blocks.silent)
         self.last = blocks.neuron() if blocks.carries_spikes else nn.Identity()
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:

@@ -6,7 +6,8 @@
     embed:   synapse, norm, max pool, neuron, synapse, norm, neuron + (1x1 synapse of stride 2, norm, neuron)
 
 as published with `shortcut="sew"`, whose stream holds whole numbers. With "membrane", "multiple" and "multiple_all" the
-stream is real (`models/residual.py`): neurons stand before synapses, also in the embeddings, and one before the classifier.
+stream is real (`models/residual.py`): neurons stand before synapses, also in the embeddings, and one before the classifier. A
+block starts as the identity, as in MS-ResNet ("multiple_all" adds what its attention reads nevertheless).
 
 Drop path is a share that grows linearly with depth to `drop_path`, one for both branches of a block. The published code declares
 it and never applies it, so 0 is as published.
@@ -146,7 +147,8 @@ class Block(nn.Module):
         super().__init__()
         self.attention = blocks.around(attention(blocks, channels, heads=heads), drop_path=drop_path)
         wide = channels * expansion
-        self.ffn = blocks.residual([Layer(channels, wide, bias=True), Layer(wide, channels, bias=True)], drop_path=drop_path)
+        layers = [Layer(channels, wide, bias=True), Layer(wide, channels, bias=True)]
+        self.ffn = blocks.residual(layers, last_gain=blocks.silent, drop_path=drop_path)
         self.ffn.part = "ffn"  # type: ignore[assignment]  # as models/binarized.py asks
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:

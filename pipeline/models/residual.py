@@ -102,6 +102,13 @@ class Blocks:
         return self.shortcut in ("post_activation", "sew", "sew_multiple")
 
     @property
+    def silent(self) -> float | None:
+        """Where the gain of a branch's last batch norm starts, for a block that is to be the identity at first: streams of real
+        numbers would gain the variance of every branch otherwise, until hardly a neuron that reads them is near its threshold.
+        None where the stream holds spikes, of which each branch adds more."""
+        return None if self.carries_spikes else 0.0
+
+    @property
     def is_multiple(self) -> bool:
         return self.shortcut in ("multiple", "multiple_all", "sew_multiple")
 

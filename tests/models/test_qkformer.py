@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.models.binarized import binarized
-from pipeline.models.qkformer import QKFormer, qkformer_10
+from pipeline.models.qkformer import Block, QKFormer, qkformer_10
 from pipeline.models.qkformer_published import to_published
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
@@ -16,9 +16,10 @@ from pipeline.rules.sltt import SLTT
 from pipeline.spiking.binary import binary_synapses
 from pipeline.spiking.dropout import DropPath
 from pipeline.spiking.encode import repeat
-from pipeline.spiking.neuron import named_neurons
+from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
+from pipeline.spiking.surrogate import Sigmoid
 
 STREAMS = [
     ("sew", "batch"),
@@ -51,6 +52,25 @@ def lively(model: QKFormer) -> QKFormer:
         elif name.endswith("synapse.bias"):
             nn.init.uniform_(p, 0, 1.5)
     return model
+
+
+@pytest.mark.parametrize("shortcut", ["membrane", "multiple"])
+def test_fresh_blocks_on_a_stream_of_real_numbers_are_the_identity(shortcut):
+    """In training mode, whatever the stream; and every one of them can leave it: its last gains have a gradient."""
+    torch.manual_seed(0)
+    network = QKFormer(channels=32, depth=4, heads=2, classes=5, shortcut=shortcut, neuron=LIF(0.5, surrogate=Sigmoid(4.0)))
+    for module in network.modules():
+        if isinstance(module, Block):
+            x_TBCHW = 3 * torch.randn(2, 3, module.attention.branch.project.synapse.in_channels, 8, 8)
+            with fresh_state(module):
+                y_TBCHW = module(x_TBCHW)
+            assert torch.allclose(y_TBCHW, x_TBCHW, atol=1e-6)
+            (y_TBCHW * torch.randn_like(y_TBCHW)).sum().backward()
+            assert all(norm.weight.grad.abs().max() > 0 for norm in module.modules() if is_last(norm))
+
+
+def is_last(module: nn.Module) -> bool:
+    return isinstance(module, BatchNorm) and bool((module.weight == 0).all())
 
 
 @pytest.mark.parametrize(("channels", "count"), [(384, 16_473_688), (512, 29_079_336), (768, 64_962_760)])
