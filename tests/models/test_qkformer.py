@@ -6,9 +6,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pipeline.models.attention import SelfAttention, TokenQK
 from pipeline.models.binarized import binarized
 from pipeline.models.qkformer import Block, QKFormer, qkformer_10
 from pipeline.models.qkformer_published import to_published
+from pipeline.models.residual import Blocks
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
@@ -58,19 +60,17 @@ def lively(model: QKFormer) -> QKFormer:
 def test_fresh_blocks_on_a_stream_of_real_numbers_are_the_identity(shortcut):
     """In training mode, whatever the stream; and every one of them can leave it: its last gains have a gradient."""
     torch.manual_seed(0)
-    network = QKFormer(channels=32, depth=4, heads=2, classes=5, shortcut=shortcut, neuron=LIF(0.5, surrogate=Sigmoid(4.0)))
-    for module in network.modules():
-        if isinstance(module, Block):
-            x_TBCHW = 3 * torch.randn(2, 3, module.attention.branch.project.synapse.in_channels, 8, 8)
-            with fresh_state(module):
-                y_TBCHW = module(x_TBCHW)
-            assert torch.allclose(y_TBCHW, x_TBCHW, atol=1e-6)
-            (y_TBCHW * torch.randn_like(y_TBCHW)).sum().backward()
-            assert all(norm.weight.grad.abs().max() > 0 for norm in module.modules() if is_last(norm))
-
-
-def is_last(module: nn.Module) -> bool:
-    return isinstance(module, BatchNorm) and bool((module.weight == 0).all())
+    blocks = Blocks(shortcut=shortcut, neuron=LIF(0.5, surrogate=Sigmoid(4.0)))
+    for attention in (TokenQK, SelfAttention):
+        block = Block(blocks, 16, attention=attention, heads=2, expansion=4, drop_path=0.0)
+        x_TBCHW = 3 * torch.randn(2, 3, 16, 8, 8)
+        with fresh_state(block):
+            y_TBCHW = block(x_TBCHW)
+        assert torch.allclose(y_TBCHW, x_TBCHW, atol=1e-6)
+        (y_TBCHW * torch.randn_like(y_TBCHW)).sum().backward()
+        last = [norm.weight for norm in block.modules() if isinstance(norm, BatchNorm) and not norm.weight.any()]
+        assert len(last) == (2 if shortcut == "membrane" else 3)
+        assert all(weight.grad is not None and weight.grad.any() for weight in last)
 
 
 @pytest.mark.parametrize(("channels", "count"), [(384, 16_473_688), (512, 29_079_336), (768, 64_962_760)])

@@ -49,7 +49,16 @@ def test_a_slow_bootstrap_finds_the_same() -> None:
     draws = [again.multinomial(groups, [1 / groups] * groups, size=40) for groups in (5, 9)]
     np.testing.assert_allclose(found, slow(splits, CONTRASTS_CK, resamples=40, draws=draws), atol=1e-12)
     once = [np.ones((1, groups), int) for groups in (5, 9)]
-    np.testing.assert_allclose(estimated(tallies, CONTRASTS_CK), slow(splits, CONTRASTS_CK, resamples=1, draws=once)[0])
+    points_SK = estimated(tallies, CONTRASTS_CK)
+    np.testing.assert_allclose(points_SK.mean(0), slow(splits, CONTRASTS_CK, resamples=1, draws=once)[0])
+    np.testing.assert_allclose(points_SK[1], slow(splits[1:], CONTRASTS_CK, resamples=1, draws=once[1:])[0])
+
+
+def test_effective_groups() -> None:
+    """As many as there are where all have one size; one large group of many small ones counts for all that it outweighs."""
+    right_N2 = np.zeros((12, 2), bool)
+    assert tally(np.repeat(list("abc"), 4), right_N2).effective_groups == 3
+    assert tally(np.array(list("aaaaaaaaabcd")), right_N2).effective_groups == 12**2 / (9**2 + 3)
 
 
 def test_other_draws_of_whole_groups_are_distributed_alike() -> None:

@@ -53,7 +53,8 @@ def write_run(folder: Path, right: Sequence[bool], data: Spec, *, first: int = 0
     index = np.arange(first, first + len(right))
     found = Answers(index=index, target=np.zeros_like(index), answer=1 - np.asarray(right, np.int64))
     write_answers(folder / "answers.npz", [[found]], tasks=tasks)
-    write_json(folder / "summary.json", {"data_fingerprint": data.build().fingerprint(), **summary})
+    made = {"data_fingerprint": data.build().fingerprint(), "world_size": 2, "commits": ["c0ffee"]}
+    write_json(folder / "summary.json", made | summary)
     return folder
 
 
@@ -160,17 +161,24 @@ def test_the_tables_and_the_json(tmp_path: Path) -> None:
     found = read(runs, contrasts)
     lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
     cell = found.cells[3]
-    assert "cell split 0 split 1 mean" in lines and "contrast points 95 % interval" in lines
+    assert "cell split 0 split 1 mean" in lines and "contrast split 0 split 1 points 95 % interval" in lines
     shares = (cell.accuracies["0"], cell.accuracies["1"], sum(cell.accuracies.values()) / 2)
     assert f"fp, multiple, kd {' '.join(f'{share:.2%}' for share in shares)}" in lines
     assert any(line.startswith("control ") for line in lines)
     shortcut, interaction = found.contrasts[1], found.contrasts[6]
     assert shortcut.low < shortcut.estimate < shortcut.high and shortcut.low > 0
+    shortcut_weights = [shortcut.weights.get(each.name, 0.0) for each in found.cells]
+    of_splits = [100 * sum(w * c.accuracies[split] for c, w in zip(found.cells, shortcut_weights, strict=True)) for split in "01"]
+    assert list(shortcut.estimates.values()) == pytest.approx(of_splits)
+    points = " ".join(f"{value:+.2f}" for value in (*of_splits, shortcut.estimate))
     interval = f"{shortcut.low:+.2f} to {shortcut.high:+.2f}"
-    assert f"shortcut (multiple - block) {shortcut.estimate:+.2f} {interval} excludes 0" in lines
+    assert f"shortcut (multiple - block) {points} {interval} excludes 0" in lines
     assert interaction.low < 0 < interaction.high
     assert any(line.startswith("weights x shortcut x teacher ") and line.endswith(" includes 0") for line in lines)
-    assert any(line.startswith("12 + 12 groups by object, 96 + 96 samples; 500 resamples") for line in lines)
+    assert any(
+        line.startswith("12 + 12 groups by object, as good as 12 + 12 of one size, 96 + 96 samples; 500 resamples")
+        for line in lines
+    )
 
     value = json.loads(json.dumps(found.to_json()))
     assert value["cells"][3] == {
@@ -179,7 +187,7 @@ def test_the_tables_and_the_json(tmp_path: Path) -> None:
         "accuracies": cell.accuracies,
         "runs": {"0": "fp-multiple-kd-0", "1": "fp-multiple-kd-1"},
     }
-    assert value["splits"] == [{"split": split, "groups": 12, "samples": 96} for split in "01"]
+    assert value["splits"] == [{"split": split, "groups": 12, "effective_groups": 12, "samples": 96} for split in "01"]
     mine = value["contrasts"][1]
     assert (mine["points"], mine["low"], mine["high"]) == (shortcut.estimate, shortcut.low, shortcut.high)
     assert mine["excludes_0"] is True and mine["weights"]["fp, block, none"] == -0.25
@@ -285,6 +293,28 @@ def test_runs_that_are_missing_are_refused(tmp_path: Path) -> None:
     (runs["b"]["0"] / "summary.json").unlink()
     with pytest.raises(ValueError, match=r"factorial: b must have finished; it has no summary\.json"):
         read(runs, MINUS)
+
+
+def test_runs_of_unlike_numbers_of_workers_are_refused(tmp_path: Path) -> None:
+    runs = pair(tmp_path)
+    change_summary(runs["b"]["0"], world_size=1)
+    with pytest.raises(ValueError, match=r"must be trained by as many workers, .*; a was by 2, b by 1$"):
+        read(runs, MINUS)
+
+
+def test_the_commits_that_runs_were_trained_at_are_told(tmp_path: Path) -> None:
+    runs = pair(tmp_path)
+    assert read(runs, MINUS).commits == {"c0ffee": 2}
+    change_summary(runs["b"]["0"], commits=["c0ffee", "decade"])
+    found = read(runs, MINUS)
+    assert found.commits == {"c0ffee": 1, "c0ffee, decade": 1}
+    out = io.StringIO()
+    found.render(Console(file=out))
+    assert out.getvalue().endswith("Trained at c0ffee (1 runs), c0ffee, decade (1 runs).\n")
+
+
+def change_summary(run: Path, **changes: Any) -> None:
+    write_json(run / "summary.json", json.loads((run / "summary.json").read_text()) | changes)
 
 
 def test_splits_that_share_an_object_are_refused(tmp_path: Path) -> None:
