@@ -57,8 +57,12 @@ class Suite:
             _check_report(self.report)
 
     def override(self, changes: Mapping[str, Any]) -> Suite:
-        """The same suite with `Recipe.override` of each recipe."""
-        return replace(self, recipes=tuple(recipe.override(changes) for recipe in self.recipes))
+        """The same suite with `Recipe.override` of each recipe.
+
+        Raises:
+            ValueError: changes that one of them cannot take, by its name.
+        """
+        return replace(self, recipes=tuple(_overridden(recipe, changes) for recipe in self.recipes))
 
     def tiny(self) -> Suite:
         """The same suite of `Recipe.tiny` recipes; references follow their new names."""
@@ -72,6 +76,13 @@ class Suite:
     def resolved(self) -> Suite:
         """The same suite with every path absolute; references stay."""
         return replace(self, recipes=tuple(recipe.resolved() for recipe in self.recipes))
+
+
+def _overridden(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    try:
+        return recipe.override(changes)
+    except ValueError as error:
+        raise ValueError(f"suite: {recipe.name} cannot be changed so; {error}") from error
 
 
 def references(recipe: Recipe) -> tuple[str, ...]:

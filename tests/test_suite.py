@@ -83,6 +83,7 @@ def test_tiny_and_set_reach_every_recipe_and_references_follow() -> None:
         (lambda: Suite((small_recipe(init="@"),)), "got '@' in small, before it stand none"),
         (lambda: Suite((small_recipe(),) * 2), "suite: recipes must have names of their own; got two of 'small'"),
         (lambda: three().override({"name": "one"}), "suite: recipes must have names of their own; got two of 'one'"),
+        (lambda: three().override({"epoch": 1}), "suite: first cannot be changed so; recipe: no field 'epoch'; it has name"),
         (lambda: three(lambda runs, console: None), "suite: report must be a function at the top level of a module"),
         (lambda: three(Path.exists), "called with (runs, console); got <function Path.exists"),
         (
