@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pipeline.launch.cluster import Cluster
@@ -71,9 +72,12 @@ def cluster() -> Iterator[str]:
                 assert time.monotonic() < deadline, "the head does not answer"
                 time.sleep(0.2)
             yield f"127.0.0.1:{port}"
-        finally:
-            head.terminate()
-            head.wait(60)
+        finally:  # asked to end, a head takes half a minute
+            family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+            for process in family:
+                process.kill()
+            psutil.wait_procs(family, timeout=20)
+            head.wait()
 
 
 @pytest.mark.distributed
