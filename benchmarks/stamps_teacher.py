@@ -1,10 +1,10 @@
 """The frozen teacher of the stamps study: how often it is right about objects that it has not seen, and how sure it is.
 
-Command:  python -m benchmarks.stamps_teacher [--split 3] [--view 128] [--size 224] [--l2 0.03 0.1 0.3] [--threads 1]
+Command:  python -m benchmarks.stamps_teacher [--split 3] [--size 160] [--l2 0.03 0.1 0.3] [--threads 1]
 Result:   not run.
 
-`view` is the side of the pictures that student and teacher are shown, without it the study's; `size` the one that the teacher
-resizes them to. Probes are fitted on one augmented view of each training picture. The entropy is that of the teacher's answers on
+`size` is what the teacher resizes the study's views to, without it their own. Probes are fitted on one augmented view of each
+training picture. The entropy is that of the teacher's answers on
 those views, in the mean and in nats; label smoothing whose targets are as uncertain stands beside it.
 """
 
@@ -31,16 +31,16 @@ TOGETHER = 52  # divides both parts, so that no tail is left out of training's e
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name, value in (("split", 3), ("view", SIZE), ("size", 224), ("threads", 1)):
+    for name, value in (("split", 3), ("size", SIZE), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--l2", type=float, nargs="+", default=[0.03, 0.1, 0.3])
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    data: Any = pictures(str(chosen.split)).with_(size=chosen.view).build()
+    data: Any = pictures(str(chosen.split)).build()
     network: TimmTeacher = teacher().with_(size=chosen.size, cache=None).build(data)
     train_ND, target_N = features(network, data.train(seed=0, batch_size=TOGETHER, micro_batch=TOGETHER))
     val_MD, val_M = features(network, data.val(micro_batch=TOGETHER))
-    print(f"split {chosen.split}, views of {chosen.view}, teacher at {chosen.size}; {commit()}; {hardware()['cpu']}")
+    print(f"split {chosen.split}, teacher at {chosen.size} pixels; {commit()}; {hardware()['cpu']}")
     for l2 in chosen.l2:
         head = Probe(l2=l2).fit(train_ND, target_N, CLASSES)
         val_MK, entropy = head(val_MD), mean_entropy(head(train_ND))
