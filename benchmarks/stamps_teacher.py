@@ -4,8 +4,8 @@ Command:  python -m benchmarks.stamps_teacher [--split 3] [--size 160] [--l2 0.0
 Result:   not run.
 
 `size` is what the teacher resizes the study's views to, without it their own. Probes are fitted on one augmented view of each
-training picture. The entropy is that of the teacher's answers on
-those views, in the mean and in nats; label smoothing whose targets are as uncertain stands beside it.
+training picture. The entropy is that of the teacher's answers on those views, in the mean and in nats; label smoothing whose
+targets are as uncertain stands beside it.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ Command:  for split in 0 1 2; do spiketrain write stamps --out data/stamps-$spli
           spiketrain launch recipes/compare/sei_stamps.py --workers 2
 Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, of which the abstract alone is public: a reconstruction, as
           recipes/stamps/qkformer_sei_bw.py says; network, set, controls and statistics are ours.
-Result:   not run, and not ready to be: learning rate, epochs and SMOOTHING are placeholders until a full-precision network is
-          found that learns enough in the time (docs/LOG.md)
+Result:   not run
 
+"labels" is cross-entropy with the labels and nothing else, "teacher" that with the teacher's answers and no label;
 "block" is the membrane shortcut round attention and round the FFN, "multiple" one round each synapse of the FFN. All runs of a
 split have one seed, one learning rate, one number of epochs; 1-bit weights are trained from the beginning, so that both kinds of
 weights are trained equally long. Controls, each on the network that has everything but what is controlled for:
@@ -37,7 +37,7 @@ from pipeline.report.effects import Levels, all_effects, effect
 from pipeline.report.factorial import factorial
 from pipeline.suite import Suite
 from pipeline.teachers.network import network_teacher
-from recipes.stamps.base import pictures, qkformer, sei_first_stage
+from recipes.stamps.base import pictures, sei_first_stage
 
 SPLITS = ("0", "1", "2")
 FACTORS: dict[str, Levels] = {
@@ -49,8 +49,9 @@ CONTROLS = (("smoothed",), ("peer",), ("narrow",))
 PLAIN, SEI = ("1-bit", "block", "labels"), ("1-bit", "multiple", "teacher")
 PEER_SEED = 100  # beside the split: weights and order of its own
 
-# Label smoothing whose targets are as uncertain, in nats, as the teacher's answers are in the mean over training's views.
-SMOOTHING = {"0": 0.12, "1": 0.12, "2": 0.12}
+# Label smoothing whose targets are as uncertain, in nats, as the teacher's answers are in the mean over training's views:
+# python -m benchmarks.stamps_teacher --split S --l2 0.1
+SMOOTHING = {"0": 0.1165, "1": 0.1204, "2": 0.1307}
 
 
 def recipe() -> Suite:
@@ -78,7 +79,7 @@ def _trained(weights: str, shortcuts: str, taught_by: str) -> Recipe:
     recipe = replace(recipe, model=network)
     if taught_by == "teacher":
         return recipe
-    return replace(recipe, objective=qkformer().objective, teacher=None)
+    return replace(recipe, objective=spec(CrossEntropy), teacher=None)
 
 
 def _child(split: str, cell: tuple[str, ...], recipe: Recipe) -> Recipe:
