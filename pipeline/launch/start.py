@@ -70,7 +70,7 @@ def _trained(job: Job, launcher: Launcher, runs: Path) -> Path | None:
     console, folder = Console(), Path(job.run)
     if train(job, launcher, runs, console):
         return folder
-    console.print(f"stopped; go on with: {resume_command(runs, folder.name, trust=job.trust)}", soft_wrap=True)
+    console.out(f"stopped; go on with: {resume_command(runs, folder.name, trust=job.trust)}", highlight=False)
     return None
 
 

@@ -61,7 +61,7 @@ def _train_the_rest(
     """Every recipe whose run has not finished, each from where its run stands."""
     console, runs, where = Console(), folder.parent, runs_of(folder)
     command = resume_command(runs, folder.name, trust=trust)
-    console.print(f"suite   {folder}\nresume  {command}", soft_wrap=True, markup=False, highlight=False)
+    console.out(f"suite   {folder}\nresume  {command}", highlight=False)
     stopped = f"stopped; go on with: {command}"
     with driver_lock(folder):
         left = [recipe for recipe in suite_file.suite.recipes if state_of(where[recipe.name]) != "finished"]
@@ -77,10 +77,10 @@ def _train_the_rest(
                 finished = train(job, launcher, runs, console)
                 # Who asks during a run's last batch finds it finished: it is the suite that stops.
                 if not finished or (was_stopped(run) and recipe is not left[-1]):
-                    console.print(stopped, soft_wrap=True, markup=False, highlight=False)
+                    console.out(stopped, highlight=False)
                     return None
         except KeyboardInterrupt:  # between two runs
-            console.print(stopped, soft_wrap=True, markup=False, highlight=False)
+            console.out(stopped, highlight=False)
             return None
     return folder
 

@@ -20,11 +20,9 @@ def print_carryover(found: CausalTest, name: str, console: Console | None = None
     for ensemble in found.ensembles:
         table.add_row(*map(Text, _cells(ensemble)))
     console.print(table)
-    console.print(
+    console.out(
         f"{found.samples} samples, ± one standard error over them; gaussian: moments of {found.examples} training samples; "
         f"shuffled: {found.same_class:.1%} of donors are of the same class; one batch carried over {found.bytes / 1e6:.4g} MB",
-        soft_wrap=True,
-        markup=False,
         highlight=False,
     )
 

@@ -124,11 +124,11 @@ class Comparison:
             table.add_row(Text(label), *(Text(self._cell(runs, name)) for name in _COMPARED))
         console.print(table)
         for note in (*(each.text(self.within) for each in self.differences), *self.notes):
-            console.print(note, soft_wrap=True, markup=False, highlight=False)
+            console.out(note, highlight=False)
         for run in self.unfinished:
             command = "" if run.state == "running" else f"; {resume_command(run.folder.parent, run.folder.name)}"
             line = f"not in the table: {run.folder.name} ({run.rule}) is {run.state}{command}"
-            console.print(line, soft_wrap=True, markup=False, highlight=False)
+            console.out(line, highlight=False)
 
     def _cell(self, runs: tuple[Finished, ...], name: str) -> str:
         values = [value for run in runs if (value := _value(run, name)) is not None]

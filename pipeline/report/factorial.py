@@ -135,13 +135,11 @@ class Factorial:
             contrasts.add_row(*map(Text, (each.name, *points, interval, verdict)))
         console.print()
         console.print(contrasts)
-        console.print(
+        console.out(
             f"{_listed(self.groups)} groups by {self.by}, as good as {_listed(self.effective_groups)} of one size, "
             f"{_listed(self.samples)} samples; {self.resamples} resamples of the groups within each split, the same for every "
             "cell. An interval covers which groups were held out, neither the randomness of training nor the choice of settings. "
             f"Trained at {', '.join(f'{commit} ({runs} runs)' for commit, runs in self.commits.items())}.",
-            soft_wrap=True,
-            markup=False,
             highlight=False,
         )
 

@@ -132,7 +132,7 @@ def print_runs(runs_dir: str | os.PathLike[str], console: Console | None = None)
     console = console or Console()
     rows, suites = list_runs(runs_dir), list_suites(runs_dir)
     if not rows and not suites:
-        console.print(f"no runs in {os.fspath(runs_dir)}", soft_wrap=True, markup=False, highlight=False)
+        console.out(f"no runs in {os.fspath(runs_dir)}", highlight=False)
         return
     if suites:
         table = _table("suite", "state")
@@ -148,7 +148,7 @@ def print_runs(runs_dir: str | os.PathLike[str], console: Console | None = None)
     console.print(table)
     for row in (*suites, *rows):
         if row.resume:
-            console.print(row.resume, soft_wrap=True, highlight=False, markup=False)
+            console.out(row.resume, highlight=False)
 
 
 def _table(*titles: str) -> Table:

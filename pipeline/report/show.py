@@ -55,7 +55,7 @@ def _show(recipe: Recipe, ready: Recipe, workers: int, console: Console) -> None
             precision=recipe.precision,
             clip_norm=recipe.clip_norm,
         )
-        console.print("DeepSpeed     " + json.dumps(settings, indent=2), soft_wrap=True)
+        console.out("DeepSpeed     " + json.dumps(settings, indent=2), highlight=False)
 
 
 def _study(recipe: Recipe) -> str:

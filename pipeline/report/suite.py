@@ -72,12 +72,7 @@ def print_suite(
         for name, run in runs.items():
             if name not in finished:
                 state = f"is {state_of(run)}" if run.exists() else "has not begun"
-                _print(console, f"not finished: {name} ({run.name}) {state}")
+                console.out(f"not finished: {name} ({run.name}) {state}", highlight=False)
         command = "" if is_driven(folder) else f"; {resume_command(folder.parent, folder.name, trust=trust)}"
         until = "" if report is None else ", the report is printed when all have"
-        _print(console, f"{len(finished)} of {len(runs)} finished{until}{command}")
-
-
-def _print(console: Console, line: str) -> None:
-    """To be copied: not wrapped, no markup."""
-    console.print(line, soft_wrap=True, markup=False, highlight=False)
+        console.out(f"{len(finished)} of {len(runs)} finished{until}{command}", highlight=False)
