@@ -1,8 +1,7 @@
 """SEI-BWSNN's ingredients on MS-ResNet-34: 1-bit weights but at the ends, a shortcut round each synapse, a teacher, T = 2, SLTT.
 
 Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg --max-resolution 500
-          spiketrain launch recipes/imagenet/ms_resnet34_sei_fp.py --workers 8 --name ms34-fp
-          spiketrain launch recipes/imagenet/ms_resnet34_sei_bw.py --workers 8 --set init=runs/ms34-fp
+          spiketrain launch recipes/imagenet/ms_resnet34_sei_bw.py --workers 8
 Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, of which the abstract alone is public: a reconstruction on another
           network, after Hu et al. 2021 (MS-ResNet), arXiv:2112.08954, SGD 0.1, 1e-5, batch 256, 125 epochs, and Liu et al. 2020
           (ReActNet), arXiv:2003.03488, for the two stages, the teacher (a ResNet-34) and its loss.
@@ -13,16 +12,47 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from timm.optim import create_optimizer_v2
+
+from pipeline.data.beton import Beton
+from pipeline.distill import Distillation
 from pipeline.models.binarized import binarized
+from pipeline.models.ms_resnet import ms_resnet
 from pipeline.recipe import Recipe, spec
-from recipes.imagenet.ms_resnet34_sei_fp import recipe as first_stage
+from pipeline.rules.sltt import SLTT
+from pipeline.schedule import cosine
+from pipeline.suite import Suite
+from pipeline.teachers.timm import timm_teacher
+from recipes.sei_base import two_stages
 
 
-def recipe() -> Recipe:
-    stage = first_stage()
-    return replace(
-        stage,
-        name="imagenet-ms-resnet34-sei-bw",
-        model=spec(binarized, network=stage.model, part="all_but_ends", weights="scaled"),
-        optimizer=stage.optimizer.with_(lr=0.05),
+def recipe() -> Suite:
+    first = _first_stage()
+    return two_stages(
+        first,
+        replace(
+            first,
+            name="imagenet-ms-resnet34-sei-bw",
+            model=spec(binarized, network=first.model, part="all_but_ends", weights="scaled"),
+            optimizer=first.optimizer.with_(lr=0.05),
+        ),
+    )
+
+
+def _first_stage() -> Recipe:
+    return Recipe(
+        name="imagenet-ms-resnet34-sei-fp",
+        # Batch norm at each time step, as SLTT asks; published: over T and B together.
+        model=spec(ms_resnet, depth=34, classes=1000, shortcut="multiple", over="step"),
+        rule=spec(SLTT),
+        data=spec(Beton, folder="data/imagenet", classes=1000, size=224, crop="resized"),
+        objective=spec(Distillation, label_weight=0.0, form="soft"),
+        teacher=spec(timm_teacher, name="resnet34.a1_in1k", precision="bf16"),
+        optimizer=spec(create_optimizer_v2, opt="momentum", lr=0.1, momentum=0.9, weight_decay=1e-5),
+        schedule=spec(cosine),
+        time_steps=2,
+        batch_size=256,
+        epochs=125,
+        precision="bf16",
+        log_every=50,
     )

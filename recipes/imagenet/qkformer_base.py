@@ -20,7 +20,9 @@ from pipeline.recipe import Recipe, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.schedule import cosine
+from pipeline.suite import Suite
 from pipeline.teachers.timm import timm_teacher
+from recipes.sei_base import two_stages
 
 RATE_FOR_256 = 6e-4
 
@@ -44,13 +46,19 @@ def qkformer(channels: int, *, batch_size: int) -> Recipe:
     )
 
 
-def sei_first_stage(channels: int, *, batch_size: int) -> Recipe:
-    """Reading A of SEI-BWSNN, full precision: a shortcut round every synapse of the FFN, a teacher for every step, SLTT."""
+def sei(channels: int, *, batch_size: int, shortcut: str = "multiple", name: str = "sei") -> Suite:
+    """SEI-BWSNN: full precision, then a 1-bit FFN. "multiple" is reading A, "sew_multiple" reading B (models/residual.py)."""
+    first = _first_stage(channels, batch_size=batch_size, shortcut=shortcut, name=name)
+    return two_stages(first, _second_stage(first))
+
+
+def _first_stage(channels: int, *, batch_size: int, shortcut: str, name: str) -> Recipe:
+    """A shortcut round every synapse of the FFN, a teacher for every step, SLTT."""
     recipe = qkformer(channels, batch_size=batch_size)
     return replace(
         recipe,
-        name=f"imagenet-qkformer-10-{channels}-sei-fp",
-        model=recipe.model.with_(shortcut="multiple"),
+        name=f"imagenet-qkformer-10-{channels}-{name}-fp",
+        model=recipe.model.with_(shortcut=shortcut),
         rule=spec(SLTT),
         # ReActNet's: the teacher's answer and no label.
         objective=spec(Distillation, label_weight=0.0, form="soft"),
@@ -58,16 +66,12 @@ def sei_first_stage(channels: int, *, batch_size: int) -> Recipe:
     )
 
 
-def sei_second_stage(channels: int, *, batch_size: int) -> Recipe:
-    """The same with a 1-bit FFN, from the weights of the first stage (`--set init=runs/...`), at half its learning rate.
-
-    Latent weights have no decay, as no 1-bit synapse's have.
-    """
-    stage = sei_first_stage(channels, batch_size=batch_size)
+def _second_stage(first: Recipe) -> Recipe:
+    """The same with a 1-bit FFN at half the learning rate. Latent weights have no decay, as no 1-bit synapse's have."""
     return replace(
-        stage,
-        name=f"imagenet-qkformer-10-{channels}-sei-bw",
-        model=spec(binarized, network=stage.model, part="ffn", weights="scaled"),
-        optimizer=stage.optimizer.with_(lr=RATE_FOR_256 * batch_size / 256 / 2),
+        first,
+        name=first.name.replace("-fp", "-bw"),
+        model=spec(binarized, network=first.model, part="ffn", weights="scaled"),
+        optimizer=first.optimizer.with_(lr=first.optimizer.kwargs["lr"] / 2),
         epochs=100,
     )

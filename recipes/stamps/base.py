@@ -23,10 +23,12 @@ from pipeline.rules.sltt import SLTT
 from pipeline.schedule import cosine
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
+from pipeline.suite import Suite
 from pipeline.teachers.cache import Cache
 from pipeline.teachers.probe import Probe
 from pipeline.teachers.timm import timm_teacher
 from pipeline.teachers.weights import Package
+from recipes.sei_base import two_stages
 
 CLASSES, SIZE = 13, 160
 RATE = 6e-3
@@ -66,8 +68,8 @@ def qkformer() -> Recipe:
         schedule=spec(cosine, warmup=0.1),
         time_steps=2,
         batch_size=64,
-        epochs=16,
-        evaluate_every=16,
+        epochs=12,
+        evaluate_every=12,
     )
 
 
@@ -84,15 +86,12 @@ def sei_first_stage() -> Recipe:
     )
 
 
-def sei_second_stage() -> Recipe:
-    """The same with a 1-bit FFN, from the weights of the first stage (`--set init=runs/...`)."""
-    return replace(in_one_bit(sei_first_stage(), part="ffn"), name="stamps-qkformer-sei-bw")
-
-
-def in_one_bit(stage: Recipe, *, part: str) -> Recipe:
-    """A second stage: 1-bit weights in a part of the network, half the learning rate; latent weights have no decay."""
-    return replace(
-        stage,
-        model=spec(binarized, network=stage.model, part=part, weights="scaled"),
-        optimizer=stage.optimizer.with_(lr=RATE / 2),
+def in_two_stages(first: Recipe, *, part: str) -> Suite:
+    """Then 1-bit weights in a part of the network at half the learning rate; latent weights have no decay."""
+    second = replace(
+        first,
+        name=first.name.replace("-fp", "-bw"),
+        model=spec(binarized, network=first.model, part=part, weights="scaled"),
+        optimizer=first.optimizer.with_(lr=RATE / 2),
     )
+    return two_stages(first, second)

@@ -1,8 +1,7 @@
 """SEI-BWSNN's ingredients on a small MS-ResNet: 1-bit weights but at the ends, a shortcut round each synapse, a teacher, T = 2.
 
 Command:  spiketrain write stamps --out data/stamps-0 --size 160 --split 0 --workers 2
-          spiketrain launch recipes/stamps/ms_resnet_sei_fp.py --workers 2 --name stamps-ms-fp
-          spiketrain launch recipes/stamps/ms_resnet_sei_bw.py --workers 2 --set init=runs/stamps-ms-fp
+          spiketrain launch recipes/stamps/ms_resnet_sei_bw.py --workers 2
 Source:   the small twin of recipes/imagenet/ms_resnet34_sei_bw.py, a construction of ours; trained as the small QKFormer.
 Result:   not run
 """
@@ -11,10 +10,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe import Recipe
-from recipes.stamps.base import in_one_bit
-from recipes.stamps.ms_resnet_sei_fp import recipe as first_stage
+from pipeline.models.ms_resnet import MSResNet
+from pipeline.recipe import spec
+from pipeline.suite import Suite
+from recipes.stamps.base import CLASSES, in_two_stages, sei_first_stage
 
 
-def recipe() -> Recipe:
-    return replace(in_one_bit(first_stage(), part="all_but_ends"), name="stamps-ms-resnet-sei-bw")
+def recipe() -> Suite:
+    network = spec(MSResNet, blocks=(1, 1, 1, 1), width=16, classes=CLASSES, shortcut="multiple", over="step")
+    return in_two_stages(replace(sei_first_stage(), name="stamps-ms-resnet-sei-fp", model=network), part="all_but_ends")

@@ -1,17 +1,16 @@
 """SEI-BWSNN on a small QKFormer: an FFN of 1-bit weights, a shortcut round each of its synapses, a timm teacher, T = 2, SLTT.
 
 Command:  spiketrain write stamps --out data/stamps-0 --size 160 --split 0 --workers 2
-          spiketrain launch recipes/stamps/qkformer_sei_fp.py --workers 2 --name stamps-fp
-          spiketrain launch recipes/stamps/qkformer_sei_bw.py --workers 2 --set init=runs/stamps-fp
+          spiketrain launch recipes/stamps/qkformer_sei_bw.py --workers 2
 Source:   the small twin of recipes/imagenet/qkformer_10_384_sei_bw.py, and a reconstruction as that is; the size is ours.
 Result:   not run
 """
 
 from __future__ import annotations
 
-from pipeline.recipe import Recipe
-from recipes.stamps.base import sei_second_stage
+from pipeline.suite import Suite
+from recipes.stamps.base import in_two_stages, sei_first_stage
 
 
-def recipe() -> Recipe:
-    return sei_second_stage()
+def recipe() -> Suite:
+    return in_two_stages(sei_first_stage(), part="ffn")
