@@ -60,10 +60,10 @@ def recipe() -> Suite:
 
 def _of_split(split: str) -> Iterator[Recipe]:
     for cell in product(*FACTORS.values()):
-        yield _child(split, cell, _trained(*cell))
-    by_labels, by_teacher = _trained("1-bit", "multiple", "labels"), _trained("full", "multiple", "teacher")
+        yield _child(split, cell, trained(*cell))
+    by_labels, by_teacher = trained("1-bit", "multiple", "labels"), trained("full", "multiple", "teacher")
     yield _child(split, ("smoothed",), replace(by_labels, objective=spec(CrossEntropy, label_smoothing=SMOOTHING[split])))
-    teacher = _trained("full", "multiple", "labels")
+    teacher = trained("full", "multiple", "labels")
     yield replace(_child(split, ("peer-alone",), teacher), seed=PEER_SEED + int(split))
     weights = f"@{_name(split, ('peer-alone',))}"
     peer = spec(network_teacher, model=teacher.model, weights=weights, time_steps=teacher.time_steps)
@@ -71,7 +71,8 @@ def _of_split(split: str) -> Iterator[Recipe]:
     yield _child(split, ("narrow",), replace(by_teacher, model=by_teacher.model.with_(channels=112, expansion=3)))
 
 
-def _trained(weights: str, shortcuts: str, taught_by: str) -> Recipe:
+def trained(weights: str, shortcuts: str, taught_by: str) -> Recipe:
+    """A cell of the table, on whichever split the small QKFormer is."""
     recipe = sei_first_stage()
     network = recipe.model.with_(shortcut={"block": "membrane", "multiple": "multiple"}[shortcuts])
     if weights == "1-bit":

@@ -1,0 +1,51 @@
+"""The learning rate of recipes/stamps and of the stamps study: four cells of the study by labels, at three rates, on split 3.
+
+Command:  spiketrain write stamps --out data/stamps-3 --size 160 --split 3 --workers 2
+          spiketrain launch recipes/compare/sei_stamps_rates.py --workers 2
+Source:   ours; split 3 evaluates on objects that train in the splits of the study.
+Result:   not run
+
+One rate for all cells, the best on their mean, because the study compares networks and not rates. Half of the study's epochs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.recipe import read_json
+from pipeline.suite import Suite
+from recipes.compare.sei_stamps import FACTORS, trained
+from recipes.stamps.base import pictures
+
+RATES = (3e-3, 6e-3, 12e-3)
+EPOCHS = 6
+CELLS = tuple(product(FACTORS["weights"], FACTORS["shortcuts"]))
+
+
+def recipe() -> Suite:
+    recipes = []
+    for (weights, shortcuts), rate in product(CELLS, RATES):
+        cell = trained(weights, shortcuts, "labels")
+        changes = {"data": pictures("3"), "seed": 3, "epochs": EPOCHS, "evaluate_every": EPOCHS}
+        optimizer = cell.optimizer.with_(lr=rate)
+        recipes.append(replace(cell, name=_name(weights, shortcuts, rate), optimizer=optimizer, **changes))
+    return Suite(recipes=tuple(recipes), report=report)
+
+
+def _name(weights: str, shortcuts: str, rate: float) -> str:
+    return f"sei-stamps-rates-{weights}-{shortcuts}-{rate:g}"
+
+
+def report(runs: Mapping[str, Path], console: Console) -> None:
+    table = Table("cell", *(f"lr {rate:g}" for rate in RATES), box=None)
+    found = {key: read_json(runs[_name(*key[0], key[1])] / "summary.json")["top1"] for key in product(CELLS, RATES)}
+    for cell in CELLS:
+        table.add_row(", ".join(cell), *(f"{found[cell, rate]:.2%}" for rate in RATES))
+    table.add_row("mean", *(f"{sum(found[cell, rate] for cell in CELLS) / len(CELLS):.2%}" for rate in RATES))
+    console.print(table)
