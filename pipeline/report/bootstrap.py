@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 Floats = NDArray[np.float64]
 
@@ -54,6 +55,28 @@ def resampled(tallies: Sequence[Tally], weights_CK: Floats, *, resamples: int, s
     """The values `[R,K]` of as many draws."""
     draw = np.random.default_rng(seed)
     return np.mean([_values(each, weights_CK, _drawn(len(each.questions_G), resamples, draw)) for each in tallies], axis=0)
+
+
+def stretch_of_few(tallies: Sequence[Tally]) -> float:
+    """By how much percentiles must stand further from the estimate, because there are few groups.
+
+    Resamples of G groups vary less than groups do, by the factor 1 - 1/G, and their percentiles are those of a normal
+    distribution where Student's are due (Hesterberg 2014, arXiv:1411.5279). G is the effective number.
+    """
+    groups_S = np.array([each.effective_groups for each in tallies])
+    freedom = float((groups_S - 1).sum())
+    return float(stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975) / np.sqrt((1 - 1 / groups_S).mean()))
+
+
+def interval_over_splits(points_S: Floats) -> tuple[float, float] | None:
+    """Student's 95 % interval of the mean over splits from how the splits differ; None of one split.
+
+    Whatever differs between splits is in it, other seeds of training too: wide, for there are few splits.
+    """
+    if len(points_S) < 2:
+        return None
+    half = stats.t.ppf(0.975, len(points_S) - 1) * points_S.std(ddof=1) / np.sqrt(len(points_S))
+    return float(points_S.mean() - half), float(points_S.mean() + half)
 
 
 def _drawn(groups: int, resamples: int, draw: np.random.Generator) -> Floats:

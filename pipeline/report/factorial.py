@@ -9,10 +9,10 @@
 Splits evaluate on different groups. The accuracy of a cell in a split is its share of right answers, that of a cell the mean over
 splits, and a contrast the weighted sum over cells, its weights summing to 0.
 
-The 95 % interval of a contrast is that of a paired bootstrap over groups within splits (bootstrap.py). It covers which objects
-happened to be held out: what other objects of the same kind would give with these trained networks. It covers neither what
-another seed would have trained, nor the choice of settings. Of few groups it is too narrow: by sqrt(1 - 1/G) with G groups a
-split, and as normal quantiles are beside Student's.
+The 95 % interval of a contrast is that of a paired bootstrap over groups within splits, widened for there being few of them
+(bootstrap.py). It covers which objects happened to be held out: what other objects of the same kind would give with these
+trained networks. It covers neither what another seed would have trained, nor the choice of settings. Beside it stands Student's
+interval from how much the splits differ, in which all that differs between them is, seeds of training among it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.report.answered import Answered, read_answered
-from pipeline.report.bootstrap import estimated, resampled, tally
+from pipeline.report.bootstrap import estimated, interval_over_splits, resampled, stretch_of_few, tally
 from pipeline.report.runs import ReportError
 
 __all__ = ["Cell", "Contrast", "Factorial", "factorial"]
@@ -66,6 +66,8 @@ class Contrast:
     """in each split"""
     low: float
     high: float
+    over_splits: tuple[float, float] | None
+    """Student's interval of the splits' mean; None of one split"""
 
     @property
     def estimate(self) -> float:
@@ -113,6 +115,7 @@ class Factorial:
                     "points_of_splits": each.estimates,
                     "low": each.low,
                     "high": each.high,
+                    "over_splits": each.over_splits,
                     "excludes_0": each.excludes_0,
                     "weights": {_text(name): weight for name, weight in each.weights.items()},
                 }
@@ -127,18 +130,22 @@ class Factorial:
             shares = (*cell.accuracies.values(), cell.accuracy)
             cells.add_row(Text(_text(cell.name)), *(Text(f"{share:.2%}") for share in shares))
         console.print(cells)
-        contrasts = _table("contrast", *(f"split {split}" for split in self.groups), "points", "95 % interval", "")
+        contrasts = _table(
+            "contrast", *(f"split {split}" for split in self.groups), "points", f"95 % over {self.by}s", "", "95 % over splits"
+        )
         for each in self.contrasts:
-            interval = f"{each.low:+.2f} to {each.high:+.2f}"
+            interval = _interval(each.low, each.high)
+            splits = "-" if each.over_splits is None else _interval(*each.over_splits)
             verdict = "excludes 0" if each.excludes_0 else "includes 0"
             points = (f"{value:+.2f}" for value in (*each.estimates.values(), each.estimate))
-            contrasts.add_row(*map(Text, (each.name, *points, interval, verdict)))
+            contrasts.add_row(*map(Text, (each.name, *points, interval, verdict, splits)))
         console.print()
         console.print(contrasts)
         console.out(
             f"{_listed(self.groups)} groups by {self.by}, as good as {_listed(self.effective_groups)} of one size, "
             f"{_listed(self.samples)} samples; {self.resamples} resamples of the groups within each split, the same for every "
-            "cell. An interval covers which groups were held out, neither the randomness of training nor the choice of settings. "
+            f"cell. An interval over {self.by}s covers which of them were held out, not the randomness of training, which one "
+            "over splits covers too; neither covers the choice of settings. "
             f"Trained at {', '.join(f'{commit} ({runs} runs)' for commit, runs in self.commits.items())}.",
             highlight=False,
         )
@@ -182,7 +189,9 @@ def factorial(
     ]
     weights_CK = np.array([[weights.get(name, 0.0) for weights in contrasts.values()] for name in cells]).reshape(len(cells), -1)
     points_SK = 100 * estimated(tallies, weights_CK)
-    low_K, high_K = np.percentile(100 * resampled(tallies, weights_CK, resamples=resamples, seed=seed), QUANTILES, axis=0)
+    quantiles_2K = np.percentile(100 * resampled(tallies, weights_CK, resamples=resamples, seed=seed), QUANTILES, axis=0)
+    points_K = points_SK.mean(0)
+    low_K, high_K = points_K + stretch_of_few(tallies) * (quantiles_2K - points_K)
     return Factorial(
         by=by,
         groups={split: len(np.unique(group_N)) for split, group_N in groups.items()},
@@ -196,6 +205,7 @@ def factorial(
                 estimates=dict(zip(splits, points_S.tolist(), strict=True)),
                 low=float(low),
                 high=float(high),
+                over_splits=interval_over_splits(points_S),
             )
             for (name, weights), points_S, low, high in zip(contrasts.items(), points_SK.T, low_K, high_K, strict=True)
         ),
@@ -275,6 +285,10 @@ def _check_groups(groups: Mapping[str, NDArray[Any]], by: str) -> None:
 
 def _text(name: CellName) -> str:
     return name if isinstance(name, str) else ", ".join(map(str, name))
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{low:+.2f} to {high:+.2f}"
 
 
 def _listed(numbers: Mapping[str, float]) -> str:

@@ -161,7 +161,7 @@ def test_the_tables_and_the_json(tmp_path: Path) -> None:
     found = read(runs, contrasts)
     lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
     cell = found.cells[3]
-    assert "cell split 0 split 1 mean" in lines and "contrast split 0 split 1 points 95 % interval" in lines
+    assert "cell split 0 split 1 mean" in lines and "contrast split 0 split 1 points 95 % over objects 95 % over splits" in lines
     shares = (cell.accuracies["0"], cell.accuracies["1"], sum(cell.accuracies.values()) / 2)
     assert f"fp, multiple, kd {' '.join(f'{share:.2%}' for share in shares)}" in lines
     assert any(line.startswith("control ") for line in lines)
@@ -172,9 +172,11 @@ def test_the_tables_and_the_json(tmp_path: Path) -> None:
     assert list(shortcut.estimates.values()) == pytest.approx(of_splits)
     points = " ".join(f"{value:+.2f}" for value in (*of_splits, shortcut.estimate))
     interval = f"{shortcut.low:+.2f} to {shortcut.high:+.2f}"
-    assert f"shortcut (multiple - block) {points} {interval} excludes 0" in lines
+    assert shortcut.over_splits is not None
+    splits = f"{shortcut.over_splits[0]:+.2f} to {shortcut.over_splits[1]:+.2f}"
+    assert f"shortcut (multiple - block) {points} {interval} excludes 0 {splits}" in lines
     assert interaction.low < 0 < interaction.high
-    assert any(line.startswith("weights x shortcut x teacher ") and line.endswith(" includes 0") for line in lines)
+    assert any(line.startswith("weights x shortcut x teacher ") and " includes 0 " in line for line in lines)
     assert any(
         line.startswith("12 + 12 groups by object, as good as 12 + 12 of one size, 96 + 96 samples; 500 resamples")
         for line in lines
