@@ -244,9 +244,9 @@ def compare(
             raise ValueError(f"compare: --trust is for a suite, and runs are compared without it; got {', '.join(trust)}")
         print_comparison(runs, names or [], format=format_, against=against, within=within)
         return
-    if format_ != "table":
-        raise ValueError(f"compare: a suite prints its report or tables; got --format {format_}; name its runs instead")
-    print_suite(suite, against=against, within=within, trust=tuple(trust))
+    if format_ == "csv":
+        raise ValueError(f"compare: a suite has --format table or json; got {format_}; name its runs instead")
+    print_suite(suite, against=against, within=within, as_json=format_ == "json", trust=tuple(trust))
 
 
 @app.command(epilog="Example: spiketrain show recipes/fashion/sltt.py --workers 2")

@@ -22,7 +22,8 @@ from pipeline.spec import is_reference
 __all__ = ["FILE", "Report", "Suite", "SuiteFile", "filled", "is_suite", "references", "refuse_references", "runs_of"]
 
 Report = Callable[[Mapping[str, Path], Any], object]
-"""called with the folder of each recipe's finished run, by the recipe's name in their order, and rich's Console; prints"""
+"""called with the folder of each recipe's finished run, by the recipe's name in their order, and rich's Console; prints,
+and may return what `compare --format json` prints: JSON values"""
 
 FILE = "suite.json"
 FORMAT = 1

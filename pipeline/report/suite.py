@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +14,7 @@ from pipeline.report.choose import runs_of_study
 from pipeline.report.compare import BASELINE, print_studies
 from pipeline.report.paired import WITHIN
 from pipeline.report.runs import AmbiguousName, ReportError, find_run_or_suite
-from pipeline.suite import SuiteFile, is_suite, runs_of
+from pipeline.suite import Report, SuiteFile, is_suite, runs_of
 from pipeline.track.state import is_driven, state_of
 
 
@@ -44,6 +46,7 @@ def print_suite(
     trust: tuple[str, ...] = (),
     against: str = BASELINE,
     within: float = WITHIN,
+    as_json: bool = False,
     console: Console | None = None,
 ) -> None:
     """Print a suite's report, or for want of one a table for each study; children that have not finished are named.
@@ -51,6 +54,7 @@ def print_suite(
     Args:
         trust: packages of the user's own that the suite's report and recipes may be imported from.
         against, within: see `compare`; a report of the suite's own knows neither.
+        as_json: print what the report returns in the place of what it prints.
 
     Raises:
         ValueError: the suite cannot be read, or its runs must not be set side by side.
@@ -63,6 +67,9 @@ def print_suite(
         )
     runs = runs_of(folder)
     finished = {name: run for name, run in runs.items() if state_of(run) == "finished"}
+    if as_json:
+        _print_json(folder, report, runs, finished, console)
+        return
     if len(finished) == len(runs) and report is not None:
         report(finished, console)
         return
@@ -76,3 +83,18 @@ def print_suite(
         command = "" if is_driven(folder) else f"; {resume_command(folder.parent, folder.name, trust=trust)}"
         until = "" if report is None else ", the report is printed when all have"
         console.out(f"{len(finished)} of {len(runs)} finished{until}{command}", highlight=False)
+
+
+def _print_json(
+    folder: Path, report: Report | None, runs: Mapping[str, Path], finished: Mapping[str, Path], console: Console
+) -> None:
+    if report is None:
+        raise ValueError(
+            f"compare: --format json of a suite is what its report returns; {folder.name} has none; name its runs instead"
+        )
+    if len(finished) < len(runs):
+        raise ValueError(f"compare: {folder.name} must have finished; {len(finished)} of {len(runs)} runs have")
+    value = report(finished, Console(file=io.StringIO()))
+    if value is None:
+        raise ValueError(f"compare: the report of {folder.name} returns nothing, so there is no --format json of it")
+    console.out(json.dumps(value, indent=2), highlight=False)

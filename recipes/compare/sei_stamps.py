@@ -27,6 +27,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -91,7 +92,7 @@ def _name(split: str, cell: tuple[str, ...]) -> str:
     return "-".join(("sei-stamps", split, *cell))
 
 
-def report(runs: Mapping[str, Path], console: Console) -> None:
+def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
     cells = {cell: {split: runs[_name(split, cell)] for split in SPLITS} for cell in (*product(*FACTORS.values()), *CONTROLS)}
     contrasts = {
         "1-bit: both - neither": {SEI: 1, PLAIN: -1},
@@ -104,8 +105,10 @@ def report(runs: Mapping[str, Path], console: Console) -> None:
         "teacher - peer": {SEI: 1, ("peer",): -1},
         "1-bit - full precision in as many bits": {SEI: 1, ("narrow",): -1},
     }
-    for by in ("object", "ground"):
-        factorial(cells, contrasts, by=by).render(console)
+    tables = {by: factorial(cells, contrasts, by=by) for by in ("object", "ground")}
+    for table in tables.values():
+        table.render(console)
     for who, cell in (("teacher", SEI), ("peer", ("peer",))):
         shares = [read_json(cells[cell][split] / "summary.json")["teacher_top1"] for split in SPLITS]
         console.print(f"{who} alone: {', '.join(f'{share:.2%}' for share in shares)} in splits {', '.join(SPLITS)}")
+    return {by: table.to_json() for by, table in tables.items()}

@@ -36,6 +36,7 @@ from tests.small import small_recipe
 
 def table(runs, console):
     console.print("REPORT " + " ".join(f"{name}:{run.name}" for name, run in runs.items()), soft_wrap=True)
+    return {name: run.name for name, run in runs.items()}
 
 def recipes():
     first = small_recipe(name="first", epochs=1)
@@ -132,6 +133,8 @@ def test_a_suite_in_one_go(untouched: Path, spiketrain: Command) -> None:
     assert not same_weights(runs["first"], runs["third"])
     code, said, _ = spiketrain("compare", untouched.name, "--runs", str(untouched.parent), "--trust", "lab_suite")
     assert code == 0 and said.startswith("REPORT first:first-") and f"third:third-{stamp}" in said
+    words = ("compare", untouched.name, "--runs", str(untouched.parent), "--trust", "lab_suite", "--format", "json")
+    assert json.loads(spiketrain(*words)[1]) == {name: run.name for name, run in runs.items()}
     assert spiketrain("resume", untouched.name, "--runs", str(untouched.parent), "--trust", "lab_suite")[1].splitlines() == [
         f"{untouched.name} has finished",
         said.strip(),
@@ -189,6 +192,8 @@ def test_asked_to_stop_during_a_runs_last_batch_the_suite_stops_and_goes_on(
         f"not finished: {name} ({runs[name].name}) has not begun" for name in ("second", "third")
     ]
     assert lines[-1] == f"1 of 3 finished; spiketrain resume s --runs {tmp_path}"
+    code, _, error = spiketrain("compare", "s", "--runs", str(tmp_path), "--format", "json")
+    assert code == 2 and error.endswith("is what its report returns; s has none; name its runs instead\n")
 
     def interrupted(*args: Any, **more: Any) -> None:
         raise KeyboardInterrupt  # between two runs, where nobody else listens
@@ -312,7 +317,8 @@ def test_what_cannot_be_trained_to_its_end_leaves_nothing_behind(
         ("resume whole", "suite.json: lab_suite.table is not in a trusted package"),
         ("compare whole first --trust lab_suite", "compare: a suite is compared by itself; got whole among whole, first"),
         ("compare first --trust lab_suite", "compare: --trust is for a suite"),
-        ("compare whole --trust lab_suite --format csv", "compare: a suite prints its report or tables; got --format csv"),
+        ("compare whole --trust lab_suite --format csv", "compare: a suite has --format table or json; got csv"),
+        ("compare whole --trust lab_suite --format json", "compare: whole must have finished; 0 of 1 runs have"),
         (
             "compare whole --trust lab_suite --against SLTT",
             "compare: whole has a report of its own, so --against and --within have",
