@@ -51,8 +51,8 @@ def main() -> None:
         entropy = mean_entropy(train_NK)
         print(
             f"l2 {l2:g}: top-1 {top1(val_MK, val_M):.4f}, cross-entropy {F.cross_entropy(val_MK, val_M).item():.3f} on "
-            f"{len(val_M)} pictures; top-1 {top1(train_NK, train_N):.4f}, entropy {entropy:.4f} on {len(train_N)} training views, "
-            f"as of label smoothing {smoothing_of(entropy):.4f}"
+            f"{len(val_M)} pictures; in training, on {len(train_N)} views, top-1 {top1(train_NK, train_N):.4f}, entropy "
+            f"{entropy:.4f}, as of label smoothing {smoothing_of(entropy):.4f}"
         )
 
 

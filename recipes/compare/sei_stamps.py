@@ -7,18 +7,20 @@ Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, of which the abstract 
           recipes/stamps/qkformer_sei_bw.py says; network, set, controls and statistics are ours.
 Result:   not run
 
-"labels" is cross-entropy with the labels and nothing else, "teacher" that with the teacher's answers and no label;
-"block" is the membrane shortcut round attention and round the FFN, "multiple" one round each synapse of the FFN. All runs of a
-split have one seed, one learning rate, one number of epochs; 1-bit weights are trained from the beginning, so that both kinds of
-weights are trained equally long. Controls, each on the network that has everything but what is controlled for:
+"labels" is cross-entropy with the labels and nothing else, "teacher" that with the teacher's answers and no label; "block" is the
+membrane shortcut round attention and round the FFN, "multiple" one round each synapse of the FFN. All runs of a split have one
+seed, one learning rate (recipes/compare/sei_stamps_rates.py), one number of epochs; 1-bit weights are trained from the beginning,
+so that both kinds of weights are trained equally long. "1-bit" has one more difference: latent weights never decay, as the same
+weights in full precision do. Controls, each on the network that has everything but what is controlled for:
 
     smoothed   labels that are as uncertain as the teacher's answers in the mean: is it uncertainty that helps?
     peer       taught by a full-precision network of the same size, of another seed, that has seen stamps alone: does any
                teacher help? Its own accuracy stands in the row of its runs
-    narrow     full precision, taught, multiple shortcuts, 3 % more stored bits: are bits better spent so?
+    narrow     full precision, taught, multiple shortcuts, 4 % more stored bits: are bits better spent so?
 
 An interval is of what other objects, or other grounds, would have given (they are drawn anew, all scenes of one together, within
-their split); another seed of training is not in it. The first contrast is what the study is for, the others explain it.
+their split; objects and grounds are crossed, and each table draws one of them); another seed of training is not in it. That one is
+in the interval over splits, each of which has a seed of its own. The first contrast is what the study is for, the others explain it.
 """
 
 from __future__ import annotations
