@@ -19,8 +19,8 @@ weights in full precision do. Controls, each on the network that has everything 
     narrow     full precision, taught, multiple shortcuts, 4 % more stored bits: are bits better spent so?
 
 An interval is of what other objects, or other grounds, would have given (they are drawn anew, all scenes of one together, within
-their split; objects and grounds are crossed, and each table draws one of them); another seed of training is not in it. That one is
-in the interval over splits, each of which has a seed of its own. The first contrast is what the study is for, the others explain it.
+their split; objects and grounds are crossed, and each table draws one of them); another seed of training is not in it. That is in
+the interval over splits, each of which has its own seed. The first contrast is what the study is for, the others explain it.
 """
 
 from __future__ import annotations
