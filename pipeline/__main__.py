@@ -209,6 +209,10 @@ def carryover(
     batch: Annotated[
         int | None, typer.Option("--batch", min=2, help="samples at a time; without it as in training. Memory grows with T")
     ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option("--by", metavar="GROUP", help="standard errors over groups of samples, such as object of a set of stamps"),
+    ] = None,
     which: Annotated[Literal["last", "best"], typer.Option("--which", help="checkpoint")] = "last",
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
@@ -219,8 +223,8 @@ def carryover(
     from pipeline.report.runs import find_run
 
     folder = find_run(runs, run)
-    found = carryover_of_run(folder, which=which, steps=steps, micro_batch=batch, trust=tuple(trust))
-    print_carryover(found, f"{folder.name} ({which})")
+    found = carryover_of_run(folder, which=which, steps=steps, micro_batch=batch, by=by, trust=tuple(trust))
+    print_carryover(found, f"{folder.name} ({which})", by=by)
 
 
 @app.command(epilog="Example: spiketrain compare --format json")

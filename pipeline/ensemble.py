@@ -5,25 +5,34 @@
     shuffled    n[t] of another sample: the same noise, but it knows nothing of this sample
     gaussian    n[t] drawn with the mean and variance of its channel and step: nothing but these two is left of it
 
-Where the reading of `spiking/carryover.py` is the whole truth, the last two do as well as the first. The moments come from
-training samples. A network is causal in time, so its first T steps are what it does in T steps: one run answers for every T.
+Where the reading of `spiking/carryover.py` is the whole truth, the last two do as well as the first. A network is causal in
+time, so its first T steps are what it does in T steps: one run answers for every T.
+
+Donors come from the whole evaluation set in an order drawn at random, each the next one's: that a donor is of some class says
+nothing of its sample, however the file is laid out. Donors that must be of another class would say what the class is not.
+
+The moments are those of the evaluation set itself: a network that has fitted its training samples may carry over other amounts
+on them, and a shift of moments would then be read as structure that is lost.
 """
 
-# T time, B batch, N samples, K classes
+# T time, B batch, N samples, G groups of samples, K classes
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.data.base import Batch, Data
+from pipeline.data.base import Batch, Data, Loader
+from pipeline.data.random import DONOR, bits
 from pipeline.evaluate import hits
 from pipeline.rules.base import counter_hash
 from pipeline.spiking.carryover import CarryOver, Gaussian, record, replaying
@@ -33,12 +42,12 @@ from pipeline.spiking.state import fresh_state
 
 Kind = Literal["real", "zero", "shuffled", "gaussian"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-EXAMPLES = 512  # training samples that moments are taken of
+HELD_BYTES = 2**31  # of evaluation samples, that the host's memory holds at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mean:
-    """Over samples, and its standard error, as if each were drawn by itself."""
+    """Over samples, and its standard error: as if each were drawn by itself, or each group of them."""
 
     value: float
     error: float
@@ -71,8 +80,8 @@ class CausalTest:
     """The test on one network: an `Ensemble` for every T and carry-over."""
 
     samples: int
-    examples: int
-    """training samples that the moments of "gaussian" were taken of"""
+    groups: int
+    """that standard errors are over: as many as samples, where each is drawn by itself"""
     same_class: float
     """share of samples whose donor in "shuffled" is of their class"""
     bytes: int
@@ -84,20 +93,24 @@ class CausalTest:
 def causal_test(
     network: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor, Tensor]],
-    examples: Iterable[Tensor],
     *,
     steps: Sequence[int] = (1, 2, 4, 8),
+    groups: Sequence[str] | None = None,
     seed: int = 0,
 ) -> CausalTest:
     """Run a network over a set, in evaluation, under every carry-over.
 
     Args:
-        batches: (x_TB, target_B, index_B) of at least max(`steps`) time steps; the donor of a sample is half a batch away.
-        examples: x_TB of training samples, as many steps.
+        batches: (x_TB, target_B, index_B) of at least max(`steps`) time steps, such as `Shuffled`. The donor of a sample is the
+            one behind it, so the last of a batch is there as a donor alone. Gone through twice, first for the moments.
         steps: the T to answer for.
+        groups: what each sample belongs with, at its index; standard errors are then over groups, whatever samples of one have
+            in common. None: each sample is drawn by itself.
         seed: of the Gaussian draws, which are functions of (seed, index of the sample, neuron, t).
 
-    Raises: ValueError for T that are none, a batch of one sample, or a network whose steps are not the same for every T.
+    Raises: ValueError for T that are none, a batch of one sample, a sample that is its own donor, batches that are others the
+    second time, groups that are fewer than 2, or a network whose steps are not the same for every T.
+    Source: Liang & Zeger 1986 (doi 10.1093/biomet/73.1.13) for errors over groups, here with the factor G / (G - 1).
     """
     steps = sorted(set(steps))
     if not steps or steps[0] < 1:
@@ -108,17 +121,21 @@ def causal_test(
             f"causal test: a step must be the same for every T, but WeightedRates counts back from the last; got it at {weighted}"
         )
     scores: dict[tuple[int, Kind], list[_Scores]] = {(T, kind): [] for T in steps for kind in KINDS}
-    samples, kin, most_bytes = 0, 0, 0
+    rows: list[int] = []  # of the file
+    again: list[int] = []
+    kin, most_bytes = 0, 0
+
+    def examples() -> Iterator[CarryOver]:
+        for x_TB, _, index_B in _checked(batches, steps[-1]):
+            rows.extend(index_B[:-1].tolist())
+            yield record(network, x_TB)[1].changed(lambda name, t, v_B: v_B[:-1])
+
     with _evaluated(network):
-        gaussian = Gaussian(record(network, x_TB[: steps[-1]])[1] for x_TB in examples)
-        for x_TB, target_B, index_B in batches:
-            if len(target_B) < 2 or len(x_TB) < steps[-1]:
-                raise ValueError(
-                    f"causal test: a batch needs 2 samples and {steps[-1]} steps; got {len(target_B)} and {len(x_TB)}"
-                )
-            x_TB = x_TB[: steps[-1]]
+        gaussian = Gaussian(examples())
+        group_N = _numbered(rows if groups is None else [groups[row] for row in rows])
+        for x_TB, target_B, index_B in _checked(batches, steps[-1]):
             logits_TBK, real = record(network, x_TB)
-            donors_B = torch.arange(len(target_B), device=target_B.device).roll(len(target_B) // 2)
+            donors_B = torch.arange(len(target_B), device=target_B.device).roll(-1)
             keys_of = lambda place, t, rows=index_B.tolist(): [counter_hash(seed, row, place, t) for row in rows]
             others: dict[Kind, CarryOver] = {
                 "zero": real.zero(),
@@ -127,64 +144,100 @@ def causal_test(
             }
             for kind in KINDS:
                 if kind != "real":
+                    # The last sample runs too: batches of one size, so that not even the order of additions differs.
                     with replaying(network, others[kind]), fresh_state(network):
                         logits_TBK = network(x_TB)
                 for T in steps:
-                    scores[T, kind].append(_Scores.of(logits_TBK[:T].float(), target_B))
-            samples += len(target_B)
-            kin += int((target_B[donors_B] == target_B).sum())
+                    scores[T, kind].append(_Scores.of(logits_TBK[:T, :-1].float(), target_B[:-1]))
+            again += index_B[:-1].tolist()
+            kin += int((target_B[:-1] == target_B[1:]).sum())
             most_bytes = max(most_bytes, real.bytes)
-    if not samples:
-        raise ValueError("causal test: needs at least one batch; got none")
+    if again != rows:
+        raise ValueError(
+            "causal test: batches must be the same each time they are gone through; "
+            f"got {len(rows)} samples, then {len(again)}{' others' * (len(again) == len(rows))}"
+        )
     whole = {key: _Scores.joined(parts) for key, parts in scores.items()}
     return CausalTest(
-        samples=samples,
-        examples=gaussian.samples,
-        same_class=kin / samples,
+        samples=len(rows),
+        groups=int(group_N.max()) + 1,
+        same_class=kin / len(rows),
         bytes=most_bytes,
-        ensembles=tuple(_ensemble(T, kind, whole[T, kind], whole[T, "real"]) for T in steps for kind in KINDS),
+        ensembles=tuple(_ensemble(T, kind, whole[T, kind], whole[T, "real"], group_N) for T in steps for kind in KINDS),
     )
 
 
-def from_both_halves(
-    data: Data, micro_batch: int, time_steps: int, device: torch.device
-) -> Generator[tuple[Tensor, Tensor, Tensor]]:
-    """The evaluation set, each sample once, half of each batch from either half of the file.
+@dataclass(frozen=True, kw_only=True)
+class Shuffled:
+    """The evaluation set of `data`, each sample once, in an order that is a function of `seed` and the set's size.
 
-    Sets are often stored class by class; half a batch away is then another class. Close it if you leave early.
+    A batch is up to `micro_batch` samples (2 or more) x_TB `[time_steps, B, ...]`, target_B, index_B, the last of them there as
+    a donor alone: it begins the next batch, or began the first.
+
+    Loaders read a file from its beginning, so samples wait in the host's memory, `held_bytes` of them. A set that is larger is
+    read once for each part; parts are drawn at random too, and a sample's donor is of its own part.
     """
-    with ExitStack() as stack:
-        streams = []
-        for rank in (0, 1):
-            loader = stack.enter_context(closing(data.val(rank=rank, world=2, micro_batch=max(1, micro_batch // 2), threads=1)))
-            streams.append(stack.enter_context(loader.epoch(0)))
-        for batch in _two_or_more(itertools.zip_longest(*streams)):
-            yield over_steps(batch.x.to(device), time_steps), batch.target.to(device), batch.index
+
+    data: Data
+    micro_batch: int
+    time_steps: int
+    device: torch.device
+    seed: int
+    held_bytes: int = HELD_BYTES
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        with self._loader() as loader:
+            samples = loader.samples
+        order_N = np.argsort(bits(self.seed, 0, np.arange(samples), DONOR), kind="stable")
+        in_part = max(1, self.held_bytes // (4 * math.prod(self.data.shape)))
+        parts = max(1, min(-(-samples // in_part), samples // 2))  # of 2 samples or more
+        for places in np.array_split(order_N, parts):
+            held = self._at(places, samples)
+            for first in range(0, len(places), self.micro_batch - 1):
+                last = min(first + self.micro_batch - 1, len(places))
+                rows = torch.arange(first, last + 1) % len(places)
+                x_TB = over_steps(held.x[rows].to(self.device), self.time_steps)
+                yield x_TB, held.target[rows].to(self.device), held.index[rows]
+
+    def _at(self, places: NDArray[np.int64], samples: int) -> Batch:
+        """Samples by their places among all of the evaluation set."""
+        row_N = torch.full((samples,), -1)
+        row_N[torch.from_numpy(places)] = torch.arange(len(places))
+        held = Batch(
+            torch.empty(len(places), *self.data.shape),
+            torch.empty(len(places), dtype=torch.int64),
+            torch.empty(len(places), dtype=torch.int64),
+        )
+        read = 0
+        with self._loader() as loader, loader.epoch(0) as batches:
+            for batch in batches:
+                row_B = row_N[read : read + len(batch.target)]
+                read += len(batch.target)
+                wanted_B = row_B >= 0
+                for name in ("x", "target", "index"):
+                    getattr(held, name)[row_B[wanted_B]] = getattr(batch, name)[wanted_B]
+        return held
+
+    def _loader(self) -> closing[Loader]:
+        return closing(self.data.val(rank=0, world=1, micro_batch=self.micro_batch, threads=1))
 
 
-def training_examples(data: Data, micro_batch: int, time_steps: int, device: torch.device, *, seed: int) -> Generator[Tensor]:
-    """`EXAMPLES` training samples or a few more (or all), augmented as in training. Close it if you leave early."""
-    sizes = {"batch_size": micro_batch, "micro_batch": micro_batch}
-    with closing(data.train(seed=seed, rank=0, world=1, threads=1, **sizes)) as loader, loader.epoch(0) as batches:
-        for batch in itertools.islice(batches, -(-EXAMPLES // micro_batch)):
-            yield over_steps(batch.x.to(device), time_steps)
+def _checked(batches: Iterable[tuple[Tensor, Tensor, Tensor]], steps: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of the first `steps` time steps."""
+    for x_TB, target_B, index_B in batches:
+        if len(target_B) < 2 or len(x_TB) < steps:
+            raise ValueError(f"causal test: a batch needs 2 samples and {steps} steps; got {len(target_B)} and {len(x_TB)}")
+        if (own := index_B[:-1][index_B[:-1] == index_B[1:]]).numel():
+            raise ValueError(f"causal test: a sample's donor must be another sample; got sample {int(own[0])} for itself")
+        yield x_TB[:steps], target_B, index_B
 
 
-def _two_or_more(pairs: Iterable[tuple[Batch | None, ...]]) -> Iterator[Batch]:
-    """Each pair as one batch; a last one of a single sample goes with the one before."""
-    waiting: list[Batch] = []
-    for pair in pairs:
-        now = [batch for batch in pair if batch is not None]
-        if waiting and sum(len(batch.target) for batch in now) > 1:
-            yield _joined(waiting)
-            waiting = []
-        waiting += now
-    if waiting:
-        yield _joined(waiting)
-
-
-def _joined(batches: Sequence[Batch]) -> Batch:
-    return Batch(*(torch.cat([getattr(batch, name) for batch in batches]) for name in ("x", "target", "index")))
+def _numbered(names: Sequence[int] | Sequence[str]) -> Tensor:
+    """The number, from 0, of each one's group."""
+    _, number_N = np.unique(np.asarray(names), return_inverse=True)
+    if number_N.max() < 1:
+        raise ValueError(f"causal test: samples must be of 2 groups or more; got {len(names)} samples of one")
+    return torch.from_numpy(number_N)
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,24 +271,31 @@ class _Scores:
         return cls(*(torch.cat([getattr(part, name) for part in parts], -1) for name in cls.__dataclass_fields__))
 
 
-def _ensemble(steps: int, kind: Kind, scores: _Scores, real: _Scores) -> Ensemble:
+def _ensemble(steps: int, kind: Kind, scores: _Scores, real: _Scores, group_N: Tensor) -> Ensemble:
     single_N = scores.hits_TN.mean(0)
     return Ensemble(
         steps=steps,
         carry_over=kind,
         by_step=tuple(scores.hits_TN.mean(1).tolist()),
-        single=_mean(single_N),
-        ensemble=_mean(scores.hit_N),
-        gap=_mean(scores.hit_N - single_N),
-        disagreement=_mean(scores.disagreement_N),
-        below_real=_mean(real.hit_N - scores.hit_N),
-        single_loss=_mean(scores.single_loss_N),
-        ensemble_loss=_mean(scores.ensemble_loss_N),
+        single=_mean(single_N, group_N),
+        ensemble=_mean(scores.hit_N, group_N),
+        gap=_mean(scores.hit_N - single_N, group_N),
+        disagreement=_mean(scores.disagreement_N, group_N),
+        below_real=_mean(real.hit_N - scores.hit_N, group_N),
+        single_loss=_mean(scores.single_loss_N, group_N),
+        ensemble_loss=_mean(scores.ensemble_loss_N, group_N),
     )
 
 
-def _mean(values_N: Tensor) -> Mean:
-    return Mean(value=float(values_N.mean()), error=float(values_N.std() / len(values_N) ** 0.5))
+def _mean(values_N: Tensor, group_N: Tensor) -> Mean:
+    """Its variance: G / (G - 1) times the sum over groups of (sum of residuals)^2, over N^2.
+
+    Where each sample is a group, std^2 / N.
+    """
+    N, G = len(values_N), int(group_N.max()) + 1
+    mean = values_N.mean()
+    residual_G = torch.zeros(G, dtype=values_N.dtype).index_add_(0, group_N, values_N - mean)
+    return Mean(value=float(mean), error=float(residual_G.norm() * (G / (G - 1)) ** 0.5 / N))
 
 
 @contextmanager

@@ -5,13 +5,13 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from pipeline.data.errors import DataError, LoaderError
 
-__all__ = ["Batch", "Data", "DataError", "Loader", "LoaderError"]
+__all__ = ["Batch", "Data", "DataError", "Grouped", "Loader", "LoaderError"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,4 +88,18 @@ class Data(Protocol):
 
     def val(self, *, rank: int, world: int, micro_batch: int, threads: int) -> Loader:
         """Each sample once over all ranks: nothing dropped, nothing padded. The last batch may be short, a rank may have none."""
+        ...
+
+
+@runtime_checkable
+class Grouped(Protocol):
+    """A data set that knows what its samples belong with."""
+
+    def fingerprint(self) -> str: ...
+
+    def groups(self, use: Literal["train", "val"], *, by: str) -> list[str]:
+        """Of each sample, at its place in the file that `use` reads (`Batch.index`).
+
+        Raises: DataError if the samples are not grouped so.
+        """
         ...

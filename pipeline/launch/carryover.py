@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from pipeline.backend.base import autocast
-from pipeline.data.base import Data
-from pipeline.ensemble import CausalTest, causal_test, from_both_halves, training_examples
+from pipeline.data.base import Data, Grouped
+from pipeline.ensemble import CausalTest, Shuffled, causal_test
 from pipeline.launch.drive import read_job
 from pipeline.recipe import Recipe, write_json
 from pipeline.weights import load_run
@@ -21,28 +20,28 @@ FILE = "carryover.json"
 
 
 def carryover_of_run(
-    folder: Path, *, which: str, steps: str | None, micro_batch: int | None, trust: tuple[str, ...]
+    folder: Path, *, which: str, steps: str | None, micro_batch: int | None, by: str | None, trust: tuple[str, ...]
 ) -> CausalTest:
-    """Test the network of a run of one task; write `carryover.json` into its folder.
+    """Test the network of a run of one task; write `carryover.json` into its folder. `by`: the groups that errors are over.
 
-    Raises: ValueError for a run of several tasks, or `steps` that are not such as "1,2,4,8"; what the data or the test refuse.
+    Raises: ValueError for a run of several tasks, `steps` that are not such as "1,2,4,8", or data without groups to be taken
+    `by`; what the data or the test refuse.
     """
     recipe = Recipe.read(folder / "recipe.json", trust=trust)
     if recipe.phases:
         raise ValueError(f"carryover: the run must be of one task; got {len(recipe.phases)} phases in {folder.name}")
     data: Data = recipe.data.build()
     chosen = _parsed(steps) if steps is not None else (recipe.time_steps,) if len(data.shape) == 4 else STEPS
+    groups = _groups(data, by) if by is not None else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_run(folder, which=which, trust=trust).to(device)
     check_data(data, read_job(folder), every_page=True)
     size = micro_batch or max(2, recipe.split(1).micro_batch)
-    with (
-        closing(from_both_halves(data, size, max(chosen), device)) as batches,
-        closing(training_examples(data, size, max(chosen), device, seed=recipe.seed)) as examples,
-        autocast(device, recipe.precision),  # as in training
-    ):
-        found = causal_test(network, batches, examples, steps=chosen, seed=recipe.seed)
-    write_json(folder / FILE, {"run": folder.name, "which": which, "trained_steps": recipe.time_steps, **asdict(found)})
+    batches = Shuffled(data=data, micro_batch=size, time_steps=max(chosen), device=device, seed=recipe.seed)
+    with autocast(device, recipe.precision):  # as in training
+        found = causal_test(network, batches, steps=chosen, groups=groups, seed=recipe.seed)
+    about = {"run": folder.name, "which": which, "trained_steps": recipe.time_steps, "by": by}
+    write_json(folder / FILE, about | asdict(found))
     return found
 
 
@@ -51,3 +50,11 @@ def _parsed(steps: str) -> tuple[int, ...]:
         return tuple(int(each) for each in steps.split(","))
     except ValueError:
         raise ValueError(f"carryover: --steps must be numbers of time steps, such as 1,2,4,8; got {steps!r}") from None
+
+
+def _groups(data: Data, by: str) -> list[str]:
+    if not isinstance(data, Grouped):
+        raise ValueError(
+            f"carryover: --by needs data that groups its samples; got --by {by}, and {type(data).__name__} has no groups"
+        )
+    return data.groups("val", by=by)

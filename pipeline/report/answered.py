@@ -5,25 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.answers import Answers, read_answers
+from pipeline.data.base import Grouped
 from pipeline.recipe import Recipe
 from pipeline.report.runs import ReportError, load
-
-
-@runtime_checkable
-class Grouped(Protocol):
-    """A data set that knows what its samples belong with."""
-
-    def fingerprint(self) -> str: ...
-
-    def groups(self, use: Literal["train", "val"], *, by: str) -> list[str]:
-        """Of each sample, at its place in the file that `use` reads."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -11,8 +11,11 @@ from pipeline.ensemble import CausalTest, Ensemble, Mean
 _TITLES = ("T", "carry-over", "one step", "ensemble", "gap", "disagree", "below real", "loss of one", "of ensemble")
 
 
-def print_carryover(found: CausalTest, name: str, console: Console | None = None) -> None:
-    """One line for each T and carry-over: accuracies in per cent and their differences in points, ± standard errors."""
+def print_carryover(found: CausalTest, name: str, *, by: str | None = None, console: Console | None = None) -> None:
+    """One line for each T and carry-over: accuracies in per cent and their differences in points, ± standard errors.
+
+    `by`: what the groups are that the errors are over; None: each sample was taken to be drawn by itself.
+    """
     console = console or Console()
     table = Table(title=name, box=None, header_style="bold", pad_edge=False, title_justify="left")
     for title in _TITLES:
@@ -20,8 +23,9 @@ def print_carryover(found: CausalTest, name: str, console: Console | None = None
     for ensemble in found.ensembles:
         table.add_row(*map(Text, _cells(ensemble)))
     console.print(table)
+    over = "as if each were drawn by itself" if by is None else f"over their {found.groups} groups by {by}"
     console.out(
-        f"{found.samples} samples, ± one standard error over them; gaussian: moments of {found.examples} training samples; "
+        f"{found.samples} samples, ± one standard error {over}; gaussian: their moments; "
         f"shuffled: {found.same_class:.1%} of donors are of the same class; one batch carried over {found.bytes / 1e6:.4g} MB",
         highlight=False,
     )

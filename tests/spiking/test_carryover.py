@@ -1,24 +1,23 @@
 """The reading is exact: what is replayed fires the same spikes, and its gradient is SLTT's, to 1e-12 in float64."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
+from pipeline.models.binarized import binarized
 from pipeline.models.feedback import fc_feedback
 from pipeline.models.qkformer import QKFormer
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
+from pipeline.spiking.binary import WINDOWS, binary_synapses
 from pipeline.spiking.carryover import CarryOver, Gaussian, record, replaying
 from pipeline.spiking.neuron import IF, LIF, named_neurons
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.surrogate import ATan, Sigmoid
-from pipeline.spiking.synapse import Conv2d, Linear
+from pipeline.spiking.synapse import Linear
 from tests.rules.small import batch, cross_entropy, difference, gradients, lif_network, spikes_of
 
 EXACT = 1e-12
@@ -30,22 +29,6 @@ NEURONS = [
     {"leak": 0.7, "reset_gradient": "kept", "threshold": 0.6, "subtract": 0.8},
     {"leak": 1.0, "reset": "zero", "reset_gradient": "kept"},
 ]
-
-
-class Signs(nn.Module):
-    """1-bit weights: sign(W) times the detached mean |W| of the filter, sign(0) = 1, gradient 1 where |W| <= 1, else 0."""
-
-    def forward(self, weight: Tensor) -> Tensor:
-        scale = weight.detach().abs().flatten(1).mean(1).view(-1, *[1] * (weight.dim() - 1))
-        sign = torch.where(weight.detach() >= 0, 1.0, -1.0).to(weight.dtype)
-        clipped = weight.clamp(-1, 1)
-        return scale * (sign + (clipped - clipped.detach()))
-
-
-def one_bit(model: nn.Module, where: Callable[[str], bool]) -> None:
-    for name, module in list(model.named_modules()):
-        if isinstance(module, (Linear, Conv2d)) and where(name):
-            parametrize.register_parametrization(module, "weight", Signs())
 
 
 def transformer(shortcut: str, **choices) -> tuple[nn.Module, Tensor, Tensor]:
@@ -96,11 +79,12 @@ def test_a_perceptron(neuron):
     check(lif_network(**neuron), x_TBC, target_B)
 
 
-def test_a_perceptron_of_1_bit_weights():
-    model = lif_network()
-    one_bit(model, lambda name: name != "4")
-    first = model[0]
-    assert isinstance(first, Linear) and all(len(row.unique()) == 2 for row in first.weight)
+@pytest.mark.parametrize("weights", WINDOWS)
+def test_a_perceptron_of_1_bit_weights(weights):
+    model = binarized(lif_network(), part="all_but_ends", weights=weights)
+    ((name, synapse),) = binary_synapses(model).items()
+    assert name == "2" and synapse.binarizer is not None
+    assert all(len(row.abs().unique()) == 1 and len(row.unique()) == 2 for row in synapse.binarizer(synapse.weight))
     x_TBC, target_B = batch(4)
     check(model, x_TBC, target_B)
 
@@ -120,8 +104,7 @@ def test_a_transformer_in_training(shortcut, choices):
 
 def test_a_transformer_with_a_1_bit_ffn_and_multiple_shortcuts():
     model, x_TB, target_B = transformer("multiple")
-    one_bit(model, lambda name: ".ffn." in name)
-    assert sum(parametrize.is_parametrized(module) for module in model.modules()) == 8
+    assert len(binary_synapses(binarized(model, part="ffn"))) == 8
     check(model, x_TB, target_B)
 
 
