@@ -16,12 +16,16 @@ from torch import nn
 import pipeline
 from pipeline.__main__ import main
 from pipeline.checkpoint import WEIGHTS, _seal, verified
+from pipeline.data.synthetic import Synthetic
 from pipeline.export import _digest, export_run, load_export, pack_bits, unpack_bits
 from pipeline.launch.drive import write_job
 from pipeline.models.binarized import binarized
 from pipeline.models.convnet import convnet
-from pipeline.recipe import Recipe, spec
+from pipeline.models.ms_resnet import MSResNet
+from pipeline.models.qkformer import QKFormer
+from pipeline.recipe import Recipe, Spec, spec
 from pipeline.spiking.binary import binary_synapses
+from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import effective_weight
 from tests.small import make_run, small_recipe, train_inline
@@ -46,10 +50,32 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def logits(network: nn.Module) -> torch.Tensor:
-    x_TBCHW = torch.randn(3, 16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+def logits(network: nn.Module, *, pixels: int = 8) -> torch.Tensor:
+    x_TBCHW = torch.randn(3, 16, 1, pixels, pixels, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), fresh_state(network):
         return network(x_TBCHW)
+
+
+def rewrite_weights(run: Path, state: dict[str, torch.Tensor]) -> None:
+    """Exchange the weights in the checkpoint of `run`."""
+    checkpoint = verified(run / "checkpoints")
+    save_file(state, checkpoint / WEIGHTS)
+    (checkpoint / "manifest.json").unlink()
+    _seal(checkpoint)
+
+
+def awake(network: nn.Module) -> nn.Module:
+    """With gains and shifts under which every block has something to say, and the statistics of a few batches under them."""
+    generator = torch.Generator().manual_seed(1)
+    for norm in [module for module in network.modules() if isinstance(module, BatchNorm)]:
+        nn.init.uniform_(norm.weight, 1, 3, generator=generator)
+        nn.init.uniform_(norm.bias, 0.5, 2, generator=generator)
+    network.train()
+    with torch.no_grad():
+        for _ in range(20):
+            with fresh_state(network):
+                network(torch.randn(3, 8, 1, 16, 16, generator=generator))
+    return network.eval()
 
 
 @given(st.lists(st.integers(0, 9), max_size=4), st.integers(0, 2**32 - 1))
@@ -86,6 +112,41 @@ def test_it_comes_back_to_the_same_logits(name: str, layout: str, runs: Path, tm
             assert torch.equal(logits(reloaded), expected)
 
 
+QKFORMER = spec(QKFormer, channels=32, depth=4, heads=2, classes=10, in_channels=1, shortcut="multiple")
+MS_RESNET = spec(MSResNet, blocks=(2, 1), width=6, classes=10, in_channels=1, stem_stride=1, over="step")
+
+
+@pytest.mark.parametrize(
+    ("network", "part", "synapses"),
+    [
+        (QKFORMER, "ffn", 2 * 4),
+        (MS_RESNET, "all_but_ends", 3 * 2 + 2),  # and one in the shortcut of each stage
+        (MS_RESNET.with_(shortcut="multiple"), "all_but_ends", 3 * 2 + 2),
+    ],
+    ids=["QKFormer", "MS-ResNet", "MS-ResNet, multiple"],
+)
+def test_streams_of_real_numbers_come_back_to_the_same_logits(network: Spec, part: str, synapses: int, tmp_path: Path) -> None:
+    """Packed, with all scales folded into norms that have statistics of data, and biases into those before them."""
+    trained_by = small_recipe(
+        model=spec(binarized, network=network, part=part),
+        data=spec(Synthetic, samples=64, val_samples=20, shape=(1, 16, 16)),
+        stop_after=1,
+        checkpoint_every=0,
+    )
+    train_inline(tmp_path / "run", trained_by)
+    rewrite_weights(tmp_path / "run", awake(pipeline.load(tmp_path / "run")).state_dict())
+    told = export_run(tmp_path / "run", tmp_path / "net.safetensors", layout="packed")
+    trained, reloaded = pipeline.load(tmp_path / "run"), pipeline.load(told.file)
+    assert told.synapses == told.folded == len(binary_synapses(trained)) == synapses
+    expected = logits(trained, pixels=16)
+    assert (logits(reloaded, pixels=16) - expected).abs().max() < 1e-5
+    for name in binary_synapses(trained):  # each of them counts
+        with torch.no_grad():
+            reloaded.get_submodule(name).weight.neg_()  # type: ignore[operator]
+            assert (logits(reloaded, pixels=16) - expected).abs().max() > 1e-3, name
+            reloaded.get_submodule(name).weight.neg_()  # type: ignore[operator]
+
+
 def test_a_byte_holds_eight_weights(runs: Path, tmp_path: Path) -> None:
     told = export_run(runs / "scaled", tmp_path / "net.safetensors", layout="packed")
     tensors = load_file(told.file)
@@ -119,12 +180,9 @@ def test_a_scale_that_no_norm_can_take_lies_beside_its_bits(runs: Path, tmp_path
     """A filter of zeros has a scale of 0, which cannot be divided by."""
     run = tmp_path / "run"
     train_inline(run, recipe().override({"optimizer.lr": 0.0, "optimizer.weight_decay": 0.0}))
-    checkpoint = verified(run / "checkpoints")
-    state = load_file(checkpoint / WEIGHTS)
+    state = load_file(verified(run / "checkpoints") / WEIGHTS)
     state["stages.1.1.conv.weight"][2] = 0
-    save_file(state, checkpoint / WEIGHTS)
-    (checkpoint / "manifest.json").unlink()
-    _seal(checkpoint)
+    rewrite_weights(run, state)
     told = export_run(run, layout="packed")
     assert told.folded == 2 and load_file(told.file)["stages.1.1.conv.scale"][2] == 0
     assert torch.allclose(logits(pipeline.load(told.file)), logits(pipeline.load(run)), rtol=0, atol=1e-5)

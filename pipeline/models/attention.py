@@ -2,12 +2,12 @@
 
 q, k, v are spikes of 1x1 synapses that read the stream, split into heads of d channels; the tokens are the N pixels.
 
-    TokenQK          a[n] = L'(sum_d q[d, n]) k[ . , n]            a mask over tokens: O(N C)
-    SelfAttention    a[n] = L'(SCALE sum_m (q[n] . k[m]) v[m])     computed as (sum_m v[m] k[m]^T) q[n]: O(N C d)
+    TokenQK          a[n] = L'(sum_d q[d, n]) k[ . , n]          y = S a         a mask over tokens: O(N C)
+    SelfAttention    a[n] = SCALE sum_m (q[n] . k[m]) v[m]       y = S L'(a)     computed as (sum_m v[m] k[m]^T) q[n]: O(N C d)
 
-with L' a neuron of threshold 0.5; the last synapse reads a. On a stream of real numbers one neuron stands before q, k and v,
-and none behind the last norm. Under "multiple_all" each projection has a shortcut of its own: the stream is added to the
-currents of q, k and v, and what L' reads to the currents of the last synapse.
+with L' a neuron of threshold 0.5, and S the last synapse and its norm. On a stream of real numbers one neuron stands before q,
+k and v, and none behind S. Under "multiple_all" each projection has a shortcut of its own: the stream is added to the currents
+of q, k and v, and a to y. (In SelfAttention a is what the last neuron reads; TokenQK has no neuron before S, and a is spikes.)
 
 Source: Zhou et al. 2024 (QKFormer, arXiv 2403.16552); Zhou et al. 2023 (Spikformer, arXiv 2209.15425); the shortcuts: Le & Li
 2023 (BinaryViT, arXiv 2306.16678).
@@ -73,7 +73,9 @@ class TokenQK(Attention):
     def _mix(self, *heads_TBhdN: Tensor, shape: tuple[int, ...]) -> Tensor:
         q_TBhdN, k_TBhdN = heads_TBhdN
         mask_TBh1N = self.attention_neuron(q_TBhdN.sum(3, keepdim=True))
-        return self.project((mask_TBh1N * k_TBhdN).reshape(shape))
+        a = (mask_TBh1N * k_TBhdN).reshape(shape)
+        y = self.project(a)
+        return y + a if self.has_shortcuts else y
 
 
 class SelfAttention(Attention):

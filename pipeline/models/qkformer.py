@@ -7,7 +7,7 @@
 
 as published with `shortcut="sew"`, whose stream holds whole numbers. With "membrane", "multiple" and "multiple_all" the
 stream is real (`models/residual.py`): neurons stand before synapses, also in the embeddings, and one before the classifier. A
-block starts as the identity, as in MS-ResNet ("multiple_all" adds what its attention reads nevertheless).
+block starts as the identity, as in MS-ResNet (but under "multiple_all", where the a of its attention is added to it).
 
 Drop path is a share that grows linearly with depth to `drop_path`, one for both branches of a block. The published code declares
 it and never applies it, so 0 is as published.

@@ -198,10 +198,10 @@ class Blocks:
         )
 
     def around(self, branch: nn.Module, *, drop_path: float = 0.0) -> nn.Module:
-        """A branch that reads the stream by itself and keeps its shape, such as an attention."""
+        """A branch that reads the stream by itself and keeps its shape, such as an attention; not under "post_activation"."""
+        assert self.shortcut != "post_activation"
         self.stream.add()
-        last = self.neuron() if self.shortcut == "post_activation" else None
-        return Residual(branch, last=last, alpha=ALPHA if self.is_sws else None, drop_path=drop_path)
+        return Residual(branch, alpha=ALPHA if self.is_sws else None, drop_path=drop_path)
 
     def _shortcut(self, in_channels: int, out_channels: int, stride: int, *, pooled: bool) -> tuple[nn.Module | None, bool]:
         """The shortcut, and whether it has a synapse of its own."""

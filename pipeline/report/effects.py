@@ -45,16 +45,6 @@ def all_effects(factors: Mapping[str, Levels], *, most: int = 3) -> dict[str, We
     }
 
 
-def simple_effects(factors: Mapping[str, Levels]) -> dict[str, Weights]:
-    """The effect of each factor at each level of each other one, by name: `teacher (kd - none) at weights=1-bit`."""
-    _check_levels(factors)
-    return {
-        f"{_name(factors, (of,))} at {other}={level}": effect(factors, of, at={other: level})
-        for of, other in itertools.permutations(factors, 2)
-        for level in factors[other]
-    }
-
-
 def _name(factors: Mapping[str, Levels], of: tuple[str, ...]) -> str:
     if len(of) == 1:
         first, second = factors[of[0]]

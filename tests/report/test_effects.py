@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from pipeline.report.effects import Weights, all_effects, effect, simple_effects
+from pipeline.report.effects import Weights, all_effects, effect
 
 FACTORS = {"weights": ("fp", "1-bit"), "shortcut": ("block", "multiple"), "teacher": ("none", "kd")}
 CELLS = list(itertools.product(*FACTORS.values()))
@@ -58,10 +58,7 @@ def test_all_of_them_by_name() -> None:
     names += ["weights x shortcut", "weights x teacher", "shortcut x teacher", "weights x shortcut x teacher"]
     assert list(found) == names and found["weights x teacher"] == effect(FACTORS, "weights", "teacher")
     assert list(all_effects(FACTORS, most=1)) == names[:3]
-    simple = simple_effects(FACTORS)
-    assert len(simple) == 12
-    assert simple["teacher (kd - none) at weights=1-bit"] == effect(FACTORS, "teacher", at={"weights": "1-bit"})
-    assert all(sum(weights.values()) == 0 for weights in (*found.values(), *simple.values()))
+    assert all(sum(weights.values()) == 0 for weights in found.values())
     pairs = {tuple(weights.values()) for weights in found.values()}
     assert all(sum(a * b for a, b in zip(x, y, strict=True)) == 0 for x, y in itertools.combinations(pairs, 2))  # orthogonal
 
@@ -86,4 +83,4 @@ def test_a_factor_of_other_than_two_levels_is_refused() -> None:
         with pytest.raises(ValueError, match="a factor must have two levels; got weights="):
             all_effects({"weights": levels})
         with pytest.raises(ValueError, match="a factor must have two levels; got weights="):
-            simple_effects({"teacher": ("none", "kd"), "weights": levels})
+            effect({"teacher": ("none", "kd"), "weights": levels}, "teacher", at={"weights": "a"})

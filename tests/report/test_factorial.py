@@ -18,7 +18,7 @@ from pipeline.answers import Answers, write_answers
 from pipeline.data.errors import DataError
 from pipeline.data.synthetic import Synthetic
 from pipeline.recipe import Spec, spec, write_json
-from pipeline.report.effects import all_effects, simple_effects
+from pipeline.report.effects import all_effects, effect
 from pipeline.report.factorial import Factorial, factorial
 from tests.small import small_recipe
 
@@ -99,12 +99,18 @@ def test_an_additive_design_comes_out_exactly(tmp_path: Path) -> None:
 
 def test_interactions_come_out_where_they_were_put(tmp_path: Path) -> None:
     runs = study(tmp_path, lambda levels, split, number: base(split, number) + levels[0] + levels[0] * levels[1] + levels[2])
-    found = {each.name: each.estimate for each in read(runs, all_effects(FACTORS) | simple_effects(FACTORS)).contrasts}
+    within = {
+        f"{of} at {level}": effect(FACTORS, of, at={at: level})
+        for of, at, level in (
+            ("weights", "shortcut", "block"),
+            ("weights", "shortcut", "multiple"),
+            ("shortcut", "weights", "fp"),
+        )
+    }
+    found = {each.name: each.estimate for each in read(runs, all_effects(FACTORS) | within).contrasts}
     assert found["weights x shortcut"] == 12.5 and found["weights x teacher"] == found["weights x shortcut x teacher"] == 0
     assert found["weights (1-bit - fp)"] == 12.5 + 6.25
-    assert found["weights (1-bit - fp) at shortcut=block"] == 12.5
-    assert found["weights (1-bit - fp) at shortcut=multiple"] == 25
-    assert found["shortcut (multiple - block) at weights=fp"] == 0
+    assert [found[name] for name in within] == [12.5, 25, 0]
 
 
 def test_alike_cells_differ_by_exactly_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,82 @@
+"""Both attentions at one time step against sums over pairs of tokens, written out."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.attention import Attention, SelfAttention, TokenQK
+from pipeline.models.residual import Blocks
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.state import fresh_state
+
+HEADS, CHANNELS = 2, 6
+
+
+def spike(x: Tensor, threshold: float = 1.0) -> Tensor:
+    """A neuron at its first time step."""
+    return (x >= threshold).to(x.dtype)
+
+
+def lively(attention: Attention) -> Attention:
+    for module in attention.modules():
+        if isinstance(module, BatchNorm):
+            for tensor, low, high in ((module.weight, 1, 3), (module.bias, 0.5, 1.5), (module.running_mean, -0.5, 0.5)):
+                nn.init.uniform_(tensor, low, high)
+    return attention.double().eval()
+
+
+def currents(layer: nn.Module, x_BCN: Tensor) -> Tensor:
+    """1x1 synapse and norm."""
+    synapse, norm = layer.synapse, layer.norm
+    y_BCN = torch.einsum("oc,bcn->bon", synapse.weight[:, :, 0, 0], x_BCN)  # type: ignore[index]
+    y_BCN = y_BCN if synapse.bias is None else y_BCN + synapse.bias[:, None]  # type: ignore[index]
+    gain_C = norm.weight / (norm.running_var + norm.eps) ** 0.5  # type: ignore[operator]
+    return gain_C[:, None] * (y_BCN - norm.running_mean[:, None]) + norm.bias[:, None]  # type: ignore[index]
+
+
+def by_hand(attention: Attention, shortcut: str, x_BCN: Tensor) -> Tensor:
+    h_BCN = x_BCN if shortcut == "sew" else spike(x_BCN)
+    stream = x_BCN if shortcut == "multiple_all" else 0
+    found = {name: spike(currents(each.currents, h_BCN) + stream) for name, each in attention.projections.items()}  # type: ignore[arg-type]
+    heads = {name: s_BCN.unflatten(1, (HEADS, -1)) for name, s_BCN in found.items()}
+    a = torch.zeros_like(heads["q"])
+    for n in range(x_BCN.shape[-1]):
+        q, k = heads["q"][..., n], heads["k"]
+        if isinstance(attention, TokenQK):
+            a[..., n] = spike(q.sum(-1, keepdim=True), 0.5) * k[..., n]
+        else:
+            a[..., n] = sum(0.125 * (q * k[..., m]).sum(-1, keepdim=True) * heads["v"][..., m] for m in range(x_BCN.shape[-1]))
+    a_BCN = a.flatten(1, 2)
+    y_BCN = currents(attention.project, a_BCN if isinstance(attention, TokenQK) else spike(a_BCN, 0.5))
+    if shortcut == "sew":
+        return spike(y_BCN)
+    return y_BCN + a_BCN if shortcut == "multiple_all" else y_BCN
+
+
+@pytest.mark.parametrize("kind", [TokenQK, SelfAttention])
+@pytest.mark.parametrize("shortcut", ["sew", "membrane", "multiple", "multiple_all"])
+def test_its_form(kind, shortcut):
+    torch.manual_seed(0)
+    attention = lively(kind(Blocks(shortcut=shortcut, neuron=LIF(0.5)), CHANNELS, heads=HEADS))
+    x_BCHW = 2 * torch.randn(3, CHANNELS, 3, 2, dtype=torch.float64)
+    x_BCHW = spike(x_BCHW) if shortcut == "sew" else x_BCHW
+    with torch.no_grad():
+        with fresh_state(attention):
+            got = attention(x_BCHW[None])[0]
+        expected = by_hand(attention, shortcut, x_BCHW.flatten(2)).unflatten(2, (3, 2))
+    assert expected.std() > 0.1
+    assert (got - expected).abs().max() < 1e-12
+
+
+def test_a_silent_last_norm_leaves_what_the_last_shortcut_carries():
+    """As blocks start: nothing, but under "multiple_all" the spikes that TokenQK masks, and the sums of SelfAttention."""
+    torch.manual_seed(0)
+    x_TBCHW = 2 * torch.randn(1, 3, CHANNELS, 4, 4)
+    for kind, step in ((TokenQK, 1.0), (SelfAttention, 0.125)):
+        for shortcut in ("multiple", "multiple_all"):
+            attention = kind(Blocks(shortcut=shortcut, neuron=LIF(0.5)), CHANNELS, heads=HEADS)
+            with torch.no_grad(), fresh_state(attention):
+                y_TBCHW = attention(x_TBCHW)
+            assert bool(y_TBCHW.any()) == (shortcut == "multiple_all")
+            assert torch.equal(y_TBCHW % step, torch.zeros_like(y_TBCHW)) and y_TBCHW.min() >= 0
