@@ -1,7 +1,9 @@
 """The frozen teacher of the stamps study: how often it is right about objects that it has not seen, and how sure it is.
 
 Command:  python -m benchmarks.stamps_teacher [--split 3] [--size 160] [--l2 0.03 0.1 0.3] [--threads 1]
-Result:   not run.
+Result:   at 160 pixels, l2 0.1, splits 0, 1, 2: top-1 on unseen objects .5933, .6702, .6962; in training .9737, .9725, .9656, and
+          entropy .6244, .6362, .6912, as of label smoothing .1202, .1231, .1364; commit eb0a1203d0de, one thread of 2 cores of an
+          AMD EPYC, torch 2.13
 
 `size` is what the teacher resizes the study's views to, without it their own. The seed is the split, as in the study. Probes are
 fitted on the views of the first epoch; what the teacher answers in training, how often it is right and how uncertain in the mean,
