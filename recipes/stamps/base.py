@@ -2,7 +2,7 @@
 
     spiketrain write stamps --out data/stamps-0 --size 160 --split 0        (and 1, 2; 3 to choose settings on)
 
-Objects and grounds of the evaluation images were never seen in training. Learning rate and teacher were chosen on split 3,
+Objects and grounds of the evaluation images were never seen in training. The learning rate (recipes/compare/sei_stamps_rates.py) and the teacher were chosen on split 3,
 whose evaluation objects train in the other three (docs/LOG.md). The test set is read once, after the last epoch.
 """
 
@@ -31,7 +31,7 @@ from pipeline.teachers.weights import Package
 from recipes.sei_base import two_stages
 
 CLASSES, SIZE = 13, 160
-RATE = 6e-3
+RATE = 12e-3
 
 
 def pictures(split: str = "0") -> Spec:
