@@ -1,8 +1,8 @@
 """What a teacher's answers cost with the channels last in memory, as timm_teacher has them, against the order of the batch.
 
 Command:  python -m benchmarks.teacher_layout [--name tf_efficientnet_lite0] [--batches 6] [--side 224] [--size 32] [--threads 1]
-Result:   images/s, contiguous and channels last:  fp32 17.6, 28.3 (1.60);  bf16 43.7, 64.9 (1.48);  commit eb0a1203d0de, one thread
-          of 2 idle cores of an AMD EPYC, torch 2.13
+Result:   images/s, contiguous and channels last:  fp32 17.6, 28.3 (1.60);  bf16 43.7, 64.9 (1.48);  commit eb0a1203d0de, one
+          thread of 2 idle cores of an AMD EPYC, torch 2.13
 
 Fresh weights; the two layouts take turns on the same random images, once in fp32 and once in bf16.
 """
