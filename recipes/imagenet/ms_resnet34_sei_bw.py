@@ -10,13 +10,10 @@ Result:   not run (nothing like it is published)
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from timm.optim import create_optimizer_v2
 
 from pipeline.data.beton import Beton
 from pipeline.distill import Distillation
-from pipeline.models.binarized import binarized
 from pipeline.models.ms_resnet import ms_resnet
 from pipeline.recipe import Recipe, spec
 from pipeline.rules.sltt import SLTT
@@ -27,16 +24,7 @@ from recipes.sei_base import two_stages
 
 
 def recipe() -> Suite:
-    first = _first_stage()
-    return two_stages(
-        first,
-        replace(
-            first,
-            name="imagenet-ms-resnet34-sei-bw",
-            model=spec(binarized, network=first.model, part="all_but_ends", weights="scaled"),
-            optimizer=first.optimizer.with_(lr=0.05),
-        ),
-    )
+    return two_stages(_first_stage(), part="all_but_ends")
 
 
 def _first_stage() -> Recipe:

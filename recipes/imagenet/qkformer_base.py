@@ -13,7 +13,6 @@ from timm.optim import create_optimizer_v2
 
 from pipeline.data.beton import Beton
 from pipeline.distill import Distillation
-from pipeline.models.binarized import binarized
 from pipeline.models.qkformer import qkformer_10
 from pipeline.objective import CrossEntropy
 from pipeline.recipe import Recipe, spec
@@ -49,7 +48,7 @@ def qkformer(channels: int, *, batch_size: int) -> Recipe:
 def sei(channels: int, *, batch_size: int, shortcut: str = "multiple", name: str = "sei") -> Suite:
     """SEI-BWSNN: full precision, then a 1-bit FFN. "multiple" is reading A, "sew_multiple" reading B (models/residual.py)."""
     first = _first_stage(channels, batch_size=batch_size, shortcut=shortcut, name=name)
-    return two_stages(first, _second_stage(first))
+    return two_stages(first, part="ffn", epochs=100)
 
 
 def _first_stage(channels: int, *, batch_size: int, shortcut: str, name: str) -> Recipe:
@@ -63,15 +62,4 @@ def _first_stage(channels: int, *, batch_size: int, shortcut: str, name: str) ->
         # ReActNet's: the teacher's answer and no label.
         objective=spec(Distillation, label_weight=0.0, form="soft"),
         teacher=spec(timm_teacher, name="caformer_b36.sail_in22k_ft_in1k", precision="bf16"),
-    )
-
-
-def _second_stage(first: Recipe) -> Recipe:
-    """The same with a 1-bit FFN at half the learning rate. Latent weights have no decay, as no 1-bit synapse's have."""
-    return replace(
-        first,
-        name=first.name.replace("-fp", "-bw"),
-        model=spec(binarized, network=first.model, part="ffn", weights="scaled"),
-        optimizer=first.optimizer.with_(lr=first.optimizer.kwargs["lr"] / 2),
-        epochs=100,
     )

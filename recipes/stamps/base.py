@@ -15,7 +15,6 @@ from timm.optim import create_optimizer_v2
 
 from pipeline.data.beton import Beton
 from pipeline.distill import Distillation
-from pipeline.models.binarized import binarized
 from pipeline.models.qkformer import QKFormer
 from pipeline.objective import CrossEntropy
 from pipeline.recipe import Recipe, Spec, spec
@@ -24,12 +23,10 @@ from pipeline.rules.sltt import SLTT
 from pipeline.schedule import cosine
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
-from pipeline.suite import Suite
 from pipeline.teachers.cache import Cache
 from pipeline.teachers.probe import Probe
 from pipeline.teachers.timm import timm_teacher
 from pipeline.teachers.weights import Package
-from recipes.sei_base import two_stages
 
 CLASSES, SIZE = 13, 160
 RATE = 12e-3
@@ -85,14 +82,3 @@ def sei_first_stage() -> Recipe:
         objective=spec(Distillation, label_weight=0.0, form="soft"),
         teacher=teacher(),
     )
-
-
-def in_two_stages(first: Recipe, *, part: str) -> Suite:
-    """Then 1-bit weights in a part of the network at half the learning rate; latent weights have no decay."""
-    second = replace(
-        first,
-        name=first.name.replace("-fp", "-bw"),
-        model=spec(binarized, network=first.model, part=part, weights="scaled"),
-        optimizer=first.optimizer.with_(lr=RATE / 2),
-    )
-    return two_stages(first, second)

@@ -13,9 +13,10 @@ from dataclasses import replace
 from pipeline.models.ms_resnet import MSResNet
 from pipeline.recipe import spec
 from pipeline.suite import Suite
-from recipes.stamps.base import CLASSES, in_two_stages, sei_first_stage
+from recipes.sei_base import two_stages
+from recipes.stamps.base import CLASSES, sei_first_stage
 
 
 def recipe() -> Suite:
     network = spec(MSResNet, blocks=(1, 1, 1, 1), width=16, classes=CLASSES, shortcut="multiple", over="step")
-    return in_two_stages(replace(sei_first_stage(), name="stamps-ms-resnet-sei-fp", model=network), part="all_but_ends")
+    return two_stages(replace(sei_first_stage(), name="stamps-ms-resnet-sei-fp", model=network), part="all_but_ends")

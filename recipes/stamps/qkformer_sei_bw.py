@@ -9,8 +9,9 @@ Result:   not run
 from __future__ import annotations
 
 from pipeline.suite import Suite
-from recipes.stamps.base import in_two_stages, sei_first_stage
+from recipes.sei_base import two_stages
+from recipes.stamps.base import sei_first_stage
 
 
 def recipe() -> Suite:
-    return in_two_stages(sei_first_stage(), part="ffn")
+    return two_stages(sei_first_stage(), part="ffn")
