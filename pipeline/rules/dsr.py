@@ -14,6 +14,7 @@ from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, steps_
 from pipeline.spiking.neuron import named_neurons
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateNeuron, rate_weights
+from pipeline.spiking.serving import serving
 from pipeline.spiking.state import fresh_state
 
 # Calibration holds so many samples at a time, at every T and width; and each layer keeps 1 / 1000 of its rates.
@@ -119,7 +120,8 @@ class _RateMap(torch.autograd.Function):
 def _rate(lif: RateNeuron, x_TB: Tensor) -> Tensor:
     """gain I of the input, never below fp32."""
     weights_T = rate_weights(lif.leak, x_TB)
-    return lif.gain * torch.tensordot(weights_T, x_TB.to(weights_T.dtype), dims=1)
+    with serving("rates"):
+        return lif.gain * torch.tensordot(weights_T, x_TB.to(weights_T.dtype), dims=1)
 
 
 # ------------------------------------------------------------------------------------------------------------ calibration

@@ -27,6 +27,7 @@ from pipeline.spiking.encode import is_still
 from pipeline.spiking.neuron import LIF, identity, named_neurons
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateNeuron
+from pipeline.spiking.serving import serving
 from pipeline.spiking.state import State
 
 Adjoint = Callable[[Tensor, "Linearized"], "Tensor | Sequence[Tensor]"]
@@ -263,7 +264,7 @@ class _AtRest(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         a_1B, current_1B = ctx.saved_tensors
         # In the precision of the rate, never below fp32: a solve is longer than bf16 is precise.
-        with torch.autocast(a_1B.device.type, enabled=False):
+        with torch.autocast(a_1B.device.type, enabled=False), serving("solver"):
             solved = ctx.adjoint(grad_outputs[0].squeeze(0), Linearized(ctx.equilibrium, a_1B, current_1B.to(a_1B.dtype)))
         if isinstance(solved, Tensor):
             return solved.unsqueeze(0), None, None, None, None, None

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from pipeline.spiking.encode import is_still
 from pipeline.spiking.rate import rate_weights
+from pipeline.spiking.serving import serving
 from pipeline.spiking.subspace import Moments, Subspace
 from pipeline.spiking.synapse import Conv2d, Linear
 
@@ -42,7 +43,7 @@ class Ear:
             )
         if self.heard is None:
             self.heard = self.moments(self.subspace)
-        with torch.autocast(x_TB.device.type, enabled=False):
+        with torch.autocast(x_TB.device.type, enabled=False), serving("lateral"):
             if is_still(x_TB):  # every mean over time is the frame
                 x_TB = x_TB[:1]
             elif self.leak is not None:

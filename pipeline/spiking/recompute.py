@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.spiking.serving import serving
 from pipeline.spiking.state import State, states_of
 
 
@@ -68,7 +69,7 @@ class Recomputed:
                 kept, membranes = _split_last(kept, len(moment.membranes))
                 leaves = [v.detach().requires_grad_(v.is_floating_point()) for v in membranes]
                 self._set(moment, leaves, buffers)
-                with torch.enable_grad():
+                with torch.enable_grad(), serving("recomputation"):
                     logits_cBK = self.model(x_cB)
                 outputs, incoming = [logits_cBK], [error_cBK]
                 for place in self._now().places:

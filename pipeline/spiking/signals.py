@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.spiking.noise import noise
+from pipeline.spiking.serving import serving
 
 
 class Signals(nn.Module):
@@ -101,12 +102,14 @@ class MeanJacobian(Signals):
     def signal(self, layer: int, units: int, *, e_BK: Tensor, o_BK: Tensor, z_BN: Tensor | None) -> Tensor:
         assert z_BN is not None and z_BN.shape[1] == units
         self.note(layer, o_BK, z_BN)
-        return e_BK @ self.jacobian(layer).T
+        with serving("feedback"):
+            return e_BK @ self.jacobian(layer).T
 
     def note(self, layer: int, o_BK: Tensor, z_BN: Tensor) -> None:
         """One step of some samples, for the next move of this layer's matrix."""
         self.matrix(layer, z_BN.shape[1], o_BK.shape[1], z_BN.new_zeros)
-        estimate = z_BN.T @ o_BK / self.scale
+        with serving("feedback"):
+            estimate = z_BN.T @ o_BK / self.scale
         self._sums[layer] = self._sums[layer] + estimate if layer in self._sums else estimate
         self._samples[layer] = self._samples.get(layer, 0) + len(z_BN)
 
@@ -146,7 +149,8 @@ class Fixed(Signals):
             entries = noise([self.key_of(layer)], units * outputs, distribution="gaussian", device=e_BK.device)
             return entries.view(units, outputs).to(e_BK.dtype) / math.sqrt(outputs)
 
-        return e_BK @ self.matrix(layer, units, e_BK.shape[1], drawn).T
+        with serving("feedback"):
+            return e_BK @ self.matrix(layer, units, e_BK.shape[1], drawn).T
 
 
 class SinglePoint(Signals):

@@ -11,6 +11,8 @@ Source: Golub & Kahan 1965 (doi 10.1137/0702016).
 import torch
 from torch import Tensor
 
+from pipeline.spiking.serving import serving
+
 STEPS = 32
 
 
@@ -26,20 +28,20 @@ def spectral_norm(V: Tensor, *, steps: int = STEPS) -> Tensor:
 
 def stretch(u: Tensor, V: Tensor, v: Tensor) -> Tensor:
     """u^T V v, with its gradient u v^T; never below fp32."""
-    with torch.autocast(V.device.type, enabled=False):
+    with torch.autocast(V.device.type, enabled=False), serving("limit"):
         return u @ V.to(u.dtype) @ v
 
 
 @torch.no_grad()
 def answer(V: Tensor, v: Tensor) -> Tensor:
     """V v, without a graph: another one shows that V has moved."""
-    with torch.autocast(V.device.type, enabled=False):
+    with torch.autocast(V.device.type, enabled=False), serving("limit"):
         return V.to(v.dtype) @ v
 
 
 def top_vectors(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
     """Unit u, v that make u^T V v largest over the Krylov space of a fixed start: Golub-Kahan-Lanczos, reorthogonalised."""
-    with torch.no_grad(), torch.autocast(V.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(V.device.type, enabled=False), serving("limit"):
         return _lanczos(V.to(torch.promote_types(V.dtype, torch.float32)), steps=steps)
 
 

@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pipeline.spiking.serving import serving
+
 LARGEST_CHANGE = 10.0
 LARGEST_RESPONSE = 20.0
 
@@ -83,16 +85,17 @@ class Subspace(nn.Module):
     @torch.no_grad()
     def learn(self, moments: Moments, *, rate: float, momentum: float, iterations: int) -> None:
         """The equations at the head of the file, `iterations` times."""
-        for _ in range(iterations):
-            change = moments.drive(self).clamp_(-LARGEST_CHANGE, LARGEST_CHANGE)
-            self.velocity = momentum * self.velocity + (1 - momentum) * change
-            self.new = self.new + rate * self.velocity
-        self.new = orthonormal(self.new, self.old)
+        with serving("lateral"):
+            for _ in range(iterations):
+                change = moments.drive(self).clamp_(-LARGEST_CHANGE, LARGEST_CHANGE)
+                self.velocity = momentum * self.velocity + (1 - momentum) * change
+                self.new = self.new + rate * self.velocity
+            self.new = orthonormal(self.new, self.old)
 
     @torch.no_grad()
     def project(self, g: Tensor) -> Tensor:
         """g - (g H^T) H over the frozen rows; `g` is the gradient of a weight, flattened to `[outputs, C]`."""
-        with torch.autocast(g.device.type, enabled=False):
+        with torch.autocast(g.device.type, enabled=False), serving("lateral"):
             g_KC = g.flatten(1).to(self.old.dtype)
             return (g_KC - (g_KC @ self.old.T) @ self.old).view_as(g).to(g.dtype)
 

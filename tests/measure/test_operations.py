@@ -1,0 +1,337 @@
+"""Operations of training, against counts by hand: of each rule on Linear(6 -> 8), neurons, Linear(8 -> 3)."""
+
+# T time, B batch; N hidden neurons, K classes
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.measure.operations import Operations, Work
+from pipeline.rules import spide
+from pipeline.rules.base import Rule
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.dsr import DSR
+from pipeline.rules.hlop import HLOP
+from pipeline.rules.ide import IDE
+from pipeline.rules.opzo import OPZO
+from pipeline.rules.ottt import OTTT
+from pipeline.rules.sltt import SLTT
+from pipeline.rules.spide import SPIDE
+from pipeline.spiking.binary import binarize
+from pipeline.spiking.equilibrium import Equilibrium, Linearized
+from pipeline.spiking.neuron import IF, LIF
+from pipeline.spiking.rate import RateIF
+from pipeline.spiking.serving import served
+from pipeline.spiking.state import fresh_state
+from pipeline.spiking.synapse import Conv2d, Linear
+from tests.rules.small import batch, cross_entropy, learn
+from tests.spiking.traces import traces_of
+
+T, B, I, N, K = 4, 5, 6, 8, 3
+
+
+def seeded(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for parameter in (p for module in model.modules() if isinstance(module, (Linear, Conv2d)) for p in module.parameters()):
+            parameter.copy_(0.9 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model.double()
+
+
+def two_layers(neuron: nn.Module) -> nn.Sequential:
+    return seeded(nn.Sequential(Linear(I, N), neuron, Linear(N, K)))  # type: ignore[return-value]
+
+
+class Seen:
+    """What passed the modules of a network while it learnt: spikes, and the errors that came back to synapses."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.outputs: dict[str, list[Tensor]] = {}
+        self.errors: dict[str, list[Tensor]] = {}
+        for name, module in model.named_modules():
+            module.register_forward_hook(lambda _, __, out, name=name: self._note(self.outputs, name, out))
+            if isinstance(module, Linear):
+                module.register_full_backward_hook(lambda _, __, g, name=name: self._note(self.errors, name, g[0]))
+
+    def _note(self, where: dict[str, list[Tensor]], name: str, value: Tensor) -> None:
+        if served() is None:  # a solver runs the same modules for itself
+            where.setdefault(name, []).append(value.detach())
+
+
+def learnt(rule: Rule, model: nn.Module, *, steps: int = T, batches: int = 1, before: int = 0) -> tuple[Operations, Seen, Tensor]:
+    """`batches` of training under `rule`, counted, after `before` that are not."""
+    x_TBI, target_B = batch(steps, size=B)
+    rule.attach(model, over_time=rule.over_time_choices[0])
+    for step in range(before):
+        learn(rule.objectives(model, x_TBI, cross_entropy(target_B), step=step))
+        rule.end_of_batch()
+    seen, operations = Seen(model), Operations(model)
+    with operations:
+        for step in range(before, before + batches):
+            learn(rule.objectives(model, x_TBI, cross_entropy(target_B), step=step))
+            rule.end_of_batch()
+    return operations, seen, x_TBI
+
+
+def live(*values: Tensor) -> int:
+    return sum(int(value.count_nonzero()) for value in values)
+
+
+def work(multiplications: int, additions: int) -> tuple[int, int]:
+    return multiplications, additions
+
+
+def found(operations: Operations) -> dict[str, tuple[int, int]]:
+    return {purpose: (work.multiplications, work.additions) for purpose, work in operations.work.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- in numbers
+
+
+def test_one_neuron_in_numbers() -> None:
+    """Two inputs (3, 2), a third of 0, one neuron that fires at both of two steps, one output: every operation written out."""
+    first, second = Linear(3, 1, bias=False), Linear(1, 1, bias=False)
+    model = nn.Sequential(first, LIF(leak=0.5), second).double()
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([[0.5, -0.125, 7.0]]))  # u = 1.25, then 1.375: psi = .75, .625
+        second.weight.fill_(2.0)
+    x_TB = torch.tensor([3.0, 2.0, 0.0]).expand(2, 1, 3).double().contiguous()
+    with Operations(model) as operations, fresh_state(model):
+        model(x_TB).sum().backward()
+    assert operations.work == {
+        "forward": Work(4, 6, 8),  # .5 * 3 and -.125 * 2 at each step; the spike adds 2 at each step
+        "error": Work(0, 2, 2),  # the error is 1 at each step, so the weight is added
+        "weights": Work(4, 6, 8),  # g * 3 and g * 2 at each step; the spike adds the error of 1 at each step
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------- each rule
+
+
+def feed_forward(seen: Seen, x_TBI: Tensor) -> dict[str, tuple[int, int]]:
+    """What rules cost that hand errors down through the synapses at every step."""
+    s_TBN, g_TBN, e_TBK = torch.cat(seen.outputs["1"]), torch.cat(seen.errors["0"]), torch.cat(seen.errors["2"])
+    assert live(e_TBK) == T * B * K
+    assert 0 < live(g_TBN) < g_TBN.numel() and 0 < live(s_TBN) < s_TBN.numel()
+    return {
+        "forward": work(live(x_TBI) * N, live(x_TBI) * N + live(s_TBN) * K),
+        "error": work(live(e_TBK) * N, live(e_TBK) * N),
+        "weights": work(live(g_TBN) * I, live(g_TBN) * I + live(s_TBN) * K),
+    }
+
+
+@pytest.mark.parametrize("rule", [BPTT(), SLTT(), SLTT(chunk=2), BPTT(truncate=2)], ids=lambda rule: rule.label)
+def test_rules_that_hand_errors_down(rule: Rule) -> None:
+    operations, seen, x_TBI = learnt(rule, two_layers(LIF()))
+    assert found(operations) == feed_forward(seen, x_TBI)
+
+
+def test_recomputation_is_a_second_forward() -> None:
+    operations, seen, x_TBI = learnt(BPTT(recompute=True), two_layers(LIF()))
+    half = {name: values[: len(values) // 2] for name, values in seen.outputs.items()}
+    seen.outputs = half if len(seen.outputs["1"]) > T else seen.outputs
+    expected = feed_forward(seen, x_TBI)
+    assert found(operations) == {**expected, "recomputation": expected["forward"]}
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_sltt_k_works_backward_k_times_whatever_t(k: int) -> None:
+    backward = []
+    for steps in (4, 8, 16):
+        rule = SLTT(k)
+        operations, seen, _ = learnt(rule, two_layers(LIF()), steps=steps)
+        s_TBN, e_kBK = torch.cat(seen.outputs["1"]), torch.cat(seen.errors["2"])
+        assert len(e_kBK) == k and len(s_TBN) == steps
+        assert found(operations)["error"] == work(k * B * K * N, k * B * K * N)
+        assert operations.work["weights"].dense == k * B * (I * N + N * K)
+        assert operations.work["forward"].dense == steps * B * (I * N + N * K)
+        backward.append(operations.work["error"].multiplications)
+    assert len(set(backward)) == 1
+
+
+@pytest.mark.parametrize("rule", [OTTT(), OTTT(update="objective")], ids=lambda rule: rule.label)
+def test_ottt_multiplies_traces(rule: Rule) -> None:
+    operations, seen, x_TBI = learnt(rule, two_layers(LIF()))
+    expected = feed_forward(seen, x_TBI)
+    traces_TBN = traces_of(torch.cat(seen.outputs["1"]), 0.5)
+    g = live(*seen.errors["0"]) * I
+    weights = work(g + live(traces_TBN[1:]) * K, g + live(traces_TBN) * K)  # the trace of the first step is its spikes
+    assert found(operations) == {**expected, "weights": weights}
+
+
+def test_opzo_pays_for_its_feedback_and_hands_nothing_down() -> None:
+    operations, seen, _ = learnt(OPZO(), two_layers(LIF()), before=1)
+    g, product = live(*seen.errors["0"]) * I, T * B * N * K
+    assert found(operations) == {
+        "forward": work(T * B * I * N + product, T * B * I * N + product),  # noise on the spikes makes them real
+        "weights": work(g + product, g + product),
+        "feedback": work(2 * product, 2 * product),  # M e; z o^T
+    }
+
+
+def test_dfa_pays_for_a_matrix_that_it_does_not_learn() -> None:
+    operations, _, _ = learnt(OPZO(feedback="random"), two_layers(LIF()))
+    assert found(operations)["feedback"] == work(T * B * N * K, T * B * N * K)
+    assert "error" not in operations.work
+
+
+def test_zo_works_element_by_element() -> None:
+    operations, _, _ = learnt(OPZO(feedback="single_point"), two_layers(LIF()))
+    assert set(operations.work) == {"forward", "weights"}
+
+
+def test_dsr_takes_means_over_time() -> None:
+    operations, seen, x_TBI = learnt(DSR(), two_layers(RateIF(threshold=3.0)))
+    assert found(operations) == {**feed_forward(seen, x_TBI), "rates": work(0, T * B * N)}  # IF's weights are all 1 / T
+
+
+def feedback_network() -> nn.Sequential:
+    equilibrium = Equilibrium(inject=Linear(I, N), feedback=Linear(N, N, bias=False), neurons=[IF(threshold=4.0)])
+    return seeded(nn.Sequential(equilibrium, Linear(N, K)))  # type: ignore[return-value]
+
+
+def at_rest(seen: Seen) -> tuple[dict[str, tuple[int, int]], int]:
+    """What IDE and SPIDE share: forward, error, weights; and the product of the feedback with a[T]."""
+    s_TBN, e_BK = torch.cat(seen.outputs["0.neurons.0"]), torch.cat(seen.errors["1"])
+    g_BN = torch.cat(seen.errors["0.inject"])
+    a = live(s_TBN.mean(0))
+    inject = (T + 1) * B * I * N  # each frame, and their mean
+    assert 0 < live(s_TBN[:-1]) < s_TBN.numel() and 0 < live(g_BN) < g_BN.numel()
+    again = int(((g_BN != 0).sum(-1) * (s_TBN.mean(0, keepdim=True) != 0).sum(-1)).sum())
+    return {
+        "forward": work(inject + a * (N + K), inject + a * (N + K) + live(s_TBN[:-1]) * N),
+        "error": work(live(e_BK) * N, live(e_BK) * N),
+        "weights": work(a * K + live(g_BN) * I + again, a * K + live(g_BN) * I + again),
+    }, a * N
+
+
+def test_ide_pays_for_its_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Tensor] = []
+    transposed = Linearized.transposed
+
+    def noted(self: Linearized, layer: int, d_B: Tensor) -> Tensor:
+        asked.append(d_B.detach())
+        return transposed(self, layer, d_B)
+
+    monkeypatch.setattr(Linearized, "transposed", noted)
+    operations, seen, _ = learnt(IDE(solver="fixed_point"), feedback_network())
+    expected, linearized = at_rest(seen)
+    assert len(asked) > 3
+    solver = linearized + live(*asked) * N
+    assert found(operations) == {**expected, "solver": work(solver, solver)}
+
+
+def test_spides_second_phase_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    emitted: list[int] = []
+    event_driven = spide._event_driven
+
+    def noted(weight: Tensor, gain_BM: Tensor) -> Any:
+        handed = event_driven(weight, gain_BM)
+
+        def transposed(u_BN: Tensor, s_BM: Tensor) -> None:
+            emitted.append(live(gain_BM * s_BM))
+            handed(u_BN, s_BM)
+
+        return transposed
+
+    monkeypatch.setattr(spide, "_event_driven", noted)
+    operations, seen, _ = learnt(SPIDE(steps=20, scale=4.0), feedback_network())
+    expected, linearized = at_rest(seen)
+    assert len(emitted) == 20 and sum(emitted) > 0
+    assert found(operations) == {**expected, "solver": work(linearized, linearized + sum(emitted) * N)}
+
+
+def test_hlop_pays_for_its_lateral_neurons_and_its_projection() -> None:
+    rule = HLOP(SLTT(), rows=((2, 3),), inner_iterations=1)
+    model = two_layers(LIF())
+    operations, seen, x_TBI = learnt(rule, model)
+    s_TBN = torch.cat(seen.outputs["1"])
+    heard, spiked = T * B * I * I, int(s_TBN.count_nonzero(-1).square().sum())
+    second_NN = torch.einsum("tbi,tbj->ij", s_TBN, s_TBN)
+    learning = 2 * (I * I + 2 * 2 * I) + 3 * (live(second_NN) + 2 * 3 * N)
+    lateral = work(heard + learning, heard + spiked + learning)
+    assert found(operations) == {**feed_forward(seen, x_TBI), "lateral": lateral}
+
+    rule.start_task(model, 1)
+    x_TBI, target_B = batch(T, size=B)
+    with Operations(model) as operations:
+        learn(rule.objectives(model, x_TBI, cross_entropy(target_B), step=1))
+    projected = T * (2 * N * I * 2 + 2 * K * N * 3)  # g H^T and H, at each step, for both weights
+    lateral = operations.work["lateral"]
+    assert lateral.dense == heard + T * B * N * N + projected
+
+
+# ------------------------------------------------------------------------------------------------------- what else is there
+
+
+def test_a_weight_of_one_bit_is_added() -> None:
+    model = two_layers(LIF())
+    real, _, _ = learnt(BPTT(), model)
+    model = two_layers(LIF())
+    binarize(model[2], "scaled")
+    bits, _, _ = learnt(BPTT(), model)
+    assert real.work["error"].multiplications == real.work["error"].additions == T * B * N * K
+    assert bits.work["error"] == Work(0, T * B * N * K, T * B * N * K)
+
+
+def test_standardised_and_fixed_weights_hand_errors_down() -> None:
+    model = seeded(nn.Sequential(Linear(I, N), LIF(), Linear(N, K, weights="standardized")))
+    operations, seen, x_TBI = learnt(SLTT(), model)
+    assert found(operations) == feed_forward(seen, x_TBI)
+    for error in ("sign_symmetric", "feedback"):
+        operations, seen, x_TBI = learnt(HLOP(SLTT(), rows=((2, 3),), error=error), two_layers(LIF()))
+        even = error == "sign_symmetric"
+        assert operations.work["error"] == Work(0 if even else T * B * K * N, T * B * K * N, T * B * K * N)
+
+
+def test_convolutions_forward_and_back() -> None:
+    model = seeded(nn.Sequential(Conv2d(2, 3, 3, padding=1, bias=False), LIF(), Conv2d(3, 4, 3, stride=2, bias=False)))
+    x_TBCHW = torch.randn(2, 1, 2, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with Operations(model) as operations, fresh_state(model):
+        model(x_TBCHW).square().sum().backward()
+    inside = (5 * 3 - 2) ** 2  # taps of a 3x3 on 5x5 with padding 1 that lie in the image
+    first, second = 2 * inside * 2 * 3, 2 * 4 * 9 * 3 * 4
+    assert operations.work["forward"].dense == first + second
+    assert operations.work["error"].dense == second
+    assert operations.work["weights"].dense == first + second
+    assert operations.work["forward"].multiplications == first
+
+
+def test_a_transposed_convolution_and_its_backward() -> None:
+    x = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    weight = nn.Parameter(torch.randn(2, 4, 3, 3, dtype=torch.float64))
+    holder = nn.Module()
+    holder.weight = weight
+    with Operations(holder) as operations:
+        F.conv_transpose2d(x, weight, None, 2, 1, 1).square().sum().backward()
+    pairs = (3 * 3 - 1) ** 2 * 2 * 4  # each of 3 places reaches 3 of 6, the first one 2
+    assert {purpose: work.dense for purpose, work in operations.work.items()} == dict.fromkeys(
+        ("forward", "error", "weights"), pairs
+    )
+
+
+def test_attention_in_a_backward_is_error() -> None:
+    q = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    k = (torch.rand(2, 4, 3, dtype=torch.float64) > 0.5).double().requires_grad_()
+    with Operations(nn.Identity()) as operations:
+        (q @ k).square().sum().backward()
+    assert operations.work["forward"] == Work(0, 3 * live(k), 72)
+    assert operations.work["error"].dense == 144
+
+
+def test_nothing_is_counted_twice_in_inference_mode() -> None:
+    model = two_layers(LIF()).eval()
+    x_TBI, _ = batch(T, size=B)
+    counts: list[Work] = []
+    modes: list[Callable[[], Any]] = [torch.enable_grad, torch.no_grad, torch.inference_mode]
+    for mode in modes:
+        with mode(), Operations(model) as operations, fresh_state(model):
+            model(x_TBI)
+        counts.append(operations.total)
+    assert counts[0] == counts[1] == counts[2] and counts[0].dense == T * B * (I * N + N * K)
