@@ -104,20 +104,22 @@ class Attempt:
     def _micro_batches(self, source: Iterator[Any]) -> Iterator[MicroBatch]:
         micro, workers = self.parts.split.micro_batch, self.parts.split.workers
         for index in range(self.parts.split.accumulation):
-            with self.meters.waiting():
+            with self.meters.part("data_wait"):
                 batch = next(source)
+            with self.meters.part("transfer"):
                 x_B = batch.x.to(self.parts.device, non_blocking=True)
                 target_B = batch.target.to(self.parts.device, non_blocking=True)
-            first = (index * workers + self.ranks.rank) * micro
-            rows = range(first, first + micro)
-            if self.parts.mixing is not None:
-                place = {"seed": self.recipe.seed, "step": self.step, "rows": rows}
-                x_B, target_B = self.parts.mixing(x_B, target_B, classes=self.tasks[self.stretch.index].data.classes, **place)
+                first = (index * workers + self.ranks.rank) * micro
+                rows = range(first, first + micro)
+                if self.parts.mixing is not None:
+                    place = {"seed": self.recipe.seed, "step": self.step, "rows": rows}
+                    classes = self.tasks[self.stretch.index].data.classes
+                    x_B, target_B = self.parts.mixing(x_B, target_B, classes=classes, **place)
+                x_TB = over_steps(x_B, self.recipe.time_steps)
             teacher_BK = None
             if self.parts.teaching is not None:
-                with self.meters.teaching():
+                with self.meters.part("teacher"):
                     teacher_BK = self.parts.teaching(x_B, batch.index, self.stretch.epoch(self.step))
-            x_TB = over_steps(x_B, self.recipe.time_steps)
             yield MicroBatch(x_TB, target_B, rows, micro / self.recipe.batch_size, teacher_BK)
 
     def _between_batches(self, epoch: int, *, last: bool) -> None:
@@ -132,14 +134,16 @@ class Attempt:
                 )
             metrics["lr"] = self.backend.optimizer.param_groups[0]["lr"]
             metrics |= {f"rule_{name}": value for name, value in self._figures().items()}
-            self.tracker.event("step", step=self.step, epoch=epoch, metrics=metrics, memory_bytes=memory_now_bytes())
+            with self.meters.between("tracking"):
+                self.tracker.event("step", step=self.step, epoch=epoch, metrics=metrics, memory_bytes=memory_now_bytes())
         due = recipe.checkpoint_every > 0 and self.step % recipe.checkpoint_every == 0
         self.stop_asked, late = self.ranks.decide(
             (self.folder / "stop").exists(),
             recipe.checkpoint_minutes > 0 and time.monotonic() - self.saved_at > 60 * recipe.checkpoint_minutes,
         )
         if (due or late or self.stop_asked) and not last:
-            self._save(score=None)
+            with self.meters.between("checkpoint"):
+                self._save(score=None)
 
     def _figures(self) -> dict[str, float]:
         """What the rule says of its last batch, the mean over ranks; collective."""
@@ -156,14 +160,16 @@ class Attempt:
         is_learnt = self.step == stretch.end
         if is_learnt or (epoch - stretch.first_epoch + 1) % self.recipe.evaluate_every == 0:
             figures = self._figures()
-            results = self._evaluate()
+            with self.meters.between("evaluation"):
+                results = self._evaluate()
             self.result = mean_of(results)
             # With tasks to come the mean is one of other tasks: no score to find the best checkpoint by.
             score = self.result.top1 if stretch.index + 1 == len(self.tasks) else None
             self._tell_results(epoch, results)
             if is_learnt:
                 self.learnt.add([result.top1 for result in results], figures)
-        self._save(score=score)
+        with self.meters.between("checkpoint"):
+            self._save(score=score)
 
     def _tell_results(self, epoch: int, results: list[Evaluation]) -> None:
         assert self.result is not None

@@ -5,15 +5,17 @@ T time, B batch, C channels, H W pixels, K classes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
 from pipeline.backend.base import Backend
 from pipeline.objective import Loss
 from pipeline.rules.base import Objective, Rule
+
+T_ = TypeVar("T_")
 
 
 class MicroBatch(NamedTuple):
@@ -37,8 +39,12 @@ class Meters(Protocol):
         """Surrounds everything that one global batch costs, the wait for its data included."""
         ...
 
-    def optimizer(self) -> AbstractContextManager[None]:
-        """Surrounds a move of the weights, the reduction over ranks included."""
+    def part(self, name: Literal["backward", "optimizer"]) -> AbstractContextManager[None]:
+        """Surrounds a part of it."""
+        ...
+
+    def each(self, name: Literal["forward"], source: Iterable[T_]) -> Iterator[T_]:
+        """`source`, with what it takes to make each next one as a part."""
         ...
 
     def add(self, objective: Objective, share: float) -> None: ...
@@ -57,18 +63,22 @@ def train(
     """Train on `batches` of (step, micro-batches): one global batch each, workers x accumulated micro-batches."""
     for step, micro_batches in batches:
         with meters.batch(step):
-            schedule(step)
+            with meters.part("optimizer"):
+                schedule(step)
             for x_TB, target_B, rows, share, teacher_BK in micro_batches:
                 loss_of = loss_for(target_B, teacher_BK)
-                for objective in rule.objectives(backend.model, x_TB, loss_of, step=step, rows=rows):
+                objectives = rule.objectives(backend.model, x_TB, loss_of, step=step, rows=rows)
+                for objective in meters.each("forward", objectives):
                     if objective.backward is not None:  # SLTT-K reports T steps and differentiates K
-                        backend.backward(objective.backward, share)
+                        with meters.part("backward"):
+                            backend.backward(objective.backward, share)
                     meters.add(objective, share)
                     if rule.update == "objective":  # OTTT-O moves the weights at every time step
-                        with meters.optimizer():
+                        with meters.part("optimizer"):
                             backend.step()
                 meters.end_of_micro_batch(target_B)
-            rule.end_of_batch()
+            with meters.part("backward"):
+                rule.end_of_batch()
             if rule.update == "batch":
-                with meters.optimizer():
+                with meters.part("optimizer"):
                     backend.step()

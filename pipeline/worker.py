@@ -22,6 +22,8 @@ from pipeline.checkpoint import Checkpoints
 from pipeline.data.base import Data
 from pipeline.data.mixing import Mixing
 from pipeline.job import REFUSAL, Job, Place
+from pipeline.measure.clock import Clock
+from pipeline.measure.collectives import collectives_on
 from pipeline.measure.meters import Meters
 from pipeline.objective import Loss
 from pipeline.parts import Parts
@@ -50,10 +52,11 @@ def run(job: Job, place: Place, *, attempt_of: Callable[[Parts], Attempt] = Atte
     torch.set_num_threads(job.threads)
     torch.backends.cudnn.deterministic = True  # the same bits after a restart; costs speed where cuDNN has a faster kernel
     ranks = Ranks(place.rank, place.workers, place.device)
-    with only_writer(Path(job.run), ranks), journal(Path(job.run), ranks) as tracker:
+    clock = Clock(ranks.device)
+    with only_writer(Path(job.run), ranks), journal(Path(job.run), ranks) as tracker, collectives_on(clock):
         ranks.together(lambda: raise_refusal(Path(job.run)))
         try:
-            attempt = attempt_of(compose(job, place, ranks, tracker, began))
+            attempt = attempt_of(compose(job, place, ranks, tracker, clock, began))
         except ValueError as error:
             raise Refused(str(error)) from error
         try:
@@ -78,7 +81,7 @@ def raise_refusal(folder: Path) -> None:
         raise Refused((folder / REFUSAL).read_text(encoding="utf-8"))
 
 
-def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, began: float) -> Parts:
+def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, clock: Clock, began: float) -> Parts:
     """Build everything that this process trains with, and restore the newest checkpoint into it; collective."""
     folder = Path(job.run)
     recipe = Recipe.read(folder / "recipe.json", trust=job.trust)
@@ -123,7 +126,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, began: float
         stretches=stretches,
         mixing=mixing,
         teaching=teaching,
-        meters=Meters(network, batch_size=recipe.batch_size, device=ranks.device),
+        meters=Meters(network, batch_size=recipe.batch_size, device=ranks.device, clock=clock),
         checkpoints=checkpoints,
         trainer=None if checkpoint is None else checkpoints.load(checkpoint, backend, rule),
         began=began,

@@ -16,8 +16,11 @@ class NoMeters:
     def batch(self, step: int) -> Any:
         return nullcontext()
 
-    def optimizer(self) -> Any:
+    def part(self, name: str) -> Any:
         return nullcontext()
+
+    def each(self, name: str, source: Any) -> Any:
+        return source
 
     def add(self, objective: Objective, share: float) -> None:
         pass

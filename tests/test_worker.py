@@ -15,6 +15,7 @@ from pipeline.attempt import Attempt
 from pipeline.checkpoint import read_trainer, step_folders
 from pipeline.data.mixing import Mixing
 from pipeline.data.synthetic import Synthetic, SyntheticLoader
+from pipeline.measure.clock import PARTS
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.ranks import Refused
 from pipeline.recipe import spec
@@ -172,7 +173,7 @@ def test_the_journal_tells_loss_speed_and_place(tmp_path: Path) -> None:
     events = read(tmp_path / "run" / "journal.jsonl")
     steps = [event for event in events if event["event"] == "step"]
     assert [event["step"] for event in steps] == list(range(1, 17))
-    assert {"loss", "top1", "lr", "images_per_s", "data_wait_s", "compute_s", "optimizer_s", "step_s"} <= set(steps[0]["metrics"])
+    assert {"loss", "top1", "lr", "images_per_s", "step_s", *(f"{part}_s" for part in PARTS)} <= set(steps[0]["metrics"])
     assert [event["step"] for event in events if event["event"] == "evaluation"] == [8, 16]
     assert summary is not None
     on_disk = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.measure.clock import PARTS, REST
 from pipeline.measure.meters import Meters, Totals
 from pipeline.rules.base import Objective
 
@@ -25,7 +26,7 @@ def run_batch(meters: Meters, step: int, *, right: int = 3) -> None:
     """Two micro-batches of two samples, each in two shares, with a wait and a step of 10 ms."""
     with meters.batch(step):
         for index in range(2):
-            with meters.waiting():
+            with meters.part("data_wait"):
                 time.sleep(0.01)
             target_B = torch.tensor([0, 1])
             hits = [index * 2 + row < right for row in range(2)]
@@ -35,7 +36,7 @@ def run_batch(meters: Meters, step: int, *, right: int = 3) -> None:
             for share in range(2):
                 meters.add(Objective(None if share else torch.tensor(1.0), torch.tensor(0.5 + index), logits_BK / 2), 0.5)
             meters.end_of_micro_batch(target_B)
-        with meters.optimizer():
+        with meters.part("optimizer"):
             time.sleep(0.01)
 
 
@@ -47,7 +48,7 @@ def test_loss_hits_and_time_of_known_batches(meters: Meters) -> None:
     assert taken["top1"] == 0.75
     assert taken["data_wait_s"] >= 0.02
     assert 0.01 <= taken["optimizer_s"] < 0.02
-    assert taken["step_s"] == pytest.approx(taken["data_wait_s"] + taken["compute_s"] + taken["optimizer_s"])
+    assert taken["step_s"] == pytest.approx(sum(taken[f"{name}_s"] for name in (*PARTS, REST)))
     assert taken["images_per_s"] == pytest.approx(4 / taken["step_s"])
     assert meters.totals.backward_calls == 4
     run_batch(meters, 2, right=4)
@@ -55,18 +56,19 @@ def test_loss_hits_and_time_of_known_batches(meters: Meters) -> None:
 
 
 def test_a_teachers_seconds_are_its_own(meters: Meters) -> None:
-    with meters.batch(0), meters.teaching():
+    with meters.batch(0), meters.part("teacher"):
         time.sleep(0.01)
     taken = meters.take(same)
     assert taken["teacher_s"] >= 0.01
-    assert taken["compute_s"] < 0.01
-    assert meters.totals.teacher_s == taken["teacher_s"]
-    assert taken["step_s"] == pytest.approx(taken["teacher_s"] + taken["compute_s"])
+    assert taken["rest_s"] < 0.01
+    assert meters.totals.seconds["teacher"] == taken["teacher_s"]
+    assert taken["step_s"] == pytest.approx(taken["teacher_s"] + taken["rest_s"])
 
 
 def test_the_first_batch_and_those_that_count_memory_are_no_measure_of_speed(meters: Meters) -> None:
     for step in range(6):
         run_batch(meters, step)
+    meters.take(same)
     assert meters.totals.batches == 6
     assert meters.totals.steady_samples == 4 * 3  # 0 compiles, 1 and 4 count memory
     assert meters.totals.steady_s < meters.totals.train_s
@@ -82,7 +84,7 @@ def test_saved_bytes_are_counted_on_the_second_batch() -> None:
 
 
 def test_totals_over_ranks_take_the_largest_peak(meters: Meters) -> None:
-    meters.totals = Totals(peak_saved_bytes=5, state_bytes=7, train_s=1.5)
+    meters.totals = Totals(peak_saved_bytes=5, state_bytes=7, steady_s=1.5)
     found = meters.over_ranks(lambda peaks: peaks + 1)
-    assert (found.peak_saved_bytes, found.state_bytes, found.train_s) == (6, 8, 1.5)
+    assert (found.peak_saved_bytes, found.state_bytes, found.steady_s) == (6, 8, 1.5)
     assert found.peak_rss_bytes > 1e6

@@ -1,0 +1,120 @@
+"""Where the time of training goes: at each moment of a batch exactly one part is charged, the innermost that is entered.
+
+    with clock.batch():
+        with clock.part("data_wait"):  ...
+        with clock.part("backward"):   ...       # in which a collective may charge "communication"
+
+What no part is entered for is charged to REST. So the parts of a batch, with REST, are its seconds, to the last digit.
+
+On a CPU the clock is the host's. On a GPU the host runs ahead of the kernels and its seconds mean nothing, so each boundary is an
+event on the stream, and a part's seconds are the stream's: a wait for data is charged for as long as kernels had to wait for it.
+Nobody waits for an event before `take` asks for the seconds.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import torch
+
+PARTS = ("data_wait", "transfer", "teacher", "forward", "backward", "communication", "optimizer", "metrics")
+"""of a batch: data_wait, for the loader; transfer to the device, mixing and encoding there; forward, what a rule does before it
+yields an objective; backward, differentiating it, and what a rule learns by itself; communication, all collectives, and so the
+wait for the slowest rank; optimizer, the move of the weights and the schedule; metrics, adding up loss and hits"""
+BETWEEN = ("evaluation", "checkpoint", "tracking")
+"""between batches"""
+REST = "rest"
+
+Part = Literal["data_wait", "transfer", "teacher", "forward", "backward", "communication", "optimizer", "metrics"]
+Between = Literal["evaluation", "checkpoint", "tracking"]
+T_ = TypeVar("T_")
+
+
+@dataclass
+class _Batch:
+    """The boundaries of one batch: what begins at each, and when; the last one ends it."""
+
+    boundaries: list[tuple[str, Any]] = field(default_factory=list)
+
+
+class Clock:
+    """The clock of one rank."""
+
+    def __init__(self, device: torch.device = torch.device("cpu")) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._device = device
+        self._open: _Batch | None = None
+        self._ended: list[_Batch] = []
+        self._charged: str = REST
+        # An autograd thread enters a part (a collective in a hook of a gradient) while the one of the loop waits for it.
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Surrounds a batch. One that an exception ends is forgotten."""
+        self._open, self._charged = _Batch(), REST
+        self._charge(REST)
+        try:
+            yield
+            self._charge(REST)
+            self._ended.append(self._open)
+        finally:
+            self._open = None
+
+    @contextmanager
+    def part(self, name: Part) -> Iterator[None]:
+        """Inside, time is charged to `name`; outside of a batch to nothing."""
+        if self._open is None:
+            yield
+            return
+        with self._lock:
+            outer = self._charged
+            self._charge(name)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._charge(outer)
+
+    def each(self, name: Part, source: Iterable[T_]) -> Iterator[T_]:
+        """`source`, with what it takes to make each next one charged to `name`."""
+        iterator = iter(source)
+        while True:
+            with self.part(name):
+                value = next(iterator, _END)
+            if value is _END:
+                return
+            yield value  # type: ignore[misc]  # not the end
+
+    def take(self) -> list[dict[str, float]]:
+        """The seconds of each part, and of REST, in every batch that ended since the last `take`; waits for the device."""
+        ended, self._ended = self._ended, []
+        if self._is_cuda and ended:
+            ended[-1].boundaries[-1][1].synchronize()
+        return [self._seconds(batch) for batch in ended]
+
+    def _charge(self, name: str) -> None:
+        self._charged = name
+        if self._open is not None:
+            self._open.boundaries.append((name, self._now()))
+
+    def _now(self) -> Any:
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _seconds(self, batch: _Batch) -> dict[str, float]:
+        seconds: dict[str, float] = dict.fromkeys((*PARTS, REST), 0.0)
+        for (name, begun), (_, ended) in zip(batch.boundaries, batch.boundaries[1:], strict=False):
+            seconds[name] += begun.elapsed_time(ended) / 1e3 if self._is_cuda else ended - begun
+        return seconds
+
+
+_END = object()

@@ -1,0 +1,218 @@
+"""The clock by itself, and a sleep planted in each part of a real run, which must show in that part alone."""
+
+from __future__ import annotations
+
+import builtins
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed
+
+from pipeline import attempt
+from pipeline.backend.deepspeed import DeepSpeed
+from pipeline.backend.plain import Plain
+from pipeline.data.synthetic import Synthetic
+from pipeline.distill import Distillation
+from pipeline.loop import MicroBatch, train
+from pipeline.measure.clock import BETWEEN, PARTS, REST, Clock
+from pipeline.measure.collectives import COLLECTIVES, collectives_on
+from pipeline.measure.meters import Meters
+from pipeline.models.mlp import mlp
+from pipeline.objective import CrossEntropy
+from pipeline.recipe import Recipe, spec
+from pipeline.rules import sltt
+from pipeline.rules.base import World
+from pipeline.rules.sltt import SLTT
+from pipeline.teaching import Teaching
+from tests.processes import run_ranks
+from tests.small import train_inline
+from tests.test_teaching import taught
+
+SLEEP = 0.05
+
+
+# ------------------------------------------------------------------------------------------------------------- by itself
+
+
+def test_the_innermost_part_is_charged_and_the_parts_are_the_batch() -> None:
+    clock = Clock()
+    begun = time.perf_counter()
+    with clock.batch():
+        with clock.part("backward"):
+            time.sleep(0.02)
+            with clock.part("communication"):
+                time.sleep(0.04)
+            time.sleep(0.02)
+        time.sleep(0.01)
+    took = time.perf_counter() - begun
+    (seconds,) = clock.take()
+    assert 0.04 <= seconds["backward"] < 0.06
+    assert 0.04 <= seconds["communication"] < 0.06
+    assert 0.01 <= seconds[REST] < 0.03
+    assert sum(seconds.values()) == pytest.approx(took, abs=1e-3)
+    assert clock.take() == []
+
+
+def test_what_makes_the_next_one_is_charged_and_not_what_is_done_with_it() -> None:
+    clock = Clock()
+
+    def slow() -> Any:
+        for index in range(2):
+            time.sleep(0.02)
+            yield index
+
+    with clock.batch():
+        for _ in clock.each("forward", slow()):
+            time.sleep(0.01)
+    (seconds,) = clock.take()
+    assert 0.04 <= seconds["forward"] < 0.06
+    assert 0.02 <= seconds[REST] < 0.04
+
+
+def test_outside_of_a_batch_nothing_is_charged_and_a_broken_batch_is_forgotten() -> None:
+    clock = Clock()
+    with clock.part("communication"):
+        pass
+    with pytest.raises(KeyError), clock.batch(), clock.part("forward"):
+        raise KeyError
+    with clock.batch():
+        pass
+    (seconds,) = clock.take()
+    assert seconds["forward"] == seconds["communication"] == 0
+
+
+def test_collectives_are_given_back() -> None:
+    own = [getattr(distributed, name) for name in COLLECTIVES]
+    with collectives_on(Clock()):
+        assert all(getattr(distributed, name) is not function for name, function in zip(COLLECTIVES, own, strict=True))
+    assert [getattr(distributed, name) for name in COLLECTIVES] == own
+
+
+# -------------------------------------------------------------------------------------------------------------- in a run
+
+
+def sleeping(original: Callable[..., Any]) -> Callable[..., Any]:
+    def act(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(SLEEP)
+        return original(*args, **kwargs)
+
+    return act
+
+
+def recipe_of_a_few_steps() -> Recipe:
+    """4 batches of one time step, one evaluation, one checkpoint."""
+    objective = spec(Distillation, label_weight=0.0, form="soft")
+    recipe = taught(rule=spec(SLTT), objective=objective, micro_batch=None, time_steps=1)
+    return replace(recipe, stop_after=4, checkpoint_every=0)
+
+
+PLANTS: dict[str, tuple[Any, str, int]] = {  # where, what is slow, and how many times a run calls it
+    "data_wait": (attempt, "next", 4),
+    "transfer": (attempt, "over_steps", 4),
+    "teacher": (Teaching, "__call__", 4),
+    "forward": (sltt, "steps_share", 4),
+    "backward": (Plain, "backward", 4),
+    "optimizer": (Plain, "step", 4),
+    "evaluation": (attempt, "evaluate", 1),
+    "checkpoint": (attempt, "weights_of", 1),
+    "tracking": (attempt, "memory_now_bytes", 4),
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Of the second run in this process: what is done once, such as imports, is not of a part."""
+    return [seconds_of(tmp_path_factory.mktemp("undisturbed"), recipe_of_a_few_steps()) for _ in range(2)][-1]
+
+
+def seconds_of(folder: Path, recipe: Recipe) -> dict[str, float]:
+    summary = train_inline(folder / "run", recipe)
+    assert summary is not None
+    return {name: summary[f"{name}_s"] for name in (*PARTS, REST, *BETWEEN)}
+
+
+@pytest.mark.parametrize("part", PLANTS)
+def test_a_planted_sleep_shows_in_its_part_alone(
+    part: str, tmp_path: Path, undisturbed: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, name, times = PLANTS[part]
+    monkeypatch.setattr(where, name, sleeping(getattr(where, name, getattr(builtins, name, None))), raising=False)
+    found = seconds_of(tmp_path, recipe_of_a_few_steps())
+    more = {name: found[name] - undisturbed[name] for name in found}
+    assert more[part] > 0.9 * times * SLEEP
+    others = {name: seconds for name, seconds in more.items() if name != part}
+    assert max(others.values()) < 0.5 * SLEEP, others
+
+
+def test_without_a_rest_the_parts_cover_the_step(tmp_path: Path) -> None:
+    """At a size that is still small: 128 samples, 784-400-10, six steps of SLTT, each a forward and a backward of its own."""
+    recipe = taught(
+        rule=spec(SLTT),
+        objective=spec(CrossEntropy),
+        teacher=None,
+        model=spec(mlp, in_features=784, hidden=(400,)),
+        data=spec(Synthetic, samples=1280, val_samples=20, shape=(1, 28, 28)),
+        batch_size=128,
+        micro_batch=None,
+        time_steps=6,
+    )
+    found = seconds_of(tmp_path, recipe)
+    step = sum(found[name] for name in (*PARTS, REST))
+    assert sum(found[name] for name in PARTS) > 0.97 * step, found
+
+
+# --------------------------------------------------------------------------------------------------------- between ranks
+
+
+def slow_collectives(rank: int, ranks: int) -> dict[str, list[dict[str, float]]]:
+    """By backend: the seconds of three batches, every collective slowed down in the last."""
+    slow = {"on": False}
+
+    def slowly(original: Callable[..., Any]) -> Callable[..., Any]:
+        def act(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(SLEEP if slow["on"] else 0)
+            return original(*args, **kwargs)
+
+        return act
+
+    for name in COLLECTIVES:
+        setattr(distributed, name, slowly(getattr(distributed, name)))
+    clock = Clock()
+    with collectives_on(clock):
+        return {f"{zero}": _three_batches(rank, ranks, zero, slow, clock) for zero in (None, 0, 1, 2)}
+
+
+def _three_batches(rank: int, ranks: int, zero: int | None, slow: dict[str, bool], clock: Clock) -> list[dict[str, float]]:
+    network, rule = mlp(in_features=8, hidden=(16,), classes=3), SLTT()
+    rule.attach(network, world=World(rank=rank, size=ranks))
+
+    def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def batches() -> Any:
+        x_TB, target_B = torch.randn(2, 4, 8), torch.randint(3, (4,))
+        for step in range(3):
+            slow["on"] = step == 2
+            yield step, [MicroBatch(x_TB, target_B, range(4 * rank, 4 * rank + 4), 0.5)]
+        slow["on"] = False
+
+    backend = Plain(network, sgd) if zero is None else DeepSpeed(network, sgd, micro_batch=4, zero=zero)
+    meters = Meters(network, batch_size=8, device=torch.device("cpu"), clock=clock, memory_every=10**9)
+    train(rule, backend, lambda step: None, batches(), CrossEntropy(), meters)
+    return clock.take()
+
+
+@pytest.mark.distributed
+def test_what_ranks_say_to_one_another_is_communication_alone(tmp_path: Path) -> None:
+    """Under the plain backend and at every ZeRO stage."""
+    for of_rank in run_ranks(slow_collectives, 2, tmp_path):
+        assert len(of_rank) == 4
+        for backend, (_, quick, slow) in of_rank.items():
+            more = {name: slow[name] - quick[name] for name in slow}
+            assert more.pop("communication") > 0.9 * SLEEP, backend
+            assert max(more.values()) < 0.5 * SLEEP, (backend, more)
