@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from pipeline.answers import Answers, write_answers
+from pipeline.answers import write_answers
 from pipeline.checkpoint import weights_of
-from pipeline.evaluate import Evaluation, evaluate, inputs
+from pipeline.evaluate import Evaluated, Evaluation, evaluate, inputs
 from pipeline.loop import MicroBatch, train
 from pipeline.measure.memory import hardware, memory_now_bytes
 from pipeline.measure.meters import Totals
@@ -47,8 +47,8 @@ class Attempt:
             self.learnt = Learnt(**parts.trainer["learnt"])
         self.stretch = stretch_at(parts.stretches, self.step)
         self.result: Evaluation | None = None
-        self.answers: list[Answers] = []
-        """of this rank in the last evaluation, on each task"""
+        self.evaluated: list[Evaluated] = []
+        """in the last evaluation, on each task so far"""
         self.saved_at = time.monotonic()
         self.stop_asked = False
 
@@ -180,21 +180,19 @@ class Attempt:
 
     def _evaluate(self) -> list[Evaluation]:
         """On each task so far, the one at hand last."""
-        recipe, limit, results = self.recipe, self.recipe.evaluate_samples, []
+        recipe, limit = self.recipe, self.recipe.evaluate_samples
         most = None if limit is None else len(range(self.ranks.rank, limit, self.ranks.size))
         loss_for = recipe.objective.build().labels
-        self.answers = []
+        self.evaluated = []
         self.meters.note_peaks()
         with self._published():
             for index, task in enumerate(self.tasks[: self.stretch.index + 1]):
                 task.choose_head(self.backend.network)
                 with closing(self.parts.loaders.val(index)) as val_set:
                     batches = inputs(val_set, recipe.time_steps, self.parts.device, most=most)
-                    result, answers = evaluate(self.backend.model, batches, loss_for, over_time=recipe.over_time)
-                    results.append(result)
-                    self.answers.append(answers)
+                    self.evaluated.append(evaluate(self.backend.model, batches, loss_for, over_time=recipe.over_time))
         self.meters.forget_peaks()  # what evaluation held is not what training needs
-        return results
+        return [each.result for each in self.evaluated]
 
     @contextmanager
     def _published(self) -> Iterator[None]:
@@ -228,12 +226,15 @@ class Attempt:
     def _finish(self) -> dict[str, Any]:
         result = self.result or mean_of(self._evaluate())  # an attempt that died after its last checkpoint has evaluated nothing
         totals, figures = self.meters.over_ranks(self.ranks.max), self._figures()
-        answers = self.ranks.gather(self.answers)
+        answers = self.ranks.gather([each.answers for each in self.evaluated])
         summary: dict[str, Any] = {}
         if self.ranks.rank == 0:
-            summary = told_at_the_end(
-                self.parts, step=self.step, result=result, totals=totals, learnt=self.learnt, figures=figures
-            )
+            inference = self.evaluated[-1].inference
+            summary = {
+                **told_at_the_end(self.parts, step=self.step, result=result, totals=totals, learnt=self.learnt, figures=figures),
+                "inference": None if inference is None else inference.told(),
+            }
+            write_json(self.folder / "activity.json", [asdict(layer) for layer in self.evaluated[-1].activity])
             write_answers(self.folder / "answers.npz", answers, tasks=bool(self.recipe.phases))
             write_json(self.folder / "summary.json", {**summary, "hardware": hardware()})
         self.tracker.event("finish", sync=True, step=self.step, **summary)

@@ -5,18 +5,21 @@ T time, B batch, K classes
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
 
 from pipeline.answers import Answers, answers_of
 from pipeline.data.base import Loader
+from pipeline.measure.activity import Activity, LayerActivity, firing_rate
+from pipeline.measure.energy import Inference
+from pipeline.measure.operations import Operations
 from pipeline.objective import Loss
 from pipeline.spiking.encode import over_steps
-from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
 
 
@@ -31,6 +34,19 @@ class Evaluation:
     firing_rate: float
 
 
+class Evaluated(NamedTuple):
+    """What an evaluation gives beside its figures."""
+
+    result: Evaluation
+    """of all ranks together"""
+    answers: Answers
+    """of this rank"""
+    activity: tuple[LayerActivity, ...]
+    """of all ranks together; none for a network without neurons"""
+    inference: Inference | None
+    """of this rank's first batch; None without one"""
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -38,8 +54,8 @@ def evaluate(
     loss_for: Loss,
     *,
     over_time: str = "steps",
-) -> tuple[Evaluation, Answers]:
-    """Run the model over this rank's share of a set: the figures of all ranks together, and what it answered on this one.
+) -> Evaluated:
+    """Run the model over this rank's share of a set; collective.
 
     Args:
         batches: (x_TB, target_B, index_B); ranks may hold different numbers of them, or none.
@@ -47,11 +63,16 @@ def evaluate(
     was_training = model.training
     model.eval()
     answered: list[Tensor] = []  # index, target and answer of each batch
-    sums = torch.zeros(6, dtype=torch.float64)  # samples, top-1 hits, top-5 hits, loss, spikes, neurons x steps
-    with _counting_spikes(model) as spikes:
+    sums = torch.zeros(4, dtype=torch.float64)  # samples, top-1 hits, top-5 hits, loss
+    inference = None
+    with Activity(model) as activity:
         for x_TB, target_B, index_B in batches:
-            with fresh_state(model):
+            samples = len(target_B)
+            operations = Operations(model) if inference is None else None
+            with activity.batch(samples), fresh_state(model), operations or nullcontext():
                 logits_TBK = model(x_TB).float()
+            if operations is not None:
+                inference = Inference(operations.total, samples)
             loss_of = loss_for(target_B)
             mean_BK = logits_TBK.mean(0)
             if over_time == "mean":
@@ -60,21 +81,30 @@ def evaluate(
                 loss = torch.stack([loss_of(logits_BK) for logits_BK in logits_TBK]).mean()
             best_B5 = best(mean_BK)
             hits_B5 = best_B5 == target_B[:, None]
-            found = (hits_B5[:, 0].sum(), hits_B5.sum(), loss.double() * len(target_B))
-            sums[:4] += torch.tensor([len(target_B), *map(float, found)], dtype=torch.float64)
+            found = (hits_B5[:, 0].sum(), hits_B5.sum(), loss.double() * samples)
+            sums += torch.tensor([samples, *map(float, found)], dtype=torch.float64)
             answered.append(torch.stack([index_B, target_B.cpu(), best_B5[:, 0].cpu()]))
-        sums[4], sums[5] = spikes
     model.train(was_training)
-    if distributed.is_initialized() and distributed.get_world_size() > 1:
-        device = next(model.parameters()).device
-        total = sums.to(device)
-        distributed.all_reduce(total)
-        sums = total.cpu()
-    samples, top1, top5, loss, fired, places = sums.tolist()
+    samples, top1, top5, loss = _over_ranks(model, distributed.ReduceOp.SUM)(sums).tolist()
     if samples == 0:
         raise ValueError("evaluate: needs at least one sample; got none on any rank")
-    figures = Evaluation(int(samples), top1 / samples, top5 / samples, loss / samples, fired / max(places, 1.0))
-    return figures, answers_of(answered)
+    layers = activity.layers(*(_over_ranks(model, how) for how in (distributed.ReduceOp.SUM, distributed.ReduceOp.MAX)))
+    result = Evaluation(int(samples), top1 / samples, top5 / samples, loss / samples, firing_rate(layers))
+    return Evaluated(result, answers_of(answered), layers, inference)
+
+
+def _over_ranks(model: nn.Module, how: distributed.ReduceOp.RedOpType) -> Callable[[Tensor], Tensor]:
+    """A reduction of vectors on the CPU."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return lambda value: value
+    device = next(model.parameters()).device
+
+    def reduce(value: Tensor) -> Tensor:
+        shared = value.to(device, copy=True)
+        distributed.all_reduce(shared, op=how)
+        return shared.cpu()
+
+    return reduce
 
 
 def best(logits_BK: Tensor) -> Tensor:
@@ -101,20 +131,3 @@ def inputs(
                 yield over_steps(x_B.to(device), time_steps), target_B.to(device), index_B
             if left == 0:
                 return
-
-
-@contextmanager
-def _counting_spikes(model: nn.Module) -> Iterator[list[float]]:
-    """Spikes, and neurons times steps, that every LIF under `model` gave while the context is open."""
-    counted = [0.0, 0.0]
-
-    def count(_: nn.Module, __: object, s_TB: Tensor) -> None:
-        counted[0] += float(s_TB.count_nonzero())
-        counted[1] += s_TB.numel()
-
-    hooks = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, LIF)]
-    try:
-        yield counted
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -30,6 +30,7 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any
         "state_bytes": totals.state_bytes,
         "peak_device_bytes": totals.peak_device_bytes,
         "peak_rss_bytes": totals.peak_rss_bytes,
+        "operations": totals.operations_per_sample(),
         "backward_calls_per_batch": totals.backward_calls / max(1, totals.batches),
         "restarts": len(starts) - 1,
         "commits": sorted({event["commit"] for event in starts}),

@@ -186,7 +186,7 @@ def _accuracy(recipe: Recipe, data: Data, split: Split, teacher: Teacher, place:
     loader = data.val(rank=ranks.rank, world=ranks.size, micro_batch=split.micro_batch, threads=threads)
     with closing(loader):
         batches = inputs(loader, 1, ranks.device, most=most)
-        result, _ = evaluate(_AsNetwork(teacher), batches, CrossEntropy())
+        result = evaluate(_AsNetwork(teacher), batches, CrossEntropy()).result
     if ranks.rank == 0:
         write_json(file, asdict(result))
     return result

@@ -97,7 +97,7 @@ def test_the_loss_of_the_mean_is_at_most_the_mean_loss(found: CausalTest) -> Non
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_the_real_one_is_what_evaluate_finds(network: nn.Module, found: CausalTest, steps: int) -> None:
-    plain, _ = evaluate(network, inputs(DATA.val(micro_batch=7), steps, CPU), CrossEntropy())
+    plain, *_ = evaluate(network, inputs(DATA.val(micro_batch=7), steps, CPU), CrossEntropy())
     real = of(found, "real")[steps]
     assert real.ensemble.value == pytest.approx(plain.top1, abs=1e-12)
     assert real.single_loss.value == pytest.approx(plain.loss, abs=1e-5)

@@ -12,6 +12,7 @@ from torch import nn
 
 from pipeline.answers import Answers, read_answers, write_answers
 from pipeline.evaluate import Evaluation, evaluate
+from pipeline.measure.activity import LayerActivity
 from pipeline.objective import CrossEntropy
 from pipeline.ranks import Ranks, Refused
 from pipeline.spiking.neuron import LIF
@@ -89,14 +90,15 @@ def _batches(samples: range, size: int) -> list[tuple[torch.Tensor, torch.Tensor
     return [(x_TBC[:, index_B], target_B[index_B], 100 + index_B) for index_B in index]
 
 
-def _evaluate(rank: int, size: int) -> tuple[Evaluation, list[Answers]]:
+def _evaluate(rank: int, size: int) -> tuple[Evaluation, list[Answers], tuple[LayerActivity, ...]]:
     share = range(25) if size == 1 else (range(18, 25), range(18, 18), range(18))[rank]  # one rank has nothing
-    result, answers = evaluate(_network(), _batches(share, 4), CrossEntropy())
-    return result, Ranks(rank, size).gather(answers)
+    result, answers, activity, inference = evaluate(_network(), _batches(share, 4), CrossEntropy())
+    assert (inference is None) == (not share)
+    return result, Ranks(rank, size).gather(answers), activity
 
 
 def test_evaluation_is_exact_over_unequal_ranks(tmp_path: Path) -> None:
-    one, answers = _evaluate(0, 1)
+    one, answers, activity = _evaluate(0, 1)
     with torch.no_grad():  # independently: all samples at once
         [(x_TBC, target_B, index_B)] = _batches(range(25), 25)
         from pipeline.spiking.state import fresh_state
@@ -110,7 +112,9 @@ def test_evaluation_is_exact_over_unequal_ranks(tmp_path: Path) -> None:
     assert one.top5 == pytest.approx(float((ranked_BK[:, :5] == target_B[:, None]).any(-1).double().mean()))
     assert np.array_equal(_written(tmp_path, answers), torch.stack([index_B, target_B, ranked_BK[:, 0]]))
     threes = run_ranks(_evaluate, 3, tmp_path)
-    for three, _ in threes:
+    assert [each.name for each in activity] == ["1"] and 0 < activity[0].rate == one.firing_rate
+    for three, _, its_activity in threes:
+        assert its_activity == activity
         assert (three.samples, three.top1, three.top5, three.firing_rate) == (one.samples, one.top1, one.top5, one.firing_rate)
         assert three.loss == pytest.approx(one.loss, abs=1e-6)
     assert [len(each.index) for each in threes[0][1]] == [7, 0, 18] and threes[1][1] == threes[2][1] == []

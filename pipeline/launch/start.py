@@ -121,8 +121,8 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
         task.choose_head(network)
         with closing(loaders.val(index)) as val_set, autocast(device, recipe.precision):  # as in training
             batches = inputs(val_set, steps, device)
-            result, _ = evaluate(network, batches, recipe.objective.build().labels, over_time=recipe.over_time)
-            results.append(result)
+            found = evaluate(network, batches, recipe.objective.build().labels, over_time=recipe.over_time)
+            results.append(found.result)
         where = f", {task.name}" if recipe.phases else ""
         print(f"{name}, T = {steps}{where}): {_told(results[-1])} in {time.monotonic() - begun:.1f} s")
     if recipe.phases:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.measure.clock import BETWEEN, PARTS, REST, Between, Clock, Part
 from pipeline.measure.memory import SavedBytes, peak_device_bytes, peak_rss_bytes, reset_peak_device_bytes, reset_peak_rss
+from pipeline.measure.operations import Operations, Work
 from pipeline.rules.base import Objective
 from pipeline.spiking.state import state_bytes
 
@@ -28,7 +29,7 @@ class Totals:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*PARTS, REST, *BETWEEN), 0.0))
     """of each part of the batches, and of what was done between them"""
     steady_samples: int = 0
-    """in batches whose speed counts: not the first of an attempt (compilation), not those whose memory was counted"""
+    """in batches whose speed counts: not the first of an attempt (compilation), not those whose bytes or operations are counted"""
     steady_s: float = 0.0
     peak_saved_bytes: int = 0
     state_bytes: int = 0
@@ -36,6 +37,9 @@ class Totals:
     peak_device_bytes: int = 0
     backward_calls: int = 0
     batches: int = 0
+    operations: dict[str, dict[str, int]] = field(default_factory=dict)
+    """of this rank in the batches that were counted: for each purpose multiplications, additions, dense"""
+    operation_samples: int = 0
 
     PEAKS = ("peak_saved_bytes", "state_bytes", "peak_rss_bytes", "peak_device_bytes")
 
@@ -43,6 +47,19 @@ class Totals:
     def train_s(self) -> float:
         """Of all batches."""
         return sum(self.seconds[name] for name in (*PARTS, REST))
+
+    def add_operations(self, work: Mapping[str, Work], samples: int) -> None:
+        for purpose, more in work.items():
+            so_far = Work(**self.operations.get(purpose, {}))
+            self.operations[purpose] = asdict(so_far + more)
+        self.operation_samples += samples
+
+    def operations_per_sample(self) -> dict[str, dict[str, float]]:
+        """For each purpose, of training on one sample."""
+        return {
+            purpose: {name: count / self.operation_samples for name, count in work.items()}
+            for purpose, work in self.operations.items()
+        }
 
 
 @dataclass
@@ -66,16 +83,24 @@ class Meters:
             in between.
         memory_every: counting saved bytes costs time, so it is done on the second batch of an attempt and every so many
             batches after it, and those batches are left out of the steady speed.
+        operations_every: likewise of operations, from the third batch on.
     """
 
     def __init__(
-        self, network: nn.Module, *, batch_size: int, device: torch.device, clock: Clock | None = None, memory_every: int = 200
+        self,
+        network: nn.Module,
+        *,
+        batch_size: int,
+        device: torch.device,
+        clock: Clock | None = None,
+        memory_every: int = 200,
+        operations_every: int = 1000,
     ) -> None:
         self.network = network
         self.batch_size = batch_size
         self.device = device
         self.clock = clock or Clock(device)
-        self.memory_every = memory_every
+        self.memory_every, self.operations_every = memory_every, operations_every
         self.totals = Totals()
         self._begun, self._accounted = 0, 0
         self._is_counting = False
@@ -85,12 +110,16 @@ class Meters:
     @contextmanager
     def batch(self, step: int) -> Iterator[None]:
         """Surrounds everything that one global batch costs; on some of them counts what backward keeps alive."""
-        self._is_counting = self._counts(self._begun)
+        self._is_counting = self._counts_memory(self._begun)
+        operations = Operations(self.network) if self._counts_operations(self._begun) else None
         self._begun += 1
-        with self.clock.batch(), SavedBytes(self.network) if self._is_counting else nullcontext() as saved:
+        before = self._window.samples
+        with self.clock.batch(), SavedBytes(self.network) if self._is_counting else operations or nullcontext() as counted:
             yield
-        if saved is not None:
-            self.totals.peak_saved_bytes = max(self.totals.peak_saved_bytes, saved.peak)
+        if isinstance(counted, SavedBytes):
+            self.totals.peak_saved_bytes = max(self.totals.peak_saved_bytes, counted.peak)
+        if isinstance(counted, Operations):
+            self.totals.add_operations(counted.work, self._window.samples - before)
         self.totals.batches += 1
 
     def part(self, name: Part) -> Any:
@@ -161,9 +190,15 @@ class Meters:
         peaks = torch.tensor([getattr(self.totals, name) for name in Totals.PEAKS], dtype=torch.int64)
         return Totals(**{**asdict(self.totals), **dict(zip(Totals.PEAKS, reduce_max(peaks).tolist(), strict=True))})
 
-    def _counts(self, batch: int) -> bool:
+    def _counts_memory(self, batch: int) -> bool:
         """Whether the bytes of this batch of the attempt are counted."""
         return batch % self.memory_every == 1
+
+    def _counts_operations(self, batch: int) -> bool:
+        return batch % self.operations_every == 2 and not self._counts_memory(batch)
+
+    def _is_steady(self, batch: int) -> bool:
+        return batch > 0 and not self._counts_memory(batch) and not self._counts_operations(batch)
 
     def _new_window(self) -> _Window:
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -176,7 +211,7 @@ class Meters:
                 self._window.seconds[name] += value  # type: ignore[assignment]  # a Counter of floats
                 self.totals.seconds[name] += value
             self._window.batches += 1
-            if self._accounted > 0 and not self._counts(self._accounted):
+            if self._is_steady(self._accounted):
                 self.totals.steady_samples += self.batch_size
                 self.totals.steady_s += sum(seconds.values())
             self._accounted += 1

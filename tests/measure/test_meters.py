@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -70,7 +72,7 @@ def test_the_first_batch_and_those_that_count_memory_are_no_measure_of_speed(met
         run_batch(meters, step)
     meters.take(same)
     assert meters.totals.batches == 6
-    assert meters.totals.steady_samples == 4 * 3  # 0 compiles, 1 and 4 count memory
+    assert meters.totals.steady_samples == 4 * 2  # 0 compiles, 1 and 4 count memory, 2 counts operations
     assert meters.totals.steady_s < meters.totals.train_s
 
 
@@ -81,6 +83,24 @@ def test_saved_bytes_are_counted_on_the_second_batch() -> None:
         with meters.batch(step):
             network(torch.zeros(4, 2, requires_grad=True)).sum().backward()
         assert meters.totals.peak_saved_bytes == (0, 4 * 2 * 4)[step]  # the input; the weight is a parameter
+
+
+def test_operations_are_counted_on_the_third_batch_and_told_by_the_sample() -> None:
+    network = nn.Linear(2, 2, bias=False)
+    meters = Meters(network, batch_size=4, device=torch.device("cpu"))
+    for step in range(4):
+        with meters.batch(step):
+            x_BC = torch.tensor([[2.0, 3.0], [0.0, 5.0]])
+            logits_BK = network(x_BC)
+            logits_BK.square().sum().backward()
+            meters.add(Objective(None, torch.tensor(0.0), logits_BK.detach()), 1.0)
+            meters.end_of_micro_batch(torch.tensor([0, 1]))
+    assert meters.totals.operation_samples == 2
+    assert meters.totals.operations_per_sample() == {
+        "forward": {"multiplications": 3.0, "additions": 3.0, "dense": 4.0},
+        "weights": {"multiplications": 3.0, "additions": 3.0, "dense": 4.0},
+    }
+    assert Totals(**json.loads(json.dumps(asdict(meters.totals)))) == meters.totals  # as a checkpoint keeps it
 
 
 def test_totals_over_ranks_take_the_largest_peak(meters: Meters) -> None:

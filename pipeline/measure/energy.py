@@ -1,0 +1,57 @@
+"""What an inference would cost in energy, from the operations that it really makes: an estimate, never a measurement.
+
+    E = mac MACs + ac ACs        MACs: products of two real numbers, each with its addition;  ACs: additions alone, for spikes
+
+The prices are of arithmetic alone; moving weights and membranes costs more on most chips and is not in them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.measure.operations import Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prices:
+    """Of one operation, in pJ."""
+
+    name: str
+    mac_pj: float
+    ac_pj: float
+    source: str
+
+
+_HOROWITZ = "Horowitz 2014, ISSCC (doi 10.1109/ISSCC.2014.6757323)"
+FP32 = Prices(name="45 nm, fp32", mac_pj=4.6, ac_pj=0.9, source=_HOROWITZ)
+FP16 = Prices(name="45 nm, fp16", mac_pj=1.5, ac_pj=0.4, source=_HOROWITZ)
+INT8 = Prices(name="45 nm, int8", mac_pj=0.23, ac_pj=0.03, source=_HOROWITZ)
+TABLES = (FP32, FP16, INT8)
+
+
+@dataclass(frozen=True)
+class Inference:
+    """The forward of a trained network on some samples."""
+
+    work: Work
+    samples: int
+
+    @property
+    def macs(self) -> float:
+        """Multiply-accumulates of a sample, all its time steps together."""
+        return self.work.multiplications / self.samples
+
+    @property
+    def acs(self) -> float:
+        """Accumulates without a multiplication, likewise."""
+        return (self.work.additions - self.work.multiplications) / self.samples
+
+    def told(self, prices: Prices = FP32) -> dict[str, float | int | str]:
+        """For a summary: operations of a sample, and their energy in J."""
+        energy = energy_j(self.macs, self.acs, prices)
+        return {"macs": self.macs, "acs": self.acs, "energy_j": energy, "prices": prices.name, "samples": self.samples}
+
+
+def energy_j(macs: float, acs: float, prices: Prices = FP32) -> float:
+    """E in joules."""
+    return (prices.mac_pj * macs + prices.ac_pj * acs) * 1e-12

@@ -1,0 +1,62 @@
+"""Firing by layer and time step, against spikes that were chosen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.measure.activity import Activity, LayerActivity
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.state import fresh_state
+
+# Neuron 0 never fires, neuron 1 always, neuron 2 at the second step of the second sample alone; without a leak, so no memory.
+SPIKES_TBN = torch.tensor([[[0, 1, 0], [0, 1, 0]], [[0, 1, 0], [0, 1, 1]]]).float()
+EXPECTED = LayerActivity(name="0", neurons=3, rates=(2 / 6, 3 / 6), silent=1 / 3, saturated=1 / 3)
+
+
+def run(activity: Activity, network: nn.Module, x_TB: Tensor, *, slices: int) -> None:
+    with activity.batch(x_TB.shape[1]), fresh_state(network):
+        for x_cB in x_TB.split(slices):
+            network(x_cB)
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_rates_silence_and_saturation(slices: int, micro_batch: int) -> None:
+    network = nn.Sequential(LIF(leak=0.0))
+    with Activity(network) as activity:
+        for x_TB in SPIKES_TBN.split(micro_batch, dim=1):
+            run(activity, network, x_TB, slices=slices)
+    assert activity.layers() == (EXPECTED,)
+    assert EXPECTED.rate == pytest.approx(5 / 12)
+
+
+def test_images_are_flattened_and_hooks_are_removed() -> None:
+    network = nn.Sequential(LIF(leak=0.0))
+    with Activity(network) as activity:
+        run(activity, network, SPIKES_TBN.unflatten(2, (3, 1, 1)), slices=2)
+    run(activity, network, torch.ones(2, 2, 3), slices=2)  # nobody listens
+    assert activity.layers()[0].neurons == 3
+    assert not network[0]._forward_hooks
+
+
+def test_a_rank_without_samples_and_a_layer_that_nobody_ran() -> None:
+    network = nn.Sequential(LIF(leak=0.0), LIF(leak=0.0))
+    one, other = Activity(network), Activity(network)
+    with one:
+        run(one, nn.Sequential(network[0]), SPIKES_TBN, slices=2)
+
+    def like(values: list[Tensor]):
+        """`Reduce` for the second of two ranks: what the first gave to the same collective was noted before."""
+        return lambda value: value + values.pop(0)
+
+    noted: list[Tensor] = []
+
+    def note(value: Tensor) -> Tensor:
+        noted.append(value)
+        return value
+
+    sizes: list[Tensor] = []
+    alone = one.layers(note, lambda value: sizes.append(value) or value)  # type: ignore[func-returns-value]
+    assert other.layers(like(noted), lambda value: torch.maximum(value, sizes.pop(0))) == alone == (EXPECTED,)

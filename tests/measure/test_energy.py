@@ -1,0 +1,23 @@
+import pytest
+
+from pipeline.measure.energy import FP16, FP32, INT8, TABLES, Inference, energy_j
+from pipeline.measure.operations import Work
+
+
+def test_a_published_pair() -> None:
+    """Spikingformer-8-512 on ImageNet, T = 4 (Zhou et al. 2023, arXiv 2304.11954): 0.3473 G MAC and 6.5175 G AC are 7.46 mJ."""
+    assert energy_j(0.3473e9, 6.5175e9) * 1e3 == pytest.approx(7.46, abs=0.005)
+
+
+def test_tables() -> None:
+    assert [(table.mac_pj, table.ac_pj) for table in TABLES] == [(4.6, 0.9), (1.5, 0.4), (0.23, 0.03)]
+    assert TABLES == (FP32, FP16, INT8)
+    assert energy_j(1, 1, FP16) == pytest.approx(1.9e-12)
+
+
+def test_an_addition_beside_a_multiplication_is_part_of_its_mac() -> None:
+    inference = Inference(Work(multiplications=3, additions=10, dense=20), samples=2)
+    assert (inference.macs, inference.acs) == (1.5, 3.5)
+    told = inference.told()
+    assert told["energy_j"] == pytest.approx(1.5 * 4.6e-12 + 3.5 * 0.9e-12)
+    assert told["prices"] == "45 nm, fp32"
