@@ -29,7 +29,7 @@ class Totals:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*PARTS, REST, *BETWEEN), 0.0))
     """of each part of the batches, and of what was done between them"""
     steady_samples: int = 0
-    """in batches whose speed counts: not the first of an attempt (compilation), not those whose bytes or operations are counted"""
+    """in batches whose speed counts: not the first of an attempt (compilation), nor where bytes or operations were counted"""
     steady_s: float = 0.0
     peak_saved_bytes: int = 0
     state_bytes: int = 0
