@@ -1,0 +1,85 @@
+"""How far a rule's gradient is from that of BPTT, layer by layer: g_w the gradient of a synapse's weight on one batch.
+
+    cosine(rule)     g_rule . g_BPTT / (|g_rule| |g_BPTT|)
+    temporal share   |g_BPTT - g_SLTT| / |g_BPTT|               what reaches the weight through time
+
+Both are of one batch at the weights as they are: they say what a rule drops there, not what it learns in the end.
+"""
+
+# T time, B batch
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.rules.base import LossOf, OverTime, Rule
+from pipeline.spiking.synapse import Conv2d, Linear
+
+Gradients = Mapping[str, Tensor]
+"""by the name of a synapse"""
+
+
+def gradients(
+    network: nn.Module,
+    rule: Rule,
+    x_TB: Tensor,
+    loss_of: LossOf,
+    *,
+    over_time: OverTime = "steps",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """What `rule` gives the weight of every synapse of a copy of `network` on one batch, in order of registration.
+
+    The generators are seeded alike for every rule, so that dropout falls on the same places.
+
+    Raises: ValueError where the rule refuses the network.
+    """
+    network = copy.deepcopy(network)
+    network.zero_grad()
+    rule.attach(network, over_time=over_time)
+    device = x_TB.device
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for objective in rule.objectives(network, x_TB, loss_of, step=0):
+                if objective.backward is not None:
+                    objective.backward.backward()
+    finally:
+        rule.release()
+    synapses = {name: module for name, module in network.named_modules() if isinstance(module, (Linear, Conv2d))}
+    return {name: torch.zeros_like(w) if (w := module.weight).grad is None else w.grad for name, module in synapses.items()}
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Of each synapse, by name; NaN where one of the gradients is 0."""
+
+    temporal_share: dict[str, float]
+    cosines: dict[str, dict[str, float]]
+    """by the label of a rule"""
+
+    def lowest(self, label: str) -> tuple[str, float]:
+        """The layer in which a rule's gradient is farthest from BPTT's, and its cosine."""
+        known = {name: cosine for name, cosine in self.cosines[label].items() if not math.isnan(cosine)}
+        return min(known.items(), key=lambda item: item[1]) if known else ("", math.nan)
+
+
+def fidelity(bptt: Gradients, sltt: Gradients | None, others: Mapping[str, Gradients]) -> Fidelity:
+    """Compare gradients of one network on one batch. `sltt`: None where SLTT cannot train it, whose share is not known then."""
+    shares = {} if sltt is None else {name: _over((g - sltt[name]).norm(), g.norm()) for name, g in bptt.items()}
+    cosines = {label: {name: _cosine(g, found[name]) for name, g in bptt.items()} for label, found in others.items()}
+    return Fidelity(shares, cosines)
+
+
+def _cosine(one: Tensor, other: Tensor) -> float:
+    return _over((one * other).sum(), one.norm() * other.norm())
+
+
+def _over(part: Tensor, whole: Tensor) -> float:
+    return float(part / whole) if float(whole) else math.nan

@@ -1,0 +1,59 @@
+"""Cosines and temporal shares: known gradients, and how the leak decides them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.measure.fidelity import fidelity, gradients
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.ottt import OTTT
+from pipeline.rules.sltt import SLTT
+from tests.rules.small import batch, cross_entropy, lif_network
+from tests.rules.small import gradients as reference
+
+
+def test_of_known_gradients() -> None:
+    bptt = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0, 0.0]), "silent": torch.zeros(2)}
+    sltt = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([1.0, 0.0]), "silent": torch.zeros(2)}
+    other = {"a": torch.tensor([-6.0, -8.0]), "b": torch.tensor([0.0, 2.0]), "silent": torch.ones(2)}
+    found = fidelity(bptt, sltt, {"SLTT": sltt, "other": other})
+    assert (found.temporal_share["a"], found.temporal_share["b"]) == (pytest.approx(0.8), 0.0)
+    assert math.isnan(found.temporal_share["silent"])
+    assert (found.cosines["SLTT"]["a"], found.cosines["SLTT"]["b"]) == (pytest.approx(0.6), pytest.approx(1.0))
+    assert (found.cosines["other"]["a"], found.cosines["other"]["b"]) == (pytest.approx(-1.0), 0.0)
+    assert found.lowest("SLTT") == ("a", pytest.approx(0.6))
+    assert fidelity(bptt, None, {}).temporal_share == {}
+
+
+def found_at(leak: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    x_TBC, target_B = batch(6, size=32)
+    network = lif_network(leak=leak)
+    bptt, sltt = (gradients(network, rule, x_TBC, cross_entropy(target_B)) for rule in (BPTT(), SLTT()))
+    assert all(parameter.grad is None for parameter in network.parameters())
+    return bptt, sltt
+
+
+def test_gradients_are_those_of_the_rule() -> None:
+    x_TBC, target_B = batch(6, size=32)
+    for rule in (BPTT(), SLTT(k=2), OTTT()):
+        found = gradients(lif_network(), rule, x_TBC, cross_entropy(target_B))
+        expected = reference(rule, lif_network(), x_TBC, cross_entropy(target_B))
+        assert list(found) == ["0", "2", "4"]
+        assert all(torch.equal(found[name], expected[f"{name}.weight"]) for name in found)
+
+
+def test_the_leak_decides_what_comes_through_time() -> None:
+    """Of the first layer; the readout has no membrane, so nothing of its gradient comes through time."""
+    shares = []
+    for leak in (0.0, 1 / 11, 0.5, 0.9):
+        bptt, sltt = found_at(leak)
+        found = fidelity(bptt, sltt, {"SLTT": sltt})
+        assert found.temporal_share["4"] == pytest.approx(0, abs=1e-12)
+        shares.append(found.temporal_share["0"])
+        assert found.cosines["SLTT"]["0"] >= 1 - shares[-1]
+    assert shares[0] == pytest.approx(0, abs=1e-12)
+    assert 0 < shares[1] < 0.3 < shares[2] < shares[3]
