@@ -267,6 +267,28 @@ def show(
     show_recipe(made, workers)
 
 
+@app.command(epilog="Example: spiketrain probe recipes/fashion/sltt.py")
+def probe(
+    recipe: RecipeFile,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, help="samples; without it what one worker holds at a time in training")
+    ] = None,
+    format_: Annotated[Literal["table", "json"], typer.Option("--format")] = "table",
+    set_: Sets = [],  # noqa: B006
+    tiny: Tiny = False,
+) -> None:
+    """Before any training: what each rule costs on this network and data, and how near its gradient is to BPTT's."""
+    made = _made(recipe, set_, tiny)
+    from pipeline.probe import probe as probe_recipe
+    from pipeline.recipe import Recipe
+    from pipeline.report.probe import print_probe
+
+    if not isinstance(made, Recipe):
+        names = ", ".join(each.name for each in made.recipes)
+        raise ValueError(f"probe: the file must hold one recipe; got a suite of {len(made.recipes)}: {names}")
+    print_probe(probe_recipe(made, batch_size=batch), as_json=format_ == "json")
+
+
 @app.command("runs", epilog="Example: spiketrain runs --runs /scratch/runs")
 def runs_(runs: Runs = RUNS) -> None:
     """List suites and runs with their state and the command that resumes each."""

@@ -1,6 +1,6 @@
 """How far a rule's gradient is from that of BPTT, layer by layer: g_w the gradient of a synapse's weight on one batch.
 
-    cosine(rule)     g_rule . g_BPTT / (|g_rule| |g_BPTT|)
+    cosine(rule)     g_rule . g_BPTT / (|g_rule| |g_BPTT|)      the mean over its draws; 0 where it gives nothing
     temporal share   |g_BPTT - g_SLTT| / |g_BPTT|               what reaches the weight through time
 
 Both are of one batch at the weights as they are: they say what a rule drops there, not what it learns in the end.
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,23 +34,28 @@ def gradients(
     *,
     over_time: OverTime = "steps",
     seed: int = 0,
+    step: int = 0,
+    batches: int = 1,
 ) -> dict[str, Tensor]:
     """What `rule` gives the weight of every synapse of a copy of `network` on one batch, in order of registration.
 
-    The generators are seeded alike for every rule, so that dropout falls on the same places.
+    The generators are seeded alike for every rule, so that dropout falls on the same places. What the rule draws, it draws for
+    batch `step`; one that learns by itself, as OPZO its matrices, sees the batch `batches` times, and is asked the last time.
 
     Raises: ValueError where the rule refuses the network.
     """
     network = copy.deepcopy(network)
-    network.zero_grad()
     rule.attach(network, over_time=over_time)
     device = x_TB.device
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            for objective in rule.objectives(network, x_TB, loss_of, step=0):
-                if objective.backward is not None:
-                    objective.backward.backward()
+        for index in range(step, step + batches):
+            network.zero_grad()
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(seed)
+                for objective in rule.objectives(network, x_TB, loss_of, step=index):
+                    if objective.backward is not None:
+                        objective.backward.backward()
+            rule.end_of_batch()
     finally:
         rule.release()
     synapses = {name: module for name, module in network.named_modules() if isinstance(module, (Linear, Conv2d))}
@@ -58,7 +64,7 @@ def gradients(
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Of each synapse, by name; NaN where one of the gradients is 0."""
+    """Of each synapse, by name; NaN where BPTT's gradient is 0."""
 
     temporal_share: dict[str, float]
     cosines: dict[str, dict[str, float]]
@@ -70,16 +76,26 @@ class Fidelity:
         return min(known.items(), key=lambda item: item[1]) if known else ("", math.nan)
 
 
-def fidelity(bptt: Gradients, sltt: Gradients | None, others: Mapping[str, Gradients]) -> Fidelity:
-    """Compare gradients of one network on one batch. `sltt`: None where SLTT cannot train it, whose share is not known then."""
-    shares = {} if sltt is None else {name: _over((g - sltt[name]).norm(), g.norm()) for name, g in bptt.items()}
-    cosines = {label: {name: _cosine(g, found[name]) for name, g in bptt.items()} for label, found in others.items()}
+def fidelity(bptt: Gradients, sltt: Gradients | None, others: Mapping[str, Sequence[Gradients]]) -> Fidelity:
+    """Compare gradients of one network on one batch.
+
+    `sltt`: None where SLTT cannot train it, so that its share is not known; `others`: by label, what each gave in its draws.
+    """
+    shares = {} if sltt is None else {name: _share(g, sltt[name]) for name, g in bptt.items()}
+    cosines = {
+        label: {name: statistics.fmean(_cosine(g, draw[name]) for draw in draws) for name, g in bptt.items()}
+        for label, draws in others.items()
+    }
     return Fidelity(shares, cosines)
 
 
-def _cosine(one: Tensor, other: Tensor) -> float:
-    return _over((one * other).sum(), one.norm() * other.norm())
+def _share(bptt: Tensor, sltt: Tensor) -> float:
+    size = float(bptt.norm())
+    return float((bptt - sltt).norm()) / size if size else math.nan
 
 
-def _over(part: Tensor, whole: Tensor) -> float:
-    return float(part / whole) if float(whole) else math.nan
+def _cosine(bptt: Tensor, other: Tensor) -> float:
+    sizes = float(bptt.norm()), float(other.norm())
+    if not sizes[0]:
+        return math.nan
+    return float((bptt * other).sum()) / (sizes[0] * sizes[1]) if sizes[1] else 0.0

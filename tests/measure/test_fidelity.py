@@ -20,11 +20,13 @@ def test_of_known_gradients() -> None:
     bptt = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0, 0.0]), "silent": torch.zeros(2)}
     sltt = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([1.0, 0.0]), "silent": torch.zeros(2)}
     other = {"a": torch.tensor([-6.0, -8.0]), "b": torch.tensor([0.0, 2.0]), "silent": torch.ones(2)}
-    found = fidelity(bptt, sltt, {"SLTT": sltt, "other": other})
+    nothing = {name: torch.zeros(2) for name in bptt}
+    found = fidelity(bptt, sltt, {"SLTT": [sltt], "other": [other], "drawn": [sltt, nothing]})
     assert (found.temporal_share["a"], found.temporal_share["b"]) == (pytest.approx(0.8), 0.0)
     assert math.isnan(found.temporal_share["silent"])
     assert (found.cosines["SLTT"]["a"], found.cosines["SLTT"]["b"]) == (pytest.approx(0.6), pytest.approx(1.0))
     assert (found.cosines["other"]["a"], found.cosines["other"]["b"]) == (pytest.approx(-1.0), 0.0)
+    assert (found.cosines["drawn"]["a"], found.cosines["drawn"]["b"]) == (pytest.approx(0.3), pytest.approx(0.5))
     assert found.lowest("SLTT") == ("a", pytest.approx(0.6))
     assert fidelity(bptt, None, {}).temporal_share == {}
 
@@ -39,9 +41,9 @@ def found_at(leak: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def test_gradients_are_those_of_the_rule() -> None:
     x_TBC, target_B = batch(6, size=32)
-    for rule in (BPTT(), SLTT(k=2), OTTT()):
-        found = gradients(lif_network(), rule, x_TBC, cross_entropy(target_B))
-        expected = reference(rule, lif_network(), x_TBC, cross_entropy(target_B))
+    for rule, step in ((BPTT(), 0), (SLTT(k=2), 0), (SLTT(k=2), 5), (OTTT(), 0)):
+        found = gradients(lif_network(), rule, x_TBC, cross_entropy(target_B), step=step)
+        expected = reference(rule, lif_network(), x_TBC, cross_entropy(target_B), step=step)
         assert list(found) == ["0", "2", "4"]
         assert all(torch.equal(found[name], expected[f"{name}.weight"]) for name in found)
 
@@ -51,7 +53,7 @@ def test_the_leak_decides_what_comes_through_time() -> None:
     shares = []
     for leak in (0.0, 1 / 11, 0.5, 0.9):
         bptt, sltt = found_at(leak)
-        found = fidelity(bptt, sltt, {"SLTT": sltt})
+        found = fidelity(bptt, sltt, {"SLTT": [sltt]})
         assert found.temporal_share["4"] == pytest.approx(0, abs=1e-12)
         shares.append(found.temporal_share["0"])
         assert found.cosines["SLTT"]["0"] >= 1 - shares[-1]

@@ -1,0 +1,83 @@
+"""A probe as two tables and a sentence."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.probe import BASELINE, Cost, Probe, advice
+
+
+def print_probe(found: Probe, *, as_json: bool = False, console: Console | None = None) -> None:
+    """What each rule costs; what it drops, layer by layer; what cannot train the network; and the advice."""
+    console = console or Console()
+    if as_json:
+        console.out(json.dumps({**asdict(found), "advice": advice(found)}, indent=2), highlight=False)
+        return
+    console.print(_costs(found))
+    if found.fidelity is not None:
+        console.print()
+        console.print(_layers(found))
+    console.print()
+    for rule, why in found.refused.items():
+        console.out(
+            f"not in the tables: {rule}: {why}" if not why.startswith(rule) else f"not in the tables: {why}", highlight=False
+        )
+    machine = found.hardware
+    on = machine["gpu"] if machine["gpu"] != "none" else f"{machine['cpu']}, {machine['threads']} threads"
+    console.out(f"one batch of {found.samples} samples, T = {found.time_steps}, before any training; {on}", highlight=False)
+    console.out(advice(found), highlight=False)
+
+
+def _costs(found: Probe) -> Table:
+    table = Table(title=found.recipe, box=None, header_style="bold", pad_edge=False, title_justify="left")
+    table.add_column("rule")
+    for title in ("saved", "states", "forward", "backward", "mult/sample", "add/sample", "least cosine"):
+        table.add_column(title, justify="right")
+    base = found.cost(BASELINE)
+    for cost in found.costs:
+        table.add_row(*map(Text, _cells(cost, base, found)))
+    return table
+
+
+def _cells(cost: Cost, base: Cost | None, found: Probe) -> tuple[str, ...]:
+    def beside(value: float, name: str) -> str:
+        of = 0.0 if base is None else getattr(base, name)
+        return f"  ×{value / of:.2f}" if of else ""
+
+    least = ""
+    if found.fidelity is not None and cost.rule != BASELINE:
+        layer, cosine = found.fidelity.lowest(cost.rule)
+        least = "-" if math.isnan(cosine) else f"{cosine:.2f} {layer}"
+    return (
+        cost.rule,
+        f"{cost.peak_saved_bytes / 1e6:.4g} MB{beside(cost.peak_saved_bytes, 'peak_saved_bytes')}",
+        f"{cost.state_bytes / 1e6:.4g} MB",
+        f"{cost.forward_s * 1e3:.4g} ms{beside(cost.forward_s, 'forward_s')}",
+        f"{cost.backward_s * 1e3:.4g} ms{beside(cost.backward_s, 'backward_s')}",
+        f"{cost.multiplications / 1e6:.4g} M{beside(cost.multiplications, 'multiplications')}",
+        f"{cost.additions / 1e6:.4g} M{beside(cost.additions, 'additions')}",
+        least,
+    )
+
+
+def _layers(found: Probe) -> Table:
+    assert found.fidelity is not None
+    share, cosines = found.fidelity.temporal_share, found.fidelity.cosines
+    table = Table(title="cosine with BPTT's gradient", box=None, header_style="bold", pad_edge=False, title_justify="left")
+    table.add_column("layer")
+    for title in (*(["temporal share"] if share else []), *cosines):
+        table.add_column(title, justify="right")
+    for layer in next(iter(cosines.values()), {}):
+        first = [share[layer]] if share else []
+        table.add_row(layer, *(_number(value) for value in (*first, *(each[layer] for each in cosines.values()))))
+    return table
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"

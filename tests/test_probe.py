@@ -1,0 +1,151 @@
+"""What rules cost and drop on one batch, against counts that are known and gradients of known distance."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.measure.fidelity import Fidelity
+from pipeline.models.mlp import mlp
+from pipeline.probe import RULES, Cost, Probe, advice, probe
+from pipeline.recipe import Recipe, spec
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.sltt import SLTT
+from pipeline.spiking.neuron import LIF
+from tests.small import command, small_recipe
+from tests.test_teaching import taught
+
+
+def recipe_with(leak: float, **changes: object) -> Recipe:
+    """64-16-10 at T = 4, without norms."""
+    network = spec(mlp, in_features=64, hidden=(16,), neuron=spec(LIF, leak=leak))
+    return small_recipe(model=network, rule=spec(SLTT, k=2), time_steps=4, **changes)
+
+
+@pytest.fixture(scope="module")
+def found() -> Probe:
+    return probe(recipe_with(0.5))
+
+
+def test_every_rule_that_fits_is_probed_and_the_others_say_why(found: Probe) -> None:
+    assert [cost.rule for cost in found.costs] == ["BPTT", "BPTT-recompute", "SLTT", "SLTT-1", "OTTT-A", "OPZO", "SLTT-2"]
+    assert set(found.refused) == {"DSR", "IDE", "SPIDE"} and len(RULES) == 9
+    assert (found.samples, found.time_steps) == (8, 4)
+    assert found.refused["DSR"].startswith("DSR: every neuron must be a RateIF or RateLIF")
+
+
+def test_costs_are_those_of_the_rules(found: Probe) -> None:
+    costs = {cost.rule: cost for cost in found.costs}
+    assert costs["SLTT"].peak_saved_bytes < 0.5 * costs["BPTT"].peak_saved_bytes
+    assert costs["SLTT-1"].operations["error"]["dense"] == pytest.approx(costs["SLTT"].operations["error"]["dense"] / 4)
+    assert costs["BPTT"].operations["forward"]["dense"] == 64 * 16 + 4 * 16 * 10  # a still image meets its synapse once
+    assert costs["BPTT-recompute"].operations["recomputation"]["dense"] == 4 * (64 * 16 + 16 * 10)
+    assert set(costs["OPZO"].operations) == {"forward", "weights", "feedback"}
+    assert all(cost.forward_s > 0 and cost.backward_s > 0 for cost in found.costs)
+
+
+def test_fidelity_is_of_every_synapse(found: Probe) -> None:
+    assert found.fidelity is not None
+    layers = {"layers.0", "classifier"}
+    assert set(found.fidelity.temporal_share) == layers == set(found.fidelity.cosines["SLTT"])
+    assert found.fidelity.cosines["BPTT-recompute"] == dict.fromkeys(layers, pytest.approx(1))
+    assert found.fidelity.temporal_share["classifier"] == pytest.approx(0, abs=1e-6)  # a readout without membrane
+
+
+def test_without_a_leak_nothing_comes_through_time() -> None:
+    forgetful = probe(recipe_with(0.0), rules=(spec(BPTT), spec(SLTT))).fidelity
+    assert forgetful is not None
+    assert forgetful.temporal_share["layers.0"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_network_is_the_recipes_and_rests() -> None:
+    """Two probes of one recipe agree in everything but time."""
+    one, other = (probe(recipe_with(0.5), rules=(spec(BPTT), spec(SLTT))) for _ in range(2))
+    assert one.fidelity == other.fidelity
+    assert [cost.operations for cost in one.costs] == [cost.operations for cost in other.costs]
+
+
+def test_a_taught_recipe_is_probed_with_labels() -> None:
+    assert probe(taught(), rules=(spec(BPTT),)).costs[0].rule == "BPTT"
+
+
+def test_where_no_rule_fits_it_says_so() -> None:
+    with pytest.raises(ValueError, match=r"SLTT: k must be in 1..T; got k=9, T=4"):
+        probe(small_recipe(rule=spec(SLTT, k=9), time_steps=4))
+
+
+# ---------------------------------------------------------------------------------------------------------------- advice
+
+
+def probed(**rules: tuple[float, float, dict[str, float]]) -> Probe:
+    """Of (bytes, seconds, cosines) by rule, beside BPTT's 100 bytes in 1 s."""
+    costs = [
+        Cost(rule=name, peak_saved_bytes=int(size), state_bytes=0, forward_s=0.0, backward_s=seconds, operations={})
+        for name, (size, seconds, _) in {"BPTT": (100, 1.0, {}), **rules}.items()
+    ]
+    cosines = {name: layers for name, (_, _, layers) in rules.items()}
+    return Probe(
+        recipe="r",
+        samples=1,
+        time_steps=1,
+        costs=tuple(costs),
+        fidelity=Fidelity({}, cosines),
+        refused={},
+        hardware={},
+    )
+
+
+def test_the_cheapest_rule_that_is_near_in_every_layer_is_advised() -> None:
+    near, far = {"a": 0.95, "b": 0.92}, {"a": 0.99, "b": 0.3}
+    said = advice(probed(SLTT=(20, 0.9, near), OTTT=(25, 1.0, near), cheap=(10, 0.1, far)))
+    assert said.startswith("SLTT is safe here before training")
+    assert "0.92 or more" in said and "least at b" in said and "20% of BPTT's bytes" in said and "90% of its time" in said
+
+
+def test_where_none_is_near_the_nearest_is_named() -> None:
+    said = advice(
+        probed(SLTT=(20, 0.9, {"a": 0.7, "b": 0.2}), OTTT=(25, 1.0, {"a": 0.4, "b": 0.5}), OPZO=(1, 1.0, {"a": float("nan")}))
+    )
+    assert said.startswith("No rule's gradient is near BPTT's in every layer: the nearest is OTTT, with a cosine of 0.40 at a.")
+
+
+# ------------------------------------------------------------------------------------------------------------ command line
+
+RECIPE = """
+from tests.small import small_recipe
+from pipeline.recipe import spec
+from pipeline.models.mlp import mlp
+
+def recipe():
+    return small_recipe(model=spec(mlp, in_features=64, hidden=(16,)))
+"""
+
+
+def test_the_command_prints_tables_and_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(RECIPE)
+    run = command(monkeypatch, capsys)
+    code, out, err = run("probe", str(file), "--batch", "4")
+    assert (code, err) == (0, "")
+    assert (
+        "one batch of 4 samples, T = 3, before any training" in out
+        and "temporal share" in out
+        and "not in the tables: DSR" in out
+    )
+    code, out, _ = run("probe", str(file), "--format", "json")
+    told = json.loads(out)
+    assert {cost["rule"] for cost in told["costs"]} >= {"BPTT", "SLTT"} and told["advice"]
+
+
+def test_bad_use_ends_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run = command(monkeypatch, capsys)
+    code, _, err = run("probe", "recipes/compare/fashion_demo.py")
+    assert code == 2 and err.startswith("probe: the file must hold one recipe; got a suite of") and err.count("\n") == 1
+    file = tmp_path / "mine.py"
+    file.write_text(RECIPE)
+    code, _, err = run("probe", str(file), "--batch", "1000")
+    assert code == 2 and err.count("\n") == 1
