@@ -278,15 +278,43 @@ def probe(
     tiny: Tiny = False,
 ) -> None:
     """Before any training: what each rule costs on this network and data, and how near its gradient is to BPTT's."""
-    made = _made(recipe, set_, tiny)
+    made = _one(recipe, set_, tiny, who="probe")
     from pipeline.probe import probe as probe_recipe
-    from pipeline.recipe import Recipe
     from pipeline.report.probe import print_probe
 
-    if not isinstance(made, Recipe):
-        names = ", ".join(each.name for each in made.recipes)
-        raise ValueError(f"probe: the file must hold one recipe; got a suite of {len(made.recipes)}: {names}")
     print_probe(probe_recipe(made, batch_size=batch), as_json=format_ == "json")
+
+
+@app.command(epilog="Example: spiketrain sweep recipes/fashion/sltt.py --steps 1,2,4,8,16 --batch auto")
+def sweep(
+    recipe: RecipeFile,
+    steps: Annotated[str, typer.Option("--steps", metavar="T,...", help="numbers of time steps")] = "1,2,4,8,16",
+    batch: Annotated[
+        str | None,
+        typer.Option("--batch", metavar="N|auto", help="samples; auto: as in training, and the largest that fits beside it"),
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option("--memory", metavar="GB", help="that the largest batch may take; without it what is free")
+    ] = None,
+    format_: Annotated[Literal["table", "json"], typer.Option("--format")] = "table",
+    set_: Sets = [],  # noqa: B006
+    tiny: Tiny = False,
+) -> None:
+    """Before any training: memory and time of each rule against the number of time steps."""
+    if batch not in (None, "auto") and not (batch.isdecimal() and int(batch) > 0):
+        raise ValueError(f"sweep: --batch must be a number of samples or auto; got {batch}")
+    if memory is not None and (batch != "auto" or not memory > 0):
+        raise ValueError(f"sweep: --memory is a limit in GB, above 0, for --batch auto; got {memory} with --batch {batch}")
+    from pipeline.counts import listed_time_steps
+
+    times = listed_time_steps("sweep", steps)
+    made = _one(recipe, set_, tiny, who="sweep")
+    from pipeline.report.sweep import print_sweep
+    from pipeline.sweep import sweep as sweep_recipe
+
+    limit = None if batch != "auto" else 0 if memory is None else int(memory * 1e9)
+    size = int(batch) if batch not in (None, "auto") else None
+    print_sweep(sweep_recipe(made, steps=times, batch_size=size, memory_bytes=limit), as_json=format_ == "json")
 
 
 @app.command("runs", epilog="Example: spiketrain runs --runs /scratch/runs")
@@ -335,6 +363,17 @@ def _end_suite(folder: Path | None, trust: tuple[str, ...]) -> None:
     from pipeline.report.suite import print_suite
 
     print_suite(folder, trust=trust)
+
+
+def _one(path: Path, changes: list[str], tiny: bool, *, who: str) -> Recipe:
+    """As `_made`, of a file that holds one."""
+    from pipeline.recipe import Recipe
+
+    made = _made(path, changes, tiny)
+    if not isinstance(made, Recipe):
+        names = ", ".join(each.name for each in made.recipes)
+        raise ValueError(f"{who}: the file must hold one recipe; got a suite of {len(made.recipes)}: {names}")
+    return made
 
 
 def _made(path: Path, changes: list[str], tiny: bool) -> Recipe | Suite:

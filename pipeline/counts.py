@@ -29,3 +29,17 @@ def are_counts(value: object, *, least: int = 1) -> bool:
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         return False
     return len(value) > 0 and all(is_count(each, least=least) for each in value)
+
+
+def listed_time_steps(who: str, steps: str) -> tuple[int, ...]:
+    """`"1,2,4,8"` as numbers, in order, each once.
+
+    Raises: ValueError, in the name of `who`, for anything else.
+    """
+    try:
+        found = tuple(sorted({int(each) for each in steps.split(",")}))
+    except ValueError:
+        found = ()
+    if not are_counts(found):
+        raise ValueError(f"{who}: --steps must be numbers of time steps, such as 1,2,4,8; got {steps!r}")
+    return found

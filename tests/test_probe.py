@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.bench import RULES, Cost
 from pipeline.measure.fidelity import Fidelity
 from pipeline.models.mlp import mlp
-from pipeline.probe import RULES, Cost, Probe, advice, probe
+from pipeline.probe import Probe, advice, probe
 from pipeline.recipe import Recipe, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT

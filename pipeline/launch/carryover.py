@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from pipeline.backend.base import autocast
+from pipeline.counts import listed_time_steps
 from pipeline.data.base import Data, Grouped
 from pipeline.ensemble import CausalTest, Shuffled, causal_test
 from pipeline.launch.drive import read_job
@@ -31,7 +32,9 @@ def carryover_of_run(
     if recipe.phases:
         raise ValueError(f"carryover: the run must be of one task; got {len(recipe.phases)} phases in {folder.name}")
     data: Data = recipe.data.build()
-    chosen = _parsed(steps) if steps is not None else (recipe.time_steps,) if len(data.shape) == 4 else STEPS
+    chosen = (
+        listed_time_steps("carryover", steps) if steps is not None else (recipe.time_steps,) if len(data.shape) == 4 else STEPS
+    )
     groups = _groups(data, by) if by is not None else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_run(folder, which=which, trust=trust).to(device)
@@ -43,13 +46,6 @@ def carryover_of_run(
     about = {"run": folder.name, "which": which, "trained_steps": recipe.time_steps, "by": by}
     write_json(folder / FILE, about | asdict(found))
     return found
-
-
-def _parsed(steps: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(each) for each in steps.split(","))
-    except ValueError:
-        raise ValueError(f"carryover: --steps must be numbers of time steps, such as 1,2,4,8; got {steps!r}") from None
 
 
 def _groups(data: Data, by: str) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "SavedBytes",
+    "free_bytes",
     "hardware",
     "memory_now_bytes",
     "peak_device_bytes",
@@ -155,6 +156,13 @@ def memory_now_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     return (_proc_kilobytes("/proc/self/status", "VmRSS:") or 0) * 1024
+
+
+def free_bytes() -> int:
+    """What the device could still hold: its free memory on a GPU, what the kernel says is available on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return (_proc_kilobytes("/proc/meminfo", "MemAvailable:") or 0) * 1024
 
 
 def reset_peak_device_bytes() -> None:

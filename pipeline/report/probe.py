@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.probe import BASELINE, Cost, Probe, advice
+from pipeline.bench import BASELINE, Cost
+from pipeline.probe import Probe, advice
 
 
 def print_probe(found: Probe, *, as_json: bool = False, console: Console | None = None) -> None:

@@ -1,0 +1,168 @@
+"""A recipe's network and one batch of its data, on which rules are tried before any training.
+
+Every rule gets the same network with the same weights, which rest, and the same batch, through the loop that trains. Recipes
+with a teacher are tried with its labels alone, and those of several tasks in their first.
+"""
+
+# T time, B batch
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.backend.plain import Plain
+from pipeline.data.base import Batch
+from pipeline.loop import MicroBatch, train
+from pipeline.measure.fidelity import gradients
+from pipeline.measure.held import Held, bytes_of, held
+from pipeline.measure.meters import Meters
+from pipeline.objective import Loss
+from pipeline.recipe import Recipe, Spec, spec
+from pipeline.rules.base import Rule, World
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.dsr import DSR
+from pipeline.rules.ide import IDE
+from pipeline.rules.opzo import OPZO
+from pipeline.rules.ottt import OTTT
+from pipeline.rules.sltt import SLTT
+from pipeline.rules.spide import SPIDE
+from pipeline.spiking.encode import over_steps
+from pipeline.tasks import tasks_of
+from pipeline.worker import build_network, build_optimizer, seed_everything
+
+BASELINE = "BPTT"
+RULES = (
+    spec(BPTT),
+    spec(BPTT, recompute=True),
+    spec(SLTT),
+    spec(SLTT, k=1),
+    spec(OTTT),
+    spec(OPZO),
+    spec(DSR),
+    spec(IDE),
+    spec(SPIDE),
+)
+UNTIMED = 3  # the first batch warms up, on the second bytes are counted, on the third operations
+TIMED = 5
+LEARNS_BY_ITSELF = 16  # batches that a rule with matrices of its own sees before its gradient is taken
+DRAWS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of one rule on one batch."""
+
+    rule: str
+    peak_saved_bytes: int
+    state_bytes: int
+    forward_s: float
+    backward_s: float
+    """of a batch, the median over batches; collectives and the optimizer are in neither"""
+    operations: Mapping[str, Mapping[str, float]]
+    """for each purpose, of training on one sample"""
+
+    @property
+    def compute_s(self) -> float:
+        return self.forward_s + self.backward_s
+
+    @property
+    def multiplications(self) -> float:
+        return sum(work["multiplications"] for work in self.operations.values())
+
+    @property
+    def additions(self) -> float:
+        return sum(work["additions"] for work in self.operations.values())
+
+
+class Bench:
+    """`recipe` with a batch of `batch_size` samples (None: what one worker would hold at a time).
+
+    Raises: ValueError for a network that does not fit the data; what the data refuse.
+    """
+
+    def __init__(self, recipe: Recipe, *, batch_size: int | None = None) -> None:
+        self.recipe = replace(recipe, teacher=None, objective=_of_labels(recipe))
+        self.samples = batch_size or recipe.split(1).micro_batch
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        seed_everything(recipe.seed)
+        self.network = build_network(self.recipe, tasks_of(self.recipe)).to(device)
+        self.loss: Loss = self.recipe.objective.build()
+        batch = first_batch(recipe, self.samples)
+        self.x_TB = over_steps(batch.x.to(device), recipe.time_steps)
+        self.target_B = batch.target.to(device)
+
+    def cost(self, rule: Spec) -> Cost:
+        """Raises: ValueError where the rule cannot train the network."""
+        network, made = copy.deepcopy(self.network), self._made(rule)
+        made.attach(network, world=World(self.recipe.seed), over_time=self.recipe.over_time)
+        if made.calibration_batches:
+            made.calibrate(network, [self.x_TB])
+        about = {"batch_size": self.samples, "device": self.x_TB.device}
+        meters = Meters(network, **about, memory_every=10**9, operations_every=10**9)
+        backend = Plain(network, _resting, precision=self.recipe.precision)
+        micro_batches = [MicroBatch(self.x_TB, self.target_B, range(self.samples), 1.0)]
+        batches = ((step, micro_batches) for step in range(UNTIMED + TIMED))
+        train(made, backend, lambda step: None, batches, self.loss, meters)
+        timed, totals = meters.clock.take()[UNTIMED:], meters.totals
+        return Cost(
+            rule=made.label,
+            peak_saved_bytes=totals.peak_saved_bytes,
+            state_bytes=totals.state_bytes,
+            forward_s=statistics.median(seconds["forward"] for seconds in timed),
+            backward_s=statistics.median(seconds["backward"] for seconds in timed),
+            operations=totals.operations_per_sample(),
+        )
+
+    def gradients(self, rule: Spec) -> list[dict[str, Tensor]]:
+        """What the rule gives each synapse; of one that draws time steps, in several draws."""
+        made = self._made(rule)
+        draws = DRAWS if isinstance(made, SLTT) and made.k is not None else 1
+        batches = LEARNS_BY_ITSELF if isinstance(made, OPZO) else 1
+        about = {"over_time": self.recipe.over_time, "seed": self.recipe.seed, "batches": batches}
+        loss_of = self.loss(self.target_B)
+        return [gradients(self.network, self._made(rule), self.x_TB, loss_of, step=step, **about) for step in range(draws)]
+
+    def held(self) -> Held:
+        """What training holds beside what a rule keeps of a batch."""
+        network = copy.deepcopy(self.network)
+        optimizer = build_optimizer(self.recipe, network, self._made(self.recipe.rule))
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        return held(network, optimizer)
+
+    @property
+    def batch_bytes(self) -> int:
+        return bytes_of([self.x_TB, self.target_B])
+
+    def _made(self, rule: Spec) -> Rule:
+        made: Rule = rule.build()
+        made.check_steps(self.recipe.time_steps)
+        return made
+
+
+def first_batch(recipe: Recipe, size: int) -> Batch:
+    """The first `size` samples that a run of the recipe would train on."""
+    data = tasks_of(recipe)[0].data
+    loader = data.train(seed=recipe.seed, rank=0, world=1, batch_size=size, micro_batch=size, threads=1)
+    with closing(loader), loader.epoch(0) as batches:
+        return next(iter(batches))
+
+
+def _of_labels(recipe: Recipe) -> Spec:
+    return recipe.objective if recipe.teacher is None else spec(_labels, of=recipe.objective)
+
+
+def _labels(of: Loss) -> Loss:
+    return of.labels
+
+
+def _resting(network: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(network.parameters(), lr=0.0)

@@ -1,0 +1,68 @@
+"""A sweep over time steps: one line for each rule and T."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.bench import BASELINE
+from pipeline.sweep import Point, Sweep
+
+
+def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None = None) -> None:
+    """Bytes, time and largest batch against T, and each rule's growth in bytes."""
+    console = console or Console()
+    if as_json:
+        console.out(json.dumps(asdict(found), indent=2), highlight=False)
+        return
+    table = Table(title=found.recipe, box=None, header_style="bold", pad_edge=False, title_justify="left")
+    table.add_column("rule")
+    titles = ("T", "saved", f"× {BASELINE}", "states", "ms/batch", f"× {BASELINE}", "images/s")
+    for title in (*titles, *(["largest batch"] if found.memory_bytes is not None else [])):
+        table.add_column(title, justify="right")
+    base = {point.time_steps: point for point in found.of(BASELINE)}
+    for rule in found.rules:
+        for index, point in enumerate(found.of(rule)):
+            table.add_row(Text(rule if index == 0 else ""), *map(Text, _cells(point, base.get(point.time_steps))))
+    console.print(table)
+    for rule in found.rules:
+        points = found.of(rule)
+        if len(points) > 1:
+            first, last = points[0].time_steps, points[-1].time_steps
+            console.out(f"{rule}: {found.growth(rule):.2f} times the bytes at T = {last} as at T = {first}", highlight=False)
+    for why in found.refused.values():
+        console.out(f"not in the table: {why}", highlight=False)
+    machine = found.hardware
+    on = machine["gpu"] if machine["gpu"] != "none" else f"{machine['cpu']}, {machine['threads']} threads"
+    fits = (
+        ""
+        if found.memory_bytes is None
+        else f"; largest batch: whose bytes fit into {found.memory_bytes / 1e9:.3g} GB, not tried"
+    )
+    console.out(f"one batch of {found.samples} samples; {on}{fits}", highlight=False)
+
+
+def _cells(point: Point, base: Point | None) -> tuple[str, ...]:
+    cost = point.cost
+    beside = (
+        ("", "")
+        if base is None
+        else (
+            f"{cost.peak_saved_bytes / base.cost.peak_saved_bytes:.2f}",
+            f"{cost.compute_s / base.cost.compute_s:.2f}",
+        )
+    )
+    return (
+        str(point.time_steps),
+        f"{cost.peak_saved_bytes / 1e6:.4g} MB",
+        beside[0],
+        f"{cost.state_bytes / 1e6:.4g} MB",
+        f"{cost.compute_s * 1e3:.4g}",
+        beside[1],
+        f"{point.images_per_s:.4g}",
+        *(() if point.largest_batch is None else (f"{point.largest_batch:,}",)),
+    )

@@ -1,0 +1,127 @@
+"""Memory and time against the number of time steps T, for each rule: what the papers' central figures show.
+
+And the largest batch whose bytes fit. What backward keeps grows with the batch in a straight line, bytes(B) = a + b B, so two
+sizes tell it; beside it lie the parameters with their gradients and the optimizer's state, and the batch itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from pipeline.bench import RULES, Bench, Cost
+from pipeline.counts import are_counts
+from pipeline.measure.memory import free_bytes, hardware
+from pipeline.recipe import Recipe, Spec
+from pipeline.worker import check_recipe
+
+STEPS = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One rule at one number of time steps."""
+
+    time_steps: int
+    cost: Cost
+    images_per_s: float
+    largest_batch: int | None
+    """whose bytes fit into the memory that was asked for; None: nobody asked"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Of one recipe."""
+
+    recipe: str
+    samples: int
+    points: tuple[Point, ...]
+    """by rule, then by time steps"""
+    refused: Mapping[str, str]
+    """rules that cannot train the network at any of the time steps, and why"""
+    memory_bytes: int | None
+    """that a largest batch may take"""
+    hardware: Mapping[str, object]
+
+    def of(self, rule: str) -> tuple[Point, ...]:
+        return tuple(point for point in self.points if point.cost.rule == rule)
+
+    @property
+    def rules(self) -> list[str]:
+        return list(dict.fromkeys(point.cost.rule for point in self.points))
+
+    def growth(self, rule: str) -> float:
+        """Saved bytes at the largest T over those at the smallest."""
+        points = self.of(rule)
+        return points[-1].cost.peak_saved_bytes / max(1, points[0].cost.peak_saved_bytes)
+
+
+def sweep(
+    recipe: Recipe,
+    *,
+    steps: Sequence[int] = STEPS,
+    batch_size: int | None = None,
+    memory_bytes: int | None = None,
+    rules: Sequence[Spec] = RULES,
+) -> Sweep:
+    """Try `rules`, and the recipe's own, at each of `steps`.
+
+    Args:
+        batch_size: samples; None: what one worker would hold at a time.
+        memory_bytes: find the largest batch that fits into so many; 0: into what is free; None: find none.
+
+    Raises: ValueError for a recipe that does not fit together, for recordings (their T is their own), for no time steps, or
+    where no rule can train the network; what the data refuse.
+    """
+    check_recipe(recipe.with_untrained_teacher(), 1)
+    if not are_counts(steps):
+        raise ValueError(f"sweep: steps must be numbers of time steps, from 1; got {steps!r}")
+    if len(shape := recipe.data.build().shape) == 4:
+        raise ValueError(f"sweep: a recording has time steps of its own, so the data must be still images; got shape {shape}")
+    limit = free_bytes() if memory_bytes == 0 else memory_bytes
+    points: list[Point] = []
+    refused: dict[str, str] = {}
+    benches = [Bench(replace(recipe, time_steps=each), batch_size=batch_size) for each in steps]
+    for bench in benches:
+        half = None if limit is None else _half(bench)
+        for label, rule in {rule.build().label: rule for rule in (*rules, recipe.rule)}.items():
+            try:
+                points.append(_point(bench, half, rule, limit))
+            except ValueError as error:
+                refused[label] = str(error)
+    if not points:
+        raise ValueError("sweep: no rule can train this network; " + "; ".join(dict.fromkeys(refused.values())))
+    order = list(dict.fromkeys(point.cost.rule for point in points))
+    return Sweep(
+        recipe=recipe.name,
+        samples=benches[0].samples,
+        points=tuple(sorted(points, key=lambda point: (order.index(point.cost.rule), point.time_steps))),
+        refused={label: why for label, why in refused.items() if label not in order},
+        memory_bytes=limit,
+        hardware=hardware(),
+    )
+
+
+def _half(bench: Bench) -> Bench:
+    if bench.samples < 2:
+        raise ValueError(f"sweep: a largest batch is found from two sizes, so the batch must be 2 or more; got {bench.samples}")
+    return Bench(bench.recipe, batch_size=bench.samples // 2)
+
+
+def _point(bench: Bench, half: Bench | None, rule: Spec, limit: int | None) -> Point:
+    cost = bench.cost(rule)
+    largest = None if half is None or limit is None else _largest(bench, cost, half, half.cost(rule), limit)
+    speed = bench.samples / cost.compute_s
+    return Point(time_steps=bench.recipe.time_steps, cost=cost, images_per_s=speed, largest_batch=largest)
+
+
+def _largest(bench: Bench, cost: Cost, half: Bench, half_cost: Cost, limit: int) -> int:
+    """From the bytes of two batches; 0 where not even one sample fits."""
+    more = _bytes(bench, cost) - _bytes(half, half_cost)
+    of_a_sample = more / (bench.samples - half.samples)
+    fixed = _bytes(bench, cost) - of_a_sample * bench.samples + bench.held().total
+    return max(0, int((limit - fixed) / max(of_a_sample, 1.0)))
+
+
+def _bytes(bench: Bench, cost: Cost) -> int:
+    return cost.peak_saved_bytes + cost.state_bytes + bench.batch_bytes

@@ -1,0 +1,85 @@
+"""Bytes and time against T, and the largest batch, which is tried."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.bench import Bench
+from pipeline.recipe import spec
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.sltt import SLTT
+from pipeline.sweep import Sweep, sweep
+from tests.small import command, small_recipe
+from tests.test_probe import RECIPE, recipe_with
+
+RULES = (spec(BPTT), spec(SLTT))
+LIMIT = 10**6
+
+
+@pytest.fixture(scope="module")
+def found() -> Sweep:
+    return sweep(recipe_with(0.5), steps=(2, 4, 8), rules=RULES, memory_bytes=LIMIT)
+
+
+def test_bptts_bytes_grow_with_t_and_sltts_do_not(found: Sweep) -> None:
+    assert found.rules == ["BPTT", "SLTT", "SLTT-2"]
+    assert [point.time_steps for point in found.of("BPTT")] == [2, 4, 8]
+    assert found.growth("SLTT") == pytest.approx(1, abs=0.03)
+    assert found.growth("BPTT") > 2.5
+    assert all(point.images_per_s == 8 / point.cost.compute_s for point in found.points)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.label)
+def test_the_largest_batch_fits_and_one_more_sample_does_not(found: Sweep, rule) -> None:
+    (point,) = [point for point in found.of(rule.build().label) if point.time_steps == 4]
+    assert point.largest_batch is not None and point.largest_batch > 100
+
+    def taken(samples: int) -> int:
+        data = recipe_with(0.5).data.with_(samples=2 * samples)
+        bench = Bench(recipe_with(0.5, data=data), batch_size=samples)
+        cost = bench.cost(rule)
+        return cost.peak_saved_bytes + cost.state_bytes + bench.batch_bytes + bench.held().total
+
+    assert taken(point.largest_batch) <= LIMIT < taken(point.largest_batch + 2)
+
+
+def test_where_not_one_sample_fits_the_largest_batch_is_0() -> None:
+    assert {point.largest_batch for point in sweep(recipe_with(0.5), steps=(2,), rules=RULES, memory_bytes=10).points} == {0}
+
+
+def test_a_rule_that_fits_some_time_steps_is_in_the_table_and_one_that_fits_none_says_why() -> None:
+    found = sweep(small_recipe(rule=spec(SLTT, k=3), time_steps=4), steps=(2, 4), rules=(*RULES, spec(SLTT, k=9)))
+    assert [point.time_steps for point in found.of("SLTT-3")] == [4]
+    assert list(found.refused) == ["SLTT-9"] and found.memory_bytes is None and found.points[0].largest_batch is None
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(RECIPE)
+    run = command(monkeypatch, capsys)
+    code, out, err = run("sweep", str(file), "--steps", "2,4", "--batch", "auto", "--memory", "0.001")
+    assert (code, err) == (0, "")
+    assert "largest batch" in out and "times the bytes at T = 4 as at T = 2" in out
+    code, out, _ = run("sweep", str(file), "--steps", "2", "--batch", "4", "--format", "json")
+    assert json.loads(out)["samples"] == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--steps", "1,x"), "sweep: --steps must be numbers of time steps, such as 1,2,4,8; got '1,x'"),
+        (("--steps", "0"), "sweep: --steps must be numbers of time steps, such as 1,2,4,8; got '0'"),
+        (("--batch", "none"), "sweep: --batch must be a number of samples or auto; got none"),
+        (("--memory", "3"), "sweep: --memory is a limit in GB, above 0, for --batch auto; got 3.0 with --batch None"),
+    ],
+)
+def test_bad_use_ends_in_a_line(
+    words: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(RECIPE)
+    code, _, err = command(monkeypatch, capsys)("sweep", str(file), *words)
+    assert (code, err) == (2, said + "\n")
