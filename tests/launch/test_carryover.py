@@ -103,7 +103,7 @@ def test_still_images_are_asked_at_1_2_4_8(spiketrain: SPIKETRAIN, folder: Path)
 def test_mistakes_end_in_one_line(spiketrain: SPIKETRAIN, folder: Path) -> None:
     for words, said in (
         (("--steps", "1,two"), "--steps must be numbers of time steps, such as 1,2,4,8; got '1,two'"),
-        (("--steps", "0"), "steps must be numbers of time steps, from 1; got [0]"),
+        (("--steps", "0"), "--steps must be numbers of time steps, such as 1,2,4,8; got '0'"),
         (("--by", "object"), "carryover: --by needs data that groups its samples; got --by object, and Synthetic has no groups"),
         (("--batch", "1"), "--help"),
     ):
