@@ -317,6 +317,41 @@ def sweep(
     print_sweep(sweep_recipe(made, steps=times, batch_size=size, memory_bytes=limit), as_json=format_ == "json")
 
 
+@app.command(
+    epilog="Example: spiketrain plan recipes/imagenet/qkformer_10_384_sltt_k1.py --workers 64 --device h100 --batch-of noise"
+)
+def plan(
+    recipe: RecipeFile,
+    workers: Workers = 1,
+    device: Annotated[
+        str, typer.Option("--device", metavar="here|CARD", help="a card of the table, or machines like this")
+    ] = "here",
+    per_node: Annotated[int, typer.Option("--per-node", min=1, help="cards in a node")] = 8,
+    node_gbps: Annotated[float, typer.Option("--node-gbps", min=0.001, help="from node to node, in Gb/s")] = 400.0,
+    price: Annotated[float | None, typer.Option("--price", min=0, help="of an hour of one worker, in your currency")] = None,
+    batch_of: Annotated[
+        Literal["data", "noise"], typer.Option("--batch-of", help="noise: where the data is not here; name --samples then")
+    ] = "data",
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="of an epoch; without it the data's")] = None,
+    format_: Annotated[Literal["table", "json"], typer.Option("--format")] = "table",
+    set_: Sets = [],  # noqa: B006
+    tiny: Tiny = False,
+) -> None:
+    """Before anything is launched: memory, speed, hours and energy of each rule on machines that are not here. A model."""
+    made = _one(recipe, set_, tiny, who="plan")
+    from pipeline.devices import DEVICES
+    from pipeline.plan import Cluster
+    from pipeline.plan import plan as plan_recipe
+    from pipeline.report.plan import print_plan
+
+    if device != "here" and device not in DEVICES:
+        raise ValueError(f"plan: --device must be here, {', '.join(DEVICES)}; got {device}")
+    if batch_of == "noise" and (samples is None or device == "here"):
+        raise ValueError("plan: --batch-of noise needs --samples, and a card: what it takes here depends on the data")
+    cluster = Cluster(workers=workers, device=DEVICES.get(device), per_node=per_node, node_link=node_gbps * 1e9 / 8, price=price)
+    print_plan(plan_recipe(made, cluster, samples=samples, source=batch_of), as_json=format_ == "json")
+
+
 @app.command("runs", epilog="Example: spiketrain runs --runs /scratch/runs")
 def runs_(runs: Runs = RUNS) -> None:
     """List suites and runs with their state and the command that resumes each."""

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Mapping
-from contextlib import closing
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,8 @@ from pipeline.data.base import Batch
 from pipeline.loop import MicroBatch, train
 from pipeline.measure.fidelity import gradients
 from pipeline.measure.held import Held, bytes_of, held
-from pipeline.measure.meters import Meters
+from pipeline.measure.meters import Meters, Totals
+from pipeline.measure.traffic import Traffic
 from pipeline.objective import Loss
 from pipeline.recipe import Recipe, Spec, spec
 from pipeline.rules.base import Rule, World
@@ -84,32 +87,26 @@ class Cost:
 class Bench:
     """`recipe` with a batch of `batch_size` samples (None: what one worker would hold at a time).
 
+    `source="noise"` makes the batch up, normal and of random classes, where the data need not be here: sizes are right then,
+    and sparsity is not.
+
     Raises: ValueError for a network that does not fit the data; what the data refuse.
     """
 
-    def __init__(self, recipe: Recipe, *, batch_size: int | None = None) -> None:
+    def __init__(self, recipe: Recipe, *, batch_size: int | None = None, source: Literal["data", "noise"] = "data") -> None:
         self.recipe = replace(recipe, teacher=None, objective=_of_labels(recipe))
         self.samples = batch_size or recipe.split(1).micro_batch
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         seed_everything(recipe.seed)
         self.network = build_network(self.recipe, tasks_of(self.recipe)).to(device)
         self.loss: Loss = self.recipe.objective.build()
-        batch = first_batch(recipe, self.samples)
+        batch = first_batch(recipe, self.samples) if source == "data" else noise(recipe, self.samples)
         self.x_TB = over_steps(batch.x.to(device), recipe.time_steps)
         self.target_B = batch.target.to(device)
 
     def cost(self, rule: Spec) -> Cost:
         """Raises: ValueError where the rule cannot train the network."""
-        network, made = copy.deepcopy(self.network), self._made(rule)
-        made.attach(network, world=World(self.recipe.seed), over_time=self.recipe.over_time)
-        if made.calibration_batches:
-            made.calibrate(network, [self.x_TB])
-        about = {"batch_size": self.samples, "device": self.x_TB.device}
-        meters = Meters(network, **about, memory_every=10**9, operations_every=10**9)
-        backend = Plain(network, _resting, precision=self.recipe.precision)
-        micro_batches = [MicroBatch(self.x_TB, self.target_B, range(self.samples), 1.0)]
-        batches = ((step, micro_batches) for step in range(UNTIMED + TIMED))
-        train(made, backend, lambda step: None, batches, self.loss, meters)
+        made, meters = self._trained(rule, batches=UNTIMED + TIMED)
         timed, totals = meters.clock.take()[UNTIMED:], meters.totals
         return Cost(
             rule=made.label,
@@ -119,6 +116,37 @@ class Bench:
             backward_s=statistics.median(seconds["backward"] for seconds in timed),
             operations=totals.operations_per_sample(),
         )
+
+    def needs(self, rule: Spec) -> tuple[Totals, Traffic]:
+        """Bytes and backward calls, and what a device has to do for a batch; nothing is timed.
+
+        Raises: ValueError where the rule cannot train the network.
+        """
+        _, meters = self._trained(rule, batches=2)
+        traffic = Traffic()
+        self._trained(rule, batches=2, on_the_last=traffic)
+        return meters.totals, traffic
+
+    def _trained(
+        self, rule: Spec, *, batches: int, on_the_last: AbstractContextManager[Any] | None = None
+    ) -> tuple[Rule, Meters]:
+        """So many batches with weights at rest, the last of them inside `on_the_last`."""
+        network, made = copy.deepcopy(self.network), self._made(rule)
+        made.attach(network, world=World(self.recipe.seed), over_time=self.recipe.over_time)
+        if made.calibration_batches:
+            made.calibrate(network, [self.x_TB])
+        about = {"batch_size": self.samples, "device": self.x_TB.device}
+        meters = Meters(network, **about, memory_every=10**9, operations_every=10**9)
+        backend = Plain(network, _resting, precision=self.recipe.precision)
+        micro_batches = [MicroBatch(self.x_TB, self.target_B, range(self.samples), 1.0)]
+
+        def some(steps: range) -> None:
+            train(made, backend, lambda step: None, ((step, micro_batches) for step in steps), self.loss, meters)
+
+        some(range(batches - 1))
+        with on_the_last or nullcontext():
+            some(range(batches - 1, batches))
+        return made, meters
 
     def gradients(self, rule: Spec) -> list[dict[str, Tensor]]:
         """What the rule gives each synapse; of one that draws time steps, in several draws."""
@@ -138,6 +166,24 @@ class Bench:
         optimizer.step()
         return held(network, optimizer)
 
+    def optimizer_s(self) -> float:
+        """Seconds of a move of the weights, the median of several."""
+        network = copy.deepcopy(self.network)
+        optimizer = build_optimizer(self.recipe, network, self._made(self.recipe.rule))
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        return statistics.median(_seconds_of(optimizer.step) for _ in range(TIMED))
+
+    def loading_s(self) -> float:
+        """Seconds of reading a batch and making it ready, on one thread with nothing else to do; the median of several."""
+        data, size = tasks_of(self.recipe)[0].data, self.samples
+        loader = data.train(seed=self.recipe.seed, rank=0, world=1, batch_size=size, micro_batch=size, threads=1)
+        with closing(loader), loader.epoch(0) as batches:
+            some = iter(batches)
+            next(some)
+            return statistics.median(_seconds_of(lambda: next(some)) for _ in range(min(TIMED, loader.steps_per_epoch - 1)))
+
     @property
     def batch_bytes(self) -> int:
         return bytes_of([self.x_TB, self.target_B])
@@ -156,12 +202,26 @@ def first_batch(recipe: Recipe, size: int) -> Batch:
         return next(iter(batches))
 
 
+def noise(recipe: Recipe, size: int) -> Batch:
+    """A batch that nobody read, in the shape of the recipe's data."""
+    data = tasks_of(recipe)[0].data
+    generator = torch.Generator().manual_seed(recipe.seed)
+    x_B = torch.randn(size, *data.shape, generator=generator)
+    return Batch(x_B, torch.randint(data.classes, (size,), generator=generator), torch.arange(size))
+
+
 def _of_labels(recipe: Recipe) -> Spec:
     return recipe.objective if recipe.teacher is None else spec(_labels, of=recipe.objective)
 
 
 def _labels(of: Loss) -> Loss:
     return of.labels
+
+
+def _seconds_of(act: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    act()
+    return time.perf_counter() - begun
 
 
 def _resting(network: nn.Module) -> torch.optim.Optimizer:

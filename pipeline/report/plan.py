@@ -1,0 +1,80 @@
+"""A plan as a table, and which rule it would take."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.plan import EFFICIENCY, RESERVE, Plan, Planned
+
+
+def print_plan(found: Plan, *, as_json: bool = False, console: Console | None = None) -> None:
+    """One line for each rule; what the figures rest on; and the rule that takes the fewest hours."""
+    console = console or Console()
+    if as_json:
+        console.out(json.dumps({**asdict(found), "basis": basis(found), "advice": advice(found)}, indent=2), highlight=False)
+        return
+    table = Table(
+        title=f"{found.recipe}: a model, not measured", box=None, header_style="bold", pad_edge=False, title_justify="left"
+    )
+    table.add_column("rule")
+    titles = ["ZeRO", "micro x acc.", "memory", "compute", "communication", "step", "images/s", "hours"]
+    titles += [] if found.cluster.device is None else ["kWh"]
+    titles += [] if found.cluster.price is None else ["cost"]
+    for title in titles:
+        table.add_column(title, justify="right")
+    for planned in found.rules:
+        table.add_row(*map(Text, _cells(planned)))
+    console.print(table)
+    for why in found.refused.values():
+        console.out(f"not in the table: {why}", highlight=False)
+    console.out(basis(found), highlight=False)
+    console.out(advice(found), highlight=False)
+
+
+def basis(found: Plan) -> str:
+    """What the figures were made from, in a sentence or two."""
+    sizes, times = (" and ".join(map(str, each)) for each in found.profiled)
+    profiled = (
+        f"From batches of {sizes} samples at T = {times}" + ("" if found.source == "data" else ", made up,") + " on this machine"
+    )
+    card, workers = found.cluster.device, found.cluster.workers
+    if card is None:
+        return f"{profiled}, their seconds, and a ring of {workers} local workers."
+    link = "" if workers <= found.cluster.per_node else f", {found.cluster.node_link * 8 / 1e9:.0f} Gb/s from node to node"
+    return (
+        f"{profiled}; {card.name}: roofline at {EFFICIENCY:.0%} ({card.source}), {RESERVE:.0%} of its memory left free, "
+        f"{card.link / 1e9:.0f} GB/s from card to card{link}, loaders that keep up."
+    )
+
+
+def advice(found: Plan) -> str:
+    if not found.rules:
+        return "No rule fits."
+    best = min(found.rules, key=lambda planned: planned.hours)
+    smallest = min(found.rules, key=lambda planned: planned.memory_bytes)
+    other = "" if smallest is best else f" {smallest.rule} needs the least memory, {smallest.memory_bytes / 1e9:.3g} GB."
+    return (
+        f"Fewest hours: {best.rule}, {best.micro_batch} samples on a worker at a time, ZeRO-{best.zero}, "
+        f"{best.memory_bytes / 1e9:.3g} GB.{other} What a rule costs in accuracy, a run says."
+    )
+
+
+def _cells(planned: Planned) -> tuple[str, ...]:
+    return (
+        planned.rule,
+        str(planned.zero),
+        f"{planned.micro_batch} x {planned.accumulation}",
+        f"{planned.memory_bytes / 1e9:.3g} GB",
+        f"{planned.compute_s * 1e3:.4g} ms",
+        f"{planned.communication_s * 1e3:.4g} ms",
+        f"{planned.step_s * 1e3:.4g} ms",
+        f"{planned.images_per_s:.4g}",
+        f"{planned.hours:.3g}",
+        *(() if planned.kwh is None else (f"{planned.kwh:,.0f}",)),
+        *(() if planned.cost is None else (f"{planned.cost:,.0f}",)),
+    )

@@ -1,0 +1,129 @@
+"""Plans: exact where the model is, and held to what a launch then measures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.bench import Bench
+from pipeline.devices import DEVICES
+from pipeline.measure.link import ring_s
+from pipeline.plan import Bilinear, Cluster, Plan, Planned, plan
+from pipeline.recipe import Recipe, spec
+from pipeline.report.plan import advice
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.sltt import SLTT
+from tests.small import command
+from tests.test_probe import RECIPE, recipe_with
+
+RULES = (spec(BPTT), spec(SLTT))
+H100 = DEVICES["h100"]
+
+
+def test_four_points_determine_the_plane_with_a_twist() -> None:
+    def value(B: float, T: float) -> float:
+        return 5 + 3 * B + 7 * T + 2 * B * T
+
+    found = Bilinear.through((2, 6), (1, 4), {(B, T): value(B, T) for B in (2, 6) for T in (1, 4)})
+    assert found(64, 9) == pytest.approx(value(64, 9))
+
+
+def made(**changes: Any) -> Recipe:
+    """T = 6, 64 samples in a batch."""
+    return replace(recipe_with(0.5), rule=spec(SLTT), time_steps=6, batch_size=64, backend="deepspeed", **changes)
+
+
+def on(workers: int, **changes: Any) -> Plan:
+    cluster = Cluster(workers=workers, device=H100, **changes.pop("cluster", {}))
+    return plan(made(**changes), cluster, samples=6400, source="noise", rules=RULES)
+
+
+def of(found: Plan, rule: str) -> Planned:
+    (planned,) = [each for each in found.rules if each.rule == rule]
+    return planned
+
+
+def test_saved_bytes_are_those_of_the_whole_batch() -> None:
+    found = on(2)
+    assert found.profiled == ((8, 16), (2, 4))
+    for rule in RULES:
+        needed = Bench(made(), batch_size=32, source="noise").needs(rule)[0].peak_saved_bytes
+        assert of(found, rule.build().label).saved_bytes == pytest.approx(needed, rel=0.05)
+
+
+def test_a_ring_is_as_fast_as_its_slowest_link_and_only_once_a_batch() -> None:
+    gradients = Bench(made(), batch_size=4, source="noise").held().gradients
+    inside, across = on(8), on(16, cluster={"node_link": 1e9})
+    assert of(inside, "SLTT").communication_s == pytest.approx(2 * 7 / 8 * gradients / 450e9)
+    assert of(across, "SLTT").communication_s == pytest.approx(2 * 15 / 16 * gradients / 1e9)
+
+
+def test_zero_2_sums_at_every_backward_call() -> None:
+    stage_1, stage_2 = on(8, zero=1), on(8, zero=2)
+    assert of(stage_2, "SLTT").communication_s == pytest.approx(6 * of(stage_1, "SLTT").communication_s)
+    assert of(stage_2, "BPTT").communication_s == pytest.approx(of(stage_1, "BPTT").communication_s)
+
+
+def test_hours_energy_and_cost_follow_from_the_step() -> None:
+    planned = of(on(8, cluster={"price": 3.0}, epochs=5), "BPTT")
+    assert planned.hours == pytest.approx(6400 // 64 * 5 * planned.step_s / 3600)
+    assert planned.kwh == pytest.approx(planned.hours * 8 * 0.7)
+    assert planned.cost == pytest.approx(planned.hours * 8 * 3)
+    assert planned.images_per_s == pytest.approx(64 / planned.step_s)
+
+
+def test_a_small_card_takes_smaller_micro_batches_and_a_tiny_one_refuses() -> None:
+    whole = of(on(1), "BPTT")
+    small = replace(H100, memory=0.6 * whole.memory_bytes / 0.9)
+    found = plan(made(), Cluster(workers=1, device=small), samples=6400, source="noise", rules=RULES)
+    assert (whole.micro_batch, whole.accumulation) == (64, 1)
+    assert of(found, "BPTT").micro_batch * of(found, "BPTT").accumulation == 64 and of(found, "BPTT").accumulation > 1
+    assert of(found, "BPTT").memory_bytes < 0.6 * whole.memory_bytes
+    tiny = replace(H100, memory=1000.0)
+    refused = plan(made(), Cluster(workers=1, device=tiny), samples=6400, source="noise", rules=RULES)
+    assert refused.rules == () and advice(refused) == "No rule fits."
+    assert refused.refused["BPTT"].startswith("BPTT: one sample on a worker must fit into 9e-07 GB; it needs")
+
+
+@pytest.mark.distributed
+def test_a_ring_here_takes_time_that_grows_with_what_it_sums() -> None:
+    assert ring_s(1, 10**9) == 0
+    assert 0 < ring_s(2, 10**4) < ring_s(2, 2 * 10**7) < 1
+
+
+# ------------------------------------------------------------------------------------------------------------ command line
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(RECIPE)
+    run = command(monkeypatch, capsys)
+    words = ("--device", "h100", "--batch-of", "noise", "--samples", "64", "--price", "2")
+    code, out, err = run("plan", str(file), *words)
+    assert (code, err) == (0, "")
+    assert "a model, not measured" in out and "Fewest hours" in out and "roofline at 40%" in " ".join(out.split())
+    code, out, _ = run("plan", str(file), *words, "--format", "json")
+    assert {each["rule"] for each in json.loads(out)["rules"]} >= {"BPTT", "SLTT"}
+    code, out, _ = run("plan", str(file))  # here, with the data
+    assert code == 0 and "a ring of 1 local workers" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--device", "h1000"), "plan: --device must be here, h100, h200, a100, v100, rtx4090; got h1000"),
+        (("--batch-of", "noise"), "plan: --batch-of noise needs --samples, and a card: what it takes here depends on the data"),
+        (("--device", "v100", "--set", "precision=bf16"), "plan: V100 SXM2, 32 GB: precision must be fp32; got bf16"),
+    ],
+)
+def test_bad_use_ends_in_a_line(
+    words: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(RECIPE)
+    code, _, err = command(monkeypatch, capsys)("plan", str(file), *words)
+    assert (code, err) == (2, said + "\n")
