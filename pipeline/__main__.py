@@ -273,6 +273,7 @@ def probe(
     batch: Annotated[
         int | None, typer.Option("--batch", min=1, help="samples; without it what one worker holds at a time in training")
     ] = None,
+    cpus_per_worker: Cpus = 1,
     format_: Annotated[Literal["table", "json"], typer.Option("--format")] = "table",
     set_: Sets = [],  # noqa: B006
     tiny: Tiny = False,
@@ -282,7 +283,7 @@ def probe(
     from pipeline.probe import probe as probe_recipe
     from pipeline.report.probe import print_probe
 
-    print_probe(probe_recipe(made, batch_size=batch), as_json=format_ == "json")
+    print_probe(probe_recipe(made, batch_size=batch, threads=cpus_per_worker), as_json=format_ == "json")
 
 
 @app.command(epilog="Example: spiketrain sweep recipes/fashion/sltt.py --steps 1,2,4,8,16 --batch auto")
@@ -296,6 +297,7 @@ def sweep(
     memory: Annotated[
         float | None, typer.Option("--memory", metavar="GB", help="that the largest batch may take; without it what is free")
     ] = None,
+    cpus_per_worker: Cpus = 1,
     format_: Annotated[Literal["table", "json"], typer.Option("--format")] = "table",
     set_: Sets = [],  # noqa: B006
     tiny: Tiny = False,
@@ -303,8 +305,10 @@ def sweep(
     """Before any training: memory and time of each rule against the number of time steps."""
     if batch not in (None, "auto") and not (batch.isdecimal() and int(batch) > 0):
         raise ValueError(f"sweep: --batch must be a number of samples or auto; got {batch}")
-    if memory is not None and (batch != "auto" or not memory > 0):
-        raise ValueError(f"sweep: --memory is a limit in GB, above 0, for --batch auto; got {memory} with --batch {batch}")
+    if memory is not None and (batch != "auto" or not 1e-6 <= memory <= 1e6):
+        raise ValueError(
+            f"sweep: --memory is a limit in GB, from 1e-6 to 1e6, for --batch auto; got {memory:g} with --batch {batch}"
+        )
     from pipeline.counts import listed_time_steps
 
     times = listed_time_steps("sweep", steps)
@@ -312,9 +316,10 @@ def sweep(
     from pipeline.report.sweep import print_sweep
     from pipeline.sweep import sweep as sweep_recipe
 
-    limit = None if batch != "auto" else 0 if memory is None else int(memory * 1e9)
+    limit = None if batch != "auto" else "free" if memory is None else int(memory * 1e9)
     size = int(batch) if batch not in (None, "auto") else None
-    print_sweep(sweep_recipe(made, steps=times, batch_size=size, memory_bytes=limit), as_json=format_ == "json")
+    about = {"batch_size": size, "memory_bytes": limit, "threads": cpus_per_worker}
+    print_sweep(sweep_recipe(made, steps=times, **about), as_json=format_ == "json")
 
 
 @app.command(
@@ -326,8 +331,11 @@ def plan(
     device: Annotated[
         str, typer.Option("--device", metavar="here|CARD", help="a card of the table, or machines like this")
     ] = "here",
-    per_node: Annotated[int, typer.Option("--per-node", min=1, help="cards in a node")] = 8,
-    node_gbps: Annotated[float, typer.Option("--node-gbps", min=0.001, help="from node to node, in Gb/s")] = 400.0,
+    per_node: Annotated[int | None, typer.Option("--per-node", min=1, help="cards in a node; without it 8")] = None,
+    node_gbps: Annotated[
+        float | None, typer.Option("--node-gbps", min=0.001, help="from node to node, in Gb/s; without it 400")
+    ] = None,
+    cpus_per_worker: Cpus = 1,
     price: Annotated[float | None, typer.Option("--price", min=0, help="of an hour of one worker, in your currency")] = None,
     batch_of: Annotated[
         Literal["data", "noise"], typer.Option("--batch-of", help="noise: where the data is not here; name --samples then")
@@ -348,7 +356,16 @@ def plan(
         raise ValueError(f"plan: --device must be here, {', '.join(DEVICES)}; got {device}")
     if batch_of == "noise" and (samples is None or device == "here"):
         raise ValueError("plan: --batch-of noise needs --samples, and a card: what it takes here depends on the data")
-    cluster = Cluster(workers=workers, device=DEVICES.get(device), per_node=per_node, node_link=node_gbps * 1e9 / 8, price=price)
+    if device == "here" and (per_node, node_gbps) != (None, None):
+        raise ValueError("plan: --per-node and --node-gbps are of cards in nodes; what links machines like this one is measured")
+    cluster = Cluster(
+        workers=workers,
+        device=DEVICES.get(device),
+        per_node=per_node or 8,
+        node_link=(node_gbps or 400.0) * 1e9 / 8,
+        price=price,
+        threads=cpus_per_worker,
+    )
     print_plan(plan_recipe(made, cluster, samples=samples, source=batch_of), as_json=format_ == "json")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -43,7 +43,7 @@ class Attempt:
         self.step, self.learnt = 0, Learnt()
         if parts.trainer is not None:
             self.step = parts.trainer["step"]
-            self.meters.totals = Totals(**parts.trainer["totals"])
+            self.meters.totals = _totals(parts.trainer)
             self.learnt = Learnt(**parts.trainer["learnt"])
         self.stretch = stretch_at(parts.stretches, self.step)
         self.result: Evaluation | None = None
@@ -97,7 +97,8 @@ class Attempt:
             while self.step < end:
                 yield self.step, self._micro_batches(source)
                 self.step += 1
-                self._between_batches(epoch, last=self.step == end)
+                with self.meters.between("coordination"):
+                    self._between_batches(epoch, last=self.step == end)
                 if self.stop_asked:
                     return
 
@@ -190,7 +191,8 @@ class Attempt:
                 task.choose_head(self.backend.network)
                 with closing(self.parts.loaders.val(index)) as val_set:
                     batches = inputs(val_set, recipe.time_steps, self.parts.device, most=most)
-                    self.evaluated.append(evaluate(self.backend.model, batches, loss_for, over_time=recipe.over_time))
+                    about = {"network": self.backend.network, "counts_operations": self.step == self.steps}
+                    self.evaluated.append(evaluate(self.backend.model, batches, loss_for, over_time=recipe.over_time, **about))
         self.meters.forget_peaks()  # what evaluation held is not what training needs
         return [each.result for each in self.evaluated]
 
@@ -239,3 +241,13 @@ class Attempt:
             write_json(self.folder / "summary.json", {**summary, "hardware": hardware()})
         self.tracker.event("finish", sync=True, step=self.step, **summary)
         return summary
+
+
+def _totals(trainer: Mapping[str, Any]) -> Totals:
+    try:
+        return Totals(**trainer["totals"])
+    except TypeError as error:
+        raise Refused(
+            f"checkpoint: what was measured must be of this version's kind; it was written at commit {trainer.get('commit')}: "
+            f"go on there ({error})"
+        ) from None

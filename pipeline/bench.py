@@ -11,10 +11,11 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from pipeline.data.base import Batch
 from pipeline.loop import MicroBatch, train
 from pipeline.measure.fidelity import gradients
 from pipeline.measure.held import Held, bytes_of, held
-from pipeline.measure.meters import Meters, Totals
+from pipeline.measure.meters import Instrument, Meters, Totals
 from pipeline.measure.traffic import Traffic
 from pipeline.objective import Loss
 from pipeline.recipe import Recipe, Spec, spec
@@ -38,7 +39,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.rules.spide import SPIDE
 from pipeline.spiking.encode import over_steps
 from pipeline.tasks import tasks_of
-from pipeline.worker import build_network, build_optimizer, seed_everything
+from pipeline.worker import build_network, build_optimizer, seed_everything, settle
 
 BASELINE = "BPTT"
 RULES = (
@@ -84,8 +85,18 @@ class Cost:
         return sum(work["additions"] for work in self.operations.values())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What one rule needs of a machine on one batch; nothing is timed."""
+
+    totals: Totals
+    rule_bytes: int
+    """of what the rule learns by itself"""
+    traffic: Traffic
+
+
 class Bench:
-    """`recipe` with a batch of `batch_size` samples (None: what one worker would hold at a time).
+    """`recipe` with a batch of `batch_size` samples (None: what one worker would hold at a time), as a worker would have it.
 
     `source="noise"` makes the batch up, normal and of random classes, where the data need not be here: sizes are right then,
     and sparsity is not.
@@ -93,7 +104,15 @@ class Bench:
     Raises: ValueError for a network that does not fit the data; what the data refuse.
     """
 
-    def __init__(self, recipe: Recipe, *, batch_size: int | None = None, source: Literal["data", "noise"] = "data") -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        batch_size: int | None = None,
+        source: Literal["data", "noise"] = "data",
+        threads: int = 1,
+    ) -> None:
+        settle(threads)
         self.recipe = replace(recipe, teacher=None, objective=_of_labels(recipe))
         self.samples = batch_size or recipe.split(1).micro_batch
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -105,7 +124,7 @@ class Bench:
         self.target_B = batch.target.to(device)
 
     def cost(self, rule: Spec) -> Cost:
-        """Raises: ValueError where the rule cannot train the network."""
+        """Raises: ValueError where the rule cannot train the network, or its batch does not fit into memory."""
         made, meters = self._trained(rule, batches=UNTIMED + TIMED)
         timed, totals = meters.clock.take()[UNTIMED:], meters.totals
         return Cost(
@@ -117,63 +136,30 @@ class Bench:
             operations=totals.operations_per_sample(),
         )
 
-    def needs(self, rule: Spec) -> tuple[Totals, Traffic]:
-        """Bytes and backward calls, and what a device has to do for a batch; nothing is timed.
-
-        Raises: ValueError where the rule cannot train the network.
-        """
-        _, meters = self._trained(rule, batches=2)
+    def needs(self, rule: Spec) -> Needs:
+        """Raises: ValueError as `cost`."""
         traffic = Traffic()
-        self._trained(rule, batches=2, on_the_last=traffic)
-        return meters.totals, traffic
-
-    def _trained(
-        self, rule: Spec, *, batches: int, on_the_last: AbstractContextManager[Any] | None = None
-    ) -> tuple[Rule, Meters]:
-        """So many batches with weights at rest, the last of them inside `on_the_last`."""
-        network, made = copy.deepcopy(self.network), self._made(rule)
-        made.attach(network, world=World(self.recipe.seed), over_time=self.recipe.over_time)
-        if made.calibration_batches:
-            made.calibrate(network, [self.x_TB])
-        about = {"batch_size": self.samples, "device": self.x_TB.device}
-        meters = Meters(network, **about, memory_every=10**9, operations_every=10**9)
-        backend = Plain(network, _resting, precision=self.recipe.precision)
-        micro_batches = [MicroBatch(self.x_TB, self.target_B, range(self.samples), 1.0)]
-
-        def some(steps: range) -> None:
-            train(made, backend, lambda step: None, ((step, micro_batches) for step in steps), self.loss, meters)
-
-        some(range(batches - 1))
-        with on_the_last or nullcontext():
-            some(range(batches - 1, batches))
-        return made, meters
+        made, meters = self._trained(rule, batches=UNTIMED + 1, on_the_last=traffic)
+        return Needs(totals=meters.totals, rule_bytes=bytes_of(made.buffers()), traffic=traffic)
 
     def gradients(self, rule: Spec) -> list[dict[str, Tensor]]:
-        """What the rule gives each synapse; of one that draws time steps, in several draws."""
+        """What the rule gives each synapse, in fp32; of one that draws time steps, in several draws."""
         made = self._made(rule)
         draws = DRAWS if isinstance(made, SLTT) and made.k is not None else 1
         batches = LEARNS_BY_ITSELF if isinstance(made, OPZO) else 1
         about = {"over_time": self.recipe.over_time, "seed": self.recipe.seed, "batches": batches}
-        loss_of = self.loss(self.target_B)
-        return [gradients(self.network, self._made(rule), self.x_TB, loss_of, step=step, **about) for step in range(draws)]
+        loss_for = partial(self.loss, self.target_B)
+        return [gradients(self.network, self._made(rule), self.x_TB, loss_for, step=step, **about) for step in range(draws)]
 
     def held(self) -> Held:
         """What training holds beside what a rule keeps of a batch."""
-        network = copy.deepcopy(self.network)
-        optimizer = build_optimizer(self.recipe, network, self._made(self.recipe.rule))
-        for parameter in network.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
+        network, optimizer = self._moved()
         return held(network, optimizer)
 
     def optimizer_s(self) -> float:
         """Seconds of a move of the weights, the median of several."""
-        network = copy.deepcopy(self.network)
-        optimizer = build_optimizer(self.recipe, network, self._made(self.recipe.rule))
-        for parameter in network.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        return statistics.median(_seconds_of(optimizer.step) for _ in range(TIMED))
+        _, optimizer = self._moved()
+        return statistics.median(self._seconds_of(optimizer.step) for _ in range(TIMED))
 
     def loading_s(self) -> float:
         """Seconds of reading a batch and making it ready, on one thread with nothing else to do; the median of several."""
@@ -182,7 +168,8 @@ class Bench:
         with closing(loader), loader.epoch(0) as batches:
             some = iter(batches)
             next(some)
-            return statistics.median(_seconds_of(lambda: next(some)) for _ in range(min(TIMED, loader.steps_per_epoch - 1)))
+            turns = min(TIMED, loader.steps_per_epoch - 1)
+            return statistics.median(self._seconds_of(lambda: next(some)) for _ in range(turns)) if turns else 0.0
 
     @property
     def batch_bytes(self) -> int:
@@ -192,6 +179,58 @@ class Bench:
         made: Rule = rule.build()
         made.check_steps(self.recipe.time_steps)
         return made
+
+    def _trained(self, rule: Spec, *, batches: int, on_the_last: Instrument | None = None) -> tuple[Rule, Meters]:
+        """So many batches with weights at rest, the last of them seen by `on_the_last`."""
+        network, made = copy.deepcopy(self.network), self._made(rule)
+        made.attach(network, world=World(self.recipe.seed), over_time=self.recipe.over_time)
+        if made.calibration_batches:
+            made.calibrate(network, [self.x_TB])
+        about = {"batch_size": self.samples, "device": self.x_TB.device}
+        meters = Meters(network, **about, memory_every=10**9, operations_every=10**9)
+        backend = Plain(network, _resting, precision=self.recipe.precision)
+        micro_batches = [MicroBatch(self.x_TB, self.target_B, range(self.samples), 1.0)]
+
+        def steps() -> Iterator[tuple[int, list[MicroBatch]]]:
+            for step in range(batches):
+                if step == batches - 1 and on_the_last is not None:
+                    meters.watch(on_the_last)
+                yield step, micro_batches
+
+        try:
+            train(made, backend, lambda step: None, steps(), self.loss, meters)
+        except torch.OutOfMemoryError:
+            network.zero_grad()
+            torch.cuda.empty_cache()
+            raise ValueError(
+                f"{made.label}: a batch must fit into the card's memory; "
+                f"{self.samples} samples at T = {self.recipe.time_steps} do not"
+            ) from None
+        return made, meters
+
+    def _moved(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """A copy of the network, and its optimizer after a first step."""
+        network = copy.deepcopy(self.network)
+        optimizer = build_optimizer(self.recipe, network, self.recipe.rule.build())
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        return network, optimizer
+
+    def _seconds_of(self, act: Callable[[], object]) -> float:
+        def settled() -> float:
+            if self.x_TB.is_cuda:
+                torch.cuda.synchronize(self.x_TB.device)
+            return time.perf_counter()
+
+        begun = settled()
+        act()
+        return settled() - begun
+
+
+def by_label(rules: Sequence[Spec], own: Spec) -> dict[str, Spec]:
+    """`rules` by their labels, with the recipe's own in the place of one that has its label."""
+    return {rule.build().label: rule for rule in (*rules, own)}
 
 
 def first_batch(recipe: Recipe, size: int) -> Batch:
@@ -216,12 +255,6 @@ def _of_labels(recipe: Recipe) -> Spec:
 
 def _labels(of: Loss) -> Loss:
     return of.labels
-
-
-def _seconds_of(act: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    act()
-    return time.perf_counter() - begun
 
 
 def _resting(network: nn.Module) -> torch.optim.Optimizer:

@@ -17,7 +17,7 @@ from pipeline.answers import Answers, answers_of
 from pipeline.data.base import Loader
 from pipeline.measure.activity import Activity, LayerActivity, firing_rate
 from pipeline.measure.energy import Inference
-from pipeline.measure.operations import Operations
+from pipeline.measure.operations import Operations, Work
 from pipeline.objective import Loss
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.state import fresh_state
@@ -44,7 +44,7 @@ class Evaluated(NamedTuple):
     activity: tuple[LayerActivity, ...]
     """of all ranks together; none for a network without neurons"""
     inference: Inference | None
-    """of this rank's first batch; None without one"""
+    """of this rank's first batch; None without one, or where operations were not counted"""
 
 
 @torch.no_grad()
@@ -54,25 +54,30 @@ def evaluate(
     loss_for: Loss,
     *,
     over_time: str = "steps",
+    network: nn.Module | None = None,
+    counts_operations: bool = False,
 ) -> Evaluated:
     """Run the model over this rank's share of a set; collective.
 
     Args:
         batches: (x_TB, target_B, index_B); ranks may hold different numbers of them, or none.
+        network: the bare network inside, by whose names the layers of neurons are told; None: the model itself.
     """
+    network = network or model
     was_training = model.training
     model.eval()
     answered: list[Tensor] = []  # index, target and answer of each batch
     sums = torch.zeros(4, dtype=torch.float64)  # samples, top-1 hits, top-5 hits, loss
     inference = None
-    with Activity(model) as activity:
+    with Activity(network) as activity:
         for x_TB, target_B, index_B in batches:
             samples = len(target_B)
-            operations = Operations(model) if inference is None else None
+            operations = Operations(network) if counts_operations and inference is None else None
             with activity.batch(samples), fresh_state(model), operations or nullcontext():
                 logits_TBK = model(x_TB).float()
             if operations is not None:
-                inference = Inference(operations.total, samples)
+                # Of the forward alone: what a rule or a limit adds to it is no inference's.
+                inference = Inference(operations.work.get("forward", Work()), samples)
             loss_of = loss_for(target_B)
             mean_BK = logits_TBK.mean(0)
             if over_time == "mean":

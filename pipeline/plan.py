@@ -1,15 +1,20 @@
 """Predicts, before anything is launched, what each rule needs on machines that are not here: a model, not a measurement.
 
-    bytes, seconds of a batch of B samples and T time steps        a + b B + c T + d B T        fitted to four small batches
-    step = compute + optimizer + communication + loading
-    communication = 2 (N - 1) / N  gradient bytes / bandwidth      a ring; under ZeRO-2 at each backward call, else once
+    a quantity of a batch of B samples and T time steps        a + b B + c T + d B T         fitted to four small batches
+    step = compute + communication + optimizer + loading
 
-Here the seconds of the four batches are the machine's own. For a card of the table they are its roofline (`measure/traffic.py`),
-divided by EFFICIENCY, and no less than the launches of its kernels take.
+Here the seconds of the batches are the machine's own. For a card of the table compute is the longer of its roofline
+(`measure/traffic.py`) divided by EFFICIENCY, and the launches of its kernels; each is fitted by itself.
 
-Memory of a worker is what it holds (parameters P, gradients G, optimizer O) and what a rule keeps of a batch:
+What DeepSpeed 0.19.8 holds and moves of parameters P, gradients G and the optimizer's state O on N workers, a ring, with n
+backward calls in a batch:
 
-    ZeRO-0   P + G + O           ZeRO-1   P + G + O / N           ZeRO-2   P + G / N + O / N
+    ZeRO-0   holds P + G + O                       moves 2 (N-1)/N G
+    ZeRO-1   holds P + G + (O + P) / N + bucket    moves 2 (N-1)/N G + (N-1)/N P
+    ZeRO-2   holds P + (G + O + P) / N + bucket    moves 2 (N-1)/N n G + (N-1)/N P
+
+with the bucket in which gradients are reduced, as large as all of them, and P / N for the master copy of a worker's part. A rule
+that moves the weights at every time step does all of it so many times.
 """
 
 # N workers, B samples of a worker, T time steps
@@ -17,25 +22,29 @@ Memory of a worker is what it holds (parameters P, gradients G, optimizer O) and
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
-from pipeline.bench import RULES, Bench
+import torch
+
+from pipeline.bench import RULES, Bench, Needs, by_label
 from pipeline.measure.held import Held
 from pipeline.measure.link import ring_s
 from pipeline.measure.memory import free_bytes
 from pipeline.measure.traffic import Device
 from pipeline.recipe import Recipe, Spec
+from pipeline.rules.base import Rule
 from pipeline.tasks import Loaders, tasks_of
 from pipeline.worker import check_recipe
 
 EFFICIENCY = 0.4
-"""of the roofline that training reaches: an assumption, of published training runs' order, and to be replaced by a measurement"""
+"""of the roofline that training reaches: an assumption, to be replaced by a measurement"""
 RESERVE = 0.1
 """of a card's memory that is left to fragments, workspaces and the driver"""
-STAGES = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -48,9 +57,14 @@ class Bilinear:
     d: float
 
     @classmethod
-    def through(cls, B: tuple[int, int], T: tuple[int, int], values: Mapping[tuple[int, int], float]) -> Bilinear:
-        """`values` at each (B, T)."""
-        (B1, B2), (T1, T2) = B, T
+    def through(cls, values: Mapping[tuple[int, int], float]) -> Bilinear:
+        """`values` at each (B, T) of two B and two T; of two B and one T, for that T alone."""
+        B, T = (sorted({place[axis] for place in values}) for axis in (0, 1))
+        B1, B2 = B
+        if len(T) == 1:
+            slope_B = (values[B2, T[0]] - values[B1, T[0]]) / (B2 - B1)
+            return cls(values[B1, T[0]] - slope_B * B1, slope_B, 0.0, 0.0)
+        T1, T2 = T
         slope = {T_: (values[B2, T_] - values[B1, T_]) / (B2 - B1) for T_ in T}
         d = (slope[T2] - slope[T1]) / (T2 - T1)
         b = slope[T1] - d * T1
@@ -64,14 +78,21 @@ class Bilinear:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What one worker was seen to need, or a card would, at four small batches of one rule."""
+    """What one worker was seen to need, or a card would, at small batches of one rule."""
 
-    rule: str
+    rule: Rule
     saved_bytes: Bilinear
     state_bytes: Bilinear
-    compute_s: Bilinear
-    """forward and backward"""
+    rule_bytes: float
+    """of what the rule learns by itself"""
+    seconds: Bilinear
+    """of forward and backward here; of a card, its roofline at EFFICIENCY"""
+    launches_s: Bilinear
+    """of a card's kernels; here 0"""
     backward_calls: Bilinear
+
+    def compute_s(self, micro: int, T: int) -> float:
+        return max(self.seconds(micro, T), self.launches_s(micro, T))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +107,8 @@ class Cluster:
     """from node to node, bytes per second and direction; 400 Gb/s"""
     price: float | None = None
     """of an hour of one worker"""
+    threads: int = 1
+    """of a worker, on a machine like this one"""
 
     @property
     def bandwidth(self) -> float | None:
@@ -110,8 +133,10 @@ class Planned:
     communication_s: float
     optimizer_s: float
     loading_s: float
+    """that no computation covers"""
     images_per_s: float
     hours: float
+    """of training; evaluations are not in it"""
     kwh: float | None
     cost: float | None
 
@@ -147,33 +172,50 @@ def plan(
 ) -> Plan:
     """Plan `rules`, and the recipe's own, on `cluster`; `samples` are those of an epoch (None: the data's).
 
-    Raises: ValueError for a recipe that does not fit together or a precision that the card's sheet does not give; what the data
-    refuse.
+    Raises: ValueError for a recipe that does not fit together or has phases, a precision that the card's sheet does not give, or
+    more workers than this machine has cores, where it is meant; what the data refuse.
     """
     check_recipe(recipe.with_untrained_teacher(), cluster.workers)
-    card = cluster.device
-    if card is not None and recipe.precision not in card.flops:
-        given = ", ".join(card.flops)
-        raise ValueError(f"plan: {card.name}: precision must be {given}; got {recipe.precision}")
+    _check(recipe, cluster)
     samples = _samples(recipe) if samples is None else samples
-    sizes, times = _sizes(recipe, cluster.workers)
-    benches = {(B, T): Bench(replace(recipe, time_steps=T), batch_size=B, source=source) for B in sizes for T in times}
-    share = _Share(recipe, cluster, benches[sizes[1], times[1]])
+    sizes = _sizes(recipe, cluster.workers)
+    made = cache(lambda B, T: Bench(replace(recipe, time_steps=T), batch_size=B, source=source, threads=cluster.threads))
+    share = _Share(recipe, cluster, made(sizes[1], recipe.time_steps), source)
     planned, refused = [], {}
-    for label, rule in {rule.build().label: rule for rule in (*rules, recipe.rule)}.items():
+    profiled: set[int] = set()
+    for label, rule in by_label(rules, recipe.rule).items():
         try:
-            planned.append(_planned(_profile(rule, benches, recipe, card), share, recipe, cluster, samples))
+            times = _times(recipe, rule.build())
+            needs = {(B, T): made(B, T).needs(rule) for B in sizes for T in times}
+            seconds = {(B, T): made(B, T).cost(rule).compute_s for B, T in needs} if cluster.device is None else None
+            planned.append(
+                _planned(_profile(rule.build(), needs, seconds, recipe, cluster.device), share, recipe, cluster, samples)
+            )
+            profiled.update(times)
         except ValueError as error:
             refused[label] = str(error)
     return Plan(
         recipe=recipe.name,
         cluster=cluster,
         samples=samples,
-        profiled=(sizes, times),
+        profiled=(sizes, tuple(sorted(profiled))),
         source=source,
         rules=tuple(planned),
         refused=refused,
     )
+
+
+def _check(recipe: Recipe, cluster: Cluster) -> None:
+    card, cores = cluster.device, len(os.sched_getaffinity(0))
+    if recipe.phases:
+        raise ValueError(f"plan: the recipe must be of one task; got {len(recipe.phases)} phases")
+    if card is not None and recipe.precision not in card.flops:
+        raise ValueError(f"plan: {card.name}: precision must be {', '.join(card.flops)}; got {recipe.precision}")
+    if card is None and not torch.cuda.is_available() and cluster.workers * cluster.threads > cores:
+        raise ValueError(
+            f"plan: machines like this one have {cores} cores, of which every worker takes {cluster.threads}; "
+            f"got {cluster.workers} workers; name a card, or fewer"
+        )
 
 
 def _samples(recipe: Recipe) -> int:
@@ -181,90 +223,131 @@ def _samples(recipe: Recipe) -> int:
         return train_set.samples
 
 
-def _sizes(recipe: Recipe, workers: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Two sizes of batches and two numbers of time steps, below those of the recipe where that is possible."""
-    micro = recipe.split(workers).micro_batch
-    larger = max(2, micro // 2)
-    steps = recipe.time_steps
-    return (max(1, larger // 2), larger), ((steps // 3, 2 * steps // 3) if steps >= 3 else (1, 2))
+def _sizes(recipe: Recipe, workers: int) -> tuple[int, int]:
+    """Two sizes of batches, below that of a worker where it is 4 or more."""
+    larger = max(2, recipe.split(workers).micro_batch // 2)
+    return larger // 2, larger
 
 
-def _profile(rule: Spec, benches: Mapping[tuple[int, int], Bench], recipe: Recipe, card: Device | None) -> Profile:
-    saved, states, seconds, calls = {}, {}, {}, {}
-    for place, bench in benches.items():
-        totals, traffic = bench.needs(rule)
-        saved[place], states[place] = totals.peak_saved_bytes, totals.state_bytes
-        calls[place] = totals.backward_calls / totals.batches
-        if card is None:
-            seconds[place] = bench.cost(rule).compute_s
-        else:
-            busy = traffic.busy(card, precision=recipe.precision) / EFFICIENCY
-            seconds[place] = max(busy, traffic.kernels * card.launch)
-    B, T = (tuple(sorted({place[axis] for place in benches})) for axis in (0, 1))
-    fit = lambda values: Bilinear.through(B, T, values)  # type: ignore[arg-type]  # two of each
+def _times(recipe: Recipe, rule: Rule) -> tuple[int, ...]:
+    """Two numbers of time steps that the rule can train at, other than the recipe's where it can; of recordings, their own."""
+    T = recipe.time_steps
+    if len(recipe.data.build().shape) == 4:
+        return (T,)
+
+    def can(steps: int) -> bool:
+        try:
+            rule.check_steps(steps)
+        except ValueError:
+            return False
+        return True
+
+    fitting = [steps for steps in dict.fromkeys((T // 3, 2 * T // 3, T - 1, T + 1, 2 * T)) if steps >= 1 and can(steps)]
+    if len(fitting) < 2:  # of which it says itself why
+        rule.check_steps(T)
+    return tuple(sorted(fitting[:2]))
+
+
+def _profile(
+    rule: Rule,
+    needs: Mapping[tuple[int, int], Needs],
+    seconds: Mapping[tuple[int, int], float] | None,
+    recipe: Recipe,
+    card: Device | None,
+) -> Profile:
+    if card is None:
+        assert seconds is not None
+        launches = dict.fromkeys(needs, 0.0)
+    else:
+        seconds = {place: each.traffic.busy(card, precision=recipe.precision) / EFFICIENCY for place, each in needs.items()}
+        launches = {place: each.traffic.kernels * card.launch for place, each in needs.items()}
+    totals = {place: each.totals for place, each in needs.items()}
     return Profile(
-        rule=rule.build().label,
-        saved_bytes=fit(saved),
-        state_bytes=fit(states),
-        compute_s=fit(seconds),
-        backward_calls=fit(calls),
+        rule=rule,
+        saved_bytes=Bilinear.through({place: each.peak_saved_bytes for place, each in totals.items()}),
+        state_bytes=Bilinear.through({place: each.state_bytes for place, each in totals.items()}),
+        rule_bytes=max(each.rule_bytes for each in needs.values()),
+        seconds=Bilinear.through(seconds),
+        launches_s=Bilinear.through(launches),
+        backward_calls=Bilinear.through({place: each.backward_calls / each.batches for place, each in totals.items()}),
     )
 
 
 class _Share:
     """What every rule needs alike: what a worker holds, moves and says to the others."""
 
-    def __init__(self, recipe: Recipe, cluster: Cluster, bench: Bench) -> None:
+    def __init__(self, recipe: Recipe, cluster: Cluster, bench: Bench, source: str) -> None:
         self.held: Held = bench.held()
         self.batch_bytes_of_a_sample = bench.batch_bytes / bench.samples
-        card = cluster.device
-        self.memory = (1 - RESERVE) * (free_bytes() if card is None else card.memory)
+        self.average_bytes = self.held.parameters if recipe.ema_decay else 0
+        self.workers, card = cluster.workers, cluster.device
         if card is None:
+            self.memory = free_bytes() / (1 if torch.cuda.is_available() else cluster.workers)
             self.optimizer_s = bench.optimizer_s()
-            self.loading_s_of_a_sample = bench.loading_s() / bench.samples
-            self.reduction_s = ring_s(cluster.workers, self.held.gradients)
+            self.loading_s_of_a_sample = bench.loading_s() / bench.samples if source == "data" else 0.0
+            spare = len(os.sched_getaffinity(0)) > cluster.workers * cluster.threads
+            self.loads_beside = spare
+            seconds = ring_s(cluster.workers, self.held.gradients)
+            self.s_of_a_byte = seconds / max(1.0, self._ring(self.held.gradients))
         else:
+            self.memory = (1 - RESERVE) * card.memory
             # The optimizer reads parameters, gradients and its state, and writes all but the gradients.
             moved = 2 * (self.held.parameters + self.held.optimizer) + self.held.gradients
-            self.optimizer_s = moved / card.bandwidth
-            self.loading_s_of_a_sample = 0.0  # loaders that keep up: a matter of cores, which a card does not tell
-            ring = 2 * (cluster.workers - 1) / cluster.workers * self.held.gradients
-            self.reduction_s = ring / (cluster.bandwidth or math.inf)
+            self.optimizer_s = moved / card.bandwidth / EFFICIENCY
+            self.loading_s_of_a_sample, self.loads_beside = 0.0, True  # loaders that keep up: a matter of cores
+            self.s_of_a_byte = 1 / (cluster.bandwidth or math.inf)
 
-    def held_bytes(self, zero: int, workers: int) -> float:
-        gradients = self.held.gradients / (workers if zero == 2 else 1)
-        optimizer = self.held.optimizer / (workers if zero >= 1 else 1)
-        return self.held.parameters + self.held.buffers + gradients + optimizer
+    def held_bytes(self, zero: int) -> float:
+        held, N = self.held, self.workers
+        bytes_ = held.parameters + held.buffers + self.average_bytes
+        if zero == 0:
+            return bytes_ + held.gradients + held.optimizer
+        gradients = held.gradients / (N if zero == 2 else 1)
+        return bytes_ + gradients + (held.optimizer + held.parameters) / N + held.gradients
+
+    def communication_s(self, zero: int, backward_calls: float) -> float:
+        """Of one move of the weights."""
+        sums = backward_calls if zero == 2 else 1.0
+        gathered = 0.0 if zero == 0 else self._ring(self.held.parameters) / 2
+        return (sums * self._ring(self.held.gradients) + gathered) * self.s_of_a_byte
+
+    def _ring(self, size: float) -> float:
+        """Bytes that a worker sends to sum so many over all."""
+        return 2 * (self.workers - 1) / self.workers * size
 
 
 def _planned(profile: Profile, share: _Share, recipe: Recipe, cluster: Cluster, samples: int) -> Planned:
     """With the micro-batch that the recipe wants at the least ZeRO stage that fits, or else the largest that fits at any."""
-    T, workers = recipe.time_steps, cluster.workers
-    whole = recipe.batch_size // workers
+    T, rule, whole = recipe.time_steps, profile.rule, recipe.batch_size // cluster.workers
+    moves_at_each_step = rule.update == "objective"
 
     def needed(micro: int, zero: int) -> float:
-        kept = profile.saved_bytes(micro, T) + profile.state_bytes(micro, T)
-        return share.held_bytes(zero, workers) + kept + share.batch_bytes_of_a_sample * micro
+        kept = profile.saved_bytes(micro, T) + profile.state_bytes(micro, T) + profile.rule_bytes
+        return share.held_bytes(zero) + kept + share.batch_bytes_of_a_sample * micro
 
-    wanted = recipe.split(workers).micro_batch
-    sizes = [size for size in range(wanted, 0, -1) if whole % size == 0]
-    stages = (recipe.zero,) if cluster.workers == 1 else tuple(stage for stage in STAGES if stage >= recipe.zero)
+    wanted = recipe.split(cluster.workers).micro_batch
+    sizes = [size for size in range(wanted, 0, -1) if whole % size == 0 and (size == whole or not moves_at_each_step)]
+    only = recipe.backend == "plain" or cluster.workers == 1
+    stages = (recipe.zero,) if only else range(recipe.zero, 3)
     fitting = ((micro, zero) for micro in sizes for zero in stages if needed(micro, zero) <= share.memory)
     micro, zero = next(fitting, (0, 0))
     if micro == 0:
-        least = needed(1, stages[-1])
+        least = min(needed(size, zero) for size in sizes or [whole] for zero in stages)
         raise ValueError(
-            f"{profile.rule}: one sample on a worker must fit into {share.memory / 1e9:.3g} GB; it needs {least / 1e9:.3g} GB"
+            f"{rule.label}: a worker must fit into {share.memory / 1e9:.3g} GB; it needs {least / 1e9:.3g} GB at least"
         )
-    accumulation = whole // micro
-    calls = profile.backward_calls(micro, T) if zero == 2 else 1.0
+    accumulation, calls = whole // micro, profile.backward_calls(micro, T)
+    moves = calls if moves_at_each_step else 1.0
     compute = profile.compute_s(micro, T) * accumulation
-    communication = share.reduction_s * (calls * accumulation if zero == 2 else 1)
+    communication = moves * share.communication_s(zero, 1.0 if moves_at_each_step else calls * accumulation)
+    optimizer = moves * share.optimizer_s
     loading = share.loading_s_of_a_sample * whole
-    step = compute + communication + share.optimizer_s + loading
-    hours = samples // recipe.batch_size * recipe.epochs * step / 3600
+    exposed = max(0.0, loading - compute) if share.loads_beside else loading
+    step = compute + communication + optimizer + exposed
+    steps = samples // recipe.batch_size * recipe.epochs
+    hours = (steps if recipe.stop_after is None else min(steps, recipe.stop_after)) * step / 3600
     return Planned(
-        rule=profile.rule,
+        rule=rule.label,
         zero=zero,
         micro_batch=micro,
         accumulation=accumulation,
@@ -272,10 +355,10 @@ def _planned(profile: Profile, share: _Share, recipe: Recipe, cluster: Cluster, 
         memory_bytes=needed(micro, zero),
         compute_s=compute,
         communication_s=communication,
-        optimizer_s=share.optimizer_s,
-        loading_s=loading,
+        optimizer_s=optimizer,
+        loading_s=exposed,
         images_per_s=recipe.batch_size / step,
         hours=hours,
-        kwh=None if cluster.device is None else cluster.device.watts * workers * hours / 1e3,
-        cost=None if cluster.price is None else cluster.price * workers * hours,
+        kwh=None if cluster.device is None else cluster.device.watts * cluster.workers * hours / 1e3,
+        cost=None if cluster.price is None else cluster.price * cluster.workers * hours,
     )

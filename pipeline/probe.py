@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.bench import BASELINE, RULES, Bench, Cost
+from pipeline.bench import BASELINE, RULES, Bench, Cost, by_label
 from pipeline.measure.fidelity import Fidelity, Gradients, fidelity
 from pipeline.measure.memory import hardware
 from pipeline.recipe import Recipe, Spec
@@ -34,20 +34,17 @@ class Probe:
         return next((cost for cost in self.costs if cost.rule == rule), None)
 
 
-def probe(recipe: Recipe, *, batch_size: int | None = None, rules: Sequence[Spec] = RULES) -> Probe:
-    """Probe `rules`, and the recipe's own.
+def probe(recipe: Recipe, *, batch_size: int | None = None, threads: int = 1, rules: Sequence[Spec] = RULES) -> Probe:
+    """Probe `rules`, and the recipe's own, on `batch_size` samples (None: what one worker would hold at a time).
 
     Raises: ValueError for a recipe that does not fit together, or where no rule can train the network; what the data refuse.
     """
     check_recipe(recipe.with_untrained_teacher(), 1)
-    bench = Bench(recipe, batch_size=batch_size)
+    bench = Bench(recipe, batch_size=batch_size, threads=threads)
     costs: list[Cost] = []
     found: dict[str, Sequence[Gradients]] = {}
     refused: dict[str, str] = {}
-    for rule in dict.fromkeys((*rules, recipe.rule)):
-        label = rule.build().label
-        if label in found:
-            continue
+    for label, rule in by_label(rules, recipe.rule).items():
         try:
             cost, found[label] = bench.cost(rule), bench.gradients(rule)
             costs.append(cost)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from pipeline.bench import RULES, Bench, Cost
+from pipeline.bench import RULES, Bench, Cost, by_label
 from pipeline.counts import are_counts
 from pipeline.measure.memory import free_bytes, hardware
 from pipeline.recipe import Recipe, Spec
@@ -37,8 +38,8 @@ class Sweep:
     samples: int
     points: tuple[Point, ...]
     """by rule, then by time steps"""
-    refused: Mapping[str, str]
-    """rules that cannot train the network at any of the time steps, and why"""
+    refused: Mapping[str, Mapping[int, str]]
+    """rules that cannot train the network, at which time steps, and why"""
     memory_bytes: int | None
     """that a largest batch may take"""
     hardware: Mapping[str, object]
@@ -61,14 +62,15 @@ def sweep(
     *,
     steps: Sequence[int] = STEPS,
     batch_size: int | None = None,
-    memory_bytes: int | None = None,
+    memory_bytes: int | Literal["free"] | None = None,
+    threads: int = 1,
     rules: Sequence[Spec] = RULES,
 ) -> Sweep:
     """Try `rules`, and the recipe's own, at each of `steps`.
 
     Args:
         batch_size: samples; None: what one worker would hold at a time.
-        memory_bytes: find the largest batch that fits into so many; 0: into what is free; None: find none.
+        memory_bytes: find the largest batch that fits into so many, or into what is free; None: find none.
 
     Raises: ValueError for a recipe that does not fit together, for recordings (their T is their own), for no time steps, or
     where no rule can train the network; what the data refuse.
@@ -78,25 +80,26 @@ def sweep(
         raise ValueError(f"sweep: steps must be numbers of time steps, from 1; got {steps!r}")
     if len(shape := recipe.data.build().shape) == 4:
         raise ValueError(f"sweep: a recording has time steps of its own, so the data must be still images; got shape {shape}")
-    limit = free_bytes() if memory_bytes == 0 else memory_bytes
+    limit = free_bytes() if memory_bytes == "free" else memory_bytes
     points: list[Point] = []
-    refused: dict[str, str] = {}
-    benches = [Bench(replace(recipe, time_steps=each), batch_size=batch_size) for each in steps]
+    refused: dict[str, dict[int, str]] = {}
+    benches = [Bench(replace(recipe, time_steps=each), batch_size=batch_size, threads=threads) for each in steps]
     for bench in benches:
         half = None if limit is None else _half(bench)
-        for label, rule in {rule.build().label: rule for rule in (*rules, recipe.rule)}.items():
+        for label, rule in by_label(rules, recipe.rule).items():
             try:
                 points.append(_point(bench, half, rule, limit))
             except ValueError as error:
-                refused[label] = str(error)
+                refused.setdefault(label, {})[bench.recipe.time_steps] = str(error)
     if not points:
-        raise ValueError("sweep: no rule can train this network; " + "; ".join(dict.fromkeys(refused.values())))
+        said = dict.fromkeys(why for at_T in refused.values() for why in at_T.values())
+        raise ValueError("sweep: no rule can train this network; " + "; ".join(said))
     order = list(dict.fromkeys(point.cost.rule for point in points))
     return Sweep(
         recipe=recipe.name,
         samples=benches[0].samples,
         points=tuple(sorted(points, key=lambda point: (order.index(point.cost.rule), point.time_steps))),
-        refused={label: why for label, why in refused.items() if label not in order},
+        refused=refused,
         memory_bytes=limit,
         hardware=hardware(),
     )

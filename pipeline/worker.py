@@ -49,8 +49,7 @@ def run(job: Job, place: Place, *, attempt_of: Callable[[Parts], Attempt] = Atte
         Refused: something that the user has to change.
     """
     began = time.time()
-    torch.set_num_threads(job.threads)
-    torch.backends.cudnn.deterministic = True  # the same bits after a restart; costs speed where cuDNN has a faster kernel
+    settle(job.threads)
     ranks = Ranks(place.rank, place.workers, place.device)
     clock = Clock(ranks.device)
     with only_writer(Path(job.run), ranks), journal(Path(job.run), ranks) as tracker, collectives_on(clock):
@@ -68,6 +67,12 @@ def run(job: Job, place: Place, *, attempt_of: Callable[[Parts], Attempt] = Atte
                 note_refusal(Path(job.run), error)
                 raise
             raise Refused(str(error)) from error
+
+
+def settle(threads: int) -> None:
+    """How torch computes in a worker: so many threads, and the same bits after a restart."""
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.deterministic = True  # costs speed where cuDNN has a faster kernel
 
 
 def note_refusal(folder: Path, error: ValueError) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ from typing import Any
 import pytest
 
 from pipeline.bench import Bench
+from pipeline.data.synthetic import Synthetic
 from pipeline.devices import DEVICES
 from pipeline.measure.link import ring_s
-from pipeline.plan import Bilinear, Cluster, Plan, Planned, plan
-from pipeline.recipe import Recipe, spec
+from pipeline.measure.traffic import Device
+from pipeline.plan import EFFICIENCY, Bilinear, Cluster, Plan, Planned, _times, plan
+from pipeline.recipe import Recipe, Spec, spec
 from pipeline.report.plan import advice
+from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
+from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from tests.small import command
 from tests.test_probe import RECIPE, recipe_with
@@ -28,18 +33,25 @@ def test_four_points_determine_the_plane_with_a_twist() -> None:
     def value(B: float, T: float) -> float:
         return 5 + 3 * B + 7 * T + 2 * B * T
 
-    found = Bilinear.through((2, 6), (1, 4), {(B, T): value(B, T) for B in (2, 6) for T in (1, 4)})
+    found = Bilinear.through({(B, T): value(B, T) for B in (2, 6) for T in (1, 4)})
     assert found(64, 9) == pytest.approx(value(64, 9))
+    at_4 = Bilinear.through({(B, 4): value(B, 4) for B in (2, 6)})
+    assert at_4(64, 4) == pytest.approx(value(64, 4))
 
 
 def made(**changes: Any) -> Recipe:
     """T = 6, 64 samples in a batch."""
-    return replace(recipe_with(0.5), rule=spec(SLTT), time_steps=6, batch_size=64, backend="deepspeed", **changes)
+    return replace(recipe_with(0.5), **{"rule": spec(SLTT), **changes}, time_steps=6, batch_size=64, backend="deepspeed")
 
 
 def on(workers: int, **changes: Any) -> Plan:
     cluster = Cluster(workers=workers, device=H100, **changes.pop("cluster", {}))
     return plan(made(**changes), cluster, samples=6400, source="noise", rules=RULES)
+
+
+def on_rules(workers: int, rules: Sequence[Spec], device: Device = H100) -> Plan:
+    recipe = made(rule=rules[0])
+    return plan(recipe, Cluster(workers=workers, device=device), samples=6400, source="noise", rules=rules)
 
 
 def of(found: Plan, rule: str) -> Planned:
@@ -51,21 +63,59 @@ def test_saved_bytes_are_those_of_the_whole_batch() -> None:
     found = on(2)
     assert found.profiled == ((8, 16), (2, 4))
     for rule in RULES:
-        needed = Bench(made(), batch_size=32, source="noise").needs(rule)[0].peak_saved_bytes
+        needed = Bench(made(), batch_size=32, source="noise").needs(rule).totals.peak_saved_bytes
         assert of(found, rule.build().label).saved_bytes == pytest.approx(needed, rel=0.05)
 
 
-def test_a_ring_is_as_fast_as_its_slowest_link_and_only_once_a_batch() -> None:
-    gradients = Bench(made(), batch_size=4, source="noise").held().gradients
-    inside, across = on(8), on(16, cluster={"node_link": 1e9})
-    assert of(inside, "SLTT").communication_s == pytest.approx(2 * 7 / 8 * gradients / 450e9)
-    assert of(across, "SLTT").communication_s == pytest.approx(2 * 15 / 16 * gradients / 1e9)
+def test_what_is_moved_at_each_stage() -> None:
+    """In bytes over the slowest link: G of gradients, P of parameters, both 4 bytes a parameter here."""
+    P = G = 4 * (64 * 16 + 16 + 16 * 10 + 10)
+    assert Bench(made(), batch_size=4, source="noise").held().gradients == G
+    seconds = {zero: on(8, zero=zero) for zero in (0, 1, 2)}
+    assert of(seconds[0], "SLTT").communication_s == pytest.approx(2 * 7 / 8 * G / 450e9)
+    assert of(seconds[1], "SLTT").communication_s == pytest.approx(7 / 8 * (2 * G + P) / 450e9)
+    assert of(seconds[2], "SLTT").communication_s == pytest.approx(7 / 8 * (6 * 2 * G + P) / 450e9)
+    assert of(seconds[2], "BPTT").communication_s == pytest.approx(7 / 8 * (2 * G + P) / 450e9)
+    across = on(16, cluster={"node_link": 1e9})
+    assert of(across, "SLTT").communication_s == pytest.approx(2 * 15 / 16 * G / 1e9)
 
 
-def test_zero_2_sums_at_every_backward_call() -> None:
-    stage_1, stage_2 = on(8, zero=1), on(8, zero=2)
-    assert of(stage_2, "SLTT").communication_s == pytest.approx(6 * of(stage_1, "SLTT").communication_s)
-    assert of(stage_2, "BPTT").communication_s == pytest.approx(of(stage_1, "BPTT").communication_s)
+def test_what_is_held_at_each_stage() -> None:
+    """SGD with momentum: P of parameters, G of gradients, O of momentum, all as large; a bucket of G, a master copy of P / 8."""
+    P = 4 * (64 * 16 + 16 + 16 * 10 + 10)
+    kept = of(on(8), "SLTT").memory_bytes - 3 * P
+    assert of(on(8, zero=1), "SLTT").memory_bytes == pytest.approx(kept + 2 * P + 2 * P / 8 + P)
+    assert of(on(8, zero=2), "SLTT").memory_bytes == pytest.approx(kept + P + P / 8 + 2 * P / 8 + P)
+
+
+def test_a_rule_that_moves_the_weights_at_every_step_pays_for_it_every_time() -> None:
+    once, each = (on_rules(8, (spec(OTTT, update=update),)) for update in ("batch", "objective"))
+    assert of(each, "OTTT-O").communication_s == pytest.approx(6 * of(once, "OTTT-A").communication_s)
+    assert of(each, "OTTT-O").optimizer_s == pytest.approx(6 * of(once, "OTTT-A").optimizer_s)
+
+
+def test_seconds_and_launches_are_fitted_apart() -> None:
+    """A card that the small batches keep waiting for launches, and the whole one for memory."""
+    waits = on_rules(1, RULES, device=replace(H100, launch=1.0))
+    needs = Bench(made(), batch_size=64, source="noise").needs(spec(BPTT)).traffic
+    assert of(waits, "BPTT").compute_s == pytest.approx(needs.kernels, rel=0.02)
+    busy = on_rules(1, RULES, device=replace(H100, launch=1e-12))
+    assert of(busy, "BPTT").compute_s == pytest.approx(needs.busy(H100, precision="fp32") / EFFICIENCY, rel=0.05)
+    small = Bench(made(), batch_size=32, source="noise").needs(spec(BPTT)).traffic
+    between = 1.5 * small.busy(H100, precision="fp32") / EFFICIENCY / small.kernels  # launches bind at 32 samples, not at 64
+    both = on_rules(1, RULES, device=replace(H100, launch=between))
+    assert of(both, "BPTT").compute_s == pytest.approx(needs.busy(H100, precision="fp32") / EFFICIENCY, rel=0.05)
+
+
+@pytest.mark.parametrize(("rule", "times"), [(SLTT(), (2, 4)), (SLTT(k=3), (4, 5)), (SLTT(chunk=6), (7, 12)), (BPTT(), (2, 4))])
+def test_a_rule_is_profiled_at_time_steps_that_it_can_train_at(rule: Rule, times: tuple[int, int]) -> None:
+    assert _times(made(), rule) == times
+
+
+def test_recordings_are_profiled_at_their_own_length() -> None:
+    recipe = made(data=spec(Synthetic, samples=64, val_samples=20, shape=(6, 1, 8, 8)))
+    found = plan(recipe, Cluster(workers=1, device=H100), samples=64, source="noise", rules=RULES)
+    assert found.profiled == ((16, 32), (6,)) and not found.refused
 
 
 def test_hours_energy_and_cost_follow_from_the_step() -> None:
@@ -86,7 +136,7 @@ def test_a_small_card_takes_smaller_micro_batches_and_a_tiny_one_refuses() -> No
     tiny = replace(H100, memory=1000.0)
     refused = plan(made(), Cluster(workers=1, device=tiny), samples=6400, source="noise", rules=RULES)
     assert refused.rules == () and advice(refused) == "No rule fits."
-    assert refused.refused["BPTT"].startswith("BPTT: one sample on a worker must fit into 9e-07 GB; it needs")
+    assert refused.refused["BPTT"].startswith("BPTT: a worker must fit into 9e-07 GB; it needs")
 
 
 @pytest.mark.distributed
@@ -118,6 +168,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         (("--device", "h1000"), "plan: --device must be here, h100, h200, a100, v100, rtx4090; got h1000"),
         (("--batch-of", "noise"), "plan: --batch-of noise needs --samples, and a card: what it takes here depends on the data"),
         (("--device", "v100", "--set", "precision=bf16"), "plan: V100 SXM2, 32 GB: precision must be fp32; got bf16"),
+        (
+            ("--node-gbps", "100"),
+            "plan: --per-node and --node-gbps are of cards in nodes; what links machines like this one is measured",
+        ),
     ],
 )
 def test_bad_use_ends_in_a_line(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from pipeline.bench import RULES, Cost
 from pipeline.measure.fidelity import Fidelity
@@ -72,9 +75,32 @@ def test_a_taught_recipe_is_probed_with_labels() -> None:
     assert probe(taught(), rules=(spec(BPTT),)).costs[0].rule == "BPTT"
 
 
-def test_where_no_rule_fits_it_says_so() -> None:
+def test_the_recipes_own_rule_stands_for_one_of_its_label() -> None:
+    """Two steps at a time keep more bytes than one."""
+    own = replace(recipe_with(0.5), rule=spec(SLTT, chunk=2))
+    one, two = (probe(made, rules=(spec(BPTT), spec(SLTT))).cost("SLTT") for made in (recipe_with(0.5), own))
+    assert one is not None and two is not None and two.peak_saved_bytes > 1.2 * one.peak_saved_bytes
+
+
+def test_a_recipe_that_does_not_fit_together_is_refused_first() -> None:
     with pytest.raises(ValueError, match=r"SLTT: k must be in 1..T; got k=9, T=4"):
         probe(small_recipe(rule=spec(SLTT, k=9), time_steps=4))
+
+
+def test_where_memory_ends_the_rule_is_refused_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    objectives = BPTT._objectives
+
+    def full(self: BPTT, *args: Any) -> Any:
+        if self.recompute:
+            raise torch.OutOfMemoryError
+        return objectives(self, *args)
+
+    monkeypatch.setattr(BPTT, "_objectives", full)
+    found = probe(recipe_with(0.5), rules=(spec(BPTT), spec(BPTT, recompute=True)))
+    assert [cost.rule for cost in found.costs] == ["BPTT", "SLTT-2"]
+    assert found.refused["BPTT-recompute"] == (
+        "BPTT-recompute: a batch must fit into the card's memory; 8 samples at T = 4 do not"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- advice

@@ -53,7 +53,12 @@ def test_where_not_one_sample_fits_the_largest_batch_is_0() -> None:
 def test_a_rule_that_fits_some_time_steps_is_in_the_table_and_one_that_fits_none_says_why() -> None:
     found = sweep(small_recipe(rule=spec(SLTT, k=3), time_steps=4), steps=(2, 4), rules=(*RULES, spec(SLTT, k=9)))
     assert [point.time_steps for point in found.of("SLTT-3")] == [4]
-    assert list(found.refused) == ["SLTT-9"] and found.memory_bytes is None and found.points[0].largest_batch is None
+    assert (
+        list(found.refused) == ["SLTT-9", "SLTT-3"]
+        and set(found.refused["SLTT-3"]) == {2}
+        and found.memory_bytes is None
+        and found.points[0].largest_batch is None
+    )
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +78,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         (("--steps", "1,x"), "sweep: --steps must be numbers of time steps, such as 1,2,4,8; got '1,x'"),
         (("--steps", "0"), "sweep: --steps must be numbers of time steps, such as 1,2,4,8; got '0'"),
         (("--batch", "none"), "sweep: --batch must be a number of samples or auto; got none"),
-        (("--memory", "3"), "sweep: --memory is a limit in GB, above 0, for --batch auto; got 3.0 with --batch None"),
+        (("--memory", "3"), "sweep: --memory is a limit in GB, from 1e-6 to 1e6, for --batch auto; got 3 with --batch None"),
+        (
+            ("--memory", "inf", "--batch", "auto"),
+            "sweep: --memory is a limit in GB, from 1e-6 to 1e6, for --batch auto; got inf with --batch auto",
+        ),
     ],
 )
 def test_bad_use_ends_in_a_line(

@@ -13,13 +13,15 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from pipeline.rules.base import LossOf, OverTime, Rule
+from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.synapse import Conv2d, Linear
 
 Gradients = Mapping[str, Tensor]
@@ -30,7 +32,7 @@ def gradients(
     network: nn.Module,
     rule: Rule,
     x_TB: Tensor,
-    loss_of: LossOf,
+    loss_for: Callable[[], LossOf],
     *,
     over_time: OverTime = "steps",
     seed: int = 0,
@@ -39,20 +41,24 @@ def gradients(
 ) -> dict[str, Tensor]:
     """What `rule` gives the weight of every synapse of a copy of `network` on one batch, in order of registration.
 
-    The generators are seeded alike for every rule, so that dropout falls on the same places. What the rule draws, it draws for
-    batch `step`; one that learns by itself, as OPZO its matrices, sees the batch `batches` times, and is asked the last time.
+    Dropout is off: BPTT draws it layer by layer and an online rule step by step, so that no seed makes them agree. The generators
+    are seeded alike for whatever else draws. What the rule draws, it draws for batch `step`; one that learns by itself, as OPZO
+    its matrices, sees the batch `batches` times, and is asked the last time. `loss_for()` is a fresh loss for each.
 
     Raises: ValueError where the rule refuses the network.
     """
     network = copy.deepcopy(network)
     rule.attach(network, over_time=over_time)
+    for module in network.modules():
+        if isinstance(module, (_DropoutNd, Dropout)):
+            module.eval()
     device = x_TB.device
     try:
         for index in range(step, step + batches):
             network.zero_grad()
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed(seed)
-                for objective in rule.objectives(network, x_TB, loss_of, step=index):
+                for objective in rule.objectives(network, x_TB, loss_for(), step=index):
                     if objective.backward is not None:
                         objective.backward.backward()
             rule.end_of_batch()

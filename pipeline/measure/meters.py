@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,14 @@ class _Window:
     seconds: Counter[str] = field(default_factory=Counter)
 
 
+class Instrument(Protocol):
+    """What looks at the operations of one batch, and away from a teacher's and an optimizer's."""
+
+    def __enter__(self) -> Any: ...
+    def __exit__(self, kind: Any, error: Any, trace: Any, /) -> Any: ...
+    def paused(self) -> AbstractContextManager[None]: ...
+
+
 class Meters:
     """The loop's meters on one rank.
 
@@ -104,6 +112,10 @@ class Meters:
         self.totals = Totals()
         self._begun, self._accounted = 0, 0
         self._is_counting = False
+        self._watching: Instrument | None = None
+        self._asked: Instrument | None = None
+        self._inside_s = 0.0
+        """of what was entered inside the part between batches that is open"""
         self._logits: Tensor | None = None
         self._window = self._new_window()
 
@@ -112,19 +124,36 @@ class Meters:
         """Surrounds everything that one global batch costs; on some of them counts what backward keeps alive."""
         self._is_counting = self._counts_memory(self._begun)
         operations = Operations(self.network) if self._counts_operations(self._begun) else None
-        self._begun += 1
+        self._watching = operations or self._asked
+        self._begun, self._asked = self._begun + 1, None
         before = self._window.samples
-        with self.clock.batch(), SavedBytes(self.network) if self._is_counting else operations or nullcontext() as counted:
+        if self._watching is not None:
+            self.note_peaks()
+        with (
+            self.clock.batch(),
+            SavedBytes(self.network) if self._is_counting else nullcontext() as saved,
+            self._watching or nullcontext(),
+        ):
             yield
-        if isinstance(counted, SavedBytes):
-            self.totals.peak_saved_bytes = max(self.totals.peak_saved_bytes, counted.peak)
-        if isinstance(counted, Operations):
-            self.totals.add_operations(counted.work, self._window.samples - before)
+        if saved is not None:
+            self.totals.peak_saved_bytes = max(self.totals.peak_saved_bytes, saved.peak)
+        if operations is not None:
+            self.totals.add_operations(operations.work, self._window.samples - before)
+        if self._watching is not None:
+            self.forget_peaks()  # an instrument takes memory of its own, which is not training's
+        self._watching = None
         self.totals.batches += 1
 
-    def part(self, name: Part) -> Any:
+    def watch(self, instrument: Instrument) -> None:
+        """Let it see the next batch, in the place of nothing: not on one whose operations are counted."""
+        self._asked = instrument
+
+    @contextmanager
+    def part(self, name: Part) -> Iterator[None]:
         """Surrounds a part of a batch (`measure/clock.py`)."""
-        return self.clock.part(name)
+        sees = self._watching is None or name not in ("teacher", "optimizer")
+        with self.clock.part(name), nullcontext() if sees else self._watching.paused():  # type: ignore[union-attr]
+            yield
 
     def each(self, name: Part, source: Iterable[T_]) -> Iterator[T_]:
         """`source`, with what it takes to make each next one as that part."""
@@ -132,12 +161,16 @@ class Meters:
 
     @contextmanager
     def between(self, name: Between) -> Iterator[None]:
-        """Surrounds what is done between two batches, which has waited for the device when it ends."""
-        begun = time.perf_counter()
+        """Surrounds what is done between two batches; the innermost is charged."""
+        if self.device.type == "cuda" and name != "coordination":
+            torch.cuda.synchronize(self.device)  # kernels of the last batches are theirs
+        begun, (outer, self._inside_s) = time.perf_counter(), (self._inside_s, 0.0)
         try:
             yield
         finally:
-            self.totals.seconds[name] += time.perf_counter() - begun
+            took = time.perf_counter() - begun
+            self.totals.seconds[name] += took - self._inside_s
+            self._inside_s = outer + took
 
     def add(self, objective: Objective, share: float) -> None:
         with self.part("metrics"):

@@ -9,7 +9,7 @@ one of the two is even: all its numbers are 0 or of one magnitude, such as spike
 as one of 1 bit. Even numbers are added or subtracted, and their magnitude is multiplied once for a sum or an output, which is
 not counted. Spikes of which a pool took the mean, or a shortcut the sum, are real numbers.
 
-What is done element by element (neurons, norms, losses, optimizers) is not counted: it is to the products as 1 to the fan-in.
+What is done element by element (neurons, norms, losses) is not counted: it is to the products as 1 to the fan-in.
 
 Purposes: "forward"; "error", what the backward hands down; "weights", the gradients of weights; and what `spiking/serving.py`
 names. A product in a backward is "error" where one side is a weight (or what a rule puts in its place), or where it is one of a
@@ -18,7 +18,8 @@ batch of products, as attention's are; else "weights".
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,9 @@ class Operations:
         self.network = network
         self.work: dict[str, Work] = {}
         self._fixed: dict[int, StorageWeakRef] = {}  # values: while one is there, no other storage gets the key
+        self._given: frozenset[int] = frozenset()
         self._watch = _Watch(self)
+        self._is_paused = False
 
     def __enter__(self) -> Operations:
         for parameter in self.network.parameters():  # now: an engine such as DeepSpeed moves them into flat buffers
@@ -71,6 +74,7 @@ class Operations:
             carrier = getattr(module, "backward_weight", None)
             if isinstance(carrier, FixedFeedback):
                 self._note(carrier.matrix)
+        self._given = frozenset(self._fixed)
         self._watch.__enter__()
         return self
 
@@ -78,12 +82,23 @@ class Operations:
         self._watch.__exit__(*exc)
         self._fixed = {}
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, nothing is counted: a teacher's work, or an optimizer's."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
     @property
     def total(self) -> Work:
         return sum(self.work.values(), Work())
 
     def add(self, pairs: Pairs, *, even: bool, hands_down: bool) -> None:
         """A product; `even`: one of its sides is; `hands_down`: in a backward it makes an error, not a weight's gradient."""
+        if self._is_paused:
+            return
         natural = "forward"
         if torch._C._current_autograd_node() is not None:
             natural = "error" if hands_down else "weights"
@@ -118,7 +133,12 @@ class Operations:
                 if is_fixed:
                     self._note(value)
                 elif func._schema.is_mutable:  # the batch was written into what was a constant
-                    self._fixed.pop(value.untyped_storage()._cdata, None)
+                    self._forget(value)
+
+    def _forget(self, tensor: Tensor) -> None:
+        key = tensor.untyped_storage()._cdata
+        if key not in self._given:  # a parameter stays one when an optimizer moves it
+            self._fixed.pop(key, None)
 
 
 class _Watch(TorchDispatchMode):

@@ -47,9 +47,12 @@ def is_even(x_OI: Tensor) -> bool:
     """
     if x_OI.numel() == 0:
         return True
-    magnitude = x_OI.abs()
-    shared = magnitude.amax(1, keepdim=True) if x_OI.shape[1] > 1 else torch.ones_like(magnitude)
-    return bool(((magnitude == shared) | (magnitude == 0)).all())
+    if x_OI.shape[1] > 1:
+        low_O1, high_O1 = x_OI.aminmax(dim=1, keepdim=True)
+        shared_O1 = torch.maximum(high_O1, -low_O1)
+    else:
+        shared_O1 = torch.ones_like(x_OI)
+    return bool(((x_OI == shared_O1) | (x_OI == -shared_O1) | (x_OI == 0)).all())
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ class Convolution:
 
     def forward(self, x: Tensor, weight: Tensor, places: tuple[int, ...]) -> Pairs:
         """Inputs with weights, at each of the `places` of the output."""
-        inputs_IP = (x != 0).double().sum(0)
-        weights_Ihw = (weight != 0).double().unflatten(0, (self.groups, -1)).sum(1).flatten(0, 1)  # outputs of a group
+        inputs_IP = _nonzero(x, 0)
+        weights_Ihw = _nonzero(weight.unflatten(0, (self.groups, -1)), 1).flatten(0, 1)  # outputs of a group
         taps = zip(self._under_taps(inputs_IP, places), weights_Ihw.flatten(1).unbind(1), strict=True)
         live = sum((read_IP.flatten(1).sum(1) @ weights_I).item() for read_IP, weights_I in taps)
         return Pairs(int(live), len(x) * weight.shape[0] * weight.shape[1] * self._inside(x.shape[2:], places, x.device))
@@ -73,8 +76,8 @@ class Convolution:
     def error(self, g: Tensor, weight: Tensor, size: tuple[int, ...]) -> Pairs:
         """Errors at the output with weights, at each place of an input of `size` pixels: a transposed convolution, too."""
         places = tuple(g.shape[2:])
-        errors_OP = (g != 0).double().sum(0)
-        weights_Ohw = (weight != 0).double().sum(1).flatten(1)  # inputs of a group
+        errors_OP = _nonzero(g, 0)
+        weights_Ohw = _nonzero(weight, 1).flatten(1)  # inputs of a group
         reaches = self._under_taps(_ones(size, g.device), places)
         taps = zip(reaches, weights_Ohw.unbind(1), strict=True)
         live = sum(((errors_OP * reach_1P).flatten(1).sum(1) @ weights_O).item() for reach_1P, weights_O in taps)
@@ -83,8 +86,7 @@ class Convolution:
     def weights(self, g: Tensor, x: Tensor) -> Pairs:
         """Errors at the output with inputs, for each weight."""
         places = tuple(g.shape[2:])
-        errors_NG = (g != 0).double().unflatten(1, (self.groups, -1)).sum(2)
-        inputs_NG = (x != 0).double().unflatten(1, (self.groups, -1)).sum(2)
+        errors_NG, inputs_NG = (_nonzero(each.unflatten(1, (self.groups, -1)), 2) for each in (g, x))
         live = sum((read_NG * errors_NG).sum().item() for read_NG in self._under_taps(inputs_NG, places))
         of_a_place = len(g) * g.shape[1] * (x.shape[1] // self.groups)
         return Pairs(int(live), of_a_place * self._inside(x.shape[2:], places, g.device))
@@ -110,4 +112,5 @@ def _ones(size: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _nonzero(x: Tensor, dim: int) -> Tensor:
-    return (x != 0).sum(dim).double()
+    """How many numbers along `dim` are not 0; in between, a byte for each."""
+    return (x != 0).sum(dim, dtype=torch.float64)

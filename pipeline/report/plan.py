@@ -16,13 +16,16 @@ def print_plan(found: Plan, *, as_json: bool = False, console: Console | None = 
     """One line for each rule; what the figures rest on; and the rule that takes the fewest hours."""
     console = console or Console()
     if as_json:
-        console.out(json.dumps({**asdict(found), "basis": basis(found), "advice": advice(found)}, indent=2), highlight=False)
+        console.out(
+            json.dumps({**asdict(found), "basis": basis(found), "advice": advice(found)}, indent=2, allow_nan=False),
+            highlight=False,
+        )
         return
     table = Table(
         title=f"{found.recipe}: a model, not measured", box=None, header_style="bold", pad_edge=False, title_justify="left"
     )
     table.add_column("rule")
-    titles = ["ZeRO", "micro x acc.", "memory", "compute", "communication", "step", "images/s", "hours"]
+    titles = ["ZeRO", "micro x acc.", "memory", "compute", "sums", "optimizer", "loading", "step, ms", "images/s", "hours"]
     titles += [] if found.cluster.device is None else ["kWh"]
     titles += [] if found.cluster.price is None else ["cost"]
     for title in titles:
@@ -70,10 +73,11 @@ def _cells(planned: Planned) -> tuple[str, ...]:
         str(planned.zero),
         f"{planned.micro_batch} x {planned.accumulation}",
         f"{planned.memory_bytes / 1e9:.3g} GB",
-        f"{planned.compute_s * 1e3:.4g} ms",
-        f"{planned.communication_s * 1e3:.4g} ms",
-        f"{planned.step_s * 1e3:.4g} ms",
-        f"{planned.images_per_s:.4g}",
+        *(
+            f"{1e3 * seconds:.3g}"
+            for seconds in (planned.compute_s, planned.communication_s, planned.optimizer_s, planned.loading_s, planned.step_s)
+        ),
+        f"{planned.images_per_s:,.0f}",
         f"{planned.hours:.3g}",
         *(() if planned.kwh is None else (f"{planned.kwh:,.0f}",)),
         *(() if planned.cost is None else (f"{planned.cost:,.0f}",)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +19,7 @@ def print_probe(found: Probe, *, as_json: bool = False, console: Console | None 
     """What each rule costs; what it drops, layer by layer; what cannot train the network; and the advice."""
     console = console or Console()
     if as_json:
-        console.out(json.dumps({**asdict(found), "advice": advice(found)}, indent=2), highlight=False)
+        console.out(json.dumps(_told({**asdict(found), "advice": advice(found)}), indent=2, allow_nan=False), highlight=False)
         return
     console.print(_costs(found))
     if found.fidelity is not None:
@@ -33,6 +34,15 @@ def print_probe(found: Probe, *, as_json: bool = False, console: Console | None 
     on = machine["gpu"] if machine["gpu"] != "none" else f"{machine['cpu']}, {machine['threads']} threads"
     console.out(f"one batch of {found.samples} samples, T = {found.time_steps}, before any training; {on}", highlight=False)
     console.out(advice(found), highlight=False)
+
+
+def _told(value: Any) -> Any:
+    """What JSON can say: null for what is not a number."""
+    if isinstance(value, dict):
+        return {key: _told(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_told(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _costs(found: Probe) -> Table:

@@ -51,6 +51,7 @@ def _show(recipe: Recipe, ready: Recipe, workers: int, console: Console) -> None
         settings = config(
             micro_batch=split.micro_batch,
             workers=workers,
+            parameters=parameters,
             zero=recipe.zero,
             precision=recipe.precision,
             clip_norm=recipe.clip_norm,

@@ -17,7 +17,7 @@ def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None 
     """Bytes, time and largest batch against T, and each rule's growth in bytes."""
     console = console or Console()
     if as_json:
-        console.out(json.dumps(asdict(found), indent=2), highlight=False)
+        console.out(json.dumps(asdict(found), indent=2, allow_nan=False), highlight=False)
         return
     table = Table(title=found.recipe, box=None, header_style="bold", pad_edge=False, title_justify="left")
     table.add_column("rule")
@@ -34,8 +34,9 @@ def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None 
         if len(points) > 1:
             first, last = points[0].time_steps, points[-1].time_steps
             console.out(f"{rule}: {found.growth(rule):.2f} times the bytes at T = {last} as at T = {first}", highlight=False)
-    for why in found.refused.values():
-        console.out(f"not in the table: {why}", highlight=False)
+    for at_T in found.refused.values():
+        for why in dict.fromkeys(at_T.values()):
+            console.out(f"not in the table: {why}", highlight=False)
     machine = found.hardware
     on = machine["gpu"] if machine["gpu"] != "none" else f"{machine['cpu']}, {machine['threads']} threads"
     fits = (

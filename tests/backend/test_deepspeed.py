@@ -220,7 +220,7 @@ def _default_settings(rank: int, ranks: int) -> dict[tuple[str, int], float]:
             model = network()
             rule = SLTT()
             rule.attach(model, world=World(seed=7, rank=rank, size=RANKS))
-            settings = config(micro_batch=BATCH // RANKS, workers=RANKS, zero=zero)
+            settings = config(micro_batch=BATCH // RANKS, workers=RANKS, parameters=10_000, zero=zero)
             if mode == "default":
                 del settings["managed_gradient_accumulation"]
             engine, *_ = deepspeed.initialize(model=model, optimizer=sgd(model), config=settings)
@@ -278,8 +278,15 @@ def test_a_checkpoint_resumes_to_the_same_bits_at_every_stage(tmp_path: Path) ->
 
 
 def test_clipping_is_off_unless_the_recipe_says_otherwise() -> None:
-    assert config(micro_batch=4, workers=2)["gradient_clipping"] == 0.0
-    assert config(micro_batch=4, workers=2, clip_norm=0.5)["gradient_clipping"] == 0.5
+    assert config(micro_batch=4, workers=2, parameters=9)["gradient_clipping"] == 0.0
+    assert config(micro_batch=4, workers=2, parameters=9, clip_norm=0.5)["gradient_clipping"] == 0.5
+
+
+def test_a_bucket_is_no_larger_than_the_network() -> None:
+    def bucket(parameters: int) -> int:
+        return config(micro_batch=4, workers=2, parameters=parameters)["zero_optimization"]["reduce_bucket_size"]
+
+    assert (bucket(9), bucket(10**10)) == (9, 500_000_000)
 
 
 def _scalar(rank: int, ranks: int) -> str:

@@ -24,6 +24,7 @@ from pipeline.measure.collectives import COLLECTIVES, collectives_on
 from pipeline.measure.meters import Meters
 from pipeline.models.mlp import mlp
 from pipeline.objective import CrossEntropy
+from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe, spec
 from pipeline.rules import sltt
 from pipeline.rules.base import World
@@ -121,6 +122,7 @@ PLANTS: dict[str, tuple[Any, str, int]] = {  # where, what is slow, and how many
     "evaluation": (attempt, "evaluate", 1),
     "checkpoint": (attempt, "weights_of", 1),
     "tracking": (attempt, "memory_now_bytes", 4),
+    "coordination": (Ranks, "decide", 4),
 }
 
 

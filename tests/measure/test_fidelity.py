@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.measure.fidelity import fidelity, gradients
 from pipeline.rules.bptt import BPTT
@@ -34,7 +34,7 @@ def test_of_known_gradients() -> None:
 def found_at(leak: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     x_TBC, target_B = batch(6, size=32)
     network = lif_network(leak=leak)
-    bptt, sltt = (gradients(network, rule, x_TBC, cross_entropy(target_B)) for rule in (BPTT(), SLTT()))
+    bptt, sltt = (gradients(network, rule, x_TBC, lambda: cross_entropy(target_B)) for rule in (BPTT(), SLTT()))
     assert all(parameter.grad is None for parameter in network.parameters())
     return bptt, sltt
 
@@ -42,7 +42,7 @@ def found_at(leak: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def test_gradients_are_those_of_the_rule() -> None:
     x_TBC, target_B = batch(6, size=32)
     for rule, step in ((BPTT(), 0), (SLTT(k=2), 0), (SLTT(k=2), 5), (OTTT(), 0)):
-        found = gradients(lif_network(), rule, x_TBC, cross_entropy(target_B), step=step)
+        found = gradients(lif_network(), rule, x_TBC, lambda: cross_entropy(target_B), step=step)
         expected = reference(rule, lif_network(), x_TBC, cross_entropy(target_B), step=step)
         assert list(found) == ["0", "2", "4"]
         assert all(torch.equal(found[name], expected[f"{name}.weight"]) for name in found)
@@ -59,3 +59,20 @@ def test_the_leak_decides_what_comes_through_time() -> None:
         assert found.cosines["SLTT"]["0"] >= 1 - shares[-1]
     assert shares[0] == pytest.approx(0, abs=1e-12)
     assert 0 < shares[1] < 0.3 < shares[2] < shares[3]
+
+
+def test_dropout_and_a_loss_that_remembers_are_no_part_of_it() -> None:
+    """At leak 0 nothing comes through time, whatever dropout draws; and each batch has a loss of its own."""
+    network = lif_network(leak=0.0)
+    network.insert(2, nn.Dropout(0.5))
+    x_TBC, target_B = batch(6, size=32)
+    made: list[int] = []
+
+    def loss_for():
+        made.append(1)
+        return cross_entropy(target_B)
+
+    bptt, sltt = (gradients(network, rule, x_TBC, loss_for) for rule in (BPTT(), SLTT()))
+    assert max(fidelity(bptt, sltt, {}).temporal_share.values()) < 1e-12
+    gradients(network, SLTT(), x_TBC, loss_for, batches=3)
+    assert len(made) == 2 + 3

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.measure.clock import PARTS, REST
 from pipeline.measure.meters import Meters, Totals
+from pipeline.measure.traffic import Traffic
 from pipeline.rules.base import Objective
 
 
@@ -101,6 +102,25 @@ def test_operations_are_counted_on_the_third_batch_and_told_by_the_sample() -> N
         "weights": {"multiplications": 3.0, "additions": 3.0, "dense": 4.0},
     }
     assert Totals(**json.loads(json.dumps(asdict(meters.totals)))) == meters.totals  # as a checkpoint keeps it
+
+
+def test_operations_are_the_rules_alone() -> None:
+    """Neither a teacher's products nor an optimizer's; and an instrument of somebody else looks away there, too."""
+    network, x_BC = nn.Linear(2, 2, bias=False), torch.tensor([[2.0, 3.0], [0.0, 5.0]])
+    meters, traffic = Meters(network, batch_size=2, device=torch.device("cpu")), Traffic()
+    for step in range(4):
+        if step == 3:
+            meters.watch(traffic)
+        with meters.batch(step):
+            with meters.part("teacher"):
+                network(x_BC)
+            logits_BK = network(x_BC)
+            meters.add(Objective(None, torch.tensor(0.0), logits_BK.detach()), 1.0)
+            meters.end_of_micro_batch(torch.tensor([0, 1]))
+            with meters.part("optimizer"):
+                x_BC @ x_BC
+    assert meters.totals.operations["forward"]["dense"] == 8
+    assert [each.flops for each in traffic.operations if each.flops] == [16]
 
 
 def test_totals_over_ranks_take_the_largest_peak(meters: Meters) -> None:

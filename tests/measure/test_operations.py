@@ -64,17 +64,24 @@ class Seen:
             where.setdefault(name, []).append(value.detach())
 
 
-def learnt(rule: Rule, model: nn.Module, *, steps: int = T, batches: int = 1, before: int = 0) -> tuple[Operations, Seen, Tensor]:
-    """`batches` of training under `rule`, counted, after `before` that are not."""
+def learnt(
+    rule: Rule, model: nn.Module, *, steps: int = T, batches: int = 1, before: int = 0, rate: float = 0.0
+) -> tuple[Operations, Seen, Tensor]:
+    """`batches` of training under `rule`, counted, after `before` that are not; at `rate`, if the rule moves at every step."""
     x_TBI, target_B = batch(steps, size=B)
     rule.attach(model, over_time=rule.over_time_choices[0])
     for step in range(before):
         learn(rule.objectives(model, x_TBI, cross_entropy(target_B), step=step))
         rule.end_of_batch()
     seen, operations = Seen(model), Operations(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     with operations:
         for step in range(before, before + batches):
-            learn(rule.objectives(model, x_TBI, cross_entropy(target_B), step=step))
+            for objective in rule.objectives(model, x_TBI, cross_entropy(target_B), step=step):
+                if objective.backward is not None:
+                    objective.backward.backward()
+                if rule.update == "objective" and rate:
+                    optimizer.step()
             rule.end_of_batch()
     return operations, seen, x_TBI
 
@@ -157,7 +164,7 @@ def test_sltt_k_works_backward_k_times_whatever_t(k: int) -> None:
 
 @pytest.mark.parametrize("rule", [OTTT(), OTTT(update="objective")], ids=lambda rule: rule.label)
 def test_ottt_multiplies_traces(rule: Rule) -> None:
-    operations, seen, x_TBI = learnt(rule, two_layers(LIF()))
+    operations, seen, x_TBI = learnt(rule, two_layers(LIF()), rate=1e-3)
     expected = feed_forward(seen, x_TBI)
     traces_TBN = traces_of(torch.cat(seen.outputs["1"]), 0.5)
     g = live(*seen.errors["0"]) * I
@@ -323,6 +330,14 @@ def test_attention_in_a_backward_is_error() -> None:
         (q @ k).square().sum().backward()
     assert operations.work["forward"] == Work(0, 3 * live(k), 72)
     assert operations.work["error"].dense == 144
+
+
+def test_what_is_looked_away_from_is_not_counted() -> None:
+    model = two_layers(LIF())
+    x_TBI, _ = batch(T, size=B)
+    with Operations(model) as operations, operations.paused(), fresh_state(model):
+        model(x_TBI)
+    assert operations.work == {}
 
 
 def test_nothing_is_counted_twice_in_inference_mode() -> None:
