@@ -32,7 +32,6 @@ from pipeline.rules.base import Objective
 from pipeline.spiking.encode import repeat
 from recipes.fashion.base import fashion
 
-
 LOG_EVERY = 10
 
 
