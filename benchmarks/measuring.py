@@ -3,10 +3,10 @@
 Command:  python -m benchmarks.measuring [--rule sltt|bptt] [--batches 1000]
 Result:   not run
 
-The meters are those of every run on a CPU: the clock of the parts, read after every tenth batch, loss and hits, saved bytes on one
-batch of 200, operations on one of 1000; evaluation, which counts the spikes of every neuron, is not in it. A share of the sampled batches falls on every batch, so it is sums that are compared, over a
-number of batches that both kinds of samples divide. The network is that of recipes/fashion/base.py, its batch so large that one
-takes about 100 ms, on one thread.
+The meters are those of every run on a CPU: the clock of the parts, read after every tenth batch, loss and hits, saved bytes on
+one batch of 200, operations on one of 1000; evaluation, which counts the spikes of every neuron, is not in it. A share of the
+sampled batches falls on every batch, so it is sums that are compared, over a number of batches that both kinds of samples divide.
+The network is that of recipes/fashion/base.py, its batch so large that one takes about 100 ms, on one thread.
 """
 
 from __future__ import annotations
