@@ -1,0 +1,80 @@
+"""What `spiketrain plan` predicts of this machine, against what `launch` then measures: saved bytes, and seconds of a step.
+
+Command:  python -m benchmarks.planned [--workers 2] [--steps 60]
+          (data/fashion, data/stamps-0 and data/moving must have been written)
+Result:   not run
+
+Four recipes of different families, each trained by its own rule. The plan is made from batches of half and a quarter of a
+worker's size, on one worker, and (but for the recording, whose length is its own) at other numbers of time steps. Nothing else
+should run. Exits with 1 where bytes are off by more than 5 % or seconds by more than 25 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.launch.cluster import Cluster as Launched
+from pipeline.launch.drive import commit
+from pipeline.launch.start import launch_run
+from pipeline.measure.memory import hardware
+from pipeline.plan import Cluster, plan
+from pipeline.recipe import Recipe, read_json
+from recipes.events.moving_sltt import recipe as moving_sltt
+from recipes.fashion.ide import recipe as fashion_ide
+from recipes.fashion.sltt import recipe as fashion_sltt
+from recipes.stamps.qkformer_bptt import recipe as stamps_qkformer_bptt
+
+BYTES, SECONDS = 0.05, 0.25
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "VGG, SLTT": fashion_sltt,
+    "QKFormer, BPTT": stamps_qkformer_bptt,
+    "feedback, IDE": fashion_ide,
+    "recordings, SLTT": moving_sltt,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=60)
+    arguments = parser.parse_args()
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("recipe", "saved, planned", "measured", "off", "step, planned", "measured", "off"):
+        table.add_column(title)
+    is_near = True
+    for name, made in RECIPES.items():
+        recipe = replace(made(), stop_after=arguments.steps, evaluate_samples=64)
+        (planned,) = plan(recipe, Cluster(workers=arguments.workers), rules=()).rules
+        with tempfile.TemporaryDirectory() as runs:
+            launched = Launched(workers=arguments.workers, inline=False, address=None, device="auto")
+            run = launch_run(recipe, launched, Path(runs))
+            assert run is not None, "nobody stopped it"
+            measured = read_json(run / "summary.json")
+        saved, step = measured["peak_saved_bytes"], recipe.batch_size / measured["images_per_s"]
+        off = planned.saved_bytes / saved - 1, planned.step_s / step - 1
+        is_near &= abs(off[0]) <= BYTES and abs(off[1]) <= SECONDS
+        table.add_row(
+            name,
+            f"{planned.saved_bytes / 1e6:.4g} MB",
+            f"{saved / 1e6:.4g} MB",
+            f"{off[0]:+.1%}",
+            f"{planned.step_s * 1e3:.4g} ms",
+            f"{step * 1e3:.4g} ms",
+            f"{off[1]:+.1%}",
+        )
+    machine = hardware()
+    Console().print(table)
+    print(f"{arguments.workers} workers, {arguments.steps} steps; commit {commit()}, {machine['cpu']}, torch {machine['torch']}")
+    sys.exit(not is_near)
+
+
+if __name__ == "__main__":
+    main()
