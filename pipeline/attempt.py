@@ -55,6 +55,7 @@ class Attempt:
     def run(self) -> dict[str, Any] | None:
         """The summary (on rank 0), or None when somebody asked to stop."""
         self.tracker.event("start", sync=True, **told_at_start(self.parts, step=self.step))
+        self._tell_nearness(epoch=None)
         self.meters.forget_peaks()
         while self.step < self.steps:
             self.stretch = stretch_at(self.parts.stretches, self.step)
@@ -169,8 +170,18 @@ class Attempt:
             self._tell_results(epoch, results)
             if is_learnt:
                 self.learnt.add([result.top1 for result in results], figures)
+        self._tell_nearness(epoch=epoch)
         with self.meters.between("checkpoint"):
             self._save(score=score)
+
+    def _tell_nearness(self, *, epoch: int | None) -> None:
+        """On the weights that train, not on an average of them; `epoch`: that has ended, None at the start."""
+        due = self.step == 0 if epoch is None else (epoch + 1) % max(1, self.recipe.fidelity_every) == 0
+        if self.parts.nearness is None or not due:
+            return
+        with self.meters.between("fidelity"):
+            found = self.parts.nearness(self.backend.network.state_dict(), step=self.step)
+        self.tracker.event("fidelity", step=self.step, epoch=epoch, temporal_share=found.temporal_share, cosines=found.cosines)
 
     def _tell_results(self, epoch: int, results: list[Evaluation]) -> None:
         assert self.result is not None

@@ -13,6 +13,7 @@ from pipeline.checkpoint import Checkpoints
 from pipeline.data.mixing import Mixing
 from pipeline.job import Job
 from pipeline.measure.meters import Meters
+from pipeline.nearness import Nearness
 from pipeline.phases import Stretch
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe, Split
@@ -40,6 +41,8 @@ class Parts:
     """of each task, by the loaders' numbers"""
     mixing: Mixing | None
     teaching: Teaching | None
+    nearness: Nearness | None
+    """on rank 0, where the recipe asks for it"""
     meters: Meters
     checkpoints: Checkpoints
     trainer: dict[str, Any] | None

@@ -87,6 +87,8 @@ class Recipe:
     """a run's folder or a weights file (.safetensors, .pt) to start from, or in a suite "@NAME"; None: from scratch"""
     evaluate_every: int = 1
     """epochs between evaluations; the last epoch is always evaluated"""
+    fidelity_every: int = 0
+    """epochs between comparisons of the rule's gradient with BPTT's on the first batch, beside one at the start; 0: none"""
     checkpoint_every: int = 0
     """steps between checkpoints, beside the one at each epoch's end; 0: none"""
     checkpoint_minutes: float = 10.0
@@ -112,7 +114,7 @@ class Recipe:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"recipe: {name} must be at least 1; got {getattr(self, name)}")
-        for name in ("clip_norm", "checkpoint_every", "checkpoint_minutes", "seed"):
+        for name in ("clip_norm", "checkpoint_every", "checkpoint_minutes", "fidelity_every", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"recipe: {name} must not be negative; got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
@@ -219,7 +221,7 @@ class Recipe:
             inputs: content hashes of what paths only point at: `data` (and `init`, where there is one).
         """
         value = self._encoded(paths=False)
-        for name in ("name", "rule", "seed", "init"):
+        for name in ("name", "rule", "seed", "init", "fidelity_every"):  # the last looks on
             del value[name]
         return hashlib.sha256(json.dumps([value, dict(inputs)], sort_keys=True).encode()).hexdigest()[:16]
 

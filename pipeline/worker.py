@@ -25,6 +25,7 @@ from pipeline.job import REFUSAL, Job, Place
 from pipeline.measure.clock import Clock
 from pipeline.measure.collectives import collectives_on
 from pipeline.measure.meters import Meters
+from pipeline.nearness import Nearness
 from pipeline.objective import Loss
 from pipeline.parts import Parts
 from pipeline.phases import Stretch, stretch_at, timetable
@@ -131,6 +132,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, clock: Clock
         stretches=stretches,
         mixing=mixing,
         teaching=teaching,
+        nearness=ranks.together(lambda: build_nearness(recipe, loaders, split, world, ranks.device)),
         meters=Meters(network, batch_size=recipe.batch_size, device=ranks.device, clock=clock),
         checkpoints=checkpoints,
         trainer=None if checkpoint is None else checkpoints.load(checkpoint, backend, rule),
@@ -220,6 +222,8 @@ def check_recipe(recipe: Recipe, workers: int) -> nn.Module:
     rule = attached_rule(recipe, network, World(recipe.seed, size=workers))
     if recipe.teacher is not None:
         build_teacher(recipe, tasks[0].data)
+    if recipe.fidelity_every:
+        Nearness.check(recipe, lambda: build_network(recipe, tasks))
     recipe.schedule.build(build_optimizer(recipe, network, rule), 1000)
     return network
 
@@ -294,6 +298,21 @@ def _plain_or_deepspeed(recipe: Recipe, network: nn.Module, rule: Rule, split: S
         precision=recipe.precision,
         clip_norm=recipe.clip_norm,
     )
+
+
+def build_nearness(recipe: Recipe, loaders: Loaders, split: Split, world: World, device: torch.device) -> Nearness | None:
+    """What compares gradients, on rank 0 alone: the others wait for it where they next meet."""
+    if recipe.fidelity_every == 0 or world.rank:
+        return None
+    loader = loaders.train(0)
+    try:
+        with loader.epoch(0) as batches:
+            batch = next(iter(batches))
+    finally:
+        loader.close()
+    fresh = lambda: build_network(recipe, loaders.tasks).to(device)
+    x_TB = over_steps(batch.x.to(device), recipe.time_steps)
+    return Nearness(recipe, fresh, recipe.objective.build().labels, x_TB, batch.target.to(device))
 
 
 def build_mixing(recipe: Recipe, split: Split) -> Mixing | None:

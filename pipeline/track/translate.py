@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipeline.track.jsonl import Event
@@ -81,9 +81,14 @@ def milliseconds(event: Event) -> int:
 
 def _metrics(event: Event) -> Iterator[tuple[str, float]]:
     kind = event["event"]
-    prefix = {"step": "train/", "evaluation": "val/", "epoch": "epoch/", "checkpoint": "checkpoint/", "finish": "summary/"}.get(
-        kind
-    )
+    prefix = {
+        "step": "train/",
+        "evaluation": "val/",
+        "epoch": "epoch/",
+        "fidelity": "fidelity/",
+        "checkpoint": "checkpoint/",
+        "finish": "summary/",
+    }.get(kind)
     if prefix is None:
         return
     values: dict[str, Any] = dict(event.get("metrics") or {})
@@ -91,11 +96,19 @@ def _metrics(event: Event) -> Iterator[tuple[str, float]]:
         values["memory_bytes"] = event.get("memory_bytes")
     elif kind == "checkpoint":
         values |= {name: event.get(name) for name in ("seconds", "bytes")}
+    elif kind == "fidelity":
+        values |= {name: event.get(name) for name in ("temporal_share", "cosines")}
     elif kind == "finish":
         values |= {name: value for name, value in event.items() if name not in ("time", "attempt", "seed", "steps", "epochs")}
+    yield from _numbers(prefix, values)
+
+
+def _numbers(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """`operations.forward.additions` of a summary is `summary/operations/forward/additions`."""
     for name, value in values.items():
-        number = _number(value)
-        if number is not None:
+        if isinstance(value, Mapping):
+            yield from _numbers(f"{prefix}{name}/", value)
+        elif (number := _number(value)) is not None:
             yield _key(prefix + name), number
 
 

@@ -25,8 +25,10 @@ def test_the_first_value_of_a_step_counts_and_what_is_held_is_left_out():
 
 def test_a_finish_is_a_summary_at_the_newest_step():
     translation = Translation()
-    finish = {"event": "finish", "steps": 7, "epochs": 2, "time": 2.0, "top 1!": 0.5, "rule": "SLTT"}
-    assert sent(translation, step(6, loss=1.0), finish)[1:] == [("summary/top 1_", 7, 0.5)]
+    nested = {"forward": {"additions": 2.0, "who": "x"}}
+    finish = {"event": "finish", "steps": 7, "epochs": 2, "time": 2.0, "top 1!": 0.5, "rule": "SLTT", "operations": nested}
+    expected = [("summary/top 1_", 7, 0.5), ("summary/operations/forward/additions", 7, 2.0)]
+    assert sent(translation, step(6, loss=1.0), finish)[1:] == expected
 
 
 def test_tags_count_what_was_lost():

@@ -1,0 +1,52 @@
+"""How near the rule of a run is to BPTT while it trains: their gradients on one batch, with the weights of the moment."""
+
+# T time, B batch
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+
+from pipeline.measure.fidelity import Fidelity, fidelity, gradients
+from pipeline.objective import Loss
+from pipeline.recipe import Recipe
+from pipeline.rules.base import Rule
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.sltt import SLTT
+
+
+class Nearness:
+    """Compares the gradients of a recipe's rule, and of SLTT, with BPTT's. A rule that learns by itself has learnt nothing here.
+
+    Args:
+        fresh: a network of the recipe, which no rule is attached to.
+        loss: on labels alone, as no teacher is asked.
+    """
+
+    def __init__(self, recipe: Recipe, fresh: Callable[[], nn.Module], loss: Loss, x_TB: Tensor, target_B: Tensor) -> None:
+        self.recipe, self.fresh, self.loss, self.x_TB, self.target_B = recipe, fresh, loss, x_TB, target_B
+
+    def __call__(self, weights: Mapping[str, Tensor], *, step: int) -> Fidelity:
+        """With `weights`, a state dict; the recipe's rule draws what it would for batch `step`."""
+        network = self.fresh()
+        network.load_state_dict(weights)
+        bptt, sltt = self._of(network, BPTT(), step), self._of(network, SLTT(), step)
+        own: Rule = self.recipe.rule.build()
+        others = {"SLTT": [sltt], own.label: [self._of(network, own, step)]}
+        return fidelity(bptt, sltt, others)
+
+    @staticmethod
+    def check(recipe: Recipe, fresh: Callable[[], nn.Module]) -> None:
+        """Raises: ValueError for tasks, or where BPTT or SLTT cannot train the network: there is nothing to compare with."""
+        if recipe.phases:
+            raise ValueError(f"recipe: fidelity_every is of one task; got {len(recipe.phases)} phases")
+        try:
+            for rule in (BPTT(), SLTT()):
+                rule.attach(fresh(), over_time=recipe.over_time)
+        except ValueError as error:
+            raise ValueError(f"recipe: fidelity_every compares with BPTT and SLTT; {error}") from None
+
+    def _of(self, network: nn.Module, rule: Rule, step: int) -> dict[str, Tensor]:
+        about = {"over_time": self.recipe.over_time, "seed": self.recipe.seed, "step": step}
+        return gradients(network, rule, self.x_TB, lambda: self.loss(self.target_B), **about)

@@ -1,0 +1,68 @@
+"""A run that compares its rule's gradient with BPTT's as it goes: what it tells, and that it changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.models.mlp import mlp
+from pipeline.recipe import Recipe, spec
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.sltt import SLTT
+from pipeline.track.jsonl import read
+from pipeline.worker import check_recipe
+from tests.small import same_weights, small_recipe, train_inline
+from tests.test_worker import Killed, die_at
+
+
+def told(folder: Path) -> list[dict[str, Any]]:
+    return [event for event in read(folder / "journal.jsonl") if event["event"] == "fidelity"]
+
+
+def small(**changes: Any) -> Recipe:
+    return small_recipe(model=spec(mlp, in_features=64, hidden=(16,)), **{"rule": spec(SLTT), **changes})
+
+
+def compared() -> Recipe:
+    return small(fidelity_every=1)
+
+
+def test_it_is_told_at_the_start_and_after_each_epoch_and_changes_nothing(tmp_path: Path) -> None:
+    train_inline(tmp_path / "plain", small())
+    summary = train_inline(tmp_path / "compared", compared())
+    assert same_weights(tmp_path / "plain", tmp_path / "compared")
+    events = told(tmp_path / "compared")
+    assert [(event["step"], event["epoch"]) for event in events] == [(0, None), (8, 0), (16, 1)]
+    shares = [list(event["temporal_share"].values()) for event in events]
+    assert shares[0] != shares[1] != shares[2] and all(0 <= share < 2 for each in shares for share in each)
+    assert all(list(event["cosines"]) == ["SLTT"] for event in events)
+    assert summary is not None and summary["fidelity_s"] > 0
+    assert compared().study_key({}) == small().study_key({})
+
+
+def test_a_run_that_died_tells_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_inline(tmp_path / "whole", compared())
+    with monkeypatch.context() as patch:
+        die_at(patch, 5)
+        with pytest.raises(Killed):
+            train_inline(tmp_path / "broken", compared())
+    train_inline(tmp_path / "broken", compared())
+    whole, broken = (
+        [(event["step"], event["temporal_share"], event["cosines"]) for event in told(tmp_path / name)]
+        for name in ("whole", "broken")
+    )
+    assert whole == broken
+
+
+def test_bptt_is_near_itself(tmp_path: Path) -> None:
+    train_inline(tmp_path / "run", small(rule=spec(BPTT), fidelity_every=2))
+    (start, end) = told(tmp_path / "run")
+    assert end["step"] == 16
+    assert all(cosine == pytest.approx(1) for cosine in start["cosines"]["BPTT"].values())
+
+
+def test_what_bptt_or_sltt_cannot_train_is_refused_before_anything_is_launched() -> None:
+    with pytest.raises(ValueError, match="recipe: fidelity_every compares with BPTT and SLTT; SLTT"):
+        check_recipe(small(rule=spec(BPTT), over_time="mean", fidelity_every=1), 1)
