@@ -33,6 +33,7 @@ from tests.test_recipe import RECIPES
 # channels or 50 layers, of recipes/stamps, of ten classes in the place of a hundred, of still images in the place of recordings.
 REPEATED = (
     *("qkformer_10_512_", "qkformer_10_768_", "qkformer_10_384_sei_", "ms_resnet34_sei_", "nf_resnet101_", "sei_stamps"),
+    "claims_fashion",
     *("cifar100_opzo", "cifar100_cifarnet_f", "cifar100_ottt", "cifar100_dsr", "cifar100_sltt", "cifar10dvs_spide"),
 )
 TIERED = [pytest.param(path, marks=pytest.mark.full) if path.name.startswith(REPEATED) else path for path in RECIPES]

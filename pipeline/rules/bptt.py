@@ -54,7 +54,9 @@ class BPTT(Rule):
     def label(self) -> str:
         if self.truncate is not None:
             return f"BPTT-truncate-{self.truncate}"
-        return "BPTT-recompute" if self.recompute else "BPTT"
+        if self.recompute:
+            return "BPTT-recompute"
+        return "BPTT" if self.chunk is None else f"BPTT-chunk-{self.chunk}"
 
     def attach(self, model: nn.Module, *, over_time: OverTime = "steps", **more: Any) -> None:
         if self.truncate is not None and over_time == "mean":

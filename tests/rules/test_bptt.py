@@ -226,5 +226,5 @@ def test_slices_refuse_what_needs_all_of_time(rule):
 
 def test_labels():
     assert [r.label for r in (BPTT(), BPTT(1), BPTT(recompute=True), BPTT(truncate=3))] == [
-        "BPTT", "BPTT", "BPTT-recompute", "BPTT-truncate-3",
+        "BPTT", "BPTT-chunk-1", "BPTT-recompute", "BPTT-truncate-3",
     ]  # fmt: skip

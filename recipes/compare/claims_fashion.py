@@ -1,0 +1,146 @@
+"""What SLTT and OTTT claim against BPTT, measured on Fashion-MNIST: memory, time, accuracy, and what they drop of its gradient.
+
+Command:  spiketrain write fashion --out data/fashion
+          spiketrain launch recipes/compare/claims_fashion.py --workers 2
+Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311; Xiao et al. 2022 (OTTT), arXiv:2210.04195; the network is one of ours.
+Result:   not run
+
+Two studies, at the leaks of the two papers (1/11 and 0.5), T = 6; in each six rules with three seeds, and one run of BPTT step by
+step: the faster of that and BPTT folded over time is what the others' time is divided by. Only the rule differs, learning rate
+included. SLTT-K is rescaled by T/K, which the published rule is not, so that its expected gradient is SLTT's. SLTT's runs tell
+after each epoch which share of BPTT's gradient comes through time, which it drops.
+
+The report's claims: saved bytes at most 1/T + 0.05 of BPTT's, and within 3 % from T = 2 to 16 (on one batch, untrained); compute
+time of SLTT-1 at most 1.1 (T + r) / (T (1 + r)) of the faster BPTT's, r its backward over its forward, and of SLTT at most as
+long; accuracies as paired differences. Rows of ImageNet have the published figures and what `plan` predicts, a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.devices import DEVICES
+from pipeline.plan import Cluster, plan
+from pipeline.recipe import Recipe, read_json, spec
+from pipeline.report.claims import Claim, flat_in_t, measured, print_claims, saved_bytes, time_at_most, time_of_k, told
+from pipeline.report.compare import compare
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.ottt import OTTT
+from pipeline.rules.sltt import SLTT
+from pipeline.suite import Suite
+from pipeline.sweep import sweep
+from pipeline.track.jsonl import read
+from recipes.fashion.base import fashion
+from recipes.imagenet.nf_resnet34_sltt import recipe as nf_resnet34_sltt
+
+T, EPOCHS, SEEDS = 6, 3, (0, 1, 2)
+STUDIES = {"leak-1-11": (1 / 11, 0.3), "leak-1-2": (0.5, 0.3)}
+"""leak, and a learning rate that SLTT-1's rescaled gradient bears"""
+RULES = {
+    "bptt": spec(BPTT),
+    "bptt-recompute": spec(BPTT, recompute=True),
+    "sltt": spec(SLTT),
+    "sltt-1": spec(SLTT, k=1, rescale=True),
+    "sltt-2": spec(SLTT, k=2, rescale=True),
+    "ottt-a": spec(OTTT),
+}
+STEPPED = spec(BPTT, chunk=1)
+IMAGENET_SAMPLES = 1_281_167
+
+
+def recipe() -> Suite:
+    return Suite(recipes=tuple(each for study in STUDIES for each in _of_study(study)), report=report)
+
+
+def _of_study(study: str) -> Iterator[Recipe]:
+    leak, rate = STUDIES[study]
+    base = fashion()
+    neuron = base.model.kwargs["neuron"].with_(leak=leak)
+    shared = replace(
+        base,
+        model=base.model.with_(neuron=neuron),
+        optimizer=base.optimizer.with_(lr=rate),
+        time_steps=T,
+        epochs=EPOCHS,
+        evaluate_every=EPOCHS,
+    )
+    for seed in SEEDS:
+        for rule in RULES:
+            looks = 1 if rule == "sltt" else 0
+            yield replace(shared, name=_name(study, rule, seed), rule=RULES[rule], seed=seed, fidelity_every=looks)
+    yield replace(shared, name=_name(study, "bptt-stepped", 0), rule=STEPPED)
+
+
+def _name(study: str, rule: str, seed: int) -> str:
+    return f"claims-{study}-{rule}-{seed}"
+
+
+def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
+    comparisons, claims = {}, []
+    for study in STUDIES:
+        folders = {rule: [runs[_name(study, rule, seed)] for seed in SEEDS] for rule in RULES}
+        stepped = runs[_name(study, "bptt-stepped", 0)]
+        comparison = compare(stepped.parent, [folder for each in folders.values() for folder in each] + [stepped])
+        comparison.render(console)
+        comparisons[study] = comparison.to_json()
+        claims += _claims(study, folders, stepped)
+        _print_shares(study, folders["sltt"], console)
+    claims += _imagenet()
+    print_claims(claims, console)
+    return {"claims": told(claims), "studies": comparisons}
+
+
+def _claims(study: str, folders: Mapping[str, list[Path]], stepped: Path) -> Iterator[Claim]:
+    found = {rule: measured([read_json(run / "summary.json") for run in each]) for rule, each in folders.items()}
+    bptts = [found["bptt"], measured([read_json(stepped / "summary.json")])]
+    where = f"{study.replace('leak-', 'leak ').replace('-', '/')}, T = {T}"
+    yield saved_bytes(f"SLTT, {where}", found["sltt"], found["bptt"], T=T, published="0.30 (ImageNet), 0.36 (CIFAR-10)")
+    swept = sweep(next(_of_study(study)), steps=(2, 4, 8, 16), rules=(RULES["sltt"],))
+    flat = {point.time_steps: point.cost.peak_saved_bytes for point in swept.of("SLTT")}
+    yield flat_in_t(f"SLTT, {study}", flat, published="constant")
+    yield time_of_k(f"SLTT-1, {where}", found["sltt-1"], bptts, T=T, k=1, published="0.43 (ImageNet)")
+    yield time_at_most(f"SLTT, {where}", found["sltt"], bptts, bound=1.0, published="0.91 (ImageNet), 0.72 (CIFAR-10)")
+
+
+def _print_shares(study: str, runs: list[Path], console: Console) -> None:
+    """The share of BPTT's gradient that comes through time, in each layer, of the first seed."""
+    events = [event for event in read(runs[0] / "journal.jsonl") if event["event"] == "fidelity"]
+    for event in events:
+        when = "at the start" if event["epoch"] is None else f"after epoch {event['epoch'] + 1}"
+        shares = ", ".join(f"{layer} {float(share):.2f}" for layer, share in event["temporal_share"].items())
+        console.out(f"{study}, temporal share {when}: {shares}", highlight=False)
+
+
+def _imagenet() -> Iterator[Claim]:
+    """NF-ResNet-34 at T = 6: published figures of one card, and a plan of one V100 in fp32, which is what its sheet gives."""
+    recipe = replace(nf_resnet34_sltt(), precision="fp32")
+    planned = plan(
+        recipe,
+        Cluster(workers=1, device=DEVICES["v100"]),
+        samples=IMAGENET_SAMPLES,
+        source="noise",
+        rules=(RULES["bptt"], RULES["sltt"], spec(SLTT, k=1)),
+    )
+    by_rule = {each.rule: each for each in planned.rules}
+    published = {
+        "BPTT": ("28.41 GB", "73.8 h", "66.47 %"),
+        "SLTT": ("8.47 GB", "66.9 h", "66.19 %"),
+        "SLTT-1": ("", "32.03 h", "66.17 %"),
+    }
+    for rule, (memory, hours, top1) in published.items():
+        about, model = f"{rule}, NF-ResNet-34, ImageNet", by_rule.get(rule)
+        predicted = "no plan fits one card" if model is None else f"plan: {model.memory_bytes / 1e9:.3g} GB, {model.hours:.3g} h"
+        if memory:
+            yield _not_run(about, "memory", memory, predicted)
+        yield _not_run(about, "time", hours, predicted)
+        yield _not_run(about, "top-1", top1, "")
+
+
+def _not_run(about: str, what: str, published: str, predicted: str) -> Claim:
+    ours = f"not run here; {predicted}" if predicted else "not run here"
+    return Claim(about=about, claim=what, published=published, bound="", ours=ours, holds=None)
