@@ -23,6 +23,7 @@ from pipeline.measure.clock import BETWEEN, PARTS, REST, Clock
 from pipeline.measure.collectives import COLLECTIVES, collectives_on
 from pipeline.measure.meters import Meters
 from pipeline.models.mlp import mlp
+from pipeline.nearness import Nearness
 from pipeline.objective import CrossEntropy
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe, spec
@@ -30,11 +31,13 @@ from pipeline.rules import sltt
 from pipeline.rules.base import World
 from pipeline.rules.sltt import SLTT
 from pipeline.teaching import Teaching
+from pipeline.track.jsonl import read
 from tests.processes import run_ranks
 from tests.small import train_inline
 from tests.test_teaching import taught
 
 SLEEP = 0.05
+TOTAL = 1.2  # between batches, where load from elsewhere cannot be told by taking the least of several
 
 
 # ------------------------------------------------------------------------------------------------------------- by itself
@@ -112,18 +115,33 @@ def recipe_of_a_few_steps() -> Recipe:
     return replace(recipe, stop_after=4, checkpoint_every=0)
 
 
-PLANTS: dict[str, tuple[Any, str, int]] = {  # where, what is slow, and how many times a run calls it
-    "data_wait": (attempt, "next", 4),
-    "transfer": (attempt, "over_steps", 4),
-    "teacher": (Teaching, "__call__", 4),
-    "forward": (sltt, "steps_share", 4),
-    "backward": (Plain, "backward", 4),
-    "optimizer": (Plain, "step", 4),
+IN_A_BATCH: dict[str, tuple[Any, str]] = {  # where and what is slow, once in each batch
+    "data_wait": (attempt, "next"),
+    "transfer": (attempt, "over_steps"),
+    "teacher": (Teaching, "__call__"),
+    "forward": (sltt, "steps_share"),
+    "backward": (Plain, "backward"),
+    "optimizer": (Plain, "step"),
+    "metrics": (torch.Tensor, "argmax"),
+}
+BETWEEN_BATCHES: dict[str, tuple[Any, str, int]] = {  # and how many times a run calls it
     "evaluation": (attempt, "evaluate", 1),
     "checkpoint": (attempt, "weights_of", 1),
     "tracking": (attempt, "memory_now_bytes", 4),
     "coordination": (Ranks, "decide", 4),
+    "fidelity": (Nearness, "__call__", 1),
 }
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, where: Any, name: str) -> None:
+    monkeypatch.setattr(where, name, sleeping(getattr(where, name, getattr(builtins, name, None))), raising=False)
+
+
+def least_of_a_step(folder: Path) -> dict[str, float]:
+    """Of each part the least over the steps, as load from elsewhere only ever adds to it."""
+    steps = [event["metrics"] for event in read(folder / "run" / "journal.jsonl") if event["event"] == "step"]
+    assert len(steps) == 4
+    return {name: min(step[f"{name}_s"] for step in steps) for name in (*PARTS, REST)}
 
 
 @pytest.fixture(scope="module")
@@ -138,17 +156,33 @@ def seconds_of(folder: Path, recipe: Recipe) -> dict[str, float]:
     return {name: summary[f"{name}_s"] for name in (*PARTS, REST, *BETWEEN)}
 
 
-@pytest.mark.parametrize("part", PLANTS)
-def test_a_planted_sleep_shows_in_its_part_alone(
+def test_every_part_is_planted() -> None:
+    assert {*IN_A_BATCH, "communication"} == set(PARTS)  # ranks that speak are below
+    assert set(BETWEEN_BATCHES) == set(BETWEEN)
+
+
+@pytest.mark.parametrize("part", IN_A_BATCH)
+def test_a_sleep_in_a_part_of_the_batch_shows_there_alone(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, name = IN_A_BATCH[part]
+    plant(monkeypatch, where, name)
+    seconds_of(tmp_path, recipe_of_a_few_steps())
+    least = least_of_a_step(tmp_path)
+    assert least.pop(part) > 0.9 * SLEEP
+    assert max(least.values()) < 0.5 * SLEEP, least
+
+
+@pytest.mark.parametrize("part", BETWEEN_BATCHES)
+def test_a_sleep_between_batches_shows_in_its_part_alone(
     part: str, tmp_path: Path, undisturbed: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    where, name, times = PLANTS[part]
-    monkeypatch.setattr(where, name, sleeping(getattr(where, name, getattr(builtins, name, None))), raising=False)
-    found = seconds_of(tmp_path, recipe_of_a_few_steps())
+    where, name, times = BETWEEN_BATCHES[part]
+    monkeypatch.setattr("tests.measure.test_clock.SLEEP", TOTAL / times)
+    plant(monkeypatch, where, name)
+    looks = {"fidelity_every": 2} if part == "fidelity" else {}
+    found = seconds_of(tmp_path, replace(recipe_of_a_few_steps(), **looks))
     more = {name: found[name] - undisturbed[name] for name in found}
-    assert more[part] > 0.9 * times * SLEEP
-    others = {name: seconds for name, seconds in more.items() if name != part}
-    assert max(others.values()) < 0.5 * SLEEP, others
+    assert more.pop(part) > 0.9 * TOTAL
+    assert max(more.values()) < 0.5 * TOTAL, more
 
 
 def test_without_a_rest_the_parts_cover_the_step(tmp_path: Path) -> None:
