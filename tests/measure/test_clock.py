@@ -206,7 +206,7 @@ def test_without_a_rest_the_parts_cover_the_step(tmp_path: Path) -> None:
 
 
 def slow_collectives(rank: int, ranks: int) -> dict[str, list[dict[str, float]]]:
-    """By backend: the seconds of three batches, every collective slowed down in the last."""
+    """By backend: the seconds of four batches, every collective slowed down in all but the first."""
     slow = {"on": False}
 
     def slowly(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -220,10 +220,10 @@ def slow_collectives(rank: int, ranks: int) -> dict[str, list[dict[str, float]]]
         setattr(distributed, name, slowly(getattr(distributed, name)))
     clock = Clock()
     with collectives_on(clock):
-        return {f"{zero}": _three_batches(rank, ranks, zero, slow, clock) for zero in (None, 0, 1, 2)}
+        return {f"{zero}": _four_batches(rank, ranks, zero, slow, clock) for zero in (None, 0, 1, 2)}
 
 
-def _three_batches(rank: int, ranks: int, zero: int | None, slow: dict[str, bool], clock: Clock) -> list[dict[str, float]]:
+def _four_batches(rank: int, ranks: int, zero: int | None, slow: dict[str, bool], clock: Clock) -> list[dict[str, float]]:
     network, rule = mlp(in_features=8, hidden=(16,), classes=3), SLTT()
     rule.attach(network, world=World(rank=rank, size=ranks))
 
@@ -232,8 +232,8 @@ def _three_batches(rank: int, ranks: int, zero: int | None, slow: dict[str, bool
 
     def batches() -> Any:
         x_TB, target_B = torch.randn(2, 4, 8), torch.randint(3, (4,))
-        for step in range(3):
-            slow["on"] = step == 2
+        for step in range(4):
+            slow["on"] = step > 0
             yield step, [MicroBatch(x_TB, target_B, range(4 * rank, 4 * rank + 4), 0.5)]
         slow["on"] = False
 
@@ -248,7 +248,7 @@ def test_what_ranks_say_to_one_another_is_communication_alone(tmp_path: Path) ->
     """Under the plain backend and at every ZeRO stage."""
     for of_rank in run_ranks(slow_collectives, 2, tmp_path):
         assert len(of_rank) == 4
-        for backend, (_, quick, slow) in of_rank.items():
-            more = {name: slow[name] - quick[name] for name in slow}
-            assert more.pop("communication") > 0.9 * SLEEP, backend
-            assert max(more.values()) < 0.5 * SLEEP, (backend, more)
+        for backend, (_, *slow) in of_rank.items():
+            least = {name: min(seconds[name] for seconds in slow) for name in slow[0]}
+            assert least.pop("communication") > 0.9 * SLEEP, backend
+            assert max(least.values()) < 0.5 * SLEEP, (backend, least)
