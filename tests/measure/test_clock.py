@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -197,9 +198,11 @@ def test_without_a_rest_the_parts_cover_the_step(tmp_path: Path) -> None:
         micro_batch=None,
         time_steps=6,
     )
-    found = seconds_of(tmp_path, recipe)
-    step = sum(found[name] for name in (*PARTS, REST))
-    assert sum(found[name] for name in PARTS) > 0.97 * step, found
+    seconds_of(tmp_path, recipe)
+    steps = [event["metrics"] for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "step"]
+    shares = [sum(step[f"{name}_s"] for name in PARTS) / step["step_s"] for step in steps]
+    assert len(shares) == 10
+    assert statistics.median(shares) > 0.97, shares  # of single steps load from elsewhere may fall on the rest
 
 
 # --------------------------------------------------------------------------------------------------------- between ranks

@@ -109,7 +109,9 @@ def test_refuses(call, message):
 def test_refuses_slices_where_rates_are_asked_for_and_more_rows_than_there_is_room():
     rule, model = HLOP(BPTT(chunk=1), rows=((5, 1, 1), (1, 1, 1)), learn_from="rates"), lif_network()
     rule.attach(model)
-    with pytest.raises(ValueError, match=r"HLOP\(BPTT\): learn_from='rates' needs .* all T steps .*; BPTT gives 1 of 4"):
+    with pytest.raises(
+        ValueError, match=r"HLOP\(BPTT-chunk-1\): learn_from='rates' needs .* all T steps .*; BPTT-chunk-1 gives 1 of 4"
+    ):
         train(rule, model, *batch(4), step=0)
     rule.start_task(model, 1)
     with pytest.raises(ValueError, match=r"got 1 more for task 2, where synapse 0 has 0 directions left"):
