@@ -7,6 +7,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -304,12 +305,8 @@ def build_nearness(recipe: Recipe, loaders: Loaders, split: Split, world: World,
     """What compares gradients, on rank 0 alone: the others wait for it where they next meet."""
     if recipe.fidelity_every == 0 or world.rank:
         return None
-    loader = loaders.train(0)
-    try:
-        with loader.epoch(0) as batches:
-            batch = next(iter(batches))
-    finally:
-        loader.close()
+    with closing(loaders.train(0)) as loader, loader.epoch(0) as batches:
+        batch = next(iter(batches))
     fresh = lambda: build_network(recipe, loaders.tasks).to(device)
     x_TB = over_steps(batch.x.to(device), recipe.time_steps)
     return Nearness(recipe, fresh, recipe.objective.build().labels, x_TB, batch.target.to(device))

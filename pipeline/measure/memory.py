@@ -7,7 +7,7 @@ import platform
 import resource
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ __all__ = [
     "peak_rss_bytes",
     "reset_peak_device_bytes",
     "reset_peak_rss",
+    "told_hardware",
 ]
 
 
@@ -188,6 +189,11 @@ def hardware() -> dict[str, Any]:
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
     }
+
+
+def told_hardware(machine: Mapping[str, Any]) -> str:
+    """What computed, of a `hardware()`: the GPU, or the CPU and torch's threads."""
+    return machine["gpu"] if machine["gpu"] != "none" else f"{machine['cpu']}, {machine['threads']} threads"
 
 
 def _cpu_model() -> str:

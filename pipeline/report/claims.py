@@ -95,28 +95,28 @@ def flat_in_t(about: str, bytes_of_T: Mapping[int, float], *, published: str) ->
 
 def time_of_k(about: str, rule: Measured, bptts: Iterable[Measured], *, T: int, k: int, published: str) -> Claim:
     """At most 1.1 (T + k r) / (T (1 + r)) of the faster BPTT's compute time, with that one's own r."""
-    bptt = min(bptts, key=lambda each: each.compute_s)
-    share, r = rule.compute_s / bptt.compute_s, bptt.ratio
+    bptt = _faster(bptts)
+    r = bptt.ratio
     bound = 1.1 * (T + k * r) / (T * (1 + r))
-    return Claim(
-        about=about,
-        claim="forward and backward, of BPTT's",
-        published=published,
-        bound=f"<= {bound:.3f} (r = {r:.2f})",
-        ours=f"{share:.3f}",
-        holds=share <= bound,
-    )
+    return _time(about, rule, bptt, bound=bound, told=f"<= {bound:.3f} (r = {r:.2f})", published=published)
 
 
 def time_at_most(about: str, rule: Measured, bptts: Iterable[Measured], *, bound: float, published: str) -> Claim:
     """Of the faster BPTT's compute time."""
-    bptt = min(bptts, key=lambda each: each.compute_s)
+    return _time(about, rule, _faster(bptts), bound=bound, told=f"<= {bound:g}", published=published)
+
+
+def _faster(bptts: Iterable[Measured]) -> Measured:
+    return min(bptts, key=lambda each: each.compute_s)
+
+
+def _time(about: str, rule: Measured, bptt: Measured, *, bound: float, told: str, published: str) -> Claim:
     share = rule.compute_s / bptt.compute_s
     return Claim(
         about=about,
         claim="forward and backward, of BPTT's",
         published=published,
-        bound=f"<= {bound:g}",
+        bound=told,
         ours=f"{share:.3f}",
         holds=share <= bound,
     )

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.bench import BASELINE, Cost
+from pipeline.measure.memory import told_hardware
 from pipeline.probe import Probe, advice
 
 
@@ -30,8 +31,7 @@ def print_probe(found: Probe, *, as_json: bool = False, console: Console | None 
         console.out(
             f"not in the tables: {rule}: {why}" if not why.startswith(rule) else f"not in the tables: {why}", highlight=False
         )
-    machine = found.hardware
-    on = machine["gpu"] if machine["gpu"] != "none" else f"{machine['cpu']}, {machine['threads']} threads"
+    on = told_hardware(found.hardware)
     console.out(f"one batch of {found.samples} samples, T = {found.time_steps}, before any training; {on}", highlight=False)
     console.out(advice(found), highlight=False)
 

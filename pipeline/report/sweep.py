@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.bench import BASELINE
+from pipeline.measure.memory import told_hardware
 from pipeline.sweep import Point, Sweep
 
 
@@ -37,8 +38,7 @@ def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None 
     for at_T in found.refused.values():
         for why in dict.fromkeys(at_T.values()):
             console.out(f"not in the table: {why}", highlight=False)
-    machine = found.hardware
-    on = machine["gpu"] if machine["gpu"] != "none" else f"{machine['cpu']}, {machine['threads']} threads"
+    on = told_hardware(found.hardware)
     fits = (
         ""
         if found.memory_bytes is None
