@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -51,6 +52,7 @@ def told_at_start(parts: Parts, *, step: int) -> dict[str, Any]:
         "data_fingerprint": job.data_fingerprint,
         "params": recipe.flat(),
         "loader_threads": job.loader_threads,
+        "own_cores": sorted(os.sched_getaffinity(0)) if job.own_cores else None,
         "resume_command": job.resume_command,
     }
 
@@ -100,6 +102,7 @@ def told_at_the_end(
         **({} if taught is None else {"teacher_top1": taught.accuracy.top1, "teacher_top5": taught.accuracy.top5}),
         "rule_figures": dict(figures),
         "loader_threads": job.loader_threads,
+        "own_cores": job.own_cores,
         "commit": job.commit,
         "data_fingerprint": job.data_fingerprint,
     }

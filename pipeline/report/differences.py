@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.report.runs import load
 
-__all__ = ["differences"]
+__all__ = ["differences", "written"]
 
 _VARIED = ("rule", "seed", "name", "fidelity_every")  # what the study key leaves out (pipeline.recipe), beside paths
 _ABSENT = "(absent)"
@@ -23,13 +23,25 @@ def differences(a: Path, b: Path) -> list[tuple[str, Any, Any]]:
     summaries = load(a / "summary.json") or {}, load(b / "summary.json") or {}
     found = [
         (name, first, second)
-        for name in ("world_size", "loader_threads", "hardware")
+        for name in ("world_size", "loader_threads", "own_cores", "hardware")
         for name, first, second in _differing(name, *(summary.get(name) for summary in summaries))
     ]
-    if summaries[0].get("rule") == summaries[1].get("rule"):  # one label in the table: it must be one rule (rescale is not in it)
-        found += _differing("rule", *(_recipe(folder).get("rule") for folder in (a, b)))
+    if summaries[0].get("rule") == summaries[1].get("rule"):
+        # One label in the table must be one rule (rescale is not in it) with one value of what was tuned.
+        recipes = [_recipe(folder) for folder in (a, b)]
+        found += _differing("rule", *(recipe.get("rule") for recipe in recipes))
+        for key in recipes[0].get("tuned", ()):
+            found += _differing(key, *(written(recipe, key) for recipe in recipes))
     keys = [summary.get("study") for summary in summaries]
     return found if keys[0] == keys[1] else _explained(a, b, summaries, keys) + found
+
+
+def written(recipe: Mapping[str, Any], key: str) -> Any:
+    """The value under a dotted key, `optimizer.lr`, of a recipe as JSON; None where there is none."""
+    value: Any = recipe
+    for name in key.split("."):
+        value = value.get("kwargs", value).get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 def _explained(a: Path, b: Path, summaries: tuple[dict, dict], keys: list[Any]) -> list[tuple[str, Any, Any]]:
