@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.evaluate import Evaluation
+from pipeline.measure.held import held
 from pipeline.measure.memory import hardware
 from pipeline.measure.meters import Totals
 from pipeline.parts import Parts
@@ -100,6 +101,10 @@ def told_at_the_end(
         **summarise(result, totals, read(folder / "journal.jsonl")),
         **(learnt.summary(parts.loaders.tasks) if recipe.phases else {}),
         **({} if taught is None else {"teacher_top1": taught.accuracy.top1, "teacher_top5": taught.accuracy.top5}),
+        "held": {
+            **asdict(held(parts.backend.network, parts.backend.optimizer)),
+            "teacher": 0 if taught is None else taught.bytes,
+        },
         "rule_figures": dict(figures),
         "loader_threads": job.loader_threads,
         "own_cores": job.own_cores,
