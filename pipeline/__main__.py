@@ -358,6 +358,10 @@ def plan(
         Literal["data", "noise"], typer.Option("--batch-of", help="noise: where the data is not here; name --samples then")
     ] = "data",
     samples: Annotated[int | None, typer.Option("--samples", min=1, help="of an epoch; without it the data's")] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="RUN", help="that was launched on this machine: how far off the plan is")
+    ] = None,
+    runs: Runs = RUNS,
     format_: Annotated[Literal["table", "json"], typer.Option("--format")] = "table",
     set_: Sets = [],  # noqa: B006
     tiny: Tiny = False,
@@ -383,7 +387,16 @@ def plan(
         price=price,
         threads=cpus_per_worker,
     )
-    print_plan(plan_recipe(made, cluster, samples=samples, source=batch_of), as_json=format_ == "json")
+    if against is None:
+        print_plan(plan_recipe(made, cluster, samples=samples, source=batch_of), as_json=format_ == "json")
+        return
+    from pipeline.report.planned import errors, refuse_unless_comparable
+    from pipeline.report.runs import find_run
+
+    folder = find_run(runs, against)
+    refuse_unless_comparable(made, cluster, folder)
+    found = plan_recipe(made, cluster, samples=samples, source=batch_of)
+    print_plan(found, against=errors(found, folder), as_json=format_ == "json")
 
 
 @app.command("runs", epilog="Example: spiketrain runs --runs /scratch/runs")
