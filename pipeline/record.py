@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipeline.conditions import conditions
 from pipeline.evaluate import Evaluation
 from pipeline.measure.held import held
 from pipeline.measure.memory import hardware

@@ -181,7 +181,7 @@ def test_the_journal_tells_loss_speed_and_place(tmp_path: Path) -> None:
     wanted = (
         "study rule recipe world_size steps epochs top1 top5 loss firing_rate images_per_s wall_s train_s data_wait_s "
         "peak_saved_bytes state_bytes peak_device_bytes peak_rss_bytes backward_calls_per_batch restarts commit hardware "
-        "peak_reserved_bytes peak_pss_bytes device_j held own_cores"
+        "peak_reserved_bytes peak_pss_bytes device_j held own_cores conditions"
     )
     assert set(wanted.split()) <= set(on_disk)
     assert (on_disk["steps"], on_disk["epochs"]) == (16, 2)
