@@ -102,6 +102,7 @@ def told_at_the_end(
         **summarise(result, totals, read(folder / "journal.jsonl")),
         **(learnt.summary(parts.loaders.tasks) if recipe.phases else {}),
         **({} if taught is None else {"teacher_top1": taught.accuracy.top1, "teacher_top5": taught.accuracy.top5}),
+        "conditions": conditions(parts.backend.network, parts.rule, recipe),
         "held": {
             **asdict(held(parts.backend.network, parts.backend.optimizer)),
             "teacher": 0 if taught is None else taught.bytes,
