@@ -48,10 +48,10 @@ class Silent:
     def each(self, name: str, source: Any) -> Any:
         return source
 
-    def add(self, objective: Objective, share: float) -> None:
+    def add(self, objective: Objective) -> None:
         pass
 
-    def end_of_micro_batch(self, target_B: Tensor) -> None:
+    def end_of_micro_batch(self, target_B: Tensor, share: float) -> None:
         pass
 
 

@@ -47,9 +47,9 @@ class Meters(Protocol):
         """`source`, with what it takes to make each next one as a part."""
         ...
 
-    def add(self, objective: Objective, share: float) -> None: ...
+    def add(self, objective: Objective) -> None: ...
 
-    def end_of_micro_batch(self, target_B: Tensor) -> None: ...
+    def end_of_micro_batch(self, target_B: Tensor, share: float) -> None: ...
 
 
 def train(
@@ -72,11 +72,11 @@ def train(
                     if objective.backward is not None:  # SLTT-K reports T steps and differentiates K
                         with meters.part("backward"):
                             backend.backward(objective.backward, share)
-                    meters.add(objective, share)
+                    meters.add(objective)
                     if rule.update == "objective":  # OTTT-O moves the weights at every time step
                         with meters.part("optimizer"):
                             backend.step()
-                meters.end_of_micro_batch(target_B)
+                meters.end_of_micro_batch(target_B, share)
             with meters.part("backward"):
                 rule.end_of_batch()
             if rule.update == "batch":

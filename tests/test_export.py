@@ -120,8 +120,8 @@ MS_RESNET = spec(MSResNet, blocks=(2, 1), width=6, classes=10, in_channels=1, st
     ("network", "part", "synapses"),
     [
         (QKFORMER, "ffn", 2 * 4),
-        (MS_RESNET, "all_but_ends", 3 * 2 + 2),  # and one in the shortcut of each stage
-        (MS_RESNET.with_(shortcut="multiple"), "all_but_ends", 3 * 2 + 2),
+        (MS_RESNET, "all_but_ends", 3 * 2),
+        (MS_RESNET.with_(shortcut="multiple"), "all_but_ends", 3 * 2),
     ],
     ids=["QKFormer", "MS-ResNet", "MS-ResNet, multiple"],
 )

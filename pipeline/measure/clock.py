@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -67,20 +67,9 @@ class Clock:
         finally:
             self._open = None
 
-    @contextmanager
-    def part(self, name: Part) -> Iterator[None]:
+    def part(self, name: Part) -> AbstractContextManager[None]:
         """Inside, time is charged to `name`; outside of a batch to nothing."""
-        if self._open is None:
-            yield
-            return
-        with self._lock:
-            outer = self._charged
-            self._charge(name)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._charge(outer)
+        return _Entered(self, name)
 
     def each(self, name: Part, source: Iterable[T_]) -> Iterator[T_]:
         """`source`, with what it takes to make each next one charged to `name`."""
@@ -91,6 +80,13 @@ class Clock:
             if value is _END:
                 return
             yield value  # type: ignore[misc]  # not the end
+
+    def enter(self, name: str) -> str:
+        """Charge `name` from now on; what was charged before."""
+        with self._lock:
+            outer = self._charged
+            self._charge(name)
+        return outer
 
     def take(self) -> list[dict[str, float]]:
         """The seconds of each part, and of REST, in every batch that ended since the last `take`; waits for the device."""
@@ -116,6 +112,21 @@ class Clock:
         for (name, begun), (_, ended) in zip(batch.boundaries, batch.boundaries[1:], strict=False):
             seconds[name] += begun.elapsed_time(ended) / 1e3 if self._is_cuda else ended - begun
         return seconds
+
+
+class _Entered:
+    """A part from its beginning to its end. No generator: it is entered several times for each time step of a batch."""
+
+    __slots__ = ("_clock", "_name", "_outer")
+
+    def __init__(self, clock: Clock, name: str) -> None:
+        self._clock, self._name, self._outer = clock, name, REST
+
+    def __enter__(self) -> None:
+        self._outer = self._clock.enter(self._name)
+
+    def __exit__(self, *exc: object) -> None:
+        self._clock.enter(self._outer)
 
 
 _END = object()

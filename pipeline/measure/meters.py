@@ -135,6 +135,7 @@ class Meters:
         self._asked: Instrument | None = None
         self._inside_s = 0.0
         """of what was entered inside the part between batches that is open"""
+        self._losses: list[Tensor] = []
         self._logits: Tensor | None = None
         self._window = self._new_window()
 
@@ -167,11 +168,15 @@ class Meters:
         """Let it see the next batch, in the place of nothing: not on one whose operations are counted."""
         self._asked = instrument
 
-    @contextmanager
-    def part(self, name: Part) -> Iterator[None]:
+    def part(self, name: Part) -> AbstractContextManager[None]:
         """Surrounds a part of a batch (`measure/clock.py`)."""
-        sees = self._watching is None or name not in ("teacher", "optimizer")
-        with self.clock.part(name), nullcontext() if sees else self._watching.paused():  # type: ignore[union-attr]
+        if self._watching is not None and name in ("teacher", "optimizer"):
+            return self._unseen(name, self._watching)
+        return self.clock.part(name)
+
+    @contextmanager
+    def _unseen(self, name: Part, instrument: Instrument) -> Iterator[None]:
+        with self.clock.part(name), instrument.paused():
             yield
 
     def each(self, name: Part, source: Iterable[T_]) -> Iterator[T_]:
@@ -191,21 +196,23 @@ class Meters:
             self.totals.seconds[name] += took - self._inside_s
             self._inside_s = outer + took
 
-    def add(self, objective: Objective, share: float) -> None:
+    def add(self, objective: Objective) -> None:
         with self.part("metrics"):
             self.totals.backward_calls += objective.backward is not None
-            self._window.loss += objective.loss * share
+            self._losses.append(objective.loss)  # summed at the end: a sum at every time step is a kernel at every time step
             self._logits = objective.logits if self._logits is None else self._logits + objective.logits
             if self._is_counting:
                 self.totals.state_bytes = max(self.totals.state_bytes, state_bytes(self.network))
 
-    def end_of_micro_batch(self, target_B: Tensor) -> None:
+    def end_of_micro_batch(self, target_B: Tensor, share: float) -> None:
+        """`share`: of the micro-batch in the global batch, which its losses are weighed with."""
         assert self._logits is not None, "a rule yields at least one objective"
         with self.part("metrics"):
             wanted_B = target_B if target_B.dim() == 1 else target_B.argmax(-1)  # of a mixed sample, what there is most of
             self._window.hits += (self._logits.argmax(-1) == wanted_B).sum()
             self._window.samples += len(target_B)
-            self._logits = None
+            self._window.loss += torch.stack(self._losses).sum(dtype=torch.float64) * share
+            self._logits, self._losses = None, []
 
     def take(self, reduce: Reduce) -> dict[str, float]:
         """Means since the last `take`, the same on every rank; collective through `reduce`, which sums over ranks."""

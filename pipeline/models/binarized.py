@@ -6,8 +6,9 @@ A family names a part by the attribute `part` of the modules that make it up, an
         part = "ffn"
 
 The synapses inside such modules are the part, whatever the network is wrapped in. Every network has the part
-"all_but_ends": its synapses but the first and the last (or all of its `classifier`), in order of registration, which is what
-binary networks have left in full precision since Rastegari et al. 2016 (XNOR-Net, arXiv 1603.05279).
+"all_but_ends": its synapses in order of registration but the first and the last (or all of its `classifier`), as in binary
+networks since Rastegari et al. 2016 (XNOR-Net, arXiv 1603.05279), and but those in a `shortcut`, which nothing leads around: they
+have been real since Liu et al. 2018 (Bi-Real, arXiv 1808.00278).
 """
 
 from torch import nn
@@ -45,7 +46,7 @@ def binarized(network: nn.Module, *, part: str, weights: Binarization = "scaled"
 def _all_but_ends(modules: dict[str, nn.Module], layers: list[str]) -> list[str]:
     classifiers = [name for name in modules if name.rpartition(".")[2] == "classifier"]
     heads = [name for name in layers if is_inside(name, classifiers)] or layers[-1:]
-    return [name for name in layers[1:] if name not in heads]
+    return [name for name in layers[1:] if name not in heads and "shortcut" not in name.split(".")]
 
 
 def _inside_part(network: nn.Module, part: str, layers: list[str]) -> list[str]:

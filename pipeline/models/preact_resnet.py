@@ -42,15 +42,15 @@ class Block(nn.Module):
         self.conv1 = _conv(in_channels, width, 3, stride=stride)
         self.norm2, self.neuron2 = BatchNorm(width, over=over), one_more(neuron)
         self.conv2 = _conv(width, width, 3)
-        self.downsample = nn.Sequential()
+        self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != width:
-            self.downsample.append(_conv(in_channels, width, 1, stride=stride))
+            self.shortcut.append(_conv(in_channels, width, 1, stride=stride))
             if normed_shortcut:
-                self.downsample.append(BatchNorm(width, over=over))
+                self.shortcut.append(BatchNorm(width, over=over))
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         h = self.neuron1(self.norm1(x_TBCHW))
-        return self.conv2(self.neuron2(self.norm2(self.conv1(h)))) + self.downsample(h)
+        return self.conv2(self.neuron2(self.norm2(self.conv1(h)))) + self.shortcut(h)
 
 
 class PreActResNet(nn.Module):

@@ -48,12 +48,11 @@ def from_published(published: Mapping[str, Tensor], *, heads: int | None = None)
 
     Raises: ValueError for tensors that are missing, left over or of another shape.
     """
-    try:
-        classes, channels = published["head.weight"].shape
-        in_channels = published["patch_embed1.proj_conv.weight"].shape[1]
-        expansion = published["stage1.0.mlp.fc1_conv.weight"].shape[0] * 4 // channels
-    except KeyError as error:
-        raise ValueError(f"from_published: the weights must be those of a published QKFormer; got none named {error}") from None
+    classes, channels = _sizes(published, "head.weight", 2)
+    in_channels = _sizes(published, "patch_embed1.proj_conv.weight", 4)[1]
+    expansion = _sizes(published, "stage1.0.mlp.fc1_conv.weight", 4)[0] * 4 // channels
+    if heads is None and channels < 64:
+        raise ValueError(f"from_published: heads must be given for fewer than 64 channels; got {channels} channels")
     depth = len({name.rsplit(".mlp.", 1)[0] for name in published if ".mlp." in name})
     with torch.device("meta"):
         network = QKFormer(
@@ -67,6 +66,15 @@ def from_published(published: Mapping[str, Tensor], *, heads: int | None = None)
     network.to_empty(device="cpu")
     network.load_state_dict(with_our_names(published, network))
     return network
+
+
+def _sizes(published: Mapping[str, Tensor], name: str, dimensions: int) -> torch.Size:
+    if name not in published:
+        raise ValueError(f"from_published: the weights must be those of a published QKFormer; got none named '{name}'")
+    shape = published[name].shape
+    if len(shape) != dimensions:
+        raise ValueError(f"from_published: {name} must have {dimensions} dimensions; got the shape {tuple(shape)}")
+    return shape
 
 
 def with_our_names(published: Mapping[str, Tensor], network: QKFormer) -> dict[str, Tensor]:

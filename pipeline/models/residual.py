@@ -7,12 +7,13 @@ S a synapse, N its norm, L a neuron; h = first(x), y = last(shortcut + branch(h)
     "sew"                        S N L S N L         x, spikes to spikes            whole numbers 0, 1, 2, ...
     "membrane"           L       S N L S N           x, currents to currents        real numbers; synapses see spikes
     "multiple"           L       S N                 x, once for every synapse      real numbers; synapses see spikes
-    "sew_multiple"               S N L               x, once for every synapse      whole numbers
+    "sew_multiple"               S N L               x, once for every synapse      multiples of 1/r
 
 The last two put a shortcut around every triple of neuron, synapse and norm, as binary networks do, whose layers lose too much
 to be two between shortcuts. "multiple_all" is "multiple" with shortcuts around the projections of an attention as well
 (`models/attention.py`). Where a triple changes the number of channels by a whole factor, its shortcut repeats the channels
-or averages groups of them; where the stride changes, it is an average pool and a 1x1 synapse with its norm.
+or averages groups of them, of r each; where the stride changes, it is an average pool and a 1x1 synapse with its norm. The mean
+over groups of spikes is graded: behind it the synapses of "sew_multiple" see more than whole numbers.
 
 `norm="sws"` is the normaliser-free form of the streams of real numbers: standardised weights in the place of batch norm,
 
@@ -98,7 +99,7 @@ class Blocks:
 
     @property
     def carries_spikes(self) -> bool:
-        """Whether the stream holds (sums of) spikes, so that synapses may read it without a neuron before them."""
+        """Whether the stream holds spikes, their sums, or means of those, which synapses read without a neuron before them."""
         return self.shortcut in ("post_activation", "sew", "sew_multiple")
 
     @property
@@ -115,10 +116,16 @@ class Blocks:
     # -------------------------------------------------------------------------------------------------------------- layers
 
     def neuron(self, *, threshold: float | None = None) -> nn.Module:
-        """A copy of the prototype, with a threshold of its own where one is given."""
+        """A copy of the prototype, with a threshold of its own where one is given; its reset is moved in proportion.
+
+        Raises: ValueError for a threshold of a neuron that has one and is no plain LIF: a learnable one is its own.
+        """
         neuron = one_more(self.prototype)
-        if threshold is not None and isinstance(neuron, LIF):
-            neuron.threshold = neuron.subtract = threshold
+        if threshold is None or isinstance(neuron, nn.ReLU):
+            return neuron
+        if type(neuron) is not LIF:
+            raise ValueError(f"neuron must be a LIF where a threshold of {threshold} is asked for; got {type(neuron).__name__}")
+        neuron.threshold, neuron.subtract = threshold, neuron.subtract * threshold / neuron.threshold
         return neuron
 
     def spikes(self, *, threshold: float | None = None) -> nn.Module:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pipeline.counts import refuse_unless_counts
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.state import fresh_state, states_of
 from pipeline.state_file import misfits, read_state
@@ -61,15 +62,20 @@ def network_teacher(
         weights: a file of its weights; a run's checkpoints hold one, `model.safetensors`.
         time_steps: at which it answers.
 
-    Raises: ValueError for weights that do not fit, or other classes than the data's.
+    Raises: ValueError for weights that do not fit, a model that does not take the data's samples, or other classes than theirs.
     """
+    refuse_unless_counts("network_teacher", {"time_steps": time_steps})
     state = read_state(Path(weights), who="network_teacher")
     wrong = misfits(state, model.state_dict())
     if wrong:
         raise ValueError(f"network_teacher: the weights in {weights} must fit the model to the last key; got {wrong}")
     model.load_state_dict(state)
     teacher = NetworkTeacher(model, time_steps=time_steps, cache=cache)
-    found = teacher(torch.zeros(1, *data.shape)).shape[-1]
+    try:
+        found = teacher(torch.zeros(1, *data.shape)).shape[-1]
+    except RuntimeError as error:
+        shape = " x ".join(map(str, data.shape))
+        raise ValueError(f"network_teacher: the model must take the data's samples, {shape}; it does not: {error}") from error
     if found != data.classes:
         raise ValueError(f"network_teacher: model and data must have the same classes; got {found} and {data.classes}")
     return teacher

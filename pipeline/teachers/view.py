@@ -65,7 +65,8 @@ class View(nn.Module):
         """RGB in 0..1, grey as three equal channels: exactly k/255 for what was level k of 8 bits.
 
         What a float32 normalisation lost is far below a step of `LEVELS`; pixels between two levels, where pictures were
-        mixed, move by half such a step at most.
+        mixed, move by half such a step at most. Only what is no colour is cut to one: of the noise of a random erasing a few
+        hundredths, which the student sees uncut.
         """
         pixels_BCHW = torch.round((x_BCHW.float() * self.std + self.mean) * LEVELS) / LEVELS
         return pixels_BCHW.clamp(0, 1).expand(-1, 3, -1, -1)

@@ -72,6 +72,7 @@ class Package:
         packed = PACKAGES[self.name]
         if name.split(".")[0] != packed.model:
             raise ValueError(f"Package: the weights of {self.name} are those of {packed.model} and of no other; got {name}")
+        _known(name)
         path = packed.path(self.name)
         _check_hash(path, self.name)
         model = timm.create_model(name)
@@ -160,6 +161,12 @@ def _known(name: str) -> None:
         near = get_close_matches(name, timm.list_models(), n=4)
         also = f"; near it: {', '.join(near)}" if near else ""
         raise ValueError(f"timm_teacher: name must be a model of timm {timm.__version__}; got {name!r}{also}")
+    model, _, tag = name.partition(".")
+    tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{model}.*")]
+    if tag and tag not in tags:
+        raise ValueError(
+            f"timm_teacher: {model} must have the tag {tag!r}; timm {timm.__version__} knows {', '.join(tags) or 'none'}"
+        )
 
 
 def _fitted(name: str, state: Mapping[str, Tensor], source: str) -> nn.Module:

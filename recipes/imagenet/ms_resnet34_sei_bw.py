@@ -1,4 +1,6 @@
-"""SEI-BWSNN's ingredients on MS-ResNet-34: 1-bit weights but at the ends, a shortcut round each synapse, a teacher, T = 2, SLTT.
+"""SEI-BWSNN's ingredients on MS-ResNet-34: 1-bit weights with a shortcut round each, a teacher, T = 2, SLTT.
+
+Real are the first and the last synapse, and those in the shortcuts where a stage changes shape.
 
 Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg --max-resolution 500
           spiketrain launch recipes/imagenet/ms_resnet34_sei_bw.py --workers 8

@@ -1,4 +1,4 @@
-"""SEI-BWSNN's ingredients on a small MS-ResNet: 1-bit weights but at the ends, a shortcut round each synapse, a teacher, T = 2.
+"""SEI-BWSNN's ingredients on a small MS-ResNet: 1-bit weights with a shortcut round each, a teacher, T = 2, SLTT.
 
 Command:  spiketrain write stamps --out data/stamps-0 --size 160 --split 0 --workers 2
           spiketrain launch recipes/stamps/ms_resnet_sei_bw.py --workers 2

@@ -37,8 +37,8 @@ def run_batch(meters: Meters, step: int, *, right: int = 3) -> None:
                 [[1.0, 0.0] if (target == 0) == hit else [0.0, 1.0] for target, hit in zip([0, 1], hits, strict=True)]
             )
             for share in range(2):
-                meters.add(Objective(None if share else torch.tensor(1.0), torch.tensor(0.5 + index), logits_BK / 2), 0.5)
-            meters.end_of_micro_batch(target_B)
+                meters.add(Objective(None if share else torch.tensor(1.0), torch.tensor(0.5 + index), logits_BK / 2))
+            meters.end_of_micro_batch(target_B, 0.5)
         with meters.part("optimizer"):
             time.sleep(0.01)
 
@@ -94,8 +94,8 @@ def test_operations_are_counted_on_the_third_batch_and_told_by_the_sample() -> N
             x_BC = torch.tensor([[2.0, 3.0], [0.0, 5.0]])
             logits_BK = network(x_BC)
             logits_BK.square().sum().backward()
-            meters.add(Objective(None, torch.tensor(0.0), logits_BK.detach()), 1.0)
-            meters.end_of_micro_batch(torch.tensor([0, 1]))
+            meters.add(Objective(None, torch.tensor(0.0), logits_BK.detach()))
+            meters.end_of_micro_batch(torch.tensor([0, 1]), 1.0)
     assert meters.totals.operation_samples == 2
     assert meters.totals.operations_per_sample() == {
         "forward": {"multiplications": 3.0, "additions": 3.0, "dense": 4.0},
@@ -115,8 +115,8 @@ def test_operations_are_the_rules_alone() -> None:
             with meters.part("teacher"):
                 network(x_BC)
             logits_BK = network(x_BC)
-            meters.add(Objective(None, torch.tensor(0.0), logits_BK.detach()), 1.0)
-            meters.end_of_micro_batch(torch.tensor([0, 1]))
+            meters.add(Objective(None, torch.tensor(0.0), logits_BK.detach()))
+            meters.end_of_micro_batch(torch.tensor([0, 1]), 1.0)
             with meters.part("optimizer"):
                 torch.mm(x_BC, x_BC)
     assert meters.totals.operations["forward"]["dense"] == 8

@@ -17,6 +17,7 @@ from pipeline.models.late import late
 from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.models.preact_resnet import preact_resnet18_small
+from pipeline.models.qkformer import qkformer_10
 from pipeline.recipe import Recipe, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.hlop import HLOP
@@ -95,7 +96,19 @@ def test_all_but_the_ends(network, expected):
 def test_all_but_the_ends_of_a_resnet():
     network = preact_resnet18_small(width=4, blocks=(1, 1), neuron=LIF())
     layers = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-    assert bits_of(binarized(network, part="all_but_ends")) == layers[1:-1]
+    in_shortcuts = [name for name in layers if ".shortcut" in name]
+    assert in_shortcuts == ["stages.1.0.shortcut.0"]  # around which nothing leads: they stay real
+    assert bits_of(binarized(network, part="all_but_ends")) == [name for name in layers[1:-1] if name not in in_shortcuts]
+
+
+def test_a_packed_headline_network_is_half_its_size():
+    """The published size (10-768, FFN of 1 bit): about 122 MB against 260; counted from shapes, without memory for them."""
+    with torch.device("meta"):
+        network = qkformer_10(768, shortcut="multiple")
+    whole = sum(4 * tensor.numel() for tensor in network.state_dict().values())
+    bits = sum(network.get_submodule(name).weight.numel() for name in bits_of(binarized(network, part="ffn")))
+    assert whole / 1e6 == pytest.approx(260, rel=0.01)
+    assert (whole - 4 * bits + bits / 8) / 1e6 == pytest.approx(122, rel=0.01)
 
 
 @pytest.mark.parametrize(

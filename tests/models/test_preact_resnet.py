@@ -50,8 +50,8 @@ def test_against_an_independent_forward(stem):
             h = norm(F.conv2d(a, w[f"{name}.conv1.weight"], stride=stride, padding=1), f"{name}.norm2").relu()
             h = F.conv2d(h, w[f"{name}.conv2.weight"], padding=1)
             if stride == 2:
-                a = F.conv2d(a, w[f"{name}.downsample.0.weight"], stride=2)
-                a = norm(a, f"{name}.downsample.1") if stem == "imagenet" else a
+                a = F.conv2d(a, w[f"{name}.shortcut.0.weight"], stride=2)
+                a = norm(a, f"{name}.shortcut.1") if stem == "imagenet" else a
             h = h + a
     h = norm(h, "norm").relu().mean((2, 3)).relu()
     h = norm(h @ w["classifier.linear.weight"].T + w["classifier.linear.bias"], "classifier.norm").relu()

@@ -50,5 +50,9 @@ def test_refuses_what_does_not_fit():
         from_published(weights | {"pos_embed": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"head.bias must have the shape \(7,\); got \(8,\)"):
         from_published(weights | {"head.bias": torch.zeros(8)})
+    with pytest.raises(ValueError, match=r"head.weight must have 2 dimensions; got the shape \(7,\)"):
+        from_published(weights | {"head.weight": torch.zeros(7)})
+    with pytest.raises(ValueError, match="heads must be given for fewer than 64 channels; got 36 channels"):
+        from_published(weights | {"head.weight": torch.zeros(7, 36)})
     with pytest.raises(ValueError, match=r"only tensors of a QKFormer with shortcut='sew' were published; got .*ffn\.0\.branch"):
         published_name("stages.0.1.ffn.0.branch.0.synapse.weight")

@@ -7,6 +7,7 @@ from pipeline.models.residual import Blocks, Layer
 from pipeline.models.stream import ALPHA, Rescaled, Residual
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d
 
@@ -145,3 +146,25 @@ def test_refuses(choices, message):
 def test_refuses_sws_on_neurons_that_shrink_their_input():
     with pytest.raises(ValueError, match=r"norm='sws' counts on currents of unit variance"):
         Blocks(shortcut="membrane", norm="sws", neuron=LIF(decay_input=True))
+
+
+def test_what_the_stream_holds():
+    """Spikes, their whole sums, or, behind a mean over groups of copies, multiples of one over their number."""
+    torch.manual_seed(0)
+    x_TBCHW = (torch.rand(2, 3, 4, 5, 5) < 0.5).double()
+    for shortcut, unit in (("sew", 1), ("sew_multiple", 3)):  # 4 channels to 12 and back
+        factory = blocks(shortcut)
+        model = lively(nn.Sequential(factory.residual(FFN), factory.residual(FFN)))
+        with torch.no_grad(), fresh_state(model):
+            y_TBCHW = model(x_TBCHW)
+        assert torch.allclose(y_TBCHW * unit, (y_TBCHW * unit).round(), rtol=0, atol=1e-9)
+        assert (unit == 1) == torch.equal(y_TBCHW, y_TBCHW.round())
+
+
+def test_a_threshold_moves_the_reset_with_it_and_is_refused_where_there_is_none():
+    factory = Blocks(shortcut="sew", norm="batch", neuron=LIF(0.5, threshold=1.0, subtract=0.8))
+    neuron = factory.neuron(threshold=0.5)
+    assert isinstance(neuron, LIF) and (neuron.threshold, neuron.subtract) == (0.5, 0.4)
+    assert isinstance(Blocks(shortcut="sew", norm="batch", neuron=nn.ReLU()).neuron(threshold=0.5), nn.ReLU)
+    with pytest.raises(ValueError, match=r"neuron must be a LIF where a threshold of 0\.5 is asked for; got RateNeuron"):
+        Blocks(shortcut="sew", norm="batch", neuron=RateIF()).neuron(threshold=0.5)

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from pipeline.spiking.dropout import Dropout
+from pipeline.models.stream import Residual
+from pipeline.spiking.dropout import Dropout, DropPath
 from pipeline.spiking.state import fresh_state
 
 
@@ -17,6 +18,32 @@ def test_one_mask_for_each_batch_over_time_and_passes():
     assert first.unique().tolist() == pytest.approx([0, 4 / 3])
     assert first.mean().item() == pytest.approx(1, abs=0.03)
     assert not torch.equal(first[:, 0], first[:, 1])  # each sample its own
+
+
+def test_a_path_is_dropped_for_whole_samples_at_all_times_and_in_every_pass():
+    torch.manual_seed(0)
+    drop, x_TBCHW = DropPath(0.25), torch.ones(3, 400, 2, 4, 4)
+    with fresh_state(drop):
+        first, again = drop(x_TBCHW), drop(x_TBCHW[1:2])
+    with fresh_state(drop):
+        other = drop(x_TBCHW)
+    of_samples_B = first[0, :, 0, 0, 0]
+    assert torch.equal(first, of_samples_B[:, None, None, None].expand_as(first))  # one number for all of a sample, over T too
+    assert torch.equal(again[0], first[0])
+    assert of_samples_B.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert of_samples_B.mean().item() == pytest.approx(1, abs=0.1)  # 3.5 standard errors
+    assert not torch.equal(first, other)
+
+
+def test_a_sample_whose_branch_is_dropped_is_its_shortcut():
+    torch.manual_seed(0)
+    block, x_TBC = Residual(torch.nn.Linear(3, 3), drop_path=0.5), torch.randn(2, 40, 3)
+    with fresh_state(block):
+        y_TBC = block(x_TBC)
+    dropped_B = (y_TBC == x_TBC).all(-1).all(0)
+    assert 5 < dropped_B.sum() < 35
+    kept = (x_TBC + 2 * block.branch(x_TBC))[:, ~dropped_B]
+    assert torch.allclose(y_TBC[:, ~dropped_B], kept, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dropout", [Dropout(0.5).eval(), Dropout(0.0)])

@@ -90,6 +90,7 @@ def test_what_it_answers_depends_on_all_that_it_calls_its_identity() -> None:
     [
         ({"classes": 13}, "test_efficientnet answers for 1000 classes, the data has 13: it needs a probe, .*; got None"),
         ({"name": "test_efficientnett"}, "name must be a model of timm .*; got 'test_efficientnett'; near it: test_efficientnet"),
+        ({"name": "test_efficientnet.r160_in1l"}, "test_efficientnet must have the tag 'r160_in1l'; timm .* knows r160_in1k"),
         ({"name": "test_vit", "size": 96}, "size must be 1 or more, and 160 where test_vit knows no other; got 96"),
         ({"size": 0}, "size must be 1 or more"),
         ({"crop": 1.5}, "crop must be a share"),
