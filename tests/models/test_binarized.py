@@ -106,7 +106,7 @@ def test_a_packed_headline_network_is_half_its_size():
     with torch.device("meta"):
         network = qkformer_10(768, shortcut="multiple")
     whole = sum(4 * tensor.numel() for tensor in network.state_dict().values())
-    bits = sum(network.get_submodule(name).weight.numel() for name in bits_of(binarized(network, part="ffn")))
+    bits = sum(synapse.weight.numel() for synapse in binary_synapses(binarized(network, part="ffn")).values())
     assert whole / 1e6 == pytest.approx(260, rel=0.01)
     assert (whole - 4 * bits + bits / 8) / 1e6 == pytest.approx(122, rel=0.01)
 
