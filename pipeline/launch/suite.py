@@ -73,7 +73,8 @@ def _train_the_rest(
                 else:
                     ready = filled(recipe, lambda name: weights_file(where[name]))
                     check(ready, cluster, trust=trust)
-                    job = prepare(ready, cluster, runs, name=run.name, parent=suite_file.parent, trust=trust)
+                    about = {"parent": suite_file.parent, "suite": folder.name, "family": suite_file.suite.family}
+                    job = prepare(ready, cluster, runs, name=run.name, trust=trust, **about)
                 finished = train(job, launcher, runs, console)
                 # Who asks during a run's last batch finds it finished: it is the suite that stops.
                 if not finished or (was_stopped(run) and recipe is not left[-1]):
