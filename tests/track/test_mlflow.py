@@ -19,10 +19,12 @@ from typing import Any
 
 import pytest
 
+from pipeline.report.store import open_store
 from pipeline.track.base import TrackingError
 from pipeline.track.connect import connect
 from pipeline.track.delivery import Delivery
 from pipeline.track.mlflow import Mirror, SyncReport, sync, tracking_uri
+from pipeline.track.publish import register
 from tests.track.conftest import FakeRun, steps, write_suite
 
 
@@ -423,6 +425,7 @@ def test_a_server_that_hangs_does_not_hold_the_driver(fake_run: Callable):
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
 def test_a_server_that_hangs_dies_and_comes_back(fake_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")  # their number is that of seconds
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "6")  # a new server needs seconds for its first answer
     run = fake_run()
     store, port = tmp_path / "server", free_port()
@@ -453,7 +456,16 @@ def test_a_server_that_hangs_dies_and_comes_back(fake_run: Callable, tmp_path: P
             assert [step for step, _ in history(uri, run, "train/loss")] == list(range(20))
             assert [step for step, _ in history(uri, run, "train/memory_bytes")] == list(range(20))
             assert find(uri, run).info.status == "FINISHED"
-            assert [file.path for file in connect(uri).list_artifacts(find(uri, run).info.run_id)] == ["recipe.json"]
+            found = find(uri, run).info
+            assert {file.path for file in connect(uri).list_artifacts(found.run_id)} == {"recipe.json", "journal.jsonl"}
+            done = register(run.folder, run.checkpoint(20, score=0.25), name="small", alias="best", uri=uri)
+            assert connect(uri).get_model_version_by_alias("small", "best").tags["uri"] == done.uri
+            [seen] = open_store(uri).listed()
+            assert (seen.id, seen.experiment, seen.rule, seen.state) == (found.run_id, run.family, "SLTT", "FINISHED")
+            assert seen.newest * 1000 == found.end_time and open_store(uri).runs(run.study)[0].metrics["summary/top1"] == 0.25
+            assert [point.step for point in open_store(uri).history(seen.id, "train/loss", since=17)] == [18, 19]
+            assert open_store(uri).text(seen.id, "journal.jsonl") == journal.path.read_text()
+            assert open_store(uri).text(seen.id, "summary.json") is None
         finally:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()

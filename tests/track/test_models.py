@@ -63,6 +63,18 @@ def test_there_are_none_before_an_end_or_without_a_checkpoint(fake_run: Callable
     assert models(sqlite_store, run) == {}
 
 
+def test_they_are_looked_for_once_an_end(fake_run: Callable, sqlite_store: str, monkeypatch: pytest.MonkeyPatch):
+    run, calls = fake_run(), []
+    monkeypatch.setattr("pipeline.track.delivery.note_checkpoints", lambda *given: calls.append(given))
+    delivery = Delivery(run.folder, uri=sqlite_store)
+    with run.start() as journal:
+        journal.event("stopped", step=4)
+        assert delivery.advance() and delivery.advance() and len(calls) == 1
+    with run.start(step=4) as journal:
+        journal.event("finish", steps=8)
+        assert delivery.advance() and delivery.advance() and len(calls) == 2
+
+
 def test_a_deliverer_may_die_at_any_call(fake_run: Callable, sqlite_store: str, monkeypatch: pytest.MonkeyPatch):
     """Whether or not the call took effect; the next one completes what the last one began."""
     from mlflow import MlflowClient
