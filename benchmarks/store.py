@@ -5,7 +5,7 @@
 `--like` is the folder of a finished run, short for choice. It is copied 500 times, as 10 studies of 5 rules with 10 seeds each
 (or `--studies 1`: one of 5 rules with 100 seeds), delivered to an SQLite store as runs are, and then each journal is lengthened
 to `--steps` step events, which is what a folder of long runs has to read. What `compare` adds is the time of the command less
-that of a process which imports what it imports and prints its help: medians of five.
+that of a process which imports what it imports and prints its help, one after the other: medians of five pairs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -79,33 +79,33 @@ def lengthened(journal: Path, steps: int) -> None:
 def report(runs: Path, uri: str, keys: Sequence[str]) -> None:
     journals, store = sum(file.stat().st_size for file in runs.glob("*/journal.jsonl")), (runs / "mlflow.db").stat().st_size
     print(f"{RUNS} runs, {len(keys)} studies, journals {journals / 1e6:.0f} MB, store {store / 1e6:.0f} MB")
-    base = _median(_processes([sys.executable, "-c", HELP]))
+    base = [sys.executable, "-c", HELP]
     for what, names in (("compare", []), ("compare STUDY", [keys[0]])):
-        whole = _median(_processes([sys.executable, "-m", "pipeline", "compare", *names, "--runs", str(runs)]))
-        print(f"{what}: {whole:.2f} s, its imports and --help {base:.2f} s: it adds {whole - base:.2f} s")
-    listed = _median(_calls(lambda: studies(open_store(uri).listed())))
-    members = _median(_calls(lambda: open_store(uri).runs(keys[0])))
+        command = [sys.executable, "-m", "pipeline", "compare", *names, "--runs", str(runs)]
+        pairs = [(_seconds(base), _seconds(command)) for _ in range(TIMES)]  # in turn, as other work comes and goes
+        bare, whole = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+        adds = statistics.median(after - before for before, after in pairs)
+        print(f"{what}: {whole:.2f} s, its imports and --help {bare:.2f} s: it adds {adds:.2f} s")
+    listed = _median_of(lambda: studies(open_store(uri).listed()))
+    members = _median_of(lambda: open_store(uri).runs(keys[0]))
     print(f"store: list of studies {listed:.3f} s, the runs of one with their metrics {members:.3f} s")
     machine = hardware()
     print(f"(commit {commit()}, {machine['cpu']}, {machine['cores']} cores)")
 
 
-def _processes(command: Sequence[str]) -> Iterator[float]:
-    for _ in range(TIMES):
-        began = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True)
-        yield time.perf_counter() - began
+def _seconds(command: Sequence[str]) -> float:
+    began = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - began
 
 
-def _calls(call: Callable[[], object]) -> Iterator[float]:
-    for _ in range(TIMES):
+def _median_of(call: Callable[[], object]) -> float:
+    def seconds() -> float:
         began = time.perf_counter()
         call()
-        yield time.perf_counter() - began
+        return time.perf_counter() - began
 
-
-def _median(seconds: Iterator[float]) -> float:
-    return statistics.median(seconds)
+    return statistics.median(seconds() for _ in range(TIMES))
 
 
 def _write(journal: Path, events: Sequence[dict]) -> None:
