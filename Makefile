@@ -33,8 +33,10 @@ format: setup ## rewrite what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# What starts processes of its own has the machine to itself; the rest is one process and one thread, and shares it.
 test: setup ## quick and distributed tests
-	$(THREADS) $(BIN)/pytest -m "not full"
+	$(THREADS) $(BIN)/pytest -m "not full and not distributed" -n 2 --dist loadfile
+	$(THREADS) $(BIN)/pytest -m "distributed and not full"
 
 test-full: setup ## the tests that take minutes
 	$(THREADS) $(BIN)/pytest -m full

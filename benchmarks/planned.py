@@ -26,7 +26,8 @@ from pipeline.launch.drive import commit
 from pipeline.launch.start import launch_run
 from pipeline.measure.memory import hardware
 from pipeline.plan import Cluster, plan
-from pipeline.recipe import Recipe, read_json
+from pipeline.recipe import Recipe
+from pipeline.report.planned import errors
 from recipes.events.moving_sltt import recipe as moving_sltt
 from recipes.fashion.ide import recipe as fashion_ide
 from recipes.fashion.sltt import recipe as fashion_sltt
@@ -52,23 +53,20 @@ def main() -> None:
     is_near = True
     for name, made in RECIPES.items():
         recipe = replace(made(), stop_after=arguments.steps, evaluate_samples=64)
-        (planned,) = plan(recipe, Cluster(workers=arguments.workers), rules=()).rules
+        found = plan(recipe, Cluster(workers=arguments.workers), rules=())
         with tempfile.TemporaryDirectory() as runs:
             launched = Launched(workers=arguments.workers, inline=False, address=None, device="auto")
             run = launch_run(recipe, launched, Path(runs))
             assert run is not None, "nobody stopped it"
-            measured = read_json(run / "summary.json")
-        saved, step = measured["peak_saved_bytes"], recipe.batch_size / measured["images_per_s"]
-        off = planned.saved_bytes / saved - 1, planned.step_s / step - 1
-        is_near &= abs(off[0]) <= BYTES and abs(off[1]) <= SECONDS
+            off = errors(found, run)
+        saved, step = off.saved_bytes, off.step_s
+        is_near &= abs(saved.error) <= BYTES and abs(step.error) <= SECONDS
         table.add_row(
             name,
-            f"{planned.saved_bytes / 1e6:.4g} MB",
-            f"{saved / 1e6:.4g} MB",
-            f"{off[0]:+.1%}",
-            f"{planned.step_s * 1e3:.4g} ms",
-            f"{step * 1e3:.4g} ms",
-            f"{off[1]:+.1%}",
+            *(f"{value / 1e6:.4g} MB" for value in (saved.planned, saved.measured)),
+            f"{saved.error:+.1%}",
+            *(f"{value * 1e3:.4g} ms" for value in (step.planned, step.measured)),
+            f"{step.error:+.1%}",
         )
     machine = hardware()
     Console().print(table)

@@ -27,6 +27,17 @@ app = typer.Typer(
 app.add_typer(write_app, name="write")
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a Python file that defines recipe()")]
+RecipeFiles = Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Python files that define recipe()")]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="train each recipe so often, with seeds that follow its own")]
+Tune = Annotated[
+    str | None,
+    typer.Option(
+        "--tune", metavar="KEY=V,V,...", help="beside it, each rule with the best of 5 values or more, such as of optimizer.lr"
+    ),
+]
+SideBySide = Annotated[
+    str, typer.Option("--side-by-side", metavar="N|auto", help="runs at a time, each on cores and cards of its own")
+]
 RunOrSuite = Annotated[str, typer.Argument(metavar="RUN|SUITE", help="its folder, or its name under --runs")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under --runs")]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="where runs live")]
@@ -81,7 +92,7 @@ def _refuse(error: Exception, code: int) -> NoReturn:
 
 @app.command(epilog="Example: spiketrain launch recipes/fashion/sltt.py --workers 2 --set optimizer.lr=0.05")
 def launch(
-    recipe: RecipeFile,
+    recipes: RecipeFiles,
     workers: Workers = 1,
     inline: Inline = False,
     address: Address = None,
@@ -89,6 +100,9 @@ def launch(
     cpus_per_worker: Cpus = 1,
     loader_threads: Loaders = 1,
     max_restarts: Restarts = 3,
+    seeds: Seeds = 1,
+    tune: Tune = None,
+    side_by_side: SideBySide = "1",
     runs: Runs = RUNS,
     name: Name = None,
     set_: Sets = [],  # noqa: B006  (typer reads the default, nobody changes it)
@@ -96,7 +110,7 @@ def launch(
     tiny: Tiny = False,
 ) -> None:
     """Train a recipe, or each recipe of a comparison, and end in a table or the comparison's own report."""
-    made = _made(recipe, set_, tiny)
+    made = _comparison([_made(recipe, set_, tiny) for recipe in recipes], seeds, tune)
     from pipeline.launch.cluster import Cluster
     from pipeline.recipe_file import own_package
     from pipeline.suite import Suite
@@ -109,16 +123,19 @@ def launch(
         cpus_per_worker=cpus_per_worker,
         loader_threads=loader_threads,
         max_restarts=max_restarts,
+        side_by_side=_count_or_auto(side_by_side),
     )
-    trusted = (*trust, *own_package(recipe, made))
+    trusted = (*trust, *(package for recipe in recipes for package in own_package(recipe, made)))
     if isinstance(made, Suite):
         from pipeline.launch.suite import launch_suite
 
-        stem = recipe.stem.replace("_", "-")
+        stem = "-and-".join(recipe.stem.replace("_", "-") for recipe in recipes[:2]) + ("-and-more" if len(recipes) > 2 else "")
         _end_suite(launch_suite(made, cluster, runs, stem=stem, name=name, trust=trusted), trusted)
     else:
         from pipeline.launch.start import launch_run
 
+        if cluster.side_by_side != 1:
+            raise ValueError(f"launch: --side-by-side is for several runs; got {side_by_side} with {made.name} alone")
         _end_run(launch_run(made, cluster, runs, name=name, trust=trusted), runs)
 
 
@@ -342,6 +359,10 @@ def plan(
         Literal["data", "noise"], typer.Option("--batch-of", help="noise: where the data is not here; name --samples then")
     ] = "data",
     samples: Annotated[int | None, typer.Option("--samples", min=1, help="of an epoch; without it the data's")] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="RUN", help="that was launched on this machine: how far off the plan is")
+    ] = None,
+    runs: Runs = RUNS,
     format_: Annotated[Literal["table", "json"], typer.Option("--format")] = "table",
     set_: Sets = [],  # noqa: B006
     tiny: Tiny = False,
@@ -367,7 +388,16 @@ def plan(
         price=price,
         threads=cpus_per_worker,
     )
-    print_plan(plan_recipe(made, cluster, samples=samples, source=batch_of), as_json=format_ == "json")
+    if against is None:
+        print_plan(plan_recipe(made, cluster, samples=samples, source=batch_of), as_json=format_ == "json")
+        return
+    from pipeline.report.planned import errors, refuse_unless_comparable
+    from pipeline.report.runs import find_run
+
+    folder = find_run(runs, against)
+    refuse_unless_comparable(made, cluster, folder)
+    found = plan_recipe(made, cluster, samples=samples, source=batch_of)
+    print_plan(found, against=errors(found, folder), as_json=format_ == "json")
 
 
 @app.command("runs", epilog="Example: spiketrain runs --runs /scratch/runs")
@@ -418,6 +448,24 @@ def _one(path: Path, changes: list[str], tiny: bool, *, who: str) -> Recipe:
         names = ", ".join(each.name for each in made.recipes)
         raise ValueError(f"{who}: the file must hold one recipe; got a suite of {len(made.recipes)}: {names}")
     return made
+
+
+def _comparison(made: list[Recipe | Suite], seeds: int, tune: str | None) -> Recipe | Suite:
+    """What several files, seeds or a search make of recipes: a suite of them."""
+    from pipeline.suite import Suite
+
+    if len(made) == seeds == 1 and tune is None:
+        return made[0]
+    from pipeline.protocol import joined, over_seeds, parse_search, tuned
+
+    suite = over_seeds(joined([each if isinstance(each, Suite) else Suite((each,)) for each in made]), seeds)
+    return suite if tune is None else tuned(suite, *parse_search(tune))
+
+
+def _count_or_auto(text: str) -> int | Literal["auto"]:
+    if text != "auto" and not (text.isdecimal() and int(text) > 0):
+        raise ValueError(f"launch: --side-by-side must be a number of runs or auto; got {text}")
+    return "auto" if text == "auto" else int(text)
 
 
 def _made(path: Path, changes: list[str], tiny: bool) -> Recipe | Suite:

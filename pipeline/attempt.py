@@ -219,7 +219,7 @@ class Attempt:
             raise Refused(
                 f"training: weights and what the rule learnt must be finite to be saved; they are not after step {self.step}"
             )
-        totals = self.meters.over_ranks(self.ranks.max)
+        totals = self.meters.over_ranks(self.ranks.max, self.ranks.mean)
         trainer = told_in_checkpoint(self.parts, step=self.step, score=score, totals=totals, learnt=self.learnt)
         with self._published():
             weights = weights_of(self.backend.network) if self.ranks.rank == 0 else None
@@ -238,7 +238,7 @@ class Attempt:
 
     def _finish(self) -> dict[str, Any]:
         result = self.result or mean_of(self._evaluate())  # an attempt that died after its last checkpoint has evaluated nothing
-        totals, figures = self.meters.over_ranks(self.ranks.max), self._figures()
+        totals, figures = self.meters.over_ranks(self.ranks.max, self.ranks.mean), self._figures()
         answers = self.ranks.gather([each.answers for each in self.evaluated])
         summary: dict[str, Any] = {}
         if self.ranks.rank == 0:

@@ -33,6 +33,8 @@ class Job:
     threads: int = 1
     """torch's threads in each worker"""
     loader_threads: int = 1
+    own_cores: bool = False
+    """whether each worker on a CPU keeps to cores that no other run's computes on"""
 
 
 @dataclass(frozen=True)

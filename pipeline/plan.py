@@ -1,10 +1,9 @@
 """Predicts, before anything is launched, what each rule needs on machines that are not here: a model, not a measurement.
 
-    a quantity of a batch of B samples and T time steps        a + b B + c T + d B T         fitted to four small batches
     step = compute + communication + optimizer + loading
 
-Here the seconds of the batches are the machine's own. For a card of the table compute is the longer of its roofline
-(`measure/traffic.py`) divided by EFFICIENCY, and the launches of its kernels; each is fitted by itself.
+Compute and memory come from a profile of small batches (`profile.py`). Here its seconds are the machine's own; for a card of the
+table compute is the longer of its roofline (`measure/traffic.py`) divided by EFFICIENCY, and the launches of its kernels.
 
 What DeepSpeed 0.19.8 holds and moves of parameters P, gradients G and the optimizer's state O on N workers, a ring, with n
 backward calls in a batch:
@@ -31,68 +30,18 @@ from typing import Literal
 
 import torch
 
-from pipeline.bench import RULES, Bench, Needs, by_label
+from pipeline.bench import RULES, Bench, by_label
 from pipeline.measure.held import Held
 from pipeline.measure.link import ring_s
 from pipeline.measure.memory import free_bytes
 from pipeline.measure.traffic import Device
+from pipeline.profile import EFFICIENCY, Profile, profile_of, sizes_for, times_for
 from pipeline.recipe import Recipe, Spec
-from pipeline.rules.base import Rule
 from pipeline.tasks import Loaders, tasks_of
 from pipeline.worker import check_recipe
 
-EFFICIENCY = 0.4
-"""of the roofline that training reaches: an assumption, to be replaced by a measurement"""
 RESERVE = 0.1
 """of a card's memory that is left to fragments, workspaces and the driver"""
-
-
-@dataclass(frozen=True)
-class Bilinear:
-    """a + b B + c T + d B T through four points."""
-
-    a: float
-    b: float
-    c: float
-    d: float
-
-    @classmethod
-    def through(cls, values: Mapping[tuple[int, int], float]) -> Bilinear:
-        """`values` at each (B, T) of two B and two T; of two B and one T, for that T alone."""
-        B, T = (sorted({place[axis] for place in values}) for axis in (0, 1))
-        B1, B2 = B
-        if len(T) == 1:
-            slope_B = (values[B2, T[0]] - values[B1, T[0]]) / (B2 - B1)
-            return cls(values[B1, T[0]] - slope_B * B1, slope_B, 0.0, 0.0)
-        T1, T2 = T
-        slope = {T_: (values[B2, T_] - values[B1, T_]) / (B2 - B1) for T_ in T}
-        d = (slope[T2] - slope[T1]) / (T2 - T1)
-        b = slope[T1] - d * T1
-        at_0 = {T_: values[B1, T_] - slope[T_] * B1 for T_ in T}
-        c = (at_0[T2] - at_0[T1]) / (T2 - T1)
-        return cls(at_0[T1] - c * T1, b, c, d)
-
-    def __call__(self, B: float, T: float) -> float:
-        return self.a + self.b * B + self.c * T + self.d * B * T
-
-
-@dataclass(frozen=True, kw_only=True)
-class Profile:
-    """What one worker was seen to need, or a card would, at small batches of one rule."""
-
-    rule: Rule
-    saved_bytes: Bilinear
-    state_bytes: Bilinear
-    rule_bytes: float
-    """of what the rule learns by itself"""
-    seconds: Bilinear
-    """of forward and backward here; of a card, its roofline at EFFICIENCY"""
-    launches_s: Bilinear
-    """of a card's kernels; here 0"""
-    backward_calls: Bilinear
-
-    def compute_s(self, micro: int, T: int) -> float:
-        return max(self.seconds(micro, T), self.launches_s(micro, T))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,18 +127,18 @@ def plan(
     check_recipe(recipe.with_untrained_teacher(), cluster.workers)
     _check(recipe, cluster)
     samples = _samples(recipe) if samples is None else samples
-    sizes = _sizes(recipe, cluster.workers)
+    sizes = sizes_for(recipe, cluster.workers)
     made = cache(lambda B, T: Bench(replace(recipe, time_steps=T), batch_size=B, source=source, threads=cluster.threads))
     share = _Share(recipe, cluster, made(sizes[1], recipe.time_steps), source)
     planned, refused = [], {}
     profiled: set[int] = set()
     for label, rule in by_label(rules, recipe.rule).items():
         try:
-            times = _times(recipe, rule.build())
+            times = times_for(recipe, rule.build())
             needs = {(B, T): made(B, T).needs(rule) for B in sizes for T in times}
             seconds = {(B, T): made(B, T).cost(rule).compute_s for B, T in needs} if cluster.device is None else None
             planned.append(
-                _planned(_profile(rule.build(), needs, seconds, recipe, cluster.device), share, recipe, cluster, samples)
+                _planned(profile_of(rule.build(), needs, seconds, recipe, cluster.device), share, recipe, cluster, samples)
             )
             profiled.update(times)
         except ValueError as error:
@@ -221,56 +170,6 @@ def _check(recipe: Recipe, cluster: Cluster) -> None:
 def _samples(recipe: Recipe) -> int:
     with closing(Loaders(tasks_of(recipe), recipe, recipe.split(1)).train(0)) as train_set:
         return train_set.samples
-
-
-def _sizes(recipe: Recipe, workers: int) -> tuple[int, int]:
-    """Two sizes of batches, below that of a worker where it is 4 or more."""
-    larger = max(2, recipe.split(workers).micro_batch // 2)
-    return larger // 2, larger
-
-
-def _times(recipe: Recipe, rule: Rule) -> tuple[int, ...]:
-    """Two numbers of time steps that the rule can train at, other than the recipe's where it can; of recordings, their own."""
-    T = recipe.time_steps
-    if len(recipe.data.build().shape) == 4:
-        return (T,)
-
-    def can(steps: int) -> bool:
-        try:
-            rule.check_steps(steps)
-        except ValueError:
-            return False
-        return True
-
-    fitting = [steps for steps in dict.fromkeys((T // 3, 2 * T // 3, T - 1, T + 1, 2 * T)) if steps >= 1 and can(steps)]
-    if len(fitting) < 2:  # of which it says itself why
-        rule.check_steps(T)
-    return tuple(sorted(fitting[:2]))
-
-
-def _profile(
-    rule: Rule,
-    needs: Mapping[tuple[int, int], Needs],
-    seconds: Mapping[tuple[int, int], float] | None,
-    recipe: Recipe,
-    card: Device | None,
-) -> Profile:
-    if card is None:
-        assert seconds is not None
-        launches = dict.fromkeys(needs, 0.0)
-    else:
-        seconds = {place: each.traffic.busy(card, precision=recipe.precision) / EFFICIENCY for place, each in needs.items()}
-        launches = {place: each.traffic.kernels * card.launch for place, each in needs.items()}
-    totals = {place: each.totals for place, each in needs.items()}
-    return Profile(
-        rule=rule,
-        saved_bytes=Bilinear.through({place: each.peak_saved_bytes for place, each in totals.items()}),
-        state_bytes=Bilinear.through({place: each.state_bytes for place, each in totals.items()}),
-        rule_bytes=max(each.rule_bytes for each in needs.values()),
-        seconds=Bilinear.through(seconds),
-        launches_s=Bilinear.through(launches),
-        backward_calls=Bilinear.through({place: each.backward_calls / each.batches for place, each in totals.items()}),
-    )
 
 
 class _Share:

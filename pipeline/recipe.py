@@ -103,6 +103,10 @@ class Recipe:
     """end the run, or each of its phases, after this many global batches (None: after its last epoch); so does the schedule"""
     evaluate_samples: int | None = None
     """evaluate on so many samples only (None: on all); for smoke runs"""
+    protocol: Literal["shared", "trial", "tuned"] = "shared"
+    """how the settings beside the rule came about: the same for every rule, being tried on a held-out part, or chosen so"""
+    tuned: tuple[str, ...] = ()
+    """dotted keys of the fields that each rule has its own value of, by the same search; they leave the study key"""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -123,6 +127,12 @@ class Recipe:
             raise ValueError(f"recipe: ema_decay must be in 0..1, 1 excluded; got {self.ema_decay}")
         if self.backend == "plain" and self.zero:
             raise ValueError(f"recipe: zero={self.zero} needs backend='deepspeed'; got backend='plain'")
+        if (self.protocol == "shared") == bool(self.tuned):
+            raise ValueError(
+                f"recipe: tuned names fields of a trial or of tuned runs; got {self.tuned} of protocol {self.protocol}"
+            )
+        for key in self.tuned:
+            self.value_of(key)
         for name in ("name",) if self.family is None else ("name", "family"):
             text = getattr(self, name)
             if os.sep in text or text.strip() in ("", ".", ".."):
@@ -165,6 +175,20 @@ class Recipe:
             part = getattr(recipe, head)
             recipe = dataclasses.replace(recipe, **{head: _changed(part, rest, value, key)})
         return recipe
+
+    def value_of(self, key: str) -> Any:
+        """The value under a dotted key, `optimizer.lr`.
+
+        Raises:
+            ValueError: nothing was written under it.
+        """
+        head, *rest = key.split(".")
+        value = getattr(self, head, None) if head in _field_names(self) else None
+        for name in rest:
+            value = value.kwargs.get(name) if isinstance(value, Spec) else None
+        if value is None:
+            raise ValueError(f"recipe: {key} must be written in the recipe; {self.name} has no value for it")
+        return value
 
     def resolved(self) -> Recipe:
         """The same recipe with every path absolute: workers start in folders of their own, and so may whoever resumes."""
@@ -227,6 +251,12 @@ class Recipe:
         value = self._encoded(paths=False)
         for name in ("name", "family", "rule", "seed", "init", "fidelity_every"):  # the last looks on
             value.pop(name, None)
+        for key in self.tuned:
+            *parts, last = key.split(".")
+            holder = value
+            for part in parts:
+                holder = holder[part]["kwargs"]
+            del holder[last]
         return hashlib.sha256(json.dumps([value, dict(inputs)], sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
@@ -271,7 +301,8 @@ class Recipe:
     def _encoded(self, *, paths: bool) -> dict[str, Any]:
         fields = {each.name: encode(getattr(self, each.name), paths=paths) for each in dataclasses.fields(self)}
         # A recipe without them keeps its study key.
-        absent = [name for name in ("mixing", "teacher", "phases", "family", "ema_decay") if not getattr(self, name)]
+        absent = [name for name in ("mixing", "teacher", "phases", "family", "ema_decay", "tuned") if not getattr(self, name)]
+        absent += ["protocol"] if self.protocol == "shared" else []
         return {name: value for name, value in fields.items() if name not in absent}
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipeline.conditions import conditions
 from pipeline.evaluate import Evaluation
+from pipeline.measure.held import held
 from pipeline.measure.memory import hardware
 from pipeline.measure.meters import Totals
 from pipeline.parts import Parts
@@ -53,6 +56,7 @@ def told_at_start(parts: Parts, *, step: int) -> dict[str, Any]:
         "data_fingerprint": job.data_fingerprint,
         "params": recipe.flat(),
         "loader_threads": job.loader_threads,
+        "own_cores": sorted(os.sched_getaffinity(0)) if job.own_cores else None,
         "resume_command": job.resume_command,
     }
 
@@ -100,8 +104,14 @@ def told_at_the_end(
         **summarise(result, totals, read(folder / "journal.jsonl")),
         **(learnt.summary(parts.loaders.tasks) if recipe.phases else {}),
         **({} if taught is None else {"teacher_top1": taught.accuracy.top1, "teacher_top5": taught.accuracy.top5}),
+        "conditions": conditions(parts.backend.network, parts.rule, recipe),
+        "held": {
+            **asdict(held(parts.backend.network, parts.backend.optimizer)),
+            "teacher": 0 if taught is None else taught.bytes,
+        },
         "rule_figures": dict(figures),
         "loader_threads": job.loader_threads,
+        "own_cores": job.own_cores,
         "commit": job.commit,
         "data_fingerprint": job.data_fingerprint,
     }

@@ -3,7 +3,8 @@
     Suite(recipes=(first, replace(first, name="second", init="@first", rule=spec(SLTT))), report=table)
 
 `@NAME`, in `init` or in a path keyword of any part, is a reference: the weights that recipe NAME, which stands earlier in the
-suite, has learnt by then. Children are runs like any others, beside the suite's folder.
+suite, has learnt by then. A `Choice` leaves one field to trials that stand earlier. Children are runs like any others, beside
+the suite's folder.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.recipe_json import dotted, imported
-from pipeline.spec import is_reference
+from pipeline.spec import arguments_of, is_reference
 
-__all__ = ["FILE", "Report", "Suite", "SuiteFile", "filled", "is_suite", "references", "refuse_references", "runs_of"]
+__all__ = ["FILE", "Choice", "Report", "Suite", "SuiteFile", "best", "filled", "is_suite", "needed", "references",
+           "refuse_references", "runs_of"]  # fmt: skip
 
 Report = Callable[[Mapping[str, Path], Any], object]
 """called with the folder of each recipe's finished run, by the recipe's name in their order, and rich's Console; prints,
@@ -32,12 +34,27 @@ TRUSTED = ("recipes", "pipeline.report")
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A field that a recipe takes from whichever of its trials did best on what it held out."""
+
+    field: str
+    """dotted, such as optimizer.lr"""
+    trials: tuple[str, ...]
+    """names of earlier recipes, each with its own value of the field; of equals the first is taken"""
+
+    def renamed(self, change: Callable[[str], str]) -> Choice:
+        return Choice(self.field, tuple(map(change, self.trials)))
+
+
+@dataclass(frozen=True)
 class Suite:
     """Recipes in the order that they are trained in, and what prints what came out."""
 
     recipes: tuple[Recipe, ...]
     report: Report | None = None
     """None: a table for each study"""
+    choices: Mapping[str, Choice] = field(default_factory=dict)
+    """by the name of the recipe that waits for it"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "recipes", tuple(self.recipes))
@@ -53,7 +70,11 @@ class Suite:
                         f"suite: a reference must name an earlier recipe; got '@{reference}' in {recipe.name}, "
                         f"before it stand {', '.join(names) or 'none'}"
                     )
+            if choice := self.choices.get(recipe.name):
+                _check_choice(recipe, choice, earlier=names)
             names.append(recipe.name)
+        if unknown := set(self.choices) - set(names):
+            raise ValueError(f"suite: a choice must be one of its recipes'; got {', '.join(sorted(unknown))}")
         if self.report is not None:
             _check_report(self.report)
 
@@ -66,8 +87,10 @@ class Suite:
         """The same suite with `Recipe.override` of each recipe.
 
         Raises:
-            ValueError: changes that one of them cannot take, by its name.
+            ValueError: changes that one of them cannot take, by its name, or of a field that trials choose.
         """
+        if chosen := {choice.field for choice in self.choices.values()} & set(changes):
+            raise ValueError(f"suite: {', '.join(chosen)} is what its trials try; got a value for all of them")
         return replace(self, recipes=tuple(_overridden(recipe, changes) for recipe in self.recipes))
 
     def tiny(self) -> Suite:
@@ -77,7 +100,8 @@ class Suite:
         def follow(path: str) -> str:
             return f"@{names[path[1:]]}" if is_reference(path) else path
 
-        return replace(self, recipes=tuple(recipe.tiny().with_paths(follow) for recipe in self.recipes))
+        choices = {names[name]: choice.renamed(names.__getitem__) for name, choice in self.choices.items()}
+        return replace(self, recipes=tuple(recipe.tiny().with_paths(follow) for recipe in self.recipes), choices=choices)
 
     def resolved(self) -> Suite:
         """The same suite with every path absolute; references stay."""
@@ -107,6 +131,17 @@ def references(recipe: Recipe) -> tuple[str, ...]:
 def filled(recipe: Recipe, weights: Callable[[str], Path]) -> Recipe:
     """The recipe with the file `weights(NAME)` in the place of each reference `@NAME`."""
     return recipe.with_paths(lambda path: str(weights(path[1:])) if is_reference(path) else path)
+
+
+def needed(suite: Suite, recipe: Recipe) -> tuple[str, ...]:
+    """The names of the recipes that have to be trained before this one can be."""
+    choice = suite.choices.get(recipe.name)
+    return references(recipe) + (choice.trials if choice else ())
+
+
+def best(top1: Mapping[str, float]) -> str:
+    """The name of the trial that a choice takes: the first of those that did best."""
+    return max(top1, key=lambda name: top1[name])
 
 
 def refuse_references(recipe: Recipe) -> None:
@@ -140,6 +175,9 @@ class SuiteFile:
 
     def to_json(self) -> dict[str, Any]:
         children = [{"run": run, "recipe": each.to_json()} for run, each in zip(self.runs, self.suite.recipes, strict=True)]
+        for child, recipe in zip(children, self.suite.recipes, strict=True):
+            if choice := self.suite.choices.get(recipe.name):
+                child["choice"] = asdict(choice)
         report = None if self.suite.report is None else dotted(self.suite.report)
         head = {"version": FORMAT, "parent": self.parent, "cluster": dict(self.cluster), "report": report}
         return {**head, "children": children}
@@ -164,7 +202,10 @@ class SuiteFile:
         function = None if report is None else imported(report, (*TRUSTED, *trust), who=FILE)
         recipes = tuple(Recipe.from_json(child["recipe"], trust=trust) for child in children)
         runs = tuple(child["run"] for child in children)
-        return cls(suite=Suite(recipes, function), runs=runs, parent=parent, cluster=cluster)
+        choices = {
+            recipe.name: _choice(child["choice"]) for recipe, child in zip(recipes, children, strict=True) if "choice" in child
+        }
+        return cls(suite=Suite(recipes, function, choices), runs=runs, parent=parent, cluster=cluster)
 
     def write(self, folder: Path) -> None:
         write_json(folder / FILE, self.to_json())
@@ -219,6 +260,24 @@ def _children(value: Any, *, own: str) -> Iterator[dict[str, Any]]:
             raise ValueError(f"suite.json: a run must be a name of its own in the folder of runs; got {run!r}")
         seen.add(run)
         yield child
+
+
+def _choice(value: Any) -> Choice:
+    told = (
+        arguments_of(Choice, {**value, "trials": tuple(value.get("trials", ()))}, who=FILE) if isinstance(value, dict) else None
+    )
+    if told is None:
+        raise ValueError(f"suite.json: a choice must be an object; got {value!r}")
+    return Choice(**told)
+
+
+def _check_choice(recipe: Recipe, choice: Choice, *, earlier: Collection[str]) -> None:
+    recipe.value_of(choice.field)
+    if not choice.trials:
+        raise ValueError(f"suite: a choice needs trials; {recipe.name} has none for {choice.field}")
+    for trial in choice.trials:
+        if trial not in earlier:
+            raise ValueError(f"suite: a trial must be an earlier recipe; got {trial!r} for {recipe.name}")
 
 
 def _check_report(report: Any) -> None:

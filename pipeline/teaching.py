@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from pipeline.data.base import Batch, Data
 from pipeline.evaluate import Evaluation, evaluate, inputs
+from pipeline.measure.held import bytes_of
 from pipeline.objective import CrossEntropy
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe, Split, read_json, write_json
@@ -44,6 +45,11 @@ class Teaching:
     teacher: Teacher
     accuracy: Evaluation
     kept: Kept | None
+
+    @property
+    def bytes(self) -> int:
+        """What its weights and statistics take."""
+        return bytes_of((*self.teacher.parameters(), *self.teacher.buffers()))
 
     def __call__(self, x_B: Tensor, index_B: Tensor, epoch: int) -> Tensor:
         """The teacher's logits `[B,K]` for one epoch's views of the samples `index_B`, fp32 and without a graph.

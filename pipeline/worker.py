@@ -7,7 +7,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from pipeline.backend.averaged import Averaged
 from pipeline.backend.base import Backend
 from pipeline.backend.plain import Plain
 from pipeline.checkpoint import Checkpoints
+from pipeline.cores import own_cores
 from pipeline.data.base import Data
 from pipeline.data.mixing import Mixing
 from pipeline.job import REFUSAL, Job, Place
@@ -54,6 +55,15 @@ def run(job: Job, place: Place, *, attempt_of: Callable[[Parts], Attempt] = Atte
     settle(job.threads)
     ranks = Ranks(place.rank, place.workers, place.device)
     clock = Clock(ranks.device)
+    with ExitStack() as held:
+        if job.own_cores and ranks.device.type == "cpu":
+            ranks.together(lambda: held.enter_context(own_cores(job.threads)))
+        return _run(job, place, ranks, clock, began, attempt_of)
+
+
+def _run(
+    job: Job, place: Place, ranks: Ranks, clock: Clock, began: float, attempt_of: Callable[[Parts], Attempt]
+) -> dict[str, Any] | None:
     with only_writer(Path(job.run), ranks), journal(Path(job.run), ranks) as tracker, collectives_on(clock):
         ranks.together(lambda: raise_refusal(Path(job.run)))
         try:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,12 +87,27 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def refused(*words: str) -> str:
-    done = spiketrain(*words)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    return done.stderr
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """The one line that a command is refused with; in this process, which has imported everything."""
+    run = command(monkeypatch, capsys)
+
+    def said(*words: str) -> str:
+        capsys.readouterr()
+        code, _, error = run(*words)
+        return _one_line(code, error)
+
+    return said
+
+
+def _one_line(code: int, error: str) -> str:
+    assert code == 2, error
+    assert "Traceback" not in error
+    assert len(error.strip().splitlines()) == 1, error
+    return error
 
 
 @pytest.mark.parametrize(
@@ -104,7 +120,7 @@ def refused(*words: str) -> str:
         ("launch recipes/fashion/sltt.py --set epochs=many", "epochs must be int; got 'many'"),
         ("launch recipes/fashion/sltt.py --set epochs", "must look like key=value"),
         ("launch recipes/fashion/sltt.py --workers many", "(see spiketrain launch --help)"),
-        ("launch", "Missing argument 'RECIPE'"),
+        ("launch", "Missing argument 'RECIPE...'"),
         ("lunch", "No such command 'lunch'"),
         ("show recipes/fashion/sltt.py --workers 3", "batch_size must divide by 3 workers"),
         ("compare --format xml", "'xml' is not one of 'table', 'json', 'csv'"),
@@ -112,6 +128,23 @@ def refused(*words: str) -> str:
         ("launch recipes/fashion/sltt.py --workers 3", "batch_size must divide by 3 workers"),
         ("launch recipes/fashion/sltt.py --inline --workers 2", "--inline is one worker"),
         ("launch recipes/fashion/sltt.py --set data.folder=nowhere", "does not exist"),
+        (
+            "launch recipes/fashion/sltt.py --inline --side-by-side 2",
+            "--side-by-side is for several runs; got 2 with fashion-sltt",
+        ),
+        ("launch recipes/fashion/sltt.py --seeds 2 --side-by-side none", "must be a number of runs or auto; got none"),
+        (
+            "launch recipes/fashion/sltt.py --tune optimizer.lr=1,2",
+            "tuned: optimizer.lr needs at least 5 different values; got 1, 2",
+        ),
+        (
+            "launch recipes/compare/sei_stamps.py --seeds 2",
+            "launch: --seeds makes a comparison of recipes; got a suite that is one",
+        ),
+        (
+            "launch recipes/fashion/sltt.py recipes/fashion/sltt.py",
+            "recipes must have names of their own; got two of 'fashion-sltt'",
+        ),
         ("show recipes/fashion/sltt.py --set rule.k=9", "k must be in 1..T"),
         ("resume none", "none"),
         ("evaluate none", "none"),
@@ -128,7 +161,7 @@ def refused(*words: str) -> str:
         ("write folder --source nowhere --out x", "nowhere"),
     ],
 )
-def test_a_mistake_ends_in_one_line(words: str, said: str, tmp_path: Path) -> None:
+def test_a_mistake_ends_in_one_line(words: str, said: str, tmp_path: Path, refused: Refused) -> None:
     takes_runs = (
         words.split()[0] in ("launch", "resume", "evaluate", "export", "carryover", "compare", "sync", "register")
         and words != "launch"
@@ -137,7 +170,20 @@ def test_a_mistake_ends_in_one_line(words: str, said: str, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_flipped_byte_in_the_data_is_refused_by_verify_and_by_launch(damaged: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("lunch", "No such command 'lunch'"),
+        ("launch recipes/fashion/sltt.py --inline --set data.folder=nowhere --runs", "does not exist"),
+        ("evaluate none --runs", "none"),
+    ],
+)
+def test_nothing_that_is_imported_adds_a_line_to_it(words: str, said: str, tmp_path: Path) -> None:
+    done = spiketrain(*words.split(), *([str(tmp_path)] if words.endswith("--runs") else []))
+    assert said in _one_line(done.returncode, done.stderr)
+
+
+def test_a_flipped_byte_in_the_data_is_refused_by_verify_and_by_launch(damaged: Path, tmp_path: Path, refused: Refused) -> None:
     assert "train.beton" in refused("verify", str(damaged))
     said = refused(
         "launch", "recipes/fashion/sltt.py", "--tiny", "--inline", "--set", f"data.folder={damaged}", "--runs", str(tmp_path)
@@ -169,6 +215,7 @@ def recipe():
 
 
 def test_a_network_of_the_recipe_files_own_trains_by_two_rules_with_deepspeed_inline(tmp_path: Path) -> None:
+    """In processes of its own: that the file's folder is not on the path is the point."""
     (tmp_path / "own_lab.py").write_text(OWN)
     runs = ["--runs", str(tmp_path / "runs")]
     done = spiketrain("launch", str(tmp_path / "own_lab.py"), "--inline", *runs)
@@ -176,7 +223,8 @@ def test_a_network_of_the_recipe_files_own_trains_by_two_rules_with_deepspeed_in
     assert "SLTT-2 is SLTT(k=2, rescale=True)" in done.stdout
     assert "--trust own_lab" in done.stdout
     [run] = (tmp_path / "runs").glob("own-sltt*")
-    assert "name its package with --trust" in refused("evaluate", run.name, *runs)
+    untrusted = spiketrain("evaluate", run.name, *runs)
+    assert "name its package with --trust" in _one_line(untrusted.returncode, untrusted.stderr)
 
 
 @pytest.mark.parametrize(
@@ -190,14 +238,14 @@ def test_a_network_of_the_recipe_files_own_trains_by_two_rules_with_deepspeed_in
         ("rule.k=9", "k must be in 1..T; got k=9, T=3"),
     ],
 )
-def test_what_does_not_fit_leaves_no_run_behind(tmp_path: Path, change: str, said: str) -> None:
+def test_what_does_not_fit_leaves_no_run_behind(tmp_path: Path, change: str, said: str, refused: Refused) -> None:
     (tmp_path / "one.py").write_text("from tests.small import small_recipe as recipe\n")
     runs = tmp_path / "runs"
     assert said in refused("launch", str(tmp_path / "one.py"), "--inline", "--runs", str(runs), "--set", change)
     assert not runs.exists()
 
 
-def test_a_cluster_that_is_not_there_is_refused_within_seconds(tmp_path: Path) -> None:
+def test_a_cluster_that_is_not_there_is_refused_within_seconds(tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "one.py").write_text("from tests.small import small_recipe as recipe\n")
     begun = time.monotonic()
     said = refused("launch", str(tmp_path / "one.py"), "--address", "127.0.0.1:1", "--runs", str(tmp_path / "runs"))
@@ -216,12 +264,12 @@ def test_a_cluster_that_is_not_there_is_refused_within_seconds(tmp_path: Path) -
         ("return (", "mine.py:2: SyntaxError"),
     ],
 )
-def test_a_recipe_file_that_goes_wrong_names_its_line(tmp_path: Path, body: str, said: str) -> None:
+def test_a_recipe_file_that_goes_wrong_names_its_line(tmp_path: Path, body: str, said: str, refused: Refused) -> None:
     (tmp_path / "mine.py").write_text(f"def recipe():\n    {body}\n")
     assert said in refused("show", str(tmp_path / "mine.py"))
 
 
-def test_a_run_that_was_moved_or_damaged(tmp_path: Path) -> None:
+def test_a_run_that_was_moved_or_damaged(tmp_path: Path, refused: Refused) -> None:
     from pipeline.launch.drive import write_job
     from tests.small import make_run, small_recipe, train_inline
     from tests.test_worker import Killed, die_at
@@ -238,7 +286,7 @@ def test_a_run_that_was_moved_or_damaged(tmp_path: Path) -> None:
     (tmp_path / "first" / "run" / "job.json").rename(run / "job.json")
     (run / "cluster.json").write_text('{"inline": true}')
     before = sorted((tmp_path / "first" / "run").iterdir())
-    done = spiketrain("resume", str(run))
+    done = spiketrain("resume", str(run))  # as a user would, from another process
     assert done.returncode == 0, done.stderr + done.stdout
     assert json.loads((run / "summary.json").read_text())["steps"] == 16
     assert sorted((tmp_path / "first" / "run").iterdir()) == before
@@ -257,26 +305,25 @@ def test_show_needs_no_data_and_prints_what_will_be_used() -> None:
     assert settings["managed_gradient_accumulation"] is False
 
 
-def test_a_comparison_from_launch_to_table(tmp_path: Path) -> None:
+def test_a_comparison_from_launch_to_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = command(monkeypatch, capsys)
     (tmp_path / "two.py").write_text(RECIPE)
     runs = ["--runs", str(tmp_path / "runs")]
     done = spiketrain("launch", str(tmp_path / "two.py"), "--inline", *runs)
     assert done.returncode == 0, done.stderr + done.stdout
     assert "resume  spiketrain resume one-bptt" in done.stdout
-    table = json.loads(spiketrain("compare", "--format", "json", *runs).stdout)
-    assert [run["rule"] for run in table["runs"]] == ["BPTT", "SLTT-2"]
+    table = json.loads(run("compare", "--format", "json", *runs)[1])
+    assert [each["rule"] for each in table["runs"]] == ["BPTT", "SLTT-2"]
     assert table["study"]
-    listed = spiketrain("runs", *runs).stdout
+    listed = run("runs", *runs)[1]
     assert "2 of 2 finished" in listed and listed.count("finished") == 3  # the suite, and its runs
     [sltt] = (tmp_path / "runs").glob("one-sltt*")
-    evaluated = spiketrain("evaluate", sltt.name, *runs)
-    assert "on 20 samples" in evaluated.stdout, evaluated.stderr
-    again = spiketrain("resume", sltt.name, *runs)
-    assert "has finished" in again.stdout
-    synced = spiketrain("sync", sltt.name, *runs)
-    assert " 0 points delivered" in synced.stdout, synced.stderr
-    second = spiketrain("launch", str(tmp_path / "two.py"), "--inline", "--runs", str(tmp_path / "other"))
-    assert second.returncode == 0
+    assert "on 20 samples" in run("evaluate", sltt.name, *runs)[1]
+    assert "has finished" in run("resume", sltt.name, *runs)[1]
+    assert " 0 points delivered" in run("sync", sltt.name, *runs)[1]
+    assert run("launch", str(tmp_path / "two.py"), "--inline", "--runs", str(tmp_path / "other"))[0] == 0
     [other] = (tmp_path / "other").glob("one-sltt*")
     assert same_weights(sltt, other)
 

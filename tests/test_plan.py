@@ -15,14 +15,15 @@ from pipeline.data.synthetic import Synthetic
 from pipeline.devices import DEVICES
 from pipeline.measure.link import ring_s
 from pipeline.measure.traffic import Device
-from pipeline.plan import EFFICIENCY, Bilinear, Cluster, Plan, Planned, _times, plan
+from pipeline.plan import Cluster, Plan, Planned, plan
+from pipeline.profile import EFFICIENCY, Bilinear, times_for
 from pipeline.recipe import Recipe, Spec, spec
 from pipeline.report.plan import advice
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
-from tests.small import command
+from tests.small import command, recipes_of, train_inline
 from tests.test_probe import RECIPE, recipe_with
 
 RULES = (spec(BPTT), spec(SLTT))
@@ -109,7 +110,7 @@ def test_seconds_and_launches_are_fitted_apart() -> None:
 
 @pytest.mark.parametrize(("rule", "times"), [(SLTT(), (2, 4)), (SLTT(k=3), (4, 5)), (SLTT(chunk=6), (7, 12)), (BPTT(), (2, 4))])
 def test_a_rule_is_profiled_at_time_steps_that_it_can_train_at(rule: Rule, times: tuple[int, int]) -> None:
-    assert _times(made(), rule) == times
+    assert times_for(made(), rule) == times
 
 
 def test_recordings_are_profiled_at_their_own_length() -> None:
@@ -160,6 +161,34 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert {each["rule"] for each in json.loads(out)["rules"]} >= {"BPTT", "SLTT"}
     code, out, _ = run("plan", str(file))  # here, with the data
     assert code == 0 and "a ring of 1 local workers" in " ".join(out.split())
+
+
+def test_a_plan_against_what_was_launched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, runs = tmp_path / "mine.py", tmp_path / "runs"
+    file.write_text(RECIPE)
+    (recipe,) = recipes_of(file)
+    summary = train_inline(runs / "launched", replace(recipe, epochs=3))
+    assert summary is not None
+    run = command(monkeypatch, capsys)
+    words = ("plan", str(file), "--runs", str(runs), "--against", "launched")
+    code, out, err = run(*words, "--format", "json")
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    off, [planned] = told["against"], [each for each in told["rules"] if each["rule"] == summary["rule"]]
+    assert off["rule"] == summary["rule"] and off["saved_bytes"]["planned"] == planned["saved_bytes"]
+    assert off["saved_bytes"]["measured"] == summary["peak_saved_bytes"] and abs(off["saved_bytes"]["error"]) < 0.05
+    assert off["step_s"]["measured"] == pytest.approx(recipe.batch_size / summary["images_per_s"])
+    assert off["step_s"]["error"] == pytest.approx(off["step_s"]["planned"] / off["step_s"]["measured"] - 1)
+    assert "Against launched, SLTT-2: saved for backward" in " ".join(run(*words)[1].split())
+    code, _, err = run(*words, "--set", "batch_size=16")
+    assert code == 2 and err == ("plan: --against must be a run of what is planned; launched differs: batch_size: 16 and 8\n")
+    code, _, err = run(*words, "--device", "h100")
+    assert code == 2 and "--against is for machines like this one; got H100" in err
+    (runs / "launched" / "summary.json").unlink()
+    code, _, err = run(*words)
+    assert code == 2 and "must be a run that has finished, of more than a few batches; got launched" in err
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,8 @@ def test_the_journal_tells_loss_speed_and_place(tmp_path: Path) -> None:
     on_disk = json.loads((tmp_path / "run" / "summary.json").read_text())
     wanted = (
         "study rule recipe world_size steps epochs top1 top5 loss firing_rate images_per_s wall_s train_s data_wait_s "
-        "peak_saved_bytes state_bytes peak_device_bytes peak_rss_bytes backward_calls_per_batch restarts commit hardware"
+        "peak_saved_bytes state_bytes peak_device_bytes peak_rss_bytes backward_calls_per_batch restarts commit hardware "
+        "peak_reserved_bytes peak_pss_bytes device_j held own_cores conditions"
     )
     assert set(wanted.split()) <= set(on_disk)
     assert (on_disk["steps"], on_disk["epochs"]) == (16, 2)
@@ -188,6 +189,11 @@ def test_the_journal_tells_loss_speed_and_place(tmp_path: Path) -> None:
     assert on_disk["backward_calls_per_batch"] == 2  # SLTT-2 differentiates two of its three steps
     assert on_disk["peak_saved_bytes"] > 0
     assert on_disk["state_bytes"] > 0
+    assert 0 < on_disk["peak_pss_bytes"] < 2 * on_disk["peak_rss_bytes"]
+    network = pipeline.load(tmp_path / "run")
+    size = sum(4 * parameter.numel() for parameter in network.parameters())
+    assert [on_disk["held"][kind] for kind in ("parameters", "gradients", "optimizer")] == [size] * 3  # momentum
+    assert on_disk["held"]["teacher"] == 0 and on_disk["device_j"] is None
 
 
 def test_checkpoints_hold_everything_that_a_resume_needs(tmp_path: Path) -> None:

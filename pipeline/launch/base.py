@@ -32,6 +32,14 @@ class Launcher(Protocol):
 
     def __exit__(self, *exc: object) -> None: ...
 
+    def room(self) -> int:
+        """How many runs of so many workers find cores and cards of their own at the same time."""
+        ...
+
+    def joining(self) -> list[str]:
+        """What `spiketrain resume` is told, in another process, to train where this one does."""
+        ...
+
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
         """Train to the end: the summary, or None when the run was asked to stop.
 

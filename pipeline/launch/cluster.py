@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.counts import refuse_unless_counts
 from pipeline.launch.base import Device, Launcher
@@ -23,11 +23,15 @@ class Cluster:
     cpus_per_worker: int = 1
     loader_threads: int = 1
     max_restarts: int = 3
+    side_by_side: int | Literal["auto"] = 1
+    """runs of a suite that train at the same time, each on cores and cards of its own; auto: as many as there is room for"""
 
     def __post_init__(self) -> None:
         counts = {"workers": self.workers, "cpus_per_worker": self.cpus_per_worker, "loader_threads": self.loader_threads}
         refuse_unless_counts("cluster", counts)
         refuse_unless_counts("cluster", {"max_restarts": self.max_restarts}, least=0)
+        if self.side_by_side != "auto":
+            refuse_unless_counts("cluster", {"side_by_side": self.side_by_side})
 
     def launcher(self) -> Launcher:
         if self.inline:
@@ -47,7 +51,7 @@ class Cluster:
     def resumed(self, *, workers: int | None, inline: bool, address: str | None) -> Cluster:
         """As it was launched, but for what the user now says of it."""
         if inline:  # with what does not go with it, which `launcher` refuses
-            mine = Cluster(inline=True, device=self.device, loader_threads=self.loader_threads)
+            mine = Cluster(inline=True, device=self.device, loader_threads=self.loader_threads, side_by_side=self.side_by_side)
             return replace(mine, workers=workers or 1, address=address)
         if workers is not None or address is not None:
             return replace(self, inline=False, workers=workers or self.workers, address=address or self.address)

@@ -8,6 +8,7 @@ at once.
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import signal
 import subprocess
@@ -39,6 +40,8 @@ from pipeline.weights import study_inputs
 
 POLL_S = 0.25
 MLFLOW_PATIENCE_S = 30.0
+# One wish may come as several signals: to a process and to its group, or for each thread of a parent that dies (Linux 6).
+ECHO_S = 0.3
 
 
 def prepare(
@@ -78,6 +81,7 @@ def prepare(
         trust=trust,
         threads=cluster.cpus_per_worker,
         loader_threads=cluster.loader_threads,
+        own_cores=cluster.side_by_side != 1,
     )
     with whole_folder(folder) as hidden:
         write_json(hidden / "recipe.json", recipe.to_json())
@@ -166,7 +170,13 @@ def was_stopped(folder: Path) -> bool:
 
 @contextmanager
 def _stop_on_signal(folder: Path, console: Console) -> Iterator[None]:
+    heard = -math.inf
+
     def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal heard
+        echo, heard = time.monotonic() - heard < ECHO_S, time.monotonic()
+        if echo:
+            return
         if (folder / "stop").exists():
             console.print("stopped at once; the last checkpoint counts")
             os._exit(130)

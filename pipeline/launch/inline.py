@@ -41,6 +41,12 @@ class Inline:
             distributed.destroy_process_group()
             self._owned = False
 
+    def room(self) -> int:
+        return 1 if self.device == "cuda" else len(os.sched_getaffinity(0))
+
+    def joining(self) -> list[str]:
+        return []
+
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
         del attempt
         return run(job, Place(device=self.device))

@@ -99,6 +99,19 @@ class Ray:
             ray.shutdown()
             self._owned = False
 
+    def room(self) -> int:
+        import ray
+
+        there = ray.cluster_resources()
+        cpus = int(there.get("CPU", 0)) // (self.workers * self.cpus_per_worker)
+        gpus = int(there.get("GPU", 0))
+        return min(cpus, gpus // self.workers) if takes_gpus(self.device, self.workers, gpus) else cpus
+
+    def joining(self) -> list[str]:
+        import ray
+
+        return ["--address", self.address or ray.get_runtime_context().gcs_address]
+
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig

@@ -1,4 +1,4 @@
-"""What the commands launch and resume do with a suite: each recipe in turn, never two at a time on the same cores."""
+"""What the commands launch and resume do with a suite: each recipe in turn, or side by side, never two on the same cores."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.job import Job, resume_command
+from pipeline.job import resume_command
 from pipeline.launch.base import Launcher
+from pipeline.launch.children import Children, begun_job
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.drive import driver_lock, prepare, read_job, was_stopped
+from pipeline.launch.drive import driver_lock, was_stopped
 from pipeline.launch.folder import numbered, refuse_taken, whole_folder
+from pipeline.launch.side_by_side import slots_of, train_side_by_side
 from pipeline.launch.start import check, train
 from pipeline.stand_in import with_stand_ins
-from pipeline.suite import Suite, SuiteFile, filled, runs_of
+from pipeline.suite import Suite, SuiteFile, runs_of
 from pipeline.track.state import state_of
-from pipeline.weights import weights_file
 
 
 def launch_suite(
@@ -44,7 +45,7 @@ def resume_suite(
     suite_file = SuiteFile.read(folder, trust=trust)
     begun = {name: run for name, run in runs_of(folder).items() if run.exists()}
     for run in begun.values():
-        _begun(run, suite_file.parent, trust=trust)
+        begun_job(run, suite_file.parent, trust=trust)
     if len(begun) == len(suite_file.runs) and all(state_of(run) == "finished" for run in begun.values()):
         Console().print(f"{folder.name} has finished")
         return folder
@@ -62,28 +63,30 @@ def _train_the_rest(
     console, runs, where = Console(), folder.parent, runs_of(folder)
     command = resume_command(runs, folder.name, trust=trust)
     console.out(f"suite   {folder}\nresume  {command}", highlight=False)
-    stopped = f"stopped; go on with: {command}"
+    slots = slots_of(launcher, cluster.side_by_side)
+    children = Children(folder.name, suite_file, cluster, where, trust=trust)
     with driver_lock(folder):
-        left = [recipe for recipe in suite_file.suite.recipes if state_of(where[recipe.name]) != "finished"]
-        try:
-            for recipe in left:
-                run = where[recipe.name]
-                if run.exists():
-                    job = _begun(run, suite_file.parent, trust=trust)
-                else:
-                    ready = filled(recipe, lambda name: weights_file(where[name]))
-                    check(ready, cluster, trust=trust)
-                    about = {"parent": suite_file.parent, "suite": folder.name, "family": suite_file.suite.family}
-                    job = prepare(ready, cluster, runs, name=run.name, trust=trust, **about)
-                finished = train(job, launcher, runs, console)
-                # Who asks during a run's last batch finds it finished: it is the suite that stops.
-                if not finished or (was_stopped(run) and recipe is not left[-1]):
-                    console.out(stopped, highlight=False)
-                    return None
-        except KeyboardInterrupt:  # between two runs
-            console.out(stopped, highlight=False)
-            return None
-    return folder
+        if slots > 1:
+            done = train_side_by_side(children, launcher, slots, console)
+        else:
+            done = _train_in_turn(children, launcher, console)
+    if not done:
+        console.out(f"stopped; go on with: {command}", highlight=False)
+    return folder if done else None
+
+
+def _train_in_turn(children: Children, launcher: Launcher, console: Console) -> bool:
+    """Whether all have finished; False when asked to stop."""
+    left = children.left()
+    try:
+        for recipe in left:
+            finished = train(children.job(recipe), launcher, children.runs, console)
+            # Who asks during a run's last batch finds it finished: it is the suite that stops.
+            if not finished or (was_stopped(children.where[recipe.name]) and recipe is not left[-1]):
+                return False
+    except KeyboardInterrupt:  # between two runs
+        return False
+    return True
 
 
 def _check_ahead(suite: Suite, cluster: Cluster, *, trust: tuple[str, ...], begun: frozenset[str] = frozenset()) -> None:
@@ -92,20 +95,6 @@ def _check_ahead(suite: Suite, cluster: Cluster, *, trust: tuple[str, ...], begu
         for recipe in recipes:
             if recipe.name not in begun:
                 check(recipe, cluster, trust=trust)
-
-
-def _begun(run: Path, parent: str, *, trust: tuple[str, ...]) -> Job:
-    """The job of a child that has its folder.
-
-    Raises:
-        ValueError: it is not whole, or it is no child of this suite.
-    """
-    if not (run / "job.json").is_file():
-        raise ValueError(f"suite: {run.name} must be a whole run; it has no job.json: move it away, resume")
-    job = read_job(run, trust=trust)
-    if job.parent != parent:
-        raise ValueError(f"suite: {run.name} must be a run of this suite; got one of another launch")
-    return job
 
 
 def _names(suite: Suite, runs: Path, *, stem: str, name: str | None, mark: str) -> tuple[Path, tuple[str, ...]]:

@@ -18,7 +18,8 @@ class Watch:
     """Draws the events that `show` is given, some times a second or more rarely; `close` ends the bar.
 
     At once it prints where the run is kept and the command that resumes it. `every` is the number of seconds between lines
-    where the console is no terminal; `clock` tells them.
+    where the console is no terminal; `clock` tells them. A `name` begins each line: then several runs are shown at once, and
+    none of them has a bar.
     """
 
     def __init__(
@@ -27,11 +28,14 @@ class Watch:
         *,
         run_dir: str | os.PathLike[str],
         store: str,
-        resume_command: str,
+        resume_command: str = "",
+        name: str = "",
         every: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console
+        self._prefix = f"{name}  " if name else ""
+        self._has_bar = console.is_terminal and not name
         self._every = every
         self._clock = clock
         self._shown = float("-inf")  # when the last plain line about steps was printed
@@ -42,7 +46,8 @@ class Watch:
         self._accuracy = ""
         self._say(f"run     {os.fspath(run_dir)}")
         self._say(f"mlflow  {store}")
-        self._say(f"resume  {resume_command}")
+        if resume_command:
+            self._say(f"resume  {resume_command}")
 
     def show(self, events: Iterable[dict[str, Any]]) -> None:
         """Take new events of the journal, in order."""
@@ -75,7 +80,7 @@ class Watch:
         else:
             what = f"{event.get('rule')} on {event.get('world_size')} workers, {total} steps of {event.get('batch_size')} samples"
             self._say(f"start   {what}, study {str(event.get('study', ''))[:8]}, commit {event.get('commit')}")
-        if self._console.is_terminal:
+        if self._has_bar:
             if self._bar is None:
                 self._bar = _bar(self._console)
                 self._task = self._bar.add_task(str(event.get("rule", "")), text="")
@@ -137,7 +142,7 @@ class Watch:
         if self._bar is not None:
             self._bar.update(self._task, completed=event.get("step"), text="  ".join(parts))
             return
-        if self._console.is_terminal or self._clock() - self._shown < self._every:
+        if self._has_bar or self._clock() - self._shown < self._every:
             return
         self._shown = self._clock()
         self._say(f"step {event.get('step')}/{self._start.get('total_steps', '?')}  {'  '.join(parts)}{self._left()}")
@@ -155,7 +160,7 @@ class Watch:
 
     def _say(self, line: str) -> None:
         """A line to be copied: not wrapped, no markup, above the bar where there is one."""
-        self._console.print(Text(line), soft_wrap=True)
+        self._console.print(Text(f"{self._prefix}{line}"), soft_wrap=True)
 
 
 def _bar(console: Console) -> Progress:

@@ -8,6 +8,7 @@ The prices are of arithmetic alone; moving weights and membranes costs more on m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.measure.operations import Work
 
@@ -46,10 +47,11 @@ class Inference:
         """Accumulates without a multiplication, likewise."""
         return (self.work.additions - self.work.multiplications) / self.samples
 
-    def told(self, prices: Prices = FP32) -> dict[str, float | int | str]:
-        """For a summary: operations of a sample, and their energy in J."""
-        energy = energy_j(self.macs, self.acs, prices)
-        return {"macs": self.macs, "acs": self.acs, "energy_j": energy, "prices": prices.name, "samples": self.samples}
+    def told(self, prices: Prices = FP32) -> dict[str, Any]:
+        """For a summary: operations of a sample, and their energy in J, by these prices and by those of every table."""
+        by_table = {table.name: energy_j(self.macs, self.acs, table) for table in TABLES}
+        energy = {"energy_j": energy_j(self.macs, self.acs, prices), "prices": prices.name, "energy_j_by_table": by_table}
+        return {"macs": self.macs, "acs": self.acs, **energy, "samples": self.samples}
 
 
 def energy_j(macs: float, acs: float, prices: Prices = FP32) -> float:

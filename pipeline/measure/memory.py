@@ -20,7 +20,9 @@ __all__ = [
     "hardware",
     "memory_now_bytes",
     "peak_device_bytes",
+    "peak_reserved_bytes",
     "peak_rss_bytes",
+    "pss_bytes",
     "reset_peak_device_bytes",
     "reset_peak_rss",
     "told_hardware",
@@ -152,6 +154,11 @@ def reset_peak_rss() -> bool:
     return True
 
 
+def pss_bytes() -> int:
+    """Resident memory of this process now, pages that n processes share counted as an n-th; 0 where the kernel does not tell."""
+    return (_proc_kilobytes("/proc/self/smaps_rollup", "Pss:") or 0) * 1024
+
+
 def memory_now_bytes() -> int:
     """What training occupies now: the allocator's bytes on a GPU, resident memory on a CPU."""
     if torch.cuda.is_available():
@@ -167,7 +174,7 @@ def free_bytes() -> int:
 
 
 def reset_peak_device_bytes() -> None:
-    """Start the peak of `peak_device_bytes` anew; nothing to do on a CPU."""
+    """Start the peaks of the device anew; nothing to do on a CPU."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
@@ -175,6 +182,11 @@ def reset_peak_device_bytes() -> None:
 def peak_device_bytes() -> int:
     """The most bytes torch's allocator held for tensors on this process's current device since the reset; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def peak_reserved_bytes() -> int:
+    """Likewise what the allocator had taken from the device, held by tensors or kept for the next: what must fit the card."""
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
 
 
 def hardware() -> dict[str, Any]:

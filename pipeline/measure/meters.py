@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.measure.clock import BETWEEN, PARTS, REST, Between, Clock, Part
-from pipeline.measure.memory import SavedBytes, peak_device_bytes, peak_rss_bytes, reset_peak_device_bytes, reset_peak_rss
+from pipeline.measure.joules import Joules
+from pipeline.measure.memory import (
+    SavedBytes,
+    peak_device_bytes,
+    peak_reserved_bytes,
+    peak_rss_bytes,
+    pss_bytes,
+    reset_peak_device_bytes,
+    reset_peak_rss,
+)
 from pipeline.measure.operations import Operations, Work
 from pipeline.rules.base import Objective
 from pipeline.spiking.state import state_bytes
@@ -34,14 +43,21 @@ class Totals:
     peak_saved_bytes: int = 0
     state_bytes: int = 0
     peak_rss_bytes: int = 0
+    peak_pss_bytes: int = 0
+    """the most that was seen, at the ends of what is measured: the kernel keeps no peak of it"""
     peak_device_bytes: int = 0
+    peak_reserved_bytes: int = 0
+    device_j: float | None = None
+    """what the device of one rank, in the mean, used in training; None without a counter"""
     backward_calls: int = 0
     batches: int = 0
     operations: dict[str, dict[str, int]] = field(default_factory=dict)
     """of this rank in the batches that were counted: for each purpose multiplications, additions, dense"""
     operation_samples: int = 0
 
-    PEAKS = ("peak_saved_bytes", "state_bytes", "peak_rss_bytes", "peak_device_bytes")
+    PEAKS = (
+        "peak_saved_bytes", "state_bytes", "peak_rss_bytes", "peak_pss_bytes", "peak_device_bytes", "peak_reserved_bytes",
+    )  # fmt: skip
 
     @property
     def train_s(self) -> float:
@@ -110,6 +126,9 @@ class Meters:
         self.clock = clock or Clock(device)
         self.memory_every, self.operations_every = memory_every, operations_every
         self.totals = Totals()
+        self._joules = Joules(device)
+        self._joules_then: float | None = None
+        """at the last reading, while training goes on"""
         self._begun, self._accounted = 0, 0
         self._is_counting = False
         self._watching: Instrument | None = None
@@ -207,19 +226,33 @@ class Meters:
         }
 
     def note_peaks(self) -> None:
-        """Take the process's and the device's peaks of memory into the totals."""
-        self.totals.peak_rss_bytes = max(self.totals.peak_rss_bytes, peak_rss_bytes())
-        self.totals.peak_device_bytes = max(self.totals.peak_device_bytes, peak_device_bytes())
+        """Take the process's and the device's peaks of memory into the totals, and what the device has used."""
+        found = {
+            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_pss_bytes": pss_bytes(),
+            "peak_device_bytes": peak_device_bytes(),
+            "peak_reserved_bytes": peak_reserved_bytes(),
+        }
+        for name, value in found.items():
+            setattr(self.totals, name, max(getattr(self.totals, name), value))
+        then, now = self._joules_then, self._joules.read()
+        if then is not None and now is not None:
+            self.totals.device_j = (self.totals.device_j or 0.0) + now - then
+        self._joules_then = now
 
     def forget_peaks(self) -> None:
-        """Start the peaks anew: what was held before is not training's."""
+        """Start the peaks anew: what was held, and used, before is not training's."""
         reset_peak_rss()
         reset_peak_device_bytes()
+        self._joules_then = self._joules.read()
 
-    def over_ranks(self, reduce_max: Reduce) -> Totals:
-        """The totals with every peak the largest over ranks; collective."""
+    def over_ranks(self, reduce_max: Reduce, reduce_mean: Reduce) -> Totals:
+        """The totals with every peak the largest over ranks, and of joules the mean; collective."""
         self._account()
         self.note_peaks()
+        if self.totals.device_j is not None:
+            used = torch.tensor(self.totals.device_j, dtype=torch.float64, device=self.device)
+            self.totals.device_j = float(reduce_mean(used))
         peaks = torch.tensor([getattr(self.totals, name) for name in Totals.PEAKS], dtype=torch.int64)
         return Totals(**{**asdict(self.totals), **dict(zip(Totals.PEAKS, reduce_max(peaks).tolist(), strict=True))})
 

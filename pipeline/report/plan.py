@@ -9,17 +9,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.plan import EFFICIENCY, RESERVE, Plan, Planned
+from pipeline.plan import RESERVE, Plan, Planned
+from pipeline.profile import EFFICIENCY
+from pipeline.report.planned import Errors
 
 
-def print_plan(found: Plan, *, as_json: bool = False, console: Console | None = None) -> None:
-    """One line for each rule; what the figures rest on; and the rule that takes the fewest hours."""
+def print_plan(found: Plan, *, against: Errors | None = None, as_json: bool = False, console: Console | None = None) -> None:
+    """One line for each rule; what the figures rest on; the rule that takes the fewest hours; how far off a run was found."""
     console = console or Console()
     if as_json:
-        console.out(
-            json.dumps({**asdict(found), "basis": basis(found), "advice": advice(found)}, indent=2, allow_nan=False),
-            highlight=False,
-        )
+        told = {"basis": basis(found), "advice": advice(found), "against": None if against is None else against.to_json()}
+        console.out(json.dumps({**asdict(found), **told}, indent=2, allow_nan=False), highlight=False)
         return
     table = Table(
         title=f"{found.recipe}: a model, not measured", box=None, header_style="bold", pad_edge=False, title_justify="left"
@@ -37,6 +37,8 @@ def print_plan(found: Plan, *, as_json: bool = False, console: Console | None = 
         console.out(f"not in the table: {why}", highlight=False)
     console.out(basis(found), highlight=False)
     console.out(advice(found), highlight=False)
+    if against is not None:
+        console.out(against.told(), highlight=False)
 
 
 def basis(found: Plan) -> str:

@@ -223,7 +223,7 @@ def test_asked_to_stop_during_a_runs_last_batch_the_suite_stops_and_goes_on(
         raise KeyboardInterrupt  # between two runs, where nobody else listens
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.launch.suite.prepare", interrupted)
+        patch.setattr("pipeline.launch.children.prepare", interrupted)
         code, said, _ = spiketrain("resume", "s", "--runs", str(tmp_path))
     assert code == 130 and said.splitlines()[-1] == f"stopped; go on with: spiketrain resume s --runs {tmp_path}"
 

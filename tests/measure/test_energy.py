@@ -20,4 +20,5 @@ def test_an_addition_beside_a_multiplication_is_part_of_its_mac() -> None:
     assert (inference.macs, inference.acs) == (1.5, 3.5)
     told = inference.told()
     assert told["energy_j"] == pytest.approx(1.5 * 4.6e-12 + 3.5 * 0.9e-12)
-    assert told["prices"] == "45 nm, fp32"
+    assert told["prices"] == "45 nm, fp32" and told["energy_j_by_table"]["45 nm, fp32"] == told["energy_j"]
+    assert told["energy_j_by_table"]["45 nm, int8"] == pytest.approx(1.5 * 0.23e-12 + 3.5 * 0.03e-12)

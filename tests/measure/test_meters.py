@@ -125,6 +125,6 @@ def test_operations_are_the_rules_alone() -> None:
 
 def test_totals_over_ranks_take_the_largest_peak(meters: Meters) -> None:
     meters.totals = Totals(peak_saved_bytes=5, state_bytes=7, steady_s=1.5)
-    found = meters.over_ranks(lambda peaks: peaks + 1)
+    found = meters.over_ranks(lambda peaks: peaks + 1, lambda mean: mean)
     assert (found.peak_saved_bytes, found.state_bytes, found.steady_s) == (6, 8, 1.5)
     assert found.peak_rss_bytes > 1e6

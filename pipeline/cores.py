@@ -1,0 +1,77 @@
+"""Cores that no other worker computes on: what runs beside one another must not slow one another unseen.
+
+A core is taken by a lock on a file of its name, which the kernel lets go when its holder dies. All of this machine's runs that
+ask for cores of their own see the same files; others, which do not ask, are not kept away.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from pipeline.ranks import Refused
+
+PATIENCE_S = 30.0  # a worker that ended may take a while to die
+
+
+@contextmanager
+def own_cores(count: int, *, folder: Path | None = None, patience_s: float = PATIENCE_S) -> Iterator[tuple[int, ...]]:
+    """Take `count` logical cores and keep every thread of this process on them, those to come included, until the end.
+
+    Args:
+        folder: where the locks lie; None: one for each user of this machine.
+
+    Raises:
+        Refused: others hold so many that too few are left, after `patience_s` seconds.
+    """
+    folder = folder or Path(tempfile.gettempdir()) / f"spiketrain-cores-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    before, deadline = os.sched_getaffinity(0), time.monotonic() + patience_s
+    while (taken := _taken(sorted(before), count, folder)) is None:
+        if time.monotonic() > deadline:
+            raise Refused(f"cores: a worker needs {count} of its own; too few of this machine's {len(before)} are free")
+        time.sleep(0.2)
+    cores, locks = taken
+    with locks:
+        _keep_on(set(cores))
+        try:
+            yield cores
+        finally:
+            _keep_on(before)
+
+
+def _taken(cores: list[int], count: int, folder: Path) -> tuple[tuple[int, ...], ExitStack] | None:
+    """So many of them, and what holds them; None, and none held, where fewer are free."""
+    with ExitStack() as locks:
+        mine: list[int] = []
+        for core in cores:
+            if len(mine) < count and _take(folder / str(core), locks):
+                mine.append(core)
+        if len(mine) == count:
+            return tuple(mine), locks.pop_all()
+    return None
+
+
+def _take(file: Path, held: ExitStack) -> bool:
+    handle = file.open("a")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        return False
+    held.enter_context(handle)
+    return True
+
+
+def _keep_on(cores: set[int]) -> None:
+    """Every thread: what the kernel calls a process's affinity is that of one thread, which later ones inherit."""
+    for thread in Path("/proc/self/task").iterdir():
+        try:
+            os.sched_setaffinity(int(thread.name), cores)
+        except ProcessLookupError:
+            continue  # it ended meanwhile

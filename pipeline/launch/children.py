@@ -1,0 +1,81 @@
+"""The runs of a suite: which are left, which can begin, and what each is told once those before it have said what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.job import Job
+from pipeline.launch.cluster import Cluster
+from pipeline.launch.drive import prepare, read_job
+from pipeline.launch.start import check
+from pipeline.recipe import Recipe, read_json
+from pipeline.suite import SuiteFile, best, filled, needed
+from pipeline.track.state import state_of
+from pipeline.weights import weights_file
+
+
+@dataclass(frozen=True)
+class Children:
+    """Of one launch."""
+
+    name: str
+    """the suite's, which is that of its folder"""
+    suite_file: SuiteFile
+    cluster: Cluster
+    where: Mapping[str, Path]
+    """the folder of each recipe's run, there or not"""
+    trust: tuple[str, ...] = ()
+
+    @property
+    def runs(self) -> Path:
+        return next(iter(self.where.values())).parent
+
+    def left(self) -> list[Recipe]:
+        """The recipes whose runs have not finished, in their order."""
+        return [recipe for recipe in self.suite_file.suite.recipes if not self._finished(recipe.name)]
+
+    def can_begin(self, recipe: Recipe) -> bool:
+        """Whether all that it takes weights or a choice from have finished."""
+        return all(self._finished(name) for name in needed(self.suite_file.suite, recipe))
+
+    def job(self, recipe: Recipe) -> Job:
+        """Its run as it stands; one that has not begun is prepared, with what the suite had left open.
+
+        Raises:
+            ValueError: its folder is not whole or not of this suite, or the recipe, complete now, is refused.
+        """
+        run, parent = self.where[recipe.name], self.suite_file.parent
+        if run.exists():
+            return begun_job(run, parent, trust=self.trust)
+        ready = filled(self._chosen(recipe), lambda name: weights_file(self.where[name]))
+        check(ready, self.cluster, trust=self.trust)
+        about = {"parent": parent, "suite": self.name, "family": self.suite_file.suite.family}
+        return prepare(ready, self.cluster, self.runs, name=run.name, trust=self.trust, **about)
+
+    def _chosen(self, recipe: Recipe) -> Recipe:
+        """With the value that did best in its trials, where it has any."""
+        choice = self.suite_file.suite.choices.get(recipe.name)
+        if choice is None:
+            return recipe
+        taken = best({name: read_json(self.where[name] / "summary.json")["top1"] for name in choice.trials})
+        [trial] = [each for each in self.suite_file.suite.recipes if each.name == taken]
+        return recipe.override({choice.field: trial.value_of(choice.field)})
+
+    def _finished(self, name: str) -> bool:
+        return state_of(self.where[name]) == "finished"
+
+
+def begun_job(run: Path, parent: str, *, trust: tuple[str, ...]) -> Job:
+    """The job of a child that has its folder.
+
+    Raises:
+        ValueError: it is not whole, or it is no child of this suite.
+    """
+    if not (run / "job.json").is_file():
+        raise ValueError(f"suite: {run.name} must be a whole run; it has no job.json: move it away, resume")
+    job = read_job(run, trust=trust)
+    if job.parent != parent:
+        raise ValueError(f"suite: {run.name} must be a run of this suite; got one of another launch")
+    return job

@@ -1,0 +1,165 @@
+"""Several runs of a suite at the same time, each driven by a process of its own that resumes it as a user would.
+
+Each worker keeps to cores of its own (pipeline.cores), or has a card of its own from Ray: what one run costs is measured while
+others run, on the same memory bus, and never on the same cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from rich.console import Console
+
+from pipeline.job import Job
+from pipeline.launch.base import Launcher, LaunchError
+from pipeline.launch.children import Children
+from pipeline.launch.drive import was_stopped
+from pipeline.launch.watch import Watch
+from pipeline.ranks import Refused
+from pipeline.recipe import Recipe
+from pipeline.track.jsonl import Follower
+from pipeline.track.mlflow import tracking_uri
+
+LOG = "launch.log"
+"""in a run's folder: what its process printed"""
+_POLL_S = 0.25
+_PR_SET_PDEATHSIG = 1
+
+
+def slots_of(launcher: Launcher, wanted: int | Literal["auto"]) -> int:
+    """How many runs train at once.
+
+    Raises:
+        Refused: more than there is room for.
+    """
+    if wanted == 1:
+        return 1
+    room = launcher.room()
+    if wanted == "auto":
+        return max(1, room)
+    if wanted > room:
+        raise Refused(f"launch: {wanted} runs side by side need cores and cards of their own; there is room for {room}")
+    return wanted
+
+
+def train_side_by_side(children: Children, launcher: Launcher, slots: int, console: Console) -> bool:
+    """Whether all have finished; False when asked to stop. At the first failure none is begun any more; the others end first.
+
+    Raises:
+        LaunchError: a run failed; the line is its process's last.
+        Refused: a run was refused.
+    """
+    going: dict[str, _Driven] = {}
+    failed: Exception | None = None
+    with _stop_requests() as asked:
+        while True:
+            if asked():
+                for each in going.values():
+                    each.stop(at_once=asked() > 1)
+            for name, each in list(going.items()):
+                if not each.ended():
+                    continue
+                del going[name]
+                failed = failed or each.failure()
+            if not asked() and failed is None:
+                failed = _begin_more(children, launcher, slots, going, console)
+            if not going:
+                break
+            time.sleep(_POLL_S)
+    if failed is not None:
+        raise failed
+    return not children.left()
+
+
+def _begin_more(
+    children: Children, launcher: Launcher, slots: int, going: dict[str, _Driven], console: Console
+) -> Exception | None:
+    """Fill the free slots, in the suite's order; what is refused on the way."""
+    for recipe in children.left():
+        if len(going) == slots:
+            break
+        if recipe.name in going or not children.can_begin(recipe):
+            continue
+        try:
+            going[recipe.name] = _Driven(recipe, children.job(recipe), children, launcher, console)
+        except ValueError as error:
+            return error
+    return None
+
+
+class _Driven:
+    """One run, and the process that drives it."""
+
+    def __init__(self, recipe: Recipe, job: Job, children: Children, launcher: Launcher, console: Console) -> None:
+        self.name, self.folder = recipe.name, Path(job.run)
+        (self.folder / "stop").unlink(missing_ok=True)
+        words = ["resume", str(self.folder), "--runs", str(children.runs), *launcher.joining()]
+        trust = [word for package in children.trust for word in ("--trust", package)]
+        self._log = (self.folder / LOG).open("ab")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline", *words, *trust],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in a terminal reaches the suite alone, which passes it on
+            preexec_fn=_end_with_the_suite,
+        )
+        journal = self.folder / "journal.jsonl"
+        self._follower = Follower(journal, offset=journal.stat().st_size if journal.exists() else 0)
+        self._watch = Watch(console, run_dir=self.folder, store=tracking_uri(children.runs), name=recipe.name)
+        self._asked_at_once = False
+
+    def ended(self) -> bool:
+        over = self._process.poll() is not None
+        self._watch.show(self._follower.poll())
+        if over:
+            self._watch.close()
+            self._log.close()
+        return over
+
+    def stop(self, *, at_once: bool) -> None:
+        """Save after the step at hand, or give up what came since the last checkpoint."""
+        (self.folder / "stop").touch()
+        if at_once and not self._asked_at_once:
+            self._asked_at_once = True
+            self._process.terminate()
+
+    def failure(self) -> Exception | None:
+        """None where it finished or was stopped."""
+        code = self._process.returncode
+        if code == 0 or was_stopped(self.folder):
+            return None
+        lines = (self.folder / LOG).read_text(errors="replace").strip().splitlines() or [f"exit status {code}"]
+        said = f"{self.folder.name}: {lines[-1]}"
+        return Refused(said) if code == 2 else LaunchError(said)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], int]]:
+    """How often somebody has asked to stop, by Ctrl-C or SIGTERM."""
+    asked = 0
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked += 1
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_with_the_suite() -> None:
+    """Ask the kernel for a SIGTERM when the suite's process dies: its run is saved, and can be gone on with."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,110 @@
+"""A plan held against a run that was launched: how far off the model was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.measure.memory import hardware
+from pipeline.plan import Cluster, Plan
+from pipeline.recipe import Recipe
+from pipeline.report.choose import finished_run
+from pipeline.report.differences import differing
+from pipeline.report.runs import ReportError, load
+
+# What a batch costs does not depend on how many there are, nor on when a run looks up from them.
+_BESIDE = ("name", "family", "rule", "seed", "init", "epochs", "schedule", "stop_after", "evaluate_every", "evaluate_samples",
+           "fidelity_every", "checkpoint_every", "checkpoint_minutes", "keep", "log_every", "protocol", "tuned")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One that was planned and measured."""
+
+    planned: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        """A share of what was measured; above 0 the plan was too high."""
+        return self.planned / self.measured - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Errors:
+    """Of one rule's plan."""
+
+    run: str
+    rule: str
+    saved_bytes: Quantity
+    step_s: Quantity
+    """of the batches whose speed counts: neither the first nor those on which bytes or operations are counted"""
+
+    def told(self) -> str:
+        saved, step = self.saved_bytes, self.step_s
+        return (
+            f"Against {self.run}, {self.rule}: saved for backward {saved.planned / 1e6:.4g} MB planned, "
+            f"{saved.measured / 1e6:.4g} MB measured, {saved.error:+.1%}; a step {step.planned * 1e3:.4g} ms planned, "
+            f"{step.measured * 1e3:.4g} ms measured, {step.error:+.1%}."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run": self.run,
+            "rule": self.rule,
+            **{
+                name: {"planned": each.planned, "measured": each.measured, "error": each.error}
+                for name, each in (("saved_bytes", self.saved_bytes), ("step_s", self.step_s))
+            },
+        }
+
+
+def refuse_unless_comparable(recipe: Recipe, cluster: Cluster, folder: Path) -> None:
+    """Refuse a run that a plan of `recipe` on `cluster` says nothing about.
+
+    Raises:
+        ReportError: it has not finished, was of another recipe, on other machines or other workers.
+    """
+    summary = _summary(folder)
+    if cluster.device is not None:
+        raise ReportError(f"plan: --against is for machines like this one; got {cluster.device.name}")
+    here, there = hardware(), summary["hardware"]
+    found = [("workers", cluster.workers, summary["world_size"])] if summary["world_size"] != cluster.workers else []
+    found += list(differing("hardware", *({**each, "threads": cluster.threads} for each in (here, {**there}))))
+    if there["threads"] != cluster.threads:
+        found.append(("cpus-per-worker", cluster.threads, there["threads"]))
+    theirs = (load(folder / "recipe.json") or {}).get("recipe") or {}
+    mine = recipe.resolved().to_json()["recipe"]
+    found += list(differing("", *({name: each[name] for name in each if name not in _BESIDE} for each in (mine, theirs))))
+    if found:
+        shown = "; ".join(f"{name}: {a} and {b}" for name, a, b in found[:4])
+        raise ReportError(f"plan: --against must be a run of what is planned; {folder.name} differs: {shown}")
+
+
+def errors(found: Plan, folder: Path) -> Errors:
+    """Of the rule that the run was trained by.
+
+    Raises:
+        ReportError: the plan has no such rule.
+    """
+    summary = _summary(folder)
+    planned = next((each for each in found.rules if each.rule == summary["rule"]), None)
+    if planned is None:
+        told = ", ".join(each.rule for each in found.rules) or "none"
+        raise ReportError(f"plan: --against must be of a rule that is planned, {told}; got {summary['rule']} of {folder.name}")
+    batch_size = planned.images_per_s * planned.step_s
+    return Errors(
+        run=folder.name,
+        rule=planned.rule,
+        saved_bytes=Quantity(planned.saved_bytes, summary["peak_saved_bytes"]),
+        step_s=Quantity(planned.step_s, batch_size / summary["images_per_s"]),
+    )
+
+
+def _summary(folder: Path) -> Mapping[str, Any]:
+    run = finished_run(folder)
+    if run is None or not run.summary.get("images_per_s"):
+        raise ReportError(f"plan: --against must be a run that has finished, of more than a few batches; got {folder.name}")
+    return run.summary

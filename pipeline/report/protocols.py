@@ -1,0 +1,81 @@
+"""The two protocols of a comparison beside one another: the same settings for every rule, and each rule with its own best.
+
+The trials, which chose, are listed with what they did on the part of the training set that they had held out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.recipe import read_json
+from pipeline.report.choose import study_of
+from pipeline.report.compare import compare, print_comparison
+from pipeline.report.differences import written
+from pipeline.suite import best
+
+TITLES = {"shared": "shared: only the rule differs", "tuned": "tuned: each rule with its own best value of {fields}"}
+
+
+def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
+    """A table for each study of a protocol, and one of the trials; what it prints as JSON. Called with all runs of a suite."""
+    told: dict[str, Any] = {}
+    by_protocol = _by_protocol(runs)
+    for protocol, title in TITLES.items():
+        told[protocol] = []
+        for folders in by_protocol.get(protocol, {}).values():
+            fields = ", ".join(_recipe(folders[0]).get("tuned", ()))
+            console.print(Text(title.format(fields=fields), style="bold"))
+            print_comparison(folders[0].parent, folders, console=console)
+            console.print()
+            told[protocol].append(compare(folders[0].parent, folders).to_json())
+    trials = [trial for folders in by_protocol.get("trial", {}).values() for trial in _trials(folders)]
+    _print_trials(trials, console)
+    return {**told, "trials": trials}
+
+
+def _by_protocol(runs: Mapping[str, Path]) -> dict[str, dict[str, list[Path]]]:
+    """Folders by protocol and study."""
+    found: dict[str, dict[str, list[Path]]] = {}
+    for folder in runs.values():
+        protocol = _recipe(folder).get("protocol", "shared")
+        found.setdefault(protocol, {}).setdefault(study_of(folder), []).append(folder)
+    return found
+
+
+def _trials(folders: list[Path]) -> Iterator[dict[str, Any]]:
+    """Of one study, each rule's in the order that they were tried in, and which was taken."""
+    summaries = {folder: read_json(folder / "summary.json") for folder in folders}
+    by_rule: dict[str, dict[str, float]] = {}
+    for folder, summary in summaries.items():
+        by_rule.setdefault(summary["rule"], {})[folder.name] = summary["top1"]
+    for folder, summary in summaries.items():
+        recipe = _recipe(folder)
+        [field] = recipe["tuned"]
+        yield {
+            "run": folder.name,
+            "rule": summary["rule"],
+            "field": field,
+            "value": written(recipe, field),
+            "top1": summary["top1"],
+            "taken": folder.name == best(by_rule[summary["rule"]]),
+        }
+
+
+def _print_trials(trials: list[dict[str, Any]], console: Console) -> None:
+    table = Table(title="trials, on a held-out part", box=None, header_style="bold", pad_edge=False, title_justify="left")
+    for title in ("rule", "field", "value", "top-1", ""):
+        table.add_column(title, justify="right" if title in ("value", "top-1") else "left")
+    for trial in trials:
+        cells = (trial["rule"], trial["field"], f"{trial['value']:g}", f"{trial['top1']:.2%}", "taken" if trial["taken"] else "")
+        table.add_row(*map(Text, cells))
+    console.print(table)
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "recipe.json")["recipe"]

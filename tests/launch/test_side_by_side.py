@@ -1,0 +1,191 @@
+"""Runs of a suite at the same time: on cores of their own, in an order that their needs allow, saved when the suite dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.data.write import write_fashion
+from pipeline.launch.base import Launcher
+from pipeline.launch.inline import Inline
+from pipeline.launch.side_by_side import LOG, slots_of
+from pipeline.ranks import Refused
+from pipeline.report.runs import list_suites
+from pipeline.suite import runs_of
+from pipeline.track.jsonl import first, last, read
+from pipeline.track.state import is_driven, state_of
+from tests.small import Command, command, same_weights
+
+RECIPES = """
+from dataclasses import replace
+from pipeline.recipe import spec
+from pipeline.rules.bptt import BPTT
+from tests.small import small_recipe
+
+def recipe():
+    one = small_recipe(name="one", epochs=EPOCHS)
+    return [one, replace(one, name="after", init="@one"), replace(one, name="other", seed=1)]
+"""
+
+SEARCHED = """
+from pipeline.data.beton import Beton
+from pipeline.recipe import spec
+from pipeline.rules.bptt import BPTT
+from tests.small import small_recipe
+
+def recipe():
+    data = spec(Beton, folder="FOLDER", classes=10, channels=1, size=8, crop="resized", mean=(0.5,), std=(0.5,))
+    return small_recipe(name="searched", rule=spec(BPTT), data=data, epochs=1, stop_after=6, evaluate_samples=100)
+"""
+
+cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two runs side by side need two cores")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the recipe files, and one MLflow store for all tests."""
+    folder = tmp_path_factory.mktemp("side-by-side")
+    for name, epochs in (("short", 1), ("long", 12)):
+        (folder / f"{name}.py").write_text(RECIPES.replace("EPOCHS", str(epochs)))
+    write_fashion(folder / "fashion")
+    (folder / "searched.py").write_text(SEARCHED.replace("FOLDER", str(folder / "fashion")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        yield folder
+
+
+@pytest.fixture
+def spiketrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    return command(monkeypatch, capsys)
+
+
+def span(run: Path) -> tuple[float, float]:
+    """When it began and ended to train."""
+    start, finish = first(run / "journal.jsonl", "start"), last(run / "journal.jsonl", "finish")
+    assert start is not None and finish is not None
+    return start["time"], finish["time"]
+
+
+def overlap(one: Path, other: Path) -> bool:
+    (begin, end), (other_begin, other_end) = span(one), span(other)
+    return begin < other_end and other_begin < end
+
+
+@cores
+@pytest.mark.distributed
+def test_what_needs_nothing_runs_at_once_and_what_does_waits(place: Path, tmp_path: Path, spiketrain: Command) -> None:
+    words = ("launch", str(place / "long.py"), "--inline", "--device", "cpu", "--runs", str(tmp_path))
+    code, said, error = spiketrain(*words, "--name", "two", "--side-by-side", "2")
+    assert code == 0, error
+    runs = runs_of(tmp_path / "two")
+    assert overlap(runs["one"], runs["other"])
+    assert span(runs["after"])[0] > span(runs["one"])[1]
+    on = {name: first(run / "journal.jsonl", "start") for name, run in runs.items()}
+    assert all(start is not None and len(start["own_cores"]) == 1 for start in on.values())
+    assert on["one"]["own_cores"] != on["other"]["own_cores"]  # type: ignore[index]
+    assert "one  start" in said and "other  finished" in said
+    assert said.count("study ") >= 2  # the tables at the end
+    code, _, error = spiketrain(*words, "--name", "turn")
+    assert code == 0, error
+    assert all(same_weights(run, runs_of(tmp_path / "turn")[name]) for name, run in runs.items())
+
+
+@cores
+@pytest.mark.distributed
+def test_when_the_suite_is_killed_its_runs_are_saved_and_it_goes_on(place: Path, tmp_path: Path, spiketrain: Command) -> None:
+    words = ["launch", str(place / "long.py"), "--inline", "--device", "cpu", "--runs", str(tmp_path), "--name", "killed"]
+    with subprocess.Popen([sys.executable, "-m", "pipeline", *words, "--side-by-side", "2"], stdout=subprocess.DEVNULL) as suite:
+        wait_for(lambda: all(steps(run) > 2 for name, run in children(tmp_path / "killed").items() if name != "after"))
+        suite.send_signal(signal.SIGKILL)
+    going = [run for name, run in children(tmp_path / "killed").items() if name != "after"]
+    wait_for(lambda: not any(is_driven(run) for run in going))
+    assert [state_of(run) for run in going] == ["stopped", "stopped"]
+    [row] = list_suites(tmp_path)
+    assert row.state == "0 of 3 finished" and row.resume == f"spiketrain resume killed --runs {tmp_path}"
+    code, _, error = spiketrain("resume", "killed", "--runs", str(tmp_path))
+    assert code == 0, error
+    for run in going:
+        done = [event["step"] for event in read(run / "journal.jsonl") if event["event"] == "step"]
+        assert done == list(range(1, 12 * 8 + 1))  # each step once: nothing was lost
+
+
+def test_a_run_that_fails_lets_the_others_end_and_says_why(place: Path, tmp_path: Path, spiketrain: Command) -> None:
+    words = ("launch", str(place / "short.py"), "--inline", "--device", "cpu", "--runs", str(tmp_path), "--name", "bad")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(saboteur(tmp_path / "hook")))
+        code, _, error = spiketrain(*words, "--side-by-side", "2")
+    runs = runs_of(tmp_path / "bad")
+    assert code == 2 and error == f"{runs['one'].name}: sabotage: must not be; got one\n"
+    assert state_of(runs["other"]) == "finished" and not runs["after"].exists()
+    assert "sabotage" in (runs["one"] / LOG).read_text()
+
+
+def test_a_search_takes_what_did_best_on_the_held_out_part(place: Path, tmp_path: Path, spiketrain: Command) -> None:
+    rates = (0.001, 0.01, 0.1, 0.3, 3.0)
+    words = ("--tune", f"optimizer.lr={','.join(map(str, rates))}", "--name", "s", "--runs", str(tmp_path))
+    code, said, error = spiketrain("launch", str(place / "searched.py"), "--inline", "--device", "cpu", *words)
+    assert code == 0, error
+    runs = runs_of(tmp_path / "s")
+    top1 = {rate: json.loads((runs[f"searched-lr-{rate}"] / "summary.json").read_text())["top1"] for rate in rates}
+    best = max(top1, key=lambda rate: top1[rate])
+    written = {name: json.loads((run / "recipe.json").read_text())["recipe"] for name, run in runs.items()}
+    assert written["searched-tuned"]["optimizer"]["kwargs"]["lr"] == best
+    assert written["searched"]["optimizer"]["kwargs"]["lr"] == 0.1
+    assert said.count("taken") == 1 and "shared: only the rule differs" in said
+    assert "tuned: each rule with its own best value of optimizer.lr" in said
+    code, said, _ = spiketrain("compare", "s", "--runs", str(tmp_path), "--format", "json")
+    told = json.loads(said)
+    assert [trial["value"] for trial in told["trials"] if trial["taken"]] == [best]
+    assert len(told["shared"]) == len(told["tuned"]) == 1
+    trials = [runs[f"searched-lr-{rate}"].name for rate in rates]
+    code, _, error = spiketrain("compare", *trials, "--runs", str(tmp_path))
+    assert code == 2 and "optimizer.lr: 0.001 and 0.01" in error
+
+
+def test_more_than_there_is_room_for_is_refused() -> None:
+    launcher: Launcher = Inline(device="cpu")
+    room = launcher.room()
+    assert slots_of(launcher, "auto") == room and slots_of(launcher, 1) == 1
+    with pytest.raises(
+        Refused, match=f"{room + 1} runs side by side need cores and cards of their own; there is room for {room}"
+    ):
+        slots_of(launcher, room + 1)
+
+
+def children(suite: Path) -> dict[str, Path]:
+    return runs_of(suite) if (suite / "suite.json").exists() else {"none yet": suite}
+
+
+def steps(run: Path) -> int:
+    newest = last(run / "journal.jsonl", "step")
+    return newest["step"] if newest else 0
+
+
+def wait_for(happened: Any) -> None:
+    deadline = time.monotonic() + 90
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def saboteur(folder: Path) -> Path:
+    """A folder to put on the path: processes that drive the run of recipe `one` find its rule refused."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if '-m' in sys.orig_argv and 'pipeline' in sys.orig_argv and any('/one-' in word for word in sys.orig_argv):\n"
+        "    from pipeline.rules.sltt import SLTT\n"
+        "    def attach(self, *words, **more):\n"
+        "        raise ValueError('sabotage: must not be; got one')\n"
+        "    SLTT.attach = attach\n"
+    )
+    return folder

@@ -1,0 +1,60 @@
+"""Cores of one's own: taken once, by every thread, waited for, and free again when their holder dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from pipeline.cores import own_cores
+from pipeline.ranks import Refused
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from pipeline.cores import own_cores
+with own_cores(1, folder=Path(sys.argv[1])) as cores:
+    print(*cores, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_every_thread_keeps_to_them_and_is_let_go(tmp_path: Path) -> None:
+    before, go_on = os.sched_getaffinity(0), threading.Event()
+    waiting = threading.Thread(target=go_on.wait, daemon=True)
+    waiting.start()
+    seen: list[set[int]] = []
+    with own_cores(1, folder=tmp_path) as cores:
+        assert len(cores) == 1 and set(cores) <= before
+        assert os.sched_getaffinity(waiting.native_id or 0) == set(cores) == os.sched_getaffinity(0)
+        later = threading.Thread(target=lambda: seen.append(os.sched_getaffinity(0)))
+        later.start()
+        later.join()
+        assert seen == [set(cores)]
+    assert os.sched_getaffinity(0) == before == os.sched_getaffinity(waiting.native_id or 0)
+    go_on.set()
+
+
+def test_two_never_have_the_same_and_the_dead_hold_none(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        theirs = int(other.stdout.readline())
+        everything = len(os.sched_getaffinity(0))
+        try:
+            if everything > 1:
+                with own_cores(1, folder=tmp_path) as mine:
+                    assert theirs not in mine
+            said = f"a worker needs {everything} of its own; too few of this machine's {everything}"
+            with pytest.raises(Refused, match=said), own_cores(everything, folder=tmp_path, patience_s=0.1):
+                pass
+        finally:
+            other.send_signal(signal.SIGKILL)
+            other.wait()
+    with own_cores(everything, folder=tmp_path) as mine:
+        assert theirs in mine
