@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from pipeline.attempt import Attempt
 from pipeline.job import Job, Place, resume_command
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.drive import Tracking, commit, drive, prepare
+from pipeline.launch.drive import commit, drive, prepare
 from pipeline.launch.ray import Ray
 from pipeline.loop import MicroBatch
 from pipeline.measure.memory import hardware
@@ -148,8 +148,7 @@ def main() -> None:
         runs, out = Path(folder), Path(folder) / "seconds.json"
         job = prepare(recipe, Cluster(), runs)
         with Ray(workers=1, work=partial(work, rule_name=arguments.rule, out=str(out))) as launcher:
-            tracking = Tracking(tracking_uri(runs), "overhead")
-            drive(job, launcher, tracking, Console(), resume_command=resume_command(runs, Path(job.run).name))
+            drive(job, launcher, Console(), uri=tracking_uri(runs), resume_command=resume_command(runs, Path(job.run).name))
         seconds = json.loads(out.read_text())
     ours, bare = (torch.tensor(seconds[key][WARM_UP:]) for key in ("ours_s", "bare_s"))
     report(recipe, arguments.rule, ours, bare)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from pipeline import track_command
 from pipeline.write_command import write_app
 
 if TYPE_CHECKING:
@@ -417,17 +418,8 @@ def verify(path: Annotated[Path, typer.Argument(metavar="FILE", help="a .beton f
         print(f"{manifest.file}: {counts}, content {manifest.content[:16]}: whole")
 
 
-@app.command(epilog="Example: spiketrain sync fashion-sltt-20260105-120000")
-def sync(run: RunName, runs: Runs = RUNS) -> None:
-    """Deliver to MLflow what it has missed of a run."""
-    from pipeline.report.runs import find_run
-    from pipeline.track.mlflow import sync as sync_run
-    from pipeline.track.mlflow import tracking_uri
-
-    folder = find_run(runs, run)
-    uri = tracking_uri(runs)
-    report = sync_run(folder, uri=uri)
-    print(f"{folder.name} -> {uri}: {report.delivered} points delivered, {report.already_there} were there")
+app.command(epilog="Example: spiketrain sync fashion-sltt-20260105-120000")(track_command.sync)
+app.command(epilog="Example: spiketrain register fashion-sltt-20260105-120000 --as fashion --which best")(track_command.register)
 
 
 def _end_run(folder: Path | None, runs: Path) -> None:

@@ -22,7 +22,11 @@ class Job:
     data_fingerprint: str
     commit: str
     parent: str | None = None
-    """shared by the runs of one comparison"""
+    """shared by the runs of one suite"""
+    suite: str | None = None
+    """the name of its folder"""
+    family: str | None = None
+    """what its runs are kept under in MLflow; all of a suite under one"""
     run_id: str = ""
     resume_command: str = ""
     trust: tuple[str, ...] = ()

@@ -70,6 +70,8 @@ class Recipe:
     """called with the data -> pipeline.teachers.base.Teacher, whose answers the objective distils; None: labels alone"""
     phases: tuple[Phase, ...] = ()
     """tasks to learn one after another; none: the data as it is"""
+    family: str | None = None
+    """what its runs are kept under, an experiment in MLflow; None: the name. No part of the study, as the name is none"""
     over_time: Literal["steps", "mean"] = "steps"
     """the loss is the mean over time of each step's loss, or one loss of the mean logits"""
     micro_batch: int | None = None
@@ -131,8 +133,10 @@ class Recipe:
             )
         for key in self.tuned:
             self.value_of(key)
-        if os.sep in self.name or self.name.strip() in ("", ".", ".."):
-            raise ValueError(f"recipe: name becomes a folder's name and must not hold {os.sep!r}; got {self.name!r}")
+        for name in ("name",) if self.family is None else ("name", "family"):
+            text = getattr(self, name)
+            if os.sep in text or text.strip() in ("", ".", ".."):
+                raise ValueError(f"recipe: {name} becomes a folder's name and must not hold {os.sep!r}; got {text!r}")
         object.__setattr__(self, "phases", tuple(self.phases))
         check_phases(self.phases)
 
@@ -245,8 +249,8 @@ class Recipe:
             inputs: content hashes of what paths only point at: `data` (and `init`, where there is one).
         """
         value = self._encoded(paths=False)
-        for name in ("name", "rule", "seed", "init", "fidelity_every"):  # the last looks on
-            del value[name]
+        for name in ("name", "family", "rule", "seed", "init", "fidelity_every"):  # the last looks on
+            value.pop(name, None)
         for key in self.tuned:
             *parts, last = key.split(".")
             holder = value
@@ -297,7 +301,7 @@ class Recipe:
     def _encoded(self, *, paths: bool) -> dict[str, Any]:
         fields = {each.name: encode(getattr(self, each.name), paths=paths) for each in dataclasses.fields(self)}
         # A recipe without them keeps its study key.
-        absent = [name for name in ("mixing", "teacher", "phases", "ema_decay", "tuned") if not getattr(self, name)]
+        absent = [name for name in ("mixing", "teacher", "phases", "family", "ema_decay", "tuned") if not getattr(self, name)]
         absent += ["protocol"] if self.protocol == "shared" else []
         return {name: value for name, value in fields.items() if name not in absent}
 

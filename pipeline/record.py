@@ -32,6 +32,8 @@ def told_at_start(parts: Parts, *, step: int) -> dict[str, Any]:
         "rule": parts.rule.label,
         "study": job.study,
         "study_parent": job.parent,
+        "suite": job.suite,
+        "family": job.family,
         "seed": recipe.seed,
         "world_size": split.workers,
         "batch_size": recipe.batch_size,

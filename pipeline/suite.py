@@ -78,6 +78,11 @@ class Suite:
         if self.report is not None:
             _check_report(self.report)
 
+    @property
+    def family(self) -> str:
+        """What all of its runs are kept under: MLflow shows runs under their parent within one experiment alone."""
+        return next((each.family for each in self.recipes if each.family), self.recipes[0].name)
+
     def override(self, changes: Mapping[str, Any]) -> Suite:
         """The same suite with `Recipe.override` of each recipe.
 

@@ -31,7 +31,20 @@ def spiketrain(*words: str, cwd: Path | None = None) -> subprocess.CompletedProc
 
 
 WRITE = ["write fashion", "write folder", "write events", "write stamps"]
-COMMANDS = ["launch", "resume", "evaluate", "export", "carryover", "compare", "show", "runs", *WRITE, "verify", "sync"]
+COMMANDS = [
+    "launch",
+    "resume",
+    "evaluate",
+    "export",
+    "carryover",
+    "compare",
+    "show",
+    "runs",
+    *WRITE,
+    "verify",
+    "sync",
+    "register",
+]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -142,13 +155,16 @@ def _one_line(code: int, error: str) -> str:
         ("carryover none --batch 1", "(see spiketrain carryover --help)"),
         ("compare none", "none"),
         ("sync none", "none"),
+        ("register none --as x", "none"),
+        ("register none", "(see spiketrain register --help)"),
         ("verify nowhere", "nowhere"),
         ("write folder --source nowhere --out x", "nowhere"),
     ],
 )
 def test_a_mistake_ends_in_one_line(words: str, said: str, tmp_path: Path, refused: Refused) -> None:
     takes_runs = (
-        words.split()[0] in ("launch", "resume", "evaluate", "export", "carryover", "compare", "sync") and words != "launch"
+        words.split()[0] in ("launch", "resume", "evaluate", "export", "carryover", "compare", "sync", "register")
+        and words != "launch"
     )
     assert said in refused(*words.split(), *(["--runs", str(tmp_path)] if takes_runs else []))
     assert list(tmp_path.iterdir()) == []

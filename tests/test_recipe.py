@@ -203,8 +203,15 @@ def test_a_batch_that_does_not_divide_names_sizes_that_do() -> None:
 def test_a_recipe_keeps_its_study_key_when_recipes_learn_more() -> None:
     """What is left out is not written: the keys of published studies stay."""
     written = small().to_json()["recipe"]
-    assert not {"phases", "mixing", "ema_decay"} & set(written)
+    assert not {"phases", "mixing", "ema_decay", "family"} & set(written)
     assert "mixing" in small(mixing=spec(Mixing, mixup=0.2)).to_json()["recipe"]
+
+
+def test_a_family_is_written_inherited_and_checked_as_a_name() -> None:
+    recipe = small(family="fashion")
+    assert Recipe.from_json(recipe.to_json()) == recipe and replace(recipe, name="other").tiny().family == "fashion"
+    with pytest.raises(ValueError, match="family becomes a folder's name and must not hold '/'; got 'a/b'"):
+        small(family="a/b")
 
 
 def test_the_study_key_ignores_rule_seed_name_and_paths_and_nothing_else() -> None:
@@ -215,6 +222,7 @@ def test_the_study_key_ignores_rule_seed_name_and_paths_and_nothing_else() -> No
         replace(base, rule=spec(BPTT)),
         replace(base, seed=4),
         replace(base, name="other"),
+        replace(base, family="another"),
         replace(base, data=beton.with_(folder="elsewhere")),
         base.resolved(),
     ]
@@ -256,6 +264,7 @@ def test_every_recipe_file_resolves_and_survives_tiny() -> None:
         for recipe in recipes_of(path):
             assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
             assert recipe.tiny().time_steps <= 2
+            assert recipe.family in {"fashion", "stamps", "cifar", "imagenet", "events", "continual"}, path
             head = path.read_text().split('"""')[1]
             assert "Command:" in head, path
             assert "Source:" in head, path

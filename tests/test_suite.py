@@ -53,6 +53,11 @@ def test_references_are_found_wherever_a_path_may_stand_and_filled() -> None:
     assert references(ready) == () and ready.name == recipe.name
 
 
+def test_one_family_for_all() -> None:
+    assert three().family == "first"
+    assert Suite((small_recipe(name="first"), small_recipe(name="second", family="fashion"))).family == "fashion"
+
+
 def test_resolved_paths_are_absolute_and_references_stay() -> None:
     recipe = three().resolved().recipes[2]
     assert recipe.init == "@first" and recipe.teacher is not None and recipe.teacher.kwargs["weights"] == "@second"

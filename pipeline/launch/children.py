@@ -20,6 +20,8 @@ from pipeline.weights import weights_file
 class Children:
     """Of one launch."""
 
+    name: str
+    """the suite's, which is that of its folder"""
     suite_file: SuiteFile
     cluster: Cluster
     where: Mapping[str, Path]
@@ -49,7 +51,8 @@ class Children:
             return begun_job(run, parent, trust=self.trust)
         ready = filled(self._chosen(recipe), lambda name: weights_file(self.where[name]))
         check(ready, self.cluster, trust=self.trust)
-        return prepare(ready, self.cluster, self.runs, name=run.name, parent=parent, trust=self.trust)
+        about = {"parent": parent, "suite": self.name, "family": self.suite_file.suite.family}
+        return prepare(ready, self.cluster, self.runs, name=run.name, trust=self.trust, **about)
 
     def _chosen(self, recipe: Recipe) -> Recipe:
         """With the value that did best in its trials, where it has any."""

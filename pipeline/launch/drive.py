@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -44,12 +44,6 @@ MLFLOW_PATIENCE_S = 30.0
 ECHO_S = 0.3
 
 
-@dataclass(frozen=True)
-class Tracking:
-    uri: str
-    experiment: str
-
-
 def prepare(
     recipe: Recipe,
     cluster: Cluster,
@@ -57,9 +51,13 @@ def prepare(
     *,
     name: str | None = None,
     parent: str | None = None,
+    suite: str | None = None,
+    family: str | None = None,
     trust: tuple[str, ...] = (),
 ) -> Job:
     """Make the run's folder, with all that it takes to resume it: its recipe, its job and where it trains.
+
+    `parent`, `suite` (its folder's name) and `family` are those of the suite that it belongs to.
 
     Raises:
         ValueError: the data set is missing, the weights that `init` names are missing, or the name is taken.
@@ -77,6 +75,8 @@ def prepare(
         data_fingerprint=fingerprint,
         commit=commit(),
         parent=parent,
+        suite=suite,
+        family=family or recipe.family or recipe.name,
         run_id=uuid.uuid4().hex,
         trust=trust,
         threads=cluster.cpus_per_worker,
@@ -113,8 +113,11 @@ def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
     return job
 
 
-def drive(job: Job, launcher: Launcher, tracking: Tracking, console: Console, *, resume_command: str) -> dict[str, Any] | None:
-    """Run one job to its end, watched, mirrored to MLflow and stoppable. See `Launcher.run` for what comes back or is raised."""
+def drive(job: Job, launcher: Launcher, console: Console, *, uri: str, resume_command: str) -> dict[str, Any] | None:
+    """Run one job to its end, watched, mirrored to MLflow at `uri` and stoppable.
+
+    See `Launcher.run` for what comes back or is raised.
+    """
     folder = Path(job.run)
     job = replace(job, resume_command=resume_command, commit=commit())
     with driver_lock(folder):
@@ -123,8 +126,8 @@ def drive(job: Job, launcher: Launcher, tracking: Tracking, console: Console, *,
         write_job(job)
         journal = folder / "journal.jsonl"
         offset = journal.stat().st_size if journal.exists() else 0
-        mirror = Mirror(folder, uri=tracking.uri, experiment=tracking.experiment)
-        watch = Watch(console, run_dir=folder, store=tracking.uri, resume_command=resume_command)
+        mirror = Mirror(folder, uri=uri)
+        watch = Watch(console, run_dir=folder, store=uri, resume_command=resume_command)
         follower = Follower(journal, offset=offset)
         try:
             with _stop_on_signal(folder, console):
@@ -136,7 +139,7 @@ def drive(job: Job, launcher: Launcher, tracking: Tracking, console: Console, *,
             watch.show(follower.poll())
             watch.close()
             if not mirror.close(timeout=MLFLOW_PATIENCE_S):
-                console.print(f"MLflow at {tracking.uri} has not answered; `spiketrain sync {folder}` delivers the rest later")
+                console.print(f"MLflow at {uri} has not answered; `spiketrain sync {folder}` delivers the rest later")
         return outcome
 
 

@@ -16,7 +16,7 @@ from pipeline.export import is_export, load_export
 from pipeline.job import Job, resume_command
 from pipeline.launch.base import Launcher
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.drive import Tracking, drive, prepare, read_job
+from pipeline.launch.drive import drive, prepare, read_job
 from pipeline.recipe import Recipe, read_json
 from pipeline.suite import Suite, refuse_references
 from pipeline.tasks import Loaders, mean_of, tasks_of
@@ -62,8 +62,7 @@ def check(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
 def train(job: Job, launcher: Launcher, runs: Path, console: Console) -> bool:
     """Train a run to its end; False when it was asked to stop before."""
     command = resume_command(runs, Path(job.run).name, trust=job.trust)
-    tracking = Tracking(tracking_uri(runs), "spiketrain")
-    return drive(job, launcher, tracking, console, resume_command=command) is not None
+    return drive(job, launcher, console, uri=tracking_uri(runs), resume_command=command) is not None
 
 
 def _trained(job: Job, launcher: Launcher, runs: Path) -> Path | None:

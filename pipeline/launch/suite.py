@@ -64,7 +64,7 @@ def _train_the_rest(
     command = resume_command(runs, folder.name, trust=trust)
     console.out(f"suite   {folder}\nresume  {command}", highlight=False)
     slots = slots_of(launcher, cluster.side_by_side)
-    children = Children(suite_file, cluster, where, trust=trust)
+    children = Children(folder.name, suite_file, cluster, where, trust=trust)
     with driver_lock(folder):
         if slots > 1:
             done = train_side_by_side(children, launcher, slots, console)

@@ -43,7 +43,9 @@ def newest_study(runs_dir: Path) -> list[Path]:
         there = f"it has {len(folders)} that did not finish" if folders else "it has no runs"
         raise ComparisonError(f"compare: no finished run in {runs_dir}; {there}")
     newest = max(finished, key=lambda run: _ended(run.folder))
-    return [folder for folder in folders if study_of(folder) == newest.summary.get("study")]
+    study = newest.summary.get("study")
+    of_study = {run.folder for run in finished if run.summary.get("study") == study}
+    return [folder for folder in folders if folder in of_study or study_of(folder) == study]
 
 
 def named(runs_dir: Path, names: Sequence[str | os.PathLike[str]]) -> list[Path]:

@@ -162,8 +162,9 @@ def compare(
     """
     runs_dir = Path(runs_dir)
     folders = named(runs_dir, names) if names else newest_study(runs_dir)
-    finished = [run for folder in folders if (run := finished_run(folder)) is not None]
-    left_out = [unfinished_run(folder) for folder in folders if finished_run(folder) is None]
+    each = [finished_run(folder) for folder in folders]
+    finished = [run for run in each if run is not None]
+    left_out = [unfinished_run(folder) for folder, run in zip(folders, each, strict=True) if run is None]
     if not finished:
         raise ComparisonError("compare: no finished run: " + ", ".join(f"{run.folder.name} is {run.state}" for run in left_out))
     finished.sort(key=lambda run: (rule_of(run) != against, rule_of(run), seed_of(run), run.name))

@@ -10,7 +10,7 @@ from pipeline.report.runs import load
 
 __all__ = ["differences", "differing", "written"]
 
-_VARIED = ("rule", "seed", "name", "fidelity_every")  # what the study key leaves out (pipeline.recipe), beside paths
+_VARIED = ("rule", "seed", "name", "family", "fidelity_every")  # what the study key leaves out (pipeline.recipe), beside paths
 _ABSENT = "(absent)"
 
 

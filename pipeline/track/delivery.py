@@ -8,28 +8,22 @@ at once send identical points, which MLflow's SQL stores keep once (run, key, st
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
-import logging
-import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.track.base import TrackingError
+from pipeline.track.connect import connect, without_password
+from pipeline.track.files import Files
+from pipeline.track.hierarchy import KIND_TAG, PARENT_OF, RUN_TAG, experiment_of, one_at_a_time, parent_of, set_parent_status
 from pipeline.track.jsonl import Event, Follower, first
+from pipeline.track.models import note_checkpoints
+from pipeline.track.system import FILE as SYSTEM
 from pipeline.track.translate import STATUS, Translation, milliseconds, parameters
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
-RUN_TAG = "spiketrain.run_id"
-PARENT_TAG = "spiketrain.study_parent"
-_PARENT_OF = "mlflow.parentRunId"
 _BLOCK = 4 << 20  # bytes of journal read at a time
 
 
@@ -39,32 +33,39 @@ class Delivery:
     `delivered` counts the points sent, `already_there` those that MLflow held when this delivery opened.
     """
 
-    def __init__(self, run_dir: Path, *, uri: str, experiment: str) -> None:
+    def __init__(self, run_dir: Path, *, uri: str) -> None:
         self.run_dir = run_dir
         self.delivered = 0
         self._uri = uri
-        self._experiment = experiment
-        self._follower = Follower(run_dir / "journal.jsonl")
+        self._follower, self._system = Follower(run_dir / "journal.jsonl"), Follower(run_dir / SYSTEM)
+        self._files = Files(run_dir)
         self._client: MlflowClient | None = None
         self._run_id = ""
         self._parent_id: str | None = None
-        self._translation = Translation()
+        self._suite: Path | None = None
+        self._translation, self._system_translation = Translation(), Translation()
         self._params: dict[str, str] = {}
         self._tags: dict[str, str] = {}
         self._status = ("", 0)  # in MLflow, with the end in milliseconds
         self._parent_knows = ""
+        self._ended = 0  # the newest event read, in milliseconds
+        self._noted = ("", 0)  # the end at which checkpoints were noted
+
+    @property
+    def run(self) -> Run:
+        """MLflow's, once `advance` has found it."""
+        return self._client_now.get_run(self._run_id)
 
     @property
     def already_there(self) -> int:
-        return self._translation.already_there
+        return self._translation.already_there + self._system_translation.already_there
 
     def advance(self, *, leaving: bool = False) -> bool:
         """Deliver what the journal holds by now; False when no attempt of the run has begun.
 
         `leaving`: nobody drives the run after this, whatever its journal says.
         """
-        # Making a schema, an experiment, a run or a tag is no atomic step in MLflow (3.17.2): two at once can both fail.
-        with _one_at_a_time(self.run_dir.parent):
+        with one_at_a_time(self.run_dir.parent):
             return self._advance(leaving=leaving)
 
     def _advance(self, *, leaving: bool) -> bool:
@@ -80,12 +81,19 @@ class Delivery:
                 tags.update(self._translation.tags(event))
                 params.update(parameters(event))
                 status, ended = STATUS.get(event["event"], status), milliseconds(event)
+                self._files.read(event)
             self._send(points, tags, params)
+        while samples := self._system.poll(limit_bytes=_BLOCK):
+            self._send([point for each in samples for point in self._system_translation.points(each)], {}, {})
         status = status or self._status[0]
         if status == "RUNNING" and leaving:
             status = "KILLED"
         self._set_status(status, ended)
-        self._send_files()
+        self._files.send(self._tags, self._send_file, status=status)
+        self._ended = ended or self._ended
+        if status not in ("", "RUNNING") and self._noted != (status, self._ended):
+            note_checkpoints(self._client_now, self.run, self.run_dir)
+            self._noted = (status, self._ended)
         return True
 
     # ------------------------------------------------------------------------------------------------- finding the run
@@ -95,9 +103,9 @@ class Delivery:
         if start is None:
             return False
         client = connect(self._uri)
-        experiment_id = self._experiment_id(client, start)
-        if start.get("study_parent"):
-            self._parent_id = self._parent(client, experiment_id, start)
+        experiment_id = experiment_of(client, start, uri=self._uri, runs_dir=self.run_dir.parent)
+        self._parent_id = parent_of(client, experiment_id, start)
+        self._suite = self.run_dir.parent / str(start["suite"]) if start.get("suite") else None
         run = self._find_or_create(client, experiment_id, start)
         self._client = client
         self._run_id = run.info.run_id
@@ -105,49 +113,18 @@ class Delivery:
         self._params, self._tags = dict(run.data.params), dict(run.data.tags)
         self._status = (run.info.status, run.info.end_time or 0)
         # The newest step of each metric. `run.data.metrics` has the values alone (3.17.2), the whole histories may be 100 MB.
-        self._translation.held = {metric.key: int(metric.step) for metric in run.data._metric_objs}
+        held = {metric.key: int(metric.step) for metric in run.data._metric_objs}
+        self._translation.held = self._system_translation.held = held
         return True
 
     def _note_for_people(self, experiment_id: str) -> None:
         """Where to look, beside the run; nothing here reads it back."""
-        uri = re.sub(r"//[^/@\s]*@", "//", self._uri)
-        note = json.dumps({"uri": uri, "experiment_id": experiment_id, "run_id": self._run_id})
+        note = json.dumps({"uri": without_password(self._uri), "experiment_id": experiment_id, "run_id": self._run_id})
         path = self.run_dir / "mlflow.json"
         if not path.exists() or path.read_text() != note:
             part = path.with_suffix(".part")
             part.write_text(note)
             part.replace(path)
-
-    def _experiment_id(self, client: MlflowClient, start: Event) -> str:
-        from mlflow.exceptions import MlflowException
-
-        name = f"{self._experiment}/{str(start.get('study', 'unknown'))[:8]}"
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            # A local store would put artifacts under the working directory of the moment; a server knows its own place.
-            place = (self.run_dir.parent / "mlartifacts" / name.replace("/", "-")).resolve().as_uri()
-            tags = {"spiketrain.study": str(start.get("study", ""))}
-            try:
-                return client.create_experiment(name, artifact_location=None if _is_server(self._uri) else place, tags=tags)
-            except MlflowException:
-                found = client.get_experiment_by_name(name)  # somebody else's runs folder, the same store, the same moment
-                if found is None:
-                    raise
-        if found.lifecycle_stage != "active":
-            raise TrackingError(
-                f"MLflow experiment {name!r} was deleted; restore it: mlflow experiments restore {found.experiment_id}"
-            )
-        return found.experiment_id
-
-    def _parent(self, client: MlflowClient, experiment_id: str, start: Event) -> str:
-        """The run that holds the runs of one comparison together."""
-        uuid = str(start["study_parent"])
-        found = client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{uuid}' and tags.`spiketrain.kind` = 'comparison'")
-        if found:
-            return found[0].info.run_id
-        tags = {PARENT_TAG: uuid, "spiketrain.kind": "comparison", "spiketrain.study": str(start.get("study", ""))}
-        name = f"compare {uuid[:8]}"
-        return client.create_run(experiment_id, start_time=milliseconds(start), tags=tags, run_name=name).info.run_id
 
     def _find_or_create(self, client: MlflowClient, experiment_id: str, start: Event) -> Run:
         uuid = str(start["run_id"])
@@ -157,9 +134,9 @@ class Delivery:
             for twin in twins:  # a server that hung may carry out a creation after it was tried again
                 client.delete_run(twin)
             return client.get_run(kept)
-        tags = {RUN_TAG: uuid, "spiketrain.kind": "run"}
+        tags = {RUN_TAG: uuid, KIND_TAG: "run"}
         if self._parent_id:
-            tags[_PARENT_OF] = self._parent_id
+            tags[PARENT_OF] = self._parent_id
         name = str(start.get("run", self.run_dir.name))
         return client.create_run(experiment_id, start_time=milliseconds(start), tags=tags, run_name=name)
 
@@ -168,80 +145,34 @@ class Delivery:
     def _send(self, points: list[Metric], tags: dict[str, str], params: dict[str, str]) -> None:
         from mlflow.entities import Param, RunTag
 
-        assert self._client is not None
         new_tags = [RunTag(key, value[:5000]) for key, value in tags.items() if self._tags.get(key) != value[:5000]]
         # A parameter is written once in MLflow; what a restart changed stands in the tags.
         new_params = [Param(key, value) for key, value in params.items() if key not in self._params]
         # One call: the client (3.17.2) cuts it to the limits of a request, and keeps the order.
-        self._client.log_batch(self._run_id, metrics=points, tags=new_tags, params=new_params)
+        self._client_now.log_batch(self._run_id, metrics=points, tags=new_tags, params=new_params)
         self._tags |= {tag.key: tag.value for tag in new_tags}
         self._params |= {param.key: param.value for param in new_params}
         self.delivered += len(points)
 
     def _set_status(self, status: str, ended: int) -> None:
-        assert self._client is not None
         if status == "RUNNING" and self._status[0] != status:
-            self._client.update_run(self._run_id, status=status)
+            self._client_now.update_run(self._run_id, status=status)
         elif status not in ("", "RUNNING") and (status != self._status[0] or ended not in (0, self._status[1])):
-            self._client.set_terminated(self._run_id, status=status, end_time=ended or None)
+            self._client_now.set_terminated(self._run_id, status=status, end_time=ended or None)
         elif status in ("", self._parent_knows):
             return
         self._status = (status, ended)
         if self._parent_id:
-            self._set_parent_status(self._parent_id)
+            set_parent_status(self._client_now, self._parent_id, suite=self._suite)
         self._parent_knows = status
 
-    def _set_parent_status(self, parent_id: str) -> None:
-        """RUNNING while one of its runs is; then FINISHED, or FAILED when one of them did not finish."""
-        assert self._client is not None
-        parent = self._client.get_run(parent_id)
-        runs = self._client.search_runs([parent.info.experiment_id], f"tags.`{_PARENT_OF}` = '{parent_id}'")
-        states = {run.info.status for run in runs}
-        status = "RUNNING" if "RUNNING" in states else "FINISHED" if states == {"FINISHED"} else "FAILED"
-        if status == parent.info.status:
-            return
-        if status == "RUNNING":
-            self._client.update_run(parent_id, status=status)
-        else:
-            self._client.set_terminated(parent_id, status=status)
+    def _send_file(self, path: Path, tag: str, version: str) -> None:
+        if path.exists():
+            self._client_now.log_artifact(self._run_id, str(path))
+            self._client_now.set_tag(self._run_id, tag, version)
+            self._tags[tag] = version
 
-    def _send_files(self) -> None:
-        assert self._client is not None
-        for name in ("recipe.json", "summary.json"):
-            path = self.run_dir / name
-            if not path.exists():
-                continue
-            tag, digest = f"spiketrain.artifact.{name}", hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-            if self._tags.get(tag) != digest:
-                self._client.log_artifact(self._run_id, str(path))
-                self._client.set_tag(self._run_id, tag, digest)
-                self._tags[tag] = digest
-
-
-def connect(uri: str) -> MlflowClient:
-    """A client for this process: it sends no telemetry, logs no chatter, and gives up on a dead server in seconds.
-
-    The first one for an SQLite file makes the schema, which takes seconds.
-    """
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    # 3.17.2 retries 7 times with 120 s each. Here whoever holds the client retries, and can wait as long as it takes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    from mlflow import MlflowClient
-
-    for name in ("mlflow", "alembic"):  # if somebody imported it before the variables were set
-        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger(name).level))
-    return MlflowClient(tracking_uri=uri)
-
-
-@contextmanager
-def _one_at_a_time(runs_dir: Path) -> Iterator[None]:
-    with (runs_dir / ".mlflow.lock").open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _is_server(uri: str) -> bool:
-    return uri.startswith(("http://", "https://", "databricks"))
+    @property
+    def _client_now(self) -> MlflowClient:
+        assert self._client is not None, "advance has opened it"
+        return self._client

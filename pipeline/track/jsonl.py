@@ -129,24 +129,29 @@ def _seek(path: str | os.PathLike[str], kinds: tuple[str, ...], *, newest: bool)
             if os.fstat(file.fileno()).st_size == 0:  # mmap refuses an empty file
                 return None
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-                found = [place for kind in kinds if (place := _place(text, kind, newest=newest)) is not None]
+                begin, end, found = 0, len(text), None
+                for kind in kinds:  # each is looked for only where it would be newer, or older, than what was found
+                    place = _place(text, kind, begin, end, newest=newest)
+                    if place is not None:
+                        at, found = place
+                        begin, end = (at, end) if newest else (begin, at)
+                return found
     except FileNotFoundError:
         return None
-    if not found:
-        return None
-    choose = max if newest else min
-    return choose(found, key=lambda place: place[0])[1]
 
 
-def _place(text: mmap.mmap, kind: str, *, newest: bool) -> tuple[int, Event] | None:
+def _place(text: mmap.mmap, kind: str, begin: int, end: int, *, newest: bool) -> tuple[int, Event] | None:
+    """The newest, or oldest, event of a kind that begins in a stretch of the journal."""
     head = b'{"event": ' + json.dumps(kind).encode() + b","
-    at = text.rfind(head) if newest else text.find(head)
+    find = text.rfind if newest else text.find
+    at = find(head, begin, end)
     while at >= 0:
-        end = text.find(b"\n", at)
-        event = _parse(text[at:end]) if end >= 0 else None
+        newline = text.find(b"\n", at)
+        event = _parse(text[at:newline]) if newline >= 0 else None
         if event is not None:
             return at, event
-        at = text.rfind(head, 0, at) if newest else text.find(head, at + 1)
+        begin, end = (begin, at) if newest else (at + 1, end)
+        at = find(head, begin, end)
     return None
 
 

@@ -7,19 +7,18 @@ is back.
 from __future__ import annotations
 
 import os
-import re
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.track.base import TrackingError
+from pipeline.track.connect import SQLITE, one_line
 from pipeline.track.delivery import Delivery
 from pipeline.track.state import is_driven
+from pipeline.track.system import Sampler
 
 __all__ = ["Mirror", "SyncReport", "TrackingError", "sync", "tracking_uri"]
-
-_SQLITE = "sqlite:///"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,20 +34,20 @@ def tracking_uri(runs_dir: str | os.PathLike[str]) -> str:
 
     MLflow itself would look for a relative one in the working directory, which differs in a Ray worker.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}{Path(runs_dir).resolve() / 'mlflow.db'}"
-    if uri.startswith(_SQLITE) and not uri.startswith(_SQLITE + "/"):
-        uri = f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).resolve()}"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{Path(runs_dir).resolve() / 'mlflow.db'}"
+    if uri.startswith(SQLITE) and not uri.startswith(SQLITE + "/"):
+        uri = f"{SQLITE}{Path(uri.removeprefix(SQLITE)).resolve()}"
     return uri
 
 
-def sync(run_dir: str | os.PathLike[str], *, uri: str, experiment: str = "spiketrain") -> SyncReport:
-    """Deliver to MLflow what it does not hold yet of this run's journal, to the experiment `experiment/study`.
+def sync(run_dir: str | os.PathLike[str], *, uri: str) -> SyncReport:
+    """Deliver to MLflow what it does not hold yet of this run.
 
     Raises:
         TrackingError: no attempt of the run has begun, or MLflow could not be reached or refused; one line.
     """
     run_dir = Path(run_dir)
-    delivery = Delivery(run_dir, uri=uri, experiment=experiment)
+    delivery = Delivery(run_dir, uri=uri)
     try:
         known = delivery.advance(leaving=not is_driven(run_dir))
     except Exception as error:
@@ -62,9 +61,8 @@ class Mirror:
     """Keeps MLflow in step with a run's journal from a daemon thread, until `close`.
 
     Nothing is ever raised to its owner: failures are retried, each time later, and `warning` holds the newest one as a line
-    (None when all is well). The experiment is `experiment/study`, with 8 digits of the study key. A journal that does not
-    exist yet is waited for. `interval` and `patience` are seconds: between readings of the journal, and the longest wait
-    after failures.
+    (None when all is well). A journal that does not exist yet is waited for. `interval` and `patience` are seconds: between
+    readings of the journal, and the longest wait after failures. Meanwhile it samples what the machine does (`system`).
     """
 
     def __init__(
@@ -72,18 +70,17 @@ class Mirror:
         run_dir: str | os.PathLike[str],
         *,
         uri: str,
-        experiment: str = "spiketrain",
         interval: float = 2.0,
         patience: float = 30.0,
     ) -> None:
         self.run_dir = Path(run_dir)
         self.uri = uri
         self.warning: str | None = None
-        self._experiment = experiment
         self._interval = interval
         self._patience = patience
         self._leaving = threading.Event()
         self._whole = False
+        self._sampler = Sampler(self.run_dir)
         # A daemon: a call that hangs in a dead server must not keep the driver from ending.
         self._thread = threading.Thread(target=self._follow, name="mlflow-mirror", daemon=True)
         self._thread.start()
@@ -93,6 +90,7 @@ class Mirror:
 
         With a server that is down it returns False soon rather than wait. A run without an end in its journal is marked KILLED.
         """
+        self._sampler.close()
         self._leaving.set()
         self._thread.join(timeout)
         return not self._thread.is_alive() and self._whole
@@ -103,7 +101,7 @@ class Mirror:
         while True:
             leaving = self._leaving.is_set()
             try:
-                delivery = delivery or Delivery(self.run_dir, uri=self.uri, experiment=self._experiment)
+                delivery = delivery or Delivery(self.run_dir, uri=self.uri)
                 delivery.advance(leaving=leaving)
             except Exception as error:  # whatever MLflow, its store or its transport may raise: the run goes on
                 delivery = None
@@ -125,7 +123,4 @@ class Mirror:
 def _one_line(uri: str, error: Exception) -> str:
     if isinstance(error, TrackingError):
         return str(error)
-    lines = str(error).strip().splitlines() or [""]
-    text = f"MLflow at {uri} cannot be filled ({type(error).__name__}: {lines[0][:300]})"
-    text = re.sub(r"//[^/@\s]*@", "//", text)  # without a password
-    return f"{text}; the journal keeps everything, `spiketrain sync` delivers it later"
+    return f"{one_line(uri, error)}; the journal keeps everything, `spiketrain sync` delivers it later"

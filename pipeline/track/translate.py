@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 STATUS = {"start": "RUNNING", "finish": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 _TAGGED = ("recipe", "rule", "study", "study_parent", "seed", "world_size", "batch_size", "micro_batch", "precision", "zero",
-           "commit", "dirty", "data_fingerprint", "baseline")  # fmt: skip
+           "commit", "dirty", "data_fingerprint", "family", "suite")  # fmt: skip
 
 
 class Translation:
@@ -88,6 +88,7 @@ def _metrics(event: Event) -> Iterator[tuple[str, float]]:
         "fidelity": "fidelity/",
         "checkpoint": "checkpoint/",
         "finish": "summary/",
+        "system": "system/",
     }.get(kind)
     if prefix is None:
         return

@@ -30,6 +30,7 @@ def cifar(classes: int = 10) -> Recipe:
     """VGG-sWS at T = 6, trained by OTTT-A with OTTT's published settings."""
     return Recipe(
         name=f"cifar{classes}",
+        family="cifar",
         model=spec(vgg_sws, classes=classes, neuron=spec(LIF, leak=0.5, surrogate=Sigmoid(alpha=4.0))),
         rule=spec(OTTT),
         data=images(classes),

@@ -29,6 +29,7 @@ def permuted() -> Recipe:
     """Ten tasks: Fashion-MNIST with its pixels in ten orders, one epoch each, one head for all. Trained by SLTT."""
     return Recipe(
         name="permuted-fashion",
+        family="continual",
         model=spec(mlp, classes=10, hidden=(800, 800), bias=False, neuron=NEURON),
         rule=spec(SLTT),
         # No augmentation: it would move pixels that have changed places.

@@ -33,6 +33,7 @@ def moving(*, lr: float) -> Recipe:
     network = spec(vgg_sws, classes=16, in_channels=2, stages=((16,), (32,), (64,)), stem=(5, 2), neuron=spec(LIF, leak=0.9))
     return Recipe(
         name="moving",
+        family="events",
         model=spec(late, network=network, share=0.5, time_steps=STEPS),
         rule=spec(BPTT),
         data=spec(Events, folder="data/moving", classes=16, steps=STEPS, size=34),
@@ -73,6 +74,7 @@ def sltt_k(
     )
     return Recipe(
         name=name,
+        family="events",
         model=network,
         rule=spec(SLTT, k=k),
         data=data,

@@ -27,6 +27,7 @@ def recipe() -> Recipe:
     network = spec(vgg_sws, classes=11, in_channels=2, neuron=spec(LIF, leak=0.5, surrogate=Sigmoid(alpha=4.0)))
     return Recipe(
         name="gesture-opzo-ll",
+        family="events",
         model=spec(with_readouts, network=network, classes=11, cells=3),
         rule=spec(OPZO, local_readouts=True, intermediate=(3,)),
         data=spec(Events, folder="data/gesture", classes=11, steps=20, size=48),

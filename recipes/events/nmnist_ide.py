@@ -23,6 +23,7 @@ from pipeline.spiking.neuron import LIF
 def recipe() -> Recipe:
     return Recipe(
         name="nmnist-ide",
+        family="events",
         model=spec(
             conv_feedback,
             classes=10,

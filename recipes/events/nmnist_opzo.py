@@ -25,6 +25,7 @@ def recipe() -> Recipe:
     neuron = spec(LIF, leak=0.5, surrogate=Sigmoid(alpha=4.0))
     return Recipe(
         name="nmnist-opzo",
+        family="events",
         model=spec(mlp, classes=10, in_features=2 * 34 * 34, hidden=(800, 800), weights="standardized", neuron=neuron),
         rule=spec(OPZO),
         data=spec(Events, folder="data/nmnist", classes=10, steps=30, size=34),

@@ -25,6 +25,7 @@ def fashion() -> Recipe:
     """A small VGG with standardised weights on Fashion-MNIST at T = 4, trained by BPTT."""
     return Recipe(
         name="fashion",
+        family="fashion",
         model=spec(vgg_sws, classes=10, in_channels=1, stages=((32,), (64,), (128,)), stem=(5, 2), neuron=spec(LIF, leak=LEAK)),
         rule=spec(BPTT),
         data=spec(

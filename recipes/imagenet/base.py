@@ -25,6 +25,7 @@ def first_stage(network: Callable[..., nn.Module], name: str) -> Recipe:
     """100 epochs at T = 1."""
     return Recipe(
         name=f"imagenet-{name}-t1",
+        family="imagenet",
         model=spec(network, classes=1000, neuron=spec(LIF, leak=LEAK)),
         rule=spec(SLTT),
         data=spec(Beton, folder="data/imagenet", classes=1000, size=224, crop="resized"),

@@ -32,6 +32,7 @@ def recipe() -> Suite:
 def _first_stage() -> Recipe:
     return Recipe(
         name="imagenet-ms-resnet34-sei-fp",
+        family="imagenet",
         # Batch norm at each time step, as SLTT asks; published: over T and B together.
         model=spec(ms_resnet, depth=34, classes=1000, shortcut="multiple", over="step"),
         rule=spec(SLTT),

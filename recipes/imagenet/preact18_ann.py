@@ -23,6 +23,7 @@ from pipeline.schedule import cosine
 def recipe() -> Recipe:
     return Recipe(
         name="imagenet-preact18-ann",
+        family="imagenet",
         model=spec(preact_resnet18, classes=1000, neuron=spec(nn.ReLU)),
         rule=spec(BPTT),
         data=spec(Beton, folder="data/imagenet", classes=1000, size=224, crop="resized"),

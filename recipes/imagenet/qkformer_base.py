@@ -30,6 +30,7 @@ def qkformer(channels: int, *, batch_size: int) -> Recipe:
     """QKFormer-10 of this width by BPTT: AdamW, 200 epochs, 5 of them warm-up; the learning rate grows with the batch."""
     return Recipe(
         name=f"imagenet-qkformer-10-{channels}-bptt",
+        family="imagenet",
         model=spec(qkformer_10, channels=channels, classes=1000),
         rule=spec(BPTT),
         # Published: RandAugment (magnitude 9), of which the geometric operations are left out here, and random erasing.

@@ -58,6 +58,7 @@ def qkformer() -> Recipe:
     neuron = spec(LIF, leak=0.5, surrogate=Sigmoid(4.0))
     return Recipe(
         name="stamps-qkformer-bptt",
+        family="stamps",
         model=spec(QKFormer, channels=128, depth=4, heads=4, classes=CLASSES, shrink=5, neuron=neuron),
         rule=spec(BPTT),
         data=pictures(),

@@ -21,6 +21,7 @@ from pipeline.launch.drive import driver_lock
 from pipeline.report.runs import list_suites, print_runs
 from pipeline.report.suite import print_suite
 from pipeline.suite import SuiteFile, runs_of
+from pipeline.track.connect import connect
 from pipeline.track.jsonl import read
 from pipeline.track.state import state_of
 from tests.small import Command, command, same_weights, small_recipe
@@ -109,6 +110,29 @@ def untouched(places: Path) -> Path:
     assert end.value.code == 0
     [folder] = (places / "whole").glob("lab-suite-*")
     return folder
+
+
+def test_mlflow_has_it_beneath_one_parent_and_its_checkpoints_by_address(
+    untouched: Path, places: Path, spiketrain: Command
+) -> None:
+    client, runs = connect(f"sqlite:///{places}/mlflow.db"), runs_of(untouched)
+    experiment = client.get_experiment_by_name("first")  # no recipe names a family: the first one's name
+    assert experiment is not None
+    found = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    names = [run.name for run in runs.values()]
+    parent = found[untouched.name]
+    assert {found[name].data.tags["mlflow.parentRunId"] for name in names} == {parent.info.run_id}
+    assert {each.info.status for each in (parent, *(found[name] for name in names))} == {"FINISHED"}
+    kept = {file.path for file in client.list_artifacts(found[names[0]].info.run_id)}
+    assert kept == {"recipe.json", "journal.jsonl", "summary.json", "activity.json", "answers.npz"}
+
+    at = ("--runs", str(untouched.parent))
+    code, said, _ = spiketrain("register", names[0], "--as", "small", "--which", "best", *at)
+    checkpoint = max((runs["first"] / "checkpoints").glob("step_*"))
+    assert (code, said) == (0, f"{names[0]} -> models:/small@best, version 1: {checkpoint.as_uri()}\n")
+    assert client.get_model_version_by_alias("small", "best").run_id == found[names[0]].info.run_id
+    code, said, _ = spiketrain("sync", untouched.name, *at)
+    assert code == 0 and [line.split(" -> ")[0] for line in said.splitlines()] == names and said.count(": 0 points") == 3
 
 
 def same_bits(one: Path, other: Path) -> bool:

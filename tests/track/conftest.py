@@ -21,6 +21,7 @@ class FakeRun:
     folder: Path
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     study: str = field(default_factory=lambda: uuid.uuid4().hex)
+    family: str = field(default_factory=lambda: uuid.uuid4().hex)
     attempt: int = -1
 
     def start(self, step: int = 0, **fields: Any) -> Journal:
@@ -32,6 +33,7 @@ class FakeRun:
             "recipe": "recipes/fashion/mlp.py",
             "rule": "SLTT",
             "study": self.study,
+            "family": self.family,
             "seed": 3,
             "world_size": 2,
             "step": step,
@@ -43,6 +45,19 @@ class FakeRun:
         }
         journal.event("start", **(event | fields))
         return journal
+
+    def checkpoint(self, step: int, *, score: float | None) -> Path:
+        folder = self.folder / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "trainer.json").write_text(json.dumps({"step": step, "score": score}))
+        return folder
+
+
+def write_suite(folder: Path, *runs: Path) -> None:
+    """A suite's folder, as far as its runs are known from it."""
+    folder.mkdir()
+    children = [{"run": run.name, "recipe": {"version": 1, "recipe": {"name": run.name}}} for run in runs]
+    (folder / "suite.json").write_text(json.dumps({"version": 1, "children": children}))
 
 
 def steps(journal: Journal, first: int, after: int, *, scale: float = 1.0) -> None:
@@ -63,7 +78,7 @@ def fake_run(tmp_path: Path) -> Callable[..., FakeRun]:
 
 @pytest.fixture(scope="session")
 def sqlite_store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from pipeline.track.delivery import connect
+    from pipeline.track.connect import connect
     from pipeline.track.mlflow import tracking_uri
 
     uri = tracking_uri(tmp_path_factory.mktemp("store"))

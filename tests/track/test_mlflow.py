@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import fcntl
+import json
 import math
 import os
 import signal
@@ -9,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,19 +19,27 @@ from typing import Any
 
 import pytest
 
+from pipeline.report.store import open_store
 from pipeline.track.base import TrackingError
-from pipeline.track.delivery import Delivery, connect
+from pipeline.track.connect import connect
+from pipeline.track.delivery import Delivery
 from pipeline.track.mlflow import Mirror, SyncReport, sync, tracking_uri
-from tests.track.conftest import FakeRun, steps
+from pipeline.track.publish import register
+from tests.track.conftest import FakeRun, steps, write_suite
 
 
 def find(uri: str, run: FakeRun) -> Any:
     """The one MLflow run of a training run."""
     client = connect(uri)
-    experiment = client.get_experiment_by_name(f"spiketrain/{run.study[:8]}")
+    experiment = client.get_experiment_by_name(run.family)
     assert experiment is not None
     (found,) = client.search_runs([experiment.experiment_id], f"tags.`spiketrain.run_id` = '{run.run_id}'")
     return client.get_run(found.info.run_id)
+
+
+def artifacts(run: Any) -> Path:
+    """Where a local store keeps them."""
+    return Path(run.info.artifact_uri.removeprefix("file://"))
 
 
 def history(uri: str, run: FakeRun, key: str) -> list[tuple[int, float]]:
@@ -36,7 +47,7 @@ def history(uri: str, run: FakeRun, key: str) -> list[tuple[int, float]]:
 
 
 def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
-    run = fake_run(study="aa11" * 8)
+    run = fake_run()
     with run.start(study_parent="f" * 32) as journal:
         steps(journal, 0, 3)
         journal.event("evaluation", step=2, epoch=0, metrics={"top1": 0.7, "loss": math.nan})
@@ -45,7 +56,8 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
         journal.event("skipped", reason="not finite", samples=8)
         journal.event("skipped", reason="not finite", samples=8)
         journal.event("finish", steps=3, top1=0.7, peak_saved_bytes=4096, rule="SLTT", restarts=0)
-    (run.folder / "summary.json").write_text("{}")
+    for name in ("summary.json", "activity.json", "answers.npz", "job.json"):
+        (run.folder / name).write_text("{}")
     assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=17, already_there=0)
 
     found = find(sqlite_store, run)
@@ -68,8 +80,10 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
     assert times[0] == pytest.approx(found.info.start_time, abs=1000)
 
     client = connect(sqlite_store)
-    assert {file.path for file in client.list_artifacts(found.info.run_id)} == {"recipe.json", "summary.json"}
-    assert (run.folder.parent / "mlartifacts").is_dir()  # and not under the working directory
+    sent = {"recipe.json", "journal.jsonl", "summary.json", "activity.json", "answers.npz"}
+    assert {file.path for file in client.list_artifacts(found.info.run_id)} == sent
+    place = Path(sqlite_store.removeprefix("sqlite:///")).parent / "mlartifacts" / run.family  # and not the working directory
+    assert (place / found.info.run_id / "artifacts" / "journal.jsonl").read_bytes() == journal.path.read_bytes()
     parent = client.get_run(tags["mlflow.parentRunId"])
     assert (parent.info.status, parent.data.tags["spiketrain.study_parent"]) == ("FINISHED", "f" * 32)
 
@@ -78,8 +92,8 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
 
 
 def test_the_runs_of_one_comparison_share_a_parent(fake_run: Callable, sqlite_store: str):
-    study, parent = "bb22" * 8, "e" * 32
-    first, second = (fake_run(name, study=study) for name in ("bptt", "sltt"))
+    family, parent = "bb22" * 8, "e" * 32
+    first, second = (fake_run(name, family=family) for name in ("bptt", "sltt"))
     with first.start(study_parent=parent, rule="BPTT") as journal:
         journal.event("finish", steps=1)
     with second.start(study_parent=parent) as journal:
@@ -117,7 +131,7 @@ def test_steps_that_a_rollback_repeats_count_once(fake_run: Callable, sqlite_sto
         (run.folder / "journal.jsonl")
         .read_bytes()
         .replace(run.run_id.encode(), other.run_id.encode())
-        .replace(run.study.encode(), other.study.encode())
+        .replace(run.family.encode(), other.family.encode())
     )
     sync(other.folder, uri=sqlite_store)
     assert history(sqlite_store, other, "train/loss") == expected
@@ -168,7 +182,87 @@ def test_a_driver_may_die_at_any_call(fake_run: Callable, sqlite_store: str, mon
         assert found.info.status == "FINISHED"
         assert found.data.params["epochs"] == "2"
         assert found.data.tags["spiketrain.artifact.recipe.json"]
-    assert fatal - 1 == len(count) == 9
+    assert fatal - 1 == len(count) == 11
+
+
+def test_every_point_has_the_time_of_its_event_and_not_of_its_delivery(fake_run: Callable, sqlite_store: str):
+    run = fake_run()
+    with run.start() as journal:
+        steps(journal, 0, 2)
+        journal.event("evaluation", step=1, metrics={"top1": 0.5})
+        journal.event("fidelity", step=1, temporal_share={"0": 0.5}, cosines={"0": 0.5})
+        journal.event("epoch", step=1, metrics={"images_per_s": 1.0})
+        journal.event("checkpoint", step=1, seconds=0.1, bytes=1)
+        journal.event("finish", step=2, top1=0.5)
+    an_hour_ago(run.folder / "journal.jsonl")
+    assert sync(run.folder, uri=sqlite_store).delivered == 14
+    found = find(sqlite_store, run)
+    assert len({metric.key.split("/")[0] for metric in found.data._metric_objs}) == 6
+    for metric in found.data._metric_objs:
+        assert abs(metric.timestamp - (time.time() - 3600) * 1000) < 60_000, metric.key
+    assert abs(found.info.end_time - (time.time() - 3600) * 1000) < 60_000
+
+
+def an_hour_ago(path: Path) -> None:
+    """Moves the times of a journal into the past."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**line, "time": line["time"] - 3600}) + "\n" for line in lines))
+
+
+def test_the_journal_is_sent_again_at_each_evaluation_and_at_the_end(fake_run: Callable, sqlite_store: str):
+    run, sent = fake_run(), []
+    delivery = Delivery(run.folder, uri=sqlite_store)
+
+    def kept() -> bool:
+        delivery.advance()
+        artifact = artifacts(delivery.run) / "journal.jsonl"
+        sent.append(artifact.read_bytes() if artifact.exists() else b"")
+        return sent[-1] == journal.path.read_bytes()
+
+    with run.start() as journal:
+        steps(journal, 0, 2)
+        assert not kept() and sent == [b""]
+        journal.event("evaluation", step=1, metrics={})
+        assert kept()
+        steps(journal, 2, 4)
+        assert not kept()
+    assert sync(run.folder, uri=sqlite_store)  # nobody drives it: this is its end
+    assert kept()
+    artifact = artifacts(delivery.run) / "journal.jsonl"
+    artifact.write_text("as it is")
+    assert sync(run.folder, uri=sqlite_store) and artifact.read_text() == "as it is"  # not sent without need
+
+
+def test_a_parent_says_what_its_runs_say(fake_run: Callable, sqlite_store: str, tmp_path: Path):
+    """`RUNNING` between two of them, too, while the suite is driven; and not finished before all of them are."""
+    suite, family = tmp_path / "runs" / "a-suite", uuid.uuid4().hex
+    first, second = (fake_run(name, family=family) for name in ("one", "two"))
+    write_suite(suite, first.folder, second.folder)
+    about = {"study_parent": uuid.uuid4().hex, "suite": "a-suite"}
+
+    def parent() -> tuple[str | None, str]:
+        found = connect(sqlite_store).get_run(find(sqlite_store, first).data.tags["mlflow.parentRunId"])
+        return found.info.run_name, found.info.status
+
+    with first.start(**about) as journal:
+        journal.event("finish", steps=1)
+    with (suite / "driver.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        sync(first.folder, uri=sqlite_store)
+        assert parent() == ("a-suite", "RUNNING")
+    sync(first.folder, uri=sqlite_store)
+    assert parent() == ("a-suite", "KILLED")
+    with second.start(**about) as journal:
+        journal.event("stopped", reason="asked to stop")
+    sync(second.folder, uri=sqlite_store)
+    assert parent() == ("a-suite", "KILLED")
+    with second.start(**about) as journal:
+        journal.event("failed", error="x")
+        sync(second.folder, uri=sqlite_store)
+        assert parent() == ("a-suite", "FAILED")
+        journal.event("finish", steps=1)
+    sync(second.folder, uri=sqlite_store)
+    assert parent() == ("a-suite", "FINISHED")
 
 
 def die_at_call(patch: pytest.MonkeyPatch, fatal: int, effect: str) -> list[str]:
@@ -231,7 +325,7 @@ def test_interleaved_deliverers_agree(fake_run: Callable, sqlite_store: str):
     run = fake_run()
     with run.start() as journal:
         steps(journal, 0, 5)
-        slow = Delivery(run.folder, uri=sqlite_store, experiment="spiketrain")
+        slow = Delivery(run.folder, uri=sqlite_store)
         assert slow.advance()
         steps(journal, 5, 9)
     with run.start(step=3) as journal:
@@ -331,6 +425,7 @@ def test_a_server_that_hangs_does_not_hold_the_driver(fake_run: Callable):
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
 def test_a_server_that_hangs_dies_and_comes_back(fake_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")  # their number is that of seconds
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "6")  # a new server needs seconds for its first answer
     run = fake_run()
     store, port = tmp_path / "server", free_port()
@@ -361,7 +456,16 @@ def test_a_server_that_hangs_dies_and_comes_back(fake_run: Callable, tmp_path: P
             assert [step for step, _ in history(uri, run, "train/loss")] == list(range(20))
             assert [step for step, _ in history(uri, run, "train/memory_bytes")] == list(range(20))
             assert find(uri, run).info.status == "FINISHED"
-            assert [file.path for file in connect(uri).list_artifacts(find(uri, run).info.run_id)] == ["recipe.json"]
+            found = find(uri, run).info
+            assert {file.path for file in connect(uri).list_artifacts(found.run_id)} == {"recipe.json", "journal.jsonl"}
+            done = register(run.folder, run.checkpoint(20, score=0.25), name="small", alias="best", uri=uri)
+            assert connect(uri).get_model_version_by_alias("small", "best").tags["uri"] == done.uri
+            [seen] = open_store(uri).listed()
+            assert (seen.id, seen.experiment, seen.rule, seen.state) == (found.run_id, run.family, "SLTT", "FINISHED")
+            assert seen.newest * 1000 == found.end_time and open_store(uri).runs(run.study)[0].metrics["summary/top1"] == 0.25
+            assert [point.step for point in open_store(uri).history(seen.id, "train/loss", since=17)] == [18, 19]
+            assert open_store(uri).text(seen.id, "journal.jsonl") == journal.path.read_text()
+            assert open_store(uri).text(seen.id, "summary.json") is None
         finally:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()

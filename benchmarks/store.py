@@ -1,0 +1,116 @@
+"""What 500 runs cost a reader: `spiketrain compare` over the folder of runs, and the list of studies over the MLflow store.
+
+    python -m benchmarks.store --like runs/fashion-sltt-tiny-20260105-120000
+
+`--like` is the folder of a finished run, short for choice. It is copied 500 times, as 10 studies of 5 rules with 10 seeds each
+(or `--studies 1`: one of 5 rules with 100 seeds), delivered to an SQLite store as runs are, and then each journal is lengthened
+to `--steps` step events, which is what a folder of long runs has to read. What `compare` adds is the time of the command less
+that of a process which imports what it imports and prints its help, one after the other: medians of five pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+
+from pipeline.launch.drive import commit
+from pipeline.measure.memory import hardware
+from pipeline.report.store import open_store, studies
+from pipeline.track.jsonl import read
+from pipeline.track.mlflow import sync
+
+RUNS = 500
+RULES = ("BPTT", "SLTT", "SLTT-1", "OTTT-A", "OPZO")
+TIMES = 5
+HELP = (
+    "import sys; import pipeline.report.compare, pipeline.report.suite; from pipeline.__main__ import main; "
+    "sys.argv = ['spiketrain', 'compare', '--help']; main()"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--like", type=Path, required=True)
+    parser.add_argument("--studies", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=200)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Path(folder)
+        uri = f"sqlite:///{runs / 'mlflow.db'}"
+        keys = [f"{index:016x}" for index in range(arguments.studies)]
+        for index, (key, rule, seed) in enumerate(product(keys, RULES, range(RUNS // arguments.studies // len(RULES)))):
+            copy = copied(arguments.like, runs / f"run-{index:03d}", study=key, rule=rule, seed=seed)
+            sync(copy, uri=uri)
+            lengthened(copy / "journal.jsonl", arguments.steps)
+        report(runs, uri, keys)
+
+
+def copied(like: Path, folder: Path, *, study: str, rule: str, seed: int) -> Path:
+    """A run's folder under another name."""
+    folder.mkdir()
+    about = {"run": folder.name, "run_id": uuid.uuid4().hex, "study": study, "rule": rule, "seed": seed}
+    recipe = json.loads((like / "recipe.json").read_text())
+    # A rule's label belongs to one rule: a part of its name, where `compare` looks for that.
+    recipe["recipe"] |= {"name": folder.name, "seed": seed, "rule": {"target": f"pipeline.rules.{rule}", "kwargs": {}}}
+    (folder / "recipe.json").write_text(json.dumps(recipe, indent=1))
+    (folder / "summary.json").write_text(json.dumps(json.loads((like / "summary.json").read_text()) | about, indent=1))
+    (folder / "activity.json").write_text((like / "activity.json").read_text())
+    told = [event | about if event["event"] in ("start", "finish") else event for event in read(like / "journal.jsonl")]
+    _write(folder / "journal.jsonl", told)
+    return folder
+
+
+def lengthened(journal: Path, steps: int) -> None:
+    """With as many step events as a long run has, between the start and the rest."""
+    events = read(journal)
+    step = next(event for event in events if event["event"] == "step")
+    _write(journal, [events[0], *({**step, "step": index} for index in range(steps)), *events[1:]])
+
+
+def report(runs: Path, uri: str, keys: Sequence[str]) -> None:
+    journals, store = sum(file.stat().st_size for file in runs.glob("*/journal.jsonl")), (runs / "mlflow.db").stat().st_size
+    print(f"{RUNS} runs, {len(keys)} studies, journals {journals / 1e6:.0f} MB, store {store / 1e6:.0f} MB")
+    base = [sys.executable, "-c", HELP]
+    for what, names in (("compare", []), ("compare STUDY", [keys[0]])):
+        command = [sys.executable, "-m", "pipeline", "compare", *names, "--runs", str(runs)]
+        pairs = [(_seconds(base), _seconds(command)) for _ in range(TIMES)]  # in turn, as other work comes and goes
+        bare, whole = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+        adds = statistics.median(after - before for before, after in pairs)
+        print(f"{what}: {whole:.2f} s, its imports and --help {bare:.2f} s: it adds {adds:.2f} s")
+    listed = _median_of(lambda: studies(open_store(uri).listed()))
+    members = _median_of(lambda: open_store(uri).runs(keys[0]))
+    print(f"store: list of studies {listed:.3f} s, the runs of one with their metrics {members:.3f} s")
+    machine = hardware()
+    print(f"(commit {commit()}, {machine['cpu']}, {machine['cores']} cores)")
+
+
+def _seconds(command: Sequence[str]) -> float:
+    began = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
+def _median_of(call: Callable[[], object]) -> float:
+    def seconds() -> float:
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+
+    return statistics.median(seconds() for _ in range(TIMES))
+
+
+def _write(journal: Path, events: Sequence[dict]) -> None:
+    journal.write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+if __name__ == "__main__":
+    main()

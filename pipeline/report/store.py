@@ -1,0 +1,140 @@
+"""What an MLflow store holds of our runs, for somebody who looks on: studies, runs, the history of a metric, an artifact.
+
+Looking never makes or changes a store. An SQLite file is read as it lies there, read-only and without MLflow, whose client
+(3.17.2) would make a missing file and its schema, and took 1.9 s to list 500 runs; a server is asked through MLflow's client.
+Whatever is wrong with a store ends within seconds in a `StoreError`, one sentence that names it and says what to do.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from pipeline.report.runs import ReportError
+from pipeline.track.connect import SQLITE, without_password
+from pipeline.track.files import KNOWN
+from pipeline.track.publish import REPORT
+
+ARTIFACTS = (*(name for name in KNOWN if not name.endswith(".npz")), REPORT)
+"""what `Store.text` may be asked for"""
+
+
+class StoreError(ReportError):
+    """A store cannot be read; one line for a user."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredRun:
+    """One training run in MLflow. Times are unix seconds."""
+
+    id: str
+    """MLflow's"""
+    name: str
+    experiment: str
+    study: str
+    rule: str
+    seed: str
+    state: str
+    """MLflow's: RUNNING, FINISHED, FAILED, KILLED"""
+    parent: str | None
+    """the id of the run that stands for its suite"""
+    started: float
+    newest: float
+    """of its newest metric, or its end"""
+    tags: Mapping[str, str] = field(repr=False)
+    metrics: Mapping[str, float] = field(repr=False)
+    """the newest value of each; empty in a list of studies"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredStudy:
+    """Runs of one study key in one experiment."""
+
+    experiment: str
+    study: str
+    rules: tuple[str, ...]
+    seeds: tuple[str, ...]
+    states: Mapping[str, int]
+    """how many runs are in each state"""
+    parents: tuple[str, ...]
+    newest: float
+
+
+@dataclass(frozen=True)
+class Point:
+    step: int
+    time: float
+    value: float
+
+
+class Store(Protocol):
+    """An MLflow store, opened anew for each question. All may raise `StoreError`."""
+
+    def listed(self) -> list[StoredRun]:
+        """Every run of ours, without metrics."""
+        ...
+
+    def runs(self, study: str) -> list[StoredRun]:
+        """The runs of a study key, with the newest value of each metric, the one started last first."""
+        ...
+
+    def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
+        """A metric of one run after the step `since`, in the order of steps."""
+        ...
+
+    def text(self, run_id: str, name: str) -> str | None:
+        """An artifact, one of `ARTIFACTS`; None where the run has none of that name (yet)."""
+        ...
+
+
+def open_store(uri: str) -> Store:
+    """A store by its tracking URI, `sqlite:///FILE`, `http://...` or `https://...`; an SQLite file may be named by its path.
+
+    Raises:
+        StoreError: it is of another kind.
+    """
+    if uri.startswith(("http://", "https://")):
+        from pipeline.report.store_server import ServerStore
+
+        return ServerStore(uri)
+    if uri.startswith(SQLITE) or "://" not in uri:
+        from pipeline.report.store_sqlite import SqliteStore
+
+        return SqliteStore(Path(uri.removeprefix(SQLITE)))
+    raise StoreError(
+        f"store {without_password(uri)} must be sqlite:///FILE or the address of a server; start one for it: "
+        "mlflow server --backend-store-uri URI"
+    )
+
+
+def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
+    """What `Store.listed` found, by study, the one that something happened in last first."""
+    groups: dict[tuple[str, str], list[StoredRun]] = {}
+    for run in runs:
+        groups.setdefault((run.experiment, run.study), []).append(run)
+    found = [
+        StoredStudy(
+            experiment=experiment,
+            study=study,
+            rules=tuple(sorted({run.rule for run in members})),
+            seeds=tuple(sorted({run.seed for run in members}, key=lambda seed: (len(seed), seed))),
+            states=dict(sorted(Counter(run.state for run in members).items())),
+            parents=tuple(sorted({run.parent for run in members if run.parent})),
+            newest=max(run.newest for run in members),
+        )
+        for (experiment, study), members in groups.items()
+    ]
+    return sorted(found, key=lambda study: study.newest, reverse=True)
+
+
+def refuse_unknown_artifact(name: str) -> None:
+    """Only what we put there is read: no name leads out of a run's folder of artifacts.
+
+    Raises:
+        StoreError: another name.
+    """
+    if name not in ARTIFACTS:
+        raise StoreError(f"store: an artifact must be {', '.join(ARTIFACTS)}; got {name!r}")

@@ -1,0 +1,106 @@
+"""An MLflow server, asked through MLflow's client."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipeline.report.store import Point, StoredRun, StoreError, refuse_unknown_artifact
+from pipeline.track.connect import connect, without_password
+from pipeline.track.hierarchy import KIND_TAG, PARENT_OF
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+TIMEOUT_S = "5"
+_PAGE = 1000
+Item = TypeVar("Item")
+
+
+class ServerStore:
+    """See `Store`."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", TIMEOUT_S)  # `connect` has it not retry
+
+    def listed(self) -> list[StoredRun]:
+        return self._search(f"tags.`{KIND_TAG}` = 'run'", metrics=False)
+
+    def runs(self, study: str) -> list[StoredRun]:
+        quoted = study.replace("'", "")
+        found = self._search(f"tags.`{KIND_TAG}` = 'run' and tags.`spiketrain.study` = '{quoted}'", metrics=True)
+        return sorted(found, key=lambda run: run.started, reverse=True)
+
+    def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
+        with self._told():
+            found = connect(self.uri).get_metric_history(run_id, metric)
+        points = [Point(point.step, point.timestamp / 1000, point.value) for point in found if point.step > since]
+        return sorted(points, key=lambda point: point.step)
+
+    def text(self, run_id: str, name: str) -> str | None:
+        refuse_unknown_artifact(name)
+        with self._told(), tempfile.TemporaryDirectory() as folder:
+            client = connect(self.uri)
+            if name not in {file.path for file in client.list_artifacts(run_id)}:
+                return None
+            return Path(client.download_artifacts(run_id, name, folder)).read_text(errors="replace")
+
+    def _search(self, text: str, *, metrics: bool) -> list[StoredRun]:
+        with self._told():
+            client = connect(self.uri)
+            experiments = dict(_all(lambda page: client.search_experiments(max_results=_PAGE, page_token=page), _id_and_name))
+            if not experiments:
+                return []
+            runs = _all(
+                lambda page: client.search_runs([*experiments], text, max_results=_PAGE, page_token=page), lambda run: run
+            )
+            return [_run(run, experiments[run.info.experiment_id], metrics=metrics) for run in runs]
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever MLflow or its transport may raise
+            reason = (str(error).strip().splitlines() or [""])[0][:200]
+            raise StoreError(
+                without_password(
+                    f"store {self.uri} does not answer as an MLflow server ({type(error).__name__}: {reason}); "
+                    "is it up, and is MLFLOW_TRACKING_URI right?"
+                )
+            ) from error
+
+
+def _all(ask: Callable[[str | None], Any], take: Callable[[Any], Item]) -> Iterator[Item]:
+    """Page after page."""
+    page = ask(None)
+    while True:
+        yield from map(take, page)
+        if not page.token:
+            return
+        page = ask(page.token)
+
+
+def _id_and_name(experiment: Any) -> tuple[str, str]:
+    return experiment.experiment_id, experiment.name
+
+
+def _run(run: Run, experiment: str, *, metrics: bool) -> StoredRun:
+    tags = run.data.tags
+    times = [metric.timestamp for metric in run.data._metric_objs]  # `run.data.metrics` has the values alone (3.17.2)
+    return StoredRun(
+        id=run.info.run_id,
+        name=run.info.run_name or run.info.run_id,
+        experiment=experiment,
+        state=run.info.status,
+        started=(run.info.start_time or 0) / 1000,
+        newest=max(run.info.end_time or 0, run.info.start_time or 0, *times) / 1000,
+        tags=dict(tags),
+        metrics=dict(run.data.metrics) if metrics else {},
+        parent=tags.get(PARENT_OF),
+        **{name: tags.get(f"spiketrain.{name}", "") for name in ("study", "rule", "seed")},
+    )

@@ -1,0 +1,147 @@
+"""An SQLite store of MLflow, read as a file: read-only, and by SQL, as its schema (checked on 3.17.2) is a simple one."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote, urlparse
+
+from pipeline.report.store import Point, StoredRun, StoreError, refuse_unknown_artifact
+from pipeline.track.hierarchy import KIND_TAG, PARENT_OF
+
+LOCKED_S = 2.0
+MOST_BYTES = 64 << 20  # of an artifact: it is shown to a person
+
+# Tags of the runs that we made, in experiments that nobody deleted.
+_RUNS = f"""
+    select r.run_uuid, r.name, e.name, r.status, r.start_time, coalesce(r.end_time, r.start_time), t.key, t.value
+    from runs r
+    join experiments e on e.experiment_id = r.experiment_id
+    join tags k on k.run_uuid = r.run_uuid and k.key = '{KIND_TAG}' and k.value = 'run'
+    join tags t on t.run_uuid = r.run_uuid
+    where r.lifecycle_stage = 'active' and e.lifecycle_stage = 'active'
+"""
+_OF_STUDY = " and exists (select 1 from tags s where s.run_uuid = r.run_uuid and s.key = 'spiketrain.study' and s.value = ?)"
+
+
+class SqliteStore:
+    """See `Store`."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file.absolute()
+
+    def listed(self) -> list[StoredRun]:
+        with self._connection() as connection:
+            newest = dict(connection.execute("select run_uuid, max(timestamp) from latest_metrics group by run_uuid").fetchall())
+            return _runs(connection.execute(_RUNS).fetchall(), newest, {})
+
+    def runs(self, study: str) -> list[StoredRun]:
+        with self._connection() as connection:
+            rows = connection.execute(_RUNS + _OF_STUDY, (study,)).fetchall()
+            newest: dict[str, int] = {}
+            metrics: dict[str, dict[str, float]] = {}
+            for run in {row[0] for row in rows}:
+                found = connection.execute("select key, value, is_nan, timestamp from latest_metrics where run_uuid = ?", (run,))
+                for key, value, is_nan, time in found:
+                    metrics.setdefault(run, {})[key] = float("nan") if is_nan else value
+                    newest[run] = max(newest.get(run, 0), time)
+        return sorted(_runs(rows, newest, metrics), key=lambda run: run.started, reverse=True)
+
+    def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
+        query = "select step, timestamp, value, is_nan from metrics where run_uuid = ? and key = ? and step > ? order by step"
+        with self._connection() as connection:
+            rows = connection.execute(query, (run_id, metric, since)).fetchall()
+        return [Point(step, time / 1000, float("nan") if is_nan else value) for step, time, value, is_nan in rows]
+
+    def text(self, run_id: str, name: str) -> str | None:
+        refuse_unknown_artifact(name)
+        with self._connection() as connection:
+            row = connection.execute("select artifact_uri from runs where run_uuid = ?", (run_id,)).fetchone()
+        if row is None:
+            return None
+        place = urlparse(row[0])
+        if place.scheme not in ("", "file"):
+            raise StoreError(f"store {self.file}: its artifacts are at {place.scheme}://; start a server on it and name that")
+        root = Path(unquote(place.path)).resolve()
+        path = (root / name).resolve()
+        if path.parent != root:
+            raise StoreError(f"store {self.file}: {name} of run {run_id} is a link that leads out of {root}; look at it by hand")
+        try:
+            if path.stat().st_size > MOST_BYTES:
+                raise StoreError(f"store {self.file}: {path} has over {MOST_BYTES >> 20} MiB; look at it by hand")
+            return path.read_text(errors="replace")
+        except FileNotFoundError:
+            return None
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        """What SQLite says of a file that is none of its own, or of MLflow's, becomes a sentence."""
+        if not self.file.is_file():
+            raise StoreError(f"store {self.file} does not exist; launch a run, or name another by MLFLOW_TRACKING_URI")
+        if self.file.stat().st_size == 0:
+            raise StoreError(f"store {self.file} is empty, nothing was delivered yet; `spiketrain sync RUN` fills it")
+        try:
+            with closing(self._opened()) as connection:
+                yield connection
+        except sqlite3.OperationalError as error:
+            raise StoreError(f"store {self.file} {_told(error)}") from error
+        except sqlite3.DatabaseError as error:
+            raise StoreError(
+                f"store {self.file} is damaged ({error}); move it away: `spiketrain sync RUN` fills a new one from the journals"
+            ) from error
+
+    def _opened(self) -> sqlite3.Connection:
+        """Read-only, unless its last writer was killed in the middle of a write, which SQLite itself must undo first."""
+        connection = self._open("ro")
+        try:
+            connection.execute("select 1 from alembic_version").fetchall()
+        except sqlite3.OperationalError as error:
+            connection.close()
+            if error.sqlite_errorcode not in (sqlite3.SQLITE_READONLY_ROLLBACK, sqlite3.SQLITE_CANTOPEN):
+                raise
+            connection = self._open("rw")
+        except sqlite3.DatabaseError:
+            connection.close()
+            raise
+        return connection
+
+    def _open(self, mode: str) -> sqlite3.Connection:
+        return sqlite3.connect(f"file:{quote(str(self.file))}?mode={mode}", uri=True, timeout=LOCKED_S)
+
+
+def _told(error: sqlite3.OperationalError) -> str:
+    text = str(error)
+    if "locked" in text or "busy" in text:
+        return f"is locked by another process for over {LOCKED_S:g} s; try again, or end who holds it"
+    if "no such table: alembic_version" in text:
+        return "is no MLflow store; name another, or move it away: `spiketrain sync RUN` fills a new one"
+    if "no such table" in text or "no such column" in text:
+        return f"is of another version of MLflow ({text}); mlflow db upgrade sqlite:///FILE"
+    return f"cannot be read ({text}); are the file and its folder readable to you?"
+
+
+def _runs(rows: list[tuple], newest: dict[str, int], metrics: dict[str, dict[str, float]]) -> list[StoredRun]:
+    """One from all rows of a run: a row for each tag."""
+    tags: dict[str, dict[str, str]] = {}
+    heads: dict[str, tuple[Any, ...]] = {}
+    for run, *head, key, value in rows:
+        tags.setdefault(run, {})[key] = value
+        heads[run] = tuple(head)
+    return [
+        StoredRun(
+            id=run,
+            name=name or run,
+            experiment=experiment,
+            state=state,
+            started=(started or 0) / 1000,
+            newest=max(ended or 0, newest.get(run, 0)) / 1000,
+            tags=tags[run],
+            metrics=metrics.get(run, {}),
+            parent=tags[run].get(PARENT_OF),
+            **{name: tags[run].get(f"spiketrain.{name}", "") for name in ("study", "rule", "seed")},
+        )
+        for run, (name, experiment, state, started, ended) in heads.items()
+    ]

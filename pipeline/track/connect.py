@@ -1,0 +1,48 @@
+"""A client of MLflow for this process: it sends no telemetry, logs no chatter, and gives up on a dead server in seconds."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+SQLITE = "sqlite:///"
+
+
+def connect(uri: str) -> MlflowClient:
+    """The first client for an SQLite file makes the file and its schema, which takes seconds."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    # 3.17.2 retries 7 times with 120 s each. Here whoever holds the client retries, and can wait as long as it takes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):  # if somebody imported it before the variables were set
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger(name).level))
+    return MlflowClient(tracking_uri=uri)
+
+
+def is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://", "databricks"))
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of an SQLite store; None for another kind."""
+    return Path(uri.removeprefix(SQLITE)).absolute() if uri.startswith(SQLITE) else None
+
+
+def without_password(text: str) -> str:
+    return re.sub(r"//[^/@\s]*@", "//", text)
+
+
+def one_line(uri: str, error: Exception) -> str:
+    """What went wrong with a store, for a user."""
+    lines = str(error).strip().splitlines() or [""]
+    return without_password(f"MLflow at {uri} cannot be filled ({type(error).__name__}: {lines[0][:300]})")

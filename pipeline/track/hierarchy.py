@@ -1,0 +1,106 @@
+"""Where a run stands in MLflow: in the experiment of its family, beneath the suite that it was launched with.
+
+    experiment   the family, such as fashion: MLflow shows runs beneath their parent within one experiment alone
+      parent     one launch of several recipes; its status follows theirs, and the suite's report is its artifact
+        child    one training run
+
+Making an experiment or a run is no atomic step in MLflow (3.17.2): two at once can both fail, or both make one. So whoever
+calls this holds `one_at_a_time` of the folder of runs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.suite import is_suite, runs_of
+from pipeline.track.base import TrackingError
+from pipeline.track.connect import is_server, sqlite_file
+from pipeline.track.jsonl import Event
+from pipeline.track.state import is_driven
+from pipeline.track.translate import milliseconds
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+RUN_TAG = "spiketrain.run_id"
+PARENT_TAG = "spiketrain.study_parent"
+KIND_TAG = "spiketrain.kind"
+PARENT_OF = "mlflow.parentRunId"
+
+
+def experiment_of(client: MlflowClient, start: Event, *, uri: str, runs_dir: Path) -> str:
+    """The id of the experiment that a run belongs to, which is made if need be."""
+    from mlflow.exceptions import MlflowException
+
+    name = str(start.get("family") or start.get("recipe") or "spiketrain")
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name, artifact_location=_artifacts(uri, runs_dir, name))
+        except MlflowException:
+            found = client.get_experiment_by_name(name)  # somebody else's folder of runs, the same store, the same moment
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"MLflow experiment {name!r} was deleted; restore it: mlflow experiments restore {found.experiment_id}"
+        )
+    return found.experiment_id
+
+
+def _artifacts(uri: str, runs_dir: Path, name: str) -> str | None:
+    """Beside a local store, which itself would put them under the working directory of the moment; a server knows its place."""
+    if is_server(uri):
+        return None
+    file = sqlite_file(uri)
+    return ((runs_dir if file is None else file.parent).resolve() / "mlartifacts" / name.replace("/", "-")).as_uri()
+
+
+def parent_of(client: MlflowClient, experiment_id: str, start: Event) -> str | None:
+    """The id of the run that stands for the suite which a run was launched with; it is made if need be."""
+    uuid = start.get("study_parent")
+    if not uuid:
+        return None
+    if found := find_parent(client, [experiment_id], str(uuid)):
+        return found
+    tags = {PARENT_TAG: str(uuid), KIND_TAG: "suite"}
+    name = str(start.get("suite") or f"suite {str(uuid)[:8]}")
+    return client.create_run(experiment_id, start_time=milliseconds(start), tags=tags, run_name=name).info.run_id
+
+
+def find_parent(client: MlflowClient, experiment_ids: list[str], uuid: str) -> str | None:
+    found = client.search_runs(experiment_ids, f"tags.`{PARENT_TAG}` = '{uuid}' and tags.`{KIND_TAG}` = 'suite'")
+    return found[0].info.run_id if found else None
+
+
+def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | None) -> None:
+    """What its runs say; `suite` is its folder, which knows how many there will be."""
+    parent = client.get_run(parent_id)
+    runs = client.search_runs([parent.info.experiment_id], f"tags.`{PARENT_OF}` = '{parent_id}'")
+    status = _status_of_all([run.info.status for run in runs], suite)
+    if status == parent.info.status:
+        return
+    if status == "RUNNING":
+        client.update_run(parent_id, status=status)
+    else:
+        client.set_terminated(parent_id, status=status)
+
+
+def _status_of_all(states: Collection[str], suite: Path | None) -> str:
+    for status in ("RUNNING", "FAILED", "KILLED"):
+        if status in states:
+            return status
+    if suite is None or not is_suite(suite) or len(states) >= len(runs_of(suite)):
+        return "FINISHED"
+    return "RUNNING" if is_driven(suite) else "KILLED"
+
+
+@contextmanager
+def one_at_a_time(runs_dir: Path) -> Iterator[None]:
+    with (runs_dir / ".mlflow.lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

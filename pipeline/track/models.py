@@ -1,0 +1,123 @@
+"""Checkpoints as external models of MLflow: a name, the step and a URI. Nothing is uploaded.
+
+A run has a model for its last and for its best checkpoint (which may be one), noted whenever an attempt ends; the tag
+`spiketrain.which` says which it is by now. What was the last or the best of an earlier attempt stays as `superseded`: its
+checkpoint may have been pruned since. MLflow itself tells what there is, so none is made twice.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.track.base import TrackingError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel, Run
+
+WHICH_TAG = "spiketrain.which"
+URI_PARAM = "uri"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registered:
+    """A version of a registered model."""
+
+    name: str
+    version: str
+    alias: str
+    uri: str
+    """where the checkpoint is"""
+
+
+def note_checkpoints(client: MlflowClient, run: Run, run_dir: Path) -> None:
+    """Make the models of the run's last and best checkpoint that are not there, and tag all of them."""
+    wanted = _last_and_best(run_dir)
+    models = _models(client, run)
+    for step, which in wanted.items():
+        if step not in models or str(models[step].status) != "READY":
+            models[step] = _make(client, run, run_dir / "checkpoints" / step, models.get(step), which)
+    for step, model in models.items():
+        which = wanted.get(step, "superseded")
+        if model.tags.get(WHICH_TAG) != which:
+            client.set_logged_model_tags(model.model_id, {WHICH_TAG: which})
+
+
+def register_checkpoint(client: MlflowClient, run: Run, checkpoint: Path, *, name: str, alias: str) -> Registered:
+    """Make a checkpoint a version of the registered model `name`, unless it is one, and point the alias at it."""
+    from mlflow.exceptions import MlflowException
+
+    model = _models(client, run).get(checkpoint.name)
+    if model is None or str(model.status) != "READY":
+        model = _make(client, run, checkpoint, model, alias)
+    try:
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        uri = model.params[URI_PARAM]
+        versions = client.search_model_versions(f"name = '{name}'")
+        # SQL registries of 3.17.2 keep no model_id, and ask the store of the process, not the client's, for `models:/ID`.
+        version = next((each for each in versions if each.source == model.artifact_location), None)
+        if version is None:
+            version = client.create_model_version(
+                name, model.artifact_location, run.info.run_id, tags={URI_PARAM: uri}, model_id=model.model_id
+            )
+        client.set_registered_model_alias(name, alias, version.version)
+    except MlflowException as error:
+        if error.error_code != "INVALID_PARAMETER_VALUE":
+            raise
+        raise TrackingError(f"register: MLflow refuses the name {name!r}: {error.message}") from error
+    return Registered(name=name, version=str(version.version), alias=alias, uri=uri)
+
+
+def _last_and_best(run_dir: Path) -> dict[str, str]:
+    """Folder names of checkpoints, and which they are; whole ones, as a checkpoint is renamed into place."""
+    scores: dict[str, float | None] = {}
+    for path in sorted((run_dir / "checkpoints").glob("step_*")):
+        try:
+            scores[path.name] = json.loads((path / "trainer.json").read_bytes()).get("score")
+        except (OSError, ValueError, AttributeError):
+            continue  # damaged: a resume moves it away, by name
+    if not scores:
+        return {}
+    last = max(scores)
+    best = max((step for step in scores if scores[step] is not None), key=lambda step: (scores[step], step), default=None)
+    if best is None or best == last:
+        return {last: "last" if best is None else "last and best"}
+    return {last: "last", best: "best"}
+
+
+def _models(client: MlflowClient, run: Run) -> dict[str, LoggedModel]:
+    """By the name of their checkpoint."""
+    found = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'", max_results=1000)
+    return {model.name: model for model in found}
+
+
+def _make(client: MlflowClient, run: Run, checkpoint: Path, begun: LoggedModel | None, which: str) -> LoggedModel:
+    """As mlflow.create_external_model does (3.17.2), which keeps its address and its run for the whole process."""
+    from mlflow.models import Model
+
+    external: Mapping[str, str] = {"mlflow.model.isExternal": "true", WHICH_TAG: which}
+    params = {URI_PARAM: checkpoint.resolve().as_uri(), "step": str(int(checkpoint.name.removeprefix("step_")))}
+    model = begun or client.create_logged_model(
+        run.info.experiment_id, checkpoint.name, run.info.run_id, tags=dict(external), params=params, model_type="checkpoint"
+    )
+    # A description alone, which the registry asks for.
+    about = Model(
+        artifact_path=model.artifact_location,
+        model_uuid=model.model_id,
+        model_id=model.model_id,
+        run_id=run.info.run_id,
+        metadata={"mlflow.model.isExternal": True, URI_PARAM: model.params.get(URI_PARAM)},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        about.save(str(Path(folder) / "MLmodel"))
+        client.log_model_artifacts(model.model_id, folder)
+    return client.finalize_logged_model(model.model_id, "READY")

@@ -1,0 +1,47 @@
+"""`spiketrain sync` and `register`: what goes to MLflow by hand. As in `__main__`, nothing heavy is imported before they run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="where runs live")]
+
+
+def sync(
+    run: Annotated[str, typer.Argument(metavar="RUN|SUITE", help="its folder, or its name under --runs")],
+    runs: Runs = Path("runs"),
+) -> None:
+    """Deliver to MLflow what it has missed of a run, or of each run of a suite."""
+    from pipeline.report.runs import find_run_or_suite
+    from pipeline.suite import is_suite, runs_of
+    from pipeline.track.mlflow import sync as sync_run
+    from pipeline.track.mlflow import tracking_uri
+    from pipeline.track.state import state_of
+
+    found, uri = find_run_or_suite(runs, run), tracking_uri(runs)
+    begun = [each for each in runs_of(found).values() if state_of(each) != "new"] if is_suite(found) else [found]
+    for folder in begun:
+        report = sync_run(folder, uri=uri)
+        print(f"{folder.name} -> {uri}: {report.delivered} points delivered, {report.already_there} were there")
+    if not begun:
+        print(f"{found.name}: none of its runs has begun")
+
+
+def register(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under --runs")],
+    name: Annotated[str, typer.Option("--as", metavar="NAME", help="of the registered model; it is made if need be")],
+    which: Annotated[Literal["last", "best"], typer.Option("--which", help="checkpoint; also the version's alias")] = "last",
+    runs: Runs = Path("runs"),
+) -> None:
+    """Make a run's checkpoint a version of a registered model in MLflow, by its address: nothing is uploaded."""
+    from pipeline.checkpoint import verified
+    from pipeline.report.runs import find_run
+    from pipeline.track.mlflow import tracking_uri
+    from pipeline.track.publish import register as register_run
+
+    folder = find_run(runs, run)
+    done = register_run(folder, verified(folder / "checkpoints", which), name=name, alias=which, uri=tracking_uri(runs))
+    print(f"{folder.name} -> models:/{done.name}@{done.alias}, version {done.version}: {done.uri}")

@@ -1,0 +1,194 @@
+"""Reading a store: what is there, and what is wrong with it in one sentence, within seconds and without touching it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.report.store import Point, StoredRun, StoreError, open_store, studies
+from pipeline.track.connect import connect
+from pipeline.track.jsonl import Journal
+from pipeline.track.mlflow import sync
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two studies of one family, one of another, delivered as runs are; a run of somebody else, and a deleted one."""
+    runs = tmp_path_factory.mktemp("runs with an #odd name")
+    uri = f"sqlite:///{runs}/mlflow.db"
+    for seed, (name, rule, study, family) in enumerate(
+        [("a", "BPTT", "1" * 16, "fashion"), ("b", "SLTT", "1" * 16, "fashion"), ("c", "BPTT", "2" * 16, "fashion"),
+         ("d", "OTTT", "1" * 16, "cifar"), ("gone", "BPTT", "1" * 16, "fashion")]
+    ):  # fmt: skip
+        folder = runs / name
+        folder.mkdir()
+        (folder / "recipe.json").write_text('{"é": 1}')
+        with Journal(folder / "journal.jsonl", attempt=0) as journal:
+            about = {"run_id": name * 8, "study_parent": "f" * 32, "suite": "a-suite"}
+            journal.event("start", run=name, rule=rule, study=study, family=family, seed=seed, params={"lr": "1"}, **about)
+            for step in range(5):
+                journal.event("step", step=step, metrics={"loss": float("nan") if step == 3 else 1.0 / (step + 1)})
+            journal.event("failed" if name == "b" else "finish", step=4, top1=0.5)
+        sync(folder, uri=uri)
+    client = connect(uri)
+    experiment = client.get_experiment_by_name("fashion")
+    assert experiment is not None
+    client.create_run(experiment.experiment_id, run_name="somebody else's", tags={"spiketrain.study": "1" * 16})
+    [gone] = client.search_runs([experiment.experiment_id], "tags.`spiketrain.run_id` = 'gonegonegonegonegonegonegonegone'")
+    client.delete_run(gone.info.run_id)
+    return runs / "mlflow.db"
+
+
+def run_named(store: Path, name: str) -> StoredRun:
+    return next(run for run in open_store(str(store)).listed() if run.name == name)
+
+
+def test_studies_are_the_runs_of_one_key_in_one_family(store: Path):
+    listed = open_store(f"sqlite:///{store}").listed()
+    assert sorted(run.name for run in listed) == ["a", "b", "c", "d"]
+    found = {(study.experiment, study.study[0]): study for study in studies(listed)}
+    assert list(found) == [("cifar", "1"), ("fashion", "2"), ("fashion", "1")]  # the newest first
+    study = found["fashion", "1"]
+    assert (study.rules, study.seeds, study.states) == (("BPTT", "SLTT"), ("0", "1"), {"FAILED": 1, "FINISHED": 1})
+    assert len(study.parents) == 1 and time.time() - 600 < study.newest < time.time()
+
+
+def test_a_run_has_its_newest_metrics_tags_and_times(store: Path):
+    second, first = open_store(str(store)).runs("2" * 16) + [
+        run for run in open_store(str(store)).runs("1" * 16) if run.name == "a"
+    ]
+    assert (second.name, first.name) == ("c", "a")
+    assert first.metrics["train/loss"] == 0.2 and first.metrics["summary/top1"] == 0.5
+    assert (first.state, first.rule, first.seed, first.experiment) == ("FINISHED", "BPTT", "0", "fashion")
+    assert first.tags["spiketrain.suite"] == "a-suite" and first.started <= first.newest <= second.newest
+    assert first.newest == run_named(store, "a").newest
+    assert open_store(str(store)).runs("none") == []
+
+
+def test_a_history_since_a_step(store: Path):
+    run = run_named(store, "a")
+    points = open_store(str(store)).history(run.id, "train/loss")
+    assert [point.step for point in points] == list(range(5)) and points[3].value != points[3].value
+    assert points[4] == Point(4, points[4].time, 0.2) and run.started <= points[4].time <= run.newest + 1
+    assert [point.step for point in open_store(str(store)).history(run.id, "train/loss", since=3)] == [4]
+    assert open_store(str(store)).history("none", "train/loss") == []
+
+
+def test_known_artifacts_alone_and_none_through_a_link(store: Path, tmp_path: Path):
+    run = run_named(store, "d")
+    opened = open_store(str(store))
+    assert opened.text(run.id, "recipe.json") == '{"é": 1}'
+    assert (opened.text(run.id, "journal.jsonl") or "").count("\n") == 7
+    assert opened.text(run.id, "summary.json") is None and opened.text("none", "recipe.json") is None
+    for name in ("../../../mlflow.db", "/etc/passwd", "answers.npz", "..", ""):
+        with pytest.raises(StoreError, match=r"an artifact must be recipe\.json, .*report\.html; got"):
+            opened.text(run.id, name)
+    [place] = store.parent.glob(f"mlartifacts/cifar/{run.id}/artifacts")
+    (tmp_path / "secret").write_text("secret")
+    (place / "report.html").symlink_to(tmp_path / "secret")
+    with pytest.raises(StoreError, match="is a link that leads out of"):
+        opened.text(run.id, "report.html")
+
+
+def told(uri: str | Path, seconds: float = 4.0) -> str:
+    """The one sentence, in time."""
+    began = time.monotonic()
+    with pytest.raises(StoreError) as caught:
+        open_store(str(uri)).listed()
+    assert time.monotonic() - began < seconds
+    assert len(str(caught.value).splitlines()) == 1 and str(uri).removeprefix("sqlite:///") in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_store_that_is_missing_or_empty_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert "does not exist; launch a run" in told("sqlite:///runs/mlflow.db")
+    assert "does not exist" in told(tmp_path)  # a folder
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mlflow.db").touch()
+    assert "is empty, nothing was delivered yet; `spiketrain sync RUN`" in told(tmp_path / "mlflow.db")
+    assert (tmp_path / "mlflow.db").stat().st_size == 0
+
+
+@pytest.mark.parametrize("size", [1, 60, 4096, 100_000])
+def test_a_store_of_which_a_part_was_written(store: Path, tmp_path: Path, size: int):
+    part = tmp_path / "mlflow.db"
+    part.write_bytes(store.read_bytes()[:size])
+    assert ("is no MLflow store; name another" if size == 1 else "is damaged") in told(part)
+    assert part.stat().st_size == size and list(tmp_path.iterdir()) == [part]
+
+
+def test_what_is_no_store_of_this_version(store: Path, tmp_path: Path):
+    file = tmp_path / "mlflow.db"
+    file.write_text("never a database\n" * 100)
+    assert "is damaged (file is not a database)" in told(file)
+    file.unlink()
+    with sqlite3.connect(file) as other:
+        other.execute("create table alembic_version (version_num text)")
+        other.execute("create table runs (run_uuid text)")
+    before = hashlib.sha256(file.read_bytes()).digest()
+    assert "is of another version of MLflow (no such table: latest_metrics); mlflow db upgrade" in told(file)
+    assert hashlib.sha256(file.read_bytes()).digest() == before
+    assert "must be sqlite:///FILE or the address of a server" in told("mysql://somebody@host/mlflow".replace("somebody@", ""))
+
+
+def test_a_store_that_somebody_locks(store: Path, tmp_path: Path):
+    copy = tmp_path / "mlflow.db"
+    copy.write_bytes(store.read_bytes())
+    holder = sqlite3.connect(copy)
+    holder.execute("begin exclusive")
+    assert "is locked by another process for over 2 s" in told(copy)
+    holder.close()
+    assert len(open_store(str(copy)).listed()) == 4
+
+
+def test_a_store_whose_writer_was_killed_in_the_middle(store: Path, tmp_path: Path):
+    """SQLite finds its rollback journal, and undoes what was half done."""
+    copy = tmp_path / "mlflow.db"
+    copy.write_bytes(store.read_bytes())
+    code = (
+        "import os, signal, sqlite3, sys\n"
+        "c = sqlite3.connect(sys.argv[1]); c.execute('pragma cache_size = 5')\n"
+        'c.execute("update tags set value = value || hex(zeroblob(4000))"); os.kill(os.getpid(), signal.SIGKILL)'
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(copy)], check=False).returncode == -signal.SIGKILL
+    assert (tmp_path / "mlflow.db-journal").stat().st_size > 0
+    assert len(open_store(str(copy)).listed()) == 4
+
+
+def test_a_server_that_is_down_or_hangs_or_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert "does not answer as an MLflow server" in told(address)
+    assert "does not answer as an MLflow server" in told(address)
+    with pytest.raises(StoreError) as caught:
+        open_store(address.replace("//", "//me:secret@")).history("x", "y")
+    assert "secret" not in str(caught.value)
+    command = [sys.executable, "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(tmp_path)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    assert server.stdout is not None
+    port = server.stdout.readline().split("port ")[1].split()[0]
+    assert "does not answer as an MLflow server" in told(f"http://127.0.0.1:{port}")
+    server.kill()
+    server.wait()
+    server.stdout.close()
+
+
+def test_looking_imports_neither_mlflow_nor_torch(store: Path):
+    code = (
+        "import sys; from pipeline.report.store import open_store, studies\n"
+        "print(len(studies(open_store(sys.argv[1]).listed())))\n"
+        "assert not {'mlflow', 'torch', 'pandas'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(store)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr

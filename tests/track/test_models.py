@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pipeline.track.connect import connect
+from pipeline.track.delivery import Delivery
+from pipeline.track.mlflow import sync
+from tests.track.conftest import FakeRun
+from tests.track.test_mlflow import find
+
+CHANGING = ("create_logged_model", "log_model_artifacts", "finalize_logged_model", "set_logged_model_tags")
+
+
+def models(uri: str, run: FakeRun) -> dict[str, Any]:
+    found = find(uri, run)
+    listed = connect(uri).search_logged_models([found.info.experiment_id])
+    assert all((str(model.status), model.source_run_id) == ("READY", found.info.run_id) for model in listed)
+    assert len({model.name for model in listed}) == len(listed)
+    return {model.name: model for model in listed}
+
+
+def which(uri: str, run: FakeRun) -> dict[str, str]:
+    return {name: model.tags["spiketrain.which"] for name, model in models(uri, run).items()}
+
+
+def test_the_last_and_the_best_checkpoint_are_external_models_and_none_is_made_twice(fake_run: Callable, sqlite_store: str):
+    run = fake_run()
+    with run.start() as journal:
+        best, last = run.checkpoint(4, score=0.9), run.checkpoint(12, score=None)
+        run.checkpoint(8, score=0.5)
+        (run.folder / "checkpoints" / "step_00000020").mkdir()  # damaged
+        sync(run.folder, uri=sqlite_store)  # nobody drives it: this is an end
+        assert which(sqlite_store, run) == {best.name: "best", last.name: "last"}
+    model = models(sqlite_store, run)[best.name]
+    assert model.params == {"uri": best.as_uri(), "step": "4"}
+    assert model.tags["mlflow.model.isExternal"] == "true"
+    sync(run.folder, uri=sqlite_store)
+    with run.start(step=12) as journal:
+        newest = run.checkpoint(16, score=0.95)
+        shutil.rmtree(last)
+        journal.event("finish", steps=16)
+    sync(run.folder, uri=sqlite_store)
+    expected = {best.name: "superseded", last.name: "superseded", newest.name: "last and best"}
+    assert which(sqlite_store, run) == expected
+    sync(run.folder, uri=sqlite_store)
+    assert which(sqlite_store, run) == expected
+
+
+def test_there_are_none_before_an_end_or_without_a_checkpoint(fake_run: Callable, sqlite_store: str):
+    run = fake_run()
+    delivery = Delivery(run.folder, uri=sqlite_store)
+    with run.start() as journal:
+        run.checkpoint(4, score=0.9)
+        delivery.advance()
+        assert models(sqlite_store, run) == {}
+        shutil.rmtree(run.folder / "checkpoints")
+        journal.event("finish", steps=4)
+        delivery.advance()
+    assert models(sqlite_store, run) == {}
+
+
+def test_they_are_looked_for_once_an_end(fake_run: Callable, sqlite_store: str, monkeypatch: pytest.MonkeyPatch):
+    run, calls = fake_run(), []
+    monkeypatch.setattr("pipeline.track.delivery.note_checkpoints", lambda *given: calls.append(given))
+    delivery = Delivery(run.folder, uri=sqlite_store)
+    with run.start() as journal:
+        journal.event("stopped", step=4)
+        assert delivery.advance() and delivery.advance() and len(calls) == 1
+    with run.start(step=4) as journal:
+        journal.event("finish", steps=8)
+        assert delivery.advance() and delivery.advance() and len(calls) == 2
+
+
+def test_a_deliverer_may_die_at_any_call(fake_run: Callable, sqlite_store: str, monkeypatch: pytest.MonkeyPatch):
+    """Whether or not the call took effect; the next one completes what the last one began."""
+    from mlflow import MlflowClient
+
+    run, calls = fake_run(), []
+    with run.start() as journal:
+        journal.event("finish", steps=4)
+    for step, score in ((4, 0.9), (8, 0.5)):
+        run.checkpoint(step, score=score)
+
+    def dying(name: str, effect: str) -> Callable:
+        original = getattr(MlflowClient, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if effect == "before":
+                raise KeyboardInterrupt
+            original(*args, **kwargs)
+            raise KeyboardInterrupt
+
+        return call
+
+    for name in CHANGING[:3]:
+        for effect in ("before", "after"):
+            with monkeypatch.context() as patch:
+                patch.setattr(MlflowClient, name, dying(name, effect))
+                with pytest.raises(KeyboardInterrupt):
+                    sync(run.folder, uri=sqlite_store)
+            calls.append(name)
+    sync(run.folder, uri=sqlite_store)
+    assert which(sqlite_store, run) == {"step_00000004": "best", "step_00000008": "last"}
+    assert len(calls) == 6

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.track.base import TrackingError
+from pipeline.track.connect import connect
+from pipeline.track.mlflow import sync
+from pipeline.track.publish import Registered, log_report, register
+from tests.track.conftest import FakeRun, write_suite
+from tests.track.test_mlflow import artifacts, find, free_port
+from tests.track.test_models import models
+
+
+def finished(run: FakeRun, **fields: str) -> None:
+    with run.start(**fields) as journal:
+        journal.event("finish", steps=1)
+
+
+def test_a_checkpoint_is_registered_once_and_the_alias_moves(
+    fake_run: Callable, sqlite_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    run, name = fake_run(), uuid.uuid4().hex
+    best, last = run.checkpoint(4, score=0.9), run.checkpoint(8, score=0.5)
+    finished(run)
+    done = register(run.folder, best, name=name, alias="best", uri=sqlite_store)
+    assert done == Registered(name=name, version="1", alias="best", uri=best.as_uri())
+    assert register(run.folder, best, name=name, alias="best", uri=sqlite_store) == done
+    assert register(run.folder, last, name=name, alias="last", uri=sqlite_store).version == "2"
+    client = connect(sqlite_store)
+    version = client.get_model_version_by_alias(name, "best")
+    assert (str(version.version), version.run_id, version.tags["uri"]) == (
+        "1",
+        find(sqlite_store, run).info.run_id,
+        best.as_uri(),
+    )
+    assert version.source == models(sqlite_store, run)[best.name].artifact_location
+    assert register(run.folder, last, name=name, alias="best", uri=sqlite_store).version == "2"
+    assert str(client.get_model_version_by_alias(name, "best").version) == "2"
+    assert not (tmp_path / "mlflow.db").exists() and not (tmp_path / "mlruns").exists()
+
+
+def test_a_checkpoint_that_is_neither_last_nor_best_can_be_registered(fake_run: Callable, sqlite_store: str):
+    run = fake_run()
+    other, _ = run.checkpoint(4, score=0.1), run.checkpoint(8, score=0.5)
+    finished(run)
+    done = register(run.folder, other, name=uuid.uuid4().hex, alias="last", uri=sqlite_store)
+    assert done.uri == other.as_uri() and len(models(sqlite_store, run)) == 2
+
+
+def test_what_cannot_be_registered_is_told_in_a_line(fake_run: Callable, sqlite_store: str):
+    run = fake_run()
+    checkpoint = run.checkpoint(4, score=0.9)
+    with pytest.raises(TrackingError, match="no journal of a run that began"):
+        register(run.folder, checkpoint, name="x", alias="best", uri=sqlite_store)
+    finished(run)
+    with pytest.raises(TrackingError, match="register: MLflow refuses the name 'a/b'") as caught:
+        register(run.folder, checkpoint, name="a/b", alias="best", uri=sqlite_store)
+    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(TrackingError, match="cannot be filled"):
+        register(run.folder, checkpoint, name="x", alias="best", uri=f"http://127.0.0.1:{free_port()}")
+
+
+def test_a_report_is_an_artifact_of_the_parent(fake_run: Callable, sqlite_store: str, tmp_path: Path):
+    family, about = uuid.uuid4().hex, {"study_parent": uuid.uuid4().hex, "suite": "a-suite"}
+    runs = [fake_run(name, family=family) for name in ("one", "two")]
+    suite, page = tmp_path / "runs" / "a-suite", tmp_path / "anything.html"
+    write_suite(suite, *(run.folder for run in runs))
+    page.write_text("<html>é</html>")
+    with pytest.raises(TrackingError, match="has no run that began"):
+        log_report(suite, page, uri=sqlite_store)
+    finished(runs[1], **about)
+    parent = log_report(suite, page, uri=sqlite_store)  # also before anything else was delivered
+    sync(runs[1].folder, uri=sqlite_store)
+    assert find(sqlite_store, runs[1]).data.tags["mlflow.parentRunId"] == parent
+    page.write_text("<html>newer</html>")
+    assert log_report(suite, page, uri=sqlite_store) == parent
+    client = connect(sqlite_store)
+    assert [file.path for file in client.list_artifacts(parent)] == ["report.html"]
+    kept = artifacts(client.get_run(parent)) / "report.html"
+    assert kept.read_text() == "<html>newer</html>"
+    with pytest.raises(TrackingError, match="cannot be filled"):
+        log_report(suite, page, uri=f"http://127.0.0.1:{free_port()}")

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.track.connect import connect
+from pipeline.track.jsonl import read
+from pipeline.track.mlflow import Mirror, sync
+from pipeline.track.system import Sampler
+from tests.track.test_mlflow import find, history, wait_for
+
+CPU = "system/cpu_utilization_percentage"
+
+
+def sampled(folder: Path, count: int) -> None:
+    sampler = Sampler(folder, interval=0.05)
+    assert wait_for(lambda: len(read(folder / "system.jsonl")) >= count)
+    sampler.close()
+
+
+def test_samples_go_on_after_a_resume_and_arrive_once_with_their_own_time(fake_run: Callable, sqlite_store: str):
+    run = fake_run()
+    with run.start() as journal:
+        sampled(run.folder, 3)
+        first = len(read(run.folder / "system.jsonl"))
+        sync(run.folder, uri=sqlite_store)
+        sampled(run.folder, first + 2)
+        journal.event("finish", steps=1)
+    sync(run.folder, uri=sqlite_store)
+    samples = read(run.folder / "system.jsonl")
+    assert [sample["step"] for sample in samples] == list(range(len(samples)))
+    assert [step for step, _ in history(sqlite_store, run, CPU)] == list(range(len(samples)))
+    points = connect(sqlite_store).get_metric_history(find(sqlite_store, run).info.run_id, CPU)
+    assert [point.timestamp for point in points] == [int(sample["time"] * 1000) for sample in samples]
+    names = {name for name in find(sqlite_store, run).data.metrics if name.startswith("system/")}
+    assert names >= {CPU, "system/system_memory_usage_megabytes", "system/disk_usage_percentage"}
+    assert all(0 <= point.value <= 100 for point in points)
+
+
+def test_it_can_be_switched_off_and_costs_a_short_run_nothing(fake_run: Callable, monkeypatch: pytest.MonkeyPatch):
+    run = fake_run()
+    Sampler(run.folder).close()
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
+    sampler = Sampler(run.folder)
+    assert not sampler._thread.is_alive()
+    sampler.close()
+    assert not (run.folder / "system.jsonl").exists()
+
+
+def test_the_mirror_samples(fake_run: Callable, sqlite_store: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    run = fake_run()
+    with run.start() as journal:
+        mirror = Mirror(run.folder, uri=sqlite_store, interval=0.05)
+        assert wait_for(lambda: len(history(sqlite_store, run, CPU)) >= 2)
+        journal.event("finish", steps=1)
+    assert mirror.close(20)
+    assert len(history(sqlite_store, run, CPU)) == len(read(run.folder / "system.jsonl"))
+
+
+def test_a_disk_that_refuses_ends_the_samples_and_nothing_else(tmp_path: Path):
+    sampler = Sampler(tmp_path / "gone", interval=0.01)
+    with pytest.warns(UserWarning, match="system metrics are no longer sampled: FileNotFoundError"):
+        sampler._thread.join(20)
+    sampler.close()
