@@ -8,9 +8,9 @@ from typing import Any
 
 from pipeline.report.runs import load
 
-__all__ = ["differences"]
+__all__ = ["VARIED", "differences", "differing"]
 
-_VARIED = ("rule", "seed", "name", "fidelity_every")  # what the study key leaves out (pipeline.recipe), beside paths
+VARIED = ("rule", "seed", "name", "fidelity_every")  # what the study key leaves out (pipeline.recipe), beside paths
 _ABSENT = "(absent)"
 
 
@@ -24,18 +24,18 @@ def differences(a: Path, b: Path) -> list[tuple[str, Any, Any]]:
     found = [
         (name, first, second)
         for name in ("world_size", "loader_threads", "hardware")
-        for name, first, second in _differing(name, *(summary.get(name) for summary in summaries))
+        for name, first, second in differing(name, *(summary.get(name) for summary in summaries))
     ]
     if summaries[0].get("rule") == summaries[1].get("rule"):  # one label in the table: it must be one rule (rescale is not in it)
-        found += _differing("rule", *(_recipe(folder).get("rule") for folder in (a, b)))
+        found += differing("rule", *(_recipe(folder).get("rule") for folder in (a, b)))
     keys = [summary.get("study") for summary in summaries]
     return found if keys[0] == keys[1] else _explained(a, b, summaries, keys) + found
 
 
 def _explained(a: Path, b: Path, summaries: tuple[dict, dict], keys: list[Any]) -> list[tuple[str, Any, Any]]:
     recipes = [_recipe(folder) for folder in (a, b)]
-    kept = [{name: value for name, value in recipe.items() if name not in _VARIED} for recipe in recipes]
-    found = list(_differing("", *kept))
+    kept = [{name: value for name, value in recipe.items() if name not in VARIED} for recipe in recipes]
+    found = list(differing("", *kept))
     paths = [one for one in found if all(_is_path(value) for value in one[1:])]
     found = [one for one in found if one not in paths]
     contents = [summary.get("data_fingerprint") for summary in summaries]
@@ -48,7 +48,7 @@ def _recipe(folder: Path) -> dict[str, Any]:
     return (load(folder / "recipe.json") or {}).get("recipe") or {}
 
 
-def _differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
+def differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
     """The leaves that differ; a part's keywords are named `optimizer.lr`, as on the command line."""
     if isinstance(a, dict) and isinstance(b, dict):
         for kind in ("target", "value"):  # a Spec, a frozen value
@@ -57,10 +57,10 @@ def _differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
                 return  # two functions' keywords have nothing to do with each other
         for key in dict.fromkeys([*a, *b]):
             inner = name if key == "kwargs" else f"{name}.{key}" if name else key
-            yield from _differing(inner, a.get(key, _ABSENT), b.get(key, _ABSENT))
+            yield from differing(inner, a.get(key, _ABSENT), b.get(key, _ABSENT))
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         for index, (first, second) in enumerate(zip(a, b, strict=True)):
-            yield from _differing(f"{name}[{index}]", first, second)
+            yield from differing(f"{name}[{index}]", first, second)
     elif a != b:
         yield name, a, b
 
