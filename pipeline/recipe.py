@@ -101,6 +101,8 @@ class Recipe:
     """end the run, or each of its phases, after this many global batches (None: after its last epoch); so does the schedule"""
     evaluate_samples: int | None = None
     """evaluate on so many samples only (None: on all); for smoke runs"""
+    published: tuple[tuple[int, float], ...] = ()
+    """epochs done and top-1 in 0..1 of a published log, which reports set a run beside; nothing else reads it"""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -119,6 +121,8 @@ class Recipe:
                 raise ValueError(f"recipe: {name} must not be negative; got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"recipe: ema_decay must be in 0..1, 1 excluded; got {self.ema_decay}")
+        if not all(epochs >= 1 and 0 <= top1 <= 1 for epochs, top1 in self.published):
+            raise ValueError(f"recipe: published must be pairs of epochs, from 1, and top-1 in 0..1; got {self.published!r}")
         if self.backend == "plain" and self.zero:
             raise ValueError(f"recipe: zero={self.zero} needs backend='deepspeed'; got backend='plain'")
         if os.sep in self.name or self.name.strip() in ("", ".", ".."):
@@ -193,6 +197,7 @@ class Recipe:
             phases=phases,
             stop_after=4 // max(1, len(phases)),
             evaluate_samples=64,
+            published=(),
             log_every=1,
         )
 
@@ -221,8 +226,8 @@ class Recipe:
             inputs: content hashes of what paths only point at: `data` (and `init`, where there is one).
         """
         value = self._encoded(paths=False)
-        for name in ("name", "rule", "seed", "init", "fidelity_every"):  # the last looks on
-            del value[name]
+        for name in ("name", "rule", "seed", "init", "fidelity_every", "published"):  # the last two look on
+            value.pop(name, None)
         return hashlib.sha256(json.dumps([value, dict(inputs)], sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
@@ -267,7 +272,7 @@ class Recipe:
     def _encoded(self, *, paths: bool) -> dict[str, Any]:
         fields = {each.name: encode(getattr(self, each.name), paths=paths) for each in dataclasses.fields(self)}
         # A recipe without them keeps its study key.
-        absent = [name for name in ("mixing", "teacher", "phases", "ema_decay") if not getattr(self, name)]
+        absent = [name for name in ("mixing", "teacher", "phases", "ema_decay", "published") if not getattr(self, name)]
         return {name: value for name, value in fields.items() if name not in absent}
 
 

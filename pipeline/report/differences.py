@@ -10,7 +10,7 @@ from pipeline.report.runs import load
 
 __all__ = ["VARIED", "differences", "differing"]
 
-VARIED = ("rule", "seed", "name", "fidelity_every")  # what the study key leaves out (pipeline.recipe), beside paths
+VARIED = ("rule", "seed", "name", "fidelity_every", "published")  # what the study key leaves out (pipeline.recipe), beside paths
 _ABSENT = "(absent)"
 
 
