@@ -65,7 +65,9 @@ def write(study: Study, out: Path) -> Path:
 
 def render(study: Study) -> str:
     """The page's HTML."""
-    compared = [group for group in study.groups if len(group.rules) > 1] or list(study.groups[:1])
+    compared = [group for group in study.groups if len(group.rules) > 1] or [
+        group for group in study.groups if len(study.groups) == 1
+    ]
     alone = [group for group in study.groups if group not in compared]
     sections = [_section(group, f"g{index}") for index, group in enumerate(compared, start=1)]
     memory = [figure for sweep in study.sweeps if isinstance(figure := memory_of_time(sweep), Figure)]

@@ -23,6 +23,7 @@ from pipeline.suite import FILE, SuiteFile, runs_of
 from pipeline.track.state import state_of
 
 OUT = "report.html"
+_WIDTH = 120  # characters of what a suite's own report prints
 
 
 def read_study(
@@ -50,12 +51,12 @@ def read_study(
         runs = {name: run for name, run in runs_of(suite).items() if run.is_dir()}
         if not runs:
             raise ReportError(f"report: {suite.name} has no run yet")
-        told, notes = _own_report(suite, trust)
+        told, printed, notes = _own_report(suite, trust)
         swept += tuple(_sweep(value, suite.name) for value in _objects(told.get("sweeps")))
         members, title, out = list(runs.values()), suite.name, suite / OUT
     else:
         folders = named(runs_dir, names) if names else newest_study(runs_dir)
-        told, notes = {}, []
+        told, printed, notes = {}, "", []
         members = _with_their_baseline(runs_dir, folders, against)
         title = _title(members, names)
         out = runs_dir / f"report-{_slug(title)}.html"
@@ -67,6 +68,7 @@ def read_study(
         claims=tuple(_claim(value) for value in _objects(told.get("claims"))),
         sweeps=swept,
         notes=tuple(notes),
+        printed=printed,
     )
     return study, out
 
@@ -79,20 +81,22 @@ def _with_their_baseline(runs_dir: Path, folders: Sequence[Path], against: str) 
     return list(dict.fromkeys([*(run.folder.resolve() for run in found), *(folder.resolve() for folder in folders)]))
 
 
-def _own_report(suite: Path, trust: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
-    """What the suite's report returns; a sentence where it has nothing to say yet, or cannot."""
+def _own_report(suite: Path, trust: tuple[str, ...]) -> tuple[dict[str, Any], str, list[str]]:
+    """What the suite's report returns and prints; a sentence where it has nothing to say yet, or cannot."""
     runs = runs_of(suite)
     finished = {name: run for name, run in runs.items() if state_of(run) == "finished"}
     if read_json(suite / FILE).get("report") is None:
-        return {}, []
+        return {}, "", []
     if len(finished) < len(runs):
-        return {}, [f"The suite's own report, with its claims, waits for all runs: {len(finished)} of {len(runs)} have finished."]
+        waits = f"The suite's own report, with its claims, waits for all runs: {len(finished)} of {len(runs)} have finished."
+        return {}, "", [waits]
+    printed = io.StringIO()
     try:
         report = SuiteFile.read(suite, trust=trust).suite.report
-        value = None if report is None else report(finished, Console(file=io.StringIO()))
+        value = None if report is None else report(finished, Console(file=printed, width=_WIDTH))
     except ValueError as error:
-        return {}, [f"The suite's own report could not be made: {error}"]
-    return (dict(value), []) if isinstance(value, Mapping) else ({}, [])
+        return {}, "", [f"The suite's own report could not be made: {error}"]
+    return dict(value) if isinstance(value, Mapping) else {}, printed.getvalue(), []
 
 
 def _objects(value: Any) -> list[Mapping[str, Any]]:

@@ -114,6 +114,8 @@ class Study:
     sweeps: tuple[Mapping[str, Any], ...] = ()
     """each what `spiketrain sweep --format json` prints"""
     notes: tuple[str, ...] = ()
+    printed: str = ""
+    """what the suite's own report prints"""
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:

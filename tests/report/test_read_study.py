@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from pipeline.report.read_study import read_study
 from pipeline.suite import Suite, SuiteFile
@@ -42,6 +43,28 @@ def test_a_suite(make_run: Callable, runs_dir: Path):
     value = json.loads((folder / "suite.json").read_text())
     (folder / "suite.json").write_text(json.dumps({**value, "report": "recipes.compare.claims_fashion.report"}))
     assert "waits for all runs: 1 of 2 have finished" in read_study(runs_dir, ["suite"])[0].notes[0]
+
+
+def test_what_a_suites_report_prints_and_returns(make_run: Callable, runs_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    make_run("bptt")
+    folder = make_suite(runs_dir, "bptt")
+    value = json.loads((folder / "suite.json").read_text())
+    (folder / "suite.json").write_text(json.dumps({**value, "report": "recipes.compare.claims_fashion.report"}))
+    claim = {"about": "SLTT", "claim": "bytes", "published": "0.3", "bound": "<= 0.2", "ours": "0.25", "holds": False}
+
+    def report(runs: dict[str, Path], console: Console) -> dict:
+        console.print(f"of {', '.join(runs)}")
+        return {"claims": [claim], "sweeps": {"a": SWEEP}}
+
+    def read(folder: Path, **_: object) -> SuiteFile:
+        return SuiteFile(suite=Suite((small_recipe(),), report), runs=("bptt",), parent="0" * 32, cluster={})
+
+    monkeypatch.setattr(SuiteFile, "read", read)
+    monkeypatch.setattr("pipeline.suite._check_report", lambda _: None)
+    study, _ = read_study(runs_dir, ["suite"])
+    assert (study.printed, study.claims[0].holds, study.sweeps, study.notes) == ("of recipe-bptt\n", False, (SWEEP,), ())
+    monkeypatch.setattr(SuiteFile, "read", lambda *_, **__: (_ for _ in ()).throw(ValueError("no data here")))
+    assert read_study(runs_dir, ["suite"])[0].notes == ("The suite's own report could not be made: no data here",)
 
 
 def test_a_sweep(make_run: Callable, runs_dir: Path, tmp_path: Path):
