@@ -80,7 +80,7 @@ def ratios(group: Group) -> Figure | Missing:
         most = max(1.0, *(ratio.mean + (ratio.deviation or 0) for ratio in found.values()))
         figure.add_vline(x=1, line={"color": theme.ink, "width": 1, "dash": "dot"})
         y = {"tickvals": list(range(len(names))), "ticktext": [QUANTITIES[name][0] for name in names], "showgrid": False}
-        y |= {"range": [len(names) - 0.5, -0.5], "zeroline": False}
+        y |= {"range": [len(names) - 0.5, -0.75], "zeroline": False}
         x = {"range": [0, 1.3 * most], "title": {"text": f"multiple of {plain(group.against)}"}}
         return figure.update_layout(**base_layout(theme, height=height, xaxis=x, yaxis=y))
 

@@ -67,6 +67,7 @@ def test_nothing_is_divided_without_a_baseline_or_across_machines():
 def test_pareto():
     assert pareto({"a": (1, 1), "b": (2, 2), "c": (2, 1), "d": (3, 2)}) == ["a", "b"]
     assert pareto({"a": (1, 1), "same": (1, 1)}) == ["a", "same"]
+    assert pareto({"less": (1, 1), "more": (1, 2)}) == ["more"] == list(pareto({"dear": (2, 2), "more": (1, 2)}))
 
 
 def test_trade_off_marks_the_front():

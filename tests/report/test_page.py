@@ -56,6 +56,7 @@ def test_machines_are_apart_and_a_missing_baseline_is_named():
 
 def test_a_run_alone_is_listed_and_not_drawn():
     html = body(page.render(study(run("SLTT", study="f" * 16, name="lonely"))))
+    assert "The baseline is missing" not in html
     assert 'id="alone"' in html and 'id="g2"' not in html and html.count(">lonely<") == 2
 
 
@@ -75,4 +76,4 @@ def test_what_is_missing_says_so():
 
 def test_a_run_that_goes_on_has_a_page():
     html = body(page.render(Study(title="t", runs=(run(state="running"), run("SLTT", state="failed")))))
-    assert "Learning curves" in html and "No baseline" in html
+    assert "Learning curves" in html and "No baseline" in html and "The baseline is missing" in html

@@ -6,8 +6,11 @@
   const config = { displayModeBar: false, responsive: true, scrollZoom: false, doubleClick: false, showTips: false };
   const places = [...document.querySelectorAll("[data-figure]")];
 
-  const draw = (place, theme = dark.matches ? "dark" : "light") => {
+  const onPaper = { width: 640, autosize: false, paper_bgcolor: "#fff", plot_bgcolor: "#fff" }; // within the margins of A4 and of letter
+
+  const draw = (place, theme = dark.matches ? "dark" : "light", size = {}) => {
     const { data, layout } = structuredClone(drawings[place.dataset.figure][theme]);
+    Object.assign(layout, size);
     place.dataset.theme = theme;
     return Plotly.react(place, data, layout, config);
   };
@@ -24,7 +27,7 @@
   places.forEach((place) => near.observe(place));
 
   dark.addEventListener("change", () => drawn().forEach((place) => draw(place)));
-  window.addEventListener("beforeprint", () => places.forEach((place) => draw(place, "light")));
+  window.addEventListener("beforeprint", () => places.forEach((place) => draw(place, "light", onPaper)));
   window.addEventListener("afterprint", () => drawn().forEach((place) => draw(place)));
 
   for (const button of document.querySelectorAll("[data-png]")) {
