@@ -73,7 +73,8 @@ def render(study: Study) -> str:
     memory = [figure for sweep in study.sweeps if isinstance(figure := memory_of_time(sweep), Figure)]
     drawings = {f"{section.key}-{figure.name}": _drawn(figure) for section in sections for figure in section.figures}
     drawings |= {f"sweep{index}-{figure.name}": _drawn(figure) for index, figure in enumerate(memory, start=1)}
-    missing = [] if memory else [Missing(title="Memory against time steps", why=f"this study carries no sweep; {_SWEEP}")]
+    missing = [(one.title, f"{section.title}: {one.why}") for section in sections for one in section.missing]
+    missing += [] if memory else [("Memory against time steps", f"this study carries no sweep; {_SWEEP}")]
     return (
         _environment()
         .get_template("page.html")
