@@ -8,7 +8,7 @@ WORKERS ?= 2
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pictures demo check format test test-full clean
+.PHONY: help setup pictures browser demo check format test test-full clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ setup: ## system packages, .venv, the package and what it needs; safe to repeat
 
 pictures: ## the photographs that `spiketrain write stamps` is made of: three packages of Debian, 260 MB
 	@infra/setup.sh --pictures
+
+browser: ## the browser that tests open reports in: Debian's chromium
+	@infra/setup.sh --browser
 
 demo: setup ## write Fashion-MNIST, train by several rules on $(WORKERS) workers, compare
 	$(BIN)/spiketrain write fashion --out data/fashion --existing keep
@@ -34,7 +37,7 @@ format: setup ## rewrite what ruff can
 	$(BIN)/ruff check --fix .
 
 # What starts processes of its own has the machine to itself; the rest is one process and one thread, and shares it.
-test: setup ## quick and distributed tests
+test: setup browser ## quick and distributed tests
 	$(THREADS) $(BIN)/pytest -m "not full and not distributed" -n 2 --dist loadfile
 	$(THREADS) $(BIN)/pytest -m "distributed and not full"
 

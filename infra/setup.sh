@@ -5,6 +5,7 @@
 #   infra/setup.sh              all of it
 #   infra/setup.sh --system     only the system packages
 #   infra/setup.sh --pictures   only the photographs that `spiketrain write stamps` is made of
+#   infra/setup.sh --browser    only the browser that tests open reports in; neither setup nor the image installs it
 #   infra/setup.sh --runtime    only the system packages that a finished .venv needs to run (the second stage of the image)
 #
 #   PYTHON=/path/to/python3.12  which interpreter; otherwise that of .venv, then python3, then python3.11 to python3.13
@@ -22,6 +23,7 @@ readonly RUNTIME_LIST=$VENV/runtime-packages
 # The opencv-python that it asks for loads libGL.
 readonly PACKAGES=(build-essential pkg-config libopencv-dev libturbojpeg0-dev libtbb12 libgl1)
 readonly PICTURES=(tuxpaint-stamps-default mate-backgrounds plasma-workspace-wallpapers) # 260 MB: only when asked for
+readonly BROWSERS=(chromium chromium-browser google-chrome) # the first is Debian's package; tests take any of them
 readonly OPTIONAL=(dataset-fashion-mnist) # the images of the demo, where the distribution has them
 
 main() {
@@ -33,8 +35,9 @@ main() {
         "") is_current || install_everything ;;
         --system) install_system_packages ;;
         --pictures) install_pictures ;;
+        --browser) install_browser ;;
         --runtime) install_runtime_packages ;;
-        *) fail "unknown option $1; known: --system, --pictures, --runtime" ;;
+        *) fail "unknown option $1; known: --system, --pictures, --browser, --runtime" ;;
     esac
 }
 
@@ -151,6 +154,15 @@ install_system_packages() {
 install_pictures() {
     command -v apt-get >/dev/null || fail "this system has no apt-get; unpack Debian's packages ${PICTURES[*]}, and name their usr/share: spiketrain write stamps --source DIR"
     apt_install "${PICTURES[@]}"
+}
+
+install_browser() {
+    local name
+    for name in "${BROWSERS[@]}"; do
+        if command -v "$name" >/dev/null; then return; fi
+    done
+    command -v apt-get >/dev/null || fail "this system has no apt-get; install one of ${BROWSERS[*]} by its own means"
+    apt_install "${BROWSERS[0]}"
 }
 
 apt_install() {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from pipeline import track_command
+from pipeline.report_command import add_report_commands
 from pipeline.write_command import write_app
 
 if TYPE_CHECKING:
@@ -245,30 +246,7 @@ def carryover(
     print_carryover(found, f"{folder.name} ({which})", by=by)
 
 
-@app.command(epilog="Example: spiketrain compare --format json")
-def compare(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[STUDY|RUN]... | SUITE", help="none: the newest study")] = None,
-    against: Annotated[str, typer.Option("--against", metavar="RULE", help="the baseline")] = "BPTT",
-    within: Annotated[float, typer.Option("--within", help="points below it that a rule may be (paired seeds)")] = 0.7,
-    format_: Annotated[Literal["table", "json", "csv"], typer.Option("--format")] = "table",
-    runs: Runs = RUNS,
-    trust: Annotated[
-        list[str], typer.Option("--trust", metavar="PACKAGE", help="a package of your own that a suite imports from; repeatable")
-    ] = [],  # noqa: B006
-) -> None:
-    """Print what each rule cost and how well it did, with ratios to the BPTT run of the same study; or a suite's report."""
-    from pipeline.report.compare import print_comparison
-    from pipeline.report.suite import print_suite, suite_named
-
-    suite = suite_named(runs, names or [])
-    if suite is None:
-        if trust:
-            raise ValueError(f"compare: --trust is for a suite, and runs are compared without it; got {', '.join(trust)}")
-        print_comparison(runs, names or [], format=format_, against=against, within=within)
-        return
-    if format_ == "csv":
-        raise ValueError(f"compare: a suite has --format table or json; got {format_}; name its runs instead")
-    print_suite(suite, against=against, within=within, as_json=format_ == "json", trust=tuple(trust))
+add_report_commands(app)
 
 
 @app.command(epilog="Example: spiketrain show recipes/fashion/sltt.py --workers 2")

@@ -107,6 +107,8 @@ class Recipe:
     """how the settings beside the rule came about: the same for every rule, being tried on a held-out part, or chosen so"""
     tuned: tuple[str, ...] = ()
     """dotted keys of the fields that each rule has its own value of, by the same search; they leave the study key"""
+    published: tuple[tuple[int, float], ...] = ()
+    """epochs done and top-1 in 0..1 of a published log, which reports set a run beside; nothing else reads it"""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -125,6 +127,8 @@ class Recipe:
                 raise ValueError(f"recipe: {name} must not be negative; got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"recipe: ema_decay must be in 0..1, 1 excluded; got {self.ema_decay}")
+        if not all(epochs >= 1 and 0 <= top1 <= 1 for epochs, top1 in self.published):
+            raise ValueError(f"recipe: published must be pairs of epochs, from 1, and top-1 in 0..1; got {self.published!r}")
         if self.backend == "plain" and self.zero:
             raise ValueError(f"recipe: zero={self.zero} needs backend='deepspeed'; got backend='plain'")
         if (self.protocol == "shared") == bool(self.tuned):
@@ -221,6 +225,7 @@ class Recipe:
             phases=phases,
             stop_after=4 // max(1, len(phases)),
             evaluate_samples=64,
+            published=(),
             log_every=1,
         )
 
@@ -249,7 +254,7 @@ class Recipe:
             inputs: content hashes of what paths only point at: `data` (and `init`, where there is one).
         """
         value = self._encoded(paths=False)
-        for name in ("name", "family", "rule", "seed", "init", "fidelity_every"):  # the last looks on
+        for name in ("name", "family", "rule", "seed", "init", "fidelity_every", "published"):  # the last two look on
             value.pop(name, None)
         for key in self.tuned:
             *parts, last = key.split(".")
@@ -301,7 +306,11 @@ class Recipe:
     def _encoded(self, *, paths: bool) -> dict[str, Any]:
         fields = {each.name: encode(getattr(self, each.name), paths=paths) for each in dataclasses.fields(self)}
         # A recipe without them keeps its study key.
-        absent = [name for name in ("mixing", "teacher", "phases", "family", "ema_decay", "tuned") if not getattr(self, name)]
+        absent = [
+            name
+            for name in ("mixing", "teacher", "phases", "family", "ema_decay", "tuned", "published")
+            if not getattr(self, name)
+        ]
         absent += ["protocol"] if self.protocol == "shared" else []
         return {name: value for name, value in fields.items() if name not in absent}
 

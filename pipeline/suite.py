@@ -25,7 +25,8 @@ __all__ = ["FILE", "Choice", "Report", "Suite", "SuiteFile", "best", "filled", "
 
 Report = Callable[[Mapping[str, Path], Any], object]
 """called with the folder of each recipe's finished run, by the recipe's name in their order, and rich's Console; prints,
-and may return what `compare --format json` prints: JSON values"""
+and may return what `compare --format json` prints: JSON values. Of an object `report` shows "claims", as report/claims.py tells
+them, and "sweeps", as `sweep --format json` prints them"""
 
 FILE = "suite.json"
 FORMAT = 1

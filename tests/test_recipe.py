@@ -203,7 +203,7 @@ def test_a_batch_that_does_not_divide_names_sizes_that_do() -> None:
 def test_a_recipe_keeps_its_study_key_when_recipes_learn_more() -> None:
     """What is left out is not written: the keys of published studies stay."""
     written = small().to_json()["recipe"]
-    assert not {"phases", "mixing", "ema_decay", "family"} & set(written)
+    assert not {"phases", "mixing", "ema_decay", "family", "published"} & set(written)
     assert "mixing" in small(mixing=spec(Mixing, mixup=0.2)).to_json()["recipe"]
 
 
@@ -223,6 +223,7 @@ def test_the_study_key_ignores_rule_seed_name_and_paths_and_nothing_else() -> No
         replace(base, seed=4),
         replace(base, name="other"),
         replace(base, family="another"),
+        replace(base, published=((1, 0.04), (200, 0.79))),
         replace(base, data=beton.with_(folder="elsewhere")),
         base.resolved(),
     ]
@@ -235,6 +236,14 @@ def test_the_study_key_ignores_rule_seed_name_and_paths_and_nothing_else() -> No
     assert {recipe.study_key({"data": "abc"}) for recipe in same} == {key}
     keys = [recipe.study_key({"data": "abc"}) for recipe in other] + [base.study_key({"data": "abd"})]
     assert len({key, *keys}) == 6
+
+
+def test_published_points_are_read_back_and_checked() -> None:
+    recipe = small(published=((1, 0.04), (200, 0.79)))
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe and recipe.tiny().published == ()
+    for wrong in (((0, 0.5),), ((1, 50.0),), ((1,),)):
+        with pytest.raises(ValueError, match="recipe: published must be"):
+            small(published=wrong)
 
 
 def test_resolved_paths_are_absolute() -> None:

@@ -22,14 +22,9 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-PARTS = ("data_wait", "transfer", "teacher", "forward", "backward", "communication", "optimizer", "metrics")
-"""of a batch: data_wait, for the loader; transfer to the device, mixing and encoding there; forward, what a rule does before it
-yields an objective; backward, differentiating it, and what a rule learns by itself; communication, all collectives, and so the
-wait for the slowest rank; optimizer, the move of the weights and the schedule; metrics, adding up loss and hits"""
-BETWEEN = ("evaluation", "checkpoint", "tracking", "fidelity", "coordination")
-"""between batches, in seconds of the host; coordination: what ranks agree on after each batch, and reading the meters, which on
-a GPU is partly a wait for kernels that their batch is charged with"""
-REST = "rest"
+from pipeline.measure.time_parts import BETWEEN, PARTS, REST
+
+__all__ = ["BETWEEN", "PARTS", "REST", "Between", "Clock", "Part"]
 
 Part = Literal["data_wait", "transfer", "teacher", "forward", "backward", "communication", "optimizer", "metrics"]
 Between = Literal["evaluation", "checkpoint", "tracking", "fidelity", "coordination"]

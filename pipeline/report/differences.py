@@ -8,9 +8,10 @@ from typing import Any
 
 from pipeline.report.runs import load
 
-__all__ = ["differences", "differing", "written"]
+__all__ = ["VARIED", "differences", "differing", "written"]
 
-_VARIED = ("rule", "seed", "name", "family", "fidelity_every")  # what the study key leaves out (pipeline.recipe), beside paths
+# What the study key leaves out (pipeline.recipe), beside paths.
+VARIED = ("rule", "seed", "name", "family", "fidelity_every", "published")
 _ABSENT = "(absent)"
 
 
@@ -46,7 +47,7 @@ def written(recipe: Mapping[str, Any], key: str) -> Any:
 
 def _explained(a: Path, b: Path, summaries: tuple[dict, dict], keys: list[Any]) -> list[tuple[str, Any, Any]]:
     recipes = [_recipe(folder) for folder in (a, b)]
-    kept = [{name: value for name, value in recipe.items() if name not in _VARIED} for recipe in recipes]
+    kept = [{name: value for name, value in recipe.items() if name not in VARIED} for recipe in recipes]
     found = list(differing("", *kept))
     paths = [one for one in found if all(_is_path(value) for value in one[1:])]
     found = [one for one in found if one not in paths]

@@ -18,7 +18,7 @@ long; accuracies as paired differences. Rows of ImageNet have the published figu
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.suite import Suite
-from pipeline.sweep import sweep
+from pipeline.sweep import Sweep, sweep
 from pipeline.track.jsonl import read
 from recipes.fashion.base import fashion
 from recipes.imagenet.nf_resnet34_sltt import recipe as nf_resnet34_sltt
@@ -81,26 +81,27 @@ def _name(study: str, rule: str, seed: int) -> str:
 
 
 def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
-    comparisons, claims = {}, []
+    comparisons, claims, sweeps = {}, [], {}
     for study in STUDIES:
         folders = {rule: [runs[_name(study, rule, seed)] for seed in SEEDS] for rule in RULES}
         stepped = runs[_name(study, "bptt-stepped", 0)]
         comparison = compare(stepped.parent, [folder for each in folders.values() for folder in each] + [stepped])
         comparison.render(console)
         comparisons[study] = comparison.to_json()
-        claims += _claims(study, folders, stepped)
+        swept = sweep(next(_of_study(study)), steps=(2, 4, 8, 16), rules=(RULES["bptt"], RULES["sltt"]))
+        sweeps[study] = asdict(swept)
+        claims += _claims(study, folders, stepped, swept)
         _print_shares(study, folders["sltt"], console)
     claims += _imagenet()
     print_claims(claims, console)
-    return {"claims": told(claims), "studies": comparisons}
+    return {"claims": told(claims), "studies": comparisons, "sweeps": sweeps}
 
 
-def _claims(study: str, folders: Mapping[str, list[Path]], stepped: Path) -> Iterator[Claim]:
+def _claims(study: str, folders: Mapping[str, list[Path]], stepped: Path, swept: Sweep) -> Iterator[Claim]:
     found = {rule: measured([read_json(run / "summary.json") for run in each]) for rule, each in folders.items()}
     bptts = [found["bptt"], measured([read_json(stepped / "summary.json")])]
     where = f"{study.replace('leak-', 'leak ').replace('-', '/')}, T = {T}"
     yield saved_bytes(f"SLTT, {where}", found["sltt"], found["bptt"], T=T, published="0.30 (ImageNet), 0.36 (CIFAR-10)")
-    swept = sweep(next(_of_study(study)), steps=(2, 4, 8, 16), rules=(RULES["sltt"],))
     flat = {point.time_steps: point.cost.peak_saved_bytes for point in swept.of("SLTT")}
     yield flat_in_t(f"SLTT, {study}", flat, published="constant")
     yield time_of_k(f"SLTT-1, {where}", found["sltt-1"], bptts, T=T, k=1, published="0.43 (ImageNet)")

@@ -4,14 +4,19 @@ Command:  spiketrain write folder --source imagenet --out data/imagenet --mode j
           spiketrain launch recipes/imagenet/qkformer_10_768_bptt.py --workers 8
 Source:   Zhou et al. 2024 (QKFormer), arXiv:2403.16552: AdamW 6e-4 for a batch of 256, weight decay 0.05, 200 epochs, batch 576.
 Result:   not run (target, published at T = 4: 84.22 % top-1)
-The published log at T = 4 has, after epochs 1, 2, 5, 10, 25, 100 and 200, 6.6, 19.7, 44.3, 60.2, 68.9, 78.6, 84.3 % top-1.
+The published log at T = 4 is beside it, for reports.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeline.recipe import Recipe
 from recipes.imagenet.qkformer_base import qkformer
 
+PUBLISHED = ((1, 0.066), (2, 0.197), (5, 0.443), (10, 0.602), (25, 0.689), (100, 0.786), (200, 0.843))
+"""epochs done and top-1 of the published log, at T = 4"""
+
 
 def recipe() -> Recipe:
-    return qkformer(768, batch_size=576)
+    return replace(qkformer(768, batch_size=576), published=PUBLISHED)

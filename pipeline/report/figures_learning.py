@@ -1,0 +1,151 @@
+"""Learning curves of a group with its restarts, and how they stand beside points that a recipe carries from a publication."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from pipeline.report.figure import Cell, Figure, Missing, Table, Theme, base_layout, color, plain, symbol
+from pipeline.report.study import Group, StudyRun
+
+ON_TRACK = 1.0
+"""points of accuracy below the published run that still count as on track"""
+_DRAWN = 300  # points of a curve: a run of ImageNet has some hundred thousand
+
+
+def learning_curves(group: Group) -> Figure | Missing:
+    """Accuracy in training and on the evaluation set by epoch, for each run; a cross where a run was started again."""
+    title = "Learning curves"
+    if not any(run.curve or run.evaluations for run in group.runs):
+        return Missing(title=title, why="no run has told a step yet")
+    target = published(group.runs)
+
+    def draw(theme: Theme) -> go.Figure:
+        figure = go.Figure()
+        for run in group.runs:
+            place = group.rules.index(run.rule)
+            first = run is group.of(run.rule)[0]
+            for trace in _traces(run, theme, place, named=first):
+                figure.add_trace(trace)
+        restarts = [(run, each) for run in group.runs for each in run.restarts]
+        if restarts:
+            figure.add_trace(
+                go.Scatter(
+                    name="restart",
+                    mode="markers",
+                    x=[_epochs(run, each.step) for run, each in restarts],
+                    y=[_height_at(run, each.step) for run, each in restarts],
+                    marker={"symbol": "x-thin", "size": 13, "line": {"width": 2.5, "color": theme.ink}},
+                    hovertemplate="started again after %{x:.4g} epochs<extra></extra>",
+                )
+            )
+        if target:
+            figure.add_trace(
+                go.Scatter(
+                    name="published",
+                    mode="lines+markers",
+                    x=[epoch for epoch, _ in target],
+                    y=[100 * top1 for _, top1 in target],
+                    line={"color": theme.muted, "dash": "dashdot"},
+                    marker={"symbol": "star", "size": 9},
+                )
+            )
+        x, y = {"title": {"text": "epochs"}, "rangemode": "tozero"}, {"title": {"text": "top-1, %"}}
+        return figure.update_layout(base_layout(theme, height=420, xaxis=x, yaxis=y))
+
+    columns = ("run", "rule", "seed", "what", "step", "epochs", "seconds", "top-1", "loss")
+    rows = tuple(row for run in group.runs for row in _rows(run))
+    restarts = sum(len(run.restarts) for run in group.runs)
+    said = "; ".join(standings(group)) or "no recipe carries published points"
+    return Figure(
+        name="learning-curves",
+        title=title,
+        caption="Lines: training batches, each point the mean since the one before; markers: the evaluation set. "
+        f"Crosses: restarts ({restarts}).",
+        alt=f"Accuracy of {len(group.runs)} runs by epoch, with {restarts} restarts; {said}.",
+        table=Table(columns=columns, rows=rows),
+        draw=draw,
+        height=420,
+    )
+
+
+def standings(group: Group) -> list[str]:
+    """How each run that carries published points stands at the last epoch that both have."""
+    return [f"{run.name}: {standing(run)}" for run in group.runs if published([run])]
+
+
+def standing(run: StudyRun) -> str:
+    """ "on track" or "4.0 points below the published run at epoch 4"; nothing is said between published points."""
+    target = dict(published([run]))
+    both = [each for each in run.evaluations if each.epoch is not None and each.epoch + 1 in target and each.top1 is not None]
+    if not both:
+        return "no evaluation yet at an epoch that is published"
+    last = both[-1]
+    assert last.epoch is not None and last.top1 is not None
+    below = 100 * (target[last.epoch + 1] - last.top1)
+    told = f"the published run at epoch {last.epoch + 1}"
+    if below > ON_TRACK:
+        return f"{below:.1f} points below {told}"
+    return f"on track, {abs(below):.1f} points {'below' if below > 0 else 'above'} {told}"
+
+
+def published(runs: Sequence[StudyRun]) -> list[tuple[int, float]]:
+    """Epochs done and top-1 in 0..1 of the published log that the recipes carry; empty where they carry none."""
+    for run in runs:
+        points = run.recipe.get("published")
+        if isinstance(points, (list, tuple)) and points:
+            return [(int(epoch), float(top1)) for epoch, top1 in points]
+    return []
+
+
+def _traces(run: StudyRun, theme: Theme, place: int, *, named: bool) -> Iterator[Any]:
+    about = {"name": plain(run.rule), "legendgroup": plain(run.rule)}
+    hover = f"%{{y:.2f}} % after %{{x:.3g}} epochs<extra>{plain(run.name)}</extra>"
+    points = [point for point in run.curve if point.top1 is not None]
+    points = points[:: 1 + len(points) // _DRAWN]
+    evaluations = [each for each in run.evaluations if each.top1 is not None]
+    if points:
+        yield go.Scatter(
+            mode="lines",
+            x=[_epochs(run, point.step) for point in points],
+            y=[100 * (point.top1 or 0.0) for point in points],
+            line={"color": color(theme, place), "width": 1.2},
+            opacity=0.75,
+            showlegend=named and not evaluations,
+            hovertemplate=hover,
+            **about,
+        )
+    if evaluations:
+        yield go.Scatter(
+            mode="lines+markers",
+            x=[_epochs(run, each.step) for each in evaluations],
+            y=[100 * (each.top1 or 0.0) for each in evaluations],
+            line={"color": color(theme, place), "width": 2, "dash": "dot"},
+            marker={"symbol": symbol(place), "size": 10},
+            showlegend=named,
+            hovertemplate=hover,
+            **about,
+        )
+
+
+def _rows(run: StudyRun) -> Iterator[tuple[Cell, ...]]:
+    about = (run.name, run.rule, run.seed)
+    for point in run.curve[:: 1 + len(run.curve) // _DRAWN]:
+        yield (*about, "training", point.step, _epochs(run, point.step), point.seconds, point.top1, point.loss)
+    for each in run.evaluations:
+        yield (*about, "evaluation", each.step, _epochs(run, each.step), each.seconds, each.top1, each.loss)
+    for each in run.restarts:
+        yield (*about, "restart", each.step, _epochs(run, each.step), each.seconds, None, None)
+
+
+def _epochs(run: StudyRun, step: int) -> float:
+    return step / run.steps_per_epoch if run.steps_per_epoch else float(step)
+
+
+def _height_at(run: StudyRun, step: int) -> float:
+    """Of the last point at or before a step, for a mark upon the curve."""
+    before = [point.top1 for point in run.curve if point.step <= step and point.top1 is not None]
+    after = [point.top1 for point in run.curve if point.top1 is not None]
+    return 100 * (before[-1] if before else after[0] if after else 0.0)

@@ -1,0 +1,134 @@
+"""The study that is meant by names on the command line: a suite with its own report, a study key, runs, or the newest study."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.recipe import read_json
+from pipeline.report.choose import finished_run, named, newest_study, study_of, with_baseline
+from pipeline.report.claims import Claim
+from pipeline.report.compare import BASELINE
+from pipeline.report.paired import WITHIN
+from pipeline.report.runs import ReportError
+from pipeline.report.study import Study
+from pipeline.report.study_run import from_folder
+from pipeline.report.suite import suite_named
+from pipeline.suite import FILE, SuiteFile, runs_of
+from pipeline.track.state import state_of
+
+OUT = "report.html"
+_WIDTH = 120  # characters of what a suite's own report prints
+
+
+def read_study(
+    runs_dir: Path,
+    names: Sequence[str] = (),
+    *,
+    against: str = BASELINE,
+    within: float = WITHIN,
+    sweeps: Sequence[Path] = (),
+    trust: tuple[str, ...] = (),
+) -> tuple[Study, Path]:
+    """The study, and where its page belongs.
+
+    Args:
+        names: a suite, or runs and study keys as `compare` takes them; none: the newest study.
+        sweeps: files that `spiketrain sweep --format json` printed.
+        trust: packages of the user's own that a suite's report and recipes may be imported from.
+
+    Raises:
+        ValueError: nothing answers to a name, or a file is damaged.
+    """
+    swept = tuple(_sweep(read_json(path), str(path)) for path in sweeps)
+    suite = suite_named(runs_dir, names)
+    if suite is not None:
+        runs = {name: run for name, run in runs_of(suite).items() if run.is_dir()}
+        if not runs:
+            raise ReportError(f"report: {suite.name} has no run yet")
+        told, printed, notes = _own_report(suite, trust)
+        swept += tuple(_sweep(value, suite.name) for value in _objects(told.get("sweeps")))
+        members, title, out = list(runs.values()), suite.name, suite / OUT
+    else:
+        folders = named(runs_dir, names) if names else newest_study(runs_dir)
+        told, printed, notes = {}, "", []
+        members = _with_their_baseline(runs_dir, folders, against)
+        title = _title(members, names)
+        out = runs_dir / f"report-{_slug(title)}.html"
+    study = Study(
+        title=title,
+        runs=tuple(from_folder(folder) for folder in members),
+        against=against,
+        within=within,
+        claims=tuple(_claim(value) for value in _objects(told.get("claims"))),
+        sweeps=swept,
+        notes=tuple(notes),
+        printed=printed,
+    )
+    return study, out
+
+
+def _with_their_baseline(runs_dir: Path, folders: Sequence[Path], against: str) -> list[Path]:
+    finished = [run for folder in folders if (run := finished_run(folder)) is not None]
+    if not finished or any(run.summary.get("rule") == against for run in finished):
+        return list(folders)
+    found, _ = with_baseline(runs_dir, finished, against)
+    return list(dict.fromkeys([*(run.folder.resolve() for run in found), *(folder.resolve() for folder in folders)]))
+
+
+def _own_report(suite: Path, trust: tuple[str, ...]) -> tuple[dict[str, Any], str, list[str]]:
+    """What the suite's report returns and prints; a sentence where it has nothing to say yet, or cannot."""
+    runs = runs_of(suite)
+    finished = {name: run for name, run in runs.items() if state_of(run) == "finished"}
+    if read_json(suite / FILE).get("report") is None:
+        return {}, "", []
+    if len(finished) < len(runs):
+        waits = f"The suite's own report, with its claims, waits for all runs: {len(finished)} of {len(runs)} have finished."
+        return {}, "", [waits]
+    printed = io.StringIO()
+    try:
+        report = SuiteFile.read(suite, trust=trust).suite.report
+        value = None if report is None else report(finished, Console(file=printed, width=_WIDTH))
+    except ValueError as error:
+        return {}, "", [f"The suite's own report could not be made: {error}"]
+    return dict(value) if isinstance(value, Mapping) else {}, printed.getvalue(), []
+
+
+def _objects(value: Any) -> list[Mapping[str, Any]]:
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [each for each in values if isinstance(each, Mapping)]
+
+
+def _claim(value: Mapping[str, Any]) -> Claim:
+    names = [each.name for each in fields(Claim)]
+    if missing := [name for name in names if name not in value]:
+        raise ReportError(f"report: a claim must have {', '.join(names)}; there is no {missing[0]}")
+    return Claim(**{name: value[name] for name in names})
+
+
+def _sweep(value: Any, where: str) -> Mapping[str, Any]:
+    try:
+        kept = {"recipe": str(value["recipe"]), "samples": int(value["samples"])}
+        points = [{"time_steps": int(point["time_steps"]), "cost": dict(point["cost"])} for point in value["points"]]
+        for point in points:
+            for name in ("rule", "peak_saved_bytes", "forward_s", "backward_s"):
+                point["cost"][name]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReportError(f"report: {where} must hold what sweep --format json prints; {error!r}") from error
+    return {**kept, "points": points}
+
+
+def _title(folders: Sequence[Path], names: Sequence[str]) -> str:
+    studies = list(dict.fromkeys(study_of(folder) for folder in folders))
+    if len(studies) == 1 and studies[0]:
+        return f"Study {studies[0][:8]}"
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _slug(text: str) -> str:
+    return "-".join("".join(letter if letter.isalnum() else " " for letter in text.lower()).split())[:80] or "runs"

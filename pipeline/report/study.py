@@ -1,0 +1,172 @@
+"""What one page or dashboard shows: runs, in groups of those that may be compared.
+
+    study.groups[0].spread("SLTT", "peak_saved_bytes")       mean and standard deviation over seeds
+    study.groups[0].ratios("SLTT", "peak_saved_bytes")       over the baseline's run of the same seed, seed by seed
+
+Nothing is divided across groups: their runs have another study key, or another machine.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.report.choose import Finished
+from pipeline.report.claims import Claim
+from pipeline.report.compare import BASELINE, Comparison
+from pipeline.report.paired import WITHIN, Difference
+from pipeline.report.study_run import StudyRun, from_folder, study_run
+
+__all__ = ["Group", "Spread", "Study", "StudyRun", "from_folder", "study_run"]
+
+COMPUTE = "compute_s"
+"""forward and backward of a batch, the mean over all that were trained; no field of a summary"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Over the seeds of a rule."""
+
+    mean: float
+    deviation: float | None
+    """None of one run"""
+    runs: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one study key, on equal machines with as many workers."""
+
+    runs: tuple[StudyRun, ...]
+    """the baseline's first"""
+    against: str = BASELINE
+    within: float = WITHIN
+
+    @property
+    def study(self) -> str:
+        return self.runs[0].study
+
+    @property
+    def hardware(self) -> Mapping[str, Any]:
+        return self.runs[0].hardware
+
+    @property
+    def finished(self) -> tuple[StudyRun, ...]:
+        return tuple(run for run in self.runs if run.is_finished)
+
+    @property
+    def rules(self) -> list[str]:
+        """Of all runs, the baseline first."""
+        return list(dict.fromkeys(run.rule for run in self.runs))
+
+    @property
+    def has_baseline(self) -> bool:
+        return any(run.rule == self.against for run in self.finished)
+
+    @property
+    def differences(self) -> list[Difference]:
+        """Baseline minus rule in points of accuracy, over paired seeds."""
+        return self._comparison.differences
+
+    def of(self, rule: str) -> tuple[StudyRun, ...]:
+        return tuple(run for run in self.runs if run.rule == rule)
+
+    def spread(self, rule: str, name: str) -> Spread | None:
+        """Of a number of the summaries, over the rule's finished runs; None where none of them has it."""
+        return spread_of([value for run in self.of(rule) if (value := measured(run, name)) is not None])
+
+    def ratios(self, rule: str, name: str, *, base: str | None = None) -> Spread | None:
+        """Over the run of `base` (None: the baseline) with the same seed; None without a seed in common."""
+        base_of = {run.seed: value for run in self.of(base or self.against) if (value := measured(run, name))}
+        values = [(run.seed, value) for run in self.of(rule) if (value := measured(run, name)) is not None]
+        return spread_of([value / base_of[seed] for seed, value in values if seed in base_of])
+
+    @property
+    def fastest_baseline(self) -> str:
+        """Whose time others' is divided by: of BPTT folded over time and step by step the one that computes faster."""
+        if self.against != BASELINE:
+            return self.against
+        kinds = [rule for rule in self.rules if rule == BASELINE or rule.startswith(f"{BASELINE}-chunk-")]
+        known = {rule: found.mean for rule in kinds if (found := self.spread(rule, COMPUTE)) is not None}
+        return min(known, key=lambda rule: known[rule]) if BASELINE in known else self.against
+
+    @cached_property
+    def _comparison(self) -> Comparison:
+        runs = tuple(Finished(folder=Path(run.name), summary=dict(run.summary or {})) for run in self.finished)
+        about = {"against": self.against, "within": self.within}
+        return Comparison(study=self.study, runs=runs, unfinished=(), notes=(), **about)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """The runs of a page, and what was claimed and swept beside them."""
+
+    title: str
+    runs: tuple[StudyRun, ...]
+    against: str = BASELINE
+    within: float = WITHIN
+    claims: tuple[Claim, ...] = ()
+    sweeps: tuple[Mapping[str, Any], ...] = ()
+    """each what `spiketrain sweep --format json` prints"""
+    notes: tuple[str, ...] = ()
+    printed: str = ""
+    """what the suite's own report prints"""
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """Those with most rules first, else in the order of their runs."""
+        by_kind: dict[str, list[StudyRun]] = {}
+        for run in self.runs:
+            kind = [run.study, run.workers, run.loader_threads, run.hardware]
+            by_kind.setdefault(json.dumps(kind, sort_keys=True, default=str), []).append(run)
+        groups = [Group(self._sorted(_told_apart(runs)), self.against, self.within) for runs in by_kind.values()]
+        return tuple(sorted(groups, key=lambda group: -len(group.rules)))
+
+    def _sorted(self, runs: Sequence[StudyRun]) -> tuple[StudyRun, ...]:
+        def place(run: StudyRun) -> tuple[bool, str, int, str]:
+            return run.rule != self.against, run.rule, run.seed, run.name
+
+        return tuple(sorted(runs, key=place))
+
+
+def measured(run: StudyRun, name: str) -> float | None:
+    """A number of a finished run: of its summary, or COMPUTE."""
+    if name != COMPUTE:
+        return run.value(name)
+    forward, backward, steps = run.value("forward_s"), run.value("backward_s"), run.value("steps")
+    return (forward + backward) / steps if forward is not None and backward is not None and steps else None
+
+
+def spread_of(values: Sequence[float]) -> Spread | None:
+    if not values:
+        return None
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(mean=statistics.fmean(values), deviation=deviation, runs=len(values))
+
+
+def _told_apart(runs: Sequence[StudyRun]) -> list[StudyRun]:
+    """Two rules of one label, such as SLTT-1 rescaled and not, get what their recipes say into it."""
+    written: dict[str, dict[str, str]] = {}
+    for run in runs:
+        written.setdefault(run.rule, {})[run.name] = _written(run.recipe.get("rule"))
+    return [
+        run
+        if len(set(written[run.rule].values())) == 1
+        else replace(
+            run,
+            rule=(label := f"{run.rule} ({written[run.rule][run.name]})"),
+            summary=None if run.summary is None else {**run.summary, "rule": label},
+        )
+        for run in runs
+    ]
+
+
+def _written(rule: Any) -> str:
+    if not isinstance(rule, Mapping):
+        return ""
+    return ", ".join(f"{name}={value}" for name, value in (rule.get("kwargs") or {}).items()) or "as it comes"

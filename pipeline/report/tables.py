@@ -1,0 +1,199 @@
+"""The tables of a report: costs, what stands behind each row, claims, how recipes differ, hardware and commits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pipeline.report.claims import Claim
+from pipeline.report.differences import VARIED, differing
+from pipeline.report.figure import Cell, Table, shown, unit_of
+from pipeline.report.figures import QUANTITIES, base_of
+from pipeline.report.study import COMPUTE, Group, Spread, Study, StudyRun
+
+_NOT_SAID = "the default"
+
+
+def headlines(group: Group) -> list[tuple[str, str]]:
+    """Each rule with a sentence: what it saves against the baseline, and what it costs in accuracy."""
+    if not group.has_baseline:
+        return []
+    told = {difference.rule: difference.text(group.within) for difference in group.differences}
+    return [
+        (rule, f"{', '.join(costs)}. {told.get(rule) or _of_one_seed(group, rule)}.")
+        for rule in group.rules
+        if rule != group.against and (costs := list(_saved(group, rule)))
+    ]
+
+
+def costs(group: Group) -> Table:
+    """One row for each rule: mean over seeds ± standard deviation, × the baseline over paired seeds."""
+    columns = ["rule", "top-1", *(title for title, _ in QUANTITIES.values()), "images/s", "finished runs"]
+    return Table(columns=tuple(columns), rows=tuple(tuple(_costs(group, rule)) for rule in group.rules))
+
+
+def behind_the_rows(group: Group) -> Table:
+    """What each rule is compared with, and the choices that decide such a comparison, as far as recipes tell."""
+    columns = ("rule", "ratios to", "time to", "reset gradient", "norm statistics", "precision", "over time", "seeds")
+    return Table(columns=columns, rows=tuple(_behind(group, rule) for rule in group.rules))
+
+
+def claims(found: Sequence[Claim]) -> Table:
+    """{claim, published, held to, ours, holds?}"""
+    columns = ("rule", "claim", "published", "held to", "ours", "holds?")
+    rows = [(c.about, c.claim, c.published, c.bound, c.ours, c.verdict or "not judged") for c in found]
+    return Table(columns=columns, rows=tuple(rows))
+
+
+def recipe_differences(study: Study) -> Table:
+    """In what the recipes of each other group differ from those of the first, rule, seed and name apart."""
+    first, *others = study.groups
+    rows: list[tuple[Cell, ...]] = []
+    for group in others:
+        for name, mine, theirs in differing("", _kept(first.runs[0]), _kept(group.runs[0])):
+            rows.append((name, json.dumps(mine), json.dumps(theirs), named(first), named(group)))
+    return Table(columns=("field", "first group", "other group", "first", "other"), rows=tuple(rows))
+
+
+def provenance(study: Study) -> Table:
+    """Each run's state, machine and commit."""
+    columns = ("run", "rule", "seed", "study", "state", "step", "restarts", "hardware", "workers", "commit")
+    rows = [
+        (
+            run.name,
+            run.rule,
+            run.seed,
+            run.study[:8],
+            run.state,
+            f"{run.step}/{run.total_steps or '?'}",
+            len(run.restarts),
+            machine(run.hardware),
+            run.workers,
+            ", ".join(run.commits) or None,
+        )
+        for group in study.groups
+        for run in group.runs
+    ]
+    return Table(columns=columns, rows=tuple(rows))
+
+
+def lone_runs(groups: Sequence[Group]) -> Table:
+    """Runs of groups with one rule: there is nothing to set them beside."""
+    columns = ("run", "rule", "seed", "top-1", *(title for title, _ in QUANTITIES.values()))
+    rows = [
+        (run.name, run.rule, run.seed, *(_written(group, run, name) for name in ("top1", *QUANTITIES)))
+        for group in groups
+        for run in group.runs
+    ]
+    return Table(columns=columns, rows=tuple(rows))
+
+
+def named(group: Group) -> str:
+    """`Study 01234567 on a cpu, 2 cores, 1 thread, 1 worker`"""
+    workers = "" if group.runs[0].workers is None else f", {_count(group.runs[0].workers, 'worker')}"
+    return f"Study {group.study[:8] or 'unknown'} on {machine(group.hardware)}{workers}"
+
+
+def machine(hardware: Mapping[str, Any]) -> str:
+    """What computed: the GPUs, or the CPU with its cores and the threads of torch."""
+    if not hardware:
+        return "a machine that is not known"
+    if hardware.get("gpu") not in (None, "none"):
+        return f"{hardware.get('gpus', 1)} × {hardware['gpu']}"
+    counts = [_count(hardware[name], name[:-1]) for name in ("cores", "threads") if isinstance(hardware.get(name), int)]
+    return ", ".join([str(hardware.get("cpu", "a CPU")), *counts])
+
+
+def _saved(group: Group, rule: str) -> Iterator[str]:
+    for name, (title, _) in QUANTITIES.items():
+        base = base_of(group, name)
+        if (ratio := group.ratios(rule, name, base=base)) is not None:
+            yield f"{ratio.mean:.2f} of {base}'s {title}"
+
+
+def _of_one_seed(group: Group, rule: str) -> str:
+    base = {run.seed: run.value("top1") for run in group.of(group.against)}
+    pairs = [(base.get(run.seed), run.value("top1")) for run in group.of(rule)]
+    points = [100 * (a - b) for a, b in pairs if a is not None and b is not None]
+    if not points:
+        return f"no seed in common with {group.against}, so accuracies are not subtracted"
+    return f"{group.against} - {rule}: {points[0]:+.2f} points of one seed, so without an interval"
+
+
+def _costs(group: Group, rule: str) -> Iterator[Cell]:
+    yield rule
+    yield _spread(group.spread(rule, "top1"), "share", None)
+    for name, (_, kind) in QUANTITIES.items():
+        yield _spread(group.spread(rule, name), kind, group.ratios(rule, name, base=base_of(group, name)))
+    found = group.spread(rule, "images_per_s")
+    yield None if found is None else f"{found.mean:.4g}"
+    yield sum(run.is_finished for run in group.of(rule))
+
+
+def _spread(found: Spread | None, kind: str, ratio: Spread | None) -> str | None:
+    if found is None:
+        return None
+    text = shown(found.mean, kind=kind)
+    if found.deviation is not None:
+        number, _, unit = text.partition(" ") if kind != "share" else (text.removesuffix("%"), "", "%")
+        spread = 100 * found.deviation if kind == "share" else found.deviation / unit_of(kind, [found.mean])[0]
+        text = f"{number} ± {float(f'{spread:.2g}'):g} {unit}"
+    return text if ratio is None else f"{text} ({shown(ratio.mean, kind='ratio')})"
+
+
+def _written(group: Group, run: StudyRun, name: str) -> str | None:
+    alone = Group((run,), group.against, group.within).spread(run.rule, name)
+    return _spread(alone, "share" if name == "top1" else QUANTITIES[name][1], None)
+
+
+def _behind(group: Group, rule: str) -> tuple[Cell, ...]:
+    run = group.of(rule)[0]
+    seeds = ", ".join(str(each.seed) for each in group.of(rule))
+    model, written = run.recipe.get("model"), run.recipe.get("rule")
+    if not group.has_baseline:
+        bases: tuple[str, str] = ("no baseline", "no baseline")
+    else:
+        bases = (group.against, base_of(group, COMPUTE))
+    norm = _keyword(model, "over") or _keyword(model, "norm")
+    return (
+        rule,
+        *bases,
+        _keyword(model, "reset_gradient") or _NOT_SAID,
+        norm or _NOT_SAID,
+        str(run.recipe.get("precision") or "not known"),
+        _over_time(written),
+        seeds,
+    )
+
+
+def _over_time(rule: Any) -> str:
+    """Folded: all time steps in one graph. An online rule is stepped as it comes."""
+    target, kwargs = (str(rule.get("target", "")), rule.get("kwargs") or {}) if isinstance(rule, Mapping) else ("", {})
+    if not target:
+        return "not known"
+    if kwargs.get("chunk") is not None:
+        return f"in slices of {kwargs['chunk']}"
+    if target.endswith(".BPTT"):
+        return "folded, recomputed" if kwargs.get("recompute") else "folded"
+    return "as the rule does by default"
+
+
+def _keyword(part: Any, name: str) -> str | None:
+    """The value of a keyword anywhere in a part of a recipe."""
+    if isinstance(part, Mapping):
+        if isinstance(part.get(name), (str, int, float)):
+            return str(part[name])
+        return next((found for value in part.values() if (found := _keyword(value, name)) is not None), None)
+    if isinstance(part, list):
+        return next((found for value in part if (found := _keyword(value, name)) is not None), None)
+    return None
+
+
+def _kept(run: StudyRun) -> dict[str, Any]:
+    about = {"workers": run.workers, "loader_threads": run.loader_threads, "hardware": dict(run.hardware)}
+    return {**{name: value for name, value in run.recipe.items() if name not in VARIED}, **about}
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -1,0 +1,69 @@
+"""`spiketrain compare` and `spiketrain report`: what reads results. Nothing heavy is imported before one of them runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Names = Annotated[list[str] | None, typer.Argument(metavar="[STUDY|RUN]... | SUITE", help="none: the newest study")]
+Against = Annotated[str, typer.Option("--against", metavar="RULE", help="the baseline")]
+Within = Annotated[float, typer.Option("--within", help="points below it that a rule may be (paired seeds)")]
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="where runs live")]
+Trust = Annotated[
+    list[str], typer.Option("--trust", metavar="PACKAGE", help="a package of your own that a suite imports from; repeatable")
+]
+
+RUNS = Path("runs")
+
+
+def add_report_commands(app: typer.Typer) -> None:
+    app.command(epilog="Example: spiketrain compare --format json")(compare)
+    app.command(epilog="Example: spiketrain report claims-fashion-20260105-120000")(report)
+
+
+def compare(
+    names: Names = None,
+    against: Against = "BPTT",
+    within: Within = 0.7,
+    format_: Annotated[Literal["table", "json", "csv"], typer.Option("--format")] = "table",
+    runs: Runs = RUNS,
+    trust: Trust = [],  # noqa: B006  (typer reads the default, nobody changes it)
+) -> None:
+    """Print what each rule cost and how well it did, with ratios to the BPTT run of the same study; or a suite's report."""
+    from pipeline.report.compare import print_comparison
+    from pipeline.report.suite import print_suite, suite_named
+
+    suite = suite_named(runs, names or [])
+    if suite is None:
+        if trust:
+            raise ValueError(f"compare: --trust is for a suite, and runs are compared without it; got {', '.join(trust)}")
+        print_comparison(runs, names or [], format=format_, against=against, within=within)
+        return
+    if format_ == "csv":
+        raise ValueError(f"compare: a suite has --format table or json; got {format_}; name its runs instead")
+    print_suite(suite, against=against, within=within, as_json=format_ == "json", trust=tuple(trust))
+
+
+def report(
+    names: Names = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="without it report.html of a suite, or a file in --runs")
+    ] = None,
+    sweep: Annotated[
+        list[Path] | None,
+        typer.Option("--sweep", metavar="FILE", help="what sweep --format json printed: memory against T; repeatable"),
+    ] = None,
+    against: Against = "BPTT",
+    within: Within = 0.7,
+    runs: Runs = RUNS,
+    trust: Trust = [],  # noqa: B006
+) -> None:
+    """Write one HTML page that needs no network: what each rule saves and costs beside BPTT, in figures and tables."""
+    from pipeline.report.page import write
+    from pipeline.report.read_study import read_study
+
+    about = {"against": against, "within": within, "sweeps": sweep or [], "trust": tuple(trust)}
+    study, place = read_study(runs, names or [], **about)
+    print(write(study, out or place))

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from pipeline.report.figure import DARK, LIGHT, Figure, Missing, Table, Theme, harmless, plain, shown, unit_of
+from pipeline.report.figures import pareto, ratios, trade_off
+from pipeline.report.figures_learning import learning_curves, standing
+from pipeline.report.figures_maps import firing_rates, gradient_fidelity, temporal_share
+from pipeline.report.figures_time import memory_of_time, time_parts
+from pipeline.report.study import Study
+from tests.report.hand_made import MACHINE, fidelity, recipe, run, study
+
+SWEEP = {
+    "recipe": "small",
+    "samples": 8,
+    "points": [
+        {"time_steps": T, "cost": {"rule": rule, "peak_saved_bytes": saved, "forward_s": 0.25, "backward_s": 0.5}}
+        for rule, at_T in {"BPTT": {1: 1000, 4: 4000}, "SLTT": {1: 1000, 4: 1000}}.items()
+        for T, saved in at_T.items()
+    ],
+}
+
+
+def made(one: Figure | Missing) -> Figure:
+    assert isinstance(one, Figure), one
+    for theme in (LIGHT, DARK):
+        json.loads(str(one.draw(theme).to_json()))
+    return one
+
+
+def traces(one: Figure, theme: Theme = LIGHT) -> dict[str, dict]:
+    return {trace["name"]: trace for trace in json.loads(str(one.draw(theme).to_json()))["data"]}
+
+
+def test_ratios_to_the_baseline():
+    figure = made(ratios(study().groups[0]))
+    found = {row[1]: (row[0], row[2], row[3], row[5]) for row in figure.table.rows}
+    assert found == {
+        "saved bytes": ("SLTT", "BPTT", 0.25, 2),
+        "compute time": ("SLTT", "BPTT", 0.75, 2),
+        "wall clock": ("SLTT", "BPTT", 0.8, 2),
+        "inference energy": ("SLTT", "BPTT", pytest.approx(0.75), 2),
+    }
+    assert traces(figure)["SLTT"]["x"] == [0.25, 0.75, 0.8, pytest.approx(0.75)]
+    assert "SLTT keeps 0.25 of its saved bytes" in figure.alt
+
+
+def test_time_is_divided_by_the_faster_bptt_and_bytes_by_bptt():
+    group = study(run("BPTT-chunk-1", backward_s=6.0, peak_saved_bytes=1)).groups[0]
+    found = {(row[0], row[1]): (row[2], row[3]) for row in made(ratios(group)).table.rows}
+    assert found["SLTT", "compute time"] == ("BPTT-chunk-1", 1.2)
+    assert found["SLTT", "saved bytes"] == ("BPTT", 0.25)
+
+
+def test_nothing_is_divided_without_a_baseline_or_across_machines():
+    (alone,) = Study(title="t", runs=(run("SLTT"),)).groups
+    missing = ratios(alone)
+    assert isinstance(missing, Missing) and "no baseline: no run of BPTT" in missing.why
+    groups = study(run("SLTT", hardware={**MACHINE, "gpu": "H100"}, name="gpu")).groups
+    assert isinstance(ratios(groups[1]), Missing)
+    assert all(row[0] == "SLTT" for row in made(ratios(groups[0])).table.rows) and len(groups[0].runs) == 4
+
+
+def test_pareto():
+    assert pareto({"a": (1, 1), "b": (2, 2), "c": (2, 1), "d": (3, 2)}) == ["a", "b"]
+    assert pareto({"a": (1, 1), "same": (1, 1)}) == ["a", "same"]
+    assert pareto({"less": (1, 1), "more": (1, 2)}) == ["more"] == list(pareto({"dear": (2, 2), "more": (1, 2)}))
+
+
+def test_trade_off_marks_the_front():
+    figure = made(trade_off(study(run("DFA", top1=0.5, peak_saved_bytes=9_000_000)).groups[0], "peak_saved_bytes"))
+    on_front = {row[0]: row[6] for row in figure.table.rows}
+    assert on_front == {"BPTT": "yes", "SLTT": "yes", "DFA": "no"}
+    drawn = traces(figure)
+    assert drawn["Pareto front"]["x"] == [2, 8] and drawn["Pareto front"]["y"] == [89.5, 91]
+    assert not drawn["SLTT"]["marker"]["symbol"].endswith("-open") and drawn["DFA"]["marker"]["symbol"].endswith("-open")
+    made(trade_off(study().groups[0], "wall_s"))
+
+
+def test_what_was_not_measured_is_missing():
+    bare = run(activity=None, inference=None, forward_s=None, backward_s=None, rest_s=None, evaluation_s=None)
+    (group,) = Study(title="t", runs=(bare,)).groups
+    for one in (trade_off(group, "inference.energy_j"), firing_rates(group), gradient_fidelity(group), temporal_share(group)):
+        assert isinstance(one, Missing)
+    assert isinstance(time_parts(group), Missing)
+
+
+def test_time_by_part():
+    figure = made(time_parts(study().groups[0]))
+    found = {(row[0], row[1]): row[2] for row in figure.table.rows}
+    assert found["BPTT", "backward"] == pytest.approx(0.12) and found["SLTT", "backward"] == pytest.approx(0.08)
+    assert found["SLTT", "rest"] == pytest.approx(0.005) and found["BPTT", "evaluation"] == pytest.approx(0.02)
+    assert sum(float(row[3] or 0) for row in figure.table.rows if row[0] == "BPTT") == pytest.approx(1)
+    assert traces(figure)["backward"]["x"] == pytest.approx([120, 80])
+
+
+def test_memory_against_time_steps():
+    figure = made(memory_of_time(SWEEP))
+    assert figure.table.rows[1] == ("BPTT", 4, 4000, 0.75)
+    assert traces(figure)["SLTT"]["y"] == [1, 1]
+    assert "BPTT keeps 4 times the bytes, SLTT keeps 1 times the bytes" in figure.alt
+
+
+def test_firing_rates_are_means_over_runs():
+    more = [{"name": "first", "neurons": 100, "rates": [0.1, 0.05], "silent": 0.0, "saturated": 0.0}]
+    (group,) = Study(title="t", runs=(run(activity=more), run(seed=1, activity=[{**more[0], "rates": [0.3, 0.15]}]))).groups
+    assert made(firing_rates(group)).table.rows == (
+        ("BPTT", "first", 1, pytest.approx(0.2), 0.0, 0.0),
+        ("BPTT", "first", 2, pytest.approx(0.1), 0.0, 0.0),
+    )
+
+
+def test_gradients():
+    group = study(run("SLTT", seed=2, more_events=fidelity())).groups[0]
+    assert made(gradient_fidelity(group)).table.rows == (("first", "SLTT", 0.75), ("second", "SLTT", 1.0))
+    shares = made(temporal_share(group))
+    assert shares.table.rows[:2] == (("first", "start", 0.5), ("first", "epoch 1", 0.25))
+    assert shares.table.rows[2] == ("second", "start", None)
+
+
+def test_learning_curves_mark_restarts():
+    figure = made(learning_curves(study(run("SLTT", seed=5, restart=True)).groups[0]))
+    (restart,) = [row for row in figure.table.rows if row[3] == "restart"]
+    assert restart[:7] == ("sltt-5", "SLTT", 5, "restart", 50, 1.0, 11)
+    drawn = traces(figure)["restart"]
+    assert (drawn["x"], drawn["y"]) == ([1], [pytest.approx(40)])
+    assert "restart" not in traces(made(learning_curves(study().groups[0])))
+
+
+@pytest.mark.parametrize(
+    ("points", "told"),
+    [
+        ([[1, 0.5], [2, 0.94]], "4.0 points below the published run at epoch 2"),
+        ([[1, 0.5], [2, 0.905]], "on track, 0.5 points below the published run at epoch 2"),
+        ([[1, 0.5], [5, 0.99]], "on track, 30.0 points above the published run at epoch 1"),
+        ([[5, 0.99]], "no evaluation yet at an epoch that is published"),
+    ],
+)
+def test_beside_the_published_run(points: list, told: str):
+    one = run(recipe=recipe(published=points))
+    assert standing(one) == told
+    figure = made(learning_curves(Study(title="t", runs=(one,)).groups[0]))
+    assert f"bptt-0: {told}" in figure.alt and traces(figure)["published"]["x"] == [epoch for epoch, _ in points]
+
+
+def test_names_are_text_in_drawings_and_in_spreadsheets():
+    group = study(run("<b>x</b>")).groups[0]
+    assert "&lt;b&gt;x&lt;/b&gt;" in traces(made(ratios(group))) and "<b>x</b>" not in traces(made(ratios(group)))
+    assert plain("a<b&c") == "a&lt;b&amp;c"
+    assert harmless("=1+1") == "'=1+1" and harmless(-1.5) == -1.5
+    assert Table(columns=("a", "b"), rows=(("x,y", None), ('q"', 0.1))).to_csv() == 'a,b\n"x,y",\n"q""",0.1\n'
+
+
+def test_units():
+    assert (
+        unit_of("B", [5, 2_000_000]) == (1e6, "MB")
+        and unit_of("s", [7300]) == (3600, "h")
+        and unit_of("J", [3e-9]) == (1e-9, "nJ")
+    )
+    assert shown(3e-6, kind="J") == "3 µJ" and shown(0.25, kind="ratio") == "×0.25" and shown(90.0, kind="s") == "90 s"
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+def test_colours_keep_their_contrast(theme: Theme):
+    for each in (*theme.series, theme.ink, theme.muted):
+        assert _contrast(each, theme.paper) >= 4.5, each
+
+
+def _contrast(one: str, other: str) -> float:
+    lights = sorted(map(_luminance, (one, other)))
+    return (lights[1] + 0.05) / (lights[0] + 0.05)
+
+
+def _luminance(color: str) -> float:
+    parts = [int(part, 16) / 255 for part in re.findall("..", color[1:])]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from pipeline.report import page
+from pipeline.report.claims import Claim
+from pipeline.report.study import Study
+from tests.report.hand_made import MACHINE, run, study
+from tests.report.test_figures import SWEEP
+
+BAD = "<script>alert(1)</script>"
+
+
+def body(html: str) -> str:
+    """Without plotly.js."""
+    return re.sub(r"<script>/\*\*.*?</script>", "", html, flags=re.DOTALL)
+
+
+def test_written_whole(tmp_path: Path):
+    out = page.write(study(), tmp_path / "a" / "report.html")
+    assert out.read_text().startswith("<!doctype html>") and [each.name for each in out.parent.iterdir()] == ["report.html"]
+
+
+def test_names_from_outside_are_text():
+    html = body(page.render(study(run(f"SLTT{BAD}", name=BAD), title=BAD, notes=(BAD,))))
+    assert BAD not in html and "&lt;script&gt;alert(1)" in html
+    assert html.count("<script") == 2  # the drawings and the page's own
+    drawings = json.loads(re.search(r'id="drawings">(.*?)</script>', html, re.DOTALL).group(1))  # type: ignore[union-attr]
+    assert any("alert(1)" in trace.get("name", "") for trace in drawings["g1-ratios"]["light"]["data"])
+
+
+def test_json_in_a_script_cannot_leave_it():
+    assert page.script_json({"a": "</script><!-- & \u2028"}) == '{"a":"\\u003c/script\\u003e\\u003c!-- \\u0026 \\u2028"}'
+    assert json.loads(page.script_json({"a": "</script>"})) == {"a": "</script>"}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        page.script_json(float("nan"))
+
+
+def test_nothing_is_asked_of_the_network():
+    html = body(page.render(study()))
+    assert "default-src 'none'" in html
+    assert not re.findall(r"""(?:src|href|action)=["'](?!#|data:)""", html) and "url(" not in html and "@import" not in html
+
+
+def test_machines_are_apart_and_a_missing_baseline_is_named():
+    elsewhere = [run(rule, hardware={**MACHINE, "gpu": "H100", "gpus": 1}, name=f"gpu-{rule}") for rule in ("SLTT", "OTTT-A")]
+    html = body(page.render(study(*elsewhere)))
+    assert html.count("No baseline: no run of BPTT in this group has finished.") == 1
+    assert "on 1 × H100" in html
+    assert html.index('id="g1"') < html.index('id="g2"') < html.index('id="differences"')
+
+
+def test_a_run_alone_is_listed_and_not_drawn():
+    html = body(page.render(study(run("SLTT", study="f" * 16, name="lonely"))))
+    assert "The baseline is missing" not in html
+    assert 'id="alone"' in html and 'id="g2"' not in html and html.count(">lonely<") == 2
+
+
+def test_claims_and_sweeps_where_there_are_any():
+    claim = Claim(about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False)
+    html = body(page.render(study(claims=(claim,), sweeps=(SWEEP,))))
+    assert "does not hold" in html and "sweep1-memory-against-time-steps" in html
+    bare = body(page.render(study()))
+    assert 'id="claims"' not in bare and "spiketrain sweep RECIPE --steps 1,2,4,8,16 --format json" in bare
+
+
+def test_what_is_missing_says_so():
+    html = body(page.render(Study(title="t", runs=(run(inference=None, activity=None),))))
+    assert '<td class="none">not measured</td>' in html
+    assert "<b>Accuracy against energy of an inference</b>" in html
+
+
+def test_a_run_that_goes_on_has_a_page():
+    html = body(page.render(Study(title="t", runs=(run(state="running"), run("SLTT", state="failed")))))
+    assert "Learning curves" in html and "No baseline" in html and "The baseline is missing" in html

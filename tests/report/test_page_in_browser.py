@@ -1,0 +1,177 @@
+"""The page of runs that were really trained, opened in the system's Chromium."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from playwright.sync_api import Browser, Page
+
+from pipeline.report import page as pages
+from pipeline.report.page import told
+from pipeline.report.read_study import read_study
+from pipeline.report.study import Study
+from pipeline.track.jsonl import Journal
+from tests.browser import Watch, chromium, violations
+from tests.report.hand_made import run, study
+from tests.report.real_study import train_real_study
+
+WIDE, PHONE = (1280, 900), (390, 844)
+FIGURES = 9
+Scheme = Literal["light", "dark"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def real_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs_dir = tmp_path_factory.mktemp("real") / "runs"
+    train_real_study(runs_dir)
+    with Journal(runs_dir / "ottt-0" / "journal.jsonl", attempt=1) as journal:  # killed after its end, and started again
+        journal.event("start", rule="OTTT-A", study="s", step=16, steps_per_epoch=8, total_steps=16)
+        journal.event("finish", step=16)
+    return runs_dir
+
+
+@pytest.fixture(scope="module")
+def real(real_runs: Path) -> tuple[Study, Path]:
+    found, out = read_study(real_runs)
+    return found, pages.write(found, out)
+
+
+@pytest.fixture(scope="module")
+def opened_once(browser: Browser, real: tuple[Study, Path]) -> tuple[Page, Watch]:
+    return opened(browser, real[1])
+
+
+@pytest.fixture
+def page(opened_once: tuple[Page, Watch]) -> Page:
+    """The real study's, wide, light, at its top and with its tables closed, whatever was done to it before."""
+    page, _ = opened_once
+    page.set_viewport_size({"width": WIDE[0], "height": WIDE[1]})
+    page.emulate_media(color_scheme="light", media="screen")
+    page.evaluate("() => document.querySelectorAll('details').forEach(each => each.open = false)")
+    page.evaluate("() => { document.activeElement.blur(); window.scrollTo(0, 0) }")
+    return page
+
+
+@pytest.fixture
+def watch(opened_once: tuple[Page, Watch]) -> Watch:
+    return opened_once[1]
+
+
+def opened(browser: Browser, path: Path) -> tuple[Page, Watch]:
+    """With every figure drawn."""
+    size = {"width": WIDE[0], "height": WIDE[1]}
+    page, watch = browser.new_page(viewport=size, accept_downloads=True, reduced_motion="reduce", color_scheme="light"), Watch()
+    watch.over(page)
+    page.goto(path.as_uri())
+    for place in page.locator("[data-figure]").all():
+        place.scroll_into_view_if_needed()
+    page.wait_for_function("() => [...document.querySelectorAll('[data-figure]')].every(each => each.querySelector('.main-svg'))")
+    return page, watch
+
+
+def drawn(page: Page, scheme: Scheme) -> None:
+    page.wait_for_function(f"() => document.querySelectorAll('[data-theme={scheme}]').length === {FIGURES}")
+
+
+@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_is_quiet_alone_and_accessible(
+    page: Page, watch: Watch, real: tuple[Study, Path], size: tuple[int, int], scheme: Scheme
+):
+    page.set_viewport_size({"width": size[0], "height": size[1]})
+    page.emulate_media(color_scheme=scheme)
+    drawn(page, scheme)
+    page.locator("details").first.evaluate("node => node.open = true")
+    assert violations(page) == []
+    assert watch.said == []
+    assert watch.asked == [real[1].as_uri()]
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+
+
+def test_headings_are_in_order_and_every_figure_is_told_in_words(page: Page):
+    levels = [int(each.evaluate("node => node.tagName[1]")) for each in page.locator("h1, h2, h3, h4").all()]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    for place in page.locator("[data-figure]").all():
+        assert len(place.get_attribute("aria-label") or "") > 40 and place.get_attribute("role") == "img"
+    assert page.locator("figure table").count() == FIGURES
+
+
+def test_data_and_pictures_are_downloaded(page: Page):
+    for figure in page.locator("figure").all():
+        with page.expect_download() as csv_file:
+            figure.get_by_role("link", name="CSV").click()
+        rows = list(csv.reader(io.StringIO(csv_file.value.path().read_text())))
+        table = figure.locator("table")
+        assert rows[0] == table.locator("thead th").all_text_contents()
+        shown = table.evaluate("node => [...node.tBodies[0].rows].map(row => [...row.cells].map(cell => cell.textContent))")
+        assert shown and [list(map(_as_told, row)) for row in rows[1 : len(shown) + 1]] == shown
+    figure = page.locator("figure").first
+    with page.expect_download() as picture:
+        figure.get_by_role("button", name="PNG").click()
+    assert picture.value.suggested_filename == "study-s-g1-ratios.png"
+    assert picture.value.path().read_bytes().startswith(b"\x89PNG")
+
+
+def _as_told(text: str) -> str:
+    if text == "":
+        return told(None)
+    try:
+        return text if text.lstrip("-").isdecimal() else told(float(text))
+    except ValueError:
+        return text
+
+
+def test_the_keyboard_reaches_everything(page: Page):
+    reached: set[str] = set()
+    for _ in range(90):
+        page.keyboard.press("Tab")
+        reached.add(
+            page.evaluate("document.activeElement.tagName + ' ' + document.activeElement.textContent.trim().slice(0, 60)")
+        )
+    assert "A To the report" in reached
+    for title in ("Learning curves", "Where the time goes"):
+        assert {f"BUTTON PNG of {title}", f"A CSV of {title}", f"SUMMARY Table of {title}"} <= reached
+
+
+def test_a_change_of_scheme_and_paper_redraw_the_figures(page: Page, watch: Watch):
+    page.emulate_media(color_scheme="dark")
+    drawn(page, "dark")
+    page.evaluate("() => window.dispatchEvent(new Event('beforeprint'))")
+    drawn(page, "light")
+    page.emulate_media(media="print")
+    assert not page.get_by_role("button", name="PNG").first.is_visible()
+    assert watch.said == []
+
+
+def test_names_from_outside_stay_text(browser: Browser, tmp_path: Path):
+    bad = "<script>alert(1)</script>"
+    runs = (run(name=f"{bad}<img src=x onerror=alert(1)>"), run(f"</script>{bad}", seed=0), run("<b>bold</b>", seed=0))
+    page, watch = opened(browser, pages.write(Study(title=f"{bad}", runs=runs), tmp_path / "report.html"))
+    assert page.locator("h1").text_content() == bad
+    assert page.locator("b b, h1 script, td script, img").count() == 0
+    assert watch.said == [] and watch.asked == [(tmp_path / "report.html").as_uri()]
+    page.close()
+
+
+def test_a_page_that_asks_the_network_is_seen(browser: Browser, tmp_path: Path):
+    """Breaks what the tests above rest on: a request, an error, a picture without a text."""
+    path = pages.write(study(), tmp_path / "report.html")
+    broken = path.read_text().replace("<main", "<img src='file:///nothing.png'><script>throw Error('broken')</script><main", 1)
+    path.write_text(broken.replace("<meta http-equiv", "<meta name", 1))
+    page, watch = opened(browser, path)
+    assert any("broken" in line for line in watch.said) and "file:///nothing.png" in watch.asked
+    assert any(line.startswith("image-alt") for line in violations(page))
+    page.close()

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pipeline.report.read_study import read_study
+from pipeline.suite import Suite, SuiteFile
+from tests.report.conftest import STUDY
+from tests.report.test_figures import SWEEP
+from tests.small import command, small_recipe
+
+
+def make_suite(runs_dir: Path, *runs: str, told: object = None) -> Path:
+    folder = runs_dir / "suite"
+    folder.mkdir()
+    recipes = tuple(replace(small_recipe(), name=f"recipe-{run}") for run in runs)
+    SuiteFile(suite=Suite(recipes), runs=runs, parent="0" * 32, cluster={}).write(folder)
+    return folder
+
+
+def test_as_compare_takes_them(make_run: Callable, runs_dir: Path):
+    make_run("bptt")
+    make_run("sltt", rule="SLTT")
+    make_run("other", study="f" * 16, rule="SLTT")
+    study, out = read_study(runs_dir, [STUDY[:6]])
+    assert [run.name for run in study.runs] == ["bptt", "sltt"]
+    assert (study.title, out) == (f"Study {STUDY[:8]}", runs_dir / f"report-study-{STUDY[:8]}.html")
+    assert {run.name for run in read_study(runs_dir, ["sltt"])[0].runs} == {"bptt", "sltt"}  # with its baseline
+    assert read_study(runs_dir, ["other"])[0].groups[0].has_baseline is False
+    assert len(read_study(runs_dir, ["sltt", "other"])[0].groups) == 2
+
+
+def test_a_suite(make_run: Callable, runs_dir: Path):
+    make_run("bptt")
+    folder = make_suite(runs_dir, "bptt", "not-begun")
+    study, out = read_study(runs_dir, ["suite"])
+    assert ([run.name for run in study.runs], study.title, out) == (["bptt"], "suite", folder / "report.html")
+    value = json.loads((folder / "suite.json").read_text())
+    (folder / "suite.json").write_text(json.dumps({**value, "report": "recipes.compare.claims_fashion.report"}))
+    assert "waits for all runs: 1 of 2 have finished" in read_study(runs_dir, ["suite"])[0].notes[0]
+
+
+def test_what_a_suites_report_prints_and_returns(make_run: Callable, runs_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    make_run("bptt")
+    folder = make_suite(runs_dir, "bptt")
+    value = json.loads((folder / "suite.json").read_text())
+    (folder / "suite.json").write_text(json.dumps({**value, "report": "recipes.compare.claims_fashion.report"}))
+    claim = {"about": "SLTT", "claim": "bytes", "published": "0.3", "bound": "<= 0.2", "ours": "0.25", "holds": False}
+
+    def report(runs: dict[str, Path], console: Console) -> dict:
+        console.print(f"of {', '.join(runs)}")
+        return {"claims": [claim], "sweeps": {"a": SWEEP}}
+
+    def read(folder: Path, **_: object) -> SuiteFile:
+        return SuiteFile(suite=Suite((small_recipe(),), report), runs=("bptt",), parent="0" * 32, cluster={})
+
+    monkeypatch.setattr(SuiteFile, "read", read)
+    monkeypatch.setattr("pipeline.suite._check_report", lambda _: None)
+    study, _ = read_study(runs_dir, ["suite"])
+    assert (study.printed, study.claims[0].holds, study.sweeps, study.notes) == ("of recipe-bptt\n", False, (SWEEP,), ())
+    monkeypatch.setattr(SuiteFile, "read", lambda *_, **__: (_ for _ in ()).throw(ValueError("no data here")))
+    assert read_study(runs_dir, ["suite"])[0].notes == ("The suite's own report could not be made: no data here",)
+
+
+def test_a_sweep(make_run: Callable, runs_dir: Path, tmp_path: Path):
+    make_run("bptt")
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps(SWEEP))
+    assert read_study(runs_dir, sweeps=[path])[0].sweeps == (SWEEP,)
+    path.write_text('{"recipe": "a", "samples": 1, "points": [{"time_steps": 1, "cost": {}}]}')
+    with pytest.raises(ValueError, match=r"sweep\.json must hold what sweep --format json prints; KeyError\('rule'\)"):
+        read_study(runs_dir, sweeps=[path])
+
+
+def test_on_the_command_line(make_run: Callable, runs_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    spiketrain = command(monkeypatch, capsys)
+    make_run("bptt")
+    code, out, _ = spiketrain("report", "--runs", str(runs_dir))
+    assert code == 0 and Path(out.strip()).read_text().startswith("<!doctype html>")
+    code, out, _ = spiketrain("report", STUDY, "--runs", str(runs_dir), "--out", str(runs_dir / "x.html"))
+    assert (code, out.strip()) == (0, str(runs_dir / "x.html"))
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]"])
+def test_stores_that_cannot_be_read_end_in_a_sentence(
+    make_run: Callable, runs_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, damage: str
+):
+    spiketrain = command(monkeypatch, capsys)
+    assert spiketrain("report", "--runs", str(runs_dir))[0] == 2
+    assert spiketrain("report", "nothing", "--runs", str(runs_dir))[0] == 2
+    (make_run("bptt") / "summary.json").write_text(damage)
+    code, _, said = spiketrain("report", "bptt", "--runs", str(runs_dir))
+    assert code == 2 and len(said.splitlines()) == 1 and "summary.json" in said

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.report.runs import ReportError
+from pipeline.report.study_run import from_folder, study_run
+from tests.report.hand_made import KEY, LAYERS, MACHINE, events, fidelity, recipe, run
+
+
+def test_what_a_finished_run_has_written():
+    one = run("SLTT", seed=3, top1=0.75)
+    assert (one.name, one.rule, one.seed, one.study, one.state) == ("sltt-3", "SLTT", 3, KEY, "finished")
+    assert (one.step, one.total_steps, one.steps_per_epoch, one.workers) == (100, 100, 50, 1)
+    assert one.hardware == MACHINE and one.commits == ("abc",) and one.recipe["time_steps"] == 2
+    assert one.value("top1") == 0.75 and one.value("inference.energy_j") == 3e-6
+    assert one.value("inference.joules") is None and one.value("top1.x") is None
+    assert [layer.rates for layer in one.activity] == [(0.5, 0.25), (0.25, 0.0)]
+    assert one.parts == {"forward": 4.0, "backward": 8.0, "rest": 0.5, "evaluation": 2.0}
+
+
+def test_seconds_are_those_of_its_attempts_alone():
+    plain, restarted = run(), run(restart=True)
+    assert [(point.step, point.seconds) for point in plain.curve] == [(25, 5), (50, 8), (75, 13), (100, 16)]
+    # The first attempt took 10 s, the second began a second before its first event; the 999 s between them are nobody's.
+    assert [(point.step, point.seconds) for point in restarted.curve] == [(25, 5), (50, 8), (75, 14), (100, 17)]
+    assert [(each.number, each.step, each.seconds, each.commit) for each in restarted.restarts] == [(1, 50, 11, "def")]
+    assert [(each.epoch, each.top1, each.seconds) for each in restarted.evaluations] == [(0, 0.8, 9), (1, 0.9, 18)]
+    assert restarted.commits == ("abc", "def") and plain.restarts == ()
+
+
+def test_a_run_that_goes_on_has_no_summary_and_the_parts_so_far():
+    one = study_run("r", events()[:4], state="running", summary={"top1": 0.5}, recipe={"version": 1, "recipe": recipe()})
+    assert one.summary is None and not one.is_finished and one.value("top1") is None
+    assert (one.step, one.rule, one.hardware) == (50, "BPTT", MACHINE)
+    assert one.parts == pytest.approx({"forward": 50 * 0.04, "backward": 50 * 0.08})
+    assert one.recipe["optimizer"]["kwargs"] == {"lr": 0.1}
+
+
+def test_nothing_yet():
+    one = study_run("new", [], state="new")
+    assert (one.rule, one.curve, one.evaluations, one.parts, one.hardware, one.step) == ("unknown rule", (), (), {}, {}, 0)
+
+
+def test_gradients_beside_bptts():
+    one = run("SLTT", more_events=fidelity())
+    assert [(each.step, each.epoch) for each in one.fidelity] == [(0, None), (50, 0)]
+    assert one.fidelity[0].temporal_share == {"first": 0.5, "second": None}
+    assert one.fidelity[1].cosines == {"SLTT": {"first": 0.75, "second": 1.0}}
+
+
+def test_from_its_folder(make_run: Callable, runs_dir: Path):
+    folder = make_run("bptt", top1=0.9)
+    (folder / "activity.json").write_text(json.dumps(LAYERS))
+    one = from_folder(folder)
+    assert (one.name, one.state, one.value("top1"), one.recipe["batch_size"]) == ("bptt", "finished", 0.9, 64)
+    assert [layer.name for layer in one.activity] == ["first", "second"]
+
+
+@pytest.mark.parametrize("damage", ["{", "{}", '[{"name": "a"}]'])
+def test_damaged_files_end_in_a_sentence(make_run: Callable, damage: str):
+    folder = make_run("bptt")
+    (folder / "activity.json").write_text(damage)
+    with pytest.raises(ReportError, match=r"activity\.json"):
+        from_folder(folder)

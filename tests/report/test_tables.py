@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pipeline.report import tables
+from pipeline.report.claims import Claim
+from pipeline.report.study import Study
+from tests.report.hand_made import MACHINE, recipe, run, study
+
+
+def test_costs_are_means_with_spread_and_ratio():
+    bptt, sltt = tables.costs(study().groups[0]).rows
+    assert bptt[:3] == ("BPTT", "91.00 ± 1.4 %", "8 ± 0 MB (×1.00)")
+    assert sltt[:6] == (
+        "SLTT",
+        "89.50 ± 0.71 %",
+        "2 ± 0 MB (×0.25)",
+        "120 ± 0 ms (×0.75)",
+        "16 ± 0 s (×0.80)",
+        "3 ± 0 µJ (×0.75)",
+    )
+    assert tables.costs(Study(title="t", runs=(run(inference=None),)).groups[0]).rows[0][5] is None
+
+
+def test_a_sentence_for_each_rule():
+    ((rule, said),) = tables.headlines(study().groups[0])
+    assert rule == "SLTT" and said.startswith("0.25 of BPTT's saved bytes, 0.75 of BPTT's compute time")
+    assert "BPTT - SLTT: +1.50 points over 2 paired seeds, 95 % interval" in said
+    ((_, said),) = tables.headlines(Study(title="t", runs=(run(top1=0.9), run("SLTT", top1=0.89))).groups[0])
+    assert said.endswith("BPTT - SLTT: +1.00 points of one seed, so without an interval.")
+    assert tables.headlines(Study(title="t", runs=(run("SLTT"),)).groups[0]) == []
+
+
+def test_the_baseline_stands_in_every_row():
+    model = {"target": "x.net", "kwargs": {"neuron": {"target": "x.LIF", "kwargs": {"reset_gradient": "kept"}}, "norm": "sws"}}
+    sliced = recipe("BPTT", model=model, rule={"target": "pipeline.rules.bptt.BPTT", "kwargs": {"chunk": 1}})
+    rows = {
+        row[0]: row for row in tables.behind_the_rows(study(run("BPTT-chunk-1", recipe=sliced, backward_s=1.0)).groups[0]).rows
+    }
+    assert rows["BPTT-chunk-1"] == ("BPTT-chunk-1", "BPTT", "BPTT-chunk-1", "kept", "sws", "fp32", "in slices of 1", "0")
+    assert rows["BPTT"][6:] == ("folded", "0, 1")
+    assert rows["SLTT"] == (
+        "SLTT",
+        "BPTT",
+        "BPTT-chunk-1",
+        "the default",
+        "the default",
+        "fp32",
+        "as the rule does by default",
+        "0, 1",
+    )
+    assert tables.behind_the_rows(Study(title="t", runs=(run("SLTT"),)).groups[0]).rows[0][1] == "no baseline"
+
+
+def test_claims_that_do_not_hold_are_shown_so():
+    about = {"about": "SLTT", "claim": "bytes", "published": "0.3", "bound": "<= 0.2", "ours": "0.25"}
+    rows = tables.claims([Claim(**about, holds=False), Claim(**about, holds=True), Claim(**about, holds=None)]).rows
+    assert [row[5] for row in rows] == ["does not hold", "holds", "not judged"]
+
+
+def test_how_groups_differ():
+    other = run(
+        "SLTT", study="f" * 16, recipe=recipe("SLTT", batch_size=16), hardware={**MACHINE, "gpu": "H100", "gpus": 2}, name="x"
+    )
+    found = {row[0]: row[1:] for row in tables.recipe_differences(study(other)).rows}
+    assert found["batch_size"][:2] == ("8", "16") and found["hardware.gpu"][:2] == ('"none"', '"H100"')
+    assert found["batch_size"][3] == "Study ffffffff on 2 × H100, 1 worker"
+
+
+def test_where_each_run_ran():
+    rows = tables.provenance(study(run("SLTT", seed=3, restart=True))).rows
+    assert rows[-1] == ("sltt-3", "SLTT", 3, "01234567", "finished", "100/100", 1, "a cpu, 2 cores, 1 thread", 1, "abc, def")
