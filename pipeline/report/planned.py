@@ -16,7 +16,8 @@ from pipeline.report.runs import ReportError, load
 
 # What a batch costs does not depend on how many there are, nor on when a run looks up from them.
 _BESIDE = ("name", "family", "rule", "seed", "init", "epochs", "schedule", "stop_after", "evaluate_every", "evaluate_samples",
-           "fidelity_every", "checkpoint_every", "checkpoint_minutes", "keep", "log_every", "protocol", "tuned", "published")  # fmt: skip
+           "fidelity_every", "checkpoint_every", "checkpoint_minutes", "keep", "log_every",
+           "protocol", "tuned", "published")  # fmt: skip
 
 
 @dataclass(frozen=True)
