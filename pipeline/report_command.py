@@ -60,10 +60,20 @@ def report(
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
-    """Write one HTML page that needs no network: what each rule saves and costs beside BPTT, in figures and tables."""
+    """Write one HTML page that needs no network: what each rule saves and costs beside BPTT, in figures and tables.
+
+    The page of a suite is an artifact of its run in MLflow, too.
+    """
     from pipeline.report.page import write
     from pipeline.report.read_study import read_study
+    from pipeline.report.suite import suite_named
+    from pipeline.track.mlflow import tracking_uri
+    from pipeline.track.publish import log_report
 
     about = {"against": against, "within": within, "sweeps": sweep or [], "trust": tuple(trust)}
     study, place = read_study(runs, names or [], **about)
-    print(write(study, out or place))
+    page = write(study, out or place)
+    print(page)
+    suite = suite_named(runs, names or [])
+    if suite is not None:
+        log_report(suite, page, uri=tracking_uri(suite.parent))

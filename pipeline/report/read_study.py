@@ -15,7 +15,7 @@ from pipeline.report.choose import finished_run, named, newest_study, study_of, 
 from pipeline.report.claims import Claim
 from pipeline.report.compare import BASELINE
 from pipeline.report.paired import WITHIN
-from pipeline.report.runs import ReportError
+from pipeline.report.runs import ReportError, load
 from pipeline.report.study import Study
 from pipeline.report.study_run import from_folder
 from pipeline.report.suite import suite_named
@@ -52,8 +52,11 @@ def read_study(
         if not runs:
             raise ReportError(f"report: {suite.name} has no run yet")
         told, printed, notes = _own_report(suite, trust)
+        tried = [run for run in runs.values() if _is_trial(run)]
+        if tried:
+            notes.append(f"{len(tried)} trials on a held-out part, which chose the tuned values, are listed by the suite alone.")
         swept += tuple(_sweep(value, suite.name) for value in _objects(told.get("sweeps")))
-        members, title, out = list(runs.values()), suite.name, suite / OUT
+        members, title, out = [run for run in runs.values() if run not in tried], suite.name, suite / OUT
     else:
         folders = named(runs_dir, names) if names else newest_study(runs_dir)
         told, printed, notes = {}, "", []
@@ -71,6 +74,11 @@ def read_study(
         printed=printed,
     )
     return study, out
+
+
+def _is_trial(run: Path) -> bool:
+    """Of one value of a search: no run to set beside others by its rule."""
+    return (load(run / "recipe.json") or {}).get("recipe", {}).get("protocol") == "trial"
 
 
 def _with_their_baseline(runs_dir: Path, folders: Sequence[Path], against: str) -> list[Path]:

@@ -146,6 +146,12 @@ def test_a_search_takes_what_did_best_on_the_held_out_part(place: Path, tmp_path
     told = json.loads(said)
     assert [trial["value"] for trial in told["trials"] if trial["taken"]] == [best]
     assert len(told["shared"]) == len(told["tuned"]) == 1
+    code, said, error = spiketrain("report", "s", "--runs", str(tmp_path))
+    assert code == 0, error
+    page = Path(said.strip())
+    assert "5 trials on a held-out part" in page.read_text() and page == tmp_path / "s" / "report.html"
+    [artifact] = place.glob("**/artifacts/report.html")  # on the suite's run in MLflow
+    assert artifact.read_bytes() == page.read_bytes()
     trials = [runs[f"searched-lr-{rate}"].name for rate in rates]
     code, _, error = spiketrain("compare", *trials, "--runs", str(tmp_path))
     assert code == 2 and "optimizer.lr: 0.001 and 0.01" in error
