@@ -36,7 +36,8 @@ REPEATED = (
     "claims_fashion",
     *("cifar100_opzo", "cifar100_cifarnet_f", "cifar100_ottt", "cifar100_dsr", "cifar100_sltt", "cifar10dvs_spide"),
 )
-TIERED = [pytest.param(path, marks=pytest.mark.full) if path.name.startswith(REPEATED) else path for path in RECIPES]
+LONG = (pytest.mark.full, pytest.mark.timeout(900))  # dozens of runs
+TIERED = [pytest.param(path, marks=LONG) if path.name.startswith(REPEATED) else path for path in RECIPES]
 
 
 class Killed(BaseException):
