@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,30 +27,11 @@ from pipeline.loop import MicroBatch, train
 from pipeline.measure.memory import hardware
 from pipeline.measure.meters import Meters
 from pipeline.objective import CrossEntropy
-from pipeline.rules.base import Objective
 from pipeline.spiking.encode import repeat
 from recipes.fashion.base import fashion
+from tests.silent import NoMeters
 
 LOG_EVERY = 10
-
-
-class Silent:
-    """Meters that measure nothing."""
-
-    def batch(self, step: int) -> Any:
-        return nullcontext()
-
-    def part(self, name: str) -> Any:
-        return nullcontext()
-
-    def each(self, name: str, source: Any) -> Any:
-        return source
-
-    def add(self, objective: Objective) -> None:
-        pass
-
-    def end_of_micro_batch(self, target_B: Tensor, share: float) -> None:
-        pass
 
 
 class Trained:
@@ -88,7 +67,7 @@ def main() -> None:
     other = copy.deepcopy(network)
     meters = Meters(network, batch_size=size, device=torch.device("cpu"))
     measured = Trained(network, arguments.rule, meters, x_TB, target_B)
-    silent = Trained(other, arguments.rule, Silent(), x_TB, target_B)
+    silent = Trained(other, arguments.rule, NoMeters(), x_TB, target_B)
     silent.step()
     pairs: list[tuple[float, float]] = []
     for index in range(arguments.batches):

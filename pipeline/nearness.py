@@ -33,7 +33,8 @@ class Nearness:
         network.load_state_dict(weights)
         bptt, sltt = self._of(network, BPTT(), step), self._of(network, SLTT(), step)
         own: Rule = self.recipe.rule.build()
-        others = {"SLTT": [sltt], own.label: [self._of(network, own, step)]}
+        known = {"BPTT": bptt, "SLTT": sltt}
+        others = {"SLTT": [sltt], own.label: [known.get(own.label) or self._of(network, own, step)]}
         return fidelity(bptt, sltt, others)
 
     @staticmethod

@@ -18,8 +18,7 @@ batch of products, as attention's are; else "weights".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.measure.pairs import Convolution, Pairs, batches, is_even, matrices
+from pipeline.measure.pausable import Pausable
 from pipeline.spiking.errorpath import FixedFeedback
 from pipeline.spiking.serving import served
 
@@ -53,7 +53,7 @@ class Work:
         )
 
 
-class Operations:
+class Operations(Pausable):
     """Counts while it is entered; `work` says what was done for each purpose.
 
     Counting passes over both sides of every product, and on a GPU waits for each: it is for single batches.
@@ -65,7 +65,6 @@ class Operations:
         self._fixed: dict[int, StorageWeakRef] = {}  # values: while one is there, no other storage gets the key
         self._given: frozenset[int] = frozenset()
         self._watch = _Watch(self)
-        self._is_paused = False
 
     def __enter__(self) -> Operations:
         for parameter in self.network.parameters():  # now: an engine such as DeepSpeed moves them into flat buffers
@@ -82,22 +81,13 @@ class Operations:
         self._watch.__exit__(*exc)
         self._fixed = {}
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Inside, nothing is counted: a teacher's work, or an optimizer's."""
-        self._is_paused = True
-        try:
-            yield
-        finally:
-            self._is_paused = False
-
     @property
     def total(self) -> Work:
         return sum(self.work.values(), Work())
 
     def add(self, pairs: Pairs, *, even: bool, hands_down: bool) -> None:
         """A product; `even`: one of its sides is; `hands_down`: in a backward it makes an error, not a weight's gradient."""
-        if self._is_paused:
+        if self.is_paused:
             return
         natural = "forward"
         if torch._C._current_autograd_node() is not None:

@@ -15,8 +15,7 @@ Source: Williams, Waterman & Patterson 2009 (doi 10.1145/1498765.1498785) for th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from pipeline.measure.pausable import Pausable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,27 +55,17 @@ class Operation:
     bytes: int
 
 
-class Traffic(TorchDispatchMode):
+class Traffic(Pausable, TorchDispatchMode):
     """Notes every operation while it is entered."""
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[Operation] = []
-        self._is_paused = False
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Inside, nothing is noted."""
-        self._is_paused = True
-        try:
-            yield
-        finally:
-            self._is_paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not self._is_paused and not _moves_nothing(func):
+        if not self.is_paused and not _moves_nothing(func):
             count = flop_registry.get(func.overloadpacket)
             flops = count(*args, **kwargs, out_val=result) if count is not None else 0
             self.operations.append(Operation(int(flops), _bytes(args) + _bytes(kwargs) + _bytes(result)))
