@@ -12,7 +12,7 @@ from pipeline.report.figure import Cell, Table, shown, unit_of
 from pipeline.report.figures import QUANTITIES, base_of
 from pipeline.report.study import COMPUTE, Group, Spread, Study, StudyRun
 
-_NOT_SAID = "the default"
+_NOT_SAID = "not known"
 
 
 def headlines(group: Group) -> list[tuple[str, str]]:
@@ -148,46 +148,28 @@ def _written(group: Group, run: StudyRun, name: str) -> str | None:
 
 
 def _behind(group: Group, rule: str) -> tuple[Cell, ...]:
-    run = group.of(rule)[0]
-    seeds = ", ".join(str(each.seed) for each in group.of(rule))
-    model, written = run.recipe.get("model"), run.recipe.get("rule")
+    runs = group.of(rule)
+    told = next((run.summary["conditions"] for run in runs if run.summary and run.summary.get("conditions")), {})
     if not group.has_baseline:
         bases: tuple[str, str] = ("no baseline", "no baseline")
     else:
         bases = (group.against, base_of(group, COMPUTE))
-    norm = _keyword(model, "over") or _keyword(model, "norm")
     return (
         rule,
         *bases,
-        _keyword(model, "reset_gradient") or _NOT_SAID,
-        norm or _NOT_SAID,
-        str(run.recipe.get("precision") or "not known"),
-        _over_time(written),
-        seeds,
+        *(str(told.get(name, _NOT_SAID)) for name in ("reset_gradient", "norm_over", "precision")),
+        _over_time(told.get("steps_per_forward"), runs[0].recipe),
+        ", ".join(str(run.seed) for run in runs),
     )
 
 
-def _over_time(rule: Any) -> str:
-    """Folded: all time steps in one graph. An online rule is stepped as it comes."""
-    target, kwargs = (str(rule.get("target", "")), rule.get("kwargs") or {}) if isinstance(rule, Mapping) else ("", {})
-    if not target:
-        return "not known"
-    if kwargs.get("chunk") is not None:
-        return f"in slices of {kwargs['chunk']}"
-    if target.endswith(".BPTT"):
-        return "folded, recomputed" if kwargs.get("recompute") else "folded"
-    return "as the rule does by default"
-
-
-def _keyword(part: Any, name: str) -> str | None:
-    """The value of a keyword anywhere in a part of a recipe."""
-    if isinstance(part, Mapping):
-        if isinstance(part.get(name), (str, int, float)):
-            return str(part[name])
-        return next((found for value in part.values() if (found := _keyword(value, name)) is not None), None)
-    if isinstance(part, list):
-        return next((found for value in part if (found := _keyword(value, name)) is not None), None)
-    return None
+def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
+    """How many time steps a forward takes: all of them is folded."""
+    if steps is None:
+        return _NOT_SAID
+    kwargs = (recipe.get("rule") or {}).get("kwargs") or {}
+    how = "step by step" if steps == 1 else "folded" if steps == recipe.get("time_steps") else f"in slices of {steps}"
+    return f"{how}, recomputed" if kwargs.get("recompute") else how
 
 
 def _kept(run: StudyRun) -> dict[str, Any]:

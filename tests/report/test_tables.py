@@ -30,23 +30,22 @@ def test_a_sentence_for_each_rule():
 
 
 def test_the_baseline_stands_in_every_row():
-    model = {"target": "x.net", "kwargs": {"neuron": {"target": "x.LIF", "kwargs": {"reset_gradient": "kept"}}, "norm": "sws"}}
-    sliced = recipe("BPTT", model=model, rule={"target": "pipeline.rules.bptt.BPTT", "kwargs": {"chunk": 1}})
-    rows = {
-        row[0]: row for row in tables.behind_the_rows(study(run("BPTT-chunk-1", recipe=sliced, backward_s=1.0)).groups[0]).rows
-    }
-    assert rows["BPTT-chunk-1"] == ("BPTT-chunk-1", "BPTT", "BPTT-chunk-1", "kept", "sws", "fp32", "in slices of 1", "0")
-    assert rows["BPTT"][6:] == ("folded", "0, 1")
-    assert rows["SLTT"] == (
-        "SLTT",
-        "BPTT",
-        "BPTT-chunk-1",
-        "the default",
-        "the default",
-        "fp32",
-        "as the rule does by default",
-        "0, 1",
+    def told(steps: int) -> dict[str, object]:
+        return {"reset_gradient": "kept", "norm_over": "step", "precision": "bf16", "steps_per_forward": steps}
+
+    T = recipe("BPTT")["time_steps"]
+    wanted = ["folded", "step by step", "step by step, recomputed", "not known", "in slices of 3"]
+    runs = (
+        run("BPTT", conditions=told(T)),
+        run("BPTT-chunk-1", conditions=told(1), backward_s=1.0),
+        run("BPTT-recompute", recipe=recipe("BPTT", rule={"target": "x", "kwargs": {"recompute": True}}), conditions=told(1)),
+        run("SLTT", conditions=told(3)),
+        run("OTTT-A"),
     )
+    rows = {row[0]: row[1:] for row in tables.behind_the_rows(Study(title="t", runs=runs).groups[0]).rows}
+    assert rows["BPTT-chunk-1"] == ("BPTT", "BPTT-chunk-1", "kept", "step", "bf16", "step by step", "0")
+    assert [row[5] for row in rows.values()] == wanted
+    assert rows["OTTT-A"] == ("BPTT", "BPTT-chunk-1", "not known", "not known", "not known", "not known", "0")
     assert tables.behind_the_rows(Study(title="t", runs=(run("SLTT"),)).groups[0]).rows[0][1] == "no baseline"
 
 
