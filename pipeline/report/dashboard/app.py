@@ -25,11 +25,22 @@ function (pathname) {
     const told = () => dark.matches ? "dark" : "light";
     if (!window.watchesScheme) {
         window.watchesScheme = true;
+        document.addEventListener("focusin", (event) => { window.lastFocused = event.target.id; });
+        document.addEventListener("pointerdown", () => { window.lastFocused = ""; });
         dark.addEventListener("change", () => window.dash_clientside.set_props("scheme", {data: told()}));
     }
     return told();
 }
 """
+_FOCUS = """
+function (only, choose) {
+    const id = window.lastFocused;
+    setTimeout(() => {
+        if (id && document.activeElement === document.body) document.getElementById(id)?.focus({preventScroll: true});
+    }, 50);
+}
+"""
+"""buttons are made anew after each press: whoever presses them by keyboard stays where they are"""
 
 
 def make_app(store: Store, *, name: str, every: float) -> Dash:
@@ -112,6 +123,7 @@ class _Answers:
 
     def join(self, app: Dash) -> None:
         app.clientside_callback(_SCHEME, Output("scheme", "data"), Input("url", "pathname"))
+        app.clientside_callback(_FOCUS, Input("only", "children"), Input("choose", "children"))
         app.callback(
             Output("url", "search"),
             Output("text", "value"),
@@ -136,14 +148,15 @@ class _Answers:
 
     def steer(self, search: str | None, text: str | None, _: Any) -> tuple[Any, Any]:
         """The address follows what is pressed and typed, and what is typed follows the address."""
-        place, by = Place.at(search), ctx.triggered_id
-        if by == "text":
+        place, ids = Place.at(search), ctx.triggered_prop_ids
+        for each in ctx.triggered:  # buttons that were put on the page at the same moment come along, without a value
+            by = ids.get(each["prop_id"])
+            if isinstance(by, dict) and each["value"]:
+                typed = place if "url.search" in ids else place.change(text=(text or "").strip())
+                return self._pressed(typed, by["change"], by["to"]).search, no_update
+        if "text.value" in ids and "url.search" not in ids:
             return place.change(text=(text or "").strip()).search, no_update
-        if isinstance(by, dict):
-            if not ctx.triggered[0]["value"]:
-                return no_update, no_update  # a button that was put on the page, not pressed
-            return self._pressed(place, by["change"], by["to"]).search, no_update
-        return no_update, place.text
+        return no_update, place.text if "url.search" in ids else no_update
 
     def _pressed(self, place: Place, what: str, name: str) -> Place:
         if what in ("only", "view"):
