@@ -173,7 +173,9 @@ class _Answers:
     def list_studies(self, search: str | None, _: Any) -> tuple[Any, Any]:
         place = Place.at(search)
         try:
-            return parts.only_buttons(place), parts.study_list(place, studies(self._live.store.listed()))
+            # Buttons made anew ask `steer`, and a newer question to it has Dash forget one that is on its way: somebody's press.
+            only = no_update if ctx.triggered_id == "tick" else parts.only_buttons(place)
+            return only, parts.study_list(place, studies(self._live.store.listed()))
         except ReportError as error:
             return no_update, _trouble(error)
 
@@ -192,7 +194,8 @@ class _Answers:
                 return (no_update,) * 4
             if not members:
                 return title, [], [html.P("The store has no run of this study.", className="note")], now
-            controls = parts.study_buttons(place, members, runs)
+            same = bool(before) and (before[0], before[2]) == (now[0], now[2])
+            controls = no_update if same else parts.study_buttons(place, members, runs)
             return title, controls, parts.figures(place, self._live.study(runs), scheme), now
         except ReportError as error:
             return title, [], _trouble(error), None
