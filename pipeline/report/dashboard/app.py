@@ -172,12 +172,12 @@ class _Answers:
 
     def list_studies(self, search: str | None, _: Any) -> tuple[Any, Any]:
         place = Place.at(search)
+        # Buttons made anew ask `steer`, and a newer question to it has Dash forget one that is on its way: somebody's press.
+        only = no_update if ctx.triggered_id == "tick" else parts.only_buttons(place)
         try:
-            # Buttons made anew ask `steer`, and a newer question to it has Dash forget one that is on its way: somebody's press.
-            only = no_update if ctx.triggered_id == "tick" else parts.only_buttons(place)
             return only, parts.study_list(place, studies(self._live.store.listed()))
         except ReportError as error:
-            return no_update, _trouble(error)
+            return only, _trouble(error)
 
     def show(self, search: str | None, _: Any, scheme: str | None, before: Any) -> tuple[Any, ...]:
         place = Place.at(search)
