@@ -1,4 +1,4 @@
-"""`spiketrain compare` and `spiketrain report`: what reads results. Nothing heavy is imported before one of them runs."""
+"""`spiketrain compare`, `report` and `dashboard`: what reads results. Nothing heavy is imported before one of them runs."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ RUNS = Path("runs")
 def add_report_commands(app: typer.Typer) -> None:
     app.command(epilog="Example: spiketrain compare --format json")(compare)
     app.command(epilog="Example: spiketrain report claims-fashion-20260105-120000")(report)
+    app.command(epilog="Example: spiketrain dashboard --store sqlite:///runs/mlflow.db")(dashboard)
 
 
 def compare(
@@ -77,3 +78,21 @@ def report(
     suite = suite_named(runs, names or [])
     if suite is not None:
         log_report(suite, page, uri=tracking_uri(suite.parent))
+
+
+def dashboard(
+    store: Annotated[
+        str | None, typer.Option("--store", metavar="URI", help="MLflow's tracking URI; without it that of --runs")
+    ] = None,
+    runs: Runs = RUNS,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: one that is free")] = 8050,
+    host: Annotated[str, typer.Option("--host", help="another than loopback takes a --token")] = "127.0.0.1",
+    token: Annotated[
+        str | None, typer.Option("--token", envvar="SPIKETRAIN_TOKEN", help="that whoever looks on has to open it with once")
+    ] = None,
+    every: Annotated[float, typer.Option("--every", metavar="SECONDS", min=0.5, help="between looks at the store")] = 5.0,
+) -> None:
+    """Serve the figures of a report in the browser, live, over an MLflow store: studies, their runs, and runs that go on."""
+    from pipeline.report.dashboard.serve import serve
+
+    serve(store=store, runs=runs, host=host, port=port, token=token, every=every)

@@ -30,7 +30,7 @@ from pipeline.report.study import Group, Study
 _WEB = Path(__file__).parent / "web"
 _ROWS = 40
 """of a table that the page shows; its CSV has them all"""
-_TRADED = ("wall_s", "peak_saved_bytes", "inference.energy_j")
+TRADED = ("wall_s", "peak_saved_bytes", "inference.energy_j")
 _SWEEP = "spiketrain sweep RECIPE --steps 1,2,4,8,16 --format json > sweep.json, then spiketrain report STUDY --sweep sweep.json"
 
 
@@ -135,7 +135,7 @@ def _section(group: Group, key: str) -> Section:
 
 def _figures(group: Group) -> Iterator[Figure | Missing]:
     yield ratios(group)
-    for name in _TRADED:
+    for name in TRADED:
         yield trade_off(group, name)
     yield time_parts(group)
     yield learning_curves(group)

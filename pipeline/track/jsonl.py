@@ -82,6 +82,11 @@ def read(path: str | os.PathLike[str]) -> list[Event]:
     return Follower(path).poll()
 
 
+def events_of(text: str) -> list[Event]:
+    """As `read`, of a journal that lies elsewhere."""
+    return [event for line in text.encode().split(b"\n") if (event := _parse(line)) is not None]
+
+
 class Follower:
     """Reads a growing journal: `poll` returns the events completed since the last one.
 

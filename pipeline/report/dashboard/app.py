@@ -1,0 +1,221 @@
+"""The dashboard's page and what answers it.
+
+The address is the one state: links and controls change it, and the list and the figures are made from it (place.py). The list
+is read when a page opens, and no journal before a study is picked.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dash import ALL, Dash, Input, Output, State, ctx, dcc, html, no_update
+from flask import Response, request
+
+from pipeline.report.dashboard import parts
+from pipeline.report.dashboard.place import Place, short
+from pipeline.report.live import Live
+from pipeline.report.runs import ReportError
+from pipeline.report.store import Store, studies
+
+_WEB = Path(__file__).parent.parent / "web"
+_SCHEME = """
+function (pathname) {
+    const dark = window.matchMedia("(prefers-color-scheme: dark)");
+    const told = () => dark.matches ? "dark" : "light";
+    if (!window.watchesScheme) {
+        window.watchesScheme = true;
+        document.addEventListener("focusin", (event) => { window.lastFocused = event.target.id; });
+        document.addEventListener("pointerdown", () => { window.lastFocused = ""; });
+        dark.addEventListener("change", () => window.dash_clientside.set_props("scheme", {data: told()}));
+    }
+    return told();
+}
+"""
+_FOCUS = """
+function (only, choose) {
+    const id = window.lastFocused;
+    setTimeout(() => {
+        if (id && document.activeElement === document.body) document.getElementById(id)?.focus({preventScroll: true});
+    }, 50);
+}
+"""
+"""buttons are made anew after each press: whoever presses them by keyboard stays where they are"""
+
+
+def make_app(store: Store, *, name: str, every: float) -> Dash:
+    """`name` is what the page calls the store."""
+    app = Dash(
+        __name__,
+        title="spiketrain dashboard",
+        update_title=None,  # type: ignore[arg-type]
+        include_assets_files=False,
+        serve_locally=True,
+        enable_mcp=False,
+        use_pages=False,
+        add_log_handler=False,
+        index_string=_index(),
+    )
+    app.layout = _layout(name, every)
+    _Answers(Live(store)).join(app)
+    return app
+
+
+def _index() -> str:
+    css = "\n".join((_WEB / file).read_text() for file in ("page.css", "dashboard.css"))
+    return (_WEB / "dashboard.html").read_text().replace("{css}", css)
+
+
+def _layout(name: str, every: float) -> html.Div:
+    return html.Div(
+        [
+            dcc.Location(id="url", refresh=False),
+            dcc.Interval(id="tick", interval=int(every * 1000)),
+            dcc.Store(id="scheme"),
+            dcc.Store(id="drawn"),
+            html.A("To the study", href="#study", className="skip"),
+            html.Header(
+                [
+                    html.P("spiketrain dashboard", className="kind"),
+                    html.H1("Studies"),
+                    html.P(["Of ", html.Code(name), f", looked at every {every:g} s."], className="lede"),
+                ]
+            ),
+            html.Main(
+                [
+                    html.Section(
+                        [
+                            html.H2("All studies", id="all"),
+                            html.Div(
+                                [
+                                    html.Label("Filter by study, family, rule, seed or state", htmlFor="text"),
+                                    dcc.Input(id="text", type="search", debounce=0.3, autoComplete="off"),
+                                    html.Div(id="only"),
+                                ],
+                                className="controls",
+                            ),
+                            html.Div(id="list"),
+                        ],
+                        **parts.aria(labelledby="all"),
+                    ),
+                    html.Section(
+                        [
+                            html.H2("No study is picked", id="study", tabIndex=-1),
+                            html.Div(id="choose", className="controls"),
+                            html.Div(id="figures"),
+                        ],
+                        **parts.aria(labelledby="study"),
+                    ),
+                ],
+                id="main",
+            ),
+            html.Footer(html.P("Made by spiketrain. The address shows the same to whoever opens it.")),
+        ],
+        className="page",
+    )
+
+
+class _Answers:
+    """The callbacks of one app."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+
+    def join(self, app: Dash) -> None:
+        app.clientside_callback(_SCHEME, Output("scheme", "data"), Input("url", "pathname"))
+        app.clientside_callback(_FOCUS, Input("only", "children"), Input("choose", "children"))
+        app.callback(
+            Output("url", "search"),
+            Output("text", "value"),
+            Input("url", "search"),
+            Input("text", "value"),
+            Input({"change": ALL, "to": ALL}, "n_clicks"),
+        )(self.steer)
+        app.callback(
+            Output("only", "children"), Output("list", "children"), Input("url", "search"), Input("tick", "n_intervals")
+        )(self.list_studies)
+        app.callback(
+            *(
+                Output(*each)
+                for each in (("study", "children"), ("choose", "children"), ("figures", "children"), ("drawn", "data"))
+            ),
+            Input("url", "search"),
+            Input("tick", "n_intervals"),
+            Input("scheme", "data"),
+            State("drawn", "data"),
+        )(self.show)
+        app.server.add_url_rule("/csv", "csv", self.csv)
+
+    def steer(self, search: str | None, text: str | None, _: Any) -> tuple[Any, Any]:
+        """The address follows what is pressed and typed, and what is typed follows the address."""
+        place, ids = Place.at(search), ctx.triggered_prop_ids
+        for each in ctx.triggered:  # buttons that were put on the page at the same moment come along, without a value
+            by = ids.get(each["prop_id"])
+            if isinstance(by, dict) and each["value"]:
+                typed = place if "url.search" in ids else place.change(text=(text or "").strip())
+                return self._pressed(typed, by["change"], by["to"]).search, no_update
+        if "text.value" in ids and "url.search" not in ids:
+            return place.change(text=(text or "").strip()).search, no_update
+        return no_update, place.text if "url.search" in ids else no_update
+
+    def _pressed(self, place: Place, what: str, name: str) -> Place:
+        if what in ("only", "view"):
+            return place.change(**{what: name})
+        try:
+            members = place.members(self._live.members(place.study))
+        except ReportError:
+            return place  # the list says what is wrong
+        if name in ("all", "none"):
+            return place.change(runs=tuple(map(short, members)) if name == "all" else ())
+        picked = [short(run) for run in place.picked(members)]
+        return place.change(runs=tuple(each for each in map(short, members) if (each in picked) != (each == name)))
+
+    def list_studies(self, search: str | None, _: Any) -> tuple[Any, Any]:
+        place = Place.at(search)
+        # Buttons made anew ask `steer`, and a newer question to it has Dash forget one that is on its way: somebody's press.
+        only = no_update if ctx.triggered_id == "tick" else parts.only_buttons(place)
+        try:
+            return only, parts.study_list(place, studies(self._live.store.listed()))
+        except ReportError as error:
+            return only, _trouble(error)
+
+    def show(self, search: str | None, _: Any, scheme: str | None, before: Any) -> tuple[Any, ...]:
+        place = Place.at(search)
+        if scheme is None:
+            return (no_update,) * 4
+        if not place.study:
+            return "No study is picked", [], [html.P("Pick one from the list above.", className="lede")], None
+        title = f"Study {place.study[:8]}" + (f" of {place.family}" if place.family else "")
+        try:
+            members = place.members(self._live.members(place.study))
+            runs = place.picked(members)
+            now = [search, scheme, [[run.id, run.state] for run in members], [[run.newest, _versions(run.tags)] for run in runs]]
+            if now == before:
+                return (no_update,) * 4
+            if not members:
+                return title, [], [html.P("The store has no run of this study.", className="note")], now
+            same = bool(before) and (before[0], before[2]) == (now[0], now[2])
+            controls = no_update if same else parts.study_buttons(place, members, runs)
+            return title, controls, parts.figures(place, self._live.study(runs), scheme), now
+        except ReportError as error:
+            return title, [], _trouble(error), None
+
+    def csv(self) -> Response:
+        """The data of a figure as a file."""
+        place, name = Place.at(request.query_string.decode("ascii", "replace")), request.args.get("name", "")
+        try:
+            members = place.members(self._live.members(place.study)) if place.study else []
+            found = parts.csv_of(place, self._live.study(place.picked(members)), name) if members else None
+        except ReportError as error:
+            return Response(f"{error}\n", 503, mimetype="text/plain")
+        if found is None:
+            return Response("dashboard: there is no such table here\n", 404, mimetype="text/plain")
+        return Response(found, mimetype="text/csv")
+
+
+def _versions(tags: Any) -> list[str]:
+    return sorted(value for name, value in tags.items() if name.startswith("spiketrain.artifact."))
+
+
+def _trouble(error: Exception) -> list[Any]:
+    return [html.P(str(error)[:1].upper() + str(error)[1:] + ".", className="note", role="alert")]

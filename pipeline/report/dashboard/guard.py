@@ -1,0 +1,118 @@
+"""Whom the dashboard answers: this machine alone, or whoever carries the token.
+
+Bound to loopback it answers to names of loopback alone, so that no page of another site can reach it by a name of its own that
+it points here (DNS rebinding). With a token, `/?token=...` is opened once; from then on a cookie carries what is made of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+from collections.abc import Sequence
+from urllib.parse import urlencode
+
+from flask import Flask, Response, redirect, request
+from werkzeug.wrappers import Response as AnyResponse
+
+COOKIE = "spiketrain-dashboard"
+_DAYS = 30
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+}
+
+
+def guard(server: Flask, *, host: str, token: str | None, scripts: Sequence[str]) -> None:
+    """Have a server refuse whom it should; `scripts` are the hashes of those that its page may run inline.
+
+    Raises:
+        ValueError: it would be open to other machines without a token.
+    """
+    refuse_open_to_others(host, token)
+    policy = "; ".join(
+        [
+            *("default-src 'none'", f"script-src 'self' {' '.join(scripts)}", "style-src 'self' 'unsafe-inline'"),
+            *("img-src 'self' data: blob:", "connect-src 'self'"),
+            *(f"{what} 'none'" for what in ("base-uri", "form-action", "frame-ancestors")),
+        ]
+    )
+
+    @server.before_request
+    def refuse() -> AnyResponse | None:
+        if is_loopback(host) and not is_loopback(_name_of(request.host)):
+            return _sentence(403, f"dashboard: it answers to localhost and 127.0.0.1; got the name {request.host[:100]!r}")
+        return None if token is None else _unless_known(token)
+
+    @server.after_request
+    def harden(response: Response) -> Response:
+        response.headers.update(HEADERS)
+        response.headers["Content-Security-Policy"] = policy
+        if not request.path.startswith("/_dash-component-suites/"):
+            response.headers["Cache-Control"] = "no-store"
+        return response
+
+
+def refuse_open_to_others(host: str, token: str | None) -> None:
+    if token is not None and not token.strip():
+        raise ValueError(
+            "dashboard: --token must not be empty; python -c 'import secrets; print(secrets.token_urlsafe())' makes one"
+        )
+    if not is_loopback(host) and token is None:
+        raise ValueError(f"dashboard: --host {host} opens it to other machines, which takes a --token; without both it is local")
+
+
+def is_loopback(host: str) -> bool:
+    """An address or a name of this machine's loopback."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _name_of(host: str) -> str:
+    """Of a Host header, which may name a port."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0]
+
+
+def _unless_known(token: str) -> AnyResponse | None:
+    """None to whoever carries the cookie, or the token as a bearer; the cookie to who names the token in the address."""
+    said = request.args.get("token")
+    if said is not None:
+        if not _same(said, token):
+            return _refused("dashboard: the token in the address is not the one it was started with")
+        others = urlencode([(name, value) for name, value in request.args.items(multi=True) if name != "token"])
+        answer = redirect(request.path + (f"?{others}" if others else ""), 303)
+        about = {"max_age": _DAYS * 86400, "httponly": True, "samesite": "Strict", "secure": request.is_secure}
+        answer.set_cookie(COOKIE, _kept(token), **about)
+        return answer
+    scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
+    if _same(request.cookies.get(COOKIE, ""), _kept(token)) or (scheme.lower() == "bearer" and _same(bearer, token)):
+        return None
+    return _refused("dashboard: open it once with its token, /?token=TOKEN; a cookie keeps it from then on")
+
+
+def _kept(token: str) -> str:
+    """What the cookie holds: made of the token, which cannot be made of it."""
+    return hmac.digest(token.encode(), b"spiketrain dashboard", hashlib.sha256).hex()
+
+
+def _same(one: str, other: str) -> bool:
+    """In a time that tells nothing."""
+    return hmac.compare_digest(one.encode("utf-8", "replace"), other.encode())
+
+
+def _refused(sentence: str) -> Response:
+    answer = _sentence(401, sentence)
+    answer.headers["WWW-Authenticate"] = "Bearer"
+    return answer
+
+
+def _sentence(status: int, text: str) -> Response:
+    return Response(text + "\n", status=status, mimetype="text/plain")

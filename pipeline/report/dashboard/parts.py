@@ -1,0 +1,258 @@
+"""The list of studies and the figures of one, as Dash's HTML components."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from urllib.parse import urlencode
+
+from dash import dcc, html
+
+from pipeline.report import tables
+from pipeline.report.dashboard.place import ONLY, SORTS, VIEWS, Place, View, short, state_words
+from pipeline.report.figure import DARK, LIGHT, Figure, Missing, Table
+from pipeline.report.figures import ratios, trade_off
+from pipeline.report.figures_learning import learning_curves
+from pipeline.report.figures_maps import firing_rates, gradient_fidelity, temporal_share
+from pipeline.report.figures_time import time_parts
+from pipeline.report.page import TRADED, told
+from pipeline.report.store import StoredRun, StoredStudy
+from pipeline.report.study import Group, Study
+
+SHOWN = 200
+"""studies of a list"""
+_COLUMNS = {
+    "study": "study",
+    "family": "family",
+    "rules": "rules",
+    "seeds": "seeds",
+    "runs": "runs",
+    "newest": "newest sign of life",
+}
+_ROWS = 40
+CONFIG: Any = {"displayModeBar": False, "responsive": True, "scrollZoom": False, "doubleClick": False, "showTips": False}
+
+
+def study_list(place: Place, studies: Sequence[StoredStudy]) -> list[Any]:
+    """A table with a link to each study; its heads sort it."""
+    found = place.listed(studies)
+    if not studies:
+        return [html.P("The store has no run of spiketrain yet; `spiketrain launch RECIPE` makes one.", className="note")]
+    count = f"{len(found)} of {_count(len(studies), 'study', 'studies')}"
+    more = "" if len(found) <= SHOWN else f"; the first {SHOWN} are shown, the filter finds the others"
+    rows = [_row(place, study) for study in found[:SHOWN]]
+    return [
+        html.P(count + more, className="aside", role="status"),
+        _scroll(
+            [
+                html.Caption("Studies: runs that may be compared", className="unseen"),
+                html.Thead(html.Tr([_head(place, column) for column in SORTS])),
+                html.Tbody(rows),
+            ],
+            "Studies",
+        ),
+    ]
+
+
+def _head(place: Place, column: str) -> html.Th:
+    here = place.sort == column
+    down = not place.descending if here else column in ("newest", "runs", "seeds")
+    arrow = ("\u2193" if place.descending else "\u2191") if here else ""
+    told = aria(sort="descending" if place.descending else "ascending") if here else {}
+    mark = html.Span(arrow, className="arrow", **aria(hidden="true"))
+    link = dcc.Link([_COLUMNS[column], mark], href="/" + (place.change(sort=column, descending=down).search or "?"))
+    return html.Th(link, scope="col", **told)
+
+
+def _row(place: Place, study: StoredStudy) -> html.Tr:
+    here = (place.study, place.family) == (study.study, study.experiment)
+    there = place.change(study=study.study, family=study.experiment, runs=None if not here else place.runs)
+    link = dcc.Link(study.study[:8] or "unknown", href="/" + there.search)
+    cells = [study.experiment, ", ".join(study.rules), _seeds(study.seeds), state_words(study), _when(study.newest)]
+    told = {**aria(current="true"), "className": "here"} if here else {}
+    return html.Tr([html.Th(link, scope="row"), *map(html.Td, cells)], **told)
+
+
+def only_buttons(place: Place) -> html.Fieldset:
+    return _choice("With a run that is", "only", {key: words for key, (words, _) in ONLY.items()}, place.only)
+
+
+def study_buttons(place: Place, members: Sequence[StoredRun], picked: Sequence[StoredRun]) -> list[Any]:
+    """Which runs of a study are shown, and what of them."""
+    ids = set(map(short, picked))
+    boxes = [
+        html.Button(
+            [html.B(run.name), f" {run.rule}, seed {run.seed or '?'}, {run.state.lower()}"],
+            id={"change": "runs", "to": short(run)},
+            type="button",
+            role="checkbox",
+            **aria(checked="true" if short(run) in ids else "false"),
+        )
+        for run in members
+    ]
+    all_or_none = [
+        html.Button(
+            [words, html.Span(" runs", className="unseen")], id={"change": "runs", "to": name}, type="button", className="button"
+        )
+        for name, words in (("all", "All"), ("none", "None"))
+    ]
+    legend = html.Legend(f"Runs: {len(picked)} of {len(members)} picked")
+    return [
+        html.Fieldset([legend, html.Div(boxes, className="boxes"), html.Div(all_or_none, className="actions")]),
+        _choice("View", "view", VIEWS, place.view),
+    ]
+
+
+def _choice(legend: str, what: str, names: Mapping[Any, str], chosen: str) -> html.Fieldset:
+    """One of a few: Dash 4.4's RadioItems and Checklist put roles on their labels that a screen reader cannot use."""
+    buttons = [
+        html.Button(
+            words,
+            id={"change": what, "to": name},
+            type="button",
+            className="button",
+            **aria(pressed="true" if name == chosen else "false"),
+        )
+        for name, words in names.items()
+    ]
+    return html.Fieldset([html.Legend(legend), html.Div(buttons, className="choices")])
+
+
+def figures(place: Place, study: Study, theme: str) -> list[Any]:
+    """What the view of a study shows, group by group; what was not measured, and why, at its end."""
+    notes = [html.P(note, className="note") for note in study.notes]
+    if not study.runs:
+        why = "None of the runs that were picked can be shown." if notes else "Pick one of its runs above."
+        return [*notes, html.P(why, className="note")]
+    if place.view == "runs":
+        found = tables.provenance(study)
+        parts = [html.H3("Hardware and commits"), _table(found, "Each run, where it ran and at which commit")]
+        if len(study.groups) > 1:
+            parts += [html.H3("How the groups differ"), _table(tables.recipe_differences(study), "Fields that differ")]
+        return [*notes, *parts, _csv_link(place, "runs", "hardware and commits")]
+    parts: list[Any] = [*notes]
+    missing: list[Any] = []
+    for key, group in grouped(study):
+        title = tables.named(group)
+        parts.append(html.H3(title, id=key))
+        if place.view == "costs":
+            parts += list(_costs(place, key, group))
+        for each in drawn(place.view, group):
+            if isinstance(each, Missing):
+                missing.append(html.Li([html.B(each.title), f": {title}: {each.why}."]))
+            else:
+                parts.append(_figure(place, key, each, theme))
+    return [*parts, html.H3("Not measured"), html.Ul(missing)] if missing else parts
+
+
+def grouped(study: Study) -> list[tuple[str, Group]]:
+    return [(f"g{index}", group) for index, group in enumerate(study.groups, start=1)]
+
+
+def drawn(view: View, group: Group) -> Iterator[Figure | Missing]:
+    """The figures of a view, or why there are none."""
+    if view == "costs":
+        yield ratios(group)
+        for name in TRADED:
+            yield trade_off(group, name)
+    elif view == "learning":
+        yield learning_curves(group)
+    elif view == "time":
+        yield time_parts(group)
+    elif view == "gradients":
+        yield gradient_fidelity(group)
+        yield temporal_share(group)
+        yield firing_rates(group)
+
+
+def csv_of(place: Place, study: Study, name: str) -> str | None:
+    """The data of a figure or a table of this view, by its name; None where there is none."""
+    if name == "runs":
+        return tables.provenance(study).to_csv()
+    for key, group in grouped(study):
+        if name == f"{key}-costs":
+            return tables.costs(group).to_csv()
+        for each in drawn(place.view, group):
+            if isinstance(each, Figure) and name == f"{key}-{each.name}":
+                return each.table.to_csv()
+    return None
+
+
+def _costs(place: Place, key: str, group: Group) -> Iterator[Any]:
+    if not group.has_baseline:
+        yield html.P(f"No baseline: no run of {group.against} in this group has finished. Nothing is divided.", className="note")
+    lines = [html.Li([html.B(rule), f": {line}"]) for rule, line in tables.headlines(group)]
+    if lines:
+        yield html.Ul(lines, className="headlines")
+    yield _table(tables.costs(group), "Mean ± standard deviation over seeds, × the baseline over paired seeds")
+    yield _csv_link(place, f"{key}-costs", f"costs, {tables.named(group)}")
+
+
+def _figure(place: Place, key: str, one: Figure, theme: str) -> html.Figure:
+    graph = dcc.Graph(
+        figure=one.draw(DARK if theme == "dark" else LIGHT), config=CONFIG, responsive=True, style={"height": f"{one.height}px"}
+    )
+    name = f"{key}-{one.name}"
+    return html.Figure(
+        [
+            html.H4(one.title),
+            html.Div(graph, className="drawing", role="img", **aria(label=f"{one.title}. {one.alt}")),
+            html.Figcaption([one.caption, " ", html.Span(one.alt, className="alt")]),
+            _csv_link(place, name, one.title),
+            html.Details(
+                [
+                    html.Summary(["Table", html.Span(f" of {one.title}", className="unseen")]),
+                    _table(one.table, one.title),
+                ]
+            ),
+        ]
+    )
+
+
+def _csv_link(place: Place, name: str, what: str) -> html.Div:
+    asked: Mapping[str, str] = {"name": name}
+    link = html.A(
+        ["CSV", html.Span(f" of {what}", className="unseen")],
+        className="button",
+        href=f"/csv{place.search or '?'}&{urlencode(asked)}",
+        download=f"{place.study[:8]}-{name}.csv",
+    )
+    return html.Div(link, className="actions")
+
+
+def _table(table: Table, caption: str) -> html.Div:
+    head = html.Thead(html.Tr([html.Th(column, scope="col") for column in table.columns]))
+    body = [
+        html.Tr(
+            [
+                html.Th(told(row[0]), scope="row"),
+                *(html.Td(told(cell), className="none" if cell is None else "") for cell in row[1:]),
+            ]
+        )
+        for row in table.rows[:_ROWS]
+    ]
+    more = len(table.rows) - _ROWS
+    told_more = [] if more <= 0 else [html.P(f"The first {_ROWS} of {len(table.rows)} rows; the CSV has all.", className="aside")]
+    return html.Div([_scroll([html.Caption(html.Span(caption)), head, html.Tbody(body)], caption), *told_more])
+
+
+def _scroll(table: list[Any], label: str) -> html.Div:
+    return html.Div(html.Table(table), className="scroll", role="region", tabIndex=0, **aria(label=label))
+
+
+def _seeds(seeds: Sequence[str]) -> str:
+    return ", ".join(seeds) if len(seeds) <= 6 else f"{', '.join(seeds[:3])} ... {seeds[-1]} ({len(seeds)})"
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+def aria(**told: str) -> dict[str, Any]:
+    """`aria(label="x")` as Dash takes it."""
+    return {f"aria-{name}": value for name, value in told.items()}

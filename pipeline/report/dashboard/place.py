@@ -1,0 +1,127 @@
+"""What an address shows, and the address of what is shown: whoever opens it sees the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+from urllib.parse import parse_qs, urlencode
+
+from pipeline.report.store import StoredRun, StoredStudy
+
+View = Literal["costs", "learning", "time", "gradients", "runs"]
+VIEWS: dict[View, str] = {
+    "costs": "Savings and costs",
+    "learning": "Learning curves",
+    "time": "Where the time goes",
+    "gradients": "Gradients and firing rates",
+    "runs": "Hardware and commits",
+}
+Only = Literal["all", "running", "finished", "failed"]
+ONLY: dict[Only, tuple[str, frozenset[str]]] = {
+    "all": ("all", frozenset()),
+    "running": ("going on", frozenset({"RUNNING"})),
+    "finished": ("finished", frozenset({"FINISHED"})),
+    "failed": ("failed or killed", frozenset({"FAILED", "KILLED"})),
+}
+"""MLflow's states, of which a study has to have one"""
+SORTS = ("study", "family", "rules", "seeds", "runs", "newest")
+_ID = 8  # letters of a run's id
+MOST = 24
+"""runs that are picked of a study of which an address names none"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    study: str = ""
+    """its key"""
+    family: str = ""
+    """its experiment: one key may be in several"""
+    runs: tuple[str, ...] | None = None
+    """the beginnings of the ids of those picked; None: the newest"""
+    view: View = "costs"
+    text: str = ""
+    """that a study listed has in one of its columns"""
+    only: Only = "all"
+    sort: str = "newest"
+    descending: bool = True
+
+    @classmethod
+    def at(cls, search: str | None) -> Place:
+        """Of the query of an address, of which nothing is trusted."""
+        asked = {name: values[-1][:4000] for name, values in parse_qs((search or "").lstrip("?"), max_num_fields=20).items()}
+        view: View = next((name for name in get_args(View) if name == asked.get("view")), "costs")
+        only: Only = next((name for name in get_args(Only) if name == asked.get("only")), "all")
+        sort = asked.get("sort")
+        return cls(
+            study=asked.get("study", "")[:64],
+            family=asked.get("family", "")[:250],
+            runs=tuple(name for name in asked["runs"].split(".") if name and name != "none") if "runs" in asked else None,
+            view=view,
+            text=asked.get("text", "")[:200],
+            only=only,
+            sort=sort if sort in SORTS else "newest",
+            descending=asked.get("order", "down") == "down",
+        )
+
+    @property
+    def search(self) -> str:
+        """The query, without what goes without saying."""
+        plain = Place()
+        said: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in ("study", "family", "view", "text", "only", "sort")
+            if getattr(self, name) != getattr(plain, name)
+        }
+        if self.runs is not None:
+            said["runs"] = ".".join(self.runs) or "none"
+        if not self.descending:
+            said["order"] = "up"
+        return f"?{urlencode(said)}" if said else ""
+
+    def change(self, **changes: Any) -> Place:
+        return replace(self, **changes)
+
+    def listed(self, studies: Sequence[StoredStudy]) -> list[StoredStudy]:
+        """Those that the filter leaves, sorted."""
+        states, words = ONLY[self.only][1], self.text.lower().split()
+        kept = [
+            study
+            for study in studies
+            if (not states or states & study.states.keys()) and all(word in _words(study) for word in words)
+        ]
+        return sorted(kept, key=lambda study: _sorted_by(study, self.sort), reverse=self.descending)
+
+    def picked(self, runs: Sequence[StoredRun]) -> list[StoredRun]:
+        """Of the runs of the study."""
+        members = self.members(runs)
+        if self.runs is None:
+            return members[:MOST]
+        return [run for run in members if short(run) in self.runs]
+
+    def members(self, runs: Sequence[StoredRun]) -> list[StoredRun]:
+        return [run for run in runs if self.family in ("", run.experiment)]
+
+
+def short(run: StoredRun) -> str:
+    return run.id[:_ID]
+
+
+def state_words(study: StoredStudy) -> str:
+    """`3 finished, 1 running`"""
+    return ", ".join(f"{count} {state.lower()}" for state, count in sorted(study.states.items()))
+
+
+def _words(study: StoredStudy) -> str:
+    return " ".join([study.study, study.experiment, *study.rules, *study.seeds, state_words(study)]).lower()
+
+
+def _sorted_by(study: StoredStudy, column: str) -> Any:
+    return {
+        "study": study.study,
+        "family": study.experiment.lower(),
+        "rules": (len(study.rules), study.rules),
+        "seeds": len(study.seeds),
+        "runs": sum(study.states.values()),
+        "newest": study.newest,
+    }[column]

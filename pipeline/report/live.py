@@ -1,0 +1,175 @@
+"""A study as a store holds it now, runs that go on included: what a dashboard draws.
+
+    live = Live(open_store(uri))
+    live.study(live.members(key))
+
+What was read is kept. Of a run that has ended, as long as MLflow tells of no newer artifact or metric; of one that goes on
+its points, so that the next look asks for those after them.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.report.compare import BASELINE
+from pipeline.report.runs import ReportError
+from pipeline.report.store import Point, Store, StoredRun
+from pipeline.report.study import Study
+from pipeline.report.study_run import StudyRun, number, study_run
+from pipeline.track.files import JOURNAL
+from pipeline.track.jsonl import Event, events_of
+from pipeline.track.state import State
+
+_STATES: dict[str, State] = {"RUNNING": "running", "FINISHED": "finished", "FAILED": "failed"}  # else stopped: MLflow's KILLED
+_ASKED = {"step": ("train/", ("loss", "top1", "images_per_s")), "evaluation": ("val/", ("top1", "loss", "firing_rate"))}
+_SENT = "spiketrain.artifact."  # tags that say which version of an artifact was sent
+_KEPT = 512  # runs
+_FRESH_S = 0.5  # two callbacks of one look ask for the same runs
+
+
+@dataclass
+class _Going:
+    """What was read of a run that goes on."""
+
+    seen: float = 0.0
+    """the time of the newest metric that MLflow had at the last look"""
+    points: dict[str, list[Point]] = field(default_factory=dict)
+    journal: tuple[str, list[Event]] = ("", [])
+    """the version that was sent, and its events"""
+
+
+class Live:
+    """Reads a store for as long as somebody looks; safe to share between threads. What it asks of the store may raise."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._lock = threading.RLock()
+        self._ended: OrderedDict[tuple[Any, ...], StudyRun] = OrderedDict()
+        self._going: OrderedDict[str, _Going] = OrderedDict()
+        self._members: dict[str, tuple[float, list[StoredRun]]] = {}
+
+    def members(self, study: str) -> list[StoredRun]:
+        """The runs of a study key, the one that started last first."""
+        with self._lock:
+            read, runs = self._members.get(study, (0.0, []))
+            if time.monotonic() - read > _FRESH_S:
+                runs = self.store.runs(study)
+                self._members = {study: (time.monotonic(), runs)}
+            return runs
+
+    def study(self, runs: Sequence[StoredRun], *, against: str = BASELINE) -> Study:
+        """What is known of these runs; one that cannot be read is named in the notes.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        found: list[StudyRun] = []
+        notes: list[str] = []
+        for stored in runs:
+            try:
+                run = self.run(stored)
+            except _Damaged as error:
+                notes.append(str(error))
+                continue
+            if run.recipe.get("protocol") == "trial":
+                notes.append(f"{run.name} is a trial on a held-out part, no run to set beside others.")
+            else:
+                found.append(run)
+        keys = {run.study[:8] for run in runs}
+        return Study(title=f"Study {', '.join(sorted(keys))}", runs=tuple(found), against=against, notes=tuple(notes))
+
+    def run(self, stored: StoredRun) -> StudyRun:
+        """One run, from its artifacts, and where it goes on from its metrics."""
+        with self._lock:
+            if stored.state == "RUNNING":
+                return self._going_on(stored)
+            sent = tuple(sorted(item for item in stored.tags.items() if item[0].startswith(_SENT)))
+            key = (stored.id, stored.state, stored.newest, sent)
+            if key not in self._ended:
+                self._ended[key] = self._as_it_ended(stored)
+                self._going.pop(stored.id, None)
+                _forget(self._ended)
+            self._ended.move_to_end(key)
+            return self._ended[key]
+
+    def _as_it_ended(self, stored: StoredRun) -> StudyRun:
+        text = self.store.text(stored.id, JOURNAL)
+        events = [] if text is None else events_of(text)
+        if not any(event["event"] == "start" for event in events):
+            events = self._told_by_metrics(stored, _Going())
+        beside = {name: self._json(stored, f"{name}.json") for name in ("summary", "activity", "recipe")}
+        return study_run(stored.name, events, state=_STATES.get(stored.state, "stopped"), **beside)
+
+    def _going_on(self, stored: StoredRun) -> StudyRun:
+        going = self._going.setdefault(stored.id, _Going())
+        _forget(self._going)
+        self._going.move_to_end(stored.id)
+        events = self._told_by_metrics(stored, going)
+        return study_run(stored.name, events, state="running", recipe=self._json(stored, "recipe.json"))
+
+    def _told_by_metrics(self, stored: StoredRun, going: _Going) -> list[Event]:
+        """The journal as it was last sent, at a start or an evaluation, and after it what metrics tell."""
+        version = stored.tags.get(_SENT + JOURNAL, "")
+        if version != going.journal[0]:
+            going.journal = version, events_of(self.store.text(stored.id, JOURNAL) or "")
+        if stored.newest > going.seen:
+            for prefix, names in _ASKED.values():
+                for key in (prefix + name for name in names):
+                    if key in stored.metrics:
+                        known = going.points.setdefault(key, [])
+                        known += self.store.history(stored.id, key, since=known[-1].step if known else -1)
+            going.seen = stored.newest
+        events = list(going.journal[1]) or [_start(stored)]
+        attempt = events[-1].get("attempt")
+        return [*events, *_after(events, going.points, attempt)]
+
+    def _json(self, stored: StoredRun, name: str) -> Any:
+        text = self.store.text(stored.id, name)
+        try:
+            return None if text is None else json.loads(text)
+        except ValueError as error:
+            raise _Damaged(
+                f"{stored.name} is left out: its {name} in MLflow is not JSON ({error}); `spiketrain sync {stored.name}`"
+            ) from error
+
+
+class _Damaged(ReportError):
+    """An artifact of one run."""
+
+
+def _after(events: Sequence[Event], points: Mapping[str, Sequence[Point]], attempt: Any) -> Iterator[Event]:
+    """Points of steps that the journal has not told, as events in the order of their time."""
+    found: list[Event] = []
+    for kind, (prefix, names) in _ASKED.items():
+        told = max((int(number(event.get("step")) or 0) for event in events if event["event"] == kind), default=-1)
+        by_step: dict[int, Event] = {}
+        for name in names:
+            for point in points.get(prefix + name, ()):
+                if point.step > told:
+                    about = {"event": kind, "time": point.time, "attempt": attempt, "step": point.step, "metrics": {}}
+                    by_step.setdefault(point.step, about)["metrics"][name] = point.value
+        found += by_step.values()
+    yield from sorted(found, key=lambda event: (event["time"], event["step"]))
+
+
+def _start(stored: StoredRun) -> Event:
+    """What tags tell of a run whose journal was not sent yet."""
+    hardware = {name.removeprefix("hardware."): _value(v) for name, v in stored.tags.items() if name.startswith("hardware.")}
+    about = {name: stored.tags.get(f"spiketrain.{name}") for name in ("rule", "study", "commit")}
+    counts = {name: _value(stored.tags.get(f"spiketrain.{name}", "")) for name in ("seed", "world_size", "attempt")}
+    return {"event": "start", "time": stored.started, "step": 0, "hardware": hardware, **about, **counts}
+
+
+def _value(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text
+
+
+def _forget(kept: OrderedDict[Any, Any]) -> None:
+    while len(kept) > _KEPT:
+        kept.popitem(last=False)

@@ -1,0 +1,62 @@
+"""A store in memory, of runs by hand: what a dashboard asks, without MLflow."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.report.store import Point, StoredRun, StoreError
+from tests.report.hand_made import KEY, LAYERS, events, recipe, run
+
+
+@dataclass
+class FakeStore:
+    """See `Store`. `trouble` is raised at each question while it is there; `asked` has each question."""
+
+    members: list[StoredRun] = field(default_factory=list)
+    texts: dict[tuple[str, str], str] = field(default_factory=dict)
+    histories: dict[tuple[str, str], list[Point]] = field(default_factory=dict)
+    trouble: str = ""
+    asked: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def listed(self) -> list[StoredRun]:
+        self._ask("listed")
+        return list(self.members)
+
+    def runs(self, study: str) -> list[StoredRun]:
+        self._ask("runs", study)
+        return [run for run in self.members if run.study == study]
+
+    def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
+        self._ask("history", run_id, metric, since)
+        return [point for point in self.histories.get((run_id, metric), []) if point.step > since]
+
+    def text(self, run_id: str, name: str) -> str | None:
+        self._ask("text", run_id, name)
+        return self.texts.get((run_id, name))
+
+    def _ask(self, *what: Any) -> None:
+        if self.trouble:
+            raise StoreError(self.trouble)
+        self.asked.append(what)
+
+    def add(self, name: str, **about: Any) -> StoredRun:
+        """A run of which nothing but its tags is known."""
+        known: dict[str, Any] = {
+            "experiment": "fashion", "study": KEY, "rule": "BPTT", "seed": "0", "state": "FINISHED", "parent": None,
+            "started": 1000.0, "newest": 2000.0, "tags": {}, "metrics": {}, **about,
+        }  # fmt: skip
+        made = StoredRun(id=(name * 32)[:32], name=name, **known)
+        self.members = [made, *(each for each in self.members if each.id != made.id)]
+        return made
+
+    def add_finished(self, name: str, rule: str, *, seed: int = 0, **about: Any) -> StoredRun:
+        """A run that has ended and left its artifacts, as hand_made.py has them."""
+        made = self.add(name, rule=rule, seed=str(seed), **about)
+        lines = "".join(json.dumps({**event, "study": made.study}) + "\n" for event in events(rule, seed=seed))
+        summary = run(rule, seed=seed, study=made.study).summary
+        files = {"summary.json": summary, "activity.json": LAYERS, "recipe.json": {"version": 1, "recipe": recipe(rule)}}
+        self.texts[made.id, "journal.jsonl"] = lines
+        self.texts |= {(made.id, file): json.dumps(value) for file, value in files.items()}
+        return made

@@ -1,0 +1,249 @@
+"""The dashboard asked as its page asks it: whom it refuses, what an address shows, and what it says of a store in trouble."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask.testing import FlaskClient
+
+from pipeline.report.dashboard.app import make_app
+from pipeline.report.dashboard.guard import COOKIE, guard
+from pipeline.report.dashboard.place import Place
+from pipeline.report.store import Store, open_store
+from tests.report.fake_store import FakeStore
+from tests.report.hand_made import KEY
+from tests.small import command
+
+spiketrain = pytest.fixture(command)
+OTHER = "f" * 16
+TOKEN = "a token of more than a word"
+
+
+@pytest.fixture
+def store() -> FakeStore:
+    store = FakeStore()
+    for seed in (0, 1):
+        store.add_finished(f"bptt-{seed}", "BPTT", seed=seed, newest=2000.0 + seed)
+        store.add_finished(f"sltt-{seed}", "SLTT", seed=seed, newest=2010.0 + seed)
+    store.add("other", study=OTHER, rule="OTTT-A", state="FAILED", experiment="cifar", newest=1500.0)
+    return store
+
+
+class Asking:
+    """A page's questions to the server, as Dash sends them."""
+
+    def __init__(self, store: Store, *, host: str = "127.0.0.1", token: str | None = None) -> None:
+        app = make_app(store, name="store", every=1)
+        guard(app.server, host=host, token=token, scripts=app.csp_hashes())
+        self.client: FlaskClient = app.server.test_client()
+
+    def list(self, search: str = "") -> str:
+        return self._asks("list.children", {"url.search": search, "tick.n_intervals": 0})
+
+    def show(self, search: str = "", *, drawn: Any = None, scheme: str = "light") -> str:
+        return self._asks(
+            "figures.children", {"url.search": search, "tick.n_intervals": 0, "scheme.data": scheme}, {"drawn.data": drawn}
+        )
+
+    def press(self, search: str, what: str, name: str, *, clicks: int | None = 1) -> str | None:
+        """The address after a button was pressed."""
+        button = json.dumps({"change": what, "to": name}, separators=(",", ":"))
+        pressed = [{"id": {"change": what, "to": name}, "property": "n_clicks", "value": clicks}]
+        told = self._asks("url.search", {"url.search": search, "text.value": ""}, buttons=pressed, changed=f"{button}.n_clicks")
+        return json.loads(told)["response"].get("url", {}).get("search") if told else None
+
+    def _asks(
+        self, output: str, inputs: dict[str, Any], state: dict[str, Any] | None = None, *, buttons: Any = None, changed: str = ""
+    ) -> str:
+        known = self.client.get("/_dash-dependencies").get_json()
+        [about] = [each for each in known if output in each["output"] and not each["clientside_function"]]
+        names = about["output"].strip(".").split("...")
+        body = {
+            "output": about["output"],
+            "outputs": [dict(zip(("id", "property"), name.rsplit(".", 1), strict=True)) for name in names],
+            "inputs": [_named(name, value) for name, value in inputs.items()] + ([] if buttons is None else [buttons]),
+            "state": [_named(name, value) for name, value in (state or {}).items()],
+            "changedPropIds": [changed or next(iter(inputs))],
+        }
+        answer = self.client.post("/_dash-update-component", json=body)
+        assert answer.status_code in (200, 204), answer.get_data(as_text=True)
+        return answer.get_data(as_text=True)
+
+
+def _named(name: str, value: Any) -> dict[str, Any]:
+    who, what = name.rsplit(".", 1)
+    return {"id": who, "property": what, "value": value}
+
+
+# -------------------------------------------------------------------------------------------------------- whom it answers
+
+
+@pytest.mark.parametrize("path", ["/", "/_dash-layout", "/_dash-dependencies", "/csv", "/nothing"])
+def test_a_token_is_asked_of_every_request(store: FakeStore, path: str):
+    client = Asking(store, host="0.0.0.0", token=TOKEN).client
+    refused = client.get(path)
+    assert refused.status_code == 401 and refused.get_data(as_text=True).startswith("dashboard: open it once with its token")
+    assert store.asked == []
+    wrong = client.get(path, query_string={"token": TOKEN[:-1]})
+    assert wrong.status_code == 401 and "is not the one" in wrong.get_data(as_text=True) and "Set-Cookie" not in wrong.headers
+    client.set_cookie(COOKIE, TOKEN)
+    assert client.get(path).status_code == 401  # the cookie is made of the token, it is not the token
+
+
+def test_the_token_once_then_a_cookie(store: FakeStore):
+    client = Asking(store, host="0.0.0.0", token=TOKEN).client
+    answer = client.get("/", query_string={"study": KEY, "token": TOKEN})
+    assert (answer.status_code, answer.headers["Location"]) == (303, f"/?study={KEY}")
+    cookie = answer.headers["Set-Cookie"]
+    assert "HttpOnly" in cookie and "SameSite=Strict" in cookie and TOKEN not in cookie
+    assert client.get("/").status_code == client.get("/_dash-layout").status_code == 200
+    bare = Asking(store, host="0.0.0.0", token=TOKEN).client
+    assert bare.get("/", headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8050", "127.0.0.1.evil.example", "0.0.0.0", "[::2]:80"])
+def test_a_name_that_somebody_points_here_is_refused(store: FakeStore, host: str):
+    refused = Asking(store).client.get("/", headers={"Host": host})
+    assert refused.status_code == 403 and "it answers to localhost and 127.0.0.1; got the name" in refused.get_data(as_text=True)
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8050", "127.0.0.1:1", "[::1]:8050"])
+def test_names_of_loopback_are_answered(store: FakeStore, host: str):
+    answer = Asking(store).client.get("/", headers={"Host": host})
+    assert answer.status_code == 200
+    policy = answer.headers["Content-Security-Policy"]
+    assert (
+        "default-src 'none'" in policy and "script-src 'self' 'sha256-" in policy and "unsafe-inline" not in policy.split(";")[1]
+    )
+    assert answer.headers["X-Content-Type-Options"] == "nosniff" and answer.headers["Cache-Control"] == "no-store"
+    assert "http://" not in answer.get_data(as_text=True) and "https://" not in answer.get_data(as_text=True)
+
+
+def test_another_host_takes_a_token(spiketrain: Callable, tmp_path: Path):
+    for words in (("--host", "0.0.0.0"), ("--host", "::"), ("--host", "a-name.example"), ("--token", " ")):
+        code, _, err = spiketrain("dashboard", "--store", str(tmp_path / "mlflow.db"), *words)
+        assert code == 2 and len(err.splitlines()) == 1 and "token" in err
+    code, _, err = spiketrain("dashboard", "--store", "mysql://host/x")
+    assert code == 2 and "must be sqlite:///FILE or the address of a server" in err
+
+
+# --------------------------------------------------------------------------------------------------------- what is shown
+
+
+def test_an_address_is_what_it_shows():
+    place = Place(
+        study=KEY, family="a b&c", runs=("01", "23"), view="learning", text="x=y", only="running", sort="runs", descending=False
+    )
+    assert Place.at(place.search) == place and Place.at("") == Place() and Place().search == ""
+    assert Place.at(Place(runs=()).search).runs == ()
+    assert Place.at("?view=nothing&only=x&sort=__class__&order=x&runs=none") == Place(runs=(), descending=False)
+
+
+def test_the_list_filters_and_sorts(store: FakeStore):
+    asking = Asking(store)
+    whole = asking.list()
+    assert whole.index(KEY[:8]) < whole.index(OTHER[:8]) and "2 of 2 studies" in whole and "4 finished" in whole
+    for search, kept in (("?text=sltt+fashion", KEY), ("?text=OTTT", OTHER), ("?only=failed", OTHER), ("?only=finished", KEY)):
+        found = asking.list(search)
+        assert "1 of 2 studies" in found and kept[:8] in found and ({KEY, OTHER} - {kept}).pop()[:8] not in found
+    up = asking.list("?sort=study&order=up")
+    assert up.index(KEY[:8]) < up.index(OTHER[:8]) and '"aria-sort":"ascending"' in up
+    down = asking.list("?sort=study")
+    assert down.index(OTHER[:8]) < down.index(KEY[:8]) and '"aria-sort":"descending"' in down
+    assert {what[0] for what in store.asked} == {"listed"}  # no journal is read for a list
+
+
+def test_buttons_change_the_address(store: FakeStore):
+    asking = Asking(store)
+    ids = [run.id[:8] for run in store.members if run.study == KEY]
+    assert asking.press(f"?study={KEY}", "view", "learning") == f"?study={KEY}&view=learning"
+    without = asking.press(f"?study={KEY}", "runs", ids[0])
+    assert without is not None and Place.at(without).runs == tuple(ids[1:])
+    again = asking.press(without, "runs", ids[0])
+    assert again is not None and set(Place.at(again).runs or ()) == set(ids)
+    assert asking.press(f"?study={KEY}", "runs", "none") == f"?study={KEY}&runs=none"
+    assert asking.press(f"?study={KEY}", "view", "time", clicks=None) is None  # it was put on the page, not pressed
+
+
+def test_the_figures_of_the_runs_that_are_picked(store: FakeStore):
+    asking = Asking(store)
+    whole = asking.show(f"?study={KEY}")
+    assert "Runs: 4 of 4 picked" in whole and "keeps 0.25 of its saved bytes" in whole and whole.count('"type":"Graph"') == 4
+    some = asking.show(f"?study={KEY}&runs={store.members[1].id[:8]}")  # of SLTT
+    assert "Runs: 1 of 4 picked" in some and "no baseline" in some
+    assert "Pick one of its runs" in asking.show(f"?study={KEY}&runs=none")
+    assert asking.show(f"?study={KEY}").count("#191a1d") == 0 and "#191a1d" in asking.show(f"?study={KEY}", scheme="dark")
+    assert "no run of this study" in asking.show("?study=none") and "Pick one from the list" in asking.show("")
+    for view, title in (
+        ("learning", "Learning curves"),
+        ("time", "Where the time goes"),
+        ("gradients", "Firing"),
+        ("runs", "a cpu"),
+    ):
+        assert title in asking.show(f"?study={KEY}&view={view}")
+
+
+def test_nothing_is_drawn_again_without_news(store: FakeStore):
+    asking = Asking(store)
+    before = json.loads(asking.show(f"?study={KEY}"))["response"]["drawn"]["data"]
+    assert json.loads(asking.show(f"?study={KEY}", drawn=before))["response"] == {}
+    assert "Where the time goes" in asking.show(f"?study={KEY}&view=time", drawn=before)
+    assert "#191a1d" in asking.show(f"?study={KEY}", drawn=before, scheme="dark")
+    store.add("going", rule="SLTT", state="RUNNING")
+    asking = Asking(store)  # a look lasts half a second
+    assert "4 of 5 picked" in asking.show(f"?study={KEY}&runs={'.'.join(run.id[:8] for run in store.members[1:])}", drawn=before)
+
+
+def test_the_data_of_a_figure_is_a_file(store: FakeStore):
+    client = Asking(store).client
+    file = client.get(f"/csv?study={KEY}&name=g1-ratios")
+    assert file.mimetype == "text/csv" and file.get_data(as_text=True).startswith("rule,quantity,divided by,ratio")
+    assert (
+        client.get(f"/csv?study={KEY}&name=../../x").status_code == 404 and client.get("/csv?name=g1-ratios").status_code == 404
+    )
+
+
+def test_names_from_outside_stay_text(store: FakeStore):
+    """Dash sends a page's content as JSON, in which an element is a list's own kind of item and a text is a text."""
+    store.add("<script>alert(1)</script>", rule="<b>bold</b>")
+    assert json.loads(Asking(store).list())
+    assert "<script>alert" not in Asking(store).client.get(f"/?study={KEY}&text=<script>alert(1)</script>").get_data(as_text=True)
+
+
+# -------------------------------------------------------------------------------------------------------- store in trouble
+
+
+def test_a_store_in_trouble_is_a_sentence_and_the_store_that_is_back_is_shown(store: FakeStore):
+    asking = Asking(store)
+    drawn = json.loads(asking.show(f"?study={KEY}"))["response"]["drawn"]["data"]
+    store.trouble = "store x does not exist"
+    store.add_finished("new", "SLTT", seed=7)
+    asking = Asking(store)
+    assert "Store x does not exist." in asking.list() and "Store x does not exist." in asking.show(f"?study={KEY}", drawn=drawn)
+    assert asking.client.get(f"/csv?study={KEY}&name=g1-ratios").status_code == 503
+    assert asking.press(f"?study={KEY}", "runs", "all") == f"?study={KEY}"
+    store.trouble = ""
+    assert KEY[:8] in asking.list() and "5 of 5 picked" in asking.show(f"?study={KEY}")
+
+
+def test_files_that_are_no_store_yet(tmp_path: Path):
+    file = tmp_path / "mlflow.db"
+    asking = Asking(open_store(str(file)))
+    assert "does not exist; launch a run" in asking.list()
+    file.touch()
+    assert "is empty, nothing was delivered yet" in asking.list() and "is empty" in asking.show("?study=x")
+    file.write_text("half of something\n" * 100)
+    assert "is damaged (file is not a database)" in asking.list()
+    file.unlink()
+    with sqlite3.connect(file) as other:
+        other.execute("create table alembic_version (version_num text)")
+    holder = sqlite3.connect(file)
+    holder.execute("begin exclusive")
+    assert "is locked by another process for over 2 s" in asking.list()
+    holder.close()
+    assert list(tmp_path.iterdir()) == [file]

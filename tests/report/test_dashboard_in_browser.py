@@ -1,0 +1,225 @@
+"""The dashboard of runs that were really trained, as the command line serves it, opened in the system's Chromium."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from pipeline.track.jsonl import Journal, read
+from pipeline.track.mlflow import Mirror, sync
+from tests.browser import Watch, chromium, violations
+from tests.report.real_study import train_real_study
+
+WIDE, PHONE = (1280, 900), (390, 844)
+EVERY = 0.5
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five runs of the study "s", and one that failed of another."""
+    runs_dir = tmp_path_factory.mktemp("real") / "runs"
+    train_real_study(runs_dir)
+    for journal in runs_dir.glob("*/journal.jsonl"):  # as a launch tells runs apart, and what they have in common
+        told = [{**event, "run_id": journal.parent.name, "family": "small"} for event in read(journal)]
+        journal.write_text("".join(json.dumps(event) + "\n" for event in told))
+    (runs_dir / "failed-0").mkdir()
+    with Journal(runs_dir / "failed-0" / "journal.jsonl", attempt=0) as journal:
+        about = {"study": "f" * 16, "run_id": "failed", "family": "cifar"}
+        journal.event("start", run="failed-0", rule="OPZO", seed=0, step=0, **about)
+        journal.event("failed", step=3, error="it did not fit")
+    for folder in sorted(runs_dir.iterdir()):
+        if folder.is_dir():
+            sync(folder, uri=f"sqlite:///{runs_dir / 'mlflow.db'}")
+    return runs_dir
+
+
+@contextmanager
+def served(runs: Path) -> Iterator[str]:
+    """Its address, from the command that a user types."""
+    command = [sys.executable, "-m", "pipeline", "dashboard", "--runs", str(runs), "--port", "0", "--every", str(EVERY)]
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stdout is not None
+        try:
+            line = server.stdout.readline()
+            assert "this machine alone" in line
+            yield line.split()[0]
+            server.send_signal(signal.SIGINT)
+            assert server.wait(10) in (0, 130)
+        finally:
+            server.kill()
+
+
+@pytest.fixture(scope="module")
+def address(runs: Path) -> Iterator[str]:
+    with served(runs) as address:
+        yield address
+
+
+def opened(browser: Browser, url: str) -> tuple[Page, Watch]:
+    size = {"width": WIDE[0], "height": WIDE[1]}
+    page, watch = browser.new_page(viewport=size, reduced_motion="reduce", color_scheme="light"), Watch()
+    watch.over(page)
+    page.goto(url)
+    page.locator("#list tbody tr, #list .note").first.wait_for()
+    return page, watch
+
+
+@pytest.fixture(scope="module")
+def opened_once(browser: Browser, address: str) -> tuple[Page, Watch]:
+    return opened(browser, f"{address}/?study=s")
+
+
+@pytest.fixture
+def page(opened_once: tuple[Page, Watch], address: str) -> Iterator[Page]:
+    """Wide and light, of the real study; whatever a test did in it, it said nothing and asked nobody else."""
+    page, watch = opened_once
+    page.set_viewport_size({"width": WIDE[0], "height": WIDE[1]})
+    page.emulate_media(color_scheme="light")
+    yield page
+    assert watch.said == []
+    assert [url for url in watch.asked if not url.startswith(address + "/")] == []
+
+
+def drawn(page: Page, count: int, paper: str = "rgb(253, 252, 249)") -> None:
+    """That many figures, on the paper of a scheme."""
+    page.wait_for_function(
+        "([count, paper]) => { const all = [...document.querySelectorAll('.drawing .main-svg:first-child')];"
+        " return all.length === count && all.every(each => each.style.background === paper) }",
+        arg=[count, paper],
+    )
+
+
+def studies(page: Page) -> list[str]:
+    return page.locator("#list tbody th").all_text_contents()
+
+
+@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
+@pytest.mark.parametrize(("scheme", "paper"), [("light", "rgb(253, 252, 249)"), ("dark", "rgb(25, 26, 29)")])
+def test_it_is_accessible(page: Page, size: tuple[int, int], scheme: Literal["light", "dark"], paper: str):
+    page.set_viewport_size({"width": size[0], "height": size[1]})
+    page.emulate_media(color_scheme=scheme)
+    drawn(page, 4, paper)
+    page.locator("details").first.evaluate("node => node.open = true")
+    assert violations(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+    levels = [int(each.evaluate("node => node.tagName[1]")) for each in page.locator("h1, h2, h3, h4").all()]
+    assert levels[0] == 1 and all(after <= before + 1 for before, after in itertools.pairwise(levels))
+
+
+def test_the_list_is_filtered_and_sorted(page: Page):
+    assert sorted(studies(page)) == ["ffffffff", "s"]
+    for order, names in (("ascending", ["ffffffff", "s"]), ("descending", ["s", "ffffffff"])):
+        page.get_by_role("link", name="study", exact=True).click()
+        expect(page.locator("th[aria-sort]")).to_have_attribute("aria-sort", order)
+        expect(page.locator("#list tbody th")).to_have_text(names)
+    page.get_by_label("Filter by study").fill("opzo cifar")
+    expect(page.locator("#list tbody th")).to_have_text(["ffffffff"])
+    page.get_by_label("Filter by study").fill("")
+    expect(page.locator("#list tbody th")).to_have_count(2)
+    page.get_by_role("button", name="finished").click()
+    expect(page.locator("#list tbody th")).to_have_text(["s"])
+    page.get_by_role("button", name="all", exact=True).click()
+    expect(page.locator("#list tbody th")).to_have_count(2)
+
+
+def test_an_address_shows_the_same_to_whoever_opens_it(browser: Browser, address: str):
+    page, _ = opened(browser, address)
+    page.get_by_role("link", name="s", exact=True).click()
+    drawn(page, 4)
+    page.get_by_role("checkbox", name="bptt-1").focus()
+    page.keyboard.press("Space")
+    expect(page.get_by_role("checkbox", name="bptt-1")).to_have_attribute("aria-checked", "false")
+    expect(page.get_by_role("checkbox", name="bptt-1")).to_be_focused()  # whoever uses a keyboard stays there
+    page.get_by_role("button", name="Learning curves").click()
+    page.get_by_label("Filter by study").fill("sltt")
+    drawn(page, 1)
+    expect(page.locator("#list tbody th")).to_have_count(1)
+    other, watch = opened(browser, page.url)
+    drawn(other, 1)
+    for what in ("main", "figcaption"):
+        assert other.locator(what).first.inner_text() == page.locator(what).first.inner_text()
+    assert other.get_by_label("Filter by study").input_value() == "sltt"
+    checked = '[role=checkbox][aria-checked="true"]'
+    assert (
+        other.locator(checked).all_text_contents() == page.locator(checked).all_text_contents()
+        and other.locator(checked).count() == 4
+    )
+    other.go_back()
+    page.go_back()
+    expect(page.locator("#list tbody th")).to_have_count(2)
+    assert page.get_by_label("Filter by study").input_value() == ""
+    assert watch.said == []
+    other.close()
+    page.close()
+
+
+def test_a_run_that_goes_on_draws_on(page: Page, runs: Path):
+    folder = runs / "going-0"
+    folder.mkdir()
+    page.get_by_role("button", name="Learning curves").click()
+    drawn(page, 1)
+    with Journal(folder / "journal.jsonl", attempt=0) as journal:
+        about = {"study": "s", "run_id": "going", "family": "small", "steps_per_epoch": 8, "total_steps": 16}
+        journal.event("start", run="going-0", rule="OPZO", seed=0, step=0, **about)
+        mirror = Mirror(folder, uri=f"sqlite:///{runs / 'mlflow.db'}", interval=0.2)
+        for step in (1, 2):
+            journal.event("step", step=step, metrics={"loss": 1.0, "top1": step / 20})
+        expect(page.get_by_role("checkbox", name="going-0")).to_contain_text("running", timeout=15_000)
+        expect(page.locator("#list")).to_contain_text("1 running")
+        page.wait_for_function(_POINTS, arg=2, timeout=15_000)
+        asked = page.url
+        for step in (3, 4, 5):
+            journal.event("step", step=step, metrics={"loss": 0.5, "top1": step / 20})
+        page.wait_for_function(_POINTS, arg=5, timeout=15_000)
+        journal.event("finish", step=16)
+        assert mirror.close()
+    expect(page.get_by_role("checkbox", name="going-0")).to_contain_text("finished", timeout=15_000)
+    assert page.url == asked
+
+
+_POINTS = """count => [...document.querySelectorAll('.js-plotly-plot')].some(
+    plot => plot.data.some(trace => trace.name === 'OPZO' && trace.x.length === count))"""
+
+
+def test_a_store_that_comes_later_is_waited_for(browser: Browser, runs: Path, tmp_path: Path):
+    with served(tmp_path) as address:
+        page, watch = opened(browser, f"{address}/?study=s&view=runs")
+        expect(page.locator("#list")).to_contain_text("does not exist; launch a run")
+        expect(page.locator("#figures")).to_contain_text("does not exist; launch a run")
+        assert violations(page) == []
+        part = tmp_path / "part"
+        part.write_bytes((runs / "mlflow.db").read_bytes())
+        part.rename(tmp_path / "mlflow.db")
+        expect(page.locator("#list tbody th")).to_have_count(2)
+        expect(page.locator("#figures")).to_contain_text("bptt-1")
+        assert watch.said == []
+        page.close()
+
+
+def test_what_the_tests_above_rest_on(browser: Browser, address: str):
+    """A request to another host, and a label that is missing, are seen."""
+    page, watch = opened(browser, address)
+    page.evaluate("() => { document.body.append(document.createElement('select')); fetch('http://127.0.0.2:1/').catch(() => 0) }")
+    page.wait_for_timeout(100)
+    found: list[Any] = violations(page)
+    assert any(line.startswith("select-name") for line in found)
+    assert any("violates the following Content Security Policy directive" in line for line in watch.said)
+    page.close()

@@ -1,0 +1,89 @@
+"""A study made of what a store holds: runs that have ended by their artifacts, those that go on by their newest points too."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipeline.report.live import Live
+from pipeline.report.store import Point
+from tests.report.fake_store import FakeStore
+from tests.report.hand_made import KEY, events, run
+
+
+@pytest.fixture
+def store() -> FakeStore:
+    store = FakeStore()
+    store.add_finished("bptt", "BPTT")
+    return store
+
+
+def test_a_run_that_ended_is_read_once(store: FakeStore):
+    live = Live(store)
+    [member] = live.members(KEY)
+    found = live.study([member])
+    assert found.runs == (run(name="bptt"),)
+    asked = len(store.asked)
+    assert live.study(live.members(KEY)).runs == found.runs and len(store.asked) == asked
+
+
+def test_an_artifact_that_arrives_late_is_seen(store: FakeStore):
+    summary = store.texts.pop(("bptt" * 8, "summary.json"))
+    live = Live(store)
+    assert not live.run(store.members[0]).is_finished
+    store.texts["bptt" * 8, "summary.json"] = summary
+    store.add("bptt", tags={"spiketrain.artifact.summary.json": "0" * 16})
+    assert live.run(store.members[0]).is_finished
+
+
+def going_on(store: FakeStore, steps: int, **more: dict[str, str]) -> None:
+    """A run whose journal was sent at batch 50, and whose metrics tell up to `steps`."""
+    tags = {"spiketrain.artifact.journal.jsonl": "evaluation 1007", **more.get("tags", {})}
+    told = [Point(step, 1000.0 + step / 10, step / 125) for step in range(10, steps + 1, 10)]
+    made = store.add("going", rule="SLTT", state="RUNNING", tags=tags, newest=told[-1].time, metrics={"train/top1": 0.0})
+    store.histories[made.id, "train/top1"] = told
+    store.texts[made.id, "journal.jsonl"] = "".join(json.dumps(event) + "\n" for event in events("SLTT")[:4])
+
+
+def test_of_a_run_that_goes_on_only_new_points_are_asked_for(store: FakeStore):
+    live = Live(store)
+    going_on(store, 70)
+    first = live.run(store.members[0])
+    assert [point.step for point in first.curve] == [25, 50, 60, 70] and first.state == "running"
+    assert (first.steps_per_epoch, first.total_steps, first.hardware["cpu"]) == (50, 100, "a cpu")
+    assert [each.step for each in first.evaluations] == [50]
+    assert first.curve[-1].seconds == pytest.approx(2 + 7)
+    going_on(store, 90)
+    del store.asked[:]
+    assert [point.step for point in live.run(store.members[0]).curve] == [25, 50, 60, 70, 80, 90]
+    assert [what for what in store.asked if what[0] == "history"] == [("history", store.members[0].id, "train/top1", 70)]
+    del store.asked[:]
+    live.run(store.members[0])
+    assert [what for what in store.asked if what[0] == "history" or what[2:] == ("journal.jsonl",)] == []
+
+
+def test_a_run_without_a_journal_is_told_by_its_tags(store: FakeStore):
+    tags = {
+        "spiketrain.rule": "OPZO",
+        "spiketrain.study": KEY,
+        "spiketrain.seed": "3",
+        "spiketrain.world_size": "2",
+        "hardware.cpu": "x",
+    }
+    store.add("new", state="RUNNING", tags=tags)
+    found = Live(store).run(store.members[0])
+    assert (found.rule, found.seed, found.workers, found.hardware, found.curve) == ("OPZO", 3, 2, {"cpu": "x"}, ())
+
+
+def test_what_cannot_be_shown_is_named(store: FakeStore):
+    damaged = store.add_finished("half", "SLTT")
+    store.texts[damaged.id, "summary.json"] = '{"top1": 0.'
+    trial = store.add_finished("tried", "SLTT")
+    store.texts[trial.id, "recipe.json"] = '{"version": 1, "recipe": {"protocol": "trial"}}'
+    study = Live(store).study(store.members)
+    assert [run.name for run in study.runs] == ["bptt"]
+    assert (
+        study.notes[0].startswith("tried is a trial")
+        and "half is left out: its summary.json in MLflow is not JSON" in study.notes[1]
+    )
