@@ -179,8 +179,10 @@ class Attempt:
         due = self.step == 0 if epoch is None else (epoch + 1) % max(1, self.recipe.fidelity_every) == 0
         if self.parts.nearness is None or not due:
             return
+        self.meters.note_peaks()
         with self.meters.between("fidelity"):
             found = self.parts.nearness(self.backend.network.state_dict(), step=self.step)
+        self.meters.forget_peaks()  # what the comparison held, BPTT's graph among it, is not what training needs
         self.tracker.event("fidelity", step=self.step, epoch=epoch, temporal_share=found.temporal_share, cosines=found.cosines)
 
     def _tell_results(self, epoch: int, results: list[Evaluation]) -> None:

@@ -69,7 +69,9 @@ def over_seeds(suite: Suite, count: int) -> Suite:
 
 
 def tuned(suite: Suite, field: str, values: Sequence[Any]) -> Suite:
-    """The suite as it is, then trials of each value for each rule, then each recipe with its rule's best value.
+    """The suite, then trials of each value for each rule, then each recipe with its rule's best value.
+
+    All are evaluated after their last epoch alone.
 
     Recipes that differ in their seeds alone share trials, which have the seed of the first.
 
@@ -90,11 +92,13 @@ def tuned(suite: Suite, field: str, values: Sequence[Any]) -> Suite:
         tried = trials.setdefault(_but_for_its_seed(recipe), [])
         if not tried:
             tried += [_trial(recipe, field, value) for value in values]
-        final = replace(recipe, name=f"{recipe.name}-tuned", protocol="tuned", tuned=(field,))
+        about = {"protocol": "tuned", "tuned": (field,), "evaluate_every": recipe.epochs}  # the test set is read once
+        final = replace(recipe, name=f"{recipe.name}-tuned", **about)
         choices[final.name] = Choice(field, tuple(trial.name for trial in tried))
         finals.append(final)
     every_trial = tuple(trial for tried in trials.values() for trial in tried)
-    return Suite((*suite.recipes, *every_trial, *finals), print_protocols, choices)
+    shared = (replace(recipe, evaluate_every=recipe.epochs) for recipe in suite.recipes)
+    return Suite((*shared, *every_trial, *finals), print_protocols, choices)
 
 
 def _but_for_its_seed(recipe: Recipe) -> str:

@@ -32,6 +32,8 @@ TRUSTED = (
     *("torch.nn", "torch.optim", "timm.layers", "timm.loss", "timm.models", "timm.optim", "timm.scheduler"),
 )
 FORMAT = 1
+# What runs of one study may differ in; the last two look on. Weights to start from count by their content.
+BESIDE_THE_STUDY = ("name", "family", "rule", "seed", "init", "fidelity_every", "published")
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,8 @@ class Recipe:
                 f"recipe: tuned names fields of a trial or of tuned runs; got {self.tuned} of protocol {self.protocol}"
             )
         for key in self.tuned:
+            if key.split(".")[0] in BESIDE_THE_STUDY:
+                raise ValueError(f"recipe: tuned must be a setting beside the rule; got {key}, which no study is told apart by")
             self.value_of(key)
         for name in ("name",) if self.family is None else ("name", "family"):
             text = getattr(self, name)
@@ -254,14 +258,14 @@ class Recipe:
             inputs: content hashes of what paths only point at: `data` (and `init`, where there is one).
         """
         value = self._encoded(paths=False)
-        for name in ("name", "family", "rule", "seed", "init", "fidelity_every", "published"):  # the last two look on
+        for name in BESIDE_THE_STUDY:
             value.pop(name, None)
         for key in self.tuned:
             *parts, last = key.split(".")
             holder = value
             for part in parts:
                 holder = holder[part]["kwargs"]
-            del holder[last]
+            holder.pop(last, None)  # a field that is written only where it is not zero
         return hashlib.sha256(json.dumps([value, dict(inputs)], sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.models.mlp import mlp
+from pipeline.nearness import Nearness
 from pipeline.recipe import Recipe, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
@@ -66,3 +68,19 @@ def test_bptt_is_near_itself(tmp_path: Path) -> None:
 def test_what_bptt_or_sltt_cannot_train_is_refused_before_anything_is_launched() -> None:
     with pytest.raises(ValueError, match="recipe: fidelity_every compares with BPTT and SLTT; SLTT"):
         check_recipe(small(rule=spec(BPTT), over_time="mean", fidelity_every=1), 1)
+
+
+def test_what_the_comparison_holds_is_not_what_training_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_ballast(self: Nearness, *words: Any, **more: Any) -> Any:
+        ballast = bytearray(b"x") * (300 << 20)
+        found = original(self, *words, **more)
+        assert len(ballast) > 0
+        return found
+
+    recipe = small_recipe(model=spec(mlp, in_features=64, hidden=(16,)), epochs=1)
+    alone = train_inline(tmp_path / "alone", recipe)
+    original = Nearness.__call__
+    monkeypatch.setattr(Nearness, "__call__", with_ballast)
+    beside = train_inline(tmp_path / "beside", replace(recipe, fidelity_every=1))
+    assert alone is not None and beside is not None
+    assert abs(beside["peak_rss_bytes"] - alone["peak_rss_bytes"]) < 150 << 20

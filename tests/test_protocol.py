@@ -79,6 +79,12 @@ def test_every_rule_gets_the_same_search_and_the_tuned_field_leaves_the_key() ->
     assert key(final.override({"optimizer.lr": 7.0})) == key(final) != key(final.override({"optimizer.momentum": 0.5}))
     assert key(by_protocol["shared"][0].override({"optimizer.lr": 7.0})) != key(by_protocol["shared"][0])
     assert suite.report is print_protocols
+    assert {each.evaluate_every for each in suite.recipes} == {by_protocol["shared"][0].epochs}  # the test set is read once
+
+
+def test_a_tuned_field_may_be_one_that_is_written_only_where_it_is_not_zero() -> None:
+    suite = tuned(Suite((recipe(name="a", ema_decay=0.5),)), "ema_decay", (0.0, 0.5, 0.9, 0.99, 0.999))
+    assert len({key(each) for each in suite.recipes if each.protocol == "trial"}) == 1
 
 
 def test_networks_of_one_rule_are_searched_apart() -> None:
@@ -116,6 +122,8 @@ def with_reference() -> Suite:
             lambda: tuned(two_rules(), "optimizer.lr", RATES).override({"optimizer.lr": 1.0}),
             "optimizer.lr is what its trials try",
         ),
+        (lambda: tuned(two_rules(), "seed", (1, 2, 3, 4, 5)), "tuned must be a setting beside the rule; got seed"),
+        (lambda: tuned(two_rules(), "rule.k", (1, 2, 3, 4, 5)), "k"),
         (lambda: parse_search("optimizer.lr"), "--tune: must look like optimizer.lr="),
         (lambda: parse_search("optimizer.lr=1,,2"), "--tune: must look like optimizer.lr="),
         (lambda: small_recipe(protocol="tuned"), "recipe: tuned names fields of a trial"),

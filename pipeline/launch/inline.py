@@ -45,7 +45,7 @@ class Inline:
         return 1 if self.device == "cuda" else len(os.sched_getaffinity(0))
 
     def joining(self) -> list[str]:
-        return []
+        return ["--inline"]
 
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
         del attempt

@@ -110,7 +110,8 @@ class Ray:
     def joining(self) -> list[str]:
         import ray
 
-        return ["--address", self.address or ray.get_runtime_context().gcs_address]
+        address = self.address or ray.get_runtime_context().gcs_address
+        return ["--address", address, "--workers", str(self.workers)]
 
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
         import ray

@@ -28,6 +28,7 @@ from pipeline.ranks import Refused
 from pipeline.recipe import Recipe
 from pipeline.track.jsonl import Follower
 from pipeline.track.mlflow import tracking_uri
+from pipeline.track.state import state_of
 
 LOG = "launch.log"
 """in a run's folder: what its process printed"""
@@ -60,6 +61,7 @@ def train_side_by_side(children: Children, launcher: Launcher, slots: int, conso
     """
     going: dict[str, _Driven] = {}
     failed: Exception | None = None
+    stopped = False
     with _stop_requests() as asked:
         while True:
             if asked():
@@ -70,7 +72,8 @@ def train_side_by_side(children: Children, launcher: Launcher, slots: int, conso
                     continue
                 del going[name]
                 failed = failed or each.failure()
-            if not asked() and failed is None:
+                stopped = stopped or state_of(each.folder) != "finished"  # by somebody who asked this run alone
+            if not asked() and failed is None and not stopped:
                 failed = _begin_more(children, launcher, slots, going, console)
             if not going:
                 break
@@ -138,6 +141,8 @@ class _Driven:
         code = self._process.returncode
         if code == 0 or was_stopped(self.folder):
             return None
+        if code < 0:
+            return LaunchError(f"{self.folder.name}: its process was killed by {signal.Signals(-code).name}")
         lines = (self.folder / LOG).read_text(errors="replace").strip().splitlines() or [f"exit status {code}"]
         said = f"{self.folder.name}: {lines[-1]}"
         return Refused(said) if code == 2 else LaunchError(said)
@@ -160,6 +165,9 @@ def _stop_requests() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
+_prctl = ctypes.CDLL(None).prctl  # now: between fork and exec nothing may be loaded
+
+
 def _end_with_the_suite() -> None:
     """Ask the kernel for a SIGTERM when the suite's process dies: its run is saved, and can be gone on with."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -12,7 +12,7 @@ import torch
 
 
 class Joules:
-    """Counts on one device; `read` is None where it has no counter: a CPU, no `nvidia-ml-py`, a card before Volta."""
+    """Counts on one device; `read` is None where nothing answers: a CPU, no `nvidia-ml-py`, a card before Volta."""
 
     def __init__(self, device: torch.device) -> None:
         self._nvml, self._card = _card(device) if device.type == "cuda" else (None, None)
@@ -21,7 +21,10 @@ class Joules:
         """Joules since the driver was loaded."""
         if self._nvml is None:
             return None
-        return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._card) / 1e3  # in mJ
+        try:
+            return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._card) / 1e3  # in mJ
+        except self._nvml.NVMLError:  # a driver that stumbles must not end a training
+            return None
 
 
 def _card(device: torch.device) -> tuple[Any, Any]:

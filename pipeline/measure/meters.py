@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -257,9 +258,9 @@ class Meters:
         """The totals with every peak the largest over ranks, and of joules the mean; collective."""
         self._account()
         self.note_peaks()
-        if self.totals.device_j is not None:
-            used = torch.tensor(self.totals.device_j, dtype=torch.float64, device=self.device)
-            self.totals.device_j = float(reduce_mean(used))
+        used = math.nan if self.totals.device_j is None else self.totals.device_j  # every rank takes part, counter or not
+        mean = float(reduce_mean(torch.tensor(used, dtype=torch.float64, device=self.device)))
+        self.totals.device_j = None if math.isnan(mean) else mean
         peaks = torch.tensor([getattr(self.totals, name) for name in Totals.PEAKS], dtype=torch.int64)
         return Totals(**{**asdict(self.totals), **dict(zip(Totals.PEAKS, reduce_max(peaks).tolist(), strict=True))})
 

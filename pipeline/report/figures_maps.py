@@ -97,7 +97,7 @@ def temporal_share(group: Group) -> Figure | Missing:
 
     def draw(theme: Theme) -> go.Figure:
         z = [[each.temporal_share.get(layer) for each in run.fidelity] for layer in layers]
-        most = max(1.0, *(value for row in z for value in row if value is not None))
+        most = max([1.0, *(value for row in z for value in row if value is not None)])
         figure = go.Figure(_map(z, x=times, y=layers, theme=theme, most=most, written=".2f", bar=True))
         return _laid_out(figure, theme, height)
 

@@ -5,6 +5,7 @@ The trials, which chose, are listed with what they did on the part of the traini
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def _trials(folders: list[Path]) -> Iterator[dict[str, Any]]:
     summaries = {folder: read_json(folder / "summary.json") for folder in folders}
     by_rule: dict[str, dict[str, float]] = {}
     for folder, summary in summaries.items():
-        by_rule.setdefault(summary["rule"], {})[folder.name] = summary["top1"]
+        by_rule.setdefault(_search(folder), {})[folder.name] = summary["top1"]
     for folder, summary in summaries.items():
         recipe = _recipe(folder)
         [field] = recipe["tuned"]
@@ -63,7 +64,7 @@ def _trials(folders: list[Path]) -> Iterator[dict[str, Any]]:
             "field": field,
             "value": written(recipe, field),
             "top1": summary["top1"],
-            "taken": folder.name == best(by_rule[summary["rule"]]),
+            "taken": folder.name == best(by_rule[_search(folder)]),
         }
 
 
@@ -72,9 +73,14 @@ def _print_trials(trials: list[dict[str, Any]], console: Console) -> None:
     for title in ("rule", "field", "value", "top-1", ""):
         table.add_column(title, justify="right" if title in ("value", "top-1") else "left")
     for trial in trials:
-        cells = (trial["rule"], trial["field"], f"{trial['value']:g}", f"{trial['top1']:.2%}", "taken" if trial["taken"] else "")
+        cells = (trial["rule"], trial["field"], str(trial["value"]), f"{trial['top1']:.2%}", "taken" if trial["taken"] else "")
         table.add_row(*map(Text, cells))
     console.print(table)
+
+
+def _search(folder: Path) -> str:
+    """Trials of one search have one rule, to the last keyword: a label does not tell all of them."""
+    return json.dumps(_recipe(folder)["rule"], sort_keys=True)
 
 
 def _recipe(folder: Path) -> dict[str, Any]:

@@ -75,6 +75,8 @@ class SqliteStore:
             return path.read_text(errors="replace")
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise StoreError(f"store {self.file}: {path} cannot be read ({error.strerror}); look at it by hand") from error
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:

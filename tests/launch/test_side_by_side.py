@@ -93,7 +93,7 @@ def test_what_needs_nothing_runs_at_once_and_what_does_waits(place: Path, tmp_pa
     assert all(start is not None and len(start["own_cores"]) == 1 for start in on.values())
     assert on["one"]["own_cores"] != on["other"]["own_cores"]  # type: ignore[index]
     assert "one  start" in said and "other  finished" in said
-    assert said.count("study ") >= 2  # the tables at the end
+    assert said.count("\nstudy ") >= 2  # the tables at the end
     code, _, error = spiketrain(*words, "--name", "turn")
     assert code == 0, error
     assert all(same_weights(run, runs_of(tmp_path / "turn")[name]) for name, run in runs.items())

@@ -58,6 +58,12 @@ def test_a_card_without_a_counter_has_no_joules(monkeypatch: pytest.MonkeyPatch)
     assert Joules(torch.device("cuda")).read() is None
 
 
+def test_a_rank_without_a_counter_takes_part_in_the_mean() -> None:
+    meters, asked = Meters(torch.nn.Linear(2, 2), batch_size=1, device=torch.device("cpu")), []
+    assert meters.over_ranks(lambda peaks: peaks, lambda used: asked.append(used) or used).device_j is None
+    assert len(asked) == 1
+
+
 def test_a_cpu_has_none() -> None:
     assert Joules(torch.device("cpu")).read() is None
 

@@ -49,7 +49,10 @@ class Place:
     @classmethod
     def at(cls, search: str | None) -> Place:
         """Of the query of an address, of which nothing is trusted."""
-        asked = {name: values[-1][:4000] for name, values in parse_qs((search or "").lstrip("?"), max_num_fields=20).items()}
+        try:
+            asked = {name: values[-1] for name, values in parse_qs((search or "").lstrip("?"), max_num_fields=20).items()}
+        except ValueError:  # more fields than any of ours has
+            return cls()
         view: View = next((name for name in get_args(View) if name == asked.get("view")), "costs")
         only: Only = next((name for name in get_args(Only) if name == asked.get("only")), "all")
         sort = asked.get("sort")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 from pipeline.report.dashboard.guard import guard, is_loopback, refuse_open_to_others
@@ -42,4 +43,6 @@ def serve(*, store: str | None, runs: Path, host: str, port: int, token: str | N
     print(
         f"http://{at}:{getattr(server, 'effective_port', port)}{with_token} shows {without_password(uri)} to {whom}", flush=True
     )
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs are born deaf to the first
+        signal.signal(number, signal.default_int_handler)
     server.run()
