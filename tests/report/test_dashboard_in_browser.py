@@ -155,7 +155,10 @@ def test_an_address_shows_the_same_to_whoever_opens_it(browser: Browser, address
     other, watch = opened(browser, page.url)
     drawn(other, 1)
     for what in ("main", "figcaption"):
-        assert other.locator(what).first.inner_text() == page.locator(what).first.inner_text()
+        shown = page.locator(what).first.inner_text()
+        expect(other.locator(what).first).to_have_text(
+            shown, use_inner_text=True, timeout=15_000
+        )  # figures may come before lists
     assert other.get_by_label("Filter by study").input_value() == "sltt"
     checked = '[role=checkbox][aria-checked="true"]'
     assert (
