@@ -38,7 +38,7 @@ from pipeline.report.choose import (
 )
 from pipeline.report.differences import differences
 from pipeline.report.paired import WITHIN, Difference, paired_difference
-from pipeline.report.runs import ReportError, load
+from pipeline.report.runs import ReportError, recipe_of
 
 __all__ = ["Comparison", "ComparisonError", "Finished", "Unfinished", "compare", "print_comparison", "print_studies"]
 
@@ -232,7 +232,7 @@ def print_studies(
 
 def _written_rule(run: Finished) -> str | None:
     """`SLTT(k=1, rescale=True)`: what the recipe says, where it says more than a name."""
-    part = ((load(run.folder / "recipe.json") or {}).get("recipe") or {}).get("rule") or {}
+    part = recipe_of(run.folder).get("rule") or {}
     if not part.get("kwargs"):
         return None
     return f"{part['target'].rpartition('.')[2]}({', '.join(f'{name}={value}' for name, value in part['kwargs'].items())})"

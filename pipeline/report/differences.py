@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.report.runs import load
+from pipeline.recipe import BESIDE_THE_STUDY
+from pipeline.report.runs import load, recipe_of
 
 __all__ = ["VARIED", "differences", "differing", "written"]
 
-# What the study key leaves out (pipeline.recipe), beside paths.
-VARIED = ("rule", "seed", "name", "family", "fidelity_every", "published")
+VARIED = tuple(name for name in BESIDE_THE_STUDY if name != "init")  # which counts by its content
 _ABSENT = "(absent)"
 
 
@@ -29,7 +29,7 @@ def differences(a: Path, b: Path) -> list[tuple[str, Any, Any]]:
     ]
     if summaries[0].get("rule") == summaries[1].get("rule"):
         # One label in the table must be one rule (rescale is not in it) with one value of what was tuned.
-        recipes = [_recipe(folder) for folder in (a, b)]
+        recipes = [recipe_of(folder) for folder in (a, b)]
         found += differing("rule", *(recipe.get("rule") for recipe in recipes))
         for key in recipes[0].get("tuned", ()):
             found += differing(key, *(written(recipe, key) for recipe in recipes))
@@ -46,7 +46,7 @@ def written(recipe: Mapping[str, Any], key: str) -> Any:
 
 
 def _explained(a: Path, b: Path, summaries: tuple[dict, dict], keys: list[Any]) -> list[tuple[str, Any, Any]]:
-    recipes = [_recipe(folder) for folder in (a, b)]
+    recipes = [recipe_of(folder) for folder in (a, b)]
     kept = [{name: value for name, value in recipe.items() if name not in VARIED} for recipe in recipes]
     found = list(differing("", *kept))
     paths = [one for one in found if all(_is_path(value) for value in one[1:])]
@@ -55,10 +55,6 @@ def _explained(a: Path, b: Path, summaries: tuple[dict, dict], keys: list[Any]) 
     if contents[0] != contents[1]:
         found.append(("data_fingerprint", contents[0], contents[1]))
     return found or paths or [("study", keys[0], keys[1])]
-
-
-def _recipe(folder: Path) -> dict[str, Any]:
-    return (load(folder / "recipe.json") or {}).get("recipe") or {}
 
 
 def differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:

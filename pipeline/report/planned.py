@@ -9,15 +9,14 @@ from typing import Any
 
 from pipeline.measure.memory import hardware
 from pipeline.plan import Cluster, Plan
-from pipeline.recipe import Recipe
+from pipeline.recipe import BESIDE_THE_STUDY, Recipe
 from pipeline.report.choose import finished_run
 from pipeline.report.differences import differing
-from pipeline.report.runs import ReportError, load
+from pipeline.report.runs import ReportError, recipe_of
 
 # What a batch costs does not depend on how many there are, nor on when a run looks up from them.
-_BESIDE = ("name", "family", "rule", "seed", "init", "epochs", "schedule", "stop_after", "evaluate_every", "evaluate_samples",
-           "fidelity_every", "checkpoint_every", "checkpoint_minutes", "keep", "log_every",
-           "protocol", "tuned", "published")  # fmt: skip
+_BESIDE = (*BESIDE_THE_STUDY, "epochs", "schedule", "stop_after", "evaluate_every", "evaluate_samples",
+           "checkpoint_every", "checkpoint_minutes", "keep", "log_every", "protocol", "tuned")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def refuse_unless_comparable(recipe: Recipe, cluster: Cluster, folder: Path) -> 
     found += list(differing("hardware", *({**each, "threads": cluster.threads} for each in (here, {**there}))))
     if there["threads"] != cluster.threads:
         found.append(("cpus-per-worker", cluster.threads, there["threads"]))
-    theirs = (load(folder / "recipe.json") or {}).get("recipe") or {}
+    theirs = recipe_of(folder)
     mine = recipe.resolved().to_json()["recipe"]
     found += list(differing("", *({name: each[name] for name in each if name not in _BESIDE} for each in (mine, theirs))))
     if found:

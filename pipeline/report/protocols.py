@@ -18,6 +18,7 @@ from pipeline.recipe import read_json
 from pipeline.report.choose import study_of
 from pipeline.report.compare import compare, print_comparison
 from pipeline.report.differences import written
+from pipeline.report.runs import recipe_of
 from pipeline.suite import best
 
 TITLES = {"shared": "shared: only the rule differs", "tuned": "tuned: each rule with its own best value of {fields}"}
@@ -30,7 +31,7 @@ def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any
     for protocol, title in TITLES.items():
         told[protocol] = []
         for folders in by_protocol.get(protocol, {}).values():
-            fields = ", ".join(_recipe(folders[0]).get("tuned", ()))
+            fields = ", ".join(recipe_of(folders[0]).get("tuned", ()))
             console.print(Text(title.format(fields=fields), style="bold"))
             print_comparison(folders[0].parent, folders, console=console)
             console.print()
@@ -44,7 +45,7 @@ def _by_protocol(runs: Mapping[str, Path]) -> dict[str, dict[str, list[Path]]]:
     """Folders by protocol and study."""
     found: dict[str, dict[str, list[Path]]] = {}
     for folder in runs.values():
-        protocol = _recipe(folder).get("protocol", "shared")
+        protocol = recipe_of(folder).get("protocol", "shared")
         found.setdefault(protocol, {}).setdefault(study_of(folder), []).append(folder)
     return found
 
@@ -56,7 +57,7 @@ def _trials(folders: list[Path]) -> Iterator[dict[str, Any]]:
     for folder, summary in summaries.items():
         by_rule.setdefault(_search(folder), {})[folder.name] = summary["top1"]
     for folder, summary in summaries.items():
-        recipe = _recipe(folder)
+        recipe = recipe_of(folder)
         [field] = recipe["tuned"]
         yield {
             "run": folder.name,
@@ -80,8 +81,4 @@ def _print_trials(trials: list[dict[str, Any]], console: Console) -> None:
 
 def _search(folder: Path) -> str:
     """Trials of one search have one rule, to the last keyword: a label does not tell all of them."""
-    return json.dumps(_recipe(folder)["rule"], sort_keys=True)
-
-
-def _recipe(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "recipe.json")["recipe"]
+    return json.dumps(recipe_of(folder)["rule"], sort_keys=True)

@@ -15,7 +15,7 @@ from pipeline.report.choose import finished_run, named, newest_study, study_of, 
 from pipeline.report.claims import Claim
 from pipeline.report.compare import BASELINE
 from pipeline.report.paired import WITHIN
-from pipeline.report.runs import ReportError, load
+from pipeline.report.runs import ReportError, recipe_of
 from pipeline.report.study import Study
 from pipeline.report.study_run import from_folder
 from pipeline.report.suite import suite_named
@@ -78,7 +78,7 @@ def read_study(
 
 def _is_trial(run: Path) -> bool:
     """Of one value of a search: no run to set beside others by its rule."""
-    return (load(run / "recipe.json") or {}).get("recipe", {}).get("protocol") == "trial"
+    return recipe_of(run).get("protocol") == "trial"
 
 
 def _with_their_baseline(runs_dir: Path, folders: Sequence[Path], against: str) -> list[Path]:

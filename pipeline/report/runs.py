@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -28,9 +28,14 @@ __all__ = [
     "list_runs",
     "list_suites",
     "load",
+    "load_list",
     "print_runs",
+    "recipe_of",
     "run_folders",
 ]
+
+
+T_ = TypeVar("T_")
 
 
 class ReportError(ValueError):
@@ -164,14 +169,28 @@ def load(path: Path) -> dict[str, Any] | None:
     Raises:
         ReportError: the file holds something else.
     """
+    return _load(path, dict, "an object")
+
+
+def load_list(path: Path) -> list[Any] | None:
+    """A JSON list, likewise."""
+    return _load(path, list, "a list")
+
+
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """The fields of a run's recipe, as JSON; none where there is no recipe."""
+    return (load(folder / "recipe.json") or {}).get("recipe") or {}
+
+
+def _load(path: Path, kind: type[T_], called: str) -> T_ | None:
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise ReportError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ReportError(f"{path} holds a {type(value).__name__}, not an object")
+    if not isinstance(value, kind):
+        raise ReportError(f"{path} holds a {type(value).__name__}, not {called}")
     return value
 
 

@@ -5,7 +5,6 @@ A run's folder and the artifacts of MLflow hold the same files, so that both mak
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.measure.time_parts import BETWEEN, PARTS, REST
-from pipeline.report.runs import ReportError, load
+from pipeline.report.runs import ReportError, load, load_list
 from pipeline.track.jsonl import Event, read
 from pipeline.track.state import State, state_of
 
@@ -185,7 +184,7 @@ def from_folder(folder: Path) -> StudyRun:
         read(folder / "journal.jsonl"),
         state=state_of(folder),
         summary=load(folder / "summary.json"),
-        activity=_load_list(folder / "activity.json"),
+        activity=load_list(folder / "activity.json"),
         recipe=load(folder / "recipe.json"),
     )
 
@@ -300,15 +299,3 @@ def _parts_so_far(timed: Iterable[tuple[float, Event]]) -> dict[str, float]:
         if event["event"] in ("start", "step") and step is not None:
             done = step
     return seconds
-
-
-def _load_list(path: Path) -> list[Any] | None:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ReportError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, list):
-        raise ReportError(f"{path} holds a {type(value).__name__}, not a list")
-    return value
