@@ -24,9 +24,9 @@ from pipeline.measure.memory import hardware, memory_now_bytes
 from pipeline.measure.meters import Totals
 from pipeline.parts import Parts
 from pipeline.phases import stretch_at
-from pipeline.ranks import Refused
 from pipeline.recipe import write_json
 from pipeline.record import told_at_start, told_at_the_end, told_in_checkpoint
+from pipeline.refused import Diverged, Refused
 from pipeline.spiking.encode import over_steps
 from pipeline.tasks import Learnt, mean_of
 
@@ -131,7 +131,7 @@ class Attempt:
             metrics = self.meters.take(self.ranks.sum)
             if not math.isfinite(metrics["loss"]):
                 # Reduced over ranks, so that all of them stop; and a restart would only compute it again.
-                raise Refused(
+                raise Diverged(
                     f"training: the loss must be finite; got {metrics['loss']} at step {self.step}; lower optimizer.lr?"
                 )
             metrics["lr"] = self.backend.optimizer.param_groups[0]["lr"]
@@ -218,7 +218,7 @@ class Attempt:
     def _save(self, *, score: float | None) -> None:
         kept = (*self.backend.network.parameters(), *(b for b in self.parts.rule.buffers() if b.is_floating_point()))
         if not all(bool(value.isfinite().all()) for value in kept):  # the same on every rank
-            raise Refused(
+            raise Diverged(
                 f"training: weights and what the rule learnt must be finite to be saved; they are not after step {self.step}"
             )
         totals = self.meters.over_ranks(self.ranks.max, self.ranks.mean)

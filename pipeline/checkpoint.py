@@ -55,7 +55,7 @@ class Checkpoints:
     Args:
         folder: `RUN/checkpoints`, on storage that every rank sees.
         attempt: names this process group's temp folders, so that workers of an abandoned attempt never meet ours.
-        keep: newest checkpoints that survive pruning; the one with the best score survives beside them.
+        keep: newest checkpoints that survive pruning; the one with the best score, and what is pinned, survive beside them.
         on_quarantine: told (path, reason) for each damaged checkpoint that is moved away.
     """
 
@@ -158,7 +158,7 @@ class Checkpoints:
         folders = step_folders(self.folder)
         best = max((path for path in folders if _score(path) is not None), key=_by_score, default=None)
         for path in folders[: -self.keep]:
-            if path != best:
+            if path != best and not _pin_of(path).exists():
                 self._delete(path)
 
     def _delete(self, path: Path) -> None:
@@ -178,6 +178,15 @@ def weights_of(network: nn.Module) -> dict[str, Tensor]:
 
 def step_name(step: int) -> str:
     return f"step_{step:08d}"
+
+
+def pin(path: Path) -> None:
+    """Keep a checkpoint for good: somebody outside of the run knows it by its address."""
+    _pin_of(path).touch()
+
+
+def _pin_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.pinned")  # beside it: what lies in it is sealed
 
 
 def step_folders(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pipeline.ranks import Refused
+from pipeline.refused import Refused
 
 PATIENCE_S = 30.0  # a worker that ended may take a while to die
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-REFUSAL = "refusal.txt"
+REFUSAL = "refusal.json"
 """in a run's folder: why its last attempt cannot go on, found by one rank alone in the middle of training"""
 
 

@@ -9,11 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from pipeline.refused import refusal_of
+
 T_ = TypeVar("T_")
-
-
-class Refused(ValueError):
-    """The run cannot go on as asked: one line for the user, and no use in trying again."""
 
 
 class Ranks:
@@ -51,10 +49,10 @@ class Ranks:
             try:
                 outcome[0] = act()
             except ValueError as error:
-                outcome[1] = str(error)
+                outcome[1] = refusal_of(error)
         distributed.broadcast_object_list(outcome, src=0, group=self.control)
         if outcome[1] is not None:
-            raise Refused(outcome[1])
+            raise outcome[1]
         return outcome[0]
 
     def gather(self, value: T_) -> list[T_]:
@@ -74,14 +72,14 @@ class Ranks:
         try:
             result = act()
         except ValueError as error:
-            said = str(error)
+            said = refusal_of(error)
         everybody: list[Any] = [said]
         if self.size > 1:
             everybody = [None] * self.size
             distributed.all_gather_object(everybody, said, group=self.control)
         for rank, refusal in enumerate(everybody):
             if refusal is not None:
-                raise Refused(refusal if self.size == 1 else f"{refusal} (worker {rank})")
+                raise refusal if self.size == 1 else type(refusal)(f"{refusal} (worker {rank})")
         return result  # type: ignore[return-value]  # nobody was refused, so act returned
 
     @contextmanager

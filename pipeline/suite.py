@@ -20,13 +20,13 @@ from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.recipe_json import dotted, imported
 from pipeline.spec import arguments_of, is_reference
 
-__all__ = ["FILE", "Choice", "Report", "Suite", "SuiteFile", "best", "filled", "is_suite", "needed", "references",
+__all__ = ["FILE", "Choice", "Report", "Suite", "SuiteFile", "filled", "is_suite", "needed", "references",
            "refuse_references", "runs_of"]  # fmt: skip
 
 Report = Callable[[Mapping[str, Path], Any], object]
-"""called with the folder of each recipe's finished run, by the recipe's name in their order, and rich's Console; prints,
-and may return what `compare --format json` prints: JSON values. Of an object `report` shows "claims", as report/claims.py tells
-them, and "sweeps", as `sweep --format json` prints them"""
+"""called with the folder of each recipe's run, all finished but for trials that diverged, by the recipe's name in their order,
+and rich's Console; prints, and may return what `compare --format json` prints: JSON values. Of an object `report` shows "claims",
+as report/claims.py tells them, and "sweeps", as `sweep --format json` prints them"""
 
 FILE = "suite.json"
 FORMAT = 1
@@ -138,11 +138,6 @@ def needed(suite: Suite, recipe: Recipe) -> tuple[str, ...]:
     """The names of the recipes that have to be trained before this one can be."""
     choice = suite.choices.get(recipe.name)
     return references(recipe) + (choice.trials if choice else ())
-
-
-def best(top1: Mapping[str, float]) -> str:
-    """The name of the trial that a choice takes: the first of those that did best."""
-    return max(top1, key=lambda name: top1[name])
 
 
 def refuse_references(recipe: Recipe) -> None:

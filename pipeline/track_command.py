@@ -37,11 +37,13 @@ def register(
     runs: Runs = Path("runs"),
 ) -> None:
     """Make a run's checkpoint a version of a registered model in MLflow, by its address: nothing is uploaded."""
-    from pipeline.checkpoint import verified
+    from pipeline.checkpoint import pin, verified
     from pipeline.report.runs import find_run
     from pipeline.track.mlflow import tracking_uri
     from pipeline.track.publish import register as register_run
 
     folder = find_run(runs, run)
-    done = register_run(folder, verified(folder / "checkpoints", which), name=name, alias=which, uri=tracking_uri(runs))
+    checkpoint = verified(folder / "checkpoints", which)
+    done = register_run(folder, checkpoint, name=name, alias=which, uri=tracking_uri(runs))
+    pin(checkpoint)
     print(f"{folder.name} -> models:/{done.name}@{done.alias}, version {done.version}: {done.uri}")

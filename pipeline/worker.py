@@ -24,6 +24,7 @@ from pipeline.cores import own_cores
 from pipeline.data.base import Data
 from pipeline.data.mixing import Mixing
 from pipeline.job import REFUSAL, Job, Place
+from pipeline.malloc import keep_freed_memory
 from pipeline.measure.clock import Clock
 from pipeline.measure.collectives import collectives_on
 from pipeline.measure.meters import Meters
@@ -31,8 +32,9 @@ from pipeline.nearness import Nearness
 from pipeline.objective import Loss
 from pipeline.parts import Parts
 from pipeline.phases import Stretch, stretch_at, timetable
-from pipeline.ranks import Ranks, Refused
-from pipeline.recipe import Recipe, Spec, Split
+from pipeline.ranks import Ranks
+from pipeline.recipe import Recipe, Spec, Split, read_json, write_json
+from pipeline.refused import Diverged, Refused, Unbounded, refusal_of
 from pipeline.rules.base import Rule, World
 from pipeline.spiking.binary import latent_parameters
 from pipeline.spiking.encode import over_steps
@@ -69,7 +71,7 @@ def _run(
         try:
             attempt = attempt_of(compose(job, place, ranks, tracker, clock, began))
         except ValueError as error:
-            raise Refused(str(error)) from error
+            raise refusal_of(error) from error
         try:
             return attempt.run()
         except Refused:
@@ -78,24 +80,26 @@ def _run(
             if ranks.size > 1:  # the others wait for this rank: only its death frees them, and then the note speaks to all
                 note_refusal(Path(job.run), error)
                 raise
-            raise Refused(str(error)) from error
+            raise refusal_of(error) from error
 
 
 def settle(threads: int) -> None:
-    """How torch computes in a worker: so many threads, and the same bits after a restart."""
+    """How torch computes in a worker: so many threads, the same bits after a restart, on memory that it keeps."""
     torch.set_num_threads(threads)
+    keep_freed_memory()
     torch.backends.cudnn.deterministic = True  # costs speed where cuDNN has a faster kernel
 
 
 def note_refusal(folder: Path, error: ValueError) -> None:
     """Write down, for the next attempt, what one rank found that a restart would only find again: a solve that diverges."""
-    (folder / REFUSAL).write_text(str(error), encoding="utf-8")
+    write_json(folder / REFUSAL, {"said": str(error), "diverged": isinstance(error, Unbounded)})
 
 
 def raise_refusal(folder: Path) -> None:
     """Raise what the last attempt wrote down. The driver clears it when the user launches or resumes."""
     if (folder / REFUSAL).exists():
-        raise Refused((folder / REFUSAL).read_text(encoding="utf-8"))
+        noted = read_json(folder / REFUSAL)
+        raise (Diverged if noted["diverged"] else Refused)(noted["said"])
 
 
 def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, clock: Clock, began: float) -> Parts:

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from pipeline.ranks import Ranks, Refused
+from pipeline.ranks import Ranks
+from pipeline.refused import Diverged, Refused
 from pipeline.track.base import NullTracker, Tracker
 from pipeline.track.jsonl import Journal, read
 
@@ -50,7 +51,8 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
         try:
             yield tracker
         except Exception as error:
-            tracker.event("failed", sync=True, error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+            how = "diverged" if isinstance(error, Diverged) else "failed"
+            tracker.event(how, sync=True, error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
             raise
 
 

@@ -29,8 +29,8 @@ from pipeline.models.heads import multi_head, select_head
 from pipeline.models.mlp import mlp
 from pipeline.objective import CrossEntropy
 from pipeline.phases import Phase
-from pipeline.ranks import Refused
 from pipeline.recipe import Recipe, spec, write_json
+from pipeline.refused import Refused
 from pipeline.report.runs import list_runs
 from pipeline.report.show import show_recipe
 from pipeline.rules.base import LossOf, Objective

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cores import own_cores
-from pipeline.ranks import Refused
+from pipeline.refused import Refused
 
 HOLDER = """
 import sys, time

@@ -14,7 +14,8 @@ from pipeline.answers import Answers, read_answers, write_answers
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.measure.activity import LayerActivity
 from pipeline.objective import CrossEntropy
-from pipeline.ranks import Ranks, Refused
+from pipeline.ranks import Ranks
+from pipeline.refused import Diverged, Refused
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Linear
 from tests.processes import run_ranks
@@ -40,13 +41,13 @@ def _talk(rank: int, size: int) -> dict[str, Any]:
 
     def cannot() -> None:
         if rank == 1:
-            raise ValueError("rank 1 cannot")
+            raise Diverged("rank 1 cannot")
 
     try:
         ranks.together(cannot)
         together = "nothing"
     except Refused as error:
-        together = str(error)
+        together = f"{type(error).__name__}: {error}"
     return {
         "together": together,
         "sum": ranks.sum(torch.tensor([1.0, float(rank)])).tolist(),
@@ -72,7 +73,7 @@ def test_both_ranks_hear_the_same(tmp_path: Path) -> None:
         "refused": "rank 0 has seen it",
         "averaged": [0.5, 0.5],
         "own": [True, True],
-        "together": "rank 1 cannot (worker 1)",
+        "together": "Diverged: rank 1 cannot (worker 1)",
         "counted": 0,
     }
     assert run_ranks(_talk, 2, tmp_path) == [{**expected, "gather": [[], [1]]}, {**expected, "gather": []}]

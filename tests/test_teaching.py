@@ -25,8 +25,9 @@ from pipeline.measure.clock import PARTS, REST
 from pipeline.models.mlp import mlp
 from pipeline.parts import Parts
 from pipeline.phases import Phase
-from pipeline.ranks import Ranks, Refused
+from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe, spec
+from pipeline.refused import Refused
 from pipeline.report.show import show_recipe
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT

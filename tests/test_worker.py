@@ -17,13 +17,14 @@ from pipeline.data.mixing import Mixing
 from pipeline.data.synthetic import Synthetic, SyntheticLoader
 from pipeline.measure.clock import PARTS
 from pipeline.models.nf_resnet import nf_resnet18_small
-from pipeline.ranks import Refused
 from pipeline.recipe import spec
+from pipeline.refused import Diverged, Refused, Unbounded
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.state import fresh_state
 from pipeline.suite import filled
 from pipeline.track.jsonl import read
+from pipeline.track.state import state_of
 from pipeline.weights import load_start, weights_file
 from pipeline.worker import note_refusal
 from tests.small import make_run, recipes_of, same_weights, small_recipe, train_inline
@@ -252,7 +253,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path, changes: dict[
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="must be finite"):
         train_inline(tmp_path / "run", small_recipe().override({"optimizer.lr": 1e30}))
-    assert read(tmp_path / "run" / "journal.jsonl")[-1]["event"] == "failed"
+    assert read(tmp_path / "run" / "journal.jsonl")[-1]["event"] == "diverged"
 
 
 def test_a_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
@@ -333,18 +334,29 @@ def test_rows_are_the_samples_places_in_the_global_batch(tmp_path: Path, monkeyp
     assert seen == [range(first, first + 2) for first in (0, 2, 4, 6)] * 2
 
 
-def test_what_a_rule_cannot_compute_is_refused_and_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def diverges(*_: Any, **__: Any) -> Any:
-        raise ValueError("IDE: the solve must converge")
+KINDS = pytest.mark.parametrize(("error", "kind", "state"), [(ValueError, Refused, "failed"), (Unbounded, Diverged, "diverged")])
 
-    monkeypatch.setattr(SLTT, "objectives", diverges)
-    with pytest.raises(Refused, match="IDE: the solve must converge"):
+
+@KINDS
+def test_what_a_rule_cannot_compute_is_refused_and_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[ValueError], kind: type[Refused], state: str
+) -> None:
+    def cannot(*_: Any, **__: Any) -> Any:
+        raise error("IDE: the solve must converge")
+
+    monkeypatch.setattr(SLTT, "objectives", cannot)
+    with pytest.raises(Refused, match="IDE: the solve must converge") as refused:
         train_inline(tmp_path / "run", small_recipe())
+    assert refused.type is kind and state_of(tmp_path / "run") == state
 
 
-def test_a_refusal_that_one_rank_found_stops_the_next_attempt(tmp_path: Path) -> None:
+@KINDS
+def test_a_refusal_that_one_rank_found_stops_the_next_attempt(
+    tmp_path: Path, error: type[ValueError], kind: type[Refused], state: str
+) -> None:
     recipe = small_recipe()
     make_run(tmp_path / "run", recipe)
-    note_refusal(tmp_path / "run", ValueError("IDE: the solve must converge"))
-    with pytest.raises(Refused, match="IDE: the solve must converge"):
+    note_refusal(tmp_path / "run", error("IDE: the solve must converge"))
+    with pytest.raises(Refused, match="IDE: the solve must converge") as refused:
         train_inline(tmp_path / "run", recipe)
+    assert refused.type is kind and state_of(tmp_path / "run") == state

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import writer
-from pipeline.ranks import Ranks, Refused
+from pipeline.ranks import Ranks
+from pipeline.refused import Refused
 from pipeline.track.base import NullTracker
 from pipeline.track.jsonl import read
 from pipeline.writer import journal, only_writer

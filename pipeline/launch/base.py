@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, Protocol, Self
 
 from pipeline.job import Job
-from pipeline.ranks import Refused
+from pipeline.refused import Refused
 
 Device = Literal["auto", "cpu", "gpu"]
 

@@ -10,9 +10,9 @@ from pipeline.job import Job
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.drive import prepare, read_job
 from pipeline.launch.start import check
-from pipeline.recipe import Recipe, read_json
-from pipeline.suite import SuiteFile, best, filled, needed
-from pipeline.track.state import state_of
+from pipeline.recipe import Recipe
+from pipeline.suite import SuiteFile, filled, needed
+from pipeline.trials import best, is_over, top1_of
 from pipeline.weights import weights_file
 
 
@@ -33,12 +33,12 @@ class Children:
         return next(iter(self.where.values())).parent
 
     def left(self) -> list[Recipe]:
-        """The recipes whose runs have not finished, in their order."""
-        return [recipe for recipe in self.suite_file.suite.recipes if not self._finished(recipe.name)]
+        """The recipes whose runs are not over, in their order."""
+        return [recipe for recipe in self.suite_file.suite.recipes if not is_over(self.where[recipe.name])]
 
     def can_begin(self, recipe: Recipe) -> bool:
-        """Whether all that it takes weights or a choice from have finished."""
-        return all(self._finished(name) for name in needed(self.suite_file.suite, recipe))
+        """Whether all that it takes weights or a choice from are over."""
+        return all(is_over(self.where[name]) for name in needed(self.suite_file.suite, recipe))
 
     def job(self, recipe: Recipe) -> Job:
         """Its run as it stands; one that has not begun is prepared, with what the suite had left open.
@@ -59,12 +59,11 @@ class Children:
         choice = self.suite_file.suite.choices.get(recipe.name)
         if choice is None:
             return recipe
-        taken = best({name: read_json(self.where[name] / "summary.json")["top1"] for name in choice.trials})
+        taken = best({name: top1_of(self.where[name]) for name in choice.trials})
+        if taken is None:
+            raise ValueError(f"tuned: {recipe.name} needs a {choice.field} that does not diverge; all {len(choice.trials)} did")
         [trial] = [each for each in self.suite_file.suite.recipes if each.name == taken]
         return recipe.override({choice.field: trial.value_of(choice.field)})
-
-    def _finished(self, name: str) -> bool:
-        return state_of(self.where[name]) == "finished"
 
 
 def begun_job(run: Path, parent: str, *, trust: tuple[str, ...]) -> Job:

@@ -1,8 +1,8 @@
 """From a recipe to a run's folder, and the driver's part while the workers train.
 
 The driver trains nothing. It holds `RUN/driver.lock`, follows the run's journal to draw the progress and to feed MLflow,
-and passes Ctrl-C on: the first asks the workers to save and stop after the step they are in (`RUN/stop`), the second ends
-at once.
+and passes Ctrl-C or SIGTERM on: the first asks the workers to save and stop after the step they are in (`RUN/stop`), the
+second ends at once. SIGUSR1, which schedulers send ahead of their time limit, asks to save and stop however often it comes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from pipeline.launch.base import Launcher
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.folder import numbered, whole_folder
 from pipeline.launch.watch import Watch
-from pipeline.ranks import Refused
 from pipeline.recipe import Recipe, read_json, write_json
+from pipeline.refused import Refused
 from pipeline.spec import arguments_of
 from pipeline.track.jsonl import Follower
 from pipeline.track.mlflow import Mirror
@@ -130,7 +130,7 @@ def drive(job: Job, launcher: Launcher, console: Console, *, uri: str, resume_co
         watch = Watch(console, run_dir=folder, store=uri, resume_command=resume_command)
         follower = Follower(journal, offset=offset)
         try:
-            with _stop_on_signal(folder, console):
+            with stops_on_signal(folder, console):
                 outcome = _in_thread(
                     lambda: launcher.run(job, attempt=uuid.uuid4().hex[:8]),
                     meanwhile=lambda: watch.show(follower.poll()),
@@ -169,7 +169,8 @@ def was_stopped(folder: Path) -> bool:
 
 
 @contextmanager
-def _stop_on_signal(folder: Path, console: Console) -> Iterator[None]:
+def stops_on_signal(folder: Path, console: Console) -> Iterator[None]:
+    """Inside, signals ask the run in this folder to stop, as the module says."""
     heard = -math.inf
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -178,12 +179,14 @@ def _stop_on_signal(folder: Path, console: Console) -> Iterator[None]:
         if echo:
             return
         if (folder / "stop").exists():
+            if number == signal.SIGUSR1:
+                return
             console.print("stopped at once; the last checkpoint counts")
             os._exit(130)
         (folder / "stop").touch()
         console.print(f"{signal.Signals(number).name}: saving after this step; once more to stop at once")
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ from torch import distributed
 
 from pipeline.job import Job, Place
 from pipeline.launch.base import Device, takes_gpus
+from pipeline.malloc import keep_freed_memory
 from pipeline.worker import run
 
 GROUP_PATIENCE = timedelta(minutes=30)
@@ -29,6 +30,7 @@ class Inline:
         self._owned = False
 
     def __enter__(self) -> Self:
+        keep_freed_memory()  # before the thread that trains
         # DeepSpeed reads all of them.
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": self.device})
         self._owned = not distributed.is_initialized()

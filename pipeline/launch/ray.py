@@ -18,7 +18,8 @@ from typing import Any, Self
 
 from pipeline.job import Job, Place
 from pipeline.launch.base import Device, LaunchError, takes_gpus
-from pipeline.ranks import Refused
+from pipeline.malloc import ENVIRONMENT
+from pipeline.refused import Refused
 from pipeline.worker import run
 
 SETTINGS = {
@@ -150,6 +151,7 @@ class Ray:
             **{name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)},
             # A worker starts in a folder of its own; a package that the user trusts lies beside the recipe or on the path.
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path)),
+            **ENVIRONMENT,
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "OPENBLAS_NUM_THREADS": "1",

@@ -24,11 +24,11 @@ from pipeline.launch.base import Launcher, LaunchError
 from pipeline.launch.children import Children
 from pipeline.launch.drive import was_stopped
 from pipeline.launch.watch import Watch
-from pipeline.ranks import Refused
 from pipeline.recipe import Recipe
+from pipeline.refused import Refused
 from pipeline.track.jsonl import Follower
 from pipeline.track.mlflow import tracking_uri
-from pipeline.track.state import state_of
+from pipeline.trials import is_over
 
 LOG = "launch.log"
 """in a run's folder: what its process printed"""
@@ -72,7 +72,7 @@ def train_side_by_side(children: Children, launcher: Launcher, slots: int, conso
                     continue
                 del going[name]
                 failed = failed or each.failure()
-                stopped = stopped or state_of(each.folder) != "finished"  # by somebody who asked this run alone
+                stopped = stopped or not is_over(each.folder)  # by somebody who asked this run alone
             if not asked() and failed is None and not stopped:
                 failed = _begin_more(children, launcher, slots, going, console)
             if not going:
@@ -137,9 +137,9 @@ class _Driven:
             self._process.terminate()
 
     def failure(self) -> Exception | None:
-        """None where it finished or was stopped."""
+        """None where it is over or was stopped."""
         code = self._process.returncode
-        if code == 0 or was_stopped(self.folder):
+        if code == 0 or was_stopped(self.folder) or is_over(self.folder):
             return None
         if code < 0:
             return LaunchError(f"{self.folder.name}: its process was killed by {signal.Signals(-code).name}")
@@ -169,5 +169,8 @@ _prctl = ctypes.CDLL(None).prctl  # now: between fork and exec nothing may be lo
 
 
 def _end_with_the_suite() -> None:
-    """Ask the kernel for a SIGTERM when the suite's process dies: its run is saved, and can be gone on with."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    """Ask the kernel for a signal when the suite's process dies: its run is saved, and can be gone on with.
+
+    SIGUSR1 never means "at once": the suite may have asked this run to save already.
+    """
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1)

@@ -17,9 +17,13 @@ from pipeline.launch.drive import driver_lock, was_stopped
 from pipeline.launch.folder import numbered, refuse_taken, whole_folder
 from pipeline.launch.side_by_side import slots_of, train_side_by_side
 from pipeline.launch.start import check, train
+from pipeline.recipe import Recipe
+from pipeline.refused import Refused
 from pipeline.stand_in import with_stand_ins
 from pipeline.suite import Suite, SuiteFile, runs_of
+from pipeline.track.mlflow import TrackingError, sync, tracking_uri
 from pipeline.track.state import state_of
+from pipeline.trials import is_over
 
 
 def launch_suite(
@@ -46,7 +50,7 @@ def resume_suite(
     begun = {name: run for name, run in runs_of(folder).items() if run.exists()}
     for run in begun.values():
         begun_job(run, suite_file.parent, trust=trust)
-    if len(begun) == len(suite_file.runs) and all(state_of(run) == "finished" for run in begun.values()):
+    if len(begun) == len(suite_file.runs) and all(is_over(run) for run in begun.values()):
         Console().print(f"{folder.name} has finished")
         return folder
     cluster = Cluster.from_json(suite_file.cluster).resumed(workers=workers, inline=inline, address=address)
@@ -65,14 +69,28 @@ def _train_the_rest(
     console.out(f"suite   {folder}\nresume  {command}", highlight=False)
     slots = slots_of(launcher, cluster.side_by_side)
     children = Children(folder.name, suite_file, cluster, where, trust=trust)
-    with driver_lock(folder):
-        if slots > 1:
-            done = train_side_by_side(children, launcher, slots, console)
-        else:
-            done = _train_in_turn(children, launcher, console)
+    try:
+        with driver_lock(folder):
+            if slots > 1:
+                done = train_side_by_side(children, launcher, slots, console)
+            else:
+                done = _train_in_turn(children, launcher, console)
+    finally:
+        _tell_mlflow(children, console)
     if not done:
         console.out(f"stopped; go on with: {command}", highlight=False)
     return folder if done else None
+
+
+def _tell_mlflow(children: Children, console: Console) -> None:
+    """How the suite stands once nobody drives it: between two of its runs MLflow was told that it goes on."""
+    begun = [run for run in children.where.values() if state_of(run) != "new"]
+    if not begun or not children.left():  # the last run has told it
+        return
+    try:
+        sync(begun[-1], uri=tracking_uri(children.runs))
+    except TrackingError as error:
+        console.out(str(error), highlight=False)
 
 
 def _train_in_turn(children: Children, launcher: Launcher, console: Console) -> bool:
@@ -80,13 +98,24 @@ def _train_in_turn(children: Children, launcher: Launcher, console: Console) -> 
     left = children.left()
     try:
         for recipe in left:
-            finished = train(children.job(recipe), launcher, children.runs, console)
+            finished = _train_one(children, recipe, launcher, console)
             # Who asks during a run's last batch finds it finished: it is the suite that stops.
             if not finished or (was_stopped(children.where[recipe.name]) and recipe is not left[-1]):
                 return False
     except KeyboardInterrupt:  # between two runs
         return False
     return True
+
+
+def _train_one(children: Children, recipe: Recipe, launcher: Launcher, console: Console) -> bool:
+    """False when it was asked to stop. A trial that diverges has its answer."""
+    job = children.job(recipe)
+    try:
+        return train(job, launcher, children.runs, console)
+    except Refused:
+        if not is_over(Path(job.run)):
+            raise
+        return True
 
 
 def _check_ahead(suite: Suite, cluster: Cluster, *, trust: tuple[str, ...], begun: frozenset[str] = frozenset()) -> None:

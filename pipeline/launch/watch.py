@@ -121,6 +121,9 @@ class Watch:
     def _on_failed(self, event: dict[str, Any]) -> None:
         self._say(f"failed: {event.get('error')}")
 
+    def _on_diverged(self, event: dict[str, Any]) -> None:
+        self._say(f"diverged: {event.get('error')}")
+
     def _on_finish(self, event: dict[str, Any]) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=self._start.get("total_steps"))

@@ -25,17 +25,30 @@ from pipeline.models.parts import one_more, standardized_conv, variance_gain
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.feedback import Feedback
 from pipeline.spiking.neuron import LIF
+from pipeline.spiking.still import OncePerImage
 from pipeline.spiking.synapse import Conv2d, Linear, folded
 
 
 class Layer(nn.Module):
-    """h = gamma dropout(LIF(sWS convolution(h) + more(h))), `more` being where else current comes from."""
+    """h = gamma dropout(LIF(sWS convolution(h) + more(h))), `more` being where else current comes from.
+
+    The first layer of a network, which sees the image, has its convolution once where the image is still.
+    """
 
     def __init__(
-        self, in_channels: int, width: int, *, kernel: int = 3, stride: int = 1, dropout: float = 0.0, neuron: nn.Module
+        self,
+        in_channels: int,
+        width: int,
+        *,
+        is_first: bool,
+        kernel: int = 3,
+        stride: int = 1,
+        dropout: float = 0.0,
+        neuron: nn.Module,
     ) -> None:
         super().__init__()
-        self.conv = standardized_conv(in_channels, width, kernel, stride=stride)
+        conv = standardized_conv(in_channels, width, kernel, stride=stride)
+        self.conv = OncePerImage(conv) if is_first else conv
         self.neuron = one_more(neuron)
         self.dropout = Dropout(dropout)
         self.gain = variance_gain(neuron)
@@ -105,7 +118,8 @@ class VGG(nn.Module):
         for widths in stages:
             layers = nn.Sequential()
             for width in widths:
-                layers.append(Layer(channels, width, kernel=kernel, stride=stride, dropout=dropout, neuron=neuron))
+                about = {"kernel": kernel, "stride": stride, "dropout": dropout, "neuron": neuron}
+                layers.append(Layer(channels, width, is_first=not self.stages and not layers, **about))
                 channels, kernel, stride = width, 3, 1
             self.stages.append(layers)
         self.pool = nn.AvgPool2d(2)

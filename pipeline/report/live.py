@@ -19,7 +19,7 @@ from typing import Any
 
 from pipeline.report.compare import BASELINE
 from pipeline.report.runs import ReportError
-from pipeline.report.store import Point, Store, StoredRun
+from pipeline.report.store import Point, Store, StoredRun, StoreError
 from pipeline.report.study import Study
 from pipeline.report.study_run import StudyRun, number, study_run
 from pipeline.track.files import JOURNAL
@@ -29,6 +29,7 @@ from pipeline.track.state import State
 _STATES: dict[str, State] = {"RUNNING": "running", "FINISHED": "finished", "FAILED": "failed"}  # else stopped: MLflow's KILLED
 _ASKED = {"step": ("train/", ("loss", "top1", "images_per_s")), "evaluation": ("val/", ("top1", "loss", "firing_rate"))}
 _SENT = "spiketrain.artifact."  # tags that say which version of an artifact was sent
+_BESIDE = {"summary": dict, "activity": list, "recipe": dict}
 _KEPT = 512  # runs
 _FRESH_S = 0.5  # two callbacks of one look ask for the same runs
 
@@ -74,8 +75,10 @@ class Live:
         for stored in runs:
             try:
                 run = self.run(stored)
-            except _Damaged as error:
-                notes.append(str(error))
+            except StoreError:
+                raise  # of the store, not of this run
+            except ReportError as error:
+                notes.append(f"{stored.name} is left out: {error}; `spiketrain sync {stored.name}`")
                 continue
             if run.recipe.get("protocol") == "trial":
                 notes.append(f"{run.name} is a trial on a held-out part, no run to set beside others.")
@@ -103,7 +106,7 @@ class Live:
         events = [] if text is None else events_of(text)
         if not any(event["event"] == "start" for event in events):
             events = self._told_by_metrics(stored, _Going())
-        beside = {name: self._json(stored, f"{name}.json") for name in ("summary", "activity", "recipe")}
+        beside = {name: self._json(stored, f"{name}.json", kind) for name, kind in _BESIDE.items()}
         return study_run(stored.name, events, state=_STATES.get(stored.state, "stopped"), **beside)
 
     def _going_on(self, stored: StoredRun) -> StudyRun:
@@ -111,7 +114,7 @@ class Live:
         _forget(self._going)
         self._going.move_to_end(stored.id)
         events = self._told_by_metrics(stored, going)
-        return study_run(stored.name, events, state="running", recipe=self._json(stored, "recipe.json"))
+        return study_run(stored.name, events, state="running", recipe=self._json(stored, "recipe.json", dict))
 
     def _told_by_metrics(self, stored: StoredRun, going: _Going) -> list[Event]:
         """The journal as it was last sent, at a start or an evaluation, and after it what metrics tell."""
@@ -129,18 +132,15 @@ class Live:
         attempt = events[-1].get("attempt")
         return [*events, *_after(events, going.points, attempt)]
 
-    def _json(self, stored: StoredRun, name: str) -> Any:
+    def _json(self, stored: StoredRun, name: str, kind: type) -> Any:
         text = self.store.text(stored.id, name)
         try:
-            return None if text is None else json.loads(text)
+            value = None if text is None else json.loads(text)
         except ValueError as error:
-            raise _Damaged(
-                f"{stored.name} is left out: its {name} in MLflow is not JSON ({error}); `spiketrain sync {stored.name}`"
-            ) from error
-
-
-class _Damaged(ReportError):
-    """An artifact of one run."""
+            raise ReportError(f"its {name} in MLflow is not JSON ({error})") from error
+        if value is not None and not isinstance(value, kind):
+            raise ReportError(f"its {name} in MLflow must hold a {kind.__name__}; got a {type(value).__name__}")
+        return value
 
 
 def _after(events: Sequence[Event], points: Mapping[str, Sequence[Point]], attempt: Any) -> Iterator[Event]:

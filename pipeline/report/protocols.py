@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.recipe import read_json
 from pipeline.report.choose import study_of
 from pipeline.report.compare import compare, print_comparison
 from pipeline.report.differences import written
 from pipeline.report.runs import recipe_of
-from pipeline.suite import best
+from pipeline.report.study_run import from_folder
+from pipeline.trials import best, top1_of
 
 TITLES = {"shared": "shared: only the rule differs", "tuned": "tuned: each rule with its own best value of {fields}"}
 
@@ -52,20 +52,19 @@ def _by_protocol(runs: Mapping[str, Path]) -> dict[str, dict[str, list[Path]]]:
 
 def _trials(folders: list[Path]) -> Iterator[dict[str, Any]]:
     """Of one study, each rule's in the order that they were tried in, and which was taken."""
-    summaries = {folder: read_json(folder / "summary.json") for folder in folders}
-    by_rule: dict[str, dict[str, float]] = {}
-    for folder, summary in summaries.items():
-        by_rule.setdefault(_search(folder), {})[folder.name] = summary["top1"]
-    for folder, summary in summaries.items():
-        recipe = recipe_of(folder)
+    by_rule: dict[str, dict[str, float | None]] = {}
+    for folder in folders:
+        by_rule.setdefault(_search(folder), {})[folder.name] = top1_of(folder)
+    for folder in folders:
+        recipe, tried = recipe_of(folder), by_rule[_search(folder)]
         [field] = recipe["tuned"]
         yield {
             "run": folder.name,
-            "rule": summary["rule"],
+            "rule": from_folder(folder).rule,
             "field": field,
             "value": written(recipe, field),
-            "top1": summary["top1"],
-            "taken": folder.name == best(by_rule[_search(folder)]),
+            "top1": tried[folder.name],
+            "taken": folder.name == best(tried),
         }
 
 
@@ -74,7 +73,8 @@ def _print_trials(trials: list[dict[str, Any]], console: Console) -> None:
     for title in ("rule", "field", "value", "top-1", ""):
         table.add_column(title, justify="right" if title in ("value", "top-1") else "left")
     for trial in trials:
-        cells = (trial["rule"], trial["field"], str(trial["value"]), f"{trial['top1']:.2%}", "taken" if trial["taken"] else "")
+        top1 = "diverged" if trial["top1"] is None else f"{trial['top1']:.2%}"
+        cells = (trial["rule"], trial["field"], str(trial["value"]), top1, "taken" if trial["taken"] else "")
         table.add_row(*map(Text, cells))
     console.print(table)
 

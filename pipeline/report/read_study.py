@@ -20,7 +20,7 @@ from pipeline.report.study import Study
 from pipeline.report.study_run import from_folder
 from pipeline.report.suite import suite_named
 from pipeline.suite import FILE, SuiteFile, runs_of
-from pipeline.track.state import state_of
+from pipeline.trials import is_over
 
 OUT = "report.html"
 _WIDTH = 120  # characters of what a suite's own report prints
@@ -92,16 +92,16 @@ def _with_their_baseline(runs_dir: Path, folders: Sequence[Path], against: str) 
 def _own_report(suite: Path, trust: tuple[str, ...]) -> tuple[dict[str, Any], str, list[str]]:
     """What the suite's report returns and prints; a sentence where it has nothing to say yet, or cannot."""
     runs = runs_of(suite)
-    finished = {name: run for name, run in runs.items() if state_of(run) == "finished"}
+    over = {name: run for name, run in runs.items() if is_over(run)}
     if read_json(suite / FILE).get("report") is None:
         return {}, "", []
-    if len(finished) < len(runs):
-        waits = f"The suite's own report, with its claims, waits for all runs: {len(finished)} of {len(runs)} have finished."
+    if len(over) < len(runs):
+        waits = f"The suite's own report, with its claims, waits for all runs: {len(over)} of {len(runs)} have finished."
         return {}, "", [waits]
     printed = io.StringIO()
     try:
         report = SuiteFile.read(suite, trust=trust).suite.report
-        value = None if report is None else report(finished, Console(file=printed, width=_WIDTH))
+        value = None if report is None else report(over, Console(file=printed, width=_WIDTH))
     except ValueError as error:
         return {}, "", [f"The suite's own report could not be made: {error}"]
     return dict(value) if isinstance(value, Mapping) else {}, printed.getvalue(), []

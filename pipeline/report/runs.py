@@ -17,6 +17,7 @@ from pipeline.job import resume_command
 from pipeline.suite import FILE, is_suite, runs_of
 from pipeline.track.jsonl import first, last
 from pipeline.track.state import State, is_driven, state_of
+from pipeline.trials import is_over
 
 __all__ = [
     "AmbiguousName",
@@ -231,10 +232,10 @@ def _row(runs_dir: Path, folder: Path) -> RunRow:
 def _suite_row(runs_dir: Path, folder: Path) -> SuiteRow:
     try:
         runs = runs_of(folder)
+        over = sum(map(is_over, runs.values()))
     except ValueError:
         return SuiteRow(name=folder.name, folder=folder, state=f"{FILE} is damaged", resume=None)  # a list shows what there is
-    finished = sum(state_of(run) == "finished" for run in runs.values())
     driven = is_driven(folder)
-    resume = None if finished == len(runs) or driven else resume_command(runs_dir, folder.name)
-    state = f"{finished} of {len(runs)} finished" + (", running" if driven else "")
+    resume = None if over == len(runs) or driven else resume_command(runs_dir, folder.name)
+    state = f"{over} of {len(runs)} finished" + (", running" if driven else "")
     return SuiteRow(name=folder.name, folder=folder, state=state, resume=resume)

@@ -40,7 +40,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one study key, on equal machines with as many workers."""
+    """Runs of one study key, on equal machines with as many workers that kept to cores of their own or did not."""
 
     runs: tuple[StudyRun, ...]
     """the baseline's first"""
@@ -122,7 +122,7 @@ class Study:
         """Those with most rules first, else in the order of their runs."""
         by_kind: dict[str, list[StudyRun]] = {}
         for run in self.runs:
-            kind = [run.study, run.workers, run.loader_threads, run.hardware]
+            kind = [run.study, run.workers, run.loader_threads, run.own_cores, run.hardware]
             by_kind.setdefault(json.dumps(kind, sort_keys=True, default=str), []).append(run)
         groups = [Group(self._sorted(_told_apart(runs)), self.against, self.within) for runs in by_kind.values()]
         return tuple(sorted(groups, key=lambda group: -len(group.rules)))

@@ -98,6 +98,8 @@ class StudyRun:
     hardware: Mapping[str, Any]
     workers: int | None
     loader_threads: int | None
+    own_cores: bool
+    """whether each worker on a CPU kept to cores that no other run computed on"""
     commits: tuple[str, ...]
     """of its attempts, each once"""
     step: int
@@ -161,6 +163,7 @@ def study_run(
         hardware=told.get("hardware") or {},
         workers=_count(told.get("world_size")),
         loader_threads=_count(told.get("loader_threads")),
+        own_cores=bool(told.get("own_cores")),
         commits=tuple(dict.fromkeys(str(event["commit"]) for event in starts if event.get("commit"))),
         step=done[-1] if done else 0,
         total_steps=_count(told.get("total_steps")),

@@ -16,6 +16,7 @@ from pipeline.report.paired import WITHIN
 from pipeline.report.runs import AmbiguousName, ReportError, find_run_or_suite
 from pipeline.suite import Report, SuiteFile, is_suite, runs_of
 from pipeline.track.state import is_driven, state_of
+from pipeline.trials import is_over
 
 
 def suite_named(runs_dir: Path, names: Sequence[str]) -> Path | None:
@@ -66,35 +67,35 @@ def print_suite(
             f"compare: {folder.name} has a report of its own, so --against and --within have no effect; got {against}, {within:g}"
         )
     runs = runs_of(folder)
-    finished = {name: run for name, run in runs.items() if state_of(run) == "finished"}
+    over = {name: run for name, run in runs.items() if is_over(run)}
     if as_json:
-        _print_json(folder, report, runs, finished, console)
+        _print_json(folder, report, runs, over, console)
         return
-    if len(finished) == len(runs) and report is not None:
-        report(finished, console)
+    if len(over) == len(runs) and report is not None:
+        report(over, console)
         return
-    if finished and report is None:
-        print_studies(folder.parent, list(finished.values()), against=against, within=within, console=console)
-    if len(finished) < len(runs):
+    if over and report is None:
+        print_studies(folder.parent, list(over.values()), against=against, within=within, console=console)
+    if len(over) < len(runs):
         for name, run in runs.items():
-            if name not in finished:
+            if name not in over:
                 state = f"is {state_of(run)}" if run.exists() else "has not begun"
                 console.out(f"not finished: {name} ({run.name}) {state}", highlight=False)
         command = "" if is_driven(folder) else f"; {resume_command(folder.parent, folder.name, trust=trust)}"
         until = "" if report is None else ", the report is printed when all have"
-        console.out(f"{len(finished)} of {len(runs)} finished{until}{command}", highlight=False)
+        console.out(f"{len(over)} of {len(runs)} finished{until}{command}", highlight=False)
 
 
 def _print_json(
-    folder: Path, report: Report | None, runs: Mapping[str, Path], finished: Mapping[str, Path], console: Console
+    folder: Path, report: Report | None, runs: Mapping[str, Path], over: Mapping[str, Path], console: Console
 ) -> None:
     if report is None:
         raise ValueError(
             f"compare: --format json of a suite is what its report returns; {folder.name} has none; name its runs instead"
         )
-    if len(finished) < len(runs):
-        raise ValueError(f"compare: {folder.name} must have finished; {len(finished)} of {len(runs)} runs have")
-    value = report(finished, Console(file=io.StringIO()))
+    if len(over) < len(runs):
+        raise ValueError(f"compare: {folder.name} must have finished; {len(over)} of {len(runs)} runs have")
+    value = report(over, Console(file=io.StringIO()))
     if value is None:
         raise ValueError(f"compare: the report of {folder.name} returns nothing, so there is no --format json of it")
     console.out(json.dumps(value, indent=2), highlight=False)

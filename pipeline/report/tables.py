@@ -58,7 +58,7 @@ def recipe_differences(study: Study) -> Table:
 
 def provenance(study: Study) -> Table:
     """Each run's state, machine and commit."""
-    columns = ("run", "rule", "seed", "study", "state", "step", "restarts", "hardware", "workers", "commit")
+    columns = ("run", "rule", "seed", "study", "state", "step", "restarts", "hardware", "workers", "cores", "commit")
     rows = [
         (
             run.name,
@@ -70,6 +70,7 @@ def provenance(study: Study) -> Table:
             len(run.restarts),
             machine(run.hardware),
             run.workers,
+            "its own" if run.own_cores else "shared",
             ", ".join(run.commits) or None,
         )
         for group in study.groups
@@ -90,9 +91,11 @@ def lone_runs(groups: Sequence[Group]) -> Table:
 
 
 def named(group: Group) -> str:
-    """`Study 01234567 on a cpu, 2 cores, 1 thread, 1 worker`"""
-    workers = "" if group.runs[0].workers is None else f", {_count(group.runs[0].workers, 'worker')}"
-    return f"Study {group.study[:8] or 'unknown'} on {machine(group.hardware)}{workers}"
+    """`Study 01234567 on a cpu, 2 cores, 1 thread, 1 worker on cores of its own`"""
+    run = group.runs[0]
+    workers = "" if run.workers is None else f", {_count(run.workers, 'worker')}"
+    cores = " on cores of its own" if run.own_cores else ""
+    return f"Study {group.study[:8] or 'unknown'} on {machine(group.hardware)}{workers}{cores}"
 
 
 def machine(hardware: Mapping[str, Any]) -> str:
@@ -173,7 +176,12 @@ def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
 
 
 def _kept(run: StudyRun) -> dict[str, Any]:
-    about = {"workers": run.workers, "loader_threads": run.loader_threads, "hardware": dict(run.hardware)}
+    about = {
+        "workers": run.workers,
+        "loader_threads": run.loader_threads,
+        "own_cores": run.own_cores,
+        "hardware": dict(run.hardware),
+    }
     return {**{name: value for name, value in run.recipe.items() if name not in VARIED}, **about}
 
 

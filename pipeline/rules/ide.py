@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.counts import refuse_unless_counts
+from pipeline.refused import Unbounded
 from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World
 from pipeline.spiking.equilibrium import Linearized, the_equilibrium
 from pipeline.spiking.solvers import Solution, broyden, fixed_point
@@ -76,12 +77,12 @@ class _Adjoint:
 
     def __call__(self, g_B: Tensor, vjp: Linearized) -> Tensor:
         if not g_B.isfinite().all():  # or the solve would be blamed
-            raise ValueError(f"IDE: the gradient of the loss must be finite; got {g_B[~g_B.isfinite()][0].item()}")
+            raise Unbounded(f"IDE: the gradient of the loss must be finite; got {g_B[~g_B.isfinite()][0].item()}")
         solve = broyden if self.solver == "broyden" else fixed_point
         solution = solve(g_B, vjp, iterations=self.iterations, tolerance=self.tolerance)
         unsolved_B = ~(solution.residual_B <= UNSOLVED)  # so that "not a number" is unsolved, too
         if unsolved_B.any():
-            raise ValueError(self._diverged(solution, unsolved_B, vjp))
+            raise Unbounded(self._diverged(solution, unsolved_B, vjp))
         self.residual = solution.residual_B.mean().item()
         if self.residual > COARSE and not self.warned:
             self.warned = True

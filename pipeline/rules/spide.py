@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.counts import refuse_unless_counts
+from pipeline.refused import Unbounded
 from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World
 from pipeline.spiking.equilibrium import Equilibrium, Linearized, the_equilibrium
 from pipeline.spiking.limit import Limited
@@ -97,7 +98,7 @@ class _Adjoint:
     def __call__(self, g_B: Tensor, vjp: Linearized) -> list[Tensor]:
         g_B = g_B.to(torch.promote_types(g_B.dtype, torch.float32))
         if not g_B.isfinite().all():
-            raise ValueError(f"SPIDE: the gradient of the loss must be finite; got {g_B[~g_B.isfinite()][0].item()}")
+            raise Unbounded(f"SPIDE: the gradient of the loss must be finite; got {g_B[~g_B.isfinite()][0].item()}")
         if self.factor == 0:  # a share of nothing teaches nothing
             return [torch.zeros_like(mask_B, dtype=g_B.dtype) for mask_B in vjp.masks]
         # What arrives is the gradient of `factor` times a mean over `samples`.

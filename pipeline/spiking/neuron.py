@@ -82,7 +82,7 @@ class LIF(nn.Module):
             v_B = self.carry(v_B)
             spikes.append(s_B.to(x_TB.dtype))
         self.state.write("v", v_B)
-        return torch.stack(spikes)
+        return torch.stack(spikes) if len(spikes) > 1 else spikes[0].unsqueeze(0)  # one step is a view: no copy
 
     def membrane(self, x_TB: Tensor) -> Tensor:
         """v before the first step of the slice `x_TB`: the last slice's, or rest."""

@@ -37,7 +37,7 @@ class Triangle:
         return spike(u_minus_threshold, surrogate=self)
 
     def derivative(self, u_minus_threshold: Tensor) -> Tensor:
-        return (self.alpha - self.alpha**2 * u_minus_threshold.abs()).clamp_min(0)
+        return u_minus_threshold.abs().mul_(-(self.alpha**2)).add_(self.alpha).clamp_min_(0)
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Sigmoid:
         return spike(u_minus_threshold, surrogate=self)
 
     def derivative(self, u_minus_threshold: Tensor) -> Tensor:
-        sigma = torch.sigmoid(self.alpha * u_minus_threshold)
-        return self.alpha * sigma * (1 - sigma)
+        sigma = (self.alpha * u_minus_threshold).sigmoid_()
+        return (1 - sigma).mul_(sigma).mul_(self.alpha)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Rectangle:
         return spike(u_minus_threshold, surrogate=self)
 
     def derivative(self, u_minus_threshold: Tensor) -> Tensor:
-        return (u_minus_threshold.abs() <= self.alpha / 2).to(u_minus_threshold.dtype) / self.alpha
+        return u_minus_threshold.abs().le_(self.alpha / 2).div_(self.alpha)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class ATan:
         return spike(u_minus_threshold, surrogate=self)
 
     def derivative(self, u_minus_threshold: Tensor) -> Tensor:
-        return self.alpha / 2 / (1 + (math.pi / 2 * self.alpha * u_minus_threshold).square())
+        return (math.pi / 2 * self.alpha * u_minus_threshold).square_().add_(1).reciprocal_().mul_(self.alpha / 2)
 
 
 def spike(u_minus_threshold: Tensor, *, surrogate: Surrogate) -> Tensor:
@@ -108,12 +108,12 @@ class _Spike(torch.autograd.Function):
     def forward(ctx: Any, u_minus_threshold: Tensor, surrogate: Surrogate) -> Tensor:
         ctx.save_for_backward(u_minus_threshold)
         ctx.surrogate = surrogate
-        return (u_minus_threshold >= 0).to(u_minus_threshold.dtype)
+        return torch.ge(u_minus_threshold, 0, out=torch.empty_like(u_minus_threshold))  # no booleans in between
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (u_minus_threshold,) = ctx.saved_tensors
-        return grad_outputs[0] * ctx.surrogate.derivative(u_minus_threshold), None
+        return ctx.surrogate.derivative(u_minus_threshold).mul_(grad_outputs[0]), None
 
 
 def _check_alpha(surrogate: object, alpha: float) -> None:

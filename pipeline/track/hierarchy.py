@@ -25,6 +25,7 @@ from pipeline.track.translate import milliseconds
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 RUN_TAG = "spiketrain.run_id"
 PARENT_TAG = "spiketrain.study_parent"
@@ -81,13 +82,19 @@ def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | Non
     """What its runs say; `suite` is its folder, which knows how many there will be."""
     parent = client.get_run(parent_id)
     runs = client.search_runs([parent.info.experiment_id], f"tags.`{PARENT_OF}` = '{parent_id}'")
-    status = _status_of_all([run.info.status for run in runs], suite)
+    status = _status_of_all([_status_in_suite(run) for run in runs], suite)
     if status == parent.info.status:
         return
     if status == "RUNNING":
         client.update_run(parent_id, status=status)
     else:
         client.set_terminated(parent_id, status=status)
+
+
+def _status_in_suite(run: Run) -> str:
+    """A trial that diverged has failed by itself; of its search it is an answer."""
+    is_answer = run.data.params.get("protocol") == "trial" and run.data.tags.get("spiketrain.diverged") == "true"
+    return "FINISHED" if is_answer and run.info.status == "FAILED" else run.info.status
 
 
 def _status_of_all(states: Collection[str], suite: Path | None) -> str:

@@ -49,7 +49,8 @@ def register(
 ) -> Registered:
     """Make a run's checkpoint a version of the registered model `name`, and its alias; what the run has is delivered first.
 
-    A checkpoint that is a version of that model already becomes none again. It stays where it is: a resume may prune it.
+    A checkpoint that is a version of that model already becomes none again. It stays where it is; `pin` keeps it
+    from being pruned by a resume.
 
     Raises:
         TrackingError: no attempt of the run has begun, or MLflow could not be reached or refused; one line.

@@ -10,8 +10,14 @@ from pipeline.track.jsonl import last
 
 __all__ = ["State", "is_driven", "state_of"]
 
-State = Literal["new", "running", "finished", "stopped", "failed", "interrupted"]
-_ENDS: dict[str, State] = {"finish": "finished", "stopped": "stopped", "failed": "failed", "start": "interrupted"}
+State = Literal["new", "running", "finished", "stopped", "failed", "diverged", "interrupted"]
+_ENDS: dict[str, State] = {
+    "finish": "finished",
+    "stopped": "stopped",
+    "failed": "failed",
+    "diverged": "diverged",
+    "start": "interrupted",
+}
 
 
 def state_of(run_dir: Path) -> State:

@@ -12,7 +12,7 @@ from pipeline.track.jsonl import Event
 if TYPE_CHECKING:
     from mlflow.entities import Metric
 
-STATUS = {"start": "RUNNING", "finish": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+STATUS = {"start": "RUNNING", "finish": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "diverged": "FAILED"}
 _TAGGED = ("recipe", "rule", "study", "study_parent", "seed", "world_size", "batch_size", "micro_batch", "precision", "zero",
            "commit", "dirty", "data_fingerprint", "family", "suite")  # fmt: skip
 
@@ -54,8 +54,8 @@ class Translation:
             if event.get("commit"):
                 tags["mlflow.source.git.commit"] = str(event["commit"])
             return tags | {"spiketrain.attempt": str(event.get("attempt", 0)), "mlflow.source.name": str(event.get("recipe", ""))}
-        if kind == "failed":
-            return {"spiketrain.error": str(event.get("error", ""))}
+        if kind in ("failed", "diverged"):
+            return {"spiketrain.error": str(event.get("error", "")), "spiketrain.diverged": str(kind == "diverged").lower()}
         if kind == "stopped":
             return {"spiketrain.stopped": str(event.get("reason", ""))}
         if kind == "quarantine":

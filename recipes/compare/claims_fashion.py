@@ -39,6 +39,7 @@ from recipes.fashion.base import fashion
 from recipes.imagenet.nf_resnet34_sltt import recipe as nf_resnet34_sltt
 
 T, EPOCHS, SEEDS = 6, 3, (0, 1, 2)
+BATCH = 256  # on two workers the papers' 128 a device
 STUDIES = {"leak-1-11": (1 / 11, 0.3), "leak-1-2": (0.5, 0.3)}
 """leak, and a learning rate that SLTT-1's rescaled gradient bears"""
 RULES = {
@@ -66,6 +67,7 @@ def _of_study(study: str) -> Iterator[Recipe]:
         model=base.model.with_(neuron=neuron),
         optimizer=base.optimizer.with_(lr=rate),
         time_steps=T,
+        batch_size=BATCH,
         epochs=EPOCHS,
         evaluate_every=EPOCHS,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.launch.base import takes_gpus
-from pipeline.ranks import Refused
+from pipeline.refused import Refused
 
 
 @pytest.mark.parametrize(

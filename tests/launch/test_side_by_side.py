@@ -18,7 +18,7 @@ from pipeline.data.write import write_fashion
 from pipeline.launch.base import Launcher
 from pipeline.launch.inline import Inline
 from pipeline.launch.side_by_side import LOG, slots_of
-from pipeline.ranks import Refused
+from pipeline.refused import Refused
 from pipeline.report.runs import list_suites
 from pipeline.suite import runs_of
 from pipeline.track.jsonl import first, last, read
@@ -121,7 +121,7 @@ def test_when_the_suite_is_killed_its_runs_are_saved_and_it_goes_on(place: Path,
 def test_a_run_that_fails_lets_the_others_end_and_says_why(place: Path, tmp_path: Path, spiketrain: Command) -> None:
     words = ("launch", str(place / "short.py"), "--inline", "--device", "cpu", "--runs", str(tmp_path), "--name", "bad")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(saboteur(tmp_path / "hook")))
+        patch.setenv("PYTHONPATH", str(saboteur(tmp_path / "hook", REFUSE)))
         code, _, error = spiketrain(*words, "--side-by-side", "2")
     runs = runs_of(tmp_path / "bad")
     assert code == 2 and error == f"{runs['one'].name}: sabotage: must not be; got one\n"
@@ -129,22 +129,43 @@ def test_a_run_that_fails_lets_the_others_end_and_says_why(place: Path, tmp_path
     assert "sabotage" in (runs["one"] / LOG).read_text()
 
 
+@pytest.mark.distributed
+def test_a_run_that_is_stopped_alone_stops_the_suite_once_the_others_have_ended(
+    place: Path, tmp_path: Path, spiketrain: Command
+) -> None:
+    words = ("launch", str(place / "short.py"), "--inline", "--device", "cpu", "--runs", str(tmp_path), "--name", "alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(saboteur(tmp_path / "hook", STOP)))
+        code, said, _ = spiketrain(*words, "--side-by-side", "2")
+    runs = runs_of(tmp_path / "alone")
+    assert code == 130 and said.splitlines()[-1] == f"stopped; go on with: spiketrain resume alone --runs {tmp_path}"
+    assert [state_of(runs[name]) for name in ("one", "other", "after")] == ["stopped", "finished", "new"]
+
+
 def test_a_search_takes_what_did_best_on_the_held_out_part(place: Path, tmp_path: Path, spiketrain: Command) -> None:
-    rates = (0.001, 0.01, 0.1, 0.3, 3.0)
+    rates = (0.001, 0.01, 0.1, 0.3, 1e38)
     words = ("--tune", f"optimizer.lr={','.join(map(str, rates))}", "--name", "s", "--runs", str(tmp_path))
     code, said, error = spiketrain("launch", str(place / "searched.py"), "--inline", "--device", "cpu", *words)
     assert code == 0, error
     runs = runs_of(tmp_path / "s")
-    top1 = {rate: json.loads((runs[f"searched-lr-{rate}"] / "summary.json").read_text())["top1"] for rate in rates}
+    *ended, diverged = rates
+    top1 = {rate: json.loads((runs[f"searched-lr-{rate}"] / "summary.json").read_text())["top1"] for rate in ended}
+    assert (
+        state_of(runs[f"searched-lr-{diverged}"]) == "diverged"
+        and not (runs[f"searched-lr-{diverged}"] / "summary.json").exists()
+    )
     best = max(top1, key=lambda rate: top1[rate])
     written = {name: json.loads((run / "recipe.json").read_text())["recipe"] for name, run in runs.items()}
     assert written["searched-tuned"]["optimizer"]["kwargs"]["lr"] == best
     assert written["searched"]["optimizer"]["kwargs"]["lr"] == 0.1
-    assert said.count("taken") == 1 and "shared: only the rule differs" in said
+    assert said.count("taken") == 1 and said.count("diverged\n") == 1 and "shared: only the rule differs" in said
     assert "tuned: each rule with its own best value of optimizer.lr" in said
     code, said, _ = spiketrain("compare", "s", "--runs", str(tmp_path), "--format", "json")
     told = json.loads(said)
     assert [trial["value"] for trial in told["trials"] if trial["taken"]] == [best]
+    assert [trial["value"] for trial in told["trials"] if trial["top1"] is None] == [diverged]
+    code, said, _ = spiketrain("resume", "s", "--runs", str(tmp_path))
+    assert code == 0 and "s has finished" in said
     assert len(told["shared"]) == len(told["tuned"]) == 1
     code, said, error = spiketrain("report", "s", "--runs", str(tmp_path))
     assert code == 0, error
@@ -183,15 +204,21 @@ def wait_for(happened: Any) -> None:
         time.sleep(0.1)
 
 
-def saboteur(folder: Path) -> Path:
-    """A folder to put on the path: processes that drive the run of recipe `one` find its rule refused."""
+REFUSE = "raise ValueError('sabotage: must not be; got one')"
+STOP = "pathlib.Path(next(word for word in sys.orig_argv if '/one-' in word), 'stop').touch()"
+
+
+def saboteur(folder: Path, act: str) -> Path:
+    """A folder to put on the path: processes that drive the run of recipe `one` do this as they hand the network to its rule."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(
-        "import sys\n"
+        "import pathlib, sys\n"
         "if '-m' in sys.orig_argv and 'pipeline' in sys.orig_argv and any('/one-' in word for word in sys.orig_argv):\n"
         "    from pipeline.rules.sltt import SLTT\n"
-        "    def attach(self, *words, **more):\n"
-        "        raise ValueError('sabotage: must not be; got one')\n"
-        "    SLTT.attach = attach\n"
+        "    attach = SLTT.attach\n"
+        "    def sabotaged(self, *words, **more):\n"
+        f"        {act}\n"
+        "        return attach(self, *words, **more)\n"
+        "    SLTT.attach = sabotaged\n"
     )
     return folder

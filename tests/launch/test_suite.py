@@ -209,6 +209,11 @@ def test_asked_to_stop_during_a_runs_last_batch_the_suite_stops_and_goes_on(
     assert code == 130 and "stopped; go on with: spiketrain resume s --runs" in said.splitlines()[-1]
     runs = runs_of(tmp_path / "s")
     assert state_of(runs["first"]) == "finished" and not runs["second"].exists()
+    [parent] = connect(f"sqlite:///{places}/mlflow.db").search_runs(
+        [str(each.experiment_id) for each in connect(f"sqlite:///{places}/mlflow.db").search_experiments()],
+        f"tags.`spiketrain.study_parent` = '{SuiteFile.read(tmp_path / 's').parent}' and tags.`spiketrain.kind` = 'suite'",
+    )
+    assert parent.info.status == "KILLED"  # nobody drives it, though its only run has finished
     code, said, _ = spiketrain("compare", "s", "--runs", str(tmp_path))
     lines = said.splitlines()
     assert code == 0 and "SLTT-2" in said  # the table of the study so far

@@ -3,13 +3,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models.vgg import VGG, Layer, vgg_sws, vgg_sws_f
+from pipeline.models.vgg import VGG, vgg_sws, vgg_sws_f
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.surrogate import Sigmoid, Triangle
+from pipeline.spiking.synapse import Conv2d
 from tests.rules.small import cross_entropy, difference, gradients
 
 
@@ -24,19 +25,19 @@ def test_against_an_independent_forward():
     torch.manual_seed(0)
     model = vgg_sws(4, in_channels=2, stages=((3, 5), (6,))).double()
     x_BCHW = 3 * torch.randn(2, 2, 8, 8, dtype=torch.float64)
-    names = ["stages.0.0", "stages.0.1", "stages.1.0"]
+    names = ["stages.0.0.conv.0", "stages.0.1.conv", "stages.1.0.conv"]
     p = dict(model.named_parameters())
     membranes = dict.fromkeys(names, 0.0)
     expected = []
     for _ in range(3):
         h = x_BCHW
         for name in names:
-            if name == "stages.1.0":
+            if name == names[2]:
                 h = F.avg_pool2d(h, 2)
-            w = p[f"{name}.conv.weight"]
+            w = p[f"{name}.weight"]
             scale = torch.sqrt(w.var((1, 2, 3), keepdim=True) * w[0].numel() + 1e-4)
-            w = p[f"{name}.conv.gain"] * (w - w.mean((1, 2, 3), keepdim=True)) / scale
-            u = 0.5 * membranes[name] + F.conv2d(h, w, p[f"{name}.conv.bias"], padding=1)
+            w = p[f"{name}.gain"] * (w - w.mean((1, 2, 3), keepdim=True)) / scale
+            u = 0.5 * membranes[name] + F.conv2d(h, w, p[f"{name}.bias"], padding=1)
             s = (u >= 1).double()
             membranes[name] = u - s
             h = 2.74 * s
@@ -65,7 +66,7 @@ def images(steps: int) -> Tensor:
 def vgg_f_by_hand(model: VGG, x_TBCHW: Tensor, *, detach) -> Tensor:
     """The network written out, with its own spikes; `detach` is applied to whatever crosses a time step."""
     p = dict(model.named_parameters())
-    names = ["stages.0.0", "stages.0.1", "stages.1.0"]
+    names = ["stages.0.0.conv.0", "stages.0.1.conv", "stages.1.0.conv"]
     membranes: dict = dict.fromkeys(names, 0.0)
     last, logits = torch.zeros(2, 6, 4, 4, dtype=torch.float64), []
     nearest = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3, 3])  # floor(i 4 / 9)
@@ -73,12 +74,12 @@ def vgg_f_by_hand(model: VGG, x_TBCHW: Tensor, *, detach) -> Tensor:
         h = x
         back = F.conv2d(last[:, :, nearest][:, :, :, nearest], p["feedback.conv.weight"], p["feedback.conv.bias"], padding=1)
         for name in names:
-            if name == "stages.1.0":
+            if name == names[2]:
                 h = F.avg_pool2d(h, 2)
-            w = p[f"{name}.conv.weight"]
+            w = p[f"{name}.weight"]
             scale = torch.sqrt(w.var((1, 2, 3), keepdim=True) * w[0].numel() + 1e-4)
-            w = p[f"{name}.conv.gain"] * (w - w.mean((1, 2, 3), keepdim=True)) / scale
-            u = 0.5 * membranes[name] + F.conv2d(h, w, p[f"{name}.conv.bias"], padding=1) + (back if name == names[0] else 0)
+            w = p[f"{name}.gain"] * (w - w.mean((1, 2, 3), keepdim=True)) / scale
+            u = 0.5 * membranes[name] + F.conv2d(h, w, p[f"{name}.bias"], padding=1) + (back if name == names[0] else 0)
             s = Triangle()(u - 1)
             membranes[name] = detach(u - s.detach())
             h = 2.74 * s
@@ -145,7 +146,8 @@ def test_refuses():
 
 def test_the_stem_has_a_kernel_and_a_stride_of_its_own():
     model = vgg_sws(4, in_channels=1, stages=((3, 5), (6,)), stem=(5, 2))
-    shapes = [(*m.conv.weight.shape[1:], *m.conv.stride) for m in model.modules() if isinstance(m, Layer)]
+    convs = [m for m in model.modules() if isinstance(m, Conv2d)]
+    shapes = [(*m.weight.shape[1:], *m.stride) for m in convs]
     assert shapes == [(1, 5, 5, 2, 2), (3, 3, 3, 1, 1), (5, 3, 3, 1, 1)]
     with fresh_state(model):
         assert model(torch.zeros(2, 1, 1, 28, 28)).shape == (2, 1, 4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -209,10 +209,30 @@ def test_the_data_of_a_figure_is_a_file(store: FakeStore):
 
 
 def test_names_from_outside_stay_text(store: FakeStore):
-    """Dash sends a page's content as JSON, in which an element is a list's own kind of item and a text is a text."""
-    store.add("<script>alert(1)</script>", rule="<b>bold</b>")
-    assert json.loads(Asking(store).list())
-    assert "<script>alert" not in Asking(store).client.get(f"/?study={KEY}&text=<script>alert(1)</script>").get_data(as_text=True)
+    """Dash sends a page as components: a text among children is a text, "to" is of a button's id, Markdown would be neither."""
+    script = "<script>alert(1)</script>"
+    store.add(script, rule="<b>bold</b>")
+    answers = [Asking(store).list(), Asking(store).show(f"?study={KEY}&view=runs")]
+    for name in (script, "<b>bold</b>"):
+        assert all(any(name in text for _, text in _texts(json.loads(answer))) for answer in answers[-1:]), "it is shown"
+    for where, text in (found for answer in answers for found in _texts(json.loads(answer))):
+        if "<script>" in text or "<b>" in text:
+            assert where in ("children", "data", "to"), f"{where}: {text[:200]}"
+    kinds = {text for answer in answers for where, text in _texts(json.loads(answer)) if where == "type"}
+    assert kinds and not kinds & {"Markdown", "DangerouslySetInnerHTML", "Iframe", "Script"}
+    assert script not in Asking(store).client.get(f"/?study={KEY}&text={script}").get_data(as_text=True)
+
+
+def _texts(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    """Each text of an answer with the name of the field that holds it, itself or in lists."""
+    if isinstance(value, str):
+        yield where, value
+    elif isinstance(value, list):
+        for each in value:
+            yield from _texts(each, where)
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            yield from _texts(each, name)
 
 
 # -------------------------------------------------------------------------------------------------------- store in trouble

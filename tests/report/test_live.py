@@ -76,14 +76,20 @@ def test_a_run_without_a_journal_is_told_by_its_tags(store: FakeStore):
     assert (found.rule, found.seed, found.workers, found.hardware, found.curve) == ("OPZO", 3, 2, {"cpu": "x"}, ())
 
 
-def test_what_cannot_be_shown_is_named(store: FakeStore):
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("summary.json", '{"top1": 0.', "its summary.json in MLflow is not JSON"),
+        ("summary.json", "[1]", "its summary.json in MLflow must hold a dict; got a list"),
+        ("activity.json", "{}", "its activity.json in MLflow must hold a list; got a dict"),
+        ("activity.json", '[{"name": "a"}]', "activity.json: a layer must have name, neurons, rates, silent, saturated; got"),
+    ],
+)
+def test_what_cannot_be_shown_is_named(store: FakeStore, file: str, text: str, said: str):
     damaged = store.add_finished("half", "SLTT")
-    store.texts[damaged.id, "summary.json"] = '{"top1": 0.'
+    store.texts[damaged.id, file] = text
     trial = store.add_finished("tried", "SLTT")
     store.texts[trial.id, "recipe.json"] = '{"version": 1, "recipe": {"protocol": "trial"}}'
     study = Live(store).study(store.members)
     assert [run.name for run in study.runs] == ["bptt"]
-    assert (
-        study.notes[0].startswith("tried is a trial")
-        and "half is left out: its summary.json in MLflow is not JSON" in study.notes[1]
-    )
+    assert study.notes[0].startswith("tried is a trial") and f"half is left out: {said}" in study.notes[1]

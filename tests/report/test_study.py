@@ -27,9 +27,10 @@ def test_ratios_are_of_paired_seeds():
 def test_other_machines_and_other_studies_are_apart():
     elsewhere = run("SLTT", hardware={**MACHINE, "cpu": "another"}, name="elsewhere")
     other_study = run("SLTT", study="f" * 16, name="other")
-    groups = study(elsewhere, other_study, run("SLTT", world_size=2, name="two")).groups
-    assert [len(group.runs) for group in groups] == [4, 1, 1, 1]
-    assert [group.has_baseline for group in groups] == [True, False, False, False]
+    beside = run("SLTT", own_cores=True, name="beside")
+    groups = study(elsewhere, other_study, run("SLTT", world_size=2, name="two"), beside).groups
+    assert [len(group.runs) for group in groups] == [4, 1, 1, 1, 1]
+    assert [group.has_baseline for group in groups] == [True, False, False, False, False]
     assert all(group.ratios("SLTT", "wall_s") is None for group in groups[1:])
 
 

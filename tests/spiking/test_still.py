@@ -18,6 +18,7 @@ from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.models.preact_resnet import PreActResNet
 from pipeline.models.qkformer import QKFormer
 from pipeline.models.sew_resnet import SEWResNet
+from pipeline.models.vgg import vgg_sws, vgg_sws_f
 from pipeline.rules.base import Objective, Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
@@ -322,6 +323,8 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[Callable[[], Rule], ...
     ),
     "MS": (lambda: MSResNet(blocks=(1, 1), width=4, over="step", **TINY), (BPTT, SLTT)),
     "MS, three": (lambda: MSResNet(blocks=(1, 1), width=4, stem="three", over="step", **TINY), (BPTT, SLTT)),
+    "VGG": (lambda: vgg_sws(3, in_channels=2, stages=((4,), (5,)), neuron=LIF(threshold=0.4)), (BPTT, SLTT, OTTT)),
+    "VGG, fed back": (lambda: vgg_sws_f(3, in_channels=2, stages=((4,), (5,)), neuron=LIF(threshold=0.4)), (BPTT, SLTT, OTTT)),
     "NF": (lambda: nf_resnet18_small(3, in_channels=2, width=4, blocks=(1, 1)), (BPTT, SLTT, OTTT)),
     "PreAct, imagenet": (
         lambda: PreActResNet(blocks=(1,), width=4, stem="imagenet", head="rate", over="time", neuron=RateIF(), **TINY), (DSR,),
