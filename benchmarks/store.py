@@ -1,11 +1,13 @@
-"""What 500 runs cost a reader: `spiketrain compare` over the folder of runs, and the list of studies over the MLflow store.
+"""What 500 runs cost a reader: `spiketrain compare` over the folder of runs, the list of studies over the MLflow store, and in
+Chromium the dashboard's first paint.
 
     python -m benchmarks.store --like runs/fashion-sltt-tiny-20260105-120000
 
 `--like` is the folder of a finished run, short for choice. It is copied 500 times, as 10 studies of 5 rules with 10 seeds each
 (or `--studies 1`: one of 5 rules with 100 seeds), delivered to an SQLite store as runs are, and then each journal is lengthened
 to `--steps` step events, which is what a folder of long runs has to read. What `compare` adds is the time of the command less
-that of a process which imports what it imports and prints its help, one after the other: medians of five pairs.
+that of a process which imports what it imports and prints its help, one after the other: medians of five pairs. The first paint
+is of a new page each time, from the address to the first row of the list.
 """
 
 from __future__ import annotations
@@ -19,14 +21,18 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from itertools import product
 from pathlib import Path
+
+from playwright.sync_api import Browser
 
 from pipeline.launch.drive import commit
 from pipeline.measure.memory import hardware
 from pipeline.report.store import open_store, studies
 from pipeline.track.jsonl import read
 from pipeline.track.mlflow import sync
+from tests.browser import chromium
 
 RUNS = 500
 RULES = ("BPTT", "SLTT", "SLTT-1", "OTTT-A", "OPZO")
@@ -89,8 +95,30 @@ def report(runs: Path, uri: str, keys: Sequence[str]) -> None:
     listed = _median_of(lambda: studies(open_store(uri).listed()))
     members = _median_of(lambda: open_store(uri).runs(keys[0]))
     print(f"store: list of studies {listed:.3f} s, the runs of one with their metrics {members:.3f} s")
+    painted = first_paints(uri)
+    print(f"dashboard: the list after {', '.join(f'{seconds:.2f}' for seconds in painted)} s")
     machine = hardware()
     print(f"(commit {commit()}, {machine['cpu']}, {machine['cores']} cores)")
+
+
+def first_paints(uri: str) -> list[float]:
+    """Seconds to the first row of the list, each time in a page of its own; the first time the server has read nothing yet."""
+    command = [sys.executable, "-m", "pipeline", "dashboard", "--store", uri, "--port", "0"]
+    with chromium() as browser, subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        address = server.stdout.readline().split()[0]
+        try:
+            return [_first_paint(browser, address) for _ in range(TIMES)]
+        finally:
+            server.terminate()
+
+
+def _first_paint(browser: Browser, address: str) -> float:
+    with closing(browser.new_page()) as page:
+        began = time.perf_counter()
+        page.goto(address)
+        page.locator("#list tbody tr").first.wait_for()
+        return time.perf_counter() - began
 
 
 def _seconds(command: Sequence[str]) -> float:

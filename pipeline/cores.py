@@ -1,16 +1,18 @@
 """Cores that no other worker computes on: what runs beside one another must not slow one another unseen.
 
-A core is taken by a lock on a file of its name, which the kernel lets go when its holder dies. All of this machine's runs that
-ask for cores of their own see the same files; others, which do not ask, are not kept away.
+A core is a physical one, with all the logical ones that the kernel shows of it (SMT siblings share its arithmetic). It is taken
+by a lock on a file of its name, which the kernel lets go when its holder dies. All of this machine's runs that ask for cores of
+their own see the same files; others, which do not ask, are not kept away.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -21,7 +23,9 @@ PATIENCE_S = 30.0  # a worker that ended may take a while to die
 
 @contextmanager
 def own_cores(count: int, *, folder: Path | None = None, patience_s: float = PATIENCE_S) -> Iterator[tuple[int, ...]]:
-    """Take `count` logical cores and keep every thread of this process on them, those to come included, until the end.
+    """Take `count` cores and keep every thread of this process on them, those to come included, until the end.
+
+    Gives the logical cores that they are.
 
     Args:
         folder: where the locks lie; None: one for each user of this machine.
@@ -32,9 +36,10 @@ def own_cores(count: int, *, folder: Path | None = None, patience_s: float = PAT
     folder = folder or Path(tempfile.gettempdir()) / f"spiketrain-cores-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     before, deadline = os.sched_getaffinity(0), time.monotonic() + patience_s
-    while (taken := _taken(sorted(before), count, folder)) is None:
+    there = physical_cores(before)
+    while (taken := _taken(there, count, folder)) is None:
         if time.monotonic() > deadline:
-            raise Refused(f"cores: a worker needs {count} of its own; too few of this machine's {len(before)} are free")
+            raise Refused(f"cores: a worker needs {count} of its own; too few of this machine's {len(there)} are free")
         time.sleep(0.2)
     cores, locks = taken
     with locks:
@@ -45,15 +50,25 @@ def own_cores(count: int, *, folder: Path | None = None, patience_s: float = PAT
             _keep_on(before)
 
 
-def _taken(cores: list[int], count: int, folder: Path) -> tuple[tuple[int, ...], ExitStack] | None:
+def physical_cores(logical: Collection[int], *, topology: Path = Path("/sys/devices/system/cpu")) -> dict[str, tuple[int, ...]]:
+    """The logical cores of each physical one, by its first sibling; each is one by itself where the kernel tells nothing."""
+    found: dict[str, tuple[int, ...]] = {}
+    for core in sorted(logical):
+        siblings = topology / f"cpu{core}" / "topology" / "thread_siblings_list"  # such as 0,64 or 0-1
+        name = re.split("[,-]", siblings.read_text().strip())[0] if siblings.exists() else str(core)
+        found[name] = (*found.get(name, ()), core)
+    return found
+
+
+def _taken(there: Mapping[str, tuple[int, ...]], count: int, folder: Path) -> tuple[tuple[int, ...], ExitStack] | None:
     """So many of them, and what holds them; None, and none held, where fewer are free."""
     with ExitStack() as locks:
-        mine: list[int] = []
-        for core in cores:
-            if len(mine) < count and _take(folder / str(core), locks):
-                mine.append(core)
+        mine: list[tuple[int, ...]] = []
+        for name, logical in there.items():
+            if len(mine) < count and _take(folder / name, locks):
+                mine.append(logical)
         if len(mine) == count:
-            return tuple(mine), locks.pop_all()
+            return tuple(core for logical in mine for core in logical), locks.pop_all()
     return None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cores import own_cores
+from pipeline.cores import own_cores, physical_cores
 from pipeline.refused import Refused
 
 HOLDER = """
@@ -30,7 +30,7 @@ def test_every_thread_keeps_to_them_and_is_let_go(tmp_path: Path) -> None:
     waiting.start()
     seen: list[set[int]] = []
     with own_cores(1, folder=tmp_path) as cores:
-        assert len(cores) == 1 and set(cores) <= before
+        assert cores in physical_cores(before).values()
         assert os.sched_getaffinity(waiting.native_id or 0) == set(cores) == os.sched_getaffinity(0)
         later = threading.Thread(target=lambda: seen.append(os.sched_getaffinity(0)))
         later.start()
@@ -45,7 +45,7 @@ def test_two_never_have_the_same_and_the_dead_hold_none(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         theirs = int(other.stdout.readline())
-        everything = len(os.sched_getaffinity(0))
+        everything = len(physical_cores(os.sched_getaffinity(0)))
         try:
             if everything > 1:
                 with own_cores(1, folder=tmp_path) as mine:
@@ -58,3 +58,19 @@ def test_two_never_have_the_same_and_the_dead_hold_none(tmp_path: Path) -> None:
             other.wait()
     with own_cores(everything, folder=tmp_path) as mine:
         assert theirs in mine
+
+
+@pytest.mark.parametrize(
+    ("siblings", "logical", "expected"),
+    [
+        ({}, (0, 1, 3), {"0": (0,), "1": (1,), "3": (3,)}),
+        ({0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}, (0, 1, 2, 3), {"0": (0, 2), "1": (1, 3)}),
+        ({0: "0-1", 1: "0-1", 2: "2-3", 3: "2-3"}, (1, 2, 3), {"0": (1,), "2": (2, 3)}),  # one is not for this process
+    ],
+)
+def test_siblings_are_one_core(siblings: dict[int, str], logical: tuple[int, ...], expected: dict, tmp_path: Path) -> None:
+    for core, text in siblings.items():
+        folder = tmp_path / f"cpu{core}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{text}\n")
+    assert physical_cores(logical, topology=tmp_path) == expected

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import distributed
 
+from pipeline.cores import physical_cores
 from pipeline.job import Job, Place
 from pipeline.launch.base import Device, takes_gpus
 from pipeline.malloc import keep_freed_memory
@@ -44,7 +45,7 @@ class Inline:
             self._owned = False
 
     def room(self) -> int:
-        return 1 if self.device == "cuda" else len(os.sched_getaffinity(0))
+        return 1 if self.device == "cuda" else len(physical_cores(os.sched_getaffinity(0)))
 
     def joining(self) -> list[str]:
         return ["--inline"]

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from pipeline.cores import physical_cores
 from pipeline.job import Job, Place
 from pipeline.launch.base import Device, LaunchError, takes_gpus
 from pipeline.malloc import ENVIRONMENT
@@ -75,7 +76,7 @@ class Ray:
         if self._owned:
             try:
                 if self.address is None:
-                    cores = max(self.workers * self.cpus_per_worker, os.cpu_count() or 1)
+                    cores = max(self.workers * self.cpus_per_worker, len(physical_cores(os.sched_getaffinity(0))))
                     ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
                 else:
                     _knock(self.address)
