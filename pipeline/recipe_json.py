@@ -15,6 +15,8 @@ from typing import Any
 
 from pipeline.spec import Spec, is_path
 
+_ABSENT = "(absent)"
+
 
 def encode(value: Any, *, paths: bool) -> Any:
     """The JSON form of a field; without `paths`, keywords that say where something lies are left out.
@@ -152,3 +154,20 @@ def _keywords(value: Any, trusted: Collection[str]) -> dict[str, Any]:
 
 def _is_inside(name: str, packages: Collection[str]) -> bool:
     return any(name.startswith(package + ".") for package in packages)
+
+
+def differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The leaves that differ; a part's keywords are named `optimizer.lr`, as on the command line."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for kind in ("target", "value"):  # a Spec, a frozen value
+            if set(a) == set(b) == {kind, "kwargs"} and a[kind] != b[kind]:
+                yield name, a[kind], b[kind]
+                return  # two functions' keywords have nothing to do with each other
+        for key in dict.fromkeys([*a, *b]):
+            inner = name if key == "kwargs" else f"{name}.{key}" if name else key
+            yield from differing(inner, a.get(key, _ABSENT), b.get(key, _ABSENT))
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for index, (first, second) in enumerate(zip(a, b, strict=True)):
+            yield from differing(f"{name}[{index}]", first, second)
+    elif a != b:
+        yield name, a, b

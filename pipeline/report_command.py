@@ -7,15 +7,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from pipeline.options import RUNS, Runs
+
 Names = Annotated[list[str] | None, typer.Argument(metavar="[STUDY|RUN]... | SUITE", help="none: the newest study")]
 Against = Annotated[str, typer.Option("--against", metavar="RULE", help="the baseline")]
 Within = Annotated[float, typer.Option("--within", help="points below it that a rule may be (paired seeds)")]
-Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="where runs live")]
 Trust = Annotated[
     list[str], typer.Option("--trust", metavar="PACKAGE", help="a package of your own that a suite imports from; repeatable")
 ]
-
-RUNS = Path("runs")
 
 
 def add_report_commands(app: typer.Typer) -> None:

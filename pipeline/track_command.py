@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="where runs live")]
+from pipeline.options import RUNS, Runs
+
+
+def add_track_commands(app: typer.Typer) -> None:
+    app.command(epilog="Example: spiketrain sync fashion-sltt-20260105-120000")(sync)
+    app.command(epilog="Example: spiketrain register fashion-sltt-20260105-120000 --as fashion --which best")(register)
 
 
 def sync(
     run: Annotated[str, typer.Argument(metavar="RUN|SUITE", help="its folder, or its name under --runs")],
-    runs: Runs = Path("runs"),
+    runs: Runs = RUNS,
 ) -> None:
     """Deliver to MLflow what it has missed of a run, or of each run of a suite."""
     from pipeline.report.runs import find_run_or_suite
@@ -34,7 +38,7 @@ def register(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under --runs")],
     name: Annotated[str, typer.Option("--as", metavar="NAME", help="of the registered model; it is made if need be")],
     which: Annotated[Literal["last", "best"], typer.Option("--which", help="checkpoint; also the version's alias")] = "last",
-    runs: Runs = Path("runs"),
+    runs: Runs = RUNS,
 ) -> None:
     """Make a run's checkpoint a version of a registered model in MLflow, by its address: nothing is uploaded."""
     from pipeline.checkpoint import pin, verified

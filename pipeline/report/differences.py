@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.recipe import BESIDE_THE_STUDY
+from pipeline.recipe_json import differing
 from pipeline.report.runs import load, recipe_of
 
-__all__ = ["VARIED", "differences", "differing", "written"]
+__all__ = ["VARIED", "differences", "written"]
 
 VARIED = tuple(name for name in BESIDE_THE_STUDY if name != "init")  # which counts by its content
-_ABSENT = "(absent)"
 
 
 def differences(a: Path, b: Path) -> list[tuple[str, Any, Any]]:
@@ -55,23 +55,6 @@ def _explained(a: Path, b: Path, summaries: tuple[dict, dict], keys: list[Any]) 
     if contents[0] != contents[1]:
         found.append(("data_fingerprint", contents[0], contents[1]))
     return found or paths or [("study", keys[0], keys[1])]
-
-
-def differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
-    """The leaves that differ; a part's keywords are named `optimizer.lr`, as on the command line."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for kind in ("target", "value"):  # a Spec, a frozen value
-            if set(a) == set(b) == {kind, "kwargs"} and a[kind] != b[kind]:
-                yield name, a[kind], b[kind]
-                return  # two functions' keywords have nothing to do with each other
-        for key in dict.fromkeys([*a, *b]):
-            inner = name if key == "kwargs" else f"{name}.{key}" if name else key
-            yield from differing(inner, a.get(key, _ABSENT), b.get(key, _ABSENT))
-    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        for index, (first, second) in enumerate(zip(a, b, strict=True)):
-            yield from differing(f"{name}[{index}]", first, second)
-    elif a != b:
-        yield name, a, b
 
 
 def _is_path(value: Any) -> bool:

@@ -10,8 +10,8 @@ from typing import Any
 from pipeline.measure.memory import hardware
 from pipeline.plan import Cluster, Plan
 from pipeline.recipe import BESIDE_THE_STUDY, Recipe
+from pipeline.recipe_json import differing
 from pipeline.report.choose import finished_run
-from pipeline.report.differences import differing
 from pipeline.report.runs import ReportError, recipe_of
 
 # What a batch costs does not depend on how many there are, nor on when a run looks up from them.

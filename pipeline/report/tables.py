@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pipeline.recipe_json import differing
 from pipeline.report.claims import Claim
-from pipeline.report.differences import VARIED, differing
+from pipeline.report.differences import VARIED
 from pipeline.report.figure import Cell, Table, shown, unit_of
 from pipeline.report.figures import QUANTITIES, base_of
 from pipeline.report.study import COMPUTE, Group, Spread, Study, StudyRun

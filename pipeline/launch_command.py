@@ -1,0 +1,161 @@
+"""`spiketrain launch` and `resume`: what trains. As in `__main__`, nothing heavy is imported before one of them runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from pipeline.options import RUNS, Address, Cpus, Inline, RecipeFiles, RunOrSuite, Runs, Sets, Tiny, Trust, Workers, made_of
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Recipe
+    from pipeline.suite import Suite
+
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="train each recipe so often, with seeds that follow its own")]
+Tune = Annotated[
+    str | None,
+    typer.Option(
+        "--tune", metavar="KEY=V,V,...", help="beside it, each rule with the best of 5 values or more, such as of optimizer.lr"
+    ),
+]
+SideBySide = Annotated[
+    str, typer.Option("--side-by-side", metavar="N|auto", help="runs at a time, each on cores and cards of its own")
+]
+Device = Annotated[Literal["auto", "cpu", "gpu"], typer.Option("--device", help="auto takes GPUs where there are any")]
+Loaders = Annotated[int, typer.Option("--loader-threads", min=1, help="threads that read data in each worker")]
+Restarts = Annotated[int, typer.Option("--max-restarts", min=0, help="how often dead workers are started again")]
+Name = Annotated[
+    str | None,
+    typer.Option("--name", help="the run's name, or the suite's; without it the recipe's, or the file's, and the time"),
+]
+OrResume = Annotated[bool, typer.Option("--or-resume", help="go on with the run or suite of this --name where it has begun")]
+
+
+def add_launch_commands(app: typer.Typer) -> None:
+    app.command(epilog="Example: spiketrain launch recipes/fashion/sltt.py --workers 2 --set optimizer.lr=0.05")(launch)
+    app.command(epilog="Example: spiketrain resume fashion-sltt-20260105-120000")(resume)
+
+
+def launch(
+    recipes: RecipeFiles,
+    workers: Workers = 1,
+    inline: Inline = False,
+    address: Address = None,
+    device: Device = "auto",
+    cpus_per_worker: Cpus = 1,
+    loader_threads: Loaders = 1,
+    max_restarts: Restarts = 3,
+    seeds: Seeds = 1,
+    tune: Tune = None,
+    side_by_side: SideBySide = "1",
+    runs: Runs = RUNS,
+    name: Name = None,
+    or_resume: OrResume = False,
+    set_: Sets = [],  # noqa: B006  (typer reads the default, nobody changes it)
+    trust: Trust = [],  # noqa: B006
+    tiny: Tiny = False,
+) -> None:
+    """Train a recipe, or each recipe of a comparison, and end in a table or the comparison's own report."""
+    made = _comparison([made_of(recipe, set_, tiny) for recipe in recipes], seeds, tune)
+    from pipeline.launch.cluster import Cluster
+    from pipeline.recipe_file import own_package
+    from pipeline.suite import Suite
+
+    cluster = Cluster(
+        workers=workers,
+        inline=inline,
+        address=address,
+        device=device,
+        cpus_per_worker=cpus_per_worker,
+        loader_threads=loader_threads,
+        max_restarts=max_restarts,
+        side_by_side=_count_or_auto(side_by_side),
+    )
+    trusted = (*trust, *(package for recipe in recipes for package in own_package(recipe, made)))
+    if or_resume:
+        if name is None:
+            raise ValueError("launch: --or-resume goes on with what has this --name; got none")
+        if (runs / name).exists():
+            from pipeline.launch.again import refuse_unless_launched_so
+
+            refuse_unless_launched_so(runs / name, made, trust=trusted)
+            where = {"workers": None if inline else workers, "inline": inline, "address": address}
+            _go_on(runs / name, runs, **where, trust=trusted)
+            return
+    if isinstance(made, Suite):
+        from pipeline.launch.suite import launch_suite
+
+        stem = "-and-".join(recipe.stem.replace("_", "-") for recipe in recipes[:2]) + ("-and-more" if len(recipes) > 2 else "")
+        _end_suite(launch_suite(made, cluster, runs, stem=stem, name=name, trust=trusted), trusted)
+    else:
+        from pipeline.launch.start import launch_run
+
+        if cluster.side_by_side != 1:
+            raise ValueError(f"launch: --side-by-side is for several runs; got {side_by_side} with {made.name} alone")
+        _end_run(launch_run(made, cluster, runs, name=name, trust=trusted), runs)
+
+
+def resume(
+    run: RunOrSuite,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="processes; without it as many as before")] = None,
+    inline: Inline = False,
+    address: Address = None,
+    runs: Runs = RUNS,
+    trust: Trust = [],  # noqa: B006
+) -> None:
+    """Go on with a run at the exact sample where its newest whole checkpoint stands; with a suite, run by run."""
+    from pipeline.report.runs import find_run_or_suite
+
+    _go_on(find_run_or_suite(runs, run), runs, workers=workers, inline=inline, address=address, trust=tuple(trust))
+
+
+def _go_on(folder: Path, runs: Path, *, workers: int | None, inline: bool, address: str | None, trust: tuple[str, ...]) -> None:
+    from pipeline.suite import is_suite
+
+    where = {"workers": workers, "inline": inline, "address": address}
+    if is_suite(folder):
+        from pipeline.launch.suite import resume_suite
+
+        _end_suite(resume_suite(folder, **where, trust=trust), trust)
+    else:
+        from pipeline.launch.start import resume_run
+
+        _end_run(resume_run(folder, runs, **where, trust=trust), runs)
+
+
+def _end_run(folder: Path | None, runs: Path) -> None:
+    """The table of what was trained; somebody who stopped the training gets the shell's code for that."""
+    if folder is None:
+        sys.exit(130)
+    from pipeline.report.compare import print_studies
+
+    print_studies(runs, [folder])
+
+
+def _end_suite(folder: Path | None, trust: tuple[str, ...]) -> None:
+    if folder is None:
+        sys.exit(130)
+    from pipeline.report.suite import print_suite
+
+    print_suite(folder, trust=trust)
+
+
+def _comparison(made: list[Recipe | Suite], seeds: int, tune: str | None) -> Recipe | Suite:
+    """What several files, seeds or a search make of recipes: a suite of them."""
+    from pipeline.suite import Suite
+
+    if len(made) == seeds == 1 and tune is None:
+        return made[0]
+    from pipeline.protocol import joined, over_seeds, parse_search, tuned
+
+    suite = over_seeds(joined([each if isinstance(each, Suite) else Suite((each,)) for each in made]), seeds)
+    return suite if tune is None else tuned(suite, *parse_search(tune))
+
+
+def _count_or_auto(text: str) -> int | Literal["auto"]:
+    if text != "auto" and not (text.isdecimal() and int(text) > 0):
+        raise ValueError(f"launch: --side-by-side must be a number of runs or auto; got {text}")
+    return "auto" if text == "auto" else int(text)
