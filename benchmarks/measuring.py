@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.overhead import RULES, tuned_batch
 from pipeline.backend.plain import Plain
+from pipeline.guard import Unguarded
 from pipeline.launch.drive import commit
 from pipeline.loop import Meters as LoopMeters
 from pipeline.loop import MicroBatch, train
@@ -47,7 +48,15 @@ class Trained:
 
     def step(self) -> float:
         begun = time.perf_counter()
-        train(self.rule, self.backend, lambda step: None, [(self.steps, self.micro_batches)], CrossEntropy(), self.meters)
+        train(
+            self.rule,
+            self.backend,
+            lambda step: None,
+            [(self.steps, self.micro_batches)],
+            CrossEntropy(),
+            self.meters,
+            Unguarded(),
+        )
         self.steps += 1
         if isinstance(self.meters, Meters) and self.steps % LOG_EVERY == 0:
             self.meters.take(lambda sums: sums)

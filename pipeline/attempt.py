@@ -6,7 +6,6 @@ stops when asked. Rank 0 decides and tells the others, so that all of them do th
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -19,6 +18,7 @@ import torch
 from pipeline.answers import write_answers
 from pipeline.checkpoint import weights_of
 from pipeline.evaluate import Evaluated, Evaluation, evaluate, inputs
+from pipeline.guard import GoBack, Guard, is_in
 from pipeline.loop import MicroBatch, train
 from pipeline.measure.memory import hardware, memory_now_bytes
 from pipeline.measure.meters import Totals
@@ -50,10 +50,33 @@ class Attempt:
         self.evaluated: list[Evaluated] = []
         """in the last evaluation, on each task so far"""
         self.saved_at = time.monotonic()
+        self.saved_step = self.step
         self.stop_asked = False
+        self.skipped = (*self.recipe.skip, *parts.skipped.batches)
+        self.guard = Guard(
+            self.backend,
+            parts.rule,
+            self.ranks,
+            spike=self.recipe.loss_spike,
+            skips=self.recipe.max_skips,
+            takes_back=parts.rule.update == "batch" and self.recipe.zero == 0,
+            on_skip=self._tell_skipped,
+            state=None if parts.trainer is None else parts.trainer.get("guard"),
+        )
 
     def run(self) -> dict[str, Any] | None:
-        """The summary (on rank 0), or None when somebody asked to stop."""
+        """The summary (on rank 0), or None when somebody asked to stop.
+
+        Raises:
+            GoBack: on every rank, once it is written down: the run has to begin again at its newest checkpoint.
+        """
+        try:
+            return self._run()
+        except GoBack as back:
+            self._go_back(back)
+            raise
+
+    def _run(self) -> dict[str, Any] | None:
         self.tracker.event("start", sync=True, **told_at_start(self.parts, step=self.step))
         self._tell_nearness(epoch=None)
         self.meters.forget_peaks()
@@ -74,7 +97,8 @@ class Attempt:
         while self.step < stretch.end and not self.stop_asked:
             epoch = stretch.epoch(self.step)
             with closing(self.batches(epoch)) as batches:
-                train(self.parts.rule, self.backend, self.parts.schedule, batches, self.recipe.objective.build(), self.meters)
+                loss_for = self.recipe.objective.build()
+                train(self.parts.rule, self.backend, self.parts.schedule, batches, loss_for, self.meters, self.guard)
             if self.step == stretch.epoch_end(epoch):
                 self._end_of_epoch(epoch)
 
@@ -96,7 +120,10 @@ class Attempt:
         with self.train_set.epoch(epoch, start=start) as loader:
             source = iter(loader)
             while self.step < end:
-                yield self.step, self._micro_batches(source)
+                if is_in(self.step, self.skipped):
+                    self._pass_over(source)
+                else:
+                    yield self.step, self._micro_batches(source)
                 self.step += 1
                 with self.meters.between("coordination"):
                     self._between_batches(epoch, last=self.step == end)
@@ -124,16 +151,20 @@ class Attempt:
                     teacher_BK = self.parts.teaching(x_B, batch.index, self.stretch.epoch(self.step))
             yield MicroBatch(x_TB, target_B, rows, micro / self.recipe.batch_size, teacher_BK)
 
+    def _pass_over(self, source: Iterator[Any]) -> None:
+        """A batch that is not learnt from: the recipe says so, or going back did."""
+        for _ in range(self.parts.split.accumulation):
+            next(source)
+        self._tell_skipped(self.step, "as it was told to")
+
+    def _tell_skipped(self, step: int, reason: str) -> None:
+        self.tracker.event("skipped", step=step, reason=reason, samples=self.recipe.batch_size)
+
     def _between_batches(self, epoch: int, *, last: bool) -> None:
         """Log, look whether somebody asked to stop, and save where it is time; an epoch's end is saved after its evaluation."""
         recipe = self.recipe
         if self.step % recipe.log_every == 0 or last:
             metrics = self.meters.take(self.ranks.sum)
-            if not math.isfinite(metrics["loss"]):
-                # Reduced over ranks, so that all of them stop; and a restart would only compute it again.
-                raise Diverged(
-                    f"training: the loss must be finite; got {metrics['loss']} at step {self.step}; lower optimizer.lr?"
-                )
             metrics["lr"] = self.backend.optimizer.param_groups[0]["lr"]
             metrics |= {f"rule_{name}": value for name, value in self._figures().items()}
             with self.meters.between("tracking"):
@@ -222,18 +253,28 @@ class Attempt:
                 f"training: weights and what the rule learnt must be finite to be saved; they are not after step {self.step}"
             )
         totals = self.meters.over_ranks(self.ranks.max, self.ranks.mean)
-        trainer = told_in_checkpoint(self.parts, step=self.step, score=score, totals=totals, learnt=self.learnt)
+        state = {"learnt": self.learnt, "guard": self.guard.told()}
+        trainer = told_in_checkpoint(self.parts, step=self.step, score=score, totals=totals, **state)
         with self._published():
             weights = weights_of(self.backend.network) if self.ranks.rank == 0 else None
         with self.ranks.averaged(self.backend.network) as buffers:
             state = {"buffers": buffers, "weights": weights}
             saved = self.parts.checkpoints.save(self.step, self.backend, self.parts.rule, trainer, **state)
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step = time.monotonic(), self.step
         self.tracker.event(
             "checkpoint", sync=True, step=self.step, path=str(saved.path), seconds=saved.seconds, bytes=saved.bytes
         )
 
     # ------------------------------------------------------------------------------------------------------------- ends
+
+    def _go_back(self, back: GoBack) -> None:
+        """Write down what is skipped from now on; the next attempt reads it."""
+        done = self.parts.skipped.rollbacks
+        if done == self.recipe.max_rollbacks:
+            raise Diverged(f"training: {back}; it has gone back max_rollbacks={done} times; lower optimizer.lr?") from back
+        decided = self.parts.skipped.and_up_to(back.step, saved=self.saved_step)
+        self.ranks.agree(lambda: decided.write(self.folder))
+        self.tracker.event("rollback", sync=True, step=back.step, to=self.saved_step, reason=back.reason)
 
     def _stopped(self) -> None:
         self.tracker.event("stopped", sync=True, step=self.step, reason="asked to stop", resume_command=self.job.resume_command)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.backend.plain import Plain
 from pipeline.data.base import Batch
+from pipeline.guard import Unguarded
 from pipeline.loop import MicroBatch, train
 from pipeline.measure.fidelity import gradients
 from pipeline.measure.held import Held, bytes_of, held
@@ -198,7 +199,7 @@ class Bench:
                 yield step, micro_batches
 
         try:
-            train(made, backend, lambda step: None, steps(), self.loss, meters)
+            train(made, backend, lambda step: None, steps(), self.loss, meters, Unguarded())
         except torch.OutOfMemoryError:
             network.zero_grad()
             torch.cuda.empty_cache()

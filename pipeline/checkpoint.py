@@ -97,7 +97,7 @@ class Checkpoints:
             (temp / backend.name).mkdir(parents=True)
         _barrier()
         backend.save(temp / backend.name)
-        torch.save({**_rng_state(), "buffers": dict(buffers or {})}, temp / f"rng_rank{self.rank}.pt")
+        torch.save({**rng_state(), "buffers": dict(buffers or {})}, temp / f"rng_rank{self.rank}.pt")
         _barrier()
         size = 0
         if self.rank == 0:
@@ -150,7 +150,7 @@ class Checkpoints:
         rng = path / f"rng_rank{self.rank}.pt"
         if rng.exists():  # there is none for a rank that the writing attempt did not have
             state = torch.load(rng, map_location="cpu", weights_only=True)
-            _set_rng_state(state)
+            set_rng_state(state)
             backend.network.load_state_dict(state["buffers"], strict=False)
         return trainer
 
@@ -289,7 +289,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _rng_state() -> dict[str, Any]:
+def rng_state() -> dict[str, Any]:
+    """Of every generator that training may draw from in this process."""
     numpy: Any = np.random.get_state(legacy=False)
     state = {
         "torch": torch.get_rng_state(),
@@ -306,7 +307,7 @@ def _rng_state() -> dict[str, Any]:
     return state
 
 
-def _set_rng_state(state: Mapping[str, Any]) -> None:
+def set_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))

@@ -39,7 +39,7 @@ class Meters(Protocol):
         """Surrounds everything that one global batch costs, the wait for its data included."""
         ...
 
-    def part(self, name: Literal["backward", "optimizer"]) -> AbstractContextManager[None]:
+    def part(self, name: Literal["backward", "optimizer", "metrics"]) -> AbstractContextManager[None]:
         """Surrounds a part of it."""
         ...
 
@@ -52,6 +52,20 @@ class Meters(Protocol):
     def end_of_micro_batch(self, target_B: Tensor, share: float) -> None: ...
 
 
+class Guard(Protocol):
+    """What the loop asks before a batch moves the weights."""
+
+    def batch(self, step: int) -> AbstractContextManager[None]:
+        """Surrounds a batch, and ends it without a trace where it must not be learnt from."""
+        ...
+
+    def add(self, loss: Tensor, share: float) -> None: ...
+
+    def check(self) -> None:
+        """Leaves the batch where it must not be learnt from."""
+        ...
+
+
 def train(
     rule: Rule,
     backend: Backend,
@@ -59,10 +73,11 @@ def train(
     batches: Iterable[tuple[int, Iterable[MicroBatch]]],
     loss_for: Loss,
     meters: Meters,
+    guard: Guard,
 ) -> None:
     """Train on `batches` of (step, micro-batches): one global batch each, workers x accumulated micro-batches."""
     for step, micro_batches in batches:
-        with meters.batch(step):
+        with guard.batch(step), meters.batch(step):
             with meters.part("optimizer"):
                 schedule(step)
             for x_TB, target_B, rows, share, teacher_BK in micro_batches:
@@ -73,12 +88,15 @@ def train(
                         with meters.part("backward"):
                             backend.backward(objective.backward, share)
                     meters.add(objective)
+                    guard.add(objective.loss, share)
                     if rule.update == "objective":  # OTTT-O moves the weights at every time step
                         with meters.part("optimizer"):
                             backend.step()
                 meters.end_of_micro_batch(target_B, share)
             with meters.part("backward"):
                 rule.end_of_batch()
+            with meters.part("metrics"):
+                guard.check()
             if rule.update == "batch":
                 with meters.part("optimizer"):
                     backend.step()

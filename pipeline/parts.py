@@ -11,6 +11,7 @@ import torch
 from pipeline.backend.base import Backend
 from pipeline.checkpoint import Checkpoints
 from pipeline.data.mixing import Mixing
+from pipeline.guard import Skipped
 from pipeline.job import Job
 from pipeline.measure.meters import Meters
 from pipeline.nearness import Nearness
@@ -45,6 +46,8 @@ class Parts:
     """on rank 0, where the recipe asks for it"""
     meters: Meters
     checkpoints: Checkpoints
+    skipped: Skipped
+    """what going back has decided"""
     trainer: dict[str, Any] | None
     """what the checkpoint says that was restored; None at a fresh start"""
     began: float

@@ -89,6 +89,14 @@ class Recipe:
     """DeepSpeed's ZeRO stage"""
     init: str | None = None
     """a run's folder or a weights file (.safetensors, .pt) to start from, or in a suite "@NAME"; None: from scratch"""
+    skip: tuple[tuple[int, int], ...] = ()
+    """global batches that are passed over, counted from 0: from one up to and without another"""
+    max_skips: int = 3
+    """bad batches in a row that leave no trace, before the run goes back to its newest checkpoint (pipeline/guard.py)"""
+    max_rollbacks: int = 2
+    """times that it goes back, before it ends"""
+    loss_spike: float = 0.0
+    """a loss of more than so many times the median of the last 64 makes a batch bad; 0: only one that is not finite"""
     evaluate_every: int = 1
     """epochs between evaluations; the last epoch is always evaluated"""
     fidelity_every: int = 0
@@ -124,9 +132,22 @@ class Recipe:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"recipe: {name} must be at least 1; got {getattr(self, name)}")
-        for name in ("clip_norm", "checkpoint_every", "checkpoint_minutes", "fidelity_every", "seed"):
+        not_negative = (
+            "clip_norm",
+            "checkpoint_every",
+            "checkpoint_minutes",
+            "fidelity_every",
+            "seed",
+            "max_skips",
+            "max_rollbacks",
+        )
+        for name in not_negative:
             if getattr(self, name) < 0:
                 raise ValueError(f"recipe: {name} must not be negative; got {getattr(self, name)}")
+        if not all(0 <= first < end for first, end in self.skip):
+            raise ValueError(f"recipe: skip must be pairs of batches, 0 or more, the first below the second; got {self.skip!r}")
+        if self.loss_spike and self.loss_spike <= 1:
+            raise ValueError(f"recipe: loss_spike must be 0 or above 1; got {self.loss_spike}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"recipe: ema_decay must be in 0..1, 1 excluded; got {self.ema_decay}")
         if not all(epochs >= 1 and 0 <= top1 <= 1 for epochs, top1 in self.published):

@@ -61,7 +61,9 @@ def told_at_start(parts: Parts, *, step: int) -> dict[str, Any]:
     }
 
 
-def told_in_checkpoint(parts: Parts, *, step: int, score: float | None, totals: Totals, learnt: Learnt) -> dict[str, Any]:
+def told_in_checkpoint(
+    parts: Parts, *, step: int, score: float | None, totals: Totals, learnt: Learnt, guard: Mapping[str, Any]
+) -> dict[str, Any]:
     """`trainer.json`: where the run stands after `step` steps, and whose run it is."""
     folder, job, recipe = Path(parts.job.run), parts.job, parts.recipe
     mlflow = folder / "mlflow.json"
@@ -83,6 +85,7 @@ def told_in_checkpoint(parts: Parts, *, step: int, score: float | None, totals: 
         "score": score,
         "totals": asdict(totals),
         "learnt": asdict(learnt),
+        "guard": dict(guard),
     }
 
 

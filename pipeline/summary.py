@@ -36,6 +36,8 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any
         "operations": totals.operations_per_sample(),
         "backward_calls_per_batch": totals.backward_calls / max(1, totals.batches),
         "restarts": len(starts) - 1,
+        "rollbacks": sum(event["event"] == "rollback" for event in events),
+        "skipped_batches": len({event["step"] for event in events if event["event"] == "skipped"}),
         "commits": sorted({event["commit"] for event in starts}),
     }
 

@@ -23,6 +23,7 @@ from pipeline.checkpoint import Checkpoints
 from pipeline.cores import own_cores
 from pipeline.data.base import Data
 from pipeline.data.mixing import Mixing
+from pipeline.guard import GoBack, Skipped
 from pipeline.job import REFUSAL, Job, Place
 from pipeline.malloc import keep_freed_memory
 from pipeline.measure.clock import Clock
@@ -66,21 +67,33 @@ def run(job: Job, place: Place, *, attempt_of: Callable[[Parts], Attempt] = Atte
 def _run(
     job: Job, place: Place, ranks: Ranks, clock: Clock, began: float, attempt_of: Callable[[Parts], Attempt]
 ) -> dict[str, Any] | None:
-    with only_writer(Path(job.run), ranks), journal(Path(job.run), ranks) as tracker, collectives_on(clock):
-        ranks.together(lambda: raise_refusal(Path(job.run)))
-        try:
-            attempt = attempt_of(compose(job, place, ranks, tracker, clock, began))
-        except ValueError as error:
-            raise refusal_of(error) from error
-        try:
-            return attempt.run()
-        except Refused:
-            raise  # every rank knows
-        except ValueError as error:
-            if ranks.size > 1:  # the others wait for this rank: only its death frees them, and then the note speaks to all
-                note_refusal(Path(job.run), error)
-                raise
-            raise refusal_of(error) from error
+    folder = Path(job.run)
+    with only_writer(folder, ranks), collectives_on(clock):
+        while True:
+            try:
+                with journal(folder, ranks) as tracker:
+                    ranks.together(lambda: raise_refusal(folder))
+                    return _attempt(job, place, ranks, tracker, clock, began, attempt_of)
+            except GoBack:
+                began = time.time()  # every rank begins again
+
+
+def _attempt(
+    job: Job, place: Place, ranks: Ranks, tracker: Tracker, clock: Clock, began: float, attempt_of: Callable[[Parts], Attempt]
+) -> dict[str, Any] | None:
+    try:
+        attempt = attempt_of(compose(job, place, ranks, tracker, clock, began))
+    except ValueError as error:
+        raise refusal_of(error) from error
+    try:
+        return attempt.run()
+    except Refused:
+        raise  # every rank knows
+    except ValueError as error:
+        if ranks.size > 1:  # the others wait for this rank: only its death frees them, and then the note speaks to all
+            note_refusal(Path(job.run), error)
+            raise
+        raise refusal_of(error) from error
 
 
 def settle(threads: int) -> None:
@@ -115,6 +128,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, clock: Clock
         on_quarantine=lambda path, reason: tracker.event("quarantine", path=str(path), reason=reason),
     )
     checkpoint = ranks.agree(checkpoints.newest)
+    skipped = ranks.agree(lambda: Skipped.read(folder))
     world = World(recipe.seed, ranks.rank, ranks.size, ranks.mean)
     # What can be refused on one machine alone comes first, and nobody talks to the others while it does.
     network, rule, loaders = ranks.together(
@@ -150,6 +164,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, clock: Clock
         nearness=ranks.together(lambda: build_nearness(recipe, loaders, split, world, ranks.device)),
         meters=Meters(network, batch_size=recipe.batch_size, device=ranks.device, clock=clock),
         checkpoints=checkpoints,
+        skipped=skipped,
         trainer=None if checkpoint is None else checkpoints.load(checkpoint, backend, rule),
         began=began,
     )

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from pipeline.guard import GoBack
 from pipeline.ranks import Ranks
 from pipeline.refused import Diverged, Refused
 from pipeline.track.base import NullTracker, Tracker
@@ -50,6 +51,8 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
     with Journal(path, attempt=attempt) as tracker:
         try:
             yield tracker
+        except GoBack:
+            raise  # it has told
         except Exception as error:
             how = "diverged" if isinstance(error, Diverged) else "failed"
             tracker.event(how, sync=True, error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())

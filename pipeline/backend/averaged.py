@@ -41,6 +41,12 @@ class Averaged:
     def backward(self, loss: Tensor, share: float) -> None:
         self.backend.backward(loss, share)
 
+    def gradients(self) -> list[Tensor]:
+        return self.backend.gradients()
+
+    def discard(self) -> None:
+        self.backend.discard()
+
     def step(self) -> None:
         self.backend.step()
         values = self._values()

@@ -37,6 +37,14 @@ class Backend(Protocol):
         """Add the gradient of `share * loss`. Shares sum to 1 over the ranks and micro-batches of a global batch."""
         ...
 
+    def gradients(self) -> list[Tensor]:
+        """What `backward` has left so far on this rank, of the parameters that have any; before `step`, to look at."""
+        ...
+
+    def discard(self) -> None:
+        """Forget the gradients; the weights stay. Not where ZeRO holds gradients of its own."""
+        ...
+
     def step(self) -> None:
         """Sum the gradients over ranks, clip them where the recipe says so, move the weights, forget the gradients."""
         ...

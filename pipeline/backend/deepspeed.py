@@ -85,11 +85,23 @@ class DeepSpeed:
         self.network = network
         self.optimizer: torch.optim.Optimizer = optimizer
         self.forget = forgetter(optimizer)
+        self.zero = zero
         self._engine: Any = engine
 
     def backward(self, loss: Tensor, share: float) -> None:
         # DeepSpeed averages over ranks, shares already sum to 1 over them.
         self._engine.backward(loss * (share * self.workers), scale_wrt_gas=False)
+
+    def gradients(self) -> list[Tensor]:
+        # ZeRO (0.19.8) moves them to an attribute of its own.
+        found = (getattr(p, "grad_accum", None) if p.grad is None else p.grad for p in self.network.parameters())
+        return [gradient for gradient in found if gradient is not None]
+
+    def discard(self) -> None:
+        if self.zero:
+            raise ValueError(f"deepspeed: gradients can be forgotten at ZeRO-0 alone; got ZeRO-{self.zero}")
+        for parameter in self.network.parameters():
+            parameter.grad = None
 
     def step(self) -> None:
         self._engine.step()

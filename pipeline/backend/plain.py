@@ -42,6 +42,12 @@ class Plain:
     def backward(self, loss: Tensor, share: float) -> None:
         (loss * share).backward()
 
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.network.parameters() if p.grad is not None]
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
     def step(self) -> None:
         parameters = [p for p in self.network.parameters() if p.requires_grad]
         if _ranks() > 1:

@@ -121,6 +121,12 @@ class Watch:
     def _on_failed(self, event: dict[str, Any]) -> None:
         self._say(f"failed: {event.get('error')}")
 
+    def _on_skipped(self, event: dict[str, Any]) -> None:
+        self._say(f"batch {event.get('step')} is skipped: {event.get('reason')}")
+
+    def _on_rollback(self, event: dict[str, Any]) -> None:
+        self._say(f"batch {event.get('step')}: {event.get('reason')}; back to step {event.get('to')}")
+
     def _on_diverged(self, event: dict[str, Any]) -> None:
         self._say(f"diverged: {event.get('error')}")
 

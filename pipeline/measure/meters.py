@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -80,13 +80,28 @@ class Totals:
 
 
 @dataclass
-class _Window:
-    """Sums since the last `take`."""
+class _Sums:
+    """Of losses and hits: of a batch, or since the last `take`."""
 
     loss: Tensor
     hits: Tensor
     samples: int = 0
     batches: int = 0
+
+    def add(self, batch: _Sums) -> None:
+        self.loss += batch.loss
+        self.hits += batch.hits
+        self.samples += batch.samples
+        self.batches += 1
+
+
+@dataclass
+class _Window:
+    """Since the last `take`."""
+
+    sums: _Sums
+    batches: int = 0
+    """whose seconds are known"""
     seconds: Counter[str] = field(default_factory=Counter)
 
 
@@ -130,7 +145,9 @@ class Meters:
         self._joules = Joules(device)
         self._joules_then: float | None = None
         """at the last reading, while training goes on"""
-        self._begun, self._accounted = 0, 0
+        self._begun = 0
+        self._steady: deque[bool] = deque()
+        """of the batches that ended since the clock was read"""
         self._is_counting = False
         self._watching: Instrument | None = None
         self._asked: Instrument | None = None
@@ -138,31 +155,39 @@ class Meters:
         """of what was entered inside the part between batches that is open"""
         self._losses: list[Tensor] = []
         self._logits: Tensor | None = None
-        self._window = self._new_window()
+        self._window, self._batch = _Window(self._new_sums()), self._new_sums()
 
     @contextmanager
     def batch(self, step: int) -> Iterator[None]:
-        """Surrounds everything that one global batch costs; on some of them counts what backward keeps alive."""
+        """Surrounds everything that one global batch costs; on some of them counts what backward keeps alive.
+
+        Of a batch that is left in the middle nothing is kept.
+        """
+        is_steady = self._is_steady(self._begun)
         self._is_counting = self._counts_memory(self._begun)
         operations = Operations(self.network) if self._counts_operations(self._begun) else None
-        self._watching = operations or self._asked
+        self._watching = watching = operations or self._asked
         self._begun, self._asked = self._begun + 1, None
-        before = self._window.samples
-        if self._watching is not None:
+        self._batch, self._logits, self._losses = self._new_sums(), None, []
+        if watching is not None:
             self.note_peaks()
-        with (
-            self.clock.batch(),
-            SavedBytes(self.network) if self._is_counting else nullcontext() as saved,
-            self._watching or nullcontext(),
-        ):
-            yield
+        try:
+            with (
+                self.clock.batch(),
+                SavedBytes(self.network) if self._is_counting else nullcontext() as saved,
+                watching or nullcontext(),
+            ):
+                yield
+        finally:
+            self._watching = None
+        self._steady.append(is_steady)
+        self._window.sums.add(self._batch)
         if saved is not None:
             self.totals.peak_saved_bytes = max(self.totals.peak_saved_bytes, saved.peak)
         if operations is not None:
-            self.totals.add_operations(operations.work, self._window.samples - before)
-        if self._watching is not None:
+            self.totals.add_operations(operations.work, self._batch.samples)
+        if watching is not None:
             self.forget_peaks()  # an instrument takes memory of its own, which is not training's
-        self._watching = None
         self.totals.batches += 1
 
     def watch(self, instrument: Instrument) -> None:
@@ -210,23 +235,22 @@ class Meters:
         assert self._logits is not None, "a rule yields at least one objective"
         with self.part("metrics"):
             wanted_B = target_B if target_B.dim() == 1 else target_B.argmax(-1)  # of a mixed sample, what there is most of
-            self._window.hits += (self._logits.argmax(-1) == wanted_B).sum()
-            self._window.samples += len(target_B)
-            self._window.loss += torch.stack(self._losses).sum(dtype=torch.float64) * share
+            self._batch.hits += (self._logits.argmax(-1) == wanted_B).sum()
+            self._batch.samples += len(target_B)
+            self._batch.loss += torch.stack(self._losses).sum(dtype=torch.float64) * share
             self._logits, self._losses = None, []
 
     def take(self, reduce: Reduce) -> dict[str, float]:
         """Means since the last `take`, the same on every rank; collective through `reduce`, which sums over ranks."""
         self._account()
-        window, self._window = self._window, self._new_window()
-        sums = reduce(
-            torch.stack([window.loss, window.hits, torch.tensor(float(window.samples), dtype=torch.float64, device=self.device)])
-        )
-        loss, hits, samples = sums.tolist()
+        window, self._window = self._window, _Window(self._new_sums())
+        own = window.sums
+        samples = torch.tensor(float(own.samples), dtype=torch.float64, device=self.device)
+        loss, hits, samples = reduce(torch.stack([own.loss, own.hits, samples])).tolist()
         seconds = sum(window.seconds.values())
         batches = max(1, window.batches)
         return {
-            "loss": loss / batches,
+            "loss": loss / own.batches if own.batches else math.nan,  # nothing was learnt from
             "top1": hits / max(1.0, samples),
             "images_per_s": window.batches * self.batch_size / max(seconds, 1e-9),
             **{f"{name}_s": window.seconds[name] / batches for name in (*PARTS, REST)},
@@ -274,9 +298,9 @@ class Meters:
     def _is_steady(self, batch: int) -> bool:
         return batch > 0 and not self._counts_memory(batch) and not self._counts_operations(batch)
 
-    def _new_window(self) -> _Window:
+    def _new_sums(self) -> _Sums:
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        return _Window(loss=zero, hits=zero.clone())
+        return _Sums(loss=zero, hits=zero.clone())
 
     def _account(self) -> None:
         """Take what the clock has measured since the last time."""
@@ -285,7 +309,6 @@ class Meters:
                 self._window.seconds[name] += value  # type: ignore[assignment]  # a Counter of floats
                 self.totals.seconds[name] += value
             self._window.batches += 1
-            if self._is_steady(self._accounted):
+            if self._steady.popleft():
                 self.totals.steady_samples += self.batch_size
                 self.totals.steady_s += sum(seconds.values())
-            self._accounted += 1

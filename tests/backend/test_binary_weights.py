@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.backend.base import Backend, OptimizerOf
 from pipeline.backend.deepspeed import DeepSpeed
 from pipeline.backend.plain import Plain
+from pipeline.guard import Unguarded
 from pipeline.loop import MicroBatch, train
 from pipeline.models.binarized import binarized
 from pipeline.objective import CrossEntropy
@@ -46,7 +47,7 @@ def trained(model: nn.Module, backend: Backend, rule: SLTT, *, rank: int = 0, ra
         return MicroBatch(x_TBC[:, mine].float(), target_B[mine], range(rank * share, (rank + 1) * share), 1 / ranks)
 
     batches = ((step, [micro_batch(step)]) for step in range(STEPS))
-    train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters())
+    train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded())
     return {key: value.detach().clone() for key, value in model.state_dict().items()}
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pipeline.backend.deepspeed import DeepSpeed, config, import_deepspeed
+from pipeline.guard import Unguarded
 from pipeline.loop import MicroBatch, train
 from pipeline.objective import CrossEntropy
 from pipeline.rules.base import Rule, World
@@ -109,7 +110,7 @@ def ours(
             yield MicroBatch(x_TB[:, first : first + micro], target_B[first : first + micro], rows, micro / BATCH)
 
     batches = ((step, micro_batches(step)) for step in range(STEPS))
-    train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters())
+    train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded())
     return model
 
 
@@ -257,7 +258,7 @@ def _resumed(rank: int, ranks: int, folder: str) -> dict[int, bool]:
             batches = (
                 (step, [MicroBatch(batch(step)[0][:, half], batch(step)[1][half], rows, 0.5)]) for step in range(first, last)
             )
-            train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters())
+            train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded())
             rule.release()
 
         whole, first, second = network(), network(), network()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backend.deepspeed import DeepSpeed
+from pipeline.guard import Unguarded
 from pipeline.loop import MicroBatch, train
 from pipeline.objective import CrossEntropy
 from pipeline.ranks import Ranks
@@ -70,7 +71,7 @@ def on_deepspeed(case: Case, rank: int, *, zero: int, accumulation: int) -> tupl
             yield MicroBatch(x_TB[:, first : first + micro], target_B[first : first + micro], rows, micro / BATCH)
 
     batches = ((step, micro_batches(step)) for step in range(STEPS))
-    train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters())
+    train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded())
     return model, rule
 
 

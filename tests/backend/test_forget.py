@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pipeline.backend.base import Backend
 from pipeline.backend.deepspeed import DeepSpeed
 from pipeline.backend.plain import Plain
+from pipeline.guard import Unguarded
 from pipeline.loop import MicroBatch, train
 from pipeline.models.heads import multi_head, select_head
 from pipeline.models.mlp import mlp
@@ -89,7 +90,7 @@ def ours(backend_of: Callable[[nn.Module], Backend], rank: int, ranks: int) -> n
         if task:
             backend.forget()
         batches = ((step, micro_batches(step)) for step in range(task * STEPS, (task + 1) * STEPS))
-        train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters())
+        train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded())
     return model
 
 

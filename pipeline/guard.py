@@ -1,0 +1,189 @@
+"""Batches that a network must not learn from, and what happens in their place.
+
+Before the weights move every rank hears of every other's. A batch is bad whose loss or gradient is not finite on any of them, and
+where the recipe asks for it (`loss_spike`) one whose loss is so many times the median of the last 64 good ones.
+
+    a bad batch                                  leaves no trace: running statistics, what the rule learnt from it and the random
+                                                 numbers are put back, as if the run had been told to skip it (`Recipe.skip`)
+    one more than `max_skips` of them in a row   GoBack: the run begins again at its newest checkpoint, and from there on skips
+                                                 everything up to this batch
+    one more than `max_rollbacks` of these       Diverged
+
+Where the weights have moved inside the batch (a rule that moves them at every time step), or ZeRO holds gradients of its own, a
+batch cannot be taken back: the first bad one leads to GoBack.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from pipeline.backend.base import Backend
+from pipeline.checkpoint import rng_state, set_rng_state
+from pipeline.ranks import Ranks
+from pipeline.recipe import read_json, write_json
+from pipeline.refused import Refused
+from pipeline.rules.base import Rule
+
+__all__ = ["GoBack", "Guard", "Skipped", "Unguarded", "is_in"]
+
+WINDOW = 64
+"""good losses that a new one is held against, and that there must be before one is"""
+FILE = "skipped.json"
+"""in a run's folder, once it went back"""
+
+
+class GoBack(Exception):
+    """The run begins again at its newest checkpoint; every rank raises it."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(f"batch {step}: {reason}")
+        self.step, self.reason = step, reason
+
+
+class _Bad(Exception):
+    """A batch that must not be learnt from; every rank raises it."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What going back has decided so far."""
+
+    rollbacks: int = 0
+    batches: tuple[tuple[int, int], ...] = ()
+    """from one up to and without another"""
+
+    def and_up_to(self, step: int, *, saved: int) -> Skipped:
+        """After one more time, at `step`, to the checkpoint behind `saved` batches."""
+        return Skipped(self.rollbacks + 1, (*self.batches, (saved, step + 1)))
+
+    @classmethod
+    def read(cls, run: Path) -> Skipped:
+        if not (run / FILE).exists():
+            return cls()
+        value = read_json(run / FILE)
+        try:
+            return cls(int(value["rollbacks"]), tuple((int(first), int(end)) for first, end in value["batches"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise Refused(f"{run / FILE}: must hold rollbacks and batches; got {value!r}") from error
+
+    def write(self, run: Path) -> None:
+        write_json(run / FILE, asdict(self))
+
+
+def is_in(step: int, batches: Sequence[tuple[int, int]]) -> bool:
+    return any(first <= step < end for first, end in batches)
+
+
+class Guard:
+    """Of one rank; all ranks make one and ask it equally often.
+
+    Args:
+        spike: so many medians are too much; 0: what is finite is good.
+        skips: bad batches in a row that are skipped.
+        takes_back: whether a batch can be, as above.
+        on_skip: told (step, reason) of each bad batch that is skipped.
+        state: what `told` said in the checkpoint that was restored.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        rule: Rule,
+        ranks: Ranks,
+        *,
+        spike: float = 0.0,
+        skips: int = 3,
+        takes_back: bool = True,
+        on_skip: Callable[[int, str], None] = lambda step, reason: None,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.backend, self.rule, self.ranks = backend, rule, ranks
+        self.spike, self.skips, self.takes_back, self.on_skip = spike, skips, takes_back, on_skip
+        self._in_a_row = 0
+        self._good: deque[float] = deque(maxlen=WINDOW)
+        if state is not None:
+            self._in_a_row = int(state["in_a_row"])
+            self._good.extend(float(loss) for loss in state["losses"])
+        self._losses: list[Tensor] = []
+        self._loss = math.nan
+
+    def told(self) -> dict[str, Any]:
+        """For a checkpoint: a run that is resumed judges the next batch as it would have."""
+        return {"in_a_row": self._in_a_row, "losses": list(self._good)}
+
+    @contextmanager
+    def batch(self, step: int) -> Iterator[None]:
+        """Surrounds a batch. Raises GoBack, on every rank."""
+        before = _Before(self.backend, self.rule) if self.takes_back else None
+        self._losses = []
+        try:
+            yield
+        except _Bad as bad:
+            self._in_a_row += 1
+            if before is None or self._in_a_row > self.skips:
+                raise GoBack(step, str(bad)) from bad
+            before.put_back()
+            self.on_skip(step, str(bad))
+        else:
+            self._in_a_row = 0
+            self._good.append(self._loss)
+
+    def add(self, loss: Tensor, share: float) -> None:
+        """A part of the batch's loss; parts weighted by their shares sum to it over micro-batches and ranks."""
+        self._losses.append(loss.detach() * share)
+
+    def check(self) -> None:
+        """Between the last backward call of a batch and the step; collective."""
+        loss = torch.stack(self._losses).sum(dtype=torch.float64)
+        gradients = self.backend.gradients()
+        size = get_total_norm(gradients, math.inf) if gradients else loss.new_zeros(())
+        bad = (~size.isfinite()).to(loss)
+        self._loss, ranks = self.ranks.sum(torch.stack([loss, bad])).tolist()
+        if not math.isfinite(self._loss):
+            raise _Bad(f"its loss is {self._loss}")
+        if ranks:
+            raise _Bad(f"its gradient is not finite on {ranks:.0f} of {self.ranks.size} workers")
+        if self.spike and len(self._good) == WINDOW and self._loss > self.spike * (usual := statistics.median(self._good)):
+            raise _Bad(f"its loss of {self._loss:.4g} is more than {self.spike:g} times the usual {usual:.4g}")
+
+
+class _Before:
+    """What a batch changes beside the weights, as it was."""
+
+    def __init__(self, backend: Backend, rule: Rule) -> None:
+        self.backend, self.rule = backend, rule
+        self.buffers = {name: buffer.clone() for name, buffer in backend.network.named_buffers()}
+        self.rule_state = {name: value.clone() for name, value in rule.state_dict().items()}
+        self.rng = rng_state()
+
+    def put_back(self) -> None:
+        for name, buffer in self.backend.network.named_buffers():
+            buffer.copy_(self.buffers[name])
+        if self.rule_state:
+            self.rule.load_state_dict(self.rule_state)
+        set_rng_state(self.rng)
+        self.backend.discard()
+
+
+class Unguarded:
+    """Learns from whatever comes: where a loop is measured, or held to another."""
+
+    def batch(self, step: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def add(self, loss: Tensor, share: float) -> None:
+        pass
+
+    def check(self) -> None:
+        pass

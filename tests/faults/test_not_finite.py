@@ -1,0 +1,100 @@
+"""Runs that meet batches which are not finite: skipped, gone back for, given up; the bits are those of a run that was told so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.attempt import Attempt
+from pipeline.guard import Skipped
+from pipeline.recipe import Recipe, spec
+from pipeline.refused import Diverged
+from pipeline.rules.ottt import OTTT
+from pipeline.track.jsonl import read
+from pipeline.track.state import state_of
+from tests.small import same_weights, small_recipe, train_inline
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def hit(patch: pytest.MonkeyPatch, steps: Collection[int]) -> None:
+    """These batches hold no numbers, whenever they are read."""
+    original = Attempt._micro_batches
+
+    def micro_batches(self: Attempt, source: Any) -> Any:
+        for batch in original(self, source):
+            yield batch._replace(x_TB=batch.x_TB * math.nan) if self.step in steps else batch
+
+    patch.setattr(Attempt, "_micro_batches", micro_batches)
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read(run / "journal.jsonl") if event["event"] == kind]
+
+
+def recipe(**changes: Any) -> Recipe:
+    return small_recipe(epochs=2, checkpoint_every=3, **changes)
+
+
+def told(run: Path, skip: tuple[tuple[int, int], ...], **changes: Any) -> Path:
+    """The run that meets nothing and was told to pass over the same batches."""
+    train_inline(run, recipe(skip=skip, **changes))
+    return run
+
+
+def test_one_is_skipped_and_the_rest_is_as_if_it_had_been_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        hit(patch, {4})
+        summary = train_inline(tmp_path / "hit", recipe())
+    assert same_weights(tmp_path / "hit", told(tmp_path / "told", ((4, 5),)))
+    [skipped] = events(tmp_path / "hit", "skipped")
+    assert (skipped["step"], skipped["reason"], skipped["samples"]) == (4, "its loss is nan", recipe().batch_size)
+    assert (summary["skipped_batches"], summary["rollbacks"]) == (1, 0)
+
+
+def test_several_in_a_row_lead_back_to_the_checkpoint_and_around_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = {4, 5, 6, 7}  # checkpoints stand behind 3 and 6 batches
+    with monkeypatch.context() as patch:
+        hit(patch, bad)
+        summary = train_inline(tmp_path / "hit", recipe(max_skips=3))
+    [back] = events(tmp_path / "hit", "rollback")
+    assert (back["step"], back["to"], back["reason"]) == (7, 6, "its loss is nan")
+    assert Skipped.read(tmp_path / "hit") == Skipped(1, ((6, 8),))
+    assert [start["step"] for start in events(tmp_path / "hit", "start")] == [0, 6]
+    assert same_weights(tmp_path / "hit", told(tmp_path / "told", ((4, 8),)))
+    assert (summary["skipped_batches"], summary["rollbacks"], summary["restarts"]) == (4, 1, 1)
+
+
+def test_a_rule_that_moves_the_weights_at_once_goes_back_at_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = {"rule": spec(OTTT, update="objective")}
+    with monkeypatch.context() as patch:
+        hit(patch, {5})
+        train_inline(tmp_path / "hit", recipe(**rule))
+    assert [event["to"] for event in events(tmp_path / "hit", "rollback")] == [3]
+    assert same_weights(tmp_path / "hit", told(tmp_path / "told", ((3, 6),), **rule))
+
+
+def test_at_the_end_of_the_ladder_it_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        hit(patch, range(4, 100))
+        with pytest.raises(Diverged, match="training: batch 9: its loss is nan; it has gone back max_rollbacks=1 times; lower"):
+            train_inline(tmp_path / "hit", recipe(max_skips=1, max_rollbacks=1))
+    assert state_of(tmp_path / "hit") == "diverged" and Skipped.read(tmp_path / "hit").rollbacks == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"skip": ((3, 3),)}, "recipe: skip must be pairs of batches"),
+        ({"skip": ((-1, 3),)}, "recipe: skip must be pairs of batches"),
+        ({"loss_spike": 0.5}, "recipe: loss_spike must be 0 or above 1; got 0.5"),
+        ({"max_skips": -1}, "recipe: max_skips must not be negative; got -1"),
+    ],
+)
+def test_a_ladder_without_rungs_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        small_recipe(**changes)
