@@ -6,12 +6,13 @@ stops when asked. Rank 0 decides and tells the others, so that all of them do th
 
 from __future__ import annotations
 
+import socket
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,8 +28,12 @@ from pipeline.phases import stretch_at
 from pipeline.recipe import write_json
 from pipeline.record import told_at_start, told_at_the_end, told_in_checkpoint
 from pipeline.refused import Diverged, Refused
+from pipeline.replicas import drifted, stragglers
 from pipeline.spiking.encode import over_steps
 from pipeline.tasks import Learnt, mean_of
+from pipeline.watchdog import Watchdog
+
+T_ = TypeVar("T_")
 
 
 class Attempt:
@@ -52,6 +57,7 @@ class Attempt:
         self.saved_at = time.monotonic()
         self.saved_step = self.step
         self.stop_asked = False
+        self.watchdog = Watchdog(self.folder, rank=self.ranks.rank, patience_s=60 * self.job.hang_minutes)
         self.skipped = (*self.recipe.skip, *parts.skipped.batches)
         self.guard = Guard(
             self.backend,
@@ -71,7 +77,8 @@ class Attempt:
             GoBack: on every rank, once it is written down: the run has to begin again at its newest checkpoint.
         """
         try:
-            return self._run()
+            with self.watchdog:
+                return self._run()
         except GoBack as back:
             self._go_back(back)
             raise
@@ -163,8 +170,12 @@ class Attempt:
     def _between_batches(self, epoch: int, *, last: bool) -> None:
         """Log, look whether somebody asked to stop, and save where it is time; an epoch's end is saved after its evaluation."""
         recipe = self.recipe
+        self.watchdog.beat()
+        if recipe.replicas_every and self.step % recipe.replicas_every == 0:
+            self._compare_replicas()
         if self.step % recipe.log_every == 0 or last:
             metrics = self.meters.take(self.ranks.sum)
+            self._tell_stragglers()
             metrics["lr"] = self.backend.optimizer.param_groups[0]["lr"]
             metrics |= {f"rule_{name}": value for name, value in self._figures().items()}
             with self.meters.between("tracking"):
@@ -177,6 +188,18 @@ class Attempt:
         if (due or late or self.stop_asked) and not last:
             with self.meters.between("checkpoint"):
                 self._save(score=None)
+
+    def _compare_replicas(self) -> None:
+        """Ranks that have come apart learn nothing together: all begin again with the weights that they last agreed on."""
+        if apart := drifted(self.backend.network, self.ranks):
+            raise GoBack(self.step - 1, f"the weights of workers {', '.join(map(str, apart))} are others'", skips=False)
+
+    def _tell_stragglers(self) -> None:
+        slow = stragglers(self.meters.busy_s, self.ranks)
+        if slow:
+            hosts = self.ranks.each(socket.gethostname())
+            told = {str(rank): {"times": times, "host": hosts[rank]} for rank, times in slow.items()}
+            self.tracker.event("straggler", step=self.step, workers=told)
 
     def _figures(self) -> dict[str, float]:
         """What the rule says of its last batch, the mean over ranks; collective."""
@@ -234,11 +257,16 @@ class Attempt:
             for index, task in enumerate(self.tasks[: self.stretch.index + 1]):
                 task.choose_head(self.backend.network)
                 with closing(self.parts.loaders.val(index)) as val_set:
-                    batches = inputs(val_set, recipe.time_steps, self.parts.device, most=most)
+                    batches = self._beating(inputs(val_set, recipe.time_steps, self.parts.device, most=most))
                     about = {"network": self.backend.network, "counts_operations": self.step == self.steps}
                     self.evaluated.append(evaluate(self.backend.model, batches, loss_for, over_time=recipe.over_time, **about))
         self.meters.forget_peaks()  # what evaluation held is not what training needs
         return [each.result for each in self.evaluated]
+
+    def _beating(self, batches: Iterable[T_]) -> Iterator[T_]:
+        for batch in batches:
+            self.watchdog.beat()
+            yield batch
 
     @contextmanager
     def _published(self) -> Iterator[None]:
@@ -272,7 +300,7 @@ class Attempt:
         done = self.parts.skipped.rollbacks
         if done == self.recipe.max_rollbacks:
             raise Diverged(f"training: {back}; it has gone back max_rollbacks={done} times; lower optimizer.lr?") from back
-        decided = self.parts.skipped.and_up_to(back.step, saved=self.saved_step)
+        decided = self.parts.skipped.after(back, saved=self.saved_step)
         self.ranks.agree(lambda: decided.write(self.folder))
         self.tracker.event("rollback", sync=True, step=back.step, to=self.saved_step, reason=back.reason)
 

@@ -44,11 +44,14 @@ FILE = "skipped.json"
 
 
 class GoBack(Exception):
-    """The run begins again at its newest checkpoint; every rank raises it."""
+    """The run begins again at its newest checkpoint; every rank raises it.
 
-    def __init__(self, step: int, reason: str) -> None:
+    `skips`: and passes over what led here; where the batches are not to blame it learns from them again.
+    """
+
+    def __init__(self, step: int, reason: str, *, skips: bool = True) -> None:
         super().__init__(f"batch {step}: {reason}")
-        self.step, self.reason = step, reason
+        self.step, self.reason, self.skips = step, reason, skips
 
 
 class _Bad(Exception):
@@ -63,9 +66,9 @@ class Skipped:
     batches: tuple[tuple[int, int], ...] = ()
     """from one up to and without another"""
 
-    def and_up_to(self, step: int, *, saved: int) -> Skipped:
-        """After one more time, at `step`, to the checkpoint behind `saved` batches."""
-        return Skipped(self.rollbacks + 1, (*self.batches, (saved, step + 1)))
+    def after(self, back: GoBack, *, saved: int) -> Skipped:
+        """One more time, to the checkpoint behind `saved` batches."""
+        return Skipped(self.rollbacks + 1, (*self.batches, (saved, back.step + 1)) if back.skips else self.batches)
 
     @classmethod
     def read(cls, run: Path) -> Skipped:

@@ -33,6 +33,8 @@ class Job:
     threads: int = 1
     """torch's threads in each worker"""
     loader_threads: int = 1
+    hang_minutes: float = 0.0
+    """between two signs of life of a worker, after which it is taken to hang; 0: nobody watches"""
     own_cores: bool = False
     """whether each worker on a CPU keeps to cores that no other run's computes on"""
 

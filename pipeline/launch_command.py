@@ -31,6 +31,9 @@ Name = Annotated[
     str | None,
     typer.Option("--name", help="the run's name, or the suite's; without it the recipe's, or the file's, and the time"),
 ]
+Hang = Annotated[
+    float, typer.Option("--hang-minutes", min=0, help="without a sign of life, until a worker is started again; 0: never")
+]
 OrResume = Annotated[bool, typer.Option("--or-resume", help="go on with the run or suite of this --name where it has begun")]
 
 
@@ -48,6 +51,7 @@ def launch(
     cpus_per_worker: Cpus = 1,
     loader_threads: Loaders = 1,
     max_restarts: Restarts = 3,
+    hang_minutes: Hang = 30.0,
     seeds: Seeds = 1,
     tune: Tune = None,
     side_by_side: SideBySide = "1",
@@ -72,6 +76,7 @@ def launch(
         cpus_per_worker=cpus_per_worker,
         loader_threads=loader_threads,
         max_restarts=max_restarts,
+        hang_minutes=hang_minutes,
         side_by_side=_count_or_auto(side_by_side),
     )
     trusted = (*trust, *(package for recipe in recipes for package in own_package(recipe, made)))

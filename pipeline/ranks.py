@@ -63,6 +63,14 @@ class Ranks:
         distributed.gather_object(value, values, dst=0, group=self.control)
         return values or []
 
+    def each(self, value: T_) -> list[T_]:
+        """Every rank's value, in the order of ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value, group=self.control)
+        return values
+
     def together(self, act: Callable[[], T_]) -> T_:
         """Every rank acts; where one of them is refused, all are, with what the first of those said.
 
@@ -73,11 +81,7 @@ class Ranks:
             result = act()
         except ValueError as error:
             said = refusal_of(error)
-        everybody: list[Any] = [said]
-        if self.size > 1:
-            everybody = [None] * self.size
-            distributed.all_gather_object(everybody, said, group=self.control)
-        for rank, refusal in enumerate(everybody):
+        for rank, refusal in enumerate(self.each(said)):
             if refusal is not None:
                 raise refusal if self.size == 1 else type(refusal)(f"{refusal} (worker {rank})")
         return result  # type: ignore[return-value]  # nobody was refused, so act returned

@@ -97,6 +97,8 @@ class Recipe:
     """times that it goes back, before it ends"""
     loss_spike: float = 0.0
     """a loss of more than so many times the median of the last 64 makes a batch bad; 0: only one that is not finite"""
+    replicas_every: int = 500
+    """steps between comparisons of the workers' weights, bit by bit; 0: none"""
     evaluate_every: int = 1
     """epochs between evaluations; the last epoch is always evaluated"""
     fidelity_every: int = 0

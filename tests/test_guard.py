@@ -149,9 +149,10 @@ def test_every_rank_skips_what_one_rank_met(tmp_path: Path) -> None:
 
 def test_what_going_back_decided_is_kept_in_the_runs_folder(tmp_path: Path) -> None:
     assert Skipped.read(tmp_path) == Skipped()
-    decided = Skipped().and_up_to(7, saved=4).and_up_to(12, saved=10)
+    decided = Skipped().after(GoBack(7, ""), saved=4).after(GoBack(12, ""), saved=10)
     decided.write(tmp_path)
     assert Skipped.read(tmp_path) == decided == Skipped(2, ((4, 8), (10, 13)))
+    assert decided.after(GoBack(15, "", skips=False), saved=15) == Skipped(3, decided.batches)
     assert [step for step in range(20) if is_in(step, decided.batches)] == [4, 5, 6, 7, 10, 11, 12]
     (tmp_path / "skipped.json").write_text('{"rollbacks": 1}')
     with pytest.raises(Refused, match=r"skipped\.json: must hold rollbacks and batches; got"):

@@ -23,6 +23,8 @@ class Cluster:
     cpus_per_worker: int = 1
     loader_threads: int = 1
     max_restarts: int = 3
+    hang_minutes: float = 30.0
+    """between two signs of life of a worker, after which it writes down its stacks and ends; 0: nobody watches"""
     side_by_side: int | Literal["auto"] = 1
     """runs of a suite that train at the same time, each on cores and cards of its own; auto: as many as there is room for"""
 
@@ -30,6 +32,8 @@ class Cluster:
         counts = {"workers": self.workers, "cpus_per_worker": self.cpus_per_worker, "loader_threads": self.loader_threads}
         refuse_unless_counts("cluster", counts)
         refuse_unless_counts("cluster", {"max_restarts": self.max_restarts}, least=0)
+        if self.hang_minutes < 0:
+            raise ValueError(f"cluster: hang_minutes must not be negative; got {self.hang_minutes:g}")
         if self.side_by_side != "auto":
             refuse_unless_counts("cluster", {"side_by_side": self.side_by_side})
 

@@ -127,6 +127,10 @@ class Watch:
     def _on_rollback(self, event: dict[str, Any]) -> None:
         self._say(f"batch {event.get('step')}: {event.get('reason')}; back to step {event.get('to')}")
 
+    def _on_straggler(self, event: dict[str, Any]) -> None:
+        for rank, about in (event.get("workers") or {}).items():
+            self._say(f"worker {rank} on {about.get('host')} takes {about.get('times', 0):.1f} times as long as the others")
+
     def _on_diverged(self, event: dict[str, Any]) -> None:
         self._say(f"diverged: {event.get('error')}")
 

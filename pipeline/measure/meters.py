@@ -142,6 +142,8 @@ class Meters:
         self.clock = clock or Clock(device)
         self.memory_every, self.operations_every = memory_every, operations_every
         self.totals = Totals()
+        self.busy_s = 0.0
+        """of this rank between the last two `take`s, its waiting for others aside"""
         self._joules = Joules(device)
         self._joules_then: float | None = None
         """at the last reading, while training goes on"""
@@ -248,6 +250,7 @@ class Meters:
         samples = torch.tensor(float(own.samples), dtype=torch.float64, device=self.device)
         loss, hits, samples = reduce(torch.stack([own.loss, own.hits, samples])).tolist()
         seconds = sum(window.seconds.values())
+        self.busy_s = seconds - window.seconds["communication"]
         batches = max(1, window.batches)
         return {
             "loss": loss / own.batches if own.batches else math.nan,  # nothing was learnt from

@@ -1,0 +1,42 @@
+"""Whether all ranks still hold the same weights: a copy that has drifted, by a fault of memory or of a collective, is told."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+
+import torch
+from torch import nn
+
+from pipeline.ranks import Ranks
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PERIOD = 65_521  # a prime, so that what changes places shows
+
+
+def fingerprint(network: nn.Module) -> int:
+    """Of the bits of all parameters, where each stands: sums of integers, which no order of summing changes."""
+    total = torch.zeros((), dtype=torch.int64)
+    for index, parameter in enumerate(network.parameters()):
+        bits = parameter.detach().contiguous().view(_INTEGERS[parameter.element_size()]).flatten().to(torch.int64)
+        places = torch.arange(len(bits), device=bits.device) % _PERIOD + index + 1
+        total += (bits * places).sum().cpu()
+    return int(total)
+
+
+def drifted(network: nn.Module, ranks: Ranks) -> list[int]:
+    """The ranks whose weights are not those of the most; on every rank alike. Collective."""
+    mine = fingerprint(network)
+    found = ranks.each(mine)
+    usual, _ = Counter(found).most_common(1)[0]
+    return [rank for rank, value in enumerate(found) if value != usual]
+
+
+def stragglers(busy_s: float, ranks: Ranks, *, beyond: float = 1.5) -> dict[int, float]:
+    """The ranks that are busy for more than `beyond` times the usual, with how many times; collective.
+
+    Usual is the median of all, of two ranks that of the faster.
+    """
+    found = ranks.each(busy_s)
+    usual = statistics.median_low(found)
+    return {rank: value / usual for rank, value in enumerate(found) if usual > 0 and value > beyond * usual}

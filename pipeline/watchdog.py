@@ -1,0 +1,49 @@
+"""A worker that hangs: what each of its threads is at goes into the run's folder, and the process ends, to be started again.
+
+A hang in a loader, a lock or a collective raises nothing, and Ray looks no closer at a worker whose actor still answers. What runs
+out here is the interpreter's own timer (faulthandler), which needs no thread of Python to get its turn.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import time
+from pathlib import Path
+from typing import IO
+
+FOLDER = "stacks"
+"""in a run's folder: a file for each rank and attempt that hung"""
+_ARMED_ANEW = 0.1  # of the patience: to arm it costs a thread
+
+
+class Watchdog:
+    """Of one process; inside, `beat` has to be called at least every `patience_s` seconds. 0: nobody watches."""
+
+    def __init__(self, run: Path, *, rank: int, patience_s: float) -> None:
+        self.patience_s = patience_s
+        self._path = run / FOLDER / f"rank{rank}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
+        self._file: IO[str] | None = None
+        self._armed = 0.0
+
+    def __enter__(self) -> Watchdog:
+        if self.patience_s > 0:
+            self._path.parent.mkdir(exist_ok=True)
+            self._file = self._path.open("w")
+            self._arm()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._file is not None:
+            faulthandler.cancel_dump_traceback_later()
+            self._file.close()
+            self._file = None
+            self._path.unlink()
+
+    def beat(self) -> None:
+        """It goes on."""
+        if self._file is not None and time.monotonic() - self._armed > _ARMED_ANEW * self.patience_s:
+            self._arm()
+
+    def _arm(self) -> None:
+        self._armed = time.monotonic()
+        faulthandler.dump_traceback_later(self.patience_s, exit=True, file=self._file)
