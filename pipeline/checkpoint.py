@@ -181,7 +181,7 @@ def step_name(step: int) -> str:
 
 
 def pin(path: Path) -> None:
-    """Keep a checkpoint for good: somebody outside of the run knows it by its address."""
+    """Keep a checkpoint from being pruned: somebody outside of the run knows it by its address."""
     _pin_of(path).touch()
 
 

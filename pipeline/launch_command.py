@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -63,6 +64,7 @@ def launch(
     tiny: Tiny = False,
 ) -> None:
     """Train a recipe, or each recipe of a comparison, and end in a table or the comparison's own report."""
+    _heed_schedulers()
     made = _comparison([made_of(recipe, set_, tiny) for recipe in recipes], seeds, tune)
     from pipeline.launch.cluster import Cluster
     from pipeline.recipe_file import own_package
@@ -112,6 +114,7 @@ def resume(
     trust: Trust = [],  # noqa: B006
 ) -> None:
     """Go on with a run at the exact sample where its newest whole checkpoint stands; with a suite, run by run."""
+    _heed_schedulers()
     from pipeline.report.runs import find_run_or_suite
 
     _go_on(find_run_or_suite(runs, run), runs, workers=workers, inline=inline, address=address, trust=tuple(trust))
@@ -129,6 +132,11 @@ def _go_on(folder: Path, runs: Path, *, workers: int | None, inline: bool, addre
         from pipeline.launch.start import resume_run
 
         _end_run(resume_run(folder, runs, **where, trust=trust), runs)
+
+
+def _heed_schedulers() -> None:
+    """Before and between runs SIGUSR1 is Ctrl-C: left to itself it would kill this process. While a run trains it saves it."""
+    signal.signal(signal.SIGUSR1, signal.default_int_handler)
 
 
 def _end_run(folder: Path | None, runs: Path) -> None:

@@ -56,7 +56,7 @@ def told_at_start(parts: Parts, *, step: int) -> dict[str, Any]:
         "data_fingerprint": job.data_fingerprint,
         "params": recipe.flat(),
         "loader_threads": job.loader_threads,
-        "own_cores": sorted(os.sched_getaffinity(0)) if job.own_cores else None,
+        "own_cores": sorted(os.sched_getaffinity(0)) if _has_own_cores(parts) else None,
         "resume_command": job.resume_command,
     }
 
@@ -114,7 +114,12 @@ def told_at_the_end(
         },
         "rule_figures": dict(figures),
         "loader_threads": job.loader_threads,
-        "own_cores": job.own_cores,
+        "own_cores": _has_own_cores(parts),
         "commit": job.commit,
         "data_fingerprint": job.data_fingerprint,
     }
+
+
+def _has_own_cores(parts: Parts) -> bool:
+    """On a GPU it has a card of its own in their place."""
+    return parts.job.own_cores and parts.device.type == "cpu"

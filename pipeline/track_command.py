@@ -48,6 +48,6 @@ def register(
 
     folder = find_run(runs, run)
     checkpoint = verified(folder / "checkpoints", which)
+    pin(checkpoint)  # first: a run that still trains prunes
     done = register_run(folder, checkpoint, name=name, alias=which, uri=tracking_uri(runs))
-    pin(checkpoint)
     print(f"{folder.name} -> models:/{done.name}@{done.alias}, version {done.version}: {done.uri}")

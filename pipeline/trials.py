@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,15 +11,17 @@ from pipeline.track.state import state_of
 
 __all__ = ["best", "is_over", "top1_of"]
 
+_SEARCH = ("trial", "tuned")
+
 
 def is_over(run: Path) -> bool:
-    """Whether a suite has nothing left to do for a run: it has finished, or it is a trial that diverged.
+    """Whether a suite has nothing left to do for a run: it has finished, or it diverged in a search, which is an answer there.
 
     Raises:
-        ValueError: its recipe.json is damaged.
+        ValueError: it diverged, and its recipe.json is damaged.
     """
     state = state_of(run)
-    return state == "finished" or (state == "diverged" and _is_trial(run))
+    return state == "finished" or (state == "diverged" and _protocol(run) in _SEARCH)
 
 
 def top1_of(trial: Path) -> float | None:
@@ -26,11 +29,15 @@ def top1_of(trial: Path) -> float | None:
     return None if state_of(trial) == "diverged" else read_json(trial / "summary.json")["top1"]
 
 
-def best(top1: Mapping[str, float | None]) -> str | None:
-    """The name of the trial that a choice takes: the first of those that did best. None: all of them diverged."""
-    ended = {name: value for name, value in top1.items() if value is not None}
-    return max(ended, key=lambda name: ended[name], default=None)
+def best(top1: Mapping[str, float | None]) -> str:
+    """The name of the trial that a choice takes: the first of those that did best; one that diverged did worst."""
+    worth = {name: -math.inf if value is None else value for name, value in top1.items()}
+    return max(worth, key=lambda name: worth[name])
 
 
-def _is_trial(run: Path) -> bool:
-    return read_json(run / "recipe.json")["recipe"].get("protocol") == "trial"
+def _protocol(run: Path) -> str:
+    written = read_json(run / "recipe.json")
+    recipe = written.get("recipe") if isinstance(written, dict) else None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{run / 'recipe.json'}: must hold a recipe; got {written!r}")
+    return recipe.get("protocol", "shared")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pipeline.backend.plain import Plain
-from pipeline.checkpoint import CheckpointError, Checkpoints, damage, read_trainer, step_folders, verified
+from pipeline.checkpoint import CheckpointError, Checkpoints, damage, pin, read_trainer, step_folders, verified
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Linear
 
@@ -129,6 +129,15 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert [path.name[-1] for path in step_folders(tmp_path)] == ["2", "4", "5"]
     assert verified(tmp_path, "best").name == "step_00000002"
     assert verified(tmp_path).name == "step_00000005"
+
+
+def test_what_is_pinned_is_kept(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, [1, 2])
+    pin(tmp_path / "step_00000001")
+    for step in (3, 4):
+        checkpoints.save(step, backend(), Counting(), TRAINER)
+    assert [path.name[-1] for path in step_folders(tmp_path)] == ["1", "3", "4"]
+    assert damage(tmp_path / "step_00000001") is None
 
 
 def test_a_step_that_is_redone_replaces_its_checkpoint(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from pipeline.malloc import ENVIRONMENT
+from pipeline.malloc import environment
 
 TURNS = """
 import ctypes, resource, sys, threading
@@ -51,4 +51,34 @@ def faults(how: str, **more: str) -> int:
 def test_what_was_freed_is_not_faulted_in_again() -> None:
     assert faults("not told") > 100  # else this test would see nothing
     assert faults("told") < 20
-    assert faults("not told", **ENVIRONMENT) < 20
+    assert faults("not told", **environment()) < 20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+def test_what_is_free_can_be_handed_back() -> None:
+    code = """
+import ctypes
+from pipeline.malloc import keep_freed_memory, release_freed_memory
+from pipeline.measure.memory import memory_now_bytes
+keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+before = memory_now_bytes()
+address = libc.malloc(200 << 20)
+ctypes.memset(address, 1, 200 << 20)
+libc.free(address)
+kept = memory_now_bytes()
+release_freed_memory()
+print(kept - before, memory_now_bytes() - before)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, left = (int(word) for word in ran.stdout.split())
+    assert kept > 190 << 20 and left < 10 << 20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+def test_what_the_user_says_of_malloc_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    told = environment()
+    assert told["MALLOC_ARENA_MAX"] == "4" and int(told["MALLOC_TRIM_THRESHOLD_"]) > 2**30

@@ -28,7 +28,7 @@ def run(folder: Path, *, protocol: str, end: str) -> Path:
         ("trial", "diverged", True),
         ("trial", "failed", False),
         ("trial", "stopped", False),
-        ("tuned", "diverged", False),
+        ("tuned", "diverged", True),
         ("shared", "diverged", False),
         ("shared", "finish", True),
     ],
@@ -45,4 +45,11 @@ def test_its_accuracy_is_none(tmp_path: Path) -> None:
 def test_the_first_of_the_best_is_taken() -> None:
     assert best({"a": 0.5, "b": 0.75, "c": 0.75}) == "b"
     assert best({"a": None, "b": 0.0}) == "b"
-    assert best({"a": None, "b": None}) is None
+    assert best({"a": None, "b": None}) == "a"
+
+
+def test_a_damaged_recipe_is_named(tmp_path: Path) -> None:
+    folder = run(tmp_path / "run", protocol="trial", end="diverged")
+    (folder / "recipe.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"recipe\.json: must hold a recipe; got \[\]"):
+        is_over(folder)

@@ -27,16 +27,19 @@ from rich.console import Console
 from pipeline.counts import refuse_unless_counts
 from pipeline.data.base import Data
 from pipeline.job import REFUSAL, Job
-from pipeline.launch.base import Launcher
+from pipeline.launch.base import Launcher, LaunchError
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.folder import numbered, whole_folder
 from pipeline.launch.watch import Watch
+from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.refused import Refused
 from pipeline.spec import arguments_of
 from pipeline.track.jsonl import Follower
 from pipeline.track.mlflow import Mirror
 from pipeline.weights import study_inputs
+from pipeline.worker import raise_refusal
+from pipeline.writer import journal
 
 POLL_S = 0.25
 MLFLOW_PATIENCE_S = 30.0
@@ -136,12 +139,24 @@ def drive(job: Job, launcher: Launcher, console: Console, *, uri: str, resume_co
                     lambda: launcher.run(job, attempt=uuid.uuid4().hex[:8]),
                     meanwhile=lambda: watch.show(follower.poll()),
                 )
+        except LaunchError:
+            _raise_what_a_rank_noted(folder)
+            raise
         finally:
             watch.show(follower.poll())
             watch.close()
             if not mirror.close(timeout=MLFLOW_PATIENCE_S):
                 console.print(f"MLflow at {uri} has not answered; `spiketrain sync {folder}` delivers the rest later")
         return outcome
+
+
+def _raise_what_a_rank_noted(folder: Path) -> None:
+    """A rank that found why the run cannot go on died of it, and no attempt was left to tell the others."""
+    try:
+        raise_refusal(folder)
+    except Refused as refusal:
+        with journal(folder, Ranks()):  # the workers are gone: nobody else writes it
+            raise refusal
 
 
 def _in_thread(work: Callable[[], dict[str, Any] | None], *, meanwhile: Callable[[], None]) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from typing import Any, Self
 from pipeline.cores import physical_cores
 from pipeline.job import Job, Place
 from pipeline.launch.base import Device, LaunchError, takes_gpus
-from pipeline.malloc import ENVIRONMENT
+from pipeline.malloc import environment
 from pipeline.refused import Refused
 from pipeline.worker import run
 
@@ -102,6 +102,7 @@ class Ray:
             self._owned = False
 
     def room(self) -> int:
+        # A cluster of the user's own has the CPUs that it was started with: physical cores, where runs are to have their own.
         import ray
 
         there = ray.cluster_resources()
@@ -152,7 +153,7 @@ class Ray:
             **{name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)},
             # A worker starts in a folder of its own; a package that the user trusts lies beside the recipe or on the path.
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path)),
-            **ENVIRONMENT,
+            **environment(),
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "OPENBLAS_NUM_THREADS": "1",

@@ -45,8 +45,10 @@ def slots_of(launcher: Launcher, wanted: int | Literal["auto"]) -> int:
     if wanted == 1:
         return 1
     room = launcher.room()
+    if room == 0:
+        raise Refused("launch: a run side by side needs cores and cards of its own for all of its workers; there are fewer")
     if wanted == "auto":
-        return max(1, room)
+        return room
     if wanted > room:
         raise Refused(f"launch: {wanted} runs side by side need cores and cards of their own; there is room for {room}")
     return wanted
@@ -150,14 +152,14 @@ class _Driven:
 
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], int]]:
-    """How often somebody has asked to stop, by Ctrl-C or SIGTERM."""
+    """How often somebody has asked to stop, by Ctrl-C or SIGTERM; a scheduler's SIGUSR1 counts once."""
     asked = 0
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        asked += 1
+        asked = max(1, asked) if number == signal.SIGUSR1 else asked + 1
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield lambda: asked
     finally:

@@ -69,14 +69,17 @@ def _train_the_rest(
     console.out(f"suite   {folder}\nresume  {command}", highlight=False)
     slots = slots_of(launcher, cluster.side_by_side)
     children = Children(folder.name, suite_file, cluster, where, trust=trust)
+    is_ours = False
     try:
         with driver_lock(folder):
+            is_ours = True
             if slots > 1:
                 done = train_side_by_side(children, launcher, slots, console)
             else:
                 done = _train_in_turn(children, launcher, console)
     finally:
-        _tell_mlflow(children, console)
+        if is_ours:
+            _tell_mlflow(children, console)
     if not done:
         console.out(f"stopped; go on with: {command}", highlight=False)
     return folder if done else None
@@ -85,11 +88,10 @@ def _train_the_rest(
 def _tell_mlflow(children: Children, console: Console) -> None:
     """How the suite stands once nobody drives it: between two of its runs MLflow was told that it goes on."""
     begun = [run for run in children.where.values() if state_of(run) != "new"]
-    if not begun or not children.left():  # the last run has told it
-        return
     try:
-        sync(begun[-1], uri=tracking_uri(children.runs))
-    except TrackingError as error:
+        if begun and children.left():  # else the last run has told it
+            sync(begun[-1], uri=tracking_uri(children.runs))
+    except (TrackingError, ValueError) as error:  # another one may be on its way to the user
         console.out(str(error), highlight=False)
 
 

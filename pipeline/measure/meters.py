@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pipeline.malloc import release_freed_memory
 from pipeline.measure.clock import BETWEEN, PARTS, REST, Between, Clock, Part
 from pipeline.measure.joules import Joules
 from pipeline.measure.memory import (
@@ -277,6 +278,7 @@ class Meters:
 
     def forget_peaks(self) -> None:
         """Start the peaks anew: what was held, and used, before is not training's."""
+        release_freed_memory()
         reset_peak_rss()
         reset_peak_device_bytes()
         self._joules_then = self._joules.read()

@@ -10,6 +10,7 @@ its points, so that the next look asks for those after them.
 from __future__ import annotations
 
 import json
+import shlex
 import threading
 import time
 from collections import OrderedDict
@@ -78,7 +79,7 @@ class Live:
             except StoreError:
                 raise  # of the store, not of this run
             except ReportError as error:
-                notes.append(f"{stored.name} is left out: {error}; `spiketrain sync {stored.name}`")
+                notes.append(f"{stored.name} is left out: {error}; `spiketrain sync {shlex.quote(stored.name)}`")
                 continue
             if run.recipe.get("protocol") == "trial":
                 notes.append(f"{run.name} is a trial on a held-out part, no run to set beside others.")
@@ -107,7 +108,7 @@ class Live:
         if not any(event["event"] == "start" for event in events):
             events = self._told_by_metrics(stored, _Going())
         beside = {name: self._json(stored, f"{name}.json", kind) for name, kind in _BESIDE.items()}
-        return study_run(stored.name, events, state=_STATES.get(stored.state, "stopped"), **beside)
+        return study_run(stored.name, events, state=_state_of(stored), **beside)
 
     def _going_on(self, stored: StoredRun) -> StudyRun:
         going = self._going.setdefault(stored.id, _Going())
@@ -141,6 +142,12 @@ class Live:
         if value is not None and not isinstance(value, kind):
             raise ReportError(f"its {name} in MLflow must hold a {kind.__name__}; got a {type(value).__name__}")
         return value
+
+
+def _state_of(stored: StoredRun) -> State:
+    if stored.state == "FAILED" and stored.tags.get("spiketrain.diverged") == "true":
+        return "diverged"
+    return _STATES.get(stored.state, "stopped")
 
 
 def _after(events: Sequence[Event], points: Mapping[str, Sequence[Point]], attempt: Any) -> Iterator[Event]:

@@ -18,7 +18,7 @@ from pipeline.report.choose import study_of
 from pipeline.report.compare import compare, print_comparison
 from pipeline.report.differences import written
 from pipeline.report.runs import recipe_of
-from pipeline.report.study_run import from_folder
+from pipeline.track.jsonl import last
 from pipeline.trials import best, top1_of
 
 TITLES = {"shared": "shared: only the rule differs", "tuned": "tuned: each rule with its own best value of {fields}"}
@@ -60,7 +60,7 @@ def _trials(folders: list[Path]) -> Iterator[dict[str, Any]]:
         [field] = recipe["tuned"]
         yield {
             "run": folder.name,
-            "rule": from_folder(folder).rule,
+            "rule": str((last(folder / "journal.jsonl", "start") or {}).get("rule", "-")),
             "field": field,
             "value": written(recipe, field),
             "top1": tried[folder.name],

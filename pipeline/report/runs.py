@@ -225,16 +225,19 @@ def _row(runs_dir: Path, folder: Path) -> RunRow:
         step=step,
         total_steps=start.get("total_steps") or summary.get("steps"),
         top1=float(top1) if top1 is not None else None,
-        resume=None if state in ("finished", "running") else resume_command(runs_dir, folder.name),
+        resume=None if state in ("finished", "running", "diverged") else resume_command(runs_dir, folder.name),
     )
 
 
 def _suite_row(runs_dir: Path, folder: Path) -> SuiteRow:
     try:
         runs = runs_of(folder)
-        over = sum(map(is_over, runs.values()))
     except ValueError:
         return SuiteRow(name=folder.name, folder=folder, state=f"{FILE} is damaged", resume=None)  # a list shows what there is
+    try:
+        over = sum(map(is_over, runs.values()))
+    except ValueError as error:
+        return SuiteRow(name=folder.name, folder=folder, state=str(error), resume=None)
     driven = is_driven(folder)
     resume = None if over == len(runs) or driven else resume_command(runs_dir, folder.name)
     state = f"{over} of {len(runs)} finished" + (", running" if driven else "")

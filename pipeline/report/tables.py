@@ -92,10 +92,10 @@ def lone_runs(groups: Sequence[Group]) -> Table:
 
 
 def named(group: Group) -> str:
-    """`Study 01234567 on a cpu, 2 cores, 1 thread, 1 worker on cores of its own`"""
+    """`Study 01234567 on a cpu, 2 cores, 1 thread, 2 workers, each on cores of its own`"""
     run = group.runs[0]
     workers = "" if run.workers is None else f", {_count(run.workers, 'worker')}"
-    cores = " on cores of its own" if run.own_cores else ""
+    cores = ", each on cores of its own" if run.own_cores else ""
     return f"Study {group.study[:8] or 'unknown'} on {machine(group.hardware)}{workers}{cores}"
 
 

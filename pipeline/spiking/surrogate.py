@@ -13,7 +13,10 @@ from torch import Tensor
 
 
 class Surrogate(Protocol):
-    """What a neuron asks of a spike function; a new one needs these two methods."""
+    """What a neuron asks of a spike function; a new one needs these two methods.
+
+    `derivative` gives a tensor of its own, into which the gradient is multiplied.
+    """
 
     def __call__(self, u_minus_threshold: Tensor) -> Tensor: ...
 

@@ -92,8 +92,8 @@ def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | Non
 
 
 def _status_in_suite(run: Run) -> str:
-    """A trial that diverged has failed by itself; of its search it is an answer."""
-    is_answer = run.data.params.get("protocol") == "trial" and run.data.tags.get("spiketrain.diverged") == "true"
+    """What diverged has failed by itself; in a search it is an answer."""
+    is_answer = run.data.params.get("protocol") in ("trial", "tuned") and run.data.tags.get("spiketrain.diverged") == "true"
     return "FINISHED" if is_answer and run.info.status == "FAILED" else run.info.status
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.cores import physical_cores
 from pipeline.data.write import write_fashion
 from pipeline.launch.base import Launcher
 from pipeline.launch.inline import Inline
@@ -47,7 +48,7 @@ def recipe():
     return small_recipe(name="searched", rule=spec(BPTT), data=data, epochs=1, stop_after=6, evaluate_samples=100)
 """
 
-cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two runs side by side need two cores")
+cores = pytest.mark.skipif(len(physical_cores(os.sched_getaffinity(0))) < 2, reason="two runs side by side need two cores")
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,7 @@ def test_when_the_suite_is_killed_its_runs_are_saved_and_it_goes_on(place: Path,
         assert done == list(range(1, 12 * 8 + 1))  # each step once: nothing was lost
 
 
+@cores
 def test_a_run_that_fails_lets_the_others_end_and_says_why(place: Path, tmp_path: Path, spiketrain: Command) -> None:
     words = ("launch", str(place / "short.py"), "--inline", "--device", "cpu", "--runs", str(tmp_path), "--name", "bad")
     with pytest.MonkeyPatch.context() as patch:
@@ -129,6 +131,7 @@ def test_a_run_that_fails_lets_the_others_end_and_says_why(place: Path, tmp_path
     assert "sabotage" in (runs["one"] / LOG).read_text()
 
 
+@cores
 @pytest.mark.distributed
 def test_a_run_that_is_stopped_alone_stops_the_suite_once_the_others_have_ended(
     place: Path, tmp_path: Path, spiketrain: Command
