@@ -280,6 +280,8 @@ class Attempt:
             raise Diverged(
                 f"training: weights and what the rule learnt must be finite to be saved; they are not after step {self.step}"
             )
+        if self.recipe.replicas_every:
+            self._compare_replicas()  # a checkpoint holds the weights of one rank
         totals = self.meters.over_ranks(self.ranks.max, self.ranks.mean)
         state = {"learnt": self.learnt, "guard": self.guard.told()}
         trainer = told_in_checkpoint(self.parts, step=self.step, score=score, totals=totals, **state)

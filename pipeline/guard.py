@@ -147,7 +147,7 @@ class Guard:
         self._losses.append(loss.detach() * share)
 
     def check(self) -> None:
-        """Between the last backward call of a batch and the step; collective."""
+        """Between the backward calls and the step that they lead to; collective."""
         loss = torch.stack(self._losses).sum(dtype=torch.float64)
         gradients = self.backend.gradients()
         size = get_total_norm(gradients, math.inf) if gradients else loss.new_zeros(())

@@ -62,7 +62,7 @@ class Guard(Protocol):
     def add(self, loss: Tensor, share: float) -> None: ...
 
     def check(self) -> None:
-        """Leaves the batch where it must not be learnt from."""
+        """Before every step; leaves the batch where it must not be learnt from."""
         ...
 
 
@@ -90,13 +90,16 @@ def train(
                     meters.add(objective)
                     guard.add(objective.loss, share)
                     if rule.update == "objective":  # OTTT-O moves the weights at every time step
-                        with meters.part("optimizer"):
-                            backend.step()
+                        _move(backend, meters, guard)
                 meters.end_of_micro_batch(target_B, share)
             with meters.part("backward"):
                 rule.end_of_batch()
-            with meters.part("metrics"):
-                guard.check()
             if rule.update == "batch":
-                with meters.part("optimizer"):
-                    backend.step()
+                _move(backend, meters, guard)
+
+
+def _move(backend: Backend, meters: Meters, guard: Guard) -> None:
+    with meters.part("metrics"):
+        guard.check()
+    with meters.part("optimizer"):
+        backend.step()

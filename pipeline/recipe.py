@@ -98,7 +98,7 @@ class Recipe:
     loss_spike: float = 0.0
     """a loss of more than so many times the median of the last 64 makes a batch bad; 0: only one that is not finite"""
     replicas_every: int = 500
-    """steps between comparisons of the workers' weights, bit by bit; 0: none"""
+    """steps between comparisons of the workers' weights, bit by bit, beside one at each checkpoint; 0: none at all"""
     evaluate_every: int = 1
     """epochs between evaluations; the last epoch is always evaluated"""
     fidelity_every: int = 0

@@ -18,6 +18,7 @@ from pipeline.track.jsonl import read
 from pipeline.track.state import state_of
 from tests.small import same_weights, small_recipe, train_inline
 
+REASON = "its gradient is not finite on 1 of 1 workers"  # spikes hide it from the loss
 pytestmark = pytest.mark.timeout(120)
 
 
@@ -52,7 +53,7 @@ def test_one_is_skipped_and_the_rest_is_as_if_it_had_been_told_so(tmp_path: Path
         summary = train_inline(tmp_path / "hit", recipe())
     assert same_weights(tmp_path / "hit", told(tmp_path / "told", ((4, 5),)))
     [skipped] = events(tmp_path / "hit", "skipped")
-    assert (skipped["step"], skipped["reason"], skipped["samples"]) == (4, "its loss is nan", recipe().batch_size)
+    assert (skipped["step"], skipped["reason"], skipped["samples"]) == (4, REASON, recipe().batch_size)
     assert (summary["skipped_batches"], summary["rollbacks"]) == (1, 0)
 
 
@@ -62,7 +63,7 @@ def test_several_in_a_row_lead_back_to_the_checkpoint_and_around_them(tmp_path: 
         hit(patch, bad)
         summary = train_inline(tmp_path / "hit", recipe(max_skips=3))
     [back] = events(tmp_path / "hit", "rollback")
-    assert (back["step"], back["to"], back["reason"]) == (7, 6, "its loss is nan")
+    assert (back["step"], back["to"], back["reason"]) == (7, 6, REASON)
     assert Skipped.read(tmp_path / "hit") == Skipped(1, ((6, 8),))
     assert [start["step"] for start in events(tmp_path / "hit", "start")] == [0, 6]
     assert same_weights(tmp_path / "hit", told(tmp_path / "told", ((4, 8),)))
@@ -81,7 +82,7 @@ def test_a_rule_that_moves_the_weights_at_once_goes_back_at_the_first(tmp_path: 
 def test_at_the_end_of_the_ladder_it_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         hit(patch, range(4, 100))
-        with pytest.raises(Diverged, match="training: batch 9: its loss is nan; it has gone back max_rollbacks=1 times; lower"):
+        with pytest.raises(Diverged, match=f"training: batch 7: {REASON}; it has gone back max_rollbacks=1 times; lower"):
             train_inline(tmp_path / "hit", recipe(max_skips=1, max_rollbacks=1))
     assert state_of(tmp_path / "hit") == "diverged" and Skipped.read(tmp_path / "hit").rollbacks == 1
 
