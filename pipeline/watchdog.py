@@ -1,6 +1,6 @@
 """A worker that hangs: what each of its threads is at goes into the run's folder, and the process ends, to be started again.
 
-A hang in a loader, a lock or a collective raises nothing, and Ray looks no closer at a worker whose actor still answers. The timer
+A hang in a loader, a lock or a collective raises nothing, and Ray looks no closer at a worker whose actor answers. The timer
 is the interpreter's own (faulthandler), which needs no thread of Python to get its turn.
 """
 
