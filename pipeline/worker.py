@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import random
@@ -23,6 +24,7 @@ from pipeline.checkpoint import Checkpoints
 from pipeline.cores import own_cores
 from pipeline.data.base import Data
 from pipeline.data.mixing import Mixing
+from pipeline.fitting import Smaller, fitted, halve, limit_of
 from pipeline.guard import GoBack, Skipped
 from pipeline.job import REFUSAL, Job, Place
 from pipeline.malloc import keep_freed_memory
@@ -74,8 +76,12 @@ def _run(
                 with journal(folder, ranks) as tracker:
                     ranks.together(lambda: raise_refusal(folder))
                     return _attempt(job, place, ranks, tracker, clock, began, attempt_of)
-            except GoBack:
-                began = time.time()  # every rank begins again
+            except (GoBack, Smaller):
+                pass  # every rank begins again
+            gc.collect()  # the attempt that ended goes, and what it held
+            if ranks.device.type == "cuda":
+                torch.cuda.empty_cache()
+            began = time.time()
 
 
 def _attempt(
@@ -89,6 +95,12 @@ def _attempt(
         return attempt.run()
     except Refused:
         raise  # every rank knows
+    except torch.OutOfMemoryError as error:
+        samples = halve(Path(job.run), attempt.parts.split)
+        tracker.event("smaller", step=attempt.step, micro_batch=samples, reason=str(error))
+        if ranks.size > 1:
+            raise  # the others wait for this rank: only its death frees them
+        raise Smaller from None  # without the frames, which hold what has to go
     except ValueError as error:
         if ranks.size > 1:  # the others wait for this rank: only its death frees them, and then the note speaks to all
             note_refusal(Path(job.run), error)
@@ -118,7 +130,7 @@ def raise_refusal(folder: Path) -> None:
 def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, clock: Clock, began: float) -> Parts:
     """Build everything that this process trains with, and restore the newest checkpoint into it; collective."""
     folder = Path(job.run)
-    recipe = Recipe.read(folder / "recipe.json", trust=job.trust)
+    recipe = fitted(Recipe.read(folder / "recipe.json", trust=job.trust), ranks.agree(lambda: limit_of(folder)))
     split = recipe.split(ranks.size)
     checkpoints = Checkpoints(
         folder / "checkpoints",

@@ -131,6 +131,9 @@ class Watch:
         for rank, about in (event.get("workers") or {}).items():
             self._say(f"worker {rank} on {about.get('host')} takes {about.get('times', 0):.1f} times as long as the others")
 
+    def _on_smaller(self, event: dict[str, Any]) -> None:
+        self._say(f"out of memory: at most {event.get('micro_batch')} samples at a time from here on")
+
     def _on_diverged(self, event: dict[str, Any]) -> None:
         self._say(f"diverged: {event.get('error')}")
 

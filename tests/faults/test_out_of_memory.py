@@ -1,0 +1,59 @@
+"""A device whose memory runs out: half the samples at a time, the same global batch, and the same weights but for the order of sums."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.refused import Refused
+from pipeline.rules.sltt import SLTT
+from pipeline.track.jsonl import read
+from pipeline.weights import load_run
+from tests.small import same_weights, small_recipe, train_inline
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def room_for(patch: pytest.MonkeyPatch, samples: int) -> None:
+    original = SLTT.objectives
+
+    def objectives(self: SLTT, model: Any, x_TB: Any, *words: Any, **more: Any) -> Any:
+        if x_TB.shape[1] > samples:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(self, model, x_TB, *words, **more)
+
+    patch.setattr(SLTT, "objectives", objectives)
+
+
+def test_the_micro_batch_is_halved_until_it_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        room_for(patch, 3)
+        train_inline(tmp_path / "hit", small_recipe())
+    events = read(tmp_path / "hit" / "journal.jsonl")
+    assert [event["micro_batch"] for event in events if event["event"] == "smaller"] == [4, 2]
+    assert [(event["micro_batch"], event["accumulation"]) for event in events if event["event"] == "start"] == [
+        (8, 1), (4, 2), (2, 4),
+    ]  # fmt: skip
+    train_inline(tmp_path / "told", small_recipe(micro_batch=2))
+    assert same_weights(tmp_path / "hit", tmp_path / "told")
+    train_inline(tmp_path / "whole", small_recipe(epochs=3, stop_after=20))
+    train_inline(tmp_path / "halves", small_recipe(epochs=3, stop_after=20, micro_batch=2))
+    one, other = (load_run(tmp_path / name).state_dict() for name in ("whole", "halves"))
+    assert all(torch.allclose(one[name], other[name], rtol=1e-5, atol=1e-6) for name in one)
+
+
+def test_one_sample_that_does_not_fit_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room_for(monkeypatch, 0)
+    with pytest.raises(Refused, match="training: the device's memory runs out with one sample at a time"):
+        train_inline(tmp_path / "hit", small_recipe())
+
+
+def test_a_note_that_is_damaged_is_named(tmp_path: Path) -> None:
+    recipe = small_recipe(stop_after=1)
+    train_inline(tmp_path / "hit", recipe)
+    (tmp_path / "hit" / "micro_batch.json").write_text("0")
+    with pytest.raises(Refused, match=r"micro_batch\.json: must hold a number of samples; got 0"):
+        train_inline(tmp_path / "hit", recipe)
