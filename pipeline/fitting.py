@@ -1,6 +1,6 @@
 """A micro-batch that fits: where a device's memory runs out, half as many samples are held at a time, and twice as many times.
 
-The global batch stays. What comes out is the same but for the order of sums, unless something looks at a micro-batch as a whole, as
+The global batch stays. What comes out is the same but for the order of sums, unless something looks at a micro-batch as one, as
 batch norm does: its statistics are then those of fewer samples.
 """
 

@@ -1,4 +1,4 @@
-"""A device whose memory runs out: half the samples at a time, the same global batch, and the same weights but for the order of sums."""
+"""A device whose memory runs out: half the samples at a time, the same batch, and the same weights but for the order of sums."""
 
 from __future__ import annotations
 
