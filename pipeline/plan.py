@@ -127,7 +127,7 @@ def plan(
     check_recipe(recipe.with_untrained_teacher(), cluster.workers)
     _check(recipe, cluster)
     samples = _samples(recipe) if samples is None else samples
-    sizes = sizes_for(recipe, cluster.workers)
+    sizes = sizes_for(recipe, cluster.workers, card=cluster.device)
     made = cache(lambda B, T: Bench(replace(recipe, time_steps=T), batch_size=B, source=source, threads=cluster.threads))
     share = _Share(recipe, cluster, made(sizes[1], recipe.time_steps), source)
     planned, refused = [], {}

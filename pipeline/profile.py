@@ -67,9 +67,15 @@ class Profile:
         return max(self.seconds(micro, T), self.launches_s(micro, T))
 
 
-def sizes_for(recipe: Recipe, workers: int) -> tuple[int, int]:
-    """Two sizes of batches, below that of a worker where it is 4 or more."""
+COUNTED = 8
+"""samples, at most, where operations and bytes are counted and not timed: what a card holds may not fit this machine"""
+
+
+def sizes_for(recipe: Recipe, workers: int, *, card: Device | None) -> tuple[int, int]:
+    """Two sizes of batches, below that of a worker where it is 4 or more; small ones, where they stand for a `card`."""
     larger = max(2, recipe.split(workers).micro_batch // 2)
+    if card is not None:
+        larger = min(larger, COUNTED)
     return larger // 2, larger
 
 

@@ -45,5 +45,6 @@ class Watchdog:
             self._arm()
 
     def _arm(self) -> None:
+        assert self._file is not None, "inside"
         self._armed = time.monotonic()
         faulthandler.dump_traceback_later(self.patience_s, exit=True, file=self._file)

@@ -62,7 +62,7 @@ def of(found: Plan, rule: str) -> Planned:
 
 def test_saved_bytes_are_those_of_the_whole_batch() -> None:
     found = on(2)
-    assert found.profiled == ((8, 16), (2, 4))
+    assert found.profiled == ((4, 8), (2, 4))
     for rule in RULES:
         needed = Bench(made(), batch_size=32, source="noise").needs(rule).totals.peak_saved_bytes
         assert of(found, rule.build().label).saved_bytes == pytest.approx(needed, rel=0.05)
@@ -116,7 +116,7 @@ def test_a_rule_is_profiled_at_time_steps_that_it_can_train_at(rule: Rule, times
 def test_recordings_are_profiled_at_their_own_length() -> None:
     recipe = made(data=spec(Synthetic, samples=64, val_samples=20, shape=(6, 1, 8, 8)))
     found = plan(recipe, Cluster(workers=1, device=H100), samples=64, source="noise", rules=RULES)
-    assert found.profiled == ((16, 32), (6,)) and not found.refused
+    assert found.profiled == ((4, 8), (6,)) and not found.refused
 
 
 def test_hours_energy_and_cost_follow_from_the_step() -> None:

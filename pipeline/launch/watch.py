@@ -113,16 +113,13 @@ class Watch:
         self._say(f"quarantined {event.get('path')}: {event.get('reason')}")
 
     def _on_skipped(self, event: dict[str, Any]) -> None:
-        self._say(f"skipped {event.get('samples')} samples: {event.get('reason')}")
+        self._say(f"skipped batch {event.get('step')} of {event.get('samples')} samples: {event.get('reason')}")
 
     def _on_stopped(self, event: dict[str, Any]) -> None:
         self._say(f"stopped after step {event.get('step')}: {event.get('reason')}")
 
     def _on_failed(self, event: dict[str, Any]) -> None:
         self._say(f"failed: {event.get('error')}")
-
-    def _on_skipped(self, event: dict[str, Any]) -> None:
-        self._say(f"batch {event.get('step')} is skipped: {event.get('reason')}")
 
     def _on_rollback(self, event: dict[str, Any]) -> None:
         self._say(f"batch {event.get('step')}: {event.get('reason')}; back to step {event.get('to')}")

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from pipeline.backend.deepspeed import DeepSpeed
+from pipeline.guard import Unguarded
 from pipeline.loop import MicroBatch, train
 from pipeline.objective import CrossEntropy
 from pipeline.ranks import Ranks
@@ -77,7 +78,7 @@ def on_deepspeed(inner: type, rank: int, *, zero: int, accumulation: int) -> tup
         before = begin(rule, model, step)
         if step == SECOND_TASK:
             backend.forget()
-        train(rule, backend, lambda step: None, [(step, micro_batches(step))], CrossEntropy(), NoMeters())
+        train(rule, backend, lambda step: None, [(step, micro_batches(step))], CrossEntropy(), NoMeters(), Unguarded())
     return model, rule, moved_where_it_must_not(model, rule, before)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backend.deepspeed import DeepSpeed
+from pipeline.guard import Unguarded
 from pipeline.loop import MicroBatch, train
 from pipeline.objective import CrossEntropy
 from pipeline.rules.base import Rule, World
@@ -77,7 +78,7 @@ def ours(rule: Rule, rank: int, *, zero: int) -> tuple[nn.Module, Counter[str]]:
         yield MicroBatch(repeat(x_BCHW[first:end], TIME), target_B[first:end], range(first, end), (end - first) / 8)
 
     batches = ((step, micro_batches(step)) for step in range(STEPS))
-    train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters())
+    train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded())
     return model, calls
 
 

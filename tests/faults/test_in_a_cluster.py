@@ -6,6 +6,7 @@ All of them in one run, as every start of workers costs seconds; a test for each
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def launched(file: Path, runs: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, faults: dict[str, tuple[int, int]]) -> tuple[Path, Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory, faults: dict[str, tuple[int, int]]) -> Iterator[tuple[Path, Path]]:
     """The run that met them, and the one that was told to skip what it skipped."""
     folder = tmp_path_factory.mktemp("faults")
     (folder / "faulty_lab.py").write_text(LAB.format(faults=faults))

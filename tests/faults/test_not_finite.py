@@ -54,6 +54,7 @@ def test_one_is_skipped_and_the_rest_is_as_if_it_had_been_told_so(tmp_path: Path
     assert same_weights(tmp_path / "hit", told(tmp_path / "told", ((4, 5),)))
     [skipped] = events(tmp_path / "hit", "skipped")
     assert (skipped["step"], skipped["reason"], skipped["samples"]) == (4, REASON, recipe().batch_size)
+    assert summary is not None
     assert (summary["skipped_batches"], summary["rollbacks"]) == (1, 0)
 
 
@@ -67,6 +68,7 @@ def test_several_in_a_row_lead_back_to_the_checkpoint_and_around_them(tmp_path: 
     assert Skipped.read(tmp_path / "hit") == Skipped(1, ((6, 8),))
     assert [start["step"] for start in events(tmp_path / "hit", "start")] == [0, 6]
     assert same_weights(tmp_path / "hit", told(tmp_path / "told", ((4, 8),)))
+    assert summary is not None
     assert (summary["skipped_batches"], summary["rollbacks"], summary["restarts"]) == (4, 1, 1)
 
 

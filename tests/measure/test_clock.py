@@ -19,6 +19,7 @@ from pipeline.backend.deepspeed import DeepSpeed
 from pipeline.backend.plain import Plain
 from pipeline.data.synthetic import Synthetic
 from pipeline.distill import Distillation
+from pipeline.guard import Unguarded
 from pipeline.loop import MicroBatch, train
 from pipeline.measure.clock import BETWEEN, PARTS, REST, Clock
 from pipeline.measure.collectives import COLLECTIVES, collectives_on
@@ -242,7 +243,7 @@ def _four_batches(rank: int, ranks: int, zero: int | None, slow: dict[str, bool]
 
     backend = Plain(network, sgd) if zero is None else DeepSpeed(network, sgd, micro_batch=4, zero=zero)
     meters = Meters(network, batch_size=8, device=torch.device("cpu"), clock=clock, memory_every=10**9)
-    train(rule, backend, lambda step: None, batches(), CrossEntropy(), meters)
+    train(rule, backend, lambda step: None, batches(), CrossEntropy(), meters, Unguarded())
     return clock.take()
 
 
