@@ -1,0 +1,1 @@
+"""Orders of a training, written for what runs a cluster."""

@@ -1,0 +1,44 @@
+"""What is asked of a scheduler, whichever it is. It needs neither the data nor the cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+OWN = ("--name", "--runs", "--address", "--workers", "--or-resume", "--inline")
+"""options of a launch that follow from the order, or that no scheduler has a use for"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """One launch. What only one scheduler asks of a name or an image, its own `render` asks.
+
+    Args:
+        words: what `spiketrain launch` is given: recipes, and options other than OWN.
+        name: of the run or suite, and of the job.
+        workers: processes that train together.
+        image: the container image that the machines use (empty: none).
+        runs: where runs live, as the machines that train see it.
+        infra: the scheduler's folder of templates, such as infra/slurm or infra/k8s/overlays/cpu/job.
+    """
+
+    words: tuple[str, ...]
+    name: str
+    workers: int
+    image: str
+    runs: str
+    infra: Path
+
+    def __post_init__(self) -> None:
+        if not self.words or self.words[0].startswith("-"):
+            raise ValueError(f"order: words must begin with a recipe; got {' '.join(self.words) or 'none'}")
+        for name, texts in (("words", self.words), ("runs", (self.runs,)), ("image", (self.image,))):
+            for text in texts:
+                if any(ord(character) < 32 or ord(character) == 127 for character in text):
+                    raise ValueError(f"order: {name} must be free of control characters; got {text!r}")
+        for word in self.words:
+            option = word.partition("=")[0]
+            if option in OWN:
+                raise ValueError(f"order: {option} is the job's own to say; got it among the words of the launch")
+        if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 1:
+            raise ValueError(f"order: workers must be 1 or more; got {self.workers!r}")

@@ -1,0 +1,209 @@
+"""What every manifest for KubeRay keeps to: each rule names what in a manifest breaks it, and nothing of one that keeps it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.submit.kustomize import containers
+
+Manifest = dict[str, Any]
+LABEL = {"app.kubernetes.io/part-of": "spiketrain"}
+RAY = ("RayCluster", "RayJob")
+
+
+def authentication(manifest: Manifest) -> Iterator[str]:
+    for spec in _clusters(manifest):
+        if spec.get("authOptions") != {"mode": "token"}:
+            yield f"authOptions must be mode: token; got {spec.get('authOptions')}"
+
+
+def secrets(manifest: Manifest) -> Iterator[str]:
+    """By reference only, and optional: without MLflow's the runs keep their own store."""
+    if manifest["kind"] == "Secret":
+        yield "a Secret must not lie among the manifests"
+    for container in containers(manifest):
+        for variable in container.get("env", ()):
+            if "value" in variable and re.search("TOKEN|PASSWORD|SECRET|CREDENTIAL|_KEY$|_URI$", variable["name"].upper()):
+                yield f"{container['name']}: {variable['name']} must come from a Secret; got a value"
+        for source in container.get("envFrom", ()):
+            if set(source) != {"secretRef"} or source["secretRef"].get("optional") is not True:
+                yield f"{container['name']}: envFrom must be an optional secretRef; got {source}"
+    for path, text in _texts(manifest):
+        if re.search(r"\w+://[^/\s]*:[^/\s]*@", text):
+            yield f"{path}: a password must not stand in an address"
+
+
+def user(manifest: Manifest) -> Iterator[str]:
+    """Kubernetes' restricted profile, with the user of the image."""
+    for pod in _pods(manifest):
+        context = pod.get("securityContext", {})
+        for name, value in (("runAsNonRoot", True), ("runAsUser", 10001), ("runAsGroup", 10001), ("fsGroup", 10001)):
+            if context.get(name) != value:
+                yield f"a pod's {name} must be {value}; got {context.get(name)}"
+        if context.get("seccompProfile") != {"type": "RuntimeDefault"}:
+            yield f"a pod's seccompProfile must be RuntimeDefault; got {context.get('seccompProfile')}"
+    own = [(container["name"], container.get("securityContext")) for container in containers(manifest)]
+    own += [("autoscaler", spec.get("autoscalerOptions", {}).get("securityContext")) for spec in _clusters(manifest)]
+    for name, context in own:
+        if context != {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}:
+            yield f"{name}: must drop all capabilities and allow no escalation; got {context}"
+
+
+def closed(manifest: Manifest) -> Iterator[str]:
+    """No way in from outside the cluster."""
+    if manifest["kind"] in ("Service", "Ingress", "Route", "Gateway"):
+        yield f"a {manifest['kind']} must not lie among the manifests"
+    for path, text in _texts(manifest):
+        if "0.0.0.0" in text or "::" in text:
+            yield f"{path}: must not name every interface; got {text!r}"
+    for spec in _clusters(manifest):
+        head = spec["headGroupSpec"]
+        if head.get("serviceType") != "ClusterIP":
+            yield f"the head's serviceType must be ClusterIP; got {head.get('serviceType')}"
+        for name in ("enableIngress", "ingressOptions", "headService"):
+            if name in head:
+                yield f"the head must have no {name}"
+        ports = {port["name"] for port in head["template"]["spec"]["containers"][0].get("ports", ())}
+        if ports != {"gcs-server", "dashboard"}:
+            yield f"the head's ports must be gcs-server and dashboard, or KubeRay opens others; got {sorted(ports)}"
+    for pod, labels in zip(_pods(manifest), _labels(manifest), strict=True):
+        if labels != LABEL:
+            yield f"a pod must have the label that the NetworkPolicy goes by; got {labels}"
+        for name in ("hostNetwork", "hostPID", "hostIPC"):
+            if name in pod:
+                yield f"a pod must have no {name}"
+
+
+def retries(manifest: Manifest) -> Iterator[str]:
+    """A retry is a new cluster, which finds the run by its name on storage that outlives the old one."""
+    if manifest["kind"] != "RayJob":
+        return
+    spec, words = manifest["spec"], manifest["spec"]["entrypoint"].split()
+    if spec.get("backoffLimit", 0) < 1:
+        yield f"backoffLimit must be above 0; got {spec.get('backoffLimit')}"
+    for option in ("--or-resume", "--name", "--runs"):
+        if option not in words:
+            yield f"the entrypoint must say {option}"
+    if "--name" in words and words[words.index("--name") + 1] != manifest["metadata"]["name"]:
+        yield f"the run must have the RayJob's name, {manifest['metadata']['name']}"
+    if spec.get("shutdownAfterJobFinishes") is not True:
+        yield "shutdownAfterJobFinishes must be true"
+    if spec.get("submissionMode") != "HTTPMode":
+        yield f"submissionMode must be HTTPMode; got {spec.get('submissionMode')}"
+
+
+def head(manifest: Manifest) -> Iterator[str]:
+    """Nothing trains on it."""
+    for spec in _clusters(manifest):
+        params = spec["headGroupSpec"].get("rayStartParams", {})
+        if params.get("num-cpus") != "0" or "num-gpus" in params:
+            yield f"the head must have num-cpus 0 and no num-gpus; got {params}"
+        for container in spec["headGroupSpec"]["template"]["spec"]["containers"]:
+            for kind, amounts in container["resources"].items():
+                for name in amounts:
+                    if name not in ("cpu", "memory"):
+                        yield f"the head's {kind} must be of cpu and memory; got {name}"
+
+
+def scale(manifest: Manifest) -> Iterator[str]:
+    for spec in _clusters(manifest):
+        if spec.get("enableInTreeAutoscaling") is not True or spec.get("autoscalerOptions", {}).get("version") != "v2":
+            yield "the autoscaler must be on, version v2"
+        for group in spec["workerGroupSpecs"]:
+            least, now, most = (group.get(name) for name in ("minReplicas", "replicas", "maxReplicas"))
+            if None in (least, now, most) or not 0 <= least <= now <= most or most < 1:
+                yield f"replicas must lie between minReplicas and maxReplicas; got {now} of {least} to {most}"
+            if manifest["kind"] == "RayJob" and least != now:
+                yield f"a RayJob's minReplicas must be its replicas, {now}, which its driver counts on; got {least}"
+
+
+def storage(manifest: Manifest) -> Iterator[str]:
+    """Runs and data on claims, shared memory as memory, and a request for all that a container may take."""
+    for pod in _pods(manifest):
+        volumes = {volume["name"]: volume for volume in pod.get("volumes", ())}
+        container = pod["containers"][0]
+        mounts = {mount["mountPath"]: volumes.get(mount["name"], {}) for mount in container.get("volumeMounts", ())}
+        for path, claim in (("/shared/runs", "spiketrain-runs"), ("/opt/spiketrain/data", "spiketrain-data")):
+            if mounts.get(path, {}).get("persistentVolumeClaim") != {"claimName": claim}:
+                yield f"{container['name']}: {path} must be the claim {claim}; got {mounts.get(path)}"
+        shm = mounts.get("/dev/shm", {}).get("emptyDir", {})
+        if shm.get("medium") != "Memory" or "sizeLimit" not in shm:
+            yield f"{container['name']}: /dev/shm must be an emptyDir of Memory with a sizeLimit; got {shm}"
+        elif _gibibytes(shm["sizeLimit"]) * 2 > _gibibytes(container["resources"]["limits"]["memory"]):
+            yield f"{container['name']}: /dev/shm must take at most half of the memory; got {shm['sizeLimit']}"
+    amounts = [(each["name"], each.get("resources", {})) for each in containers(manifest)]
+    amounts += [("autoscaler", spec.get("autoscalerOptions", {}).get("resources", {})) for spec in _clusters(manifest)]
+    for name, resources in amounts:
+        if resources.get("requests") != resources.get("limits") or not {"cpu", "memory"} <= set(resources.get("requests", {})):
+            yield f"{name}: must request cpu and memory, and be limited to just that; got {resources}"
+
+
+def policy(manifest: Manifest) -> Iterator[str]:
+    """Whom a NetworkPolicy lets in: the pods themselves everywhere, the operator at the dashboard, nobody else."""
+    if manifest["kind"] != "NetworkPolicy":
+        return
+    spec = manifest["spec"]
+    if spec["podSelector"] != {"matchLabels": LABEL} or spec.get("policyTypes") != ["Ingress"]:
+        yield f"the policy must be about what comes in to {LABEL}; got {spec['podSelector']}, {spec.get('policyTypes')}"
+    for rule in spec.get("ingress", ()):
+        sources = rule.get("from") or [{}]
+        own = sources == [{"podSelector": {"matchLabels": LABEL}}]
+        of_operator = [
+            source.get("podSelector") == {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}}
+            and "namespaceSelector" in source
+            for source in sources
+        ]
+        if not own and not (all(of_operator) and rule.get("ports") == [{"protocol": "TCP", "port": 8265}]):
+            yield f"the policy must let in its own pods, and the operator at port 8265; got {rule}"
+
+
+RULES = (authentication, secrets, user, closed, retries, head, scale, storage, policy)
+
+
+def versions(manifest: Manifest, *, ray: str, spiketrain: str) -> Iterator[str]:
+    """The image holds the ray of requirements.lock, and KubeRay builds its commands for rayVersion."""
+    for spec in _clusters(manifest):
+        if spec.get("rayVersion") != ray:
+            yield f"rayVersion must be that of requirements.lock, {ray}; got {spec.get('rayVersion')}"
+    for container in containers(manifest):
+        if not container["image"].endswith(f"/spiketrain:{spiketrain}-ray{ray}"):
+            yield f"{container['name']}: the image must be spiketrain:{spiketrain}-ray{ray}; got {container['image']}"
+
+
+# ------------------------------------------------------------------------------------------------------- parts of a manifest
+
+
+def cluster_of(manifest: Manifest) -> Manifest:
+    return manifest["spec"]["rayClusterSpec"] if manifest["kind"] == "RayJob" else manifest["spec"]
+
+
+def _clusters(manifest: Manifest) -> list[Manifest]:
+    return [cluster_of(manifest)] if manifest["kind"] in RAY else []
+
+
+def _templates(manifest: Manifest) -> list[Manifest]:
+    groups = [group for spec in _clusters(manifest) for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+    own = [manifest["spec"]["submitterPodTemplate"]] if "submitterPodTemplate" in manifest["spec"] else []
+    return [group["template"] for group in groups] + own
+
+
+def _pods(manifest: Manifest) -> list[Manifest]:
+    return [template["spec"] for template in _templates(manifest)]
+
+
+def _labels(manifest: Manifest) -> list[dict[str, str]]:
+    return [template.get("metadata", {}).get("labels", {}) for template in _templates(manifest)]
+
+
+def _texts(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(node, str):
+        yield path, node
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield from _texts(value, f"{path}.{key}" if path else str(key))
+
+
+def _gibibytes(text: str) -> float:
+    assert text.endswith("Gi"), text
+    return float(text[:-2])

@@ -1,0 +1,236 @@
+"""The manifests of infra/k8s, as kustomize would write them, against KubeRay's fields and our rules. No cluster is needed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from pipeline.__main__ import app
+from pipeline.submit.k8s import render
+from pipeline.submit.kustomize import build
+from pipeline.submit.order import Order
+from tests.infra.crd import GOLDEN, misfits
+from tests.infra.rules import RULES, cluster_of, versions
+
+ROOT = Path(__file__).parents[2]
+K8S = ROOT / "infra" / "k8s"
+SIZES = ("cpu", "one-node-8-gpus", "four-nodes-32-gpus")
+FACTS = json.loads(GOLDEN.read_text())
+FOLDERS = sorted(file.parent.relative_to(K8S).as_posix() for file in K8S.rglob("kustomization.yaml"))
+MANIFESTS = [(folder, index) for folder in FOLDERS for index in range(len(build(K8S / folder)))]
+RAY = re.findall(r"^ray==(\S+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+SPIKETRAIN = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+@pytest.fixture(params=MANIFESTS, ids=lambda each: f"{each[0]}-{each[1]}")
+def manifest(request: pytest.FixtureRequest) -> dict[str, Any]:
+    folder, index = request.param
+    return build(K8S / folder)[index]
+
+
+def test_all_of_them_are_looked_at() -> None:
+    assert [
+        "base/cluster",
+        "base/job",
+        *sorted(f"overlays/{size}/{kind}" for size in SIZES for kind in ("cluster", "job")),
+        "shared",
+    ] == FOLDERS
+    kinds = [build(K8S / folder)[index]["kind"] for folder, index in MANIFESTS]
+    assert sorted(kinds) == ["NetworkPolicy", *["PersistentVolumeClaim"] * 2, *["RayCluster"] * 4, *["RayJob"] * 4]
+    built = {path for folder in FOLDERS for path in _files(K8S / folder)}
+    assert built == set(K8S.rglob("*.yaml")), "a file that no kustomization.yaml names"
+
+
+def test_fields_are_those_of_kuberay(manifest: dict[str, Any]) -> None:
+    found = misfits(manifest, FACTS)
+    assert not found, "\n".join(found)
+
+
+def test_rules_hold(manifest: dict[str, Any]) -> None:
+    found = [complaint for rule in RULES for complaint in rule(manifest)]
+    assert not found, "\n".join(found)
+
+
+def test_versions_agree_with_requirements_lock(manifest: dict[str, Any]) -> None:
+    assert len(RAY) == 1
+    found = list(versions(manifest, ray=RAY[0], spiketrain=SPIKETRAIN))
+    assert not found, "\n".join(found)
+
+
+def test_the_manifests_say_which_kuberay_they_were_checked_with() -> None:
+    for file in ("base/cluster/raycluster.yaml", "base/job/rayjob.yaml"):
+        assert f"fields of {FACTS['version'].replace(' v', ' ')};" in (K8S / file).read_text()
+
+
+@pytest.mark.parametrize("folder", ["base", *(f"overlays/{size}" for size in SIZES)])
+def test_a_job_brings_the_cluster_that_one_may_keep(folder: str) -> None:
+    """So that what was tried on the one holds for the other; only how many pods there are is each one's own."""
+    job, kept = (cluster_of(build(K8S / folder / kind)[0]) for kind in ("job", "cluster"))
+    for cluster in (job, kept):
+        for group in cluster["workerGroupSpecs"]:
+            for name in ("replicas", "minReplicas", "maxReplicas"):
+                del group[name]
+    assert job == kept
+
+
+@pytest.mark.parametrize("folder", ["base/job", *(f"overlays/{size}/job" for size in SIZES)])
+def test_an_example_is_what_its_order_gives(folder: str) -> None:
+    """The entrypoint that stands in the folder, taken as an order, gives the RayJob that stands there."""
+    job = build(K8S / folder)[0]
+    words = job["spec"]["entrypoint"].split()
+    assert words[:2] == ["spiketrain", "launch"]
+    named = words.index("--name")
+    order = Order(
+        words=tuple(words[2:named]),
+        name=words[named + 1],
+        workers=int(words[words.index("--workers") + 1]),
+        image=job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["image"],
+        runs=words[words.index("--runs") + 1],
+        infra=K8S / folder,
+    )
+    group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    group["maxReplicas"] = group["replicas"]
+    assert yaml.safe_load(render(order)) == job
+    assert all((ROOT / word).is_file() for word in words if word.endswith(".py"))
+    command = typer.main.get_command(app)
+    options = {name for each in command.commands["launch"].params for name in each.opts}  # type: ignore[attr-defined]
+    assert {word for word in words if word.startswith("--")} <= options
+
+
+def test_every_node_sees_the_claims() -> None:
+    claims = {each["metadata"]["name"] for each in build(K8S / "shared") if each["kind"] == "PersistentVolumeClaim"}
+    assert claims == {"spiketrain-data", "spiketrain-runs"}
+    for each in build(K8S / "shared"):
+        if each["kind"] == "PersistentVolumeClaim":
+            assert each["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+# ------------------------------------------------------------------------------------------------ what is broken is found
+
+HEAD = ("spec", "rayClusterSpec", "headGroupSpec")
+GROUP = ("spec", "rayClusterSpec", "workerGroupSpecs", 0)
+POD, CONTAINER = (*GROUP, "template", "spec"), (*GROUP, "template", "spec", "containers", 0)
+GONE = object()
+BROKEN_FIELDS = [
+    (("spec", "backofLimit"), 3, "RayJob.spec.backofLimit: is unknown"),
+    (("spec", "backoffLimit"), "3", "RayJob.spec.backoffLimit: must be integer; got '3'"),
+    (("spec", "suspend"), 0, "RayJob.spec.suspend: must be boolean; got 0"),
+    (("spec", "entrypoint"), ["spiketrain"], "RayJob.spec.entrypoint: must be string; got ['spiketrain']"),
+    (("apiVersion",), "ray.io/v2", "RayJob.apiVersion: must be one of ray.io/v1; got 'ray.io/v2'"),
+    (("kind",), "RayJobs", "kind: must be one of RayCluster, RayJob, NetworkPolicy, PersistentVolumeClaim; got 'RayJobs'"),
+    ((*HEAD[:2], "authOptions", "mode"), "tokens", "RayJob.spec.rayClusterSpec.authOptions.mode: must be one of disabled|token"),
+    (
+        (*HEAD, "rayStartParams", "num-cpus"),
+        0,
+        "RayJob.spec.rayClusterSpec.headGroupSpec.rayStartParams.num-cpus: must be string; got 0",
+    ),
+    ((*GROUP, "groupName"), GONE, "RayJob.spec.rayClusterSpec.workerGroupSpecs[0].groupName: is missing"),
+    (
+        (*GROUP, "template", "spec", "container"),
+        [],
+        "RayJob.spec.rayClusterSpec.workerGroupSpecs[0].template.spec.container: is unknown",
+    ),
+    ((*CONTAINER, "resources", "limits"), ["cpu"], "containers[0].resources.limits: must be an object; got ['cpu']"),
+    ((*CONTAINER, "volumeMounts"), {}, "containers[0].volumeMounts: must be a list; got {}"),
+]
+SECRET = {"name": "MLFLOW_TRACKING_PASSWORD", "value": "x"}
+BROKEN_RULES = [
+    (("spec", "rayClusterSpec", "authOptions", "mode"), "disabled", "authOptions must be mode: token"),
+    (("spec", "rayClusterSpec", "authOptions"), GONE, "authOptions must be mode: token; got None"),
+    ((*CONTAINER, "env", 0), SECRET, "ray-worker: MLFLOW_TRACKING_PASSWORD must come from a Secret"),
+    ((*CONTAINER, "env", 0), {"name": "X", "value": "http://me:word@mlflow:5000"}, "a password must not stand in an address"),
+    ((*HEAD, "template", "spec", "containers", 0, "envFrom", 0, "secretRef", "optional"), False, "must be an optional secretRef"),
+    ((*POD, "securityContext", "runAsNonRoot"), False, "runAsNonRoot must be True; got False"),
+    ((*POD, "securityContext", "runAsUser"), 0, "runAsUser must be 10001; got 0"),
+    ((*POD, "securityContext", "seccompProfile"), GONE, "seccompProfile must be RuntimeDefault; got None"),
+    ((*CONTAINER, "securityContext", "capabilities"), {"add": ["IPC_LOCK"]}, "ray-worker: must drop all capabilities"),
+    ((*CONTAINER, "securityContext", "allowPrivilegeEscalation"), True, "ray-worker: must drop all capabilities and allow no"),
+    (("spec", "rayClusterSpec", "autoscalerOptions", "securityContext"), GONE, "autoscaler: must drop all capabilities"),
+    ((*HEAD, "rayStartParams", "dashboard-host"), "0.0.0.0", "dashboard-host: must not name every interface"),
+    ((*HEAD, "serviceType"), "LoadBalancer", "serviceType must be ClusterIP; got LoadBalancer"),
+    ((*HEAD, "enableIngress"), True, "the head must have no enableIngress"),
+    ((*HEAD, "template", "spec", "containers", 0, "ports"), [], "the head's ports must be gcs-server and dashboard"),
+    ((*GROUP, "template", "metadata", "labels"), {}, "the label that the NetworkPolicy goes by; got {}"),
+    ((*POD, "hostNetwork"), True, "a pod must have no hostNetwork"),
+    (("spec", "backoffLimit"), 0, "backoffLimit must be above 0; got 0"),
+    (("spec", "backoffLimit"), GONE, "backoffLimit must be above 0; got None"),
+    (("spec", "entrypoint"), "spiketrain launch x.py --runs /shared/runs --name example", "must say --or-resume"),
+    (("metadata", "name"), "another", "the run must have the RayJob's name, another"),
+    (("spec", "shutdownAfterJobFinishes"), False, "shutdownAfterJobFinishes must be true"),
+    (("spec", "submissionMode"), "K8sJobMode", "submissionMode must be HTTPMode; got K8sJobMode"),
+    ((*HEAD, "rayStartParams", "num-cpus"), "4", "the head must have num-cpus 0"),
+    ((*HEAD, "template", "spec", "containers", 0, "resources", "limits", "nvidia.com/gpu"), "1", "got nvidia.com/gpu"),
+    (("spec", "rayClusterSpec", "enableInTreeAutoscaling"), False, "the autoscaler must be on"),
+    ((*GROUP, "maxReplicas"), 0, "replicas must lie between minReplicas and maxReplicas; got 1 of 1 to 0"),
+    ((*GROUP, "minReplicas"), 0, "a RayJob's minReplicas must be its replicas, 1"),
+    ((*POD, "volumes", 2), {"name": "runs", "emptyDir": {}}, "/shared/runs must be the claim spiketrain-runs"),
+    ((*POD, "volumes", 0, "emptyDir", "medium"), GONE, "/dev/shm must be an emptyDir of Memory"),
+    ((*POD, "volumes", 0, "emptyDir", "sizeLimit"), "200Gi", "/dev/shm must take at most half of the memory"),
+    ((*CONTAINER, "resources", "requests"), GONE, "ray-worker: must request cpu and memory"),
+]  # fmt: skip
+POLICY = ("spec", "ingress")
+BROKEN_POLICIES = [
+    ((*POLICY, 0, "from"), [], "the policy must let in its own pods"),
+    ((*POLICY, 0, "from", 0, "namespaceSelector"), {}, "the policy must let in its own pods"),
+    ((*POLICY, 0, "from", 0), {"ipBlock": {"cidr": "10.0.0.0/8"}}, "the policy must let in its own pods"),
+    ((*POLICY, 1, "ports"), GONE, "and the operator at port 8265"),
+    (("spec", "podSelector"), {"matchLabels": {}}, "the policy must be about what comes in"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "said"), BROKEN_FIELDS)
+def test_a_wrong_field_is_named_with_its_path(path: tuple[str | int, ...], value: object, said: str) -> None:
+    found = misfits(_broken("overlays/one-node-8-gpus/job", 0, path, value), FACTS)
+    assert len(found) == 1
+    assert said in found[0]
+
+
+@pytest.mark.parametrize(("path", "value", "said"), BROKEN_RULES)
+def test_a_broken_rule_is_found(path: tuple[str | int, ...], value: object, said: str) -> None:
+    manifest = _broken("overlays/one-node-8-gpus/job", 0, path, value)
+    assert any(said in complaint for rule in RULES for complaint in rule(manifest))
+
+
+@pytest.mark.parametrize(("path", "value", "said"), BROKEN_POLICIES)
+def test_a_policy_that_lets_others_in_is_found(path: tuple[str | int, ...], value: object, said: str) -> None:
+    manifest = _broken("shared", 2, path, value)
+    assert manifest["kind"] == "NetworkPolicy"
+    assert any(said in complaint for rule in RULES for complaint in rule(manifest))
+
+
+@pytest.mark.parametrize("kind", ["Secret", "Service", "Ingress"])
+def test_a_manifest_that_must_not_be_there_is_found(kind: str) -> None:
+    assert any(kind in complaint for rule in RULES for complaint in rule({"kind": kind, "spec": {}}))
+
+
+def test_another_ray_is_found() -> None:
+    job = build(K8S / "base" / "job")[0]
+    found = list(versions(job, ray="2.61.0", spiketrain=SPIKETRAIN))
+    assert found[0] == f"rayVersion must be that of requirements.lock, 2.61.0; got {RAY[0]}"
+    assert len(found) == 3 and "ray-head: the image must be" in found[1]
+
+
+def _broken(folder: str, index: int, path: tuple[str | int, ...], value: object) -> dict[str, Any]:
+    manifest = copy.deepcopy(build(K8S / folder)[index])
+    holder: Any = manifest
+    for key in path[:-1]:
+        holder = holder[key]
+    if value is GONE:
+        del holder[path[-1]]
+    else:
+        holder[path[-1]] = value
+    return manifest
+
+
+def _files(folder: Path) -> set[Path]:
+    file = folder / "kustomization.yaml"
+    named = [(folder / name).resolve() for name in yaml.safe_load(file.read_text())["resources"]]
+    return {file, *(path for path in named if path.is_file())}

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.refused import Refused
+from pipeline.submit import k8s
+from pipeline.submit.k8s import render, submit
+from pipeline.submit.kustomize import containers
+from pipeline.submit.order import Order
+from tests.infra.crd import GOLDEN, misfits
+
+OVERLAYS = Path(__file__).parents[2] / "infra" / "k8s" / "overlays"
+NAME = "k8s: name must be lower-case letters, digits and inner -, begin with a letter, and be at most 47 long (RFC 1123, KubeRay)"
+IMAGE = "k8s: image must be a name with a tag or a digest, other than latest"
+GROUPS = "/spec/rayClusterSpec/workerGroupSpecs"
+
+
+def order(size: str = "four-nodes-32-gpus", **changes: Any) -> Order:
+    plain = Order(
+        words=("recipes/imagenet/nf_resnet34_sltt.py", "--cpus-per-worker", "8"),
+        name="nf-resnet34",
+        workers=32,
+        image="registry.example.com/spiketrain:1",
+        runs="/shared/runs",
+        infra=OVERLAYS / size / "job",
+    )
+    return replace(plain, **changes)
+
+
+def test_an_order_becomes_a_rayjob_that_fits_the_fields() -> None:
+    job = yaml.safe_load(render(order()))
+    assert misfits(job, json.loads(GOLDEN.read_text())) == []
+    assert job["metadata"]["name"] == "nf-resnet34"
+    assert job["spec"]["entrypoint"] == (
+        "spiketrain launch recipes/imagenet/nf_resnet34_sltt.py --cpus-per-worker 8 "
+        "--name nf-resnet34 --runs /shared/runs --address auto --workers 32 --device gpu --or-resume"
+    )
+    assert [each["image"] for each in containers(job)] == ["registry.example.com/spiketrain:1"] * 2
+
+
+@pytest.mark.parametrize(
+    ("size", "workers", "words", "pods"),
+    [
+        ("four-nodes-32-gpus", 32, (), 4),
+        ("four-nodes-32-gpus", 17, (), 3),
+        ("four-nodes-32-gpus", 1, (), 1),
+        ("four-nodes-32-gpus", 8, ("--cpus-per-worker=16",), 2),  # 64 cores hold four such workers
+        ("four-nodes-32-gpus", 64, ("--device", "cpu"), 1),  # one core each, and no GPU
+        ("cpu", 8, (), 2),
+        ("cpu", 8, ("--cpus-per-worker", "2"), 4),
+    ],
+)
+def test_there_are_as_many_pods_as_the_workers_need(size: str, workers: int, words: tuple[str, ...], pods: int) -> None:
+    told = order(size, workers=workers, words=("recipe.py", *words))
+    group = yaml.safe_load(render(told))["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    assert [group[name] for name in ("minReplicas", "replicas", "maxReplicas")] == [pods] * 3
+
+
+@pytest.mark.parametrize(("size", "device"), [("cpu", "cpu"), ("one-node-8-gpus", "gpu")])
+def test_the_device_is_that_of_the_pods_unless_said(size: str, device: str) -> None:
+    words = yaml.safe_load(render(order(size, workers=1, words=("recipe.py",))))["spec"]["entrypoint"].split()
+    assert words[words.index("--device") + 1] == device
+    words = yaml.safe_load(render(order(size, workers=1, words=("recipe.py", "--device=cpu"))))["spec"]["entrypoint"].split()
+    assert "--device" not in words and "--device=cpu" in words
+
+
+def test_words_reach_the_command_as_they_are() -> None:
+    """Ray runs the entrypoint in a shell of the head."""
+    words = ("my recipe.py", "--set", "data.mean=(0.1, 0.2)", "--set", "name='$HOME; `id`'", "--trust", "a*b")
+    entrypoint = yaml.safe_load(render(order(workers=1, words=words)))["spec"]["entrypoint"]
+    assert tuple(shlex.split(entrypoint)[2 : 2 + len(words)]) == words
+    assert "\n" not in entrypoint
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"name": "Fashion"}, f"{NAME}; got 'Fashion'"),
+        ({"name": "fashion_sltt"}, f"{NAME}; got 'fashion_sltt'"),
+        ({"name": "1st"}, f"{NAME}; got '1st'"),
+        ({"name": "a-"}, f"{NAME}; got 'a-'"),
+        ({"name": "a\n"}, f"{NAME}; got 'a\\n'"),
+        ({"name": ""}, f"{NAME}; got ''"),
+        ({"name": "a" * 48}, f"{NAME}; got '{'a' * 48}'"),
+        ({"image": ""}, f"{IMAGE}; got ''"),
+        ({"image": "spiketrain"}, f"{IMAGE}; got 'spiketrain'"),
+        ({"image": "a:latest"}, f"{IMAGE}; got 'a:latest'"),
+        ({"image": "host:5000/a"}, f"{IMAGE}; got 'host:5000/a'"),
+        ({"image": "a b:1"}, f"{IMAGE}; got 'a b:1'"),
+        ({"image": "a@sha256:1"}, f"{IMAGE}; got 'a@sha256:1'"),
+        ({"runs": "runs"}, "k8s: runs must be an absolute path without ..; got 'runs'"),
+        ({"runs": "/shared/runs/../../etc"}, "k8s: runs must be an absolute path without ..; got '/shared/runs/../../etc'"),
+        ({"workers": 33}, "must fit into pods of 64 cores and 8 GPUs, of which"),
+        ({"words": ("a.py", "--cpus-per-worker", "65")}, "job has 4: room for 0 workers"),
+        ({"words": ("a.py", "--cpus-per-worker", "x")}, "k8s: --cpus-per-worker must be a whole number >= 1; got 'x'"),
+        ({"runs": "/tmp/runs"}, "(/shared/runs); got '/tmp/runs'"),
+        ({"runs": "/shared/runs2"}, "(/shared/runs); got '/shared/runs2'"),
+        ({"runs": "/dev/shm/runs"}, "(/shared/runs); got '/dev/shm/runs'"),
+        ({"runs": "/opt/spiketrain/data/runs"}, "(/shared/runs); got '/opt/spiketrain/data/runs'"),
+        ({"infra": OVERLAYS / "cpu" / "cluster"}, "cluster must hold one RayJob; got 0"),
+    ],
+)
+def test_an_order_that_does_not_fit_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        render(order(**changes))
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "image", ["a:1", "host:5000/a/b-c:0.1.0-ray2.60.0", f"a@sha256:{'0' * 64}", f"host.example/a:1@sha256:{'f' * 64}"]
+)
+def test_images_that_stay_what_they_are(image: str) -> None:
+    assert containers(yaml.safe_load(render(order(image=image))))[0]["image"] == image
+
+
+@pytest.mark.parametrize(
+    ("patch", "said"),
+    [
+        ("{op: remove, path: /spec/rayClusterSpec}", "must be one as in infra/k8s/base/job; not found: 'rayClusterSpec'"),
+        (f"{{op: replace, path: {GROUPS}/0, value: {{}}}}", "not found: 'template'"),
+        (f"{{op: add, path: {GROUPS}/-, value: {{}}}}", "must have one group of workers; got 2"),
+        (
+            f"{{op: replace, path: {GROUPS}/0/template/spec/containers/0/resources/limits/cpu, value: x}}",
+            "a worker's limit of cpu must be a number of cores, or of thousandths with m; got 'x'",
+        ),
+    ],
+)
+def test_a_folder_that_holds_another_kind_of_rayjob_is_refused(tmp_path: Path, patch: str, said: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        render(order(infra=over(tmp_path, patch)))
+    assert said in str(refused.value)
+
+
+def test_a_container_beside_ray_keeps_its_image(tmp_path: Path) -> None:
+    containers_ = "/spec/rayClusterSpec/headGroupSpec/template/spec/containers"
+    added = over(tmp_path, f"{{op: add, path: {containers_}/-, value: {{name: logs, image: 'logs:1'}}}}")
+    assert [each["image"] for each in containers(yaml.safe_load(render(order(infra=added))))] == [
+        order().image,
+        "logs:1",
+        order().image,
+    ]
+
+
+def over(folder: Path, operation: str) -> Path:
+    """One of our folders with one operation more."""
+    base = os.path.relpath(OVERLAYS / "four-nodes-32-gpus" / "job", folder)
+    patch = f"patches:\n  - target: {{kind: RayJob}}\n    patch: |-\n      - {operation}\n"
+    (folder / "kustomization.yaml").write_text(f"resources: [{base}]\n{patch}")
+    return folder
+
+
+@pytest.fixture
+def kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in on the path, for its script to be written; what it is called with lands beside it."""
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path / "kubectl"
+
+
+def write(file: Path, script: str) -> None:
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(0o755)
+
+
+def test_kubectl_gets_the_rayjob(kubectl: Path) -> None:
+    write(kubectl, 'echo "$@" >"$0.words"; cat >"$0.stdin"; echo rayjob.ray.io/nf-resnet34 created')
+    rendered = render(order())
+    assert submit(rendered) == "rayjob.ray.io/nf-resnet34 created"
+    assert kubectl.with_name("kubectl.words").read_text() == "apply -f -\n"
+    assert kubectl.with_name("kubectl.stdin").read_text() == rendered
+
+
+def test_a_failing_kubectl_is_one_line(kubectl: Path) -> None:
+    write(kubectl, 'echo "error: no matches for kind RayJob" >&2; echo "install the CRDs first" >&2; exit 3')
+    with pytest.raises(Refused) as refused:
+        submit(render(order()))
+    said = "error: no matches for kind RayJob install the CRDs first"
+    assert str(refused.value) == f"submit: kubectl apply failed with exit code 3 and said: {said}"
+
+
+def test_a_kubectl_that_does_not_answer_is_refused(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(kubectl, "exec sleep 30")
+    monkeypatch.setattr(k8s, "PATIENCE_S", 0.2)
+    with pytest.raises(Refused, match=r"^submit: kubectl apply must answer within 0 s; it has not$"):
+        submit("kind: RayJob")
+
+
+def test_a_kubectl_that_is_no_program_is_refused(kubectl: Path) -> None:
+    kubectl.write_bytes(b"\x7fELF")
+    kubectl.chmod(0o755)
+    with pytest.raises(Refused, match=r"^submit: .*kubectl cannot be run: Exec format error$"):
+        submit("kind: RayJob")
+
+
+def test_without_kubectl_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Refused, match=r"^submit: needs kubectl on the path; got none$"):
+        submit("kind: RayJob")
