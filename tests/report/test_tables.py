@@ -66,4 +66,16 @@ def test_how_groups_differ():
 
 def test_where_each_run_ran():
     rows = tables.provenance(study(run("SLTT", seed=3, restart=True))).rows
-    assert rows[-1] == ("sltt-3", "SLTT", 3, "01234567", "finished", "100/100", 1, "a cpu, 2 cores, 1 thread", 1, "abc, def")
+    assert rows[-1] == (
+        "sltt-3",
+        "SLTT",
+        3,
+        "01234567",
+        "finished",
+        "100/100",
+        1,
+        "a cpu, 2 cores, 1 thread",
+        1,
+        "shared",
+        "abc, def",
+    )
