@@ -78,6 +78,7 @@ def _run(
                     return _attempt(job, place, ranks, tracker, clock, began, attempt_of)
             except (GoBack, Smaller):
                 pass  # every rank begins again
+            clock.take()  # batches that are rolled back, and that nobody has asked for yet
             gc.collect()  # the attempt that ended goes, and what it held
             if ranks.device.type == "cuda":
                 torch.cuda.empty_cache()
