@@ -171,8 +171,6 @@ class Attempt:
         """Log, look whether somebody asked to stop, and save where it is time; an epoch's end is saved after its evaluation."""
         recipe = self.recipe
         self.watchdog.beat()
-        if recipe.replicas_every and self.step % recipe.replicas_every == 0:
-            self._compare_replicas()
         if self.step % recipe.log_every == 0 or last:
             metrics = self.meters.take(self.ranks.sum)
             self._tell_stragglers()
@@ -188,6 +186,8 @@ class Attempt:
         if (due or late or self.stop_asked) and not last:
             with self.meters.between("checkpoint"):
                 self._save(score=None)
+        elif recipe.replicas_every and self.step % recipe.replicas_every == 0 and not last:  # whoever saves compares
+            self._compare_replicas()
 
     def _compare_replicas(self) -> None:
         """Ranks that have come apart learn nothing together: all begin again with the weights that they last agreed on."""
@@ -283,8 +283,8 @@ class Attempt:
         if self.recipe.replicas_every:
             self._compare_replicas()  # a checkpoint holds the weights of one rank
         totals = self.meters.over_ranks(self.ranks.max, self.ranks.mean)
-        state = {"learnt": self.learnt, "guard": self.guard.told()}
-        trainer = told_in_checkpoint(self.parts, step=self.step, score=score, totals=totals, **state)
+        about = {"score": score, "totals": totals, "learnt": self.learnt, "guard": self.guard.told()}
+        trainer = told_in_checkpoint(self.parts, step=self.step, **about)
         with self._published():
             weights = weights_of(self.backend.network) if self.ranks.rank == 0 else None
         with self.ranks.averaged(self.backend.network) as buffers:

@@ -8,6 +8,8 @@ import typer
 
 from pipeline.options import RUNS, Cpus, RecipeFile, Runs, Sets, Tiny, Workers, made_of, only_recipe
 
+Format = Annotated[Literal["table", "json"], typer.Option("--format")]
+
 _PLAN = "Example: spiketrain plan recipes/imagenet/qkformer_10_384_sltt_k1.py --workers 64 --device h100 --batch-of noise"
 
 
@@ -37,7 +39,7 @@ def probe(
         int | None, typer.Option("--batch", min=1, help="samples; without it what one worker holds at a time in training")
     ] = None,
     cpus_per_worker: Cpus = 1,
-    format_: Annotated[Literal["table", "json"], typer.Option("--format")] = "table",
+    format_: Format = "table",
     set_: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
@@ -60,7 +62,7 @@ def sweep(
         float | None, typer.Option("--memory", metavar="GB", help="that the largest batch may take; without it what is free")
     ] = None,
     cpus_per_worker: Cpus = 1,
-    format_: Annotated[Literal["table", "json"], typer.Option("--format")] = "table",
+    format_: Format = "table",
     set_: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
@@ -104,7 +106,7 @@ def plan(
         str | None, typer.Option("--against", metavar="RUN", help="that was launched on this machine: how far off the plan is")
     ] = None,
     runs: Runs = RUNS,
-    format_: Annotated[Literal["table", "json"], typer.Option("--format")] = "table",
+    format_: Format = "table",
     set_: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:

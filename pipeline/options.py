@@ -39,7 +39,7 @@ def made_of(path: Path, changes: list[str], tiny: bool) -> Recipe | Suite:
 
 
 def only_recipe(path: Path, changes: list[str], tiny: bool, *, who: str) -> Recipe:
-    """As `_made`, of a file that holds one."""
+    """As `made_of`, of a file that holds one."""
     from pipeline.recipe import Recipe
 
     made = made_of(path, changes, tiny)

@@ -171,3 +171,9 @@ def differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
             yield from differing(f"{name}[{index}]", first, second)
     elif a != b:
         yield name, a, b
+
+
+def listed(found: list[tuple[str, Any, Any]]) -> str:
+    """What `differing` found, as a sentence has it: the first six, and how many more there are."""
+    shown = "; ".join(f"{name}: {json.dumps(a)} and {json.dumps(b)}" for name, a, b in found[:6])
+    return shown + (f"; and {len(found) - 6} more" if len(found) > 6 else "")

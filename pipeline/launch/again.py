@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.recipe import Recipe, read_json
-from pipeline.recipe_json import differing
+from pipeline.recipe_json import differing, listed
 from pipeline.suite import Suite, SuiteFile, is_suite
-
-_SHOWN = 6
 
 
 def refuse_unless_launched_so(folder: Path, made: Recipe | Suite, *, trust: tuple[str, ...]) -> None:
@@ -26,9 +24,7 @@ def refuse_unless_launched_so(folder: Path, made: Recipe | Suite, *, trust: tupl
         raise ValueError(f"{rule}; it is {there}, and now {asked} is asked for")
     found = list(_differences(folder, made, trust=trust))
     if found:
-        shown = "; ".join(f"{name}: {json.dumps(was)} and {json.dumps(now)}" for name, was, now in found[:_SHOWN])
-        more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        raise ValueError(f"{rule}; its recipe differs now: {shown}{more}")
+        raise ValueError(f"{rule}; its recipe differs now: {listed(found)}")
 
 
 def _differences(folder: Path, made: Recipe | Suite, *, trust: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:

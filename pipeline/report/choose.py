@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.recipe_json import listed
 from pipeline.report.differences import differences
 from pipeline.report.runs import ReportError, find_run, load, run_folders
 from pipeline.track.jsonl import first, last
@@ -113,8 +113,3 @@ def seed_of(run: Finished) -> int:
 def _ended(folder: Path) -> float:
     finish = last(folder / "journal.jsonl", "finish")
     return float(finish["time"]) if finish else (folder / "summary.json").stat().st_mtime
-
-
-def listed(found: list[tuple[str, Any, Any]]) -> str:
-    shown = "; ".join(f"{name}: {json.dumps(a)} and {json.dumps(b)}" for name, a, b in found[:6])
-    return shown + (f"; and {len(found) - 6} more" if len(found) > 6 else "")

@@ -22,12 +22,12 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.job import resume_command
+from pipeline.recipe_json import listed
 from pipeline.report.choose import (
     ComparisonError,
     Finished,
     Unfinished,
     finished_run,
-    listed,
     named,
     newest_study,
     rule_of,
