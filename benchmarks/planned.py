@@ -1,6 +1,6 @@
 """What `spiketrain plan` predicts of this machine, against what `launch` then measures: saved bytes, and seconds of a step.
 
-Command:  python -m benchmarks.planned [--workers 2] [--steps 60]
+Command:  python -m benchmarks.planned [--workers 2] [--steps 300]
           (data/fashion, data/stamps-0 and data/moving must have been written)
 Result:   not run
 
@@ -45,7 +45,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=300)
     arguments = parser.parse_args()
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("recipe", "saved, planned", "measured", "off", "step, planned", "measured", "off"):

@@ -27,6 +27,7 @@ from pipeline.loop import MicroBatch, train
 from pipeline.measure.fidelity import gradients
 from pipeline.measure.held import Held, bytes_of, held
 from pipeline.measure.meters import Instrument, Meters, Totals
+from pipeline.measure.time_parts import REST
 from pipeline.measure.traffic import Traffic
 from pipeline.objective import Loss
 from pipeline.recipe import Recipe, Spec, spec
@@ -70,6 +71,8 @@ class Cost:
     forward_s: float
     backward_s: float
     """of a batch, the median over batches; collectives and the optimizer are in neither"""
+    loop_s: float
+    """of what the loop does beside: transfer, metrics, and what no part is charged for"""
     operations: Mapping[str, Mapping[str, float]]
     """for each purpose, of training on one sample"""
 
@@ -128,12 +131,17 @@ class Bench:
         """Raises: ValueError where the rule cannot train the network, or its batch does not fit into memory."""
         made, meters = self._trained(rule, batches=UNTIMED + TIMED)
         timed, totals = meters.clock.take()[UNTIMED:], meters.totals
+
+        def median_s(*parts: str) -> float:
+            return statistics.median(sum(seconds[part] for part in parts) for seconds in timed)
+
         return Cost(
             rule=made.label,
             peak_saved_bytes=totals.peak_saved_bytes,
             state_bytes=totals.state_bytes,
-            forward_s=statistics.median(seconds["forward"] for seconds in timed),
-            backward_s=statistics.median(seconds["backward"] for seconds in timed),
+            forward_s=median_s("forward"),
+            backward_s=median_s("backward"),
+            loop_s=median_s("transfer", "metrics", REST),
             operations=totals.operations_per_sample(),
         )
 

@@ -2,8 +2,9 @@
 
     step = compute + communication + optimizer + loading
 
-Compute and memory come from a profile of small batches (`profile.py`). Here its seconds are the machine's own; for a card of the
-table compute is the longer of its roofline (`measure/traffic.py`) divided by EFFICIENCY, and the launches of its kernels.
+Compute and memory come from a profile of small batches (`profile.py`). Here its seconds are the machine's own, times what its
+workers slow one another down (`measure/neighbours.py`); for a card of the table compute is the longer of its roofline
+(`measure/traffic.py`) divided by EFFICIENCY, and the launches of its kernels.
 
 What DeepSpeed 0.19.8 holds and moves of parameters P, gradients G and the optimizer's state O on N workers, a ring, with n
 backward calls in a batch:
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -32,8 +34,8 @@ import torch
 
 from pipeline.bench import RULES, Bench, by_label
 from pipeline.measure.held import Held
-from pipeline.measure.link import ring_s
 from pipeline.measure.memory import free_bytes
+from pipeline.measure.neighbours import ALONE, neighbours
 from pipeline.measure.traffic import Device
 from pipeline.profile import EFFICIENCY, Profile, profile_of, sizes_for, times_for
 from pipeline.recipe import Recipe, Spec
@@ -42,6 +44,10 @@ from pipeline.worker import check_recipe
 
 RESERVE = 0.1
 """of a card's memory that is left to fragments, workspaces and the driver"""
+ROUNDS = 3
+"""of a profile here"""
+RAY_SHARE = 0.07
+"""of a core that Ray's own processes take from each worker where no core is spare: `top` on two workers, Ray 2.60"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +142,7 @@ def plan(
         try:
             times = times_for(recipe, rule.build())
             needs = {(B, T): made(B, T).needs(rule) for B in sizes for T in times}
-            seconds = {(B, T): made(B, T).cost(rule).compute_s for B, T in needs} if cluster.device is None else None
+            seconds = _seconds({place: made(*place) for place in needs}, rule) if cluster.device is None else None
             planned.append(
                 _planned(profile_of(rule.build(), needs, seconds, recipe, cluster.device), share, recipe, cluster, samples)
             )
@@ -152,6 +158,12 @@ def plan(
         rules=tuple(planned),
         refused=refused,
     )
+
+
+def _seconds(benches: Mapping[tuple[int, int], Bench], rule: Spec) -> dict[tuple[int, int], float]:
+    """Of a batch at each (B, T), the median of several rounds: where a machine gets slower, it does so for all of them."""
+    rounds = [{place: bench.cost(rule) for place, bench in benches.items()} for _ in range(ROUNDS)]
+    return {place: statistics.median(each[place].compute_s + each[place].loop_s for each in rounds) for place in benches}
 
 
 def _check(recipe: Recipe, cluster: Cluster) -> None:
@@ -182,18 +194,20 @@ class _Share:
         self.workers, card = cluster.workers, cluster.device
         if card is None:
             self.memory = free_bytes() / (1 if torch.cuda.is_available() else cluster.workers)
-            self.optimizer_s = bench.optimizer_s()
             self.loading_s_of_a_sample = bench.loading_s() / bench.samples if source == "data" else 0.0
-            spare = len(os.sched_getaffinity(0)) > cluster.workers * cluster.threads
-            self.loads_beside = spare
-            seconds = ring_s(cluster.workers, self.held.gradients)
-            self.s_of_a_byte = seconds / max(1.0, self._ring(self.held.gradients))
+            self.loads_beside = len(os.sched_getaffinity(0)) > cluster.workers * cluster.threads
+            found = neighbours(cluster.workers, self.held.gradients, threads=cluster.threads)
+            crowded = found.slowdown / (1.0 if self.loads_beside else 1 - RAY_SHARE)
+            self.slowdown = ALONE.slowdown if torch.cuda.is_available() else crowded
+            self.optimizer_s = bench.optimizer_s() * self.slowdown
+            self.s_of_a_byte = found.ring_s / max(1.0, self._ring(self.held.gradients))
         else:
             self.memory = (1 - RESERVE) * card.memory
             # The optimizer reads parameters, gradients and its state, and writes all but the gradients.
             moved = 2 * (self.held.parameters + self.held.optimizer) + self.held.gradients
             self.optimizer_s = moved / card.bandwidth / EFFICIENCY
             self.loading_s_of_a_sample, self.loads_beside = 0.0, True  # loaders that keep up: a matter of cores
+            self.slowdown = ALONE.slowdown
             self.s_of_a_byte = 1 / (cluster.bandwidth or math.inf)
 
     def held_bytes(self, zero: int) -> float:
@@ -237,7 +251,7 @@ def _planned(profile: Profile, share: _Share, recipe: Recipe, cluster: Cluster, 
         )
     accumulation, calls = whole // micro, profile.backward_calls(micro, T)
     moves = calls if moves_at_each_step else 1.0
-    compute = profile.compute_s(micro, T) * accumulation
+    compute = profile.compute_s(micro, T) * accumulation * share.slowdown
     communication = moves * share.communication_s(zero, 1.0 if moves_at_each_step else calls * accumulation)
     optimizer = moves * share.optimizer_s
     loading = share.loading_s_of_a_sample * whole

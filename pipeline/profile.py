@@ -72,15 +72,20 @@ COUNTED = 8
 
 
 def sizes_for(recipe: Recipe, workers: int, *, card: Device | None) -> tuple[int, int]:
-    """Two sizes of batches, below that of a worker where it is 4 or more; small ones, where they stand for a `card`."""
-    larger = max(2, recipe.split(workers).micro_batch // 2)
+    """Two sizes of batches, below that of a worker where it is 3 or more; small ones, where they stand for a `card`.
+
+    What is timed is not much smaller than what is planned, for what errs is extrapolated with the rest.
+    """
+    micro = recipe.split(workers).micro_batch
     if card is not None:
-        larger = min(larger, COUNTED)
-    return larger // 2, larger
+        larger = min(max(2, micro // 2), COUNTED)
+        return larger // 2, larger
+    larger = max(2, 3 * micro // 4)
+    return min(max(1, micro // 2), larger - 1), larger
 
 
 def times_for(recipe: Recipe, rule: Rule) -> tuple[int, ...]:
-    """Two numbers of time steps that the rule can train at, other than the recipe's where it can; of recordings, their own."""
+    """Two numbers of time steps that the rule can train at, around the recipe's where it can; of recordings, their own."""
     T = recipe.time_steps
     if len(recipe.data.build().shape) == 4:
         return (T,)
@@ -92,7 +97,7 @@ def times_for(recipe: Recipe, rule: Rule) -> tuple[int, ...]:
             return False
         return True
 
-    fitting = [steps for steps in dict.fromkeys((T // 3, 2 * T // 3, T - 1, T + 1, 2 * T)) if steps >= 1 and can(steps)]
+    fitting = [steps for steps in dict.fromkeys((T - 1, T + 1, T // 2, 2 * T, 3 * T)) if steps >= 1 and can(steps)]
     if len(fitting) < 2:  # of which it says itself why
         rule.check_steps(T)
     return tuple(sorted(fitting[:2]))

@@ -13,7 +13,7 @@ import pytest
 from pipeline.bench import Bench
 from pipeline.data.synthetic import Synthetic
 from pipeline.devices import DEVICES
-from pipeline.measure.link import ring_s
+from pipeline.measure.neighbours import ALONE, neighbours
 from pipeline.measure.traffic import Device
 from pipeline.plan import Cluster, Plan, Planned, plan
 from pipeline.profile import EFFICIENCY, Bilinear, times_for
@@ -62,7 +62,7 @@ def of(found: Plan, rule: str) -> Planned:
 
 def test_saved_bytes_are_those_of_the_whole_batch() -> None:
     found = on(2)
-    assert found.profiled == ((4, 8), (2, 4))
+    assert found.profiled == ((4, 8), (5, 7))
     for rule in RULES:
         needed = Bench(made(), batch_size=32, source="noise").needs(rule).totals.peak_saved_bytes
         assert of(found, rule.build().label).saved_bytes == pytest.approx(needed, rel=0.05)
@@ -108,9 +108,13 @@ def test_seconds_and_launches_are_fitted_apart() -> None:
     assert of(both, "BPTT").compute_s == pytest.approx(needs.busy(H100, precision="fp32") / EFFICIENCY, rel=0.05)
 
 
-@pytest.mark.parametrize(("rule", "times"), [(SLTT(), (2, 4)), (SLTT(k=3), (4, 5)), (SLTT(chunk=6), (7, 12)), (BPTT(), (2, 4))])
+@pytest.mark.parametrize(("rule", "times"), [(SLTT(), (5, 7)), (SLTT(k=6), (7, 12)), (SLTT(chunk=6), (7, 12)), (BPTT(), (5, 7))])
 def test_a_rule_is_profiled_at_time_steps_that_it_can_train_at(rule: Rule, times: tuple[int, int]) -> None:
     assert times_for(made(), rule) == times
+
+
+def test_one_time_step_is_profiled_at_two_others() -> None:
+    assert times_for(replace(made(), time_steps=1), BPTT()) == (2, 3)
 
 
 def test_recordings_are_profiled_at_their_own_length() -> None:
@@ -141,9 +145,11 @@ def test_a_small_card_takes_smaller_micro_batches_and_a_tiny_one_refuses() -> No
 
 
 @pytest.mark.distributed
-def test_a_ring_here_takes_time_that_grows_with_what_it_sums() -> None:
-    assert ring_s(1, 10**9) == 0
-    assert 0 < ring_s(2, 10**4) < ring_s(2, 2 * 10**7) < 1
+def test_neighbours_sum_longer_the_more_they_sum_and_compute_no_faster_than_one_alone() -> None:
+    assert neighbours(1, 10**9) == ALONE
+    little, much = neighbours(2, 10**4), neighbours(2, 4 * 10**7)
+    assert 0 < little.ring_s < much.ring_s < 1
+    assert 1 <= little.slowdown < 3
 
 
 # ------------------------------------------------------------------------------------------------------------ command line
@@ -160,7 +166,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     code, out, _ = run("plan", str(file), *words, "--format", "json")
     assert {each["rule"] for each in json.loads(out)["rules"]} >= {"BPTT", "SLTT"}
     code, out, _ = run("plan", str(file))  # here, with the data
-    assert code == 0 and "a ring of 1 local workers" in " ".join(out.split())
+    assert code == 0 and "what 1 local workers do to one another" in " ".join(out.split())
 
 
 def test_a_plan_against_what_was_launched(

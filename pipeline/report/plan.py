@@ -49,7 +49,7 @@ def basis(found: Plan) -> str:
     )
     card, workers = found.cluster.device, found.cluster.workers
     if card is None:
-        return f"{profiled}, their seconds, and a ring of {workers} local workers."
+        return f"{profiled}, their seconds, and what {workers} local workers do to one another."
     link = "" if workers <= found.cluster.per_node else f", {found.cluster.node_link * 8 / 1e9:.0f} Gb/s from node to node"
     return (
         f"{profiled}; {card.name}: roofline at {EFFICIENCY:.0%} ({card.source}), {RESERVE:.0%} of its memory left free, "
