@@ -119,7 +119,7 @@ def test_it_is_accessible(page: Page, size: tuple[int, int], scheme: Literal["li
     drawn(page, 4, paper)
     page.locator("details").first.evaluate("node => node.open = true")
     assert violations(page) == []
-    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+    page.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=size[0], timeout=5000)
     levels = [int(each.evaluate("node => node.tagName[1]")) for each in page.locator("h1, h2, h3, h4").all()]
     assert levels[0] == 1 and all(after <= before + 1 for before, after in itertools.pairwise(levels))
 
