@@ -8,7 +8,7 @@ WORKERS ?= 2
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pictures browser demo check format test test-full clean
+.PHONY: help setup pictures browser tools demo check format test test-full clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ pictures: ## the photographs that `spiketrain write stamps` is made of: three pa
 
 browser: ## the browser that tests open reports in: Debian's chromium
 	@infra/setup.sh --browser
+
+tools: ## what tests of infra/ need: Debian's shellcheck, docker-compose and postgresql
+	@infra/setup.sh --tools
 
 demo: setup ## write Fashion-MNIST, train by several rules on $(WORKERS) workers, compare
 	$(BIN)/spiketrain write fashion --out data/fashion --existing keep
@@ -37,11 +40,11 @@ format: setup ## rewrite what ruff can
 	$(BIN)/ruff check --fix .
 
 # What starts processes of its own has the machine to itself; the rest is one process and one thread, and shares it.
-test: setup browser ## quick and distributed tests
+test: setup browser tools ## quick and distributed tests
 	$(THREADS) $(BIN)/pytest -m "not full and not distributed" -n 2 --dist loadfile
 	$(THREADS) $(BIN)/pytest -m "distributed and not full"
 
-test-full: setup ## the tests that take minutes
+test-full: setup tools ## the tests that take minutes
 	$(THREADS) $(BIN)/pytest -m full
 
 clean: ## caches and builds; keeps .venv, data and runs

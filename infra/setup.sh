@@ -6,6 +6,7 @@
 #   infra/setup.sh --system     only the system packages
 #   infra/setup.sh --pictures   only the photographs that `spiketrain write stamps` is made of
 #   infra/setup.sh --browser    only the browser that tests open reports in; neither setup nor the image installs it
+#   infra/setup.sh --tools      only what tests of this folder need (shellcheck, docker-compose, PostgreSQL); likewise
 #   infra/setup.sh --runtime    only the system packages that a finished .venv needs to run (the second stage of the image)
 #
 #   PYTHON=/path/to/python3.12  which interpreter; otherwise that of .venv, then python3, then python3.11 to python3.13
@@ -24,6 +25,7 @@ readonly RUNTIME_LIST=$VENV/runtime-packages
 readonly PACKAGES=(build-essential pkg-config libopencv-dev libturbojpeg0-dev libtbb12 libgl1)
 readonly PICTURES=(tuxpaint-stamps-default mate-backgrounds plasma-workspace-wallpapers) # 260 MB: only when asked for
 readonly BROWSERS=(chromium chromium-browser google-chrome) # the first is Debian's package; tests take any of them
+readonly TOOLS=(shellcheck docker-compose postgresql) # Debian's postgresql starts a server of its own, which no test uses
 readonly OPTIONAL=(dataset-fashion-mnist) # the images of the demo, where the distribution has them
 
 main() {
@@ -36,8 +38,9 @@ main() {
         --system) install_system_packages ;;
         --pictures) install_pictures ;;
         --browser) install_browser ;;
+        --tools) install_tools ;;
         --runtime) install_runtime_packages ;;
-        *) fail "unknown option $1; known: --system, --pictures, --browser, --runtime" ;;
+        *) fail "unknown option $1; known: --system, --pictures, --browser, --tools, --runtime" ;;
     esac
 }
 
@@ -163,6 +166,11 @@ install_browser() {
     done
     command -v apt-get >/dev/null || fail "this system has no apt-get; install one of ${BROWSERS[*]} by its own means"
     apt_install "${BROWSERS[0]}"
+}
+
+install_tools() {
+    command -v apt-get >/dev/null || fail "this system has no apt-get; install by its own means: ${TOOLS[*]}"
+    apt_install "${TOOLS[@]}"
 }
 
 apt_install() {

@@ -1,0 +1,400 @@
+"""The job script runs as it is, on stand-ins for Slurm's, Ray's and our own commands (tests/infra/stand_in)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from pipeline.submit.order import Order
+from pipeline.submit.slurm import render, submit
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "infra" / "slurm" / "train.sbatch"
+STAND_IN = Path(__file__).parent / "stand_in"
+
+
+class Slurm:
+    """One job on two nodes: what Slurm does to it, and what it left behind."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.runs = folder, folder / "runs"
+        self.number = str(9_000_000 + os.getpid())
+        self.job = self.runs / f".slurm-{self.number}"
+        self.environment = {
+            "PATH": f"{STAND_IN}:/usr/local/bin:/usr/bin:/bin",
+            "PYTHONPATH": str(STAND_IN / "python"),
+            "HOME": str(folder),
+            "STAND_IN": str(folder),
+            "STAND_IN_DRIVER": "finish",
+            "SLURM_JOB_ID": self.number,
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_CPUS_ON_NODE": "16",
+            "SLURM_GPUS_ON_NODE": "8",
+            "SPIKETRAIN_PATIENCE": "30",
+            "SPIKETRAIN_RUNS": str(self.runs),
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, script: Path, *words: str, **environment: str) -> subprocess.Popen[bytes]:
+        """As Slurm would on the first node: with the job's name and number, in the folder of submission."""
+        name = re.search(r"^#SBATCH --job-name=(.*)$", script.read_text(), re.MULTILINE)
+        assert name is not None
+        self._process = subprocess.Popen(
+            ["bash", str(script), *words],
+            env=self.environment | {"SLURM_JOB_NAME": name[1]} | environment,
+            cwd=self.folder,
+            stderr=(self.folder / "said").open("w"),  # no pipe, which would stay open as long as any process of the job
+            start_new_session=True,
+        )
+        return self._process
+
+    def end(self, *, within: float = 30.0) -> tuple[int, str]:
+        """The exit status, and what was said."""
+        assert self._process is not None
+        return self._process.wait(within), (self.folder / "said").read_text()
+
+    def run(self, *words: str, **environment: str) -> tuple[int, str]:
+        self.start(SCRIPT, *words, **environment)
+        return self.end()
+
+    def until(self, name: str) -> str:
+        """The content of a file that a stand-in writes."""
+        deadline = time.monotonic() + 20.0
+        while not ((file := self.folder / name).exists() and file.read_text()):
+            assert time.monotonic() < deadline, f"{name} was not written"
+            time.sleep(0.02)
+        return file.read_text()
+
+    def close(self) -> None:
+        """What a test that failed has left in the job's session."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        shutil.rmtree(f"/tmp/spiketrain-{self.number}", ignore_errors=True)
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Iterator[Slurm]:
+    job = Slurm(tmp_path)
+    yield job
+    job.close()
+
+
+@pytest.fixture
+def order(tmp_path: Path) -> Callable[..., Order]:
+    def make(*words: str, **fields: object) -> Order:
+        made = {"name": "my-run", "workers": 16, "image": "", "runs": str(tmp_path / "runs"), "infra": ROOT / "infra"}
+        return Order(words=words or ("recipes/fashion/sltt.py",), **{**made, **fields})  # type: ignore[arg-type]
+
+    return make
+
+
+# ------------------------------------------------------------------------------------------------------------ a job that ends
+
+
+def test_the_launch_is_told_where_and_on_how_much_to_train(slurm: Slurm):
+    status, said = slurm.run("recipes/fashion/sltt.py", "--set", "optimizer.lr=0.05")
+
+    assert status == 0, said
+    words = (slurm.folder / "driver.words").read_text().splitlines()
+    expected = "launch recipes/fashion/sltt.py --set optimizer.lr=0.05 --name spiketrain --runs RUNS --address auto --workers 16"
+    assert words == [*expected.replace("RUNS", str(slurm.runs)).split(), "--or-resume"]
+    head = (slurm.folder / "driver.ray").read_text().strip()
+    assert re.fullmatch(r"[\d.]+:2\d{4}", head) and not head.startswith("127.")
+    for node in "01":
+        started = (slurm.folder / f"ray.{node}").read_text()
+        assert started.startswith(f"symmetric-run --address {head} --min-nodes 2 --num-cpus=16 --num-gpus=8 ")
+    assert not (slurm.folder / "scontrol").exists()
+    assert not slurm.job.exists()
+
+
+@pytest.mark.parametrize(
+    ("ray", "started"),
+    [
+        ("2.60", ("symmetric-run --address ", "symmetric-run --address ")),
+        ("2.48", ("start --head --node-ip-address=", "start --address=")),  # which has no symmetric-run
+    ],
+)
+def test_a_failure_keeps_its_exit_status_and_is_not_queued_again(slurm: Slurm, ray: str, started: tuple[str, str]):
+    status, said = slurm.run("r.py", STAND_IN_DRIVER="fail", STAND_IN_RAY=ray)
+
+    assert status == 7, said
+    assert not (slurm.folder / "scontrol").exists()
+    for node, words in enumerate(started):
+        assert (slurm.folder / f"ray.{node}").read_text().startswith(words)
+
+
+def test_another_word_for_it_is_an_error(slurm: Slurm):
+    status, said = slurm.run("r.py", SPIKETRAIN_RAY="clever")
+
+    assert status == 1
+    assert "SPIKETRAIN_RAY must be symmetric or manual; got clever" in said
+
+
+def test_a_ray_that_did_not_start_is_a_failure_though_it_ends_with_0(slurm: Slurm):
+    status, said = slurm.run("r.py", STAND_IN_RAY="broken")
+
+    assert status == 1
+    assert "never began" in said
+    assert not (slurm.folder / "scontrol").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("ray", ["2.60", "2.48"])
+def test_a_time_limit_that_nears_saves_and_queues_the_job_again(slurm: Slurm, ray: str):
+    batch = slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="train", STAND_IN_RAY=ray)
+    slurm.until("driver.began")
+    batch.send_signal(signal.SIGUSR1)  # --signal=B: the script alone
+
+    status, said = slurm.end()
+    assert status == 130, said
+    assert (slurm.folder / "driver.saved").exists()
+    assert (slurm.folder / "scontrol").read_text() == f"requeue {slurm.number}\n"
+
+
+def test_a_driver_that_was_not_yet_listening_is_queued_again(slurm: Slurm):
+    batch = slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="asleep")
+    slurm.until("driver.began")
+    batch.send_signal(signal.SIGUSR1)
+
+    status, said = slurm.end()
+    assert status == 130 and "status 138" in said
+    assert (slurm.folder / "scontrol").read_text() == f"requeue {slurm.number}\n"
+
+
+def test_workers_that_cannot_save_in_time_do_not_cost_the_requeue(slurm: Slurm):
+    batch = slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="deaf", SPIKETRAIN_SAVE_WITHIN="1")
+    slurm.until("driver.began")
+    batch.send_signal(signal.SIGUSR1)
+
+    status, said = slurm.end()
+    assert status == 130 and "status none" in said
+    assert (slurm.folder / "scontrol").read_text() == f"requeue {slurm.number}\n"
+
+
+def test_a_preemption_that_tells_the_tasks_alone_saves_and_queues_again(slurm: Slurm):
+    slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="train")
+    slurm.until("driver.began")
+    for task in slurm.until("srun.tasks").split():
+        os.kill(int(task), signal.SIGTERM)
+
+    status, said = slurm.end()
+    assert status == 130, said
+    assert (slurm.folder / "driver.saved").exists()
+    assert (slurm.folder / "scontrol").read_text() == f"requeue {slurm.number}\n"
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(slurm: Slurm):
+    batch = slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="train")
+    slurm.until("driver.began")
+    batch.send_signal(signal.SIGTERM)
+
+    status, said = slurm.end()
+    assert status == 130, said
+    assert (slurm.folder / "driver.saved").exists()
+    assert not (slurm.folder / "scontrol").exists()
+
+
+def test_a_run_that_somebody_stopped_is_not_queued_again(slurm: Slurm):
+    slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="train")
+    os.kill(int(slurm.until("driver.began")), signal.SIGUSR1)  # as by `touch RUN/stop`
+
+    status, _ = slurm.end()
+    assert status == 130
+    assert not (slurm.folder / "scontrol").exists()
+
+
+def test_a_requeue_that_slurm_refuses_is_said(slurm: Slurm):
+    batch = slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="train", STAND_IN_SCONTROL="1")
+    slurm.until("driver.began")
+    batch.send_signal(signal.SIGUSR1)
+
+    status, said = slurm.end()
+    assert status == 130 and "submit it again" in said
+
+
+# --------------------------------------------------------------------------------------------------------------------- token
+
+
+@pytest.mark.parametrize("way", ["symmetric", "manual"])
+def test_the_token_is_in_a_file_of_its_owner_and_in_no_command_line(slurm: Slurm, way: str):
+    batch = slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="train", SPIKETRAIN_RAY=way, RAY_AUTH_TOKEN="one-of-before")
+    slurm.until("driver.began")
+
+    token = slurm.job / "token"
+    secret = token.read_text().strip()
+    assert re.fullmatch("[0-9a-f]{64}", secret)
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600 and stat.S_IMODE(slurm.job.stat().st_mode) == 0o700
+    lines = {pid: words for pid, words in _command_lines().items() if slurm.number in words or "r.py" in words}
+    assert len(lines) >= 4  # the script, srun, its tasks, Ray, the driver: those that could have had it
+    assert not [words for words in _command_lines().values() if secret in words]
+    assert (slurm.folder / "ray.0").read_text().startswith({"symmetric": "symmetric-run", "manual": "start"}[way])
+    batch.send_signal(signal.SIGTERM)
+    slurm.end()
+    assert not token.exists()
+
+
+def test_another_start_has_another_token(slurm: Slurm):
+    secrets = set()
+    for _ in range(2):
+        batch = slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="train")
+        slurm.until("driver.began")
+        secrets.add((slurm.job / "token").read_text())
+        batch.send_signal(signal.SIGTERM)
+        slurm.end()
+        (slurm.folder / "driver.began").unlink()
+        (slurm.folder / "over").unlink()
+    assert len(secrets) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------- render and submit
+
+
+def test_what_is_submitted_runs_as_ordered(slurm: Slurm, order: Callable[..., Order], monkeypatch: pytest.MonkeyPatch):
+    words = ("recipes/it's mine.py", "--set", 'data.folder="$(touch owned)"; `touch owned` & #')
+    for name in ("PATH", "STAND_IN"):
+        monkeypatch.setenv(name, slurm.environment[name])
+    rendered = render(order(*words), nodes=2, gpus_per_node=8, time="1-00:00:00", partition="gpu,long")
+
+    assert submit(rendered) == "4711"
+    submitted = slurm.folder / "submitted"
+    assert submitted.read_text() == rendered
+    assert (slurm.folder / "sbatch.options").read_text() == "--parsable\n"
+    slurm.start(submitted)
+    status, said = slurm.end()
+    assert status == 0, said
+    launched = (slurm.folder / "driver.words").read_text().splitlines()
+    assert launched[1:4] == list(words)
+    assert launched[4:] == f"--name my-run --runs {slurm.runs} --address auto --workers 16 --or-resume".split()
+    assert not list(slurm.folder.rglob("owned"))
+
+
+def test_directives_stand_before_the_first_command_and_once(order: Callable[..., Order]):
+    rendered = render(order(workers=8), nodes=4, gpus_per_node=2, time="90", partition="gpu")
+
+    head = rendered.partition("set -euo pipefail")[0]
+    told = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", head, re.MULTILINE))
+    for name, value in {"nodes": "4", "gpus-per-node": "2", "time": "90", "partition": "gpu", "job-name": "my-run"}.items():
+        assert told[name] == value
+    for name in ("requeue", "signal", "open-mode", "ntasks-per-node", "exclusive", "dependency"):
+        assert name in told
+    assert len(re.findall(r"^#SBATCH ", rendered, re.MULTILINE)) == len(told)
+
+
+def test_neither_gpus_nor_a_partition_unless_asked_for(order: Callable[..., Order]):
+    rendered = render(order(workers=2), nodes=2, gpus_per_node=0, time="10:00")
+
+    assert "gpus-per-node=" not in rendered and "partition=" not in rendered
+
+
+def test_an_image_is_what_srun_is_given(slurm: Slurm, order: Callable[..., Order]):
+    script = slurm.folder / "job"
+    script.write_text(render(order(image="registry/spike train:1"), nodes=2, gpus_per_node=8, time="10"))
+    slurm.start(script)
+
+    assert slurm.end()[0] == 0
+    assert "--container-image=registry/spike train:1" in (slurm.folder / "srun.options").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"name": "a\n#SBATCH --uid=0"}, "name must match"),
+        ({"name": "a b"}, "name must match"),
+        ({"name": "../a"}, "name must match"),
+        ({"name": ""}, "name must match"),
+        ({"runs": "/a\nrm -rf /"}, "runs must be free of control characters"),
+        ({"image": "a\x00b"}, "image must be free of control characters"),
+        ({"workers": 17}, "got 17 workers on 2 nodes x 8 GPUs"),
+        ({"workers": 0}, "must be 1 or more"),
+        ({"infra": Path("/nowhere")}, "the template of the job cannot be read"),
+    ],
+)
+def test_an_order_that_does_not_fit_is_refused(order: Callable[..., Order], fields: dict[str, object], said: str):
+    with pytest.raises(ValueError, match=said) as error:
+        render(order(**fields), nodes=2, gpus_per_node=8, time="10")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--set", "a=b"), "begin with a recipe"),
+        (("r.py", "a\nb"), "words must be free of control characters"),
+        (("r.py", "--name", "x"), "--name is the job's own to say"),
+        (("r.py", "--runs=/x"), "--runs is the job's own to say"),
+        (("r.py", "--inline"), "--inline is the job's own to say"),
+    ],
+)
+def test_words_that_do_not_fit_are_refused(order: Callable[..., Order], words: tuple[str, ...], said: str):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        render(order(*words), nodes=2, gpus_per_node=8, time="10")
+
+
+@pytest.mark.parametrize("time", ["", "soon", "1:2:3:4", "UNLIMITED", "10\n#SBATCH --uid=0", "10 --uid=0", "-5"])
+def test_a_time_that_slurm_does_not_know_is_refused(order: Callable[..., Order], time: str):
+    with pytest.raises(ValueError, match="time must match"):
+        render(order(), nodes=2, gpus_per_node=8, time=time)
+
+
+@pytest.mark.parametrize("partition", ["", "a b", "gpu\n", "--uid=0", "gpu,"])
+def test_a_partition_that_is_no_name_is_refused(order: Callable[..., Order], partition: str):
+    with pytest.raises(ValueError, match="partition must match"):
+        render(order(), nodes=2, gpus_per_node=8, time="10", partition=partition)
+
+
+def test_no_nodes_are_refused(order: Callable[..., Order]):
+    with pytest.raises(ValueError, match="nodes=0"):
+        render(order(), nodes=0, gpus_per_node=8, time="10")
+
+
+def test_what_sbatch_says_is_one_line(slurm: Slurm, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", slurm.environment["PATH"])
+    monkeypatch.setenv("STAND_IN_SBATCH", "invalid partition specified: gpu")
+
+    with pytest.raises(ValueError, match=r"^submit: sbatch: error: invalid partition specified: gpu$"):
+        submit("#!/bin/bash\n")
+
+
+def test_where_there_is_no_sbatch_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    with pytest.raises(ValueError, match="sbatch is not on PATH"):
+        submit("#!/bin/bash\n")
+
+
+# ------------------------------------------------------------------------------------------------------------------ the script
+
+
+def test_shellcheck_finds_nothing(order: Callable[..., Order], tmp_path: Path):
+    checker = shutil.which("shellcheck")
+    assert checker, "this test needs shellcheck, which `infra/setup.sh --tools` installs"
+    rendered = tmp_path / "rendered.sh"
+    rendered.write_text(render(order("r.py", "--set", "a='b c'"), nodes=2, gpus_per_node=8, time="10"))
+    scripts = [SCRIPT, rendered, ROOT / "infra" / "setup.sh", ROOT / ".ci" / "run"]
+    stand_ins = [STAND_IN / name for name in ("scontrol", "sbatch", "spiketrain")]
+
+    found = subprocess.run([checker, "--format=json", *map(str, scripts + stand_ins)], capture_output=True, text=True)
+    assert json.loads(found.stdout) == []
+
+
+def _command_lines() -> dict[int, str]:
+    lines = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with suppress(OSError):  # it has ended
+                lines[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return lines
