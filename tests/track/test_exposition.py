@@ -1,0 +1,164 @@
+"""What Prometheus is told of a run."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.track.exposition import exposition, newest, write_exposition
+
+Event = dict[str, Any]
+LINE = re.compile(r'([a-z_0-9]+)\{((?:[a-z_]+="(?:[^"\\\n]|\\[\\"n])*",?)*)\} (NaN|[+-]Inf|[-+0-9.e]+)')
+
+
+def start(*, attempt: int = 0, step: int = 0, time: float = 100.0, **fields: Any) -> Event:
+    told = {"run": "a-run", "recipe": "sltt", "rule": "SLTT", "world_size": 2, "total_steps": 40, "step": step}
+    return {"event": "start", "time": time, "attempt": attempt, **told, **fields}
+
+
+def step(number: int, *, time: float = 110.0, **metrics: Any) -> Event:
+    figures = {"loss": 1.5, "top1": 0.25, "images_per_s": 800.0, "lr": 0.1, "step_s": 0.5, "data_wait_s": 0.125, **metrics}
+    return {"event": "step", "time": time, "attempt": 0, "step": number, "metrics": figures, "memory_bytes": 2**30}
+
+
+def values(text: str) -> dict[str, float]:
+    """Name and state to value, with every line held to the format."""
+    assert text.endswith("\n")
+    found: dict[str, float] = {}
+    told: set[str] = set()
+    for line in text.splitlines():
+        if line.startswith("#"):
+            mark, kind, name, _ = line.split(" ", 3)
+            assert mark == "#" and (kind == "HELP" or name in told)
+            assert kind != "HELP" or name not in told  # a family stands in one place
+            told.add(name)
+            continue
+        match = LINE.fullmatch(line)
+        assert match is not None and match[1] in told, line
+        state = re.search(r'state="([a-z]+)"', match[2])
+        found[f"{match[1]}.{state[1]}" if state else match[1]] = float(match[3])
+    return found
+
+
+def test_a_run_that_trains():
+    text = exposition([start(), step(10), step(20, time=120.0, images_per_s=900.0)])
+
+    told = values(text)
+    assert told["spiketrain_images_per_second"] == 900.0
+    assert told["spiketrain_loss"] == 1.5
+    assert told["spiketrain_step"] == 20 and told["spiketrain_total_steps"] == 40
+    assert told["spiketrain_data_wait_seconds"] / told["spiketrain_step_seconds"] == 0.25
+    assert told["spiketrain_memory_bytes"] == 2**30
+    assert told["spiketrain_restarts_total"] == 0
+    assert told["spiketrain_event_timestamp_seconds"] == 120.0
+    assert 'spiketrain_loss{run="a-run",recipe="sltt",rule="SLTT"} 1.5' in text.splitlines()
+
+
+def test_nothing_before_its_first_attempt_has_begun():
+    assert exposition([]) == ""
+    assert exposition([{"event": "quarantine", "time": 1.0, "attempt": 0}]) == ""
+
+
+def test_what_has_not_been_told_is_left_out():
+    assert not [name for name in values(exposition([start()])) if "loss" in name or "checkpoint" in name]
+
+
+def test_evaluations_and_checkpoints():
+    evaluation = {"event": "evaluation", "time": 130.0, "step": 20, "metrics": {"top1": 0.75, "loss": 0.5, "firing_rate": 0.125}}
+    checkpoint = {"event": "checkpoint", "time": 131.0, "step": 20, "seconds": 0.5, "bytes": 10, "path": "p"}
+
+    told = values(exposition([start(), step(20), evaluation, checkpoint]))
+    assert told["spiketrain_evaluation_top1_ratio"] == 0.75
+    assert told["spiketrain_evaluation_loss"] == 0.5 and told["spiketrain_loss"] == 1.5
+    assert told["spiketrain_firing_rate"] == 0.125
+    assert told["spiketrain_checkpoint_step"] == 20 and told["spiketrain_checkpoint_timestamp_seconds"] == 131.0
+
+
+def test_a_restart_counts_and_goes_back_to_its_checkpoint():
+    told = values(exposition([start(), step(20), start(attempt=1, step=15, time=140.0)]))
+
+    assert told["spiketrain_restarts_total"] == 1
+    assert told["spiketrain_step"] == 15
+    assert told["spiketrain_state.running"] == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "state"), [("finish", "finished"), ("stopped", "stopped"), ("failed", "failed"), ("diverged", "diverged")]
+)
+def test_one_state_at_a_time(kind: str, state: str):
+    last = {"event": kind, "time": 150.0, "attempt": 0, "step": 20}
+
+    told = {name: value for name, value in values(exposition([start(), step(20), last])).items() if "state." in name}
+    assert [name for name, value in told.items() if value] == [f"spiketrain_state.{state}"]
+    assert len(told) == 5
+    resumed = values(exposition([start(), last, start(attempt=1, time=160.0)]))
+    assert resumed["spiketrain_state.running"] == 1 and resumed[f"spiketrain_state.{state}"] == 0
+
+
+@pytest.mark.parametrize(("told", "written"), [("nan", "NaN"), ("inf", "+Inf"), ("-inf", "-Inf")])
+def test_numbers_that_are_not_finite(told: str, written: str):
+    text = exposition([start(), step(1, loss=told)])
+
+    assert values(text)
+    assert f'spiketrain_loss{{run="a-run",recipe="sltt",rule="SLTT"}} {written}' in text
+
+
+@pytest.mark.parametrize("nothing", [None, True, "much", [1.0]])
+def test_what_is_no_number_is_left_out(nothing: object):
+    assert "spiketrain_loss" not in values(exposition([start(), step(1, loss=nothing)]))
+
+
+def test_labels_are_escaped():
+    text = exposition([start(run='a "run"\\\nof mine')])
+
+    assert values(text)
+    assert r'run="a \"run\"\\\nof mine"' in text
+
+
+def test_the_newest_events_are_enough():
+    events = [start(), *(step(n) for n in range(1, 30)), {"event": "stopped", "time": 1.0, "step": 29}, start(attempt=1, step=29)]
+
+    assert len(newest(events)) == 3
+    assert exposition(newest(events)) == exposition(events)
+    for cut in range(len(events)):
+        assert newest([*newest(events[:cut]), *events[cut:]]) == newest(events)
+
+
+def test_a_file_is_replaced_at_once(tmp_path: Path):
+    file = tmp_path / "a-run.prom"
+    texts = [exposition([start(), *[step(n, loss=loss)]]) * 50 for n, loss in ((1, 1.0), (2, 2.0))]
+    write_exposition(file, texts[0])
+    seen: set[str] = set()
+    done = threading.Event()
+
+    def scrape() -> None:
+        while not done.is_set():
+            seen.update(path.read_text() for path in tmp_path.glob("*.prom"))
+
+    reader = threading.Thread(target=scrape)
+    reader.start()
+    for n in range(200):
+        write_exposition(file, texts[n % 2])
+    done.set()
+    reader.join()
+    assert seen and seen <= set(texts)
+    assert [path.name for path in tmp_path.iterdir()] == ["a-run.prom"]
+
+
+def test_a_file_that_the_collector_reads(tmp_path: Path):
+    umask = os.umask(0o077)
+    try:
+        write_exposition(tmp_path / "a.prom", exposition([start()]))
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "a.prom").stat().st_mode & 0o777 == 0o644
+
+    with pytest.raises(ValueError, match=r"must end in \.prom; got a\.txt"):
+        write_exposition(tmp_path / "a.txt", "")
+    with pytest.raises(OSError, match="No such file"):
+        write_exposition(tmp_path / "nowhere" / "a.prom", "")
