@@ -81,7 +81,7 @@ def _refuse_unless_fits(order: Order, *, nodes: int, gpus_per_node: int) -> None
 
 
 def _script(order: Order) -> str:
-    file = order.infra / "slurm" / "train.sbatch"
+    file = order.infra / "train.sbatch"
     try:
         return file.read_text()
     except OSError as error:

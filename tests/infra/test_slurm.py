@@ -94,7 +94,7 @@ def slurm(tmp_path: Path) -> Iterator[Slurm]:
 @pytest.fixture
 def order(tmp_path: Path) -> Callable[..., Order]:
     def make(*words: str, **fields: object) -> Order:
-        made = {"name": "my-run", "workers": 16, "image": "", "runs": str(tmp_path / "runs"), "infra": ROOT / "infra"}
+        made = {"name": "my-run", "workers": 16, "image": "", "runs": str(tmp_path / "runs"), "infra": SCRIPT.parent}
         return Order(words=words or ("recipes/fashion/sltt.py",), **{**made, **fields})  # type: ignore[arg-type]
 
     return make
