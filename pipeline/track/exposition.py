@@ -96,7 +96,7 @@ def _gauges(of_kind: Mapping[str, Event]) -> Iterator[tuple[str, str, float]]:
         if value is not None:
             yield name, help_, value
     # Of the newest event that says where the run stands: after a rollback that is fewer.
-    for event in reversed(of_kind.values()):
+    for event in reversed(list(of_kind.values())):
         if (step := _number(event.get("step"))) is not None:
             yield "spiketrain_step", "Global batches done.", step
             break
