@@ -45,6 +45,7 @@ test: setup browser tools ## quick and distributed tests
 	$(THREADS) $(BIN)/pytest -m "distributed and not full"
 
 test-full: setup tools ## the tests that take minutes
+	@infra/setup.sh --slurm
 	$(THREADS) $(BIN)/pytest -m full
 
 clean: ## caches and builds; keeps .venv, data and runs

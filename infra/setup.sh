@@ -7,6 +7,7 @@
 #   infra/setup.sh --pictures   only the photographs that `spiketrain write stamps` is made of
 #   infra/setup.sh --browser    only the browser that tests open reports in; neither setup nor the image installs it
 #   infra/setup.sh --tools      only what tests of this folder need (shellcheck, docker-compose, PostgreSQL); likewise
+#   infra/setup.sh --slurm      only Slurm's daemons, which `make test-full` runs the job script under
 #   infra/setup.sh --runtime    only the system packages that a finished .venv needs to run (the second stage of the image)
 #
 #   PYTHON=/path/to/python3.12  which interpreter; otherwise that of .venv, then python3, then python3.11 to python3.13
@@ -26,6 +27,7 @@ readonly PACKAGES=(build-essential pkg-config libopencv-dev libturbojpeg0-dev li
 readonly PICTURES=(tuxpaint-stamps-default mate-backgrounds plasma-workspace-wallpapers) # 260 MB: only when asked for
 readonly BROWSERS=(chromium chromium-browser google-chrome) # the first is Debian's package; tests take any of them
 readonly TOOLS=(shellcheck docker-compose postgresql) # Debian's postgresql starts a server of its own, which no test uses
+readonly SLURM=(slurmctld slurmd munge)
 readonly OPTIONAL=(dataset-fashion-mnist) # the images of the demo, where the distribution has them
 
 main() {
@@ -38,9 +40,10 @@ main() {
         --system) install_system_packages ;;
         --pictures) install_pictures ;;
         --browser) install_browser ;;
-        --tools) install_tools ;;
+        --tools) install_tools "${TOOLS[@]}" ;;
+        --slurm) install_tools "${SLURM[@]}" ;;
         --runtime) install_runtime_packages ;;
-        *) fail "unknown option $1; known: --system, --pictures, --browser, --tools, --runtime" ;;
+        *) fail "unknown option $1; known: --system, --pictures, --browser, --tools, --slurm, --runtime" ;;
     esac
 }
 
@@ -169,8 +172,8 @@ install_browser() {
 }
 
 install_tools() {
-    command -v apt-get >/dev/null || fail "this system has no apt-get; install by its own means: ${TOOLS[*]}"
-    apt_install "${TOOLS[@]}"
+    command -v apt-get >/dev/null || fail "this system has no apt-get; install by its own means: $*"
+    apt_install "$@"
 }
 
 apt_install() {

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -59,7 +59,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 def program(name: str) -> str:
     found = shutil.which(name, path=f"/usr/sbin:/usr/bin:{os.environ['PATH']}")
-    assert found, f"this test needs {name}, which `infra/setup.sh --tools` installs"
+    assert found, f"this test needs {name}, which `infra/setup.sh --slurm` installs"
     return found
 
 
@@ -106,6 +106,19 @@ def slurm() -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture
+def submitted(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Submitted]]:
+    jobs: list[Submitted] = []
+
+    def made(driver: str) -> Submitted:
+        jobs.append(Submitted(tmp_path, monkeypatch, driver=driver))
+        return jobs[-1]
+
+    yield made
+    for job in jobs:
+        job.close()
+
+
 class Submitted:
     """A job on the stand-ins, as `pipeline.submit.slurm` submits it."""
 
@@ -123,6 +136,10 @@ class Submitted:
         # A limit below the 120 s of --signal: Slurm announces the end as soon as it looks, every 30 s.
         self.number = submit(render(order, nodes=1, gpus_per_node=0, time="2"))
 
+    def close(self) -> None:
+        """Ray's folder of the job: numbers begin at 1 with every new Slurm."""
+        shutil.rmtree(f"/tmp/spiketrain-{self.number}", ignore_errors=True)
+
     def told(self, field: str) -> str:
         shown = subprocess.run(["scontrol", "show", "job", self.number], capture_output=True, text=True, check=True).stdout
         found = re.search(rf"\b{field}=(\S*)", shown)
@@ -133,15 +150,15 @@ class Submitted:
         file = self.folder / f"a-run-{self.number}.out"
         return file.read_text() if file.exists() else ""
 
-    def until(self, what: str, holds: object, *, within: float = 150.0) -> None:
+    def until(self, what: str, holds: Callable[[], bool], *, within: float = 150.0) -> None:
         deadline = time.monotonic() + within
-        while not holds():  # type: ignore[operator]
+        while not holds():
             assert time.monotonic() < deadline, f"{what} did not come about; {self.told('JobState')}:\n{self.said()}"
             time.sleep(0.3)
 
 
-def test_a_run_that_needs_two_limits_of_time(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    job = Submitted(tmp_path, monkeypatch, driver="slices")
+def test_a_run_that_needs_two_limits_of_time(submitted: Callable[[str], Submitted], tmp_path: Path):
+    job = submitted("slices")
 
     job.until("saving", (tmp_path / "driver.saved").exists)
     job.until("the end", lambda: job.told("JobState") == "COMPLETED")
@@ -149,8 +166,8 @@ def test_a_run_that_needs_two_limits_of_time(slurm: Path, tmp_path: Path, monkey
     assert "queued again" in job.said() and "start 2 of a-run" in job.said()
 
 
-def test_a_job_that_is_cancelled_saves_and_stays_cancelled(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    job = Submitted(tmp_path, monkeypatch, driver="train")
+def test_a_job_that_is_cancelled_saves_and_stays_cancelled(submitted: Callable[[str], Submitted], tmp_path: Path):
+    job = submitted("train")
 
     job.until("its beginning", (tmp_path / "driver.began").exists)
     subprocess.run(["scancel", job.number], check=True)
@@ -160,8 +177,8 @@ def test_a_job_that_is_cancelled_saves_and_stays_cancelled(slurm: Path, tmp_path
     assert (job.told("JobState"), job.told("Restarts")) == ("CANCELLED", "0")
 
 
-def test_a_failure_is_the_job_s(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    job = Submitted(tmp_path, monkeypatch, driver="fail")
+def test_a_failure_is_the_job_s(submitted: Callable[[str], Submitted], tmp_path: Path):
+    job = submitted("fail")
 
     job.until("the end", lambda: job.told("JobState") == "FAILED")
     assert job.told("ExitCode") == "7:0"
