@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
+import subprocess
 import tomllib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,14 @@ def test_all_of_them_are_looked_at() -> None:
     assert built == set(K8S.rglob("*.yaml")), "a file that no kustomization.yaml names"
 
 
+@pytest.mark.skipif(shutil.which("kustomize") is None, reason="needs kustomize, of which our reader stands for a part")
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_kustomize_makes_the_same(folder: str) -> None:
+    made = subprocess.run(["kustomize", "build", str(K8S / folder)], capture_output=True, text=True, check=True).stdout
+    ours = {(each["kind"], each["metadata"]["name"]): each for each in build(K8S / folder)}
+    assert {(each["kind"], each["metadata"]["name"]): each for each in yaml.safe_load_all(made)} == ours
+
+
 def test_fields_are_those_of_kuberay(manifest: dict[str, Any]) -> None:
     found = misfits(manifest, FACTS)
     assert not found, "\n".join(found)
@@ -68,6 +79,15 @@ def test_versions_agree_with_requirements_lock(manifest: dict[str, Any]) -> None
 def test_the_manifests_say_which_kuberay_they_were_checked_with() -> None:
     for file in ("base/cluster/raycluster.yaml", "base/job/rayjob.yaml"):
         assert f"fields of {FACTS['version'].replace(' v', ' ')};" in (K8S / file).read_text()
+
+
+def test_the_image_has_what_ray_answers_kuberay_with() -> None:
+    """Probes and jobs come through HTTP, which Ray serves only where all of ray[default] is installed (2.60)."""
+    asked = [each for each in metadata.requires("ray") or () if re.search(r"""extra == ['"]default['"]""", each)]
+    names = {re.split(r"[^\w.-]", each)[0].replace("_", "-").lower() for each in asked}
+    assert len(names) > 5
+    locked = set(re.findall(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
+    assert names <= locked
 
 
 @pytest.mark.parametrize("folder", ["base", *(f"overlays/{size}" for size in SIZES)])
