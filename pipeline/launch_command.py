@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from pipeline.hand_over import DryRun, Gpus, Image, Infra, Nodes, Partition, Time, Where, hand_over
 from pipeline.options import RUNS, Address, Cpus, Inline, RecipeFiles, RunOrSuite, Runs, Sets, Tiny, Trust, Workers, made_of
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def add_launch_commands(app: typer.Typer) -> None:
 
 
 def launch(
+    context: typer.Context,
     recipes: RecipeFiles,
     workers: Workers = 1,
     inline: Inline = False,
@@ -62,15 +64,25 @@ def launch(
     set_: Sets = [],  # noqa: B006  (typer reads the default, nobody changes it)
     trust: Trust = [],  # noqa: B006
     tiny: Tiny = False,
+    cluster: Where = None,
+    dry_run: DryRun = False,
+    image: Image = "",
+    infra: Infra = None,
+    nodes: Nodes = None,
+    gpus_per_node: Gpus = None,
+    time: Time = None,
+    partition: Partition = None,
 ) -> None:
     """Train a recipe, or each recipe of a comparison, and end in a table or the comparison's own report."""
     _heed_schedulers()
     made = _comparison([made_of(recipe, set_, tiny) for recipe in recipes], seeds, tune)
+    if hand_over(context):  # which reads cluster to partition from there
+        return
     from pipeline.launch.cluster import Cluster
     from pipeline.recipe_file import own_package
     from pipeline.suite import Suite
 
-    cluster = Cluster(
+    here = Cluster(
         workers=workers,
         inline=inline,
         address=address,
@@ -96,13 +108,13 @@ def launch(
         from pipeline.launch.suite import launch_suite
 
         stem = "-and-".join(recipe.stem.replace("_", "-") for recipe in recipes[:2]) + ("-and-more" if len(recipes) > 2 else "")
-        _end_suite(launch_suite(made, cluster, runs, stem=stem, name=name, trust=trusted), trusted)
+        _end_suite(launch_suite(made, here, runs, stem=stem, name=name, trust=trusted), trusted)
     else:
         from pipeline.launch.start import launch_run
 
-        if cluster.side_by_side != 1:
+        if here.side_by_side != 1:
             raise ValueError(f"launch: --side-by-side is for several runs; got {side_by_side} with {made.name} alone")
-        _end_run(launch_run(made, cluster, runs, name=name, trust=trusted), runs)
+        _end_run(launch_run(made, here, runs, name=name, trust=trusted), runs)
 
 
 def resume(

@@ -12,17 +12,15 @@ from pipeline.submit.order import Order
 _SBATCH_S = 60.0
 _FILLED_IN = ("job-name",)
 """directives of the script that an order replaces"""
-_OWN = ("--name", "--runs", "--address", "--workers", "--or-resume", "--inline")
-"""options that the script gives itself"""
 
 
 def render(order: Order, *, nodes: int, gpus_per_node: int, time: str, partition: str | None = None) -> str:
     """The script to submit. `time` is Slurm's: minutes, hours:minutes:seconds, or days-hours.
 
     Raises:
-        Refused: a value that Slurm would not take, or that could become another command.
+        ValueError: a value that Slurm would not take, or that could become another command; no template in the order's folder.
     """
-    _refuse_unless_fits(order, nodes=nodes, gpus_per_node=gpus_per_node)
+    _refuse_unless_it_fits(order, nodes=nodes, gpus_per_node=gpus_per_node)
     # sbatch reads a directive by rules of its own, where quotes are no fence: only plain values go into one.
     directives = {
         "job-name": _plain("name", order.name, r"[A-Za-z0-9][\w.-]{0,127}"),
@@ -32,10 +30,10 @@ def render(order: Order, *, nodes: int, gpus_per_node: int, time: str, partition
         **({"partition": _plain("partition", partition, r"[\w.-]+(,[\w.-]+)*")} if partition is not None else {}),
     }
     variables = {
-        "words": f"({' '.join(_quoted('words', word) for word in order.words)})",
-        "runs": _quoted("runs", order.runs),
+        "words": f"({shlex.join(order.words)})",
+        "runs": shlex.quote(order.runs),
         "workers": str(order.workers),
-        "image": _quoted("image", order.image),
+        "image": shlex.quote(order.image),
     }
     script = _script(order)
     for name in _FILLED_IN:
@@ -66,18 +64,12 @@ def submit(rendered: str) -> str:
     return done.stdout.strip().split(";")[0]
 
 
-def _refuse_unless_fits(order: Order, *, nodes: int, gpus_per_node: int) -> None:
-    if nodes < 1 or gpus_per_node < 0 or order.workers < 1:
-        counts = f"nodes={nodes}, gpus_per_node={gpus_per_node}, workers={order.workers}"
-        raise Refused(f"submit: nodes and workers must be 1 or more, gpus_per_node 0 or more; got {counts}")
+def _refuse_unless_it_fits(order: Order, *, nodes: int, gpus_per_node: int) -> None:
+    if nodes < 1 or gpus_per_node < 0:
+        raise ValueError(f"slurm: nodes must be 1 or more, gpus_per_node 0 or more; got {nodes} and {gpus_per_node}")
     if gpus_per_node and order.workers > nodes * gpus_per_node:
         gpus = f"{nodes} nodes x {gpus_per_node} GPUs"
-        raise Refused(f"submit: each worker takes a GPU; got {order.workers} workers on {gpus}")
-    if not order.words or order.words[0].startswith("-"):
-        raise Refused(f"submit: the words of a launch begin with a recipe; got {' '.join(order.words) or 'none'}")
-    for word in order.words:
-        if word.split("=")[0] in _OWN:
-            raise Refused(f"submit: {word.split('=')[0]} is the job's own to say; got it among the words of the launch")
+        raise ValueError(f"slurm: each worker takes a GPU; got {order.workers} workers on {gpus}")
 
 
 def _script(order: Order) -> str:
@@ -85,23 +77,17 @@ def _script(order: Order) -> str:
     try:
         return file.read_text()
     except OSError as error:
-        raise Refused(f"submit: the template of the job cannot be read: {error}") from error
+        raise ValueError(f"slurm: the template of the job cannot be read: {file}: {error.strerror}") from error
 
 
 def _plain(name: str, value: str, pattern: str) -> str:
     if not re.fullmatch(pattern, value, re.ASCII):
-        raise Refused(f"submit: {name} must match {pattern}; got {value!r}")
+        raise ValueError(f"slurm: {name} must match {pattern}; got {value!r}")
     return value
-
-
-def _quoted(name: str, value: str) -> str:
-    if any(ord(character) < 32 or ord(character) == 127 for character in value):
-        raise Refused(f"submit: {name} must be free of control characters; got {value!r}")
-    return shlex.quote(value)
 
 
 def _one_line(script: str, pattern: str, line: str) -> str:
     text, found = re.subn(rf"^{pattern}", lambda _: line, script, flags=re.MULTILINE)
     if found != 1:
-        raise Refused(f"submit: the template of the job must have one line {pattern!r}; it has {found}")
+        raise ValueError(f"slurm: the template of the job must have one line {pattern!r}; it has {found}")
     return text

@@ -1,0 +1,117 @@
+"""`spiketrain launch --cluster`: the launch as it was typed, handed to a scheduler instead of begun here. It needs no data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_PANEL = "Handed to a cluster"
+_INFRA = Path(__file__).parents[1] / "infra"
+
+Where = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="k8s|slurm|ray://HOST:PORT",
+        help="hand the launch to Kubernetes, to Slurm, or to a Ray whose dashboard is there; its --name is the job's, too",
+        rich_help_panel=_PANEL,
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be submitted", rich_help_panel=_PANEL)]
+Image = Annotated[str, typer.Option("--image", help="k8s, slurm: of the container that trains", rich_help_panel=_PANEL)]
+Infra = Annotated[
+    Path | None,
+    typer.Option("--infra", metavar="DIR", help="templates, such as infra/k8s/overlays/SIZE/job", rich_help_panel=_PANEL),
+]
+Nodes = Annotated[int | None, typer.Option("--nodes", min=1, help="slurm", rich_help_panel=_PANEL)]
+Gpus = Annotated[int | None, typer.Option("--gpus-per-node", min=0, help="slurm", rich_help_panel=_PANEL)]
+Time = Annotated[
+    str | None, typer.Option("--time", help="slurm: such as 12:00:00, after which it goes on", rich_help_panel=_PANEL)
+]
+Partition = Annotated[str | None, typer.Option("--partition", help="slurm", rich_help_panel=_PANEL)]
+
+_OPTIONS = ("cluster", "dry_run", "image", "infra", "nodes", "gpus_per_node", "time", "partition")
+_OF_SLURM = ("nodes", "gpus_per_node", "time", "partition")
+_IN_THE_ORDER = ("name", "runs", "workers")
+
+
+def hand_over(context: typer.Context) -> bool:
+    """Whether the launch of `context` was for a cluster, and so is done: submitted, or printed.
+
+    Raises:
+        ValueError: options that do not go together, or that the scheduler would not take.
+        Refused: the scheduler did not take the job.
+    """
+    given = {name: value for name, value in context.params.items() if _is_typed(context, name)}
+    where = given.get("cluster")
+    if where is None:
+        _refuse("without --cluster there is nothing that takes", [name for name in _OPTIONS if name in given])
+        return False
+    if where not in ("k8s", "slurm") and not where.startswith("ray://"):
+        raise ValueError(f"launch: --cluster must be k8s, slurm or ray://HOST:PORT; got {where}")
+    if where != "slurm":
+        _refuse(f"--cluster {where} does not take", [name for name in _OF_SLURM if name in given])
+    if "name" not in given:
+        raise ValueError("launch: --cluster needs a --name, by which the job goes on with its run; got none")
+    rendered, submit = _rendered(where, context, given)
+    typer.echo(rendered if given.get("dry_run") else submit(rendered))
+    return True
+
+
+def _rendered(where: str, context: typer.Context, given: dict[str, Any]) -> tuple[str, Any]:
+    from pipeline.submit import k8s, ray_job, slurm
+    from pipeline.submit.order import Order
+
+    folder = {"k8s": _INFRA / "k8s" / "overlays" / "cpu" / "job", "slurm": _INFRA / "slurm"}.get(where, _INFRA)
+    order = Order(
+        words=tuple(_words(context)),
+        name=given["name"],
+        workers=context.params["workers"],
+        image=given.get("image", ""),
+        runs=str(given.get("runs", "/shared/runs" if where == "k8s" else "runs")),
+        infra=given.get("infra", folder),
+    )
+    if where == "k8s":
+        return k8s.render(order), k8s.submit
+    if where == "slurm":
+        missing = [name for name in ("nodes", "time") if name not in given]
+        if missing:
+            raise ValueError(f"launch: --cluster slurm needs --nodes and --time; got no {', '.join(map(_option, missing))}")
+        asked = {"nodes": given["nodes"], "gpus_per_node": given.get("gpus_per_node", 0), "time": given["time"]}
+        return slurm.render(order, **asked, partition=given.get("partition")), slurm.submit
+    _refuse(f"--cluster {where} does not take", [name for name in ("infra",) if name in given])
+    return ray_job.render(order, address=where), ray_job.submit
+
+
+def _words(context: typer.Context) -> Iterator[str]:
+    """What was typed, but for what is in the order: recipes first."""
+    parameters = [each for each in context.command.params if each.name is not None and _is_typed(context, each.name)]
+    for parameter in sorted(parameters, key=lambda each: each.param_type_name == "option"):
+        value = context.params[parameter.name or ""]
+        if parameter.name in (*_OPTIONS, *_IN_THE_ORDER):
+            continue
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if parameter.param_type_name == "argument":
+            yield from map(str, values)
+        elif isinstance(value, bool):
+            yield parameter.opts[0]
+        else:
+            yield from (word for each in values for word in (parameter.opts[0], str(each)))
+
+
+def _is_typed(context: typer.Context, name: str) -> bool:
+    """By the user, or in the environment that stands for an option."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _refuse(sentence: str, names: list[str]) -> None:
+    if names:
+        raise ValueError(f"launch: {sentence} {', '.join(map(_option, names))}")

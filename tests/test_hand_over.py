@@ -1,0 +1,105 @@
+"""`launch --cluster`: what a scheduler is handed is what was typed; nothing begins here, and no data are asked for."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.__main__ import main
+
+RECIPE = "recipes/imagenet/nf_resnet34_sltt.py"  # whose data nobody has here
+TYPED = ("--tiny", "--set", "optimizer.lr=0.05", "--set", "seed=3", "--cpus-per-worker", "2")
+TYPED_IN_ORDER = ("--cpus-per-worker", "2", "--set", "optimizer.lr=0.05", "--set", "seed=3", "--tiny")  # the command's own
+
+
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Exit code, what was printed and what was refused."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["spiketrain", "launch", *words])
+        with pytest.raises(SystemExit) as end:
+            main()
+        told = capsys.readouterr()
+        return int(end.value.code or 0), told.out, told.err.strip()
+
+    return run
+
+
+def test_slurm(launch: Any) -> None:
+    slurm = "--cluster slurm --nodes 2 --time 10 --gpus-per-node 2 --partition gpu --name mine --workers 4 --dry-run"
+    code, out, _ = launch(*TYPED, RECIPE, *slurm.split(), "--image", "a b")
+    assert code == 0
+    assert f"\nwords=({shlex.join([RECIPE, *TYPED_IN_ORDER])})\n" in out
+    for line in ("workers=4", "runs=runs", "image='a b'"):
+        assert f"\n{line}\n" in out
+    for directive in ("job-name=mine", "nodes=2", "time=10", "gpus-per-node=2", "partition=gpu"):
+        assert f"\n#SBATCH --{directive}\n" in out
+
+
+def test_kubernetes(launch: Any) -> None:
+    asked = "--workers 3 --cluster k8s --name mine --image a.example/s:1 --dry-run"
+    code, out, _ = launch(RECIPE, *TYPED, *asked.split())
+    assert code == 0
+    job = yaml.safe_load(out)
+    assert (job["kind"], job["metadata"]["name"]) == ("RayJob", "mine")
+    theirs = "--name mine --runs /shared/runs --address auto --workers 3 --device cpu --or-resume"
+    assert job["spec"]["entrypoint"] == f"spiketrain launch {RECIPE} {shlex.join(TYPED_IN_ORDER)} {theirs}"
+
+
+def test_a_ray_that_is_up(launch: Any) -> None:
+    code, out, _ = launch(RECIPE, *TYPED, "--runs", "/r", "--cluster", "ray://head.example:8265", "--name", "mine", "--dry-run")
+    assert code == 0
+    ray, launched = out.strip().split(" -- ")
+    assert re.fullmatch(r"ray job submit --address http://head.example:8265 --submission-id mine-[0-9a-f]{8} --no-wait", ray)
+    theirs = "--name mine --runs /r --address auto --workers 1 --or-resume"
+    assert launched == f"spiketrain launch {RECIPE} {shlex.join(TYPED_IN_ORDER)} {theirs}"
+
+
+def test_what_is_printed_is_what_is_submitted(launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f"#!/bin/sh\ncat > {tmp_path}/taken\necho 77\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    words = (RECIPE, "--cluster", "slurm", "--nodes", "1", "--time", "10", "--name", "mine")
+    _, printed, _ = launch(*words, "--dry-run")
+    assert launch(*words) == (0, "77\n", "")
+    assert (tmp_path / "taken").read_text() == printed.removesuffix("\n")
+
+
+def test_nobody_there_is_one_line(launch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    code, _, err = launch(RECIPE, "--cluster", "ray://127.0.0.1:9", "--name", "mine")
+    assert code == 2 and len(err.splitlines()) == 1 and "Failed to connect to Ray" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--nodes 2 --dry-run", "without --cluster there is nothing that takes --dry-run, --nodes"),
+        ("--cluster lsf", "--cluster must be k8s, slurm or ray://HOST:PORT; got lsf"),
+        ("--cluster k8s --name a --nodes 2", "--cluster k8s does not take --nodes"),
+        ("--cluster ray://a:1 --name a --time 3", "--cluster ray://a:1 does not take --time"),
+        ("--cluster ray://a:1 --name a --infra infra", "--cluster ray://a:1 does not take --infra"),
+        ("--cluster ray://a:1 --name a --image b:1", "got --image b:1"),
+        ("--cluster ray://a --name a", "ray://HOST:PORT, with the port of its dashboard; got 'ray://a'"),
+        ("--cluster ray://a:1 --name ../a", "name must be letters, digits"),
+        ("--cluster k8s --image a.example/s:1", "--cluster needs a --name"),
+        ("--cluster k8s --name a", "image must be a name with a tag"),
+        ("--cluster slurm --name a", "needs --nodes and --time; got no --nodes, --time"),
+        ("--cluster slurm --name a --nodes 1 --time 1 --infra /nowhere", "template of the job cannot be read"),
+        ("--cluster k8s --name a --image a.example/s:1 --inline", "--inline is the job's own to say"),
+        ("--cluster k8s --name a --image a.example/s:1 --or-resume", "--or-resume is the job's own to say"),
+        ("--cluster k8s --name a --image a.example/s:1 --set nothing=1", "nothing"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(launch: Any, words: str, said: str) -> None:
+    code, out, err = launch(RECIPE, *words.split())
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert said in err, err
