@@ -22,7 +22,7 @@ pictures: ## the photographs that `spiketrain write stamps` is made of: three pa
 browser: ## the browser that tests open reports in: Debian's chromium
 	@infra/setup.sh --browser
 
-tools: ## what tests of infra/ need: Debian's shellcheck, docker-compose and postgresql
+tools: ## what tests of infra/ need: Debian's shellcheck and docker-compose
 	@infra/setup.sh --tools
 
 demo: setup ## write Fashion-MNIST, train by several rules on $(WORKERS) workers, compare
@@ -45,7 +45,7 @@ test: setup browser tools ## quick and distributed tests
 	$(THREADS) $(BIN)/pytest -m "distributed and not full"
 
 test-full: setup tools ## the tests that take minutes
-	@infra/setup.sh --slurm
+	@infra/setup.sh --servers
 	$(THREADS) $(BIN)/pytest -m full
 
 clean: ## caches and builds; keeps .venv, data and runs

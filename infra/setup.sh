@@ -6,8 +6,8 @@
 #   infra/setup.sh --system     only the system packages
 #   infra/setup.sh --pictures   only the photographs that `spiketrain write stamps` is made of
 #   infra/setup.sh --browser    only the browser that tests open reports in; neither setup nor the image installs it
-#   infra/setup.sh --tools      only what tests of this folder need (shellcheck, docker-compose, PostgreSQL); likewise
-#   infra/setup.sh --slurm      only Slurm's daemons, which `make test-full` runs the job script under
+#   infra/setup.sh --tools      only what tests read this folder with (shellcheck, docker-compose); likewise
+#   infra/setup.sh --servers    only the servers that `make test-full` starts: PostgreSQL, and Slurm's daemons
 #   infra/setup.sh --runtime    only the system packages that a finished .venv needs to run (the second stage of the image)
 #
 #   PYTHON=/path/to/python3.12  which interpreter; otherwise that of .venv, then python3, then python3.11 to python3.13
@@ -26,8 +26,8 @@ readonly RUNTIME_LIST=$VENV/runtime-packages
 readonly PACKAGES=(build-essential pkg-config libopencv-dev libturbojpeg0-dev libtbb12 libgl1)
 readonly PICTURES=(tuxpaint-stamps-default mate-backgrounds plasma-workspace-wallpapers) # 260 MB: only when asked for
 readonly BROWSERS=(chromium chromium-browser google-chrome) # the first is Debian's package; tests take any of them
-readonly TOOLS=(shellcheck docker-compose postgresql) # Debian's postgresql starts a server of its own, which no test uses
-readonly SLURM=(slurmctld slurmd munge)
+readonly TOOLS=(shellcheck docker-compose)
+readonly SERVERS=(postgresql slurmctld slurmd munge) # Debian's postgresql starts one of its own, which no test uses
 readonly OPTIONAL=(dataset-fashion-mnist) # the images of the demo, where the distribution has them
 
 main() {
@@ -41,9 +41,9 @@ main() {
         --pictures) install_pictures ;;
         --browser) install_browser ;;
         --tools) install_tools "${TOOLS[@]}" ;;
-        --slurm) install_tools "${SLURM[@]}" ;;
+        --servers) install_tools "${SERVERS[@]}" ;;
         --runtime) install_runtime_packages ;;
-        *) fail "unknown option $1; known: --system, --pictures, --browser, --tools, --slurm, --runtime" ;;
+        *) fail "unknown option $1; known: --system, --pictures, --browser, --tools, --servers, --runtime" ;;
     esac
 }
 

@@ -35,6 +35,7 @@ from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.refused import Refused
 from pipeline.spec import arguments_of
+from pipeline.track.exposition import Exposed
 from pipeline.track.jsonl import Follower
 from pipeline.track.mlflow import Mirror
 from pipeline.weights import study_inputs
@@ -124,6 +125,7 @@ def drive(job: Job, launcher: Launcher, console: Console, *, uri: str, resume_co
     """
     folder = Path(job.run)
     job = replace(job, resume_command=resume_command, commit=commit())
+    exposed = Exposed(folder, console.print)
     with driver_lock(folder):
         for note in ("stop", REFUSAL):
             (folder / note).unlink(missing_ok=True)
@@ -133,17 +135,23 @@ def drive(job: Job, launcher: Launcher, console: Console, *, uri: str, resume_co
         mirror = Mirror(folder, uri=uri)
         watch = Watch(console, run_dir=folder, store=uri, resume_command=resume_command)
         follower = Follower(journal, offset=offset)
+
+        def look() -> None:
+            events = follower.poll()
+            watch.show(events)
+            exposed.show(events)
+
         try:
             with stops_on_signal(folder, console):
                 outcome = _in_thread(
                     lambda: launcher.run(job, attempt=uuid.uuid4().hex[:8]),
-                    meanwhile=lambda: watch.show(follower.poll()),
+                    meanwhile=look,
                 )
         except LaunchError:
             _raise_what_a_rank_noted(folder)
             raise
         finally:
-            watch.show(follower.poll())
+            look()
             watch.close()
             if not mirror.close(timeout=MLFLOW_PATIENCE_S):
                 console.print(f"MLflow at {uri} has not answered; `spiketrain sync {folder}` delivers the rest later")

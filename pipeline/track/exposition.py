@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.track.jsonl import Event
+from pipeline.track.jsonl import Event, number, read
 
 STATES = ("running", "finished", "stopped", "failed", "diverged")
 _STATE_OF = {"start": "running", "finish": "finished", "stopped": "stopped", "failed": "failed", "diverged": "diverged"}
@@ -59,12 +59,40 @@ def exposition(events: Iterable[Event]) -> str:
     labels = {label: str(start.get(field, "")) for label, field in _LABELS.items()}
     families = [_family(name, help_, "gauge", [(labels, value)]) for name, help_, value in _gauges(of_kind)]
     # Attempts are counted from 0, over the whole run: a counter, which Prometheus' increase() may be asked of.
-    restarts = _number(start.get("attempt")) or 0.0
+    restarts = number(start.get("attempt")) or 0.0
     families.append(_family("spiketrain_restarts_total", "Attempts after the first.", "counter", [(labels, restarts)]))
     state = next(_STATE_OF[event["event"]] for event in reversed(kept) if event["event"] in _STATE_OF)
     states = [({**labels, "state": each}, float(each == state)) for each in STATES]
     families.append(_family("spiketrain_state", "1 for the state that the run is in.", "gauge", states))
     return "".join(families)
+
+
+class Exposed:
+    """The file of one run in the folder that SPIKETRAIN_METRICS names; without that variable nothing is written.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+
+    def __init__(self, run: Path, say: Callable[[str], None]) -> None:
+        folder = os.environ.get("SPIKETRAIN_METRICS")
+        if folder and not Path(folder).is_dir():
+            raise ValueError(f"metrics: SPIKETRAIN_METRICS must be a folder that is there; got {folder}")
+        self._file = Path(folder) / f"{run.name}.prom" if folder else None
+        self._say = say
+        journal = run / "journal.jsonl"
+        self._newest = newest(read(journal)) if self._file and journal.exists() else []
+
+    def show(self, events: Sequence[Event]) -> None:
+        """Write what follows from more of the journal. Where the folder refuses it, that is said once, and training goes on."""
+        if self._file is None or not events:
+            return
+        self._newest = newest([*self._newest, *events])
+        try:
+            write_exposition(self._file, exposition(self._newest))
+        except OSError as error:
+            self._say(f"metrics: {self._file} cannot be written ({error.strerror}); the run goes on without")
+            self._file = None
 
 
 def write_exposition(path: Path, text: str) -> None:
@@ -92,15 +120,15 @@ def _gauges(of_kind: Mapping[str, Event]) -> Iterator[tuple[str, str, float]]:
         if event is None:
             continue
         metrics: Mapping[str, Any] = event.get("metrics") or {}
-        value = _number(metrics.get(field, event.get(field)))
+        value = number(metrics.get(field, event.get(field)))
         if value is not None:
             yield name, help_, value
     # Of the newest event that says where the run stands: after a rollback that is fewer.
     for event in reversed(list(of_kind.values())):
-        if (step := _number(event.get("step"))) is not None:
+        if (step := number(event.get("step"))) is not None:
             yield "spiketrain_step", "Global batches done.", step
             break
-    times = [time for event in of_kind.values() if (time := _number(event.get("time"))) is not None]
+    times = [time for event in of_kind.values() if (time := number(event.get("time"))) is not None]
     if times:
         yield "spiketrain_event_timestamp_seconds", "When the newest event was written, in Unix time.", max(times)
 
@@ -123,12 +151,3 @@ def _written(value: float) -> str:
     if math.isinf(value):
         return "+Inf" if value > 0 else "-Inf"
     return repr(value)
-
-
-def _number(value: Any) -> float | None:
-    """A number of the journal, where those that are not finite are text."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, (int, float)):
-        return float(value)
-    return float(value) if value in ("nan", "inf", "-inf") else None

@@ -117,6 +117,15 @@ class Follower:
         return [event for line in whole.split(b"\n") if (event := _parse(line)) is not None]
 
 
+def number(value: Any) -> float | None:
+    """A number of an event, where those that are not finite are text; None for anything else."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, (int, float)):
+        return float(value)
+    return float(value) if value in ("nan", "inf", "-inf") else None
+
+
 def first(path: str | os.PathLike[str], *kinds: str) -> Event | None:
     """The first event of one of these kinds, without parsing the others (a journal of ImageNet is some 100 MB)."""
     return _seek(path, kinds, newest=False)

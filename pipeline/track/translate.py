@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pipeline.track.jsonl import Event
+from pipeline.track.jsonl import Event, number
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -112,16 +112,8 @@ def _numbers(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, floa
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _numbers(f"{prefix}{name}/", value)
-        elif (number := _number(value)) is not None:
-            yield _key(prefix + name), number
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, (int, float)):
-        return float(value)
-    return float(value) if value in ("nan", "inf", "-inf") else None
+        elif (found := number(value)) is not None:
+            yield _key(prefix + name), found
 
 
 def _integer(value: Any, otherwise: int) -> int:

@@ -30,7 +30,7 @@ from tests.track.conftest import FakeRun, fake_run, steps
 
 __all__ = ["fake_run"]  # a fixture
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(300)]
 
 FOLDER = Path(__file__).resolve().parents[2] / "infra" / "mlflow"
 PASSWORD = {name: secrets.token_hex(24) for name in ("POSTGRES_PASSWORD", "MLFLOW_AUTH_ADMIN_PASSWORD")}
@@ -39,7 +39,7 @@ PASSWORD = {name: secrets.token_hex(24) for name in ("POSTGRES_PASSWORD", "MLFLO
 def postgres_program(name: str) -> str:
     """Debian keeps the server's programs of each release in a folder of its own, off PATH."""
     found = [*sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))] or [Path(path) for path in [shutil.which(name)] if path]
-    assert found, f"this test needs PostgreSQL's {name}, which `infra/setup.sh --tools` installs"
+    assert found, f"this test needs PostgreSQL's {name}, which `infra/setup.sh --servers` installs"
     return str(found[-1])
 
 

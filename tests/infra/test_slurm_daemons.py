@@ -59,7 +59,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 def program(name: str) -> str:
     found = shutil.which(name, path=f"/usr/sbin:/usr/bin:{os.environ['PATH']}")
-    assert found, f"this test needs {name}, which `infra/setup.sh --slurm` installs"
+    assert found, f"this test needs {name}, which `infra/setup.sh --servers` installs"
     return found
 
 

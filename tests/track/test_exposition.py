@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.track.exposition import exposition, newest, write_exposition
+from pipeline.track.exposition import Exposed, exposition, newest, write_exposition
+from pipeline.track.jsonl import Journal, read
 
 Event = dict[str, Any]
 LINE = re.compile(r'([a-z_0-9]+)\{((?:[a-z_]+="(?:[^"\\\n]|\\[\\"n])*",?)*)\} (NaN|[+-]Inf|[-+0-9.e]+)')
@@ -162,3 +163,39 @@ def test_a_file_that_the_collector_reads(tmp_path: Path):
         write_exposition(tmp_path / "a.txt", "")
     with pytest.raises(OSError, match="No such file"):
         write_exposition(tmp_path / "nowhere" / "a.prom", "")
+
+
+# ------------------------------------------------------------------------------------------------------- the file of a run
+
+
+def test_a_run_that_goes_on_tells_what_its_journal_had_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "metrics"
+    folder.mkdir()
+    monkeypatch.setenv("SPIKETRAIN_METRICS", str(folder))
+    (run := tmp_path / "a-run").mkdir()
+    journal = Journal(run / "journal.jsonl", attempt=0)
+    journal.event("start", run="a-run", total_steps=40)
+    exposed = Exposed(run, pytest.fail)
+    journal.event("step", step=3, metrics={"loss": 0.5})
+    exposed.show(read(run / "journal.jsonl")[1:])
+    found = values((folder / "a-run.prom").read_text())
+    assert (found["spiketrain_total_steps"], found["spiketrain_loss"], found["spiketrain_step"]) == (40, 0.5, 3)
+
+
+def test_nothing_is_written_where_nobody_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPIKETRAIN_METRICS", raising=False)
+    Exposed(tmp_path, pytest.fail).show([start()])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_goes_away_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder := tmp_path / "metrics").mkdir()
+    monkeypatch.setenv("SPIKETRAIN_METRICS", str(folder))
+    said: list[str] = []
+    exposed = Exposed(tmp_path / "a-run", said.append)
+    folder.rmdir()
+    for number in (1, 2):
+        exposed.show([start(), step(number)])
+    assert len(said) == 1 and "cannot be written (No such file or directory)" in said[0]
+    with pytest.raises(ValueError, match="must be a folder that is there"):
+        Exposed(tmp_path / "a-run", said.append)
