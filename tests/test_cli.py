@@ -249,7 +249,7 @@ def test_a_cluster_that_is_not_there_is_refused_within_seconds(tmp_path: Path, r
     (tmp_path / "one.py").write_text("from tests.small import small_recipe as recipe\n")
     begun = time.monotonic()
     said = refused("launch", str(tmp_path / "one.py"), "--address", "127.0.0.1:1", "--runs", str(tmp_path / "runs"))
-    assert "no cluster answered at '127.0.0.1:1'" in said
+    assert "no cluster let us in at '127.0.0.1:1'" in said
     assert time.monotonic() - begun < 60
     assert not (tmp_path / "runs").exists()
 

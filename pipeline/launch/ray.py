@@ -10,7 +10,9 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -74,18 +76,17 @@ class Ray:
 
         self._owned = not ray.is_initialized()
         if self._owned:
+            said: list[str] = []
             try:
                 if self.address is None:
                     cores = max(self.workers * self.cpus_per_worker, len(physical_cores(os.sched_getaffinity(0))))
                     ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
                 else:
                     _knock(self.address)
-                    ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
+                    with _heard() as said:
+                        ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
             except (OSError, RuntimeError) as error:  # a ConnectionError is an OSError
-                raise Refused(
-                    f"ray: no cluster answered at {self.address!r}: {str(error).splitlines()[0]}; "
-                    "is it running, and is RAY_AUTH_TOKEN the cluster's?"
-                ) from error
+                raise Refused(f"ray: no cluster let us in at {self.address!r}: {_reason(error, said)}") from error
         wanted, there = self.workers * self.cpus_per_worker, ray.cluster_resources().get("CPU", 0)
         if there < wanted:
             self.__exit__()
@@ -169,6 +170,32 @@ def _knock(address: str) -> None:
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host, int(port)), timeout=5).close()
+
+
+@contextmanager
+def _heard() -> Iterator[list[str]]:
+    """What Ray's C++ writes to this process's stderr meanwhile, a line for each of its tries: shown only where they led in."""
+    said: list[str] = []
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            said += file.read().decode(errors="replace").splitlines()
+    for line in said:
+        print(line, file=sys.stderr)
+
+
+def _reason(error: Exception, said: Sequence[str]) -> str:
+    """Ray 2.60 raises that nobody is there, also where somebody is and refused its token."""
+    if any("InvalidAuthToken" in line for line in said):
+        shown = "shows another" if os.environ.get("RAY_AUTH_MODE") == "token" else "shows none"
+        return f"it wants its token and this client {shown}; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that has it"
+    return f"{str(error).splitlines()[0]}; is it running?"
 
 
 def _offer_token() -> None:
