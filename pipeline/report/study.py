@@ -81,10 +81,16 @@ class Group:
         return spread_of([value for run in self.of(rule) if (value := measured(run, name)) is not None])
 
     def ratios(self, rule: str, name: str, *, base: str | None = None) -> Spread | None:
-        """Over the run of `base` (None: the baseline) with the same seed; None without a seed in common."""
-        base_of = {run.seed: value for run in self.of(base or self.against) if (value := measured(run, name))}
-        values = [(run.seed, value) for run in self.of(rule) if (value := measured(run, name)) is not None]
-        return spread_of([value / base_of[seed] for seed, value in values if seed in base_of])
+        """Over `base` (None: the baseline) seed by seed, each the mean of a seed's runs; None without a seed in common."""
+        over, values = self._by_seed(base or self.against, name), self._by_seed(rule, name)
+        return spread_of([value / over[seed] for seed, value in values.items() if over.get(seed)])
+
+    def _by_seed(self, rule: str, name: str) -> dict[int, float]:
+        found: dict[int, list[float]] = {}
+        for run in self.of(rule):
+            if (value := measured(run, name)) is not None:
+                found.setdefault(run.seed, []).append(value)
+        return {seed: statistics.fmean(values) for seed, values in found.items()}
 
     @property
     def fastest_baseline(self) -> str:

@@ -24,6 +24,16 @@ def test_ratios_are_of_paired_seeds():
     assert (difference.seeds, difference.mean) == (2, pytest.approx(1.5))
 
 
+def test_two_runs_of_a_seed_count_as_their_mean():
+    (before,) = study().groups
+    seed, size = before.of("BPTT")[0].seed, before.of("BPTT")[0].value("peak_saved_bytes")
+    assert size is not None
+    (group,) = study(run("BPTT", seed=seed, peak_saved_bytes=3 * size, name="again")).groups
+    assert group.ratios("BPTT", "peak_saved_bytes") == Spread(mean=1.0, deviation=0.0, runs=2)
+    ratio = group.ratios("SLTT", "peak_saved_bytes")
+    assert ratio is not None and ratio.mean == pytest.approx((0.25 / 2 + 0.25) / 2)  # 0.25 of each seed's, as above
+
+
 def test_other_machines_and_other_studies_are_apart():
     elsewhere = run("SLTT", hardware={**MACHINE, "cpu": "another"}, name="elsewhere")
     other_study = run("SLTT", study="f" * 16, name="other")

@@ -1,0 +1,61 @@
+"""A rule that writes down which samples it was given, and a recipe of it: what `benchmarks/soak.py` trains."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+
+from pipeline.data.synthetic import Synthetic
+from pipeline.models.nf_resnet import nf_resnet18_small
+from pipeline.objective import CrossEntropy
+from pipeline.recipe import Recipe, spec
+from pipeline.rules.base import LossOf, Objective
+from pipeline.rules.sltt import SLTT
+from pipeline.schedule import cosine
+
+SAMPLES, BATCH = 4096, 64
+
+
+class Recorded(SLTT):
+    """SLTT, and a line in the file `into` for each micro-batch: step, rank, and the samples by what is in them."""
+
+    def __init__(self, into: str, *, pause_s: float = 0.05) -> None:
+        super().__init__()
+        self.into, self.pause_s = into, pause_s
+
+    def objectives(
+        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, *, step: int | None = None, rows: Sequence[int] | None = None
+    ) -> Iterator[Objective]:
+        names = [hashlib.blake2b(x_B.numpy().tobytes(), digest_size=6).hexdigest() for x_B in x_TB[0]]
+        line = json.dumps({"time": time.time(), "step": step, "rank": self.world.rank, "samples": names}) + "\n"
+        file = os.open(self.into, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.write(file, line.encode())  # at once: two ranks write here
+        os.close(file)
+        time.sleep(self.pause_s)  # as of a larger network
+        return super().objectives(model, x_TB, loss_of, step=step, rows=rows)
+
+
+def recorded(into: str) -> Recipe:
+    """An hour or more of small steps, without augmentation, so that a sample is known by its pixels."""
+    return Recipe(
+        name="soak",
+        model=spec(nf_resnet18_small, classes=10, in_channels=1, width=4, blocks=(1, 1)),
+        rule=spec(Recorded, into=into),
+        data=spec(Synthetic, samples=SAMPLES, val_samples=64, shape=(1, 16, 16), augment="none"),
+        objective=spec(CrossEntropy),
+        optimizer=spec(create_optimizer_v2, opt="sgd", lr=0.05, momentum=0.9, weight_decay=1e-4),
+        schedule=spec(cosine, warmup=0.0),
+        time_steps=2,
+        batch_size=BATCH,
+        epochs=2000,
+        checkpoint_every=50,
+        evaluate_every=4,
+        evaluate_samples=64,
+        log_every=10,
+    )

@@ -1,0 +1,218 @@
+"""Kills workers, nodes and drivers of one training at random, and counts afterwards what became of its samples.
+
+Command:  python -m benchmarks.soak [--minutes 20] [--seed N] [--pause 15,45]
+Result:   not run
+
+A cluster of Ray with two nodes of one core each (`ray.cluster_utils`), on it `spiketrain launch` with two workers and
+`--or-resume`. Every 15 to 45 seconds of training one thing is killed by SIGKILL: a worker, a node (another joins at once), or the
+driver (which is launched again). A rule writes down which samples each batch had (`benchmarks/recorded.py`), by what is in
+them. Of a step that was trained several times the last counts: that history must have every sample of an epoch once.
+
+The table says how often each was killed and the seconds from the kill to the next batch that was trained anew, without waiting
+for what had been rolled back; those steps are listed apart. Exits with 1 where a sample is lost or doubled, or a run does not
+come back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.recorded import BATCH, SAMPLES
+from pipeline.launch.drive import commit
+from pipeline.measure.memory import hardware
+from pipeline.track.jsonl import read
+
+PATIENCE_S = 180.0
+WORLD = 2
+RECIPE = """
+from benchmarks.recorded import recorded
+
+def recipe():
+    return recorded({into!r})
+"""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One of them, and what it cost."""
+
+    what: str
+    seconds: float
+    """until a batch was trained in the attempt that followed"""
+    rolled_back: int
+    """steps that were trained again"""
+
+
+class Training:
+    """The run, its cluster, and ways to hurt them."""
+
+    def __init__(self, folder: Path) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.folder = folder
+        self.run = folder / "runs" / "soak"
+        self.records = folder / "records.jsonl"
+        self.cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(WORLD)]
+        (folder / "soak.py").write_text(RECIPE.format(into=str(self.records)))
+        self.launch()
+
+    def launch(self) -> None:
+        words = ["launch", str(self.folder / "soak.py"), "--workers", str(WORLD), "--address", self.cluster.address]
+        words += ["--device", "cpu", "--runs", str(self.run.parent), "--name", "soak", "--or-resume", "--trust", "benchmarks"]
+        words += ["--max-restarts", "100000"]
+        with (self.folder / "driver.log").open("a") as log:
+            self.driver = subprocess.Popen([sys.executable, "-m", "pipeline", *words], stdout=log, stderr=log)
+
+    def kill_worker(self) -> None:
+        """Of either rank."""
+        workers = [each for each in psutil.Process().children(recursive=True) if "RayTrainWorker" in _title(each)]
+        random.choice(workers).send_signal(signal.SIGKILL)
+
+    def kill_node(self) -> None:
+        self.cluster.remove_node(self.nodes.pop(random.randrange(WORLD)), allow_graceful=False)
+        self.nodes.append(self.cluster.add_node(num_cpus=1))
+
+    def kill_driver(self) -> None:
+        self.driver.kill()
+        self.driver.wait()
+        self.launch()
+
+    def steps(self) -> list[Mapping[str, Any]]:
+        """What was trained so far, in order; a line that is being written is left out."""
+        if not self.records.exists():
+            return []
+        return [json.loads(line) for line in self.records.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+    def stop(self) -> None:
+        """Save and end, as by Ctrl-C."""
+        self.driver.send_signal(signal.SIGINT)
+        if self.driver.wait(PATIENCE_S) != 130:
+            raise SystemExit(f"soak: the driver ended with {self.driver.returncode}; see {self.folder / 'driver.log'}")
+
+    def close(self) -> None:
+        if self.driver.poll() is None:
+            self.driver.kill()
+            self.driver.wait()
+        self.cluster.shutdown()
+
+
+def _title(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""  # it has ended meanwhile
+
+
+def suffered(training: Training, what: str, act: Callable[[], None]) -> Kill:
+    """`act`, and wait until training goes on in an attempt of its own.
+
+    Raises: SystemExit when it does not.
+    """
+    before, begun = training.steps(), time.time()
+    act()
+    while True:
+        time.sleep(0.1)
+        since = [line for line in training.steps()[len(before) :] if line["time"] > begun]
+        attempts = [event["time"] for event in read(training.run / "journal.jsonl") if event["event"] == "start"]
+        anew = next((line for line in since if attempts[-1] > begun and line["time"] > attempts[-1]), None)
+        if anew is not None:
+            newest = max((line["step"] for line in training.steps() if line["time"] < attempts[-1]), default=-1)
+            return Kill(what, anew["time"] - begun, max(0, newest + 1 - anew["step"]))
+        if time.time() - begun > PATIENCE_S or training.driver.poll() is not None:
+            raise SystemExit(f"soak: after a {what} was killed the run did not go on; see {training.folder}")
+
+
+def wrong(records: Sequence[Mapping[str, Any]], steps: int) -> list[str]:
+    """What does not hold of the history that survived, `steps` batches of it."""
+    last = {(line["step"], line["rank"]): line["samples"] for line in records}
+    per_epoch, found = SAMPLES // BATCH, []
+    missing = [step for step in range(steps) if any((step, rank) not in last for rank in range(WORLD))]
+    if missing:
+        return [f"{len(missing)} steps were never trained, the first of them {missing[0]}"]
+    everything: set[str] | None = None
+    for epoch in range(-(-steps // per_epoch)):
+        mine = range(epoch * per_epoch, min(steps, (epoch + 1) * per_epoch))
+        seen = Counter(name for step in mine for rank in range(WORLD) for name in last[step, rank])
+        doubled = sum(count - 1 for count in seen.values())
+        lost = len(mine) * BATCH - len(seen) - doubled
+        if len(mine) == per_epoch:
+            lost += SAMPLES - len(seen)
+            everything = everything or set(seen)
+        strangers = set(seen) - (everything or set(seen))
+        if doubled or lost or strangers:
+            found.append(f"epoch {epoch}: {doubled} doubled, {lost} lost, {len(strangers)} of no other epoch")
+    return found
+
+
+def table(kills: Sequence[Kill]) -> Table:
+    made = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("killed", "times", "seconds to go on: median", "least", "most", "steps rolled back: mean", "most"):
+        made.add_column(title, justify="left" if title == "killed" else "right")
+    for what in sorted({kill.what for kill in kills}):
+        of = [kill for kill in kills if kill.what == what]
+        seconds, back = [kill.seconds for kill in of], [kill.rolled_back for kill in of]
+        row = (len(of), f"{statistics.median(seconds):.1f}", f"{min(seconds):.1f}", f"{max(seconds):.1f}")
+        made.add_row(what, *map(str, row), f"{statistics.mean(back):.1f}", str(max(back)))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pause", default="15,45", help="seconds of training between two kills, at least and at most")
+    arguments = parser.parse_args()
+    random.seed(arguments.seed)
+    least, most = map(float, arguments.pause.split(","))
+    os.environ.update(PYTHONPATH=str(Path.cwd()), RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0", OMP_NUM_THREADS="1")
+    kills: list[Kill] = []
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        training = Training(Path(folder))
+        try:
+            begun = time.monotonic()
+            while not training.steps():
+                time.sleep(0.2)
+                if time.monotonic() - begun > PATIENCE_S:
+                    raise SystemExit("soak: the run did not begin: " + (Path(folder) / "driver.log").read_text()[-2000:])
+            begun = time.monotonic()
+            while time.monotonic() - begun < 60 * arguments.minutes:
+                time.sleep(random.uniform(least, most))
+                what = random.choice(("worker", "worker", "node", "driver"))
+                kills.append(suffered(training, what, getattr(training, f"kill_{what}")))
+                print(f"{time.monotonic() - begun:6.0f} s  {kills[-1]}", flush=True)
+            seconds = time.monotonic() - begun
+            training.stop()
+            stopped = next(event for event in reversed(read(training.run / "journal.jsonl")) if event["event"] == "checkpoint")
+            faults = wrong(training.steps(), stopped["step"])
+        finally:
+            training.close()
+    machine = hardware()
+    Console().print(table(kills))
+    print(f"{len(kills)} kills in {seconds / 60:.1f} min, {stopped['step']} steps in the history that survived", end=", ")
+    print("; ".join(faults) or f"each sample once in each of {stopped['step'] * BATCH // SAMPLES} epochs and what follows")
+    print(f"of the time {sum(kill.seconds for kill in kills) / seconds:.0%} went to recovery")
+    print(f"commit {commit()}, {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}")
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()
