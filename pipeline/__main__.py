@@ -8,6 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from pipeline.doctor_command import add_doctor_command
 from pipeline.forecast_command import add_forecast_commands
 from pipeline.launch_command import add_launch_commands
 from pipeline.network_command import add_network_commands
@@ -79,6 +80,7 @@ def verify(path: Annotated[Path, typer.Argument(metavar="FILE", help="a .beton f
 
 
 add_track_commands(app)
+add_doctor_command(app)
 
 
 if __name__ == "__main__":

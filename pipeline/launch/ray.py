@@ -11,12 +11,13 @@ import os
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pipeline.cores import physical_cores
 from pipeline.job import Job, Place
@@ -32,6 +33,9 @@ SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the default of the next release, without the warning of this one
 }
 
+
+G = TypeVar("G")
+R = TypeVar("R")
 
 PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "FI_", "HF_")
 
@@ -110,6 +114,40 @@ class Ray:
         cpus = int(there.get("CPU", 0)) // (self.workers * self.cpus_per_worker)
         gpus = int(there.get("GPU", 0))
         return min(cpus, gpus // self.workers) if takes_gpus(self.device, self.workers, gpus) else cpus
+
+    def on_each_node(self, work: Callable[[G], R], given: G) -> list[R]:
+        """What `work(given)` returns on each node that is up, the head first."""
+        import ray
+
+        return ray.get([ray.remote(work).options(num_cpus=0, scheduling_strategy=each).remote(given) for each in self._places()])
+
+    def clocks(self) -> dict[str, tuple[float, float]]:
+        """Of each node by its address: seconds that its clock is ahead of this one, and half the round trip that told so."""
+        import ray
+
+        found = {}
+        tell = ray.remote(time.time).options(num_cpus=0)
+        for node, place in zip(self._nodes(), self._places(), strict=True):
+            told = []
+            for _ in range(5):  # the first starts a process there
+                sent = time.time()
+                there = ray.get(tell.options(scheduling_strategy=place).remote())
+                back = time.time()
+                told.append(((back - sent) / 2, there - (sent + back) / 2))
+            uncertain, ahead = min(told)
+            found[node["NodeManagerAddress"]] = (ahead, uncertain)
+        return found
+
+    def _nodes(self) -> list[dict[str, Any]]:
+        import ray
+
+        there = [node for node in ray.nodes() if node["Alive"]]
+        return sorted(there, key=lambda node: "node:__internal_head__" not in node["Resources"])
+
+    def _places(self) -> list[Any]:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        return [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in self._nodes()]
 
     def joining(self) -> list[str]:
         import ray

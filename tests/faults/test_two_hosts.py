@@ -163,6 +163,16 @@ def test_a_client_without_the_token_is_told_so(hosts: Hosts) -> None:
     assert f"no cluster let us in at '{HEAD}'" in line and "wants its token and this client shows none" in line
 
 
+def test_the_doctor_finds_both_hosts_well(hosts: Hosts) -> None:
+    doctor = hosts.on("a", "spiketrain", "doctor", "--address", HEAD, "--runs", str(hosts.folder / "runs"), log="doctor.log")
+    assert doctor.wait(300) == 0, (hosts.folder / "doctor.log").read_text()
+    said = (hosts.folder / "doctor.log").read_text()
+    assert "on 2 nodes alike" in said and said.count("images written and read again") == 2
+    assert f"the Ray at {HEAD} asks for its token" in said
+    for address in ADDRESS.values():
+        assert f"{address}: " in said  # of its clock
+
+
 def test_a_link_that_was_cut_and_mended_costs_no_bit(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
     run, alone = hosts.folder / "runs" / "cut", hosts.folder / "runs" / "alone"
     uninterrupted = hosts.launch(None, "alone")

@@ -1,0 +1,167 @@
+"""What was found is judged: fine, worth a look, or in the way, each with what to do about it."""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.parse
+import urllib.request
+from base64 import b64encode
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.doctor.node import Node
+
+MOST_SKEW_S = 1.0
+LEAST_BYTES_PER_S = 50e6
+OLDEST_LOCK_S = 600.0
+MLFLOW_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Of one check, of one node or of all."""
+
+    check: str
+    state: Literal["ok", "look", "bad"]
+    told: str
+    advice: str = ""
+
+
+def of_nodes(nodes: Sequence[Node], *, runs: str, needed_bytes: float) -> Iterator[Finding]:
+    yield from _versions(nodes)
+    yield from _gpus(nodes)
+    for node in nodes:
+        yield from _storage(node, runs=runs, needed_bytes=needed_bytes)
+        yield from _reading(node)
+        yield from _locks(node)
+
+
+def of_clocks(skews: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:
+    """`skews`: seconds by which a node's clock is ahead of this one, and how uncertain that is."""
+    for name, (ahead, uncertain) in skews.items():
+        told = f"{name}: {ahead:+.3f} s against this machine, give or take {uncertain:.3f}"
+        if abs(ahead) - uncertain > MOST_SKEW_S:
+            yield Finding(
+                check="clock", state="look", told=told, advice="let NTP or chrony set it; journals mix the clocks of nodes"
+            )
+        else:
+            yield Finding(check="clock", state="ok", told=told)
+
+
+def of_token(is_open: bool | None, address: str) -> Finding:
+    """`is_open`: a client without a token was let in."""
+    if is_open:
+        advice = "start Ray with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH: now whoever reaches it runs code as you"
+        return Finding(check="auth", state="bad", told=f"the Ray at {address} lets everybody in", advice=advice)
+    return Finding(check="auth", state="ok", told=f"the Ray at {address} asks for its token")
+
+
+def of_mlflow(uri: str) -> Finding:
+    """A store that is a file is as good as the folder it lies in; a server must answer, and not to everybody."""
+    parts = urllib.parse.urlsplit(uri)
+    if parts.scheme not in ("http", "https"):
+        return Finding(
+            check="mlflow", state="ok", told="the store is a file; `spiketrain dashboard` and others on this machine see it"
+        )
+    shown = f"{parts.scheme}://{parts.hostname}{'' if parts.port is None else f':{parts.port}'}{parts.path}".rstrip("/")
+    user = parts.username or os.environ.get("MLFLOW_TRACKING_USERNAME")
+    secret = parts.password or os.environ.get("MLFLOW_TRACKING_PASSWORD")
+    answer = _asked(shown, user, secret)
+    if answer != 200:
+        what = {401: "refuses this user", 403: "refuses this host or user"}.get(answer or 0, f"answers {answer or 'nothing'}")
+        advice = (
+            "see MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD; a training goes on without it, `spiketrain sync` delivers later"
+        )
+        return Finding(check="mlflow", state="bad", told=f"{shown} {what}", advice=advice)
+    if _asked(shown, None, None) == 200:
+        advice = "put it behind a password: mlflow server --app-name basic-auth, as in infra/mlflow"
+        return Finding(check="mlflow", state="look", told=f"{shown} answers whoever asks", advice=advice)
+    return Finding(check="mlflow", state="ok", told=f"{shown} answers, and asks for a password")
+
+
+def _asked(server: str, user: str | None, secret: str | None) -> int | None:
+    """The status of its answer, None where there is none."""
+    request = urllib.request.Request(f"{server}/api/2.0/mlflow/experiments/search?max_results=1")
+    if user is not None:
+        request.add_header("Authorization", "Basic " + b64encode(f"{user}:{secret or ''}".encode()).decode())
+    try:
+        with urllib.request.urlopen(request, timeout=MLFLOW_S) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
+
+
+def _versions(nodes: Sequence[Node]) -> Iterator[Finding]:
+    differing = False
+    for package in nodes[0].versions:
+        found = {node.name: node.versions[package] for node in nodes}
+        if len(set(found.values())) > 1:
+            differing = True
+            told = f"{package}: " + ", ".join(f"{name} has {version}" for name, version in found.items())
+            yield Finding(check="versions", state="bad", told=told, advice="install the same on all: LOCKED=1 make setup")
+        elif "not installed" in found.values():
+            differing = True
+            yield Finding(check="versions", state="bad", told=f"{package} is not installed", advice="make setup")
+    if not differing:
+        told = ", ".join(f"{name} {nodes[0].versions[name]}" for name in ("python", "torch", "ray", "deepspeed", "ffcv"))
+        yield Finding(check="versions", state="ok", told=f"{told}, on {len(nodes)} nodes alike")
+
+
+def _gpus(nodes: Sequence[Node]) -> Iterator[Finding]:
+    kinds = {node.gpus for node in nodes if node.gpus}
+    told = "; ".join(f"{node.name}: {', '.join(node.gpus) or 'no GPU'}" for node in nodes)
+    if len(kinds) > 1:
+        advice = "a ring is as fast as its slowest card: train on nodes that are alike"
+        yield Finding(check="gpus", state="look", told=told, advice=advice)
+    else:
+        yield Finding(check="gpus", state="ok", told=told)
+
+
+def _storage(node: Node, *, runs: str, needed_bytes: float) -> Iterator[Finding]:
+    if not node.sees_runs:
+        advice = "mount the same storage at the same path on every node, or name it with --runs"
+        yield Finding(check="storage", state="bad", told=f"{node.name} does not see {runs} as this machine does", advice=advice)
+        return
+    if node.written_bytes_per_s is None or node.free_bytes is None:
+        yield Finding(
+            check="storage", state="bad", told=f"{node.name} may not write to {runs}", advice="see its owner and rights"
+        )
+        return
+    told = f"{node.name}: writes {node.written_bytes_per_s / 1e6:.0f} MB/s to {runs}, {node.free_bytes / 1e9:.1f} GB are free"
+    if node.free_bytes < needed_bytes:
+        advice = f"checkpoints to keep and the one being written need {needed_bytes / 1e9:.1f} GB; make room, or keep fewer"
+        yield Finding(check="storage", state="bad", told=told, advice=advice)
+    elif node.written_bytes_per_s < LEAST_BYTES_PER_S:
+        advice = "checkpoints will be slow: save less often, or to a faster folder"
+        yield Finding(check="storage", state="look", told=told, advice=advice)
+    else:
+        yield Finding(check="storage", state="ok", told=told)
+
+
+def _reading(node: Node) -> Iterator[Finding]:
+    if node.ffcv == "ok":
+        yield Finding(check="ffcv", state="ok", told=f"{node.name}: images written and read again")
+    else:
+        yield Finding(
+            check="ffcv", state="bad", told=f"{node.name}: {node.ffcv}", advice="infra/setup.sh builds FFCV and what it needs"
+        )
+    if node.threading_layer.startswith("failed"):
+        advice = "install tbb: infra/setup.sh --system"
+        yield Finding(check="threads", state="bad", told=f"{node.name}: numba {node.threading_layer}", advice=advice)
+    else:
+        yield Finding(check="threads", state="ok", told=f"{node.name}: numba's threads are {node.threading_layer}'s")
+
+
+def _locks(node: Node) -> Iterator[Finding]:
+    old = {file: age for file, age in node.locks.items() if age > OLDEST_LOCK_S}
+    for file, age in old.items():
+        told = f"{node.name}: {file} is locked for {age / 60:.0f} min"
+        yield Finding(
+            check="locks", state="bad", told=told, advice=f"nobody compiles so long, every start waits for it: rm {file}"
+        )
+    if not old:
+        yield Finding(check="locks", state="ok", told=f"{node.name}: no compilation that has been given up")

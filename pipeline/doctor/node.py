@@ -1,0 +1,148 @@
+"""What one machine is like. Runs on every node of a cluster, and takes nothing for granted but the package itself."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import tempfile
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("spiketrain", "torch", "deepspeed", "ray", "ffcv", "mlflow", "numpy", "numba", "timm")
+WRITTEN = 32 << 20
+"""bytes that are written to see how fast a folder is"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the driver wants to know of each node."""
+
+    runs: str
+    """the folder that all must see"""
+    marker: str
+    """the name of a file in it"""
+    content: str
+    """which that file has, where the folder is the driver's"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One machine as it was found. What could not be found out is told as text, beginning with `failed`."""
+
+    name: str
+    versions: dict[str, str]
+    gpus: tuple[str, ...]
+    sees_runs: bool
+    """the driver's marker is in the folder of runs"""
+    written_bytes_per_s: float | None
+    """to the folder of runs, down to the disk; None: it is not to be written to"""
+    free_bytes: int | None
+    threading_layer: str
+    """of numba, which decodes images: tbb, omp or workqueue"""
+    ffcv: str
+    """`ok`, where a file was written and read again"""
+    locks: dict[str, float]
+    """of compilations that have begun and not ended: path, and age in seconds"""
+
+
+def examine(asked: Asked) -> Node:
+    runs = Path(asked.runs)
+    return Node(
+        name=socket.gethostname(),
+        versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        gpus=_gpus(),
+        sees_runs=_sees(runs / asked.marker, asked.content),
+        written_bytes_per_s=_speed(runs),
+        free_bytes=shutil.disk_usage(runs).free if runs.is_dir() else None,
+        threading_layer=_threading_layer(),
+        ffcv=_ffcv(),
+        locks=compilation_locks(),
+    )
+
+
+def compilation_locks() -> dict[str, float]:
+    """torch waits for a lock file of an extension until it is gone, and whoever was killed while compiling left his."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser()
+    now = time.time()
+    return {str(file): max(0.0, now - file.stat().st_mtime) for file in sorted(root.glob("**/lock"))}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _gpus() -> tuple[str, ...]:
+    import torch
+
+    return tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+
+
+def _sees(file: Path, content: str) -> bool:
+    try:
+        return file.read_text() == content
+    except OSError:
+        return False
+
+
+def _speed(folder: Path) -> float | None:
+    data = os.urandom(1 << 20)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            begun = time.perf_counter()
+            for _ in range(WRITTEN // len(data)):
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            return WRITTEN / (time.perf_counter() - begun)
+    except OSError:
+        return None
+
+
+def _threading_layer() -> str:
+    try:
+        import numba
+
+        @numba.njit(parallel=True)
+        def total(count: int) -> int:
+            found = 0
+            for one in numba.prange(count):
+                found += one
+            return found
+
+        total(8)
+        return str(numba.threading_layer())
+    except (ImportError, ValueError, RuntimeError) as error:
+        return f"failed: {' '.join(str(error).split())}"
+
+
+def _ffcv() -> str:
+    """Writes a few images and reads them as training does: the library, its compiled part and its just-in-time compiler."""
+    try:
+        import numpy as np
+        from PIL import Image
+
+        from pipeline.data.beton import Beton
+        from pipeline.data.write import write_folder
+
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            for place, part in enumerate(("train", "val")):
+                (folder / "pictures" / part / "grey").mkdir(parents=True)
+                for shade in (40, 200):
+                    pixels = np.full((8, 8, 3), shade + place, dtype=np.uint8)
+                    Image.fromarray(pixels).save(folder / "pictures" / part / "grey" / f"{shade}.png")
+            write_folder(folder / "pictures", folder / "written", mode="raw")
+            data = Beton(folder / "written", classes=1, size=8, crop="shift", mean=(0.0,) * 3, std=(1.0,) * 3)
+            with closing(data.val(rank=0, world=1, micro_batch=2, threads=1)) as loader, loader.epoch(0) as batches:
+                shades = sorted(round(float(x.mean()) * 255) for batch in batches for x in batch.x)
+        return "ok" if shades == [41, 201] else f"failed: shades 41 and 201 were read as {shades}"
+    except Exception as error:  # whatever it is, it is what this machine has to tell
+        return f"failed: {type(error).__name__}: {' '.join(str(error).split())}"

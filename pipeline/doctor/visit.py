@@ -1,0 +1,68 @@
+"""All checks, on this machine or on every node of a cluster."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.doctor.findings import Finding, of_clocks, of_mlflow, of_nodes, of_token
+from pipeline.doctor.node import Asked, examine
+from pipeline.launch.ray import Ray
+from pipeline.track.mlflow import tracking_uri
+
+WITHOUT_TOKEN_S = 60.0
+
+
+def visit(runs: Path, *, address: str | None, checkpoint_bytes: float, keep: int) -> list[Finding]:
+    """What was found here, or with `address` on each node of that cluster.
+
+    Raises:
+        Refused: no cluster let us in.
+        OSError: the folder of runs cannot be made.
+    """
+    runs = runs.absolute()
+    runs.mkdir(parents=True, exist_ok=True)
+    needed = checkpoint_bytes * (keep + 1)
+    with _marked(runs) as asked:
+        if address is None:
+            found = list(of_nodes([examine(asked)], runs=str(runs), needed_bytes=needed))
+        else:
+            with Ray(workers=0, address=address) as cluster:
+                nodes = cluster.on_each_node(examine, asked)
+                found = list(of_nodes(nodes, runs=str(runs), needed_bytes=needed))
+                found += of_clocks(cluster.clocks())
+            found.append(of_token(_is_open(address), address))
+    return [*found, of_mlflow(tracking_uri(runs))]
+
+
+@contextmanager
+def _marked(runs: Path) -> Iterator[Asked]:
+    """With a file in the folder of runs that nobody else can have."""
+    marker = runs / f".doctor-{secrets.token_hex(8)}"
+    asked = Asked(runs=str(runs), marker=marker.name, content=secrets.token_hex(16))
+    try:
+        marker.write_text(asked.content)
+        yield asked
+    finally:
+        marker.unlink(missing_ok=True)
+
+
+def _is_open(address: str) -> bool:
+    """Whether a stranger is let in: a process that knows of no token, neither from its environment nor from its home."""
+    with tempfile.TemporaryDirectory() as home:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        stranger = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False)"
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", stranger, address], env=kept | {"HOME": home, "RAY_AUTH_MODE": "disabled"},
+                capture_output=True, timeout=WITHOUT_TOKEN_S, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return False
+    return done.returncode == 0

@@ -1,0 +1,102 @@
+"""What was found of nodes is judged, and what is in the way is said with what to do about it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from pipeline.doctor.findings import Finding, of_clocks, of_mlflow, of_nodes, of_token
+from pipeline.doctor.node import PACKAGES, Node
+
+NODE = Node(
+    name="one",
+    versions={"python": "3.11.7", **dict.fromkeys(PACKAGES, "1.0")},
+    gpus=(),
+    sees_runs=True,
+    written_bytes_per_s=2e8,
+    free_bytes=10**11,
+    threading_layer="tbb",
+    ffcv="ok",
+    locks={},
+)
+OTHER = replace(NODE, name="two")
+
+
+def not_ok(*nodes: Node, needed: float = 1e9) -> list[Finding]:
+    return [each for each in of_nodes(nodes, runs="/r", needed_bytes=needed) if each.state != "ok"]
+
+
+def test_nodes_that_are_well_and_alike() -> None:
+    assert not_ok(NODE, OTHER) == []
+    assert len([*of_nodes([NODE, OTHER], runs="/r", needed_bytes=1)]) == 2 + 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("sick", "check", "state", "told"),
+    [
+        (replace(OTHER, versions={**NODE.versions, "torch": "2.0"}), "versions", "bad", "torch: one has 1.0, two has 2.0"),
+        (replace(OTHER, sees_runs=False), "storage", "bad", "two does not see /r"),
+        (replace(OTHER, written_bytes_per_s=None), "storage", "bad", "two may not write to /r"),
+        (replace(OTHER, written_bytes_per_s=1e6), "storage", "look", "two: writes 1 MB/s"),
+        (replace(OTHER, free_bytes=10**8), "storage", "bad", "0.1 GB are free"),
+        (replace(OTHER, ffcv="failed: ImportError: libtbb"), "ffcv", "bad", "two: failed: ImportError: libtbb"),
+        (replace(OTHER, threading_layer="failed: no layer"), "threads", "bad", "no layer"),
+        (replace(OTHER, locks={"/x/lock": 3600.0}), "locks", "bad", "/x/lock is locked for 60 min"),
+    ],
+)
+def test_one_that_is_not(sick: Node, check: str, state: str, told: str) -> None:
+    (found,) = not_ok(NODE, sick)
+    assert (found.check, found.state) == (check, state) and told in found.told and found.advice
+
+
+def test_a_lock_of_just_now_is_somebody_compiling() -> None:
+    assert not_ok(replace(NODE, locks={"/x/lock": 5.0})) == []
+
+
+def test_cards_of_two_kinds() -> None:
+    (found,) = not_ok(replace(NODE, gpus=("H100",)), replace(OTHER, gpus=("A100",)))
+    assert (found.check, found.state) == ("gpus", "look")
+
+
+def test_clocks() -> None:
+    near, far, unsure = of_clocks({"a": (0.2, 0.01), "b": (-3.0, 0.01), "c": (3.0, 2.5)})
+    assert (near.state, far.state, unsure.state) == ("ok", "look", "ok")
+    assert "-3.000 s" in far.told
+
+
+def test_a_cluster_that_lets_strangers_in() -> None:
+    assert of_token(True, "h:1").state == "bad" and of_token(False, "h:1").state == "ok"
+
+
+@contextmanager
+def server(*, password: str | None) -> Iterator[str]:
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if password is None or self.headers.get("Authorization") == password else 401)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{http.server_port}"
+        http.shutdown()
+
+
+def test_a_tracking_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.delenv(name, raising=False)
+    with server(password="Basic bWU6cGFzcw==") as place:  # me:pass
+        assert of_mlflow(f"http://{place}").told.endswith("refuses this user")
+        found = of_mlflow(f"http://me:pass@{place}")
+        assert found.state == "ok" and "pass@" not in found.told
+    with server(password=None) as place:
+        assert of_mlflow(f"http://{place}").state == "look"
+    assert of_mlflow(f"http://{place}").state == "bad"
+    assert of_mlflow("sqlite:///x.db").state == "ok"
