@@ -32,6 +32,8 @@ SETTINGS = {
 
 
 PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "FI_", "HF_")
+SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
+"""in the name of a variable that is not passed on: Ray writes the others down in its logs, and a machine has its own secrets"""
 
 
 class Ray:
@@ -150,7 +152,7 @@ class Ray:
         """What reaches every worker: Ray passes on a fixed list of its own, and forces OMP_NUM_THREADS to 1 by itself."""
         threads = str(self.cpus_per_worker)
         return {
-            **{name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)},
+            **{name: value for name, value in os.environ.items() if _is_passed_on(name)},
             # A worker starts in a folder of its own; a package that the user trusts lies beside the recipe or on the path.
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path)),
             **environment(),
@@ -162,6 +164,10 @@ class Ray:
             # What the workers have, not what this process sees; and workers without a GPU each must not meet the few there are.
             **({"DS_ACCELERATOR": "cuda"} if gpus else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}),
         }
+
+
+def _is_passed_on(name: str) -> bool:
+    return name.startswith(PASSED_ON) and not any(word in name.upper() for word in SECRET)
 
 
 def _knock(address: str) -> None:
