@@ -79,7 +79,9 @@ class Ray:
             try:
                 if self.address is None:
                     cores = max(self.workers * self.cpus_per_worker, len(physical_cores(os.sched_getaffinity(0))))
-                    ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+                    # Not one that somebody else has started on this machine, which Ray would join if it were not told so.
+                    here = {"address": "local", "num_cpus": cores, "include_dashboard": False}
+                    ray.init(**here, log_to_driver=False, logging_level=logging.ERROR)
                 else:
                     _knock(self.address)
                     ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
