@@ -8,7 +8,7 @@ WORKERS ?= 2
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pictures browser tools demo check format test test-full clean
+.PHONY: help setup pictures browser tools demo check format test test-full audit clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,10 @@ test: setup browser tools ## quick and distributed tests
 test-full: setup tools ## the tests that take minutes
 	@infra/setup.sh --servers
 	$(THREADS) $(BIN)/pytest -m full
+
+audit: setup ## known holes in the releases of requirements.lock, asked of PyPI: pip-audit, in an environment of its own
+	@test -x .audit/bin/pip-audit || { $(BIN)/python -m venv .audit && .audit/bin/python -m pip install --quiet pip-audit; }
+	.audit/bin/pip-audit --require-hashes --disable-pip --requirement requirements.lock
 
 clean: ## caches and builds; keeps .venv, data and runs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
 from pipeline.backend.base import Backend
+from pipeline.pickles import code_in
 
 MANIFEST = "manifest.json"
 TRAINER = "trainer.json"
@@ -115,7 +116,11 @@ class Checkpoints:
         return Saved(final, step, time.monotonic() - begun, size)
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that verifies; damaged ones are moved away. For rank 0, which tells the others."""
+        """The newest checkpoint that verifies; damaged ones are moved away. For rank 0, which tells the others.
+
+        Raises:
+            CheckpointError: it verifies, and one of its files would run code: somebody has put it there.
+        """
         if not self.folder.is_dir():
             return None
         for abandoned in (*self.folder.glob(".writing-*"), *self.folder.glob(".deleting-*")):
@@ -123,6 +128,8 @@ class Checkpoints:
         for path in reversed(step_folders(self.folder)):
             reason = damage(path)
             if reason is None:
+                if said := code_in(path):
+                    raise CheckpointError(f"checkpoint {path}: must hold data alone; {said}; move it away if it is not yours")
                 return path
             moved = self.folder / "quarantine" / f"{path.name}-{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
             moved.parent.mkdir(exist_ok=True)

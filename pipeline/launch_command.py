@@ -75,6 +75,10 @@ def launch(
 ) -> None:
     """Train a recipe, or each recipe of a comparison, and end in a table or the comparison's own report."""
     _heed_schedulers()
+    if name is not None:
+        from pipeline.launch.folder import named
+
+        named(runs, name)
     made = _comparison([made_of(recipe, set_, tiny) for recipe in recipes], seeds, tune)
     if hand_over(context):  # which reads cluster to partition from there
         return

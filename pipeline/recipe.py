@@ -295,6 +295,11 @@ class Recipe:
         """A JSON value that `from_json` turns back into an equal recipe; callables are named by dotted path."""
         return {"version": FORMAT, "recipe": self._encoded(paths=True)}
 
+    def decisive(self) -> dict[str, Any]:
+        """The JSON of what a run keeps from its first batch to its last: not where things lie, nor how much memory holds."""
+        value = json.loads(json.dumps(self._encoded(paths=False)))
+        return {name: item for name, item in value.items() if name not in ("init", "micro_batch")}
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any], *, trust: Collection[str] = ()) -> Recipe:
         """Read a recipe back, importing from trusted packages alone.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from pipeline.measure.memory import hardware
 from pipeline.measure.meters import Totals
 from pipeline.parts import Parts
 from pipeline.phases import stretch_at
+from pipeline.recipe import Recipe
+from pipeline.recipe_json import differing, listed
 from pipeline.summary import summarise, versions
 from pipeline.tasks import Learnt
 from pipeline.track.jsonl import read
@@ -83,10 +85,26 @@ def told_in_checkpoint(
         "zero": recipe.zero,
         "data_fingerprint": job.data_fingerprint,
         "score": score,
+        "recipe": recipe.to_json(),
         "totals": asdict(totals),
         "learnt": asdict(learnt),
         "guard": dict(guard),
     }
+
+
+def refuse_another_recipe(trainer: Mapping[str, Any], recipe: Recipe, *, trust: Collection[str]) -> None:
+    """Refuse to go on from a checkpoint with another recipe than led to it: recipe.json was changed meanwhile.
+
+    Raises:
+        ValueError: the fields that differ, as they were and as they are now.
+    """
+    if "recipe" not in trainer:  # written by a version that did not tell
+        return
+    was = Recipe.from_json(trainer["recipe"], trust=trust)
+    if found := list(differing("", was.decisive(), recipe.decisive())):
+        raise ValueError(
+            f"resume: recipe.json must be as it was when step {trainer['step']} was saved; it differs now: {listed(found)}"
+        )
 
 
 def told_at_the_end(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from typing import Any
 
 from pipeline.evaluate import Evaluation
@@ -47,7 +48,11 @@ def versions() -> dict[str, str]:
 
 
 def _attempt_seconds(events: Sequence[dict[str, Any]], attempt: int) -> float:
-    """From the worker's first line of code to the attempt's last sign of life: what a killed attempt lost is paid for, too."""
+    """From the worker's first line of code to the attempt's last sign of life: what a killed attempt lost is paid for, too.
+
+    A clock that was set back between two signs counts as no time at all, not as less.
+    """
     mine = [event for event in events if event["attempt"] == attempt]
     begun = next((event["began"] for event in mine if event["event"] == "start"), mine[0]["time"])
-    return (time.time() if attempt == events[-1]["attempt"] else mine[-1]["time"]) - begun
+    times = [begun, *(event["time"] for event in mine)] + ([time.time()] if attempt == events[-1]["attempt"] else [])
+    return sum(max(0.0, later - earlier) for earlier, later in pairwise(times))

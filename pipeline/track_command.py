@@ -21,6 +21,7 @@ def sync(
     """Deliver to MLflow what it has missed of a run, or of each run of a suite."""
     from pipeline.report.runs import find_run_or_suite
     from pipeline.suite import is_suite, runs_of
+    from pipeline.track.connect import without_password
     from pipeline.track.mlflow import sync as sync_run
     from pipeline.track.mlflow import tracking_uri
     from pipeline.track.state import state_of
@@ -29,7 +30,8 @@ def sync(
     begun = [each for each in runs_of(found).values() if state_of(each) != "new"] if is_suite(found) else [found]
     for folder in begun:
         report = sync_run(folder, uri=uri)
-        print(f"{folder.name} -> {uri}: {report.delivered} points delivered, {report.already_there} were there")
+        told = f"{report.delivered} points delivered, {report.already_there} were there"
+        print(f"{folder.name} -> {without_password(uri)}: {told}")
     if not begun:
         print(f"{found.name}: none of its runs has begun")
 

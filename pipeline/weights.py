@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.checkpoint import WEIGHTS, verified
@@ -36,7 +35,7 @@ def load_run(run: str | os.PathLike[str], *, which: str = "last", trust: Collect
         raise ValueError(f"load: {folder} must be a run's folder, which holds recipe.json; it does not")
     recipe = Recipe.read(folder / "recipe.json", trust=trust)
     network: nn.Module = recipe.model.build()
-    network.load_state_dict(load_file(verified(folder / "checkpoints", which) / WEIGHTS))
+    network.load_state_dict(read_state(verified(folder / "checkpoints", which) / WEIGHTS, who="load"))
     return network.eval()
 
 

@@ -20,7 +20,7 @@ from pipeline.attempt import Attempt
 from pipeline.backend.averaged import Averaged
 from pipeline.backend.base import Backend
 from pipeline.backend.plain import Plain
-from pipeline.checkpoint import Checkpoints
+from pipeline.checkpoint import Checkpoints, read_trainer
 from pipeline.cores import own_cores
 from pipeline.data.base import Data
 from pipeline.data.mixing import Mixing
@@ -37,6 +37,7 @@ from pipeline.parts import Parts
 from pipeline.phases import Stretch, stretch_at, timetable
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe, Spec, Split, read_json, write_json
+from pipeline.record import refuse_another_recipe
 from pipeline.refused import Diverged, Refused, Unbounded, refusal_of
 from pipeline.rules.base import Rule, World
 from pipeline.spiking.binary import latent_parameters
@@ -131,7 +132,8 @@ def raise_refusal(folder: Path) -> None:
 def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, clock: Clock, began: float) -> Parts:
     """Build everything that this process trains with, and restore the newest checkpoint into it; collective."""
     folder = Path(job.run)
-    recipe = fitted(Recipe.read(folder / "recipe.json", trust=job.trust), ranks.agree(lambda: limit_of(folder)))
+    written = Recipe.read(folder / "recipe.json", trust=job.trust)
+    recipe = fitted(written, ranks.agree(lambda: limit_of(folder)))
     split = recipe.split(ranks.size)
     checkpoints = Checkpoints(
         folder / "checkpoints",
@@ -140,7 +142,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, clock: Clock
         rank=ranks.rank,
         on_quarantine=lambda path, reason: tracker.event("quarantine", path=str(path), reason=reason),
     )
-    checkpoint = ranks.agree(checkpoints.newest)
+    checkpoint = ranks.agree(lambda: _newest(checkpoints, written, trust=job.trust))
     skipped = ranks.agree(lambda: Skipped.read(folder))
     world = World(recipe.seed, ranks.rank, ranks.size, ranks.mean)
     # What can be refused on one machine alone comes first, and nobody talks to the others while it does.
@@ -181,6 +183,13 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, clock: Clock
         trainer=None if checkpoint is None else checkpoints.load(checkpoint, backend, rule),
         began=began,
     )
+
+
+def _newest(checkpoints: Checkpoints, recipe: Recipe, *, trust: tuple[str, ...]) -> Path | None:
+    found = checkpoints.newest()
+    if found is not None:
+        refuse_another_recipe(read_trainer(found), recipe, trust=trust)
+    return found
 
 
 def _own_parts(

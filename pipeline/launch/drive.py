@@ -29,12 +29,13 @@ from pipeline.data.base import Data
 from pipeline.job import REFUSAL, Job
 from pipeline.launch.base import Launcher, LaunchError
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.folder import numbered, whole_folder
+from pipeline.launch.folder import named, numbered, whole_folder
 from pipeline.launch.watch import Watch
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.refused import Refused
 from pipeline.spec import arguments_of
+from pipeline.track.connect import without_password
 from pipeline.track.exposition import Exposed
 from pipeline.track.jsonl import Follower
 from pipeline.track.mlflow import Mirror
@@ -70,7 +71,7 @@ def prepare(
     data: Data = recipe.data.build()
     fingerprint = data.fingerprint()
     study = recipe.study_key(study_inputs(recipe, fingerprint))
-    folder = runs.absolute() / (name or f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = named(runs.absolute(), f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}" if name is None else name)
     if name is None:
         folder = next(path for path in numbered(folder) if not path.exists())
     job = Job(
@@ -109,12 +110,14 @@ def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
     """What `write_job` wrote; a folder that was moved is where it is now.
 
     Raises:
-        ValueError: it is missing or damaged.
+        ValueError: it is missing or damaged, or its suite would lie in another folder of runs.
     """
     file = folder / "job.json"
     told = arguments_of(Job, read_json(file), who=str(file), besides=("run", "trust"))
     job = Job(**told, run=str(folder.absolute()), trust=trust)
     refuse_unless_counts(str(file), {"threads": job.threads, "loader_threads": job.loader_threads})
+    if job.suite is not None and (job.suite == ".." or Path(job.suite).name != job.suite):
+        raise ValueError(f"{file}: suite must be the name of a folder beside this one; got {job.suite!r}")
     return job
 
 
@@ -154,7 +157,9 @@ def drive(job: Job, launcher: Launcher, console: Console, *, uri: str, resume_co
             look()
             watch.close()
             if not mirror.close(timeout=MLFLOW_PATIENCE_S):
-                console.print(f"MLflow at {uri} has not answered; `spiketrain sync {folder}` delivers the rest later")
+                console.print(
+                    f"MLflow at {without_password(uri)} has not answered; `spiketrain sync {folder}` delivers the rest later"
+                )
         return outcome
 
 

@@ -32,6 +32,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
+def named(runs: Path, name: str) -> Path:
+    """The folder of this name in the folder of runs.
+
+    Raises:
+        ValueError: it would lie elsewhere.
+    """
+    if name in ("", "..") or Path(name).name != name:
+        raise ValueError(f"launch: --name must be a name in {runs}; got {name!r}")
+    return runs / name
+
+
 def refuse_taken(folder: Path) -> None:
     if folder.exists():
         name = folder.name

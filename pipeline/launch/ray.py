@@ -38,6 +38,8 @@ G = TypeVar("G")
 R = TypeVar("R")
 
 PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "FI_", "HF_")
+SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
+"""in the name of a variable that is not passed on: Ray writes the others down in its logs, and a machine has its own secrets"""
 
 
 class Ray:
@@ -84,7 +86,9 @@ class Ray:
             try:
                 if self.address is None:
                     cores = max(self.workers * self.cpus_per_worker, len(physical_cores(os.sched_getaffinity(0))))
-                    ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+                    # Not one that somebody else has started on this machine, which Ray would join if it were not told so.
+                    here = {"address": "local", "num_cpus": cores, "include_dashboard": False}
+                    ray.init(**here, log_to_driver=False, logging_level=logging.ERROR)
                 else:
                     _knock(self.address)
                     with _heard() as said:
@@ -189,7 +193,7 @@ class Ray:
         """What reaches every worker: Ray passes on a fixed list of its own, and forces OMP_NUM_THREADS to 1 by itself."""
         threads = str(self.cpus_per_worker)
         return {
-            **{name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)},
+            **{name: value for name, value in os.environ.items() if _is_passed_on(name)},
             # A worker starts in a folder of its own; a package that the user trusts lies beside the recipe or on the path.
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path)),
             **environment(),
@@ -201,6 +205,10 @@ class Ray:
             # What the workers have, not what this process sees; and workers without a GPU each must not meet the few there are.
             **({"DS_ACCELERATOR": "cuda"} if gpus else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}),
         }
+
+
+def _is_passed_on(name: str) -> bool:
+    return name.startswith(PASSED_ON) and not any(word in name.upper() for word in SECRET)
 
 
 def _knock(address: str) -> None:

@@ -14,7 +14,7 @@ from pipeline.launch.base import Launcher
 from pipeline.launch.children import Children, begun_job
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.drive import driver_lock, was_stopped
-from pipeline.launch.folder import numbered, refuse_taken, whole_folder
+from pipeline.launch.folder import named, numbered, refuse_taken, whole_folder
 from pipeline.launch.side_by_side import slots_of, train_side_by_side
 from pipeline.launch.start import check, train
 from pipeline.recipe import Recipe
@@ -133,10 +133,8 @@ def _names(suite: Suite, runs: Path, *, stem: str, name: str | None, mark: str) 
 
     `mark` sets them apart from those of a suite that is launched in the same second, as runs get their folders later.
     """
-    if name is not None and (Path(name).name != name or name == ".."):
-        raise ValueError(f"launch: --name of a suite must be a name in {runs}; got {name}")
     if name is not None:
-        refuse_taken(runs / name)
+        refuse_taken(named(runs, name))
     stamp = time.strftime("%Y%m%d-%H%M%S")
 
     def free(wanted: str) -> str:

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from pipeline.track.connect import without_password
+
 __all__ = ["Watch"]
 
 
@@ -45,7 +47,7 @@ class Watch:
         self._newest: dict[str, Any] = {}  # step event
         self._accuracy = ""
         self._say(f"run     {os.fspath(run_dir)}")
-        self._say(f"mlflow  {store}")
+        self._say(f"mlflow  {without_password(store)}")
         if resume_command:
             self._say(f"resume  {resume_command}")
 

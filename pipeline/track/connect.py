@@ -39,7 +39,8 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def without_password(text: str) -> str:
-    return re.sub(r"//[^/@\s]*@", "//", text)
+    """A text without the user and password of the addresses in it."""
+    return re.sub(r"//[^/\s]*@", "//", text)
 
 
 def one_line(uri: str, error: Exception) -> str:

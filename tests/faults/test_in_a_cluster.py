@@ -6,6 +6,8 @@ All of them in one run, as every start of workers costs seconds; a test for each
 from __future__ import annotations
 
 import random
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,17 +16,21 @@ import pytest
 
 from pipeline.__main__ import main
 from pipeline.track.jsonl import read
+from tests.faults.test_security import holders, plant
 from tests.small import same_weights
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
 SEED = 20261126  # of the steps at which something happens
 LAB = '''
-import math, os, time
+import math, os, signal, time
+from contextlib import contextmanager
 from pathlib import Path
+from pipeline.data.synthetic import Synthetic
 from pipeline.rules.sltt import SLTT
 
 HERE = Path(__file__).parent
+FAULTS = {faults!r}  # name: (rank, step)
 
 def first_time(what):
     try:
@@ -33,29 +39,53 @@ def first_time(what):
         return False
     return True
 
-class Faulty(SLTT):
-    """SLTT on a machine that is not well: {{name: (rank, step)}}."""
+def due(name, rank, step):
+    return FAULTS[name] == (rank, step)
 
-    faults = {faults!r}
+class Faulty(SLTT):
+    """SLTT on a machine that is not well."""
 
     def objectives(self, model, x_TB, loss_of, *, step, rows):
-        here = [name for name, at in self.faults.items() if at == (self.world.rank, step)]
-        if "not finite" in here:
+        here = self.world.rank, step
+        if due("not finite", *here):
             x_TB = x_TB * math.nan
-        if "exception" in here and first_time("exception"):
-            raise RuntimeError("the cable fell out")
-        if "hang" in here and first_time("hang"):
-            time.sleep(1000)
-        if "drift" in here and first_time("drift"):
+        for name in ("killed 0", "killed 1"):
+            if due(name, *here) and first_time(name):
+                os.kill(os.getpid(), signal.SIGKILL)
+        if due("drift", *here) and first_time("drift"):
             next(model.parameters()).data.flatten()[0] += 1e-4
         return super().objectives(model, x_TB, loss_of, step=step, rows=rows)
+
+class FaultyData(Synthetic):
+    """Synthetic on a disk that is not well."""
+
+    def train(self, *, rank, **sizes):
+        return FaultyLoader(super().train(rank=rank, **sizes), rank, sizes["batch_size"])
+
+class FaultyLoader:
+    def __init__(self, loader, rank, batch_size):
+        self.loader, self.rank, self.batch_size = loader, rank, batch_size
+        self.samples, self.steps_per_epoch, self.close = loader.samples, loader.steps_per_epoch, loader.close
+
+    @contextmanager
+    def epoch(self, epoch, *, start=0):
+        with self.loader.epoch(epoch, start=start) as batches:
+            yield self.met(batches, epoch * self.steps_per_epoch + start // self.batch_size)
+
+    def met(self, batches, step):
+        for step, batch in enumerate(batches, step):
+            if due("exception", self.rank, step) and first_time("exception"):
+                raise RuntimeError("the cable fell out")
+            if due("hang", self.rank, step) and first_time("hang"):
+                time.sleep(1000)
+            yield batch
 '''
 RECIPE = """
 from dataclasses import replace
 from pipeline.recipe import spec
 from pipeline.rules.sltt import SLTT
 from tests.small import small_recipe
-from faulty_lab import Faulty
+from faulty_lab import Faulty, FaultyData
 
 def recipe():
     made = small_recipe(backend="deepspeed", epochs=5, checkpoint_every=5, replicas_every=5, evaluate_every=5)
@@ -75,14 +105,17 @@ def newest(step: int) -> int:
 def faults() -> dict[str, tuple[int, int]]:
     """At steps of their own, in order, in the five epochs of eight batches."""
     draw = random.Random(SEED)
-    names = ("not finite", "exception", "hang", "drift")
-    return {name: (draw.randrange(2), 2 + 9 * place + draw.randrange(6)) for place, name in enumerate(names)}
+    names = ("not finite", "exception", "hang", "killed 0", "killed 1", "drift")
+    found = {name: (draw.randrange(2), 2 + 6 * place + draw.randrange(5)) for place, name in enumerate(names)}
+    return {**found, **{f"killed {rank}": (rank, found[f"killed {rank}"][1]) for rank in range(2)}}
 
 
 def launched(file: Path, runs: Path) -> Path:
     words = ["launch", str(file), "--workers", "2", "--device", "cpu", "--runs", str(runs), "--name", file.stem]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["spiketrain", *words, "--trust", "faulty_lab", "--hang-minutes", "0.15"])
+        patch.setattr(
+            "sys.argv", ["spiketrain", *words, "--trust", "faulty_lab", "--hang-minutes", "0.15", "--max-restarts", "4"]
+        )
         with pytest.raises(SystemExit) as end:
             main()
     assert end.value.code == 0
@@ -95,12 +128,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory, faults: dict[str, tuple[int, 
     folder = tmp_path_factory.mktemp("faults")
     (folder / "faulty_lab.py").write_text(LAB.format(faults=faults))
     step = faults["not finite"][1]
-    (folder / "hit.py").write_text(RECIPE.format(change="rule=spec(Faulty)"))
+    (folder / "hit.py").write_text(RECIPE.format(change="rule=spec(Faulty), data=spec(FaultyData, **made.data.kwargs)"))
     (folder / "told.py").write_text(RECIPE.format(change=f"rule=spec(SLTT), skip=(({step}, {step + 1}),)"))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-        yield launched(folder / "hit.py", folder / "runs"), launched(folder / "told.py", folder / "runs")
+        with tempfile.TemporaryDirectory(prefix="ray") as logs:  # of a short name: sockets lie in it
+            patch.setenv("RAY_TMPDIR", logs)
+            plant(patch)
+            hit = launched(folder / "hit.py", folder / "runs")
+            shutil.copytree(logs, folder / "ray", symlinks=True, ignore=lambda _, names: [n for n in names if n == "sockets"])
+            told = launched(folder / "told.py", folder / "runs")
+        yield hit, told
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -110,7 +149,7 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 def test_the_parameters_are_the_same_to_the_bit(runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(runs[0].parent.parent)
     assert same_weights(*runs, trust=["faulty_lab"])
-    assert len(events(runs[0], "start")) == 4 and len(events(runs[1], "start")) == 1
+    assert len(events(runs[0], "start")) == 6 and len(events(runs[1], "start")) == 1
 
 
 def test_what_is_not_finite_on_one_worker_is_skipped_by_all(runs: tuple[Path, Path], faults: dict[str, tuple[int, int]]) -> None:
@@ -118,18 +157,35 @@ def test_what_is_not_finite_on_one_worker_is_skipped_by_all(runs: tuple[Path, Pa
     assert skipped == {(faults["not finite"][1], "its gradient is not finite on 1 of 2 workers")}
 
 
-def test_an_exception_on_one_worker_starts_all_again(runs: tuple[Path, Path], faults: dict[str, tuple[int, int]]) -> None:
+def test_an_exception_in_the_loader_of_one_worker_starts_all_again(
+    runs: tuple[Path, Path], faults: dict[str, tuple[int, int]]
+) -> None:
     start = events(runs[0], "start")[1]
     assert start["step"] == newest(faults["exception"][1])
 
 
-def test_a_worker_that_hangs_writes_down_where_and_is_started_again(
+def test_a_loader_that_hangs_is_written_down_and_its_worker_started_again(
     runs: tuple[Path, Path], faults: dict[str, tuple[int, int]]
 ) -> None:
     rank, step = faults["hang"]
     assert events(runs[0], "start")[2]["step"] == newest(step)
     stacks = {file.name[:5]: file.read_text() for file in (runs[0] / "stacks").iterdir()}
-    assert "faulty_lab.py" in stacks[f"rank{rank}"]
+    assert 'faulty_lab.py", line' in stacks[f"rank{rank}"] and " in met" in stacks[f"rank{rank}"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_that_is_killed_in_the_middle_of_a_step(
+    runs: tuple[Path, Path], faults: dict[str, tuple[int, int]], rank: int
+) -> None:
+    assert events(runs[0], "start")[3 + rank]["step"] == newest(faults[f"killed {rank}"][1])
+
+
+def test_no_secret_of_the_driver_is_written_down_by_anybody(runs: tuple[Path, Path]) -> None:
+    folder = runs[0].parent.parent
+    logs = [file.name for file in (folder / "ray").rglob("*") if file.is_file()]
+    assert "gcs_server.out" in logs and any(name.startswith("worker-") for name in logs)
+    assert (folder / "mlflow.db").exists()
+    assert holders(folder) == []
 
 
 def test_weights_that_come_apart_are_found_and_given_up(runs: tuple[Path, Path], faults: dict[str, tuple[int, int]]) -> None:
@@ -138,4 +194,4 @@ def test_weights_that_come_apart_are_found_and_given_up(runs: tuple[Path, Path],
     found = min(each for each in CHECKPOINTS if each > step)
     assert (back["step"], back["to"]) == (found - 1, newest(step))
     assert back["reason"].startswith("the weights of workers 1 are")  # of two, nobody can tell which
-    assert events(runs[0], "start")[3]["step"] == newest(step)
+    assert events(runs[0], "start")[5]["step"] == newest(step)

@@ -326,8 +326,8 @@ def recipe():
         ("[a, replace(b, batch_size=1000)]", "", "batch_size must be at most the 64"),
         ("[a, b]", "--set init=@c", "suite: a reference must name an earlier recipe; got '@c' in a, before it stand none"),
         ("[a, b]", "--set optimizer.lrr=1", "lrr"),
-        ("[a, b]", "--name x/y", "launch: --name of a suite must be a name in "),
-        ("[a, b]", "--name ..", "launch: --name of a suite must be a name in "),
+        ("[a, b]", "--name x/y", "launch: --name must be a name in "),
+        ("[a, b]", "--name ..", "launch: --name must be a name in "),
     ],
 )
 def test_what_cannot_be_trained_to_its_end_leaves_nothing_behind(

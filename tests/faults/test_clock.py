@@ -1,0 +1,50 @@
+"""A machine's clock is set back while a run trains, and while it lies still: the same bits, and no time that runs backwards."""
+
+from __future__ import annotations
+
+import random
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoint import read_trainer, step_folders
+from pipeline.track.jsonl import Journal, read
+from pipeline.track.state import state_of
+from tests.small import same_weights, small_recipe, train_inline
+from tests.test_worker import Killed, die_at
+
+pytestmark = pytest.mark.timeout(120)
+SEED = 20261128  # of the steps
+HOUR = 3600.0
+
+
+def test_set_back_in_the_middle_and_before_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, recipe = random.Random(SEED), small_recipe()
+    dies, turns = draw.randrange(4, 8), draw.randrange(10, 15)
+    train_inline(tmp_path / "untouched", recipe)
+    clock, behind, told = time.time, [0.0], Journal.event
+
+    def event(self: Journal, kind: str, /, **fields: object) -> None:
+        if kind == "step" and fields["step"] == turns:
+            behind[0] = 2 * HOUR
+        told(self, kind, **fields)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: clock() - behind[0])
+        patch.setattr(Journal, "event", event)
+        with patch.context() as inside:
+            die_at(inside, dies)
+            with pytest.raises(Killed):
+                train_inline(tmp_path / "hit", recipe)
+        behind[0] = HOUR
+        summary = train_inline(tmp_path / "hit", recipe)
+    assert same_weights(tmp_path / "hit", tmp_path / "untouched")
+    events = read(tmp_path / "hit" / "journal.jsonl")
+    backwards = [later["step"] for earlier, later in pairwise(events) if later["time"] < earlier["time"] - HOUR / 2]
+    newest = max(step for step in (0, 3, 6) if step <= dies)
+    assert backwards == [newest, turns], "the clock was set back at a start and at a step"
+    assert state_of(tmp_path / "hit") == "finished"
+    assert summary is not None and 0 < summary["net_s"] <= summary["wall_s"] < 100
+    assert read_trainer(step_folders(tmp_path / "hit" / "checkpoints")[-1])["step"] == 16

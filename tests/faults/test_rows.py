@@ -1,0 +1,111 @@
+"""The faults that a run meets, and the tests that hold each to its oracle; a test that is renamed or gone is missed here.
+
+bits      parameters bit-identical to those of a run that nobody touched
+told      ... to those of a run that was told to skip the same batches
+samples   every sample once, and parameters within 1e-5 after 20 steps, where the world size or the micro-batch changed
+refused   one line, and nothing trained
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+CLUSTER, RECOVERY, CHECKPOINT = "faults/test_in_a_cluster.py", "launch/test_recovery.py", "test_checkpoint.py"
+BITS = f"{CLUSTER}::test_the_parameters_are_the_same_to_the_bit"
+"""of one run that meets what the other tests of that file look at"""
+HUNTED = f"{RECOVERY}::test_killed_in_every_way_it_ends_with_the_same_bits"
+SECURITY = "faults/test_security.py"
+
+ROWS: dict[str, tuple[str, ...]] = {
+    # bits
+    "SIGKILL of rank 0, of rank 1, in mid-step": (
+        BITS,
+        f"{CLUSTER}::test_a_worker_that_is_killed_in_the_middle_of_a_step",
+        HUNTED,
+    ),
+    "exception in the loader": (
+        *(BITS, f"{CLUSTER}::test_an_exception_in_the_loader_of_one_worker_starts_all_again"),
+        *("data/test_reader.py::test_an_error_in_the_thread_arrives", "data/test_reader.py::test_a_thread_that_dies_is_noticed"),
+    ),
+    "hang in the loader": (
+        *(BITS, f"{CLUSTER}::test_a_loader_that_hangs_is_written_down_and_its_worker_started_again"),
+        *("data/test_reader.py::test_a_hang_arrives_at_the_limit", "test_watchdog.py::test_a_hang_is_written_down_and_ended"),
+    ),
+    "kill during a checkpoint write": (HUNTED, f"{CHECKPOINT}::test_a_write_that_was_cut_short_is_no_checkpoint"),
+    "kill while an old checkpoint is deleted": (f"{CHECKPOINT}::test_a_kill_while_an_old_checkpoint_is_deleted_is_survived",),
+    "truncated, bit-flipped, missing checkpoint; missing manifest": (
+        *(HUNTED, f"{CHECKPOINT}::test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used"),
+    ),
+    "truncated Ray snapshot": (HUNTED,),
+    "driver killed": (HUNTED, "launch/test_continual_recovery.py::test_a_run_killed_in_its_second_task_goes_on_there"),
+    "SIGTERM": (
+        *(f"{RECOVERY}::test_a_run_that_is_being_trained_is_not_trained_twice",),
+        *("launch/test_drive.py::test_the_first_asks_to_save_and_the_second_ends_at_once",),
+    ),
+    "Ctrl-C": (HUNTED, "launch/test_drive.py::test_the_first_asks_to_save_and_the_second_ends_at_once"),
+    "weights of workers that come apart": (BITS, f"{CLUSTER}::test_weights_that_come_apart_are_found_and_given_up"),
+    "MLflow slow, down and back": (
+        *("track/test_mlflow.py::test_a_server_that_hangs_dies_and_comes_back",),
+        *("track/test_mlflow.py::test_a_server_that_hangs_does_not_hold_the_driver",),
+        *("track/test_mlflow.py::test_a_server_that_refuses_costs_the_run_nothing",),
+    ),
+    "stale JIT lock": ("faults/test_stale_lock.py::test_training_waits_for_no_build",),
+    "clock set back": ("faults/test_clock.py::test_set_back_in_the_middle_and_before_a_resume",),
+    # told
+    "NaN at step k": (
+        *(BITS, f"{CLUSTER}::test_what_is_not_finite_on_one_worker_is_skipped_by_all"),
+        *("faults/test_not_finite.py::test_one_is_skipped_and_the_rest_is_as_if_it_had_been_told_so",),
+        *("faults/test_not_finite.py::test_several_in_a_row_lead_back_to_the_checkpoint_and_around_them",),
+    ),
+    "loss spike": ("faults/test_spike.py::test_it_is_passed_over_or_gone_back_for",),
+    # samples
+    "out of memory": ("faults/test_out_of_memory.py::test_the_micro_batch_is_halved_until_it_fits",),
+    # refused
+    "damaged and truncated .beton": (
+        *("test_cli.py::test_a_flipped_byte_in_the_data_is_refused_by_verify_and_by_launch",),
+        *("test_bad_use.py::test_an_event_file_that_is_cut_short_is_refused_by_verify_and_by_launch",),
+        *("data/test_reader.py::test_a_corrupt_jpeg_is_named",),
+    ),
+    "recipe changed before resume": (
+        *("faults/test_changed_recipe.py::test_the_fields_that_differ_are_named",),
+        *("launch/test_again.py::test_another_recipe_is_refused_with_the_fields_that_differ",),
+    ),
+    "two drivers resume one run": (f"{RECOVERY}::test_a_run_that_is_being_trained_is_not_trained_twice",),
+    "malicious pickle": (
+        *(f"{SECURITY}::test_a_pickle_in_a_checkpoint_is_not_run", f"{SECURITY}::test_nor_by_deepspeed"),
+        *(f"{SECURITY}::test_weights_that_are_a_pickle_are_refused",),
+    ),
+    "../ in a name, a path, a saved recipe": (
+        *(f"{SECURITY}::test_a_name_stays_in_the_folder_of_runs", f"{SECURITY}::test_a_saved_recipe_names_no_code_but_ours"),
+        *("report/test_store.py::test_known_artifacts_alone_and_none_through_a_link",),
+        *("test_suite.py::test_a_damaged_or_foreign_suite_json_is_refused_in_one_line",),
+        *(f"{SECURITY}::test_a_run_from_elsewhere_has_its_suite_beside_it",),
+    ),
+    # found nowhere
+    "a planted secret": (
+        *(f"{SECURITY}::test_a_run_and_its_store_hold_no_secret", f"{SECURITY}::test_the_password_of_a_server_is_not_told"),
+        *(f"{CLUSTER}::test_no_secret_of_the_driver_is_written_down_by_anybody",),
+    ),
+}
+TESTS = Path(__file__).parent.parent
+
+
+def test_every_test_of_the_table_is_there() -> None:
+    missing = [test for tests in ROWS.values() for test in tests if not _is_there(*test.split("::"))]
+    assert missing == []
+
+
+def test_every_file_of_faults_is_in_the_table() -> None:
+    named = {test.split("::")[0] for tests in ROWS.values() for test in tests}
+    files = {f"faults/{file.name}" for file in (TESTS / "faults").glob("test_*.py")} - {f"faults/{Path(__file__).name}"}
+    assert len(files) >= 8 and files <= named
+
+
+def _is_there(file: str, name: str) -> bool:
+    """Under its name, and not skipped."""
+    if not (TESTS / file).is_file():
+        return False
+    functions = [each for each in ast.parse((TESTS / file).read_text()).body if isinstance(each, ast.FunctionDef)]
+    marks = [[ast.unparse(mark) for mark in each.decorator_list] for each in functions if each.name == name]
+    return len(marks) == 1 and not any("mark.skip" in mark or "mark.xfail" in mark for mark in marks[0])

@@ -1,0 +1,300 @@
+"""What comes from outside: secrets that get nowhere, pickles that are not run, names and paths that stay in their folder."""
+
+from __future__ import annotations
+
+import ast
+import os
+import pickle
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline import checkpoint
+from pipeline.backend.deepspeed import DeepSpeed
+from pipeline.checkpoint import WEIGHTS, CheckpointError, Checkpoints, _seal, step_folders
+from pipeline.launch.cluster import Cluster
+from pipeline.launch.drive import prepare, read_job, write_job
+from pipeline.launch.inline import Inline
+from pipeline.launch.ray import Ray
+from pipeline.recipe import Recipe, read_json, write_json
+from pipeline.refused import Refused
+from tests.processes import run_ranks
+from tests.small import Command, command, make_run, small_recipe, train_inline
+from tests.test_worker import Killed, die_at
+
+pytestmark = pytest.mark.timeout(120)
+SECRET = "sesame-b41f0c"
+RECIPE = """
+from dataclasses import replace
+from pipeline.recipe import spec
+from tests.processes import run_ranks
+from tests.small import small_recipe
+
+def recipe():
+    return replace(small_recipe(), {change})
+"""
+
+
+@pytest.fixture
+def spiketrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    return command(monkeypatch, capsys)
+
+
+def refusal(code: int, error: str) -> str:
+    """The one line that it is."""
+    assert code == 2, error
+    assert len(error.strip().splitlines()) == 1, error
+    return error
+
+
+# --------------------------------------------------------------------------------------------------------------- secrets
+
+
+def plant(patch: pytest.MonkeyPatch) -> None:
+    """In every variable that a user of a cluster keeps one in."""
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "RAY_AUTH_TOKEN", "HF_TOKEN"):
+        patch.setenv(name, SECRET)
+    patch.setenv("MLFLOW_TRACKING_USERNAME", "somebody")
+
+
+def holders(folder: Path) -> list[str]:
+    """Files beneath a folder that hold the secret, in any of their bytes or in their names."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 5, "what was searched is there"
+    return [str(path) for path in files if SECRET.encode() in path.read_bytes() or SECRET in str(path)]
+
+
+def test_a_run_and_its_store_hold_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command) -> None:
+    plant(monkeypatch)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store/mlflow.db")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "small.py").write_text(RECIPE.format(change="stop_after=4"))
+    words = ("launch", str(tmp_path / "small.py"), "--inline", "--runs", str(tmp_path / "runs"))
+    code, said, error = spiketrain(*words, "--name", "whole")
+    assert code == 0, error
+    assert (tmp_path / "store" / "mlflow.db").exists() and read_json(tmp_path / "runs" / "whole" / "mlflow.json")["run_id"]
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.evaluate.Evaluation.__init__", _fail)  # with a traceback in its journal
+        with pytest.raises(KeyError):
+            spiketrain(*words, "--name", "failed")
+    assert "KeyError" in (tmp_path / "runs" / "failed" / "journal.jsonl").read_text()
+    assert SECRET not in said + error
+    assert holders(tmp_path) == []
+
+
+def _fail(*words: Any, **more: Any) -> None:
+    raise KeyError("the cable fell out")
+
+
+def test_the_password_of_a_server_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://somebody:{SECRET}@{SECRET}@127.0.0.1:{port}")  # nobody is there
+    (tmp_path / "small.py").write_text(RECIPE.format(change="stop_after=2"))
+    runs = ("--runs", str(tmp_path / "runs"))
+    code, said, error = spiketrain("launch", str(tmp_path / "small.py"), "--inline", *runs, "--name", "it")
+    assert code == 0, error
+    assert f"mlflow  http://127.0.0.1:{port}" in said and f"MLflow at http://127.0.0.1:{port} has not answered" in said.replace(
+        "\n", " "
+    )
+    assert SECRET not in said + error
+    assert holders(tmp_path) == []
+    for words in (("sync", "it", *runs), ("register", "it", "--as", "x", *runs)):
+        code, said, error = spiketrain(*words)
+        assert code == 1 and "cannot be filled" in error and SECRET not in said + error
+
+
+def test_a_worker_is_told_settings_and_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray writes what a worker is told into its logs."""
+    plant(monkeypatch)
+    monkeypatch.setenv("HF_HOME", "/models")
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    job = make_run(tmp_path / "it", small_recipe())
+    told = Ray(workers=1)._environment(job, False)
+    assert (told["HF_HOME"], told["NCCL_DEBUG"]) == ("/models", "WARN")
+    assert SECRET not in told.values()
+
+
+# --------------------------------------------------------------------------------------------------------------- pickles
+
+
+class Harmful:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = str(mark)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.mark,)
+
+
+def harmful(file: Path, mark: Path) -> None:
+    """Into what the file holds, as somebody would who does not want to be seen."""
+    content = torch.load(file, weights_only=False) if file.exists() else {}
+    torch.save({**content, "harm": Harmful(mark)}, file)
+
+
+def harmful_alone(file: Path, mark: Path) -> None:
+    file.write_bytes(pickle.dumps(Harmful(mark)))
+
+
+def reseal(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    _seal(folder)
+    assert checkpoint.damage(folder) is None
+
+
+def broken_off(run: Path, recipe: Recipe, patch: pytest.MonkeyPatch) -> Path:
+    """A run that died in batch 5, and its newest checkpoint."""
+    with patch.context() as inside:
+        die_at(inside, 5)
+        with pytest.raises(Killed):
+            train_inline(run, recipe)
+    return step_folders(run / "checkpoints")[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("plain/state.pt", harmful), ("plain/average.pt", harmful), ("rng_rank0.pt", harmful), ("rule.pt", harmful_alone)],
+)
+def test_a_pickle_in_a_checkpoint_is_not_run(
+    name: str, how: Callable[[Path, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_recipe(stop_after=7, ema_decay=0.9)
+    newest = broken_off(tmp_path / "it", recipe, monkeypatch)
+    how(newest / name, tmp_path / "harmed")
+    reseal(newest)
+    with pytest.raises(Refused, match=rf"checkpoint .*{newest.name}: must hold data alone; {name} (calls posix.mkdir|cannot be)"):
+        train_inline(tmp_path / "it", recipe)
+    assert newest.is_dir()  # for whoever asks where it came from
+    monkeypatch.setattr(checkpoint, "code_in", lambda folder: None)  # the second wall
+    with pytest.raises(pickle.UnpicklingError):
+        train_inline(tmp_path / "it", recipe)
+    assert not (tmp_path / "harmed").exists()
+
+
+@pytest.mark.distributed
+def test_nor_by_deepspeed(tmp_path: Path) -> None:
+    run_ranks(tampered_with, 1, tmp_path)
+
+
+def tampered_with(rank: int, ranks: int) -> None:
+    here = Path(tempfile.mkdtemp())
+    for zero, file in ((0, "mp_rank_00_model_states.pt"), (1, "zero_pp_rank_0_mp_rank_00_optim_states.pt")):
+        network = nn.Linear(2, 2)
+        backend = DeepSpeed(network, lambda net: torch.optim.SGD(net.parameters(), lr=0.1), micro_batch=1, zero=zero)
+        checkpoints, rule = Checkpoints(here / str(zero), attempt="a"), nn.Module()
+        saved = checkpoints.save(1, backend, rule, {"world_size": 1, "zero": zero, "score": None}).path
+        weight = network.weight.detach().clone()
+        network.weight.data.zero_()
+        checkpoints.load(saved, backend, rule)
+        assert checkpoints.newest() == saved and torch.equal(network.weight, weight)
+        harmful(saved / "deepspeed" / "state" / file, here / "harmed")
+        reseal(saved)
+        with pytest.raises(CheckpointError, match=f"must hold data alone; deepspeed/state/{file} calls posix.mkdir"):
+            checkpoints.newest()
+        with pytest.raises(pickle.UnpicklingError):
+            checkpoints.load(saved, backend, rule)
+    assert not (here / "harmed").exists()
+    shutil.rmtree(here)
+
+
+def test_weights_that_are_a_pickle_are_refused(tmp_path: Path, spiketrain: Command) -> None:
+    (tmp_path / "small.py").write_text(RECIPE.format(change="stop_after=2"))
+    recipe, runs = str(tmp_path / "small.py"), ("--runs", str(tmp_path / "runs"))
+    with Inline() as launcher:
+        launcher.run(prepare(small_recipe(stop_after=2), Cluster(inline=True), tmp_path / "runs", name="it"), "test")
+    for name in ("weights.pt", "weights.safetensors"):
+        harmful_alone(tmp_path / name, tmp_path / "harmed")
+        for what in ("it", recipe):
+            code, _, error = spiketrain("evaluate", what, "--weights", str(tmp_path / name), *runs)
+            assert f"{name} must hold weights" in refusal(code, error)
+        code, _, error = spiketrain("launch", recipe, "--inline", "--set", f"init={tmp_path / name}", *runs)
+        assert name in refusal(code, error)
+    newest = step_folders(tmp_path / "runs" / "it" / "checkpoints")[-1]
+    harmful(newest / "plain" / "state.pt", tmp_path / "harmed")  # which nobody reads for its weights
+    reseal(newest)
+    assert spiketrain("evaluate", "it", *runs)[0] == spiketrain("export", "it", "--out", str(tmp_path / "out"), *runs)[0] == 0
+    harmful_alone(newest / WEIGHTS, tmp_path / "harmed")
+    reseal(newest)
+    for words in (("evaluate", "it"), ("export", "it", "--out", str(tmp_path / "other.safetensors"))):
+        code, _, error = spiketrain(*words, *runs)
+        assert "must hold weights" in refusal(code, error)
+    assert not (tmp_path / "harmed").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- names and paths
+
+
+@pytest.mark.parametrize("name", ["../out", "..", "", "a/b", "/tmp/out"])
+def test_a_name_stays_in_the_folder_of_runs(name: str, tmp_path: Path, spiketrain: Command) -> None:
+    (tmp_path / "small.py").write_text(RECIPE.format(change="stop_after=1"))
+    words = ("launch", str(tmp_path / "small.py"), "--inline", "--runs", str(tmp_path / "runs"), "--name", name)
+    for more in ((), ("--or-resume",), ("--seeds", "2")):
+        code, _, error = spiketrain(*words, *more)
+        assert refusal(code, error) == f"launch: --name must be a name in {tmp_path / 'runs'}; got {name!r}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["small.py"]
+
+
+@pytest.mark.parametrize("suite", ["../suite", "..", "/suite"])
+def test_a_run_from_elsewhere_has_its_suite_beside_it(suite: str, tmp_path: Path) -> None:
+    job = make_run(tmp_path / "it", small_recipe())
+    write_job(replace(job, suite=suite))
+    with pytest.raises(ValueError, match=f"suite must be the name of a folder beside this one; got '{suite}'"):
+        read_job(tmp_path / "it")
+
+
+def test_a_saved_recipe_names_no_code_but_ours(tmp_path: Path, spiketrain: Command) -> None:
+    prepare(small_recipe(), Cluster(inline=True), tmp_path / "runs", name="it")
+    file, runs = tmp_path / "runs" / "it" / "recipe.json", ("--runs", str(tmp_path / "runs"))
+    value = read_json(file)
+    for target in ("os.system", "subprocess.call", "pipeline.data.write.os.system", "builtins.exec"):
+        value["recipe"]["schedule"] = {"target": target, "kwargs": {"command": f"touch {tmp_path}/harmed"}}
+        write_json(file, value)
+        for words in (("resume", "it"), ("evaluate", "it"), ("export", "it", "--out", str(tmp_path / "out"))):
+            code, _, error = spiketrain(*words, *runs)
+            assert f"{target} is not in a trusted package" in refusal(code, error)
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_nothing_here_opens_an_archive_or_a_pickle_without_care() -> None:
+    """A tar or a zip can hold names that leave the folder that it is unpacked in: none is unpacked."""
+    careless = {"tarfile", "pickle", "cPickle", "shelve", "marshal", "dill", "cloudpickle", "joblib"}
+    calls = {"unpack_archive", "extractall", "eval", "exec"}
+    files = sorted(Path("pipeline").rglob("*.py"))
+    found, loads = [], 0
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found += [f"{file}: {name}" for name in names if name.split(".")[0] in careless]
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                found += [
+                    f"{file}: {called}"
+                    for name in calls
+                    if called == name or (called.endswith(f".{name}") and name not in ("eval", "exec"))
+                ]
+                told = {each.arg: ast.unparse(each.value) for each in node.keywords}
+                loads += called == "torch.load"
+                found += [f"{file}: {called}"] if called == "torch.load" and told.get("weights_only") != "True" else []
+                found += [f"{file}: {called}"] if called == "np.load" and told.get("allow_pickle") != "False" else []
+    assert len(files) > 200 and loads >= 6
+    assert found == ["pipeline/pickles.py: pickle"]  # the name of an error
+
+
+def test_every_package_of_the_lock_has_a_hash() -> None:
+    text = Path("requirements.lock").read_text()
+    packages = [each for each in re.split(r"\n(?=\S)", text) if not each.startswith("#")]
+    assert len(packages) > 150
+    for each in packages:
+        assert re.match(r"[\w.\[\]-]+==\S+", each) and "--hash=sha256:" in each, each
