@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import shutil
 from collections.abc import Callable
@@ -21,10 +22,14 @@ from pipeline.data.beton import Beton
 from pipeline.data.damage import Page
 from pipeline.data.format import RAW, BetonWriter
 from pipeline.data.order import held_out as held_out_of
+from pipeline.data.order import permutation
 from pipeline.job import Job
+from pipeline.launch.cluster import Cluster
+from pipeline.launch.drive import prepare
 from pipeline.launch.inline import Inline
 from pipeline.recipe import Recipe, spec
 from pipeline.refused import Refused
+from pipeline.rules.sltt import SLTT
 from pipeline.track.jsonl import read
 from pipeline.track.state import state_of
 from tests.small import Command, command, make_run, same_weights, small_recipe
@@ -229,6 +234,7 @@ def test_what_is_evaluated_on_is_never_left_out(
         said = rf"{name}\.beton: page {page} .* damaged; samples that are evaluated on are in it: restore the file"
         with pytest.raises(Refused, match=said):
             train(tmp_path / "hit", made)
+    assert (events(tmp_path / "hit", "start") == []) is (when == "at the start")
 
 
 def test_a_truncated_file_is_refused_in_one_line(
@@ -249,23 +255,19 @@ def test_a_truncated_file_is_refused_in_one_line(
 def test_a_file_that_is_cut_short_while_it_is_read_is_refused(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that is mapped into memory would kill the process without a word."""
-    path = data / "train.beton"
+    """It is mapped into memory: whoever reads beyond its new end is killed without a word."""
+    path, original = data / "train.beton", Attempt._micro_batches
     size = path.stat().st_size
 
-    def cut() -> None:
+    def micro_batches(self: Attempt, source: Any) -> Any:
+        yield from original(self, source)
         with path.open("r+b") as file:
-            file.truncate(size - 2 * PAGE_BYTES)
+            file.truncate(size - 100)  # of the table at its end, which nobody reads by now
 
-    original = Attempt._train
-
-    def train_on_less(self: Attempt) -> None:
-        cut()  # its loader is open
-        original(self)
-
-    monkeypatch.setattr(Attempt, "_train", train_on_less)
-    with pytest.raises(Refused, match=rf"train\.beton must have {size} bytes by its manifest; got \d+: truncated"):
-        train(tmp_path / "hit", recipe(data), verify="sampled")
+    monkeypatch.setattr(Attempt, "_micro_batches", micro_batches)
+    with pytest.raises(Refused, match=rf"train\.beton must have {size} bytes by its manifest; got {size - 100}: truncated"):
+        train(tmp_path / "hit", recipe(data, epochs=1), verify="sampled")
+    assert [event["step"] for event in events(tmp_path / "hit", "step")] != []  # it was whole when it was opened
 
 
 def test_a_note_that_is_damaged_is_named(tmp_path: Path, data: Path) -> None:
@@ -274,3 +276,52 @@ def test_a_note_that_is_damaged_is_named(tmp_path: Path, data: Path) -> None:
     (tmp_path / "hit" / "damaged.json").write_text('{"pages": [{"file": "train.beton"}]}')
     with pytest.raises(Refused, match=r"damaged\.json: must hold pages and their samples; got"):
         train(tmp_path / "hit", made)
+
+
+LAB = """
+import os
+from pathlib import Path
+from pipeline.rules.sltt import SLTT
+
+HERE = Path(__file__).parent
+
+class Flips(SLTT):
+    \"\"\"SLTT beside a disk that fails in the first batch.\"\"\"
+
+    def objectives(self, model, x_TB, loss_of, *, step, rows):
+        if self.world.rank == 1 and not (HERE / "flipped").exists():
+            (HERE / "flipped").touch()
+            with open({file!r}, "r+b") as file:
+                [byte] = os.pread(file.fileno(), 1, {at})
+                os.pwrite(file.fileno(), bytes([byte ^ 4]), {at})
+        return super().objectives(model, x_TB, loss_of, step=step, rows=rows)
+"""
+
+
+@pytest.mark.full
+@pytest.mark.distributed
+@pytest.mark.timeout(400)
+def test_two_workers_leave_the_same_samples_out(
+    tmp_path: Path, whole: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = np.argsort(permutation(64, seed=0, epoch=0))
+    page = max(range(12), key=lambda each: places[slice(*samples_of(each))].min())
+    size = 2
+    assert places[slice(*samples_of(page))].min() // size >= 6  # no worker has read ahead so far when it is damaged
+    place = {"file": str(data / "train.beton"), "at": manifests.read(data / "train.beton").pages_offset + page * PAGE_BYTES}
+    (tmp_path / "damage_lab.py").write_text(LAB.format(**place))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    run, runs = command(monkeypatch, capsys), tmp_path / "runs"
+    flips = importlib.import_module("damage_lab").Flips
+    how = {"backend": "deepspeed", "batch_size": size, "max_damaged_pages": 1}
+    cluster = Cluster(workers=2, device="cpu", verify="full")
+    prepare(recipe(data, rule=spec(flips), **how), cluster, runs, name="hit", trust=("damage_lab",))
+    prepare(recipe(whole, rule=spec(SLTT), **how), cluster, runs, name="told")
+    for name in ("hit", "told"):
+        code, _, said = run("resume", name, "--runs", str(runs), "--trust", "damage_lab")
+        assert code == 0, said
+        Damage.read(runs / "hit").write(runs / "told")
+    assert [event["page"] for event in events(runs / "hit", "damaged")] == [page]
+    assert [len(events(runs / name, "start")) for name in ("hit", "told")] == [2, 1]
+    assert same_weights(runs / "hit", runs / "told", trust=["damage_lab"])
