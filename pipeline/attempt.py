@@ -31,6 +31,7 @@ from pipeline.refused import Diverged, Refused
 from pipeline.replicas import drifted, stragglers
 from pipeline.spiking.encode import over_steps
 from pipeline.tasks import Learnt, mean_of
+from pipeline.track.jsonl import read
 from pipeline.watchdog import Watchdog
 
 T_ = TypeVar("T_")
@@ -85,6 +86,7 @@ class Attempt:
 
     def _run(self) -> dict[str, Any] | None:
         self.tracker.event("start", sync=True, **told_at_start(self.parts, step=self.step))
+        self._tell_damage()
         self._tell_nearness(epoch=None)
         self.meters.forget_peaks()
         while self.step < self.steps:
@@ -94,6 +96,16 @@ class Attempt:
             if self.stop_asked and self.step < self.steps:
                 return self._stopped()
         return self._finish()
+
+    def _tell_damage(self) -> None:
+        """Once of each page, by rank 0: who met it may have died of it."""
+        if self.ranks.rank or not self.parts.damage.pages:
+            return
+        earlier = {(event["file"], event["page"]) for event in read(self.folder / "journal.jsonl") if event["event"] == "damaged"}
+        for page in self.parts.damage.pages:
+            if (page.file, page.number) not in earlier:
+                about = {"file": page.file, "page": page.number, "samples": page.count, "left_out": page.samples}
+                self.tracker.event("damaged", step=self.step, **about)
 
     def _train(self) -> None:
         """The rest of the task at hand."""

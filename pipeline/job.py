@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 REFUSAL = "refusal.json"
 """in a run's folder: why its last attempt cannot go on, found by one rank alone in the middle of training"""
@@ -35,6 +36,8 @@ class Job:
     loader_threads: int = 1
     hang_minutes: float = 0.0
     """between two signs of life of a worker, after which it is taken to hang; 0: nobody watches"""
+    verify: Literal["sampled", "full"] = "sampled"
+    """for which of the samples that are read the page that holds them is compared with its checksum: see data/care.py"""
     own_cores: bool = False
     """whether each worker on a CPU keeps to cores that no other run's computes on"""
 

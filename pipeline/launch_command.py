@@ -36,6 +36,10 @@ Name = Annotated[
 Hang = Annotated[
     float, typer.Option("--hang-minutes", min=0, help="without a sign of life, until a worker is started again; 0: never")
 ]
+Verify = Annotated[
+    Literal["sampled", "full"],
+    typer.Option("--verify", help="compare pages of the data while reading: for one sample in 256, or for each"),
+]
 OrResume = Annotated[bool, typer.Option("--or-resume", help="go on with the run or suite of this --name where it has begun")]
 
 
@@ -55,6 +59,7 @@ def launch(
     loader_threads: Loaders = 1,
     max_restarts: Restarts = 3,
     hang_minutes: Hang = 30.0,
+    verify: Verify = "sampled",
     seeds: Seeds = 1,
     tune: Tune = None,
     side_by_side: SideBySide = "1",
@@ -95,6 +100,7 @@ def launch(
         loader_threads=loader_threads,
         max_restarts=max_restarts,
         hang_minutes=hang_minutes,
+        verify=verify,
         side_by_side=_count_or_auto(side_by_side),
     )
     trusted = (*trust, *(package for recipe in recipes for package in own_package(recipe, made)))

@@ -10,6 +10,7 @@ import torch
 
 from pipeline.backend.base import Backend
 from pipeline.checkpoint import Checkpoints
+from pipeline.damaged import Damage
 from pipeline.data.mixing import Mixing
 from pipeline.guard import Skipped
 from pipeline.job import Job
@@ -48,6 +49,8 @@ class Parts:
     checkpoints: Checkpoints
     skipped: Skipped
     """what going back has decided"""
+    damage: Damage
+    """what is left out of the training file"""
     trainer: dict[str, Any] | None
     """what the checkpoint says that was restored; None at a fresh start"""
     began: float

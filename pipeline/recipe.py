@@ -97,6 +97,8 @@ class Recipe:
     """times that it goes back, before it ends"""
     loss_spike: float = 0.0
     """a loss of more than so many times the median of the last 64 makes a batch bad; 0: only one that is not finite"""
+    max_damaged_pages: int = 0
+    """pages of the training file that a run does without, others' samples in their samples' places (pipeline/damaged.py)"""
     replicas_every: int = 500
     """steps between comparisons of the workers' weights, bit by bit, beside one at each checkpoint; 0: none at all"""
     evaluate_every: int = 1
@@ -142,6 +144,7 @@ class Recipe:
             "seed",
             "max_skips",
             "max_rollbacks",
+            "max_damaged_pages",
         )
         for name in not_negative:
             if getattr(self, name) < 0:
@@ -340,7 +343,7 @@ class Recipe:
         # A recipe without them keeps its study key.
         absent = [
             name
-            for name in ("mixing", "teacher", "phases", "family", "ema_decay", "tuned", "published")
+            for name in ("mixing", "teacher", "phases", "family", "ema_decay", "max_damaged_pages", "tuned", "published")
             if not getattr(self, name)
         ]
         absent += ["protocol"] if self.protocol == "shared" else []

@@ -16,6 +16,7 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any
     """Accuracy, speed, memory and time; `events` is the run's whole journal. Seconds, bytes, shares in 0..1."""
     starts = [event for event in events if event["event"] == "start"]
     attempts = {event["attempt"] for event in events}
+    damaged = {(event["file"], event["page"]): event["samples"] for event in events if event["event"] == "damaged"}
     return {
         "top1": result.top1,
         "top5": result.top5,
@@ -39,6 +40,8 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any
         "restarts": len(starts) - 1,
         "rollbacks": sum(event["event"] == "rollback" for event in events),
         "skipped_batches": len({event["step"] for event in events if event["event"] == "skipped"}),
+        "damaged_pages": len(damaged),
+        "left_out_samples": sum(damaged.values()),
         "commits": sorted({event["commit"] for event in starts}),
     }
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from pipeline.data.base import Data, Loader
+from pipeline.data.care import Care, careful
 from pipeline.evaluate import Evaluation
 from pipeline.models.heads import MultiHead, select_head
 from pipeline.recipe import Recipe, Split
@@ -40,9 +41,9 @@ class Task:
             )
 
 
-def tasks_of(recipe: Recipe) -> tuple[Task, ...]:
+def tasks_of(recipe: Recipe, care: Care = Care()) -> tuple[Task, ...]:
     """In the order that they are learnt in; opens no file."""
-    data: Data = recipe.data.build()
+    data: Data = careful(recipe.data.build(), care)
     if not recipe.phases:
         return (Task(name=recipe.name, data=data, epochs=recipe.epochs),)
     return tuple(

@@ -22,7 +22,10 @@ from pipeline.backend.base import Backend
 from pipeline.backend.plain import Plain
 from pipeline.checkpoint import Checkpoints, read_trainer
 from pipeline.cores import own_cores
+from pipeline.damaged import Damage, LeftOut
 from pipeline.data.base import Data
+from pipeline.data.care import ONE_IN, Care
+from pipeline.data.damage import DamagedPages, Page
 from pipeline.data.mixing import Mixing
 from pipeline.fitting import Smaller, fitted, halve, limit_of
 from pipeline.guard import GoBack, Skipped
@@ -79,6 +82,9 @@ def _run(
                     return _attempt(job, place, ranks, tracker, clock, began, attempt_of)
             except (GoBack, Smaller):
                 pass  # every rank begins again
+            except LeftOut:
+                if ranks.size > 1:
+                    raise  # the others wait for this rank: only its death frees them
             clock.take()  # batches that are rolled back, and that nobody has asked for yet
             gc.collect()  # the attempt that ended goes, and what it held
             if ranks.device.type == "cuda":
@@ -94,7 +100,7 @@ def _attempt(
     except ValueError as error:
         raise refusal_of(error) from error
     try:
-        return attempt.run()
+        return _run_on_whole_pages(attempt)
     except Refused:
         raise  # every rank knows
     except torch.OutOfMemoryError as error:
@@ -108,6 +114,17 @@ def _attempt(
             note_refusal(Path(job.run), error)
             raise
         raise refusal_of(error) from error
+
+
+def _run_on_whole_pages(attempt: Attempt) -> dict[str, Any] | None:
+    try:
+        return attempt.run()
+    except DamagedPages as found:
+        if not found.may_go:
+            raise
+        parts = attempt.parts
+        parts.damage.after(found.pages, most=parts.recipe.max_damaged_pages).write(Path(parts.job.run))
+        raise LeftOut(str(found)) from found
 
 
 def settle(threads: int) -> None:
@@ -144,10 +161,11 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, clock: Clock
     )
     checkpoint = ranks.agree(lambda: _newest(checkpoints, written, trust=job.trust))
     skipped = ranks.agree(lambda: Skipped.read(folder))
+    damage = find_damage(recipe, job, place, ranks)
     world = World(recipe.seed, ranks.rank, ranks.size, ranks.mean)
     # What can be refused on one machine alone comes first, and nobody talks to the others while it does.
     network, rule, loaders = ranks.together(
-        lambda: _own_parts(job, place, recipe, split, world, tracker, is_fresh=checkpoint is None)
+        lambda: _own_parts(job, place, recipe, damage, split, world, tracker, is_fresh=checkpoint is None)
     )
     mixing = ranks.together(lambda: build_mixing(recipe, split))
     backend = ranks.together(lambda: build_backend(recipe, network, rule, split))
@@ -180,6 +198,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, clock: Clock
         meters=Meters(network, batch_size=recipe.batch_size, device=ranks.device, clock=clock),
         checkpoints=checkpoints,
         skipped=skipped,
+        damage=damage,
         trainer=None if checkpoint is None else checkpoints.load(checkpoint, backend, rule),
         began=began,
     )
@@ -193,11 +212,18 @@ def _newest(checkpoints: Checkpoints, recipe: Recipe, *, trust: tuple[str, ...])
 
 
 def _own_parts(
-    job: Job, place: Place, recipe: Recipe, split: Split, world: World, tracker: Tracker, *, is_fresh: bool
+    job: Job,
+    place: Place,
+    recipe: Recipe,
+    damage: Damage,
+    split: Split,
+    world: World,
+    tracker: Tracker,
+    *,
+    is_fresh: bool,
 ) -> tuple[nn.Module, Rule, Loaders]:
     """Network, rule and data of this process: every one of them may be refused here, and none of them is collective."""
-    check_data(recipe.data.build(), job, every_page=place.local_rank == 0)
-    tasks = tasks_of(recipe)
+    tasks = tasks_of(recipe, Care(one_in=ONE_IN[job.verify], left_out=damage.samples))
     seed_everything(recipe.seed)
     network = build_network(recipe, tasks)
     if recipe.init is not None and is_fresh:
@@ -371,15 +397,43 @@ def build_mixing(recipe: Recipe, split: Split) -> Mixing | None:
     return mixing
 
 
+def find_damage(recipe: Recipe, job: Job, place: Place, ranks: Ranks) -> Damage:
+    """What the run does without: what it did without before, and what any machine finds now; collective.
+
+    Raises:
+        Refused: more than the recipe allows, or other data than the run was launched on.
+    """
+    folder = Path(job.run)
+
+    def found() -> tuple[Page, ...]:
+        try:
+            check_data(recipe.data.build(), job, every_page=place.local_rank == 0)
+        except DamagedPages as damaged:
+            if not damaged.may_go:
+                raise
+            return damaged.pages
+        return ()
+
+    def noted() -> Damage:
+        before = Damage.read(folder)
+        damage = before.after(pages, most=recipe.max_damaged_pages)
+        if damage != before:
+            damage.write(folder)
+        return damage
+
+    pages = [page for each in ranks.each(ranks.together(found)) for page in each]
+    return ranks.agree(noted)
+
+
 def check_data(data: Data, job: Job, *, every_page: bool) -> None:
     """The data set's content against what the run was launched on, and every page against its checksum, once on a machine."""
-    if every_page:
-        data.check()
     if data.fingerprint() != job.data_fingerprint:
         raise ValueError(
             f"data: this run was launched on content {job.data_fingerprint[:12]}; got {data.fingerprint()[:12]}: "
             "another file lies where the recipe points"
         )
+    if every_page:
+        data.check()
 
 
 def seed_everything(seed: int) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from pipeline.damaged import LeftOut
 from pipeline.guard import GoBack
 from pipeline.ranks import Ranks
 from pipeline.refused import Diverged, Refused
@@ -51,8 +52,8 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
     with Journal(path, attempt=attempt) as tracker:
         try:
             yield tracker
-        except GoBack:
-            raise  # it has told
+        except (GoBack, LeftOut):
+            raise  # the one has told, of the other the next attempt tells
         except Exception as error:
             how = "diverged" if isinstance(error, Diverged) else "failed"
             tracker.event(how, sync=True, error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())

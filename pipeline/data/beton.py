@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from pipeline.data.care import Care
 from pipeline.data.errors import DataError
 from pipeline.data.files import Files, Name
 from pipeline.data.order import TrainOrder, ValOrder
@@ -88,6 +89,12 @@ class Beton:
         narrowed._files = replace(self._files, only=classes)
         return narrowed
 
+    def with_care(self, care: Care) -> "Beton":
+        """See care.OnPages."""
+        same = copy.copy(self)
+        same._files = replace(self._files, care=care)
+        return same
+
     def train(
         self,
         *,
@@ -115,7 +122,8 @@ class Beton:
         from pipeline.data.reader import BetonLoader, usable_threads
 
         threads = usable_threads(threads)
-        loader = BetonLoader(path, self._decode(use, parallel=threads > 1), order, seed=seed, threads=threads, hang_s=hang_s)
+        how = {"seed": seed, "threads": threads, "hang_s": hang_s, "one_in": self._files.care.one_in}
+        loader = BetonLoader(path, self._decode(use, parallel=threads > 1), order, **how)
         if self.crop == "shift":
             _check_sides(path, loader.records, self.shape[1])
         return loader

@@ -6,13 +6,15 @@ Nothing is opened before it is asked for, so a recipe can be shown where its dat
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data import format as beton
 from pipeline.data import manifest as manifests
+from pipeline.data.care import Care
+from pipeline.data.damage import DamagedPages
 from pipeline.data.errors import DataError
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import TrainOrder, ValOrder, held_out
@@ -24,6 +26,7 @@ Name = Literal["train", "val"]
 class Files:
     """`owner` is the name that refusals begin with. `held_out`: the share of the training set to evaluate on, see order.py.
     `only`: the labels whose samples are used; None: all. `repeats`: views of each sample in a training batch, see order.py.
+    `care`: how they are read, see care.py.
 
     Raises: DataError for a share outside 0..1.
     """
@@ -34,6 +37,7 @@ class Files:
     held_out: float
     only: tuple[int, ...] | None = None
     repeats: int = 1
+    care: Care = Care()
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
@@ -58,16 +62,21 @@ class Files:
 
     def check(self) -> None:
         """See base.Data."""
-        for name in ("train", "val"):
-            manifests.check(self.path(name))
+        damaged = {name: manifests.damaged_pages(self.path(name)) for name in ("train", "val")}
+        if any(damaged.values()):
+            asked = self._ids("val")  # in the training file where a share of it is held out
+            lost = [np.arange(first, end) for page in damaged["train"] for first, end in page.samples]
+            is_asked = bool(damaged["val"]) or (self.held_out > 0 and bool(np.isin(asked, np.concatenate(lost)).any()))
+            raise DamagedPages([*damaged["train"], *damaged["val"]], may_go=not is_asked)
         if self.manifest("train").classes != self.manifest("val").classes:
             raise DataError(f"{self.owner}: train and val in {self.folder} must have the same classes, in the same order")
 
     def train_order(self, *, seed: int, rank: int, world: int, batch_size: int, micro_batch: int) -> tuple[Path, TrainOrder]:
         """The file to train on, and in which order."""
-        ids = self._ids("train")
-        sizes = {"rank": rank, "world": world, "batch_size": batch_size, "micro_batch": micro_batch}
-        return self.path("train"), TrainOrder(samples=len(ids), ids=ids, seed=seed, repeats=self.repeats, **sizes)
+        ids, left_out = self._ids("train"), self.care.ids_left_out()
+        sizes: dict[str, Any] = {"rank": rank, "world": world, "batch_size": batch_size, "micro_batch": micro_batch}
+        how: dict[str, Any] = {"ids": ids, "left_out": left_out if len(left_out) else None, "repeats": self.repeats}
+        return self.path("train"), TrainOrder(samples=len(ids), seed=seed, **how, **sizes)
 
     def val_order(self, *, rank: int, world: int, micro_batch: int) -> tuple[Path, ValOrder]:
         """The file to evaluate on, and in which order: with a share held out, that share of the training file."""

@@ -7,7 +7,6 @@ names the samples themselves, whatever page, file or number of writers brought t
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from pipeline.data import format as beton
+from pipeline.data.damage import DamagedPages, Page, runs_of
 from pipeline.data.errors import DataError
 from pipeline.data.format import Arrays, Images, Kind
 
@@ -84,32 +85,62 @@ def read(path: Path) -> Manifest:
         raise DataError(f"data: {at} is damaged: not JSON ({error})") from error
     if manifest.file != path.name:
         raise DataError(f"data: {at} belongs to another file, {manifest.file}")
+    if (size := path.stat().st_size) != manifest.bytes:
+        raise DataError(wrong_size(path, manifest, size))
     return manifest
 
 
-def check(path: Path) -> Manifest:
-    """Read the file once, in a few threads, and compare each region and page with its manifest.
+def wrong_size(path: Path, manifest: Manifest, size: int) -> str:
+    return f"data: {path} must have {manifest.bytes} bytes by its manifest; got {size}: truncated, or another file"
+
+
+def damaged_pages(path: Path) -> list[Page]:
+    """Read the file once, in a few threads, and compare each region and page with its manifest: the pages that differ.
 
     On two cores 0.03 s for 150 MB in the page cache; otherwise as fast as the disk.
 
-    Raises: DataError naming the file and the first page or region that differs.
+    Raises: DataError for a region that differs: without it nobody knows what lies where.
     """
     manifest = read(path)
-    size = path.stat().st_size
-    if size != manifest.bytes:
-        raise DataError(f"data: {path} must have {manifest.bytes} bytes by its manifest; got {size}: truncated, or another file")
-    parts = list(_expected(manifest))
     pool = ThreadPoolExecutor(CHECKERS, "check")
     try:
-        with path.open("rb") as file:
-            found = pool.map(lambda part: _xxh3(file.fileno(), part[1], part[2]), parts)
-            for (name, offset, length, expected), digest in zip(parts, found, strict=True):
+        with path.open("rb", buffering=0) as file:
+            digests = pool.map(lambda region: _xxh3(file.fileno(), region[1], region[2]), manifest.regions)
+            for (name, offset, length, expected), digest in zip(manifest.regions, digests, strict=True):
                 if digest != expected:
                     where = f"{name} (bytes {offset} to {offset + length - 1})"
                     raise DataError(f"data: {path}: {where} differs from its manifest: damaged")
+            numbers = range(len(manifest.pages))
+            whole = pool.map(lambda number: is_whole(file.fileno(), manifest, number), numbers)
+            damaged = [number for number, is_whole in zip(numbers, whole, strict=True) if not is_whole]
     finally:
         pool.shutdown(cancel_futures=True)
-    return manifest
+    if not damaged:
+        return []
+    of_samples = (beton.samples(path).addresses - manifest.pages_offset) // manifest.page_bytes
+    return [page(path, manifest, number, np.flatnonzero(of_samples == number)) for number in damaged]
+
+
+def is_whole(file: int, manifest: Manifest, number: int) -> bool:
+    """Whether a page of the open file is as it was written."""
+    return _xxh3(file, manifest.pages_offset + number * manifest.page_bytes, manifest.page_bytes) == manifest.pages[number]
+
+
+def page(path: Path, manifest: Manifest, number: int, samples: NDArray[np.int64]) -> Page:
+    """`samples`: that lie in it, ascending."""
+    offset = manifest.pages_offset + number * manifest.page_bytes
+    about = {"offset": offset, "size": manifest.page_bytes, "samples": runs_of(samples.tolist())}
+    return Page(file=str(path), number=number, **about)
+
+
+def check(path: Path) -> Manifest:
+    """Read the file once and compare all of it with its manifest.
+
+    Raises: DataError naming the file and what differs; DamagedPages where it is pages alone.
+    """
+    if pages := damaged_pages(path):
+        raise DamagedPages(pages)
+    return read(path)
 
 
 def verify(path: Path) -> list[Manifest]:
@@ -187,13 +218,6 @@ def _verify_file(path: Path) -> Manifest:
     if (content := content_of(path, manifest.classes)) != manifest.content:
         raise DataError(f"verify: {path}: content hash must be {manifest.content}; got {content}")
     return manifest
-
-
-def _expected(manifest: Manifest) -> Iterator[tuple[str, int, int, str]]:
-    for name, offset, length, expected in manifest.regions:
-        yield name, offset, length, expected
-    for i, expected in enumerate(manifest.pages):
-        yield f"page {i}", manifest.pages_offset + i * manifest.page_bytes, manifest.page_bytes, expected
 
 
 def _xxh3(file: int, offset: int, length: int) -> str:

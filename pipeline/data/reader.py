@@ -9,7 +9,7 @@ import importlib
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from queue import Empty
 from threading import Lock
@@ -34,6 +34,7 @@ from pipeline.data.ffcv_api import (
     torch_threads_kept,
 )
 from pipeline.data.order import TrainOrder, ValOrder
+from pipeline.data.spot_check import SpotCheck
 
 FIRST_BATCH_S = 300.0  # longer than the compilation before it, which took 5 to 20 s on two busy cores
 HANG_S = 30.0  # for every batch after it
@@ -61,15 +62,24 @@ class BetonLoader:
 
     `parallel` of `decode` and `threads` come from `usable_threads`. `hang_s`: the longest wait for
     one batch, in seconds (None: 300 for the first, before which a loop is compiled, 30 for each after it).
+    `one_in`: see care.py.
 
     Raises: DataError, LoaderError (while iterating).
     """
 
     def __init__(
-        self, path: Path, decode: Decoder, order: TrainOrder | ValOrder, *, seed: int, threads: int, hang_s: float | None = None
+        self,
+        path: Path,
+        decode: Decoder,
+        order: TrainOrder | ValOrder,
+        *,
+        seed: int,
+        threads: int,
+        hang_s: float | None = None,
+        one_in: int = 0,
     ) -> None:
         self.samples, self.steps_per_epoch = order.samples, order.steps
-        self._order, self._seed, self._hang_s = order, seed, hang_s
+        self._path, self._order, self._seed, self._hang_s, self._one_in = path, order, seed, hang_s, one_in
         self._open: list[_Reading] = []
         with torch_threads_kept():
             self._ffcv = _Loader(path, decode, batch_size=order.micro_batch, threads=threads)
@@ -80,18 +90,25 @@ class BetonLoader:
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Iterator[Batch]]:
         ids = self._order.epoch(epoch, start=start)
         views = ids + len(self._labels) * self._order.copies(start=start)  # the loop takes it apart again
-        # Sets torch's threads too, but in its own thread, which this one does not notice (torch 2.13).
-        reading = _Reading(self._ffcv, views, seed=self._seed, epoch=epoch, hang_s=self._hang_s)
-        self._open.append(reading)
-        try:
-            yield self._batches(reading, ids)
-        finally:
-            reading.close()
-            self._open.remove(reading)
+        with self._spot_check(epoch) as check:
+            # Sets torch's threads too, but in its own thread, which this one does not notice (torch 2.13).
+            reading = _Reading(self._ffcv, views, seed=self._seed, epoch=epoch, hang_s=self._hang_s, check=check)
+            self._open.append(reading)
+            try:
+                yield self._batches(reading, ids)
+            finally:
+                reading.close()
+                self._open.remove(reading)
 
     def close(self) -> None:
         for reading in list(self._open):
             reading.close()
+
+    def _spot_check(self, epoch: int) -> AbstractContextManager[SpotCheck | None]:
+        if not self._one_in:
+            return nullcontext()
+        how = {"one_in": self._one_in, "seed": self._seed, "epoch": epoch, "may_go": isinstance(self._order, TrainOrder)}
+        return SpotCheck(self._path, self._ffcv.reader.alloc_table, **how)
 
     def _batches(self, reading: "_Reading", ids: NDArray[np.int64]) -> Iterator[Batch]:
         size = self._order.micro_batch
@@ -149,8 +166,10 @@ class _Failure:
 class _Reading(EpochIterator):
     """One run through an order, in a thread that reads ahead."""
 
-    def __init__(self, loader: _Loader, ids: NDArray[np.int64], *, seed: int, epoch: int, hang_s: float | None) -> None:
-        self._keys, self._hang_s, self._closing = (seed, epoch), hang_s, Lock()
+    def __init__(
+        self, loader: _Loader, ids: NDArray[np.int64], *, seed: int, epoch: int, hang_s: float | None, check: SpotCheck | None
+    ) -> None:
+        self._keys, self._hang_s, self._closing, self._check = (seed, epoch), hang_s, Lock(), check
         self._is_first = True
         self._node, self._what = loader.decode_node, loader.what
         super().__init__(loader, ids.astype(np.uint64))  # pyright: ignore[reportArgumentType]
@@ -167,6 +186,14 @@ class _Reading(EpochIterator):
             super().run()
         except BaseException as error:  # whatever it was, the consumer must hear of it
             self.output_queue.put(_Failure(error))
+
+    def run_pipeline(self, b_ix: int, batch_indices: Any, batch_slot: int, cuda_event: Any) -> Any:
+        if self._check is None:
+            return super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
+        self._check.before()
+        result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
+        self._check.after(batch_indices.astype(np.int64) % len(self.metadata))  # without the number of the view
+        return result
 
     def next_batch(self, index_B: NDArray[np.int64]) -> torch.Tensor:
         """The samples of the batch that comes next, which are those of `index_B`: float32 [B, ...], copied."""
@@ -215,6 +242,8 @@ class _Reading(EpochIterator):
                 item = _Failure(RuntimeError("it ended early"))
             if isinstance(item, _Failure):
                 error = item.error
+                if isinstance(error, DataError):
+                    raise error
                 raise LoaderError(f"data: the loader of {self.loader.fname} failed: {type(error).__name__}: {error}") from error
             return item
 

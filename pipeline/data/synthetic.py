@@ -10,7 +10,7 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ class Synthetic:
         self, *, seed: int, rank: int = 0, world: int = 1, batch_size: int, micro_batch: int, threads: int = 1
     ) -> "SyntheticLoader":
         ids = self._ids(self.samples)
-        sizes = {"rank": rank, "world": world, "batch_size": batch_size, "micro_batch": micro_batch}
+        sizes: dict[str, Any] = {"rank": rank, "world": world, "batch_size": batch_size, "micro_batch": micro_batch}
         order = TrainOrder(samples=len(ids), ids=ids, seed=seed, repeats=self.repeats, **sizes)
         return SyntheticLoader(self, order, seed=seed if self.augment == "shift-flip" else None)
 

@@ -10,12 +10,13 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 
 from pipeline.data.base import Batch, Data, DataError, Loader
+from pipeline.data.care import Care, careful
 from pipeline.data.random import bits
 
 _PIXELS = 80  # a draw, see random.py
@@ -59,6 +60,9 @@ class Permuted:
 
     def check(self) -> None:
         self.data.check()
+
+    def with_care(self, care: Care) -> "Permuted":
+        return _with_care(self, care)
 
     def of_classes(self, classes: tuple[int, ...]) -> "Permuted":
         narrowed = copy.copy(self)
@@ -116,6 +120,9 @@ class SplitClasses:
     def check(self) -> None:
         self.data.check()
 
+    def with_care(self, care: Care) -> "SplitClasses":
+        return _with_care(self, care)
+
     def train(self, **sizes: Any) -> Loader:
         return Changed(self.data.of_classes(self.chosen).train(**sizes), self._relabelled)
 
@@ -144,6 +151,15 @@ class Changed:
 
     def close(self) -> None:
         self._loader.close()
+
+
+_Task = TypeVar("_Task", Permuted, SplitClasses)
+
+
+def _with_care(task: _Task, care: Care) -> _Task:
+    same = copy.copy(task)
+    same.data = careful(task.data, care)  # pyright: ignore[reportAttributeAccessIssue]
+    return same
 
 
 def _by_class(who: str, data: Data) -> ByClass:

@@ -25,6 +25,8 @@ class Cluster:
     max_restarts: int = 3
     hang_minutes: float = 30.0
     """between two signs of life of a worker, after which it writes down its stacks and ends; 0: nobody watches"""
+    verify: Literal["sampled", "full"] = "sampled"
+    """which pages of the data are compared with their checksums while they are read: some, or each for every sample"""
     side_by_side: int | Literal["auto"] = 1
     """runs of a suite that train at the same time, each on cores and cards of its own; auto: as many as there is room for"""
 

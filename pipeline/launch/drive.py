@@ -87,6 +87,7 @@ def prepare(
         threads=cluster.cpus_per_worker,
         loader_threads=cluster.loader_threads,
         hang_minutes=cluster.hang_minutes,
+        verify=cluster.verify,
         own_cores=cluster.side_by_side != 1,
     )
     with whole_folder(folder) as hidden:

@@ -28,7 +28,7 @@ class Translation:
         self.already_there = 0
         self._seen: dict[str, int] = {}  # metric -> newest step read from the journal
         self._step = 0  # newest step of any event
-        self._counts = {"quarantined": 0, "skipped_samples": 0, "rollbacks": 0}
+        self._counts = {"quarantined": 0, "skipped_samples": 0, "rollbacks": 0, "damaged_pages": 0}
 
     def points(self, event: Event) -> Iterator[Metric]:
         """The metrics of one event that MLflow does not hold yet."""
@@ -67,6 +67,9 @@ class Translation:
         if kind == "rollback":
             self._counts["rollbacks"] += 1
             return {"spiketrain.rollbacks": str(self._counts["rollbacks"])}
+        if kind == "damaged":
+            self._counts["damaged_pages"] += 1
+            return {"spiketrain.damaged_pages": str(self._counts["damaged_pages"])}
         return {}
 
 

@@ -142,3 +142,52 @@ def test_an_order_of_some_ids_is_the_order_of_their_places():
     assert np.array_equal(TrainOrder(samples=7, ids=ids, **sizes).epoch(2, start=3), ids[places])
     parts = [ValOrder(samples=7, ids=ids, rank=rank, world=2, micro_batch=2).epoch(0) for rank in range(2)]
     assert np.array_equal(np.concatenate(parts), ids)
+
+
+@given(sizes(), st.integers(1, 2), st.data())
+@settings(max_examples=100, deadline=None)
+def test_what_is_left_out_has_others_in_its_places_and_nothing_else_moves(size, repeats, data):
+    samples, world, micro, accumulation = size
+    batch = world * micro * accumulation * repeats
+    samples = max(samples, batch)
+    left_out = np.array(sorted(data.draw(st.sets(st.integers(0, samples - 1), max_size=samples - 1))), np.int64)
+    common = {"samples": samples, "seed": 3, "world": world, "micro_batch": micro, "batch_size": batch, "repeats": repeats}
+    step = data.draw(st.integers(0, samples // batch))
+    found = []
+    for rank in range(world):
+        whole = TrainOrder(rank=rank, **common)
+        order = TrainOrder(rank=rank, left_out=left_out, **common)
+        before, after = whole.epoch(2), order.epoch(2)
+        is_out = np.isin(before, left_out)
+        assert np.array_equal(after[~is_out], before[~is_out]) and not np.isin(after, left_out).any()
+        assert order.steps == whole.steps and len(after) == len(before)
+        assert np.array_equal(order.epoch(2, start=step * batch), after[step * batch // world :])
+        found.append(after)
+    # Spare samples are used one after another, so none is seen twice before all of an epoch's tail has been.
+    used = samples // batch * batch // repeats
+    tail = permutation(samples, seed=3, epoch=2)[used:]
+    seen, counts = np.unique(np.concatenate(found), return_counts=True)
+    if counts.max() > repeats:
+        assert np.isin(np.setdiff1d(tail, left_out), seen).all()
+
+
+def test_somebody_must_be_left_to_train_on():
+    order = TrainOrder(samples=8, seed=0, rank=0, world=1, batch_size=4, micro_batch=4, left_out=np.arange(8))
+    with pytest.raises(DataError, match="train: samples must be left to train on; got 8, all of them left out"):
+        order.epoch(0)
+
+
+def test_every_world_puts_the_same_samples_in_the_places_of_others():
+    def batches(world: int, micro: int) -> list[list[int]]:
+        common = {
+            "samples": 100,
+            "seed": 3,
+            "world": world,
+            "micro_batch": micro,
+            "batch_size": 12,
+            "left_out": np.arange(30, 60),
+        }
+        ids = [TrainOrder(rank=rank, **common).epoch(1).reshape(8, -1) for rank in range(world)]
+        return [sorted(np.concatenate([each[step] for each in ids]).tolist()) for step in range(8)]
+
+    assert batches(1, 12) == batches(2, 3) == batches(3, 4) == batches(3, 2)

@@ -2,9 +2,12 @@
 
 # T time, B batch, C polarities, H W pixels
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pipeline.data.care import Care
 from pipeline.data.errors import DataError
 from pipeline.data.files import Files, Name
 from pipeline.data.format import Arrays, layout
@@ -57,6 +60,12 @@ class Events:
     def check(self) -> None:
         self._files.check()
 
+    def with_care(self, care: Care) -> "Events":
+        """See care.OnPages."""
+        same = copy.copy(self)
+        same._files = replace(self._files, care=care)
+        return same
+
     def train(
         self,
         *,
@@ -94,7 +103,8 @@ class Events:
             std=self.std,
             parallel=threads > 1,
         )
-        return BetonLoader(path, decode, order, seed=seed, threads=threads, hang_s=hang_s)
+        how = {"seed": seed, "threads": threads, "hang_s": hang_s, "one_in": self._files.care.one_in}
+        return BetonLoader(path, decode, order, **how)
 
 
 def _stored(path: Path, shape: tuple[int, ...]) -> Arrays:

@@ -196,12 +196,11 @@ def test_an_event_file_that_is_cut_short_is_refused_in_one_line(copy: Path) -> N
     whole = path.stat().st_size
     with path.open("r+b") as file:
         file.truncate(whole - 1)
-    with pytest.raises(
-        DataError, match=rf"^data: .*train\.beton must have {whole} bytes by its manifest; got {whole - 1}: truncated"
-    ):
-        Events(copy, **GOOD).check()
-    with pytest.raises(DataError, match=r"^[^\n]*train\.beton: truncated or damaged[^\n]*$"):
-        Events(copy, **GOOD).train(**SIZES)
+    for look in (Events(copy, **GOOD).check, lambda: Events(copy, **GOOD).train(**SIZES)):
+        with pytest.raises(
+            DataError, match=rf"^data: \S*train\.beton must have {whole} bytes by its manifest; got {whole - 1}: truncated[^\n]*$"
+        ):
+            look()
 
 
 def test_field_descriptors_that_say_nothing_are_refused(copy: Path) -> None:

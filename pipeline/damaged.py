@@ -1,0 +1,72 @@
+"""Data that was damaged, and what a run does without it.
+
+At its start each machine compares every page of the files with its checksum, and while it trains some of those that it reads, or
+all of them (`--verify full`).
+
+    a damaged page of the training file        is left out from the newest checkpoint on: its samples have others of the epoch in
+                                               their places, and no other sample moves (data/order.py)
+    one more than `Recipe.max_damaged_pages`   ends the run, which names the page and the samples in it
+    a page whose samples are evaluated on      likewise: a score on fewer samples can be compared with nobody's
+
+What was once left out stays so, on all workers and in every attempt, even where the file has been mended. With `--verify full`
+nothing is learnt from a damaged page; otherwise batches between its damage and its next comparison may have been.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.data.damage import Page, told
+from pipeline.data.errors import DataError
+from pipeline.recipe import read_json, write_json
+from pipeline.refused import Refused
+
+__all__ = ["Damage", "LeftOut"]
+
+FILE = "damaged.json"
+"""in a run's folder, once a page was left out"""
+
+
+class LeftOut(Exception):
+    """A worker met a damaged page, which is written down: all begin again at the newest checkpoint, and do without it."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is left out so far."""
+
+    pages: tuple[Page, ...] = ()
+
+    @property
+    def samples(self) -> tuple[tuple[int, int], ...]:
+        """Of the training file, from one up to and without another."""
+        return tuple(run for page in self.pages for run in page.samples)
+
+    def after(self, found: Iterable[Page], *, most: int) -> Damage:
+        """With what was found now; a page counts once, on however many machines it is damaged.
+
+        Raises:
+            DataError: more than `most` pages.
+        """
+        known = {page.samples for page in self.pages}
+        new = {page.samples: page for page in found if page.samples not in known}
+        if new and len(known) + len(new) > most:
+            left_out = f", and {len(known)} are left out already" if known else ""
+            raise DataError(f"data: {told(new.values())}; max_damaged_pages={most}{left_out}: restore the file")
+        return Damage((*self.pages, *new.values()))
+
+    @classmethod
+    def read(cls, run: Path) -> Damage:
+        if not (run / FILE).exists():
+            return cls()
+        value = read_json(run / FILE)
+        try:
+            pages = [{**page, "samples": tuple((int(a), int(b)) for a, b in page["samples"])} for page in value["pages"]]
+            return cls(tuple(Page(**page) for page in pages))
+        except (KeyError, TypeError, ValueError) as error:
+            raise Refused(f"{run / FILE}: must hold pages and their samples; got {value!r}") from error
+
+    def write(self, run: Path) -> None:
+        write_json(run / FILE, asdict(self))
