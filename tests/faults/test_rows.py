@@ -15,7 +15,7 @@ CLUSTER, RECOVERY, CHECKPOINT = "faults/test_in_a_cluster.py", "launch/test_reco
 BITS = f"{CLUSTER}::test_the_parameters_are_the_same_to_the_bit"
 """of one run that meets what the other tests of that file look at"""
 HUNTED = f"{RECOVERY}::test_killed_in_every_way_it_ends_with_the_same_bits"
-SECURITY = "faults/test_security.py"
+SECURITY, DATA, HOSTS = "faults/test_security.py", "faults/test_damaged_data.py", "faults/test_two_hosts.py"
 
 ROWS: dict[str, tuple[str, ...]] = {
     # bits
@@ -44,6 +44,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         *("launch/test_drive.py::test_the_first_asks_to_save_and_the_second_ends_at_once",),
     ),
     "Ctrl-C": (HUNTED, "launch/test_drive.py::test_the_first_asks_to_save_and_the_second_ends_at_once"),
+    "a link between hosts that is cut and mended": (f"{HOSTS}::test_a_link_that_was_cut_and_mended_costs_no_bit",),
     "weights of workers that come apart": (BITS, f"{CLUSTER}::test_weights_that_come_apart_are_found_and_given_up"),
     "MLflow slow, down and back": (
         *("track/test_mlflow.py::test_a_server_that_hangs_dies_and_comes_back",),
@@ -63,6 +64,14 @@ ROWS: dict[str, tuple[str, ...]] = {
     "out of memory": ("faults/test_out_of_memory.py::test_the_micro_batch_is_halved_until_it_fits",),
     # refused
     "damaged and truncated .beton": (
+        *(
+            f"{DATA}::test_a_page_that_is_damaged_at_the_start_is_left_out",
+            f"{DATA}::test_two_workers_leave_the_same_samples_out",
+        ),
+        *(f"{DATA}::test_damage_in_the_middle_leads_back_to_the_newest_checkpoint",),
+        *(f"{DATA}::test_one_page_too_many_stops_the_run_in_one_line_and_mended_it_goes_on",),
+        *(f"{DATA}::test_a_truncated_file_is_refused_in_one_line",),
+        *(f"{DATA}::test_a_file_that_is_cut_short_while_it_is_read_is_refused",),
         *("test_cli.py::test_a_flipped_byte_in_the_data_is_refused_by_verify_and_by_launch",),
         *("test_bad_use.py::test_an_event_file_that_is_cut_short_is_refused_by_verify_and_by_launch",),
         *("data/test_reader.py::test_a_corrupt_jpeg_is_named",),
@@ -82,6 +91,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         *("test_suite.py::test_a_damaged_or_foreign_suite_json_is_refused_in_one_line",),
         *(f"{SECURITY}::test_a_run_from_elsewhere_has_its_suite_beside_it",),
     ),
+    "a client without the cluster's token": (f"{HOSTS}::test_a_client_without_the_token_is_told_so",),
     # found nowhere
     "a planted secret": (
         *(f"{SECURITY}::test_a_run_and_its_store_hold_no_secret", f"{SECURITY}::test_the_password_of_a_server_is_not_told"),
