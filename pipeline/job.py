@@ -35,6 +35,8 @@ class Job:
     loader_threads: int = 1
     hang_minutes: float = 0.0
     """between two signs of life of a worker, after which it is taken to hang; 0: nobody watches"""
+    checkpoints: str = ""
+    """where its checkpoints are: a folder or an address of its own; "": in the run's folder"""
     own_cores: bool = False
     """whether each worker on a CPU keeps to cores that no other run's computes on"""
 
