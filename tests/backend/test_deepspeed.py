@@ -273,6 +273,9 @@ def _resumed(rank: int, ranks: int, folder: str) -> dict[int, bool]:
         after = engine_of(second)
         after.load(Path(folder) / str(zero))
         steps(after, second, 2, 4)
+        parts = [name for name in captured if "optim_states" in name]  # each rank's own, beside the weights of rank 0
+        assert [f"_rank_{rank}_" in name for name in parts] == [True] * (zero > 0)
+        assert len(captured) == len(parts) + (rank == 0)
         found[zero] = distance(whole, second) == 0.0
     return found
 
