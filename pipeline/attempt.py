@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from pipeline.answers import write_answers
-from pipeline.checkpoint import weights_of
+from pipeline.checkpoint import Saved, weights_of
 from pipeline.evaluate import Evaluated, Evaluation, evaluate, inputs
 from pipeline.guard import GoBack, Guard, is_in
 from pipeline.loop import MicroBatch, train
@@ -82,6 +82,9 @@ class Attempt:
                 return self._run()
         except GoBack as back:
             self._go_back(back)
+            raise
+        except BaseException as error:
+            self._tell_saved(self.parts.checkpoints.close(error))
             raise
 
     def _run(self) -> dict[str, Any] | None:
@@ -195,6 +198,7 @@ class Attempt:
             (self.folder / "stop").exists(),
             recipe.checkpoint_minutes > 0 and time.monotonic() - self.saved_at > 60 * recipe.checkpoint_minutes,
         )
+        self._tell_saved(self.parts.checkpoints.done())
         if (due or late or self.stop_asked) and not last:
             with self.meters.between("checkpoint"):
                 self._save(score=None)
@@ -301,16 +305,24 @@ class Attempt:
             weights = weights_of(self.backend.network) if self.ranks.rank == 0 else None
         with self.ranks.averaged(self.backend.network) as buffers:
             state = {"buffers": buffers, "weights": weights}
-            saved = self.parts.checkpoints.save(self.step, self.backend, self.parts.rule, trainer, **state)
+            self._tell_saved(self.parts.checkpoints.save(self.step, self.backend, self.parts.rule, trainer, **state))
         self.saved_at, self.saved_step = time.monotonic(), self.step
-        self.tracker.event(
-            "checkpoint", sync=True, step=self.step, path=str(saved.path), seconds=saved.seconds, bytes=saved.bytes
-        )
+
+    def _wait_for_checkpoint(self) -> None:
+        """The one that is being written counts from here on; collective."""
+        with self.meters.between("checkpoint"):
+            self._tell_saved(self.parts.checkpoints.wait())
+
+    def _tell_saved(self, saved: Saved | None) -> None:
+        if saved is not None:
+            figures = {"stall_s": saved.stall_s, "write_s": saved.write_s, "bytes": saved.bytes}
+            self.tracker.event("checkpoint", sync=True, step=saved.step, path=saved.address, **figures)
 
     # ------------------------------------------------------------------------------------------------------------- ends
 
     def _go_back(self, back: GoBack) -> None:
         """Write down what is skipped from now on; the next attempt reads it."""
+        self._wait_for_checkpoint()
         done = self.parts.skipped.rollbacks
         if done == self.recipe.max_rollbacks:
             raise Diverged(f"training: {back}; it has gone back max_rollbacks={done} times; lower optimizer.lr?") from back
@@ -319,9 +331,11 @@ class Attempt:
         self.tracker.event("rollback", sync=True, step=back.step, to=self.saved_step, reason=back.reason)
 
     def _stopped(self) -> None:
+        self._wait_for_checkpoint()
         self.tracker.event("stopped", sync=True, step=self.step, reason="asked to stop", resume_command=self.job.resume_command)
 
     def _finish(self) -> dict[str, Any]:
+        self._wait_for_checkpoint()
         result = self.result or mean_of(self._evaluate())  # an attempt that died after its last checkpoint has evaluated nothing
         totals, figures = self.meters.over_ranks(self.ranks.max, self.ranks.mean), self._figures()
         answers = self.ranks.gather([each.answers for each in self.evaluated])

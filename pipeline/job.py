@@ -38,6 +38,8 @@ class Job:
     """between two signs of life of a worker, after which it is taken to hang; 0: nobody watches"""
     verify: Literal["sampled", "full"] = "sampled"
     """for which of the samples that are read the page that holds them is compared with its checksum: see data/care.py"""
+    checkpoints: str = ""
+    """where its checkpoints are: a folder or an address of its own; "": in the run's folder"""
     own_cores: bool = False
     """whether each worker on a CPU keeps to cores that no other run's computes on"""
 

@@ -40,6 +40,14 @@ Verify = Annotated[
     Literal["sampled", "full"],
     typer.Option("--verify", help="compare pages of the data while reading: for one sample in 256, or for each"),
 ]
+Checkpoints = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoints",
+        metavar="DIR|URI",
+        help="where each run keeps its checkpoints, under its name: a folder, s3://bucket/prefix, ...; without it in its own",
+    ),
+]
 OrResume = Annotated[bool, typer.Option("--or-resume", help="go on with the run or suite of this --name where it has begun")]
 
 
@@ -66,6 +74,7 @@ def launch(
     runs: Runs = RUNS,
     name: Name = None,
     or_resume: OrResume = False,
+    checkpoints: Checkpoints = None,
     set_: Sets = [],  # noqa: B006  (typer reads the default, nobody changes it)
     trust: Trust = [],  # noqa: B006
     tiny: Tiny = False,
@@ -101,6 +110,7 @@ def launch(
         max_restarts=max_restarts,
         hang_minutes=hang_minutes,
         verify=verify,
+        checkpoints=checkpoints,
         side_by_side=_count_or_auto(side_by_side),
     )
     trusted = (*trust, *(package for recipe in recipes for package in own_package(recipe, made)))
@@ -124,7 +134,7 @@ def launch(
 
         if here.side_by_side != 1:
             raise ValueError(f"launch: --side-by-side is for several runs; got {side_by_side} with {made.name} alone")
-        _end_run(launch_run(made, here, runs, name=name, trust=trusted), runs)
+        _end_run(launch_run(made, here, runs, name=name, adopts=or_resume, trust=trusted), runs)
 
 
 def resume(

@@ -43,13 +43,17 @@ def register(
     runs: Runs = RUNS,
 ) -> None:
     """Make a run's checkpoint a version of a registered model in MLflow, by its address: nothing is uploaded."""
-    from pipeline.checkpoint import pin, verified
+    from pipeline.checkpoint import Folder, pin, verified
     from pipeline.report.runs import find_run
     from pipeline.track.mlflow import tracking_uri
     from pipeline.track.publish import register as register_run
+    from pipeline.weights import place_of
 
     folder = find_run(runs, run)
-    checkpoint = verified(folder / "checkpoints", which)
+    place = place_of(folder)
+    if not isinstance(place, Folder):
+        raise ValueError(f"register: a checkpoint must be in a folder, where it can be pinned; got {place.address('')}")
+    checkpoint = verified(place, which)
     pin(checkpoint)  # first: a run that still trains prunes
     done = register_run(folder, checkpoint, name=name, alias=which, uri=tracking_uri(runs))
     print(f"{folder.name} -> models:/{done.name}@{done.alias}, version {done.version}: {done.uri}")

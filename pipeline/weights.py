@@ -10,10 +10,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from pipeline.checkpoint import WEIGHTS, verified
+from pipeline.checkpoint import WEIGHTS, Place, place_at, verified
 from pipeline.models.qkformer import QKFormer
 from pipeline.models.qkformer_published import is_published, renamed
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, read_json
 from pipeline.spec import Spec, is_path
 from pipeline.spiking.binary import Binarizer, binary_synapses
 from pipeline.spiking.rate import RateNeuron
@@ -35,7 +35,7 @@ def load_run(run: str | os.PathLike[str], *, which: str = "last", trust: Collect
         raise ValueError(f"load: {folder} must be a run's folder, which holds recipe.json; it does not")
     recipe = Recipe.read(folder / "recipe.json", trust=trust)
     network: nn.Module = recipe.model.build()
-    network.load_state_dict(read_state(verified(folder / "checkpoints", which) / WEIGHTS, who="load"))
+    network.load_state_dict(read_state(verified(place_of(folder), which) / WEIGHTS, who="load"))
     return network.eval()
 
 
@@ -52,10 +52,16 @@ def load_weights(network: nn.Module, file: Path) -> nn.Module:
     return network.eval()
 
 
+def place_of(run: Path) -> Place:
+    """Where a run keeps its checkpoints."""
+    job = run / "job.json"
+    return place_at(read_json(job).get("checkpoints", "") if job.exists() else "", run)
+
+
 def weights_file(start: Path) -> Path:
     """The weights that `init` names: a file, or the newest verified checkpoint of a run's folder."""
     if start.is_dir():
-        return verified(start / "checkpoints") / WEIGHTS
+        return verified(place_of(start)) / WEIGHTS
     if not start.is_file():
         raise ValueError(f"init: must be a run's folder or a weights file; got {start}, which does not exist")
     return start

@@ -20,7 +20,7 @@ from pipeline.attempt import Attempt
 from pipeline.backend.averaged import Averaged
 from pipeline.backend.base import Backend
 from pipeline.backend.plain import Plain
-from pipeline.checkpoint import Checkpoints, read_trainer
+from pipeline.checkpoint import Checkpoints, place_at, read_trainer
 from pipeline.cores import own_cores
 from pipeline.damaged import Damage, LeftOut
 from pipeline.data.base import Data
@@ -153,11 +153,13 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, clock: Clock
     recipe = fitted(written, ranks.agree(lambda: limit_of(folder)))
     split = recipe.split(ranks.size)
     checkpoints = Checkpoints(
-        folder / "checkpoints",
+        ranks.together(lambda: place_at(job.checkpoints, folder)),
         attempt=ranks.agree(lambda: f"{os.getpid()}-{time.time_ns():x}"),
         keep=recipe.keep,
         rank=ranks.rank,
-        on_quarantine=lambda path, reason: tracker.event("quarantine", path=str(path), reason=reason),
+        ranks=ranks.size,
+        each=ranks.each,
+        on_quarantine=lambda address, reason: tracker.event("quarantine", path=address, reason=reason),
     )
     checkpoint = ranks.agree(lambda: _newest(checkpoints, written, trust=job.trust))
     skipped = ranks.agree(lambda: Skipped.read(folder))

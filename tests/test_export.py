@@ -15,7 +15,8 @@ from torch import nn
 
 import pipeline
 from pipeline.__main__ import main
-from pipeline.checkpoint import WEIGHTS, _seal, verified
+from pipeline.checkpoint import WEIGHTS, Folder, verified
+from pipeline.checkpoint.sealed import facts_of, read_manifest, seal
 from pipeline.data.synthetic import Synthetic
 from pipeline.export import _digest, export_run, load_export, pack_bits, unpack_bits
 from pipeline.launch.drive import write_job
@@ -58,10 +59,10 @@ def logits(network: nn.Module, *, pixels: int = 8) -> torch.Tensor:
 
 def rewrite_weights(run: Path, state: dict[str, torch.Tensor]) -> None:
     """Exchange the weights in the checkpoint of `run`."""
-    checkpoint = verified(run / "checkpoints")
+    checkpoint = verified(Folder(run / "checkpoints"))
     save_file(state, checkpoint / WEIGHTS)
-    (checkpoint / "manifest.json").unlink()
-    _seal(checkpoint)
+    files = read_manifest((checkpoint / "manifest.json").read_bytes())
+    seal(checkpoint, facts_of(checkpoint, files))
 
 
 def awake(network: nn.Module) -> nn.Module:
@@ -180,7 +181,7 @@ def test_a_scale_that_no_norm_can_take_lies_beside_its_bits(runs: Path, tmp_path
     """A filter of zeros has a scale of 0, which cannot be divided by."""
     run = tmp_path / "run"
     train_inline(run, recipe().override({"optimizer.lr": 0.0, "optimizer.weight_decay": 0.0}))
-    state = load_file(verified(run / "checkpoints") / WEIGHTS)
+    state = load_file(verified(Folder(run / "checkpoints")) / WEIGHTS)
     state["stages.1.1.conv.weight"][2] = 0
     rewrite_weights(run, state)
     told = export_run(run, layout="packed")

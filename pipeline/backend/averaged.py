@@ -15,12 +15,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipeline.backend.base import Backend
+from pipeline.backend.copied import copied
 
 WHOLE = "average.pt"
 
@@ -70,12 +72,13 @@ class Averaged:
             for name, value in values.items():
                 value.copy_(own[name])
 
-    def save(self, folder: Path) -> None:
-        self.backend.save(folder)
+    def capture(self) -> dict[str, Any]:
+        files = self.backend.capture()
         rank = distributed.get_rank() if distributed.is_initialized() else 0
         if rank == 0:
-            torch.save(self.average, folder / WHOLE)
-        torch.save({name: self.average[name] for name in self._buffers()}, folder / f"average_rank{rank}.pt")
+            files[WHOLE] = copied(self.average)
+        files[f"average_rank{rank}.pt"] = copied({name: self.average[name] for name in self._buffers()})
+        return files
 
     def load(self, folder: Path) -> None:
         self.backend.load(folder)

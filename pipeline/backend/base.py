@@ -57,12 +57,15 @@ class Backend(Protocol):
         """Inside, `network` holds what is evaluated and published: its weights, or an average of them. No step is made there."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state; every rank calls it and owns the files it writes."""
+    def capture(self) -> dict[str, Any]:
+        """A copy on the CPU of weights and optimizer state; every rank calls it.
+
+        What this rank has to write, by the name of the file that `torch.save` shall write it to. A name may hold folders.
+        """
         ...
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote; every rank calls it."""
+        """Read the files of every rank's `capture`; every rank calls it."""
         ...
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pipeline.backend.base import OptimizerOf, forgetter
+from pipeline.backend.copied import copied
 from pipeline.pickles import load_data
 
 CHECKED = "0.19.8"
@@ -110,10 +112,16 @@ class DeepSpeed:
     def published(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def save(self, folder: Path) -> None:
-        with warnings.catch_warnings():
+    def capture(self) -> dict[str, Any]:
+        with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:  # where a stage above 0 copies its scripts to
             warnings.simplefilter("ignore", FutureWarning)
-            self._engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False, exclude_frozen_parameters=False)
+            kept, writing = _Kept(Path(folder)), self._engine.checkpoint_engine
+            self._engine.checkpoint_engine = kept
+            try:
+                self._engine.save_checkpoint(folder, tag=CHECKPOINT_TAG, save_latest=False, exclude_frozen_parameters=False)
+            finally:
+                self._engine.checkpoint_engine = writing
+        return kept.files
 
     def load(self, folder: Path) -> None:
         # DeepSpeed's own `load` (0.19.8) runs whatever code a pickle asks for.
@@ -121,6 +129,27 @@ class DeepSpeed:
         path, _ = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
         if path is None:  # 0.19.8 answers a missing checkpoint with (None, None) and trains on from scratch
             raise FileNotFoundError(f"deepspeed: no checkpoint {CHECKPOINT_TAG!r} in {folder}")
+
+
+class _Kept:
+    """Stands in for what writes DeepSpeed's checkpoints (0.19.8), and keeps a copy of each file's content instead."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, Any] = {}
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[Path(path).relative_to(self.folder).as_posix()] = copied(state_dict)
+
+    def create(self, info: Any) -> None: ...
+    def makedirs(self, path: str, exist_ok: bool = False) -> None: ...
+    def commit(self, info: Any) -> None: ...
+
+    def is_decoupled(self) -> bool:
+        return False
+
+    def preserves_storage_sharing(self) -> bool:
+        return False
 
 
 def import_deepspeed() -> Any:

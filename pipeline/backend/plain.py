@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
 from pipeline.backend.base import OptimizerOf, autocast, forgetter
+from pipeline.backend.copied import copied
+
+STATE = "state.pt"
 
 
 class _Autocast(nn.Module):
@@ -62,12 +66,13 @@ class Plain:
     def published(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def save(self, folder: Path) -> None:
-        if not distributed.is_initialized() or distributed.get_rank() == 0:
-            torch.save({"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}, folder / "state.pt")
+    def capture(self) -> dict[str, Any]:
+        if distributed.is_initialized() and distributed.get_rank() > 0:
+            return {}
+        return {STATE: copied({"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()})}
 
     def load(self, folder: Path) -> None:
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
 

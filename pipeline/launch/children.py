@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.job import Job
 from pipeline.launch.cluster import Cluster
@@ -51,7 +52,7 @@ class Children:
             return begun_job(run, parent, trust=self.trust)
         ready = filled(self._chosen(recipe), lambda name: weights_file(self.where[name]))
         check(ready, self.cluster, trust=self.trust)
-        about = {"parent": parent, "suite": self.name, "family": self.suite_file.suite.family}
+        about: dict[str, Any] = {"parent": parent, "suite": self.name, "family": self.suite_file.suite.family}
         return prepare(ready, self.cluster, self.runs, name=run.name, trust=self.trust, **about)
 
     def _chosen(self, recipe: Recipe) -> Recipe:

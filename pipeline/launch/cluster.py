@@ -27,6 +27,8 @@ class Cluster:
     """between two signs of life of a worker, after which it writes down its stacks and ends; 0: nobody watches"""
     verify: Literal["sampled", "full"] = "sampled"
     """which pages of the data are compared with their checksums while they are read: some, or each for every sample"""
+    checkpoints: str | None = None
+    """a folder or an address, beneath which each run keeps its checkpoints in a folder of its name; None: in the run's folder"""
     side_by_side: int | Literal["auto"] = 1
     """runs of a suite that train at the same time, each on cores and cards of its own; auto: as many as there is room for"""
 
@@ -58,6 +60,7 @@ class Cluster:
         """As it was launched, but for what the user now says of it."""
         if inline:  # with what does not go with it, which `launcher` refuses
             mine = Cluster(inline=True, device=self.device, loader_threads=self.loader_threads, side_by_side=self.side_by_side)
+            mine = replace(mine, checkpoints=self.checkpoints)
             return replace(mine, workers=workers or 1, address=address)
         if workers is not None or address is not None:
             return replace(self, inline=False, workers=workers or self.workers, address=address or self.address)

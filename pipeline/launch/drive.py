@@ -24,6 +24,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.checkpoint import place_at
 from pipeline.counts import refuse_unless_counts
 from pipeline.data.base import Data
 from pipeline.job import REFUSAL, Job
@@ -58,11 +59,13 @@ def prepare(
     parent: str | None = None,
     suite: str | None = None,
     family: str | None = None,
+    adopts: bool = False,
     trust: tuple[str, ...] = (),
 ) -> Job:
     """Make the run's folder, with all that it takes to resume it: its recipe, its job and where it trains.
 
-    `parent`, `suite` (its folder's name) and `family` are those of the suite that it belongs to.
+    `parent`, `suite` (its folder's name) and `family` are those of the suite that it belongs to. `adopts`: checkpoints that a run
+    of this name has left in the cluster's place for them, whose folder is gone, are gone on with.
 
     Raises:
         ValueError: the data set is missing, the weights that `init` names are missing, or the name is taken.
@@ -90,11 +93,39 @@ def prepare(
         verify=cluster.verify,
         own_cores=cluster.side_by_side != 1,
     )
+    if cluster.checkpoints is not None:
+        job = replace(job, checkpoints=_own_place(cluster.checkpoints, folder, study if adopts else None))
     with whole_folder(folder) as hidden:
         write_json(hidden / "recipe.json", recipe.to_json())
         write_json(hidden / "cluster.json", asdict(cluster))
         write_json(hidden / "job.json", _to_json(job))
     return job
+
+
+def _own_place(place: str, run: Path, study: str | None) -> str:
+    """The address of a run's checkpoints, beneath `place`; there are none, or those of `study`.
+
+    Raises:
+        ValueError: there are others, or the address cannot be opened.
+    """
+    address = f"{place.rstrip('/')}/{run.name}" if "://" in place else str(Path(place).absolute() / run.name)
+    found = place_at(address, run)
+    try:
+        names = found.names()
+    except Exception as error:  # each store has errors of its own
+        raise ValueError(f"launch: {address} must be open to this user; got {type(error).__name__}: {error}") from error
+    for name in reversed(names):
+        if study is None:
+            raise ValueError(
+                f"launch: {address} must hold no checkpoints yet; got {name}: another --name, or --or-resume to go on with them"
+            )
+        try:
+            theirs = found.trainer(name).get("study")
+        except (OSError, ValueError):
+            continue  # damaged: moved away by whoever trains
+        if theirs != study:
+            raise ValueError(f"launch: --or-resume goes on with checkpoints of the same study; got {theirs} in {address}/{name}")
+    return address
 
 
 def write_job(job: Job) -> None:

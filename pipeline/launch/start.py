@@ -27,14 +27,14 @@ from pipeline.worker import build_network, check_data, check_recipe
 
 
 def launch_run(
-    recipe: Recipe, cluster: Cluster, runs: Path, *, name: str | None = None, trust: tuple[str, ...] = ()
+    recipe: Recipe, cluster: Cluster, runs: Path, *, name: str | None = None, adopts: bool = False, trust: tuple[str, ...] = ()
 ) -> Path | None:
-    """Train a recipe: the run's folder, or None when asked to stop."""
+    """Train a recipe: the run's folder, or None when asked to stop. `adopts`: see `prepare`."""
     refuse_references(recipe)
     launcher = cluster.launcher()
     check(recipe, cluster, trust=trust)
     with launcher:
-        return _trained(prepare(recipe, cluster, runs, name=name, trust=trust), launcher, runs)
+        return _trained(prepare(recipe, cluster, runs, name=name, adopts=adopts, trust=trust), launcher, runs)
 
 
 def resume_run(

@@ -108,8 +108,8 @@ class Watch:
     def _on_checkpoint(self, event: dict[str, Any]) -> None:
         if self._bar is not None:
             return  # a terminal shows the bar; a log should say what can be resumed
-        size = _bytes(event.get("bytes"))
-        self._say(f"checkpoint at step {event.get('step')}: {size} in {_short(event.get('seconds'))} s")
+        size, written, stalled = _bytes(event.get("bytes")), _short(event.get("write_s")), _short(event.get("stall_s"))
+        self._say(f"checkpoint at step {event.get('step')}: {size} in {written} s, {stalled} s before that of standing still")
 
     def _on_quarantine(self, event: dict[str, Any]) -> None:
         self._say(f"quarantined {event.get('path')}: {event.get('reason')}")

@@ -102,7 +102,7 @@ def _metrics(event: Event) -> Iterator[tuple[str, float]]:
     if kind == "step":
         values["memory_bytes"] = event.get("memory_bytes")
     elif kind == "checkpoint":
-        values |= {name: event.get(name) for name in ("seconds", "bytes")}
+        values |= {name: event.get(name) for name in ("stall_s", "write_s", "bytes")}
     elif kind == "fidelity":
         values |= {name: event.get(name) for name in ("temporal_share", "cosines")}
     elif kind == "finish":

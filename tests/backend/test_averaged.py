@@ -17,6 +17,7 @@ from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
+from tests.captured import write_captured
 from tests.processes import run_ranks
 
 DECAY, STEPS, BATCH = 0.8, 5, 8
@@ -98,7 +99,7 @@ def test_a_resume_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     whole, before, after = (Averaged(Plain(network(seed), sgd), decay=DECAY) for seed in (0, 0, 1))
     train(whole, 0, 5)
     train(before, 0, 3)
-    before.save(tmp_path)
+    write_captured(before.capture(), tmp_path)
     after.load(tmp_path)
     assert same(published(after), published(before))
     train(after, 3, 5)
@@ -123,7 +124,7 @@ def _two_ranks(rank: int, ranks: int, folder: str) -> dict[str, bool | float]:
         published(backend)  # what an evaluation does must leave no trace in what DeepSpeed keeps
         place = Path(folder) / str(zero)
         place.mkdir(parents=True, exist_ok=True)
-        backend.save(place)
+        write_captured(backend.capture(), place)
         distributed.barrier()
         weights += train(backend, 3, STEPS, rows)
         ours = published(backend)
@@ -133,7 +134,7 @@ def _two_ranks(rank: int, ranks: int, folder: str) -> dict[str, bool | float]:
             found[f"gap {zero} {name}"] = float((ours[name] - expected).abs().max())
         found[f"moved {zero}"] = float((weights[-1]["0.weight"] - ours["0.weight"]).abs().max())
         other.load(place)
-        # A rank's own running statistics are kept by the checkpoint, see pipeline/checkpoint.py.
+        # A rank's own running statistics are kept by the checkpoint, see pipeline/checkpoint/.
         other.network.load_state_dict({name: weights[3][name] for name in ("1.running_mean", "1.running_var")}, strict=False)
         train(other, 3, STEPS, rows)
         found[f"same {zero}"] = same(published(other), ours) and same(values(other), weights[-1])

@@ -24,6 +24,7 @@ from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.surrogate import Triangle
 from pipeline.spiking.synapse import Conv2d
+from tests.captured import write_captured
 from tests.processes import run_ranks
 from tests.silent import NoMeters
 
@@ -265,11 +266,16 @@ def _resumed(rank: int, ranks: int, folder: str) -> dict[int, bool]:
         steps(engine_of(whole), whole, 0, 4)
         before = engine_of(first)
         steps(before, first, 0, 2)
-        before.save(Path(folder) / str(zero))
+        captured = before.capture()
+        steps(before, first, 2, 3)  # moves on while the copy is written
+        write_captured(captured, Path(folder) / str(zero))
         distributed.barrier()
         after = engine_of(second)
         after.load(Path(folder) / str(zero))
         steps(after, second, 2, 4)
+        parts = [name for name in captured if "optim_states" in name]  # each rank's own, beside the weights of rank 0
+        assert [f"_rank_{rank}_" in name for name in parts] == [True] * (zero > 0)
+        assert len(captured) == len(parts) + (rank == 0)
         found[zero] = distance(whole, second) == 0.0
     return found
 

@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import checkpoint
 from pipeline.backend.deepspeed import DeepSpeed
-from pipeline.checkpoint import WEIGHTS, CheckpointError, Checkpoints, _seal, step_folders
+from pipeline.checkpoint import WEIGHTS, CheckpointError, Checkpoints, Folder, damage, place, step_folders
+from pipeline.checkpoint.sealed import facts_of, seal
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.drive import prepare, read_job, write_job
 from pipeline.launch.inline import Inline
@@ -149,8 +149,8 @@ def harmful_alone(file: Path, mark: Path) -> None:
 
 def reseal(folder: Path) -> None:
     (folder / "manifest.json").unlink()
-    _seal(folder)
-    assert checkpoint.damage(folder) is None
+    seal(folder, facts_of(folder, (str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())))
+    assert damage(folder) is None
 
 
 def broken_off(run: Path, recipe: Recipe, patch: pytest.MonkeyPatch) -> Path:
@@ -176,7 +176,7 @@ def test_a_pickle_in_a_checkpoint_is_not_run(
     with pytest.raises(Refused, match=rf"checkpoint .*{newest.name}: must hold data alone; {name} (calls posix.mkdir|cannot be)"):
         train_inline(tmp_path / "it", recipe)
     assert newest.is_dir()  # for whoever asks where it came from
-    monkeypatch.setattr(checkpoint, "code_in", lambda folder: None)  # the second wall
+    monkeypatch.setattr(place, "code_in", lambda folder: None)  # the second wall
     with pytest.raises(pickle.UnpicklingError):
         train_inline(tmp_path / "it", recipe)
     assert not (tmp_path / "harmed").exists()
@@ -192,8 +192,11 @@ def tampered_with(rank: int, ranks: int) -> None:
     for zero, file in ((0, "mp_rank_00_model_states.pt"), (1, "zero_pp_rank_0_mp_rank_00_optim_states.pt")):
         network = nn.Linear(2, 2)
         backend = DeepSpeed(network, lambda net: torch.optim.SGD(net.parameters(), lr=0.1), micro_batch=1, zero=zero)
-        checkpoints, rule = Checkpoints(here / str(zero), attempt="a"), nn.Module()
-        saved = checkpoints.save(1, backend, rule, {"world_size": 1, "zero": zero, "score": None}).path
+        checkpoints, rule = Checkpoints(Folder(here / str(zero)), attempt="a"), nn.Module()
+        checkpoints.save(1, backend, rule, {"world_size": 1, "zero": zero, "score": None})
+        whole = checkpoints.wait()
+        assert whole is not None
+        saved = Path(whole.address)
         weight = network.weight.detach().clone()
         network.weight.data.zero_()
         checkpoints.load(saved, backend, rule)

@@ -81,7 +81,7 @@ def test_everything_else_is_a_line_of_its_own_at_once():
     view.show(
         [
             {"event": "evaluation", "step": 10, "epoch": 0, "metrics": metrics},
-            {"event": "checkpoint", "step": 10, "path": "x", "seconds": 0.25, "bytes": 12_300_000},
+            {"event": "checkpoint", "step": 10, "path": "x", "stall_s": 0.01, "write_s": 0.25, "bytes": 12_300_000},
             {"event": "quarantine", "path": "checkpoints/step_00000008", "reason": "sha256 of [trainer.json] differs"},
             {"event": "skipped", "step": 7, "reason": "loss is nan", "samples": 64},
             {"event": "failed", "error": "RuntimeError: worker died"},
@@ -93,7 +93,7 @@ def test_everything_else_is_a_line_of_its_own_at_once():
     )  # fmt: skip
     assert out.getvalue().lstrip("\0").splitlines() == [
         "evaluation after step 10 (epoch 1): top-1 50.00%, top-5 100.00%, loss nan, firing rate 0.1",
-        "checkpoint at step 10: 12.3 MB in 0.25 s",
+        "checkpoint at step 10: 12.3 MB in 0.25 s, 0.01 s before that of standing still",
         "quarantined checkpoints/step_00000008: sha256 of [trainer.json] differs",
         "skipped batch 7 of 64 samples: loss is nan",
         "failed: RuntimeError: worker died",
@@ -130,7 +130,7 @@ def test_a_terminal_gets_a_bar_and_lines_above_it():
     assert task.fields["text"] == "epoch 2/4  12,346 images/s  loss 1.23  top-1 25.00%  320 MB"
     view.show([{**START, "attempt": 1, "step": 20}])
     assert (task.completed, task.total) == (20, 100)
-    view.show([{"event": "checkpoint", "step": 20, "path": "x", "seconds": 0.25, "bytes": 1}])
+    view.show([{"event": "checkpoint", "step": 20, "path": "x", "stall_s": 0.01, "write_s": 0.25, "bytes": 1}])
     view.show([{"event": "evaluation", "step": 20, "epoch": 0, "metrics": {"top1": 0.5}}])
     view.show([{"event": "finish", "steps": 100, "wall_s": 1.0, "top1": 0.5}])
     assert task.completed == 100

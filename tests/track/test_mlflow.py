@@ -52,7 +52,7 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
         steps(journal, 0, 3)
         journal.event("evaluation", step=2, epoch=0, metrics={"top1": 0.7, "loss": math.nan})
         journal.event("epoch", step=2, epoch=0, metrics={"images_per_s": 100.0})
-        journal.event("checkpoint", step=2, path="checkpoints/step_00000002", seconds=0.5, bytes=12)
+        journal.event("checkpoint", step=2, path="checkpoints/step_00000002", stall_s=0.1, write_s=0.5, bytes=12)
         journal.event("skipped", reason="not finite", samples=8)
         journal.event("skipped", reason="not finite", samples=8)
         journal.event("finish", steps=3, top1=0.7, peak_saved_bytes=4096, rule="SLTT", restarts=0)
@@ -75,6 +75,7 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
     assert math.isnan(history(sqlite_store, run, "val/loss")[0][1])
     assert history(sqlite_store, run, "epoch/images_per_s") == [(2, 100.0)]
     assert history(sqlite_store, run, "checkpoint/bytes") == [(2, 12)]
+    assert history(sqlite_store, run, "checkpoint/stall_s") == [(2, 0.1)]
     assert history(sqlite_store, run, "summary/peak_saved_bytes") == [(3, 4096)]
     times = [point.timestamp for point in connect(sqlite_store).get_metric_history(found.info.run_id, "train/loss")]
     assert times[0] == pytest.approx(found.info.start_time, abs=1000)
@@ -192,7 +193,7 @@ def test_every_point_has_the_time_of_its_event_and_not_of_its_delivery(fake_run:
         journal.event("evaluation", step=1, metrics={"top1": 0.5})
         journal.event("fidelity", step=1, temporal_share={"0": 0.5}, cosines={"0": 0.5})
         journal.event("epoch", step=1, metrics={"images_per_s": 1.0})
-        journal.event("checkpoint", step=1, seconds=0.1, bytes=1)
+        journal.event("checkpoint", step=1, stall_s=0.1, write_s=0.1, bytes=1)
         journal.event("finish", step=2, top1=0.5)
     an_hour_ago(run.folder / "journal.jsonl")
     assert sync(run.folder, uri=sqlite_store).delivered == 14

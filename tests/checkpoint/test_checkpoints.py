@@ -10,32 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from pipeline.backend.plain import Plain
-from pipeline.checkpoint import CheckpointError, Checkpoints, damage, pin, read_trainer, step_folders, verified
-from pipeline.spiking.neuron import LIF
-from pipeline.spiking.synapse import Linear
-
-TRAINER: dict[str, Any] = {"world_size": 1, "zero": 0, "score": None}
-
-
-def backend(seed: int = 0) -> Plain:
-    torch.manual_seed(seed)
-    network = nn.Sequential(Linear(3, 4), LIF(), Linear(4, 2))
-    made = Plain(network, lambda net: torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))
-    for p in network.parameters():
-        p.grad = torch.ones_like(p)
-    made.step()  # the optimizer has a momentum worth saving
-    return made
-
-
-class Counting(nn.Module):
-    """A rule with state of its own."""
-
-    def __init__(self, value: float = 0.0) -> None:
-        super().__init__()
-        self.register_buffer("feedback", torch.full((3,), value))
+from pipeline.checkpoint import CheckpointError, Checkpoints, Folder, damage, pin, read_trainer, step_folders, verified
+from tests.checkpoint.few import TRAINER, Counting, backend, restore, save
 
 
 def flip_a_byte(file: Path) -> None:
@@ -45,29 +22,23 @@ def flip_a_byte(file: Path) -> None:
 
 
 def saved(folder: Path, steps: list[int], **checkpoints: Any) -> Checkpoints:
-    made = Checkpoints(folder, attempt="a", **checkpoints)
+    made = Checkpoints(Folder(folder), attempt="a", **checkpoints)
     for step in steps:
-        made.save(step, backend(step), Counting(step), {**TRAINER, "score": None})
+        save(made, step, backend(step), Counting(step), {**TRAINER, "score": None})
     return made
 
 
-def restore(checkpoints: Checkpoints, backend: Plain, rule: nn.Module) -> dict[str, Any]:
-    path = checkpoints.newest()
-    assert path is not None
-    return checkpoints.load(path, backend, rule)
-
-
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    original, checkpoints = backend(1), Checkpoints(tmp_path, attempt="a")
+    original, checkpoints = backend(1), Checkpoints(Folder(tmp_path), attempt="a")
     torch.manual_seed(5)
     random.seed(5)
     np.random.seed(5)  # noqa: NPY002
-    told = checkpoints.save(7, original, Counting(2.5), TRAINER)
+    told = save(checkpoints, 7, original, Counting(2.5), TRAINER)
     drawn = (torch.rand(3), random.random(), np.random.rand())  # noqa: NPY002
     other, rule = backend(2), Counting()
     trainer = restore(checkpoints, other, rule)
     assert trainer["step"] == 7
-    assert told.path == tmp_path / "step_00000007"
+    assert told.address == str(tmp_path / "step_00000007")
     assert told.bytes > 0
     for a, b in zip(original.network.parameters(), other.network.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -86,7 +57,7 @@ FILES = ["model.safetensors", "plain/state.pt", "rng_rank0.pt", "rule.pt", "trai
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
 def test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used(tmp_path: Path, name: str, how: str) -> None:
     told: list[tuple[Path, str]] = []
-    checkpoints = saved(tmp_path, [1, 2], on_quarantine=lambda path, reason: told.append((path, reason)))
+    checkpoints = saved(tmp_path, [1, 2], on_quarantine=lambda address, reason: told.append((Path(address), reason)))
     file = tmp_path / "step_00000002" / name
     if how == "flipped":
         flip_a_byte(file)
@@ -123,40 +94,40 @@ def test_a_write_that_was_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, attempt="a", keep=2)
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="a", keep=2)
     for step, score in [(1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, 0.4)]:
-        checkpoints.save(step, backend(), Counting(), {**TRAINER, "score": score})
+        save(checkpoints, step, backend(), Counting(), {**TRAINER, "score": score})
     assert [path.name[-1] for path in step_folders(tmp_path)] == ["2", "4", "5"]
-    assert verified(tmp_path, "best").name == "step_00000002"
-    assert verified(tmp_path).name == "step_00000005"
+    assert verified(Folder(tmp_path), "best").name == "step_00000002"
+    assert verified(Folder(tmp_path)).name == "step_00000005"
 
 
 def test_what_is_pinned_is_kept(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, [1, 2])
     pin(tmp_path / "step_00000001")
     for step in (3, 4):
-        checkpoints.save(step, backend(), Counting(), TRAINER)
+        save(checkpoints, step, backend(), Counting(), TRAINER)
     assert [path.name[-1] for path in step_folders(tmp_path)] == ["1", "3", "4"]
     assert damage(tmp_path / "step_00000001") is None
 
 
 def test_a_step_that_is_redone_replaces_its_checkpoint(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, [3])
-    checkpoints.save(3, backend(8), Counting(), {**TRAINER, "score": 0.25})
-    assert read_trainer(verified(tmp_path))["score"] == 0.25
+    save(checkpoints, 3, backend(8), Counting(), {**TRAINER, "score": 0.25})
+    assert read_trainer(verified(Folder(tmp_path)))["score"] == 0.25
 
 
 def test_zero_state_of_other_workers_is_refused_with_the_reason(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, attempt="a")
-    checkpoints.save(1, backend(), Counting(), {"world_size": 2, "zero": 1, "score": None})
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
+    save(checkpoints, 1, backend(), Counting(), {"world_size": 2, "zero": 1, "score": None})
     with pytest.raises(CheckpointError, match="ZeRO-1 state of 2 workers loads on as many only; got 1"):
         restore(checkpoints, backend(), Counting())
 
 
 def test_nothing_to_restore_is_no_error(tmp_path: Path) -> None:
-    assert Checkpoints(tmp_path / "none", attempt="a").newest() is None
+    assert Checkpoints(Folder(tmp_path / "none"), attempt="a").newest() is None
     with pytest.raises(CheckpointError, match="got none"):
-        verified(tmp_path)
+        verified(Folder(tmp_path))
 
 
 def test_a_kill_while_an_old_checkpoint_is_deleted_is_survived(tmp_path: Path) -> None:
@@ -165,8 +136,8 @@ def test_a_kill_while_an_old_checkpoint_is_deleted_is_survived(tmp_path: Path) -
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"rest")
     (tmp_path / "step_00000001" / "trainer.json").write_text("{")  # damaged, and old: nobody's best, and in nobody's way
-    checkpoints.save(3, backend(), Counting(), {**TRAINER, "score": 0.5})
-    checkpoints.save(4, backend(), Counting(), TRAINER)
+    save(checkpoints, 3, backend(), Counting(), {**TRAINER, "score": 0.5})
+    save(checkpoints, 4, backend(), Counting(), TRAINER)
     assert [path.name[-1] for path in step_folders(tmp_path)] == ["3", "4"]
     assert checkpoints.newest() == tmp_path / "step_00000004"
     assert not half.exists()
@@ -176,6 +147,6 @@ def test_each_rank_gets_its_own_running_statistics_back(tmp_path: Path) -> None:
     made = backend(1)
     made.network.register_buffer("running_mean", torch.tensor([3.0]))
     own = {"running_mean": torch.tensor([1.0])}
-    Checkpoints(tmp_path, attempt="a").save(1, made, Counting(), TRAINER, buffers=own)
-    restore(Checkpoints(tmp_path, attempt="b"), made, Counting())
+    save(Checkpoints(Folder(tmp_path), attempt="a"), 1, made, Counting(), TRAINER, buffers=own)
+    restore(Checkpoints(Folder(tmp_path), attempt="b"), made, Counting())
     assert made.network.running_mean.item() == 1.0  # type: ignore[union-attr, operator]

@@ -1,0 +1,136 @@
+"""The thread in which a rank writes its part of a checkpoint while training goes on.
+
+A checkpoint is whole once the parts of all ranks are. Threads of several ranks cannot ask one another through collectives,
+which are training's: each rank notes in the checkpoint's folder what it has written, and rank 0's thread waits for the notes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import torch as safetensors
+
+from pipeline.checkpoint.place import Place
+from pipeline.checkpoint.sealed import Facts, facts_of, seal, sync_folder, write_json
+
+POLL_S = 0.05
+
+
+class Abandoned(RuntimeError):
+    """A part is missing, and nobody waits for it any more."""
+
+
+class Background:
+    """One rank's writing of one checkpoint; it has begun.
+
+    Args:
+        files: what to write, by name: text, tensors by name (`.safetensors`), or what `torch.save` takes. Emptied, as what
+            is written need not be held.
+        on_whole: rank 0 calls it, in the thread, when the checkpoint is whole.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        name: str,
+        files: dict[str, Any],
+        *,
+        attempt: str,
+        rank: int,
+        ranks: int,
+        on_whole: Callable[[], None],
+    ) -> None:
+        self.place, self.name, self.rank, self.ranks, self.on_whole = place, name, rank, ranks, on_whole
+        self.temp = place.staging / f".writing-{attempt}-{name}"
+        self.seconds, self.bytes = 0.0, 0
+        self.part: Future[None] = Future()
+        """this rank's files are where they belong"""
+        self.whole: Future[None] = Future()
+        """on rank 0: the checkpoint is one"""
+        self._nobody_waits = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(files,), daemon=True, name=f"checkpoint {name}")
+        self._thread.start()
+
+    def give_up(self) -> None:
+        """Wait for no other rank for long from now on, and until this one has come to its end, good or bad."""
+        self._nobody_waits.set()
+        self._thread.join()
+
+    def discard(self) -> None:
+        """Delete what was written, to make room; for rank 0, once every rank has given up."""
+        shutil.rmtree(self.temp, ignore_errors=True)
+
+    def _run(self, files: dict[str, Any]) -> None:
+        began = time.monotonic()
+        try:
+            facts = self._write(files)
+        except BaseException as error:  # whoever waits for the future raises it
+            self.part.set_exception(error)
+            self.whole.set_exception(error)
+            return
+        self.part.set_result(None)
+        try:
+            if self.rank == 0:
+                facts |= self._others(time.monotonic() - began)
+                seal(self.temp, facts)
+                self.place.finish(self.temp, self.name)
+                self.bytes = sum(fact["bytes"] for fact in facts.values())
+                self.on_whole()
+        except BaseException as error:
+            self.whole.set_exception(error)
+            return
+        self.seconds = time.monotonic() - began
+        self.whole.set_result(None)
+
+    def _write(self, files: dict[str, Any]) -> Facts:
+        names = list(files)
+        for name in names:
+            (self.temp / name).parent.mkdir(parents=True, exist_ok=True)
+            _write(self.temp / name, files.pop(name))
+        facts = facts_of(self.temp, names)
+        for folder in {(self.temp / name).parent for name in names}:
+            sync_folder(folder)
+        self.place.put(self.temp, self.name, names)
+        if self.rank:
+            new = self.temp / f".{self.rank}.new"
+            write_json(new, facts)
+            new.rename(self._note(self.rank))
+        return facts
+
+    def _others(self, own_s: float) -> Facts:
+        """What the other ranks have written; waits for them, once nobody waits for long about as long as this rank took."""
+        facts: Facts = {}
+        patience = time.monotonic() + own_s + 1.0
+        for rank in range(1, self.ranks):
+            note = self._note(rank)
+            while not note.exists():
+                if self._nobody_waits.is_set() and time.monotonic() > patience:
+                    raise Abandoned(f"checkpoint {self.name}: the part of worker {rank} is missing")
+                time.sleep(POLL_S)
+            facts |= json.loads(note.read_text())
+            note.unlink()
+        return facts
+
+    def _note(self, rank: int) -> Path:
+        return self.temp / f".{rank}.json"
+
+
+def _write(file: Path, value: Any) -> None:
+    with file.open("wb") as stream:  # Python's own: a full disk is an OSError with a number
+        if isinstance(value, str):
+            stream.write(value.encode())
+        elif file.suffix == ".safetensors":
+            stream.write(safetensors.save(value))
+        else:
+            torch.save(value, stream)
+        stream.flush()
+        os.fsync(stream.fileno())

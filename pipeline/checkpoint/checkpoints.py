@@ -1,0 +1,233 @@
+"""Saving and restoring: training waits for a copy of its state, and a thread writes it; one checkpoint at a time."""
+
+from __future__ import annotations
+
+import errno
+import json
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.backend.base import Backend
+from pipeline.backend.copied import copied
+from pipeline.checkpoint.background import Background
+from pipeline.checkpoint.place import TRAINER, CheckpointError, Place, newest, prune, read_trainer, step_name
+from pipeline.checkpoint.random_state import rng_state, set_rng_state
+from pipeline.refused import Refused
+
+WEIGHTS = "model.safetensors"
+# What a user has to change; anything else may be gone when the workers are started again.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is whole."""
+
+    address: str
+    step: int
+    stall_s: float
+    """that training stood still: for a copy, and before that for the checkpoint before this one"""
+    write_s: float
+    """from then on until it was whole"""
+    bytes: int
+
+
+class Checkpoints:
+    """The checkpoints of one run, written by all of its ranks together.
+
+    Args:
+        place: where they are kept.
+        attempt: names this process group's temp folders, so that workers of an abandoned attempt never meet ours.
+        keep: newest checkpoints that survive pruning; the one with the best score, and what is pinned, survive beside them.
+        ranks: how many there are.
+        each: every rank's value, in the order of ranks, on every rank; see `Ranks.each`.
+        on_quarantine: told (address, reason) for each damaged checkpoint that is moved away.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        *,
+        attempt: str,
+        keep: int = 2,
+        rank: int = 0,
+        ranks: int = 1,
+        each: Callable[[Any], list[Any]] = lambda value: [value],
+        on_quarantine: Callable[[str, str], None] = lambda address, reason: None,
+    ) -> None:
+        self.place = place
+        self.attempt = attempt
+        self.keep = keep
+        self.rank, self.ranks, self.each = rank, ranks, each
+        self.on_quarantine = on_quarantine
+        self._in_flight: _InFlight | None = None
+        self._told = True
+
+    def save(
+        self,
+        step: int,
+        backend: Backend,
+        rule: nn.Module,
+        trainer: Mapping[str, Any],
+        *,
+        buffers: Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Saved | None:
+        """Begin to write a checkpoint; collective. It is whole once `done` or `wait` says so; what `wait` says of the one before.
+
+        `buffers` are this rank's own running statistics, where the network holds the mean over ranks while it is saved.
+        `weights` are those to publish, a copy that nobody else changes; None: the network's as they are.
+
+        Raises:
+            Refused: see `wait`.
+        """
+        began = time.monotonic()
+        before = self.wait()
+        files = {f"{backend.name}/{name}": state for name, state in backend.capture().items()}
+        files[f"rng_rank{self.rank}.pt"] = {**rng_state(), "buffers": copied(dict(buffers or {}))}
+        if self.rank == 0:
+            files[WEIGHTS] = dict(weights_of(backend.network) if weights is None else weights)
+            if rule.state_dict():
+                files["rule.pt"] = copied(rule.state_dict())
+            files[TRAINER] = json.dumps({**trainer, "step": step}, indent=1) + "\n"
+        name = step_name(step)
+        writing = Background(
+            self.place,
+            name,
+            files,
+            attempt=self.attempt,
+            rank=self.rank,
+            ranks=self.ranks,
+            on_whole=lambda: prune(self.place, keep=self.keep),
+        )
+        self._in_flight, self._told = _InFlight(step, writing, time.monotonic() - began), False
+        return before
+
+    def done(self) -> Saved | None:
+        """On rank 0 what the last `save` has become, once, as soon as it is whole; asks nobody and waits for nothing."""
+        flight = self._in_flight
+        if self.rank or flight is None or self._told or not flight.writing.whole.done() or flight.writing.whole.exception():
+            return None
+        self._told = True
+        return self._saved(flight)
+
+    def wait(self) -> Saved | None:
+        """Until the last `save` is whole on every rank; collective. On rank 0 what it has become, unless that was told already.
+
+        Raises:
+            Refused: it cannot be written, and only the user can change that: the disk is full.
+            OSError: it could not be written; on every rank, too. What is whole stays.
+        """
+        flight, self._in_flight = self._in_flight, None
+        if flight is None:
+            return None
+        writing = flight.writing
+        self._agree(flight, writing.part)
+        if self.rank == 0:  # the parts of all are there, so that it comes to an end
+            writing.whole.exception()
+        self._agree(flight, writing.whole if self.rank == 0 else writing.part)
+        if self.rank or self._told:
+            return None
+        self._told = True
+        return self._saved(flight)
+
+    def close(self, error: BaseException | None = None) -> Saved | None:
+        """Come to an end without the other ranks, of which one may be gone: what has all its parts becomes a checkpoint.
+
+        That it could not be written is noted on `error`, which ends the attempt.
+        """
+        flight, self._in_flight = self._in_flight, None
+        if flight is None:
+            return None
+        flight.writing.give_up()
+        failure = flight.writing.whole.exception() if self.rank == 0 else flight.writing.part.exception()
+        if failure is not None:
+            if error is None:
+                raise failure
+            error.add_note(f"checkpoint {flight.writing.name} was not written: {type(failure).__name__}: {failure}")
+            return None
+        if self.rank or self._told:
+            return None
+        self._told = True
+        return self._saved(flight)
+
+    def newest(self) -> Path | None:
+        """The newest one that verifies, on this machine; damaged ones are moved away. For rank 0, which tells the others."""
+        suffix = f"{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
+        return newest(self.place, suffix=suffix, on_quarantine=self.on_quarantine)
+
+    def load(self, path: Path, backend: Backend, rule: nn.Module) -> dict[str, Any]:
+        """Load a verified checkpoint into this rank; collective. What its trainer.json says.
+
+        Raises:
+            CheckpointError: another backend wrote it, or another number of workers at a ZeRO stage that loads on as many only.
+        """
+        trainer = read_trainer(path)
+        if trainer.get("zero", 0) > 0 and trainer["world_size"] != self.ranks:
+            raise CheckpointError(
+                f"checkpoint {path.name}: ZeRO-{trainer['zero']} state of {trainer['world_size']} workers loads on as many only; "
+                f"got {self.ranks}"
+            )
+        if not (path / backend.name).is_dir():
+            raise CheckpointError(f"checkpoint {path.name}: was not written by backend {backend.name!r}")
+        backend.load(path / backend.name)
+        if (path / "rule.pt").exists():
+            rule.load_state_dict(torch.load(path / "rule.pt", map_location="cpu", weights_only=True))
+        rng = path / f"rng_rank{self.rank}.pt"
+        if rng.exists():  # there is none for a rank that the writing attempt did not have
+            state = torch.load(rng, map_location="cpu", weights_only=True)
+            set_rng_state(state)
+            backend.network.load_state_dict(state["buffers"], strict=False)
+        return trainer
+
+    def _agree(self, flight: _InFlight, outcome: Future[None]) -> None:
+        """Every rank's outcome is good, or every rank raises what the first bad one was, and what was written is deleted."""
+        own = outcome.exception()
+        failures = [failure for failure in self.each(None if own is None else _told(own)) if failure is not None]
+        if not failures:
+            return
+        flight.writing.give_up()
+        self.each(None)
+        if self.rank == 0:
+            flight.writing.discard()
+        number, said = failures[0]
+        if number in _FULL:
+            raise Refused(f"checkpoint: cannot be written after step {flight.step}: {said}; {self._left()}") from own
+        raise OSError(number or errno.EIO, f"checkpoint after step {flight.step} was not written: {said}") from own
+
+    def _left(self) -> str:
+        names = self.place.names()
+        return f"the newest whole one is {self.place.address(names[-1])}" if names else "there is no whole one yet"
+
+    def _saved(self, flight: _InFlight) -> Saved:
+        writing = flight.writing
+        return Saved(self.place.address(writing.name), flight.step, flight.stall_s, writing.seconds, writing.bytes)
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    step: int
+    writing: Background
+    stall_s: float
+
+
+def _told(error: BaseException) -> tuple[int | None, str]:
+    """Its number and text, for the other ranks: those of the OSError that torch hides in an error of its own."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError):
+            return found.errno, f"{found.strerror or found}" + (f": {found.filename}" if found.filename else "")
+        found = found.__cause__ or found.__context__
+    return None, f"{type(error).__name__}: {error}"
+
+
+def weights_of(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of them on the CPU, as they are published."""
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in network.state_dict().items()}

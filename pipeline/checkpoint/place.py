@@ -1,0 +1,130 @@
+"""Where the checkpoints of a run are kept, and what is asked of any such place: the newest, the best, no more than are wanted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.checkpoint.sealed import damage
+from pipeline.pickles import code_in
+
+TRAINER = "trainer.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used, in one line."""
+
+
+class Place(Protocol):
+    """Of one run. A checkpoint is there under its name, whole, or it is not."""
+
+    @property
+    def staging(self) -> Path:
+        """A folder that every rank sees, in which a checkpoint's files are written before they are put in their place."""
+        ...
+
+    def names(self) -> list[str]:
+        """Of the checkpoints, oldest first; whether they are still as they were written is `damage`'s to say."""
+        ...
+
+    def address(self, name: str) -> str:
+        """Where a person finds it."""
+        ...
+
+    def put(self, temp: Path, name: str, files: Iterable[str]) -> None:
+        """Bring what one rank has written in `temp` to where it belongs; each rank calls it with its own files."""
+        ...
+
+    def finish(self, temp: Path, name: str) -> None:
+        """All files are there and `temp` holds the manifest: make them a checkpoint, in the place of one of the same name."""
+        ...
+
+    def fetch(self, name: str) -> Path:
+        """A folder on this machine that holds it, whole or not, until the next one is fetched."""
+        ...
+
+    def trainer(self, name: str) -> dict[str, Any]:
+        """Its `trainer.json`, unverified."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """No part of it may ever look like a whole one, also when we die in the middle of this."""
+        ...
+
+    def set_aside(self, name: str, suffix: str) -> str:
+        """Move a damaged one out of the way; where to."""
+        ...
+
+    def is_pinned(self, name: str) -> bool:
+        """Whether somebody outside of the run knows it by its address."""
+        ...
+
+    def sweep(self) -> None:
+        """Delete what writers left behind that died. For whoever holds the run's lock: see pipeline/writer.py."""
+        ...
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def newest(place: Place, *, suffix: str, on_quarantine: Callable[[str, str], None]) -> Path | None:
+    """The newest checkpoint that verifies, on this machine; damaged ones are moved away and told (address, reason).
+
+    Raises:
+        CheckpointError: it verifies, and one of its files would run code: somebody has put it there.
+    """
+    place.sweep()
+    for name in reversed(place.names()):
+        path = place.fetch(name)
+        reason = damage(path)
+        if reason is None:
+            if said := code_in(path):
+                raise CheckpointError(f"checkpoint {path}: must hold data alone; {said}; move it away if it is not yours")
+            return path
+        on_quarantine(place.set_aside(name, suffix), reason)
+    return None
+
+
+def verified(place: Place, which: str = "last") -> Path:
+    """The newest checkpoint that verifies, or the one with the best score, on this machine.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    names = place.names()
+    if which == "best":
+        scores = {name: score for name in names if (score := _score(place, name)) is not None}
+        names = sorted(scores, key=lambda name: (scores[name], name))
+    for name in reversed(names):
+        path = place.fetch(name)
+        if damage(path) is None:
+            return path
+    kind = "with a score that verifies" if which == "best" else "that verifies"
+    raise CheckpointError(f"{place.address('')}: needs a checkpoint {kind}; got none")
+
+
+def prune(place: Place, *, keep: int) -> None:
+    """Delete all but the newest `keep`, the one with the best score, and what is pinned."""
+    names = place.names()
+    if len(names) <= keep:
+        return
+    scores = {name: score for name in names if (score := _score(place, name)) is not None}
+    best = max(scores, key=lambda name: (scores[name], name), default=None)
+    for name in names[:-keep]:
+        if name != best and not place.is_pinned(name):
+            place.delete(name)
+
+
+def _score(place: Place, name: str) -> float | None:
+    """None, too, for a damaged checkpoint: it is nobody's best."""
+    try:
+        return place.trainer(name)["score"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def read_trainer(path: Path) -> dict[str, Any]:
+    return json.loads((path / TRAINER).read_text())

@@ -1,0 +1,131 @@
+"""Checkpoints under any address that fsspec knows (s3://bucket/prefix, gs://..., memory://...): the manifest goes there last.
+
+An object store has no rename: a folder without a manifest is no checkpoint, and the manifest is the first to go when one is
+deleted. Files are written and summed on the run's own storage, brought to the address, and compared by size there; their
+sha256 is looked at when they come back. Credentials are the environment's (AWS_ACCESS_KEY_ID, ...), never part of an address.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+from pipeline.checkpoint.folder import Folder
+from pipeline.checkpoint.place import TRAINER, CheckpointError, Place
+from pipeline.checkpoint.sealed import MANIFEST, read_manifest
+
+
+def place_at(address: str, run: Path) -> Place:
+    """The place of one run's checkpoints: a folder's path or file:// address, one of fsspec's, or "" for RUN/checkpoints.
+
+    Raises:
+        CheckpointError: an address that nothing here can open, or that holds a password.
+    """
+    inside = run / "checkpoints"
+    if not address:
+        return Folder(inside)
+    if "://" not in address:
+        return Folder(Path(address).absolute())
+    told = urlsplit(address)
+    if told.scheme in ("file", "local"):
+        return Folder(Path(told.path))
+    if "@" in told.netloc or told.query:
+        raise CheckpointError("checkpoints: an address holds no credentials, which are the environment's; got one with some")
+    return Store(address, staging=inside)
+
+
+class Store:
+    """`address`: of one run's checkpoints; `staging`: a folder of the run's that every rank sees."""
+
+    def __init__(self, address: str, *, staging: Path) -> None:
+        import fsspec
+
+        self.url, self.staging = address.rstrip("/"), staging
+        try:
+            self.fs, self.root = fsspec.url_to_fs(self.url, use_listings_cache=False)
+        except (ImportError, ValueError) as error:  # "Install s3fs to access S3", "Protocol not known: ..."
+            raise CheckpointError(f"checkpoints: an address must be one that fsspec can open; got {address}: {error}") from error
+
+    def names(self) -> list[str]:
+        return [name for name in self._folders() if self.fs.exists(self._path(name, MANIFEST))]
+
+    def address(self, name: str) -> str:
+        return f"{self.url}/{name}"
+
+    def put(self, temp: Path, name: str, files: Iterable[str]) -> None:
+        for file in files:
+            self._put(temp / file, self._path(name, file))
+
+    def finish(self, temp: Path, name: str) -> None:
+        self._put(temp / MANIFEST, self._path(name, MANIFEST))
+        shutil.rmtree(temp)
+
+    def fetch(self, name: str) -> Path:
+        here = self.staging / "fetched"
+        shutil.rmtree(here, ignore_errors=True)
+        folder = here / name
+        folder.mkdir(parents=True)
+        if not self._get(name, MANIFEST, folder):
+            return folder
+        try:
+            files = read_manifest((folder / MANIFEST).read_bytes())
+        except ValueError:
+            return folder  # `damage` says so
+        for file in files:
+            self._get(name, file, folder)
+        return folder
+
+    def trainer(self, name: str) -> dict[str, Any]:
+        return json.loads(self.fs.cat_file(self._path(name, TRAINER)))
+
+    def delete(self, name: str) -> None:
+        if self.fs.exists(self._path(name, MANIFEST)):
+            self.fs.rm_file(self._path(name, MANIFEST))
+        self.fs.rm(self._path(name), recursive=True)
+
+    def set_aside(self, name: str, suffix: str) -> str:
+        moved = f"quarantine/{name}-{suffix}"
+        self.fs.copy(self._path(name) + "/", self._path(moved) + "/", recursive=True)
+        self.delete(name)
+        return self.address(moved)
+
+    def is_pinned(self, name: str) -> bool:
+        return self.fs.exists(self._path(f"{name}.pinned"))
+
+    def sweep(self) -> None:
+        Folder(self.staging).sweep()
+        whole = set(self.names())
+        for name in self._folders():
+            if name not in whole:
+                self.fs.rm(self._path(name), recursive=True)
+
+    def _folders(self) -> list[str]:
+        try:
+            found = self.fs.ls(self.root, detail=False)
+        except FileNotFoundError:
+            return []
+        names = (PurePosixPath(path).name for path in found)
+        return sorted(name for name in names if re.fullmatch(r"step_\d+", name))
+
+    def _put(self, file: Path, path: str) -> None:
+        self.fs.put_file(str(file), path)
+        there, here = self.fs.info(path)["size"], file.stat().st_size
+        if there != here:
+            raise OSError(errno.EIO, f"{there} of {here} bytes arrived", path)
+
+    def _get(self, name: str, file: str, folder: Path) -> bool:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.fs.get_file(self._path(name, file), str(folder / file))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _path(self, *names: str) -> str:
+        return "/".join((self.root, *names))

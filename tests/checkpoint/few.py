@@ -1,0 +1,51 @@
+"""A backend of a few numbers, and a rule with state of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.backend.plain import Plain
+from pipeline.checkpoint import Checkpoints, Saved
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.synapse import Linear
+
+TRAINER: dict[str, Any] = {"world_size": 1, "zero": 0, "score": None}
+
+
+def backend(seed: int = 0) -> Plain:
+    torch.manual_seed(seed)
+    network = nn.Sequential(Linear(3, 4), LIF(), Linear(4, 2))
+    made = Plain(network, lambda net: torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))
+    step(made)  # the optimizer has a momentum worth saving
+    return made
+
+
+def step(made: Plain) -> None:
+    for p in made.network.parameters():
+        p.grad = torch.ones_like(p)
+    made.step()
+
+
+class Counting(nn.Module):
+    """A rule with state of its own."""
+
+    def __init__(self, value: float = 0.0) -> None:
+        super().__init__()
+        self.register_buffer("feedback", torch.full((3,), value))
+
+
+def save(checkpoints: Checkpoints, step: int, made: Plain, rule: nn.Module, trainer: dict[str, Any], **more: Any) -> Saved:
+    """Until it is whole."""
+    assert checkpoints.save(step, made, rule, trainer, **more) is None
+    told = checkpoints.wait()
+    assert told is not None
+    return told
+
+
+def restore(checkpoints: Checkpoints, backend: Plain, rule: nn.Module) -> dict[str, Any]:
+    path = checkpoints.newest()
+    assert path is not None
+    return checkpoints.load(path, backend, rule)

@@ -1,0 +1,198 @@
+"""Written beside training: what is saved is what was there, one at a time, whole or told why not, by one rank and by two."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed
+
+from pipeline.backend.copied import copied
+from pipeline.checkpoint import Checkpoints, Folder, background, damage, step_folders
+from pipeline.ranks import Ranks
+from pipeline.refused import Refused
+from tests.checkpoint.few import TRAINER, Counting, backend, restore, save, step
+from tests.processes import run_ranks
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """No file is written before it is set."""
+    opened, write = threading.Event(), background._write
+
+    def waiting(file: Path, value: Any) -> None:
+        assert opened.wait(20)
+        write(file, value)
+
+    monkeypatch.setattr(background, "_write", waiting)
+    yield opened
+    opened.set()
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Weights cannot be written; as torch has it, its own error comes on top."""
+    write = background._write
+
+    def fails(file: Path, value: Any) -> None:
+        if file.suffix != ".safetensors":
+            return write(file, value)
+        try:
+            raise OSError(number, os.strerror(number), str(file))
+        finally:
+            raise RuntimeError("unexpected pos 640 vs 598")
+
+    monkeypatch.setattr(background, "_write", fails)
+
+
+def test_training_goes_on_meanwhile_and_what_was_there_is_what_is_saved(tmp_path: Path, gate: threading.Event) -> None:
+    made, rule, checkpoints = backend(1), Counting(1.0), Checkpoints(Folder(tmp_path), attempt="a")
+    then = copied(made.network.state_dict())
+    momenta = copied([state["momentum_buffer"] for state in made.optimizer.state.values()])
+    assert checkpoints.save(1, made, rule, TRAINER) is None
+    step(made)
+    rule.feedback += 1  # type: ignore[operator]
+    assert checkpoints.done() is None and step_folders(tmp_path) == []
+    gate.set()
+    told = checkpoints.wait()
+    assert told is not None and told.write_s > 0 and told.stall_s > 0
+    other, held = backend(2), Counting()
+    restore(checkpoints, other, held)
+    assert all(torch.equal(value, then[name]) for name, value in other.network.state_dict().items())
+    assert not torch.equal(then["0.weight"], made.network.state_dict()["0.weight"])
+    found = [state["momentum_buffer"] for state in other.optimizer.state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(found, momenta, strict=True))
+    assert held.feedback.tolist() == [1.0] * 3  # type: ignore[operator]
+
+
+def test_it_is_told_once_as_soon_as_it_is_whole(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
+    checkpoints.save(1, backend(), Counting(), TRAINER)
+    deadline = time.monotonic() + 20
+    while (told := checkpoints.done()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert told.address == str(tmp_path / "step_00000001") and damage(Path(told.address)) is None
+    assert checkpoints.done() is None and checkpoints.wait() is None
+
+
+def test_the_next_one_waits_for_the_one_before(tmp_path: Path, gate: threading.Event) -> None:
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
+    checkpoints.save(1, backend(), Counting(), TRAINER)
+    threading.Timer(0.2, gate.set).start()
+    before = checkpoints.save(2, backend(), Counting(), TRAINER)
+    assert before is not None and before.step == 1
+    last = checkpoints.wait()
+    assert last is not None and last.step == 2 and last.stall_s > 0.1
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "said"),
+    [
+        (
+            errno.ENOSPC,
+            Refused,
+            r"checkpoint: cannot be written after step 2: No space left on device: .*; the newest whole one is",
+        ),
+        (errno.EIO, OSError, r"checkpoint after step 2 was not written: Input/output error"),
+    ],
+)
+def test_what_cannot_be_written_is_told_to_training_and_the_one_before_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception], said: str
+) -> None:
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
+    save(checkpoints, 1, backend(), Counting(), TRAINER)
+    with monkeypatch.context() as patch:
+        failing(patch, number)
+        checkpoints.save(2, backend(), Counting(), TRAINER)
+        with pytest.raises(kind, match=said):
+            checkpoints.save(3, backend(), Counting(), TRAINER)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]  # what there was of it makes room
+    assert checkpoints.wait() is None
+
+
+def test_an_attempt_that_ends_by_an_error_finishes_what_it_was_writing(tmp_path: Path, gate: threading.Event) -> None:
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
+    checkpoints.save(1, backend(), Counting(), TRAINER)
+    threading.Timer(0.1, gate.set).start()
+    told = checkpoints.close(KeyError("training fails"))
+    assert told is not None and damage(Path(told.address)) is None
+
+
+def test_an_error_that_ends_the_attempt_says_that_the_checkpoint_failed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, error = Checkpoints(Folder(tmp_path), attempt="a"), KeyError("training fails")
+    failing(monkeypatch, errno.EIO)
+    checkpoints.save(1, backend(), Counting(), TRAINER)
+    assert checkpoints.close(error) is None
+    assert error.__notes__ == ["checkpoint step_00000001 was not written: RuntimeError: unexpected pos 640 vs 598"]
+
+
+def _two_ranks(rank: int, size: int, folder: str) -> dict[str, Any]:
+    ranks, place = Ranks(rank, size), Folder(Path(folder))
+    about: dict[str, Any] = {"rank": rank, "ranks": size, "each": ranks.each}
+    checkpoints, write, found = Checkpoints(place, attempt="a", **about), background._write, {}
+    held, made = threading.Event(), backend()
+
+    def each_in_turn(file: Path, value: Any) -> None:
+        assert held.wait(20)
+        write(file, value)
+
+    background._write = each_in_turn
+    for writer in range(size):  # neither rank's part alone makes a checkpoint
+        held.clear()
+        checkpoints.save(1 + writer, made, Counting(), {**TRAINER, "world_size": size})
+        if rank == writer:
+            held.set()
+            checkpoints._in_flight.writing.part.result(20)  # type: ignore[union-attr]
+        distributed.barrier()
+        found[f"half {writer}"] = (place.folder / f"step_0000000{1 + writer}").exists()
+        distributed.barrier()
+        held.set()
+        checkpoints.wait()
+        found[f"whole {writer}"] = damage(place.folder / f"step_0000000{1 + writer}")
+
+    def fails(file: Path, value: Any) -> None:
+        if rank == slow_rank:
+            raise OSError(errno.ENOSPC, "No space left on device", "x")
+        write(file, value)
+
+    for slow_rank in range(size):
+        background._write = fails
+        checkpoints.save(5, made, Counting(), TRAINER)
+        try:
+            checkpoints.wait()
+        except Refused as error:
+            found[f"full {slow_rank}"] = str(error)
+    distributed.barrier()
+    background._write = write
+    # A rank that is gone: the other ends at once, without a checkpoint.
+    if rank == 0:
+        alone = Checkpoints(place, attempt="b", rank=0, ranks=2)
+        alone.save(6, made, Counting(), TRAINER)
+        error = RuntimeError("connection reset by peer")
+        alone.close(error)
+        found["alone"] = error.__notes__
+        found["left"] = sorted(path.name for path in place.folder.glob("*step*"))
+    return found
+
+
+@pytest.mark.distributed
+def test_two_ranks_make_one_checkpoint_and_fail_together(tmp_path: Path) -> None:
+    first, second = run_ranks(_two_ranks, 2, tmp_path, str(tmp_path / "checkpoints"))
+    for writer in range(2):
+        assert first[f"half {writer}"] is second[f"half {writer}"] is False
+        assert first[f"whole {writer}"] is second[f"whole {writer}"] is None
+        assert first[f"full {writer}"] == second[f"full {writer}"]
+        assert "after step 5: No space left on device: x; the newest whole one is" in first[f"full {writer}"]
+    assert first["alone"][0].endswith("Abandoned: checkpoint step_00000006: the part of worker 1 is missing")
+    assert first["left"] == [".writing-b-step_00000006", "step_00000001", "step_00000002"]
+    written = {path.name for path in (tmp_path / "checkpoints" / "step_00000002").iterdir()}
+    assert {"rng_rank0.pt", "rng_rank1.pt", "manifest.json"} < written and not any(name.startswith(".") for name in written)

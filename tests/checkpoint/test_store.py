@@ -1,0 +1,167 @@
+"""Checkpoints at an address of fsspec's, in memory and in S3 (moto's server): whole or not there, verified, pruned, swept."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+
+from pipeline.checkpoint import CheckpointError, Checkpoints, Folder, place_at, verified
+from pipeline.checkpoint.store import Store
+from tests.checkpoint.few import TRAINER, Counting, backend, restore, save
+from tests.checkpoint.s3 import s3_server
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture(params=["memory", "s3"])
+def address(request: pytest.FixtureRequest) -> str:
+    base = "memory://checkpoints" if request.param == "memory" else request.getfixturevalue("bucket")
+    return f"{base}/{uuid.uuid4().hex}/run"
+
+
+def store(address: str, run: Path) -> Store:
+    place = place_at(address, run)
+    assert isinstance(place, Store)
+    return place
+
+
+def checkpoints(address: str, run: Path, **more: object) -> Checkpoints:
+    return Checkpoints(store(address, run), attempt="a", **more)  # type: ignore[arg-type]
+
+
+def paths(address: str) -> set[str]:
+    """Of all that lies there, below the address."""
+    fs, root = fsspec.url_to_fs(address, use_listings_cache=False, skip_instance_cache=True)
+    return {path.removeprefix(root).strip("/") for path in fs.find(root)}
+
+
+FILES = {"model.safetensors", "plain/state.pt", "rng_rank0.pt", "rule.pt", "trainer.json", "manifest.json"}
+
+
+def test_what_is_saved_comes_back_in_a_fresh_folder(address: str, tmp_path: Path) -> None:
+    made = backend(1)
+    told = save(checkpoints(address, tmp_path / "one"), 7, made, Counting(2.5), TRAINER)
+    assert told.address == f"{address}/step_00000007"
+    assert paths(address) == {f"step_00000007/{name}" for name in FILES}
+    assert list((tmp_path / "one" / "checkpoints").iterdir()) == []  # the run's own disk keeps nothing
+    other, rule = backend(2), Counting()
+    trainer = restore(checkpoints(address, tmp_path / "other"), other, rule)
+    assert trainer["step"] == 7 and rule.feedback.tolist() == [2.5] * 3  # type: ignore[operator]
+    assert all(torch.equal(a, b) for a, b in zip(made.network.parameters(), other.network.parameters(), strict=True))
+
+
+def test_the_newest_the_best_and_the_pinned_are_kept(address: str, tmp_path: Path) -> None:
+    keeping = checkpoints(address, tmp_path, keep=2)
+    for step, score in [(1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, 0.4)]:
+        save(keeping, step, backend(), Counting(), {**TRAINER, "score": score})
+        if step == 1:
+            with fsspec.open(f"{address}/step_00000001.pinned", "wb"):
+                pass
+    place = store(address, tmp_path)
+    assert [name[-1] for name in place.names()] == ["1", "2", "4", "5"]
+    assert {path.split("/")[0][-1] for path in paths(address) - {"step_00000001.pinned"}} == {"1", "2", "4", "5"}
+    assert verified(place, "best").name == "step_00000002"
+    assert verified(place).name == "step_00000005"
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone", "manifest flipped"])
+def test_a_damaged_one_is_set_aside_and_the_one_before_is_used(address: str, tmp_path: Path, how: str) -> None:
+    told: list[tuple[str, str]] = []
+    saving = checkpoints(address, tmp_path, on_quarantine=lambda *words: told.append(words))
+    for step in (1, 2):
+        save(saving, step, backend(), Counting(), TRAINER)
+    name = "manifest.json" if how.startswith("manifest") else "model.safetensors"
+    place = store(address, tmp_path)
+    path = f"{place.root}/step_00000002/{name}"
+    content = bytearray(place.fs.cat_file(path))
+    content[len(content) // 2] ^= 1
+    if how == "gone":
+        place.fs.rm_file(path)
+    else:
+        place.fs.pipe_file(path, bytes(content[:-7] if how == "cut" else content))
+    assert (
+        restore(checkpoints(address, tmp_path, on_quarantine=lambda *words: told.append(words)), backend(), Counting())["step"]
+        == 1
+    )
+    [(moved, reason)] = told
+    assert moved.startswith(f"{address}/quarantine/step_00000002-") and name in reason
+    assert store(address, tmp_path).names() == ["step_00000001"]
+    assert any(found.startswith("quarantine/step_00000002-") for found in paths(address))
+
+
+def test_an_upload_that_was_cut_short_is_no_checkpoint_and_is_swept(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saving = checkpoints(address, tmp_path)
+    save(saving, 1, backend(), Counting(), TRAINER)
+    with monkeypatch.context() as patch:
+        put = Store._put
+
+        def cut(self: Store, file: Path, path: str) -> None:
+            if file.name == "manifest.json":
+                raise OSError(errno.ECONNRESET, "Connection reset by peer")
+            put(self, file, path)
+
+        patch.setattr(Store, "_put", cut)
+        saving.save(2, backend(), Counting(), TRAINER)
+        with pytest.raises(OSError, match="checkpoint after step 2 was not written: Connection reset by peer"):
+            saving.wait()
+    assert "step_00000002/model.safetensors" in paths(address)
+    assert store(address, tmp_path).names() == ["step_00000001"]
+    assert restore(checkpoints(address, tmp_path / "fresh"), backend(), Counting())["step"] == 1
+    assert not any("step_00000002" in path for path in paths(address))
+
+
+def test_what_arrives_shorter_than_it_was_is_told(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = store(address, tmp_path)
+    put, saving = place.fs.put_file, Checkpoints(place, attempt="a")
+
+    def short(here: str, there: str) -> None:
+        Path(here).write_bytes(Path(here).read_bytes()[:10])
+        put(here, there)
+        Path(here).write_bytes(b"x" * 11)
+
+    monkeypatch.setattr(place.fs, "put_file", short)
+    saving.save(1, backend(), Counting(), TRAINER)
+    with pytest.raises(OSError, match="10 of 11 bytes arrived"):
+        saving.wait()
+    assert store(address, tmp_path).names() == []
+
+
+def test_a_manifest_reaches_no_file_outside(tmp_path: Path) -> None:
+    place = store(f"memory://evil/{uuid.uuid4().hex}", tmp_path)
+    save(Checkpoints(place, attempt="a"), 1, backend(), Counting(), TRAINER)
+    files = {"../../../planted": {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}}
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    place.fs.pipe_file(f"{place.root}/step_00000001/manifest.json", json.dumps({"files": files, "sha256": digest}).encode())
+    place.fs.pipe_file(f"{place.root}/planted", b"x")
+    with pytest.raises(CheckpointError, match="needs a checkpoint that verifies; got none"):
+        verified(place)
+    assert not (tmp_path / "planted").exists()
+
+
+def test_an_address_is_a_folder_or_something_that_can_be_opened(tmp_path: Path) -> None:
+    assert place_at("", tmp_path) == Folder(tmp_path / "checkpoints")
+    assert place_at("/big/run", tmp_path) == place_at("file:///big/run", tmp_path) == Folder(Path("/big/run"))
+    with pytest.raises(
+        CheckpointError, match=r"must be one that fsspec can open; got nowhere://x/run: Protocol not known: nowhere"
+    ):
+        place_at("nowhere://x/run", tmp_path)
+    for secret in ("s3://key:secret@bucket/run", "https://host/run?token=secret"):
+        with pytest.raises(CheckpointError, match="an address holds no credentials") as told:
+            place_at(secret, tmp_path)
+        assert "secret" not in str(told.value)

@@ -1,0 +1,240 @@
+"""What befalls checkpoints: killed while one is written or uploaded, a full disk, damage; the bits are the same."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.checkpoint import background, step_folders
+from pipeline.launch.inline import Inline
+from pipeline.track.jsonl import read
+from tests.checkpoint.s3 import s3_server
+from tests.faults.test_not_finite import hit
+from tests.small import Command, command, make_run, same_weights, small_recipe, train_inline
+from tests.test_worker import Killed, die_at
+
+pytestmark = pytest.mark.timeout(240)
+
+SEED = 20261128  # of the steps and files at which something happens
+STEPS = [3, 6, 8, 9, 12, 15, 16]  # behind which checkpoints stand: checkpoint_every, and each epoch's end
+FILES = ["plain/state.pt", "rng_rank0.pt", "model.safetensors", "trainer.json", "manifest.json"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train_inline(run, small_recipe())
+    return run
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read(run / "journal.jsonl") if event["event"] == kind]
+
+
+KILLED = """
+import os, signal, sys
+from dataclasses import replace
+from pathlib import Path
+from pipeline.checkpoint import background
+from pipeline.checkpoint.store import Store
+from pipeline.launch.inline import Inline
+from tests.small import make_run, small_recipe
+
+run, address, step, name, how = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4], sys.argv[5]
+write, seal, put = background._write, background.seal, Store._put
+
+def die(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def written(file, value):
+    write(file, value)
+    if f"step_{int(step):08d}/{name}" in str(file):
+        die(file)
+
+def sealed(folder, facts):
+    seal(folder, facts)
+    if f"step_{int(step):08d}" in str(folder) and name == "manifest.json":
+        die(folder / name)
+
+def brought(self, file, path):
+    if f"step_{int(step):08d}/{name}" in path:
+        os.kill(os.getpid(), signal.SIGKILL)
+    put(self, file, path)
+
+if how == "written":
+    background._write, background.seal = written, sealed
+else:
+    Store._put = brought
+with Inline() as launcher:
+    launcher.run(replace(make_run(run, small_recipe()), checkpoints=address), "test")
+"""
+
+
+def killed_at(run: Path, address: str, step: int, name: str, how: str) -> None:
+    words = [str(run), address, str(step), name, how]
+    ended = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+
+
+def before(step: int) -> int:
+    return max((each for each in STEPS if each < step), default=0)
+
+
+def drawn(seed: int) -> tuple[int, str]:
+    draw = random.Random(SEED + seed)
+    return draw.choice(STEPS[1:]), draw.choice(FILES)
+
+
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(3, 9))])
+def test_killed_while_a_checkpoint_is_written(tmp_path: Path, whole: Path, seed: int) -> None:
+    run, (step, name) = tmp_path / "run", drawn(seed)
+    killed_at(run, "", step, name, "written")
+    assert list((run / "checkpoints").glob(f".writing-*-step_{step:08d}"))
+    train_inline(run, small_recipe())
+    assert [event["step"] for event in events(run, "start")] == [0, before(step)]
+    assert same_weights(run, whole)
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_killed_while_a_checkpoint_goes_to_s3_and_gone_on_with_in_a_fresh_folder(tmp_path: Path, whole: Path) -> None:
+    step, name = drawn(2)
+    with s3_server() as bucket:
+        killed_at(tmp_path / "run", f"{bucket}/run", step, name, "brought")
+        job = replace(make_run(tmp_path / "fresh", small_recipe()), checkpoints=f"{bucket}/run")
+        with Inline() as launcher:
+            launcher.run(job, "test")
+        assert [event["step"] for event in events(tmp_path / "fresh", "start")] == [before(step)]
+        (tmp_path / "fresh" / "job.json").write_text(f'{{"checkpoints": "{job.checkpoints}"}}')
+        assert same_weights(tmp_path / "fresh", whole)
+
+
+def truncated(checkpoint: Path, name: str) -> None:
+    content = (checkpoint / name).read_bytes()
+    (checkpoint / name).write_bytes(content[: len(content) // 2])
+
+
+def flipped(checkpoint: Path, name: str) -> None:
+    content = bytearray((checkpoint / name).read_bytes())
+    content[len(content) // 3] ^= 4
+    (checkpoint / name).write_bytes(content)
+
+
+def missing(checkpoint: Path, name: str) -> None:
+    shutil.rmtree(checkpoint)
+
+
+def without_manifest(checkpoint: Path, name: str) -> None:
+    (checkpoint / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, missing, without_manifest])
+def test_the_newest_is_damaged(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path, str], None]
+) -> None:
+    run, draw = tmp_path / "run", random.Random(f"{SEED} {damage.__name__}")
+    with monkeypatch.context() as patch:
+        die_at(patch, draw.randrange(STEPS[1], STEPS[-1]))
+        with pytest.raises(Killed):
+            train_inline(run, small_recipe())
+    older, newest = step_folders(run / "checkpoints")[-2:]
+    damage(newest, draw.choice(FILES))
+    train_inline(run, small_recipe())
+    assert f"step_{events(run, 'start')[-1]['step']:08d}" == older.name
+    assert [newest.name in event["path"] for event in events(run, "quarantine")] == [True] * (damage is not missing)
+    assert same_weights(run, whole)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint takes longer to write than several batches to train on."""
+    write = background._write
+
+    def slowly(file: Path, value: Any) -> None:
+        time.sleep(0.05)
+        write(file, value)
+
+    monkeypatch.setattr(background, "_write", slowly)
+
+
+def test_going_back_waits_for_the_checkpoint_that_is_being_written(
+    tmp_path: Path, slow: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hit(monkeypatch, {6, 7})
+    train_inline(tmp_path / "hit", small_recipe(max_skips=1))
+    assert [event["to"] for event in events(tmp_path / "hit", "rollback")] == [6]
+    assert [event["step"] for event in events(tmp_path / "hit", "start")] == [0, 6]
+
+
+def test_whoever_stops_a_run_leaves_a_whole_checkpoint(tmp_path: Path, slow: None) -> None:
+    make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
+    (tmp_path / "run" / "stop").touch()
+    assert train_inline(tmp_path / "run", small_recipe(checkpoint_every=0)) is None
+    assert [event["event"] for event in read(tmp_path / "run" / "journal.jsonl")][-2:] == ["checkpoint", "stopped"]
+    assert [path.name for path in step_folders(tmp_path / "run" / "checkpoints")] == ["step_00000001"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 4 kB, to be grown."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(disk)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small disk needs the right to mount one: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def grow(disk: Path, size: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+
+
+RECIPE = """
+from tests.small import small_recipe
+
+def recipe():
+    return small_recipe()
+"""
+
+
+def test_a_full_disk_is_said_in_a_line_and_with_room_the_run_goes_on(
+    tmp_path: Path,
+    whole: Path,
+    small_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    run: Command = command(monkeypatch, capsys)
+    page = 4096
+    one = sum(-(-file.stat().st_size // page) * page for file in step_folders(whole / "checkpoints")[-1].rglob("*"))
+    grow(small_disk, one * 3 // 2)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    words = ("--runs", str(tmp_path / "runs"))
+    code, _, said = run(
+        "launch", str(tmp_path / "recipe.py"), "--inline", "--name", "full", "--checkpoints", str(small_disk), *words
+    )
+    place = small_disk / "full"
+    assert code == 2
+    [line] = said.strip().splitlines()
+    wanted = "checkpoint: cannot be written after step 6: No space left on device"
+    assert line.startswith(wanted) and line.endswith(f"the newest whole one is {place}/step_00000003")
+    assert [path.name for path in place.iterdir()] == ["step_00000003"]
+    assert re.search(wanted, events(tmp_path / "runs" / "full", "failed")[0]["error"])
+    grow(small_disk, one * 8)
+    code, _, said = run("resume", "full", "--inline", *words)
+    assert code == 0, said
+    assert [event["step"] for event in events(tmp_path / "runs" / "full", "start")] == [0, 3]
+    assert same_weights(tmp_path / "runs" / "full", whole)

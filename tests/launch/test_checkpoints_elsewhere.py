@@ -1,0 +1,73 @@
+"""`launch --checkpoints`: beneath another folder, found again by every command, and gone on with where a run's folder is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoint import step_folders
+from pipeline.track.jsonl import read
+from pipeline.weights import load_run
+from tests.small import Command, command, same_weights
+
+pytestmark = pytest.mark.timeout(120)
+
+RECIPE = """
+from tests.small import small_recipe
+
+def recipe():
+    return small_recipe(epochs=1)
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """`spiketrain launch` of the recipe as "run", with its checkpoints beneath `elsewhere`."""
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    words = ("launch", str(tmp_path / "recipe.py"), "--inline", "--name", "run")
+    done = command(monkeypatch, capsys)
+    return lambda *more, elsewhere=str(tmp_path / "elsewhere"): done(*words, "--checkpoints", elsewhere, *more)
+
+
+def test_they_are_there_and_a_run_whose_folder_is_lost_goes_on_with_them(tmp_path: Path, run: Command) -> None:
+    one, other, third = (("--runs", str(tmp_path / name)) for name in ("one", "other", "third"))
+    code, _, said = run(*one)
+    assert code == 0, said
+    there = [path.name for path in step_folders(tmp_path / "elsewhere" / "run")]
+    assert there[-1] == "step_00000008" and not (tmp_path / "one" / "run" / "checkpoints").exists()
+    assert load_run(tmp_path / "one" / "run").state_dict()
+
+    code, _, said = run(*other)
+    assert code == 2 and not (tmp_path / "other" / "run").exists()
+    address = tmp_path / "elsewhere" / "run"
+    assert said.strip() == (
+        f"launch: {address} must hold no checkpoints yet; got step_00000008: another --name, or --or-resume to go on with them"
+    )
+    code, _, said = run(*other, "--or-resume", "--set", "optimizer.lr=0.05")
+    assert code == 2 and said.startswith("launch: --or-resume goes on with checkpoints of the same study; got ")
+
+    code, _, said = run(*third, "--or-resume")
+    assert code == 0, said
+    [start] = [event for event in read(tmp_path / "third" / "run" / "journal.jsonl") if event["event"] == "start"]
+    assert start["step"] == 8
+    assert same_weights(tmp_path / "one" / "run", tmp_path / "third" / "run")
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "said"),
+    [
+        ("nowhere://x", "checkpoints: an address must be one that fsspec can open; got nowhere://x/run: Protocol not known"),
+        (
+            "s3://key:secret@bucket",
+            "checkpoints: an address holds no credentials, which are the environment's; got one with some",
+        ),
+    ],
+)
+def test_what_cannot_be_opened_is_refused_before_anything_is_left_behind(
+    tmp_path: Path, run: Command, elsewhere: str, said: str
+) -> None:
+    code, _, told = run("--runs", str(tmp_path / "runs"), elsewhere=elsewhere)
+    assert (code, len(told.strip().splitlines())) == (2, 1) and told.startswith(said)
+    assert not (tmp_path / "runs" / "run").exists()
