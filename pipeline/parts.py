@@ -12,7 +12,7 @@ from pipeline.backend.base import Backend
 from pipeline.checkpoint import Checkpoints
 from pipeline.data.mixing import Mixing
 from pipeline.guard import Skipped
-from pipeline.job import Job
+from pipeline.job import Job, Notice
 from pipeline.measure.meters import Meters
 from pipeline.nearness import Nearness
 from pipeline.phases import Stretch
@@ -48,6 +48,10 @@ class Parts:
     checkpoints: Checkpoints
     skipped: Skipped
     """what going back has decided"""
+    sizes: tuple[int, ...]
+    """every number of workers that the run may have"""
+    notice: Callable[[], Notice | None]
+    """asks, on every rank at once, whether a machine of ours is about to be taken away"""
     trainer: dict[str, Any] | None
     """what the checkpoint says that was restored; None at a fresh start"""
     began: float
