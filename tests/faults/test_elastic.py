@@ -2,157 +2,56 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
 from pipeline.launch.node_loss import NODES
-from pipeline.track.jsonl import Follower, read
+from pipeline.track.jsonl import read
 from pipeline.weights import load_run
-from tests.nodes import TOKEN, Nodes, nodes
+from tests.faults.lab import BATCH, EPOCHS, STEPS_PER_EPOCH, Driven, Lab
+from tests.nodes import Nodes, nodes
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
 SEED = 20261127  # of the steps at which something happens
-BATCH, STEPS_PER_EPOCH, EPOCHS = 12, 10, 4
-LAB = '''
-import hashlib, os, time
-from pathlib import Path
-from pipeline.rules.sltt import SLTT
-
-class Told(SLTT):
-    """SLTT that writes down, beside its file, which sample each row of a batch held; slowly, where somebody is to meet it."""
-
-    def objectives(self, model, x_TB, loss_of, *, step, rows):
-        pace = Path(__file__).parent / "pace"
-        time.sleep(float(pace.read_text()) if pace.exists() else 0.0)
-        with (Path(__file__).parent / "rows" / f"{os.getpid()}.txt").open("a") as file:
-            for row, x_T in zip(rows, x_TB.unbind(1)):
-                sample = hashlib.sha256(x_T.numpy().tobytes()).hexdigest()[:16]
-                print(step, row, sample, time.time_ns(), file=file)
-        return super().objectives(model, x_TB, loss_of, step=step, rows=rows)
-'''
-RECIPE = """
-from dataclasses import replace
-from pipeline.data.synthetic import Synthetic
-from pipeline.recipe import spec
-from tests.small import small_recipe
-from told_lab import Told
-
-def recipe():
-    data = spec(Synthetic, samples={samples}, val_samples=20, shape=(1, 8, 8))
-    return replace(small_recipe(backend="deepspeed", batch_size={batch}, epochs={epochs}, data=data), rule=spec(Told, k=2))
-"""
-
-
-class Lab:
-    """A recipe of its own folder, and what its rule wrote down there."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        (folder / "rows").mkdir(parents=True)
-        (folder / "told_lab.py").write_text(LAB)
-        text = RECIPE.format(samples=BATCH * STEPS_PER_EPOCH + 5, batch=BATCH, epochs=EPOCHS)
-        (folder / "told.py").write_text(text)
-
-    def pace(self, seconds: float) -> None:
-        (self.folder / "pace.new").write_text(str(seconds))
-        (self.folder / "pace.new").rename(self.folder / "pace")
-
-    def samples(self) -> list[list[str]]:
-        """Of each step, by row, as it was done last."""
-        newest: dict[tuple[int, int], tuple[int, str]] = {}
-        for file in (self.folder / "rows").iterdir():
-            for line in file.read_text().splitlines():
-                step, row, sample, when = line.split()
-                place = (int(step), int(row))
-                newest[place] = max(newest.get(place, (0, "")), (int(when), sample))
-        return [[newest[step, row][1] for row in range(BATCH)] for step in range(STEPS_PER_EPOCH * EPOCHS)]
-
-
-class Driven:
-    """`spiketrain launch` of a lab, with more words, in a process of its own."""
-
-    def __init__(self, lab: Lab, *more: str) -> None:
-        self.lab, self.run = lab, lab.folder / "runs" / "run"
-        words = ["launch", str(lab.folder / "told.py"), *more, "--device", "cpu"]
-        words += ["--runs", str(self.run.parent), "--name", self.run.name, "--trust", "told_lab"]
-        self.log = lab.folder / "log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline", *words],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=lab.folder,
-                env={**os.environ, **TOKEN},
-            )
-        self.follower = Follower(self.run / "journal.jsonl", offset=0)
-
-    def wait_for(self, wanted: Callable[[dict[str, Any]], bool], *, within: float = 90.0) -> dict[str, Any]:
-        deadline = time.monotonic() + within
-        while time.monotonic() < deadline:
-            for event in self.follower.poll():
-                if wanted(event):
-                    return event
-            assert self.process.poll() is None, f"the driver ended:\n{self.log.read_text()[-3000:]}"
-            time.sleep(0.01)
-        raise AssertionError(f"not seen within {within} s:\n{self.log.read_text()[-3000:]}")
-
-    def start_of(self, workers: int) -> dict[str, Any]:
-        start = self.wait_for(lambda event: event["event"] == "start")
-        assert start["world_size"] == workers
-        return start
-
-    def at_step(self, step: int) -> None:
-        self.wait_for(lambda event: event["event"] == "step" and event["step"] >= step)
-
-    def end(self) -> None:
-        self.lab.pace(0)
-        assert self.process.wait(120) == 0, self.log.read_text()[-3000:]
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Lab]]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("elastic")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-        yield lambda name: Lab(folder / name)
+        yield folder
 
 
 @pytest.fixture(scope="module")
-def unhurt(lab: Callable[[str], Lab]) -> Driven:
+def unhurt(place: Path) -> Driven:
     """A run of one worker that nothing happens to."""
-    run = Driven(lab("unhurt"), "--inline")
+    run = Driven(Lab(place / "unhurt"), "--inline")
     run.end()
     return run
 
 
 @pytest.fixture
-def driven(lab: Callable[[str], Lab], request: pytest.FixtureRequest) -> Iterator[Callable[[str, str], Driven]]:
+def driven(place: Path, request: pytest.FixtureRequest) -> Iterator[Callable[[str, str], Driven]]:
+    """Launches a run on a cluster at a pace that it can be met at."""
     started: list[Driven] = []
 
     def launch(address: str, sizes: str) -> Driven:
-        place = lab(request.node.name)
-        place.pace(0.3)
-        started.append(Driven(place, "--address", address, "--workers", sizes))
+        lab = Lab(place / request.node.name)
+        lab.pace(0.3)
+        started.append(Driven(lab, "--address", address, "--workers", sizes))
         return started[-1]
 
     yield launch
     for each in started:
-        if each.process.poll() is None:
-            for process in psutil.Process(each.process.pid).children(recursive=True):
-                process.kill()
-            each.process.kill()
-            each.process.wait()
+        each.kill()
 
 
 @pytest.fixture
@@ -175,23 +74,74 @@ def assert_as(unhurt: Driven, run: Driven, monkeypatch: pytest.MonkeyPatch) -> N
         assert torch.linalg.norm(value - theirs[name]) <= 1e-5 * torch.linalg.norm(theirs[name]), name
 
 
-def test_a_node_dies_and_another_comes(
+def checkpoints(run: Driven) -> list[int]:
+    return [event["step"] for event in read(run.run / "journal.jsonl") if event["event"] == "checkpoint"]
+
+
+def test_a_node_dies(
     cluster: Nodes, driven: Callable[[str, str], Driven], unhurt: Driven, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw = random.Random(SEED)
+    """2 -> 1"""
     first = cluster.add()
     run = driven(cluster.address, "1:2")
     run.start_of(2)
-    run.at_step(draw.randrange(3, 9))
+    run.at_step(random.Random(SEED).randrange(3, 9))
     cluster.kill(first)
-    began = time.monotonic()
+    assert run.start_of(1)["step"] in checkpoints(run)
+    run.end()
+    assert_as(unhurt, run, monkeypatch)
+
+
+@pytest.mark.full
+def test_a_node_dies_and_another_comes(
+    cluster: Nodes, driven: Callable[[str, str], Driven], unhurt: Driven, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 -> 1 -> 2"""
+    first = cluster.add()
+    run = driven(cluster.address, "1:2")
+    run.start_of(2)
+    run.at_step(random.Random(SEED + 1).randrange(3, 9))
+    cluster.kill(first)
     alone = run.start_of(1)
-    print(f"one worker after {time.monotonic() - began:.1f} s, from step {alone['step']}")
     cluster.add()
-    began = time.monotonic()
     again = run.start_of(2)
-    print(f"two workers after {time.monotonic() - began:.1f} s, from step {again['step']}")
-    saved = [event["step"] for event in read(run.run / "journal.jsonl") if event["event"] == "checkpoint"]
-    assert again["step"] == max(saved) > alone["step"]  # saved before it grew
+    assert again["step"] == max(checkpoints(run)) > alone["step"]  # it saved before it grew
+    run.end()
+    assert_as(unhurt, run, monkeypatch)
+
+
+@pytest.mark.full
+def test_one_of_three_nodes_dies(
+    cluster: Nodes, driven: Callable[[str, str], Driven], unhurt: Driven, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3 -> 2, of sizes that a user may write: 12 samples do not divide by 5."""
+    added = [cluster.add(), cluster.add()]
+    draw = random.Random(SEED + 2)
+    run = driven(cluster.address, "2,3,4,6")
+    run.start_of(3)
+    run.at_step(draw.randrange(3, 9))
+    cluster.kill(draw.choice(added))
+    assert run.start_of(2)["step"] in checkpoints(run)
+    run.end()
+    assert_as(unhurt, run, monkeypatch)
+
+
+@pytest.mark.full
+def test_a_node_is_taken_away_after_a_notice(
+    cluster: Nodes, driven: Callable[[str, str], Driven], unhurt: Driven, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 -> 1, saved as soon as the notice is there."""
+    first = cluster.add()
+    run = driven(cluster.address, "1:2")
+    run.start_of(2)
+    run.at_step(random.Random(SEED + 3).randrange(3, 9))
+    run.lab.pace(1)
+    began = time.time()
+    cluster.drain(first, seconds=25)
+    notice = run.wait_for(lambda event: event["event"] == "preempted")
+    assert len(notice["machines"]) == 1 and 0 < notice["seconds_left"] < 25
+    saved: dict[str, Any] = run.wait_for(lambda event: event["event"] == "checkpoint")
+    assert saved["step"] == notice["step"] and saved["time"] - began < 25
+    assert run.start_of(1)["step"] >= notice["step"]
     run.end()
     assert_as(unhurt, run, monkeypatch)
