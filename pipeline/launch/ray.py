@@ -19,7 +19,7 @@ from typing import Any, Self
 from pipeline.cores import physical_cores
 from pipeline.job import Job, Notice, Place
 from pipeline.launch.base import Device, LaunchError, takes_gpus
-from pipeline.launch.node_loss import DRIVERS, NODES, NodeLoss
+from pipeline.launch.node_loss import NodeLoss, waits_for
 from pipeline.malloc import environment
 from pipeline.refused import Refused
 from pipeline.worker import run
@@ -71,7 +71,7 @@ class Ray:
 
     def __enter__(self) -> Self:
         """Join the cluster, or start one: in the main thread, because Ray's servers end with the thread that started them."""
-        for name, value in {**SETTINGS, **DRIVERS[self.node_loss]}.items():
+        for name, value in {**SETTINGS, **waits_for(self.node_loss, sizes=len(self.sizes))}.items():
             os.environ.setdefault(name, value)
         if self.address is not None:
             _offer_token()  # Ray reads its settings when it is imported
@@ -81,7 +81,6 @@ class Ray:
         if self._owned:
             try:
                 if self.address is None:
-                    os.environ.update({**NODES[self.node_loss], **os.environ})
                     cores = max(self.workers * self.cpus_per_worker, len(physical_cores(os.sched_getaffinity(0))))
                     ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
                 else:

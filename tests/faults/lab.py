@@ -90,7 +90,7 @@ class Driven:
             )
         self.follower = Follower(self.run / "journal.jsonl", offset=_size(self.run / "journal.jsonl"))
 
-    def wait_for(self, wanted: Callable[[dict[str, Any]], bool], *, within: float = 90.0) -> dict[str, Any]:
+    def wait_for(self, wanted: Callable[[dict[str, Any]], bool], *, within: float = 150.0) -> dict[str, Any]:
         deadline = time.monotonic() + within
         while time.monotonic() < deadline:
             for event in self.follower.poll():

@@ -17,7 +17,7 @@ from pipeline.weights import load_run
 from tests.faults.lab import BATCH, EPOCHS, STEPS_PER_EPOCH, Driven, Lab
 from tests.nodes import Nodes, nodes
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 SEED = 20261127  # of the steps at which something happens
 
@@ -103,6 +103,7 @@ def test_a_node_dies_and_another_comes(
     run.at_step(random.Random(SEED + 1).randrange(3, 9))
     cluster.kill(first)
     alone = run.start_of(1)
+    run.lab.pace(2)  # until the other one is there
     cluster.add()
     again = run.start_of(2)
     assert again["step"] == max(checkpoints(run)) > alone["step"]  # it saved before it grew

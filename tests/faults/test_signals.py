@@ -15,7 +15,7 @@ from pipeline.track.jsonl import read
 from tests.faults.lab import Driven, Lab
 from tests.small import same_weights
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
 SEED = 20261128
 

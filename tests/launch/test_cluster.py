@@ -19,6 +19,7 @@ import pytest
 
 from pipeline.launch.cluster import Cluster, parse_workers
 from pipeline.launch.inline import Inline
+from pipeline.launch.node_loss import NODES, waits_for
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,14 @@ def test_workers_are_a_number_a_range_or_numbers(text: str, workers: int | tuple
         return
     with pytest.raises(ValueError, match=f"--workers must be a number, a range .*; got {text}$"):
         parse_workers(text)
+
+
+def test_a_run_of_one_size_waits_for_its_places_and_one_of_several_takes_fewer() -> None:
+    waits = {(loss, sizes): waits_for(loss, sizes=sizes) for loss in NODES for sizes in (1, 2)}
+    assert waits["fast", 1] == {}  # Ray's own minute
+    seconds = [float(*waits[each].values()) for each in (("fast", 2), ("patient", 1), ("patient", 2))]
+    assert seconds[0] < 60 < seconds[1] == seconds[2]
+    assert not NODES["fast"].keys() & NODES["patient"].keys()
 
 
 def test_a_resume_in_this_process_takes_one_worker_whatever_there_were() -> None:
