@@ -90,7 +90,7 @@ class Driven:
             )
         self.follower = Follower(self.run / "journal.jsonl", offset=_size(self.run / "journal.jsonl"))
 
-    def wait_for(self, wanted: Callable[[dict[str, Any]], bool], *, within: float = 150.0) -> dict[str, Any]:
+    def wait_for(self, wanted: Callable[[dict[str, Any]], bool], *, within: float = 200.0) -> dict[str, Any]:
         deadline = time.monotonic() + within
         while time.monotonic() < deadline:
             for event in self.follower.poll():
@@ -110,7 +110,7 @@ class Driven:
 
     def end(self) -> None:
         self.lab.pace(0)
-        assert self.process.wait(120) == 0, self.log.read_text()[-3000:]
+        assert self.process.wait(300) == 0, self.log.read_text()[-3000:]
 
     def kill(self) -> None:
         """Whatever is left of it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,20 +16,35 @@ from pipeline.track.jsonl import read
 from tests.faults.lab import Driven, Lab
 from tests.small import same_weights
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 
 SEED = 20261128
 
 
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def driven() -> Iterator[Callable[[Lab], Driven]]:
+    started: list[Driven] = []
+
+    def launch(lab: Lab) -> Driven:
+        started.append(Driven(lab, "--inline"))
+        return started[-1]
+
+    yield launch
+    for each in started:
+        each.kill()
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
+    tmp_path: Path, driven: Callable[[Lab], Driven], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    whole = Driven(Lab(tmp_path / "whole"), "--inline")
+    whole = driven(Lab(tmp_path / "whole"))
     whole.end()
     draw = random.Random(SEED)
     lab, step = Lab(tmp_path / "hit"), 0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         lab.pace(0.1)
-        run = Driven(lab, "--inline")
+        run = driven(lab)
         step += draw.randrange(3, 8)
         run.at_step(step)
         asked = time.monotonic()
@@ -41,7 +57,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(tmp_path
         assert step_folders(run.run / "checkpoints")[-1].name == f"step_{step:08d}"
 
     lab.pace(0.1)
-    run = Driven(lab, "--inline")
+    run = driven(lab)
     run.at_step(step + 2)
     lab.pace(60)  # a step that nobody wants to wait for
     at = run.wait_for(lambda event: event["event"] == "step")["step"]
@@ -54,7 +70,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(tmp_path
     assert newest <= at
 
     lab.pace(0)
-    Driven(lab, "--inline").end()
+    driven(lab).end()
     starts = [event["step"] for event in read(run.run / "journal.jsonl") if event["event"] == "start"]
     assert len(starts) == 5 and starts[-1] == newest
     monkeypatch.syspath_prepend(lab.folder)
