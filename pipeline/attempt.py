@@ -18,8 +18,10 @@ import torch
 
 from pipeline.answers import write_answers
 from pipeline.checkpoint import Saved, weights_of
+from pipeline.elastic import draw_for
 from pipeline.evaluate import Evaluated, Evaluation, evaluate, inputs
 from pipeline.guard import GoBack, Guard, is_in
+from pipeline.job import SAVE, STOP, Notice
 from pipeline.loop import MicroBatch, train
 from pipeline.measure.memory import hardware, memory_now_bytes
 from pipeline.measure.meters import Totals
@@ -33,6 +35,9 @@ from pipeline.spiking.encode import over_steps
 from pipeline.tasks import Learnt, mean_of
 from pipeline.track.jsonl import read
 from pipeline.watchdog import Watchdog
+
+NOTICE_S = 5.0
+"""between two questions whether a machine is about to be taken away: Ray looks as often"""
 
 T_ = TypeVar("T_")
 
@@ -58,6 +63,9 @@ class Attempt:
         self.saved_at = time.monotonic()
         self.saved_step = self.step
         self.stop_asked = False
+        self.asked_at = time.monotonic()
+        """when it was last asked whether a machine is about to be taken away"""
+        self.noticed: Notice | None = None
         self.watchdog = Watchdog(self.folder, rank=self.ranks.rank, patience_s=60 * self.job.hang_minutes)
         self.skipped = (*self.recipe.skip, *parts.skipped.batches)
         self.guard = Guard(
@@ -161,6 +169,8 @@ class Attempt:
                 x_B = batch.x.to(self.parts.device, non_blocking=True)
                 target_B = batch.target.to(self.parts.device, non_blocking=True)
                 first = (index * workers + self.ranks.rank) * micro
+                if len(self.parts.sizes) > 1:
+                    draw_for(self.recipe.seed, step=self.step, row=first)
                 rows = range(first, first + micro)
                 if self.parts.mixing is not None:
                     place = {"seed": self.recipe.seed, "step": self.step, "rows": rows}
@@ -194,16 +204,35 @@ class Attempt:
             with self.meters.between("tracking"):
                 self.tracker.event("step", step=self.step, epoch=epoch, metrics=metrics, memory_bytes=memory_now_bytes())
         due = recipe.checkpoint_every > 0 and self.step % recipe.checkpoint_every == 0
-        self.stop_asked, late = self.ranks.decide(
-            (self.folder / "stop").exists(),
+        self.stop_asked, asked, late, listen = self.ranks.decide(
+            (self.folder / STOP).exists(),
+            (self.folder / SAVE).exists(),
             recipe.checkpoint_minutes > 0 and time.monotonic() - self.saved_at > 60 * recipe.checkpoint_minutes,
+            time.monotonic() - self.asked_at > NOTICE_S,
         )
         self._tell_saved(self.parts.checkpoints.done())
-        if (due or late or self.stop_asked) and not last:
+        noticed = listen and self._hears_notice()
+        wanted = asked or noticed or self.stop_asked  # by somebody who may not have the time for an evaluation
+        if ((due or late) and not last) or wanted:
             with self.meters.between("checkpoint"):
                 self._save(score=None)
+            if wanted:
+                self._wait_for_checkpoint()
+                if self.ranks.rank == 0:
+                    (self.folder / SAVE).unlink(missing_ok=True)  # whoever asked ends the workers as soon as it is gone
         elif recipe.replicas_every and self.step % recipe.replicas_every == 0 and not last:  # whoever saves compares
             self._compare_replicas()
+
+    def _hears_notice(self) -> bool:
+        """Whether a machine is about to be taken away, of which nobody has said so before; collective."""
+        self.asked_at = time.monotonic()
+        notice = self.parts.notice()
+        if notice is None or notice == self.noticed:
+            return False
+        self.noticed = notice
+        left = None if notice.deadline is None else notice.deadline - time.time()
+        self.tracker.event("preempted", sync=True, step=self.step, machines=list(notice.machines), seconds_left=left)
+        return True
 
     def _compare_replicas(self) -> None:
         """Ranks that have come apart learn nothing together: all begin again with the weights that they last agreed on."""
@@ -332,7 +361,11 @@ class Attempt:
 
     def _stopped(self) -> None:
         self._wait_for_checkpoint()
-        self.tracker.event("stopped", sync=True, step=self.step, reason="asked to stop", resume_command=self.job.resume_command)
+        self.tracker.event("stopped", sync=True, step=self.step, reason=self._who_asked(), resume_command=self.job.resume_command)
+
+    def _who_asked(self) -> str:
+        by = (self.folder / STOP).read_text().strip() if self.ranks.rank == 0 else ""
+        return f"asked to stop by {by}" if by else "asked to stop"
 
     def _finish(self) -> dict[str, Any]:
         self._wait_for_checkpoint()

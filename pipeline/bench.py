@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.backend.plain import Plain
 from pipeline.data.base import Batch
+from pipeline.elastic import seed_everything
 from pipeline.guard import Unguarded
 from pipeline.loop import MicroBatch, train
 from pipeline.measure.fidelity import gradients
@@ -41,7 +42,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.rules.spide import SPIDE
 from pipeline.spiking.encode import over_steps
 from pipeline.tasks import tasks_of
-from pipeline.worker import build_network, build_optimizer, seed_everything, settle
+from pipeline.worker import build_network, build_optimizer, settle
 
 BASELINE = "BPTT"
 RULES = (

@@ -65,11 +65,14 @@ def _rendered(where: str, context: typer.Context, given: dict[str, Any]) -> tupl
     from pipeline.submit import k8s, ray_job, slurm
     from pipeline.submit.order import Order
 
+    workers = context.params["workers"]
+    if not workers.isdecimal():
+        raise ValueError(f"launch: --cluster asks for machines for one number of --workers; got {workers}")
     folder = {"k8s": _INFRA / "k8s" / "overlays" / "cpu" / "job", "slurm": _INFRA / "slurm"}.get(where, _INFRA)
     order = Order(
         words=tuple(_words(context)),
         name=given["name"],
-        workers=context.params["workers"],
+        workers=int(workers),
         image=given.get("image", ""),
         runs=str(given.get("runs", "/shared/runs" if where == "k8s" else "runs")),
         infra=given.get("infra", folder),

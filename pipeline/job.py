@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+STOP = "stop"
+"""in a run's folder: somebody asks it to save after the step at hand and to stop; what it holds says who"""
+SAVE = "save"
+"""in a run's folder: somebody asks it to save after the step at hand and to go on; what it holds says why"""
 REFUSAL = "refusal.json"
 """in a run's folder: why its last attempt cannot go on, found by one rank alone in the middle of training"""
 
@@ -45,6 +49,20 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Notice:
+    """Machines that are about to be taken away."""
+
+    machines: tuple[str, ...]
+    deadline: float | None
+    """unix seconds; None: nobody has said"""
+
+
+def no_notice() -> Notice | None:
+    """Where nobody takes machines away, or nobody tells."""
+    return None
+
+
+@dataclass(frozen=True)
 class Place:
     """Where this worker stands among the others; the process group exists when there are several."""
 
@@ -53,6 +71,10 @@ class Place:
     device: str = "cpu"
     local_rank: int = 0
     """among the workers of its machine"""
+    sizes: tuple[int, ...] = ()
+    """every number of workers that the run may have, ascending; none: `workers`"""
+    notice: Callable[[], Notice | None] = no_notice
+    """asks whether a machine of ours is about to be taken away; every rank asks equally often"""
 
 
 def resume_command(runs: str | os.PathLike[str], name: str, *, trust: Sequence[str] = ()) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pipeline.hand_over import DryRun, Gpus, Image, Infra, Nodes, Partition, Time, Where, hand_over
-from pipeline.options import RUNS, Address, Cpus, Inline, RecipeFiles, RunOrSuite, Runs, Sets, Tiny, Trust, Workers, made_of
+from pipeline.options import RUNS, Address, Cpus, Inline, RecipeFiles, RunOrSuite, Runs, Sets, Sizes, Tiny, Trust, made_of
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -48,6 +48,10 @@ Checkpoints = Annotated[
         help="where each run keeps its checkpoints, under its name: a folder, s3://bucket/prefix, ...; without it in its own",
     ),
 ]
+NodeLoss = Annotated[
+    Literal["fast", "patient"],
+    typer.Option("--node-loss", help="go on without a node that says nothing, or ride out a cut link"),
+]
 OrResume = Annotated[bool, typer.Option("--or-resume", help="go on with the run or suite of this --name where it has begun")]
 
 
@@ -59,7 +63,7 @@ def add_launch_commands(app: typer.Typer) -> None:
 def launch(
     context: typer.Context,
     recipes: RecipeFiles,
-    workers: Workers = 1,
+    workers: Sizes = "1",
     inline: Inline = False,
     address: Address = None,
     device: Device = "auto",
@@ -68,6 +72,7 @@ def launch(
     max_restarts: Restarts = 3,
     hang_minutes: Hang = 30.0,
     verify: Verify = "sampled",
+    node_loss: NodeLoss = "fast",
     seeds: Seeds = 1,
     tune: Tune = None,
     side_by_side: SideBySide = "1",
@@ -96,12 +101,12 @@ def launch(
     made = _comparison([made_of(recipe, set_, tiny) for recipe in recipes], seeds, tune)
     if hand_over(context):  # which reads cluster to partition from there
         return
-    from pipeline.launch.cluster import Cluster
+    from pipeline.launch.cluster import Cluster, parse_workers
     from pipeline.recipe_file import own_package
     from pipeline.suite import Suite
 
     here = Cluster(
-        workers=workers,
+        workers=parse_workers(workers),
         inline=inline,
         address=address,
         device=device,
@@ -111,6 +116,7 @@ def launch(
         hang_minutes=hang_minutes,
         verify=verify,
         checkpoints=checkpoints,
+        node_loss=node_loss,
         side_by_side=_count_or_auto(side_by_side),
     )
     trusted = (*trust, *(package for recipe in recipes for package in own_package(recipe, made)))
@@ -121,7 +127,7 @@ def launch(
             from pipeline.launch.again import refuse_unless_launched_so
 
             refuse_unless_launched_so(runs / name, made, trust=trusted)
-            where = {"workers": None if inline else workers, "inline": inline, "address": address}
+            where = {"workers": None if inline else here.workers, "inline": inline, "address": address}
             _go_on(runs / name, runs, **where, trust=trusted)
             return
     if isinstance(made, Suite):
@@ -139,7 +145,9 @@ def launch(
 
 def resume(
     run: RunOrSuite,
-    workers: Annotated[int | None, typer.Option("--workers", min=1, help="processes; without it as many as before")] = None,
+    workers: Annotated[
+        str | None, typer.Option("--workers", metavar="N|MIN:MAX|N,N,...", help="processes; without it as many as before")
+    ] = None,
     inline: Inline = False,
     address: Address = None,
     runs: Runs = RUNS,
@@ -147,12 +155,22 @@ def resume(
 ) -> None:
     """Go on with a run at the exact sample where its newest whole checkpoint stands; with a suite, run by run."""
     _heed_schedulers()
+    from pipeline.launch.cluster import parse_workers
     from pipeline.report.runs import find_run_or_suite
 
-    _go_on(find_run_or_suite(runs, run), runs, workers=workers, inline=inline, address=address, trust=tuple(trust))
+    asked = None if workers is None else parse_workers(workers)
+    _go_on(find_run_or_suite(runs, run), runs, workers=asked, inline=inline, address=address, trust=tuple(trust))
 
 
-def _go_on(folder: Path, runs: Path, *, workers: int | None, inline: bool, address: str | None, trust: tuple[str, ...]) -> None:
+def _go_on(
+    folder: Path,
+    runs: Path,
+    *,
+    workers: int | tuple[int, ...] | None,
+    inline: bool,
+    address: str | None,
+    trust: tuple[str, ...],
+) -> None:
     from pipeline.suite import is_suite
 
     where = {"workers": workers, "inline": inline, "address": address}

@@ -24,6 +24,12 @@ Trust = Annotated[
 ]
 Tiny = Annotated[bool, typer.Option("--tiny", help="shrink the recipe to seconds on a CPU")]
 Workers = Annotated[int, typer.Option("--workers", min=1, help="processes that train together")]
+Sizes = Annotated[
+    str,
+    typer.Option(
+        "--workers", metavar="N|MIN:MAX|N,N,...", help="processes that train together; of several, what there is room for"
+    ),
+]
 Inline = Annotated[bool, typer.Option("--inline", help="one worker in this process, without Ray")]
 Address = Annotated[str | None, typer.Option("--address", help="of a Ray cluster: auto, host:6379; without it one starts here")]
 Cpus = Annotated[int, typer.Option("--cpus-per-worker", min=1, help="cores reserved for a worker, and its torch threads")]

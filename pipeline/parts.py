@@ -13,7 +13,7 @@ from pipeline.checkpoint import Checkpoints
 from pipeline.damaged import Damage
 from pipeline.data.mixing import Mixing
 from pipeline.guard import Skipped
-from pipeline.job import Job
+from pipeline.job import Job, Notice
 from pipeline.measure.meters import Meters
 from pipeline.nearness import Nearness
 from pipeline.phases import Stretch
@@ -51,6 +51,10 @@ class Parts:
     """what going back has decided"""
     damage: Damage
     """what is left out of the training file"""
+    sizes: tuple[int, ...]
+    """every number of workers that the run may have"""
+    notice: Callable[[], Notice | None]
+    """asks, on every rank at once, whether a machine of ours is about to be taken away"""
     trainer: dict[str, Any] | None
     """what the checkpoint says that was restored; None at a fresh start"""
     began: float

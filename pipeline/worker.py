@@ -5,14 +5,12 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +25,7 @@ from pipeline.data.base import Data
 from pipeline.data.care import ONE_IN, Care
 from pipeline.data.damage import DamagedPages, Page
 from pipeline.data.mixing import Mixing
+from pipeline.elastic import check_accumulation, check_sizes, seed_everything, steady
 from pipeline.fitting import Smaller, fitted, halve, limit_of
 from pipeline.guard import GoBack, Skipped
 from pipeline.job import REFUSAL, Job, Place
@@ -151,7 +150,6 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, clock: Clock
     folder = Path(job.run)
     written = Recipe.read(folder / "recipe.json", trust=job.trust)
     recipe = fitted(written, ranks.agree(lambda: limit_of(folder)))
-    split = recipe.split(ranks.size)
     checkpoints = Checkpoints(
         ranks.together(lambda: place_at(job.checkpoints, folder)),
         attempt=ranks.agree(lambda: f"{os.getpid()}-{time.time_ns():x}"),
@@ -166,9 +164,10 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, clock: Clock
     damage = find_damage(recipe, job, place, ranks)
     world = World(recipe.seed, ranks.rank, ranks.size, ranks.mean)
     # What can be refused on one machine alone comes first, and nobody talks to the others while it does.
-    network, rule, loaders = ranks.together(
-        lambda: _own_parts(job, place, recipe, damage, split, world, tracker, is_fresh=checkpoint is None)
+    recipe, network, rule, loaders = ranks.together(
+        lambda: _own_parts(job, place, recipe, damage, world, tracker, is_fresh=checkpoint is None)
     )
+    split = recipe.split(ranks.size)
     mixing = ranks.together(lambda: build_mixing(recipe, split))
     backend = ranks.together(lambda: build_backend(recipe, network, rule, split))
     seed_everything(recipe.seed + 1 + ranks.rank)  # dropout and its like: not the same on two ranks
@@ -201,6 +200,8 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, clock: Clock
         checkpoints=checkpoints,
         skipped=skipped,
         damage=damage,
+        sizes=place.sizes or (ranks.size,),
+        notice=place.notice,
         trainer=None if checkpoint is None else checkpoints.load(checkpoint, backend, rule),
         began=began,
     )
@@ -214,17 +215,13 @@ def _newest(checkpoints: Checkpoints, recipe: Recipe, *, trust: tuple[str, ...])
 
 
 def _own_parts(
-    job: Job,
-    place: Place,
-    recipe: Recipe,
-    damage: Damage,
-    split: Split,
-    world: World,
-    tracker: Tracker,
-    *,
-    is_fresh: bool,
-) -> tuple[nn.Module, Rule, Loaders]:
-    """Network, rule and data of this process: every one of them may be refused here, and none of them is collective."""
+    job: Job, place: Place, recipe: Recipe, damage: Damage, world: World, tracker: Tracker, *, is_fresh: bool
+) -> tuple[Recipe, nn.Module, Rule, Loaders]:
+    """Network, rule and data of this process, and the recipe with the micro-batches that suit them.
+
+    Every one of them may be refused here, and none of them is collective.
+    """
+    check_sizes(recipe, place.sizes or (world.size,))
     tasks = tasks_of(recipe, Care(one_in=ONE_IN[job.verify], left_out=damage.samples))
     seed_everything(recipe.seed)
     network = build_network(recipe, tasks)
@@ -233,11 +230,12 @@ def _own_parts(
         tracker.event("init", file=start.file, fresh=list(start.fresh))
     network.to(place.device)
     rule = attached_rule(recipe, network, world)
+    recipe = steady(recipe, network, place.sizes or (world.size,))
+    check_accumulation(recipe, rule, (world.size,))
     if is_fresh and rule.calibration_batches:
         rule.calibrate(network, first_batches(recipe, tasks[0].data, rule.calibration_batches, torch.device(place.device)))
-    if rule.update == "objective" and split.accumulation > 1:
-        raise ValueError(f"{recipe.rule.label}: moves the weights at every time step and refuses accumulation; got {split}")
-    return network, rule, Loaders(tasks, recipe, split, rank=world.rank, threads=job.loader_threads)
+    loaders = Loaders(tasks, recipe, recipe.split(world.size), rank=world.rank, threads=job.loader_threads)
+    return recipe, network, rule, loaders
 
 
 def build_network(recipe: Recipe, tasks: Sequence[Task]) -> nn.Module:
@@ -292,14 +290,21 @@ def first_batches(recipe: Recipe, data: Data, count: int, device: torch.device) 
         loader.close()
 
 
-def check_recipe(recipe: Recipe, workers: int) -> nn.Module:
-    """Refuse what does not fit together, before anything is launched; needs no data file. The network that was made for it."""
-    build_mixing(recipe, recipe.split(workers))
+def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
+    """Refuse what does not fit together, before anything is launched; needs no data file. The network that was made for it.
+
+    `sizes` are the numbers of workers that the run may have.
+    """
+    check_sizes(recipe, sizes)
     tasks = tasks_of(recipe)
     network = build_network(recipe, tasks)
     if recipe.init is not None:
         load_start(network, Path(recipe.init))
-    rule = attached_rule(recipe, network, World(recipe.seed, size=workers))
+    rule = attached_rule(recipe, network, World(recipe.seed, size=sizes[-1]))
+    cut = steady(recipe, network, sizes)
+    check_accumulation(cut, rule, sizes)
+    for size in sizes:
+        build_mixing(recipe, cut.split(size))
     if recipe.teacher is not None:
         build_teacher(recipe, tasks[0].data)
     if recipe.fidelity_every:
@@ -436,9 +441,3 @@ def check_data(data: Data, job: Job, *, every_page: bool) -> None:
         )
     if every_page:
         data.check()
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  (what a user's own parts may draw from)
-    torch.manual_seed(seed)

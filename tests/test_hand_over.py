@@ -83,6 +83,7 @@ def test_nobody_there_is_one_line(launch: Any, monkeypatch: pytest.MonkeyPatch) 
     ("words", "said"),
     [
         ("--nodes 2 --dry-run", "without --cluster there is nothing that takes --dry-run, --nodes"),
+        ("--cluster ray://a:1 --name a --workers 2:4", "one number of --workers; got 2:4"),
         ("--cluster lsf", "--cluster must be k8s, slurm or ray://HOST:PORT; got lsf"),
         ("--cluster k8s --name a --nodes 2", "--cluster k8s does not take --nodes"),
         ("--cluster ray://a:1 --name a --time 3", "--cluster ray://a:1 does not take --time"),

@@ -184,7 +184,8 @@ class Checkpoints:
         if rng.exists():  # there is none for a rank that the writing attempt did not have
             state = torch.load(rng, map_location="cpu", weights_only=True)
             set_rng_state(state)
-            backend.network.load_state_dict(state["buffers"], strict=False)
+            if trainer.get("world_size") == self.ranks:  # else all begin from the mean, which the backend has loaded
+                backend.network.load_state_dict(state["buffers"], strict=False)
         return trainer
 
     def _agree(self, flight: _InFlight, outcome: Future[None]) -> None:

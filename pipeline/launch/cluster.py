@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pipeline.counts import refuse_unless_counts
+from pipeline.counts import is_count, refuse_unless_counts
+from pipeline.elastic import told
 from pipeline.launch.base import Device, Launcher
 from pipeline.launch.inline import Inline
+from pipeline.launch.node_loss import NodeLoss
 from pipeline.launch.ray import Ray
 from pipeline.spec import arguments_of
 
@@ -16,7 +18,8 @@ from pipeline.spec import arguments_of
 class Cluster:
     """Nothing of it belongs to the recipe."""
 
-    workers: int = 1
+    workers: int | tuple[int, ...] = 1
+    """processes that train together; several numbers, ascending: as many of these as there is room for, from time to time"""
     inline: bool = False
     address: str | None = None
     device: Device = "auto"
@@ -29,23 +32,41 @@ class Cluster:
     """which pages of the data are compared with their checksums while they are read: some, or each for every sample"""
     checkpoints: str | None = None
     """a folder or an address, beneath which each run keeps its checkpoints in a folder of its name; None: in the run's folder"""
+    node_loss: NodeLoss = "fast"
+    """how long a node that says nothing is waited for"""
     side_by_side: int | Literal["auto"] = 1
     """runs of a suite that train at the same time, each on cores and cards of its own; auto: as many as there is room for"""
 
     def __post_init__(self) -> None:
-        counts = {"workers": self.workers, "cpus_per_worker": self.cpus_per_worker, "loader_threads": self.loader_threads}
+        if isinstance(self.workers, list):  # of JSON
+            object.__setattr__(self, "workers", tuple(self.workers))
+        counts: dict[str, object] = {
+            "workers": self.workers,
+            "cpus_per_worker": self.cpus_per_worker,
+            "loader_threads": self.loader_threads,
+        }
         refuse_unless_counts("cluster", counts)
         refuse_unless_counts("cluster", {"max_restarts": self.max_restarts}, least=0)
         if self.hang_minutes < 0:
             raise ValueError(f"cluster: hang_minutes must not be negative; got {self.hang_minutes:g}")
         if self.side_by_side != "auto":
             refuse_unless_counts("cluster", {"side_by_side": self.side_by_side})
+        if list(self.sizes) != sorted(set(self.sizes)):
+            raise ValueError(f"cluster: numbers of workers must ascend; got {self.workers!r}")
+        if len(self.sizes) > 1 and self.side_by_side != 1:
+            raise ValueError(f"cluster: runs side by side need one number of workers; got {told(self.sizes)}")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Every number of workers that a run may have."""
+        return self.workers if isinstance(self.workers, tuple) else (self.workers,)
 
     def launcher(self) -> Launcher:
         if self.inline:
             for name in ("workers", "address", "cpus_per_worker", "max_restarts"):
                 if getattr(self, name) != getattr(Cluster, name):
-                    option = f"--{name.replace('_', '-')} {getattr(self, name)}"
+                    got = told(self.sizes) if name == "workers" else getattr(self, name)
+                    option = f"--{name.replace('_', '-')} {got}"
                     raise ValueError(f"cluster: --inline is one worker in this process, without Ray; got {option}")
             return Inline(device=self.device)
         return Ray(
@@ -54,9 +75,10 @@ class Cluster:
             cpus_per_worker=self.cpus_per_worker,
             device=self.device,
             max_restarts=self.max_restarts,
+            node_loss=self.node_loss,
         )
 
-    def resumed(self, *, workers: int | None, inline: bool, address: str | None) -> Cluster:
+    def resumed(self, *, workers: int | tuple[int, ...] | None, inline: bool, address: str | None) -> Cluster:
         """As it was launched, but for what the user now says of it."""
         if inline:  # with what does not go with it, which `launcher` refuses
             mine = Cluster(inline=True, device=self.device, loader_threads=self.loader_threads, side_by_side=self.side_by_side)
@@ -74,3 +96,20 @@ class Cluster:
             ValueError: a field that there is not, a value of another type, or a count that is none.
         """
         return cls(**arguments_of(cls, value, who="cluster"))
+
+
+def parse_workers(text: str) -> int | tuple[int, ...]:
+    """`4`, a range `2:8`, or the numbers themselves, `2,4,8`.
+
+    Raises:
+        ValueError: anything else.
+    """
+    least, colon, most = text.partition(":")
+    numbers = [int(each) if each.isdecimal() else 0 for each in ((least, most) if colon else text.split(","))]
+    if not all(is_count(each) for each in numbers) or numbers != sorted(set(numbers)):
+        raise ValueError(
+            f"launch: --workers must be a number, a range such as 2:8 or ascending numbers such as 2,4,8; got {text}"
+        )
+    if colon:
+        return tuple(range(numbers[0], numbers[1] + 1))
+    return numbers[0] if len(numbers) == 1 else tuple(numbers)

@@ -27,7 +27,7 @@ from rich.console import Console
 from pipeline.checkpoint import place_at
 from pipeline.counts import refuse_unless_counts
 from pipeline.data.base import Data
-from pipeline.job import REFUSAL, Job
+from pipeline.job import REFUSAL, SAVE, STOP, Job
 from pipeline.launch.base import Launcher, LaunchError
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.folder import named, numbered, whole_folder
@@ -162,7 +162,7 @@ def drive(job: Job, launcher: Launcher, console: Console, *, uri: str, resume_co
     job = replace(job, resume_command=resume_command, commit=commit())
     exposed = Exposed(folder, console.print)
     with driver_lock(folder):
-        for note in ("stop", REFUSAL):
+        for note in (STOP, SAVE, REFUSAL):
             (folder / note).unlink(missing_ok=True)
         write_job(job)
         journal = folder / "journal.jsonl"
@@ -226,7 +226,7 @@ def _in_thread(work: Callable[[], dict[str, Any] | None], *, meanwhile: Callable
 
 def was_stopped(folder: Path) -> bool:
     """Whether somebody asked this run to stop since it was last launched or resumed."""
-    return (folder / "stop").exists()
+    return (folder / STOP).exists()
 
 
 @contextmanager
@@ -239,12 +239,12 @@ def stops_on_signal(folder: Path, console: Console) -> Iterator[None]:
         echo, heard = time.monotonic() - heard < ECHO_S, time.monotonic()
         if echo:
             return
-        if (folder / "stop").exists():
+        if (folder / STOP).exists():
             if number == signal.SIGUSR1:
                 return
             console.print("stopped at once; the last checkpoint counts")
             os._exit(130)
-        (folder / "stop").touch()
+        (folder / STOP).write_text(signal.Signals(number).name)
         console.print(f"{signal.Signals(number).name}: saving after this step; once more to stop at once")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}

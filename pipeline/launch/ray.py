@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from pipeline.cores import physical_cores
-from pipeline.job import Job, Place
+from pipeline.job import Job, Notice, Place
 from pipeline.launch.base import Device, LaunchError, takes_gpus
+from pipeline.launch.node_loss import NodeLoss, waits_for
 from pipeline.malloc import environment
 from pipeline.refused import Refused
 from pipeline.worker import run
@@ -46,26 +47,30 @@ class Ray:
     """Workers on a Ray cluster: an existing one, or one of our own on this machine.
 
     Args:
-        workers: processes that train together.
+        workers: processes that train together; of several numbers (ascending) as many as there is room for, from time to time.
         address: of an existing cluster (`auto`, `host:6379`, `ray://...`); None starts one here.
         device: whether each worker gets a GPU; see `takes_gpus`.
         cpus_per_worker: cores that Ray reserves for a worker; torch gets one thread for each.
         max_restarts: how often the workers are started again after one of them died.
+        node_loss: how long a node that says nothing is waited for.
         work: what a worker does with its job (None: train it); benchmarks measure inside it.
     """
 
     def __init__(
         self,
         *,
-        workers: int,
+        workers: int | tuple[int, ...],
         address: str | None = None,
         cpus_per_worker: int = 1,
         device: Device = "auto",
         max_restarts: int = 3,
+        node_loss: NodeLoss = "fast",
         work: Callable[[Job, Place], dict[str, Any] | None] = run,
     ) -> None:
         self.work = work
-        self.workers = workers
+        self.sizes = workers if isinstance(workers, tuple) else (workers,)
+        self.workers = self.sizes[0]
+        self.node_loss: NodeLoss = node_loss
         self.address = address
         self.cpus_per_worker = cpus_per_worker
         self.device: Device = device
@@ -74,7 +79,7 @@ class Ray:
 
     def __enter__(self) -> Self:
         """Join the cluster, or start one: in the main thread, because Ray's servers end with the thread that started them."""
-        for name, value in SETTINGS.items():
+        for name, value in {**SETTINGS, **waits_for(self.node_loss, sizes=len(self.sizes))}.items():
             os.environ.setdefault(name, value)
         if self.address is not None:
             _offer_token()  # Ray reads its settings when it is imported
@@ -164,20 +169,28 @@ class Ray:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
+        from pipeline.launch.resizing import LOOK_S, ResizingTrainer
+
         gpus = takes_gpus(self.device, self.workers, int(ray.cluster_resources().get("GPU", 0)))
-        trainer = TorchTrainer(
-            partial(_train, work=self.work),
+        elastic = len(self.sizes) > 1
+        trainer = (partial(ResizingTrainer, sizes=self.sizes, folder=Path(job.run)) if elastic else TorchTrainer)(
+            partial(_train, work=self.work, sizes=self.sizes),
             train_loop_config=asdict(job),
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
             scaling_config=ScalingConfig(
-                num_workers=self.workers,
+                num_workers=(self.sizes[0], self.sizes[-1]) if elastic else self.workers,
+                elastic_resize_monitor_interval_s=LOOK_S,
                 use_gpu=gpus,
                 resources_per_worker={"CPU": self.cpus_per_worker, **({"GPU": 1} if gpus else {})},
             ),
             run_config=RunConfig(
                 name=f"attempt-{attempt}",  # a new name each time: nothing that Ray remembers can stand in the way
                 storage_path=str(Path(job.run) / "ray"),
-                failure_config=FailureConfig(max_failures=self.max_restarts, controller_failure_limit=1),
+                failure_config=FailureConfig(
+                    max_failures=self.max_restarts,
+                    # Places that are not there in time: several numbers of workers wait for as long as there is room for none.
+                    controller_failure_limit=-1 if elastic else 1,
+                ),
                 worker_runtime_env={"env_vars": self._environment(job, gpus)},
             ),
         )
@@ -251,18 +264,30 @@ def _offer_token() -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
-def _train(config: dict[str, Any], *, work: Callable[[Job, Place], dict[str, Any] | None]) -> dict[str, Any] | None:
+def _train(
+    config: dict[str, Any], *, work: Callable[[Job, Place], dict[str, Any] | None], sizes: tuple[int, ...]
+) -> dict[str, Any] | None:
     """Runs in every worker process."""
     from ray import train
     from ray.train.torch import get_device
 
     context = train.get_context()
     job = Job(**{**config, "trust": tuple(config["trust"])})
-    place = Place(context.get_world_rank(), context.get_world_size(), str(get_device()), context.get_local_rank())
+    place = Place(context.get_world_rank(), context.get_world_size(), str(get_device()), context.get_local_rank(), sizes, _notice)
     try:
         return work(job, place)
     except Refused as error:  # returned, not raised: starting again would not help
         return {"refused": str(error)}
+
+
+def _notice() -> Notice | None:
+    """Ray's word that nodes of this run are being drained; collective."""
+    from ray.train import get_preemption_info
+
+    info = get_preemption_info()
+    if info is None:
+        return None
+    return Notice(tuple(info.preempted_node_ids), None if info.deadline_ms is None else info.deadline_ms / 1e3)
 
 
 def _innermost(error: BaseException) -> str:

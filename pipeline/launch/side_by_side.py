@@ -19,7 +19,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from pipeline.job import Job
+from pipeline.job import STOP, Job
 from pipeline.launch.base import Launcher, LaunchError
 from pipeline.launch.children import Children
 from pipeline.launch.drive import was_stopped
@@ -106,7 +106,7 @@ class _Driven:
 
     def __init__(self, recipe: Recipe, job: Job, children: Children, launcher: Launcher, console: Console) -> None:
         self.name, self.folder = recipe.name, Path(job.run)
-        (self.folder / "stop").unlink(missing_ok=True)
+        (self.folder / STOP).unlink(missing_ok=True)
         words = ["resume", str(self.folder), "--runs", str(children.runs), *launcher.joining()]
         trust = [word for package in children.trust for word in ("--trust", package)]
         self._log = (self.folder / LOG).open("ab")
@@ -133,7 +133,7 @@ class _Driven:
 
     def stop(self, *, at_once: bool) -> None:
         """Save after the step at hand, or give up what came since the last checkpoint."""
-        (self.folder / "stop").touch()
+        (self.folder / STOP).touch()
         if at_once and not self._asked_at_once:
             self._asked_at_once = True
             self._process.terminate()

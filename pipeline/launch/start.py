@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from pipeline.backend.base import autocast
+from pipeline.elastic import check_sizes
 from pipeline.evaluate import Evaluation, evaluate, inputs
 from pipeline.export import is_export, load_export
 from pipeline.job import Job, resume_command
@@ -38,7 +39,13 @@ def launch_run(
 
 
 def resume_run(
-    folder: Path, runs: Path, *, workers: int | None, inline: bool, address: str | None, trust: tuple[str, ...] = ()
+    folder: Path,
+    runs: Path,
+    *,
+    workers: int | tuple[int, ...] | None,
+    inline: bool,
+    address: str | None,
+    trust: tuple[str, ...] = (),
 ) -> Path | None:
     """Go on with a run: its folder, or None when asked to stop."""
     if folder.parent.resolve() != runs.resolve():  # a run that was named by its path
@@ -47,6 +54,7 @@ def resume_run(
         Console().print(f"{folder.name} has finished")
         return folder
     cluster = Cluster.from_json(read_json(folder / "cluster.json")).resumed(workers=workers, inline=inline, address=address)
+    check_sizes(Recipe.read(folder / "recipe.json", trust=trust), cluster.sizes)
     with cluster.launcher() as launcher:
         return _trained(read_job(folder, trust=trust), launcher, runs)
 
@@ -54,9 +62,9 @@ def resume_run(
 def check(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
     """Everything that can be refused is, before anything is left behind."""
     Recipe.from_json(recipe.to_json(), trust=trust)
-    check_recipe(recipe, cluster.workers)
+    check_recipe(recipe, *cluster.sizes)
     recipe.data.build().fingerprint()
-    Loaders(tasks_of(recipe), recipe, recipe.split(cluster.workers))
+    Loaders(tasks_of(recipe), recipe, recipe.split(cluster.sizes[-1]))
 
 
 def train(job: Job, launcher: Launcher, runs: Path, console: Console) -> bool:

@@ -43,7 +43,7 @@ def launch_suite(
 
 
 def resume_suite(
-    folder: Path, *, workers: int | None, inline: bool, address: str | None, trust: tuple[str, ...] = ()
+    folder: Path, *, workers: int | tuple[int, ...] | None, inline: bool, address: str | None, trust: tuple[str, ...] = ()
 ) -> Path | None:
     """Go on with a suite where it stopped: its folder, or None when asked to stop."""
     suite_file = SuiteFile.read(folder, trust=trust)

@@ -117,6 +117,11 @@ class Watch:
     def _on_skipped(self, event: dict[str, Any]) -> None:
         self._say(f"skipped batch {event.get('step')} of {event.get('samples')} samples: {event.get('reason')}")
 
+    def _on_preempted(self, event: dict[str, Any]) -> None:
+        left = _number(event.get("seconds_left"))
+        when = "soon" if left is None else f"in {left:.0f} s"
+        self._say(f"{len(event.get('machines') or ())} machines are taken away {when}: saved at step {event.get('step')}")
+
     def _on_stopped(self, event: dict[str, Any]) -> None:
         self._say(f"stopped after step {event.get('step')}: {event.get('reason')}")
 

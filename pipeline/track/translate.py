@@ -28,7 +28,7 @@ class Translation:
         self.already_there = 0
         self._seen: dict[str, int] = {}  # metric -> newest step read from the journal
         self._step = 0  # newest step of any event
-        self._counts = {"quarantined": 0, "skipped_samples": 0, "rollbacks": 0, "damaged_pages": 0}
+        self._counts = {"quarantined": 0, "skipped_samples": 0, "rollbacks": 0, "damaged_pages": 0, "preemptions": 0}
 
     def points(self, event: Event) -> Iterator[Metric]:
         """The metrics of one event that MLflow does not hold yet."""
@@ -64,6 +64,9 @@ class Translation:
         if kind == "skipped":
             self._counts["skipped_samples"] += _integer(event.get("samples"), 0)
             return {"spiketrain.skipped_samples": str(self._counts["skipped_samples"])}
+        if kind == "preempted":
+            self._counts["preemptions"] += 1
+            return {"spiketrain.preemptions": str(self._counts["preemptions"])}
         if kind == "rollback":
             self._counts["rollbacks"] += 1
             return {"spiketrain.rollbacks": str(self._counts["rollbacks"])}

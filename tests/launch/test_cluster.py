@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -9,14 +10,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from pipeline.launch.cluster import Cluster
+from pipeline.launch.cluster import Cluster, parse_workers
 from pipeline.launch.inline import Inline
+from pipeline.launch.node_loss import NODES, waits_for
 
 
 @pytest.mark.parametrize(
@@ -24,7 +27,11 @@ from pipeline.launch.inline import Inline
     [
         ([], "cluster: must be an object; got []"),
         ({"hosts": 1}, "cluster: unknown field 'hosts'; it has workers, inline"),
-        ({"workers": "many"}, "cluster: workers must be int; got 'many'"),
+        ({"workers": "many"}, "cluster: workers must be int or tuple[int, ...]; got 'many'"),
+        ({"workers": [2, 0]}, "cluster: workers must be whole numbers >= 1; got workers=(2, 0)"),
+        ({"workers": [4, 2]}, "cluster: numbers of workers must ascend; got (4, 2)"),
+        ({"workers": [2, 4], "side_by_side": 2}, "cluster: runs side by side need one number of workers; got 2,4"),
+        ({"node_loss": "never"}, "cluster: node_loss must be one of 'fast', 'patient'; got 'never'"),
         *(
             ({name: count}, f"cluster: {name} must be a whole number >= 1; got {name}={count}")
             for name in ("workers", "cpus_per_worker", "loader_threads")
@@ -46,6 +53,35 @@ def test_a_resume_in_this_process_refuses_what_it_would_drop(asked: dict[str, An
     now = Cluster(workers=4, cpus_per_worker=2).resumed(**{"workers": None, "address": None, **asked}, inline=True)
     with pytest.raises(ValueError, match=f"--inline is one worker in this process, without Ray; got {got}$"):
         now.launcher()
+
+
+def test_several_numbers_of_workers_come_back_from_json() -> None:
+    cluster = Cluster(workers=(2, 4, 8), node_loss="patient")
+    assert Cluster.from_json(json.loads(json.dumps(asdict(cluster)))) == cluster
+    assert cluster.sizes == (2, 4, 8) and Cluster(workers=3).sizes == (3,)
+
+
+@pytest.mark.parametrize(
+    ("text", "workers"),
+    [
+        *(("4", 4), ("2:4", (2, 3, 4)), ("2,4,8", (2, 4, 8)), ("2:3", (2, 3))),
+        *((text, None) for text in ("3,", "4:2", "2:2", "0:2", "1:2:3", "8,4", "-1", "", "many")),
+    ],
+)
+def test_workers_are_a_number_a_range_or_numbers(text: str, workers: int | tuple[int, ...] | None) -> None:
+    if workers is not None:
+        assert parse_workers(text) == workers
+        return
+    with pytest.raises(ValueError, match=f"--workers must be a number, a range .*; got {text}$"):
+        parse_workers(text)
+
+
+def test_a_run_of_one_size_waits_for_its_places_and_one_of_several_takes_fewer() -> None:
+    waits = {(loss, sizes): waits_for(loss, sizes=sizes) for loss in NODES for sizes in (1, 2)}
+    assert waits["fast", 1] == {}  # Ray's own minute
+    seconds = [float(*waits[each].values()) for each in (("fast", 2), ("patient", 1), ("patient", 2))]
+    assert seconds[0] < 60 < seconds[1] == seconds[2]
+    assert not NODES["fast"].keys() & NODES["patient"].keys()
 
 
 def test_a_resume_in_this_process_takes_one_worker_whatever_there_were() -> None:

@@ -41,7 +41,7 @@ def test_the_first_asks_to_save_and_the_second_ends_at_once(tmp_path: Path, send
     said = io.StringIO()
     with stops_on_signal(tmp_path, Console(file=said, width=120)):
         send(number)
-        assert (tmp_path / "stop").exists()
+        assert (tmp_path / "stop").read_text() == signal.Signals(number).name
         with pytest.raises(AtOnce):
             send(number)
     assert "saving after this step; once more to stop at once" in said.getvalue() and "stopped at once" in said.getvalue()

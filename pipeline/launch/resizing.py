@@ -1,0 +1,81 @@
+"""How many workers a run has from time to time, on a cluster whose nodes come and go: decided in Ray Train's controller.
+
+Ray's own policy (2.60) takes any number between two, counts nodes that are gone until its coordinator looks again (20 s), and
+ends the workers of a run that is to grow wherever they are. This one takes numbers that the run may have, on nodes that are there
+and stay, and asks the run to save first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private.state import state
+from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+)
+
+from pipeline.job import SAVE
+
+LOOK_S = 10.0
+"""between two looks at whether there is room for another number of workers; a new node has to be there for so long"""
+PATIENCE_S = 300.0
+"""for the save that comes before: an evaluation has no step in it"""
+
+
+class Resizing(ElasticScalingPolicy):
+    """As many workers of `sizes` (ascending) as there is room for, of the run in `folder`."""
+
+    def __init__(self, scaling_config: ScalingConfig, *, sizes: Sequence[int], folder: Path) -> None:
+        super().__init__(scaling_config)
+        self.sizes, self.folder = tuple(sizes), folder
+        self._wanted: ResizeDecision | None = None
+        self._asked = self._ticked = 0.0
+
+    def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
+        leaving = state.get_draining_nodes()
+        there = {node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving}
+        room = super()._count_possible_workers({node: has for node, has in reserved_resources.items() if node in there})
+        return max((size for size in self.sizes if size <= room), default=0)
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        self._wanted = None
+        return super().make_decision_for_non_running_worker_group()
+
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> ScalingDecision:
+        """First a save is asked for; the decision follows it."""
+        if self._wanted is None:
+            if time.monotonic() - self._ticked > LOOK_S / 2:  # the coordinator looks at the cluster now, not in up to 20 s
+                self._ticked = time.monotonic()
+                coordinator: Any = self._autoscaling_coordinator
+                coordinator.get_reserved_resources.remote(self._requester_id, recompute=True)
+            decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+            if not isinstance(decision, ResizeDecision):
+                return decision
+            self._wanted, self._asked = decision, time.monotonic()
+            (self.folder / SAVE).write_text(f"{worker_group_state.num_workers} workers become {decision.num_workers}")
+            return NoopDecision()
+        if (self.folder / SAVE).exists() and time.monotonic() - self._asked < PATIENCE_S:
+            return NoopDecision()
+        decision, self._wanted = self._wanted, None
+        (self.folder / SAVE).unlink(missing_ok=True)
+        return decision
+
+
+class ResizingTrainer(TorchTrainer):
+    """A TorchTrainer whose policy is this one: which, Ray 2.60 lets nobody say."""
+
+    def __init__(self, *args: Any, sizes: Sequence[int], folder: Path, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._policy = Resizing(self.scaling_config, sizes=sizes, folder=folder)
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        return super()._initialize_and_run_controller(**{**parts, "scaling_policy": self._policy})

@@ -1,0 +1,77 @@
+"""A notice that a machine is taken away, and whoever asks for a save: a checkpoint at the next step, and the run goes on."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import attempt
+from pipeline.job import SAVE, STOP, Notice, Place
+from pipeline.track.jsonl import read
+from pipeline.track.translate import Translation
+from pipeline.worker import run
+from tests.small import make_run, same_weights, small_recipe
+
+
+def steps_of(folder: Path, kind: str) -> list[int]:
+    return [event["step"] for event in read(folder / "journal.jsonl") if event["event"] == kind]
+
+
+@pytest.fixture
+def untouched(tmp_path: Path) -> Path:
+    run(make_run(tmp_path / "untouched", small_recipe(checkpoint_every=0)), Place())
+    return tmp_path / "untouched"
+
+
+def test_a_notice_is_saved_upon_once_and_the_run_goes_on(
+    tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt, "NOTICE_S", -1.0)  # at every step
+    asked = 0
+
+    def notice() -> Notice | None:
+        nonlocal asked
+        asked += 1
+        return Notice(("node",), deadline) if asked >= 3 else None
+
+    deadline = time.time() + 120
+    job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
+    assert run(job, Place(notice=notice)) is not None
+    [event] = [event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "preempted"]
+    assert event["step"] == 3 and event["machines"] == ["node"] and 60 < event["seconds_left"] <= 120
+    assert steps_of(tmp_path / "run", "checkpoint") == [3, 8, 16]
+    assert same_weights(tmp_path / "run", untouched)
+    assert Translation().tags(event) == {"spiketrain.preemptions": "1"}
+
+
+@pytest.mark.parametrize("step", [5, 8])
+def test_a_save_that_is_asked_for_comes_at_the_next_step(
+    tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """At the end of an epoch before the evaluation, which may take longer than there is time."""
+    original = attempt.Attempt._between_batches
+
+    def between(self: attempt.Attempt, epoch: int, *, last: bool) -> None:
+        if self.step == step:
+            (self.folder / SAVE).write_text("2 workers become 3")
+        original(self, epoch, last=last)
+        assert not (self.folder / SAVE).exists()
+
+    monkeypatch.setattr(attempt.Attempt, "_between_batches", between)
+    assert run(make_run(tmp_path / "run", small_recipe(checkpoint_every=0)), Place()) is not None
+    assert steps_of(tmp_path / "run", "checkpoint") == sorted([step, 8, 16])
+    events = [event["event"] for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] != "step"]
+    assert events.index("checkpoint") < events.index("evaluation")
+    assert same_weights(tmp_path / "run", untouched)
+
+
+@pytest.mark.parametrize(("said", "reason"), [("SIGTERM", "asked to stop by SIGTERM"), ("", "asked to stop")])
+def test_a_run_that_stopped_says_who_asked(tmp_path: Path, said: str, reason: str) -> None:
+    job = make_run(tmp_path / "run", small_recipe())
+    (tmp_path / "run" / STOP).write_text(said)
+    assert run(job, Place()) is None
+    stopped = read(tmp_path / "run" / "journal.jsonl")[-1]
+    assert stopped["reason"] == reason
+    assert Translation().tags(stopped) == {"spiketrain.stopped": reason}
