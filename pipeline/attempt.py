@@ -364,7 +364,8 @@ class Attempt:
         self.tracker.event("stopped", sync=True, step=self.step, reason=self._who_asked(), resume_command=self.job.resume_command)
 
     def _who_asked(self) -> str:
-        by = (self.folder / STOP).read_text().strip() if self.ranks.rank == 0 else ""
+        file = self.folder / STOP
+        by = file.read_text().strip() if self.ranks.rank == 0 and file.exists() else ""
         return f"asked to stop by {by}" if by else "asked to stop"
 
     def _finish(self) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def test_nobody_there_is_one_line(launch: Any, monkeypatch: pytest.MonkeyPatch) 
         ("--cluster ray://a:1 --name a --infra infra", "--cluster ray://a:1 does not take --infra"),
         ("--cluster ray://a:1 --name a --image b:1", "got --image b:1"),
         ("--cluster ray://a --name a", "ray://HOST:PORT, with the port of its dashboard; got 'ray://a'"),
-        ("--cluster ray://a:1 --name ../a", "name must be letters, digits"),
+        ("--cluster ray://a:1 --name ../a", "--name must be a name in runs"),
         ("--cluster k8s --image a.example/s:1", "--cluster needs a --name"),
         ("--cluster k8s --name a", "image must be a name with a tag"),
         ("--cluster slurm --name a", "needs --nodes and --time; got no --nodes, --time"),

@@ -11,10 +11,12 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-CLUSTER, RECOVERY, CHECKPOINT = "faults/test_in_a_cluster.py", "launch/test_recovery.py", "test_checkpoint.py"
+CLUSTER, RECOVERY, CHECKPOINT = "faults/test_in_a_cluster.py", "launch/test_recovery.py", "checkpoint/test_checkpoints.py"
 BITS = f"{CLUSTER}::test_the_parameters_are_the_same_to_the_bit"
 """of one run that meets what the other tests of that file look at"""
 HUNTED = f"{RECOVERY}::test_killed_in_every_way_it_ends_with_the_same_bits"
+WRITE, ELASTIC = "faults/test_checkpoint_write.py", "faults/test_elastic.py"
+SIGNALS = "faults/test_signals.py::test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits"
 SECURITY, DATA, HOSTS = "faults/test_security.py", "faults/test_damaged_data.py", "faults/test_two_hosts.py"
 
 ROWS: dict[str, tuple[str, ...]] = {
@@ -32,18 +34,25 @@ ROWS: dict[str, tuple[str, ...]] = {
         *(BITS, f"{CLUSTER}::test_a_loader_that_hangs_is_written_down_and_its_worker_started_again"),
         *("data/test_reader.py::test_a_hang_arrives_at_the_limit", "test_watchdog.py::test_a_hang_is_written_down_and_ended"),
     ),
-    "kill during a checkpoint write": (HUNTED, f"{CHECKPOINT}::test_a_write_that_was_cut_short_is_no_checkpoint"),
+    "kill during a checkpoint write": (
+        *(f"{WRITE}::test_killed_while_a_checkpoint_is_written", HUNTED),
+        *(f"{WRITE}::test_killed_while_a_checkpoint_goes_to_s3_and_gone_on_with_in_a_fresh_folder",),
+        *(f"{CHECKPOINT}::test_a_write_that_was_cut_short_is_no_checkpoint",),
+    ),
+    "disk full": (f"{WRITE}::test_a_full_disk_is_said_in_a_line_and_with_room_the_run_goes_on",),
     "kill while an old checkpoint is deleted": (f"{CHECKPOINT}::test_a_kill_while_an_old_checkpoint_is_deleted_is_survived",),
     "truncated, bit-flipped, missing checkpoint; missing manifest": (
-        *(HUNTED, f"{CHECKPOINT}::test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used"),
+        *(HUNTED, f"{WRITE}::test_the_newest_is_damaged"),
+        *(f"{CHECKPOINT}::test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used",),
     ),
     "truncated Ray snapshot": (HUNTED,),
     "driver killed": (HUNTED, "launch/test_continual_recovery.py::test_a_run_killed_in_its_second_task_goes_on_there"),
     "SIGTERM": (
+        SIGNALS,
         *(f"{RECOVERY}::test_a_run_that_is_being_trained_is_not_trained_twice",),
         *("launch/test_drive.py::test_the_first_asks_to_save_and_the_second_ends_at_once",),
     ),
-    "Ctrl-C": (HUNTED, "launch/test_drive.py::test_the_first_asks_to_save_and_the_second_ends_at_once"),
+    "Ctrl-C": (SIGNALS, HUNTED, "launch/test_drive.py::test_the_first_asks_to_save_and_the_second_ends_at_once"),
     "a link between hosts that is cut and mended": (f"{HOSTS}::test_a_link_that_was_cut_and_mended_costs_no_bit",),
     "weights of workers that come apart": (BITS, f"{CLUSTER}::test_weights_that_come_apart_are_found_and_given_up"),
     "MLflow slow, down and back": (
@@ -61,6 +70,17 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "loss spike": ("faults/test_spike.py::test_it_is_passed_over_or_gone_back_for",),
     # samples
+    "node killed and added, 2 -> 1 -> 2 and 3 -> 2": (
+        *(f"{ELASTIC}::test_a_node_dies", f"{ELASTIC}::test_a_node_dies_and_another_comes"),
+        *(
+            f"{ELASTIC}::test_one_of_three_nodes_dies",
+            "test_elastic.py::test_each_sample_is_seen_once_an_epoch_over_any_sequence_of_sizes",
+        ),
+    ),
+    "a node is taken away after a notice": (
+        *(f"{ELASTIC}::test_a_node_is_taken_away_after_a_notice",),
+        *("faults/test_preemption.py::test_a_notice_is_saved_upon_once_and_the_run_goes_on",),
+    ),
     "out of memory": ("faults/test_out_of_memory.py::test_the_micro_batch_is_halved_until_it_fits",),
     # refused
     "damaged and truncated .beton": (

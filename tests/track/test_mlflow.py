@@ -58,7 +58,7 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
         journal.event("finish", steps=3, top1=0.7, peak_saved_bytes=4096, rule="SLTT", restarts=0)
     for name in ("summary.json", "activity.json", "answers.npz", "job.json"):
         (run.folder / name).write_text("{}")
-    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=17, already_there=0)
+    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=18, already_there=0)
 
     found = find(sqlite_store, run)
     assert found.info.status == "FINISHED"
@@ -88,7 +88,7 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
     parent = client.get_run(tags["mlflow.parentRunId"])
     assert (parent.info.status, parent.data.tags["spiketrain.study_parent"]) == ("FINISHED", "f" * 32)
 
-    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=0, already_there=17)
+    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=0, already_there=18)
     assert find(sqlite_store, run).info.end_time == found.info.end_time
 
 
@@ -196,7 +196,7 @@ def test_every_point_has_the_time_of_its_event_and_not_of_its_delivery(fake_run:
         journal.event("checkpoint", step=1, stall_s=0.1, write_s=0.1, bytes=1)
         journal.event("finish", step=2, top1=0.5)
     an_hour_ago(run.folder / "journal.jsonl")
-    assert sync(run.folder, uri=sqlite_store).delivered == 14
+    assert sync(run.folder, uri=sqlite_store).delivered == 15
     found = find(sqlite_store, run)
     assert len({metric.key.split("/")[0] for metric in found.data._metric_objs}) == 6
     for metric in found.data._metric_objs:
