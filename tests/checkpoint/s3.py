@@ -16,6 +16,7 @@ def s3_server() -> Iterator[str]:
     """The address of a bucket; inside, the environment holds what it takes to reach it."""
     import boto3
     from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -27,6 +28,7 @@ def s3_server() -> Iterator[str]:
             patch.setenv("AWS_ACCESS_KEY_ID", "testing")
             patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
             patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            S3FileSystem.clear_instance_cache()  # one of before knows the address of a server that is gone
             boto3.client("s3").create_bucket(Bucket=BUCKET)
             yield f"s3://{BUCKET}"
     finally:

@@ -123,7 +123,7 @@ def test_the_launch_is_told_where_and_on_how_much_to_train(slurm: Slurm):
     ("ray", "started"),
     [
         ("2.60", ("symmetric-run --address ", "symmetric-run --address ")),
-        ("2.48", ("start --head --node-ip-address=", "start --address=")),  # which has no symmetric-run
+        pytest.param("2.48", ("start --head --node-ip-address=", "start --address="), marks=pytest.mark.full),  # no symmetric-run
     ],
 )
 def test_a_failure_keeps_its_exit_status_and_is_not_queued_again(slurm: Slurm, ray: str, started: tuple[str, str]):
@@ -153,7 +153,7 @@ def test_a_ray_that_did_not_start_is_a_failure_though_it_ends_with_0(slurm: Slur
 # ------------------------------------------------------------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize("ray", ["2.60", "2.48"])
+@pytest.mark.parametrize("ray", ["2.60", pytest.param("2.48", marks=pytest.mark.full)])
 def test_a_time_limit_that_nears_saves_and_queues_the_job_again(slurm: Slurm, ray: str):
     batch = slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="train", STAND_IN_RAY=ray)
     slurm.until("driver.began")
@@ -229,7 +229,7 @@ def test_a_requeue_that_slurm_refuses_is_said(slurm: Slurm):
 # --------------------------------------------------------------------------------------------------------------------- token
 
 
-@pytest.mark.parametrize("way", ["symmetric", "manual"])
+@pytest.mark.parametrize("way", ["symmetric", pytest.param("manual", marks=pytest.mark.full)])
 def test_the_token_is_in_a_file_of_its_owner_and_in_no_command_line(slurm: Slurm, way: str):
     batch = slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="train", SPIKETRAIN_RAY=way, RAY_AUTH_TOKEN="one-of-before")
     slurm.until("driver.began")
