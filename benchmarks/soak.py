@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import random
+import secrets
 import signal
 import statistics
 import subprocess
@@ -38,6 +39,7 @@ from rich.table import Table
 
 from benchmarks.recorded import BATCH, SAMPLES
 from pipeline.launch.drive import commit
+from pipeline.launch.node_loss import NODES
 from pipeline.measure.memory import hardware
 from pipeline.track.jsonl import read
 
@@ -184,6 +186,7 @@ def main() -> None:
     random.seed(arguments.seed)
     least, most = map(float, arguments.pause.split(","))
     os.environ.update(PYTHONPATH=str(Path.cwd()), RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0", OMP_NUM_THREADS="1")
+    os.environ.update(NODES["fast"], RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     kills: list[Kill] = []
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         training = Training(Path(folder))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.launch.node_loss import NODES
 from pipeline.track.jsonl import last, read
 from tests.small import same_weights
 
@@ -31,12 +32,6 @@ LINK = "st0"  # the name of the interface on either host
 ADDRESS = {"a": "10.219.0.1", "b": "10.219.0.2"}
 HEAD = f"{ADDRESS['a']}:6391"
 CUT_S = 30
-# What rides out a cut link does not notice a dead node so soon: see infra/README.md.
-PATIENT = {
-    "RAY_grpc_keepalive_time_ms": "60000",
-    "RAY_grpc_keepalive_timeout_ms": "120000",
-    "RAY_grpc_client_keepalive_timeout_ms": "120000",
-}
 LAB = """
 import time
 from pipeline.rules.sltt import SLTT
@@ -68,7 +63,7 @@ class Hosts:
         self.token.chmod(0o600)
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))},
-            **PATIENT,
+            **NODES["patient"],
             "HOME": str(folder),  # where a token may lie
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "PYTHONPATH": os.pathsep.join((str(Path(__file__).parents[2]), str(folder))),
@@ -93,7 +88,8 @@ class Hosts:
         )
 
     def launch(self, host: str | None, name: str, *words: str, token: bool = True) -> subprocess.Popen[str]:
-        told = ["--workers", "2", "--device", "cpu", "--runs", str(self.folder / "runs"), "--name", name, "--trust", "slow_lab"]
+        told = ["--workers", "2", "--device", "cpu", "--runs", str(self.folder / "runs"), "--name", name]
+        told += ["--node-loss", "patient", "--trust", "slow_lab"]
         return self.on(host, "spiketrain", "launch", "lab.py", *told, *words, token=token, log=f"{name}.log")
 
     def link(self, state: str) -> None:
