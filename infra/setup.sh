@@ -120,6 +120,9 @@ install_package() {
         "${pip[@]}" --no-deps --editable .
     else
         say "newest releases that pyproject.toml admits (about 3 GB to fetch where torch comes with CUDA)"
+        # First: pip keeps what is installed, and would take another build of it where it backtracks over the rest.
+        mapfile -t torch < <(sed -n 's/^    "\(torch[^"]*\)".*/\1/p' pyproject.toml)
+        "${pip[@]}" "${torch[@]}"
         "${pip[@]}" --editable '.[dev]'
     fi
 }
