@@ -17,7 +17,7 @@ from pipeline.export import is_export, load_export
 from pipeline.job import Job, resume_command
 from pipeline.launch.base import Launcher
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.drive import drive, prepare, read_job
+from pipeline.launch.drive import drive, driver_lock, prepare, read_job
 from pipeline.recipe import Recipe, read_json
 from pipeline.suite import Suite, refuse_references
 from pipeline.tasks import Loaders, mean_of, tasks_of
@@ -54,7 +54,10 @@ def resume_run(
         Console().print(f"{folder.name} has finished")
         return folder
     cluster = Cluster.from_json(read_json(folder / "cluster.json")).resumed(workers=workers, inline=inline, address=address)
-    check_sizes(Recipe.read(folder / "recipe.json", trust=trust), cluster.sizes)
+    if workers is not None:  # others were checked at the launch
+        check_sizes(Recipe.read(folder / "recipe.json", trust=trust), cluster.sizes)
+    with driver_lock(folder):
+        pass  # whoever trains it is told of before a cluster is started in vain
     with cluster.launcher() as launcher:
         return _trained(read_job(folder, trust=trust), launcher, runs)
 
