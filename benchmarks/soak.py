@@ -1,7 +1,13 @@
 """Kills workers, nodes and drivers of one training at random, and counts afterwards what became of its samples.
 
 Command:  python -m benchmarks.soak [--minutes 20] [--seed N] [--pause 15,45]
-Result:   not run
+Result:   20 minutes: not run. --minutes 5 --pause 8,15, commit c538433, 2 cores of an AMD EPYC on which tests ran for the first 3 minutes:
+          14 kills, 2053 steps, each sample once in each of 32 epochs and what follows
+
+    killed    times   seconds to go on: median, least, most     steps rolled back: mean, most
+    driver        3                       15.6   12.9  15.9                       21.0     36
+    node          3                       10.9    9.9  12.3                       10.7     19
+    worker        8                        8.2    7.8  10.4                       12.2     29
 
 A cluster of Ray with two nodes of one core each (`ray.cluster_utils`), on it `spiketrain launch` with two workers and
 `--or-resume`. Every 15 to 45 seconds of training one thing is killed by SIGKILL: a worker, a node (another joins at once), or the
