@@ -1,7 +1,7 @@
 """Kills workers, nodes and drivers of one training at random, and counts afterwards what became of its samples.
 
 Command:  python -m benchmarks.soak [--minutes 20] [--seed N] [--pause 15,45]
-Result:   20 minutes: not run. --minutes 5 --pause 8,15, commit c538433, 2 cores of an AMD EPYC on which tests ran for the first 3 minutes:
+Result:   20 minutes: not run. --minutes 5 --pause 8,15, commit c538433, 2 cores of an AMD EPYC, beside tests for 3 minutes:
           14 kills, 2053 steps, each sample once in each of 32 epochs and what follows
 
     killed    times   seconds to go on: median, least, most     steps rolled back: mean, most

@@ -98,12 +98,12 @@ def _asked(server: str, user: str | None, secret: str | None) -> int | None:
 def _versions(nodes: Sequence[Node]) -> Iterator[Finding]:
     differing = False
     for package in nodes[0].versions:
-        found = {node.name: node.versions[package] for node in nodes}
-        if len(set(found.values())) > 1:
+        found = [node.versions[package] for node in nodes]
+        if len(set(found)) > 1:
             differing = True
-            told = f"{package}: " + ", ".join(f"{name} has {version}" for name, version in found.items())
+            told = f"{package}: " + ", ".join(f"{node.name} has {version}" for node, version in zip(nodes, found, strict=True))
             yield Finding(check="versions", state="bad", told=told, advice="install the same on all: LOCKED=1 make setup")
-        elif "not installed" in found.values():
+        elif "not installed" in found:
             differing = True
             yield Finding(check="versions", state="bad", told=f"{package} is not installed", advice="make setup")
     if not differing:

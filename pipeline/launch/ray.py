@@ -135,12 +135,12 @@ class Ray:
         import ray
 
         found = {}
-        tell = ray.remote(time.time).options(num_cpus=0)
+        tell = ray.remote(_now)
         for node, place in zip(self._nodes(), self._places(), strict=True):
             told = []
             for _ in range(5):  # the first starts a process there
                 sent = time.time()
-                there = ray.get(tell.options(scheduling_strategy=place).remote())
+                there = ray.get(tell.options(num_cpus=0, scheduling_strategy=place).remote())
                 back = time.time()
                 told.append(((back - sent) / 2, there - (sent + back) / 2))
             uncertain, ahead = min(told)
@@ -222,6 +222,10 @@ class Ray:
 
 def _is_passed_on(name: str) -> bool:
     return name.startswith(PASSED_ON) and not any(word in name.upper() for word in SECRET)
+
+
+def _now() -> float:
+    return time.time()  # by itself it is no function that Ray takes
 
 
 def _knock(address: str) -> None:
