@@ -52,8 +52,8 @@ def hand_over(context: typer.Context) -> bool:
         return False
     if where not in ("k8s", "slurm") and not where.startswith("ray://"):
         raise ValueError(f"launch: --cluster must be k8s, slurm or ray://HOST:PORT; got {where}")
-    if where != "slurm":
-        _refuse(f"--cluster {where} does not take", [name for name in _OF_SLURM if name in given])
+    foreign = {"k8s": _OF_SLURM, "slurm": ()}.get(where, (*_OF_SLURM, "infra"))
+    _refuse(f"--cluster {where} does not take", [name for name in foreign if name in given])
     if "name" not in given:
         raise ValueError("launch: --cluster needs a --name, by which the job goes on with its run; got none")
     rendered, submit = _rendered(where, context, given)
@@ -85,7 +85,6 @@ def _rendered(where: str, context: typer.Context, given: dict[str, Any]) -> tupl
             raise ValueError(f"launch: --cluster slurm needs --nodes and --time; got no {', '.join(map(_option, missing))}")
         asked = {"nodes": given["nodes"], "gpus_per_node": given.get("gpus_per_node", 0), "time": given["time"]}
         return slurm.render(order, **asked, partition=given.get("partition")), slurm.submit
-    _refuse(f"--cluster {where} does not take", [name for name in ("infra",) if name in given])
     return ray_job.render(order, address=where), ray_job.submit
 
 

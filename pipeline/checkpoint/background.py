@@ -20,7 +20,8 @@ import torch
 from safetensors import torch as safetensors
 
 from pipeline.checkpoint.place import Place
-from pipeline.checkpoint.sealed import Facts, facts_of, seal, sync_folder, write_json
+from pipeline.checkpoint.sealed import Facts, facts_of, seal, write_json
+from pipeline.disk import sync_folder
 
 POLL_S = 0.05
 

@@ -133,10 +133,7 @@ class Checkpoints:
         if self.rank == 0:  # the parts of all are there, so that it comes to an end
             writing.whole.exception()
         self._agree(flight, writing.whole if self.rank == 0 else writing.part)
-        if self.rank or self._told:
-            return None
-        self._told = True
-        return self._saved(flight)
+        return self._once(flight)
 
     def close(self, error: BaseException | None = None) -> Saved | None:
         """Come to an end without the other ranks, of which one may be gone: what has all its parts becomes a checkpoint.
@@ -153,10 +150,7 @@ class Checkpoints:
                 raise failure
             error.add_note(f"checkpoint {flight.writing.name} was not written: {type(failure).__name__}: {failure}")
             return None
-        if self.rank or self._told:
-            return None
-        self._told = True
-        return self._saved(flight)
+        return self._once(flight)
 
     def newest(self) -> Path | None:
         """The newest one that verifies, on this machine; damaged ones are moved away. For rank 0, which tells the others."""
@@ -206,6 +200,12 @@ class Checkpoints:
     def _left(self) -> str:
         names = self.place.names()
         return f"the newest whole one is {self.place.address(names[-1])}" if names else "there is no whole one yet"
+
+    def _once(self, flight: _InFlight) -> Saved | None:
+        if self.rank or self._told:
+            return None
+        self._told = True
+        return self._saved(flight)
 
     def _saved(self, flight: _InFlight) -> Saved:
         writing = flight.writing

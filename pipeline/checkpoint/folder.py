@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.place import read_trainer
-from pipeline.checkpoint.sealed import sync_folder
+from pipeline.disk import sync_folder
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.doctor.node import Node
+from pipeline.track.connect import without_password
 
 MOST_SKEW_S = 1.0
 LEAST_BYTES_PER_S = 50e6
@@ -50,7 +51,7 @@ def of_clocks(skews: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:
             yield Finding(check="clock", state="ok", told=told)
 
 
-def of_token(is_open: bool | None, address: str) -> Finding:
+def of_token(is_open: bool, address: str) -> Finding:
     """`is_open`: a client without a token was let in."""
     if is_open:
         advice = "start Ray with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH: now whoever reaches it runs code as you"
@@ -65,7 +66,7 @@ def of_mlflow(uri: str) -> Finding:
         return Finding(
             check="mlflow", state="ok", told="the store is a file; `spiketrain dashboard` and others on this machine see it"
         )
-    shown = f"{parts.scheme}://{parts.hostname}{'' if parts.port is None else f':{parts.port}'}{parts.path}".rstrip("/")
+    shown = without_password(uri).rstrip("/")
     user = parts.username or os.environ.get("MLFLOW_TRACKING_USERNAME")
     secret = parts.password or os.environ.get("MLFLOW_TRACKING_PASSWORD")
     answer = _asked(shown, user, secret)

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.disk import sync_folder
 from pipeline.track.base import NullTracker
 
 __all__ = ["Event", "Follower", "Journal", "NullTracker", "first", "last", "read"]
@@ -37,7 +38,7 @@ class Journal:
         fresh = not self.path.exists()
         self._fd: int | None = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if fresh:
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
         size = os.fstat(self._fd).st_size
         self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
 
@@ -200,12 +201,3 @@ def _plain(value: Any) -> Any:
     if callable(getattr(value, "tolist", None)):  # numpy and torch, scalars and arrays
         return _plain(value.tolist())
     raise TypeError(f"journal: no JSON form for a {type(value).__name__}: {value!r}")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a new file's name survive a power cut, not only its content."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
