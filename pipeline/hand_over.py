@@ -52,7 +52,8 @@ def hand_over(context: typer.Context) -> bool:
         return False
     if where not in ("k8s", "slurm") and not where.startswith("ray://"):
         raise ValueError(f"launch: --cluster must be k8s, slurm or ray://HOST:PORT; got {where}")
-    foreign = {"k8s": _OF_SLURM, "slurm": ()}.get(where, (*_OF_SLURM, "infra"))
+    # What a lost node means was settled when a cluster's head was started, by the templates of infra/ in two of three.
+    foreign = {"k8s": (*_OF_SLURM, "node_loss"), "slurm": ("node_loss",)}.get(where, (*_OF_SLURM, "infra"))
     _refuse(f"--cluster {where} does not take", [name for name in foreign if name in given])
     if "name" not in given:
         raise ValueError("launch: --cluster needs a --name, by which the job goes on with its run; got none")

@@ -86,6 +86,8 @@ def test_nobody_there_is_one_line(launch: Any, monkeypatch: pytest.MonkeyPatch) 
         ("--cluster ray://a:1 --name a --workers 2:4", "one number of --workers; got 2:4"),
         ("--cluster lsf", "--cluster must be k8s, slurm or ray://HOST:PORT; got lsf"),
         ("--cluster k8s --name a --nodes 2", "--cluster k8s does not take --nodes"),
+        ("--cluster k8s --name a --node-loss patient", "--cluster k8s does not take --node-loss"),
+        ("--cluster slurm --name a --node-loss fast", "--cluster slurm does not take --node-loss"),
         ("--cluster ray://a:1 --name a --time 3", "--cluster ray://a:1 does not take --time"),
         ("--cluster ray://a:1 --name a --infra infra", "--cluster ray://a:1 does not take --infra"),
         ("--cluster ray://a:1 --name a --image b:1", "got --image b:1"),

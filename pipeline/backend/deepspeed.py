@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +154,24 @@ class _Kept:
         return False
 
 
+@contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Inside, it cannot be imported, unless it was before."""
+    absent = module not in sys.modules
+    if absent:
+        sys.modules[module] = None  # type: ignore[assignment]  # how Python says so
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules[module]
+
+
 def import_deepspeed() -> Any:
-    """Import DeepSpeed quietly, without the build of an extension that training does not use.
+    """Import DeepSpeed quietly, without the build of an extension that training does not use, and without MLflow.
+
+    Its autotuner, which training does not use either, imports MLflow where there is one: eight times as long as all the rest of
+    it, in every worker, at every start.
 
     Raises:
         RuntimeError: a DeepSpeed that would drop gradients in silence.
@@ -161,7 +179,8 @@ def import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    import deepspeed
+    with _without("mlflow"):
+        import deepspeed
     from deepspeed.runtime import constants
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

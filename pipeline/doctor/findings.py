@@ -16,6 +16,9 @@ from pipeline.track.connect import without_password
 
 MOST_SKEW_S = 1.0
 LEAST_BYTES_PER_S = 50e6
+"""to a disk"""
+LEAST_SENT_PER_S = 100e6
+"""from node to node: the gradients of a ResNet-34, 87 MB, in some two seconds"""
 OLDEST_LOCK_S = 600.0
 MLFLOW_S = 10.0
 
@@ -49,6 +52,25 @@ def of_clocks(skews: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:
             )
         else:
             yield Finding(check="clock", state="ok", told=told)
+
+
+def of_network(speeds: Sequence[float], error: str) -> Iterator[Finding]:
+    """`speeds`: bytes per second of each process that added numbers up with all others; `error`: why they could not."""
+    if error:
+        advice = (
+            "open all ports between the nodes, name the network's interface with GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, "
+            "and see that no card is in use"
+        )
+        yield Finding(check="network", state="bad", told=f"processes on all nodes do not come together: {error}", advice=advice)
+    elif speeds:
+        told = f"{len(speeds)} processes add up with {min(speeds) / 1e9:.2f} GB/s over each link"
+        if min(speeds) < LEAST_SENT_PER_S:
+            advice = (
+                "gradients will be slow: see that nodes talk over their fastest network (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
+            )
+            yield Finding(check="network", state="look", told=told, advice=advice)
+        else:
+            yield Finding(check="network", state="ok", told=told)
 
 
 def of_token(is_open: bool, address: str) -> Finding:

@@ -7,16 +7,19 @@ import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.doctor.findings import Finding, of_clocks, of_mlflow, of_nodes, of_token
+from pipeline.doctor.findings import Finding, of_clocks, of_mlflow, of_network, of_nodes, of_token
+from pipeline.doctor.meeting import Meeting, meet
 from pipeline.doctor.node import Asked, examine
+from pipeline.launch.base import LaunchError
 from pipeline.launch.ray import Ray
 from pipeline.track.mlflow import tracking_uri
 
 WITHOUT_TOKEN_S = 60.0
+MEETING_S = 120.0
 
 
 def visit(runs: Path, *, address: str | None, checkpoint_bytes: float, keep: int) -> list[Finding]:
@@ -37,6 +40,7 @@ def visit(runs: Path, *, address: str | None, checkpoint_bytes: float, keep: int
                 nodes = cluster.on_each_node(examine, asked)
                 found = list(of_nodes(nodes, runs=str(runs), needed_bytes=needed))
                 found += of_clocks(cluster.clocks())
+                found += of_network(*_met(cluster))
             found.append(of_token(_is_open(address), address))
     return [*found, of_mlflow(tracking_uri(runs))]
 
@@ -51,6 +55,18 @@ def _marked(runs: Path) -> Iterator[Asked]:
         yield asked
     finally:
         marker.unlink(missing_ok=True)
+
+
+def _met(cluster: Ray) -> tuple[Sequence[float], str]:
+    """The bytes per second of each process that met the others, and what was in the way."""
+
+    def asked(host: str, port: int, size: int, gpus: bool) -> Meeting:
+        return Meeting(host=host, port=port, size=size, backend="nccl" if gpus else "gloo")
+
+    try:
+        return cluster.at_once(meet, asked, within_s=MEETING_S), ""
+    except LaunchError as error:
+        return (), str(error)
 
 
 def _is_open(address: str) -> bool:

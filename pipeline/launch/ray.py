@@ -130,6 +130,42 @@ class Ray:
 
         return ray.get([ray.remote(work).options(num_cpus=0, scheduling_strategy=each).remote(given) for each in self._places()])
 
+    def at_once(self, work: Callable[[G, int], R], given: Callable[[str, int, int, bool], G], *, within_s: float) -> list[R]:
+        """What `work(given, rank)` returns of processes that run together as a training's do, in the order of ranks.
+
+        One for each GPU of the cluster, or where it has none for each node that has cores. `given` is made of an address and
+        a free port of the first one's node, how many there are, and whether they have a GPU each. Nothing, where there is one.
+
+        Raises:
+            LaunchError: one of them failed, or there was no room for all of them in time.
+        """
+        import ray
+        from ray.exceptions import RayError
+
+        gpus = any(node["Resources"].get("GPU") for node in self._nodes())
+        places = [
+            place
+            for node, place in zip(self._nodes(), self._places(), strict=True)
+            for _ in range(int(node["Resources"].get("GPU", 0)) if gpus else int(node["Resources"].get("CPU", 0) > 0))
+        ]
+        if len(places) < 2:
+            return []
+        known = {"env_vars": _passed_on()}
+        there = {"num_cpus": 0, "num_gpus": int(gpus), "runtime_env": known, "max_retries": 0}
+        started: list[Any] = []
+        try:
+            host, port = ray.get(
+                ray.remote(_open_door).options(num_cpus=0, scheduling_strategy=places[0]).remote(), timeout=within_s
+            )
+            asked = given(host, port, len(places), gpus)
+            run = ray.remote(work)
+            started += [run.options(**there, scheduling_strategy=each).remote(asked, rank) for rank, each in enumerate(places)]
+            return ray.get(started, timeout=within_s)
+        except RayError as error:
+            for each in started:
+                ray.cancel(each, force=True)
+            raise LaunchError(_innermost(getattr(error, "cause", None) or error)) from error
+
     def clocks(self) -> dict[str, tuple[float, float]]:
         """Of each node by its address: seconds that its clock is ahead of this one, and half the round trip that told so."""
         import ray
@@ -206,7 +242,7 @@ class Ray:
         """What reaches every worker: Ray passes on a fixed list of its own, and forces OMP_NUM_THREADS to 1 by itself."""
         threads = str(self.cpus_per_worker)
         return {
-            **{name: value for name, value in os.environ.items() if _is_passed_on(name)},
+            **_passed_on(),
             # A worker starts in a folder of its own; a package that the user trusts lies beside the recipe or on the path.
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path)),
             **environment(),
@@ -220,12 +256,22 @@ class Ray:
         }
 
 
-def _is_passed_on(name: str) -> bool:
-    return name.startswith(PASSED_ON) and not any(word in name.upper() for word in SECRET)
+def _passed_on() -> dict[str, str]:
+    own = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+    return {name: value for name, value in own.items() if not any(word in name.upper() for word in SECRET)}
 
 
 def _now() -> float:
     return time.time()  # by itself it is no function that Ray takes
+
+
+def _open_door() -> tuple[str, int]:
+    """This node's address, and a port of it that nobody uses."""
+    import ray
+
+    with socket.socket() as door:
+        door.bind(("", 0))
+        return ray.util.get_node_ip_address(), door.getsockname()[1]
 
 
 def _knock(address: str) -> None:

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -211,6 +213,14 @@ def test_bf16_equals_plain_torch_split_the_same_way(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- what the settings are for
+
+
+def test_mlflow_is_not_imported_along_with_it() -> None:
+    """A second of every worker's start; afterwards whoever wants it may have it."""
+    words = "from pipeline.backend.deepspeed import import_deepspeed as it; it(); import sys; print('mlflow' in sys.modules)"
+    then = "import mlflow, deepspeed; it(); print(mlflow.__version__ > '3', sys.modules['mlflow'] is mlflow)"
+    done = subprocess.run([sys.executable, "-c", f"{words}; {then}"], capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout.split() == ["False", "True", "True"], done.stdout
 
 
 def _default_settings(rank: int, ranks: int) -> dict[tuple[str, int], float]:

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from pipeline.doctor.findings import Finding, of_clocks, of_mlflow, of_nodes, of_token
+from pipeline.doctor.findings import Finding, of_clocks, of_mlflow, of_network, of_nodes, of_token
 from pipeline.doctor.node import PACKAGES, Node
 
 NODE = Node(
@@ -67,6 +67,13 @@ def test_clocks() -> None:
     near, far, unsure = of_clocks({"a": (0.2, 0.01), "b": (-3.0, 0.01), "c": (3.0, 2.5)})
     assert (near.state, far.state, unsure.state) == ("ok", "look", "ok")
     assert "-3.000 s" in far.told
+
+
+def test_the_network() -> None:
+    assert [*of_network([], "")] == []  # one process has nobody to talk to
+    (fast,), (slow,), (none,) = of_network([2e9, 3e9], ""), of_network([3e9, 5e7], ""), of_network([], "timed out")
+    assert (fast.state, slow.state, none.state) == ("ok", "look", "bad")
+    assert "2 processes add up with 0.05 GB/s" in slow.told and none.told.endswith("timed out") and "IFNAME" in none.advice
 
 
 def test_a_cluster_that_lets_strangers_in() -> None:

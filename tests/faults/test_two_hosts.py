@@ -167,6 +167,7 @@ def test_the_doctor_finds_both_hosts_well(hosts: Hosts) -> None:
     assert f"the Ray at {HEAD} asks for its token" in said
     for address in ADDRESS.values():
         assert f"{address}: " in said  # of its clock
+    assert "2 processes add up with" in said
 
 
 def test_a_link_that_was_cut_and_mended_costs_no_bit(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.launch.node_loss import NODES
 from pipeline.submit.kustomize import containers
 
 Manifest = dict[str, Any]
@@ -107,6 +108,16 @@ def head(manifest: Manifest) -> Iterator[str]:
                         yield f"the head's {kind} must be of cpu and memory; got {name}"
 
 
+def loss_of_a_node(manifest: Manifest) -> Iterator[str]:
+    """Found as fast as a launch without --node-loss expects it."""
+    for spec in _clusters(manifest):
+        for container in spec["headGroupSpec"]["template"]["spec"]["containers"]:
+            told = {each["name"]: each.get("value") for each in container.get("env", ())}
+            for name, value in NODES["fast"].items():
+                if told.get(name) != value:
+                    yield f"the head's {name} must be {value}; got {told.get(name)}"
+
+
 def scale(manifest: Manifest) -> Iterator[str]:
     for spec in _clusters(manifest):
         if spec.get("enableInTreeAutoscaling") is not True or spec.get("autoscalerOptions", {}).get("version") != "v2":
@@ -159,7 +170,7 @@ def policy(manifest: Manifest) -> Iterator[str]:
             yield f"the policy must let in its own pods, and the operator at port 8265; got {rule}"
 
 
-RULES = (authentication, secrets, user, closed, retries, head, scale, storage, policy)
+RULES = (authentication, secrets, user, closed, retries, head, loss_of_a_node, scale, storage, policy)
 
 
 def versions(manifest: Manifest, *, ray: str, spiketrain: str) -> Iterator[str]:

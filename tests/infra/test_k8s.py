@@ -188,6 +188,7 @@ BROKEN_RULES = [
     (("spec", "submissionMode"), "K8sJobMode", "submissionMode must be HTTPMode; got K8sJobMode"),
     ((*HEAD, "rayStartParams", "num-cpus"), "4", "the head must have num-cpus 0"),
     ((*HEAD, "template", "spec", "containers", 0, "resources", "limits", "nvidia.com/gpu"), "1", "got nvidia.com/gpu"),
+    ((*HEAD, "template", "spec", "containers", 0, "env"), [], "the head's RAY_health_check_timeout_ms must be 2000; got None"),
     (("spec", "rayClusterSpec", "enableInTreeAutoscaling"), False, "the autoscaler must be on"),
     ((*GROUP, "maxReplicas"), 0, "replicas must lie between minReplicas and maxReplicas; got 1 of 1 to 0"),
     ((*GROUP, "minReplicas"), 0, "a RayJob's minReplicas must be its replicas, 1"),

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.launch.node_loss import NODES
 from pipeline.submit.order import Order
 from pipeline.submit.slurm import render, submit
 
@@ -109,9 +110,11 @@ def test_the_launch_is_told_where_and_on_how_much_to_train(slurm: Slurm):
     assert status == 0, said
     words = (slurm.folder / "driver.words").read_text().splitlines()
     expected = "launch recipes/fashion/sltt.py --set optimizer.lr=0.05 --name spiketrain --runs RUNS --address auto --workers 16"
-    assert words == [*expected.replace("RUNS", str(slurm.runs)).split(), "--or-resume"]
+    assert words == [*expected.replace("RUNS", str(slurm.runs)).split(), "--or-resume", "--node-loss", "patient"]
     head = (slurm.folder / "driver.ray").read_text().strip()
     assert re.fullmatch(r"[\d.]+:2\d{4}", head) and not head.startswith("127.")
+    patience = (slurm.folder / "driver.patience").read_text().splitlines()
+    assert sorted(patience) == sorted(f"{name}={value}" for name, value in NODES["patient"].items())
     for node in "01":
         started = (slurm.folder / f"ray.{node}").read_text()
         assert started.startswith(f"symmetric-run --address {head} --min-nodes 2 --num-cpus=16 --num-gpus=8 ")
@@ -278,7 +281,9 @@ def test_what_is_submitted_runs_as_ordered(slurm: Slurm, order: Callable[..., Or
     assert status == 0, said
     launched = (slurm.folder / "driver.words").read_text().splitlines()
     assert launched[1:4] == list(words)
-    assert launched[4:] == f"--name my-run --runs {slurm.runs} --address auto --workers 16 --or-resume".split()
+    assert (
+        launched[4:] == f"--name my-run --runs {slurm.runs} --address auto --workers 16 --or-resume --node-loss patient".split()
+    )
     assert not list(slurm.folder.rglob("owned"))
 
 

@@ -1,0 +1,59 @@
+"""How fast processes on all nodes add numbers up together, as they do after every batch, and over the ports that they do it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+from torch import distributed
+
+NUMBERS = 16 << 20
+"""that are added up, in float32: 64 MiB, the gradients of a ResNet-18 and half"""
+ROUNDS = 5
+PATIENCE_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """Where `size` processes meet: the first of them listens at `host` and `port`."""
+
+    host: str
+    port: int
+    size: int
+    backend: Literal["gloo", "nccl"]
+
+
+def meet(meeting: Meeting, rank: int, *, patience_s: float = PATIENCE_S) -> float:
+    """Bytes per second that the slowest link carries, by the median of some rounds.
+
+    What is counted is what a ring sends over each link, 2 (n - 1) / n of the bytes: comparable with a link's speed whatever n.
+
+    Raises:
+        RuntimeError: one of them did not come in time, or what came out is not the sum.
+    """
+    patience = timedelta(seconds=patience_s)
+    where = {"init_method": f"tcp://{meeting.host}:{meeting.port}", "rank": rank, "world_size": meeting.size}
+    distributed.init_process_group(meeting.backend, timeout=patience, **where)
+    try:
+        device = "cuda" if meeting.backend == "nccl" else "cpu"
+        seconds = [_add_up(rank, meeting.size, device) for _ in range(1 + ROUNDS)]
+    finally:
+        distributed.destroy_process_group()
+    sent = 2 * (meeting.size - 1) / meeting.size * 4 * NUMBERS
+    return sent / statistics.median(seconds[1:])  # the first connects
+
+
+def _add_up(rank: int, size: int, device: str) -> float:
+    numbers = torch.full((NUMBERS,), rank + 1.0, device=device)
+    distributed.barrier()
+    began = time.perf_counter()
+    distributed.all_reduce(numbers)
+    least, most = (float(each) for each in numbers.aminmax())  # waits for the device
+    taken = time.perf_counter() - began
+    if (least, most) != (size * (size + 1) / 2,) * 2:
+        raise RuntimeError(f"the sum must be {size * (size + 1) // 2} everywhere; it is {least:g} to {most:g}")
+    return taken

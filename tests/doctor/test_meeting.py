@@ -1,0 +1,41 @@
+"""Processes that meet to add numbers up: how fast they were, that the sum is one, and what is said where one does not come."""
+
+from __future__ import annotations
+
+import socket
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+
+from pipeline.doctor import meeting
+from pipeline.doctor.meeting import Meeting, meet
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
+
+
+def place(size: int) -> Meeting:
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        return Meeting(host="127.0.0.1", port=door.getsockname()[1], size=size, backend="gloo")
+
+
+def test_two_add_up() -> None:
+    where = place(2)
+    with ProcessPoolExecutor(2, get_context("spawn")) as two:
+        speeds = [each.result(60) for each in [two.submit(meet, where, rank) for rank in range(2)]]
+    assert len(speeds) == 2 and all(1e7 < each < 1e12 for each in speeds)
+
+
+def test_what_is_counted_is_what_a_ring_sends_over_a_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four processes each link carries 3/2 of the bytes: in half a second each, the median of what is no first connection."""
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(f"pipeline.doctor.meeting.distributed.{name}", lambda *args, **named: None)
+    taken = iter([60.0, 0.5, 0.1, 0.5, 0.7, 0.5])
+    monkeypatch.setattr(meeting, "_add_up", lambda rank, size, device: next(taken))
+    assert meet(Meeting(host="x", port=1, size=4, backend="gloo"), 0) == 1.5 * 64 * 2**20 / 0.5
+
+
+def test_one_that_does_not_come_is_waited_for_in_vain() -> None:
+    with pytest.raises(RuntimeError, match=r"(?i)timed? ?out"):
+        meet(place(2), 0, patience_s=2)
