@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from pipeline.track.connect import without_password
+from pipeline.track.jsonl import number
 
 __all__ = ["Watch"]
 
@@ -118,7 +119,7 @@ class Watch:
         self._say(f"skipped batch {event.get('step')} of {event.get('samples')} samples: {event.get('reason')}")
 
     def _on_preempted(self, event: dict[str, Any]) -> None:
-        left = _number(event.get("seconds_left"))
+        left = number(event.get("seconds_left"))
         when = "soon" if left is None else f"in {left:.0f} s"
         self._say(f"{len(event.get('machines') or ())} machines are taken away {when}: saved at step {event.get('step')}")
 
@@ -196,30 +197,22 @@ def _bar(console: Console) -> Progress:
     )
 
 
-def _number(value: Any) -> float | None:
-    """A number of the journal, where NaN is text; None for anything else."""
-    try:
-        return None if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        return None
-
-
 def _short(value: Any) -> str:
-    number = _number(value)
-    return "-" if number is None else f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+    found = number(value)
+    return "-" if found is None else f"{found:,.0f}" if abs(found) >= 1000 else f"{found:.3g}"
 
 
 def _share(value: Any) -> str:
-    number = _number(value)
-    return "-" if number is None else f"{number:.2%}"
+    found = number(value)
+    return "-" if found is None else f"{found:.2%}"
 
 
 def _bytes(value: Any) -> str:
-    number = _number(value)
-    if number is None:
+    found = number(value)
+    if found is None:
         return "-"
-    scale, unit = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if number >= pair[0] or pair[0] == 1)
-    return f"{number / scale:.3g} {unit}"
+    scale, unit = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if found >= pair[0] or pair[0] == 1)
+    return f"{found / scale:.3g} {unit}"
 
 
 def _from_one(epoch: Any) -> Any:

@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 import re
 import shlex
-import shutil
-import subprocess
 from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
 
-from pipeline.refused import Refused
 from pipeline.submit.kustomize import build
 from pipeline.submit.order import Order
+from pipeline.submit.program import answer_of
 
 LONGEST_NAME = 47  # KubeRay 1.7.0: it makes longer names of it, which must fit into 63
-PATIENCE_S = 60.0
 
 
 def render(order: Order) -> str:
@@ -46,23 +43,9 @@ def submit(rendered: str) -> str:
     A RayJob of that name that has run already is left as it is ("unchanged"): delete it first, and the run goes on.
 
     Raises:
-        Refused: there is no kubectl, it fails, or it does not answer for a minute.
+        Refused: kubectl did not take it.
     """
-    kubectl = shutil.which("kubectl")
-    if kubectl is None:
-        raise Refused("submit: needs kubectl on the path; got none")
-    try:
-        done = subprocess.run(
-            [kubectl, "apply", "-f", "-"], input=rendered, capture_output=True, text=True, timeout=PATIENCE_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise Refused(f"submit: kubectl apply must answer within {PATIENCE_S:.0f} s; it has not") from None
-    except OSError as error:
-        raise Refused(f"submit: {kubectl} cannot be run: {error.strerror}") from error
-    if done.returncode != 0:
-        said = " ".join((done.stderr or done.stdout).split()) or "nothing"
-        raise Refused(f"submit: kubectl apply failed with exit code {done.returncode} and said: {said}")
-    return done.stdout.strip()
+    return answer_of("kubectl", "apply", "-f", "-", given=rendered)
 
 
 def _fill(job: dict[str, Any], order: Order) -> None:

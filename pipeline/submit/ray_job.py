@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 from uuid import uuid4
 
-from pipeline.refused import Refused
 from pipeline.submit.order import Order
+from pipeline.submit.program import answer_of
 
-PATIENCE_S = 120.0
 SCHEME = "ray://"
 
 
@@ -45,15 +40,6 @@ def submit(rendered: str) -> str:
     Raises:
         Refused: it was not taken: nobody is there, or asks for a token that RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH does not tell.
     """
-    words = shlex.split(rendered)
-    ray = shutil.which("ray") or str(Path(sys.executable).with_name("ray"))
-    try:
-        done = subprocess.run([ray, *words[1:]], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise Refused(f"submit: ray job submit must answer within {PATIENCE_S:.0f} s; it has not") from None
-    except OSError as error:
-        raise Refused(f"submit: {ray} cannot be run: {error.strerror}") from error
-    if done.returncode != 0:
-        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()] or ["nothing"]
-        raise Refused(f"submit: ray job submit failed with exit code {done.returncode} and said: {' '.join(lines[-1].split())}")
+    ray, *words = shlex.split(rendered)
+    answer_of(ray, *words)
     return words[words.index("--submission-id") + 1]

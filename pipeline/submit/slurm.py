@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 
-from pipeline.refused import Refused
 from pipeline.submit.order import Order
+from pipeline.submit.program import answer_of
 
-_SBATCH_S = 60.0
 _FILLED_IN = ("job-name",)
 """directives of the script that an order replaces"""
 
@@ -48,20 +46,9 @@ def submit(rendered: str) -> str:
     """The number of the job, once Slurm has taken it.
 
     Raises:
-        Refused: there is no sbatch here, or it did not take the script.
+        Refused: sbatch did not take the script; it is where one can log in to a cluster.
     """
-    try:
-        done = subprocess.run(["sbatch", "--parsable"], input=rendered, capture_output=True, text=True, timeout=_SBATCH_S)
-    except FileNotFoundError:
-        raise Refused("submit: sbatch is not on PATH; run this on a login node of the cluster") from None
-    except subprocess.TimeoutExpired:
-        raise Refused(f"submit: sbatch has not answered for {_SBATCH_S:.0f} s; squeue tells whether the job is there") from None
-    except OSError as error:
-        raise Refused(f"submit: sbatch cannot be run: {error}") from error
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise Refused(f"submit: {' '.join(lines[-1].split())}")
-    return done.stdout.strip().split(";")[0]
+    return answer_of("sbatch", "--parsable", given=rendered).split(";")[0]
 
 
 def _refuse_unless_it_fits(order: Order, *, nodes: int, gpus_per_node: int) -> None:

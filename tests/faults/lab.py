@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from pipeline.track.jsonl import Follower
+from tests.driver import Driver
 from tests.nodes import TOKEN
 
 BATCH, STEPS_PER_EPOCH, EPOCHS = 12, 10, 4
@@ -71,54 +64,21 @@ class Lab:
         return [[newest[step, row][1] for row in range(BATCH)] for step in range(STEPS_PER_EPOCH * EPOCHS)]
 
 
-class Driven:
-    """`spiketrain launch` of a lab, with more words, in a process of its own; `resume`, where its run is there."""
+class Driven(Driver):
+    """`spiketrain launch` of a lab, with more words; `resume`, where its run is there."""
 
     def __init__(self, lab: Lab, *more: str) -> None:
-        self.lab, self.run = lab, lab.folder / "runs" / "run"
-        words = ["launch", str(lab.folder / "told.py"), "--name", self.run.name, "--device", "cpu"]
-        words = ["resume", self.run.name] if self.run.exists() else words
-        words += [*more, "--runs", str(self.run.parent), "--trust", "told_lab"]
-        self.log = lab.folder / "log"
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline", *words],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=lab.folder,
-                env={**os.environ, **TOKEN},
-            )
-        self.follower = Follower(self.run / "journal.jsonl", offset=_size(self.run / "journal.jsonl"))
-
-    def wait_for(self, wanted: Callable[[dict[str, Any]], bool], *, within: float = 200.0) -> dict[str, Any]:
-        deadline = time.monotonic() + within
-        while time.monotonic() < deadline:
-            for event in self.follower.poll():
-                if wanted(event):
-                    return event
-            assert self.process.poll() is None, f"the driver ended:\n{self.log.read_text()[-3000:]}"
-            time.sleep(0.01)
-        raise AssertionError(f"not seen within {within} s:\n{self.log.read_text()[-3000:]}")
+        self.lab, run = lab, lab.folder / "runs" / "run"
+        words = ["launch", str(lab.folder / "told.py"), "--name", run.name, "--device", "cpu"]
+        words = ["resume", run.name] if run.exists() else words
+        super().__init__(*words, *more, "--trust", "told_lab", run=run, folder=lab.folder, environment=TOKEN)
 
     def start_of(self, workers: int) -> dict[str, Any]:
         start = self.wait_for(lambda event: event["event"] == "start")
         assert start["world_size"] == workers
         return start
 
-    def at_step(self, step: int) -> None:
-        self.wait_for(lambda event: event["event"] == "step" and event["step"] >= step)
-
-    def end(self) -> None:
+    def finish(self) -> None:
+        """At full pace, and well."""
         self.lab.pace(0)
-        assert self.process.wait(300) == 0, self.log.read_text()[-3000:]
-
-    def kill(self) -> None:
-        """Whatever is left of it."""
-        if self.process.poll() is None:
-            for each in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
-                each.kill()
-            self.process.wait()
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
+        assert self.end() == 0, self.log.read_text()[-3000:]

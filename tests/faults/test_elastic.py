@@ -34,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def unhurt(place: Path) -> Driven:
     """A run of one worker that nothing happens to."""
     run = Driven(Lab(place / "unhurt"), "--inline")
-    run.end()
+    run.finish()
     return run
 
 
@@ -88,7 +88,7 @@ def test_a_node_dies(
     run.at_step(random.Random(SEED).randrange(4, 9))
     cluster.kill(first)
     assert run.start_of(1)["step"] in checkpoints(run)
-    run.end()
+    run.finish()
     assert_as(unhurt, run, monkeypatch)
 
 
@@ -107,7 +107,7 @@ def test_a_node_dies_and_another_comes(
     cluster.add()
     again = run.start_of(2)
     assert again["step"] == max(checkpoints(run)) > alone["step"]  # it saved before it grew
-    run.end()
+    run.finish()
     assert_as(unhurt, run, monkeypatch)
 
 
@@ -123,7 +123,7 @@ def test_one_of_three_nodes_dies(
     run.at_step(draw.randrange(4, 9))
     cluster.kill(draw.choice(added))
     assert run.start_of(2)["step"] in checkpoints(run)
-    run.end()
+    run.finish()
     assert_as(unhurt, run, monkeypatch)
 
 
@@ -144,5 +144,5 @@ def test_a_node_is_taken_away_after_a_notice(
     saved: dict[str, Any] = run.wait_for(lambda event: event["event"] == "checkpoint")
     assert saved["step"] == notice["step"] and saved["time"] - began < 25
     assert run.start_of(1)["step"] >= notice["step"]
-    run.end()
+    run.finish()
     assert_as(unhurt, run, monkeypatch)

@@ -39,7 +39,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     whole = driven(Lab(tmp_path / "whole"))
-    whole.end()
+    whole.finish()
     draw = random.Random(SEED)
     lab, step = Lab(tmp_path / "hit"), 0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -70,7 +70,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
     assert newest <= at
 
     lab.pace(0)
-    driven(lab).end()
+    driven(lab).finish()
     starts = [event["step"] for event in read(run.run / "journal.jsonl") if event["event"] == "start"]
     assert len(starts) == 5 and starts[-1] == newest
     monkeypatch.syspath_prepend(lab.folder)

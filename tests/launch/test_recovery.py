@@ -8,9 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -20,7 +19,8 @@ from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAM
 
 from pipeline.checkpoint import step_folders
 from pipeline.data.write import write_folder
-from pipeline.track.jsonl import Follower, read
+from pipeline.track.jsonl import read
+from tests.driver import Driver
 from tests.small import same_weights
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -84,52 +84,9 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-class Driver:
-    """`spiketrain launch` or `resume` in a process of its own, and the eyes of whoever wants to kill part of it."""
-
-    def __init__(self, *words: str, run: Path, lab: Path) -> None:
-        self.run = run
-        self.log = run.parent / f"{run.name}.log"
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline", *words, "--runs", str(run.parent)],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=lab,
-            )
-        self.follower = Follower(run / "journal.jsonl", offset=_size(run / "journal.jsonl"))
-
-    def wait_for(self, wanted: Callable[[dict[str, Any]], bool], *, within: float = 150.0) -> dict[str, Any]:
-        deadline = time.monotonic() + within
-        while time.monotonic() < deadline:
-            for event in self.follower.poll():
-                if wanted(event):
-                    return event
-            assert self.process.poll() is None, f"the driver ended:\n{self.log.read_text()[-3000:]}"
-            time.sleep(0.005)
-        raise AssertionError(f"not seen within {within} s:\n{self.log.read_text()[-3000:]}")
-
-    def at_step(self, step: int) -> None:
-        self.wait_for(lambda event: event["event"] == "step" and event["step"] >= step)
-
-    def workers(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                if "RayTrainWorker" in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.NoSuchProcess:
-                continue
-        return found
-
-    def end(self, *, within: float = 200.0) -> int:
-        code = self.process.wait(within)
-        return code
-
-
 def launched(recipe_file: Path, run: Path) -> Driver:
     words = ("launch", str(recipe_file), "--workers", "2", "--name", run.name, "--trust", "recovery_lab")
-    return Driver(*words, run=run, lab=recipe_file.parent)
+    return Driver(*words, run=run, folder=recipe_file.parent)
 
 
 @pytest.fixture
@@ -137,16 +94,12 @@ def drivers() -> Iterator[list[Driver]]:
     started: list[Driver] = []
     yield started
     for driver in started:
-        if driver.process.poll() is None:
-            for process in psutil.Process(driver.process.pid).children(recursive=True):
-                process.kill()
-            driver.process.kill()
+        driver.kill()
 
 
 @pytest.fixture(scope="module")
 def untouched(recipe_file: Path) -> Path:
     run = recipe_file.parent / "untouched" / "whole"
-    run.parent.mkdir()
     driver = launched(recipe_file, run)
     assert driver.end() == 0, driver.log.read_text()
     return run
@@ -187,7 +140,7 @@ def test_killed_in_every_way_it_ends_with_the_same_bits(
         (attempt / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME).write_text('{"ray_version": "2.60.0", "checkpoint_res')
 
     # The driver, with kill -9: its workers are gone within seconds.
-    driver = Driver("resume", run.name, "--trust", "recovery_lab", run=run, lab=recipe_file.parent)
+    driver = Driver("resume", run.name, "--trust", "recovery_lab", run=run, folder=recipe_file.parent)
     drivers.append(driver)
     assert driver.wait_for(lambda event: event["event"] == "start")["step"] == stopped["step"]
     driver.at_step(stopped["step"] + draw.randrange(3, 9))
@@ -203,7 +156,7 @@ def test_killed_in_every_way_it_ends_with_the_same_bits(
     content = bytearray(weights.read_bytes())
     content[-1] ^= 4
     weights.write_bytes(content)
-    driver = Driver("resume", run.name, "--trust", "recovery_lab", run=run, lab=recipe_file.parent)
+    driver = Driver("resume", run.name, "--trust", "recovery_lab", run=run, folder=recipe_file.parent)
     drivers.append(driver)
     quarantined = driver.wait_for(lambda event: event["event"] == "quarantine")
     assert newest.name in quarantined["path"]
@@ -266,7 +219,3 @@ def test_the_table_of_the_untouched_run_names_its_missing_baseline(untouched: Pa
     text = (untouched.parent / "whole.log").read_text()
     assert re.search(r"SLTT-2", text)
     assert "BPTT" in text
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0

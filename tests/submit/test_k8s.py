@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.refused import Refused
-from pipeline.submit import k8s
 from pipeline.submit.k8s import render, submit
 from pipeline.submit.kustomize import containers
 from pipeline.submit.order import Order
@@ -158,49 +156,12 @@ def over(folder: Path, operation: str) -> Path:
     return folder
 
 
-@pytest.fixture
-def kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in on the path, for its script to be written; what it is called with lands beside it."""
+def test_kubectl_gets_the_rayjob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text('#!/bin/sh\necho "$@" >"$0.words"; cat >"$0.stdin"; echo rayjob.ray.io/nf-resnet34 created\n')
+    kubectl.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    return tmp_path / "kubectl"
-
-
-def write(file: Path, script: str) -> None:
-    file.write_text(f"#!/bin/sh\n{script}\n")
-    file.chmod(0o755)
-
-
-def test_kubectl_gets_the_rayjob(kubectl: Path) -> None:
-    write(kubectl, 'echo "$@" >"$0.words"; cat >"$0.stdin"; echo rayjob.ray.io/nf-resnet34 created')
     rendered = render(order())
     assert submit(rendered) == "rayjob.ray.io/nf-resnet34 created"
     assert kubectl.with_name("kubectl.words").read_text() == "apply -f -\n"
     assert kubectl.with_name("kubectl.stdin").read_text() == rendered
-
-
-def test_a_failing_kubectl_is_one_line(kubectl: Path) -> None:
-    write(kubectl, 'echo "error: no matches for kind RayJob" >&2; echo "install the CRDs first" >&2; exit 3')
-    with pytest.raises(Refused) as refused:
-        submit(render(order()))
-    said = "error: no matches for kind RayJob install the CRDs first"
-    assert str(refused.value) == f"submit: kubectl apply failed with exit code 3 and said: {said}"
-
-
-def test_a_kubectl_that_does_not_answer_is_refused(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(kubectl, "exec sleep 30")
-    monkeypatch.setattr(k8s, "PATIENCE_S", 0.2)
-    with pytest.raises(Refused, match=r"^submit: kubectl apply must answer within 0 s; it has not$"):
-        submit("kind: RayJob")
-
-
-def test_a_kubectl_that_is_no_program_is_refused(kubectl: Path) -> None:
-    kubectl.write_bytes(b"\x7fELF")
-    kubectl.chmod(0o755)
-    with pytest.raises(Refused, match=r"^submit: .*kubectl cannot be run: Exec format error$"):
-        submit("kind: RayJob")
-
-
-def test_without_kubectl_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(Refused, match=r"^submit: needs kubectl on the path; got none$"):
-        submit("kind: RayJob")

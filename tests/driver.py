@@ -1,0 +1,76 @@
+"""A run that is driven by `spiketrain` in a process of its own, and the eyes of whoever wants to hurt it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.track.jsonl import Follower
+
+
+class Driver:
+    """`spiketrain WORDS --runs ...` of the run, started in `folder`; what it says is appended to `log`.
+
+    The journal is followed from where it stands now: of each event `wait_for` and the like see the next ones only.
+    """
+
+    def __init__(self, *words: str, run: Path, folder: Path, environment: Mapping[str, str] = {}) -> None:
+        self.run = run
+        self.log = run.parent / f"{run.name}.log"
+        self.log.parent.mkdir(exist_ok=True)
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pipeline", *words, "--runs", str(run.parent)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env={**os.environ, **environment},
+            )
+        journal = run / "journal.jsonl"
+        self.follower = Follower(journal, offset=journal.stat().st_size if journal.exists() else 0)
+
+    def wait_for(self, wanted: Callable[[dict[str, Any]], bool], *, within: float = 200.0) -> dict[str, Any]:
+        deadline = time.monotonic() + within
+        while time.monotonic() < deadline:
+            for event in self.follower.poll():
+                if wanted(event):
+                    return event
+            assert self.process.poll() is None, f"the driver ended:\n{self.log.read_text()[-3000:]}"
+            time.sleep(0.005)
+        raise AssertionError(f"not seen within {within} s:\n{self.log.read_text()[-3000:]}")
+
+    def at_step(self, step: int) -> None:
+        self.wait_for(lambda event: event["event"] == "step" and event["step"] >= step)
+
+    def workers(self) -> list[psutil.Process]:
+        """Of the cluster that it has started by itself."""
+        return workers_below(psutil.Process(self.process.pid))
+
+    def end(self, *, within: float = 300.0) -> int:
+        """Its exit code."""
+        return self.process.wait(within)
+
+    def kill(self) -> None:
+        """Whatever is left of it."""
+        if self.process.poll() is None:
+            for each in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+                each.kill()
+            self.process.wait()
+
+
+def workers_below(process: psutil.Process) -> list[psutil.Process]:
+    found = []
+    for each in process.children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(each.cmdline()):
+                found.append(each)
+        except psutil.NoSuchProcess:
+            continue
+    return found
