@@ -48,9 +48,9 @@ test-full: setup tools ## the tests that take minutes
 	@infra/setup.sh --servers
 	$(THREADS) $(BIN)/pytest -m full
 
-audit: setup ## known holes in the releases of requirements.lock, asked of PyPI: pip-audit, in an environment of its own
+audit: setup ## known holes in the releases of requirements.lock, asked of PyPI (not of a mirror), by pip-audit
 	@test -x .audit/bin/pip-audit || { $(BIN)/python -m venv .audit && .audit/bin/python -m pip install --quiet pip-audit; }
-	.audit/bin/pip-audit --require-hashes --disable-pip --requirement requirements.lock
+	.audit/bin/pip-audit --strict --require-hashes --disable-pip --requirement requirements.lock
 
 clean: ## caches and builds; keeps .venv, data and runs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
