@@ -38,6 +38,8 @@ from pipeline.watchdog import Watchdog
 
 NOTICE_S = 5.0
 """between two questions whether a machine is about to be taken away: Ray looks as often"""
+LOOK_S = 1.0
+"""between two looks of an evaluation whether somebody asks to stop"""
 
 T_ = TypeVar("T_")
 
@@ -56,6 +58,8 @@ class Attempt:
             self.step = parts.trainer["step"]
             self.meters.totals = _totals(parts.trainer)
             self.learnt = Learnt(**parts.trainer["learnt"])
+        self.owes_epoch_end = parts.trainer is not None and parts.trainer.get("owes_epoch_end", False)
+        """an epoch has ended, and whoever saved had no time for its evaluation"""
         self.stretch = stretch_at(parts.stretches, self.step)
         self.result: Evaluation | None = None
         self.evaluated: list[Evaluated] = []
@@ -100,13 +104,16 @@ class Attempt:
         self._tell_damage()
         self._tell_nearness(epoch=None)
         self.meters.forget_peaks()
-        while self.step < self.steps:
+        if self.owes_epoch_end:
+            self.stretch = stretch_at(self.parts.stretches, self.step - 1)
+            self._end_of_epoch(self.stretch.epoch(self.step - 1))
+        while self.step < self.steps and not self.stop_asked:
             self.stretch = stretch_at(self.parts.stretches, self.step)
             with closing(self.parts.loaders.train(self.stretch.index)) as self.train_set:
                 self._train()
-            if self.stop_asked and self.step < self.steps:
-                return self._stopped()
-        return self._finish()
+        if self.result is None and not self.stop_asked:  # this attempt found nothing left but to tell of it
+            self.result = mean_of(self._evaluate())
+        return self._stopped() if self.stop_asked else self._finish()
 
     def _tell_damage(self) -> None:
         """Once of each page, by rank 0: who met it may have died of it."""
@@ -129,7 +136,7 @@ class Attempt:
             with closing(self.batches(epoch)) as batches:
                 loss_for = self.recipe.objective.build()
                 train(self.parts.rule, self.backend, self.parts.schedule, batches, loss_for, self.meters, self.guard)
-            if self.step == stretch.epoch_end(epoch):
+            if self.step == stretch.epoch_end(epoch) and not self.stop_asked:
                 self._end_of_epoch(epoch)
 
     def _begin_task(self) -> None:
@@ -215,7 +222,7 @@ class Attempt:
         wanted = asked or noticed or self.stop_asked  # by somebody who may not have the time for an evaluation
         if ((due or late) and not last) or wanted:
             with self.meters.between("checkpoint"):
-                self._save(score=None)
+                self._save(score=None, owes=last)
             if wanted:
                 self._wait_for_checkpoint()
                 if self.ranks.rank == 0:
@@ -257,12 +264,17 @@ class Attempt:
     # ------------------------------------------------------------------------------------------- epochs and checkpoints
 
     def _end_of_epoch(self, epoch: int) -> None:
+        """Evaluate, compare gradients and save, each where it is time; in vain where somebody asks to stop meanwhile."""
         stretch, score = self.stretch, None
         is_learnt = self.step == stretch.end
         if is_learnt or (epoch - stretch.first_epoch + 1) % self.recipe.evaluate_every == 0:
             figures = self._figures()
             with self.meters.between("evaluation"):
                 results = self._evaluate()
+            if self.stop_asked:
+                with self.meters.between("checkpoint"):
+                    self._save(score=None, owes=True)
+                return
             self.result = mean_of(results)
             # With tasks to come the mean is one of other tasks: no score to find the best checkpoint by.
             score = self.result.top1 if stretch.index + 1 == len(self.tasks) else None
@@ -292,7 +304,7 @@ class Attempt:
         self.tracker.event("evaluation", sync=True, step=self.step, epoch=epoch, samples=self.result.samples, metrics=metrics)
 
     def _evaluate(self) -> list[Evaluation]:
-        """On each task so far, the one at hand last."""
+        """On each task so far, the one at hand last; on less than all of it, and for nothing, where `stop_asked` afterwards."""
         recipe, limit = self.recipe, self.recipe.evaluate_samples
         most = None if limit is None else len(range(self.ranks.rank, limit, self.ranks.size))
         loss_for = recipe.objective.build().labels
@@ -302,16 +314,30 @@ class Attempt:
             for index, task in enumerate(self.tasks[: self.stretch.index + 1]):
                 task.choose_head(self.backend.network)
                 with closing(self.parts.loaders.val(index)) as val_set:
-                    batches = self._beating(inputs(val_set, recipe.time_steps, self.parts.device, most=most))
+                    batches = self._until_stop(inputs(val_set, recipe.time_steps, self.parts.device, most=most))
                     about = {"network": self.backend.network, "counts_operations": self.step == self.steps}
                     self.evaluated.append(evaluate(self.backend.model, batches, loss_for, over_time=recipe.over_time, **about))
+                if self._agree_to_stop():
+                    break
         self.meters.forget_peaks()  # what evaluation held is not what training needs
         return [each.result for each in self.evaluated]
 
-    def _beating(self, batches: Iterable[T_]) -> Iterator[T_]:
+    def _until_stop(self, batches: Iterable[T_]) -> Iterator[T_]:
+        """All of them, or fewer where somebody asks to stop; each rank looks by itself, as they have not as many."""
+        looked_at = time.monotonic()
         for batch in batches:
             self.watchdog.beat()
             yield batch
+            if time.monotonic() - looked_at > LOOK_S:
+                looked_at = time.monotonic()
+                if (self.folder / STOP).exists():
+                    self.stop_asked = True
+                    return
+
+    def _agree_to_stop(self) -> bool:
+        """Whether a rank has left an evaluation because somebody asked to stop; collective."""
+        self.stop_asked = bool(self.ranks.max(torch.tensor(float(self.stop_asked))))
+        return self.stop_asked
 
     @contextmanager
     def _published(self) -> Iterator[None]:
@@ -319,7 +345,7 @@ class Attempt:
         with self.backend.published(), self.ranks.averaged(self.backend.network):
             yield
 
-    def _save(self, *, score: float | None) -> None:
+    def _save(self, *, score: float | None, owes: bool = False) -> None:
         kept = (*self.backend.network.parameters(), *(b for b in self.parts.rule.buffers() if b.is_floating_point()))
         if not all(bool(value.isfinite().all()) for value in kept):  # the same on every rank
             raise Diverged(
@@ -328,7 +354,7 @@ class Attempt:
         if self.recipe.replicas_every:
             self._compare_replicas()  # a checkpoint holds the weights of one rank
         totals = self.meters.over_ranks(self.ranks.max, self.ranks.mean)
-        about = {"score": score, "totals": totals, "learnt": self.learnt, "guard": self.guard.told()}
+        about = {"score": score, "owes": owes, "totals": totals, "learnt": self.learnt, "guard": self.guard.told()}
         trainer = told_in_checkpoint(self.parts, step=self.step, **about)
         with self._published():
             weights = weights_of(self.backend.network) if self.ranks.rank == 0 else None
@@ -370,14 +396,16 @@ class Attempt:
 
     def _finish(self) -> dict[str, Any]:
         self._wait_for_checkpoint()
-        result = self.result or mean_of(self._evaluate())  # an attempt that died after its last checkpoint has evaluated nothing
+        assert self.result is not None
         totals, figures = self.meters.over_ranks(self.ranks.max, self.ranks.mean), self._figures()
         answers = self.ranks.gather([each.answers for each in self.evaluated])
         summary: dict[str, Any] = {}
         if self.ranks.rank == 0:
             inference = self.evaluated[-1].inference
             summary = {
-                **told_at_the_end(self.parts, step=self.step, result=result, totals=totals, learnt=self.learnt, figures=figures),
+                **told_at_the_end(
+                    self.parts, step=self.step, result=self.result, totals=totals, learnt=self.learnt, figures=figures
+                ),
                 "inference": None if inference is None else inference.told(),
             }
             write_json(self.folder / "activity.json", [asdict(layer) for layer in self.evaluated[-1].activity])

@@ -64,9 +64,12 @@ def told_at_start(parts: Parts, *, step: int) -> dict[str, Any]:
 
 
 def told_in_checkpoint(
-    parts: Parts, *, step: int, score: float | None, totals: Totals, learnt: Learnt, guard: Mapping[str, Any]
+    parts: Parts, *, step: int, score: float | None, owes: bool, totals: Totals, learnt: Learnt, guard: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """`trainer.json`: where the run stands after `step` steps, and whose run it is."""
+    """`trainer.json`: where the run stands after `step` steps, and whose run it is.
+
+    `owes`: these steps end an epoch, and what comes after one, its evaluation first, is still to come.
+    """
     folder, job, recipe = Path(parts.job.run), parts.job, parts.recipe
     mlflow = folder / "mlflow.json"
     stretch = stretch_at(parts.stretches, step)
@@ -85,6 +88,7 @@ def told_in_checkpoint(
         "zero": recipe.zero,
         "data_fingerprint": job.data_fingerprint,
         "score": score,
+        "owes_epoch_end": owes,
         "recipe": recipe.to_json(),
         "totals": asdict(totals),
         "learnt": asdict(learnt),

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from pipeline import attempt
-from pipeline.job import SAVE, STOP, Notice, Place
+from pipeline.evaluate import Evaluation
+from pipeline.job import SAVE, STOP, Job, Notice, Place
 from pipeline.track.jsonl import read
 from pipeline.track.translate import Translation
 from pipeline.worker import run
+from tests.processes import run_ranks
 from tests.small import make_run, same_weights, small_recipe
 
 
@@ -65,6 +67,55 @@ def test_a_save_that_is_asked_for_comes_at_the_next_step(
     events = [event["event"] for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] != "step"]
     assert events.index("checkpoint") < events.index("evaluation")
     assert same_weights(tmp_path / "run", untouched)
+
+
+def stop_in_an_evaluation(patch: pytest.MonkeyPatch, *, of: int) -> None:
+    """Somebody asks to stop while the evaluation after `of` steps is under way, with batches of it to come."""
+    original = attempt.Attempt._evaluate
+
+    def evaluate(self: attempt.Attempt) -> list[Evaluation]:
+        if self.step == of:
+            (self.folder / STOP).write_text("SIGTERM")
+        return original(self)
+
+    patch.setattr(attempt, "LOOK_S", -1.0)  # after every batch
+    patch.setattr(attempt.Attempt, "_evaluate", evaluate)
+
+
+@pytest.mark.parametrize("step", [8, 16])
+def test_a_stop_waits_for_no_evaluation_which_is_made_up_for(
+    tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
+    with monkeypatch.context() as patch:
+        stop_in_an_evaluation(patch, of=step)
+        assert run(job, Place()) is None
+    assert steps_of(tmp_path / "run", "evaluation") == [8][: step // 8 - 1]
+    assert steps_of(tmp_path / "run", "checkpoint")[-1] == steps_of(tmp_path / "run", "stopped")[-1] == step
+    (tmp_path / "run" / STOP).unlink()  # as whoever resumes does
+    assert run(job, Place()) is not None
+    assert evaluations(tmp_path / "run") == evaluations(untouched)
+    assert same_weights(tmp_path / "run", untouched)
+
+
+@pytest.mark.distributed
+def test_two_ranks_leave_an_evaluation_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where one of them alone has seen that it is to stop, or has no more batches."""
+    job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0, backend="deepspeed"))
+    assert run_ranks(_stopped_by_one, 2, tmp_path, job) == [None, None]
+    assert (steps_of(tmp_path / "run", "stopped"), steps_of(tmp_path / "run", "evaluation")) == ([8], [])
+
+
+def _stopped_by_one(rank: int, ranks: int, job: Job) -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_an_evaluation(patch, of=8)
+        if rank == 1:
+            patch.setattr(attempt, "LOOK_S", 1e9)
+        return run(job, Place(rank, ranks, "cpu", rank))
+
+
+def evaluations(folder: Path) -> list[tuple[int, dict[str, float]]]:
+    return [(event["step"], event["metrics"]) for event in read(folder / "journal.jsonl") if event["event"] == "evaluation"]
 
 
 @pytest.mark.parametrize(("said", "reason"), [("SIGTERM", "asked to stop by SIGTERM"), ("", "asked to stop")])
