@@ -150,7 +150,9 @@ class Guard:
         """Between the backward calls and the step that they lead to; collective."""
         loss = torch.stack(self._losses).sum(dtype=torch.float64)
         gradients = self.backend.gradients()
-        size = get_total_norm(gradients, math.inf) if gradients else loss.new_zeros(())
+        if not gradients:  # and nothing would be found of them
+            raise RuntimeError(f"guard: a batch must leave gradients to look at; {self.backend.name} shows none")
+        size = get_total_norm(gradients, math.inf)
         bad = (~size.isfinite()).to(loss)
         self._loss, ranks = self.ranks.sum(torch.stack([loss, bad])).tolist()
         if not math.isfinite(self._loss):

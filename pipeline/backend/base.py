@@ -38,7 +38,10 @@ class Backend(Protocol):
         ...
 
     def gradients(self) -> list[Tensor]:
-        """What `backward` has left so far on this rank, of the parameters that have any; before `step`, to look at."""
+        """What `backward` has left so far on this rank, of the parameters that have any; before `step`, to look at.
+
+        Where ZeRO divides the gradients among ranks each has some of them, summed: all of them together have every one.
+        """
         ...
 
     def discard(self) -> None:

@@ -98,8 +98,12 @@ class DeepSpeed:
         self._engine.backward(loss * (share * self.workers), scale_wrt_gas=False)
 
     def gradients(self) -> list[Tensor]:
-        # ZeRO (0.19.8) moves them to an attribute of its own.
-        found = (getattr(p, "grad_accum", None) if p.grad is None else p.grad for p in self.network.parameters())
+        # Where ZeRO (0.19.8) has moved them to: an attribute of its own at stage 1, at stage 2 this rank's share of their sum.
+        if self.zero == 2:
+            shares = (self.optimizer.averaged_gradients, self.optimizer.all_grad_tensors)  # type: ignore[attr-defined]
+            found = (gradient for share in shares for group in share.values() for gradient in group or ())
+        else:
+            found = (getattr(p, "grad_accum", None) if p.grad is None else p.grad for p in self.network.parameters())
         return [gradient for gradient in found if gradient is not None]
 
     def discard(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ import pytest
 
 from pipeline.attempt import Attempt
 from pipeline.guard import Skipped
+from pipeline.job import Job, Place
 from pipeline.recipe import Recipe, spec
 from pipeline.refused import Diverged
 from pipeline.rules.ottt import OTTT
+from pipeline.spiking.encode import over_steps
 from pipeline.track.jsonl import read
 from pipeline.track.state import state_of
-from tests.small import same_weights, small_recipe, train_inline
+from pipeline.worker import run
+from tests.processes import run_ranks
+from tests.small import make_run, same_weights, small_recipe, train_inline
 
 REASON = "its gradient is not finite on 1 of 1 workers"  # spikes hide it from the loss
 pytestmark = pytest.mark.timeout(120)
@@ -28,7 +33,8 @@ def hit(patch: pytest.MonkeyPatch, steps: Collection[int]) -> None:
 
     def micro_batches(self: Attempt, source: Any) -> Any:
         for batch in original(self, source):
-            yield batch._replace(x_TB=batch.x_TB * math.nan) if self.step in steps else batch
+            nothing_TB = over_steps(batch.x_TB[0] * math.nan, len(batch.x_TB))  # a still image on this rank as on the others
+            yield batch._replace(x_TB=nothing_TB) if self.step in steps else batch
 
     patch.setattr(Attempt, "_micro_batches", micro_batches)
 
@@ -79,6 +85,26 @@ def test_a_rule_that_moves_the_weights_at_once_goes_back_at_the_first(tmp_path: 
         train_inline(tmp_path / "hit", recipe(**rule))
     assert [event["to"] for event in events(tmp_path / "hit", "rollback")] == [3]
     assert same_weights(tmp_path / "hit", told(tmp_path / "told", ((3, 6),), **rule))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("zero", [1, 2])
+def test_where_zero_holds_the_gradients_it_is_seen_all_the_same(tmp_path: Path, zero: int) -> None:
+    """What one of two ranks met leads both back; at ZeRO-2 no rank has gradients of its own (deepspeed 0.19.8)."""
+    told = recipe(backend="deepspeed", zero=zero, skip=((3, 5),))
+    jobs = make_run(tmp_path / "hit", replace(told, skip=())), make_run(tmp_path / "told", told)
+    (tmp_path / "meeting").mkdir()
+    run_ranks(_one_is_hit, 2, tmp_path / "meeting", *jobs)
+    [back] = events(tmp_path / "hit", "rollback")
+    assert (back["step"], back["to"]) == (4, 3) and back["reason"].startswith("its gradient is not finite on ")
+    assert same_weights(tmp_path / "hit", tmp_path / "told")
+
+
+def _one_is_hit(rank: int, ranks: int, meets: Job, told: Job) -> None:
+    for job, steps in ((meets, {4} if rank else set()), (told, set())):
+        with pytest.MonkeyPatch.context() as patch:
+            hit(patch, steps)
+            run(job, Place(rank, ranks, "cpu", rank))
 
 
 def test_at_the_end_of_the_ladder_it_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

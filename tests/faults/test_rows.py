@@ -49,6 +49,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "driver killed": (HUNTED, "launch/test_continual_recovery.py::test_a_run_killed_in_its_second_task_goes_on_there"),
     "SIGTERM": (
         SIGNALS,
+        *("faults/test_preemption.py::test_a_stop_waits_for_no_evaluation_which_is_made_up_for",),
         *(f"{RECOVERY}::test_a_run_that_is_being_trained_is_not_trained_twice",),
         *("launch/test_drive.py::test_the_first_asks_to_save_and_the_second_ends_at_once",),
     ),
@@ -67,6 +68,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         *(BITS, f"{CLUSTER}::test_what_is_not_finite_on_one_worker_is_skipped_by_all"),
         *("faults/test_not_finite.py::test_one_is_skipped_and_the_rest_is_as_if_it_had_been_told_so",),
         *("faults/test_not_finite.py::test_several_in_a_row_lead_back_to_the_checkpoint_and_around_them",),
+        *("faults/test_not_finite.py::test_where_zero_holds_the_gradients_it_is_seen_all_the_same",),
     ),
     "loss spike": ("faults/test_spike.py::test_it_is_passed_over_or_gone_back_for",),
     # samples
