@@ -87,7 +87,6 @@ class Training:
     def launch(self) -> None:
         words = ["launch", str(self.folder / "soak.py"), "--workers", str(WORLD), "--address", self.cluster.address]
         words += ["--device", "cpu", "--runs", str(self.run.parent), "--name", "soak", "--or-resume", "--trust", "benchmarks"]
-        words += ["--max-restarts", "100000"]
         with (self.folder / "driver.log").open("a") as log:
             self.driver = subprocess.Popen([sys.executable, "-m", "pipeline", *words], stdout=log, stderr=log)
 

@@ -69,7 +69,8 @@ class Attempt:
         self.stop_asked = False
         self.asked_at = time.monotonic()
         """when it was last asked whether a machine is about to be taken away"""
-        self.noticed: Notice | None = None
+        self.noticed: tuple[str, ...] = ()
+        """the machines of the last notice"""
         self.watchdog = Watchdog(self.folder, rank=self.ranks.rank, patience_s=60 * self.job.hang_minutes)
         self.skipped = (*self.recipe.skip, *parts.skipped.batches)
         self.guard = Guard(
@@ -218,7 +219,7 @@ class Attempt:
             time.monotonic() - self.asked_at > NOTICE_S,
         )
         self._tell_saved(self.parts.checkpoints.done())
-        noticed = listen and self._hears_notice()
+        noticed = (listen or asked) and self._hears_notice()
         wanted = asked or noticed or self.stop_asked  # by somebody who may not have the time for an evaluation
         if ((due or late) and not last) or wanted:
             with self.meters.between("checkpoint"):
@@ -234,9 +235,12 @@ class Attempt:
         """Whether a machine is about to be taken away, of which nobody has said so before; collective."""
         self.asked_at = time.monotonic()
         notice = self.parts.notice()
-        if notice is None or notice == self.noticed:
-            return False
-        self.noticed = notice
+        if self.ranks.rank == 0 and notice is None:
+            notice = Notice.in_file(self.folder / SAVE)  # of whoever was told before Ray tells us
+        [is_new] = self.ranks.decide(notice is not None and notice.machines != self.noticed)
+        if notice is None or not is_new:
+            return is_new
+        self.noticed = notice.machines
         left = None if notice.deadline is None else notice.deadline - time.time()
         self.tracker.event("preempted", sync=True, step=self.step, machines=list(notice.machines), seconds_left=left)
         return True

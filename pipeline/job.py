@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Callable, Sequence
@@ -12,7 +13,8 @@ from typing import Literal
 STOP = "stop"
 """in a run's folder: somebody asks it to save after the step at hand and to stop; what it holds says who"""
 SAVE = "save"
-"""in a run's folder: somebody asks it to save after the step at hand and to go on; what it holds says why"""
+"""in a run's folder: somebody asks it to save after the step at hand and to go on; where machines are about to be taken away it
+holds them and when, as JSON"""
 REFUSAL = "refusal.json"
 """in a run's folder: why its last attempt cannot go on, found by one rank alone in the middle of training"""
 
@@ -55,6 +57,15 @@ class Notice:
     machines: tuple[str, ...]
     deadline: float | None
     """unix seconds; None: nobody has said"""
+
+    @classmethod
+    def in_file(cls, save: Path) -> Notice | None:
+        """What whoever asks for a save knows of it; None where that is nothing."""
+        try:
+            told = json.loads(save.read_text())
+            return cls(tuple(told["machines"]), told["deadline"]) if told["machines"] else None
+        except (OSError, ValueError, KeyError, TypeError):  # gone, or asked for by hand
+            return None
 
 
 def no_notice() -> Notice | None:

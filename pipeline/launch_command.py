@@ -28,7 +28,9 @@ SideBySide = Annotated[
 ]
 Device = Annotated[Literal["auto", "cpu", "gpu"], typer.Option("--device", help="auto takes GPUs where there are any")]
 Loaders = Annotated[int, typer.Option("--loader-threads", min=1, help="threads that read data in each worker")]
-Restarts = Annotated[int, typer.Option("--max-restarts", min=0, help="how often dead workers are started again")]
+Restarts = Annotated[
+    int, typer.Option("--max-restarts", min=0, help="how often dead workers are started again without a new checkpoint")
+]
 Name = Annotated[
     str | None,
     typer.Option("--name", help="the run's name, or the suite's; without it the recipe's, or the file's, and the time"),

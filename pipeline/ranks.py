@@ -23,6 +23,15 @@ class Ranks:
         # Decisions travel beside the GPUs' own stream: asking each other must not wait for kernels.
         self.control: Any = distributed.new_group(backend="gloo") if self.size > 1 and self.device.type != "cpu" else None
 
+    def raise_if_gone(self, error: ValueError) -> None:
+        """`error` is nobody's mistake where the process group is gone: Ray (2.60) takes it from workers that it is about to end.
+
+        Raises:
+            RuntimeError: it is gone.
+        """
+        if self.size > 1 and not distributed.is_initialized():
+            raise RuntimeError("worker: its process group was taken away while it trained") from error
+
     def mean(self, value: Tensor) -> Tensor:
         return self.sum(value) / self.size
 

@@ -97,6 +97,7 @@ def _attempt(
     try:
         attempt = attempt_of(compose(job, place, ranks, tracker, clock, began))
     except ValueError as error:
+        ranks.raise_if_gone(error)
         raise refusal_of(error) from error
     try:
         return _run_on_whole_pages(attempt)
@@ -109,6 +110,7 @@ def _attempt(
             raise  # the others wait for this rank: only its death frees them
         raise Smaller from None  # without the frames, which hold what has to go
     except ValueError as error:
+        ranks.raise_if_gone(error)
         if ranks.size > 1:  # the others wait for this rank: only its death frees them, and then the note speaks to all
             note_refusal(Path(job.run), error)
             raise

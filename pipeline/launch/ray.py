@@ -51,7 +51,7 @@ class Ray:
         address: of an existing cluster (`auto`, `host:6379`, `ray://...`); None starts one here.
         device: whether each worker gets a GPU; see `takes_gpus`.
         cpus_per_worker: cores that Ray reserves for a worker; torch gets one thread for each.
-        max_restarts: how often the workers are started again after one of them died.
+        max_restarts: how often the workers are started again after one of them died, with nothing new between (`restarts.py`).
         node_loss: how long a node that says nothing is waited for.
         work: what a worker does with its job (None: train it); benchmarks measure inside it.
     """
@@ -203,14 +203,17 @@ class Ray:
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchConfig
 
-        from pipeline.launch.resizing import LOOK_S, ResizingTrainer
+        from pipeline.launch.resizing import LOOK_S
+        from pipeline.launch.trainer import Trainer
 
         gpus = takes_gpus(self.device, self.workers, int(ray.cluster_resources().get("GPU", 0)))
         elastic = len(self.sizes) > 1
-        trainer = (partial(ResizingTrainer, sizes=self.sizes, folder=Path(job.run)) if elastic else TorchTrainer)(
+        trainer = Trainer(
             partial(_train, work=self.work, sizes=self.sizes),
+            sizes=self.sizes,
+            folder=Path(job.run),
             train_loop_config=asdict(job),
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
             scaling_config=ScalingConfig(

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private.state import state
 from ray.train import ScalingConfig
-from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     NoopDecision,
@@ -23,12 +23,20 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingDecision,
 )
 
-from pipeline.job import SAVE
+from pipeline.job import SAVE, Notice
+from pipeline.recipe import write_json
 
 LOOK_S = 10.0
 """between two looks at whether there is room for another number of workers; a new node has to be there for so long"""
 PATIENCE_S = 300.0
 """for the save that comes before: an evaluation has no step in it"""
+
+
+def _leaving(worker_group_state: Any) -> Notice:
+    """The nodes of the run that are being drained."""
+    nodes = {worker.metadata.node_id for worker in worker_group_state.workers}
+    leaving = {node: ms for node, ms in state.get_draining_nodes().items() if node in nodes}
+    return Notice(tuple(sorted(leaving)), min((ms / 1e3 for ms in leaving.values() if ms), default=None))
 
 
 class Resizing(ElasticScalingPolicy):
@@ -61,21 +69,10 @@ class Resizing(ElasticScalingPolicy):
             if not isinstance(decision, ResizeDecision):
                 return decision
             self._wanted, self._asked = decision, time.monotonic()
-            (self.folder / SAVE).write_text(f"{worker_group_state.num_workers} workers become {decision.num_workers}")
+            write_json(self.folder / SAVE, asdict(_leaving(worker_group_state)))
             return NoopDecision()
         if (self.folder / SAVE).exists() and time.monotonic() - self._asked < PATIENCE_S:
             return NoopDecision()
         decision, self._wanted = self._wanted, None
         (self.folder / SAVE).unlink(missing_ok=True)
         return decision
-
-
-class ResizingTrainer(TorchTrainer):
-    """A TorchTrainer whose policy is this one: which, Ray 2.60 lets nobody say."""
-
-    def __init__(self, *args: Any, sizes: Sequence[int], folder: Path, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._policy = Resizing(self.scaling_config, sizes=sizes, folder=folder)
-
-    def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        return super()._initialize_and_run_controller(**{**parts, "scaling_policy": self._policy})

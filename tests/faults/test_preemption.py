@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline import attempt
 from pipeline.evaluate import Evaluation
-from pipeline.job import SAVE, STOP, Job, Notice, Place
+from pipeline.job import REFUSAL, SAVE, STOP, Job, Notice, Place
+from pipeline.recipe import write_json
 from pipeline.track.jsonl import read
 from pipeline.track.translate import Translation
 from pipeline.worker import run
@@ -46,6 +49,23 @@ def test_a_notice_is_saved_upon_once_and_the_run_goes_on(
     assert steps_of(tmp_path / "run", "checkpoint") == [3, 8, 16]
     assert same_weights(tmp_path / "run", untouched)
     assert Translation().tags(event) == {"spiketrain.preemptions": "1"}
+
+
+def test_who_asks_for_a_save_may_know_of_a_notice_first(tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the controller does, which takes the machine's workers away as soon as they have saved."""
+    original = attempt.Attempt._between_batches
+
+    def between(self: attempt.Attempt, epoch: int, *, last: bool) -> None:
+        if self.step in (4, 6):
+            write_json(self.folder / SAVE, asdict(Notice(("node",), time.time() + 60)))
+        original(self, epoch, last=last)
+
+    monkeypatch.setattr(attempt.Attempt, "_between_batches", between)
+    assert run(make_run(tmp_path / "run", small_recipe(checkpoint_every=0)), Place()) is not None
+    [event] = [event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "preempted"]  # told once
+    assert (event["step"], event["machines"]) == (4, ["node"]) and 0 < event["seconds_left"] <= 60
+    assert steps_of(tmp_path / "run", "checkpoint") == [4, 6, 8, 16]
+    assert same_weights(tmp_path / "run", untouched)
 
 
 @pytest.mark.parametrize("step", [5, 8])
@@ -112,6 +132,32 @@ def _stopped_by_one(rank: int, ranks: int, job: Job) -> object:
         if rank == 1:
             patch.setattr(attempt, "LOOK_S", 1e9)
         return run(job, Place(rank, ranks, "cpu", rank))
+
+
+@pytest.mark.distributed
+def test_a_group_that_is_taken_from_workers_who_train_is_no_refusal(tmp_path: Path) -> None:
+    """As Ray (2.60) does it at the end of a notice, and after it starts others."""
+    job = make_run(tmp_path / "run", small_recipe(backend="deepspeed"))
+    (tmp_path / "meeting").mkdir()
+    said = run_ranks(_without_a_group, 2, tmp_path / "meeting", job)
+    assert said == ["worker: its process group was taken away while it trained"] * 2
+    assert not (tmp_path / "run" / REFUSAL).exists()
+
+
+def _without_a_group(rank: int, ranks: int, job: Job) -> str:
+    original = attempt.Attempt._between_batches
+
+    def between(self: attempt.Attempt, epoch: int, *, last: bool) -> None:
+        if self.step == 3:
+            torch.distributed.destroy_process_group()
+        original(self, epoch, last=last)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attempt.Attempt, "_between_batches", between)
+        with pytest.raises(RuntimeError) as raised:
+            run(job, Place(rank, ranks, "cpu", rank))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{Path(job.run).parent}/again", rank=rank, world_size=ranks)
+    return str(raised.value)
 
 
 def evaluations(folder: Path) -> list[tuple[int, dict[str, float]]]:
