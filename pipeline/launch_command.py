@@ -128,7 +128,7 @@ def launch(
         if (runs / name).exists():
             from pipeline.launch.again import refuse_unless_launched_so
 
-            refuse_unless_launched_so(runs / name, made, trust=trusted)
+            refuse_unless_launched_so(runs / name, made, here, trust=trusted)
             where = {"workers": None if inline else here.workers, "inline": inline, "address": address}
             _go_on(runs / name, runs, **where, trust=trusted)
             return

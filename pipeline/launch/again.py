@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipeline.launch.cluster import Cluster
 from pipeline.recipe import Recipe, read_json
 from pipeline.recipe_json import differing, listed
 from pipeline.suite import Suite, SuiteFile, is_suite
 
+MAY_DIFFER = ("workers", "inline", "address")
+"""of a launch: a run goes on where and on as many workers as it is told now"""
 
-def refuse_unless_launched_so(folder: Path, made: Recipe | Suite, *, trust: tuple[str, ...]) -> None:
-    """Refuse to go on with a run or suite that was launched with another recipe.
+
+def refuse_unless_launched_so(folder: Path, made: Recipe | Suite, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
+    """Refuse to go on with a run or suite that was launched with another recipe, or with other options.
 
     Raises:
-        ValueError: the fields that differ, as they were and as they are asked for now; or a damaged folder.
+        ValueError: what differs, as it was and as it is asked for now; or a damaged folder.
     """
     rule = f"launch: --or-resume goes on with {folder.name} as it was launched"
     if is_suite(folder) != isinstance(made, Suite):
@@ -25,6 +30,12 @@ def refuse_unless_launched_so(folder: Path, made: Recipe | Suite, *, trust: tupl
     found = list(_differences(folder, made, trust=trust))
     if found:
         raise ValueError(f"{rule}; its recipe differs now: {listed(found)}")
+    there = read_json(folder / "cluster.json") if isinstance(made, Recipe) else SuiteFile.read(folder, trust=trust).cluster
+    was, now = Cluster.from_json(there), cluster
+    options = [name for name in asdict(was) if name not in MAY_DIFFER and getattr(was, name) != getattr(now, name)]
+    if options:
+        changed = ", ".join(f"--{name.replace('_', '-')} was {getattr(was, name)}, is {getattr(now, name)}" for name in options)
+        raise ValueError(f"{rule}; its options differ now: {changed}")
 
 
 def _differences(folder: Path, made: Recipe | Suite, *, trust: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:

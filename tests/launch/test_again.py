@@ -87,6 +87,16 @@ def test_another_recipe_is_refused_with_the_fields_that_differ(place: Path, tmp_
     assert code == 2 and error.endswith("it is one run, and now a suite is asked for\n")
 
 
+def test_other_options_are_refused_where_they_would_have_no_effect(place: Path, tmp_path: Path, spiketrain: Command) -> None:
+    """But for where, and on how many workers, it goes on."""
+    assert spiketrain(*words(place, tmp_path))[0] == 0
+    code, _, error = spiketrain(*words(place, tmp_path), "--verify", "full", "--loader-threads", "2")
+    assert code == 2 and len(error.splitlines()) == 1
+    assert error.endswith("its options differ now: --loader-threads was 1, is 2, --verify was sampled, is full\n")
+    ours = [word for word in words(place, tmp_path) if word != "--inline"]
+    assert spiketrain(*ours, "--workers", "2")[1].startswith("it has finished")
+
+
 def test_it_needs_a_name(place: Path, tmp_path: Path, spiketrain: Command) -> None:
     asked = words(place, tmp_path)
     del asked[asked.index("--name") : asked.index("--name") + 2]
