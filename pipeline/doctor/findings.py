@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.doctor.node import Node
+from pipeline.doctor.stranger import Stranger
 from pipeline.track.connect import without_password
 
 MOST_SKEW_S = 1.0
@@ -73,11 +74,13 @@ def of_network(speeds: Sequence[float], error: str) -> Iterator[Finding]:
             yield Finding(check="network", state="ok", told=told)
 
 
-def of_token(is_open: bool, address: str) -> Finding:
-    """`is_open`: a client without a token was let in."""
-    if is_open:
+def of_token(stranger: Stranger, address: str) -> Finding:
+    if stranger.outcome == "let in":
         advice = "start Ray with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH: now whoever reaches it runs code as you"
         return Finding(check="auth", state="bad", told=f"the Ray at {address} lets everybody in", advice=advice)
+    if stranger.outcome == "unclear":
+        told = f"whether the Ray at {address} asks for its token could not be told: {stranger.said}"
+        return Finding(check="auth", state="look", told=told, advice="see that RAY_AUTH_MODE=token is set where it is started")
     return Finding(check="auth", state="ok", told=f"the Ray at {address} asks for its token")
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.doctor.findings import Finding, of_clocks, of_mlflow, of_network, of_nodes, of_token
 from pipeline.doctor.node import PACKAGES, Node
+from pipeline.doctor.stranger import Stranger
 
 NODE = Node(
     name="one",
@@ -77,7 +78,9 @@ def test_the_network() -> None:
 
 
 def test_a_cluster_that_lets_strangers_in() -> None:
-    assert of_token(True, "h:1").state == "bad" and of_token(False, "h:1").state == "ok"
+    told = {state: of_token(Stranger(outcome=state, said="no route"), "h:1") for state in ("let in", "refused", "unclear")}
+    assert {state: found.state for state, found in told.items()} == {"let in": "bad", "refused": "ok", "unclear": "look"}
+    assert told["unclear"].told.endswith("could not be told: no route") and told["unclear"].advice
 
 
 @contextmanager
