@@ -126,8 +126,24 @@ def scale(manifest: Manifest) -> Iterator[str]:
             least, now, most = (group.get(name) for name in ("minReplicas", "replicas", "maxReplicas"))
             if None in (least, now, most) or not 0 <= least <= now <= most or most < 1:
                 yield f"replicas must lie between minReplicas and maxReplicas; got {now} of {least} to {most}"
-            if manifest["kind"] == "RayJob" and least != now:
-                yield f"a RayJob's minReplicas must be its replicas, {now}, which its driver counts on; got {least}"
+            if manifest["kind"] == "RayJob" and None not in (least, now, most):
+                yield from _room(manifest, group)
+
+
+def _room(manifest: Manifest, group: Manifest) -> Iterator[str]:
+    """The driver counts on its least number of workers when it starts, and never has more than its largest."""
+    words = manifest["spec"]["entrypoint"].split()
+    told = {name: words[words.index(name) + 1] for name in ("--workers", "--cpus-per-worker", "--device") if name in words}
+    numbers = [int(each) for each in re.split("[:,]", told.get("--workers", "1"))]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    room = int(limits["cpu"]) // int(told.get("--cpus-per-worker", 1))
+    if told.get("--device") == "gpu":
+        room = min(room, int(limits["nvidia.com/gpu"]))
+    for name, workers in (("minReplicas", numbers[0]), ("maxReplicas", numbers[-1])):
+        if group[name] * room < workers:
+            yield f"a RayJob's {name} must hold {workers} workers, {room} in each pod; got {group[name]}"
+    if len(numbers) == 1 and group["minReplicas"] != group["replicas"]:
+        yield f"a RayJob's minReplicas must be its replicas, {group['replicas']}, all of which train; got {group['minReplicas']}"
 
 
 def storage(manifest: Manifest) -> Iterator[str]:

@@ -192,6 +192,8 @@ BROKEN_RULES = [
     (("spec", "rayClusterSpec", "enableInTreeAutoscaling"), False, "the autoscaler must be on"),
     ((*GROUP, "maxReplicas"), 0, "replicas must lie between minReplicas and maxReplicas; got 1 of 1 to 0"),
     ((*GROUP, "minReplicas"), 0, "a RayJob's minReplicas must be its replicas, 1"),
+    ((*GROUP, "minReplicas"), 0, "a RayJob's minReplicas must hold 8 workers, 8 in each pod; got 0"),
+    (("spec", "entrypoint"), "spiketrain launch x.py --workers 8:24 --device gpu", "maxReplicas must hold 24 workers, 8 in each"),
     ((*POD, "volumes", 2), {"name": "runs", "emptyDir": {}}, "/shared/runs must be the claim spiketrain-runs"),
     ((*POD, "volumes", 0, "emptyDir", "medium"), GONE, "/dev/shm must be an emptyDir of Memory"),
     ((*POD, "volumes", 0, "emptyDir", "sizeLimit"), "200Gi", "/dev/shm must take at most half of the memory"),
