@@ -57,7 +57,7 @@ def closed(manifest: Manifest) -> Iterator[str]:
     if manifest["kind"] in ("Service", "Ingress", "Route", "Gateway"):
         yield f"a {manifest['kind']} must not lie among the manifests"
     for path, text in _texts(manifest):
-        if "0.0.0.0" in text or "::" in text:
+        if "0.0.0.0" in text or re.search(r"(^|\W)::", text):  # ray:: is the title of a process
             yield f"{path}: must not name every interface; got {text!r}"
     for spec in _clusters(manifest):
         head = spec["headGroupSpec"]
@@ -146,6 +146,26 @@ def _room(manifest: Manifest, group: Manifest) -> Iterator[str]:
         yield f"a RayJob's minReplicas must be its replicas, {group['replicas']}, all of which train; got {group['minReplicas']}"
 
 
+def departure(manifest: Manifest) -> Iterator[str]:
+    """A pod that is taken away has what trains saved first, within the time that it is given."""
+    for spec in _clusters(manifest):
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            pod, is_head = group["template"]["spec"], group is spec["headGroupSpec"]
+            grace = pod.get("terminationGracePeriodSeconds", 30)  # Kubernetes' own
+            if grace < 120:
+                yield f"a pod's terminationGracePeriodSeconds must be 120 or more; got {grace}"
+            container = pod["containers"][0]
+            hook = " ".join(container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ()))
+            if is_head and "kill -USR1" not in hook:
+                yield f"{container['name']}: preStop must ask the driver to save with SIGUSR1; got {hook!r}"
+            if not is_head:
+                found = re.search(r"ray drain-node .*--deadline-remaining-seconds (\d+)", hook)
+                if found is None or "--reason DRAIN_NODE_REASON_PREEMPTION" not in hook:
+                    yield f"{container['name']}: preStop must drain the node for a preemption, with a deadline; got {hook!r}"
+                elif int(found[1]) >= grace:
+                    yield f"{container['name']}: the deadline must lie before the end of the pod, {grace} s; got {found[1]}"
+
+
 def storage(manifest: Manifest) -> Iterator[str]:
     """Runs and data on claims, shared memory as memory, and a request for all that a container may take."""
     for pod in _pods(manifest):
@@ -186,7 +206,7 @@ def policy(manifest: Manifest) -> Iterator[str]:
             yield f"the policy must let in its own pods, and the operator at port 8265; got {rule}"
 
 
-RULES = (authentication, secrets, user, closed, retries, head, loss_of_a_node, scale, storage, policy)
+RULES = (authentication, secrets, user, closed, retries, head, loss_of_a_node, scale, departure, storage, policy)
 
 
 def versions(manifest: Manifest, *, ray: str, spiketrain: str) -> Iterator[str]:
