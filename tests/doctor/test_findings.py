@@ -83,6 +83,11 @@ def test_a_cluster_that_lets_strangers_in() -> None:
     assert told["unclear"].told.endswith("could not be told: no route") and told["unclear"].advice
 
 
+def without_login(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("USERNAME", "PASSWORD", "TOKEN"):
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
+
+
 @contextmanager
 def server(*, password: str | None) -> Iterator[str]:
     class Answer(BaseHTTPRequestHandler):
@@ -100,8 +105,7 @@ def server(*, password: str | None) -> Iterator[str]:
 
 
 def test_a_tracking_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-        monkeypatch.delenv(name, raising=False)
+    without_login(monkeypatch)
     with server(password="Basic bWU6cGFzcw==") as place:  # me:pass
         assert of_mlflow(f"http://{place}").told.endswith("refuses this user")
         found = of_mlflow(f"http://me:pass@{place}")
@@ -110,3 +114,22 @@ def test_a_tracking_server(monkeypatch: pytest.MonkeyPatch) -> None:
         assert of_mlflow(f"http://{place}").state == "look"
     assert of_mlflow(f"http://{place}").state == "bad"
     assert of_mlflow("sqlite:///x.db").state == "ok"
+
+
+def test_a_login_is_shown_as_mlflow_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A password with @ in it, quoted in the address; a token, which counts where there is no name and password."""
+    without_login(monkeypatch)
+    with server(password="Basic bWU6cEBzcw==") as place:  # me:p@ss
+        found = of_mlflow(f"http://me:p%40ss@{place}")
+        assert found.state == "ok" and "p%40ss" not in found.told
+        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "tok")
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "p@ss")
+        assert of_mlflow(f"http://{place}").state == "ok"
+    with server(password="Bearer tok") as place:
+        assert of_mlflow(f"http://{place}").told.endswith("refuses this user")
+        without_login(monkeypatch)
+        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "tok")
+        found = of_mlflow(f"http://{place}")
+        assert found.state == "ok" and "tok" not in found.told
+        assert of_mlflow(f"http://me:p%40ss@{place}").state == "bad"
