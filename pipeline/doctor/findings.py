@@ -20,6 +20,8 @@ LEAST_BYTES_PER_S = 50e6
 """to a disk"""
 LEAST_SENT_PER_S = 100e6
 """from node to node: the gradients of a ResNet-34, 87 MB, in some two seconds"""
+MOST_OFF = 1e-4
+"""of the largest number: float32 holds 7 digits, and the sums of the tiny inputs lose one or two"""
 OLDEST_LOCK_S = 600.0
 MLFLOW_S = 10.0
 
@@ -40,6 +42,7 @@ def of_nodes(nodes: Sequence[Node], *, runs: str, needed_bytes: float) -> Iterat
     for node in nodes:
         yield from _storage(node, runs=runs, needed_bytes=needed_bytes)
         yield from _reading(node)
+        yield from _ops(node)
         yield from _locks(node)
 
 
@@ -190,6 +193,18 @@ def _reading(node: Node) -> Iterator[Finding]:
         yield Finding(check="threads", state="bad", told=f"{node.name}: numba {node.threading_layer}", advice=advice)
     else:
         yield Finding(check="threads", state="ok", told=f"{node.name}: numba's threads are {node.threading_layer}'s")
+
+
+def _ops(node: Node) -> Iterator[Finding]:
+    advice = "trainings would learn something else: LOCKED=1 make setup; if it stays, another driver, or another card"
+    wrong = {name: off for name, off in node.off.items() if isinstance(off, str) or off > MOST_OFF}
+    for name, off in wrong.items():
+        told = off if isinstance(off, str) else f"is off by {off:.1e} of what it is to be, more than {MOST_OFF:.0e}"
+        yield Finding(check="ops", state="bad", told=f"{node.name}: {name} on {node.device} {told}", advice=advice)
+    if not wrong:
+        most = max(off for off in node.off.values() if not isinstance(off, str))
+        told = f"{', '.join(node.off)} on {node.device} are off by {most:.1e} at most"
+        yield Finding(check="ops", state="ok", told=f"{node.name}: {told}")
 
 
 def _locks(node: Node) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.doctor.findings import Finding, of_clocks, of_mlflow, of_network, of_nodes, of_token
-from pipeline.doctor.meeting import Meeting, meet
+from pipeline.doctor.meeting import Meeting, meet, meet_here
 from pipeline.doctor.node import Asked, examine
 from pipeline.doctor.stranger import stranger
 from pipeline.launch.base import LaunchError
@@ -30,7 +30,9 @@ def visit(runs: Path, *, address: str | None, checkpoint_bytes: float, keep: int
     needed = checkpoint_bytes * (keep + 1)
     with _marked(runs) as asked:
         if address is None:
-            found = list(of_nodes([examine(asked)], runs=str(runs), needed_bytes=needed))
+            here = examine(asked)
+            found = list(of_nodes([here], runs=str(runs), needed_bytes=needed))
+            found += of_network(*_met_here(len(here.gpus)))
         else:
             with Ray(workers=0, address=address) as cluster:
                 nodes = cluster.on_each_node(examine, asked)
@@ -52,6 +54,16 @@ def _marked(runs: Path) -> Iterator[Asked]:
         yield asked
     finally:
         marker.unlink(missing_ok=True)
+
+
+def _met_here(cards: int) -> tuple[Sequence[float], str]:
+    """As `_met`, of processes with a card each; one alone, or none, has nobody to meet."""
+    if cards < 2:
+        return (), ""
+    try:
+        return meet_here(cards, backend="nccl"), ""
+    except RuntimeError as error:
+        return (), str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
 
 
 def _met(cluster: Ray) -> tuple[Sequence[float], str]:

@@ -23,6 +23,8 @@ NODE = Node(
     free_bytes=10**11,
     threading_layer="tbb",
     ffcv="ok",
+    device="cpu",
+    off={"neuron": 1e-7, "1-bit": 3e-7},
     locks={},
 )
 OTHER = replace(NODE, name="two")
@@ -34,7 +36,7 @@ def not_ok(*nodes: Node, needed: float = 1e9) -> list[Finding]:
 
 def test_nodes_that_are_well_and_alike() -> None:
     assert not_ok(NODE, OTHER) == []
-    assert len([*of_nodes([NODE, OTHER], runs="/r", needed_bytes=1)]) == 2 + 2 * 4
+    assert len([*of_nodes([NODE, OTHER], runs="/r", needed_bytes=1)]) == 2 + 2 * 5
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,8 @@ def test_nodes_that_are_well_and_alike() -> None:
         (replace(OTHER, free_bytes=10**8), "storage", "bad", "0.1 GB are free"),
         (replace(OTHER, ffcv="failed: ImportError: libtbb"), "ffcv", "bad", "two: failed: ImportError: libtbb"),
         (replace(OTHER, threading_layer="failed: no layer"), "threads", "bad", "no layer"),
+        (replace(OTHER, off={"neuron": 0.0, "1-bit": 2e-3}), "ops", "bad", "two: 1-bit on cpu is off by 2.0e-03 of what it"),
+        (replace(OTHER, off={"neuron": "failed: x", "1-bit": 0.0}), "ops", "bad", "two: neuron on cpu failed: x"),
         (replace(OTHER, locks={"/x/lock": 3600.0}), "locks", "bad", "/x/lock is locked for 60 min"),
     ],
 )
