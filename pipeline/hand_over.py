@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Recipe
+    from pipeline.submit.order import Order
+    from pipeline.suite import Suite
 
 _PANEL = "Handed to a cluster"
 _INFRA = Path(__file__).parents[1] / "infra"
@@ -38,11 +43,12 @@ _OF_SLURM = ("nodes", "gpus_per_node", "time", "partition")
 _IN_THE_ORDER = ("name", "runs", "workers")
 
 
-def hand_over(context: typer.Context) -> bool:
-    """Whether the launch of `context` was for a cluster, and so is done: submitted, or printed.
+def hand_over(context: typer.Context, made: Recipe | Suite, *, workers: int | tuple[int, ...]) -> bool:
+    """Whether the launch of `context`, of what it has `made`, was for a cluster, and so is done: submitted, or printed.
 
     Raises:
-        ValueError: options that do not go together, or that the scheduler would not take.
+        ValueError: options that do not go together, what the scheduler would not take, or a recipe that the launch itself would
+            refuse there, as far as that can be told without data.
         Refused: the scheduler did not take the job.
     """
     given = {name: value for name, value in context.params.items() if _is_typed(context, name)}
@@ -57,27 +63,31 @@ def hand_over(context: typer.Context) -> bool:
     _refuse(f"--cluster {where} does not take", [name for name in foreign if name in given])
     if "name" not in given:
         raise ValueError("launch: --cluster needs a --name, by which the job goes on with its run; got none")
-    rendered, submit = _rendered(where, context, given)
+    # Where nothing was said Slurm's script takes what there is: one worker is no wish of anybody's.
+    order = _order(where, context, given, workers=None if where == "slurm" and "workers" not in given else workers)
+    rendered, submit = _rendered(where, order, given)
+    _check(made, order.sizes or (given["nodes"] * (given.get("gpus_per_node") or 1),))  # as infra/slurm/train.sbatch counts
     typer.echo(rendered if given.get("dry_run") else submit(rendered))
     return True
 
 
-def _rendered(where: str, context: typer.Context, given: dict[str, Any]) -> tuple[str, Any]:
-    from pipeline.submit import k8s, ray_job, slurm
+def _order(where: str, context: typer.Context, given: dict[str, Any], *, workers: int | tuple[int, ...] | None) -> Order:
     from pipeline.submit.order import Order
 
-    workers = context.params["workers"]
-    if not workers.isdecimal():
-        raise ValueError(f"launch: --cluster asks for machines for one number of --workers; got {workers}")
     folder = {"k8s": _INFRA / "k8s" / "overlays" / "cpu" / "job", "slurm": _INFRA / "slurm"}.get(where, _INFRA)
-    order = Order(
+    return Order(
         words=tuple(_words(context)),
         name=given["name"],
-        workers=int(workers),
+        workers=workers,
         image=given.get("image", ""),
         runs=str(given.get("runs", "/shared/runs" if where == "k8s" else "runs")),
         infra=given.get("infra", folder),
     )
+
+
+def _rendered(where: str, order: Order, given: dict[str, Any]) -> tuple[str, Any]:
+    from pipeline.submit import k8s, ray_job, slurm
+
     if where == "k8s":
         return k8s.render(order), k8s.submit
     if where == "slurm":
@@ -87,6 +97,22 @@ def _rendered(where: str, context: typer.Context, given: dict[str, Any]) -> tupl
         asked = {"nodes": given["nodes"], "gpus_per_node": given.get("gpus_per_node", 0), "time": given["time"]}
         return slurm.render(order, **asked, partition=given.get("partition")), slurm.submit
     return ray_job.render(order, address=where), ray_job.submit
+
+
+def _check(made: Recipe | Suite, sizes: tuple[int, ...]) -> None:
+    """Here and not after hours in a queue. A file that a recipe begins from may lie on the cluster alone."""
+    from dataclasses import replace
+
+    from pipeline.stand_in import with_stand_ins
+    from pipeline.suite import Suite, refuse_references
+    from pipeline.worker import check_recipe
+
+    if not isinstance(made, Suite):
+        refuse_references(made)
+    with with_stand_ins(made if isinstance(made, Suite) else Suite((made,))) as recipes:
+        for recipe in recipes:
+            is_there = recipe.init is not None and Path(recipe.init).exists()
+            check_recipe(replace(recipe.with_untrained_teacher(), init=recipe.init if is_there else None), *sizes)
 
 
 def _words(context: typer.Context) -> Iterator[str]:

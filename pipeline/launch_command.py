@@ -101,8 +101,6 @@ def launch(
 
         named(runs, name)
     made = _comparison([made_of(recipe, set_, tiny) for recipe in recipes], seeds, tune)
-    if hand_over(context):  # which reads cluster to partition from there
-        return
     from pipeline.launch.cluster import Cluster, parse_workers
     from pipeline.recipe_file import own_package
     from pipeline.suite import Suite
@@ -121,6 +119,8 @@ def launch(
         node_loss=node_loss,
         side_by_side=_count_or_auto(side_by_side),
     )
+    if hand_over(context, made, workers=here.workers):  # which reads cluster to partition from there
+        return
     trusted = (*trust, *(package for recipe in recipes for package in own_package(recipe, made)))
     if or_resume:
         if name is None:

@@ -14,6 +14,7 @@ import yaml
 from pipeline.__main__ import main
 
 RECIPE = "recipes/imagenet/nf_resnet34_sltt.py"  # whose data nobody has here
+SMALL = "recipes/fashion/sltt.py"
 TYPED = ("--tiny", "--set", "optimizer.lr=0.05", "--set", "seed=3", "--cpus-per-worker", "2")
 TYPED_IN_ORDER = ("--cpus-per-worker", "2", "--set", "optimizer.lr=0.05", "--set", "seed=3", "--tiny")  # the command's own
 
@@ -43,13 +44,49 @@ def test_slurm(launch: Any) -> None:
         assert f"\n#SBATCH --{directive}\n" in out
 
 
+def test_slurm_that_is_told_no_number_of_workers_counts_its_gpus(launch: Any) -> None:
+    asked = "--cluster slurm --nodes 2 --time 10 --name mine --dry-run"
+    code, out, _ = launch(SMALL, *asked.split(), "--gpus-per-node", "8")
+    assert (
+        code == 0 and "\nworkers=\n" in out and "workers=${workers:-$((SLURM_JOB_NUM_NODES * ${SLURM_GPUS_ON_NODE:-1}))}" in out
+    )
+    code, out, err = launch(SMALL, *asked.split(), "--gpus-per-node", "7")
+    assert (code, out) == (2, "") and "divide by 14 workers" in err
+
+
+def test_workers_that_come_and_go(launch: Any) -> None:
+    asked = "--workers 2:4 --set batch_size=24 --name mine --dry-run"
+    _, out, _ = launch(SMALL, *asked.split(), "--cluster", "ray://head.example:8265")
+    assert " --workers 2:4 --or-resume" in out
+    pods = "--cluster k8s --image a.example/s:1 --cpus-per-worker 4"
+    _, out, _ = launch(SMALL, *asked.split(), *pods.split())
+    job = yaml.safe_load(out)
+    assert " --workers 2:4 " in job["spec"]["entrypoint"]
+    group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    assert [group[name] for name in ("minReplicas", "replicas", "maxReplicas")] == [2, 2, 4]
+
+
+@pytest.mark.parametrize(
+    "cluster", ["slurm --nodes 1 --time 1", "ray://h:8265", "k8s --image a.example/s:1 --infra infra/k8s/overlays/cpu/job"]
+)
+@pytest.mark.parametrize("recipe", [SMALL, f"{SMALL} recipes/fashion/bptt.py"], ids=["recipe", "suite"])
+def test_what_the_launch_would_refuse_is_not_handed_over(launch: Any, cluster: str, recipe: str) -> None:
+    code, out, err = launch(*recipe.split(), "--workers", "7", "--name", "mine", "--dry-run", "--cluster", *cluster.split())
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1 and "divide by 7 workers" in err
+
+
+def test_weights_that_lie_on_the_cluster_alone_are_no_reason(launch: Any) -> None:
+    code, out, err = launch(SMALL, "--set", "init=/shared/w.safetensors", "--cluster", "ray://h:1", "--name", "a", "--dry-run")
+    assert code == 0 and "init=/shared/w.safetensors" in out, err
+
+
 def test_kubernetes(launch: Any) -> None:
-    asked = "--workers 3 --cluster k8s --name mine --image a.example/s:1 --dry-run"
+    asked = "--workers 4 --cluster k8s --name mine --image a.example/s:1 --dry-run"
     code, out, _ = launch(RECIPE, *TYPED, *asked.split())
     assert code == 0
     job = yaml.safe_load(out)
     assert (job["kind"], job["metadata"]["name"]) == ("RayJob", "mine")
-    theirs = "--name mine --runs /shared/runs --address auto --workers 3 --device cpu --or-resume"
+    theirs = "--name mine --runs /shared/runs --address auto --workers 4 --device cpu --or-resume"
     assert job["spec"]["entrypoint"] == f"spiketrain launch {RECIPE} {shlex.join(TYPED_IN_ORDER)} {theirs}"
 
 
@@ -83,7 +120,8 @@ def test_nobody_there_is_one_line(launch: Any, monkeypatch: pytest.MonkeyPatch) 
     ("words", "said"),
     [
         ("--nodes 2 --dry-run", "without --cluster there is nothing that takes --dry-run, --nodes"),
-        ("--cluster ray://a:1 --name a --workers 2:4", "one number of --workers; got 2:4"),
+        ("--cluster slurm --name a --nodes 1 --time 1 --workers 2:4", "workers must be one number; got 2:4"),
+        ("--cluster ray://a:1 --name a --workers x", "--workers must be a number, a range such as 2:8"),
         ("--cluster lsf", "--cluster must be k8s, slurm or ray://HOST:PORT; got lsf"),
         ("--cluster k8s --name a --nodes 2", "--cluster k8s does not take --nodes"),
         ("--cluster k8s --name a --node-loss patient", "--cluster k8s does not take --node-loss"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.doctor.node import Node
+from pipeline.doctor.stranger import Stranger
 from pipeline.track.connect import without_password
 
 MOST_SKEW_S = 1.0
@@ -19,6 +20,8 @@ LEAST_BYTES_PER_S = 50e6
 """to a disk"""
 LEAST_SENT_PER_S = 100e6
 """from node to node: the gradients of a ResNet-34, 87 MB, in some two seconds"""
+MOST_OFF = 1e-4
+"""of the largest number: float32 holds 7 digits, and the sums of the tiny inputs lose one or two"""
 OLDEST_LOCK_S = 600.0
 MLFLOW_S = 10.0
 
@@ -39,6 +42,7 @@ def of_nodes(nodes: Sequence[Node], *, runs: str, needed_bytes: float) -> Iterat
     for node in nodes:
         yield from _storage(node, runs=runs, needed_bytes=needed_bytes)
         yield from _reading(node)
+        yield from _ops(node)
         yield from _locks(node)
 
 
@@ -73,11 +77,13 @@ def of_network(speeds: Sequence[float], error: str) -> Iterator[Finding]:
             yield Finding(check="network", state="ok", told=told)
 
 
-def of_token(is_open: bool, address: str) -> Finding:
-    """`is_open`: a client without a token was let in."""
-    if is_open:
+def of_token(stranger: Stranger, address: str) -> Finding:
+    if stranger.outcome == "let in":
         advice = "start Ray with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH: now whoever reaches it runs code as you"
         return Finding(check="auth", state="bad", told=f"the Ray at {address} lets everybody in", advice=advice)
+    if stranger.outcome == "unclear":
+        told = f"whether the Ray at {address} asks for its token could not be told: {stranger.said}"
+        return Finding(check="auth", state="look", told=told, advice="see that RAY_AUTH_MODE=token is set where it is started")
     return Finding(check="auth", state="ok", told=f"the Ray at {address} asks for its token")
 
 
@@ -89,26 +95,36 @@ def of_mlflow(uri: str) -> Finding:
             check="mlflow", state="ok", told="the store is a file; `spiketrain dashboard` and others on this machine see it"
         )
     shown = without_password(uri).rstrip("/")
-    user = parts.username or os.environ.get("MLFLOW_TRACKING_USERNAME")
-    secret = parts.password or os.environ.get("MLFLOW_TRACKING_PASSWORD")
-    answer = _asked(shown, user, secret)
+    answer = _asked(shown, _login(parts))
     if answer != 200:
         what = {401: "refuses this user", 403: "refuses this host or user"}.get(answer or 0, f"answers {answer or 'nothing'}")
         advice = (
-            "see MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD; a training goes on without it, `spiketrain sync` delivers later"
+            "see MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD, or _TOKEN; "
+            "a training goes on without it, `spiketrain sync` delivers later"
         )
         return Finding(check="mlflow", state="bad", told=f"{shown} {what}", advice=advice)
-    if _asked(shown, None, None) == 200:
+    if _asked(shown, None) == 200:
         advice = "put it behind a password: mlflow server --app-name basic-auth, as in infra/mlflow"
         return Finding(check="mlflow", state="look", told=f"{shown} answers whoever asks", advice=advice)
     return Finding(check="mlflow", state="ok", told=f"{shown} answers, and asks for a password")
 
 
-def _asked(server: str, user: str | None, secret: str | None) -> int | None:
+def _login(parts: urllib.parse.SplitResult) -> str | None:
+    """As MLflow's client shows itself (3.17): by what stands in the address, else by a name and password, else by a token."""
+    user, secret = (os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD"))
+    if parts.username is not None:
+        user, secret = (urllib.parse.unquote(each or "") for each in (parts.username, parts.password))
+    if user and secret:
+        return "Basic " + b64encode(f"{user}:{secret}".encode()).decode()
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    return f"Bearer {token}" if token else None
+
+
+def _asked(server: str, login: str | None) -> int | None:
     """The status of its answer, None where there is none."""
     request = urllib.request.Request(f"{server}/api/2.0/mlflow/experiments/search?max_results=1")
-    if user is not None:
-        request.add_header("Authorization", "Basic " + b64encode(f"{user}:{secret or ''}".encode()).decode())
+    if login is not None:
+        request.add_header("Authorization", login)
     try:
         with urllib.request.urlopen(request, timeout=MLFLOW_S) as answer:
             return int(answer.status)
@@ -177,6 +193,18 @@ def _reading(node: Node) -> Iterator[Finding]:
         yield Finding(check="threads", state="bad", told=f"{node.name}: numba {node.threading_layer}", advice=advice)
     else:
         yield Finding(check="threads", state="ok", told=f"{node.name}: numba's threads are {node.threading_layer}'s")
+
+
+def _ops(node: Node) -> Iterator[Finding]:
+    advice = "trainings would learn something else: LOCKED=1 make setup; if it stays, another driver, or another card"
+    wrong = {name: off for name, off in node.off.items() if isinstance(off, str) or off > MOST_OFF}
+    for name, off in wrong.items():
+        told = off if isinstance(off, str) else f"is off by {off:.1e} of what it is to be, more than {MOST_OFF:.0e}"
+        yield Finding(check="ops", state="bad", told=f"{node.name}: {name} on {node.device} {told}", advice=advice)
+    if not wrong:
+        most = max(off for off in node.off.values() if not isinstance(off, str))
+        told = f"{', '.join(node.off)} on {node.device} are off by {most:.1e} at most"
+        yield Finding(check="ops", state="ok", told=f"{node.name}: {told}")
 
 
 def _locks(node: Node) -> Iterator[Finding]:

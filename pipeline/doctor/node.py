@@ -46,21 +46,28 @@ class Node:
     """of numba, which decodes images: tbb, omp or workqueue"""
     ffcv: str
     """`ok`, where a file was written and read again"""
+    device: str
+    """that this was tried on: cuda, where there is one"""
+    off: dict[str, float | str]
+    """our ops against their reference: by how much they are off, in parts of the largest number"""
     locks: dict[str, float]
     """of compilations that have begun and not ended: path, and age in seconds"""
 
 
 def examine(asked: Asked) -> Node:
-    runs = Path(asked.runs)
+    runs, gpus = Path(asked.runs), _gpus()
+    device = "cuda" if gpus else "cpu"
     return Node(
         name=socket.gethostname(),
         versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        gpus=_gpus(),
+        gpus=gpus,
         sees_runs=_sees(runs / asked.marker, asked.content),
         written_bytes_per_s=_speed(runs),
         free_bytes=shutil.disk_usage(runs).free if runs.is_dir() else None,
         threading_layer=_threading_layer(),
         ffcv=_ffcv(),
+        device=device,
+        off=_off(device),
         locks=compilation_locks(),
     )
 
@@ -83,6 +90,12 @@ def _gpus() -> tuple[str, ...]:
     import torch
 
     return tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+
+
+def _off(device: str) -> dict[str, float | str]:
+    from pipeline.doctor.arithmetic import differences
+
+    return differences(device)
 
 
 def _sees(file: Path, content: str) -> bool:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import secrets
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.doctor.findings import Finding, of_clocks, of_mlflow, of_network, of_nodes, of_token
-from pipeline.doctor.meeting import Meeting, meet
+from pipeline.doctor.meeting import Meeting, meet, meet_here
 from pipeline.doctor.node import Asked, examine
+from pipeline.doctor.stranger import stranger
 from pipeline.launch.base import LaunchError
 from pipeline.launch.ray import Ray
 from pipeline.track.mlflow import tracking_uri
 
-WITHOUT_TOKEN_S = 60.0
 MEETING_S = 120.0
 
 
@@ -34,14 +30,17 @@ def visit(runs: Path, *, address: str | None, checkpoint_bytes: float, keep: int
     needed = checkpoint_bytes * (keep + 1)
     with _marked(runs) as asked:
         if address is None:
-            found = list(of_nodes([examine(asked)], runs=str(runs), needed_bytes=needed))
+            here = examine(asked)
+            found = list(of_nodes([here], runs=str(runs), needed_bytes=needed))
+            found += of_network(*_met_here(len(here.gpus)))
         else:
             with Ray(workers=0, address=address) as cluster:
                 nodes = cluster.on_each_node(examine, asked)
                 found = list(of_nodes(nodes, runs=str(runs), needed_bytes=needed))
                 found += of_clocks(cluster.clocks())
                 found += of_network(*_met(cluster))
-            found.append(of_token(_is_open(address), address))
+                at = cluster.found_at()
+            found.append(of_token(stranger(at), at))
     return [*found, of_mlflow(tracking_uri(runs))]
 
 
@@ -57,6 +56,16 @@ def _marked(runs: Path) -> Iterator[Asked]:
         marker.unlink(missing_ok=True)
 
 
+def _met_here(cards: int) -> tuple[Sequence[float], str]:
+    """As `_met`, of processes with a card each; one alone, or none, has nobody to meet."""
+    if cards < 2:
+        return (), ""
+    try:
+        return meet_here(cards, backend="nccl"), ""
+    except RuntimeError as error:
+        return (), str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+
+
 def _met(cluster: Ray) -> tuple[Sequence[float], str]:
     """The bytes per second of each process that met the others, and what was in the way."""
 
@@ -67,18 +76,3 @@ def _met(cluster: Ray) -> tuple[Sequence[float], str]:
         return cluster.at_once(meet, asked, within_s=MEETING_S), ""
     except LaunchError as error:
         return (), str(error)
-
-
-def _is_open(address: str) -> bool:
-    """Whether a stranger is let in: a process that knows of no token, neither from its environment nor from its home."""
-    with tempfile.TemporaryDirectory() as home:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        stranger = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False)"
-        try:
-            done = subprocess.run(
-                [sys.executable, "-c", stranger, address], env=kept | {"HOME": home, "RAY_AUTH_MODE": "disabled"},
-                capture_output=True, timeout=WITHOUT_TOKEN_S, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return False
-    return done.returncode == 0

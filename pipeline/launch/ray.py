@@ -12,7 +12,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -195,10 +195,13 @@ class Ray:
         return [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in self._nodes()]
 
     def joining(self) -> list[str]:
+        return ["--address", self.address or self.found_at(), "--workers", str(self.workers)]
+
+    def found_at(self) -> str:
+        """The address by which others find this cluster, whatever there is in their environment."""
         import ray
 
-        address = self.address or ray.get_runtime_context().gcs_address
-        return ["--address", address, "--workers", str(self.workers)]
+        return self.address if self.address not in (None, "auto") else ray.get_runtime_context().gcs_address
 
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
         import ray
@@ -304,10 +307,15 @@ def _heard() -> Iterator[list[str]]:
 
 def _reason(error: Exception, said: Sequence[str]) -> str:
     """Ray 2.60 raises that nobody is there, also where somebody is and refused its token."""
-    if any("InvalidAuthToken" in line for line in said):
+    if refused_token(said):
         shown = "shows another" if os.environ.get("RAY_AUTH_MODE") == "token" else "shows none"
         return f"it wants its token and this client {shown}; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that has it"
     return f"{str(error).splitlines()[0]}; is it running?"
+
+
+def refused_token(said: Iterable[str]) -> bool:
+    """Whether lines that Ray's C++ wrote to stderr tell of a token that was missing or another (2.60)."""
+    return any("InvalidAuthToken" in line for line in said)
 
 
 def _offer_token() -> None:

@@ -20,7 +20,8 @@ LONGEST_NAME = 47  # KubeRay 1.7.0: it makes longer names of it, which must fit 
 def render(order: Order) -> str:
     """The RayJob of the order's folder with name, entrypoint, image and pods of the order, as YAML.
 
-    There are as many pods as the workers need, and never fewer: the driver counts what is there when it starts.
+    There are as many pods as the workers need, and never fewer: the driver counts what is there when it starts. A range of
+    workers begins with the pods that its least number needs; Ray's autoscaler adds some, up to those of its largest.
 
     Raises:
         ValueError: Kubernetes would not take the name or the image, the folder has no RayJob or is too small for so many workers,
@@ -57,7 +58,9 @@ def _fill(job: dict[str, Any], order: Order) -> None:
     pods = [part["template"]["spec"] for part in (cluster["headGroupSpec"], group)]
     _refuse_unless_shared(order, pods)
     limits = pods[1]["containers"][0]["resources"]["limits"]
-    group["replicas"] = group["minReplicas"] = group["maxReplicas"] = _pods(order, limits, most=group["maxReplicas"])
+    least, most = (_pods(order, workers, limits, most=group["maxReplicas"]) for workers in (order.sizes[0], order.sizes[-1]))
+    group["replicas"] = group["minReplicas"] = least
+    group["maxReplicas"] = most
     job["metadata"]["name"] = order.name
     job["spec"]["entrypoint"] = shlex.join(_entrypoint(order, gpus=_gpus(limits) > 0))
     for pod in pods:
@@ -87,25 +90,25 @@ def _stays_what_it_is(image: str) -> bool:
 def _entrypoint(order: Order, *, gpus: bool) -> list[str]:
     """One shell reads it, on the head, where there is no GPU to be found: so which device is said."""
     words = ["spiketrain", "launch", *order.words, "--name", order.name, "--runs", order.runs, "--address", "auto"]
-    words += ["--workers", str(order.workers)]
+    words += ["--workers", order.asked]
     if _option(order.words, "--device") is None:
         words += ["--device", "gpu" if gpus else "cpu"]
     return [*words, "--or-resume"]
 
 
-def _pods(order: Order, limits: dict[str, Any], *, most: int) -> int:
-    """How many pods hold the order's workers: each takes a GPU, if the pods have any, and its cores."""
+def _pods(order: Order, workers: int, limits: dict[str, Any], *, most: int) -> int:
+    """How many pods hold so many of the order's workers: each takes a GPU, if the pods have any, and its cores."""
     asked = _option(order.words, "--cpus-per-worker") or "1"
     if not asked.isdecimal() or int(asked) < 1:
         raise ValueError(f"k8s: --cpus-per-worker must be a whole number >= 1; got {asked!r}")
     room = _cpus(limits) // int(asked)
     if _gpus(limits) and _option(order.words, "--device") != "cpu":
         room = min(room, _gpus(limits))
-    pods = math.ceil(order.workers / room) if room else None
+    pods = math.ceil(workers / room) if room else None
     if pods is None or pods > most:
         each = f"{_cpus(limits)} cores" + (f" and {_gpus(limits)} GPUs" if _gpus(limits) else "")
         raise ValueError(
-            f"k8s: {order.workers} workers x {asked} cpus must fit into pods of {each}, of which {order.infra} has {most}: "
+            f"k8s: {workers} workers x {asked} cpus must fit into pods of {each}, of which {order.infra} has {most}: "
             f"room for {most * room} workers"
         )
     return pods

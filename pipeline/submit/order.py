@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.counts import is_count
+from pipeline.elastic import told
+
 OWN = ("--name", "--runs", "--address", "--workers", "--or-resume", "--inline")
 """options of a launch that follow from the order, or that no scheduler has a use for"""
 
@@ -16,7 +19,8 @@ class Order:
     Args:
         words: what `spiketrain launch` is given: recipes, and options other than OWN.
         name: of the run or suite, and of the job.
-        workers: processes that train together.
+        workers: processes that train together; several numbers, ascending: as many of these as there is room for, from time to
+            time; None: as many as the scheduler's template makes of the machines.
         image: the container image that the machines use (empty: none).
         runs: where runs live, as the machines that train see it.
         infra: the scheduler's folder of templates, such as infra/slurm or infra/k8s/overlays/cpu/job.
@@ -24,7 +28,7 @@ class Order:
 
     words: tuple[str, ...]
     name: str
-    workers: int
+    workers: int | tuple[int, ...] | None
     image: str
     runs: str
     infra: Path
@@ -40,5 +44,18 @@ class Order:
             option = word.partition("=")[0]
             if option in OWN:
                 raise ValueError(f"order: {option} is the job's own to say; got it among the words of the launch")
-        if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 1:
+        if self.workers is not None and not (self.sizes and all(is_count(each) for each in self.sizes)):
             raise ValueError(f"order: workers must be 1 or more; got {self.workers!r}")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Every number of workers that the run may have; none where the scheduler's template says how many."""
+        if self.workers is None:
+            return ()
+        return self.workers if isinstance(self.workers, tuple) else (self.workers,)
+
+    @property
+    def asked(self) -> str:
+        """The word after --workers."""
+        assert self.sizes, "only a template that makes a number of the machines is given none"
+        return told(self.sizes)

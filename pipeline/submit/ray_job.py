@@ -27,7 +27,7 @@ def render(order: Order, *, address: str) -> str:
     if order.image:
         raise ValueError(f"ray: a cluster that is up trains with what is installed there; got --image {order.image}")
     launch = ["spiketrain", "launch", *order.words, "--name", order.name, "--runs", order.runs, "--address", "auto"]
-    launch += ["--workers", str(order.workers), "--or-resume"]
+    launch += ["--workers", order.asked, "--or-resume"]
     # A job's name is used up with its end, unlike a run's: the same order again goes on with the run in a new job.
     job = f"{order.name}-{uuid4().hex[:8]}"
     http = "http://" + address.removeprefix(SCHEME)

@@ -30,7 +30,7 @@ def render(order: Order, *, nodes: int, gpus_per_node: int, time: str, partition
     variables = {
         "words": f"({shlex.join(order.words)})",
         "runs": shlex.quote(order.runs),
-        "workers": str(order.workers),
+        "workers": "" if order.workers is None else order.asked,  # without any the script takes one for each GPU, or node
         "image": shlex.quote(order.image),
     }
     script = _script(order)
@@ -54,9 +54,11 @@ def submit(rendered: str) -> str:
 def _refuse_unless_it_fits(order: Order, *, nodes: int, gpus_per_node: int) -> None:
     if nodes < 1 or gpus_per_node < 0:
         raise ValueError(f"slurm: nodes must be 1 or more, gpus_per_node 0 or more; got {nodes} and {gpus_per_node}")
-    if gpus_per_node and order.workers > nodes * gpus_per_node:
+    if len(order.sizes) > 1:
+        raise ValueError(f"slurm: the nodes of a job stay as many as they are, so workers must be one number; got {order.asked}")
+    if gpus_per_node and order.sizes and order.sizes[0] > nodes * gpus_per_node:
         gpus = f"{nodes} nodes x {gpus_per_node} GPUs"
-        raise ValueError(f"slurm: each worker takes a GPU; got {order.workers} workers on {gpus}")
+        raise ValueError(f"slurm: each worker takes a GPU; got {order.asked} workers on {gpus}")
 
 
 def _script(order: Order) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.doctor.findings import Finding, of_clocks, of_mlflow, of_network, of_nodes, of_token
 from pipeline.doctor.node import PACKAGES, Node
+from pipeline.doctor.stranger import Stranger
 
 NODE = Node(
     name="one",
@@ -22,6 +23,8 @@ NODE = Node(
     free_bytes=10**11,
     threading_layer="tbb",
     ffcv="ok",
+    device="cpu",
+    off={"neuron": 1e-7, "1-bit": 3e-7},
     locks={},
 )
 OTHER = replace(NODE, name="two")
@@ -33,7 +36,7 @@ def not_ok(*nodes: Node, needed: float = 1e9) -> list[Finding]:
 
 def test_nodes_that_are_well_and_alike() -> None:
     assert not_ok(NODE, OTHER) == []
-    assert len([*of_nodes([NODE, OTHER], runs="/r", needed_bytes=1)]) == 2 + 2 * 4
+    assert len([*of_nodes([NODE, OTHER], runs="/r", needed_bytes=1)]) == 2 + 2 * 5
 
 
 @pytest.mark.parametrize(
@@ -46,6 +49,8 @@ def test_nodes_that_are_well_and_alike() -> None:
         (replace(OTHER, free_bytes=10**8), "storage", "bad", "0.1 GB are free"),
         (replace(OTHER, ffcv="failed: ImportError: libtbb"), "ffcv", "bad", "two: failed: ImportError: libtbb"),
         (replace(OTHER, threading_layer="failed: no layer"), "threads", "bad", "no layer"),
+        (replace(OTHER, off={"neuron": 0.0, "1-bit": 2e-3}), "ops", "bad", "two: 1-bit on cpu is off by 2.0e-03 of what it"),
+        (replace(OTHER, off={"neuron": "failed: x", "1-bit": 0.0}), "ops", "bad", "two: neuron on cpu failed: x"),
         (replace(OTHER, locks={"/x/lock": 3600.0}), "locks", "bad", "/x/lock is locked for 60 min"),
     ],
 )
@@ -77,7 +82,14 @@ def test_the_network() -> None:
 
 
 def test_a_cluster_that_lets_strangers_in() -> None:
-    assert of_token(True, "h:1").state == "bad" and of_token(False, "h:1").state == "ok"
+    told = {state: of_token(Stranger(outcome=state, said="no route"), "h:1") for state in ("let in", "refused", "unclear")}
+    assert {state: found.state for state, found in told.items()} == {"let in": "bad", "refused": "ok", "unclear": "look"}
+    assert told["unclear"].told.endswith("could not be told: no route") and told["unclear"].advice
+
+
+def without_login(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("USERNAME", "PASSWORD", "TOKEN"):
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
 
 
 @contextmanager
@@ -97,8 +109,7 @@ def server(*, password: str | None) -> Iterator[str]:
 
 
 def test_a_tracking_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-        monkeypatch.delenv(name, raising=False)
+    without_login(monkeypatch)
     with server(password="Basic bWU6cGFzcw==") as place:  # me:pass
         assert of_mlflow(f"http://{place}").told.endswith("refuses this user")
         found = of_mlflow(f"http://me:pass@{place}")
@@ -107,3 +118,22 @@ def test_a_tracking_server(monkeypatch: pytest.MonkeyPatch) -> None:
         assert of_mlflow(f"http://{place}").state == "look"
     assert of_mlflow(f"http://{place}").state == "bad"
     assert of_mlflow("sqlite:///x.db").state == "ok"
+
+
+def test_a_login_is_shown_as_mlflow_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A password with @ in it, quoted in the address; a token, which counts where there is no name and password."""
+    without_login(monkeypatch)
+    with server(password="Basic bWU6cEBzcw==") as place:  # me:p@ss
+        found = of_mlflow(f"http://me:p%40ss@{place}")
+        assert found.state == "ok" and "p%40ss" not in found.told
+        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "tok")
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "p@ss")
+        assert of_mlflow(f"http://{place}").state == "ok"
+    with server(password="Bearer tok") as place:
+        assert of_mlflow(f"http://{place}").told.endswith("refuses this user")
+        without_login(monkeypatch)
+        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "tok")
+        found = of_mlflow(f"http://{place}")
+        assert found.state == "ok" and "tok" not in found.told
+        assert of_mlflow(f"http://me:p%40ss@{place}").state == "bad"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 
-from pipeline.doctor import meeting
-from pipeline.doctor.meeting import Meeting, meet
+from pipeline.doctor import meeting, visit
+from pipeline.doctor.meeting import Meeting, meet, meet_here
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 
@@ -25,6 +28,34 @@ def test_two_add_up() -> None:
     with ProcessPoolExecutor(2, get_context("spawn")) as two:
         speeds = [each.result(60) for each in [two.submit(meet, where, rank) for rank in range(2)]]
     assert len(speeds) == 2 and all(1e7 < each < 1e12 for each in speeds)
+
+
+def test_cards_of_one_machine_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over gloo, where there are no cards; `doctor` asks for NCCL."""
+    assert visit._met_here(0) == visit._met_here(1) == ((), "")
+    monkeypatch.setattr(visit, "meet_here", lambda size, *, backend: meet_here(size, backend={"nccl": "gloo"}[backend]))
+    speeds, error = visit._met_here(2)
+    assert error == "" and len(speeds) == 2 and all(1e7 < each < 1e12 for each in speeds)
+
+
+def unless_second(where: Meeting, rank: int, patience_s: float) -> float:
+    return 0.0 if rank == 1 else meet(where, rank, patience_s=patience_s)
+
+
+def test_cards_that_do_not_meet_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "_meet_on_card", unless_second)
+    monkeypatch.setattr(visit, "meet_here", lambda size, *, backend: meet_here(size, backend="gloo", patience_s=3))
+    speeds, error = visit._met_here(2)
+    assert list(speeds) == [] and re.search("(?i)timed? ?out", error)
+
+
+def test_the_doctor_has_a_machines_own_cards_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = visit.examine
+    monkeypatch.setattr(visit, "examine", lambda asked: replace(known(asked), gpus=("A", "A")))
+    monkeypatch.setattr(visit, "meet_here", lambda size, *, backend: [2e9] * size)
+    found = {each.check: each for each in visit.visit(tmp_path, address=None, checkpoint_bytes=0, keep=1)}
+    assert found["network"].told.startswith("2 processes add up with 2.00 GB/s")
+    assert found["ops"].state == "ok"
 
 
 def test_what_is_counted_is_what_a_ring_sends_over_a_link(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,19 @@ POD = {
     *("runtimeClassName", "securityContext", "serviceAccountName", "terminationGracePeriodSeconds", "tolerations", "volumes"),
 }
 CONTAINER = {
-    *("args", "command", "env", "envFrom", "image", "imagePullPolicy", "name", "ports", "resources", "securityContext"),
+    *(
+        "args",
+        "command",
+        "env",
+        "envFrom",
+        "image",
+        "imagePullPolicy",
+        "lifecycle",
+        "name",
+        "ports",
+        "resources",
+        "securityContext",
+    ),
     *("volumeMounts", "workingDir"),
 }
 VOLUME = {"configMap", "emptyDir", "name", "persistentVolumeClaim", "secret"}

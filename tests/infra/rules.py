@@ -57,7 +57,7 @@ def closed(manifest: Manifest) -> Iterator[str]:
     if manifest["kind"] in ("Service", "Ingress", "Route", "Gateway"):
         yield f"a {manifest['kind']} must not lie among the manifests"
     for path, text in _texts(manifest):
-        if "0.0.0.0" in text or "::" in text:
+        if "0.0.0.0" in text or re.search(r"(^|\W)::", text):  # ray:: is the title of a process
             yield f"{path}: must not name every interface; got {text!r}"
     for spec in _clusters(manifest):
         head = spec["headGroupSpec"]
@@ -126,8 +126,44 @@ def scale(manifest: Manifest) -> Iterator[str]:
             least, now, most = (group.get(name) for name in ("minReplicas", "replicas", "maxReplicas"))
             if None in (least, now, most) or not 0 <= least <= now <= most or most < 1:
                 yield f"replicas must lie between minReplicas and maxReplicas; got {now} of {least} to {most}"
-            if manifest["kind"] == "RayJob" and least != now:
-                yield f"a RayJob's minReplicas must be its replicas, {now}, which its driver counts on; got {least}"
+            if manifest["kind"] == "RayJob" and None not in (least, now, most):
+                yield from _room(manifest, group)
+
+
+def _room(manifest: Manifest, group: Manifest) -> Iterator[str]:
+    """The driver counts on its least number of workers when it starts, and never has more than its largest."""
+    words = manifest["spec"]["entrypoint"].split()
+    told = {name: words[words.index(name) + 1] for name in ("--workers", "--cpus-per-worker", "--device") if name in words}
+    numbers = [int(each) for each in re.split("[:,]", told.get("--workers", "1"))]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    room = int(limits["cpu"]) // int(told.get("--cpus-per-worker", 1))
+    if told.get("--device") == "gpu":
+        room = min(room, int(limits["nvidia.com/gpu"]))
+    for name, workers in (("minReplicas", numbers[0]), ("maxReplicas", numbers[-1])):
+        if group[name] * room < workers:
+            yield f"a RayJob's {name} must hold {workers} workers, {room} in each pod; got {group[name]}"
+    if len(numbers) == 1 and group["minReplicas"] != group["replicas"]:
+        yield f"a RayJob's minReplicas must be its replicas, {group['replicas']}, all of which train; got {group['minReplicas']}"
+
+
+def departure(manifest: Manifest) -> Iterator[str]:
+    """A pod that is taken away has what trains saved first, within the time that it is given."""
+    for spec in _clusters(manifest):
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            pod, is_head = group["template"]["spec"], group is spec["headGroupSpec"]
+            grace = pod.get("terminationGracePeriodSeconds", 30)  # Kubernetes' own
+            if grace < 120:
+                yield f"a pod's terminationGracePeriodSeconds must be 120 or more; got {grace}"
+            container = pod["containers"][0]
+            hook = " ".join(container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ()))
+            if is_head and "kill -USR1" not in hook:
+                yield f"{container['name']}: preStop must ask the driver to save with SIGUSR1; got {hook!r}"
+            if not is_head:
+                found = re.search(r"ray drain-node .*--deadline-remaining-seconds (\d+)", hook)
+                if found is None or "--reason DRAIN_NODE_REASON_PREEMPTION" not in hook:
+                    yield f"{container['name']}: preStop must drain the node for a preemption, with a deadline; got {hook!r}"
+                elif int(found[1]) >= grace:
+                    yield f"{container['name']}: the deadline must lie before the end of the pod, {grace} s; got {found[1]}"
 
 
 def storage(manifest: Manifest) -> Iterator[str]:
@@ -170,7 +206,7 @@ def policy(manifest: Manifest) -> Iterator[str]:
             yield f"the policy must let in its own pods, and the operator at port 8265; got {rule}"
 
 
-RULES = (authentication, secrets, user, closed, retries, head, loss_of_a_node, scale, storage, policy)
+RULES = (authentication, secrets, user, closed, retries, head, loss_of_a_node, scale, departure, storage, policy)
 
 
 def versions(manifest: Manifest, *, ray: str, spiketrain: str) -> Iterator[str]:

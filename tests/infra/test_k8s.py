@@ -159,9 +159,13 @@ BROKEN_FIELDS = [
         "RayJob.spec.rayClusterSpec.workerGroupSpecs[0].template.spec.container: is unknown",
     ),
     ((*CONTAINER, "resources", "limits"), ["cpu"], "containers[0].resources.limits: must be an object; got ['cpu']"),
+    ((*CONTAINER, "lifecycle", "preStop", "exec", "command"), "ray", "preStop.exec.command: must be a list; got 'ray'"),
+    ((*CONTAINER, "lifecycle", "prestop"), {}, "containers[0].lifecycle.prestop: is unknown"),
     ((*CONTAINER, "volumeMounts"), {}, "containers[0].volumeMounts: must be a list; got {}"),
 ]
 SECRET = {"name": "MLFLOW_TRACKING_PASSWORD", "value": "x"}
+PRE_STOP = (*CONTAINER, "lifecycle", "preStop", "exec")
+DRAINED_LATE = ["ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --deadline-remaining-seconds 300"]
 BROKEN_RULES = [
     (("spec", "rayClusterSpec", "authOptions", "mode"), "disabled", "authOptions must be mode: token"),
     (("spec", "rayClusterSpec", "authOptions"), GONE, "authOptions must be mode: token; got None"),
@@ -175,6 +179,7 @@ BROKEN_RULES = [
     ((*CONTAINER, "securityContext", "allowPrivilegeEscalation"), True, "ray-worker: must drop all capabilities and allow no"),
     (("spec", "rayClusterSpec", "autoscalerOptions", "securityContext"), GONE, "autoscaler: must drop all capabilities"),
     ((*HEAD, "rayStartParams", "dashboard-host"), "0.0.0.0", "dashboard-host: must not name every interface"),
+    ((*HEAD, "rayStartParams", "dashboard-host"), "::", "dashboard-host: must not name every interface"),
     ((*HEAD, "serviceType"), "LoadBalancer", "serviceType must be ClusterIP; got LoadBalancer"),
     ((*HEAD, "enableIngress"), True, "the head must have no enableIngress"),
     ((*HEAD, "template", "spec", "containers", 0, "ports"), [], "the head's ports must be gcs-server and dashboard"),
@@ -192,6 +197,13 @@ BROKEN_RULES = [
     (("spec", "rayClusterSpec", "enableInTreeAutoscaling"), False, "the autoscaler must be on"),
     ((*GROUP, "maxReplicas"), 0, "replicas must lie between minReplicas and maxReplicas; got 1 of 1 to 0"),
     ((*GROUP, "minReplicas"), 0, "a RayJob's minReplicas must be its replicas, 1"),
+    ((*GROUP, "minReplicas"), 0, "a RayJob's minReplicas must hold 8 workers, 8 in each pod; got 0"),
+    (("spec", "entrypoint"), "spiketrain launch x.py --workers 8:24 --device gpu", "maxReplicas must hold 24 workers, 8 in each"),
+    ((*POD, "terminationGracePeriodSeconds"), GONE, "terminationGracePeriodSeconds must be 120 or more; got 30"),
+    ((*CONTAINER, "lifecycle"), GONE, "ray-worker: preStop must drain the node for a preemption, with a deadline; got ''"),
+    ((*PRE_STOP, "command"), ["ray", "drain-node", "--reason", "DRAIN_NODE_REASON_IDLE_TERMINATION"], "must drain the node for"),
+    ((*PRE_STOP, "command"), DRAINED_LATE, "the deadline must lie before the end of the pod, 120 s; got 300"),
+    ((*HEAD, "template", "spec", "containers", 0, "lifecycle", "preStop"), GONE, "ray-head: preStop must ask the driver to save"),
     ((*POD, "volumes", 2), {"name": "runs", "emptyDir": {}}, "/shared/runs must be the claim spiketrain-runs"),
     ((*POD, "volumes", 0, "emptyDir", "medium"), GONE, "/dev/shm must be an emptyDir of Memory"),
     ((*POD, "volumes", 0, "emptyDir", "sizeLimit"), "200Gi", "/dev/shm must take at most half of the memory"),

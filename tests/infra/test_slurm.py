@@ -305,6 +305,15 @@ def test_neither_gpus_nor_a_partition_unless_asked_for(order: Callable[..., Orde
     assert "gpus-per-node=" not in rendered and "partition=" not in rendered
 
 
+def test_workers_that_nobody_counted_are_one_for_each_gpu(slurm: Slurm, order: Callable[..., Order]):
+    script = slurm.folder / "job"
+    script.write_text(render(order(workers=None), nodes=2, gpus_per_node=8, time="10"))
+    slurm.start(script, SPIKETRAIN_WORKERS="3")
+
+    assert slurm.end()[0] == 0
+    assert " --workers 16 " in (slurm.folder / "driver.words").read_text().replace("\n", " ")
+
+
 def test_an_image_is_what_srun_is_given(slurm: Slurm, order: Callable[..., Order]):
     script = slurm.folder / "job"
     script.write_text(render(order(image="registry/spike train:1"), nodes=2, gpus_per_node=8, time="10"))
@@ -324,6 +333,7 @@ def test_an_image_is_what_srun_is_given(slurm: Slurm, order: Callable[..., Order
         ({"runs": "/a\nrm -rf /"}, "runs must be free of control characters"),
         ({"image": "a\x00b"}, "image must be free of control characters"),
         ({"workers": 17}, "got 17 workers on 2 nodes x 8 GPUs"),
+        ({"workers": (2, 3, 4)}, "the nodes of a job stay as many as they are, so workers must be one number; got 2:4"),
         ({"infra": Path("/nowhere")}, "the template of the job cannot be read"),
     ],
 )

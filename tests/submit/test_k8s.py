@@ -14,6 +14,7 @@ from pipeline.submit.k8s import render, submit
 from pipeline.submit.kustomize import containers
 from pipeline.submit.order import Order
 from tests.infra.crd import GOLDEN, misfits
+from tests.infra.rules import RULES
 
 OVERLAYS = Path(__file__).parents[2] / "infra" / "k8s" / "overlays"
 NAME = "k8s: name must be lower-case letters, digits and inner -, begin with a letter, and be at most 47 long (RFC 1123, KubeRay)"
@@ -62,6 +63,14 @@ def test_there_are_as_many_pods_as_the_workers_need(size: str, workers: int, wor
     assert [group[name] for name in ("minReplicas", "replicas", "maxReplicas")] == [pods] * 3
 
 
+def test_workers_that_come_and_go_begin_with_the_pods_of_the_fewest() -> None:
+    job = yaml.safe_load(render(order(workers=(16, 24, 32))))
+    group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    assert [group[name] for name in ("minReplicas", "replicas", "maxReplicas")] == [2, 2, 4]
+    assert " --workers 16,24,32 " in job["spec"]["entrypoint"]
+    assert [complaint for rule in RULES for complaint in rule(job)] == []
+
+
 @pytest.mark.parametrize(("size", "device"), [("cpu", "cpu"), ("one-node-8-gpus", "gpu")])
 def test_the_device_is_that_of_the_pods_unless_said(size: str, device: str) -> None:
     words = yaml.safe_load(render(order(size, workers=1, words=("recipe.py",))))["spec"]["entrypoint"].split()
@@ -97,6 +106,7 @@ def test_words_reach_the_command_as_they_are() -> None:
         ({"runs": "runs"}, "k8s: runs must be an absolute path without ..; got 'runs'"),
         ({"runs": "/shared/runs/../../etc"}, "k8s: runs must be an absolute path without ..; got '/shared/runs/../../etc'"),
         ({"workers": 33}, "must fit into pods of 64 cores and 8 GPUs, of which"),
+        ({"workers": (8, 40)}, "k8s: 40 workers x 8 cpus must fit into pods of 64 cores and 8 GPUs, of which"),
         ({"words": ("a.py", "--cpus-per-worker", "65")}, "job has 4: room for 0 workers"),
         ({"words": ("a.py", "--cpus-per-worker", "x")}, "k8s: --cpus-per-worker must be a whole number >= 1; got 'x'"),
         ({"runs": "/tmp/runs"}, "(/shared/runs); got '/tmp/runs'"),

@@ -30,6 +30,8 @@ ORDER = Order(
         ("workers", 0, "workers must be 1 or more; got 0"),
         ("workers", True, "workers must be 1 or more; got True"),
         ("workers", 2.0, "workers must be 1 or more; got 2.0"),
+        ("workers", (), "workers must be 1 or more; got ()"),
+        ("workers", (0, 1), "workers must be 1 or more; got (0, 1)"),
     ],
 )
 def test_a_bad_field_is_refused_in_one_line(field: str, value: Any, said: str) -> None:
