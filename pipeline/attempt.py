@@ -350,13 +350,9 @@ class Attempt:
             yield
 
     def _save(self, *, score: float | None, owes: bool = False) -> None:
-        kept = (*self.backend.network.parameters(), *(b for b in self.parts.rule.buffers() if b.is_floating_point()))
-        if not all(bool(value.isfinite().all()) for value in kept):  # the same on every rank
-            raise Diverged(
-                f"training: weights and what the rule learnt must be finite to be saved; they are not after step {self.step}"
-            )
         if self.recipe.replicas_every:
             self._compare_replicas()  # a checkpoint holds the weights of one rank
+        self.ranks.together(self._check_finite)
         totals = self.meters.over_ranks(self.ranks.max, self.ranks.mean)
         about = {"score": score, "owes": owes, "totals": totals, "learnt": self.learnt, "guard": self.guard.told()}
         trainer = told_in_checkpoint(self.parts, step=self.step, **about)
@@ -366,6 +362,13 @@ class Attempt:
             state = {"buffers": buffers, "weights": weights}
             self._tell_saved(self.parts.checkpoints.save(self.step, self.backend, self.parts.rule, trainer, **state))
         self.saved_at, self.saved_step = time.monotonic(), self.step
+
+    def _check_finite(self) -> None:
+        kept = (*self.backend.network.parameters(), *(b for b in self.parts.rule.buffers() if b.is_floating_point()))
+        if not all(bool(value.isfinite().all()) for value in kept):
+            raise Diverged(
+                f"training: weights and what the rule learnt must be finite to be saved; they are not after step {self.step}"
+            )
 
     def _wait_for_checkpoint(self) -> None:
         """The one that is being written counts from here on; collective."""

@@ -44,9 +44,11 @@ def halve(run: Path, split: Split) -> int:
     """Note that not even `split.micro_batch` samples fit; how many are tried next.
 
     Raises:
-        Refused: one sample is too many.
+        ValueError: one sample is too many; of several ranks the others do not know yet.
     """
     if split.micro_batch == 1:
-        raise Refused("training: the device's memory runs out with one sample at a time; take a smaller network, or more memory")
+        raise ValueError(
+            "training: the device's memory runs out with one sample at a time; take a smaller network, or more memory"
+        )
     write_json(run / FILE, split.micro_batch // 2)
     return split.micro_batch // 2

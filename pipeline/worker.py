@@ -100,21 +100,26 @@ def _attempt(
         ranks.raise_if_gone(error)
         raise refusal_of(error) from error
     try:
-        return _run_on_whole_pages(attempt)
+        return _run_in_memory(attempt, ranks, tracker)
     except Refused:
         raise  # every rank knows
-    except torch.OutOfMemoryError as error:
-        samples = halve(Path(job.run), attempt.parts.split)
-        tracker.event("smaller", step=attempt.step, micro_batch=samples, reason=str(error))
-        if ranks.size > 1:
-            raise  # the others wait for this rank: only its death frees them
-        raise Smaller from None  # without the frames, which hold what has to go
     except ValueError as error:
         ranks.raise_if_gone(error)
         if ranks.size > 1:  # the others wait for this rank: only its death frees them, and then the note speaks to all
             note_refusal(Path(job.run), error)
             raise
         raise refusal_of(error) from error
+
+
+def _run_in_memory(attempt: Attempt, ranks: Ranks, tracker: Tracker) -> dict[str, Any] | None:
+    try:
+        return _run_on_whole_pages(attempt)
+    except torch.OutOfMemoryError as error:
+        samples = halve(Path(attempt.parts.job.run), attempt.parts.split)
+        tracker.event("smaller", step=attempt.step, micro_batch=samples, reason=str(error))
+        if ranks.size > 1:
+            raise  # the others wait for this rank: only its death frees them
+        raise Smaller from None  # without the frames, which hold what has to go
 
 
 def _run_on_whole_pages(attempt: Attempt) -> dict[str, Any] | None:

@@ -52,7 +52,7 @@ class Background:
     ) -> None:
         self.place, self.name, self.rank, self.ranks, self.on_whole = place, name, rank, ranks, on_whole
         self.temp = place.staging / f".writing-{attempt}-{name}"
-        self.seconds, self.bytes = 0.0, 0
+        self.seconds, self.bytes, self.address = 0.0, 0, ""
         self.part: Future[None] = Future()
         """this rank's files are where they belong"""
         self.whole: Future[None] = Future()
@@ -83,7 +83,7 @@ class Background:
             if self.rank == 0:
                 facts |= self._others(time.monotonic() - began)
                 seal(self.temp, facts)
-                self.place.finish(self.temp, self.name)
+                self.address = self.place.finish(self.temp, self.name)
                 self.bytes = sum(fact["bytes"] for fact in facts.values())
                 self.on_whole()
         except BaseException as error:

@@ -209,7 +209,7 @@ class Checkpoints:
 
     def _saved(self, flight: _InFlight) -> Saved:
         writing = flight.writing
-        return Saved(self.place.address(writing.name), flight.step, flight.stall_s, writing.seconds, writing.bytes)
+        return Saved(writing.address, flight.step, flight.stall_s, writing.seconds, writing.bytes)
 
 
 @dataclass(frozen=True)

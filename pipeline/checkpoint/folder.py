@@ -11,6 +11,9 @@ from typing import Any
 from pipeline.checkpoint.place import read_trainer
 from pipeline.disk import sync_folder
 
+_REPLACED = ".replaced-"  # whole, and counts again where its place is empty
+_DELETING = ".deleting-"
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -31,11 +34,15 @@ class Folder:
     def put(self, temp: Path, name: str, files: Iterable[str]) -> None:
         pass  # they are on the storage that they belong on
 
-    def finish(self, temp: Path, name: str) -> None:
-        if (self.folder / name).exists():  # a step redone after a rollback; the redone one is as good and surely whole
-            self.delete(name)
+    def finish(self, temp: Path, name: str) -> str:
+        replaced = self.folder / f"{_REPLACED}{name}"
+        if (self.folder / name).exists():  # redone after a rollback, or saved again with the score of its evaluation
+            (self.folder / name).rename(replaced)
         temp.rename(self.folder / name)
         sync_folder(self.folder)
+        if replaced.exists():  # not before the new one is there for good
+            self._delete(replaced, name)
+        return self.address(name)
 
     def fetch(self, name: str) -> Path:
         return self.folder / name
@@ -44,10 +51,7 @@ class Folder:
         return read_trainer(self.folder / name)
 
     def delete(self, name: str) -> None:
-        doomed = self.folder / f".deleting-{name}"
-        shutil.rmtree(doomed, ignore_errors=True)
-        (self.folder / name).rename(doomed)
-        shutil.rmtree(doomed)
+        self._delete(self.folder / name, name)
 
     def set_aside(self, name: str, suffix: str) -> str:
         moved = self.folder / "quarantine" / f"{name}-{suffix}"
@@ -59,8 +63,21 @@ class Folder:
         return _pin_of(self.folder / name).exists()
 
     def sweep(self) -> None:
-        for abandoned in (*self.folder.glob(".writing-*"), *self.folder.glob(".deleting-*")):
+        for replaced in self.folder.glob(f"{_REPLACED}*"):
+            name = replaced.name.removeprefix(_REPLACED)
+            if (self.folder / name).exists():
+                self._delete(replaced, name)
+            else:  # its writer died before the new one was in its place
+                replaced.rename(self.folder / name)
+        for abandoned in (*self.folder.glob(".writing-*"), *self.folder.glob(f"{_DELETING}*")):
             shutil.rmtree(abandoned)
+
+    def _delete(self, path: Path, name: str) -> None:
+        """Under a name from which nothing comes back."""
+        doomed = self.folder / f"{_DELETING}{name}"
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def step_folders(folder: Path) -> list[Path]:

@@ -37,8 +37,11 @@ class Place(Protocol):
         """Bring what one rank has written in `temp` to where it belongs; each rank calls it with its own files."""
         ...
 
-    def finish(self, temp: Path, name: str) -> None:
-        """All files are there and `temp` holds the manifest: make them a checkpoint, in the place of one of the same name."""
+    def finish(self, temp: Path, name: str) -> str:
+        """All files are there and `temp` holds the manifest: make them a checkpoint, in the place of one of the same name.
+
+        Its address. Whenever we die in the middle of this, the one or the other is whole, and found after a `sweep`.
+        """
         ...
 
     def fetch(self, name: str) -> Path:
@@ -62,7 +65,10 @@ class Place(Protocol):
         ...
 
     def sweep(self) -> None:
-        """Delete what writers left behind that died. For whoever holds the run's lock: see pipeline/writer.py."""
+        """Delete what writers left behind that died; what they had set aside comes back where nothing is in its place.
+
+        For whoever holds the run's lock: see pipeline/writer.py.
+        """
         ...
 
 

@@ -1,8 +1,10 @@
 """Checkpoints under any address that fsspec knows (s3://bucket/prefix, gs://..., memory://...): the manifest goes there last.
 
 An object store has no rename: a folder without a manifest is no checkpoint, and the manifest is the first to go when one is
-deleted. Files are written and summed on the run's own storage, brought to the address, and compared by size there; their
-sha256 is looked at when they come back. Credentials are the environment's (AWS_ACCESS_KEY_ID, ...), never part of an address.
+deleted. A step that is saved again goes into a folder of its own, step_00000120.1, then .2: of those that have a manifest the
+one with the highest number counts, and the others are deleted once it is there. Files are written and summed on the run's own
+storage, brought to the address, and compared by size there; their sha256 is looked at when they come back. Credentials are the
+environment's (AWS_ACCESS_KEY_ID, ...), never part of an address.
 """
 
 from __future__ import annotations
@@ -53,65 +55,89 @@ class Store:
             raise CheckpointError(f"checkpoints: an address must be one that fsspec can open; got {address}: {error}") from error
 
     def names(self) -> list[str]:
-        return [name for name in self._folders() if self.fs.exists(self._path(name, MANIFEST))]
+        return list(self._whole())
 
     def address(self, name: str) -> str:
-        return f"{self.url}/{name}"
+        return f"{self.url}/{self._whole().get(name, name)}"
 
     def put(self, temp: Path, name: str, files: Iterable[str]) -> None:
+        folder = self._next(name)  # the same on every rank: only `finish`, for which all parts have to be there, makes it another
         for file in files:
-            self._put(temp / file, self._path(name, file))
+            self._put(temp / file, self._path(folder, file))
 
-    def finish(self, temp: Path, name: str) -> None:
-        self._put(temp / MANIFEST, self._path(name, MANIFEST))
+    def finish(self, temp: Path, name: str) -> str:
+        folder = self._next(name)
+        self._put(temp / MANIFEST, self._path(folder, MANIFEST))
+        for other in self._folders():
+            if _name(other) == name and other != folder:
+                self._remove(other)
         shutil.rmtree(temp)
+        return f"{self.url}/{folder}"
 
     def fetch(self, name: str) -> Path:
-        here = self.staging / "fetched"
+        here, there = self.staging / "fetched", self._whole().get(name, name)
         shutil.rmtree(here, ignore_errors=True)
         folder = here / name
         folder.mkdir(parents=True)
-        if not self._get(name, MANIFEST, folder):
+        if not self._get(there, MANIFEST, folder):
             return folder
         try:
             files = read_manifest((folder / MANIFEST).read_bytes())
         except ValueError:
             return folder  # `damage` says so
         for file in files:
-            self._get(name, file, folder)
+            self._get(there, file, folder)
         return folder
 
     def trainer(self, name: str) -> dict[str, Any]:
-        return json.loads(self.fs.cat_file(self._path(name, TRAINER)))
+        return json.loads(self.fs.cat_file(self._path(self._whole().get(name, name), TRAINER)))
 
     def delete(self, name: str) -> None:
-        if self.fs.exists(self._path(name, MANIFEST)):
-            self.fs.rm_file(self._path(name, MANIFEST))
-        self.fs.rm(self._path(name), recursive=True)
+        for folder in self._folders():  # the one that counts last, or one that it replaced would count again
+            if _name(folder) == name:
+                self._remove(folder)
 
     def set_aside(self, name: str, suffix: str) -> str:
-        moved = f"quarantine/{name}-{suffix}"
-        self.fs.copy(self._path(name) + "/", self._path(moved) + "/", recursive=True)
+        folder = self._whole().get(name, name)
+        moved = f"quarantine/{folder}-{suffix}"
+        self.fs.copy(self._path(folder) + "/", self._path(moved) + "/", recursive=True)
         self.delete(name)
-        return self.address(moved)
+        return f"{self.url}/{moved}"
 
     def is_pinned(self, name: str) -> bool:
         return self.fs.exists(self._path(f"{name}.pinned"))
 
     def sweep(self) -> None:
         Folder(self.staging).sweep()
-        whole = set(self.names())
-        for name in self._folders():
-            if name not in whole:
-                self.fs.rm(self._path(name), recursive=True)
+        whole = set(self._whole().values())
+        for folder in self._folders():
+            if folder not in whole:
+                self._remove(folder)
+
+    def _whole(self) -> dict[str, str]:
+        """The folder of each checkpoint, by its name, oldest first."""
+        return {_name(folder): folder for folder in self._folders() if self.fs.exists(self._path(folder, MANIFEST))}
+
+    def _next(self, name: str) -> str:
+        """The folder for a checkpoint that is not whole yet."""
+        before = self._whole().get(name)
+        return name if before is None else f"{name}.{_number(before) + 1}"
+
+    def _remove(self, folder: str) -> None:
+        if self.fs.exists(self._path(folder, MANIFEST)):
+            self.fs.rm_file(self._path(folder, MANIFEST))
+        self.fs.rm(self._path(folder), recursive=True)
 
     def _folders(self) -> list[str]:
+        """Of checkpoints, whole or not, oldest first."""
         try:
             found = self.fs.ls(self.root, detail=False)
         except FileNotFoundError:
             return []
         names = (PurePosixPath(path).name for path in found)
-        return sorted(name for name in names if re.fullmatch(r"step_\d+", name))
+        return sorted(
+            (name for name in names if re.fullmatch(r"step_\d+(\.\d+)?", name)), key=lambda name: (_name(name), _number(name))
+        )
 
     def _put(self, file: Path, path: str) -> None:
         self.fs.put_file(str(file), path)
@@ -119,13 +145,22 @@ class Store:
         if there != here:
             raise OSError(errno.EIO, f"{there} of {here} bytes arrived", path)
 
-    def _get(self, name: str, file: str, folder: Path) -> bool:
+    def _get(self, there: str, file: str, folder: Path) -> bool:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.fs.get_file(self._path(name, file), str(folder / file))
+            self.fs.get_file(self._path(there, file), str(folder / file))
         except FileNotFoundError:
             return False
         return True
 
     def _path(self, *names: str) -> str:
         return "/".join((self.root, *names))
+
+
+def _name(folder: str) -> str:
+    return folder.partition(".")[0]
+
+
+def _number(folder: str) -> int:
+    """How many times its step had been saved before."""
+    return int(folder.partition(".")[2] or 0)

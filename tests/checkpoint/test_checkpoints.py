@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from pipeline.checkpoint import CheckpointError, Checkpoints, Folder, damage, pin, read_trainer, step_folders, verified
+from pipeline.checkpoint.sealed import facts_of, seal
 from tests.checkpoint.few import TRAINER, Counting, backend, restore, save
 
 
@@ -115,6 +117,52 @@ def test_a_step_that_is_redone_replaces_its_checkpoint(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, [3])
     save(checkpoints, 3, backend(8), Counting(), {**TRAINER, "score": 0.25})
     assert read_trainer(verified(Folder(tmp_path)))["score"] == 0.25
+
+
+class Killed(BaseException):
+    """Stands for a process that dies: nothing in the product catches it."""
+
+
+@pytest.mark.parametrize("call", range(5))
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    saved(tmp_path, [1, 3])
+    made = tmp_path / ".writing-a-step_00000003"
+    shutil.copytree(tmp_path / "step_00000003", made)
+    flip_a_byte(made / "model.safetensors")
+    seal(made, facts_of(made, [name for name in FILES if name != "manifest.json"]))
+    old, new = ((folder / "model.safetensors").read_bytes() for folder in (tmp_path / "step_00000003", made))
+    left, rename, remove = call, Path.rename, shutil.rmtree
+
+    def killed() -> bool:
+        nonlocal left
+        left -= 1
+        return left < 0
+
+    def renamed(self: Path, target: Path) -> Path:
+        if killed():
+            raise Killed
+        return rename(self, target)
+
+    def removed(path: Path, **how: Any) -> None:
+        if path.exists() and killed():
+            (path / "model.safetensors").unlink()  # in the middle of it
+            raise Killed
+        remove(path, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", renamed)
+        patch.setattr("pipeline.checkpoint.folder.shutil.rmtree", removed)
+        try:
+            Folder(tmp_path).finish(made, "step_00000003")
+            assert call == 4  # after two renames, one to the name of what goes, and its end
+        except Killed:
+            assert call < 4
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="b")
+    assert checkpoints.newest() == tmp_path / "step_00000003"
+    assert (tmp_path / "step_00000003" / "model.safetensors").read_bytes() == (old if call < 2 else new)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]
 
 
 def test_zero_state_of_other_workers_is_refused_with_the_reason(tmp_path: Path) -> None:

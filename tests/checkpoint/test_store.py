@@ -7,6 +7,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import fsspec
@@ -124,6 +125,60 @@ def test_an_upload_that_was_cut_short_is_no_checkpoint_and_is_swept(
     assert store(address, tmp_path).names() == ["step_00000001"]
     assert restore(checkpoints(address, tmp_path / "fresh"), backend(), Counting())["step"] == 1
     assert not any("step_00000002" in path for path in paths(address))
+
+
+@pytest.mark.parametrize(
+    ("how", "at"), [*(("put", name) for name in sorted(FILES)), ("removed", "rng_rank0.pt"), ("put", "nowhere")]
+)
+def test_a_step_that_is_saved_again_leaves_the_old_or_the_new_wherever_it_is_cut(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, how: str
+) -> None:
+    saving = checkpoints(address, tmp_path, keep=1)
+    save(saving, 1, backend(1), Counting(1), TRAINER)
+    save(saving, 2, backend(2), Counting(2), TRAINER)
+    put, fs = Store._put, saving.place.fs  # type: ignore[attr-defined]
+
+    def cut(self: Store, file: Path, path: str) -> None:
+        if path.endswith(f"/{at}"):
+            raise OSError(errno.ECONNRESET, "Connection reset by peer")
+        put(self, file, path)
+
+    def remove(path: str, recursive: bool = False) -> None:
+        for found in fs.find(path):
+            if found.endswith(f"/{at}"):
+                raise OSError(errno.ECONNRESET, "Connection reset by peer")
+            fs.rm_file(found)
+
+    with monkeypatch.context() as patch:
+        if how == "put":
+            patch.setattr(Store, "_put", cut)
+        else:
+            patch.setattr(fs, "rm", remove)
+        saving.save(2, backend(3), Counting(3), {**TRAINER, "score": 0.5})
+        with nullcontext() if at == "nowhere" else pytest.raises(OSError, match="Connection reset by peer"):
+            saving.wait()
+    is_new = how == "removed" or at == "nowhere"
+    assert store(address, tmp_path).names() == ["step_00000002"]
+    rule = Counting()
+    trainer = restore(checkpoints(address, tmp_path / "fresh", keep=1), backend(), rule)
+    assert (trainer["score"], rule.feedback[0]) == ((0.5, 3) if is_new else (None, 2))  # type: ignore[index]
+    folders = {path.split("/")[0] for path in paths(address)}
+    assert folders == {"step_00000002.1" if is_new else "step_00000002"}  # nothing is left of the other
+
+
+def test_a_step_that_is_saved_again_is_found_where_its_event_says(address: str, tmp_path: Path) -> None:
+    saving = checkpoints(address, tmp_path, keep=2)
+    told = [save(saving, 1, backend(), Counting(value), TRAINER).address for value in range(12)]
+    assert told == [f"{address}/step_00000001", *(f"{address}/step_00000001.{number}" for number in range(1, 12))]
+    place, rule = store(address, tmp_path), Counting()
+    assert place.names() == ["step_00000001"] and place.address("step_00000001") == told[-1]
+    assert paths(address) == {f"step_00000001.11/{name}" for name in FILES}
+    restore(checkpoints(address, tmp_path / "fresh"), backend(), rule)
+    assert rule.feedback[0] == 11  # type: ignore[index]
+    path = f"{place.root}/step_00000001.11/model.safetensors"
+    place.fs.pipe_file(path, place.fs.cat_file(path)[:-7])
+    assert checkpoints(address, tmp_path / "fresh").newest() is None
+    assert {found.split("-")[0] for found in paths(address)} == {"quarantine/step_00000001.11"}
 
 
 def test_what_arrives_shorter_than_it_was_is_told(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.attempt import Attempt
 from pipeline.guard import Skipped
@@ -127,3 +128,25 @@ def test_at_the_end_of_the_ladder_it_gives_up(tmp_path: Path, monkeypatch: pytes
 def test_a_ladder_without_rungs_is_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         small_recipe(**changes)
+
+
+@pytest.mark.distributed
+def test_weights_that_are_not_finite_on_one_rank_end_all(tmp_path: Path) -> None:
+    job = make_run(tmp_path / "run", small_recipe(backend="deepspeed", replicas_every=0))  # else the other's weights come back
+    said = "training: weights and what the rule learnt must be finite to be saved; they are not after step 3 (worker 1)"
+    assert run_ranks(_damaged_on_one, 2, tmp_path, job) == [said, said]
+
+
+def _damaged_on_one(rank: int, ranks: int, job: Job) -> str:
+    save = Attempt._save
+
+    def damaged(self: Attempt, **about: Any) -> None:
+        if rank == 1:
+            next(self.backend.network.parameters()).data.fill_(torch.nan)
+        save(self, **about)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Attempt, "_save", damaged)
+        with pytest.raises(Diverged) as told:
+            run(job, Place(rank, ranks))
+    return str(told.value)

@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing import ProcessRaisedException
 
+from pipeline.job import Job, Place
 from pipeline.refused import Refused
 from pipeline.rules.sltt import SLTT
 from pipeline.track.jsonl import read
 from pipeline.weights import load_run
-from tests.small import same_weights, small_recipe, train_inline
+from pipeline.worker import run
+from tests.processes import run_ranks
+from tests.small import make_run, same_weights, small_recipe, train_inline
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -49,6 +53,28 @@ def test_one_sample_that_does_not_fit_ends_the_run(tmp_path: Path, monkeypatch: 
     room_for(monkeypatch, 0)
     with pytest.raises(Refused, match="training: the device's memory runs out with one sample at a time"):
         train_inline(tmp_path / "hit", small_recipe())
+
+
+@pytest.mark.distributed
+def test_one_sample_that_does_not_fit_one_of_two_ranks_ends_the_run(tmp_path: Path) -> None:
+    """The rank dies of it, which frees the other; what it noted is what every rank of the next attempt ends with."""
+    job = make_run(tmp_path / "run", small_recipe(backend="deepspeed", micro_batch=1))
+    with pytest.raises(ProcessRaisedException):
+        run_ranks(_without_room_on_one, 2, tmp_path, job)
+    assert (tmp_path / "run" / "ended1").read_text() == "ValueError"  # no Refused, which would say that every rank knows
+    with pytest.raises(Refused, match="training: the device's memory runs out with one sample at a time"):
+        run(job, Place())
+
+
+def _without_room_on_one(rank: int, ranks: int, job: Job) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            room_for(patch, 0)
+        try:
+            run(job, Place(rank, ranks))
+        except Exception as error:
+            (Path(job.run) / f"ended{rank}").write_text(type(error).__name__)
+            raise
 
 
 def test_a_note_that_is_damaged_is_named(tmp_path: Path) -> None:

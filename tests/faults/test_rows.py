@@ -39,6 +39,10 @@ ROWS: dict[str, tuple[str, ...]] = {
         *(f"{WRITE}::test_killed_while_a_checkpoint_goes_to_s3_and_gone_on_with_in_a_fresh_folder",),
         *(f"{CHECKPOINT}::test_a_write_that_was_cut_short_is_no_checkpoint",),
     ),
+    "kill while a step is saved again": (
+        *(f"{CHECKPOINT}::test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_or_the_new",),
+        *("checkpoint/test_store.py::test_a_step_that_is_saved_again_leaves_the_old_or_the_new_wherever_it_is_cut",),
+    ),
     "disk full": (f"{WRITE}::test_a_full_disk_is_said_in_a_line_and_with_room_the_run_goes_on",),
     "kill while an old checkpoint is deleted": (f"{CHECKPOINT}::test_a_kill_while_an_old_checkpoint_is_deleted_is_survived",),
     "truncated, bit-flipped, missing checkpoint; missing manifest": (
