@@ -6,14 +6,15 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import IO, Literal
 
 from pipeline.launch.ray import refused_token
 
 KNOCK = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False)"
 PATIENCE_S = 60.0
-"""Ray 2.60 tries for some 20 s where its token is asked for"""
+"""for an answer, of whatever kind"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,22 +29,30 @@ class Stranger:
 
 def stranger(address: str, *, patience_s: float = PATIENCE_S) -> Stranger:
     """`address`: of the cluster itself, `host:port` or `ray://...`. `auto` would be looked up where a stranger cannot look."""
-    with tempfile.TemporaryDirectory() as home:  # with no token in it
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+    with tempfile.TemporaryDirectory() as home, tempfile.TemporaryFile() as stderr:  # a home with no token in it
+        knocking = subprocess.Popen(
+            [sys.executable, "-c", KNOCK, address], env=kept | {"HOME": home, "RAY_AUTH_MODE": "disabled"},
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr,
+        )  # fmt: skip
         try:
-            done = subprocess.run(
-                [sys.executable, "-c", KNOCK, address], env=kept | {"HOME": home, "RAY_AUTH_MODE": "disabled"},
-                capture_output=True, timeout=patience_s, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            lines, otherwise = _lines(error.stderr), f"no answer within {patience_s:.0f} s"
-        else:
-            if done.returncode == 0:
-                return Stranger(outcome="let in")
-            lines = _lines(done.stderr)
-            otherwise = lines[-1] if lines else f"it ended with {done.returncode}"
-    return Stranger(outcome="refused") if refused_token(lines) else Stranger(outcome="unclear", said=otherwise)
+            deadline = time.monotonic() + patience_s
+            while knocking.poll() is None and time.monotonic() < deadline:
+                if refused_token(_lines(stderr)):  # it would try for a minute
+                    return Stranger(outcome="refused")
+                time.sleep(0.2)
+            ended, lines = knocking.poll(), _lines(stderr)
+        finally:
+            knocking.kill()
+            knocking.wait()
+    if ended == 0:
+        return Stranger(outcome="let in")
+    if refused_token(lines):
+        return Stranger(outcome="refused")
+    otherwise = f"no answer within {patience_s:.0f} s" if ended is None else f"it ended with {ended}"
+    return Stranger(outcome="unclear", said=lines[-1] if ended is not None and lines else otherwise)
 
 
-def _lines(stderr: bytes | None) -> list[str]:
-    return [line.strip() for line in (stderr or b"").decode(errors="replace").splitlines() if line.strip()]
+def _lines(stderr: IO[bytes]) -> list[str]:
+    said = os.pread(stderr.fileno(), 1 << 20, 0)  # no seek: it writes where the file stands, which is the same for both
+    return [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
