@@ -276,6 +276,7 @@ def test_init_swaps_the_head_and_counts_every_other_mismatch(tmp_path: Path) -> 
     assert "9 of another shape: stem.0.weight ([4, 1, 3, 3] instead of [8, 1, 3, 3])" in str(refusal.value)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("path", TIERED, ids=str)
 def test_every_recipe_trains_in_small(tmp_path: Path, path: Path) -> None:
     for recipe in recipes_of(path):

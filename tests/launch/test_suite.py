@@ -204,21 +204,22 @@ def test_asked_to_stop_during_a_runs_last_batch_the_suite_stops_and_goes_on(
     places: Path, tmp_path: Path, spiketrain: Command
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, "first", 7, interrupt)
+        at_step(patch, "second", 7, interrupt)
         code, said, _ = spiketrain("launch", str(places / "lab_list.py"), "--inline", "--runs", str(tmp_path), "--name", "s")
     assert code == 130 and "stopped; go on with: spiketrain resume s --runs" in said.splitlines()[-1]
     runs = runs_of(tmp_path / "s")
-    assert state_of(runs["first"]) == "finished" and not runs["second"].exists()
+    assert [state_of(runs[name]) for name in ("first", "second")] == ["finished", "stopped"]  # its evaluation is still to come
+    assert not runs["third"].exists()
     [parent] = connect(f"sqlite:///{places}/mlflow.db").search_runs(
         [str(each.experiment_id) for each in connect(f"sqlite:///{places}/mlflow.db").search_experiments()],
         f"tags.`spiketrain.study_parent` = '{SuiteFile.read(tmp_path / 's').parent}' and tags.`spiketrain.kind` = 'suite'",
     )
-    assert parent.info.status == "KILLED"  # nobody drives it, though its only run has finished
+    assert parent.info.status == "KILLED"  # nobody drives it, though one of its runs has finished
     code, said, _ = spiketrain("compare", "s", "--runs", str(tmp_path))
     lines = said.splitlines()
     assert code == 0 and "SLTT-2" in said  # the table of the study so far
     assert [line for line in lines if line.startswith("not finished: ")] == [
-        f"not finished: {name} ({runs[name].name}) has not begun" for name in ("second", "third")
+        f"not finished: {name} ({runs[name].name}) {how}" for name, how in (("second", "is stopped"), ("third", "has not begun"))
     ]
     assert lines[-1] == f"1 of 3 finished; spiketrain resume s --runs {tmp_path}"
     code, _, error = spiketrain("compare", "s", "--runs", str(tmp_path), "--format", "json")

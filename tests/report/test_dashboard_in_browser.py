@@ -23,6 +23,7 @@ from tests.report.real_study import train_real_study
 
 WIDE, PHONE = (1280, 900), (390, 844)
 EVERY = 0.5
+expect.set_options(timeout=20_000)  # as long as a busy machine may take to redraw
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,7 @@ def test_an_address_shows_the_same_to_whoever_opens_it(browser: Browser, address
     for what in ("main", "figcaption"):
         shown = page.locator(what).first.inner_text()
         expect(other.locator(what).first).to_have_text(
-            shown, use_inner_text=True, timeout=15_000
+            shown, use_inner_text=True, timeout=30_000
         )  # figures may come before lists
     assert other.get_by_label("Filter by study").input_value() == "sltt"
     checked = '[role=checkbox][aria-checked="true"]'
@@ -185,16 +186,16 @@ def test_a_run_that_goes_on_draws_on(page: Page, runs: Path):
         mirror = Mirror(folder, uri=f"sqlite:///{runs / 'mlflow.db'}", interval=0.2)
         for step in (1, 2):
             journal.event("step", step=step, metrics={"loss": 1.0, "top1": step / 20})
-        expect(page.get_by_role("checkbox", name="going-0")).to_contain_text("running", timeout=15_000)
+        expect(page.get_by_role("checkbox", name="going-0")).to_contain_text("running", timeout=30_000)
         expect(page.locator("#list")).to_contain_text("1 running")
-        page.wait_for_function(_POINTS, arg=2, timeout=15_000)
+        page.wait_for_function(_POINTS, arg=2, timeout=30_000)
         asked = page.url
         for step in (3, 4, 5):
             journal.event("step", step=step, metrics={"loss": 0.5, "top1": step / 20})
-        page.wait_for_function(_POINTS, arg=5, timeout=15_000)
+        page.wait_for_function(_POINTS, arg=5, timeout=30_000)
         journal.event("finish", step=16)
         assert mirror.close()
-    expect(page.get_by_role("checkbox", name="going-0")).to_contain_text("finished", timeout=15_000)
+    expect(page.get_by_role("checkbox", name="going-0")).to_contain_text("finished", timeout=30_000)
     assert page.url == asked
 
 
