@@ -27,13 +27,15 @@ def place_at(address: str, run: Path) -> Place:
     """The place of one run's checkpoints: a folder's path or file:// address, one of fsspec's, or "" for RUN/checkpoints.
 
     Raises:
-        CheckpointError: an address that nothing here can open, or that holds a password.
+        CheckpointError: an address that nothing here can open, of several stores in a chain, or that holds a password.
     """
     inside = run / "checkpoints"
     if not address:
         return Folder(inside)
     if "://" not in address:
         return Folder(Path(address).absolute())
+    if "::" in address:  # each address of a chain may hold credentials
+        raise CheckpointError("checkpoints: an address must be of one store, without fsspec's '::'; got a chain of several")
     told = urlsplit(address)
     if told.scheme in ("file", "local"):
         return Folder(Path(told.path))

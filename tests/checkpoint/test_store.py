@@ -220,3 +220,7 @@ def test_an_address_is_a_folder_or_something_that_can_be_opened(tmp_path: Path) 
         with pytest.raises(CheckpointError, match="an address holds no credentials") as told:
             place_at(secret, tmp_path)
         assert "secret" not in str(told.value)
+    for chain in ("simplecache::s3://key:secret@bucket/run", "zip://run.zip::s3://key:secret@bucket", "file:///run::s3://bucket"):
+        with pytest.raises(CheckpointError, match="an address must be of one store, without fsspec's '::'") as told:
+            place_at(chain, tmp_path)
+        assert "secret" not in str(told.value)

@@ -63,6 +63,10 @@ def test_they_are_there_and_a_run_whose_folder_is_lost_goes_on_with_them(tmp_pat
             "s3://key:secret@bucket",
             "checkpoints: an address holds no credentials, which are the environment's; got one with some",
         ),
+        (
+            "simplecache::memory://user:secret@bucket",
+            "checkpoints: an address must be of one store, without fsspec's '::'; got a chain of several",
+        ),
     ],
 )
 def test_what_cannot_be_opened_is_refused_before_anything_is_left_behind(
