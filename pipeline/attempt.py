@@ -34,7 +34,6 @@ from pipeline.replicas import drifted, stragglers
 from pipeline.spiking.encode import over_steps
 from pipeline.tasks import Learnt, mean_of
 from pipeline.track.jsonl import read
-from pipeline.watchdog import Watchdog
 
 NOTICE_S = 5.0
 """between two questions whether a machine is about to be taken away: Ray looks as often"""
@@ -71,7 +70,7 @@ class Attempt:
         """when it was last asked whether a machine is about to be taken away"""
         self.noticed: tuple[str, ...] = ()
         """the machines of the last notice"""
-        self.watchdog = Watchdog(self.folder, rank=self.ranks.rank, patience_s=60 * self.job.hang_minutes)
+        self.watchdog = parts.watchdog
         self.skipped = (*self.recipe.skip, *parts.skipped.batches)
         self.guard = Guard(
             self.backend,
@@ -91,8 +90,7 @@ class Attempt:
             GoBack: on every rank, once it is written down: the run has to begin again at its newest checkpoint.
         """
         try:
-            with self.watchdog:
-                return self._run()
+            return self._run()
         except GoBack as back:
             self._go_back(back)
             raise

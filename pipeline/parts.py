@@ -23,6 +23,7 @@ from pipeline.rules.base import Rule
 from pipeline.tasks import Loaders
 from pipeline.teaching import Teaching
 from pipeline.track.base import Tracker
+from pipeline.watchdog import Watchdog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class Parts:
     job: Job
     ranks: Ranks
     tracker: Tracker
+    watchdog: Watchdog
+    """armed"""
     recipe: Recipe
     split: Split
     device: torch.device

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import faulthandler
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -43,6 +45,17 @@ class Watchdog:
         """It goes on."""
         if self._file is not None and time.monotonic() - self._armed > _ARMED_ANEW * self.patience_s:
             self._arm()
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Nobody watches inside, where one worker may rightly be busy for longer and the others wait for it."""
+        if self._file is not None:
+            faulthandler.cancel_dump_traceback_later()
+        try:
+            yield
+        finally:
+            if self._file is not None:
+                self._arm()
 
     def _arm(self) -> None:
         assert self._file is not None, "inside"

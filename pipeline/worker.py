@@ -47,6 +47,7 @@ from pipeline.spiking.encode import over_steps
 from pipeline.tasks import Loaders, Task, tasks_of
 from pipeline.teaching import build_teacher, open_teaching
 from pipeline.track.base import Tracker
+from pipeline.watchdog import Watchdog
 from pipeline.weights import load_start
 from pipeline.writer import journal, only_writer
 
@@ -73,12 +74,13 @@ def _run(
     job: Job, place: Place, ranks: Ranks, clock: Clock, began: float, attempt_of: Callable[[Parts], Attempt]
 ) -> dict[str, Any] | None:
     folder = Path(job.run)
-    with only_writer(folder, ranks), collectives_on(clock):
+    watchdog = Watchdog(folder, rank=ranks.rank, patience_s=60 * job.hang_minutes)
+    with only_writer(folder, ranks), collectives_on(clock), watchdog:
         while True:
             try:
                 with journal(folder, ranks) as tracker:
                     ranks.together(lambda: raise_refusal(folder))
-                    return _attempt(job, place, ranks, tracker, clock, began, attempt_of)
+                    return _attempt(job, place, ranks, tracker, watchdog, clock, began, attempt_of)
             except (GoBack, Smaller):
                 pass  # every rank begins again
             except LeftOut:
@@ -92,10 +94,17 @@ def _run(
 
 
 def _attempt(
-    job: Job, place: Place, ranks: Ranks, tracker: Tracker, clock: Clock, began: float, attempt_of: Callable[[Parts], Attempt]
+    job: Job,
+    place: Place,
+    ranks: Ranks,
+    tracker: Tracker,
+    watchdog: Watchdog,
+    clock: Clock,
+    began: float,
+    attempt_of: Callable[[Parts], Attempt],
 ) -> dict[str, Any] | None:
     try:
-        attempt = attempt_of(compose(job, place, ranks, tracker, clock, began))
+        attempt = attempt_of(compose(job, place, ranks, tracker, watchdog, clock, began))
     except ValueError as error:
         ranks.raise_if_gone(error)
         raise refusal_of(error) from error
@@ -152,8 +161,9 @@ def raise_refusal(folder: Path) -> None:
         raise (Diverged if noted["diverged"] else Refused)(noted["said"])
 
 
-def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, clock: Clock, began: float) -> Parts:
+def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Watchdog, clock: Clock, began: float) -> Parts:
     """Build everything that this process trains with, and restore the newest checkpoint into it; collective."""
+    watchdog.beat()
     folder = Path(job.run)
     written = Recipe.read(folder / "recipe.json", trust=job.trust)
     recipe = fitted(written, ranks.agree(lambda: limit_of(folder)))
@@ -165,25 +175,30 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, clock: Clock
         ranks=ranks.size,
         each=ranks.each,
         on_quarantine=lambda address, reason: tracker.event("quarantine", path=address, reason=reason),
+        beat=watchdog.beat,
     )
     checkpoint = ranks.agree(lambda: _newest(checkpoints, written, trust=job.trust))
     skipped = ranks.agree(lambda: Skipped.read(folder))
-    damage = find_damage(recipe, job, place, ranks)
+    with watchdog.off():  # one worker of each machine reads all of the data
+        damage = find_damage(recipe, job, place, ranks)
     world = World(recipe.seed, ranks.rank, ranks.size, ranks.mean)
     # What can be refused on one machine alone comes first, and nobody talks to the others while it does.
     recipe, network, rule, loaders = ranks.together(
         lambda: _own_parts(job, place, recipe, damage, world, tracker, is_fresh=checkpoint is None)
     )
+    watchdog.beat()
     split = recipe.split(ranks.size)
     mixing = ranks.together(lambda: build_mixing(recipe, split))
     backend = ranks.together(lambda: build_backend(recipe, network, rule, split))
+    watchdog.beat()
     seed_everything(recipe.seed + 1 + ranks.rank)  # dropout and its like: not the same on two ranks
     lengths = [(task.epochs, steps) for task, (_, steps) in zip(loaders.tasks, loaders.lengths, strict=True)]
     stretches = timetable(lengths, stop_after=recipe.stop_after)
     teaching = None
     if recipe.teacher is not None:
         about = {"folder": folder, "steps": stretches[-1].end, "threads": job.loader_threads}
-        teaching = open_teaching(recipe, loaders.tasks[0].data, split, ranks=ranks, tracker=tracker, **about)
+        with watchdog.off():  # one worker may fit a head on all of the data
+            teaching = open_teaching(recipe, loaders.tasks[0].data, split, ranks=ranks, tracker=tracker, **about)
         if checkpoint is None:
             found = teaching.accuracy
             figures = {"top1": found.top1, "top5": found.top5, "loss": found.loss, "samples": found.samples}
@@ -192,6 +207,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, clock: Clock
         job=job,
         ranks=ranks,
         tracker=tracker,
+        watchdog=watchdog,
         recipe=recipe,
         split=split,
         device=ranks.device,

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from pipeline.track.jsonl import read
 from pipeline.watchdog import FOLDER, Watchdog
 
 HANGS = """
@@ -44,3 +45,54 @@ def test_what_goes_on_leaves_nothing(tmp_path: Path) -> None:
     with Watchdog(tmp_path / "unwatched", rank=0, patience_s=0.0) as watchdog:
         watchdog.beat()
     assert not (tmp_path / "unwatched").exists()
+
+
+def test_nobody_watches_where_it_is_off(tmp_path: Path) -> None:
+    with Watchdog(tmp_path, rank=0, patience_s=0.3) as watchdog:
+        with watchdog.off():
+            time.sleep(0.6)
+        watchdog.beat()
+
+
+WORKER = """
+import sys, threading, time
+from dataclasses import replace
+from pathlib import Path
+from pipeline import worker
+from pipeline.checkpoint import background
+from pipeline.job import Place
+from tests.small import make_run, small_recipe
+
+write, patience_s = background._write, 6.0
+
+def slowly(file, value):
+    time.sleep(2.5)  # five files of a checkpoint
+    write(file, value)
+
+def waits_for_ever(*parts):
+    threading.Event().wait()
+
+if sys.argv[2] == "hangs":
+    worker.build_backend = waits_for_ever
+else:
+    background._write = slowly
+job = make_run(Path(sys.argv[1]), small_recipe(epochs=1, checkpoint_every=0))
+worker.run(replace(job, hang_minutes=patience_s / 60), Place())
+"""
+
+
+def worked(run: Path, how: str) -> int:
+    return subprocess.run([sys.executable, "-c", WORKER, str(run), how], capture_output=True, timeout=100).returncode
+
+
+def test_a_worker_that_hangs_before_it_trains_is_ended(tmp_path: Path) -> None:
+    assert worked(tmp_path / "run", "hangs") == 1
+    [file] = (tmp_path / "run" / FOLDER).iterdir()
+    assert "waits_for_ever" in file.read_text()
+
+
+def test_a_checkpoint_that_takes_longer_to_write_ends_nobody(tmp_path: Path) -> None:
+    assert worked(tmp_path / "run", "writes") == 0
+    assert list((tmp_path / "run" / FOLDER).iterdir()) == []
+    [event] = [event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "checkpoint"]
+    assert event["write_s"] > 6.0

@@ -24,6 +24,8 @@ from pipeline.checkpoint.sealed import Facts, facts_of, seal, write_json
 from pipeline.disk import sync_folder
 
 POLL_S = 0.05
+WAIT_S = 1.0
+"""that training waits for the thread without a sign of life"""
 
 
 class Abandoned(RuntimeError):
@@ -61,10 +63,15 @@ class Background:
         self._thread = threading.Thread(target=self._run, args=(files,), daemon=True, name=f"checkpoint {name}")
         self._thread.start()
 
-    def give_up(self) -> None:
-        """Wait for no other rank for long from now on, and until this one has come to its end, good or bad."""
+    def give_up(self, beat: Callable[[], None]) -> None:
+        """Wait for no other rank for long from now on, and until this one has come to its end, good or bad.
+
+        `beat` is called all the while: how far an upload is shows nowhere, so that a thread that lives is taken to get on.
+        """
         self._nobody_waits.set()
-        self._thread.join()
+        while self._thread.is_alive():
+            self._thread.join(WAIT_S)
+            beat()
 
     def discard(self) -> None:
         """Delete what was written, to make room; for rank 0, once every rank has given up."""

@@ -6,7 +6,7 @@ import errno
 import json
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.backend.base import Backend
 from pipeline.backend.copied import copied
+from pipeline.checkpoint import background
 from pipeline.checkpoint.background import Background
 from pipeline.checkpoint.place import TRAINER, CheckpointError, Place, newest, prune, read_trainer, step_name
 from pipeline.checkpoint.random_state import rng_state, set_rng_state
@@ -49,6 +50,7 @@ class Checkpoints:
         ranks: how many there are.
         each: every rank's value, in the order of ranks, on every rank; see `Ranks.each`.
         on_quarantine: told (address, reason) for each damaged checkpoint that is moved away.
+        beat: called again and again by a rank that waits for a thread that writes, its own or another rank's.
     """
 
     def __init__(
@@ -61,12 +63,13 @@ class Checkpoints:
         ranks: int = 1,
         each: Callable[[Any], list[Any]] = lambda value: [value],
         on_quarantine: Callable[[str, str], None] = lambda address, reason: None,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.place = place
         self.attempt = attempt
         self.keep = keep
         self.rank, self.ranks, self.each = rank, ranks, each
-        self.on_quarantine = on_quarantine
+        self.on_quarantine, self.beat = on_quarantine, beat
         self._in_flight: _InFlight | None = None
         self._told = True
 
@@ -130,8 +133,6 @@ class Checkpoints:
             return None
         writing = flight.writing
         self._agree(flight, writing.part)
-        if self.rank == 0:  # the parts of all are there, so that it comes to an end
-            writing.whole.exception()
         self._agree(flight, writing.whole if self.rank == 0 else writing.part)
         return self._once(flight)
 
@@ -143,7 +144,7 @@ class Checkpoints:
         flight, self._in_flight = self._in_flight, None
         if flight is None:
             return None
-        flight.writing.give_up()
+        flight.writing.give_up(self.beat)
         failure = flight.writing.whole.exception() if self.rank == 0 else flight.writing.part.exception()
         if failure is not None:
             if error is None:
@@ -184,11 +185,13 @@ class Checkpoints:
 
     def _agree(self, flight: _InFlight, outcome: Future[None]) -> None:
         """Every rank's outcome is good, or every rank raises what the first bad one was, and what was written is deleted."""
+        while not all(self.each(_is_done(outcome))):  # together, so that no rank waits for long without a sign of life
+            self.beat()
         own = outcome.exception()
         failures = [failure for failure in self.each(None if own is None else _told(own)) if failure is not None]
         if not failures:
             return
-        flight.writing.give_up()
+        flight.writing.give_up(self.beat)
         self.each(None)
         if self.rank == 0:
             flight.writing.discard()
@@ -217,6 +220,10 @@ class _InFlight:
     step: int
     writing: Background
     stall_s: float
+
+
+def _is_done(outcome: Future[None]) -> bool:
+    return bool(wait([outcome], timeout=background.WAIT_S).done)
 
 
 def _told(error: BaseException) -> tuple[int | None, str]:

@@ -184,6 +184,35 @@ def _two_ranks(rank: int, size: int, folder: str) -> dict[str, Any]:
     return found
 
 
+def _one_is_slow(rank: int, size: int, folder: str) -> int:
+    ranks, write, beats = Ranks(rank, size), background._write, []
+
+    def slowly(file: Path, value: Any) -> None:
+        time.sleep(0.5 * rank)
+        write(file, value)
+
+    background._write, background.WAIT_S = slowly, 0.05
+    about: dict[str, Any] = {"rank": rank, "ranks": size, "each": ranks.each, "beat": lambda: beats.append(rank)}
+    checkpoints = Checkpoints(Folder(Path(folder)), attempt="a", **about)
+    checkpoints.save(1, backend(), Counting(), {**TRAINER, "world_size": size})
+    checkpoints.wait()
+    return len(beats)
+
+
+@pytest.mark.distributed
+def test_ranks_show_signs_of_life_while_one_of_them_writes(tmp_path: Path) -> None:
+    assert min(run_ranks(_one_is_slow, 2, tmp_path, str(tmp_path / "checkpoints"))) >= 3
+
+
+def test_so_does_one_that_ends(tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    beats: list[int] = []
+    monkeypatch.setattr(background, "WAIT_S", 0.02)
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="a", beat=lambda: beats.append(1))
+    checkpoints.save(1, backend(), Counting(), TRAINER)
+    threading.Timer(0.3, gate.set).start()
+    assert checkpoints.close() is not None and len(beats) >= 3
+
+
 @pytest.mark.distributed
 def test_two_ranks_make_one_checkpoint_and_fail_together(tmp_path: Path) -> None:
     first, second = run_ranks(_two_ranks, 2, tmp_path, str(tmp_path / "checkpoints"))

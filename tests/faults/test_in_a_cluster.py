@@ -113,9 +113,7 @@ def faults() -> dict[str, tuple[int, int]]:
 def launched(file: Path, runs: Path) -> Path:
     words = ["launch", str(file), "--workers", "2", "--device", "cpu", "--runs", str(runs), "--name", file.stem]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "sys.argv", ["spiketrain", *words, "--trust", "faulty_lab", "--hang-minutes", "0.15", "--max-restarts", "4"]
-        )
+        patch.setattr("sys.argv", ["spiketrain", *words, "--trust", "faulty_lab", "--hang-minutes", "0.5", "--max-restarts", "4"])
         with pytest.raises(SystemExit) as end:
             main()
     assert end.value.code == 0
@@ -169,8 +167,9 @@ def test_a_loader_that_hangs_is_written_down_and_its_worker_started_again(
 ) -> None:
     rank, step = faults["hang"]
     assert events(runs[0], "start")[2]["step"] == newest(step)
-    stacks = {file.name[:5]: file.read_text() for file in (runs[0] / "stacks").iterdir()}
-    assert 'faulty_lab.py", line' in stacks[f"rank{rank}"] and " in met" in stacks[f"rank{rank}"]
+    files = (runs[0] / "stacks").glob(f"rank{rank}-*")
+    stacks = "".join(file.read_text() for file in files)  # one that was killed leaves an empty one
+    assert 'faulty_lab.py", line' in stacks and " in met" in stacks
 
 
 @pytest.mark.parametrize("rank", [0, 1])
