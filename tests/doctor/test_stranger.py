@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,17 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 
 
 @pytest.mark.parametrize(
-    ("mode", "mark", "said"), [("token", "ok", "asks for its token"), ("disabled", "BAD", "lets everybody in")]
+    ("mode", "mark", "said"),
+    [
+        pytest.param("token", "ok", "asks for its token", marks=pytest.mark.full),
+        ("disabled", "BAD", "lets everybody in"),
+    ],
 )
 def test_what_the_doctor_says_of_a_ray(tmp_path: Path, mode: str, mark: str, said: str) -> None:
     with nodes({"RAY_AUTH_MODE": mode}) as cluster:
         # Of several clusters on this machine `auto` is the one that RAY_ADDRESS names.
         environment = {**os.environ, **TOKEN, "RAY_AUTH_MODE": mode, "RAY_ADDRESS": cluster.address, "COLUMNS": "300"}
-        words = ["spiketrain", "doctor", "--address", "auto", "--runs", str(tmp_path / "runs")]
+        words = [sys.executable, "-m", "pipeline", "doctor", "--address", "auto", "--runs", str(tmp_path / "runs")]
         told = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200, check=False)
         (line,) = [line for line in told.stdout.splitlines() if "auth" in line] or [told.stdout + told.stderr]
         assert f"the Ray at {cluster.address} {said}" in line and line.startswith(mark), line
