@@ -128,7 +128,8 @@ class Ray:
         """What `work(given)` returns on each node that is up, the head first."""
         import ray
 
-        return ray.get([ray.remote(work).options(num_cpus=0, scheduling_strategy=each).remote(given) for each in self._places()])
+        run = ray.remote(work)
+        return ray.get([run.options(num_cpus=0, scheduling_strategy=_on(node)).remote(given) for node in self._nodes()])
 
     def at_once(self, work: Callable[[G, int], R], given: Callable[[str, int, int, bool], G], *, within_s: float) -> list[R]:
         """What `work(given, rank)` returns of processes that run together as a training's do, in the order of ranks.
@@ -142,12 +143,9 @@ class Ray:
         import ray
         from ray.exceptions import RayError
 
-        gpus = any(node["Resources"].get("GPU") for node in self._nodes())
-        places = [
-            place
-            for node, place in zip(self._nodes(), self._places(), strict=True)
-            for _ in range(int(node["Resources"].get("GPU", 0)) if gpus else int(node["Resources"].get("CPU", 0) > 0))
-        ]
+        nodes = [(_on(node), node["Resources"]) for node in self._nodes()]
+        gpus = any(has.get("GPU") for _, has in nodes)
+        places = [on for on, has in nodes for _ in range(int(has.get("GPU", 0)) if gpus else int(has.get("CPU", 0) > 0))]
         if len(places) < 2:
             return []
         known = {"env_vars": _passed_on()}
@@ -172,11 +170,11 @@ class Ray:
 
         found = {}
         tell = ray.remote(_now)
-        for node, place in zip(self._nodes(), self._places(), strict=True):
+        for node in self._nodes():
             told = []
             for _ in range(5):  # the first starts a process there
                 sent = time.time()
-                there = ray.get(tell.options(num_cpus=0, scheduling_strategy=place).remote())
+                there = ray.get(tell.options(num_cpus=0, scheduling_strategy=_on(node)).remote())
                 back = time.time()
                 told.append(((back - sent) / 2, there - (sent + back) / 2))
             uncertain, ahead = min(told)
@@ -188,11 +186,6 @@ class Ray:
 
         there = [node for node in ray.nodes() if node["Alive"]]
         return sorted(there, key=lambda node: "node:__internal_head__" not in node["Resources"])
-
-    def _places(self) -> list[Any]:
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        return [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in self._nodes()]
 
     def joining(self) -> list[str]:
         return ["--address", self.address or self.found_at(), "--workers", str(self.workers)]
@@ -265,6 +258,13 @@ class Ray:
 def _passed_on() -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
     return {name: value for name, value in own.items() if not any(word in name.upper() for word in SECRET)}
+
+
+def _on(node: dict[str, Any]) -> Any:
+    """On this node, and on no other."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
 
 
 def _now() -> float:
