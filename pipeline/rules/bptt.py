@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from pipeline.counts import refuse_unless_counts
 from pipeline.rules.base import LossOf, Objective, OverTime, Rule, carriers, slices, steps_share
+from pipeline.spiking.once import Sharing, computed_once
 from pipeline.spiking.recompute import Recomputed
 from pipeline.spiking.state import State, fresh_state
-from pipeline.spiking.still import Sharing, images_computed_once
 
 
 class BPTT(Rule):
@@ -71,9 +71,9 @@ class BPTT(Rule):
     def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
         steps = x_TB.shape[0]
         backwards = "one" if self.truncate is None else "several"
-        with fresh_state(model), images_computed_once(model, steps=steps, backwards=backwards) as images:
+        with fresh_state(model), computed_once(model, steps=steps, backwards=backwards) as sharing:
             if self.truncate is not None:
-                yield from self._in_pieces(model, x_TB, loss_of, images)
+                yield from self._in_pieces(model, x_TB, loss_of, sharing)
             elif self.recompute:
                 yield self._computed_twice(model, x_TB, loss_of)
             else:
@@ -86,10 +86,10 @@ class BPTT(Rule):
             return steps_share(logits_TBK, loss_of, steps=logits_TBK.shape[0])
         return loss_of(logits_TBK.mean(0)), logits_TBK.detach().mean(0)
 
-    def _in_pieces(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, images: Sharing) -> Iterator[Objective]:
+    def _in_pieces(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, sharing: Sharing) -> Iterator[Objective]:
         steps = x_TB.shape[0]
         for first, x_cB in zip(range(0, steps, self.chunk or 1), slices(x_TB, self.chunk), strict=True):
-            images.is_last = first + len(x_cB) == steps
+            sharing.is_last = first + len(x_cB) == steps
             loss, share_BK = steps_share(model(x_cB), loss_of, steps=steps)
             yield Objective(backward=loss, loss=loss.detach(), logits=share_BK)
             for module in carriers(model):

@@ -19,8 +19,8 @@ from pipeline.rules.base import (
     slices,
     steps_share,
 )
+from pipeline.spiking.once import computed_once
 from pipeline.spiking.state import fresh_state
-from pipeline.spiking.still import images_computed_once
 from pipeline.spiking.trace import Trace, refuse_batch_norm, running_order, the_leak, traceable_synapses
 
 
@@ -93,11 +93,11 @@ class OTTT(Rule):
         steps = x_TB.shape[0]
         last = (steps - 1) // (self.chunk or steps)
         # What OTTT-O computes before the first neuron changes with the weights, at every step.
-        once = images_computed_once(model, steps=steps, backwards="several") if self.update == "batch" else nullcontext()
-        with fresh_state(model), once as images:
+        once = computed_once(model, steps=steps, backwards="several") if self.update == "batch" else nullcontext()
+        with fresh_state(model), once as sharing:
             for index, x_cB in enumerate(slices(x_TB, self.chunk)):
-                if images is not None:
-                    images.is_last = index == last
+                if sharing is not None:
+                    sharing.is_last = index == last
                 logits_TBK = model(x_cB) if self._order_is_known else self._checked(model, x_cB)
                 loss, share_BK = steps_share(logits_TBK, loss_of, steps=steps)
                 yield Objective(backward=loss, loss=loss.detach(), logits=share_BK)

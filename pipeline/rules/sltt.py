@@ -20,8 +20,8 @@ from pipeline.rules.base import (
     steps_share,
 )
 from pipeline.spiking.neuron import named_neurons
+from pipeline.spiking.once import computed_once
 from pipeline.spiking.state import fresh_state
-from pipeline.spiking.still import images_computed_once
 
 
 class SLTT(Rule):
@@ -77,10 +77,10 @@ class SLTT(Rule):
         selected = selected_steps(steps, k, seed=self.world.seed, step=step)
         last = selected[-1] // (self.chunk or steps)
         scale = steps / k if self.rescale else 1.0
-        with fresh_state(model), images_computed_once(model, steps=steps, backwards="several") as images:
+        with fresh_state(model), computed_once(model, steps=steps, backwards="several") as sharing:
             for index, x_cB in enumerate(slices(x_TB, self.chunk)):
                 learns = k == steps or index in selected
-                images.is_last = index == last
+                sharing.is_last = index == last
                 # The block ends before the yield: a generator suspended inside it would switch off the consumer's graph.
                 with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
                     logits_TBK = model(x_cB)

@@ -35,6 +35,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.spiking.state import State
 from pipeline.spiking.synapse import Conv2d, Linear
 
 Binarization = Literal["scaled", "centred", "ir", "learnable"]
@@ -61,6 +62,7 @@ def binarize(synapse: Linear | Conv2d, weights: Binarization = "scaled") -> None
     if synapse.weights != "plain":
         raise ValueError(f"binarize: the weights must be plain before they are 1-bit; got {synapse.weights} weights")
     synapse.binarizer = Binarizer(synapse.weight, weights)
+    synapse.state = State(type(synapse).__name__)
     synapse.weights = "1-bit"
 
 

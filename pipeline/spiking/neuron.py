@@ -76,13 +76,14 @@ class LIF(nn.Module):
             return self.gradient(self, x_TB)
         v_B = self.membrane(x_TB)
         spikes = []
-        for x_B in x_TB.unbind(0):
+        # Of one step a view alone, there and back: what goes back through `unbind` is copied.
+        for x_B in x_TB.unbind(0) if len(x_TB) > 1 else (x_TB.squeeze(0),):
             s_B, v_B = self.step(x_B.to(v_B.dtype), v_B)
             # Applied when a step ends, not when the next begins: what is remembered then holds no graph under SLTT.
             v_B = self.carry(v_B)
             spikes.append(s_B.to(x_TB.dtype))
         self.state.write("v", v_B)
-        return torch.stack(spikes) if len(spikes) > 1 else spikes[0].unsqueeze(0)  # one step is a view: no copy
+        return torch.stack(spikes) if len(spikes) > 1 else spikes[0].unsqueeze(0)
 
     def membrane(self, x_TB: Tensor) -> Tensor:
         """v before the first step of the slice `x_TB`: the last slice's, or rest."""

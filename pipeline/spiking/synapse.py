@@ -5,7 +5,7 @@
     W^ = gain (W - mean) / sqrt(fan_in var + 1e-4),   mean and unbiased var per output filter, gain learnable
 
 A synapse may be given a `binarizer` (`spiking/binary.py`), which makes a weight of one bit of the parameter at every call;
-its `weights` are "1-bit" then.
+its `weights` are "1-bit" then. Weights that are made of the parameter are made once for all slices of a batch (`once.py`).
 
 The seam `presynaptic: x_TB -> factor_TB`, where set, gives the factor that the weight gradient uses in the place of the
 input: dL/dW = sum_t g[t] factor[t]^T. The seam `backward_weight: weight -> weight`, where set, gives the weight that carries
@@ -20,6 +20,7 @@ Source of sWS: Brock et al. 2021 (arXiv 2101.08692), eq. 1, in the form of OTTT 
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.spiking.encode import is_still, repeat
+from pipeline.spiking.once import Sharing
+from pipeline.spiking.state import State
 
 STANDARDIZATION_EPS = 1e-4
 
@@ -54,13 +57,15 @@ class Linear(nn.Linear):
         self.weights: str = weights
         self.gain = _gain("Linear", self.weight, weights)
         self.binarizer: nn.Module | None = None
+        self.sharing: Sharing | None = None
+        self.state = None if self.gain is None else State("Linear")
         self.presynaptic: Presynaptic | None = None
         self.backward_weight: BackwardWeight | None = None
 
     def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
         if input.dim() < 3:
             raise ValueError(f"Linear: the input must be time first, [T, B, ..., C]; got shape {tuple(input.shape)}")
-        weight = effective_weight(self) if weight is None else weight
+        weight = _weight_for(self, input) if weight is None else weight
         if self.presynaptic is None and self.backward_weight is None:
             if is_still(input):
                 return repeat(F.linear(input[0], weight, self.bias), len(input))
@@ -94,13 +99,15 @@ class Conv2d(nn.Conv2d):
         self.weights: str = weights
         self.gain = _gain("Conv2d", self.weight, weights)
         self.binarizer: nn.Module | None = None
+        self.sharing: Sharing | None = None
+        self.state = None if self.gain is None else State("Conv2d")
         self.presynaptic: Presynaptic | None = None
         self.backward_weight: BackwardWeight | None = None
 
     def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
         if input.dim() != 5:
             raise ValueError(f"Conv2d: the input must be time first, [T, B, C, H, W]; got shape {tuple(input.shape)}")
-        weight = effective_weight(self) if weight is None else weight
+        weight = _weight_for(self, input) if weight is None else weight
         if self.presynaptic is None and self.backward_weight is None:
             return folded(lambda x_NCHW: self._conv_forward(x_NCHW, weight, self.bias), input)
         x_TB, factor_TB, weight, bias = _operands(input, self.presynaptic, weight, self.bias)
@@ -114,6 +121,13 @@ def effective_weight(synapse: Linear | Conv2d) -> Tensor:
     if synapse.binarizer is not None:
         return synapse.binarizer(synapse.weight)
     return synapse.weight if synapse.gain is None else _standardized(synapse.weight, synapse.gain)
+
+
+def _weight_for(synapse: Linear | Conv2d, x_TB: Tensor) -> Tensor:
+    """The effective weight, for one slice of a batch or all of it."""
+    if synapse.sharing is None or synapse.state is None or len(x_TB) == synapse.sharing.steps:
+        return effective_weight(synapse)
+    return synapse.sharing.once(synapse.state, partial(effective_weight, synapse))
 
 
 def _standardized(weight: Tensor, gain: Tensor) -> Tensor:

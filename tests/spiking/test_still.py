@@ -28,9 +28,10 @@ from pipeline.rules.sltt import SLTT, selected_steps
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.once import computed_once
 from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state, state_bytes
-from pipeline.spiking.still import OncePerImage, images_computed_once
+from pipeline.spiking.still import OncePerImage
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d, Linear
 from tests.rules.small import cross_entropy
@@ -230,7 +231,7 @@ def test_another_image_is_another_image():
     first, (x_BCHW, _) = first_of(small(norm=False)), images(2)
     one, other = repeat(x_BCHW, 3), repeat(-x_BCHW, 3)
     expected = first(one)[:1], first(other)[:1]
-    with fresh_state(first), images_computed_once(first, steps=3, backwards="one"), counted(first) as counts:
+    with fresh_state(first), computed_once(first, steps=3, backwards="one"), counted(first) as counts:
         assert torch.equal(first(one[:1]), expected[0]) and torch.equal(first(one[1:2]), expected[0])
         assert torch.equal(first(other[:1]), expected[1]) and torch.equal(first(one[2:]), expected[0])
     assert counts["images"] == 2 * len(x_BCHW)
@@ -271,7 +272,7 @@ def test_bfloat16_collects_in_float32():
     nn.init.ones_(synapse.weight)
     first = OncePerImage(synapse).bfloat16()
     x_TB = repeat(torch.ones(1, 1, dtype=torch.bfloat16), steps)
-    with fresh_state(first), images_computed_once(first, steps=steps, backwards="several") as slices:
+    with fresh_state(first), computed_once(first, steps=steps, backwards="several") as slices:
         for t, x_1B in enumerate(x_TB.split(1)):
             slices.is_last = t == steps - 1
             first(x_1B).sum().backward()

@@ -1,0 +1,186 @@
+"""Weights that are made of the parameters, made once for all slices of a batch, against each slice making its own.
+
+What comes of a still image is in test_still.py.
+"""
+
+# T time, B batch
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.rules import bptt, ottt, sltt
+from pipeline.rules.base import Rule
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.ottt import OTTT
+from pipeline.rules.sltt import SLTT
+from pipeline.spiking import synapse
+from pipeline.spiking.binary import Binarization, binarize
+from pipeline.spiking.encode import repeat
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.once import Sharing
+from pipeline.spiking.state import fresh_state, state_bytes
+from pipeline.spiking.still import OncePerImage
+from pipeline.spiking.surrogate import Sigmoid
+from pipeline.spiking.synapse import Conv2d, Linear, effective_weight
+from tests.rules.small import cross_entropy
+from tests.spiking.saved import SavedBytes
+from tests.spiking.test_still import Head, distance, images, learn, lively
+
+STEPS = 4
+NEURON = {"leak": 0.7, "threshold": 0.4, "surrogate": Sigmoid()}
+
+
+def small(weights: str = "standardized", *, once_per_image: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    made = "standardized" if weights == "standardized" else "plain"
+    first, second = (Conv2d(channels, 4, 3, padding=1, weights=made) for channels in (2, 4))
+    last = Linear(4, 3, weights=made)
+    if made == "plain":
+        for each in (first, second, last):
+            binarize(each, weights)  # type: ignore[arg-type]
+    stem = OncePerImage(first) if once_per_image else first
+    return lively(nn.Sequential(stem, LIF(**NEURON), second, LIF(**NEURON), Head(), last))
+
+
+@contextmanager
+def each_slice_its_own() -> Iterator[None]:
+    """Nothing is shared, by any rule."""
+
+    @contextmanager
+    def alone(model: nn.Module, **about: object) -> Iterator[Sharing]:
+        yield Sharing(**about)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (bptt, ottt, sltt):
+            patch.setattr(module, "computed_once", alone)
+        yield
+
+
+@contextmanager
+def counted(model: nn.Module) -> Iterator[Counter[str]]:
+    """How often the weights of the second synapse are made, and how often a gradient comes back to its parameter."""
+    counts: Counter[str] = Counter()
+
+    def noted(each: Linear | Conv2d) -> Tensor:
+        counts["made"] += each is model[2]  # type: ignore[index]
+        return effective_weight(each)
+
+    hook = model[2].weight.register_hook(lambda g: counts.update(backwards=1))  # type: ignore[index]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synapse, "effective_weight", noted)
+        yield counts
+    hook.remove()
+
+
+def trained(rule: Rule, model: nn.Module, x_TB: Tensor, target_B: Tensor) -> dict[str, Tensor]:
+    """Gradients, loss and logits of one batch in two unequal micro-batches, every gradient times 1/512 as of a scaled loss."""
+    rule.attach(model)
+    found = {}
+    for first, end in ((0, 2), (2, len(target_B))):
+        loss_of = cross_entropy(target_B[first:end])
+        share = (end - first) / len(target_B) / 512
+        seen = learn(rule, model, x_TB[:, first:end], loss_of, share=share, step=3, rows=(first, end))
+        found[f"loss {first}"] = torch.stack([o.loss for o in seen]).sum()
+        found[f"logits {first}"] = torch.stack([o.logits for o in seen]).sum(0)
+    return found | {name: 512 * p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+# Of two micro-batches: how often weights are made and met by a gradient; BPTT in one slice and what is computed again differ.
+RULES: dict[str, tuple[Callable[[], Rule], tuple[int, int]]] = {
+    "BPTT": (BPTT, (2, 2)),
+    "BPTT in slices": (lambda: BPTT(chunk=1), (2, 2)),
+    "BPTT in uneven slices": (lambda: BPTT(chunk=3), (2, 2)),
+    "BPTT recomputed": (lambda: BPTT(recompute=True), (4, 4)),
+    "BPTT truncated": (lambda: BPTT(truncate=1), (2, 2)),
+    "SLTT": (SLTT, (2, 2)),
+    "SLTT in slices": (lambda: SLTT(chunk=3), (2, 2)),
+    "SLTT-1": (lambda: SLTT(k=1), (2, 2)),
+    "SLTT-2": (lambda: SLTT(k=2, rescale=True), (2, 2)),
+    "OTTT-A": (OTTT, (2, 2)),
+    "OTTT-A, all traced": (lambda: OTTT(first="traced", readout="traced"), (2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("weights", ["standardized", "scaled", "learnable"])
+@pytest.mark.parametrize("image", ["recording", "still", "still, its first synapse once"])
+def test_made_once_is_made_by_each(name: str, weights: Binarization, image: str) -> None:
+    rule, (made, backwards) = RULES[name]
+    model = small(weights, once_per_image="once" in image)
+    twin = copy.deepcopy(model)
+    x_BCHW, target_B = images()
+    x_TB = repeat(x_BCHW, STEPS)
+    if image == "recording":
+        x_TB = x_TB * torch.arange(1, STEPS + 1, dtype=torch.float64).view(-1, 1, 1, 1, 1) / STEPS
+    with counted(model) as counts:
+        got = trained(rule(), model, x_TB, target_B)
+    with each_slice_its_own():
+        expected = trained(rule(), twin, x_TB, target_B)
+    assert counts == {"made": made, "backwards": backwards}
+    assert all(float(got[name].abs().max()) > 1e-4 for name, _ in model.named_parameters())
+    assert distance(got, expected) < 1e-12
+    assert state_bytes(model) == 0 and all(module.sharing is None for module in model.modules() if hasattr(module, "sharing"))
+
+
+def test_weights_that_move_within_a_batch_are_made_at_each_step() -> None:
+    """OTTT-O."""
+    x_BCHW, target_B = images()
+    model = small()
+    rule = OTTT(update="objective")
+    rule.attach(model)
+    with counted(model) as counts:
+        learn(rule, model, repeat(x_BCHW, STEPS), cross_entropy(target_B))
+    assert counts == {"made": STEPS, "backwards": STEPS}
+
+
+def test_plain_weights_are_nobodys_state() -> None:
+    """The parameter itself is what every slice reads, and its own gradient adds up."""
+    model = nn.Sequential(Conv2d(2, 4, 3, padding=1), LIF(**NEURON), Head(), Linear(4, 3)).double()
+    x_BCHW, target_B = images()
+    rule = SLTT()
+    rule.attach(model)
+    for objective in rule.objectives(model, repeat(x_BCHW, STEPS), cross_entropy(target_B)):
+        assert state_bytes(model) == 6 * 4 * 6 * 6 * 8  # the membranes
+        assert objective.backward is not None
+        objective.backward.backward()
+
+
+@pytest.mark.parametrize(("rule", "held"), [(SLTT, 2), (lambda: SLTT(k=1), 1), (lambda: BPTT(chunk=1), 1)])
+def test_memory(rule: Callable[[], Rule], held: int) -> None:
+    """What the slices share counts as state, the weights and the gradient that they collect; no more is kept for a backward."""
+
+    def peaks() -> tuple[int, int]:
+        model, states = small(), 0
+        rule_ = rule()
+        rule_.attach(model)
+        with SavedBytes(model) as saved:
+            for objective in rule_.objectives(model, x_TB, cross_entropy(target_B)):
+                if objective.backward is not None:
+                    objective.backward.backward()
+                states = max(states, state_bytes(model))
+        return saved.peak, states
+
+    x_BCHW, target_B = images()
+    x_TB = repeat(x_BCHW, STEPS).contiguous()
+    (saved, states) = peaks()
+    with each_slice_its_own():
+        (saved_alone, states_alone) = peaks()
+    numbers = 4 * 2 * 9 + 4 * 4 * 9 + 3 * 4
+    assert states - states_alone == held * numbers * 8
+    assert saved <= saved_alone + numbers * 8
+
+
+def test_outside_a_rule_each_call_makes_them() -> None:
+    model, (x_BCHW, _) = small(), images()
+    with counted(model) as counts, torch.no_grad(), fresh_state(model):
+        for x_1B in repeat(x_BCHW, STEPS).split(1):
+            model(x_1B)
+    assert counts == {"made": STEPS}
