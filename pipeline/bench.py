@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backend.plain import Plain
+from pipeline.build import build_network
 from pipeline.data.base import Batch
 from pipeline.elastic import seed_everything
 from pipeline.guard import Unguarded
@@ -31,6 +32,7 @@ from pipeline.measure.meters import Instrument, Meters, Totals
 from pipeline.measure.time_parts import REST
 from pipeline.measure.traffic import Traffic
 from pipeline.objective import Loss
+from pipeline.optimizer import build_optimizer
 from pipeline.recipe import Recipe, Spec, spec
 from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
@@ -42,7 +44,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.rules.spide import SPIDE
 from pipeline.spiking.encode import over_steps
 from pipeline.tasks import tasks_of
-from pipeline.worker import build_network, build_optimizer, settle
+from pipeline.worker import settle
 
 BASELINE = "BPTT"
 RULES = (

@@ -18,12 +18,15 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.data.damage import Page, told
+from pipeline.data.base import Data
+from pipeline.data.damage import DamagedPages, Page, told
 from pipeline.data.errors import DataError
-from pipeline.recipe import read_json, write_json
+from pipeline.job import Job, Place
+from pipeline.ranks import Ranks
+from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.refused import Refused
 
-__all__ = ["Damage", "LeftOut"]
+__all__ = ["Damage", "LeftOut", "check_data", "find_damage"]
 
 FILE = "damaged.json"
 """in a run's folder, once a page was left out"""
@@ -70,3 +73,42 @@ class Damage:
 
     def write(self, run: Path) -> None:
         write_json(run / FILE, asdict(self))
+
+
+def find_damage(recipe: Recipe, job: Job, place: Place, ranks: Ranks) -> Damage:
+    """What the run does without: what it did without before, and what any machine finds now; collective.
+
+    Raises:
+        Refused: more than the recipe allows, or other data than the run was launched on.
+    """
+    folder = Path(job.run)
+
+    def found() -> tuple[Page, ...]:
+        try:
+            check_data(recipe.data.build(), job, every_page=place.local_rank == 0)
+        except DamagedPages as damaged:
+            if not damaged.may_go:
+                raise
+            return damaged.pages
+        return ()
+
+    def noted() -> Damage:
+        before = Damage.read(folder)
+        damage = before.after(pages, most=recipe.max_damaged_pages)
+        if damage != before:
+            damage.write(folder)
+        return damage
+
+    pages = [page for each in ranks.each(ranks.together(found)) for page in each]
+    return ranks.agree(noted)
+
+
+def check_data(data: Data, job: Job, *, every_page: bool) -> None:
+    """The data set's content against what the run was launched on, and every page against its checksum, once on a machine."""
+    if data.fingerprint() != job.data_fingerprint:
+        raise ValueError(
+            f"data: this run was launched on content {job.data_fingerprint[:12]}; got {data.fingerprint()[:12]}: "
+            "another file lies where the recipe points"
+        )
+    if every_page:
+        data.check()

@@ -103,9 +103,9 @@ def _check(made: Recipe | Suite, sizes: tuple[int, ...]) -> None:
     """Here and not after hours in a queue. A file that a recipe begins from may lie on the cluster alone."""
     from dataclasses import replace
 
+    from pipeline.build import check_recipe
     from pipeline.stand_in import with_stand_ins
     from pipeline.suite import Suite, refuse_references
-    from pipeline.worker import check_recipe
 
     if not isinstance(made, Suite):
         refuse_references(made)

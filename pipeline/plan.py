@@ -33,6 +33,7 @@ from typing import Literal
 import torch
 
 from pipeline.bench import RULES, Bench, by_label
+from pipeline.build import check_recipe
 from pipeline.measure.held import Held
 from pipeline.measure.memory import free_bytes
 from pipeline.measure.neighbours import ALONE, neighbours
@@ -40,7 +41,6 @@ from pipeline.measure.traffic import Device
 from pipeline.profile import EFFICIENCY, Profile, profile_of, sizes_for, times_for
 from pipeline.recipe import Recipe, Spec
 from pipeline.tasks import Loaders, tasks_of
-from pipeline.worker import check_recipe
 
 RESERVE = 0.1
 """of a card's memory that is left to fragments, workspaces and the driver"""

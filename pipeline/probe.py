@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.bench import BASELINE, RULES, Bench, Cost, by_label
+from pipeline.build import check_recipe
 from pipeline.measure.fidelity import Fidelity, Gradients, fidelity
 from pipeline.measure.memory import hardware
 from pipeline.recipe import Recipe, Spec
-from pipeline.worker import check_recipe
 
 SAFE = 0.9
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from pipeline.build import build_network
 from pipeline.checkpoint import weights_of
 from pipeline.recipe import Recipe
 from pipeline.suite import Suite, filled, references
 from pipeline.tasks import tasks_of
-from pipeline.worker import build_network
 
 
 @contextmanager

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline.bench import RULES, Bench, Cost, by_label
+from pipeline.build import check_recipe
 from pipeline.counts import are_counts
 from pipeline.measure.memory import free_bytes, hardware
 from pipeline.recipe import Recipe, Spec
-from pipeline.worker import check_recipe
 
 STEPS = (1, 2, 4, 8, 16)
 

@@ -6,7 +6,7 @@ import gc
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from pipeline.attempt import Attempt
 from pipeline.backend.averaged import Averaged
 from pipeline.backend.base import Backend
 from pipeline.backend.plain import Plain
+from pipeline.build import attached_rule, build_mixing, build_network
 from pipeline.checkpoint import Checkpoints, place_at, read_trainer
 from pipeline.cores import own_cores
-from pipeline.damaged import Damage, LeftOut
+from pipeline.damaged import Damage, LeftOut, find_damage
 from pipeline.data.base import Data
 from pipeline.data.care import ONE_IN, Care
-from pipeline.data.damage import DamagedPages, Page
-from pipeline.data.mixing import Mixing
+from pipeline.data.damage import DamagedPages
 from pipeline.elastic import check_accumulation, check_sizes, seed_everything, steady
 from pipeline.fitting import Smaller, fitted, halve, limit_of
 from pipeline.guard import GoBack, Skipped
@@ -34,18 +34,17 @@ from pipeline.measure.clock import Clock
 from pipeline.measure.collectives import collectives_on
 from pipeline.measure.meters import Meters
 from pipeline.nearness import Nearness
-from pipeline.objective import Loss
+from pipeline.optimizer import build_optimizer, build_schedule
 from pipeline.parts import Parts
-from pipeline.phases import Stretch, stretch_at, timetable
+from pipeline.phases import timetable
 from pipeline.ranks import Ranks
-from pipeline.recipe import Recipe, Spec, Split, read_json, write_json
+from pipeline.recipe import Recipe, Split, read_json, write_json
 from pipeline.record import refuse_another_recipe
 from pipeline.refused import Diverged, Refused, Unbounded, refusal_of
 from pipeline.rules.base import Rule, World
-from pipeline.spiking.binary import latent_parameters
 from pipeline.spiking.encode import over_steps
-from pipeline.tasks import Loaders, Task, tasks_of
-from pipeline.teaching import build_teacher, open_teaching
+from pipeline.tasks import Loaders, tasks_of
+from pipeline.teaching import open_teaching
 from pipeline.track.base import Tracker
 from pipeline.watchdog import Watchdog
 from pipeline.weights import load_start
@@ -261,47 +260,6 @@ def _own_parts(
     return recipe, network, rule, loaders
 
 
-def build_network(recipe: Recipe, tasks: Sequence[Task]) -> nn.Module:
-    """The recipe's network, with fresh weights, ready for its first task."""
-    classes = _written_classes(recipe.model)
-    for task in tasks:
-        recipe.check_time_steps(task.data.shape)
-        if classes not in (None, task.data.classes):
-            where = f" in {task.name}" if recipe.phases else ""
-            raise ValueError(f"recipe: model and data must have the same classes; got {classes} and {task.data.classes}{where}")
-    network = recipe.model.build()
-    for task in reversed(tasks):
-        task.choose_head(network)
-    return network
-
-
-def _written_classes(part: Spec) -> int | None:
-    """What a model, or the model that it is built around, is told about classes."""
-    inside = [_written_classes(value) for value in part.kwargs.values() if isinstance(value, Spec)]
-    return part.kwargs.get("classes") or next(filter(None, inside), None)
-
-
-def attached_rule(recipe: Recipe, network: nn.Module, world: World) -> Rule:
-    """The recipe's rule on its network; refuses what does not fit together."""
-    rule: Rule = recipe.rule.build()
-    rule.check_steps(recipe.time_steps)
-    rule.attach(network, world=world, over_time=recipe.over_time)
-    rule.check_tasks(network, max(1, len(recipe.phases)))
-    check_objective(recipe, rule)
-    return rule
-
-
-def check_objective(recipe: Recipe, rule: Rule) -> None:
-    """Whether the objective fits the teacher, the rule, and how the rule asks for losses."""
-    objective: Loss = recipe.objective.build()
-    objective.check(taught=recipe.teacher is not None, over_time=recipe.over_time, time_steps=recipe.time_steps)
-    if objective.remembers and not rule.one_loss_a_step:
-        raise ValueError(
-            f"{rule.label}: asks for more than one loss a step, so the objective must keep nothing between them; "
-            f"got {recipe.objective.label}"
-        )
-
-
 def first_batches(recipe: Recipe, data: Data, count: int, device: torch.device) -> list[Tensor]:
     """The inputs `x_TB` of the first `count` global batches, whole: the same on every rank, whatever the number of ranks."""
     whole = {"rank": 0, "world": 1, "batch_size": recipe.batch_size, "micro_batch": recipe.batch_size, "threads": 1}
@@ -311,78 +269,6 @@ def first_batches(recipe: Recipe, data: Data, count: int, device: torch.device) 
             return [over_steps(batch.x.to(device), recipe.time_steps) for batch in itertools.islice(batches, count)]
     finally:
         loader.close()
-
-
-def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
-    """Refuse what does not fit together, before anything is launched; needs no data file. The network that was made for it.
-
-    `sizes` are the numbers of workers that the run may have.
-    """
-    check_sizes(recipe, sizes)
-    tasks = tasks_of(recipe)
-    network = build_network(recipe, tasks)
-    if recipe.init is not None:
-        load_start(network, Path(recipe.init))
-    rule = attached_rule(recipe, network, World(recipe.seed, size=sizes[-1]))
-    cut = steady(recipe, network, sizes)
-    check_accumulation(cut, rule, sizes)
-    for size in sizes:
-        build_mixing(recipe, cut.split(size))
-    if recipe.teacher is not None:
-        build_teacher(recipe, tasks[0].data)
-    if recipe.fidelity_every:
-        Nearness.check(recipe, lambda: build_network(recipe, tasks))
-    recipe.schedule.build(build_optimizer(recipe, network, rule), 1000)
-    return network
-
-
-def build_optimizer(recipe: Recipe, network: nn.Module, rule: Rule) -> torch.optim.Optimizer:
-    try:
-        optimizer = recipe.optimizer.build(network)
-    except (TypeError, AssertionError, RuntimeError) as error:  # timm passes on what it does not know, and complains in many ways
-        raise ValueError(f"{recipe.optimizer.label}: {error}") from error
-    spare_from_decay(optimizer, latent_parameters(network))
-    rule.check_optimizer(optimizer)
-    decay = max(group.get("weight_decay", 0.0) for group in optimizer.param_groups)
-    if decay and any(phase.head is not None for phase in recipe.phases):
-        raise ValueError(f"recipe: weight_decay must be 0 where phases have heads, for it shrinks the others too; got {decay}")
-    return optimizer
-
-
-def spare_from_decay(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Take `parameters` out of weight decay, whatever built the optimizer and its groups: they get groups of their own.
-
-    timm reads names from a network's `no_weight_decay` instead, of the outermost network alone, and only where it makes the
-    groups itself (1.0.31).
-    """
-    spared = {id(parameter) for parameter in parameters}
-    for group in list(optimizer.param_groups):
-        is_spared = [id(parameter) in spared for parameter in group["params"]]
-        if not group.get("weight_decay") or not any(is_spared):
-            continue
-        if all(is_spared):
-            group["weight_decay"] = 0.0
-            continue
-        columns = {name: list(group[name]) for name in ("params", "param_names") if name in group}
-        inside = {name: list(itertools.compress(column, is_spared)) for name, column in columns.items()}
-        group.update({name: [x for x, out in zip(column, is_spared, strict=True) if not out] for name, column in columns.items()})
-        optimizer.add_param_group({**group, **inside, "weight_decay": 0.0})
-
-
-def build_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, stretches: Sequence[Stretch]) -> Callable[[int], None]:
-    """The recipe's schedule of learning rates, begun anew in each phase."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    schedules = []
-    for stretch in stretches:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate  # a schedule with a warm-up sets it as soon as it is made
-        schedules.append(recipe.schedule.build(optimizer, stretch.steps))
-
-    def schedule(step: int) -> None:
-        stretch = stretch_at(stretches, step)
-        schedules[stretch.index](step - stretch.first)
-
-    return schedule
 
 
 def build_backend(recipe: Recipe, network: nn.Module, rule: Rule, split: Split) -> Backend:
@@ -417,50 +303,3 @@ def build_nearness(recipe: Recipe, loaders: Loaders, split: Split, world: World,
     fresh = lambda: build_network(recipe, loaders.tasks).to(device)
     x_TB = over_steps(batch.x.to(device), recipe.time_steps)
     return Nearness(recipe, fresh, recipe.objective.build().labels, x_TB, batch.target.to(device))
-
-
-def build_mixing(recipe: Recipe, split: Split) -> Mixing | None:
-    if recipe.mixing is None:
-        return None
-    mixing: Mixing = recipe.mixing.build()
-    mixing.check(micro_batch=split.micro_batch)
-    return mixing
-
-
-def find_damage(recipe: Recipe, job: Job, place: Place, ranks: Ranks) -> Damage:
-    """What the run does without: what it did without before, and what any machine finds now; collective.
-
-    Raises:
-        Refused: more than the recipe allows, or other data than the run was launched on.
-    """
-    folder = Path(job.run)
-
-    def found() -> tuple[Page, ...]:
-        try:
-            check_data(recipe.data.build(), job, every_page=place.local_rank == 0)
-        except DamagedPages as damaged:
-            if not damaged.may_go:
-                raise
-            return damaged.pages
-        return ()
-
-    def noted() -> Damage:
-        before = Damage.read(folder)
-        damage = before.after(pages, most=recipe.max_damaged_pages)
-        if damage != before:
-            damage.write(folder)
-        return damage
-
-    pages = [page for each in ranks.each(ranks.together(found)) for page in each]
-    return ranks.agree(noted)
-
-
-def check_data(data: Data, job: Job, *, every_page: bool) -> None:
-    """The data set's content against what the run was launched on, and every page against its checksum, once on a machine."""
-    if data.fingerprint() != job.data_fingerprint:
-        raise ValueError(
-            f"data: this run was launched on content {job.data_fingerprint[:12]}; got {data.fingerprint()[:12]}: "
-            "another file lies where the recipe points"
-        )
-    if every_page:
-        data.check()

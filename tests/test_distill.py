@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.build import check_recipe
 from pipeline.distill import Distillation
 from pipeline.objective import CrossEntropy
 from pipeline.recipe import spec
@@ -23,7 +24,6 @@ from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.state import fresh_state
 from pipeline.teachers.timm import timm_teacher
-from pipeline.worker import check_recipe
 from tests.rules.small import CLASSES, batch, difference, gradients, learn, lif_network
 from tests.small import small_recipe
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipeline.attempt import Attempt
+from pipeline.build import check_recipe
 from pipeline.data.mixing import Mixing
 from pipeline.data.order import TrainOrder
 from pipeline.elastic import check_sizes, draw_for, steady, told
@@ -27,7 +28,7 @@ from pipeline.rules.ottt import OTTT
 from pipeline.spiking.norm import BatchNorm
 from pipeline.track.jsonl import read
 from pipeline.weights import load_run
-from pipeline.worker import check_recipe, run
+from pipeline.worker import run
 from tests.processes import run_ranks
 from tests.small import make_run, small_recipe
 

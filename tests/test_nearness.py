@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from pipeline.build import check_recipe
 from pipeline.models.mlp import mlp
 from pipeline.nearness import Nearness
 from pipeline.recipe import Recipe, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.track.jsonl import read
-from pipeline.worker import check_recipe
 from tests.small import same_weights, small_recipe, train_inline
 from tests.test_worker import Killed, die_at
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from pipeline.build import check_recipe
 from pipeline.distill import Distillation
 from pipeline.models.mlp import mlp
 from pipeline.phases import Phase
@@ -20,7 +21,6 @@ from pipeline.recipe_file import load_recipe, own_package
 from pipeline.stand_in import with_stand_ins
 from pipeline.suite import Suite, SuiteFile, filled, references, refuse_references, runs_of
 from pipeline.teachers.network import network_teacher
-from pipeline.worker import check_recipe
 from tests.small import recipes_of, small_recipe
 
 

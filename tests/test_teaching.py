@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import pipeline
 from pipeline.attempt import Attempt
+from pipeline.build import check_recipe
 from pipeline.data.base import DataError
 from pipeline.data.mixing import Mixing
 from pipeline.data.synthetic import Synthetic
@@ -40,7 +41,7 @@ from pipeline.teaching import build_teacher, open_teaching
 from pipeline.track.base import NullTracker
 from pipeline.track.jsonl import read
 from pipeline.weights import study_inputs
-from pipeline.worker import check_recipe, run
+from pipeline.worker import run
 from tests.processes import run_ranks
 from tests.small import make_run, same_weights, small_recipe, train_inline
 from tests.test_worker import Killed, die_at

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -13,6 +12,8 @@ from typing import Literal
 
 import torch
 from torch import distributed
+
+from pipeline.ports import free_port
 
 NUMBERS = 16 << 20
 """that are added up, in float32: 64 MiB, the gradients of a ResNet-18 and half"""
@@ -36,9 +37,7 @@ def meet_here(size: int, *, backend: Literal["gloo", "nccl"], patience_s: float 
     Raises:
         RuntimeError: as `meet`, or one of them died.
     """
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        meeting = Meeting(host="127.0.0.1", port=door.getsockname()[1], size=size, backend=backend)
+    meeting = Meeting(host="127.0.0.1", port=free_port(), size=size, backend=backend)
     with ProcessPoolExecutor(size, get_context("spawn")) as processes:  # forked ones could not use CUDA
         asked = [processes.submit(_meet_on_card, meeting, rank, patience_s) for rank in range(size)]
         return [each.result() for each in asked]  # none is without an end: they wait for one another with patience

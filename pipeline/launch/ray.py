@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,8 +19,10 @@ from typing import Any, Self, TypeVar
 from pipeline.cores import physical_cores
 from pipeline.job import Job, Notice, Place
 from pipeline.launch.base import Device, LaunchError, takes_gpus
+from pipeline.launch.door import heard, knock, offer_token, reason
 from pipeline.launch.node_loss import NodeLoss, waits_for
 from pipeline.malloc import environment
+from pipeline.ports import free_port
 from pipeline.refused import Refused
 from pipeline.worker import run
 
@@ -82,7 +81,7 @@ class Ray:
         for name, value in {**SETTINGS, **waits_for(self.node_loss, sizes=len(self.sizes))}.items():
             os.environ.setdefault(name, value)
         if self.address is not None:
-            _offer_token()  # Ray reads its settings when it is imported
+            offer_token()  # Ray reads its settings when it is imported
         import ray
 
         self._owned = not ray.is_initialized()
@@ -95,11 +94,11 @@ class Ray:
                     here = {"address": "local", "num_cpus": cores, "include_dashboard": False}
                     ray.init(**here, log_to_driver=False, logging_level=logging.ERROR)
                 else:
-                    _knock(self.address)
-                    with _heard() as said:
+                    knock(self.address)
+                    with heard() as said:
                         ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
             except (OSError, RuntimeError) as error:  # a ConnectionError is an OSError
-                raise Refused(f"ray: no cluster let us in at {self.address!r}: {_reason(error, said)}") from error
+                raise Refused(f"ray: no cluster let us in at {self.address!r}: {reason(error, said)}") from error
         wanted, there = self.workers * self.cpus_per_worker, ray.cluster_resources().get("CPU", 0)
         if there < wanted:
             self.__exit__()
@@ -275,54 +274,7 @@ def _open_door() -> tuple[str, int]:
     """This node's address, and a port of it that nobody uses."""
     import ray
 
-    with socket.socket() as door:
-        door.bind(("", 0))
-        return ray.util.get_node_ip_address(), door.getsockname()[1]
-
-
-def _knock(address: str) -> None:
-    """Fail within seconds where nobody listens: Ray 2.60 tries for minutes."""
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
-    if colon and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=5).close()
-
-
-@contextmanager
-def _heard() -> Iterator[list[str]]:
-    """What Ray's C++ writes to this process's stderr meanwhile, a line for each of its tries: shown only where they led in."""
-    said: list[str] = []
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield said
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            file.seek(0)
-            said += file.read().decode(errors="replace").splitlines()
-    for line in said:
-        print(line, file=sys.stderr)
-
-
-def _reason(error: Exception, said: Sequence[str]) -> str:
-    """Ray 2.60 raises that nobody is there, also where somebody is and refused its token."""
-    if refused_token(said):
-        shown = "shows another" if os.environ.get("RAY_AUTH_MODE") == "token" else "shows none"
-        return f"it wants its token and this client {shown}; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that has it"
-    return f"{str(error).splitlines()[0]}; is it running?"
-
-
-def refused_token(said: Iterable[str]) -> bool:
-    """Whether lines that Ray's C++ wrote to stderr tell of a token that was missing or another (2.60)."""
-    return any("InvalidAuthToken" in line for line in said)
-
-
-def _offer_token() -> None:
-    """A cluster of Ray 2.60 asks for a token as soon as it has one; a driver shows its own only when told to."""
-    in_environment = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    if in_environment or Path("~/.ray/auth_token").expanduser().exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    return ray.util.get_node_ip_address(), free_port("")
 
 
 def _train(

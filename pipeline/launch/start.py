@@ -11,6 +11,8 @@ from rich.console import Console
 from torch import nn
 
 from pipeline.backend.base import autocast
+from pipeline.build import build_network, check_recipe
+from pipeline.damaged import check_data
 from pipeline.elastic import check_sizes
 from pipeline.evaluate import Evaluation, evaluate, inputs
 from pipeline.export import is_export, load_export
@@ -24,7 +26,6 @@ from pipeline.tasks import Loaders, mean_of, tasks_of
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.state import state_of
 from pipeline.weights import load_run, load_weights
-from pipeline.worker import build_network, check_data, check_recipe
 
 
 def launch_run(

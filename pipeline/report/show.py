@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.backend.deepspeed import config
+from pipeline.build import check_recipe
 from pipeline.data.base import DataError
 from pipeline.recipe import Recipe
 from pipeline.stand_in import with_stand_ins
 from pipeline.suite import Suite, references, refuse_references
 from pipeline.weights import study_inputs
-from pipeline.worker import check_recipe
 
 
 def show_recipe(made: Recipe | Suite, workers: int, console: Console | None = None) -> None:

@@ -19,9 +19,9 @@ from pipeline.guard import Unguarded
 from pipeline.loop import MicroBatch, train
 from pipeline.models.binarized import binarized
 from pipeline.objective import CrossEntropy
+from pipeline.optimizer import build_optimizer
 from pipeline.recipe import spec
 from pipeline.rules.sltt import SLTT
-from pipeline.worker import build_optimizer
 from tests.processes import run_ranks
 from tests.rules.small import batch, lif_network
 from tests.silent import NoMeters

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -13,14 +12,13 @@ import pytest
 
 from pipeline.doctor import meeting, visit
 from pipeline.doctor.meeting import Meeting, meet, meet_here
+from pipeline.ports import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 
 
 def place(size: int) -> Meeting:
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        return Meeting(host="127.0.0.1", port=door.getsockname()[1], size=size, backend="gloo")
+    return Meeting(host="127.0.0.1", port=free_port(), size=size, backend="gloo")
 
 
 def test_two_add_up() -> None:

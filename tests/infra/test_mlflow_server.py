@@ -9,7 +9,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.ports import free_port
 from pipeline.track.base import TrackingError
 from pipeline.track.connect import connect
 from pipeline.track.mlflow import sync
@@ -202,8 +202,3 @@ def test_no_password_is_on_a_command_line(server: tuple[str, int]):
                 continue
     assert len(lines) >= 2  # the command, and what serves
     assert not [line for line in lines.values() for password in PASSWORD.values() if password in line]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]

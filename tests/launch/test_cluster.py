@@ -20,6 +20,7 @@ import pytest
 from pipeline.launch.cluster import Cluster, parse_workers
 from pipeline.launch.inline import Inline
 from pipeline.launch.node_loss import NODES, waits_for
+from pipeline.ports import free_port
 
 
 @pytest.mark.parametrize(
@@ -93,9 +94,7 @@ def test_a_resume_in_this_process_takes_one_worker_whatever_there_were() -> None
 @pytest.fixture
 def cluster() -> Iterator[str]:
     """A head on this machine; its address. Ended by its own process, never by `ray stop`, which ends every Ray there is."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as place:  # short: Ray's sockets lie in it
         words = ["start", "--head", "--num-cpus", "2", "--port", str(port), "--include-dashboard=false", "--block"]
         ray = Path(sys.executable).with_name("ray")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.build import check_recipe
 from pipeline.data.tasks import Permuted
 from pipeline.models.mlp import mlp
 from pipeline.recipe import Phase, Recipe, spec
@@ -19,7 +20,6 @@ from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.limit import SpectralLimit
 from pipeline.spiking.neuron import IF, LIF
 from pipeline.spiking.synapse import Conv2d, Linear
-from pipeline.worker import check_recipe
 from tests.rules.small import batch, lif_network
 from tests.rules.test_hlop import ROWS, train
 from tests.small import small_recipe

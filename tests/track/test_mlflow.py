@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.ports import free_port
 from pipeline.report.store import open_store
 from pipeline.track.base import TrackingError
 from pipeline.track.connect import connect
@@ -488,11 +489,6 @@ def start_server(store: Path, port: int) -> subprocess.Popen:
 
     assert wait_for(answers, 120)
     return server
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 40.0) -> bool:
