@@ -128,11 +128,13 @@ def plan(
     """Plan `rules`, and the recipe's own, on `cluster`; `samples` are those of an epoch (None: the data's).
 
     Raises: ValueError for a recipe that does not fit together or has phases, a precision that the card's sheet does not give, or
-    more workers than this machine has cores, where it is meant; what the data refuse.
+    more workers than this machine has cores, where it is meant; for an epoch without a whole batch; what the data refuse.
     """
     check_recipe(recipe.with_untrained_teacher(), cluster.workers)
     _check(recipe, cluster)
     samples = _samples(recipe) if samples is None else samples
+    if samples < recipe.batch_size:
+        raise ValueError(f"plan: an epoch must have a batch of {recipe.batch_size} samples at least; got {samples}")
     sizes = sizes_for(recipe, cluster.workers, card=cluster.device)
     made = cache(lambda B, T: Bench(replace(recipe, time_steps=T), batch_size=B, source=source, threads=cluster.threads))
     share = _Share(recipe, cluster, made(sizes[1], recipe.time_steps), source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,8 @@ from pipeline.refused import refusal_of
 
 T_ = TypeVar("T_")
 
+PATIENCE = timedelta(days=2)
+
 
 class Ranks:
     """This process's voice among the workers; the process group exists when there are several."""
@@ -20,8 +23,9 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu") -> None:
         self.rank, self.size = rank, size
         self.device = torch.device(device)
-        # Decisions travel beside the GPUs' own stream: asking each other must not wait for kernels.
-        self.control: Any = distributed.new_group(backend="gloo") if self.size > 1 and self.device.type != "cpu" else None
+        # Decisions travel beside the GPUs' own stream: asking each other must not wait for kernels. Nor may it end by itself: one
+        # rank reads all pages, or fits a teacher's head, while the others wait; that somebody hangs is the watchdog's business.
+        self.control: Any = distributed.new_group(backend="gloo", timeout=PATIENCE) if self.size > 1 else None
 
     def raise_if_gone(self, error: ValueError) -> None:
         """`error` is nobody's mistake where the process group is gone: Ray (2.60) takes it from workers that it is about to end.

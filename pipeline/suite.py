@@ -95,14 +95,15 @@ class Suite:
         return replace(self, recipes=tuple(_overridden(recipe, changes) for recipe in self.recipes))
 
     def tiny(self) -> Suite:
-        """The same suite of `Recipe.tiny` recipes; references follow their new names."""
+        """The same suite of `Recipe.tiny` recipes, without its report, which is about the whole; references follow the names."""
         names = {recipe.name: recipe.tiny().name for recipe in self.recipes}
 
         def follow(path: str) -> str:
             return f"@{names[path[1:]]}" if is_reference(path) else path
 
         choices = {names[name]: choice.renamed(names.__getitem__) for name, choice in self.choices.items()}
-        return replace(self, recipes=tuple(recipe.tiny().with_paths(follow) for recipe in self.recipes), choices=choices)
+        recipes = tuple(recipe.tiny().with_paths(follow) for recipe in self.recipes)
+        return replace(self, recipes=recipes, report=None, choices=choices)
 
     def resolved(self) -> Suite:
         """The same suite with every path absolute; references stay."""

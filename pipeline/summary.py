@@ -13,7 +13,11 @@ from pipeline.measure.meters import Totals
 
 
 def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy, speed, memory and time; `events` is the run's whole journal. Seconds, bytes, shares in 0..1."""
+    """Accuracy, speed, memory and time; `events` is the run's whole journal. Seconds, bytes, shares in 0..1.
+
+    What is called steady is of a batch, the first of each attempt and those whose bytes or operations were counted left out; None
+    where there was no other.
+    """
     starts = [event for event in events if event["event"] == "start"]
     attempts = {event["attempt"] for event in events}
     damaged = {(event["file"], event["page"]): event["samples"] for event in events if event["event"] == "damaged"}
@@ -24,6 +28,8 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any
         "firing_rate": result.firing_rate,
         "evaluated_samples": result.samples,
         "images_per_s": totals.steady_samples / totals.steady_s if totals.steady_s else None,
+        "steady_forward_s": totals.of_a_steady_batch("forward"),
+        "steady_backward_s": totals.of_a_steady_batch("backward"),
         "wall_s": sum(_attempt_seconds(events, attempt) for attempt in attempts),
         "net_s": sum(totals.seconds.values()),
         "train_s": totals.train_s,

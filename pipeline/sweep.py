@@ -85,7 +85,7 @@ def sweep(
     refused: dict[str, dict[int, str]] = {}
     benches = [Bench(replace(recipe, time_steps=each), batch_size=batch_size, threads=threads) for each in steps]
     for bench in benches:
-        half = None if limit is None else _half(bench)
+        half = None if limit is None else _half(bench, threads)
         for label, rule in by_label(rules, recipe.rule).items():
             try:
                 points.append(_point(bench, half, rule, limit))
@@ -105,10 +105,10 @@ def sweep(
     )
 
 
-def _half(bench: Bench) -> Bench:
+def _half(bench: Bench, threads: int) -> Bench:
     if bench.samples < 2:
         raise ValueError(f"sweep: a largest batch is found from two sizes, so the batch must be 2 or more; got {bench.samples}")
-    return Bench(bench.recipe, batch_size=bench.samples // 2)
+    return Bench(bench.recipe, batch_size=bench.samples // 2, threads=threads)
 
 
 def _point(bench: Bench, half: Bench | None, rule: Spec, limit: int | None) -> Point:

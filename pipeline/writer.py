@@ -22,7 +22,8 @@ from pipeline.refused import Diverged, Refused
 from pipeline.track.base import NullTracker, Tracker
 from pipeline.track.jsonl import Journal, read
 
-PATIENCE_S = 120.0
+PATIENCE_S = 600.0
+"""for a writer whose machine is dead: its lock goes when the file system gives it up (CephFS after 5 minutes, NFSv4 after 1.5)"""
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def only_writer(folder: Path, ranks: Ranks) -> Iterator[None]:
     """Rank 0 waits until the last writer of this run is gone, then holds the run until it goes itself; collective.
 
     Raises:
-        Refused: the other one is still there after two minutes.
+        Refused: the other one is still there after ten minutes.
     """
     handle = (folder / "writer.lock").open("a") if ranks.rank == 0 else None
     try:

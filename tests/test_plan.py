@@ -50,6 +50,11 @@ def on(workers: int, **changes: Any) -> Plan:
     return plan(made(**changes), cluster, samples=6400, source="noise", rules=RULES)
 
 
+def test_an_epoch_without_a_whole_batch_is_no_plan() -> None:
+    with pytest.raises(ValueError, match="an epoch must have a batch of 64 samples at least; got 63"):
+        plan(made(), Cluster(workers=1, device=H100), samples=63, source="noise", rules=RULES)
+
+
 def on_rules(workers: int, rules: Sequence[Spec], device: Device = H100) -> Plan:
     recipe = made(rule=rules[0])
     return plan(recipe, Cluster(workers=workers, device=device), samples=6400, source="noise", rules=rules)

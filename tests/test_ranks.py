@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from pipeline.answers import Answers, read_answers, write_answers
 from pipeline.evaluate import Evaluation, evaluate
@@ -126,3 +128,17 @@ def _written(folder: Path, shares: list[Answers]) -> np.ndarray:
     write_answers(folder / "answers.npz", [[share] for share in shares], tasks=False)
     found = read_answers(folder / "answers.npz")
     return np.stack([found.index, found.target, found.answer])
+
+
+def _wait(rank: int, size: int) -> str:
+    distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1), distributed.group.WORLD)
+
+    def read_all_pages() -> str:
+        time.sleep(3)
+        return "read"
+
+    return Ranks(rank, size).agree(read_all_pages)
+
+
+def test_what_one_rank_does_alone_may_take_longer_than_gradients_may(tmp_path: Path) -> None:
+    assert run_ranks(_wait, 2, tmp_path) == ["read", "read"]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.bench import Bench
 from pipeline.recipe import spec
@@ -50,6 +51,14 @@ def test_where_not_one_sample_fits_the_largest_batch_is_0() -> None:
     assert {point.largest_batch for point in sweep(recipe_with(0.5), steps=(2,), rules=RULES, memory_bytes=10).points} == {0}
 
 
+def test_a_largest_batch_is_timed_on_as_many_threads_as_the_rest() -> None:
+    found = sweep(recipe_with(0.5), steps=(2,), rules=RULES, memory_bytes=LIMIT, threads=2)
+    try:
+        assert (found.hardware["threads"], torch.get_num_threads()) == (2, 2)
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_a_rule_that_fits_some_time_steps_is_in_the_table_and_one_that_fits_none_says_why() -> None:
     found = sweep(small_recipe(rule=spec(SLTT, k=3), time_steps=4), steps=(2, 4), rules=(*RULES, spec(SLTT, k=9)))
     assert [point.time_steps for point in found.of("SLTT-3")] == [4]
@@ -69,7 +78,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert (code, err) == (0, "")
     assert "largest batch" in out and "times the bytes at T = 4 as at T = 2" in out
     code, out, _ = run("sweep", str(file), "--steps", "2", "--batch", "4", "--format", "json")
-    assert json.loads(out)["samples"] == 4
+    assert json.loads(out)["samples"] == 4 and json.loads(out)["commit"]
 
 
 @pytest.mark.parametrize(

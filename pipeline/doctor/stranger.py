@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import IO, Literal
 
-from pipeline.launch.door import refused_token
+from pipeline.door import refused_token
 
 KNOCK = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False)"
 PATIENCE_S = 60.0

@@ -1,6 +1,6 @@
 """When a node that says nothing counts as lost: two answers, of which a cluster needs one, as they exclude each other.
 
-    fast       a dead node is found within some 4 s, and the run goes on with fewer workers, or waits for another node. A node
+    fast       a dead node is found within some 4 s, and the run goes on with fewer workers, or waits an hour for another. A node
                whose link is cut for as long counts as dead too, and Ray lets it join no more: whoever starts the nodes has to
                start that one again. For nodes that are killed: preemptible machines, autoscalers.
     patient    a cut of half a minute and more is waited out: no node is lost, and the workers go on where they are or are started

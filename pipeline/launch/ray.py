@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from pipeline.cores import physical_cores
+from pipeline.door import heard, knock, offer_token, reason
 from pipeline.job import Job, Notice, Place
 from pipeline.launch.base import Device, LaunchError, takes_gpus
-from pipeline.launch.door import heard, knock, offer_token, reason
 from pipeline.launch.node_loss import NodeLoss, waits_for
 from pipeline.malloc import environment
 from pipeline.ports import free_port
@@ -209,6 +209,7 @@ class Ray:
             partial(_train, work=self.work, sizes=self.sizes),
             sizes=self.sizes,
             folder=Path(job.run),
+            awaits_nodes=self.address is not None,
             train_loop_config=asdict(job),
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
             scaling_config=ScalingConfig(
@@ -222,7 +223,8 @@ class Ray:
                 storage_path=str(Path(job.run) / "ray"),
                 failure_config=FailureConfig(
                     max_failures=self.max_restarts,
-                    # Places that are not there in time: several numbers of workers wait for as long as there is room for none.
+                    # Places that are not there in time: several numbers of workers wait for as long as there is room for none,
+                    # a fixed number as `Restarts` says.
                     controller_failure_limit=-1 if elastic else 1,
                 ),
                 worker_runtime_env={"env_vars": self._environment(job, gpus)},

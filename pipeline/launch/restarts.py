@@ -1,39 +1,70 @@
 """How often the workers of a run are started again: so many times without getting on, as decided in Ray Train's controller.
 
-Ray's own policy (2.60) counts over the whole of a run, so that the fourth worker that dies in days of training would end it.
+Ray's own policy (2.60) counts over the whole of a run, so that the fourth worker that dies in days of training would end it; and
+it ends a run whose workers have no place for two minutes, where a machine may take ten to replace.
 """
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 from ray.train import FailureConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+from ray.train.v2.api.exceptions import ControllerError
 
 from pipeline.damaged import FILE as DAMAGED
 from pipeline.fitting import FILE as MICRO_BATCH
 from pipeline.track.jsonl import last
+
+PLACES_S = 3600.0
+"""that places for all workers are waited for, where a node may come back or be replaced"""
 
 
 class Restarts(DefaultFailurePolicy):
     """`max_failures` deaths end the run in `folder` where there is nothing new between them.
 
     New is a checkpoint of a step that none was of before, a smaller micro-batch, and a page that is left out.
+
+    Workers that had places before and have none now, their node being gone, count for nothing while `awaits_nodes`: they wait up
+    to an hour.
     """
 
-    def __init__(self, config: FailureConfig, *, folder: Path) -> None:
+    def __init__(self, config: FailureConfig, *, folder: Path, awaits_nodes: bool) -> None:
         super().__init__(config)
-        self.folder = folder
-        self._saved, self._changed = self._newest(), self._changes()
+        self.folder, self.awaits_nodes = folder, awaits_nodes
+        self._saved, self._changed, self._first = self._newest(), self._changes(), self._start()
+        self._waits: tuple[str | None, float] | None = None
+        """since which start of the workers, and when, there has been no place for them"""
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        if self._has_no_place(training_failed_error) and self._may_wait():
+            return FailureDecision.RETRY
         saved, changed = self._newest(), self._changes()
         if saved > self._saved or changed != self._changed:
-            self._worker_group_failures = 0
+            self._worker_group_failures = self._controller_failures = 0
         self._saved, self._changed = max(saved, self._saved), changed
         return super().make_decision(training_failed_error)
+
+    def _has_no_place(self, error: Any) -> bool:
+        return isinstance(error, ControllerError) and isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)
+
+    def _may_wait(self) -> bool:
+        """Before the first start there is nothing to wait for: who launches counts the places, and is told at once."""
+        start = self._start()
+        if not self.awaits_nodes or start == self._first:
+            return False
+        if self._waits is None or self._waits[0] != start:
+            self._waits = (start, time.monotonic())
+        return time.monotonic() - self._waits[1] < PLACES_S
+
+    def _start(self) -> str | None:
+        """The last start of the workers, told apart from others."""
+        event = last(self.folder / "journal.jsonl", "start")
+        return None if event is None else f"{event['attempt']} {event['time']}"
 
     def _newest(self) -> int:
         event = last(self.folder / "journal.jsonl", "checkpoint")

@@ -13,13 +13,16 @@ from pipeline.launch.restarts import Restarts
 
 
 class Trainer(TorchTrainer):
-    """A TorchTrainer of the run in `folder`, with as many workers as one of `sizes` (ascending) says, now and then another."""
+    """A TorchTrainer of the run in `folder`, with as many workers as one of `sizes` (ascending) says, now and then another.
 
-    def __init__(self, *args: Any, sizes: Sequence[int], folder: Path, **kwargs: Any) -> None:
+    `awaits_nodes`: whether nodes may come back or be replaced, which the workers then wait for.
+    """
+
+    def __init__(self, *args: Any, sizes: Sequence[int], folder: Path, awaits_nodes: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         failures = self.run_config.failure_config
         assert failures is not None  # Ray's default is one
-        self._policies: dict[str, Any] = {"failure_policy": Restarts(failures, folder=folder)}
+        self._policies: dict[str, Any] = {"failure_policy": Restarts(failures, folder=folder, awaits_nodes=awaits_nodes)}
         if len(sizes) > 1:
             self._policies["scaling_policy"] = Resizing(self.scaling_config, sizes=sizes, folder=folder)
 

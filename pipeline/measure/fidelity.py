@@ -1,6 +1,7 @@
 """How far a rule's gradient is from that of BPTT, layer by layer: g_w the gradient of a synapse's weight on one batch.
 
-    cosine(rule)     g_rule . g_BPTT / (|g_rule| |g_BPTT|)      the mean over its draws; 0 where it gives nothing
+    cosine(rule)     g_rule . g_BPTT / (|g_rule| |g_BPTT|)      the mean over its draws; 0 where it gives nothing, -1 where what
+                                                                it gives is not finite
     temporal share   |g_BPTT - g_SLTT| / |g_BPTT|               what reaches the weight through time
 
 Both are of one batch at the weights as they are: they say what a rule drops there, not what it learns in the end.
@@ -70,7 +71,7 @@ def gradients(
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Of each synapse, by name; NaN where BPTT's gradient is 0."""
+    """Of each synapse, by name; NaN where BPTT's gradient is 0 or not finite."""
 
     temporal_share: dict[str, float]
     cosines: dict[str, dict[str, float]]
@@ -102,6 +103,8 @@ def _share(bptt: Tensor, sltt: Tensor) -> float:
 
 def _cosine(bptt: Tensor, other: Tensor) -> float:
     sizes = float(bptt.norm()), float(other.norm())
-    if not sizes[0]:
+    if not sizes[0] or not math.isfinite(sizes[0]):
         return math.nan
+    if not math.isfinite(sizes[1]):
+        return -1.0
     return float((bptt * other).sum()) / (sizes[0] * sizes[1]) if sizes[1] else 0.0

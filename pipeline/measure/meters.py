@@ -39,9 +39,11 @@ class Totals:
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*PARTS, REST, *BETWEEN), 0.0))
     """of each part of the batches, and of what was done between them"""
+    steady_batches: int = 0
     steady_samples: int = 0
     """in batches whose speed counts: not the first of an attempt (compilation), nor where bytes or operations were counted"""
-    steady_s: float = 0.0
+    steady_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*PARTS, REST), 0.0))
+    """of each part of those batches"""
     peak_saved_bytes: int = 0
     state_bytes: int = 0
     peak_rss_bytes: int = 0
@@ -65,6 +67,14 @@ class Totals:
     def train_s(self) -> float:
         """Of all batches."""
         return sum(self.seconds[name] for name in (*PARTS, REST))
+
+    def of_a_steady_batch(self, part: Part) -> float | None:
+        """Seconds in the mean; None where no batch was steady."""
+        return self.steady_seconds[part] / self.steady_batches if self.steady_batches else None
+
+    @property
+    def steady_s(self) -> float:
+        return sum(self.steady_seconds.values())
 
     def add_operations(self, work: Mapping[str, Work], samples: int) -> None:
         for purpose, more in work.items():
@@ -315,5 +325,7 @@ class Meters:
                 self.totals.seconds[name] += value
             self._window.batches += 1
             if self._steady.popleft():
+                self.totals.steady_batches += 1
                 self.totals.steady_samples += self.batch_size
-                self.totals.steady_s += sum(seconds.values())
+                for name, value in seconds.items():
+                    self.totals.steady_seconds[name] += value

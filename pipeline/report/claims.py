@@ -42,7 +42,7 @@ class Measured:
     saved_bytes: float
     forward_s: float
     backward_s: float
-    """of a batch"""
+    """of a steady batch"""
 
     @property
     def compute_s(self) -> float:
@@ -55,15 +55,19 @@ class Measured:
 
 
 def measured(summaries: Sequence[Mapping[str, Any]]) -> Measured:
-    """From the summaries of a rule's runs: what a batch took in the mean over all that were trained."""
+    """From the summaries of a rule's runs.
 
-    def of_a_batch(name: str) -> float:
-        return statistics.fmean(summary[name] / summary["steps"] for summary in summaries)
+    Raises: ValueError for a run that was too short to be timed.
+    """
+
+    def mean(name: str) -> float:
+        values = [summary[name] for summary in summaries]
+        if None in values:
+            raise ValueError(f"claims: a run must have a batch that is neither its first nor counted; got none to take {name} of")
+        return statistics.fmean(values)
 
     return Measured(
-        saved_bytes=statistics.fmean(summary["peak_saved_bytes"] for summary in summaries),
-        forward_s=of_a_batch("forward_s"),
-        backward_s=of_a_batch("backward_s"),
+        saved_bytes=mean("peak_saved_bytes"), forward_s=mean("steady_forward_s"), backward_s=mean("steady_backward_s")
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from pipeline.measure.memory import told_hardware
 from pipeline.measure.time_parts import BETWEEN, PARTS, REST
 from pipeline.report.figure import PATTERNS, Figure, Missing, Table, Theme, base_layout, color, plain, shown, symbol, unit_of
 from pipeline.report.study import Group, measured, spread_of
@@ -111,14 +112,17 @@ def memory_of_time(sweep: Mapping[str, Any]) -> Figure | Missing:
         return figure.update_layout(**base_layout(theme, height=380, xaxis=x, yaxis=y))
 
     rows = [(rule, *point) for rule, points in by_rule.items() for point in points]
-    growth = {rule: points[-1][1] / points[0][1] for rule, points in by_rule.items() if points[0][1]}
-    said = ", ".join(f"{rule} keeps {factor:.3g} times the bytes" for rule, factor in growth.items())
-    first, last = min(row[1] for row in rows), max(row[1] for row in rows)
+    said = [
+        f"{rule} keeps {points[-1][1] / points[0][1]:.3g} times the bytes at T = {points[-1][0]} as at T = {points[0][0]}"
+        for rule, points in by_rule.items()
+        if points[0][1]
+    ]
     return Figure(
         name="memory-against-time-steps",
         title=title,
-        caption=f"One batch of {sweep['samples']} samples, before any training.",
-        alt=f"At T = {last}, beside T = {first}: {said}.",
+        caption=f"One batch of {sweep['samples']} samples, before any training; commit {sweep['commit']}, "
+        f"{told_hardware(sweep['hardware'])}.",
+        alt=f"{'; '.join(said)}.",
         table=Table(columns=("rule", "time steps", "peak saved bytes", "seconds of forward and backward"), rows=tuple(rows)),
         draw=draw,
         height=380,

@@ -18,7 +18,7 @@ from pipeline.report.paired import WITHIN
 from pipeline.report.runs import ReportError, recipe_of
 from pipeline.report.study import Study
 from pipeline.report.study_run import from_folder
-from pipeline.report.suite import suite_named
+from pipeline.report.suite import own_report, suite_named
 from pipeline.suite import FILE, SuiteFile, runs_of
 from pipeline.trials import is_over
 
@@ -101,7 +101,7 @@ def _own_report(suite: Path, trust: tuple[str, ...]) -> tuple[dict[str, Any], st
     printed = io.StringIO()
     try:
         report = SuiteFile.read(suite, trust=trust).suite.report
-        value = None if report is None else report(over, Console(file=printed, width=_WIDTH))
+        value = None if report is None else own_report(suite.name, report, over, Console(file=printed, width=_WIDTH))
     except ValueError as error:
         return {}, "", [f"The suite's own report could not be made: {error}"]
     return dict(value) if isinstance(value, Mapping) else {}, printed.getvalue(), []
@@ -121,7 +121,8 @@ def _claim(value: Mapping[str, Any]) -> Claim:
 
 def _sweep(value: Any, where: str) -> Mapping[str, Any]:
     try:
-        kept = {"recipe": str(value["recipe"]), "samples": int(value["samples"])}
+        kept: dict[str, Any] = {name: str(value[name]) for name in ("recipe", "commit")}
+        kept |= {"samples": int(value["samples"]), "hardware": dict(value["hardware"])}
         points = [{"time_steps": int(point["time_steps"]), "cost": dict(point["cost"])} for point in value["points"]]
         for point in points:
             for name in ("rule", "peak_saved_bytes", "forward_s", "backward_s"):

@@ -25,7 +25,7 @@ from pipeline.report.study_run import StudyRun, from_folder, study_run
 __all__ = ["Group", "Spread", "Study", "StudyRun", "from_folder", "study_run"]
 
 COMPUTE = "compute_s"
-"""forward and backward of a batch, the mean over all that were trained; no field of a summary"""
+"""forward and backward of a steady batch, in the mean; no field of a summary"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +144,8 @@ def measured(run: StudyRun, name: str) -> float | None:
     """A number of a finished run: of its summary, or COMPUTE."""
     if name != COMPUTE:
         return run.value(name)
-    forward, backward, steps = run.value("forward_s"), run.value("backward_s"), run.value("steps")
-    return (forward + backward) / steps if forward is not None and backward is not None and steps else None
+    forward, backward = run.value("steady_forward_s"), run.value("steady_backward_s")
+    return None if forward is None or backward is None else forward + backward
 
 
 def spread_of(values: Sequence[float]) -> Spread | None:

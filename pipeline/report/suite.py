@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -41,6 +43,22 @@ def suite_named(runs_dir: Path, names: Sequence[str]) -> Path | None:
     return None
 
 
+def own_report(suite: str, report: Report, over: Mapping[str, Path], console: Console) -> Any:
+    """What the report of a suite's own returns, of runs that are over.
+
+    Raises:
+        ValueError: what it refused, or the error that it ended in, and where.
+    """
+    try:
+        return report(over, console)
+    except ValueError:
+        raise
+    except Exception as error:  # code of whoever wrote the suite
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}, line {last.lineno}"
+        raise ReportError(f"compare: the report of {suite} failed in {where}: {type(error).__name__}: {error}") from error
+
+
 def print_suite(
     folder: Path,
     *,
@@ -72,7 +90,7 @@ def print_suite(
         _print_json(folder, report, runs, over, console)
         return
     if len(over) == len(runs) and report is not None:
-        report(over, console)
+        own_report(folder.name, report, over, console)
         return
     if over and report is None:
         print_studies(folder.parent, list(over.values()), against=against, within=within, console=console)
@@ -95,7 +113,7 @@ def _print_json(
         )
     if len(over) < len(runs):
         raise ValueError(f"compare: {folder.name} must have finished; {len(over)} of {len(runs)} runs have")
-    value = report(over, Console(file=io.StringIO()))
+    value = own_report(folder.name, report, over, Console(file=io.StringIO()))
     if value is None:
         raise ValueError(f"compare: the report of {folder.name} returns nothing, so there is no --format json of it")
     console.out(json.dumps(value, indent=2), highlight=False)

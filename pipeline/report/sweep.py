@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.bench import BASELINE
+from pipeline.launch.drive import commit
 from pipeline.measure.memory import told_hardware
 from pipeline.sweep import Point, Sweep
 
@@ -18,7 +20,7 @@ def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None 
     """Bytes, time and largest batch against T, and each rule's growth in bytes."""
     console = console or Console()
     if as_json:
-        console.out(json.dumps(asdict(found), indent=2, allow_nan=False), highlight=False)
+        console.out(json.dumps(told_sweep(found), indent=2, allow_nan=False), highlight=False)
         return
     table = Table(title=found.recipe, box=None, header_style="bold", pad_edge=False, title_justify="left")
     table.add_column("rule")
@@ -45,6 +47,11 @@ def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None 
         else f"; largest batch: whose bytes fit into {found.memory_bytes / 1e9:.3g} GB, not tried"
     )
     console.out(f"one batch of {found.samples} samples; {on}{fits}", highlight=False)
+
+
+def told_sweep(found: Sweep) -> dict[str, Any]:
+    """What `--format json` prints, and reports read: the sweep, and which code it is of."""
+    return {"commit": commit(), **asdict(found)}
 
 
 def _cells(point: Point, base: Point | None) -> tuple[str, ...]:

@@ -91,7 +91,7 @@ class BPTT(Rule):
         for first, x_cB in zip(range(0, steps, self.chunk or 1), slices(x_TB, self.chunk), strict=True):
             sharing.is_last = first + len(x_cB) == steps
             loss, share_BK = steps_share(model(x_cB), loss_of, steps=steps)
-            yield Objective(backward=loss, loss=loss.detach(), logits=share_BK)
+            yield Objective(backward=sharing.carrying(loss), loss=loss.detach(), logits=share_BK)
             for module in carriers(model):
                 state: State = module.state  # type: ignore[assignment]
                 state.values.update({name: value.detach() for name, value in state.values.items()})

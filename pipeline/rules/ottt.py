@@ -100,7 +100,8 @@ class OTTT(Rule):
                     sharing.is_last = index == last
                 logits_TBK = model(x_cB) if self._order_is_known else self._checked(model, x_cB)
                 loss, share_BK = steps_share(logits_TBK, loss_of, steps=steps)
-                yield Objective(backward=loss, loss=loss.detach(), logits=share_BK)
+                backward = loss if sharing is None else sharing.carrying(loss)
+                yield Objective(backward=backward, loss=loss.detach(), logits=share_BK)
 
     def _plain(self, names: Sequence[str]) -> set[str]:
         """The synapses without a trace."""

@@ -85,7 +85,7 @@ class SLTT(Rule):
                 with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
                     logits_TBK = model(x_cB)
                     loss, share_BK = steps_share(logits_TBK, loss_of, steps=steps)
-                    backward = loss * scale if learns else None
+                    backward = sharing.carrying(loss * scale) if learns else None
                 yield Objective(backward=backward, loss=loss.detach(), logits=share_BK)
 
 

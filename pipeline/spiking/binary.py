@@ -17,10 +17,10 @@ weights (a learnable scale aside), and so starts from the weights of its twin of
 torch.nn.utils.parametrize, which renames the parameter, exchanges the synapse's class and cannot be pickled (torch 2.13), and
 against a wrapper around the synapse. The seams of a synapse see W_b as they see any weight.
 
-W_b is made anew at each call, so T times where a rule runs T slices: its graph ends with the slice, and nobody has to notice
-that W has moved. Of 768 to 3072 channels that costs 14 ("scaled") to 48 ms ("ir") beside the product's 222 ms with 8 images of
-196 tokens, forward and backward (one core, torch 2.13), and less beside more images. "scaled" and "learnable" keep nothing of its
-size for the backward but the parameter, the others a V.
+W_b is made once a batch (`once.py`), and at each slice by a rule that moves W in between. Of 768 to 3072 channels making it costs
+14 ("scaled") to 48 ms ("ir") beside the product's 222 ms with 8 images of 196 tokens, forward and backward (one core, torch
+2.13), and less beside more images. "scaled" and "learnable" keep nothing of its size for the backward but the parameter, the
+others a V.
 
 Source: Rastegari et al. 2016 (XNOR-Net, arXiv 1603.05279) and Liu et al. 2020 (ReActNet, arXiv 2003.03488) for "scaled";
 Le & Li 2023 (BinaryViT, arXiv 2306.16678) for "centred"; Qin et al. 2020 (IR-Net, arXiv 1909.10788), with the straight-through
@@ -118,6 +118,7 @@ class Binarizer(nn.Module):
 def fix(synapse: Linear | Conv2d) -> None:
     """Let a 1-bit synapse be plain again: from now on it multiplies by its weight as it stands, which was the latent one."""
     synapse.binarizer = None
+    synapse.state = None
     synapse.weights = "plain"
 
 

@@ -1,14 +1,14 @@
 """What is the same in every slice of a batch, computed once: what comes of a still image, and weights that are made of others.
 
 A rule that gives the model one slice of time after another opens `computed_once` around them, and says so where one slice is
-the last that it differentiates:
+the last that it differentiates, whose loss it hands over:
 
     y = make()                                  at the first slice, with its graph if any slice learns
     slice t reads a copy of y without a graph, which collects the gradient of its backward: G = sum_t dL[t]/dy
-    the last slice reads y itself; to the gradient that comes back, G is added, and the sum goes on into `make`
+    the last slice reads y itself, and the backward of its loss hands y beside dL[last]/dy the G of the others
 
-So `make` has one forward and one backward a batch, and no backward call is added. All gradients of a micro-batch carry the
-same factor (its share, a loss scale), so G does.
+So `make` has one forward and one backward a batch, no backward call is added, and nothing is lost of what the last slice does not
+read. All gradients of a micro-batch carry the same factor (its share, a loss scale), so G does.
 
 It is exact where each slice's gradient is linear in dL[t]/dy with one factor for all t, and the weights rest meanwhile.
 """
@@ -42,6 +42,7 @@ class Sharing:
         self.image_B: Tensor | None = None
         """the still image of the batch, from when it is first seen"""
         self._makes = False
+        self._made: list[tuple[State, Tensor]] = []
 
     def once(self, state: State, make: Callable[[], Tensor]) -> Tensor:
         """What `make` makes, for the slice at hand; remembered in `state`, with the gradient that it collects.
@@ -52,29 +53,43 @@ class Sharing:
             return make()
         y = state.read("y")
         if y is None:
-            y = self._made(state, make)
+            y = self._make(make)
             state.write("y", y)
+            if y.requires_grad:
+                self._made.append((state, y))
         if self.backwards == "several" and not self.is_last and y.requires_grad and torch.is_grad_enabled():
             return _without_graph(state, y)
         return y
 
-    def _made(self, state: State, make: Callable[[], Tensor]) -> Tensor:
+    def carrying(self, loss: Tensor) -> Tensor:
+        """The loss of the slice at hand; of the last one, with what the others collected in its backward."""
+        if self.backwards == "one" or not self.is_last or not self._made:
+            return loss
+        states, made = zip(*self._made, strict=True)
+        return _Carrying.apply(loss, states, *made)  # type: ignore[return-value]  # apply is untyped
+
+    def _make(self, make: Callable[[], Tensor]) -> Tensor:
         # A slice that does not learn may come before one that does; one backward through all slices finds one mode for all.
         with_graph = torch.is_grad_enabled() if self.backwards == "one" else self.learns
         self._makes = True
         try:
             with torch.set_grad_enabled(with_graph):
-                y = make()
+                return make()
         finally:
             self._makes = False
-        if y.requires_grad and self.backwards == "several":
 
-            def with_what_was_collected(g: Tensor) -> Tensor:
-                collected = state.read("gradient")
-                return g if collected is None else (g + collected).to(g.dtype)
 
-            y.register_hook(with_what_was_collected)
-        return y
+class _Carrying(torch.autograd.Function):
+    """The loss as it is, and in its backward for each y the gradient that its state has collected."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, states: tuple[State, ...], *made: Tensor) -> Tensor:
+        ctx.states = states
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return (grad_outputs[0], None, *(state.read("gradient") for state in ctx.states))
 
 
 def _without_graph(state: State, y: Tensor) -> Tensor:

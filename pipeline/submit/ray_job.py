@@ -6,6 +6,7 @@ import re
 import shlex
 from uuid import uuid4
 
+from pipeline.door import offer_token
 from pipeline.submit.order import Order
 from pipeline.submit.program import answer_of
 
@@ -41,5 +42,6 @@ def submit(rendered: str) -> str:
         Refused: it was not taken: nobody is there, or asks for a token that RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH does not tell.
     """
     ray, *words = shlex.split(rendered)
+    offer_token()
     answer_of(ray, *words)
     return words[words.index("--submission-id") + 1]

@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 from ray.train import FailureConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from pipeline.launch.restarts import Restarts
+from pipeline.launch.restarts import PLACES_S, Restarts
 
 RETRY, RAISE = FailureDecision.RETRY, FailureDecision.RAISE
 
 
 @pytest.fixture
 def policy(tmp_path: Path) -> Restarts:
-    return Restarts(FailureConfig(max_failures=2), folder=tmp_path)
+    return Restarts(FailureConfig(max_failures=2, controller_failure_limit=1), folder=tmp_path, awaits_nodes=True)
 
 
 def dies(policy: Restarts) -> FailureDecision:
     return policy.make_decision(WorkerGroupError("died", {0: RuntimeError("killed")}))
 
 
-def saves(policy: Restarts, step: int) -> None:
+def finds_no_place(policy: Restarts) -> FailureDecision:
+    return policy.make_decision(ControllerError(WorkerGroupStartupTimeoutError(2)))
+
+
+def tells(policy: Restarts, event: str, **about: object) -> None:
     with (policy.folder / "journal.jsonl").open("a") as journal:
-        journal.write(json.dumps({"event": "checkpoint", "step": step}) + "\n")
+        journal.write(json.dumps({"event": event, **about}) + "\n")
+
+
+def saves(policy: Restarts, step: int) -> None:
+    tells(policy, "checkpoint", step=step)
+
+
+def starts(policy: Restarts, attempt: int) -> None:
+    tells(policy, "start", attempt=attempt, time=100.0 + attempt)
 
 
 def test_without_anything_new_the_last_of_so_many_ends_it(policy: Restarts) -> None:
@@ -60,5 +74,46 @@ def test_a_smaller_micro_batch_and_a_page_left_out_are(policy: Restarts, file: s
 
 def test_what_was_there_when_it_began_is_nothing_new(tmp_path: Path) -> None:
     (tmp_path / "journal.jsonl").write_text(json.dumps({"event": "checkpoint", "step": 7}) + "\n")
-    policy = Restarts(FailureConfig(max_failures=0), folder=tmp_path)
+    policy = Restarts(FailureConfig(max_failures=0), folder=tmp_path, awaits_nodes=False)
     assert dies(policy) == RAISE
+
+
+def test_places_that_were_there_are_waited_for(policy: Restarts) -> None:
+    """Of a node that an autoscaler replaces; the deaths of workers count beside it as before."""
+    starts(policy, 0)
+    assert dies(policy) == RETRY
+    assert {finds_no_place(policy) for _ in range(20)} == {RETRY}
+    assert [dies(policy), dies(policy)] == [RETRY, RAISE]
+
+
+def test_places_are_waited_for_an_hour_from_the_last_start(policy: Restarts, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    for attempt in (0, 1):
+        starts(policy, attempt)
+        assert finds_no_place(policy) == RETRY
+        now += PLACES_S - 1
+        assert finds_no_place(policy) == RETRY
+        now += 10 * PLACES_S
+    starts(policy, 2)
+    assert finds_no_place(policy) == RETRY
+    now += PLACES_S
+    assert [finds_no_place(policy) for _ in range(2)] == [RETRY, RAISE]  # Ray's own limit, of 1 here, decides
+
+
+def test_places_that_never_were_there_are_not_waited_for(tmp_path: Path) -> None:
+    for name, awaits_nodes in (("first", True), ("alone", False)):
+        (tmp_path / name).mkdir()
+        config = FailureConfig(max_failures=2, controller_failure_limit=1)
+        policy = Restarts(config, folder=tmp_path / name, awaits_nodes=awaits_nodes)
+        if name == "alone":
+            starts(policy, 0)
+        assert [finds_no_place(policy) for _ in range(2)] == [RETRY, RAISE]
+
+
+def test_no_place_now_and_then_is_counted_from_the_last_time_that_the_run_got_on(tmp_path: Path) -> None:
+    policy = Restarts(FailureConfig(max_failures=2, controller_failure_limit=1), folder=tmp_path, awaits_nodes=False)
+    for step in (5, 10, 15):
+        assert finds_no_place(policy) == RETRY
+        saves(policy, step)
+    assert [finds_no_place(policy) for _ in range(2)] == [RETRY, RAISE]

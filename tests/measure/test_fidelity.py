@@ -31,6 +31,14 @@ def test_of_known_gradients() -> None:
     assert fidelity(bptt, None, {}).temporal_share == {}
 
 
+def test_a_gradient_that_is_not_finite_is_as_far_as_can_be() -> None:
+    """A probe must not call safe what it cannot compare; of BPTT's own nothing is known."""
+    bptt = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0, math.inf])}
+    broken = {"a": torch.tensor([3.0, math.nan]), "b": torch.tensor([1.0, 0.0])}
+    found = fidelity(bptt, None, {"broken": [broken]})
+    assert found.lowest("broken") == ("a", -1.0) and math.isnan(found.cosines["broken"]["b"])
+
+
 def found_at(leak: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     x_TBC, target_B = batch(6, size=32)
     network = lif_network(leak=leak)

@@ -75,6 +75,7 @@ def test_the_first_batch_and_those_that_count_memory_are_no_measure_of_speed(met
     assert meters.totals.batches == 6
     assert meters.totals.steady_samples == 4 * 2  # 0 compiles, 1 and 4 count memory, 2 counts operations
     assert meters.totals.steady_s < meters.totals.train_s
+    assert meters.totals.of_a_steady_batch("forward") == meters.totals.steady_seconds["forward"] / 2
 
 
 def test_saved_bytes_are_counted_on_the_second_batch() -> None:
@@ -124,7 +125,7 @@ def test_operations_are_the_rules_alone() -> None:
 
 
 def test_totals_over_ranks_take_the_largest_peak(meters: Meters) -> None:
-    meters.totals = Totals(peak_saved_bytes=5, state_bytes=7, steady_s=1.5)
+    meters.totals = Totals(peak_saved_bytes=5, state_bytes=7, steady_batches=3)
     found = meters.over_ranks(lambda peaks: peaks + 1, lambda mean: mean)
-    assert (found.peak_saved_bytes, found.state_bytes, found.steady_s) == (6, 8, 1.5)
+    assert (found.peak_saved_bytes, found.state_bytes, found.steady_batches) == (6, 8, 3)
     assert found.peak_rss_bytes > 1e6

@@ -56,6 +56,8 @@ def run(rule: str = "BPTT", *, seed: int = 0, top1: float = 0.9, restart: bool =
         "wall_s": 20.0 if rule == "BPTT" else 16.0, "images_per_s": 80.0, "commit": "abc", "hardware": MACHINE,
         "inference": {"macs": 1.0, "acs": 2.0, "energy_j": energy, "prices": "45 nm, fp32", "samples": 10}, **changes,
     }  # fmt: skip
+    for part in ("forward_s", "backward_s"):
+        summary[f"steady_{part}"] = None if summary[part] is None else summary[part] / summary["steps"]
     return study_run(name, written, state=state, summary=summary, **beside)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from pipeline.report.claims import Claim, Measured, flat_in_t, measured, print_claims, saved_bytes, time_at_most, time_of_k
+from recipes.compare import claims_fashion
 
 
 def rule(*, saved: float = 0.0, forward: float = 1.0, backward: float = 2.0) -> Measured:
@@ -16,8 +19,8 @@ def rule(*, saved: float = 0.0, forward: float = 1.0, backward: float = 2.0) -> 
 
 def test_means_over_runs_and_batches() -> None:
     summaries = [
-        {"peak_saved_bytes": 10, "forward_s": 20.0, "backward_s": 40.0, "steps": 10},
-        {"peak_saved_bytes": 30, "forward_s": 40.0, "backward_s": 60.0, "steps": 10},
+        {"peak_saved_bytes": 10, "steady_forward_s": 2.0, "steady_backward_s": 4.0},
+        {"peak_saved_bytes": 30, "steady_forward_s": 4.0, "steady_backward_s": 6.0},
     ]
     found = measured(summaries)
     assert found == Measured(saved_bytes=20, forward_s=3.0, backward_s=5.0)
@@ -57,3 +60,25 @@ def test_what_does_not_hold_is_shown_so_and_what_was_not_run_says_nothing() -> N
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert any("does not hold" in line and "+100.0%" in line for line in lines)
     assert any("not run here" in line and "hold" not in line for line in lines)
+
+
+def test_a_run_too_short_to_be_timed_is_none_to_judge_by() -> None:
+    with pytest.raises(ValueError, match="neither its first nor counted; got none to take steady_forward_s of"):
+        measured([{"peak_saved_bytes": 10, "steady_forward_s": None, "steady_backward_s": None}])
+
+
+def test_fashions_claims_are_of_what_was_trained(tmp_path: Path) -> None:
+    """Not of the sizes that its file was written with: `--set time_steps=4` is judged at T = 4, and so is its sweep."""
+    changed = claims_fashion.recipe().override({"time_steps": 4, "model.neuron.leak": 0.25})
+    trained = next(iter(changed.recipes))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "summary.json").write_text(json.dumps({"peak_saved_bytes": 10, "steady_forward_s": 1.0, "steady_backward_s": 2.0}))
+    points = [{"time_steps": T, "cost": {"rule": "SLTT", "peak_saved_bytes": 10}} for T in (2, 4)]
+    (run / "sweep.json").write_text(json.dumps({"points": points}))
+    swept = claims_fashion._swept(trained, beside=run)
+    folders = {rule: [run] for rule in claims_fashion.RULES}
+    saved, flat, time_of_one, time = claims_fashion._claims(trained, folders, run, swept)
+    assert (saved.about, saved.bound, saved.holds) == ("SLTT, leak 1/4, T = 4", "<= 0.300", False)
+    assert (flat.claim, flat.holds) == ("saved bytes from T = 2 to 4", True)
+    assert time_of_one.bound == "<= 0.550 (r = 2.00)" and time.holds

@@ -15,6 +15,8 @@ from tests.report.hand_made import MACHINE, fidelity, recipe, run, study
 
 SWEEP = {
     "recipe": "small",
+    "commit": "abc",
+    "hardware": {"cpu": "a cpu", "cores": 2, "threads": 1, "gpu": "none", "torch": "2.13"},
     "samples": 8,
     "points": [
         {"time_steps": T, "cost": {"rule": rule, "peak_saved_bytes": saved, "forward_s": 0.25, "backward_s": 0.5}}
@@ -101,7 +103,8 @@ def test_memory_against_time_steps():
     figure = made(memory_of_time(SWEEP))
     assert figure.table.rows[1] == ("BPTT", 4, 4000, 0.75)
     assert traces(figure)["SLTT"]["y"] == [1, 1]
-    assert "BPTT keeps 4 times the bytes, SLTT keeps 1 times the bytes" in figure.alt
+    assert figure.alt == "BPTT keeps 4 times the bytes at T = 4 as at T = 1; SLTT keeps 1 times the bytes at T = 4 as at T = 1."
+    assert "commit abc, a cpu" in figure.caption
 
 
 def test_firing_rates_are_means_over_runs():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 from rich.console import Console
 
 from pipeline.report.read_study import read_study
+from pipeline.report.runs import ReportError
+from pipeline.report.suite import own_report
 from pipeline.suite import Suite, SuiteFile
 from tests.report.conftest import STUDY
 from tests.report.test_figures import SWEEP
@@ -67,12 +70,24 @@ def test_what_a_suites_report_prints_and_returns(make_run: Callable, runs_dir: P
     assert read_study(runs_dir, ["suite"])[0].notes == ("The suite's own report could not be made: no data here",)
 
 
+def test_a_report_that_ends_in_an_error_of_its_own_is_a_sentence():
+    """Not the traceback of a run's last hour: what it was, and where."""
+
+    def report(runs: dict[str, Path], console: Console) -> None:
+        runs["sltt"]
+
+    line = report.__code__.co_firstlineno + 1
+    said = f"the report of mine failed in test_read_study.py, line {line}: KeyError: 'sltt'"
+    with pytest.raises(ReportError, match=re.escape(said)):
+        own_report("mine", report, {}, Console())
+
+
 def test_a_sweep(make_run: Callable, runs_dir: Path, tmp_path: Path):
     make_run("bptt")
     path = tmp_path / "sweep.json"
     path.write_text(json.dumps(SWEEP))
     assert read_study(runs_dir, sweeps=[path])[0].sweeps == (SWEEP,)
-    path.write_text('{"recipe": "a", "samples": 1, "points": [{"time_steps": 1, "cost": {}}]}')
+    path.write_text(json.dumps({**SWEEP, "points": [{"time_steps": 1, "cost": {}}]}))
     with pytest.raises(ValueError, match=r"sweep\.json must hold what sweep --format json prints; KeyError\('rule'\)"):
         read_study(runs_dir, sweeps=[path])
 

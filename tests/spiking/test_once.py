@@ -22,11 +22,11 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking import synapse
-from pipeline.spiking.binary import Binarization, binarize
+from pipeline.spiking.binary import Binarization, binarize, fix
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.once import Sharing
-from pipeline.spiking.state import fresh_state, state_bytes
+from pipeline.spiking.state import State, fresh_state, state_bytes
 from pipeline.spiking.still import OncePerImage
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d, Linear, effective_weight
@@ -139,6 +139,51 @@ def test_weights_that_move_within_a_batch_are_made_at_each_step() -> None:
     with counted(model) as counts:
         learn(rule, model, repeat(x_BCHW, STEPS), cross_entropy(target_B))
     assert counts == {"made": STEPS, "backwards": STEPS}
+
+
+class Early(nn.Module):
+    """Adds what its synapse makes of the first two time steps, and nothing after them."""
+
+    def __init__(self, synapse: Linear) -> None:
+        super().__init__()
+        self.synapse, self.state = synapse, State("Early")
+
+    def forward(self, x_TBC: Tensor) -> Tensor:
+        outputs = []
+        for x_1BC in x_TBC.split(1):
+            passed = self.state.read("passed")
+            count = x_1BC.new_zeros(()) if passed is None else passed
+            outputs.append(x_1BC + self.synapse(x_1BC) if count < 2 else x_1BC)
+            self.state.write("passed", count + 1)
+        return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("rule", [SLTT, lambda: SLTT(chunk=3), lambda: BPTT(truncate=1)], ids=["SLTT", "in slices", "truncated"])
+def test_nothing_is_lost_of_what_the_last_slice_does_not_read(rule: Callable[[], Rule]) -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        early = Early(Linear(4, 4, weights="standardized"))
+        return lively(nn.Sequential(Conv2d(2, 4, 3, padding=1), LIF(**NEURON), Head(), early, Linear(4, 3)))
+
+    x_BCHW, target_B = images()
+    one, other = model(), model()
+    got = trained(rule(), one, repeat(x_BCHW, STEPS), target_B)
+    with each_slice_its_own():
+        expected = trained(rule(), other, repeat(x_BCHW, STEPS), target_B)
+    assert float(got["3.synapse.weight"].abs().max()) > 1e-4
+    assert distance(got, expected) < 1e-12
+
+
+def test_a_synapse_that_was_fixed_is_plain_again() -> None:
+    """Of a packed export: its parameter is what every slice reads."""
+    model = nn.Sequential(Conv2d(2, 4, 3, padding=1), LIF(**NEURON), Head(), Linear(4, 3)).double()
+    twin = copy.deepcopy(model)
+    for each in (model[0], model[3]):
+        binarize(each)  # type: ignore[arg-type]
+        fix(each)  # type: ignore[arg-type]
+    x_BCHW, target_B = images()
+    got, expected = (trained(SLTT(), each, repeat(x_BCHW, STEPS), target_B) for each in (model, twin))
+    assert distance(got, expected) == 0
 
 
 def test_plain_weights_are_nobodys_state() -> None:
