@@ -1,7 +1,8 @@
 """What SLTT's slices cost: time of SLTT and SLTT-1 against the faster BPTT, on the network of the Fashion-MNIST claims.
 
 Command:  python -m benchmarks.sltt [--batches 40] [--size 128] [--steps 6]
-Result:   not measured yet
+Result:   SLTT 0.992 and SLTT-1 0.517 of the faster BPTT, which is the one step by step (153.8 ms, folded 158.5); 60 batches, one
+          thread of 2 cores of an Intel Xeon, torch 2.13, commit 4032ee417d7f
 
 Four copies of the network of recipes/compare/claims_fashion.py with the same weights see the same images, batch after batch: by
 BPTT folded over time and step by step, by SLTT, and by SLTT-1. Who comes first moves on by one each batch, so that drift of the
