@@ -61,6 +61,9 @@ def sweep(
     memory: Annotated[
         float | None, typer.Option("--memory", metavar="GB", help="that the largest batch may take; without it what is free")
     ] = None,
+    at_largest: Annotated[
+        bool, typer.Option("--at-largest", help="with --batch auto: train one batch of each rule's own largest size, too")
+    ] = False,
     cpus_per_worker: Cpus = 1,
     format_: Format = "table",
     set_: Sets = [],  # noqa: B006
@@ -73,6 +76,8 @@ def sweep(
         raise ValueError(
             f"sweep: --memory is a limit in GB, from 1e-6 to 1e6, for --batch auto; got {memory:g} with --batch {batch}"
         )
+    if at_largest and batch != "auto":
+        raise ValueError(f"sweep: --at-largest tries what --batch auto finds; got --batch {batch}")
     from pipeline.counts import listed_time_steps
 
     times = listed_time_steps("sweep", steps)
@@ -82,7 +87,7 @@ def sweep(
 
     limit = None if batch != "auto" else "free" if memory is None else int(memory * 1e9)
     size = int(batch) if batch not in (None, "auto") else None
-    about = {"batch_size": size, "memory_bytes": limit, "threads": cpus_per_worker}
+    about = {"batch_size": size, "memory_bytes": limit, "at_largest": at_largest, "threads": cpus_per_worker}
     print_sweep(sweep_recipe(made, steps=times, **about), as_json=format_ == "json")
 
 

@@ -28,6 +28,12 @@ class Point:
     images_per_s: float
     largest_batch: int | None
     """whose bytes fit into the memory that was asked for; None: nobody asked"""
+    at_largest: Cost | None = None
+    """of one batch of so many, where it was tried"""
+
+    @property
+    def images_per_s_at_largest(self) -> float | None:
+        return None if self.at_largest is None or not self.largest_batch else self.largest_batch / self.at_largest.compute_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +45,7 @@ class Sweep:
     points: tuple[Point, ...]
     """by rule, then by time steps"""
     refused: Mapping[str, Mapping[int, str]]
-    """rules that cannot train the network, at which time steps, and why"""
+    """rules that cannot train the network, or for whose largest batch the data have too few samples, at which T, and why"""
     memory_bytes: int | None
     """that a largest batch may take"""
     hardware: Mapping[str, object]
@@ -63,6 +69,7 @@ def sweep(
     steps: Sequence[int] = STEPS,
     batch_size: int | None = None,
     memory_bytes: int | Literal["free"] | None = None,
+    at_largest: bool = False,
     threads: int = 1,
     rules: Sequence[Spec] = RULES,
 ) -> Sweep:
@@ -71,6 +78,7 @@ def sweep(
     Args:
         batch_size: samples; None: what one worker would hold at a time.
         memory_bytes: find the largest batch that fits into so many, or into what is free; None: find none.
+        at_largest: try each rule's own largest batch, too; the time that this takes grows with `memory_bytes`.
 
     Raises: ValueError for a recipe that does not fit together, for recordings (their T is their own), for no time steps, or
     where no rule can train the network; what the data refuse.
@@ -80,6 +88,8 @@ def sweep(
         raise ValueError(f"sweep: steps must be numbers of time steps, from 1; got {steps!r}")
     if len(shape := recipe.data.build().shape) == 4:
         raise ValueError(f"sweep: a recording has time steps of its own, so the data must be still images; got shape {shape}")
+    if at_largest and memory_bytes is None:
+        raise ValueError("sweep: a largest batch is tried where there is one to find, with memory_bytes; got None")
     limit = free_bytes() if memory_bytes == "free" else memory_bytes
     points: list[Point] = []
     refused: dict[str, dict[int, str]] = {}
@@ -89,6 +99,8 @@ def sweep(
         for label, rule in by_label(rules, recipe.rule).items():
             try:
                 points.append(_point(bench, half, rule, limit))
+                if at_largest and points[-1].largest_batch:
+                    points[-1] = _tried(points[-1], bench.recipe, rule, threads)
             except ValueError as error:
                 refused.setdefault(label, {})[bench.recipe.time_steps] = str(error)
     if not points:
@@ -116,6 +128,10 @@ def _point(bench: Bench, half: Bench | None, rule: Spec, limit: int | None) -> P
     largest = None if half is None or limit is None else _largest(bench, cost, half, half.cost(rule), limit)
     speed = bench.samples / cost.compute_s
     return Point(time_steps=bench.recipe.time_steps, cost=cost, images_per_s=speed, largest_batch=largest)
+
+
+def _tried(point: Point, recipe: Recipe, rule: Spec, threads: int) -> Point:
+    return replace(point, at_largest=Bench(recipe, batch_size=point.largest_batch, threads=threads).cost(rule))
 
 
 def _largest(bench: Bench, cost: Cost, half: Bench, half_cost: Cost, limit: int) -> int:

@@ -47,6 +47,23 @@ def test_the_largest_batch_fits_and_one_more_sample_does_not(found: Sweep, rule)
     assert taken(point.largest_batch) <= LIMIT < taken(point.largest_batch + 2)
 
 
+def test_a_largest_batch_that_is_tried_has_its_own_bytes_and_speed() -> None:
+    """Each rule at its own: SLTT's is larger than BPTT's, and what it takes is within the limit."""
+    data = recipe_with(0.5).data.with_(samples=4000)
+    recipe = recipe_with(0.5, data=data)
+    found = sweep(recipe, steps=(8,), rules=RULES, memory_bytes=LIMIT, at_largest=True)
+    (bptt,), (sltt,) = found.of("BPTT"), found.of("SLTT")
+    assert bptt.largest_batch is not None and sltt.largest_batch is not None and sltt.largest_batch > 2 * bptt.largest_batch
+    for point in (bptt, sltt):
+        assert point.at_largest is not None and point.images_per_s_at_largest is not None
+        beside = Bench(recipe, batch_size=point.largest_batch)
+        taken = point.at_largest.peak_saved_bytes + point.at_largest.state_bytes + beside.batch_bytes + beside.held().total
+        assert 0.95 * LIMIT < taken <= LIMIT
+        assert point.images_per_s_at_largest == pytest.approx(point.largest_batch / point.at_largest.compute_s)
+    with pytest.raises(ValueError, match="a largest batch is tried where there is one to find"):
+        sweep(recipe, steps=(8,), rules=RULES, at_largest=True)
+
+
 def test_where_not_one_sample_fits_the_largest_batch_is_0() -> None:
     assert {point.largest_batch for point in sweep(recipe_with(0.5), steps=(2,), rules=RULES, memory_bytes=10).points} == {0}
 
@@ -77,6 +94,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     code, out, err = run("sweep", str(file), "--steps", "2,4", "--batch", "auto", "--memory", "0.001")
     assert (code, err) == (0, "")
     assert "largest batch" in out and "times the bytes at T = 4 as at T = 2" in out
+    assert "not tried" in out and "of it" not in out
+    words = ("--steps", "4", "--batch", "auto", "--memory", "0.00006", "--at-largest")
+    code, out, err = run("sweep", str(file), *words)
+    assert (code, err) == (0, "") and "of it" in out and "not tried" not in out
     code, out, _ = run("sweep", str(file), "--steps", "2", "--batch", "4", "--format", "json")
     assert json.loads(out)["samples"] == 4 and json.loads(out)["commit"]
 
@@ -86,6 +107,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     [
         (("--steps", "1,x"), "sweep: --steps must be numbers of time steps, such as 1,2,4,8; got '1,x'"),
         (("--steps", "0"), "sweep: --steps must be numbers of time steps, such as 1,2,4,8; got '0'"),
+        (("--batch", "4", "--at-largest"), "sweep: --at-largest tries what --batch auto finds; got --batch 4"),
         (("--batch", "none"), "sweep: --batch must be a number of samples or auto; got none"),
         (("--memory", "3"), "sweep: --memory is a limit in GB, from 1e-6 to 1e6, for --batch auto; got 3 with --batch None"),
         (

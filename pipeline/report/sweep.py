@@ -25,12 +25,13 @@ def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None 
     table = Table(title=found.recipe, box=None, header_style="bold", pad_edge=False, title_justify="left")
     table.add_column("rule")
     titles = ("T", "saved", f"× {BASELINE}", "states", "ms/batch", f"× {BASELINE}", "images/s")
-    for title in (*titles, *(["largest batch"] if found.memory_bytes is not None else [])):
+    for title in (*titles, *_of_largest(found)):
         table.add_column(title, justify="right")
     base = {point.time_steps: point for point in found.of(BASELINE)}
     for rule in found.rules:
         for index, point in enumerate(found.of(rule)):
-            table.add_row(Text(rule if index == 0 else ""), *map(Text, _cells(point, base.get(point.time_steps))))
+            cells = _cells(point, base.get(point.time_steps), tried=_are_tried(found))
+            table.add_row(Text(rule if index == 0 else ""), *map(Text, cells))
     console.print(table)
     for rule in found.rules:
         points = found.of(rule)
@@ -41,12 +42,20 @@ def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None 
         for why in dict.fromkeys(at_T.values()):
             console.out(f"not in the table: {why}", highlight=False)
     on = told_hardware(found.hardware)
-    fits = (
-        ""
-        if found.memory_bytes is None
-        else f"; largest batch: whose bytes fit into {found.memory_bytes / 1e9:.3g} GB, not tried"
-    )
-    console.out(f"one batch of {found.samples} samples; {on}{fits}", highlight=False)
+    fits = "" if found.memory_bytes is None else f"; largest batch: whose bytes fit into {found.memory_bytes / 1e9:.3g} GB"
+    tried = "" if found.memory_bytes is None or _are_tried(found) else ", not tried"
+    console.out(f"one batch of {found.samples} samples; {on}{fits}{tried}", highlight=False)
+
+
+def _of_largest(found: Sweep) -> list[str]:
+    """Columns."""
+    if found.memory_bytes is None:
+        return []
+    return ["largest batch", *(["images/s of it"] if _are_tried(found) else [])]
+
+
+def _are_tried(found: Sweep) -> bool:
+    return any(point.at_largest is not None for point in found.points)
 
 
 def told_sweep(found: Sweep) -> dict[str, Any]:
@@ -54,7 +63,7 @@ def told_sweep(found: Sweep) -> dict[str, Any]:
     return {"commit": commit(), **asdict(found)}
 
 
-def _cells(point: Point, base: Point | None) -> tuple[str, ...]:
+def _cells(point: Point, base: Point | None, *, tried: bool) -> tuple[str, ...]:
     cost = point.cost
     beside = (
         ("", "")
@@ -73,4 +82,5 @@ def _cells(point: Point, base: Point | None) -> tuple[str, ...]:
         beside[1],
         f"{point.images_per_s:.4g}",
         *(() if point.largest_batch is None else (f"{point.largest_batch:,}",)),
+        *((f"{fast:.4g}" if (fast := point.images_per_s_at_largest) is not None else "",) if tried else ()),
     )
