@@ -15,6 +15,7 @@ from typing import Literal
 
 from scipy import stats
 
+BASELINE = "BPTT"
 WITHIN = 0.7  # points of accuracy: what SLTT and OTTT claim to lose at most
 
 

@@ -13,13 +13,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from pipeline.report.choose import Finished
 from pipeline.report.claims import Claim
-from pipeline.report.compare import BASELINE, Comparison
-from pipeline.report.paired import WITHIN, Difference
+from pipeline.report.paired import BASELINE, WITHIN, Difference, paired_difference
 from pipeline.report.study_run import StudyRun, from_folder, study_run
 
 __all__ = ["Group", "Spread", "Study", "StudyRun", "from_folder", "study_run"]
@@ -70,8 +67,14 @@ class Group:
 
     @property
     def differences(self) -> list[Difference]:
-        """Baseline minus rule in points of accuracy, over paired seeds."""
-        return self._comparison.differences
+        """Baseline minus rule in points of accuracy, of every rule with at least two seeds in common with it."""
+        base = self.by_seed(self.against, "top1")
+        found = [
+            paired_difference(base, self.by_seed(rule, "top1"), names=(self.against, rule))
+            for rule in self.rules
+            if rule != self.against
+        ]
+        return [difference for difference in found if difference is not None]
 
     def of(self, rule: str) -> tuple[StudyRun, ...]:
         return tuple(run for run in self.runs if run.rule == rule)
@@ -82,10 +85,11 @@ class Group:
 
     def ratios(self, rule: str, name: str, *, base: str | None = None) -> Spread | None:
         """Over `base` (None: the baseline) seed by seed, each the mean of a seed's runs; None without a seed in common."""
-        over, values = self._by_seed(base or self.against, name), self._by_seed(rule, name)
+        over, values = self.by_seed(base or self.against, name), self.by_seed(rule, name)
         return spread_of([value / over[seed] for seed, value in values.items() if over.get(seed)])
 
-    def _by_seed(self, rule: str, name: str) -> dict[int, float]:
+    def by_seed(self, rule: str, name: str) -> dict[int, float]:
+        """Of a number of the summaries, the mean of the finished runs of each seed."""
         found: dict[int, list[float]] = {}
         for run in self.of(rule):
             if (value := measured(run, name)) is not None:
@@ -100,12 +104,6 @@ class Group:
         kinds = [rule for rule in self.rules if rule == BASELINE or rule.startswith(f"{BASELINE}-chunk-")]
         known = {rule: found.mean for rule in kinds if (found := self.spread(rule, COMPUTE)) is not None}
         return min(known, key=lambda rule: known[rule]) if BASELINE in known else self.against
-
-    @cached_property
-    def _comparison(self) -> Comparison:
-        runs = tuple(Finished(folder=Path(run.name), summary=dict(run.summary or {})) for run in self.finished)
-        about = {"against": self.against, "within": self.within}
-        return Comparison(study=self.study, runs=runs, unfinished=(), notes=(), **about)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,9 +117,8 @@ def _saved(group: Group, rule: str) -> Iterator[str]:
 
 
 def _of_one_seed(group: Group, rule: str) -> str:
-    base = {run.seed: run.value("top1") for run in group.of(group.against)}
-    pairs = [(base.get(run.seed), run.value("top1")) for run in group.of(rule)]
-    points = [100 * (a - b) for a, b in pairs if a is not None and b is not None]
+    base = group.by_seed(group.against, "top1")
+    points = [100 * (base[seed] - top1) for seed, top1 in group.by_seed(rule, "top1").items() if seed in base]
     if not points:
         return f"no seed in common with {group.against}, so accuracies are not subtracted"
     return f"{group.against} - {rule}: {points[0]:+.2f} points of one seed, so without an interval"

@@ -26,6 +26,9 @@ def test_a_sentence_for_each_rule():
     assert "BPTT - SLTT: +1.50 points over 2 paired seeds, 95 % interval" in said
     ((_, said),) = tables.headlines(Study(title="t", runs=(run(top1=0.9), run("SLTT", top1=0.89))).groups[0])
     assert said.endswith("BPTT - SLTT: +1.00 points of one seed, so without an interval.")
+    again = (run(top1=0.9), run(top1=0.94, name="again"), run("SLTT", top1=0.89))  # seed 0 twice: 0.92
+    ((_, said),) = tables.headlines(Study(title="t", runs=again).groups[0])
+    assert "BPTT - SLTT: +3.00 points of one seed" in said
     assert tables.headlines(Study(title="t", runs=(run("SLTT"),)).groups[0]) == []
 
 
