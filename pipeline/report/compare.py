@@ -74,21 +74,23 @@ class Comparison:
         return list(dict.fromkeys(map(rule_of, self.runs)))
 
     def ratio(self, run: Finished, name: str) -> float | None:
-        """A quantity of a run over the mean of the baseline's runs of the same seed; None where there are none."""
+        """A quantity of a run over the mean of `group.base_of`'s runs of the same seed; None where there are none."""
         value, over = number(run.summary.get(name)), self._over[name].get(seed_of(run))
         return None if value is None or not over else value / over
 
     @cached_property
     def _over(self) -> dict[str, dict[int, float]]:
         """What each quantity is divided by, by seed."""
-        return {name: self.group.by_seed(self.group.against, name) for name in _COMPARED}
+        return {name: self.group.by_seed(self.group.base_of(name), name) for name in _COMPARED}
 
     def to_json(self) -> dict[str, Any]:
-        """`baseline` names its (first) run; each run is its summary and `ratios` to the baseline of its seed."""
+        """`baseline` names its (first) run; each run is its summary and `ratios` to the baseline of its seed,
+        speed and wall clock to those of `time_baseline`."""
         return {
             "study": self.study,
             "baseline": self.baseline[0].name if self.baseline else None,
             "baseline_runs": [run.name for run in self.baseline],
+            "time_baseline": self.group.fastest_baseline if self.baseline else None,
             "runs": [
                 {**run.summary, "run": run.name, "ratios": {name: self.ratio(run, name) for name in _COMPARED}}
                 for run in self.runs
@@ -101,7 +103,8 @@ class Comparison:
 
     def to_csv(self) -> str:
         """One line for each run; nested fields as `hardware.cpu`, ratios as `ratios.top1`."""
-        rows = [_flat(run) for run in self.to_json()["runs"]]
+        told = self.to_json()
+        rows = [{**_flat(run), "time_baseline": told["time_baseline"]} for run in told["runs"]]
         rest = sorted({name for row in rows for name in row} - set(_FIRST))
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=[*_FIRST, *rest], lineterminator="\n")
@@ -185,7 +188,7 @@ def compare(
         study=str(finished[0].summary.get("study", "")),
         runs=tuple(finished),
         unfinished=tuple(left_out),
-        notes=(*notes, *_seeds_told(group)),
+        notes=(*notes, *_divisions_told(group)),
         group=group,
     )
 
@@ -241,18 +244,24 @@ def _refusal(a: str, b: str, found: list[tuple[str, Any, Any]]) -> str:
     return f"compare: {a} and {b} differ in more than the rule and the seed: {listed(found)}; name runs that agree"
 
 
-def _seeds_told(group: Group) -> Iterator[str]:
-    """Of seeds with several runs, and of rules without a seed to divide by."""
+def _divisions_told(group: Group) -> Iterator[str]:
+    """Of seeds with several runs, the faster BPTT, and rules without a seed to divide by."""
     for rule in group.rules:
         for seed, runs in Counter(run.seed for run in group.of(rule)).items():
             if runs > 1:
                 yield f"{rule} has {runs} runs of seed {seed}, which count as one, their mean, in ratios and differences"
     if not group.has_baseline:
         return
+    if group.fastest_baseline != group.against:
+        yield f"images/s and wall clock are divided by {group.fastest_baseline}'s, the faster {group.against}"
+        divided = {group.against: "its top-1 and bytes are not divided", group.fastest_baseline: "its times are not divided"}
+    else:
+        divided = {group.against: "nothing of it is divided"}
     seeds = {rule: {run.seed for run in group.of(rule)} for rule in group.rules}
     for rule in group.rules:
-        if not seeds[rule] & seeds[group.against]:
-            yield f"{rule} has no seed in common with {group.against}, so nothing of it is divided"
+        for base, what in divided.items():
+            if not seeds[rule] & seeds[base]:
+                yield f"{rule} has no seed in common with {base}, so {what}"
 
 
 def _value(run: Finished, name: str) -> float | None:

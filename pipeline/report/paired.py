@@ -43,6 +43,11 @@ class Difference:
         )
 
 
+def is_baseline(rule: str, against: str) -> bool:
+    """Whether it is the rule that others are compared with; of BPTT also what takes the time steps in slices, `BPTT-chunk-1`."""
+    return rule == against or (against == BASELINE and rule.startswith(f"{BASELINE}-chunk-"))
+
+
 def paired_difference(baseline: Mapping[int, float], rule: Mapping[int, float], *, names: tuple[str, str]) -> Difference | None:
     """From top-1 in 0..1 by seed; None with fewer than two seeds in common."""
     seeds = sorted(baseline.keys() & rule.keys())

@@ -1,7 +1,7 @@
 """What one page or dashboard shows: runs, in groups of those that may be compared.
 
     study.groups[0].spread("SLTT", "peak_saved_bytes")       mean and standard deviation over seeds
-    study.groups[0].ratios("SLTT", "peak_saved_bytes")       over the baseline's run of the same seed, seed by seed
+    study.groups[0].ratios("SLTT", "peak_saved_bytes")       over the baseline's runs of the same seed, seed by seed
 
 Nothing is divided across groups: their runs have another study key, or another machine.
 """
@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from pipeline.report.claims import Claim
-from pipeline.report.paired import BASELINE, WITHIN, Difference, paired_difference
+from pipeline.report.paired import BASELINE, WITHIN, Difference, is_baseline, paired_difference
 from pipeline.report.study_run import StudyRun, from_folder, study_run
 
 __all__ = ["Group", "Spread", "Study", "StudyRun", "from_folder", "study_run"]
@@ -83,9 +83,9 @@ class Group:
         """Of a number of the summaries, over the rule's finished runs; None where none of them has it."""
         return spread_of([value for run in self.of(rule) if (value := measured(run, name)) is not None])
 
-    def ratios(self, rule: str, name: str, *, base: str | None = None) -> Spread | None:
-        """Over `base` (None: the baseline) seed by seed, each the mean of a seed's runs; None without a seed in common."""
-        over, values = self.by_seed(base or self.against, name), self.by_seed(rule, name)
+    def ratios(self, rule: str, name: str) -> Spread | None:
+        """Over `base_of(name)` seed by seed, each the mean of a seed's runs; None without a seed in common."""
+        over, values = self.by_seed(self.base_of(name), name), self.by_seed(rule, name)
         return spread_of([value / over[seed] for seed, value in values.items() if over.get(seed)])
 
     def by_seed(self, rule: str, name: str) -> dict[int, float]:
@@ -96,14 +96,16 @@ class Group:
                 found.setdefault(run.seed, []).append(value)
         return {seed: statistics.fmean(values) for seed, values in found.items()}
 
+    def base_of(self, name: str) -> str:
+        """The rule whose `name` others' is divided by: of time and speed the faster of BPTT folded over time and step by step."""
+        return self.fastest_baseline if name in (COMPUTE, "wall_s", "images_per_s") else self.against
+
     @property
     def fastest_baseline(self) -> str:
-        """Whose time others' is divided by: of BPTT folded over time and step by step the one that computes faster."""
-        if self.against != BASELINE:
-            return self.against
-        kinds = [rule for rule in self.rules if rule == BASELINE or rule.startswith(f"{BASELINE}-chunk-")]
+        """Of BPTT folded over time and step by step the one that computes faster."""
+        kinds = [rule for rule in self.rules if is_baseline(rule, self.against)]
         known = {rule: found.mean for rule in kinds if (found := self.spread(rule, COMPUTE)) is not None}
-        return min(known, key=lambda rule: known[rule]) if BASELINE in known else self.against
+        return min(known, key=lambda rule: known[rule]) if self.against in known else self.against
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from pipeline.recipe_json import differing
 from pipeline.report.claims import Claim
 from pipeline.report.differences import VARIED
 from pipeline.report.figure import Cell, Table, shown, unit_of
-from pipeline.report.figures import QUANTITIES, base_of
+from pipeline.report.figures import QUANTITIES
 from pipeline.report.study import COMPUTE, Group, Spread, Study, StudyRun
 
 _NOT_SAID = "not known"
@@ -111,9 +111,8 @@ def machine(hardware: Mapping[str, Any]) -> str:
 
 def _saved(group: Group, rule: str) -> Iterator[str]:
     for name, (title, _) in QUANTITIES.items():
-        base = base_of(group, name)
-        if (ratio := group.ratios(rule, name, base=base)) is not None:
-            yield f"{ratio.mean:.2f} of {base}'s {title}"
+        if (ratio := group.ratios(rule, name)) is not None:
+            yield f"{ratio.mean:.2f} of {group.base_of(name)}'s {title}"
 
 
 def _of_one_seed(group: Group, rule: str) -> str:
@@ -127,10 +126,8 @@ def _of_one_seed(group: Group, rule: str) -> str:
 def _costs(group: Group, rule: str) -> Iterator[Cell]:
     yield rule
     yield _spread(group.spread(rule, "top1"), "share", None)
-    for name, (_, kind) in QUANTITIES.items():
-        yield _spread(group.spread(rule, name), kind, group.ratios(rule, name, base=base_of(group, name)))
-    found = group.spread(rule, "images_per_s")
-    yield None if found is None else f"{found.mean:.4g}"
+    for name, kind in (*((name, kind) for name, (_, kind) in QUANTITIES.items()), ("images_per_s", "rate")):
+        yield _spread(group.spread(rule, name), kind, group.ratios(rule, name))
     yield sum(run.is_finished for run in group.of(rule))
 
 
@@ -141,7 +138,7 @@ def _spread(found: Spread | None, kind: str, ratio: Spread | None) -> str | None
     if found.deviation is not None:
         number, _, unit = text.partition(" ") if kind != "share" else (text.removesuffix("%"), "", "%")
         spread = 100 * found.deviation if kind == "share" else found.deviation / unit_of(kind, [found.mean])[0]
-        text = f"{number} ± {float(f'{spread:.2g}'):g} {unit}"
+        text = f"{number} ± {float(f'{spread:.2g}'):g} {unit}".rstrip()
     return text if ratio is None else f"{text} ({shown(ratio.mean, kind='ratio')})"
 
 
@@ -156,7 +153,7 @@ def _behind(group: Group, rule: str) -> tuple[Cell, ...]:
     if not group.has_baseline:
         bases: tuple[str, str] = ("no baseline", "no baseline")
     else:
-        bases = (group.against, base_of(group, COMPUTE))
+        bases = (group.against, group.base_of(COMPUTE))
     return (
         rule,
         *bases,

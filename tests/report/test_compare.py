@@ -93,6 +93,35 @@ def test_ratios_are_of_paired_seeds(make_run: Callable, runs_dir: Path):
     assert comparison.notes == ("OTTT has no seed in common with BPTT, so nothing of it is divided",)
 
 
+def test_time_is_divided_by_the_faster_bptt(make_run: Callable, runs_dir: Path):
+    make_run("bptt", steady_forward_s=0.04, steady_backward_s=0.08)
+    make_run("stepped", rule="BPTT-chunk-1", steady_forward_s=0.04, steady_backward_s=0.02, wall_s=100.0, images_per_s=200.0)
+    make_run("sltt", rule="SLTT", wall_s=50.0, peak_saved_bytes=2_000_000)
+    comparison = compare(runs_dir, ["sltt"])
+    assert [run.name for run in comparison.runs] == ["bptt", "stepped", "sltt"]
+    assert comparison.notes == ("images/s and wall clock are divided by BPTT-chunk-1's, the faster BPTT",)
+    value = comparison.to_json()
+    assert (value["baseline"], value["time_baseline"]) == ("bptt", "BPTT-chunk-1")
+    assert value["runs"][0]["ratios"] == {"top1": 1.0, "peak_saved_bytes": 1.0, "images_per_s": 0.5, "wall_s": 2.0}
+    assert value["runs"][2]["ratios"] == {"top1": 1.0, "peak_saved_bytes": 0.25, "images_per_s": 0.5, "wall_s": 0.5}
+    assert re.search(r"SLTT +90.00% +×1.00 +2 MB +×0.25 +100 +×0.50 +50.0 s +×0.50", text_of(comparison))
+    rows = list(csv.DictReader(io.StringIO(comparison.to_csv())))
+    assert [row["ratios.wall_s"] for row in rows] == ["2.0", "1.0", "0.5"]
+    assert {row["time_baseline"] for row in rows} == {"BPTT-chunk-1"}
+    folded = compare(runs_dir, ["sltt", "bptt"])
+    assert (folded.to_json()["time_baseline"], folded.notes) == ("BPTT", ())
+
+
+def test_a_rule_may_share_a_seed_with_one_bptt_alone(make_run: Callable, runs_dir: Path):
+    make_run("bptt", steady_forward_s=0.04, steady_backward_s=0.08)
+    make_run("stepped", rule="BPTT-chunk-1", seed=1, steady_forward_s=0.04, steady_backward_s=0.02)
+    make_run("sltt", rule="SLTT")
+    notes = compare(runs_dir).notes
+    assert "SLTT has no seed in common with BPTT-chunk-1, so its times are not divided" in notes
+    assert "BPTT-chunk-1 has no seed in common with BPTT, so its top-1 and bytes are not divided" in notes
+    assert not any("SLTT has no seed in common with BPTT," in note for note in notes)
+
+
 def test_csv_has_a_line_for_each_run(make_run: Callable, runs_dir: Path):
     make_run("bptt")
     make_run("sltt", rule="SLTT", peak_saved_bytes=2_000_000)
@@ -128,7 +157,7 @@ def test_without_a_baseline_there_are_no_ratios(make_run: Callable, runs_dir: Pa
     make_run("sltt", rule="SLTT")
     make_run("other", study="f" * 16)
     comparison = compare(runs_dir, ["sltt"])
-    assert comparison.to_json()["baseline"] is None
+    assert comparison.to_json()["baseline"] is None and comparison.to_json()["time_baseline"] is None
     assert set(comparison.to_json()["runs"][0]["ratios"].values()) == {None}
     text = text_of(comparison)
     assert "no baseline, no ratios: study 01234567 has no finished run of BPTT" in text

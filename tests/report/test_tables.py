@@ -17,6 +17,10 @@ def test_costs_are_means_with_spread_and_ratio():
         "16 ± 0 s (×0.80)",
         "3 ± 0 µJ (×0.75)",
     )
+    assert sltt[6] == "80 ± 0 (×1.00)"
+    faster = run("BPTT-chunk-1", backward_s=6.0, wall_s=10.0, images_per_s=160.0)
+    *_, sltt = tables.costs(study(faster).groups[0]).rows
+    assert sltt[4] == "16 ± 0 s (×1.60)" and sltt[6] == "80 ± 0 (×0.50)"
     assert tables.costs(Study(title="t", runs=(run(inference=None),)).groups[0]).rows[0][5] is None
 
 
