@@ -14,6 +14,21 @@ from pipeline.report.figures import QUANTITIES
 from pipeline.report.study import COMPUTE, Group, Spread, Study, StudyRun
 
 _NOT_SAID = "not known"
+_BESIDE = {
+    "state_bytes": ("states", "B"),
+    "peak_device_bytes": ("peak on the device", "B"),
+    "peak_reserved_bytes": ("peak reserved there", "B"),
+    "peak_rss_bytes": ("peak RSS", "B"),
+    "peak_pss_bytes": ("peak PSS", "B"),
+    "net_s": ("wall clock net of restarts", "s"),
+    "device_j": ("joules of training, measured", "J"),
+}
+BESIDE_SAID = (
+    "Bytes are of the worker that holds most; states are membranes, traces, and what the slices of a batch share, weights and "
+    "the first features of a still image, with the gradient they collect. Joules are of the whole training, of one worker's card "
+    "in the mean over workers, by the card's own counter (NVML), its idle power included: a measurement, where the energy of an "
+    "inference is an estimate. Multiplications and additions are of training on one sample, by what they serve."
+)
 
 
 def headlines(group: Group) -> list[tuple[str, str]]:
@@ -32,6 +47,20 @@ def costs(group: Group) -> Table:
     """One row for each rule: mean over seeds ± standard deviation, × the baseline over paired seeds."""
     columns = ["rule", "top-1", *(title for title, _ in QUANTITIES.values()), "images/s", "finished runs"]
     return Table(columns=tuple(columns), rows=tuple(tuple(_costs(group, rule)) for rule in group.rules))
+
+
+def beside(group: Group) -> Table | None:
+    """What else was measured of each rule, mean over seeds ± standard deviation; None where nothing was."""
+    known = _BESIDE | {
+        f"operations.{purpose}.{name}": (f"{purpose}: {name}", "count")
+        for purpose in _purposes(group)
+        for name in ("multiplications", "additions")
+    }
+    kept = {name: about for name, about in known.items() if any(_is_there(run, name) for run in group.finished)}
+    if not kept:
+        return None
+    rows = [(rule, *(_spread(group.spread(rule, name), kind, None) for name, (_, kind) in kept.items())) for rule in group.rules]
+    return Table(columns=("rule", *(title for title, _ in kept.values())), rows=tuple(rows))
 
 
 def behind_the_rows(group: Group) -> Table:
@@ -129,6 +158,18 @@ def _costs(group: Group, rule: str) -> Iterator[Cell]:
     for name, kind in (*((name, kind) for name, (_, kind) in QUANTITIES.items()), ("images_per_s", "rate")):
         yield _spread(group.spread(rule, name), kind, group.ratios(rule, name))
     yield sum(run.is_finished for run in group.of(rule))
+
+
+def _purposes(group: Group) -> list[str]:
+    """What training operations served in any run, in the order of their counting."""
+    counted = [(run.summary or {}).get("operations") for run in group.finished]
+    return list(dict.fromkeys(purpose for work in counted if isinstance(work, Mapping) for purpose in work))
+
+
+def _is_there(run: StudyRun, name: str) -> bool:
+    """Whether it was measured; where there is no device, its peaks are 0."""
+    value = run.value(name)
+    return value is not None and (value != 0 or not name.startswith("peak_"))
 
 
 def _spread(found: Spread | None, kind: str, ratio: Spread | None) -> str | None:

@@ -173,6 +173,9 @@ def csv_of(place: Place, study: Study, name: str) -> str | None:
     for key, group in grouped(study):
         if name == f"{key}-costs":
             return tables.costs(group).to_csv()
+        if name == f"{key}-beside":
+            found = tables.beside(group)
+            return None if found is None else found.to_csv()
         for each in drawn(place.view, group):
             if isinstance(each, Figure) and name == f"{key}-{each.name}":
                 return each.table.to_csv()
@@ -187,6 +190,11 @@ def _costs(place: Place, key: str, group: Group) -> Iterator[Any]:
         yield html.Ul(lines, className="headlines")
     yield _table(tables.costs(group), "Mean ± standard deviation over seeds, × the baseline over paired seeds")
     yield _csv_link(place, f"{key}-costs", f"costs, {tables.named(group)}")
+    if (beside := tables.beside(group)) is not None:
+        yield html.H4("Measured beside")
+        yield html.P(tables.BESIDE_SAID, className="aside")
+        yield _table(beside, "What else was measured of each rule: mean ± standard deviation over seeds")
+        yield _csv_link(place, f"{key}-beside", f"measured beside, {tables.named(group)}")
 
 
 def _figure(place: Place, key: str, one: Figure, theme: str) -> html.Figure:
