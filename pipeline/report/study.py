@@ -3,7 +3,8 @@
     study.groups[0].spread("SLTT", "peak_saved_bytes")       mean and standard deviation over seeds
     study.groups[0].ratios("SLTT", "peak_saved_bytes")       over the baseline's runs of the same seed, seed by seed
 
-Nothing is divided across groups: their runs have another study key, or another machine.
+Nothing is divided across groups: their runs have another study key, or another machine. Only the speeds of groups that differ in
+their number of workers alone are (scaling.py).
 """
 
 from __future__ import annotations

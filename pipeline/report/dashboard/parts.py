@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 
 from dash import dcc, html
 
-from pipeline.report import tables
+from pipeline.report import scaling, tables
 from pipeline.report.dashboard.place import ONLY, SORTS, VIEWS, Place, View, short, state_words
 from pipeline.report.figure import DARK, LIGHT, Figure, Missing, Table
 from pipeline.report.figures import ratios, trade_off
@@ -143,6 +143,9 @@ def figures(place: Place, study: Study, theme: str) -> list[Any]:
                 missing.append(html.Li([html.B(each.title), f": {title}: {each.why}."]))
             else:
                 parts.append(_figure(place, key, each, theme))
+    if place.view == "costs" and (scaled := scaling.scaling(study)) is not None:
+        parts += [html.H3("Scaling over workers"), html.P(scaling.SAID, className="aside")]
+        parts += [_table(scaled, "Steady images/s over workers, measured"), _csv_link(place, "scaling", "scaling over workers")]
     return [*parts, html.H3("Not measured"), html.Ul(missing)] if missing else parts
 
 
@@ -170,6 +173,8 @@ def csv_of(place: Place, study: Study, name: str) -> str | None:
     """The data of a figure or a table of this view, by its name; None where there is none."""
     if name == "runs":
         return tables.provenance(study).to_csv()
+    if name == "scaling" and (scaled := scaling.scaling(study)) is not None:
+        return scaled.to_csv()
     for key, group in grouped(study):
         if name == f"{key}-costs":
             return tables.costs(group).to_csv()
