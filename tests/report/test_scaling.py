@@ -89,7 +89,10 @@ def test_the_dashboard_has_it():
     two = store.add_finished("two", "SLTT")
     store.texts[two.id, "summary.json"] = json.dumps(on(2, 120.0).summary)
     asking = Asking(store)
-    assert "Scaling over workers" in asking.show(f"?study={KEY}")
+    shown = asking.show(f"?study={KEY}")
+    assert "Scaling over workers" in shown
+    for workers in ("1 worker", "2 workers"):  # each group's table is a region of a name of its own
+        assert f'over paired seeds, Study {KEY[:8]} on a cpu, 2 cores, 1 thread, {workers}"' in shown
     told = asking.client.get(f"/csv?study={KEY}&name=scaling").get_data(as_text=True)
     assert [row["efficiency"] for row in csv.DictReader(io.StringIO(told))] == ["1.0", "0.75"]
     store.texts[two.id, "summary.json"] = json.dumps(on(1, 120.0).summary)

@@ -193,12 +193,16 @@ def _costs(place: Place, key: str, group: Group) -> Iterator[Any]:
     lines = [html.Li([html.B(rule), f": {line}"]) for rule, line in tables.headlines(group)]
     if lines:
         yield html.Ul(lines, className="headlines")
-    yield _table(tables.costs(group), "Mean ± standard deviation over seeds, × the baseline over paired seeds")
+    yield _table(
+        tables.costs(group), "Mean ± standard deviation over seeds, × the baseline over paired seeds", where=tables.named(group)
+    )
     yield _csv_link(place, f"{key}-costs", f"costs, {tables.named(group)}")
     if (beside := tables.beside(group)) is not None:
         yield html.H4("Measured beside")
         yield html.P(tables.BESIDE_SAID, className="aside")
-        yield _table(beside, "What else was measured of each rule: mean ± standard deviation over seeds")
+        yield _table(
+            beside, "What else was measured of each rule: mean ± standard deviation over seeds", where=tables.named(group)
+        )
         yield _csv_link(place, f"{key}-beside", f"measured beside, {tables.named(group)}")
 
 
@@ -234,7 +238,8 @@ def _csv_link(place: Place, name: str, what: str) -> html.Div:
     return html.Div(link, className="actions")
 
 
-def _table(table: Table, caption: str) -> html.Div:
+def _table(table: Table, caption: str, *, where: str = "") -> html.Div:
+    """`where` tells its region from that of another group's table."""
     head = html.Thead(html.Tr([html.Th(column, scope="col") for column in table.columns]))
     body = [
         html.Tr(
@@ -247,7 +252,12 @@ def _table(table: Table, caption: str) -> html.Div:
     ]
     more = len(table.rows) - _ROWS
     told_more = [] if more <= 0 else [html.P(f"The first {_ROWS} of {len(table.rows)} rows; the CSV has all.", className="aside")]
-    return html.Div([_scroll([html.Caption(html.Span(caption)), head, html.Tbody(body)], caption), *told_more])
+    return html.Div(
+        [
+            _scroll([html.Caption(html.Span(caption)), head, html.Tbody(body)], f"{caption}, {where}" if where else caption),
+            *told_more,
+        ]
+    )
 
 
 def _scroll(table: list[Any], label: str) -> html.Div:
