@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.recipe_json import listed
 from pipeline.report.differences import differences
+from pipeline.report.paired import is_baseline
 from pipeline.report.runs import ReportError, find_run, load, run_folders
 from pipeline.track.jsonl import first, last
 from pipeline.track.state import State, state_of
@@ -69,16 +70,18 @@ def runs_of_study(runs_dir: Path, text: str) -> list[Path]:
 
 
 def with_baseline(runs_dir: Path, finished: list[Finished], against: str) -> tuple[list[Finished], list[str]]:
-    """Adds the baseline's runs of the study that stand comparison; else says why there is none."""
+    """Adds the baseline's runs of the study that stand comparison, BPTT in slices of time too; else says why there is none."""
     study, reference = finished[0].summary.get("study"), finished[0]
+    there = {rule_of(run) for run in finished}
     others = [run for folder in run_folders(runs_dir) if study_of(folder) == study and (run := finished_run(folder)) is not None]
-    baselines = [run for run in others if rule_of(run) == against]
-    fit = [run for run in baselines if not differences(run.folder, reference.folder)]
-    if fit:
+    kinds = [run for run in others if is_baseline(rule_of(run), against) and rule_of(run) not in there]
+    kinds.sort(key=lambda run: rule_of(run) != against)
+    fit = [run for run in kinds if not differences(run.folder, reference.folder)]
+    if fit and rule_of(fit[0]) == against:
         return fit + finished, []
-    if baselines:
-        found = differences(baselines[0].folder, reference.folder)
-        why = f"{baselines[0].name} does not stand comparison: {listed(found)}"
+    if kinds and rule_of(kinds[0]) == against:
+        found = differences(kinds[0].folder, reference.folder)
+        why = f"{kinds[0].name} does not stand comparison: {listed(found)}"
     else:
         why = f"study {str(study)[:8]} has no finished run of {against}"
     return finished, [f"no baseline, no ratios: {why}"]

@@ -12,8 +12,10 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +39,13 @@ from pipeline.report.choose import (
     with_baseline,
 )
 from pipeline.report.differences import differences
-from pipeline.report.paired import WITHIN, Difference, paired_difference
+from pipeline.report.paired import BASELINE, WITHIN
 from pipeline.report.runs import ReportError, recipe_of
+from pipeline.report.study import Group
+from pipeline.report.study_run import number, study_run
 
 __all__ = ["Comparison", "ComparisonError", "Finished", "Unfinished", "compare", "print_comparison", "print_studies"]
 
-BASELINE = "BPTT"
 _COMPARED = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")
 _FIRST = ("run", "rule", "seed", "study", "recipe", "world_size", "steps", "epochs", *_COMPARED)
 
@@ -55,13 +58,13 @@ class Comparison:
     runs: tuple[Finished, ...]
     unfinished: tuple[Unfinished, ...]
     notes: tuple[str, ...]
-    against: str
-    within: float
+    group: Group
+    """the same runs, for what is said of their rules"""
 
     @property
     def baseline(self) -> tuple[Finished, ...]:
-        """The runs of the rule that the others are compared with, one for each seed; empty when there is none."""
-        return self.of(self.against)
+        """The runs of the rule that the others are compared with; empty when there is none."""
+        return self.of(self.group.against)
 
     def of(self, rule: str) -> tuple[Finished, ...]:
         return tuple(run for run in self.runs if rule_of(run) == rule)
@@ -70,41 +73,38 @@ class Comparison:
     def rules(self) -> list[str]:
         return list(dict.fromkeys(map(rule_of, self.runs)))
 
-    @property
-    def differences(self) -> list[Difference]:
-        """Baseline minus rule, of every rule with at least two seeds in common with it."""
-        base = _top1_by_seed(self.baseline)
-        found = [
-            paired_difference(base, _top1_by_seed(self.of(rule)), names=(self.against, rule))
-            for rule in self.rules
-            if rule != self.against
-        ]
-        return [difference for difference in found if difference is not None]
+    def ratio(self, run: Finished, name: str) -> float | None:
+        """A quantity of a run over the mean of `group.base_of`'s runs of the same seed; None where there are none."""
+        value, over = number(run.summary.get(name)), self._over[name].get(seed_of(run))
+        return None if value is None or not over else value / over
 
-    def ratio(self, name: str, value: float | None) -> float | None:
-        """`value` over the baseline's mean of the same quantity; None without a baseline."""
-        base = _mean(self.baseline, name)
-        return None if value is None or not base else value / base
+    @cached_property
+    def _over(self) -> dict[str, dict[int, float]]:
+        """What each quantity is divided by, by seed."""
+        return {name: self.group.by_seed(self.group.base_of(name), name) for name in _COMPARED}
 
     def to_json(self) -> dict[str, Any]:
-        """`baseline` names its (first) run; each run is its summary and `ratios` to the mean of the baseline."""
+        """`baseline` names its (first) run; each run is its summary and `ratios` to the baseline of its seed,
+        speed and wall clock to those of `time_baseline`."""
         return {
             "study": self.study,
             "baseline": self.baseline[0].name if self.baseline else None,
             "baseline_runs": [run.name for run in self.baseline],
+            "time_baseline": self.group.fastest_baseline if self.baseline else None,
             "runs": [
-                {**run.summary, "run": run.name, "ratios": {name: self.ratio(name, _value(run, name)) for name in _COMPARED}}
+                {**run.summary, "run": run.name, "ratios": {name: self.ratio(run, name) for name in _COMPARED}}
                 for run in self.runs
             ],
-            "differences": [{**asdict(each), "verdict": each.verdict(self.within)} for each in self.differences],
-            "within": self.within,
+            "differences": [{**asdict(each), "verdict": each.verdict(self.group.within)} for each in self.group.differences],
+            "within": self.group.within,
             "unfinished": [{"run": run.folder.name, "rule": run.rule, "state": run.state} for run in self.unfinished],
             "notes": list(self.notes),
         }
 
     def to_csv(self) -> str:
         """One line for each run; nested fields as `hardware.cpu`, ratios as `ratios.top1`."""
-        rows = [_flat(run) for run in self.to_json()["runs"]]
+        told = self.to_json()
+        rows = [{**_flat(run), "time_baseline": told["time_baseline"]} for run in told["runs"]]
         rest = sorted({name for row in rows for name in row} - set(_FIRST))
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=[*_FIRST, *rest], lineterminator="\n")
@@ -113,7 +113,7 @@ class Comparison:
         return text.getvalue()
 
     def render(self, console: Console) -> None:
-        """One line for each rule, the mean over its runs (± standard deviation), and × the baseline."""
+        """One line for each rule, the mean over its runs (± standard deviation), and × the baseline over paired seeds."""
         table = Table(title=f"study {self.study[:8]}", box=None, header_style="bold", pad_edge=False, title_justify="left")
         table.add_column("rule", overflow="fold")
         for title in ("top-1", "peak saved", "images/s", "wall clock"):
@@ -121,22 +121,23 @@ class Comparison:
         for rule in self.rules:
             runs = self.of(rule)
             label = rule if len(runs) == 1 else f"{rule} ({len(runs)} runs)"
-            table.add_row(Text(label), *(Text(self._cell(runs, name)) for name in _COMPARED))
+            table.add_row(Text(label), *(Text(self._cell(rule, name)) for name in _COMPARED))
         console.print(table)
-        for note in (*(each.text(self.within) for each in self.differences), *self.notes):
+        for note in (*(each.text(self.group.within) for each in self.group.differences), *self.notes):
             console.out(note, highlight=False)
         for run in self.unfinished:
             command = "" if run.state == "running" else f"; {resume_command(run.folder.parent, run.folder.name)}"
             line = f"not in the table: {run.folder.name} ({run.rule}) is {run.state}{command}"
             console.out(line, highlight=False)
 
-    def _cell(self, runs: tuple[Finished, ...], name: str) -> str:
-        values = [value for run in runs if (value := _value(run, name)) is not None]
+    def _cell(self, rule: str, name: str) -> str:
+        values = [value for run in self.of(rule) if (value := _value(run, name)) is not None]
         if not values:
             return "-"
-        mean = statistics.fmean(values)
-        ratio = self.ratio(name, mean)
-        text = _shown(name, mean) if ratio is None else f"{_shown(name, mean)}  ×{ratio:{'.2f' if ratio >= 0.1 else '.3g'}}"
+        mean, ratio = statistics.fmean(values), self.group.ratios(rule, name)
+        text = _shown(name, mean)
+        if ratio is not None:
+            text += f"  ×{ratio.mean:{'.2f' if ratio.mean >= 0.1 else '.3g'}}"
         return text if len(values) == 1 else f"{text}\n± {_shown(name, statistics.stdev(values), like=mean)}"
 
 
@@ -180,14 +181,15 @@ def compare(
     commits = sorted({str(run.summary.get("commit")) for run in finished})
     if len(commits) > 1:
         notes.append(f"note: the runs are of different commits: {', '.join(commits)}")
-    study = str(finished[0].summary.get("study", ""))
+    group = Group(
+        tuple(study_run(run.name, (), state="finished", summary=run.summary) for run in finished), against=against, within=within
+    )
     return Comparison(
-        study=study,
+        study=str(finished[0].summary.get("study", "")),
         runs=tuple(finished),
         unfinished=tuple(left_out),
-        notes=tuple(notes),
-        against=against,
-        within=within,
+        notes=(*notes, *_divisions_told(group)),
+        group=group,
     )
 
 
@@ -242,18 +244,29 @@ def _refusal(a: str, b: str, found: list[tuple[str, Any, Any]]) -> str:
     return f"compare: {a} and {b} differ in more than the rule and the seed: {listed(found)}; name runs that agree"
 
 
-def _top1_by_seed(runs: tuple[Finished, ...]) -> dict[int, float]:
-    return {seed_of(run): top1 for run in runs if (top1 := _value(run, "top1")) is not None}
+def _divisions_told(group: Group) -> Iterator[str]:
+    """Of seeds with several runs, the faster BPTT, and rules without a seed to divide by."""
+    for rule in group.rules:
+        for seed, runs in Counter(run.seed for run in group.of(rule)).items():
+            if runs > 1:
+                yield f"{rule} has {runs} runs of seed {seed}, which count as one, their mean, in ratios and differences"
+    if not group.has_baseline:
+        return
+    if group.fastest_baseline != group.against:
+        yield f"images/s and wall clock are divided by {group.fastest_baseline}'s, the faster {group.against}"
+        divided = {group.against: "its top-1 and bytes are not divided", group.fastest_baseline: "its times are not divided"}
+    else:
+        divided = {group.against: "nothing of it is divided"}
+    seeds = {rule: {run.seed for run in group.of(rule)} for rule in group.rules}
+    for rule in group.rules:
+        for base, what in divided.items():
+            if not seeds[rule] & seeds[base]:
+                yield f"{rule} has no seed in common with {base}, so {what}"
 
 
 def _value(run: Finished, name: str) -> float | None:
     value = run.summary.get(name)
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _mean(runs: tuple[Finished, ...], name: str) -> float | None:
-    values = [value for run in runs if (value := _value(run, name)) is not None]
-    return statistics.fmean(values) if values else None
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

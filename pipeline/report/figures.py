@@ -45,16 +45,11 @@ def ratios(group: Group) -> Figure | Missing:
             title=title, why=f"no baseline: no run of {group.against} in this group has finished, so nothing is divided"
         )
     rules = [rule for rule in group.rules if rule != group.against]
-    found = {
-        (rule, name): ratio
-        for rule in rules
-        for name in QUANTITIES
-        if (ratio := group.ratios(rule, name, base=base_of(group, name)))
-    }
+    found = {(rule, name): ratio for rule in rules for name in QUANTITIES if (ratio := group.ratios(rule, name))}
     if not found:
         return Missing(title=title, why=f"no rule has a seed in common with {group.against}")
     rows = [
-        (rule, QUANTITIES[name][0], base_of(group, name), ratio.mean, ratio.deviation, ratio.runs)
+        (rule, QUANTITIES[name][0], group.base_of(name), ratio.mean, ratio.deviation, ratio.runs)
         for (rule, name), ratio in found.items()
     ]
     names = [name for name in QUANTITIES if any((rule, name) in found for rule in rules)]
@@ -86,21 +81,19 @@ def ratios(group: Group) -> Figure | Missing:
 
     height = 110 + len(names) * max(52, 30 * len(rules))
     least = min((item for item in found.items() if item[0][1] == "peak_saved_bytes"), key=lambda item: item[1].mean, default=None)
+    faster = group.fastest_baseline
+    times = "" if faster == group.against else f" Times are multiples of {faster}'s, the faster {group.against}."
     said = "" if least is None else f": {least[0][0]} keeps {least[1].mean:.2f} of its saved bytes, the least"
     return Figure(
         name="ratios",
         title=title,
-        caption="Left of the dotted line is less than the baseline; mean and standard deviation over the seeds that both ran.",
+        caption="Left of the dotted line is less than the baseline; mean and standard deviation over the seeds that both ran."
+        + times,
         alt=f"{len(rules)} rules beside {group.against} in {', '.join(QUANTITIES[name][0] for name in names)}{said}.",
         table=Table(columns=("rule", "quantity", "divided by", "ratio", "standard deviation", "paired seeds"), rows=tuple(rows)),
         draw=draw,
         height=height,
     )
-
-
-def base_of(group: Group, name: str) -> str:
-    """The rule whose `name` others' is divided by: of time that is the faster of BPTT folded and step by step."""
-    return group.fastest_baseline if name == COMPUTE else group.against
 
 
 def trade_off(group: Group, name: str) -> Figure | Missing:

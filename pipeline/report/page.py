@@ -19,7 +19,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.report import tables
+from pipeline.report import scaling, tables
 from pipeline.report.figure import DARK, LIGHT, NOT_MEASURED, Cell, Figure, Missing, Table
 from pipeline.report.figures import ratios, trade_off
 from pipeline.report.figures_learning import learning_curves, standings
@@ -32,6 +32,7 @@ _ROWS = 40
 """of a table that the page shows; its CSV has them all"""
 TRADED = ("wall_s", "peak_saved_bytes", "inference.energy_j")
 _SWEEP = "spiketrain sweep RECIPE --steps 1,2,4,8,16 --format json > sweep.json, then spiketrain report STUDY --sweep sweep.json"
+_WORKERS = "no rule has finished on two numbers of workers, all else equal; spiketrain launch RECIPE --workers N with another N"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +74,10 @@ def render(study: Study) -> str:
     memory = [figure for sweep in study.sweeps if isinstance(figure := memory_of_time(sweep), Figure)]
     drawings = {f"{section.key}-{figure.name}": _drawn(figure) for section in sections for figure in section.figures}
     drawings |= {f"sweep{index}-{figure.name}": _drawn(figure) for index, figure in enumerate(memory, start=1)}
+    scaled = scaling.scaling(study)
     missing = [(one.title, f"{section.title}: {one.why}") for section in sections for one in section.missing]
     missing += [] if memory else [("Memory against time steps", f"this study carries no sweep; {_SWEEP}")]
+    missing += [] if scaled else [("Scaling over workers", _WORKERS)]
     return (
         _environment()
         .get_template("page.html")
@@ -84,6 +87,8 @@ def render(study: Study) -> str:
             sections=sections,
             alone=alone,
             memory=memory,
+            scaled=scaled,
+            scaled_said=scaling.SAID,
             missing=missing,
             drawings=script_json(drawings),
             plotly=Markup(_plotly()),

@@ -1,9 +1,10 @@
 """What one page or dashboard shows: runs, in groups of those that may be compared.
 
     study.groups[0].spread("SLTT", "peak_saved_bytes")       mean and standard deviation over seeds
-    study.groups[0].ratios("SLTT", "peak_saved_bytes")       over the baseline's run of the same seed, seed by seed
+    study.groups[0].ratios("SLTT", "peak_saved_bytes")       over the baseline's runs of the same seed, seed by seed
 
-Nothing is divided across groups: their runs have another study key, or another machine.
+Nothing is divided across groups: their runs have another study key, or another machine. Only the speeds of groups that differ in
+their number of workers alone are (scaling.py).
 """
 
 from __future__ import annotations
@@ -13,13 +14,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from pipeline.report.choose import Finished
 from pipeline.report.claims import Claim
-from pipeline.report.compare import BASELINE, Comparison
-from pipeline.report.paired import WITHIN, Difference
+from pipeline.report.paired import BASELINE, WITHIN, Difference, is_baseline, paired_difference
 from pipeline.report.study_run import StudyRun, from_folder, study_run
 
 __all__ = ["Group", "Spread", "Study", "StudyRun", "from_folder", "study_run"]
@@ -70,8 +68,14 @@ class Group:
 
     @property
     def differences(self) -> list[Difference]:
-        """Baseline minus rule in points of accuracy, over paired seeds."""
-        return self._comparison.differences
+        """Baseline minus rule in points of accuracy, of every rule with at least two seeds in common with it."""
+        base = self.by_seed(self.against, "top1")
+        found = [
+            paired_difference(base, self.by_seed(rule, "top1"), names=(self.against, rule))
+            for rule in self.rules
+            if rule != self.against
+        ]
+        return [difference for difference in found if difference is not None]
 
     def of(self, rule: str) -> tuple[StudyRun, ...]:
         return tuple(run for run in self.runs if run.rule == rule)
@@ -80,32 +84,29 @@ class Group:
         """Of a number of the summaries, over the rule's finished runs; None where none of them has it."""
         return spread_of([value for run in self.of(rule) if (value := measured(run, name)) is not None])
 
-    def ratios(self, rule: str, name: str, *, base: str | None = None) -> Spread | None:
-        """Over `base` (None: the baseline) seed by seed, each the mean of a seed's runs; None without a seed in common."""
-        over, values = self._by_seed(base or self.against, name), self._by_seed(rule, name)
+    def ratios(self, rule: str, name: str) -> Spread | None:
+        """Over `base_of(name)` seed by seed, each the mean of a seed's runs; None without a seed in common."""
+        over, values = self.by_seed(self.base_of(name), name), self.by_seed(rule, name)
         return spread_of([value / over[seed] for seed, value in values.items() if over.get(seed)])
 
-    def _by_seed(self, rule: str, name: str) -> dict[int, float]:
+    def by_seed(self, rule: str, name: str) -> dict[int, float]:
+        """Of a number of the summaries, the mean of the finished runs of each seed."""
         found: dict[int, list[float]] = {}
         for run in self.of(rule):
             if (value := measured(run, name)) is not None:
                 found.setdefault(run.seed, []).append(value)
         return {seed: statistics.fmean(values) for seed, values in found.items()}
 
+    def base_of(self, name: str) -> str:
+        """The rule whose `name` others' is divided by: of time and speed the faster of BPTT folded over time and step by step."""
+        return self.fastest_baseline if name in (COMPUTE, "wall_s", "images_per_s") else self.against
+
     @property
     def fastest_baseline(self) -> str:
-        """Whose time others' is divided by: of BPTT folded over time and step by step the one that computes faster."""
-        if self.against != BASELINE:
-            return self.against
-        kinds = [rule for rule in self.rules if rule == BASELINE or rule.startswith(f"{BASELINE}-chunk-")]
+        """Of BPTT folded over time and step by step the one that computes faster."""
+        kinds = [rule for rule in self.rules if is_baseline(rule, self.against)]
         known = {rule: found.mean for rule in kinds if (found := self.spread(rule, COMPUTE)) is not None}
-        return min(known, key=lambda rule: known[rule]) if BASELINE in known else self.against
-
-    @cached_property
-    def _comparison(self) -> Comparison:
-        runs = tuple(Finished(folder=Path(run.name), summary=dict(run.summary or {})) for run in self.finished)
-        about = {"against": self.against, "within": self.within}
-        return Comparison(study=self.study, runs=runs, unfinished=(), notes=(), **about)
+        return min(known, key=lambda rule: known[rule]) if self.against in known else self.against
 
 
 @dataclass(frozen=True, kw_only=True)

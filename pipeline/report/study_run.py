@@ -52,6 +52,7 @@ class Attempt:
     step: int
     """batches that were done by then"""
     seconds: float
+    workers: int | None
     commit: str | None
 
 
@@ -254,8 +255,13 @@ def _attempts(timed: Iterable[tuple[float, Event]]) -> Iterator[Attempt]:
     for seconds, event in timed:
         if event["event"] == "start":
             step, commit = _count(event.get("step")) or 0, event.get("commit")
-            attempt = _count(event.get("attempt")) or 0
-            yield Attempt(number=attempt, step=step, seconds=seconds, commit=None if commit is None else str(commit))
+            yield Attempt(
+                number=_count(event.get("attempt")) or 0,
+                step=step,
+                seconds=seconds,
+                workers=_count(event.get("world_size")),
+                commit=None if commit is None else str(commit),
+            )
 
 
 def _layers(activity: Sequence[Mapping[str, Any]]) -> Iterator[LayerRates]:

@@ -10,10 +10,25 @@ from pipeline.recipe_json import differing
 from pipeline.report.claims import Claim
 from pipeline.report.differences import VARIED
 from pipeline.report.figure import Cell, Table, shown, unit_of
-from pipeline.report.figures import QUANTITIES, base_of
+from pipeline.report.figures import QUANTITIES
 from pipeline.report.study import COMPUTE, Group, Spread, Study, StudyRun
 
 _NOT_SAID = "not known"
+_BESIDE = {
+    "state_bytes": ("states", "B"),
+    "peak_device_bytes": ("peak on the device", "B"),
+    "peak_reserved_bytes": ("peak reserved there", "B"),
+    "peak_rss_bytes": ("peak RSS", "B"),
+    "peak_pss_bytes": ("peak PSS", "B"),
+    "net_s": ("wall clock net of restarts", "s"),
+    "device_j": ("joules of training, measured", "J"),
+}
+BESIDE_SAID = (
+    "Bytes are of the worker that holds most; states are membranes, traces, and what the slices of a batch share, weights and "
+    "the first features of a still image, with the gradient they collect. Joules are of the whole training, of one worker's card "
+    "in the mean over workers, by the card's own counter (NVML), its idle power included: a measurement, where the energy of an "
+    "inference is an estimate. Multiplications and additions are of training on one sample, by what they serve."
+)
 
 
 def headlines(group: Group) -> list[tuple[str, str]]:
@@ -32,6 +47,20 @@ def costs(group: Group) -> Table:
     """One row for each rule: mean over seeds ± standard deviation, × the baseline over paired seeds."""
     columns = ["rule", "top-1", *(title for title, _ in QUANTITIES.values()), "images/s", "finished runs"]
     return Table(columns=tuple(columns), rows=tuple(tuple(_costs(group, rule)) for rule in group.rules))
+
+
+def beside(group: Group) -> Table | None:
+    """What else was measured of each rule, mean over seeds ± standard deviation; None where nothing was."""
+    known = _BESIDE | {
+        f"operations.{purpose}.{name}": (f"{purpose}: {name}", "count")
+        for purpose in _purposes(group)
+        for name in ("multiplications", "additions")
+    }
+    kept = {name: about for name, about in known.items() if any(_is_there(run, name) for run in group.finished)}
+    if not kept:
+        return None
+    rows = [(rule, *(_spread(group.spread(rule, name), kind, None) for name, (_, kind) in kept.items())) for rule in group.rules]
+    return Table(columns=("rule", *(title for title, _ in kept.values())), rows=tuple(rows))
 
 
 def behind_the_rows(group: Group) -> Table:
@@ -111,15 +140,13 @@ def machine(hardware: Mapping[str, Any]) -> str:
 
 def _saved(group: Group, rule: str) -> Iterator[str]:
     for name, (title, _) in QUANTITIES.items():
-        base = base_of(group, name)
-        if (ratio := group.ratios(rule, name, base=base)) is not None:
-            yield f"{ratio.mean:.2f} of {base}'s {title}"
+        if (ratio := group.ratios(rule, name)) is not None:
+            yield f"{ratio.mean:.2f} of {group.base_of(name)}'s {title}"
 
 
 def _of_one_seed(group: Group, rule: str) -> str:
-    base = {run.seed: run.value("top1") for run in group.of(group.against)}
-    pairs = [(base.get(run.seed), run.value("top1")) for run in group.of(rule)]
-    points = [100 * (a - b) for a, b in pairs if a is not None and b is not None]
+    base = group.by_seed(group.against, "top1")
+    points = [100 * (base[seed] - top1) for seed, top1 in group.by_seed(rule, "top1").items() if seed in base]
     if not points:
         return f"no seed in common with {group.against}, so accuracies are not subtracted"
     return f"{group.against} - {rule}: {points[0]:+.2f} points of one seed, so without an interval"
@@ -128,11 +155,21 @@ def _of_one_seed(group: Group, rule: str) -> str:
 def _costs(group: Group, rule: str) -> Iterator[Cell]:
     yield rule
     yield _spread(group.spread(rule, "top1"), "share", None)
-    for name, (_, kind) in QUANTITIES.items():
-        yield _spread(group.spread(rule, name), kind, group.ratios(rule, name, base=base_of(group, name)))
-    found = group.spread(rule, "images_per_s")
-    yield None if found is None else f"{found.mean:.4g}"
+    for name, kind in (*((name, kind) for name, (_, kind) in QUANTITIES.items()), ("images_per_s", "rate")):
+        yield _spread(group.spread(rule, name), kind, group.ratios(rule, name))
     yield sum(run.is_finished for run in group.of(rule))
+
+
+def _purposes(group: Group) -> list[str]:
+    """What training operations served in any run, in the order of their counting."""
+    counted = [(run.summary or {}).get("operations") for run in group.finished]
+    return list(dict.fromkeys(purpose for work in counted if isinstance(work, Mapping) for purpose in work))
+
+
+def _is_there(run: StudyRun, name: str) -> bool:
+    """Whether it was measured; where there is no device, its peaks are 0."""
+    value = run.value(name)
+    return value is not None and (value != 0 or not name.startswith("peak_"))
 
 
 def _spread(found: Spread | None, kind: str, ratio: Spread | None) -> str | None:
@@ -142,7 +179,7 @@ def _spread(found: Spread | None, kind: str, ratio: Spread | None) -> str | None
     if found.deviation is not None:
         number, _, unit = text.partition(" ") if kind != "share" else (text.removesuffix("%"), "", "%")
         spread = 100 * found.deviation if kind == "share" else found.deviation / unit_of(kind, [found.mean])[0]
-        text = f"{number} ± {float(f'{spread:.2g}'):g} {unit}"
+        text = f"{number} ± {float(f'{spread:.2g}'):g} {unit}".rstrip()
     return text if ratio is None else f"{text} ({shown(ratio.mean, kind='ratio')})"
 
 
@@ -157,7 +194,7 @@ def _behind(group: Group, rule: str) -> tuple[Cell, ...]:
     if not group.has_baseline:
         bases: tuple[str, str] = ("no baseline", "no baseline")
     else:
-        bases = (group.against, base_of(group, COMPUTE))
+        bases = (group.against, group.base_of(COMPUTE))
     return (
         rule,
         *bases,

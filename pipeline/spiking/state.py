@@ -79,7 +79,7 @@ def states_of(model: nn.Module) -> list[State]:
 
 
 def state_bytes(model: nn.Module) -> int:
-    """Bytes that membranes and traces occupy now, each storage whole and once; 0 outside `fresh_state`."""
+    """Bytes of membranes, traces, and what slices share with its gradient, each storage once; 0 outside `fresh_state`."""
     storages = {}
     for state in states_of(model):
         for value in state.values.values():

@@ -58,11 +58,68 @@ def test_several_seeds_are_a_mean_and_a_spread(make_run: Callable, runs_dir: Pat
     lines = [line.rstrip() for line in text_of(comparison).splitlines()]
     assert re.search(r"BPTT \(3 runs\) +90.00% +×1.00 ", lines[2])
     assert re.search(r"^ +± 10.00% +± 0 MB +± 0 +± 0.0 min$", lines[3])
-    assert re.search(r"SLTT \(2 runs\) +72.00% +×0.80 .* -$", lines[4])
+    assert re.search(r"SLTT \(2 runs\) +72.00% +×0.85 .* -$", lines[4])
     assert re.search(r"^ +± 2.83%", lines[5])
     assert comparison.to_json()["baseline_runs"] == ["bptt-0", "bptt-1", "bptt-2"]
-    assert comparison.to_json()["runs"][0]["ratios"]["top1"] == pytest.approx(0.8 / 0.9)
-    assert comparison.to_json()["runs"][4]["ratios"]["wall_s"] is None
+    ratios = [run["ratios"] for run in comparison.to_json()["runs"]]
+    assert [each["top1"] for each in ratios] == pytest.approx([1, 1, 1, 0.7 / 0.8, 0.74 / 0.9])
+    assert ratios[4]["wall_s"] is None
+
+
+def test_two_runs_of_a_seed_count_as_their_mean(make_run: Callable, runs_dir: Path):
+    for name, seed, top1 in (("bptt-0", 0, 0.8), ("bptt-0-again", 0, 0.9), ("bptt-1", 1, 0.9)):
+        make_run(name, seed=seed, top1=top1)
+    for seed, top1 in enumerate((0.8, 0.9)):
+        make_run(f"sltt-{seed}", rule="SLTT", seed=seed, top1=top1)
+    comparison = compare(runs_dir)
+    (difference,) = comparison.to_json()["differences"]
+    assert (difference["seeds"], difference["mean"]) == (2, pytest.approx(2.5))
+    ratios = {run["run"]: run["ratios"]["top1"] for run in comparison.to_json()["runs"]}
+    assert ratios["sltt-0"] == pytest.approx(0.8 / 0.85) and ratios["bptt-0-again"] == pytest.approx(0.9 / 0.85)
+    assert "BPTT has 2 runs of seed 0, which count as one, their mean, in ratios and differences\n" in text_of(comparison)
+
+
+def test_ratios_are_of_paired_seeds(make_run: Callable, runs_dir: Path):
+    make_run("bptt-0", peak_saved_bytes=8_000_000)
+    make_run("bptt-5", seed=5, peak_saved_bytes=80_000_000)
+    make_run("sltt-0", rule="SLTT", peak_saved_bytes=2_000_000)
+    make_run("sltt-9", rule="SLTT", seed=9, peak_saved_bytes=2_000_000)
+    make_run("ottt-7", rule="OTTT", seed=7)
+    comparison = compare(runs_dir)
+    found = {run["run"]: run["ratios"]["peak_saved_bytes"] for run in comparison.to_json()["runs"]}
+    assert found == {"bptt-0": 1.0, "bptt-5": 1.0, "ottt-7": None, "sltt-0": 0.25, "sltt-9": None}
+    bptt, _, ottt, sltt = text_of(comparison).splitlines()[2:6]
+    assert "44 MB  ×1.00" in bptt and "2 MB  ×0.25" in sltt and "×" not in ottt
+    assert comparison.notes == ("OTTT has no seed in common with BPTT, so nothing of it is divided",)
+
+
+def test_time_is_divided_by_the_faster_bptt(make_run: Callable, runs_dir: Path):
+    make_run("bptt", steady_forward_s=0.04, steady_backward_s=0.08)
+    make_run("stepped", rule="BPTT-chunk-1", steady_forward_s=0.04, steady_backward_s=0.02, wall_s=100.0, images_per_s=200.0)
+    make_run("sltt", rule="SLTT", wall_s=50.0, peak_saved_bytes=2_000_000)
+    comparison = compare(runs_dir, ["sltt"])
+    assert [run.name for run in comparison.runs] == ["bptt", "stepped", "sltt"]
+    assert comparison.notes == ("images/s and wall clock are divided by BPTT-chunk-1's, the faster BPTT",)
+    value = comparison.to_json()
+    assert (value["baseline"], value["time_baseline"]) == ("bptt", "BPTT-chunk-1")
+    assert value["runs"][0]["ratios"] == {"top1": 1.0, "peak_saved_bytes": 1.0, "images_per_s": 0.5, "wall_s": 2.0}
+    assert value["runs"][2]["ratios"] == {"top1": 1.0, "peak_saved_bytes": 0.25, "images_per_s": 0.5, "wall_s": 0.5}
+    assert re.search(r"SLTT +90.00% +×1.00 +2 MB +×0.25 +100 +×0.50 +50.0 s +×0.50", text_of(comparison))
+    rows = list(csv.DictReader(io.StringIO(comparison.to_csv())))
+    assert [row["ratios.wall_s"] for row in rows] == ["2.0", "1.0", "0.5"]
+    assert {row["time_baseline"] for row in rows} == {"BPTT-chunk-1"}
+    folded = compare(runs_dir, ["sltt", "bptt"])
+    assert (folded.to_json()["time_baseline"], folded.notes) == ("BPTT", ())
+
+
+def test_a_rule_may_share_a_seed_with_one_bptt_alone(make_run: Callable, runs_dir: Path):
+    make_run("bptt", steady_forward_s=0.04, steady_backward_s=0.08)
+    make_run("stepped", rule="BPTT-chunk-1", seed=1, steady_forward_s=0.04, steady_backward_s=0.02)
+    make_run("sltt", rule="SLTT")
+    notes = compare(runs_dir).notes
+    assert "SLTT has no seed in common with BPTT-chunk-1, so its times are not divided" in notes
+    assert "BPTT-chunk-1 has no seed in common with BPTT, so its top-1 and bytes are not divided" in notes
+    assert not any("SLTT has no seed in common with BPTT," in note for note in notes)
 
 
 def test_csv_has_a_line_for_each_run(make_run: Callable, runs_dir: Path):
@@ -100,7 +157,7 @@ def test_without_a_baseline_there_are_no_ratios(make_run: Callable, runs_dir: Pa
     make_run("sltt", rule="SLTT")
     make_run("other", study="f" * 16)
     comparison = compare(runs_dir, ["sltt"])
-    assert comparison.to_json()["baseline"] is None
+    assert comparison.to_json()["baseline"] is None and comparison.to_json()["time_baseline"] is None
     assert set(comparison.to_json()["runs"][0]["ratios"].values()) == {None}
     text = text_of(comparison)
     assert "no baseline, no ratios: study 01234567 has no finished run of BPTT" in text

@@ -68,6 +68,14 @@ def test_claims_and_sweeps_where_there_are_any():
     assert 'id="claims"' not in bare and "spiketrain sweep RECIPE --steps 1,2,4,8,16 --format json" in bare
 
 
+def test_what_was_measured_beside_has_its_table_and_file():
+    html = body(page.render(study(run("SLTT", seed=2, device_j=3e6))))
+    assert "<h3>Measured beside</h3>" in html and "joules of training, measured" in html and ">3 MJ<" in html
+    assert 'download="by-hand-g1-beside.csv"' in html
+    bare = body(page.render(Study(title="t", runs=(run(state_bytes=None),))))
+    assert "Measured beside" not in bare
+
+
 def test_what_is_missing_says_so():
     html = body(page.render(Study(title="t", runs=(run(inference=None, activity=None),))))
     assert '<td class="none">not measured</td>' in html

@@ -166,6 +166,15 @@ def test_names_from_outside_stay_text(browser: Browser, tmp_path: Path):
     page.close()
 
 
+def test_a_page_of_several_groups_is_accessible(browser: Browser, tmp_path: Path):
+    two = (run(rule, world_size=2, images_per_s=150.0, name=f"two-{rule}") for rule in ("BPTT", "SLTT"))
+    page, watch = opened(browser, pages.write(study(*two), tmp_path / "report.html"))
+    assert page.locator("h2#g2, h2#scaling").count() == 2
+    page.evaluate("() => document.querySelectorAll('details').forEach(each => each.open = true)")
+    assert violations(page) == [] and watch.said == []
+    page.close()
+
+
 def test_a_page_that_asks_the_network_is_seen(browser: Browser, tmp_path: Path):
     """Breaks what the tests above rest on: a request, an error, a picture without a text."""
     path = pages.write(study(), tmp_path / "report.html")

@@ -38,10 +38,10 @@ def test_the_table_says_which(make_run: Callable, runs_dir: Path):
         make_run(f"b{seed}", seed=seed, top1=bptt)
         make_run(f"s{seed}", seed=seed, rule="SLTT", top1=sltt)
         make_run(f"o{seed}", seed=seed, rule="OTTT-A", top1=ottt)
-    verdicts = {each.rule: each.verdict(0.7) for each in compare(runs_dir).differences}
+    verdicts = {each.rule: each.verdict(0.7) for each in compare(runs_dir).group.differences}
     assert verdicts == {"SLTT": "holds", "OTTT-A": "fails"}
     other = compare(runs_dir, against="OTTT-A")
-    assert {each.rule for each in other.differences} == {"BPTT", "SLTT"} and other.runs[0].name == "o0"
+    assert {each.rule for each in other.group.differences} == {"BPTT", "SLTT"} and other.runs[0].name == "o0"
     value = other.to_json()
     assert value["differences"][0]["verdict"] == "holds" and value["differences"][0]["mean"] == pytest.approx(-2)
 

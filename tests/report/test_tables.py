@@ -17,6 +17,10 @@ def test_costs_are_means_with_spread_and_ratio():
         "16 ± 0 s (×0.80)",
         "3 ± 0 µJ (×0.75)",
     )
+    assert sltt[6] == "80 ± 0 (×1.00)"
+    faster = run("BPTT-chunk-1", backward_s=6.0, wall_s=10.0, images_per_s=160.0)
+    *_, sltt = tables.costs(study(faster).groups[0]).rows
+    assert sltt[4] == "16 ± 0 s (×1.60)" and sltt[6] == "80 ± 0 (×0.50)"
     assert tables.costs(Study(title="t", runs=(run(inference=None),)).groups[0]).rows[0][5] is None
 
 
@@ -26,6 +30,9 @@ def test_a_sentence_for_each_rule():
     assert "BPTT - SLTT: +1.50 points over 2 paired seeds, 95 % interval" in said
     ((_, said),) = tables.headlines(Study(title="t", runs=(run(top1=0.9), run("SLTT", top1=0.89))).groups[0])
     assert said.endswith("BPTT - SLTT: +1.00 points of one seed, so without an interval.")
+    again = (run(top1=0.9), run(top1=0.94, name="again"), run("SLTT", top1=0.89))  # seed 0 twice: 0.92
+    ((_, said),) = tables.headlines(Study(title="t", runs=again).groups[0])
+    assert "BPTT - SLTT: +3.00 points of one seed" in said
     assert tables.headlines(Study(title="t", runs=(run("SLTT"),)).groups[0]) == []
 
 
@@ -47,6 +54,28 @@ def test_the_baseline_stands_in_every_row():
     assert [row[5] for row in rows.values()] == wanted
     assert rows["OTTT-A"] == ("BPTT", "BPTT-chunk-1", "not known", "not known", "not known", "not known", "0")
     assert tables.behind_the_rows(Study(title="t", runs=(run("SLTT"),)).groups[0]).rows[0][1] == "no baseline"
+
+
+def test_what_else_was_measured_of_a_rule():
+    def work(multiplications: float) -> dict[str, float]:
+        return {"multiplications": multiplications, "additions": 3e6, "dense": 9e9}
+
+    about = {"state_bytes": 1e6, "peak_device_bytes": 0, "peak_rss_bytes": 2e9}
+    runs = (
+        run(**about, net_s=10.0, operations={"forward": work(1e9)}),
+        run(**about, net_s=12.0, operations={"forward": work(3e9)}, seed=1),
+        run("SLTT", state_bytes=0, peak_device_bytes=0, device_j=2500.0, operations={"feedback": work(0)}),
+    )
+    found = tables.beside(Study(title="t", runs=runs).groups[0])
+    assert found is not None and found.columns == (
+        "rule", "states", "peak RSS", "wall clock net of restarts", "joules of training, measured",
+        "forward: multiplications", "forward: additions", "feedback: multiplications", "feedback: additions",
+    )  # fmt: skip
+    assert found.rows == (
+        ("BPTT", "1 ± 0 MB", "2 ± 0 GB", "11 ± 1.4 s", None, "2 ± 1.4 G", "3 ± 0 M", None, None),
+        ("SLTT", "0 B", None, None, "2.5 kJ", None, None, "0", "3 M"),
+    )
+    assert tables.beside(Study(title="t", runs=(run(state_bytes=None),)).groups[0]) is None
 
 
 def test_claims_that_do_not_hold_are_shown_so():

@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 
 from dash import dcc, html
 
-from pipeline.report import tables
+from pipeline.report import scaling, tables
 from pipeline.report.dashboard.place import ONLY, SORTS, VIEWS, Place, View, short, state_words
 from pipeline.report.figure import DARK, LIGHT, Figure, Missing, Table
 from pipeline.report.figures import ratios, trade_off
@@ -143,6 +143,9 @@ def figures(place: Place, study: Study, theme: str) -> list[Any]:
                 missing.append(html.Li([html.B(each.title), f": {title}: {each.why}."]))
             else:
                 parts.append(_figure(place, key, each, theme))
+    if place.view == "costs" and (scaled := scaling.scaling(study)) is not None:
+        parts += [html.H3("Scaling over workers"), html.P(scaling.SAID, className="aside")]
+        parts += [_table(scaled, "Steady images/s over workers, measured"), _csv_link(place, "scaling", "scaling over workers")]
     return [*parts, html.H3("Not measured"), html.Ul(missing)] if missing else parts
 
 
@@ -170,9 +173,14 @@ def csv_of(place: Place, study: Study, name: str) -> str | None:
     """The data of a figure or a table of this view, by its name; None where there is none."""
     if name == "runs":
         return tables.provenance(study).to_csv()
+    if name == "scaling" and (scaled := scaling.scaling(study)) is not None:
+        return scaled.to_csv()
     for key, group in grouped(study):
         if name == f"{key}-costs":
             return tables.costs(group).to_csv()
+        if name == f"{key}-beside":
+            found = tables.beside(group)
+            return None if found is None else found.to_csv()
         for each in drawn(place.view, group):
             if isinstance(each, Figure) and name == f"{key}-{each.name}":
                 return each.table.to_csv()
@@ -185,8 +193,17 @@ def _costs(place: Place, key: str, group: Group) -> Iterator[Any]:
     lines = [html.Li([html.B(rule), f": {line}"]) for rule, line in tables.headlines(group)]
     if lines:
         yield html.Ul(lines, className="headlines")
-    yield _table(tables.costs(group), "Mean ± standard deviation over seeds, × the baseline over paired seeds")
+    yield _table(
+        tables.costs(group), "Mean ± standard deviation over seeds, × the baseline over paired seeds", where=tables.named(group)
+    )
     yield _csv_link(place, f"{key}-costs", f"costs, {tables.named(group)}")
+    if (beside := tables.beside(group)) is not None:
+        yield html.H4("Measured beside")
+        yield html.P(tables.BESIDE_SAID, className="aside")
+        yield _table(
+            beside, "What else was measured of each rule: mean ± standard deviation over seeds", where=tables.named(group)
+        )
+        yield _csv_link(place, f"{key}-beside", f"measured beside, {tables.named(group)}")
 
 
 def _figure(place: Place, key: str, one: Figure, theme: str) -> html.Figure:
@@ -221,7 +238,8 @@ def _csv_link(place: Place, name: str, what: str) -> html.Div:
     return html.Div(link, className="actions")
 
 
-def _table(table: Table, caption: str) -> html.Div:
+def _table(table: Table, caption: str, *, where: str = "") -> html.Div:
+    """`where` tells its region from that of another group's table."""
     head = html.Thead(html.Tr([html.Th(column, scope="col") for column in table.columns]))
     body = [
         html.Tr(
@@ -234,7 +252,12 @@ def _table(table: Table, caption: str) -> html.Div:
     ]
     more = len(table.rows) - _ROWS
     told_more = [] if more <= 0 else [html.P(f"The first {_ROWS} of {len(table.rows)} rows; the CSV has all.", className="aside")]
-    return html.Div([_scroll([html.Caption(html.Span(caption)), head, html.Tbody(body)], caption), *told_more])
+    return html.Div(
+        [
+            _scroll([html.Caption(html.Span(caption)), head, html.Tbody(body)], f"{caption}, {where}" if where else caption),
+            *told_more,
+        ]
+    )
 
 
 def _scroll(table: list[Any], label: str) -> html.Div:
