@@ -12,12 +12,14 @@ The newest one that verifies counts, whatever any scheduler's own list of checkp
 `quarantine/` by name and the one before it is used.
 
 In reading order: `checkpoints` saves and restores, `background` is the thread that writes, `place` and what implements it
-(`folder`, `store`) is where they are kept, `sealed` the manifest, `random_state` what a rank draws from.
+(`folder`, `store`) is where they are kept, `sealed` the manifest, `random_state` what a rank draws from, `lost` what the journal
+knows of one that is nowhere.
 """
 
 from pipeline.checkpoint.checkpoints import WEIGHTS, Checkpoints, Saved, weights_of
 from pipeline.checkpoint.folder import Folder, pin, step_folders
-from pipeline.checkpoint.place import CheckpointError, Place, newest, read_trainer, verified
+from pipeline.checkpoint.lost import lost_step
+from pipeline.checkpoint.place import CheckpointError, Place, newest, read_trainer, step_name, verified
 from pipeline.checkpoint.random_state import rng_state, set_rng_state
 from pipeline.checkpoint.sealed import damage
 from pipeline.checkpoint.store import place_at
@@ -30,6 +32,7 @@ __all__ = [
     "Place",
     "Saved",
     "damage",
+    "lost_step",
     "newest",
     "pin",
     "place_at",
@@ -37,6 +40,7 @@ __all__ = [
     "rng_state",
     "set_rng_state",
     "step_folders",
+    "step_name",
     "verified",
     "weights_of",
 ]

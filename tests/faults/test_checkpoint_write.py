@@ -18,6 +18,7 @@ import pytest
 
 from pipeline.checkpoint import background, step_folders
 from pipeline.launch.inline import Inline
+from pipeline.refused import Refused
 from pipeline.track.jsonl import read
 from tests.checkpoint.s3 import s3_server
 from tests.faults.test_not_finite import hit
@@ -153,6 +154,42 @@ def test_the_newest_is_damaged(
     train_inline(run, small_recipe())
     assert f"step_{events(run, 'start')[-1]['step']:08d}" == older.name
     assert [newest.name in event["path"] for event in events(run, "quarantine")] == [True] * (damage is not missing)
+    assert same_weights(run, whole)
+
+
+def test_all_are_damaged_and_the_run_begins_anew(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, draw = tmp_path / "run", random.Random(SEED)
+    with monkeypatch.context() as patch:
+        die_at(patch, 7)
+        with pytest.raises(Killed):
+            train_inline(run, small_recipe())
+    for checkpoint in step_folders(run / "checkpoints"):
+        flipped(checkpoint, draw.choice(FILES))
+    train_inline(run, small_recipe())
+    assert [event["step"] for event in events(run, "start")] == [0, 0] and len(events(run, "quarantine")) == 2
+    assert same_weights(run, whole)
+
+
+def test_where_they_were_is_empty_and_nothing_is_trained_before_they_are_back(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        die_at(patch, 7)
+        with pytest.raises(Killed):
+            train_inline(run, small_recipe())
+    away = (run / "checkpoints").rename(tmp_path / "away")
+    for _ in range(2):
+        with pytest.raises(Refused) as refusal:
+            train_inline(run, small_recipe())
+        assert str(refusal.value) == (
+            f"checkpoint: {run}/checkpoints/step_00000006 must be there, as the journal says; got no checkpoint: "
+            "mount or restore its storage, or begin anew under another --name"
+        )
+    assert [event["step"] for event in events(run, "start")] == [0] and len(events(run, "failed")) == 2
+    away.rename(run / "checkpoints")
+    train_inline(run, small_recipe())
+    assert [event["step"] for event in events(run, "start")] == [0, 6]
     assert same_weights(run, whole)
 
 

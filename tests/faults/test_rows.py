@@ -46,7 +46,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "disk full": (f"{WRITE}::test_a_full_disk_is_said_in_a_line_and_with_room_the_run_goes_on",),
     "kill while an old checkpoint is deleted": (f"{CHECKPOINT}::test_a_kill_while_an_old_checkpoint_is_deleted_is_survived",),
     "truncated, bit-flipped, missing checkpoint; missing manifest": (
-        *(HUNTED, f"{WRITE}::test_the_newest_is_damaged"),
+        *(HUNTED, f"{WRITE}::test_the_newest_is_damaged", f"{WRITE}::test_all_are_damaged_and_the_run_begins_anew"),
         *(f"{CHECKPOINT}::test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used",),
     ),
     "truncated Ray snapshot": (HUNTED,),
@@ -89,6 +89,9 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "out of memory": ("faults/test_out_of_memory.py::test_the_micro_batch_is_halved_until_it_fits",),
     # refused
+    "no checkpoint where the journal knows one": (
+        f"{WRITE}::test_where_they_were_is_empty_and_nothing_is_trained_before_they_are_back",
+    ),
     "damaged and truncated .beton": (
         *(
             f"{DATA}::test_a_page_that_is_damaged_at_the_start_is_left_out",
