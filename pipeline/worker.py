@@ -19,7 +19,7 @@ from pipeline.backend.averaged import Averaged
 from pipeline.backend.base import Backend
 from pipeline.backend.plain import Plain
 from pipeline.build import attached_rule, build_mixing, build_network
-from pipeline.checkpoint import Checkpoints, lost_step, place_at, read_trainer, step_name
+from pipeline.checkpoint import Checkpoints, check_shared, lost_step, place_at, read_trainer, step_name
 from pipeline.cores import own_cores
 from pipeline.damaged import Damage, LeftOut, find_damage
 from pipeline.data.base import Data
@@ -167,8 +167,11 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
     folder = Path(job.run)
     written = Recipe.read(folder / "recipe.json", trust=job.trust)
     recipe = fitted(written, ranks.agree(lambda: limit_of(folder)))
+    kept = ranks.together(lambda: place_at(job.checkpoints, folder))
+    if ranks.size > 1:
+        check_shared(kept.staging, rank=ranks.rank, each=ranks.each, beat=watchdog.beat)
     checkpoints = Checkpoints(
-        ranks.together(lambda: place_at(job.checkpoints, folder)),
+        kept,
         attempt=ranks.agree(lambda: f"{os.getpid()}-{time.time_ns():x}"),
         keep=recipe.keep,
         rank=ranks.rank,

@@ -13,7 +13,7 @@ The newest one that verifies counts, whatever any scheduler's own list of checkp
 
 In reading order: `checkpoints` saves and restores, `background` is the thread that writes, `place` and what implements it
 (`folder`, `store`) is where they are kept, `sealed` the manifest, `random_state` what a rank draws from, `lost` what the journal
-knows of one that is nowhere.
+knows of one that is nowhere, `shared` whether all ranks see one place.
 """
 
 from pipeline.checkpoint.checkpoints import WEIGHTS, Checkpoints, Saved, weights_of
@@ -22,6 +22,7 @@ from pipeline.checkpoint.lost import lost_step
 from pipeline.checkpoint.place import CheckpointError, Place, newest, read_trainer, step_name, verified
 from pipeline.checkpoint.random_state import rng_state, set_rng_state
 from pipeline.checkpoint.sealed import damage
+from pipeline.checkpoint.shared import check_shared
 from pipeline.checkpoint.store import place_at
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Folder",
     "Place",
     "Saved",
+    "check_shared",
     "damage",
     "lost_step",
     "newest",

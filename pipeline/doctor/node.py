@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pipeline.marker import Marker
+
 PACKAGES = ("spiketrain", "torch", "deepspeed", "ray", "ffcv", "mlflow", "numpy", "numba", "timm")
 WRITTEN = 32 << 20
 """bytes that are written to see how fast a folder is"""
@@ -24,10 +26,8 @@ class Asked:
 
     runs: str
     """the folder that all must see"""
-    marker: str
-    """the name of a file in it"""
-    content: str
-    """which that file has, where the folder is the driver's"""
+    marker: Marker
+    """which is in it, where the folder is the driver's"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ def examine(asked: Asked) -> Node:
         name=socket.gethostname(),
         versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         gpus=gpus,
-        sees_runs=_sees(runs / asked.marker, asked.content),
+        sees_runs=asked.marker.is_in(runs),
         written_bytes_per_s=_speed(runs),
         free_bytes=shutil.disk_usage(runs).free if runs.is_dir() else None,
         threading_layer=_threading_layer(),
@@ -96,13 +96,6 @@ def _off(device: str) -> dict[str, float | str]:
     from pipeline.doctor.arithmetic import differences
 
     return differences(device)
-
-
-def _sees(file: Path, content: str) -> bool:
-    try:
-        return file.read_text() == content
-    except OSError:
-        return False
 
 
 def _speed(folder: Path) -> float | None:

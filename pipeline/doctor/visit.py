@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.doctor.findings import Finding, of_clocks, of_mlflow, of_network, of_nodes, of_token
@@ -13,6 +11,7 @@ from pipeline.doctor.node import Asked, examine
 from pipeline.doctor.stranger import stranger
 from pipeline.launch.base import LaunchError
 from pipeline.launch.ray import Ray
+from pipeline.marker import marked
 from pipeline.track.mlflow import tracking_uri
 
 MEETING_S = 120.0
@@ -28,7 +27,8 @@ def visit(runs: Path, *, address: str | None, checkpoint_bytes: float, keep: int
     runs = runs.absolute()
     runs.mkdir(parents=True, exist_ok=True)
     needed = checkpoint_bytes * (keep + 1)
-    with _marked(runs) as asked:
+    with marked(runs, prefix=".doctor-") as marker:
+        asked = Asked(runs=str(runs), marker=marker)
         if address is None:
             here = examine(asked)
             found = list(of_nodes([here], runs=str(runs), needed_bytes=needed))
@@ -42,18 +42,6 @@ def visit(runs: Path, *, address: str | None, checkpoint_bytes: float, keep: int
                 at = cluster.found_at()
             found.append(of_token(stranger(at), at))
     return [*found, of_mlflow(tracking_uri(runs))]
-
-
-@contextmanager
-def _marked(runs: Path) -> Iterator[Asked]:
-    """With a file in the folder of runs that nobody else can have."""
-    marker = runs / f".doctor-{secrets.token_hex(8)}"
-    asked = Asked(runs=str(runs), marker=marker.name, content=secrets.token_hex(16))
-    try:
-        marker.write_text(asked.content)
-        yield asked
-    finally:
-        marker.unlink(missing_ok=True)
 
 
 def _met_here(cards: int) -> tuple[Sequence[float], str]:
