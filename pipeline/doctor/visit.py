@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.doctor.findings import Finding, of_clocks, of_mlflow, of_network, of_nodes, of_token
+from pipeline.doctor.findings import Finding, of_clocks, of_mlflow, of_network, of_nodes, of_silent, of_token
 from pipeline.doctor.meeting import Meeting, meet, meet_here
 from pipeline.doctor.node import Asked, examine
 from pipeline.doctor.stranger import stranger
-from pipeline.launch.base import LaunchError
+from pipeline.launch.base import LaunchError, Silent
 from pipeline.launch.ray import Ray
 from pipeline.marker import marked
 from pipeline.track.mlflow import tracking_uri
 
+EXAMINED_S = 300.0
+"""the first time FFCV and numba compile"""
+CLOCK_S = 30.0
 MEETING_S = 120.0
 
 
@@ -35,9 +38,11 @@ def visit(runs: Path, *, address: str | None, checkpoint_bytes: float, keep: int
             found += of_network(*_met_here(len(here.gpus)))
         else:
             with Ray(workers=0, address=address) as cluster:
-                nodes = cluster.on_each_node(examine, asked)
-                found = list(of_nodes(nodes, runs=str(runs), needed_bytes=needed))
-                found += of_clocks(cluster.clocks())
+                answers = cluster.on_each_node(examine, asked, within_s=EXAMINED_S)
+                found = list(of_silent([each for each in answers if isinstance(each, Silent)]))
+                nodes = [each for each in answers if not isinstance(each, Silent)]
+                found += of_nodes(nodes, runs=str(runs), needed_bytes=needed)
+                found += of_clocks(cluster.clocks(within_s=CLOCK_S))
                 found += of_network(*_met(cluster))
                 at = cluster.found_at()
             found.append(of_token(stranger(at), at))
