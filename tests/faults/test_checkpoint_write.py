@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import random
 import re
 import shutil
@@ -16,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.attempt import Attempt
 from pipeline.checkpoint import background, step_folders
 from pipeline.launch.inline import Inline
 from pipeline.refused import Refused
@@ -275,3 +278,56 @@ def test_a_full_disk_is_said_in_a_line_and_with_room_the_run_goes_on(
     assert code == 0, said
     assert [event["step"] for event in events(tmp_path / "runs" / "full", "start")] == [0, 3]
     assert same_weights(tmp_path / "runs" / "full", whole)
+
+
+BALLAST = "ballast"
+
+
+def filling_at(patch: pytest.MonkeyPatch, step: int, disk: Path) -> None:
+    """Somebody else fills the disk to its last byte before this step."""
+    original = Attempt._micro_batches
+
+    def micro_batches(self: Attempt, source: Any) -> Any:
+        if self.step == step:
+            with (disk / BALLAST).open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while file.write(bytes(4096)):
+                    pass
+        return original(self, source)
+
+    patch.setattr(Attempt, "_micro_batches", micro_batches)
+
+
+@pytest.mark.parametrize("filled", ["by a checkpoint", "by others"])
+def test_a_full_disk_that_holds_the_whole_run_costs_no_bit(
+    tmp_path: Path,
+    whole: Path,
+    small_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    filled: str,
+) -> None:
+    """The journal lies on it, too: with others on the disk it is the first that finds no room."""
+    every = 3 if filled == "by a checkpoint" else 0
+    (tmp_path / "recipe.py").write_text(RECIPE.replace("small_recipe()", f"small_recipe(checkpoint_every={every})"))
+    run: Command = command(monkeypatch, capsys)
+    size = sum(file.stat().st_size for file in step_folders(whole / "checkpoints")[-1].rglob("*"))
+    grow(small_disk, size * 2 if every else size * 8)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    words, folder = ("--runs", str(small_disk)), small_disk / "full"
+    with monkeypatch.context() as patch:
+        if not every:
+            filling_at(patch, 9, small_disk)
+        code, _, said = run("launch", str(tmp_path / "recipe.py"), "--inline", "--name", "full", *words)
+    assert code in (1, 2)
+    [line] = said.strip().splitlines()
+    by_journal = f"[Errno {errno.ENOSPC}] journal: "  # which may find the disk full of half a checkpoint, too
+    assert line.startswith(("checkpoint: cannot be written after step 6: ", by_journal) if every else by_journal)
+    [first] = [event["step"] for event in events(folder, "start")]
+    saved = [event["step"] for event in events(folder, "checkpoint")]
+    assert (first, saved) == (0, [3] if every else [8])
+    (small_disk / BALLAST).unlink(missing_ok=True)
+    grow(small_disk, size * 8)
+    code, _, said = run("resume", "full", "--inline", *words)
+    assert code == 0, said
+    assert [event["step"] for event in events(folder, "start")] == [0, saved[-1]]
+    assert same_weights(folder, whole)
