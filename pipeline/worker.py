@@ -19,7 +19,7 @@ from pipeline.backend.averaged import Averaged
 from pipeline.backend.base import Backend
 from pipeline.backend.plain import Plain
 from pipeline.build import attached_rule, build_mixing, build_network
-from pipeline.checkpoint import Checkpoints, place_at, read_trainer
+from pipeline.checkpoint import Checkpoints, check_shared, lost_step, place_at, read_trainer, step_name
 from pipeline.cores import own_cores
 from pipeline.damaged import Damage, LeftOut, find_damage
 from pipeline.data.base import Data
@@ -46,6 +46,7 @@ from pipeline.spiking.encode import over_steps
 from pipeline.tasks import Loaders, tasks_of
 from pipeline.teaching import open_teaching
 from pipeline.track.base import Tracker
+from pipeline.track.jsonl import read
 from pipeline.watchdog import Watchdog
 from pipeline.weights import load_start
 from pipeline.writer import journal, only_writer
@@ -166,8 +167,11 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
     folder = Path(job.run)
     written = Recipe.read(folder / "recipe.json", trust=job.trust)
     recipe = fitted(written, ranks.agree(lambda: limit_of(folder)))
+    kept = ranks.together(lambda: place_at(job.checkpoints, folder))
+    if ranks.size > 1:
+        check_shared(kept.staging, rank=ranks.rank, each=ranks.each, beat=watchdog.beat)
     checkpoints = Checkpoints(
-        ranks.together(lambda: place_at(job.checkpoints, folder)),
+        kept,
         attempt=ranks.agree(lambda: f"{os.getpid()}-{time.time_ns():x}"),
         keep=recipe.keep,
         rank=ranks.rank,
@@ -176,7 +180,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
         on_quarantine=lambda address, reason: tracker.event("quarantine", path=address, reason=reason),
         beat=watchdog.beat,
     )
-    checkpoint = ranks.agree(lambda: _newest(checkpoints, written, trust=job.trust))
+    checkpoint = ranks.agree(lambda: _newest(checkpoints, written, folder, trust=job.trust))
     skipped = ranks.agree(lambda: Skipped.read(folder))
     with watchdog.off():  # one worker of each machine reads all of the data
         damage = find_damage(recipe, job, place, ranks)
@@ -229,10 +233,21 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
     )
 
 
-def _newest(checkpoints: Checkpoints, recipe: Recipe, *, trust: tuple[str, ...]) -> Path | None:
+def _newest(checkpoints: Checkpoints, recipe: Recipe, folder: Path, *, trust: tuple[str, ...]) -> Path | None:
+    """The checkpoint to go on from; None: the run begins at step 0, as none was saved or all of them are in quarantine.
+
+    Raises:
+        Refused: the journal knows of one that nobody has found damaged, and none is there: to begin anew would lose what was
+            learnt, where a disk is not mounted. Or it is of another recipe.
+    """
     found = checkpoints.newest()
     if found is not None:
         refuse_another_recipe(read_trainer(found), recipe, trust=trust)
+    elif (step := lost_step(read(folder / "journal.jsonl"), keep=recipe.keep)) is not None:
+        raise Refused(
+            f"checkpoint: {checkpoints.place.address(step_name(step))} must be there, as the journal says; got no checkpoint: "
+            "mount or restore its storage, or begin anew under another --name"
+        )
     return found
 
 

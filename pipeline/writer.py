@@ -57,7 +57,11 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
             raise  # the one has told, of the other the next attempt tells
         except Exception as error:
             how = "diverged" if isinstance(error, Diverged) else "failed"
-            tracker.event(how, sync=True, error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+            told = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+            try:
+                tracker.event(how, sync=True, **told)
+            except OSError as unwritten:  # a full disk, which may be the very error that is told
+                error.add_note(f"the journal could not be told of it: {unwritten}")
             raise
 
 

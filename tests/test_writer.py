@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import time
@@ -63,6 +65,25 @@ def test_an_attempt_that_fails_says_so_with_its_traceback(tmp_path: Path) -> Non
         assert (failed["event"], failed["attempt"]) == ("failed", attempt)
         assert failed["error"].startswith("ZeroDivisionError")
         assert "print(1 // 0)" in failed["traceback"]
+
+
+def test_an_error_that_a_full_disk_keeps_from_the_journal_is_raised_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fail(run: Path) -> None:
+        with journal(run, Ranks()):
+            print(1 // 0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.track.jsonl.os.write", full)
+        with pytest.raises(ZeroDivisionError) as raised:
+            fail(tmp_path)
+    [note] = raised.value.__notes__
+    assert note.startswith("the journal could not be told of it: [Errno 28] journal: No space left on device: ")
+    assert read(tmp_path / "journal.jsonl") == []
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

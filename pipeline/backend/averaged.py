@@ -5,7 +5,8 @@
 What is evaluated and published is the average; what trains, and what a checkpoint's backend state holds, are the weights.
 
 At every ZeRO stage up to 2 each rank holds all weights after a step, so that each keeps the whole average, in their own
-precision (fp32), and none has to ask another. Running statistics are a rank's own, and so is their average.
+precision (fp32), and none has to ask another. Running statistics are a rank's own, and so is their average: a checkpoint holds
+each rank's, for as many ranks, and the mean over them, from which all ranks of another number begin.
 
 Source: Polyak and Juditsky 1992; the form is that of timm's ModelEmaV3 (1.0.31) without warm-up, held to it by a test.
 """
@@ -74,19 +75,21 @@ class Averaged:
 
     def capture(self) -> dict[str, Any]:
         files = self.backend.capture()
-        rank = distributed.get_rank() if distributed.is_initialized() else 0
+        rank, ranks = _place()
+        own = {name: self.average[name] for name in self._buffers()}
+        mean = {name: _mean(value, ranks) for name, value in own.items()}
         if rank == 0:
-            files[WHOLE] = copied(self.average)
-        files[f"average_rank{rank}.pt"] = copied({name: self.average[name] for name in self._buffers()})
+            files[WHOLE] = copied({**self.average, **mean})
+        files[f"average_rank{rank}.pt"] = copied(own)
         return files
 
     def load(self, folder: Path) -> None:
         self.backend.load(folder)
-        rank = distributed.get_rank() if distributed.is_initialized() else 0
-        for file in (folder / WHOLE, folder / f"average_rank{rank}.pt"):
-            if file.name == WHOLE or file.exists():  # there is none for a rank that the writing attempt did not have
-                for name, value in torch.load(file, map_location="cpu", weights_only=True).items():
-                    self.average[name].copy_(value)
+        rank, ranks = _place()
+        wrote = len([*folder.glob("average_rank*.pt")])
+        for file in (WHOLE, f"average_rank{rank}.pt") if wrote == ranks else (WHOLE,):
+            for name, value in torch.load(folder / file, map_location="cpu", weights_only=True).items():
+                self.average[name].copy_(value)
 
     def _values(self) -> dict[str, Tensor]:
         """What is averaged, by name: a parameter that has two names has one here."""
@@ -94,3 +97,17 @@ class Averaged:
 
     def _buffers(self) -> dict[str, Tensor]:
         return {name: buffer for name, buffer in self.network.named_buffers() if buffer.is_floating_point()}
+
+
+def _place() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def _mean(value: Tensor, ranks: int) -> Tensor:
+    """Over ranks; collective."""
+    if ranks == 1:
+        return value
+    total = value.clone()
+    distributed.all_reduce(total)
+    return total / ranks

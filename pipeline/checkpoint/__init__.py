@@ -12,14 +12,17 @@ The newest one that verifies counts, whatever any scheduler's own list of checkp
 `quarantine/` by name and the one before it is used.
 
 In reading order: `checkpoints` saves and restores, `background` is the thread that writes, `place` and what implements it
-(`folder`, `store`) is where they are kept, `sealed` the manifest, `random_state` what a rank draws from.
+(`folder`, `store`) is where they are kept, `sealed` the manifest, `random_state` what a rank draws from, `lost` what the journal
+knows of one that is nowhere, `shared` whether all ranks see one place.
 """
 
 from pipeline.checkpoint.checkpoints import WEIGHTS, Checkpoints, Saved, weights_of
 from pipeline.checkpoint.folder import Folder, pin, step_folders
-from pipeline.checkpoint.place import CheckpointError, Place, newest, read_trainer, verified
+from pipeline.checkpoint.lost import lost_step
+from pipeline.checkpoint.place import CheckpointError, Place, newest, read_trainer, step_name, verified
 from pipeline.checkpoint.random_state import rng_state, set_rng_state
 from pipeline.checkpoint.sealed import damage
+from pipeline.checkpoint.shared import check_shared
 from pipeline.checkpoint.store import place_at
 
 __all__ = [
@@ -29,7 +32,9 @@ __all__ = [
     "Folder",
     "Place",
     "Saved",
+    "check_shared",
     "damage",
+    "lost_step",
     "newest",
     "pin",
     "place_at",
@@ -37,6 +42,7 @@ __all__ = [
     "rng_state",
     "set_rng_state",
     "step_folders",
+    "step_name",
     "verified",
     "weights_of",
 ]

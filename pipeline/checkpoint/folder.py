@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.place import read_trainer
+from pipeline.checkpoint.shared import MARKER
 from pipeline.disk import sync_folder
 
 _REPLACED = ".replaced-"  # whole, and counts again where its place is empty
@@ -71,6 +72,8 @@ class Folder:
                 replaced.rename(self.folder / name)
         for abandoned in (*self.folder.glob(".writing-*"), *self.folder.glob(f"{_DELETING}*")):
             shutil.rmtree(abandoned)
+        for marker in self.folder.glob(f"{MARKER}*"):
+            marker.unlink()
 
     def _delete(self, path: Path, name: str) -> None:
         """Under a name from which nothing comes back."""

@@ -9,10 +9,12 @@ import urllib.request
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Literal
 
 from pipeline.doctor.node import Node
 from pipeline.doctor.stranger import Stranger
+from pipeline.launch.base import Silent
 from pipeline.track.connect import without_password
 
 MOST_SKEW_S = 1.0
@@ -36,7 +38,15 @@ class Finding:
     advice: str = ""
 
 
+def of_silent(nodes: Sequence[Silent]) -> Iterator[Finding]:
+    for node in nodes:
+        advice = "see that it is up and has what the others have installed; `spiketrain doctor` on it tells more"
+        yield Finding(check="node", state="bad", told=f"{node.address} cannot be examined: {node.why}", advice=advice)
+
+
 def of_nodes(nodes: Sequence[Node], *, runs: str, needed_bytes: float) -> Iterator[Finding]:
+    if not nodes:
+        return
     yield from _versions(nodes)
     yield from _gpus(nodes)
     for node in nodes:
@@ -46,9 +56,14 @@ def of_nodes(nodes: Sequence[Node], *, runs: str, needed_bytes: float) -> Iterat
         yield from _locks(node)
 
 
-def of_clocks(skews: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:
+def of_clocks(skews: Mapping[str, tuple[float, float] | Silent]) -> Iterator[Finding]:
     """`skews`: seconds by which a node's clock is ahead of this one, and how uncertain that is."""
-    for name, (ahead, uncertain) in skews.items():
+    for name, skew in skews.items():
+        if isinstance(skew, Silent):
+            told = f"{name}: its clock cannot be read: {skew.why}"
+            yield Finding(check="clock", state="bad", told=told, advice="see that it is up, and its Ray is not overloaded")
+            continue
+        ahead, uncertain = skew
         told = f"{name}: {ahead:+.3f} s against this machine, give or take {uncertain:.3f}"
         if abs(ahead) - uncertain > MOST_SKEW_S:
             yield Finding(
@@ -130,7 +145,7 @@ def _asked(server: str, login: str | None) -> int | None:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
-    except OSError:
+    except (OSError, HTTPException):  # the one where nobody is there, the other where it does not speak HTTP
         return None
 
 
@@ -151,6 +166,14 @@ def _versions(nodes: Sequence[Node]) -> Iterator[Finding]:
 
 
 def _gpus(nodes: Sequence[Node]) -> Iterator[Finding]:
+    for node in nodes:
+        for gpu in node.gpus:
+            if gpu.startswith("failed"):
+                advice = "see nvidia-smi and the kernel's log there; mend the card, or leave the node out"
+                yield Finding(check="gpus", state="bad", told=f"{node.name}: a GPU {gpu}", advice=advice)
+    nodes = [node for node in nodes if not any(gpu.startswith("failed") for gpu in node.gpus)]
+    if not nodes:
+        return
     kinds = {node.gpus for node in nodes if node.gpus}
     told = "; ".join(f"{node.name}: {', '.join(node.gpus) or 'no GPU'}" for node in nodes)
     if len(kinds) > 1:

@@ -8,10 +8,12 @@ import shutil
 import socket
 import tempfile
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from pipeline.marker import Marker
 
 PACKAGES = ("spiketrain", "torch", "deepspeed", "ray", "ffcv", "mlflow", "numpy", "numba", "timm")
 WRITTEN = 32 << 20
@@ -24,10 +26,8 @@ class Asked:
 
     runs: str
     """the folder that all must see"""
-    marker: str
-    """the name of a file in it"""
-    content: str
-    """which that file has, where the folder is the driver's"""
+    marker: Marker
+    """which is in it, where the folder is the driver's"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,7 @@ class Node:
     name: str
     versions: dict[str, str]
     gpus: tuple[str, ...]
+    """their names"""
     sees_runs: bool
     """the driver's marker is in the folder of runs"""
     written_bytes_per_s: float | None
@@ -61,9 +62,9 @@ def examine(asked: Asked) -> Node:
         name=socket.gethostname(),
         versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         gpus=gpus,
-        sees_runs=_sees(runs / asked.marker, asked.content),
+        sees_runs=asked.marker.is_in(runs),
         written_bytes_per_s=_speed(runs),
-        free_bytes=shutil.disk_usage(runs).free if runs.is_dir() else None,
+        free_bytes=_free(runs),
         threading_layer=_threading_layer(),
         ffcv=_ffcv(),
         device=device,
@@ -75,8 +76,13 @@ def examine(asked: Asked) -> Node:
 def compilation_locks() -> dict[str, float]:
     """torch waits for a lock file of an extension until it is gone, and whoever was killed while compiling left his."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser()
-    now = time.time()
-    return {str(file): max(0.0, now - file.stat().st_mtime) for file in sorted(root.glob("**/lock"))}
+    found: dict[str, float] = {}
+    for folder, _, files in os.walk(root):  # passes over what goes meanwhile
+        if "lock" in files:
+            file = Path(folder) / "lock"
+            with suppress(FileNotFoundError):  # whoever compiled has ended
+                found[str(file)] = max(0.0, time.time() - file.stat().st_mtime)
+    return dict(sorted(found.items()))
 
 
 def _version(package: str) -> str:
@@ -89,20 +95,22 @@ def _version(package: str) -> str:
 def _gpus() -> tuple[str, ...]:
     import torch
 
-    return tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    return tuple(_gpu(index) for index in range(torch.cuda.device_count()))
+
+
+def _gpu(index: int) -> str:
+    import torch
+
+    try:
+        return torch.cuda.get_device_name(index)
+    except Exception as error:  # whatever it is, it is what this machine has to tell
+        return _failed(error)
 
 
 def _off(device: str) -> dict[str, float | str]:
     from pipeline.doctor.arithmetic import differences
 
     return differences(device)
-
-
-def _sees(file: Path, content: str) -> bool:
-    try:
-        return file.read_text() == content
-    except OSError:
-        return False
 
 
 def _speed(folder: Path) -> float | None:
@@ -115,6 +123,13 @@ def _speed(folder: Path) -> float | None:
             file.flush()
             os.fsync(file.fileno())
             return WRITTEN / (time.perf_counter() - begun)
+    except OSError:
+        return None
+
+
+def _free(folder: Path) -> int | None:
+    try:
+        return shutil.disk_usage(folder).free
     except OSError:
         return None
 
@@ -133,7 +148,7 @@ def _threading_layer() -> str:
         total(8)
         return str(numba.threading_layer())
     except (ImportError, ValueError, RuntimeError) as error:
-        return f"failed: {' '.join(str(error).split())}"
+        return _failed(error)
 
 
 def _ffcv() -> str:
@@ -158,4 +173,8 @@ def _ffcv() -> str:
                 shades = sorted(round(float(x.mean()) * 255) for batch in batches for x in batch.x)
         return "ok" if shades == [41, 201] else f"failed: shades 41 and 201 were read as {shades}"
     except Exception as error:  # whatever it is, it is what this machine has to tell
-        return f"failed: {type(error).__name__}: {' '.join(str(error).split())}"
+        return _failed(error)
+
+
+def _failed(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())}"

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.doctor.findings import Finding, of_clocks, of_mlflow, of_network, of_nodes, of_token
+from pipeline.doctor.findings import Finding, of_clocks, of_mlflow, of_network, of_nodes, of_silent, of_token
 from pipeline.doctor.meeting import Meeting, meet, meet_here
 from pipeline.doctor.node import Asked, examine
 from pipeline.doctor.stranger import stranger
-from pipeline.launch.base import LaunchError
+from pipeline.launch.base import LaunchError, Silent
 from pipeline.launch.ray import Ray
+from pipeline.marker import marked
 from pipeline.track.mlflow import tracking_uri
 
+EXAMINED_S = 300.0
+"""the first time FFCV and numba compile"""
+CLOCK_S = 30.0
 MEETING_S = 120.0
 
 
@@ -28,32 +30,23 @@ def visit(runs: Path, *, address: str | None, checkpoint_bytes: float, keep: int
     runs = runs.absolute()
     runs.mkdir(parents=True, exist_ok=True)
     needed = checkpoint_bytes * (keep + 1)
-    with _marked(runs) as asked:
+    with marked(runs, prefix=".doctor-") as marker:
+        asked = Asked(runs=str(runs), marker=marker)
         if address is None:
             here = examine(asked)
             found = list(of_nodes([here], runs=str(runs), needed_bytes=needed))
             found += of_network(*_met_here(len(here.gpus)))
         else:
             with Ray(workers=0, address=address) as cluster:
-                nodes = cluster.on_each_node(examine, asked)
-                found = list(of_nodes(nodes, runs=str(runs), needed_bytes=needed))
-                found += of_clocks(cluster.clocks())
+                answers = cluster.on_each_node(examine, asked, within_s=EXAMINED_S)
+                found = list(of_silent([each for each in answers if isinstance(each, Silent)]))
+                nodes = [each for each in answers if not isinstance(each, Silent)]
+                found += of_nodes(nodes, runs=str(runs), needed_bytes=needed)
+                found += of_clocks(cluster.clocks(within_s=CLOCK_S))
                 found += of_network(*_met(cluster))
                 at = cluster.found_at()
             found.append(of_token(stranger(at), at))
     return [*found, of_mlflow(tracking_uri(runs))]
-
-
-@contextmanager
-def _marked(runs: Path) -> Iterator[Asked]:
-    """With a file in the folder of runs that nobody else can have."""
-    marker = runs / f".doctor-{secrets.token_hex(8)}"
-    asked = Asked(runs=str(runs), marker=marker.name, content=secrets.token_hex(16))
-    try:
-        marker.write_text(asked.content)
-        yield asked
-    finally:
-        marker.unlink(missing_ok=True)
 
 
 def _met_here(cards: int) -> tuple[Sequence[float], str]:

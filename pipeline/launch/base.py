@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self
 
 from pipeline.job import Job
@@ -48,6 +49,14 @@ class Launcher(Protocol):
             LaunchError: the workers failed more often than allowed.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Silent:
+    """A node that was asked something and gave no answer."""
+
+    address: str
+    why: str
 
 
 class LaunchError(RuntimeError):

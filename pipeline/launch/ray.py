@@ -19,7 +19,7 @@ from typing import Any, Self, TypeVar
 from pipeline.cores import physical_cores
 from pipeline.door import heard, knock, offer_token, reason
 from pipeline.job import Job, Notice, Place
-from pipeline.launch.base import Device, LaunchError, takes_gpus
+from pipeline.launch.base import Device, LaunchError, Silent, takes_gpus
 from pipeline.launch.node_loss import NodeLoss, waits_for
 from pipeline.malloc import environment
 from pipeline.ports import free_port
@@ -123,12 +123,15 @@ class Ray:
         gpus = int(there.get("GPU", 0))
         return min(cpus, gpus // self.workers) if takes_gpus(self.device, self.workers, gpus) else cpus
 
-    def on_each_node(self, work: Callable[[G], R], given: G) -> list[R]:
+    def on_each_node(self, work: Callable[[G], R], given: G, *, within_s: float) -> list[R | Silent]:
         """What `work(given)` returns on each node that is up, the head first."""
         import ray
 
-        run = ray.remote(work)
-        return ray.get([run.options(num_cpus=0, scheduling_strategy=_on(node)).remote(given) for node in self._nodes()])
+        run, nodes = ray.remote(work), self._nodes()
+        there = {"num_cpus": 0, "max_retries": 0}
+        asked = [run.options(**there, scheduling_strategy=_on(node)).remote(given) for node in nodes]
+        ray.wait(asked, num_returns=len(asked), timeout=within_s)
+        return [_answer(each, node, within_s=0) for each, node in zip(asked, nodes, strict=True)]
 
     def at_once(self, work: Callable[[G, int], R], given: Callable[[str, int, int, bool], G], *, within_s: float) -> list[R]:
         """What `work(given, rank)` returns of processes that run together as a training's do, in the order of ranks.
@@ -163,21 +166,26 @@ class Ray:
                 ray.cancel(each, force=True)
             raise LaunchError(_innermost(getattr(error, "cause", None) or error)) from error
 
-    def clocks(self) -> dict[str, tuple[float, float]]:
+    def clocks(self, *, within_s: float) -> dict[str, tuple[float, float] | Silent]:
         """Of each node by its address: seconds that its clock is ahead of this one, and half the round trip that told so."""
         import ray
 
-        found = {}
+        found: dict[str, tuple[float, float] | Silent] = {}
         tell = ray.remote(_now)
         for node in self._nodes():
-            told = []
+            told: list[tuple[float, float]] = []
             for _ in range(5):  # the first starts a process there
                 sent = time.time()
-                there = ray.get(tell.options(num_cpus=0, scheduling_strategy=_on(node)).remote())
+                asked = tell.options(num_cpus=0, max_retries=0, scheduling_strategy=_on(node)).remote()
+                there = _answer(asked, node, within_s=within_s)
                 back = time.time()
+                if isinstance(there, Silent):
+                    found[there.address] = there
+                    break
                 told.append(((back - sent) / 2, there - (sent + back) / 2))
-            uncertain, ahead = min(told)
-            found[node["NodeManagerAddress"]] = (ahead, uncertain)
+            else:
+                uncertain, ahead = min(told)
+                found[node["NodeManagerAddress"]] = (ahead, uncertain)
         return found
 
     def _nodes(self) -> list[dict[str, Any]]:
@@ -266,6 +274,21 @@ def _on(node: dict[str, Any]) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+
+
+def _answer(asked: Any, node: dict[str, Any], *, within_s: float) -> Any:
+    """What comes of a task on this node; Silent where it fails, or takes too long, and is ended."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError
+
+    try:
+        return ray.get(asked, timeout=within_s)
+    except GetTimeoutError:
+        ray.cancel(asked, force=True)
+        why = "it does not answer in time"
+    except RayError as error:
+        why = _innermost(getattr(error, "cause", None) or error)
+    return Silent(node["NodeManagerAddress"], why)
 
 
 def _now() -> float:

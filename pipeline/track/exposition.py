@@ -32,7 +32,7 @@ _GAUGES: Mapping[str, tuple[str, str, str]] = {
     "spiketrain_workers": ("Workers that train together.", "start", "world_size"),
     "spiketrain_checkpoint_step": ("Global batches done at the newest checkpoint.", "checkpoint", "step"),
     "spiketrain_checkpoint_timestamp_seconds": ("When the newest checkpoint was whole, in Unix time.", "checkpoint", "time"),
-    "spiketrain_checkpoint_seconds": ("Seconds that the newest checkpoint took.", "checkpoint", "seconds"),
+    "spiketrain_checkpoint_seconds": ("Seconds that the newest checkpoint was written for.", "checkpoint", "write_s"),
 }
 _LABELS = {"run": "run", "recipe": "recipe", "rule": "rule"}
 

@@ -59,7 +59,10 @@ class Journal:
         data = json.dumps(_plain(line), allow_nan=False).encode() + b"\n"
         if self._torn:
             data = b"\n" + data
-        written = os.write(self._fd, data)
+        try:
+            written = os.write(self._fd, data)
+        except OSError as error:
+            raise OSError(error.errno, f"journal: {error.strerror}", str(self.path)) from error
         self._torn = written < len(data)
         if self._torn:
             raise OSError(errno.ENOSPC, f"journal: only {written} of {len(data)} bytes were written", str(self.path))

@@ -148,3 +148,38 @@ def test_two_ranks_average_alike_at_every_stage_and_resume_to_the_same_bits(tmp_
         assert max(gap for name, gap in found.items() if name.startswith("gap")) < 1e-6
         for zero in (0, 1, 2):
             assert found[f"moved {zero}"] > 1e-3 and found[f"same {zero}"] is True
+
+
+STATISTICS = ("1.running_mean", "1.running_var")
+
+
+def _saves(rank: int, ranks: int, folder: str) -> dict[str, Tensor]:
+    """Its own averages of running statistics, which are saved."""
+    backend = Averaged(DeepSpeed(network(), sgd, micro_batch=BATCH // ranks), decay=DECAY)
+    train(backend, 0, 3, slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks))
+    write_captured(backend.capture(), Path(folder))
+    return published(backend)
+
+
+def _loads(rank: int, ranks: int, folder: str) -> dict[str, Tensor]:
+    backend = Averaged(DeepSpeed(network(1), sgd, micro_batch=1), decay=DECAY)
+    backend.load(Path(folder))
+    return published(backend)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(240)
+def test_averages_of_running_statistics_are_a_ranks_own_and_their_mean_at_another_number_of_ranks(tmp_path: Path) -> None:
+    (saved := tmp_path / "saved").mkdir()
+    own = run_ranks(_saves, 2, _made(tmp_path / "two"), str(saved))
+    mean = {name: (own[0][name] + own[1][name]) / 2 for name in STATISTICS}
+    assert not any(torch.equal(own[0][name], own[1][name]) for name in STATISTICS)
+    again, fewer, more = (run_ranks(_loads, ranks, _made(tmp_path / f"{ranks} again"), str(saved)) for ranks in (2, 1, 3))
+    assert all(same(found, there) for found, there in zip(again, own, strict=True))
+    for found in (*fewer, *more):
+        assert same(found, {**own[0], **mean})
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder

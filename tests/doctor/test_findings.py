@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import pytest
 from pipeline.doctor.findings import Finding, of_clocks, of_mlflow, of_network, of_nodes, of_token
 from pipeline.doctor.node import PACKAGES, Node
 from pipeline.doctor.stranger import Stranger
+from pipeline.launch.base import Silent
 
 NODE = Node(
     name="one",
@@ -45,6 +47,12 @@ def test_nodes_that_are_well_and_alike() -> None:
         (replace(OTHER, versions={**NODE.versions, "torch": "2.0"}), "versions", "bad", "torch: one has 1.0, two has 2.0"),
         (replace(OTHER, sees_runs=False), "storage", "bad", "two does not see /r"),
         (replace(OTHER, written_bytes_per_s=None), "storage", "bad", "two may not write to /r"),
+        (
+            replace(OTHER, gpus=("H100", "failed: RuntimeError: CUDA error")),
+            "gpus",
+            "bad",
+            "two: a GPU failed: RuntimeError: CUDA",
+        ),
         (replace(OTHER, written_bytes_per_s=1e6), "storage", "look", "two: writes 1 MB/s"),
         (replace(OTHER, free_bytes=10**8), "storage", "bad", "0.1 GB are free"),
         (replace(OTHER, ffcv="failed: ImportError: libtbb"), "ffcv", "bad", "two: failed: ImportError: libtbb"),
@@ -69,9 +77,10 @@ def test_cards_of_two_kinds() -> None:
 
 
 def test_clocks() -> None:
-    near, far, unsure = of_clocks({"a": (0.2, 0.01), "b": (-3.0, 0.01), "c": (3.0, 2.5)})
-    assert (near.state, far.state, unsure.state) == ("ok", "look", "ok")
-    assert "-3.000 s" in far.told
+    told = {"a": (0.2, 0.01), "b": (-3.0, 0.01), "s": Silent("s", "it does not answer in time"), "c": (3.0, 2.5)}
+    near, far, silent, unsure = of_clocks(told)
+    assert (near.state, far.state, silent.state, unsure.state) == ("ok", "look", "bad", "ok")
+    assert "-3.000 s" in far.told and silent.told == "s: its clock cannot be read: it does not answer in time"
 
 
 def test_the_network() -> None:
@@ -118,6 +127,21 @@ def test_a_tracking_server(monkeypatch: pytest.MonkeyPatch) -> None:
         assert of_mlflow(f"http://{place}").state == "look"
     assert of_mlflow(f"http://{place}").state == "bad"
     assert of_mlflow("sqlite:///x.db").state == "ok"
+
+
+@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.2\r\n"])
+def test_what_listens_there_is_no_web_server(answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        found = of_mlflow(f"http://127.0.0.1:{listening.getsockname()[1]}")
+    assert found.state == "bad" and found.told.endswith("answers nothing")
 
 
 def test_a_login_is_shown_as_mlflow_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import random
 import re
 import shutil
@@ -16,8 +18,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.attempt import Attempt
 from pipeline.checkpoint import background, step_folders
 from pipeline.launch.inline import Inline
+from pipeline.refused import Refused
 from pipeline.track.jsonl import read
 from tests.checkpoint.s3 import s3_server
 from tests.faults.test_not_finite import hit
@@ -156,6 +160,42 @@ def test_the_newest_is_damaged(
     assert same_weights(run, whole)
 
 
+def test_all_are_damaged_and_the_run_begins_anew(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, draw = tmp_path / "run", random.Random(SEED)
+    with monkeypatch.context() as patch:
+        die_at(patch, 7)
+        with pytest.raises(Killed):
+            train_inline(run, small_recipe())
+    for checkpoint in step_folders(run / "checkpoints"):
+        flipped(checkpoint, draw.choice(FILES))
+    train_inline(run, small_recipe())
+    assert [event["step"] for event in events(run, "start")] == [0, 0] and len(events(run, "quarantine")) == 2
+    assert same_weights(run, whole)
+
+
+def test_where_they_were_is_empty_and_nothing_is_trained_before_they_are_back(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        die_at(patch, 7)
+        with pytest.raises(Killed):
+            train_inline(run, small_recipe())
+    away = (run / "checkpoints").rename(tmp_path / "away")
+    for _ in range(2):
+        with pytest.raises(Refused) as refusal:
+            train_inline(run, small_recipe())
+        assert str(refusal.value) == (
+            f"checkpoint: {run}/checkpoints/step_00000006 must be there, as the journal says; got no checkpoint: "
+            "mount or restore its storage, or begin anew under another --name"
+        )
+    assert [event["step"] for event in events(run, "start")] == [0] and len(events(run, "failed")) == 2
+    away.rename(run / "checkpoints")
+    train_inline(run, small_recipe())
+    assert [event["step"] for event in events(run, "start")] == [0, 6]
+    assert same_weights(run, whole)
+
+
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint takes longer to write than several batches to train on."""
@@ -238,3 +278,56 @@ def test_a_full_disk_is_said_in_a_line_and_with_room_the_run_goes_on(
     assert code == 0, said
     assert [event["step"] for event in events(tmp_path / "runs" / "full", "start")] == [0, 3]
     assert same_weights(tmp_path / "runs" / "full", whole)
+
+
+BALLAST = "ballast"
+
+
+def filling_at(patch: pytest.MonkeyPatch, step: int, disk: Path) -> None:
+    """Somebody else fills the disk to its last byte before this step."""
+    original = Attempt._micro_batches
+
+    def micro_batches(self: Attempt, source: Any) -> Any:
+        if self.step == step:
+            with (disk / BALLAST).open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while file.write(bytes(4096)):
+                    pass
+        return original(self, source)
+
+    patch.setattr(Attempt, "_micro_batches", micro_batches)
+
+
+@pytest.mark.parametrize("filled", ["by a checkpoint", "by others"])
+def test_a_full_disk_that_holds_the_whole_run_costs_no_bit(
+    tmp_path: Path,
+    whole: Path,
+    small_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    filled: str,
+) -> None:
+    """The journal lies on it, too: with others on the disk it is the first that finds no room."""
+    every = 3 if filled == "by a checkpoint" else 0
+    (tmp_path / "recipe.py").write_text(RECIPE.replace("small_recipe()", f"small_recipe(checkpoint_every={every})"))
+    run: Command = command(monkeypatch, capsys)
+    size = sum(file.stat().st_size for file in step_folders(whole / "checkpoints")[-1].rglob("*"))
+    grow(small_disk, size * 2 if every else size * 8)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    words, folder = ("--runs", str(small_disk)), small_disk / "full"
+    with monkeypatch.context() as patch:
+        if not every:
+            filling_at(patch, 9, small_disk)
+        code, _, said = run("launch", str(tmp_path / "recipe.py"), "--inline", "--name", "full", *words)
+    assert code in (1, 2)
+    [line] = said.strip().splitlines()
+    by_journal = f"[Errno {errno.ENOSPC}] journal: "  # which may find the disk full of half a checkpoint, too
+    assert line.startswith(("checkpoint: cannot be written after step 6: ", by_journal) if every else by_journal)
+    [first] = [event["step"] for event in events(folder, "start")]
+    saved = [event["step"] for event in events(folder, "checkpoint")]
+    assert (first, saved) == (0, [3] if every else [8])
+    (small_disk / BALLAST).unlink(missing_ok=True)
+    grow(small_disk, size * 8)
+    code, _, said = run("resume", "full", "--inline", *words)
+    assert code == 0, said
+    assert [event["step"] for event in events(folder, "start")] == [0, saved[-1]]
+    assert same_weights(folder, whole)

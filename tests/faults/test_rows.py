@@ -43,10 +43,14 @@ ROWS: dict[str, tuple[str, ...]] = {
         *(f"{CHECKPOINT}::test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_or_the_new",),
         *("checkpoint/test_store.py::test_a_step_that_is_saved_again_leaves_the_old_or_the_new_wherever_it_is_cut",),
     ),
-    "disk full": (f"{WRITE}::test_a_full_disk_is_said_in_a_line_and_with_room_the_run_goes_on",),
+    "disk full": (
+        f"{WRITE}::test_a_full_disk_is_said_in_a_line_and_with_room_the_run_goes_on",
+        *(f"{WRITE}::test_a_full_disk_that_holds_the_whole_run_costs_no_bit",),
+        *("test_writer.py::test_an_error_that_a_full_disk_keeps_from_the_journal_is_raised_all_the_same",),
+    ),
     "kill while an old checkpoint is deleted": (f"{CHECKPOINT}::test_a_kill_while_an_old_checkpoint_is_deleted_is_survived",),
     "truncated, bit-flipped, missing checkpoint; missing manifest": (
-        *(HUNTED, f"{WRITE}::test_the_newest_is_damaged"),
+        *(HUNTED, f"{WRITE}::test_the_newest_is_damaged", f"{WRITE}::test_all_are_damaged_and_the_run_begins_anew"),
         *(f"{CHECKPOINT}::test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used",),
     ),
     "truncated Ray snapshot": (HUNTED,),
@@ -61,6 +65,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "a link between hosts that is cut and mended": (f"{HOSTS}::test_a_link_that_was_cut_and_mended_costs_no_bit",),
     "weights of workers that come apart": (BITS, f"{CLUSTER}::test_weights_that_come_apart_are_found_and_given_up"),
     "MLflow slow, down and back": (
+        *("faults/test_mlflow.py::test_a_server_that_hangs_and_dies_costs_no_bit_and_misses_nothing",),
         *("track/test_mlflow.py::test_a_server_that_hangs_dies_and_comes_back",),
         *("track/test_mlflow.py::test_a_server_that_hangs_does_not_hold_the_driver",),
         *("track/test_mlflow.py::test_a_server_that_refuses_costs_the_run_nothing",),
@@ -89,6 +94,9 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "out of memory": ("faults/test_out_of_memory.py::test_the_micro_batch_is_halved_until_it_fits",),
     # refused
+    "no checkpoint where the journal knows one": (
+        f"{WRITE}::test_where_they_were_is_empty_and_nothing_is_trained_before_they_are_back",
+    ),
     "damaged and truncated .beton": (
         *(
             f"{DATA}::test_a_page_that_is_damaged_at_the_start_is_left_out",

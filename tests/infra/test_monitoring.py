@@ -51,7 +51,7 @@ def ours() -> set[str]:
         {"event": "start", "time": 1.0, "attempt": 0, "run": "r", "recipe": "r", "rule": "r", "world_size": 1, "total_steps": 2},
         {"event": "step", "time": 2.0, "step": 1, "metrics": dict.fromkeys(figures, 1.0), "memory_bytes": 1},
         {"event": "evaluation", "time": 3.0, "step": 1, "metrics": dict.fromkeys(figures, 1.0)},
-        {"event": "checkpoint", "time": 4.0, "step": 1, "seconds": 1.0},
+        {"event": "checkpoint", "time": 4.0, "step": 1, "path": "p", "stall_s": 0.1, "write_s": 1.0, "bytes": 1},
     ]
     return set(re.findall(r"^# TYPE (\S+)", exposition(events), re.MULTILINE))
 

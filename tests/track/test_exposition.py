@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.track.exposition import Exposed, exposition, newest, write_exposition
+from pipeline.track.exposition import _GAUGES, Exposed, exposition, newest, write_exposition
 from pipeline.track.jsonl import Journal, read
+from tests.small import small_recipe, train_inline
 
 Event = dict[str, Any]
 LINE = re.compile(r'([a-z_0-9]+)\{((?:[a-z_]+="(?:[^"\\\n]|\\[\\"n])*",?)*)\} (NaN|[+-]Inf|[-+0-9.e]+)')
@@ -71,13 +72,21 @@ def test_what_has_not_been_told_is_left_out():
 
 def test_evaluations_and_checkpoints():
     evaluation = {"event": "evaluation", "time": 130.0, "step": 20, "metrics": {"top1": 0.75, "loss": 0.5, "firing_rate": 0.125}}
-    checkpoint = {"event": "checkpoint", "time": 131.0, "step": 20, "seconds": 0.5, "bytes": 10, "path": "p"}
+    checkpoint = {"event": "checkpoint", "time": 131.0, "step": 20, "path": "p", "stall_s": 0.25, "write_s": 0.5, "bytes": 10}
 
     told = values(exposition([start(), step(20), evaluation, checkpoint]))
     assert told["spiketrain_evaluation_top1_ratio"] == 0.75
     assert told["spiketrain_evaluation_loss"] == 0.5 and told["spiketrain_loss"] == 1.5
     assert told["spiketrain_firing_rate"] == 0.125
     assert told["spiketrain_checkpoint_step"] == 20 and told["spiketrain_checkpoint_timestamp_seconds"] == 131.0
+    assert told["spiketrain_checkpoint_seconds"] == 0.5
+
+
+def test_a_real_run_tells_every_figure_that_there_is(tmp_path: Path):
+    train_inline(tmp_path / "run", small_recipe(epochs=1))
+
+    told = values(exposition(read(tmp_path / "run" / "journal.jsonl")))
+    assert len(_GAUGES) >= 15 and _GAUGES.keys() <= told.keys()
 
 
 def test_a_restart_counts_and_goes_back_to_its_checkpoint():

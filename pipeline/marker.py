@@ -1,0 +1,34 @@
+"""A file that nobody else can have: who finds it where he looks sees the folder that it was put into."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What the others are told of it."""
+
+    name: str
+    content: str
+
+    def is_in(self, folder: Path) -> bool:
+        try:
+            return (folder / self.name).read_text() == self.content
+        except (OSError, ValueError):
+            return False
+
+
+@contextmanager
+def marked(folder: Path, *, prefix: str) -> Iterator[Marker]:
+    """With a marker in this folder, whose name begins with `prefix`."""
+    marker = Marker(f"{prefix}{secrets.token_hex(8)}", secrets.token_hex(16))
+    try:
+        (folder / marker.name).write_text(marker.content)
+        yield marker
+    finally:
+        (folder / marker.name).unlink(missing_ok=True)

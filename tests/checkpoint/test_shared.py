@@ -1,0 +1,77 @@
+"""Workers whose checkpoints would lie on different disks are refused before they train; one that shows late is waited for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import worker
+from pipeline.checkpoint import Folder, shared
+from pipeline.job import Job, Place
+from pipeline.marker import Marker
+from pipeline.ranks import Ranks
+from pipeline.refused import Refused
+from tests.processes import run_ranks
+from tests.small import make_run, small_recipe
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
+
+
+def _each_on_its_own_disk(rank: int, ranks: int, folder: str) -> str:
+    shared.LOOKS, shared.LOOK_S = 3, 0.1
+    run = Path(folder) / "run"
+    if rank == 0:
+        make_run(run, small_recipe(backend="deepspeed"))
+    Ranks(rank, ranks).each(None)
+    job = Job(run=str(run), study="s", data_fingerprint=small_recipe().data.build().fingerprint(), commit="c", run_id="r")
+    worker.place_at = lambda address, run: Folder(Path(folder) / f"disk{rank}")
+    try:
+        worker.run(job, Place(rank, ranks))
+    except Refused as error:
+        return str(error)
+    return "trained"
+
+
+def test_a_folder_of_each_worker_is_refused_in_one_line(tmp_path: Path) -> None:
+    first, second = run_ranks(_each_on_its_own_disk, 2, tmp_path, str(tmp_path))
+    wanted = (
+        r"checkpoints: all workers must see \S+/disk{} as worker 0 on \S+ does; worker 1 on \S+ does not: name storage that .*"
+    )
+    assert re.fullmatch(wanted.format(0), first) and re.fullmatch(wanted.format(1), second)
+    assert not [*(tmp_path / "disk0").iterdir()]
+
+
+def _slow(rank: int, ranks: int, place: str) -> dict[str, Any]:
+    shared.LOOK_S = 0.01
+    is_in, left, beats = Marker.is_in, 3 * rank, []
+
+    def late(self: Marker, folder: Path) -> bool:
+        nonlocal left
+        left -= 1
+        return left < 0 and is_in(self, folder)
+
+    Marker.is_in = late
+    about: dict[str, Any] = {"rank": rank, "each": Ranks(rank, ranks).each, "beat": lambda: beats.append(rank)}
+    shared.check_shared(Path(place), **about)
+    (Path(place) / "file").touch()
+    try:
+        shared.check_shared(Path(place) / "file", **about)
+    except Refused as error:
+        return {"beats": len(beats), "said": str(error)}
+    return {"beats": len(beats)}
+
+
+def test_one_that_shows_late_is_waited_for_with_signs_of_life(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    for found in run_ranks(_slow, 2, tmp_path, str(place)):
+        assert found == {"beats": 3, "said": f"checkpoints: worker 0 must be able to write to {place}/file; got File exists"}
+    assert [path.name for path in place.iterdir()] == ["file"]
+
+
+def test_a_marker_that_a_killed_worker_left_is_swept(tmp_path: Path) -> None:
+    (tmp_path / f"{shared.MARKER}1234").write_text("x")
+    Folder(tmp_path).sweep()
+    assert not [*tmp_path.iterdir()]

@@ -1,0 +1,59 @@
+"""The MLflow server hangs, goes on, and dies while a run trains: the run waits for nothing, and the new server misses nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from pipeline.ports import free_port
+from pipeline.report.store import open_store
+from pipeline.track.mlflow import sync
+from tests.faults.lab import EPOCHS, STEPS_PER_EPOCH, Driven, Lab
+from tests.small import same_weights
+from tests.track.test_mlflow import start_server
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
+
+
+def test_a_server_that_hangs_and_dies_costs_no_bit_and_misses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (store := tmp_path / "server").mkdir()
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "6")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    untouched = Lab(tmp_path / "untouched")
+    Driven(untouched, "--inline").finish()
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    lab = Lab(tmp_path / "disturbed")
+    lab.pace(0.3)
+    server = start_server(store, port)
+    driven = Driven(lab, "--inline")
+    try:
+        driven.at_step(4)
+        os.killpg(server.pid, signal.SIGSTOP)
+        driven.at_step(20)
+        os.killpg(server.pid, signal.SIGCONT)
+        driven.at_step(24)
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+        driven.finish()
+        server = start_server(store, port)
+        run = driven.run
+        assert sync(run, uri=uri).delivered > 0
+        [seen] = open_store(uri).listed()
+        assert seen.state == "FINISHED"
+        steps = [point.step for point in open_store(uri).history(seen.id, "train/loss", since=0)]
+        assert steps == list(range(1, STEPS_PER_EPOCH * EPOCHS + 1))
+    finally:
+        driven.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    assert lab.samples() == untouched.samples()
+    monkeypatch.syspath_prepend(lab.folder)
+    assert same_weights(run, untouched.folder / "runs" / "run", trust=("told_lab",))
