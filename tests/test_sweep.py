@@ -55,7 +55,7 @@ def test_a_largest_batch_that_is_tried_has_its_own_bytes_and_speed() -> None:
     (bptt,), (sltt,) = found.of("BPTT"), found.of("SLTT")
     assert bptt.largest_batch is not None and sltt.largest_batch is not None and sltt.largest_batch > 2 * bptt.largest_batch
     for point in (bptt, sltt):
-        assert point.at_largest is not None and point.images_per_s_at_largest is not None
+        assert point.at_largest is not None and point.largest_batch is not None
         beside = Bench(recipe, batch_size=point.largest_batch)
         taken = point.at_largest.peak_saved_bytes + point.at_largest.state_bytes + beside.batch_bytes + beside.held().total
         assert 0.95 * LIMIT < taken <= LIMIT
