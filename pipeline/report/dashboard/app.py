@@ -32,6 +32,16 @@ function (pathname) {
     return told();
 }
 """
+_PRESSED = """
+function () {
+    const {triggered} = window.dash_clientside.callback_context;
+    const one = triggered.find(each => each.value);
+    if (!one) return window.dash_clientside.no_update;
+    return {...JSON.parse(one.prop_id.slice(0, one.prop_id.lastIndexOf("."))), at: performance.now()};
+}
+"""
+"""the last press. Buttons that are put on the page come along, without a value, and are none. Were the server asked about them,
+Dash would forget what it was asked before: somebody's press on its way."""
 _FOCUS = """
 function (only, choose) {
     const id = window.lastFocused;
@@ -73,6 +83,7 @@ def _layout(name: str, every: float) -> html.Div:
             dcc.Interval(id="tick", interval=int(every * 1000)),
             dcc.Store(id="scheme"),
             dcc.Store(id="drawn"),
+            dcc.Store(id="pressed"),
             html.A("To the study", href="#study", className="skip"),
             html.Header(
                 [
@@ -124,12 +135,18 @@ class _Answers:
     def join(self, app: Dash) -> None:
         app.clientside_callback(_SCHEME, Output("scheme", "data"), Input("url", "pathname"))
         app.clientside_callback(_FOCUS, Input("only", "children"), Input("choose", "children"))
+        app.clientside_callback(
+            _PRESSED,
+            Output("pressed", "data"),
+            Input({"change": ALL, "to": ALL}, "n_clicks"),
+            prevent_initial_call=True,
+        )
         app.callback(
             Output("url", "search"),
             Output("text", "value"),
             Input("url", "search"),
             Input("text", "value"),
-            Input({"change": ALL, "to": ALL}, "n_clicks"),
+            Input("pressed", "data"),
         )(self.steer)
         app.callback(
             Output("only", "children"), Output("list", "children"), Input("url", "search"), Input("tick", "n_intervals")
@@ -146,17 +163,15 @@ class _Answers:
         )(self.show)
         app.server.add_url_rule("/csv", "csv", self.csv)
 
-    def steer(self, search: str | None, text: str | None, _: Any) -> tuple[Any, Any]:
+    def steer(self, search: str | None, text: str | None, pressed: dict[str, Any] | None) -> tuple[Any, Any]:
         """The address follows what is pressed and typed, and what is typed follows the address."""
-        place, ids = Place.at(search), ctx.triggered_prop_ids
-        for each in ctx.triggered:  # buttons that were put on the page at the same moment come along, without a value
-            by = ids.get(each["prop_id"])
-            if isinstance(by, dict) and each["value"]:
-                typed = place if "url.search" in ids else place.change(text=(text or "").strip())
-                return self._pressed(typed, by["change"], by["to"]).search, no_update
-        if "text.value" in ids and "url.search" not in ids:
-            return place.change(text=(text or "").strip()).search, no_update
-        return no_update, place.text if "url.search" in ids else no_update
+        place, changed = Place.at(search), ctx.triggered_prop_ids
+        typed = place if "url.search" in changed else place.change(text=(text or "").strip())
+        if "pressed.data" in changed and pressed:
+            return self._pressed(typed, pressed["change"], pressed["to"]).search, no_update
+        if "text.value" in changed and "url.search" not in changed:
+            return typed.search, no_update
+        return no_update, place.text if "url.search" in changed else no_update
 
     def _pressed(self, place: Place, what: str, name: str) -> Place:
         if what in ("only", "view"):
@@ -172,7 +187,6 @@ class _Answers:
 
     def list_studies(self, search: str | None, _: Any) -> tuple[Any, Any]:
         place = Place.at(search)
-        # Buttons made anew ask `steer`, and a newer question to it has Dash forget one that is on its way: somebody's press.
         only = no_update if ctx.triggered_id == "tick" else parts.only_buttons(place)
         try:
             return only, parts.study_list(place, studies(self._live.store.listed()))
