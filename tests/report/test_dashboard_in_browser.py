@@ -141,6 +141,10 @@ def test_the_list_is_filtered_and_sorted(page: Page):
     expect(page.locator("#list tbody th")).to_have_count(2)
 
 
+def _text(page: Page, what: str) -> str:
+    return page.locator(what).first.inner_text()
+
+
 def test_an_address_shows_the_same_to_whoever_opens_it(browser: Browser, address: str):
     page, _ = opened(browser, address)
     page.get_by_role("link", name="s", exact=True).click()
@@ -156,11 +160,10 @@ def test_an_address_shows_the_same_to_whoever_opens_it(browser: Browser, address
     drawn(other, 1)
     for what in ("main", "figcaption"):
         for _ in range(60):  # either may still be at it: figures may come before lists
-            shown, theirs = (each.locator(what).first.inner_text() for each in (page, other))
-            if shown == theirs:
+            if _text(page, what) == _text(other, what):
                 break
             page.wait_for_timeout(500)
-        assert theirs == shown
+        assert _text(other, what) == _text(page, what)
     expect(other.get_by_label("Filter by study")).to_have_value("sltt")
     checked = '[role=checkbox][aria-checked="true"]'
     assert (
