@@ -169,6 +169,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
     recipe = fitted(written, ranks.agree(lambda: limit_of(folder)))
     kept = ranks.together(lambda: place_at(job.checkpoints, folder))
     if ranks.size > 1:
+        ranks.agree(kept.sweep)  # first: what a killed attempt left may fill the disk
         check_shared(kept.staging, rank=ranks.rank, each=ranks.each, beat=watchdog.beat)
     checkpoints = Checkpoints(
         kept,
@@ -177,7 +178,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
         rank=ranks.rank,
         ranks=ranks.size,
         each=ranks.each,
-        on_quarantine=lambda address, reason: tracker.event("quarantine", path=address, reason=reason),
+        on_quarantine=lambda address, reason: tracker.event("quarantine", sync=True, path=address, reason=reason),
         beat=watchdog.beat,
     )
     checkpoint = ranks.agree(lambda: _newest(checkpoints, written, folder, trust=job.trust))

@@ -20,11 +20,10 @@ from pipeline.checkpoint import background
 from pipeline.checkpoint.background import Background
 from pipeline.checkpoint.place import TRAINER, CheckpointError, Place, newest, prune, read_trainer, step_name
 from pipeline.checkpoint.random_state import rng_state, set_rng_state
+from pipeline.disk import FOR_THE_USER
 from pipeline.refused import Refused
 
 WEIGHTS = "model.safetensors"
-# What a user has to change; anything else may be gone when the workers are started again.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ class Checkpoints:
         if self.rank == 0:
             flight.writing.discard()
         number, said = failures[0]
-        if number in _FULL:
+        if number in FOR_THE_USER:
             raise Refused(f"checkpoint: cannot be written after step {flight.step}: {said}; {self._left()}") from own
         raise OSError(number or errno.EIO, f"checkpoint after step {flight.step} was not written: {said}") from own
 

@@ -5,6 +5,7 @@ Rank 0 waits there for what the others have written. On another disk it would wa
 
 from __future__ import annotations
 
+import errno
 import socket
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from pipeline.disk import FOR_THE_USER
 from pipeline.marker import Marker, marked
 from pipeline.refused import Refused
 
@@ -25,11 +27,13 @@ def check_shared(folder: Path, *, rank: int, each: Callable[[Any], list[Any]], b
 
     Raises:
         Refused: a rank does not see it, or rank 0 may not write there.
+        OSError: rank 0 cannot write there now, on every rank.
     """
     with ExitStack() as ends:
-        marker, said = each(_put(folder, ends) if rank == 0 else None)[0]
+        marker, number, said = each(_put(folder, ends) if rank == 0 else None)[0]
         if marker is None:
-            raise Refused(f"checkpoints: worker 0 must be able to write to {folder}; got {said}")
+            told = f"checkpoints: worker 0 must be able to write to {folder}; got {said}"
+            raise Refused(told) if number in FOR_THE_USER else OSError(number, told)
         seen: list[bool] = []
         for look in range(LOOKS):
             seen = each(marker.is_in(folder))
@@ -45,9 +49,9 @@ def check_shared(folder: Path, *, rank: int, each: Callable[[Any], list[Any]], b
     )
 
 
-def _put(folder: Path, ends: ExitStack) -> tuple[Marker | None, str]:
+def _put(folder: Path, ends: ExitStack) -> tuple[Marker | None, int, str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return ends.enter_context(marked(folder, prefix=MARKER)), ""
+        return ends.enter_context(marked(folder, prefix=MARKER)), 0, ""
     except OSError as error:
-        return None, f"{error.strerror or error}"
+        return None, error.errno or errno.EIO, f"{error.strerror or error}"

@@ -18,6 +18,7 @@ from ray.train.v2.api.exceptions import ControllerError
 
 from pipeline.damaged import FILE as DAMAGED
 from pipeline.fitting import FILE as MICRO_BATCH
+from pipeline.job import STOP
 from pipeline.track.jsonl import last
 
 PLACES_S = 3600.0
@@ -41,8 +42,13 @@ class Restarts(DefaultFailurePolicy):
         """since which start of the workers, and when, there has been no place for them"""
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
-        if self._has_no_place(training_failed_error) and self._may_wait():
-            return FailureDecision.RETRY
+        if self._has_no_place(training_failed_error):
+            if (self.folder / STOP).exists():  # nobody is there to save, and whoever asked waits
+                return FailureDecision.RAISE
+            if self._may_wait():
+                return FailureDecision.RETRY
+        else:
+            self._waits = None
         saved, changed = self._newest(), self._changes()
         if saved > self._saved or changed != self._changed:
             self._worker_group_failures = self._controller_failures = 0

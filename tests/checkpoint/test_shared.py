@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,24 @@ def test_one_that_shows_late_is_waited_for_with_signs_of_life(tmp_path: Path) ->
     for found in run_ranks(_slow, 2, tmp_path, str(place)):
         assert found == {"beats": 3, "said": f"checkpoints: worker 0 must be able to write to {place}/file; got File exists"}
     assert [path.name for path in place.iterdir()] == ["file"]
+
+
+def _shaky(rank: int, ranks: int, place: str) -> str:
+    def write_text(self: Path, text: str) -> int:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    Path.write_text = write_text  # type: ignore[method-assign,assignment]
+    try:
+        shared.check_shared(Path(place), rank=rank, each=Ranks(rank, ranks).each)
+    except OSError as error:
+        return f"{error.errno == errno.ESTALE} {error.strerror}"
+    return "nothing"
+
+
+def test_storage_that_fails_for_a_while_ends_the_attempt_and_not_the_run(tmp_path: Path) -> None:
+    """On every rank: Ray starts them again."""
+    said = f"True checkpoints: worker 0 must be able to write to {tmp_path}; got Stale file handle"
+    assert run_ranks(_shaky, 2, tmp_path, str(tmp_path)) == [said, said]
 
 
 def test_a_marker_that_a_killed_worker_left_is_swept(tmp_path: Path) -> None:

@@ -117,3 +117,25 @@ def test_no_place_now_and_then_is_counted_from_the_last_time_that_the_run_got_on
         assert finds_no_place(policy) == RETRY
         saves(policy, step)
     assert [finds_no_place(policy) for _ in range(2)] == [RETRY, RAISE]
+
+
+def test_whoever_asks_to_stop_meanwhile_does_not_wait(policy: Restarts) -> None:
+    """There is no worker to hear of it."""
+    starts(policy, 0)
+    assert finds_no_place(policy) == RETRY
+    (policy.folder / "stop").touch()
+    assert finds_no_place(policy) == RAISE
+
+
+def test_the_hour_is_that_of_one_absence(policy: Restarts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that came back and went again before the workers had told of their start is waited for anew."""
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    starts(policy, 0)
+    assert finds_no_place(policy) == RETRY
+    now += PLACES_S - 1
+    assert dies(policy) == RETRY
+    now += 10
+    assert finds_no_place(policy) == RETRY
+    now += PLACES_S - 1
+    assert finds_no_place(policy) == RETRY
