@@ -31,8 +31,7 @@ from pipeline.spiking.still import OncePerImage
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d, Linear, effective_weight
 from tests.rules.small import cross_entropy
-from tests.spiking.saved import SavedBytes
-from tests.spiking.test_still import Head, distance, images, learn, lively
+from tests.spiking.test_still import Head, distance, images, learn, lively, peaks
 
 STEPS = 4
 NEURON = {"leak": 0.7, "threshold": 0.4, "surrogate": Sigmoid()}
@@ -201,23 +200,11 @@ def test_plain_weights_are_nobodys_state() -> None:
 @pytest.mark.parametrize(("rule", "held"), [(SLTT, 2), (lambda: SLTT(k=1), 1), (lambda: BPTT(chunk=1), 1)])
 def test_memory(rule: Callable[[], Rule], held: int) -> None:
     """What the slices share counts as state, the weights and the gradient that they collect; no more is kept for a backward."""
-
-    def peaks() -> tuple[int, int]:
-        model, states = small(), 0
-        rule_ = rule()
-        rule_.attach(model)
-        with SavedBytes(model) as saved:
-            for objective in rule_.objectives(model, x_TB, cross_entropy(target_B)):
-                if objective.backward is not None:
-                    objective.backward.backward()
-                states = max(states, state_bytes(model))
-        return saved.peak, states
-
     x_BCHW, target_B = images()
     x_TB = repeat(x_BCHW, STEPS).contiguous()
-    (saved, states) = peaks()
+    saved, states = peaks(rule(), small(), x_TB, target_B)
     with each_slice_its_own():
-        (saved_alone, states_alone) = peaks()
+        saved_alone, states_alone = peaks(rule(), small(), x_TB, target_B)
     numbers = 4 * 2 * 9 + 4 * 4 * 9 + 3 * 4
     assert states - states_alone == held * numbers * 8
     assert saved <= saved_alone + numbers * 8

@@ -242,25 +242,25 @@ def plain(model: nn.Module, x_TB: Tensor) -> Tensor:
         return model(x_TB)
 
 
+def peaks(rule: Rule, model: nn.Module, x_TB: Tensor, target_B: Tensor) -> tuple[int, int]:
+    """The most bytes kept for the backward of one batch, and the most of states."""
+    states = 0
+    rule.attach(model)
+    with SavedBytes(model) as saved:
+        for objective in rule.objectives(model, x_TB, cross_entropy(target_B)):
+            if objective.backward is not None:
+                objective.backward.backward()
+            states = max(states, state_bytes(model))
+    return saved.peak, states
+
+
 @pytest.mark.parametrize(
     ("rule", "held"), [(SLTT, 2), (lambda: BPTT(truncate=1), 2), (lambda: BPTT(chunk=1), 1), (lambda: SLTT(k=1), 1)]
 )
 def test_memory(rule, held):
     """No more is kept for the backward than of a recording; what the slices share counts as state: y, and its gradient."""
-
-    def peaks(x_TB: Tensor, target_B: Tensor) -> tuple[int, int]:
-        model, states = small(), 0
-        rule_ = rule()
-        rule_.attach(model)
-        with SavedBytes(model) as saved:
-            for objective in rule_.objectives(model, x_TB, cross_entropy(target_B)):
-                if objective.backward is not None:
-                    objective.backward.backward()
-                states = max(states, state_bytes(model))
-        return saved.peak, states
-
     x_BCHW, target_B = images()
-    still, recording = (peaks(x, target_B) for x in (repeat(x_BCHW, STEPS), repeat(x_BCHW, STEPS).contiguous()))
+    still, recording = (peaks(rule(), small(), x, target_B) for x in (repeat(x_BCHW, STEPS), repeat(x_BCHW, STEPS).contiguous()))
     assert still[0] <= recording[0]
     y = 6 * 4 * 6 * 6 * 8
     assert still[1] - recording[1] == held * y
