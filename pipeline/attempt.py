@@ -8,39 +8,35 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from pipeline.answers import write_answers
+from pipeline.assess import assess, published
 from pipeline.checkpoint import Saved, weights_of
-from pipeline.elastic import draw_for
-from pipeline.evaluate import Evaluated, Evaluation, evaluate, inputs
+from pipeline.evaluate import Evaluated, Evaluation
+from pipeline.feed import micro_batches
 from pipeline.guard import GoBack, Guard, is_in
 from pipeline.job import SAVE, STOP, Notice
 from pipeline.loop import MicroBatch, train
 from pipeline.measure.memory import hardware, memory_now_bytes
-from pipeline.measure.meters import Totals
+from pipeline.measure.totals import Totals
 from pipeline.parts import Parts
 from pipeline.phases import stretch_at
 from pipeline.recipe import write_json
 from pipeline.record import told_at_start, told_at_the_end, told_in_checkpoint
 from pipeline.refused import Diverged, Refused
 from pipeline.replicas import drifted, stragglers
-from pipeline.spiking.encode import over_steps
 from pipeline.tasks import Learnt, mean_of
 from pipeline.track.jsonl import read
 
 NOTICE_S = 5.0
 """between two questions whether a machine is about to be taken away: Ray looks as often"""
-LOOK_S = 1.0
-"""between two looks of an evaluation whether somebody asks to stop"""
-
-T_ = TypeVar("T_")
 
 
 class Attempt:
@@ -111,7 +107,8 @@ class Attempt:
             with closing(self.parts.loaders.train(self.stretch.index)) as self.train_set:
                 self._train()
         if self.result is None and not self.stop_asked:  # this attempt found nothing left but to tell of it
-            self.result = mean_of(self._evaluate())
+            results = self._evaluate()
+            self.result = mean_of(results) if results else None
         return self._stopped() if self.stop_asked else self._finish()
 
     def _tell_damage(self) -> None:
@@ -167,27 +164,7 @@ class Attempt:
                     return
 
     def _micro_batches(self, source: Iterator[Any]) -> Iterator[MicroBatch]:
-        micro, workers = self.parts.split.micro_batch, self.parts.split.workers
-        for index in range(self.parts.split.accumulation):
-            with self.meters.part("data_wait"):
-                batch = next(source)
-            with self.meters.part("transfer"):
-                x_B = batch.x.to(self.parts.device, non_blocking=True)
-                target_B = batch.target.to(self.parts.device, non_blocking=True)
-                first = (index * workers + self.ranks.rank) * micro
-                if len(self.parts.sizes) > 1:
-                    draw_for(self.recipe.seed, step=self.step, row=first)
-                rows = range(first, first + micro)
-                if self.parts.mixing is not None:
-                    place = {"seed": self.recipe.seed, "step": self.step, "rows": rows}
-                    classes = self.tasks[self.stretch.index].data.classes
-                    x_B, target_B = self.parts.mixing(x_B, target_B, classes=classes, **place)
-                x_TB = over_steps(x_B, self.recipe.time_steps)
-            teacher_BK = None
-            if self.parts.teaching is not None:
-                with self.meters.part("teacher"):
-                    teacher_BK = self.parts.teaching(x_B, batch.index, self.stretch.epoch(self.step))
-            yield MicroBatch(x_TB, target_B, rows, micro / self.recipe.batch_size, teacher_BK)
+        return micro_batches(self.parts, source, step=self.step, stretch=self.stretch)
 
     def _pass_over(self, source: Iterator[Any]) -> None:
         """A batch that is not learnt from: the recipe says so, or going back did."""
@@ -306,46 +283,10 @@ class Attempt:
         self.tracker.event("evaluation", sync=True, step=self.step, epoch=epoch, samples=self.result.samples, metrics=metrics)
 
     def _evaluate(self) -> list[Evaluation]:
-        """On each task so far, the one at hand last; on less than all of it, and for nothing, where `stop_asked` afterwards."""
-        recipe, limit = self.recipe, self.recipe.evaluate_samples
-        most = None if limit is None else len(range(self.ranks.rank, limit, self.ranks.size))
-        loss_for = recipe.objective.build().labels
-        self.evaluated = []
-        self.meters.note_peaks()
-        with self._published():
-            for index, task in enumerate(self.tasks[: self.stretch.index + 1]):
-                task.choose_head(self.backend.network)
-                with closing(self.parts.loaders.val(index)) as val_set:
-                    batches = self._until_stop(inputs(val_set, recipe.time_steps, self.parts.device, most=most))
-                    about = {"network": self.backend.network, "counts_operations": self.step == self.steps}
-                    self.evaluated.append(evaluate(self.backend.model, batches, loss_for, over_time=recipe.over_time, **about))
-                if self._agree_to_stop():
-                    break
-        self.meters.forget_peaks()  # what evaluation held is not what training needs
+        """On each task so far, the one at hand last; nothing where somebody asked to stop meanwhile."""
+        found = assess(self.parts, tasks=self.stretch.index + 1, counts_operations=self.step == self.steps)
+        self.stop_asked, self.evaluated = found is None, found or []
         return [each.result for each in self.evaluated]
-
-    def _until_stop(self, batches: Iterable[T_]) -> Iterator[T_]:
-        """All of them, or fewer where somebody asks to stop; each rank looks by itself, as they have not as many."""
-        looked_at = time.monotonic()
-        for batch in batches:
-            self.watchdog.beat()
-            yield batch
-            if time.monotonic() - looked_at > LOOK_S:
-                looked_at = time.monotonic()
-                if (self.folder / STOP).exists():
-                    self.stop_asked = True
-                    return
-
-    def _agree_to_stop(self) -> bool:
-        """Whether a rank has left an evaluation because somebody asked to stop; collective."""
-        self.stop_asked = bool(self.ranks.max(torch.tensor(float(self.stop_asked))))
-        return self.stop_asked
-
-    @contextmanager
-    def _published(self) -> Iterator[None]:
-        """Inside, the network is what is evaluated and published: an average of its weights where the recipe asks for one."""
-        with self.backend.published(), self.ranks.averaged(self.backend.network):
-            yield
 
     def _save(self, *, score: float | None, owes: bool = False) -> None:
         if self.recipe.replicas_every:
@@ -354,7 +295,7 @@ class Attempt:
         totals = self.meters.over_ranks(self.ranks.max, self.ranks.mean)
         about = {"score": score, "owes": owes, "totals": totals, "learnt": self.learnt, "guard": self.guard.told()}
         trainer = told_in_checkpoint(self.parts, step=self.step, **about)
-        with self._published():
+        with published(self.parts):
             weights = weights_of(self.backend.network) if self.ranks.rank == 0 else None
         with self.ranks.averaged(self.backend.network) as buffers:
             state = {"buffers": buffers, "weights": weights}

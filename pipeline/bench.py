@@ -28,8 +28,9 @@ from pipeline.guard import Unguarded
 from pipeline.loop import MicroBatch, train
 from pipeline.measure.fidelity import gradients
 from pipeline.measure.held import Held, bytes_of, held
-from pipeline.measure.meters import Instrument, Meters, Totals
+from pipeline.measure.meters import Instrument, Meters
 from pipeline.measure.time_parts import REST
+from pipeline.measure.totals import Totals
 from pipeline.measure.traffic import Traffic
 from pipeline.objective import Loss
 from pipeline.optimizer import build_optimizer

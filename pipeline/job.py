@@ -88,7 +88,12 @@ class Place:
     """asks whether a machine of ours is about to be taken away; every rank asks equally often"""
 
 
-def resume_command(runs: str | os.PathLike[str], name: str, *, trust: Sequence[str] = ()) -> str:
-    """What a person types to go on with a run. Trust is part of it: a folder that came from elsewhere must not bring its own."""
+def resume_command(runs: str | os.PathLike[str], name: str, *, trust: Sequence[str] = (), address: str | None = None) -> str:
+    """What a person types to go on with a run.
+
+    Trust, and the cluster that is shown a token, are part of it: a folder that came from elsewhere must not bring its own.
+    """
     where = [] if Path(runs) == Path("runs") else ["--runs", os.fspath(runs)]
-    return shlex.join(["spiketrain", "resume", name, *where, *(word for package in trust for word in ("--trust", package))])
+    there = [] if address is None else ["--address", address]
+    trusted = [word for package in trust for word in ("--trust", package)]
+    return shlex.join(["spiketrain", "resume", name, *where, *there, *trusted])

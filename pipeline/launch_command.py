@@ -129,7 +129,11 @@ def launch(
             from pipeline.launch.again import refuse_unless_launched_so
 
             refuse_unless_launched_so(runs / name, made, here, trust=trusted)
-            where = {"workers": None if inline else here.workers, "inline": inline, "address": address}
+            where = {
+                "workers": None if inline else here.workers,
+                "inline": inline,
+                "address": address or (None if inline else "local"),
+            }
             _go_on(runs / name, runs, **where, trust=trusted)
             return
     if isinstance(made, Suite):

@@ -31,7 +31,9 @@ Sizes = Annotated[
     ),
 ]
 Inline = Annotated[bool, typer.Option("--inline", help="one worker in this process, without Ray")]
-Address = Annotated[str | None, typer.Option("--address", help="of a Ray cluster: auto, host:6379; without it one starts here")]
+Address = Annotated[
+    str | None, typer.Option("--address", help="of a Ray cluster: auto, host:6379; without it, or with local, one starts here")
+]
 Cpus = Annotated[int, typer.Option("--cpus-per-worker", min=1, help="cores reserved for a worker, and its torch threads")]
 
 RUNS = Path("runs")

@@ -13,7 +13,7 @@ from pipeline.conditions import conditions
 from pipeline.evaluate import Evaluation
 from pipeline.measure.held import held
 from pipeline.measure.memory import hardware
-from pipeline.measure.meters import Totals
+from pipeline.measure.totals import Totals
 from pipeline.parts import Parts
 from pipeline.phases import stretch_at
 from pipeline.recipe import Recipe

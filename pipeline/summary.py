@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from pipeline.evaluate import Evaluation
-from pipeline.measure.meters import Totals
+from pipeline.measure.totals import Totals
 
 
 def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -284,9 +284,9 @@ def test_every_recipe_trains_in_small(tmp_path: Path, path: Path) -> None:
         steps = [recipe.tiny().time_steps] if len(data.shape) == 4 else []  # of a recording
         most = 64 if steps else 32  # pixels a side
         shape = (*steps, data.shape[-3], min(data.shape[-2], most), min(data.shape[-1], most))
-        tiny = recipe.tiny(data=spec(Synthetic, samples=320, val_samples=10, classes=data.classes, shape=shape))
+        tiny = recipe.tiny(data=spec(Synthetic, samples=160, val_samples=10, classes=data.classes, shape=shape))
         tiny = filled(tiny, lambda name: weights_file(tmp_path / name))
-        summary = train_inline(tmp_path / recipe.name, replace(tiny, backend="plain"))
+        summary = train_inline(tmp_path / recipe.name, replace(tiny, backend="plain", batch_size=4))
         assert summary is not None
         assert summary["steps"] == 4
 

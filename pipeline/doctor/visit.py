@@ -38,11 +38,11 @@ def visit(runs: Path, *, address: str | None, checkpoint_bytes: float, keep: int
             found += of_network(*_met_here(len(here.gpus)))
         else:
             with Ray(workers=0, address=address) as cluster:
-                answers = cluster.on_each_node(examine, asked, within_s=EXAMINED_S)
+                answers = cluster.nodes.on_each(examine, asked, within_s=EXAMINED_S)
                 found = list(of_silent([each for each in answers if isinstance(each, Silent)]))
                 nodes = [each for each in answers if not isinstance(each, Silent)]
                 found += of_nodes(nodes, runs=str(runs), needed_bytes=needed)
-                found += of_clocks(cluster.clocks(within_s=CLOCK_S))
+                found += of_clocks(cluster.nodes.clocks(within_s=CLOCK_S))
                 found += of_network(*_met(cluster))
                 at = cluster.found_at()
             found.append(of_token(stranger(at), at))
@@ -66,6 +66,6 @@ def _met(cluster: Ray) -> tuple[Sequence[float], str]:
         return Meeting(host=host, port=port, size=size, backend="nccl" if gpus else "gloo")
 
     try:
-        return cluster.at_once(meet, asked, within_s=MEETING_S), ""
+        return cluster.nodes.at_once(meet, asked, within_s=MEETING_S), ""
     except LaunchError as error:
         return (), str(error)

@@ -22,6 +22,7 @@ class Cluster:
     """processes that train together; several numbers, ascending: as many of these as there is room for, from time to time"""
     inline: bool = False
     address: str | None = None
+    """of a Ray cluster that is there; None, or "local": one of our own, on this machine"""
     device: Device = "auto"
     cpus_per_worker: int = 1
     loader_threads: int = 1
@@ -40,6 +41,8 @@ class Cluster:
     def __post_init__(self) -> None:
         if isinstance(self.workers, list):  # of JSON
             object.__setattr__(self, "workers", tuple(self.workers))
+        if self.address == "local":
+            object.__setattr__(self, "address", None)
         counts: dict[str, object] = {
             "workers": self.workers,
             "cpus_per_worker": self.cpus_per_worker,
@@ -79,13 +82,23 @@ class Cluster:
         )
 
     def resumed(self, *, workers: int | tuple[int, ...] | None, inline: bool, address: str | None) -> Cluster:
-        """As it was launched, but for what the user now says of it."""
+        """As it was launched, but for what the user now says of it.
+
+        Raises:
+            ValueError: it was launched on a cluster, and nobody says which one it is to go on with. The folder's word is not
+                enough: it may be from elsewhere, and whoever it leads to is shown the token and runs what they like here.
+        """
+        if address is None and self.address is not None and not inline:
+            raise ValueError(
+                f"resume: a run that was launched on a Ray cluster must be told --address anew; got none, it was {self.address}; "
+                "--address local starts a cluster here"
+            )
         if inline:  # with what does not go with it, which `launcher` refuses
             mine = Cluster(inline=True, device=self.device, loader_threads=self.loader_threads, side_by_side=self.side_by_side)
             mine = replace(mine, checkpoints=self.checkpoints)
             return replace(mine, workers=workers or 1, address=address)
         if workers is not None or address is not None:
-            return replace(self, inline=False, workers=workers or self.workers, address=address or self.address)
+            return replace(self, inline=False, workers=workers or self.workers, address=address)
         return self
 
     @classmethod

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from pipeline.cores import physical_cores
 from pipeline.door import heard, knock, offer_token, reason
-from pipeline.job import Job, Notice, Place
-from pipeline.launch.base import Device, LaunchError, Silent, takes_gpus
+from pipeline.job import STOP, Job, Notice, Place
+from pipeline.launch.base import Device, LaunchError, takes_gpus
+from pipeline.launch.environment import of_worker
+from pipeline.launch.innermost import innermost
 from pipeline.launch.node_loss import NodeLoss, waits_for
-from pipeline.malloc import environment
-from pipeline.ports import free_port
+from pipeline.launch.nodes import Nodes
+from pipeline.ranks import Ranks
 from pipeline.refused import Refused
+from pipeline.track.jsonl import last
 from pipeline.worker import run
+from pipeline.writer import journal
 
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -32,14 +34,6 @@ SETTINGS = {
     "RAY_worker_niceness": "0",  # 15 by default: any other process on the machine would slow training, and its measurement
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the default of the next release, without the warning of this one
 }
-
-
-G = TypeVar("G")
-R = TypeVar("R")
-
-PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "FI_", "HF_")
-SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
-"""in the name of a variable that is not passed on: Ray writes the others down in its logs, and a machine has its own secrets"""
 
 
 class Ray:
@@ -52,7 +46,7 @@ class Ray:
         cpus_per_worker: cores that Ray reserves for a worker; torch gets one thread for each.
         max_restarts: how often the workers are started again after one of them died, with nothing new between (`restarts.py`).
         node_loss: how long a node that says nothing is waited for.
-        work: what a worker does with its job (None: train it); benchmarks measure inside it.
+        work: what a worker does with its job; benchmarks measure inside it.
     """
 
     def __init__(
@@ -74,6 +68,7 @@ class Ray:
         self.cpus_per_worker = cpus_per_worker
         self.device: Device = device
         self.max_restarts = max_restarts
+        self.nodes = Nodes()
         self._owned = False
 
     def __enter__(self) -> Self:
@@ -123,77 +118,6 @@ class Ray:
         gpus = int(there.get("GPU", 0))
         return min(cpus, gpus // self.workers) if takes_gpus(self.device, self.workers, gpus) else cpus
 
-    def on_each_node(self, work: Callable[[G], R], given: G, *, within_s: float) -> list[R | Silent]:
-        """What `work(given)` returns on each node that is up, the head first."""
-        import ray
-
-        run, nodes = ray.remote(work), self._nodes()
-        there = {"num_cpus": 0, "max_retries": 0}
-        asked = [run.options(**there, scheduling_strategy=_on(node)).remote(given) for node in nodes]
-        ray.wait(asked, num_returns=len(asked), timeout=within_s)
-        return [_answer(each, node, within_s=0) for each, node in zip(asked, nodes, strict=True)]
-
-    def at_once(self, work: Callable[[G, int], R], given: Callable[[str, int, int, bool], G], *, within_s: float) -> list[R]:
-        """What `work(given, rank)` returns of processes that run together as a training's do, in the order of ranks.
-
-        One for each GPU of the cluster, or where it has none for each node that has cores. `given` is made of an address and
-        a free port of the first one's node, how many there are, and whether they have a GPU each. Nothing, where there is one.
-
-        Raises:
-            LaunchError: one of them failed, or there was no room for all of them in time.
-        """
-        import ray
-        from ray.exceptions import RayError
-
-        nodes = [(_on(node), node["Resources"]) for node in self._nodes()]
-        gpus = any(has.get("GPU") for _, has in nodes)
-        places = [on for on, has in nodes for _ in range(int(has.get("GPU", 0)) if gpus else int(has.get("CPU", 0) > 0))]
-        if len(places) < 2:
-            return []
-        known = {"env_vars": _passed_on()}
-        there = {"num_cpus": 0, "num_gpus": int(gpus), "runtime_env": known, "max_retries": 0}
-        started: list[Any] = []
-        try:
-            host, port = ray.get(
-                ray.remote(_open_door).options(num_cpus=0, scheduling_strategy=places[0]).remote(), timeout=within_s
-            )
-            asked = given(host, port, len(places), gpus)
-            run = ray.remote(work)
-            started += [run.options(**there, scheduling_strategy=each).remote(asked, rank) for rank, each in enumerate(places)]
-            return ray.get(started, timeout=within_s)
-        except RayError as error:
-            for each in started:
-                ray.cancel(each, force=True)
-            raise LaunchError(_innermost(getattr(error, "cause", None) or error)) from error
-
-    def clocks(self, *, within_s: float) -> dict[str, tuple[float, float] | Silent]:
-        """Of each node by its address: seconds that its clock is ahead of this one, and half the round trip that told so."""
-        import ray
-
-        found: dict[str, tuple[float, float] | Silent] = {}
-        tell = ray.remote(_now)
-        for node in self._nodes():
-            told: list[tuple[float, float]] = []
-            for _ in range(5):  # the first starts a process there
-                sent = time.time()
-                asked = tell.options(num_cpus=0, max_retries=0, scheduling_strategy=_on(node)).remote()
-                there = _answer(asked, node, within_s=within_s)
-                back = time.time()
-                if isinstance(there, Silent):
-                    found[there.address] = there
-                    break
-                told.append(((back - sent) / 2, there - (sent + back) / 2))
-            else:
-                uncertain, ahead = min(told)
-                found[node["NodeManagerAddress"]] = (ahead, uncertain)
-        return found
-
-    def _nodes(self) -> list[dict[str, Any]]:
-        import ray
-
-        there = [node for node in ray.nodes() if node["Alive"]]
-        return sorted(there, key=lambda node: "node:__internal_head__" not in node["Resources"])
-
     def joining(self) -> list[str]:
         return ["--address", self.address or self.found_at(), "--workers", str(self.workers)]
 
@@ -209,10 +133,12 @@ class Ray:
         from ray.train.torch import TorchConfig
 
         from pipeline.launch.resizing import LOOK_S
+        from pipeline.launch.restarts import has_no_place
         from pipeline.launch.trainer import Trainer
 
         gpus = takes_gpus(self.device, self.workers, int(ray.cluster_resources().get("GPU", 0)))
         elastic = len(self.sizes) > 1
+        told = of_worker(threads=self.cpus_per_worker, loader_threads=job.loader_threads, gpus=gpus)
         trainer = Trainer(
             partial(_train, work=self.work, sizes=self.sizes),
             sizes=self.sizes,
@@ -235,71 +161,28 @@ class Ray:
                     # a fixed number as `Restarts` says.
                     controller_failure_limit=-1 if elastic else 1,
                 ),
-                worker_runtime_env={"env_vars": self._environment(job, gpus)},
+                worker_runtime_env={"env_vars": told},
             ),
         )
         try:
             outcome = trainer.fit().return_value
         except Exception as error:  # Ray wraps whatever a worker raised in several layers of its own
-            raise LaunchError(_innermost(error)) from error
+            if has_no_place(error) and (Path(job.run) / STOP).exists():
+                return _stopped_without_workers(job)
+            raise LaunchError(innermost(error)) from error
         if outcome is not None and "refused" in outcome:
             raise Refused(outcome["refused"])
         return outcome
 
-    def _environment(self, job: Job, gpus: bool) -> dict[str, str]:
-        """What reaches every worker: Ray passes on a fixed list of its own, and forces OMP_NUM_THREADS to 1 by itself."""
-        threads = str(self.cpus_per_worker)
-        return {
-            **_passed_on(),
-            # A worker starts in a folder of its own; a package that the user trusts lies beside the recipe or on the path.
-            "PYTHONPATH": os.pathsep.join(dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path)),
-            **environment(),
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-            "OPENBLAS_NUM_THREADS": "1",
-            "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads beside a busy process were nine times slower
-            "NUMBA_NUM_THREADS": str(job.loader_threads),
-            # What the workers have, not what this process sees; and workers without a GPU each must not meet the few there are.
-            **({"DS_ACCELERATOR": "cuda"} if gpus else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}),
-        }
 
-
-def _passed_on() -> dict[str, str]:
-    own = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-    return {name: value for name, value in own.items() if not any(word in name.upper() for word in SECRET)}
-
-
-def _on(node: dict[str, Any]) -> Any:
-    """On this node, and on no other."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-
-
-def _answer(asked: Any, node: dict[str, Any], *, within_s: float) -> Any:
-    """What comes of a task on this node; Silent where it fails, or takes too long, and is ended."""
-    import ray
-    from ray.exceptions import GetTimeoutError, RayError
-
-    try:
-        return ray.get(asked, timeout=within_s)
-    except GetTimeoutError:
-        ray.cancel(asked, force=True)
-        why = "it does not answer in time"
-    except RayError as error:
-        why = _innermost(getattr(error, "cause", None) or error)
-    return Silent(node["NodeManagerAddress"], why)
-
-
-def _now() -> float:
-    return time.time()  # by itself it is no function that Ray takes
-
-
-def _open_door() -> tuple[str, int]:
-    """This node's address, and a port of it that nobody uses."""
-    import ray
-
-    return ray.util.get_node_ip_address(), free_port("")
+def _stopped_without_workers(job: Job) -> None:
+    """Somebody asked to stop while there was no place for the workers, who would have said so."""
+    folder = Path(job.run)
+    saved = last(folder / "journal.jsonl", "checkpoint")
+    with journal(folder, Ranks()) as tracker:
+        by = (folder / STOP).read_text().strip()
+        told = {"reason": f"asked to stop by {by} while its workers had no place", "resume_command": job.resume_command}
+        tracker.event("stopped", sync=True, step=0 if saved is None else saved["step"], **told)
 
 
 def _train(
@@ -326,14 +209,3 @@ def _notice() -> Notice | None:
     if info is None:
         return None
     return Notice(tuple(info.preempted_node_ids), None if info.deadline_ms is None else info.deadline_ms / 1e3)
-
-
-def _innermost(error: BaseException) -> str:
-    """The line that a user can act on, out of Ray's nested exceptions."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        rank, first = sorted(failures.items())[0]
-        text = str(getattr(first, "cause", None) or first).strip().splitlines()
-        return f"worker {rank}: {text[-1] if text else type(first).__name__}"
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[-1] if text else ''}"

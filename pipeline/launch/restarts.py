@@ -42,7 +42,7 @@ class Restarts(DefaultFailurePolicy):
         """since which start of the workers, and when, there has been no place for them"""
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
-        if self._has_no_place(training_failed_error):
+        if has_no_place(training_failed_error):
             if (self.folder / STOP).exists():  # nobody is there to save, and whoever asked waits
                 return FailureDecision.RAISE
             if self._may_wait():
@@ -54,9 +54,6 @@ class Restarts(DefaultFailurePolicy):
             self._worker_group_failures = self._controller_failures = 0
         self._saved, self._changed = max(saved, self._saved), changed
         return super().make_decision(training_failed_error)
-
-    def _has_no_place(self, error: Any) -> bool:
-        return isinstance(error, ControllerError) and isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)
 
     def _may_wait(self) -> bool:
         """Before the first start there is nothing to wait for: who launches counts the places, and is told at once."""
@@ -79,3 +76,8 @@ class Restarts(DefaultFailurePolicy):
     def _changes(self) -> list[bytes]:
         files = (self.folder / name for name in (MICRO_BATCH, DAMAGED))
         return [file.read_bytes() if file.exists() else b"" for file in files]
+
+
+def has_no_place(error: Exception) -> bool:
+    """Whether Ray Train gave up because there was no room for the workers in time."""
+    return isinstance(error, ControllerError) and isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)

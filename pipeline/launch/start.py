@@ -36,7 +36,8 @@ def launch_run(
     launcher = cluster.launcher()
     check(recipe, cluster, trust=trust)
     with launcher:
-        return _trained(prepare(recipe, cluster, runs, name=name, adopts=adopts, trust=trust), launcher, runs)
+        job = prepare(recipe, cluster, runs, name=name, adopts=adopts, trust=trust)
+        return _trained(job, launcher, runs, address=cluster.address)
 
 
 def resume_run(
@@ -54,13 +55,14 @@ def resume_run(
     if state_of(folder) == "finished":
         Console().print(f"{folder.name} has finished")
         return folder
-    cluster = Cluster.from_json(read_json(folder / "cluster.json")).resumed(workers=workers, inline=inline, address=address)
+    launched = Cluster.from_json(read_json(folder / "cluster.json"))
+    cluster = launched.resumed(workers=workers, inline=inline, address=address)
     if workers is not None:  # others were checked at the launch
         check_sizes(Recipe.read(folder / "recipe.json", trust=trust), cluster.sizes)
     with driver_lock(folder):
         pass  # whoever trains it is told of before a cluster is started in vain
     with cluster.launcher() as launcher:
-        return _trained(read_job(folder, trust=trust), launcher, runs)
+        return _trained(read_job(folder, trust=trust), launcher, runs, address=launched.address and cluster.address)
 
 
 def check(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
@@ -71,17 +73,18 @@ def check(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
     Loaders(tasks_of(recipe), recipe, recipe.split(cluster.sizes[-1]))
 
 
-def train(job: Job, launcher: Launcher, runs: Path, console: Console) -> bool:
-    """Train a run to its end; False when it was asked to stop before."""
-    command = resume_command(runs, Path(job.run).name, trust=job.trust)
+def train(job: Job, launcher: Launcher, runs: Path, console: Console, *, address: str | None) -> bool:
+    """Train a run to its end; False when it was asked to stop before. `address`: that whoever resumes it has to say."""
+    command = resume_command(runs, Path(job.run).name, trust=job.trust, address=address)
     return drive(job, launcher, console, uri=tracking_uri(runs), resume_command=command) is not None
 
 
-def _trained(job: Job, launcher: Launcher, runs: Path) -> Path | None:
+def _trained(job: Job, launcher: Launcher, runs: Path, *, address: str | None) -> Path | None:
     console, folder = Console(), Path(job.run)
-    if train(job, launcher, runs, console):
+    if train(job, launcher, runs, console, address=address):
         return folder
-    console.out(f"stopped; go on with: {resume_command(runs, folder.name, trust=job.trust)}", highlight=False)
+    command = resume_command(runs, folder.name, trust=job.trust, address=address)
+    console.out(f"stopped; go on with: {command}", highlight=False)
     return None
 
 

@@ -65,7 +65,8 @@ def _train_the_rest(
 ) -> Path | None:
     """Every recipe whose run has not finished, each from where its run stands."""
     console, runs, where = Console(), folder.parent, runs_of(folder)
-    command = resume_command(runs, folder.name, trust=trust)
+    address = suite_file.cluster["address"] and cluster.address
+    command = resume_command(runs, folder.name, trust=trust, address=address)
     console.out(f"suite   {folder}\nresume  {command}", highlight=False)
     slots = slots_of(launcher, cluster.side_by_side)
     children = Children(folder.name, suite_file, cluster, where, trust=trust)
@@ -113,7 +114,7 @@ def _train_one(children: Children, recipe: Recipe, launcher: Launcher, console: 
     """False when it was asked to stop. A trial that diverges has its answer."""
     job = children.job(recipe)
     try:
-        return train(job, launcher, children.runs, console)
+        return train(job, launcher, children.runs, console, address=children.cluster.address)
     except Refused:
         if not is_over(Path(job.run)):
             raise

@@ -24,7 +24,8 @@ from tests.nodes import TOKEN, nodes
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from pipeline.launch import ray as launcher
+from pipeline.launch import nodes
+from pipeline.launch.ray import Ray
 
 def is_first(file):
     try:
@@ -46,12 +47,12 @@ def no_clock():
     raise OSError("no clock")
 
 folder = sys.argv[2]
-with launcher.Ray(workers=0, address=sys.argv[1]) as cluster:
-    print(sorted(map(repr, cluster.on_each_node(raises, folder + "/raises", within_s=60))))
-    print(sorted(map(repr, cluster.on_each_node(hangs, folder + "/hangs", within_s=15))))
-    print([type(each).__name__ for each in cluster.clocks(within_s=60).values()])
-    launcher._now = no_clock
-    print(list(cluster.clocks(within_s=60).values()))
+with Ray(workers=0, address=sys.argv[1]) as cluster:
+    print(sorted(map(repr, cluster.nodes.on_each(raises, folder + "/raises", within_s=60))))
+    print(sorted(map(repr, cluster.nodes.on_each(hangs, folder + "/hangs", within_s=6))))
+    print([type(each).__name__ for each in cluster.nodes.clocks(within_s=60).values()])
+    nodes._now = no_clock
+    print(list(cluster.nodes.clocks(within_s=60).values()))
 """
 
 
@@ -74,7 +75,11 @@ class Sick:
 
     silent = Silent("10.0.0.2", "ModuleNotFoundError: No module named 'pipeline'")
 
-    def on_each_node(self, work: Any, given: Asked, *, within_s: float) -> list[Any]:
+    @property
+    def nodes(self) -> Sick:
+        return self
+
+    def on_each(self, work: Any, given: Asked, *, within_s: float) -> list[Any]:
         return [NODE, self.silent]
 
     def clocks(self, *, within_s: float) -> dict[str, Any]:

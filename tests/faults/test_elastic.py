@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,6 +79,13 @@ def checkpoints(run: Driven) -> list[int]:
     return [event["step"] for event in read(run.run / "journal.jsonl") if event["event"] == "checkpoint"]
 
 
+def assert_from_a_checkpoint(start: dict[str, Any], run: Driven) -> None:
+    """From the newest that was told of, or from one that was whole just before its writer died."""
+    events = [each for each in read(run.run / "journal.jsonl") if each["time"] < start["time"]]
+    newest = {kind: max(each["step"] for each in events if each["event"] == kind) for kind in ("checkpoint", "step")}
+    assert newest["checkpoint"] <= start["step"] <= newest["step"]
+
+
 def test_a_node_dies(
     cluster: Nodes, driven: Callable[[str, str], Driven], unhurt: Driven, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,7 +95,7 @@ def test_a_node_dies(
     run.start_of(2)
     run.at_step(random.Random(SEED).randrange(4, 9))
     cluster.kill(first)
-    assert run.start_of(1)["step"] in checkpoints(run)
+    assert_from_a_checkpoint(run.start_of(1), run)
     run.finish()
     assert_as(unhurt, run, monkeypatch)
 
@@ -122,7 +130,7 @@ def test_one_of_three_nodes_dies(
     run.start_of(3)
     run.at_step(draw.randrange(4, 9))
     cluster.kill(draw.choice(added))
-    assert run.start_of(2)["step"] in checkpoints(run)
+    assert_from_a_checkpoint(run.start_of(2), run)
     run.finish()
     assert_as(unhurt, run, monkeypatch)
 
@@ -146,3 +154,23 @@ def test_a_node_is_taken_away_after_a_notice(
     assert run.start_of(1)["step"] >= notice["step"]
     run.finish()
     assert_as(unhurt, run, monkeypatch)
+
+
+@pytest.mark.full
+def test_whoever_stops_a_run_that_waits_for_a_node_is_told_so(
+    cluster: Nodes, driven: Callable[[str, str], Driven], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 -> nobody, as two it has to be."""
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+    added = cluster.add()
+    run = driven(cluster.address, "2")
+    run.start_of(2)
+    run.at_step(random.Random(SEED + 4).randrange(4, 9))
+    cluster.kill(added)
+    time.sleep(6)  # until the other one is ended too, and places for both are waited for
+    run.process.send_signal(signal.SIGINT)
+    assert run.end() == 130
+    stopped = read(run.run / "journal.jsonl")[-1]
+    assert stopped["event"] == "stopped" and stopped["step"] == max(checkpoints(run), default=0)
+    assert stopped["reason"] == "asked to stop by SIGINT while its workers had no place"
+    assert f"--address {cluster.address}" in stopped["resume_command"]

@@ -113,7 +113,7 @@ def faults() -> dict[str, tuple[int, int]]:
 def launched(file: Path, runs: Path) -> Path:
     words = ["launch", str(file), "--workers", "2", "--device", "cpu", "--runs", str(runs), "--name", file.stem]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["spiketrain", *words, "--trust", "faulty_lab", "--hang-minutes", "0.5", "--max-restarts", "4"])
+        patch.setattr("sys.argv", ["spiketrain", *words, "--trust", "faulty_lab", "--hang-minutes", "0.3", "--max-restarts", "4"])
         with pytest.raises(SystemExit) as end:
             main()
     assert end.value.code == 0

@@ -16,7 +16,7 @@ from tests.faults.lab import EPOCHS, STEPS_PER_EPOCH, Driven, Lab
 from tests.small import same_weights
 from tests.track.test_mlflow import start_server
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(400)]
 
 
 def test_a_server_that_hangs_and_dies_costs_no_bit_and_misses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

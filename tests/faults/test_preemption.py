@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import attempt
+from pipeline import assess, attempt
 from pipeline.evaluate import Evaluation
 from pipeline.job import REFUSAL, SAVE, STOP, Job, Notice, Place
 from pipeline.recipe import write_json
@@ -98,7 +98,7 @@ def stop_in_an_evaluation(patch: pytest.MonkeyPatch, *, of: int) -> None:
             (self.folder / STOP).write_text("SIGTERM")
         return original(self)
 
-    patch.setattr(attempt, "LOOK_S", -1.0)  # after every batch
+    patch.setattr(assess, "LOOK_S", -1.0)  # after every batch
     patch.setattr(attempt.Attempt, "_evaluate", evaluate)
 
 
@@ -130,7 +130,7 @@ def _stopped_by_one(rank: int, ranks: int, job: Job) -> object:
     with pytest.MonkeyPatch.context() as patch:
         stop_in_an_evaluation(patch, of=8)
         if rank == 1:
-            patch.setattr(attempt, "LOOK_S", 1e9)
+            patch.setattr(assess, "LOOK_S", 1e9)
         return run(job, Place(rank, ranks, "cpu", rank))
 
 

@@ -58,7 +58,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "SIGTERM": (
         SIGNALS,
         *("faults/test_preemption.py::test_a_stop_waits_for_no_evaluation_which_is_made_up_for",),
-        *(f"{RECOVERY}::test_a_run_that_is_being_trained_is_not_trained_twice",),
+        *("faults/test_two_drivers.py::test_the_second_is_refused_in_one_line_and_the_first_goes_on",),
         *("launch/test_drive.py::test_the_first_asks_to_save_and_the_second_ends_at_once",),
     ),
     "Ctrl-C": (SIGNALS, HUNTED, "launch/test_drive.py::test_the_first_asks_to_save_and_the_second_ends_at_once"),
@@ -88,6 +88,7 @@ ROWS: dict[str, tuple[str, ...]] = {
             "test_elastic.py::test_each_sample_is_seen_once_an_epoch_over_any_sequence_of_sizes",
         ),
     ),
+    "a stop while a node is waited for": (f"{ELASTIC}::test_whoever_stops_a_run_that_waits_for_a_node_is_told_so",),
     "a node is taken away after a notice": (
         *(f"{ELASTIC}::test_a_node_is_taken_away_after_a_notice",),
         *("faults/test_preemption.py::test_a_notice_is_saved_upon_once_and_the_run_goes_on",),
@@ -114,7 +115,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         *("faults/test_changed_recipe.py::test_the_fields_that_differ_are_named",),
         *("launch/test_again.py::test_another_recipe_is_refused_with_the_fields_that_differ",),
     ),
-    "two drivers resume one run": (f"{RECOVERY}::test_a_run_that_is_being_trained_is_not_trained_twice",),
+    "two drivers resume one run": ("faults/test_two_drivers.py::test_the_second_is_refused_in_one_line_and_the_first_goes_on",),
     "malicious pickle": (
         *(f"{SECURITY}::test_a_pickle_in_a_checkpoint_is_not_run", f"{SECURITY}::test_nor_by_deepspeed"),
         *(f"{SECURITY}::test_weights_that_are_a_pickle_are_refused",),
@@ -125,6 +126,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         *("test_suite.py::test_a_damaged_or_foreign_suite_json_is_refused_in_one_line",),
         *(f"{SECURITY}::test_a_run_from_elsewhere_has_its_suite_beside_it",),
     ),
+    "a folder that leads to another's cluster": (f"{SECURITY}::test_a_run_from_elsewhere_leads_to_no_cluster",),
     "a client without the cluster's token": (f"{HOSTS}::test_a_client_without_the_token_is_told_so",),
     # found nowhere
     "a planted secret": (

@@ -23,8 +23,8 @@ from pipeline.checkpoint import WEIGHTS, CheckpointError, Checkpoints, Folder, d
 from pipeline.checkpoint.sealed import facts_of, seal
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.drive import prepare, read_job, write_job
+from pipeline.launch.environment import of_worker
 from pipeline.launch.inline import Inline
-from pipeline.launch.ray import Ray
 from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.refused import Refused
 from tests.processes import run_ranks
@@ -113,13 +113,12 @@ def test_the_password_of_a_server_is_not_told(tmp_path: Path, monkeypatch: pytes
         assert code == 1 and "cannot be filled" in error and SECRET not in said + error
 
 
-def test_a_worker_is_told_settings_and_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_is_told_settings_and_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray writes what a worker is told into its logs."""
     plant(monkeypatch)
     monkeypatch.setenv("HF_HOME", "/models")
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
-    job = make_run(tmp_path / "it", small_recipe())
-    told = Ray(workers=1)._environment(job, False)
+    told = of_worker(threads=1, loader_threads=1, gpus=False)
     assert (told["HF_HOME"], told["NCCL_DEBUG"]) == ("/models", "WARN")
     assert SECRET not in told.values()
 
@@ -254,6 +253,19 @@ def test_a_run_from_elsewhere_has_its_suite_beside_it(suite: str, tmp_path: Path
     write_job(replace(job, suite=suite))
     with pytest.raises(ValueError, match=f"suite must be the name of a folder beside this one; got '{suite}'"):
         read_job(tmp_path / "it")
+
+
+def test_a_run_from_elsewhere_leads_to_no_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command) -> None:
+    """Whoever is joined is shown the token, and may run what they like here."""
+    plant(monkeypatch)
+    with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+        elsewhere.setblocking(False)
+        address = f"127.0.0.1:{elsewhere.getsockname()[1]}"
+        prepare(small_recipe(), Cluster(address=address), tmp_path / "runs", name="it")
+        code, _, error = spiketrain("resume", "it", "--runs", str(tmp_path / "runs"))
+        assert f"must be told --address anew; got none, it was {address}" in refusal(code, error)
+        with pytest.raises(BlockingIOError):
+            elsewhere.accept()
 
 
 def test_a_saved_recipe_names_no_code_but_ours(tmp_path: Path, spiketrain: Command) -> None:

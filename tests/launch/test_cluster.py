@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from pipeline.job import resume_command
 from pipeline.launch.cluster import Cluster, parse_workers
 from pipeline.launch.inline import Inline
 from pipeline.launch.node_loss import NODES, waits_for
@@ -91,6 +92,23 @@ def test_a_resume_in_this_process_takes_one_worker_whatever_there_were() -> None
         assert isinstance(now.launcher(), Inline) and now == Cluster(inline=True, device="cpu")
 
 
+def test_a_cluster_is_joined_by_the_users_word_alone() -> None:
+    launched = Cluster(workers=4, address="10.0.0.1:6379")
+    with pytest.raises(
+        ValueError, match=r"must be told --address anew; got none, it was 10\.0\.0\.1:6379; --address local starts"
+    ):
+        launched.resumed(workers=2, inline=False, address=None)
+    assert launched.resumed(workers=None, inline=False, address="b:1") == Cluster(workers=4, address="b:1")
+    assert launched.resumed(workers=None, inline=False, address="local") == Cluster(workers=4)
+    here = Cluster(workers=4)
+    assert here.resumed(workers=None, inline=False, address=None) == here
+
+
+def test_a_resume_command_says_what_a_folder_must_not() -> None:
+    said = resume_command("there", "it", trust=("lab",), address="auto")
+    assert said == "spiketrain resume it --runs there --address auto --trust lab"
+
+
 @pytest.fixture
 def cluster() -> Iterator[str]:
     """A head on this machine; its address. Ended by its own process, never by `ray stop`, which ends every Ray there is."""
@@ -115,7 +133,7 @@ def cluster() -> Iterator[str]:
             head.wait()
 
 
-@pytest.mark.distributed
+@pytest.mark.full
 @pytest.mark.timeout(240)
 def test_two_workers_on_a_cluster_that_was_there(cluster: str, tmp_path: Path) -> None:
     (tmp_path / "one.py").write_text(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +21,7 @@ from pipeline.track.jsonl import read
 from tests.driver import Driver
 from tests.small import same_weights
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.distributed, pytest.mark.full, pytest.mark.timeout(900)]
 
 SEED = 20260105  # of the steps at which something dies
 STEPS_PER_EPOCH, EPOCHS = 24, 3
@@ -193,26 +191,6 @@ def holds(process: psutil.Process, file: Path) -> bool:
 def every_step_was_trained(run: Path) -> bool:
     steps = {event["step"] for event in read(run / "journal.jsonl") if event["event"] == "step"}
     return steps == set(range(1, STEPS_PER_EPOCH * EPOCHS + 1))
-
-
-def test_a_run_that_is_being_trained_is_not_trained_twice(
-    untouched: Path, recipe_file: Path, tmp_path: Path, drivers: list[Driver]
-) -> None:
-    run = tmp_path / "held"
-    first = launched(recipe_file, run)
-    drivers.append(first)
-    first.wait_for(lambda event: event["event"] == "start")
-    second = subprocess.run(
-        [sys.executable, "-m", "pipeline", "resume", run.name, "--runs", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert second.returncode == 2
-    assert "is being trained by another process" in second.stderr
-    assert len(second.stderr.strip().splitlines()) == 1
-    first.process.send_signal(signal.SIGTERM)
-    assert first.end() == 130
 
 
 def test_the_table_of_the_untouched_run_names_its_missing_baseline(untouched: Path) -> None:

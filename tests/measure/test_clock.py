@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import distributed
 
-from pipeline import attempt
+from pipeline import assess, attempt, feed
 from pipeline.backend.deepspeed import DeepSpeed
 from pipeline.backend.plain import Plain
 from pipeline.data.synthetic import Synthetic
@@ -118,8 +118,8 @@ def recipe_of_a_few_steps() -> Recipe:
 
 
 IN_A_BATCH: dict[str, tuple[Any, str]] = {  # where and what is slow, once in each batch
-    "data_wait": (attempt, "next"),
-    "transfer": (attempt, "over_steps"),
+    "data_wait": (feed, "next"),
+    "transfer": (feed, "over_steps"),
     "teacher": (Teaching, "__call__"),
     "forward": (sltt, "steps_share"),
     "backward": (Plain, "backward"),
@@ -127,7 +127,7 @@ IN_A_BATCH: dict[str, tuple[Any, str]] = {  # where and what is slow, once in ea
     "metrics": (torch.Tensor, "argmax"),
 }
 BETWEEN_BATCHES: dict[str, tuple[Any, str, int]] = {  # and how many times a run calls it
-    "evaluation": (attempt, "evaluate", 1),
+    "evaluation": (assess, "evaluate", 1),
     "checkpoint": (attempt, "weights_of", 1),
     "tracking": (attempt, "memory_now_bytes", 4),
     "coordination": (Ranks, "decide", 4),

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.measure.clock import PARTS, REST
-from pipeline.measure.meters import Meters, Totals
+from pipeline.measure.meters import Meters
+from pipeline.measure.totals import Totals
 from pipeline.measure.traffic import Traffic
 from pipeline.rules.base import Objective
 

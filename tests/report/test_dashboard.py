@@ -59,10 +59,12 @@ class Asking:
     def _asks(self, output: str, inputs: dict[str, Any], state: dict[str, Any] | None = None, *, changed: str = "") -> str:
         known = self.client.get("/_dash-dependencies").get_json()
         [about] = [each for each in known if output in each["output"] and not each["clientside_function"]]
-        names = about["output"].strip(".").split("...")
+        outputs = [
+            dict(zip(("id", "property"), name.rsplit(".", 1), strict=True)) for name in about["output"].strip(".").split("...")
+        ]
         body = {
             "output": about["output"],
-            "outputs": [dict(zip(("id", "property"), name.rsplit(".", 1), strict=True)) for name in names],
+            "outputs": outputs if about["output"].startswith("..") else outputs[0],
             "inputs": [_named(name, value) for name, value in inputs.items()],
             "state": [_named(name, value) for name, value in (state or {}).items()],
             "changedPropIds": [changed or next(iter(inputs))],
@@ -163,15 +165,21 @@ def test_buttons_change_the_address(store: FakeStore):
     assert without is not None and Place.at(without).runs == tuple(ids[1:])
     again = asking.press(without, "runs", ids[0])
     assert again is not None and set(Place.at(again).runs or ()) == set(ids)
-    assert asking.press(f"?study={KEY}", "runs", "none") == f"?study={KEY}&runs=none"
+    assert asking.press(f"?study={KEY}", "every", "none") == f"?study={KEY}&runs=none"
+    every = asking.press(f"?study={KEY}&runs=none", "every", "all")
+    assert every is not None and set(Place.at(every).runs or ()) == set(ids)
 
 
 def test_the_figures_of_the_runs_that_are_picked(store: FakeStore):
     asking = Asking(store)
     whole = asking.show(f"?study={KEY}")
-    assert "Runs: 4 of 4 picked" in whole and "keeps 0.25 of its saved bytes" in whole and whole.count('"type":"Graph"') == 4
+    assert (
+        whole.count('"aria-checked":"true"') == 4
+        and "keeps 0.25 of its saved bytes" in whole
+        and whole.count('"type":"Graph"') == 4
+    )
     some = asking.show(f"?study={KEY}&runs={store.members[1].id[:8]}")  # of SLTT
-    assert "Runs: 1 of 4 picked" in some and "no baseline" in some
+    assert some.count('"aria-checked":"true"') == 1 and some.count('"aria-checked":"false"') == 3 and "no baseline" in some
     assert "Pick one of its runs" in asking.show(f"?study={KEY}&runs=none")
     assert asking.show(f"?study={KEY}").count("#191a1d") == 0 and "#191a1d" in asking.show(f"?study={KEY}", scheme="dark")
     assert "no run of this study" in asking.show("?study=none") and "Pick one from the list" in asking.show("")
@@ -192,7 +200,16 @@ def test_nothing_is_drawn_again_without_news(store: FakeStore):
     assert "#191a1d" in asking.show(f"?study={KEY}", drawn=before, scheme="dark")
     store.add("going", rule="SLTT", state="RUNNING")
     asking = Asking(store)  # a look lasts half a second
-    assert "4 of 5 picked" in asking.show(f"?study={KEY}&runs={'.'.join(run.id[:8] for run in store.members[1:])}", drawn=before)
+    grown = asking.show(f"?study={KEY}&runs={'.'.join(run.id[:8] for run in store.members[1:])}", drawn=before)
+    assert grown.count('"aria-checked":"true"') == 4 and grown.count('"aria-checked":"false"') == 1
+
+
+def test_boxes_stay_while_their_runs_do(store: FakeStore):
+    """A box that is exchanged for another loses the press it is under."""
+    asking = Asking(store)
+    before = json.loads(asking.show(f"?study={KEY}"))["response"]["drawn"]["data"]
+    for search in (f"?study={KEY}&runs=none", f"?study={KEY}&view=time"):
+        assert "runs" not in json.loads(asking.show(search, drawn=before))["response"]
 
 
 def test_the_data_of_a_figure_is_a_file(store: FakeStore):
@@ -246,7 +263,7 @@ def test_a_store_in_trouble_is_a_sentence_and_the_store_that_is_back_is_shown(st
     assert asking.client.get(f"/csv?study={KEY}&name=g1-ratios").status_code == 503
     assert asking.press(f"?study={KEY}", "runs", "all") == f"?study={KEY}"
     store.trouble = ""
-    assert KEY[:8] in asking.list() and "5 of 5 picked" in asking.show(f"?study={KEY}")
+    assert KEY[:8] in asking.list() and asking.show(f"?study={KEY}").count('"aria-checked":"true"') == 5
 
 
 def test_files_that_are_no_store_yet(tmp_path: Path):

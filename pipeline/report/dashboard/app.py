@@ -13,7 +13,7 @@ from dash import ALL, Dash, Input, Output, State, ctx, dcc, html, no_update
 from flask import Response, request
 
 from pipeline.report.dashboard import parts
-from pipeline.report.dashboard.place import Place, short
+from pipeline.report.dashboard.place import ONLY, VIEWS, Place, short
 from pipeline.report.live import Live
 from pipeline.report.runs import ReportError
 from pipeline.report.store import Store, studies
@@ -43,14 +43,14 @@ function () {
 """the last press. Buttons that are put on the page come along, without a value, and are none. Were the server asked about them,
 Dash would forget what it was asked before: somebody's press on its way."""
 _FOCUS = """
-function (only, choose) {
+function (boxes) {
     const id = window.lastFocused;
     setTimeout(() => {
         if (id && document.activeElement === document.body) document.getElementById(id)?.focus({preventScroll: true});
     }, 50);
 }
 """
-"""buttons are made anew after each press: whoever presses them by keyboard stays where they are"""
+"""the boxes are made anew when a run comes or ends: whoever presses them by keyboard stays where they are"""
 
 
 def make_app(store: Store, *, name: str, every: float) -> Dash:
@@ -101,7 +101,7 @@ def _layout(name: str, every: float) -> html.Div:
                                 [
                                     html.Label("Filter by study, family, rule, seed or state", htmlFor="text"),
                                     dcc.Input(id="text", type="search", debounce=0.3, autoComplete="off"),
-                                    html.Div(id="only"),
+                                    parts.only_buttons(),
                                 ],
                                 className="controls",
                             ),
@@ -112,7 +112,7 @@ def _layout(name: str, every: float) -> html.Div:
                     html.Section(
                         [
                             html.H2("No study is picked", id="study", tabIndex=-1),
-                            html.Div(id="choose", className="controls"),
+                            html.Div([parts.run_boxes(), parts.view_buttons()], id="choose", className="controls", hidden=True),
                             html.Div(id="figures"),
                         ],
                         **parts.aria(labelledby="study"),
@@ -134,7 +134,7 @@ class _Answers:
 
     def join(self, app: Dash) -> None:
         app.clientside_callback(_SCHEME, Output("scheme", "data"), Input("url", "pathname"))
-        app.clientside_callback(_FOCUS, Input("only", "children"), Input("choose", "children"))
+        app.clientside_callback(_FOCUS, Input("runs", "children"))
         app.clientside_callback(
             _PRESSED,
             Output("pressed", "data"),
@@ -149,13 +149,24 @@ class _Answers:
             Input("pressed", "data"),
         )(self.steer)
         app.callback(
-            Output("only", "children"), Output("list", "children"), Input("url", "search"), Input("tick", "n_intervals")
-        )(self.list_studies)
+            *(Output({"change": "only", "to": name}, "aria-pressed") for name in ONLY),
+            *(Output({"change": "view", "to": name}, "aria-pressed") for name in VIEWS),
+            Input("url", "search"),
+        )(self.mark)
         app.callback(
-            *(
-                Output(*each)
-                for each in (("study", "children"), ("choose", "children"), ("figures", "children"), ("drawn", "data"))
-            ),
+            Output({"change": "runs", "to": ALL}, "aria-checked"),
+            Output("picked", "children"),
+            Input("url", "search"),
+            Input("runs", "children"),
+            State({"change": "runs", "to": ALL}, "id"),
+        )(self.check)
+        app.callback(Output("list", "children"), Input("url", "search"), Input("tick", "n_intervals"))(self.list_studies)
+        app.callback(
+            Output("study", "children"),
+            Output("choose", "hidden"),
+            Output("runs", "children"),
+            Output("figures", "children"),
+            Output("drawn", "data"),
             Input("url", "search"),
             Input("tick", "n_intervals"),
             Input("scheme", "data"),
@@ -177,42 +188,51 @@ class _Answers:
         if what in ("only", "view"):
             return place.change(**{what: name})
         try:
-            members = place.members(self._live.members(place.study))
+            ids = [short(run) for run in place.members(self._live.members(place.study))]
         except ReportError:
             return place  # the list says what is wrong
-        if name in ("all", "none"):
-            return place.change(runs=tuple(map(short, members)) if name == "all" else ())
-        picked = [short(run) for run in place.picked(members)]
-        return place.change(runs=tuple(each for each in map(short, members) if (each in picked) != (each == name)))
+        if what == "every":
+            return place.change(runs=tuple(ids) if name == "all" else ())
+        picked = place.picks(ids)
+        return place.change(runs=tuple(each for each in ids if (each in picked) != (each == name)))
 
-    def list_studies(self, search: str | None, _: Any) -> tuple[Any, Any]:
+    def mark(self, search: str | None) -> tuple[str, ...]:
+        """Which buttons are pressed."""
         place = Place.at(search)
-        only = no_update if ctx.triggered_id == "tick" else parts.only_buttons(place)
+        return (*(parts.yes(name == place.only) for name in ONLY), *(parts.yes(name == place.view) for name in VIEWS))
+
+    def check(self, search: str | None, _: Any, boxes: list[dict[str, str]]) -> tuple[list[str], str]:
+        """Which boxes of runs are checked."""
+        ids = [box["to"] for box in boxes]
+        picked = Place.at(search).picks(ids)
+        return [parts.yes(each in picked) for each in ids], parts.told_picked(len(picked), len(ids))
+
+    def list_studies(self, search: str | None, _: Any) -> list[Any]:
+        place = Place.at(search)
         try:
-            return only, parts.study_list(place, studies(self._live.store.listed()))
+            return parts.study_list(place, studies(self._live.store.listed()))
         except ReportError as error:
-            return only, _trouble(error)
+            return _trouble(error)
 
     def show(self, search: str | None, _: Any, scheme: str | None, before: Any) -> tuple[Any, ...]:
         place = Place.at(search)
         if scheme is None:
-            return (no_update,) * 4
+            return (no_update,) * 5
         if not place.study:
-            return "No study is picked", [], [html.P("Pick one from the list above.", className="lede")], None
+            return "No study is picked", True, [], [html.P("Pick one from the list above.", className="lede")], None
         title = f"Study {place.study[:8]}" + (f" of {place.family}" if place.family else "")
         try:
             members = place.members(self._live.members(place.study))
             runs = place.picked(members)
             now = [search, scheme, [[run.id, run.state] for run in members], [[run.newest, _versions(run.tags)] for run in runs]]
             if now == before:
-                return (no_update,) * 4
+                return (no_update,) * 5
             if not members:
-                return title, [], [html.P("The store has no run of this study.", className="note")], now
-            same = bool(before) and (before[0], before[2]) == (now[0], now[2])
-            controls = no_update if same else parts.study_buttons(place, members, runs)
-            return title, controls, parts.figures(place, self._live.study(runs), scheme), now
+                return title, True, [], [html.P("The store has no run of this study.", className="note")], now
+            boxes = no_update if before and before[2] == now[2] else parts.boxes(place, members)
+            return title, False, boxes, parts.figures(place, self._live.study(runs), scheme), now
         except ReportError as error:
-            return title, [], _trouble(error), None
+            return title, True, [], _trouble(error), None
 
     def csv(self) -> Response:
         """The data of a figure as a file."""

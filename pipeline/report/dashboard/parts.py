@@ -74,49 +74,64 @@ def _row(place: Place, study: StoredStudy) -> html.Tr:
     return html.Tr([html.Th(link, scope="row"), *map(html.Td, cells)], **told)
 
 
-def only_buttons(place: Place) -> html.Fieldset:
-    return _choice("With a run that is", "only", {key: words for key, (words, _) in ONLY.items()}, place.only)
+def only_buttons() -> html.Fieldset:
+    return _choice("With a run that is", "only", {key: words for key, (words, _) in ONLY.items()})
 
 
-def study_buttons(place: Place, members: Sequence[StoredRun], picked: Sequence[StoredRun]) -> list[Any]:
-    """Which runs of a study are shown, and what of them."""
-    ids = set(map(short, picked))
-    boxes = [
+def view_buttons() -> html.Fieldset:
+    return _choice("View", "view", VIEWS)
+
+
+def _choice(legend: str, what: str, names: Mapping[Any, str]) -> html.Fieldset:
+    """One of a few: Dash 4.4's RadioItems and Checklist put roles on their labels that a screen reader cannot use.
+
+    They are made once, and which one is pressed follows: a button that is exchanged for another loses the press it is under.
+    """
+    buttons = [
+        html.Button(words, id={"change": what, "to": name}, type="button", className="button", **aria(pressed=yes(False)))
+        for name, words in names.items()
+    ]
+    return html.Fieldset([html.Legend(legend), html.Div(buttons, className="choices")])
+
+
+def run_boxes() -> html.Fieldset:
+    """Which runs of a study are shown; its boxes come with a study."""
+    all_or_none = [
+        html.Button(
+            [words, html.Span(" runs", className="unseen")], id={"change": "every", "to": name}, type="button", className="button"
+        )
+        for name, words in (("all", "All"), ("none", "None"))
+    ]
+    return html.Fieldset(
+        [
+            html.Legend("Runs", id="picked"),
+            html.Div(id="runs", className="boxes"),
+            html.Div(all_or_none, className="actions"),
+        ]
+    )
+
+
+def boxes(place: Place, members: Sequence[StoredRun]) -> list[html.Button]:
+    picked = place.picks([short(run) for run in members])
+    return [
         html.Button(
             [html.B(run.name), f" {run.rule}, seed {run.seed or '?'}, {run.state.lower()}"],
             id={"change": "runs", "to": short(run)},
             type="button",
             role="checkbox",
-            **aria(checked="true" if short(run) in ids else "false"),
+            **aria(checked=yes(short(run) in picked)),
         )
         for run in members
     ]
-    all_or_none = [
-        html.Button(
-            [words, html.Span(" runs", className="unseen")], id={"change": "runs", "to": name}, type="button", className="button"
-        )
-        for name, words in (("all", "All"), ("none", "None"))
-    ]
-    legend = html.Legend(f"Runs: {len(picked)} of {len(members)} picked")
-    return [
-        html.Fieldset([legend, html.Div(boxes, className="boxes"), html.Div(all_or_none, className="actions")]),
-        _choice("View", "view", VIEWS, place.view),
-    ]
 
 
-def _choice(legend: str, what: str, names: Mapping[Any, str], chosen: str) -> html.Fieldset:
-    """One of a few: Dash 4.4's RadioItems and Checklist put roles on their labels that a screen reader cannot use."""
-    buttons = [
-        html.Button(
-            words,
-            id={"change": what, "to": name},
-            type="button",
-            className="button",
-            **aria(pressed="true" if name == chosen else "false"),
-        )
-        for name, words in names.items()
-    ]
-    return html.Fieldset([html.Legend(legend), html.Div(buttons, className="choices")])
+def told_picked(picked: int, members: int) -> str:
+    return f"Runs: {picked} of {members} picked"
+
+
+def yes(really: bool) -> str:
+    """As ARIA says it."""
+    return "true" if really else "false"
 
 
 def figures(place: Place, study: Study, theme: str) -> list[Any]:

@@ -98,9 +98,12 @@ class Place:
     def picked(self, runs: Sequence[StoredRun]) -> list[StoredRun]:
         """Of the runs of the study."""
         members = self.members(runs)
-        if self.runs is None:
-            return members[:MOST]
-        return [run for run in members if short(run) in self.runs]
+        picked = self.picks([short(run) for run in members])
+        return [run for run in members if short(run) in picked]
+
+    def picks(self, members: Sequence[str]) -> frozenset[str]:
+        """Of the short ids of the runs of the study, in the study's order."""
+        return frozenset(members[:MOST] if self.runs is None else set(self.runs) & set(members))
 
     def members(self, runs: Sequence[StoredRun]) -> list[StoredRun]:
         return [run for run in runs if self.family in ("", run.experiment)]

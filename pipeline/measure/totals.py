@@ -1,0 +1,66 @@
+"""What a run's training has cost so far: sums, counts and peaks, which survive restarts inside its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from pipeline.measure.clock import BETWEEN, PARTS, REST, Part
+from pipeline.measure.operations import Work
+
+
+@dataclass
+class Totals:
+    """Seconds and bytes."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*PARTS, REST, *BETWEEN), 0.0))
+    """of each part of the batches, and of what was done between them"""
+    steady_batches: int = 0
+    steady_samples: int = 0
+    """in batches whose speed counts: not the first of an attempt (compilation), nor where bytes or operations were counted"""
+    steady_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*PARTS, REST), 0.0))
+    """of each part of those batches"""
+    peak_saved_bytes: int = 0
+    state_bytes: int = 0
+    peak_rss_bytes: int = 0
+    peak_pss_bytes: int = 0
+    """the most that was seen, at the ends of what is measured: the kernel keeps no peak of it"""
+    peak_device_bytes: int = 0
+    peak_reserved_bytes: int = 0
+    device_j: float | None = None
+    """what the device of one rank, in the mean, used in training; None without a counter"""
+    backward_calls: int = 0
+    batches: int = 0
+    operations: dict[str, dict[str, int]] = field(default_factory=dict)
+    """of this rank in the batches that were counted: for each purpose multiplications, additions, dense"""
+    operation_samples: int = 0
+
+    PEAKS = (
+        "peak_saved_bytes", "state_bytes", "peak_rss_bytes", "peak_pss_bytes", "peak_device_bytes", "peak_reserved_bytes",
+    )  # fmt: skip
+
+    @property
+    def train_s(self) -> float:
+        """Of all batches."""
+        return sum(self.seconds[name] for name in (*PARTS, REST))
+
+    def of_a_steady_batch(self, part: Part) -> float | None:
+        """Seconds in the mean; None where no batch was steady."""
+        return self.steady_seconds[part] / self.steady_batches if self.steady_batches else None
+
+    @property
+    def steady_s(self) -> float:
+        return sum(self.steady_seconds.values())
+
+    def add_operations(self, work: Mapping[str, Work], samples: int) -> None:
+        for purpose, more in work.items():
+            so_far = Work(**self.operations.get(purpose, {}))
+            self.operations[purpose] = asdict(so_far + more)
+        self.operation_samples += samples
+
+    def operations_per_sample(self) -> dict[str, dict[str, float]]:
+        """For each purpose, of training on one sample."""
+        return {
+            purpose: {name: count / self.operation_samples for name, count in work.items()}
+            for purpose, work in self.operations.items()
+        }
