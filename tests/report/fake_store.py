@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +13,13 @@ from tests.report.hand_made import KEY, LAYERS, events, recipe, run
 
 @dataclass
 class FakeStore:
-    """See `Store`. `trouble` is raised at each question while it is there; `asked` has each question."""
+    """See `Store`. `trouble` is raised at each question while it is there; `asked` has each question; each takes `pause_s`."""
 
     members: list[StoredRun] = field(default_factory=list)
     texts: dict[tuple[str, str], str] = field(default_factory=dict)
     histories: dict[tuple[str, str], list[Point]] = field(default_factory=dict)
     trouble: str = ""
+    pause_s: float = 0.0
     asked: list[tuple[Any, ...]] = field(default_factory=list)
 
     def listed(self) -> list[StoredRun]:
@@ -37,6 +39,7 @@ class FakeStore:
         return self.texts.get((run_id, name))
 
     def _ask(self, *what: Any) -> None:
+        time.sleep(self.pause_s)
         if self.trouble:
             raise StoreError(self.trouble)
         self.asked.append(what)

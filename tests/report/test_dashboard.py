@@ -43,17 +43,21 @@ class Asking:
         self.client: FlaskClient = app.server.test_client()
 
     def list(self, search: str = "") -> str:
-        return self._asks("list.children", {"url.search": search, "tick.n_intervals": 0})
+        return self._asks("list.children", {"url.search": search, "glance.n_intervals": 0})
 
     def show(self, search: str = "", *, drawn: Any = None, scheme: str = "light") -> str:
         return self._asks(
-            "figures.children", {"url.search": search, "tick.n_intervals": 0, "scheme.data": scheme}, {"drawn.data": drawn}
+            "figures.children", {"url.search": search, "look.n_intervals": 0, "scheme.data": scheme}, {"drawn.data": drawn}
         )
 
-    def press(self, search: str, what: str, name: str) -> str | None:
-        """The address after a button was pressed."""
-        inputs = {"url.search": search, "text.value": "", "pressed.data": {"change": what, "to": name, "at": 1.0}}
-        told = self._asks("url.search", inputs, changed="pressed.data")
+    def press(self, search: str, *presses: str, applied: float | None = None, changed: str = "pressed.data") -> str | None:
+        """The address after buttons were pressed (`view learning`), at 1, 2, ... milliseconds."""
+        pressed = [
+            dict(zip(("change", "to", "at"), (*press.split(), float(at)), strict=True))
+            for at, press in enumerate(presses, start=1)
+        ]
+        inputs = {"url.search": search, "text.value": "", "pressed.data": pressed}
+        told = self._asks("url.search", inputs, {"applied.data": applied}, changed=changed)
         return json.loads(told)["response"].get("url", {}).get("search") if told else None
 
     def _asks(self, output: str, inputs: dict[str, Any], state: dict[str, Any] | None = None, *, changed: str = "") -> str:
@@ -160,13 +164,13 @@ def test_the_list_filters_and_sorts(store: FakeStore):
 def test_buttons_change_the_address(store: FakeStore):
     asking = Asking(store)
     ids = [run.id[:8] for run in store.members if run.study == KEY]
-    assert asking.press(f"?study={KEY}", "view", "learning") == f"?study={KEY}&view=learning"
-    without = asking.press(f"?study={KEY}", "runs", ids[0])
+    assert asking.press(f"?study={KEY}", "view learning") == f"?study={KEY}&view=learning"
+    without = asking.press(f"?study={KEY}", f"runs {ids[0]}")
     assert without is not None and Place.at(without).runs == tuple(ids[1:])
-    again = asking.press(without, "runs", ids[0])
+    again = asking.press(without, f"runs {ids[0]}")
     assert again is not None and set(Place.at(again).runs or ()) == set(ids)
-    assert asking.press(f"?study={KEY}", "every", "none") == f"?study={KEY}&runs=none"
-    every = asking.press(f"?study={KEY}&runs=none", "every", "all")
+    assert asking.press(f"?study={KEY}", "every none") == f"?study={KEY}&runs=none"
+    every = asking.press(f"?study={KEY}&runs=none", "every all")
     assert every is not None and set(Place.at(every).runs or ()) == set(ids)
 
 
@@ -202,6 +206,16 @@ def test_nothing_is_drawn_again_without_news(store: FakeStore):
     asking = Asking(store)  # a look lasts half a second
     grown = asking.show(f"?study={KEY}&runs={'.'.join(run.id[:8] for run in store.members[1:])}", drawn=before)
     assert grown.count('"aria-checked":"true"') == 4 and grown.count('"aria-checked":"false"') == 1
+
+
+def test_a_press_whose_answer_was_thrown_away_comes_along_with_the_next(store: FakeStore):
+    asking = Asking(store)
+    presses = ("only finished", "view time", "only running")
+    assert asking.press("", *presses) == "?view=time&only=running"
+    assert asking.press("?only=finished", *presses, applied=1.0) == "?view=time&only=running"
+    assert asking.press("", *presses, applied=3.0) is None
+    linked = asking.press(f"?study={KEY}", "view time", changed="url.search")  # a link was followed meanwhile
+    assert linked == f"?study={KEY}&view=time"
 
 
 def test_boxes_stay_while_their_runs_do(store: FakeStore):
@@ -261,7 +275,7 @@ def test_a_store_in_trouble_is_a_sentence_and_the_store_that_is_back_is_shown(st
     asking = Asking(store)
     assert "Store x does not exist." in asking.list() and "Store x does not exist." in asking.show(f"?study={KEY}", drawn=drawn)
     assert asking.client.get(f"/csv?study={KEY}&name=g1-ratios").status_code == 503
-    assert asking.press(f"?study={KEY}", "runs", "all") == f"?study={KEY}"
+    assert asking.press(f"?study={KEY}", "runs all") == f"?study={KEY}"
     store.trouble = ""
     assert KEY[:8] in asking.list() and asking.show(f"?study={KEY}").count('"aria-checked":"true"') == 5
 

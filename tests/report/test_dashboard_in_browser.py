@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +16,15 @@ from typing import Any, Literal
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
+from werkzeug.serving import make_server
 
+from pipeline.report.dashboard.app import make_app
+from pipeline.report.dashboard.guard import guard
 from pipeline.track.jsonl import Journal, read
 from pipeline.track.mlflow import Mirror, sync
 from tests.browser import Watch, chromium, violations
+from tests.report.fake_store import FakeStore
+from tests.report.hand_made import KEY
 from tests.report.real_study import train_real_study
 
 WIDE, PHONE = (1280, 900), (390, 844)
@@ -177,6 +183,49 @@ def test_an_address_shows_the_same_to_whoever_opens_it(browser: Browser, address
     assert watch.said == []
     other.close()
     page.close()
+
+
+def test_presses_in_quick_succession_all_count(browser: Browser, address: str):
+    """Faster than the server answers: each answer on its way is thrown away for the next question."""
+    page, watch = opened(browser, f"{address}/?study=s")
+    checked = page.locator('[role=checkbox][aria-checked="true"]')
+    expect(checked).to_have_count(5)
+    names = [button.inner_text().split()[0] for button in page.get_by_role("checkbox").all()]
+    for wanted in (0, 5):
+        page.evaluate("() => document.querySelectorAll('[role=checkbox]').forEach(each => each.click())")
+        expect(checked).to_have_count(wanted)
+        expect(page.locator("#picked")).to_have_text(f"Runs: {wanted} of {len(names)} picked")
+    for view in ("Where the time goes", "Learning curves", "Savings and costs"):
+        page.get_by_role("button", name=view).click()
+        expect(page.get_by_role("button", name=view)).to_have_attribute("aria-pressed", "true")
+    for name in ("finished", "all", "going on", "all") * 5:
+        page.get_by_role("button", name=name, exact=True).click()
+    expect(page.get_by_role("button", name="all", exact=True)).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("#list tbody th")).to_have_count(2)
+    drawn(page, 4)
+    assert watch.said == []
+    page.close()
+
+
+def test_a_store_that_answers_later_than_the_next_look_is_shown(browser: Browser):
+    store = FakeStore(pause_s=0.5)
+    store.add_finished("bptt-0", "BPTT")
+    store.add_finished("sltt-0", "SLTT")
+    app = make_app(store, name="store", every=0.2)
+    guard(app.server, host="127.0.0.1", token=None, scripts=app.csp_hashes())
+    server = make_server("127.0.0.1", 0, app.server, threaded=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        page, watch = opened(browser, f"http://127.0.0.1:{server.server_port}/?study={KEY}")
+        drawn(page, 4)
+        store.trouble = "store x does not answer"
+        expect(page.locator("#figures")).to_contain_text("Store x does not answer.")
+        assert watch.said == []
+        page.close()
+    finally:
+        server.shutdown()
+        thread.join()
 
 
 def test_a_run_that_goes_on_draws_on(page: Page, runs: Path):

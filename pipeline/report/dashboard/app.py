@@ -33,15 +33,21 @@ function (pathname) {
 }
 """
 _PRESSED = """
-function () {
+function (clicks, applied, before) {
     const {triggered} = window.dash_clientside.callback_context;
-    const one = triggered.find(each => each.value);
-    if (!one) return window.dash_clientside.no_update;
-    return {...JSON.parse(one.prop_id.slice(0, one.prop_id.lastIndexOf("."))), at: performance.now()};
+    const id = each => JSON.parse(each.prop_id.slice(0, each.prop_id.lastIndexOf(".")));
+    const presses = triggered.filter(each => each.value).map(each => ({...id(each), at: performance.now()}));
+    if (!presses.length) return window.dash_clientside.no_update;
+    return [...(before || []).filter(each => each.at > (applied || 0)), ...presses];
 }
 """
-"""the last press. Buttons that are put on the page come along, without a value, and are none. Were the server asked about them,
-Dash would forget what it was asked before: somebody's press on its way."""
+"""the presses that the address does not show yet: Dash forgets a question on its way when it asks the next. Buttons that are put
+on the page come along, without a value, and are none."""
+_COUNTED = """
+function (checked) {
+    return checked.length ? `Runs: ${checked.filter(each => each === "true").length} of ${checked.length} picked` : "Runs";
+}
+"""
 _FOCUS = """
 function (boxes) {
     const id = window.lastFocused;
@@ -80,10 +86,11 @@ def _layout(name: str, every: float) -> html.Div:
     return html.Div(
         [
             dcc.Location(id="url", refresh=False),
-            dcc.Interval(id="tick", interval=int(every * 1000)),
+            *(dcc.Interval(id=name, interval=int(every * 1000)) for name in ("look", "glance")),
             dcc.Store(id="scheme"),
             dcc.Store(id="drawn"),
             dcc.Store(id="pressed"),
+            dcc.Store(id="applied"),
             html.A("To the study", href="#study", className="skip"),
             html.Header(
                 [
@@ -126,6 +133,11 @@ def _layout(name: str, every: float) -> html.Div:
     )
 
 
+def _held(interval: str) -> list[Any]:
+    """The next look waits for the answer to the last, which Dash would throw away if it asked again meanwhile."""
+    return [(Output(interval, "disabled"), True, False)]
+
+
 class _Answers:
     """The callbacks of one app."""
 
@@ -139,14 +151,19 @@ class _Answers:
             _PRESSED,
             Output("pressed", "data"),
             Input({"change": ALL, "to": ALL}, "n_clicks"),
+            State("applied", "data"),
+            State("pressed", "data"),
             prevent_initial_call=True,
         )
+        app.clientside_callback(_COUNTED, Output("picked", "children"), Input({"change": "runs", "to": ALL}, "aria-checked"))
         app.callback(
             Output("url", "search"),
             Output("text", "value"),
+            Output("applied", "data"),
             Input("url", "search"),
             Input("text", "value"),
             Input("pressed", "data"),
+            State("applied", "data"),
         )(self.steer)
         app.callback(
             *(Output({"change": "only", "to": name}, "aria-pressed") for name in ONLY),
@@ -155,12 +172,12 @@ class _Answers:
         )(self.mark)
         app.callback(
             Output({"change": "runs", "to": ALL}, "aria-checked"),
-            Output("picked", "children"),
             Input("url", "search"),
-            Input("runs", "children"),
             State({"change": "runs", "to": ALL}, "id"),
         )(self.check)
-        app.callback(Output("list", "children"), Input("url", "search"), Input("tick", "n_intervals"))(self.list_studies)
+        app.callback(Output("list", "children"), Input("url", "search"), Input("glance", "n_intervals"), running=_held("glance"))(
+            self.list_studies
+        )
         app.callback(
             Output("study", "children"),
             Output("choose", "hidden"),
@@ -168,21 +185,29 @@ class _Answers:
             Output("figures", "children"),
             Output("drawn", "data"),
             Input("url", "search"),
-            Input("tick", "n_intervals"),
+            Input("look", "n_intervals"),
             Input("scheme", "data"),
             State("drawn", "data"),
+            running=_held("look"),
         )(self.show)
         app.server.add_url_rule("/csv", "csv", self.csv)
 
-    def steer(self, search: str | None, text: str | None, pressed: dict[str, Any] | None) -> tuple[Any, Any]:
+    def steer(
+        self, search: str | None, text: str | None, pressed: list[dict[str, Any]] | None, applied: float | None
+    ) -> tuple[Any, Any, Any]:
         """The address follows what is pressed and typed, and what is typed follows the address."""
         place, changed = Place.at(search), ctx.triggered_prop_ids
-        typed = place if "url.search" in changed else place.change(text=(text or "").strip())
-        if "pressed.data" in changed and pressed:
-            return self._pressed(typed, pressed["change"], pressed["to"]).search, no_update
-        if "text.value" in changed and "url.search" not in changed:
-            return typed.search, no_update
-        return no_update, place.text if "url.search" in changed else no_update
+        is_new = "url.search" in changed
+        if not is_new:
+            place = place.change(text=(text or "").strip())
+        due = [press for press in pressed or [] if press["at"] > (applied or 0)]
+        for press in due:
+            place = self._pressed(place, press["change"], press["to"])
+        return (
+            place.search if due or ("text.value" in changed and not is_new) else no_update,
+            place.text if is_new else no_update,
+            due[-1]["at"] if due else no_update,
+        )
 
     def _pressed(self, place: Place, what: str, name: str) -> Place:
         if what in ("only", "view"):
@@ -201,11 +226,11 @@ class _Answers:
         place = Place.at(search)
         return (*(parts.yes(name == place.only) for name in ONLY), *(parts.yes(name == place.view) for name in VIEWS))
 
-    def check(self, search: str | None, _: Any, boxes: list[dict[str, str]]) -> tuple[list[str], str]:
-        """Which boxes of runs are checked."""
+    def check(self, search: str | None, boxes: list[dict[str, str]]) -> list[str]:
+        """Which boxes of runs are checked; new ones come as they are."""
         ids = [box["to"] for box in boxes]
         picked = Place.at(search).picks(ids)
-        return [parts.yes(each in picked) for each in ids], parts.told_picked(len(picked), len(ids))
+        return [parts.yes(each in picked) for each in ids]
 
     def list_studies(self, search: str | None, _: Any) -> list[Any]:
         place = Place.at(search)

@@ -125,10 +125,6 @@ def boxes(place: Place, members: Sequence[StoredRun]) -> list[html.Button]:
     ]
 
 
-def told_picked(picked: int, members: int) -> str:
-    return f"Runs: {picked} of {members} picked"
-
-
 def yes(really: bool) -> str:
     """As ARIA says it."""
     return "true" if really else "false"
