@@ -12,10 +12,11 @@ The newest one that verifies counts, whatever any scheduler's own list of checkp
 `quarantine/` by name and the one before it is used.
 
 In reading order: `checkpoints` saves and restores, `background` is the thread that writes, `place` and what implements it
-(`folder`, `store`) is where they are kept, `sealed` the manifest, `random_state` what a rank draws from, `lost` what the journal
-knows of one that is nowhere, `shared` whether all ranks see one place.
+(`folder`, `store`) is where they are kept, `address` what its name may hold, `sealed` the manifest, `random_state` what a rank
+draws from, `lost` what the journal knows of one that is nowhere, `shared` whether all ranks see one place.
 """
 
+from pipeline.checkpoint.address import refuse_credentials
 from pipeline.checkpoint.checkpoints import WEIGHTS, Checkpoints, Saved, weights_of
 from pipeline.checkpoint.folder import Folder, pin, step_folders
 from pipeline.checkpoint.lost import lost_step
@@ -39,6 +40,7 @@ __all__ = [
     "pin",
     "place_at",
     "read_trainer",
+    "refuse_credentials",
     "rng_state",
     "set_rng_state",
     "step_folders",

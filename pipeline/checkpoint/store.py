@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
+from pipeline.checkpoint.address import refuse_credentials
 from pipeline.checkpoint.folder import Folder
 from pipeline.checkpoint.place import TRAINER, CheckpointError, Place
 from pipeline.checkpoint.sealed import MANIFEST, read_manifest
@@ -34,13 +35,10 @@ def place_at(address: str, run: Path) -> Place:
         return Folder(inside)
     if "://" not in address:
         return Folder(Path(address).absolute())
-    if "::" in address:  # each address of a chain may hold credentials
-        raise CheckpointError("checkpoints: an address must be of one store, without fsspec's '::'; got a chain of several")
+    refuse_credentials(address)
     told = urlsplit(address)
     if told.scheme in ("file", "local"):
         return Folder(Path(told.path))
-    if "@" in told.netloc or told.query:
-        raise CheckpointError("checkpoints: an address holds no credentials, which are the environment's; got one with some")
     return Store(address, staging=inside)
 
 

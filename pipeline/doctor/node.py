@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pipeline.code import code_digest
 from pipeline.marker import Marker
 
 PACKAGES = ("spiketrain", "torch", "deepspeed", "ray", "ffcv", "mlflow", "numpy", "numba", "timm")
@@ -60,7 +61,11 @@ def examine(asked: Asked) -> Node:
     device = "cuda" if gpus else "cpu"
     return Node(
         name=socket.gethostname(),
-        versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        versions={
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+            "spiketrain's code": code_digest(),
+        },
         gpus=gpus,
         sees_runs=asked.marker.is_in(runs),
         written_bytes_per_s=_speed(runs),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from pipeline.checkpoint import refuse_credentials
 from pipeline.counts import is_count, refuse_unless_counts
 from pipeline.elastic import told
 from pipeline.launch.base import Device, Launcher
@@ -50,6 +51,8 @@ class Cluster:
         }
         refuse_unless_counts("cluster", counts)
         refuse_unless_counts("cluster", {"max_restarts": self.max_restarts}, least=0)
+        if self.checkpoints is not None:
+            refuse_credentials(self.checkpoints)
         if self.hang_minutes < 0:
             raise ValueError(f"cluster: hang_minutes must not be negative; got {self.hang_minutes:g}")
         if self.side_by_side != "auto":

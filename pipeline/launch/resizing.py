@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray._private.state import state
 from ray.train import ScalingConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     NoopDecision,
@@ -23,7 +24,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingDecision,
 )
 
-from pipeline.job import SAVE, Notice
+from pipeline.job import SAVE, STOP, Notice
 from pipeline.recipe import write_json
 
 LOOK_S = 10.0
@@ -55,8 +56,12 @@ class Resizing(ElasticScalingPolicy):
         return max((size for size in self.sizes if size <= room), default=0)
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        """Whoever asks to stop meanwhile waits for no node: as if places had not come in time (`restarts.py`)."""
         self._wanted = None
-        return super().make_decision_for_non_running_worker_group()
+        decision = super().make_decision_for_non_running_worker_group()
+        if isinstance(decision, NoopDecision) and (self.folder / STOP).exists():
+            raise WorkerGroupStartupTimeoutError(self.sizes[0])
+        return decision
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> ScalingDecision:
         """First a save is asked for; the decision follows it."""

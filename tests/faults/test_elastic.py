@@ -157,13 +157,14 @@ def test_a_node_is_taken_away_after_a_notice(
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("sizes", ["2", "2,3"])
 def test_whoever_stops_a_run_that_waits_for_a_node_is_told_so(
-    cluster: Nodes, driven: Callable[[str, str], Driven], monkeypatch: pytest.MonkeyPatch
+    cluster: Nodes, driven: Callable[[str, str], Driven], monkeypatch: pytest.MonkeyPatch, sizes: str
 ) -> None:
     """2 -> nobody, as two it has to be."""
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     added = cluster.add()
-    run = driven(cluster.address, "2")
+    run = driven(cluster.address, sizes)
     run.start_of(2)
     run.at_step(random.Random(SEED + 4).randrange(4, 9))
     cluster.kill(added)

@@ -1,0 +1,22 @@
+"""What an address of checkpoints may hold: it is written down in run folders, journals and schedulers' files."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from pipeline.checkpoint.place import CheckpointError
+
+
+def refuse_credentials(address: str) -> None:
+    """Refuse what holds a password or may hold one, without looking whether anybody answers.
+
+    Raises:
+        CheckpointError: an address with credentials, or of several stores in a chain.
+    """
+    if "://" not in address:
+        return
+    if "::" in address:  # each address of a chain may hold credentials
+        raise CheckpointError("checkpoints: an address must be of one store, without fsspec's '::'; got a chain of several")
+    told = urlsplit(address)
+    if "@" in told.netloc or told.query:
+        raise CheckpointError("checkpoints: an address holds no credentials, which are the environment's; got one with some")

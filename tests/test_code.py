@@ -1,0 +1,33 @@
+"""Two nodes with different files of ours do not train together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import code
+from pipeline.code import check_same_code, code_digest
+from pipeline.refused import Refused
+
+
+def test_it_changes_with_names_and_content_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code, "__file__", str(tmp_path / "code.py"))
+    (tmp_path / "rules").mkdir()
+    (file := tmp_path / "rules" / "sltt.py").write_text("leak = 0.5\n")
+    before = code_digest()
+    assert len(before) == 12 and code_digest() == before
+    file.touch()
+    (tmp_path / "rules" / "sltt.pyc").write_bytes(b"compiled")
+    assert code_digest() == before
+    file.write_text("leak = 0.4\n")
+    changed = code_digest()
+    file.rename(tmp_path / "rules" / "other.py")
+    assert len({before, changed, code_digest()}) == 3
+
+
+def test_whoever_runs_another_is_named() -> None:
+    mine = code_digest()
+    check_same_code("a", each=lambda value: [value, (mine, "b")])
+    with pytest.raises(Refused, match=f"code of worker 0 on a, {mine}; got worker 2 on c 0123: install one"):
+        check_same_code("a", each=lambda value: [value, (mine, "b"), ("0123", "c")])
