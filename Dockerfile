@@ -1,6 +1,8 @@
 # The image installs with infra/setup.sh, as `make setup` does, so that the two cannot drift.
 #
 #   docker build --tag spiketrain --build-arg COMMIT=$(git rev-parse --short=12 HEAD) .
+#   sudo install -d -o 10001 /my/data /my/runs
+#   docker run --volume /my/data:/opt/spiketrain/data spiketrain write fashion --out data/fashion
 #   docker run --gpus all --shm-size 8g --volume /my/data:/opt/spiketrain/data --volume /my/runs:/opt/spiketrain/runs \
 #       spiketrain launch recipes/fashion/sltt.py --workers 1
 #

@@ -1,4 +1,4 @@
-# Every target sets the machine up first; the check that it already is takes about a second.
+# Whatever needs .venv sets the machine up first; the check that it already is takes well under a second.
 
 BIN := .venv/bin
 WORKERS ?= 2
@@ -25,7 +25,7 @@ browser: ## the browser that tests open reports in: Debian's chromium
 tools: ## what tests of infra/ need: Debian's shellcheck and docker-compose
 	@infra/setup.sh --tools
 
-demo: setup ## write Fashion-MNIST, train by several rules on $(WORKERS) workers, compare
+demo: setup ## write Fashion-MNIST, train by three rules on two workers (WORKERS=N), compare
 	$(BIN)/spiketrain write fashion --out data/fashion --existing keep
 	$(BIN)/spiketrain launch recipes/compare/fashion_demo.py --workers $(WORKERS) --device cpu
 
@@ -40,11 +40,11 @@ format: setup ## rewrite what ruff can
 	$(BIN)/ruff check --fix .
 
 # What starts processes of its own has the machine to itself; the rest is one process and one thread, and shares it.
-test: setup browser tools ## quick and distributed tests
+test: setup browser tools ## quick and distributed tests; installs chromium, shellcheck and docker-compose
 	$(THREADS) $(BIN)/pytest -m "not full and not distributed" -n 2 --dist loadfile
 	$(THREADS) $(BIN)/pytest -m "distributed and not full"
 
-test-full: setup tools ## the tests that take minutes
+test-full: setup tools ## the tests that take minutes; installs PostgreSQL and Slurm's daemons
 	@infra/setup.sh --servers
 	$(THREADS) $(BIN)/pytest -m full
 

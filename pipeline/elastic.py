@@ -34,7 +34,7 @@ _DRAW = 0x656C6173746963  # sets these draws apart from a rule's own
 
 
 def told(sizes: Sequence[int]) -> str:
-    """As a user writes them: 4, 2:8, or 2,4,8."""
+    """As a user writes them: 4, 2:4, or 2,4,8."""
     if len(sizes) == 1:
         return str(sizes[0])
     return f"{sizes[0]}:{sizes[-1]}" if sizes[-1] - sizes[0] == len(sizes) - 1 else ",".join(map(str, sizes))

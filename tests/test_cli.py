@@ -119,7 +119,7 @@ def _one_line(code: int, error: str) -> str:
         ("launch recipes/fashion/sltt.py --set rule.kk=1", "SLTT: unexpected keyword 'kk'; it accepts k, chunk, rescale"),
         ("launch recipes/fashion/sltt.py --set epochs=many", "epochs must be int; got 'many'"),
         ("launch recipes/fashion/sltt.py --set epochs", "must look like key=value"),
-        ("launch recipes/fashion/sltt.py --workers many", "a range such as 2:8 or ascending numbers such as 2,4,8; got many"),
+        ("launch recipes/fashion/sltt.py --workers many", "a range such as 2:4 or ascending numbers such as 2,4,8; got many"),
         ("launch", "Missing argument 'RECIPE...'"),
         ("lunch", "No such command 'lunch'"),
         ("show recipes/fashion/sltt.py --workers 3", "batch_size must divide by 3 workers"),

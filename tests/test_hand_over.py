@@ -121,7 +121,7 @@ def test_nobody_there_is_one_line(launch: Any, monkeypatch: pytest.MonkeyPatch) 
     [
         ("--nodes 2 --dry-run", "without --cluster there is nothing that takes --dry-run, --nodes"),
         ("--cluster slurm --name a --nodes 1 --time 1 --workers 2:4", "workers must be one number; got 2:4"),
-        ("--cluster ray://a:1 --name a --workers x", "--workers must be a number, a range such as 2:8"),
+        ("--cluster ray://a:1 --name a --workers x", "--workers must be a number, a range such as 2:4"),
         ("--cluster lsf", "--cluster must be k8s, slurm or ray://HOST:PORT; got lsf"),
         ("--cluster k8s --name a --nodes 2", "--cluster k8s does not take --nodes"),
         ("--cluster k8s --name a --node-loss patient", "--cluster k8s does not take --node-loss"),

@@ -115,7 +115,7 @@ class Cluster:
 
 
 def parse_workers(text: str) -> int | tuple[int, ...]:
-    """`4`, a range `2:8`, or the numbers themselves, `2,4,8`.
+    """`4`, a range `2:4`, or the numbers themselves, `2,4,8`.
 
     Raises:
         ValueError: anything else.
@@ -124,7 +124,7 @@ def parse_workers(text: str) -> int | tuple[int, ...]:
     numbers = [int(each) if each.isdecimal() else 0 for each in ((least, most) if colon else text.split(","))]
     if not all(is_count(each) for each in numbers) or numbers != sorted(set(numbers)):
         raise ValueError(
-            f"launch: --workers must be a number, a range such as 2:8 or ascending numbers such as 2,4,8; got {text}"
+            f"launch: --workers must be a number, a range such as 2:4 or ascending numbers such as 2,4,8; got {text}"
         )
     if colon:
         return tuple(range(numbers[0], numbers[1] + 1))

@@ -1,7 +1,7 @@
 """What the recipes for event data share: moving shapes and the network that must use time, and SLTT's settings for recordings.
 
-The test set is read once, after the last epoch; learning rate and epochs were chosen on a held-out tenth of the training set
-(`--set data.held_out=0.1`).
+Of moving shapes the test set is read once, after the last epoch; learning rate and epochs were chosen on a held-out tenth of the
+training set (`--set data.held_out=0.1`). The published settings evaluate as they go, every ten epochs or after each.
 """
 
 from __future__ import annotations

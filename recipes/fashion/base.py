@@ -1,6 +1,6 @@
 """What the Fashion-MNIST recipes share: the data, the optimizer, the schedule, and the feed-forward network of the study.
 
-A run reads the test set once, after its last epoch. Learning rates were chosen on a held-out tenth of the training set
+These recipes read the test set once, after the last epoch. Learning rates were chosen on a held-out tenth of the training set
 (`--set data.held_out=0.1`), the rules of a study on the same grid, and they share the one that was best on their mean;
 docs/LOG.md has the figures, and says where a reading of the test set led to another search on the held-out tenth: once for
 this network (the shifts), once for OPZO's study. At leak 0.5 that is 0.3: `--set model.neuron.leak=0.5 --set optimizer.lr=0.3`.
