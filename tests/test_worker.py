@@ -31,8 +31,11 @@ from tests.small import make_run, recipes_of, same_weights, small_recipe, train_
 from tests.test_recipe import RECIPES
 
 # Recipes that call the functions of a smaller or another one with other sizes, or many times, and nothing else new: of 384
-# channels or 50 layers, of recipes/stamps, of ten classes in the place of a hundred, of still images in the place of recordings.
+# channels or 50 layers, of recipes/stamps, of ten classes in the place of a hundred, of still images in the place of recordings;
+# and those whose network trains here by another rule, and whose rule on another network.
 REPEATED = (
+    *("qkformer_10_384_bptt", "qkformer_10_384_sltt", "nf_resnet34_ottt", "nf_resnet34_t1", "nf_resnet50_t1", "preact18_ann"),
+    *("cifar10_dsr_lif", "cifar10_ottt_o", "cifar10dvs_dsr", "cifar10dvs_sltt"),
     *("qkformer_10_512_", "qkformer_10_768_", "qkformer_10_384_sei_", "ms_resnet34_sei_", "nf_resnet101_", "sei_stamps"),
     "claims_fashion",
     *("cifar100_opzo", "cifar100_cifarnet_f", "cifar100_ottt", "cifar100_dsr", "cifar100_sltt", "cifar10dvs_spide"),

@@ -99,7 +99,7 @@ def test_what_needs_nothing_runs_at_once_and_what_does_waits(place: Path, tmp_pa
 
 
 @cores
-@pytest.mark.distributed
+@pytest.mark.full
 def test_when_the_suite_is_killed_its_runs_are_saved_and_it_goes_on(place: Path, tmp_path: Path, spiketrain: Command) -> None:
     words = ["launch", str(place / "long.py"), "--inline", "--device", "cpu", "--runs", str(tmp_path), "--name", "killed"]
     with subprocess.Popen([sys.executable, "-m", "pipeline", *words, "--side-by-side", "2"], stdout=subprocess.DEVNULL) as suite:
