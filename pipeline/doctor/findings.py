@@ -202,6 +202,10 @@ def _storage(node: Node, *, runs: str, needed_bytes: float) -> Iterator[Finding]
         yield Finding(check="storage", state="look", told=told, advice=advice)
     else:
         yield Finding(check="storage", state="ok", told=told)
+    if node.remembers_absence is not None:
+        told = f"{node.name}: the NFS at {node.remembers_absence} may hide a new file for a minute"
+        advice = "mount it with lookupcache=positive, so that who asks a run to stop or to save is heard at once"
+        yield Finding(check="storage", state="look", told=told, advice=advice)
 
 
 def _reading(node: Node) -> Iterator[Finding]:

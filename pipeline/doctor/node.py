@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.code import code_digest
+from pipeline.doctor.mounts import remembers_absence
 from pipeline.marker import Marker
 
 PACKAGES = ("spiketrain", "torch", "deepspeed", "ray", "ffcv", "mlflow", "numpy", "numba", "timm")
@@ -44,6 +45,8 @@ class Node:
     written_bytes_per_s: float | None
     """to the folder of runs, down to the disk; None: it is not to be written to"""
     free_bytes: int | None
+    remembers_absence: str | None
+    """the NFS mount of the folder of runs, where its client may not see a new file at once"""
     threading_layer: str
     """of numba, which decodes images: tbb, omp or workqueue"""
     ffcv: str
@@ -70,6 +73,7 @@ def examine(asked: Asked) -> Node:
         sees_runs=asked.marker.is_in(runs),
         written_bytes_per_s=_speed(runs),
         free_bytes=_free(runs),
+        remembers_absence=remembers_absence(runs),
         threading_layer=_threading_layer(),
         ffcv=_ffcv(),
         device=device,
