@@ -160,7 +160,7 @@ class Bench:
         made = self._made(rule)
         draws = DRAWS if isinstance(made, SLTT) and made.k is not None else 1
         batches = LEARNS_BY_ITSELF if isinstance(made, OPZO) else 1
-        about = {"over_time": self.recipe.over_time, "seed": self.recipe.seed, "batches": batches}
+        about = {"world": World(self.recipe.seed), "over_time": self.recipe.over_time, "batches": batches}
         loss_for = partial(self.loss, self.target_B)
         return [gradients(self.network, self._made(rule), self.x_TB, loss_for, step=step, **about) for step in range(draws)]
 
