@@ -81,6 +81,16 @@ class Fidelity:
     cosines: dict[str, dict[str, float]]
     """by the label of a rule"""
 
+    @property
+    def layers(self) -> list[str]:
+        """The synapses; none where BPTT was compared with nothing."""
+        return list(next(iter(self.cosines.values()), {}))
+
+    @property
+    def comparable(self) -> list[str]:
+        """The synapses that BPTT gives a finite gradient that is not 0; the same for every rule."""
+        return [name for name, cosine in next(iter(self.cosines.values()), {}).items() if not math.isnan(cosine)]
+
     def lowest(self, label: str) -> tuple[str, float]:
         """The layer in which a rule's gradient is farthest from BPTT's, and its cosine."""
         known = {name: cosine for name, cosine in self.cosines[label].items() if not math.isnan(cosine)}
