@@ -1,7 +1,7 @@
 """Sets the runs of one study side by side: what each rule cost and how well it did, with ratios to the baseline, BPTT.
 
-Runs that differ in more than the rule and the seed are refused, and nothing is divided across studies: a table of unlike runs
-would look the same as this one.
+Runs that differ in more than the rule and the seed are refused, and nothing is divided across studies or machines: a table of
+unlike runs would look the same as this one. A study whose runs are of several machines has a table for each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from pipeline.report.choose import (
     named,
     newest_study,
     rule_of,
+    runs_of_study,
     seed_of,
     study_of,
     unfinished_run,
@@ -41,10 +42,21 @@ from pipeline.report.choose import (
 from pipeline.report.differences import differences
 from pipeline.report.paired import BASELINE, WITHIN
 from pipeline.report.runs import ReportError, recipe_of
-from pipeline.report.study import Group
+from pipeline.report.study import Group, StudyRun, kind
 from pipeline.report.study_run import number, study_run
+from pipeline.report.tables import machine
+from pipeline.track.jsonl import last
 
-__all__ = ["Comparison", "ComparisonError", "Finished", "Unfinished", "compare", "print_comparison", "print_studies"]
+__all__ = [
+    "Comparison",
+    "ComparisonError",
+    "Finished",
+    "Unfinished",
+    "compare",
+    "comparisons",
+    "print_comparison",
+    "print_studies",
+]
 
 _COMPARED = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")
 _FIRST = ("run", "rule", "seed", "study", "recipe", "world_size", "steps", "epochs", *_COMPARED)
@@ -60,6 +72,8 @@ class Comparison:
     notes: tuple[str, ...]
     group: Group
     """the same runs, for what is said of their rules"""
+    where: str = ""
+    """the machine and its workers, where runs of the study are elsewhere too; they are not in this comparison"""
 
     @property
     def baseline(self) -> tuple[Finished, ...]:
@@ -88,6 +102,7 @@ class Comparison:
         speed and wall clock to those of `time_baseline`."""
         return {
             "study": self.study,
+            "where": self.where or None,
             "baseline": self.baseline[0].name if self.baseline else None,
             "baseline_runs": [run.name for run in self.baseline],
             "time_baseline": self.group.fastest_baseline if self.baseline else None,
@@ -114,7 +129,8 @@ class Comparison:
 
     def render(self, console: Console) -> None:
         """One line for each rule, the mean over its runs (± standard deviation), and × the baseline over paired seeds."""
-        table = Table(title=f"study {self.study[:8]}", box=None, header_style="bold", pad_edge=False, title_justify="left")
+        title = f"study {self.study[:8]}" + (f" on {self.where}" if self.where else "")
+        table = Table(title=title, box=None, header_style="bold", pad_edge=False, title_justify="left")
         table.add_column("rule", overflow="fold")
         for title in ("top-1", "peak saved", "images/s", "wall clock"):
             table.add_column(title, justify="right")
@@ -181,9 +197,7 @@ def compare(
     commits = sorted({str(run.summary.get("commit")) for run in finished})
     if len(commits) > 1:
         notes.append(f"note: the runs are of different commits: {', '.join(commits)}")
-    group = Group(
-        tuple(study_run(run.name, (), state="finished", summary=run.summary) for run in finished), against=against, within=within
-    )
+    group = Group(tuple(map(_study_run, finished)), against=against, within=within)
     return Comparison(
         study=str(finished[0].summary.get("study", "")),
         runs=tuple(finished),
@@ -202,9 +216,12 @@ def print_comparison(
     within: float = WITHIN,
     console: Console | None = None,
 ) -> None:
-    """Print `compare` as a table, json or csv."""
+    """Print `compare` as a table, json or csv; of a whole study a table for each machine that its runs are of."""
     if format not in ("table", "json", "csv"):
         raise ReportError(f"compare: format must be table, json or csv; got {format!r}")
+    if format == "table" and (folders := _whole_study(Path(runs_dir), names)):
+        print_studies(runs_dir, folders, against=against, within=within, console=console)
+        return
     comparison = compare(runs_dir, names, against=against, within=within)
     if format == "table":
         comparison.render(console or Console())
@@ -222,14 +239,77 @@ def print_studies(
     within: float = WITHIN,
     console: Console | None = None,
 ) -> None:
-    """A table for each study among the runs, one below another: runs of different studies are never divided by one another."""
-    by_study: dict[str, list[Path]] = {}
-    for folder in folders:
-        by_study.setdefault(study_of(folder), []).append(folder)
-    for index, members in enumerate(by_study.values()):
+    """A table for each of `comparisons`, one below another."""
+    console = console or Console()
+    found = comparisons(runs_dir, folders, against=against, within=within)
+    for index, comparison in enumerate(found):
         if index:
-            (console or Console()).print()
-        print_comparison(runs_dir, members, against=against, within=within, console=console)
+            console.print()
+        comparison.render(console)
+    for study, tables in Counter(comparison.study for comparison in found).items():
+        if tables > 1:
+            told = (
+                f"study {study[:8]} has {tables} tables, of different machines or workers: nothing is divided from one to another"
+            )
+            console.out(told, highlight=False)
+
+
+def comparisons(
+    runs_dir: str | os.PathLike[str], folders: Sequence[Path], *, against: str = BASELINE, within: float = WITHIN
+) -> list[Comparison]:
+    """Those of the runs that may be compared, by study and machine: runs of another are never divided by one another.
+
+    Raises:
+        ComparisonError: nothing of a study finished, or its runs differ in what no study key tells.
+    """
+    found = [compare(runs_dir, members, against=against, within=within) for members in _comparable(folders)]
+    tables = Counter(comparison.study for comparison in found)
+    return [
+        replace(comparison, where=_where(comparison.group.runs[-1])) if tables[comparison.study] > 1 else comparison
+        for comparison in found
+    ]
+
+
+def _comparable(folders: Sequence[Path]) -> list[list[Path]]:
+    """By study and machine, in their order; unfinished runs of a machine where nothing finished join the first of their study."""
+    groups: dict[str, list[Path]] = {}
+    first_of: dict[str, str] = {}
+    unfinished: list[Path] = []
+    for folder in folders:
+        run = finished_run(folder)
+        if run is None:
+            unfinished.append(folder)
+            continue
+        key = kind(_study_run(run))
+        groups.setdefault(key, []).append(folder)
+        first_of.setdefault(study_of(folder), key)
+    for folder in unfinished:
+        start = last(folder / "journal.jsonl", "start")
+        key, study = kind(study_run(folder.name, [start] if start else [], state="interrupted")), study_of(folder)
+        groups.setdefault(key if key in groups else first_of.get(study, study), []).append(folder)
+    return list(groups.values())
+
+
+def _whole_study(runs_dir: Path, names: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """The runs of the newest study, or of one named by its key; none where runs are named."""
+    if not names:
+        return newest_study(runs_dir)
+    key = os.fspath(names[0])
+    is_key = len(names) == 1 and runs_of_study(runs_dir, key) and not (runs_dir / key).exists()
+    return named(runs_dir, names) if is_key else []
+
+
+def _study_run(run: Finished) -> StudyRun:
+    return study_run(run.name, (), state="finished", summary=run.summary)
+
+
+def _where(run: StudyRun) -> str:
+    """`a cpu, 2 cores, 1 thread; 2 workers, each on cores of its own, with 1 loader thread`"""
+    counts = [(run.workers, "worker"), (run.loader_threads, "loader thread")]
+    workers, threads = (f"{count} {what}{'s' * (count != 1)}" if count is not None else "" for count, what in counts)
+    cores = "each on cores of its own" if run.own_cores else ""
+    told = ", ".join(filter(None, (workers, cores, threads and f"with {threads}")))
+    return "; ".join(filter(None, (machine(run.hardware), told)))
 
 
 def _written_rule(run: Finished) -> str | None:
