@@ -41,10 +41,10 @@ from pipeline.report.choose import (
 )
 from pipeline.report.differences import differences
 from pipeline.report.paired import BASELINE, WITHIN
-from pipeline.report.runs import ReportError, recipe_of
+from pipeline.report.runs import ReportError, load, recipe_of
 from pipeline.report.study import Group, StudyRun, kind
 from pipeline.report.study_run import number, study_run
-from pipeline.report.tables import machine
+from pipeline.report.tables import behind_the_rows, machine
 from pipeline.track.jsonl import last
 
 __all__ = [
@@ -97,9 +97,18 @@ class Comparison:
         """What each quantity is divided by, by seed."""
         return {name: self.group.by_seed(self.group.base_of(name), name) for name in _COMPARED}
 
+    @cached_property
+    def behind(self) -> dict[str, dict[str, str]]:
+        """By rule: whose bytes and accuracy (`ratios_to`) and whose time (`time_to`) its own are divided by, and the choices that
+        decide such a comparison: `reset_gradient`, `norm_statistics`, `precision`, and `over_time`, folded or step by step."""
+        table = behind_the_rows(self.group)
+        names = [column.replace(" ", "_") for column in table.columns]
+        rows = [dict(zip(names, map(str, row), strict=True)) for row in table.rows]
+        return {row["rule"]: {name: row[name] for name in names if name not in ("rule", "seeds")} for row in rows}
+
     def to_json(self) -> dict[str, Any]:
-        """`baseline` names its (first) run; each run is its summary and `ratios` to the baseline of its seed,
-        speed and wall clock to those of `time_baseline`."""
+        """`baseline` names its (first) run; each run is its summary, what is `behind` it, and `ratios` to the baseline of its
+        seed, speed and wall clock to those of `time_baseline`."""
         return {
             "study": self.study,
             "where": self.where or None,
@@ -107,7 +116,12 @@ class Comparison:
             "baseline_runs": [run.name for run in self.baseline],
             "time_baseline": self.group.fastest_baseline if self.baseline else None,
             "runs": [
-                {**run.summary, "run": run.name, "ratios": {name: self.ratio(run, name) for name in _COMPARED}}
+                {
+                    **run.summary,
+                    "run": run.name,
+                    "behind": self.behind[rule_of(run)],
+                    "ratios": {name: self.ratio(run, name) for name in _COMPARED},
+                }
                 for run in self.runs
             ],
             "differences": [{**asdict(each), "verdict": each.verdict(self.group.within)} for each in self.group.differences],
@@ -117,7 +131,7 @@ class Comparison:
         }
 
     def to_csv(self) -> str:
-        """One line for each run; nested fields as `hardware.cpu`, ratios as `ratios.top1`."""
+        """One line for each run; nested fields as `hardware.cpu`, ratios as `ratios.top1`, what is behind them likewise."""
         told = self.to_json()
         rows = [{**_flat(run), "time_baseline": told["time_baseline"]} for run in told["runs"]]
         rest = sorted({name for row in rows for name in row} - set(_FIRST))
@@ -128,7 +142,8 @@ class Comparison:
         return text.getvalue()
 
     def render(self, console: Console) -> None:
-        """One line for each rule, the mean over its runs (± standard deviation), and × the baseline over paired seeds."""
+        """One line for each rule, the mean over its runs (± standard deviation), and × the baseline over paired seeds; then one
+        with what stands behind it."""
         title = f"study {self.study[:8]}" + (f" on {self.where}" if self.where else "")
         table = Table(title=title, box=None, header_style="bold", pad_edge=False, title_justify="left")
         table.add_column("rule", overflow="fold")
@@ -139,12 +154,23 @@ class Comparison:
             label = rule if len(runs) == 1 else f"{rule} ({len(runs)} runs)"
             table.add_row(Text(label), *(Text(self._cell(rule, name)) for name in _COMPARED))
         console.print(table)
+        console.print()
+        console.print(self._behind())
         for note in (*(each.text(self.group.within) for each in self.group.differences), *self.notes):
             console.out(note, highlight=False)
         for run in self.unfinished:
             command = "" if run.state == "running" else f"; {resume_command(run.folder.parent, run.folder.name)}"
             line = f"not in the table: {run.folder.name} ({run.rule}) is {run.state}{command}"
             console.out(line, highlight=False)
+
+    def _behind(self) -> Table:
+        about = {"box": None, "header_style": "bold", "pad_edge": False, "title_justify": "left"}
+        table = Table(title="behind each row", **about)
+        for name in ("rule", *next(iter(self.behind.values()))):
+            table.add_column(name.replace("_", "\n") if len(name) > 10 else name.replace("_", " "), overflow="fold")
+        for rule, told in self.behind.items():
+            table.add_row(Text(rule), *map(Text, told.values()))
+        return table
 
     def _cell(self, rule: str, name: str) -> str:
         values = [value for run in self.of(rule) if (value := _value(run, name)) is not None]
@@ -300,7 +326,7 @@ def _whole_study(runs_dir: Path, names: Sequence[str | os.PathLike[str]]) -> lis
 
 
 def _study_run(run: Finished) -> StudyRun:
-    return study_run(run.name, (), state="finished", summary=run.summary)
+    return study_run(run.name, (), state="finished", summary=run.summary, recipe=load(run.folder / "recipe.json"))
 
 
 def _where(run: StudyRun) -> str:

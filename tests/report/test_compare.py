@@ -40,7 +40,7 @@ def test_costs_beside_the_baseline(make_run: Callable, runs_dir: Path):
     lines = text_of(comparison).splitlines()
     assert re.search(r"BPTT +90.00% +×1.00 +8 MB +×1.00 +100 +×1.00 +3.3 min +×1.00", lines[2])
     assert re.search(r"SLTT +81.00% +×0.90 +2 MB +×0.25 +150 +×1.50 +1.7 min +×0.50", lines[3])
-    assert len(lines) == 4
+    assert lines[5].split() == ["behind", "each", "row"] and len(lines) == 10
 
 
 def test_the_baseline_comes_first_whatever_the_others_are_called(make_run: Callable, runs_dir: Path):
@@ -110,6 +110,28 @@ def test_time_is_divided_by_the_faster_bptt(make_run: Callable, runs_dir: Path):
     assert {row["time_baseline"] for row in rows} == {"BPTT-chunk-1"}
     folded = compare(runs_dir, ["sltt", "bptt"])
     assert (folded.to_json()["time_baseline"], folded.notes) == ("BPTT", ())
+
+
+def test_the_choices_that_decide_a_comparison_stand_in_every_row(make_run: Callable, runs_dir: Path):
+    def told(steps: int) -> dict[str, Any]:
+        conditions = {"reset_gradient": "detached", "norm_over": "step", "precision": "bf16", "steps_per_forward": steps}
+        return {"recipe": {"time_steps": 6}, "conditions": conditions}
+
+    make_run("bptt", steady_forward_s=0.04, steady_backward_s=0.08, **told(6))
+    make_run("stepped", rule="BPTT-chunk-1", steady_forward_s=0.04, steady_backward_s=0.02, **told(1))
+    make_run("sltt", rule="SLTT", **told(1))
+    recomputed = {"recipe": {"time_steps": 6, "rule": {"target": "x", "kwargs": {"recompute": True}}}}
+    make_run("recompute", rule="BPTT-recompute", **{**told(1), **recomputed})
+    make_run("old", rule="OTTT-A")
+    comparison = compare(runs_dir)
+    rows = [re.split(r"  +", line.strip()) for line in text_of(comparison).splitlines()]
+    same = ["BPTT", "BPTT-chunk-1", "detached", "step", "bf16"]
+    assert ["SLTT", *same, "step by step"] in rows and ["BPTT-recompute", *same, "step by step, recomputed"] in rows
+    assert ["BPTT", *same, "folded"] in rows and ["OTTT-A", *same[:2], *4 * ["not known"]] in rows
+    expected = dict(zip(("ratios_to", "time_to", "reset_gradient", "norm_statistics", "precision"), same, strict=True))
+    runs = {run["run"]: run["behind"] for run in comparison.to_json()["runs"]}
+    assert runs["bptt"] == {**expected, "over_time": "folded"} and runs["sltt"] == {**expected, "over_time": "step by step"}
+    assert {row["behind.reset_gradient"] for row in csv.DictReader(io.StringIO(comparison.to_csv()))} == {"detached", "not known"}
 
 
 def test_a_rule_may_share_a_seed_with_one_bptt_alone(make_run: Callable, runs_dir: Path):
