@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -134,3 +135,12 @@ def test_fashions_claims_without_bptt_beside_them_are_not_judged(on_two_machines
     found = list(claims_fashion._claims(trained, {"sltt": [run], "bptt": [], "sltt-1": []}, [], SWEPT))
     assert [claim.holds for claim in found] == [None, True, None, None]
     assert found[0].ours == "no run beside BPTT's on one machine"
+
+
+def test_imagenets_rows_say_which_precision_each_figure_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = SimpleNamespace(rules=[SimpleNamespace(rule="SLTT", memory_bytes=9.5e9, hours=60.0)])
+    monkeypatch.setattr(claims_fashion, "plan", lambda *given, **about: planned)
+    rows = {(claim.about.split(",")[0], claim.claim): claim for claim in claims_fashion._imagenet()}
+    memory = rows["SLTT", "memory"]
+    assert (memory.published, memory.ours) == ("8.47 GB, AMP", "not run here; plan in fp32: 9.5 GB, 60 h")
+    assert rows["BPTT", "time"].published == "73.8 h, AMP" and "no plan fits one card" in rows["BPTT", "time"].ours
