@@ -271,7 +271,7 @@ class Attempt:
             return
         self.meters.note_peaks()
         with self.meters.between("fidelity"):
-            found = self.parts.nearness(self.backend.network.state_dict(), step=self.step)
+            found = self.parts.nearness(self.backend.network.state_dict(), self.parts.rule.state_dict(), step=self.step)
         self.meters.forget_peaks()  # what the comparison held, BPTT's graph among it, is not what training needs
         self.tracker.event("fidelity", step=self.step, epoch=epoch, temporal_share=found.temporal_share, cosines=found.cosines)
 

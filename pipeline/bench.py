@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,6 +50,7 @@ from pipeline.worker import settle
 BASELINE = "BPTT"
 RULES = (
     spec(BPTT),
+    spec(BPTT, chunk=1),
     spec(BPTT, recompute=True),
     spec(SLTT),
     spec(SLTT, k=1),
@@ -160,7 +161,7 @@ class Bench:
         made = self._made(rule)
         draws = DRAWS if isinstance(made, SLTT) and made.k is not None else 1
         batches = LEARNS_BY_ITSELF if isinstance(made, OPZO) else 1
-        about = {"over_time": self.recipe.over_time, "seed": self.recipe.seed, "batches": batches}
+        about = {"world": World(self.recipe.seed), "over_time": self.recipe.over_time, "batches": batches}
         loss_for = partial(self.loss, self.target_B)
         return [gradients(self.network, self._made(rule), self.x_TB, loss_for, step=step, **about) for step in range(draws)]
 
@@ -239,6 +240,16 @@ class Bench:
         begun = settled()
         act()
         return settled() - begun
+
+
+def is_baseline(rule: str) -> bool:
+    """BPTT, folded over time or in slices of it: what the others' time is divided by, if it is the faster."""
+    return rule == BASELINE or rule.startswith(f"{BASELINE}-chunk-")
+
+
+def fastest_baseline(costs: Iterable[Cost]) -> Cost | None:
+    """Of BPTT folded over time and step by step the one that computes faster; None where there is neither."""
+    return min((cost for cost in costs if is_baseline(cost.rule)), key=lambda cost: cost.compute_s, default=None)
 
 
 def by_label(rules: Sequence[Spec], own: Spec) -> dict[str, Spec]:

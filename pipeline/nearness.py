@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from pipeline.measure.fidelity import Fidelity, fidelity, gradients
 from pipeline.objective import Loss
 from pipeline.recipe import Recipe
-from pipeline.rules.base import Rule
+from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 
 
 class Nearness:
-    """Compares the gradients of a recipe's rule, and of SLTT, with BPTT's. A rule that learns by itself has learnt nothing here.
+    """Compares the gradients of a recipe's rule, and of SLTT, with BPTT's.
 
     Args:
         fresh: a network of the recipe, which no rule is attached to.
@@ -27,14 +27,14 @@ class Nearness:
     def __init__(self, recipe: Recipe, fresh: Callable[[], nn.Module], loss: Loss, x_TB: Tensor, target_B: Tensor) -> None:
         self.recipe, self.fresh, self.loss, self.x_TB, self.target_B = recipe, fresh, loss, x_TB, target_B
 
-    def __call__(self, weights: Mapping[str, Tensor], *, step: int) -> Fidelity:
-        """With `weights`, a state dict; the recipe's rule draws what it would for batch `step`."""
+    def __call__(self, weights: Mapping[str, Tensor], learnt: Mapping[str, Tensor], *, step: int) -> Fidelity:
+        """With state dicts: `weights`, what the rule has `learnt` by itself. The rule draws what it would for batch `step`."""
         network = self.fresh()
         network.load_state_dict(weights)
         bptt, sltt = self._of(network, BPTT(), step), self._of(network, SLTT(), step)
         own: Rule = self.recipe.rule.build()
         known = {"BPTT": bptt, "SLTT": sltt}
-        others = {"SLTT": [sltt], own.label: [known.get(own.label) or self._of(network, own, step)]}
+        others = {"SLTT": [sltt], own.label: [known.get(own.label) or self._of(network, own, step, learnt)]}
         return fidelity(bptt, sltt, others)
 
     @staticmethod
@@ -48,6 +48,7 @@ class Nearness:
         except ValueError as error:
             raise ValueError(f"recipe: fidelity_every compares with BPTT and SLTT; {error}") from None
 
-    def _of(self, network: nn.Module, rule: Rule, step: int) -> dict[str, Tensor]:
-        about = {"over_time": self.recipe.over_time, "seed": self.recipe.seed, "step": step}
+    def _of(self, network: nn.Module, rule: Rule, step: int, learnt: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        # Of one rank: it alone compares, and a mean over ranks would wait for the others.
+        about = {"world": World(self.recipe.seed), "over_time": self.recipe.over_time, "learnt": learnt, "step": step}
         return gradients(network, rule, self.x_TB, lambda: self.loss(self.target_B), **about)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.bench import BASELINE, RULES, Bench, Cost, by_label
+from pipeline.bench import BASELINE, RULES, Bench, Cost, by_label, fastest_baseline, is_baseline
 from pipeline.build import check_recipe
 from pipeline.measure.fidelity import Fidelity, Gradients, fidelity
 from pipeline.measure.memory import hardware
@@ -33,6 +32,11 @@ class Probe:
     def cost(self, rule: str) -> Cost | None:
         return next((cost for cost in self.costs if cost.rule == rule), None)
 
+    @property
+    def time_baseline(self) -> Cost | None:
+        """What seconds are divided by: the faster BPTT; bytes and operations are divided by those of BPTT folded over time."""
+        return fastest_baseline(self.costs)
+
 
 def probe(recipe: Recipe, *, batch_size: int | None = None, threads: int = 1, rules: Sequence[Spec] = RULES) -> Probe:
     """Probe `rules`, and the recipe's own, on `batch_size` samples (None: what one worker would hold at a time).
@@ -46,7 +50,9 @@ def probe(recipe: Recipe, *, batch_size: int | None = None, threads: int = 1, ru
     refused: dict[str, str] = {}
     for label, rule in by_label(rules, recipe.rule).items():
         try:
-            cost, found[label] = bench.cost(rule), bench.gradients(rule)
+            cost = bench.cost(rule)
+            if label == BASELINE or not is_baseline(label):  # BPTT in slices of time has BPTT's gradient
+                found[label] = bench.gradients(rule)
             costs.append(cost)
         except ValueError as error:
             refused[label] = str(error)
@@ -72,25 +78,40 @@ def _compared(found: Mapping[str, Sequence[Gradients]]) -> Fidelity | None:
 
 
 def advice(found: Probe) -> str:
-    """One sentence: the cheapest rule whose gradient is near BPTT's in every layer, and what it saves.
+    """One sentence or two: the cheapest rule whose gradient is near BPTT's in every layer, and what it saves.
 
-    Cheapest: the least product of saved bytes and seconds. Near: a cosine of `SAFE` or more in every layer.
+    Cheapest: the least product of saved bytes and seconds. Near: a cosine of `SAFE` or more. Where BPTT's gradient of a layer
+    is 0, as where neurons are silent, nothing is known of it, and no rule is called safe.
     """
-    bptt = found.cost(BASELINE)
-    if bptt is None or found.fidelity is None:
+    bptt, fastest = found.cost(BASELINE), found.time_baseline
+    if bptt is None or fastest is None or found.fidelity is None:
         return f"{found.recipe}: BPTT cannot train this network, so there is nothing to compare gradients with."
-    lowest = {cost.rule: found.fidelity.lowest(cost.rule) for cost in found.costs if cost.rule != BASELINE}
-    safe = [cost for cost in found.costs if cost.rule in lowest and lowest[cost.rule][1] >= SAFE]
-    if not safe:
-        rule, (layer, cosine) = max(lowest.items(), key=lambda item: -2 if math.isnan(item[1][1]) else item[1][1])
+    others = [cost for cost in found.costs if not is_baseline(cost.rule)]
+    if not others:
+        return "No rule but BPTT can train this network."
+    layers, known = found.fidelity.layers, found.fidelity.comparable
+    unknown = "BPTT's gradient is 0 or not finite"
+    if not known:
+        return f"{unknown} in every layer, so there is nothing to compare gradients with."
+    lowest = {cost.rule: found.fidelity.lowest(cost.rule) for cost in others}
+    near = [cost for cost in others if lowest[cost.rule][1] >= SAFE]
+    if not near:
+        rule, (layer, cosine) = max(lowest.items(), key=lambda item: item[1][1])
+        blind = "" if len(known) == len(layers) else f"{unknown} in {len(layers) - len(known)} of {len(layers)} layers. "
         return (
             f"No rule's gradient is near BPTT's in every layer: the nearest is {rule}, with a cosine of {cosine:.2f} at {layer}. "
-            "Whether it learns all the same, a run says."
+            f"{blind}Whether it learns all the same, a run says."
         )
-    best = min(safe, key=lambda cost: cost.peak_saved_bytes * cost.compute_s)
+    best = min(near, key=lambda cost: cost.peak_saved_bytes * cost.compute_s)
     layer, cosine = lowest[best.rule]
+    if len(known) == len(layers):
+        called, where = f"{best.rule} is safe here before training", "every layer"
+    else:
+        called = f"{best.rule} is near BPTT here before training, but not known to be safe"
+        where = f"{len(known)} of {len(layers)} layers; {unknown} in the others"
+    faster = "its time" if fastest is bptt else f"the time of {fastest.rule}, the faster BPTT"
     return (
-        f"{best.rule} is safe here before training: its gradient has a cosine of {cosine:.2f} or more with BPTT's in every layer "
-        f"(least at {layer}); it keeps {best.peak_saved_bytes / bptt.peak_saved_bytes:.0%} of BPTT's bytes "
-        f"and takes {best.compute_s / bptt.compute_s:.0%} of its time."
+        f"{called}: its gradient has a cosine of {cosine:.2f} or more (least at {layer}) with BPTT's in {where}; "
+        f"it keeps {best.peak_saved_bytes / bptt.peak_saved_bytes:.0%} of BPTT's bytes "
+        f"and takes {best.compute_s / fastest.compute_s:.0%} of {faster}."
     )

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pipeline.bench import RULES, Bench, Cost, by_label
+from pipeline.bench import RULES, Bench, Cost, by_label, fastest_baseline
 from pipeline.build import check_recipe
 from pipeline.counts import are_counts
 from pipeline.measure.memory import free_bytes, hardware
@@ -25,14 +25,15 @@ class Point:
 
     time_steps: int
     cost: Cost
-    images_per_s: float
+    images_per_compute_s: float
+    """samples over the seconds of forward and backward alone: loading, the optimizer and collectives are not in it"""
     largest_batch: int | None
     """whose bytes fit into the memory that was asked for; None: nobody asked"""
     at_largest: Cost | None = None
     """of one batch of so many, where it was tried"""
 
     @property
-    def images_per_s_at_largest(self) -> float | None:
+    def images_per_compute_s_at_largest(self) -> float | None:
         return None if self.at_largest is None or not self.largest_batch else self.largest_batch / self.at_largest.compute_s
 
 
@@ -56,6 +57,13 @@ class Sweep:
     @property
     def rules(self) -> list[str]:
         return list(dict.fromkeys(point.cost.rule for point in self.points))
+
+    @property
+    def time_baselines(self) -> dict[int, Cost]:
+        """At each T the faster BPTT, folded over time or step by step: what seconds are divided by there."""
+        steps = sorted({point.time_steps for point in self.points})
+        found = {T: fastest_baseline(point.cost for point in self.points if point.time_steps == T) for T in steps}
+        return {T: cost for T, cost in found.items() if cost is not None}
 
     def growth(self, rule: str) -> float:
         """Saved bytes at the largest T over those at the smallest."""
@@ -127,7 +135,7 @@ def _point(bench: Bench, half: Bench | None, rule: Spec, limit: int | None) -> P
     cost = bench.cost(rule)
     largest = None if half is None or limit is None else _largest(bench, cost, half, half.cost(rule), limit)
     speed = bench.samples / cost.compute_s
-    return Point(time_steps=bench.recipe.time_steps, cost=cost, images_per_s=speed, largest_batch=largest)
+    return Point(time_steps=bench.recipe.time_steps, cost=cost, images_per_compute_s=speed, largest_batch=largest)
 
 
 def _tried(point: Point, recipe: Recipe, rule: Spec, threads: int) -> Point:

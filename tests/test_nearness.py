@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.build import check_recipe
+from pipeline.measure.fidelity import fidelity, gradients
 from pipeline.models.mlp import mlp
 from pipeline.nearness import Nearness
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe import Recipe, Spec, spec
+from pipeline.rules.base import World
 from pipeline.rules.bptt import BPTT
+from pipeline.rules.opzo import OPZO
 from pipeline.rules.sltt import SLTT
 from pipeline.track.jsonl import read
 from tests.small import same_weights, small_recipe, train_inline
@@ -63,6 +67,30 @@ def test_bptt_is_near_itself(tmp_path: Path) -> None:
     (start, end) = told(tmp_path / "run")
     assert end["step"] == 16
     assert all(cosine == pytest.approx(1) for cosine in start["cosines"]["BPTT"].values())
+
+
+def test_what_a_rule_learns_by_itself_is_compared_as_it_trains(tmp_path: Path) -> None:
+    """OPZO's matrices are 0 before the first batch, and so is what they hand to hidden layers."""
+    train_inline(tmp_path / "run", small(rule=spec(OPZO), fidelity_every=2))
+    hidden, *_ = told(tmp_path / "run")[0]["cosines"]["OPZO"]
+    start, end = (event["cosines"]["OPZO"][hidden] for event in told(tmp_path / "run"))
+    assert start == 0 and end > 0.05
+
+
+@pytest.mark.parametrize("rule", [spec(OPZO, feedback="random"), spec(SLTT, k=1)])
+def test_what_a_rule_draws_it_draws_with_the_seed_of_the_recipe(rule: Spec) -> None:
+    recipe = small(rule=rule, seed=3)
+    torch.manual_seed(0)
+    network, loss = recipe.model.build(), recipe.objective.build()
+    x_TB, target_B = 4 * torch.randn(3, 8, 1, 8, 8), torch.arange(8)
+
+    def cosines(seed: int) -> dict[str, float]:
+        bptt, own = (gradients(network, each, x_TB, lambda: loss(target_B), world=World(seed)) for each in (BPTT(), rule.build()))
+        return fidelity(bptt, None, {"own": [own]}).cosines["own"]
+
+    nearness = Nearness(recipe, recipe.model.build, loss, x_TB, target_B)
+    found = nearness(network.state_dict(), rule.build().state_dict(), step=0)
+    assert found.cosines[rule.build().label] == cosines(3) != cosines(0)
 
 
 def test_what_bptt_or_sltt_cannot_train_is_refused_before_anything_is_launched() -> None:

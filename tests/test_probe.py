@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from pipeline.bench import RULES, Cost
 from pipeline.measure.fidelity import Fidelity
 from pipeline.models.mlp import mlp
 from pipeline.probe import Probe, advice, probe
 from pipeline.recipe import Recipe, spec
+from pipeline.report.probe import print_probe
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
@@ -34,8 +38,17 @@ def found() -> Probe:
 
 
 def test_every_rule_that_fits_is_probed_and_the_others_say_why(found: Probe) -> None:
-    assert [cost.rule for cost in found.costs] == ["BPTT", "BPTT-recompute", "SLTT", "SLTT-1", "OTTT-A", "OPZO", "SLTT-2"]
-    assert set(found.refused) == {"DSR", "IDE", "SPIDE"} and len(RULES) == 9
+    assert [cost.rule for cost in found.costs] == [
+        "BPTT",
+        "BPTT-chunk-1",
+        "BPTT-recompute",
+        "SLTT",
+        "SLTT-1",
+        "OTTT-A",
+        "OPZO",
+        "SLTT-2",
+    ]
+    assert set(found.refused) == {"DSR", "IDE", "SPIDE"} and len(RULES) == 10
     assert (found.samples, found.time_steps) == (8, 4)
     assert found.refused["DSR"].startswith("DSR: every neuron must be a RateIF or RateLIF")
 
@@ -112,7 +125,7 @@ def probed(**rules: tuple[float, float, dict[str, float]]) -> Probe:
         Cost(rule=name, peak_saved_bytes=int(size), state_bytes=0, forward_s=0.0, backward_s=seconds, loop_s=0.0, operations={})
         for name, (size, seconds, _) in {"BPTT": (100, 1.0, {}), **rules}.items()
     ]
-    cosines = {name: layers for name, (_, _, layers) in rules.items()}
+    cosines = {name: layers for name, (_, _, layers) in rules.items() if layers}
     return Probe(
         recipe="r",
         samples=1,
@@ -136,6 +149,33 @@ def test_where_none_is_near_the_nearest_is_named() -> None:
         probed(SLTT=(20, 0.9, {"a": 0.7, "b": 0.2}), OTTT=(25, 1.0, {"a": 0.4, "b": 0.5}), OPZO=(1, 1.0, {"a": float("nan")}))
     )
     assert said.startswith("No rule's gradient is near BPTT's in every layer: the nearest is OTTT, with a cosine of 0.40 at a.")
+
+
+def test_time_is_over_the_faster_of_folded_and_stepped_bptt() -> None:
+    """Which has BPTT's gradient and about its bytes: it is no rule to advise."""
+    near = {"a": 0.95, "b": 0.92}
+    found = probed(**{"BPTT-chunk-1": (10, 0.5, {})}, SLTT=(20, 0.4, near))
+    assert found.time_baseline is not None and found.time_baseline.rule == "BPTT-chunk-1"
+    assert advice(found).endswith("it keeps 20% of BPTT's bytes and takes 80% of the time of BPTT-chunk-1, the faster BPTT.")
+    found = replace(found, hardware={"cpu": "a cpu", "gpu": "none", "threads": 1})
+    console = Console(file=io.StringIO(), width=200)
+    print_probe(found, console=console)
+    (line,) = [line for line in console.file.getvalue().splitlines() if line.startswith("SLTT  ")]  # type: ignore[attr-defined]
+    assert "×0.20" in line and "400 ms  ×0.80" in line
+    print_probe(found, as_json=True, console=(console := Console(file=io.StringIO())))
+    assert json.loads(console.file.getvalue())["time_baseline"] == "BPTT-chunk-1"  # type: ignore[attr-defined]
+
+
+def test_no_rule_is_called_safe_on_layers_that_nobody_can_compare() -> None:
+    silent = dict.fromkeys("cde", math.nan)
+    said = advice(probed(SLTT=(20, 0.9, {"a": 0.95, "b": 0.92, **silent})))
+    assert said.startswith("SLTT is near BPTT here before training, but not known to be safe: its gradient has a cosine of 0.92")
+    assert "in 2 of 5 layers; BPTT's gradient is 0 or not finite in the others" in said and "every layer" not in said
+    said = advice(probed(SLTT=(20, 0.9, {"a": 0.2, **silent})))
+    assert "a cosine of 0.20 at a. BPTT's gradient is 0 or not finite in 3 of 4 layers." in said
+    said = advice(probed(SLTT=(20, 0.9, silent)))
+    assert said == "BPTT's gradient is 0 or not finite in every layer, so there is nothing to compare gradients with."
+    assert advice(probed()) == "No rule but BPTT can train this network."
 
 
 # ------------------------------------------------------------------------------------------------------------ command line

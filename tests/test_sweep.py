@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from pipeline.bench import Bench
 from pipeline.recipe import spec
+from pipeline.report.sweep import print_sweep, told_sweep
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.sweep import Sweep, sweep
@@ -30,7 +34,30 @@ def test_bptts_bytes_grow_with_t_and_sltts_do_not(found: Sweep) -> None:
     assert [point.time_steps for point in found.of("BPTT")] == [2, 4, 8]
     assert found.growth("SLTT") == pytest.approx(1, abs=0.03)
     assert found.growth("BPTT") > 2.5
-    assert all(point.images_per_s == 8 / point.cost.compute_s for point in found.points)
+    assert all(point.images_per_compute_s == 8 / point.cost.compute_s for point in found.points)
+
+
+def test_seconds_are_over_the_faster_of_folded_and_stepped_bptt_at_each_t(found: Sweep) -> None:
+    """And bytes over those of BPTT folded over time."""
+    seconds = {("BPTT", 2): 1.0, ("BPTT-chunk-1", 2): 2.0, ("SLTT", 2): 3.0, ("BPTT", 4): 4.0, ("BPTT-chunk-1", 4): 2.0}
+    seconds |= {("SLTT", 4): 3.0}
+    point = found.points[0]
+    points = [
+        replace(
+            point,
+            time_steps=T,
+            cost=replace(point.cost, rule=rule, forward_s=each / 2, backward_s=each / 2, peak_saved_bytes=1000 * T),
+            largest_batch=None,
+        )
+        for (rule, T), each in seconds.items()
+    ]
+    made = replace(found, points=tuple(points), memory_bytes=None)
+    assert told_sweep(made)["time_baselines"] == {"2": "BPTT", "4": "BPTT-chunk-1"}
+    print_sweep(made, console=(console := Console(file=io.StringIO(), width=200)))
+    out = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "×: bytes over BPTT's, fwd+bwd over BPTT's at T = 2, BPTT-chunk-1's at T = 4" in out
+    assert [line.split()[-2] for line in out.splitlines() if " MB " in line] == ["1.00", "2.00", "2.00", "1.00", "3.00", "1.50"]
+    assert "fwd+bwd ms" in out and "images/s of fwd+bwd" in out and "without loading, optimizer and collectives" in out
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.label)
@@ -59,7 +86,7 @@ def test_a_largest_batch_that_is_tried_has_its_own_bytes_and_speed() -> None:
         beside = Bench(recipe, batch_size=point.largest_batch)
         taken = point.at_largest.peak_saved_bytes + point.at_largest.state_bytes + beside.batch_bytes + beside.held().total
         assert 0.95 * LIMIT < taken <= LIMIT
-        assert point.images_per_s_at_largest == pytest.approx(point.largest_batch / point.at_largest.compute_s)
+        assert point.images_per_compute_s_at_largest == pytest.approx(point.largest_batch / point.at_largest.compute_s)
     with pytest.raises(ValueError, match="a largest batch is tried where there is one to find"):
         sweep(recipe, steps=(8,), rules=RULES, at_largest=True)
 
@@ -90,14 +117,15 @@ def test_a_rule_that_fits_some_time_steps_is_in_the_table_and_one_that_fits_none
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "mine.py"
     file.write_text(RECIPE)
+    monkeypatch.setenv("COLUMNS", "160")
     run = command(monkeypatch, capsys)
     code, out, err = run("sweep", str(file), "--steps", "2,4", "--batch", "auto", "--memory", "0.001")
     assert (code, err) == (0, "")
     assert "largest batch" in out and "times the bytes at T = 4 as at T = 2" in out
-    assert "not tried" in out and "of it" not in out
+    assert "not tried" in out and "of its" not in out
     words = ("--steps", "4", "--batch", "auto", "--memory", "0.00006", "--at-largest")
     code, out, err = run("sweep", str(file), *words)
-    assert (code, err) == (0, "") and "of it" in out and "not tried" not in out
+    assert (code, err) == (0, "") and "of its fwd+bwd" in out and "not tried" not in out
     code, out, _ = run("sweep", str(file), "--steps", "2", "--batch", "4", "--format", "json")
     assert json.loads(out)["samples"] == 4 and json.loads(out)["commit"]
 

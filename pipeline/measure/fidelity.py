@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from pipeline.rules.base import LossOf, OverTime, Rule
+from pipeline.rules.base import LossOf, OverTime, Rule, World
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.synapse import Conv2d, Linear
 
@@ -35,21 +35,25 @@ def gradients(
     x_TB: Tensor,
     loss_for: Callable[[], LossOf],
     *,
+    world: World = World(),
     over_time: OverTime = "steps",
-    seed: int = 0,
+    learnt: Mapping[str, Tensor] | None = None,
     step: int = 0,
     batches: int = 1,
 ) -> dict[str, Tensor]:
     """What `rule` gives the weight of every synapse of a copy of `network` on one batch, in order of registration.
 
     Dropout is off: BPTT draws it layer by layer and an online rule step by step, so that no seed makes them agree. The generators
-    are seeded alike for whatever else draws. What the rule draws, it draws for batch `step`; one that learns by itself, as OPZO
-    its matrices, sees the batch `batches` times, and is asked the last time. `loss_for()` is a fresh loss for each.
+    are seeded alike for whatever else draws. What the rule draws, it draws with the seed of `world` for batch `step`. One that
+    learns by itself, as OPZO its matrices, begins with `learnt`, the state dict of a rule that trains (None: with nothing), sees
+    the batch `batches` times, and is asked the last time. `loss_for()` is a fresh loss for each.
 
     Raises: ValueError where the rule refuses the network.
     """
     network = copy.deepcopy(network)
-    rule.attach(network, over_time=over_time)
+    rule.attach(network, world=world, over_time=over_time)
+    if learnt is not None:
+        rule.load_state_dict(learnt)
     for module in network.modules():
         if isinstance(module, (_DropoutNd, Dropout)):
             module.eval()
@@ -58,7 +62,7 @@ def gradients(
         for index in range(step, step + batches):
             network.zero_grad()
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                torch.manual_seed(seed)
+                torch.manual_seed(world.seed)
                 for objective in rule.objectives(network, x_TB, loss_for(), step=index):
                     if objective.backward is not None:
                         objective.backward.backward()
@@ -76,6 +80,16 @@ class Fidelity:
     temporal_share: dict[str, float]
     cosines: dict[str, dict[str, float]]
     """by the label of a rule"""
+
+    @property
+    def layers(self) -> list[str]:
+        """The synapses; none where BPTT was compared with nothing."""
+        return list(next(iter(self.cosines.values()), {}))
+
+    @property
+    def comparable(self) -> list[str]:
+        """The synapses that BPTT gives a finite gradient that is not 0; the same for every rule."""
+        return [name for name, cosine in next(iter(self.cosines.values()), {}).items() if not math.isnan(cosine)]
 
     def lowest(self, label: str) -> tuple[str, float]:
         """The layer in which a rule's gradient is farthest from BPTT's, and its cosine."""

@@ -1,29 +1,22 @@
 """Sets the runs of one study side by side: what each rule cost and how well it did, with ratios to the baseline, BPTT.
 
-Runs that differ in more than the rule and the seed are refused, and nothing is divided across studies: a table of unlike runs
-would look the same as this one.
+Runs that differ in more than the rule and the seed are refused, and nothing is divided across studies or machines: a table of
+unlike runs would look the same as this one. A study whose runs are of several machines has a table for each.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
-import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from pipeline.job import resume_command
 from pipeline.recipe_json import listed
 from pipeline.report.choose import (
     ComparisonError,
@@ -33,112 +26,31 @@ from pipeline.report.choose import (
     named,
     newest_study,
     rule_of,
+    runs_of_study,
     seed_of,
     study_of,
     unfinished_run,
     with_baseline,
 )
+from pipeline.report.comparison import Comparison
 from pipeline.report.differences import differences
 from pipeline.report.paired import BASELINE, WITHIN
-from pipeline.report.runs import ReportError, recipe_of
-from pipeline.report.study import Group
-from pipeline.report.study_run import number, study_run
+from pipeline.report.runs import ReportError, load, recipe_of
+from pipeline.report.study import Group, StudyRun, kind
+from pipeline.report.study_run import study_run
+from pipeline.report.tables import machine
+from pipeline.track.jsonl import last
 
-__all__ = ["Comparison", "ComparisonError", "Finished", "Unfinished", "compare", "print_comparison", "print_studies"]
-
-_COMPARED = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")
-_FIRST = ("run", "rule", "seed", "study", "recipe", "world_size", "steps", "epochs", *_COMPARED)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """The finished runs of a study, baseline first, and what a reader must know beside them."""
-
-    study: str
-    runs: tuple[Finished, ...]
-    unfinished: tuple[Unfinished, ...]
-    notes: tuple[str, ...]
-    group: Group
-    """the same runs, for what is said of their rules"""
-
-    @property
-    def baseline(self) -> tuple[Finished, ...]:
-        """The runs of the rule that the others are compared with; empty when there is none."""
-        return self.of(self.group.against)
-
-    def of(self, rule: str) -> tuple[Finished, ...]:
-        return tuple(run for run in self.runs if rule_of(run) == rule)
-
-    @property
-    def rules(self) -> list[str]:
-        return list(dict.fromkeys(map(rule_of, self.runs)))
-
-    def ratio(self, run: Finished, name: str) -> float | None:
-        """A quantity of a run over the mean of `group.base_of`'s runs of the same seed; None where there are none."""
-        value, over = number(run.summary.get(name)), self._over[name].get(seed_of(run))
-        return None if value is None or not over else value / over
-
-    @cached_property
-    def _over(self) -> dict[str, dict[int, float]]:
-        """What each quantity is divided by, by seed."""
-        return {name: self.group.by_seed(self.group.base_of(name), name) for name in _COMPARED}
-
-    def to_json(self) -> dict[str, Any]:
-        """`baseline` names its (first) run; each run is its summary and `ratios` to the baseline of its seed,
-        speed and wall clock to those of `time_baseline`."""
-        return {
-            "study": self.study,
-            "baseline": self.baseline[0].name if self.baseline else None,
-            "baseline_runs": [run.name for run in self.baseline],
-            "time_baseline": self.group.fastest_baseline if self.baseline else None,
-            "runs": [
-                {**run.summary, "run": run.name, "ratios": {name: self.ratio(run, name) for name in _COMPARED}}
-                for run in self.runs
-            ],
-            "differences": [{**asdict(each), "verdict": each.verdict(self.group.within)} for each in self.group.differences],
-            "within": self.group.within,
-            "unfinished": [{"run": run.folder.name, "rule": run.rule, "state": run.state} for run in self.unfinished],
-            "notes": list(self.notes),
-        }
-
-    def to_csv(self) -> str:
-        """One line for each run; nested fields as `hardware.cpu`, ratios as `ratios.top1`."""
-        told = self.to_json()
-        rows = [{**_flat(run), "time_baseline": told["time_baseline"]} for run in told["runs"]]
-        rest = sorted({name for row in rows for name in row} - set(_FIRST))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=[*_FIRST, *rest], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
-
-    def render(self, console: Console) -> None:
-        """One line for each rule, the mean over its runs (± standard deviation), and × the baseline over paired seeds."""
-        table = Table(title=f"study {self.study[:8]}", box=None, header_style="bold", pad_edge=False, title_justify="left")
-        table.add_column("rule", overflow="fold")
-        for title in ("top-1", "peak saved", "images/s", "wall clock"):
-            table.add_column(title, justify="right")
-        for rule in self.rules:
-            runs = self.of(rule)
-            label = rule if len(runs) == 1 else f"{rule} ({len(runs)} runs)"
-            table.add_row(Text(label), *(Text(self._cell(rule, name)) for name in _COMPARED))
-        console.print(table)
-        for note in (*(each.text(self.group.within) for each in self.group.differences), *self.notes):
-            console.out(note, highlight=False)
-        for run in self.unfinished:
-            command = "" if run.state == "running" else f"; {resume_command(run.folder.parent, run.folder.name)}"
-            line = f"not in the table: {run.folder.name} ({run.rule}) is {run.state}{command}"
-            console.out(line, highlight=False)
-
-    def _cell(self, rule: str, name: str) -> str:
-        values = [value for run in self.of(rule) if (value := _value(run, name)) is not None]
-        if not values:
-            return "-"
-        mean, ratio = statistics.fmean(values), self.group.ratios(rule, name)
-        text = _shown(name, mean)
-        if ratio is not None:
-            text += f"  ×{ratio.mean:{'.2f' if ratio.mean >= 0.1 else '.3g'}}"
-        return text if len(values) == 1 else f"{text}\n± {_shown(name, statistics.stdev(values), like=mean)}"
+__all__ = [
+    "Comparison",
+    "ComparisonError",
+    "Finished",
+    "Unfinished",
+    "compare",
+    "comparisons",
+    "print_comparison",
+    "print_studies",
+]
 
 
 def compare(
@@ -181,9 +93,7 @@ def compare(
     commits = sorted({str(run.summary.get("commit")) for run in finished})
     if len(commits) > 1:
         notes.append(f"note: the runs are of different commits: {', '.join(commits)}")
-    group = Group(
-        tuple(study_run(run.name, (), state="finished", summary=run.summary) for run in finished), against=against, within=within
-    )
+    group = Group(tuple(map(_study_run, finished)), against=against, within=within)
     return Comparison(
         study=str(finished[0].summary.get("study", "")),
         runs=tuple(finished),
@@ -202,9 +112,12 @@ def print_comparison(
     within: float = WITHIN,
     console: Console | None = None,
 ) -> None:
-    """Print `compare` as a table, json or csv."""
+    """Print `compare` as a table, json or csv; of a whole study a table for each machine that its runs are of."""
     if format not in ("table", "json", "csv"):
         raise ReportError(f"compare: format must be table, json or csv; got {format!r}")
+    if format == "table" and (folders := _whole_study(Path(runs_dir), names)):
+        print_studies(runs_dir, folders, against=against, within=within, console=console)
+        return
     comparison = compare(runs_dir, names, against=against, within=within)
     if format == "table":
         comparison.render(console or Console())
@@ -222,14 +135,77 @@ def print_studies(
     within: float = WITHIN,
     console: Console | None = None,
 ) -> None:
-    """A table for each study among the runs, one below another: runs of different studies are never divided by one another."""
-    by_study: dict[str, list[Path]] = {}
-    for folder in folders:
-        by_study.setdefault(study_of(folder), []).append(folder)
-    for index, members in enumerate(by_study.values()):
+    """A table for each of `comparisons`, one below another."""
+    console = console or Console()
+    found = comparisons(runs_dir, folders, against=against, within=within)
+    for index, comparison in enumerate(found):
         if index:
-            (console or Console()).print()
-        print_comparison(runs_dir, members, against=against, within=within, console=console)
+            console.print()
+        comparison.render(console)
+    for study, tables in Counter(comparison.study for comparison in found).items():
+        if tables > 1:
+            told = (
+                f"study {study[:8]} has {tables} tables, of different machines or workers: nothing is divided from one to another"
+            )
+            console.out(told, highlight=False)
+
+
+def comparisons(
+    runs_dir: str | os.PathLike[str], folders: Sequence[Path], *, against: str = BASELINE, within: float = WITHIN
+) -> list[Comparison]:
+    """Those of the runs that may be compared, by study and machine: runs of another are never divided by one another.
+
+    Raises:
+        ComparisonError: nothing of a study finished, or its runs differ in what no study key tells.
+    """
+    found = [compare(runs_dir, members, against=against, within=within) for members in _comparable(folders)]
+    tables = Counter(comparison.study for comparison in found)
+    return [
+        replace(comparison, where=_where(comparison.group.runs[-1])) if tables[comparison.study] > 1 else comparison
+        for comparison in found
+    ]
+
+
+def _comparable(folders: Sequence[Path]) -> list[list[Path]]:
+    """By study and machine, in their order; unfinished runs of a machine where nothing finished join the first of their study."""
+    groups: dict[str, list[Path]] = {}
+    first_of: dict[str, str] = {}
+    unfinished: list[Path] = []
+    for folder in folders:
+        run = finished_run(folder)
+        if run is None:
+            unfinished.append(folder)
+            continue
+        key = kind(_study_run(run))
+        groups.setdefault(key, []).append(folder)
+        first_of.setdefault(study_of(folder), key)
+    for folder in unfinished:
+        start = last(folder / "journal.jsonl", "start")
+        key, study = kind(study_run(folder.name, [start] if start else [], state="interrupted")), study_of(folder)
+        groups.setdefault(key if key in groups else first_of.get(study, study), []).append(folder)
+    return list(groups.values())
+
+
+def _whole_study(runs_dir: Path, names: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """The runs of the newest study, or of one named by its key; none where runs are named."""
+    if not names:
+        return newest_study(runs_dir)
+    key = os.fspath(names[0])
+    is_key = len(names) == 1 and runs_of_study(runs_dir, key) and not (runs_dir / key).exists()
+    return named(runs_dir, names) if is_key else []
+
+
+def _study_run(run: Finished) -> StudyRun:
+    return study_run(run.name, (), state="finished", summary=run.summary, recipe=load(run.folder / "recipe.json"))
+
+
+def _where(run: StudyRun) -> str:
+    """`a cpu, 2 cores, 1 thread; 2 workers, each on cores of its own, with 1 loader thread`"""
+    counts = [(run.workers, "worker"), (run.loader_threads, "loader thread")]
+    workers, threads = (f"{count} {what}{'s' * (count != 1)}" if count is not None else "" for count, what in counts)
+    cores = "each on cores of its own" if run.own_cores else ""
+    told = ", ".join(filter(None, (workers, cores, threads and f"with {threads}")))
+    return "; ".join(filter(None, (machine(run.hardware), told)))
 
 
 def _written_rule(run: Finished) -> str | None:
@@ -262,30 +238,3 @@ def _divisions_told(group: Group) -> Iterator[str]:
         for base, what in divided.items():
             if not seeds[rule] & seeds[base]:
                 yield f"{rule} has no seed in common with {base}, so {what}"
-
-
-def _value(run: Finished, name: str) -> float | None:
-    value = run.summary.get(name)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        flat |= _flat(item, f"{prefix}{name}.") if isinstance(item, dict) else {f"{prefix}{name}": item}
-    return flat
-
-
-def _shown(name: str, value: float, *, like: float | None = None) -> str:
-    """A quantity with its unit; a spread is written in the unit of the mean that it is `like`."""
-    size, digits = (value, 4) if like is None else (like, 2)
-    if name == "top1":
-        return f"{value:.2%}"
-    if name == "peak_saved_bytes":
-        scale, unit = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if size >= pair[0] or pair[0] == 1)
-        return f"{value / scale:.{digits}g} {unit}"
-    if name == "wall_s":
-        if like is None and size >= 3600:
-            return f"{int(value // 3600)} h {int(value % 3600 // 60):02d} min"
-        return f"{value / 60:.1f} min" if size >= 60 else f"{value:.1f} s"
-    return f"{value:.{digits}g}"

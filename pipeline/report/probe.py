@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.bench import BASELINE, Cost
+from pipeline.bench import BASELINE, Cost, is_baseline
 from pipeline.measure.memory import told_hardware
 from pipeline.probe import Probe, advice
 
@@ -20,7 +20,9 @@ def print_probe(found: Probe, *, as_json: bool = False, console: Console | None 
     """What each rule costs; what it drops, layer by layer; what cannot train the network; and the advice."""
     console = console or Console()
     if as_json:
-        console.out(json.dumps(_told({**asdict(found), "advice": advice(found)}), indent=2, allow_nan=False), highlight=False)
+        fastest = found.time_baseline
+        told = {"time_baseline": None if fastest is None else fastest.rule, "advice": advice(found)}
+        console.out(json.dumps(_told({**asdict(found), **told}), indent=2, allow_nan=False), highlight=False)
         return
     console.print(_costs(found))
     if found.fidelity is not None:
@@ -31,6 +33,9 @@ def print_probe(found: Probe, *, as_json: bool = False, console: Console | None 
         console.out(
             f"not in the tables: {rule}: {why}" if not why.startswith(rule) else f"not in the tables: {why}", highlight=False
         )
+    if (fastest := found.time_baseline) is not None:
+        told = f"bytes and operations over {BASELINE}'s, seconds over {fastest.rule}'s"
+        console.out(f"×: {told}, the faster of {BASELINE} folded and stepped", highlight=False)
     on = told_hardware(found.hardware)
     console.out(f"one batch of {found.samples} samples, T = {found.time_steps}, before any training; {on}", highlight=False)
     console.out(advice(found), highlight=False)
@@ -50,19 +55,19 @@ def _costs(found: Probe) -> Table:
     table.add_column("rule")
     for title in ("saved", "states", "forward", "backward", "mult/sample", "add/sample", "least cosine"):
         table.add_column(title, justify="right")
-    base = found.cost(BASELINE)
     for cost in found.costs:
-        table.add_row(*map(Text, _cells(cost, base, found)))
+        table.add_row(*map(Text, _cells(cost, found)))
     return table
 
 
-def _cells(cost: Cost, base: Cost | None, found: Probe) -> tuple[str, ...]:
+def _cells(cost: Cost, found: Probe) -> tuple[str, ...]:
     def beside(value: float, name: str) -> str:
+        base = found.time_baseline if name.endswith("_s") else found.cost(BASELINE)
         of = 0.0 if base is None else getattr(base, name)
         return f"  ×{value / of:.2f}" if of else ""
 
     least = ""
-    if found.fidelity is not None and cost.rule != BASELINE:
+    if found.fidelity is not None and not is_baseline(cost.rule):
         layer, cosine = found.fidelity.lowest(cost.rule)
         least = "-" if math.isnan(cosine) else f"{cosine:.2f} {layer}"
     return (

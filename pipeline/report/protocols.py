@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.report.choose import study_of
-from pipeline.report.compare import compare, print_comparison
+from pipeline.report.compare import comparisons
 from pipeline.report.differences import written
 from pipeline.report.runs import recipe_of
 from pipeline.track.jsonl import last
@@ -33,9 +33,10 @@ def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any
         for folders in by_protocol.get(protocol, {}).values():
             fields = ", ".join(recipe_of(folders[0]).get("tuned", ()))
             console.print(Text(title.format(fields=fields), style="bold"))
-            print_comparison(folders[0].parent, folders, console=console)
-            console.print()
-            told[protocol].append(compare(folders[0].parent, folders).to_json())
+            for comparison in comparisons(folders[0].parent, folders):
+                comparison.render(console)
+                console.print()
+                told[protocol].append(comparison.to_json())
     trials = [trial for folders in by_protocol.get("trial", {}).values() for trial in _trials(folders)]
     _print_trials(trials, console)
     return {**told, "trials": trials}

@@ -20,7 +20,7 @@ from pipeline.report.claims import Claim
 from pipeline.report.paired import BASELINE, WITHIN, Difference, is_baseline, paired_difference
 from pipeline.report.study_run import StudyRun, from_folder, study_run
 
-__all__ = ["Group", "Spread", "Study", "StudyRun", "from_folder", "study_run"]
+__all__ = ["Group", "Spread", "Study", "StudyRun", "from_folder", "kind", "study_run"]
 
 COMPUTE = "compute_s"
 """forward and backward of a steady batch, in the mean; no field of a summary"""
@@ -129,8 +129,7 @@ class Study:
         """Those with most rules first, else in the order of their runs."""
         by_kind: dict[str, list[StudyRun]] = {}
         for run in self.runs:
-            kind = [run.study, run.workers, run.loader_threads, run.own_cores, run.hardware]
-            by_kind.setdefault(json.dumps(kind, sort_keys=True, default=str), []).append(run)
+            by_kind.setdefault(kind(run), []).append(run)
         groups = [Group(self._sorted(_told_apart(runs)), self.against, self.within) for runs in by_kind.values()]
         return tuple(sorted(groups, key=lambda group: -len(group.rules)))
 
@@ -139,6 +138,12 @@ class Study:
             return run.rule != self.against, run.rule, run.seed, run.name
 
         return tuple(sorted(runs, key=place))
+
+
+def kind(run: StudyRun) -> str:
+    """Equal for runs that may be compared: of one study key, on equal machines with as many workers, threads and cores."""
+    about = [run.study, run.workers, run.loader_threads, run.own_cores, run.hardware]
+    return json.dumps(about, sort_keys=True, default=str)
 
 
 def measured(run: StudyRun, name: str) -> float | None:

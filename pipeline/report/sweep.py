@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.bench import BASELINE
+from pipeline.bench import BASELINE, Cost
 from pipeline.launch.drive import commit
 from pipeline.measure.memory import told_hardware
 from pipeline.sweep import Point, Sweep
@@ -24,13 +24,15 @@ def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None 
         return
     table = Table(title=found.recipe, box=None, header_style="bold", pad_edge=False, title_justify="left")
     table.add_column("rule")
-    titles = ("T", "saved", f"× {BASELINE}", "states", "ms/batch", f"× {BASELINE}", "images/s")
+    titles = ("T", "saved", f"× {BASELINE}", "states", "fwd+bwd ms", f"× faster {BASELINE}", "images/s of fwd+bwd")
     for title in (*titles, *_of_largest(found)):
         table.add_column(title, justify="right")
-    base = {point.time_steps: point for point in found.of(BASELINE)}
+    base = {point.time_steps: point.cost for point in found.of(BASELINE)}
+    fastest = found.time_baselines
     for rule in found.rules:
         for index, point in enumerate(found.of(rule)):
-            cells = _cells(point, base.get(point.time_steps), tried=_are_tried(found))
+            T = point.time_steps
+            cells = _cells(point, base.get(T), fastest.get(T), tried=_are_tried(found))
             table.add_row(Text(rule if index == 0 else ""), *map(Text, cells))
     console.print(table)
     for rule in found.rules:
@@ -38,20 +40,23 @@ def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None 
         if len(points) > 1:
             first, last = points[0].time_steps, points[-1].time_steps
             console.out(f"{rule}: {found.growth(rule):.2f} times the bytes at T = {last} as at T = {first}", highlight=False)
+    if fastest:
+        console.out(_divided(found), highlight=False)
     for at_T in found.refused.values():
         for why in dict.fromkeys(at_T.values()):
             console.out(f"not in the table: {why}", highlight=False)
     on = told_hardware(found.hardware)
     fits = "" if found.memory_bytes is None else f"; largest batch: whose bytes fit into {found.memory_bytes / 1e9:.3g} GB"
     tried = "" if found.memory_bytes is None or _are_tried(found) else ", not tried"
-    console.out(f"one batch of {found.samples} samples; {on}{fits}{tried}", highlight=False)
+    of = "fwd+bwd: forward and backward alone, without loading, optimizer and collectives"
+    console.out(f"one batch of {found.samples} samples; {of}; {on}{fits}{tried}", highlight=False)
 
 
 def _of_largest(found: Sweep) -> list[str]:
     """Columns."""
     if found.memory_bytes is None:
         return []
-    return ["largest batch", *(["images/s of it"] if _are_tried(found) else [])]
+    return ["largest batch", *(["images/s of its fwd+bwd"] if _are_tried(found) else [])]
 
 
 def _are_tried(found: Sweep) -> bool:
@@ -59,19 +64,24 @@ def _are_tried(found: Sweep) -> bool:
 
 
 def told_sweep(found: Sweep) -> dict[str, Any]:
-    """What `--format json` prints, and reports read: the sweep, and which code it is of."""
-    return {"commit": commit(), **asdict(found)}
+    """What `--format json` prints, and reports read: the sweep, whose seconds others' are divided by, and the commit."""
+    fastest = {str(T): cost.rule for T, cost in found.time_baselines.items()}
+    return {"commit": commit(), **asdict(found), "time_baselines": fastest}
 
 
-def _cells(point: Point, base: Point | None, *, tried: bool) -> tuple[str, ...]:
+def _divided(found: Sweep) -> str:
+    fastest: dict[str, list[str]] = {}
+    for T, cost in found.time_baselines.items():
+        fastest.setdefault(cost.rule, []).append(str(T))
+    whose = ", ".join(f"{rule}'s at T = {', '.join(steps)}" for rule, steps in fastest.items())
+    return f"×: bytes over {BASELINE}'s, fwd+bwd over {whose}"
+
+
+def _cells(point: Point, base: Cost | None, fastest: Cost | None, *, tried: bool) -> tuple[str, ...]:
     cost = point.cost
     beside = (
-        ("", "")
-        if base is None
-        else (
-            f"{cost.peak_saved_bytes / base.cost.peak_saved_bytes:.2f}",
-            f"{cost.compute_s / base.cost.compute_s:.2f}",
-        )
+        "" if base is None else f"{cost.peak_saved_bytes / base.peak_saved_bytes:.2f}",
+        "" if fastest is None else f"{cost.compute_s / fastest.compute_s:.2f}",
     )
     return (
         str(point.time_steps),
@@ -80,7 +90,7 @@ def _cells(point: Point, base: Point | None, *, tried: bool) -> tuple[str, ...]:
         f"{cost.state_bytes / 1e6:.4g} MB",
         f"{cost.compute_s * 1e3:.4g}",
         beside[1],
-        f"{point.images_per_s:.4g}",
+        f"{point.images_per_compute_s:.4g}",
         *(() if point.largest_batch is None else (f"{point.largest_batch:,}",)),
-        *((f"{fast:.4g}" if (fast := point.images_per_s_at_largest) is not None else "",) if tried else ()),
+        *((f"{fast:.4g}" if (fast := point.images_per_compute_s_at_largest) is not None else "",) if tried else ()),
     )

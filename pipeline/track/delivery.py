@@ -16,7 +16,7 @@ from pipeline.track.connect import connect, without_password
 from pipeline.track.files import Files
 from pipeline.track.hierarchy import KIND_TAG, PARENT_OF, RUN_TAG, experiment_of, one_at_a_time, parent_of, set_parent_status
 from pipeline.track.jsonl import Event, Follower, first
-from pipeline.track.models import note_checkpoints
+from pipeline.track.models import KeptOf, inside, note_checkpoints
 from pipeline.track.system import FILE as SYSTEM
 from pipeline.track.translate import STATUS, Translation, milliseconds, parameters
 
@@ -30,11 +30,13 @@ _BLOCK = 4 << 20  # bytes of journal read at a time
 class Delivery:
     """One connection to MLflow and one reading of the journal. After any exception: throw it away and open another.
 
-    `delivered` counts the points sent, `already_there` those that MLflow held when this delivery opened.
+    `delivered` counts the points sent, `already_there` those that MLflow held when this delivery opened. `kept_of` finds the
+    run's checkpoints, wherever it keeps them.
     """
 
-    def __init__(self, run_dir: Path, *, uri: str) -> None:
+    def __init__(self, run_dir: Path, *, uri: str, kept_of: KeptOf = inside) -> None:
         self.run_dir = run_dir
+        self.kept_of = kept_of
         self.delivered = 0
         self._uri = uri
         self._follower, self._system = Follower(run_dir / "journal.jsonl"), Follower(run_dir / SYSTEM)
@@ -92,7 +94,7 @@ class Delivery:
         self._files.send(self._tags, self._send_file, status=status)
         self._ended = ended or self._ended
         if status not in ("", "RUNNING") and self._noted != (status, self._ended):
-            note_checkpoints(self._client_now, self.run, self.run_dir)
+            note_checkpoints(self._client_now, self.run, self.run_dir, self.kept_of)
             self._noted = (status, self._ended)
         return True
 

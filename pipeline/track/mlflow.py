@@ -15,6 +15,7 @@ from pathlib import Path
 from pipeline.track.base import TrackingError
 from pipeline.track.connect import SQLITE, one_line
 from pipeline.track.delivery import Delivery
+from pipeline.track.models import KeptOf, inside
 from pipeline.track.state import is_driven
 from pipeline.track.system import Sampler
 
@@ -40,14 +41,14 @@ def tracking_uri(runs_dir: str | os.PathLike[str]) -> str:
     return uri
 
 
-def sync(run_dir: str | os.PathLike[str], *, uri: str) -> SyncReport:
-    """Deliver to MLflow what it does not hold yet of this run.
+def sync(run_dir: str | os.PathLike[str], *, uri: str, kept_of: KeptOf = inside) -> SyncReport:
+    """Deliver to MLflow what it does not hold yet of this run; `kept_of` finds its checkpoints.
 
     Raises:
         TrackingError: no attempt of the run has begun, or MLflow could not be reached or refused; one line.
     """
     run_dir = Path(run_dir)
-    delivery = Delivery(run_dir, uri=uri)
+    delivery = Delivery(run_dir, uri=uri, kept_of=kept_of)
     try:
         known = delivery.advance(leaving=not is_driven(run_dir))
     except Exception as error:
@@ -62,7 +63,8 @@ class Mirror:
 
     Nothing is ever raised to its owner: failures are retried, each time later, and `warning` holds the newest one as a line
     (None when all is well). A journal that does not exist yet is waited for. `interval` and `patience` are seconds: between
-    readings of the journal, and the longest wait after failures. Meanwhile it samples what the machine does (`system`).
+    readings of the journal, and the longest wait after failures. `kept_of` finds the run's checkpoints.
+    Meanwhile it samples what the machine does (`system`).
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class Mirror:
         uri: str,
         interval: float = 2.0,
         patience: float = 30.0,
+        kept_of: KeptOf = inside,
     ) -> None:
         self.run_dir = Path(run_dir)
+        self.kept_of = kept_of
         self.uri = uri
         self.warning: str | None = None
         self._interval = interval
@@ -101,7 +105,7 @@ class Mirror:
         while True:
             leaving = self._leaving.is_set()
             try:
-                delivery = delivery or Delivery(self.run_dir, uri=self.uri)
+                delivery = delivery or Delivery(self.run_dir, uri=self.uri, kept_of=self.kept_of)
                 delivery.advance(leaving=leaving)
             except Exception as error:  # whatever MLflow, its store or its transport may raise: the run goes on
                 delivery = None

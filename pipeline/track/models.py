@@ -2,17 +2,18 @@
 
 A run has a model for its last and for its best checkpoint (which may be one), noted whenever an attempt ends; the tag
 `spiketrain.which` says which it is by now. What was the last or the best of an earlier attempt stays as `superseded`: its
-checkpoint may have been pruned since. MLflow itself tells what there is, so none is made twice.
+checkpoint may have been pruned since. MLflow itself tells what there is, so none is made twice. Where no checkpoint is found, as
+on storage that is not mounted here, nothing is changed.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.track.base import TrackingError
 
@@ -35,13 +36,53 @@ class Registered:
     """where the checkpoint is"""
 
 
-def note_checkpoints(client: MlflowClient, run: Run, run_dir: Path) -> None:
+class Kept(Protocol):
+    """A run's checkpoints, as `pipeline.checkpoint.Place` has them."""
+
+    def names(self) -> list[str]: ...
+    def address(self, name: str) -> str: ...
+    def trainer(self, name: str) -> Mapping[str, Any]: ...
+
+
+KeptOf = Callable[[Path], Kept | None]
+"""where the checkpoints of a run's folder are; None: not known here"""
+
+
+@dataclass(frozen=True)
+class _Inside:
+    folder: Path
+
+    def names(self) -> list[str]:
+        return [path.name for path in sorted(self.folder.glob("step_*"))]
+
+    def address(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def trainer(self, name: str) -> Mapping[str, Any]:
+        return json.loads((self.folder / name / "trainer.json").read_bytes())
+
+
+def inside(run_dir: Path) -> Kept | None:
+    """RUN/checkpoints, for who knows no other places; None where the run keeps them elsewhere."""
+    job = run_dir / "job.json"
+    elsewhere = job.exists() and json.loads(job.read_bytes()).get("checkpoints")
+    return None if elsewhere else _Inside(run_dir / "checkpoints")
+
+
+def note_checkpoints(client: MlflowClient, run: Run, run_dir: Path, kept_of: KeptOf) -> None:
     """Make the models of the run's last and best checkpoint that are not there, and tag all of them."""
-    wanted = _last_and_best(run_dir)
+    try:
+        kept = kept_of(run_dir)
+        wanted = {} if kept is None else _last_and_best(kept)
+        uris = {} if kept is None else {name: _uri(kept.address(name)) for name in wanted}
+    except (OSError, ValueError):  # storage that is out of reach, or job.json is damaged: the rest of the run is delivered
+        return
+    if not wanted:
+        return
     models = _models(client, run)
     for step, which in wanted.items():
         if step not in models or str(models[step].status) != "READY":
-            models[step] = _make(client, run, run_dir / "checkpoints" / step, models.get(step), which)
+            models[step] = _make(client, run, step, uris[step], models.get(step), which)
     for step, model in models.items():
         which = wanted.get(step, "superseded")
         if model.tags.get(WHICH_TAG) != which:
@@ -54,7 +95,7 @@ def register_checkpoint(client: MlflowClient, run: Run, checkpoint: Path, *, nam
 
     model = _models(client, run).get(checkpoint.name)
     if model is None or str(model.status) != "READY":
-        model = _make(client, run, checkpoint, model, alias)
+        model = _make(client, run, checkpoint.name, _uri(str(checkpoint)), model, alias)
     try:
         try:
             client.create_registered_model(name)
@@ -77,12 +118,12 @@ def register_checkpoint(client: MlflowClient, run: Run, checkpoint: Path, *, nam
     return Registered(name=name, version=str(version.version), alias=alias, uri=uri)
 
 
-def _last_and_best(run_dir: Path) -> dict[str, str]:
-    """Folder names of checkpoints, and which they are; whole ones, as a checkpoint is renamed into place."""
+def _last_and_best(kept: Kept) -> dict[str, str]:
+    """Names of checkpoints, and which they are; whole ones, as one is there under its name or not at all."""
     scores: dict[str, float | None] = {}
-    for path in sorted((run_dir / "checkpoints").glob("step_*")):
+    for name in kept.names():
         try:
-            scores[path.name] = json.loads((path / "trainer.json").read_bytes()).get("score")
+            scores[name] = kept.trainer(name).get("score")
         except (OSError, ValueError, AttributeError):
             continue  # damaged: a resume moves it away, by name
     if not scores:
@@ -100,14 +141,18 @@ def _models(client: MlflowClient, run: Run) -> dict[str, LoggedModel]:
     return {model.name: model for model in found}
 
 
-def _make(client: MlflowClient, run: Run, checkpoint: Path, begun: LoggedModel | None, which: str) -> LoggedModel:
+def _uri(address: str) -> str:
+    return address if "://" in address else Path(address).resolve().as_uri()
+
+
+def _make(client: MlflowClient, run: Run, name: str, uri: str, begun: LoggedModel | None, which: str) -> LoggedModel:
     """As mlflow.create_external_model does (3.17.2), which keeps its address and its run for the whole process."""
     from mlflow.models import Model
 
     external: Mapping[str, str] = {"mlflow.model.isExternal": "true", WHICH_TAG: which}
-    params = {URI_PARAM: checkpoint.resolve().as_uri(), "step": str(int(checkpoint.name.removeprefix("step_")))}
+    params = {URI_PARAM: uri, "step": str(int(name.removeprefix("step_")))}
     model = begun or client.create_logged_model(
-        run.info.experiment_id, checkpoint.name, run.info.run_id, tags=dict(external), params=params, model_type="checkpoint"
+        run.info.experiment_id, name, run.info.run_id, tags=dict(external), params=params, model_type="checkpoint"
     )
     # A description alone, which the registry asks for.
     about = Model(

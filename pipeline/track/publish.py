@@ -14,7 +14,7 @@ from pipeline.track.connect import connect, one_line
 from pipeline.track.delivery import Delivery
 from pipeline.track.hierarchy import experiment_of, one_at_a_time, parent_of
 from pipeline.track.jsonl import first
-from pipeline.track.models import Registered, register_checkpoint
+from pipeline.track.models import KeptOf, Registered, inside, register_checkpoint
 from pipeline.track.state import is_driven
 
 __all__ = ["REPORT", "Registered", "log_report", "register"]
@@ -45,7 +45,13 @@ def log_report(folder_of_suite: str | os.PathLike[str], page: Path, *, uri: str)
 
 
 def register(
-    run_dir: str | os.PathLike[str], checkpoint: Path, *, name: str, alias: Literal["last", "best"], uri: str
+    run_dir: str | os.PathLike[str],
+    checkpoint: Path,
+    *,
+    name: str,
+    alias: Literal["last", "best"],
+    uri: str,
+    kept_of: KeptOf = inside,
 ) -> Registered:
     """Make a run's checkpoint a version of the registered model `name`, and its alias; what the run has is delivered first.
 
@@ -56,7 +62,7 @@ def register(
         TrackingError: no attempt of the run has begun, or MLflow could not be reached or refused; one line.
     """
     run_dir = Path(run_dir)
-    delivery = Delivery(run_dir, uri=uri)
+    delivery = Delivery(run_dir, uri=uri, kept_of=kept_of)
     with _told_in_a_line(uri):
         if not delivery.advance(leaving=not is_driven(run_dir)):
             raise TrackingError(f"{run_dir} has no journal of a run that began; nothing to register")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from pipeline.recipe import write_json
 from pipeline.report.claims import Claim, Measured, flat_in_t, measured, print_claims, saved_bytes, time_at_most, time_of_k
 from recipes.compare import claims_fashion
 
@@ -78,7 +81,66 @@ def test_fashions_claims_are_of_what_was_trained(tmp_path: Path) -> None:
     (run / "sweep.json").write_text(json.dumps({"points": points}))
     swept = claims_fashion._swept(trained, beside=run)
     folders = {rule: [run] for rule in claims_fashion.RULES}
-    saved, flat, time_of_one, time = claims_fashion._claims(trained, folders, run, swept)
+    saved, flat, time_of_one, time = claims_fashion._claims(trained, folders, [run], swept)
     assert (saved.about, saved.bound, saved.holds) == ("SLTT, leak 1/4, T = 4", "<= 0.300", False)
     assert (flat.claim, flat.holds) == ("saved bytes from T = 2 to 4", True)
     assert time_of_one.bound == "<= 0.550 (r = 2.00)" and time.holds
+    assert saved.published == "0.30 of GPU memory (ImageNet), 0.36 of GPU memory (CIFAR-10)"
+    assert time_of_one.published == "0.43 of training hours (ImageNet)" and time.published.startswith("0.91 of training hours")
+
+
+@pytest.fixture
+def on_two_machines(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """Fashion's runs; of the first study the last seed was trained elsewhere, ten times as fast, and so was BPTT step by step."""
+    monkeypatch.setattr(claims_fashion, "_imagenet", lambda: iter(()))
+    monkeypatch.setattr(claims_fashion, "_swept", lambda trained, beside: SWEPT)
+    runs = {}
+    for recipe in claims_fashion.recipe().recipes:
+        rule, study = recipe.rule.build().label, recipe.name.split("-")[3]
+        is_elsewhere = study == "11" and (recipe.seed == 2 or rule == "BPTT-chunk-1")
+        seconds = 0.1 if is_elsewhere else 1.0
+        run = runs[recipe.name] = make_run(
+            recipe.name,
+            rule=rule,
+            seed=recipe.seed,
+            study=study * 8,
+            steady_forward_s=seconds,
+            steady_backward_s=2 * seconds if "1" not in rule else 0.1 * seconds,
+            peak_saved_bytes=1000 if rule == "BPTT" else 100,
+            hardware={"cpu": "a fast cpu" if is_elsewhere else "a cpu", "cores": 2, "gpu": "none"},
+        )
+        write_json(run / "recipe.json", recipe.to_json())
+    return runs
+
+
+SWEPT = {"points": [{"time_steps": T, "cost": {"rule": "SLTT", "peak_saved_bytes": 10}} for T in (2, 4)]}
+
+
+def test_fashions_claims_are_judged_on_one_machine(on_two_machines: dict[str, Path]) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    told = claims_fashion.report(on_two_machines, console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert [len(told["studies"][study]) for study in claims_fashion.STUDIES] == [2, 1]
+    assert "leak-1-11: claims are judged on a cpu, 2 cores; 2 workers alone; elsewhere: claims-leak-1-11-bptt-2," in said
+    assert said.count("claims are judged on") == 1
+    first, second = told["claims"][:4], told["claims"][4:]
+    assert [claim["holds"] for claim in first] == [True, True, True, True] and len(second) == 4
+    # Folded BPTT beside it takes 3 s; the faster one elsewhere, 0.11 s, is nobody's divisor.
+    assert first[3]["ours"] == "1.000"
+
+
+def test_fashions_claims_without_bptt_beside_them_are_not_judged(on_two_machines: dict[str, Path]) -> None:
+    trained = next(iter(claims_fashion.recipe().recipes))
+    run = on_two_machines["claims-leak-1-11-sltt-0"]
+    found = list(claims_fashion._claims(trained, {"sltt": [run], "bptt": [], "sltt-1": []}, [], SWEPT))
+    assert [claim.holds for claim in found] == [None, True, None, None]
+    assert found[0].ours == "no run beside BPTT's on one machine"
+
+
+def test_imagenets_rows_say_which_precision_each_figure_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = SimpleNamespace(rules=[SimpleNamespace(rule="SLTT", memory_bytes=9.5e9, hours=60.0)])
+    monkeypatch.setattr(claims_fashion, "plan", lambda *given, **about: planned)
+    rows = {(claim.about.split(",")[0], claim.claim): claim for claim in claims_fashion._imagenet()}
+    memory = rows["SLTT", "memory"]
+    assert (memory.published, memory.ours) == ("8.47 GB, AMP", "not run here; plan in fp32: 9.5 GB, 60 h")
+    assert rows["BPTT", "time"].published == "73.8 h, AMP" and "no plan fits one card" in rows["BPTT", "time"].ours

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline.report.compare import Comparison, ComparisonError, compare, print_comparison
+from pipeline.report.compare import Comparison, ComparisonError, compare, comparisons, print_comparison, print_studies
 from pipeline.report.runs import ReportError
 from tests.report.conftest import RECIPE, STUDY
 
@@ -40,7 +40,7 @@ def test_costs_beside_the_baseline(make_run: Callable, runs_dir: Path):
     lines = text_of(comparison).splitlines()
     assert re.search(r"BPTT +90.00% +×1.00 +8 MB +×1.00 +100 +×1.00 +3.3 min +×1.00", lines[2])
     assert re.search(r"SLTT +81.00% +×0.90 +2 MB +×0.25 +150 +×1.50 +1.7 min +×0.50", lines[3])
-    assert len(lines) == 4
+    assert lines[5].split() == ["behind", "each", "row"] and len(lines) == 10
 
 
 def test_the_baseline_comes_first_whatever_the_others_are_called(make_run: Callable, runs_dir: Path):
@@ -112,6 +112,28 @@ def test_time_is_divided_by_the_faster_bptt(make_run: Callable, runs_dir: Path):
     assert (folded.to_json()["time_baseline"], folded.notes) == ("BPTT", ())
 
 
+def test_the_choices_that_decide_a_comparison_stand_in_every_row(make_run: Callable, runs_dir: Path):
+    def told(steps: int) -> dict[str, Any]:
+        conditions = {"reset_gradient": "detached", "norm_over": "step", "precision": "bf16", "steps_per_forward": steps}
+        return {"recipe": {"time_steps": 6}, "conditions": conditions}
+
+    make_run("bptt", steady_forward_s=0.04, steady_backward_s=0.08, **told(6))
+    make_run("stepped", rule="BPTT-chunk-1", steady_forward_s=0.04, steady_backward_s=0.02, **told(1))
+    make_run("sltt", rule="SLTT", **told(1))
+    recomputed = {"recipe": {"time_steps": 6, "rule": {"target": "x", "kwargs": {"recompute": True}}}}
+    make_run("recompute", rule="BPTT-recompute", **{**told(1), **recomputed})
+    make_run("old", rule="OTTT-A")
+    comparison = compare(runs_dir)
+    rows = [re.split(r"  +", line.strip()) for line in text_of(comparison).splitlines()]
+    same = ["BPTT", "BPTT-chunk-1", "detached", "step", "bf16"]
+    assert ["SLTT", *same, "step by step"] in rows and ["BPTT-recompute", *same, "step by step, recomputed"] in rows
+    assert ["BPTT", *same, "folded"] in rows and ["OTTT-A", *same[:2], *4 * ["not known"]] in rows
+    expected = dict(zip(("ratios_to", "time_to", "reset_gradient", "norm_statistics", "precision"), same, strict=True))
+    runs = {run["run"]: run["behind"] for run in comparison.to_json()["runs"]}
+    assert runs["bptt"] == {**expected, "over_time": "folded"} and runs["sltt"] == {**expected, "over_time": "step by step"}
+    assert {row["behind.reset_gradient"] for row in csv.DictReader(io.StringIO(comparison.to_csv()))} == {"detached", "not known"}
+
+
 def test_a_rule_may_share_a_seed_with_one_bptt_alone(make_run: Callable, runs_dir: Path):
     make_run("bptt", steady_forward_s=0.04, steady_backward_s=0.08)
     make_run("stepped", rule="BPTT-chunk-1", seed=1, steady_forward_s=0.04, steady_backward_s=0.02)
@@ -120,6 +142,52 @@ def test_a_rule_may_share_a_seed_with_one_bptt_alone(make_run: Callable, runs_di
     assert "SLTT has no seed in common with BPTT-chunk-1, so its times are not divided" in notes
     assert "BPTT-chunk-1 has no seed in common with BPTT, so its top-1 and bytes are not divided" in notes
     assert not any("SLTT has no seed in common with BPTT," in note for note in notes)
+
+
+ELSEWHERE = {"hardware": {"cpu": "another cpu", "cores": 2, "gpu": "none"}}
+
+
+def two_machines(make_run: Callable) -> list[Path]:
+    """Seed 1 was finished on another machine, and there with another number of workers by one rule; a run failed."""
+    return [
+        make_run("bptt-0", wall_s=100.0),
+        make_run("sltt-0", rule="SLTT", wall_s=50.0),
+        make_run("bptt-1", seed=1, wall_s=400.0, **ELSEWHERE),
+        make_run("sltt-1", rule="SLTT", seed=1, wall_s=300.0, **ELSEWHERE),
+        make_run("ottt-1", rule="OTTT", seed=1, wall_s=10.0, world_size=1, **ELSEWHERE),
+        make_run("dsr-0", rule="DSR", end="failed"),
+    ]
+
+
+def test_runs_of_different_machines_are_shown_apart_and_never_divided_by_one_another(make_run: Callable, runs_dir: Path):
+    folders = two_machines(make_run)
+    found = comparisons(runs_dir, folders)
+    assert [[run.name for run in each.runs] for each in found] == [["bptt-0", "sltt-0"], ["bptt-1", "sltt-1"], ["ottt-1"]]
+    assert [each.where for each in found] == [
+        "a cpu, 2 cores; 2 workers",
+        *(f"another cpu, 2 cores; {n}" for n in ("2 workers", "1 worker")),
+    ]
+    assert [run.folder.name for run in found[0].unfinished] == ["dsr-0"] and not found[1].unfinished
+    assert [[run["ratios"]["wall_s"] for run in each.to_json()["runs"]] for each in found] == [[1.0, 0.5], [1.0, 0.75], [None]]
+    assert found[2].to_json()["where"] == "another cpu, 2 cores; 1 worker" and found[2].to_json()["baseline"] is None
+
+    out = io.StringIO()
+    print_studies(runs_dir, folders, console=Console(file=out, width=120))
+    shown = out.getvalue()
+    assert "study 01234567 on a cpu, 2 cores; 2 workers" in shown and "×0.75" in shown
+    assert "no baseline, no ratios: bptt-0 does not stand comparison: " in shown
+    assert "study 01234567 has 3 tables, of different machines or workers: nothing is divided from one to another" in shown
+    for names in ([], [STUDY[:6]]):
+        again = io.StringIO()
+        print_comparison(runs_dir, names, console=Console(file=again, width=120))
+        assert sorted(again.getvalue().splitlines()) == sorted(shown.splitlines())
+
+
+def test_one_machine_needs_no_telling(make_run: Callable, runs_dir: Path):
+    make_run("bptt")
+    out = io.StringIO()
+    print_comparison(runs_dir, console=Console(file=out, width=100))
+    assert "cpu" not in out.getvalue() and "tables" not in out.getvalue()
 
 
 def test_csv_has_a_line_for_each_run(make_run: Callable, runs_dir: Path):

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
 import shutil
+import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +12,8 @@ import pytest
 from pipeline.track.connect import connect
 from pipeline.track.delivery import Delivery
 from pipeline.track.mlflow import sync
+from pipeline.track.models import inside
+from pipeline.weights import place_of
 from tests.track.conftest import FakeRun
 from tests.track.test_mlflow import find
 
@@ -61,6 +66,50 @@ def test_there_are_none_before_an_end_or_without_a_checkpoint(fake_run: Callable
         journal.event("finish", steps=4)
         delivery.advance()
     assert models(sqlite_store, run) == {}
+
+
+def keep_at(run: FakeRun, address: str) -> None:
+    (run.folder / "job.json").write_text(json.dumps({"checkpoints": address}))
+
+
+def test_checkpoints_of_another_folder_are_models_by_their_address(fake_run: Callable, sqlite_store: str, tmp_path: Path):
+    """Who knows no other places than the run's folder changes nothing of what they are."""
+    run = fake_run()
+    with run.start() as journal:
+        journal.event("finish", steps=12)
+    for step, score in ((4, 0.9), (12, None)):
+        run.checkpoint(step, score=score)
+    elsewhere = (run.folder / "checkpoints").rename(tmp_path / "elsewhere")
+    keep_at(run, str(elsewhere))
+    sync(run.folder, uri=sqlite_store)
+    assert which(sqlite_store, run) == {}
+    expected = {"step_00000004": "best", "step_00000012": "last"}
+    sync(run.folder, uri=sqlite_store, kept_of=place_of)
+    assert which(sqlite_store, run) == expected
+    assert models(sqlite_store, run)["step_00000004"].params["uri"] == (elsewhere / "step_00000004").as_uri()
+    keep_at(run, str(tmp_path / "not mounted here"))
+    for kept_of in (inside, place_of):
+        sync(run.folder, uri=sqlite_store, kept_of=kept_of)
+        assert which(sqlite_store, run) == expected
+
+
+def test_checkpoints_in_a_store_are_models_by_its_address(fake_run: Callable, sqlite_store: str):
+    import fsspec
+
+    run, address = fake_run(), f"memory://{uuid.uuid4().hex}"
+    keep_at(run, address)
+    with run.start() as journal:
+        journal.event("finish", steps=4)
+    with fsspec.open(f"{address}/step_00000004.1/trainer.json", "w") as file:
+        file.write(json.dumps({"score": 0.9}))  # type: ignore[union-attr]
+    with fsspec.open(f"{address}/step_00000004.1/manifest.json", "w") as file:
+        file.write("{}")  # type: ignore[union-attr]
+    sync(run.folder, uri=sqlite_store, kept_of=place_of)
+    assert which(sqlite_store, run) == {"step_00000004": "last and best"}
+    assert models(sqlite_store, run)["step_00000004"].params["uri"] == f"{address}/step_00000004.1"
+    keep_at(run, "no-such-protocol://bucket")
+    sync(run.folder, uri=sqlite_store, kept_of=place_of)
+    assert which(sqlite_store, run) == {"step_00000004": "last and best"}
 
 
 def test_they_are_looked_for_once_an_end(fake_run: Callable, sqlite_store: str, monkeypatch: pytest.MonkeyPatch):
