@@ -40,7 +40,7 @@ from pipeline.track.connect import without_password
 from pipeline.track.exposition import Exposed
 from pipeline.track.jsonl import Follower
 from pipeline.track.mlflow import Mirror
-from pipeline.weights import study_inputs
+from pipeline.weights import place_of, study_inputs
 from pipeline.worker import raise_refusal
 from pipeline.writer import journal
 
@@ -167,7 +167,7 @@ def drive(job: Job, launcher: Launcher, console: Console, *, uri: str, resume_co
         write_job(job)
         journal = folder / "journal.jsonl"
         offset = journal.stat().st_size if journal.exists() else 0
-        mirror = Mirror(folder, uri=uri)
+        mirror = Mirror(folder, uri=uri, kept_of=place_of)
         watch = Watch(console, run_dir=folder, store=uri, resume_command=resume_command)
         follower = Follower(journal, offset=offset)
 

@@ -24,6 +24,7 @@ from pipeline.suite import Suite, SuiteFile, runs_of
 from pipeline.track.mlflow import TrackingError, sync, tracking_uri
 from pipeline.track.state import state_of
 from pipeline.trials import is_over
+from pipeline.weights import place_of
 
 
 def launch_suite(
@@ -91,7 +92,7 @@ def _tell_mlflow(children: Children, console: Console) -> None:
     begun = [run for run in children.where.values() if state_of(run) != "new"]
     try:
         if begun and children.left():  # else the last run has told it
-            sync(begun[-1], uri=tracking_uri(children.runs))
+            sync(begun[-1], uri=tracking_uri(children.runs), kept_of=place_of)
     except (TrackingError, ValueError) as error:  # another one may be on its way to the user
         console.out(str(error), highlight=False)
 

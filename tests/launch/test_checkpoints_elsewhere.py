@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint import step_folders
+from pipeline.track.connect import connect
 from pipeline.track.jsonl import read
 from pipeline.weights import load_run
 from tests.small import Command, command, same_weights
@@ -38,6 +39,9 @@ def test_they_are_there_and_a_run_whose_folder_is_lost_goes_on_with_them(tmp_pat
     there = [path.name for path in step_folders(tmp_path / "elsewhere" / "run")]
     assert there[-1] == "step_00000008" and not (tmp_path / "one" / "run" / "checkpoints").exists()
     assert load_run(tmp_path / "one" / "run").state_dict()
+    client = connect(f"sqlite:///{tmp_path}/mlflow.db")
+    [model] = client.search_logged_models([each.experiment_id for each in client.search_experiments()])
+    assert model.params["uri"] == (tmp_path / "elsewhere" / "run" / "step_00000008").as_uri()
 
     code, _, said = run(*other)
     assert code == 2 and not (tmp_path / "other" / "run").exists()
