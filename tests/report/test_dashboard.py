@@ -180,6 +180,7 @@ def test_the_figures_of_the_runs_that_are_picked(store: FakeStore):
     assert (
         whole.count('"aria-checked":"true"') == 4
         and "keeps 0.25 of its saved bytes" in whole
+        and "What stands behind the rows" in whole
         and whole.count('"type":"Graph"') == 4
     )
     some = asking.show(f"?study={KEY}&runs={store.members[1].id[:8]}")  # of SLTT

@@ -208,6 +208,8 @@ def _costs(place: Place, key: str, group: Group) -> Iterator[Any]:
         tables.costs(group), "Mean ± standard deviation over seeds, × the baseline over paired seeds", where=tables.named(group)
     )
     yield _csv_link(place, f"{key}-costs", f"costs, {tables.named(group)}")
+    yield html.H4("What stands behind the rows")
+    yield _table(tables.behind_the_rows(group), "The baseline of each row, as far as recipes tell", where=tables.named(group))
     if (beside := tables.beside(group)) is not None:
         yield html.H4("Measured beside")
         yield html.P(tables.BESIDE_SAID, className="aside")
