@@ -187,16 +187,17 @@ class Attempt:
             with self.meters.between("tracking"):
                 self.tracker.event("step", step=self.step, epoch=epoch, metrics=metrics, memory_bytes=memory_now_bytes())
         due = recipe.checkpoint_every > 0 and self.step % recipe.checkpoint_every == 0
-        self.stop_asked, asked, late, listen = self.ranks.decide(
+        self.stop_asked, asked, late, failed, listen = self.ranks.decide(
             (self.folder / STOP).exists(),
             (self.folder / SAVE).exists(),
             recipe.checkpoint_minutes > 0 and time.monotonic() - self.saved_at > 60 * recipe.checkpoint_minutes,
+            self.parts.checkpoints.failed(),  # the state at hand is saved in its place
             time.monotonic() - self.asked_at > NOTICE_S,
         )
         self._tell_saved(self.parts.checkpoints.done())
         noticed = (listen or asked) and self._hears_notice()
         wanted = asked or noticed or self.stop_asked  # by somebody who may not have the time for an evaluation
-        if ((due or late) and not last) or wanted:
+        if ((due or late or failed) and not last) or wanted:
             with self.meters.between("checkpoint"):
                 self._save(score=None, owes=last)
             if wanted:

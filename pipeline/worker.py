@@ -179,6 +179,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
         ranks=ranks.size,
         each=ranks.each,
         on_quarantine=lambda address, reason: tracker.event("quarantine", sync=True, path=address, reason=reason),
+        on_unwritten=lambda step, error: tracker.event("unwritten", sync=True, step=step, error=error),
         beat=watchdog.beat,
     )
     checkpoint = ranks.agree(lambda: _newest(checkpoints, written, folder, trust=job.trust))

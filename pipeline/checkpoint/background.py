@@ -6,6 +6,7 @@ which are training's: each rank notes in the checkpoint's folder what it has wri
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -84,6 +85,9 @@ class Background:
         except BaseException as error:  # whoever waits for the future raises it
             self.part.set_exception(error)
             self.whole.set_exception(error)
+            if self.rank:
+                with contextlib.suppress(OSError):  # of storage that fails; then rank 0 hears of it when they next meet
+                    self._failure(self.rank).touch()
             return
         self.part.set_result(None)
         try:
@@ -121,6 +125,8 @@ class Background:
         for rank in range(1, self.ranks):
             note = self._note(rank)
             while not note.exists():
+                if self._failure(rank).exists():
+                    raise Abandoned(f"checkpoint {self.name}: worker {rank} could not write its part")
                 if self._nobody_waits.is_set() and time.monotonic() > patience:
                     raise Abandoned(f"checkpoint {self.name}: the part of worker {rank} is missing")
                 time.sleep(POLL_S)
@@ -130,6 +136,9 @@ class Background:
 
     def _note(self, rank: int) -> Path:
         return self.temp / f".{rank}.json"
+
+    def _failure(self, rank: int) -> Path:
+        return self.temp / f".{rank}.failed"
 
 
 def _write(file: Path, value: Any) -> None:

@@ -115,6 +115,9 @@ class Watch:
     def _on_quarantine(self, event: dict[str, Any]) -> None:
         self._say(f"quarantined {event.get('path')}: {event.get('reason')}")
 
+    def _on_unwritten(self, event: dict[str, Any]) -> None:
+        self._say(f"{event.get('error')}; another is begun at once")
+
     def _on_skipped(self, event: dict[str, Any]) -> None:
         self._say(f"skipped batch {event.get('step')} of {event.get('samples')} samples: {event.get('reason')}")
 

@@ -48,6 +48,10 @@ ROWS: dict[str, tuple[str, ...]] = {
         *(f"{WRITE}::test_a_full_disk_that_holds_the_whole_run_costs_no_bit",),
         *("test_writer.py::test_an_error_that_a_full_disk_keeps_from_the_journal_is_raised_all_the_same",),
     ),
+    "storage that fails for a moment": (
+        f"{WRITE}::test_storage_that_fails_for_a_moment_costs_one_checkpoint_and_no_training",
+        *("checkpoint/test_background.py::test_that_one_rank_cannot_write_is_known_at_once_and_all_write_again",),
+    ),
     "kill while an old checkpoint is deleted": (f"{CHECKPOINT}::test_a_kill_while_an_old_checkpoint_is_deleted_is_survived",),
     "truncated, bit-flipped, missing checkpoint; missing manifest": (
         *(HUNTED, f"{WRITE}::test_the_newest_is_damaged", f"{WRITE}::test_all_are_damaged_and_the_run_begins_anew"),
