@@ -104,12 +104,7 @@ def _attempt(
     attempt_of: Callable[[Parts], Attempt],
 ) -> dict[str, Any] | None:
     try:
-        attempt = attempt_of(compose(job, place, ranks, tracker, watchdog, clock, began))
-    except ValueError as error:
-        ranks.raise_if_gone(error)
-        raise refusal_of(error) from error
-    try:
-        return _run_in_memory(attempt, ranks, tracker)
+        return _run_in_memory(attempt_of(compose(job, place, ranks, tracker, watchdog, clock, began)), ranks, tracker)
     except Refused:
         raise  # every rank knows
     except ValueError as error:
@@ -165,7 +160,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
     """Build everything that this process trains with, and restore the newest checkpoint into it; collective."""
     watchdog.beat()
     folder = Path(job.run)
-    written = Recipe.read(folder / "recipe.json", trust=job.trust)
+    written = ranks.together(lambda: Recipe.read(folder / "recipe.json", trust=job.trust))  # a node may lack the user's package
     recipe = fitted(written, ranks.agree(lambda: limit_of(folder)))
     kept = ranks.together(lambda: place_at(job.checkpoints, folder))
     if ranks.size > 1:

@@ -9,11 +9,12 @@ from typing import Any, Protocol
 
 from pipeline.checkpoint.sealed import damage
 from pipeline.pickles import code_in
+from pipeline.refused import Refused
 
 TRAINER = "trainer.json"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(Refused):
     """A checkpoint that cannot be used, in one line."""
 
 
