@@ -119,11 +119,21 @@ def _run_in_memory(attempt: Attempt, ranks: Ranks, tracker: Tracker) -> dict[str
     try:
         return _run_on_whole_pages(attempt)
     except torch.OutOfMemoryError as error:
-        samples = halve(Path(attempt.parts.job.run), attempt.parts.split)
+        parts = attempt.parts
+        samples = halve(Path(parts.job.run), parts.split, split_of=lambda limit: _split_of(parts, limit))
         tracker.event("smaller", step=attempt.step, micro_batch=samples, reason=str(error))
         if ranks.size > 1:
             raise  # the others wait for this rank: only its death frees them
         raise Smaller from None  # without the frames, which hold what has to go
+
+
+def _split_of(parts: Parts, limit: int) -> Split:
+    """As the next attempt will cut a batch, or refuse to, where at most so many samples may be held at a time."""
+    recipe = steady(fitted(parts.recipe, limit), parts.backend.network, parts.sizes)
+    check_accumulation(recipe, parts.rule, parts.sizes)
+    for size in parts.sizes:
+        build_mixing(recipe, recipe.split(size))
+    return recipe.split(parts.ranks.size)
 
 
 def _run_on_whole_pages(attempt: Attempt) -> dict[str, Any] | None:

@@ -97,7 +97,10 @@ ROWS: dict[str, tuple[str, ...]] = {
         *(f"{ELASTIC}::test_a_node_is_taken_away_after_a_notice",),
         *("faults/test_preemption.py::test_a_notice_is_saved_upon_once_and_the_run_goes_on",),
     ),
-    "out of memory": ("faults/test_out_of_memory.py::test_the_micro_batch_is_halved_until_it_fits",),
+    "out of memory": (
+        *("faults/test_out_of_memory.py::test_the_micro_batch_is_halved_until_it_fits",),
+        *("faults/test_out_of_memory.py::test_where_no_fewer_can_be_taken_it_says_why_and_notes_nothing",),
+    ),
     # refused
     "no checkpoint where the journal knows one": (
         f"{WRITE}::test_where_they_were_is_empty_and_nothing_is_trained_before_they_are_back",
