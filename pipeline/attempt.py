@@ -319,6 +319,8 @@ class Attempt:
         if saved is not None:
             figures = {"stall_s": saved.stall_s, "write_s": saved.write_s, "bytes": saved.bytes}
             self.tracker.event("checkpoint", sync=True, step=saved.step, path=saved.address, **figures)
+            if saved.untidy:
+                self.tracker.event("undeleted", step=saved.step, error=saved.untidy)
 
     # ------------------------------------------------------------------------------------------------------------- ends
 

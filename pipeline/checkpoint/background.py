@@ -39,7 +39,7 @@ class Background:
     Args:
         files: what to write, by name: text, tensors by name (`.safetensors`), or what `torch.save` takes. Emptied, as what
             is written need not be held.
-        on_whole: rank 0 calls it, in the thread, when the checkpoint is whole.
+        on_whole: rank 0 calls it, in the thread, when the checkpoint is whole, which stays so whatever this raises.
     """
 
     def __init__(
@@ -56,6 +56,8 @@ class Background:
         self.place, self.name, self.rank, self.ranks, self.on_whole = place, name, rank, ranks, on_whole
         self.temp = place.staging / f".writing-{attempt}-{name}"
         self.seconds, self.bytes, self.address = 0.0, 0, ""
+        self.untidy = ""
+        """what `on_whole` raised, in words"""
         self.part: Future[None] = Future()
         """this rank's files are where they belong"""
         self.whole: Future[None] = Future()
@@ -96,12 +98,18 @@ class Background:
                 seal(self.temp, facts)
                 self.address = self.place.finish(self.temp, self.name)
                 self.bytes = sum(fact["bytes"] for fact in facts.values())
-                self.on_whole()
+                self._tell_whole()
         except BaseException as error:
             self.whole.set_exception(error)
             return
         self.seconds = time.monotonic() - began
         self.whole.set_result(None)
+
+    def _tell_whole(self) -> None:
+        try:
+            self.on_whole()
+        except Exception as error:
+            self.untidy = f"{type(error).__name__}: {error}"
 
     def _write(self, files: dict[str, Any]) -> Facts:
         names = list(files)

@@ -37,6 +37,8 @@ class Saved:
     write_s: float
     """from then on until it was whole"""
     bytes: int
+    untidy: str = ""
+    """why an older one, which should go, could not be deleted"""
 
 
 class Checkpoints:
@@ -113,7 +115,7 @@ class Checkpoints:
             attempt=f"{self.attempt}.{self._failures}" if self._failures else self.attempt,  # beside what is left of one
             rank=self.rank,
             ranks=self.ranks,
-            on_whole=lambda: prune(self.place, keep=self.keep),
+            on_whole=lambda: self._tidy(name),
         )
         self._in_flight, self._told = _InFlight(step, writing, time.monotonic() - began), False
         return before
@@ -206,6 +208,10 @@ class Checkpoints:
             self.on_unwritten(flight.step, error.strerror or str(error))
             return None
 
+    def _tidy(self, name: str) -> None:
+        self.place.tidy(name)
+        prune(self.place, keep=self.keep)
+
     def _agree(self, flight: _InFlight, outcome: Future[None]) -> None:
         """Every rank's outcome is good, or every rank raises what the first bad one was, and what was written is deleted."""
         while not all(self.each(_is_done(outcome))):  # together, so that no rank waits for long without a sign of life
@@ -235,7 +241,7 @@ class Checkpoints:
 
     def _saved(self, flight: _InFlight) -> Saved:
         writing = flight.writing
-        return Saved(writing.address, flight.step, flight.stall_s, writing.seconds, writing.bytes)
+        return Saved(writing.address, flight.step, flight.stall_s, writing.seconds, writing.bytes, writing.untidy)
 
 
 @dataclass(frozen=True)

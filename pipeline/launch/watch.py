@@ -118,6 +118,9 @@ class Watch:
     def _on_unwritten(self, event: dict[str, Any]) -> None:
         self._say(f"{event.get('error')}; another is begun at once")
 
+    def _on_undeleted(self, event: dict[str, Any]) -> None:
+        self._say(f"checkpoint at step {event.get('step')} is whole; an older one could not be deleted: {event.get('error')}")
+
     def _on_skipped(self, event: dict[str, Any]) -> None:
         self._say(f"skipped batch {event.get('step')} of {event.get('samples')} samples: {event.get('reason')}")
 

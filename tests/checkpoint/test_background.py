@@ -144,6 +144,28 @@ def test_two_that_fail_in_a_row_are_told_to_training_and_the_one_before_stays(
     assert checkpoints.wait() is None
 
 
+@pytest.mark.parametrize("steps", [(1, 2, 3, 4), (1, 1, 1, 1)])
+def test_an_old_one_that_cannot_be_deleted_is_told_and_costs_no_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...]
+) -> None:
+    """As where NFS keeps the name of a file that somebody has open."""
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="a", keep=1)
+    save(checkpoints, steps[0], backend(0), Counting(0.0), TRAINER)
+
+    def fails(path: Path, **how: Any) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.checkpoint.folder.shutil.rmtree", fails)
+        for value, number in enumerate(steps[1:]):
+            told = save(checkpoints, number, backend(), Counting(value + 1.0), TRAINER)
+            assert told.step == number and told.untidy.startswith("OSError: [Errno 39] Directory not empty: ")
+    rule = Counting()
+    restore(Checkpoints(Folder(tmp_path), attempt="b"), backend(), rule)
+    assert rule.feedback.tolist() == [3.0] * 3  # type: ignore[operator]
+    assert [path.name for path in tmp_path.iterdir()] == [f"step_{steps[-1]:08d}"]  # swept
+
+
 def test_an_attempt_that_ends_by_an_error_finishes_what_it_was_writing(tmp_path: Path, gate: threading.Event) -> None:
     checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
     checkpoints.save(1, backend(), Counting(), TRAINER)

@@ -156,6 +156,7 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_or_the_new(
         patch.setattr("pipeline.checkpoint.folder.shutil.rmtree", removed)
         try:
             Folder(tmp_path).finish(made, "step_00000003")
+            Folder(tmp_path).tidy("step_00000003")
             assert call == 4  # after two renames, one to the name of what goes, and its end
         except Killed:
             assert call < 4

@@ -53,6 +53,10 @@ ROWS: dict[str, tuple[str, ...]] = {
         *("checkpoint/test_background.py::test_that_one_rank_cannot_write_is_known_at_once_and_all_write_again",),
     ),
     "kill while an old checkpoint is deleted": (f"{CHECKPOINT}::test_a_kill_while_an_old_checkpoint_is_deleted_is_survived",),
+    "an old checkpoint that cannot be deleted": (
+        "checkpoint/test_background.py::test_an_old_one_that_cannot_be_deleted_is_told_and_costs_no_new_one",
+        *("checkpoint/test_store.py::test_a_bucket_that_lets_nobody_delete_takes_new_ones_all_the_same",),
+    ),
     "truncated, bit-flipped, missing checkpoint; missing manifest": (
         *(HUNTED, f"{WRITE}::test_the_newest_is_damaged", f"{WRITE}::test_all_are_damaged_and_the_run_begins_anew"),
         *(f"{CHECKPOINT}::test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used",),
