@@ -61,6 +61,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         *(HUNTED, f"{WRITE}::test_the_newest_is_damaged", f"{WRITE}::test_all_are_damaged_and_the_run_begins_anew"),
         *(f"{CHECKPOINT}::test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used",),
     ),
+    "checkpoint on a bad sector": (f"{CHECKPOINT}::test_one_whose_medium_fails_is_quarantined_and_the_one_before_is_used",),
     "truncated Ray snapshot": (HUNTED,),
     "driver killed": (HUNTED, "launch/test_continual_recovery.py::test_a_run_killed_in_its_second_task_goes_on_there"),
     "SIGTERM": (
