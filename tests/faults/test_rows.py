@@ -101,7 +101,9 @@ ROWS: dict[str, tuple[str, ...]] = {
     "a node is taken away after a notice": (
         *(f"{ELASTIC}::test_a_node_is_taken_away_after_a_notice",),
         *("faults/test_preemption.py::test_a_notice_is_saved_upon_once_and_the_run_goes_on",),
+        *("faults/test_preemption.py::test_a_save_waits_for_no_evaluation_which_is_begun_anew",),
     ),
+    "a worker that dies in an evaluation": ("faults/test_preemption.py::test_what_dies_in_an_evaluation_has_saved_before_it",),
     "out of memory": (
         *("faults/test_out_of_memory.py::test_the_micro_batch_is_halved_until_it_fits",),
         *("faults/test_out_of_memory.py::test_where_no_fewer_can_be_taken_it_says_why_and_notes_nothing",),
