@@ -357,7 +357,10 @@ class Attempt:
         self._wait_for_checkpoint()
         done = self.parts.skipped.rollbacks
         if done == self.recipe.max_rollbacks:
-            raise Diverged(f"training: {back}; it has gone back max_rollbacks={done} times; lower optimizer.lr?") from back
+            said = f"training: {back}; it has gone back max_rollbacks={done} times"
+            if back.skips:
+                raise Diverged(f"{said}; lower optimizer.lr?") from back
+            raise Refused(f"{said}; a memory, a device or a network is at fault: look with spiketrain doctor") from back
         decided = self.parts.skipped.after(back, saved=self.saved_step)
         self.ranks.agree(lambda: decided.write(self.folder))
         self.tracker.event("rollback", sync=True, step=back.step, to=self.saved_step, reason=back.reason)

@@ -72,7 +72,10 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "Ctrl-C": (SIGNALS, HUNTED, "launch/test_drive.py::test_the_first_asks_to_save_and_the_second_ends_at_once"),
     "a link between hosts that is cut and mended": (f"{HOSTS}::test_a_link_that_was_cut_and_mended_costs_no_bit",),
-    "weights of workers that come apart": (BITS, f"{CLUSTER}::test_weights_that_come_apart_are_found_and_given_up"),
+    "weights of workers that come apart": (
+        *(BITS, f"{CLUSTER}::test_weights_that_come_apart_are_found_and_given_up"),
+        *("test_replicas.py::test_weights_that_come_apart_again_and_again_are_no_matter_of_the_learning_rate",),
+    ),
     "MLflow slow, down and back": (
         *("faults/test_mlflow.py::test_a_server_that_hangs_and_dies_costs_no_bit_and_misses_nothing",),
         *("track/test_mlflow.py::test_a_server_that_hangs_dies_and_comes_back",),
