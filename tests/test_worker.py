@@ -375,7 +375,8 @@ def _refused_on_one(rank: int, ranks: int, job: Job, name: str) -> str:
 
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
-            patch.setattr(*{"recipe": (Recipe, "read"), "schedule": (worker, "build_schedule")}[name], refuses)
+            target, attribute = {"recipe": (Recipe, "read"), "schedule": (worker, "build_schedule")}[name]
+            patch.setattr(target, attribute, refuses)
         try:
             worker.run(job, Place(rank, ranks))
         except Exception as error:

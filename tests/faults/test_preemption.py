@@ -166,13 +166,21 @@ def test_what_dies_in_an_evaluation_has_saved_before_it(tmp_path: Path, untouche
 def test_two_ranks_leave_an_evaluation_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where one of them alone has seen that it is to stop, or has no more batches."""
     job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0, backend="deepspeed"))
-    assert run_ranks(_stopped_by_one, 2, tmp_path, job) == [None, None]
+    assert run_ranks(_asked_one, 2, tmp_path, job, STOP) == [None, None]
     assert (steps_of(tmp_path / "run", "stopped"), steps_of(tmp_path / "run", "evaluation")) == ([8], [])
 
 
-def _stopped_by_one(rank: int, ranks: int, job: Job) -> object:
+@pytest.mark.distributed
+def test_two_ranks_save_in_an_evaluation_together(tmp_path: Path) -> None:
+    job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0, backend="deepspeed"))
+    run_ranks(_asked_one, 2, tmp_path, job, SAVE)
+    assert (steps_of(tmp_path / "run", "checkpoint"), steps_of(tmp_path / "run", "evaluation")) == ([8, 8, 16], [8, 16])
+
+
+def _asked_one(rank: int, ranks: int, job: Job, file: str) -> object:
     with pytest.MonkeyPatch.context() as patch:
-        ask_in_an_evaluation(patch, of=8)
+        if rank == 0:
+            ask_in_an_evaluation(patch, of=8, file=file)
         if rank == 1:
             patch.setattr(assess, "LOOK_S", 1e9)
         return run(job, Place(rank, ranks, "cpu", rank))
