@@ -1,9 +1,9 @@
-"""A run's network as it is published, evaluated on each of its tasks so far, unless somebody asks to stop meanwhile."""
+"""A run's network as it is published, evaluated on each of its tasks so far, unless somebody asks to stop or save meanwhile."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -11,23 +11,26 @@ from typing import TypeVar
 import torch
 
 from pipeline.evaluate import Evaluated, evaluate, inputs
-from pipeline.job import STOP
+from pipeline.job import SAVE, STOP
 from pipeline.parts import Parts
 
 LOOK_S = 1.0
-"""between two looks whether somebody asks to stop"""
+"""between two looks whether somebody asks for something"""
 
 T_ = TypeVar("T_")
 
 
-def assess(parts: Parts, *, tasks: int, counts_operations: bool) -> list[Evaluated] | None:
-    """On each of the first `tasks`, the one at hand last; None where somebody asked to stop. Collective."""
+def assess(parts: Parts, *, tasks: int, counts_operations: bool, on_look: Callable[[], None]) -> list[Evaluated] | None:
+    """On each of the first `tasks`, the one at hand last; None where somebody asked to stop or to save. Collective.
+
+    `on_look` is called about once a second, by each rank for itself.
+    """
     recipe, ranks, network = parts.recipe, parts.ranks, parts.backend.network
     limit = recipe.evaluate_samples
     most = None if limit is None else len(range(ranks.rank, limit, ranks.size))
     loss_for = recipe.objective.build().labels
     found: list[Evaluated] = []
-    lookout, is_stopped = _Lookout(parts), False
+    lookout, is_left = _Lookout(parts, on_look), False
     parts.meters.note_peaks()
     with published(parts):
         for index, task in enumerate(parts.loaders.tasks[:tasks]):
@@ -36,19 +39,20 @@ def assess(parts: Parts, *, tasks: int, counts_operations: bool) -> list[Evaluat
                 batches = lookout.over(inputs(val_set, recipe.time_steps, parts.device, most=most))
                 about = {"network": network, "counts_operations": counts_operations}
                 found.append(evaluate(parts.backend.model, batches, loss_for, over_time=recipe.over_time, **about))
-            is_stopped = bool(ranks.max(torch.tensor(float(lookout.is_asked_to_stop))))
-            if is_stopped:
+            is_left = bool(ranks.max(torch.tensor(float(lookout.is_asked))))
+            if is_left:
                 break
     parts.meters.forget_peaks()  # what evaluation held is not what training needs
-    return None if is_stopped else found
+    return None if is_left else found
 
 
 class _Lookout:
-    """Whether somebody asks to stop; each rank looks by itself between batches, as they have not as many."""
+    """Whether somebody asks to stop or to save; each rank looks by itself between batches, as they have not as many."""
 
-    def __init__(self, parts: Parts) -> None:
-        self.is_asked_to_stop = False
-        self._file, self._watchdog = Path(parts.job.run) / STOP, parts.watchdog
+    def __init__(self, parts: Parts, on_look: Callable[[], None]) -> None:
+        self.is_asked = False
+        self._files = [Path(parts.job.run) / name for name in (STOP, SAVE)]
+        self._watchdog, self._on_look = parts.watchdog, on_look
 
     def over(self, batches: Iterable[T_]) -> Iterator[T_]:
         """All of them, or fewer."""
@@ -58,8 +62,9 @@ class _Lookout:
             yield batch
             if time.monotonic() - looked_at > LOOK_S:
                 looked_at = time.monotonic()
-                if self._file.exists():
-                    self.is_asked_to_stop = True
+                self._on_look()
+                if any(file.exists() for file in self._files):
+                    self.is_asked = True
                     return
 
 

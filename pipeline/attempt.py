@@ -37,6 +37,8 @@ from pipeline.track.jsonl import read
 
 NOTICE_S = 5.0
 """between two questions whether a machine is about to be taken away: Ray looks as often"""
+UNSAVED_S = 30.0
+"""of training that an evaluation, however long, may leave unsaved: what is older is saved before it"""
 
 
 class Attempt:
@@ -176,7 +178,7 @@ class Attempt:
         self.tracker.event("skipped", step=step, reason=reason, samples=self.recipe.batch_size)
 
     def _between_batches(self, epoch: int, *, last: bool) -> None:
-        """Log, look whether somebody asked to stop, and save where it is time; an epoch's end is saved after its evaluation."""
+        """Log, look whether somebody asked to stop, and save where it is time; for an epoch's end see `_end_of_epoch`."""
         recipe = self.recipe
         self.watchdog.beat()
         if self.step % recipe.log_every == 0 or last:
@@ -187,16 +189,17 @@ class Attempt:
             with self.meters.between("tracking"):
                 self.tracker.event("step", step=self.step, epoch=epoch, metrics=metrics, memory_bytes=memory_now_bytes())
         due = recipe.checkpoint_every > 0 and self.step % recipe.checkpoint_every == 0
-        self.stop_asked, asked, late, listen = self.ranks.decide(
+        self.stop_asked, asked, late, failed, listen = self.ranks.decide(
             (self.folder / STOP).exists(),
             (self.folder / SAVE).exists(),
             recipe.checkpoint_minutes > 0 and time.monotonic() - self.saved_at > 60 * recipe.checkpoint_minutes,
+            self.parts.checkpoints.failed(),  # the state at hand is saved in its place
             time.monotonic() - self.asked_at > NOTICE_S,
         )
         self._tell_saved(self.parts.checkpoints.done())
         noticed = (listen or asked) and self._hears_notice()
         wanted = asked or noticed or self.stop_asked  # by somebody who may not have the time for an evaluation
-        if ((due or late) and not last) or wanted:
+        if ((due or late or failed) and not last) or wanted:
             with self.meters.between("checkpoint"):
                 self._save(score=None, owes=last)
             if wanted:
@@ -243,16 +246,20 @@ class Attempt:
     # ------------------------------------------------------------------------------------------- epochs and checkpoints
 
     def _end_of_epoch(self, epoch: int) -> None:
-        """Evaluate, compare gradients and save, each where it is time; in vain where somebody asks to stop meanwhile."""
+        """Evaluate, compare gradients and save, each where it is time; in vain where somebody asks to stop meanwhile.
+
+        It is saved with the score of its evaluation, and before that without one where much would be lost with the workers.
+        """
         stretch, score = self.stretch, None
         is_learnt = self.step == stretch.end
         if is_learnt or (epoch - stretch.first_epoch + 1) % self.recipe.evaluate_every == 0:
             figures = self._figures()
+            [is_old] = self.ranks.decide(time.monotonic() - self.saved_at > UNSAVED_S)
+            if is_old:
+                self._save_without_score()
             with self.meters.between("evaluation"):
                 results = self._evaluate()
             if self.stop_asked:
-                with self.meters.between("checkpoint"):
-                    self._save(score=None, owes=True)
                 return
             self.result = mean_of(results)
             # With tasks to come the mean is one of other tasks: no score to find the best checkpoint by.
@@ -284,9 +291,31 @@ class Attempt:
 
     def _evaluate(self) -> list[Evaluation]:
         """On each task so far, the one at hand last; nothing where somebody asked to stop meanwhile."""
-        found = assess(self.parts, tasks=self.stretch.index + 1, counts_operations=self.step == self.steps)
-        self.stop_asked, self.evaluated = found is None, found or []
-        return [each.result for each in self.evaluated]
+        about = {"tasks": self.stretch.index + 1, "counts_operations": self.step == self.steps}
+        look = lambda: self._tell_saved(self.parts.checkpoints.done())
+        self.evaluated = []
+        while (found := assess(self.parts, **about, on_look=look)) is None:
+            self._save_in_evaluation()
+            if self.stop_asked:
+                return []
+        self.evaluated = found
+        return [each.result for each in found]
+
+    def _save_in_evaluation(self) -> None:
+        """For whoever asks to stop, or to save, and may not have the time for the rest of it; collective."""
+        self.stop_asked, asked = self.ranks.decide((self.folder / STOP).exists(), (self.folder / SAVE).exists())
+        if asked:
+            self._hears_notice()
+        self._save_without_score()
+        self._wait_for_checkpoint()
+        if self.ranks.rank == 0:
+            (self.folder / SAVE).unlink(missing_ok=True)
+
+    def _save_without_score(self) -> None:
+        """An epoch's end, whose evaluation is owed by whoever goes on from there."""
+        if self.saved_step != self.step:
+            with self.meters.between("checkpoint"):
+                self._save(score=None, owes=True)
 
     def _save(self, *, score: float | None, owes: bool = False) -> None:
         if self.recipe.replicas_every:
@@ -318,6 +347,8 @@ class Attempt:
         if saved is not None:
             figures = {"stall_s": saved.stall_s, "write_s": saved.write_s, "bytes": saved.bytes}
             self.tracker.event("checkpoint", sync=True, step=saved.step, path=saved.address, **figures)
+            if saved.untidy:
+                self.tracker.event("undeleted", step=saved.step, error=saved.untidy)
 
     # ------------------------------------------------------------------------------------------------------------- ends
 
@@ -326,7 +357,10 @@ class Attempt:
         self._wait_for_checkpoint()
         done = self.parts.skipped.rollbacks
         if done == self.recipe.max_rollbacks:
-            raise Diverged(f"training: {back}; it has gone back max_rollbacks={done} times; lower optimizer.lr?") from back
+            said = f"training: {back}; it has gone back max_rollbacks={done} times"
+            if back.skips:
+                raise Diverged(f"{said}; lower optimizer.lr?") from back
+            raise Refused(f"{said}; a memory, a device or a network is at fault: look with spiketrain doctor") from back
         decided = self.parts.skipped.after(back, saved=self.saved_step)
         self.ranks.agree(lambda: decided.write(self.folder))
         self.tracker.event("rollback", sync=True, step=back.step, to=self.saved_step, reason=back.reason)

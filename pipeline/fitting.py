@@ -6,6 +6,7 @@ batch norm does: its statistics are then those of fewer samples.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,15 +41,28 @@ def fitted(recipe: Recipe, limit: int | None) -> Recipe:
     return replace(recipe, micro_batch=min(sizes, default=None))
 
 
-def halve(run: Path, split: Split) -> int:
-    """Note that not even `split.micro_batch` samples fit; how many are tried next.
+def halve(run: Path, split: Split, *, split_of: Callable[[int], Split]) -> int:
+    """Note that not even `split.micro_batch` samples fit; how many are tried next: half of them, or the next fewer that may be.
+
+    `split_of` tells how the batch falls on the workers in micro-batches of at most so many samples; it raises ValueError where
+    the recipe takes none of that size.
 
     Raises:
-        ValueError: one sample is too many; of several ranks the others do not know yet.
+        ValueError: one sample is too many, or no fewer may be taken, and nothing is noted; of several ranks the others do not
+            know yet.
     """
-    if split.micro_batch == 1:
-        raise ValueError(
-            "training: the device's memory runs out with one sample at a time; take a smaller network, or more memory"
-        )
-    write_json(run / FILE, split.micro_batch // 2)
-    return split.micro_batch // 2
+    had, refusal = split.micro_batch, None
+    for samples in range(had // 2, 0, -1):
+        try:
+            is_one = split_of(samples).micro_batch == samples  # or the batch does not divide by it
+        except ValueError as error:
+            refusal = refusal or error  # of the largest
+            continue
+        if is_one:
+            write_json(run / FILE, samples)
+            return samples
+    held = "one sample" if had == 1 else f"{had} samples"
+    why = f", and fewer cannot be taken: {refusal}" if refusal else ""
+    raise ValueError(
+        f"training: the device's memory runs out with {held} at a time{why}; take a smaller network, or more memory"
+    ) from refusal

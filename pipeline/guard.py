@@ -118,6 +118,7 @@ class Guard:
         if state is not None:
             self._in_a_row = int(state["in_a_row"])
             self._good.extend(float(loss) for loss in state["losses"])
+        self._before: _Before | None = None
         self._losses: list[Tensor] = []
         self._loss = math.nan
 
@@ -128,19 +129,25 @@ class Guard:
     @contextmanager
     def batch(self, step: int) -> Iterator[None]:
         """Surrounds a batch. Raises GoBack, on every rank."""
-        before = _Before(self.backend, self.rule) if self.takes_back else None
         self._losses = []
         try:
             yield
         except _Bad as bad:
             self._in_a_row += 1
-            if before is None or self._in_a_row > self.skips:
+            if self._before is None or self._in_a_row > self.skips:
                 raise GoBack(step, str(bad)) from bad
-            before.put_back()
+            self._before.put_back()
             self.on_skip(step, str(bad))
         else:
             self._in_a_row = 0
             self._good.append(self._loss)
+        finally:
+            self._before = None
+
+    def keep(self) -> None:
+        """Copy what a batch changes beside the weights, as large as what the rule has learnt, inside what is measured."""
+        if self.takes_back:
+            self._before = _Before(self.backend, self.rule)
 
     def add(self, loss: Tensor, share: float) -> None:
         """A part of the batch's loss; parts weighted by their shares sum to it over micro-batches and ranks."""
@@ -186,6 +193,9 @@ class Unguarded:
 
     def batch(self, step: int) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def keep(self) -> None:
+        pass
 
     def add(self, loss: Tensor, share: float) -> None:
         pass

@@ -13,8 +13,8 @@ from typing import Literal
 STOP = "stop"
 """in a run's folder: somebody asks it to save after the step at hand and to stop; what it holds says who"""
 SAVE = "save"
-"""in a run's folder: somebody asks it to save after the step at hand and to go on; where machines are about to be taken away it
-holds them and when, as JSON"""
+"""in a run's folder: somebody asks it to save after the step at hand, or in the middle of an evaluation, and to go on; where
+machines are about to be taken away it holds them and when, as JSON"""
 REFUSAL = "refusal.json"
 """in a run's folder: why its last attempt cannot go on, found by one rank alone in the middle of training"""
 

@@ -59,6 +59,10 @@ class Guard(Protocol):
         """Surrounds a batch, and ends it without a trace where it must not be learnt from."""
         ...
 
+    def keep(self) -> None:
+        """First of all in a batch: whatever it takes to end it without a trace."""
+        ...
+
     def add(self, loss: Tensor, share: float) -> None: ...
 
     def check(self) -> None:
@@ -78,6 +82,8 @@ def train(
     """Train on `batches` of (step, micro-batches): one global batch each, workers x accumulated micro-batches."""
     for step, micro_batches in batches:
         with guard.batch(step), meters.batch(step):
+            with meters.part("metrics"):
+                guard.keep()
             with meters.part("optimizer"):
                 schedule(step)
             for x_TB, target_B, rows, share, teacher_BK in micro_batches:

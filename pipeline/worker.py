@@ -104,12 +104,7 @@ def _attempt(
     attempt_of: Callable[[Parts], Attempt],
 ) -> dict[str, Any] | None:
     try:
-        attempt = attempt_of(compose(job, place, ranks, tracker, watchdog, clock, began))
-    except ValueError as error:
-        ranks.raise_if_gone(error)
-        raise refusal_of(error) from error
-    try:
-        return _run_in_memory(attempt, ranks, tracker)
+        return _run_in_memory(attempt_of(compose(job, place, ranks, tracker, watchdog, clock, began)), ranks, tracker)
     except Refused:
         raise  # every rank knows
     except ValueError as error:
@@ -124,11 +119,21 @@ def _run_in_memory(attempt: Attempt, ranks: Ranks, tracker: Tracker) -> dict[str
     try:
         return _run_on_whole_pages(attempt)
     except torch.OutOfMemoryError as error:
-        samples = halve(Path(attempt.parts.job.run), attempt.parts.split)
+        parts = attempt.parts
+        samples = halve(Path(parts.job.run), parts.split, split_of=lambda limit: _split_of(parts, limit))
         tracker.event("smaller", step=attempt.step, micro_batch=samples, reason=str(error))
         if ranks.size > 1:
             raise  # the others wait for this rank: only its death frees them
         raise Smaller from None  # without the frames, which hold what has to go
+
+
+def _split_of(parts: Parts, limit: int) -> Split:
+    """As the next attempt will cut a batch, or refuse to, where at most so many samples may be held at a time."""
+    recipe = steady(fitted(parts.recipe, limit), parts.backend.network, parts.sizes)
+    check_accumulation(recipe, parts.rule, parts.sizes)
+    for size in parts.sizes:
+        build_mixing(recipe, recipe.split(size))
+    return recipe.split(parts.ranks.size)
 
 
 def _run_on_whole_pages(attempt: Attempt) -> dict[str, Any] | None:
@@ -165,7 +170,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
     """Build everything that this process trains with, and restore the newest checkpoint into it; collective."""
     watchdog.beat()
     folder = Path(job.run)
-    written = Recipe.read(folder / "recipe.json", trust=job.trust)
+    written = ranks.together(lambda: Recipe.read(folder / "recipe.json", trust=job.trust))  # a node may lack the user's package
     recipe = fitted(written, ranks.agree(lambda: limit_of(folder)))
     kept = ranks.together(lambda: place_at(job.checkpoints, folder))
     if ranks.size > 1:
@@ -179,6 +184,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
         ranks=ranks.size,
         each=ranks.each,
         on_quarantine=lambda address, reason: tracker.event("quarantine", sync=True, path=address, reason=reason),
+        on_unwritten=lambda step, error: tracker.event("unwritten", sync=True, step=step, error=error),
         beat=watchdog.beat,
     )
     checkpoint = ranks.agree(lambda: _newest(checkpoints, written, folder, trust=job.trust))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline import guard
 from pipeline.backend.plain import Plain
 from pipeline.guard import WINDOW, GoBack, Guard, Skipped, is_in
 from pipeline.loop import MicroBatch, train
+from pipeline.measure.clock import Clock
 from pipeline.objective import CrossEntropy
 from pipeline.ranks import Ranks
 from pipeline.refused import Refused
@@ -51,12 +54,12 @@ class Trained:
         torch.manual_seed(1)  # of dropout
         self.guard = Guard(self.backend, self.rule, ranks, on_skip=lambda *told: self.told.append(told), **guard)
 
-    def batch(self, step: int, *, scale: float = 1.0, bad: bool = False) -> None:
+    def batch(self, step: int, *, scale: float = 1.0, bad: bool = False, meters: NoMeters = NoMeters()) -> None:
         draw = torch.Generator().manual_seed(step)
         x_BC, target_B = torch.randn(8, 4, generator=draw), torch.randint(3, (8,), generator=draw)
         x_BC = x_BC.fill_(math.nan) if bad else x_BC * scale
         batches = [(step, [MicroBatch(repeat(x_BC, 3), target_B, range(8), 1.0)])]
-        train(self.rule, self.backend, lambda step: None, batches, CrossEntropy(), NoMeters(), self.guard)
+        train(self.rule, self.backend, lambda step: None, batches, CrossEntropy(), meters, self.guard)
 
     def values(self) -> dict[str, Tensor]:
         momentum = self.backend.optimizer.state_dict()["state"]
@@ -78,6 +81,33 @@ def test_a_bad_batch_leaves_no_trace() -> None:
     assert same(hit.values(), whole.values())
     assert hit.told == [(2, "its gradient is not finite on 1 of 1 workers")]  # spikes hide it from the loss
     assert all(p.grad is None for p in hit.backend.network.parameters())
+
+
+class Timed(NoMeters):
+    """The clock of a run."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+
+    def batch(self, step: int) -> Any:
+        return self.clock.batch()
+
+    def part(self, name: str) -> Any:
+        return self.clock.part(name)  # type: ignore[arg-type]
+
+
+def test_what_is_copied_before_a_batch_is_charged_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HLOP's and OPZO's state is large."""
+    made, meters, original = Trained(), Timed(), guard._Before
+
+    def slow(*parts: Any) -> guard._Before:
+        time.sleep(0.05)
+        return original(*parts)
+
+    monkeypatch.setattr(guard, "_Before", slow)
+    made.batch(0, meters=meters)
+    [seconds] = meters.clock.take()
+    assert seconds["metrics"] >= 0.05 and made.guard._before is None
 
 
 def test_a_gradient_that_is_not_finite_is_bad_though_the_loss_is() -> None:

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline import attempt
 from pipeline.ranks import Ranks
+from pipeline.refused import Diverged, Refused
 from pipeline.replicas import drifted, fingerprint, stragglers
 from tests.processes import run_ranks
+from tests.small import small_recipe, train_inline
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -50,3 +53,16 @@ def test_the_one_that_is_apart_and_the_one_that_is_slow_are_named_on_every_rank(
 def test_of_two_the_slower_one(tmp_path: Path) -> None:
     assert stragglers(5.0, Ranks()) == {}
     assert [each["slow"] for each in run_ranks(_compared, 2, tmp_path)] == [{1: pytest.approx(1.9)}] * 2
+
+
+def test_weights_that_come_apart_again_and_again_are_no_matter_of_the_learning_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt, "drifted", lambda network, ranks: [1])
+    said = (
+        "training: batch 0: the weights of workers 1 are others'; it has gone back max_rollbacks=1 times; "
+        "a memory, a device or a network is at fault: look with spiketrain doctor"
+    )
+    with pytest.raises(Refused) as refusal:
+        train_inline(tmp_path / "run", small_recipe(replicas_every=1, max_rollbacks=1))
+    assert str(refusal.value) == said and not isinstance(refusal.value, Diverged)

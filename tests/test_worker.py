@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing import ProcessRaisedException
 
 import pipeline
+from pipeline import worker
 from pipeline.attempt import Attempt
 from pipeline.checkpoint import read_trainer, step_folders
 from pipeline.data.mixing import Mixing
 from pipeline.data.synthetic import Synthetic, SyntheticLoader
+from pipeline.job import Job, Place
 from pipeline.measure.clock import PARTS
 from pipeline.models.nf_resnet import nf_resnet18_small
-from pipeline.recipe import spec
+from pipeline.recipe import Recipe, spec
 from pipeline.refused import Diverged, Refused, Unbounded
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
@@ -27,6 +30,7 @@ from pipeline.track.jsonl import read
 from pipeline.track.state import state_of
 from pipeline.weights import load_start, weights_file
 from pipeline.worker import note_refusal
+from tests.processes import run_ranks
 from tests.small import make_run, recipes_of, same_weights, small_recipe, train_inline
 from tests.test_recipe import RECIPES
 
@@ -364,3 +368,41 @@ def test_a_refusal_that_one_rank_found_stops_the_next_attempt(
     with pytest.raises(Refused, match="IDE: the solve must converge") as refused:
         train_inline(tmp_path / "run", recipe)
     assert refused.type is kind and state_of(tmp_path / "run") == state
+
+
+def _refused_on_one(rank: int, ranks: int, job: Job, name: str) -> str:
+    """What rank 1 alone finds while it composes its parts ends all of them."""
+
+    def refuses(*args: Any, **more: Any) -> Any:
+        raise ValueError("recipe: lab.rules.Mine does not exist in this installation")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            target, attribute = {"recipe": (Recipe, "read"), "schedule": (worker, "build_schedule")}[name]
+            patch.setattr(target, attribute, refuses)
+        try:
+            worker.run(job, Place(rank, ranks))
+        except Exception as error:
+            (Path(job.run) / f"ended{rank}").write_text(f"{type(error).__name__}: {error}")
+            if not isinstance(error, Refused):
+                raise  # as a worker dies
+            return str(error)
+    raise AssertionError("it trained")
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(60)
+def test_a_recipe_that_one_of_two_nodes_cannot_read_is_refused_by_both(tmp_path: Path) -> None:
+    said = run_ranks(_refused_on_one, 2, tmp_path, make_run(tmp_path / "run", small_recipe(backend="deepspeed")), "recipe")
+    assert said == ["recipe: lab.rules.Mine does not exist in this installation (worker 1)"] * 2
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(60)
+def test_what_one_of_two_ranks_alone_is_refused_ends_it_and_the_next_attempt_says_why(tmp_path: Path) -> None:
+    job = make_run(tmp_path / "run", small_recipe(backend="deepspeed"))
+    with pytest.raises(ProcessRaisedException):
+        run_ranks(_refused_on_one, 2, tmp_path, job, "schedule")
+    assert (tmp_path / "run" / "ended1").read_text().startswith("ValueError: recipe: lab.rules.Mine")  # which frees the other
+    with pytest.raises(Refused, match=r"recipe: lab\.rules\.Mine does not exist"):
+        worker.run(job, Place())

@@ -6,6 +6,7 @@ which are training's: each rank notes in the checkpoint's folder what it has wri
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -38,7 +39,7 @@ class Background:
     Args:
         files: what to write, by name: text, tensors by name (`.safetensors`), or what `torch.save` takes. Emptied, as what
             is written need not be held.
-        on_whole: rank 0 calls it, in the thread, when the checkpoint is whole.
+        on_whole: rank 0 calls it, in the thread, when the checkpoint is whole, which stays so whatever this raises.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class Background:
         self.place, self.name, self.rank, self.ranks, self.on_whole = place, name, rank, ranks, on_whole
         self.temp = place.staging / f".writing-{attempt}-{name}"
         self.seconds, self.bytes, self.address = 0.0, 0, ""
+        self.untidy = ""
+        """what `on_whole` raised, in words"""
         self.part: Future[None] = Future()
         """this rank's files are where they belong"""
         self.whole: Future[None] = Future()
@@ -84,6 +87,9 @@ class Background:
         except BaseException as error:  # whoever waits for the future raises it
             self.part.set_exception(error)
             self.whole.set_exception(error)
+            if self.rank:
+                with contextlib.suppress(OSError):  # of storage that fails; then rank 0 hears of it when they next meet
+                    self._failure(self.rank).touch()
             return
         self.part.set_result(None)
         try:
@@ -92,12 +98,18 @@ class Background:
                 seal(self.temp, facts)
                 self.address = self.place.finish(self.temp, self.name)
                 self.bytes = sum(fact["bytes"] for fact in facts.values())
-                self.on_whole()
+                self._tell_whole()
         except BaseException as error:
             self.whole.set_exception(error)
             return
         self.seconds = time.monotonic() - began
         self.whole.set_result(None)
+
+    def _tell_whole(self) -> None:
+        try:
+            self.on_whole()
+        except Exception as error:
+            self.untidy = f"{type(error).__name__}: {error}"
 
     def _write(self, files: dict[str, Any]) -> Facts:
         names = list(files)
@@ -121,6 +133,8 @@ class Background:
         for rank in range(1, self.ranks):
             note = self._note(rank)
             while not note.exists():
+                if self._failure(rank).exists():
+                    raise Abandoned(f"checkpoint {self.name}: worker {rank} could not write its part")
                 if self._nobody_waits.is_set() and time.monotonic() > patience:
                     raise Abandoned(f"checkpoint {self.name}: the part of worker {rank} is missing")
                 time.sleep(POLL_S)
@@ -130,6 +144,9 @@ class Background:
 
     def _note(self, rank: int) -> Path:
         return self.temp / f".{rank}.json"
+
+    def _failure(self, rank: int) -> Path:
+        return self.temp / f".{rank}.failed"
 
 
 def _write(file: Path, value: Any) -> None:

@@ -37,6 +37,8 @@ class Saved:
     write_s: float
     """from then on until it was whole"""
     bytes: int
+    untidy: str = ""
+    """why an older one, which should go, could not be deleted"""
 
 
 class Checkpoints:
@@ -49,6 +51,7 @@ class Checkpoints:
         ranks: how many there are.
         each: every rank's value, in the order of ranks, on every rank; see `Ranks.each`.
         on_quarantine: told (address, reason) for each damaged checkpoint that is moved away.
+        on_unwritten: told (step, error), on every rank, of a checkpoint that could not be written, where saving goes on.
         beat: called again and again by a rank that waits for a thread that writes, its own or another rank's.
     """
 
@@ -62,15 +65,17 @@ class Checkpoints:
         ranks: int = 1,
         each: Callable[[Any], list[Any]] = lambda value: [value],
         on_quarantine: Callable[[str, str], None] = lambda address, reason: None,
+        on_unwritten: Callable[[int, str], None] = lambda step, error: None,
         beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.place = place
         self.attempt = attempt
         self.keep = keep
         self.rank, self.ranks, self.each = rank, ranks, each
-        self.on_quarantine, self.beat = on_quarantine, beat
+        self.on_quarantine, self.on_unwritten, self.beat = on_quarantine, on_unwritten, beat
         self._in_flight: _InFlight | None = None
         self._told = True
+        self._failures, self._is_retry = 0, False
 
     def save(
         self,
@@ -84,14 +89,17 @@ class Checkpoints:
     ) -> Saved | None:
         """Begin to write a checkpoint; collective. It is whole once `done` or `wait` says so; what `wait` says of the one before.
 
+        One before that could not be written is told to `on_unwritten`: storage that failed once may be back.
+
         `buffers` are this rank's own running statistics, where the network holds the mean over ranks while it is saved.
         `weights` are those to publish, a copy that nobody else changes; None: the network's as they are.
 
         Raises:
             Refused: see `wait`.
+            OSError: neither the one before could be written nor the one before that.
         """
         began = time.monotonic()
-        before = self.wait()
+        before = self._before()
         files = {f"{backend.name}/{name}": state for name, state in backend.capture().items()}
         files[f"rng_rank{self.rank}.pt"] = {**rng_state(), "buffers": copied(dict(buffers or {}))}
         if self.rank == 0:
@@ -104,10 +112,10 @@ class Checkpoints:
             self.place,
             name,
             files,
-            attempt=self.attempt,
+            attempt=f"{self.attempt}.{self._failures}" if self._failures else self.attempt,  # beside what is left of one
             rank=self.rank,
             ranks=self.ranks,
-            on_whole=lambda: prune(self.place, keep=self.keep),
+            on_whole=lambda: self._tidy(name),
         )
         self._in_flight, self._told = _InFlight(step, writing, time.monotonic() - began), False
         return before
@@ -119,6 +127,11 @@ class Checkpoints:
             return None
         self._told = True
         return self._saved(flight)
+
+    def failed(self) -> bool:
+        """On rank 0 whether the last `save` is known to have failed; asks nobody and waits for nothing."""
+        flight = self._in_flight
+        return flight is not None and flight.writing.whole.done() and flight.writing.whole.exception() is not None
 
     def wait(self) -> Saved | None:
         """Until the last `save` is whole on every rank; collective. On rank 0 what it has become, unless that was told already.
@@ -133,6 +146,7 @@ class Checkpoints:
         writing = flight.writing
         self._agree(flight, writing.part)
         self._agree(flight, writing.whole if self.rank == 0 else writing.part)
+        self._is_retry = False
         return self._once(flight)
 
     def close(self, error: BaseException | None = None) -> Saved | None:
@@ -182,6 +196,22 @@ class Checkpoints:
                 backend.network.load_state_dict(state["buffers"], strict=False)
         return trainer
 
+    def _before(self) -> Saved | None:
+        """What has become of the last one, on every rank alike."""
+        flight = self._in_flight
+        try:
+            return self.wait()
+        except OSError as error:
+            if flight is None or self._is_retry:
+                raise
+            self._failures, self._is_retry = self._failures + 1, True
+            self.on_unwritten(flight.step, error.strerror or str(error))
+            return None
+
+    def _tidy(self, name: str) -> None:
+        self.place.tidy(name)
+        prune(self.place, keep=self.keep)
+
     def _agree(self, flight: _InFlight, outcome: Future[None]) -> None:
         """Every rank's outcome is good, or every rank raises what the first bad one was, and what was written is deleted."""
         while not all(self.each(_is_done(outcome))):  # together, so that no rank waits for long without a sign of life
@@ -211,7 +241,7 @@ class Checkpoints:
 
     def _saved(self, flight: _InFlight) -> Saved:
         writing = flight.writing
-        return Saved(writing.address, flight.step, flight.stall_s, writing.seconds, writing.bytes)
+        return Saved(writing.address, flight.step, flight.stall_s, writing.seconds, writing.bytes, writing.untidy)
 
 
 @dataclass(frozen=True)

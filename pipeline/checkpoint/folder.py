@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,14 +38,17 @@ class Folder:
         pass  # they are on the storage that they belong on
 
     def finish(self, temp: Path, name: str) -> str:
-        replaced = self.folder / f"{_REPLACED}{name}"
+        self.tidy(name)  # of what could not be deleted when this was last replaced
         if (self.folder / name).exists():  # redone after a rollback, or saved again with the score of its evaluation
-            (self.folder / name).rename(replaced)
+            (self.folder / name).rename(self.folder / f"{_REPLACED}{name}")
         temp.rename(self.folder / name)
         sync_folder(self.folder)
-        if replaced.exists():  # not before the new one is there for good
-            self._delete(replaced, name)
         return self.address(name)
+
+    def tidy(self, name: str) -> None:
+        replaced = self.folder / f"{_REPLACED}{name}"
+        if replaced.exists() and (self.folder / name).exists():  # not before the new one is there for good
+            self._delete(replaced, name)
 
     def fetch(self, name: str) -> Path:
         return self.folder / name
@@ -67,18 +72,18 @@ class Folder:
         for replaced in self.folder.glob(f"{_REPLACED}*"):
             name = replaced.name.removeprefix(_REPLACED)
             if (self.folder / name).exists():
-                self._delete(replaced, name)
+                with contextlib.suppress(OSError):
+                    self._delete(replaced, name)
             else:  # its writer died before the new one was in its place
                 replaced.rename(self.folder / name)
         for abandoned in (*self.folder.glob(".writing-*"), *self.folder.glob(f"{_DELETING}*")):
-            shutil.rmtree(abandoned)
+            shutil.rmtree(abandoned, ignore_errors=True)
         for marker in self.folder.glob(f"{MARKER}*"):
             marker.unlink()
 
     def _delete(self, path: Path, name: str) -> None:
         """Under a name from which nothing comes back."""
-        doomed = self.folder / f"{_DELETING}{name}"
-        shutil.rmtree(doomed, ignore_errors=True)
+        doomed = self.folder / f"{_DELETING}{time.time_ns():x}-{name}"  # beside what could not be deleted before
         path.rename(doomed)
         shutil.rmtree(doomed)
 

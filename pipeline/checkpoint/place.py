@@ -9,11 +9,12 @@ from typing import Any, Protocol
 
 from pipeline.checkpoint.sealed import damage
 from pipeline.pickles import code_in
+from pipeline.refused import Refused
 
 TRAINER = "trainer.json"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(Refused):
     """A checkpoint that cannot be used, in one line."""
 
 
@@ -38,10 +39,14 @@ class Place(Protocol):
         ...
 
     def finish(self, temp: Path, name: str) -> str:
-        """All files are there and `temp` holds the manifest: make them a checkpoint, in the place of one of the same name.
+        """All files are there and `temp` holds the manifest: make them a checkpoint, which counts in the place of its namesake.
 
         Its address. Whenever we die in the middle of this, the one or the other is whole, and found after a `sweep`.
         """
+        ...
+
+    def tidy(self, name: str) -> None:
+        """Delete what the checkpoint of this name has replaced."""
         ...
 
     def fetch(self, name: str) -> Path:
@@ -66,6 +71,8 @@ class Place(Protocol):
 
     def sweep(self) -> None:
         """Delete what writers left behind that died; what they had set aside comes back where nothing is in its place.
+
+        What cannot be deleted stays, and counts for nothing.
 
         For whoever holds the run's lock: see pipeline/writer.py.
         """

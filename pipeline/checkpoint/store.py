@@ -9,6 +9,7 @@ environment's (AWS_ACCESS_KEY_ID, ...), never part of an address.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import re
@@ -68,11 +69,14 @@ class Store:
     def finish(self, temp: Path, name: str) -> str:
         folder = self._next(name)
         self._put(temp / MANIFEST, self._path(folder, MANIFEST))
-        for other in self._folders():
-            if _name(other) == name and other != folder:
-                self._remove(other)
-        shutil.rmtree(temp)
+        shutil.rmtree(temp, ignore_errors=True)  # what stays is swept by the next attempt
         return f"{self.url}/{folder}"
+
+    def tidy(self, name: str) -> None:
+        counts = self._whole().get(name)
+        for other in self._folders():
+            if _name(other) == name and other != counts:
+                self._remove(other)
 
     def fetch(self, name: str) -> Path:
         here, there = self.staging / "fetched", self._whole().get(name, name)
@@ -112,7 +116,8 @@ class Store:
         whole = set(self._whole().values())
         for folder in self._folders():
             if folder not in whole:
-                self._remove(folder)
+                with contextlib.suppress(OSError):
+                    self._remove(folder)
 
     def _whole(self) -> dict[str, str]:
         """The folder of each checkpoint, by its name, oldest first."""

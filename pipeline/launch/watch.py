@@ -115,13 +115,24 @@ class Watch:
     def _on_quarantine(self, event: dict[str, Any]) -> None:
         self._say(f"quarantined {event.get('path')}: {event.get('reason')}")
 
+    def _on_unwritten(self, event: dict[str, Any]) -> None:
+        self._say(f"{event.get('error')}; another is begun at once")
+
+    def _on_undeleted(self, event: dict[str, Any]) -> None:
+        self._say(f"checkpoint at step {event.get('step')} is whole; an older one could not be deleted: {event.get('error')}")
+
+    def _on_damaged(self, event: dict[str, Any]) -> None:
+        self._say(f"damaged page {event.get('page')} of {event.get('file')}: {event.get('samples')} samples are left out")
+
     def _on_skipped(self, event: dict[str, Any]) -> None:
         self._say(f"skipped batch {event.get('step')} of {event.get('samples')} samples: {event.get('reason')}")
 
     def _on_preempted(self, event: dict[str, Any]) -> None:
         left = number(event.get("seconds_left"))
         when = "soon" if left is None else f"in {left:.0f} s"
-        self._say(f"{len(event.get('machines') or ())} machines are taken away {when}: saved at step {event.get('step')}")
+        count = len(event.get("machines") or ())
+        which = "1 machine is" if count == 1 else f"{count} machines are"
+        self._say(f"{which} taken away {when}: a checkpoint at step {event.get('step')} is begun")  # and told once it is whole
 
     def _on_stopped(self, event: dict[str, Any]) -> None:
         self._say(f"stopped after step {event.get('step')}: {event.get('reason')}")

@@ -92,29 +92,78 @@ def test_the_next_one_waits_for_the_one_before(tmp_path: Path, gate: threading.E
     assert last is not None and last.step == 2 and last.stall_s > 0.1
 
 
-@pytest.mark.parametrize(
-    ("number", "kind", "said"),
-    [
-        (
-            errno.ENOSPC,
-            Refused,
-            r"checkpoint: cannot be written after step 2: No space left on device: .*; the newest whole one is",
-        ),
-        (errno.EIO, OSError, r"checkpoint after step 2 was not written: Input/output error"),
-    ],
-)
-def test_what_cannot_be_written_is_told_to_training_and_the_one_before_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception], said: str
+def has_failed(checkpoints: Checkpoints) -> bool:
+    deadline = time.monotonic() + 20
+    while not checkpoints.failed() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return checkpoints.failed()
+
+
+def test_a_full_disk_is_the_users_and_the_one_before_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
+    save(checkpoints, 1, backend(), Counting(), TRAINER)
+    with monkeypatch.context() as patch:
+        failing(patch, errno.ENOSPC)
+        checkpoints.save(2, backend(), Counting(), TRAINER)
+        assert has_failed(checkpoints)
+        said = r"checkpoint: cannot be written after step 2: No space left on device: .*; the newest whole one is"
+        with pytest.raises(Refused, match=said):
+            checkpoints.save(3, backend(), Counting(), TRAINER)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]  # what there was of it makes room
+    assert checkpoints.wait() is None
+
+
+def test_storage_that_failed_once_is_told_of_and_the_next_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, str]] = []
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="a", on_unwritten=lambda *about: told.append(about))
+    for number in (2, 4):  # never two in a row
+        with monkeypatch.context() as patch:
+            failing(patch, errno.EIO)
+            checkpoints.save(number, backend(), Counting(), TRAINER)
+            assert has_failed(checkpoints) and checkpoints.done() is None
+        assert checkpoints.save(number + 1, backend(), Counting(), TRAINER) is None
+        saved = checkpoints.wait()
+        assert saved is not None and saved.step == number + 1 and not checkpoints.failed()
+    assert [step for step, _ in told] == [2, 4]
+    assert told[0][1].startswith("checkpoint after step 2 was not written: Input/output error")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000005"]
+
+
+def test_two_that_fail_in_a_row_are_told_to_training_and_the_one_before_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
     save(checkpoints, 1, backend(), Counting(), TRAINER)
     with monkeypatch.context() as patch:
-        failing(patch, number)
+        failing(patch, errno.EIO)
         checkpoints.save(2, backend(), Counting(), TRAINER)
-        with pytest.raises(kind, match=said):
-            checkpoints.save(3, backend(), Counting(), TRAINER)
+        checkpoints.save(3, backend(), Counting(), TRAINER)
+        with pytest.raises(OSError, match=r"checkpoint after step 3 was not written: Input/output error"):
+            checkpoints.save(4, backend(), Counting(), TRAINER)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]  # what there was of it makes room
     assert checkpoints.wait() is None
+
+
+@pytest.mark.parametrize("steps", [(1, 2, 3, 4), (1, 1, 1, 1)])
+def test_an_old_one_that_cannot_be_deleted_is_told_and_costs_no_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...]
+) -> None:
+    """As where NFS keeps the name of a file that somebody has open."""
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="a", keep=1)
+    save(checkpoints, steps[0], backend(0), Counting(0.0), TRAINER)
+
+    def fails(path: Path, **how: Any) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.checkpoint.folder.shutil.rmtree", fails)
+        for value, number in enumerate(steps[1:]):
+            told = save(checkpoints, number, backend(), Counting(value + 1.0), TRAINER)
+            assert told.step == number and told.untidy.startswith("OSError: [Errno 39] Directory not empty: ")
+    rule = Counting()
+    restore(Checkpoints(Folder(tmp_path), attempt="b"), backend(), rule)
+    assert rule.feedback.tolist() == [3.0] * 3  # type: ignore[operator]
+    assert [path.name for path in tmp_path.iterdir()] == [f"step_{steps[-1]:08d}"]  # swept
 
 
 def test_an_attempt_that_ends_by_an_error_finishes_what_it_was_writing(tmp_path: Path, gate: threading.Event) -> None:
@@ -182,6 +231,35 @@ def _two_ranks(rank: int, size: int, folder: str) -> dict[str, Any]:
         found["alone"] = error.__notes__
         found["left"] = sorted(path.name for path in place.folder.glob("*step*"))
     return found
+
+
+def _one_cannot_write(rank: int, size: int, folder: str) -> dict[str, Any]:
+    ranks, write, told = Ranks(rank, size), background._write, []
+
+    def fails(file: Path, value: Any) -> None:
+        if rank == 1:
+            raise OSError(errno.EIO, "Input/output error", "x")
+        write(file, value)
+
+    about: dict[str, Any] = {"rank": rank, "ranks": size, "each": ranks.each, "on_unwritten": lambda *about: told.append(about)}
+    checkpoints, background._write = Checkpoints(Folder(Path(folder)), attempt="a", **about), fails
+    checkpoints.save(1, backend(), Counting(), {**TRAINER, "world_size": size})
+    heard = has_failed(checkpoints)
+    distributed.barrier()
+    background._write = write
+    checkpoints.save(1, backend(), Counting(), {**TRAINER, "world_size": size})
+    checkpoints.wait()
+    return {"heard": heard, "told": told, "whole": damage(Path(folder) / "step_00000001")}
+
+
+@pytest.mark.distributed
+def test_that_one_rank_cannot_write_is_known_at_once_and_all_write_again(tmp_path: Path) -> None:
+    for found in run_ranks(_one_cannot_write, 2, tmp_path, str(tmp_path / "checkpoints")):
+        assert found == {
+            "heard": True,
+            "told": [(1, "checkpoint after step 1 was not written: Input/output error: x")],
+            "whole": None,
+        }
 
 
 def _one_is_slow(rank: int, size: int, folder: str) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.checkpoint import CheckpointError, Checkpoints, Folder, damage, pin, read_trainer, step_folders, verified
+from pipeline.checkpoint import CheckpointError, Checkpoints, Folder, damage, pin, read_trainer, sealed, step_folders, verified
 from pipeline.checkpoint.sealed import facts_of, seal
 from tests.checkpoint.few import TRAINER, Counting, backend, restore, save
 
@@ -156,6 +158,7 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_or_the_new(
         patch.setattr("pipeline.checkpoint.folder.shutil.rmtree", removed)
         try:
             Folder(tmp_path).finish(made, "step_00000003")
+            Folder(tmp_path).tidy("step_00000003")
             assert call == 4  # after two renames, one to the name of what goes, and its end
         except Killed:
             assert call < 4
@@ -163,6 +166,32 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_or_the_new(
     assert checkpoints.newest() == tmp_path / "step_00000003"
     assert (tmp_path / "step_00000003" / "model.safetensors").read_bytes() == (old if call < 2 else new)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.safetensors"])
+@pytest.mark.parametrize(("number", "times"), [(errno.EIO, 9), (errno.ESTALE, 9), (errno.EIO, 1), (errno.EACCES, 9)])
+def test_one_whose_medium_fails_is_quarantined_and_the_one_before_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int, times: int
+) -> None:
+    """After some tries; one that may not be read is nobody's damage."""
+    saved(tmp_path, [1, 2])
+    failures, opened, told = [OSError(number, os.strerror(number))] * times, Path.open, []
+
+    def fails(self: Path, *words: Any, **more: Any) -> Any:
+        if self == tmp_path / "step_00000002" / name and failures:
+            raise failures.pop()
+        return opened(self, *words, **more)
+
+    monkeypatch.setattr(Path, "open", fails)
+    monkeypatch.setattr(sealed, "TRY_S", 0.0)
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="b", on_quarantine=lambda *about: told.append(about[1]))
+    if number == errno.EACCES:
+        with pytest.raises(PermissionError):
+            checkpoints.newest()
+    else:
+        is_back = times < sealed.TRIES
+        assert checkpoints.newest() == tmp_path / ("step_00000002" if is_back else "step_00000001")
+        assert told == ([] if is_back else [f"{name} cannot be read: {os.strerror(number)}"])
 
 
 def test_zero_state_of_other_workers_is_refused_with_the_reason(tmp_path: Path) -> None:

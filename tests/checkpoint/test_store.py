@@ -155,9 +155,10 @@ def test_a_step_that_is_saved_again_leaves_the_old_or_the_new_wherever_it_is_cut
         else:
             patch.setattr(fs, "rm", remove)
         saving.save(2, backend(3), Counting(3), {**TRAINER, "score": 0.5})
-        with nullcontext() if at == "nowhere" else pytest.raises(OSError, match="Connection reset by peer"):
-            saving.wait()
-    is_new = how == "removed" or at == "nowhere"
+        is_new = how == "removed" or at == "nowhere"
+        with nullcontext() if is_new else pytest.raises(OSError, match="Connection reset by peer"):
+            told = saving.wait()
+            assert told is not None and ("Connection reset by peer" in told.untidy) == (how == "removed")
     assert store(address, tmp_path).names() == ["step_00000002"]
     rule = Counting()
     trainer = restore(checkpoints(address, tmp_path / "fresh", keep=1), backend(), rule)
@@ -179,6 +180,24 @@ def test_a_step_that_is_saved_again_is_found_where_its_event_says(address: str, 
     place.fs.pipe_file(path, place.fs.cat_file(path)[:-7])
     assert checkpoints(address, tmp_path / "fresh").newest() is None
     assert {found.split("-")[0] for found in paths(address)} == {"quarantine/step_00000001.11"}
+
+
+def test_a_bucket_that_lets_nobody_delete_takes_new_ones_all_the_same(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, rule = store(address, tmp_path), Counting()
+    saving = Checkpoints(place, attempt="a", keep=1)
+    save(saving, 1, backend(), Counting(), TRAINER)
+
+    def denied(*args: object, **more: object) -> None:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(place.fs, "rm_file", denied)
+    monkeypatch.setattr(place.fs, "rm", denied)
+    told = [save(saving, step, backend(), Counting(float(index)), TRAINER) for index, step in enumerate((1, 2, 2))]
+    assert [each.untidy for each in told] == ["PermissionError: Access Denied"] * 3
+    restore(checkpoints(address, tmp_path / "fresh"), backend(), rule)
+    assert rule.feedback[0] == 2  # type: ignore[index]
 
 
 def test_what_arrives_shorter_than_it_was_is_told(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

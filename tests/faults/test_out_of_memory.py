@@ -9,8 +9,14 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessRaisedException
 
+from pipeline.data.mixing import Mixing
+from pipeline.fitting import FILE
 from pipeline.job import Job, Place
+from pipeline.models.mlp import mlp
+from pipeline.recipe import spec
 from pipeline.refused import Refused
+from pipeline.rules.base import Rule
+from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.track.jsonl import read
 from pipeline.weights import load_run
@@ -22,14 +28,19 @@ pytestmark = pytest.mark.timeout(120)
 
 
 def room_for(patch: pytest.MonkeyPatch, samples: int) -> None:
-    original = SLTT.objectives
+    for rule in (SLTT, OTTT):
+        _room_for(patch, rule, samples)
 
-    def objectives(self: SLTT, model: Any, x_TB: Any, *words: Any, **more: Any) -> Any:
+
+def _room_for(patch: pytest.MonkeyPatch, rule: type[Rule], samples: int) -> None:
+    original = rule.objectives
+
+    def objectives(self: Rule, model: Any, x_TB: Any, *words: Any, **more: Any) -> Any:
         if x_TB.shape[1] > samples:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return original(self, model, x_TB, *words, **more)
 
-    patch.setattr(SLTT, "objectives", objectives)
+    patch.setattr(rule, "objectives", objectives)
 
 
 def test_the_micro_batch_is_halved_until_it_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +64,35 @@ def test_one_sample_that_does_not_fit_ends_the_run(tmp_path: Path, monkeypatch: 
     room_for(monkeypatch, 0)
     with pytest.raises(Refused, match="training: the device's memory runs out with one sample at a time"):
         train_inline(tmp_path / "hit", small_recipe())
+
+
+def test_mixing_takes_the_next_fewer_that_are_whole_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room_for(monkeypatch, 3)
+    train_inline(tmp_path / "hit", small_recipe(batch_size=12, stop_after=2, mixing=spec(Mixing, mixup=0.5)))
+    events = read(tmp_path / "hit" / "journal.jsonl")
+    assert [event["micro_batch"] for event in events if event["event"] == "smaller"] == [6, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "samples", "why"),
+    [
+        (
+            {"rule": spec(OTTT, leak=0.5, update="objective"), "model": spec(mlp, classes=10, in_features=64, hidden=(8,))},
+            8,
+            r"OTTT.*: moves the weights at every time step and refuses accumulation; got .*micro_batch=4.*",
+        ),
+        ({"mixing": spec(Mixing, mixup=0.5), "micro_batch": 2}, 2, r"Mixing: a micro-batch must be even, .*; got 1"),
+    ],
+)
+def test_where_no_fewer_can_be_taken_it_says_why_and_notes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], samples: int, why: str
+) -> None:
+    room_for(monkeypatch, 0)
+    for _ in range(2):  # with more memory the run can still go on
+        said = rf"training: the device's memory runs out with {samples} samples at a time, and fewer cannot be taken: {why}; take"
+        with pytest.raises(Refused, match=said):
+            train_inline(tmp_path / "hit", small_recipe(**changes))
+    assert not (tmp_path / "hit" / FILE).exists()
 
 
 @pytest.mark.distributed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from pipeline import assess, attempt
+from pipeline.checkpoint import read_trainer, step_folders
 from pipeline.evaluate import Evaluation
 from pipeline.job import REFUSAL, SAVE, STOP, Job, Notice, Place
 from pipeline.recipe import write_json
@@ -89,13 +91,13 @@ def test_a_save_that_is_asked_for_comes_at_the_next_step(
     assert same_weights(tmp_path / "run", untouched)
 
 
-def stop_in_an_evaluation(patch: pytest.MonkeyPatch, *, of: int) -> None:
-    """Somebody asks to stop while the evaluation after `of` steps is under way, with batches of it to come."""
+def ask_in_an_evaluation(patch: pytest.MonkeyPatch, *, of: int, file: str = STOP, said: str = "SIGTERM") -> None:
+    """Somebody asks to stop, or to save, while the evaluation after `of` steps is under way, with batches of it to come."""
     original = attempt.Attempt._evaluate
 
     def evaluate(self: attempt.Attempt) -> list[Evaluation]:
         if self.step == of:
-            (self.folder / STOP).write_text("SIGTERM")
+            (self.folder / file).write_text(said)
         return original(self)
 
     patch.setattr(assess, "LOOK_S", -1.0)  # after every batch
@@ -108,7 +110,7 @@ def test_a_stop_waits_for_no_evaluation_which_is_made_up_for(
 ) -> None:
     job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
     with monkeypatch.context() as patch:
-        stop_in_an_evaluation(patch, of=step)
+        ask_in_an_evaluation(patch, of=step)
         assert run(job, Place()) is None
     assert steps_of(tmp_path / "run", "evaluation") == [8][: step // 8 - 1]
     assert steps_of(tmp_path / "run", "checkpoint")[-1] == steps_of(tmp_path / "run", "stopped")[-1] == step
@@ -118,17 +120,67 @@ def test_a_stop_waits_for_no_evaluation_which_is_made_up_for(
     assert same_weights(tmp_path / "run", untouched)
 
 
+def test_a_save_waits_for_no_evaluation_which_is_begun_anew(
+    tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notice = json.dumps(asdict(Notice(("node",), time.time() + 60)))
+    ask_in_an_evaluation(monkeypatch, of=8, file=SAVE, said=notice)
+    assert run(make_run(tmp_path / "run", small_recipe(checkpoint_every=0)), Place()) is not None
+    assert not (tmp_path / "run" / SAVE).exists()
+    told = [
+        (event["event"], event["step"])
+        for event in read(tmp_path / "run" / "journal.jsonl")
+        if event["event"] in ("preempted", "checkpoint", "evaluation")
+    ]
+    assert told[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
+    assert steps_of(tmp_path / "run", "checkpoint") == [8, 8, 16]  # the second with its score
+    assert evaluations(tmp_path / "run") == evaluations(untouched)
+    assert same_weights(tmp_path / "run", untouched)
+
+
+class Killed(BaseException):
+    """Stands for a worker that dies."""
+
+
+def test_what_dies_in_an_evaluation_has_saved_before_it(tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
+    monkeypatch.setattr(attempt, "UNSAVED_S", -1.0)
+
+    def dies(*args: object, **more: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attempt, "assess", dies)
+        with pytest.raises(Killed):
+            run(job, Place())
+    assert run(job, Place()) is not None
+    assert steps_of(tmp_path / "run", "start") == [0, 8]
+    assert steps_of(tmp_path / "run", "checkpoint") == [8, 8, 16, 16]  # without a score before each evaluation, and with it
+    *_, last = step_folders(tmp_path / "run" / "checkpoints")
+    assert read_trainer(last)["score"] is not None and not read_trainer(last)["owes_epoch_end"]
+    assert evaluations(tmp_path / "run") == evaluations(untouched)
+    assert same_weights(tmp_path / "run", untouched)
+
+
 @pytest.mark.distributed
 def test_two_ranks_leave_an_evaluation_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where one of them alone has seen that it is to stop, or has no more batches."""
     job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0, backend="deepspeed"))
-    assert run_ranks(_stopped_by_one, 2, tmp_path, job) == [None, None]
+    assert run_ranks(_asked_one, 2, tmp_path, job, STOP) == [None, None]
     assert (steps_of(tmp_path / "run", "stopped"), steps_of(tmp_path / "run", "evaluation")) == ([8], [])
 
 
-def _stopped_by_one(rank: int, ranks: int, job: Job) -> object:
+@pytest.mark.distributed
+def test_two_ranks_save_in_an_evaluation_together(tmp_path: Path) -> None:
+    job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0, backend="deepspeed"))
+    run_ranks(_asked_one, 2, tmp_path, job, SAVE)
+    assert (steps_of(tmp_path / "run", "checkpoint"), steps_of(tmp_path / "run", "evaluation")) == ([8, 8, 16], [8, 16])
+
+
+def _asked_one(rank: int, ranks: int, job: Job, file: str) -> object:
     with pytest.MonkeyPatch.context() as patch:
-        stop_in_an_evaluation(patch, of=8)
+        if rank == 0:
+            ask_in_an_evaluation(patch, of=8, file=file)
         if rank == 1:
             patch.setattr(assess, "LOOK_S", 1e9)
         return run(job, Place(rank, ranks, "cpu", rank))

@@ -48,11 +48,20 @@ ROWS: dict[str, tuple[str, ...]] = {
         *(f"{WRITE}::test_a_full_disk_that_holds_the_whole_run_costs_no_bit",),
         *("test_writer.py::test_an_error_that_a_full_disk_keeps_from_the_journal_is_raised_all_the_same",),
     ),
+    "storage that fails for a moment": (
+        f"{WRITE}::test_storage_that_fails_for_a_moment_costs_one_checkpoint_and_no_training",
+        *("checkpoint/test_background.py::test_that_one_rank_cannot_write_is_known_at_once_and_all_write_again",),
+    ),
     "kill while an old checkpoint is deleted": (f"{CHECKPOINT}::test_a_kill_while_an_old_checkpoint_is_deleted_is_survived",),
+    "an old checkpoint that cannot be deleted": (
+        "checkpoint/test_background.py::test_an_old_one_that_cannot_be_deleted_is_told_and_costs_no_new_one",
+        *("checkpoint/test_store.py::test_a_bucket_that_lets_nobody_delete_takes_new_ones_all_the_same",),
+    ),
     "truncated, bit-flipped, missing checkpoint; missing manifest": (
         *(HUNTED, f"{WRITE}::test_the_newest_is_damaged", f"{WRITE}::test_all_are_damaged_and_the_run_begins_anew"),
         *(f"{CHECKPOINT}::test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used",),
     ),
+    "checkpoint on a bad sector": (f"{CHECKPOINT}::test_one_whose_medium_fails_is_quarantined_and_the_one_before_is_used",),
     "truncated Ray snapshot": (HUNTED,),
     "driver killed": (HUNTED, "launch/test_continual_recovery.py::test_a_run_killed_in_its_second_task_goes_on_there"),
     "SIGTERM": (
@@ -63,7 +72,10 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "Ctrl-C": (SIGNALS, HUNTED, "launch/test_drive.py::test_the_first_asks_to_save_and_the_second_ends_at_once"),
     "a link between hosts that is cut and mended": (f"{HOSTS}::test_a_link_that_was_cut_and_mended_costs_no_bit",),
-    "weights of workers that come apart": (BITS, f"{CLUSTER}::test_weights_that_come_apart_are_found_and_given_up"),
+    "weights of workers that come apart": (
+        *(BITS, f"{CLUSTER}::test_weights_that_come_apart_are_found_and_given_up"),
+        *("test_replicas.py::test_weights_that_come_apart_again_and_again_are_no_matter_of_the_learning_rate",),
+    ),
     "MLflow slow, down and back": (
         *("faults/test_mlflow.py::test_a_server_that_hangs_and_dies_costs_no_bit_and_misses_nothing",),
         *("track/test_mlflow.py::test_a_server_that_hangs_dies_and_comes_back",),
@@ -92,8 +104,13 @@ ROWS: dict[str, tuple[str, ...]] = {
     "a node is taken away after a notice": (
         *(f"{ELASTIC}::test_a_node_is_taken_away_after_a_notice",),
         *("faults/test_preemption.py::test_a_notice_is_saved_upon_once_and_the_run_goes_on",),
+        *("faults/test_preemption.py::test_a_save_waits_for_no_evaluation_which_is_begun_anew",),
     ),
-    "out of memory": ("faults/test_out_of_memory.py::test_the_micro_batch_is_halved_until_it_fits",),
+    "a worker that dies in an evaluation": ("faults/test_preemption.py::test_what_dies_in_an_evaluation_has_saved_before_it",),
+    "out of memory": (
+        *("faults/test_out_of_memory.py::test_the_micro_batch_is_halved_until_it_fits",),
+        *("faults/test_out_of_memory.py::test_where_no_fewer_can_be_taken_it_says_why_and_notes_nothing",),
+    ),
     # refused
     "no checkpoint where the journal knows one": (
         f"{WRITE}::test_where_they_were_is_empty_and_nothing_is_trained_before_they_are_back",
