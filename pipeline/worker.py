@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -20,6 +21,7 @@ from pipeline.backend.base import Backend
 from pipeline.backend.plain import Plain
 from pipeline.build import attached_rule, build_mixing, build_network
 from pipeline.checkpoint import Checkpoints, check_shared, lost_step, place_at, read_trainer, step_name
+from pipeline.code import check_same_code
 from pipeline.cores import own_cores
 from pipeline.damaged import Damage, LeftOut, find_damage
 from pipeline.data.base import Data
@@ -170,6 +172,8 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
     """Build everything that this process trains with, and restore the newest checkpoint into it; collective."""
     watchdog.beat()
     folder = Path(job.run)
+    if ranks.size > 1:
+        check_same_code(socket.gethostname(), each=ranks.each)
     written = ranks.together(lambda: Recipe.read(folder / "recipe.json", trust=job.trust))  # a node may lack the user's package
     recipe = fitted(written, ranks.agree(lambda: limit_of(folder)))
     kept = ranks.together(lambda: place_at(job.checkpoints, folder))
