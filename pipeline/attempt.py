@@ -254,7 +254,8 @@ class Attempt:
         is_learnt = self.step == stretch.end
         if is_learnt or (epoch - stretch.first_epoch + 1) % self.recipe.evaluate_every == 0:
             figures = self._figures()
-            [is_old] = self.ranks.decide(time.monotonic() - self.saved_at > UNSAVED_S)
+            is_old = time.monotonic() - self.saved_at > UNSAVED_S
+            [is_old] = self.ranks.decide(is_old or self.parts.checkpoints.failed())
             if is_old:
                 self._save_without_score()
             with self.meters.between("evaluation"):

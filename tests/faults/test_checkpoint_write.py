@@ -217,29 +217,36 @@ def test_going_back_waits_for_the_checkpoint_that_is_being_written(
     assert [event["step"] for event in events(tmp_path / "hit", "start")] == [0, 6]
 
 
+@pytest.mark.parametrize(
+    ("step", "saved"),
+    [
+        (3, [4, *STEPS[1:]]),  # the state at hand, at once
+        (7, [8, 8, 14, 16]),  # ... and at an epoch's end before the evaluation, and with its score
+    ],
+)
 def test_storage_that_fails_for_a_moment_costs_one_checkpoint_and_no_training(
-    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, step: int, saved: list[int]
 ) -> None:
     write, between = background._write, Attempt._between_batches
 
     def fails(file: Path, value: Any) -> None:
-        if "step_00000003" in str(file):
+        if f"step_{step:08d}" in str(file):
             raise OSError(errno.EIO, "Input/output error", "x")
         write(file, value)
 
     def once_it_is_known(self: Attempt, epoch: int, *, last: bool) -> None:
         deadline = time.monotonic() + 20
-        while self.step == 4 and not self.parts.checkpoints.failed() and time.monotonic() < deadline:
+        while self.step == step + 1 and not self.parts.checkpoints.failed() and time.monotonic() < deadline:
             time.sleep(0.01)
         between(self, epoch, last=last)
 
     monkeypatch.setattr(background, "_write", fails)
     monkeypatch.setattr(Attempt, "_between_batches", once_it_is_known)
-    train_inline(tmp_path / "run", small_recipe())
+    train_inline(tmp_path / "run", small_recipe(checkpoint_every=step))
     [event] = events(tmp_path / "run", "unwritten")
-    assert (event["step"], event["error"]) == (3, "checkpoint after step 3 was not written: Input/output error: x")
+    assert (event["step"], event["error"]) == (step, f"checkpoint after step {step} was not written: Input/output error: x")
     assert [event["step"] for event in events(tmp_path / "run", "start")] == [0]
-    assert [event["step"] for event in events(tmp_path / "run", "checkpoint")] == [4, *STEPS[1:]]  # the state at hand, at once
+    assert [event["step"] for event in events(tmp_path / "run", "checkpoint")] == saved
     assert same_weights(tmp_path / "run", whole)
 
 
