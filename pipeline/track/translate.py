@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,16 @@ from pipeline.track.jsonl import Event, number
 if TYPE_CHECKING:
     from mlflow.entities import Metric
 
+_COUNTED = {
+    "quarantine": "quarantined_checkpoints",
+    "unwritten": "unwritten_checkpoints",
+    "undeleted": "undeleted_checkpoints",
+    "skipped": "skipped_samples",
+    "preempted": "preemptions",
+    "rollback": "rollbacks",
+    "damaged": "damaged_pages",
+}
+"""events whose number, of skipped ones whose samples, is a tag"""
 STATUS = {"start": "RUNNING", "finish": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "diverged": "FAILED"}
 _TAGGED = ("recipe", "rule", "study", "study_parent", "seed", "world_size", "batch_size", "micro_batch", "precision", "zero",
            "commit", "dirty", "data_fingerprint", "family", "suite")  # fmt: skip
@@ -28,7 +39,7 @@ class Translation:
         self.already_there = 0
         self._seen: dict[str, int] = {}  # metric -> newest step read from the journal
         self._step = 0  # newest step of any event
-        self._counts = {"quarantined": 0, "skipped_samples": 0, "rollbacks": 0, "damaged_pages": 0, "preemptions": 0}
+        self._counts: Counter[str] = Counter()
 
     def points(self, event: Event) -> Iterator[Metric]:
         """The metrics of one event that MLflow does not hold yet."""
@@ -58,21 +69,9 @@ class Translation:
             return {"spiketrain.error": str(event.get("error", "")), "spiketrain.diverged": str(kind == "diverged").lower()}
         if kind == "stopped":
             return {"spiketrain.stopped": str(event.get("reason", ""))}
-        if kind == "quarantine":
-            self._counts["quarantined"] += 1
-            return {"spiketrain.quarantined_checkpoints": str(self._counts["quarantined"])}
-        if kind == "skipped":
-            self._counts["skipped_samples"] += _integer(event.get("samples"), 0)
-            return {"spiketrain.skipped_samples": str(self._counts["skipped_samples"])}
-        if kind == "preempted":
-            self._counts["preemptions"] += 1
-            return {"spiketrain.preemptions": str(self._counts["preemptions"])}
-        if kind == "rollback":
-            self._counts["rollbacks"] += 1
-            return {"spiketrain.rollbacks": str(self._counts["rollbacks"])}
-        if kind == "damaged":
-            self._counts["damaged_pages"] += 1
-            return {"spiketrain.damaged_pages": str(self._counts["damaged_pages"])}
+        if (name := _COUNTED.get(kind)) is not None:
+            self._counts[name] += _integer(event.get("samples"), 0) if kind == "skipped" else 1
+            return {f"spiketrain.{name}": str(self._counts[name])}
         return {}
 
 

@@ -51,6 +51,8 @@ def test_a_notice_is_saved_upon_once_and_the_run_goes_on(
     assert steps_of(tmp_path / "run", "checkpoint") == [3, 8, 16]
     assert same_weights(tmp_path / "run", untouched)
     assert Translation().tags(event) == {"spiketrain.preemptions": "1"}
+    counted = Translation()
+    assert [counted.tags({"event": "unwritten", "step": 3}) for _ in range(2)][-1] == {"spiketrain.unwritten_checkpoints": "2"}
 
 
 def test_who_asks_for_a_save_may_know_of_a_notice_first(tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
