@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -11,7 +11,6 @@ from typing import TypeVar
 import torch
 
 from pipeline.evaluate import Evaluated, evaluate, inputs
-from pipeline.job import SAVE, STOP
 from pipeline.parts import Parts
 
 LOOK_S = 1.0
@@ -20,17 +19,20 @@ LOOK_S = 1.0
 T_ = TypeVar("T_")
 
 
-def assess(parts: Parts, *, tasks: int, counts_operations: bool, on_look: Callable[[], None]) -> list[Evaluated] | None:
+def assess(
+    parts: Parts, *, tasks: int, counts_operations: bool, heeds: Sequence[str], on_look: Callable[[], None]
+) -> list[Evaluated] | None:
     """On each of the first `tasks`, the one at hand last; None where somebody asked to stop or to save. Collective.
 
-    `on_look` is called about once a second, by each rank for itself.
+    `heeds`: the files in the run's folder by which somebody asks, of STOP and SAVE, that this rank looks for. `on_look` is called
+    about once a second, by each rank for itself.
     """
     recipe, ranks, network = parts.recipe, parts.ranks, parts.backend.network
     limit = recipe.evaluate_samples
     most = None if limit is None else len(range(ranks.rank, limit, ranks.size))
     loss_for = recipe.objective.build().labels
     found: list[Evaluated] = []
-    lookout, is_left = _Lookout(parts, on_look), False
+    lookout, is_left = _Lookout(parts, heeds, on_look), False
     parts.meters.note_peaks()
     with published(parts):
         for index, task in enumerate(parts.loaders.tasks[:tasks]):
@@ -49,9 +51,9 @@ def assess(parts: Parts, *, tasks: int, counts_operations: bool, on_look: Callab
 class _Lookout:
     """Whether somebody asks to stop or to save; each rank looks by itself between batches, as they have not as many."""
 
-    def __init__(self, parts: Parts, on_look: Callable[[], None]) -> None:
+    def __init__(self, parts: Parts, heeds: Sequence[str], on_look: Callable[[], None]) -> None:
         self.is_asked = False
-        self._files = [Path(parts.job.run) / name for name in (STOP, SAVE)]
+        self._files = [Path(parts.job.run) / name for name in heeds]
         self._watchdog, self._on_look = parts.watchdog, on_look
 
     def over(self, batches: Iterable[T_]) -> Iterator[T_]:

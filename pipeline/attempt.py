@@ -1,7 +1,8 @@
 """One attempt at a run, from where its newest checkpoint stands to its end.
 
-Between two global batches, and only there, a worker looks up from the loop: `Attempt._between_batches` logs, saves, and
-stops when asked. Rank 0 decides and tells the others, so that all of them do the same after the same step.
+Between two global batches a worker looks up from the loop: `Attempt._between_batches` logs, saves, and stops when asked; in an
+evaluation, which may be long, it looks up for whoever asks. Rank 0 decides and tells the others, so that all of them do the same
+after the same step.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pipeline.checkpoint import Saved, weights_of
 from pipeline.evaluate import Evaluated, Evaluation
 from pipeline.feed import micro_batches
 from pipeline.guard import GoBack, Guard, is_in
-from pipeline.job import SAVE, STOP, Notice
+from pipeline.job import SAVE, STOP, Notice, asked_by
 from pipeline.loop import MicroBatch, train
 from pipeline.measure.memory import hardware, memory_now_bytes
 from pipeline.measure.totals import Totals
@@ -62,7 +63,8 @@ class Attempt:
         self.evaluated: list[Evaluated] = []
         """in the last evaluation, on each task so far"""
         self.saved_at = time.monotonic()
-        self.saved_step = self.step
+        self.saved_step, self.saved_as = self.step, {"score": None, "owes": False}
+        """of the last save that was begun"""
         self.stop_asked = False
         self.asked_at = time.monotonic()
         """when it was last asked whether a machine is about to be taken away"""
@@ -294,17 +296,20 @@ class Attempt:
         """On each task so far, the one at hand last; nothing where somebody asked to stop meanwhile."""
         about = {"tasks": self.stretch.index + 1, "counts_operations": self.step == self.steps}
         look = lambda: self._tell_saved(self.parts.checkpoints.done())
-        self.evaluated = []
-        while (found := assess(self.parts, **about, on_look=look)) is None:
+        self.evaluated, heeds = [], (STOP, SAVE)
+        while (found := assess(self.parts, **about, heeds=heeds, on_look=look)) is None:
             self._save_in_evaluation()
             if self.stop_asked:
                 return []
+            if self.ranks.rank:
+                heeds = (STOP,)  # NFS may show another machine for a minute what rank 0 has deleted
         self.evaluated = found
         return [each.result for each in found]
 
     def _save_in_evaluation(self) -> None:
         """For whoever asks to stop, or to save, and may not have the time for the rest of it; collective."""
-        self.stop_asked, asked = self.ranks.decide((self.folder / STOP).exists(), (self.folder / SAVE).exists())
+        self.stop_asked = bool(self.ranks.max(torch.tensor(float((self.folder / STOP).exists()))))  # whoever sees it first
+        [asked] = self.ranks.decide((self.folder / SAVE).exists())
         if asked:
             self._hears_notice()
         self._save_without_score()
@@ -330,7 +335,7 @@ class Attempt:
         with self.ranks.averaged(self.backend.network) as buffers:
             state = {"buffers": buffers, "weights": weights}
             self._tell_saved(self.parts.checkpoints.save(self.step, self.backend, self.parts.rule, trainer, **state))
-        self.saved_at, self.saved_step = time.monotonic(), self.step
+        self.saved_at, self.saved_step, self.saved_as = time.monotonic(), self.step, {"score": score, "owes": owes}
 
     def _check_finite(self) -> None:
         kept = (*self.backend.network.parameters(), *(b for b in self.parts.rule.buffers() if b.is_floating_point()))
@@ -340,9 +345,13 @@ class Attempt:
             )
 
     def _wait_for_checkpoint(self) -> None:
-        """The one that is being written counts from here on; collective."""
+        """The one that is being written counts from here on, or one in its place; collective."""
         with self.meters.between("checkpoint"):
-            self._tell_saved(self.parts.checkpoints.wait())
+            saved, is_lost = self.parts.checkpoints.settle()
+            self._tell_saved(saved)
+            if is_lost and self.saved_step == self.step:
+                self._save(**self.saved_as)
+                self._tell_saved(self.parts.checkpoints.wait())
 
     def _tell_saved(self, saved: Saved | None) -> None:
         if saved is not None:
@@ -355,7 +364,8 @@ class Attempt:
 
     def _go_back(self, back: GoBack) -> None:
         """Write down what is skipped from now on; the next attempt reads it."""
-        self._wait_for_checkpoint()
+        saved, _ = self.parts.checkpoints.settle()  # the state at hand is none to save
+        self._tell_saved(saved)
         done = self.parts.skipped.rollbacks
         if done == self.recipe.max_rollbacks:
             said = f"training: {back}; it has gone back max_rollbacks={done} times"
@@ -368,12 +378,8 @@ class Attempt:
 
     def _stopped(self) -> None:
         self._wait_for_checkpoint()
-        self.tracker.event("stopped", sync=True, step=self.step, reason=self._who_asked(), resume_command=self.job.resume_command)
-
-    def _who_asked(self) -> str:
-        file = self.folder / STOP
-        by = file.read_text().strip() if self.ranks.rank == 0 and file.exists() else ""
-        return f"asked to stop by {by}" if by else "asked to stop"
+        about = {"reason": asked_by(self.folder), "resume_command": self.job.resume_command}
+        self.tracker.event("stopped", sync=True, step=self.step, **about)
 
     def _finish(self) -> dict[str, Any]:
         self._wait_for_checkpoint()

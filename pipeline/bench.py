@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backend.plain import Plain
+from pipeline.baseline import is_baseline
 from pipeline.build import build_network
 from pipeline.data.base import Batch
 from pipeline.elastic import seed_everything
@@ -47,7 +48,6 @@ from pipeline.spiking.encode import over_steps
 from pipeline.tasks import tasks_of
 from pipeline.worker import settle
 
-BASELINE = "BPTT"
 RULES = (
     spec(BPTT),
     spec(BPTT, chunk=1),
@@ -240,11 +240,6 @@ class Bench:
         begun = settled()
         act()
         return settled() - begun
-
-
-def is_baseline(rule: str) -> bool:
-    """BPTT, folded over time or in slices of it: what the others' time is divided by, if it is the faster."""
-    return rule == BASELINE or rule.startswith(f"{BASELINE}-chunk-")
 
 
 def fastest_baseline(costs: Iterable[Cost]) -> Cost | None:

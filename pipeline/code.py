@@ -1,7 +1,8 @@
-"""Which code a process runs: told apart by its content, as a version stands for every checkout between two releases."""
+"""Which of our code a process runs: told apart by its content, as a version stands for every checkout between two releases."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 from pipeline.refused import Refused
 
 
+@functools.cache
 def code_digest() -> str:
-    """12 hex digits of this package's files of Python, by name and content."""
+    """12 hex digits of this package's files of Python, by name and content, when it was first asked for."""
     root, digest = Path(__file__).resolve().parent, hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
+        if file.name.startswith(".") or not file.is_file():  # an editor's lock is a link to nowhere
+            continue
         content = file.read_bytes()
         digest.update(f"{file.relative_to(root)} {len(content)}\n".encode())
         digest.update(content)

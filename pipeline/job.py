@@ -88,6 +88,12 @@ class Place:
     """asks whether a machine of ours is about to be taken away; every rank asks equally often"""
 
 
+def asked_by(run: Path) -> str:
+    """Who asked a run to stop, where that is known."""
+    by = (run / STOP).read_text().strip() if (run / STOP).exists() else ""
+    return f"asked to stop by {by}" if by else "asked to stop"
+
+
 def resume_command(runs: str | os.PathLike[str], name: str, *, trust: Sequence[str] = (), address: str | None = None) -> str:
     """What a person types to go on with a run.
 

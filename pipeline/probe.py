@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.bench import BASELINE, RULES, Bench, Cost, by_label, fastest_baseline, is_baseline
+from pipeline.baseline import BASELINE, is_baseline
+from pipeline.bench import RULES, Bench, Cost, by_label, fastest_baseline
 from pipeline.build import check_recipe
 from pipeline.measure.fidelity import Fidelity, Gradients, fidelity
 from pipeline.measure.memory import hardware

@@ -95,11 +95,10 @@ class Checkpoints:
         `weights` are those to publish, a copy that nobody else changes; None: the network's as they are.
 
         Raises:
-            Refused: see `wait`.
-            OSError: neither the one before could be written nor the one before that.
+            Refused, OSError: see `settle`.
         """
         began = time.monotonic()
-        before = self._before()
+        before, _ = self.settle()
         files = {f"{backend.name}/{name}": state for name, state in backend.capture().items()}
         files[f"rng_rank{self.rank}.pt"] = {**rng_state(), "buffers": copied(dict(buffers or {}))}
         if self.rank == 0:
@@ -149,6 +148,23 @@ class Checkpoints:
         self._is_retry = False
         return self._once(flight)
 
+    def settle(self) -> tuple[Saved | None, bool]:
+        """As `wait`, and whether it could not be written, which `on_unwritten` was told: then the state at hand is to be saved.
+
+        Raises:
+            Refused: see `wait`.
+            OSError: neither it could be written nor the one before.
+        """
+        flight = self._in_flight
+        try:
+            return self.wait(), False
+        except OSError as error:
+            if flight is None or self._is_retry:
+                raise
+            self._failures, self._is_retry = self._failures + 1, True
+            self.on_unwritten(flight.step, error.strerror or str(error))
+            return None, True
+
     def close(self, error: BaseException | None = None) -> Saved | None:
         """Come to an end without the other ranks, of which one may be gone: what has all its parts becomes a checkpoint.
 
@@ -195,18 +211,6 @@ class Checkpoints:
             if trainer.get("world_size") == self.ranks:  # else all begin from the mean, which the backend has loaded
                 backend.network.load_state_dict(state["buffers"], strict=False)
         return trainer
-
-    def _before(self) -> Saved | None:
-        """What has become of the last one, on every rank alike."""
-        flight = self._in_flight
-        try:
-            return self.wait()
-        except OSError as error:
-            if flight is None or self._is_retry:
-                raise
-            self._failures, self._is_retry = self._failures + 1, True
-            self.on_unwritten(flight.step, error.strerror or str(error))
-            return None
 
     def _tidy(self, name: str) -> None:
         self.place.tidy(name)

@@ -17,7 +17,7 @@ def remembers_absence(folder: Path, *, mounts: Path = MOUNTS) -> str | None:
         lines = mounts.read_text().splitlines()
     except OSError:  # no Linux: nothing is known
         return None
-    place, found = folder.absolute(), None
+    place, found = folder.resolve(), None
     for line in lines:
         _, at, kind, options, *_ = line.split()
         point = Path(at.encode().decode("unicode_escape"))  # a space is written \040

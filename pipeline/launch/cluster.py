@@ -104,6 +104,10 @@ class Cluster:
             return replace(self, inline=False, workers=workers or self.workers, address=address)
         return self
 
+    def address_to_say(self, launched: Cluster) -> str | None:
+        """`--address` of the command that goes on, where this does now, with what was `launched` so."""
+        return None if launched.address is None else self.address or "local"
+
     @classmethod
     def from_json(cls, value: Any) -> Cluster:
         """What `dataclasses.asdict` made of one.

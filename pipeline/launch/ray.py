@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from pipeline.cores import physical_cores
 from pipeline.door import heard, knock, offer_token, reason
-from pipeline.job import STOP, Job, Notice, Place
+from pipeline.job import STOP, Job, Notice, Place, asked_by
 from pipeline.launch.base import Device, LaunchError, takes_gpus
 from pipeline.launch.environment import of_worker
 from pipeline.launch.innermost import innermost
@@ -180,8 +180,7 @@ def _stopped_without_workers(job: Job) -> None:
     folder = Path(job.run)
     saved = last(folder / "journal.jsonl", "checkpoint")
     with journal(folder, Ranks()) as tracker:
-        by = (folder / STOP).read_text().strip()
-        told = {"reason": f"asked to stop by {by} while its workers had no place", "resume_command": job.resume_command}
+        told = {"reason": f"{asked_by(folder)} while its workers had no place", "resume_command": job.resume_command}
         tracker.event("stopped", sync=True, step=0 if saved is None else saved["step"], **told)
 
 

@@ -30,7 +30,7 @@ from pipeline.recipe import write_json
 LOOK_S = 10.0
 """between two looks at whether there is room for another number of workers; a new node has to be there for so long"""
 PATIENCE_S = 300.0
-"""for the save that comes before: an evaluation has no step in it"""
+"""for the save that comes before, which may have far to go"""
 
 
 def _leaving(worker_group_state: Any) -> Notice:

@@ -62,7 +62,7 @@ def resume_run(
     with driver_lock(folder):
         pass  # whoever trains it is told of before a cluster is started in vain
     with cluster.launcher() as launcher:
-        return _trained(read_job(folder, trust=trust), launcher, runs, address=launched.address and cluster.address)
+        return _trained(read_job(folder, trust=trust), launcher, runs, address=cluster.address_to_say(launched))
 
 
 def check(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:

@@ -66,7 +66,7 @@ def _train_the_rest(
 ) -> Path | None:
     """Every recipe whose run has not finished, each from where its run stands."""
     console, runs, where = Console(), folder.parent, runs_of(folder)
-    address = suite_file.cluster["address"] and cluster.address
+    address = cluster.address_to_say(Cluster.from_json(suite_file.cluster))
     command = resume_command(runs, folder.name, trust=trust, address=address)
     console.out(f"suite   {folder}\nresume  {command}", highlight=False)
     slots = slots_of(launcher, cluster.side_by_side)
@@ -113,9 +113,9 @@ def _train_in_turn(children: Children, launcher: Launcher, console: Console) -> 
 
 def _train_one(children: Children, recipe: Recipe, launcher: Launcher, console: Console) -> bool:
     """False when it was asked to stop. A trial that diverges has its answer."""
-    job = children.job(recipe)
+    job, launched = children.job(recipe), Cluster.from_json(children.suite_file.cluster)
     try:
-        return train(job, launcher, children.runs, console, address=children.cluster.address)
+        return train(job, launcher, children.runs, console, address=children.cluster.address_to_say(launched))
     except Refused:
         if not is_over(Path(job.run)):
             raise

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.baseline import is_baseline
 from pipeline.recipe_json import listed
 from pipeline.report.differences import differences
-from pipeline.report.paired import is_baseline
 from pipeline.report.runs import ReportError, find_run, load, run_folders
 from pipeline.track.jsonl import first, last
 from pipeline.track.state import State, state_of

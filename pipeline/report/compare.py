@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.baseline import BASELINE
 from pipeline.recipe_json import listed
 from pipeline.report.choose import (
     ComparisonError,
@@ -34,7 +35,7 @@ from pipeline.report.choose import (
 )
 from pipeline.report.comparison import Comparison
 from pipeline.report.differences import differences
-from pipeline.report.paired import BASELINE, WITHIN
+from pipeline.report.paired import WITHIN
 from pipeline.report.runs import ReportError, load, recipe_of
 from pipeline.report.study import Group, StudyRun, kind
 from pipeline.report.study_run import study_run
@@ -135,9 +136,13 @@ def print_studies(
     within: float = WITHIN,
     console: Console | None = None,
 ) -> None:
-    """A table for each of `comparisons`, one below another."""
+    """A table for each of `comparisons`, one below another; what keeps some of the runs from one is raised below those of others.
+
+    Raises:
+        ComparisonError: see `comparisons`.
+    """
     console = console or Console()
-    found = comparisons(runs_dir, folders, against=against, within=within)
+    found, refusals = _made(runs_dir, folders, against=against, within=within)
     for index, comparison in enumerate(found):
         if index:
             console.print()
@@ -148,6 +153,8 @@ def print_studies(
                 f"study {study[:8]} has {tables} tables, of different machines or workers: nothing is divided from one to another"
             )
             console.out(told, highlight=False)
+    if refusals:
+        raise refusals[0]
 
 
 def comparisons(
@@ -158,12 +165,28 @@ def comparisons(
     Raises:
         ComparisonError: nothing of a study finished, or its runs differ in what no study key tells.
     """
-    found = [compare(runs_dir, members, against=against, within=within) for members in _comparable(folders)]
+    found, refusals = _made(runs_dir, folders, against=against, within=within)
+    if refusals:
+        raise refusals[0]
+    return found
+
+
+def _made(
+    runs_dir: str | os.PathLike[str], folders: Sequence[Path], *, against: str, within: float
+) -> tuple[list[Comparison], list[ComparisonError]]:
+    found: list[Comparison] = []
+    refusals: list[ComparisonError] = []
+    for members in _comparable(folders):
+        try:
+            found.append(compare(runs_dir, members, against=against, within=within))
+        except ComparisonError as error:
+            refusals.append(error)
     tables = Counter(comparison.study for comparison in found)
-    return [
+    told = [
         replace(comparison, where=_where(comparison.group.runs[-1])) if tables[comparison.study] > 1 else comparison
         for comparison in found
     ]
+    return told, refusals
 
 
 def _comparable(folders: Sequence[Path]) -> list[list[Path]]:

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.job import resume_command
 from pipeline.report.choose import Finished, Unfinished, rule_of, seed_of
+from pipeline.report.resuming import how_to_resume
 from pipeline.report.study import Group
 from pipeline.report.study_run import number
 from pipeline.report.tables import behind_the_rows
@@ -120,7 +120,7 @@ class Comparison:
         for note in (*(each.text(self.group.within) for each in self.group.differences), *self.notes):
             console.out(note, highlight=False)
         for run in self.unfinished:
-            command = "" if run.state == "running" else f"; {resume_command(run.folder.parent, run.folder.name)}"
+            command = "" if run.state == "running" else f"; {how_to_resume(run.folder)}"
             line = f"not in the table: {run.folder.name} ({run.rule}) is {run.state}{command}"
             console.out(line, highlight=False)
 

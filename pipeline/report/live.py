@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.report.paired import BASELINE
+from pipeline.baseline import BASELINE
 from pipeline.report.runs import ReportError
 from pipeline.report.store import Point, Store, StoredRun, StoreError
 from pipeline.report.study import Study

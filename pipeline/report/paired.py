@@ -15,7 +15,6 @@ from typing import Literal
 
 from scipy import stats
 
-BASELINE = "BPTT"
 WITHIN = 0.7  # points of accuracy: what SLTT and OTTT claim to lose at most
 
 
@@ -41,11 +40,6 @@ class Difference:
             f"{self.baseline} - {self.rule}: {self.mean:+.2f} points over {self.seeds} paired seeds, 95 % interval "
             f"{self.low:+.2f} to {self.high:+.2f}; at most {within:g} points below {self.verdict(within)}"
         )
-
-
-def is_baseline(rule: str, against: str) -> bool:
-    """Whether it is the rule that others are compared with; of BPTT also what takes the time steps in slices, `BPTT-chunk-1`."""
-    return rule == against or (against == BASELINE and rule.startswith(f"{BASELINE}-chunk-"))
 
 
 def paired_difference(baseline: Mapping[int, float], rule: Mapping[int, float], *, names: tuple[str, str]) -> Difference | None:

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.bench import BASELINE, Cost, is_baseline
+from pipeline.baseline import BASELINE, is_baseline
+from pipeline.bench import Cost
 from pipeline.measure.memory import told_hardware
 from pipeline.probe import Probe, advice
 
@@ -35,7 +36,7 @@ def print_probe(found: Probe, *, as_json: bool = False, console: Console | None 
         )
     if (fastest := found.time_baseline) is not None:
         told = f"bytes and operations over {BASELINE}'s, seconds over {fastest.rule}'s"
-        console.out(f"×: {told}, the faster of {BASELINE} folded and stepped", highlight=False)
+        console.out(f"×: {told}, the faster of {BASELINE} folded and in slices of time", highlight=False)
     on = told_hardware(found.hardware)
     console.out(f"one batch of {found.samples} samples, T = {found.time_steps}, before any training; {on}", highlight=False)
     console.out(advice(found), highlight=False)

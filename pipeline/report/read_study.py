@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.baseline import BASELINE
 from pipeline.recipe import read_json
 from pipeline.report.choose import finished_run, named, newest_study, study_of, with_baseline
 from pipeline.report.claims import Claim
-from pipeline.report.compare import BASELINE
 from pipeline.report.paired import WITHIN
 from pipeline.report.runs import ReportError, recipe_of
 from pipeline.report.study import Study

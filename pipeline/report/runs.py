@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.job import resume_command
+from pipeline.report.resuming import how_to_resume
 from pipeline.suite import FILE, is_suite, runs_of
 from pipeline.track.jsonl import first, last
 from pipeline.track.state import State, is_driven, state_of
@@ -225,7 +225,7 @@ def _row(runs_dir: Path, folder: Path) -> RunRow:
         step=step,
         total_steps=start.get("total_steps") or summary.get("steps"),
         top1=float(top1) if top1 is not None else None,
-        resume=None if state in ("finished", "running", "diverged") else resume_command(runs_dir, folder.name),
+        resume=None if state in ("finished", "running", "diverged") else how_to_resume(folder),
     )
 
 
@@ -239,6 +239,6 @@ def _suite_row(runs_dir: Path, folder: Path) -> SuiteRow:
     except ValueError as error:
         return SuiteRow(name=folder.name, folder=folder, state=str(error), resume=None)
     driven = is_driven(folder)
-    resume = None if over == len(runs) or driven else resume_command(runs_dir, folder.name)
+    resume = None if over == len(runs) or driven else how_to_resume(folder)
     state = f"{over} of {len(runs)} finished" + (", running" if driven else "")
     return SuiteRow(name=folder.name, folder=folder, state=state, resume=resume)

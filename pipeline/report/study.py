@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from pipeline.baseline import BASELINE, is_baseline
 from pipeline.report.claims import Claim
-from pipeline.report.paired import BASELINE, WITHIN, Difference, is_baseline, paired_difference
+from pipeline.report.paired import WITHIN, Difference, paired_difference
 from pipeline.report.study_run import StudyRun, from_folder, study_run
 
 __all__ = ["Group", "Spread", "Study", "StudyRun", "from_folder", "kind", "study_run"]

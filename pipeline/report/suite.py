@@ -11,10 +11,11 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.job import resume_command
+from pipeline.baseline import BASELINE
 from pipeline.report.choose import runs_of_study
-from pipeline.report.compare import BASELINE, print_studies
+from pipeline.report.compare import print_studies
 from pipeline.report.paired import WITHIN
+from pipeline.report.resuming import how_to_resume
 from pipeline.report.runs import AmbiguousName, ReportError, find_run_or_suite
 from pipeline.suite import Report, SuiteFile, is_suite, runs_of
 from pipeline.track.state import is_driven, state_of
@@ -99,7 +100,7 @@ def print_suite(
             if name not in over:
                 state = f"is {state_of(run)}" if run.exists() else "has not begun"
                 console.out(f"not finished: {name} ({run.name}) {state}", highlight=False)
-        command = "" if is_driven(folder) else f"; {resume_command(folder.parent, folder.name, trust=trust)}"
+        command = "" if is_driven(folder) else f"; {how_to_resume(folder, trust=trust)}"
         until = "" if report is None else ", the report is printed when all have"
         console.out(f"{len(over)} of {len(runs)} finished{until}{command}", highlight=False)
 

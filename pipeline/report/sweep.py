@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.bench import BASELINE, Cost
+from pipeline.baseline import BASELINE
+from pipeline.bench import Cost
 from pipeline.launch.drive import commit
 from pipeline.measure.memory import told_hardware
 from pipeline.sweep import Point, Sweep

@@ -73,18 +73,18 @@ def note_checkpoints(client: MlflowClient, run: Run, run_dir: Path, kept_of: Kep
     """Make the models of the run's last and best checkpoint that are not there, and tag all of them."""
     try:
         kept = kept_of(run_dir)
-        wanted = {} if kept is None else _last_and_best(kept)
-        uris = {} if kept is None else {name: _uri(kept.address(name)) for name in wanted}
-    except (OSError, ValueError):  # storage that is out of reach, or job.json is damaged: the rest of the run is delivered
+        found = {} if kept is None else _last_and_best(kept)
+        wanted = {} if kept is None else {_uri(kept.address(name)): (name, which) for name, which in found.items()}
+    except Exception:  # storage out of reach, each with errors of its own, or job.json is damaged: the rest is delivered
         return
     if not wanted:
         return
     models = _models(client, run)
-    for step, which in wanted.items():
-        if step not in models or str(models[step].status) != "READY":
-            models[step] = _make(client, run, step, uris[step], models.get(step), which)
-    for step, model in models.items():
-        which = wanted.get(step, "superseded")
+    for uri, (name, which) in wanted.items():
+        if uri not in models or str(models[uri].status) != "READY":
+            models[uri] = _make(client, run, name, uri, models.get(uri), which)
+    for uri, model in models.items():
+        _, which = wanted.get(uri, ("", "superseded"))
         if model.tags.get(WHICH_TAG) != which:
             client.set_logged_model_tags(model.model_id, {WHICH_TAG: which})
 
@@ -93,16 +93,16 @@ def register_checkpoint(client: MlflowClient, run: Run, checkpoint: Path, *, nam
     """Make a checkpoint a version of the registered model `name`, unless it is one, and point the alias at it."""
     from mlflow.exceptions import MlflowException
 
-    model = _models(client, run).get(checkpoint.name)
+    uri = _uri(str(checkpoint))
+    model = _models(client, run).get(uri)
     if model is None or str(model.status) != "READY":
-        model = _make(client, run, checkpoint.name, _uri(str(checkpoint)), model, alias)
+        model = _make(client, run, checkpoint.name, uri, model, alias)
     try:
         try:
             client.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        uri = model.params[URI_PARAM]
         versions = client.search_model_versions(f"name = '{name}'")
         # SQL registries of 3.17.2 keep no model_id, and ask the store of the process, not the client's, for `models:/ID`.
         version = next((each for each in versions if each.source == model.artifact_location), None)
@@ -136,9 +136,9 @@ def _last_and_best(kept: Kept) -> dict[str, str]:
 
 
 def _models(client: MlflowClient, run: Run) -> dict[str, LoggedModel]:
-    """By the name of their checkpoint."""
+    """By the address of their checkpoint: a step that is saved again in a bucket has another, under the same name."""
     found = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'", max_results=1000)
-    return {model.name: model for model in found}
+    return {model.params.get(URI_PARAM, model.name): model for model in found}
 
 
 def _uri(address: str) -> str:

@@ -34,5 +34,11 @@ def test_the_mount_that_a_folder_lies_on(tmp_path: Path, folder: str, found: str
     assert remembers_absence(Path(folder), mounts=file) == found
 
 
+def test_a_folder_that_is_a_link_lies_where_it_leads(tmp_path: Path) -> None:
+    (file := tmp_path / "mounts").write_text(MOUNTS)
+    (link := tmp_path / "runs").symlink_to("/shared/mine")
+    assert remembers_absence(link / "run", mounts=file) == "/shared"
+
+
 def test_where_no_mounts_are_listed_nothing_is_known(tmp_path: Path) -> None:
     assert remembers_absence(tmp_path, mounts=tmp_path / "none") is None

@@ -250,6 +250,39 @@ def test_storage_that_fails_for_a_moment_costs_one_checkpoint_and_no_training(
     assert same_weights(tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize("stops", [False, True], ids=["at the end", "at a stop"])
+def test_storage_that_fails_for_a_moment_at_the_last_checkpoint_gets_it_once_more(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, stops: bool
+) -> None:
+    write, failed = background._write, []
+    last = 5 if stops else 16
+
+    def fails_once(file: Path, value: Any) -> None:
+        if f"step_{last:08d}" in str(file) and not failed:
+            failed.append(file)
+            raise OSError(errno.EIO, "Input/output error", "x")
+        write(file, value)
+
+    monkeypatch.setattr(background, "_write", fails_once)
+    recipe = small_recipe(checkpoint_every=0)
+    if stops:
+        between = Attempt._between_batches
+
+        def stopped(self: Attempt, epoch: int, *, last: bool) -> None:
+            if self.step == 5 and not failed:
+                (self.folder / "stop").touch()
+            between(self, epoch, last=last)
+
+        monkeypatch.setattr(Attempt, "_between_batches", stopped)
+        assert train_inline(tmp_path / "run", recipe) is None
+        assert [path.name for path in step_folders(tmp_path / "run" / "checkpoints")] == ["step_00000005"]
+        (tmp_path / "run" / "stop").unlink()
+    train_inline(tmp_path / "run", recipe)
+    assert [event["step"] for event in events(tmp_path / "run", "unwritten")] == [last]
+    assert [path.name for path in step_folders(tmp_path / "run" / "checkpoints")][-1] == "step_00000016"
+    assert same_weights(tmp_path / "run", whole)
+
+
 def test_whoever_stops_a_run_leaves_a_whole_checkpoint(tmp_path: Path, slow: None) -> None:
     make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
     (tmp_path / "run" / "stop").touch()

@@ -50,6 +50,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "storage that fails for a moment": (
         f"{WRITE}::test_storage_that_fails_for_a_moment_costs_one_checkpoint_and_no_training",
+        f"{WRITE}::test_storage_that_fails_for_a_moment_at_the_last_checkpoint_gets_it_once_more",
         *("checkpoint/test_background.py::test_that_one_rank_cannot_write_is_known_at_once_and_all_write_again",),
     ),
     "kill while an old checkpoint is deleted": (f"{CHECKPOINT}::test_a_kill_while_an_old_checkpoint_is_deleted_is_survived",),

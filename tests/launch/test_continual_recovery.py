@@ -13,7 +13,7 @@ import pytest
 from pipeline.track.jsonl import Follower, read
 from tests.small import same_weights
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
 RECIPE = """
 from timm.optim import create_optimizer_v2

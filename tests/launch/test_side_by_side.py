@@ -80,7 +80,7 @@ def overlap(one: Path, other: Path) -> bool:
 
 
 @cores
-@pytest.mark.distributed
+@pytest.mark.full
 def test_what_needs_nothing_runs_at_once_and_what_does_waits(place: Path, tmp_path: Path, spiketrain: Command) -> None:
     words = ("launch", str(place / "long.py"), "--inline", "--device", "cpu", "--runs", str(tmp_path))
     code, said, error = spiketrain(*words, "--name", "two", "--side-by-side", "2")

@@ -18,6 +18,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 from werkzeug.serving import make_server
 
+from pipeline.report.dashboard import app as dashboard
 from pipeline.report.dashboard.app import make_app
 from pipeline.report.dashboard.guard import guard
 from pipeline.track.jsonl import Journal, read
@@ -207,25 +208,47 @@ def test_presses_in_quick_succession_all_count(browser: Browser, address: str):
     page.close()
 
 
-def test_a_store_that_answers_later_than_the_next_look_is_shown(browser: Browser):
-    store = FakeStore(pause_s=0.5)
-    store.add_finished("bptt-0", "BPTT")
-    store.add_finished("sltt-0", "SLTT")
+@contextmanager
+def served_here(store: FakeStore) -> Iterator[str]:
+    """The address of a dashboard in this process, which looks five times a second."""
     app = make_app(store, name="store", every=0.2)
     guard(app.server, host="127.0.0.1", token=None, scripts=app.csp_hashes())
     server = make_server("127.0.0.1", 0, app.server, threaded=True)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        page, watch = opened(browser, f"http://127.0.0.1:{server.server_port}/?study={KEY}")
+        yield f"http://127.0.0.1:{server.server_port}/?study={KEY}"
+    finally:
+        server.shutdown()
+        thread.join()
+
+
+def test_a_store_that_answers_later_than_the_next_look_is_shown(browser: Browser):
+    store = FakeStore(pause_s=0.5)
+    store.add_finished("bptt-0", "BPTT")
+    store.add_finished("sltt-0", "SLTT")
+    with served_here(store) as address:
+        page, watch = opened(browser, address)
         drawn(page, 4)
         store.trouble = "store x does not answer"
         expect(page.locator("#figures")).to_contain_text("Store x does not answer.")
         assert watch.said == []
         page.close()
-    finally:
-        server.shutdown()
-        thread.join()
+
+
+def test_looks_go_on_after_a_request_was_lost(browser: Browser, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dashboard, "WOKEN_S", 1.0)
+    store = FakeStore()
+    store.add_finished("bptt-0", "BPTT")
+    with served_here(store) as address:
+        page, _ = opened(browser, address)
+        page.route("**/_dash-update-component", lambda route: route.abort())
+        page.wait_for_timeout(1500)
+        page.unroute_all()
+        store.add_finished("sltt-0", "SLTT")
+        expect(page.locator("#list")).to_contain_text("2 finished")
+        drawn(page, 4)
+        page.close()
 
 
 def test_a_run_that_goes_on_draws_on(page: Page, runs: Path):

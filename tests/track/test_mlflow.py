@@ -425,7 +425,7 @@ def test_a_server_that_hangs_does_not_hold_the_driver(fake_run: Callable):
         assert time.perf_counter() - before < 1
 
 
-@pytest.mark.distributed
+@pytest.mark.full
 @pytest.mark.timeout(300)
 def test_a_server_that_hangs_dies_and_comes_back(fake_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")  # their number is that of seconds

@@ -107,9 +107,23 @@ def test_checkpoints_in_a_store_are_models_by_its_address(fake_run: Callable, sq
     sync(run.folder, uri=sqlite_store, kept_of=place_of)
     assert which(sqlite_store, run) == {"step_00000004": "last and best"}
     assert models(sqlite_store, run)["step_00000004"].params["uri"] == f"{address}/step_00000004.1"
+    files = fsspec.filesystem("memory")
+    files.mv(f"{address}/step_00000004.1", f"{address}/step_00000004.2", recursive=True)  # saved again, with its evaluation
+    sync(run.folder, uri=sqlite_store, kept_of=place_of)
+    listed = connect(sqlite_store).search_logged_models([find(sqlite_store, run).info.experiment_id])
+    assert {model.params["uri"][-2:]: model.tags["spiketrain.which"] for model in listed} == {
+        ".1": "superseded",
+        ".2": "last and best",
+    }
+
+    def out_of_reach(_: Path) -> Any:
+        raise RuntimeError("NoCredentialsError")  # botocore's are of no common kind
+
+    sync(run.folder, uri=sqlite_store, kept_of=out_of_reach)
     keep_at(run, "no-such-protocol://bucket")
     sync(run.folder, uri=sqlite_store, kept_of=place_of)
-    assert which(sqlite_store, run) == {"step_00000004": "last and best"}
+    after = connect(sqlite_store).search_logged_models([find(sqlite_store, run).info.experiment_id])
+    assert [model.tags for model in after] == [model.tags for model in listed]
 
 
 def test_they_are_looked_for_once_an_end(fake_run: Callable, sqlite_store: str, monkeypatch: pytest.MonkeyPatch):

@@ -48,6 +48,9 @@ function (checked) {
     return checked.length ? `Runs: ${checked.filter(each => each === "true").length} of ${checked.length} picked` : "Runs";
 }
 """
+_WOKEN = "function () { return [false, false]; }"
+WOKEN_S = 30.0
+"""after which looks go on whose answer has not come: Dash forgets to let them where a request is lost on its way"""
 _FOCUS = """
 function (boxes) {
     const id = window.lastFocused;
@@ -87,6 +90,7 @@ def _layout(name: str, every: float) -> html.Div:
         [
             dcc.Location(id="url", refresh=False),
             *(dcc.Interval(id=name, interval=int(every * 1000)) for name in ("look", "glance")),
+            dcc.Interval(id="wake", interval=int(max(WOKEN_S, 5 * every) * 1000)),
             dcc.Store(id="scheme"),
             dcc.Store(id="drawn"),
             dcc.Store(id="pressed"),
@@ -146,6 +150,13 @@ class _Answers:
 
     def join(self, app: Dash) -> None:
         app.clientside_callback(_SCHEME, Output("scheme", "data"), Input("url", "pathname"))
+        app.clientside_callback(
+            _WOKEN,
+            Output("look", "disabled"),
+            Output("glance", "disabled"),
+            Input("wake", "n_intervals"),
+            prevent_initial_call=True,
+        )
         app.clientside_callback(_FOCUS, Input("runs", "children"))
         app.clientside_callback(
             _PRESSED,
