@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 from werkzeug.serving import make_server
 
 from pipeline.report.dashboard import app as dashboard
@@ -242,9 +242,16 @@ def test_looks_go_on_after_a_request_was_lost(browser: Browser, monkeypatch: pyt
     store.add_finished("bptt-0", "BPTT")
     with served_here(store) as address:
         page, _ = opened(browser, address)
-        page.route("**/_dash-update-component", lambda route: route.abort())
+        lost: list[str] = []
+
+        def lose(route: Route) -> None:
+            lost.append(route.request.url)
+            route.abort()
+
+        page.route(lambda url: "_dash-update-component" in url, lose)
         page.wait_for_timeout(1500)
         page.unroute_all()
+        assert lost
         store.add_finished("sltt-0", "SLTT")
         expect(page.locator("#list")).to_contain_text("2 finished")
         drawn(page, 4)
