@@ -149,7 +149,7 @@ def test_a_small_card_takes_smaller_micro_batches_and_a_tiny_one_refuses() -> No
     assert refused.refused["BPTT"].startswith("BPTT: a worker must fit into 9e-07 GB; it needs")
 
 
-@pytest.mark.distributed
+@pytest.mark.full
 def test_neighbours_sum_longer_the_more_they_sum_and_compute_no_faster_than_one_alone() -> None:
     assert neighbours(1, 10**9) == ALONE
     little, much = neighbours(2, 10**4), neighbours(2, 4 * 10**7)
