@@ -205,9 +205,7 @@ class Attempt:
             with self.meters.between("checkpoint"):
                 self._save(score=None, owes=last)
             if wanted:
-                self._wait_for_checkpoint()
-                if self.ranks.rank == 0:
-                    (self.folder / SAVE).unlink(missing_ok=True)  # whoever asked ends the workers as soon as it is gone
+                self._answer_save()
         elif recipe.replicas_every and self.step % recipe.replicas_every == 0 and not last:  # whoever saves compares
             self._compare_replicas()
 
@@ -257,8 +255,8 @@ class Attempt:
         if is_learnt or (epoch - stretch.first_epoch + 1) % self.recipe.evaluate_every == 0:
             figures = self._figures()
             is_old = time.monotonic() - self.saved_at > UNSAVED_S
-            [is_old] = self.ranks.decide(is_old or self.parts.checkpoints.failed())
-            if is_old:
+            [is_due] = self.ranks.decide(is_old or self.parts.checkpoints.failed())
+            if is_due:
                 self._save_without_score()
             with self.meters.between("evaluation"):
                 results = self._evaluate()
@@ -313,9 +311,12 @@ class Attempt:
         if asked:
             self._hears_notice()
         self._save_without_score()
+        self._answer_save()
+
+    def _answer_save(self) -> None:
         self._wait_for_checkpoint()
         if self.ranks.rank == 0:
-            (self.folder / SAVE).unlink(missing_ok=True)
+            (self.folder / SAVE).unlink(missing_ok=True)  # whoever asked ends the workers as soon as it is gone
 
     def _save_without_score(self) -> None:
         """An epoch's end, whose evaluation is owed by whoever goes on from there."""

@@ -66,22 +66,10 @@ class Nodes:
         ask = [tell.options(num_cpus=0, max_retries=0, scheduling_strategy=_on(node)) for node in nodes]
         first = [each.remote() for each in ask]  # starts a process there, on all of them at once: one that hangs costs the time
         ray.wait(first, num_returns=len(first), timeout=within_s)
-        found: dict[str, tuple[float, float] | Silent] = {}
-        for node, each, awake in zip(nodes, ask, first, strict=True):
-            told = _answer(awake, node, within_s=0)
-            round_trips: list[tuple[float, float]] = []
-            while not isinstance(told, Silent) and len(round_trips) < 4:
-                sent = time.time()
-                told = _answer(each.remote(), node, within_s=within_s)
-                back = time.time()
-                if not isinstance(told, Silent):
-                    round_trips.append(((back - sent) / 2, told - (sent + back) / 2))
-            if isinstance(told, Silent):
-                found[told.address] = told
-            else:
-                uncertain, ahead = min(round_trips)
-                found[node["NodeManagerAddress"]] = (ahead, uncertain)
-        return found
+        return {
+            node["NodeManagerAddress"]: _clock(each, awake, node, within_s=within_s)
+            for node, each, awake in zip(nodes, ask, first, strict=True)
+        }
 
 
 def _alive() -> list[dict[str, Any]]:
@@ -111,6 +99,22 @@ def _answer(asked: Any, node: dict[str, Any], *, within_s: float) -> Any:
     except RayError as error:
         why = innermost(getattr(error, "cause", None) or error)
     return Silent(node["NodeManagerAddress"], why)
+
+
+def _clock(ask: Any, awake: Any, node: dict[str, Any], *, within_s: float) -> tuple[float, float] | Silent:
+    """The best of four round trips, once the node is `awake`: what a first answer says."""
+    if isinstance(told := _answer(awake, node, within_s=0), Silent):
+        return told
+    round_trips: list[tuple[float, float]] = []
+    for _ in range(4):
+        sent = time.time()
+        told = _answer(ask.remote(), node, within_s=within_s)
+        back = time.time()
+        if isinstance(told, Silent):
+            return told
+        round_trips.append(((back - sent) / 2, told - (sent + back) / 2))
+    uncertain, ahead = min(round_trips)
+    return ahead, uncertain
 
 
 def _now() -> float:

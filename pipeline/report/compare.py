@@ -76,9 +76,16 @@ def compare(
     """
     runs_dir = Path(runs_dir)
     folders = named(runs_dir, names) if names else newest_study(runs_dir)
-    each = [finished_run(folder) for folder in folders]
-    finished = [run for run in each if run is not None]
-    left_out = [unfinished_run(folder) for folder, run in zip(folders, each, strict=True) if run is None]
+    return _compared(runs_dir, list(map(_read, folders)), against=against, within=within)
+
+
+def _read(folder: Path) -> Finished | Unfinished:
+    return finished_run(folder) or unfinished_run(folder)
+
+
+def _compared(runs_dir: Path, runs: Sequence[Finished | Unfinished], *, against: str, within: float) -> Comparison:
+    finished = [run for run in runs if isinstance(run, Finished)]
+    left_out = [run for run in runs if isinstance(run, Unfinished)]
     if not finished:
         raise ComparisonError("compare: no finished run: " + ", ".join(f"{run.folder.name} is {run.state}" for run in left_out))
     finished.sort(key=lambda run: (rule_of(run) != against, rule_of(run), seed_of(run), run.name))
@@ -178,7 +185,7 @@ def _made(
     refusals: list[ComparisonError] = []
     for members in _comparable(folders):
         try:
-            found.append(compare(runs_dir, members, against=against, within=within))
+            found.append(_compared(Path(runs_dir), members, against=against, within=within))
         except ComparisonError as error:
             refusals.append(error)
     tables = Counter(comparison.study for comparison in found)
@@ -189,23 +196,22 @@ def _made(
     return told, refusals
 
 
-def _comparable(folders: Sequence[Path]) -> list[list[Path]]:
+def _comparable(folders: Sequence[Path]) -> list[list[Finished | Unfinished]]:
     """By study and machine, in their order; unfinished runs of a machine where nothing finished join the first of their study."""
-    groups: dict[str, list[Path]] = {}
+    groups: dict[str, list[Finished | Unfinished]] = {}
     first_of: dict[str, str] = {}
-    unfinished: list[Path] = []
-    for folder in folders:
-        run = finished_run(folder)
-        if run is None:
-            unfinished.append(folder)
+    unfinished: list[Unfinished] = []
+    for run in map(_read, folders):
+        if isinstance(run, Unfinished):
+            unfinished.append(run)
             continue
-        key = kind(_study_run(run))
-        groups.setdefault(key, []).append(folder)
-        first_of.setdefault(study_of(folder), key)
-    for folder in unfinished:
-        start = last(folder / "journal.jsonl", "start")
-        key, study = kind(study_run(folder.name, [start] if start else [], state="interrupted")), study_of(folder)
-        groups.setdefault(key if key in groups else first_of.get(study, study), []).append(folder)
+        key = kind(study_run(run.name, (), state="finished", summary=run.summary))
+        groups.setdefault(key, []).append(run)
+        first_of.setdefault(study_of(run.folder), key)
+    for run in unfinished:
+        start = last(run.folder / "journal.jsonl", "start")
+        key, study = kind(study_run(run.folder.name, [start] if start else [], state="interrupted")), study_of(run.folder)
+        groups.setdefault(key if key in groups else first_of.get(study, study), []).append(run)
     return list(groups.values())
 
 

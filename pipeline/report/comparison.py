@@ -106,7 +106,7 @@ class Comparison:
         """One line for each rule, the mean over its runs (± standard deviation), and × the baseline over paired seeds; then one
         with what stands behind it."""
         title = f"study {self.study[:8]}" + (f" on {self.where}" if self.where else "")
-        table = Table(title=title, box=None, header_style="bold", pad_edge=False, title_justify="left")
+        table = _table(title)
         table.add_column("rule", overflow="fold")
         for title in ("top-1", "peak saved", "images/s", "wall clock"):
             table.add_column(title, justify="right")
@@ -125,8 +125,7 @@ class Comparison:
             console.out(line, highlight=False)
 
     def _behind(self) -> Table:
-        about = {"box": None, "header_style": "bold", "pad_edge": False, "title_justify": "left"}
-        table = Table(title="behind each row", **about)
+        table = _table("behind each row")
         for name in ("rule", *next(iter(self.behind.values()))):
             table.add_column(name.replace("_", "\n") if len(name) > 10 else name.replace("_", " "), overflow="fold")
         for rule, told in self.behind.items():
@@ -142,6 +141,10 @@ class Comparison:
         if ratio is not None:
             text += f"  ×{ratio.mean:{'.2f' if ratio.mean >= 0.1 else '.3g'}}"
         return text if len(values) == 1 else f"{text}\n± {_shown(name, statistics.stdev(values), like=mean)}"
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, box=None, header_style="bold", pad_edge=False, title_justify="left")
 
 
 def _value(run: Finished, name: str) -> float | None:
