@@ -144,6 +144,7 @@ class Attempt:
         if stretch.index:
             self.backend.forget()
         self.parts.rule.start_task(self.backend.network, stretch.index)
+        self.guard.begin_task()
         if self.recipe.phases:
             fields = {"name": task.name, "head": task.head, "steps": stretch.steps, "epochs": task.epochs}
             self.tracker.event("phase", step=self.step, phase=stretch.index, of=len(self.tasks), **fields)

@@ -1,7 +1,7 @@
 """Batches that a network must not learn from, and what happens in their place.
 
 Before the weights move every rank hears of every other's. A batch is bad whose loss or gradient is not finite on any of them, and
-where the recipe asks for it (`loss_spike`) one whose loss is so many times the median of the last 64 good ones.
+where the recipe asks for it (`loss_spike`) one whose loss is so many times the median of the last 64 good ones of its task.
 
     a bad batch                                  leaves no trace: running statistics, what the rule learnt from it and the random
                                                  numbers are put back, as if the run had been told to skip it (`Recipe.skip`)
@@ -125,6 +125,11 @@ class Guard:
     def told(self) -> dict[str, Any]:
         """For a checkpoint: a run that is resumed judges the next batch as it would have."""
         return {"in_a_row": self._in_a_row, "losses": list(self._good)}
+
+    def begin_task(self) -> None:
+        """What comes is another task, whose losses are not held against those of the one before."""
+        self._in_a_row = 0
+        self._good.clear()
 
     @contextmanager
     def batch(self, step: int) -> Iterator[None]:

@@ -96,7 +96,7 @@ class Recipe:
     max_rollbacks: int = 2
     """times that it goes back, before it ends"""
     loss_spike: float = 0.0
-    """a loss of more than so many times the median of the last 64 makes a batch bad; 0: only one that is not finite"""
+    """a loss of more than so many times the median of its task's last 64 makes a batch bad; 0: only one that is not finite"""
     max_damaged_pages: int = 0
     """pages of the training file that a run does without, others' samples in their samples' places (pipeline/damaged.py)"""
     replicas_every: int = 500

@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import pipeline
+from pipeline import guard
 from pipeline.attempt import Attempt
 from pipeline.checkpoint import WEIGHTS, read_trainer, step_folders
 from pipeline.data.synthetic import Synthetic
@@ -345,6 +346,36 @@ def test_only_the_sets_that_are_needed_are_open(tmp_path: Path, monkeypatch: pyt
     train(tmp_path / "run", several())
     assert most == {"train": 1, "val": 1}
     assert open_now == {"train": 0, "val": 0}
+
+
+def raised(patch: pytest.MonkeyPatch, by: Callable[[int], float]) -> None:
+    """The loss of batch `step` is `by(step)` more than it would be; its gradient is what it was."""
+    batches, loss_for, now = Attempt._micro_batches, CrossEntropy.__call__, [0]
+
+    def micro_batches(self: Attempt, source: Any) -> Any:
+        now[0] = self.step
+        return batches(self, source)
+
+    def call(self: CrossEntropy, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossOf:
+        loss_of = loss_for(self, target_B, teacher_BK)
+        return lambda logits_BK: loss_of(logits_BK) + by(now[0])
+
+    patch.setattr(Attempt, "_micro_batches", micro_batches)
+    patch.setattr(CrossEntropy, "__call__", call)
+
+
+def test_a_task_that_opens_with_a_higher_loss_is_not_taken_for_a_leap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss is held against those of its own task, after a resume at the boundary too; a leap within a task is one."""
+    monkeypatch.setattr(guard, "WINDOW", 4)
+    raised(monkeypatch, lambda step: 1e6 if step == 14 else 0.0 if step < 8 else 1e2 if step < 24 else 1e4)
+    recipe = several(loss_spike=4.0)
+    with monkeypatch.context() as patch:
+        before_task(1)(patch)
+        with pytest.raises(Killed):
+            train(tmp_path / "run", recipe)
+    train(tmp_path / "run", recipe)
+    assert [event["step"] for event in events(tmp_path / "run", "start")] == [0, 8]
+    assert [event["step"] for event in events(tmp_path / "run", "skipped")] == [14]
 
 
 # ------------------------------------------------------------------------------------------------------ what is reported

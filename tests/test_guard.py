@@ -164,6 +164,16 @@ def test_what_it_has_seen_is_part_of_a_checkpoint() -> None:
         other.batch(3, bad=True)
 
 
+def test_a_task_begins_with_nothing_against_it() -> None:
+    hit = Trained(skips=1)
+    hit.batch(0)
+    hit.batch(1, bad=True)
+    hit.guard.begin_task()
+    assert hit.guard.told() == {"in_a_row": 0, "losses": []}
+    hit.batch(2, bad=True)  # the first of its own
+    assert [step for step, _ in hit.told] == [1, 2]
+
+
 def _one_rank_meets_it(rank: int, size: int) -> dict[str, Any]:
     hit = Trained(Ranks(rank, size))
     for step in range(3):
