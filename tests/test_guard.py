@@ -20,6 +20,9 @@ from pipeline.measure.clock import Clock
 from pipeline.objective import CrossEntropy
 from pipeline.ranks import Ranks
 from pipeline.refused import Refused
+from pipeline.rules.base import Rule
+from pipeline.rules.hlop import HLOP
+from pipeline.rules.opzo import OPZO
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.encode import repeat
@@ -42,12 +45,13 @@ class Norm(nn.Module):
 
 
 class Trained:
-    """A network with running statistics, momentum and dropout, and its guard; `batch` trains on one."""
+    """A network with momentum and dropout, under SLTT with running statistics, and its guard; `batch` trains on one."""
 
-    def __init__(self, ranks: Ranks = Ranks(), **guard: Any) -> None:
+    def __init__(self, ranks: Ranks = Ranks(), *, rule: Rule | None = None, **guard: Any) -> None:
         torch.manual_seed(0)
-        network = nn.Sequential(Linear(4, 6), Norm(), LIF(threshold=0.3), Dropout(0.3), Linear(6, 3))
-        self.rule = SLTT()
+        norm = Norm() if rule is None else nn.Identity()
+        network = nn.Sequential(Linear(4, 6), norm, LIF(threshold=0.3), Dropout(0.3), Linear(6, 3))
+        self.rule = SLTT() if rule is None else rule
         self.rule.attach(network)
         self.backend = Plain(network, lambda network: torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9))
         self.told: list[tuple[int, str]] = []
@@ -64,6 +68,7 @@ class Trained:
     def values(self) -> dict[str, Tensor]:
         momentum = self.backend.optimizer.state_dict()["state"]
         held = {f"momentum {index}": state["momentum_buffer"] for index, state in momentum.items()}
+        held |= {f"rule {name}": value.clone() for name, value in self.rule.state_dict().items()}
         return {**{name: value.clone() for name, value in self.backend.network.state_dict().items()}, **held}
 
 
@@ -71,15 +76,24 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_bad_batch_leaves_no_trace() -> None:
-    whole = Trained()
-    for step in (0, 1, 3, 4, 5):
+PROTECTED = {"rows": ((2, 3), (1, 1))}
+RULES = {"SLTT": lambda: None, "OPZO": OPZO, "DFA": lambda: OPZO("random"), "HLOP(OPZO)": lambda: HLOP(OPZO(), **PROTECTED)}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("bad", [0, 2])
+def test_a_bad_batch_leaves_no_trace(rule: str, bad: int) -> None:
+    """Of the rule either, which may have made its matrices for the very first."""
+    whole = Trained(rule=RULES[rule]())
+    for step in (step for step in range(6) if step != bad):
         whole.batch(step)
-    hit = Trained()
+    hit = Trained(rule=RULES[rule]())
     for step in range(6):
-        hit.batch(step, bad=step == 2)
+        hit.batch(step, bad=step == bad)
+        assert all(math.isfinite(figure) for figure in hit.rule.figures().values())
+    whole.rule.figures()  # HLOP writes down what it is asked for
     assert same(hit.values(), whole.values())
-    assert hit.told == [(2, "its gradient is not finite on 1 of 1 workers")]  # spikes hide it from the loss
+    assert hit.told == [(bad, "its gradient is not finite on 1 of 1 workers")]  # spikes hide it from the loss
     assert all(p.grad is None for p in hit.backend.network.parameters())
 
 

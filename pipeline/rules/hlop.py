@@ -237,6 +237,8 @@ class HLOP(Rule):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **more: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **more)
+        for ear in self._ears:  # a batch that is taken back leaves nothing to report
+            ear.last = None
         if int(self.task) and self._attached:  # start_task is not called again for the task that was running
             self._freeze_norms()
 

@@ -63,6 +63,9 @@ class Signals(nn.Module):
         return matrix
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Those of this state and no others: the batch that made the first ones may be taken back.
+        for name in [name for name in self._buffers if name.startswith("matrix_") and prefix + name not in state_dict]:
+            del self._buffers[name]
         for key, value in state_dict.items():
             name = key.removeprefix(prefix)
             if key.startswith(f"{prefix}matrix_") and name not in self._buffers:
