@@ -120,7 +120,7 @@ class _RateMap(torch.autograd.Function):
 def _rate(lif: RateNeuron, x_TB: Tensor) -> Tensor:
     """gain I of the input, never below fp32."""
     weights_T = rate_weights(lif.leak, x_TB)
-    with serving("rates"):
+    with torch.autocast(x_TB.device.type, enabled=False), serving("rates"):
         return lif.gain * torch.tensordot(weights_T, x_TB.to(weights_T.dtype), dims=1)
 
 

@@ -178,13 +178,13 @@ def test_weighted_logits_have_one_loss():
         DSR().attach(smallest_model(), over_time="steps")
 
 
-def test_half_precision_keeps_rates_and_thresholds_in_fp32():
-    model, rule = smallest_model(), DSR()
-    rule.attach(model, **MEAN)
-    x_TBC, target = batch(6)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        learn(rule.objectives(model, x_TBC.float(), lambda o: F.cross_entropy(o.float(), target)))
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+def test_under_autocast_a_rate_is_held_against_its_height_in_fp32():
+    """A rate of 6.015625 is above the height of 6; of eight binary digits it would be 6."""
+    x_TBC = torch.tensor([5.96875, 6.0625]).view(2, 1, 1)
+    assert torch.equal(x_TBC, x_TBC.bfloat16().float())
+    with torch.autocast("cpu", torch.bfloat16):
+        g_x, g_threshold = map_of(RateIF(threshold=6.0), x_TBC, torch.ones(2, 1, 1))
+    assert not g_x.any() and g_threshold.item() == 2
 
 
 # ------------------------------------------------------------------------------------------------------------ calibration
