@@ -23,6 +23,7 @@ from pipeline.rules.base import (
     slices,
     steps_share,
 )
+from pipeline.spiking.heads import MultiHead
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.noise import DISTRIBUTIONS, Distribution
 from pipeline.spiking.signals import Fixed, MeanJacobian, Signals, SinglePoint
@@ -45,9 +46,10 @@ class OPZO(Rule):
         grad W = 1/T sum_t (psi(u[t]) g[t]) a[t]^T,       a[t] = leak a[t-1] + x[t]     three local factors
         M     <- lam M + (1 - lam) mean of z[t] o[t]^T / alpha    after each global batch, over its samples and time steps
 
-    So M follows the mean Jacobian E[do/ds]^T. No gradient passes from a layer to the one below; the readout learns from e
-    itself. Neurons, traces and losses are OTTT's. "random": M is drawn once and stays, with independent entries of variance
-    1/K. "single_point": g = z (o^T e) / alpha, the estimate of the sample and the step alone.
+    So M follows the mean Jacobian E[do/ds]^T; where tasks have heads of their own, it begins anew with each. No gradient passes
+    from a layer to the one below; the readout learns from e itself. Neurons, traces and losses are OTTT's. "random": M is drawn
+    once and stays, with independent entries of variance 1/K. "single_point": g = z (o^T e) / alpha, the estimate of the sample
+    and the step alone.
 
     Args:
         noise: alpha, in spikes (`inject="spikes"`, the default) or units of the membrane (`"membrane"`, which decides on the
@@ -171,6 +173,10 @@ class OPZO(Rule):
         super().check_steps(steps)
         if self.antithetic and steps < 2:
             raise ValueError(f"OPZO: antithetic pairs need two time steps, so T must be >= 2; got antithetic=True, T={steps}")
+
+    def start_task(self, model: nn.Module, task: int) -> None:
+        if task > 0 and any(isinstance(module, MultiHead) for module in model.modules()):
+            self.signals.begin(self.signals.device)  # another head has another Jacobian
 
     def release(self) -> None:
         super().release()

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.backend.plain import Plain
+from pipeline.models.heads import multi_head, select_head
+from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.models.readouts import with_readouts
 from pipeline.models.vgg import vgg_sws
 from pipeline.objective import CrossEntropy
 from pipeline.rules.base import World, counter_hash
+from pipeline.rules.hlop import HLOP
 from pipeline.rules.opzo import OPZO
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.noise import noise
@@ -341,6 +344,31 @@ def test_the_matrix_behind_the_last_hidden_layer_is_that_of_the_readout():
         rule.release()
     assert found["momentum"] >= 0.95 and found["antithetic"] >= 0.95
     assert abs(found["none"]) <= 0.3 and abs(found["random"]) <= 0.2
+
+
+@pytest.mark.parametrize("protected", [False, True])
+def test_a_task_with_a_head_of_its_own_begins_its_matrices_anew(protected):
+    """The second head is the first with its sign turned: what was known is then known to be wrong."""
+    torch.manual_seed(0)
+    model = multi_head(mlp(CLASSES, in_features=FEATURES, hidden=(8, 7)), heads=2)
+    first, second = model.classifier.heads  # type: ignore[union-attr]
+    with torch.no_grad():
+        second.weight.copy_(-first.weight)
+    opzo = OPZO()
+    rule = HLOP(opzo, rows=((2, 2), (1, 1)), skip=("classifier",)) if protected else opzo
+    rule.attach(model)
+    found = []
+    for task, batches in enumerate((30, 10)):
+        select_head(model, task)
+        rule.start_task(model, task)
+        for _ in range(batches):
+            x_TBC, target_B = batch(2, size=32)
+            learn(rule.objectives(model, x_TBC.float(), cross_entropy(target_B)))
+            rule.end_of_batch()
+        head = model.classifier.heads[task].weight  # type: ignore[union-attr, index]
+        found.append(float(F.cosine_similarity(opzo.signals.get_buffer("matrix_1").flatten(), head.detach().T.flatten(), dim=0)))
+    assert int(opzo.signals.get_buffer("updates")) == 10
+    assert min(found) > 0.7
 
 
 def test_labels():
