@@ -22,6 +22,7 @@ from pipeline.spiking.rows import Rows
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.subspace import Moments, SecondMoments, SpikingMoments, Subspace
 from pipeline.spiking.synapse import Conv2d, Linear
+from pipeline.spiking.topdown import answering
 from pipeline.spiking.trace import the_leak
 
 LearnFrom = Literal["spikes", "traces", "rates"]
@@ -255,7 +256,7 @@ class HLOP(Rule):
                 ear.forget()
         if self.inner.disturbs_forward:
             # What must stay is what the network does by itself: its inputs without the noise, for one forward more.
-            with torch.no_grad(), fresh_state(model), listening(self._ears, x_TB.shape[0]):
+            with torch.no_grad(), fresh_state(model), answering(model), listening(self._ears, x_TB.shape[0]):
                 model(x_TB)
         shares = self.inner.objectives(model, x_TB, loss_of, step=step, rows=rows)
         while True:

@@ -10,7 +10,8 @@ scalar whose gradient is each layer's signal at its own spikes, and whose value 
 
 # T time, B batch, N units of a layer, K outputs
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -129,6 +130,22 @@ class TopDown:
             return lif.step(x_B, v_B)
         s_B, v_B = lif.step(x_B + (noise_B / (1 - lif.leak) if lif.decay_input else noise_B), v_B)
         return s_B, v_B - (noise_B if lif.reset == "subtract" else noise_B * (1 - s_B.detach()))
+
+
+@contextmanager
+def answering(model: nn.Module) -> Iterator[None]:
+    """Inside, each `Readout` under `model` answers to what passes through it, as it does where a layer learns from its loss."""
+
+    def answer(readout: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        assert isinstance(readout, Readout)
+        readout.logits(inputs[0])
+
+    hooks = [module.register_forward_hook(answer) for module in model.modules() if isinstance(module, Readout)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def with_signals(loss: Tensor, ends: Sequence[Tensor], signals: Sequence[Tensor]) -> Tensor:

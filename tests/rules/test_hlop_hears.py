@@ -11,6 +11,7 @@ from pipeline.rules.base import World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
 from pipeline.rules.hlop import HLOP
+from pipeline.rules.opzo import OPZO
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.errorpath import FixedFeedback, sign_symmetric
@@ -18,6 +19,7 @@ from pipeline.spiking.rate import RateLIF, WeightedRates
 from pipeline.spiking.synapse import Linear
 from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network
 from tests.rules.test_hlop import ROWS, gradient, inputs_of, logits, moments_of, rows_of, train
+from tests.rules.test_opzo import smallest_model as with_readouts
 
 
 def test_the_rows_learn_from_the_inputs_of_every_synapse_at_every_step():
@@ -101,6 +103,22 @@ def test_evaluation_and_broken_batches_are_not_heard():
     logits(model, 100 * batch(5)[0])
     x_NC = batch(4)[0].flatten(0, 1)
     assert torch.allclose(moments_of(rule, 0), x_NC.T @ x_NC / len(x_NC), atol=1e-13)
+
+
+READOUTS = [{}, {"local_readouts": True}, {"intermediate": (1,)}, {"feedback": "random", "local_readouts": True}]
+
+
+@pytest.mark.parametrize("options", READOUTS)
+def test_every_synapse_with_rows_is_heard(options):
+    """A readout, which stands beside the network, hears the spikes that the synapse behind it in the network hears."""
+    rule, model = HLOP(OPZO(**options), rows=((2,) * 5, (1,) * 5)), with_readouts()
+    rule.attach(model)
+    train(rule, model, *batch(4), step=0)
+    assert [ear.name for ear in rule._ears] == ["0", "2.linear", "3", "5.linear", "6"]
+    assert all(ear.last is not None for ear in rule._ears)
+    for readout, onward in ((1, 2), (3, 4)):
+        assert torch.allclose(moments_of(rule, readout), moments_of(rule, onward), atol=1e-14)
+    assert moments_of(rule, 1).any() and moments_of(rule, 3).any()
 
 
 def test_figures_say_what_is_kept_and_what_is_free():
