@@ -165,12 +165,13 @@ class Guard:
         if not gradients:  # and nothing would be found of them
             raise RuntimeError(f"guard: a batch must leave gradients to look at; {self.backend.name} shows none")
         size = get_total_norm(gradients, math.inf)
-        bad = (~size.isfinite()).to(loss)
-        self._loss, ranks = self.ranks.sum(torch.stack([loss, bad])).tolist()
+        bad, unsolved = (~size.isfinite()).to(loss), loss.new_tensor(self.rule.is_unsolved())
+        self._loss, ranks, gave_up = self.ranks.sum(torch.stack([loss, bad, unsolved])).tolist()
         if not math.isfinite(self._loss):
             raise _Bad(f"its loss is {self._loss}")
         if ranks:
-            raise _Bad(f"its gradient is not finite on {ranks:.0f} of {self.ranks.size} workers")
+            why = f": {self.rule.label} could not solve for it on {gave_up:.0f}" if gave_up else ""
+            raise _Bad(f"its gradient is not finite on {ranks:.0f} of {self.ranks.size} workers{why}")
         if self.spike and len(self._good) == WINDOW and self._loss > self.spike * (usual := statistics.median(self._good)):
             raise _Bad(f"its loss of {self._loss:.4g} is more than {self.spike:g} times the usual {usual:.4g}")
 

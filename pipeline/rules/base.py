@@ -171,6 +171,10 @@ class Rule(nn.Module):
         """
         return {}
 
+    def is_unsolved(self) -> bool:
+        """Whether the rule found no gradient for the global batch at hand, which then is not a number: no batch to learn from."""
+        return False
+
     def release(self) -> None:
         """Give the seams back what they held before `attach`; nothing happens where nothing is attached."""
         while self._seams:

@@ -285,6 +285,9 @@ class HLOP(Rule):
 
     # -------------------------------------------------------------------------------------------- what is the inner rule's
 
+    def is_unsolved(self) -> bool:
+        return self.inner.is_unsolved()
+
     def check_steps(self, steps: int) -> None:
         self.inner.check_steps(steps)
         if self.learn_from == "rates" and (self.chunk or steps) < steps:

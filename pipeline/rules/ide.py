@@ -3,6 +3,7 @@
 # T time, B batch, K classes, N layers
 
 import itertools
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -11,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.counts import refuse_unless_counts
-from pipeline.refused import Unbounded
 from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World
 from pipeline.spiking.equilibrium import Linearized, the_equilibrium
 from pipeline.spiking.solvers import Solution, broyden, fixed_point
 from pipeline.spiking.state import fresh_state
 
-# Mean residual of a batch from which IDE warns, and that of a sample which is an error.
+# Mean residual of a batch from which IDE warns, and that of a sample from which there is no gradient.
 COARSE, UNSOLVED = 0.05, 0.5
 
 
@@ -30,12 +30,12 @@ class IDE(Rule):
     The gradient is exact at the fixed point, away from the kinks of the clamp; at a[T] its error falls as 1/T.
 
     beta is solved by limited-memory Broyden or by a damped fixed point, each sample by itself until its residual is at most
-    `tolerance` times |g|, in at most `iterations` evaluations of J^T. Reported: the residual and the iterations; a mean
-    residual above 5 % warns once.
+    `tolerance` times |g|, in at most `iterations` evaluations of J^T. Reported, of the last batch that was solved: the residual
+    and the iterations; a mean residual above 5 % warns once. Where a solve leaves more than half of g, as it does when J is no
+    contraction, it warns, and the gradient of the batch is not a number: nobody is to learn from it.
 
     Raises: ValueError for an unknown solver, iterations < 1 or tolerance outside 0..1 (when made); for a model without an
-    `Equilibrium`, with several, or with neurons outside it (`attach`); where a solve leaves more than half of g unsolved,
-    as it does when J is no contraction (in backward).
+    `Equilibrium`, with several, or with neurons outside it (`attach`).
     Source: Xiao et al. 2021 (arXiv 2109.14247).
     """
 
@@ -61,7 +61,11 @@ class IDE(Rule):
     def figures(self) -> dict[str, float]:
         return self.adjoint.figures()
 
+    def is_unsolved(self) -> bool:
+        return self.adjoint.is_unsolved
+
     def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
+        self.adjoint.begin(step)
         with fresh_state(model):
             (logits_BK,) = model(x_TB)  # of a[T]: one step
             loss = loss_of(logits_BK)
@@ -74,15 +78,25 @@ class _Adjoint:
     def __init__(self, solver: Literal["broyden", "fixed_point"], iterations: int, tolerance: float) -> None:
         self.solver, self.iterations, self.tolerance = solver, iterations, tolerance
         self.residual, self.evaluations, self.warned = 0.0, 0.0, False
+        self.step, self.is_unsolved = -1, False
+
+    def begin(self, step: int) -> None:
+        """The global batch of what comes, of which there may be several parts."""
+        if step != self.step:
+            self.step, self.is_unsolved = step, False
 
     def __call__(self, g_B: Tensor, vjp: Linearized) -> Tensor:
         if not g_B.isfinite().all():  # or the solve would be blamed
-            raise Unbounded(f"IDE: the gradient of the loss must be finite; got {g_B[~g_B.isfinite()][0].item()}")
+            got = g_B[~g_B.isfinite()][0].item()
+            warnings.warn(f"IDE: the gradient of the loss must be finite; got {got}", RuntimeWarning, stacklevel=2)
+            return torch.full_like(g_B, math.nan)
         solve = broyden if self.solver == "broyden" else fixed_point
         solution = solve(g_B, vjp, iterations=self.iterations, tolerance=self.tolerance)
         unsolved_B = ~(solution.residual_B <= UNSOLVED)  # so that "not a number" is unsolved, too
         if unsolved_B.any():
-            raise Unbounded(self._diverged(solution, unsolved_B, vjp))
+            self.is_unsolved = True
+            warnings.warn(self._diverged(solution, unsolved_B, vjp), RuntimeWarning, stacklevel=2)
+            return torch.full_like(g_B, math.nan)
         self.residual = solution.residual_B.mean().item()
         if self.residual > COARSE and not self.warned:
             self.warned = True
@@ -96,7 +110,7 @@ class _Adjoint:
         return solution.beta_B
 
     def figures(self) -> dict[str, float]:
-        """Means over the samples of the last micro-batch: relative residual, and evaluations of J^T."""
+        """Means over the samples of the last micro-batch that was solved: relative residual, and evaluations of J^T."""
         return {"residual": self.residual, "iterations": self.evaluations}
 
     def _diverged(self, solution: Solution, unsolved_B: Tensor, vjp: Linearized) -> str:

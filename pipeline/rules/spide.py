@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.counts import refuse_unless_counts
-from pipeline.refused import Unbounded
 from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World
 from pipeline.spiking.equilibrium import Equilibrium, Linearized, the_equilibrium
 from pipeline.spiking.limit import Limited
@@ -44,10 +43,11 @@ class SPIDE(Rule):
     published code takes them from each layer's simulated rate.
 
     Reported, of the last micro-batch: spikes per neuron and step of the forward phase and of the backward phase, and the
-    share of the backward neurons that saturated. Where none fires, or most saturate, it warns once.
+    share of the backward neurons that saturated. Where none fires, or most saturate, it warns once. A gradient of the loss that
+    is not finite is handed on as that, with a warning: spikes could not tell of it.
 
     Raises: ValueError for arguments out of range (when made); for a model without an `Equilibrium`, with several, or with
-    neurons outside it (`attach`); for a gradient that is not finite (in backward).
+    neurons outside it (`attach`).
     Source: Xiao et al. 2023 (arXiv 2302.00232, doi 10.1016/j.neunet.2023.01.026).
     """
 
@@ -98,7 +98,9 @@ class _Adjoint:
     def __call__(self, g_B: Tensor, vjp: Linearized) -> list[Tensor]:
         g_B = g_B.to(torch.promote_types(g_B.dtype, torch.float32))
         if not g_B.isfinite().all():
-            raise Unbounded(f"SPIDE: the gradient of the loss must be finite; got {g_B[~g_B.isfinite()][0].item()}")
+            got = g_B[~g_B.isfinite()][0].item()
+            warnings.warn(f"SPIDE: the gradient of the loss must be finite; got {got}", RuntimeWarning, stacklevel=2)
+            return [torch.full_like(mask_B, math.nan, dtype=g_B.dtype) for mask_B in vjp.masks]
         if self.factor == 0:  # a share of nothing teaches nothing
             return [torch.zeros_like(mask_B, dtype=g_B.dtype) for mask_B in vjp.masks]
         # What arrives is the gradient of `factor` times a mean over `samples`.

@@ -2,25 +2,33 @@
 
 # T time, B batch
 
+import itertools
 import math
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.models.feedback import fc_feedback
+from pipeline.recipe import spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ide import IDE
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.limit import SpectralLimit
 from pipeline.spiking.neuron import IF, LIF
+from pipeline.spiking.solvers import Solution, broyden
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d, Linear
+from pipeline.track.jsonl import read
 from tests.rules.small import CLASSES, FEATURES, batch, cross_entropy, difference, gradients, learn, lif_network
+from tests.small import same_weights, small_recipe, train_inline
 from tests.spiking.saved import SavedBytes
 
 ITERATIONS = 400
@@ -330,6 +338,12 @@ def test_a_coarse_solve_warns_once():
         ide(rule, model, x_B, target, steps=20)
 
 
+def gradient(model: nn.Module, name: str) -> Tensor:
+    found = model.get_parameter(name).grad
+    assert found is not None
+    return found
+
+
 def too_strong() -> nn.Module:
     """One unit inside the clamp that answers itself threefold."""
     model = nn.Sequential(
@@ -345,21 +359,50 @@ def test_a_loss_that_is_not_finite_is_not_blamed_on_the_solve():
     rule.attach(model, over_time="mean")
     (objective,) = rule.objectives(model, torch.rand(3, 4, FEATURES), lambda logits_BK: logits_BK.sum() * math.nan)
     assert objective.backward is not None
-    with pytest.raises(ValueError, match=r"IDE: the gradient of the loss must be finite; got nan"):
+    with pytest.warns(RuntimeWarning, match=r"IDE: the gradient of the loss must be finite; got nan"):
         objective.backward.backward()
+    assert not rule.is_unsolved() and gradient(model, "0.inject.weight").isnan().any()
 
 
-def test_a_solve_that_diverges_says_what_to_do(monkeypatch):
+def test_a_solve_that_diverges_says_what_to_do_and_gives_no_gradient(monkeypatch):
+    """For the whole of the batch, whatever of it can be solved, as a micro-batch that saturates the unit."""
     monkeypatch.setattr(Equilibrium, "_simulate", lambda self, x_TB, current_1B: torch.full((1, 4, 1), 0.3).double())
-    x_TB = torch.full((1, 4, 1), -0.5).double()
     rule, model = IDE(solver="fixed_point"), too_strong()
     rule.attach(model, over_time="mean")
+
+    def micro_batch(x: float, *, step: int) -> None:
+        x_TB, target_B = torch.full((1, 4, 1), x).double(), torch.zeros(4, dtype=torch.int64)
+        learn(rule.objectives(model, x_TB, cross_entropy(target_B), step=step))
+
     message = (
         r"IDE: the solve of beta = g \+ J\^T beta must converge; got a residual of .* on 4 of 4 samples after 30 iterations of "
         r"fixed_point; there J\^T stretches by 3 in layers 1 to 1: limit the synapses \(SpectralLimit\)"
     )
-    with pytest.raises(ValueError, match=message):
-        learn(rule.objectives(model, x_TB, cross_entropy(torch.zeros(4, dtype=torch.int64))))
+    with pytest.warns(RuntimeWarning, match=message):
+        micro_batch(-0.5, step=0)
+    assert rule.is_unsolved() and gradient(model, "0.inject.weight").isnan().all()
+    micro_batch(5.0, step=0)
+    assert rule.is_unsolved()
+    micro_batch(5.0, step=1)
+    assert not rule.is_unsolved()
+
+
+def test_a_batch_that_is_not_solved_is_skipped(tmp_path, monkeypatch):
+    recipe = small_recipe(model=spec(fc_feedback, in_features=64, hidden=12), rule=spec(IDE), over_time="mean")
+    solves = itertools.count()
+
+    def solve(g_B: Tensor, vjp: Callable[[Tensor], Tensor], **how: Any) -> Solution:
+        found = broyden(g_B, vjp, **how)
+        return replace(found, residual_B=torch.ones_like(found.residual_B)) if next(solves) == 4 else found
+
+    with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="IDE: the solve of beta = .* must converge"):
+        patch.setattr("pipeline.rules.ide.broyden", solve)
+        train_inline(tmp_path / "hit", recipe)
+    [skipped] = [event for event in read(tmp_path / "hit" / "journal.jsonl") if event["event"] == "skipped"]
+    assert skipped["step"] == 4
+    assert skipped["reason"] == "its gradient is not finite on 1 of 1 workers: IDE could not solve for it on 1"
+    train_inline(tmp_path / "told", replace(recipe, skip=((4, 5),)))
+    assert same_weights(tmp_path / "hit", tmp_path / "told")
 
 
 class Outside(nn.Module):
