@@ -14,6 +14,7 @@ from pipeline.recipe import Recipe
 from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
+from pipeline.spiking.norm import by_own_samples
 
 
 class Nearness:
@@ -31,10 +32,11 @@ class Nearness:
         """With state dicts: `weights`, what the rule has `learnt` by itself. The rule draws what it would for batch `step`."""
         network = self.fresh()
         network.load_state_dict(weights)
-        bptt, sltt = self._of(network, BPTT(), step), self._of(network, SLTT(), step)
         own: Rule = self.recipe.rule.build()
-        known = {"BPTT": bptt, "SLTT": sltt}
-        others = {"SLTT": [sltt], own.label: [known.get(own.label) or self._of(network, own, step, learnt)]}
+        with by_own_samples(network):  # the other ranks do not compare
+            bptt, sltt = self._of(network, BPTT(), step), self._of(network, SLTT(), step)
+            known = {"BPTT": bptt, "SLTT": sltt}
+            others = {"SLTT": [sltt], own.label: [known.get(own.label) or self._of(network, own, step, learnt)]}
         return fidelity(bptt, sltt, others)
 
     @staticmethod

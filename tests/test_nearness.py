@@ -11,7 +11,9 @@ import torch
 
 from pipeline.build import check_recipe
 from pipeline.measure.fidelity import fidelity, gradients
+from pipeline.models.convnet import convnet
 from pipeline.models.mlp import mlp
+from pipeline.models.synchronized import synchronized
 from pipeline.nearness import Nearness
 from pipeline.recipe import Recipe, Spec, spec
 from pipeline.rules.base import World
@@ -91,6 +93,21 @@ def test_what_a_rule_draws_it_draws_with_the_seed_of_the_recipe(rule: Spec) -> N
     nearness = Nearness(recipe, recipe.model.build, loss, x_TB, target_B)
     found = nearness(network.state_dict(), rule.build().state_dict(), step=0)
     assert found.cosines[rule.build().label] == cosines(3) != cosines(0)
+
+
+def test_a_norm_that_asks_all_workers_is_not_asked_by_the_one_that_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody_answers(*_: Any) -> Any:
+        raise AssertionError("a collective of one rank alone")
+
+    normed = spec(convnet, classes=10, in_channels=1, stages=((4,), (4,)))
+    recipe = small_recipe(model=spec(synchronized, network=normed), rule=spec(SLTT))
+    torch.manual_seed(0)
+    weights, loss = recipe.model.build().state_dict(), recipe.objective.build()
+    x_TB, target_B = 4 * torch.randn(3, 8, 1, 8, 8), torch.arange(8)
+    expected = Nearness(recipe, normed.build, loss, x_TB, target_B)(weights, {}, step=0)
+    monkeypatch.setattr("pipeline.spiking.norm.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("pipeline.spiking.norm.moments_over_ranks", nobody_answers)
+    assert Nearness(recipe, recipe.model.build, loss, x_TB, target_B)(weights, {}, step=0) == expected
 
 
 def test_what_bptt_or_sltt_cannot_train_is_refused_before_anything_is_launched() -> None:

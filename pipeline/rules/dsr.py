@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.counts import refuse_unless_counts
 from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, steps_share
 from pipeline.spiking.neuron import named_neurons
-from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.norm import BatchNorm, by_own_samples
 from pipeline.spiking.rate import RateNeuron, rate_weights
 from pipeline.spiking.serving import serving
 from pipeline.spiking.state import fresh_state
@@ -181,16 +181,14 @@ def _batch_statistics(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, but batch norm by the statistics of the batch, this rank's own; the model is as before afterwards."""
     modes = {module: module.training for module in model.modules()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    norms = {module: module.between for module in model.modules() if isinstance(module, BatchNorm)}
     model.eval()
-    for norm in norms:
-        norm.train()
-        norm.between = "rank"
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.train()
     try:
-        yield
+        with by_own_samples(model):
+            yield
     finally:
-        for norm, between in norms.items():
-            norm.between = between
         for buffer, value in buffers.items():
             buffer.copy_(value)
         for module, mode in modes.items():

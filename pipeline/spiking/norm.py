@@ -116,6 +116,19 @@ class BatchNorm(nn.Module):
 
 
 @contextmanager
+def by_own_samples(model: nn.Module) -> Iterator[None]:
+    """Inside, batch norms under `model` normalise by the samples of this rank: for what one rank computes, or each by itself."""
+    norms = {module: module.between for module in model.modules() if isinstance(module, BatchNorm)}
+    for norm in norms:
+        norm.between = "rank"
+    try:
+        yield
+    finally:
+        for norm, between in norms.items():
+            norm.between = between
+
+
+@contextmanager
 def standing_for(model: nn.Module, steps: int) -> Iterator[None]:
     """Inside, the slices that batch norms under `model` see are one frame, which stands for so many time steps."""
     norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
