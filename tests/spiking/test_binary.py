@@ -215,11 +215,15 @@ def test_copies_are_whole_and_apart(weights, copied):
 @pytest.mark.parametrize("weights", VARIANTS)
 def test_under_autocast_the_latent_weight_stays_in_full_precision(weights):
     synapse = binary(weights).float()
+    x_TB, parameters = torch.randn(*SHAPES["linear"]), list(synapse.parameters())
+    W_b, full_TB = effective_weight(synapse), synapse(x_TB)
+    upstream = torch.randn_like(full_TB).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        y_TB = synapse(torch.randn(*SHAPES["linear"]))
-    y_TB.float().square().sum().backward()
-    assert y_TB.dtype == torch.bfloat16
-    assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in synapse.parameters())
+        assert torch.equal(effective_weight(synapse), W_b)
+        half_TB = synapse(x_TB)
+    assert half_TB.dtype == torch.bfloat16
+    full, half = (torch.autograd.grad((y_TB * upstream).float().sum(), parameters) for y_TB in (full_TB, half_TB))
+    assert all((one - other).norm() < 0.02 * other.norm() for one, other in zip(half, full, strict=True))
 
 
 @pytest.mark.parametrize("weights", ["scaled", "learnable"])
