@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from pipeline.counts import are_counts, is_count, refuse_unless_counts
 from pipeline.models.parts import one_more
 from pipeline.models.rate_head import RateHead
+from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import rate_readout
 from pipeline.spiking.synapse import Conv2d, Linear, folded
 
 Norm = Literal["batch", "none"]
+Mask = Literal["batch", "step"]
 Over = Literal["step", "time"]
 Head = Literal["linear", "rate"]
 
@@ -39,6 +41,7 @@ class Layer(nn.Module):
         norm: Norm,
         over: Over,
         dropout: float,
+        mask: Mask,
         neuron: nn.Module,
     ) -> None:
         super().__init__()
@@ -48,7 +51,9 @@ class Layer(nn.Module):
             nn.init.zeros_(self.conv.bias)
         self.norm = BatchNorm(width, over=over) if norm == "batch" else nn.Identity()
         self.neuron = one_more(neuron)
-        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.dropout = nn.Identity()
+        if dropout > 0:
+            self.dropout = Dropout(dropout) if mask == "batch" else nn.Dropout(dropout)
 
     def forward(self, h_TBCHW: Tensor) -> Tensor:
         return self.dropout(self.neuron(self.norm(self.conv(h_TBCHW))))
@@ -57,8 +62,8 @@ class Layer(nn.Module):
 class ConvNet(nn.Module):
     """Stages of layers as at the head of the file.
 
-    Raises: ValueError for an empty stage, sizes below 1, an even kernel, an unknown `norm`, or an image too small for the
-    pools.
+    Raises: ValueError for an empty stage, sizes below 1, an even kernel, an unknown choice or one without effect, or an image too
+    small for the pools.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class ConvNet(nn.Module):
         over: Over,
         grid: int,
         dropout: float,
+        mask: Mask,
         head: Head,
         neuron: nn.Module,
     ) -> None:
@@ -91,6 +97,10 @@ class ConvNet(nn.Module):
             raise ValueError(f"ConvNet: over={over!r} is about batch norm and has no effect with norm='none'")
         if not 0 <= dropout < 1:
             raise ValueError(f"ConvNet: dropout is a probability in 0..1, below 1; got dropout={dropout}")
+        if mask not in ("batch", "step"):
+            raise ValueError(f"ConvNet: mask must be 'batch' or 'step'; got mask={mask!r}")
+        if mask != "batch" and dropout == 0:
+            raise ValueError(f"ConvNet: mask={mask!r} is about dropout and has no effect with dropout=0")
         self.stages = nn.ModuleList()
         channels = in_channels
         for widths in stages:
@@ -105,6 +115,7 @@ class ConvNet(nn.Module):
                         norm=norm,
                         over=over,
                         dropout=dropout,
+                        mask=mask,
                         neuron=neuron,
                     )
                 )
@@ -146,12 +157,14 @@ def convnet(
     over: Over = "step",
     grid: int = 1,
     dropout: float = 0.0,
+    mask: Mask = "batch",
     head: Head = "linear",
     neuron: nn.Module = LIF(),
 ) -> ConvNet:
     """A stack for small images. `over` is batch norm's; the last pool leaves `grid` x `grid` places, 1 is a global pool.
 
-    `stem_stride` is the first convolution's; `dropout` stands behind each neuron of a stage and is drawn at each time step.
+    `stem_stride` is the first convolution's. `dropout` stands behind each neuron of a stage: one mask for all time steps of a
+    batch, or one for each (`mask="step"`, as in DSR), which no seed makes the same for rules that slice time in other ways.
     """
     return ConvNet(
         stages=stages,
@@ -163,6 +176,7 @@ def convnet(
         over=over,
         grid=grid,
         dropout=dropout,
+        mask=mask,
         head=head,
         neuron=neuron,
     )

@@ -4,8 +4,8 @@ Command:  spiketrain write events cifar10dvs --source tonic --out data/cifar10dv
               --size 48 --resize area
           spiketrain launch recipes/events/cifar10dvs_dsr.py --workers 1
 Source:   Meng et al. 2022 (DSR), arXiv:2205.00459: T = 20, 48 pixels, padded by 4 and cropped, batch 128, 300 epochs, SGD 0.05,
-          dropout 0.1, the rest as for CIFAR-10. The published classifier reads the one place that five pools leave, 49 times
-          over; here it reads the global pool behind four, through a neuron.
+          dropout 0.1 with a mask for each step, the rest as for CIFAR-10. The published classifier reads the one place that five
+          pools leave, 49 times over; here it reads the global pool behind four, through a neuron.
 Result:   not run (target, published: 77.3 % top-1)
 """
 
@@ -36,6 +36,7 @@ def recipe() -> Recipe:
             stages=((64,), (128,), (256, 256), (512, 512), (512, 512)),
             over="time",
             dropout=0.1,
+            mask="step",
             head="rate",
             neuron=spec(RateLIF),
         ),

@@ -6,10 +6,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.models.convnet import convnet
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.sltt import SLTT
+from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateLIF
 from pipeline.spiking.state import fresh_state
+from tests.rules.small import cross_entropy, learn, spikes_of
 
 
 def test_parameter_counts():
@@ -52,14 +56,33 @@ def test_against_an_independent_forward(norm, stride):
     assert torch.allclose(got, torch.stack(expected), atol=1e-12)
 
 
-def test_dropout_stands_behind_each_neuron():
-    model = convnet(stages=((8,), (8, 8)), dropout=0.5, neuron=nn.ReLU())
-    zeros = []
+@pytest.mark.parametrize("mask", ["batch", "step"])
+def test_dropout_stands_behind_each_neuron_with_one_mask_for_a_batch_or_each_step(mask):
+    torch.manual_seed(0)
+    model = convnet(stages=((8,), (8, 8)), dropout=0.5, mask=mask, neuron=nn.ReLU())
+    dropped = []
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.register_forward_hook(lambda _module, x, y: zeros.append(((y == 0) & (x[0] > 0)).sum() / (x[0] > 0).sum()))
-    model(torch.randn(4, 4, 3, 16, 16))
-    assert len(zeros) == 3 and all(0.45 < share < 0.55 for share in zeros)
+        if isinstance(module, (Dropout, nn.Dropout)):
+            module.register_forward_hook(lambda _module, x, y: dropped.append((y == 0)[x[0] > 0].float()))
+    with fresh_state(model):
+        model(torch.randn(4, 3, 16, 16).expand(4, -1, -1, -1, -1))  # the same at each step, dropout aside
+    assert len(dropped) == 3 and all(0.42 < each.mean() < 0.58 for each in dropped)
+    first_T = dropped[0].view(4, -1)
+    assert all(torch.equal(first_T[0], each) for each in first_T[1:]) == (mask == "batch")
+
+
+def test_bptt_and_sltt_drop_the_same_units():
+    torch.manual_seed(0)
+    x_TBCHW, target_B, found = 2 * torch.randn(4, 5, 1, 8, 8).double(), torch.arange(5) % 3, []
+    for rule in (BPTT(), SLTT()):
+        torch.manual_seed(0)
+        model = convnet(3, in_channels=1, stages=((4,), (4,)), dropout=0.3, neuron=LIF(threshold=0.5)).double()
+        rule.attach(model)
+        record = spikes_of(model)
+        learn(rule.objectives(model, x_TBCHW, cross_entropy(target_B)))
+        found.append([torch.cat(slices) for slices in record.values()])
+    bptt, sltt = found
+    assert len(bptt) == 2 and all(torch.equal(one, other) and one.any() for one, other in zip(bptt, sltt, strict=True))
 
 
 def test_the_rate_head_ends_in_rates():
@@ -96,6 +119,8 @@ def test_relu_is_the_ann(head):
         ({"norm": "none", "over": "time"}, r"ConvNet: over='time' is about batch norm and has no effect with norm='none'"),
         ({"head": "spike"}, r"ConvNet: head must be 'linear' or 'rate'; got head='spike'"),
         ({"dropout": 1.0}, r"ConvNet: dropout is a probability in 0\.\.1, below 1; got dropout=1\.0"),
+        ({"mask": "time"}, r"ConvNet: mask must be 'batch' or 'step'; got mask='time'"),
+        ({"mask": "step"}, r"ConvNet: mask='step' is about dropout and has no effect with dropout=0"),
     ],
 )
 def test_refuses(arguments, message):
