@@ -16,6 +16,7 @@ from pipeline.models.qkformer_published import is_published, renamed
 from pipeline.recipe import Recipe, read_json
 from pipeline.spec import Spec, is_path
 from pipeline.spiking.binary import Binarizer, binary_synapses
+from pipeline.spiking.plif import PLIF, learnt_leaks
 from pipeline.spiking.rate import RateNeuron
 from pipeline.state_file import misfits, read_state
 
@@ -71,8 +72,9 @@ def load_start(network: nn.Module, start: Path) -> Start:
     """Load weights into a network that may have other time steps and another number of classes.
 
     Only the head (the network's `classifier`) may differ in shape: it keeps its fresh weights and is named in the answer.
-    So are the thresholds of rate-coded neurons, where the file has none: it may come from the ANN of the same layers. The
-    learnable scales of 1-bit weights, where the file has none, begin anew from the weights: it is of full precision.
+    So are the thresholds of rate-coded neurons and learnt leaks, where the file has none: it may come from the ANN of the same
+    layers, or a network of plain neurons. The learnable scales of 1-bit weights, where the file has none, begin anew from the
+    weights: it is of full precision.
     Published names are known for QKFormer.
 
     Raises:
@@ -83,9 +85,10 @@ def load_start(network: nn.Module, start: Path) -> Start:
     expected = network.state_dict()
     head = _head(network)
     thresholds = {f"{name}.threshold" for name, module in network.named_modules() if isinstance(module, RateNeuron)}
+    leaks = {f"{name}.leak_logit" for name in learnt_leaks(network)}
     synapses = {f"{name}.binarizer.scale": synapse for name, synapse in binary_synapses(network).items()}
     scales = {key for key in synapses if key in expected}
-    unknown = {key for keys in (thresholds, scales) if not keys & set(found) for key in keys}
+    unknown = {key for keys in (thresholds, leaks, scales) if not keys & set(found) for key in keys}
     reshaped = [key for key in expected if key in found and found[key].shape != expected[key].shape]
     in_head = {key for key in expected if key.startswith(head + ".")}
     replaced = unknown | (in_head if in_head.intersection(reshaped) else set())
@@ -111,11 +114,11 @@ def _read(file: Path, network: nn.Module, *, who: str) -> Mapping[str, Tensor]:
 
 
 def _head(network: nn.Module) -> str:
-    """`classifier`, or in a network without one the last module with weights of its own; thresholds and scales are none."""
+    """`classifier`, or in a network without one the last module with weights of its own; thresholds and the like are none."""
     if isinstance(getattr(network, "classifier", None), nn.Module):
         return "classifier"
     holders = [name for name, module in network.named_modules() if list(module.parameters(recurse=False))]
-    return [name for name in holders if not isinstance(network.get_submodule(name), (RateNeuron, Binarizer))][-1]
+    return [name for name in holders if not isinstance(network.get_submodule(name), (RateNeuron, PLIF, Binarizer))][-1]
 
 
 def study_inputs(recipe: Recipe, fingerprint: str) -> dict[str, str]:

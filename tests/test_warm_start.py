@@ -18,6 +18,8 @@ from pipeline.models.convnet import convnet
 from pipeline.recipe import Recipe, Spec, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.plif import PLIF
 from pipeline.spiking.rate import RateIF
 from pipeline.track.jsonl import read
 from pipeline.weights import load_start
@@ -114,6 +116,14 @@ def test_two_ranks_calibrate_as_one_does(tmp_path: Path) -> None:
     one, two = (pipeline.load(tmp_path / name).state_dict() for name in ("one", "0"))
     thresholds = [key for key in one if key.endswith(".threshold")]
     assert len(thresholds) == 4 and all(torch.equal(one[key], two[key]) and one[key] != 6 for key in thresholds)
+
+
+def test_neurons_that_learn_their_leak_start_from_plain_ones(tmp_path: Path) -> None:
+    first, second = (convnet(10, in_channels=1, stages=STAGES, neuron=neuron) for neuron in (LIF(), PLIF(0.8)))
+    save_file(first.state_dict(), tmp_path / "first.safetensors")
+    assert load_start(second, tmp_path / "first.safetensors").fresh == tuple(f"stages.{n}.0.neuron.leak_logit" for n in (0, 1))
+    found = second.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in first.state_dict().items())
 
 
 def bits(weights: str) -> nn.Module:

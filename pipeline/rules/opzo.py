@@ -73,9 +73,9 @@ class OPZO(Rule):
     step; psi, then of u + alpha z, also multiplies where the noise is in the membrane; how IGL's errors and LL's losses are
     weighed (1 each) and that readouts average over places; DFA's variance.
 
-    Raises: ValueError for arguments out of range (when made); for a loss over mean logits, no neurons or several leaks,
-    batch norm, layers of torch where a synapse is due, readouts that the model lacks (`attach`); for a stream that passes by
-    the neurons, through which gradients would pass too, layers that run twice in a step or change their size (`objectives`);
+    Raises: ValueError for arguments out of range (when made); for a loss over mean logits, no neurons, several leaks or learnt
+    ones, batch norm, layers of torch where a synapse is due, readouts that the model lacks (`attach`); for a stream that passes
+    by the neurons, through which gradients would pass too, layers that run twice in a step or change their size (`objectives`);
     for antithetic=True at T = 1 (`check_steps`).
     Source: Xiao et al. 2024 (OPZO, arXiv 2407.12516); Noekland 2016 (DFA, arXiv 1609.01596).
     """

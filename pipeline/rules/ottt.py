@@ -41,8 +41,8 @@ class OTTT(Rule):
     `chunk` steps share one forward and one backward: more memory, fuller devices, the same gradient.
 
     Raises: ValueError for chunk below 1, and chunk > 1 with update="objective" (when made); for a loss over mean logits,
-    batch norm, no neurons or several leaks, a leak that is not theirs, layers of torch where a synapse is due (`attach`);
-    for chunk above T (`check_steps`); for a first or last synapse that is run in another place (`objectives`).
+    batch norm, no neurons, several leaks or learnt ones, a leak that is not theirs, layers of torch where a synapse is due
+    (`attach`); for chunk above T (`check_steps`); for a first or last synapse that is run in another place (`objectives`).
     Source: Xiao et al. 2022 (arXiv 2210.04195), eq. 6-8 and section 4.3.
     """
 

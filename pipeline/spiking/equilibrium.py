@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from pipeline.spiking.encode import is_still
 from pipeline.spiking.neuron import LIF, identity, named_neurons
 from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.plif import PLIF
 from pipeline.spiking.rate import RateNeuron
 from pipeline.spiking.serving import serving
 from pipeline.spiking.state import State
@@ -281,7 +282,7 @@ def _check_neurons(neurons: Sequence[nn.Module]) -> tuple[float, list[float]]:
     """The leak of all of them, and what a spike takes from each."""
     leaks, divisors = set(), []
     for neuron in neurons:
-        if not isinstance(neuron, LIF) or isinstance(neuron, RateNeuron):
+        if not isinstance(neuron, LIF) or isinstance(neuron, (RateNeuron, PLIF)):
             raise ValueError(f"Equilibrium: the neurons must be LIF or IF, whose rate is known; got {type(neuron).__name__}")
         if neuron.reset != "subtract" or neuron.decay_input:
             raise ValueError(

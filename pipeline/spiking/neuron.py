@@ -24,8 +24,8 @@ class LIF(nn.Module):
         s[t] = 1 if u[t] >= threshold else 0
         v[t] = u[t] - subtract s[t]            (reset "subtract")      or      u[t] (1 - s[t])     (reset "zero")
 
-    Arguments: `leak` is the part of the membrane kept per time step, 1 - 1/tau with tau in steps; `threshold` is in units
-    of the current, and so is `subtract`, None for the threshold (more of it makes rest negative);
+    Arguments: `leak` is the part of the membrane kept per time step, 1 - 1/tau with tau in steps (`PLIF` learns it); `threshold`
+    is in units of the current, and so is `subtract`, None for the threshold (more of it makes rest negative);
     `reset_gradient="detached"` treats the s of the last line as a constant; `surrogate` replaces the derivative of the
     second line. The membrane is never below fp32 (float64 stays); spikes have the dtype of the current.
 
@@ -99,8 +99,7 @@ class LIF(nn.Module):
 
     def step(self, x_B: Tensor, v_B: Tensor) -> tuple[Tensor, Tensor]:
         """One time step of the equations above: (x[t], v[t-1]) -> (s[t], v[t])."""
-        current_B = (1 - self.leak) * x_B if self.decay_input else x_B
-        u_B = torch.add(current_B, v_B, alpha=self.leak)
+        u_B = self.charged(x_B, v_B)
         above_B = u_B - self.threshold
         s_B = self.surrogate(above_B)
         # Written so that autograd keeps `above_B` alone (and a mask of bytes, for the detached reset to zero).
@@ -110,6 +109,11 @@ class LIF(nn.Module):
         if self.reset_gradient == "kept":
             return s_B, u_B * (1 - s_B)
         return s_B, u_B.masked_fill(above_B.detach() >= 0, 0)
+
+    def charged(self, x_B: Tensor, v_B: Tensor) -> Tensor:
+        """u[t] of x[t] and v[t-1]."""
+        current_B = (1 - self.leak) * x_B if self.decay_input else x_B
+        return torch.add(current_B, v_B, alpha=self.leak)
 
     def extra_repr(self) -> str:
         return (

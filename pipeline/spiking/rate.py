@@ -80,8 +80,7 @@ class RateNeuron(LIF):
     def step(self, x_B: Tensor, v_B: Tensor) -> tuple[Tensor, Tensor]:
         """One time step: (x[t], v[t-1]) -> (out[t], v[t])."""
         threshold = self.held_threshold().to(v_B.dtype)
-        current_B = (1 - self.leak) * x_B if self.decay_input else x_B
-        u_B = torch.add(current_B, v_B, alpha=self.leak)
+        u_B = self.charged(x_B, v_B)
         s_B = self.surrogate((u_B - self.alpha * threshold) / threshold)
         return s_B * (threshold / self.dt), u_B - threshold * s_B.detach()
 

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from pipeline.spiking.neuron import named_neurons
 from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.plif import learnt_leaks
 from pipeline.spiking.state import State
 from pipeline.spiking.synapse import Conv2d, Linear
 
@@ -39,8 +40,12 @@ class Trace:
 def the_leak(who: str, model: nn.Module, leak: float | None = None) -> float:
     """The one leak of all neurons of `model`, at which traces of their inputs forget; a `leak` that is given must be it.
 
-    Raises: ValueError, in the name of `who`, that names the neurons which differ.
+    Raises: ValueError, in the name of `who`, that names the neurons which differ, or which learn theirs.
     """
+    if learnt := learnt_leaks(model):
+        raise ValueError(
+            f"{who}: traces and rates take the leak for a constant, so it must not be learnt; got PLIF at {', '.join(learnt)}"
+        )
     leaks = {name or "the model itself": neuron.leak for name, neuron in named_neurons(model)}
     if not leaks:
         raise ValueError(f"{who}: the model must have LIF neurons, whose leak traces and rates share; got {type(model).__name__}")

@@ -1,0 +1,151 @@
+"""A learnt leak: its gradient written out, under rules that let the membrane's graph through time and that cut it."""
+
+# T time, B batch
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.rules.base import Rule
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.dsr import DSR
+from pipeline.rules.hlop import HLOP
+from pipeline.rules.opzo import OPZO
+from pipeline.rules.ottt import OTTT
+from pipeline.rules.sltt import SLTT
+from pipeline.spiking.equilibrium import Equilibrium
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.plif import PLIF
+from pipeline.spiking.state import fresh_state
+from pipeline.spiking.synapse import Linear
+from tests.rules.small import batch, cross_entropy, difference, gradients, lif_network
+from tests.spiking.saved import SavedBytes
+
+
+def learnt(**neuron) -> nn.Sequential:
+    model = lif_network(**neuron)
+    model[1], model[3] = PLIF(0.6, **neuron).double(), PLIF(0.8, **neuron).double()
+    return model
+
+
+def by_hand(currents: list[float], weights: list[float], leak: float, *, decay_input: bool, through_time: bool) -> float:
+    """dL/dw of one neuron and L = sum_t weights[t] s[t], with a detached reset by subtraction and the triangle."""
+    v, dv, found = 0.0, 0.0, 0.0
+    for x, weight in zip(currents, weights, strict=True):
+        u = leak * v + ((1 - leak) * x if decay_input else x)
+        du = (v - x if decay_input else v) + (leak * dv if through_time else 0.0)
+        found += weight * max(0.0, 1 - abs(u - 1)) * du
+        v, dv = u - (u >= 1), du
+    return found * leak * (1 - leak)
+
+
+@pytest.mark.parametrize("decay_input", [False, True])
+@pytest.mark.parametrize("leak", [0.2, 0.5, 0.9])
+def test_the_gradient_of_the_leak_with_and_without_what_comes_through_time(leak: float, decay_input: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_TB = 1.5 * torch.randn(7, 4, generator=generator).double() + (1 if decay_input else 0.3)
+    weights_TB = torch.randn(7, 4, generator=generator).double()
+    found = {}
+    for through_time in (True, False):
+        neuron = PLIF(leak, decay_input=decay_input).double()
+        if not through_time:
+            neuron.carry = torch.detach
+        with fresh_state(neuron):
+            (neuron(x_TB) * weights_TB).sum().backward()
+        about = {"decay_input": decay_input, "through_time": through_time}
+        exact = neuron.leak_logit.sigmoid().item()
+        alone = zip(x_TB.T.tolist(), weights_TB.T.tolist(), strict=True)
+        expected = sum(by_hand(currents, weights, exact, **about) for currents, weights in alone)
+        assert neuron.leak_logit.grad is not None
+        found[through_time] = neuron.leak_logit.grad.item()
+        assert found[through_time] == pytest.approx(expected, abs=1e-14)
+    assert abs(found[True] - found[False]) > 1e-3
+
+
+class Charged(nn.Module):
+    """u[t] alone, which is smooth."""
+
+    def __init__(self, neuron: PLIF) -> None:
+        super().__init__()
+        self.neuron = neuron
+
+    def forward(self, x_B: Tensor, v_B: Tensor) -> Tensor:
+        return self.neuron.charged(x_B, v_B)
+
+
+@pytest.mark.parametrize("decay_input", [False, True])
+def test_the_potential_is_differentiated_as_finite_differences_say(decay_input: bool) -> None:
+    charged = Charged(PLIF(0.7, decay_input=decay_input).double())
+    operands = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 4), (3, 4), (1,))]
+    assert torch.autograd.gradcheck(
+        lambda x_B, v_B, w: torch.func.functional_call(charged, {"neuron.leak_logit": w}, (x_B, v_B)), tuple(operands)
+    )
+
+
+@pytest.mark.parametrize("neuron", [{}, {"decay_input": True}, {"reset": "zero"}, {"subtract": 1.3}, {"reset_gradient": "kept"}])
+def test_it_fires_and_hands_down_as_the_lif_of_its_leak(neuron: dict) -> None:
+    x_TB = 2 * torch.randn(6, 5, 4, dtype=torch.float64)
+    found = []
+    for lif in (LIF(0.5, **neuron), PLIF(0.5, **neuron).double()):
+        leaf_TB = x_TB.clone().requires_grad_()
+        with fresh_state(lif):
+            s_TB = lif(leaf_TB)
+        found.append((s_TB, *torch.autograd.grad((s_TB * x_TB).sum(), leaf_TB)))
+    (plain, g_plain), (parametric, g_parametric) = found
+    assert torch.equal(plain, parametric) and 0.05 < plain.mean() < 0.5
+    assert torch.allclose(g_plain, g_parametric, atol=1e-13) and g_plain.any()
+
+
+def test_rules_agree_on_it_as_on_any_weight() -> None:
+    model, (x_TBC, target_B) = learnt(), batch(6)
+    bptt, chunked, recomputed, sltt, truncated, protected = (
+        gradients(rule, model, x_TBC, cross_entropy(target_B))
+        for rule in (
+            BPTT(),
+            BPTT(chunk=2),
+            BPTT(recompute=True),
+            SLTT(),
+            BPTT(truncate=1),
+            HLOP(SLTT(), rows=((3, 4, 3), (1, 1, 1))),
+        )
+    )
+    assert max(difference(bptt, chunked), difference(bptt, recomputed)) < 1e-13
+    assert max(difference(sltt, truncated), difference(sltt, protected)) < 1e-13
+    for name in ("1.leak_logit", "3.leak_logit"):
+        assert bptt[name].abs() > 1e-4 and sltt[name].abs() > 1e-4 and (bptt[name] - sltt[name]).abs() > 1e-4
+
+
+def test_under_sltt_it_costs_one_membrane_whatever_t() -> None:
+    def peak(model: nn.Module, steps: int) -> int:
+        rule, (x_TBC, target_B) = SLTT(), batch(steps)
+        rule.attach(model)
+        with SavedBytes(model) as saved:
+            for objective in rule.objectives(model, x_TBC, cross_entropy(target_B)):
+                assert objective.backward is not None
+                objective.backward.backward()
+        return saved.peak
+
+    assert peak(learnt(), 3) == peak(learnt(), 12) <= peak(lif_network(), 3) + 5 * (8 + 7) * 8 + 64
+
+
+@pytest.mark.parametrize("rule", [OTTT(), OPZO(), HLOP(BPTT(), rows=((3, 4, 3), (1, 1, 1)), learn_from="rates")])
+def test_rules_that_take_the_leak_for_a_constant_refuse_it_by_name(rule: Rule) -> None:
+    with pytest.raises(ValueError, match=r": traces and rates take the leak for a constant, .* not be learnt; got PLIF at 1, 3"):
+        rule.attach(learnt())
+    BPTT().attach(learnt())
+
+
+def test_so_do_rates_and_equilibria_and_leaks_that_no_weight_gives() -> None:
+    with pytest.raises(ValueError, match="DSR: every neuron must be a RateIF or RateLIF; got PLIF at 1"):
+        DSR().attach(learnt(), over_time="mean")
+    with pytest.raises(ValueError, match="Equilibrium: the neurons must be LIF or IF, whose rate is known; got PLIF"):
+        Equilibrium(inject=Linear(6, 4), feedback=Linear(4, 4, bias=False), neurons=[PLIF()])
+    for leak in (0.0, 1.0):
+        with pytest.raises(ValueError, match=rf"PLIF: leak must be in 0\.\.1, both excluded, .*; got leak={leak}"):
+            PLIF(leak)
+
+
+def test_it_says_what_it_has_learnt() -> None:
+    neuron = PLIF(0.9, threshold=0.5)
+    assert repr(neuron).startswith("PLIF(leak=0.9, threshold=0.5, ")
+    assert list(neuron.state_dict()) == ["leak_logit"] and neuron.leak_logit.shape == (1,)
