@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,12 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-PROTECTED = {"rows": ((2, 3), (1, 1))}
-RULES = {"SLTT": lambda: None, "OPZO": OPZO, "DFA": lambda: OPZO("random"), "HLOP(OPZO)": lambda: HLOP(OPZO(), **PROTECTED)}
+RULES: dict[str, Callable[[], Rule | None]] = {
+    "SLTT": lambda: None,
+    "OPZO": OPZO,
+    "DFA": lambda: OPZO("random"),
+    "HLOP(OPZO)": lambda: HLOP(OPZO(), rows=((2, 3), (1, 1))),
+}
 
 
 @pytest.mark.parametrize("rule", RULES)
