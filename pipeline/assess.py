@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from pipeline.evaluate import Evaluated, evaluate, inputs
 from pipeline.parts import Parts
+from pipeline.watchdog import Watchdog
 
 LOOK_S = 1.0
 """between two looks whether somebody asks for something"""
@@ -19,20 +19,17 @@ LOOK_S = 1.0
 T_ = TypeVar("T_")
 
 
-def assess(
-    parts: Parts, *, tasks: int, counts_operations: bool, heeds: Sequence[str], on_look: Callable[[], None]
-) -> list[Evaluated] | None:
+def assess(parts: Parts, *, tasks: int, counts_operations: bool, is_asked: Callable[[], bool]) -> list[Evaluated] | None:
     """On each of the first `tasks`, the one at hand last; None where somebody asked to stop or to save. Collective.
 
-    `heeds`: the files in the run's folder by which somebody asks, of STOP and SAVE, that this rank looks for. `on_look` is called
-    about once a second, by each rank for itself.
+    `is_asked` says whether somebody does, as far as this rank knows. It is called about once a second, by each rank for itself.
     """
     recipe, ranks, network = parts.recipe, parts.ranks, parts.backend.network
     limit = recipe.evaluate_samples
     most = None if limit is None else len(range(ranks.rank, limit, ranks.size))
     loss_for = recipe.objective.build().labels
     found: list[Evaluated] = []
-    lookout, is_left = _Lookout(parts, heeds, on_look), False
+    lookout, is_left = _Lookout(parts.watchdog, is_asked), False
     parts.meters.note_peaks()
     with published(parts):
         for index, task in enumerate(parts.loaders.tasks[:tasks]):
@@ -41,7 +38,7 @@ def assess(
                 batches = lookout.over(inputs(val_set, recipe.time_steps, parts.device, most=most))
                 about = {"network": network, "counts_operations": counts_operations}
                 found.append(evaluate(parts.backend.model, batches, loss_for, over_time=recipe.over_time, **about))
-            is_left = bool(ranks.max(torch.tensor(float(lookout.is_asked))))
+            is_left = bool(ranks.max(torch.tensor(float(lookout.has_left))))
             if is_left:
                 break
     parts.meters.forget_peaks()  # what evaluation held is not what training needs
@@ -51,10 +48,9 @@ def assess(
 class _Lookout:
     """Whether somebody asks to stop or to save; each rank looks by itself between batches, as they have not as many."""
 
-    def __init__(self, parts: Parts, heeds: Sequence[str], on_look: Callable[[], None]) -> None:
-        self.is_asked = False
-        self._files = [Path(parts.job.run) / name for name in heeds]
-        self._watchdog, self._on_look = parts.watchdog, on_look
+    def __init__(self, watchdog: Watchdog, is_asked: Callable[[], bool]) -> None:
+        self.has_left = False
+        self._watchdog, self._is_asked = watchdog, is_asked
 
     def over(self, batches: Iterable[T_]) -> Iterator[T_]:
         """All of them, or fewer."""
@@ -64,9 +60,8 @@ class _Lookout:
             yield batch
             if time.monotonic() - looked_at > LOOK_S:
                 looked_at = time.monotonic()
-                self._on_look()
-                if any(file.exists() for file in self._files):
-                    self.is_asked = True
+                if self._is_asked():
+                    self.has_left = True
                     return
 
 

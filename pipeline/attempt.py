@@ -1,14 +1,12 @@
 """One attempt at a run, from where its newest checkpoint stands to its end.
 
 Between two global batches a worker looks up from the loop: `Attempt._between_batches` logs, saves, and stops when asked; in an
-evaluation, which may be long, it looks up for whoever asks. Rank 0 decides and tells the others, so that all of them do the same
-after the same step.
+evaluation, which may be long, it looks up for whoever asks. All ranks do the same after the same step: see saving.py.
 """
 
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict
@@ -18,28 +16,24 @@ from typing import Any
 import torch
 
 from pipeline.answers import write_answers
-from pipeline.assess import assess, published
-from pipeline.checkpoint import Saved, weights_of
+from pipeline.assess import assess
 from pipeline.evaluate import Evaluated, Evaluation
 from pipeline.feed import micro_batches
+from pipeline.fitting import untold
 from pipeline.guard import GoBack, Guard, is_in
-from pipeline.job import SAVE, STOP, Notice, asked_by
+from pipeline.job import asked_by
 from pipeline.loop import MicroBatch, train
 from pipeline.measure.memory import hardware, memory_now_bytes
 from pipeline.measure.totals import Totals
 from pipeline.parts import Parts
 from pipeline.phases import stretch_at
 from pipeline.recipe import write_json
-from pipeline.record import told_at_start, told_at_the_end, told_in_checkpoint
+from pipeline.record import told_at_start, told_at_the_end
 from pipeline.refused import Diverged, Refused
-from pipeline.replicas import drifted, stragglers
+from pipeline.replicas import stragglers
+from pipeline.saving import Saving
 from pipeline.tasks import Learnt, mean_of
 from pipeline.track.jsonl import read
-
-NOTICE_S = 5.0
-"""between two questions whether a machine is about to be taken away: Ray looks as often"""
-UNSAVED_S = 30.0
-"""of training that an evaluation, however long, may leave unsaved: what is older is saved before it"""
 
 
 class Attempt:
@@ -62,14 +56,7 @@ class Attempt:
         self.result: Evaluation | None = None
         self.evaluated: list[Evaluated] = []
         """in the last evaluation, on each task so far"""
-        self.saved_at = time.monotonic()
-        self.saved_step, self.saved_as = self.step, {"score": None, "owes": False}
-        """of the last save that was begun"""
         self.stop_asked = False
-        self.asked_at = time.monotonic()
-        """when it was last asked whether a machine is about to be taken away"""
-        self.noticed: tuple[str, ...] = ()
-        """the machines of the last notice"""
         self.watchdog = parts.watchdog
         self.skipped = (*self.recipe.skip, *parts.skipped.batches)
         self.guard = Guard(
@@ -82,6 +69,7 @@ class Attempt:
             on_skip=self._tell_skipped,
             state=None if parts.trainer is None else parts.trainer.get("guard"),
         )
+        self.saving = Saving(parts, step=self.step, learnt=self.learnt, guard=self.guard)
 
     def run(self) -> dict[str, Any] | None:
         """The summary (on rank 0), or None when somebody asked to stop.
@@ -95,10 +83,11 @@ class Attempt:
             self._go_back(back)
             raise
         except BaseException as error:
-            self._tell_saved(self.parts.checkpoints.close(error))
+            self.saving.close(error)
             raise
 
     def _run(self) -> dict[str, Any] | None:
+        self._tell_smaller()
         self.tracker.event("start", sync=True, **told_at_start(self.parts, step=self.step))
         self._tell_damage()
         self._tell_nearness(epoch=None)
@@ -114,6 +103,11 @@ class Attempt:
             results = self._evaluate()
             self.result = mean_of(results) if results else None
         return self._stopped() if self.stop_asked else self._finish()
+
+    def _tell_smaller(self) -> None:
+        """By rank 0, before the start that says what is tried next: another one has met it and died of it."""
+        if self.ranks.rank == 0 and (samples := untold(self.folder)) is not None:
+            self.tracker.event("smaller", step=self.step, micro_batch=samples, reason="memory ran out on another worker")
 
     def _tell_damage(self) -> None:
         """Once of each page, by rank 0: who met it may have died of it."""
@@ -149,7 +143,7 @@ class Attempt:
             fields = {"name": task.name, "head": task.head, "steps": stretch.steps, "epochs": task.epochs}
             self.tracker.event("phase", step=self.step, phase=stretch.index, of=len(self.tasks), **fields)
 
-    # ------------------------------------------------------------------------------------------------------- batches
+    # ---------------------------------------------------------------------------------------------------------- batches
 
     def batches(self, epoch: int) -> Generator[tuple[int, Iterator[MicroBatch]]]:
         """The rest of an epoch; what happens between two batches happens here, after the loop asked for the next."""
@@ -181,7 +175,7 @@ class Attempt:
         self.tracker.event("skipped", step=step, reason=reason, samples=self.recipe.batch_size)
 
     def _between_batches(self, epoch: int, *, last: bool) -> None:
-        """Log, look whether somebody asked to stop, and save where it is time; for an epoch's end see `_end_of_epoch`."""
+        """Log, save where it is time, and hear whether somebody asks to stop; for an epoch's end see `_end_of_epoch`."""
         recipe = self.recipe
         self.watchdog.beat()
         if self.step % recipe.log_every == 0 or last:
@@ -191,43 +185,7 @@ class Attempt:
             metrics |= {f"rule_{name}": value for name, value in self._figures().items()}
             with self.meters.between("tracking"):
                 self.tracker.event("step", step=self.step, epoch=epoch, metrics=metrics, memory_bytes=memory_now_bytes())
-        due = recipe.checkpoint_every > 0 and self.step % recipe.checkpoint_every == 0
-        self.stop_asked, asked, late, failed, listen = self.ranks.decide(
-            (self.folder / STOP).exists(),
-            (self.folder / SAVE).exists(),
-            recipe.checkpoint_minutes > 0 and time.monotonic() - self.saved_at > 60 * recipe.checkpoint_minutes,
-            self.parts.checkpoints.failed(),  # the state at hand is saved in its place
-            time.monotonic() - self.asked_at > NOTICE_S,
-        )
-        self._tell_saved(self.parts.checkpoints.done())
-        noticed = (listen or asked) and self._hears_notice()
-        wanted = asked or noticed or self.stop_asked  # by somebody who may not have the time for an evaluation
-        if ((due or late or failed) and not last) or wanted:
-            with self.meters.between("checkpoint"):
-                self._save(score=None, owes=last)
-            if wanted:
-                self._answer_save()
-        elif recipe.replicas_every and self.step % recipe.replicas_every == 0 and not last:  # whoever saves compares
-            self._compare_replicas()
-
-    def _hears_notice(self) -> bool:
-        """Whether a machine is about to be taken away, of which nobody has said so before; collective."""
-        self.asked_at = time.monotonic()
-        notice = self.parts.notice()
-        if self.ranks.rank == 0 and notice is None:
-            notice = Notice.in_file(self.folder / SAVE)  # of whoever was told before Ray tells us
-        [is_new] = self.ranks.decide(notice is not None and notice.machines != self.noticed)
-        if notice is None or not is_new:
-            return is_new
-        self.noticed = notice.machines
-        left = None if notice.deadline is None else notice.deadline - time.time()
-        self.tracker.event("preempted", sync=True, step=self.step, machines=list(notice.machines), seconds_left=left)
-        return True
-
-    def _compare_replicas(self) -> None:
-        """Ranks that have come apart learn nothing together: all begin again with the weights that they last agreed on."""
-        if apart := drifted(self.backend.network, self.ranks):
-            raise GoBack(self.step - 1, f"the weights of workers {', '.join(map(str, apart))} are others'", skips=False)
+        self.stop_asked = self.saving.between_batches(self.step, last=last)
 
     def _tell_stragglers(self) -> None:
         slow = stragglers(self.meters.busy_s, self.ranks)
@@ -244,7 +202,7 @@ class Attempt:
         means = self.ranks.mean(torch.tensor(list(figures.values()), dtype=torch.float64, device=self.parts.device))
         return dict(zip(figures, means.tolist(), strict=True))
 
-    # ------------------------------------------------------------------------------------------- epochs and checkpoints
+    # ----------------------------------------------------------------------------------------------------------- epochs
 
     def _end_of_epoch(self, epoch: int) -> None:
         """Evaluate, compare gradients and save, each where it is time; in vain where somebody asks to stop meanwhile.
@@ -255,10 +213,7 @@ class Attempt:
         is_learnt = self.step == stretch.end
         if is_learnt or (epoch - stretch.first_epoch + 1) % self.recipe.evaluate_every == 0:
             figures = self._figures()
-            is_old = time.monotonic() - self.saved_at > UNSAVED_S
-            [is_due] = self.ranks.decide(is_old or self.parts.checkpoints.failed())
-            if is_due:
-                self._save_without_score()
+            self.saving.before_evaluation(self.step)
             with self.meters.between("evaluation"):
                 results = self._evaluate()
             if self.stop_asked:
@@ -270,8 +225,7 @@ class Attempt:
             if is_learnt:
                 self.learnt.add([result.top1 for result in results], figures)
         self._tell_nearness(epoch=epoch)
-        with self.meters.between("checkpoint"):
-            self._save(score=score)
+        self.saving.save(self.step, score=score)
 
     def _tell_nearness(self, *, epoch: int | None) -> None:
         """On the weights that train, not on an average of them; `epoch`: that has ended, None at the start."""
@@ -294,97 +248,35 @@ class Attempt:
     def _evaluate(self) -> list[Evaluation]:
         """On each task so far, the one at hand last; nothing where somebody asked to stop meanwhile."""
         about = {"tasks": self.stretch.index + 1, "counts_operations": self.step == self.steps}
-        look = lambda: self._tell_saved(self.parts.checkpoints.done())
-        self.evaluated, heeds = [], (STOP, SAVE)
-        while (found := assess(self.parts, **about, heeds=heeds, on_look=look)) is None:
-            self._save_in_evaluation()
+        self.evaluated = []
+        while (found := assess(self.parts, **about, is_asked=self.saving.is_asked)) is None:
+            self.stop_asked = self.saving.in_evaluation(self.step)
             if self.stop_asked:
                 return []
-            if self.ranks.rank:
-                heeds = (STOP,)  # NFS may show another machine for a minute what rank 0 has deleted
         self.evaluated = found
         return [each.result for each in found]
-
-    def _save_in_evaluation(self) -> None:
-        """For whoever asks to stop, or to save, and may not have the time for the rest of it; collective."""
-        self.stop_asked = bool(self.ranks.max(torch.tensor(float((self.folder / STOP).exists()))))  # whoever sees it first
-        [asked] = self.ranks.decide((self.folder / SAVE).exists())
-        if asked:
-            self._hears_notice()
-        self._save_without_score()
-        self._answer_save()
-
-    def _answer_save(self) -> None:
-        self._wait_for_checkpoint()
-        if self.ranks.rank == 0:
-            (self.folder / SAVE).unlink(missing_ok=True)  # whoever asked ends the workers as soon as it is gone
-
-    def _save_without_score(self) -> None:
-        """An epoch's end, whose evaluation is owed by whoever goes on from there."""
-        if self.saved_step != self.step:
-            with self.meters.between("checkpoint"):
-                self._save(score=None, owes=True)
-
-    def _save(self, *, score: float | None, owes: bool = False) -> None:
-        if self.recipe.replicas_every:
-            self._compare_replicas()  # a checkpoint holds the weights of one rank
-        self.ranks.together(self._check_finite)
-        totals = self.meters.over_ranks(self.ranks.max, self.ranks.mean)
-        about = {"score": score, "owes": owes, "totals": totals, "learnt": self.learnt, "guard": self.guard.told()}
-        trainer = told_in_checkpoint(self.parts, step=self.step, **about)
-        with published(self.parts):
-            weights = weights_of(self.backend.network) if self.ranks.rank == 0 else None
-        with self.ranks.averaged(self.backend.network) as buffers:
-            state = {"buffers": buffers, "weights": weights}
-            self._tell_saved(self.parts.checkpoints.save(self.step, self.backend, self.parts.rule, trainer, **state))
-        self.saved_at, self.saved_step, self.saved_as = time.monotonic(), self.step, {"score": score, "owes": owes}
-
-    def _check_finite(self) -> None:
-        kept = (*self.backend.network.parameters(), *(b for b in self.parts.rule.buffers() if b.is_floating_point()))
-        if not all(bool(value.isfinite().all()) for value in kept):
-            raise Diverged(
-                f"training: weights and what the rule learnt must be finite to be saved; they are not after step {self.step}"
-            )
-
-    def _wait_for_checkpoint(self) -> None:
-        """The one that is being written counts from here on, or one in its place; collective."""
-        with self.meters.between("checkpoint"):
-            saved, is_lost = self.parts.checkpoints.settle()
-            self._tell_saved(saved)
-            if is_lost and self.saved_step == self.step:
-                self._save(**self.saved_as)
-                self._tell_saved(self.parts.checkpoints.wait())
-
-    def _tell_saved(self, saved: Saved | None) -> None:
-        if saved is not None:
-            figures = {"stall_s": saved.stall_s, "write_s": saved.write_s, "bytes": saved.bytes}
-            self.tracker.event("checkpoint", sync=True, step=saved.step, path=saved.address, **figures)
-            if saved.untidy:
-                self.tracker.event("undeleted", step=saved.step, error=saved.untidy)
 
     # ------------------------------------------------------------------------------------------------------------- ends
 
     def _go_back(self, back: GoBack) -> None:
         """Write down what is skipped from now on; the next attempt reads it."""
-        saved, _ = self.parts.checkpoints.settle()  # the state at hand is none to save
-        self._tell_saved(saved)
-        done = self.parts.skipped.rollbacks
+        saved, done = self.saving.newest_step(), self.parts.skipped.rollbacks
         if done == self.recipe.max_rollbacks:
             said = f"training: {back}; it has gone back max_rollbacks={done} times"
             if back.skips:
                 raise Diverged(f"{said}; lower optimizer.lr?") from back
             raise Refused(f"{said}; a memory, a device or a network is at fault: look with spiketrain doctor") from back
-        decided = self.parts.skipped.after(back, saved=self.saved_step)
+        decided = self.parts.skipped.after(back, saved=saved)
         self.ranks.agree(lambda: decided.write(self.folder))
-        self.tracker.event("rollback", sync=True, step=back.step, to=self.saved_step, reason=back.reason)
+        self.tracker.event("rollback", sync=True, step=back.step, to=saved, reason=back.reason)
 
     def _stopped(self) -> None:
-        self._wait_for_checkpoint()
+        self.saving.wait(self.step)
         about = {"reason": asked_by(self.folder), "resume_command": self.job.resume_command}
         self.tracker.event("stopped", sync=True, step=self.step, **about)
 
     def _finish(self) -> dict[str, Any]:
-        self._wait_for_checkpoint()
+        self.saving.wait(self.step)
         assert self.result is not None
         totals, figures = self.meters.over_ranks(self.ranks.max, self.ranks.mean), self._figures()
         answers = self.ranks.gather([each.answers for each in self.evaluated])

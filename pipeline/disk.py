@@ -4,10 +4,42 @@ from __future__ import annotations
 
 import errno
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 FOR_THE_USER = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR)
 """what a user has to change; anything else may be gone when the workers are started again"""
+UNREADABLE = (errno.EIO, errno.ESTALE, errno.EBADMSG, errno.EUCLEAN)
+"""a bad sector, a file that a server has lost, a checksum of the file system's: the bytes are gone, if they stay so"""
+TRIES, TRY_S = 3, 1.0
+
+T_ = TypeVar("T_")
+
+
+class Unreadable(OSError):
+    """The medium has failed at each try; `strerror` says how."""
+
+
+def tried(read: Callable[[], T_]) -> T_:
+    """What `read` gives, which is asked again where the medium fails.
+
+    Raises:
+        Unreadable: it has failed each time.
+        OSError: another error, at once.
+    """
+    left = TRIES
+    while True:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in UNREADABLE:
+                raise
+            left -= 1
+            if left == 0:
+                raise Unreadable(error.errno, os.strerror(error.errno)) from error
+        time.sleep(TRY_S)
 
 
 def sync_file(file: Path) -> None:

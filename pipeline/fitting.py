@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.recipe import Recipe, Split, read_json, write_json
 from pipeline.refused import Refused
+from pipeline.track.jsonl import last
 
 FILE = "micro_batch.json"
 """in a run's folder, once memory ran out"""
@@ -33,6 +34,18 @@ def limit_of(run: Path) -> int | None:
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise Refused(f"{run / FILE}: must hold a number of samples; got {found!r}")
     return found
+
+
+def untold(run: Path) -> int | None:
+    """The largest micro-batch that may still fit, where the journal knows of larger ones alone; else None.
+
+    Of several workers the one whose memory ran out has died of it, and another holds the journal: the next attempt tells.
+    """
+    limit = limit_of(run)
+    if limit is None:
+        return None
+    known = last(run / "journal.jsonl", "start", "smaller")
+    return limit if known is not None and limit < known["micro_batch"] else None
 
 
 def fitted(recipe: Recipe, limit: int | None) -> Recipe:

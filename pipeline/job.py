@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,11 @@ class Notice:
     deadline: float | None
     """unix seconds; None: nobody has said"""
 
+    @property
+    def seconds_left(self) -> float | None:
+        """From now on."""
+        return None if self.deadline is None else self.deadline - time.time()
+
     @classmethod
     def in_file(cls, save: Path) -> Notice | None:
         """What whoever asks for a save knows of it; None where that is nothing."""
@@ -85,7 +91,7 @@ class Place:
     sizes: tuple[int, ...] = ()
     """every number of workers that the run may have, ascending; none: `workers`"""
     notice: Callable[[], Notice | None] = no_notice
-    """asks whether a machine of ours is about to be taken away; every rank asks equally often"""
+    """what this worker has been told of machines that are about to be taken away; asks nobody"""
 
 
 def asked_by(run: Path) -> str:

@@ -57,7 +57,7 @@ class Parts:
     sizes: tuple[int, ...]
     """every number of workers that the run may have"""
     notice: Callable[[], Notice | None]
-    """asks, on every rank at once, whether a machine of ours is about to be taken away"""
+    """what this rank has been told of machines that are about to be taken away; asks no other"""
     trainer: dict[str, Any] | None
     """what the checkpoint says that was restored; None at a fresh start"""
     began: float

@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import json
 import os
+import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,19 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    temp = path.with_name(f".{path.name}.{os.getpid()}")
-    temp.write_text(json.dumps(value, indent=1) + "\n")
-    temp.rename(path)
+    """Write a JSON file whole or not at all, and through to the disk.
+
+    The name of what is not whole yet is drawn: processes of two machines may have the same number.
+    """
+    temp = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with temp.open("w") as file:
+            file.write(json.dumps(value, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temp.rename(path)
+    finally:
+        temp.unlink(missing_ok=True)
 
 
 def dotted(target: Callable[..., Any]) -> str:

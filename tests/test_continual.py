@@ -37,6 +37,7 @@ from pipeline.report.show import show_recipe
 from pipeline.rules.base import LossOf, Objective
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.sltt import SLTT
+from pipeline.saving import Saving
 from pipeline.schedule import cosine
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.state import fresh_state
@@ -141,14 +142,14 @@ def before_saving(step: int) -> Callable[[pytest.MonkeyPatch], None]:
     """The task is learnt and evaluated; its checkpoint is not there."""
 
     def patched(patch: pytest.MonkeyPatch) -> None:
-        save = Attempt._save
+        save = Saving.save
 
-        def die(self: Attempt, **score: Any) -> None:
-            if self.step == step:
+        def die(self: Saving, at: int, **about: Any) -> None:
+            if at == step:
                 raise Killed
-            save(self, **score)
+            save(self, at, **about)
 
-        patch.setattr(Attempt, "_save", die)
+        patch.setattr(Saving, "save", die)
 
     return patched
 

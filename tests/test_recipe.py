@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from pipeline.models.late import late
 from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, Spec, spec
+from pipeline.recipe import Recipe, Spec, read_json, spec, write_json
 from pipeline.recipe_file import load_recipe, parse_changes
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
@@ -110,6 +112,32 @@ def test_a_recipe_is_the_same_after_json() -> None:
     recipe = small()
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
     assert Recipe.from_json(recipe.to_json()).model.build().stages[0][0].first.neuron.surrogate == Sigmoid(alpha=2.0)
+
+
+def test_two_writers_of_one_json_file_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in two pods, whose processes have the same number, on storage that they share."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    path, values = tmp_path / "job.json", [[number] * 1000 for number in range(2)]
+
+    def write(value: list[int]) -> None:
+        for _ in range(30):
+            write_json(path, value)
+
+    write_json(path, values[0])
+    with ThreadPoolExecutor(2) as pool:
+        writers = [pool.submit(write, value) for value in values]
+        while not all(writer.done() for writer in writers):
+            assert read_json(path) in values
+    assert [writer.result() for writer in writers] == [None, None]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_has_no_json_form_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    write_json(tmp_path / "job.json", 1)
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "job.json", object())
+    assert read_json(tmp_path / "job.json") == 1
+    assert [each.name for each in tmp_path.iterdir()] == ["job.json"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import attempt
+from pipeline import saving
 from pipeline.ranks import Ranks
 from pipeline.refused import Diverged, Refused
 from pipeline.replicas import drifted, fingerprint, stragglers
@@ -58,7 +58,7 @@ def test_of_two_the_slower_one(tmp_path: Path) -> None:
 def test_weights_that_come_apart_again_and_again_are_no_matter_of_the_learning_rate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempt, "drifted", lambda network, ranks: [1])
+    monkeypatch.setattr(saving, "drifted", lambda network, ranks: [1])
     said = (
         "training: batch 0: the weights of workers 1 are others'; it has gone back max_rollbacks=1 times; "
         "a memory, a device or a network is at fault: look with spiketrain doctor"

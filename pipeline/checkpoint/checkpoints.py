@@ -76,6 +76,8 @@ class Checkpoints:
         self._in_flight: _InFlight | None = None
         self._told = True
         self._failures, self._is_retry = 0, False
+        self.newest_step = 0
+        """behind which the newest one stands that is whole on every rank; 0: a run without one begins there"""
 
     def save(
         self,
@@ -145,7 +147,7 @@ class Checkpoints:
         writing = flight.writing
         self._agree(flight, writing.part)
         self._agree(flight, writing.whole if self.rank == 0 else writing.part)
-        self._is_retry = False
+        self._is_retry, self.newest_step = False, flight.step
         return self._once(flight)
 
     def settle(self) -> tuple[Saved | None, bool]:
@@ -210,6 +212,7 @@ class Checkpoints:
             set_rng_state(state)
             if trainer.get("world_size") == self.ranks:  # else all begin from the mean, which the backend has loaded
                 backend.network.load_state_dict(state["buffers"], strict=False)
+        self.newest_step = trainer["step"]
         return trainer
 
     def _tidy(self, name: str) -> None:

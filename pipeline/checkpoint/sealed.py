@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
-from pipeline.disk import sync_file, sync_folder
+from pipeline.disk import Unreadable, sync_file, sync_folder, tried
 
 MANIFEST = "manifest.json"
-
-UNREADABLE = (errno.EIO, errno.ESTALE, errno.EBADMSG, errno.EUCLEAN)
-"""a bad sector, a file that a server has lost, a checksum of the file system's: the bytes are gone, if they stay so"""
-TRIES, TRY_S = 3, 1.0
-
-T_ = TypeVar("T_")
 
 Facts = dict[str, dict[str, Any]]
 """of files, by their names inside the checkpoint: {"bytes": ..., "sha256": ...}"""
@@ -49,16 +40,18 @@ def damage(path: Path) -> str | None:
         OSError: it cannot be looked at, and may be whole: permission denied.
     """
     try:
-        expected = read_manifest(_tried(MANIFEST, (path / MANIFEST).read_bytes))
+        expected = read_manifest(tried((path / MANIFEST).read_bytes))
     except FileNotFoundError:
         return f"{MANIFEST} is missing: the write was cut short"
+    except Unreadable as error:
+        return f"{MANIFEST} cannot be read: {error.strerror}"
     except ValueError as error:
         return str(error)
     for name, fact in expected.items():
         try:
-            said = _tried(name, lambda file=path / name, fact=fact: _damage_of(file, fact))
-        except ValueError as error:
-            return str(error)
+            said = tried(lambda file=path / name, fact=fact: _damage_of(file, fact))
+        except Unreadable as error:
+            said = f"cannot be read: {error.strerror}"
         if said:
             return f"{name} {said}"
     return None
@@ -70,25 +63,6 @@ def _damage_of(file: Path, fact: Mapping[str, Any]) -> str:
     if file.stat().st_size != fact["bytes"]:
         return f"has {file.stat().st_size} bytes instead of {fact['bytes']}"
     return "" if _sha256(file) == fact["sha256"] else "differs from its sha256"
-
-
-def _tried(name: str, read: Callable[[], T_]) -> T_:
-    """What `read` gives, which is asked again where the medium fails.
-
-    Raises:
-        ValueError: the medium has failed each time.
-    """
-    left = TRIES
-    while True:
-        try:
-            return read()
-        except OSError as error:
-            if error.errno not in UNREADABLE:
-                raise
-            left -= 1
-            if left == 0:
-                raise ValueError(f"{name} cannot be read: {os.strerror(error.errno)}") from error
-        time.sleep(TRY_S)
 
 
 def read_manifest(content: bytes) -> Facts:

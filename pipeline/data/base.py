@@ -72,7 +72,7 @@ class Data(Protocol):
         ...
 
     def check(self) -> None:
-        """Read both sets once and compare checksums.
+        """Read once what is trained and evaluated on, and compare checksums.
 
         Raises: DataError with the file and the page that differ.
         """

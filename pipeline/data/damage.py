@@ -1,4 +1,4 @@
-"""Pages of a .beton whose bytes are no longer those that were written, and the samples in them."""
+"""Pages of a .beton whose bytes are no longer those that were written, or cannot be read, and the samples in them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -4,6 +4,7 @@ Nothing is opened before it is asked for, so a recipe can be shown where its dat
 """
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from pipeline.data import format as beton
 from pipeline.data import manifest as manifests
 from pipeline.data.care import Care
-from pipeline.data.damage import DamagedPages
+from pipeline.data.damage import DamagedPages, Page
 from pipeline.data.errors import DataError
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import TrainOrder, ValOrder, held_out
@@ -61,13 +62,11 @@ class Files:
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def check(self) -> None:
-        """See base.Data."""
-        damaged = {name: manifests.damaged_pages(self.path(name)) for name in ("train", "val")}
+        """See base.Data. Where a share of the training file is held out nobody reads the other beyond its manifest."""
+        read: tuple[Name, ...] = ("train",) if self.held_out else ("train", "val")
+        damaged = {name: manifests.damaged_pages(self.path(name)) for name in read}
         if any(damaged.values()):
-            asked = self._ids("val")  # in the training file where a share of it is held out
-            lost = [np.arange(first, end) for page in damaged["train"] for first, end in page.samples]
-            is_asked = bool(damaged["val"]) or (self.held_out > 0 and bool(np.isin(asked, np.concatenate(lost)).any()))
-            raise DamagedPages([*damaged["train"], *damaged["val"]], may_go=not is_asked)
+            raise DamagedPages([page for pages in damaged.values() for page in pages], may_go=not self._is_asked(damaged))
         if self.manifest("train").classes != self.manifest("val").classes:
             raise DataError(f"{self.owner}: train and val in {self.folder} must have the same classes, in the same order")
 
@@ -95,6 +94,13 @@ class Files:
             known = f"by {', '.join(sorted(groups))}" if groups else "not at all"
             raise DataError(f"{self.owner}: {path} must group its samples by {by!r}; it groups them {known}")
         return groups[by]
+
+    def _is_asked(self, damaged: Mapping[Name, Sequence[Page]]) -> bool:
+        """Whether a sample that is evaluated on is in one of these pages."""
+        if not self.held_out:
+            return bool(damaged["val"])
+        lost = {sample for page in damaged["train"] for first, end in page.samples for sample in range(first, end)}
+        return not lost.isdisjoint(self._ids("val").tolist())
 
     def _ids(self, use: Name) -> NDArray[np.int64]:
         if self.held_out:

@@ -201,10 +201,13 @@ def _train(
 
 
 def _notice() -> Notice | None:
-    """Ray's word that nodes of this run are being drained; collective."""
-    from ray.train import get_preemption_info
+    """Ray's word to this worker that nodes of its run are being drained.
 
-    info = get_preemption_info()
+    `ray.train.get_preemption_info` (2.60) lets it have this once every other worker asks, too.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    info = get_train_context().preemption_context.preemption_info
     if info is None:
         return None
     return Notice(tuple(info.preempted_node_ids), None if info.deadline_ms is None else info.deadline_ms / 1e3)

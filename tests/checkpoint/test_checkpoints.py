@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.checkpoint import CheckpointError, Checkpoints, Folder, damage, pin, read_trainer, sealed, step_folders, verified
+from pipeline import disk
+from pipeline.checkpoint import CheckpointError, Checkpoints, Folder, damage, pin, read_trainer, step_folders, verified
 from pipeline.checkpoint.sealed import facts_of, seal
 from tests.checkpoint.few import TRAINER, Counting, backend, restore, save
 
@@ -183,13 +184,13 @@ def test_one_whose_medium_fails_is_quarantined_and_the_one_before_is_used(
         return opened(self, *words, **more)
 
     monkeypatch.setattr(Path, "open", fails)
-    monkeypatch.setattr(sealed, "TRY_S", 0.0)
+    monkeypatch.setattr(disk, "TRY_S", 0.0)
     checkpoints = Checkpoints(Folder(tmp_path), attempt="b", on_quarantine=lambda *about: told.append(about[1]))
     if number == errno.EACCES:
         with pytest.raises(PermissionError):
             checkpoints.newest()
     else:
-        is_back = times < sealed.TRIES
+        is_back = times < disk.TRIES
         assert checkpoints.newest() == tmp_path / ("step_00000002" if is_back else "step_00000001")
         assert told == ([] if is_back else [f"{name} cannot be read: {os.strerror(number)}"])
 

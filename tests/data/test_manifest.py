@@ -1,5 +1,7 @@
+import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import xxhash
 
 pytest.importorskip("ffcv")
 
+from pipeline import disk
 from pipeline.data import format as beton_format
 from pipeline.data import manifest as manifests
 from pipeline.data.base import DataError
@@ -46,6 +49,43 @@ def test_a_flipped_bit_is_located(folder, name):
     for look in (Beton(folder, classes=2, size=8).check, lambda: verify(folder)):
         with pytest.raises(DataError, match=rf"train\.beton: {name} \(bytes {region.offset} to .* differs from its manifest"):
             look()
+
+
+@pytest.mark.parametrize("times", [1, disk.TRIES])
+@pytest.mark.parametrize("name", ["header", "page 0", "allocation table"])
+def test_a_bad_sector_is_located_once_it_stays_one(folder, name, times, monkeypatch):
+    path, pread, left = folder / "train.beton", os.pread, [OSError(errno.EIO, os.strerror(errno.EIO))] * times
+    layout = beton_format.layout(path)
+    region = next(each for each in (*layout.front, *layout.pages, layout.table) if each.name == name)
+
+    def fails(file, length, offset):
+        if offset == region.offset and left:
+            raise left.pop()
+        return pread(file, length, offset)
+
+    monkeypatch.setattr(os, "pread", fails)
+    monkeypatch.setattr(disk, "TRY_S", 0.0)
+    if times < disk.TRIES:
+        verify(path)
+        assert not left
+        return
+    fault = "differs from its manifest" if name == "page 0" else r"cannot be read \(Input/output error\)"
+    with pytest.raises(DataError, match=rf"train\.beton: {name} \(bytes {region.offset} to .* {fault}: damaged"):
+        verify(path)
+
+
+def test_a_manifest_that_cannot_be_read_is_named(folder, monkeypatch):
+    read_text = Path.read_text
+
+    def fails(self, *words, **more):
+        if self.name == "train.beton.manifest.json":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read_text(self, *words, **more)
+
+    monkeypatch.setattr(Path, "read_text", fails)
+    monkeypatch.setattr(disk, "TRY_S", 0.0)
+    with pytest.raises(DataError, match=r"train\.beton\.manifest\.json cannot be read: Stale file handle; restore it"):
+        Beton(folder, classes=2, size=8).check()
 
 
 def test_regions_cover_the_file(photos):

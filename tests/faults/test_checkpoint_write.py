@@ -217,6 +217,29 @@ def test_going_back_waits_for_the_checkpoint_that_is_being_written(
     assert [event["step"] for event in events(tmp_path / "hit", "start")] == [0, 6]
 
 
+def test_going_back_passes_by_a_checkpoint_that_storage_failed_to_take(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that is written down is the one that training goes on from, and batches are passed over from there."""
+    write, failed = background._write, []
+
+    def fails_once(file: Path, value: Any) -> None:
+        if "step_00000006" in str(file) and not failed:
+            failed.append(file)
+            raise OSError(errno.EIO, "Input/output error", "x")
+        write(file, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(background, "_write", fails_once)
+        hit(patch, {6})
+        train_inline(tmp_path / "hit", small_recipe(max_skips=0))
+    assert [event["step"] for event in events(tmp_path / "hit", "unwritten")] == [6]
+    assert [(event["step"], event["to"]) for event in events(tmp_path / "hit", "rollback")] == [(6, 3)]
+    assert [event["step"] for event in events(tmp_path / "hit", "start")] == [0, 3]
+    train_inline(tmp_path / "told", small_recipe(skip=((3, 7),)))
+    assert same_weights(tmp_path / "hit", tmp_path / "told") and not same_weights(tmp_path / "hit", whole)
+
+
 @pytest.mark.parametrize(
     ("step", "saved"),
     [

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +17,7 @@ import pytest
 
 pytest.importorskip("ffcv")
 
-from pipeline import worker
+from pipeline import disk, worker
 from pipeline.attempt import Attempt
 from pipeline.damaged import Damage
 from pipeline.data import manifest as manifests
@@ -86,6 +89,20 @@ def flip(data: Path, page: int, *, name: str = "train") -> None:
         byte = file.read(1)[0]
         file.seek(at)
         file.write(bytes([byte ^ 4]))
+
+
+def bad_sector(patch: pytest.MonkeyPatch, data: Path, page: int) -> None:
+    """Whoever reads the page is told that its medium fails; what is mapped into memory already stays as it is."""
+    path, pread = data / "train.beton", os.pread
+    sector = manifests.read(path).pages_offset + page * PAGE_BYTES + 7
+
+    def fails(file: int, length: int, offset: int) -> bytes:
+        if offset <= sector < offset + length and os.path.samestat(os.fstat(file), path.stat()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(file, length, offset)
+
+    patch.setattr(os, "pread", fails)
+    patch.setattr(disk, "TRY_S", 0.0)
 
 
 def recipe(data: Path, **changes: Any) -> Recipe:
@@ -162,6 +179,36 @@ def test_what_is_damaged_while_it_is_read_is_never_learnt(
     assert same_weights(tmp_path / "hit", told(tmp_path / "told", whole, pages))
 
 
+@pytest.mark.parametrize(("when", "restarts"), [("at the start", 0), ("while it is read", 1)])
+def test_a_page_on_a_bad_sector_is_left_out(
+    tmp_path: Path, whole: Path, data: Path, page: int, monkeypatch: pytest.MonkeyPatch, when: str, restarts: int
+) -> None:
+    with monkeypatch.context() as patch:
+        if when == "at the start":
+            bad_sector(patch, data, page)
+        else:
+            once_checked(patch, lambda: bad_sector(patch, data, page))
+        summary = train(tmp_path / "hit", recipe(data, max_damaged_pages=1, epochs=1))
+    [found] = events(tmp_path / "hit", "damaged")
+    assert (found["file"], found["page"], found["left_out"]) == (str(data / "train.beton"), page, [[*samples_of(page)]])
+    assert counted(summary) == (1, IN_A_PAGE, restarts)
+    assert same_weights(tmp_path / "hit", told(tmp_path / "told", whole, [page], epochs=1))
+
+
+def test_a_page_on_a_bad_sector_is_named_by_a_run_that_may_leave_none_out_and_by_verify(
+    tmp_path: Path, data: Path, page: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run: Command = command(monkeypatch, capsys)
+    bad_sector(monkeypatch, data, page)
+    first, end = samples_of(page)
+    named = rf"data: \S+train\.beton: page {page} \(bytes \d+ to \d+, samples {first} to {end - 1}\) "
+    named += "differs from its manifest: damaged"
+    with pytest.raises(Refused, match=rf"^{named}; max_damaged_pages=0: restore the file$"):
+        train(tmp_path / "hit", recipe(data, max_damaged_pages=0))
+    code, _, line = run("verify", str(data))
+    assert (code, len(line.splitlines())) == (2, 1) and re.search(named, line)
+
+
 def test_damage_in_the_middle_leads_back_to_the_newest_checkpoint(
     tmp_path: Path, whole: Path, data: Path, page: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +282,15 @@ def test_what_is_evaluated_on_is_never_left_out(
         with pytest.raises(Refused, match=said):
             train(tmp_path / "hit", made)
     assert (events(tmp_path / "hit", "start") == []) is (when == "at the start")
+
+
+def test_a_file_that_nobody_reads_may_be_damaged(tmp_path: Path, whole: Path, data: Path) -> None:
+    """With a share of the training file held out to evaluate on."""
+    flip(data, 3, name="val")
+    for name, folder in (("hit", data), ("nothing", whole)):
+        train(tmp_path / name, recipe(folder, max_damaged_pages=0, epochs=1).override({"data.held_out": 0.25}))
+    assert events(tmp_path / "hit", "damaged") == []
+    assert same_weights(tmp_path / "hit", tmp_path / "nothing")
 
 
 def test_a_truncated_file_is_refused_in_one_line(

@@ -17,6 +17,7 @@ from pipeline.job import Job, Place
 from pipeline.recipe import Recipe, spec
 from pipeline.refused import Diverged
 from pipeline.rules.ottt import OTTT
+from pipeline.saving import Saving
 from pipeline.spiking.encode import over_steps
 from pipeline.track.jsonl import read
 from pipeline.track.state import state_of
@@ -138,15 +139,15 @@ def test_weights_that_are_not_finite_on_one_rank_end_all(tmp_path: Path) -> None
 
 
 def _damaged_on_one(rank: int, ranks: int, job: Job) -> str:
-    save = Attempt._save
+    save = Saving.save
 
-    def damaged(self: Attempt, **about: Any) -> None:
+    def damaged(self: Saving, step: int, **about: Any) -> None:
         if rank == 1:
-            next(self.backend.network.parameters()).data.fill_(torch.nan)
-        save(self, **about)
+            next(self.parts.backend.network.parameters()).data.fill_(torch.nan)
+        save(self, step, **about)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Attempt, "_save", damaged)
+        patch.setattr(Saving, "save", damaged)
         with pytest.raises(Diverged) as told:
             run(job, Place(rank, ranks))
     return str(told.value)

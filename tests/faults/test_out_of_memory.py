@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessRaisedException
 
+from pipeline.attempt import Attempt
 from pipeline.data.mixing import Mixing
 from pipeline.fitting import FILE
 from pipeline.job import Job, Place
@@ -106,12 +107,35 @@ def test_one_sample_that_does_not_fit_one_of_two_ranks_ends_the_run(tmp_path: Pa
         run(job, Place())
 
 
+@pytest.mark.distributed
+def test_a_worker_that_dies_of_it_is_spoken_for_by_the_next_attempt(tmp_path: Path) -> None:
+    """Rank 0, which holds the journal, has heard of a lost connection alone."""
+    job = make_run(tmp_path / "run", small_recipe(stop_after=1))
+    with pytest.raises(ProcessRaisedException):
+        run_ranks(_without_room_on_one, 2, tmp_path, job)
+    for _ in range(2):  # and once alone
+        run(job, Place())
+    told = [event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] in ("start", "smaller")]
+    assert [(event["event"], event["micro_batch"]) for event in told] == [
+        ("start", 4), ("smaller", 2), ("start", 2), ("start", 2),
+    ]  # fmt: skip
+    assert told[1]["reason"] == "memory ran out on another worker"
+
+
+class InStep(Attempt):
+    """All ranks have begun before one of them trains."""
+
+    def _train(self) -> None:
+        self.ranks.each(None)
+        super()._train()
+
+
 def _without_room_on_one(rank: int, ranks: int, job: Job) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
             room_for(patch, 0)
         try:
-            run(job, Place(rank, ranks))
+            run(job, Place(rank, ranks), attempt_of=InStep)
         except Exception as error:
             (Path(job.run) / f"ended{rank}").write_text(type(error).__name__)
             raise

@@ -1,19 +1,21 @@
-"""A notice that a machine is taken away, and whoever asks for a save: a checkpoint at the next step, and the run goes on."""
+"""A notice that a machine is taken away, and whoever asks for a save: a checkpoint after the step at hand, and on it goes."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from pipeline import assess, attempt
+from pipeline import assess, attempt, departures, saving
 from pipeline.checkpoint import read_trainer, step_folders
 from pipeline.evaluate import Evaluation
-from pipeline.job import REFUSAL, SAVE, STOP, Job, Notice, Place
+from pipeline.job import REFUSAL, SAVE, STOP, Job, Notice, Place, no_notice
 from pipeline.recipe import write_json
 from pipeline.track.jsonl import read
 from pipeline.track.translate import Translation
@@ -32,10 +34,8 @@ def untouched(tmp_path: Path) -> Path:
     return tmp_path / "untouched"
 
 
-def test_a_notice_is_saved_upon_once_and_the_run_goes_on(
-    tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attempt, "NOTICE_S", -1.0)  # at every step
+def test_a_notice_is_saved_upon_once_and_the_run_goes_on(tmp_path: Path, untouched: Path) -> None:
+    """And before each evaluation, which the machine may not see the end of."""
     asked = 0
 
     def notice() -> Notice | None:
@@ -48,11 +48,32 @@ def test_a_notice_is_saved_upon_once_and_the_run_goes_on(
     assert run(job, Place(notice=notice)) is not None
     [event] = [event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "preempted"]
     assert event["step"] == 3 and event["machines"] == ["node"] and 60 < event["seconds_left"] <= 120
-    assert steps_of(tmp_path / "run", "checkpoint") == [3, 8, 16]
+    assert steps_of(tmp_path / "run", "checkpoint") == [3, 8, 8, 16, 16]
     assert same_weights(tmp_path / "run", untouched)
     assert Translation().tags(event) == {"spiketrain.preemptions": "1"}
     counted = Translation()
     assert [counted.tags({"event": "unwritten", "step": 3}) for _ in range(2)][-1] == {"spiketrain.unwritten_checkpoints": "2"}
+
+
+def test_a_notice_is_saved_upon_once_more_before_its_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is learnt between the two is not lost with the machine."""
+    original, told = attempt.Attempt._micro_batches, []
+
+    def slowly(self: attempt.Attempt, source: Any) -> Any:
+        if self.step == 2:
+            told.append(Notice(("node",), time.time() + 3.6))
+        time.sleep(0.1 if told else 0.0)
+        return original(self, source)
+
+    monkeypatch.setattr(attempt.Attempt, "_micro_batches", slowly)
+    monkeypatch.setattr(departures, "MARGIN_S", 2.8)
+    data = small_recipe().data.with_(samples=160)
+    job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0, data=data, stop_after=12))
+    assert run(job, Place(notice=lambda: told[-1] if told else None)) is not None
+    assert steps_of(tmp_path / "run", "preempted") == [3]
+    first, last, *others = [event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "checkpoint"]
+    assert first["step"] == 3 < last["step"] < 12 and last["time"] < told[0].deadline
+    assert [event["step"] for event in others] == [12, 12]
 
 
 def test_who_asks_for_a_save_may_know_of_a_notice_first(tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +89,7 @@ def test_who_asks_for_a_save_may_know_of_a_notice_first(tmp_path: Path, untouche
     assert run(make_run(tmp_path / "run", small_recipe(checkpoint_every=0)), Place()) is not None
     [event] = [event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "preempted"]  # told once
     assert (event["step"], event["machines"]) == (4, ["node"]) and 0 < event["seconds_left"] <= 60
-    assert steps_of(tmp_path / "run", "checkpoint") == [4, 6, 8, 16]
+    assert steps_of(tmp_path / "run", "checkpoint") == [4, 6, 8, 8, 16, 16]
     assert same_weights(tmp_path / "run", untouched)
 
 
@@ -129,15 +150,38 @@ def test_a_save_waits_for_no_evaluation_which_is_begun_anew(
     ask_in_an_evaluation(monkeypatch, of=8, file=SAVE, said=notice)
     assert run(make_run(tmp_path / "run", small_recipe(checkpoint_every=0)), Place()) is not None
     assert not (tmp_path / "run" / SAVE).exists()
-    told = [
-        (event["event"], event["step"])
-        for event in read(tmp_path / "run" / "journal.jsonl")
-        if event["event"] in ("preempted", "checkpoint", "evaluation")
-    ]
-    assert told[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
-    assert steps_of(tmp_path / "run", "checkpoint") == [8, 8, 16]  # the second with its score
+    assert told_of(tmp_path / "run")[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
+    assert steps_of(tmp_path / "run", "checkpoint") == [8, 8, 16, 16]  # the second of each with its score
     assert evaluations(tmp_path / "run") == evaluations(untouched)
     assert same_weights(tmp_path / "run", untouched)
+
+
+def test_a_notice_waits_for_no_evaluation(tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
+    assert run(job, Place(notice=told_in_an_evaluation(monkeypatch, of=8))) is not None
+    assert told_of(tmp_path / "run")[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
+    assert steps_of(tmp_path / "run", "preempted") == [8]
+    assert evaluations(tmp_path / "run") == evaluations(untouched)
+    assert same_weights(tmp_path / "run", untouched)
+
+
+def told_in_an_evaluation(patch: pytest.MonkeyPatch, *, of: int) -> Callable[[], Notice | None]:
+    """What a worker hears whom Ray tells of a machine while the evaluation after `of` steps is under way."""
+    original, told = attempt.Attempt._evaluate, []
+
+    def evaluate(self: attempt.Attempt) -> list[Evaluation]:
+        if self.step == of:
+            told.append(Notice(("node",), time.time() + 60))
+        return original(self)
+
+    patch.setattr(assess, "LOOK_S", -1.0)  # after every batch
+    patch.setattr(attempt.Attempt, "_evaluate", evaluate)
+    return lambda: told[-1] if told else None
+
+
+def told_of(folder: Path) -> list[tuple[str, int]]:
+    kinds = ("preempted", "checkpoint", "evaluation")
+    return [(event["event"], event["step"]) for event in read(folder / "journal.jsonl") if event["event"] in kinds]
 
 
 class Killed(BaseException):
@@ -146,7 +190,7 @@ class Killed(BaseException):
 
 def test_what_dies_in_an_evaluation_has_saved_before_it(tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
-    monkeypatch.setattr(attempt, "UNSAVED_S", -1.0)
+    monkeypatch.setattr(saving, "UNSAVED_S", -1.0)
 
     def dies(*args: object, **more: object) -> None:
         raise Killed
@@ -186,6 +230,20 @@ def _asked_one(rank: int, ranks: int, job: Job, file: str) -> object:
         if rank == 1:
             patch.setattr(assess, "LOOK_S", 1e9)
         return run(job, Place(rank, ranks, "cpu", rank))
+
+
+@pytest.mark.distributed
+def test_two_ranks_save_in_an_evaluation_upon_what_one_of_them_has_heard(tmp_path: Path) -> None:
+    job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0, backend="deepspeed"))
+    run_ranks(_told_to_one, 2, tmp_path, job)
+    assert told_of(tmp_path / "run")[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
+    assert (steps_of(tmp_path / "run", "preempted"), steps_of(tmp_path / "run", "evaluation")) == ([8], [8, 16])
+
+
+def _told_to_one(rank: int, ranks: int, job: Job) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        heard = told_in_an_evaluation(patch, of=8)
+        run(job, Place(rank, ranks, "cpu", rank, notice=heard if rank == 1 else no_notice))
 
 
 @pytest.mark.distributed

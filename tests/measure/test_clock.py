@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import distributed
 
-from pipeline import assess, attempt, feed
+from pipeline import assess, attempt, feed, saving
 from pipeline.backend.deepspeed import DeepSpeed
 from pipeline.backend.plain import Plain
 from pipeline.data.synthetic import Synthetic
@@ -128,7 +128,7 @@ IN_A_BATCH: dict[str, tuple[Any, str]] = {  # where and what is slow, once in ea
 }
 BETWEEN_BATCHES: dict[str, tuple[Any, str, int]] = {  # and how many times a run calls it
     "evaluation": (assess, "evaluate", 1),
-    "checkpoint": (attempt, "weights_of", 1),
+    "checkpoint": (saving, "weights_of", 1),
     "tracking": (attempt, "memory_now_bytes", 4),
     "coordination": (Ranks, "decide", 4),
     "fidelity": (Nearness, "__call__", 1),
