@@ -18,7 +18,7 @@ import sys
 import torch
 
 from benchmarks.trainee import Trainee
-from pipeline.launch.drive import commit
+from pipeline.code import commit
 from pipeline.measure.memory import hardware
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT

@@ -1,8 +1,8 @@
-"""From a recipe to a run's folder, and the driver's part while the workers train.
+"""The driver's part while the workers of a run train.
 
-The driver trains nothing. It holds `RUN/driver.lock`, follows the run's journal to draw the progress and to feed MLflow,
-and passes Ctrl-C or SIGTERM on: the first asks the workers to save and stop after the step they are in (`RUN/stop`), the
-second ends at once. SIGUSR1, which schedulers send ahead of their time limit, asks to save and stop however often it comes.
+It trains nothing. It holds `RUN/driver.lock`, follows the run's journal to draw the progress and to feed MLflow, and passes
+Ctrl-C or SIGTERM on: the first asks the workers to save and stop after the step they are in (`RUN/stop`), the second ends at
+once. SIGUSR1, which schedulers send ahead of their time limit, asks to save and stop however often it comes.
 """
 
 from __future__ import annotations
@@ -11,36 +11,30 @@ import fcntl
 import math
 import os
 import signal
-import subprocess
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from rich.console import Console
 
-from pipeline.checkpoint import place_at
-from pipeline.counts import refuse_unless_counts
-from pipeline.data.base import Data
+from pipeline.code import commit
 from pipeline.job import REFUSAL, SAVE, STOP, Job
 from pipeline.launch.base import Launcher, LaunchError
-from pipeline.launch.cluster import Cluster
-from pipeline.launch.folder import named, numbered, whole_folder
+from pipeline.launch.prepare import write_job
 from pipeline.launch.watch import Watch
 from pipeline.ranks import Ranks
-from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.refused import Refused
-from pipeline.spec import arguments_of
 from pipeline.track.connect import without_password
 from pipeline.track.exposition import Exposed
 from pipeline.track.jsonl import Follower
 from pipeline.track.mlflow import Mirror
-from pipeline.weights import place_of, study_inputs
+from pipeline.weights import place_of
 from pipeline.worker import raise_refusal
 from pipeline.writer import journal
 
@@ -48,109 +42,6 @@ POLL_S = 0.25
 MLFLOW_PATIENCE_S = 30.0
 # One wish may come as several signals: to a process and to its group, or for each thread of a parent that dies (Linux 6).
 ECHO_S = 0.3
-
-
-def prepare(
-    recipe: Recipe,
-    cluster: Cluster,
-    runs: Path,
-    *,
-    name: str | None = None,
-    parent: str | None = None,
-    suite: str | None = None,
-    family: str | None = None,
-    adopts: bool = False,
-    trust: tuple[str, ...] = (),
-) -> Job:
-    """Make the run's folder, with all that it takes to resume it: its recipe, its job and where it trains.
-
-    `parent`, `suite` (its folder's name) and `family` are those of the suite that it belongs to. `adopts`: checkpoints that a run
-    of this name has left in the cluster's place for them, whose folder is gone, are gone on with.
-
-    Raises:
-        ValueError: the data set is missing, the weights that `init` names are missing, or the name is taken.
-    """
-    recipe = recipe.resolved()
-    data: Data = recipe.data.build()
-    fingerprint = data.fingerprint()
-    study = recipe.study_key(study_inputs(recipe, fingerprint))
-    folder = named(runs.absolute(), f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}" if name is None else name)
-    if name is None:
-        folder = next(path for path in numbered(folder) if not path.exists())
-    job = Job(
-        run=str(folder),
-        study=study,
-        data_fingerprint=fingerprint,
-        commit=commit(),
-        parent=parent,
-        suite=suite,
-        family=family or recipe.family or recipe.name,
-        run_id=uuid.uuid4().hex,
-        trust=trust,
-        threads=cluster.cpus_per_worker,
-        loader_threads=cluster.loader_threads,
-        hang_minutes=cluster.hang_minutes,
-        verify=cluster.verify,
-        own_cores=cluster.side_by_side != 1,
-    )
-    if cluster.checkpoints is not None:
-        job = replace(job, checkpoints=_own_place(cluster.checkpoints, folder, study if adopts else None))
-    with whole_folder(folder) as hidden:
-        write_json(hidden / "recipe.json", recipe.to_json())
-        write_json(hidden / "cluster.json", asdict(cluster))
-        write_json(hidden / "job.json", _to_json(job))
-    return job
-
-
-def _own_place(place: str, run: Path, study: str | None) -> str:
-    """The address of a run's checkpoints, beneath `place`; there are none, or those of `study`.
-
-    Raises:
-        ValueError: there are others, or the address cannot be opened.
-    """
-    address = f"{place.rstrip('/')}/{run.name}" if "://" in place else str(Path(place).absolute() / run.name)
-    found = place_at(address, run)
-    try:
-        names = found.names()
-    except Exception as error:  # each store has errors of its own
-        raise ValueError(f"launch: {address} must be open to this user; got {type(error).__name__}: {error}") from error
-    for name in reversed(names):
-        if study is None:
-            raise ValueError(
-                f"launch: {address} must hold no checkpoints yet; got {name}: another --name, or --or-resume to go on with them"
-            )
-        try:
-            theirs = found.trainer(name).get("study")
-        except (OSError, ValueError):
-            continue  # damaged: moved away by whoever trains
-        if theirs != study:
-            raise ValueError(f"launch: --or-resume goes on with checkpoints of the same study; got {theirs} in {address}/{name}")
-    return address
-
-
-def write_job(job: Job) -> None:
-    """Beside the recipe, for a resume."""
-    write_json(Path(job.run) / "job.json", _to_json(job))
-
-
-def _to_json(job: Job) -> dict[str, Any]:
-    """Whom the user trusts is not written down: the next user says it anew."""
-    return {name: value for name, value in asdict(job).items() if name not in ("run", "trust")}
-
-
-def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
-    """What `write_job` wrote; a folder that was moved is where it is now.
-
-    Raises:
-        ValueError: it is missing or damaged, or its suite would lie in another folder of runs.
-    """
-    file = folder / "job.json"
-    told = arguments_of(Job, read_json(file), who=str(file), besides=("run", "trust"))
-    job = Job(**told, run=str(folder.absolute()), trust=trust)
-    refuse_unless_counts(str(file), {"threads": job.threads, "loader_threads": job.loader_threads})
-    if job.suite is not None and (job.suite == ".." or Path(job.suite).name != job.suite):
-        raise ValueError(f"{file}: suite must be the name of a folder beside this one; got {job.suite!r}")
-    return job
 
 
 def drive(job: Job, launcher: Launcher, console: Console, *, uri: str, resume_command: str) -> dict[str, Any] | None:
@@ -273,18 +164,3 @@ def driver_lock(folder: Path) -> Iterator[None]:
                     raise Refused(f"{folder.name}: is being trained by another process on this machine") from None
                 time.sleep(0.05)
         yield
-
-
-def commit() -> str:
-    """The commit of the code that trains, with `+` when the tree has changes; outside a checkout what SPIKETRAIN_COMMIT says."""
-    here = Path(__file__).resolve().parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return os.environ.get("SPIKETRAIN_COMMIT", "unknown")
