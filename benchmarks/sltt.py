@@ -24,7 +24,7 @@ from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
-from pipeline.worker import settle
+from pipeline.settle import settle
 from recipes.fashion.base import fashion
 
 WARM_UP = 4

@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.code import commit
-from pipeline.job import REFUSAL, SAVE, STOP, Job
+from pipeline.job import REFUSAL, SAVE, STOP, Job, raise_refusal
 from pipeline.launch.base import Launcher, LaunchError
 from pipeline.launch.prepare import write_job
 from pipeline.launch.watch import Watch
@@ -35,7 +35,6 @@ from pipeline.track.exposition import Exposed
 from pipeline.track.jsonl import Follower
 from pipeline.track.mlflow import Mirror
 from pipeline.weights import place_of
-from pipeline.worker import raise_refusal
 from pipeline.writer import journal
 
 POLL_S = 0.25

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("ffcv")
 
-from pipeline import worker
+from pipeline import compose
 from pipeline.attempt import Attempt
 from pipeline.damaged import Damage
 from pipeline.data import manifest as manifests
@@ -122,7 +122,7 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 def once_checked(patch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """Acts once, after a run has found its files whole and before it reads them."""
-    original, acted = worker.find_damage, False
+    original, acted = compose.find_damage, False
 
     def find_damage(*words: Any) -> Damage:
         nonlocal acted
@@ -132,7 +132,7 @@ def once_checked(patch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
         acted = True
         return found
 
-    patch.setattr(worker, "find_damage", find_damage)
+    patch.setattr(compose, "find_damage", find_damage)
 
 
 def test_a_page_that_is_damaged_at_the_start_is_left_out(tmp_path: Path, whole: Path, data: Path, page: int) -> None:
