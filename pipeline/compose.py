@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ from pipeline.record import refuse_another_recipe
 from pipeline.refused import Refused
 from pipeline.rules.base import Rule, World
 from pipeline.spiking.encode import over_steps
+from pipeline.storage import PATIENCE_S, patiently
 from pipeline.tasks import Loaders, tasks_of
 from pipeline.teaching import Teaching, open_teaching
 from pipeline.track.base import Tracker
@@ -105,10 +107,15 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
 
 
 def _found(job: Job, recipe: Recipe, ranks: Ranks, tracker: Tracker, watchdog: Watchdog) -> tuple[Checkpoints, Path | None]:
-    """The run's checkpoints, and the one to go on from."""
+    """The run's checkpoints, and the one to go on from; storage that is away is waited for."""
     kept = ranks.together(lambda: place_at(job.checkpoints, Path(job.run)))
+
+    def tell(error: str) -> None:
+        tracker.event("waiting", sync=True, error=error, most_s=PATIENCE_S)
+
+    patient = partial(patiently, ranks, beat=watchdog.beat, on_wait=tell)
     if ranks.size > 1:
-        ranks.agree(kept.sweep)  # first: what a killed attempt left may fill the disk
+        patient(kept.sweep)  # first: what a killed attempt left may fill the disk
         check_shared(kept.staging, rank=ranks.rank, each=ranks.each, beat=watchdog.beat)
     checkpoints = Checkpoints(
         kept,
@@ -121,7 +128,7 @@ def _found(job: Job, recipe: Recipe, ranks: Ranks, tracker: Tracker, watchdog: W
         on_unwritten=lambda step, error: tracker.event("unwritten", sync=True, step=step, error=error),
         beat=watchdog.beat,
     )
-    return checkpoints, ranks.agree(lambda: _newest(checkpoints, recipe, Path(job.run), trust=job.trust))
+    return checkpoints, patient(lambda: _newest(checkpoints, recipe, Path(job.run), trust=job.trust))
 
 
 def _newest(checkpoints: Checkpoints, recipe: Recipe, folder: Path, *, trust: tuple[str, ...]) -> Path | None:
