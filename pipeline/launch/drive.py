@@ -7,7 +7,6 @@ once. SIGUSR1, which schedulers send ahead of their time limit, asks to save and
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import signal
@@ -26,6 +25,7 @@ from rich.console import Console
 from pipeline.code import commit
 from pipeline.job import REFUSAL, SAVE, STOP, Job, raise_refusal
 from pipeline.launch.base import Launcher, LaunchError
+from pipeline.launch.lock import driver_lock
 from pipeline.launch.prepare import write_job
 from pipeline.launch.watch import Watch
 from pipeline.ranks import Ranks
@@ -143,23 +143,3 @@ def stops_on_signal(folder: Path, console: Console) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def driver_lock(folder: Path) -> Iterator[None]:
-    """Hold the folder of a run, or of a suite, against every other driver on this machine.
-
-    Raises:
-        Refused: somebody else holds it.
-    """
-    with (folder / "driver.lock").open("a") as handle:
-        deadline = time.monotonic() + 1.0  # `spiketrain runs` holds it for an instant, to see whether anybody does
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise Refused(f"{folder.name}: is being trained by another process on this machine") from None
-                time.sleep(0.05)
-        yield

@@ -13,8 +13,9 @@ from pipeline.job import resume_command
 from pipeline.launch.base import Launcher
 from pipeline.launch.children import Children, begun_job
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.drive import driver_lock, was_stopped
+from pipeline.launch.drive import was_stopped
 from pipeline.launch.folder import named, numbered, refuse_taken, whole_folder
+from pipeline.launch.lock import driver_lock
 from pipeline.launch.side_by_side import slots_of, train_side_by_side
 from pipeline.launch.start import check, train
 from pipeline.recipe import Recipe
