@@ -71,7 +71,10 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "checkpoint on a bad sector": (f"{CHECKPOINT}::test_one_whose_medium_fails_is_quarantined_and_the_one_before_is_used",),
     "truncated Ray snapshot": (HUNTED,),
-    "driver killed": (HUNTED, "launch/test_continual_recovery.py::test_a_run_killed_in_its_second_task_goes_on_there"),
+    "driver killed": (
+        *(BITS, f"{CLUSTER}::test_a_driver_that_is_killed_takes_its_workers_along_and_the_run_is_resumed"),
+        *(HUNTED, "launch/test_continual_recovery.py::test_a_run_killed_in_its_second_task_goes_on_there"),
+    ),
     "the driver's machine dies, and another one resumes": (
         "launch/test_lock.py::test_the_lock_of_a_machine_that_may_be_dead_is_waited_for",
     ),
