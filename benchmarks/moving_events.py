@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from pipeline.data.base import Loader
 from pipeline.data.events import Events
-from pipeline.launch.drive import commit
+from pipeline.code import commit
 from pipeline.measure.memory import hardware
 
 BOUND, SEEN = 0.53, 0.90  # top-1

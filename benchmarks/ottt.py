@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks.trainee import Trainee
-from pipeline.launch.drive import commit
+from pipeline.code import commit
 from pipeline.measure.memory import hardware
 from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small

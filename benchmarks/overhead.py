@@ -35,7 +35,9 @@ from torch.nn import functional as F
 from pipeline.attempt import Attempt
 from pipeline.job import Job, Place, resume_command
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.drive import commit, drive, prepare
+from pipeline.code import commit
+from pipeline.launch.drive import drive
+from pipeline.launch.prepare import prepare
 from pipeline.launch.ray import Ray
 from pipeline.loop import MicroBatch
 from pipeline.measure.memory import hardware

@@ -18,13 +18,13 @@ import sys
 import torch
 
 from benchmarks.trainee import Trainee
-from pipeline.launch.drive import commit
+from pipeline.code import commit
 from pipeline.measure.memory import hardware
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
-from pipeline.worker import settle
+from pipeline.settle import settle
 from recipes.fashion.base import fashion
 
 WARM_UP = 4

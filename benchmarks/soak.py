@@ -55,7 +55,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.recorded import BATCH, SAMPLES
-from pipeline.launch.drive import commit
+from pipeline.code import commit
 from pipeline.launch.node_loss import NODES
 from pipeline.measure.memory import hardware
 from pipeline.track.jsonl import read

@@ -24,7 +24,7 @@ from scipy.optimize import root_scalar
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.launch.drive import commit
+from pipeline.code import commit
 from pipeline.measure.memory import hardware
 from pipeline.teachers.probe import Probe
 from pipeline.teachers.timm import TimmTeacher

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 
 from benchmarks.trainee import Trainee
-from pipeline.launch.drive import commit
+from pipeline.code import commit
 from pipeline.measure.memory import hardware
 from pipeline.models.qkformer import QKFormer
 from pipeline.rules.base import Rule

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser
 
-from pipeline.launch.drive import commit
+from pipeline.code import commit
 from pipeline.measure.memory import hardware
 from pipeline.report.store import open_store, studies
 from pipeline.track.jsonl import read

@@ -17,7 +17,7 @@ import time
 import timm
 import torch
 
-from pipeline.launch.drive import commit
+from pipeline.code import commit
 from pipeline.measure.memory import hardware
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}

@@ -46,7 +46,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.rules.spide import SPIDE
 from pipeline.spiking.encode import over_steps
 from pipeline.tasks import tasks_of
-from pipeline.worker import settle
+from pipeline.settle import settle
 
 RULES = (
     spec(BPTT),

@@ -1,9 +1,11 @@
-"""Which of our code a process runs: told apart by its content, as a version stands for every checkout between two releases."""
+"""Which of our code a process runs: by its content, as a version stands for every checkout between two releases; its commit."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,3 +39,18 @@ def check_same_code(host: str, *, each: Callable[[Any], list[Any]]) -> None:
     others = [f"{rank} on {host} {digest}" for rank, (digest, host) in enumerate(found) if digest != first]
     if others:
         raise Refused(f"worker: all must run the code of worker 0 on {at}, {first}; got worker {', '.join(others)}: install one")
+
+
+def commit() -> str:
+    """The commit of the code that trains, with `+` when the tree has changes; outside a checkout what SPIKETRAIN_COMMIT says."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return os.environ.get("SPIKETRAIN_COMMIT", "unknown")

@@ -1,4 +1,4 @@
-"""What every worker of a run is told; it travels as plain values."""
+"""What every worker of a run is told: as plain values that travel, and by files in its folder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from pipeline.recipe import read_json, write_json
+from pipeline.refused import Diverged, Refused, Unbounded
 
 STOP = "stop"
 """in a run's folder: somebody asks it to save after the step at hand and to stop; what it holds says who"""
@@ -98,6 +101,27 @@ def asked_by(run: Path) -> str:
     """Who asked a run to stop, where that is known."""
     by = (run / STOP).read_text().strip() if (run / STOP).exists() else ""
     return f"asked to stop by {by}" if by else "asked to stop"
+
+
+def was_stopped(run: Path) -> bool:
+    """Whether somebody asked this run to stop since it was last launched or resumed."""
+    return (run / STOP).exists()
+
+
+def note_refusal(run: Path, error: ValueError) -> None:
+    """Write down, for the next attempt, what one rank found that a restart would only find again: a solve that diverges."""
+    write_json(run / REFUSAL, {"said": str(error), "diverged": isinstance(error, Unbounded)})
+
+
+def raise_refusal(run: Path) -> None:
+    """Raise what the last attempt wrote down. The driver clears it when the user launches or resumes.
+
+    Raises:
+        Refused: it is there.
+    """
+    if (run / REFUSAL).exists():
+        noted = read_json(run / REFUSAL)
+        raise (Diverged if noted["diverged"] else Refused)(noted["said"])
 
 
 def resume_command(runs: str | os.PathLike[str], name: str, *, trust: Sequence[str] = (), address: str | None = None) -> str:

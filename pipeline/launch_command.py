@@ -95,7 +95,7 @@ def launch(
     partition: Partition = None,
 ) -> None:
     """Train a recipe, or each recipe of a comparison, and end in a table or the comparison's own report."""
-    _heed_schedulers()
+    _heed_signals()
     if name is not None:
         from pipeline.launch.folder import named
 
@@ -160,7 +160,7 @@ def resume(
     trust: Trust = [],  # noqa: B006
 ) -> None:
     """Go on with a run at the exact sample where its newest whole checkpoint stands; with a suite, run by run."""
-    _heed_schedulers()
+    _heed_signals()
     from pipeline.launch.cluster import parse_workers
     from pipeline.report.runs import find_run_or_suite
 
@@ -190,9 +190,11 @@ def _go_on(
         _end_run(resume_run(folder, runs, **where, trust=trust), runs)
 
 
-def _heed_schedulers() -> None:
-    """Before and between runs SIGUSR1 is Ctrl-C: left to itself it would kill this process. While a run trains it saves it."""
+def _heed_signals() -> None:
+    """Before and between runs SIGUSR1 and SIGHUP are Ctrl-C: left alone they kill this process. While a run trains they save it."""
     signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
 
 
 def _end_run(folder: Path | None, runs: Path) -> None:

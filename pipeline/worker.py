@@ -1,56 +1,35 @@
-"""The composition root of one process: recipe -> data, network, rule, backend, tracker -> loop."""
+"""One process of a run: it composes its parts and trains with them, again where it can go on by itself, to the end."""
 
 from __future__ import annotations
 
 import gc
-import itertools
-import os
-import socket
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from pipeline.attempt import Attempt
-from pipeline.backend.averaged import Averaged
-from pipeline.backend.base import Backend
-from pipeline.backend.plain import Plain
-from pipeline.build import attached_rule, build_mixing, build_network
-from pipeline.checkpoint import Checkpoints, check_shared, lost_step, place_at, read_trainer, step_name
-from pipeline.code import check_same_code
+from pipeline.build import build_mixing
+from pipeline.compose import compose
 from pipeline.cores import own_cores
-from pipeline.damaged import Damage, LeftOut, find_damage
-from pipeline.data.base import Data
-from pipeline.data.care import ONE_IN, Care
+from pipeline.damaged import LeftOut
 from pipeline.data.damage import DamagedPages
-from pipeline.elastic import check_accumulation, check_sizes, seed_everything, steady
-from pipeline.fitting import Smaller, fitted, halve, limit_of
-from pipeline.guard import GoBack, Skipped
-from pipeline.job import REFUSAL, Job, Place
-from pipeline.malloc import keep_freed_memory
+from pipeline.elastic import check_accumulation, steady
+from pipeline.fitting import Smaller, fitted, halve
+from pipeline.guard import GoBack
+from pipeline.job import Job, Place, note_refusal, raise_refusal
 from pipeline.measure.clock import Clock
 from pipeline.measure.collectives import collectives_on
-from pipeline.measure.meters import Meters
-from pipeline.nearness import Nearness
-from pipeline.optimizer import build_optimizer, build_schedule
 from pipeline.parts import Parts
-from pipeline.phases import timetable
 from pipeline.ranks import Ranks
-from pipeline.recipe import Recipe, Split, read_json, write_json
-from pipeline.record import refuse_another_recipe
-from pipeline.refused import Diverged, Refused, Unbounded, refusal_of
-from pipeline.rules.base import Rule, World
-from pipeline.spiking.encode import over_steps
-from pipeline.tasks import Loaders, tasks_of
-from pipeline.teaching import open_teaching
+from pipeline.recipe import Split
+from pipeline.refused import Refused, refusal_of
+from pipeline.settle import settle
 from pipeline.track.base import Tracker
-from pipeline.track.jsonl import read
 from pipeline.watchdog import Watchdog
-from pipeline.weights import load_start
 from pipeline.writer import journal, only_writer
 
 
@@ -147,185 +126,3 @@ def _run_on_whole_pages(attempt: Attempt) -> dict[str, Any] | None:
         parts = attempt.parts
         parts.damage.after(found.pages, most=parts.recipe.max_damaged_pages).write(Path(parts.job.run))
         raise LeftOut(str(found)) from found
-
-
-def settle(threads: int) -> None:
-    """How torch computes in a worker: so many threads, the same bits after a restart, on memory that it keeps."""
-    torch.set_num_threads(threads)
-    keep_freed_memory()
-    torch.backends.cudnn.deterministic = True  # costs speed where cuDNN has a faster kernel
-
-
-def note_refusal(folder: Path, error: ValueError) -> None:
-    """Write down, for the next attempt, what one rank found that a restart would only find again: a solve that diverges."""
-    write_json(folder / REFUSAL, {"said": str(error), "diverged": isinstance(error, Unbounded)})
-
-
-def raise_refusal(folder: Path) -> None:
-    """Raise what the last attempt wrote down. The driver clears it when the user launches or resumes."""
-    if (folder / REFUSAL).exists():
-        noted = read_json(folder / REFUSAL)
-        raise (Diverged if noted["diverged"] else Refused)(noted["said"])
-
-
-def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Watchdog, clock: Clock, began: float) -> Parts:
-    """Build everything that this process trains with, and restore the newest checkpoint into it; collective."""
-    watchdog.beat()
-    folder = Path(job.run)
-    if ranks.size > 1:
-        check_same_code(socket.gethostname(), each=ranks.each)
-    written = ranks.together(lambda: Recipe.read(folder / "recipe.json", trust=job.trust))  # a node may lack the user's package
-    recipe = fitted(written, ranks.agree(lambda: limit_of(folder)))
-    kept = ranks.together(lambda: place_at(job.checkpoints, folder))
-    if ranks.size > 1:
-        ranks.agree(kept.sweep)  # first: what a killed attempt left may fill the disk
-        check_shared(kept.staging, rank=ranks.rank, each=ranks.each, beat=watchdog.beat)
-    checkpoints = Checkpoints(
-        kept,
-        attempt=ranks.agree(lambda: f"{os.getpid()}-{time.time_ns():x}"),
-        keep=recipe.keep,
-        rank=ranks.rank,
-        ranks=ranks.size,
-        each=ranks.each,
-        on_quarantine=lambda address, reason: tracker.event("quarantine", sync=True, path=address, reason=reason),
-        on_unwritten=lambda step, error: tracker.event("unwritten", sync=True, step=step, error=error),
-        beat=watchdog.beat,
-    )
-    checkpoint = ranks.agree(lambda: _newest(checkpoints, written, folder, trust=job.trust))
-    skipped = ranks.agree(lambda: Skipped.read(folder))
-    with watchdog.off():  # one worker of each machine reads all of the data
-        damage = find_damage(recipe, job, place, ranks)
-    world = World(recipe.seed, ranks.rank, ranks.size, ranks.mean)
-    # What can be refused on one machine alone comes first, and nobody talks to the others while it does.
-    recipe, network, rule, loaders = ranks.together(
-        lambda: _own_parts(job, place, recipe, damage, world, tracker, is_fresh=checkpoint is None)
-    )
-    watchdog.beat()
-    split = recipe.split(ranks.size)
-    mixing = ranks.together(lambda: build_mixing(recipe, split))
-    backend = ranks.together(lambda: build_backend(recipe, network, rule, split))
-    watchdog.beat()
-    seed_everything(recipe.seed + 1 + ranks.rank)  # dropout and its like: not the same on two ranks
-    lengths = [(task.epochs, steps) for task, (_, steps) in zip(loaders.tasks, loaders.lengths, strict=True)]
-    stretches = timetable(lengths, stop_after=recipe.stop_after)
-    teaching = None
-    if recipe.teacher is not None:
-        about = {"folder": folder, "steps": stretches[-1].end, "threads": job.loader_threads}
-        with watchdog.off():  # one worker may fit a head on all of the data
-            teaching = open_teaching(recipe, loaders.tasks[0].data, split, ranks=ranks, tracker=tracker, **about)
-        if checkpoint is None:
-            found = teaching.accuracy
-            figures = {"top1": found.top1, "top5": found.top5, "loss": found.loss, "samples": found.samples}
-            tracker.event("teacher", teacher=teaching.teacher.label, **figures)
-    return Parts(
-        job=job,
-        ranks=ranks,
-        tracker=tracker,
-        watchdog=watchdog,
-        recipe=recipe,
-        split=split,
-        device=ranks.device,
-        rule=rule,
-        backend=backend,
-        schedule=build_schedule(recipe, backend.optimizer, stretches),
-        loaders=loaders,
-        stretches=stretches,
-        mixing=mixing,
-        teaching=teaching,
-        nearness=ranks.together(lambda: build_nearness(recipe, loaders, split, world, ranks.device)),
-        meters=Meters(network, batch_size=recipe.batch_size, device=ranks.device, clock=clock),
-        checkpoints=checkpoints,
-        skipped=skipped,
-        damage=damage,
-        sizes=place.sizes or (ranks.size,),
-        notice=place.notice,
-        trainer=None if checkpoint is None else checkpoints.load(checkpoint, backend, rule),
-        began=began,
-    )
-
-
-def _newest(checkpoints: Checkpoints, recipe: Recipe, folder: Path, *, trust: tuple[str, ...]) -> Path | None:
-    """The checkpoint to go on from; None: the run begins at step 0, as none was saved or all of them are in quarantine.
-
-    Raises:
-        Refused: the journal knows of one that nobody has found damaged, and none is there: to begin anew would lose what was
-            learnt, where a disk is not mounted. Or it is of another recipe.
-    """
-    found = checkpoints.newest()
-    if found is not None:
-        refuse_another_recipe(read_trainer(found), recipe, trust=trust)
-    elif (step := lost_step(read(folder / "journal.jsonl"), keep=recipe.keep)) is not None:
-        raise Refused(
-            f"checkpoint: {checkpoints.place.address(step_name(step))} must be there, as the journal says; got no checkpoint: "
-            "mount or restore its storage, or begin anew under another --name"
-        )
-    return found
-
-
-def _own_parts(
-    job: Job, place: Place, recipe: Recipe, damage: Damage, world: World, tracker: Tracker, *, is_fresh: bool
-) -> tuple[Recipe, nn.Module, Rule, Loaders]:
-    """Network, rule and data of this process, and the recipe with the micro-batches that suit them.
-
-    Every one of them may be refused here, and none of them is collective.
-    """
-    check_sizes(recipe, place.sizes or (world.size,))
-    tasks = tasks_of(recipe, Care(one_in=ONE_IN[job.verify], left_out=damage.samples))
-    seed_everything(recipe.seed)
-    network = build_network(recipe, tasks)
-    if recipe.init is not None and is_fresh:
-        start = load_start(network, Path(recipe.init))
-        tracker.event("init", file=start.file, fresh=list(start.fresh))
-    network.to(place.device)
-    rule = attached_rule(recipe, network, world)
-    recipe = steady(recipe, network, place.sizes or (world.size,))
-    check_accumulation(recipe, rule, (world.size,))
-    if is_fresh and rule.calibration_batches:
-        rule.calibrate(network, first_batches(recipe, tasks[0].data, rule.calibration_batches, torch.device(place.device)))
-    loaders = Loaders(tasks, recipe, recipe.split(world.size), rank=world.rank, threads=job.loader_threads)
-    return recipe, network, rule, loaders
-
-
-def first_batches(recipe: Recipe, data: Data, count: int, device: torch.device) -> list[Tensor]:
-    """The inputs `x_TB` of the first `count` global batches, whole: the same on every rank, whatever the number of ranks."""
-    whole = {"rank": 0, "world": 1, "batch_size": recipe.batch_size, "micro_batch": recipe.batch_size, "threads": 1}
-    loader = data.train(seed=recipe.seed, **whole)
-    try:
-        with loader.epoch(0) as batches:
-            return [over_steps(batch.x.to(device), recipe.time_steps) for batch in itertools.islice(batches, count)]
-    finally:
-        loader.close()
-
-
-def build_backend(recipe: Recipe, network: nn.Module, rule: Rule, split: Split) -> Backend:
-    backend = _plain_or_deepspeed(recipe, network, rule, split)
-    return Averaged(backend, decay=recipe.ema_decay) if recipe.ema_decay else backend
-
-
-def _plain_or_deepspeed(recipe: Recipe, network: nn.Module, rule: Rule, split: Split) -> Backend:
-    def optimizer_of(network: nn.Module) -> torch.optim.Optimizer:
-        return build_optimizer(recipe, network, rule)
-
-    if recipe.backend == "plain":
-        return Plain(network, optimizer_of, precision=recipe.precision, clip_norm=recipe.clip_norm)
-    from pipeline.backend.deepspeed import DeepSpeed
-
-    return DeepSpeed(
-        network,
-        optimizer_of,
-        micro_batch=split.micro_batch,
-        zero=recipe.zero,
-        precision=recipe.precision,
-        clip_norm=recipe.clip_norm,
-    )
-
-
-def build_nearness(recipe: Recipe, loaders: Loaders, split: Split, world: World, device: torch.device) -> Nearness | None:
-    """What compares gradients, on rank 0 alone: the others wait for it where they next meet."""
-    if recipe.fidelity_every == 0 or world.rank:
-        return None
-    with closing(loaders.train(0)) as loader, loader.epoch(0) as batches:
-        batch = next(iter(batches))
-    fresh = lambda: build_network(recipe, loaders.tasks).to(device)
-    x_TB = over_steps(batch.x.to(device), recipe.time_steps)
-    return Nearness(recipe, fresh, recipe.objective.build().labels, x_TB, batch.target.to(device))

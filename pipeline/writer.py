@@ -11,14 +11,14 @@ import fcntl
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
 
 from pipeline.damaged import LeftOut
 from pipeline.guard import GoBack
 from pipeline.ranks import Ranks
 from pipeline.refused import Diverged, Refused
+from pipeline.storage import may_pass
 from pipeline.track.base import NullTracker, Tracker
 from pipeline.track.jsonl import Journal, read
 
@@ -32,14 +32,11 @@ def only_writer(folder: Path, ranks: Ranks) -> Iterator[None]:
 
     Raises:
         Refused: the other one is still there after ten minutes.
+        OSError: so is what keeps rank 0 from looking; on rank 0, which the others wait for.
     """
-    handle = (folder / "writer.lock").open("a") if ranks.rank == 0 else None
-    try:
-        ranks.agree(lambda: _lock(handle, folder))
+    with ExitStack() as held:
+        ranks.agree(lambda: _lock(folder, held))
         yield
-    finally:
-        if handle is not None:
-            handle.close()
 
 
 @contextmanager
@@ -65,13 +62,25 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
             raise
 
 
-def _lock(handle: IO[str] | None, folder: Path) -> None:
-    assert handle is not None, "rank 0 opened it"
+def _lock(folder: Path, held: ExitStack) -> None:
     deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise Refused(f"{folder}: another worker still writes this run after {PATIENCE_S:.0f} s") from None
-            time.sleep(0.1)
+    while not _is_locked(folder, held, is_last=time.monotonic() > deadline):
+        time.sleep(0.1)
+
+
+def _is_locked(folder: Path, held: ExitStack, *, is_last: bool) -> bool:
+    """Whether it is ours now; storage that is away is looked for again, too."""
+    try:
+        with ExitStack() as tried:
+            handle = tried.enter_context((folder / "writer.lock").open("a"))
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(tried.pop_all())
+    except BlockingIOError:
+        if is_last:
+            raise Refused(f"{folder}: another worker still writes this run after {PATIENCE_S:.0f} s") from None
+    except OSError as error:
+        if is_last or not may_pass(error):
+            raise
+    else:
+        return True
+    return False

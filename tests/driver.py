@@ -18,18 +18,28 @@ from pipeline.track.jsonl import Follower
 class Driver:
     """`spiketrain WORDS --runs ...` of the run, started in `folder`; what it says is appended to `log`.
 
+    With a `terminal`, the descriptor of one, it is in a session of its own there.
     The journal is followed from where it stands now: of each event `wait_for` and the like see the next ones only.
     """
 
-    def __init__(self, *words: str, run: Path, folder: Path, environment: Mapping[str, str] = {}) -> None:
+    def __init__(
+        self,
+        *words: str,
+        run: Path,
+        folder: Path,
+        environment: Mapping[str, str] = {},
+        terminal: int | None = None,
+    ) -> None:
         self.run = run
         self.log = run.parent / f"{run.name}.log"
         self.log.parent.mkdir(exist_ok=True)
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "pipeline", *words, "--runs", str(run.parent)],
-                stdout=log,
+                stdin=terminal,
+                stdout=log if terminal is None else terminal,
                 stderr=subprocess.STDOUT,
+                start_new_session=terminal is not None,
                 cwd=folder,
                 env={**os.environ, **environment},
             )

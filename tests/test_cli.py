@@ -270,7 +270,7 @@ def test_a_recipe_file_that_goes_wrong_names_its_line(tmp_path: Path, body: str,
 
 
 def test_a_run_that_was_moved_or_damaged(tmp_path: Path, refused: Refused) -> None:
-    from pipeline.launch.drive import write_job
+    from pipeline.launch.prepare import write_job
     from tests.small import make_run, small_recipe, train_inline
     from tests.test_worker import Killed, die_at
 

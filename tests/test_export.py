@@ -19,7 +19,7 @@ from pipeline.checkpoint import WEIGHTS, Folder, verified
 from pipeline.checkpoint.sealed import facts_of, read_manifest, seal
 from pipeline.data.synthetic import Synthetic
 from pipeline.export import _digest, export_run, load_export, pack_bits, unpack_bits
-from pipeline.launch.drive import write_job
+from pipeline.launch.prepare import write_job
 from pipeline.models.binarized import binarized
 from pipeline.models.convnet import convnet
 from pipeline.models.ms_resnet import MSResNet

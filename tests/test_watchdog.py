@@ -58,7 +58,7 @@ WORKER = """
 import sys, threading, time
 from dataclasses import replace
 from pathlib import Path
-from pipeline import worker
+from pipeline import compose, worker
 from pipeline.checkpoint import background
 from pipeline.job import Place
 from tests.small import make_run, small_recipe
@@ -73,7 +73,7 @@ def waits_for_ever(*parts):
     threading.Event().wait()
 
 if sys.argv[2] == "hangs":
-    worker.build_backend = waits_for_ever
+    compose.build_backend = waits_for_ever
 else:
     background._write = slowly
 job = make_run(Path(sys.argv[1]), small_recipe(epochs=1, checkpoint_every=0))

@@ -12,12 +12,12 @@ import torch
 from torch.multiprocessing import ProcessRaisedException
 
 import pipeline
-from pipeline import worker
+from pipeline import compose, worker
 from pipeline.attempt import Attempt
 from pipeline.checkpoint import read_trainer, step_folders
 from pipeline.data.mixing import Mixing
 from pipeline.data.synthetic import Synthetic, SyntheticLoader
-from pipeline.job import Job, Place
+from pipeline.job import Job, Place, note_refusal
 from pipeline.measure.clock import PARTS
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.recipe import Recipe, spec
@@ -29,7 +29,6 @@ from pipeline.suite import filled
 from pipeline.track.jsonl import read
 from pipeline.track.state import state_of
 from pipeline.weights import load_start, weights_file
-from pipeline.worker import note_refusal
 from tests.processes import run_ranks
 from tests.small import make_run, recipes_of, same_weights, small_recipe, train_inline
 from tests.test_recipe import RECIPES
@@ -378,7 +377,7 @@ def _refused_on_one(rank: int, ranks: int, job: Job, name: str) -> str:
 
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
-            target, attribute = {"recipe": (Recipe, "read"), "schedule": (worker, "build_schedule")}[name]
+            target, attribute = {"recipe": (Recipe, "read"), "schedule": (compose, "build_schedule")}[name]
             patch.setattr(target, attribute, refuses)
         try:
             worker.run(job, Place(rank, ranks))

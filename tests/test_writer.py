@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -48,6 +50,27 @@ def test_the_next_writer_waits_until_the_last_is_gone(tmp_path: Path, holder: su
 def test_it_gives_up_in_one_line(tmp_path: Path, holder: subprocess.Popen, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "PATIENCE_S", 0.3)
     with pytest.raises(Refused, match="another worker still writes this run"), only_writer(tmp_path, Ranks()):
+        pass
+
+
+def test_storage_that_is_away_is_looked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flock, failed = fcntl.flock, []
+
+    def stale(handle: IO[str], how: int) -> None:
+        if len(failed) < 2:
+            failed.append(handle)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", stale)
+    with only_writer(tmp_path, Ranks()):
+        assert len(failed) == 2 and all(handle.closed for handle in failed)
+        with (tmp_path / "writer.lock").open("a") as other, pytest.raises(BlockingIOError):
+            flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_folder_that_is_gone_is_not_waited_for(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), only_writer(tmp_path / "gone", Ranks()):
         pass
 
 

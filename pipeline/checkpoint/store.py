@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import re
 import shutil
@@ -51,9 +52,10 @@ class Store:
 
         self.url, self.staging = address.rstrip("/"), staging
         try:
-            self.fs, self.root = fsspec.url_to_fs(self.url, use_listings_cache=False)
+            fs, self.root = fsspec.url_to_fs(self.url, use_listings_cache=False)
         except (ImportError, ValueError) as error:  # "Install s3fs to access S3", "Protocol not known: ..."
             raise CheckpointError(f"checkpoints: an address must be one that fsspec can open; got {address}: {error}") from error
+        self.fs = _WithOSErrors(fs)
 
     def names(self) -> list[str]:
         return list(self._whole())
@@ -160,6 +162,27 @@ class Store:
 
     def _path(self, *names: str) -> str:
         return "/".join((self.root, *names))
+
+
+class _WithOSErrors:
+    """A file system of fsspec's that fails with OSErrors alone: of a server that is down s3fs (2026.9) raises what botocore does."""
+
+    def __init__(self, fs: Any) -> None:
+        self._fs = fs
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._fs, name)
+
+        @functools.wraps(method)
+        def called(*given: Any, **more: Any) -> Any:
+            try:
+                return method(*given, **more)
+            except (OSError, ValueError):
+                raise
+            except Exception as error:
+                raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+
+        return called
 
 
 def _name(folder: str) -> str:

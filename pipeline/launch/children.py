@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.job import Job
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.drive import prepare, read_job
+from pipeline.launch.prepare import prepare, read_job
 from pipeline.launch.start import check
 from pipeline.recipe import Recipe
 from pipeline.suite import SuiteFile, filled, needed

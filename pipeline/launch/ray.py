@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -22,6 +23,7 @@ from pipeline.launch.environment import of_worker
 from pipeline.launch.innermost import innermost
 from pipeline.launch.node_loss import NodeLoss, waits_for
 from pipeline.launch.nodes import Nodes
+from pipeline.launch.signals import withheld
 from pipeline.ranks import Ranks
 from pipeline.refused import Refused
 from pipeline.track.jsonl import last
@@ -87,7 +89,8 @@ class Ray:
                     cores = max(self.workers * self.cpus_per_worker, len(physical_cores(os.sched_getaffinity(0))))
                     # Not one that somebody else has started on this machine, which Ray would join if it were not told so.
                     here = {"address": "local", "num_cpus": cores, "include_dashboard": False}
-                    ray.init(**here, log_to_driver=False, logging_level=logging.ERROR)
+                    with withheld(signal.SIGHUP):  # a lost terminal tells all of its processes; workers have to save first
+                        ray.init(**here, log_to_driver=False, logging_level=logging.ERROR)
                 else:
                     knock(self.address)
                     with heard() as said:

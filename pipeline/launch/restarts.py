@@ -7,6 +7,7 @@ it ends a run whose workers have no place for two minutes, where a machine may t
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ray.train.v2.api.exceptions import ControllerError
 
 from pipeline.damaged import FILE as DAMAGED
 from pipeline.fitting import FILE as MICRO_BATCH
-from pipeline.job import STOP
+from pipeline.job import was_stopped
 from pipeline.track.jsonl import last
 
 PLACES_S = 3600.0
@@ -37,34 +38,43 @@ class Restarts(DefaultFailurePolicy):
     def __init__(self, config: FailureConfig, *, folder: Path, awaits_nodes: bool) -> None:
         super().__init__(config)
         self.folder, self.awaits_nodes = folder, awaits_nodes
-        self._saved, self._changed, self._first = self._newest(), self._changes(), self._start()
+        self._saved, self._changed, self._start = self._newest(), self._changes(), self._newest_start()
+        self._first = self._start
         self._waits: tuple[str | None, float] | None = None
         """since which start of the workers, and when, there has been no place for them"""
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        if self._got_on():
+            self._worker_group_failures = self._controller_failures = 0
         if has_no_place(training_failed_error):
-            if (self.folder / STOP).exists():  # nobody is there to save, and whoever asked waits
-                return FailureDecision.RAISE
+            with suppress(OSError):
+                if was_stopped(self.folder):  # nobody is there to save, and whoever asked waits
+                    return FailureDecision.RAISE
             if self._may_wait():
                 return FailureDecision.RETRY
         else:
             self._waits = None
-        saved, changed = self._newest(), self._changes()
-        if saved > self._saved or changed != self._changed:
-            self._worker_group_failures = self._controller_failures = 0
-        self._saved, self._changed = max(saved, self._saved), changed
         return super().make_decision(training_failed_error)
+
+    def _got_on(self) -> bool:
+        """Whether there is anything new since it was asked last; storage that is away tells of nothing."""
+        try:
+            saved, changed, self._start = self._newest(), self._changes(), self._newest_start()
+        except OSError:
+            return False
+        is_new = saved > self._saved or changed != self._changed
+        self._saved, self._changed = max(saved, self._saved), changed
+        return is_new
 
     def _may_wait(self) -> bool:
         """Before the first start there is nothing to wait for: who launches counts the places, and is told at once."""
-        start = self._start()
-        if not self.awaits_nodes or start == self._first:
+        if not self.awaits_nodes or self._start == self._first:
             return False
-        if self._waits is None or self._waits[0] != start:
-            self._waits = (start, time.monotonic())
+        if self._waits is None or self._waits[0] != self._start:
+            self._waits = (self._start, time.monotonic())
         return time.monotonic() - self._waits[1] < PLACES_S
 
-    def _start(self) -> str | None:
+    def _newest_start(self) -> str | None:
         """The last start of the workers, told apart from others."""
         event = last(self.folder / "journal.jsonl", "start")
         return None if event is None else f"{event['attempt']} {event['time']}"

@@ -12,21 +12,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
 from rich.console import Console
 
-from pipeline.job import STOP, Job
+from pipeline.job import STOP, Job, was_stopped
 from pipeline.launch.base import Launcher, LaunchError
 from pipeline.launch.children import Children
-from pipeline.launch.drive import was_stopped
-from pipeline.launch.watch import Watch
+from pipeline.launch.shown import Shown
+from pipeline.launch.signals import PATIENT, wishes
 from pipeline.recipe import Recipe
 from pipeline.refused import Refused
-from pipeline.track.jsonl import Follower
 from pipeline.track.mlflow import tracking_uri
 from pipeline.trials import is_over
 
@@ -107,6 +105,7 @@ class _Driven:
     def __init__(self, recipe: Recipe, job: Job, children: Children, launcher: Launcher, console: Console) -> None:
         self.name, self.folder = recipe.name, Path(job.run)
         (self.folder / STOP).unlink(missing_ok=True)
+        self._shown = Shown(self.folder, console, store=tracking_uri(children.runs), name=recipe.name)
         words = ["resume", str(self.folder), "--runs", str(children.runs), *launcher.joining()]
         trust = [word for package in children.trust for word in ("--trust", package)]
         self._log = (self.folder / LOG).open("ab")
@@ -118,22 +117,20 @@ class _Driven:
             start_new_session=True,  # Ctrl-C in a terminal reaches the suite alone, which passes it on
             preexec_fn=_end_with_the_suite,
         )
-        journal = self.folder / "journal.jsonl"
-        self._follower = Follower(journal, offset=journal.stat().st_size if journal.exists() else 0)
-        self._watch = Watch(console, run_dir=self.folder, store=tracking_uri(children.runs), name=recipe.name)
         self._asked_at_once = False
 
     def ended(self) -> bool:
-        over = self._process.poll() is not None
-        self._watch.show(self._follower.poll())
-        if over:
-            self._watch.close()
-            self._log.close()
-        return over
+        if self._process.poll() is None:
+            self._shown.look()
+            return False
+        self._shown.close()
+        self._log.close()
+        return True
 
     def stop(self, *, at_once: bool) -> None:
         """Save after the step at hand, or give up what came since the last checkpoint."""
-        (self.folder / STOP).touch()
+        with suppress(OSError):  # asked anew at every turn, of storage that may be back
+            (self.folder / STOP).touch()
         if at_once and not self._asked_at_once:
             self._asked_at_once = True
             self._process.terminate()
@@ -152,19 +149,15 @@ class _Driven:
 
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], int]]:
-    """How often somebody has asked to stop, by Ctrl-C or SIGTERM; a scheduler's SIGUSR1 counts once."""
+    """How often somebody has asked to stop; what never means "at once" counts once."""
     asked = 0
 
-    def handle(number: int, frame: FrameType | None) -> None:
+    def hear(number: signal.Signals) -> None:
         nonlocal asked
-        asked = max(1, asked) if number == signal.SIGUSR1 else asked + 1
+        asked = max(1, asked) if number in PATIENT else asked + 1
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
+    with wishes(hear):
         yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 _prctl = ctypes.CDLL(None).prctl  # now: between fork and exec nothing may be loaded

@@ -19,7 +19,9 @@ from pipeline.export import is_export, load_export
 from pipeline.job import Job, resume_command
 from pipeline.launch.base import Launcher
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.drive import drive, driver_lock, prepare, read_job
+from pipeline.launch.drive import drive
+from pipeline.launch.lock import driver_lock
+from pipeline.launch.prepare import prepare, read_job
 from pipeline.recipe import Recipe, read_json
 from pipeline.suite import Suite, refuse_references
 from pipeline.tasks import Loaders, mean_of, tasks_of

@@ -9,14 +9,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.job import resume_command
+from pipeline.job import resume_command, was_stopped
 from pipeline.launch.base import Launcher
 from pipeline.launch.children import Children, begun_job
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.drive import driver_lock, was_stopped
 from pipeline.launch.folder import named, numbered, refuse_taken, whole_folder
+from pipeline.launch.lock import driver_lock
 from pipeline.launch.side_by_side import slots_of, train_side_by_side
 from pipeline.launch.start import check, train
+from pipeline.launch.terminal import outlive
 from pipeline.recipe import Recipe
 from pipeline.refused import Refused
 from pipeline.stand_in import with_stand_ins
@@ -66,6 +67,7 @@ def _train_the_rest(
 ) -> Path | None:
     """Every recipe whose run has not finished, each from where its run stands."""
     console, runs, where = Console(), folder.parent, runs_of(folder)
+    outlive(console)
     address = cluster.address_to_say(Cluster.from_json(suite_file.cluster))
     command = resume_command(runs, folder.name, trust=trust, address=address)
     console.out(f"suite   {folder}\nresume  {command}", highlight=False)

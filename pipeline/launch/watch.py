@@ -118,6 +118,9 @@ class Watch:
     def _on_unwritten(self, event: dict[str, Any]) -> None:
         self._say(f"{event.get('error')}; another is begun at once")
 
+    def _on_waiting(self, event: dict[str, Any]) -> None:
+        self._say(f"storage is waited for, for up to {_short(event.get('most_s'))} s: {event.get('error')}")
+
     def _on_undeleted(self, event: dict[str, Any]) -> None:
         self._say(f"checkpoint at step {event.get('step')} is whole; an older one could not be deleted: {event.get('error')}")
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from pipeline.baseline import BASELINE
 from pipeline.bench import Cost
-from pipeline.launch.drive import commit
+from pipeline.code import commit
 from pipeline.measure.memory import told_hardware
 from pipeline.sweep import Point, Sweep
 

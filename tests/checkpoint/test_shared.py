@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import worker
+from pipeline import compose, worker
 from pipeline.checkpoint import Folder, shared
 from pipeline.job import Job, Place
 from pipeline.marker import Marker
@@ -28,7 +28,7 @@ def _each_on_its_own_disk(rank: int, ranks: int, folder: str) -> str:
         make_run(run, small_recipe(backend="deepspeed"))
     Ranks(rank, ranks).each(None)
     job = Job(run=str(run), study="s", data_fingerprint=small_recipe().data.build().fingerprint(), commit="c", run_id="r")
-    worker.place_at = lambda address, run: Folder(Path(folder) / f"disk{rank}")
+    compose.place_at = lambda address, run: Folder(Path(folder) / f"disk{rank}")
     try:
         worker.run(job, Place(rank, ranks))
     except Refused as error:

@@ -67,11 +67,12 @@ class Lab:
 class Driven(Driver):
     """`spiketrain launch` of a lab, with more words; `resume`, where its run is there."""
 
-    def __init__(self, lab: Lab, *more: str) -> None:
+    def __init__(self, lab: Lab, *more: str, terminal: int | None = None) -> None:
         self.lab, run = lab, lab.folder / "runs" / "run"
         words = ["launch", str(lab.folder / "told.py"), "--name", run.name, "--device", "cpu"]
         words = ["resume", run.name] if run.exists() else words
-        super().__init__(*words, *more, "--trust", "told_lab", run=run, folder=lab.folder, environment=TOKEN)
+        words = [*words, *more, "--trust", "told_lab"]
+        super().__init__(*words, run=run, folder=lab.folder, environment=TOKEN, terminal=terminal)
 
     def start_of(self, workers: int) -> dict[str, Any]:
         start = self.wait_for(lambda event: event["event"] == "start")

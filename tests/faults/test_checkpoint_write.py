@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
+from pipeline import storage
 from pipeline.attempt import Attempt
 from pipeline.checkpoint import background, step_folders
 from pipeline.launch.inline import Inline
@@ -304,6 +306,39 @@ def test_storage_that_fails_for_a_moment_at_the_last_checkpoint_gets_it_once_mor
     assert [event["step"] for event in events(tmp_path / "run", "unwritten")] == [last]
     assert [path.name for path in step_folders(tmp_path / "run" / "checkpoints")][-1] == "step_00000016"
     assert same_weights(tmp_path / "run", whole)
+
+
+class ServerDown(Exception):
+    """As botocore has one of its own, which is no OSError."""
+
+
+def test_storage_that_is_away_as_a_run_starts_is_waited_for_by_the_same_attempt(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, address = tmp_path / "run", f"memory://away/{tmp_path.name}"
+    job = replace(make_run(run, small_recipe()), checkpoints=address)
+    (run / "job.json").write_text(f'{{"checkpoints": "{address}"}}')
+    with monkeypatch.context() as patch, Inline() as launcher:
+        die_at(patch, 7)
+        with pytest.raises(Killed):
+            launcher.run(job, "test")
+    ls, failed = MemoryFileSystem.ls, []
+
+    def down(self: MemoryFileSystem, *path: Any, **how: Any) -> Any:
+        if len(failed) < 3:
+            failed.append(path)
+            raise ServerDown("Could not connect to the endpoint URL")
+        return ls(self, *path, **how)
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", down)
+    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
+    with Inline() as launcher:
+        launcher.run(job, "test")
+    [waiting] = events(run, "waiting")
+    assert waiting["error"] == "[Errno 5] ServerDown: Could not connect to the endpoint URL" and len(failed) == 3
+    assert waiting["attempt"] == 1
+    assert [event["step"] for event in events(run, "start")] == [0, 6] and events(run, "failed") == []
+    assert same_weights(run, whole)
 
 
 def test_whoever_stops_a_run_leaves_a_whole_checkpoint(tmp_path: Path, slow: None) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("ffcv")
 
-from pipeline import disk, worker
+from pipeline import compose, disk
 from pipeline.attempt import Attempt
 from pipeline.damaged import Damage
 from pipeline.data import manifest as manifests
@@ -28,7 +28,7 @@ from pipeline.data.order import held_out as held_out_of
 from pipeline.data.order import permutation
 from pipeline.job import Job
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.drive import prepare
+from pipeline.launch.prepare import prepare
 from pipeline.launch.inline import Inline
 from pipeline.recipe import Recipe, spec
 from pipeline.refused import Refused
@@ -139,7 +139,7 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 def once_checked(patch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """Acts once, after a run has found its files whole and before it reads them."""
-    original, acted = worker.find_damage, False
+    original, acted = compose.find_damage, False
 
     def find_damage(*words: Any) -> Damage:
         nonlocal acted
@@ -149,7 +149,7 @@ def once_checked(patch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
         acted = True
         return found
 
-    patch.setattr(worker, "find_damage", find_damage)
+    patch.setattr(compose, "find_damage", find_damage)
 
 
 def test_a_page_that_is_damaged_at_the_start_is_left_out(tmp_path: Path, whole: Path, data: Path, page: int) -> None:

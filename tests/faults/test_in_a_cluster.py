@@ -1,6 +1,7 @@
 """Two DeepSpeed workers under Ray meet one fault after another and end with the bits of a run that was told what to skip.
 
-All of them in one run, as every start of workers costs seconds; a test for each looks at what became of it.
+All of them in one run, as every start of workers costs seconds; a test for each looks at what became of it. The last fault is the
+death of the run's driver, and the run is resumed by its name.
 """
 
 from __future__ import annotations
@@ -8,18 +9,22 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pipeline.__main__ import main
+from pipeline.checkpoint import step_name
 from pipeline.track.jsonl import read
+from tests.driver import Driver
 from tests.faults.test_security import holders, plant
 from tests.small import same_weights
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 SEED = 20261126  # of the steps at which something happens
 LAB = '''
@@ -54,6 +59,8 @@ class Faulty(SLTT):
                 os.kill(os.getpid(), signal.SIGKILL)
         if due("drift", *here) and first_time("drift"):
             next(model.parameters()).data.flatten()[0] += 1e-4
+        if due("driver", *here) and first_time("driver"):
+            time.sleep(1000)  # until whoever sees the file kills the driver, and Ray us
         return super().objectives(model, x_TB, loss_of, step=step, rows=rows)
 
 class FaultyData(Synthetic):
@@ -88,12 +95,12 @@ from tests.small import small_recipe
 from faulty_lab import Faulty, FaultyData
 
 def recipe():
-    made = small_recipe(backend="deepspeed", epochs=5, checkpoint_every=5, replicas_every=5, evaluate_every=5)
+    made = small_recipe(backend="deepspeed", epochs=6, checkpoint_every=5, replicas_every=5, evaluate_every=6)
     return replace(made, {change})
 """
 
 
-CHECKPOINTS = sorted({*range(0, 41, 5), *range(0, 41, 8)})  # checkpoint_every, and each epoch's end
+CHECKPOINTS = sorted({*range(0, 49, 5), *range(0, 49, 8)})  # checkpoint_every, and each epoch's end
 
 
 def newest(step: int) -> int:
@@ -103,21 +110,48 @@ def newest(step: int) -> int:
 
 @pytest.fixture(scope="module")
 def faults() -> dict[str, tuple[int, int]]:
-    """At steps of their own, in order, in the five epochs of eight batches."""
+    """At steps of their own, in order, in the six epochs of eight batches; the driver dies once the drift has been found."""
     draw = random.Random(SEED)
     names = ("not finite", "exception", "hang", "killed 0", "killed 1", "drift")
     found = {name: (draw.randrange(2), 2 + 6 * place + draw.randrange(5)) for place, name in enumerate(names)}
+    found["driver"] = (draw.randrange(2), 41 + draw.randrange(5))
     return {**found, **{f"killed {rank}": (rank, found[f"killed {rank}"][1]) for rank in range(2)}}
 
 
+OPTIONS = ("--workers", "2", "--device", "cpu", "--hang-minutes", "0.3", "--max-restarts", "4", "--trust", "faulty_lab")
+
+
 def launched(file: Path, runs: Path) -> Path:
-    words = ["launch", str(file), "--workers", "2", "--device", "cpu", "--runs", str(runs), "--name", file.stem]
+    words = ["launch", str(file), *OPTIONS, "--runs", str(runs), "--name", file.stem]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["spiketrain", *words, "--trust", "faulty_lab", "--hang-minutes", "0.3", "--max-restarts", "4"])
+        patch.setattr("sys.argv", ["spiketrain", *words])
         with pytest.raises(SystemExit) as end:
             main()
     assert end.value.code == 0
     return runs / file.stem
+
+
+def hunted(file: Path, run: Path, faults: dict[str, tuple[int, int]]) -> list[psutil.Process]:
+    """Launch the run, kill its driver where its turn comes, and resume it; the workers that outlived the driver by 15 s."""
+    first = Driver("launch", str(file), *OPTIONS, "--name", run.name, run=run, folder=file.parent)
+    try:
+        saved = run / "checkpoints" / step_name(newest(faults["driver"][1]))
+        deadline = time.monotonic() + 300
+        while not ((file.parent / "driver").exists() and saved.exists()):
+            assert first.process.poll() is None and time.monotonic() < deadline, first.log.read_text()[-3000:]
+            time.sleep(0.05)
+        workers = first.workers()
+        assert len(workers) == 2
+        first.process.kill()
+        _, left = psutil.wait_procs(workers, timeout=15)  # sooner than they would take themselves to hang
+    finally:
+        first.kill()
+    second = Driver("resume", run.name, "--trust", "faulty_lab", run=run, folder=file.parent)
+    try:
+        assert second.end() == 0, second.log.read_text()[-3000:]
+    finally:
+        second.kill()
+    return left
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +168,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, faults: dict[str, tuple[int, 
         with tempfile.TemporaryDirectory(prefix="ray") as logs:  # of a short name: sockets lie in it
             patch.setenv("RAY_TMPDIR", logs)
             plant(patch)
-            hit = launched(folder / "hit.py", folder / "runs")
+            hit = folder / "runs" / "hit"
+            assert hunted(folder / "hit.py", hit, faults) == []
             shutil.copytree(logs, folder / "ray", symlinks=True, ignore=lambda _, names: [n for n in names if n == "sockets"])
             told = launched(folder / "told.py", folder / "runs")
         yield hit, told
@@ -147,7 +182,7 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 def test_the_parameters_are_the_same_to_the_bit(runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(runs[0].parent.parent)
     assert same_weights(*runs, trust=["faulty_lab"])
-    assert len(events(runs[0], "start")) == 6 and len(events(runs[1], "start")) == 1
+    assert len(events(runs[0], "start")) == 7 and len(events(runs[1], "start")) == 1
 
 
 def test_what_is_not_finite_on_one_worker_is_skipped_by_all(runs: tuple[Path, Path], faults: dict[str, tuple[int, int]]) -> None:
@@ -194,3 +229,11 @@ def test_weights_that_come_apart_are_found_and_given_up(runs: tuple[Path, Path],
     assert (back["step"], back["to"]) == (found - 1, newest(step))
     assert back["reason"].startswith("the weights of workers 1 are")  # of two, nobody can tell which
     assert events(runs[0], "start")[5]["step"] == newest(step)
+
+
+def test_a_driver_that_is_killed_takes_its_workers_along_and_the_run_is_resumed(
+    runs: tuple[Path, Path], faults: dict[str, tuple[int, int]]
+) -> None:
+    """Within 15 s, which the run itself has asserted."""
+    start = events(runs[0], "start")[6]
+    assert (start["step"], start["attempt"]) == (newest(faults["driver"][1]), 6)

@@ -18,6 +18,7 @@ HUNTED = f"{RECOVERY}::test_killed_in_every_way_it_ends_with_the_same_bits"
 WRITE, ELASTIC = "faults/test_checkpoint_write.py", "faults/test_elastic.py"
 SIGNALS = "faults/test_signals.py::test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits"
 SECURITY, DATA, HOSTS = "faults/test_security.py", "faults/test_damaged_data.py", "faults/test_two_hosts.py"
+DRIVE, HEARD, AWAY = "launch/test_drive.py", "launch/test_signals.py", "test_storage.py"
 
 ROWS: dict[str, tuple[str, ...]] = {
     # bits
@@ -54,6 +55,12 @@ ROWS: dict[str, tuple[str, ...]] = {
         f"{WRITE}::test_storage_that_fails_for_a_moment_at_the_last_checkpoint_gets_it_once_more",
         *("checkpoint/test_background.py::test_that_one_rank_cannot_write_is_known_at_once_and_all_write_again",),
     ),
+    "storage that is away while a run starts": (
+        f"{WRITE}::test_storage_that_is_away_as_a_run_starts_is_waited_for_by_the_same_attempt",
+        *(f"{AWAY}::test_it_is_tried_again_and_told_once", f"{AWAY}::test_of_two_ranks_one_tries_and_both_live"),
+        *("test_writer.py::test_storage_that_is_away_is_looked_for_again",),
+        *("launch/test_restarts.py::test_storage_that_is_away_as_a_worker_dies_ends_nothing",),
+    ),
     "kill while an old checkpoint is deleted": (f"{CHECKPOINT}::test_a_kill_while_an_old_checkpoint_is_deleted_is_survived",),
     "an old checkpoint that cannot be deleted": (
         "checkpoint/test_background.py::test_an_old_one_that_cannot_be_deleted_is_told_and_costs_no_new_one",
@@ -65,14 +72,32 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "checkpoint on a bad sector": (f"{CHECKPOINT}::test_one_whose_medium_fails_is_quarantined_and_the_one_before_is_used",),
     "truncated Ray snapshot": (HUNTED,),
-    "driver killed": (HUNTED, "launch/test_continual_recovery.py::test_a_run_killed_in_its_second_task_goes_on_there"),
+    "driver killed": (
+        *(BITS, f"{CLUSTER}::test_a_driver_that_is_killed_takes_its_workers_along_and_the_run_is_resumed"),
+        *(HUNTED, "launch/test_continual_recovery.py::test_a_run_killed_in_its_second_task_goes_on_there"),
+    ),
+    "the driver's machine dies, and another one resumes": (
+        "launch/test_lock.py::test_the_lock_of_a_machine_that_may_be_dead_is_waited_for",
+    ),
     "SIGTERM": (
         SIGNALS,
         *("faults/test_preemption.py::test_a_stop_waits_for_no_evaluation_which_is_made_up_for",),
         *("faults/test_two_drivers.py::test_the_second_is_refused_in_one_line_and_the_first_goes_on",),
-        *("launch/test_drive.py::test_the_first_asks_to_save_and_the_second_ends_at_once",),
+        *(f"{HEARD}::test_the_first_asks_to_save_and_the_second_ends_at_once",),
+        *(f"{DRIVE}::test_whoever_asks_to_stop_is_heard_and_told_so_on_storage_that_is_away",),
+        *(f"{HEARD}::test_the_two_signals_of_one_wish_to_stop_a_suite_are_one",),
     ),
-    "Ctrl-C": (SIGNALS, HUNTED, "launch/test_drive.py::test_the_first_asks_to_save_and_the_second_ends_at_once"),
+    "Ctrl-C": (SIGNALS, HUNTED, f"{HEARD}::test_the_first_asks_to_save_and_the_second_ends_at_once"),
+    "a terminal that is lost": (
+        *(SIGNALS, "faults/test_signals.py::test_a_lost_terminal_saves_and_stops"),
+        *(f"{HEARD}::test_the_signals_of_schedulers_and_lost_terminals_never_mean_at_once",),
+        *(f"{HEARD}::test_a_lost_terminal_that_was_ignored_before_stays_so",),
+    ),
+    "a log, a pipe, a terminal that takes no more; a journal that cannot be read for a moment": (
+        *(f"{DRIVE}::test_a_terminal_that_takes_no_more_costs_nothing_but_what_it_would_have_shown",),
+        *(f"{DRIVE}::test_on_a_full_disk_the_exit_status_stays",),
+        *(f"{DRIVE}::test_a_journal_that_cannot_be_read_for_a_moment_is_read_again",),
+    ),
     "a link between hosts that is cut and mended": (f"{HOSTS}::test_a_link_that_was_cut_and_mended_costs_no_bit",),
     "weights of workers that come apart": (
         *(BITS, f"{CLUSTER}::test_weights_that_come_apart_are_found_and_given_up"),
@@ -140,7 +165,11 @@ ROWS: dict[str, tuple[str, ...]] = {
         *("faults/test_changed_recipe.py::test_the_fields_that_differ_are_named",),
         *("launch/test_again.py::test_another_recipe_is_refused_with_the_fields_that_differ",),
     ),
-    "two drivers resume one run": ("faults/test_two_drivers.py::test_the_second_is_refused_in_one_line_and_the_first_goes_on",),
+    "two drivers resume one run": (
+        *("faults/test_two_drivers.py::test_the_second_is_refused_in_one_line_and_the_first_goes_on",),
+        *("launch/test_lock.py::test_on_this_machine_it_is_refused_at_once",),
+        *("launch/test_lock.py::test_one_that_lives_elsewhere_is_named_in_the_end",),
+    ),
     "malicious pickle": (
         *(f"{SECURITY}::test_a_pickle_in_a_checkpoint_is_not_run", f"{SECURITY}::test_nor_by_deepspeed"),
         *(f"{SECURITY}::test_weights_that_are_a_pickle_are_refused",),

@@ -22,7 +22,7 @@ from pipeline.backend.deepspeed import DeepSpeed
 from pipeline.checkpoint import WEIGHTS, CheckpointError, Checkpoints, Folder, damage, place, step_folders
 from pipeline.checkpoint.sealed import facts_of, seal
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.drive import prepare, read_job, write_job
+from pipeline.launch.prepare import prepare, read_job, write_job
 from pipeline.launch.environment import of_worker
 from pipeline.launch.inline import Inline
 from pipeline.recipe import Recipe, read_json, write_json

@@ -1,9 +1,11 @@
-"""SIGTERM, Ctrl-C and a second Ctrl-C at steps of their own: what was saved goes on to the bits of an untouched run."""
+"""Signals at steps of their own, and a terminal that is lost: what was saved goes on to the bits of an untouched run."""
 
 from __future__ import annotations
 
+import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint import step_folders
-from pipeline.launch.drive import ECHO_S
+from pipeline.launch.signals import ECHO_S
 from pipeline.track.jsonl import read
 from tests.faults.lab import Driven, Lab
 from tests.small import same_weights
@@ -22,11 +24,11 @@ SEED = 20261128
 
 
 @pytest.fixture
-def driven() -> Iterator[Callable[[Lab], Driven]]:
+def driven() -> Iterator[Callable[..., Driven]]:
     started: list[Driven] = []
 
-    def launch(lab: Lab) -> Driven:
-        started.append(Driven(lab, "--inline"))
+    def launch(lab: Lab, *more: str, terminal: int | None = None) -> Driven:
+        started.append(Driven(lab, *(more or ("--inline",)), terminal=terminal))
         return started[-1]
 
     yield launch
@@ -35,17 +37,17 @@ def driven() -> Iterator[Callable[[Lab], Driven]]:
 
 
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
-    tmp_path: Path, driven: Callable[[Lab], Driven], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, driven: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     whole = driven(Lab(tmp_path / "whole"))
     whole.finish()
     draw = random.Random(SEED)
     lab, step = Lab(tmp_path / "hit"), 0
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         lab.pace(0.1)
         run = driven(lab)
-        step += draw.randrange(3, 8)
+        step += draw.randrange(3, 6)
         run.at_step(step)
         asked = time.monotonic()
         run.process.send_signal(number)
@@ -72,6 +74,38 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
     lab.pace(0)
     driven(lab).finish()
     starts = [event["step"] for event in read(run.run / "journal.jsonl") if event["event"] == "start"]
-    assert len(starts) == 5 and starts[-1] == newest
+    assert len(starts) == 6 and starts[-1] == newest
     monkeypatch.syspath_prepend(lab.folder)
     assert same_weights(run.run, whole.run, trust=["told_lab"])
+
+
+def shown_until(master: int, lost: threading.Event) -> None:
+    """Reads what a driver shows, which would stand still before a terminal that takes nothing, until it is `lost`."""
+    while not lost.is_set():
+        os.read(master, 65536)
+    os.close(master)
+
+
+@pytest.mark.parametrize("where", [("--inline",), ("--workers", "2")], ids=["inline", "under Ray"])
+def test_a_lost_terminal_saves_and_stops(
+    tmp_path: Path, driven: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch, where: tuple[str, ...]
+) -> None:
+    """As of an ssh that ended: all processes of the session get the signal, and what they write fails."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    lab = Lab(tmp_path / "lost")
+    lab.pace(0.1)
+    master, slave = os.openpty()
+    run = driven(lab, *where, terminal=slave)
+    os.close(slave)
+    lost = threading.Event()
+    reader = threading.Thread(target=shown_until, args=(master, lost), daemon=True)
+    reader.start()
+    run.at_step(5)
+    lost.set()
+    reader.join(20)
+    assert not reader.is_alive()
+    os.killpg(run.process.pid, signal.SIGHUP)
+    assert run.process.wait(60) == 130
+    stopped = read(run.run / "journal.jsonl")[-1]
+    assert (stopped["event"], stopped["reason"]) == ("stopped", "asked to stop by SIGHUP")
+    assert step_folders(run.run / "checkpoints")[-1].name == f"step_{stopped['step']:08d}"

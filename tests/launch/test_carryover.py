@@ -13,7 +13,7 @@ import pytest
 from pipeline.__main__ import main
 from pipeline.data.base import DataError
 from pipeline.data.synthetic import Synthetic
-from pipeline.launch.drive import write_job
+from pipeline.launch.prepare import write_job
 from pipeline.recipe import write_json
 from tests.small import make_run, small_recipe, train_inline
 

@@ -1,56 +1,200 @@
-"""What the driver makes of signals."""
+"""Whatever becomes of what shows a run, it trains to its end, and MLflow is told."""
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from pipeline.launch import drive
-from pipeline.launch.drive import stops_on_signal
+from pipeline.job import STOP, Job
+from pipeline.launch import drive as driving
+from pipeline.launch.drive import drive
+from pipeline.launch.signals import StopRequest
+from pipeline.track.jsonl import Event, Follower, Journal
+
+START = {"step": 0, "total_steps": 3, "world_size": 1, "rule": "SLTT"}
 
 
-class AtOnce(Exception):
-    """Stands for the end of this process."""
+class Mirror:
+    """Stands for MLflow's: whether the last one was closed."""
+
+    is_closed = False
+
+    def __init__(self, run: Path, **about: Any) -> None:
+        type(self).is_closed = False
+
+    def close(self, timeout: float) -> bool:
+        type(self).is_closed = True
+        return True
+
+
+class Launcher:
+    """Trains for three steps, and says so in the journal; `meanwhile` happens after each."""
+
+    workers = 1
+
+    def __init__(self, meanwhile: Callable[[int], None] = lambda step: None) -> None:
+        self.meanwhile = meanwhile
+
+    def run(self, job: Job, attempt: str) -> dict[str, Any]:
+        with Journal(Path(job.run) / "journal.jsonl", attempt=0) as journal:
+            journal.event("start", **START)
+            for step in range(1, 4):
+                time.sleep(0.06)
+                self.meanwhile(step)
+                journal.event("evaluation", step=step, epoch=0, metrics={})
+            journal.event("finish", steps=3)
+        return {"steps": 3}
 
 
 @pytest.fixture
-def send(monkeypatch: pytest.MonkeyPatch):
-    """Sends a signal to this process, well after the one before."""
-    monkeypatch.setattr(drive, "ECHO_S", 0.01)
+def driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any] | None]:
+    """`drive` of a run in `tmp_path`, on a console over a file."""
+    monkeypatch.setattr(driving, "POLL_S", 0.01)
+    monkeypatch.setattr(driving, "Mirror", Mirror)
+    monkeypatch.setattr(driving, "commit", lambda: "c")
+    job = Job(run=str(tmp_path), study="s", data_fingerprint="d", commit="c", run_id="r")
 
-    def end(code: int) -> None:
-        raise AtOnce(code)
+    def run(file: Any, launcher: Launcher | None = None) -> dict[str, Any] | None:
+        about = {"uri": "sqlite:///nowhere.db", "resume_command": "spiketrain resume run"}
+        return drive(job, launcher or Launcher(), Console(file=file, width=200), **about)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(os, "_exit", end)
-
-    def send(number: int) -> None:
-        time.sleep(0.02)
-        os.kill(os.getpid(), number)
-
-    return send
+    return run
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_asks_to_save_and_the_second_ends_at_once(tmp_path: Path, send, number: int) -> None:
-    said = io.StringIO()
-    with stops_on_signal(tmp_path, Console(file=said, width=120)):
-        send(number)
-        assert (tmp_path / "stop").read_text() == signal.Signals(number).name
-        with pytest.raises(AtOnce):
-            send(number)
-    assert "saving after this step; once more to stop at once" in said.getvalue() and "stopped at once" in said.getvalue()
+class Lost(io.StringIO):
+    """Takes no more once it has taken the line of the start; `error` says why."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.error, self.refused = error, 0
+
+    def write(self, text: str) -> int:
+        if "start " in self.getvalue():
+            self.refused += 1
+            raise self.error
+        return super().write(text)
 
 
-def test_a_schedulers_signal_never_means_at_once(tmp_path: Path, send) -> None:
-    with stops_on_signal(tmp_path, Console(file=io.StringIO())):
-        for number in (signal.SIGUSR1, signal.SIGUSR1):
-            send(number)
-        assert (tmp_path / "stop").exists()
-        with pytest.raises(AtOnce):
-            send(signal.SIGTERM)
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError(errno.EIO, "gone")],
+    ids=["a full disk", "a pipe that nobody reads", "a terminal that is gone"],
+)
+def test_a_terminal_that_takes_no_more_costs_nothing_but_what_it_would_have_shown(
+    driven: Callable[..., Any], capfd: pytest.CaptureFixture[str], error: OSError
+) -> None:
+    file = Lost(error)
+    assert driven(file) == {"steps": 3} and Mirror.is_closed
+    assert file.refused == 1 and "evaluation" not in file.getvalue()
+    said = f"shown no more: {error.strerror}; training goes on, and its journal has everything\n"
+    assert capfd.readouterr().err == said
+
+
+FULL = """
+import sys
+from rich.console import Console
+from pipeline.launch.terminal import outlive
+console = Console()
+outlive(console)
+console.print("x" * 100)
+print("the table at the end")
+sys.exit(130)
+"""
+
+
+def test_on_a_full_disk_the_exit_status_stays() -> None:
+    """Python itself ends with 120 where it cannot write the rest of what was printed."""
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run([sys.executable, "-c", FULL], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr.count("\n")) == (130, 1) and "No space left on device" in ended.stderr
+
+
+def test_a_journal_that_cannot_be_read_for_a_moment_is_read_again(
+    driven: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poll, failed = Follower.poll, []
+
+    def stale(self: Follower, **about: Any) -> list[Event]:
+        if self.offset and len(failed) < 3:
+            failed.append(self)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return poll(self, **about)
+
+    monkeypatch.setattr(Follower, "poll", stale)
+    file = io.StringIO()
+    assert driven(file) == {"steps": 3} and Mirror.is_closed and len(failed) == 3
+    assert file.getvalue().count("the journal cannot be read (Stale file handle)") == 1
+    assert [f"evaluation after step {step}" in file.getvalue() for step in (1, 2, 3)] == [True] * 3
+
+
+def test_a_mistake_in_what_is_shown_ends_the_showing_alone(driven: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistaken(self: Any, event: Event) -> None:
+        raise KeyError("top1")
+
+    monkeypatch.setattr("pipeline.launch.watch.Watch._on_evaluation", mistaken)
+    file = io.StringIO()
+    assert driven(file) == {"steps": 3} and Mirror.is_closed
+    assert file.getvalue().count("shown no more (KeyError: 'top1')") == 1 and "finished" not in file.getvalue()
+
+
+def test_a_launcher_that_fails_on_a_lost_terminal_leaves_mlflow_told(driven: Callable[..., Any]) -> None:
+    def fail(step: int) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        driven(Lost(OSError(errno.ENOSPC, "No space left on device")), Launcher(fail))
+    assert Mirror.is_closed
+
+
+def test_whoever_asks_to_stop_is_heard_and_told_so_on_storage_that_is_away(
+    driven: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, failed, there = Path.write_text, [], []
+
+    def away(self: Path, text: str, *more: Any) -> int:
+        if self.name == STOP and len(failed) < 2:
+            failed.append(text)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return write(self, text, *more)
+
+    def ask(step: int) -> None:
+        if step > 1:
+            return
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while not there and time.monotonic() < deadline:
+            there.extend(tmp_path.glob(STOP))
+            time.sleep(0.01)
+
+    monkeypatch.setattr(Path, "write_text", away)
+    file = io.StringIO()
+    driven(file, Launcher(ask))
+    assert failed == ["SIGTERM"] * 2 and [path.read_text() for path in there] == ["SIGTERM"]
+    assert file.getvalue().count("SIGTERM: saving after this step; once more to stop at once") == 1
+
+
+def test_at_once_is_at_once_where_nothing_can_be_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python refuses a write in the middle of another one to the same stream."""
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+
+    def reentrant(line: str) -> None:
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+
+    request = StopRequest(tmp_path, reentrant)
+    request.hear(signal.SIGTERM)
+    assert (tmp_path / STOP).read_text() == "SIGTERM" and ended == []
+    with pytest.raises(RuntimeError):
+        request.hear(signal.SIGTERM)
+    assert ended == [130]

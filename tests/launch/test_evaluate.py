@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from pipeline.__main__ import main
 from pipeline.data.synthetic import Synthetic
-from pipeline.launch.drive import write_job
+from pipeline.launch.prepare import write_job
 from pipeline.models.qkformer import QKFormer
 from pipeline.models.qkformer_published import to_published
 from pipeline.spiking.encode import repeat

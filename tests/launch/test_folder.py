@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.launch import drive
+from pipeline.launch import prepare as preparing
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.drive import prepare, read_job
+from pipeline.launch.prepare import prepare, read_job
 from pipeline.launch.folder import whole_folder
 from pipeline.report.runs import list_runs
 from pipeline.track.state import state_of
@@ -29,7 +29,7 @@ CLUSTER = Cluster(inline=True, loader_threads=2)
 def test_killed_while_the_folder_is_made_there_is_none(
     file: str, tidies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = drive.write_json
+    write = preparing.write_json
 
     def die(path: Path, value: Any) -> None:
         if path.name == file:
@@ -37,7 +37,7 @@ def test_killed_while_the_folder_is_made_there_is_none(
         write(path, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(drive, "write_json", die)
+        patch.setattr(preparing, "write_json", die)
         if not tidies:
             patch.setattr("shutil.rmtree", lambda path, **how: None)
         with pytest.raises(Killed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
+from pipeline.launch import restarts
 from pipeline.launch.restarts import PLACES_S, Restarts
 
 RETRY, RAISE = FailureDecision.RETRY, FailureDecision.RAISE
@@ -139,3 +141,20 @@ def test_the_hour_is_that_of_one_absence(policy: Restarts, monkeypatch: pytest.M
     assert finds_no_place(policy) == RETRY
     now += PLACES_S - 1
     assert finds_no_place(policy) == RETRY
+
+
+def test_storage_that_is_away_as_a_worker_dies_ends_nothing(policy: Restarts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was known counts on, and what is new is found once it is back."""
+
+    def away(*asked: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    starts(policy, 0)
+    saves(policy, 5)
+    assert dies(policy) == RETRY
+    with monkeypatch.context() as patch:
+        patch.setattr(restarts, "last", away)
+        patch.setattr(restarts, "was_stopped", away)
+        assert [dies(policy), finds_no_place(policy)] == [RETRY, RETRY]
+    saves(policy, 10)
+    assert [dies(policy) for _ in range(3)] == [RETRY, RETRY, RAISE]

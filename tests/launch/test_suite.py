@@ -17,7 +17,7 @@ from rich.console import Console
 
 from pipeline.__main__ import main
 from pipeline.attempt import Attempt
-from pipeline.launch.drive import driver_lock
+from pipeline.launch.lock import driver_lock
 from pipeline.report.runs import list_suites, print_runs
 from pipeline.report.suite import print_suite
 from pipeline.suite import SuiteFile, runs_of

@@ -1,0 +1,123 @@
+"""From a recipe to a run's folder, with all that it takes to resume it."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint import place_at
+from pipeline.code import commit
+from pipeline.counts import refuse_unless_counts
+from pipeline.data.base import Data
+from pipeline.job import Job
+from pipeline.launch.cluster import Cluster
+from pipeline.launch.folder import named, numbered, whole_folder
+from pipeline.recipe import Recipe, read_json, write_json
+from pipeline.spec import arguments_of
+from pipeline.weights import study_inputs
+
+
+def prepare(
+    recipe: Recipe,
+    cluster: Cluster,
+    runs: Path,
+    *,
+    name: str | None = None,
+    parent: str | None = None,
+    suite: str | None = None,
+    family: str | None = None,
+    adopts: bool = False,
+    trust: tuple[str, ...] = (),
+) -> Job:
+    """Make the run's folder, with all that it takes to resume it: its recipe, its job and where it trains.
+
+    `parent`, `suite` (its folder's name) and `family` are those of the suite that it belongs to. `adopts`: checkpoints that a run
+    of this name has left in the cluster's place for them, whose folder is gone, are gone on with.
+
+    Raises:
+        ValueError: the data set is missing, the weights that `init` names are missing, or the name is taken.
+    """
+    recipe = recipe.resolved()
+    data: Data = recipe.data.build()
+    fingerprint = data.fingerprint()
+    study = recipe.study_key(study_inputs(recipe, fingerprint))
+    folder = named(runs.absolute(), f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}" if name is None else name)
+    if name is None:
+        folder = next(path for path in numbered(folder) if not path.exists())
+    job = Job(
+        run=str(folder),
+        study=study,
+        data_fingerprint=fingerprint,
+        commit=commit(),
+        parent=parent,
+        suite=suite,
+        family=family or recipe.family or recipe.name,
+        run_id=uuid.uuid4().hex,
+        trust=trust,
+        threads=cluster.cpus_per_worker,
+        loader_threads=cluster.loader_threads,
+        hang_minutes=cluster.hang_minutes,
+        verify=cluster.verify,
+        own_cores=cluster.side_by_side != 1,
+    )
+    if cluster.checkpoints is not None:
+        job = replace(job, checkpoints=_own_place(cluster.checkpoints, folder, study if adopts else None))
+    with whole_folder(folder) as hidden:
+        write_json(hidden / "recipe.json", recipe.to_json())
+        write_json(hidden / "cluster.json", asdict(cluster))
+        write_json(hidden / "job.json", _to_json(job))
+    return job
+
+
+def _own_place(place: str, run: Path, study: str | None) -> str:
+    """The address of a run's checkpoints, beneath `place`; there are none, or those of `study`.
+
+    Raises:
+        ValueError: there are others, or the address cannot be opened.
+    """
+    address = f"{place.rstrip('/')}/{run.name}" if "://" in place else str(Path(place).absolute() / run.name)
+    found = place_at(address, run)
+    try:
+        names = found.names()
+    except Exception as error:  # each store has errors of its own
+        raise ValueError(f"launch: {address} must be open to this user; got {type(error).__name__}: {error}") from error
+    for name in reversed(names):
+        if study is None:
+            raise ValueError(
+                f"launch: {address} must hold no checkpoints yet; got {name}: another --name, or --or-resume to go on with them"
+            )
+        try:
+            theirs = found.trainer(name).get("study")
+        except (OSError, ValueError):
+            continue  # damaged: moved away by whoever trains
+        if theirs != study:
+            raise ValueError(f"launch: --or-resume goes on with checkpoints of the same study; got {theirs} in {address}/{name}")
+    return address
+
+
+def write_job(job: Job) -> None:
+    """Beside the recipe, for a resume."""
+    write_json(Path(job.run) / "job.json", _to_json(job))
+
+
+def _to_json(job: Job) -> dict[str, Any]:
+    """Whom the user trusts is not written down: the next user says it anew."""
+    return {name: value for name, value in asdict(job).items() if name not in ("run", "trust")}
+
+
+def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
+    """What `write_job` wrote; a folder that was moved is where it is now.
+
+    Raises:
+        ValueError: it is missing or damaged, or its suite would lie in another folder of runs.
+    """
+    file = folder / "job.json"
+    told = arguments_of(Job, read_json(file), who=str(file), besides=("run", "trust"))
+    job = Job(**told, run=str(folder.absolute()), trust=trust)
+    refuse_unless_counts(str(file), {"threads": job.threads, "loader_threads": job.loader_threads})
+    if job.suite is not None and (job.suite == ".." or Path(job.suite).name != job.suite):
+        raise ValueError(f"{file}: suite must be the name of a folder beside this one; got {job.suite!r}")
+    return job

@@ -1,0 +1,92 @@
+"""A second driver: on this machine it is refused at once, on another it waits for the lock of a machine that may be dead."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.launch import lock
+from pipeline.launch.lock import driver_lock, this_machine
+from pipeline.refused import Refused
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.write(sys.argv[2])
+file.flush()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Another process holds the folder, in whose name is said."""
+    started: list[subprocess.Popen[str]] = []
+
+    def hold(holder: str) -> subprocess.Popen[str]:
+        words = [sys.executable, "-c", HOLD, str(tmp_path / "driver.lock"), holder]
+        started.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True))
+        assert started[-1].stdout is not None and started[-1].stdout.readline() == "held\n"
+        return started[-1]
+
+    yield hold
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def other_boot() -> str:
+    return f"{socket.gethostname()} 11111111-2222-3333-4444-555555555555"
+
+
+@pytest.mark.parametrize("holder", ["gpu-node-7 0123", other_boot()], ids=["another machine", "this one before it was restarted"])
+def test_the_lock_of_a_machine_that_may_be_dead_is_waited_for(
+    tmp_path: Path, held: Callable[[str], subprocess.Popen[str]], capsys: pytest.CaptureFixture[str], holder: str
+) -> None:
+    process = held(holder)
+    begun = time.monotonic()
+    subprocess.Popen(["sh", "-c", f"sleep 2; kill -9 {process.pid}"])
+    with driver_lock(tmp_path):
+        assert time.monotonic() - begun > 1.8
+        assert (tmp_path / "driver.lock").read_text() == this_machine()
+    host = holder.partition(" ")[0]
+    said = f"{tmp_path.name}: is held by {host}: waiting for up to 600 s, in which a dead machine loses it\n"
+    assert capsys.readouterr().out == said
+
+
+def test_one_that_lives_elsewhere_is_named_in_the_end(
+    tmp_path: Path, held: Callable[[str], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE_S", 1.2)
+    held("gpu-node-7 0123")
+    with pytest.raises(Refused) as refusal, driver_lock(tmp_path):
+        pass
+    told = f"{tmp_path.name}: is being trained by another process on gpu-node-7, which still holds it after "
+    assert str(refusal.value).startswith(told)
+
+
+@pytest.mark.parametrize("holder", [this_machine(), ""], ids=["this machine", "nobody knows whose"])
+def test_on_this_machine_it_is_refused_at_once(
+    tmp_path: Path, held: Callable[[str], subprocess.Popen[str]], holder: str
+) -> None:
+    held(holder)
+    begun = time.monotonic()
+    with pytest.raises(Refused) as refusal, driver_lock(tmp_path):
+        pass
+    assert str(refusal.value) == f"{tmp_path.name}: is being trained by another process on this machine"
+    assert 0.9 < time.monotonic() - begun < 10  # `spiketrain runs` may have held it for an instant
+
+
+def test_a_shorter_name_leaves_nothing_of_a_longer_one(tmp_path: Path) -> None:
+    (tmp_path / "driver.lock").write_text("x" * 300)
+    for _ in range(2):
+        with driver_lock(tmp_path):
+            assert (tmp_path / "driver.lock").read_text() == this_machine()
