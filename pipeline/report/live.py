@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.baseline import BASELINE
+from pipeline.measure.time_parts import PARTS, REST
 from pipeline.report.runs import ReportError
 from pipeline.report.store import Point, Store, StoredRun, StoreError
 from pipeline.report.study import Study
@@ -29,6 +30,7 @@ from pipeline.track.state import State
 
 _STATES: dict[str, State] = {"RUNNING": "running", "FINISHED": "finished", "FAILED": "failed"}  # else stopped: MLflow's KILLED
 _ASKED = {"step": ("train/", ("loss", "top1", "images_per_s")), "evaluation": ("val/", ("top1", "loss", "firing_rate"))}
+_PARTS = tuple(f"{name}_s" for name in (*PARTS, REST))
 _SENT = "spiketrain.artifact."  # tags that say which version of an artifact was sent
 _BESIDE = {"summary": dict, "activity": list, "recipe": dict}
 _KEPT = 512  # runs
@@ -131,7 +133,11 @@ class Live:
             going.seen = stored.newest
         events = list(going.journal[1]) or [_start(stored)]
         attempt = events[-1].get("attempt")
-        return [*events, *_after(events, going.points, attempt)]
+        later = list(_after(events, going.points, attempt))
+        if newest := next((event for event in reversed(later) if event["event"] == "step"), None):
+            # Their newest values come with the run, and cost no further question; of the points before it nothing is known.
+            newest["metrics"] |= {name: stored.metrics[f"train/{name}"] for name in _PARTS if f"train/{name}" in stored.metrics}
+        return [*events, *later]
 
     def _json(self, stored: StoredRun, name: str, kind: type) -> Any:
         text = self.store.text(stored.id, name)

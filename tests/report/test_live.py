@@ -37,11 +37,12 @@ def test_an_artifact_that_arrives_late_is_seen(store: FakeStore):
     assert live.run(store.members[0]).is_finished
 
 
-def going_on(store: FakeStore, steps: int, **more: dict[str, str]) -> None:
-    """A run whose journal was sent at batch 50, and whose metrics tell up to `steps`."""
-    tags = {"spiketrain.artifact.journal.jsonl": "evaluation 1007", **more.get("tags", {})}
+def going_on(store: FakeStore, steps: int, *, newest: dict[str, float] | None = None) -> None:
+    """A run whose journal was sent at batch 50, and whose metrics tell up to `steps`, `newest` of the last batches alone."""
+    tags = {"spiketrain.artifact.journal.jsonl": "evaluation 1007"}
     told = [Point(step, 1000.0 + step / 10, step / 125) for step in range(10, steps + 1, 10)]
-    made = store.add("going", rule="SLTT", state="RUNNING", tags=tags, newest=told[-1].time, metrics={"train/top1": 0.0})
+    metrics = {"train/top1": 0.0, **(newest or {})}
+    made = store.add("going", rule="SLTT", state="RUNNING", tags=tags, newest=told[-1].time, metrics=metrics)
     store.histories[made.id, "train/top1"] = told
     store.texts[made.id, "journal.jsonl"] = "".join(json.dumps(event) + "\n" for event in events("SLTT")[:4])
 
@@ -61,6 +62,16 @@ def test_of_a_run_that_goes_on_only_new_points_are_asked_for(store: FakeStore):
     del store.asked[:]
     live.run(store.members[0])
     assert [what for what in store.asked if what[0] == "history" or what[2:] == ("journal.jsonl",)] == []
+
+
+def test_a_run_that_goes_on_is_divided_by_the_batches_that_its_parts_are_of(store: FakeStore):
+    """The journal tells of 50, each of 40 + 80 ms; of those after it metrics tell the parts of the newest ten alone."""
+    live = Live(store)
+    going_on(store, 90)
+    assert live.run(store.members[0]).step == 90
+    assert live.run(store.members[0]).parts == pytest.approx({"forward": 0.04, "backward": 0.08})
+    going_on(store, 90, newest={"train/forward_s": 0.1, "train/backward_s": 0.08})
+    assert live.run(store.members[0]).parts == pytest.approx({"forward": (50 * 0.04 + 10 * 0.1) / 60, "backward": 0.08})
 
 
 def test_a_run_without_a_journal_is_told_by_its_tags(store: FakeStore):
