@@ -224,12 +224,13 @@ class _Answers:
         if what in ("only", "view"):
             return place.change(**{what: name})
         try:
-            ids = [short(run) for run in place.members(self._live.members(place.study))]
+            members = place.members(self._live.members(place.study))
         except ReportError:
             return place  # the list says what is wrong
+        ids = [short(run) for run in members]
         if what == "every":
             return place.change(runs=tuple(ids) if name == "all" else ())
-        picked = place.picks(ids)
+        picked = {short(run) for run in place.picked(members)}
         return place.change(runs=tuple(each for each in ids if (each in picked) != (each == name)))
 
     def mark(self, search: str | None) -> tuple[str, ...]:
@@ -237,11 +238,14 @@ class _Answers:
         place = Place.at(search)
         return (*(parts.yes(name == place.only) for name in ONLY), *(parts.yes(name == place.view) for name in VIEWS))
 
-    def check(self, search: str | None, boxes: list[dict[str, str]]) -> list[str]:
+    def check(self, search: str | None, boxes: list[dict[str, str]]) -> list[Any]:
         """Which boxes of runs are checked; new ones come as they are."""
-        ids = [box["to"] for box in boxes]
-        picked = Place.at(search).picks(ids)
-        return [parts.yes(each in picked) for each in ids]
+        place = Place.at(search)
+        try:
+            picked = {short(run) for run in place.picked(self._live.members(place.study))} if place.runs is None else place.runs
+        except ReportError:
+            return [no_update] * len(boxes)  # the list says what is wrong
+        return [parts.yes(box["to"] in picked) for box in boxes]
 
     def list_studies(self, search: str | None, _: Any) -> list[Any]:
         place = Place.at(search)

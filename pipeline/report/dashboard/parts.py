@@ -31,6 +31,7 @@ _COLUMNS = {
     "newest": "newest sign of life",
 }
 _ROWS = 40
+_NO_BASELINE = "No baseline: no finished run of {} in this group is among those picked. Nothing is divided."
 CONFIG: Any = {"displayModeBar": False, "responsive": True, "scrollZoom": False, "doubleClick": False, "showTips": False}
 
 
@@ -112,14 +113,14 @@ def run_boxes() -> html.Fieldset:
 
 
 def boxes(place: Place, members: Sequence[StoredRun]) -> list[html.Button]:
-    picked = place.picks([short(run) for run in members])
+    picked = {run.id for run in place.picked(members)}
     return [
         html.Button(
             [html.B(run.name), f" {run.rule}, seed {run.seed or '?'}, {run.state.lower()}"],
             id={"change": "runs", "to": short(run)},
             type="button",
             role="checkbox",
-            **aria(checked=yes(short(run) in picked)),
+            **aria(checked=yes(run.id in picked)),
         )
         for run in members
     ]
@@ -167,7 +168,8 @@ def grouped(study: Study) -> list[tuple[str, Group]]:
 def drawn(view: View, group: Group) -> Iterator[Figure | Missing]:
     """The figures of a view, or why there are none."""
     if view == "costs":
-        yield ratios(group)
+        if group.has_baseline:  # else a note says so
+            yield ratios(group)
         for name in TRADED:
             yield trade_off(group, name)
     elif view == "learning":
@@ -200,7 +202,7 @@ def csv_of(place: Place, study: Study, name: str) -> str | None:
 
 def _costs(place: Place, key: str, group: Group) -> Iterator[Any]:
     if not group.has_baseline:
-        yield html.P(f"No baseline: no run of {group.against} in this group has finished. Nothing is divided.", className="note")
+        yield html.P(_NO_BASELINE.format(group.against), className="note")
     lines = [html.Li([html.B(rule), f": {line}"]) for rule, line in tables.headlines(group)]
     if lines:
         yield html.Ul(lines, className="headlines")
