@@ -21,7 +21,7 @@ from typing import Any
 from pipeline.baseline import BASELINE
 from pipeline.measure.time_parts import PARTS, REST
 from pipeline.report.runs import ReportError
-from pipeline.report.store import Point, Store, StoredRun, StoreError
+from pipeline.report.store import ArtifactError, Point, Store, StoredRun, StoreError
 from pipeline.report.study import Study
 from pipeline.report.study_run import StudyRun, number, study_run
 from pipeline.track.files import JOURNAL
@@ -80,6 +80,9 @@ class Live:
                 run = self.run(stored)
             except StoreError:
                 raise  # of the store, not of this run
+            except ArtifactError as error:  # to be sent again would not mend it
+                notes.append(f"{stored.name} is left out: {error}")
+                continue
             except ReportError as error:
                 notes.append(f"{stored.name} is left out: {error}; `spiketrain sync {shlex.quote(stored.name)}`")
                 continue

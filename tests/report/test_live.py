@@ -104,3 +104,12 @@ def test_what_cannot_be_shown_is_named(store: FakeStore, file: str, text: str, s
     study = Live(store).study(store.members)
     assert [run.name for run in study.runs] == ["bptt"]
     assert study.notes[0].startswith("tried is a trial") and f"half is left out: {said}" in study.notes[1]
+
+
+@pytest.mark.parametrize("state", ["FINISHED", "RUNNING"])
+def test_a_run_whose_artifacts_cannot_be_read_is_left_out_and_the_others_are_shown(store: FakeStore, state: str):
+    locked = store.add_finished("locked", "SLTT", state=state, tags={"spiketrain.artifact.journal.jsonl": "finish 1015"})
+    store.refused[locked.id] = "store x: journal.jsonl cannot be read (Permission denied); look at it by hand"
+    study = Live(store).study(store.members)
+    assert [run.name for run in study.runs] == ["bptt"]
+    assert study.notes == (f"locked is left out: {store.refused[locked.id]}",)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.report.store import Point, StoredRun, StoreError, open_store, studies
+from pipeline.report.store import ArtifactError, Point, StoredRun, StoreError, open_store, studies
 from pipeline.track.connect import connect
 from pipeline.track.jsonl import Journal
 from pipeline.track.mlflow import sync
@@ -95,7 +95,11 @@ def test_known_artifacts_alone_and_none_through_a_link(store: Path, tmp_path: Pa
     [place] = store.parent.glob(f"mlartifacts/cifar/{run.id}/artifacts")
     (tmp_path / "secret").write_text("secret")
     (place / "report.html").symlink_to(tmp_path / "secret")
-    with pytest.raises(StoreError, match="is a link that leads out of"):
+    with pytest.raises(ArtifactError, match="is a link that leads out of"):
+        opened.text(run.id, "report.html")
+    (place / "report.html").unlink()
+    (place / "report.html").mkdir()
+    with pytest.raises(ArtifactError, match=r"report\.html cannot be read \(Is a directory\); look at it by hand"):
         opened.text(run.id, "report.html")
 
 
