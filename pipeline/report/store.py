@@ -17,9 +17,9 @@ from typing import Protocol
 from pipeline.report.runs import ReportError
 from pipeline.track.connect import SQLITE, without_password
 from pipeline.track.files import KNOWN
-from pipeline.track.publish import REPORT
+from pipeline.track.publish import REPORT, REPORT_DATA
 
-ARTIFACTS = (*(name for name in KNOWN if not name.endswith(".npz")), REPORT)
+ARTIFACTS = (*(name for name in KNOWN if not name.endswith(".npz")), REPORT_DATA, REPORT)
 """what `Store.text` may be asked for"""
 
 

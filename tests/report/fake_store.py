@@ -13,8 +13,8 @@ from tests.report.hand_made import KEY, LAYERS, events, recipe, run
 
 @dataclass
 class FakeStore:
-    """See `Store`. `trouble` is raised at each question while it is there, `refused` at each for the artifacts of a run, by its id;
-    `asked` has each question; each takes `pause_s`."""
+    """See `Store`. `trouble` is raised at each question while it is there, `refused` at each for the artifacts of a run
+    by its id; `asked` has each question; each takes `pause_s`."""
 
     members: list[StoredRun] = field(default_factory=list)
     texts: dict[tuple[str, str], str] = field(default_factory=dict)

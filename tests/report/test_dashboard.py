@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
+from pipeline.report.claims import Claim
 from pipeline.report.dashboard.app import make_app
 from pipeline.report.dashboard.guard import COOKIE, guard
 from pipeline.report.dashboard.place import Place
+from pipeline.report.returned import Returned
 from pipeline.report.store import Store, StoredRun, open_store
 from tests.report.fake_store import FakeStore
 from tests.report.hand_made import KEY
+from tests.report.test_swept import LARGEST
 from tests.small import command
 
 spiketrain = pytest.fixture(command)
@@ -306,6 +309,24 @@ def test_the_data_of_a_figure_is_a_file(store: FakeStore):
     assert (
         client.get(f"/csv?study={KEY}&name=../../x").status_code == 404 and client.get("/csv?name=g1-ratios").status_code == 404
     )
+
+
+def test_claims_and_sweeps_of_a_suite_are_a_view(store: FakeStore):
+    search = f"?study={KEY}&view=claims"
+    assert "The store has no claims and no sweep of these runs; `spiketrain report SUITE`" in Asking(store).show(search)
+    claim = Claim(about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False)
+    store.add_finished("sltt-2", "SLTT", seed=2, parent="suite")
+    store.texts["suite", "report.json"] = json.dumps(Returned(claims=(claim,), sweeps=(LARGEST,)).to_json())
+    asking = Asking(store)
+    shown = asking.show(search)
+    assert "does not hold" in shown and "Memory against time steps: small" in shown and shown.count('"type":"Graph"') == 1
+    assert "Each rule's own largest batch" in shown and f'"data-png":"{KEY[:8]}-sweep1-memory-against-time-steps"' in shown
+    for name, head in (("claims", "rule,claim,"), ("sweep1-largest", "rule,time steps,largest batch in 1 GB,")):
+        assert asking.client.get(f"/csv{search}&name={name}").get_data(as_text=True).startswith(head)
+    before = json.loads(shown)["response"]["drawn"]["data"]
+    assert json.loads(Asking(store).show(search, drawn=before))["response"] == {}
+    store.texts["suite", "report.json"] = "{}"
+    assert "no claims and no sweep" in Asking(store).show(search, drawn=before)
 
 
 def test_names_from_outside_stay_text(store: FakeStore):

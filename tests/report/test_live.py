@@ -6,10 +6,13 @@ import json
 
 import pytest
 
+from pipeline.report.claims import Claim
 from pipeline.report.live import Live
+from pipeline.report.returned import Returned
 from pipeline.report.store import Point
 from tests.report.fake_store import FakeStore
 from tests.report.hand_made import KEY, events, run
+from tests.report.test_figures import SWEEP
 
 
 @pytest.fixture
@@ -113,3 +116,18 @@ def test_a_run_whose_artifacts_cannot_be_read_is_left_out_and_the_others_are_sho
     study = Live(store).study(store.members)
     assert [run.name for run in study.runs] == ["bptt"]
     assert study.notes == (f"locked is left out: {store.refused[locked.id]}",)
+
+
+def test_what_the_report_of_a_suite_tells_is_part_of_its_study(store: FakeStore):
+    store.add_finished("sltt", "SLTT", parent="suite")
+    live = Live(store)
+    assert (live.study(store.members).claims, live.study(store.members).notes) == ((), ())
+    claim = Claim(about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False)
+    store.texts["suite", "report.json"] = json.dumps(Returned(claims=(claim,), sweeps=(SWEEP,)).to_json())
+    later = Live(store)  # a look lasts half a second
+    study = later.study(store.members)
+    assert (study.claims, study.sweeps, study.notes) == ((claim,), (SWEEP,), ())
+    assert later.versions(store.members) != live.versions(store.members) and live.versions(store.members[1:]) == []
+    store.refused["suite"] = "report.json cannot be read"
+    study = Live(store).study(store.members)
+    assert len(study.runs) == 2 and study.notes == ("What its suite's report tells is left out: report.json cannot be read",)

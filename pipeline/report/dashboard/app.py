@@ -26,6 +26,13 @@ function (pathname) {
     if (!window.watchesScheme) {
         window.watchesScheme = true;
         document.addEventListener("focusin", (event) => { window.lastFocused = event.target.id; });
+        document.addEventListener("click", (event) => {
+            const button = event.target.closest("[data-png]");
+            const plot = button?.closest("figure").querySelector(".js-plotly-plot");
+            if (!plot) return;
+            const size = {width: Math.max(720, plot.clientWidth), height: plot.clientHeight};
+            window.Plotly.downloadImage(plot, {format: "png", filename: button.dataset.png, scale: 2, ...size});
+        });
         document.addEventListener("pointerdown", () => { window.lastFocused = ""; });
         dark.addEventListener("change", () => window.dash_clientside.set_props("scheme", {data: told()}));
     }
@@ -264,7 +271,8 @@ class _Answers:
         try:
             members = place.members(self._live.members(place.study))
             runs = place.picked(members)
-            now = [search, scheme, [[run.id, run.state] for run in members], [[run.newest, _versions(run.tags)] for run in runs]]
+            news = [[[run.newest, _versions(run.tags)] for run in runs], self._live.versions(runs)]
+            now = [search, scheme, [[run.id, run.state] for run in members], news]
             if now == before:
                 return (no_update,) * 5
             if not members:

@@ -10,12 +10,13 @@ from urllib.parse import parse_qs, urlencode
 from pipeline.baseline import is_baseline
 from pipeline.report.store import StoredRun, StoredStudy
 
-View = Literal["costs", "learning", "time", "gradients", "runs"]
+View = Literal["costs", "learning", "time", "gradients", "claims", "runs"]
 VIEWS: dict[View, str] = {
     "costs": "Savings and costs",
     "learning": "Learning curves",
     "time": "Where the time goes",
     "gradients": "Gradients and firing rates",
+    "claims": "Claims and memory against time steps",
     "runs": "Hardware and commits",
 }
 Only = Literal["all", "running", "finished", "failed"]
