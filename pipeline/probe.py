@@ -41,8 +41,9 @@ class Probe:
 
     def share_of_time(self, rule: str) -> tuple[float, ...]:
         """Of the time baseline's, in each round."""
-        assert self.time_baseline is not None, "asked where there is one"
-        return tuple(mine / its for mine, its in zip(self.rounds[rule], self.rounds[self.time_baseline.rule], strict=True))
+        base = self.time_baseline
+        assert base is not None, "asked where there is one"
+        return tuple(mine / its for mine, its in zip(self.rounds[rule], self.rounds[base.rule], strict=True))
 
     @property
     def time_baseline(self) -> Cost | None:

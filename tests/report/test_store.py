@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.report.store import ArtifactError, Point, StoredRun, StoreError, open_store, studies
+from pipeline.report.store_server import ServerStore
 from pipeline.track.connect import connect
 from pipeline.track.jsonl import Journal
 from pipeline.track.mlflow import sync
@@ -101,6 +102,18 @@ def test_known_artifacts_alone_and_none_through_a_link(store: Path, tmp_path: Pa
     (place / "report.html").mkdir()
     with pytest.raises(ArtifactError, match=r"report\.html cannot be read \(Is a directory\); look at it by hand"):
         opened.text(run.id, "report.html")
+
+
+def test_one_artifact_that_mlflow_cannot_hand_out_is_not_the_stores_trouble(store: Path):
+    """Asked through MLflow's client, as a server is."""
+    opened, run = ServerStore(f"sqlite:///{store}"), run_named(store, "c")
+    assert opened.text(run.id, "recipe.json") == '{"é": 1}'
+    assert opened.text(run.id, "summary.json") is None and opened.text("none", "recipe.json") is None
+    [place] = store.parent.glob(f"mlartifacts/fashion/{run.id}/artifacts")
+    (place / "activity.json").mkdir()
+    said = rf"activity\.json of run {run.id} cannot be read \(IsADirectoryError: .*; look at it by hand"
+    with pytest.raises(ArtifactError, match=said):
+        opened.text(run.id, "activity.json")
 
 
 def told(uri: str | Path, seconds: float = 4.0) -> str:
