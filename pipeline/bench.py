@@ -1,7 +1,7 @@
 """A recipe's network and one batch of its data, on which rules are tried before any training.
 
 Every rule gets the same network with the same weights, which rest, and the same batch, through the loop that trains. Recipes
-with a teacher are tried with its labels alone, and those of several tasks in their first.
+with a teacher are tried with its labels alone (asked.py has what it needs beside), and those of several tasks in their first.
 """
 
 # T time, B batch
@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +29,7 @@ from pipeline.loop import MicroBatch, train
 from pipeline.measure.fidelity import gradients
 from pipeline.measure.held import Held, bytes_of, held
 from pipeline.measure.meters import Instrument, Meters
+from pipeline.measure.stopwatch import seconds_of
 from pipeline.measure.time_parts import REST
 from pipeline.measure.totals import Totals
 from pipeline.measure.traffic import Traffic
@@ -62,6 +62,8 @@ RULES = (
 )
 UNTIMED = 3  # the first batch warms up, on the second bytes are counted, on the third operations
 TIMED = 5
+ROUNDS = 3
+"""of what is compared by its seconds: where a machine gets slower in between, it does so for all"""
 LEARNS_BY_ITSELF = 16  # batches that a rule with matrices of its own sees before its gradient is taken
 DRAWS = 8
 
@@ -129,7 +131,8 @@ class Bench:
         self.network = build_network(self.recipe, tasks_of(self.recipe)).to(device)
         self.loss: Loss = self.recipe.objective.build()
         batch = first_batch(recipe, self.samples) if source == "data" else noise(recipe, self.samples)
-        self.x_TB = over_steps(batch.x.to(device), recipe.time_steps)
+        self.x_B = batch.x.to(device)
+        self.x_TB = over_steps(self.x_B, recipe.time_steps)
         self.target_B = batch.target.to(device)
 
     def cost(self, rule: Spec) -> Cost:
@@ -173,7 +176,7 @@ class Bench:
     def optimizer_s(self) -> float:
         """Seconds of a move of the weights, the median of several."""
         _, optimizer = self._moved()
-        return statistics.median(self._seconds_of(optimizer.step) for _ in range(TIMED))
+        return statistics.median(seconds_of(optimizer.step, self.x_B.device) for _ in range(TIMED))
 
     def loading_s(self) -> float:
         """Seconds of reading a batch and making it ready, on one thread with nothing else to do; the median of several."""
@@ -183,7 +186,7 @@ class Bench:
             some = iter(batches)
             next(some)
             turns = min(TIMED, loader.steps_per_epoch - 1)
-            return statistics.median(self._seconds_of(lambda: next(some)) for _ in range(turns)) if turns else 0.0
+            return statistics.median(seconds_of(lambda: next(some), self.x_B.device) for _ in range(turns)) if turns else 0.0
 
     @property
     def batch_bytes(self) -> int:
@@ -230,16 +233,6 @@ class Bench:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         return network, optimizer
-
-    def _seconds_of(self, act: Callable[[], object]) -> float:
-        def settled() -> float:
-            if self.x_TB.is_cuda:
-                torch.cuda.synchronize(self.x_TB.device)
-            return time.perf_counter()
-
-        begun = settled()
-        act()
-        return settled() - begun
 
 
 def fastest_baseline(costs: Iterable[Cost]) -> Cost | None:

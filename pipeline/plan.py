@@ -1,6 +1,6 @@
 """Predicts, before anything is launched, what each rule needs on machines that are not here: a model, not a measurement.
 
-    step = compute + communication + optimizer + loading
+    step = compute + teacher + communication + optimizer + loading
 
 Compute and memory come from a profile of small batches (`profile.py`). Here its seconds are the machine's own, times what its
 workers slow one another down (`measure/neighbours.py`); for a card of the table compute is the longer of its roofline
@@ -32,20 +32,18 @@ from typing import Literal
 
 import torch
 
-from pipeline.bench import RULES, Bench, by_label
+from pipeline.bench import ROUNDS, RULES, Bench, by_label
 from pipeline.build import check_recipe
 from pipeline.measure.held import Held
 from pipeline.measure.memory import free_bytes
 from pipeline.measure.neighbours import ALONE, neighbours
 from pipeline.measure.traffic import Device
-from pipeline.profile import EFFICIENCY, Profile, profile_of, sizes_for, times_for
+from pipeline.profile import EFFICIENCY, Profile, TeacherProfile, profile_of, sizes_for, teacher_profile, times_for
 from pipeline.recipe import Recipe, Spec
 from pipeline.tasks import Loaders, tasks_of
 
 RESERVE = 0.1
 """of a card's memory that is left to fragments, workspaces and the driver"""
-ROUNDS = 3
-"""of a profile here"""
 RAY_SHARE = 0.07
 """of a core that Ray's own processes take from each worker where no core is spare: `top` on two workers, Ray 2.60"""
 
@@ -85,6 +83,8 @@ class Planned:
     memory_bytes: float
     """of a worker at its peak: held, kept, and the batch itself"""
     compute_s: float
+    teacher_s: float
+    """of asking a teacher once a batch; 0 without one"""
     communication_s: float
     optimizer_s: float
     loading_s: float
@@ -97,7 +97,7 @@ class Planned:
 
     @property
     def step_s(self) -> float:
-        return self.compute_s + self.communication_s + self.optimizer_s + self.loading_s
+        return self.compute_s + self.teacher_s + self.communication_s + self.optimizer_s + self.loading_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +112,9 @@ class Plan:
     """sizes of batches, and numbers of time steps, that were profiled"""
     source: Literal["data", "noise"]
     """what they held"""
+    teacher: str | None
+    """that the figures of every rule have in them: its time, and the bytes of its weights"""
+    teacher_bytes: float
     rules: tuple[Planned, ...]
     refused: Mapping[str, str]
     """rules that cannot train the network, or do not fit at any size, and why"""
@@ -127,8 +130,8 @@ def plan(
 ) -> Plan:
     """Plan `rules`, and the recipe's own, on `cluster`; `samples` are those of an epoch (None: the data's).
 
-    Raises: ValueError for a recipe that does not fit together or has phases, a precision that the card's sheet does not give, or
-    more workers than this machine has cores, where it is meant; for an epoch without a whole batch; what the data refuse.
+    Raises: ValueError for a recipe that does not fit together or has phases, a precision that the card's sheet does not give,
+    more workers than this machine has cores or cards, where it is meant, or an epoch without a whole batch; what the data refuse.
     """
     check_recipe(recipe.with_untrained_teacher(), cluster.workers)
     _check(recipe, cluster)
@@ -137,7 +140,8 @@ def plan(
         raise ValueError(f"plan: an epoch must have a batch of {recipe.batch_size} samples at least; got {samples}")
     sizes = sizes_for(recipe, cluster.workers, card=cluster.device)
     made = cache(lambda B, T: Bench(replace(recipe, time_steps=T), batch_size=B, source=source, threads=cluster.threads))
-    share = _Share(recipe, cluster, made(sizes[1], recipe.time_steps), source)
+    bench = made(sizes[1], recipe.time_steps)
+    share = _Share(recipe, cluster, bench, source, teacher_profile(recipe, bench.x_B, sizes, cluster.device))
     planned, refused = [], {}
     profiled: set[int] = set()
     for label, rule in by_label(rules, recipe.rule).items():
@@ -157,6 +161,8 @@ def plan(
         samples=samples,
         profiled=(sizes, tuple(sorted(profiled))),
         source=source,
+        teacher=None if share.teacher is None else share.teacher.label,
+        teacher_bytes=share.teacher_bytes,
         rules=tuple(planned),
         refused=refused,
     )
@@ -174,7 +180,14 @@ def _check(recipe: Recipe, cluster: Cluster) -> None:
         raise ValueError(f"plan: the recipe must be of one task; got {len(recipe.phases)} phases")
     if card is not None and recipe.precision not in card.flops:
         raise ValueError(f"plan: {card.name}: precision must be {', '.join(card.flops)}; got {recipe.precision}")
-    if card is None and not torch.cuda.is_available() and cluster.workers * cluster.threads > cores:
+    if card is None and torch.cuda.is_available():
+        cards = torch.cuda.device_count()
+        if cluster.workers > cards:
+            raise ValueError(
+                f"plan: every worker takes a card, of which machines like this one have {cards}; "
+                f"got {cluster.workers} workers; name the card with --device, or fewer"
+            )
+    elif card is None and cluster.workers * cluster.threads > cores:
         raise ValueError(
             f"plan: machines like this one have {cores} cores, of which every worker takes {cluster.threads}; "
             f"got {cluster.workers} workers; name a card, or fewer"
@@ -189,18 +202,22 @@ def _samples(recipe: Recipe) -> int:
 class _Share:
     """What every rule needs alike: what a worker holds, moves and says to the others."""
 
-    def __init__(self, recipe: Recipe, cluster: Cluster, bench: Bench, source: str) -> None:
+    def __init__(
+        self, recipe: Recipe, cluster: Cluster, bench: Bench, source: str, teacher: TeacherProfile | None
+    ) -> None:
         self.held: Held = bench.held()
         self.batch_bytes_of_a_sample = bench.batch_bytes / bench.samples
         self.average_bytes = self.held.parameters if recipe.ema_decay else 0
+        self.teacher, self.teacher_bytes = teacher, 0.0 if teacher is None else teacher.bytes
         self.workers, card = cluster.workers, cluster.device
         if card is None:
             self.memory = free_bytes() / (1 if torch.cuda.is_available() else cluster.workers)
             self.loading_s_of_a_sample = bench.loading_s() / bench.samples if source == "data" else 0.0
             self.loads_beside = len(os.sched_getaffinity(0)) > cluster.workers * cluster.threads
-            found = neighbours(cluster.workers, self.held.gradients, threads=cluster.threads)
+            on = "cuda" if torch.cuda.is_available() else "cpu"
+            found = neighbours(cluster.workers, self.held.gradients, threads=cluster.threads, on=on)
             crowded = found.slowdown / (1.0 if self.loads_beside else 1 - RAY_SHARE)
-            self.slowdown = ALONE.slowdown if torch.cuda.is_available() else crowded
+            self.slowdown = ALONE.slowdown if on == "cuda" else crowded  # cards share neither caches nor clocks
             self.optimizer_s = bench.optimizer_s() * self.slowdown
             self.s_of_a_byte = found.ring_s / max(1.0, self._ring(self.held.gradients))
         else:
@@ -214,11 +231,15 @@ class _Share:
 
     def held_bytes(self, zero: int) -> float:
         held, N = self.held, self.workers
-        bytes_ = held.parameters + held.buffers + self.average_bytes
+        bytes_ = held.parameters + held.buffers + self.average_bytes + self.teacher_bytes
         if zero == 0:
             return bytes_ + held.gradients + held.optimizer
         gradients = held.gradients / (N if zero == 2 else 1)
         return bytes_ + gradients + (held.optimizer + held.parameters) / N + held.gradients
+
+    def teacher_s(self, micro: int) -> float:
+        """Of a micro-batch, on its worker."""
+        return 0.0 if self.teacher is None else self.teacher(micro) * self.slowdown
 
     def communication_s(self, zero: int, backward_calls: float) -> float:
         """Of one move of the weights."""
@@ -254,11 +275,12 @@ def _planned(profile: Profile, share: _Share, recipe: Recipe, cluster: Cluster, 
     accumulation, calls = whole // micro, profile.backward_calls(micro, T)
     moves = calls if moves_at_each_step else 1.0
     compute = profile.compute_s(micro, T) * accumulation * share.slowdown
+    teacher = share.teacher_s(micro) * accumulation
     communication = moves * share.communication_s(zero, 1.0 if moves_at_each_step else calls * accumulation)
     optimizer = moves * share.optimizer_s
     loading = share.loading_s_of_a_sample * whole
-    exposed = max(0.0, loading - compute) if share.loads_beside else loading
-    step = compute + communication + optimizer + exposed
+    exposed = max(0.0, loading - compute - teacher) if share.loads_beside else loading
+    step = compute + teacher + communication + optimizer + exposed
     steps = samples // recipe.batch_size * recipe.epochs
     hours = (steps if recipe.stop_after is None else min(steps, recipe.stop_after)) * step / 3600
     return Planned(
@@ -269,6 +291,7 @@ def _planned(profile: Profile, share: _Share, recipe: Recipe, cluster: Cluster, 
         saved_bytes=profile.saved_bytes(micro, T),
         memory_bytes=needed(micro, zero),
         compute_s=compute,
+        teacher_s=teacher,
         communication_s=communication,
         optimizer_s=optimizer,
         loading_s=exposed,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from pipeline.asked import Asked, asked
 from pipeline.baseline import BASELINE, is_baseline
-from pipeline.bench import RULES, Bench, Cost, by_label, fastest_baseline
+from pipeline.bench import ROUNDS, RULES, Bench, Cost, by_label, fastest_baseline
 from pipeline.build import check_recipe
 from pipeline.measure.fidelity import Fidelity, Gradients, fidelity
 from pipeline.measure.memory import hardware
@@ -23,7 +25,11 @@ class Probe:
     samples: int
     time_steps: int
     costs: tuple[Cost, ...]
-    """BPTT first, where it can train the network"""
+    """BPTT first, where it can train the network; seconds are medians over the rounds"""
+    rounds: Mapping[str, tuple[float, ...]]
+    """seconds of forward and backward of each rule, in rounds in which they took turns"""
+    teacher: Asked | None
+    """in no rule's cost"""
     fidelity: Fidelity | None
     """None where BPTT cannot train the network: nothing to compare with"""
     refused: Mapping[str, str]
@@ -32,6 +38,12 @@ class Probe:
 
     def cost(self, rule: str) -> Cost | None:
         return next((cost for cost in self.costs if cost.rule == rule), None)
+
+    def share_of_time(self, rule: str) -> tuple[float, ...]:
+        """Of the time baseline's, in each round."""
+        base = self.time_baseline
+        assert base is not None, "asked where there is one"
+        return tuple(mine / its for mine, its in zip(self.rounds[rule], self.rounds[base.rule], strict=True))
 
     @property
     def time_baseline(self) -> Cost | None:
@@ -46,28 +58,48 @@ def probe(recipe: Recipe, *, batch_size: int | None = None, threads: int = 1, ru
     """
     check_recipe(recipe.with_untrained_teacher(), 1)
     bench = Bench(recipe, batch_size=batch_size, threads=threads)
-    costs: list[Cost] = []
+    rounds, refused = _in_turns(bench, by_label(rules, recipe.rule))
     found: dict[str, Sequence[Gradients]] = {}
-    refused: dict[str, str] = {}
     for label, rule in by_label(rules, recipe.rule).items():
-        try:
-            cost = bench.cost(rule)
-            if label == BASELINE or not is_baseline(label):  # BPTT in slices of time has BPTT's gradient
+        if label in rounds and (label == BASELINE or not is_baseline(label)):  # BPTT in slices of time has BPTT's gradient
+            try:
                 found[label] = bench.gradients(rule)
-            costs.append(cost)
-        except ValueError as error:
-            refused[label] = str(error)
-    if not costs:
+            except ValueError as error:
+                refused[label] = str(error)
+                del rounds[label]
+    if not rounds:
         raise ValueError("probe: no rule can train this network; " + "; ".join(refused.values()))
     return Probe(
         recipe=recipe.name,
         samples=bench.samples,
         time_steps=recipe.time_steps,
-        costs=tuple(costs),
+        costs=tuple(_in_the_median(each) for each in rounds.values()),
+        rounds={label: tuple(cost.compute_s for cost in each) for label, each in rounds.items()},
+        teacher=asked(recipe, bench.x_B),
         fidelity=_compared(found),
         refused=refused,
         hardware=hardware(),
     )
+
+
+def _in_turns(bench: Bench, rules: Mapping[str, Spec]) -> tuple[dict[str, list[Cost]], dict[str, str]]:
+    """What each rule costs in every round, and why others cannot train the network."""
+    rounds: dict[str, list[Cost]] = {label: [] for label in rules}
+    refused: dict[str, str] = {}
+    for _ in range(ROUNDS):
+        for label in list(rounds):
+            try:
+                rounds[label].append(bench.cost(rules[label]))
+            except ValueError as error:
+                refused[label] = str(error)
+                del rounds[label]
+    return rounds, refused
+
+
+def _in_the_median(costs: Sequence[Cost]) -> Cost:
+    """All count the same bytes and operations."""
+    seconds = {name: statistics.median(getattr(cost, name) for cost in costs) for name in ("forward_s", "backward_s", "loop_s")}
+    return replace(costs[0], **seconds)
 
 
 def _compared(found: Mapping[str, Sequence[Gradients]]) -> Fidelity | None:
@@ -110,9 +142,10 @@ def advice(found: Probe) -> str:
     else:
         called = f"{best.rule} is near BPTT here before training, but not known to be safe"
         where = f"{len(known)} of {len(layers)} layers; {unknown} in the others"
+    shares = found.share_of_time(best.rule)
     faster = "its time" if fastest is bptt else f"the time of {fastest.rule}, the faster BPTT"
     return (
         f"{called}: its gradient has a cosine of {cosine:.2f} or more (least at {layer}) with BPTT's in {where}; "
         f"it keeps {best.peak_saved_bytes / bptt.peak_saved_bytes:.0%} of BPTT's bytes "
-        f"and takes {best.compute_s / fastest.compute_s:.0%} of {faster}."
+        f"and takes {statistics.median(shares):.0%} of {faster}, {min(shares):.0%} to {max(shares):.0%} in {len(shares)} rounds."
     )

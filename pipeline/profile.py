@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from pipeline.asked import Asking
 from pipeline.bench import Needs
 from pipeline.measure.traffic import Device
 from pipeline.recipe import Recipe
@@ -65,6 +68,22 @@ class Profile:
 
     def compute_s(self, micro: int, T: int) -> float:
         return max(self.seconds(micro, T), self.launches_s(micro, T))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherProfile:
+    """What a teacher was seen to need of one worker, or would of a card, whatever the rule and the number of time steps."""
+
+    label: str
+    bytes: int
+    """of its weights and statistics"""
+    seconds: Bilinear
+    """of its answers for a batch, which has no time steps: at T = 1"""
+    launches_s: Bilinear
+
+    def __call__(self, micro: int) -> float:
+        """Seconds of so many samples."""
+        return max(self.seconds(micro, 1), self.launches_s(micro, 1))
 
 
 COUNTED = 8
@@ -126,4 +145,29 @@ def profile_of(
         seconds=Bilinear.through(seconds),
         launches_s=Bilinear.through(launches),
         backward_calls=Bilinear.through({place: each.backward_calls / each.batches for place, each in totals.items()}),
+    )
+
+
+def teacher_profile(recipe: Recipe, x_B: Tensor, sizes: tuple[int, int], card: Device | None) -> TeacherProfile | None:
+    """Of the recipe's teacher, asked about `sizes` of the samples `x_B` as the loader gives them; None without one.
+
+    Raises: ValueError for a precision of the teacher's that the card's sheet does not give.
+    """
+    if recipe.teacher is None:
+        return None
+    asking = Asking(recipe, x_B.device)
+    if card is None:
+        seconds = {(B, 1): asking.seconds(x_B[:B]) for B in sizes}
+        launches = dict.fromkeys(seconds, 0.0)
+    elif asking.precision not in card.flops:
+        raise ValueError(f"plan: {card.name}: the teacher's precision must be {', '.join(card.flops)}; got {asking.precision}")
+    else:
+        traffic = {(B, 1): asking.traffic(x_B[:B]) for B in sizes}
+        seconds = {place: each.busy(card, precision=asking.precision) / EFFICIENCY for place, each in traffic.items()}
+        launches = {place: each.kernels * card.launch for place, each in traffic.items()}
+    return TeacherProfile(
+        label=asking.label,
+        bytes=asking.bytes,
+        seconds=Bilinear.through(seconds),
+        launches_s=Bilinear.through(launches),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -66,6 +67,7 @@ def report(
     """
     from pipeline.report.page import write
     from pipeline.report.read_study import read_study
+    from pipeline.report.returned import Returned
     from pipeline.report.suite import suite_named
     from pipeline.track.mlflow import tracking_uri
     from pipeline.track.publish import log_report
@@ -76,7 +78,8 @@ def report(
     print(page)
     suite = suite_named(runs, names or [])
     if suite is not None:
-        log_report(suite, page, uri=tracking_uri(suite.parent))
+        told = Returned(claims=study.claims, sweeps=study.sweeps).to_json()
+        log_report(suite, page, json.dumps(told), uri=tracking_uri(suite.parent))
 
 
 def dashboard(

@@ -1,7 +1,7 @@
 """Memory and time against the number of time steps T, for each rule: what the papers' central figures show.
 
 And the largest batch whose bytes fit. What backward keeps grows with the batch in a straight line, bytes(B) = a + b B, so two
-sizes tell it; beside it lie the parameters with their gradients and the optimizer's state, and the batch itself.
+sizes tell it; beside it lie the parameters with their gradients and the optimizer's state, a teacher, and the batch itself.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pipeline.asked import Asked, asked
 from pipeline.bench import RULES, Bench, Cost, by_label, fastest_baseline
 from pipeline.build import check_recipe
 from pipeline.counts import are_counts
@@ -48,7 +49,9 @@ class Sweep:
     refused: Mapping[str, Mapping[int, str]]
     """rules that cannot train the network, or for whose largest batch the data have too few samples, at which T, and why"""
     memory_bytes: int | None
-    """that a largest batch may take"""
+    """that a largest batch may take, with what lies beside it"""
+    teacher: Asked | None
+    """in no rule's cost; its bytes lie beside a largest batch"""
     hardware: Mapping[str, object]
 
     def of(self, rule: str) -> tuple[Point, ...]:
@@ -102,11 +105,13 @@ def sweep(
     points: list[Point] = []
     refused: dict[str, dict[int, str]] = {}
     benches = [Bench(replace(recipe, time_steps=each), batch_size=batch_size, threads=threads) for each in steps]
+    teacher = asked(recipe, benches[0].x_B)
+    room = None if limit is None else limit - (0 if teacher is None else teacher.bytes)
     for bench in benches:
         half = None if limit is None else _half(bench, threads)
         for label, rule in by_label(rules, recipe.rule).items():
             try:
-                points.append(_point(bench, half, rule, limit))
+                points.append(_point(bench, half, rule, room))
                 if at_largest and points[-1].largest_batch:
                     points[-1] = _tried(points[-1], bench.recipe, rule, threads)
             except ValueError as error:
@@ -121,6 +126,7 @@ def sweep(
         points=tuple(sorted(points, key=lambda point: (order.index(point.cost.rule), point.time_steps))),
         refused=refused,
         memory_bytes=limit,
+        teacher=teacher,
         hardware=hardware(),
     )
 
@@ -131,9 +137,9 @@ def _half(bench: Bench, threads: int) -> Bench:
     return Bench(bench.recipe, batch_size=bench.samples // 2, threads=threads)
 
 
-def _point(bench: Bench, half: Bench | None, rule: Spec, limit: int | None) -> Point:
+def _point(bench: Bench, half: Bench | None, rule: Spec, room: int | None) -> Point:
     cost = bench.cost(rule)
-    largest = None if half is None or limit is None else _largest(bench, cost, half, half.cost(rule), limit)
+    largest = None if half is None or room is None else _largest(bench, cost, half, half.cost(rule), room)
     speed = bench.samples / cost.compute_s
     return Point(time_steps=bench.recipe.time_steps, cost=cost, images_per_compute_s=speed, largest_batch=largest)
 
@@ -142,12 +148,12 @@ def _tried(point: Point, recipe: Recipe, rule: Spec, threads: int) -> Point:
     return replace(point, at_largest=Bench(recipe, batch_size=point.largest_batch, threads=threads).cost(rule))
 
 
-def _largest(bench: Bench, cost: Cost, half: Bench, half_cost: Cost, limit: int) -> int:
+def _largest(bench: Bench, cost: Cost, half: Bench, half_cost: Cost, room: int) -> int:
     """From the bytes of two batches; 0 where not even one sample fits."""
     more = _bytes(bench, cost) - _bytes(half, half_cost)
     of_a_sample = more / (bench.samples - half.samples)
     fixed = _bytes(bench, cost) - of_a_sample * bench.samples + bench.held().total
-    return max(0, int((limit - fixed) / max(of_a_sample, 1.0)))
+    return max(0, int((room - fixed) / max(of_a_sample, 1.0)))
 
 
 def _bytes(bench: Bench, cost: Cost) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,22 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
+from torch import nn
 
 from pipeline.bench import Bench
 from pipeline.data.synthetic import Synthetic
 from pipeline.devices import DEVICES
-from pipeline.measure.neighbours import ALONE, neighbours
-from pipeline.measure.traffic import Device
-from pipeline.plan import Cluster, Plan, Planned, plan
+from pipeline.measure.neighbours import ALONE, Neighbours, neighbours
+from pipeline.measure.traffic import Device, Traffic
+from pipeline.objective import CrossEntropy
+from pipeline.plan import Cluster, Plan, Planned, _Share, plan
 from pipeline.profile import EFFICIENCY, Bilinear, times_for
 from pipeline.recipe import Recipe, Spec, spec
-from pipeline.report.plan import advice
+from pipeline.report.plan import advice, basis, print_plan
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
+from pipeline.teaching import build_teacher
 from tests.small import command, recipes_of, train_inline
 from tests.test_probe import RECIPE, recipe_with
+from tests.test_teaching import taught
 
 RULES = (spec(BPTT), spec(SLTT))
 H100 = DEVICES["h100"]
@@ -149,10 +156,64 @@ def test_a_small_card_takes_smaller_micro_batches_and_a_tiny_one_refuses() -> No
     assert refused.refused["BPTT"].startswith("BPTT: a worker must fit into 9e-07 GB; it needs")
 
 
+def test_cards_sum_among_themselves_and_more_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this machine there is none: what they take is not asked of gloo on its cores."""
+    bench = Bench(made(), batch_size=4, source="noise")
+    asked: list[dict[str, Any]] = []
+
+    def told(workers: int, size: int, **about: Any) -> Neighbours:
+        asked.append({"workers": workers, **about})
+        return Neighbours(slowdown=2.0, ring_s=1.0)
+
+    monkeypatch.setattr("pipeline.plan.neighbours", told)
+    monkeypatch.setattr("pipeline.plan.free_bytes", lambda: 10**9)
+    on_cores = _Share(made(), Cluster(workers=2), bench, "noise", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    on_cards = _Share(made(), Cluster(workers=2), bench, "noise", None)
+    assert [each["on"] for each in asked] == ["cpu", "cuda"] and asked[1]["workers"] == 2
+    assert on_cores.slowdown > 1.9 and on_cards.slowdown == 1 and on_cards.communication_s(0, 1.0) == pytest.approx(1.0)
+    said = "every worker takes a card, of which machines like this one have 2; got 4 workers; name the card with --device"
+    with pytest.raises(ValueError, match=said):
+        plan(made(), Cluster(workers=4))
+    assert len(asked) == 2
+
+
+def test_a_teacher_is_in_every_rules_time_and_bytes() -> None:
+    """On a card its kernels are too small to be waited for: two micro-batches of as many launches each."""
+    recipe = replace(taught(), backend="deepspeed")
+    alone = replace(recipe, teacher=None, objective=spec(CrossEntropy))
+    cluster = Cluster(workers=1, device=H100)
+    found, without = (plan(each, cluster, samples=64, source="noise", rules=RULES) for each in (recipe, alone))
+    teacher, kernels = _teacher_of(recipe)
+    assert (found.teacher, found.teacher_bytes) == ("test_efficientnet", teacher) and without.teacher is None
+    for rule in ("BPTT", "SLTT", "SLTT-1"):
+        taught_, untaught = of(found, rule), of(without, rule)
+        assert taught_.teacher_s == pytest.approx(2 * kernels * H100.launch) and untaught.teacher_s == 0
+        assert taught_.step_s == pytest.approx(untaught.step_s + taught_.teacher_s)
+        assert taught_.memory_bytes == pytest.approx(untaught.memory_bytes + teacher)
+    said = f"In all of them the teacher, test_efficientnet: {teacher / 1e6:.4g} MB of weights, asked about every sample."
+    assert basis(found).endswith(said) and "teacher" not in basis(without)
+    print_plan(found, console=Console(file=(out := io.StringIO()), width=200))
+    [head] = [line for line in out.getvalue().splitlines() if line.startswith("rule")]
+    assert head.split()[6:8] == ["compute", "teacher"]
+    here = plan(recipe, Cluster(workers=1), rules=())
+    assert of(here, "SLTT-1").teacher_s > 0
+
+
+def _teacher_of(recipe: Recipe) -> tuple[int, int]:
+    """Bytes of its weights, statistics and a head for 10 classes, and the kernels of an answer, counted by hand."""
+    teacher = build_teacher(recipe.with_untrained_teacher(), recipe.data.build())
+    teacher.head = nn.Linear(teacher.features(torch.zeros(1, 1, 8, 8)).shape[-1], 10)
+    with Traffic() as traffic:
+        teacher(torch.zeros(2, 1, 8, 8))
+    return sum(each.numel() * each.element_size() for each in (*teacher.parameters(), *teacher.buffers())), traffic.kernels
+
+
 @pytest.mark.full
 def test_neighbours_sum_longer_the_more_they_sum_and_compute_no_faster_than_one_alone() -> None:
-    assert neighbours(1, 10**9) == ALONE
-    little, much = neighbours(2, 10**4), neighbours(2, 4 * 10**7)
+    assert neighbours(1, 10**9, on="cpu") == ALONE
+    little, much = neighbours(2, 10**4, on="cpu"), neighbours(2, 4 * 10**7, on="cpu")
     assert 0 < little.ring_s < much.ring_s < 1
     assert 1 <= little.slowdown < 3
 

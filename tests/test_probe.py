@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from rich.console import Console
 
-from pipeline.bench import RULES, Cost
+from pipeline.bench import RULES, Bench, Cost
 from pipeline.measure.fidelity import Fidelity
 from pipeline.models.mlp import mlp
 from pipeline.probe import Probe, advice, probe
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe import Recipe, Spec, spec
 from pipeline.report.probe import print_probe
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
@@ -84,8 +85,34 @@ def test_the_network_is_the_recipes_and_rests() -> None:
     assert [cost.operations for cost in one.costs] == [cost.operations for cost in other.costs]
 
 
-def test_a_taught_recipe_is_probed_with_labels() -> None:
-    assert probe(taught(), rules=(spec(BPTT),)).costs[0].rule == "BPTT"
+def test_a_taught_recipe_is_probed_with_labels_and_its_teacher_is_told_beside() -> None:
+    found = probe(taught(), rules=(spec(BPTT),))
+    assert [cost.rule for cost in found.costs] == ["BPTT", "SLTT-1"]
+    assert found.teacher is not None and found.teacher.teacher == "test_efficientnet" and found.teacher.seconds > 0
+    assert found.teacher.bytes > 4 * sum(each.numel() for each in timm.create_model("test_efficientnet").parameters())
+    out, told = io.StringIO(), io.StringIO()
+    print_probe(found, console=Console(file=out, width=200))
+    assert "the teacher, test_efficientnet, is in no row: beside every rule it holds" in out.getvalue()
+    print_probe(found, as_json=True, console=Console(file=told))
+    assert json.loads(told.getvalue())["teacher"]["bytes"] == found.teacher.bytes
+
+
+def test_rules_take_turns_and_the_median_of_the_rounds_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that gets slower with every look."""
+    turns: list[str] = []
+    cost = Bench.cost
+
+    def slower(self: Bench, rule: Spec) -> Cost:
+        found = cost(self, rule)
+        turns.append(found.rule)
+        return replace(found, forward_s=float(len(turns)), backward_s=0.0)
+
+    monkeypatch.setattr(Bench, "cost", slower)
+    found = probe(recipe_with(0.5), rules=(spec(BPTT), spec(SLTT)))
+    assert turns == ["BPTT", "SLTT", "SLTT-2"] * 3
+    assert found.rounds == {"BPTT": (1, 4, 7), "SLTT": (2, 5, 8), "SLTT-2": (3, 6, 9)}
+    assert [each.forward_s for each in found.costs] == [4, 5, 6]
+    assert found.share_of_time("SLTT") == (2, 5 / 4, 8 / 7)
 
 
 def test_the_recipes_own_rule_stands_for_one_of_its_label() -> None:
@@ -131,6 +158,8 @@ def probed(**rules: tuple[float, float, dict[str, float]]) -> Probe:
         samples=1,
         time_steps=1,
         costs=tuple(costs),
+        rounds={cost.rule: (cost.compute_s,) * 3 for cost in costs},
+        teacher=None,
         fidelity=Fidelity({}, cosines),
         refused={},
         hardware={},
@@ -142,6 +171,8 @@ def test_the_cheapest_rule_that_is_near_in_every_layer_is_advised() -> None:
     said = advice(probed(SLTT=(20, 0.9, near), OTTT=(25, 1.0, near), cheap=(10, 0.1, far)))
     assert said.startswith("SLTT is safe here before training")
     assert "0.92 or more" in said and "least at b" in said and "20% of BPTT's bytes" in said and "90% of its time" in said
+    found = replace(probed(SLTT=(20, 0.9, near)), rounds={"BPTT": (1.0, 1.0, 2.0), "SLTT": (0.9, 0.8, 2.2)})
+    assert advice(found).endswith("and takes 90% of its time, 80% to 110% in 3 rounds.")
 
 
 def test_where_none_is_near_the_nearest_is_named() -> None:
@@ -156,7 +187,7 @@ def test_time_is_over_the_faster_of_folded_and_stepped_bptt() -> None:
     near = {"a": 0.95, "b": 0.92}
     found = probed(**{"BPTT-chunk-1": (10, 0.5, {})}, SLTT=(20, 0.4, near))
     assert found.time_baseline is not None and found.time_baseline.rule == "BPTT-chunk-1"
-    assert advice(found).endswith("it keeps 20% of BPTT's bytes and takes 80% of the time of BPTT-chunk-1, the faster BPTT.")
+    assert "it keeps 20% of BPTT's bytes and takes 80% of the time of BPTT-chunk-1, the faster BPTT, 80% to 80%" in advice(found)
     found = replace(found, hardware={"cpu": "a cpu", "gpu": "none", "threads": 1})
     console = Console(file=io.StringIO(), width=200)
     print_probe(found, console=console)

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from pipeline.bench import Bench
+from pipeline.objective import CrossEntropy
 from pipeline.recipe import spec
 from pipeline.report.sweep import print_sweep, told_sweep
 from pipeline.rules.bptt import BPTT
@@ -19,6 +20,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.sweep import Sweep, sweep
 from tests.small import command, small_recipe
 from tests.test_probe import RECIPE, recipe_with
+from tests.test_teaching import taught
 
 RULES = (spec(BPTT), spec(SLTT))
 LIMIT = 10**6
@@ -89,6 +91,17 @@ def test_a_largest_batch_that_is_tried_has_its_own_bytes_and_speed() -> None:
         assert point.images_per_compute_s_at_largest == pytest.approx(point.largest_batch / point.at_largest.compute_s)
     with pytest.raises(ValueError, match="a largest batch is tried where there is one to find"):
         sweep(recipe, steps=(8,), rules=RULES, at_largest=True)
+
+
+def test_a_teachers_bytes_lie_beside_a_largest_batch() -> None:
+    recipe = taught()
+    found = sweep(recipe, steps=(4,), rules=RULES, memory_bytes=10**7)
+    assert found.teacher is not None and found.teacher.teacher == "test_efficientnet"
+    alone = replace(recipe, teacher=None, objective=spec(CrossEntropy))
+    without = sweep(alone, steps=(4,), rules=RULES, memory_bytes=10**7 - found.teacher.bytes)
+    assert [point.largest_batch for point in found.points] == [point.largest_batch for point in without.points]
+    print_sweep(found, console=Console(file=(out := io.StringIO()), width=200))
+    assert f"is in no row: beside every rule it holds {found.teacher.bytes / 1e6:.4g} MB" in out.getvalue()
 
 
 def test_where_not_one_sample_fits_the_largest_batch_is_0() -> None:

@@ -2,7 +2,7 @@
 
 Cores share caches, memory and clock rates, so what one worker is seen to need alone is too little for several. Every process
 computes the same piece (a convolution, and passes over what it gives, larger than a core's own cache) and then sums a tensor with
-the others over gloo, as a batch of training does.
+the others, as a batch of training does: over gloo on cores, over nccl on cards, of which each process has one.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import distributed, multiprocessing, nn
+
+from pipeline.measure.stopwatch import seconds_of, settle
 
 ROUNDS = 5
 """of one alone and then all together, so that a machine that gets slower in between does so for both"""
@@ -37,12 +39,12 @@ class Neighbours:
 ALONE = Neighbours(1.0, 0.0)
 
 
-def neighbours(workers: int, size: int, *, threads: int = 1) -> Neighbours:
-    """Of `workers` processes of `threads` threads that sum `size` bytes; `ALONE` for one."""
+def neighbours(workers: int, size: int, *, threads: int = 1, on: Literal["cpu", "cuda"]) -> Neighbours:
+    """Of `workers` processes of `threads` threads, with "cuda" on a card each, that sum `size` bytes; `ALONE` for one."""
     if workers == 1:
         return ALONE
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_rank, (workers, size, threads, folder), nprocs=workers)
+        multiprocessing.spawn(_rank, (workers, size, threads, on, folder), nprocs=workers)
         told = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(workers)]
     return Neighbours(
         slowdown=max(1.0, statistics.mean(each["together"] for each in told) / told[0]["alone"]),
@@ -50,18 +52,21 @@ def neighbours(workers: int, size: int, *, threads: int = 1) -> Neighbours:
     )
 
 
-def _rank(rank: int, workers: int, size: int, threads: int, folder: str) -> None:
+def _rank(rank: int, workers: int, size: int, threads: int, on: Literal["cpu", "cuda"], folder: str) -> None:
     torch.set_num_threads(threads)
+    device = torch.device("cpu") if on == "cpu" else torch.device("cuda", rank)
+    if on == "cuda":
+        torch.cuda.set_device(device)
     store = distributed.FileStore(f"{folder}/rendezvous", workers)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=workers)
-    summed, work = torch.ones(max(1, size // 4)), _work()
+    distributed.init_process_group({"cpu": "gloo", "cuda": "nccl"}[on], store=store, rank=rank, world_size=workers)
+    summed, work = torch.ones(max(1, size // 4), device=device), _work(device)
     alone, together, ring = list[float](), list[float](), list[float]()
     for _ in range(ROUNDS):
-        distributed.barrier()
+        _meet(device)
         if rank == 0:  # the others wait for it at the barrier, which is a wait without computing
             alone += [next(work) for _ in range(TURNS)][UNTIMED:]
-        distributed.barrier()
-        turns = [(next(work), _sum(summed)) for _ in range(TURNS)][UNTIMED:]
+        _meet(device)
+        turns = [(next(work), seconds_of(lambda: distributed.all_reduce(summed), device)) for _ in range(TURNS)][UNTIMED:]
         together += [computing for computing, _ in turns]
         ring += [summing for _, summing in turns]
     # Means: a batch that is held up holds up a training, however rare it is.
@@ -69,26 +74,23 @@ def _rank(rank: int, workers: int, size: int, threads: int, folder: str) -> None
     if rank == 0:
         seconds["alone"] = statistics.mean(alone)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(seconds))
-    distributed.barrier()
+    _meet(device)
     distributed.destroy_process_group()
 
 
-def _sum(tensor: Tensor) -> float:
-    begun = time.perf_counter()
-    distributed.all_reduce(tensor)
-    return time.perf_counter() - begun
+def _meet(device: torch.device) -> None:
+    distributed.barrier()
+    settle(device)  # a card's barrier is a kernel, for which the host does not wait
 
 
-def _work() -> Iterator[float]:
+def _work(device: torch.device) -> Iterator[float]:
     """The seconds of one piece after the other."""
-    convolution, x_B = nn.Conv2d(32, 32, 3, padding=1), torch.rand(32, 32, 28, 28)
+    convolution, x_B = nn.Conv2d(32, 32, 3, padding=1, device=device), torch.rand(32, 32, 28, 28, device=device)
 
-    def piece() -> Tensor:
+    def piece() -> None:
         u_B = convolution(x_B)
         spikes_B = (u_B * 0.5 + x_B >= 0.5).to(u_B.dtype)
-        return (spikes_B * u_B).sum()
+        (spikes_B * u_B).sum().backward()
 
     while True:
-        begun = time.perf_counter()
-        piece().backward()
-        yield time.perf_counter() - begun
+        yield seconds_of(piece, device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import plotly.graph_objects as go
@@ -10,15 +11,16 @@ import plotly.graph_objects as go
 from pipeline.measure.memory import told_hardware
 from pipeline.measure.time_parts import BETWEEN, PARTS, REST
 from pipeline.report.figure import PATTERNS, Figure, Missing, Table, Theme, base_layout, color, plain, shown, symbol, unit_of
-from pipeline.report.study import Group, measured, spread_of
+from pipeline.report.study import Group
 
 _SMALL = 0.01  # of a bar: parts below it in every rule are drawn as one
+_SO_FAR = ", batches alone"
 
 
 def time_parts(group: Group) -> Figure | Missing:
     """Where each rule's time goes, in milliseconds of a batch."""
     title = "Where the time goes"
-    of_rule = {rule: parts for rule in group.rules if (parts := _parts(group, rule))}
+    of_rule = dict(_bars(group))
     if not of_rule:
         return Missing(title=title, why="no run has told the parts of its time")
     names = [name for name in (*PARTS, REST, *BETWEEN) if any(parts.get(name) for parts in of_rule.values())]
@@ -55,11 +57,12 @@ def time_parts(group: Group) -> Figure | Missing:
     most = max(of_rule[slowest], key=lambda name: of_rule[slowest][name])
     share = of_rule[slowest][most] / totals[slowest]
     took = shown(totals[slowest], kind="s")
+    alone = "; of a rule without one, of its batches alone" if of_rule.keys() - set(group.rules) else ""
     return Figure(
         name="time-parts",
         title=title,
-        caption="Mean over runs of all seconds that a run was charged with, evaluation and checkpoints too, by batch; "
-        "rest is what no named part was entered for.",
+        caption="Mean over finished runs of all seconds that a run was charged with, evaluation and checkpoints too, by batch"
+        f"{alone}; rest is what no named part was entered for.",
         alt=f"{slowest} takes longest with {took} a batch, of which {most.replace('_', ' ')} is {share:.0%}.",
         table=Table(columns=("rule", "part", "seconds of a batch", "share"), rows=tuple(rows)),
         draw=draw,
@@ -67,15 +70,18 @@ def time_parts(group: Group) -> Figure | Missing:
     )
 
 
-def _parts(group: Group, rule: str) -> dict[str, float]:
-    """Seconds of a batch in each part, the mean over runs."""
-    steps_of = {run.name: measured(run, "steps") or run.step for run in group.of(rule)}
-    of_runs = [
-        {name: seconds / steps for name, seconds in run.parts.items()} for run in group.of(rule) if (steps := steps_of[run.name])
-    ]
-    names = dict.fromkeys(name for parts in of_runs for name in parts)
-    means = {name: spread_of([parts[name] for parts in of_runs if name in parts]) for name in names}
-    return {name: found.mean for name, found in means.items() if found is not None}
+def _bars(group: Group) -> Iterator[tuple[str, dict[str, float]]]:
+    """Each rule as its bar is called, and its seconds of a batch in each part, the mean over its finished runs.
+
+    Others tell of their batches alone and are in no mean with those: they stand for a rule of which none has finished.
+    """
+    for rule in group.rules:
+        finished = [run.parts for run in group.of(rule) if run.is_finished and run.parts]
+        of_runs = finished or [run.parts for run in group.of(rule) if run.parts]
+        if of_runs:
+            names = dict.fromkeys(name for parts in of_runs for name in parts)
+            means = {name: statistics.fmean(parts[name] for parts in of_runs if name in parts) for name in names}
+            yield rule if finished else f"{rule}{_SO_FAR}", means
 
 
 def memory_of_time(sweep: Mapping[str, Any]) -> Figure | Missing:

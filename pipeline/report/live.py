@@ -9,6 +9,7 @@ its points, so that the next look asks for those after them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import threading
@@ -19,16 +20,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.baseline import BASELINE
+from pipeline.measure.time_parts import PARTS, REST
+from pipeline.report.returned import Returned, returned
 from pipeline.report.runs import ReportError
-from pipeline.report.store import Point, Store, StoredRun, StoreError
+from pipeline.report.store import ArtifactError, Point, Store, StoredRun, StoreError
 from pipeline.report.study import Study
 from pipeline.report.study_run import StudyRun, number, study_run
 from pipeline.track.files import JOURNAL
 from pipeline.track.jsonl import Event, events_of
+from pipeline.track.publish import REPORT_DATA
 from pipeline.track.state import State
 
 _STATES: dict[str, State] = {"RUNNING": "running", "FINISHED": "finished", "FAILED": "failed"}  # else stopped: MLflow's KILLED
 _ASKED = {"step": ("train/", ("loss", "top1", "images_per_s")), "evaluation": ("val/", ("top1", "loss", "firing_rate"))}
+_PARTS = tuple(f"{name}_s" for name in (*PARTS, REST))
 _SENT = "spiketrain.artifact."  # tags that say which version of an artifact was sent
 _BESIDE = {"summary": dict, "activity": list, "recipe": dict}
 _KEPT = 512  # runs
@@ -46,6 +51,18 @@ class _Going:
     """the version that was sent, and its events"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Report:
+    """What `spiketrain report` told of a suite, as it was read."""
+
+    read: float
+    """by the clock that nobody sets"""
+    version: str
+    told: Returned = Returned()
+    note: str = ""
+    """why it is left out"""
+
+
 class Live:
     """Reads a store for as long as somebody looks; safe to share between threads. What it asks of the store may raise."""
 
@@ -54,6 +71,7 @@ class Live:
         self._lock = threading.RLock()
         self._ended: OrderedDict[tuple[Any, ...], StudyRun] = OrderedDict()
         self._going: OrderedDict[str, _Going] = OrderedDict()
+        self._reports: OrderedDict[str, _Report] = OrderedDict()
         self._members: dict[str, tuple[float, list[StoredRun]]] = {}
 
     def members(self, study: str) -> list[StoredRun]:
@@ -66,7 +84,7 @@ class Live:
             return runs
 
     def study(self, runs: Sequence[StoredRun], *, against: str = BASELINE) -> Study:
-        """What is known of these runs; one that cannot be read is named in the notes.
+        """What is known of these runs, and what the reports of their suites tell; what cannot be read is named in the notes.
 
         Raises:
             StoreError: the store cannot be read.
@@ -78,6 +96,9 @@ class Live:
                 run = self.run(stored)
             except StoreError:
                 raise  # of the store, not of this run
+            except ArtifactError as error:  # to be sent again would not mend it
+                notes.append(f"{stored.name} is left out: {error}")
+                continue
             except ReportError as error:
                 notes.append(f"{stored.name} is left out: {error}; `spiketrain sync {shlex.quote(stored.name)}`")
                 continue
@@ -85,8 +106,21 @@ class Live:
                 notes.append(f"{run.name} is a trial on a held-out part, no run to set beside others.")
             else:
                 found.append(run)
+        reports = self._reports_of(runs)
+        notes += [report.note for report in reports if report.note]
         keys = {run.study[:8] for run in runs}
-        return Study(title=f"Study {', '.join(sorted(keys))}", runs=tuple(found), against=against, notes=tuple(notes))
+        return Study(
+            title=f"Study {', '.join(sorted(keys))}",
+            runs=tuple(found),
+            against=against,
+            claims=tuple(claim for report in reports for claim in report.told.claims),
+            sweeps=tuple(sweep for report in reports for sweep in report.told.sweeps),
+            notes=tuple(notes),
+        )
+
+    def versions(self, runs: Sequence[StoredRun]) -> list[str]:
+        """Of the reports of their suites: others when one of them is another."""
+        return [report.version for report in self._reports_of(runs)]
 
     def run(self, stored: StoredRun) -> StudyRun:
         """One run, from its artifacts, and where it goes on from its metrics."""
@@ -107,7 +141,7 @@ class Live:
         events = [] if text is None else events_of(text)
         if not any(event["event"] == "start" for event in events):
             events = self._told_by_metrics(stored, _Going())
-        beside = {name: self._json(stored, f"{name}.json", kind) for name, kind in _BESIDE.items()}
+        beside = {name: self._json(stored.id, f"{name}.json", kind) for name, kind in _BESIDE.items()}
         return study_run(stored.name, events, state=_state_of(stored), **beside)
 
     def _going_on(self, stored: StoredRun) -> StudyRun:
@@ -115,7 +149,7 @@ class Live:
         _forget(self._going)
         self._going.move_to_end(stored.id)
         events = self._told_by_metrics(stored, going)
-        return study_run(stored.name, events, state="running", recipe=self._json(stored, "recipe.json", dict))
+        return study_run(stored.name, events, state="running", recipe=self._json(stored.id, "recipe.json", dict))
 
     def _told_by_metrics(self, stored: StoredRun, going: _Going) -> list[Event]:
         """The journal as it was last sent, at a start or an evaluation, and after it what metrics tell."""
@@ -131,10 +165,38 @@ class Live:
             going.seen = stored.newest
         events = list(going.journal[1]) or [_start(stored)]
         attempt = events[-1].get("attempt")
-        return [*events, *_after(events, going.points, attempt)]
+        later = list(_after(events, going.points, attempt))
+        if newest := next((event for event in reversed(later) if event["event"] == "step"), None):
+            # Their newest values come with the run, and cost no further question; of the points before it nothing is known.
+            newest["metrics"] |= {name: stored.metrics[f"train/{name}"] for name in _PARTS if f"train/{name}" in stored.metrics}
+        return [*events, *later]
 
-    def _json(self, stored: StoredRun, name: str, kind: type) -> Any:
-        text = self.store.text(stored.id, name)
+    def _reports_of(self, runs: Sequence[StoredRun]) -> list[_Report]:
+        """One for each suite, the newest's first."""
+        with self._lock:
+            return [self._report(suite) for suite in dict.fromkeys(run.parent for run in runs if run.parent)]
+
+    def _report(self, suite: str) -> _Report:
+        known = self._reports.get(suite)
+        if known is None or time.monotonic() - known.read > _FRESH_S:
+            known = self._reports[suite] = self._read_report(suite)
+            _forget(self._reports)
+        return known
+
+    def _read_report(self, suite: str) -> _Report:
+        try:
+            told = self._json(suite, REPORT_DATA, dict)
+            version = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+            kept = returned(told, f"{REPORT_DATA} in MLflow")
+            return _Report(read=time.monotonic(), version=version, told=kept)
+        except StoreError:
+            raise  # of the store, not of this report
+        except ReportError as error:
+            note = f"What its suite's report tells is left out: {error}"
+            return _Report(read=time.monotonic(), version=note, note=note)
+
+    def _json(self, run_id: str, name: str, kind: type) -> Any:
+        text = self.store.text(run_id, name)
         try:
             value = None if text is None else json.loads(text)
         except ValueError as error:

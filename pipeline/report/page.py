@@ -24,8 +24,9 @@ from pipeline.report.figure import DARK, LIGHT, NOT_MEASURED, Cell, Figure, Miss
 from pipeline.report.figures import ratios, trade_off
 from pipeline.report.figures_learning import learning_curves, standings
 from pipeline.report.figures_maps import firing_rates, gradient_fidelity, temporal_share
-from pipeline.report.figures_time import memory_of_time, time_parts
+from pipeline.report.figures_time import time_parts
 from pipeline.report.study import Group, Study
+from pipeline.report.swept import LARGEST_SAID, swept
 
 _WEB = Path(__file__).parent / "web"
 _ROWS = 40
@@ -71,9 +72,9 @@ def render(study: Study) -> str:
     ]
     alone = [group for group in study.groups if group not in compared]
     sections = [_section(group, f"g{index}") for index, group in enumerate(compared, start=1)]
-    memory = [figure for sweep in study.sweeps if isinstance(figure := memory_of_time(sweep), Figure)]
+    memory = list(swept(study.sweeps))
     drawings = {f"{section.key}-{figure.name}": _drawn(figure) for section in sections for figure in section.figures}
-    drawings |= {f"sweep{index}-{figure.name}": _drawn(figure) for index, figure in enumerate(memory, start=1)}
+    drawings |= {f"{key}-{figure.name}": _drawn(figure) for key, figure, _ in memory}
     scaled = scaling.scaling(study)
     missing = [(one.title, f"{section.title}: {one.why}") for section in sections for one in section.missing]
     missing += [] if memory else [("Memory against time steps", f"this study carries no sweep; {_SWEEP}")]
@@ -87,6 +88,7 @@ def render(study: Study) -> str:
             sections=sections,
             alone=alone,
             memory=memory,
+            largest_said=LARGEST_SAID,
             scaled=scaled,
             scaled_said=scaling.SAID,
             missing=missing,

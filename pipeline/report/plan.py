@@ -26,12 +26,14 @@ def print_plan(found: Plan, *, against: Errors | None = None, as_json: bool = Fa
     )
     table.add_column("rule")
     titles = ["ZeRO", "micro x acc.", "memory", "compute", "sums", "optimizer", "loading", "step, ms", "images/s", "hours"]
+    if found.teacher is not None:
+        titles.insert(titles.index("sums"), "teacher")
     titles += [] if found.cluster.device is None else ["kWh"]
     titles += [] if found.cluster.price is None else ["cost"]
     for title in titles:
         table.add_column(title, justify="right")
     for planned in found.rules:
-        table.add_row(*map(Text, _cells(planned)))
+        table.add_row(*map(Text, _cells(planned, taught=found.teacher is not None)))
     console.print(table)
     for why in found.refused.values():
         console.out(f"not in the table: {why}", highlight=False)
@@ -43,6 +45,13 @@ def print_plan(found: Plan, *, against: Errors | None = None, as_json: bool = Fa
 
 def basis(found: Plan) -> str:
     """What the figures were made from, in a sentence or two."""
+    if found.teacher is None:
+        return _basis_of_rules(found)
+    weights = f"{found.teacher_bytes / 1e6:.4g} MB of weights"
+    return f"{_basis_of_rules(found)} In all of them the teacher, {found.teacher}: {weights}, asked about every sample."
+
+
+def _basis_of_rules(found: Plan) -> str:
     sizes, times = (" and ".join(map(str, each)) for each in found.profiled)
     profiled = (
         f"From batches of {sizes} samples at T = {times}" + ("" if found.source == "data" else ", made up,") + " on this machine"
@@ -69,16 +78,14 @@ def advice(found: Plan) -> str:
     )
 
 
-def _cells(planned: Planned) -> tuple[str, ...]:
+def _cells(planned: Planned, *, taught: bool) -> tuple[str, ...]:
+    seconds = [planned.compute_s, *([planned.teacher_s] if taught else []), planned.communication_s, planned.optimizer_s]
     return (
         planned.rule,
         str(planned.zero),
         f"{planned.micro_batch} x {planned.accumulation}",
         f"{planned.memory_bytes / 1e9:.3g} GB",
-        *(
-            f"{1e3 * seconds:.3g}"
-            for seconds in (planned.compute_s, planned.communication_s, planned.optimizer_s, planned.loading_s, planned.step_s)
-        ),
+        *(f"{1e3 * each:.3g}" for each in (*seconds, planned.loading_s, planned.step_s)),
         f"{planned.images_per_s:,.0f}",
         f"{planned.hours:.3g}",
         *(() if planned.kwh is None else (f"{planned.kwh:,.0f}",)),

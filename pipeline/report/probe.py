@@ -39,6 +39,8 @@ def print_probe(found: Probe, *, as_json: bool = False, console: Console | None 
         console.out(f"×: {told}, the faster of {BASELINE} folded and in slices of time", highlight=False)
     on = told_hardware(found.hardware)
     console.out(f"one batch of {found.samples} samples, T = {found.time_steps}, before any training; {on}", highlight=False)
+    if found.teacher is not None:
+        console.out(found.teacher.told(), highlight=False)
     console.out(advice(found), highlight=False)
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from pipeline.baseline import BASELINE
 from pipeline.recipe import read_json
 from pipeline.report.choose import finished_run, named, newest_study, study_of, with_baseline
-from pipeline.report.claims import Claim
 from pipeline.report.paired import WITHIN
+from pipeline.report.returned import Returned, returned, sweep_of
 from pipeline.report.runs import ReportError, recipe_of
 from pipeline.report.study import Study
 from pipeline.report.study_run import from_folder
@@ -45,21 +43,20 @@ def read_study(
     Raises:
         ValueError: nothing answers to a name, or a file is damaged.
     """
-    swept = tuple(_sweep(read_json(path), str(path)) for path in sweeps)
+    swept = tuple(sweep_of(read_json(path), str(path)) for path in sweeps)
     suite = suite_named(runs_dir, names)
     if suite is not None:
         runs = {name: run for name, run in runs_of(suite).items() if run.is_dir()}
         if not runs:
             raise ReportError(f"report: {suite.name} has no run yet")
-        told, printed, notes = _own_report(suite, trust)
+        own, printed, notes = _own_report(suite, trust)
         tried = [run for run in runs.values() if _is_trial(run)]
         if tried:
             notes.append(f"{len(tried)} trials on a held-out part, which chose the tuned values, are listed by the suite alone.")
-        swept += tuple(_sweep(value, suite.name) for value in _objects(told.get("sweeps")))
         members, title, out = [run for run in runs.values() if run not in tried], suite.name, suite / OUT
     else:
         folders = named(runs_dir, names) if names else newest_study(runs_dir)
-        told, printed, notes = {}, "", []
+        own, printed, notes = Returned(), "", []
         members = _with_their_baseline(runs_dir, folders, against)
         title = _title(members, names)
         out = runs_dir / f"report-{_slug(title)}.html"
@@ -68,8 +65,8 @@ def read_study(
         runs=tuple(from_folder(folder) for folder in members),
         against=against,
         within=within,
-        claims=tuple(_claim(value) for value in _objects(told.get("claims"))),
-        sweeps=swept,
+        claims=own.claims,
+        sweeps=(*swept, *own.sweeps),
         notes=tuple(notes),
         printed=printed,
     )
@@ -89,47 +86,22 @@ def _with_their_baseline(runs_dir: Path, folders: Sequence[Path], against: str) 
     return list(dict.fromkeys([*(run.folder.resolve() for run in found), *(folder.resolve() for folder in folders)]))
 
 
-def _own_report(suite: Path, trust: tuple[str, ...]) -> tuple[dict[str, Any], str, list[str]]:
+def _own_report(suite: Path, trust: tuple[str, ...]) -> tuple[Returned, str, list[str]]:
     """What the suite's report returns and prints; a sentence where it has nothing to say yet, or cannot."""
     runs = runs_of(suite)
     over = {name: run for name, run in runs.items() if is_over(run)}
     if read_json(suite / FILE).get("report") is None:
-        return {}, "", []
+        return Returned(), "", []
     if len(over) < len(runs):
         waits = f"The suite's own report, with its claims, waits for all runs: {len(over)} of {len(runs)} have finished."
-        return {}, "", [waits]
+        return Returned(), "", [waits]
     printed = io.StringIO()
     try:
         report = SuiteFile.read(suite, trust=trust).suite.report
         value = None if report is None else own_report(suite.name, report, over, Console(file=printed, width=_WIDTH))
     except ValueError as error:
-        return {}, "", [f"The suite's own report could not be made: {error}"]
-    return dict(value) if isinstance(value, Mapping) else {}, printed.getvalue(), []
-
-
-def _objects(value: Any) -> list[Mapping[str, Any]]:
-    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    return [each for each in values if isinstance(each, Mapping)]
-
-
-def _claim(value: Mapping[str, Any]) -> Claim:
-    names = [each.name for each in fields(Claim)]
-    if missing := [name for name in names if name not in value]:
-        raise ReportError(f"report: a claim must have {', '.join(names)}; there is no {missing[0]}")
-    return Claim(**{name: value[name] for name in names})
-
-
-def _sweep(value: Any, where: str) -> Mapping[str, Any]:
-    try:
-        kept: dict[str, Any] = {name: str(value[name]) for name in ("recipe", "commit")}
-        kept |= {"samples": int(value["samples"]), "hardware": dict(value["hardware"])}
-        points = [{"time_steps": int(point["time_steps"]), "cost": dict(point["cost"])} for point in value["points"]]
-        for point in points:
-            for name in ("rule", "peak_saved_bytes", "forward_s", "backward_s"):
-                point["cost"][name]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ReportError(f"report: {where} must hold what sweep --format json prints; {error!r}") from error
-    return {**kept, "points": points}
+        return Returned(), "", [f"The suite's own report could not be made: {error}"]
+    return returned(value, suite.name), printed.getvalue(), []
 
 
 def _title(folders: Sequence[Path], names: Sequence[str]) -> str:

@@ -2,7 +2,8 @@
 
 Looking never makes or changes a store. An SQLite file is read as it lies there, read-only and without MLflow, whose client
 (3.17.2) would make a missing file and its schema, and took 1.9 s to list 500 runs; a server is asked through MLflow's client.
-Whatever is wrong with a store ends within seconds in a `StoreError`, one sentence that names it and says what to do.
+Whatever is wrong with a store ends within seconds in a `StoreError`, one sentence that names it and says what to do; with one
+artifact of it, in an `ArtifactError`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from typing import Protocol
 from pipeline.report.runs import ReportError
 from pipeline.track.connect import SQLITE, without_password
 from pipeline.track.files import KNOWN
-from pipeline.track.publish import REPORT
+from pipeline.track.publish import REPORT, REPORT_DATA
 
-ARTIFACTS = (*(name for name in KNOWN if not name.endswith(".npz")), REPORT)
+ARTIFACTS = (*(name for name in KNOWN if not name.endswith(".npz")), REPORT_DATA, REPORT)
 """what `Store.text` may be asked for"""
 
 
 class StoreError(ReportError):
     """A store cannot be read; one line for a user."""
+
+
+class ArtifactError(ReportError):
+    """One run's artifact cannot be read, though its store can; one line for a user."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +91,10 @@ class Store(Protocol):
         ...
 
     def text(self, run_id: str, name: str) -> str | None:
-        """An artifact, one of `ARTIFACTS`; None where the run has none of that name (yet)."""
+        """An artifact, one of `ARTIFACTS`; None where the run has none of that name (yet).
+
+        Raises: ArtifactError where this one cannot be read.
+        """
         ...
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline.report.store import Point, StoredRun, StoreError, refuse_unknown_artifact
+from pipeline.report.store import ArtifactError, Point, StoredRun, StoreError, refuse_unknown_artifact
 from pipeline.track.connect import connect, without_password
 from pipeline.track.hierarchy import KIND_TAG, PARENT_OF
 
@@ -44,11 +44,22 @@ class ServerStore:
 
     def text(self, run_id: str, name: str) -> str | None:
         refuse_unknown_artifact(name)
-        with self._told(), tempfile.TemporaryDirectory() as folder:
+        with self._told():
             client = connect(self.uri)
-            if name not in {file.path for file in client.list_artifacts(run_id)}:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                if name not in {file.path for file in client.list_artifacts(run_id)}:
+                    return None
+                return Path(client.download_artifacts(run_id, name, folder)).read_text(errors="replace")
+        except Exception as error:  # whatever MLflow, its transport or the place of its artifacts may raise
+            if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
                 return None
-            return Path(client.download_artifacts(run_id, name, folder)).read_text(errors="replace")
+            with self._told():
+                client.get_run(run_id)  # a store that does not answer is in trouble as a whole
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+            raise ArtifactError(
+                without_password(f"store {self.uri}: {name} of run {run_id} cannot be read ({reason}); look at it by hand")
+            ) from error
 
     def _search(self, text: str, *, metrics: bool) -> list[StoredRun]:
         with self._told():
@@ -66,13 +77,16 @@ class ServerStore:
         try:
             yield
         except Exception as error:  # whatever MLflow or its transport may raise
-            reason = (str(error).strip().splitlines() or [""])[0][:200]
             raise StoreError(
                 without_password(
-                    f"store {self.uri} does not answer as an MLflow server ({type(error).__name__}: {reason}); "
+                    f"store {self.uri} does not answer as an MLflow server ({type(error).__name__}: {_first_line(error)}); "
                     "is it up, and is MLFLOW_TRACKING_URI right?"
                 )
             ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def _all(ask: Callable[[str | None], Any], take: Callable[[Any], Item]) -> Iterator[Item]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlparse
 
-from pipeline.report.store import Point, StoredRun, StoreError, refuse_unknown_artifact
+from pipeline.report.store import ArtifactError, Point, StoredRun, StoreError, refuse_unknown_artifact
 from pipeline.track.hierarchy import KIND_TAG, PARENT_OF
 
 LOCKED_S = 2.0
@@ -68,15 +68,17 @@ class SqliteStore:
         root = Path(unquote(place.path)).resolve()
         path = (root / name).resolve()
         if path.parent != root:
-            raise StoreError(f"store {self.file}: {name} of run {run_id} is a link that leads out of {root}; look at it by hand")
+            raise ArtifactError(
+                f"store {self.file}: {name} of run {run_id} is a link that leads out of {root}; look at it by hand"
+            )
         try:
             if path.stat().st_size > MOST_BYTES:
-                raise StoreError(f"store {self.file}: {path} has over {MOST_BYTES >> 20} MiB; look at it by hand")
+                raise ArtifactError(f"store {self.file}: {path} has over {MOST_BYTES >> 20} MiB; look at it by hand")
             return path.read_text(errors="replace")
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise StoreError(f"store {self.file}: {path} cannot be read ({error.strerror}); look at it by hand") from error
+            raise ArtifactError(f"store {self.file}: {path} cannot be read ({error.strerror}); look at it by hand") from error
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:

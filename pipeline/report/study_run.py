@@ -113,7 +113,8 @@ class StudyRun:
     activity: tuple[LayerRates, ...]
     fidelity: tuple[Fidelity, ...]
     parts: Mapping[str, float] = field(default_factory=dict)
-    """seconds charged to each part of the clock, so far"""
+    """seconds of a batch in each part of the clock: of a finished run all that it was charged with, evaluations and checkpoints
+    too; of another its batches alone, in the mean over those whose parts were told"""
 
     @property
     def is_finished(self) -> bool:
@@ -153,6 +154,7 @@ def study_run(
     timed = list(_timed(events))
     curve = tuple(_curve(timed))
     done = [int(step) for event in events if (step := number(event.get("step", event.get("steps")))) is not None]
+    last = done[-1] if done else 0
     return StudyRun(
         name=name,
         state=state,
@@ -166,7 +168,7 @@ def study_run(
         loader_threads=_count(told.get("loader_threads")),
         own_cores=bool(told.get("own_cores")),
         commits=tuple(dict.fromkeys(str(event["commit"]) for event in starts if event.get("commit"))),
-        step=done[-1] if done else 0,
+        step=last,
         total_steps=_count(told.get("total_steps")),
         steps_per_epoch=_count(told.get("steps_per_epoch")),
         curve=curve,
@@ -174,7 +176,7 @@ def study_run(
         attempts=tuple(_attempts(timed)),
         activity=tuple(_layers(activity or ())),
         fidelity=tuple(_fidelity(events)),
-        parts=_parts_of(finished) if finished else _parts_so_far(timed),
+        parts=_parts_of(finished, last) if finished else _parts_so_far(timed),
     )
 
 
@@ -289,22 +291,26 @@ def _fidelity(events: Iterable[Event]) -> list[Fidelity]:
     return sorted(found.values(), key=lambda each: each.step)
 
 
-def _parts_of(summary: Mapping[str, Any]) -> dict[str, float]:
+def _parts_of(summary: Mapping[str, Any], done: int) -> dict[str, float]:
     """Of a finished run; runs from before the clock had all its parts have fewer."""
-    names = (*PARTS, REST, *BETWEEN)
-    return {name: value for name in names if (value := number(summary.get(f"{name}_s"))) is not None}
+    steps = number(summary.get("steps")) or done
+    names = (*PARTS, REST, *BETWEEN) if steps else ()
+    return {name: value / steps for name in names if (value := number(summary.get(f"{name}_s"))) is not None}
 
 
 def _parts_so_far(timed: Iterable[tuple[float, Event]]) -> dict[str, float]:
-    """Of the batches alone: a point of the journal has the mean of a batch since the one before."""
+    """Of the batches alone: a point has the mean of a batch since the one before, and one that metrics told may have no parts."""
     seconds: dict[str, float] = {}
-    done = 0
+    done = told_of = 0
     for _, event in timed:
         step = _count(event.get("step"))
         if event["event"] == "step" and step is not None:
-            for name in (*PARTS, REST):
-                if (mean := number((event.get("metrics") or {}).get(f"{name}_s"))) is not None:
-                    seconds[name] = seconds.get(name, 0.0) + mean * max(0, step - done)
+            metrics = event.get("metrics") or {}
+            means = {name: mean for name in (*PARTS, REST) if (mean := number(metrics.get(f"{name}_s"))) is not None}
+            batches = max(0, step - done) if means else 0
+            told_of += batches
+            for name, mean in means.items():
+                seconds[name] = seconds.get(name, 0.0) + mean * batches
         if event["event"] in ("start", "step") and step is not None:
             done = step
-    return seconds
+    return {name: total / told_of for name, total in seconds.items()} if told_of else {}

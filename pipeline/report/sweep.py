@@ -51,6 +51,8 @@ def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None 
     tried = "" if found.memory_bytes is None or _are_tried(found) else ", not tried"
     of = "fwd+bwd: forward and backward alone, without loading, optimizer and collectives"
     console.out(f"one batch of {found.samples} samples; {of}; {on}{fits}{tried}", highlight=False)
+    if found.teacher is not None:
+        console.out(found.teacher.told(), highlight=False)
 
 
 def _of_largest(found: Sweep) -> list[str]:

@@ -17,13 +17,16 @@ from pipeline.track.jsonl import first
 from pipeline.track.models import KeptOf, Registered, inside, register_checkpoint
 from pipeline.track.state import is_driven
 
-__all__ = ["REPORT", "Registered", "log_report", "register"]
+__all__ = ["REPORT", "REPORT_DATA", "Registered", "log_report", "register"]
 
 REPORT = "report.html"
+REPORT_DATA = "report.json"
 
 
-def log_report(folder_of_suite: str | os.PathLike[str], page: Path, *, uri: str) -> str:
-    """Put an HTML page as the artifact `report.html` on the MLflow run that stands for a suite, over an older one; its id.
+def log_report(folder_of_suite: str | os.PathLike[str], page: Path, told: str, *, uri: str) -> str:
+    """Put an HTML page, and `told` of it in JSON, on the MLflow run that stands for a suite, over older ones; its id.
+
+    They are its artifacts `report.html` and `report.json`.
 
     Raises:
         TrackingError: none of its runs has begun, or MLflow could not be reached or refused; one line.
@@ -40,6 +43,7 @@ def log_report(folder_of_suite: str | os.PathLike[str], page: Path, *, uri: str)
         parent = parent_of(client, experiment_of(client, start, uri=uri, runs_dir=folder.parent), start)
         if parent is None:
             raise TrackingError(f"{folder}: its runs were launched without it; got a journal that names no suite")
+        client.log_text(parent, told, REPORT_DATA)
         client.log_text(parent, text, REPORT)
     return parent
 

@@ -7,18 +7,20 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.report.store import Point, StoredRun, StoreError
+from pipeline.report.store import ArtifactError, Point, StoredRun, StoreError
 from tests.report.hand_made import KEY, LAYERS, events, recipe, run
 
 
 @dataclass
 class FakeStore:
-    """See `Store`. `trouble` is raised at each question while it is there; `asked` has each question; each takes `pause_s`."""
+    """See `Store`. `trouble` is raised at each question while it is there, `refused` at each for the artifacts of a run
+    by its id; `asked` has each question; each takes `pause_s`."""
 
     members: list[StoredRun] = field(default_factory=list)
     texts: dict[tuple[str, str], str] = field(default_factory=dict)
     histories: dict[tuple[str, str], list[Point]] = field(default_factory=dict)
     trouble: str = ""
+    refused: dict[str, str] = field(default_factory=dict)
     pause_s: float = 0.0
     asked: list[tuple[Any, ...]] = field(default_factory=list)
 
@@ -36,6 +38,8 @@ class FakeStore:
 
     def text(self, run_id: str, name: str) -> str | None:
         self._ask("text", run_id, name)
+        if run_id in self.refused:
+            raise ArtifactError(self.refused[run_id])
         return self.texts.get((run_id, name))
 
     def _ask(self, *what: Any) -> None:

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
+from pipeline.report.claims import Claim
 from pipeline.report.dashboard.app import make_app
 from pipeline.report.dashboard.guard import COOKIE, guard
 from pipeline.report.dashboard.place import Place
-from pipeline.report.store import Store, open_store
+from pipeline.report.returned import Returned
+from pipeline.report.store import Store, StoredRun, open_store
 from tests.report.fake_store import FakeStore
 from tests.report.hand_made import KEY
+from tests.report.test_swept import LARGEST
 from tests.small import command
 
 spiketrain = pytest.fixture(command)
@@ -50,6 +53,21 @@ class Asking:
             "figures.children", {"url.search": search, "look.n_intervals": 0, "scheme.data": scheme}, {"drawn.data": drawn}
         )
 
+    def check(self, search: str, ids: list[str]) -> list[str]:
+        """Whether each box of a run is checked, of those with these ids."""
+        boxes = [{"change": "runs", "to": each} for each in ids]
+        told = self._post(
+            {
+                "output": self._about("aria-checked")["output"],
+                "outputs": [{"id": box, "property": "aria-checked"} for box in boxes],
+                "inputs": [_named("url.search", search)],
+                "state": [[{"id": box, "property": "id", "value": box} for box in boxes]],
+                "changedPropIds": ["url.search"],
+            }
+        )
+        found = json.loads(told)["response"]
+        return [found[json.dumps(box, separators=(",", ":"))]["aria-checked"] for box in boxes]
+
     def press(self, search: str, *presses: str, applied: float | None = None, changed: str = "pressed.data") -> str | None:
         """The address after buttons were pressed (`view learning`), at 1, 2, ... milliseconds."""
         pressed = [
@@ -61,18 +79,27 @@ class Asking:
         return json.loads(told)["response"].get("url", {}).get("search") if told else None
 
     def _asks(self, output: str, inputs: dict[str, Any], state: dict[str, Any] | None = None, *, changed: str = "") -> str:
-        known = self.client.get("/_dash-dependencies").get_json()
-        [about] = [each for each in known if output in each["output"] and not each["clientside_function"]]
+        about = self._about(output)
         outputs = [
             dict(zip(("id", "property"), name.rsplit(".", 1), strict=True)) for name in about["output"].strip(".").split("...")
         ]
-        body = {
-            "output": about["output"],
-            "outputs": outputs if about["output"].startswith("..") else outputs[0],
-            "inputs": [_named(name, value) for name, value in inputs.items()],
-            "state": [_named(name, value) for name, value in (state or {}).items()],
-            "changedPropIds": [changed or next(iter(inputs))],
-        }
+        return self._post(
+            {
+                "output": about["output"],
+                "outputs": outputs if about["output"].startswith("..") else outputs[0],
+                "inputs": [_named(name, value) for name, value in inputs.items()],
+                "state": [_named(name, value) for name, value in (state or {}).items()],
+                "changedPropIds": [changed or next(iter(inputs))],
+            }
+        )
+
+    def _about(self, output: str) -> dict[str, Any]:
+        """The callback that has this output."""
+        known = self.client.get("/_dash-dependencies").get_json()
+        [about] = [each for each in known if output in each["output"] and not each["clientside_function"]]
+        return about
+
+    def _post(self, body: dict[str, Any]) -> str:
         answer = self.client.post("/_dash-update-component", json=body)
         assert answer.status_code in (200, 204), answer.get_data(as_text=True)
         return answer.get_data(as_text=True)
@@ -197,6 +224,52 @@ def test_the_figures_of_the_runs_that_are_picked(store: FakeStore):
         assert title in asking.show(f"?study={KEY}&view={view}")
 
 
+def members(runs: dict[str, range]) -> list[StoredRun]:
+    """One run of each rule and seed, the last of them started last and so first."""
+    store = FakeStore()
+    for rule, seeds in runs.items():
+        for seed in seeds:
+            store.add(f"{rule}-{seed}", rule=rule, seed=str(seed))
+    return sorted(store.members, key=lambda run: int(run.seed), reverse=True)
+
+
+def test_of_many_runs_whole_seeds_are_picked():
+    rules = ("BPTT", *(f"rule-{count}" for count in range(8)))
+    picked = Place().picked(members(dict.fromkeys(rules, range(3))))
+    assert {(run.rule, run.seed) for run in picked} == {(rule, seed) for rule in rules for seed in "12"}
+    assert len(Place().picked(members(dict.fromkeys(rules[1:], range(3))))) == 24  # all of them
+
+
+def test_the_baseline_is_picked_with_its_seed_even_where_it_started_first():
+    many = {f"rule-{count}": range(1) for count in range(30)}
+    picked = Place().picked(members({"BPTT": range(1), **many}))
+    assert len(picked) == 24 and picked[-1].rule == "BPTT" and picked[0].rule == "rule-29"
+    newer = {f"rule-{count}": range(1, 2) for count in range(23)}  # a seed in which no BPTT has begun
+    picked = Place().picked(members({"BPTT": range(1), "SLTT": range(1), **newer}))
+    assert {run.rule for run in picked} == {"BPTT", *newer}
+
+
+def test_which_boxes_are_checked_follows_what_is_picked(store: FakeStore):
+    for count in range(30):
+        store.add_finished(f"{count:02}-ottt", "OTTT-A")
+    asking = Asking(store)
+    shown = asking.show(f"?study={KEY}")
+    assert shown.count('"aria-checked":"true"') == 24 and "No baseline" not in shown
+    ids = [run.id[:8] for run in store.members if run.study == KEY]
+    checked = asking.check(f"?study={KEY}", ids)
+    assert checked.count("true") == 24
+    assert [name for name, each in zip(ids, checked, strict=True) if each == "true"][-1] == "bptt-0bp"
+    assert asking.check(f"?study={KEY}&runs={ids[3]}", ids).count("true") == 1
+    store.trouble = "store x does not exist"
+    assert asking.check(f"?study={KEY}&runs={ids[3]}", ids)[3] == "true"
+
+
+def test_a_baseline_that_nobody_picked_is_not_called_unfinished(store: FakeStore):
+    shown = Asking(store).show(f"?study={KEY}&runs={store.members[1].id[:8]}")  # of SLTT
+    assert "No baseline: no finished run of BPTT in this group is among those picked. Nothing is divided." in shown
+    assert "has finished" not in shown
+
+
 def test_nothing_is_drawn_again_without_news(store: FakeStore):
     asking = Asking(store)
     before = json.loads(asking.show(f"?study={KEY}"))["response"]["drawn"]["data"]
@@ -236,6 +309,24 @@ def test_the_data_of_a_figure_is_a_file(store: FakeStore):
     assert (
         client.get(f"/csv?study={KEY}&name=../../x").status_code == 404 and client.get("/csv?name=g1-ratios").status_code == 404
     )
+
+
+def test_claims_and_sweeps_of_a_suite_are_a_view(store: FakeStore):
+    search = f"?study={KEY}&view=claims"
+    assert "The store has no claims and no sweep of these runs; `spiketrain report SUITE`" in Asking(store).show(search)
+    claim = Claim(about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False)
+    store.add_finished("sltt-2", "SLTT", seed=2, parent="suite")
+    store.texts["suite", "report.json"] = json.dumps(Returned(claims=(claim,), sweeps=(LARGEST,)).to_json())
+    asking = Asking(store)
+    shown = asking.show(search)
+    assert "does not hold" in shown and "Memory against time steps: small" in shown and shown.count('"type":"Graph"') == 1
+    assert "Each rule's own largest batch" in shown and f'"data-png":"{KEY[:8]}-sweep1-memory-against-time-steps"' in shown
+    for name, head in (("claims", "rule,claim,"), ("sweep1-largest", "rule,time steps,largest batch in 1 GB,")):
+        assert asking.client.get(f"/csv{search}&name={name}").get_data(as_text=True).startswith(head)
+    before = json.loads(shown)["response"]["drawn"]["data"]
+    assert json.loads(Asking(store).show(search, drawn=before))["response"] == {}
+    store.texts["suite", "report.json"] = "{}"
+    assert "no claims and no sweep" in Asking(store).show(search, drawn=before)
 
 
 def test_names_from_outside_stay_text(store: FakeStore):

@@ -132,6 +132,14 @@ def test_it_is_accessible(page: Page, size: tuple[int, int], scheme: Literal["li
     assert levels[0] == 1 and all(after <= before + 1 for before, after in itertools.pairwise(levels))
 
 
+def test_a_figure_is_a_picture_to_take_away(page: Page):
+    drawn(page, 4)
+    with page.expect_download() as picture:
+        page.get_by_role("button", name="PNG of Cost of each rule").click()
+    assert picture.value.suggested_filename == "s-g1-ratios.png"
+    assert picture.value.path().read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_list_is_filtered_and_sorted(page: Page):
     assert sorted(studies(page)) == ["ffffffff", "s"]
     for order, names in (("ascending", ["ffffffff", "s"]), ("descending", ["s", "ffffffff"])):

@@ -103,6 +103,18 @@ def test_time_by_part():
     assert traces(figure)["backward"]["x"] == pytest.approx([120, 80])
 
 
+def test_batches_alone_are_in_no_mean_with_whole_runs():
+    """A run that goes on knows nothing of its evaluations: it stands for a rule of which no other has finished."""
+    slow = {"event": "step", "time": 1100.0, "attempt": 0, "step": 200, "metrics": {"forward_s": 1.0}}
+    going = (run("SLTT", seed=2, state="running", more_events=[slow]), run("OTTT", state="running"))
+    figure = made(time_parts(study(*going).groups[0]))
+    found = {(row[0], row[1]): row[2] for row in figure.table.rows}
+    assert found["SLTT", "forward"] == pytest.approx(0.04) and found["SLTT", "evaluation"] == pytest.approx(0.02)
+    assert found["OTTT, batches alone", "forward"] == pytest.approx(0.04)
+    assert "of a rule without one, of its batches alone" in figure.caption
+    assert "alone" not in made(time_parts(study().groups[0])).caption
+
+
 def test_memory_against_time_steps():
     figure = made(memory_of_time(SWEEP))
     assert figure.table.rows[1] == ("BPTT", 4, 4000, 0.75)

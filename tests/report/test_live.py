@@ -6,10 +6,13 @@ import json
 
 import pytest
 
+from pipeline.report.claims import Claim
 from pipeline.report.live import Live
+from pipeline.report.returned import Returned
 from pipeline.report.store import Point
 from tests.report.fake_store import FakeStore
 from tests.report.hand_made import KEY, events, run
+from tests.report.test_figures import SWEEP
 
 
 @pytest.fixture
@@ -37,11 +40,12 @@ def test_an_artifact_that_arrives_late_is_seen(store: FakeStore):
     assert live.run(store.members[0]).is_finished
 
 
-def going_on(store: FakeStore, steps: int, **more: dict[str, str]) -> None:
-    """A run whose journal was sent at batch 50, and whose metrics tell up to `steps`."""
-    tags = {"spiketrain.artifact.journal.jsonl": "evaluation 1007", **more.get("tags", {})}
+def going_on(store: FakeStore, steps: int, *, newest: dict[str, float] | None = None) -> None:
+    """A run whose journal was sent at batch 50, and whose metrics tell up to `steps`, `newest` of the last batches alone."""
+    tags = {"spiketrain.artifact.journal.jsonl": "evaluation 1007"}
     told = [Point(step, 1000.0 + step / 10, step / 125) for step in range(10, steps + 1, 10)]
-    made = store.add("going", rule="SLTT", state="RUNNING", tags=tags, newest=told[-1].time, metrics={"train/top1": 0.0})
+    metrics = {"train/top1": 0.0, **(newest or {})}
+    made = store.add("going", rule="SLTT", state="RUNNING", tags=tags, newest=told[-1].time, metrics=metrics)
     store.histories[made.id, "train/top1"] = told
     store.texts[made.id, "journal.jsonl"] = "".join(json.dumps(event) + "\n" for event in events("SLTT")[:4])
 
@@ -61,6 +65,16 @@ def test_of_a_run_that_goes_on_only_new_points_are_asked_for(store: FakeStore):
     del store.asked[:]
     live.run(store.members[0])
     assert [what for what in store.asked if what[0] == "history" or what[2:] == ("journal.jsonl",)] == []
+
+
+def test_a_run_that_goes_on_is_divided_by_the_batches_that_its_parts_are_of(store: FakeStore):
+    """The journal tells of 50, each of 40 + 80 ms; of those after it metrics tell the parts of the newest ten alone."""
+    live = Live(store)
+    going_on(store, 90)
+    assert live.run(store.members[0]).step == 90
+    assert live.run(store.members[0]).parts == pytest.approx({"forward": 0.04, "backward": 0.08})
+    going_on(store, 90, newest={"train/forward_s": 0.1, "train/backward_s": 0.08})
+    assert live.run(store.members[0]).parts == pytest.approx({"forward": (50 * 0.04 + 10 * 0.1) / 60, "backward": 0.08})
 
 
 def test_a_run_without_a_journal_is_told_by_its_tags(store: FakeStore):
@@ -93,3 +107,27 @@ def test_what_cannot_be_shown_is_named(store: FakeStore, file: str, text: str, s
     study = Live(store).study(store.members)
     assert [run.name for run in study.runs] == ["bptt"]
     assert study.notes[0].startswith("tried is a trial") and f"half is left out: {said}" in study.notes[1]
+
+
+@pytest.mark.parametrize("state", ["FINISHED", "RUNNING"])
+def test_a_run_whose_artifacts_cannot_be_read_is_left_out_and_the_others_are_shown(store: FakeStore, state: str):
+    locked = store.add_finished("locked", "SLTT", state=state, tags={"spiketrain.artifact.journal.jsonl": "finish 1015"})
+    store.refused[locked.id] = "store x: journal.jsonl cannot be read (Permission denied); look at it by hand"
+    study = Live(store).study(store.members)
+    assert [run.name for run in study.runs] == ["bptt"]
+    assert study.notes == (f"locked is left out: {store.refused[locked.id]}",)
+
+
+def test_what_the_report_of_a_suite_tells_is_part_of_its_study(store: FakeStore):
+    store.add_finished("sltt", "SLTT", parent="suite")
+    live = Live(store)
+    assert (live.study(store.members).claims, live.study(store.members).notes) == ((), ())
+    claim = Claim(about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False)
+    store.texts["suite", "report.json"] = json.dumps(Returned(claims=(claim,), sweeps=(SWEEP,)).to_json())
+    later = Live(store)  # a look lasts half a second
+    study = later.study(store.members)
+    assert (study.claims, study.sweeps, study.notes) == ((claim,), (SWEEP,), ())
+    assert later.versions(store.members) != live.versions(store.members) and live.versions(store.members[1:]) == []
+    store.refused["suite"] = "report.json cannot be read"
+    study = Live(store).study(store.members)
+    assert len(study.runs) == 2 and study.notes == ("What its suite's report tells is left out: report.json cannot be read",)

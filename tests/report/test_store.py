@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.report.store import Point, StoredRun, StoreError, open_store, studies
+from pipeline.report.store import ArtifactError, Point, StoredRun, StoreError, open_store, studies
+from pipeline.report.store_server import ServerStore
 from pipeline.track.connect import connect
 from pipeline.track.jsonl import Journal
 from pipeline.track.mlflow import sync
@@ -95,8 +96,24 @@ def test_known_artifacts_alone_and_none_through_a_link(store: Path, tmp_path: Pa
     [place] = store.parent.glob(f"mlartifacts/cifar/{run.id}/artifacts")
     (tmp_path / "secret").write_text("secret")
     (place / "report.html").symlink_to(tmp_path / "secret")
-    with pytest.raises(StoreError, match="is a link that leads out of"):
+    with pytest.raises(ArtifactError, match="is a link that leads out of"):
         opened.text(run.id, "report.html")
+    (place / "report.html").unlink()
+    (place / "report.html").mkdir()
+    with pytest.raises(ArtifactError, match=r"report\.html cannot be read \(Is a directory\); look at it by hand"):
+        opened.text(run.id, "report.html")
+
+
+def test_one_artifact_that_mlflow_cannot_hand_out_is_not_the_stores_trouble(store: Path):
+    """Asked through MLflow's client, as a server is."""
+    opened, run = ServerStore(f"sqlite:///{store}"), run_named(store, "c")
+    assert opened.text(run.id, "recipe.json") == '{"é": 1}'
+    assert opened.text(run.id, "summary.json") is None and opened.text("none", "recipe.json") is None
+    [place] = store.parent.glob(f"mlartifacts/fashion/{run.id}/artifacts")
+    (place / "activity.json").mkdir()
+    said = rf"activity\.json of run {run.id} cannot be read \(IsADirectoryError: .*; look at it by hand"
+    with pytest.raises(ArtifactError, match=said):
+        opened.text(run.id, "activity.json")
 
 
 def told(uri: str | Path, seconds: float = 4.0) -> str:

@@ -19,7 +19,7 @@ def test_what_a_finished_run_has_written():
     assert one.value("top1") == 0.75 and one.value("inference.energy_j") == 3e-6
     assert one.value("inference.joules") is None and one.value("top1.x") is None
     assert [layer.rates for layer in one.activity] == [(0.5, 0.25), (0.25, 0.0)]
-    assert one.parts == {"forward": 4.0, "backward": 8.0, "rest": 0.5, "evaluation": 2.0}
+    assert one.parts == pytest.approx({"forward": 0.04, "backward": 0.08, "rest": 0.005, "evaluation": 0.02})
 
 
 def test_seconds_are_those_of_its_attempts_alone():
@@ -36,8 +36,14 @@ def test_a_run_that_goes_on_has_no_summary_and_the_parts_so_far():
     one = study_run("r", events()[:4], state="running", summary={"top1": 0.5}, recipe={"version": 1, "recipe": recipe()})
     assert one.summary is None and not one.is_finished and one.value("top1") is None
     assert (one.step, one.rule, one.hardware) == (50, "BPTT", MACHINE)
-    assert one.parts == pytest.approx({"forward": 50 * 0.04, "backward": 50 * 0.08})
+    assert one.parts == pytest.approx({"forward": 0.04, "backward": 0.08})
     assert one.recipe["optimizer"]["kwargs"] == {"lr": 0.1}
+
+
+def test_batches_that_a_restart_did_again_are_divided_by_as_well():
+    """60 were done, then the last 50: 110 of 40 + 80 ms each."""
+    one = study_run("r", events(restart=True)[:-1], state="stopped")
+    assert one.step == 100 and one.parts == pytest.approx({"forward": 0.04, "backward": 0.08})
 
 
 def test_nothing_yet():

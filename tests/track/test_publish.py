@@ -14,6 +14,8 @@ from tests.track.conftest import FakeRun, write_suite
 from tests.track.test_mlflow import artifacts, find, free_port
 from tests.track.test_models import models
 
+TOLD = '{"claims": []}'
+
 
 def finished(run: FakeRun, **fields: str) -> None:
     with run.start(**fields) as journal:
@@ -72,16 +74,16 @@ def test_a_report_is_an_artifact_of_the_parent(fake_run: Callable, sqlite_store:
     write_suite(suite, *(run.folder for run in runs))
     page.write_text("<html>é</html>")
     with pytest.raises(TrackingError, match="has no run that began"):
-        log_report(suite, page, uri=sqlite_store)
+        log_report(suite, page, TOLD, uri=sqlite_store)
     finished(runs[1], **about)
-    parent = log_report(suite, page, uri=sqlite_store)  # also before anything else was delivered
+    parent = log_report(suite, page, TOLD, uri=sqlite_store)  # also before anything else was delivered
     sync(runs[1].folder, uri=sqlite_store)
     assert find(sqlite_store, runs[1]).data.tags["mlflow.parentRunId"] == parent
     page.write_text("<html>newer</html>")
-    assert log_report(suite, page, uri=sqlite_store) == parent
+    assert log_report(suite, page, TOLD, uri=sqlite_store) == parent
     client = connect(sqlite_store)
-    assert [file.path for file in client.list_artifacts(parent)] == ["report.html"]
+    assert [file.path for file in client.list_artifacts(parent)] == ["report.html", "report.json"]
     kept = artifacts(client.get_run(parent)) / "report.html"
-    assert kept.read_text() == "<html>newer</html>"
+    assert kept.read_text() == "<html>newer</html>" and kept.with_suffix(".json").read_text() == TOLD
     with pytest.raises(TrackingError, match="cannot be filled"):
-        log_report(suite, page, uri=f"http://127.0.0.1:{free_port()}")
+        log_report(suite, page, TOLD, uri=f"http://127.0.0.1:{free_port()}")

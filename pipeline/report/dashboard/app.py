@@ -26,6 +26,13 @@ function (pathname) {
     if (!window.watchesScheme) {
         window.watchesScheme = true;
         document.addEventListener("focusin", (event) => { window.lastFocused = event.target.id; });
+        document.addEventListener("click", (event) => {
+            const button = event.target.closest("[data-png]");
+            const plot = button?.closest("figure").querySelector(".js-plotly-plot");
+            if (!plot) return;
+            const size = {width: Math.max(720, plot.clientWidth), height: plot.clientHeight};
+            window.Plotly.downloadImage(plot, {format: "png", filename: button.dataset.png, scale: 2, ...size});
+        });
         document.addEventListener("pointerdown", () => { window.lastFocused = ""; });
         dark.addEventListener("change", () => window.dash_clientside.set_props("scheme", {data: told()}));
     }
@@ -224,12 +231,13 @@ class _Answers:
         if what in ("only", "view"):
             return place.change(**{what: name})
         try:
-            ids = [short(run) for run in place.members(self._live.members(place.study))]
+            members = place.members(self._live.members(place.study))
         except ReportError:
             return place  # the list says what is wrong
+        ids = [short(run) for run in members]
         if what == "every":
             return place.change(runs=tuple(ids) if name == "all" else ())
-        picked = place.picks(ids)
+        picked = {short(run) for run in place.picked(members)}
         return place.change(runs=tuple(each for each in ids if (each in picked) != (each == name)))
 
     def mark(self, search: str | None) -> tuple[str, ...]:
@@ -237,11 +245,14 @@ class _Answers:
         place = Place.at(search)
         return (*(parts.yes(name == place.only) for name in ONLY), *(parts.yes(name == place.view) for name in VIEWS))
 
-    def check(self, search: str | None, boxes: list[dict[str, str]]) -> list[str]:
+    def check(self, search: str | None, boxes: list[dict[str, str]]) -> list[Any]:
         """Which boxes of runs are checked; new ones come as they are."""
-        ids = [box["to"] for box in boxes]
-        picked = Place.at(search).picks(ids)
-        return [parts.yes(each in picked) for each in ids]
+        place = Place.at(search)
+        try:
+            picked = {short(run) for run in place.picked(self._live.members(place.study))} if place.runs is None else place.runs
+        except ReportError:
+            return [no_update] * len(boxes)  # the list says what is wrong
+        return [parts.yes(box["to"] in picked) for box in boxes]
 
     def list_studies(self, search: str | None, _: Any) -> list[Any]:
         place = Place.at(search)
@@ -260,7 +271,8 @@ class _Answers:
         try:
             members = place.members(self._live.members(place.study))
             runs = place.picked(members)
-            now = [search, scheme, [[run.id, run.state] for run in members], [[run.newest, _versions(run.tags)] for run in runs]]
+            news = [[[run.newest, _versions(run.tags)] for run in runs], self._live.versions(runs)]
+            now = [search, scheme, [[run.id, run.state] for run in members], news]
             if now == before:
                 return (no_update,) * 5
             if not members:

@@ -19,6 +19,7 @@ from pipeline.report.figures_time import time_parts
 from pipeline.report.page import TRADED, told
 from pipeline.report.store import StoredRun, StoredStudy
 from pipeline.report.study import Group, Study
+from pipeline.report.swept import LARGEST_SAID, swept
 
 SHOWN = 200
 """studies of a list"""
@@ -31,6 +32,8 @@ _COLUMNS = {
     "newest": "newest sign of life",
 }
 _ROWS = 40
+_NO_BASELINE = "No baseline: no finished run of {} in this group is among those picked. Nothing is divided."
+_NOT_TOLD = "The store has no claims and no sweep of these runs; `spiketrain report SUITE` puts there what a suite has."
 CONFIG: Any = {"displayModeBar": False, "responsive": True, "scrollZoom": False, "doubleClick": False, "showTips": False}
 
 
@@ -112,14 +115,14 @@ def run_boxes() -> html.Fieldset:
 
 
 def boxes(place: Place, members: Sequence[StoredRun]) -> list[html.Button]:
-    picked = place.picks([short(run) for run in members])
+    picked = {run.id for run in place.picked(members)}
     return [
         html.Button(
             [html.B(run.name), f" {run.rule}, seed {run.seed or '?'}, {run.state.lower()}"],
             id={"change": "runs", "to": short(run)},
             type="button",
             role="checkbox",
-            **aria(checked=yes(short(run) in picked)),
+            **aria(checked=yes(run.id in picked)),
         )
         for run in members
     ]
@@ -142,6 +145,8 @@ def figures(place: Place, study: Study, theme: str) -> list[Any]:
         if len(study.groups) > 1:
             parts += [html.H3("How the groups differ"), _table(tables.recipe_differences(study), "Fields that differ")]
         return [*notes, *parts, _csv_link(place, "runs", "hardware and commits")]
+    if place.view == "claims":
+        return [*notes, *_told_by_reports(place, study, theme)]
     parts: list[Any] = [*notes]
     missing: list[Any] = []
     for key, group in grouped(study):
@@ -167,7 +172,8 @@ def grouped(study: Study) -> list[tuple[str, Group]]:
 def drawn(view: View, group: Group) -> Iterator[Figure | Missing]:
     """The figures of a view, or why there are none."""
     if view == "costs":
-        yield ratios(group)
+        if group.has_baseline:  # else a note says so
+            yield ratios(group)
         for name in TRADED:
             yield trade_off(group, name)
     elif view == "learning":
@@ -184,6 +190,13 @@ def csv_of(place: Place, study: Study, name: str) -> str | None:
     """The data of a figure or a table of this view, by its name; None where there is none."""
     if name == "runs":
         return tables.provenance(study).to_csv()
+    if name == "claims" and study.claims:
+        return tables.claims(study.claims).to_csv()
+    for key, figure, largest in swept(study.sweeps):
+        if name == f"{key}-{figure.name}":
+            return figure.table.to_csv()
+        if name == f"{key}-largest" and largest is not None:
+            return largest.to_csv()
     if name == "scaling" and (scaled := scaling.scaling(study)) is not None:
         return scaled.to_csv()
     for key, group in grouped(study):
@@ -200,7 +213,7 @@ def csv_of(place: Place, study: Study, name: str) -> str | None:
 
 def _costs(place: Place, key: str, group: Group) -> Iterator[Any]:
     if not group.has_baseline:
-        yield html.P(f"No baseline: no run of {group.against} in this group has finished. Nothing is divided.", className="note")
+        yield html.P(_NO_BASELINE.format(group.against), className="note")
     lines = [html.Li([html.B(rule), f": {line}"]) for rule, line in tables.headlines(group)]
     if lines:
         yield html.Ul(lines, className="headlines")
@@ -219,6 +232,26 @@ def _costs(place: Place, key: str, group: Group) -> Iterator[Any]:
         yield _csv_link(place, f"{key}-beside", f"measured beside, {tables.named(group)}")
 
 
+def _told_by_reports(place: Place, study: Study, theme: str) -> Iterator[Any]:
+    """Claims and sweeps, which `spiketrain report` puts into the store."""
+    if study.claims:
+        yield html.H3("Claims")
+        yield _table(tables.claims(study.claims), "What is published, what was measured here, and whether it holds")
+        yield _csv_link(place, "claims", "claims")
+    shown = list(swept(study.sweeps))
+    if shown:
+        yield html.H3("Memory against time steps")
+    for key, figure, largest in shown:
+        yield _figure(place, key, figure, theme)
+        if largest is not None:
+            yield html.H4("Each rule's own largest batch")
+            yield html.P(LARGEST_SAID, className="aside")
+            yield _table(largest, "Largest batch and its speed", where=figure.title)
+            yield _csv_link(place, f"{key}-largest", f"largest batches, {figure.title}")
+    if not study.claims and not shown:
+        yield html.P(_NOT_TOLD, className="note")
+
+
 def _figure(place: Place, key: str, one: Figure, theme: str) -> html.Figure:
     graph = dcc.Graph(
         figure=one.draw(DARK if theme == "dark" else LIGHT), config=CONFIG, responsive=True, style={"height": f"{one.height}px"}
@@ -229,7 +262,7 @@ def _figure(place: Place, key: str, one: Figure, theme: str) -> html.Figure:
             html.H4(one.title),
             html.Div(graph, className="drawing", role="img", **aria(label=f"{one.title}. {one.alt}")),
             html.Figcaption([one.caption, " ", html.Span(one.alt, className="alt")]),
-            _csv_link(place, name, one.title),
+            html.Div([_png_button(place, name, one.title), _csv(place, name, one.title)], className="actions"),
             html.Details(
                 [
                     html.Summary(["Table", html.Span(f" of {one.title}", className="unseen")]),
@@ -240,15 +273,25 @@ def _figure(place: Place, key: str, one: Figure, theme: str) -> html.Figure:
     )
 
 
+def _png_button(place: Place, name: str, what: str) -> html.Button:
+    """app.py has what it does."""
+    words = ["PNG", html.Span(f" of {what}", className="unseen")]
+    file: dict[str, Any] = {"data-png": f"{place.study[:8]}-{name}"}
+    return html.Button(words, type="button", className="button", **file)
+
+
 def _csv_link(place: Place, name: str, what: str) -> html.Div:
+    return html.Div(_csv(place, name, what), className="actions")
+
+
+def _csv(place: Place, name: str, what: str) -> html.A:
     asked: Mapping[str, str] = {"name": name}
-    link = html.A(
+    return html.A(
         ["CSV", html.Span(f" of {what}", className="unseen")],
         className="button",
         href=f"/csv{place.search or '?'}&{urlencode(asked)}",
         download=f"{place.study[:8]}-{name}.csv",
     )
-    return html.Div(link, className="actions")
 
 
 def _table(table: Table, caption: str, *, where: str = "") -> html.Div:

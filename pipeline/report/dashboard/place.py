@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 from urllib.parse import parse_qs, urlencode
 
+from pipeline.baseline import is_baseline
 from pipeline.report.store import StoredRun, StoredStudy
 
-View = Literal["costs", "learning", "time", "gradients", "runs"]
+View = Literal["costs", "learning", "time", "gradients", "claims", "runs"]
 VIEWS: dict[View, str] = {
     "costs": "Savings and costs",
     "learning": "Learning curves",
     "time": "Where the time goes",
     "gradients": "Gradients and firing rates",
+    "claims": "Claims and memory against time steps",
     "runs": "Hardware and commits",
 }
 Only = Literal["all", "running", "finished", "failed"]
@@ -28,7 +30,7 @@ ONLY: dict[Only, tuple[str, frozenset[str]]] = {
 SORTS = ("study", "family", "rules", "seeds", "runs", "newest")
 _ID = 8  # letters of a run's id
 MOST = 24
-"""runs that are picked of a study of which an address names none"""
+"""runs that are picked of a study, at most, where an address names none"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class Place:
     family: str = ""
     """its experiment: one key may be in several"""
     runs: tuple[str, ...] | None = None
-    """the beginnings of the ids of those picked; None: the newest"""
+    """the beginnings of the ids of those picked; None: all, or the newest seeds of more than MOST"""
     view: View = "costs"
     text: str = ""
     """that a study listed has in one of its columns"""
@@ -98,12 +100,9 @@ class Place:
     def picked(self, runs: Sequence[StoredRun]) -> list[StoredRun]:
         """Of the runs of the study."""
         members = self.members(runs)
-        picked = self.picks([short(run) for run in members])
-        return [run for run in members if short(run) in picked]
-
-    def picks(self, members: Sequence[str]) -> frozenset[str]:
-        """Of the short ids of the runs of the study, in the study's order."""
-        return frozenset(members[:MOST] if self.runs is None else set(self.runs) & set(members))
+        if self.runs is None:
+            return _newest_seeds(members)
+        return [run for run in members if short(run) in self.runs]
 
     def members(self, runs: Sequence[StoredRun]) -> list[StoredRun]:
         return [run for run in runs if self.family in ("", run.experiment)]
@@ -111,6 +110,28 @@ class Place:
 
 def short(run: StoredRun) -> str:
     return run.id[:_ID]
+
+
+def _newest_seeds(members: Sequence[StoredRun]) -> list[StoredRun]:
+    """All, or of more than MOST the newest seeds, each whole; in any case the baseline of the newest seed that has one.
+
+    Of a newest seed that is larger than that, its newest runs.
+    """
+    if len(members) <= MOST:
+        return list(members)
+    by_seed: dict[str, list[StoredRun]] = {}
+    for run in members:
+        by_seed.setdefault(run.seed, []).append(run)
+    bases = [[run.id for run in runs if is_baseline(run.rule)] for runs in by_seed.values()]
+    kept = set(next(filter(None, bases), [])[:MOST])
+    for place, runs in enumerate(by_seed.values()):
+        more = [run.id for run in runs if run.id not in kept]
+        room = MOST - len(kept)
+        if len(more) > room:
+            kept.update(more[:room] if place == 0 else ())
+            break
+        kept.update(more)
+    return [run for run in members if run.id in kept]
 
 
 def state_words(study: StoredStudy) -> str:

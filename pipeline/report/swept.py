@@ -1,0 +1,49 @@
+"""What a page shows of a sweep over time steps: memory against T, and each rule's own largest batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from pipeline.baseline import BASELINE, is_baseline
+from pipeline.report.figure import Cell, Figure, Table
+from pipeline.report.figures_time import memory_of_time
+
+LARGEST_SAID = (
+    "The largest batch whose bytes fit, and how fast forward and backward of it are, beside the faster "
+    f"{BASELINE} at its own largest batch: what a rule's memory buys in speed on the same card or machine."
+)
+
+
+def swept(sweeps: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Figure, Table | None]]:
+    """Of each sweep that has points: its key on a page, the figure, and the largest batches where it looked for them."""
+    figures = ((sweep, memory_of_time(sweep)) for sweep in sweeps)
+    drawn = [(sweep, figure) for sweep, figure in figures if isinstance(figure, Figure)]
+    for index, (sweep, figure) in enumerate(drawn, start=1):
+        yield f"sweep{index}", figure, largest(sweep)
+
+
+def largest(sweep: Mapping[str, Any]) -> Table | None:
+    """One row for each rule and T; None where nobody looked for a largest batch. What was not tried is not measured."""
+    points = [point for point in sweep["points"] if "largest_batch" in point]
+    if not points:
+        return None
+    fastest: dict[int, float] = {}
+    for point in points:
+        T, speed = point["time_steps"], _images_per_s(point)
+        if speed is not None and is_baseline(point["cost"]["rule"]):
+            fastest[T] = max(speed, fastest.get(T, 0.0))
+    rows: list[tuple[Cell, ...]] = []
+    for point in points:
+        T, speed = point["time_steps"], _images_per_s(point)
+        beside = None if speed is None or T not in fastest else speed / fastest[T]
+        rows.append((str(point["cost"]["rule"]), T, point["largest_batch"], speed, beside))
+    limit = sweep.get("memory_bytes")
+    batch = "largest batch" if limit is None else f"largest batch in {limit / 1e9:.3g} GB"
+    speed_of = ("images/s of its forward and backward", f"× the faster {BASELINE}'s")
+    return Table(columns=("rule", "time steps", batch, *speed_of), rows=tuple(rows))
+
+
+def _images_per_s(point: Mapping[str, Any]) -> float | None:
+    cost = point.get("at_largest")
+    return None if cost is None else point["largest_batch"] / (float(cost["forward_s"]) + float(cost["backward_s"]))
