@@ -12,7 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.checkpoint import CheckpointError
 from pipeline.doctor.checkpoints import Wanted, absolute, is_folder, left_at, try_address
-from pipeline.doctor.visit import visit
+from pipeline.doctor_command import doctor
 from pipeline.marker import Marker
 from tests.checkpoint.s3 import s3_server
 
@@ -89,7 +89,7 @@ def test_a_store_that_nothing_here_opens_is_told() -> None:
 @pytest.mark.parametrize("address", ["s3://AKIA:planted@bucket/p", "s3://bucket/p?key=planted"])
 def test_an_address_with_credentials_is_refused_before_anything_is_made(address: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no credentials") as refused:
-        visit(tmp_path / "runs", address=None, checkpoints=address, checkpoint_bytes=0, keep=1)
+        doctor(runs=tmp_path / "runs", checkpoints=address)
     assert "planted" not in str(refused.value) and not (tmp_path / "runs").exists()
 
 
