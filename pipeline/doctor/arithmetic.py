@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.doctor.failed import failed
 from pipeline.spiking.binary import Binarization, Binarizer
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
@@ -50,7 +51,7 @@ def differences(device: str) -> dict[str, float | str]:
                 torch.manual_seed(0)
                 found[name] = max(_off(ours, wanted) for ours, wanted in check(device))
         except Exception as error:  # whatever it is, it is what this machine has to tell
-            found[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())}"
+            found[name] = failed(error)
     return found
 
 

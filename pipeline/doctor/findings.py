@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import urllib.error
-import urllib.parse
-import urllib.request
-from base64 import b64encode
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from http.client import HTTPException
 from typing import Literal
 
+from pipeline.doctor.card import Card
+from pipeline.doctor.checkpoints import Kept
 from pipeline.doctor.node import Node
 from pipeline.doctor.stranger import Stranger
 from pipeline.launch.base import Silent
-from pipeline.track.connect import without_password
 
 MOST_SKEW_S = 1.0
 LEAST_BYTES_PER_S = 50e6
@@ -25,7 +21,8 @@ LEAST_SENT_PER_S = 100e6
 MOST_OFF = 1e-4
 """of the largest number: float32 holds 7 digits, and the sums of the tiny inputs lose one or two"""
 OLDEST_LOCK_S = 600.0
-MLFLOW_S = 10.0
+SICK = 0.7
+"""of what is usual among cards of a kind: one that does less is sick, or somebody uses it"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +51,35 @@ def of_nodes(nodes: Sequence[Node], *, runs: str, needed_bytes: float) -> Iterat
         yield from _reading(node)
         yield from _ops(node)
         yield from _locks(node)
+
+
+def of_kept(answers: Sequence[Kept | Silent], *, address: str, needed_bytes: float) -> Iterator[Finding]:
+    """Whether checkpoints can be kept at an address, as each node has tried. `needed_bytes`: of room, where that is known."""
+    for kept in answers:
+        if isinstance(kept, Silent):
+            told = f"{kept.address}: whether {address} keeps checkpoints could not be tried: {kept.why}"
+            advice = "see that it is up and reaches the store; of another than Amazon's, AWS_ENDPOINT_URL there"
+            yield Finding(check="storage", state="bad", told=told, advice=advice)
+        elif kept.failed:
+            advice = "see the address, its owner and rights; of a store, the keys in the environment there (AWS_ACCESS_KEY_ID)"
+            yield Finding(check="storage", state="bad", told=f"{kept.name}: {address} {kept.failed}", advice=advice)
+        elif not kept.sees:
+            advice = "name storage that all nodes share with --checkpoints"
+            told = f"{kept.name} does not see {address} as this machine does"
+            yield Finding(check="storage", state="bad", told=told, advice=advice)
+        else:
+            yield _room(kept, address=address, needed_bytes=needed_bytes)
+
+
+def _room(kept: Kept, *, address: str, needed_bytes: float) -> Finding:
+    told = f"{kept.name}: what was put at {address} was found, read and deleted"
+    if kept.free_bytes is None:
+        return Finding(check="storage", state="ok", told=told)
+    told += f", {kept.free_bytes / 1e9:.1f} GB are free"
+    if kept.free_bytes >= needed_bytes:
+        return Finding(check="storage", state="ok", told=told)
+    advice = f"checkpoints need {needed_bytes / 1e9:.1f} GB there; make room, or keep fewer"
+    return Finding(check="storage", state="bad", told=told, advice=advice)
 
 
 def of_clocks(skews: Mapping[str, tuple[float, float] | Silent]) -> Iterator[Finding]:
@@ -102,53 +128,6 @@ def of_token(stranger: Stranger, address: str) -> Finding:
     return Finding(check="auth", state="ok", told=f"the Ray at {address} asks for its token")
 
 
-def of_mlflow(uri: str) -> Finding:
-    """A store that is a file is as good as the folder it lies in; a server must answer, and not to everybody."""
-    parts = urllib.parse.urlsplit(uri)
-    if parts.scheme not in ("http", "https"):
-        return Finding(
-            check="mlflow", state="ok", told="the store is a file; `spiketrain dashboard` and others on this machine see it"
-        )
-    shown = without_password(uri).rstrip("/")
-    answer = _asked(shown, _login(parts))
-    if answer != 200:
-        what = {401: "refuses this user", 403: "refuses this host or user"}.get(answer or 0, f"answers {answer or 'nothing'}")
-        advice = (
-            "see MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD, or _TOKEN; "
-            "a training goes on without it, `spiketrain sync` delivers later"
-        )
-        return Finding(check="mlflow", state="bad", told=f"{shown} {what}", advice=advice)
-    if _asked(shown, None) == 200:
-        advice = "put it behind a password: mlflow server --app-name basic-auth, as in infra/mlflow"
-        return Finding(check="mlflow", state="look", told=f"{shown} answers whoever asks", advice=advice)
-    return Finding(check="mlflow", state="ok", told=f"{shown} answers, and asks for a password")
-
-
-def _login(parts: urllib.parse.SplitResult) -> str | None:
-    """As MLflow's client shows itself (3.17): by what stands in the address, else by a name and password, else by a token."""
-    user, secret = (os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD"))
-    if parts.username is not None:
-        user, secret = (urllib.parse.unquote(each or "") for each in (parts.username, parts.password))
-    if user and secret:
-        return "Basic " + b64encode(f"{user}:{secret}".encode()).decode()
-    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
-    return f"Bearer {token}" if token else None
-
-
-def _asked(server: str, login: str | None) -> int | None:
-    """The status of its answer, None where there is none."""
-    request = urllib.request.Request(f"{server}/api/2.0/mlflow/experiments/search?max_results=1")
-    if login is not None:
-        request.add_header("Authorization", login)
-    try:
-        with urllib.request.urlopen(request, timeout=MLFLOW_S) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        return error.code
-    except (OSError, HTTPException):  # the one where nobody is there, the other where it does not speak HTTP
-        return None
-
-
 def _versions(nodes: Sequence[Node]) -> Iterator[Finding]:
     differing = False
     for package in nodes[0].versions:
@@ -168,19 +147,49 @@ def _versions(nodes: Sequence[Node]) -> Iterator[Finding]:
 def _gpus(nodes: Sequence[Node]) -> Iterator[Finding]:
     for node in nodes:
         for gpu in node.gpus:
-            if gpu.startswith("failed"):
+            if gpu.name.startswith("failed"):
                 advice = "see nvidia-smi and the kernel's log there; mend the card, or leave the node out"
-                yield Finding(check="gpus", state="bad", told=f"{node.name}: a GPU {gpu}", advice=advice)
-    nodes = [node for node in nodes if not any(gpu.startswith("failed") for gpu in node.gpus)]
+                yield Finding(check="gpus", state="bad", told=f"{node.name}: a GPU {gpu.name}", advice=advice)
+    nodes = [node for node in nodes if not any(gpu.name.startswith("failed") for gpu in node.gpus)]
     if not nodes:
         return
-    kinds = {node.gpus for node in nodes if node.gpus}
-    told = "; ".join(f"{node.name}: {', '.join(node.gpus) or 'no GPU'}" for node in nodes)
+    kinds = {tuple(gpu.name for gpu in node.gpus) for node in nodes if node.gpus}
+    told = "; ".join(f"{node.name}: {_told(node.gpus)}" for node in nodes)
     if len(kinds) > 1:
         advice = "a ring is as fast as its slowest card: train on nodes that are alike"
         yield Finding(check="gpus", state="look", told=told, advice=advice)
     else:
         yield Finding(check="gpus", state="ok", told=told)
+    yield from _slow(nodes)
+
+
+def _told(gpus: Sequence[Card]) -> str:
+    if not gpus:
+        return "no GPU"
+    slowest = _figures(min(gpu.copied_bytes_per_s for gpu in gpus), min(gpu.multiplied_per_s for gpu in gpus))
+    return f"{', '.join(gpu.name for gpu in gpus)} ({slowest})"
+
+
+def _figures(copied: float, multiplied: float) -> str:
+    return f"{copied / 1e9:.1f} GB/s from the host, {multiplied / 1e12:.1f} TFLOP/s"
+
+
+def _slow(nodes: Sequence[Node]) -> Iterator[Finding]:
+    """Cards that do less than others of their kind, wherever those are."""
+    for kind in sorted({gpu.name for node in nodes for gpu in node.gpus}):
+        alike = [(node, index, gpu) for node in nodes for index, gpu in enumerate(node.gpus) if gpu.name == kind]
+        # Of two the faster one.
+        copied = statistics.median_high(gpu.copied_bytes_per_s for _, _, gpu in alike)
+        multiplied = statistics.median_high(gpu.multiplied_per_s for _, _, gpu in alike)
+        for node, index, gpu in alike:
+            if gpu.copied_bytes_per_s < SICK * copied or gpu.multiplied_per_s < SICK * multiplied:
+                mine, usual = _figures(gpu.copied_bytes_per_s, gpu.multiplied_per_s), _figures(copied, multiplied)
+                told = f"{node.name}: GPU {index}, {kind}, does {mine}; usual here are {usual}"
+                advice = (
+                    "a ring is as fast as its slowest card: see that nobody uses it, its power and temperature (nvidia-smi -q -d "
+                    "PERFORMANCE), and that its link has all lanes (nvidia-smi -q -d PCIE)"
+                )
+                yield Finding(check="gpus", state="look", told=told, advice=advice)
 
 
 def _storage(node: Node, *, runs: str, needed_bytes: float) -> Iterator[Finding]:
@@ -195,13 +204,21 @@ def _storage(node: Node, *, runs: str, needed_bytes: float) -> Iterator[Finding]
         return
     told = f"{node.name}: writes {node.written_bytes_per_s / 1e6:.0f} MB/s to {runs}, {node.free_bytes / 1e9:.1f} GB are free"
     if node.free_bytes < needed_bytes:
-        advice = f"checkpoints to keep and the one being written need {needed_bytes / 1e9:.1f} GB; make room, or keep fewer"
+        advice = f"checkpoints need {needed_bytes / 1e9:.1f} GB there; make room, or keep fewer"
         yield Finding(check="storage", state="bad", told=told, advice=advice)
     elif node.written_bytes_per_s < LEAST_BYTES_PER_S:
         advice = "checkpoints will be slow: save less often, or to a faster folder"
         yield Finding(check="storage", state="look", told=told, advice=advice)
     else:
         yield Finding(check="storage", state="ok", told=told)
+    if node.run_lock != "held":
+        mine = f"could lock a file in {runs} that this machine has locked"
+        saw = mine if node.run_lock == "free" else f"a lock in {runs} {node.run_lock}"
+        advice = (
+            "two drivers could train one run at once: mount it with locks that all nodes share (Lustre: flock, not localflock; "
+            "NFS: neither nolock nor local_lock), or launch and resume from one machine alone"
+        )
+        yield Finding(check="storage", state="bad", told=f"{node.name}: {saw}", advice=advice)
     if node.remembers_absence is not None:
         told = f"{node.name}: the NFS at {node.remembers_absence} may hide a new file for a minute"
         advice = "mount it with lookupcache=positive, so that who asks a run to stop or to save is heard at once"

@@ -14,7 +14,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.code import code_digest
+from pipeline.doctor.card import Card, cards
+from pipeline.doctor.failed import failed
 from pipeline.doctor.mounts import remembers_absence
+from pipeline.doctor.run_lock import tried
 from pipeline.marker import Marker
 
 PACKAGES = ("spiketrain", "torch", "deepspeed", "ray", "ffcv", "mlflow", "numpy", "numba", "timm")
@@ -38,10 +41,11 @@ class Node:
 
     name: str
     versions: dict[str, str]
-    gpus: tuple[str, ...]
-    """their names"""
+    gpus: tuple[Card, ...]
     sees_runs: bool
     """the driver's marker is in the folder of runs"""
+    run_lock: str
+    """`held`, where this node sees that the driver has locked its marker; `free`, where it could lock it as well"""
     written_bytes_per_s: float | None
     """to the folder of runs, down to the disk; None: it is not to be written to"""
     free_bytes: int | None
@@ -60,7 +64,7 @@ class Node:
 
 
 def examine(asked: Asked) -> Node:
-    runs, gpus = Path(asked.runs), _gpus()
+    runs, gpus = Path(asked.runs), cards()
     device = "cuda" if gpus else "cpu"
     return Node(
         name=socket.gethostname(),
@@ -71,6 +75,7 @@ def examine(asked: Asked) -> Node:
         },
         gpus=gpus,
         sees_runs=asked.marker.is_in(runs),
+        run_lock=tried(runs / asked.marker.name),
         written_bytes_per_s=_speed(runs),
         free_bytes=_free(runs),
         remembers_absence=remembers_absence(runs),
@@ -99,21 +104,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _gpus() -> tuple[str, ...]:
-    import torch
-
-    return tuple(_gpu(index) for index in range(torch.cuda.device_count()))
-
-
-def _gpu(index: int) -> str:
-    import torch
-
-    try:
-        return torch.cuda.get_device_name(index)
-    except Exception as error:  # whatever it is, it is what this machine has to tell
-        return _failed(error)
 
 
 def _off(device: str) -> dict[str, float | str]:
@@ -157,7 +147,7 @@ def _threading_layer() -> str:
         total(8)
         return str(numba.threading_layer())
     except (ImportError, ValueError, RuntimeError) as error:
-        return _failed(error)
+        return failed(error)
 
 
 def _ffcv() -> str:
@@ -182,8 +172,4 @@ def _ffcv() -> str:
                 shades = sorted(round(float(x.mean()) * 255) for batch in batches for x in batch.x)
         return "ok" if shades == [41, 201] else f"failed: shades 41 and 201 were read as {shades}"
     except Exception as error:  # whatever it is, it is what this machine has to tell
-        return _failed(error)
-
-
-def _failed(error: Exception) -> str:
-    return f"failed: {type(error).__name__}: {' '.join(str(error).split())}"
+        return failed(error)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.doctor.findings import Finding, of_clocks, of_mlflow, of_network, of_nodes, of_silent, of_token
+from pipeline.doctor.checkpoints import Kept, Wanted, absolute, is_folder, left_at, try_address
+from pipeline.doctor.findings import Finding, of_clocks, of_kept, of_network, of_nodes, of_silent, of_token
 from pipeline.doctor.meeting import Meeting, meet, meet_here
 from pipeline.doctor.node import Asked, examine
+from pipeline.doctor.run_lock import held
 from pipeline.doctor.stranger import stranger
+from pipeline.doctor.tracking import of_mlflow
 from pipeline.launch.base import LaunchError, Silent
 from pipeline.launch.ray import Ray
 from pipeline.marker import marked
@@ -18,35 +21,60 @@ EXAMINED_S = 300.0
 """the first time FFCV and numba compile"""
 CLOCK_S = 30.0
 MEETING_S = 120.0
+KEPT_S = 120.0
+"""a store that nobody answers for is tried for a while"""
 
 
-def visit(runs: Path, *, address: str | None, checkpoint_bytes: float, keep: int) -> list[Finding]:
-    """What was found here, or with `address` on each node of that cluster.
+def visit(
+    runs: Path, *, address: str | None, checkpoint_bytes: float, keep: int, checkpoints: str | None = None
+) -> list[Finding]:
+    """What was found here, or with `address` on each node of that cluster. `checkpoints`: where runs keep them, if not inside.
 
     Raises:
-        Refused: no cluster let us in.
+        Refused: no cluster let us in, or the address of checkpoints holds credentials.
         OSError: the folder of runs cannot be made.
     """
+    place = None if checkpoints is None else absolute(checkpoints)
     runs = runs.absolute()
     runs.mkdir(parents=True, exist_ok=True)
-    needed = checkpoint_bytes * (keep + 1)
-    with marked(runs, prefix=".doctor-") as marker:
+    with_runs, elsewhere = (checkpoint_bytes * count for count in _counts(place, keep))
+    with marked(runs, prefix=".doctor-") as marker, held(runs / marker.name):
         asked = Asked(runs=str(runs), marker=marker)
         if address is None:
             here = examine(asked)
-            found = list(of_nodes([here], runs=str(runs), needed_bytes=needed))
+            found = list(of_nodes([here], runs=str(runs), needed_bytes=with_runs))
             found += of_network(*_met_here(len(here.gpus)))
+            if place is not None:
+                found += of_kept([try_address(Wanted(address=place))], address=place, needed_bytes=elsewhere)
         else:
             with Ray(workers=0, address=address) as cluster:
                 answers = cluster.nodes.on_each(examine, asked, within_s=EXAMINED_S)
                 found = list(of_silent([each for each in answers if isinstance(each, Silent)]))
                 nodes = [each for each in answers if not isinstance(each, Silent)]
-                found += of_nodes(nodes, runs=str(runs), needed_bytes=needed)
+                found += of_nodes(nodes, runs=str(runs), needed_bytes=with_runs)
+                if place is not None:
+                    found += of_kept(_kept(cluster, place), address=place, needed_bytes=elsewhere)
                 found += of_clocks(cluster.nodes.clocks(within_s=CLOCK_S))
                 found += of_network(*_met(cluster))
                 at = cluster.found_at()
             found.append(of_token(stranger(at), at))
     return [*found, of_mlflow(tracking_uri(runs))]
+
+
+def _counts(place: str | None, keep: int) -> tuple[int, int]:
+    """How many checkpoints lie with the runs at one time, and how many at `place`."""
+    if place is None:
+        return keep + 1, 0  # the one that is being written
+    # What goes to a store is written with the run first; what comes from one is read there.
+    return (0, keep + 1) if is_folder(place) else (2, 0)
+
+
+def _kept(cluster: Ray, place: str) -> list[Kept | Silent]:
+    """As each node has tried it; this machine, whose driver looks there too, where it could not."""
+    with left_at(place) as left:
+        here = [Kept(name="this machine", failed=left)] if isinstance(left, str) else []
+        wanted = Wanted(address=place, left=None if isinstance(left, str) else left)
+        return [*here, *cluster.nodes.on_each(try_address, wanted, within_s=KEPT_S)]
 
 
 def _met_here(cards: int) -> tuple[Sequence[float], str]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from pipeline.doctor.findings import Finding, of_clocks, of_mlflow, of_network, of_nodes, of_token
+from pipeline.doctor.card import Card
+from pipeline.doctor.checkpoints import Kept
+from pipeline.doctor.findings import Finding, of_clocks, of_kept, of_network, of_nodes, of_token
 from pipeline.doctor.node import PACKAGES, Node
 from pipeline.doctor.stranger import Stranger
 from pipeline.launch.base import Silent
@@ -21,6 +18,7 @@ NODE = Node(
     versions={"python": "3.11.7", **dict.fromkeys(PACKAGES, "1.0")},
     gpus=(),
     sees_runs=True,
+    run_lock="held",
     written_bytes_per_s=2e8,
     free_bytes=10**11,
     remembers_absence=None,
@@ -49,13 +47,15 @@ def test_nodes_that_are_well_and_alike() -> None:
         (replace(OTHER, sees_runs=False), "storage", "bad", "two does not see /r"),
         (replace(OTHER, written_bytes_per_s=None), "storage", "bad", "two may not write to /r"),
         (
-            replace(OTHER, gpus=("H100", "failed: RuntimeError: CUDA error")),
+            replace(OTHER, gpus=(Card(name="H100"), Card(name="failed: RuntimeError: CUDA error"))),
             "gpus",
             "bad",
             "two: a GPU failed: RuntimeError: CUDA",
         ),
         (replace(OTHER, written_bytes_per_s=1e6), "storage", "look", "two: writes 1 MB/s"),
         (replace(OTHER, free_bytes=10**8), "storage", "bad", "0.1 GB are free"),
+        (replace(OTHER, run_lock="free"), "storage", "bad", "two: could lock a file in /r that this machine has locked"),
+        (replace(OTHER, run_lock="failed: OSError: [Errno 38]"), "storage", "bad", "two: a lock in /r failed: OSError"),
         (replace(OTHER, remembers_absence="/r"), "storage", "look", "two: the NFS at /r may hide a new file for a minute"),
         (replace(OTHER, ffcv="failed: ImportError: libtbb"), "ffcv", "bad", "two: failed: ImportError: libtbb"),
         (replace(OTHER, threading_layer="failed: no layer"), "threads", "bad", "no layer"),
@@ -74,8 +74,43 @@ def test_a_lock_of_just_now_is_somebody_compiling() -> None:
 
 
 def test_cards_of_two_kinds() -> None:
-    (found,) = not_ok(replace(NODE, gpus=("H100",)), replace(OTHER, gpus=("A100",)))
+    (found,) = not_ok(replace(NODE, gpus=(Card(name="H100"),)), replace(OTHER, gpus=(Card(name="A100"),)))
     assert (found.check, found.state) == ("gpus", "look")
+
+
+def test_a_card_that_does_less_than_its_like() -> None:
+    """On whichever node its like is; of two the faster one is what is usual."""
+    well = Card(name="H100", copied_bytes_per_s=50e9, multiplied_per_s=50e12)
+    far, hot = replace(well, copied_bytes_per_s=34e9), replace(well, multiplied_per_s=34e12)
+    assert not_ok(replace(NODE, gpus=(well, replace(well, copied_bytes_per_s=36e9)))) == []
+    first, second = not_ok(replace(NODE, gpus=(well, far)), replace(OTHER, gpus=(hot, well)))
+    usual = "usual here are 50.0 GB/s from the host, 50.0 TFLOP/s"
+    assert first.told == f"one: GPU 1, H100, does 34.0 GB/s from the host, 50.0 TFLOP/s; {usual}"
+    assert second.told == f"two: GPU 0, H100, does 50.0 GB/s from the host, 34.0 TFLOP/s; {usual}"
+    assert (first.check, first.state) == (second.check, second.state) == ("gpus", "look") and first.advice
+    (alone,) = not_ok(replace(NODE, gpus=(far, well)))
+    assert alone.told.startswith("one: GPU 0, ")
+    assert not_ok(replace(NODE, gpus=(well, replace(far, name="A100")))) == []  # another kind may do less
+
+
+def test_where_checkpoints_are_kept() -> None:
+    kept = Kept(name="one", free_bytes=3 * 10**9)
+    answers = [
+        kept,
+        replace(kept, free_bytes=None),
+        replace(kept, free_bytes=10**9),
+        replace(kept, sees=False),
+        replace(kept, failed="cannot be written to: PermissionError: Access Denied"),
+        Silent("10.0.0.2", "it does not answer in time"),
+    ]
+    found = [*of_kept(answers, address="s3://b/p", needed_bytes=2e9)]
+    assert [each.state for each in found] == ["ok", "ok", "bad", "bad", "bad", "bad"]
+    assert {each.check for each in found} == {"storage"} and all(each.advice for each in found[2:])
+    assert found[0].told == "one: what was put at s3://b/p was found, read and deleted, 3.0 GB are free"
+    assert found[2].advice == "checkpoints need 2.0 GB there; make room, or keep fewer"
+    assert found[3].told == "one does not see s3://b/p as this machine does"
+    assert found[4].told == "one: s3://b/p cannot be written to: PermissionError: Access Denied"
+    assert found[5].told.startswith("10.0.0.2: ") and found[5].told.endswith("it does not answer in time")
 
 
 def test_clocks() -> None:
@@ -97,69 +132,3 @@ def test_a_cluster_that_lets_strangers_in() -> None:
     assert {state: found.state for state, found in told.items()} == {"let in": "bad", "refused": "ok", "unclear": "look"}
     assert told["unclear"].told.endswith("could not be told: no route") and told["unclear"].advice
 
-
-def without_login(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("USERNAME", "PASSWORD", "TOKEN"):
-        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
-
-
-@contextmanager
-def server(*, password: str | None) -> Iterator[str]:
-    class Answer(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200 if password is None or self.headers.get("Authorization") == password else 401)
-            self.end_headers()
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Answer) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
-        yield f"127.0.0.1:{http.server_port}"
-        http.shutdown()
-
-
-def test_a_tracking_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_login(monkeypatch)
-    with server(password="Basic bWU6cGFzcw==") as place:  # me:pass
-        assert of_mlflow(f"http://{place}").told.endswith("refuses this user")
-        found = of_mlflow(f"http://me:pass@{place}")
-        assert found.state == "ok" and "pass@" not in found.told
-    with server(password=None) as place:
-        assert of_mlflow(f"http://{place}").state == "look"
-    assert of_mlflow(f"http://{place}").state == "bad"
-    assert of_mlflow("sqlite:///x.db").state == "ok"
-
-
-@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.2\r\n"])
-def test_what_listens_there_is_no_web_server(answer: bytes) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-
-        def serve() -> None:
-            connection, _ = listening.accept()
-            with connection:
-                connection.recv(1 << 16)
-                connection.sendall(answer)
-
-        threading.Thread(target=serve, daemon=True).start()
-        found = of_mlflow(f"http://127.0.0.1:{listening.getsockname()[1]}")
-    assert found.state == "bad" and found.told.endswith("answers nothing")
-
-
-def test_a_login_is_shown_as_mlflow_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A password with @ in it, quoted in the address; a token, which counts where there is no name and password."""
-    without_login(monkeypatch)
-    with server(password="Basic bWU6cEBzcw==") as place:  # me:p@ss
-        found = of_mlflow(f"http://me:p%40ss@{place}")
-        assert found.state == "ok" and "p%40ss" not in found.told
-        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "tok")
-        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
-        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "p@ss")
-        assert of_mlflow(f"http://{place}").state == "ok"
-    with server(password="Bearer tok") as place:
-        assert of_mlflow(f"http://{place}").told.endswith("refuses this user")
-        without_login(monkeypatch)
-        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "tok")
-        found = of_mlflow(f"http://{place}")
-        assert found.state == "ok" and "tok" not in found.told
-        assert of_mlflow(f"http://me:p%40ss@{place}").state == "bad"

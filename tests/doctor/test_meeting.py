@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.doctor import meeting, visit
+from pipeline.doctor.card import Card
 from pipeline.doctor.meeting import Meeting, meet, meet_here
 from pipeline.ports import free_port
 
@@ -49,7 +50,7 @@ def test_cards_that_do_not_meet_say_why(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_doctor_has_a_machines_own_cards_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = visit.examine
-    monkeypatch.setattr(visit, "examine", lambda asked: replace(known(asked), gpus=("A", "A")))
+    monkeypatch.setattr(visit, "examine", lambda asked: replace(known(asked), gpus=(Card(name="A"),) * 2))
     monkeypatch.setattr(visit, "meet_here", lambda size, *, backend: [2e9] * size)
     found = {each.check: each for each in visit.visit(tmp_path, address=None, checkpoint_bytes=0, keep=1)}
     assert found["network"].told.startswith("2 processes add up with 2.00 GB/s")

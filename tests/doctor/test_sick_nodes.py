@@ -7,14 +7,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pipeline.doctor import node, visit
 from pipeline.doctor.node import Asked, examine
+from pipeline.doctor.run_lock import tried
 from pipeline.doctor.stranger import Stranger
 from pipeline.launch.base import LaunchError, Silent
 from pipeline.marker import Marker
@@ -79,8 +80,11 @@ class Sick:
     def nodes(self) -> Sick:
         return self
 
-    def on_each(self, work: Any, given: Asked, *, within_s: float) -> list[Any]:
-        return [NODE, self.silent]
+    def on_each(self, work: Any, given: Any, *, within_s: float) -> list[Any]:
+        """The one that answers is this process; of an examination it has only tried the lock."""
+        if work is examine:
+            return [replace(NODE, run_lock=tried(Path(given.runs) / given.marker.name)), self.silent]
+        return [work(given), self.silent]
 
     def clocks(self, *, within_s: float) -> dict[str, Any]:
         return {"10.0.0.1": (0.0, 0.01), "10.0.0.2": self.silent}
@@ -92,13 +96,19 @@ class Sick:
         return "10.0.0.1:6379"
 
 
-def test_the_doctor_tells_of_the_others_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def sick(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def cluster(**given: Any) -> Iterator[Sick]:
         yield Sick()
 
     monkeypatch.setattr(visit, "Ray", cluster)
     monkeypatch.setattr(visit, "stranger", lambda address: Stranger(outcome="refused"))
+
+
+@pytest.mark.usefixtures("sick")
+def test_the_doctor_tells_of_the_others_all_the_same(tmp_path: Path) -> None:
+    """And holds a lock meanwhile, as a driver does: `storage` would be bad without."""
     found = visit.visit(tmp_path, address="auto", checkpoint_bytes=0, keep=1)
     bad = {each.check: each.told for each in found if each.state == "bad"}
     assert bad["node"] == "10.0.0.2 cannot be examined: ModuleNotFoundError: No module named 'pipeline'"
@@ -106,15 +116,32 @@ def test_the_doctor_tells_of_the_others_all_the_same(tmp_path: Path, monkeypatch
     assert {"versions", "storage", "ops", "auth"} <= {each.check for each in found if each.state == "ok"}
 
 
-def test_a_card_that_fails_is_told_beside_one_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    def name(index: int) -> str:
-        if index:
-            raise RuntimeError("CUDA error:\nunspecified launch failure")
-        return "H100"
+@pytest.mark.usefixtures("sick")
+@pytest.mark.parametrize(("size", "state"), [(1.0, "ok"), (1e18, "bad")])
+def test_the_doctor_tries_where_checkpoints_are_kept(tmp_path: Path, size: float, state: str) -> None:
+    """On each node; room is looked for there, and not where the runs are."""
+    runs, place = tmp_path / "runs", str(tmp_path / "kept")
+    found = visit.visit(runs, address="auto", checkpoints=place, checkpoint_bytes=size, keep=1)
+    with_runs, kept, silent = [each for each in found if each.check == "storage"]
+    assert with_runs.state == "ok" and str(runs) in with_runs.told
+    assert kept.state == state and f"what was put at {place} was found" in kept.told
+    assert silent.state == "bad" and silent.told.startswith(f"10.0.0.2: whether {place} keeps checkpoints could not be tried")
+    assert list((tmp_path / "kept").iterdir()) == []
 
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_name", name)
-    assert node._gpus() == ("H100", "failed: RuntimeError: CUDA error: unspecified launch failure")
+
+@pytest.mark.usefixtures("sick")
+def test_a_driver_that_cannot_keep_checkpoints_is_told_beside_the_nodes(tmp_path: Path) -> None:
+    found = visit.visit(tmp_path, address="auto", checkpoints="nosuch://x", checkpoint_bytes=0, keep=1)
+    told = [each.told for each in found if each.check == "storage" and each.state == "bad"]
+    assert told[0].startswith("this machine: nosuch://x cannot be opened: ValueError: Protocol not known") and len(told) == 3
+
+
+@pytest.mark.parametrize(
+    ("place", "counts"), [(None, (4, 0)), ("/shared/kept", (0, 4)), ("file:///shared/kept", (0, 4)), ("s3://bucket", (2, 0))]
+)
+def test_room_is_wanted_where_checkpoints_lie(place: str | None, counts: tuple[int, int]) -> None:
+    """Beside the three that are kept the one being written; a store has them pass through the run, one each way."""
+    assert visit._counts(place, 3) == counts
 
 
 def test_a_lock_that_goes_while_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,3 +158,4 @@ def test_a_folder_of_runs_that_is_gone(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(node, name, lambda: "ok")
     found = examine(Asked(runs=str(tmp_path / "gone"), marker=Marker("x", "y")))
     assert (found.sees_runs, found.free_bytes, found.written_bytes_per_s) == (False, None, None)
+    assert found.run_lock.startswith("failed: FileNotFoundError")

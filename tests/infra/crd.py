@@ -22,6 +22,7 @@ import yaml
 GOLDEN = Path(__file__).parents[1] / "golden" / "kuberay.json"
 
 POD = {
+    "affinity",
     *("automountServiceAccountToken", "containers", "imagePullSecrets", "nodeSelector", "priorityClassName", "restartPolicy"),
     *("runtimeClassName", "securityContext", "serviceAccountName", "terminationGracePeriodSeconds", "tolerations", "volumes"),
 }
@@ -41,6 +42,7 @@ CONTAINER = {
     ),
     *("volumeMounts", "workingDir"),
 }
+AFFINITY = {"nodeAffinity"}
 VOLUME = {"configMap", "emptyDir", "name", "persistentVolumeClaim", "secret"}
 TYPES = {"boolean": bool, "integer": int, "number": int | float, "string": str, "integer-or-string": int | str}
 
@@ -83,7 +85,7 @@ def _misfits(value: Any, type_: Any, types: dict[str, Any], path: str) -> list[s
 
 
 def condensed(version: str, folder: Path) -> dict[str, Any]:
-    """The facts, from two of KubeRay's CustomResourceDefinitions. The kinds of Kubernetes itself are told there, too."""
+    """The facts, from two of KubeRay's CustomResourceDefinitions. Kinds of others are told here, by hand."""
     job, cluster = (_spec(folder / f"ray.io_{name}.yaml") for name in ("rayjobs", "rayclusters"))
     group = cluster["properties"]["workerGroupSpecs"]["items"]["properties"]
     pod = group["template"]["properties"]["spec"]
@@ -93,6 +95,7 @@ def condensed(version: str, folder: Path) -> dict[str, Any]:
     _keep(pod, POD)
     _keep(pod["properties"]["containers"]["items"], CONTAINER)
     _keep(pod["properties"]["volumes"]["items"], VOLUME)
+    _keep(pod["properties"]["affinity"], AFFINITY)
     metadata = {"name!": "string", "namespace": "string", "labels": {"*": "string"}, "annotations": {"*": "string"}}
     policy = {
         "podSelector!": _type(selector),
@@ -100,6 +103,8 @@ def condensed(version: str, folder: Path) -> dict[str, Any]:
         "ingress": [_type(rules["ingressRules"]["items"])],
         "egress": [_type(rules["egressRules"]["items"])],
     }
+    endpoint = {"port": "string", "relabelings": [{"replacement": "string", "targetLabel": "string"}]}
+    monitor = {"selector!": _type(selector), "podMetricsEndpoints": [endpoint]}  # of prometheus-operator's podmonitor_types.go
     return {
         "version": f"KubeRay {version}",
         "kinds": {
@@ -107,6 +112,7 @@ def condensed(version: str, folder: Path) -> dict[str, Any]:
             "RayJob": _kind("ray.io/v1", _type(job)),
             "NetworkPolicy": _kind("networking.k8s.io/v1", policy),
             "PersistentVolumeClaim": _kind("v1", _type(claim["properties"]["spec"])),
+            "PodMonitor": _kind("monitoring.coreos.com/v1", monitor),
         },
         "types": {
             "Metadata": metadata,

@@ -12,6 +12,22 @@ from pipeline.submit.kustomize import containers
 Manifest = dict[str, Any]
 LABEL = {"app.kubernetes.io/part-of": "spiketrain"}
 RAY = ("RayCluster", "RayJob")
+LEAST_RETRIES = 10
+EXPORTER = "quay.io/prometheus/node-exporter:v1.9.1"
+SPOT = {
+    "cloud.google.com/gke-spot": "true",
+    "cloud.google.com/gke-preemptible": "true",
+    "eks.amazonaws.com/capacityType": "SPOT",
+    "karpenter.sh/capacity-type": "spot",
+    "kubernetes.azure.com/scalesetpriority": "spot",
+}
+"""a node's label, by whom machines are lent, where it may be taken back"""
+MONITORING = {
+    "namespaceSelector": {"matchLabels": {"spiketrain/monitoring": "allowed"}},
+    "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}},
+}
+METRICS = {"metrics": 8080, "metrics-runs": 9100}
+"""ports that figures are read at: Ray's on every pod, node_exporter's on the head"""
 
 
 def authentication(manifest: Manifest) -> Iterator[str]:
@@ -67,8 +83,8 @@ def closed(manifest: Manifest) -> Iterator[str]:
             if name in head:
                 yield f"the head must have no {name}"
         ports = {port["name"] for port in head["template"]["spec"]["containers"][0].get("ports", ())}
-        if ports != {"gcs-server", "dashboard"}:
-            yield f"the head's ports must be gcs-server and dashboard, or KubeRay opens others; got {sorted(ports)}"
+        if ports != {"gcs-server", "dashboard", "metrics"}:
+            yield f"the head's ports must be gcs-server, dashboard and metrics, or KubeRay opens others; got {sorted(ports)}"
     for pod, labels in zip(_pods(manifest), _labels(manifest), strict=True):
         if labels != LABEL:
             yield f"a pod must have the label that the NetworkPolicy goes by; got {labels}"
@@ -78,12 +94,12 @@ def closed(manifest: Manifest) -> Iterator[str]:
 
 
 def retries(manifest: Manifest) -> Iterator[str]:
-    """A retry is a new cluster, which finds the run by its name on storage that outlives the old one."""
+    """A retry is a new cluster, which finds the run by its name on storage that outlives the old one. Evictions count, too."""
     if manifest["kind"] != "RayJob":
         return
     spec, words = manifest["spec"], manifest["spec"]["entrypoint"].split()
-    if spec.get("backoffLimit", 0) < 1:
-        yield f"backoffLimit must be above 0; got {spec.get('backoffLimit')}"
+    if spec.get("backoffLimit", 0) < LEAST_RETRIES:
+        yield f"backoffLimit must be {LEAST_RETRIES} or more; got {spec.get('backoffLimit')}"
     for option in ("--or-resume", "--name", "--runs"):
         if option not in words:
             yield f"the entrypoint must say {option}"
@@ -108,14 +124,26 @@ def head(manifest: Manifest) -> Iterator[str]:
                         yield f"the head's {kind} must be of cpu and memory; got {name}"
 
 
+def stays(manifest: Manifest) -> Iterator[str]:
+    """The head prefers a machine that nobody takes back, and has any other where there is none, or where none is labelled."""
+    wanted = [{"key": key, "operator": "NotIn", "values": [value]} for key, value in SPOT.items()]
+    for spec in _clusters(manifest):
+        affinity = spec["headGroupSpec"]["template"]["spec"].get("affinity", {}).get("nodeAffinity", {})
+        preferred = affinity.get("preferredDuringSchedulingIgnoredDuringExecution", [])
+        if [each["preference"].get("matchExpressions") for each in preferred] != [wanted]:
+            yield f"the head must prefer nodes without any label of spot machines, {', '.join(SPOT)}; got {preferred}"
+        if "requiredDuringSchedulingIgnoredDuringExecution" in affinity:
+            yield "the head must require no label of its node: there may be no such node"
+
+
 def loss_of_a_node(manifest: Manifest) -> Iterator[str]:
     """Found as fast as a launch without --node-loss expects it."""
     for spec in _clusters(manifest):
-        for container in spec["headGroupSpec"]["template"]["spec"]["containers"]:
-            told = {each["name"]: each.get("value") for each in container.get("env", ())}
-            for name, value in NODES["fast"].items():
-                if told.get(name) != value:
-                    yield f"the head's {name} must be {value}; got {told.get(name)}"
+        container = spec["headGroupSpec"]["template"]["spec"]["containers"][0]
+        told = {each["name"]: each.get("value") for each in container.get("env", ())}
+        for name, value in NODES["fast"].items():
+            if told.get(name) != value:
+                yield f"the head's {name} must be {value}; got {told.get(name)}"
 
 
 def scale(manifest: Manifest) -> Iterator[str]:
@@ -187,8 +215,37 @@ def storage(manifest: Manifest) -> Iterator[str]:
             yield f"{name}: must request cpu and memory, and be limited to just that; got {resources}"
 
 
+def metrics(manifest: Manifest) -> Iterator[str]:
+    """What machines do is read at a named port of every pod; what runs do at one of the head's, out of what the driver writes."""
+    for spec in _clusters(manifest):
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            yield from _port(group["template"]["spec"]["containers"][0], "metrics")
+        pod = spec["headGroupSpec"]["template"]["spec"]
+        driver, *beside = pod["containers"]
+        exporter = next((each for each in beside if each["image"] == EXPORTER), None)
+        if exporter is None:
+            yield f"the head must have {EXPORTER} beside Ray; got {[each['image'] for each in beside]}"
+            continue
+        yield from _port(exporter, "metrics-runs")
+        folder = {each["name"]: each.get("value") for each in driver.get("env", ())}.get("SPIKETRAIN_METRICS")
+        written, read = (_volume_at(each, folder) for each in (driver, exporter))
+        if written != read or written not in {volume["name"] for volume in pod["volumes"] if "emptyDir" in volume}:
+            yield f"SPIKETRAIN_METRICS must be an emptyDir of {driver['name']} and {exporter['name']}; got {folder}"
+        if f"--collector.textfile.directory={folder}" not in exporter.get("args", ()):
+            yield f"{exporter['name']}: must read {folder}; got {exporter.get('args')}"
+
+
+def _port(container: Manifest, name: str) -> Iterator[str]:
+    if {"name": name, "containerPort": METRICS[name]} not in container.get("ports", ()):
+        yield f"{container['name']}: must have the port {name}, {METRICS[name]}; got {container.get('ports')}"
+
+
+def _volume_at(container: Manifest, path: str | None) -> str | None:
+    return next((mount["name"] for mount in container.get("volumeMounts", ()) if mount["mountPath"] == path), None)
+
+
 def policy(manifest: Manifest) -> Iterator[str]:
-    """Whom a NetworkPolicy lets in: the pods themselves everywhere, the operator at the dashboard, nobody else."""
+    """Whom a NetworkPolicy lets in: the pods everywhere, the operator at the dashboard, a Prometheus at figures, nobody else."""
     if manifest["kind"] != "NetworkPolicy":
         return
     spec = manifest["spec"]
@@ -202,11 +259,16 @@ def policy(manifest: Manifest) -> Iterator[str]:
             and "namespaceSelector" in source
             for source in sources
         ]
-        if not own and not (all(of_operator) and rule.get("ports") == [{"protocol": "TCP", "port": 8265}]):
-            yield f"the policy must let in its own pods, and the operator at port 8265; got {rule}"
+        at_dashboard = all(of_operator) and rule.get("ports") == [{"protocol": "TCP", "port": 8265}]
+        figures = [{"protocol": "TCP", "port": port} for port in METRICS.values()]
+        if not own and not at_dashboard and not (sources == [MONITORING] and rule.get("ports") == figures):
+            yield f"the policy must let in its own pods, the operator at port 8265, and a Prometheus at figures; got {rule}"
 
 
-RULES = (authentication, secrets, user, closed, retries, head, loss_of_a_node, scale, departure, storage, policy)
+RULES = (
+    *(authentication, secrets, user, closed, retries, head, stays, loss_of_a_node),
+    *(scale, departure, storage, metrics, policy),
+)
 
 
 def versions(manifest: Manifest, *, ray: str, spiketrain: str) -> Iterator[str]:
@@ -214,7 +276,8 @@ def versions(manifest: Manifest, *, ray: str, spiketrain: str) -> Iterator[str]:
     for spec in _clusters(manifest):
         if spec.get("rayVersion") != ray:
             yield f"rayVersion must be that of requirements.lock, {ray}; got {spec.get('rayVersion')}"
-    for container in containers(manifest):
+    for pod in _pods(manifest):
+        container = pod["containers"][0]  # Ray's; whatever stands beside it has its own
         if not container["image"].endswith(f"/spiketrain:{spiketrain}-ray{ray}"):
             yield f"{container['name']}: the image must be spiketrain:{spiketrain}-ray{ray}; got {container['image']}"
 

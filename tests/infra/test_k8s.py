@@ -43,11 +43,13 @@ def test_all_of_them_are_looked_at() -> None:
     assert [
         "base/cluster",
         "base/job",
+        "monitoring",
         *sorted(f"overlays/{size}/{kind}" for size in SIZES for kind in ("cluster", "job")),
         "shared",
     ] == FOLDERS
     kinds = [build(K8S / folder)[index]["kind"] for folder, index in MANIFESTS]
-    assert sorted(kinds) == ["NetworkPolicy", *["PersistentVolumeClaim"] * 2, *["RayCluster"] * 4, *["RayJob"] * 4]
+    others = ["NetworkPolicy", *["PersistentVolumeClaim"] * 2, "PodMonitor"]
+    assert sorted(kinds) == [*others, *["RayCluster"] * 4, *["RayJob"] * 4]
     built = {path for folder in FOLDERS for path in _files(K8S / folder)}
     assert built == set(K8S.rglob("*.yaml")), "a file that no kustomization.yaml names"
 
@@ -145,7 +147,7 @@ BROKEN_FIELDS = [
     (("spec", "suspend"), 0, "RayJob.spec.suspend: must be boolean; got 0"),
     (("spec", "entrypoint"), ["spiketrain"], "RayJob.spec.entrypoint: must be string; got ['spiketrain']"),
     (("apiVersion",), "ray.io/v2", "RayJob.apiVersion: must be one of ray.io/v1; got 'ray.io/v2'"),
-    (("kind",), "RayJobs", "kind: must be one of RayCluster, RayJob, NetworkPolicy, PersistentVolumeClaim; got 'RayJobs'"),
+    (("kind",), "RayJobs", "kind: must be one of RayCluster, RayJob, NetworkPolicy, PersistentVolumeClaim, PodMonitor; got"),
     ((*HEAD[:2], "authOptions", "mode"), "tokens", "RayJob.spec.rayClusterSpec.authOptions.mode: must be one of disabled|token"),
     (
         (*HEAD, "rayStartParams", "num-cpus"),
@@ -164,6 +166,9 @@ BROKEN_FIELDS = [
     ((*CONTAINER, "volumeMounts"), {}, "containers[0].volumeMounts: must be a list; got {}"),
 ]
 SECRET = {"name": "MLFLOW_TRACKING_PASSWORD", "value": "x"}
+HEAD_CONTAINERS = (*HEAD, "template", "spec", "containers")
+NODE_AFFINITY = (*HEAD, "template", "spec", "affinity", "nodeAffinity")
+PREFERRED = (*NODE_AFFINITY, "preferredDuringSchedulingIgnoredDuringExecution")
 PRE_STOP = (*CONTAINER, "lifecycle", "preStop", "exec")
 DRAINED_LATE = ["ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --deadline-remaining-seconds 300"]
 BROKEN_RULES = [
@@ -182,11 +187,11 @@ BROKEN_RULES = [
     ((*HEAD, "rayStartParams", "dashboard-host"), "::", "dashboard-host: must not name every interface"),
     ((*HEAD, "serviceType"), "LoadBalancer", "serviceType must be ClusterIP; got LoadBalancer"),
     ((*HEAD, "enableIngress"), True, "the head must have no enableIngress"),
-    ((*HEAD, "template", "spec", "containers", 0, "ports"), [], "the head's ports must be gcs-server and dashboard"),
+    ((*HEAD, "template", "spec", "containers", 0, "ports"), [], "the head's ports must be gcs-server, dashboard and"),
     ((*GROUP, "template", "metadata", "labels"), {}, "the label that the NetworkPolicy goes by; got {}"),
     ((*POD, "hostNetwork"), True, "a pod must have no hostNetwork"),
-    (("spec", "backoffLimit"), 0, "backoffLimit must be above 0; got 0"),
-    (("spec", "backoffLimit"), GONE, "backoffLimit must be above 0; got None"),
+    (("spec", "backoffLimit"), 9, "backoffLimit must be 10 or more; got 9"),
+    (("spec", "backoffLimit"), GONE, "backoffLimit must be 10 or more; got None"),
     (("spec", "entrypoint"), "spiketrain launch x.py --runs /shared/runs --name example", "must say --or-resume"),
     (("metadata", "name"), "another", "the run must have the RayJob's name, another"),
     (("spec", "shutdownAfterJobFinishes"), False, "shutdownAfterJobFinishes must be true"),
@@ -194,6 +199,16 @@ BROKEN_RULES = [
     ((*HEAD, "rayStartParams", "num-cpus"), "4", "the head must have num-cpus 0"),
     ((*HEAD, "template", "spec", "containers", 0, "resources", "limits", "nvidia.com/gpu"), "1", "got nvidia.com/gpu"),
     ((*HEAD, "template", "spec", "containers", 0, "env"), [], "the head's RAY_health_check_timeout_ms must be 2000; got None"),
+    ((*HEAD, "template", "spec", "affinity"), GONE, "the head must prefer nodes without any label of spot machines"),
+    ((*PREFERRED, 0, "preference", "matchExpressions", 0, "operator"), "In", "the head must prefer nodes without any label"),
+    ((*NODE_AFFINITY, "requiredDuringSchedulingIgnoredDuringExecution"), {}, "the head must require no label of its node"),
+    ((*HEAD_CONTAINERS, 1), GONE, "the head must have quay.io/prometheus/node-exporter"),
+    ((*HEAD_CONTAINERS, 1, "image"), "quay.io/prometheus/node-exporter:latest", "node-exporter:v1.9.1 beside Ray; got ["),
+    ((*HEAD_CONTAINERS, 1, "ports", 0, "containerPort"), 9101, "run-metrics: must have the port metrics-runs, 9100; got ["),
+    ((*HEAD_CONTAINERS, 1, "volumeMounts", 0, "mountPath"), "/metrics", "SPIKETRAIN_METRICS must be an emptyDir of ray-head and"),
+    ((*HEAD, "template", "spec", "volumes", 3, "emptyDir"), GONE, "SPIKETRAIN_METRICS must be an emptyDir of ray-head and"),
+    ((*HEAD_CONTAINERS, 1, "args"), [], "run-metrics: must read /var/lib/spiketrain/metrics; got []"),
+    ((*CONTAINER, "ports"), GONE, "ray-worker: must have the port metrics, 8080; got None"),
     (("spec", "rayClusterSpec", "enableInTreeAutoscaling"), False, "the autoscaler must be on"),
     ((*GROUP, "maxReplicas"), 0, "replicas must lie between minReplicas and maxReplicas; got 1 of 1 to 0"),
     ((*GROUP, "minReplicas"), 0, "a RayJob's minReplicas must be its replicas, 1"),
@@ -214,7 +229,11 @@ BROKEN_POLICIES = [
     ((*POLICY, 0, "from"), [], "the policy must let in its own pods"),
     ((*POLICY, 0, "from", 0, "namespaceSelector"), {}, "the policy must let in its own pods"),
     ((*POLICY, 0, "from", 0), {"ipBlock": {"cidr": "10.0.0.0/8"}}, "the policy must let in its own pods"),
-    ((*POLICY, 1, "ports"), GONE, "and the operator at port 8265"),
+    ((*POLICY, 1, "ports"), GONE, "the operator at port 8265"),
+    ((*POLICY, 2, "ports"), GONE, "and a Prometheus at figures"),
+    ((*POLICY, 2, "ports", 0, "port"), 8265, "and a Prometheus at figures"),
+    ((*POLICY, 2, "from", 0, "podSelector"), GONE, "and a Prometheus at figures"),
+    ((*POLICY, 2, "from", 0, "namespaceSelector"), {}, "and a Prometheus at figures"),
     (("spec", "podSelector"), {"matchLabels": {}}, "the policy must be about what comes in"),
 ]
 

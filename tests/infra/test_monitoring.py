@@ -1,9 +1,11 @@
-"""The board and the scrape configuration: every metric that they name is one that Ray or this package exposes."""
+"""The board, the alerts and what is collected: every metric that they name is one that Ray or this package exposes."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,10 +14,15 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.track.exposition import exposition
+from pipeline.submit.kustomize import build, containers
+from pipeline.track.exposition import STATES, exposition
+from tests.infra.rules import LABEL, MONITORING
 
 INFRA = Path(__file__).resolve().parents[2] / "infra"
 BOARD = INFRA / "grafana" / "spiketrain.json"
+PROMETHEUS, K8S = INFRA / "prometheus", INFRA / "k8s"
+ALERTS = Path(__file__).parent / "alerts.yml"
+needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool, of Debian's package prometheus")
 
 # As ray 2.60.0 names them in its reporter; exported with `ray_` before them.
 RAY = frozenset(
@@ -110,12 +117,87 @@ def test_names_of_ray_are_those_of_the_installed_one():
 
 
 def test_the_scrape_configuration():
-    told = yaml.safe_load((INFRA / "prometheus" / "prometheus.yml").read_text())
+    told = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
 
     jobs = {job["job_name"]: job for job in told["scrape_configs"]}
     assert set(jobs) == {"ray", "spiketrain"}
+    assert told["rule_files"] == ["rules.yml"] and (PROMETHEUS / "rules.yml").is_file()
     assert "/tmp/ray/prom_metrics_service_discovery.json" in jobs["ray"]["file_sd_configs"][0]["files"]
     for file in jobs["ray"]["file_sd_configs"][0]["files"]:
         assert re.fullmatch(r"(/[^*]+)*/[^/]+\.json", file), "Prometheus takes a * in the last part alone"
     assert jobs["spiketrain"]["params"] == {"collect[]": ["textfile"]}
     assert jobs["spiketrain"]["static_configs"] == [{"targets": ["localhost:9100"]}]
+
+
+# -------------------------------------------------------------------------------------------------------------------- alerts
+
+
+def rules() -> list[dict[str, Any]]:
+    return [rule for group in yaml.safe_load((PROMETHEUS / "rules.yml").read_text())["groups"] for rule in group["rules"]]
+
+
+def alerts() -> dict[str, dict[str, Any]]:
+    return {rule["alert"]: rule for rule in rules() if "alert" in rule}
+
+
+def test_every_alert_asks_for_a_metric_that_there_is():
+    asked = {name for rule in rules() for name in metrics_in(rule["expr"])}
+    recorded = {rule["record"] for rule in rules() if "record" in rule}
+
+    assert recorded <= asked <= recorded | ours() | {"up"}
+    watched = ("state", "event_timestamp_seconds", "checkpoint_timestamp_seconds", "restarts_total")
+    assert {f"spiketrain_{name}" for name in watched} <= asked
+    told = {state for rule in rules() for each in re.findall(r'state=~?"([^"]+)"', rule["expr"]) for state in each.split("|")}
+    assert told == set(STATES) - {"finished"}
+
+
+def test_every_alert_says_of_what_and_what_to_do():
+    assert len(alerts()) + sum("record" in rule for rule in rules()) == len(rules())
+    for name, rule in alerts().items():
+        assert rule["labels"]["severity"] in ("critical", "warning", "info"), name
+        assert re.match(r"\{\{ \$labels\.(run|instance) \}\} ", rule["annotations"]["summary"]), name
+        assert rule["annotations"]["description"].endswith("."), name
+
+
+def test_every_alert_is_tried():
+    assert set(re.findall(r'alertname="(\w+)"', ALERTS.read_text())) == set(alerts())
+
+
+@needs_promtool
+@pytest.mark.parametrize(("what", "file"), [(("test", "rules"), ALERTS), (("check", "config"), PROMETHEUS / "prometheus.yml")])
+def test_prometheus_reads_it_and_alerts_when_it_is_due(what: tuple[str, str], file: Path):
+    done = subprocess.run(["promtool", *what, str(file)], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------- Kubernetes
+
+
+def test_indented_the_rules_are_the_spec_of_a_prometheusrule():
+    """As the command in infra/README.md makes one."""
+    command = (INFRA / "README.md").read_text()
+    head = re.search(r"printf '(apiVersion: [^']*)'", command)
+    assert head is not None and "sed 's/^/  /' infra/prometheus/rules.yml" in command
+
+    indented = "".join(f"  {line}\n" for line in (PROMETHEUS / "rules.yml").read_text().splitlines())
+    made = yaml.safe_load(head[1].replace("\\n", "\n") + indented)
+    assert (made["apiVersion"], made["kind"]) == ("monitoring.coreos.com/v1", "PrometheusRule")
+    assert made["spec"] == yaml.safe_load((PROMETHEUS / "rules.yml").read_text())
+
+
+@pytest.mark.parametrize("folder", ["base/cluster", "base/job"])
+def test_what_pods_tell_is_let_in_and_collected(folder: str):
+    """Under the names that jobs have in prometheus.yml, which the alerts go by."""
+    [policy] = [each for each in build(K8S / "shared") if each["kind"] == "NetworkPolicy"]
+    [monitor] = build(K8S / "monitoring")
+    [let_in] = [rule["ports"] for rule in policy["spec"]["ingress"] if rule["from"] == [MONITORING]]
+    ports = [port for each in containers(build(K8S / folder)[0]) for port in each.get("ports", ())]
+    told = {port["name"]: port["containerPort"] for port in ports if port["name"].startswith("metrics")}
+
+    assert len(told) == 2 and {port["port"] for port in let_in} == set(told.values())
+    assert monitor["spec"]["selector"] == policy["spec"]["podSelector"] == {"matchLabels": LABEL}
+    collected = {each["port"]: each["relabelings"] for each in monitor["spec"]["podMetricsEndpoints"]}
+    assert set(collected) == set(told)
+    jobs = [job["job_name"] for job in yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"]]
+    assert sorted(collected.values(), key=str) == [[{"targetLabel": "job", "replacement": job}] for job in sorted(jobs)]

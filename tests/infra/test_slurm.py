@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import time
@@ -31,7 +32,7 @@ class Slurm:
     def __init__(self, folder: Path) -> None:
         self.folder, self.runs = folder, folder / "runs"
         self.number = str(9_000_000 + os.getpid())
-        self.job = self.runs / f".slurm-{self.number}"
+        self.job, self.of_ray = self.runs / f".slurm-{self.number}", Path(f"/tmp/spiketrain-{self.number}")
         self.environment = {
             "PATH": f"{STAND_IN}:/usr/local/bin:/usr/bin:/bin",
             "PYTHONPATH": str(STAND_IN / "python"),
@@ -82,7 +83,7 @@ class Slurm:
         if self._process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-        shutil.rmtree(f"/tmp/spiketrain-{self.number}", ignore_errors=True)
+        shutil.rmtree(self.of_ray, ignore_errors=True)
 
 
 @pytest.fixture
@@ -120,6 +121,7 @@ def test_the_launch_is_told_where_and_on_how_much_to_train(slurm: Slurm):
         assert started.startswith(f"symmetric-run --address {head} --min-nodes 2 --num-cpus=16 --num-gpus=8 ")
     assert not (slurm.folder / "scontrol").exists()
     assert not slurm.job.exists()
+    assert stat.S_IMODE(slurm.of_ray.stat().st_mode) == 0o700  # logs of Ray, in a folder that all may write to
 
 
 @pytest.mark.parametrize(
@@ -151,6 +153,33 @@ def test_a_ray_that_did_not_start_is_a_failure_though_it_ends_with_0(slurm: Slur
     assert status == 1
     assert "never began" in said
     assert not (slurm.folder / "scontrol").exists()
+
+
+@pytest.mark.parametrize(
+    ("found", "of_another"),
+    [
+        ("symbolic link", False),
+        pytest.param("directory", True, marks=pytest.mark.skipif(os.geteuid() != 0, reason="root alone gives files away")),
+    ],
+)
+def test_a_folder_that_somebody_else_has_put_in_its_place_is_refused(slurm: Slurm, found: str, of_another: bool):
+    theirs = slurm.of_ray if of_another else slurm.folder / "theirs"
+    theirs.mkdir()
+    if of_another:
+        os.chown(theirs, 65534, -1)
+    else:
+        slurm.of_ray.symlink_to(theirs)
+    try:
+        status, said = slurm.run("r.py")
+        assert list(theirs.iterdir()) == []
+    finally:
+        if not of_another:
+            slurm.of_ray.unlink()
+
+    assert status == 1
+    refused = f"{slurm.of_ray} on {socket.gethostname()} must be a directory of user {os.geteuid()}; got {found} of user "
+    assert said.count(refused) == 2  # on each node
+    assert not (slurm.folder / "driver.words").exists() and not (slurm.folder / "ray.0").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------------- signals

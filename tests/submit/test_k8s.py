@@ -14,7 +14,7 @@ from pipeline.submit.k8s import render, submit
 from pipeline.submit.kustomize import containers
 from pipeline.submit.order import Order
 from tests.infra.crd import GOLDEN, misfits
-from tests.infra.rules import RULES
+from tests.infra.rules import EXPORTER, RULES
 
 OVERLAYS = Path(__file__).parents[2] / "infra" / "k8s" / "overlays"
 NAME = "k8s: name must be lower-case letters, digits and inner -, begin with a letter, and be at most 47 long (RFC 1123, KubeRay)"
@@ -42,7 +42,8 @@ def test_an_order_becomes_a_rayjob_that_fits_the_fields() -> None:
         "spiketrain launch recipes/imagenet/nf_resnet34_sltt.py --cpus-per-worker 8 "
         "--name nf-resnet34 --runs /shared/runs --address auto --workers 32 --device gpu --or-resume"
     )
-    assert [each["image"] for each in containers(job)] == ["registry.example.com/spiketrain:1"] * 2
+    ray = "registry.example.com/spiketrain:1"
+    assert [each["image"] for each in containers(job)] == [ray, EXPORTER, ray]
 
 
 @pytest.mark.parametrize(
@@ -153,6 +154,7 @@ def test_a_container_beside_ray_keeps_its_image(tmp_path: Path) -> None:
     added = over(tmp_path, f"{{op: add, path: {containers_}/-, value: {{name: logs, image: 'logs:1'}}}}")
     assert [each["image"] for each in containers(yaml.safe_load(render(order(infra=added))))] == [
         order().image,
+        EXPORTER,
         "logs:1",
         order().image,
     ]
