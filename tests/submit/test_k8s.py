@@ -55,6 +55,8 @@ def test_an_order_becomes_a_rayjob_that_fits_the_fields() -> None:
         ("four-nodes-32-gpus", 64, ("--device", "cpu"), 1),  # one core each, and no GPU
         ("cpu", 8, (), 2),
         ("cpu", 8, ("--cpus-per-worker", "2"), 4),
+        ("cpu", 4, ("--side-by-side", "3"), 3),
+        ("cpu", 4, ("--side-by-side=auto",), 1),  # which takes what room there is
     ],
 )
 def test_there_are_as_many_pods_as_the_workers_need(size: str, workers: int, words: tuple[str, ...], pods: int) -> None:
