@@ -30,6 +30,8 @@ from pipeline.options import (
     RunOrSuite,
     Runs,
     Sets,
+    SideBySide,
+    SideBySideOrAsBefore,
     Sizes,
     SizesOrAsBefore,
     Tiny,
@@ -51,9 +53,6 @@ Tune = Annotated[
     typer.Option(
         "--tune", metavar="KEY=V,V,...", help="beside it, each rule with the best of 5 values or more, such as of optimizer.lr"
     ),
-]
-SideBySide = Annotated[
-    str, typer.Option("--side-by-side", metavar="N|auto", help="runs at a time, each on cores and cards of its own")
 ]
 Name = Annotated[
     str | None,
@@ -176,19 +175,22 @@ def resume(
     hang_minutes: HangOrAsBefore = None,
     verify: VerifyOrAsBefore = None,
     node_loss: NodeLossOrAsBefore = None,
+    side_by_side: SideBySideOrAsBefore = None,
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
     """Go on with a run at the exact sample where its newest whole checkpoint stands; with a suite, run by run.
 
-    --device to --node-loss hold from then on; without them it goes on as it was launched.
+    --device to --side-by-side hold from then on; without them it goes on as it was launched.
     """
     _heed_schedulers()
     from pipeline.launch.cluster import OPERATIONAL, parse_workers
     from pipeline.report.runs import find_run_or_suite
 
     asked = None if workers is None else parse_workers(workers)
-    options = {field: context.params[field] for field in OPERATIONAL if is_typed(context, field)}  # device to node_loss
+    options = {field: context.params[field] for field in OPERATIONAL if is_typed(context, field)}  # device to side_by_side
+    if side_by_side is not None:
+        options["side_by_side"] = count_or_auto(side_by_side, option="resume: --side-by-side", of="runs")
     folder = find_run_or_suite(runs, run)
     _go_on(folder, workers=asked, inline=inline, address=address, options=options, trust=tuple(trust))
 

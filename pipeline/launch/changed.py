@@ -14,9 +14,6 @@ from pipeline.launch.drive import driver_lock, read_job, write_job
 from pipeline.recipe import read_json, write_json
 from pipeline.suite import SuiteFile
 
-# What a run's workers are told of its cluster, by the names that their job has for it.
-_OF_THE_JOB = {"cpus_per_worker": "threads"} | {name: name for name in ("loader_threads", "hang_minutes", "verify")}
-
 
 def change_run(folder: Path, options: Mapping[str, Any], console: Console) -> None:
     """Write fields of OPERATIONAL into a run's cluster.json and job.json, and say what differs.
@@ -51,10 +48,10 @@ def change_suite(
 
 def _write(run: Path, options: Mapping[str, Any]) -> Cluster:
     """How it was. The job first: killed between the two, the same words find the cluster as it was and write both again."""
-    was, job = Cluster.from_json(read_json(run / "cluster.json")), read_job(run)
-    told = {field: options[name] for name, field in _OF_THE_JOB.items() if name in options}
-    write_job(replace(job, **told))
-    write_json(run / "cluster.json", asdict(replace(was, **options)))
+    was = Cluster.from_json(read_json(run / "cluster.json"))
+    now = replace(was, **options)
+    write_job(replace(read_job(run), **now.of_workers))
+    write_json(run / "cluster.json", asdict(now))
     return was
 
 

@@ -16,7 +16,16 @@ from pipeline.launch.node_loss import NodeLoss
 from pipeline.launch.ray import Ray
 from pipeline.spec import arguments_of
 
-OPERATIONAL = ("device", "cpus_per_worker", "loader_threads", "max_restarts", "hang_minutes", "verify", "node_loss")
+OPERATIONAL = (
+    "device",
+    "cpus_per_worker",
+    "loader_threads",
+    "max_restarts",
+    "hang_minutes",
+    "verify",
+    "node_loss",
+    "side_by_side",
+)
 """fields that whoever goes on with a run may change for good: the machines may be others than those that it was launched on"""
 _OF_RAY = ("workers", "address", "cpus_per_worker", "max_restarts", "node_loss")
 """fields without an effect on one worker in this process"""
@@ -68,6 +77,17 @@ class Cluster:
             raise ValueError(f"cluster: numbers of workers must ascend; got {self.workers!r}")
         if len(self.sizes) > 1 and self.side_by_side != 1:
             raise ValueError(f"cluster: runs side by side need one number of workers; got {told(self.sizes)}")
+
+    @property
+    def of_workers(self) -> dict[str, Any]:
+        """What each worker is told of it: fields of pipeline.job.Job."""
+        return {
+            "threads": self.cpus_per_worker,
+            "loader_threads": self.loader_threads,
+            "hang_minutes": self.hang_minutes,
+            "verify": self.verify,
+            "own_cores": self.side_by_side != 1,
+        }
 
     @property
     def sizes(self) -> tuple[int, ...]:

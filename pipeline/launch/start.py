@@ -56,6 +56,8 @@ def resume_run(
     if state_of(folder) == "finished":
         Console().print(f"{folder.name} has finished")
         return folder
+    if options.get("side_by_side", 1) != 1:
+        raise ValueError(f"resume: --side-by-side is for a suite; got {options['side_by_side']} with {folder.name} alone")
     launched = Cluster.from_json(read_json(folder / "cluster.json"))
     cluster = launched.resumed(workers=workers, inline=inline, address=address, options=options)
     if workers is not None:  # others were checked at the launch

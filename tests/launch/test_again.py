@@ -174,6 +174,11 @@ def test_what_is_refused_changes_nothing(place: Path, tmp_path: Path, spiketrain
         stopped_at(patch, 3)
         assert spiketrain(*words(place, tmp_path))[0] == 130
     before = {file: told(tmp_path / "it", file) for file in ("cluster.json", "job.json")}
-    code, _, error = spiketrain("resume", str(tmp_path / "it"), "--verify", "full", "--cpus-per-worker", "2")
-    assert code == 2 and error.endswith("without Ray; got --cpus-per-worker 2\n")
+    for more, said in (
+        (("--cpus-per-worker", "2"), "without Ray; got --cpus-per-worker 2"),
+        (("--side-by-side", "2"), "resume: --side-by-side is for a suite; got 2 with it alone"),
+        (("--workers", "3"), "batch_size must divide by 3 workers; got 8"),
+    ):
+        code, _, error = spiketrain("resume", str(tmp_path / "it"), "--verify", "full", *more)
+        assert code == 2 and said in error and error.count("\n") == 1, error
     assert {file: told(tmp_path / "it", file) for file in before} == before

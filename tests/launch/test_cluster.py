@@ -10,7 +10,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import psutil
 import pytest
 
 from pipeline.job import resume_command
-from pipeline.launch.cluster import Cluster, parse_workers
+from pipeline.launch.cluster import OPERATIONAL, Cluster, parse_workers
 from pipeline.launch.inline import Inline
 from pipeline.launch.node_loss import NODES, waits_for
+from pipeline.launch_command import resume
 from pipeline.ports import free_port
 
 
@@ -90,6 +92,11 @@ def test_a_resume_in_this_process_takes_one_worker_whatever_there_were() -> None
     for workers in (None, 1):
         now = Cluster(workers=4, address="auto", device="cpu").resumed(workers=workers, inline=True, address=None)
         assert isinstance(now.launcher(), Inline) and now == Cluster(inline=True, device="cpu")
+
+
+def test_a_resume_can_be_told_all_that_a_launch_can_but_where_checkpoints_are() -> None:
+    assert {each.name for each in fields(Cluster)} == {*OPERATIONAL, "workers", "inline", "address", "checkpoints"}
+    assert {*OPERATIONAL, "workers", "inline", "address"} < signature(resume).parameters.keys()
 
 
 def test_a_resume_keeps_what_it_is_not_told_and_takes_what_it_is() -> None:

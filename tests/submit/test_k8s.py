@@ -111,6 +111,7 @@ def test_words_reach_the_command_as_they_are() -> None:
         ({"workers": (8, 40)}, "k8s: 40 workers x 8 cpus must fit into pods of 64 cores and 8 GPUs, of which"),
         ({"words": ("a.py", "--cpus-per-worker", "65")}, "job has 4: room for 0 workers"),
         ({"words": ("a.py", "--cpus-per-worker", "x")}, "k8s: --cpus-per-worker must be a whole number >= 1; got 'x'"),
+        ({"words": ("a.py", "--side-by-side", "none")}, "order: --side-by-side must be a number of runs or auto; got none"),
         ({"runs": "/tmp/runs"}, "(/shared/runs); got '/tmp/runs'"),
         ({"runs": "/shared/runs2"}, "(/shared/runs); got '/shared/runs2'"),
         ({"runs": "/dev/shm/runs"}, "(/shared/runs); got '/dev/shm/runs'"),
