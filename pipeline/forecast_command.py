@@ -6,7 +6,19 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.options import RUNS, Cpus, RecipeFile, Runs, Sets, Tiny, Workers, made_of, only_recipe
+from pipeline.options import (
+    RUNS,
+    Cpus,
+    RecipeFile,
+    Runs,
+    Sets,
+    Tiny,
+    Workers,
+    count_or_auto,
+    is_typed,
+    made_of,
+    only_recipe,
+)
 
 Format = Annotated[Literal["table", "json"], typer.Option("--format")]
 
@@ -70,13 +82,12 @@ def sweep(
     tiny: Tiny = False,
 ) -> None:
     """Before any training: memory and time of each rule against the number of time steps."""
-    if batch not in (None, "auto") and not (batch.isdecimal() and int(batch) > 0):
-        raise ValueError(f"sweep: --batch must be a number of samples or auto; got {batch}")
-    if memory is not None and (batch != "auto" or not 1e-6 <= memory <= 1e6):
+    size = None if batch is None else count_or_auto(batch, option="sweep: --batch", of="samples")
+    if memory is not None and (size != "auto" or not 1e-6 <= memory <= 1e6):
         raise ValueError(
             f"sweep: --memory is a limit in GB, from 1e-6 to 1e6, for --batch auto; got {memory:g} with --batch {batch}"
         )
-    if at_largest and batch != "auto":
+    if at_largest and size != "auto":
         raise ValueError(f"sweep: --at-largest tries what --batch auto finds; got --batch {batch}")
     from pipeline.counts import listed_time_steps
 
@@ -85,13 +96,14 @@ def sweep(
     from pipeline.report.sweep import print_sweep
     from pipeline.sweep import sweep as sweep_recipe
 
-    limit = None if batch != "auto" else "free" if memory is None else int(memory * 1e9)
-    size = int(batch) if batch not in (None, "auto") else None
-    about = {"batch_size": size, "memory_bytes": limit, "at_largest": at_largest, "threads": cpus_per_worker}
+    limit = None if size != "auto" else "free" if memory is None else int(memory * 1e9)
+    samples = None if size == "auto" else size
+    about = {"batch_size": samples, "memory_bytes": limit, "at_largest": at_largest, "threads": cpus_per_worker}
     print_sweep(sweep_recipe(made, steps=times, **about), as_json=format_ == "json")
 
 
 def plan(
+    context: typer.Context,
     recipe: RecipeFile,
     workers: Workers = 1,
     device: Annotated[
@@ -124,6 +136,8 @@ def plan(
 
     if device != "here" and device not in DEVICES:
         raise ValueError(f"plan: --device must be here, {', '.join(DEVICES)}; got {device}")
+    if against is None and is_typed(context, "runs"):
+        raise ValueError(f"plan: --runs is where the run of --against is found; got --runs {runs} without --against")
     if batch_of == "noise" and (samples is None or device == "here"):
         raise ValueError("plan: --batch-of noise needs --samples, and a card: what it takes here depends on the data")
     if device == "here" and (per_node, node_gbps) != (None, None):

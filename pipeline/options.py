@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -20,23 +20,71 @@ Sets = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="change the recipe, for example optimizer.lr=0.05; repeatable")
 ]
 Trust = Annotated[
-    list[str], typer.Option("--trust", metavar="PACKAGE", help="a package of your own that the recipe imports from; repeatable")
+    list[str], typer.Option("--trust", metavar="PACKAGE", help="a package of your own that a recipe or suite is from; repeatable")
 ]
 Tiny = Annotated[bool, typer.Option("--tiny", help="shrink the recipe to seconds on a CPU")]
 Workers = Annotated[int, typer.Option("--workers", min=1, help="processes that train together")]
+
+RUNS = Path("runs")
+
+# ---------------------------------------------------- where and on how much a run trains: said at its launch, or when it goes on
+
+_SIZES = "N|MIN:MAX|N,N,..."
+_DEVICE = typer.Option("--device", help="auto takes GPUs where there are any")
+_CPUS = typer.Option("--cpus-per-worker", min=1, help="cores reserved for a worker, and its torch threads")
+_LOADERS = typer.Option("--loader-threads", min=1, help="threads that read data in each worker")
+_RESTARTS = typer.Option("--max-restarts", min=0, help="how often dead workers are started again without a new checkpoint")
+_HANG = typer.Option("--hang-minutes", min=0, help="without a sign of life, until a worker is started again; 0: never")
+_VERIFY = typer.Option("--verify", help="compare pages of the data while reading: for one sample in 256, or for each")
+_NODE_LOSS = typer.Option("--node-loss", help="go on without a node that says nothing, or ride out a cut link")
+_SIDE_BY_SIDE = typer.Option("--side-by-side", metavar="N|auto", help="runs at a time, each on cores and cards of its own")
+
 Sizes = Annotated[
-    str,
-    typer.Option(
-        "--workers", metavar="N|MIN:MAX|N,N,...", help="processes that train together; of several, what there is room for"
-    ),
+    str, typer.Option("--workers", metavar=_SIZES, help="processes that train together; of several, what there is room for")
 ]
 Inline = Annotated[bool, typer.Option("--inline", help="one worker in this process, without Ray")]
 Address = Annotated[
     str | None, typer.Option("--address", help="of a Ray cluster: auto, host:6379; without it, or with local, one starts here")
 ]
-Cpus = Annotated[int, typer.Option("--cpus-per-worker", min=1, help="cores reserved for a worker, and its torch threads")]
+Device = Annotated[Literal["auto", "cpu", "gpu"], _DEVICE]
+Cpus = Annotated[int, _CPUS]
+Loaders = Annotated[int, _LOADERS]
+Restarts = Annotated[int, _RESTARTS]
+Hang = Annotated[float, _HANG]
+Verify = Annotated[Literal["sampled", "full"], _VERIFY]
+NodeLoss = Annotated[Literal["fast", "patient"], _NODE_LOSS]
+SideBySide = Annotated[str, _SIDE_BY_SIDE]
 
-RUNS = Path("runs")
+SizesOrAsBefore = Annotated[
+    str | None, typer.Option("--workers", metavar=_SIZES, help="processes; without it as many as it was launched with")
+]
+DeviceOrAsBefore = Annotated[Literal["auto", "cpu", "gpu"] | None, _DEVICE]
+CpusOrAsBefore = Annotated[int | None, _CPUS]
+LoadersOrAsBefore = Annotated[int | None, _LOADERS]
+RestartsOrAsBefore = Annotated[int | None, _RESTARTS]
+HangOrAsBefore = Annotated[float | None, _HANG]
+VerifyOrAsBefore = Annotated[Literal["sampled", "full"] | None, _VERIFY]
+NodeLossOrAsBefore = Annotated[Literal["fast", "patient"] | None, _NODE_LOSS]
+SideBySideOrAsBefore = Annotated[str | None, _SIDE_BY_SIDE]
+
+
+def is_typed(context: typer.Context, name: str) -> bool:
+    """Whether an option was said by the user, or by the environment that stands for it: one without effect is refused."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
+
+
+def count_or_auto(text: str, *, option: str, of: str) -> int | Literal["auto"]:
+    """A number of something, or `auto`; `option` as the refusal names it, such as `launch: --side-by-side`.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{option} must be a number of {of} or auto; got {text}")
+    return int(text)
 
 
 def made_of(path: Path, changes: list[str], tiny: bool) -> Recipe | Suite:

@@ -13,11 +13,13 @@ import ast
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 from pipeline.recipe import Recipe
 from pipeline.report.protocols import print_protocols
-from pipeline.suite import Choice, Suite, references
+from pipeline.spec import reference_to
+from pipeline.suite import Choice, Suite, filled, references
 
 __all__ = ["LEAST_VALUES", "joined", "over_seeds", "parse_search", "tuned"]
 
@@ -39,17 +41,17 @@ def joined(suites: Sequence[Suite]) -> Suite:
 
 
 def parse_search(text: str) -> tuple[str, list[Any]]:
-    """`optimizer.lr=.03,.1,.3,1,3` as the field and its values.
+    """`optimizer.lr=.03,.1,.3,1,3` as the field and its values, which may be lists: `schedule.at=[.3],[.3,.6]`.
 
     Raises:
         ValueError: it does not look so, or a value is none of Python's.
     """
     field, _, values = text.partition("=")
     try:
-        found = [ast.literal_eval(each.strip()) for each in values.split(",")]
-    except (ValueError, SyntaxError):
+        found = ast.literal_eval(f"[{values}]")
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval may raise
         found = []
-    if not field or not found:
+    if not field.strip() or not isinstance(found, list) or not found:
         raise ValueError(f"--tune: must look like optimizer.lr=0.03,0.1,0.3,1.0,3.0; got {text!r}")
     return field.strip(), found
 
@@ -81,7 +83,7 @@ def tuned(suite: Suite, field: str, values: Sequence[Any]) -> Suite:
     """
     who = f"tuned: {field}"
     _refuse_unless_plain(suite, "--tune")
-    if len(values) < LEAST_VALUES or len(set(values)) < len(values):
+    if len(values) < LEAST_VALUES or any(a == b for a, b in combinations(values, 2)):
         raise ValueError(f"{who} needs at least {LEAST_VALUES} different values; got {', '.join(map(str, values))}")
     trials: dict[str, list[Recipe]] = {}
     finals: list[Recipe] = []
@@ -110,15 +112,20 @@ def _trial(recipe: Recipe, field: str, value: Any) -> Recipe:
     if recipe.data.kwargs.get("held_out"):
         raise ValueError(f"tuned: {recipe.name} holds out a part of its own; got data.held_out={recipe.data.kwargs['held_out']}")
     trial = recipe.override({field: value, "data.held_out": HELD_OUT})
-    name = f"{recipe.name}-{field.rpartition('.')[2]}-{value}"
+    name = f"{recipe.name}-{field.rpartition('.')[2]}-{_in_a_name(value)}"
     return replace(trial, name=name, protocol="trial", tuned=(field,), evaluate_every=recipe.epochs)
+
+
+def _in_a_name(value: Any) -> str:
+    """As a folder's name can hold it: 0.3_0.6 for [0.3, 0.6]."""
+    return "_".join(map(_in_a_name, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _seeded(recipe: Recipe, more: int) -> Recipe:
     def name(of: str) -> str:
         return f"{of}-seed{more}"
 
-    followed = recipe.with_paths(lambda path: f"@{name(path[1:])}" if path.startswith("@") else path)
+    followed = filled(recipe, lambda of: reference_to(name(of)))
     return replace(followed, name=name(recipe.name), seed=recipe.seed + more)
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pipeline.phases import Phase, check_phases
 from pipeline.recipe_json import decode, encode, flat, read_json, write_json
-from pipeline.spec import Spec, accepted_text, admits, is_path, is_reference, spec, type_name
+from pipeline.spec import Spec, accepted_text, admits, is_path, referred, spec, type_name
 
 __all__ = ["Phase", "Recipe", "Spec", "Split", "read_json", "spec", "write_json"]
 
@@ -226,7 +226,7 @@ class Recipe:
 
     def resolved(self) -> Recipe:
         """The same recipe with every path absolute: workers start in folders of their own, and so may whoever resumes."""
-        return self.with_paths(lambda path: path if is_reference(path) else str(Path(path).absolute()))
+        return self.with_paths(lambda path: str(Path(path).absolute()) if referred(path) is None else path)
 
     def with_paths(self, change: Callable[[str], str]) -> Recipe:
         """The same recipe with `init` and every path among the keywords of its parts changed."""

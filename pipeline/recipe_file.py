@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline.recipe import Recipe
+from pipeline.recipe import TRUSTED, Recipe
 from pipeline.recipe_json import dotted
 from pipeline.suite import Suite
 
@@ -45,13 +45,21 @@ def load_recipe(path: Path) -> Recipe | Suite:
 
 
 def own_package(path: Path, made: Recipe | Suite) -> list[str]:
-    """The recipe file's own module, where a recipe or a report is what it defines: running the file was trusting it."""
-    module = sys.modules.get(path.stem)
-    is_own = module is not None and Path(getattr(module, "__file__", None) or "").resolve() == path.resolve()
+    """The recipe file's own module, where a recipe or a report is what it defines: running the file was trusting it.
+
+    None where it is of a package that is trusted anyway.
+    """
     used = [value for recipe in (made.recipes if isinstance(made, Suite) else [made]) for value in recipe.flat().values()]
     if isinstance(made, Suite) and made.report is not None:
         used.append(dotted(made.report))
-    return [path.stem] if is_own and any(value.startswith(f"{path.stem}.") for value in used) else []
+    trusted = tuple(f"{package}." for package in TRUSTED)
+    named_so = [name for name in list(sys.modules) if name.rpartition(".")[2] == path.stem and not name.startswith(trusted)]
+    return [name for name in named_so if _is_of(path, sys.modules[name]) and any(value.startswith(f"{name}.") for value in used)]
+
+
+def _is_of(path: Path, module: ModuleType) -> bool:
+    file = getattr(module, "__file__", None)
+    return file is not None and Path(file).resolve() == path.resolve()
 
 
 def parse_changes(texts: Sequence[str]) -> dict[str, Any]:

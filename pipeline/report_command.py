@@ -8,14 +8,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.options import RUNS, Runs
+from pipeline.options import RUNS, Runs, Trust, is_typed
 
 Names = Annotated[list[str] | None, typer.Argument(metavar="[STUDY|RUN]... | SUITE", help="none: the newest study")]
 Against = Annotated[str, typer.Option("--against", metavar="RULE", help="the baseline")]
 Within = Annotated[float, typer.Option("--within", help="points below it that a rule may be (paired seeds)")]
-Trust = Annotated[
-    list[str], typer.Option("--trust", metavar="PACKAGE", help="a package of your own that a suite imports from; repeatable")
-]
 
 
 def add_report_commands(app: typer.Typer) -> None:
@@ -34,12 +31,13 @@ def compare(
 ) -> None:
     """Print what each rule cost and how well it did, with ratios to the BPTT run of the same study; or a suite's report."""
     from pipeline.report.compare import print_comparison
+    from pipeline.report.runs import runs_dir_of
     from pipeline.report.suite import print_suite, suite_named
 
+    runs = runs_dir_of(runs, names or [])
     suite = suite_named(runs, names or [])
     if suite is None:
-        if trust:
-            raise ValueError(f"compare: --trust is for a suite, and runs are compared without it; got {', '.join(trust)}")
+        _refuse_trust(trust, who="compare")
         print_comparison(runs, names or [], format=format_, against=against, within=within)
         return
     if format_ == "csv":
@@ -68,21 +66,26 @@ def report(
     from pipeline.report.page import write
     from pipeline.report.read_study import read_study
     from pipeline.report.returned import Returned
+    from pipeline.report.runs import runs_dir_of
     from pipeline.report.suite import suite_named
     from pipeline.track.mlflow import tracking_uri
     from pipeline.track.publish import log_report
 
+    runs = runs_dir_of(runs, names or [])
+    suite = suite_named(runs, names or [])
+    if suite is None:
+        _refuse_trust(trust, who="report")
     about = {"against": against, "within": within, "sweeps": sweep or [], "trust": tuple(trust)}
     study, place = read_study(runs, names or [], **about)
     page = write(study, out or place)
     print(page)
-    suite = suite_named(runs, names or [])
     if suite is not None:
         told = Returned(claims=study.claims, sweeps=study.sweeps).to_json()
         log_report(suite, page, json.dumps(told), uri=tracking_uri(suite.parent))
 
 
 def dashboard(
+    context: typer.Context,
     store: Annotated[
         str | None, typer.Option("--store", metavar="URI", help="MLflow's tracking URI; without it that of --runs")
     ] = None,
@@ -95,6 +98,14 @@ def dashboard(
     every: Annotated[float, typer.Option("--every", metavar="SECONDS", min=0.5, help="between looks at the store")] = 5.0,
 ) -> None:
     """Serve the figures of a report in the browser, live, over an MLflow store: studies, their runs, and runs that go on."""
+    if store is not None and is_typed(context, "runs"):
+        raise ValueError(f"dashboard: --store names the store, so --runs has no effect; got --runs {runs} beside it")
     from pipeline.report.dashboard.serve import serve
 
     serve(store=store, runs=runs, host=host, port=port, token=token, every=every)
+
+
+def _refuse_trust(trust: list[str], *, who: str) -> None:
+    """Where no suite is meant, whose recipes and report are code."""
+    if trust:
+        raise ValueError(f"{who}: --trust is for a suite, and runs are read without it; got {', '.join(trust)}")

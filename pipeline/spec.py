@@ -72,9 +72,15 @@ def is_path(target: Callable[..., Any], key: str) -> bool:
     return any(arm is Path or arm is os.PathLike for arm in (hint, *typing.get_args(hint)))
 
 
-def is_reference(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is `@NAME`: what the run of recipe NAME, in the same suite, will have learnt."""
-    return os.fspath(path).startswith("@")
+def reference_to(name: str) -> str:
+    """`@NAME`, in the place of a path: what the run of recipe NAME, in the same suite, will have learnt."""
+    return f"@{name}"
+
+
+def referred(path: str | os.PathLike[str]) -> str | None:
+    """NAME of a path that is a reference; None of any other path."""
+    text = os.fspath(path)
+    return text[1:] if text.startswith("@") else None
 
 
 def _check_keywords(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:

@@ -18,10 +18,10 @@ from typing import Any
 
 from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.recipe_json import dotted, imported
-from pipeline.spec import arguments_of, is_reference
+from pipeline.spec import arguments_of, reference_to, referred
 
 __all__ = ["FILE", "Choice", "Report", "Suite", "SuiteFile", "filled", "is_suite", "needed", "references",
-           "refuse_references", "runs_of"]  # fmt: skip
+           "refuse_references", "refuse_untrusted", "runs_of"]  # fmt: skip
 
 Report = Callable[[Mapping[str, Path], Any], object]
 """called with the folder of each recipe's run, all finished but for trials that diverged, by the recipe's name in their order,
@@ -97,12 +97,8 @@ class Suite:
     def tiny(self) -> Suite:
         """The same suite of `Recipe.tiny` recipes, without its report, which is about the whole; references follow the names."""
         names = {recipe.name: recipe.tiny().name for recipe in self.recipes}
-
-        def follow(path: str) -> str:
-            return f"@{names[path[1:]]}" if is_reference(path) else path
-
         choices = {names[name]: choice.renamed(names.__getitem__) for name, choice in self.choices.items()}
-        recipes = tuple(recipe.tiny().with_paths(follow) for recipe in self.recipes)
+        recipes = tuple(filled(recipe.tiny(), lambda name: reference_to(names[name])) for recipe in self.recipes)
         return replace(self, recipes=recipes, report=None, choices=choices)
 
     def resolved(self) -> Suite:
@@ -121,18 +117,22 @@ def references(recipe: Recipe) -> tuple[str, ...]:
     """The names that a recipe refers to, each once."""
     found: dict[str, None] = {}
 
-    def note(path: str) -> str:
-        if is_reference(path):
-            found[path[1:]] = None
-        return path
+    def note(name: str) -> str:
+        found[name] = None
+        return reference_to(name)
 
-    recipe.with_paths(note)
+    filled(recipe, note)
     return tuple(found)
 
 
-def filled(recipe: Recipe, weights: Callable[[str], Path]) -> Recipe:
-    """The recipe with the file `weights(NAME)` in the place of each reference `@NAME`."""
-    return recipe.with_paths(lambda path: str(weights(path[1:])) if is_reference(path) else path)
+def filled(recipe: Recipe, path_of: Callable[[str], str | Path]) -> Recipe:
+    """The recipe with the path `path_of(NAME)` in the place of each reference `@NAME`."""
+
+    def fill(path: str) -> str:
+        name = referred(path)
+        return path if name is None else str(path_of(name))
+
+    return recipe.with_paths(fill)
 
 
 def needed(suite: Suite, recipe: Recipe) -> tuple[str, ...]:
@@ -152,6 +152,18 @@ def refuse_references(recipe: Recipe) -> None:
             f"recipe: '@{found[0]}' names an earlier recipe of the same suite; got {recipe.name} alone; "
             "give a run's folder or a file in its place"
         )
+
+
+def refuse_untrusted(suite: Suite, trust: Collection[str]) -> None:
+    """Refuse what whoever reads the suite back would not import.
+
+    Raises:
+        ValueError: a part of a recipe, or the report, is of none of the trusted packages.
+    """
+    for recipe in suite.recipes:
+        Recipe.from_json(recipe.to_json(), trust=trust)
+    if suite.report is not None:
+        _imported_report(dotted(suite.report), trust)
 
 
 # ------------------------------------------------------------------------------------------------------------- suite.json
@@ -196,7 +208,7 @@ class SuiteFile:
             raise ValueError(f"suite.json: parent must be 32 hex digits; got {parent!r}")
         if not isinstance(cluster, Mapping):
             raise ValueError(f"suite.json: cluster must be an object; got {cluster!r}")
-        function = None if report is None else imported(report, (*TRUSTED, *trust), who=FILE)
+        function = None if report is None else _imported_report(report, trust)
         recipes = tuple(Recipe.from_json(child["recipe"], trust=trust) for child in children)
         runs = tuple(child["run"] for child in children)
         choices = {
@@ -257,6 +269,10 @@ def _children(value: Any, *, own: str) -> Iterator[dict[str, Any]]:
             raise ValueError(f"suite.json: a run must be a name of its own in the folder of runs; got {run!r}")
         seen.add(run)
         yield child
+
+
+def _imported_report(name: Any, trust: Collection[str]) -> Report:
+    return imported(name, (*TRUSTED, *trust), who=FILE)
 
 
 def _choice(value: Any) -> Choice:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.options import RUNS, Runs
+from pipeline.options import RUNS, RunName, RunOrSuite, Runs
 
 
 def add_track_commands(app: typer.Typer) -> None:
@@ -14,10 +14,7 @@ def add_track_commands(app: typer.Typer) -> None:
     app.command(epilog="Example: spiketrain register fashion-sltt-20260105-120000 --as fashion --which best")(register)
 
 
-def sync(
-    run: Annotated[str, typer.Argument(metavar="RUN|SUITE", help="its folder, or its name under --runs")],
-    runs: Runs = RUNS,
-) -> None:
+def sync(run: RunOrSuite, runs: Runs = RUNS) -> None:
     """Deliver to MLflow what it has missed of a run, or of each run of a suite."""
     from pipeline.report.runs import find_run_or_suite
     from pipeline.suite import is_suite, runs_of
@@ -27,7 +24,8 @@ def sync(
     from pipeline.track.state import state_of
     from pipeline.weights import place_of
 
-    found, uri = find_run_or_suite(runs, run), tracking_uri(runs)
+    found = find_run_or_suite(runs, run)
+    uri = tracking_uri(found.parent)
     begun = [each for each in runs_of(found).values() if state_of(each) != "new"] if is_suite(found) else [found]
     for folder in begun:
         report = sync_run(folder, uri=uri, kept_of=place_of)
@@ -38,7 +36,7 @@ def sync(
 
 
 def register(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under --runs")],
+    run: RunName,
     name: Annotated[str, typer.Option("--as", metavar="NAME", help="of the registered model; it is made if need be")],
     which: Annotated[Literal["last", "best"], typer.Option("--which", help="checkpoint; also the version's alias")] = "last",
     runs: Runs = RUNS,
@@ -56,5 +54,5 @@ def register(
         raise ValueError(f"register: a checkpoint must be in a folder, where it can be pinned; got {place.address('')}")
     checkpoint = verified(place, which)
     pin(checkpoint)  # first: a run that still trains prunes
-    done = register_run(folder, checkpoint, name=name, alias=which, uri=tracking_uri(runs), kept_of=place_of)
+    done = register_run(folder, checkpoint, name=name, alias=which, uri=tracking_uri(folder.parent), kept_of=place_of)
     print(f"{folder.name} -> models:/{done.name}@{done.alias}, version {done.version}: {done.uri}")

@@ -16,6 +16,7 @@ from pipeline.recipe import Recipe, spec
 from pipeline.report.protocols import print_protocols
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
+from pipeline.schedule import milestones
 from pipeline.suite import Suite
 from pipeline.teachers.network import network_teacher
 from tests.small import small_recipe
@@ -96,6 +97,17 @@ def test_networks_of_one_rule_are_searched_apart() -> None:
 
 def test_a_search_as_it_is_written_on_the_command_line() -> None:
     assert parse_search("optimizer.lr=.03, 1,3e-1") == ("optimizer.lr", [0.03, 1, 0.3])
+    assert parse_search("schedule.at=[.3],[.3, .6]") == ("schedule.at", [[0.3], [0.3, 0.6]])
+
+
+def test_a_search_over_lists_has_a_plain_name_for_each_and_no_list_twice() -> None:
+    base = Suite((recipe(schedule=spec(milestones, at=(0.5,))),))
+    lists = [[0.3], [0.5], [0.6], [0.7], [0.3, 0.6]]
+    trials = [each for each in tuned(base, "schedule.at", lists).recipes if each.protocol == "trial"]
+    assert [each.value_of("schedule.at") for each in trials] == [tuple(each) for each in lists]
+    assert trials[-1].name == "small-at-0.3_0.6"
+    with pytest.raises(ValueError, match="schedule.at needs at least 5 different values"):
+        tuned(base, "schedule.at", [*lists, [0.3, 0.6]])
 
 
 def with_reference() -> Suite:
@@ -126,6 +138,8 @@ def with_reference() -> Suite:
         (lambda: tuned(two_rules(), "rule.k", (1, 2, 3, 4, 5)), "k"),
         (lambda: parse_search("optimizer.lr"), "--tune: must look like optimizer.lr="),
         (lambda: parse_search("optimizer.lr=1,,2"), "--tune: must look like optimizer.lr="),
+        (lambda: parse_search("rule.k=1],[2"), "--tune: must look like optimizer.lr="),
+        (lambda: parse_search("rule.k={[]}"), "--tune: must look like optimizer.lr="),
         (lambda: small_recipe(protocol="tuned"), "recipe: tuned names fields of a trial"),
         (lambda: small_recipe(tuned=("optimizer.lr",)), "recipe: tuned names fields of a trial"),
         (lambda: small_recipe(protocol="tuned", tuned=("optimizer.beta",)), "optimizer.beta must be written in the recipe"),

@@ -21,7 +21,7 @@ from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.objective import CrossEntropy
 from pipeline.recipe import Recipe, Spec, read_json, spec, write_json
-from pipeline.recipe_file import load_recipe, parse_changes
+from pipeline.recipe_file import load_recipe, own_package, parse_changes
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.schedule import cosine
@@ -30,6 +30,7 @@ from pipeline.spiking.surrogate import Sigmoid
 from tests.small import recipes_of
 
 RECIPES = sorted(path for path in Path("recipes").rglob("*.py") if not path.name.endswith(("__init__.py", "base.py")))
+FAMILIES = {"fashion", "stamps", "cifar", "imagenet", "events", "continual"}
 
 
 def small(**changes: Any) -> Recipe:
@@ -295,17 +296,39 @@ def test_a_recipe_file_that_fails_names_its_line(tmp_path: Path) -> None:
         load_recipe(tmp_path / "none.py")
 
 
+def test_running_a_file_in_a_folder_of_ones_own_is_trusting_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_experiments").mkdir()
+    file = tmp_path / "own_experiments" / "mine.py"
+    file.write_text(
+        "from torch import nn\nfrom pipeline.recipe import spec\nfrom tests.small import small_recipe\n\n"
+        "class Mine(nn.Module):\n    pass\n\ndef recipe():\n    return small_recipe(model=spec(Mine))\n"
+    )
+    made = load_recipe(file)
+    assert isinstance(made, Recipe)
+    [own] = own_package(file, made)
+    assert own == "own_experiments.mine" and Recipe.from_json(made.to_json(), trust=[own]) == made
+    ours = Path("recipes/compare/claims_fashion.py")
+    assert own_package(ours, load_recipe(ours)) == []  # with a report that it defines, in a package that is trusted anyway
+
+
 def test_every_recipe_file_resolves_and_survives_tiny() -> None:
-    assert len(RECIPES) >= 4, f"found {RECIPES}"
+    assert len(RECIPES) >= 90, f"found {RECIPES}"
     for path in RECIPES:
         for recipe in recipes_of(path):
             assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
             assert recipe.tiny().time_steps <= 2
-            assert recipe.family in {"fashion", "stamps", "cifar", "imagenet", "events", "continual"}, path
+            assert recipe.family in FAMILIES, path
             head = path.read_text().split('"""')[1]
             assert "Command:" in head, path
             assert "Source:" in head, path
             assert "Result:" in head, path
+
+
+def test_a_recipes_family_is_its_folders_name() -> None:
+    found = {path: {recipe.family for recipe in recipes_of(path)} for path in RECIPES if path.parent.name in FAMILIES}
+    assert len(found) >= 80
+    assert {path: families for path, families in found.items() if families != {path.parent.name}} == {}
 
 
 def test_a_spec_survives_pickling() -> None:

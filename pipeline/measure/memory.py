@@ -69,11 +69,6 @@ class SavedBytes:
             hooks.__exit__(*exc)
         self._excluded = {}
 
-    def reset_peak(self) -> None:
-        """Forget the peak so far; what is held now is the new one."""
-        with self._lock:
-            self.peak = self.now
-
     def _pack(self, tensor: Tensor) -> _Saved:
         storage = tensor.untyped_storage()
         key = storage._cdata  # the StorageImpl: no other one has its address while it is held here

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,7 @@ __all__ = [
     "print_runs",
     "recipe_of",
     "run_folders",
+    "runs_dir_of",
 ]
 
 
@@ -74,7 +75,9 @@ class SuiteRow:
 
 
 def find_run(runs_dir: str | os.PathLike[str], name_or_path: str | os.PathLike[str]) -> Path:
-    """The folder of a run, from its name in `runs_dir`, an unambiguous beginning of it, or a path.
+    """The folder of a run, absolute, from its name in `runs_dir`, an unambiguous beginning of it, or a path.
+
+    Its parent is the folder of runs that it belongs to, whatever `runs_dir` is.
 
     Raises:
         ReportError: no run, or several, answer to it.
@@ -93,17 +96,31 @@ def find_run_or_suite(runs_dir: str | os.PathLike[str], name_or_path: str | os.P
     return _found(runs_dir, os.fspath(name_or_path), folders, is_one=is_one, kind="run or suite")
 
 
+def runs_dir_of(runs_dir: Path, names: Sequence[str]) -> Path:
+    """The folder that all of these runs and suites are in, where their baseline is; else, as for a study's key, `runs_dir`."""
+    try:
+        folders = {find_run_or_suite(runs_dir, name).parent for name in names}
+    except ReportError:
+        return runs_dir
+    return folders.pop() if len(folders) == 1 else runs_dir
+
+
 def _found(runs_dir: Path, text: str, folders: list[Path], *, is_one: Callable[[Path], bool], kind: str) -> Path:
     for folder in (runs_dir / text, Path(text)):
         if is_one(folder):
-            return folder
+            return _absolute(folder)
     found = [folder for folder in folders if folder.name.startswith(text)] if text else []
     if len(found) == 1:
-        return found[0]
+        return _absolute(found[0])
     if found:
         raise AmbiguousName(f"{text!r} begins the names of {len(found)} runs: {', '.join(folder.name for folder in found)}")
     known = ", ".join(folder.name for folder in folders[:8]) + (", ..." if len(folders) > 8 else "")
     raise ReportError(f"no {kind} {text!r} in {runs_dir}" + (f"; there are {known}" if folders else ", which has no runs"))
+
+
+def _absolute(folder: Path) -> Path:
+    """Of `.` and `..`, too; a link is not followed, as its run belongs where the link is."""
+    return Path(os.path.abspath(folder))  # noqa: PTH100  (absolute() keeps .., resolve() follows links)
 
 
 def list_runs(runs_dir: str | os.PathLike[str]) -> list[RunRow]:

@@ -29,6 +29,7 @@ def recipe() -> Recipe:
     return replace(
         shared,
         name="cifar10dvs-dsr",
+        family="events",
         model=spec(
             convnet,
             classes=10,

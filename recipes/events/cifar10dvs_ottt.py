@@ -30,6 +30,7 @@ def recipe() -> Recipe:
     return replace(
         cifar(10),
         name="cifar10dvs-ottt",
+        family="events",
         model=spec(vgg_sws, classes=10, in_channels=2, dropout=0.1, neuron=neuron),
         data=spec(Events, folder="data/cifar10dvs-10", classes=10, steps=10, size=48, crop="shift", reach=4, mean=MEAN, std=STD),
         objective=spec(CrossEntropy, mse=0.001, goal="one_hot"),

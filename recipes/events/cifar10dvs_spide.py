@@ -24,6 +24,7 @@ def recipe() -> Recipe:
     return replace(
         shared,
         name="cifar10dvs-spide",
+        family="events",
         model=shared.model.with_(in_channels=2, size=48, layers=((512, 9, 2),), kernel=5, gain=2.0, limit=10.0, dropout=0.0),
         data=spec(Events, folder="data/cifar10dvs-30", classes=10, steps=30, size=48, crop="shift", reach=4),
         schedule=spec(milestones, at=(50 / 70,)),

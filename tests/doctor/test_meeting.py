@@ -14,6 +14,7 @@ from pipeline.doctor import meeting, visit
 from pipeline.doctor.card import Card
 from pipeline.doctor.meeting import Meeting, meet, meet_here
 from pipeline.ports import free_port
+from tests.doctor.test_findings import NODE
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 
@@ -49,12 +50,19 @@ def test_cards_that_do_not_meet_say_why(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_doctor_has_a_machines_own_cards_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = visit.examine
-    monkeypatch.setattr(visit, "examine", lambda asked: replace(known(asked), gpus=(Card(name="A"),) * 2))
-    monkeypatch.setattr(visit, "meet_here", lambda size, *, backend: [2e9] * size)
-    found = {each.check: each for each in visit.visit(tmp_path, address=None, checkpoint_bytes=0, keep=1)}
-    assert found["network"].told.startswith("2 processes add up with 2.00 GB/s")
-    assert found["ops"].state == "ok"
+    """Each with a process, over NCCL; one card alone meets nobody."""
+    met: list[tuple[int, str]] = []
+
+    def meets(size: int, *, backend: str) -> list[float]:
+        met.append((size, backend))
+        return [2e9] * size
+
+    monkeypatch.setattr(visit, "meet_here", meets)
+    for count, said in ((1, []), (3, ["3 processes add up with 2.00 GB/s over each link"])):
+        monkeypatch.setattr(visit, "examine", lambda asked, count=count: replace(NODE, gpus=(Card(name="A"),) * count))
+        found = visit.visit(tmp_path, address=None, checkpoint_bytes=0, keep=1)
+        assert [each.told for each in found if each.check == "network"] == said
+    assert met == [(3, "nccl")]
 
 
 def test_what_is_counted_is_what_a_ring_sends_over_a_link(monkeypatch: pytest.MonkeyPatch) -> None:

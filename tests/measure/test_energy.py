@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.measure.energy import FP16, FP32, INT8, TABLES, Inference, energy_j
+from pipeline.measure.energy import FP16, TABLES, Inference, energy_j
 from pipeline.measure.operations import Work
 
 
@@ -9,9 +9,12 @@ def test_a_published_pair() -> None:
     assert energy_j(0.3473e9, 6.5175e9) * 1e3 == pytest.approx(7.46, abs=0.005)
 
 
-def test_tables() -> None:
-    assert [(table.mac_pj, table.ac_pj) for table in TABLES] == [(4.6, 0.9), (1.5, 0.4), (0.23, 0.03)]
-    assert TABLES == (FP32, FP16, INT8)
+def test_prices_are_the_published_ones_of_a_multiplication_and_an_addition() -> None:
+    """In pJ (Horowitz 2014, figure 1.1.9): a MAC is both, an AC the addition alone."""
+    published = {"fp32": (3.7, 0.9), "fp16": (1.1, 0.4), "int8": (0.2, 0.03)}
+    for table, (multiplication, addition) in zip(TABLES, published.values(), strict=True):
+        assert (table.mac_pj, table.ac_pj) == pytest.approx((multiplication + addition, addition))
+    assert [table.name for table in TABLES] == [f"45 nm, {kind}" for kind in published]
     assert energy_j(1, 1, FP16) == pytest.approx(1.9e-12)
 
 

@@ -2,11 +2,15 @@ import fcntl
 import io
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from pipeline.report.runs import ReportError, find_run, list_runs, print_runs
+from pipeline.track.mlflow import SyncReport
+from tests.small import command
 
 
 def test_a_run_is_found_by_name_beginning_and_path(make_run: Callable, runs_dir: Path, monkeypatch: pytest.MonkeyPatch):
@@ -15,8 +19,64 @@ def test_a_run_is_found_by_name_beginning_and_path(make_run: Callable, runs_dir:
     assert find_run(runs_dir, "fashion-b") == second
     assert find_run(runs_dir, first) == first
     monkeypatch.chdir(runs_dir.parent)
-    assert find_run("runs", "runs/fashion-sltt") == Path("runs/fashion-sltt")
+    assert find_run("runs", "runs/fashion-sltt") == find_run("runs", "fashion-s") == first
     assert find_run("elsewhere", str(first)) == first
+
+
+def test_a_run_is_of_the_folder_that_its_path_or_its_link_lies_in(
+    make_run: Callable, runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = make_run("a")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "b").symlink_to(run)
+    assert find_run(tmp_path / "linked", "b") == tmp_path / "linked" / "b"
+    monkeypatch.chdir(run)
+    assert find_run("elsewhere", ".") == run
+    (run / "checkpoints").mkdir()
+    monkeypatch.chdir("checkpoints")
+    assert find_run("elsewhere", "..") == run and find_run("elsewhere", "../../a") == run
+
+
+def test_store_and_baseline_of_a_run_are_beside_it_wherever_one_stands(
+    make_run: Callable, runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    make_run("bptt", wall_s=200.0)
+    sltt = make_run("sltt", rule="SLTT", wall_s=100.0)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("COLUMNS", "160")
+    spiketrain = command(monkeypatch, capsys)
+    stores: list[str] = []
+
+    def sync(folder: Path, *, uri: str, kept_of: Any) -> SyncReport:
+        stores.append(uri)
+        return SyncReport(delivered=1, already_there=0)
+
+    def register(folder: Path, checkpoint: Path, *, name: str, alias: str, uri: str, kept_of: Any) -> SimpleNamespace:
+        stores.append(uri)
+        return SimpleNamespace(name=name, alias=alias, version=1, uri="file:///x")
+
+    monkeypatch.setattr("pipeline.track.mlflow.sync", sync)
+    monkeypatch.setattr("pipeline.track.publish.register", register)
+    monkeypatch.setattr("pipeline.checkpoint.verified", lambda place, which: place)
+    monkeypatch.setattr("pipeline.checkpoint.pin", lambda checkpoint: None)
+    assert spiketrain("sync", str(sltt))[0] == spiketrain("register", str(sltt), "--as", "model")[0] == 0
+    assert stores == [f"sqlite:///{runs_dir}/mlflow.db"] * 2
+
+    for words in ("resume", "compare"):
+        code, said, error = spiketrain(words, str(sltt))
+        assert code == 0 and "BPTT" in said and "×0.50" in said, error
+    pages: list[tuple[set[str], Path]] = []
+
+    def write(study: Any, place: Path) -> Path:
+        pages.append(({run.name for run in study.runs}, place.parent))
+        return place
+
+    monkeypatch.setattr("pipeline.report.page.write", write)
+    assert spiketrain("report", str(sltt))[0] == 0
+    assert pages == [({"bptt", "sltt"}, runs_dir)]
+    assert list(Path.cwd().iterdir()) == []
 
 
 def test_an_exact_name_wins_over_a_longer_one(make_run: Callable, runs_dir: Path):
