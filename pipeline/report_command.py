@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -62,21 +63,19 @@ def report(
 ) -> None:
     """Write one HTML page that needs no network: what each rule saves and costs beside BPTT, in figures and tables.
 
-    The page of a suite is an artifact of its run in MLflow, too.
+    It is an artifact in MLflow, too, of the parent that the runs were launched with, where they have one.
     """
     from pipeline.report.page import write
     from pipeline.report.read_study import read_study
-    from pipeline.report.suite import suite_named
     from pipeline.track.mlflow import tracking_uri
     from pipeline.track.publish import log_report
 
     about = {"against": against, "within": within, "sweeps": sweep or [], "trust": tuple(trust)}
-    study, place = read_study(runs, names or [], **about)
-    page = write(study, out or place)
+    found = read_study(runs, names or [], **about)
+    page = write(found.study, out or found.place)
     print(page)
-    suite = suite_named(runs, names or [])
-    if suite is not None:
-        log_report(suite, page, uri=tracking_uri(suite.parent))
+    if log_report(page, found.folders, name=found.place.name, uri=tracking_uri(found.folders[0].parent)) is None:
+        print("no artifact in MLflow: these runs were not launched with one suite", file=sys.stderr)
 
 
 def dashboard(
