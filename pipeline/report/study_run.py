@@ -53,7 +53,6 @@ class Attempt:
     step: int
     """batches that were done by then"""
     seconds: float
-    workers: int | None
     commit: str | None
 
 
@@ -284,7 +283,6 @@ def _attempts(timed: Iterable[tuple[float, Event]]) -> Iterator[Attempt]:
                 number=_count(event.get("attempt")) or 0,
                 step=step,
                 seconds=seconds,
-                workers=_count(event.get("world_size")),
                 commit=None if commit is None else str(commit),
             )
 
