@@ -5,7 +5,7 @@ from typing import Any
 from pipeline.report import tables
 from pipeline.report.claims import Claim
 from pipeline.report.study import Study, StudyRun
-from tests.report.hand_made import MACHINE, on, recipe, run, study
+from tests.report.hand_made import on, recipe, run, study
 
 
 def test_costs_are_means_with_spread_and_ratio():
@@ -134,9 +134,8 @@ def test_claims_that_do_not_hold_are_shown_so():
 
 
 def test_how_groups_differ():
-    other = run(
-        "SLTT", study="f" * 16, recipe=recipe("SLTT", batch_size=16), hardware={**MACHINE, "gpu": "H100", "gpus": 2}, name="x"
-    )
+    trained = [on(micro_batch=16, gpu="H100", gpus=2)]
+    other = run("SLTT", study="f" * 16, recipe=recipe("SLTT", batch_size=16), trained_on=trained, name="x")
     found = {row[0]: row[1:] for row in tables.recipe_differences(study(other)).rows}
     assert found["batch_size"][:2] == ("8", "16") and found["hardware.gpu"][:2] == ('"none"', '"H100"')
     assert found["batch_size"][3] == "Study ffffffff on 2 × H100, 1 worker"
