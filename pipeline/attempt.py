@@ -17,7 +17,7 @@ import torch
 
 from pipeline.answers import write_answers
 from pipeline.assess import assess
-from pipeline.evaluate import Evaluated, Evaluation
+from pipeline.evaluate import COUNTED_ON, Evaluated, Evaluation
 from pipeline.feed import micro_batches
 from pipeline.fitting import untold
 from pipeline.guard import GoBack, Guard, is_in
@@ -287,7 +287,7 @@ class Attempt:
                 **told_at_the_end(
                     self.parts, step=self.step, result=self.result, totals=totals, learnt=self.learnt, figures=figures
                 ),
-                "inference": None if inference is None else inference.told(),
+                "inference": None if inference is None else {**inference.told(), "counted_on": COUNTED_ON},
             }
             write_json(self.folder / "activity.json", [asdict(layer) for layer in self.evaluated[-1].activity])
             write_answers(self.folder / "answers.npz", answers, tasks=bool(self.recipe.phases))

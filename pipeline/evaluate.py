@@ -6,7 +6,6 @@ T time, B batch, K classes
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,10 +16,16 @@ from pipeline.answers import Answers, answers_of
 from pipeline.data.base import Loader
 from pipeline.measure.activity import Activity, LayerActivity, firing_rate
 from pipeline.measure.energy import Inference
+from pipeline.measure.evenly import Evenly
 from pipeline.measure.operations import Operations, Work
 from pipeline.objective import Loss
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.state import fresh_state
+
+COUNTED = 64
+"""samples at most of which operations are counted"""
+COUNTED_ON = "evenly spread over the first worker's share of the evaluation set"
+"""for a summary, which has the operations of that worker"""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Evaluated(NamedTuple):
     activity: tuple[LayerActivity, ...]
     """of all ranks together; none for a network without neurons"""
     inference: Inference | None
-    """of this rank's first batch; None without one, or where operations were not counted"""
+    """of samples spread over this rank's share; None without one, or where operations were not counted"""
 
 
 @torch.no_grad()
@@ -68,16 +73,15 @@ def evaluate(
     model.eval()
     answered: list[Tensor] = []  # index, target and answer of each batch
     sums = torch.zeros(4, dtype=torch.float64)  # samples, top-1 hits, top-5 hits, loss
-    inference = None
+    counted, largest = Evenly(COUNTED), 1
     with Activity(network) as activity:
         for x_TB, target_B, index_B in batches:
             samples = len(target_B)
-            operations = Operations(network) if counts_operations and inference is None else None
-            with activity.batch(samples), fresh_state(model), operations or nullcontext():
+            if counts_operations:
+                counted.add(x_TB)
+                largest = max(largest, samples)
+            with activity.batch(samples), fresh_state(model):
                 logits_TBK = model(x_TB).float()
-            if operations is not None:
-                # Of the forward alone: what a rule or a limit adds to it is no inference's.
-                inference = Inference(operations.work.get("forward", Work()), samples)
             loss_of = loss_for(target_B)
             mean_BK = logits_TBK.mean(0)
             if over_time == "mean":
@@ -89,6 +93,7 @@ def evaluate(
             found = (hits_B5[:, 0].sum(), hits_B5.sum(), loss.double() * samples)
             sums += torch.tensor([samples, *map(float, found)], dtype=torch.float64)
             answered.append(torch.stack([index_B, target_B.cpu(), best_B5[:, 0].cpu()]))
+    inference = _inference(model, network, counted, batch_size=largest) if len(counted) else None
     model.train(was_training)
     samples, top1, top5, loss = _over_ranks(model, distributed.ReduceOp.SUM)(sums).tolist()
     if samples == 0:
@@ -96,6 +101,16 @@ def evaluate(
     layers = activity.layers(*(_over_ranks(model, how) for how in (distributed.ReduceOp.SUM, distributed.ReduceOp.MAX)))
     result = Evaluation(int(samples), top1 / samples, top5 / samples, loss / samples, firing_rate(layers))
     return Evaluated(result, answers_of(answered), layers, inference)
+
+
+def _inference(model: nn.Module, network: nn.Module, counted: Evenly, *, batch_size: int) -> Inference:
+    """Counted in batches no larger than those that were evaluated, which fit."""
+    with Operations(network) as operations:
+        for x_TB in counted.batches(batch_size):
+            with fresh_state(model):
+                model(x_TB)
+    # Of the forward alone: what a rule or a limit adds to it is no inference's.
+    return Inference(operations.work.get("forward", Work()), len(counted))
 
 
 def _over_ranks(model: nn.Module, how: distributed.ReduceOp.RedOpType) -> Callable[[Tensor], Tensor]:

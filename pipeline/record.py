@@ -21,6 +21,7 @@ from pipeline.recipe_json import differing, listed
 from pipeline.summary import summarise, versions
 from pipeline.tasks import Learnt
 from pipeline.track.jsonl import read
+from pipeline.trained_on import trained_on
 
 
 def told_at_start(parts: Parts, *, step: int) -> dict[str, Any]:
@@ -116,6 +117,7 @@ def told_at_the_end(
 ) -> dict[str, Any]:
     """`summary.json` without the hardware, and the event "finish"; `figures` are the rule's, of its last batch."""
     folder, job, recipe, taught = Path(parts.job.run), parts.job, parts.recipe, parts.teaching
+    events = read(folder / "journal.jsonl")
     return {
         "run": folder.name,
         "run_id": job.run_id,
@@ -126,7 +128,8 @@ def told_at_the_end(
         "world_size": parts.ranks.size,
         "steps": step,
         "epochs": stretch_at(parts.stretches, step).epoch(step - 1) + 1,
-        **summarise(result, totals, read(folder / "journal.jsonl")),
+        "trained_on": trained_on(events, steps=step),
+        **summarise(result, totals, events),
         **(learnt.summary(parts.loaders.tasks) if recipe.phases else {}),
         **({} if taught is None else {"teacher_top1": taught.accuracy.top1, "teacher_top5": taught.accuracy.top5}),
         "conditions": conditions(parts.backend.network, parts.rule, recipe),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -37,7 +38,8 @@ def compare(
     runs = runs_dir_of(runs, names or [])
     suite = suite_named(runs, names or [])
     if suite is None:
-        _refuse_trust(trust, who="compare")
+        if trust:
+            raise ValueError(f"compare: --trust is for a suite, and runs are read without it; got {', '.join(trust)}")
         print_comparison(runs, names or [], format=format_, against=against, within=within)
         return
     if format_ == "csv":
@@ -61,27 +63,24 @@ def report(
 ) -> None:
     """Write one HTML page that needs no network: what each rule saves and costs beside BPTT, in figures and tables.
 
-    The page of a suite is an artifact of its run in MLflow, too.
+    It is an artifact in MLflow, too, of the parent that the runs were launched with, where they have one.
     """
     from pipeline.report.page import write
     from pipeline.report.read_study import read_study
     from pipeline.report.returned import Returned
     from pipeline.report.runs import runs_dir_of
-    from pipeline.report.suite import suite_named
     from pipeline.track.mlflow import tracking_uri
     from pipeline.track.publish import log_report
 
     runs = runs_dir_of(runs, names or [])
-    suite = suite_named(runs, names or [])
-    if suite is None:
-        _refuse_trust(trust, who="report")
     about = {"against": against, "within": within, "sweeps": sweep or [], "trust": tuple(trust)}
-    study, place = read_study(runs, names or [], **about)
-    page = write(study, out or place)
+    found = read_study(runs, names or [], **about)
+    page = write(found.study, out or found.place)
     print(page)
-    if suite is not None:
-        told = Returned(claims=study.claims, sweeps=study.sweeps).to_json()
-        log_report(suite, page, json.dumps(told), uri=tracking_uri(suite.parent))
+    told = Returned(claims=found.study.claims, sweeps=found.study.sweeps).to_json()
+    uri = tracking_uri(found.folders[0].parent)
+    if log_report(page, found.folders, name=found.place.name, told=json.dumps(told), uri=uri) is None:
+        print("no artifact in MLflow: these runs were not launched with one suite", file=sys.stderr)
 
 
 def dashboard(
@@ -104,8 +103,3 @@ def dashboard(
 
     serve(store=store, runs=runs, host=host, port=port, token=token, every=every)
 
-
-def _refuse_trust(trust: list[str], *, who: str) -> None:
-    """Where no suite is meant, whose recipes and report are code."""
-    if trust:
-        raise ValueError(f"{who}: --trust is for a suite, and runs are read without it; got {', '.join(trust)}")

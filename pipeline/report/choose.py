@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.baseline import is_baseline
 from pipeline.recipe_json import listed
 from pipeline.report.differences import differences
-from pipeline.report.runs import ReportError, find_run, load, run_folders
+from pipeline.report.runs import ReportError, find_run, load, recipe_of, run_folders
 from pipeline.track.jsonl import first, last
 from pipeline.track.state import State, state_of
 
@@ -38,15 +38,25 @@ class Unfinished:
 
 
 def newest_study(runs_dir: Path) -> list[Path]:
+    """The runs of the study whose run finished last. Trials are of none: they are judged on a part of the training set."""
     folders = run_folders(runs_dir)
     finished = [run for folder in folders if (run := finished_run(folder)) is not None]
     if not finished:
         there = f"it has {len(folders)} that did not finish" if folders else "it has no runs"
         raise ComparisonError(f"compare: no finished run in {runs_dir}; {there}")
-    newest = max(finished, key=lambda run: _ended(run.folder))
+    newest_first = sorted(finished, key=lambda run: _ended(run.folder), reverse=True)
+    newest = next((run for run in newest_first if not is_trial(run.folder)), None)
+    if newest is None:
+        why = f"{len(finished)} trials on a held-out part, no runs to set beside one another"
+        raise ComparisonError(f"compare: no finished run in {runs_dir} but {why}")
     study = newest.summary.get("study")
     of_study = {run.folder for run in finished if run.summary.get("study") == study}
     return [folder for folder in folders if folder in of_study or study_of(folder) == study]
+
+
+def is_trial(folder: Path) -> bool:
+    """Of one value of a search: no run to set beside others by its rule."""
+    return recipe_of(folder).get("protocol") == "trial"
 
 
 def named(runs_dir: Path, names: Sequence[str | os.PathLike[str]]) -> list[Path]:

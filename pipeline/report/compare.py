@@ -36,10 +36,10 @@ from pipeline.report.choose import (
 from pipeline.report.comparison import Comparison
 from pipeline.report.differences import differences
 from pipeline.report.paired import WITHIN
+from pipeline.report.places import counted, places
 from pipeline.report.runs import ReportError, load, recipe_of
 from pipeline.report.study import Group, StudyRun, kind
 from pipeline.report.study_run import study_run
-from pipeline.report.tables import machine
 from pipeline.track.jsonl import last
 
 __all__ = [
@@ -98,7 +98,7 @@ def _compared(runs_dir: Path, runs: Sequence[Finished | Unfinished], *, against:
     if rule_of(finished[0]) != against:
         finished, notes = with_baseline(runs_dir, finished, against)
     notes += [f"{rule} is {written}" for rule, run in namesakes.items() if (written := _written_rule(run)) is not None]
-    commits = sorted({str(run.summary.get("commit")) for run in finished})
+    commits = sorted({commit for run in finished for commit in _commits(run)})
     if len(commits) > 1:
         notes.append(f"note: the runs are of different commits: {', '.join(commits)}")
     group = Group(tuple(map(_study_run, finished)), against=against, within=within)
@@ -157,7 +157,8 @@ def print_studies(
     for study, tables in Counter(comparison.study for comparison in found).items():
         if tables > 1:
             told = (
-                f"study {study[:8]} has {tables} tables, of different machines or workers: nothing is divided from one to another"
+                f"study {study[:8]} has {tables} tables, of different machines, workers or micro-batches: "
+                "nothing is divided from one to another"
             )
             console.out(told, highlight=False)
     if refusals:
@@ -228,13 +229,16 @@ def _study_run(run: Finished) -> StudyRun:
     return study_run(run.name, (), state="finished", summary=run.summary, recipe=load(run.folder / "recipe.json"))
 
 
+def _commits(run: Finished) -> list[str]:
+    """Of each of its starts."""
+    return list(map(str, run.summary.get("commits") or [run.summary.get("commit")]))
+
+
 def _where(run: StudyRun) -> str:
     """`a cpu, 2 cores, 1 thread; 2 workers, each on cores of its own, with 1 loader thread`"""
-    counts = [(run.workers, "worker"), (run.loader_threads, "loader thread")]
-    workers, threads = (f"{count} {what}{'s' * (count != 1)}" if count is not None else "" for count, what in counts)
     cores = "each on cores of its own" if run.own_cores else ""
-    told = ", ".join(filter(None, (workers, cores, threads and f"with {threads}")))
-    return "; ".join(filter(None, (machine(run.hardware), told)))
+    threads = "" if run.loader_threads is None else f"with {counted(run.loader_threads, 'loader thread')}"
+    return ", ".join(filter(None, (places(run, between="; "), cores, threads)))
 
 
 def _written_rule(run: Finished) -> str | None:
@@ -250,15 +254,17 @@ def _refusal(a: str, b: str, found: list[tuple[str, Any, Any]]) -> str:
 
 
 def _divisions_told(group: Group) -> Iterator[str]:
-    """Of seeds with several runs, the faster BPTT, and rules without a seed to divide by."""
+    """Of seeds with several runs, what wall clocks leave out, the faster BPTT, and rules without a seed to divide by."""
     for rule in group.rules:
         for seed, runs in Counter(run.seed for run in group.of(rule)).items():
             if runs > 1:
                 yield f"{rule} has {runs} runs of seed {seed}, which count as one, their mean, in ratios and differences"
+    if looked := dict.fromkeys(run.rule for run in group.runs if run.value("fidelity_s")):
+        yield f"wall clocks leave out what comparing gradients with BPTT's took, in runs of {', '.join(looked)}"
     if not group.has_baseline:
         return
     if group.fastest_baseline != group.against:
-        yield f"images/s and wall clock are divided by {group.fastest_baseline}'s, the faster {group.against}"
+        yield f"images/s, wall clock and compute time are divided by {group.fastest_baseline}'s, the faster {group.against}"
         divided = {group.against: "its top-1 and bytes are not divided", group.fastest_baseline: "its times are not divided"}
     else:
         divided = {group.against: "nothing of it is divided"}

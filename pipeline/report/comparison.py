@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.report.choose import Finished, Unfinished, rule_of, seed_of
+from pipeline.report.figure import unit_of
 from pipeline.report.resuming import how_to_resume
-from pipeline.report.study import Group
-from pipeline.report.study_run import number
+from pipeline.report.study import COMPUTE, Group, StudyRun, measured
 from pipeline.report.tables import behind_the_rows
 
-_COMPARED = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")
+_COMPARED = {
+    "top1": "top-1",
+    "peak_saved_bytes": "peak saved",
+    "images_per_s": "images/s",
+    "wall_s": "wall clock",
+    COMPUTE: "compute time",
+    "inference.energy_j": "inference energy",
+}
+"""what is compared, as the table calls it"""
+_ALWAYS = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")
+"""columns of the table, known or not"""
+_KINDS = {"peak_saved_bytes": "B", COMPUTE: "s", "inference.energy_j": "J"}
+_ANY_WIDTH = 10_000  # characters of a line
 _FIRST = ("run", "rule", "seed", "study", "recipe", "world_size", "steps", "epochs", *_COMPARED)
 
 
@@ -48,10 +63,20 @@ class Comparison:
     def rules(self) -> list[str]:
         return list(dict.fromkeys(map(rule_of, self.runs)))
 
+    def value(self, run: Finished, name: str) -> float | None:
+        """A quantity of a run, wall clock without comparisons of gradients; None: not measured."""
+        written = run.summary.get(name)
+        is_nan = isinstance(written, float) and math.isnan(written)
+        return written if is_nan else measured(self._measured[run.folder], name)
+
     def ratio(self, run: Finished, name: str) -> float | None:
         """A quantity of a run over the mean of `group.base_of`'s runs of the same seed; None where there are none."""
-        value, over = number(run.summary.get(name)), self._over[name].get(seed_of(run))
+        value, over = measured(self._measured[run.folder], name), self._over[name].get(seed_of(run))
         return None if value is None or not over else value / over
+
+    @cached_property
+    def _measured(self) -> dict[Path, StudyRun]:
+        return {run.folder: each for run, each in zip(self.runs, self.group.runs, strict=True)}
 
     @cached_property
     def _over(self) -> dict[str, dict[int, float]]:
@@ -61,15 +86,17 @@ class Comparison:
     @cached_property
     def behind(self) -> dict[str, dict[str, str]]:
         """By rule: whose bytes and accuracy (`ratios_to`) and whose time (`time_to`) its own are divided by, and the choices that
-        decide such a comparison: `reset_gradient`, `norm_statistics`, `precision`, and `over_time`, folded or step by step."""
+        decide such a comparison: `reset_gradient`, `norm_statistics`, `precision`, `over_time`, folded or step by step,
+        `micro_batch`, and where each rule has a setting of its own, `tuned`."""
         table = behind_the_rows(self.group)
-        names = [column.replace(" ", "_") for column in table.columns]
+        names = [column.replace(" ", "_").replace("-", "_") for column in table.columns]
         rows = [dict(zip(names, map(str, row), strict=True)) for row in table.rows]
         return {row["rule"]: {name: row[name] for name in names if name not in ("rule", "seeds")} for row in rows}
 
     def to_json(self) -> dict[str, Any]:
-        """`baseline` names its (first) run; each run is its summary, what is `behind` it, and `ratios` to the baseline of its
-        seed, speed and wall clock to those of `time_baseline`."""
+        """`baseline` names its (first) run; each run is its summary, its compute time, what is `behind` it, and `ratios` to the
+        baseline of its seed, of speed, wall clock and compute time to those of `time_baseline`; wall clocks are divided without
+        what comparing gradients took, `fidelity_s`."""
         return {
             "study": self.study,
             "where": self.where or None,
@@ -80,6 +107,7 @@ class Comparison:
                 {
                     **run.summary,
                     "run": run.name,
+                    COMPUTE: self.value(run, COMPUTE),
                     "behind": self.behind[rule_of(run)],
                     "ratios": {name: self.ratio(run, name) for name in _COMPARED},
                 }
@@ -105,16 +133,7 @@ class Comparison:
     def render(self, console: Console) -> None:
         """One line for each rule, the mean over its runs (± standard deviation), and × the baseline over paired seeds; then one
         with what stands behind it."""
-        title = f"study {self.study[:8]}" + (f" on {self.where}" if self.where else "")
-        table = _table(title)
-        table.add_column("rule", overflow="fold")
-        for title in ("top-1", "peak saved", "images/s", "wall clock"):
-            table.add_column(title, justify="right")
-        for rule in self.rules:
-            runs = self.of(rule)
-            label = rule if len(runs) == 1 else f"{rule} ({len(runs)} runs)"
-            table.add_row(Text(label), *(Text(self._cell(rule, name)) for name in _COMPARED))
-        console.print(table)
+        console.print(self._costs(console))
         console.print()
         console.print(self._behind())
         for note in (*(each.text(self.group.within) for each in self.group.differences), *self.notes):
@@ -124,6 +143,24 @@ class Comparison:
             line = f"not in the table: {run.folder.name} ({run.rule}) is {run.state}{command}"
             console.out(line, highlight=False)
 
+    def _costs(self, console: Console) -> Table:
+        """Ratios stand below what they are of where a line has no room for both."""
+        table = self._costs_with(between="  ")
+        width = Measurement.get(console, console.options.update(max_width=_ANY_WIDTH), table).maximum
+        return table if width <= console.width else self._costs_with(between="\n")
+
+    def _costs_with(self, *, between: str) -> Table:
+        table = _table(f"study {self.study[:8]}" + (f" on {self.where}" if self.where else ""))
+        table.add_column("rule", overflow="fold")
+        names = [name for name in _COMPARED if name in _ALWAYS or any(self.value(run, name) is not None for run in self.runs)]
+        for name in names:
+            table.add_column(_COMPARED[name], justify="right")
+        for rule in self.rules:
+            runs = self.of(rule)
+            label = rule if len(runs) == 1 else f"{rule} ({len(runs)} runs)"
+            table.add_row(Text(label), *(Text(self._cell(rule, name, between)) for name in names))
+        return table
+
     def _behind(self) -> Table:
         table = _table("behind each row")
         for name in ("rule", *next(iter(self.behind.values()))):
@@ -132,24 +169,19 @@ class Comparison:
             table.add_row(Text(rule), *map(Text, told.values()))
         return table
 
-    def _cell(self, rule: str, name: str) -> str:
-        values = [value for run in self.of(rule) if (value := _value(run, name)) is not None]
+    def _cell(self, rule: str, name: str, between: str) -> str:
+        values = [value for run in self.of(rule) if (value := self.value(run, name)) is not None]
         if not values:
             return "-"
         mean, ratio = statistics.fmean(values), self.group.ratios(rule, name)
         text = _shown(name, mean)
         if ratio is not None:
-            text += f"  ×{ratio.mean:{'.2f' if ratio.mean >= 0.1 else '.3g'}}"
+            text += f"{between}×{ratio.mean:{'.2f' if ratio.mean >= 0.1 else '.3g'}}"
         return text if len(values) == 1 else f"{text}\n± {_shown(name, statistics.stdev(values), like=mean)}"
 
 
 def _table(title: str) -> Table:
     return Table(title=title, box=None, header_style="bold", pad_edge=False, title_justify="left")
-
-
-def _value(run: Finished, name: str) -> float | None:
-    value = run.summary.get(name)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -164,8 +196,8 @@ def _shown(name: str, value: float, *, like: float | None = None) -> str:
     size, digits = (value, 4) if like is None else (like, 2)
     if name == "top1":
         return f"{value:.2%}"
-    if name == "peak_saved_bytes":
-        scale, unit = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if size >= pair[0] or pair[0] == 1)
+    if name in _KINDS:
+        scale, unit = unit_of(_KINDS[name], [size])
         return f"{value / scale:.{digits}g} {unit}"
     if name == "wall_s":
         if like is None and size >= 3600:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.recipe import BESIDE_THE_STUDY
 from pipeline.recipe_json import differing
 from pipeline.report.runs import load, recipe_of
+from pipeline.trained_on import told_in
 
-__all__ = ["VARIED", "differences", "written"]
+__all__ = ["VARIED", "differences", "trained_apart", "tuned_in", "written"]
 
 VARIED = tuple(name for name in BESIDE_THE_STUDY if name != "init")  # which counts by its content
 
@@ -22,19 +23,40 @@ def differences(a: Path, b: Path) -> list[tuple[str, Any, Any]]:
     when nothing else explains the keys.
     """
     summaries = load(a / "summary.json") or {}, load(b / "summary.json") or {}
-    found = [
-        (name, first, second)
-        for name in ("world_size", "loader_threads", "own_cores", "hardware")
-        for name, first, second in differing(name, *(summary.get(name) for summary in summaries))
-    ]
+    found = [*trained_apart(*map(told_in, summaries))]
+    for name in ("loader_threads", "own_cores"):
+        found += differing(name, *(summary.get(name) for summary in summaries))
     if summaries[0].get("rule") == summaries[1].get("rule"):
         # One label in the table must be one rule (rescale is not in it) with one value of what was tuned.
         recipes = [recipe_of(folder) for folder in (a, b)]
         found += differing("rule", *(recipe.get("rule") for recipe in recipes))
-        for key in recipes[0].get("tuned", ()):
+        for key in tuned_in(recipes[0]):
             found += differing(key, *(written(recipe, key) for recipe in recipes))
     keys = [summary.get("study") for summary in summaries]
     return found if keys[0] == keys[1] else _explained(a, b, summaries, keys) + found
+
+
+def trained_apart(mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any, Any]]:
+    """In what two runs' workers, micro-batches and machines differ; where one changed them on the way, in lists: `[2, 1]`."""
+    if list(mine) != list(theirs):
+        yield from list(differing("", _columns(mine), _columns(theirs))) or [("trained_on", mine, theirs)]
+
+
+def _columns(trained_on: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`hardware.cpu` and the like with what they were, each once; what did not change stands alone."""
+    columns: dict[str, list[Any]] = {}
+    for each in trained_on:
+        machine = {f"hardware.{name}": value for name, value in (each.get("hardware") or {}).items()}
+        for name, value in {**each, **machine}.items():
+            if name != "hardware" and value not in columns.setdefault(name, []):
+                columns[name].append(value)
+    return {name: values[0] if len(values) == 1 else values for name, values in columns.items()}
+
+
+def tuned_in(recipe: Mapping[str, Any]) -> tuple[str, ...]:
+    """The dotted keys that each rule has its own value of; none known where the journal alone tells of a recipe, as text."""
+    keys = recipe.get("tuned")
+    return tuple(keys) if isinstance(keys, (list, tuple)) else ()
 
 
 def written(recipe: Mapping[str, Any], key: str) -> Any:

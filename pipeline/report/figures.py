@@ -18,19 +18,24 @@ from pipeline.report.figure import (
     symbol,
     unit_of,
 )
-from pipeline.report.study import COMPUTE, Group, Spread
+from pipeline.report.spread import Spread
+from pipeline.report.study import COMPUTE, Group
 
+_ENERGY = "inference.energy_j"
 QUANTITIES = {
     "peak_saved_bytes": ("saved bytes", "B"),
     COMPUTE: ("compute time", "s"),
     "wall_s": ("wall clock", "s"),
-    "inference.energy_j": ("inference energy", "J"),
+    _ENERGY: ("inference energy", "J"),
 }
 """of which less is better: what they are called, and their kind of unit"""
 _AXES = {
-    "wall_s": ("wall clock", "what a run took from its first line to its last, restarts included"),
+    "wall_s": (
+        "wall clock",
+        "what a run took from its first line to its last, restarts included, comparisons of its gradient with BPTT's left out",
+    ),
     "peak_saved_bytes": ("peak saved bytes", "what autograd keeps for backward at one moment, parameters left out"),
-    "inference.energy_j": (
+    _ENERGY: (
         "energy of an inference",
         "an estimate from measured operations, of arithmetic alone, for one sample; never a measurement",
     ),
@@ -153,6 +158,9 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
     ]
     unit_name = {"B": "bytes", "s": "seconds", "J": "joules"}[kind]
     columns = ("rule", f"{what}, {unit_name}", "its deviation", "top-1", "its deviation", "runs", "on the Pareto front")
+    if name == _ENERGY:
+        columns, rows = (*columns, "MACs", "ACs"), [(*row, *_operations(group, str(row[0]))) for row in rows]
+        how = f"{how}. {_counted_on(group)}"
     return Figure(
         name=f"accuracy-against-{what.replace(' ', '-')}",
         title=title,
@@ -161,6 +169,23 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
         table=Table(columns=columns, rows=tuple(rows)),
         draw=draw,
         height=380,
+    )
+
+
+def _operations(group: Group, rule: str) -> list[float | None]:
+    """Multiply-accumulates and accumulates of an inference."""
+    found = [group.spread(rule, f"inference.{name}") for name in ("macs", "acs")]
+    return [None if each is None else each.mean for each in found]
+
+
+def _counted_on(group: Group) -> str:
+    """Which samples the energy is of, and where it departs from published counts."""
+    counted = [run for run in group.finished if run.value(_ENERGY) is not None]
+    sizes = sorted({int(run.value("inference.samples") or 0) for run in counted})
+    told = ((run.summary or {})["inference"].get("counted_on", "the first batch of the first worker's share") for run in counted)
+    return (
+        f"Counted on {' and '.join(map(str, sizes))} samples, {' and '.join(dict.fromkeys(told))}; what stands before the first "
+        "neuron counts once for a still image, as it is computed, where published counts have it at each time step"
     )
 
 

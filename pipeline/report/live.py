@@ -231,7 +231,8 @@ def _start(stored: StoredRun) -> Event:
     """What tags tell of a run whose journal was not sent yet."""
     hardware = {name.removeprefix("hardware."): _value(v) for name, v in stored.tags.items() if name.startswith("hardware.")}
     about = {name: stored.tags.get(f"spiketrain.{name}") for name in ("rule", "study", "commit")}
-    counts = {name: _value(stored.tags.get(f"spiketrain.{name}", "")) for name in ("seed", "world_size", "attempt")}
+    numbers = ("seed", "world_size", "micro_batch", "attempt")
+    counts = {name: _value(stored.tags.get(f"spiketrain.{name}", "")) for name in numbers}
     return {"event": "start", "time": stored.started, "step": 0, "hardware": hardware, **about, **counts}
 
 

@@ -1,6 +1,6 @@
 """How far a rule is from the baseline, from runs that share everything but the rule: seed by seed, with its interval.
 
-    d_i = top1(baseline, seed i) - top1(rule, seed i),     mean d +- t(0.975, n - 1) sd(d) / sqrt(n)
+    d_i = top1(baseline, seed i) - top1(rule, seed i),     mean d with its 95 % interval (spread.py)
 
 Runs of one seed begin with the same weights and see the same order, so most of what a seed does is in both and drops out.
 The interval is over seeds; that the test set is itself a sample is in it only as far as it acts on the difference.
@@ -8,12 +8,11 @@ The interval is over seeds; that the test set is itself a sample is in it only a
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from scipy import stats
+from pipeline.report.spread import spread_of
 
 WITHIN = 0.7  # points of accuracy: what SLTT and OTTT claim to lose at most
 
@@ -44,10 +43,8 @@ class Difference:
 
 def paired_difference(baseline: Mapping[int, float], rule: Mapping[int, float], *, names: tuple[str, str]) -> Difference | None:
     """From top-1 in 0..1 by seed; None with fewer than two seeds in common."""
-    seeds = sorted(baseline.keys() & rule.keys())
-    if len(seeds) < 2:
+    found = spread_of([100 * (baseline[seed] - rule[seed]) for seed in sorted(baseline.keys() & rule.keys())])
+    if found is None or found.interval is None:
         return None
-    points = [100 * (baseline[seed] - rule[seed]) for seed in seeds]
-    mean = statistics.fmean(points)
-    reach = float(stats.t.ppf(0.975, len(points) - 1)) * statistics.stdev(points) / len(points) ** 0.5
-    return Difference(baseline=names[0], rule=names[1], seeds=len(points), mean=mean, low=mean - reach, high=mean + reach)
+    low, high = found.interval
+    return Difference(baseline=names[0], rule=names[1], seeds=found.runs, mean=found.mean, low=low, high=high)

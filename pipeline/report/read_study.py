@@ -1,27 +1,41 @@
-"""The study that is meant by names on the command line: a suite with its own report, a study key, runs, or the newest study."""
+"""The study that is meant by names on the command line: a suite with its own report, a study key, runs, or the newest study.
+
+Trials of a search are never in it: they differ in a value that was tried, and are judged on a part of the training set.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 
 from pipeline.baseline import BASELINE
 from pipeline.recipe import read_json
-from pipeline.report.choose import finished_run, named, newest_study, study_of, with_baseline
+from pipeline.report.choose import finished_run, is_trial, named, newest_study, study_of, with_baseline
 from pipeline.report.paired import WITHIN
 from pipeline.report.returned import Returned, returned, sweep_of
-from pipeline.report.runs import ReportError, recipe_of
+from pipeline.report.runs import ReportError
 from pipeline.report.study import Study
 from pipeline.report.study_run import from_folder
 from pipeline.report.suite import own_report, suite_named
 from pipeline.suite import FILE, SuiteFile, runs_of
+from pipeline.track.publish import REPORT
 from pipeline.trials import is_over
 
-OUT = "report.html"
 _WIDTH = 120  # characters of what a suite's own report prints
+
+
+class Found(NamedTuple):
+    """What is meant."""
+
+    study: Study
+    place: Path
+    """where its page belongs"""
+    folders: tuple[Path, ...]
+    """of its runs, and of trials that were left out"""
 
 
 def read_study(
@@ -32,8 +46,8 @@ def read_study(
     within: float = WITHIN,
     sweeps: Sequence[Path] = (),
     trust: tuple[str, ...] = (),
-) -> tuple[Study, Path]:
-    """The study, and where its page belongs.
+) -> Found:
+    """The study, where its page belongs, and its runs.
 
     Args:
         names: a suite, or runs and study keys as `compare` takes them; none: the newest study.
@@ -50,16 +64,21 @@ def read_study(
         if not runs:
             raise ReportError(f"report: {suite.name} has no run yet")
         own, printed, notes = _own_report(suite, trust)
-        tried = [run for run in runs.values() if _is_trial(run)]
-        if tried:
-            notes.append(f"{len(tried)} trials on a held-out part, which chose the tuned values, are listed by the suite alone.")
-        members, title, out = [run for run in runs.values() if run not in tried], suite.name, suite / OUT
+        members, tried = _without_trials(runs.values())
+        title, place = suite.name, suite / REPORT
+    elif trust:
+        raise ReportError(f"report: --trust is for a suite, and runs are read without it; got {', '.join(trust)}")
     else:
         folders = named(runs_dir, names) if names else newest_study(runs_dir)
         own, printed, notes = Returned(), "", []
-        members = _with_their_baseline(runs_dir, folders, against)
+        chosen, tried = _without_trials(folders)
+        if tried and not chosen:
+            raise ReportError(f"report: runs must be trained on the whole training set; got {_counted(tried)} of a search alone")
+        members = _with_their_baseline(runs_dir, chosen, against)
         title = _title(members, names)
-        out = runs_dir / f"report-{_slug(title)}.html"
+        place = runs_dir / f"report-{_slug(title)}.html"
+    if tried:
+        notes.append(f"Left out: {_counted(tried)} on a held-out part of the training set.")
     study = Study(
         title=title,
         runs=tuple(from_folder(folder) for folder in members),
@@ -70,12 +89,20 @@ def read_study(
         notes=tuple(notes),
         printed=printed,
     )
-    return study, out
+    return Found(study, place, (*members, *tried))
 
 
-def _is_trial(run: Path) -> bool:
-    """Of one value of a search: no run to set beside others by its rule."""
-    return recipe_of(run).get("protocol") == "trial"
+def _without_trials(folders: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """And the trials."""
+    members: list[Path] = []
+    tried: list[Path] = []
+    for folder in folders:
+        (tried if is_trial(folder) else members).append(folder)
+    return members, tried
+
+
+def _counted(trials: Sequence[Path]) -> str:
+    return "1 trial" if len(trials) == 1 else f"{len(trials)} trials"
 
 
 def _with_their_baseline(runs_dir: Path, folders: Sequence[Path], against: str) -> list[Path]:

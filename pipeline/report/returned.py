@@ -6,7 +6,7 @@ As the report itself has them, as `sweep --format json` prints one, and as MLflo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from pipeline.report.claims import Claim
@@ -77,7 +77,7 @@ def _objects(value: Any) -> list[Mapping[str, Any]]:
 
 
 def _claim(value: Mapping[str, Any]) -> Claim:
-    names = [each.name for each in fields(Claim)]
-    if missing := [name for name in names if name not in value]:
-        raise ReportError(f"report: a claim must have {', '.join(names)}; there is no {missing[0]}")
-    return Claim(**{name: value[name] for name in names})
+    needed = [each.name for each in fields(Claim) if each.default is MISSING]
+    if missing := [name for name in needed if name not in value]:
+        raise ReportError(f"report: a claim must have {', '.join(needed)}; there is no {missing[0]}")
+    return Claim(**{each.name: value[each.name] for each in fields(Claim) if each.name in value})

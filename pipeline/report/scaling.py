@@ -12,8 +12,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 
 from pipeline.report.figure import Cell, Table
-from pipeline.report.study import Study, StudyRun, spread_of
-from pipeline.report.tables import machine
+from pipeline.report.places import counted, machine
+from pipeline.report.spread import spread_of
+from pipeline.report.study import Study, StudyRun
 
 SAID = (
     "Measured, not a model: steady images/s of finished runs, the mean over those of one rule and number of workers; the global "
@@ -31,7 +32,7 @@ def scaling(study: Study) -> Table | None:
     alike: dict[str, dict[int, list[StudyRun]]] = {}
     for group in study.groups:
         for run in group.finished:
-            if run.workers and run.value("images_per_s") and not _was_resized(run):
+            if run.workers and run.value("images_per_s") and len(run.trained_on) == 1:  # else its images/s are of several
                 alike.setdefault(_but_for_workers(run), {}).setdefault(run.workers, []).append(run)
     rows = [row for by_workers in alike.values() if len(by_workers) > 1 for row in _rows(by_workers)]
     return Table(columns=_COLUMNS, rows=tuple(rows)) if rows else None
@@ -46,7 +47,7 @@ def _rows(by_workers: Mapping[int, Sequence[StudyRun]]) -> Iterator[tuple[Cell, 
         alone = alone or found.mean
         speed_up = found.mean / alone
         efficiency = speed_up * fewest / workers
-        told = (f"{fewest} worker{'' if fewest == 1 else 's'}", found.runs, runs[0].study[:8], machine(runs[0].hardware))
+        told = (counted(fewest, "worker"), found.runs, runs[0].study[:8], machine(runs[0].hardware))
         cores = "its own" if runs[0].own_cores else "shared"
         yield (runs[0].rule, workers, found.mean, found.deviation, speed_up, efficiency, *told, cores)
 
@@ -60,8 +61,3 @@ def _but_for_workers(run: StudyRun) -> str:
     written = rule if isinstance(rule, Mapping) else run.rule
     kind = [run.study, written, run.loader_threads, run.own_cores, hardware]
     return json.dumps(kind, sort_keys=True, default=str)
-
-
-def _was_resized(run: StudyRun) -> bool:
-    """Whether its number of workers changed while it trained: its images/s are then of several."""
-    return len({attempt.workers for attempt in run.attempts if attempt.workers is not None}) > 1

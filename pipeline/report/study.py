@@ -3,8 +3,8 @@
     study.groups[0].spread("SLTT", "peak_saved_bytes")       mean and standard deviation over seeds
     study.groups[0].ratios("SLTT", "peak_saved_bytes")       over the baseline's runs of the same seed, seed by seed
 
-Nothing is divided across groups: their runs have another study key, or another machine. Only the speeds of groups that differ in
-their number of workers alone are (scaling.py).
+Nothing is divided across groups: their runs have another study key, or were trained on something else. Only the speeds of groups
+that differ in their number of workers alone are (scaling.py).
 """
 
 from __future__ import annotations
@@ -12,34 +12,30 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.baseline import BASELINE, is_baseline
-from pipeline.report.claims import Claim
+from pipeline.report.differences import tuned_in, written
 from pipeline.report.paired import WITHIN, Difference, paired_difference
+from pipeline.report.spread import Spread, spread_of
 from pipeline.report.study_run import StudyRun, from_folder, study_run
 
-__all__ = ["Group", "Spread", "Study", "StudyRun", "from_folder", "kind", "study_run"]
+if TYPE_CHECKING:
+    from pipeline.report.claims import Claim
+
+__all__ = ["COMPUTE", "Group", "Spread", "Study", "StudyRun", "from_folder", "kind", "measured", "spread_of", "study_run"]
 
 COMPUTE = "compute_s"
 """forward and backward of a steady batch, in the mean; no field of a summary"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """Over the seeds of a rule."""
-
-    mean: float
-    deviation: float | None
-    """None of one run"""
-    runs: int
+_WALL = ("wall_s", "net_s")
+"""clocks that run on while a run compares gradients, which no rule asks for: what that took is left out"""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one study key, on equal machines with as many workers that kept to cores of their own or did not."""
+    """Runs of one study key, trained on the same alone, that kept to cores of their own or did not."""
 
     runs: tuple[StudyRun, ...]
     """the baseline's first"""
@@ -49,10 +45,6 @@ class Group:
     @property
     def study(self) -> str:
         return self.runs[0].study
-
-    @property
-    def hardware(self) -> Mapping[str, Any]:
-        return self.runs[0].hardware
 
     @property
     def finished(self) -> tuple[StudyRun, ...]:
@@ -86,9 +78,13 @@ class Group:
         return spread_of([value for run in self.of(rule) if (value := measured(run, name)) is not None])
 
     def ratios(self, rule: str, name: str) -> Spread | None:
-        """Over `base_of(name)` seed by seed, each the mean of a seed's runs; None without a seed in common."""
+        """Of `paired`; None without a seed in common."""
+        return spread_of(list(self.paired(rule, name).values()))
+
+    def paired(self, rule: str, name: str) -> dict[int, float]:
+        """By seed, over `base_of(name)`'s of the same seed, each the mean of a seed's runs."""
         over, values = self.by_seed(self.base_of(name), name), self.by_seed(rule, name)
-        return spread_of([value / over[seed] for seed, value in values.items() if over.get(seed)])
+        return {seed: value / over[seed] for seed, value in sorted(values.items()) if over.get(seed)}
 
     def by_seed(self, rule: str, name: str) -> dict[int, float]:
         """Of a number of the summaries, the mean of the finished runs of each seed."""
@@ -100,14 +96,17 @@ class Group:
 
     def base_of(self, name: str) -> str:
         """The rule whose `name` others' is divided by: of time and speed the faster of BPTT folded over time and step by step."""
-        return self.fastest_baseline if name in (COMPUTE, "wall_s", "images_per_s") else self.against
+        return self.fastest_baseline if name in (COMPUTE, *_WALL, "images_per_s") else self.against
 
     @property
     def fastest_baseline(self) -> str:
-        """Of BPTT folded over time and step by step the one that computes faster."""
+        """Of BPTT folded over time and step by step the one that computes faster, on the seeds of all where there are such."""
         kinds = [rule for rule in self.rules if is_baseline(rule, self.against)]
-        known = {rule: found.mean for rule in kinds if (found := self.spread(rule, COMPUTE)) is not None}
-        return min(known, key=lambda rule: known[rule]) if self.against in known else self.against
+        times = {rule: seconds for rule in kinds if (seconds := self.by_seed(rule, COMPUTE))}
+        if self.against not in times:
+            return self.against
+        shared = set.intersection(*map(set, times.values()))
+        return min(times, key=lambda rule: statistics.fmean(times[rule][seed] for seed in shared or times[rule]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,44 +141,46 @@ class Study:
 
 
 def kind(run: StudyRun) -> str:
-    """Equal for runs that may be compared: of one study key, on equal machines with as many workers, threads and cores."""
-    about = [run.study, run.workers, run.loader_threads, run.own_cores, run.hardware]
+    """Equal for runs that may be compared: of one study key, trained on as many workers and as large micro-batches of equal
+    machines, from the first step to the last, with as many loader threads."""
+    about = [run.study, [asdict(each) for each in run.trained_on], run.loader_threads, run.own_cores]
     return json.dumps(about, sort_keys=True, default=str)
 
 
 def measured(run: StudyRun, name: str) -> float | None:
     """A number of a finished run: of its summary, or COMPUTE."""
-    if name != COMPUTE:
-        return run.value(name)
-    forward, backward = run.value("steady_forward_s"), run.value("steady_backward_s")
-    return None if forward is None or backward is None else forward + backward
-
-
-def spread_of(values: Sequence[float]) -> Spread | None:
-    if not values:
-        return None
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return Spread(mean=statistics.fmean(values), deviation=deviation, runs=len(values))
+    if name == COMPUTE:
+        forward, backward = run.value("steady_forward_s"), run.value("steady_backward_s")
+        return None if forward is None or backward is None else forward + backward
+    found = run.value(name)
+    return found if found is None or name not in _WALL else found - (run.value("fidelity_s") or 0.0)
 
 
 def _told_apart(runs: Sequence[StudyRun]) -> list[StudyRun]:
-    """Two rules of one label, such as SLTT-1 rescaled and not, get what their recipes say into it."""
-    written: dict[str, dict[str, str]] = {}
-    for run in runs:
-        written.setdefault(run.rule, {})[run.name] = _written(run.recipe.get("rule"))
+    """Two rules of one label, such as SLTT-1 rescaled and not, or one with two values of what was tuned, get what tells them
+    apart into it."""
+    told = [_written(run.recipe) for run in runs]
+    values: dict[str, dict[str, set[str]]] = {}
+    for run, each in zip(runs, told, strict=True):
+        for name, value in each.items():
+            values.setdefault(run.rule, {}).setdefault(name, set()).add(value)
     return [
-        run
-        if len(set(written[run.rule].values())) == 1
-        else replace(
-            run,
-            rule=(label := f"{run.rule} ({written[run.rule][run.name]})"),
-            summary=None if run.summary is None else {**run.summary, "rule": label},
-        )
-        for run in runs
+        _labelled(run, [value for name, value in each.items() if len(values[run.rule][name]) > 1])
+        for run, each in zip(runs, told, strict=True)
     ]
 
 
-def _written(rule: Any) -> str:
-    if not isinstance(rule, Mapping):
-        return ""
-    return ", ".join(f"{name}={value}" for name, value in (rule.get("kwargs") or {}).items()) or "as it comes"
+def _labelled(run: StudyRun, apart: Sequence[str]) -> StudyRun:
+    if not apart:
+        return run
+    label = f"{run.rule} ({', '.join(apart)})"
+    return replace(run, rule=label, summary=None if run.summary is None else {**run.summary, "rule": label})
+
+
+def _written(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """The rule's keywords, and the value of each field that was tuned, as text."""
+    told: dict[str, str] = {}
+    rule = recipe.get("rule")
+    if isinstance(rule, Mapping):
+        told["rule"] = ", ".join(f"{name}={value}" for name, value in (rule.get("kwargs") or {}).items()) or "as it comes"
+    return told | {key: f"{key}={written(recipe, key)}" for key in tuned_in(recipe)}

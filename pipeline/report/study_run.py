@@ -15,8 +15,9 @@ from pipeline.measure.time_parts import BETWEEN, PARTS, REST
 from pipeline.report.runs import ReportError, load, load_list
 from pipeline.track.jsonl import Event, read
 from pipeline.track.state import State, state_of
+from pipeline.trained_on import told_in, trained_on
 
-__all__ = ["Attempt", "Evaluated", "Fidelity", "LayerRates", "StudyRun", "TrainPoint", "from_folder", "study_run"]
+__all__ = ["Attempt", "Evaluated", "Fidelity", "LayerRates", "StudyRun", "TrainPoint", "TrainedOn", "from_folder", "study_run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,17 @@ class Attempt:
     step: int
     """batches that were done by then"""
     seconds: float
-    workers: int | None
     commit: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedOn:
+    """What one or several of a run's starts trained on."""
+
+    workers: int | None
+    micro_batch: int | None
+    """samples that a worker held at a time"""
+    hardware: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +106,8 @@ class StudyRun:
     """the fields of recipe.json; where only the journal is there, its flat parameters"""
     summary: Mapping[str, Any] | None
     """None until the run has finished"""
-    hardware: Mapping[str, Any]
-    workers: int | None
+    trained_on: tuple[TrainedOn, ...]
+    """each once, oldest first; more than one: its workers, micro-batch or machine changed on the way"""
     loader_threads: int | None
     own_cores: bool
     """whether each worker on a CPU kept to cores that no other run computed on"""
@@ -119,6 +129,16 @@ class StudyRun:
     @property
     def is_finished(self) -> bool:
         return self.state == "finished" and self.summary is not None
+
+    @property
+    def workers(self) -> int | None:
+        """The last of what it was trained on."""
+        return self.trained_on[-1].workers if self.trained_on else None
+
+    @property
+    def hardware(self) -> Mapping[str, Any]:
+        """The last of what it was trained on."""
+        return self.trained_on[-1].hardware if self.trained_on else {}
 
     @property
     def restarts(self) -> tuple[Attempt, ...]:
@@ -163,8 +183,7 @@ def study_run(
         study=str(told.get("study") or ""),
         recipe=_fields(recipe) or told.get("params") or {},
         summary=finished,
-        hardware=told.get("hardware") or {},
-        workers=_count(told.get("world_size")),
+        trained_on=tuple(map(_trained_on, told_in(finished, starts) if finished else trained_on(starts, steps=None))),
         loader_threads=_count(told.get("loader_threads")),
         own_cores=bool(told.get("own_cores")),
         commits=tuple(dict.fromkeys(str(event["commit"]) for event in starts if event.get("commit"))),
@@ -211,6 +230,11 @@ def _fields(recipe: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """recipe.json holds a version beside them."""
     inner = (recipe or {}).get("recipe", recipe)
     return inner if isinstance(inner, Mapping) else {}
+
+
+def _trained_on(told: Mapping[str, Any]) -> TrainedOn:
+    workers, micro_batch = (_count(told.get(name)) for name in ("world_size", "micro_batch"))
+    return TrainedOn(workers=workers, micro_batch=micro_batch, hardware=told.get("hardware") or {})
 
 
 def _timed(events: Iterable[Event]) -> Iterator[tuple[float, Event]]:
@@ -261,7 +285,6 @@ def _attempts(timed: Iterable[tuple[float, Event]]) -> Iterator[Attempt]:
                 number=_count(event.get("attempt")) or 0,
                 step=step,
                 seconds=seconds,
-                workers=_count(event.get("world_size")),
                 commit=None if commit is None else str(commit),
             )
 

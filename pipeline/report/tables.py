@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from pipeline.recipe_json import differing
 from pipeline.report.claims import Claim
-from pipeline.report.differences import VARIED
+from pipeline.report.differences import VARIED, trained_apart, tuned_in, written
 from pipeline.report.figure import Cell, Table, shown, unit_of
 from pipeline.report.figures import QUANTITIES
-from pipeline.report.study import COMPUTE, Group, Spread, Study, StudyRun
+from pipeline.report.places import NOT_SAID, counted, machine, micro_batches, places
+from pipeline.report.spread import Spread
+from pipeline.report.study import COMPUTE, Group, Study, StudyRun
 
-_NOT_SAID = "not known"
 _BESIDE = {
     "state_bytes": ("states", "B"),
     "peak_device_bytes": ("peak on the device", "B"),
@@ -23,11 +26,24 @@ _BESIDE = {
     "net_s": ("wall clock net of restarts", "s"),
     "device_j": ("joules of training, measured", "J"),
 }
+_HELD = {
+    "held.parameters": "parameters",
+    "held.buffers": "buffers",
+    "held.gradients": "gradients",
+    "held.optimizer": "optimizer",
+    "held.teacher": "teacher",
+    "state_bytes": "states",
+}
+HELD_SAID = (
+    "Bytes of one worker, each kind apart, as they are without ZeRO. States, of the worker that holds most, are there while a "
+    "batch is trained on; the rest stays."
+)
 BESIDE_SAID = (
     "Bytes are of the worker that holds most; states are membranes, traces, and what the slices of a batch share, weights and "
     "the first features of a still image, with the gradient they collect. Joules are of the whole training, of one worker's card "
     "in the mean over workers, by the card's own counter (NVML), its idle power included: a measurement, where the energy of an "
-    "inference is an estimate. Multiplications and additions are of training on one sample, by what they serve."
+    "inference is an estimate. Multiplications and additions are of training on one sample, by what they serve. Wall clocks "
+    "leave out what comparing gradients with BPTT's took, which no rule asks for."
 )
 
 
@@ -63,10 +79,21 @@ def beside(group: Group) -> Table | None:
     return Table(columns=("rule", *(title for title, _ in kept.values())), rows=tuple(rows))
 
 
+def held(group: Group) -> Table | None:
+    """What each rule holds in training, mean over seeds; None where no run says so."""
+    if not any(run.value("held.parameters") is not None for run in group.finished):
+        return None
+    rows = [(rule, *(_spread(group.spread(rule, name), "B", None) for name in _HELD)) for rule in group.rules]
+    return Table(columns=("rule", *_HELD.values()), rows=tuple(rows))
+
+
 def behind_the_rows(group: Group) -> Table:
-    """What each rule is compared with, and the choices that decide such a comparison, as far as recipes tell."""
-    columns = ("rule", "ratios to", "time to", "reset gradient", "norm statistics", "precision", "over time", "seeds")
-    return Table(columns=columns, rows=tuple(_behind(group, rule) for rule in group.rules))
+    """What each rule is compared with, and the choices that decide such a comparison, as far as recipes and runs tell."""
+    columns = ["rule", "ratios to", "time to", "reset gradient", "norm statistics", "precision", "over time", "micro-batch"]
+    if any(tuned_in(run.recipe) for run in group.runs):
+        columns.append("tuned")
+    rows = [_behind(group, rule) for rule in group.rules]
+    return Table(columns=(*columns, "seeds"), rows=tuple(tuple(row[name] for name in (*columns, "seeds")) for row in rows))
 
 
 def claims(found: Sequence[Claim]) -> Table:
@@ -81,7 +108,7 @@ def recipe_differences(study: Study) -> Table:
     first, *others = study.groups
     rows: list[tuple[Cell, ...]] = []
     for group in others:
-        for name, mine, theirs in differing("", _kept(first.runs[0]), _kept(group.runs[0])):
+        for name, mine, theirs in _apart(first.runs[0], group.runs[0]):
             rows.append((name, json.dumps(mine), json.dumps(theirs), named(first), named(group)))
     return Table(columns=("field", "first group", "other group", "first", "other"), rows=tuple(rows))
 
@@ -98,8 +125,8 @@ def provenance(study: Study) -> Table:
             run.state,
             f"{run.step}/{run.total_steps or '?'}",
             len(run.restarts),
-            machine(run.hardware),
-            run.workers,
+            "; then ".join(dict.fromkeys(machine(each.hardware) for each in run.trained_on)) or machine({}),
+            _workers(run),
             "its own" if run.own_cores else "shared",
             ", ".join(run.commits) or None,
         )
@@ -121,21 +148,10 @@ def lone_runs(groups: Sequence[Group]) -> Table:
 
 
 def named(group: Group) -> str:
-    """`Study 01234567 on a cpu, 2 cores, 1 thread, 2 workers, each on cores of its own`"""
+    """`Study 01234567, shared settings, on a cpu, 2 cores, 1 thread, 2 workers, each on cores of its own`"""
     run = group.runs[0]
-    workers = "" if run.workers is None else f", {_count(run.workers, 'worker')}"
     cores = ", each on cores of its own" if run.own_cores else ""
-    return f"Study {group.study[:8] or 'unknown'} on {machine(group.hardware)}{workers}{cores}"
-
-
-def machine(hardware: Mapping[str, Any]) -> str:
-    """What computed: the GPUs, or the CPU with its cores and the threads of torch."""
-    if not hardware:
-        return "a machine that is not known"
-    if hardware.get("gpu") not in (None, "none"):
-        return f"{hardware.get('gpus', 1)} × {hardware['gpu']}"
-    counts = [_count(hardware[name], name[:-1]) for name in ("cores", "threads") if isinstance(hardware.get(name), int)]
-    return ", ".join([str(hardware.get("cpu", "a CPU")), *counts])
+    return f"Study {group.study[:8] or 'unknown'}{_protocol(run.recipe)} on {places(run)}{cores}"
 
 
 def _saved(group: Group, rule: str) -> Iterator[str]:
@@ -188,40 +204,59 @@ def _written(group: Group, run: StudyRun, name: str) -> str | None:
     return _spread(alone, "share" if name == "top1" else QUANTITIES[name][1], None)
 
 
-def _behind(group: Group, rule: str) -> tuple[Cell, ...]:
+def _behind(group: Group, rule: str) -> dict[str, Cell]:
     runs = group.of(rule)
     told = next((run.summary["conditions"] for run in runs if run.summary and run.summary.get("conditions")), {})
-    if not group.has_baseline:
-        bases: tuple[str, str] = ("no baseline", "no baseline")
-    else:
-        bases = (group.against, group.base_of(COMPUTE))
-    return (
-        rule,
-        *bases,
-        *(str(told.get(name, _NOT_SAID)) for name in ("reset_gradient", "norm_over", "precision")),
-        _over_time(told.get("steps_per_forward"), runs[0].recipe),
-        ", ".join(str(run.seed) for run in runs),
-    )
+    return {
+        "rule": rule,
+        "ratios to": group.against if group.has_baseline else "no baseline",
+        "time to": group.base_of(COMPUTE) if group.has_baseline else "no baseline",
+        "reset gradient": str(told.get("reset_gradient", NOT_SAID)),
+        "norm statistics": str(told.get("norm_over", NOT_SAID)),
+        "precision": str(told.get("precision", NOT_SAID)),
+        "over time": _over_time(told.get("steps_per_forward"), runs[0].recipe),
+        "micro-batch": micro_batches(runs[0]),
+        "tuned": ", ".join(f"{key}={written(runs[0].recipe, key)}" for key in tuned_in(runs[0].recipe)),
+        "seeds": ", ".join(str(run.seed) for run in runs),
+    }
 
 
 def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
     """How many time steps a forward takes: all of them is folded."""
     if steps is None:
-        return _NOT_SAID
+        return NOT_SAID
     kwargs = (recipe.get("rule") or {}).get("kwargs") or {}
     how = "step by step" if steps == 1 else "folded" if steps == recipe.get("time_steps") else f"in slices of {steps}"
     return f"{how}, recomputed" if kwargs.get("recompute") else how
 
 
-def _kept(run: StudyRun) -> dict[str, Any]:
-    about = {
-        "workers": run.workers,
-        "loader_threads": run.loader_threads,
-        "own_cores": run.own_cores,
-        "hardware": dict(run.hardware),
-    }
-    return {**{name: value for name, value in run.recipe.items() if name not in VARIED}, **about}
+def _apart(first: StudyRun, other: StudyRun) -> Iterator[tuple[str, Any, Any]]:
+    yield from differing("", *(_shared(run.recipe) for run in (first, other)))
+    yield from trained_apart(*([asdict(each) for each in run.trained_on] for run in (first, other)))
+    for name in ("loader_threads", "own_cores"):
+        yield from differing(name, *(getattr(run, name) for run in (first, other)))
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def _shared(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what runs of a group may differ in; a value that each rule has of its own is nobody's."""
+    kept = {name: copy.deepcopy(value) for name, value in recipe.items() if name not in VARIED}
+    for key in (key for key in tuned_in(recipe) if written(recipe, key) is not None):
+        *parts, last = key.split(".")
+        inner: Any = kept
+        for name in parts:
+            inner = inner.get("kwargs", inner)[name]
+        inner.get("kwargs", inner)[last] = "each rule's own"
+    return kept
+
+
+def _protocol(recipe: Mapping[str, Any]) -> str:
+    """Nothing where the recipe does not say."""
+    fields = ", ".join(tuned_in(recipe)) or "what was searched"
+    words = {"shared": "shared settings", "tuned": f"tuned {fields}", "trial": f"trials of {fields}"}
+    told = words.get(recipe.get("protocol", ""))
+    return f", {told}," if told else ""
+
+
+def _workers(run: StudyRun) -> Cell:
+    found = list(dict.fromkeys(each.workers for each in run.trained_on))
+    return found[0] if len(found) == 1 else ", then ".join(map(str, found)) or None

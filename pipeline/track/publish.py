@@ -1,14 +1,13 @@
-"""What somebody puts into MLflow by hand: a report of a suite, a checkpoint in the model registry."""
+"""What somebody puts into MLflow by hand: a report, a checkpoint in the model registry."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from pipeline.suite import runs_of
 from pipeline.track.base import TrackingError
 from pipeline.track.connect import connect, one_line
 from pipeline.track.delivery import Delivery
@@ -20,31 +19,32 @@ from pipeline.track.state import is_driven
 __all__ = ["REPORT", "REPORT_DATA", "Registered", "log_report", "register"]
 
 REPORT = "report.html"
+"""of a suite"""
 REPORT_DATA = "report.json"
+"""what is told on it, for whoever shows it elsewhere"""
 
 
-def log_report(folder_of_suite: str | os.PathLike[str], page: Path, told: str, *, uri: str) -> str:
-    """Put an HTML page, and `told` of it in JSON, on the MLflow run that stands for a suite, over older ones; its id.
+def log_report(page: Path, runs: Sequence[Path], *, name: str, told: str, uri: str) -> str | None:
+    """Put an HTML page, over an older one, as the artifact `name` on the run in MLflow that these were launched with; its id.
 
-    They are its artifacts `report.html` and `report.json`.
+    Where it is `report.html`, the suite's own, `told` of it in JSON goes beside it as `report.json`.
+    None: they were launched by themselves, or with several suites, so that MLflow has no run to put it on.
 
     Raises:
-        TrackingError: none of its runs has begun, or MLflow could not be reached or refused; one line.
-        ValueError: the suite cannot be read.
+        TrackingError: MLflow could not be reached or refused; one line.
     """
-    folder = Path(folder_of_suite)
-    starts = (first(run / "journal.jsonl", "start") for run in runs_of(folder).values())
-    start = next((event for event in starts if event is not None), None)
-    if start is None:
-        raise TrackingError(f"{folder} has no run that began; there is nothing in MLflow to put a report on")
-    text = page.read_text()
-    with _told_in_a_line(uri), one_at_a_time(folder.parent):
+    starts = [(run, start) for run in runs if (start := first(run / "journal.jsonl", "start")) is not None]
+    of_suites = {start["study_parent"]: (run, start) for run, start in starts if start.get("study_parent")}
+    if len(of_suites) != 1:
+        return None
+    [(run, start)] = of_suites.values()
+    with _told_in_a_line(uri), one_at_a_time(run.parent):
         client = connect(uri)
-        parent = parent_of(client, experiment_of(client, start, uri=uri, runs_dir=folder.parent), start)
-        if parent is None:
-            raise TrackingError(f"{folder}: its runs were launched without it; got a journal that names no suite")
-        client.log_text(parent, told, REPORT_DATA)
-        client.log_text(parent, text, REPORT)
+        parent = parent_of(client, experiment_of(client, start, uri=uri, runs_dir=run.parent), start)
+        assert parent is not None, "its start names one"
+        if name == REPORT:
+            client.log_text(parent, told, REPORT_DATA)
+        client.log_text(parent, page.read_text(), name)
     return parent
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from pipeline.attempt import Attempt
 from pipeline.data.mixing import Mixing
 from pipeline.fitting import FILE
 from pipeline.job import Job, Place
+from pipeline.measure.memory import hardware
 from pipeline.models.mlp import mlp
 from pipeline.recipe import spec
 from pipeline.refused import Refused
@@ -47,7 +50,8 @@ def _room_for(patch: pytest.MonkeyPatch, rule: type[Rule], samples: int) -> None
 def test_the_micro_batch_is_halved_until_it_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         room_for(patch, 3)
-        train_inline(tmp_path / "hit", small_recipe())
+        summary = train_inline(tmp_path / "hit", small_recipe())
+    assert summary is not None and [on["micro_batch"] for on in summary["trained_on"]] == [2]  # nothing of the others is left
     events = read(tmp_path / "hit" / "journal.jsonl")
     assert [event["micro_batch"] for event in events if event["event"] == "smaller"] == [4, 2]
     assert [(event["micro_batch"], event["accumulation"]) for event in events if event["event"] == "start"] == [
@@ -59,6 +63,23 @@ def test_the_micro_batch_is_halved_until_it_fits(tmp_path: Path, monkeypatch: py
     train_inline(tmp_path / "halves", small_recipe(epochs=3, stop_after=20, micro_batch=2))
     one, other = (load_run(tmp_path / name).state_dict() for name in ("whole", "halves"))
     assert all(torch.allclose(one[name], other[name], rtol=1e-5, atol=1e-6) for name in one)
+
+
+def test_what_was_trained_before_memory_ran_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the sixth batch; the third was saved."""
+    original, batches = SLTT.objectives, itertools.count(1)
+
+    def objectives(self: SLTT, model: Any, x_TB: Any, *words: Any, **more: Any) -> Any:
+        if x_TB.shape[1] > 4 and next(batches) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(self, model, x_TB, *words, **more)
+
+    monkeypatch.setattr(SLTT, "objectives", objectives)
+    summary = train_inline(tmp_path / "hit", small_recipe())
+    assert summary is not None
+    assert [(on["world_size"], on["micro_batch"]) for on in summary["trained_on"]] == [(1, 8), (1, 4)]
+    assert {tuple(on["hardware"].items()) for on in summary["trained_on"]} == {tuple(hardware().items())}
+    assert json.loads((tmp_path / "hit" / "summary.json").read_text())["trained_on"] == summary["trained_on"]
 
 
 def test_one_sample_that_does_not_fit_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "a worker that dies in an evaluation": ("faults/test_preemption.py::test_what_dies_in_an_evaluation_has_saved_before_it",),
     "out of memory": (
         *("faults/test_out_of_memory.py::test_the_micro_batch_is_halved_until_it_fits",),
+        *("faults/test_out_of_memory.py::test_what_was_trained_before_memory_ran_out_is_told",),
         *("faults/test_out_of_memory.py::test_where_no_fewer_can_be_taken_it_says_why_and_notes_nothing",),
         *("faults/test_out_of_memory.py::test_a_worker_that_dies_of_it_is_spoken_for_by_the_next_attempt",),
     ),

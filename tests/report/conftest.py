@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def runs_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_run(runs_dir: Path) -> Callable[..., Path]:
-    """A run that finished, or with `end` another one: its last event, None for none."""
+    """A run that finished, or with `end` another one: its last event, None for none; `start` is told at its start, too."""
 
     def make(
         name: str,
@@ -46,26 +46,28 @@ def make_run(runs_dir: Path) -> Callable[..., Path]:
         study: str = STUDY,
         recipe: dict[str, Any] | None = None,
         end: str | None = "finish",
+        start: Mapping[str, Any] | None = None,
         **summary: Any,
     ) -> Path:
         folder = runs_dir / name
         folder.mkdir()
         content = {**RECIPE, "name": name, "seed": seed, "rule": {"target": rule, "kwargs": {}}, **(recipe or {})}
         (folder / "recipe.json").write_text(json.dumps({"version": 1, "recipe": content}))
+        whole = {
+            "run": name, "rule": rule, "seed": seed, "study": study, "recipe": name, "world_size": 2, "steps": 100,
+            "epochs": 2, "top1": 0.9, "top5": 0.99, "peak_saved_bytes": 8_000_000, "images_per_s": 100.0, "wall_s": 200.0,
+            "commit": "abc", "data_fingerprint": "d" * 8, "hardware": {"cpu": "a cpu", "cores": 2, "gpu": "none"}, **summary,
+        }  # fmt: skip
+        begun = {name: whole[name] for name in ("run", "rule", "study", "seed", "world_size", "hardware")}
         with Journal(folder / "journal.jsonl", attempt=0) as journal:
-            journal.event("start", run=name, rule=rule, study=study, seed=seed, step=0, total_steps=100)
+            journal.event("start", **begun, **(start or {}), step=0, total_steps=100)
             journal.event("step", step=30, metrics={"loss": 1.0, "top1": 0.1})
             journal.event("evaluation", step=30, metrics={"top1": 0.5})
             journal.event("step", step=40, metrics={"loss": 1.0, "top1": 0.1})
             if end is not None:
                 journal.event(end, step=40)
         if end == "finish":
-            whole = {
-                "run": name, "rule": rule, "seed": seed, "study": study, "recipe": name, "world_size": 2, "steps": 100,
-                "epochs": 2, "top1": 0.9, "top5": 0.99, "peak_saved_bytes": 8_000_000, "images_per_s": 100.0, "wall_s": 200.0,
-                "commit": "abc", "data_fingerprint": "d" * 8, "hardware": {"cpu": "a cpu", "cores": 2, "gpu": "none"},
-            }  # fmt: skip
-            (folder / "summary.json").write_text(json.dumps({**whole, **summary}))
+            (folder / "summary.json").write_text(json.dumps(whole))
         return folder
 
     return make

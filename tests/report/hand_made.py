@@ -17,12 +17,18 @@ COSTS = {"BPTT": (8_000_000, 4.0, 12.0, 4e-6), "SLTT": (2_000_000, 4.0, 8.0, 3e-
 """saved bytes, forward and backward seconds of 100 batches, joules of an inference"""
 
 
+def on(*, workers: int = 1, micro_batch: int | None = None, **machine: Any) -> dict[str, Any]:
+    """What a start trained on: batches of 8, whole unless told."""
+    hardware = {**MACHINE, **machine}
+    return {"world_size": workers, "micro_batch": 8 // workers if micro_batch is None else micro_batch, "hardware": hardware}
+
+
 def events(rule: str = "BPTT", *, seed: int = 0, top1: float = 0.9, restart: bool = False) -> list[dict[str, Any]]:
     """Two epochs of 50 batches, a second for every 10; with a restart at batch 50, after 60 were done."""
     base = 1000.0
     start = {
-        "event": "start", "run": "r", "rule": rule, "study": KEY, "seed": seed, "world_size": 1, "loader_threads": 1, "step": 0,
-        "began": base - 2, "total_steps": 100, "steps_per_epoch": 50, "commit": "abc", "hardware": MACHINE,
+        "event": "start", "run": "r", "rule": rule, "study": KEY, "seed": seed, **on(), "loader_threads": 1, "step": 0,
+        "began": base - 2, "total_steps": 100, "steps_per_epoch": 50, "commit": "abc",
     }  # fmt: skip
 
     def step(count: int, at: float, attempt: int = 0) -> dict[str, Any]:
@@ -57,6 +63,7 @@ def run(rule: str = "BPTT", *, seed: int = 0, top1: float = 0.9, restart: bool =
         "hardware": MACHINE,
         "inference": {"macs": 1.0, "acs": 2.0, "energy_j": energy, "prices": "45 nm, fp32", "samples": 10}, **changes,
     }  # fmt: skip
+    summary.setdefault("trained_on", [{**on(workers=summary["world_size"]), "hardware": summary["hardware"]}])
     for part in ("forward_s", "backward_s"):
         summary[f"steady_{part}"] = None if summary[part] is None else summary[part] / summary["steps"]
     return study_run(name, written, state=state, summary=summary, **beside)

@@ -3,36 +3,57 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from pipeline.recipe import write_json
-from pipeline.report.claims import Claim, Measured, flat_in_t, measured, print_claims, saved_bytes, time_at_most, time_of_k
+from pipeline.report.claims import (
+    Claim,
+    accuracy,
+    bytes_at_most,
+    flat_in_t,
+    print_claims,
+    temporal_shares,
+    time_at_most,
+    time_of_k,
+    time_of_two_forwards,
+)
+from pipeline.report.study import COMPUTE, Group, Study
+from pipeline.report.study_run import StudyRun
+from pipeline.track.jsonl import Journal
 from recipes.compare import claims_fashion
+from tests.report.hand_made import fidelity, run
 
 
-def rule(*, saved: float = 0.0, forward: float = 1.0, backward: float = 2.0) -> Measured:
-    return Measured(saved_bytes=saved, forward_s=forward, backward_s=backward)
+def timed(rule: str, forward: float, backward: float, *, seed: int = 0, **changes: Any) -> StudyRun:
+    """Seconds of a steady batch, of the hundred that hand-made runs have."""
+    return run(rule, seed=seed, forward_s=100 * forward, backward_s=100 * backward, **changes)
 
 
-def test_means_over_runs_and_batches() -> None:
-    summaries = [
-        {"peak_saved_bytes": 10, "steady_forward_s": 2.0, "steady_backward_s": 4.0},
-        {"peak_saved_bytes": 30, "steady_forward_s": 4.0, "steady_backward_s": 6.0},
-    ]
-    found = measured(summaries)
-    assert found == Measured(saved_bytes=20, forward_s=3.0, backward_s=5.0)
-    assert (found.compute_s, found.ratio) == (8.0, pytest.approx(5 / 3))
+def group(*runs: StudyRun) -> Group:
+    (found,) = Study(title="t", runs=runs).groups
+    return found
 
 
-@pytest.mark.parametrize(("saved", "holds"), [(24.9, True), (25.1, False)])
-def test_saved_bytes_are_held_to_one_in_t_and_a_twentieth(saved: float, holds: bool) -> None:
-    assert saved_bytes("SLTT", rule(saved=saved), rule(saved=100), T=5, published="").holds is holds
+def saved(rule: str, count: float, *, seed: int = 0) -> StudyRun:
+    return run(rule, seed=seed, peak_saved_bytes=count)
+
+
+@pytest.mark.parametrize(("count", "holds"), [(24.9, True), (25.1, False)])
+def test_saved_bytes_are_held_to_a_share_of_bptts(count: float, holds: bool) -> None:
+    claim = bytes_at_most("SLTT", group(saved("BPTT", 100), saved("SLTT", count)), "SLTT", bound=0.25, published="")
+    assert (claim.holds, claim.bound, claim.within_noise) == (holds, "<= 0.250", False)
+    assert claim.ours == f"{count / 100:.3f} of BPTT's, seed 0"
+
+
+def test_bytes_that_no_paper_claims_are_told_without_a_verdict() -> None:
+    claim = bytes_at_most("SLTT", group(saved("BPTT", 100), saved("SLTT", 50)), "SLTT", bound=None, published="")
+    assert (claim.holds, claim.verdict, claim.bound, claim.ours) == (None, "", "", "0.500 of BPTT's, seed 0")
 
 
 @pytest.mark.parametrize(("largest", "holds"), [(102.9, True), (103.1, False)])
@@ -43,16 +64,90 @@ def test_flat_is_within_three_per_cent_of_the_least(largest: float, holds: bool)
 
 @pytest.mark.parametrize(("seconds", "holds"), [(1.46, True), (1.47, False)])
 def test_the_time_of_one_step_is_held_to_what_r_allows_of_the_faster_bptt(seconds: float, holds: bool) -> None:
-    """T = 6, r = 2: 1.1 x 8/18 = .4889, of 3 s 1.4667; the slower BPTT would allow more."""
-    one = rule(forward=seconds, backward=0.0)
-    claim = time_of_k("SLTT-1", one, [rule(forward=2.0, backward=4.0), rule()], T=6, k=1, published="")
+    """T = 6, r = 2: 1.1 x 8/18 = .4889, of 3 s 1.4667; the slower BPTT, of r = 3, would allow more."""
+    runs = (timed("BPTT", 2.0, 6.0), timed("BPTT-chunk-1", 1.0, 2.0), timed("SLTT-1", seconds, 0.0))
+    claim = time_of_k("SLTT-1", group(*runs), "SLTT-1", T=6, k=1, published="")
     assert claim.holds is holds and claim.bound == "<= 0.489 (r = 2.00)"
+    assert claim.ours.endswith("of BPTT-chunk-1's, seed 0")
 
 
-@pytest.mark.parametrize(("seconds", "holds"), [(2.99, True), (3.01, False)])
-def test_sltt_may_take_as_long_as_the_faster_bptt(seconds: float, holds: bool) -> None:
-    claim = time_at_most("SLTT", rule(forward=seconds, backward=0.0), [rule(forward=9.0), rule()], bound=1.0, published="")
-    assert claim.holds is holds
+@pytest.mark.parametrize(("seconds", "holds"), [(4.39, True), (4.41, False)])
+def test_recomputing_is_held_to_a_second_forward(seconds: float, holds: bool) -> None:
+    """r = 2: 1.1 x 4/3, of 3 s 4.4."""
+    runs = group(timed("BPTT", 1.0, 2.0), timed("BPTT-recompute", 0.0, seconds))
+    claim = time_of_two_forwards("recomputed", runs, "BPTT-recompute", published="")
+    assert claim.holds is holds and claim.bound == "<= 1.467 (r = 2.00)"
+
+
+def test_a_claim_on_time_is_the_ratio_that_the_rest_of_the_report_shows() -> None:
+    """Folded BPTT has seeds 0 to 2, and step by step, of seed 0 alone, is faster: seed 0 is what is divided."""
+    folded = [timed("BPTT", 1.0, 2.0, seed=seed) for seed in range(3)]
+    sltt = [timed("SLTT", 1.0, seconds, seed=seed) for seed, seconds in enumerate((1.5, 1.0, 1.0))]
+    runs = group(*folded, timed("BPTT-chunk-1", 0.5, 1.5), *sltt)
+    ratios = runs.ratios("SLTT", COMPUTE)
+    assert ratios is not None and ratios.mean == 1.25
+    claim = time_at_most("SLTT", runs, "SLTT", bound=1.0, published="")
+    assert claim.ours == f"{ratios.mean:.3f} of BPTT-chunk-1's, seed 0" and claim.verdict == "does not hold"
+
+
+@pytest.mark.parametrize(
+    ("shares", "verdict"),
+    [
+        ((0.97, 0.98, 0.99), "holds, within the noise"),  # .98 +- .0248
+        ((1.01, 1.02, 1.03), "fails, within the noise"),
+        ((0.96, 0.965, 0.97), "holds"),
+        ((1.03, 1.035, 1.04), "does not hold"),
+    ],
+)
+def test_an_interval_on_both_sides_of_the_bound_is_said_so(shares: tuple[float, ...], verdict: str) -> None:
+    bptt = [timed("BPTT", 1.0, 1.0, seed=seed) for seed in range(3)]
+    sltt = [timed("SLTT", share, share, seed=seed) for seed, share in enumerate(shares)]
+    claim = time_at_most("SLTT", group(*bptt, *sltt), "SLTT", bound=1.0, published="")
+    assert claim.verdict == verdict and "seeds 0, 1, 2" in claim.ours
+    if shares[0] == 0.97:
+        assert claim.ours.startswith("0.980 (0.955 to 1.005) of BPTT's")  # t(.975, 2) .01 / sqrt(3) = .0248
+
+
+@pytest.mark.parametrize(
+    ("losses", "within", "verdict"),
+    [
+        ((0.1, 0.2, 0.3), 0.7, "holds"),
+        ((1.1, 1.2, 1.3), 0.7, "does not hold"),
+        ((0.0, 0.6, 1.2), 0.7, "undecided"),
+        ((0.1, 0.2, 0.3), None, ""),
+    ],
+)
+def test_accuracy_is_judged_by_the_whole_interval(losses: tuple[float, ...], within: float | None, verdict: str) -> None:
+    bptt = [run("BPTT", seed=seed, top1=0.9) for seed in range(3)]
+    rule = [run("SLTT", seed=seed, top1=0.9 - loss / 100) for seed, loss in enumerate(losses)]
+    claim = accuracy("SLTT", group(*bptt, *rule), "SLTT", within=within, published="+0.28 (ImageNet)")
+    assert (claim.verdict, claim.published) == (verdict, "+0.28 (ImageNet)")
+    if losses[0] == 0.1:
+        assert claim.ours == "+0.20 (-0.05 to +0.45), 3 seeds"  # t(.975, 2) .1 / sqrt(3) = .248
+
+
+def test_what_has_nothing_to_be_divided_by_is_not_judged() -> None:
+    alone = group(run("SLTT"), run("SLTT", seed=1))
+    claims = [
+        bytes_at_most("SLTT", alone, "SLTT", bound=1.0, published=""),
+        time_at_most("SLTT", alone, "SLTT", bound=1.0, published=""),
+        time_of_k("SLTT", alone, "SLTT", T=6, k=1, published=""),
+        accuracy("SLTT", alone, "SLTT", within=0.7, published=""),
+    ]
+    assert {(claim.verdict, claim.bound) for claim in claims} == {("", "")}
+    assert claims[0].ours == "no run beside BPTT's, trained on the same"
+    untimed = group(run("BPTT"), run("SLTT", forward_s=None))  # too short: no batch was steady
+    assert time_at_most("SLTT", untimed, "SLTT", bound=1.0, published="").holds is None
+
+
+def test_temporal_shares_are_means_over_the_runs_that_looked() -> None:
+    [start, later] = fidelity()
+    other = [{**later, "temporal_share": {"first": 0.35, "second": 0.375}}]
+    runs = [run("SLTT", more_events=[start, later]), run("SLTT", seed=1), run("SLTT", seed=2, more_events=other)]
+    at_start, after = temporal_shares("SLTT", runs)
+    assert at_start.claim.endswith("through time, at the start") and after.claim.endswith("through time, after epoch 1")
+    assert at_start.ours == "first 0.50, second not known; seed 0" and after.ours == "first 0.30, second 0.25; seeds 0, 2"
+    assert after.verdict == ""
 
 
 def test_what_does_not_hold_is_shown_so_and_what_was_not_run_says_nothing() -> None:
@@ -65,28 +160,24 @@ def test_what_does_not_hold_is_shown_so_and_what_was_not_run_says_nothing() -> N
     assert any("not run here" in line and "hold" not in line for line in lines)
 
 
-def test_a_run_too_short_to_be_timed_is_none_to_judge_by() -> None:
-    with pytest.raises(ValueError, match="neither its first nor counted; got none to take steady_forward_s of"):
-        measured([{"peak_saved_bytes": 10, "steady_forward_s": None, "steady_backward_s": None}])
+SWEPT = {"points": [{"time_steps": T, "cost": {"rule": "SLTT", "peak_saved_bytes": 10}} for T in (2, 4)]}
 
 
 def test_fashions_claims_are_of_what_was_trained(tmp_path: Path) -> None:
     """Not of the sizes that its file was written with: `--set time_steps=4` is judged at T = 4, and so is its sweep."""
     changed = claims_fashion.recipe().override({"time_steps": 4, "model.neuron.leak": 0.25})
     trained = next(iter(changed.recipes))
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "summary.json").write_text(json.dumps({"peak_saved_bytes": 10, "steady_forward_s": 1.0, "steady_backward_s": 2.0}))
-    points = [{"time_steps": T, "cost": {"rule": "SLTT", "peak_saved_bytes": 10}} for T in (2, 4)]
-    (run / "sweep.json").write_text(json.dumps({"points": points}))
-    swept = claims_fashion._swept(trained, beside=run)
-    folders = {rule: [run] for rule in claims_fashion.RULES}
-    saved, flat, time_of_one, time = claims_fashion._claims(trained, folders, [run], swept)
-    assert (saved.about, saved.bound, saved.holds) == ("SLTT, leak 1/4, T = 4", "<= 0.300", False)
+    write_json(tmp_path / "sweep.json", SWEPT)
+    swept = claims_fashion._swept(trained, beside=tmp_path)
+    runs = group(timed("BPTT", 1.0, 2.0), *(timed(rule, 1.0, 2.0) for rule in ("SLTT", "SLTT-1", "SLTT-2")))
+    found = list(claims_fashion._claims(trained, runs, swept, ()))
+    saved, flat, time, _ = found[:4]
+    assert (saved.about, saved.bound, saved.holds) == ("SLTT, leak 1/4, T = 4", "<= 0.300", True)
     assert (flat.claim, flat.holds) == ("saved bytes from T = 2 to 4", True)
-    assert time_of_one.bound == "<= 0.550 (r = 2.00)" and time.holds
+    bounds = {claim.about.split(",")[0]: claim.bound for claim in found if claim.claim == "forward and backward, of BPTT's"}
+    assert time.holds and bounds["SLTT-1"] == "<= 0.550 (r = 2.00)" and bounds["SLTT-2"] == "<= 0.733 (r = 2.00)"
     assert saved.published == "0.30 of GPU memory (ImageNet), 0.36 of GPU memory (CIFAR-10)"
-    assert time_of_one.published == "0.43 of training hours (ImageNet)" and time.published.startswith("0.91 of training hours")
+    assert time.published.startswith("0.91 of training hours")
 
 
 @pytest.fixture
@@ -110,10 +201,11 @@ def on_two_machines(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> dict
             hardware={"cpu": "a fast cpu" if is_elsewhere else "a cpu", "cores": 2, "gpu": "none"},
         )
         write_json(run / "recipe.json", recipe.to_json())
+        if rule == "SLTT":
+            with Journal(run / "journal.jsonl", attempt=0) as journal:
+                journal.event("fidelity", step=0, epoch=None, temporal_share={"first": 0.25})
+                journal.event("finish", step=40)
     return runs
-
-
-SWEPT = {"points": [{"time_steps": T, "cost": {"rule": "SLTT", "peak_saved_bytes": 10}} for T in (2, 4)]}
 
 
 def test_fashions_claims_are_judged_on_one_machine(on_two_machines: dict[str, Path]) -> None:
@@ -123,18 +215,25 @@ def test_fashions_claims_are_judged_on_one_machine(on_two_machines: dict[str, Pa
     assert [len(told["studies"][study]) for study in claims_fashion.STUDIES] == [2, 1]
     assert "leak-1-11: claims are judged on a cpu, 2 cores; 2 workers alone; elsewhere: claims-leak-1-11-bptt-2," in said
     assert said.count("claims are judged on") == 1
-    first, second = told["claims"][:4], told["claims"][4:]
-    assert [claim["holds"] for claim in first] == [True, True, True, True] and len(second) == 4
+    of_first = [claim for claim in told["claims"] if ", leak 1/11" in claim["about"]]
+    times = {claim["about"].split(",")[0]: claim for claim in of_first if claim["claim"] == "forward and backward, of BPTT's"}
     # Folded BPTT beside it takes 3 s; the faster one elsewhere, 0.11 s, is nobody's divisor.
-    assert first[3]["ours"] == "1.000"
+    assert times["SLTT"]["ours"] == "1.000 of BPTT's, seeds 0, 1" and times["SLTT-1"]["ours"] == "0.367 of BPTT's, seeds 0, 1"
+    assert times["SLTT"]["holds"] and times["SLTT-1"]["holds"]
 
 
-def test_fashions_claims_without_bptt_beside_them_are_not_judged(on_two_machines: dict[str, Path]) -> None:
-    trained = next(iter(claims_fashion.recipe().recipes))
-    run = on_two_machines["claims-leak-1-11-sltt-0"]
-    found = list(claims_fashion._claims(trained, {"sltt": [run], "bptt": [], "sltt-1": []}, [], SWEPT))
-    assert [claim.holds for claim in found] == [None, True, None, None]
-    assert found[0].ours == "no run beside BPTT's on one machine"
+def test_every_rule_of_fashions_claims_has_a_row_for_its_accuracy_and_its_bytes(on_two_machines: dict[str, Path]) -> None:
+    told = claims_fashion.report(on_two_machines, Console(file=io.StringIO()))["claims"]
+    for leak in ("1/11", "1/2"):
+        rows = {(claim["about"].split(",")[0], claim["claim"]): claim for claim in told if f"leak {leak}" in claim["about"]}
+        rules = ("SLTT", "SLTT-1", "SLTT-2", "OTTT-A", "BPTT-recompute")
+        accuracies = [rows[rule, "top-1 below BPTT's, points"] for rule in rules]
+        assert [claim["ours"].startswith("+0.00 (+0.00 to +0.00)") for claim in accuracies] == 5 * [True]
+        assert [claim["holds"] for claim in accuracies] == [True, True, None, True, None]  # no paper has figures of the others
+        saved = [rows[rule, "saved bytes, of BPTT's"] for rule in ("SLTT", "SLTT-2", "OTTT-A", "BPTT-recompute")]
+        assert [claim["holds"] for claim in saved] == [True, True, True, None]
+        shares = rows["SLTT", "share of BPTT's gradient that comes through time, at the start"]
+        assert shares["ours"] == "first 0.25; seeds 0, 1, 2"
 
 
 def test_imagenets_rows_say_which_precision_each_figure_is_of(monkeypatch: pytest.MonkeyPatch) -> None:

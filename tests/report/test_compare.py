@@ -15,10 +15,17 @@ from pipeline.report.runs import ReportError
 from tests.report.conftest import RECIPE, STUDY
 
 
-def text_of(comparison: Comparison) -> str:
+def text_of(comparison: Comparison, *, width: int = 120) -> str:
     out = io.StringIO()
-    comparison.render(Console(file=out, width=100))
+    comparison.render(Console(file=out, width=width))
     return out.getvalue()
+
+
+UNKNOWN = {"compute_s": None, "inference.energy_j": None}
+
+
+def trained(*, workers: int = 2, micro_batch: int = 32, cpu: str = "a cpu") -> dict[str, Any]:
+    return {"world_size": workers, "micro_batch": micro_batch, "hardware": {"cpu": cpu, "cores": 2, "gpu": "none"}}
 
 
 def test_costs_beside_the_baseline(make_run: Callable, runs_dir: Path):
@@ -29,13 +36,10 @@ def test_costs_beside_the_baseline(make_run: Callable, runs_dir: Path):
     assert [run.name for run in comparison.runs] == ["bptt", "sltt"]
     value = json.loads(json.dumps(comparison.to_json()))
     assert (value["study"], value["baseline"]) == (STUDY, "bptt")
-    assert value["runs"][0]["ratios"] == {"top1": 1.0, "peak_saved_bytes": 1.0, "images_per_s": 1.0, "wall_s": 1.0}
-    assert value["runs"][1]["ratios"] == {
-        "top1": pytest.approx(0.9),
-        "peak_saved_bytes": 0.25,
-        "images_per_s": 1.5,
-        "wall_s": 0.5,
-    }
+    ratios = {**UNKNOWN, "top1": 1.0, "peak_saved_bytes": 1.0, "images_per_s": 1.0, "wall_s": 1.0}
+    assert value["runs"][0]["ratios"] == ratios
+    ratios |= {"top1": pytest.approx(0.9), "peak_saved_bytes": 0.25, "images_per_s": 1.5, "wall_s": 0.5}
+    assert value["runs"][1]["ratios"] == ratios
     assert value["runs"][1]["hardware"] == {"cpu": "a cpu", "cores": 2, "gpu": "none"}
     lines = text_of(comparison).splitlines()
     assert re.search(r"BPTT +90.00% +×1.00 +8 MB +×1.00 +100 +×1.00 +3.3 min +×1.00", lines[2])
@@ -99,11 +103,12 @@ def test_time_is_divided_by_the_faster_bptt(make_run: Callable, runs_dir: Path):
     make_run("sltt", rule="SLTT", wall_s=50.0, peak_saved_bytes=2_000_000)
     comparison = compare(runs_dir, ["sltt"])
     assert [run.name for run in comparison.runs] == ["bptt", "stepped", "sltt"]
-    assert comparison.notes == ("images/s and wall clock are divided by BPTT-chunk-1's, the faster BPTT",)
+    assert comparison.notes == ("images/s, wall clock and compute time are divided by BPTT-chunk-1's, the faster BPTT",)
     value = comparison.to_json()
     assert (value["baseline"], value["time_baseline"]) == ("bptt", "BPTT-chunk-1")
-    assert value["runs"][0]["ratios"] == {"top1": 1.0, "peak_saved_bytes": 1.0, "images_per_s": 0.5, "wall_s": 2.0}
-    assert value["runs"][2]["ratios"] == {"top1": 1.0, "peak_saved_bytes": 0.25, "images_per_s": 0.5, "wall_s": 0.5}
+    ratios = {**UNKNOWN, "top1": 1.0, "peak_saved_bytes": 1.0, "images_per_s": 0.5, "wall_s": 2.0}
+    assert value["runs"][0]["ratios"] == {**ratios, "compute_s": pytest.approx(2.0)}
+    assert value["runs"][2]["ratios"] == {**ratios, "peak_saved_bytes": 0.25, "wall_s": 0.5}
     assert re.search(r"SLTT +90.00% +×1.00 +2 MB +×0.25 +100 +×0.50 +50.0 s +×0.50", text_of(comparison))
     rows = list(csv.DictReader(io.StringIO(comparison.to_csv())))
     assert [row["ratios.wall_s"] for row in rows] == ["2.0", "1.0", "0.5"]
@@ -115,20 +120,22 @@ def test_time_is_divided_by_the_faster_bptt(make_run: Callable, runs_dir: Path):
 def test_the_choices_that_decide_a_comparison_stand_in_every_row(make_run: Callable, runs_dir: Path):
     def told(steps: int) -> dict[str, Any]:
         conditions = {"reset_gradient": "detached", "norm_over": "step", "precision": "bf16", "steps_per_forward": steps}
-        return {"recipe": {"time_steps": 6}, "conditions": conditions}
+        return {"recipe": {"time_steps": 6}, "conditions": conditions, "trained_on": [trained(micro_batch=16)]}
 
     make_run("bptt", steady_forward_s=0.04, steady_backward_s=0.08, **told(6))
     make_run("stepped", rule="BPTT-chunk-1", steady_forward_s=0.04, steady_backward_s=0.02, **told(1))
     make_run("sltt", rule="SLTT", **told(1))
     recomputed = {"recipe": {"time_steps": 6, "rule": {"target": "x", "kwargs": {"recompute": True}}}}
     make_run("recompute", rule="BPTT-recompute", **{**told(1), **recomputed})
-    make_run("old", rule="OTTT-A")
+    make_run("old", rule="OTTT-A", trained_on=[trained(micro_batch=16)])
     comparison = compare(runs_dir)
     rows = [re.split(r"  +", line.strip()) for line in text_of(comparison).splitlines()]
     same = ["BPTT", "BPTT-chunk-1", "detached", "step", "bf16"]
-    assert ["SLTT", *same, "step by step"] in rows and ["BPTT-recompute", *same, "step by step, recomputed"] in rows
-    assert ["BPTT", *same, "folded"] in rows and ["OTTT-A", *same[:2], *4 * ["not known"]] in rows
+    assert ["SLTT", *same, "step by step", "16 × 2"] in rows
+    assert ["BPTT-recompute", *same, "step by step, recomputed", "16 × 2"] in rows
+    assert ["BPTT", *same, "folded", "16 × 2"] in rows and ["OTTT-A", *same[:2], *4 * ["not known"], "16 × 2"] in rows
     expected = dict(zip(("ratios_to", "time_to", "reset_gradient", "norm_statistics", "precision"), same, strict=True))
+    expected["micro_batch"] = "16 × 2"
     runs = {run["run"]: run["behind"] for run in comparison.to_json()["runs"]}
     assert runs["bptt"] == {**expected, "over_time": "folded"} and runs["sltt"] == {**expected, "over_time": "step by step"}
     assert {row["behind.reset_gradient"] for row in csv.DictReader(io.StringIO(comparison.to_csv()))} == {"detached", "not known"}
@@ -176,11 +183,66 @@ def test_runs_of_different_machines_are_shown_apart_and_never_divided_by_one_ano
     shown = out.getvalue()
     assert "study 01234567 on a cpu, 2 cores; 2 workers" in shown and "×0.75" in shown
     assert "no baseline, no ratios: bptt-0 does not stand comparison: " in shown
-    assert "study 01234567 has 3 tables, of different machines or workers: nothing is divided from one to another" in shown
+    apart = "of different machines, workers or micro-batches: nothing is divided from one to another"
+    assert f"study 01234567 has 3 tables, {apart}" in shown
     for names in ([], [STUDY[:6]]):
         again = io.StringIO()
         print_comparison(runs_dir, names, console=Console(file=again, width=120))
         assert sorted(again.getvalue().splitlines()) == sorted(shown.splitlines())
+
+
+def test_a_halved_micro_batch_is_not_compared_with_a_whole_one(make_run: Callable, runs_dir: Path):
+    folders = [
+        make_run("bptt", peak_saved_bytes=4_000_000, trained_on=[trained(micro_batch=16)]),
+        make_run("sltt", rule="SLTT", peak_saved_bytes=2_000_000, trained_on=[trained()]),
+    ]
+    with pytest.raises(ComparisonError, match="differ in more than the rule and the seed: micro_batch: 16 and 32"):
+        compare(runs_dir)
+    first, second = comparisons(runs_dir, folders)
+    assert [first.where, second.where] == [f"a cpu, 2 cores; 2 workers{how}" for how in (", in micro-batches of 16", "")]
+    assert second.to_json()["runs"][0]["ratios"]["peak_saved_bytes"] is None
+    assert second.notes == ("no baseline, no ratios: bptt does not stand comparison: micro_batch: 16 and 32",)
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        (trained(workers=4, micro_batch=16), r"world_size: 2 and \[4, 2\]; micro_batch: 32 and \[16, 32\]"),
+        (trained(cpu="another"), r'hardware.cpu: "a cpu" and \["another", "a cpu"\]'),
+    ],
+)
+def test_a_run_that_changed_on_the_way_is_not_compared_by_its_end(
+    make_run: Callable, runs_dir: Path, before: dict[str, Any], said: str
+):
+    make_run("bptt", trained_on=[trained()])
+    make_run("sltt", rule="SLTT", trained_on=[before, trained()])
+    with pytest.raises(ComparisonError, match=f"differ in more than the rule and the seed: {said};"):
+        compare(runs_dir)
+
+
+def test_time_and_energy_stand_beside_what_was_always_compared(make_run: Callable, runs_dir: Path):
+    make_run("bptt", steady_forward_s=0.04, steady_backward_s=0.08, inference={"energy_j": 4e-6})
+    make_run("sltt", rule="SLTT", steady_forward_s=0.03, steady_backward_s=0.03, inference={"energy_j": 1e-6})
+    comparison = compare(runs_dir)
+    told = comparison.to_json()["runs"][1]
+    assert (told["compute_s"], told["ratios"]["compute_s"]) == (0.06, 0.5) and told["ratios"]["inference.energy_j"] == 0.25
+    assert re.search(r"SLTT .* 60 ms +×0.50 +1 µJ +×0.25", text_of(comparison))
+    (row,) = [row for row in csv.DictReader(io.StringIO(comparison.to_csv())) if row["rule"] == "SLTT"]
+    assert (row["compute_s"], row["ratios.compute_s"], row["inference.energy_j"]) == ("0.06", "0.5", "1e-06")
+    narrow = text_of(comparison, width=80).splitlines()
+    assert max(map(len, narrow)) <= 80
+    values, ratios = narrow[4:6]  # below the ratios of BPTT
+    assert values.split()[:2] == ["SLTT", "90.00%"] and "60 ms" in values and ratios.split()[-2:] == ["×0.50", "×0.25"]
+
+
+def test_a_rule_is_not_charged_for_being_looked_at(make_run: Callable, runs_dir: Path):
+    make_run("bptt", wall_s=200.0)
+    make_run("ottt", rule="OTTT-A", wall_s=100.0, fidelity_s=0.0)
+    make_run("sltt", rule="SLTT", wall_s=130.0, fidelity_s=30.0)
+    comparison = compare(runs_dir)
+    assert [run["ratios"]["wall_s"] for run in comparison.to_json()["runs"]] == [1.0, 0.5, 0.5]
+    assert text_of(comparison).count("1.7 min  ×0.50") == 2
+    assert comparison.notes == ("wall clocks leave out what comparing gradients with BPTT's took, in runs of SLTT",)
 
 
 def test_one_machine_needs_no_telling(make_run: Callable, runs_dir: Path):
@@ -297,6 +359,23 @@ def test_different_commits_are_noted(make_run: Callable, runs_dir: Path):
     make_run("bptt")
     make_run("sltt", rule="SLTT", commit="def+")
     assert "different commits: abc, def+" in text_of(compare(runs_dir))
+
+
+def test_commits_are_those_of_every_start(make_run: Callable, runs_dir: Path):
+    make_run("bptt", commits=["abc"])
+    make_run("sltt", rule="SLTT", commits=["abc", "def"])
+    assert "different commits: abc, def" in text_of(compare(runs_dir))
+
+
+def test_the_newest_study_is_none_of_trials(make_run: Callable, runs_dir: Path):
+    """A launch with --tune that was stopped during its trials: they finished last."""
+    make_run("bptt")
+    for rate in (0.1, 0.3):
+        make_run(f"bptt-lr-{rate}", study="f" * 16, recipe={"protocol": "trial", "tuned": ["optimizer.lr"]})
+    assert [run.name for run in compare(runs_dir).runs] == ["bptt"]
+    (runs_dir / "bptt" / "summary.json").unlink()
+    with pytest.raises(ComparisonError, match="no finished run in .* but 2 trials on a held-out part"):
+        compare(runs_dir)
 
 
 def test_a_prolonged_run_is_not_finished(make_run: Callable, runs_dir: Path):

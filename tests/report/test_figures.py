@@ -86,6 +86,17 @@ def test_trade_off_marks_the_front():
     made(trade_off(study().groups[0], "wall_s"))
 
 
+def test_energy_has_its_operations_and_says_which_samples_they_are_of():
+    counted = {"macs": 3e6, "acs": 5e7, "energy_j": 5.88e-5, "samples": 60, "counted_on": "evenly spread over it"}
+    runs = (run("BPTT", inference=counted), run("SLTT"))
+    figure = made(trade_off(Study(title="t", runs=runs).groups[0], "inference.energy_j"))
+    assert figure.table.columns[-2:] == ("MACs", "ACs")
+    assert {row[0]: row[-2:] for row in figure.table.rows} == {"BPTT": (3e6, 5e7), "SLTT": (1.0, 2.0)}
+    assert "Counted on 10 and 60 samples, evenly spread over it and the first batch of the first worker's share" in figure.caption
+    assert "once for a still image" in figure.caption
+    assert "MACs" not in made(trade_off(study().groups[0], "wall_s")).table.columns
+
+
 def test_what_was_not_measured_is_missing():
     bare = run(activity=None, inference=None, forward_s=None, backward_s=None, rest_s=None, evaluation_s=None)
     (group,) = Study(title="t", runs=(bare,)).groups

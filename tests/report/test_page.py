@@ -11,6 +11,7 @@ from pipeline.report.claims import Claim
 from pipeline.report.study import Study
 from tests.report.hand_made import MACHINE, run, study
 from tests.report.test_figures import SWEEP
+from tests.report.test_tables import tuned
 
 BAD = "<script>alert(1)</script>"
 
@@ -74,6 +75,27 @@ def test_what_was_measured_beside_has_its_table_and_file():
     assert 'download="by-hand-g1-beside.csv"' in html
     bare = body(page.render(Study(title="t", runs=(run(state_bytes=None),))))
     assert "Measured beside" not in bare
+
+
+def test_what_training_holds_has_its_table():
+    kinds = {"parameters": 4e6, "buffers": 0, "gradients": 4e6, "optimizer": 8e6, "teacher": 0}
+    html = body(page.render(study(run("OTTT-A", held=kinds))))
+    assert "<h3>What training holds</h3>" in html and 'download="by-hand-g1-held.csv"' in html
+    assert "What training holds" not in body(page.render(study()))
+
+
+def test_a_tuned_study_names_its_protocol_and_each_rules_rate():
+    html = body(page.render(Study(title="t", runs=(run(), run("SLTT"), tuned("BPTT", 0.3), tuned("SLTT", 0.6)))))
+    titles = re.findall(r"<h2 id=.g\d+.>(.*?) on a cpu", html)
+    assert titles == ["Study 01234567", "Study ffffffff, tuned optimizer.lr,"]
+    assert "<td>optimizer.lr=0.3</td>" in html and "<td>optimizer.lr=0.6</td>" in html
+
+
+def test_all_claims_are_shown():
+    claims = tuple(
+        Claim(about=f"rule {index}", claim="bytes", published="", bound="", ours="", holds=None) for index in range(60)
+    )
+    assert ">rule 59<" in body(page.render(study(claims=claims)))
 
 
 def test_what_is_missing_says_so():

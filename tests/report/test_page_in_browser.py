@@ -44,7 +44,7 @@ def real_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def real(real_runs: Path) -> tuple[Study, Path]:
-    found, out = read_study(real_runs)
+    found, out, _ = read_study(real_runs)
     return found, pages.write(found, out)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.report.read_study import read_study
+from pipeline.report.read_study import _claim, read_study
 from pipeline.report.runs import ReportError
 from pipeline.report.suite import own_report
 from pipeline.suite import Suite, SuiteFile
@@ -30,7 +30,7 @@ def test_as_compare_takes_them(make_run: Callable, runs_dir: Path):
     make_run("bptt")
     make_run("sltt", rule="SLTT")
     make_run("other", study="f" * 16, rule="SLTT")
-    study, out = read_study(runs_dir, [STUDY[:6]])
+    study, out, _ = read_study(runs_dir, [STUDY[:6]])
     assert [run.name for run in study.runs] == ["bptt", "sltt"]
     assert (study.title, out) == (f"Study {STUDY[:8]}", runs_dir / f"report-study-{STUDY[:8]}.html")
     assert {run.name for run in read_study(runs_dir, ["sltt"])[0].runs} == {"bptt", "sltt"}  # with its baseline
@@ -41,11 +41,38 @@ def test_as_compare_takes_them(make_run: Callable, runs_dir: Path):
 def test_a_suite(make_run: Callable, runs_dir: Path):
     make_run("bptt")
     folder = make_suite(runs_dir, "bptt", "not-begun")
-    study, out = read_study(runs_dir, ["suite"])
+    study, out, folders = read_study(runs_dir, ["suite"])
+    assert folders == (runs_dir / "bptt",)
     assert ([run.name for run in study.runs], study.title, out) == (["bptt"], "suite", folder / "report.html")
     value = json.loads((folder / "suite.json").read_text())
     (folder / "suite.json").write_text(json.dumps({**value, "report": "recipes.compare.claims_fashion.report"}))
     assert "waits for all runs: 1 of 2 have finished" in read_study(runs_dir, ["suite"])[0].notes[0]
+
+
+def test_trials_are_no_seeds(make_run: Callable, runs_dir: Path):
+    """Three learning rates of each rule on nine tenths of the training set: a launch with --tune, stopped during its trials."""
+    make_run("bptt")
+    make_run("sltt", rule="SLTT")
+    for rule in ("BPTT", "SLTT"):
+        for rate in (0.03, 0.1, 0.3):
+            optimizer = {"target": "timm.optim.create", "kwargs": {"lr": rate}}
+            about = {"protocol": "trial", "tuned": ["optimizer.lr"], "optimizer": optimizer}
+            make_run(f"{rule}-{rate}", rule=rule, study="f" * 16, top1=rate, recipe=about)
+    study, out, _ = read_study(runs_dir)
+    assert ([run.name for run in study.runs], out.name) == (["bptt", "sltt"], f"report-study-{STUDY[:8]}.html")
+    mixed = read_study(runs_dir, ["sltt", "SLTT-0.1"]).study
+    assert [run.name for run in mixed.runs] == ["bptt", "sltt"]
+    assert mixed.notes == ("Left out: 1 trial on a held-out part of the training set.",)
+    with pytest.raises(ReportError, match="must be trained on the whole training set; got 6 trials of a search alone"):
+        read_study(runs_dir, ["f" * 16])
+
+
+def test_a_claim_of_a_suite_may_say_that_it_is_within_the_noise():
+    about = {"about": "SLTT", "claim": "bytes", "published": "0.3", "bound": "<= 0.2", "ours": "0.25", "holds": False}
+    assert _claim(about).verdict == "does not hold"
+    assert _claim({**about, "within_noise": True}).verdict == "fails, within the noise"
+    with pytest.raises(ReportError, match="about, claim, published, bound, ours, holds; there is no ours"):
+        _claim({name: value for name, value in about.items() if name != "ours"})
 
 
 def test_what_a_suites_report_prints_and_returns(make_run: Callable, runs_dir: Path, monkeypatch: pytest.MonkeyPatch):
@@ -64,7 +91,7 @@ def test_what_a_suites_report_prints_and_returns(make_run: Callable, runs_dir: P
 
     monkeypatch.setattr(SuiteFile, "read", read)
     monkeypatch.setattr("pipeline.suite._check_report", lambda _: None)
-    study, _ = read_study(runs_dir, ["suite"])
+    study = read_study(runs_dir, ["suite"]).study
     assert (study.printed, study.claims[0].holds, study.sweeps, study.notes) == ("of recipe-bptt\n", False, (SWEEP,), ())
     monkeypatch.setattr(SuiteFile, "read", lambda *_, **__: (_ for _ in ()).throw(ValueError("no data here")))
     assert read_study(runs_dir, ["suite"])[0].notes == ("The suite's own report could not be made: no data here",)
@@ -95,7 +122,8 @@ def test_a_sweep(make_run: Callable, runs_dir: Path, tmp_path: Path):
 def test_on_the_command_line(make_run: Callable, runs_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     spiketrain = command(monkeypatch, capsys)
     make_run("bptt")
-    code, out, _ = spiketrain("report", "--runs", str(runs_dir))
+    code, out, said = spiketrain("report", "--runs", str(runs_dir))
+    assert said.endswith("no artifact in MLflow: these runs were not launched with one suite\n")
     assert code == 0 and Path(out.strip()).read_text().startswith("<!doctype html>")
     code, out, _ = spiketrain("report", STUDY, "--runs", str(runs_dir), "--out", str(runs_dir / "x.html"))
     assert (code, out.strip()) == (0, str(runs_dir / "x.html"))

@@ -11,7 +11,8 @@ from pipeline.report.scaling import scaling
 from pipeline.report.study import Study
 from pipeline.report.study_run import StudyRun
 from tests.report.fake_store import FakeStore
-from tests.report.hand_made import KEY, MACHINE, events, recipe, run
+from tests.report.hand_made import KEY, MACHINE, recipe, run
+from tests.report.hand_made import on as trained
 from tests.report.test_dashboard import Asking
 from tests.report.test_page import body
 
@@ -60,7 +61,7 @@ GPUS = {**MACHINE, "gpu": "H100"}
         {"recipe": recipe("SLTT", rule={"target": "pipeline.rules.x.SLTT", "kwargs": {"rescale": True}})},
         {"state": "failed"},
         {"images_per_s": None},
-        {"more_events": [{**events("SLTT")[0], "attempt": 1, "time": 2000.0, "world_size": 2}]},
+        {"trained_on": [trained(workers=1), trained(workers=2)]},
     ],
     ids=lambda other: next(iter(other)),
 )

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.report.study import COMPUTE, Spread, Study
-from tests.report.hand_made import MACHINE, recipe, run, study
+from pipeline.report.spread import Spread, spread_of
+from pipeline.report.study import COMPUTE, Study
+from pipeline.trained_on import trained_on
+from tests.report.hand_made import MACHINE, events, on, recipe, run, study
 
 
 def test_mean_and_spread_over_seeds():
@@ -44,6 +46,44 @@ def test_other_machines_and_other_studies_are_apart():
     assert all(group.ratios("SLTT", "wall_s") is None for group in groups[1:])
 
 
+def test_a_halved_micro_batch_is_not_set_beside_a_whole_one():
+    """BPTT ran out of memory in its first batch and keeps half the bytes that it would: SLTT's share is of no such run."""
+    first, *_ = events("BPTT")
+    halved = trained_on([first, {**first, **on(micro_batch=4)}], steps=100)
+    runs = (run("BPTT", trained_on=halved, peak_saved_bytes=4_000_000), run("SLTT"), run("SLTT", seed=1, trained_on=halved))
+    first_group, second = Study(title="t", runs=runs).groups
+    assert [(each.rule, each.seed) for each in first_group.runs] == [("BPTT", 0), ("SLTT", 1)]
+    assert [(each.rule, each.seed) for each in second.runs] == [("SLTT", 0)]
+    assert second.ratios("SLTT", "peak_saved_bytes") is None and not second.has_baseline
+
+
+def test_a_run_that_changed_workers_or_machine_on_the_way_is_of_neither():
+    first, *_ = events("SLTT")
+    resized, moved = (
+        trained_on([{**first, **before}, {**first, "step": 50, "attempt": 1}], steps=100)
+        for before in (on(workers=2), on(cpu="another"))
+    )
+    runs = (run("BPTT"), run("SLTT", trained_on=resized), run("SLTT", trained_on=moved, name="moved"))
+    groups = Study(title="t", runs=runs).groups
+    assert [[each.name for each in group.runs] for group in groups] == [["bptt-0"], ["sltt-0"], ["moved"]]
+    assert [each.workers for each in groups[1].runs[0].trained_on] == [2, 1]
+
+
+def test_wall_clocks_leave_out_what_comparing_gradients_took():
+    looked = run("SLTT", wall_s=46.0, net_s=45.0, fidelity_s=30.0)
+    (group,) = Study(title="t", runs=(run("BPTT"), looked, run("OTTT-A", wall_s=16.0, fidelity_s=0.0))).groups
+    assert group.ratios("SLTT", "wall_s") == group.ratios("OTTT-A", "wall_s") == Spread(mean=0.8, deviation=None, runs=1)
+    assert group.spread("SLTT", "net_s") == Spread(mean=15.0, deviation=None, runs=1)
+
+
+def test_the_interval_of_a_mean():
+    found = spread_of([1.0, 2.0, 3.0])
+    assert found is not None and found.interval is not None
+    reach = 4.302653 / 3**0.5  # Student's t of two degrees of freedom, 97.5 %, from a printed table; the deviation is 1
+    assert found.interval == (pytest.approx(2 - reach), pytest.approx(2 + reach))
+    assert Spread(mean=1.0, deviation=None, runs=1).interval is None and spread_of([]) is None
+
+
 def test_the_faster_bptt_is_what_time_is_divided_by():
     slow, fast = run("BPTT-chunk-1", backward_s=96.0), run("BPTT-chunk-1", backward_s=6.0, wall_s=10.0)
     assert study(slow).groups[0].fastest_baseline == "BPTT"
@@ -54,11 +94,32 @@ def test_the_faster_bptt_is_what_time_is_divided_by():
     assert [group.base_of(name) for name in ("images_per_s", "top1")] == ["BPTT-chunk-1", "BPTT"]
 
 
+def test_which_bptt_is_faster_is_told_by_the_seeds_that_both_ran():
+    """The machine was slow while seed 0 was trained."""
+    seconds = {0: 30.0, 1: 5.0, 2: 5.0}
+    folded = [run("BPTT", seed=seed, forward_s=taken, backward_s=taken) for seed, taken in seconds.items()]
+    (group,) = Study(title="t", runs=(*folded, run("BPTT-chunk-1", forward_s=20.0, backward_s=20.0))).groups
+    assert group.fastest_baseline == "BPTT-chunk-1"
+
+
 def test_two_rules_of_one_label_are_told_apart():
     rescaled = recipe("SLTT", rule={"target": "pipeline.rules.sltt.SLTT", "kwargs": {"k": 1, "rescale": True}})
     (group,) = study(run("SLTT", seed=4, recipe=rescaled)).groups
     assert group.rules == ["BPTT", "SLTT (as it comes)", "SLTT (k=1, rescale=True)"]
     assert [difference.rule for difference in group.differences] == ["SLTT (as it comes)"]
+
+
+def test_two_values_of_what_was_tuned_are_told_apart():
+    """Five learning rates of one rule are no five seeds of it."""
+
+    def tried(rate: float) -> dict:
+        made = recipe("SLTT", tuned=["optimizer.lr"], protocol="tuned")
+        return {**made, "optimizer": {"target": "timm.optim.create", "kwargs": {"lr": rate}}}
+
+    runs = [run("SLTT", seed=seed, recipe=tried(rate)) for seed, rate in enumerate((0.1, 0.1, 0.3))]
+    (group,) = Study(title="t", runs=(run("BPTT", recipe=recipe("BPTT", tuned=["optimizer.lr"])), *runs)).groups
+    assert group.rules == ["BPTT", "SLTT (optimizer.lr=0.1)", "SLTT (optimizer.lr=0.3)"]
+    assert Study(title="t", runs=tuple(runs[:2])).groups[0].rules == ["SLTT"]
 
 
 def test_without_a_baseline():

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 from pipeline.report import tables
 from pipeline.report.claims import Claim
-from pipeline.report.study import Study
-from tests.report.hand_made import MACHINE, recipe, run, study
+from pipeline.report.study import Study, StudyRun
+from tests.report.hand_made import on, recipe, run, study
 
 
 def test_costs_are_means_with_spread_and_ratio():
@@ -50,10 +52,55 @@ def test_the_baseline_stands_in_every_row():
         run("OTTT-A"),
     )
     rows = {row[0]: row[1:] for row in tables.behind_the_rows(Study(title="t", runs=runs).groups[0]).rows}
-    assert rows["BPTT-chunk-1"] == ("BPTT", "BPTT-chunk-1", "kept", "step", "bf16", "step by step", "0")
+    assert rows["BPTT-chunk-1"] == ("BPTT", "BPTT-chunk-1", "kept", "step", "bf16", "step by step", "8", "0")
     assert [row[5] for row in rows.values()] == wanted
-    assert rows["OTTT-A"] == ("BPTT", "BPTT-chunk-1", "not known", "not known", "not known", "not known", "0")
+    assert rows["OTTT-A"] == ("BPTT", "BPTT-chunk-1", *4 * ("not known",), "8", "0")
     assert tables.behind_the_rows(Study(title="t", runs=(run("SLTT"),)).groups[0]).rows[0][1] == "no baseline"
+
+
+def test_how_a_batch_fell_on_workers_stands_in_every_row_and_in_the_title():
+    def told(*trained_on: dict) -> tuple[object, str]:
+        (group,) = Study(title="t", runs=(run("SLTT", trained_on=list(trained_on)),)).groups
+        table = tables.behind_the_rows(group)
+        return table.rows[0][table.columns.index("micro-batch")], tables.named(group)
+
+    machine = "a cpu, 2 cores, 1 thread"
+    assert told(on()) == ("8", f"Study 01234567 on {machine}, 1 worker")
+    assert told(on(micro_batch=2)) == ("2 × 4", f"Study 01234567 on {machine}, 1 worker, in micro-batches of 2")
+    assert told(on(workers=2), on(micro_batch=4)) == (
+        "4, then 4 × 2",
+        f"Study 01234567 on {machine}, 2 workers, then {machine}, 1 worker, in micro-batches of 4",
+    )
+
+
+def tuned(rule: str, rate: float, **changes: Any) -> StudyRun:
+    optimizer = {"target": "timm.optim.create", "kwargs": {"lr": rate}}
+    made = recipe(rule, protocol="tuned", tuned=["optimizer.lr"], optimizer=optimizer)
+    return run(rule, study="f" * 16, recipe=made, name=f"tuned-{rule}", **changes)
+
+
+def test_protocols_are_told_apart_and_each_rules_own_value_stands_in_its_row():
+    shared = [run(rule, recipe=recipe(rule, protocol="shared", tuned=[])) for rule in ("BPTT", "SLTT")]
+    both = Study(title="t", runs=(*shared, tuned("BPTT", 0.3), tuned("SLTT", 0.6)))
+    first, second = both.groups
+    assert tables.named(first) == "Study 01234567, shared settings, on a cpu, 2 cores, 1 thread, 1 worker"
+    assert tables.named(second) == "Study ffffffff, tuned optimizer.lr, on a cpu, 2 cores, 1 thread, 1 worker"
+    assert "tuned" not in tables.behind_the_rows(first).columns
+    table = tables.behind_the_rows(second)
+    place = table.columns.index("tuned")
+    assert [(row[0], row[place]) for row in table.rows] == [("BPTT", "optimizer.lr=0.3"), ("SLTT", "optimizer.lr=0.6")]
+    rows = {row[0]: row[1:3] for row in tables.recipe_differences(both).rows}
+    assert rows["protocol"] == ('"shared"', '"tuned"') and rows["optimizer.lr"] == ("0.1", '"each rule\'s own"')
+
+
+def test_what_training_holds_by_kind():
+    kinds = {"parameters": 4e6, "buffers": 0, "gradients": 4e6, "optimizer": 8e6, "teacher": 2e9}
+    found = tables.held(Study(title="t", runs=(run(held=kinds, state_bytes=3e3), run("SLTT", state_bytes=None))).groups[0])
+    assert found is not None and found.columns == (
+        "rule", "parameters", "buffers", "gradients", "optimizer", "teacher", "states",
+    )  # fmt: skip
+    assert found.rows == (("BPTT", "4 MB", "0 B", "4 MB", "8 MB", "2 GB", "3 kB"), ("SLTT", *6 * (None,)))
+    assert tables.held(study().groups[0]) is None
 
 
 def test_what_else_was_measured_of_a_rule():
@@ -80,14 +127,15 @@ def test_what_else_was_measured_of_a_rule():
 
 def test_claims_that_do_not_hold_are_shown_so():
     about = {"about": "SLTT", "claim": "bytes", "published": "0.3", "bound": "<= 0.2", "ours": "0.25"}
-    rows = tables.claims([Claim(**about, holds=False), Claim(**about, holds=True), Claim(**about, holds=None)]).rows
-    assert [row[5] for row in rows] == ["does not hold", "holds", "not judged"]
+    found = [(False, False), (True, False), (None, False), (False, True), (True, True), (None, True)]
+    rows = tables.claims([Claim(**about, holds=holds, within_noise=noise) for holds, noise in found]).rows
+    assert [row[5] for row in rows[:3]] == ["does not hold", "holds", "not judged"]
+    assert [row[5] for row in rows[3:]] == ["fails, within the noise", "holds, within the noise", "undecided"]
 
 
 def test_how_groups_differ():
-    other = run(
-        "SLTT", study="f" * 16, recipe=recipe("SLTT", batch_size=16), hardware={**MACHINE, "gpu": "H100", "gpus": 2}, name="x"
-    )
+    trained = [on(micro_batch=16, gpu="H100", gpus=2)]
+    other = run("SLTT", study="f" * 16, recipe=recipe("SLTT", batch_size=16), trained_on=trained, name="x")
     found = {row[0]: row[1:] for row in tables.recipe_differences(study(other)).rows}
     assert found["batch_size"][:2] == ("8", "16") and found["hardware.gpu"][:2] == ('"none"', '"H100"')
     assert found["batch_size"][3] == "Study ffffffff on 2 × H100, 1 worker"
@@ -108,3 +156,6 @@ def test_where_each_run_ran():
         "shared",
         "abc, def",
     )
+    moved = run("SLTT", seed=3, trained_on=[on(workers=2, cpu="another"), on()])
+    row = tables.provenance(Study(title="t", runs=(moved,))).rows[0]
+    assert row[7:9] == ("another, 2 cores, 1 thread; then a cpu, 2 cores, 1 thread", "2, then 1")

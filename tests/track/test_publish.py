@@ -10,7 +10,7 @@ from pipeline.track.base import TrackingError
 from pipeline.track.connect import connect
 from pipeline.track.mlflow import sync
 from pipeline.track.publish import Registered, log_report, register
-from tests.track.conftest import FakeRun, write_suite
+from tests.track.conftest import FakeRun
 from tests.track.test_mlflow import artifacts, find, free_port
 from tests.track.test_models import models
 
@@ -70,20 +70,30 @@ def test_what_cannot_be_registered_is_told_in_a_line(fake_run: Callable, sqlite_
 def test_a_report_is_an_artifact_of_the_parent(fake_run: Callable, sqlite_store: str, tmp_path: Path):
     family, about = uuid.uuid4().hex, {"study_parent": uuid.uuid4().hex, "suite": "a-suite"}
     runs = [fake_run(name, family=family) for name in ("one", "two")]
-    suite, page = tmp_path / "runs" / "a-suite", tmp_path / "anything.html"
-    write_suite(suite, *(run.folder for run in runs))
+    page, folders = tmp_path / "anything.html", [run.folder for run in runs]
     page.write_text("<html>é</html>")
-    with pytest.raises(TrackingError, match="has no run that began"):
-        log_report(suite, page, TOLD, uri=sqlite_store)
+    assert log_report(page, folders, name="report.html", told=TOLD, uri=sqlite_store) is None  # none of them began
     finished(runs[1], **about)
-    parent = log_report(suite, page, TOLD, uri=sqlite_store)  # also before anything else was delivered
+    parent = log_report(page, folders, name="report.html", told=TOLD, uri=sqlite_store)  # before anything else was delivered
     sync(runs[1].folder, uri=sqlite_store)
     assert find(sqlite_store, runs[1]).data.tags["mlflow.parentRunId"] == parent
     page.write_text("<html>newer</html>")
-    assert log_report(suite, page, TOLD, uri=sqlite_store) == parent
+    assert log_report(page, folders[1:], name="report.html", told=TOLD, uri=sqlite_store) == parent
+    assert log_report(page, folders, name="report-study-x.html", told="another", uri=sqlite_store) == parent
     client = connect(sqlite_store)
-    assert [file.path for file in client.list_artifacts(parent)] == ["report.html", "report.json"]
+    assert parent is not None
+    assert {file.path for file in client.list_artifacts(parent)} == {"report.html", "report.json", "report-study-x.html"}
     kept = artifacts(client.get_run(parent)) / "report.html"
     assert kept.read_text() == "<html>newer</html>" and kept.with_suffix(".json").read_text() == TOLD
     with pytest.raises(TrackingError, match="cannot be filled"):
-        log_report(suite, page, TOLD, uri=f"http://127.0.0.1:{free_port()}")
+        log_report(page, folders, name="report.html", told=TOLD, uri=f"http://127.0.0.1:{free_port()}")
+
+
+def test_a_report_of_runs_without_one_parent_is_no_artifact(fake_run: Callable, sqlite_store: str, tmp_path: Path):
+    page, runs = tmp_path / "anything.html", [fake_run(name) for name in ("one", "two", "alone")]
+    page.write_text("<html></html>")
+    for run in runs[:2]:
+        finished(run, study_parent=uuid.uuid4().hex, suite="a-suite")
+    finished(runs[2])
+    for chosen in (runs, runs[2:]):
+        assert log_report(page, [run.folder for run in chosen], name="report.html", told=TOLD, uri=sqlite_store) is None

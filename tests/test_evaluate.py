@@ -1,0 +1,49 @@
+"""What an inference is counted on; the figures of an evaluation are in test_ranks.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.evaluate import Evaluated, evaluate
+from pipeline.measure.operations import Operations
+from pipeline.objective import CrossEntropy
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.state import fresh_state
+from pipeline.spiking.synapse import Linear
+
+T, B, I, K = 3, 24, 4, 7
+
+
+def sorted_set() -> Tensor:
+    """As a file that is sorted by class: the first half is silence, the second is loud."""
+    x_TBI = torch.rand(T, B, I, generator=torch.Generator().manual_seed(0)) + 1
+    x_TBI[:, : B // 2] = 0
+    return x_TBI
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Linear(I, 6, bias=False), LIF(), Linear(6, K))
+
+
+def evaluated(*, counts: bool) -> Evaluated:
+    target_B = torch.arange(B) % K
+    batches = [(x_TBI, target_B[:4], torch.arange(4)) for x_TBI in sorted_set().split(4, dim=1)]
+    return evaluate(network(), batches, CrossEntropy(), counts_operations=counts)
+
+
+def test_operations_are_of_samples_from_all_over_the_set() -> None:
+    model = network().eval()
+    with torch.no_grad(), Operations(model) as counted, fresh_state(model):
+        model(sorted_set())
+    whole = counted.work["forward"]
+    inference = evaluated(counts=True).inference
+    assert inference is not None and inference.samples == B
+    assert inference.macs * B == whole.multiplications == T * B // 2 * I * 6  # of a product with silence nothing is made
+    assert inference.work.additions == whole.additions > whole.multiplications
+
+
+def test_counting_adds_nothing_to_what_is_evaluated() -> None:
+    plain, counted = evaluated(counts=False), evaluated(counts=True)
+    assert plain.inference is None and plain.result == counted.result and plain.activity == counted.activity
