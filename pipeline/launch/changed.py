@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.launch.cluster import Cluster, differences
-from pipeline.launch.drive import driver_lock, read_job, write_job
+from pipeline.launch.lock import driver_lock
+from pipeline.launch.prepare import read_job, write_job
 from pipeline.recipe import read_json, write_json
 from pipeline.suite import SuiteFile
 

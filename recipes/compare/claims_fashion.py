@@ -77,13 +77,13 @@ STUDIES = {"leak-1-11": (1 / 11, 0.3), "leak-1-2": (0.5, 0.3)}
 """leak, and a learning rate that SLTT-1's rescaled gradient bears"""
 RULES = {
     "bptt": spec(BPTT),
+    "bptt-stepped": spec(BPTT, chunk=1),
     "bptt-recompute": spec(BPTT, recompute=True),
     "sltt": spec(SLTT),
     "sltt-1": spec(SLTT, k=1, rescale=True),
     "sltt-2": spec(SLTT, k=2, rescale=True),
     "ottt-a": spec(OTTT),
 }
-STEPPED = spec(BPTT, chunk=1)
 CLAIMED = {RULES[rule].build().label for rule in ("bptt", "sltt", "sltt-1")}
 IMAGENET_SAMPLES = 1_281_167
 
@@ -106,10 +106,9 @@ def _of_study(study: str) -> Iterator[Recipe]:
         evaluate_every=EPOCHS,
     )
     for seed in SEEDS:
-        for rule in RULES:
-            looks = 1 if rule == "sltt" else 0
-            yield replace(shared, name=_name(study, rule, seed), rule=RULES[rule], seed=seed, fidelity_every=looks)
-    yield replace(shared, name=_name(study, "bptt-stepped", 0), rule=STEPPED)
+        for name, rule in RULES.items():
+            looks = 1 if name == "sltt" else 0
+            yield replace(shared, name=_name(study, name, seed), rule=rule, seed=seed, fidelity_every=looks)
 
 
 def _name(study: str, rule: str, seed: int) -> str:
@@ -120,8 +119,7 @@ def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
     told_of, claims, sweeps = {}, [], {}
     for study in STUDIES:
         folders = {rule: [runs[_name(study, rule, seed)] for seed in SEEDS] for rule in RULES}
-        stepped = runs[_name(study, "bptt-stepped", 0)]
-        found = comparisons(stepped.parent, [folder for each in folders.values() for folder in each] + [stepped])
+        found = comparisons(folders["bptt"][0].parent, [folder for each in folders.values() for folder in each])
         for comparison in found:
             comparison.render(console)
         told_of[study] = [comparison.to_json() for comparison in found]

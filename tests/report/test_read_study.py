@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.report.read_study import _claim, read_study
+from pipeline.report.read_study import read_study
+from pipeline.report.returned import returned
 from pipeline.report.runs import ReportError
 from pipeline.report.suite import own_report
 from pipeline.suite import Suite, SuiteFile
@@ -69,10 +70,10 @@ def test_trials_are_no_seeds(make_run: Callable, runs_dir: Path):
 
 def test_a_claim_of_a_suite_may_say_that_it_is_within_the_noise():
     about = {"about": "SLTT", "claim": "bytes", "published": "0.3", "bound": "<= 0.2", "ours": "0.25", "holds": False}
-    assert _claim(about).verdict == "does not hold"
-    assert _claim({**about, "within_noise": True}).verdict == "fails, within the noise"
+    told = returned({"claims": [about, {**about, "within_noise": True}]}, "a-suite")
+    assert [claim.verdict for claim in told.claims] == ["does not hold", "fails, within the noise"]
     with pytest.raises(ReportError, match="about, claim, published, bound, ours, holds; there is no ours"):
-        _claim({name: value for name, value in about.items() if name != "ours"})
+        returned({"claims": [{name: value for name, value in about.items() if name != "ours"}]}, "a-suite")
 
 
 def test_what_a_suites_report_prints_and_returns(make_run: Callable, runs_dir: Path, monkeypatch: pytest.MonkeyPatch):
