@@ -1,4 +1,4 @@
-"""Any network with batch norm by the samples of all workers; that two unequal ranks equal one is in tests/spiking/test_norm.py."""
+"""Any network with batch norm by the samples of all workers; that two ranks equal one is in tests/spiking/test_norm.py."""
 
 from __future__ import annotations
 

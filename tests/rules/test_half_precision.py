@@ -35,7 +35,7 @@ RULES: dict[str, Callable[[], Rule]] = {
 
 
 def gradients(rule: Rule, precision: str) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Of every parameter, as a backend gets them; and the spikes. Weights are quarters, inputs halves, so currents are eighths."""
+    """Of every parameter, as a backend gets them, and the spikes. Weights are quarters, inputs halves: currents are eighths."""
     draw = torch.Generator().manual_seed(0)
     network = nn.Sequential(Linear(6, 8), LIF(), Linear(8, 7), LIF(), Linear(7, 3))
     with torch.no_grad():

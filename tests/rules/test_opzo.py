@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -350,8 +351,8 @@ def test_the_matrix_behind_the_last_hidden_layer_is_that_of_the_readout():
 def test_a_task_with_a_head_of_its_own_begins_its_matrices_anew(protected):
     """The second head is the first with its sign turned: what was known is then known to be wrong."""
     torch.manual_seed(0)
-    model = multi_head(mlp(CLASSES, in_features=FEATURES, hidden=(8, 7)), heads=2)
-    first, second = model.classifier.heads  # type: ignore[union-attr]
+    model: Any = multi_head(mlp(CLASSES, in_features=FEATURES, hidden=(8, 7)), heads=2)
+    first, second = model.classifier.heads
     with torch.no_grad():
         second.weight.copy_(-first.weight)
     opzo = OPZO()
@@ -365,7 +366,7 @@ def test_a_task_with_a_head_of_its_own_begins_its_matrices_anew(protected):
             x_TBC, target_B = batch(2, size=32)
             learn(rule.objectives(model, x_TBC.float(), cross_entropy(target_B)))
             rule.end_of_batch()
-        head = model.classifier.heads[task].weight  # type: ignore[union-attr, index]
+        head = model.classifier.heads[task].weight
         found.append(float(F.cosine_similarity(opzo.signals.get_buffer("matrix_1").flatten(), head.detach().T.flatten(), dim=0)))
     assert int(opzo.signals.get_buffer("updates")) == 10
     assert min(found) > 0.7

@@ -158,13 +158,13 @@ def test_the_seam_costs_one_forward_and_one_backward():
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
     """How far they are from each other, in lengths of the other."""
-    return float((one - other).norm() / other.norm())
+    return float((one - other).detach().norm() / other.detach().norm())
 
 
 @pytest.mark.parametrize("weights", ["plain", "standardized"])
 @pytest.mark.parametrize("geometry", [None, *GEOMETRIES])
 def test_under_autocast_the_seams_are_the_plain_op_on_what_they_put_in_its_place(geometry, weights):
-    """Its weight gradient on the factor, its input gradient by the carrier, both in fp32: bf16 is within 1 % of that, and seen."""
+    """Weights learn from the factor, the error goes down by the carrier, both in fp32: bf16 is within 1 % of that, and seen."""
     torch.manual_seed(0)
     synapse, carrier = (
         Linear(40, 6, weights=weights) if geometry is None else Conv2d(4, 6, **geometry, weights=weights) for _ in range(2)
