@@ -95,7 +95,7 @@ class Files:
             raise DataError(f"{self.owner}: {path} must group its samples by {by!r}; it groups them {known}")
         return groups[by]
 
-    def _is_asked(self, damaged: Mapping[Name, Sequence[Page]]) -> bool:
+    def _is_asked(self, damaged: Mapping[str, Sequence[Page]]) -> bool:
         """Whether a sample that is evaluated on is in one of these pages."""
         if not self.held_out:
             return bool(damaged["val"])

@@ -234,7 +234,7 @@ def _asked_one(rank: int, ranks: int, job: Job, file: str) -> object:
 
 @pytest.mark.distributed
 def test_two_ranks_save_in_an_evaluation_upon_what_one_of_them_has_heard(tmp_path: Path) -> None:
-    job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0, backend="deepspeed"))
+    job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
     run_ranks(_told_to_one, 2, tmp_path, job)
     assert told_of(tmp_path / "run")[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
     assert (steps_of(tmp_path / "run", "preempted"), steps_of(tmp_path / "run", "evaluation")) == ([8], [8, 16])
