@@ -31,8 +31,8 @@ from torch import nn
 
 from pipeline.backend.plain import Plain
 from pipeline.checkpoint import Checkpoints, Folder, Saved
-from pipeline.guard import Unguarded
 from pipeline.code import commit
+from pipeline.guard import Unguarded
 from pipeline.loop import MicroBatch, train
 from pipeline.measure.memory import hardware
 from pipeline.models.vgg import vgg_sws

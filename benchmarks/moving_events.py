@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.code import commit
 from pipeline.data.base import Loader
 from pipeline.data.events import Events
-from pipeline.code import commit
 from pipeline.measure.memory import hardware
 
 BOUND, SEEN = 0.53, 0.90  # top-1

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.attempt import Attempt
+from pipeline.code import commit
 from pipeline.job import Job, Place, resume_command
 from pipeline.launch.cluster import Cluster
-from pipeline.code import commit
 from pipeline.launch.drive import drive
 from pipeline.launch.prepare import prepare
 from pipeline.launch.ray import Ray

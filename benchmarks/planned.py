@@ -28,8 +28,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.launch.cluster import Cluster as Launched
 from pipeline.code import commit
+from pipeline.launch.cluster import Cluster as Launched
 from pipeline.launch.start import launch_run
 from pipeline.measure.memory import hardware
 from pipeline.plan import Cluster, plan

@@ -44,9 +44,9 @@ from pipeline.rules.opzo import OPZO
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.rules.spide import SPIDE
+from pipeline.settle import settle
 from pipeline.spiking.encode import over_steps
 from pipeline.tasks import tasks_of
-from pipeline.settle import settle
 
 RULES = (
     spec(BPTT),

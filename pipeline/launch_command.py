@@ -218,7 +218,7 @@ def _go_on(
 
 
 def _heed_signals() -> None:
-    """Before and between runs SIGUSR1 and SIGHUP are Ctrl-C: left alone they kill this process. While a run trains they save it."""
+    """Before and between runs SIGUSR1 and SIGHUP are Ctrl-C: left alone they kill this process. During a run they save it."""
     signal.signal(signal.SIGUSR1, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
         signal.signal(signal.SIGHUP, signal.default_int_handler)

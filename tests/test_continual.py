@@ -23,8 +23,8 @@ from pipeline.checkpoint import WEIGHTS, read_trainer, step_folders
 from pipeline.data.synthetic import Synthetic
 from pipeline.data.tasks import Permuted, SplitClasses
 from pipeline.job import Job
-from pipeline.launch.prepare import write_job
 from pipeline.launch.inline import Inline
+from pipeline.launch.prepare import write_job
 from pipeline.launch.start import evaluate_run
 from pipeline.models.heads import multi_head, select_head
 from pipeline.models.mlp import mlp

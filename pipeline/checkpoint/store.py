@@ -165,7 +165,7 @@ class Store:
 
 
 class _WithOSErrors:
-    """A file system of fsspec's that fails with OSErrors alone: of a server that is down s3fs (2026.9) raises what botocore does."""
+    """A file system of fsspec's that fails with OSErrors alone: of a server that is down s3fs (2026.9) raises botocore's own."""
 
     def __init__(self, fs: Any) -> None:
         self._fs = fs

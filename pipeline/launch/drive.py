@@ -84,9 +84,7 @@ def _raise_what_a_rank_noted(folder: Path) -> None:
             raise refusal
 
 
-def _in_thread(
-    work: Callable[[], dict[str, Any] | None], *, meanwhile: tuple[Callable[[], None], ...]
-) -> dict[str, Any] | None:
+def _in_thread(work: Callable[[], dict[str, Any] | None], *, meanwhile: tuple[Callable[[], None], ...]) -> dict[str, Any] | None:
     """Work in a daemon thread while the main thread stays free for signals (Ray's `fit` in the main thread would die of them)."""
     outcome: dict[str, Any] = {}
 

@@ -1,8 +1,8 @@
 """What signals ask of whoever drives a run or a suite.
 
-    Ctrl-C, SIGTERM     to save after the step at hand and to stop; the second one to stop at once
-    SIGUSR1, SIGHUP     to save and to stop, however often they come: a scheduler sends the one ahead of its time limit, the other
-                        comes of a terminal that is gone
+Ctrl-C, SIGTERM     to save after the step at hand and to stop; the second one to stop at once
+SIGUSR1, SIGHUP     to save and to stop, however often they come: a scheduler sends the one ahead of its time limit, the other
+                    comes of a terminal that is gone
 """
 
 from __future__ import annotations

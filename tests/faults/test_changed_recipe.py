@@ -8,8 +8,8 @@ import pytest
 
 from pipeline.data.synthetic import Synthetic
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.prepare import prepare
 from pipeline.launch.inline import Inline
+from pipeline.launch.prepare import prepare
 from pipeline.recipe import read_json, spec, write_json
 from tests.small import Command, command, same_weights, small_recipe, train_inline
 from tests.test_worker import Killed, die_at

@@ -28,8 +28,8 @@ from pipeline.data.order import held_out as held_out_of
 from pipeline.data.order import permutation
 from pipeline.job import Job
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.prepare import prepare
 from pipeline.launch.inline import Inline
+from pipeline.launch.prepare import prepare
 from pipeline.recipe import Recipe, spec
 from pipeline.refused import Refused
 from pipeline.rules.sltt import SLTT

@@ -22,9 +22,9 @@ from pipeline.backend.deepspeed import DeepSpeed
 from pipeline.checkpoint import WEIGHTS, CheckpointError, Checkpoints, Folder, damage, place, step_folders
 from pipeline.checkpoint.sealed import facts_of, seal
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.prepare import prepare, read_job, write_job
 from pipeline.launch.environment import of_worker
 from pipeline.launch.inline import Inline
+from pipeline.launch.prepare import prepare, read_job, write_job
 from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.refused import Refused
 from tests.processes import run_ranks

@@ -74,9 +74,7 @@ def test_one_that_lives_elsewhere_is_named_in_the_end(
 
 
 @pytest.mark.parametrize("holder", [this_machine(), ""], ids=["this machine", "nobody knows whose"])
-def test_on_this_machine_it_is_refused_at_once(
-    tmp_path: Path, held: Callable[[str], subprocess.Popen[str]], holder: str
-) -> None:
+def test_on_this_machine_it_is_refused_at_once(tmp_path: Path, held: Callable[[str], subprocess.Popen[str]], holder: str) -> None:
     held(holder)
     begun = time.monotonic()
     with pytest.raises(Refused) as refusal, driver_lock(tmp_path):
