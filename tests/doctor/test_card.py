@@ -36,7 +36,7 @@ def test_the_median_round_counts_and_the_first_does_not(monkeypatch: pytest.Monk
 
 
 def test_a_product_that_is_none_is_told() -> None:
-    with pytest.raises(RuntimeError, match="^a product of ones must be 4 everywhere; it is 4 to 5$"):
+    with pytest.raises(RuntimeError, match=r"^a product of ones must be 4 everywhere; it is 4 to 5$"):
         card._seconds("a product of ones", 4.0, lambda: torch.tensor([4.0, 5.0]))
 
 

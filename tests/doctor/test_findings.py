@@ -131,4 +131,3 @@ def test_a_cluster_that_lets_strangers_in() -> None:
     told = {state: of_token(Stranger(outcome=state, said="no route"), "h:1") for state in ("let in", "refused", "unclear")}
     assert {state: found.state for state, found in told.items()} == {"let in": "bad", "refused": "ok", "unclear": "look"}
     assert told["unclear"].told.endswith("could not be told: no route") and told["unclear"].advice
-

@@ -22,7 +22,7 @@ INFRA = Path(__file__).resolve().parents[2] / "infra"
 BOARD = INFRA / "grafana" / "spiketrain.json"
 PROMETHEUS, K8S = INFRA / "prometheus", INFRA / "k8s"
 ALERTS = Path(__file__).parent / "alerts.yml"
-needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool, of Debian's package prometheus")
+needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool, which is a package of Debian's")
 
 # As ray 2.60.0 names them in its reporter; exported with `ray_` before them.
 RAY = frozenset(
