@@ -45,9 +45,7 @@ _OF_SLURM = ("nodes", "gpus_per_node", "time", "partition")
 _IN_THE_ORDER = ("name", "runs", "workers")
 
 
-def hand_over(
-    context: typer.Context, made: Recipe | Suite, *, workers: int | tuple[int, ...], trust: tuple[str, ...]
-) -> bool:
+def hand_over(context: typer.Context, made: Recipe | Suite, *, workers: int | tuple[int, ...], trust: tuple[str, ...]) -> bool:
     """Whether the launch of `context`, of what it has `made`, was for a cluster, and so is done: submitted, or printed.
 
     Raises:

@@ -99,9 +99,7 @@ class Cluster:
             for name in _OF_RAY:
                 if getattr(self, name) != getattr(Cluster, name):
                     got = told(self.sizes) if name == "workers" else getattr(self, name)
-                    raise ValueError(
-                        f"cluster: --inline is one worker in this process, without Ray; got {option(name)} {got}"
-                    )
+                    raise ValueError(f"cluster: --inline is one worker in this process, without Ray; got {option(name)} {got}")
             return Inline(device=self.device)
         return Ray(
             workers=self.workers,

@@ -59,9 +59,7 @@ def _refuse_unless_it_fits(order: Order, *, nodes: int, gpus_per_node: int) -> N
     there = nodes * gpus_per_node
     workers = order.sizes[0] if order.sizes else there  # as the script counts them
     if there and order.side_by_side * workers > there:
-        raise ValueError(
-            f"slurm: each worker takes a GPU; got {order.wanted(workers)} on {nodes} nodes x {gpus_per_node} GPUs"
-        )
+        raise ValueError(f"slurm: each worker takes a GPU; got {order.wanted(workers)} on {nodes} nodes x {gpus_per_node} GPUs")
 
 
 def _script(order: Order) -> str:

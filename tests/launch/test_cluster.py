@@ -112,7 +112,11 @@ def test_a_resume_keeps_what_it_is_not_told_and_takes_what_it_is() -> None:
 
 @pytest.mark.parametrize(
     ("options", "got"),
-    [({"cpus_per_worker": 2}, "--cpus-per-worker 2"), ({"max_restarts": 0}, "--max-restarts 0"), ({"node_loss": "patient"}, "--node-loss patient")],
+    [
+        ({"cpus_per_worker": 2}, "--cpus-per-worker 2"),
+        ({"max_restarts": 0}, "--max-restarts 0"),
+        ({"node_loss": "patient"}, "--node-loss patient"),
+    ],
     ids=["cpus", "restarts", "node loss"],
 )
 def test_what_is_rays_has_no_effect_in_this_process_and_is_refused(options: dict[str, Any], got: str) -> None:

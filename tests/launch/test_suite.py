@@ -165,9 +165,7 @@ def test_a_suite_in_one_go(untouched: Path, spiketrain: Command) -> None:
     ]
 
 
-def test_a_folder_may_be_named_by_where_one_stands(
-    untouched: Path, spiketrain: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_may_be_named_by_where_one_stands(untouched: Path, spiketrain: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """`.` has no parent of its own: the runs of a suite that is named so are beside its folder all the same."""
     before = {folder: sorted(folder.iterdir()) for folder in (untouched.parent, untouched)}
     inside = untouched / "notes"
