@@ -13,7 +13,7 @@ from pipeline.report.claims import Claim
 from pipeline.report.differences import VARIED, trained_apart, tuned_in, written
 from pipeline.report.figure import Cell, Table, shown, unit_of
 from pipeline.report.figures import QUANTITIES
-from pipeline.report.places import NOT_SAID, counted, machine, micro_batches, places
+from pipeline.report.places import NOT_SAID, machine, micro_batches, places
 from pipeline.report.spread import Spread
 from pipeline.report.study import COMPUTE, Group, Study, StudyRun
 

@@ -374,7 +374,7 @@ def test_the_newest_study_is_none_of_trials(make_run: Callable, runs_dir: Path):
         make_run(f"bptt-lr-{rate}", study="f" * 16, recipe={"protocol": "trial", "tuned": ["optimizer.lr"]})
     assert [run.name for run in compare(runs_dir).runs] == ["bptt"]
     (runs_dir / "bptt" / "summary.json").unlink()
-    with pytest.raises(ComparisonError, match="no finished run in .* but 2 trials on a held-out part"):
+    with pytest.raises(ComparisonError, match=r"no finished run in .* but 2 trials on a held-out part"):
         compare(runs_dir)
 
 
