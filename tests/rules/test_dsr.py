@@ -180,11 +180,11 @@ def test_weighted_logits_have_one_loss():
 
 def test_under_autocast_a_rate_is_held_against_its_height_in_fp32():
     """A rate of 6.015625 is above the height of 6; of eight binary digits it would be 6."""
-    x_TBC = torch.tensor([5.96875, 6.0625]).view(2, 1, 1)
+    x_TBC = torch.tensor([5.96875, 6.0625]).view(2, 1, 1).repeat(1, 3, 4)
     assert torch.equal(x_TBC, x_TBC.bfloat16().float())
     with torch.autocast("cpu", torch.bfloat16):
-        g_x, g_threshold = map_of(RateIF(threshold=6.0), x_TBC, torch.ones(2, 1, 1))
-    assert not g_x.any() and g_threshold.item() == 2
+        g_x, g_threshold = map_of(RateIF(threshold=6.0), x_TBC, torch.ones_like(x_TBC))
+    assert not g_x.any() and g_threshold.item() == x_TBC.numel()
 
 
 # ------------------------------------------------------------------------------------------------------------ calibration

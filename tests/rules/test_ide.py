@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from pipeline.models.feedback import fc_feedback
 from pipeline.recipe import spec
 from pipeline.rules.bptt import BPTT
+from pipeline.rules.hlop import HLOP
 from pipeline.rules.ide import IDE
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.equilibrium import Equilibrium
@@ -381,6 +382,7 @@ def test_a_solve_that_diverges_says_what_to_do_and_gives_no_gradient(monkeypatch
     with pytest.warns(RuntimeWarning, match=message):
         micro_batch(-0.5, step=0)
     assert rule.is_unsolved() and gradient(model, "0.inject.weight").isnan().all()
+    assert HLOP(rule, rows=((1,),)).is_unsolved()  # as the rule inside it
     micro_batch(5.0, step=0)
     assert rule.is_unsolved()
     micro_batch(5.0, step=1)
