@@ -51,7 +51,7 @@ def test_a_flipped_bit_is_located(folder, name):
             look()
 
 
-@pytest.mark.parametrize("times", [1, disk.TRIES])
+@pytest.mark.parametrize("times", [disk.TRIES - 1, disk.TRIES])
 @pytest.mark.parametrize("name", ["header", "page 0", "allocation table"])
 def test_a_bad_sector_is_located_once_it_stays_one(folder, name, times, monkeypatch):
     path, pread, left = folder / "train.beton", os.pread, [OSError(errno.EIO, os.strerror(errno.EIO))] * times
