@@ -36,6 +36,7 @@ from pipeline.rules.sltt import SLTT
 
 HERE = Path(__file__).parent
 FAULTS = {faults!r}  # name: (rank, step)
+SAVED = {saved!r}  # name: the newest checkpoint by then
 
 def first_time(what):
     try:
@@ -47,6 +48,14 @@ def first_time(what):
 def due(name, rank, step):
     return FAULTS[name] == (rank, step)
 
+def strikes(name, rank, step):
+    """Once, and not before that checkpoint, which training does not wait for, is whole."""
+    if not due(name, rank, step) or (HERE / name).exists():
+        return False
+    while not (HERE / "runs" / "hit" / "checkpoints" / SAVED[name]).exists():
+        time.sleep(0.01)
+    return first_time(name)
+
 class Faulty(SLTT):
     """SLTT on a machine that is not well."""
 
@@ -55,11 +64,11 @@ class Faulty(SLTT):
         if due("not finite", *here):
             x_TB = x_TB * math.nan
         for name in ("killed 0", "killed 1"):
-            if due(name, *here) and first_time(name):
+            if strikes(name, *here):
                 os.kill(os.getpid(), signal.SIGKILL)
         if due("drift", *here) and first_time("drift"):
             next(model.parameters()).data.flatten()[0] += 1e-4
-        if due("driver", *here) and first_time("driver"):
+        if strikes("driver", *here):
             time.sleep(1000)  # until whoever sees the file kills the driver, and Ray us
         return super().objectives(model, x_TB, loss_of, step=step, rows=rows)
 
@@ -131,13 +140,12 @@ def launched(file: Path, runs: Path) -> Path:
     return runs / file.stem
 
 
-def hunted(file: Path, run: Path, faults: dict[str, tuple[int, int]]) -> list[psutil.Process]:
+def hunted(file: Path, run: Path) -> list[psutil.Process]:
     """Launch the run, kill its driver where its turn comes, and resume it; the workers that outlived the driver by 15 s."""
     first = Driver("launch", str(file), *OPTIONS, "--name", run.name, run=run, folder=file.parent)
     try:
-        saved = run / "checkpoints" / step_name(newest(faults["driver"][1]))
         deadline = time.monotonic() + 300
-        while not ((file.parent / "driver").exists() and saved.exists()):
+        while not (file.parent / "driver").exists():
             assert first.process.poll() is None and time.monotonic() < deadline, first.log.read_text()[-3000:]
             time.sleep(0.05)
         workers = first.workers()
@@ -158,7 +166,8 @@ def hunted(file: Path, run: Path, faults: dict[str, tuple[int, int]]) -> list[ps
 def runs(tmp_path_factory: pytest.TempPathFactory, faults: dict[str, tuple[int, int]]) -> Iterator[tuple[Path, Path]]:
     """The run that met them, and the one that was told to skip what it skipped."""
     folder = tmp_path_factory.mktemp("faults")
-    (folder / "faulty_lab.py").write_text(LAB.format(faults=faults))
+    saved = {name: step_name(newest(step)) for name, (_, step) in faults.items()}
+    (folder / "faulty_lab.py").write_text(LAB.format(faults=faults, saved=saved))
     step = faults["not finite"][1]
     (folder / "hit.py").write_text(RECIPE.format(change="rule=spec(Faulty), data=spec(FaultyData, **made.data.kwargs)"))
     (folder / "told.py").write_text(RECIPE.format(change=f"rule=spec(SLTT), skip=(({step}, {step + 1}),)"))
@@ -169,7 +178,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, faults: dict[str, tuple[int, 
             patch.setenv("RAY_TMPDIR", logs)
             plant(patch)
             hit = folder / "runs" / "hit"
-            assert hunted(folder / "hit.py", hit, faults) == []
+            assert hunted(folder / "hit.py", hit) == []
             shutil.copytree(logs, folder / "ray", symlinks=True, ignore=lambda _, names: [n for n in names if n == "sockets"])
             told = launched(folder / "told.py", folder / "runs")
         yield hit, told
