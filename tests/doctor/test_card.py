@@ -30,7 +30,7 @@ def test_bytes_that_are_copied_and_operations_of_a_product_are_counted(monkeypat
 
 
 def test_the_median_round_counts_and_the_first_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([0.0, 60.0, 60.0, 60.5, 61.0, 61.125, 62.0, 62.5, 63.0, 63.75, 64.0, 64.5])
+    times = iter([0.0, 60.0, 61.0, 61.125, 62.0, 62.25, 63.0, 63.5, 64.0, 64.75, 65.0, 66.0])
     monkeypatch.setattr(card, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     assert card._seconds("ones", 1.0, lambda: torch.ones(2)) == 0.5
 

@@ -20,7 +20,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_what_is_locked_here_is_locked_for_others(file: Path) -> None:
-    other = ["flock", "--nonblock", str(file), "true"]
+    other = ["flock", "--shared", "--nonblock", str(file), "true"]  # shared: as who asks whether a run is driven
     with held(file):
         assert subprocess.run(other).returncode == 1
         assert tried(file) == "held"
