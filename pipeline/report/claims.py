@@ -102,20 +102,21 @@ def accuracy(about: str, group: Group, rule: str, *, within: float | None, publi
 
 
 def temporal_shares(about: str, runs: Sequence[StudyRun]) -> Iterator[Claim]:
-    """|g_BPTT - g_SLTT| / |g_BPTT| in each layer at the start and after each epoch, the mean over the runs that looked."""
-    found: dict[int, dict[str, list[float]]] = {}
-    seeds: dict[int, list[int]] = {}
+    """|g_BPTT - g_SLTT| / |g_BPTT| of each layer at the start and after each epoch, the mean over the runs that looked."""
+    found: dict[str, dict[int, list[float]]] = {}
     for run in runs:
         for look in run.fidelity:
             moment = 0 if look.epoch is None else look.epoch + 1
-            seeds.setdefault(moment, []).append(run.seed)
             for layer, share in look.temporal_share.items():
-                found.setdefault(moment, {}).setdefault(layer, []).extend([] if share is None else [share])
-    for moment, by_layer in sorted(found.items()):
-        layers = (f"{layer} {statistics.fmean(each):.2f}" if each else f"{layer} not known" for layer, each in by_layer.items())
-        when = f"after epoch {moment}" if moment else "at the start"
-        claim = f"share of BPTT's gradient that comes through time, {when}"
-        yield not_judged(about, claim, "", ours=f"{', '.join(layers)}; {_seeds(seeds[moment])}")
+                found.setdefault(layer, {}).setdefault(moment, []).extend([] if share is None else [share])
+    seeds = _seeds([run.seed for run in runs if run.fidelity])
+    for layer, by_moment in found.items():
+        shares = (
+            f"{f'epoch {moment}' if moment else 'start'} {f'{statistics.fmean(each):.2f}' if each else 'not known'}"
+            for moment, each in sorted(by_moment.items())
+        )
+        claim = f"share of BPTT's gradient through time, {layer}"
+        yield not_judged(about, claim, "", ours=f"{', '.join(shares)}; {seeds}")
 
 
 def not_judged(about: str, claim: str, published: str, *, ours: str) -> Claim:

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -71,7 +71,7 @@ def render(study: Study) -> str:
         group for group in study.groups if len(study.groups) == 1
     ]
     alone = [group for group in study.groups if group not in compared]
-    sections = [_section(group, f"g{index}") for index, group in enumerate(compared, start=1)]
+    sections = [_section(group, f"g{index}", among=study.groups) for index, group in enumerate(compared, start=1)]
     memory = list(swept(study.sweeps))
     drawings = {f"{section.key}-{figure.name}": _drawn(figure) for section in sections for figure in section.figures}
     drawings |= {f"{key}-{figure.name}": _drawn(figure) for key, figure, _ in memory}
@@ -127,11 +127,11 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "study"
 
 
-def _section(group: Group, key: str) -> Section:
+def _section(group: Group, key: str, *, among: Sequence[Group]) -> Section:
     made = list(_figures(group))
     return Section(
         key=key,
-        title=tables.named(group),
+        title=tables.named(group, among=among),
         group=group,
         headlines=tuple(tables.headlines(group)),
         standings=tuple(standings(group)),

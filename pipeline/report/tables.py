@@ -109,7 +109,9 @@ def recipe_differences(study: Study) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for group in others:
         for name, mine, theirs in _apart(first.runs[0], group.runs[0]):
-            rows.append((name, json.dumps(mine), json.dumps(theirs), named(first), named(group)))
+            rows.append(
+                (name, json.dumps(mine), json.dumps(theirs), *(named(each, among=study.groups) for each in (first, group)))
+            )
     return Table(columns=("field", "first group", "other group", "first", "other"), rows=tuple(rows))
 
 
@@ -147,11 +149,15 @@ def lone_runs(groups: Sequence[Group]) -> Table:
     return Table(columns=columns, rows=tuple(rows))
 
 
-def named(group: Group) -> str:
-    """`Study 01234567, shared settings, on a cpu, 2 cores, 1 thread, 2 workers, each on cores of its own`"""
+def named(group: Group, *, among: Sequence[Group] = ()) -> str:
+    """`Study 01234567, shared settings, on a cpu, 2 cores, 1 thread, 2 workers, each on cores of its own`
+
+    The protocol is told where one of the groups that it stands among was tuned.
+    """
     run = group.runs[0]
+    is_told = any(tuned_in(each.runs[0].recipe) for each in (group, *among))
     cores = ", each on cores of its own" if run.own_cores else ""
-    return f"Study {group.study[:8] or 'unknown'}{_protocol(run.recipe)} on {places(run)}{cores}"
+    return f"Study {group.study[:8] or 'unknown'}{_protocol(run.recipe) if is_told else ''} on {places(run)}{cores}"
 
 
 def _saved(group: Group, rule: str) -> Iterator[str]:
@@ -250,11 +256,8 @@ def _shared(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _protocol(recipe: Mapping[str, Any]) -> str:
-    """Nothing where the recipe does not say."""
-    fields = ", ".join(tuned_in(recipe)) or "what was searched"
-    words = {"shared": "shared settings", "tuned": f"tuned {fields}", "trial": f"trials of {fields}"}
-    told = words.get(recipe.get("protocol", ""))
-    return f", {told}," if told else ""
+    fields = ", ".join(tuned_in(recipe))
+    return f", tuned {fields}," if fields else ", shared settings,"
 
 
 def _workers(run: StudyRun) -> Cell:

@@ -144,10 +144,10 @@ def test_temporal_shares_are_means_over_the_runs_that_looked() -> None:
     [start, later] = fidelity()
     other = [{**later, "temporal_share": {"first": 0.35, "second": 0.375}}]
     runs = [run("SLTT", more_events=[start, later]), run("SLTT", seed=1), run("SLTT", seed=2, more_events=other)]
-    at_start, after = temporal_shares("SLTT", runs)
-    assert at_start.claim.endswith("through time, at the start") and after.claim.endswith("through time, after epoch 1")
-    assert at_start.ours == "first 0.50, second not known; seed 0" and after.ours == "first 0.30, second 0.25; seeds 0, 2"
-    assert after.verdict == ""
+    first, second = temporal_shares("SLTT", runs)
+    assert first.claim == "share of BPTT's gradient through time, first" and first.verdict == ""
+    assert first.ours == "start 0.50, epoch 1 0.30; seeds 0, 2"
+    assert second.ours == "start not known, epoch 1 0.25; seeds 0, 2"
 
 
 def test_what_does_not_hold_is_shown_so_and_what_was_not_run_says_nothing() -> None:
@@ -232,8 +232,8 @@ def test_every_rule_of_fashions_claims_has_a_row_for_its_accuracy_and_its_bytes(
         assert [claim["holds"] for claim in accuracies] == [True, True, None, True, None]  # no paper has figures of the others
         saved = [rows[rule, "saved bytes, of BPTT's"] for rule in ("SLTT", "SLTT-2", "OTTT-A", "BPTT-recompute")]
         assert [claim["holds"] for claim in saved] == [True, True, True, None]
-        shares = rows["SLTT", "share of BPTT's gradient that comes through time, at the start"]
-        assert shares["ours"] == "first 0.25; seeds 0, 1, 2"
+        shares = rows["SLTT", "share of BPTT's gradient through time, first"]
+        assert shares["ours"] == "start 0.25; seeds 0, 1, 2"
 
 
 def test_imagenets_rows_say_which_precision_each_figure_is_of(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ def test_what_training_holds_has_its_table():
 def test_a_tuned_study_names_its_protocol_and_each_rules_rate():
     html = body(page.render(Study(title="t", runs=(run(), run("SLTT"), tuned("BPTT", 0.3), tuned("SLTT", 0.6)))))
     titles = re.findall(r"<h2 id=.g\d+.>(.*?) on a cpu", html)
-    assert titles == ["Study 01234567", "Study ffffffff, tuned optimizer.lr,"]
+    assert titles == ["Study 01234567, shared settings,", "Study ffffffff, tuned optimizer.lr,"]
     assert "<td>optimizer.lr=0.3</td>" in html and "<td>optimizer.lr=0.6</td>" in html
 
 

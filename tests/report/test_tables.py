@@ -80,17 +80,17 @@ def tuned(rule: str, rate: float, **changes: Any) -> StudyRun:
 
 
 def test_protocols_are_told_apart_and_each_rules_own_value_stands_in_its_row():
-    shared = [run(rule, recipe=recipe(rule, protocol="shared", tuned=[])) for rule in ("BPTT", "SLTT")]
-    both = Study(title="t", runs=(*shared, tuned("BPTT", 0.3), tuned("SLTT", 0.6)))
+    both = Study(title="t", runs=(run("BPTT"), run("SLTT"), tuned("BPTT", 0.3), tuned("SLTT", 0.6)))
     first, second = both.groups
-    assert tables.named(first) == "Study 01234567, shared settings, on a cpu, 2 cores, 1 thread, 1 worker"
+    assert tables.named(first) == "Study 01234567 on a cpu, 2 cores, 1 thread, 1 worker"
+    assert tables.named(first, among=both.groups) == "Study 01234567, shared settings, on a cpu, 2 cores, 1 thread, 1 worker"
     assert tables.named(second) == "Study ffffffff, tuned optimizer.lr, on a cpu, 2 cores, 1 thread, 1 worker"
     assert "tuned" not in tables.behind_the_rows(first).columns
     table = tables.behind_the_rows(second)
     place = table.columns.index("tuned")
     assert [(row[0], row[place]) for row in table.rows] == [("BPTT", "optimizer.lr=0.3"), ("SLTT", "optimizer.lr=0.6")]
     rows = {row[0]: row[1:3] for row in tables.recipe_differences(both).rows}
-    assert rows["protocol"] == ('"shared"', '"tuned"') and rows["optimizer.lr"] == ("0.1", '"each rule\'s own"')
+    assert rows["protocol"] == ('"(absent)"', '"tuned"') and rows["optimizer.lr"] == ("0.1", '"each rule\'s own"')
 
 
 def test_what_training_holds_by_kind():
