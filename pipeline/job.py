@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.recipe import read_json, write_json
-from pipeline.refused import Diverged, Refused, Unbounded
+from pipeline.refused import Refused
 
 STOP = "stop"
 """in a run's folder: somebody asks it to save after the step at hand and to stop; what it holds says who"""
@@ -109,8 +109,8 @@ def was_stopped(run: Path) -> bool:
 
 
 def note_refusal(run: Path, error: ValueError) -> None:
-    """Write down, for the next attempt, what one rank found that a restart would only find again: a solve that diverges."""
-    write_json(run / REFUSAL, {"said": str(error), "diverged": isinstance(error, Unbounded)})
+    """Write down, for the next attempt, what one rank found that a restart would only find again."""
+    write_json(run / REFUSAL, {"said": str(error)})
 
 
 def raise_refusal(run: Path) -> None:
@@ -120,8 +120,7 @@ def raise_refusal(run: Path) -> None:
         Refused: it is there.
     """
     if (run / REFUSAL).exists():
-        noted = read_json(run / REFUSAL)
-        raise (Diverged if noted["diverged"] else Refused)(noted["said"])
+        raise Refused(read_json(run / REFUSAL)["said"])
 
 
 def resume_command(runs: str | os.PathLike[str], name: str, *, trust: Sequence[str] = (), address: str | None = None) -> str:

@@ -8,16 +8,12 @@ class Refused(ValueError):
 
 
 class Diverged(Refused):
-    """Training has left all bounds: a loss or weights that are not finite, a solve without an end.
+    """Training has left all bounds: a loss, a gradient or weights that are not finite.
 
     A failure where somebody wants the network; an answer where a trial asks how a learning rate does.
     """
 
 
-class Unbounded(ValueError):
-    """What leads to Diverged, found by one rank, of which the others do not know yet."""
-
-
 def refusal_of(error: ValueError) -> Refused:
     """What the run ends with once every rank knows of the error."""
-    return error if isinstance(error, Refused) else (Diverged if isinstance(error, Unbounded) else Refused)(str(error))
+    return error if isinstance(error, Refused) else Refused(str(error))

@@ -102,4 +102,3 @@ def dashboard(
     from pipeline.report.dashboard.serve import serve
 
     serve(store=store, runs=runs, host=host, port=port, token=token, every=every)
-
