@@ -144,7 +144,7 @@ def hunted(file: Path, run: Path) -> list[psutil.Process]:
     """Launch the run, kill its driver where its turn comes, and resume it; the workers that outlived the driver by 15 s."""
     first = Driver("launch", str(file), *OPTIONS, "--name", run.name, run=run, folder=file.parent)
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 400
         while not (file.parent / "driver").exists():
             assert first.process.poll() is None and time.monotonic() < deadline, first.log.read_text()[-3000:]
             time.sleep(0.05)
