@@ -202,9 +202,7 @@ def _samples(recipe: Recipe) -> int:
 class _Share:
     """What every rule needs alike: what a worker holds, moves and says to the others."""
 
-    def __init__(
-        self, recipe: Recipe, cluster: Cluster, bench: Bench, source: str, teacher: TeacherProfile | None
-    ) -> None:
+    def __init__(self, recipe: Recipe, cluster: Cluster, bench: Bench, source: str, teacher: TeacherProfile | None) -> None:
         self.held: Held = bench.held()
         self.batch_bytes_of_a_sample = bench.batch_bytes / bench.samples
         self.average_bytes = self.held.parameters if recipe.ema_decay else 0

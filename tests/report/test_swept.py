@@ -11,8 +11,8 @@ from pipeline.recipe import spec
 from pipeline.report import page
 from pipeline.report.returned import Returned, returned, sweep_of
 from pipeline.report.runs import ReportError
-from pipeline.report.swept import largest, swept
 from pipeline.report.sweep import told_sweep
+from pipeline.report.swept import largest, swept
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.sweep import sweep
