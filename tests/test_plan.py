@@ -204,9 +204,10 @@ def test_a_teacher_is_in_every_rules_time_and_bytes() -> None:
 def _teacher_of(recipe: Recipe) -> tuple[int, int]:
     """Bytes of its weights, statistics and a head for 10 classes, and the kernels of an answer, counted by hand."""
     teacher = build_teacher(recipe.with_untrained_teacher(), recipe.data.build())
-    teacher.head = nn.Linear(teacher.features(torch.zeros(1, 1, 8, 8)).shape[-1], 10)
+    x_B = torch.zeros(2, 1, 8, 8)
+    teacher.head = nn.Linear(teacher.features(x_B).shape[-1], 10)
     with Traffic() as traffic:
-        teacher(torch.zeros(2, 1, 8, 8))
+        teacher(x_B)
     return sum(each.numel() * each.element_size() for each in (*teacher.parameters(), *teacher.buffers())), traffic.kernels
 
 
