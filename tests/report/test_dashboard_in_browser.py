@@ -18,15 +18,18 @@ import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 from werkzeug.serving import make_server
 
+from pipeline.report.claims import Claim
 from pipeline.report.dashboard import app as dashboard
 from pipeline.report.dashboard.app import make_app
 from pipeline.report.dashboard.guard import guard
+from pipeline.report.returned import Returned
 from pipeline.track.jsonl import Journal, read
 from pipeline.track.mlflow import Mirror, sync
 from tests.browser import Watch, chromium, violations
 from tests.report.fake_store import FakeStore
 from tests.report.hand_made import KEY
 from tests.report.real_study import train_real_study
+from tests.report.test_swept import LARGEST
 
 WIDE, PHONE = (1280, 900), (390, 844)
 EVERY = 0.5
@@ -167,7 +170,7 @@ def test_an_address_shows_the_same_to_whoever_opens_it(browser: Browser, address
     page.get_by_role("checkbox", name="bptt-1").press("Space")  # at once: the page redraws twice a second
     expect(page.get_by_role("checkbox", name="bptt-1")).to_have_attribute("aria-checked", "false")
     expect(page.get_by_role("checkbox", name="bptt-1")).to_be_focused()  # whoever uses a keyboard stays there
-    page.get_by_role("button", name="Learning curves").click()
+    page.get_by_role("button", name="Learning curves", exact=True).click()
     page.get_by_label("Filter by study").fill("sltt")
     drawn(page, 1)
     expect(page.locator("#list tbody th")).to_have_count(1)
@@ -205,8 +208,8 @@ def test_presses_in_quick_succession_all_count(browser: Browser, address: str):
         expect(checked).to_have_count(wanted)
         expect(page.locator("#picked")).to_have_text(f"Runs: {wanted} of {len(names)} picked")
     for view in ("Where the time goes", "Learning curves", "Savings and costs"):
-        page.get_by_role("button", name=view).click()
-        expect(page.get_by_role("button", name=view)).to_have_attribute("aria-pressed", "true")
+        page.get_by_role("button", name=view, exact=True).click()
+        expect(page.get_by_role("button", name=view, exact=True)).to_have_attribute("aria-pressed", "true")
     for name in ("finished", "all", "going on", "all") * 5:
         page.get_by_role("button", name=name, exact=True).click()
     expect(page.get_by_role("button", name="all", exact=True)).to_have_attribute("aria-pressed", "true")
@@ -232,12 +235,19 @@ def served_here(store: FakeStore) -> Iterator[str]:
 
 
 def test_a_store_that_answers_later_than_the_next_look_is_shown(browser: Browser):
+    """And what a suite's report told, in a view of its own."""
     store = FakeStore(pause_s=0.5)
-    store.add_finished("bptt-0", "BPTT")
-    store.add_finished("sltt-0", "SLTT")
+    store.add_finished("bptt-0", "BPTT", parent="suite")
+    store.add_finished("sltt-0", "SLTT", parent="suite")
+    claim = Claim(about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False)
+    store.texts["suite", "report.json"] = json.dumps(Returned(claims=(claim,), sweeps=(LARGEST,)).to_json())
     with served_here(store) as address:
         page, watch = opened(browser, address)
         drawn(page, 4)
+        page.get_by_role("button", name="Claims and memory against time steps").click()
+        drawn(page, 1)
+        expect(page.locator("#figures")).to_contain_text("does not hold")
+        assert violations(page) == []
         store.trouble = "store x does not answer"
         expect(page.locator("#figures")).to_contain_text("Store x does not answer.")
         assert watch.said == []
@@ -269,7 +279,7 @@ def test_looks_go_on_after_a_request_was_lost(browser: Browser, monkeypatch: pyt
 def test_a_run_that_goes_on_draws_on(page: Page, runs: Path):
     folder = runs / "going-0"
     folder.mkdir()
-    page.get_by_role("button", name="Learning curves").click()
+    page.get_by_role("button", name="Learning curves", exact=True).click()
     drawn(page, 1)
     with Journal(folder / "journal.jsonl", attempt=0) as journal:
         about = {"study": "s", "run_id": "going", "family": "small", "steps_per_epoch": 8, "total_steps": 16}
