@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.options import is_typed
+
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
     from pipeline.submit.order import Order
@@ -43,7 +45,7 @@ _OF_SLURM = ("nodes", "gpus_per_node", "time", "partition")
 _IN_THE_ORDER = ("name", "runs", "workers")
 
 
-def hand_over(context: typer.Context, made: Recipe | Suite, *, workers: int | tuple[int, ...]) -> bool:
+def hand_over(context: typer.Context, made: Recipe | Suite, *, workers: int | tuple[int, ...], trust: tuple[str, ...]) -> bool:
     """Whether the launch of `context`, of what it has `made`, was for a cluster, and so is done: submitted, or printed.
 
     Raises:
@@ -51,7 +53,7 @@ def hand_over(context: typer.Context, made: Recipe | Suite, *, workers: int | tu
             refuse there, as far as that can be told without data.
         Refused: the scheduler did not take the job.
     """
-    given = {name: value for name, value in context.params.items() if _is_typed(context, name)}
+    given = {name: value for name, value in context.params.items() if is_typed(context, name)}
     where = given.get("cluster")
     if where is None:
         _refuse("without --cluster there is nothing that takes", [name for name in _OPTIONS if name in given])
@@ -66,7 +68,8 @@ def hand_over(context: typer.Context, made: Recipe | Suite, *, workers: int | tu
     # Where nothing was said Slurm's script takes what there is: one worker is no wish of anybody's.
     order = _order(where, context, given, workers=None if where == "slurm" and "workers" not in given else workers)
     rendered, submit = _rendered(where, order, given)
-    _check(made, order.sizes or (given["nodes"] * (given.get("gpus_per_node") or 1),))  # as infra/slurm/train.sbatch counts
+    sizes = order.sizes or (given["nodes"] * (given.get("gpus_per_node") or 1),)  # as infra/slurm/train.sbatch counts
+    _check(made, sizes, trust=trust)
     typer.echo(rendered if given.get("dry_run") else submit(rendered))
     return True
 
@@ -99,17 +102,19 @@ def _rendered(where: str, order: Order, given: dict[str, Any]) -> tuple[str, Any
     return ray_job.render(order, address=where), ray_job.submit
 
 
-def _check(made: Recipe | Suite, sizes: tuple[int, ...]) -> None:
+def _check(made: Recipe | Suite, sizes: tuple[int, ...], *, trust: tuple[str, ...]) -> None:
     """Here and not after hours in a queue. A file that a recipe begins from may lie on the cluster alone."""
     from dataclasses import replace
 
     from pipeline.build import check_recipe
     from pipeline.stand_in import with_stand_ins
-    from pipeline.suite import Suite, refuse_references
+    from pipeline.suite import Suite, refuse_references, refuse_untrusted
 
     if not isinstance(made, Suite):
         refuse_references(made)
-    with with_stand_ins(made if isinstance(made, Suite) else Suite((made,))) as recipes:
+    suite = made if isinstance(made, Suite) else Suite((made,))
+    refuse_untrusted(suite, trust)
+    with with_stand_ins(suite) as recipes:
         for recipe in recipes:
             is_there = recipe.init is not None and Path(recipe.init).exists()
             check_recipe(replace(recipe.with_untrained_teacher(), init=recipe.init if is_there else None), *sizes)
@@ -117,7 +122,7 @@ def _check(made: Recipe | Suite, sizes: tuple[int, ...]) -> None:
 
 def _words(context: typer.Context) -> Iterator[str]:
     """What was typed, but for what is in the order: recipes first."""
-    parameters = [each for each in context.command.params if each.name is not None and _is_typed(context, each.name)]
+    parameters = [each for each in context.command.params if each.name is not None and is_typed(context, each.name)]
     for parameter in sorted(parameters, key=lambda each: each.param_type_name == "option"):
         value = context.params[parameter.name or ""]
         if parameter.name in (*_OPTIONS, *_IN_THE_ORDER):
@@ -129,12 +134,6 @@ def _words(context: typer.Context) -> Iterator[str]:
             yield parameter.opts[0]
         else:
             yield from (word for each in values for word in (parameter.opts[0], str(each)))
-
-
-def _is_typed(context: typer.Context, name: str) -> bool:
-    """By the user, or in the environment that stands for an option."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
 
 
 def _option(name: str) -> str:

@@ -5,12 +5,43 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pipeline.hand_over import DryRun, Gpus, Image, Infra, Nodes, Partition, Time, Where, hand_over
-from pipeline.options import RUNS, Address, Cpus, Inline, RecipeFiles, RunOrSuite, Runs, Sets, Sizes, Tiny, Trust, made_of
+from pipeline.options import (
+    RUNS,
+    Address,
+    Cpus,
+    CpusOrAsBefore,
+    Device,
+    DeviceOrAsBefore,
+    Hang,
+    HangOrAsBefore,
+    Inline,
+    Loaders,
+    LoadersOrAsBefore,
+    NodeLoss,
+    NodeLossOrAsBefore,
+    RecipeFiles,
+    Restarts,
+    RestartsOrAsBefore,
+    RunOrSuite,
+    Runs,
+    Sets,
+    SideBySide,
+    SideBySideOrAsBefore,
+    Sizes,
+    SizesOrAsBefore,
+    Tiny,
+    Trust,
+    Verify,
+    VerifyOrAsBefore,
+    count_or_auto,
+    is_typed,
+    made_of,
+)
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -23,24 +54,9 @@ Tune = Annotated[
         "--tune", metavar="KEY=V,V,...", help="beside it, each rule with the best of 5 values or more, such as of optimizer.lr"
     ),
 ]
-SideBySide = Annotated[
-    str, typer.Option("--side-by-side", metavar="N|auto", help="runs at a time, each on cores and cards of its own")
-]
-Device = Annotated[Literal["auto", "cpu", "gpu"], typer.Option("--device", help="auto takes GPUs where there are any")]
-Loaders = Annotated[int, typer.Option("--loader-threads", min=1, help="threads that read data in each worker")]
-Restarts = Annotated[
-    int, typer.Option("--max-restarts", min=0, help="how often dead workers are started again without a new checkpoint")
-]
 Name = Annotated[
     str | None,
     typer.Option("--name", help="the run's name, or the suite's; without it the recipe's, or the file's, and the time"),
-]
-Hang = Annotated[
-    float, typer.Option("--hang-minutes", min=0, help="without a sign of life, until a worker is started again; 0: never")
-]
-Verify = Annotated[
-    Literal["sampled", "full"],
-    typer.Option("--verify", help="compare pages of the data while reading: for one sample in 256, or for each"),
 ]
 Checkpoints = Annotated[
     str | None,
@@ -49,10 +65,6 @@ Checkpoints = Annotated[
         metavar="DIR|URI",
         help="where each run keeps its checkpoints, under its name: a folder, s3://bucket/prefix, ...; without it in its own",
     ),
-]
-NodeLoss = Annotated[
-    Literal["fast", "patient"],
-    typer.Option("--node-loss", help="go on without a node that says nothing, or ride out a cut link"),
 ]
 OrResume = Annotated[bool, typer.Option("--or-resume", help="go on with the run or suite of this --name where it has begun")]
 
@@ -101,7 +113,7 @@ def launch(
 
         named(runs, name)
     made = _comparison([made_of(recipe, set_, tiny) for recipe in recipes], seeds, tune)
-    from pipeline.launch.cluster import Cluster, parse_workers
+    from pipeline.launch.cluster import OPERATIONAL, Cluster, parse_workers
     from pipeline.recipe_file import own_package
     from pipeline.suite import Suite
 
@@ -117,11 +129,13 @@ def launch(
         verify=verify,
         checkpoints=checkpoints,
         node_loss=node_loss,
-        side_by_side=_count_or_auto(side_by_side),
+        side_by_side=count_or_auto(side_by_side, option="launch: --side-by-side", of="runs"),
     )
-    if hand_over(context, made, workers=here.workers):  # which reads cluster to partition from there
-        return
+    if here.side_by_side != 1 and not isinstance(made, Suite):
+        raise ValueError(f"launch: --side-by-side is for several runs; got {side_by_side} with {made.name} alone")
     trusted = (*trust, *(package for recipe in recipes for package in own_package(recipe, made)))
+    if hand_over(context, made, workers=here.workers, trust=trusted):  # which reads cluster to partition from there
+        return
     if or_resume:
         if name is None:
             raise ValueError("launch: --or-resume goes on with what has this --name; got none")
@@ -129,12 +143,13 @@ def launch(
             from pipeline.launch.again import refuse_unless_launched_so
 
             refuse_unless_launched_so(runs / name, made, here, trust=trusted)
-            where = {
+            where: dict[str, Any] = {
                 "workers": None if inline else here.workers,
                 "inline": inline,
                 "address": address or (None if inline else "local"),
             }
-            _go_on(runs / name, runs, **where, trust=trusted)
+            options = {field: getattr(here, field) for field in OPERATIONAL if is_typed(context, field)}
+            _go_on(runs / name, **where, options=options, trust=trusted)
             return
     if isinstance(made, Suite):
         from pipeline.launch.suite import launch_suite
@@ -144,50 +159,62 @@ def launch(
     else:
         from pipeline.launch.start import launch_run
 
-        if here.side_by_side != 1:
-            raise ValueError(f"launch: --side-by-side is for several runs; got {side_by_side} with {made.name} alone")
-        _end_run(launch_run(made, here, runs, name=name, adopts=or_resume, trust=trusted), runs)
+        _end_run(launch_run(made, here, runs, name=name, adopts=or_resume, trust=trusted))
 
 
 def resume(
+    context: typer.Context,
     run: RunOrSuite,
-    workers: Annotated[
-        str | None, typer.Option("--workers", metavar="N|MIN:MAX|N,N,...", help="processes; without it as many as before")
-    ] = None,
+    workers: SizesOrAsBefore = None,
     inline: Inline = False,
     address: Address = None,
+    device: DeviceOrAsBefore = None,
+    cpus_per_worker: CpusOrAsBefore = None,
+    loader_threads: LoadersOrAsBefore = None,
+    max_restarts: RestartsOrAsBefore = None,
+    hang_minutes: HangOrAsBefore = None,
+    verify: VerifyOrAsBefore = None,
+    node_loss: NodeLossOrAsBefore = None,
+    side_by_side: SideBySideOrAsBefore = None,
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
-    """Go on with a run at the exact sample where its newest whole checkpoint stands; with a suite, run by run."""
+    """Go on with a run at the exact sample where its newest whole checkpoint stands; with a suite, run by run.
+
+    --device to --side-by-side hold from then on; without them it goes on as it was launched.
+    """
     _heed_schedulers()
-    from pipeline.launch.cluster import parse_workers
+    from pipeline.launch.cluster import OPERATIONAL, parse_workers
     from pipeline.report.runs import find_run_or_suite
 
     asked = None if workers is None else parse_workers(workers)
-    _go_on(find_run_or_suite(runs, run), runs, workers=asked, inline=inline, address=address, trust=tuple(trust))
+    options = {field: context.params[field] for field in OPERATIONAL if is_typed(context, field)}  # device to side_by_side
+    if side_by_side is not None:
+        options["side_by_side"] = count_or_auto(side_by_side, option="resume: --side-by-side", of="runs")
+    folder = find_run_or_suite(runs, run)
+    _go_on(folder, workers=asked, inline=inline, address=address, options=options, trust=tuple(trust))
 
 
 def _go_on(
     folder: Path,
-    runs: Path,
     *,
     workers: int | tuple[int, ...] | None,
     inline: bool,
     address: str | None,
+    options: dict[str, Any],
     trust: tuple[str, ...],
 ) -> None:
     from pipeline.suite import is_suite
 
-    where = {"workers": workers, "inline": inline, "address": address}
+    how: dict[str, Any] = {"workers": workers, "inline": inline, "address": address, "options": options}
     if is_suite(folder):
         from pipeline.launch.suite import resume_suite
 
-        _end_suite(resume_suite(folder, **where, trust=trust), trust)
+        _end_suite(resume_suite(folder, **how, trust=trust), trust)
     else:
         from pipeline.launch.start import resume_run
 
-        _end_run(resume_run(folder, runs, **where, trust=trust), runs)
+        _end_run(resume_run(folder, **how, trust=trust))
 
 
 def _heed_schedulers() -> None:
@@ -195,13 +222,13 @@ def _heed_schedulers() -> None:
     signal.signal(signal.SIGUSR1, signal.default_int_handler)
 
 
-def _end_run(folder: Path | None, runs: Path) -> None:
+def _end_run(folder: Path | None) -> None:
     """The table of what was trained; somebody who stopped the training gets the shell's code for that."""
     if folder is None:
         sys.exit(130)
     from pipeline.report.compare import print_studies
 
-    print_studies(runs, [folder])
+    print_studies(folder.parent, [folder])
 
 
 def _end_suite(folder: Path | None, trust: tuple[str, ...]) -> None:
@@ -222,9 +249,3 @@ def _comparison(made: list[Recipe | Suite], seeds: int, tune: str | None) -> Rec
 
     suite = over_seeds(joined([each if isinstance(each, Suite) else Suite((each,)) for each in made]), seeds)
     return suite if tune is None else tuned(suite, *parse_search(tune))
-
-
-def _count_or_auto(text: str) -> int | Literal["auto"]:
-    if text != "auto" and not (text.isdecimal() and int(text) > 0):
-        raise ValueError(f"launch: --side-by-side must be a number of runs or auto; got {text}")
-    return "auto" if text == "auto" else int(text)

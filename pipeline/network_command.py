@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.options import RUNS, RunName, Runs, Sets, Trust, made_of
+from pipeline.options import RUNS, RunName, Runs, Sets, Trust, is_typed, made_of
 
 
 def add_network_commands(app: typer.Typer) -> None:
@@ -20,6 +20,7 @@ def add_network_commands(app: typer.Typer) -> None:
 
 
 def evaluate(
+    context: typer.Context,
     run: Annotated[
         str,
         typer.Argument(metavar="RUN|RECIPE", help="a run's folder, or its name under --runs; with --weights also a recipe file"),
@@ -38,10 +39,14 @@ def evaluate(
 ) -> None:
     """Evaluate a network, a run's or a recipe's, on its whole evaluation set, in this process."""
     if run.endswith(".py"):
+        if is_typed(context, "runs"):
+            raise ValueError(f"evaluate: --runs is where a run is found, and a recipe is a file; got {run} with --runs {runs}")
         made = made_of(Path(run), set_, tiny=False)
         from pipeline.launch.start import evaluate_recipe
+        from pipeline.recipe_file import own_package
 
-        evaluate_recipe(made, which=which, weights=weights, time_steps=steps)
+        own = tuple(own_package(Path(run), made))
+        evaluate_recipe(made, which=which, weights=weights, time_steps=steps, own=own, trust=tuple(trust))
         return
     from pipeline.launch.start import evaluate_run
     from pipeline.report.runs import find_run

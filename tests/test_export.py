@@ -25,6 +25,8 @@ from pipeline.models.convnet import convnet
 from pipeline.models.ms_resnet import MSResNet
 from pipeline.models.qkformer import QKFormer
 from pipeline.recipe import Recipe, Spec, spec
+from pipeline.recipe_file import load_recipe
+from pipeline.recipe_json import encode
 from pipeline.spiking.binary import binary_synapses
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
@@ -310,3 +312,54 @@ def test_a_damaged_checkpoint_is_not_exported(
     code, _, err = spiketrain("export", "run", "--runs", str(tmp_path), monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2 and err.count("\n") == 1 and "needs a checkpoint that verifies; got none" in err
     assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+NETWORK = """
+from torch import nn
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.synapse import Linear
+
+class Flat(nn.Module):
+    def forward(self, x_TBCHW):
+        return x_TBCHW.flatten(2)
+
+def network(classes):
+    return nn.Sequential(Flat(), Linear(64, 8), LIF(), Linear(8, classes))
+"""
+MADE_OF_IT = """
+from pipeline.recipe import spec
+from tests.small import small_recipe
+
+def recipe():
+    return small_recipe(model=spec(network, classes=10))
+"""
+
+
+def test_a_network_of_ones_own_is_evaluated_from_its_recipe_and_an_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the recipe file itself, which was trusted when it was run, and of a package beside it, which has to be named."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "export_lab.py").write_text(NETWORK)
+    (tmp_path / "of_the_lab.py").write_text("from export_lab import network\n" + MADE_OF_IT)
+    (tmp_path / "of_itself.py").write_text(NETWORK + MADE_OF_IT)
+
+    def evaluate(name: str, *words: str) -> tuple[int, str, str]:
+        words = ("evaluate", str(tmp_path / f"{name}.py"), *words)
+        return spiketrain(*words, monkeypatch=monkeypatch, capsys=capsys)
+
+    for name in ("of_the_lab", "of_itself"):
+        made = load_recipe(tmp_path / f"{name}.py")
+        assert isinstance(made, Recipe)
+        tensors = made.model.build().state_dict()
+        told = {"format": "spiketrain", "version": "1", "layout": "plain", "time_steps": "3"}
+        told["model"] = json.dumps(encode(made.model, paths=True))
+        save_file(tensors, tmp_path / f"{name}.safetensors", {**told, "sha256": _digest(told, tensors)})
+        save_file(tensors, tmp_path / f"{name}-plain.safetensors")
+    code, _, err = evaluate("of_the_lab", "--weights", str(tmp_path / "of_the_lab.safetensors"))
+    assert code == 2 and err.count("\n") == 1 and "export_lab.network is not in a trusted package" in err
+    for name, trust in (("of_the_lab", ("--trust", "export_lab")), ("of_itself", ())):
+        code, out, err = evaluate(name, "--weights", str(tmp_path / f"{name}.safetensors"), *trust)
+        assert code == 0 and "on 20 samples" in out, err
+    code, _, err = evaluate("of_the_lab", "--weights", str(tmp_path / "of_the_lab-plain.safetensors"), "--trust", "export_lab")
+    assert code == 2 and err.count("\n") == 1 and "evaluate: --trust is for a file of spiketrain export, which says what" in err

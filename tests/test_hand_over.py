@@ -116,6 +116,63 @@ def test_nobody_there_is_one_line(launch: Any, monkeypatch: pytest.MonkeyPatch) 
     assert code == 2 and len(err.splitlines()) == 1 and "Failed to connect to Ray" in err
 
 
+BOTH = f"{SMALL} recipes/fashion/bptt.py"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (f"{SMALL} --cluster ray://h:1 --side-by-side 2", "--side-by-side is for several runs; got 2 with fashion-sltt alone"),
+        (
+            f"{BOTH} --cluster k8s --image a.example/s:1 --workers 4 --side-by-side 8",
+            "k8s: 8 runs side by side of 4 workers x 1 cpus must fit into pods of 4 cores, of which ",
+        ),
+        (
+            f"{BOTH} --cluster slurm --nodes 2 --time 1 --gpus-per-node 4 --workers 4 --side-by-side 3",
+            "slurm: each worker takes a GPU; got 3 runs side by side of 4 workers on 2 nodes x 4 GPUs",
+        ),
+        (
+            f"{BOTH} --cluster slurm --nodes 2 --time 1 --gpus-per-node 4 --side-by-side 2",
+            "slurm: each worker takes a GPU; got 2 runs side by side of 8 workers on 2 nodes x 4 GPUs",
+        ),
+    ],
+)
+def test_runs_side_by_side_that_the_launch_would_refuse_are_not_handed_over(launch: Any, words: str, said: str) -> None:
+    code, out, err = launch(*words.split(), "--name", "mine", "--dry-run")
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1 and said in err
+
+
+LAB = """
+from pipeline.models.nf_resnet import nf_resnet18_small
+
+def network(classes):
+    return nf_resnet18_small(classes=classes, in_channels=1, width=4, blocks=(1, 1))
+
+def table(runs, console):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("made", "untrusted"),
+    [("small_recipe(model=spec(network, classes=10))", "network"), ("Suite((small_recipe(),), table)", "table")],
+)
+def test_what_whoever_resumes_would_not_import_is_not_handed_over(
+    launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: str, untrusted: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "handed_lab.py").write_text(LAB)
+    imports = ("handed_lab import network, table", "pipeline.recipe import spec", "pipeline.suite import Suite")
+    lines = [f"from {each}" for each in (*imports, "tests.small import small_recipe")]
+    (tmp_path / "handed.py").write_text("\n".join([*lines, f"def recipe():\n    return {made}\n"]))
+    words = (str(tmp_path / "handed.py"), "--cluster", "ray://h:1", "--name", "mine", "--dry-run")
+    code, out, err = launch(*words)
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert f"handed_lab.{untrusted} is not in a trusted package" in err
+    code, out, err = launch(*words, "--trust", "handed_lab")
+    assert code == 0 and " --trust handed_lab " in out, err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

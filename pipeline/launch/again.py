@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.launch.cluster import Cluster
+from pipeline.launch.cluster import OPERATIONAL, Cluster, differences
 from pipeline.recipe import Recipe, read_json
 from pipeline.recipe_json import differing, listed
 from pipeline.suite import Suite, SuiteFile, is_suite
 
-MAY_DIFFER = ("workers", "inline", "address")
-"""of a launch: a run goes on where and on as many workers as it is told now"""
+MAY_DIFFER = ("workers", "inline", "address", *OPERATIONAL)
+"""of a launch: a run goes on where, on as many workers and as it is told now"""
 
 
 def refuse_unless_launched_so(folder: Path, made: Recipe | Suite, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
@@ -32,10 +31,9 @@ def refuse_unless_launched_so(folder: Path, made: Recipe | Suite, cluster: Clust
         raise ValueError(f"{rule}; its recipe differs now: {listed(found)}")
     there = read_json(folder / "cluster.json") if isinstance(made, Recipe) else SuiteFile.read(folder, trust=trust).cluster
     was, now = Cluster.from_json(there), cluster
-    options = [name for name in asdict(was) if name not in MAY_DIFFER and getattr(was, name) != getattr(now, name)]
-    if options:
-        changed = ", ".join(f"--{name.replace('_', '-')} was {getattr(was, name)}, is {getattr(now, name)}" for name in options)
-        raise ValueError(f"{rule}; its options differ now: {changed}")
+    changed = [told for name, told in differences(was, now).items() if name not in MAY_DIFFER]
+    if changed:
+        raise ValueError(f"{rule}; its options differ now: {', '.join(changed)}")
 
 
 def _differences(folder: Path, made: Recipe | Suite, *, trust: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:

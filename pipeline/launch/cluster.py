@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pipeline.checkpoint import refuse_credentials
@@ -13,6 +15,20 @@ from pipeline.launch.inline import Inline
 from pipeline.launch.node_loss import NodeLoss
 from pipeline.launch.ray import Ray
 from pipeline.spec import arguments_of
+
+OPERATIONAL = (
+    "device",
+    "cpus_per_worker",
+    "loader_threads",
+    "max_restarts",
+    "hang_minutes",
+    "verify",
+    "node_loss",
+    "side_by_side",
+)
+"""fields that whoever goes on with a run may change for good: the machines may be others than those that it was launched on"""
+_OF_RAY = ("workers", "address", "cpus_per_worker", "max_restarts", "node_loss")
+"""fields without an effect on one worker in this process"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +79,27 @@ class Cluster:
             raise ValueError(f"cluster: runs side by side need one number of workers; got {told(self.sizes)}")
 
     @property
+    def of_workers(self) -> dict[str, Any]:
+        """What each worker is told of it: fields of pipeline.job.Job."""
+        return {
+            "threads": self.cpus_per_worker,
+            "loader_threads": self.loader_threads,
+            "hang_minutes": self.hang_minutes,
+            "verify": self.verify,
+            "own_cores": self.side_by_side != 1,
+        }
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """Every number of workers that a run may have."""
         return self.workers if isinstance(self.workers, tuple) else (self.workers,)
 
     def launcher(self) -> Launcher:
         if self.inline:
-            for name in ("workers", "address", "cpus_per_worker", "max_restarts"):
+            for name in _OF_RAY:
                 if getattr(self, name) != getattr(Cluster, name):
                     got = told(self.sizes) if name == "workers" else getattr(self, name)
-                    option = f"--{name.replace('_', '-')} {got}"
-                    raise ValueError(f"cluster: --inline is one worker in this process, without Ray; got {option}")
+                    raise ValueError(f"cluster: --inline is one worker in this process, without Ray; got {option(name)} {got}")
             return Inline(device=self.device)
         return Ray(
             workers=self.workers,
@@ -84,8 +110,17 @@ class Cluster:
             node_loss=self.node_loss,
         )
 
-    def resumed(self, *, workers: int | tuple[int, ...] | None, inline: bool, address: str | None) -> Cluster:
-        """As it was launched, but for what the user now says of it.
+    def resumed(
+        self,
+        *,
+        workers: int | tuple[int, ...] | None = None,
+        inline: bool = False,
+        address: str | None = None,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Cluster:
+        """As it was launched, but for what the user now says of it: `options` are of OPERATIONAL.
+
+        What it was launched with on Ray waits while one worker trains in this process; what is said of it then is refused.
 
         Raises:
             ValueError: it was launched on a cluster, and nobody says which one it is to go on with. The folder's word is not
@@ -96,13 +131,11 @@ class Cluster:
                 f"resume: a run that was launched on a Ray cluster must be told --address anew; got none, it was {self.address}; "
                 "--address local starts a cluster here"
             )
-        if inline:  # with what does not go with it, which `launcher` refuses
-            mine = Cluster(inline=True, device=self.device, loader_threads=self.loader_threads, side_by_side=self.side_by_side)
-            mine = replace(mine, checkpoints=self.checkpoints)
-            return replace(mine, workers=workers or 1, address=address)
-        if workers is not None or address is not None:
-            return replace(self, inline=False, workers=workers or self.workers, address=address)
-        return self
+        if inline or (self.inline and workers is None and address is None):
+            of_ray = {name: getattr(Cluster, name) for name in _OF_RAY}
+            said = {**options, "workers": workers or 1, "address": address}
+            return replace(self, **{**of_ray, **said, "inline": True})
+        return replace(self, **{**options, "workers": workers or self.workers, "address": address, "inline": False})
 
     def address_to_say(self, launched: Cluster) -> str | None:
         """`--address` of the command that goes on, where this does now, with what was `launched` so."""
@@ -116,6 +149,17 @@ class Cluster:
             ValueError: a field that there is not, a value of another type, or a count that is none.
         """
         return cls(**arguments_of(cls, value, who="cluster"))
+
+
+def option(field: str) -> str:
+    """As it is typed."""
+    return f"--{field.replace('_', '-')}"
+
+
+def differences(was: Cluster, now: Cluster) -> dict[str, str]:
+    """What is told of each field that differs, by its name: `--verify was sampled, is full`."""
+    values = {name: (getattr(was, name), getattr(now, name)) for name in asdict(was)}
+    return {name: f"{option(name)} was {a}, is {b}" for name, (a, b) in values.items() if a != b}
 
 
 def parse_workers(text: str) -> int | tuple[int, ...]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,6 +20,7 @@ from pipeline.evaluate import Evaluation, evaluate, inputs
 from pipeline.export import is_export, load_export
 from pipeline.job import Job, resume_command
 from pipeline.launch.base import Launcher
+from pipeline.launch.changed import change_run
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.drive import drive, driver_lock, prepare, read_job
 from pipeline.recipe import Recipe, read_json
@@ -42,27 +45,28 @@ def launch_run(
 
 def resume_run(
     folder: Path,
-    runs: Path,
     *,
     workers: int | tuple[int, ...] | None,
     inline: bool,
     address: str | None,
+    options: Mapping[str, Any],
     trust: tuple[str, ...] = (),
 ) -> Path | None:
-    """Go on with a run: its folder, or None when asked to stop."""
-    if folder.parent.resolve() != runs.resolve():  # a run that was named by its path
-        runs = folder.parent
+    """Go on with a run, `options` from now on (`change_run`): its folder, or None when asked to stop."""
     if state_of(folder) == "finished":
         Console().print(f"{folder.name} has finished")
         return folder
+    if options.get("side_by_side", 1) != 1:
+        raise ValueError(f"resume: --side-by-side is for a suite; got {options['side_by_side']} with {folder.name} alone")
     launched = Cluster.from_json(read_json(folder / "cluster.json"))
-    cluster = launched.resumed(workers=workers, inline=inline, address=address)
+    cluster = launched.resumed(workers=workers, inline=inline, address=address, options=options)
     if workers is not None:  # others were checked at the launch
         check_sizes(Recipe.read(folder / "recipe.json", trust=trust), cluster.sizes)
     with driver_lock(folder):
         pass  # whoever trains it is told of before a cluster is started in vain
     with cluster.launcher() as launcher:
-        return _trained(read_job(folder, trust=trust), launcher, runs, address=cluster.address_to_say(launched))
+        change_run(folder, options, Console())
+        return _trained(read_job(folder, trust=trust), launcher, folder.parent, address=cluster.address_to_say(launched))
 
 
 def check(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
@@ -104,20 +108,36 @@ def evaluate_run(
     _print_accuracy(network, recipe, f"{folder.name} ({which if weights is None else weights.name}", time_steps)
 
 
-def evaluate_recipe(made: Recipe | Suite, *, which: str | None, weights: Path | None, time_steps: int | None) -> None:
-    """Print the accuracy of a recipe's network with the weights of a file; no run is needed."""
+def evaluate_recipe(
+    made: Recipe | Suite,
+    *,
+    which: str | None,
+    weights: Path | None,
+    time_steps: int | None,
+    own: tuple[str, ...],
+    trust: tuple[str, ...],
+) -> None:
+    """Print the accuracy of a recipe's network with the weights of a file; no run is needed.
+
+    `own` is the recipe file's own module, where the network is of it; `trust` what the user names beside it.
+    """
     if weights is None or which is not None:
         got = "no --weights" if weights is None else f"--which {which}"
         raise ValueError(f"evaluate: a recipe has no checkpoints and needs --weights FILE; got {got}")
     if isinstance(made, Suite):
         names = ", ".join(recipe.name for recipe in made.recipes)
         raise ValueError(f"evaluate: --weights are those of one network, so the file must hold one recipe; got {names}")
-    network = _with_weights(made, weights)
+    network = _with_weights(made, weights, trust=(*trust, *own))
+    if trust and not is_export(weights):  # after what is wrong with the file itself
+        raise ValueError(
+            "evaluate: --trust is for a file of spiketrain export, which says what its network is made of; "
+            f"got --trust {' --trust '.join(trust)} with {weights}"
+        )
     made.data.build().check()
     _print_accuracy(network, made, f"{made.name} ({weights.name}", time_steps)
 
 
-def _with_weights(recipe: Recipe, file: Path, *, trust: tuple[str, ...] = ()) -> nn.Module:
+def _with_weights(recipe: Recipe, file: Path, *, trust: tuple[str, ...]) -> nn.Module:
     """The recipe's network with the weights of a file: one of `spiketrain export`, packed or not, or any other."""
     if is_export(file):
         return load_export(file, model=recipe.model, trust=trust)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from pipeline.job import resume_command
 from pipeline.launch.base import Launcher
+from pipeline.launch.changed import change_suite
 from pipeline.launch.children import Children, begun_job
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.drive import driver_lock, was_stopped
@@ -44,9 +47,15 @@ def launch_suite(
 
 
 def resume_suite(
-    folder: Path, *, workers: int | tuple[int, ...] | None, inline: bool, address: str | None, trust: tuple[str, ...] = ()
+    folder: Path,
+    *,
+    workers: int | tuple[int, ...] | None,
+    inline: bool,
+    address: str | None,
+    options: Mapping[str, Any],
+    trust: tuple[str, ...] = (),
 ) -> Path | None:
-    """Go on with a suite where it stopped: its folder, or None when asked to stop."""
+    """Go on with a suite where it stopped, `options` from now on (`change_suite`): its folder, or None when asked to stop."""
     suite_file = SuiteFile.read(folder, trust=trust)
     begun = {name: run for name, run in runs_of(folder).items() if run.exists()}
     for run in begun.values():
@@ -54,10 +63,12 @@ def resume_suite(
     if len(begun) == len(suite_file.runs) and all(is_over(run) for run in begun.values()):
         Console().print(f"{folder.name} has finished")
         return folder
-    cluster = Cluster.from_json(suite_file.cluster).resumed(workers=workers, inline=inline, address=address)
+    cluster = Cluster.from_json(suite_file.cluster).resumed(workers=workers, inline=inline, address=address, options=options)
     launcher = cluster.launcher()
     _check_ahead(suite_file.suite, cluster, trust=trust, begun=frozenset(begun))
     with launcher:
+        left = [run for run in begun.values() if not is_over(run)]
+        suite_file = change_suite(folder, suite_file, options, left, Console())
         return _train_the_rest(folder, suite_file, cluster, launcher, trust=trust)
 
 

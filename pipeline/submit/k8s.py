@@ -91,38 +91,27 @@ def _entrypoint(order: Order, *, gpus: bool) -> list[str]:
     """One shell reads it, on the head, where there is no GPU to be found: so which device is said."""
     words = ["spiketrain", "launch", *order.words, "--name", order.name, "--runs", order.runs, "--address", "auto"]
     words += ["--workers", order.asked]
-    if _option(order.words, "--device") is None:
+    if order.option("--device") is None:
         words += ["--device", "gpu" if gpus else "cpu"]
     return [*words, "--or-resume"]
 
 
 def _pods(order: Order, workers: int, limits: dict[str, Any], *, most: int) -> int:
-    """How many pods hold so many of the order's workers: each takes a GPU, if the pods have any, and its cores."""
-    asked = _option(order.words, "--cpus-per-worker") or "1"
+    """How many pods hold the order's runs of so many workers: each takes a GPU, if the pods have any, and its cores."""
+    asked = order.option("--cpus-per-worker") or "1"
     if not asked.isdecimal() or int(asked) < 1:
         raise ValueError(f"k8s: --cpus-per-worker must be a whole number >= 1; got {asked!r}")
     room = _cpus(limits) // int(asked)
-    if _gpus(limits) and _option(order.words, "--device") != "cpu":
+    if _gpus(limits) and order.option("--device") != "cpu":
         room = min(room, _gpus(limits))
-    pods = math.ceil(workers / room) if room else None
+    pods = math.ceil(order.side_by_side * workers / room) if room else None
     if pods is None or pods > most:
         each = f"{_cpus(limits)} cores" + (f" and {_gpus(limits)} GPUs" if _gpus(limits) else "")
         raise ValueError(
-            f"k8s: {workers} workers x {asked} cpus must fit into pods of {each}, of which {order.infra} has {most}: "
+            f"k8s: {order.wanted(workers)} x {asked} cpus must fit into pods of {each}, of which {order.infra} has {most}: "
             f"room for {most * room} workers"
         )
     return pods
-
-
-def _option(words: tuple[str, ...], name: str) -> str | None:
-    """The value of an option, as a word of its own or after =; the last one counts."""
-    value = None
-    for word, after in zip(words, (*words[1:], None), strict=True):
-        if word == name:
-            value = after
-        elif word.startswith(f"{name}="):
-            value = word.partition("=")[2]
-    return value
 
 
 def _cpus(limits: dict[str, Any]) -> int:

@@ -59,3 +59,32 @@ class Order:
         """The word after --workers."""
         assert self.sizes, "only a template that makes a number of the machines is given none"
         return told(self.sizes)
+
+    def option(self, name: str) -> str | None:
+        """The value of an option among the words, as a word of its own or after =; the last one counts."""
+        value = None
+        for word, after in zip(self.words, (*self.words[1:], None), strict=True):
+            if word == name:
+                value = after
+            elif word.startswith(f"{name}="):
+                value = word.partition("=")[2]
+        return value
+
+    @property
+    def side_by_side(self) -> int:
+        """Runs at a time that need room of their own; one where they take what room there is (auto).
+
+        Raises:
+            ValueError: the words ask for another number than a count.
+        """
+        asked = self.option("--side-by-side") or "1"
+        if asked == "auto":
+            return 1
+        if not asked.isdecimal() or int(asked) < 1:
+            raise ValueError(f"order: --side-by-side must be a number of runs or auto; got {asked}")
+        return int(asked)
+
+    def wanted(self, workers: int) -> str:
+        """`4 workers`, or `2 runs side by side of 4 workers`."""
+        runs = "" if self.side_by_side == 1 else f"{self.side_by_side} runs side by side of "
+        return f"{runs}{workers} workers"

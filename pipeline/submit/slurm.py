@@ -56,9 +56,10 @@ def _refuse_unless_it_fits(order: Order, *, nodes: int, gpus_per_node: int) -> N
         raise ValueError(f"slurm: nodes must be 1 or more, gpus_per_node 0 or more; got {nodes} and {gpus_per_node}")
     if len(order.sizes) > 1:
         raise ValueError(f"slurm: the nodes of a job stay as many as they are, so workers must be one number; got {order.asked}")
-    if gpus_per_node and order.sizes and order.sizes[0] > nodes * gpus_per_node:
-        gpus = f"{nodes} nodes x {gpus_per_node} GPUs"
-        raise ValueError(f"slurm: each worker takes a GPU; got {order.asked} workers on {gpus}")
+    there = nodes * gpus_per_node
+    workers = order.sizes[0] if order.sizes else there  # as the script counts them
+    if there and order.side_by_side * workers > there:
+        raise ValueError(f"slurm: each worker takes a GPU; got {order.wanted(workers)} on {nodes} nodes x {gpus_per_node} GPUs")
 
 
 def _script(order: Order) -> str:

@@ -217,8 +217,8 @@ def test_weights_that_are_a_pickle_are_refused(tmp_path: Path, spiketrain: Comma
         launcher.run(prepare(small_recipe(stop_after=2), Cluster(inline=True), tmp_path / "runs", name="it"), "test")
     for name in ("weights.pt", "weights.safetensors"):
         harmful_alone(tmp_path / name, tmp_path / "harmed")
-        for what in ("it", recipe):
-            code, _, error = spiketrain("evaluate", what, "--weights", str(tmp_path / name), *runs)
+        for what in (("it", *runs), (recipe,)):
+            code, _, error = spiketrain("evaluate", *what, "--weights", str(tmp_path / name))
             assert f"{name} must hold weights" in refusal(code, error)
         code, _, error = spiketrain("launch", recipe, "--inline", "--set", f"init={tmp_path / name}", *runs)
         assert name in refusal(code, error)

@@ -1,13 +1,21 @@
-"""`launch --or-resume`: the words that a scheduler says again each time go on with what has begun, if it is still the same."""
+"""`launch --or-resume`, with the words that a scheduler says each time: it goes on with what has begun, if it is the same recipe.
+
+What it, or `resume`, says of how it trains holds from then on.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.attempt import Attempt
+from pipeline.launch.cluster import Cluster
+from pipeline.launch.inline import Inline
+from pipeline.suite import runs_of
 from pipeline.track.jsonl import read
 from pipeline.track.state import state_of
 from tests.small import Command, command, same_weights
@@ -56,7 +64,9 @@ def test_the_same_words_begin_go_on_and_end(place: Path, tmp_path: Path, spiketr
         stopped_at(patch, 3)
         assert spiketrain(*words(place, tmp_path))[0] == 130
     assert state_of(tmp_path / "it") == "stopped"
-    assert spiketrain(*words(place, tmp_path))[0] == 0
+    code, said, _ = spiketrain(*words(place, tmp_path), "--verify", "full")
+    assert code == 0 and said.startswith("it: --verify was sampled, is full from here on\n")
+    assert [told(tmp_path / "it", file)["verify"] for file in ("cluster.json", "job.json")] == ["full"] * 2
     assert [event["step"] for event in read(tmp_path / "it" / "journal.jsonl") if event["event"] == "start"] == [0, 4]
     code, said, _ = spiketrain(*words(place, tmp_path))
     assert code == 0 and said.startswith("it has finished")
@@ -87,14 +97,14 @@ def test_another_recipe_is_refused_with_the_fields_that_differ(place: Path, tmp_
     assert code == 2 and error.endswith("it is one run, and now a suite is asked for\n")
 
 
-def test_other_options_are_refused_where_they_would_have_no_effect(place: Path, tmp_path: Path, spiketrain: Command) -> None:
-    """But for where, and on how many workers, it goes on."""
+def test_what_only_a_launch_can_say_is_refused_and_the_rest_is_not(place: Path, tmp_path: Path, spiketrain: Command) -> None:
     assert spiketrain(*words(place, tmp_path))[0] == 0
-    code, _, error = spiketrain(*words(place, tmp_path), "--verify", "full", "--loader-threads", "2")
+    elsewhere = str(tmp_path / "elsewhere")
+    code, _, error = spiketrain(*words(place, tmp_path), "--checkpoints", elsewhere, "--loader-threads", "2")
     assert code == 2 and len(error.splitlines()) == 1
-    assert error.endswith("its options differ now: --loader-threads was 1, is 2, --verify was sampled, is full\n")
+    assert error.endswith(f"its options differ now: --checkpoints was None, is {elsewhere}\n")
     ours = [word for word in words(place, tmp_path) if word != "--inline"]
-    assert spiketrain(*ours, "--workers", "2")[1].startswith("it has finished")
+    assert spiketrain(*ours, "--workers", "2", "--loader-threads", "2")[1].startswith("it has finished")
 
 
 def test_it_needs_a_name(place: Path, tmp_path: Path, spiketrain: Command) -> None:
@@ -102,3 +112,73 @@ def test_it_needs_a_name(place: Path, tmp_path: Path, spiketrain: Command) -> No
     del asked[asked.index("--name") : asked.index("--name") + 2]
     code, _, error = spiketrain(*asked)
     assert (code, error) == (2, "launch: --or-resume goes on with what has this --name; got none\n")
+
+
+# ------------------------------------------------------------------------------------------- a machine of another shape
+
+
+def told(folder: Path, file: str) -> Any:
+    return json.loads((folder / file).read_text())
+
+
+@pytest.fixture
+def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[Cluster]:
+    """What each launcher is made of. They train in this process: no Ray is started."""
+    made: list[Cluster] = []
+
+    def launcher(self: Cluster) -> Inline:
+        made.append(self)
+        return Inline(device="cpu")
+
+    monkeypatch.setattr(Cluster, "launcher", launcher)
+    return made
+
+
+def test_a_run_goes_on_with_fewer_cores_and_keeps_what_nobody_changes(
+    place: Path, tmp_path: Path, spiketrain: Command, trained_on: list[Cluster]
+) -> None:
+    where = ("--runs", str(tmp_path), "--name", "it")
+    launch = ("launch", str(place / "one.py"), "--cpus-per-worker", "2", "--verify", "full", *where)
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_at(patch, 3)
+        assert spiketrain(*launch)[0] == 130
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_at(patch, 5)
+        code, said, error = spiketrain("resume", str(tmp_path / "it"), "--cpus-per-worker", "1", "--hang-minutes", "5")
+    assert code == 130, error
+    assert said.startswith("it: --cpus-per-worker was 2, is 1, --hang-minutes was 30.0, is 5.0 from here on\n")
+    job = told(tmp_path / "it", "job.json")
+    assert (job["threads"], job["hang_minutes"], job["verify"]) == (1, 5.0, "full")
+    code, said, error = spiketrain("resume", str(tmp_path / "it"))
+    assert code == 0 and "from here on" not in said, error
+    now = [(each.cpus_per_worker, each.hang_minutes, each.verify) for each in trained_on]
+    assert now == [(2, 30.0, "full"), (1, 5.0, "full"), (1, 5.0, "full")]
+
+
+def test_a_suite_goes_on_with_fewer_cores_in_the_run_that_has_begun_and_in_the_next(
+    place: Path, tmp_path: Path, spiketrain: Command, trained_on: list[Cluster]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_at(patch, 3)
+        launch = ("launch", str(place / "two.py"), "--cpus-per-worker", "2", "--runs", str(tmp_path), "--name", "it")
+        assert spiketrain(*launch)[0] == 130
+    code, said, error = spiketrain("resume", str(tmp_path / "it"), "--cpus-per-worker", "1")
+    assert code == 0 and "it: --cpus-per-worker was 2, is 1 from here on\n" in said, error
+    assert told(tmp_path / "it", "suite.json")["cluster"]["cpus_per_worker"] == 1
+    for run in runs_of(tmp_path / "it").values():
+        assert told(run, "cluster.json")["cpus_per_worker"] == told(run, "job.json")["threads"] == 1
+
+
+def test_what_is_refused_changes_nothing(place: Path, tmp_path: Path, spiketrain: Command) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_at(patch, 3)
+        assert spiketrain(*words(place, tmp_path))[0] == 130
+    before = {file: told(tmp_path / "it", file) for file in ("cluster.json", "job.json")}
+    for more, said in (
+        (("--cpus-per-worker", "2"), "without Ray; got --cpus-per-worker 2"),
+        (("--side-by-side", "2"), "resume: --side-by-side is for a suite; got 2 with it alone"),
+        (("--workers", "3"), "batch_size must divide by 3 workers; got 8"),
+    ):
+        code, _, error = spiketrain("resume", str(tmp_path / "it"), "--verify", "full", *more)
+        assert code == 2 and said in error and error.count("\n") == 1, error
+    assert {file: told(tmp_path / "it", file) for file in before} == before

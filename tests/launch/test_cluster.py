@@ -10,7 +10,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import psutil
 import pytest
 
 from pipeline.job import resume_command
-from pipeline.launch.cluster import Cluster, parse_workers
+from pipeline.launch.cluster import OPERATIONAL, Cluster, parse_workers
 from pipeline.launch.inline import Inline
 from pipeline.launch.node_loss import NODES, waits_for
+from pipeline.launch_command import resume
 from pipeline.ports import free_port
 
 
@@ -90,6 +92,37 @@ def test_a_resume_in_this_process_takes_one_worker_whatever_there_were() -> None
     for workers in (None, 1):
         now = Cluster(workers=4, address="auto", device="cpu").resumed(workers=workers, inline=True, address=None)
         assert isinstance(now.launcher(), Inline) and now == Cluster(inline=True, device="cpu")
+
+
+def test_a_resume_can_be_told_all_that_a_launch_can_but_where_checkpoints_are() -> None:
+    assert {each.name for each in fields(Cluster)} == {*OPERATIONAL, "workers", "inline", "address", "checkpoints"}
+    assert {*OPERATIONAL, "workers", "inline", "address"} < signature(resume).parameters.keys()
+
+
+def test_a_resume_keeps_what_it_is_not_told_and_takes_what_it_is() -> None:
+    about: dict[str, Any] = {"verify": "full", "hang_minutes": 5.0, "loader_threads": 2, "device": "cpu", "checkpoints": "/c"}
+    launched = Cluster(workers=4, cpus_per_worker=8, max_restarts=1, node_loss="patient", **about)
+    assert launched.resumed(options={"cpus_per_worker": 6}) == replace(launched, cpus_per_worker=6)
+    here = launched.resumed(inline=True)  # without what is Ray's alone
+    assert here == Cluster(inline=True, **about) and isinstance(here.launcher(), Inline)
+    there = here.resumed(workers=2, options={"cpus_per_worker": 3})
+    assert there == Cluster(workers=2, cpus_per_worker=3, **about)
+    assert replace(there, inline=True).resumed(options={"verify": "sampled"}) == replace(here, verify="sampled")
+
+
+@pytest.mark.parametrize(
+    ("options", "got"),
+    [
+        ({"cpus_per_worker": 2}, "--cpus-per-worker 2"),
+        ({"max_restarts": 0}, "--max-restarts 0"),
+        ({"node_loss": "patient"}, "--node-loss patient"),
+    ],
+    ids=["cpus", "restarts", "node loss"],
+)
+def test_what_is_rays_has_no_effect_in_this_process_and_is_refused(options: dict[str, Any], got: str) -> None:
+    for now in (Cluster(inline=True, **options), Cluster(workers=4).resumed(inline=True, options=options)):
+        with pytest.raises(ValueError, match=f"--inline is one worker in this process, without Ray; got {got}$"):
+            now.launcher()
 
 
 def test_a_cluster_is_joined_by_the_users_word_alone() -> None:

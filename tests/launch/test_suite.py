@@ -165,6 +165,26 @@ def test_a_suite_in_one_go(untouched: Path, spiketrain: Command) -> None:
     ]
 
 
+def test_a_folder_may_be_named_by_where_one_stands(untouched: Path, spiketrain: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`.` has no parent of its own: the runs of a suite that is named so are beside its folder all the same."""
+    before = {folder: sorted(folder.iterdir()) for folder in (untouched.parent, untouched)}
+    inside = untouched / "notes"
+    for where, words, name in (
+        (untouched, ("resume", ".", "--trust", "lab_suite"), untouched.name),
+        (inside, ("resume", "..", "--trust", "lab_suite"), untouched.name),
+        (runs_of(untouched)["first"], ("resume", "."), runs_of(untouched)["first"].name),
+    ):
+        where.mkdir(exist_ok=True)
+        monkeypatch.chdir(where)
+        code, said, error = spiketrain(*words)
+        assert code == 0 and said.splitlines()[0] == f"{name} has finished", error
+    inside.rmdir()
+    monkeypatch.chdir(untouched)
+    code, said, error = spiketrain("compare", ".", "--trust", "lab_suite")
+    assert code == 0 and said.startswith("REPORT first:first-"), error
+    assert {folder: sorted(folder.iterdir()) for folder in (untouched.parent, untouched)} == before
+
+
 @pytest.mark.parametrize(
     "stops", [[("second", 5)], [("first", 4), ("second", 2), ("third", 6)]], ids=["in the second", "in each"]
 )
