@@ -57,11 +57,7 @@ def prepare(
         family=family or recipe.family or recipe.name,
         run_id=uuid.uuid4().hex,
         trust=trust,
-        threads=cluster.cpus_per_worker,
-        loader_threads=cluster.loader_threads,
-        hang_minutes=cluster.hang_minutes,
-        verify=cluster.verify,
-        own_cores=cluster.side_by_side != 1,
+        **cluster.of_workers,
     )
     if cluster.checkpoints is not None:
         job = replace(job, checkpoints=_own_place(cluster.checkpoints, folder, study if adopts else None))
