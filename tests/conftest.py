@@ -1,6 +1,7 @@
-"""What every test process must have in its environment before numba, DeepSpeed, Ray or MLflow is imported."""
+"""What every test process must have about it before numba, DeepSpeed, Ray or MLflow is imported."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
@@ -14,3 +15,4 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever tests under nohup hands on, to all that tests start, that it is ignored
