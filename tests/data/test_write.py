@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import multiprocessing
 import os
 import resource
 import shutil
@@ -175,9 +176,8 @@ def test_a_worker_that_dies_is_noticed(photo_folder, tmp_path, monkeypatch):
 
     def kill(done: int, _: int) -> None:
         if done == 3:
-            for worker in psutil.Process().children():
-                if "spawn_main" in " ".join(worker.cmdline()):
-                    worker.send_signal(signal.SIGKILL)
+            for worker in multiprocessing.active_children():
+                worker.kill()
 
     with pytest.raises(LoaderError, match=r"a worker process died"):
         write_folder(photo_folder, tmp_path / "out", workers=2, progress=kill)
@@ -191,7 +191,7 @@ def test_workers_that_hang_are_noticed(photo_folder, monkeypatch):
     encoded = encode.encode_all(sources.image_folder(photo_folder)[0].items, encode.Encoding(mode="jpg"), workers=2)
     next(encoded)
     limit_s[0] = 0.5
-    workers = [worker for worker in psutil.Process().children() if "spawn_main" in " ".join(worker.cmdline())]
+    workers = [psutil.Process(worker.pid) for worker in multiprocessing.active_children()]
     for worker in workers:
         worker.suspend()
     with pytest.raises(LoaderError, match=r"no worker finished for 0\.5 s; waiting for samples .*jpg to .*jpg"):
