@@ -16,7 +16,7 @@ from pipeline.assess import published
 from pipeline.checkpoint import Saved, weights_of
 from pipeline.departures import Departures
 from pipeline.guard import GoBack, Guard
-from pipeline.job import SAVE, STOP, Notice
+from pipeline.job import SAVE, STOP, Notice, was_stopped
 from pipeline.parts import Parts
 from pipeline.record import told_in_checkpoint
 from pipeline.refused import Diverged
@@ -67,12 +67,14 @@ class Saving:
         recipe = self.parts.recipe
         due = recipe.checkpoint_every > 0 and step % recipe.checkpoint_every == 0
         batch_s = time.monotonic() - self._trains_since
+        is_asked = (self.folder / SAVE).exists()
+        notice = self._notice() if is_asked else self.parts.notice()
         stops, asked, late, failed, noticed, leaves = self.ranks.decide(
-            (self.folder / STOP).exists(),
-            (self.folder / SAVE).exists(),
+            was_stopped(self.folder),
+            is_asked,
             recipe.checkpoint_minutes > 0 and time.monotonic() - self._begun_at > 60 * recipe.checkpoint_minutes,
             self.checkpoints.failed(),  # the state at hand is saved in its place
-            self.departures.is_new(notice := self._notice()),
+            self.departures.is_new(notice),
             self.departures.is_last_call(batch_s=batch_s, write_s=self._write_s),
         )
         self._tell_saved(self.checkpoints.done())
@@ -105,7 +107,7 @@ class Saving:
 
     def in_evaluation(self, step: int) -> bool:
         """Save for whoever asks, and may not have the time for the rest of it; collective. Whether somebody asks to stop."""
-        stops = bool(self.ranks.max(torch.tensor(float((self.folder / STOP).exists()))))  # whoever sees it first
+        stops = bool(self.ranks.max(torch.tensor(float(was_stopped(self.folder)))))  # whoever sees it first
         for notice in self.ranks.each(self._notice()):
             if self.departures.is_new(notice):
                 self._hear(notice, step)

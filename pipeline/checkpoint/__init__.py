@@ -16,7 +16,7 @@ In reading order: `checkpoints` saves and restores, `background` is the thread t
 draws from, `lost` what the journal knows of one that is nowhere, `shared` whether all ranks see one place.
 """
 
-from pipeline.checkpoint.address import refuse_credentials
+from pipeline.checkpoint.address import absolute, refuse_credentials
 from pipeline.checkpoint.checkpoints import WEIGHTS, Checkpoints, Saved, weights_of
 from pipeline.checkpoint.folder import Folder, pin, step_folders
 from pipeline.checkpoint.lost import lost_step
@@ -33,6 +33,7 @@ __all__ = [
     "Folder",
     "Place",
     "Saved",
+    "absolute",
     "check_shared",
     "damage",
     "lost_step",

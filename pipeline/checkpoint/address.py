@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from pipeline.checkpoint.place import CheckpointError
@@ -20,3 +21,13 @@ def refuse_credentials(address: str) -> None:
     told = urlsplit(address)
     if "@" in told.netloc or told.query:
         raise CheckpointError("checkpoints: an address holds no credentials, which are the environment's; got one with some")
+
+
+def absolute(address: str) -> str:
+    """The address for every machine alike: a folder's path from the root on.
+
+    Raises:
+        CheckpointError: see `refuse_credentials`.
+    """
+    refuse_credentials(address)
+    return address if "://" in address else str(Path(address).absolute())

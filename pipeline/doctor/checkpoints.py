@@ -12,11 +12,11 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline.checkpoint.address import refuse_credentials
+from pipeline.doctor.failed import named
 from pipeline.launch.environment import SECRET
 from pipeline.marker import Marker
 
@@ -46,16 +46,6 @@ class Kept:
     """what the driver has put there"""
     free_bytes: int | None = None
     """None: a store that tells nobody"""
-
-
-def absolute(address: str) -> str:
-    """The address for every node alike: a folder's path from the root on.
-
-    Raises:
-        CheckpointError: it holds credentials, or may hold some.
-    """
-    refuse_credentials(address)
-    return address if "://" in address else str(Path(address).absolute())
 
 
 def is_folder(address: str) -> bool:
@@ -128,7 +118,7 @@ def _marker() -> Marker:
 
 
 def _said(doing: str, error: Exception) -> str:
-    return f"cannot {doing}: {type(error).__name__}: {_without_secrets(' '.join(str(error).split()))}"
+    return f"cannot {doing}: {_without_secrets(named(error))}"
 
 
 def _without_secrets(text: str) -> str:

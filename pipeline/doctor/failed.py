@@ -5,4 +5,9 @@ from __future__ import annotations
 
 def failed(error: Exception) -> str:
     """One line that begins with `failed`."""
-    return f"failed: {type(error).__name__}: {' '.join(str(error).split())}"
+    return f"failed: {named(error)}"
+
+
+def named(error: Exception) -> str:
+    """The error in one line, its kind first."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.doctor.checkpoints import Kept, Wanted, absolute, is_folder, left_at, try_address
+from pipeline.checkpoint import absolute
+from pipeline.doctor.checkpoints import Kept, Wanted, is_folder, left_at, try_address
 from pipeline.doctor.findings import Finding, of_clocks, of_kept, of_network, of_nodes, of_silent, of_token
 from pipeline.doctor.meeting import Meeting, meet, meet_here
 from pipeline.doctor.node import Asked, examine

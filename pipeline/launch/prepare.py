@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import place_at
+from pipeline.checkpoint import absolute, place_at
 from pipeline.code import commit
 from pipeline.counts import refuse_unless_counts
 from pipeline.data.base import Data
@@ -74,7 +74,7 @@ def _own_place(place: str, run: Path, study: str | None) -> str:
     Raises:
         ValueError: there are others, or the address cannot be opened.
     """
-    address = f"{place.rstrip('/')}/{run.name}" if "://" in place else str(Path(place).absolute() / run.name)
+    address = f"{absolute(place).rstrip('/')}/{run.name}"
     found = place_at(address, run)
     try:
         names = found.names()

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.launch.terminal import outlive
 from pipeline.launch.watch import Watch
 from pipeline.track.jsonl import Event, Follower
 
@@ -28,7 +27,6 @@ class Shown:
         name: str = "",
         also: Callable[[list[Event]], None] = lambda events: None,
     ) -> None:
-        outlive(console)
         self._say, self._also = console.print, also
         journal = folder / "journal.jsonl"
         self._follower = Follower(journal, offset=journal.stat().st_size if journal.exists() else 0)
