@@ -32,7 +32,7 @@ from torch import nn
 from pipeline.backend.plain import Plain
 from pipeline.checkpoint import Checkpoints, Folder, Saved
 from pipeline.code import commit
-from pipeline.guard import Unguarded
+from pipeline.guards.batches import Unguarded
 from pipeline.loop import MicroBatch, train
 from pipeline.measure.memory import hardware
 from pipeline.models.vgg import vgg_sws

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks.overhead import RULES, tuned_batch
 from pipeline.backend.plain import Plain
 from pipeline.code import commit
-from pipeline.guard import Unguarded
+from pipeline.guards.batches import Unguarded
 from pipeline.loop import Meters as LoopMeters
 from pipeline.loop import MicroBatch, train
 from pipeline.measure.memory import hardware

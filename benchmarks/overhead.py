@@ -32,7 +32,6 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.attempt import Attempt
 from pipeline.code import commit
 from pipeline.job import Job, Place, resume_command
 from pipeline.launch.cluster import Cluster
@@ -41,11 +40,12 @@ from pipeline.launch.prepare import prepare
 from pipeline.launch.ray import Ray
 from pipeline.loop import MicroBatch
 from pipeline.measure.memory import hardware
-from pipeline.parts import Parts
 from pipeline.recipe import Recipe, spec
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
+from pipeline.run.attempt import Attempt
+from pipeline.run.parts import Parts
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.state import fresh_state
 from pipeline.track.mlflow import tracking_uri

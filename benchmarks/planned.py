@@ -29,10 +29,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.code import commit
+from pipeline.forecast.plan import Cluster, plan
 from pipeline.launch.cluster import Cluster as Launched
 from pipeline.launch.start import launch_run
 from pipeline.measure.memory import hardware
-from pipeline.plan import Cluster, plan
 from pipeline.recipe import Recipe
 from pipeline.report.planned import errors
 from recipes.events.moving_sltt import recipe as moving_sltt

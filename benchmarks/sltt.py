@@ -23,7 +23,7 @@ from pipeline.measure.memory import hardware
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
-from pipeline.settle import settle
+from pipeline.run.settle import settle
 from pipeline.spiking.encode import repeat
 from recipes.fashion.base import fashion
 

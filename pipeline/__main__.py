@@ -1,4 +1,4 @@
-"""The command line, from *_command.py: what a user can mend ends in one line. Nothing heavy is imported before a command runs."""
+"""The command line, from commands/: what a user can mend ends in one line. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from pipeline.doctor_command import add_doctor_command
-from pipeline.forecast_command import add_forecast_commands
-from pipeline.launch_command import add_launch_commands
-from pipeline.network_command import add_network_commands
-from pipeline.options import RUNS, Runs
-from pipeline.report_command import add_report_commands
-from pipeline.track_command import add_track_commands
-from pipeline.write_command import write_app
+from pipeline.commands.doctor import add_doctor_command
+from pipeline.commands.forecast import add_forecast_commands
+from pipeline.commands.launch import add_launch_commands
+from pipeline.commands.network import add_network_commands
+from pipeline.commands.options import RUNS, Runs
+from pipeline.commands.report import add_report_commands
+from pipeline.commands.track import add_track_commands
+from pipeline.commands.write import write_app
 
 app = typer.Typer(
     name="spiketrain",

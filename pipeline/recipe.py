@@ -92,13 +92,13 @@ class Recipe:
     skip: tuple[tuple[int, int], ...] = ()
     """global batches that are passed over, counted from 0: from one up to and without another"""
     max_skips: int = 3
-    """bad batches in a row that leave no trace, before the run goes back to its newest checkpoint (pipeline/guard.py)"""
+    """bad batches in a row that leave no trace, before the run goes back to its newest checkpoint (pipeline/guards/batches.py)"""
     max_rollbacks: int = 2
     """times that it goes back, before it ends"""
     loss_spike: float = 0.0
     """a loss of more than so many times the median of its task's last 64 makes a batch bad; 0: only one that is not finite"""
     max_damaged_pages: int = 0
-    """pages of the training file that a run does without, others' samples in their samples' places (pipeline/damaged.py)"""
+    """pages of the training file that a run does without, with others' samples in place of theirs (pipeline/guards/damaged.py)"""
     replicas_every: int = 500
     """steps between comparisons of the workers' weights, bit by bit, beside one at each checkpoint; 0: none at all"""
     evaluate_every: int = 1

@@ -11,26 +11,26 @@ from typing import Any
 
 import torch
 
-from pipeline.attempt import Attempt
 from pipeline.build import build_mixing
-from pipeline.compose import compose
 from pipeline.cores import own_cores
-from pipeline.damaged import LeftOut
 from pipeline.data.damage import DamagedPages
 from pipeline.elastic import check_accumulation, steady
-from pipeline.fitting import Smaller, fitted, halve
-from pipeline.guard import GoBack
+from pipeline.guards.batches import GoBack
+from pipeline.guards.damaged import LeftOut
+from pipeline.guards.fitting import Smaller, fitted, halve
+from pipeline.guards.watchdog import Watchdog
 from pipeline.job import Job, Place, note_refusal, raise_refusal
 from pipeline.measure.clock import Clock
 from pipeline.measure.collectives import collectives_on
-from pipeline.parts import Parts
 from pipeline.ranks import Ranks
 from pipeline.recipe import Split
 from pipeline.refused import Refused, refusal_of
-from pipeline.settle import settle
+from pipeline.run.attempt import Attempt
+from pipeline.run.compose import compose
+from pipeline.run.parts import Parts
+from pipeline.run.settle import settle
+from pipeline.run.writer import journal, only_writer
 from pipeline.track.base import Tracker
-from pipeline.watchdog import Watchdog
-from pipeline.writer import journal, only_writer
 
 
 def run(job: Job, place: Place, *, attempt_of: Callable[[Parts], Attempt] = Attempt) -> dict[str, Any] | None:

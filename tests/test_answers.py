@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import pipeline
 from pipeline.answers import Answers, read_answers, write_answers
-from pipeline.attempt import Attempt
 from pipeline.data.base import Data
 from pipeline.data.beton import Beton
 from pipeline.data.synthetic import Synthetic
@@ -24,6 +23,7 @@ from pipeline.job import Place
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.objective import CrossEntropy
 from pipeline.recipe import Recipe, spec
+from pipeline.run.attempt import Attempt
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.state import fresh_state
 from pipeline.tasks import tasks_of

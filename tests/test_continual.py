@@ -17,11 +17,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import pipeline
-from pipeline import guard
-from pipeline.attempt import Attempt
 from pipeline.checkpoint import WEIGHTS, read_trainer, step_folders
 from pipeline.data.synthetic import Synthetic
 from pipeline.data.tasks import Permuted, SplitClasses
+from pipeline.guards import batches as guard
 from pipeline.job import Job
 from pipeline.launch.inline import Inline
 from pipeline.launch.prepare import write_job
@@ -37,7 +36,8 @@ from pipeline.report.show import show_recipe
 from pipeline.rules.base import LossOf, Objective
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.sltt import SLTT
-from pipeline.saving import Saving
+from pipeline.run.attempt import Attempt
+from pipeline.run.saving import Saving
 from pipeline.schedule import cosine
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.state import fresh_state

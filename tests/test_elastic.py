@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pipeline.attempt import Attempt
 from pipeline.build import check_recipe
 from pipeline.data.mixing import Mixing
 from pipeline.data.order import TrainOrder
@@ -25,6 +24,7 @@ from pipeline.objective import CrossEntropy
 from pipeline.recipe import Recipe, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
+from pipeline.run.attempt import Attempt
 from pipeline.spiking.norm import BatchNorm
 from pipeline.track.jsonl import read
 from pipeline.weights import load_run

@@ -14,7 +14,6 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 import pipeline
-from pipeline.attempt import Attempt
 from pipeline.build import check_recipe
 from pipeline.data.base import DataError
 from pipeline.data.mixing import Mixing
@@ -24,7 +23,6 @@ from pipeline.job import Place
 from pipeline.launch.inline import Inline
 from pipeline.measure.clock import PARTS, REST
 from pipeline.models.mlp import mlp
-from pipeline.parts import Parts
 from pipeline.phases import Phase
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe, spec
@@ -32,6 +30,8 @@ from pipeline.refused import Refused
 from pipeline.report.show import show_recipe
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
+from pipeline.run.attempt import Attempt
+from pipeline.run.parts import Parts
 from pipeline.teachers.base import content_hash
 from pipeline.teachers.cache import Cache
 from pipeline.teachers.probe import Probe

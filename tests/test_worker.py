@@ -12,8 +12,7 @@ import torch
 from torch.multiprocessing import ProcessRaisedException
 
 import pipeline
-from pipeline import compose, worker
-from pipeline.attempt import Attempt
+from pipeline import worker
 from pipeline.checkpoint import read_trainer, step_folders
 from pipeline.data.mixing import Mixing
 from pipeline.data.synthetic import Synthetic, SyntheticLoader
@@ -23,6 +22,8 @@ from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.recipe import Recipe, spec
 from pipeline.refused import Diverged, Refused
 from pipeline.rules.sltt import SLTT
+from pipeline.run import compose
+from pipeline.run.attempt import Attempt
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.state import fresh_state
 from pipeline.suite import filled

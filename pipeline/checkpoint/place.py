@@ -74,7 +74,7 @@ class Place(Protocol):
 
         What cannot be deleted stays, and counts for nothing.
 
-        For whoever holds the run's lock: see pipeline/writer.py.
+        For whoever holds the run's lock: see pipeline/run/writer.py.
         """
         ...
 

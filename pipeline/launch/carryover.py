@@ -9,9 +9,9 @@ import torch
 
 from pipeline.backend.base import autocast
 from pipeline.counts import listed_time_steps
-from pipeline.damaged import check_data
 from pipeline.data.base import Data, Grouped
 from pipeline.ensemble import CausalTest, Shuffled, causal_test
+from pipeline.guards.damaged import check_data
 from pipeline.launch.prepare import read_job
 from pipeline.recipe import Recipe, write_json
 from pipeline.weights import load_run

@@ -26,11 +26,11 @@ from pipeline.launch.signals import stops_on_signal
 from pipeline.launch.terminal import outlive
 from pipeline.ranks import Ranks
 from pipeline.refused import Refused
+from pipeline.run.writer import journal
 from pipeline.track.connect import without_password
 from pipeline.track.exposition import Exposed
 from pipeline.track.mlflow import Mirror
 from pipeline.weights import place_of
-from pipeline.writer import journal
 
 POLL_S = 0.25
 MLFLOW_PATIENCE_S = 30.0

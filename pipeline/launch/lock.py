@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.refused import Refused
-from pipeline.writer import PATIENCE_S
+from pipeline.run.writer import PATIENCE_S
 
 INSTANT_S = 1.0
 """`spiketrain runs` holds it for an instant, to see whether anybody does"""

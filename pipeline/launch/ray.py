@@ -26,9 +26,9 @@ from pipeline.launch.nodes import Nodes
 from pipeline.launch.signals import withheld
 from pipeline.ranks import Ranks
 from pipeline.refused import Refused
+from pipeline.run.writer import journal
 from pipeline.track.jsonl import last
 from pipeline.worker import run
-from pipeline.writer import journal
 
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -17,8 +17,8 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2.api.exceptions import ControllerError
 
-from pipeline.damaged import FILE as DAMAGED
-from pipeline.fitting import FILE as MICRO_BATCH
+from pipeline.guards.damaged import FILE as DAMAGED
+from pipeline.guards.fitting import FILE as MICRO_BATCH
 from pipeline.job import was_stopped
 from pipeline.track.jsonl import last
 

@@ -14,10 +14,10 @@ from torch import nn
 
 from pipeline.backend.base import autocast
 from pipeline.build import build_network, check_recipe
-from pipeline.damaged import check_data
 from pipeline.elastic import check_sizes
 from pipeline.evaluate import Evaluation, evaluate, inputs
 from pipeline.export import is_export, load_export
+from pipeline.guards.damaged import check_data
 from pipeline.job import Job, resume_command
 from pipeline.launch.base import Launcher
 from pipeline.launch.changed import change_run

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.plan import RESERVE, Plan, Planned
-from pipeline.profile import EFFICIENCY
+from pipeline.forecast.plan import RESERVE, Plan, Planned
+from pipeline.forecast.profile import EFFICIENCY
 from pipeline.report.planned import Errors
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.forecast.plan import Cluster, Plan
 from pipeline.measure.memory import hardware
-from pipeline.plan import Cluster, Plan
 from pipeline.recipe import BESIDE_THE_STUDY, Recipe
 from pipeline.recipe_json import differing
 from pipeline.report.choose import finished_run

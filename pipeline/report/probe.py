@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.baseline import BASELINE, is_baseline
-from pipeline.bench import Cost
+from pipeline.forecast.bench import Cost
+from pipeline.forecast.probe import Probe, advice
 from pipeline.measure.memory import told_hardware
-from pipeline.probe import Probe, advice
 
 
 def print_probe(found: Probe, *, as_json: bool = False, console: Console | None = None) -> None:

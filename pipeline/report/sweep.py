@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.baseline import BASELINE
-from pipeline.bench import Cost
 from pipeline.code import commit
+from pipeline.forecast.bench import Cost
+from pipeline.forecast.sweep import Point, Sweep
 from pipeline.measure.memory import told_hardware
-from pipeline.sweep import Point, Sweep
 
 
 def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None = None) -> None:

@@ -44,8 +44,9 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.devices import DEVICES
-from pipeline.plan import Cluster, plan
+from pipeline.forecast.devices import DEVICES
+from pipeline.forecast.plan import Cluster, plan
+from pipeline.forecast.sweep import sweep
 from pipeline.recipe import Recipe, read_json, spec, write_json
 from pipeline.report.claims import (
     Claim,
@@ -69,7 +70,6 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.suite import Suite
-from pipeline.sweep import sweep
 from recipes.fashion.base import fashion
 from recipes.imagenet.nf_resnet34_sltt import recipe as nf_resnet34_sltt
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.backend.base import Backend, OptimizerOf
 from pipeline.backend.deepspeed import DeepSpeed
 from pipeline.backend.plain import Plain
-from pipeline.guard import Unguarded
+from pipeline.guards.batches import Unguarded
 from pipeline.loop import MicroBatch, train
 from pipeline.models.binarized import binarized
 from pipeline.objective import CrossEntropy

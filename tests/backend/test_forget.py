@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pipeline.backend.base import Backend
 from pipeline.backend.deepspeed import DeepSpeed
 from pipeline.backend.plain import Plain
-from pipeline.guard import Unguarded
+from pipeline.guards.batches import Unguarded
 from pipeline.loop import MicroBatch, train
 from pipeline.models.heads import multi_head, select_head
 from pipeline.models.mlp import mlp

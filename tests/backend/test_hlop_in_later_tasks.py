@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from pipeline.backend.deepspeed import DeepSpeed
-from pipeline.guard import Unguarded
+from pipeline.guards.batches import Unguarded
 from pipeline.loop import MicroBatch, train
 from pipeline.objective import CrossEntropy
 from pipeline.ranks import Ranks

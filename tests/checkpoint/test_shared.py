@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from pipeline import compose, worker
+from pipeline import worker
 from pipeline.checkpoint import Folder, shared
 from pipeline.job import Job, Place
 from pipeline.marker import Marker
 from pipeline.ranks import Ranks
 from pipeline.refused import Refused
+from pipeline.run import compose
 from tests.processes import run_ranks
 from tests.small import make_run, small_recipe
 

@@ -11,8 +11,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.checkpoint import CheckpointError, absolute
+from pipeline.commands.doctor import doctor
 from pipeline.doctor.checkpoints import Wanted, is_folder, left_at, try_address
-from pipeline.doctor_command import doctor
 from pipeline.marker import Marker
 from tests.checkpoint.s3 import s3_server
 

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from pipeline import storage
-from pipeline.attempt import Attempt
 from pipeline.checkpoint import background, step_folders
+from pipeline.guards import storage
 from pipeline.launch.inline import Inline
 from pipeline.refused import Refused
+from pipeline.run.attempt import Attempt
 from pipeline.track.jsonl import read
 from tests.checkpoint.s3 import s3_server
 from tests.faults.test_not_finite import hit

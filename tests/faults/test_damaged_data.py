@@ -17,15 +17,14 @@ import pytest
 
 pytest.importorskip("ffcv")
 
-from pipeline import compose, disk
-from pipeline.attempt import Attempt
-from pipeline.damaged import Damage
+from pipeline import disk
 from pipeline.data import manifest as manifests
 from pipeline.data.beton import Beton
 from pipeline.data.damage import Page
 from pipeline.data.format import RAW, BetonWriter
 from pipeline.data.order import held_out as held_out_of
 from pipeline.data.order import permutation
+from pipeline.guards.damaged import Damage
 from pipeline.job import Job
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.inline import Inline
@@ -33,6 +32,8 @@ from pipeline.launch.prepare import prepare
 from pipeline.recipe import Recipe, spec
 from pipeline.refused import Refused
 from pipeline.rules.sltt import SLTT
+from pipeline.run import compose
+from pipeline.run.attempt import Attempt
 from pipeline.track.jsonl import read
 from pipeline.track.state import state_of
 from tests.small import Command, command, make_run, same_weights, small_recipe

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.attempt import Attempt
-from pipeline.guard import Skipped
+from pipeline.guards.batches import Skipped
 from pipeline.job import Job, Place
 from pipeline.recipe import Recipe, spec
 from pipeline.refused import Diverged
 from pipeline.rules.ottt import OTTT
-from pipeline.saving import Saving
+from pipeline.run.attempt import Attempt
+from pipeline.run.saving import Saving
 from pipeline.spiking.encode import over_steps
 from pipeline.track.jsonl import read
 from pipeline.track.state import state_of

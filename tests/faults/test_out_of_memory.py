@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessRaisedException
 
-from pipeline.attempt import Attempt
 from pipeline.data.mixing import Mixing
-from pipeline.fitting import FILE
+from pipeline.guards.fitting import FILE
 from pipeline.job import Job, Place
 from pipeline.measure.memory import hardware
 from pipeline.models.mlp import mlp
@@ -22,6 +21,7 @@ from pipeline.refused import Refused
 from pipeline.rules.base import Rule
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
+from pipeline.run.attempt import Attempt
 from pipeline.track.jsonl import read
 from pipeline.weights import load_run
 from pipeline.worker import run

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import assess, attempt, departures, saving
 from pipeline.checkpoint import read_trainer, step_folders
 from pipeline.evaluate import Evaluation
+from pipeline.guards import departures
 from pipeline.job import REFUSAL, SAVE, STOP, Job, Notice, Place, no_notice
 from pipeline.recipe import write_json
+from pipeline.run import assess, attempt, saving
 from pipeline.track.jsonl import read
 from pipeline.track.translate import Translation
 from pipeline.worker import run

@@ -18,7 +18,7 @@ HUNTED = f"{RECOVERY}::test_killed_in_every_way_it_ends_with_the_same_bits"
 WRITE, ELASTIC = "faults/test_checkpoint_write.py", "faults/test_elastic.py"
 SIGNALS = "faults/test_signals.py::test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits"
 SECURITY, DATA, HOSTS = "faults/test_security.py", "faults/test_damaged_data.py", "faults/test_two_hosts.py"
-DRIVE, HEARD, AWAY = "launch/test_drive.py", "launch/test_signals.py", "test_storage.py"
+DRIVE, HEARD, AWAY = "launch/test_drive.py", "launch/test_signals.py", "guards/test_storage.py"
 
 ROWS: dict[str, tuple[str, ...]] = {
     # bits
@@ -33,7 +33,10 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "hang in the loader": (
         *(BITS, f"{CLUSTER}::test_a_loader_that_hangs_is_written_down_and_its_worker_started_again"),
-        *("data/test_reader.py::test_a_hang_arrives_at_the_limit", "test_watchdog.py::test_a_hang_is_written_down_and_ended"),
+        *(
+            "data/test_reader.py::test_a_hang_arrives_at_the_limit",
+            "guards/test_watchdog.py::test_a_hang_is_written_down_and_ended",
+        ),
     ),
     "kill during a checkpoint write": (
         *(f"{WRITE}::test_killed_while_a_checkpoint_is_written", HUNTED),
@@ -47,7 +50,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "disk full": (
         f"{WRITE}::test_a_full_disk_is_said_in_a_line_and_with_room_the_run_goes_on",
         *(f"{WRITE}::test_a_full_disk_that_holds_the_whole_run_costs_no_bit",),
-        *("test_writer.py::test_an_error_that_a_full_disk_keeps_from_the_journal_is_raised_all_the_same",),
+        *("run/test_writer.py::test_an_error_that_a_full_disk_keeps_from_the_journal_is_raised_all_the_same",),
     ),
     "storage that fails for a moment": (
         f"{WRITE}::test_going_back_passes_by_a_checkpoint_that_storage_failed_to_take",
@@ -58,7 +61,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "storage that is away while a run starts": (
         f"{WRITE}::test_storage_that_is_away_as_a_run_starts_is_waited_for_by_the_same_attempt",
         *(f"{AWAY}::test_it_is_tried_again_and_told_once", f"{AWAY}::test_of_two_ranks_one_tries_and_both_live"),
-        *("test_writer.py::test_storage_that_is_away_is_looked_for_again",),
+        *("run/test_writer.py::test_storage_that_is_away_is_looked_for_again",),
         *("launch/test_restarts.py::test_storage_that_is_away_as_a_worker_dies_ends_nothing",),
     ),
     "kill while an old checkpoint is deleted": (f"{CHECKPOINT}::test_a_kill_while_an_old_checkpoint_is_deleted_is_survived",),
@@ -101,7 +104,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "a link between hosts that is cut and mended": (f"{HOSTS}::test_a_link_that_was_cut_and_mended_costs_no_bit",),
     "weights of workers that come apart": (
         *(BITS, f"{CLUSTER}::test_weights_that_come_apart_are_found_and_given_up"),
-        *("test_replicas.py::test_weights_that_come_apart_again_and_again_are_no_matter_of_the_learning_rate",),
+        *("guards/test_replicas.py::test_weights_that_come_apart_again_and_again_are_no_matter_of_the_learning_rate",),
     ),
     "MLflow slow, down and back": (
         *("faults/test_mlflow.py::test_a_server_that_hangs_and_dies_costs_no_bit_and_misses_nothing",),

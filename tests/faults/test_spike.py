@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from pipeline.attempt import Attempt
-from pipeline.guard import WINDOW, Skipped
+from pipeline.guards.batches import WINDOW, Skipped
 from pipeline.objective import CrossEntropy
 from pipeline.rules.base import LossOf
+from pipeline.run.attempt import Attempt
 from pipeline.track.jsonl import read
 from tests.small import same_weights, small_recipe, train_inline
 

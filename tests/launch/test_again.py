@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.attempt import Attempt
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.inline import Inline
+from pipeline.run.attempt import Attempt
 from pipeline.suite import runs_of
 from pipeline.track.jsonl import read
 from pipeline.track.state import state_of

@@ -18,11 +18,11 @@ from typing import Any
 import psutil
 import pytest
 
+from pipeline.commands.launch import resume
 from pipeline.job import resume_command
 from pipeline.launch.cluster import OPERATIONAL, Cluster, parse_workers
 from pipeline.launch.inline import Inline
 from pipeline.launch.node_loss import NODES, waits_for
-from pipeline.launch_command import resume
 from pipeline.ports import free_port
 
 

@@ -16,10 +16,10 @@ import pytest
 from rich.console import Console
 
 from pipeline.__main__ import main
-from pipeline.attempt import Attempt
 from pipeline.launch.lock import driver_lock
 from pipeline.report.runs import list_suites, print_runs
 from pipeline.report.suite import print_suite
+from pipeline.run.attempt import Attempt
 from pipeline.suite import SuiteFile, runs_of
 from pipeline.track.connect import connect
 from pipeline.track.jsonl import read

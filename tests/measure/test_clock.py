@@ -14,12 +14,11 @@ import pytest
 import torch
 from torch import distributed
 
-from pipeline import assess, attempt, feed, saving
 from pipeline.backend.deepspeed import DeepSpeed
 from pipeline.backend.plain import Plain
 from pipeline.data.synthetic import Synthetic
 from pipeline.distill import Distillation
-from pipeline.guard import Unguarded
+from pipeline.guards.batches import Unguarded
 from pipeline.loop import MicroBatch, train
 from pipeline.measure.clock import BETWEEN, PARTS, REST, Clock
 from pipeline.measure.collectives import COLLECTIVES, collectives_on
@@ -32,6 +31,7 @@ from pipeline.recipe import Recipe, spec
 from pipeline.rules import sltt
 from pipeline.rules.base import World
 from pipeline.rules.sltt import SLTT
+from pipeline.run import assess, attempt, feed, saving
 from pipeline.teaching import Teaching
 from pipeline.track.jsonl import read
 from tests.processes import run_ranks

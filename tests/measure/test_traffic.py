@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.devices import DEVICES
+from pipeline.forecast.devices import DEVICES
 from pipeline.measure.traffic import Device, Operation, Traffic
 
 CARD = Device(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.forecast.sweep import sweep
 from pipeline.recipe import spec
 from pipeline.report import page
 from pipeline.report.returned import Returned, returned, sweep_of
@@ -15,7 +16,6 @@ from pipeline.report.sweep import told_sweep
 from pipeline.report.swept import largest, swept
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
-from pipeline.sweep import sweep
 from tests.report.hand_made import study
 from tests.report.test_figures import SWEEP
 from tests.test_probe import recipe_with

@@ -1,0 +1,273 @@
+"""A recipe's network and one batch of its data, on which rules are tried before any training.
+
+Every rule gets the same network with the same weights, which rest, and the same batch, through the loop that trains. Recipes
+with a teacher are tried with its labels alone (asked.py has what it needs beside), and those of several tasks in their first.
+"""
+
+# T time, B batch
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.backend.plain import Plain
+from pipeline.baseline import is_baseline
+from pipeline.build import build_network
+from pipeline.data.base import Batch
+from pipeline.elastic import seed_everything
+from pipeline.guards.batches import Unguarded
+from pipeline.loop import MicroBatch, train
+from pipeline.measure.fidelity import gradients
+from pipeline.measure.held import Held, bytes_of, held
+from pipeline.measure.meters import Instrument, Meters
+from pipeline.measure.stopwatch import seconds_of
+from pipeline.measure.time_parts import REST
+from pipeline.measure.totals import Totals
+from pipeline.measure.traffic import Traffic
+from pipeline.objective import Loss
+from pipeline.optimizer import build_optimizer
+from pipeline.recipe import Recipe, Spec, spec
+from pipeline.rules.base import Rule, World
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.dsr import DSR
+from pipeline.rules.ide import IDE
+from pipeline.rules.opzo import OPZO
+from pipeline.rules.ottt import OTTT
+from pipeline.rules.sltt import SLTT
+from pipeline.rules.spide import SPIDE
+from pipeline.run.settle import settle
+from pipeline.spiking.encode import over_steps
+from pipeline.tasks import tasks_of
+
+RULES = (
+    spec(BPTT),
+    spec(BPTT, chunk=1),
+    spec(BPTT, recompute=True),
+    spec(SLTT),
+    spec(SLTT, k=1),
+    spec(OTTT),
+    spec(OPZO),
+    spec(DSR),
+    spec(IDE),
+    spec(SPIDE),
+)
+UNTIMED = 3  # the first batch warms up, on the second bytes are counted, on the third operations
+TIMED = 5
+ROUNDS = 3
+"""of what is compared by its seconds: where a machine gets slower in between, it does so for all"""
+LEARNS_BY_ITSELF = 16  # batches that a rule with matrices of its own sees before its gradient is taken
+DRAWS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of one rule on one batch."""
+
+    rule: str
+    peak_saved_bytes: int
+    state_bytes: int
+    forward_s: float
+    backward_s: float
+    """of a batch, the median over batches; collectives and the optimizer are in neither"""
+    loop_s: float
+    """of what the loop does beside: transfer, metrics, and what no part is charged for"""
+    operations: Mapping[str, Mapping[str, float]]
+    """for each purpose, of training on one sample"""
+
+    @property
+    def compute_s(self) -> float:
+        return self.forward_s + self.backward_s
+
+    @property
+    def multiplications(self) -> float:
+        return sum(work["multiplications"] for work in self.operations.values())
+
+    @property
+    def additions(self) -> float:
+        return sum(work["additions"] for work in self.operations.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What one rule needs of a machine on one batch; nothing is timed."""
+
+    totals: Totals
+    rule_bytes: int
+    """of what the rule learns by itself"""
+    traffic: Traffic
+
+
+class Bench:
+    """`recipe` with a batch of `batch_size` samples (None: what one worker would hold at a time), as a worker would have it.
+
+    `source="noise"` makes the batch up, normal and of random classes, where the data need not be here: sizes are right then,
+    and sparsity is not.
+
+    Raises: ValueError for a network that does not fit the data; what the data refuse.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        batch_size: int | None = None,
+        source: Literal["data", "noise"] = "data",
+        threads: int = 1,
+    ) -> None:
+        settle(threads)
+        self.recipe = replace(recipe, teacher=None, objective=_of_labels(recipe))
+        self.samples = batch_size or recipe.split(1).micro_batch
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        seed_everything(recipe.seed)
+        self.network = build_network(self.recipe, tasks_of(self.recipe)).to(device)
+        self.loss: Loss = self.recipe.objective.build()
+        batch = first_batch(recipe, self.samples) if source == "data" else noise(recipe, self.samples)
+        self.x_B = batch.x.to(device)
+        self.x_TB = over_steps(self.x_B, recipe.time_steps)
+        self.target_B = batch.target.to(device)
+
+    def cost(self, rule: Spec) -> Cost:
+        """Raises: ValueError where the rule cannot train the network, or its batch does not fit into memory."""
+        made, meters = self._trained(rule, batches=UNTIMED + TIMED)
+        timed, totals = meters.clock.take()[UNTIMED:], meters.totals
+
+        def median_s(*parts: str) -> float:
+            return statistics.median(sum(seconds[part] for part in parts) for seconds in timed)
+
+        return Cost(
+            rule=made.label,
+            peak_saved_bytes=totals.peak_saved_bytes,
+            state_bytes=totals.state_bytes,
+            forward_s=median_s("forward"),
+            backward_s=median_s("backward"),
+            loop_s=median_s("transfer", "metrics", REST),
+            operations=totals.operations_per_sample(),
+        )
+
+    def needs(self, rule: Spec) -> Needs:
+        """Raises: ValueError as `cost`."""
+        traffic = Traffic()
+        made, meters = self._trained(rule, batches=UNTIMED + 1, on_the_last=traffic)
+        return Needs(totals=meters.totals, rule_bytes=bytes_of(made.buffers()), traffic=traffic)
+
+    def gradients(self, rule: Spec) -> list[dict[str, Tensor]]:
+        """What the rule gives each synapse, in fp32; of one that draws time steps, in several draws."""
+        made = self._made(rule)
+        draws = DRAWS if isinstance(made, SLTT) and made.k is not None else 1
+        batches = LEARNS_BY_ITSELF if isinstance(made, OPZO) else 1
+        about = {"world": World(self.recipe.seed), "over_time": self.recipe.over_time, "batches": batches}
+        loss_for = partial(self.loss, self.target_B)
+        return [gradients(self.network, self._made(rule), self.x_TB, loss_for, step=step, **about) for step in range(draws)]
+
+    def held(self) -> Held:
+        """What training holds beside what a rule keeps of a batch."""
+        network, optimizer = self._moved()
+        return held(network, optimizer)
+
+    def optimizer_s(self) -> float:
+        """Seconds of a move of the weights, the median of several."""
+        _, optimizer = self._moved()
+        return statistics.median(seconds_of(optimizer.step, self.x_B.device) for _ in range(TIMED))
+
+    def loading_s(self) -> float:
+        """Seconds of reading a batch and making it ready, on one thread with nothing else to do; the median of several."""
+        data, size = tasks_of(self.recipe)[0].data, self.samples
+        loader = data.train(seed=self.recipe.seed, rank=0, world=1, batch_size=size, micro_batch=size, threads=1)
+        with closing(loader), loader.epoch(0) as batches:
+            some = iter(batches)
+            next(some)
+            turns = min(TIMED, loader.steps_per_epoch - 1)
+            return statistics.median(seconds_of(lambda: next(some), self.x_B.device) for _ in range(turns)) if turns else 0.0
+
+    @property
+    def batch_bytes(self) -> int:
+        return bytes_of([self.x_TB, self.target_B])
+
+    def _made(self, rule: Spec) -> Rule:
+        made: Rule = rule.build()
+        made.check_steps(self.recipe.time_steps)
+        return made
+
+    def _trained(self, rule: Spec, *, batches: int, on_the_last: Instrument | None = None) -> tuple[Rule, Meters]:
+        """So many batches with weights at rest, the last of them seen by `on_the_last`."""
+        network, made = copy.deepcopy(self.network), self._made(rule)
+        made.attach(network, world=World(self.recipe.seed), over_time=self.recipe.over_time)
+        if made.calibration_batches:
+            made.calibrate(network, [self.x_TB])
+        about = {"batch_size": self.samples, "device": self.x_TB.device}
+        meters = Meters(network, **about, memory_every=10**9, operations_every=10**9)
+        backend = Plain(network, _resting, precision=self.recipe.precision)
+        micro_batches = [MicroBatch(self.x_TB, self.target_B, range(self.samples), 1.0)]
+
+        def steps() -> Iterator[tuple[int, list[MicroBatch]]]:
+            for step in range(batches):
+                if step == batches - 1 and on_the_last is not None:
+                    meters.watch(on_the_last)
+                yield step, micro_batches
+
+        try:
+            train(made, backend, lambda step: None, steps(), self.loss, meters, Unguarded())
+        except torch.OutOfMemoryError:
+            network.zero_grad()
+            torch.cuda.empty_cache()
+            raise ValueError(
+                f"{made.label}: a batch must fit into the card's memory; "
+                f"{self.samples} samples at T = {self.recipe.time_steps} do not"
+            ) from None
+        return made, meters
+
+    def _moved(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """A copy of the network, and its optimizer after a first step."""
+        network = copy.deepcopy(self.network)
+        optimizer = build_optimizer(self.recipe, network, self.recipe.rule.build())
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        return network, optimizer
+
+
+def fastest_baseline(costs: Iterable[Cost]) -> Cost | None:
+    """Of BPTT folded over time and step by step the one that computes faster; None where there is neither."""
+    return min((cost for cost in costs if is_baseline(cost.rule)), key=lambda cost: cost.compute_s, default=None)
+
+
+def by_label(rules: Sequence[Spec], own: Spec) -> dict[str, Spec]:
+    """`rules` by their labels, with the recipe's own in the place of one that has its label."""
+    return {rule.build().label: rule for rule in (*rules, own)}
+
+
+def first_batch(recipe: Recipe, size: int) -> Batch:
+    """The first `size` samples that a run of the recipe would train on."""
+    data = tasks_of(recipe)[0].data
+    loader = data.train(seed=recipe.seed, rank=0, world=1, batch_size=size, micro_batch=size, threads=1)
+    with closing(loader), loader.epoch(0) as batches:
+        return next(iter(batches))
+
+
+def noise(recipe: Recipe, size: int) -> Batch:
+    """A batch that nobody read, in the shape of the recipe's data."""
+    data = tasks_of(recipe)[0].data
+    generator = torch.Generator().manual_seed(recipe.seed)
+    x_B = torch.randn(size, *data.shape, generator=generator)
+    return Batch(x_B, torch.randint(data.classes, (size,), generator=generator), torch.arange(size))
+
+
+def _of_labels(recipe: Recipe) -> Spec:
+    return recipe.objective if recipe.teacher is None else spec(_labels, of=recipe.objective)
+
+
+def _labels(of: Loss) -> Loss:
+    return of.labels
+
+
+def _resting(network: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(network.parameters(), lr=0.0)

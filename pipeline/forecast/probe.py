@@ -1,0 +1,151 @@
+"""What each rule would cost on a recipe's network, and what of BPTT's gradient it would drop: on one batch (`bench.py`)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from pipeline.baseline import BASELINE, is_baseline
+from pipeline.build import check_recipe
+from pipeline.forecast.asked import Asked, asked
+from pipeline.forecast.bench import ROUNDS, RULES, Bench, Cost, by_label, fastest_baseline
+from pipeline.measure.fidelity import Fidelity, Gradients, fidelity
+from pipeline.measure.memory import hardware
+from pipeline.recipe import Recipe, Spec
+
+SAFE = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What was found on one batch of a recipe."""
+
+    recipe: str
+    samples: int
+    time_steps: int
+    costs: tuple[Cost, ...]
+    """BPTT first, where it can train the network; seconds are medians over the rounds"""
+    rounds: Mapping[str, tuple[float, ...]]
+    """seconds of forward and backward of each rule, in rounds in which they took turns"""
+    teacher: Asked | None
+    """in no rule's cost"""
+    fidelity: Fidelity | None
+    """None where BPTT cannot train the network: nothing to compare with"""
+    refused: Mapping[str, str]
+    """rules that cannot train the network, and why"""
+    hardware: Mapping[str, object]
+
+    def cost(self, rule: str) -> Cost | None:
+        return next((cost for cost in self.costs if cost.rule == rule), None)
+
+    def share_of_time(self, rule: str) -> tuple[float, ...]:
+        """Of the time baseline's, in each round."""
+        base = self.time_baseline
+        assert base is not None, "asked where there is one"
+        return tuple(mine / its for mine, its in zip(self.rounds[rule], self.rounds[base.rule], strict=True))
+
+    @property
+    def time_baseline(self) -> Cost | None:
+        """What seconds are divided by: the faster BPTT; bytes and operations are divided by those of BPTT folded over time."""
+        return fastest_baseline(self.costs)
+
+
+def probe(recipe: Recipe, *, batch_size: int | None = None, threads: int = 1, rules: Sequence[Spec] = RULES) -> Probe:
+    """Probe `rules`, and the recipe's own, on `batch_size` samples (None: what one worker would hold at a time).
+
+    Raises: ValueError for a recipe that does not fit together, or where no rule can train the network; what the data refuse.
+    """
+    check_recipe(recipe.with_untrained_teacher(), 1)
+    bench = Bench(recipe, batch_size=batch_size, threads=threads)
+    rounds, refused = _in_turns(bench, by_label(rules, recipe.rule))
+    found: dict[str, Sequence[Gradients]] = {}
+    for label, rule in by_label(rules, recipe.rule).items():
+        if label in rounds and (label == BASELINE or not is_baseline(label)):  # BPTT in slices of time has BPTT's gradient
+            try:
+                found[label] = bench.gradients(rule)
+            except ValueError as error:
+                refused[label] = str(error)
+                del rounds[label]
+    if not rounds:
+        raise ValueError("probe: no rule can train this network; " + "; ".join(refused.values()))
+    return Probe(
+        recipe=recipe.name,
+        samples=bench.samples,
+        time_steps=recipe.time_steps,
+        costs=tuple(_in_the_median(each) for each in rounds.values()),
+        rounds={label: tuple(cost.compute_s for cost in each) for label, each in rounds.items()},
+        teacher=asked(recipe, bench.x_B),
+        fidelity=_compared(found),
+        refused=refused,
+        hardware=hardware(),
+    )
+
+
+def _in_turns(bench: Bench, rules: Mapping[str, Spec]) -> tuple[dict[str, list[Cost]], dict[str, str]]:
+    """What each rule costs in every round, and why others cannot train the network."""
+    rounds: dict[str, list[Cost]] = {label: [] for label in rules}
+    refused: dict[str, str] = {}
+    for _ in range(ROUNDS):
+        for label in list(rounds):
+            try:
+                rounds[label].append(bench.cost(rules[label]))
+            except ValueError as error:
+                refused[label] = str(error)
+                del rounds[label]
+    return rounds, refused
+
+
+def _in_the_median(costs: Sequence[Cost]) -> Cost:
+    """All count the same bytes and operations."""
+    seconds = {name: statistics.median(getattr(cost, name) for cost in costs) for name in ("forward_s", "backward_s", "loop_s")}
+    return replace(costs[0], **seconds)
+
+
+def _compared(found: Mapping[str, Sequence[Gradients]]) -> Fidelity | None:
+    if BASELINE not in found:
+        return None
+    (bptt,), sltt = found[BASELINE], found.get("SLTT")
+    others = {label: draws for label, draws in found.items() if label != BASELINE}
+    return fidelity(bptt, None if sltt is None else sltt[0], others)
+
+
+def advice(found: Probe) -> str:
+    """One sentence or two: the cheapest rule whose gradient is near BPTT's in every layer, and what it saves.
+
+    Cheapest: the least product of saved bytes and seconds. Near: a cosine of `SAFE` or more. Where BPTT's gradient of a layer
+    is 0, as where neurons are silent, nothing is known of it, and no rule is called safe.
+    """
+    bptt, fastest = found.cost(BASELINE), found.time_baseline
+    if bptt is None or fastest is None or found.fidelity is None:
+        return f"{found.recipe}: BPTT cannot train this network, so there is nothing to compare gradients with."
+    others = [cost for cost in found.costs if not is_baseline(cost.rule)]
+    if not others:
+        return "No rule but BPTT can train this network."
+    layers, known = found.fidelity.layers, found.fidelity.comparable
+    unknown = "BPTT's gradient is 0 or not finite"
+    if not known:
+        return f"{unknown} in every layer, so there is nothing to compare gradients with."
+    lowest = {cost.rule: found.fidelity.lowest(cost.rule) for cost in others}
+    near = [cost for cost in others if lowest[cost.rule][1] >= SAFE]
+    if not near:
+        rule, (layer, cosine) = max(lowest.items(), key=lambda item: item[1][1])
+        blind = "" if len(known) == len(layers) else f"{unknown} in {len(layers) - len(known)} of {len(layers)} layers. "
+        return (
+            f"No rule's gradient is near BPTT's in every layer: the nearest is {rule}, with a cosine of {cosine:.2f} at {layer}. "
+            f"{blind}Whether it learns all the same, a run says."
+        )
+    best = min(near, key=lambda cost: cost.peak_saved_bytes * cost.compute_s)
+    layer, cosine = lowest[best.rule]
+    if len(known) == len(layers):
+        called, where = f"{best.rule} is safe here before training", "every layer"
+    else:
+        called = f"{best.rule} is near BPTT here before training, but not known to be safe"
+        where = f"{len(known)} of {len(layers)} layers; {unknown} in the others"
+    shares = found.share_of_time(best.rule)
+    faster = "its time" if fastest is bptt else f"the time of {fastest.rule}, the faster BPTT"
+    return (
+        f"{called}: its gradient has a cosine of {cosine:.2f} or more (least at {layer}) with BPTT's in {where}; "
+        f"it keeps {best.peak_saved_bytes / bptt.peak_saved_bytes:.0%} of BPTT's bytes "
+        f"and takes {statistics.median(shares):.0%} of {faster}, {min(shares):.0%} to {max(shares):.0%} in {len(shares)} rounds."
+    )

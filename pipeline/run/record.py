@@ -1,0 +1,150 @@
+"""What a run says of itself: at the start of an attempt, in each checkpoint, and at its end."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.evaluate import Evaluation
+from pipeline.measure.held import held
+from pipeline.measure.memory import hardware
+from pipeline.measure.totals import Totals
+from pipeline.phases import stretch_at
+from pipeline.recipe import Recipe
+from pipeline.recipe_json import differing, listed
+from pipeline.run.conditions import conditions
+from pipeline.run.parts import Parts
+from pipeline.run.summary import summarise, versions
+from pipeline.tasks import Learnt
+from pipeline.track.jsonl import read
+from pipeline.trained_on import trained_on
+
+
+def told_at_start(parts: Parts, *, step: int) -> dict[str, Any]:
+    """The journal's event "start" of an attempt that begins before `step`."""
+    job, recipe, split = parts.job, parts.recipe, parts.split
+    samples, epoch_steps = parts.loaders.lengths[stretch_at(parts.stretches, step).index]  # of the task at hand
+    return {
+        "run": Path(job.run).name,
+        "run_id": job.run_id,
+        "recipe": recipe.name,
+        "rule": parts.rule.label,
+        "study": job.study,
+        "study_parent": job.parent,
+        "suite": job.suite,
+        "family": job.family,
+        "seed": recipe.seed,
+        "world_size": split.workers,
+        "batch_size": recipe.batch_size,
+        "micro_batch": split.micro_batch,
+        "accumulation": split.accumulation,
+        "parameters": sum(p.numel() for p in parts.backend.network.parameters()),
+        "steps_per_epoch": epoch_steps,
+        "total_steps": parts.stretches[-1].end,
+        "epochs": sum(task.epochs for task in parts.loaders.tasks),
+        "samples": samples,
+        "dropped_per_epoch": samples - epoch_steps * recipe.batch_size,
+        "step": step,
+        "began": parts.began,
+        "time_steps": recipe.time_steps,
+        "precision": recipe.precision,
+        "zero": recipe.zero,
+        "commit": job.commit,
+        "hardware": hardware(),
+        "versions": versions(),
+        "data_fingerprint": job.data_fingerprint,
+        "params": recipe.flat(),
+        "loader_threads": job.loader_threads,
+        "own_cores": sorted(os.sched_getaffinity(0)) if _has_own_cores(parts) else None,
+        "resume_command": job.resume_command,
+    }
+
+
+def told_in_checkpoint(
+    parts: Parts, *, step: int, score: float | None, owes: bool, totals: Totals, learnt: Learnt, guard: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`trainer.json`: where the run stands after `step` steps, and whose run it is.
+
+    `owes`: these steps end an epoch, and what comes after one, its evaluation first, is still to come.
+    """
+    folder, job, recipe = Path(parts.job.run), parts.job, parts.recipe
+    mlflow = folder / "mlflow.json"
+    stretch = stretch_at(parts.stretches, step)
+    epoch = stretch.epoch(step)
+    return {
+        "run": folder.name,
+        "run_id": job.run_id,
+        "mlflow": json.loads(mlflow.read_text()) if mlflow.exists() else None,
+        "study": job.study,
+        "commit": job.commit,
+        "phase": stretch.index,
+        "epoch": epoch,
+        "sample": (step - stretch.epoch_start(epoch)) * recipe.batch_size,
+        "seed": recipe.seed,
+        "world_size": parts.ranks.size,
+        "zero": recipe.zero,
+        "data_fingerprint": job.data_fingerprint,
+        "score": score,
+        "owes_epoch_end": owes,
+        "recipe": recipe.to_json(),
+        "totals": asdict(totals),
+        "learnt": asdict(learnt),
+        "guard": dict(guard),
+    }
+
+
+def refuse_another_recipe(trainer: Mapping[str, Any], recipe: Recipe, *, trust: Collection[str]) -> None:
+    """Refuse to go on from a checkpoint with another recipe than led to it: recipe.json was changed meanwhile.
+
+    Raises:
+        ValueError: the fields that differ, as they were and as they are now.
+    """
+    if "recipe" not in trainer:  # written by a version that did not tell
+        return
+    was = Recipe.from_json(trainer["recipe"], trust=trust)
+    if found := list(differing("", was.decisive(), recipe.decisive())):
+        raise ValueError(
+            f"resume: recipe.json must be as it was when step {trainer['step']} was saved; it differs now: {listed(found)}"
+        )
+
+
+def told_at_the_end(
+    parts: Parts, *, step: int, result: Evaluation, totals: Totals, learnt: Learnt, figures: Mapping[str, float]
+) -> dict[str, Any]:
+    """`summary.json` without the hardware, and the event "finish"; `figures` are the rule's, of its last batch."""
+    folder, job, recipe, taught = Path(parts.job.run), parts.job, parts.recipe, parts.teaching
+    events = read(folder / "journal.jsonl")
+    return {
+        "run": folder.name,
+        "run_id": job.run_id,
+        "study": job.study,
+        "rule": parts.rule.label,
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "world_size": parts.ranks.size,
+        "steps": step,
+        "epochs": stretch_at(parts.stretches, step).epoch(step - 1) + 1,
+        "trained_on": trained_on(events, steps=step),
+        **summarise(result, totals, events),
+        **(learnt.summary(parts.loaders.tasks) if recipe.phases else {}),
+        **({} if taught is None else {"teacher_top1": taught.accuracy.top1, "teacher_top5": taught.accuracy.top5}),
+        "conditions": conditions(parts.backend.network, parts.rule, recipe),
+        "held": {
+            **asdict(held(parts.backend.network, parts.backend.optimizer)),
+            "teacher": 0 if taught is None else taught.bytes,
+        },
+        "rule_figures": dict(figures),
+        "loader_threads": job.loader_threads,
+        "own_cores": _has_own_cores(parts),
+        "commit": job.commit,
+        "data_fingerprint": job.data_fingerprint,
+    }
+
+
+def _has_own_cores(parts: Parts) -> bool:
+    """On a GPU it has a card of its own in their place."""
+    return parts.job.own_cores and parts.device.type == "cpu"

@@ -1,0 +1,208 @@
+"""When a run saves, and for whom: where it is time, for whoever asks, and ahead of the departure of a machine.
+
+Between two batches rank 0 decides and tells the others, so that all of them save after the same step. In an evaluation, which may
+be long, each rank looks up by itself, and all leave it for whatever one of them has seen.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.checkpoint import Saved, weights_of
+from pipeline.guards.batches import GoBack, Guard
+from pipeline.guards.departures import Departures
+from pipeline.guards.replicas import drifted
+from pipeline.job import SAVE, STOP, Notice, was_stopped
+from pipeline.refused import Diverged
+from pipeline.run.assess import published
+from pipeline.run.parts import Parts
+from pipeline.run.record import told_in_checkpoint
+from pipeline.tasks import Learnt
+
+UNSAVED_S = 30.0
+"""of training that an evaluation, however long, may leave unsaved: what is older is saved before it"""
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A save that was begun."""
+
+    step: int
+    score: float | None = None
+    owes: bool = False
+
+
+class Saving:
+    """Of one attempt, which begins before `step`; every rank asks its own equally often.
+
+    `learnt` and `guard` are told in each checkpoint, as they are by then.
+    """
+
+    def __init__(self, parts: Parts, *, step: int, learnt: Learnt, guard: Guard) -> None:
+        self.parts, self.learnt, self.guard = parts, learnt, guard
+        self.ranks, self.checkpoints, self.meters = parts.ranks, parts.checkpoints, parts.meters
+        self.folder = Path(parts.job.run)
+        self.departures = Departures()
+        self._begun, self._begun_at = _Begun(step), time.monotonic()
+        """the last save, and when"""
+        self._write_s = 0.0
+        """that the last checkpoint took until it was whole; known to rank 0"""
+        self._trains_since = time.monotonic()
+        """when a batch last began, for all that is known here"""
+        self._heeded: tuple[str, ...] = (STOP, SAVE)
+        """the files by which somebody asks, that this rank looks for in an evaluation"""
+
+    def between_batches(self, step: int, *, last: bool) -> bool:
+        """Save where it is time or somebody asks, or compare the replicas; collective. Whether somebody asks to stop.
+
+        `last`: of an epoch, which is saved after its evaluation. Who asks may not have the time for that.
+
+        Raises:
+            GoBack: the replicas have come apart.
+        """
+        recipe = self.parts.recipe
+        due = recipe.checkpoint_every > 0 and step % recipe.checkpoint_every == 0
+        batch_s = time.monotonic() - self._trains_since
+        is_asked = (self.folder / SAVE).exists()
+        notice = self._notice() if is_asked else self.parts.notice()
+        stops, asked, late, failed, noticed, leaves = self.ranks.decide(
+            was_stopped(self.folder),
+            is_asked,
+            recipe.checkpoint_minutes > 0 and time.monotonic() - self._begun_at > 60 * recipe.checkpoint_minutes,
+            self.checkpoints.failed(),  # the state at hand is saved in its place
+            self.departures.is_new(notice),
+            self.departures.is_last_call(batch_s=batch_s, write_s=self._write_s),
+        )
+        self._tell_saved(self.checkpoints.done())
+        if noticed:
+            self._hear(self.ranks.agree(lambda: notice), step)
+        if leaves:
+            self.departures.saved()
+        if stops or asked or noticed or leaves:
+            self.save(step, score=None, owes=last)
+            self._answer(step)
+        elif (due or late or failed) and not last:
+            self.save(step, score=None)
+        elif recipe.replicas_every and step % recipe.replicas_every == 0 and not last:  # whoever saves compares
+            self._compare_replicas(step)
+        self._trains_since = time.monotonic()
+        return stops
+
+    def before_evaluation(self, step: int) -> None:
+        """Save without a score where much would be lost with the workers, or where they may not be there for long; collective."""
+        self._heeded = (STOP, SAVE)
+        is_old = time.monotonic() - self._begun_at > UNSAVED_S
+        [is_due] = self.ranks.decide(is_old or self.checkpoints.failed() or bool(self.departures.machines))
+        if is_due:
+            self._save_without_score(step)
+
+    def is_asked(self) -> bool:
+        """In an evaluation: whether this rank sees that somebody asks to stop or to save; asks no other."""
+        self._tell_saved(self.checkpoints.done())
+        return any((self.folder / name).exists() for name in self._heeded) or self.departures.is_new(self.parts.notice())
+
+    def in_evaluation(self, step: int) -> bool:
+        """Save for whoever asks, and may not have the time for the rest of it; collective. Whether somebody asks to stop."""
+        stops = bool(self.ranks.max(torch.tensor(float(was_stopped(self.folder)))))  # whoever sees it first
+        for notice in self.ranks.each(self._notice()):
+            if self.departures.is_new(notice):
+                self._hear(notice, step)
+        self._save_without_score(step)
+        self._answer(step)
+        if self.ranks.rank:
+            self._heeded = (STOP,)  # NFS may show another machine for a minute what rank 0 has deleted
+        return stops
+
+    def save(self, step: int, *, score: float | None, owes: bool = False) -> None:
+        """Begin to write what there is after `step` steps; collective.
+
+        `score` is that of its evaluation; `owes`: an epoch has ended, and its evaluation is left to whoever goes on from there.
+
+        Raises:
+            GoBack: the replicas have come apart.
+            Diverged: weights that are not finite.
+        """
+        with self.meters.between("checkpoint"):
+            self._save(_Begun(step, score, owes))
+        self._trains_since = time.monotonic()
+
+    def wait(self, step: int) -> None:
+        """The one that is being written counts from here on, or one in its place; collective."""
+        with self.meters.between("checkpoint"):
+            saved, is_lost = self.checkpoints.settle()
+            self._tell_saved(saved)
+            if is_lost and self._begun.step == step:
+                self._save(self._begun)
+                self._tell_saved(self.checkpoints.wait())
+
+    def newest_step(self) -> int:
+        """Behind which the newest checkpoint stands, once the one that is being written is whole or lost; collective."""
+        saved, _ = self.checkpoints.settle()  # the state at hand is none to save
+        self._tell_saved(saved)
+        return self.checkpoints.newest_step
+
+    def close(self, error: BaseException) -> None:
+        """Come to an end by `error`, without the other ranks."""
+        self._tell_saved(self.checkpoints.close(error))
+
+    # ---------------------------------------------------------------------------------------------------------- notices
+
+    def _notice(self) -> Notice | None:
+        """What this rank has heard, or can read from whoever asks for a save and was told first."""
+        return self.parts.notice() or Notice.in_file(self.folder / SAVE)
+
+    def _hear(self, notice: Notice | None, step: int) -> None:
+        assert notice is not None, "it is new"
+        self.departures.add(notice)
+        told = {"machines": list(notice.machines), "seconds_left": notice.seconds_left}
+        self.parts.tracker.event("preempted", sync=True, step=step, **told)
+
+    # ------------------------------------------------------------------------------------------------------------ saves
+
+    def _save_without_score(self, step: int) -> None:
+        if self._begun.step != step:
+            self.save(step, score=None, owes=True)
+
+    def _answer(self, step: int) -> None:
+        self.wait(step)
+        if self.ranks.rank == 0:
+            (self.folder / SAVE).unlink(missing_ok=True)  # whoever asked ends the workers as soon as it is gone
+
+    def _save(self, this: _Begun) -> None:
+        parts = self.parts
+        if parts.recipe.replicas_every:
+            self._compare_replicas(this.step)  # a checkpoint holds the weights of one rank
+        self.ranks.together(lambda: self._check_finite(this.step))
+        totals = self.meters.over_ranks(self.ranks.max, self.ranks.mean)
+        about = {"score": this.score, "owes": this.owes, "totals": totals, "learnt": self.learnt, "guard": self.guard.told()}
+        trainer = told_in_checkpoint(parts, step=this.step, **about)
+        with published(parts):
+            weights = weights_of(parts.backend.network) if self.ranks.rank == 0 else None
+        with self.ranks.averaged(parts.backend.network) as buffers:
+            state = {"buffers": buffers, "weights": weights}
+            self._tell_saved(self.checkpoints.save(this.step, parts.backend, parts.rule, trainer, **state))
+        self._begun, self._begun_at = this, time.monotonic()
+
+    def _compare_replicas(self, step: int) -> None:
+        """Ranks that have come apart learn nothing together: all begin again with the weights that they last agreed on."""
+        if apart := drifted(self.parts.backend.network, self.ranks):
+            raise GoBack(step - 1, f"the weights of workers {', '.join(map(str, apart))} are others'", skips=False)
+
+    def _check_finite(self, step: int) -> None:
+        kept = (*self.parts.backend.network.parameters(), *(b for b in self.parts.rule.buffers() if b.is_floating_point()))
+        if not all(bool(value.isfinite().all()) for value in kept):
+            raise Diverged(
+                f"training: weights and what the rule learnt must be finite to be saved; they are not after step {step}"
+            )
+
+    def _tell_saved(self, saved: Saved | None) -> None:
+        if saved is not None:
+            self._write_s = saved.write_s
+            figures = {"stall_s": saved.stall_s, "write_s": saved.write_s, "bytes": saved.bytes}
+            self.parts.tracker.event("checkpoint", sync=True, step=saved.step, path=saved.address, **figures)
+            if saved.untidy:
+                self.parts.tracker.event("undeleted", step=saved.step, error=saved.untidy)

@@ -1,0 +1,285 @@
+"""Plans: exact where the model is, and held to what a launch then measures."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from pipeline.data.synthetic import Synthetic
+from pipeline.forecast.bench import Bench
+from pipeline.forecast.devices import DEVICES
+from pipeline.forecast.plan import Cluster, Plan, Planned, _Share, plan
+from pipeline.forecast.profile import EFFICIENCY, Bilinear, times_for
+from pipeline.measure.neighbours import ALONE, Neighbours, neighbours
+from pipeline.measure.traffic import Device, Traffic
+from pipeline.objective import CrossEntropy
+from pipeline.recipe import Recipe, Spec, spec
+from pipeline.report.plan import advice, basis, print_plan
+from pipeline.rules.base import Rule
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.ottt import OTTT
+from pipeline.rules.sltt import SLTT
+from pipeline.teaching import build_teacher
+from tests.small import command, recipes_of, train_inline
+from tests.test_probe import RECIPE, recipe_with
+from tests.test_teaching import taught
+
+RULES = (spec(BPTT), spec(SLTT))
+H100 = DEVICES["h100"]
+
+
+def test_four_points_determine_the_plane_with_a_twist() -> None:
+    def value(B: float, T: float) -> float:
+        return 5 + 3 * B + 7 * T + 2 * B * T
+
+    found = Bilinear.through({(B, T): value(B, T) for B in (2, 6) for T in (1, 4)})
+    assert found(64, 9) == pytest.approx(value(64, 9))
+    at_4 = Bilinear.through({(B, 4): value(B, 4) for B in (2, 6)})
+    assert at_4(64, 4) == pytest.approx(value(64, 4))
+
+
+def made(**changes: Any) -> Recipe:
+    """T = 6, 64 samples in a batch."""
+    return replace(recipe_with(0.5), **{"rule": spec(SLTT), **changes}, time_steps=6, batch_size=64, backend="deepspeed")
+
+
+def on(workers: int, **changes: Any) -> Plan:
+    cluster = Cluster(workers=workers, device=H100, **changes.pop("cluster", {}))
+    return plan(made(**changes), cluster, samples=6400, source="noise", rules=RULES)
+
+
+def test_an_epoch_without_a_whole_batch_is_no_plan() -> None:
+    with pytest.raises(ValueError, match="an epoch must have a batch of 64 samples at least; got 63"):
+        plan(made(), Cluster(workers=1, device=H100), samples=63, source="noise", rules=RULES)
+
+
+def on_rules(workers: int, rules: Sequence[Spec], device: Device = H100) -> Plan:
+    recipe = made(rule=rules[0])
+    return plan(recipe, Cluster(workers=workers, device=device), samples=6400, source="noise", rules=rules)
+
+
+def of(found: Plan, rule: str) -> Planned:
+    (planned,) = [each for each in found.rules if each.rule == rule]
+    return planned
+
+
+def test_saved_bytes_are_those_of_the_whole_batch() -> None:
+    found = on(2)
+    assert found.profiled == ((4, 8), (5, 7))
+    for rule in RULES:
+        needed = Bench(made(), batch_size=32, source="noise").needs(rule).totals.peak_saved_bytes
+        assert of(found, rule.build().label).saved_bytes == pytest.approx(needed, rel=0.05)
+
+
+def test_what_is_moved_at_each_stage() -> None:
+    """In bytes over the slowest link: G of gradients, P of parameters, both 4 bytes a parameter here."""
+    P = G = 4 * (64 * 16 + 16 + 16 * 10 + 10)
+    assert Bench(made(), batch_size=4, source="noise").held().gradients == G
+    seconds = {zero: on(8, zero=zero) for zero in (0, 1, 2)}
+    assert of(seconds[0], "SLTT").communication_s == pytest.approx(2 * 7 / 8 * G / 450e9)
+    assert of(seconds[1], "SLTT").communication_s == pytest.approx(7 / 8 * (2 * G + P) / 450e9)
+    assert of(seconds[2], "SLTT").communication_s == pytest.approx(7 / 8 * (6 * 2 * G + P) / 450e9)
+    assert of(seconds[2], "BPTT").communication_s == pytest.approx(7 / 8 * (2 * G + P) / 450e9)
+    across = on(16, cluster={"node_link": 1e9})
+    assert of(across, "SLTT").communication_s == pytest.approx(2 * 15 / 16 * G / 1e9)
+
+
+def test_what_is_held_at_each_stage() -> None:
+    """SGD with momentum: P of parameters, G of gradients, O of momentum, all as large; a bucket of G, a master copy of P / 8."""
+    P = 4 * (64 * 16 + 16 + 16 * 10 + 10)
+    kept = of(on(8), "SLTT").memory_bytes - 3 * P
+    assert of(on(8, zero=1), "SLTT").memory_bytes == pytest.approx(kept + 2 * P + 2 * P / 8 + P)
+    assert of(on(8, zero=2), "SLTT").memory_bytes == pytest.approx(kept + P + P / 8 + 2 * P / 8 + P)
+
+
+def test_a_rule_that_moves_the_weights_at_every_step_pays_for_it_every_time() -> None:
+    once, each = (on_rules(8, (spec(OTTT, update=update),)) for update in ("batch", "objective"))
+    assert of(each, "OTTT-O").communication_s == pytest.approx(6 * of(once, "OTTT-A").communication_s)
+    assert of(each, "OTTT-O").optimizer_s == pytest.approx(6 * of(once, "OTTT-A").optimizer_s)
+
+
+def test_seconds_and_launches_are_fitted_apart() -> None:
+    """A card that the small batches keep waiting for launches, and the whole one for memory."""
+    waits = on_rules(1, RULES, device=replace(H100, launch=1.0))
+    needs = Bench(made(), batch_size=64, source="noise").needs(spec(BPTT)).traffic
+    assert of(waits, "BPTT").compute_s == pytest.approx(needs.kernels, rel=0.02)
+    busy = on_rules(1, RULES, device=replace(H100, launch=1e-12))
+    assert of(busy, "BPTT").compute_s == pytest.approx(needs.busy(H100, precision="fp32") / EFFICIENCY, rel=0.05)
+    small = Bench(made(), batch_size=32, source="noise").needs(spec(BPTT)).traffic
+    between = 1.5 * small.busy(H100, precision="fp32") / EFFICIENCY / small.kernels  # launches bind at 32 samples, not at 64
+    both = on_rules(1, RULES, device=replace(H100, launch=between))
+    assert of(both, "BPTT").compute_s == pytest.approx(needs.busy(H100, precision="fp32") / EFFICIENCY, rel=0.05)
+
+
+@pytest.mark.parametrize(("rule", "times"), [(SLTT(), (5, 7)), (SLTT(k=6), (7, 12)), (SLTT(chunk=6), (7, 12)), (BPTT(), (5, 7))])
+def test_a_rule_is_profiled_at_time_steps_that_it_can_train_at(rule: Rule, times: tuple[int, int]) -> None:
+    assert times_for(made(), rule) == times
+
+
+def test_one_time_step_is_profiled_at_two_others() -> None:
+    assert times_for(replace(made(), time_steps=1), BPTT()) == (2, 3)
+
+
+def test_recordings_are_profiled_at_their_own_length() -> None:
+    recipe = made(data=spec(Synthetic, samples=64, val_samples=20, shape=(6, 1, 8, 8)))
+    found = plan(recipe, Cluster(workers=1, device=H100), samples=64, source="noise", rules=RULES)
+    assert found.profiled == ((4, 8), (6,)) and not found.refused
+
+
+def test_hours_energy_and_cost_follow_from_the_step() -> None:
+    planned = of(on(8, cluster={"price": 3.0}, epochs=5), "BPTT")
+    assert planned.hours == pytest.approx(6400 // 64 * 5 * planned.step_s / 3600)
+    assert planned.kwh == pytest.approx(planned.hours * 8 * 0.7)
+    assert planned.cost == pytest.approx(planned.hours * 8 * 3)
+    assert planned.images_per_s == pytest.approx(64 / planned.step_s)
+
+
+def test_a_small_card_takes_smaller_micro_batches_and_a_tiny_one_refuses() -> None:
+    whole = of(on(1), "BPTT")
+    small = replace(H100, memory=0.6 * whole.memory_bytes / 0.9)
+    found = plan(made(), Cluster(workers=1, device=small), samples=6400, source="noise", rules=RULES)
+    assert (whole.micro_batch, whole.accumulation) == (64, 1)
+    assert of(found, "BPTT").micro_batch * of(found, "BPTT").accumulation == 64 and of(found, "BPTT").accumulation > 1
+    assert of(found, "BPTT").memory_bytes < 0.6 * whole.memory_bytes
+    tiny = replace(H100, memory=1000.0)
+    refused = plan(made(), Cluster(workers=1, device=tiny), samples=6400, source="noise", rules=RULES)
+    assert refused.rules == () and advice(refused) == "No rule fits."
+    assert refused.refused["BPTT"].startswith("BPTT: a worker must fit into 9e-07 GB; it needs")
+
+
+def test_cards_sum_among_themselves_and_more_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this machine there is none: what they take is not asked of gloo on its cores."""
+    bench = Bench(made(), batch_size=4, source="noise")
+    asked: list[dict[str, Any]] = []
+
+    def told(workers: int, size: int, **about: Any) -> Neighbours:
+        asked.append({"workers": workers, **about})
+        return Neighbours(slowdown=2.0, ring_s=1.0)
+
+    monkeypatch.setattr("pipeline.forecast.plan.neighbours", told)
+    monkeypatch.setattr("pipeline.forecast.plan.free_bytes", lambda: 10**9)
+    on_cores = _Share(made(), Cluster(workers=2), bench, "noise", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    on_cards = _Share(made(), Cluster(workers=2), bench, "noise", None)
+    assert [each["on"] for each in asked] == ["cpu", "cuda"] and asked[1]["workers"] == 2
+    assert on_cores.slowdown > 1.9 and on_cards.slowdown == 1 and on_cards.communication_s(0, 1.0) == pytest.approx(1.0)
+    said = "every worker takes a card, of which machines like this one have 2; got 4 workers; name the card with --device"
+    with pytest.raises(ValueError, match=said):
+        plan(made(), Cluster(workers=4))
+    assert len(asked) == 2
+
+
+def test_a_teacher_is_in_every_rules_time_and_bytes() -> None:
+    """On a card its kernels are too small to be waited for: two micro-batches of as many launches each."""
+    recipe = replace(taught(), backend="deepspeed")
+    alone = replace(recipe, teacher=None, objective=spec(CrossEntropy))
+    cluster = Cluster(workers=1, device=H100)
+    found, without = (plan(each, cluster, samples=64, source="noise", rules=RULES) for each in (recipe, alone))
+    teacher, kernels = _teacher_of(recipe)
+    assert (found.teacher, found.teacher_bytes) == ("test_efficientnet", teacher) and without.teacher is None
+    for rule in ("BPTT", "SLTT", "SLTT-1"):
+        taught_, untaught = of(found, rule), of(without, rule)
+        assert taught_.teacher_s == pytest.approx(2 * kernels * H100.launch) and untaught.teacher_s == 0
+        assert taught_.step_s == pytest.approx(untaught.step_s + taught_.teacher_s)
+        assert taught_.memory_bytes == pytest.approx(untaught.memory_bytes + teacher)
+    said = f"In all of them the teacher, test_efficientnet: {teacher / 1e6:.4g} MB of weights, asked about every sample."
+    assert basis(found).endswith(said) and "teacher" not in basis(without)
+    print_plan(found, console=Console(file=(out := io.StringIO()), width=200))
+    [head] = [line for line in out.getvalue().splitlines() if line.startswith("rule")]
+    assert head.split()[6:8] == ["compute", "teacher"]
+    here = plan(recipe, Cluster(workers=1), rules=())
+    assert of(here, "SLTT-1").teacher_s > 0
+
+
+def _teacher_of(recipe: Recipe) -> tuple[int, int]:
+    """Bytes of its weights, statistics and a head for 10 classes, and the kernels of an answer, counted by hand."""
+    teacher = build_teacher(recipe.with_untrained_teacher(), recipe.data.build())
+    x_B = torch.zeros(2, 1, 8, 8)
+    teacher.head = nn.Linear(teacher.features(x_B).shape[-1], 10)
+    with Traffic() as traffic:
+        teacher(x_B)
+    return sum(each.numel() * each.element_size() for each in (*teacher.parameters(), *teacher.buffers())), traffic.kernels
+
+
+@pytest.mark.full
+def test_neighbours_sum_longer_the_more_they_sum_and_compute_no_faster_than_one_alone() -> None:
+    assert neighbours(1, 10**9, on="cpu") == ALONE
+    little, much = neighbours(2, 10**4, on="cpu"), neighbours(2, 4 * 10**7, on="cpu")
+    assert 0 < little.ring_s < much.ring_s < 1
+    assert 1 <= little.slowdown < 3
+
+
+# ------------------------------------------------------------------------------------------------------------ command line
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(RECIPE)
+    run = command(monkeypatch, capsys)
+    words = ("--device", "h100", "--batch-of", "noise", "--samples", "64", "--price", "2")
+    code, out, err = run("plan", str(file), *words)
+    assert (code, err) == (0, "")
+    assert "a model, not measured" in out and "Fewest hours" in out and "roofline at 40%" in " ".join(out.split())
+    code, out, _ = run("plan", str(file), *words, "--format", "json")
+    assert {each["rule"] for each in json.loads(out)["rules"]} >= {"BPTT", "SLTT"}
+    code, out, _ = run("plan", str(file))  # here, with the data
+    assert code == 0 and "what 1 local workers do to one another" in " ".join(out.split())
+
+
+def test_a_plan_against_what_was_launched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, runs = tmp_path / "mine.py", tmp_path / "runs"
+    file.write_text(RECIPE)
+    (recipe,) = recipes_of(file)
+    summary = train_inline(runs / "launched", replace(recipe, epochs=3))
+    assert summary is not None
+    run = command(monkeypatch, capsys)
+    words = ("plan", str(file), "--runs", str(runs), "--against", "launched")
+    code, out, err = run(*words, "--format", "json")
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    off, [planned] = told["against"], [each for each in told["rules"] if each["rule"] == summary["rule"]]
+    assert off["rule"] == summary["rule"] and off["saved_bytes"]["planned"] == planned["saved_bytes"]
+    assert off["saved_bytes"]["measured"] == summary["peak_saved_bytes"] and abs(off["saved_bytes"]["error"]) < 0.05
+    assert off["step_s"]["measured"] == pytest.approx(recipe.batch_size / summary["images_per_s"])
+    assert off["step_s"]["error"] == pytest.approx(off["step_s"]["planned"] / off["step_s"]["measured"] - 1)
+    assert "Against launched, SLTT-2: saved for backward" in " ".join(run(*words)[1].split())
+    code, _, err = run(*words, "--set", "batch_size=16")
+    assert code == 2 and err == ("plan: --against must be a run of what is planned; launched differs: batch_size: 16 and 8\n")
+    code, _, err = run(*words, "--device", "h100")
+    assert code == 2 and "--against is for machines like this one; got H100" in err
+    (runs / "launched" / "summary.json").unlink()
+    code, _, err = run(*words)
+    assert code == 2 and "must be a run that has finished, of more than a few batches; got launched" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--device", "h1000"), "plan: --device must be here, h100, h200, a100, v100, rtx4090; got h1000"),
+        (("--batch-of", "noise"), "plan: --batch-of noise needs --samples, and a card: what it takes here depends on the data"),
+        (("--device", "v100", "--set", "precision=bf16"), "plan: V100 SXM2, 32 GB: precision must be fp32; got bf16"),
+        (
+            ("--node-gbps", "100"),
+            "plan: --per-node and --node-gbps are of cards in nodes; what links machines like this one is measured",
+        ),
+    ],
+)
+def test_bad_use_ends_in_a_line(
+    words: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(RECIPE)
+    code, _, err = command(monkeypatch, capsys)("plan", str(file), *words)
+    assert (code, err) == (2, said + "\n")

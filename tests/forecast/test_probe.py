@@ -1,0 +1,249 @@
+"""What rules cost and drop on one batch, against counts that are known and gradients of known distance."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from rich.console import Console
+
+from pipeline.forecast.bench import RULES, Bench, Cost
+from pipeline.forecast.probe import Probe, advice, probe
+from pipeline.measure.fidelity import Fidelity
+from pipeline.models.mlp import mlp
+from pipeline.recipe import Recipe, Spec, spec
+from pipeline.report.probe import print_probe
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.sltt import SLTT
+from pipeline.spiking.neuron import LIF
+from tests.small import command, small_recipe
+from tests.test_teaching import taught
+
+
+def recipe_with(leak: float, **changes: object) -> Recipe:
+    """64-16-10 at T = 4, without norms."""
+    network = spec(mlp, in_features=64, hidden=(16,), neuron=spec(LIF, leak=leak))
+    return small_recipe(model=network, rule=spec(SLTT, k=2), time_steps=4, **changes)
+
+
+@pytest.fixture(scope="module")
+def found() -> Probe:
+    return probe(recipe_with(0.5))
+
+
+def test_every_rule_that_fits_is_probed_and_the_others_say_why(found: Probe) -> None:
+    assert [cost.rule for cost in found.costs] == [
+        "BPTT",
+        "BPTT-chunk-1",
+        "BPTT-recompute",
+        "SLTT",
+        "SLTT-1",
+        "OTTT-A",
+        "OPZO",
+        "SLTT-2",
+    ]
+    assert set(found.refused) == {"DSR", "IDE", "SPIDE"} and len(RULES) == 10
+    assert (found.samples, found.time_steps) == (8, 4)
+    assert found.refused["DSR"].startswith("DSR: every neuron must be a RateIF or RateLIF")
+
+
+def test_costs_are_those_of_the_rules(found: Probe) -> None:
+    costs = {cost.rule: cost for cost in found.costs}
+    assert costs["SLTT"].peak_saved_bytes < 0.5 * costs["BPTT"].peak_saved_bytes
+    assert costs["SLTT-1"].operations["error"]["dense"] == pytest.approx(costs["SLTT"].operations["error"]["dense"] / 4)
+    assert costs["BPTT"].operations["forward"]["dense"] == 64 * 16 + 4 * 16 * 10  # a still image meets its synapse once
+    assert costs["BPTT-recompute"].operations["recomputation"]["dense"] == 4 * (64 * 16 + 16 * 10)
+    assert set(costs["OPZO"].operations) == {"forward", "weights", "feedback"}
+    assert all(cost.forward_s > 0 and cost.backward_s > 0 for cost in found.costs)
+
+
+def test_fidelity_is_of_every_synapse(found: Probe) -> None:
+    assert found.fidelity is not None
+    layers = {"layers.0", "classifier"}
+    assert set(found.fidelity.temporal_share) == layers == set(found.fidelity.cosines["SLTT"])
+    assert found.fidelity.cosines["BPTT-recompute"] == dict.fromkeys(layers, pytest.approx(1))
+    assert found.fidelity.temporal_share["classifier"] == pytest.approx(0, abs=1e-6)  # a readout without membrane
+
+
+def test_without_a_leak_nothing_comes_through_time() -> None:
+    forgetful = probe(recipe_with(0.0), rules=(spec(BPTT), spec(SLTT))).fidelity
+    assert forgetful is not None
+    assert forgetful.temporal_share["layers.0"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_network_is_the_recipes_and_rests() -> None:
+    """Two probes of one recipe agree in everything but time."""
+    one, other = (probe(recipe_with(0.5), rules=(spec(BPTT), spec(SLTT))) for _ in range(2))
+    assert one.fidelity == other.fidelity
+    assert [cost.operations for cost in one.costs] == [cost.operations for cost in other.costs]
+
+
+def test_a_taught_recipe_is_probed_with_labels_and_its_teacher_is_told_beside() -> None:
+    found = probe(taught(), rules=(spec(BPTT),))
+    assert [cost.rule for cost in found.costs] == ["BPTT", "SLTT-1"]
+    assert found.teacher is not None and found.teacher.teacher == "test_efficientnet" and found.teacher.seconds > 0
+    assert found.teacher.bytes > 4 * sum(each.numel() for each in timm.create_model("test_efficientnet").parameters())
+    out, told = io.StringIO(), io.StringIO()
+    print_probe(found, console=Console(file=out, width=200))
+    assert "the teacher, test_efficientnet, is in no row: beside every rule it holds" in out.getvalue()
+    print_probe(found, as_json=True, console=Console(file=told))
+    assert json.loads(told.getvalue())["teacher"]["bytes"] == found.teacher.bytes
+
+
+def test_rules_take_turns_and_the_median_of_the_rounds_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that gets slower with every look."""
+    turns: list[str] = []
+    cost = Bench.cost
+
+    def slower(self: Bench, rule: Spec) -> Cost:
+        found = cost(self, rule)
+        turns.append(found.rule)
+        return replace(found, forward_s=float(len(turns)), backward_s=0.0)
+
+    monkeypatch.setattr(Bench, "cost", slower)
+    found = probe(recipe_with(0.5), rules=(spec(BPTT), spec(SLTT)))
+    assert turns == ["BPTT", "SLTT", "SLTT-2"] * 3
+    assert found.rounds == {"BPTT": (1, 4, 7), "SLTT": (2, 5, 8), "SLTT-2": (3, 6, 9)}
+    assert [each.forward_s for each in found.costs] == [4, 5, 6]
+    assert found.share_of_time("SLTT") == (2, 5 / 4, 8 / 7)
+
+
+def test_the_recipes_own_rule_stands_for_one_of_its_label() -> None:
+    """Two steps at a time keep more bytes than one."""
+    own = replace(recipe_with(0.5), rule=spec(SLTT, chunk=2))
+    one, two = (probe(made, rules=(spec(BPTT), spec(SLTT))).cost("SLTT") for made in (recipe_with(0.5), own))
+    assert one is not None and two is not None and two.peak_saved_bytes > 1.2 * one.peak_saved_bytes
+
+
+def test_a_recipe_that_does_not_fit_together_is_refused_first() -> None:
+    with pytest.raises(ValueError, match=r"SLTT: k must be in 1..T; got k=9, T=4"):
+        probe(small_recipe(rule=spec(SLTT, k=9), time_steps=4))
+
+
+def test_where_memory_ends_the_rule_is_refused_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    objectives = BPTT._objectives
+
+    def full(self: BPTT, *args: Any) -> Any:
+        if self.recompute:
+            raise torch.OutOfMemoryError
+        return objectives(self, *args)
+
+    monkeypatch.setattr(BPTT, "_objectives", full)
+    found = probe(recipe_with(0.5), rules=(spec(BPTT), spec(BPTT, recompute=True)))
+    assert [cost.rule for cost in found.costs] == ["BPTT", "SLTT-2"]
+    assert found.refused["BPTT-recompute"] == (
+        "BPTT-recompute: a batch must fit into the card's memory; 8 samples at T = 4 do not"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- advice
+
+
+def probed(**rules: tuple[float, float, dict[str, float]]) -> Probe:
+    """Of (bytes, seconds, cosines) by rule, beside BPTT's 100 bytes in 1 s."""
+    costs = [
+        Cost(rule=name, peak_saved_bytes=int(size), state_bytes=0, forward_s=0.0, backward_s=seconds, loop_s=0.0, operations={})
+        for name, (size, seconds, _) in {"BPTT": (100, 1.0, {}), **rules}.items()
+    ]
+    cosines = {name: layers for name, (_, _, layers) in rules.items() if layers}
+    return Probe(
+        recipe="r",
+        samples=1,
+        time_steps=1,
+        costs=tuple(costs),
+        rounds={cost.rule: (cost.compute_s,) * 3 for cost in costs},
+        teacher=None,
+        fidelity=Fidelity({}, cosines),
+        refused={},
+        hardware={},
+    )
+
+
+def test_the_cheapest_rule_that_is_near_in_every_layer_is_advised() -> None:
+    near, far = {"a": 0.95, "b": 0.92}, {"a": 0.99, "b": 0.3}
+    said = advice(probed(SLTT=(20, 0.9, near), OTTT=(25, 1.0, near), cheap=(10, 0.1, far)))
+    assert said.startswith("SLTT is safe here before training")
+    assert "0.92 or more" in said and "least at b" in said and "20% of BPTT's bytes" in said and "90% of its time" in said
+    found = replace(probed(SLTT=(20, 0.9, near)), rounds={"BPTT": (1.0, 1.0, 2.0), "SLTT": (0.9, 0.8, 2.2)})
+    assert advice(found).endswith("and takes 90% of its time, 80% to 110% in 3 rounds.")
+
+
+def test_where_none_is_near_the_nearest_is_named() -> None:
+    said = advice(
+        probed(SLTT=(20, 0.9, {"a": 0.7, "b": 0.2}), OTTT=(25, 1.0, {"a": 0.4, "b": 0.5}), OPZO=(1, 1.0, {"a": float("nan")}))
+    )
+    assert said.startswith("No rule's gradient is near BPTT's in every layer: the nearest is OTTT, with a cosine of 0.40 at a.")
+
+
+def test_time_is_over_the_faster_of_folded_and_stepped_bptt() -> None:
+    """Which has BPTT's gradient and about its bytes: it is no rule to advise."""
+    near = {"a": 0.95, "b": 0.92}
+    found = probed(**{"BPTT-chunk-1": (10, 0.5, {})}, SLTT=(20, 0.4, near))
+    assert found.time_baseline is not None and found.time_baseline.rule == "BPTT-chunk-1"
+    assert "it keeps 20% of BPTT's bytes and takes 80% of the time of BPTT-chunk-1, the faster BPTT, 80% to 80%" in advice(found)
+    found = replace(found, hardware={"cpu": "a cpu", "gpu": "none", "threads": 1})
+    console = Console(file=io.StringIO(), width=200)
+    print_probe(found, console=console)
+    (line,) = [line for line in console.file.getvalue().splitlines() if line.startswith("SLTT  ")]  # type: ignore[attr-defined]
+    assert "×0.20" in line and "400 ms  ×0.80" in line
+    print_probe(found, as_json=True, console=(console := Console(file=io.StringIO())))
+    assert json.loads(console.file.getvalue())["time_baseline"] == "BPTT-chunk-1"  # type: ignore[attr-defined]
+
+
+def test_no_rule_is_called_safe_on_layers_that_nobody_can_compare() -> None:
+    silent = dict.fromkeys("cde", math.nan)
+    said = advice(probed(SLTT=(20, 0.9, {"a": 0.95, "b": 0.92, **silent})))
+    assert said.startswith("SLTT is near BPTT here before training, but not known to be safe: its gradient has a cosine of 0.92")
+    assert "in 2 of 5 layers; BPTT's gradient is 0 or not finite in the others" in said and "every layer" not in said
+    said = advice(probed(SLTT=(20, 0.9, {"a": 0.2, **silent})))
+    assert "a cosine of 0.20 at a. BPTT's gradient is 0 or not finite in 3 of 4 layers." in said
+    said = advice(probed(SLTT=(20, 0.9, silent)))
+    assert said == "BPTT's gradient is 0 or not finite in every layer, so there is nothing to compare gradients with."
+    assert advice(probed()) == "No rule but BPTT can train this network."
+
+
+# ------------------------------------------------------------------------------------------------------------ command line
+
+RECIPE = """
+from tests.small import small_recipe
+from pipeline.recipe import spec
+from pipeline.models.mlp import mlp
+
+def recipe():
+    return small_recipe(model=spec(mlp, in_features=64, hidden=(16,)))
+"""
+
+
+def test_the_command_prints_tables_and_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(RECIPE)
+    run = command(monkeypatch, capsys)
+    code, out, err = run("probe", str(file), "--batch", "4")
+    assert (code, err) == (0, "")
+    assert (
+        "one batch of 4 samples, T = 3, before any training" in out
+        and "temporal share" in out
+        and "not in the tables: DSR" in out
+    )
+    code, out, _ = run("probe", str(file), "--format", "json")
+    told = json.loads(out)
+    assert {cost["rule"] for cost in told["costs"]} >= {"BPTT", "SLTT"} and told["advice"]
+
+
+def test_bad_use_ends_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run = command(monkeypatch, capsys)
+    code, _, err = run("probe", "recipes/compare/fashion_demo.py")
+    assert code == 2 and err.startswith("probe: the file must hold one recipe; got a suite of") and err.count("\n") == 1
+    file = tmp_path / "mine.py"
+    file.write_text(RECIPE)
+    code, _, err = run("probe", str(file), "--batch", "1000")
+    assert code == 2 and err.count("\n") == 1
