@@ -2,14 +2,14 @@
 
 Command:  python -m benchmarks.planned [--workers 2] [--steps 300]
           (data/fashion, data/stamps-0 and data/moving must have been written)
-Result:   commit 7fe5295, 2 cores of an AMD EPYC, torch 2.13.0: saved bytes exact in all four; seconds of a step
+Result:   commit 0938e54ac260, 2 cores of an Intel Xeon, torch 2.13.0: saved bytes exact in all four; seconds of a step
 
-    VGG, SLTT           37.0 ms planned,   44.0 measured   -15.8 %
-    QKFormer, BPTT     103.6              100.2             +3.3 %
-    feedback, IDE       19.5               21.8            -10.5 %
-    recordings, SLTT    40.3               44.0             -8.5 %
+    VGG, SLTT           53.5 ms planned,   64.0 measured   -16.3 %
+    QKFormer, BPTT     168.0              163.2             +2.9 %
+    feedback, IDE       26.5               29.6            -10.4 %
+    recordings, SLTT    61.9               67.3             -7.9 %
 
-Two runs before, of the same code: -21.7 to +5.8 %. This machine's own speed differs by 15 % from minute to minute.
+At commit 7fe5295 on an AMD EPYC: -15.8, +3.3, -10.5, -8.5 %; two runs before that, of the same code, -21.7 to +5.8 %.
 
 Four recipes of different families, each trained by its own rule. The plan is made on one worker from batches of half
 and three quarters of a worker's size and (but for the recording, whose length is its own) at other numbers of time steps. Nothing
