@@ -79,8 +79,21 @@ def runs_of_study(runs_dir: Path, text: str) -> list[Path]:
     return [folder for folder in run_folders(runs_dir) if text and study_of(folder).startswith(text)]
 
 
+def refuse_unlike(runs: Sequence[Finished]) -> None:
+    """Raises: ComparisonError where two differ in more than the rule and the seed, or two of one rule in what was tuned."""
+    namesakes: dict[str, Finished] = {}
+    for run in runs[1:]:
+        for other in (runs[0], namesakes.setdefault(rule_of(run), run)):
+            if found := differences(other.folder, run.folder):
+                what = f"differ in more than the rule and the seed: {listed(found)}"
+                raise ComparisonError(f"compare: {other.name} and {run.name} {what}; name runs that agree")
+
+
 def with_baseline(runs_dir: Path, finished: list[Finished], against: str) -> tuple[list[Finished], list[str]]:
-    """Adds the baseline's runs of the study that stand comparison, BPTT in slices of time too; else says why there is none."""
+    """Adds the baseline's runs of the study that stand comparison, BPTT in slices of time too; else says why there is none.
+
+    Raises: ComparisonError where they do not stand it with one another.
+    """
     study, reference = finished[0].summary.get("study"), finished[0]
     there = {rule_of(run) for run in finished}
     others = [run for folder in run_folders(runs_dir) if study_of(folder) == study and (run := finished_run(folder)) is not None]
@@ -88,6 +101,7 @@ def with_baseline(runs_dir: Path, finished: list[Finished], against: str) -> tup
     kinds.sort(key=lambda run: rule_of(run) != against)
     fit = [run for run in kinds if not differences(run.folder, reference.folder)]
     if fit and rule_of(fit[0]) == against:
+        refuse_unlike(fit)
         return fit + finished, []
     if kinds and rule_of(kinds[0]) == against:
         found = differences(kinds[0].folder, reference.folder)

@@ -10,15 +10,13 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from pipeline.baseline import BASELINE
-from pipeline.recipe_json import listed
 from pipeline.report.choose import (
     ComparisonError,
     Finished,
@@ -26,6 +24,7 @@ from pipeline.report.choose import (
     finished_run,
     named,
     newest_study,
+    refuse_unlike,
     rule_of,
     runs_of_study,
     seed_of,
@@ -34,10 +33,9 @@ from pipeline.report.choose import (
     with_baseline,
 )
 from pipeline.report.comparison import Comparison
-from pipeline.report.differences import differences
 from pipeline.report.paired import WITHIN
 from pipeline.report.places import counted, places
-from pipeline.report.runs import ReportError, load, recipe_of
+from pipeline.report.runs import ReportError, load
 from pipeline.report.study import Group, StudyRun, kind
 from pipeline.report.study_run import study_run
 from pipeline.track.jsonl import last
@@ -89,24 +87,16 @@ def _compared(runs_dir: Path, runs: Sequence[Finished | Unfinished], *, against:
     if not finished:
         raise ComparisonError("compare: no finished run: " + ", ".join(f"{run.folder.name} is {run.state}" for run in left_out))
     finished.sort(key=lambda run: (rule_of(run) != against, rule_of(run), seed_of(run), run.name))
-    namesakes: dict[str, Finished] = {}
-    for run in finished[1:]:
-        for other in (finished[0], namesakes.setdefault(rule_of(run), run)):
-            if found := differences(other.folder, run.folder):
-                raise ComparisonError(_refusal(other.name, run.name, found))
+    refuse_unlike(finished)
     notes = []
     if rule_of(finished[0]) != against:
         finished, notes = with_baseline(runs_dir, finished, against)
-    notes += [f"{rule} is {written}" for rule, run in namesakes.items() if (written := _written_rule(run)) is not None]
-    commits = sorted({commit for run in finished for commit in _commits(run)})
-    if len(commits) > 1:
-        notes.append(f"note: the runs are of different commits: {', '.join(commits)}")
     group = Group(tuple(map(_study_run, finished)), against=against, within=within)
     return Comparison(
         study=str(finished[0].summary.get("study", "")),
         runs=tuple(finished),
         unfinished=tuple(left_out),
-        notes=(*notes, *_divisions_told(group)),
+        notes=(*notes, *group.notes),
         group=group,
     )
 
@@ -226,12 +216,9 @@ def _whole_study(runs_dir: Path, names: Sequence[str | os.PathLike[str]]) -> lis
 
 
 def _study_run(run: Finished) -> StudyRun:
-    return study_run(run.name, (), state="finished", summary=run.summary, recipe=load(run.folder / "recipe.json"))
-
-
-def _commits(run: Finished) -> list[str]:
-    """Of each of its starts."""
-    return list(map(str, run.summary.get("commits") or [run.summary.get("commit")]))
+    of_summary = study_run(run.name, (), state="finished", summary=run.summary, recipe=load(run.folder / "recipe.json"))
+    commits = run.summary.get("commits") or [run.summary.get("commit")]
+    return replace(of_summary, commits=tuple(map(str, commits)))
 
 
 def _where(run: StudyRun) -> str:
@@ -239,37 +226,3 @@ def _where(run: StudyRun) -> str:
     cores = "each on cores of its own" if run.own_cores else ""
     threads = "" if run.loader_threads is None else f"with {counted(run.loader_threads, 'loader thread')}"
     return ", ".join(filter(None, (places(run, between="; "), cores, threads)))
-
-
-def _written_rule(run: Finished) -> str | None:
-    """`SLTT(k=1, rescale=True)`: what the recipe says, where it says more than a name."""
-    part = recipe_of(run.folder).get("rule") or {}
-    if not part.get("kwargs"):
-        return None
-    return f"{part['target'].rpartition('.')[2]}({', '.join(f'{name}={value}' for name, value in part['kwargs'].items())})"
-
-
-def _refusal(a: str, b: str, found: list[tuple[str, Any, Any]]) -> str:
-    return f"compare: {a} and {b} differ in more than the rule and the seed: {listed(found)}; name runs that agree"
-
-
-def _divisions_told(group: Group) -> Iterator[str]:
-    """Of seeds with several runs, what wall clocks leave out, the faster BPTT, and rules without a seed to divide by."""
-    for rule in group.rules:
-        for seed, runs in Counter(run.seed for run in group.of(rule)).items():
-            if runs > 1:
-                yield f"{rule} has {runs} runs of seed {seed}, which count as one, their mean, in ratios and differences"
-    if looked := dict.fromkeys(run.rule for run in group.runs if run.value("fidelity_s")):
-        yield f"wall clocks leave out what comparing gradients with BPTT's took, in runs of {', '.join(looked)}"
-    if not group.has_baseline:
-        return
-    if group.fastest_baseline != group.against:
-        yield f"images/s, wall clock and compute time are divided by {group.fastest_baseline}'s, the faster {group.against}"
-        divided = {group.against: "its top-1 and bytes are not divided", group.fastest_baseline: "its times are not divided"}
-    else:
-        divided = {group.against: "nothing of it is divided"}
-    seeds = {rule: {run.seed for run in group.of(rule)} for rule in group.rules}
-    for rule in group.rules:
-        for base, what in divided.items():
-            if not seeds[rule] & seeds[base]:
-                yield f"{rule} has no seed in common with {base}, so {what}"

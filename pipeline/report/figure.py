@@ -120,7 +120,16 @@ def color(theme: Theme, place: int) -> str:
 
 
 def symbol(place: int) -> str:
-    return SYMBOLS[place % len(SYMBOLS)]
+    return _shifted(SYMBOLS, place)
+
+
+def pattern(place: int) -> str:
+    return _shifted(PATTERNS, place)
+
+
+def _shifted(shapes: Sequence[str], place: int) -> str:
+    """Another beside the same colour in each round of the colours, of which there are as many."""
+    return shapes[(place + place // len(shapes)) % len(shapes)]
 
 
 def harmless(cell: Cell) -> Cell:

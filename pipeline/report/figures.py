@@ -46,9 +46,7 @@ def ratios(group: Group) -> Figure | Missing:
     """Each rule's costs over the baseline's."""
     title = f"Cost of each rule, as a multiple of {group.against}'s"
     if not group.has_baseline:
-        return Missing(
-            title=title, why=f"no baseline: no run of {group.against} in this group has finished, so nothing is divided"
-        )
+        return Missing(title=title, why=f"no baseline: {group.undivided}, so nothing is divided")
     rules = [rule for rule in group.rules if rule != group.against]
     found = {(rule, name): ratio for rule in rules for name in QUANTITIES if (ratio := group.ratios(rule, name))}
     if not found:

@@ -24,11 +24,11 @@ def learning_curves(group: Group) -> Figure | Missing:
 
     def draw(theme: Theme) -> go.Figure:
         figure = go.Figure()
+        named: set[str] = set()  # a rule stands in the legend once, by its first run with a trace
         for run in group.runs:
-            place = group.rules.index(run.rule)
-            first = run is group.of(run.rule)[0]
-            for trace in _traces(run, theme, place, named=first):
+            for trace in _traces(run, theme, group.rules.index(run.rule), named=run.rule not in named):
                 figure.add_trace(trace)
+                named.add(run.rule)
         restarts = [(run, each) for run in group.runs for each in run.restarts]
         if restarts:
             figure.add_trace(
@@ -59,11 +59,12 @@ def learning_curves(group: Group) -> Figure | Missing:
     rows = tuple(row for run in group.runs for row in _rows(run))
     restarts = sum(len(run.restarts) for run in group.runs)
     said = "; ".join(standings(group)) or "no recipe carries published points"
+    again = " Beyond its last cross a run that goes on shows what it had done before, until it has done that again."
     return Figure(
         name="learning-curves",
         title=title,
         caption="Lines: training batches, each point the mean since the one before; markers: the evaluation set. "
-        f"Crosses: restarts ({restarts}).",
+        f"Crosses: restarts ({restarts}).{again if any(run.again_from is not None for run in group.runs) else ''}",
         alt=f"Accuracy of {len(group.runs)} runs by epoch, with {restarts} restarts; {said}.",
         table=Table(columns=columns, rows=rows),
         draw=draw,

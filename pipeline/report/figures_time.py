@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from pipeline.measure.memory import told_hardware
 from pipeline.measure.time_parts import BETWEEN, PARTS, REST
-from pipeline.report.figure import PATTERNS, Figure, Missing, Table, Theme, base_layout, color, plain, shown, symbol, unit_of
+from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, color, pattern, plain, shown, symbol, unit_of
 from pipeline.report.study import Group
 
 _SMALL = 0.01  # of a bar: parts below it in every rule are drawn as one
@@ -32,14 +32,14 @@ def time_parts(group: Group) -> Figure | Missing:
         figure = go.Figure()
         bars = [*((name, [name]) for name in large), *([(f"{len(small)} small ones", small)] if small else [])]
         for place, (label, merged) in enumerate(bars):
-            pattern = {"shape": PATTERNS[place % len(PATTERNS)], "size": 6, "fgcolor": theme.paper, "fillmode": "overlay"}
+            hatch = {"shape": pattern(place), "size": 6, "fgcolor": theme.paper, "fillmode": "overlay"}
             figure.add_trace(
                 go.Bar(
                     name=label.replace("_", " "),
                     orientation="h",
                     y=[plain(rule) for rule in of_rule],
                     x=[sum(1e3 * parts.get(name, 0.0) for name in merged) for parts in of_rule.values()],
-                    marker={"color": color(theme, place + 1), "pattern": pattern, "line": {"color": theme.paper, "width": 1}},
+                    marker={"color": color(theme, place + 1), "pattern": hatch, "line": {"color": theme.paper, "width": 1}},
                     hovertemplate="%{y}: %{x:.3g} ms<extra>" + label.replace("_", " ") + "</extra>",
                 )
             )

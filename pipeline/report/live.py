@@ -15,17 +15,19 @@ import shlex
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.baseline import BASELINE
 from pipeline.measure.time_parts import PARTS, REST
+from pipeline.report.history import number
+from pipeline.report.places import machine
 from pipeline.report.returned import Returned, returned
 from pipeline.report.runs import ReportError
 from pipeline.report.store import ArtifactError, Point, Store, StoredRun, StoreError
 from pipeline.report.study import Study
-from pipeline.report.study_run import StudyRun, number, study_run
+from pipeline.report.study_run import StudyRun, study_run
 from pipeline.track.files import JOURNAL
 from pipeline.track.jsonl import Event, events_of
 from pipeline.track.publish import REPORT_DATA
@@ -52,15 +54,27 @@ class _Going:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Report:
-    """What `spiketrain report` told of a suite, as it was read."""
+class SuiteReport:
+    """What `spiketrain report` told of a suite: of all runs that were launched with it, whichever of them are shown."""
 
-    read: float
+    key: str
+    """the beginning of the id of its run in MLflow"""
+    title: str
+    """the suite, and commits and machines of those of its runs that are shown"""
+    told: Returned
+    note: str
+    """why it is left out, or empty"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """A report as it was read."""
+
+    at: float
     """by the clock that nobody sets"""
     version: str
     told: Returned = Returned()
     note: str = ""
-    """why it is left out"""
 
 
 class Live:
@@ -71,7 +85,7 @@ class Live:
         self._lock = threading.RLock()
         self._ended: OrderedDict[tuple[Any, ...], StudyRun] = OrderedDict()
         self._going: OrderedDict[str, _Going] = OrderedDict()
-        self._reports: OrderedDict[str, _Report] = OrderedDict()
+        self._reports: OrderedDict[str, _Read] = OrderedDict()
         self._members: dict[str, tuple[float, list[StoredRun]]] = {}
 
     def members(self, study: str) -> list[StoredRun]:
@@ -84,7 +98,7 @@ class Live:
             return runs
 
     def study(self, runs: Sequence[StoredRun], *, against: str = BASELINE) -> Study:
-        """What is known of these runs, and what the reports of their suites tell; what cannot be read is named in the notes.
+        """What is known of these runs; what cannot be read is named in the notes.
 
         Raises:
             StoreError: the store cannot be read.
@@ -106,21 +120,24 @@ class Live:
                 notes.append(f"{run.name} is a trial on a held-out part, no run to set beside others.")
             else:
                 found.append(run)
-        reports = self._reports_of(runs)
-        notes += [report.note for report in reports if report.note]
         keys = {run.study[:8] for run in runs}
-        return Study(
-            title=f"Study {', '.join(sorted(keys))}",
-            runs=tuple(found),
-            against=against,
-            claims=tuple(claim for report in reports for claim in report.told.claims),
-            sweeps=tuple(sweep for report in reports for sweep in report.told.sweeps),
-            notes=tuple(notes),
-        )
+        return Study(title=f"Study {', '.join(sorted(keys))}", runs=tuple(found), against=against, notes=tuple(notes))
+
+    def reports(self, runs: Sequence[StoredRun]) -> list[SuiteReport]:
+        """What the reports of the suites tell that these runs were launched with, the one launched last first.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        suites = _by_suite(runs)
+        return [
+            SuiteReport(key=suite[:8], title=_title(suite, members), told=read.told, note=read.note)
+            for (suite, members), read in zip(suites.items(), self._read(suites), strict=True)
+        ]
 
     def versions(self, runs: Sequence[StoredRun]) -> list[str]:
         """Of the reports of their suites: others when one of them is another."""
-        return [report.version for report in self._reports_of(runs)]
+        return [read.version for read in self._read(_by_suite(runs))]
 
     def run(self, stored: StoredRun) -> StudyRun:
         """One run, from its artifacts, and where it goes on from its metrics."""
@@ -149,7 +166,10 @@ class Live:
         _forget(self._going)
         self._going.move_to_end(stored.id)
         events = self._told_by_metrics(stored, going)
-        return study_run(stored.name, events, state="running", recipe=self._json(stored.id, "recipe.json", dict))
+        recipe = self._json(stored.id, "recipe.json", dict)
+        # MLflow takes no second value of a step: of what a restart does again nothing is told until the next journal.
+        run = study_run(stored.name, events, state="running", recipe=recipe, redone="kept")
+        return replace(run, heard=stored.newest)
 
     def _told_by_metrics(self, stored: StoredRun, going: _Going) -> list[Event]:
         """The journal as it was last sent, at a start or an evaluation, and after it what metrics tell."""
@@ -171,29 +191,26 @@ class Live:
             newest["metrics"] |= {name: stored.metrics[f"train/{name}"] for name in _PARTS if f"train/{name}" in stored.metrics}
         return [*events, *later]
 
-    def _reports_of(self, runs: Sequence[StoredRun]) -> list[_Report]:
-        """One for each suite, the newest's first."""
+    def _read(self, suites: Iterable[str]) -> list[_Read]:
         with self._lock:
-            return [self._report(suite) for suite in dict.fromkeys(run.parent for run in runs if run.parent)]
+            return [self._report(suite) for suite in suites]
 
-    def _report(self, suite: str) -> _Report:
+    def _report(self, suite: str) -> _Read:
         known = self._reports.get(suite)
-        if known is None or time.monotonic() - known.read > _FRESH_S:
+        if known is None or time.monotonic() - known.at > _FRESH_S:
             known = self._reports[suite] = self._read_report(suite)
             _forget(self._reports)
         return known
 
-    def _read_report(self, suite: str) -> _Report:
+    def _read_report(self, suite: str) -> _Read:
         try:
             told = self._json(suite, REPORT_DATA, dict)
             version = hashlib.sha256(json.dumps(told).encode()).hexdigest()
-            kept = returned(told, f"{REPORT_DATA} in MLflow")
-            return _Report(read=time.monotonic(), version=version, told=kept)
+            return _Read(at=time.monotonic(), version=version, told=returned(told, f"{REPORT_DATA} in MLflow"))
         except StoreError:
             raise  # of the store, not of this report
         except ReportError as error:
-            note = f"What its suite's report tells is left out: {error}"
-            return _Report(read=time.monotonic(), version=note, note=note)
+            return _Read(at=time.monotonic(), version=str(error), note=f"What its report tells is left out: {error}")
 
     def _json(self, run_id: str, name: str, kind: type) -> Any:
         text = self.store.text(run_id, name)
@@ -227,13 +244,34 @@ def _after(events: Sequence[Event], points: Mapping[str, Sequence[Point]], attem
     yield from sorted(found, key=lambda event: (event["time"], event["step"]))
 
 
+def _by_suite(runs: Iterable[StoredRun]) -> dict[str, list[StoredRun]]:
+    """Those that were launched with one, by the id of its run; in the order of their first runs."""
+    suites: dict[str, list[StoredRun]] = {}
+    for run in runs:
+        if run.parent:
+            suites.setdefault(run.parent, []).append(run)
+    return suites
+
+
+def _title(suite: str, members: Sequence[StoredRun]) -> str:
+    """`claims-fashion-20260105-120000 (01234567), commit abc, on a cpu, 2 cores, 1 thread`"""
+    name = members[0].tags.get("spiketrain.suite") or "A suite"
+    commits = dict.fromkeys(filter(None, (run.tags.get("spiketrain.commit") for run in members)))
+    machines = dict.fromkeys(machine(_hardware(run)) for run in members)
+    told = f", commit {' and '.join(commits)}" if commits else ""
+    return f"{name} ({suite[:8]}){told}, on {'; '.join(machines)}"
+
+
 def _start(stored: StoredRun) -> Event:
     """What tags tell of a run whose journal was not sent yet."""
-    hardware = {name.removeprefix("hardware."): _value(v) for name, v in stored.tags.items() if name.startswith("hardware.")}
     about = {name: stored.tags.get(f"spiketrain.{name}") for name in ("rule", "study", "commit")}
     numbers = ("seed", "world_size", "micro_batch", "attempt")
     counts = {name: _value(stored.tags.get(f"spiketrain.{name}", "")) for name in numbers}
-    return {"event": "start", "time": stored.started, "step": 0, "hardware": hardware, **about, **counts}
+    return {"event": "start", "time": stored.started, "step": 0, "hardware": _hardware(stored), **about, **counts}
+
+
+def _hardware(stored: StoredRun) -> dict[str, str | int]:
+    return {name.removeprefix("hardware."): _value(value) for name, value in stored.tags.items() if name.startswith("hardware.")}
 
 
 def _value(text: str) -> str | int:

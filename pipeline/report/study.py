@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,24 @@ class Group:
     @property
     def has_baseline(self) -> bool:
         return any(run.rule == self.against for run in self.finished)
+
+    @property
+    def several_baselines(self) -> str:
+        """`several BPTTs with different optimizer.lr; name one`, where each has a label of its own and none is `against`."""
+        told_apart = [run for run in self.runs if run.rule.startswith(f"{self.against} (")]
+        if self.has_baseline or not any(run.is_finished for run in told_apart):
+            return ""
+        return f"several {self.against}s with different {', '.join(_apart(told_apart))}; name one"
+
+    @property
+    def undivided(self) -> str:
+        """Why nothing is divided; empty where there is a baseline."""
+        return "" if self.has_baseline else self.several_baselines or f"no run of {self.against} has finished"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the reader of its means and ratios must know beside them."""
+        return tuple(_notes(self))
 
     @property
     def differences(self) -> list[Difference]:
@@ -159,15 +178,20 @@ def measured(run: StudyRun, name: str) -> float | None:
 def _told_apart(runs: Sequence[StudyRun]) -> list[StudyRun]:
     """Two rules of one label, such as SLTT-1 rescaled and not, or one with two values of what was tuned, get what tells them
     apart into it."""
-    told = [_written(run.recipe) for run in runs]
-    values: dict[str, dict[str, set[str]]] = {}
-    for run, each in zip(runs, told, strict=True):
-        for name, value in each.items():
-            values.setdefault(run.rule, {}).setdefault(name, set()).add(value)
-    return [
-        _labelled(run, [value for name, value in each.items() if len(values[run.rule][name]) > 1])
-        for run, each in zip(runs, told, strict=True)
-    ]
+    by_rule: dict[str, list[StudyRun]] = {}
+    for run in runs:
+        by_rule.setdefault(run.rule, []).append(run)
+    apart = {rule: _apart(namesakes) for rule, namesakes in by_rule.items()}
+    return [_labelled(run, [value for name, value in _written(run.recipe).items() if name in apart[run.rule]]) for run in runs]
+
+
+def _apart(runs: Sequence[StudyRun]) -> list[str]:
+    """Names of what `_written` tells of them that is not the same in all."""
+    values: dict[str, set[str]] = {}
+    for run in runs:
+        for name, value in _written(run.recipe).items():
+            values.setdefault(name, set()).add(value)
+    return [name for name, several in values.items() if len(several) > 1]
 
 
 def _labelled(run: StudyRun, apart: Sequence[str]) -> StudyRun:
@@ -179,8 +203,50 @@ def _labelled(run: StudyRun, apart: Sequence[str]) -> StudyRun:
 
 def _written(recipe: Mapping[str, Any]) -> dict[str, str]:
     """The rule's keywords, and the value of each field that was tuned, as text."""
-    told: dict[str, str] = {}
     rule = recipe.get("rule")
-    if isinstance(rule, Mapping):
-        told["rule"] = ", ".join(f"{name}={value}" for name, value in (rule.get("kwargs") or {}).items()) or "as it comes"
+    told = {"keywords": _keywords(rule) or "as it comes"} if isinstance(rule, Mapping) else {}
     return told | {key: f"{key}={written(recipe, key)}" for key in tuned_in(recipe)}
+
+
+def _keywords(part: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={_said(value)}" for name, value in (part.get("kwargs") or {}).items())
+
+
+def _said(value: Any) -> str:
+    """A part of a recipe as Python has it: `SLTT(k=1)`."""
+    is_part = isinstance(value, Mapping) and "target" in value
+    return f"{str(value['target']).rpartition('.')[2]}({_keywords(value)})" if is_part else str(value)
+
+
+def _notes(group: Group) -> Iterator[str]:
+    """Rules written out, commits, seeds with several runs, what wall clocks leave out, and what is divided by what."""
+    of_rule = {rule: [run for run in group.of(rule) if run.is_finished] for rule in group.rules}
+    of_rule = {rule: runs for rule, runs in of_rule.items() if runs}
+    for rule, (run, *_) in of_rule.items():
+        part = run.recipe.get("rule")
+        if isinstance(part, Mapping) and (keywords := _keywords(part)) and keywords not in rule:
+            yield f"{rule} is {_said(part)}"
+    commits = sorted({commit for run in group.finished for commit in run.commits})
+    if len(commits) > 1:
+        yield f"the runs are of different commits: {', '.join(commits)}"
+    for rule, runs in of_rule.items():
+        for seed, count in Counter(run.seed for run in runs).items():
+            if count > 1:
+                yield f"{rule} has {count} runs of seed {seed}, which count as one, their mean, in ratios and differences"
+    if looked := [rule for rule, runs in of_rule.items() if any(run.value("fidelity_s") for run in runs)]:
+        yield f"wall clocks leave out what comparing gradients with BPTT's took, in runs of {', '.join(looked)}"
+    if group.has_baseline:
+        yield from _divisions_told(group, {rule: {run.seed for run in runs} for rule, runs in of_rule.items()})
+
+
+def _divisions_told(group: Group, seeds: Mapping[str, set[int]]) -> Iterator[str]:
+    """The faster BPTT, and rules without a seed to divide by."""
+    if group.fastest_baseline != group.against:
+        yield f"images/s, wall clock and compute time are divided by {group.fastest_baseline}'s, the faster {group.against}"
+        divided = {group.against: "its top-1 and bytes are not divided", group.fastest_baseline: "its times are not divided"}
+    else:
+        divided = {group.against: "nothing of it is divided"}
+    for rule in seeds:
+        for base, what in divided.items():
+            if not seeds[rule] & seeds[base]:
+                yield f"{rule} has no seed in common with {base}, so {what}"

@@ -14,6 +14,7 @@ from pipeline.report.differences import VARIED, trained_apart, tuned_in, written
 from pipeline.report.figure import Cell, Table, shown, unit_of
 from pipeline.report.figures import QUANTITIES
 from pipeline.report.places import NOT_SAID, machine, micro_batches, places
+from pipeline.report.silence import state_told
 from pipeline.report.spread import Spread
 from pipeline.report.study import COMPUTE, Group, Study, StudyRun
 
@@ -124,8 +125,8 @@ def provenance(study: Study) -> Table:
             run.rule,
             run.seed,
             run.study[:8],
-            run.state,
-            f"{run.step}/{run.total_steps or '?'}",
+            state_told(run.state, run.heard),
+            _progress(run),
             len(run.restarts),
             "; then ".join(dict.fromkeys(machine(each.hardware) for each in run.trained_on)) or machine({}),
             _workers(run),
@@ -180,6 +181,11 @@ def _costs(group: Group, rule: str) -> Iterator[Cell]:
     for name, kind in (*((name, kind) for name, (_, kind) in QUANTITIES.items()), ("images_per_s", "rate")):
         yield _spread(group.spread(rule, name), kind, group.ratios(rule, name))
     yield sum(run.is_finished for run in group.of(rule))
+
+
+def _progress(run: StudyRun) -> str:
+    again = "" if run.again_from is None else f", done again from {run.again_from} on"
+    return f"{run.step}/{run.total_steps or '?'}{again}"
 
 
 def _purposes(group: Group) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.report.compare import Comparison, ComparisonError, compare, comparisons, print_comparison, print_studies
+from pipeline.report.read_study import read_study
 from pipeline.report.runs import ReportError
 from tests.report.conftest import RECIPE, STUDY
 
@@ -402,6 +403,29 @@ def test_nothing_to_compare(make_run: Callable, runs_dir: Path):
     make_run("b", study="0" * 16)
     with pytest.raises(ComparisonError, match=f"several study keys: {'0' * 16}, {STUDY}"):
         compare(runs_dir, ["0"])
+
+
+def test_two_tunings_of_the_baseline_are_no_one_baseline(make_run: Callable, runs_dir: Path):
+    """--tune twice with other values: the tuned field is not in the study key."""
+
+    def tuned(rate: float) -> dict[str, Any]:
+        optimizer = {"target": "timm.optim.create", "kwargs": {"opt": "sgd", "lr": rate}}
+        return {"protocol": "tuned", "tuned": ["optimizer.lr"], "optimizer": optimizer}
+
+    make_run("bptt-a", recipe=tuned(0.1))
+    make_run("bptt-b", seed=1, recipe=tuned(0.3))
+    make_run("sltt", rule="SLTT", recipe=tuned(0.6))
+    said = r"bptt-a and bptt-b differ in more than the rule and the seed: optimizer\.lr: 0\.1 and 0\.3; name runs that agree"
+    for names in (["sltt"], []):
+        with pytest.raises(ComparisonError, match=said):
+            compare(runs_dir, names)
+    with pytest.raises(ComparisonError, match=said):
+        read_study(runs_dir, ["sltt"])
+    assert [run.name for run in compare(runs_dir, ["sltt", "bptt-b"]).runs] == ["bptt-b", "sltt"]
+    make_run("bptt-c", seed=2, study="f" * 16, recipe=tuned(0.1))
+    make_run("bptt-d", seed=3, study="f" * 16, recipe=tuned(0.1))
+    make_run("ottt", rule="OTTT", study="f" * 16, recipe=tuned(0.3))
+    assert [run.name for run in compare(runs_dir, ["ottt"]).runs] == ["bptt-c", "bptt-d", "ottt"]
 
 
 def test_values_that_are_missing_or_nan(make_run: Callable, runs_dir: Path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from pipeline.report.dashboard.place import Place
 from pipeline.report.returned import Returned
 from pipeline.report.store import Store, StoredRun, open_store
 from tests.report.fake_store import FakeStore
-from tests.report.hand_made import KEY
+from tests.report.hand_made import KEY, recipe
 from tests.report.test_swept import LARGEST
 from tests.small import command
 
@@ -311,22 +313,56 @@ def test_the_data_of_a_figure_is_a_file(store: FakeStore):
     )
 
 
-def test_claims_and_sweeps_of_a_suite_are_a_view(store: FakeStore):
+def test_claims_and_sweeps_of_each_suite_are_a_view(store: FakeStore):
     search = f"?study={KEY}&view=claims"
     assert "The store has no claims and no sweep of these runs; `spiketrain report SUITE`" in Asking(store).show(search)
     claim = Claim(about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False)
-    store.add_finished("sltt-2", "SLTT", seed=2, parent="suite")
-    store.texts["suite", "report.json"] = json.dumps(Returned(claims=(claim,), sweeps=(LARGEST,)).to_json())
+    for parent, seed in (("first", 2), ("second", 3)):
+        tags = {"spiketrain.suite": f"launch-{seed}", "spiketrain.commit": "abc", "hardware.cpu": "a cpu"}
+        store.add_finished(f"sltt-{seed}", "SLTT", seed=seed, parent=parent, tags=tags)
+        told = Returned(claims=(replace(claim, ours=f"ours of launch {seed}"),), sweeps=(LARGEST,))
+        store.texts[parent, "report.json"] = json.dumps(told.to_json())
     asking = Asking(store)
     shown = asking.show(search)
-    assert "does not hold" in shown and "Memory against time steps: small" in shown and shown.count('"type":"Graph"') == 1
-    assert "Each rule's own largest batch" in shown and f'"data-png":"{KEY[:8]}-sweep1-memory-against-time-steps"' in shown
-    for name, head in (("claims", "rule,claim,"), ("sweep1-largest", "rule,time steps,largest batch in 1 GB,")):
+    assert "does not hold" in shown and "Memory against time steps: small" in shown and shown.count('"type":"Graph"') == 2
+    assert "Each rule's own largest batch" in shown and f'"data-png":"{KEY[:8]}-first-sweep1-memory-against-time-steps"' in shown
+    heads = [f"launch-{seed} ({parent}), commit abc, on a cpu" for parent, seed in (("second", 3), ("first", 2))]
+    places = [shown.index(text) for text in (f'"{heads[0]}"', "ours of launch 3", f'"{heads[1]}"', "ours of launch 2")]
+    assert places == sorted(places)  # whose a row is
+    for name, head in (("first-claims", "rule,claim,"), ("second-sweep1-largest", "rule,time steps,largest batch in 1 GB,")):
         assert asking.client.get(f"/csv{search}&name={name}").get_data(as_text=True).startswith(head)
+    assert "ours of launch 3" in asking.client.get(f"/csv{search}&name=second-claims").get_data(as_text=True)
     before = json.loads(shown)["response"]["drawn"]["data"]
     assert json.loads(Asking(store).show(search, drawn=before))["response"] == {}
-    store.texts["suite", "report.json"] = "{}"
+    for parent in ("first", "second"):
+        store.texts[parent, "report.json"] = "{}"
     assert "no claims and no sweep" in Asking(store).show(search, drawn=before)
+
+
+def test_what_the_reader_of_means_must_know_stands_beside_them(store: FakeStore):
+    said = "SLTT has 2 runs of seed 0, which count as one, their mean, in ratios and differences"
+    assert said not in Asking(store).show(f"?study={KEY}")
+    store.add_finished("sltt-again", "SLTT")
+    assert said in Asking(store).show(f"?study={KEY}")
+
+
+def test_several_tunings_of_the_baseline_are_named(store: FakeStore):
+    for name, rate in (("bptt-0", 0.1), ("bptt-1", 0.3)):
+        made = recipe("BPTT", tuned=["optimizer.lr"], optimizer={"target": "timm.optim.create", "kwargs": {"lr": rate}})
+        store.texts[(name * 32)[:32], "recipe.json"] = json.dumps({"version": 1, "recipe": made})
+    shown = Asking(store).show(f"?study={KEY}")
+    assert "No baseline: several BPTTs with different optimizer.lr; name one. Nothing is divided." in shown
+    assert "among those picked" not in shown
+
+
+def test_a_run_that_nobody_hears_of_says_so_beside_its_state(store: FakeStore):
+    store.add_finished("going", "SLTT", state="RUNNING", newest=time.time() - 30)
+    assert "seed 0, running" in Asking(store).show(f"?study={KEY}") and "no word" not in Asking(store).show(f"?study={KEY}")
+    before = json.loads(Asking(store).show(f"?study={KEY}"))["response"]["drawn"]["data"]
+    store.add_finished("going", "SLTT", state="RUNNING", newest=time.time() - 30.5 * 60)
+    shown = Asking(store).show(f"?study={KEY}", drawn=before)
+    assert "seed 0, running, no word for 30 min" in shown
+    assert "running, no word for 30 min" in Asking(store).show(f"?study={KEY}&view=runs")
 
 
 def test_names_from_outside_stay_text(store: FakeStore):

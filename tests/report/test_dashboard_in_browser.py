@@ -235,17 +235,19 @@ def served_here(store: FakeStore) -> Iterator[str]:
 
 
 def test_a_store_that_answers_later_than_the_next_look_is_shown(browser: Browser):
-    """And what a suite's report told, in a view of its own."""
+    """And what the reports of two suites told, in a view of their own."""
     store = FakeStore(pause_s=0.5)
-    store.add_finished("bptt-0", "BPTT", parent="suite")
-    store.add_finished("sltt-0", "SLTT", parent="suite")
+    store.add_finished("bptt-0", "BPTT", parent="first")
+    store.add_finished("sltt-0", "SLTT", parent="second")
     claim = Claim(about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False)
-    store.texts["suite", "report.json"] = json.dumps(Returned(claims=(claim,), sweeps=(LARGEST,)).to_json())
+    for parent in ("first", "second"):
+        store.texts[parent, "report.json"] = json.dumps(Returned(claims=(claim,), sweeps=(LARGEST,)).to_json())
     with served_here(store) as address:
         page, watch = opened(browser, address)
         drawn(page, 4)
         page.get_by_role("button", name="Claims and memory against time steps").click()
-        drawn(page, 1)
+        drawn(page, 2)
+        expect(page.get_by_role("heading", level=3)).to_contain_text(["second", "first"])
         expect(page.locator("#figures")).to_contain_text("does not hold")
         assert violations(page) == []
         store.trouble = "store x does not answer"

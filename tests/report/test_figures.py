@@ -5,13 +5,15 @@ import re
 
 import pytest
 
+from pipeline.measure.time_parts import BETWEEN, PARTS, REST
 from pipeline.report.figure import DARK, LIGHT, Figure, Missing, Table, Theme, harmless, plain, shown, unit_of
 from pipeline.report.figures import pareto, ratios, trade_off
 from pipeline.report.figures_learning import learning_curves, standing
 from pipeline.report.figures_maps import firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.figures_time import memory_of_time, time_parts
 from pipeline.report.study import Study
-from tests.report.hand_made import MACHINE, fidelity, recipe, run, study
+from pipeline.report.study_run import study_run
+from tests.report.hand_made import MACHINE, events, fidelity, recipe, run, study
 
 SWEEP = {
     "recipe": "small",
@@ -134,6 +136,19 @@ def test_memory_against_time_steps():
     assert "commit abc, a cpu" in figure.caption
 
 
+def test_no_two_of_many_parts_or_rules_are_drawn_alike():
+    """There are eight colours, and more parts of a batch's time."""
+    spent = {f"{name}_s": 1.0 for name in (*PARTS, REST, *BETWEEN)}
+    parts = traces(made(time_parts(Study(title="t", runs=(run(**spent),)).groups[0]))).values()
+    assert len(parts) == len(spent) > 8
+    bars = [(each["marker"]["color"], each["marker"]["pattern"].get("shape", "")) for each in parts]
+    assert len(set(bars)) == len(bars)
+    cost = SWEEP["points"][0]["cost"]
+    points = [{"time_steps": 1, "cost": {**cost, "rule": f"rule {count}"}} for count in range(20)]
+    rules = traces(made(memory_of_time({**SWEEP, "points": points}))).values()
+    assert len({(each["line"]["color"], each["marker"]["symbol"]) for each in rules}) == 20
+
+
 def test_firing_rates_are_means_over_runs():
     more = [{"name": "first", "neurons": 100, "rates": [0.1, 0.05], "silent": 0.0, "saturated": 0.0}]
     (group,) = Study(title="t", runs=(run(activity=more), run(seed=1, activity=[{**more[0], "rates": [0.3, 0.15]}]))).groups
@@ -158,6 +173,22 @@ def test_learning_curves_mark_restarts():
     drawn = traces(figure)["restart"]
     assert (drawn["x"], drawn["y"]) == ([1], [pytest.approx(40)])
     assert "restart" not in traces(made(learning_curves(study().groups[0])))
+
+
+def test_a_rule_is_in_the_legend_though_its_first_run_has_no_point_yet():
+    begun = study_run("begun", events("SLTT")[:1], state="running", recipe=recipe("SLTT"))
+    group = study(begun).groups[0]
+    assert group.of("SLTT")[0] is begun
+    drawn = json.loads(str(made(learning_curves(group)).draw(LIGHT).to_json()))["data"]
+    assert [trace["name"] for trace in drawn if trace["showlegend"]] == ["BPTT", "SLTT"]
+
+
+def test_what_is_done_again_is_told_below_the_curves():
+    going = study_run("going", events("SLTT", restart=True)[:6], state="running", recipe=recipe("SLTT"), redone="kept")
+    figure = made(learning_curves(study(going).groups[0]))
+    assert "shows what it had done before, until it has done that again" in figure.caption
+    assert [row[4] for row in figure.table.rows if row[0] == "going" and row[3] == "training"] == [25, 50, 60]
+    assert "done before" not in made(learning_curves(study(run("SLTT", seed=5, restart=True)).groups[0])).caption
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,23 @@ def test_of_a_run_that_goes_on_only_new_points_are_asked_for(store: FakeStore):
     assert [what for what in store.asked if what[0] == "history" or what[2:] == ("journal.jsonl",)] == []
 
 
+def test_a_resumed_run_stands_where_it_stood_until_it_has_passed_that(store: FakeStore):
+    """Its journal was sent at its second start, from batch 50; of batches 51 to 60 MLflow takes no second value."""
+    tags = {"spiketrain.artifact.journal.jsonl": "start 2008"}
+    made = store.add("resumed", rule="SLTT", state="RUNNING", tags=tags, newest=2009.0, metrics={"train/top1": 0.0})
+    store.texts[made.id, "journal.jsonl"] = "".join(json.dumps(event) + "\n" for event in events("SLTT", restart=True)[:6])
+    told = [Point(step, 1000.0 + step / 10, step / 125) for step in (25, 50, 60)]
+    store.histories[made.id, "train/top1"] = told
+    live = Live(store)
+    found = live.run(store.members[0])
+    assert [point.step for point in found.curve] == [25, 50, 60] and (found.step, found.again_from) == (60, 50)
+    store.histories[made.id, "train/top1"] = [*told, Point(70, 2011.0, 0.5)]
+    store.add("resumed", rule="SLTT", state="RUNNING", tags=tags, newest=2011.0, metrics={"train/top1": 0.5})
+    found = live.run(store.members[0])
+    assert [point.step for point in found.curve] == [25, 50, 60, 70] and (found.step, found.again_from) == (70, None)
+    assert found.heard == 2011.0
+
+
 def test_a_run_that_goes_on_is_divided_by_the_batches_that_its_parts_are_of(store: FakeStore):
     """The journal tells of 50, each of 40 + 80 ms; of those after it metrics tell the parts of the newest ten alone."""
     live = Live(store)
@@ -118,16 +135,22 @@ def test_a_run_whose_artifacts_cannot_be_read_is_left_out_and_the_others_are_sho
     assert study.notes == (f"locked is left out: {store.refused[locked.id]}",)
 
 
-def test_what_the_report_of_a_suite_tells_is_part_of_its_study(store: FakeStore):
-    store.add_finished("sltt", "SLTT", parent="suite")
+def test_what_the_report_of_each_suite_tells_is_by_itself(store: FakeStore):
+    about = {"spiketrain.suite": "claims-1", "spiketrain.commit": "abc", "hardware.cpu": "a cpu", "hardware.cores": "2"}
+    store.add_finished("sltt", "SLTT", parent="first-launch", tags=about)
+    store.add_finished("bptt-again", "BPTT", parent="second-launch", tags={**about, "spiketrain.commit": "def"})
+    store.add_finished("sltt-again", "SLTT", parent="second-launch", tags={**about, "spiketrain.commit": "def"})
     live = Live(store)
-    assert (live.study(store.members).claims, live.study(store.members).notes) == ((), ())
+    assert [report.told for report in live.reports(store.members)] == [Returned(), Returned()]
     claim = Claim(about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False)
-    store.texts["suite", "report.json"] = json.dumps(Returned(claims=(claim,), sweeps=(SWEEP,)).to_json())
+    store.texts["first-launch", "report.json"] = json.dumps(Returned(claims=(claim,), sweeps=(SWEEP,)).to_json())
     later = Live(store)  # a look lasts half a second
-    study = later.study(store.members)
-    assert (study.claims, study.sweeps, study.notes) == ((claim,), (SWEEP,), ())
-    assert later.versions(store.members) != live.versions(store.members) and live.versions(store.members[1:]) == []
-    store.refused["suite"] = "report.json cannot be read"
-    study = Live(store).study(store.members)
-    assert len(study.runs) == 2 and study.notes == ("What its suite's report tells is left out: report.json cannot be read",)
+    second, first = later.reports(store.members)  # the newest first
+    assert (first.told, first.note, second.told) == (Returned(claims=(claim,), sweeps=(SWEEP,)), "", Returned())
+    assert first.title == "claims-1 (first-la), commit abc, on a cpu, 2 cores"
+    assert second.title == "claims-1 (second-l), commit def, on a cpu, 2 cores"
+    assert later.versions(store.members) != live.versions(store.members) and len(live.versions(store.members)) == 2
+    assert live.versions(store.members[-1:]) == live.reports(store.members[-1:]) == []  # launched alone
+    store.refused["first-launch"] = "report.json cannot be read"
+    assert Live(store).reports(store.members)[1].note == "What its report tells is left out: report.json cannot be read"
+    assert len(Live(store).study(store.members).runs) == 4

@@ -6,6 +6,7 @@ from pipeline.report.spread import Spread, spread_of
 from pipeline.report.study import COMPUTE, Study
 from pipeline.trained_on import trained_on
 from tests.report.hand_made import MACHINE, events, on, recipe, run, study
+from tests.report.test_tables import tuned
 
 
 def test_mean_and_spread_over_seeds():
@@ -120,6 +121,52 @@ def test_two_values_of_what_was_tuned_are_told_apart():
     (group,) = Study(title="t", runs=(run("BPTT", recipe=recipe("BPTT", tuned=["optimizer.lr"])), *runs)).groups
     assert group.rules == ["BPTT", "SLTT (optimizer.lr=0.1)", "SLTT (optimizer.lr=0.3)"]
     assert Study(title="t", runs=tuple(runs[:2])).groups[0].rules == ["SLTT"]
+
+
+def test_two_tunings_of_the_baseline_are_several_and_none_is_called_unfinished():
+    several = (tuned("BPTT", 0.1), tuned("BPTT", 0.3, seed=1), tuned("SLTT", 0.3))
+    (group,) = Study(title="t", runs=several).groups
+    assert not group.has_baseline and group.rules[:2] == ["BPTT (optimizer.lr=0.1)", "BPTT (optimizer.lr=0.3)"]
+    assert group.undivided == group.several_baselines == "several BPTTs with different optimizer.lr; name one"
+    failed = tuple(tuned("BPTT", rate, state="failed") for rate in (0.1, 0.3))
+    (group,) = Study(title="t", runs=failed).groups
+    assert (group.several_baselines, group.undivided) == ("", "no run of BPTT has finished")
+    (group,) = Study(title="t", runs=several[1:]).groups
+    assert group.has_baseline and (group.several_baselines, group.undivided) == ("", "")
+    slices = [recipe("BPTT", rule={"target": "x.BPTT", "kwargs": {"truncate": k}}) for k in (1, 2)]
+    (group,) = Study(title="t", runs=tuple(run(seed=seed, recipe=made) for seed, made in enumerate(slices))).groups
+    assert group.undivided == "several BPTTs with different keywords; name one"
+
+
+def test_what_the_reader_of_means_must_know():
+    more = (
+        run("SLTT", name="again", restart=True),  # of commit def from then on
+        run("BPTT-chunk-1", backward_s=1.0),
+        run("OTTT-A", seed=7, fidelity_s=1.0),
+        run("DSR", seed=9, state="running"),
+    )
+    assert study(*more).groups[0].notes == (
+        "the runs are of different commits: abc, def",
+        "SLTT has 2 runs of seed 0, which count as one, their mean, in ratios and differences",
+        "wall clocks leave out what comparing gradients with BPTT's took, in runs of OTTT-A",
+        "images/s, wall clock and compute time are divided by BPTT-chunk-1's, the faster BPTT",
+        "OTTT-A has no seed in common with BPTT, so its top-1 and bytes are not divided",
+        "OTTT-A has no seed in common with BPTT-chunk-1, so its times are not divided",
+    )
+    assert study().groups[0].notes == ()
+    assert study(run("SLTT", name="again", restart=True, state="running")).groups[0].notes == ()  # in no mean yet
+
+
+def test_a_rule_that_says_less_than_its_recipe_is_written_out():
+    def of(**kwargs: object) -> dict:
+        return recipe("SLTT", rule={"target": "pipeline.rules.x.HLOP", "kwargs": kwargs})
+
+    inner = {"target": "pipeline.rules.sltt.SLTT", "kwargs": {"k": 1}}
+    (group,) = Study(title="t", runs=(run(), run("HLOP(SLTT-1)", recipe=of(inner=inner)))).groups
+    assert group.notes == ("HLOP(SLTT-1) is HLOP(inner=SLTT(k=1))",)
+    (group,) = Study(title="t", runs=(run(), run("HLOP", recipe=of(k=1)), run("HLOP", seed=1, recipe=of(k=2)))).groups
+    assert group.rules[1:] == ["HLOP (k=1)", "HLOP (k=2)"]
+    assert group.notes == ("HLOP (k=2) has no seed in common with BPTT, so nothing of it is divided",)
 
 
 def test_without_a_baseline():

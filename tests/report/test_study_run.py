@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.report.runs import ReportError
-from pipeline.report.study_run import from_folder, study_run
+from pipeline.report.study import Study
+from pipeline.report.study_run import StudyRun, from_folder, study_run
+from pipeline.report.tables import provenance
 from tests.report.hand_made import KEY, LAYERS, MACHINE, events, fidelity, recipe, run
 
 
@@ -44,6 +46,28 @@ def test_batches_that_a_restart_did_again_are_divided_by_as_well():
     """60 were done, then the last 50: 110 of 40 + 80 ms each."""
     one = study_run("r", events(restart=True)[:-1], state="stopped")
     assert one.step == 100 and one.parts == pytest.approx({"forward": 0.04, "backward": 0.08})
+
+
+def test_what_a_restart_does_again_is_kept_until_it_is_told_again():
+    """As MLflow tells of a run, which takes no second value of a step."""
+    told = events(restart=True)  # a start, 25, 50, its evaluation, 60, a start from 50, 75, ...
+
+    def at(*more: dict) -> StudyRun:
+        return study_run("r", [*told[:6], *more], state="running", redone="kept")
+
+    assert [(point.step, point.seconds) for point in at().curve] == [(25, 5), (50, 8), (60, 10)]
+    assert (at().step, at().again_from) == (60, 50) and [each.step for each in at().restarts] == [50]
+    anew = {**told[4], "time": told[5]["time"] + 2, "attempt": 1, "metrics": {"top1": 0.75}}
+    assert [(point.step, point.top1) for point in at(anew).curve][1:] == [(50, 0.4), (60, 0.75)]
+    half = {**anew, "step": 55}
+    assert [point.step for point in at(half).curve] == [25, 50, 55, 60] and (at(half).step, at(half).again_from) == (60, 55)
+    passed = at(told[6])
+    assert [point.step for point in passed.curve] == [25, 50, 60, 75] and (passed.step, passed.again_from) == (75, None)
+    twice = at({**told[5], "attempt": 2})
+    assert [point.step for point in twice.curve] == [25, 50, 60] and (twice.step, twice.again_from) == (60, 50)
+    assert provenance(Study(title="t", runs=(twice,))).rows[0][5] == "60/100, done again from 50 on"
+    dropped = study_run("r", told[:6], state="running")
+    assert [point.step for point in dropped.curve] == [25, 50] and (dropped.step, dropped.again_from) == (50, None)
 
 
 def test_nothing_yet():

@@ -3,5 +3,5 @@
 serve.py     the server, and whom it answers (guard.py)
 app.py       what calls what: the layout and its callbacks
 place.py     what an address shows, and the address of what is shown
-parts.py     the list of studies and the figures of one, as HTML
+parts.py     the list of studies and the figures of one, as HTML (blocks.py)
 """

@@ -12,7 +12,7 @@ from typing import Any
 from dash import ALL, Dash, Input, Output, State, ctx, dcc, html, no_update
 from flask import Response, request
 
-from pipeline.report.dashboard import parts
+from pipeline.report.dashboard import blocks, parts
 from pipeline.report.dashboard.place import ONLY, VIEWS, Place, short
 from pipeline.report.live import Live
 from pipeline.report.runs import ReportError
@@ -125,7 +125,7 @@ def _layout(name: str, every: float) -> html.Div:
                             ),
                             html.Div(id="list"),
                         ],
-                        **parts.aria(labelledby="all"),
+                        **blocks.aria(labelledby="all"),
                     ),
                     html.Section(
                         [
@@ -133,7 +133,7 @@ def _layout(name: str, every: float) -> html.Div:
                             html.Div([parts.run_boxes(), parts.view_buttons()], id="choose", className="controls", hidden=True),
                             html.Div(id="figures"),
                         ],
-                        **parts.aria(labelledby="study"),
+                        **blocks.aria(labelledby="study"),
                     ),
                 ],
                 id="main",
@@ -243,7 +243,7 @@ class _Answers:
     def mark(self, search: str | None) -> tuple[str, ...]:
         """Which buttons are pressed."""
         place = Place.at(search)
-        return (*(parts.yes(name == place.only) for name in ONLY), *(parts.yes(name == place.view) for name in VIEWS))
+        return (*(blocks.yes(name == place.only) for name in ONLY), *(blocks.yes(name == place.view) for name in VIEWS))
 
     def check(self, search: str | None, boxes: list[dict[str, str]]) -> list[Any]:
         """Which boxes of runs are checked; new ones come as they are."""
@@ -252,7 +252,7 @@ class _Answers:
             picked = {short(run) for run in place.picked(self._live.members(place.study))} if place.runs is None else place.runs
         except ReportError:
             return [no_update] * len(boxes)  # the list says what is wrong
-        return [parts.yes(box["to"] in picked) for box in boxes]
+        return [blocks.yes(box["to"] in picked) for box in boxes]
 
     def list_studies(self, search: str | None, _: Any) -> list[Any]:
         place = Place.at(search)
@@ -272,13 +272,13 @@ class _Answers:
             members = place.members(self._live.members(place.study))
             runs = place.picked(members)
             news = [[[run.newest, _versions(run.tags)] for run in runs], self._live.versions(runs)]
-            now = [search, scheme, [[run.id, run.state] for run in members], news]
+            now = [search, scheme, [[run.id, parts.state_of(run)] for run in members], news]
             if now == before:
                 return (no_update,) * 5
             if not members:
                 return title, True, [], [html.P("The store has no run of this study.", className="note")], now
             boxes = no_update if before and before[2] == now[2] else parts.boxes(place, members)
-            return title, False, boxes, parts.figures(place, self._live.study(runs), scheme), now
+            return title, False, boxes, parts.figures(place, self._live.study(runs), self._live.reports(runs), scheme), now
         except ReportError as error:
             return title, True, [], _trouble(error), None
 
@@ -286,8 +286,8 @@ class _Answers:
         """The data of a figure as a file."""
         place, name = Place.at(request.query_string.decode("ascii", "replace")), request.args.get("name", "")
         try:
-            members = place.members(self._live.members(place.study)) if place.study else []
-            found = parts.csv_of(place, self._live.study(place.picked(members)), name) if members else None
+            runs = place.picked(self._live.members(place.study)) if place.study else []
+            found = parts.csv_of(place, self._live.study(runs), self._live.reports(runs), name) if runs else None
         except ReportError as error:
             return Response(f"{error}\n", 503, mimetype="text/plain")
         if found is None:

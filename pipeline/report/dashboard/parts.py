@@ -5,18 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlencode
 
 from dash import dcc, html
 
 from pipeline.report import scaling, tables
+from pipeline.report.dashboard import blocks
 from pipeline.report.dashboard.place import ONLY, SORTS, VIEWS, Place, View, short, state_words
-from pipeline.report.figure import DARK, LIGHT, Figure, Missing, Table
+from pipeline.report.figure import Figure, Missing
 from pipeline.report.figures import ratios, trade_off
 from pipeline.report.figures_learning import learning_curves
 from pipeline.report.figures_maps import firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.figures_time import time_parts
-from pipeline.report.page import TRADED, told
+from pipeline.report.live import SuiteReport
+from pipeline.report.page import TRADED
+from pipeline.report.silence import state_told
 from pipeline.report.store import StoredRun, StoredStudy
 from pipeline.report.study import Group, Study
 from pipeline.report.swept import LARGEST_SAID, swept
@@ -31,10 +33,8 @@ _COLUMNS = {
     "runs": "runs",
     "newest": "newest sign of life",
 }
-_ROWS = 40
-_NO_BASELINE = "No baseline: no finished run of {} in this group is among those picked. Nothing is divided."
+_NOT_PICKED = "no finished run of {} in this group is among those picked"
 _NOT_TOLD = "The store has no claims and no sweep of these runs; `spiketrain report SUITE` puts there what a suite has."
-CONFIG: Any = {"displayModeBar": False, "responsive": True, "scrollZoom": False, "doubleClick": False, "showTips": False}
 
 
 def study_list(place: Place, studies: Sequence[StoredStudy]) -> list[Any]:
@@ -47,7 +47,7 @@ def study_list(place: Place, studies: Sequence[StoredStudy]) -> list[Any]:
     rows = [_row(place, study) for study in found[:SHOWN]]
     return [
         html.P(count + more, className="aside", role="status"),
-        _scroll(
+        blocks.scroll(
             [
                 html.Caption("Studies: runs that may be compared", className="unseen"),
                 html.Thead(html.Tr([_head(place, column) for column in SORTS])),
@@ -62,8 +62,8 @@ def _head(place: Place, column: str) -> html.Th:
     here = place.sort == column
     down = not place.descending if here else column in ("newest", "runs", "seeds")
     arrow = ("\u2193" if place.descending else "\u2191") if here else ""
-    told = aria(sort="descending" if place.descending else "ascending") if here else {}
-    mark = html.Span(arrow, className="arrow", **aria(hidden="true"))
+    told = blocks.aria(sort="descending" if place.descending else "ascending") if here else {}
+    mark = html.Span(arrow, className="arrow", **blocks.aria(hidden="true"))
     link = dcc.Link([_COLUMNS[column], mark], href="/" + (place.change(sort=column, descending=down).search or "?"))
     return html.Th(link, scope="col", **told)
 
@@ -73,7 +73,7 @@ def _row(place: Place, study: StoredStudy) -> html.Tr:
     there = place.change(study=study.study, family=study.experiment, runs=None if not here else place.runs)
     link = dcc.Link(study.study[:8] or "unknown", href="/" + there.search)
     cells = [study.experiment, ", ".join(study.rules), _seeds(study.seeds), state_words(study), _when(study.newest)]
-    told = {**aria(current="true"), "className": "here"} if here else {}
+    told = {**blocks.aria(current="true"), "className": "here"} if here else {}
     return html.Tr([html.Th(link, scope="row"), *map(html.Td, cells)], **told)
 
 
@@ -91,7 +91,9 @@ def _choice(legend: str, what: str, names: Mapping[Any, str]) -> html.Fieldset:
     They are made once, and which one is pressed follows: a button that is exchanged for another loses the press it is under.
     """
     buttons = [
-        html.Button(words, id={"change": what, "to": name}, type="button", className="button", **aria(pressed=yes(False)))
+        html.Button(
+            words, id={"change": what, "to": name}, type="button", className="button", **blocks.aria(pressed=blocks.yes(False))
+        )
         for name, words in names.items()
     ]
     return html.Fieldset([html.Legend(legend), html.Div(buttons, className="choices")])
@@ -118,35 +120,34 @@ def boxes(place: Place, members: Sequence[StoredRun]) -> list[html.Button]:
     picked = {run.id for run in place.picked(members)}
     return [
         html.Button(
-            [html.B(run.name), f" {run.rule}, seed {run.seed or '?'}, {run.state.lower()}"],
+            [html.B(run.name), f" {run.rule}, seed {run.seed or '?'}, {state_of(run)}"],
             id={"change": "runs", "to": short(run)},
             type="button",
             role="checkbox",
-            **aria(checked=yes(run.id in picked)),
+            **blocks.aria(checked=blocks.yes(run.id in picked)),
         )
         for run in members
     ]
 
 
-def yes(really: bool) -> str:
-    """As ARIA says it."""
-    return "true" if really else "false"
+def state_of(run: StoredRun) -> str:
+    return state_told(run.state.lower(), run.newest)
 
 
-def figures(place: Place, study: Study, theme: str) -> list[Any]:
-    """What the view of a study shows, group by group; what was not measured, and why, at its end."""
+def figures(place: Place, study: Study, reports: Sequence[SuiteReport], theme: str) -> list[Any]:
+    """What the view of a study shows, group by group, or suite by suite; what was not measured, and why, at its end."""
     notes = [html.P(note, className="note") for note in study.notes]
     if not study.runs:
         why = "None of the runs that were picked can be shown." if notes else "Pick one of its runs above."
         return [*notes, html.P(why, className="note")]
     if place.view == "runs":
         found = tables.provenance(study)
-        parts = [html.H3("Hardware and commits"), _table(found, "Each run, where it ran and at which commit")]
+        parts = [html.H3("Hardware and commits"), blocks.table(found, "Each run, where it ran and at which commit")]
         if len(study.groups) > 1:
-            parts += [html.H3("How the groups differ"), _table(tables.recipe_differences(study), "Fields that differ")]
-        return [*notes, *parts, _csv_link(place, "runs", "hardware and commits")]
+            parts += [html.H3("How the groups differ"), blocks.table(tables.recipe_differences(study), "Fields that differ")]
+        return [*notes, *parts, blocks.csv_link(place, "runs", "hardware and commits")]
     if place.view == "claims":
-        return [*notes, *_told_by_reports(place, study, theme)]
+        return [*notes, *_told_by_reports(place, reports, theme)]
     parts: list[Any] = [*notes]
     missing: list[Any] = []
     for key, group in grouped(study):
@@ -158,10 +159,13 @@ def figures(place: Place, study: Study, theme: str) -> list[Any]:
             if isinstance(each, Missing):
                 missing.append(html.Li([html.B(each.title), f": {title}: {each.why}."]))
             else:
-                parts.append(_figure(place, key, each, theme))
+                parts.append(blocks.figure(place, key, each, theme))
     if place.view == "costs" and (scaled := scaling.scaling(study)) is not None:
         parts += [html.H3("Scaling over workers"), html.P(scaling.SAID, className="aside")]
-        parts += [_table(scaled, "Steady images/s over workers, measured"), _csv_link(place, "scaling", "scaling over workers")]
+        parts += [
+            blocks.table(scaled, "Steady images/s over workers, measured"),
+            blocks.csv_link(place, "scaling", "scaling over workers"),
+        ]
     return [*parts, html.H3("Not measured"), html.Ul(missing)] if missing else parts
 
 
@@ -186,19 +190,20 @@ def drawn(view: View, group: Group) -> Iterator[Figure | Missing]:
         yield firing_rates(group)
 
 
-def csv_of(place: Place, study: Study, name: str) -> str | None:
+def csv_of(place: Place, study: Study, reports: Sequence[SuiteReport], name: str) -> str | None:
     """The data of a figure or a table of this view, by its name; None where there is none."""
     if name == "runs":
         return tables.provenance(study).to_csv()
-    if name == "claims" and study.claims:
-        return tables.claims(study.claims).to_csv()
-    for key, figure, largest in swept(study.sweeps):
-        if name == f"{key}-{figure.name}":
-            return figure.table.to_csv()
-        if name == f"{key}-largest" and largest is not None:
-            return largest.to_csv()
     if name == "scaling" and (scaled := scaling.scaling(study)) is not None:
         return scaled.to_csv()
+    for report in reports:
+        if name == f"{report.key}-claims" and report.told.claims:
+            return tables.claims(report.told.claims).to_csv()
+        for key, figure, largest in swept(report.told.sweeps):
+            if name == f"{report.key}-{key}-{figure.name}":
+                return figure.table.to_csv()
+            if name == f"{report.key}-{key}-largest" and largest is not None:
+                return largest.to_csv()
     for key, group in grouped(study):
         if name == f"{key}-costs":
             return tables.costs(group).to_csv()
@@ -213,111 +218,51 @@ def csv_of(place: Place, study: Study, name: str) -> str | None:
 
 def _costs(place: Place, key: str, group: Group) -> Iterator[Any]:
     if not group.has_baseline:
-        yield html.P(_NO_BASELINE.format(group.against), className="note")
+        why = group.several_baselines or _NOT_PICKED.format(group.against)
+        yield html.P(f"No baseline: {why}. Nothing is divided.", className="note")
     lines = [html.Li([html.B(rule), f": {line}"]) for rule, line in tables.headlines(group)]
     if lines:
         yield html.Ul(lines, className="headlines")
-    yield _table(
+    yield blocks.table(
         tables.costs(group), "Mean ± standard deviation over seeds, × the baseline over paired seeds", where=tables.named(group)
     )
-    yield _csv_link(place, f"{key}-costs", f"costs, {tables.named(group)}")
+    yield blocks.csv_link(place, f"{key}-costs", f"costs, {tables.named(group)}")
+    if group.notes:
+        yield html.Ul([html.Li(note) for note in group.notes], className="aside")
     yield html.H4("What stands behind the rows")
-    yield _table(tables.behind_the_rows(group), "The baseline of each row, as far as recipes tell", where=tables.named(group))
+    yield blocks.table(
+        tables.behind_the_rows(group), "The baseline of each row, as far as recipes tell", where=tables.named(group)
+    )
     if (beside := tables.beside(group)) is not None:
         yield html.H4("Measured beside")
         yield html.P(tables.BESIDE_SAID, className="aside")
-        yield _table(
+        yield blocks.table(
             beside, "What else was measured of each rule: mean ± standard deviation over seeds", where=tables.named(group)
         )
-        yield _csv_link(place, f"{key}-beside", f"measured beside, {tables.named(group)}")
+        yield blocks.csv_link(place, f"{key}-beside", f"measured beside, {tables.named(group)}")
 
 
-def _told_by_reports(place: Place, study: Study, theme: str) -> Iterator[Any]:
-    """Claims and sweeps, which `spiketrain report` puts into the store."""
-    if study.claims:
-        yield html.H3("Claims")
-        yield _table(tables.claims(study.claims), "What is published, what was measured here, and whether it holds")
-        yield _csv_link(place, "claims", "claims")
-    shown = list(swept(study.sweeps))
-    if shown:
-        yield html.H3("Memory against time steps")
-    for key, figure, largest in shown:
-        yield _figure(place, key, figure, theme)
-        if largest is not None:
-            yield html.H4("Each rule's own largest batch")
-            yield html.P(LARGEST_SAID, className="aside")
-            yield _table(largest, "Largest batch and its speed", where=figure.title)
-            yield _csv_link(place, f"{key}-largest", f"largest batches, {figure.title}")
-    if not study.claims and not shown:
+def _told_by_reports(place: Place, reports: Sequence[SuiteReport], theme: str) -> Iterator[Any]:
+    """Claims and sweeps, which `spiketrain report` puts into the store, of each suite by itself: they are of its runs alone."""
+    found = [report for report in reports if report.told.claims or report.told.sweeps or report.note]
+    for report in found:
+        yield html.H3(report.title)
+        if report.note:
+            yield html.P(report.note, className="note")
+        if report.told.claims:
+            yield html.H4("Claims")
+            caption = "What is published, what was measured here, and whether it holds"
+            yield blocks.table(tables.claims(report.told.claims), caption, where=report.title)
+            yield blocks.csv_link(place, f"{report.key}-claims", f"claims, {report.title}")
+        for key, figure, largest in swept(report.told.sweeps):
+            yield blocks.figure(place, f"{report.key}-{key}", figure, theme)
+            if largest is not None:
+                yield html.H4("Each rule's own largest batch")
+                yield html.P(LARGEST_SAID, className="aside")
+                yield blocks.table(largest, "Largest batch and its speed", where=f"{figure.title}, {report.title}")
+                yield blocks.csv_link(place, f"{report.key}-{key}-largest", f"largest batches, {figure.title}")
+    if not found:
         yield html.P(_NOT_TOLD, className="note")
-
-
-def _figure(place: Place, key: str, one: Figure, theme: str) -> html.Figure:
-    graph = dcc.Graph(
-        figure=one.draw(DARK if theme == "dark" else LIGHT), config=CONFIG, responsive=True, style={"height": f"{one.height}px"}
-    )
-    name = f"{key}-{one.name}"
-    return html.Figure(
-        [
-            html.H4(one.title),
-            html.Div(graph, className="drawing", role="img", **aria(label=f"{one.title}. {one.alt}")),
-            html.Figcaption([one.caption, " ", html.Span(one.alt, className="alt")]),
-            html.Div([_png_button(place, name, one.title), _csv(place, name, one.title)], className="actions"),
-            html.Details(
-                [
-                    html.Summary(["Table", html.Span(f" of {one.title}", className="unseen")]),
-                    _table(one.table, one.title),
-                ]
-            ),
-        ]
-    )
-
-
-def _png_button(place: Place, name: str, what: str) -> html.Button:
-    """app.py has what it does."""
-    words = ["PNG", html.Span(f" of {what}", className="unseen")]
-    file: dict[str, Any] = {"data-png": f"{place.study[:8]}-{name}"}
-    return html.Button(words, type="button", className="button", **file)
-
-
-def _csv_link(place: Place, name: str, what: str) -> html.Div:
-    return html.Div(_csv(place, name, what), className="actions")
-
-
-def _csv(place: Place, name: str, what: str) -> html.A:
-    asked: Mapping[str, str] = {"name": name}
-    return html.A(
-        ["CSV", html.Span(f" of {what}", className="unseen")],
-        className="button",
-        href=f"/csv{place.search or '?'}&{urlencode(asked)}",
-        download=f"{place.study[:8]}-{name}.csv",
-    )
-
-
-def _table(table: Table, caption: str, *, where: str = "") -> html.Div:
-    """`where` tells its region from that of another group's table."""
-    head = html.Thead(html.Tr([html.Th(column, scope="col") for column in table.columns]))
-    body = [
-        html.Tr(
-            [
-                html.Th(told(row[0]), scope="row"),
-                *(html.Td(told(cell), className="none" if cell is None else "") for cell in row[1:]),
-            ]
-        )
-        for row in table.rows[:_ROWS]
-    ]
-    more = len(table.rows) - _ROWS
-    told_more = [] if more <= 0 else [html.P(f"The first {_ROWS} of {len(table.rows)} rows; the CSV has all.", className="aside")]
-    return html.Div(
-        [
-            _scroll([html.Caption(html.Span(caption)), head, html.Tbody(body)], f"{caption}, {where}" if where else caption),
-            *told_more,
-        ]
-    )
-
-
-def _scroll(table: list[Any], label: str) -> html.Div:
-    return html.Div(html.Table(table), className="scroll", role="region", tabIndex=0, **aria(label=label))
 
 
 def _seeds(seeds: Sequence[str]) -> str:
@@ -330,8 +275,3 @@ def _when(seconds: float) -> str:
 
 def _count(number: int, one: str, many: str) -> str:
     return f"{number} {one if number == 1 else many}"
-
-
-def aria(**told: str) -> dict[str, Any]:
-    """`aria(label="x")` as Dash takes it."""
-    return {f"aria-{name}": value for name, value in told.items()}

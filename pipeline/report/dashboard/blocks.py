@@ -1,0 +1,94 @@
+"""What the dashboard's page is built of: figures, tables, and the files that their data can be taken as."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlencode
+
+from dash import dcc, html
+
+from pipeline.report.dashboard.place import Place
+from pipeline.report.figure import DARK, LIGHT, Figure, Table
+from pipeline.report.page import told
+
+_ROWS = 40
+CONFIG: Any = {"displayModeBar": False, "responsive": True, "scrollZoom": False, "doubleClick": False, "showTips": False}
+
+
+def figure(place: Place, key: str, one: Figure, theme: str) -> html.Figure:
+    graph = dcc.Graph(
+        figure=one.draw(DARK if theme == "dark" else LIGHT), config=CONFIG, responsive=True, style={"height": f"{one.height}px"}
+    )
+    name = f"{key}-{one.name}"
+    return html.Figure(
+        [
+            html.H4(one.title),
+            html.Div(graph, className="drawing", role="img", **aria(label=f"{one.title}. {one.alt}")),
+            html.Figcaption([one.caption, " ", html.Span(one.alt, className="alt")]),
+            html.Div([_png_button(place, name, one.title), _csv(place, name, one.title)], className="actions"),
+            html.Details(
+                [
+                    html.Summary(["Table", html.Span(f" of {one.title}", className="unseen")]),
+                    table(one.table, one.title),
+                ]
+            ),
+        ]
+    )
+
+
+def _png_button(place: Place, name: str, what: str) -> html.Button:
+    """app.py has what it does."""
+    words = ["PNG", html.Span(f" of {what}", className="unseen")]
+    file: dict[str, Any] = {"data-png": f"{place.study[:8]}-{name}"}
+    return html.Button(words, type="button", className="button", **file)
+
+
+def csv_link(place: Place, name: str, what: str) -> html.Div:
+    return html.Div(_csv(place, name, what), className="actions")
+
+
+def _csv(place: Place, name: str, what: str) -> html.A:
+    asked: Mapping[str, str] = {"name": name}
+    return html.A(
+        ["CSV", html.Span(f" of {what}", className="unseen")],
+        className="button",
+        href=f"/csv{place.search or '?'}&{urlencode(asked)}",
+        download=f"{place.study[:8]}-{name}.csv",
+    )
+
+
+def table(one: Table, caption: str, *, where: str = "") -> html.Div:
+    """`where` tells its region from that of another group's table."""
+    head = html.Thead(html.Tr([html.Th(column, scope="col") for column in one.columns]))
+    body = [
+        html.Tr(
+            [
+                html.Th(told(row[0]), scope="row"),
+                *(html.Td(told(cell), className="none" if cell is None else "") for cell in row[1:]),
+            ]
+        )
+        for row in one.rows[:_ROWS]
+    ]
+    more = len(one.rows) - _ROWS
+    told_more = [] if more <= 0 else [html.P(f"The first {_ROWS} of {len(one.rows)} rows; the CSV has all.", className="aside")]
+    return html.Div(
+        [
+            scroll([html.Caption(html.Span(caption)), head, html.Tbody(body)], f"{caption}, {where}" if where else caption),
+            *told_more,
+        ]
+    )
+
+
+def scroll(table: list[Any], label: str) -> html.Div:
+    return html.Div(html.Table(table), className="scroll", role="region", tabIndex=0, **aria(label=label))
+
+
+def aria(**told: str) -> dict[str, Any]:
+    """`aria(label="x")` as Dash takes it."""
+    return {f"aria-{name}": value for name, value in told.items()}
+
+
+def yes(really: bool) -> str:
+    """As ARIA says it."""
+    return "true" if really else "false"

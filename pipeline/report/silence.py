@@ -1,0 +1,18 @@
+"""A run that goes on by what MLflow says, and that nobody hears of: a driver that was killed cannot say so."""
+
+from __future__ import annotations
+
+import time
+
+SILENT_S = 900.0
+"""A driver tells MLflow of its machine every 10 s; where that is switched off it is heard at each point of the curve, evaluation
+and save, of which the slowest takes minutes."""
+
+
+def state_told(state: str, heard: float | None) -> str:
+    """`running, no word for 25 min`; `heard` is its last sign of life, in unix seconds, None where the state is known."""
+    silent = 0.0 if heard is None or state != "running" else time.time() - heard
+    if silent < SILENT_S:
+        return state
+    minutes = int(silent // 60)
+    return f"{state}, no word for {f'{minutes} min' if minutes < 120 else f'{minutes // 60} h'}"
