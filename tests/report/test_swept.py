@@ -16,9 +16,9 @@ from pipeline.report.sweep import told_sweep
 from pipeline.report.swept import largest, swept
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
+from tests.forecast.test_probe import recipe_with
 from tests.report.hand_made import study
 from tests.report.test_figures import SWEEP
-from tests.test_probe import recipe_with
 
 
 def at_largest(sizes: dict[tuple[str, int], int]) -> dict[str, Any]:
