@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from pipeline.measure.sampled import MEMORY_EVERY, OPERATIONS_EVERY
 from pipeline.recipe_json import differing
 from pipeline.report.claims import Claim
 from pipeline.report.differences import VARIED, trained_apart, tuned_in, written
@@ -42,8 +43,9 @@ BESIDE_SAID = (
     "Bytes are of the worker that holds most; states are membranes, traces, and what the slices of a batch share, weights and "
     "the first features of a still image, with the gradient they collect. Joules are of the whole training, of one worker's card "
     "in the mean over workers, by the card's own counter (NVML), its idle power included: a measurement, where the energy of an "
-    "inference is an estimate. Multiplications and additions are of training on one sample, by what they serve. Wall clocks "
-    "leave out what comparing gradients with BPTT's took, which no rule asks for."
+    "inference is an estimate. Multiplications and additions are of training on one sample, by what they serve, counted on the "
+    f"third batch of each start of a run and every {OPERATIONS_EVERY}th after it; states are looked at on the second and every "
+    f"{MEMORY_EVERY}th. Wall clocks leave out what comparing gradients with BPTT's took, which no rule asks for."
 )
 
 

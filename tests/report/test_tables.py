@@ -2,8 +2,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.report import tables
+import torch
+from torch import nn
+
+from pipeline.measure.meters import Meters
+from pipeline.report import figures, tables
 from pipeline.report.claims import Claim
+from pipeline.report.figure import Figure
 from pipeline.report.study import Study, StudyRun
 from tests.report.hand_made import on, recipe, run, study
 
@@ -159,3 +164,15 @@ def test_where_each_run_ran():
     moved = run("SLTT", seed=3, trained_on=[on(workers=2, cpu="another"), on()])
     row = tables.provenance(Study(title="t", runs=(moved,))).rows[0]
     assert row[7:9] == ("another, 2 cores, 1 thread; then a cpu, 2 cores, 1 thread", "2, then 1")
+
+
+def test_what_is_sampled_says_so():
+    """In a page's captions, as the meters do it."""
+    meters = Meters(nn.Linear(1, 1), batch_size=1, device=torch.device("cpu"))
+    bytes_, operations = ([n for n in range(2100) if looks(n)] for looks in (meters._counts_memory, meters._counts_operations))
+    assert bytes_[:3] == [1, 201, 401] and operations == [2, 1002, 2002]
+    found = figures.trade_off(study().groups[0], "peak_saved_bytes")
+    assert isinstance(found, Figure)
+    assert "counted on the second batch of each start of a run and every 200th after it" in found.caption
+    said = "counted on the third batch of each start of a run and every 1000th after it"
+    assert f"{said}; states are looked at on the second and every 200th." in tables.BESIDE_SAID
