@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -130,8 +130,8 @@ def provenance(study: Study) -> Table:
             f"{run.step}/{run.total_steps or '?'}",
             len(run.restarts),
             "; then ".join(dict.fromkeys(machine(each.hardware) for each in run.trained_on)) or machine({}),
-            _workers(run),
-            "its own" if run.own_cores else "shared",
+            _one_after_another(each.workers for each in run.trained_on),
+            _one_after_another("its own" if each.own_cores else "shared" for each in run.trained_on),
             ", ".join(run.commits) or None,
         )
         for group in study.groups
@@ -158,8 +158,7 @@ def named(group: Group, *, among: Sequence[Group] = ()) -> str:
     """
     run = group.runs[0]
     is_told = any(tuned_in(each.runs[0].recipe) for each in (group, *among))
-    cores = ", each on cores of its own" if run.own_cores else ""
-    return f"Study {group.study[:8] or 'unknown'}{_protocol(run.recipe) if is_told else ''} on {places(run)}{cores}"
+    return f"Study {group.study[:8] or 'unknown'}{_protocol(run.recipe) if is_told else ''} on {places(run)}"
 
 
 def _saved(group: Group, rule: str) -> Iterator[str]:
@@ -241,8 +240,6 @@ def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
 def _apart(first: StudyRun, other: StudyRun) -> Iterator[tuple[str, Any, Any]]:
     yield from differing("", *(_shared(run.recipe) for run in (first, other)))
     yield from trained_apart(*([asdict(each) for each in run.trained_on] for run in (first, other)))
-    for name in ("loader_threads", "own_cores"):
-        yield from differing(name, *(getattr(run, name) for run in (first, other)))
 
 
 def _shared(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,6 +259,7 @@ def _protocol(recipe: Mapping[str, Any]) -> str:
     return f", tuned {fields}," if fields else ", shared settings,"
 
 
-def _workers(run: StudyRun) -> Cell:
-    found = list(dict.fromkeys(each.workers for each in run.trained_on))
+def _one_after_another(values: Iterable[Cell]) -> Cell:
+    """`2, then 1`; what did not change stands alone."""
+    found = list(dict.fromkeys(values))
     return found[0] if len(found) == 1 else ", then ".join(map(str, found)) or None

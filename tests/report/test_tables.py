@@ -76,6 +76,11 @@ def test_how_a_batch_fell_on_workers_stands_in_every_row_and_in_the_title():
         "4, then 4 × 2",
         f"Study 01234567 on {machine}, 2 workers, then {machine}, 1 worker, in micro-batches of 4",
     )
+    alone = f"{machine}, 1 worker, each on cores of its own"
+    assert told({**on(), "own_cores": True})[1] == f"Study 01234567 on {alone}"
+    assert told({**on(), "own_cores": True, "loader_threads": 2}, on())[1] == (
+        f"Study 01234567 on {alone}, with 2 loader threads, then {machine}, 1 worker, with 1 loader thread"
+    )
 
 
 def tuned(rule: str, rate: float, **changes: Any) -> StudyRun:
@@ -161,9 +166,10 @@ def test_where_each_run_ran():
         "shared",
         "abc, def",
     )
-    moved = run("SLTT", seed=3, trained_on=[on(workers=2, cpu="another"), on()])
+    before = {**on(workers=2, cpu="another"), "own_cores": True}
+    moved = run("SLTT", seed=3, trained_on=[before, on()])
     row = tables.provenance(Study(title="t", runs=(moved,))).rows[0]
-    assert row[7:9] == ("another, 2 cores, 1 thread; then a cpu, 2 cores, 1 thread", "2, then 1")
+    assert row[7:10] == ("another, 2 cores, 1 thread; then a cpu, 2 cores, 1 thread", "2, then 1", "its own, then shared")
 
 
 def test_what_is_sampled_says_so():
