@@ -1,4 +1,4 @@
-"""What training holds between two batches, each kind apart: bytes on one worker, without ZeRO."""
+"""What training holds between two batches, each kind apart: bytes on one worker."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Held:
     gradients: int
     """while a batch is differentiated: of every parameter that learns"""
     optimizer: int
-    """what it keeps of the parameters: momentum and the like"""
+    """what it keeps of the parameters: momentum and the like; under ZeRO of this worker's share of them"""
 
     @property
     def total(self) -> int:

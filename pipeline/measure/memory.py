@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.measure.cgroup import room_bytes
+
 __all__ = [
     "SavedBytes",
     "free_bytes",
@@ -162,10 +164,12 @@ def memory_now_bytes() -> int:
 
 
 def free_bytes() -> int:
-    """What the device could still hold: its free memory on a GPU, what the kernel says is available on a CPU."""
+    """What the device could still hold: a GPU's free memory; on a CPU what the kernel has available and a container may take."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
-    return (_proc_kilobytes("/proc/meminfo", "MemAvailable:") or 0) * 1024
+    available = (_proc_kilobytes("/proc/meminfo", "MemAvailable:") or 0) * 1024
+    room = room_bytes()
+    return available if room is None else min(available, room)
 
 
 def reset_peak_device_bytes() -> None:

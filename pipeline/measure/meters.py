@@ -26,6 +26,7 @@ from pipeline.measure.memory import (
     reset_peak_rss,
 )
 from pipeline.measure.operations import Operations
+from pipeline.measure.sampled import MEMORY_EVERY, OPERATIONS_EVERY
 from pipeline.measure.totals import Totals
 from pipeline.rules.base import Objective
 from pipeline.spiking.state import state_bytes
@@ -88,8 +89,8 @@ class Meters:
         batch_size: int,
         device: torch.device,
         clock: Clock | None = None,
-        memory_every: int = 200,
-        operations_every: int = 1000,
+        memory_every: int = MEMORY_EVERY,
+        operations_every: int = OPERATIONS_EVERY,
     ) -> None:
         self.network = network
         self.batch_size = batch_size

@@ -34,7 +34,7 @@ from pipeline.report.choose import (
 )
 from pipeline.report.comparison import Comparison
 from pipeline.report.paired import WITHIN
-from pipeline.report.places import counted, places
+from pipeline.report.places import loaders, places
 from pipeline.report.runs import ReportError, load
 from pipeline.report.study import Group, StudyRun, kind
 from pipeline.report.study_run import study_run
@@ -223,6 +223,6 @@ def _study_run(run: Finished) -> StudyRun:
 
 def _where(run: StudyRun) -> str:
     """`a cpu, 2 cores, 1 thread; 2 workers, each on cores of its own, with 1 loader thread`"""
-    cores = "each on cores of its own" if run.own_cores else ""
-    threads = "" if run.loader_threads is None else f"with {counted(run.loader_threads, 'loader thread')}"
-    return ", ".join(filter(None, (places(run, between="; "), cores, threads)))
+    threads = {loaders(each) for each in run.trained_on}
+    told = (places(run, between="; "), threads.pop() if len(threads) == 1 else "")  # several are told by places
+    return ", ".join(filter(None, told))

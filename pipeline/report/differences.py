@@ -24,8 +24,6 @@ def differences(a: Path, b: Path) -> list[tuple[str, Any, Any]]:
     """
     summaries = load(a / "summary.json") or {}, load(b / "summary.json") or {}
     found = [*trained_apart(*map(told_in, summaries))]
-    for name in ("loader_threads", "own_cores"):
-        found += differing(name, *(summary.get(name) for summary in summaries))
     if summaries[0].get("rule") == summaries[1].get("rule"):
         # One label in the table must be one rule (rescale is not in it) with one value of what was tuned.
         recipes = [recipe_of(folder) for folder in (a, b)]
@@ -37,7 +35,7 @@ def differences(a: Path, b: Path) -> list[tuple[str, Any, Any]]:
 
 
 def trained_apart(mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any, Any]]:
-    """In what two runs' workers, micro-batches and machines differ; where one changed them on the way, in lists: `[2, 1]`."""
+    """The fields of what two runs were trained on that are not equal; where one changed on the way, in lists: `[2, 1]`."""
     if list(mine) != list(theirs):
         yield from list(differing("", _columns(mine), _columns(theirs))) or [("trained_on", mine, theirs)]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from pipeline.measure.sampled import MEMORY_EVERY
 from pipeline.report.figure import (
     Figure,
     Missing,
@@ -34,7 +35,11 @@ _AXES = {
         "wall clock",
         "what a run took from its first line to its last, restarts included, comparisons of its gradient with BPTT's left out",
     ),
-    "peak_saved_bytes": ("peak saved bytes", "what autograd keeps for backward at one moment, parameters left out"),
+    "peak_saved_bytes": (
+        "peak saved bytes",
+        "what autograd keeps for backward at one moment, parameters left out, counted on the second batch of each start of a run "
+        f"and every {MEMORY_EVERY}th after it",
+    ),
     _ENERGY: (
         "energy of an inference",
         "an estimate from measured operations, of arithmetic alone, for one sample; never a measurement",

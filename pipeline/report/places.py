@@ -1,4 +1,4 @@
-"""On what a run was trained, in words: machines, workers, and how a batch fell on them, one after another where they changed."""
+"""What a run was trained on, in words: machines, workers, loaders, and how a batch fell on them, in turn where they changed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ NOT_SAID = "not known"
 
 
 def places(run: StudyRun, *, between: str = ", ") -> str:
-    """`a cpu, 2 cores, 1 thread, 2 workers, in micro-batches of 64, then a cpu, 2 cores, 1 thread, 1 worker`"""
+    """`a cpu, 2 cores, 1 thread, 2 workers, in micro-batches of 64, then a cpu, 2 cores, 1 thread, 1 worker`
+
+    Loader threads are told where they changed on the way.
+    """
     told = [between.join(filter(None, (machine(each.hardware), _workers(run, each)))) for each in run.trained_on]
     return ", then ".join(told) or machine({})
 
@@ -32,15 +35,24 @@ def micro_batches(run: StudyRun) -> str:
     return ", then ".join(dict.fromkeys(told)) or NOT_SAID
 
 
+def loaders(on: TrainedOn) -> str:
+    """`with 1 loader thread`; nothing where it is not known."""
+    return "" if on.loader_threads is None else f"with {counted(on.loader_threads, 'loader thread')}"
+
+
 def counted(number: int, what: str) -> str:
     """`1 worker`, `2 workers`"""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _workers(run: StudyRun, on: TrainedOn) -> str:
-    workers = "" if on.workers is None else counted(on.workers, "worker")
-    is_cut = (_accumulated(run, on) or 1) > 1
-    return ", ".join(filter(None, (workers, f"in micro-batches of {on.micro_batch}" if is_cut else "")))
+    told = [
+        "" if on.workers is None else counted(on.workers, "worker"),
+        f"in micro-batches of {on.micro_batch}" if (_accumulated(run, on) or 1) > 1 else "",
+        "each on cores of its own" if on.own_cores else "",
+        loaders(on) if len({each.loader_threads for each in run.trained_on}) > 1 else "",
+    ]
+    return ", ".join(filter(None, told))
 
 
 def _micro_batch(on: TrainedOn, accumulated: int | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,12 @@ from typing import Any
 from pipeline.forecast.plan import Cluster, Plan
 from pipeline.measure.memory import hardware
 from pipeline.recipe import BESIDE_THE_STUDY, Recipe
-from pipeline.recipe_json import differing
+from pipeline.recipe_json import differing, listed
 from pipeline.report.choose import finished_run
+from pipeline.report.differences import trained_apart
 from pipeline.report.runs import ReportError, recipe_of
+from pipeline.track.jsonl import read
+from pipeline.trained_on import told_in
 
 # What a batch costs does not depend on how many there are, nor on when a run looks up from them.
 _BESIDE = (*BESIDE_THE_STUDY, "epochs", "schedule", "stop_after", "evaluate_every", "evaluate_samples",
@@ -65,35 +68,35 @@ def refuse_unless_comparable(recipe: Recipe, cluster: Cluster, folder: Path) -> 
     """Refuse a run that a plan of `recipe` on `cluster` says nothing about.
 
     Raises:
-        ReportError: it has not finished, was of another recipe, on other machines or other workers.
+        ReportError: it has not finished, was of another recipe, on other machines or other workers, or changed them on the way.
     """
-    summary = _summary(folder)
+    on = _trained_on(folder, _summary(folder))
     if cluster.device is not None:
         raise ReportError(f"plan: --against is for machines like this one; got {cluster.device.name}")
-    here, there = hardware(), summary["hardware"]
-    found = [("workers", cluster.workers, summary["world_size"])] if summary["world_size"] != cluster.workers else []
+    here, there = hardware(), on["hardware"]
+    found = [("workers", cluster.workers, on["world_size"])] if on["world_size"] != cluster.workers else []
     found += list(differing("hardware", *({**each, "threads": cluster.threads} for each in (here, {**there}))))
     if there["threads"] != cluster.threads:
         found.append(("cpus-per-worker", cluster.threads, there["threads"]))
     theirs = recipe_of(folder)
     mine = recipe.resolved().to_json()["recipe"]
     found += list(differing("", *({name: each[name] for name in each if name not in _BESIDE} for each in (mine, theirs))))
-    if found:
-        shown = "; ".join(f"{name}: {a} and {b}" for name, a, b in found[:4])
-        raise ReportError(f"plan: --against must be a run of what is planned; {folder.name} differs: {shown}")
+    _refuse_if(found, folder)
 
 
 def errors(found: Plan, folder: Path) -> Errors:
     """Of the rule that the run was trained by.
 
     Raises:
-        ReportError: the plan has no such rule.
+        ReportError: the plan has no such rule, or a micro-batch that the run was not trained in.
     """
     summary = _summary(folder)
     planned = next((each for each in found.rules if each.rule == summary["rule"]), None)
     if planned is None:
         told = ", ".join(each.rule for each in found.rules) or "none"
         raise ReportError(f"plan: --against must be of a rule that is planned, {told}; got {summary['rule']} of {folder.name}")
+    micro_batch = _trained_on(folder, summary)["micro_batch"]
+    _refuse_if(list(differing("micro_batch", planned.micro_batch, micro_batch)), folder)
     batch_size = planned.images_per_s * planned.step_s
     return Errors(
         run=folder.name,
@@ -101,6 +104,21 @@ def errors(found: Plan, folder: Path) -> Errors:
         saved_bytes=Quantity(planned.saved_bytes, summary["peak_saved_bytes"]),
         step_s=Quantity(planned.step_s, batch_size / summary["images_per_s"]),
     )
+
+
+def _trained_on(folder: Path, summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What it was, from the first step to the last."""
+    first, *later = told_in(summary, read(folder / "journal.jsonl"))
+    if later:
+        changed = listed(list(trained_apart([first], later)))
+        raise ReportError(f"plan: --against must be a run that changed nothing on the way; {folder.name} did: {changed}")
+    return first
+
+
+def _refuse_if(differs: Sequence[tuple[str, Any, Any]], folder: Path) -> None:
+    if differs:
+        shown = "; ".join(f"{name}: {a} and {b}" for name, a, b in differs[:4])
+        raise ReportError(f"plan: --against must be a run of what is planned; {folder.name} differs: {shown}")
 
 
 def _summary(folder: Path) -> Mapping[str, Any]:

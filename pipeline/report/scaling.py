@@ -48,16 +48,17 @@ def _rows(by_workers: Mapping[int, Sequence[StudyRun]]) -> Iterator[tuple[Cell, 
         speed_up = found.mean / alone
         efficiency = speed_up * fewest / workers
         told = (counted(fewest, "worker"), found.runs, runs[0].study[:8], machine(runs[0].hardware))
-        cores = "its own" if runs[0].own_cores else "shared"
+        cores = "its own" if runs[0].trained_on[0].own_cores else "shared"
         yield (runs[0].rule, workers, found.mean, found.deviation, speed_up, efficiency, *told, cores)
 
 
 def _but_for_workers(run: StudyRun) -> str:
     """What must be equal: the study, the rule as its recipe has it, and the machine with what each worker has of it."""
-    hardware = dict(run.hardware)
+    (on,) = run.trained_on
+    hardware = dict(on.hardware)
     if hardware.get("gpu") not in (None, "none"):
         hardware.pop("gpus", None)  # each worker has one, and Ray Train lets it see those of the others on its node
     rule = run.recipe.get("rule")
     written = rule if isinstance(rule, Mapping) else run.rule
-    kind = [run.study, written, run.loader_threads, run.own_cores, hardware]
+    kind = [run.study, written, on.loader_threads, on.own_cores, hardware]
     return json.dumps(kind, sort_keys=True, default=str)

@@ -36,7 +36,7 @@ _WALL = ("wall_s", "net_s")
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one study key, trained on the same alone, that kept to cores of their own or did not."""
+    """Runs of one study key, trained on the same alone."""
 
     runs: tuple[StudyRun, ...]
     """the baseline's first"""
@@ -160,10 +160,9 @@ class Study:
 
 
 def kind(run: StudyRun) -> str:
-    """Equal for runs that may be compared: of one study key, trained on as many workers and as large micro-batches of equal
-    machines, from the first step to the last, with as many loader threads."""
-    about = [run.study, [asdict(each) for each in run.trained_on], run.loader_threads, run.own_cores]
-    return json.dumps(about, sort_keys=True, default=str)
+    """Equal for runs that may be compared: of one study key, trained from the first step to the last on as many workers, as large
+    micro-batches and equal machines, with as many loader threads, on cores of their own or not."""
+    return json.dumps([run.study, [asdict(each) for each in run.trained_on]], sort_keys=True, default=str)
 
 
 def measured(run: StudyRun, name: str) -> float | None:

@@ -29,6 +29,9 @@ class TrainedOn:
     micro_batch: int | None
     """samples that a worker held at a time"""
     hardware: Mapping[str, Any]
+    loader_threads: int | None
+    own_cores: bool
+    """whether each worker on a CPU kept to cores that no other run computed on"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +64,7 @@ class StudyRun:
     summary: Mapping[str, Any] | None
     """None until the run has finished"""
     trained_on: tuple[TrainedOn, ...]
-    """each once, oldest first; more than one: its workers, micro-batch or machine changed on the way"""
-    loader_threads: int | None
-    own_cores: bool
-    """whether each worker on a CPU kept to cores that no other run computed on"""
+    """each once, oldest first; more than one: something of it changed on the way"""
     commits: tuple[str, ...]
     """of its attempts, each once"""
     step: int
@@ -143,8 +143,6 @@ def study_run(
         recipe=_fields(recipe) or told.get("params") or {},
         summary=finished,
         trained_on=tuple(map(_trained_on, told_in(finished, starts) if finished else trained_on(starts, steps=None))),
-        loader_threads=count(told.get("loader_threads")),
-        own_cores=bool(told.get("own_cores")),
         commits=tuple(dict.fromkeys(str(event["commit"]) for event in starts if event.get("commit"))),
         step=known,
         again_from=last if last < known else None,
@@ -181,8 +179,13 @@ def _fields(recipe: Mapping[str, Any] | None) -> Mapping[str, Any]:
 
 
 def _trained_on(told: Mapping[str, Any]) -> TrainedOn:
-    workers, micro_batch = (count(told.get(name)) for name in ("world_size", "micro_batch"))
-    return TrainedOn(workers=workers, micro_batch=micro_batch, hardware=told.get("hardware") or {})
+    return TrainedOn(
+        workers=count(told.get("world_size")),
+        micro_batch=count(told.get("micro_batch")),
+        hardware=told.get("hardware") or {},
+        loader_threads=count(told.get("loader_threads")),
+        own_cores=bool(told.get("own_cores")),
+    )
 
 
 def _layers(activity: Sequence[Mapping[str, Any]]) -> Iterator[LayerRates]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from pipeline.measure.sampled import MEMORY_EVERY, OPERATIONS_EVERY
 from pipeline.recipe_json import differing
 from pipeline.report.claims import Claim
 from pipeline.report.differences import VARIED, trained_apart, tuned_in, written
@@ -43,8 +44,9 @@ BESIDE_SAID = (
     "Bytes are of the worker that holds most; states are membranes, traces, and what the slices of a batch share, weights and "
     "the first features of a still image, with the gradient they collect. Joules are of the whole training, of one worker's card "
     "in the mean over workers, by the card's own counter (NVML), its idle power included: a measurement, where the energy of an "
-    "inference is an estimate. Multiplications and additions are of training on one sample, by what they serve. Wall clocks "
-    "leave out what comparing gradients with BPTT's took, which no rule asks for."
+    "inference is an estimate. Multiplications and additions are of training on one sample, by what they serve, counted on the "
+    f"third batch of each start of a run and every {OPERATIONS_EVERY}th after it; states are looked at on the second and every "
+    f"{MEMORY_EVERY}th. Wall clocks leave out what comparing gradients with BPTT's took, which no rule asks for."
 )
 
 
@@ -129,8 +131,8 @@ def provenance(study: Study) -> Table:
             _progress(run),
             len(run.restarts),
             "; then ".join(dict.fromkeys(machine(each.hardware) for each in run.trained_on)) or machine({}),
-            _workers(run),
-            "its own" if run.own_cores else "shared",
+            _one_after_another(each.workers for each in run.trained_on),
+            _one_after_another("its own" if each.own_cores else "shared" for each in run.trained_on),
             ", ".join(run.commits) or None,
         )
         for group in study.groups
@@ -157,8 +159,7 @@ def named(group: Group, *, among: Sequence[Group] = ()) -> str:
     """
     run = group.runs[0]
     is_told = any(tuned_in(each.runs[0].recipe) for each in (group, *among))
-    cores = ", each on cores of its own" if run.own_cores else ""
-    return f"Study {group.study[:8] or 'unknown'}{_protocol(run.recipe) if is_told else ''} on {places(run)}{cores}"
+    return f"Study {group.study[:8] or 'unknown'}{_protocol(run.recipe) if is_told else ''} on {places(run)}"
 
 
 def _saved(group: Group, rule: str) -> Iterator[str]:
@@ -245,8 +246,6 @@ def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
 def _apart(first: StudyRun, other: StudyRun) -> Iterator[tuple[str, Any, Any]]:
     yield from differing("", *(_shared(run.recipe) for run in (first, other)))
     yield from trained_apart(*([asdict(each) for each in run.trained_on] for run in (first, other)))
-    for name in ("loader_threads", "own_cores"):
-        yield from differing(name, *(getattr(run, name) for run in (first, other)))
 
 
 def _shared(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,6 +265,7 @@ def _protocol(recipe: Mapping[str, Any]) -> str:
     return f", tuned {fields}," if fields else ", shared settings,"
 
 
-def _workers(run: StudyRun) -> Cell:
-    found = list(dict.fromkeys(each.workers for each in run.trained_on))
+def _one_after_another(values: Iterable[Cell]) -> Cell:
+    """`2, then 1`; what did not change stands alone."""
+    found = list(dict.fromkeys(values))
     return found[0] if len(found) == 1 else ", then ".join(map(str, found)) or None

@@ -30,7 +30,7 @@ from pipeline.refused import Diverged, Refused
 from pipeline.run.assess import assess
 from pipeline.run.feed import micro_batches
 from pipeline.run.parts import Parts
-from pipeline.run.record import told_at_start, told_at_the_end
+from pipeline.run.record import held_without_zero, told_at_start, told_at_the_end
 from pipeline.run.saving import Saving
 from pipeline.tasks import Learnt, mean_of
 from pipeline.track.jsonl import read
@@ -279,13 +279,14 @@ class Attempt:
         self.saving.wait(self.step)
         assert self.result is not None
         totals, figures = self.meters.over_ranks(self.ranks.max, self.ranks.mean), self._figures()
+        kept = held_without_zero(self.parts)
         answers = self.ranks.gather([each.answers for each in self.evaluated])
         summary: dict[str, Any] = {}
         if self.ranks.rank == 0:
             inference = self.evaluated[-1].inference
             summary = {
                 **told_at_the_end(
-                    self.parts, step=self.step, result=self.result, totals=totals, learnt=self.learnt, figures=figures
+                    self.parts, step=self.step, result=self.result, totals=totals, kept=kept, learnt=self.learnt, figures=figures
                 ),
                 "inference": None if inference is None else {**inference.told(), "counted_on": COUNTED_ON},
             }

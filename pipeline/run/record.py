@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.evaluate import Evaluation
-from pipeline.measure.held import held
+from pipeline.measure.held import Held, held
 from pipeline.measure.memory import hardware
 from pipeline.measure.totals import Totals
 from pipeline.phases import stretch_at
@@ -112,8 +112,14 @@ def refuse_another_recipe(trainer: Mapping[str, Any], recipe: Recipe, *, trust: 
         )
 
 
+def held_without_zero(parts: Parts) -> Held:
+    """What a worker would hold if ZeRO gave it no share of the optimizer's state, but all of it; collective."""
+    found = held(parts.backend.network, parts.backend.optimizer)
+    return replace(found, optimizer=sum(parts.ranks.each(found.optimizer))) if parts.recipe.zero else found
+
+
 def told_at_the_end(
-    parts: Parts, *, step: int, result: Evaluation, totals: Totals, learnt: Learnt, figures: Mapping[str, float]
+    parts: Parts, *, step: int, result: Evaluation, totals: Totals, kept: Held, learnt: Learnt, figures: Mapping[str, float]
 ) -> dict[str, Any]:
     """`summary.json` without the hardware, and the event "finish"; `figures` are the rule's, of its last batch."""
     folder, job, recipe, taught = Path(parts.job.run), parts.job, parts.recipe, parts.teaching
@@ -133,10 +139,7 @@ def told_at_the_end(
         **(learnt.summary(parts.loaders.tasks) if recipe.phases else {}),
         **({} if taught is None else {"teacher_top1": taught.accuracy.top1, "teacher_top5": taught.accuracy.top5}),
         "conditions": conditions(parts.backend.network, parts.rule, recipe),
-        "held": {
-            **asdict(held(parts.backend.network, parts.backend.optimizer)),
-            "teacher": 0 if taught is None else taught.bytes,
-        },
+        "held": {**asdict(kept), "teacher": 0 if taught is None else taught.bytes},
         "rule_figures": dict(figures),
         "loader_threads": job.loader_threads,
         "own_cores": _has_own_cores(parts),

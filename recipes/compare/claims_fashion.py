@@ -212,7 +212,8 @@ def _imagenet() -> Iterator[Claim]:
         about, model = f"{rule}, NF-ResNet-34, ImageNet", by_rule.get(rule)
         predicted = "no plan fits one card"
         if model is not None:
-            predicted = f"plan in fp32: {model.memory_bytes / 1e9:.3g} GB, {model.hours:.3g} h"
+            held = f"{model.memory_bytes / 1e9:.3g} GB, {model.micro_batch} samples at a time x {model.accumulation}"
+            predicted = f"plan in fp32: {held}, {model.hours:.3g} h"
         if memory:
             yield not_judged(about, "memory", memory, ours=f"not run here; {predicted}")
         yield not_judged(about, "time", hours, ours=f"not run here; {predicted}")

@@ -22,15 +22,15 @@ from pipeline.forecast.profile import EFFICIENCY, Bilinear, times_for
 from pipeline.measure.neighbours import ALONE, Neighbours, neighbours
 from pipeline.measure.traffic import Device, Traffic
 from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, Spec, spec
+from pipeline.recipe import Recipe, Spec, spec, write_json
 from pipeline.report.plan import advice, basis, print_plan
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.teaching import build_teacher
+from tests.forecast.test_probe import RECIPE, recipe_with
 from tests.small import command, recipes_of, train_inline
-from tests.test_probe import RECIPE, recipe_with
 from tests.test_teaching import taught
 
 RULES = (spec(BPTT), spec(SLTT))
@@ -259,7 +259,17 @@ def test_a_plan_against_what_was_launched(
     assert code == 2 and err == ("plan: --against must be a run of what is planned; launched differs: batch_size: 16 and 8\n")
     code, _, err = run(*words, "--device", "h100")
     assert code == 2 and "--against is for machines like this one; got H100" in err
-    (runs / "launched" / "summary.json").unlink()
+    written = runs / "launched" / "summary.json"
+    [on], told = summary["trained_on"], json.loads(written.read_text())
+    halved = {**on, "micro_batch": 4}
+    for trained_on, said in (
+        ([on, halved], "plan: --against must be a run that changed nothing on the way; launched did: micro_batch: 8 and 4\n"),
+        ([halved], "plan: --against must be a run of what is planned; launched differs: micro_batch: 8 and 4\n"),
+    ):
+        write_json(written, {**told, "trained_on": trained_on})
+        code, out, err = run(*words)
+        assert (code, out, err) == (2, "", said)
+    written.unlink()
     code, _, err = run(*words)
     assert code == 2 and "must be a run that has finished, of more than a few batches; got launched" in err
 

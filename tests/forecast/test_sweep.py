@@ -18,8 +18,8 @@ from pipeline.recipe import spec
 from pipeline.report.sweep import print_sweep, told_sweep
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
+from tests.forecast.test_probe import RECIPE, recipe_with
 from tests.small import command, small_recipe
-from tests.test_probe import RECIPE, recipe_with
 from tests.test_teaching import taught
 
 RULES = (spec(BPTT), spec(SLTT))

@@ -210,13 +210,15 @@ def test_a_halved_micro_batch_is_not_compared_with_a_whole_one(make_run: Callabl
     [
         (trained(workers=4, micro_batch=16), r"world_size: 2 and \[4, 2\]; micro_batch: 32 and \[16, 32\]"),
         (trained(cpu="another"), r'hardware.cpu: "a cpu" and \["another", "a cpu"\]'),
+        ({**trained(), "loader_threads": 4}, r"loader_threads: 1 and \[4, 1\]"),
+        ({**trained(), "own_cores": True}, r"own_cores: false and \[true, false\]"),
     ],
 )
 def test_a_run_that_changed_on_the_way_is_not_compared_by_its_end(
     make_run: Callable, runs_dir: Path, before: dict[str, Any], said: str
 ):
-    make_run("bptt", trained_on=[trained()])
-    make_run("sltt", rule="SLTT", trained_on=[before, trained()])
+    make_run("bptt", trained_on=[trained()], loader_threads=1)
+    make_run("sltt", rule="SLTT", trained_on=[before, trained()], loader_threads=1)
     with pytest.raises(ComparisonError, match=f"differ in more than the rule and the seed: {said};"):
         compare(runs_dir)
 

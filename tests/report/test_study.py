@@ -58,16 +58,34 @@ def test_a_halved_micro_batch_is_not_set_beside_a_whole_one():
     assert second.ratios("SLTT", "peak_saved_bytes") is None and not second.has_baseline
 
 
-def test_a_run_that_changed_workers_or_machine_on_the_way_is_of_neither():
+CHANGED = {
+    "workers": on(workers=2),
+    "machine": on(cpu="another"),
+    "loaders": {"loader_threads": 2},
+    "cores": {"own_cores": [0]},
+}
+
+
+def test_a_run_that_changed_on_the_way_is_of_neither():
     first, *_ = events("SLTT")
-    resized, moved = (
-        trained_on([{**first, **before}, {**first, "step": 50, "attempt": 1}], steps=100)
-        for before in (on(workers=2), on(cpu="another"))
-    )
-    runs = (run("BPTT"), run("SLTT", trained_on=resized), run("SLTT", trained_on=moved, name="moved"))
-    groups = Study(title="t", runs=runs).groups
-    assert [[each.name for each in group.runs] for group in groups] == [["bptt-0"], ["sltt-0"], ["moved"]]
-    assert [each.workers for each in groups[1].runs[0].trained_on] == [2, 1]
+    runs = [run("BPTT")]
+    for name, before in CHANGED.items():
+        starts = [{**first, **before}, {**first, "step": 50, "attempt": 1}]
+        runs.append(run("SLTT", trained_on=trained_on(starts, steps=100), name=name))
+    groups = Study(title="t", runs=tuple(runs)).groups
+    assert [[each.name for each in group.runs] for group in groups] == [["bptt-0"], *([name] for name in CHANGED)]
+    _, workers, _, loaders, cores = (group.runs[0].trained_on for group in groups)
+    assert [each.workers for each in workers] == [2, 1]
+    assert [each.loader_threads for each in loaders] == [2, 1] and [each.own_cores for each in cores] == [True, False]
+
+
+def test_a_run_whose_summary_tells_less_of_each_start_is_beside_those_that_tell_all():
+    """As those of a study that is trained while spiketrain is updated."""
+    first, *_ = events("SLTT")
+    told = run("SLTT", trained_on=trained_on([{**first, "own_cores": [0]}], steps=100), own_cores=True)
+    untold = run("BPTT", trained_on=[on()], own_cores=True)
+    (group,) = Study(title="t", runs=(untold, told)).groups
+    assert group.rules == ["BPTT", "SLTT"]
 
 
 def test_wall_clocks_leave_out_what_comparing_gradients_took():

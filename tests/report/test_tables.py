@@ -2,8 +2,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.report import tables
+import torch
+from torch import nn
+
+from pipeline.measure.meters import Meters
+from pipeline.report import figures, tables
 from pipeline.report.claims import Claim
+from pipeline.report.figure import Figure
 from pipeline.report.study import Study, StudyRun
 from tests.report.hand_made import on, recipe, run, study
 
@@ -70,6 +75,11 @@ def test_how_a_batch_fell_on_workers_stands_in_every_row_and_in_the_title():
     assert told(on(workers=2), on(micro_batch=4)) == (
         "4, then 4 × 2",
         f"Study 01234567 on {machine}, 2 workers, then {machine}, 1 worker, in micro-batches of 4",
+    )
+    alone = f"{machine}, 1 worker, each on cores of its own"
+    assert told({**on(), "own_cores": True})[1] == f"Study 01234567 on {alone}"
+    assert told({**on(), "own_cores": True, "loader_threads": 2}, on())[1] == (
+        f"Study 01234567 on {alone}, with 2 loader threads, then {machine}, 1 worker, with 1 loader thread"
     )
 
 
@@ -156,6 +166,19 @@ def test_where_each_run_ran():
         "shared",
         "abc, def",
     )
-    moved = run("SLTT", seed=3, trained_on=[on(workers=2, cpu="another"), on()])
+    before = {**on(workers=2, cpu="another"), "own_cores": True}
+    moved = run("SLTT", seed=3, trained_on=[before, on()])
     row = tables.provenance(Study(title="t", runs=(moved,))).rows[0]
-    assert row[7:9] == ("another, 2 cores, 1 thread; then a cpu, 2 cores, 1 thread", "2, then 1")
+    assert row[7:10] == ("another, 2 cores, 1 thread; then a cpu, 2 cores, 1 thread", "2, then 1", "its own, then shared")
+
+
+def test_what_is_sampled_says_so():
+    """In a page's captions, as the meters do it."""
+    meters = Meters(nn.Linear(1, 1), batch_size=1, device=torch.device("cpu"))
+    bytes_, operations = ([n for n in range(2100) if looks(n)] for looks in (meters._counts_memory, meters._counts_operations))
+    assert bytes_[:3] == [1, 201, 401] and operations == [2, 1002, 2002]
+    found = figures.trade_off(study().groups[0], "peak_saved_bytes")
+    assert isinstance(found, Figure)
+    assert "counted on the second batch of each start of a run and every 200th after it" in found.caption
+    said = "counted on the third batch of each start of a run and every 1000th after it"
+    assert f"{said}; states are looked at on the second and every 200th." in tables.BESIDE_SAID

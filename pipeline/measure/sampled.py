@@ -1,0 +1,11 @@
+"""On which batches of an attempt that is measured which would cost too much on all; without torch, so that reports can read it.
+
+Batches are counted from the attempt's first, 0, which warms up.
+"""
+
+from __future__ import annotations
+
+MEMORY_EVERY = 200
+"""bytes that backward keeps alive, and states: on batch 1, and every so many from there"""
+OPERATIONS_EVERY = 1000
+"""operations: on batch 2, and every so many from there"""
