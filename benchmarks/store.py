@@ -7,8 +7,8 @@ Chromium the dashboard's first paint.
 (or `--studies 1`: one of 5 rules with 100 seeds), delivered to an SQLite store as runs are, and then each journal is lengthened
 to `--steps` step events, which is what a folder of long runs has to read. What `compare` adds is the time of the command less
 that of a process which imports what it imports and prints its help, one after the other: medians of five pairs. The first paint
-is of a new page each time, from the address to the first row of the list. Exits with 1 where `compare` adds more than 2 s, or a first
-paint takes longer.
+is of a new page each time, from the address to the first row of the list. Exits with 1 where `compare` adds more than 2 s, or
+that row takes longer.
 """
 
 from __future__ import annotations
