@@ -6,8 +6,8 @@
 #   infra/setup.sh --system     only the system packages
 #   infra/setup.sh --pictures   only the photographs that `spiketrain write stamps` is made of
 #   infra/setup.sh --browser    only the browser that tests open reports in; neither setup nor the image installs it
-#   infra/setup.sh --tools      only what tests read this folder with (shellcheck, docker-compose); likewise
-#   infra/setup.sh --servers    only the servers that `make test-full` starts: PostgreSQL, and Slurm's daemons
+#   infra/setup.sh --tools      only what tests read this folder with (shellcheck, docker-compose, promtool); likewise
+#   infra/setup.sh --servers    only what `make test-full` needs: PostgreSQL, Slurm's daemons, iproute2
 #   infra/setup.sh --runtime    only the system packages that a finished .venv needs to run (the second stage of the image)
 #
 #   PYTHON=/path/to/python3.12  which interpreter; otherwise that of .venv, then python3, then python3.11 to python3.13
@@ -27,7 +27,7 @@ readonly PACKAGES=(build-essential pkg-config libopencv-dev libturbojpeg0-dev li
 readonly PICTURES=(tuxpaint-stamps-default mate-backgrounds plasma-workspace-wallpapers) # 260 MB: only when asked for
 readonly BROWSERS=(chromium chromium-browser google-chrome) # the first is Debian's package; tests take any of them
 readonly TOOLS=(shellcheck docker-compose)
-readonly SERVERS=(postgresql slurmctld slurmd munge) # Debian's postgresql starts one of its own, which no test uses
+readonly SERVERS=(postgresql slurmctld slurmd munge iproute2) # Debian's postgresql starts one of its own, which no test uses
 readonly OPTIONAL=(dataset-fashion-mnist) # the images of the demo, where the distribution has them
 
 main() {
@@ -40,7 +40,10 @@ main() {
         --system) install_system_packages ;;
         --pictures) install_pictures ;;
         --browser) install_browser ;;
-        --tools) install_tools "${TOOLS[@]}" ;;
+        --tools)
+            install_tools "${TOOLS[@]}"
+            install_promtool
+            ;;
         --servers) install_tools "${SERVERS[@]}" ;;
         --runtime) install_runtime_packages ;;
         *) fail "unknown option $1; known: --system, --pictures, --browser, --tools, --servers, --runtime" ;;
@@ -177,6 +180,12 @@ install_browser() {
 install_tools() {
     command -v apt-get >/dev/null || fail "this system has no apt-get; install by its own means: $*"
     apt_install "$@"
+}
+
+# A package of its own since Debian 13. Before, it is a part of prometheus, which starts a server that no test uses.
+install_promtool() {
+    if command -v promtool >/dev/null; then return; fi
+    if apt-cache show promtool >/dev/null 2>&1; then apt_install promtool; else apt_install prometheus; fi
 }
 
 apt_install() {

@@ -19,6 +19,7 @@ class Driver:
     """`spiketrain WORDS --runs ...` of the run, started in `folder`; what it says is appended to `log`.
 
     With a `terminal`, the descriptor of one, it is in a session of its own there.
+    It dies with whoever has started it: a test that takes too long ends its whole process, and cleans up nothing.
     The journal is followed from where it stands now: of each event `wait_for` and the like see the next ones only.
     """
 
@@ -35,7 +36,8 @@ class Driver:
         self.log.parent.mkdir(exist_ok=True)
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline", *words, "--runs", str(run.parent)],
+                # No preexec_fn, which may hang where a process has threads.
+                ["setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "pipeline", *words, "--runs", str(run.parent)],
                 stdin=terminal,
                 stdout=log if terminal is None else terminal,
                 stderr=subprocess.STDOUT,

@@ -6,14 +6,11 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer
-from typer.main import get_command_name
 
-from pipeline.__main__ import app
 from pipeline.data.write import write_fashion
 from tests.small import command, same_weights
 
@@ -31,30 +28,6 @@ def recipe():
 
 def spiketrain(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "pipeline", *words], capture_output=True, text=True, timeout=110, cwd=cwd)
-
-
-def _commands(of: typer.Typer) -> Iterator[str]:
-    """All that are registered, those of a group behind its name."""
-    for each in of.registered_commands:
-        assert each.callback is not None
-        yield each.name or get_command_name(each.callback.__name__)
-    for group in of.registered_groups:
-        assert group.typer_instance is not None
-        yield from (str(group.name), *(f"{group.name} {name}" for name in _commands(group.typer_instance)))
-
-
-COMMANDS = list(_commands(app))
-
-
-def test_every_command_is_looked_at() -> None:
-    assert len(COMMANDS) == 22 and {"launch", "runs", "write", "write stamps"} < set(COMMANDS)
-
-
-@pytest.mark.parametrize("words", ["", *COMMANDS])
-def test_help_shows_an_example(words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    code, said, _ = command(monkeypatch, capsys)(*words.split(), "--help")
-    assert code == 0
-    assert "Example: spiketrain" in said
 
 
 def test_help_imports_nothing_heavy() -> None:

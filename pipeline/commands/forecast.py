@@ -22,7 +22,10 @@ from pipeline.commands.options import (
 
 Format = Annotated[Literal["table", "json"], typer.Option("--format")]
 
-_PLAN = "Example: spiketrain plan recipes/imagenet/qkformer_10_384_sltt_k1.py --workers 64 --device h100 --batch-of noise"
+_PLAN = (
+    "Example: spiketrain plan recipes/imagenet/qkformer_10_384_sltt_k1.py --workers 64 --device h100 "
+    "--batch-of noise --samples 1281167"
+)
 
 
 def add_forecast_commands(app: typer.Typer) -> None:

@@ -28,15 +28,15 @@ Where = Annotated[
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be submitted", rich_help_panel=_PANEL)]
-Image = Annotated[str, typer.Option("--image", help="k8s, slurm: of the container that trains", rich_help_panel=_PANEL)]
+Image = Annotated[str, typer.Option("--image", help="k8s, required; slurm: of the container that trains", rich_help_panel=_PANEL)]
 Infra = Annotated[
     Path | None,
     typer.Option("--infra", metavar="DIR", help="templates, such as infra/k8s/overlays/SIZE/job", rich_help_panel=_PANEL),
 ]
-Nodes = Annotated[int | None, typer.Option("--nodes", min=1, help="slurm", rich_help_panel=_PANEL)]
+Nodes = Annotated[int | None, typer.Option("--nodes", min=1, help="slurm, required: of the job", rich_help_panel=_PANEL)]
 Gpus = Annotated[int | None, typer.Option("--gpus-per-node", min=0, help="slurm", rich_help_panel=_PANEL)]
 Time = Annotated[
-    str | None, typer.Option("--time", help="slurm: such as 12:00:00, after which it goes on", rich_help_panel=_PANEL)
+    str | None, typer.Option("--time", help="slurm, required: such as 12:00:00, after which it goes on", rich_help_panel=_PANEL)
 ]
 Partition = Annotated[str | None, typer.Option("--partition", help="slurm", rich_help_panel=_PANEL)]
 

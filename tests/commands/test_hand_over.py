@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.main import get_command
 
-from pipeline.__main__ import main
+from pipeline.__main__ import app, main
 
 RECIPE = "recipes/imagenet/nf_resnet34_sltt.py"  # whose data nobody has here
 SMALL = "recipes/fashion/sltt.py"
@@ -205,3 +206,13 @@ def test_what_does_not_go_together_is_refused(launch: Any, words: str, said: str
     code, out, err = launch(RECIPE, *words.split())
     assert (code, out) == (2, "") and len(err.splitlines()) == 1
     assert said in err and "secret" not in err, err
+
+
+@pytest.mark.parametrize(
+    ("where", "others", "missing"), [("k8s", "", "image"), ("slurm", "--time 10", "nodes"), ("slurm", "--nodes 1", "time")]
+)
+def test_what_a_scheduler_requires_is_said_in_the_help(launch: Any, where: str, others: str, missing: str) -> None:
+    code, _, err = launch(SMALL, "--cluster", where, "--name", "mine", *others.split(), "--dry-run")
+    assert code == 2 and missing in err
+    options = {each.name: each for each in get_command(app).commands["launch"].params}  # type: ignore[attr-defined]
+    assert options[missing].help.startswith(f"{where}, required")

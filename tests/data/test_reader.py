@@ -11,8 +11,6 @@ import time
 import pytest
 import torch
 
-pytest.importorskip("ffcv")
-
 from pipeline.data import format as beton_format
 from pipeline.data import reader
 from pipeline.data.base import DataError, Loader, LoaderError

@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("ffcv")
-
 from pipeline import disk
 from pipeline.data import manifest as manifests
 from pipeline.data.beton import Beton

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from pipeline.ports import free_port
 from pipeline.report.store import open_store
+from pipeline.track.jsonl import read
 from pipeline.track.mlflow import sync
 from tests.faults.lab import EPOCHS, STEPS_PER_EPOCH, Driven, Lab
 from tests.small import same_weights
@@ -18,32 +21,42 @@ from tests.track.test_mlflow import start_server
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(400)]
 
+TIMEOUT_S = 6
+PACE_S = 0.4  # of a step
+
 
 def test_a_server_that_hangs_and_dies_costs_no_bit_and_misses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (store := tmp_path / "server").mkdir()
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "6")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", str(TIMEOUT_S))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     untouched = Lab(tmp_path / "untouched")
     Driven(untouched, "--inline").finish()
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     lab = Lab(tmp_path / "disturbed")
-    lab.pace(0.3)
+    lab.pace(PACE_S)
     server = start_server(store, port)
     driven = Driven(lab, "--inline")
     try:
         driven.at_step(4)
+        hangs = time.time()
         os.killpg(server.pid, signal.SIGSTOP)
-        driven.at_step(20)
+        driven.at_step(30)
         os.killpg(server.pid, signal.SIGCONT)
-        driven.at_step(24)
+        goes_on = time.time()
+        assert goes_on - hangs > TIMEOUT_S + 2  # a request is begun at least every 2 s: one of them was given up
+        driven.at_step(34)
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
         driven.finish()
         server = start_server(store, port)
         run = driven.run
+        trained = [event["time"] for event in read(run / "journal.jsonl") if event["event"] == "step"]
+        while_it_hung = [when for when in trained if hangs < when < goes_on]
+        assert len(while_it_hung) > 20
+        assert max(after - before for before, after in pairwise(while_it_hung)) < TIMEOUT_S / 2
         assert sync(run, uri=uri).delivered > 0
         [seen] = open_store(uri).listed()
         assert seen.state == "FINISHED"

@@ -207,9 +207,13 @@ def test_every_file_of_faults_is_in_the_table() -> None:
 
 
 def _is_there(file: str, name: str) -> bool:
-    """Under its name, and not skipped."""
+    """Under its name, and nothing skips it: no mark of its own or of its file, and no call in the file."""
     if not (TESTS / file).is_file():
         return False
-    functions = [each for each in ast.parse((TESTS / file).read_text()).body if isinstance(each, ast.FunctionDef)]
-    marks = [[ast.unparse(mark) for mark in each.decorator_list] for each in functions if each.name == name]
-    return len(marks) == 1 and not any("mark.skip" in mark or "mark.xfail" in mark for mark in marks[0])
+    tree = ast.parse((TESTS / file).read_text())
+    functions = [each for each in tree.body if isinstance(each, ast.FunctionDef) and each.name == name]
+    marks: list[ast.AST] = [mark for each in functions for mark in each.decorator_list]
+    marks += [each for each in tree.body if isinstance(each, ast.Assign) and ast.unparse(each.targets[0]) == "pytestmark"]
+    is_skipped = any("mark.skip" in ast.unparse(mark) or "mark.xfail" in ast.unparse(mark) for mark in marks)
+    calls = {ast.unparse(each.func) for each in ast.walk(tree) if isinstance(each, ast.Call)}
+    return len(functions) == 1 and not is_skipped and not calls & {"pytest.skip", "pytest.importorskip", "pytest.xfail"}

@@ -20,11 +20,7 @@ from pipeline.launch.node_loss import NODES
 from pipeline.track.jsonl import last, read
 from tests.small import same_weights
 
-pytestmark = [
-    pytest.mark.full,
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="needs root and iproute2 to make hosts of namespaces"),
-]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
 SEED = 20261126  # of the step at which the link is cut
 BIN = Path(sys.executable).parent
@@ -116,6 +112,8 @@ def namespaces(names: dict[str, str]) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     """With Ray on both, one core each."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.fail("these tests need root, and iproute2, which `infra/setup.sh --servers` installs", pytrace=False)
     made = Hosts(tmp_path_factory.mktemp("hosts"))
     (made.folder / "slow_lab.py").write_text(LAB)
     (made.folder / "lab.py").write_text(RECIPE)

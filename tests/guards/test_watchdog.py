@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from pipeline.guards.watchdog import FOLDER, Watchdog
 from pipeline.track.jsonl import read
 
@@ -35,23 +37,41 @@ def test_a_hang_is_written_down_and_ended(tmp_path: Path) -> None:
     assert file.name.startswith("rank3-") and "waits_for_ever" in file.read_text()
 
 
-def test_what_goes_on_leaves_nothing(tmp_path: Path) -> None:
-    with Watchdog(tmp_path, rank=0, patience_s=0.3) as watchdog:
-        for _ in range(5):
-            time.sleep(0.1)
-            watchdog.beat()
-    time.sleep(0.4)  # it is called off
+GOES_ON = """
+import sys, time
+from pathlib import Path
+from pipeline.guards.watchdog import Watchdog
+
+with Watchdog(Path(sys.argv[1]), rank=0, patience_s=3.0) as watchdog:
+    for _ in range(7):
+        time.sleep(0.5)
+        watchdog.beat()
+time.sleep(3.5)  # it is called off
+"""
+OFF = """
+import sys, time
+from pathlib import Path
+from pipeline.guards.watchdog import Watchdog
+
+with Watchdog(Path(sys.argv[1]), rank=0, patience_s=3.0) as watchdog:
+    with watchdog.off():
+        time.sleep(3.5)
+    watchdog.beat()
+"""
+
+
+@pytest.mark.parametrize("code", [GOES_ON, OFF], ids=["what beats", "what is off"])
+def test_nobody_else_is_ended_and_nothing_is_left(tmp_path: Path, code: str) -> None:
+    """In a process of its own, which is what a watchdog ends."""
+    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
     assert list((tmp_path / FOLDER).iterdir()) == []
+
+
+def test_without_patience_nobody_watches(tmp_path: Path) -> None:
     with Watchdog(tmp_path / "unwatched", rank=0, patience_s=0.0) as watchdog:
         watchdog.beat()
     assert not (tmp_path / "unwatched").exists()
-
-
-def test_nobody_watches_where_it_is_off(tmp_path: Path) -> None:
-    with Watchdog(tmp_path, rank=0, patience_s=0.3) as watchdog:
-        with watchdog.off():
-            time.sleep(0.6)
-        watchdog.beat()
 
 
 WORKER = """

@@ -22,7 +22,6 @@ INFRA = Path(__file__).resolve().parents[2] / "infra"
 BOARD = INFRA / "grafana" / "spiketrain.json"
 PROMETHEUS, K8S = INFRA / "prometheus", INFRA / "k8s"
 ALERTS = Path(__file__).parent / "alerts.yml"
-needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool, which is a package of Debian's")
 
 # As ray 2.60.0 names them in its reporter; exported with `ray_` before them.
 RAY = frozenset(
@@ -163,10 +162,12 @@ def test_every_alert_is_tried():
     assert set(re.findall(r'alertname="(\w+)"', ALERTS.read_text())) == set(alerts())
 
 
-@needs_promtool
 @pytest.mark.parametrize(("what", "file"), [(("test", "rules"), ALERTS), (("check", "config"), PROMETHEUS / "prometheus.yml")])
 def test_prometheus_reads_it_and_alerts_when_it_is_due(what: tuple[str, str], file: Path):
-    done = subprocess.run(["promtool", *what, str(file)], capture_output=True, text=True)
+    promtool = shutil.which("promtool")
+    assert promtool, "this test needs promtool, which `infra/setup.sh --tools` installs"
+
+    done = subprocess.run([promtool, *what, str(file)], capture_output=True, text=True)
 
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -140,6 +140,23 @@ def test_a_failure_keeps_its_exit_status_and_is_not_queued_again(slurm: Slurm, r
         assert (slurm.folder / f"ray.{node}").read_text().startswith(words)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--workers", "3"), "--workers must be said by SPIKETRAIN_WORKERS; got it among the words of the launch"),
+        (("--runs=elsewhere",), "--runs must be said by SPIKETRAIN_RUNS; got it"),
+        (("--name", "a"), "--name must be said by sbatch --job-name; got it"),
+        (("--node-loss", "fast"), "--node-loss must be said by this script alone; got it"),
+    ],
+)
+def test_an_option_that_the_script_says_itself_is_refused(slurm: Slurm, words: tuple[str, ...], said: str):
+    status, all_said = slurm.run("r.py", "--set", "seed=3", *words)
+
+    assert status == 2
+    assert len(all_said.splitlines()) == 1 and said in all_said
+    assert not slurm.runs.exists() and not (slurm.folder / "srun.options").exists()
+
+
 def test_another_word_for_it_is_an_error(slurm: Slurm):
     status, said = slurm.run("r.py", SPIKETRAIN_RAY="clever")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,11 +53,14 @@ def test_the_lock_of_a_machine_that_may_be_dead_is_waited_for(
     tmp_path: Path, held: Callable[[str], subprocess.Popen[str]], capsys: pytest.CaptureFixture[str], holder: str
 ) -> None:
     process = held(holder)
-    begun = time.monotonic()
-    subprocess.Popen(["sh", "-c", f"sleep 2; kill -9 {process.pid}"])
-    with driver_lock(tmp_path):
-        assert time.monotonic() - begun > 1.8
-        assert (tmp_path / "driver.lock").read_text() == this_machine()
+    begun, dies = time.monotonic(), threading.Timer(2, process.kill)
+    dies.start()
+    try:
+        with driver_lock(tmp_path):
+            assert time.monotonic() - begun > 1.8
+            assert (tmp_path / "driver.lock").read_text() == this_machine()
+    finally:
+        dies.cancel()
     host = holder.partition(" ")[0]
     said = f"{tmp_path.name}: is held by {host}: waiting for up to 600 s, in which a dead machine loses it\n"
     assert capsys.readouterr().out == said

@@ -34,6 +34,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.run import assess, attempt, feed, saving
 from pipeline.teaching import Teaching
 from pipeline.track.jsonl import read
+from tests.measure.conftest import Host
 from tests.processes import run_ranks
 from tests.small import train_inline
 from tests.test_teaching import taught
@@ -45,47 +46,46 @@ TOTAL = 1.2  # between batches, where load from elsewhere cannot be told by taki
 # ------------------------------------------------------------------------------------------------------------- by itself
 
 
-def test_the_innermost_part_is_charged_and_the_parts_are_the_batch() -> None:
+def test_the_innermost_part_is_charged_and_the_parts_are_the_batch(host: Host) -> None:
     clock = Clock()
-    begun = time.perf_counter()
     with clock.batch():
         with clock.part("backward"):
-            time.sleep(0.02)
+            host.sleep(2)
             with clock.part("communication"):
-                time.sleep(0.04)
-            time.sleep(0.02)
-        time.sleep(0.01)
-    took = time.perf_counter() - begun
-    (seconds,) = clock.take()
-    assert 0.04 <= seconds["backward"] < 0.06
-    assert 0.04 <= seconds["communication"] < 0.06
-    assert 0.01 <= seconds[REST] < 0.03
-    assert sum(seconds.values()) == pytest.approx(took, abs=1e-3)
+                host.sleep(4)
+            host.sleep(2)
+        host.sleep(1)
+    host.sleep(8)
+    assert clock.take() == [dict.fromkeys((*PARTS, REST), 0.0) | {"backward": 4, "communication": 4, REST: 1}]
     assert clock.take() == []
 
 
-def test_what_makes_the_next_one_is_charged_and_not_what_is_done_with_it() -> None:
+def test_what_makes_the_next_one_is_charged_and_not_what_is_done_with_it(host: Host) -> None:
     clock = Clock()
 
     def slow() -> Any:
         for index in range(2):
-            time.sleep(0.02)
+            host.sleep(2)
             yield index
 
     with clock.batch():
         for _ in clock.each("forward", slow()):
-            time.sleep(0.01)
-    (seconds,) = clock.take()
-    assert 0.04 <= seconds["forward"] < 0.06
-    assert 0.02 <= seconds[REST] < 0.04
+            host.sleep(1)
+    assert clock.take() == [dict.fromkeys((*PARTS, REST), 0.0) | {"forward": 4, REST: 2}]
 
 
-def test_outside_of_a_batch_nothing_is_charged_and_a_broken_batch_is_forgotten() -> None:
+def test_outside_of_a_batch_nothing_is_charged_and_a_broken_batch_is_forgotten(host: Host) -> None:
     clock = Clock()
     with clock.part("communication"):
-        pass
-    with pytest.raises(KeyError), clock.batch(), clock.part("forward"):
-        raise KeyError
+        host.sleep(1)
+
+    def break_off() -> None:
+        with clock.batch(), clock.part("forward"):
+            host.sleep(1)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        break_off()
     with clock.batch():
         pass
     (seconds,) = clock.take()

@@ -186,19 +186,20 @@ def test_a_server_that_is_down_or_hangs_or_is_another_one(tmp_path: Path, monkey
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        assert "does not answer as an MLflow server" in told(address)
-    assert "does not answer as an MLflow server" in told(address)
+        assert "does not answer as an MLflow server" in told(address, seconds=20)
+    assert "does not answer as an MLflow server" in told(address, seconds=20)
     with pytest.raises(StoreError) as caught:
         open_store(address.replace("//", "//me:secret@")).history("x", "y")
     assert "secret" not in str(caught.value)
     command = [sys.executable, "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(tmp_path)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    assert server.stdout is not None
-    port = server.stdout.readline().split("port ")[1].split()[0]
-    assert "does not answer as an MLflow server" in told(f"http://127.0.0.1:{port}")
-    server.kill()
-    server.wait()
-    server.stdout.close()
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        try:
+            assert server.stdout is not None
+            port = server.stdout.readline().split("port ")[1].split()[0]
+            assert "does not answer as an MLflow server" in told(f"http://127.0.0.1:{port}", seconds=20)
+        finally:
+            server.kill()
 
 
 def test_looking_imports_neither_mlflow_nor_torch(store: Path):

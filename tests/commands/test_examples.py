@@ -1,0 +1,87 @@
+"""The example below each command's help: it is shown, its options are there, and the command does not refuse it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from typer.core import TyperCommand
+from typer.main import get_command_name
+
+from pipeline.__main__ import app
+from tests.small import command
+
+ROOT = Path(__file__).parents[2]
+
+
+def _epilogs(of: typer.Typer) -> Iterator[tuple[str, str]]:
+    """Of all that are registered, those of a group behind its name."""
+    for each in of.registered_commands:
+        assert each.callback is not None
+        yield each.name or get_command_name(each.callback.__name__), str(each.epilog)
+    for group in of.registered_groups:
+        assert group.typer_instance is not None
+        yield str(group.name), str(group.typer_instance.info.epilog)
+        yield from ((f"{group.name} {name}", epilog) for name, epilog in _epilogs(group.typer_instance))
+
+
+EPILOGS = {"": str(app.info.epilog), **dict(_epilogs(app))}
+EXAMPLES = [
+    (words, example)
+    for words, epilog in EPILOGS.items()
+    for example in epilog.removeprefix("Example: spiketrain ").split("; spiketrain ")
+]
+WORK = {  # by how an example begins, what its command calls once it has refused what it refuses by itself
+    "launch recipes/compare/": "pipeline.launch.suite.launch_suite",
+    "launch recipes/fashion/": "pipeline.launch.start.launch_run",
+    "evaluate recipes/": "pipeline.launch.start.evaluate_recipe",
+    "probe": "pipeline.forecast.probe.probe",
+    "sweep": "pipeline.forecast.sweep.sweep",
+    "plan": "pipeline.forecast.plan.plan",
+    "dashboard": "pipeline.report.dashboard.serve.serve",
+}
+
+
+def test_every_command_is_looked_at() -> None:
+    assert len(EPILOGS) == 23 and {"launch", "runs", "write", "write stamps"} < set(EPILOGS)
+    assert all(epilog.startswith("Example: spiketrain ") for epilog in EPILOGS.values())
+
+
+@pytest.mark.parametrize("words", EPILOGS)
+def test_help_shows_an_example(words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, said, _ = command(monkeypatch, capsys)(*words.split(), "--help")
+    assert code == 0
+    assert "Example: spiketrain" in said
+
+
+@pytest.mark.parametrize(("words", "example"), EXAMPLES)
+def test_an_example_is_of_its_command_and_has_its_options(
+    words: str, example: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed, parsed = shlex.split(example), []
+    monkeypatch.setattr(TyperCommand, "invoke", lambda self, context: parsed.append(context.command_path))
+    code, _, error = command(monkeypatch, capsys)(*typed)
+    assert code == 0, error
+    [path] = parsed
+    assert f"{path} ".startswith(f"spiketrain {words}".rstrip() + " ")
+    assert all((ROOT / word).is_file() for word in typed if word.endswith(".py"))
+
+
+class AtWork(Exception):
+    """Nothing was refused."""
+
+
+@pytest.mark.parametrize(("begins", "work"), WORK.items())
+def test_an_example_is_not_refused(
+    begins: str, work: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def is_at_work(*given: object, **more: object) -> None:
+        raise AtWork
+
+    monkeypatch.setattr(work, is_at_work)
+    [example] = [each for _, each in EXAMPLES if each.startswith(begins)]
+    with pytest.raises(AtWork):
+        command(monkeypatch, capsys)(*shlex.split(example))
