@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-FOR_THE_USER = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR)
+FOR_THE_USER = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 """what a user has to change; anything else may be gone when the workers are started again"""
-UNREADABLE = (errno.EIO, errno.ESTALE, errno.EBADMSG, errno.EUCLEAN)
-"""a bad sector, a file that a server has lost, a checksum of the file system's: the bytes are gone, if they stay so"""
+UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
+"""a bad sector, a checksum of the file system's: the bytes are gone, if they stay so and the storage is there"""
 TRIES, TRY_S = 3, 1.0
 
 T_ = TypeVar("T_")
@@ -38,7 +38,7 @@ def tried(read: Callable[[], T_]) -> T_:
                 raise
             left -= 1
             if left == 0:
-                raise Unreadable(error.errno, os.strerror(error.errno)) from error
+                raise Unreadable(error.errno, os.strerror(error.errno), error.filename) from error
         time.sleep(TRY_S)
 
 

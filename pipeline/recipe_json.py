@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.disk import FOR_THE_USER
 from pipeline.spec import Spec, is_path
 
 _ABSENT = "(absent)"
@@ -79,14 +80,31 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        ValueError: it is not there, or holds something else; the message names it.
+        ValueError: it is not there, may not be read, or holds something else; the message names it.
+        OSError: its storage fails, for no fault of the user's.
     """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path}: must be a JSON file; it does not exist") from None
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in FOR_THE_USER:
+            raise
         raise ValueError(f"{path}: must be a JSON file; got {error}") from error
+
+
+def recipe_fields(run: Path) -> dict[str, Any]:
+    """The recipe in a run's folder, field by field as it is written; nothing is imported.
+
+    Raises:
+        ValueError: there is none.
+        OSError: see `read_json`.
+    """
+    written = read_json(run / "recipe.json")
+    recipe = written.get("recipe") if isinstance(written, dict) else None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{run / 'recipe.json'}: must hold a recipe; got {written!r}")
+    return recipe
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.recipe import read_json
+from pipeline.recipe_json import recipe_fields
 from pipeline.track.state import state_of
 
 __all__ = ["best", "is_over", "top1_of"]
@@ -21,7 +22,7 @@ def is_over(run: Path) -> bool:
         ValueError: it diverged, and its recipe.json is damaged.
     """
     state = state_of(run)
-    return state == "finished" or (state == "diverged" and _protocol(run) in _SEARCH)
+    return state == "finished" or (state == "diverged" and recipe_fields(run).get("protocol") in _SEARCH)
 
 
 def top1_of(trial: Path) -> float | None:
@@ -33,11 +34,3 @@ def best(top1: Mapping[str, float | None]) -> str:
     """The name of the trial that a choice takes: the first of those that did best; one that diverged did worst."""
     worth = {name: -math.inf if value is None else value for name, value in top1.items()}
     return max(worth, key=lambda name: worth[name])
-
-
-def _protocol(run: Path) -> str:
-    written = read_json(run / "recipe.json")
-    recipe = written.get("recipe") if isinstance(written, dict) else None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{run / 'recipe.json'}: must hold a recipe; got {written!r}")
-    return recipe.get("protocol", "shared")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -131,6 +132,23 @@ def test_two_writers_of_one_json_file_do_not_meet(tmp_path: Path, monkeypatch: p
             assert read_json(path) in values
     assert [writer.result() for writer in writers] == [None, None]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_the_users_is_said_and_storage_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "torn.json").write_text("{")
+    (tmp_path / "whole.json").write_text("{}")
+    for name, said in (("none.json", "does not exist"), ("folder.json", "Is a directory"), ("torn.json", "Expecting property")):
+        with pytest.raises(ValueError, match=f"must be a JSON file; .*{said}"):
+            read_json(tmp_path / name)
+    for number, kind in ((errno.EACCES, ValueError), (errno.EIO, OSError), (errno.ESTALE, OSError), (errno.ETIMEDOUT, OSError)):
+
+        def fails(self: Path, number: int = number) -> str:
+            raise OSError(number, os.strerror(number), str(self))
+
+        monkeypatch.setattr(Path, "read_text", fails)
+        with pytest.raises(kind, match=os.strerror(number)):
+            read_json(tmp_path / "whole.json")
 
 
 def test_what_has_no_json_form_leaves_the_file_as_it_was(tmp_path: Path) -> None:

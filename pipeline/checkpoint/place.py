@@ -54,7 +54,7 @@ class Place(Protocol):
         ...
 
     def trainer(self, name: str) -> dict[str, Any]:
-        """Its `trainer.json`, unverified."""
+        """Its `trainer.json`, unverified. Raises ValueError where that is damaged."""
         ...
 
     def delete(self, name: str) -> None:
@@ -140,4 +140,16 @@ def _score(place: Place, name: str) -> float | None:
 
 
 def read_trainer(path: Path) -> dict[str, Any]:
-    return json.loads((path / TRAINER).read_text())
+    return told_by((path / TRAINER).read_bytes())
+
+
+def told_by(trainer: bytes) -> dict[str, Any]:
+    """What a `trainer.json` says.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    told = json.loads(trainer)
+    if not isinstance(told, dict):
+        raise ValueError(f"{TRAINER} must hold an object; got {told!r}")
+    return told

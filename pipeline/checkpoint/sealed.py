@@ -37,7 +37,7 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None when every byte is as it was written.
 
     Raises:
-        OSError: it cannot be looked at, and may be whole: permission denied.
+        OSError: it cannot be looked at, and may be whole: permission denied, storage that is away.
     """
     try:
         expected = read_manifest(tried((path / MANIFEST).read_bytes))

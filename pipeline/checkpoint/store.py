@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import json
 import re
 import shutil
 from collections.abc import Iterable
@@ -22,7 +21,7 @@ from urllib.parse import urlsplit
 
 from pipeline.checkpoint.address import refuse_credentials
 from pipeline.checkpoint.folder import Folder
-from pipeline.checkpoint.place import TRAINER, CheckpointError, Place
+from pipeline.checkpoint.place import TRAINER, CheckpointError, Place, told_by
 from pipeline.checkpoint.sealed import MANIFEST, read_manifest
 
 
@@ -96,7 +95,7 @@ class Store:
         return folder
 
     def trainer(self, name: str) -> dict[str, Any]:
-        return json.loads(self.fs.cat_file(self._path(self._whole().get(name, name), TRAINER)))
+        return told_by(self.fs.cat_file(self._path(self._whole().get(name, name), TRAINER)))
 
     def delete(self, name: str) -> None:
         for folder in self._folders():  # the one that counts last, or one that it replaced would count again

@@ -10,6 +10,19 @@ from pipeline.data.errors import DataError
 NAMED = 5  # pages, and runs of samples, that a line names
 
 
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with bytes that were written: they are others now, or nobody can read them."""
+
+    unreadable: str = ""  # what the medium says of that
+
+    def told(self, parts: int = 1) -> str:
+        """As a sentence about so many parts of a file goes on."""
+        if self.unreadable:
+            return f"cannot be read ({self.unreadable})"
+        return f"{'differs' if parts == 1 else 'differ'} from its manifest"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Page:
     file: str  # its path
@@ -17,6 +30,7 @@ class Page:
     offset: int  # bytes
     size: int  # bytes
     samples: tuple[tuple[int, int], ...]  # that lie in it, from one up to and without another
+    unreadable: str = ""  # see Fault
 
     @property
     def count(self) -> int:
@@ -29,7 +43,7 @@ class Page:
 
 
 class DamagedPages(DataError):
-    """Pages that differ from their checksums, while all else of their files is whole.
+    """Pages that differ from their checksums, or cannot be read, while all else of their files is whole.
 
     `may_go`: a run can do without them, for nothing in them is evaluated on.
     """
@@ -47,9 +61,9 @@ class DamagedPages(DataError):
 def told(pages: Iterable[Page]) -> str:
     """Which pages of which files, in one line."""
     parts = []
-    for file, group in groupby(pages, key=lambda page: page.file):
+    for (file, unreadable), group in groupby(pages, key=lambda page: (page.file, page.unreadable)):
         names = [str(page) for page in group]
-        parts.append(f"{file}: {_some(names)} {'differs' if len(names) == 1 else 'differ'} from its manifest: damaged")
+        parts.append(f"{file}: {_some(names)} {Fault(unreadable).told(len(names))}: damaged")
     return "; ".join(parts)
 
 

@@ -44,11 +44,11 @@ class SpotCheck:
     def after(self, index_B: NDArray[np.int64]) -> None:
         """Once the samples were decoded: what was damaged by then still is.
 
-        Raises: DamagedPages.
+        Raises: DamagedPages; OSError where all storage is away.
         """
         drawn = index_B[below(bits(*self._keys, index_B, PAGE), self.one_in) == 0]
         pages = np.unique(self._page_of[drawn]).tolist()
-        damaged = [page for page in pages if not manifests.is_whole(self._file.fileno(), self.manifest, page)]
-        if damaged:
-            about = [(page, np.flatnonzero(self._page_of == page)) for page in damaged]
+        found = {page: manifests.page_fault(self.path, self._file.fileno(), self.manifest, page) for page in pages}
+        about = [(page, np.flatnonzero(self._page_of == page), fault) for page, fault in found.items() if fault is not None]
+        if about:
             raise DamagedPages([manifests.page(self.path, self.manifest, *each) for each in about], may_go=self.may_go)

@@ -5,7 +5,6 @@ Credentials are those of each node's environment. No text that comes back holds 
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 import socket
@@ -17,12 +16,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.doctor.failed import named
-from pipeline.launch.environment import SECRET
 from pipeline.marker import Marker
+from pipeline.secrecy import without_secrets
 
 PREFIX = ".doctor-"
-LEAST_SECRET = 4
-"""characters: a shorter value would blank out half of what is said"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,11 +115,4 @@ def _marker() -> Marker:
 
 
 def _said(doing: str, error: Exception) -> str:
-    return f"cannot {doing}: {_without_secrets(named(error))}"
-
-
-def _without_secrets(text: str) -> str:
-    for name, value in os.environ.items():
-        if len(value) >= LEAST_SECRET and any(word in name.upper() for word in SECRET):
-            text = text.replace(value, f"${name}")
-    return text
+    return f"cannot {doing}: {without_secrets(named(error))}"

@@ -1,4 +1,8 @@
-"""How fast processes on all nodes add numbers up together, as they do after every batch, and over the ports that they do it."""
+"""How fast processes on all nodes add numbers up together, as they do after every batch, and over the ports that they do it.
+
+Workers with GPUs average their gradients over NCCL, and agree on all else over gloo (ranks.py), which has ports of its own and
+may choose another interface: both have to work.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +59,7 @@ def meet(meeting: Meeting, rank: int, *, patience_s: float = PATIENCE_S) -> floa
     What is counted is what a ring sends over each link, 2 (n - 1) / n of the bytes: comparable with a link's speed whatever n.
 
     Raises:
-        RuntimeError: one of them did not come in time, or what came out is not the sum.
+        RuntimeError: one of them did not come in time, over gloo either, or what came out is not the sum.
     """
     patience = timedelta(seconds=patience_s)
     where = {"init_method": f"tcp://{meeting.host}:{meeting.port}", "rank": rank, "world_size": meeting.size}
@@ -63,10 +67,21 @@ def meet(meeting: Meeting, rank: int, *, patience_s: float = PATIENCE_S) -> floa
     try:
         device = "cuda" if meeting.backend == "nccl" else "cpu"
         seconds = [_add_up(rank, meeting.size, device) for _ in range(1 + ROUNDS)]
+        if meeting.backend != "gloo":
+            _agree(rank, meeting.size, patience)
     finally:
         distributed.destroy_process_group()
     sent = 2 * (meeting.size - 1) / meeting.size * 4 * NUMBERS
     return sent / statistics.median(seconds[1:])  # the first connects
+
+
+def _agree(rank: int, size: int, patience: timedelta) -> None:
+    number = torch.tensor(rank + 1)
+    try:
+        distributed.all_reduce(number, group=distributed.new_group(backend="gloo", timeout=patience))
+    except RuntimeError as error:
+        raise RuntimeError(f"over gloo, by which workers agree: {' '.join(str(error).split())}") from error
+    _check_sum(size, int(number), int(number))
 
 
 def _add_up(rank: int, size: int, device: str) -> float:
@@ -76,6 +91,10 @@ def _add_up(rank: int, size: int, device: str) -> float:
     distributed.all_reduce(numbers)
     least, most = (float(each) for each in numbers.aminmax())  # waits for the device
     taken = time.perf_counter() - began
+    _check_sum(size, least, most)
+    return taken
+
+
+def _check_sum(size: int, least: float, most: float) -> None:
     if (least, most) != (size * (size + 1) / 2,) * 2:
         raise RuntimeError(f"the sum must be {size * (size + 1) // 2} everywhere; it is {least:g} to {most:g}")
-    return taken

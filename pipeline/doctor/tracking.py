@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import urllib.error
 import urllib.parse
 import urllib.request
 from base64 import b64encode
-from http.client import HTTPException
+from dataclasses import dataclass
+from http.client import HTTPException, HTTPMessage
+from typing import IO
 
 from pipeline.doctor.findings import Finding
 from pipeline.track.connect import without_password
@@ -22,16 +25,18 @@ def of_mlflow(uri: str) -> Finding:
         return Finding(
             check="mlflow", state="ok", told="the store is a file; `spiketrain dashboard` and others on this machine see it"
         )
-    shown = without_password(uri).rstrip("/")
-    answer = _asked(shown, _login(parts))
-    if answer != 200:
-        what = {401: "refuses this user", 403: "refuses this host or user"}.get(answer or 0, f"answers {answer or 'nothing'}")
+    shown, login = without_password(uri).rstrip("/"), _login(parts)
+    if login is not None and not _fits_a_header(login):
+        advice = "see MLFLOW_TRACKING_TOKEN: a newline at its end, for example"
+        return Finding(check="mlflow", state="bad", told="the token holds a character that no header may", advice=advice)
+    answer = _asked(shown, login)
+    if answer.status != 200:
         advice = (
             "see MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD, or _TOKEN; "
             "a training goes on without it, `spiketrain sync` delivers later"
         )
-        return Finding(check="mlflow", state="bad", told=f"{shown} {what}", advice=advice)
-    if _asked(shown, None) == 200:
+        return Finding(check="mlflow", state="bad", told=f"{shown} {_said(answer, login)}", advice=advice)
+    if _asked(shown, None).status == 200:
         advice = "put it behind a password: mlflow server --app-name basic-auth, as in infra/mlflow"
         return Finding(check="mlflow", state="look", told=f"{shown} answers whoever asks", advice=advice)
     return Finding(check="mlflow", state="ok", told=f"{shown} answers, and asks for a password")
@@ -48,15 +53,47 @@ def _login(parts: urllib.parse.SplitResult) -> str | None:
     return f"Bearer {token}" if token else None
 
 
-def _asked(server: str, login: str | None) -> int | None:
-    """The status of its answer, None where there is none."""
+def _fits_a_header(text: str) -> bool:
+    """http.client raises ValueError for others, which holds the text."""
+    return text.isprintable() and all(ord(character) < 256 for character in text)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    status: int | None
+    """None: there is none"""
+    sent_to: str = ""
+    """where whoever asks is to ask instead"""
+
+
+def _said(answer: _Answer, login: str | None) -> str:
+    if answer.sent_to:
+        on = f"sends on to {answer.sent_to}"
+        return on if login is not None else f"asks for a login: it {on}"
+    return {401: "refuses this user", 403: "refuses this host or user", None: "answers nothing"}.get(
+        answer.status, f"answers {answer.status}"
+    )
+
+
+def _asked(server: str, login: str | None) -> _Answer:
     request = urllib.request.Request(f"{server}/api/2.0/mlflow/experiments/search?max_results=1")
     if login is not None:
         request.add_header("Authorization", login)
     try:
-        with urllib.request.urlopen(request, timeout=MLFLOW_S) as answer:
-            return int(answer.status)
+        with urllib.request.build_opener(_Stays).open(request, timeout=MLFLOW_S) as answer:
+            return _Answer(int(answer.status))
     except urllib.error.HTTPError as error:
-        return error.code
-    except (OSError, HTTPException):  # the one where nobody is there, the other where it does not speak HTTP
+        place = error.headers.get("Location", "") if 300 <= error.code < 400 else ""
+        return _Answer(error.code, sent_to=ascii(without_password(re.split("[?#]", place)[0]))[1:-1])
+    # Where nobody is there, where it does not speak HTTP, and where no host can be called so.
+    except (OSError, HTTPException, ValueError):
+        return _Answer(None)
+
+
+class _Stays(urllib.request.HTTPRedirectHandler):
+    """Follows to no other place: the login is for this server alone, and a page that asks for one is no answer."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> None:
         return None

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.launch.cluster import OPERATIONAL, Cluster, differences
 from pipeline.recipe import Recipe, read_json
-from pipeline.recipe_json import differing, listed
+from pipeline.recipe_json import differing, listed, recipe_fields
 from pipeline.suite import Suite, SuiteFile, is_suite
 
 MAY_DIFFER = ("workers", "inline", "address", *OPERATIONAL)
@@ -38,7 +38,7 @@ def refuse_unless_launched_so(folder: Path, made: Recipe | Suite, cluster: Clust
 
 def _differences(folder: Path, made: Recipe | Suite, *, trust: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(made, Recipe):
-        yield from differing("", read_json(folder / "recipe.json")["recipe"], _as_read(made.resolved()))
+        yield from differing("", recipe_fields(folder), _as_read(made.resolved()))
         return
     was, now = (
         {each.name: each for each in suite.recipes} for suite in (SuiteFile.read(folder, trust=trust).suite, made.resolved())

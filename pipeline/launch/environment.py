@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 from pipeline.malloc import environment
+from pipeline.secrecy import is_secret
 
 PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "FI_", "HF_")
-SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
-"""in the name of a variable that is not passed on: Ray writes the others down in its logs, and a machine has its own secrets"""
 
 
 def of_worker(*, threads: int, loader_threads: int, gpus: bool) -> dict[str, str]:
@@ -31,6 +30,8 @@ def of_worker(*, threads: int, loader_threads: int, gpus: bool) -> dict[str, str
 
 
 def passed_on() -> dict[str, str]:
-    """What this process has been told of networks and caches."""
-    own = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-    return {name: value for name, value in own.items() if not any(word in name.upper() for word in SECRET)}
+    """What this process has been told of networks and caches.
+
+    No secrets: Ray writes these variables down in its logs, and a machine has its own.
+    """
+    return {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON) and not is_secret(name)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class Resizing(ElasticScalingPolicy):
         """Whoever asks to stop meanwhile waits for no node: as if places had not come in time (`restarts.py`)."""
         self._wanted = None
         decision = super().make_decision_for_non_running_worker_group()
-        if isinstance(decision, NoopDecision) and (self.folder / STOP).exists():
+        if isinstance(decision, NoopDecision) and self._is_there(STOP, if_away=False):
             raise WorkerGroupStartupTimeoutError(self.sizes[0])
         return decision
 
@@ -73,11 +74,23 @@ class Resizing(ElasticScalingPolicy):
             decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
             if not isinstance(decision, ResizeDecision):
                 return decision
-            self._wanted, self._asked = decision, time.monotonic()
-            write_json(self.folder / SAVE, asdict(_leaving(worker_group_state)))
+            with suppress(OSError):  # else it is asked for at the next look
+                write_json(self.folder / SAVE, asdict(_leaving(worker_group_state)))
+                self._wanted, self._asked = decision, time.monotonic()
             return NoopDecision()
-        if (self.folder / SAVE).exists() and time.monotonic() - self._asked < PATIENCE_S:
+        if self._is_there(SAVE, if_away=True) and time.monotonic() - self._asked < PATIENCE_S:
             return NoopDecision()
         decision, self._wanted = self._wanted, None
-        (self.folder / SAVE).unlink(missing_ok=True)
+        with suppress(OSError):  # one that stays is answered by the next workers
+            (self.folder / SAVE).unlink(missing_ok=True)
         return decision
+
+    def _is_there(self, name: str, *, if_away: bool) -> bool:
+        """Whether the run's folder has this file, or what is to be taken for the answer while its storage is away.
+
+        What is raised here ends the launch: Ray (2.60) takes it for a failure of its controller.
+        """
+        try:
+            return (self.folder / name).exists()
+        except OSError:
+            return if_away

@@ -86,7 +86,7 @@ def train_side_by_side(children: Children, launcher: Launcher, slots: int, conso
 def _begin_more(
     children: Children, launcher: Launcher, slots: int, going: dict[str, _Driven], console: Console
 ) -> Exception | None:
-    """Fill the free slots, in the suite's order; what is refused on the way."""
+    """Fill the free slots, in the suite's order; what is refused, or fails, on the way."""
     for recipe in children.left():
         if len(going) == slots:
             break
@@ -94,7 +94,7 @@ def _begin_more(
             continue
         try:
             going[recipe.name] = _Driven(recipe, children.job(recipe), children, launcher, console)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             return error
     return None
 

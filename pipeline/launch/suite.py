@@ -102,11 +102,11 @@ def _train_the_rest(
 
 def _tell_mlflow(children: Children, console: Console) -> None:
     """How the suite stands once nobody drives it: between two of its runs MLflow was told that it goes on."""
-    begun = [run for run in children.where.values() if state_of(run) != "new"]
     try:
+        begun = [run for run in children.where.values() if state_of(run) != "new"]
         if begun and children.left():  # else the last run has told it
             sync(begun[-1], uri=tracking_uri(children.runs), kept_of=place_of)
-    except (TrackingError, ValueError) as error:  # another one may be on its way to the user
+    except (TrackingError, OSError, ValueError) as error:  # another one may be on its way to the user
         console.out(str(error), highlight=False)
 
 

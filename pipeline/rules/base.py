@@ -167,7 +167,8 @@ class Rule(nn.Module):
     def figures(self) -> dict[str, float]:
         """What the rule has to say of its last batch beside loss and accuracy, such as how well a solve converged.
 
-        Reported in the journal as means over ranks, so the names are the same on every rank.
+        Reported in the journal as means over ranks, so the names are the same on every rank. NaN where no batch has given it yet,
+        as in an attempt that trains none; the checkpoint has told it.
         """
         return {}
 

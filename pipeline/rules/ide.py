@@ -77,7 +77,7 @@ class _Adjoint:
 
     def __init__(self, solver: Literal["broyden", "fixed_point"], iterations: int, tolerance: float) -> None:
         self.solver, self.iterations, self.tolerance = solver, iterations, tolerance
-        self.residual, self.evaluations, self.warned = 0.0, 0.0, False
+        self.residual, self.evaluations, self.warned = math.nan, math.nan, False
         self.step, self.is_unsolved = -1, False
 
     def begin(self, step: int) -> None:

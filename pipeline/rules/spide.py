@@ -65,7 +65,7 @@ class SPIDE(Rule):
         if not 0 < leak <= 1:
             raise ValueError(f"SPIDE: leak must be > 0 and at most 1; got leak={leak}")
         self.adjoint = _Adjoint(steps, scale, threshold, leak)
-        self.forward_rate = 0.0
+        self.forward_rate = math.nan
 
     def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
         equilibrium = the_equilibrium(self.label, model)
@@ -92,7 +92,7 @@ class _Adjoint:
     def __init__(self, steps: int, scale: float, threshold: float, leak: float) -> None:
         self.steps, self.scale, self.threshold, self.leak = steps, scale, threshold, leak
         self.samples, self.factor = 1, 1.0
-        self.backward_rate, self.saturated = 0.0, 0.0
+        self.backward_rate, self.saturated = math.nan, math.nan
         self.warned: set[str] = set()
 
     def __call__(self, g_B: Tensor, vjp: Linearized) -> list[Tensor]:

@@ -13,8 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline.answers import write_answers
 from pipeline.evaluate import COUNTED_ON, Evaluated, Evaluation
 from pipeline.guards.batches import GoBack, Guard, is_in
@@ -29,6 +27,7 @@ from pipeline.recipe import write_json
 from pipeline.refused import Diverged, Refused
 from pipeline.run.assess import assess
 from pipeline.run.feed import micro_batches
+from pipeline.run.figures import Figures
 from pipeline.run.parts import Parts
 from pipeline.run.record import held_without_zero, told_at_start, told_at_the_end
 from pipeline.run.saving import Saving
@@ -69,7 +68,8 @@ class Attempt:
             on_skip=self._tell_skipped,
             state=None if parts.trainer is None else parts.trainer.get("guard"),
         )
-        self.saving = Saving(parts, step=self.step, learnt=self.learnt, guard=self.guard)
+        self.figures = Figures(parts)
+        self.saving = Saving(parts, step=self.step, learnt=self.learnt, guard=self.guard, figures=self.figures)
 
     def run(self) -> dict[str, Any] | None:
         """The summary (on rank 0), or None when somebody asked to stop.
@@ -182,7 +182,7 @@ class Attempt:
             metrics = self.meters.take(self.ranks.sum)
             self._tell_stragglers()
             metrics["lr"] = self.backend.optimizer.param_groups[0]["lr"]
-            metrics |= {f"rule_{name}": value for name, value in self._figures().items()}
+            metrics |= {f"rule_{name}": value for name, value in self.figures.now().items()}
             with self.meters.between("tracking"):
                 self.tracker.event("step", step=self.step, epoch=epoch, metrics=metrics, memory_bytes=memory_now_bytes())
         self.stop_asked = self.saving.between_batches(self.step, last=last)
@@ -194,14 +194,6 @@ class Attempt:
             told = {str(rank): {"times": times, "host": hosts[rank]} for rank, times in slow.items()}
             self.tracker.event("straggler", step=self.step, workers=told)
 
-    def _figures(self) -> dict[str, float]:
-        """What the rule says of its last batch, the mean over ranks; collective."""
-        figures = self.parts.rule.figures()
-        if not figures:
-            return {}
-        means = self.ranks.mean(torch.tensor(list(figures.values()), dtype=torch.float64, device=self.parts.device))
-        return dict(zip(figures, means.tolist(), strict=True))
-
     # ----------------------------------------------------------------------------------------------------------- epochs
 
     def _end_of_epoch(self, epoch: int) -> None:
@@ -212,7 +204,7 @@ class Attempt:
         stretch, score = self.stretch, None
         is_learnt = self.step == stretch.end
         if is_learnt or (epoch - stretch.first_epoch + 1) % self.recipe.evaluate_every == 0:
-            figures = self._figures()
+            figures = self.figures.now()
             self.saving.before_evaluation(self.step)
             with self.meters.between("evaluation"):
                 results = self._evaluate()
@@ -278,7 +270,7 @@ class Attempt:
     def _finish(self) -> dict[str, Any]:
         self.saving.wait(self.step)
         assert self.result is not None
-        totals, figures = self.meters.over_ranks(self.ranks.max, self.ranks.mean), self._figures()
+        totals, figures = self.meters.over_ranks(self.ranks.max, self.ranks.mean), self.figures.now()
         kept = held_without_zero(self.parts)
         answers = self.ranks.gather([each.answers for each in self.evaluated])
         summary: dict[str, Any] = {}

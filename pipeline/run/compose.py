@@ -59,9 +59,14 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
     if ranks.size > 1:
         check_same_code(socket.gethostname(), each=ranks.each)
     written = ranks.together(lambda: Recipe.read(folder / "recipe.json", trust=job.trust))  # a node may lack the user's package
-    recipe = fitted(written, ranks.agree(lambda: limit_of(folder)))
+    limit, skipped = patiently(
+        ranks,
+        lambda: (limit_of(folder), Skipped.read(folder)),
+        beat=watchdog.beat,
+        on_wait=partial(_tell_waiting, tracker),
+    )
+    recipe = fitted(written, limit)
     checkpoints, checkpoint = _found(job, written, ranks, tracker, watchdog)
-    skipped = ranks.agree(lambda: Skipped.read(folder))
     with watchdog.off():  # one worker of each machine reads all of the data
         damage = find_damage(recipe, job, place, ranks)
     world = World(recipe.seed, ranks.rank, ranks.size, ranks.mean)
@@ -109,11 +114,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
 def _found(job: Job, recipe: Recipe, ranks: Ranks, tracker: Tracker, watchdog: Watchdog) -> tuple[Checkpoints, Path | None]:
     """The run's checkpoints, and the one to go on from; storage that is away is waited for."""
     kept = ranks.together(lambda: place_at(job.checkpoints, Path(job.run)))
-
-    def tell(error: str) -> None:
-        tracker.event("waiting", sync=True, error=error, most_s=PATIENCE_S)
-
-    patient = partial(patiently, ranks, beat=watchdog.beat, on_wait=tell)
+    patient = partial(patiently, ranks, beat=watchdog.beat, on_wait=partial(_tell_waiting, tracker))
     if ranks.size > 1:
         patient(kept.sweep)  # first: what a killed attempt left may fill the disk
         check_shared(kept.staging, rank=ranks.rank, each=ranks.each, beat=watchdog.beat)
@@ -129,6 +130,10 @@ def _found(job: Job, recipe: Recipe, ranks: Ranks, tracker: Tracker, watchdog: W
         beat=watchdog.beat,
     )
     return checkpoints, patient(lambda: _newest(checkpoints, recipe, Path(job.run), trust=job.trust))
+
+
+def _tell_waiting(tracker: Tracker, error: str) -> None:
+    tracker.event("waiting", sync=True, error=error, most_s=PATIENCE_S)
 
 
 def _newest(checkpoints: Checkpoints, recipe: Recipe, folder: Path, *, trust: tuple[str, ...]) -> Path | None:

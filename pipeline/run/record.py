@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
@@ -21,6 +20,7 @@ from pipeline.run.parts import Parts
 from pipeline.run.summary import summarise, versions
 from pipeline.tasks import Learnt
 from pipeline.track.jsonl import read
+from pipeline.track.note import read_note
 from pipeline.trained_on import trained_on
 
 
@@ -65,20 +65,28 @@ def told_at_start(parts: Parts, *, step: int) -> dict[str, Any]:
 
 
 def told_in_checkpoint(
-    parts: Parts, *, step: int, score: float | None, owes: bool, totals: Totals, learnt: Learnt, guard: Mapping[str, Any]
+    parts: Parts,
+    *,
+    step: int,
+    score: float | None,
+    owes: bool,
+    totals: Totals,
+    figures: Mapping[str, float],
+    learnt: Learnt,
+    guard: Mapping[str, Any],
 ) -> dict[str, Any]:
     """`trainer.json`: where the run stands after `step` steps, and whose run it is.
 
-    `owes`: these steps end an epoch, and what comes after one, its evaluation first, is still to come.
+    `owes`: these steps end an epoch, and what comes after one, its evaluation first, is still to come. `figures` are the rule's,
+    of its last batch.
     """
     folder, job, recipe = Path(parts.job.run), parts.job, parts.recipe
-    mlflow = folder / "mlflow.json"
     stretch = stretch_at(parts.stretches, step)
     epoch = stretch.epoch(step)
     return {
         "run": folder.name,
         "run_id": job.run_id,
-        "mlflow": json.loads(mlflow.read_text()) if mlflow.exists() else None,
+        "mlflow": read_note(folder),
         "study": job.study,
         "commit": job.commit,
         "phase": stretch.index,
@@ -92,6 +100,7 @@ def told_in_checkpoint(
         "owes_epoch_end": owes,
         "recipe": recipe.to_json(),
         "totals": asdict(totals),
+        "figures": dict(figures),
         "learnt": asdict(learnt),
         "guard": dict(guard),
     }

@@ -19,6 +19,7 @@ from pipeline.guards.replicas import drifted
 from pipeline.job import SAVE, STOP, Notice, was_stopped
 from pipeline.refused import Diverged
 from pipeline.run.assess import published
+from pipeline.run.figures import Figures
 from pipeline.run.parts import Parts
 from pipeline.run.record import told_in_checkpoint
 from pipeline.tasks import Learnt
@@ -39,11 +40,11 @@ class _Begun:
 class Saving:
     """Of one attempt, which begins before `step`; every rank asks its own equally often.
 
-    `learnt` and `guard` are told in each checkpoint, as they are by then.
+    `learnt`, `guard` and `figures` are told in each checkpoint, as they are by then.
     """
 
-    def __init__(self, parts: Parts, *, step: int, learnt: Learnt, guard: Guard) -> None:
-        self.parts, self.learnt, self.guard = parts, learnt, guard
+    def __init__(self, parts: Parts, *, step: int, learnt: Learnt, guard: Guard, figures: Figures) -> None:
+        self.parts, self.learnt, self.guard, self.figures = parts, learnt, guard, figures
         self.ranks, self.checkpoints, self.meters = parts.ranks, parts.checkpoints, parts.meters
         self.folder = Path(parts.job.run)
         self.departures = Departures()
@@ -178,8 +179,8 @@ class Saving:
             self._compare_replicas(this.step)  # a checkpoint holds the weights of one rank
         self.ranks.together(lambda: self._check_finite(this.step))
         totals = self.meters.over_ranks(self.ranks.max, self.ranks.mean)
-        about = {"score": this.score, "owes": this.owes, "totals": totals, "learnt": self.learnt, "guard": self.guard.told()}
-        trainer = told_in_checkpoint(parts, step=this.step, **about)
+        about = {"score": this.score, "owes": this.owes, "totals": totals, "figures": self.figures.now()}
+        trainer = told_in_checkpoint(parts, step=this.step, learnt=self.learnt, guard=self.guard.told(), **about)
         with published(parts):
             weights = weights_of(parts.backend.network) if self.ranks.rank == 0 else None
         with self.ranks.averaged(parts.backend.network) as buffers:

@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.secrecy import without_secrets
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -45,5 +47,5 @@ def without_password(text: str) -> str:
 
 def one_line(uri: str, error: Exception) -> str:
     """What went wrong with a store, for a user."""
-    lines = str(error).strip().splitlines() or [""]
+    lines = without_secrets(str(error)).strip().splitlines() or [""]
     return without_password(f"MLflow at {uri} cannot be filled ({type(error).__name__}: {lines[0][:300]})")

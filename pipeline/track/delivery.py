@@ -8,7 +8,6 @@ at once send identical points, which MLflow's SQL stores keep once (run, key, st
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from pipeline.track.files import Files
 from pipeline.track.hierarchy import KIND_TAG, PARENT_OF, RUN_TAG, experiment_of, one_at_a_time, parent_of, set_parent_status
 from pipeline.track.jsonl import Event, Follower, first
 from pipeline.track.models import KeptOf, inside, note_checkpoints
+from pipeline.track.note import write_note
 from pipeline.track.system import FILE as SYSTEM
 from pipeline.track.translate import STATUS, Translation, milliseconds, parameters
 
@@ -111,22 +111,14 @@ class Delivery:
         run = self._find_or_create(client, experiment_id, start)
         self._client = client
         self._run_id = run.info.run_id
-        self._note_for_people(experiment_id)
+        about = {"uri": without_password(self._uri), "experiment_id": experiment_id, "run_id": self._run_id}
+        write_note(self.run_dir, about)
         self._params, self._tags = dict(run.data.params), dict(run.data.tags)
         self._status = (run.info.status, run.info.end_time or 0)
         # The newest step of each metric. `run.data.metrics` has the values alone (3.17.2), the whole histories may be 100 MB.
         held = {metric.key: int(metric.step) for metric in run.data._metric_objs}
         self._translation.held = self._system_translation.held = held
         return True
-
-    def _note_for_people(self, experiment_id: str) -> None:
-        """Where to look, beside the run; nothing here reads it back."""
-        note = json.dumps({"uri": without_password(self._uri), "experiment_id": experiment_id, "run_id": self._run_id})
-        path = self.run_dir / "mlflow.json"
-        if not path.exists() or path.read_text() != note:
-            part = path.with_suffix(".part")
-            part.write_text(note)
-            part.replace(path)
 
     def _find_or_create(self, client: MlflowClient, experiment_id: str, start: Event) -> Run:
         uuid = str(start["run_id"])

@@ -81,7 +81,7 @@ def test_one_sample_in_so_many_has_its_page_compared(fashion, monkeypatch):
     manifest = manifests.read(path)
     table["sample_id"] = np.arange(10_000)[::-1]
     table["ptr"] = manifest.pages_offset + manifest.page_bytes * table["sample_id"]  # a page each
-    monkeypatch.setattr(manifests, "is_whole", lambda file, manifest, page: compared.append(page) or True)
+    monkeypatch.setattr(manifests, "page_fault", lambda path, file, manifest, page: compared.append(page))
 
     def drawn(epoch: int) -> list[int]:
         compared.clear()
@@ -126,10 +126,12 @@ def test_data_without_pages_can_leave_nothing_out():
 
 def test_a_line_names_some_and_counts_the_rest():
     pages = [Page(file="a", number=n, offset=10 * n, size=10, samples=runs_of([n, 2 * n, 2 * n + 1])) for n in range(2, 9)]
-    said = str(DamagedPages([*pages, Page(file="b", number=0, offset=0, size=1, samples=((0, 1),))]))
+    about = {"file": "b", "number": 0, "offset": 0, "size": 1, "samples": ((0, 1),)}
+    said = str(DamagedPages([*pages, Page(**about), Page(**about, unreadable="Input/output error")]))
     assert said.startswith("data: a: page 2 (bytes 20 to 29, samples 2, 4 to 5), page 3 (")
     assert said.endswith(
-        " and 2 more differ from its manifest: damaged; b: page 0 (bytes 0 to 0, samples 0) differs from its manifest: damaged"
+        " and 2 more differ from its manifest: damaged; b: page 0 (bytes 0 to 0, samples 0) differs from its manifest: damaged; "
+        "b: page 0 (bytes 0 to 0, samples 0) cannot be read (Input/output error): damaged"
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -28,6 +30,40 @@ def test_two_add_up() -> None:
     with ProcessPoolExecutor(2, get_context("spawn")) as two:
         speeds = [each.result(60) for each in [two.submit(meet, where, rank) for rank in range(2)]]
     assert len(speeds) == 2 and all(1e7 < each < 1e12 for each in speeds)
+
+
+def test_those_that_meet_over_another_backend_meet_over_gloo_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which stands for NCCL here: gloo by its other name."""
+    agreed: list[int] = []
+    original = meeting._agree
+
+    def agree(rank: int, size: int, patience: timedelta) -> None:
+        original(rank, size, patience)
+        agreed.append(size)
+
+    monkeypatch.setattr(meeting, "_agree", agree)
+    monkeypatch.setattr(meeting, "NUMBERS", 1 << 10)
+    for backend in ("gloo", "cpu:gloo"):
+        meet(replace(place(1), backend=backend), 0)
+    assert agreed == [1]
+    with ProcessPoolExecutor(2, get_context("spawn")) as two:
+        where = replace(place(2), backend="cpu:gloo")
+        assert all(each.result(60) > 1e7 for each in [two.submit(meet, where, rank) for rank in range(2)])
+
+
+def unless_gloo(where: Meeting, rank: int, patience_s: float) -> float:
+    """As where the interface that gloo chooses leads nowhere."""
+    if rank == 1:
+        meeting._agree = lambda *about: time.sleep(2 * patience_s)
+    return meet(where, rank, patience_s=patience_s)
+
+
+def test_that_gloo_does_not_come_together_is_said() -> None:
+    where = replace(place(2), backend="cpu:gloo")
+    with ProcessPoolExecutor(2, get_context("spawn")) as two:
+        first, _ = [two.submit(unless_gloo, where, rank, 3.0) for rank in range(2)]
+        with pytest.raises(RuntimeError, match=r"^over gloo, by which workers agree: .*(?i:timed? ?out)"):
+            first.result(60)
 
 
 def test_cards_of_one_machine_meet(monkeypatch: pytest.MonkeyPatch) -> None:

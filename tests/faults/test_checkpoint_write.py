@@ -21,6 +21,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.checkpoint import background, step_folders
 from pipeline.guards import storage
+from pipeline.guards.batches import Skipped
 from pipeline.launch.inline import Inline
 from pipeline.refused import Refused
 from pipeline.run.attempt import Attempt
@@ -339,6 +340,29 @@ def test_storage_that_is_away_as_a_run_starts_is_waited_for_by_the_same_attempt(
     assert waiting["attempt"] == 1
     assert [event["step"] for event in events(run, "start")] == [0, 6] and events(run, "failed") == []
     assert same_weights(run, whole)
+
+
+@pytest.mark.parametrize("name", ["skipped.json", "micro_batch.json"])
+def test_what_a_run_has_written_down_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """By the same attempt: a note that storage does not give is not damaged."""
+    run, recipe = tmp_path / "run", small_recipe(epochs=1)
+    make_run(run, recipe)
+    Skipped(batches=((2, 3),)).write(run)
+    (run / "micro_batch.json").write_text("4")
+    read_text, failed = Path.read_text, []
+
+    def fails(self: Path, *words: Any, **how: Any) -> str:
+        if self.name == name and len(failed) < 2:
+            failed.append(self)
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return read_text(self, *words, **how)
+
+    monkeypatch.setattr(Path, "read_text", fails)
+    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
+    train_inline(run, recipe)
+    [waiting], [start] = events(run, "waiting"), events(run, "start")
+    assert waiting["error"] == f"[Errno 5] Input/output error: '{run / name}'" and len(failed) == 2
+    assert start["micro_batch"] == 4 and [event["step"] for event in events(run, "skipped")] == [2]
 
 
 def test_whoever_stops_a_run_leaves_a_whole_checkpoint(tmp_path: Path, slow: None) -> None:

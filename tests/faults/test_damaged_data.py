@@ -19,6 +19,7 @@ from pipeline import disk
 from pipeline.data import manifest as manifests
 from pipeline.data.beton import Beton
 from pipeline.data.damage import Page
+from pipeline.data.errors import LoaderError
 from pipeline.data.format import RAW, BetonWriter
 from pipeline.data.order import held_out as held_out_of
 from pipeline.data.order import permutation
@@ -98,6 +99,19 @@ def bad_sector(patch: pytest.MonkeyPatch, data: Path, page: int) -> None:
     def fails(file: int, length: int, offset: int) -> bytes:
         if offset <= sector < offset + length and os.path.samestat(os.fstat(file), path.stat()):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(file, length, offset)
+
+    patch.setattr(os, "pread", fails)
+    patch.setattr(disk, "TRY_S", 0.0)
+
+
+def no_storage(patch: pytest.MonkeyPatch, data: Path, number: int) -> None:
+    """Whoever reads the file, wherever, is told that it fails; what is mapped into memory already stays as it is."""
+    path, pread = data / "train.beton", os.pread
+
+    def fails(file: int, length: int, offset: int) -> bytes:
+        if os.path.samestat(os.fstat(file), path.stat()):
+            raise OSError(number, os.strerror(number))
         return pread(file, length, offset)
 
     patch.setattr(os, "pread", fails)
@@ -201,11 +215,30 @@ def test_a_page_on_a_bad_sector_is_named_by_a_run_that_may_leave_none_out_and_by
     bad_sector(monkeypatch, data, page)
     first, end = samples_of(page)
     named = rf"data: \S+train\.beton: page {page} \(bytes \d+ to \d+, samples {first} to {end - 1}\) "
-    named += "differs from its manifest: damaged"
+    named += r"cannot be read \(Input/output error\): damaged"
     with pytest.raises(Refused, match=rf"^{named}; max_damaged_pages=0: restore the file$"):
         train(tmp_path / "hit", recipe(data, max_damaged_pages=0))
     code, _, line = run("verify", str(data))
     assert (code, len(line.splitlines())) == (2, 1) and re.search(named, line)
+
+
+@pytest.mark.parametrize("when", ["at the start", "while it is read"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_storage_that_is_away_damages_nothing(
+    tmp_path: Path, whole: Path, data: Path, monkeypatch: pytest.MonkeyPatch, when: str, number: int
+) -> None:
+    """Its worker dies, and the next one reads on: nothing is left out, and the bits are those of a run that nobody touched."""
+    made = recipe(data, epochs=1)
+    with monkeypatch.context() as patch:
+        if when == "at the start":
+            no_storage(patch, data, number)
+        else:
+            once_checked(patch, lambda: no_storage(patch, data, number))
+        with pytest.raises((OSError, LoaderError), match=os.strerror(number)):
+            train(tmp_path / "hit", made)
+    assert counted(train(tmp_path / "hit", made)) == (0, 0, int(when == "while it is read"))
+    train(tmp_path / "untouched", recipe(whole, epochs=1))
+    assert same_weights(tmp_path / "hit", tmp_path / "untouched")
 
 
 def test_damage_in_the_middle_leads_back_to_the_newest_checkpoint(

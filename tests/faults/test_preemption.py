@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,14 @@ from pipeline.checkpoint import read_trainer, step_folders
 from pipeline.evaluate import Evaluation
 from pipeline.guards import departures
 from pipeline.job import REFUSAL, SAVE, STOP, Job, Notice, Place, no_notice
-from pipeline.recipe import write_json
+from pipeline.models.feedback import fc_feedback
+from pipeline.ranks import Ranks
+from pipeline.recipe import Spec, spec, write_json
+from pipeline.rules.base import Rule
+from pipeline.rules.ide import IDE
+from pipeline.rules.spide import SPIDE
 from pipeline.run import assess, attempt, saving
+from pipeline.run.figures import Figures
 from pipeline.track.jsonl import read
 from pipeline.track.translate import Translation
 from pipeline.worker import run
@@ -142,6 +149,32 @@ def test_a_stop_waits_for_no_evaluation_which_is_made_up_for(
     assert run(job, Place()) is not None
     assert evaluations(tmp_path / "run") == evaluations(untouched)
     assert same_weights(tmp_path / "run", untouched)
+
+
+@pytest.mark.parametrize("rule", [spec(IDE), spec(SPIDE, steps=8)], ids=["IDE", "SPIDE"])
+def test_what_the_rule_said_of_its_last_batch_is_told_by_whoever_makes_up_for_the_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: Spec
+) -> None:
+    """That attempt trains no batch: 0 would be a perfect solve, and a silent network."""
+    network = spec(fc_feedback, in_features=64, hidden=12)
+    recipe = small_recipe(model=network, rule=rule, over_time="mean", checkpoint_every=0)
+    whole = run(make_run(tmp_path / "whole", recipe), Place())
+    job = make_run(tmp_path / "run", recipe)
+    with monkeypatch.context() as patch:
+        ask_in_an_evaluation(patch, of=16)
+        assert run(job, Place()) is None
+    (tmp_path / "run" / STOP).unlink()
+    resumed = run(job, Place())
+    assert whole is not None and resumed is not None
+    assert resumed["rule_figures"] == whole["rule_figures"] != {}
+
+
+@pytest.mark.parametrize("rule", [IDE(), SPIDE()])
+def test_of_no_batch_nothing_is_told(rule: Rule) -> None:
+    parts: Any = SimpleNamespace(rule=rule, ranks=Ranks(), device=torch.device("cpu"), trainer=None)
+    assert rule.figures() and Figures(parts).now() == {}
+    parts.trainer = {"figures": dict.fromkeys(rule.figures(), 0.5)}
+    assert Figures(parts).now() == parts.trainer["figures"]
 
 
 def test_a_save_waits_for_no_evaluation_which_is_begun_anew(

@@ -63,6 +63,8 @@ ROWS: dict[str, tuple[str, ...]] = {
         *(f"{AWAY}::test_it_is_tried_again_and_told_once", f"{AWAY}::test_of_two_ranks_one_tries_and_both_live"),
         *("run/test_writer.py::test_storage_that_is_away_is_looked_for_again",),
         *("launch/test_restarts.py::test_storage_that_is_away_as_a_worker_dies_ends_nothing",),
+        *("launch/test_resizing.py::test_storage_that_is_away_as_a_run_grows_ends_nothing",),
+        *(f"{WRITE}::test_what_a_run_has_written_down_is_waited_for",),
     ),
     "kill while an old checkpoint is deleted": (f"{CHECKPOINT}::test_a_kill_while_an_old_checkpoint_is_deleted_is_survived",),
     "an old checkpoint that cannot be deleted": (
@@ -158,6 +160,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         *(f"{DATA}::test_damage_in_the_middle_leads_back_to_the_newest_checkpoint",),
         *(f"{DATA}::test_a_page_on_a_bad_sector_is_left_out",),
         *(f"{DATA}::test_a_page_on_a_bad_sector_is_named_by_a_run_that_may_leave_none_out_and_by_verify",),
+        *(f"{DATA}::test_storage_that_is_away_damages_nothing",),
         *(f"{DATA}::test_one_page_too_many_stops_the_run_in_one_line_and_mended_it_goes_on",),
         *(f"{DATA}::test_a_truncated_file_is_refused_in_one_line",),
         *(f"{DATA}::test_a_file_that_is_cut_short_while_it_is_read_is_refused",),

@@ -97,6 +97,16 @@ def test_another_recipe_is_refused_with_the_fields_that_differ(place: Path, tmp_
     assert code == 2 and error.endswith("it is one run, and now a suite is asked for\n")
 
 
+@pytest.mark.parametrize("written", ["[]", '{"version": 1}', '{"version": 1, "recipe": []}'])
+def test_a_recipe_json_without_a_recipe_is_refused_in_one_line(
+    place: Path, tmp_path: Path, spiketrain: Command, written: str
+) -> None:
+    (tmp_path / "it").mkdir()
+    (tmp_path / "it" / "recipe.json").write_text(written)
+    code, _, error = spiketrain(*words(place, tmp_path))
+    assert code == 2 and error.startswith(f"{tmp_path}/it/recipe.json: must hold a recipe; got ") and error.count("\n") == 1
+
+
 def test_what_only_a_launch_can_say_is_refused_and_the_rest_is_not(place: Path, tmp_path: Path, spiketrain: Command) -> None:
     assert spiketrain(*words(place, tmp_path))[0] == 0
     elsewhere = str(tmp_path / "elsewhere")

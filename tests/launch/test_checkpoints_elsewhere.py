@@ -52,6 +52,8 @@ def test_they_are_there_and_a_run_whose_folder_is_lost_goes_on_with_them(tmp_pat
     code, _, said = run(*other, "--or-resume", "--set", "optimizer.lr=0.05")
     assert code == 2 and said.startswith("launch: --or-resume goes on with checkpoints of the same study; got ")
 
+    (address / "step_00000009").mkdir()  # it is moved away as damaged, and stands in no way
+    (address / "step_00000009" / "trainer.json").write_text("[]")
     code, _, said = run(*third, "--or-resume")
     assert code == 0, said
     [start] = [event for event in read(tmp_path / "third" / "run" / "journal.jsonl") if event["event"] == "start"]

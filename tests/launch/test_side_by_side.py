@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -10,21 +11,25 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from pipeline.cores import physical_cores
 from pipeline.data.write import write_fashion
+from pipeline.job import Job
 from pipeline.launch.base import Launcher
 from pipeline.launch.inline import Inline
-from pipeline.launch.side_by_side import LOG, slots_of
+from pipeline.launch.side_by_side import LOG, _begin_more, slots_of
+from pipeline.recipe import Recipe
 from pipeline.refused import Refused
 from pipeline.report.runs import list_suites
 from pipeline.suite import runs_of
 from pipeline.track.jsonl import first, last, read
 from pipeline.track.state import is_driven, state_of
-from tests.small import Command, command, same_weights
+from tests.small import Command, command, same_weights, small_recipe
 
 RECIPES = """
 from dataclasses import replace
@@ -177,6 +182,16 @@ def test_a_search_takes_what_did_best_on_the_held_out_part(place: Path, tmp_path
     trials = [runs[f"searched-lr-{rate}"].name for rate in rates]
     code, _, error = spiketrain("compare", *trials, "--runs", str(tmp_path))
     assert code == 2 and "optimizer.lr: 0.001 and 0.01" in error
+
+
+def test_a_run_that_storage_does_not_let_begin_is_told_once_the_others_have_ended() -> None:
+    def away(recipe: Recipe) -> Job:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    children: Any = SimpleNamespace(left=lambda: [small_recipe()], can_begin=lambda recipe: True, job=away)
+    going: dict[str, Any] = {}
+    failed = _begin_more(children, Inline(), 2, going, Console())
+    assert isinstance(failed, OSError) and not going
 
 
 def test_more_than_there_is_room_for_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,12 +19,14 @@ from rich.console import Console
 
 from pipeline.__main__ import main
 from pipeline.launch.lock import driver_lock
+from pipeline.launch.suite import _tell_mlflow
+from pipeline.recipe import Recipe
 from pipeline.report.runs import list_suites, print_runs
 from pipeline.report.suite import print_suite
 from pipeline.run.attempt import Attempt
 from pipeline.suite import SuiteFile, runs_of
 from pipeline.track.connect import connect
-from pipeline.track.jsonl import read
+from pipeline.track.jsonl import Journal, read
 from pipeline.track.state import state_of
 from tests.small import Command, command, same_weights, small_recipe
 
@@ -499,3 +503,17 @@ def test_show_prints_every_recipe_of_a_suite_without_what_it_refers_to(places: P
     assert said.count("study key     depends on what first will have learnt") == 2
     code, _, error = spiketrain("evaluate", str(places / "lab_suite.py"), "--weights", "x.pt")
     assert code == 2 and "the file must hold one recipe; got first, second, third" in error
+
+
+def test_storage_that_is_away_at_the_end_hides_no_other_error(tmp_path: Path) -> None:
+    """MLflow is told as the suite ends, which may be by an error that is on its way to the user."""
+
+    def away() -> list[Recipe]:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with Journal(tmp_path / "journal.jsonl", attempt=0) as journal:
+        journal.event("start")
+    console = Console(file=io.StringIO())
+    children: Any = SimpleNamespace(where={"one": tmp_path}, runs=tmp_path, left=away)
+    _tell_mlflow(children, console)
+    assert "Stale file handle" in console.file.getvalue()  # type: ignore[attr-defined]

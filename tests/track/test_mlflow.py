@@ -504,3 +504,14 @@ def wait_for(condition: Callable[[], bool], seconds: float = 40.0) -> bool:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("token", ["planted-token\n", "planted\ntoken"])
+def test_a_token_that_is_refused_is_not_said(fake_run: Callable, monkeypatch: pytest.MonkeyPatch, token: str):
+    """As of a file that ends in a newline: http.client's error, and requests', hold what they refuse."""
+    run = fake_run()
+    run.start().close()
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", token)
+    with pytest.raises(TrackingError, match="cannot be filled") as refused:
+        sync(run.folder, uri="http://127.0.0.1:9")
+    assert "planted" not in str(refused.value) and "$MLFLOW_TRACKING_TOKEN" in str(refused.value)

@@ -1,0 +1,95 @@
+"""A run gets another number of workers once it has saved, and storage that is away ends nothing."""
+
+from __future__ import annotations
+
+import errno
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.train import ScalingConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+)
+
+from pipeline.job import Notice
+from pipeline.launch import resizing
+from pipeline.launch.resizing import PATIENCE_S, Resizing
+from pipeline.recipe import read_json
+
+NOTHING, GROW = NoopDecision(), ResizeDecision(num_workers=2, resources_per_worker={"CPU": 1})
+
+
+@pytest.fixture
+def policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resizing:
+    """Of a run that may grow whenever Ray looks, or has no place."""
+    monkeypatch.setattr(ElasticScalingPolicy, "make_decision_for_running_worker_group", lambda *about: GROW)
+    monkeypatch.setattr(ElasticScalingPolicy, "make_decision_for_non_running_worker_group", lambda *about: NOTHING)
+    monkeypatch.setattr(resizing, "_leaving", lambda state: Notice((), None))
+    made = Resizing(ScalingConfig(num_workers=(1, 2)), sizes=(1, 2), folder=tmp_path)
+    made._ticked = math.inf  # there is no coordinator to ask
+    return made
+
+
+def looks(policy: Resizing) -> ScalingDecision:
+    return policy.make_decision_for_running_worker_group(None, None)
+
+
+def take_away(patch: pytest.MonkeyPatch) -> None:
+    def away(*asked: Any, **how: Any) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    for name in ("exists", "unlink"):
+        patch.setattr(Path, name, away)
+    patch.setattr(resizing, "write_json", away)
+
+
+def test_it_grows_once_it_has_saved(policy: Resizing) -> None:
+    assert [looks(policy), looks(policy)] == [NOTHING, NOTHING]
+    assert read_json(policy.folder / "save") == {"machines": [], "deadline": None}
+    (policy.folder / "save").unlink()
+    assert looks(policy) == GROW
+
+
+def test_a_save_that_does_not_come_is_waited_for_so_long(policy: Resizing, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    assert looks(policy) == NOTHING
+    now += PATIENCE_S - 1
+    assert looks(policy) == NOTHING
+    now += 1
+    assert looks(policy) == GROW and not (policy.folder / "save").exists()
+
+
+def test_storage_that_is_away_as_a_run_grows_ends_nothing(policy: Resizing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could not be asked is asked again, and what is not known is waited for like a save that does not come."""
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with monkeypatch.context() as patch:
+        take_away(patch)
+        assert looks(policy) == NOTHING
+    assert not (policy.folder / "save").exists()
+    assert looks(policy) == NOTHING and (policy.folder / "save").exists()
+    with monkeypatch.context() as patch:
+        take_away(patch)
+        assert looks(policy) == NOTHING
+        now += PATIENCE_S
+        assert looks(policy) == GROW
+
+
+def test_whoever_asks_to_stop_waits_for_no_place_as_far_as_storage_tells(
+    policy: Resizing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert policy.make_decision_for_non_running_worker_group() == NOTHING
+    (policy.folder / "stop").touch()
+    with monkeypatch.context() as patch:
+        take_away(patch)
+        assert policy.make_decision_for_non_running_worker_group() == NOTHING
+    with pytest.raises(WorkerGroupStartupTimeoutError):
+        policy.make_decision_for_non_running_worker_group()
