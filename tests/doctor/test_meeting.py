@@ -58,6 +58,7 @@ def unless_gloo(where: Meeting, rank: int, patience_s: float) -> float:
     return meet(where, rank, patience_s=patience_s)
 
 
+@pytest.mark.full
 def test_that_gloo_does_not_come_together_is_said() -> None:
     where = replace(place(2), backend="cpu:gloo")
     with ProcessPoolExecutor(2, get_context("spawn")) as two:
