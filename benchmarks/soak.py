@@ -23,7 +23,8 @@ Result:   commit 21e29ed29c81, 2 cores of an AMD EPYC, torch 2.13, beside tests 
 A cluster of Ray with two nodes of one core each (`ray.cluster_utils`), on it `spiketrain launch` with two workers and
 `--or-resume`. Every 15 to 45 seconds of training one thing is killed by SIGKILL: a worker, a node (another joins at once), or the
 driver (which is launched again). A rule writes down which samples each batch had (`benchmarks/recorded.py`), by what is in
-them. Of a step that was trained several times the last counts: that history must have every sample of an epoch once.
+them. A start takes back the steps from its own on that were trained before it; of the history that survives, every sample of an
+epoch must be in one batch, and in no second one (`benchmarks/survived.py`).
 
 The table says how often each was killed and the seconds from the kill to the next batch that was trained anew, without waiting
 for what had been rolled back; those steps are listed apart. Exits with 1 where a sample is lost or doubled, or a run does not
@@ -43,7 +44,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -55,6 +55,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.recorded import BATCH, SAMPLES
+from benchmarks.survived import wrong
 from pipeline.code import commit
 from pipeline.launch.node_loss import NODES
 from pipeline.measure.memory import hardware
@@ -121,6 +122,9 @@ class Training:
             return []
         return [json.loads(line) for line in self.records.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
+    def starts(self) -> list[Mapping[str, Any]]:
+        return [event for event in read(self.run / "journal.jsonl") if event["event"] == "start"]
+
     def stop(self) -> None:
         """Save and end, as by Ctrl-C."""
         self.driver.send_signal(signal.SIGINT)
@@ -150,35 +154,13 @@ def suffered(training: Training, what: str, act: Callable[[], None]) -> Kill:
     while True:
         time.sleep(0.1)
         since = [line for line in training.steps()[len(before) :] if line["time"] > begun]
-        attempts = [event["time"] for event in read(training.run / "journal.jsonl") if event["event"] == "start"]
+        attempts = [event["time"] for event in training.starts()]
         anew = next((line for line in since if attempts[-1] > begun and line["time"] > attempts[-1]), None)
         if anew is not None:
             newest = max((line["step"] for line in training.steps() if line["time"] < attempts[-1]), default=-1)
             return Kill(what, anew["time"] - begun, max(0, newest + 1 - anew["step"]))
         if time.time() - begun > PATIENCE_S or training.driver.poll() is not None:
             raise SystemExit(f"soak: after a {what} was killed the run did not go on; see {training.folder}")
-
-
-def wrong(records: Sequence[Mapping[str, Any]], steps: int) -> list[str]:
-    """What does not hold of the history that survived, `steps` batches of it."""
-    last = {(line["step"], line["rank"]): line["samples"] for line in records}
-    per_epoch, found = SAMPLES // BATCH, []
-    missing = [step for step in range(steps) if any((step, rank) not in last for rank in range(WORLD))]
-    if missing:
-        return [f"{len(missing)} steps were never trained, the first of them {missing[0]}"]
-    everything: set[str] | None = None
-    for epoch in range(-(-steps // per_epoch)):
-        mine = range(epoch * per_epoch, min(steps, (epoch + 1) * per_epoch))
-        seen = Counter(name for step in mine for rank in range(WORLD) for name in last[step, rank])
-        doubled = sum(count - 1 for count in seen.values())
-        lost = len(mine) * BATCH - len(seen) - doubled
-        if len(mine) == per_epoch:
-            lost += SAMPLES - len(seen)
-            everything = everything or set(seen)
-        strangers = set(seen) - (everything or set(seen))
-        if doubled or lost or strangers:
-            found.append(f"epoch {epoch}: {doubled} doubled, {lost} lost, {len(strangers)} of no other epoch")
-    return found
 
 
 def table(kills: Sequence[Kill]) -> Table:
@@ -221,7 +203,8 @@ def main() -> None:
             seconds = time.monotonic() - begun
             training.stop()
             stopped = next(event for event in reversed(read(training.run / "journal.jsonl")) if event["event"] == "checkpoint")
-            faults = wrong(training.steps(), stopped["step"])
+            about = {"steps": stopped["step"], "batch_size": BATCH, "samples": SAMPLES, "workers": WORLD}
+            faults = wrong(training.steps(), training.starts(), **about)
         finally:
             training.close()
     machine = hardware()

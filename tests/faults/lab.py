@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.survived import survived
+from pipeline.track.jsonl import read
 from tests.driver import Driver
 from tests.nodes import TOKEN
 
@@ -54,14 +56,19 @@ class Lab:
         (self.folder / "pace.new").rename(self.folder / "pace")
 
     def samples(self) -> list[list[str]]:
-        """Of each step, by row, as it was done last."""
-        newest: dict[tuple[int, int], tuple[int, str]] = {}
+        """Of each step of the history that survived, by row."""
+        told = []
         for file in (self.folder / "rows").iterdir():
             for line in file.read_text().splitlines():
                 step, row, sample, when = line.split()
-                place = (int(step), int(row))
-                newest[place] = max(newest.get(place, (0, "")), (int(when), sample))
-        return [[newest[step, row][1] for row in range(BATCH)] for step in range(STEPS_PER_EPOCH * EPOCHS)]
+                told.append({"step": int(step), "row": int(row), "sample": sample, "time": int(when) / 1e9})
+        starts = [event for event in read(self.folder / "runs" / "run" / "journal.jsonl") if event["event"] == "start"]
+        found: dict[tuple[int, int], str] = {}
+        for each in survived(told, starts):
+            place = each["step"], each["row"]
+            assert place not in found, f"row {place[1]} of step {place[0]} was trained twice by one attempt"
+            found[place] = each["sample"]
+        return [[found[step, row] for row in range(BATCH)] for step in range(STEPS_PER_EPOCH * EPOCHS)]
 
 
 class Driven(Driver):
