@@ -11,9 +11,9 @@ Result:   commit 0938e54ac260, 2 cores of an Intel Xeon, torch 2.13.0: saved byt
 
 At commit 7fe5295 on an AMD EPYC: -15.8, +3.3, -10.5, -8.5 %; two runs before that, of the same code, -21.7 to +5.8 %.
 
-Four recipes of different families, each trained by its own rule. The plan is made on one worker from batches of half
-and three quarters of a worker's size and (but for the recording, whose length is its own) at other numbers of time steps. Nothing
-else should run. Exits with 1 where bytes are off by more than 5 % or seconds by more than 25 %.
+Five recipes of different families, each trained by its own rule. The plan is made on one worker from batches of half and three
+quarters of a worker's size and, of four of them, at other numbers of time steps; a recording's length is its own. Nothing else
+should run. Exits with 1 where bytes are off by more than 5 % or seconds by more than 25 %.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from pipeline.measure.memory import hardware
 from pipeline.recipe import Recipe
 from pipeline.report.planned import errors
 from recipes.events.moving_sltt import recipe as moving_sltt
+from recipes.fashion.dsr_if import recipe as fashion_dsr_if
 from recipes.fashion.ide import recipe as fashion_ide
 from recipes.fashion.sltt import recipe as fashion_sltt
 from recipes.stamps.qkformer_bptt import recipe as stamps_qkformer_bptt
@@ -45,6 +46,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "VGG, SLTT": fashion_sltt,
     "QKFormer, BPTT": stamps_qkformer_bptt,
     "feedback, IDE": fashion_ide,
+    "rates, DSR": fashion_dsr_if,
     "recordings, SLTT": moving_sltt,
 }
 

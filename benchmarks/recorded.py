@@ -33,9 +33,9 @@ class Recorded(SLTT):
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, *, step: int | None = None, rows: Sequence[int] | None = None
     ) -> Iterator[Objective]:
         names = [hashlib.blake2b(x_B.numpy().tobytes(), digest_size=6).hexdigest() for x_B in x_TB[0]]
-        line = json.dumps({"time": time.time(), "step": step, "rank": self.world.rank, "samples": names}) + "\n"
+        told = {"event": "trained", "time": time.time(), "step": step, "rank": self.world.rank, "samples": names}
         file = os.open(self.into, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        os.write(file, line.encode())  # at once: two ranks write here
+        os.write(file, json.dumps(told).encode() + b"\n")  # at once: two ranks write here
         os.close(file)
         time.sleep(self.pause_s)  # as of a larger network
         return super().objectives(model, x_TB, loss_of, step=step, rows=rows)

@@ -34,7 +34,6 @@ come back.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import secrets
@@ -44,7 +43,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +58,7 @@ from benchmarks.survived import wrong
 from pipeline.code import commit
 from pipeline.launch.node_loss import NODES
 from pipeline.measure.memory import hardware
-from pipeline.track.jsonl import read
+from pipeline.track.jsonl import Event, Follower, last, read
 
 PATIENCE_S = 180.0
 WORLD = 2
@@ -90,10 +89,12 @@ class Training:
 
         self.folder = folder
         self.run = folder / "runs" / "soak"
-        self.records = folder / "records.jsonl"
+        self.journal = self.run / "journal.jsonl"
+        self.records = Follower(folder / "records.jsonl")
+        self.trained: list[Event] = []
         self.cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(WORLD)]
-        (folder / "soak.py").write_text(RECIPE.format(into=str(self.records)))
+        (folder / "soak.py").write_text(RECIPE.format(into=str(self.records.path)))
         self.launch()
 
     def launch(self) -> None:
@@ -116,14 +117,10 @@ class Training:
         self.driver.wait()
         self.launch()
 
-    def steps(self) -> list[Mapping[str, Any]]:
-        """What was trained so far, in order; a line that is being written is left out."""
-        if not self.records.exists():
-            return []
-        return [json.loads(line) for line in self.records.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-    def starts(self) -> list[Mapping[str, Any]]:
-        return [event for event in read(self.run / "journal.jsonl") if event["event"] == "start"]
+    def steps(self) -> list[Event]:
+        """What was trained so far, in order. Only what is new is read: a driver that starts needs the cores more."""
+        self.trained += self.records.poll()
+        return self.trained
 
     def stop(self) -> None:
         """Save and end, as by Ctrl-C."""
@@ -149,16 +146,17 @@ def suffered(training: Training, what: str, act: Callable[[], None]) -> Kill:
 
     Raises: SystemExit when it does not.
     """
-    before, begun = training.steps(), time.time()
+    before, begun = len(training.steps()), time.time()
     act()
     while True:
         time.sleep(0.1)
-        since = [line for line in training.steps()[len(before) :] if line["time"] > begun]
-        attempts = [event["time"] for event in training.starts()]
-        anew = next((line for line in since if attempts[-1] > begun and line["time"] > attempts[-1]), None)
-        if anew is not None:
-            newest = max((line["step"] for line in training.steps() if line["time"] < attempts[-1]), default=-1)
-            return Kill(what, anew["time"] - begun, max(0, newest + 1 - anew["step"]))
+        start = last(training.journal, "start")
+        assert start is not None, "something was trained before"
+        if start["time"] > begun:
+            anew = next((line for line in training.steps()[before:] if line["time"] > start["time"]), None)
+            if anew is not None:
+                newest = max((line["step"] for line in training.steps() if line["time"] < start["time"]), default=-1)
+                return Kill(what, anew["time"] - begun, max(0, newest + 1 - anew["step"]))
         if time.time() - begun > PATIENCE_S or training.driver.poll() is not None:
             raise SystemExit(f"soak: after a {what} was killed the run did not go on; see {training.folder}")
 
@@ -202,9 +200,11 @@ def main() -> None:
                 print(f"{time.monotonic() - begun:6.0f} s  {kills[-1]}", flush=True)
             seconds = time.monotonic() - begun
             training.stop()
-            stopped = next(event for event in reversed(read(training.run / "journal.jsonl")) if event["event"] == "checkpoint")
+            stopped = last(training.journal, "checkpoint")
+            assert stopped is not None, "it saved when it was stopped"
+            starts = [event for event in read(training.journal) if event["event"] == "start"]
             about = {"steps": stopped["step"], "batch_size": BATCH, "samples": SAMPLES, "workers": WORLD}
-            faults = wrong(training.steps(), training.starts(), **about)
+            faults = wrong(training.steps(), starts, **about)
         finally:
             training.close()
     machine = hardware()
