@@ -36,6 +36,9 @@ class Unfinished:
     rule: str
     state: State
 
+    def to_json(self) -> dict[str, str]:
+        return {"run": self.folder.name, "rule": self.rule, "state": self.state}
+
 
 def newest_study(runs_dir: Path) -> list[Path]:
     """The runs of the study whose run finished last. Trials are of none: they are judged on a part of the training set."""

@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import statistics
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -115,7 +116,7 @@ class Comparison:
             ],
             "differences": [{**asdict(each), "verdict": each.verdict(self.group.within)} for each in self.group.differences],
             "within": self.group.within,
-            "unfinished": [{"run": run.folder.name, "rule": run.rule, "state": run.state} for run in self.unfinished],
+            "unfinished": [run.to_json() for run in self.unfinished],
             "notes": list(self.notes),
         }
 
@@ -132,16 +133,14 @@ class Comparison:
 
     def render(self, console: Console) -> None:
         """One line for each rule, the mean over its runs (± standard deviation), and × the baseline over paired seeds; then one
-        with what stands behind it."""
+        with what stands behind it. A rule whose runs all diverged has a line that says so."""
         console.print(self._costs(console))
         console.print()
         console.print(self._behind())
         for note in (*(each.text(self.group.within) for each in self.group.differences), *self.notes):
             console.out(note, highlight=False)
         for run in self.unfinished:
-            command = "" if run.state == "running" else f"; {how_to_resume(run.folder)}"
-            line = f"not in the table: {run.folder.name} ({run.rule}) is {run.state}{command}"
-            console.out(line, highlight=False)
+            console.out(_told_of(run), highlight=False)
 
     def _costs(self, console: Console) -> Table:
         """Ratios stand below what they are of where a line has no room for both."""
@@ -155,9 +154,9 @@ class Comparison:
         names = [name for name in _COMPARED if name in _ALWAYS or any(self.value(run, name) is not None for run in self.runs)]
         for name in names:
             table.add_column(_COMPARED[name], justify="right")
-        for rule in self.rules:
-            runs = self.of(rule)
-            label = rule if len(runs) == 1 else f"{rule} ({len(runs)} runs)"
+        diverged = Counter(run.rule for run in self.unfinished if run.state == "diverged")
+        for rule in dict.fromkeys((*self.rules, *diverged)):
+            label = _label(rule, finished=len(self.of(rule)), diverged=diverged[rule])
             table.add_row(Text(label), *(Text(self._cell(rule, name, between)) for name in names))
         return table
 
@@ -172,12 +171,27 @@ class Comparison:
     def _cell(self, rule: str, name: str, between: str) -> str:
         values = [value for run in self.of(rule) if (value := self.value(run, name)) is not None]
         if not values:
-            return "-"
+            return "diverged" if name == "top1" and not self.of(rule) else "-"
         mean, ratio = statistics.fmean(values), self.group.ratios(rule, name)
         text = _shown(name, mean)
         if ratio is not None:
             text += f"{between}×{ratio.mean:{'.2f' if ratio.mean >= 0.1 else '.3g'}}"
         return text if len(values) == 1 else f"{text}\n± {_shown(name, statistics.stdev(values), like=mean)}"
+
+
+def _label(rule: str, *, finished: int, diverged: int) -> str:
+    """`SLTT-1 (2 of 3 runs, the others diverged)`"""
+    if finished and diverged:
+        return f"{rule} ({finished} of {finished + diverged} runs, the others diverged)"
+    runs = finished or diverged
+    return rule if runs == 1 else f"{rule} ({runs} runs)"
+
+
+def _told_of(run: Unfinished) -> str:
+    if run.state == "diverged":
+        return f"{run.folder.name} ({run.rule}) diverged: it is in no mean, and nothing is divided by it"
+    command = "" if run.state == "running" else f"; {how_to_resume(run.folder)}"
+    return f"not in the table: {run.folder.name} ({run.rule}) is {run.state}{command}"
 
 
 def _table(title: str) -> Table:

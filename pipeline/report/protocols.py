@@ -14,25 +14,34 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.report.choose import study_of
+from pipeline.report.choose import study_of, unfinished_run
 from pipeline.report.compare import comparisons
 from pipeline.report.differences import written
 from pipeline.report.runs import recipe_of
 from pipeline.track.jsonl import last
+from pipeline.track.state import state_of
 from pipeline.trials import best, top1_of
 
 TITLES = {"shared": "shared: only the rule differs", "tuned": "tuned: each rule with its own best value of {fields}"}
 
 
 def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
-    """A table for each study of a protocol, and one of the trials; what it prints as JSON. Called with all runs of a suite."""
+    """A table for each study of a protocol, and one of the trials; what it prints as JSON. Called with all runs of a suite.
+
+    A study of which every run diverged has no table: its runs are named.
+    """
     told: dict[str, Any] = {}
     by_protocol = _by_protocol(runs)
     for protocol, title in TITLES.items():
         told[protocol] = []
-        for folders in by_protocol.get(protocol, {}).values():
+        for study, folders in by_protocol.get(protocol, {}).items():
             fields = ", ".join(recipe_of(folders[0]).get("tuned", ()))
             console.print(Text(title.format(fields=fields), style="bold"))
+            if all(state_of(folder) == "diverged" for folder in folders):
+                lost = [unfinished_run(folder) for folder in folders]
+                console.out("\n".join(f"{run.folder.name} ({run.rule}) diverged" for run in lost) + "\n", highlight=False)
+                told[protocol].append({"study": study, "runs": [], "unfinished": [run.to_json() for run in lost]})
+                continue
             for comparison in comparisons(folders[0].parent, folders):
                 comparison.render(console)
                 console.print()

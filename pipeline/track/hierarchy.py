@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.suite import is_suite, runs_of
+from pipeline.suite import choices_of, is_suite, runs_of
 from pipeline.track.base import TrackingError
 from pipeline.track.connect import is_server, sqlite_file
 from pipeline.track.jsonl import Event
@@ -79,10 +79,11 @@ def find_parent(client: MlflowClient, experiment_ids: list[str], uuid: str) -> s
 
 
 def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | None) -> None:
-    """What its runs say; `suite` is its folder, which knows how many there will be."""
+    """What its runs say; `suite` is its folder, which knows how many there will be, and whether they are of a search."""
     parent = client.get_run(parent_id)
     runs = client.search_runs([parent.info.experiment_id], f"tags.`{PARENT_OF}` = '{parent_id}'")
-    status = _status_of_all([_status_in_suite(run) for run in runs], suite)
+    in_search = suite is not None and is_suite(suite) and bool(choices_of(suite))
+    status = _status_of_all([_status_in_suite(run, in_search=in_search) for run in runs], suite)
     if status == parent.info.status:
         return
     if status == "RUNNING":
@@ -91,9 +92,9 @@ def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | Non
         client.set_terminated(parent_id, status=status)
 
 
-def _status_in_suite(run: Run) -> str:
+def _status_in_suite(run: Run, *, in_search: bool) -> str:
     """What diverged has failed by itself; in a search it is an answer."""
-    is_answer = run.data.params.get("protocol") in ("trial", "tuned") and run.data.tags.get("spiketrain.diverged") == "true"
+    is_answer = in_search and run.data.tags.get("spiketrain.diverged") == "true"
     return "FINISHED" if is_answer and run.info.status == "FAILED" else run.info.status
 
 

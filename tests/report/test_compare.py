@@ -278,6 +278,21 @@ def test_the_newest_study_that_has_a_finished_run(make_run: Callable, runs_dir: 
     assert comparison.to_json()["unfinished"] == [{"run": "new-sltt", "rule": "SLTT", "state": "interrupted"}]
 
 
+def test_what_diverged_has_its_row_and_divides_nothing(make_run: Callable, runs_dir: Path):
+    make_run("bptt")
+    make_run("sltt-0", rule="SLTT", top1=0.8)
+    make_run("sltt-1", rule="SLTT", seed=1, end="diverged")
+    make_run("sltt-k1", rule="SLTT-1", end="diverged")
+    comparison = compare(runs_dir)
+    text = text_of(comparison)
+    assert re.search(r"SLTT \(1 of 2 runs, the others diverged\) +80.00% +×0.89 ", text)
+    assert re.search(r"SLTT-1 +diverged +- +- +-\n", text)
+    assert "sltt-k1 (SLTT-1) diverged: it is in no mean, and nothing is divided by it\n" in text and "resume" not in text
+    told = comparison.to_json()
+    assert [run["run"] for run in told["runs"]] == ["bptt", "sltt-0"]
+    assert {run["run"]: run["state"] for run in told["unfinished"]} == {"sltt-1": "diverged", "sltt-k1": "diverged"}
+
+
 def test_named_runs_get_the_baseline_of_their_study(make_run: Callable, runs_dir: Path):
     make_run("bptt")
     make_run("sltt", rule="SLTT")

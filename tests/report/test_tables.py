@@ -31,6 +31,16 @@ def test_costs_are_means_with_spread_and_ratio():
     assert tables.costs(Study(title="t", runs=(run(inference=None),)).groups[0]).rows[0][5] is None
 
 
+def test_what_diverged_has_its_row_and_divides_nothing():
+    lost = [run("SLTT-1", state="diverged"), run("SLTT", seed=2, state="diverged")]
+    (group,) = study(*lost).groups
+    rows = {row[0]: row[1:] for row in tables.costs(group).rows}
+    assert rows["SLTT-1"] == ("diverged", *5 * (None,), "0, 1 diverged") and rows["BPTT"][-1] == 2
+    assert rows["SLTT"][0] == "89.50 ± 0.71 %" and rows["SLTT"][-1] == "2, 1 diverged"
+    assert [rule for rule, _ in tables.headlines(group)] == ["SLTT"]
+    assert tables.lone_runs(Study(title="t", runs=tuple(lost[:1])).groups).rows[0][3] == "diverged"
+
+
 def test_a_sentence_for_each_rule():
     ((rule, said),) = tables.headlines(study().groups[0])
     assert rule == "SLTT" and said.startswith("0.25 of BPTT's saved bytes, 0.75 of BPTT's compute time")
