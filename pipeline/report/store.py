@@ -91,7 +91,7 @@ class Store(Protocol):
         ...
 
     def text(self, run_id: str, name: str) -> str | None:
-        """An artifact, one of `ARTIFACTS`; None where the run has none of that name (yet).
+        """An artifact, one of `ARTIFACTS`; None where the run has none of that name (yet), or was deleted.
 
         Raises: ArtifactError where this one cannot be read.
         """

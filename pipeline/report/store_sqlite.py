@@ -24,6 +24,7 @@ _RUNS = f"""
     join tags t on t.run_uuid = r.run_uuid
     where r.lifecycle_stage = 'active' and e.lifecycle_stage = 'active'
 """
+_PLACE = "select artifact_uri from runs where run_uuid = ? and lifecycle_stage = 'active'"
 _OF_STUDY = " and exists (select 1 from tags s where s.run_uuid = r.run_uuid and s.key = 'spiketrain.study' and s.value = ?)"
 
 
@@ -59,7 +60,7 @@ class SqliteStore:
     def text(self, run_id: str, name: str) -> str | None:
         refuse_unknown_artifact(name)
         with self._connection() as connection:
-            row = connection.execute("select artifact_uri from runs where run_uuid = ?", (run_id,)).fetchone()
+            row = connection.execute(_PLACE, (run_id,)).fetchone()
         if row is None:
             return None
         place = urlparse(row[0])

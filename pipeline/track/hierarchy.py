@@ -62,7 +62,10 @@ def _artifacts(uri: str, runs_dir: Path, name: str) -> str | None:
 
 
 def parent_of(client: MlflowClient, experiment_id: str, start: Event) -> str | None:
-    """The id of the run that stands for the suite which a run was launched with; it is made if need be."""
+    """The id of the run that stands for the suite which a run was launched with; it is made if need be.
+
+    Where somebody has deleted it, another is made, and takes the runs of the suite that MLflow has.
+    """
     uuid = start.get("study_parent")
     if not uuid:
         return None
@@ -70,12 +73,20 @@ def parent_of(client: MlflowClient, experiment_id: str, start: Event) -> str | N
         return found
     tags = {PARENT_TAG: str(uuid), KIND_TAG: "suite"}
     name = str(start.get("suite") or f"suite {str(uuid)[:8]}")
-    return client.create_run(experiment_id, start_time=milliseconds(start), tags=tags, run_name=name).info.run_id
+    made = client.create_run(experiment_id, start_time=milliseconds(start), tags=tags, run_name=name).info.run_id
+    for run in client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{uuid}' and tags.`{KIND_TAG}` = 'run'"):
+        client.set_tag(run.info.run_id, PARENT_OF, made)
+    return made
 
 
 def find_parent(client: MlflowClient, experiment_ids: list[str], uuid: str) -> str | None:
     found = client.search_runs(experiment_ids, f"tags.`{PARENT_TAG}` = '{uuid}' and tags.`{KIND_TAG}` = 'suite'")
     return found[0].info.run_id if found else None
+
+
+def suite_of(run_dir: Path, start: Event) -> Path | None:
+    """The folder of the suite that a run was launched with."""
+    return run_dir.parent / str(start["suite"]) if start.get("suite") else None
 
 
 def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | None) -> None:
