@@ -62,6 +62,8 @@ class SuiteReport:
     title: str
     """the suite, and commits and machines of those of its runs that are shown"""
     told: Returned
+    printed: str
+    """by a report of its own; empty where it has none"""
     note: str
     """why it is left out, or empty"""
 
@@ -74,6 +76,7 @@ class _Read:
     """by the clock that nobody sets"""
     version: str
     told: Returned = Returned()
+    printed: str = ""
     note: str = ""
 
 
@@ -131,7 +134,7 @@ class Live:
         """
         suites = _by_suite(runs)
         return [
-            SuiteReport(key=suite[:8], title=_title(suite, members), told=read.told, note=read.note)
+            SuiteReport(key=suite[:8], title=_title(suite, members), told=read.told, printed=read.printed, note=read.note)
             for (suite, members), read in zip(suites.items(), self._read(suites), strict=True)
         ]
 
@@ -206,7 +209,8 @@ class Live:
         try:
             told = self._json(suite, REPORT_DATA, dict)
             version = hashlib.sha256(json.dumps(told).encode()).hexdigest()
-            return _Read(at=time.monotonic(), version=version, told=returned(told, f"{REPORT_DATA} in MLflow"))
+            found, printed = returned(told, f"{REPORT_DATA} in MLflow"), str((told or {}).get("printed") or "")
+            return _Read(at=time.monotonic(), version=version, told=found, printed=printed)
         except StoreError:
             raise  # of the store, not of this report
         except ReportError as error:
