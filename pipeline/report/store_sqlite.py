@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlparse
 
-from pipeline.report.store import ArtifactError, Point, StoredRun, StoreError, refuse_unknown_artifact
+from pipeline.report.store import (
+    MOST_BYTES,
+    ArtifactError,
+    Point,
+    StoredRun,
+    StoreError,
+    Told,
+    journal_at,
+    refuse_unknown_artifact,
+)
+from pipeline.track.files import JOURNAL
 from pipeline.track.hierarchy import KIND_TAG, PARENT_OF
 
 LOCKED_S = 2.0
-MOST_BYTES = 64 << 20  # of an artifact: it is shown to a person
+Read = TypeVar("Read")
 
 # Tags of the runs that we made, in experiments that nobody deleted.
 _RUNS = f"""
@@ -59,6 +70,18 @@ class SqliteStore:
 
     def text(self, run_id: str, name: str) -> str | None:
         refuse_unknown_artifact(name)
+        return self._read(run_id, name, self._whole)
+
+    def journal(self, run_id: str) -> Told:
+        return self._read(run_id, JOURNAL, journal_at) or Told()
+
+    def _whole(self, path: Path) -> str:
+        if path.stat().st_size > MOST_BYTES:
+            raise ArtifactError(f"store {self.file}: {path} has over {MOST_BYTES >> 20} MiB; look at it by hand")
+        return path.read_text(errors="replace")
+
+    def _read(self, run_id: str, name: str, read: Callable[[Path], Read]) -> Read | None:
+        """What `read` makes of the file of an artifact; None where there is none."""
         with self._connection() as connection:
             row = connection.execute(_PLACE, (run_id,)).fetchone()
         if row is None:
@@ -66,16 +89,14 @@ class SqliteStore:
         place = urlparse(row[0])
         if place.scheme not in ("", "file"):
             raise StoreError(f"store {self.file}: its artifacts are at {place.scheme}://; start a server on it and name that")
-        root = Path(unquote(place.path)).resolve()
-        path = (root / name).resolve()
+        root = Path(os.path.realpath(unquote(place.path)))  # Path.resolve() raises where links lead in a circle
+        path = Path(os.path.realpath(root / name))
         if path.parent != root:
             raise ArtifactError(
                 f"store {self.file}: {name} of run {run_id} is a link that leads out of {root}; look at it by hand"
             )
         try:
-            if path.stat().st_size > MOST_BYTES:
-                raise ArtifactError(f"store {self.file}: {path} has over {MOST_BYTES >> 20} MiB; look at it by hand")
-            return path.read_text(errors="replace")
+            return read(path)
         except FileNotFoundError:
             return None
         except OSError as error:

@@ -74,6 +74,8 @@ class StudyRun:
     total_steps: int | None
     steps_per_epoch: int | None
     curve: tuple[TrainPoint, ...]
+    every: int = 1
+    """of the points of its curve that it told, one of so many is here"""
     evaluations: tuple[Evaluated, ...]
     attempts: tuple[Attempt, ...]
     activity: tuple[LayerRates, ...]
@@ -118,6 +120,7 @@ def study_run(
     activity: Sequence[Mapping[str, Any]] | None = None,
     recipe: Mapping[str, Any] | None = None,
     redone: Literal["dropped", "kept"] = "dropped",
+    every: int = 1,
 ) -> StudyRun:
     """From what a run has written.
 
@@ -125,6 +128,7 @@ def study_run(
         events: its journal, oldest first.
         summary, activity, recipe: what summary.json, activity.json and recipe.json hold; None where there is no such file.
         redone: what becomes of batches that a restart does again, until they are told again.
+        every: of the events of its curve that the journal has, one of so many is among `events`.
     """
     finished = summary if state == "finished" else None
     starts = [event for event in events if event["event"] == "start"]
@@ -149,6 +153,7 @@ def study_run(
         total_steps=count(told.get("total_steps")),
         steps_per_epoch=count(told.get("steps_per_epoch")),
         curve=curve,
+        every=every,
         evaluations=tuple(history.evaluations(timed)),
         attempts=tuple(history.attempts(timed)),
         activity=tuple(_layers(activity or ())),

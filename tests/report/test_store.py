@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.report.store import ArtifactError, Point, StoredRun, StoreError, open_store, studies
+from pipeline.report.store import ArtifactError, Point, StoredRun, StoreError, Told, open_store, studies
 from pipeline.report.store_server import ServerStore
 from pipeline.track.connect import connect
 from pipeline.track.jsonl import Journal
@@ -102,6 +103,22 @@ def test_known_artifacts_alone_and_none_through_a_link(store: Path, tmp_path: Pa
     (place / "report.html").mkdir()
     with pytest.raises(ArtifactError, match=r"report\.html cannot be read \(Is a directory\); look at it by hand"):
         opened.text(run.id, "report.html")
+
+
+def test_a_long_journal_is_thinned_and_any_other_long_artifact_is_not_read(store: Path, monkeypatch: pytest.MonkeyPatch):
+    run = run_named(store, "a")
+    whole = open_store(str(store)).journal(run.id)
+    assert whole.every == 1 and [event["event"] for event in whole.events] == ["start", *5 * ["step"], "finish"]
+    monkeypatch.setattr("pipeline.report.store.MOST_BYTES", 100)
+    [file] = store.parent.glob(f"mlartifacts/fashion/{run.id}/artifacts/journal.jsonl")
+    monkeypatch.setattr("pipeline.report.store._THINNED_BYTES", math.ceil(file.stat().st_size / 2))
+    for opened in (open_store(str(store)), ServerStore(f"sqlite:///{store}")):
+        told = opened.journal(run.id)
+        assert told.every == 2 and [event.get("step") for event in told.events] == [None, 1, 3, 4, 4]
+        assert opened.journal("none") == Told()
+    monkeypatch.setattr("pipeline.report.store_sqlite.MOST_BYTES", 4)
+    with pytest.raises(ArtifactError, match=r"recipe\.json has over 0 MiB; look at it by hand"):
+        open_store(str(store)).text(run.id, "recipe.json")
 
 
 def test_one_artifact_that_mlflow_cannot_hand_out_is_not_the_stores_trouble(store: Path):
