@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from pipeline.track.files import JOURNAL
 from pipeline.track.hierarchy import KIND_TAG, PARENT_OF
 
 LOCKED_S = 2.0
+_READABLE = "are the file and its folder readable to you?"
 Read = TypeVar("Read")
 
 # Tags of the runs that we made, in experiments that nobody deleted.
@@ -105,9 +107,7 @@ class SqliteStore:
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         """What SQLite says of a file that is none of its own, or of MLflow's, becomes a sentence."""
-        if not self.file.is_file():
-            raise StoreError(f"store {self.file} does not exist; launch a run, or name another by MLFLOW_TRACKING_URI")
-        if self.file.stat().st_size == 0:
+        if self._size() == 0:
             raise StoreError(f"store {self.file} is empty, nothing was delivered yet; `spiketrain sync RUN` fills it")
         try:
             with closing(self._opened()) as connection:
@@ -118,6 +118,17 @@ class SqliteStore:
             raise StoreError(
                 f"store {self.file} is damaged ({error}); move it away: `spiketrain sync RUN` fills a new one from the journals"
             ) from error
+
+    def _size(self) -> int:
+        try:
+            facts = self.file.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            facts = None
+        except OSError as error:
+            raise StoreError(f"store {self.file} cannot be read ({error.strerror}); {_READABLE}") from error
+        if facts is None or not stat.S_ISREG(facts.st_mode):
+            raise StoreError(f"store {self.file} does not exist; launch a run, or name another by MLFLOW_TRACKING_URI")
+        return facts.st_size
 
     def _opened(self) -> sqlite3.Connection:
         """Read-only, unless its last writer was killed in the middle of a write, which SQLite itself must undo first."""
@@ -146,7 +157,7 @@ def _told(error: sqlite3.OperationalError) -> str:
         return "is no MLflow store; name another, or move it away: `spiketrain sync RUN` fills a new one"
     if "no such table" in text or "no such column" in text:
         return f"is of another version of MLflow ({text}); mlflow db upgrade sqlite:///FILE"
-    return f"cannot be read ({text}); are the file and its folder readable to you?"
+    return f"cannot be read ({text}); {_READABLE}"
 
 
 def _runs(rows: list[tuple], newest: dict[str, int], metrics: dict[str, dict[str, float]]) -> list[StoredRun]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
@@ -100,6 +101,10 @@ def test_known_artifacts_alone_and_none_through_a_link(store: Path, tmp_path: Pa
     with pytest.raises(ArtifactError, match="is a link that leads out of"):
         opened.text(run.id, "report.html")
     (place / "report.html").unlink()
+    (place / "report.html").symlink_to("report.html")
+    with pytest.raises(ArtifactError, match=r"cannot be read \(Too many levels of symbolic links\); look at it by hand"):
+        opened.text(run.id, "report.html")
+    (place / "report.html").unlink()
     (place / "report.html").mkdir()
     with pytest.raises(ArtifactError, match=r"report\.html cannot be read \(Is a directory\); look at it by hand"):
         opened.text(run.id, "report.html")
@@ -151,6 +156,21 @@ def test_a_store_that_is_missing_or_empty_is_not_made(tmp_path: Path, monkeypatc
     (tmp_path / "mlflow.db").touch()
     assert "is empty, nothing was delivered yet; `spiketrain sync RUN`" in told(tmp_path / "mlflow.db")
     assert (tmp_path / "mlflow.db").stat().st_size == 0
+
+
+def test_a_store_that_may_not_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "circle").symlink_to("circle")
+    for file, why in (("circle", "Too many levels of symbolic links"), ("x" * 300, "File name too long")):
+        assert f"cannot be read ({why}); are the file and its folder readable to you?" in told(tmp_path / file)
+    look = Path.stat
+
+    def refused(path: Path, **how: bool) -> os.stat_result:
+        if path.name == "mlflow.db":  # a folder of somebody else's; tests may run as root, whom nothing is refused
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return look(path, **how)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    assert "cannot be read (Permission denied)" in told(tmp_path / "mlflow.db")
 
 
 @pytest.mark.parametrize("size", [1, 60, 4096, 100_000])
