@@ -243,12 +243,12 @@ def _behind(group: Group, rule: str) -> dict[str, Cell]:
 
 
 def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
-    """How many time steps a forward takes: all of them is folded."""
-    if steps is None:
+    """How many time steps a forward takes: all of them is folded. What the journal alone tells of a recipe is text."""
+    whole = written(recipe, "time_steps")
+    if steps is None or (steps != 1 and whole is None):
         return NOT_SAID
-    kwargs = (recipe.get("rule") or {}).get("kwargs") or {}
-    how = "step by step" if steps == 1 else "folded" if steps == recipe.get("time_steps") else f"in slices of {steps}"
-    return f"{how}, recomputed" if kwargs.get("recompute") else how
+    how = "step by step" if steps == 1 else "folded" if str(steps) == str(whole) else f"in slices of {steps}"
+    return f"{how}, recomputed" if written(recipe, "rule.recompute") in (True, "true") else how
 
 
 def _apart(first: StudyRun, other: StudyRun) -> Iterator[tuple[str, Any, Any]]:
