@@ -7,6 +7,7 @@ import io
 import math
 import statistics
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.report.choose import Finished, Unfinished, rule_of, seed_of
-from pipeline.report.figure import unit_of
+from pipeline.report.figure import harmless, unit_of
 from pipeline.report.resuming import how_to_resume
 from pipeline.report.study import COMPUTE, Group, StudyRun, measured
 from pipeline.report.tables import behind_the_rows
@@ -97,7 +98,8 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """`baseline` names its (first) run; each run is its summary, its compute time, what is `behind` it, and `ratios` to the
         baseline of its seed, of speed, wall clock and compute time to those of `time_baseline`; wall clocks are divided without
-        what comparing gradients took, `fidelity_s`."""
+        what comparing gradients took, `fidelity_s`. JSON has no NaN and no infinity: there is null in their place, and
+        `not_finite` of the run says which it was."""
         return {
             "study": self.study,
             "where": self.where or None,
@@ -106,11 +108,13 @@ class Comparison:
             "time_baseline": self.group.fastest_baseline if self.baseline else None,
             "runs": [
                 {
-                    **run.summary,
+                    **_finite(run.summary),
                     "run": run.name,
+                    "rule": rule_of(run),
                     COMPUTE: self.value(run, COMPUTE),
                     "behind": self.behind[rule_of(run)],
                     "ratios": {name: self.ratio(run, name) for name in _COMPARED},
+                    "not_finite": dict(_not_finite(run.summary)),
                 }
                 for run in self.runs
             ],
@@ -121,14 +125,17 @@ class Comparison:
         }
 
     def to_csv(self) -> str:
-        """One line for each run; nested fields as `hardware.cpu`, ratios as `ratios.top1`, what is behind them likewise."""
+        """One line for each run; nested fields as `hardware.cpu`, ratios as `ratios.top1`, what is behind them likewise.
+
+        As read by a spreadsheet, which must not take a name that begins as a formula for one.
+        """
         told = self.to_json()
         rows = [{**_flat(run), "time_baseline": told["time_baseline"]} for run in told["runs"]]
         rest = sorted({name for row in rows for name in row} - set(_FIRST))
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=[*_FIRST, *rest], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: harmless(cell) for name, cell in row.items()} for row in rows)
         return text.getvalue()
 
     def render(self, console: Console) -> None:
@@ -196,6 +203,27 @@ def _told_of(run: Unfinished) -> str:
 
 def _table(title: str) -> Table:
     return Table(title=title, box=None, header_style="bold", pad_edge=False, title_justify="left")
+
+
+def _finite(value: Any) -> Any:
+    """As JSON has it."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _not_finite(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """`inference.energy_j` and `nan`, of each number within an object that JSON does not have."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _not_finite(item, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        for place, item in enumerate(value):
+            yield from _not_finite(item, f"{name}[{place}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield name, str(value)
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

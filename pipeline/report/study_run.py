@@ -18,7 +18,10 @@ from pipeline.track.jsonl import Event, read
 from pipeline.track.state import State, state_of
 from pipeline.trained_on import told_in, trained_on
 
-__all__ = ["LayerRates", "StudyRun", "TrainedOn", "from_folder", "study_run"]
+__all__ = ["UNKNOWN_RULE", "LayerRates", "StudyRun", "TrainedOn", "from_folder", "study_run"]
+
+UNKNOWN_RULE = "unknown rule"
+"""the label of a run that does not say which"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +144,7 @@ def study_run(
     return StudyRun(
         name=name,
         state=state,
-        rule=str(told.get("rule") or "unknown rule"),
+        rule=str(told.get("rule") or UNKNOWN_RULE),
         seed=int(number(told.get("seed")) or 0),
         study=str(told.get("study") or ""),
         recipe=_fields(recipe) or told.get("params") or {},

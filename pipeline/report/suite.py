@@ -116,4 +116,8 @@ def _print_json(
     value = own_report(folder.name, report, over, Console(file=io.StringIO()))
     if value is None:
         raise ValueError(f"compare: the report of {folder.name} returns nothing, so there is no --format json of it")
-    console.out(json.dumps(value, indent=2), highlight=False)
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ReportError(f"compare: the report of {folder.name} must return JSON values; {error}") from error
+    console.out(text, highlight=False)

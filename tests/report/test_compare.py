@@ -454,6 +454,39 @@ def test_values_that_are_missing_or_nan(make_run: Callable, runs_dir: Path):
     assert "nan%" in text_of(comparison)
 
 
+def test_what_json_and_spreadsheets_have_no_place_for(make_run: Callable, runs_dir: Path, capsys: pytest.CaptureFixture[str]):
+    make_run("bptt", loss=0.5)
+    lost = {"loss": math.nan, "top1": math.inf, "inference": {"energy_j": -math.inf}, "trained": [1.0, math.nan]}
+    make_run("sltt", rule="SLTT", **{**lost, "versions": {"x": "+1"}})
+    print_comparison(runs_dir, format="json")
+
+    def refuse(constant: str) -> float:
+        raise AssertionError(f"not JSON: {constant}")
+
+    bptt, sltt = json.loads(capsys.readouterr().out, parse_constant=refuse)["runs"]
+    assert (bptt["loss"], bptt["not_finite"]) == (0.5, {})
+    assert (sltt["loss"], sltt["top1"], sltt["inference"], sltt["trained"]) == (None, None, {"energy_j": None}, [1.0, None])
+    said = {"loss": "nan", "top1": "inf", "inference.energy_j": "-inf", "trained[1]": "nan"}
+    assert sltt["not_finite"] == said and set(sltt["ratios"].values()) >= {None, 1.0}
+    [_, row] = csv.DictReader(io.StringIO(compare(runs_dir).to_csv()))
+    assert (row["loss"], row["not_finite.loss"], row["versions.x"]) == ("", "nan", "'+1")
+
+
+def test_a_run_that_does_not_say_its_rule_is_of_an_unknown_one(make_run: Callable, runs_dir: Path):
+    make_run("bptt")
+    folder = make_run("old", rule="SLTT")
+    told = json.loads((folder / "summary.json").read_text())
+    del told["rule"]
+    (folder / "summary.json").write_text(json.dumps({**told, "recipe": "=1+1"}))
+    comparison = compare(runs_dir, ["bptt", "old"])
+    _, old = comparison.to_json()["runs"]
+    assert (old["rule"], old["behind"]["ratios_to"]) == ("unknown rule", "BPTT") and "unknown rule" in text_of(comparison)
+    assert [(row["rule"], row["recipe"]) for row in csv.DictReader(io.StringIO(comparison.to_csv()))] == [
+        ("BPTT", "bptt"),
+        ("unknown rule", "'=1+1"),
+    ]
+
+
 def test_units(make_run: Callable, runs_dir: Path):
     make_run("bptt", peak_saved_bytes=12_345_000_000, wall_s=7384.0)
     make_run("sltt", rule="SLTT", peak_saved_bytes=12_345, wall_s=12.34)
