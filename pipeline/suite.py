@@ -20,13 +20,13 @@ from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.recipe_json import dotted, imported
 from pipeline.spec import arguments_of, reference_to, referred
 
-__all__ = ["FILE", "Choice", "Report", "Suite", "SuiteFile", "filled", "is_suite", "needed", "references",
+__all__ = ["FILE", "Choice", "Report", "Suite", "SuiteFile", "choices_of", "filled", "is_suite", "needed", "references",
            "refuse_references", "refuse_untrusted", "runs_of"]  # fmt: skip
 
 Report = Callable[[Mapping[str, Path], Any], object]
-"""called with the folder of each recipe's run, all finished but for trials that diverged, by the recipe's name in their order,
-and rich's Console; prints, and may return what `compare --format json` prints: JSON values. Of an object `report` shows "claims",
-as report/claims.py tells them, and "sweeps", as `sweep --format json` prints them"""
+"""called with the folder of each recipe's run, all finished but for those of a search that diverged, by the recipe's name in
+their order, and rich's Console; prints, and may return what `compare --format json` prints: JSON values. Of an object `report`
+shows "claims", as report/claims.py tells them, and "sweeps", as `sweep --format json` prints them"""
 
 FILE = "suite.json"
 FORMAT = 1
@@ -78,6 +78,11 @@ class Suite:
             raise ValueError(f"suite: a choice must be one of its recipes'; got {', '.join(sorted(unknown))}")
         if self.report is not None:
             _check_report(self.report)
+
+    @property
+    def searches(self) -> bool:
+        """Whether trials choose something in it, so that a run that diverges is an answer."""
+        return bool(self.choices)
 
     @property
     def family(self) -> str:
@@ -238,15 +243,31 @@ def runs_of(folder: Path) -> dict[str, Path]:
     Raises:
         ValueError: suite.json is damaged, or where a run's folder should be lies a file.
     """
-    try:
-        children = list(_children(read_json(folder / FILE), own=folder.absolute().name))
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    runs = {child["recipe"]["recipe"]["name"]: folder.parent / child["run"] for child in children}
+    runs = {child["recipe"]["recipe"]["name"]: folder.parent / child["run"] for child in _children_in(folder)}
     for run in runs.values():
         if run.exists() and not run.is_dir():
             raise ValueError(f"{folder}: a run must be a folder; {run} is a file")
     return runs
+
+
+def choices_of(folder: Path) -> dict[str, Choice]:
+    """What trials choose in a suite, by the name of the recipe that waits for it; nothing is imported.
+
+    Raises:
+        ValueError: suite.json is damaged.
+    """
+    children = _children_in(folder)
+    try:
+        return {child["recipe"]["recipe"]["name"]: _choice(child["choice"]) for child in children if "choice" in child}
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def _children_in(folder: Path) -> list[dict[str, Any]]:
+    try:
+        return list(_children(read_json(folder / FILE), own=folder.absolute().name))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def _children(value: Any, *, own: str) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The trials of a search, as their folders tell: a value that diverges has lost, and its run is over like one that finished."""
+"""A search, as its folders tell: a value that diverges has lost, and its run is over like one that finished."""
 
 from __future__ import annotations
 
@@ -7,22 +7,28 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.recipe import read_json
-from pipeline.recipe_json import recipe_fields
+from pipeline.suite import choices_of, runs_of
 from pipeline.track.state import state_of
 
-__all__ = ["best", "is_over", "top1_of"]
-
-_SEARCH = ("trial", "tuned")
+__all__ = ["best", "is_over", "over_in", "top1_of"]
 
 
-def is_over(run: Path) -> bool:
-    """Whether a suite has nothing left to do for a run: it has finished, or it diverged in a search, which is an answer there.
+def is_over(run: Path, *, in_search: bool) -> bool:
+    """Whether a suite has nothing left to do for a run: it has finished, or it diverged in a suite that searches.
+
+    There that is an answer, of a run at the value that all rules share, too: another value may suit its rule.
+    """
+    return state_of(run) in (("finished", "diverged") if in_search else ("finished",))
+
+
+def over_in(suite: Path) -> dict[str, Path]:
+    """The runs of a suite's folder that are over, by their recipes' names in their order.
 
     Raises:
-        ValueError: it diverged, and its recipe.json is damaged.
+        ValueError: suite.json is damaged.
     """
-    state = state_of(run)
-    return state == "finished" or (state == "diverged" and recipe_fields(run).get("protocol") in _SEARCH)
+    in_search = bool(choices_of(suite))
+    return {name: run for name, run in runs_of(suite).items() if is_over(run, in_search=in_search)}
 
 
 def top1_of(trial: Path) -> float | None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from pipeline.launch.children import Children
+from pipeline.launch.cluster import Cluster
+from pipeline.suite import Choice, Suite, SuiteFile
 from pipeline.track.jsonl import Journal
-from pipeline.trials import best, is_over, top1_of
+from pipeline.trials import best, over_in, top1_of
+from tests.small import small_recipe
 
 
-def run(folder: Path, *, protocol: str, end: str) -> Path:
-    folder.mkdir()
-    (folder / "recipe.json").write_text(json.dumps({"version": 1, "recipe": {"protocol": protocol}}))
+def run(folder: Path, *, end: str) -> Path:
+    folder.mkdir(parents=True)
     with Journal(folder / "journal.jsonl", attempt=0) as journal:
         journal.event("start")
         journal.event(end)
@@ -21,25 +25,41 @@ def run(folder: Path, *, protocol: str, end: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("protocol", "end", "over"),
-    [
-        ("trial", "finish", True),
-        ("trial", "diverged", True),
-        ("trial", "failed", False),
-        ("trial", "stopped", False),
-        ("tuned", "diverged", True),
-        ("shared", "diverged", False),
-        ("shared", "finish", True),
-    ],
-)
-def test_a_trial_that_diverged_is_over(tmp_path: Path, protocol: str, end: str, over: bool) -> None:
-    assert is_over(run(tmp_path / "run", protocol=protocol, end=end)) is over
+def suite(folder: Path, *, searches: bool, **ends: str) -> Children:
+    """A suite's runs at the value that all share, a trial and a tuned run, of which those in `ends` have come to one."""
+    names = ("shared", "trial", "tuned", "after")
+    recipes = [small_recipe(name=name, init="@shared" if name == "after" else None) for name in names]
+    recipes[1:3] = [replace(each, protocol=each.name, tuned=("optimizer.lr",)) for each in recipes[1:3]]
+    choices = {"tuned": Choice("optimizer.lr", ("trial",))} if searches else {}
+    made = SuiteFile(suite=Suite(tuple(recipes), None, choices), runs=names, parent="0" * 32, cluster={})
+    (folder / "suite").mkdir(parents=True)
+    made.write(folder / "suite")
+    for name, end in ends.items():
+        run(folder / name, end=end)
+    return Children("suite", made, Cluster(inline=True), {name: folder / name for name in names})
+
+
+@pytest.mark.parametrize("name", ["shared", "trial", "tuned"])
+def test_what_diverged_is_over_in_a_suite_that_searches_alone(tmp_path: Path, name: str) -> None:
+    for searches in (True, False):
+        for end, over in (("finish", True), ("diverged", searches), ("failed", False), ("stopped", False)):
+            folder = tmp_path / f"{end}-{searches}"
+            children = suite(folder, searches=searches, **{name: end})
+            assert over_in(folder / "suite") == ({name: folder / name} if over else {})
+            assert (name not in [recipe.name for recipe in children.left()]) is over
+    search = suite(tmp_path / "search", searches=True, trial="diverged")
+    assert search.can_begin(search.suite_file.suite.recipes[2])
+
+
+def test_nothing_begins_with_the_weights_of_a_run_that_diverged(tmp_path: Path) -> None:
+    children = suite(tmp_path, searches=True, shared="diverged")
+    with pytest.raises(ValueError, match="suite: weights must be of a run that finished; got '@shared', and shared diverged"):
+        children.job(children.suite_file.suite.recipes[3])
 
 
 def test_its_accuracy_is_none(tmp_path: Path) -> None:
-    assert top1_of(run(tmp_path / "a", protocol="trial", end="finish")) == 0.75
-    assert top1_of(run(tmp_path / "b", protocol="trial", end="diverged")) is None
+    assert top1_of(run(tmp_path / "a", end="finish")) == 0.75
+    assert top1_of(run(tmp_path / "b", end="diverged")) is None
 
 
 def test_the_first_of_the_best_is_taken() -> None:
@@ -48,8 +68,11 @@ def test_the_first_of_the_best_is_taken() -> None:
     assert best({"a": None, "b": None}) == "a"
 
 
-def test_a_damaged_recipe_is_named(tmp_path: Path) -> None:
-    folder = run(tmp_path / "run", protocol="trial", end="diverged")
-    (folder / "recipe.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"recipe\.json: must hold a recipe; got \[\]"):
-        is_over(folder)
+def test_a_damaged_choice_is_named(tmp_path: Path) -> None:
+    suite(tmp_path, searches=True)
+    file = tmp_path / "suite" / "suite.json"
+    told = json.loads(file.read_text())
+    told["children"][2]["choice"] = ["trial"]
+    file.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"suite\.json: a choice must be an object; got \['trial'\]"):
+        over_in(tmp_path / "suite")

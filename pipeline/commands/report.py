@@ -77,7 +77,7 @@ def report(
     found = read_study(runs, names or [], **about)
     page = write(found.study, out or found.place)
     print(page)
-    told = Returned(claims=found.study.claims, sweeps=found.study.sweeps).to_json()
+    told = {**Returned(claims=found.study.claims, sweeps=found.study.sweeps).to_json(), "printed": found.study.printed}
     uri = tracking_uri(found.folders[0].parent)
     if log_report(page, found.folders, name=found.place.name, told=json.dumps(told), uri=uri) is None:
         print("no artifact in MLflow: these runs were not launched with one suite", file=sys.stderr)

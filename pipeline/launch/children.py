@@ -13,6 +13,7 @@ from pipeline.launch.prepare import prepare, read_job
 from pipeline.launch.start import check
 from pipeline.recipe import Recipe
 from pipeline.suite import SuiteFile, filled, needed
+from pipeline.track.state import state_of
 from pipeline.trials import best, is_over, top1_of
 from pipeline.weights import weights_file
 
@@ -33,27 +34,39 @@ class Children:
     def runs(self) -> Path:
         return next(iter(self.where.values())).parent
 
+    def is_over(self, name: str) -> bool:
+        """Whether nothing is left to do for the run of the recipe of this name."""
+        return is_over(self.where[name], in_search=self.suite_file.suite.searches)
+
     def left(self) -> list[Recipe]:
         """The recipes whose runs are not over, in their order."""
-        return [recipe for recipe in self.suite_file.suite.recipes if not is_over(self.where[recipe.name])]
+        return [recipe for recipe in self.suite_file.suite.recipes if not self.is_over(recipe.name)]
 
     def can_begin(self, recipe: Recipe) -> bool:
         """Whether all that it takes weights or a choice from are over."""
-        return all(is_over(self.where[name]) for name in needed(self.suite_file.suite, recipe))
+        return all(self.is_over(name) for name in needed(self.suite_file.suite, recipe))
 
     def job(self, recipe: Recipe) -> Job:
         """Its run as it stands; one that has not begun is prepared, with what the suite had left open.
 
         Raises:
-            ValueError: its folder is not whole or not of this suite, or the recipe, complete now, is refused.
+            ValueError: its folder is not whole or not of this suite, what it takes weights from diverged, or the recipe, complete
+                now, is refused.
         """
         run, parent = self.where[recipe.name], self.suite_file.parent
         if run.exists():
             return begun_job(run, parent, trust=self.trust)
-        ready = filled(self._chosen(recipe), lambda name: weights_file(self.where[name]))
+        ready = filled(self._chosen(recipe), self._weights_of)
         check(ready, self.cluster, trust=self.trust)
         about: dict[str, Any] = {"parent": parent, "suite": self.name, "family": self.suite_file.suite.family}
         return prepare(ready, self.cluster, self.runs, name=run.name, trust=self.trust, **about)
+
+    def _weights_of(self, name: str) -> Path:
+        """Of a run that is over; in a search it may be so without having learnt anything."""
+        run = self.where[name]
+        if state_of(run) == "diverged":
+            raise ValueError(f"suite: weights must be of a run that finished; got '@{name}', and {run.name} diverged")
+        return weights_file(run)
 
     def _chosen(self, recipe: Recipe) -> Recipe:
         """With the value that did best in its trials, where it has any."""

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +27,6 @@ from pipeline.launch.signals import PATIENT, wishes
 from pipeline.recipe import Recipe
 from pipeline.refused import Refused
 from pipeline.track.mlflow import tracking_uri
-from pipeline.trials import is_over
 
 LOG = "launch.log"
 """in a run's folder: what its process printed"""
@@ -53,7 +53,7 @@ def slots_of(launcher: Launcher, wanted: int | Literal["auto"]) -> int:
 
 
 def train_side_by_side(children: Children, launcher: Launcher, slots: int, console: Console) -> bool:
-    """Whether all have finished; False when asked to stop. At the first failure none is begun any more; the others end first.
+    """Whether all are over; False when asked to stop. At the first failure none is begun any more; the others end first.
 
     Raises:
         LaunchError: a run failed; the line is its process's last.
@@ -72,7 +72,7 @@ def train_side_by_side(children: Children, launcher: Launcher, slots: int, conso
                     continue
                 del going[name]
                 failed = failed or each.failure()
-                stopped = stopped or not is_over(each.folder)  # by somebody who asked this run alone
+                stopped = stopped or not children.is_over(name)  # by somebody who asked this run alone
             if not asked() and failed is None and not stopped:
                 failed = _begin_more(children, launcher, slots, going, console)
             if not going:
@@ -103,7 +103,7 @@ class _Driven:
     """One run, and the process that drives it."""
 
     def __init__(self, recipe: Recipe, job: Job, children: Children, launcher: Launcher, console: Console) -> None:
-        self.name, self.folder = recipe.name, Path(job.run)
+        self.folder, self._is_over = Path(job.run), partial(children.is_over, recipe.name)
         (self.folder / STOP).unlink(missing_ok=True)
         self._shown = Shown(self.folder, console, store=tracking_uri(children.runs), name=recipe.name)
         words = ["resume", str(self.folder), "--runs", str(children.runs), *launcher.joining()]
@@ -138,7 +138,7 @@ class _Driven:
     def failure(self) -> Exception | None:
         """None where it is over or was stopped."""
         code = self._process.returncode
-        if code == 0 or was_stopped(self.folder) or is_over(self.folder):
+        if code == 0 or was_stopped(self.folder) or self._is_over():
             return None
         if code < 0:
             return LaunchError(f"{self.folder.name}: its process was killed by {signal.Signals(-code).name}")

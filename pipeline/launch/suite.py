@@ -61,14 +61,14 @@ def resume_suite(
     begun = {name: run for name, run in runs_of(folder).items() if run.exists()}
     for run in begun.values():
         begun_job(run, suite_file.parent, trust=trust)
-    if len(begun) == len(suite_file.runs) and all(is_over(run) for run in begun.values()):
+    left = [run for run in begun.values() if not is_over(run, in_search=suite_file.suite.searches)]
+    if len(begun) == len(suite_file.runs) and not left:
         Console().print(f"{folder.name} has finished")
         return folder
     cluster = Cluster.from_json(suite_file.cluster).resumed(workers=workers, inline=inline, address=address, options=options)
     launcher = cluster.launcher()
     _check_ahead(suite_file.suite, cluster, trust=trust, begun=frozenset(begun))
     with launcher:
-        left = [run for run in begun.values() if not is_over(run)]
         suite_file = change_suite(folder, suite_file, options, left, Console())
         return _train_the_rest(folder, suite_file, cluster, launcher, trust=trust)
 
@@ -76,7 +76,7 @@ def resume_suite(
 def _train_the_rest(
     folder: Path, suite_file: SuiteFile, cluster: Cluster, launcher: Launcher, *, trust: tuple[str, ...]
 ) -> Path | None:
-    """Every recipe whose run has not finished, each from where its run stands."""
+    """Every recipe whose run is not over, each from where its run stands."""
     console, runs, where = Console(), folder.parent, runs_of(folder)
     outlive(console)
     address = cluster.address_to_say(Cluster.from_json(suite_file.cluster))
@@ -111,7 +111,7 @@ def _tell_mlflow(children: Children, console: Console) -> None:
 
 
 def _train_in_turn(children: Children, launcher: Launcher, console: Console) -> bool:
-    """Whether all have finished; False when asked to stop."""
+    """Whether all are over; False when asked to stop."""
     left = children.left()
     try:
         for recipe in left:
@@ -125,12 +125,12 @@ def _train_in_turn(children: Children, launcher: Launcher, console: Console) -> 
 
 
 def _train_one(children: Children, recipe: Recipe, launcher: Launcher, console: Console) -> bool:
-    """False when it was asked to stop. A trial that diverges has its answer."""
+    """False when it was asked to stop. What diverges in a search has its answer."""
     job, launched = children.job(recipe), Cluster.from_json(children.suite_file.cluster)
     try:
         return train(job, launcher, children.runs, console, address=children.cluster.address_to_say(launched))
     except Refused:
-        if not is_over(Path(job.run)):
+        if not children.is_over(recipe.name):
             raise
         return True
 

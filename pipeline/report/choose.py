@@ -12,6 +12,7 @@ from pipeline.baseline import is_baseline
 from pipeline.recipe_json import listed
 from pipeline.report.differences import differences
 from pipeline.report.runs import ReportError, find_run, load, recipe_of, run_folders
+from pipeline.report.study_run import UNKNOWN_RULE
 from pipeline.track.jsonl import first, last
 from pipeline.track.state import State, state_of
 
@@ -35,6 +36,9 @@ class Unfinished:
     folder: Path
     rule: str
     state: State
+
+    def to_json(self) -> dict[str, str]:
+        return {"run": self.folder.name, "rule": self.rule, "state": self.state}
 
 
 def newest_study(runs_dir: Path) -> list[Path]:
@@ -129,7 +133,7 @@ def study_of(folder: Path) -> str:
 
 
 def rule_of(run: Finished) -> str:
-    return str(run.summary.get("rule"))
+    return str(run.summary.get("rule") or UNKNOWN_RULE)
 
 
 def seed_of(run: Finished) -> int:

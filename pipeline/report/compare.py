@@ -120,7 +120,7 @@ def print_comparison(
     if format == "table":
         comparison.render(console or Console())
     elif format == "json":
-        print(json.dumps(comparison.to_json(), indent=2))
+        print(json.dumps(comparison.to_json(), indent=2, allow_nan=False))
     else:
         sys.stdout.write(comparison.to_csv())
 

@@ -6,6 +6,8 @@ import csv
 import io
 import math
 import statistics
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.report.choose import Finished, Unfinished, rule_of, seed_of
-from pipeline.report.figure import unit_of
+from pipeline.report.figure import harmless, unit_of
 from pipeline.report.resuming import how_to_resume
 from pipeline.report.study import COMPUTE, Group, StudyRun, measured
 from pipeline.report.tables import behind_the_rows
@@ -96,7 +98,8 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """`baseline` names its (first) run; each run is its summary, its compute time, what is `behind` it, and `ratios` to the
         baseline of its seed, of speed, wall clock and compute time to those of `time_baseline`; wall clocks are divided without
-        what comparing gradients took, `fidelity_s`."""
+        what comparing gradients took, `fidelity_s`. JSON has no NaN and no infinity: there is null in their place, and
+        `not_finite` of the run says which it was."""
         return {
             "study": self.study,
             "where": self.where or None,
@@ -105,43 +108,46 @@ class Comparison:
             "time_baseline": self.group.fastest_baseline if self.baseline else None,
             "runs": [
                 {
-                    **run.summary,
+                    **_finite(run.summary),
                     "run": run.name,
+                    "rule": rule_of(run),
                     COMPUTE: self.value(run, COMPUTE),
                     "behind": self.behind[rule_of(run)],
                     "ratios": {name: self.ratio(run, name) for name in _COMPARED},
+                    "not_finite": dict(_not_finite(run.summary)),
                 }
                 for run in self.runs
             ],
             "differences": [{**asdict(each), "verdict": each.verdict(self.group.within)} for each in self.group.differences],
             "within": self.group.within,
-            "unfinished": [{"run": run.folder.name, "rule": run.rule, "state": run.state} for run in self.unfinished],
+            "unfinished": [run.to_json() for run in self.unfinished],
             "notes": list(self.notes),
         }
 
     def to_csv(self) -> str:
-        """One line for each run; nested fields as `hardware.cpu`, ratios as `ratios.top1`, what is behind them likewise."""
+        """One line for each run; nested fields as `hardware.cpu`, ratios as `ratios.top1`, what is behind them likewise.
+
+        As read by a spreadsheet, which must not take a name that begins as a formula for one.
+        """
         told = self.to_json()
         rows = [{**_flat(run), "time_baseline": told["time_baseline"]} for run in told["runs"]]
         rest = sorted({name for row in rows for name in row} - set(_FIRST))
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=[*_FIRST, *rest], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: harmless(cell) for name, cell in row.items()} for row in rows)
         return text.getvalue()
 
     def render(self, console: Console) -> None:
         """One line for each rule, the mean over its runs (± standard deviation), and × the baseline over paired seeds; then one
-        with what stands behind it."""
+        with what stands behind it. A rule whose runs all diverged has a line that says so."""
         console.print(self._costs(console))
         console.print()
         console.print(self._behind())
         for note in (*(each.text(self.group.within) for each in self.group.differences), *self.notes):
             console.out(note, highlight=False)
         for run in self.unfinished:
-            command = "" if run.state == "running" else f"; {how_to_resume(run.folder)}"
-            line = f"not in the table: {run.folder.name} ({run.rule}) is {run.state}{command}"
-            console.out(line, highlight=False)
+            console.out(_told_of(run), highlight=False)
 
     def _costs(self, console: Console) -> Table:
         """Ratios stand below what they are of where a line has no room for both."""
@@ -155,9 +161,9 @@ class Comparison:
         names = [name for name in _COMPARED if name in _ALWAYS or any(self.value(run, name) is not None for run in self.runs)]
         for name in names:
             table.add_column(_COMPARED[name], justify="right")
-        for rule in self.rules:
-            runs = self.of(rule)
-            label = rule if len(runs) == 1 else f"{rule} ({len(runs)} runs)"
+        diverged = Counter(run.rule for run in self.unfinished if run.state == "diverged")
+        for rule in dict.fromkeys((*self.rules, *diverged)):
+            label = _label(rule, finished=len(self.of(rule)), diverged=diverged[rule])
             table.add_row(Text(label), *(Text(self._cell(rule, name, between)) for name in names))
         return table
 
@@ -172,7 +178,7 @@ class Comparison:
     def _cell(self, rule: str, name: str, between: str) -> str:
         values = [value for run in self.of(rule) if (value := self.value(run, name)) is not None]
         if not values:
-            return "-"
+            return "diverged" if name == "top1" and not self.of(rule) else "-"
         mean, ratio = statistics.fmean(values), self.group.ratios(rule, name)
         text = _shown(name, mean)
         if ratio is not None:
@@ -180,8 +186,44 @@ class Comparison:
         return text if len(values) == 1 else f"{text}\n± {_shown(name, statistics.stdev(values), like=mean)}"
 
 
+def _label(rule: str, *, finished: int, diverged: int) -> str:
+    """`SLTT-1 (2 of 3 runs, the others diverged)`"""
+    if finished and diverged:
+        return f"{rule} ({finished} of {finished + diverged} runs, the others diverged)"
+    runs = finished or diverged
+    return rule if runs == 1 else f"{rule} ({runs} runs)"
+
+
+def _told_of(run: Unfinished) -> str:
+    if run.state == "diverged":
+        return f"{run.folder.name} ({run.rule}) diverged: it is in no mean, and nothing is divided by it"
+    command = "" if run.state == "running" else f"; {how_to_resume(run.folder)}"
+    return f"not in the table: {run.folder.name} ({run.rule}) is {run.state}{command}"
+
+
 def _table(title: str) -> Table:
     return Table(title=title, box=None, header_style="bold", pad_edge=False, title_justify="left")
+
+
+def _finite(value: Any) -> Any:
+    """As JSON has it."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _not_finite(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """`inference.energy_j` and `nan`, of each number within an object that JSON does not have."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _not_finite(item, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        for place, item in enumerate(value):
+            yield from _not_finite(item, f"{name}[{place}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield name, str(value)
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -58,7 +58,9 @@ def tuned_in(recipe: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def written(recipe: Mapping[str, Any], key: str) -> Any:
-    """The value under a dotted key, `optimizer.lr`, of a recipe as JSON; None where there is none."""
+    """The value under a dotted key, `optimizer.lr`, of a recipe as JSON, or of flat parameters; None where there is none."""
+    if key in recipe:
+        return recipe[key]
     value: Any = recipe
     for name in key.split("."):
         value = value.get("kwargs", value).get(name) if isinstance(value, Mapping) else None

@@ -25,11 +25,11 @@ from pipeline.report.history import number
 from pipeline.report.places import machine
 from pipeline.report.returned import Returned, returned
 from pipeline.report.runs import ReportError
-from pipeline.report.store import ArtifactError, Point, Store, StoredRun, StoreError
+from pipeline.report.store import ArtifactError, Point, Store, StoredRun, StoreError, Told
 from pipeline.report.study import Study
 from pipeline.report.study_run import StudyRun, study_run
 from pipeline.track.files import JOURNAL
-from pipeline.track.jsonl import Event, events_of
+from pipeline.track.jsonl import Event
 from pipeline.track.publish import REPORT_DATA
 from pipeline.track.state import State
 
@@ -49,8 +49,8 @@ class _Going:
     seen: float = 0.0
     """the time of the newest metric that MLflow had at the last look"""
     points: dict[str, list[Point]] = field(default_factory=dict)
-    journal: tuple[str, list[Event]] = ("", [])
-    """the version that was sent, and its events"""
+    journal: tuple[str, Told] = ("", Told())
+    """the version that was sent, and what it tells"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,8 @@ class SuiteReport:
     title: str
     """the suite, and commits and machines of those of its runs that are shown"""
     told: Returned
+    printed: str
+    """by a report of its own; empty where it has none"""
     note: str
     """why it is left out, or empty"""
 
@@ -74,6 +76,7 @@ class _Read:
     """by the clock that nobody sets"""
     version: str
     told: Returned = Returned()
+    printed: str = ""
     note: str = ""
 
 
@@ -118,8 +121,10 @@ class Live:
                 continue
             if run.recipe.get("protocol") == "trial":
                 notes.append(f"{run.name} is a trial on a held-out part, no run to set beside others.")
-            else:
-                found.append(run)
+                continue
+            found.append(run)
+            if run.every > 1:
+                notes.append(f"{run.name} has a long journal: of the points of its curve one of {run.every} is shown.")
         keys = {run.study[:8] for run in runs}
         return Study(title=f"Study {', '.join(sorted(keys))}", runs=tuple(found), against=against, notes=tuple(notes))
 
@@ -131,7 +136,7 @@ class Live:
         """
         suites = _by_suite(runs)
         return [
-            SuiteReport(key=suite[:8], title=_title(suite, members), told=read.told, note=read.note)
+            SuiteReport(key=suite[:8], title=_title(suite, members), told=read.told, printed=read.printed, note=read.note)
             for (suite, members), read in zip(suites.items(), self._read(suites), strict=True)
         ]
 
@@ -154,28 +159,27 @@ class Live:
             return self._ended[key]
 
     def _as_it_ended(self, stored: StoredRun) -> StudyRun:
-        text = self.store.text(stored.id, JOURNAL)
-        events = [] if text is None else events_of(text)
-        if not any(event["event"] == "start" for event in events):
-            events = self._told_by_metrics(stored, _Going())
+        told = self.store.journal(stored.id)
+        if not any(event["event"] == "start" for event in told.events):
+            told = self._told_by_metrics(stored, _Going())
         beside = {name: self._json(stored.id, f"{name}.json", kind) for name, kind in _BESIDE.items()}
-        return study_run(stored.name, events, state=_state_of(stored), **beside)
+        return study_run(stored.name, told.events, state=_state_of(stored), every=told.every, **beside)
 
     def _going_on(self, stored: StoredRun) -> StudyRun:
         going = self._going.setdefault(stored.id, _Going())
         _forget(self._going)
         self._going.move_to_end(stored.id)
-        events = self._told_by_metrics(stored, going)
+        told = self._told_by_metrics(stored, going)
         recipe = self._json(stored.id, "recipe.json", dict)
         # MLflow takes no second value of a step: of what a restart does again nothing is told until the next journal.
-        run = study_run(stored.name, events, state="running", recipe=recipe, redone="kept")
+        run = study_run(stored.name, told.events, state="running", recipe=recipe, redone="kept", every=told.every)
         return replace(run, heard=stored.newest)
 
-    def _told_by_metrics(self, stored: StoredRun, going: _Going) -> list[Event]:
+    def _told_by_metrics(self, stored: StoredRun, going: _Going) -> Told:
         """The journal as it was last sent, at a start or an evaluation, and after it what metrics tell."""
         version = stored.tags.get(_SENT + JOURNAL, "")
         if version != going.journal[0]:
-            going.journal = version, events_of(self.store.text(stored.id, JOURNAL) or "")
+            going.journal = version, self.store.journal(stored.id)
         if stored.newest > going.seen:
             for prefix, names in _ASKED.values():
                 for key in (prefix + name for name in names):
@@ -183,13 +187,14 @@ class Live:
                         known = going.points.setdefault(key, [])
                         known += self.store.history(stored.id, key, since=known[-1].step if known else -1)
             going.seen = stored.newest
-        events = list(going.journal[1]) or [_start(stored)]
+        told = going.journal[1]
+        events = list(told.events) or [_start(stored)]
         attempt = events[-1].get("attempt")
         later = list(_after(events, going.points, attempt))
         if newest := next((event for event in reversed(later) if event["event"] == "step"), None):
             # Their newest values come with the run, and cost no further question; of the points before it nothing is known.
             newest["metrics"] |= {name: stored.metrics[f"train/{name}"] for name in _PARTS if f"train/{name}" in stored.metrics}
-        return [*events, *later]
+        return replace(told, events=[*events, *later])
 
     def _read(self, suites: Iterable[str]) -> list[_Read]:
         with self._lock:
@@ -206,7 +211,8 @@ class Live:
         try:
             told = self._json(suite, REPORT_DATA, dict)
             version = hashlib.sha256(json.dumps(told).encode()).hexdigest()
-            return _Read(at=time.monotonic(), version=version, told=returned(told, f"{REPORT_DATA} in MLflow"))
+            found, printed = returned(told, f"{REPORT_DATA} in MLflow"), str((told or {}).get("printed") or "")
+            return _Read(at=time.monotonic(), version=version, told=found, printed=printed)
         except StoreError:
             raise  # of the store, not of this report
         except ReportError as error:

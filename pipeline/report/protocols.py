@@ -14,25 +14,35 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.report.choose import study_of
+from pipeline.recipe_json import flat
+from pipeline.report.choose import study_of, unfinished_run
 from pipeline.report.compare import comparisons
 from pipeline.report.differences import written
 from pipeline.report.runs import recipe_of
 from pipeline.track.jsonl import last
+from pipeline.track.state import state_of
 from pipeline.trials import best, top1_of
 
 TITLES = {"shared": "shared: only the rule differs", "tuned": "tuned: each rule with its own best value of {fields}"}
 
 
 def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
-    """A table for each study of a protocol, and one of the trials; what it prints as JSON. Called with all runs of a suite."""
+    """A table for each study of a protocol, and one of the trials; what it prints as JSON. Called with all runs of a suite.
+
+    A study of which every run diverged has no table: its runs are named.
+    """
     told: dict[str, Any] = {}
     by_protocol = _by_protocol(runs)
     for protocol, title in TITLES.items():
         told[protocol] = []
-        for folders in by_protocol.get(protocol, {}).values():
+        for study, folders in by_protocol.get(protocol, {}).items():
             fields = ", ".join(recipe_of(folders[0]).get("tuned", ()))
             console.print(Text(title.format(fields=fields), style="bold"))
+            if all(state_of(folder) == "diverged" for folder in folders):
+                lost = [unfinished_run(folder) for folder in folders]
+                console.out("\n".join(f"{run.folder.name} ({run.rule}) diverged" for run in lost) + "\n", highlight=False)
+                told[protocol].append({"study": study, "runs": [], "unfinished": [run.to_json() for run in lost]})
+                continue
             for comparison in comparisons(folders[0].parent, folders):
                 comparison.render(console)
                 console.print()
@@ -52,12 +62,12 @@ def _by_protocol(runs: Mapping[str, Path]) -> dict[str, dict[str, list[Path]]]:
 
 
 def _trials(folders: list[Path]) -> Iterator[dict[str, Any]]:
-    """Of one study, each rule's in the order that they were tried in, and which was taken."""
-    by_rule: dict[str, dict[str, float | None]] = {}
+    """Of one study, each search's in the order that they were tried in, and which was taken."""
+    searches: dict[str, dict[str, float | None]] = {}
     for folder in folders:
-        by_rule.setdefault(_search(folder), {})[folder.name] = top1_of(folder)
+        searches.setdefault(_search(folder), {})[folder.name] = top1_of(folder)
     for folder in folders:
-        recipe, tried = recipe_of(folder), by_rule[_search(folder)]
+        recipe, tried = recipe_of(folder), searches[_search(folder)]
         [field] = recipe["tuned"]
         yield {
             "run": folder.name,
@@ -81,5 +91,8 @@ def _print_trials(trials: list[dict[str, Any]], console: Console) -> None:
 
 
 def _search(folder: Path) -> str:
-    """Trials of one search have one rule, to the last keyword: a label does not tell all of them."""
-    return json.dumps(recipe_of(folder)["rule"], sort_keys=True)
+    """Trials of one search differ in their name and in the value that they try alone: what differs in anything else, such as one
+    keyword of its rule or its family, has a search of its own (`pipeline.protocol.tuned`)."""
+    recipe = recipe_of(folder)
+    tried = ("name", *recipe["tuned"])
+    return json.dumps({key: value for key, value in flat(recipe) if key not in tried}, sort_keys=True)

@@ -23,7 +23,7 @@ from pipeline.report.study_run import from_folder
 from pipeline.report.suite import own_report, suite_named
 from pipeline.suite import FILE, SuiteFile, runs_of
 from pipeline.track.publish import REPORT
-from pipeline.trials import is_over
+from pipeline.trials import over_in
 
 _WIDTH = 120  # characters of what a suite's own report prints
 
@@ -115,8 +115,7 @@ def _with_their_baseline(runs_dir: Path, folders: Sequence[Path], against: str) 
 
 def _own_report(suite: Path, trust: tuple[str, ...]) -> tuple[Returned, str, list[str]]:
     """What the suite's report returns and prints; a sentence where it has nothing to say yet, or cannot."""
-    runs = runs_of(suite)
-    over = {name: run for name, run in runs.items() if is_over(run)}
+    runs, over = runs_of(suite), over_in(suite)
     if read_json(suite / FILE).get("report") is None:
         return Returned(), "", []
     if len(over) < len(runs):

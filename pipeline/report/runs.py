@@ -17,7 +17,7 @@ from pipeline.report.resuming import how_to_resume
 from pipeline.suite import FILE, is_suite, runs_of
 from pipeline.track.jsonl import first, last
 from pipeline.track.state import State, is_driven, state_of
-from pipeline.trials import is_over
+from pipeline.trials import over_in
 
 __all__ = [
     "AmbiguousName",
@@ -248,13 +248,9 @@ def _row(runs_dir: Path, folder: Path) -> RunRow:
 
 def _suite_row(runs_dir: Path, folder: Path) -> SuiteRow:
     try:
-        runs = runs_of(folder)
+        runs, over = runs_of(folder), len(over_in(folder))
     except ValueError:
         return SuiteRow(name=folder.name, folder=folder, state=f"{FILE} is damaged", resume=None)  # a list shows what there is
-    try:
-        over = sum(map(is_over, runs.values()))
-    except ValueError as error:
-        return SuiteRow(name=folder.name, folder=folder, state=str(error), resume=None)
     driven = is_driven(folder)
     resume = None if over == len(runs) or driven else how_to_resume(folder)
     state = f"{over} of {len(runs)} finished" + (", running" if driven else "")

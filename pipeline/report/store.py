@@ -8,8 +8,9 @@ artifact of it, in an `ArtifactError`.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -17,10 +18,17 @@ from typing import Protocol
 from pipeline.report.runs import ReportError
 from pipeline.track.connect import SQLITE, without_password
 from pipeline.track.files import KNOWN
+from pipeline.track.jsonl import Event, read, read_thinned
 from pipeline.track.publish import REPORT, REPORT_DATA
 
 ARTIFACTS = (*(name for name in KNOWN if not name.endswith(".npz")), REPORT_DATA, REPORT)
 """what `Store.text` may be asked for"""
+
+
+MOST_BYTES = 64 << 20
+"""of an artifact that is read whole: it is shown to a person"""
+_THINNED_BYTES = 8 << 20
+"""about so much of the curve of a longer journal is kept"""
 
 
 class StoreError(ReportError):
@@ -68,6 +76,15 @@ class StoredStudy:
     newest: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """A run's journal as it was sent."""
+
+    events: Sequence[Event] = ()
+    every: int = 1
+    """of the points of its curve that it told, one of so many is here"""
+
+
 @dataclass(frozen=True)
 class Point:
     step: int
@@ -91,9 +108,16 @@ class Store(Protocol):
         ...
 
     def text(self, run_id: str, name: str) -> str | None:
-        """An artifact, one of `ARTIFACTS`; None where the run has none of that name (yet).
+        """An artifact, one of `ARTIFACTS`; None where the run has none of that name (yet), or was deleted.
 
         Raises: ArtifactError where this one cannot be read.
+        """
+        ...
+
+    def journal(self, run_id: str) -> Told:
+        """A run's journal, its curve thinned where it is long (of ImageNet it has some 100 MB); none where there is none (yet).
+
+        Raises: ArtifactError where it cannot be read.
         """
         ...
 
@@ -136,6 +160,15 @@ def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
         for (experiment, study), members in groups.items()
     ]
     return sorted(found, key=lambda study: study.newest, reverse=True)
+
+
+def journal_at(file: Path) -> Told:
+    """Raises: OSError."""
+    size = file.stat().st_size
+    if size <= MOST_BYTES:
+        return Told(events=read(file))
+    every = math.ceil(size / _THINNED_BYTES)
+    return Told(events=read_thinned(file, "step", every=every), every=every)
 
 
 def refuse_unknown_artifact(name: str) -> None:

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline.report.store import ArtifactError, Point, StoredRun, StoreError, refuse_unknown_artifact
+from pipeline.report.store import ArtifactError, Point, StoredRun, StoreError, Told, journal_at, refuse_unknown_artifact
 from pipeline.track.connect import connect, without_password
+from pipeline.track.files import JOURNAL
 from pipeline.track.hierarchy import KIND_TAG, PARENT_OF
 
 if TYPE_CHECKING:
@@ -44,13 +45,22 @@ class ServerStore:
 
     def text(self, run_id: str, name: str) -> str | None:
         refuse_unknown_artifact(name)
+        return self._read(run_id, name, lambda path: path.read_text(errors="replace"))
+
+    def journal(self, run_id: str) -> Told:
+        return self._read(run_id, JOURNAL, journal_at) or Told()
+
+    def _read(self, run_id: str, name: str, read: Callable[[Path], Item]) -> Item | None:
+        """What `read` makes of the file of an artifact; None where there is none."""
         with self._told():
             client = connect(self.uri)
         try:
             with tempfile.TemporaryDirectory() as folder:
+                if client.get_run(run_id).info.lifecycle_stage != "active":  # its artifacts are handed out all the same
+                    return None
                 if name not in {file.path for file in client.list_artifacts(run_id)}:
                     return None
-                return Path(client.download_artifacts(run_id, name, folder)).read_text(errors="replace")
+                return read(Path(client.download_artifacts(run_id, name, folder)))
         except Exception as error:  # whatever MLflow, its transport or the place of its artifacts may raise
             if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
                 return None

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlparse
 
-from pipeline.report.store import ArtifactError, Point, StoredRun, StoreError, refuse_unknown_artifact
+from pipeline.report.store import (
+    MOST_BYTES,
+    ArtifactError,
+    Point,
+    StoredRun,
+    StoreError,
+    Told,
+    journal_at,
+    refuse_unknown_artifact,
+)
+from pipeline.track.files import JOURNAL
 from pipeline.track.hierarchy import KIND_TAG, PARENT_OF
 
 LOCKED_S = 2.0
-MOST_BYTES = 64 << 20  # of an artifact: it is shown to a person
+_READABLE = "are the file and its folder readable to you?"
+Read = TypeVar("Read")
 
 # Tags of the runs that we made, in experiments that nobody deleted.
 _RUNS = f"""
@@ -24,6 +37,7 @@ _RUNS = f"""
     join tags t on t.run_uuid = r.run_uuid
     where r.lifecycle_stage = 'active' and e.lifecycle_stage = 'active'
 """
+_PLACE = "select artifact_uri from runs where run_uuid = ? and lifecycle_stage = 'active'"
 _OF_STUDY = " and exists (select 1 from tags s where s.run_uuid = r.run_uuid and s.key = 'spiketrain.study' and s.value = ?)"
 
 
@@ -58,23 +72,33 @@ class SqliteStore:
 
     def text(self, run_id: str, name: str) -> str | None:
         refuse_unknown_artifact(name)
+        return self._read(run_id, name, self._whole)
+
+    def journal(self, run_id: str) -> Told:
+        return self._read(run_id, JOURNAL, journal_at) or Told()
+
+    def _whole(self, path: Path) -> str:
+        if path.stat().st_size > MOST_BYTES:
+            raise ArtifactError(f"store {self.file}: {path} has over {MOST_BYTES >> 20} MiB; look at it by hand")
+        return path.read_text(errors="replace")
+
+    def _read(self, run_id: str, name: str, read: Callable[[Path], Read]) -> Read | None:
+        """What `read` makes of the file of an artifact; None where there is none."""
         with self._connection() as connection:
-            row = connection.execute("select artifact_uri from runs where run_uuid = ?", (run_id,)).fetchone()
+            row = connection.execute(_PLACE, (run_id,)).fetchone()
         if row is None:
             return None
         place = urlparse(row[0])
         if place.scheme not in ("", "file"):
             raise StoreError(f"store {self.file}: its artifacts are at {place.scheme}://; start a server on it and name that")
-        root = Path(unquote(place.path)).resolve()
-        path = (root / name).resolve()
+        root = Path(os.path.realpath(unquote(place.path)))  # Path.resolve() raises where links lead in a circle
+        path = Path(os.path.realpath(root / name))
         if path.parent != root:
             raise ArtifactError(
                 f"store {self.file}: {name} of run {run_id} is a link that leads out of {root}; look at it by hand"
             )
         try:
-            if path.stat().st_size > MOST_BYTES:
-                raise ArtifactError(f"store {self.file}: {path} has over {MOST_BYTES >> 20} MiB; look at it by hand")
-            return path.read_text(errors="replace")
+            return read(path)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -83,9 +107,7 @@ class SqliteStore:
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         """What SQLite says of a file that is none of its own, or of MLflow's, becomes a sentence."""
-        if not self.file.is_file():
-            raise StoreError(f"store {self.file} does not exist; launch a run, or name another by MLFLOW_TRACKING_URI")
-        if self.file.stat().st_size == 0:
+        if self._size() == 0:
             raise StoreError(f"store {self.file} is empty, nothing was delivered yet; `spiketrain sync RUN` fills it")
         try:
             with closing(self._opened()) as connection:
@@ -96,6 +118,17 @@ class SqliteStore:
             raise StoreError(
                 f"store {self.file} is damaged ({error}); move it away: `spiketrain sync RUN` fills a new one from the journals"
             ) from error
+
+    def _size(self) -> int:
+        try:
+            facts = self.file.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            facts = None
+        except OSError as error:
+            raise StoreError(f"store {self.file} cannot be read ({error.strerror}); {_READABLE}") from error
+        if facts is None or not stat.S_ISREG(facts.st_mode):
+            raise StoreError(f"store {self.file} does not exist; launch a run, or name another by MLFLOW_TRACKING_URI")
+        return facts.st_size
 
     def _opened(self) -> sqlite3.Connection:
         """Read-only, unless its last writer was killed in the middle of a write, which SQLite itself must undo first."""
@@ -124,7 +157,7 @@ def _told(error: sqlite3.OperationalError) -> str:
         return "is no MLflow store; name another, or move it away: `spiketrain sync RUN` fills a new one"
     if "no such table" in text or "no such column" in text:
         return f"is of another version of MLflow ({text}); mlflow db upgrade sqlite:///FILE"
-    return f"cannot be read ({text}); are the file and its folder readable to you?"
+    return f"cannot be read ({text}); {_READABLE}"
 
 
 def _runs(rows: list[tuple], newest: dict[str, int], metrics: dict[str, dict[str, float]]) -> list[StoredRun]:

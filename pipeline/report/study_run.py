@@ -18,7 +18,10 @@ from pipeline.track.jsonl import Event, read
 from pipeline.track.state import State, state_of
 from pipeline.trained_on import told_in, trained_on
 
-__all__ = ["LayerRates", "StudyRun", "TrainedOn", "from_folder", "study_run"]
+__all__ = ["UNKNOWN_RULE", "LayerRates", "StudyRun", "TrainedOn", "from_folder", "study_run"]
+
+UNKNOWN_RULE = "unknown rule"
+"""the label of a run that does not say which"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,8 @@ class StudyRun:
     total_steps: int | None
     steps_per_epoch: int | None
     curve: tuple[TrainPoint, ...]
+    every: int = 1
+    """of the points of its curve that it told, one of so many is here"""
     evaluations: tuple[Evaluated, ...]
     attempts: tuple[Attempt, ...]
     activity: tuple[LayerRates, ...]
@@ -118,6 +123,7 @@ def study_run(
     activity: Sequence[Mapping[str, Any]] | None = None,
     recipe: Mapping[str, Any] | None = None,
     redone: Literal["dropped", "kept"] = "dropped",
+    every: int = 1,
 ) -> StudyRun:
     """From what a run has written.
 
@@ -125,6 +131,7 @@ def study_run(
         events: its journal, oldest first.
         summary, activity, recipe: what summary.json, activity.json and recipe.json hold; None where there is no such file.
         redone: what becomes of batches that a restart does again, until they are told again.
+        every: of the events of its curve that the journal has, one of so many is among `events`.
     """
     finished = summary if state == "finished" else None
     starts = [event for event in events if event["event"] == "start"]
@@ -137,7 +144,7 @@ def study_run(
     return StudyRun(
         name=name,
         state=state,
-        rule=str(told.get("rule") or "unknown rule"),
+        rule=str(told.get("rule") or UNKNOWN_RULE),
         seed=int(number(told.get("seed")) or 0),
         study=str(told.get("study") or ""),
         recipe=_fields(recipe) or told.get("params") or {},
@@ -149,6 +156,7 @@ def study_run(
         total_steps=count(told.get("total_steps")),
         steps_per_epoch=count(told.get("steps_per_epoch")),
         curve=curve,
+        every=every,
         evaluations=tuple(history.evaluations(timed)),
         attempts=tuple(history.attempts(timed)),
         activity=tuple(_layers(activity or ())),

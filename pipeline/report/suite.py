@@ -19,7 +19,7 @@ from pipeline.report.resuming import how_to_resume
 from pipeline.report.runs import AmbiguousName, ReportError, find_run_or_suite
 from pipeline.suite import Report, SuiteFile, is_suite, runs_of
 from pipeline.track.state import is_driven, state_of
-from pipeline.trials import is_over
+from pipeline.trials import over_in
 
 
 def suite_named(runs_dir: Path, names: Sequence[str]) -> Path | None:
@@ -85,8 +85,7 @@ def print_suite(
         raise ValueError(
             f"compare: {folder.name} has a report of its own, so --against and --within have no effect; got {against}, {within:g}"
         )
-    runs = runs_of(folder)
-    over = {name: run for name, run in runs.items() if is_over(run)}
+    runs, over = runs_of(folder), over_in(folder)
     if as_json:
         _print_json(folder, report, runs, over, console)
         return
@@ -117,4 +116,8 @@ def _print_json(
     value = own_report(folder.name, report, over, Console(file=io.StringIO()))
     if value is None:
         raise ValueError(f"compare: the report of {folder.name} returns nothing, so there is no --format json of it")
-    console.out(json.dumps(value, indent=2), highlight=False)
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ReportError(f"compare: the report of {folder.name} must return JSON values; {error}") from error
+    console.out(text, highlight=False)

@@ -63,7 +63,7 @@ def headlines(group: Group) -> list[tuple[str, str]]:
 
 
 def costs(group: Group) -> Table:
-    """One row for each rule: mean over seeds ± standard deviation, × the baseline over paired seeds."""
+    """One row for each rule: mean over seeds ± standard deviation, × the baseline over paired seeds; what diverged is counted."""
     columns = ["rule", "top-1", *(title for title, _ in QUANTITIES.values()), "images/s", "finished runs"]
     return Table(columns=tuple(columns), rows=tuple(tuple(_costs(group, rule)) for rule in group.rules))
 
@@ -145,7 +145,13 @@ def lone_runs(groups: Sequence[Group]) -> Table:
     """Runs of groups with one rule: there is nothing to set them beside."""
     columns = ("run", "rule", "seed", "top-1", *(title for title, _ in QUANTITIES.values()))
     rows = [
-        (run.name, run.rule, run.seed, *(_written(group, run, name) for name in ("top1", *QUANTITIES)))
+        (
+            run.name,
+            run.rule,
+            run.seed,
+            "diverged" if run.state == "diverged" else _written(group, run, "top1"),
+            *(_written(group, run, name) for name in QUANTITIES),
+        )
         for group in groups
         for run in group.runs
     ]
@@ -177,11 +183,13 @@ def _of_one_seed(group: Group, rule: str) -> str:
 
 
 def _costs(group: Group, rule: str) -> Iterator[Cell]:
+    runs = group.of(rule)
+    finished, diverged = sum(run.is_finished for run in runs), sum(run.state == "diverged" for run in runs)
     yield rule
-    yield _spread(group.spread(rule, "top1"), "share", None)
+    yield _spread(group.spread(rule, "top1"), "share", None) if finished or not diverged else "diverged"
     for name, kind in (*((name, kind) for name, (_, kind) in QUANTITIES.items()), ("images_per_s", "rate")):
         yield _spread(group.spread(rule, name), kind, group.ratios(rule, name))
-    yield sum(run.is_finished for run in group.of(rule))
+    yield f"{finished}, {diverged} diverged" if diverged else finished
 
 
 def _progress(run: StudyRun) -> str:
@@ -235,12 +243,12 @@ def _behind(group: Group, rule: str) -> dict[str, Cell]:
 
 
 def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
-    """How many time steps a forward takes: all of them is folded."""
-    if steps is None:
+    """How many time steps a forward takes: all of them is folded. What the journal alone tells of a recipe is text."""
+    whole = written(recipe, "time_steps")
+    if steps is None or (steps != 1 and whole is None):
         return NOT_SAID
-    kwargs = (recipe.get("rule") or {}).get("kwargs") or {}
-    how = "step by step" if steps == 1 else "folded" if steps == recipe.get("time_steps") else f"in slices of {steps}"
-    return f"{how}, recomputed" if kwargs.get("recompute") else how
+    how = "step by step" if steps == 1 else "folded" if str(steps) == str(whole) else f"in slices of {steps}"
+    return f"{how}, recomputed" if written(recipe, "rule.recompute") in (True, "true") else how
 
 
 def _apart(first: StudyRun, other: StudyRun) -> Iterator[tuple[str, Any, Any]]:

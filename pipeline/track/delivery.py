@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING
 
 from pipeline.track.connect import connect, without_password
 from pipeline.track.files import Files
-from pipeline.track.hierarchy import KIND_TAG, PARENT_OF, RUN_TAG, experiment_of, one_at_a_time, parent_of, set_parent_status
+from pipeline.track.hierarchy import (
+    KIND_TAG,
+    PARENT_OF,
+    RUN_TAG,
+    experiment_of,
+    one_at_a_time,
+    parent_of,
+    set_parent_status,
+    suite_of,
+)
 from pipeline.track.jsonl import Event, Follower, first
 from pipeline.track.models import KeptOf, inside, note_checkpoints
 from pipeline.track.note import write_note
@@ -107,7 +116,7 @@ class Delivery:
         client = connect(self._uri)
         experiment_id = experiment_of(client, start, uri=self._uri, runs_dir=self.run_dir.parent)
         self._parent_id = parent_of(client, experiment_id, start)
-        self._suite = self.run_dir.parent / str(start["suite"]) if start.get("suite") else None
+        self._suite = suite_of(self.run_dir, start)
         run = self._find_or_create(client, experiment_id, start)
         self._client = client
         self._run_id = run.info.run_id
@@ -127,7 +136,10 @@ class Delivery:
             kept, *twins = sorted(run.info.run_id for run in found)
             for twin in twins:  # a server that hung may carry out a creation after it was tried again
                 client.delete_run(twin)
-            return client.get_run(kept)
+            run = client.get_run(kept)
+            if self._parent_id not in (None, run.data.tags.get(PARENT_OF)):  # whoever made it died before it took this one
+                client.set_tag(kept, PARENT_OF, self._parent_id)
+            return run
         tags = {RUN_TAG: uuid, KIND_TAG: "run"}
         if self._parent_id:
             tags[PARENT_OF] = self._parent_id

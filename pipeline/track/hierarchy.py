@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.suite import is_suite, runs_of
+from pipeline.suite import choices_of, is_suite, runs_of
 from pipeline.track.base import TrackingError
 from pipeline.track.connect import is_server, sqlite_file
 from pipeline.track.jsonl import Event
@@ -62,7 +62,10 @@ def _artifacts(uri: str, runs_dir: Path, name: str) -> str | None:
 
 
 def parent_of(client: MlflowClient, experiment_id: str, start: Event) -> str | None:
-    """The id of the run that stands for the suite which a run was launched with; it is made if need be."""
+    """The id of the run that stands for the suite which a run was launched with; it is made if need be.
+
+    Where somebody has deleted it, another is made, and takes the runs of the suite that MLflow has.
+    """
     uuid = start.get("study_parent")
     if not uuid:
         return None
@@ -70,7 +73,10 @@ def parent_of(client: MlflowClient, experiment_id: str, start: Event) -> str | N
         return found
     tags = {PARENT_TAG: str(uuid), KIND_TAG: "suite"}
     name = str(start.get("suite") or f"suite {str(uuid)[:8]}")
-    return client.create_run(experiment_id, start_time=milliseconds(start), tags=tags, run_name=name).info.run_id
+    made = client.create_run(experiment_id, start_time=milliseconds(start), tags=tags, run_name=name).info.run_id
+    for run in client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{uuid}' and tags.`{KIND_TAG}` = 'run'"):
+        client.set_tag(run.info.run_id, PARENT_OF, made)
+    return made
 
 
 def find_parent(client: MlflowClient, experiment_ids: list[str], uuid: str) -> str | None:
@@ -78,11 +84,17 @@ def find_parent(client: MlflowClient, experiment_ids: list[str], uuid: str) -> s
     return found[0].info.run_id if found else None
 
 
+def suite_of(run_dir: Path, start: Event) -> Path | None:
+    """The folder of the suite that a run was launched with."""
+    return run_dir.parent / str(start["suite"]) if start.get("suite") else None
+
+
 def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | None) -> None:
-    """What its runs say; `suite` is its folder, which knows how many there will be."""
+    """What its runs say; `suite` is its folder, which knows how many there will be, and whether they are of a search."""
     parent = client.get_run(parent_id)
     runs = client.search_runs([parent.info.experiment_id], f"tags.`{PARENT_OF}` = '{parent_id}'")
-    status = _status_of_all([_status_in_suite(run) for run in runs], suite)
+    in_search = suite is not None and is_suite(suite) and bool(choices_of(suite))
+    status = _status_of_all([_status_in_suite(run, in_search=in_search) for run in runs], suite)
     if status == parent.info.status:
         return
     if status == "RUNNING":
@@ -91,9 +103,9 @@ def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | Non
         client.set_terminated(parent_id, status=status)
 
 
-def _status_in_suite(run: Run) -> str:
+def _status_in_suite(run: Run, *, in_search: bool) -> str:
     """What diverged has failed by itself; in a search it is an answer."""
-    is_answer = run.data.params.get("protocol") in ("trial", "tuned") and run.data.tags.get("spiketrain.diverged") == "true"
+    is_answer = in_search and run.data.tags.get("spiketrain.diverged") == "true"
     return "FINISHED" if is_answer and run.info.status == "FAILED" else run.info.status
 
 

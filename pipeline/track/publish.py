@@ -11,7 +11,7 @@ from typing import Literal
 from pipeline.track.base import TrackingError
 from pipeline.track.connect import connect, one_line
 from pipeline.track.delivery import Delivery
-from pipeline.track.hierarchy import experiment_of, one_at_a_time, parent_of
+from pipeline.track.hierarchy import experiment_of, one_at_a_time, parent_of, set_parent_status, suite_of
 from pipeline.track.jsonl import first
 from pipeline.track.models import KeptOf, Registered, inside, register_checkpoint
 from pipeline.track.state import is_driven
@@ -45,6 +45,7 @@ def log_report(page: Path, runs: Sequence[Path], *, name: str, told: str, uri: s
         if name == REPORT:
             client.log_text(parent, told, REPORT_DATA)
         client.log_text(parent, page.read_text(), name)
+        set_parent_status(client, parent, suite=suite_of(run, start))  # it may be a new one
     return parent
 
 

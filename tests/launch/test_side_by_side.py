@@ -50,7 +50,8 @@ from tests.small import small_recipe
 
 def recipe():
     data = spec(Beton, folder="FOLDER", classes=10, channels=1, size=8, crop="resized", mean=(0.5,), std=(0.5,))
-    return small_recipe(name="searched", rule=spec(BPTT), data=data, epochs=1, stop_after=6, evaluate_samples=100)
+    recipe = small_recipe(name="searched", rule=spec(BPTT), data=data, epochs=1, stop_after=6, evaluate_samples=100)
+    return recipe.override({"optimizer.lr": 1e38})
 """
 
 cores = pytest.mark.skipif(len(physical_cores(os.sched_getaffinity(0))) < 2, reason="two runs side by side need two cores")
@@ -148,7 +149,7 @@ def test_a_run_that_is_stopped_alone_stops_the_suite_once_the_others_have_ended(
     assert [state_of(runs[name]) for name in ("one", "other", "after")] == ["stopped", "finished", "new"]
 
 
-def test_a_search_takes_what_did_best_on_the_held_out_part(place: Path, tmp_path: Path, spiketrain: Command) -> None:
+def test_a_search_takes_what_did_best_though_the_shared_value_diverges(place: Path, tmp_path: Path, spiketrain: Command) -> None:
     rates = (0.001, 0.01, 0.1, 0.3, 1e38)
     words = ("--tune", f"optimizer.lr={','.join(map(str, rates))}", "--name", "s", "--runs", str(tmp_path))
     code, said, error = spiketrain("launch", str(place / "searched.py"), "--inline", "--device", "cpu", *words)
@@ -163,8 +164,9 @@ def test_a_search_takes_what_did_best_on_the_held_out_part(place: Path, tmp_path
     best = max(top1, key=lambda rate: top1[rate])
     written = {name: json.loads((run / "recipe.json").read_text())["recipe"] for name, run in runs.items()}
     assert written["searched-tuned"]["optimizer"]["kwargs"]["lr"] == best
-    assert written["searched"]["optimizer"]["kwargs"]["lr"] == 0.1
-    assert said.count("taken") == 1 and " diverged " in said and "shared: only the rule differs" in said
+    assert written["searched"]["optimizer"]["kwargs"]["lr"] == diverged and state_of(runs["searched"]) == "diverged"
+    assert said.count("taken") == 1 and " diverged " in said
+    assert f"shared: only the rule differs\n{runs['searched'].name} (BPTT) diverged\n" in said
     assert "tuned: each rule with its own best value of optimizer.lr" in said
     code, said, _ = spiketrain("compare", "s", "--runs", str(tmp_path), "--format", "json")
     told = json.loads(said)
@@ -172,11 +174,13 @@ def test_a_search_takes_what_did_best_on_the_held_out_part(place: Path, tmp_path
     assert [trial["value"] for trial in told["trials"] if trial["top1"] is None] == [diverged]
     code, said, _ = spiketrain("resume", "s", "--runs", str(tmp_path))
     assert code == 0 and "s has finished" in said
-    assert len(told["shared"]) == len(told["tuned"]) == 1
+    assert [row.state for row in list_suites(tmp_path)] == ["7 of 7 finished"] and len(told["tuned"]) == 1
+    assert [(each["runs"], each["unfinished"][0]["state"]) for each in told["shared"]] == [([], "diverged")]
     code, said, error = spiketrain("report", "s", "--runs", str(tmp_path))
     assert code == 0, error
     page = Path(said.strip())
     assert "5 trials on a held-out part" in page.read_text() and page == tmp_path / "s" / "report.html"
+    assert "<td>diverged</td>" in page.read_text()
     [artifact] = place.glob("**/artifacts/report.html")  # on the suite's run in MLflow
     assert artifact.read_bytes() == page.read_bytes()
     trials = [runs[f"searched-lr-{rate}"].name for rate in rates]

@@ -7,14 +7,14 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.report.store import ArtifactError, Point, StoredRun, StoreError
+from pipeline.report.store import ArtifactError, Point, StoredRun, StoreError, Told
 from tests.report.hand_made import KEY, LAYERS, events, recipe, run
 
 
 @dataclass
 class FakeStore:
     """See `Store`. `trouble` is raised at each question while it is there, `refused` at each for the artifacts of a run
-    by its id; `asked` has each question; each takes `pause_s`."""
+    by its id; `every` says how each journal was thinned; `asked` has each question; each takes `pause_s`."""
 
     members: list[StoredRun] = field(default_factory=list)
     texts: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -22,6 +22,7 @@ class FakeStore:
     trouble: str = ""
     refused: dict[str, str] = field(default_factory=dict)
     pause_s: float = 0.0
+    every: int = 1
     asked: list[tuple[Any, ...]] = field(default_factory=list)
 
     def listed(self) -> list[StoredRun]:
@@ -41,6 +42,10 @@ class FakeStore:
         if run_id in self.refused:
             raise ArtifactError(self.refused[run_id])
         return self.texts.get((run_id, name))
+
+    def journal(self, run_id: str) -> Told:
+        lines = (self.text(run_id, "journal.jsonl") or "").splitlines()
+        return Told(events=list(map(json.loads, lines)), every=self.every)
 
     def _ask(self, *what: Any) -> None:
         time.sleep(self.pause_s)

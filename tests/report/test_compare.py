@@ -278,6 +278,21 @@ def test_the_newest_study_that_has_a_finished_run(make_run: Callable, runs_dir: 
     assert comparison.to_json()["unfinished"] == [{"run": "new-sltt", "rule": "SLTT", "state": "interrupted"}]
 
 
+def test_what_diverged_has_its_row_and_divides_nothing(make_run: Callable, runs_dir: Path):
+    make_run("bptt")
+    make_run("sltt-0", rule="SLTT", top1=0.8)
+    make_run("sltt-1", rule="SLTT", seed=1, end="diverged")
+    make_run("sltt-k1", rule="SLTT-1", end="diverged")
+    comparison = compare(runs_dir)
+    text = text_of(comparison)
+    assert re.search(r"SLTT \(1 of 2 runs, the others diverged\) +80.00% +×0.89 ", text)
+    assert re.search(r"SLTT-1 +diverged +- +- +-\n", text)
+    assert "sltt-k1 (SLTT-1) diverged: it is in no mean, and nothing is divided by it\n" in text and "resume" not in text
+    told = comparison.to_json()
+    assert [run["run"] for run in told["runs"]] == ["bptt", "sltt-0"]
+    assert {run["run"]: run["state"] for run in told["unfinished"]} == {"sltt-1": "diverged", "sltt-k1": "diverged"}
+
+
 def test_named_runs_get_the_baseline_of_their_study(make_run: Callable, runs_dir: Path):
     make_run("bptt")
     make_run("sltt", rule="SLTT")
@@ -437,6 +452,39 @@ def test_values_that_are_missing_or_nan(make_run: Callable, runs_dir: Path):
     assert comparison.to_json()["runs"][1]["ratios"]["images_per_s"] is None
     assert comparison.to_json()["runs"][1]["ratios"]["peak_saved_bytes"] is None
     assert "nan%" in text_of(comparison)
+
+
+def test_what_json_and_spreadsheets_have_no_place_for(make_run: Callable, runs_dir: Path, capsys: pytest.CaptureFixture[str]):
+    make_run("bptt", loss=0.5)
+    lost = {"loss": math.nan, "top1": math.inf, "inference": {"energy_j": -math.inf}, "trained": [1.0, math.nan]}
+    make_run("sltt", rule="SLTT", **{**lost, "versions": {"x": "+1"}})
+    print_comparison(runs_dir, format="json")
+
+    def refuse(constant: str) -> float:
+        raise AssertionError(f"not JSON: {constant}")
+
+    bptt, sltt = json.loads(capsys.readouterr().out, parse_constant=refuse)["runs"]
+    assert (bptt["loss"], bptt["not_finite"]) == (0.5, {})
+    assert (sltt["loss"], sltt["top1"], sltt["inference"], sltt["trained"]) == (None, None, {"energy_j": None}, [1.0, None])
+    said = {"loss": "nan", "top1": "inf", "inference.energy_j": "-inf", "trained[1]": "nan"}
+    assert sltt["not_finite"] == said and set(sltt["ratios"].values()) >= {None, 1.0}
+    [_, row] = csv.DictReader(io.StringIO(compare(runs_dir).to_csv()))
+    assert (row["loss"], row["not_finite.loss"], row["versions.x"]) == ("", "nan", "'+1")
+
+
+def test_a_run_that_does_not_say_its_rule_is_of_an_unknown_one(make_run: Callable, runs_dir: Path):
+    make_run("bptt")
+    folder = make_run("old", rule="SLTT")
+    told = json.loads((folder / "summary.json").read_text())
+    del told["rule"]
+    (folder / "summary.json").write_text(json.dumps({**told, "recipe": "=1+1"}))
+    comparison = compare(runs_dir, ["bptt", "old"])
+    _, old = comparison.to_json()["runs"]
+    assert (old["rule"], old["behind"]["ratios_to"]) == ("unknown rule", "BPTT") and "unknown rule" in text_of(comparison)
+    assert [(row["rule"], row["recipe"]) for row in csv.DictReader(io.StringIO(comparison.to_csv()))] == [
+        ("BPTT", "bptt"),
+        ("unknown rule", "'=1+1"),
+    ]
 
 
 def test_units(make_run: Callable, runs_dir: Path):

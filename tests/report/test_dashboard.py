@@ -308,6 +308,7 @@ def test_the_data_of_a_figure_is_a_file(store: FakeStore):
     assert file.mimetype == "text/csv" and file.get_data(as_text=True).startswith("rule,quantity,divided by,ratio")
     beside = client.get(f"/csv?study={KEY}&name=g1-beside")
     assert beside.get_data(as_text=True) == "rule,states\nBPTT,1 ± 0 kB\nSLTT,1 ± 0 kB\n"
+    assert client.get(f"/csv?study={KEY}&name=g1-held").status_code == 404  # no run says what training holds
     assert (
         client.get(f"/csv?study={KEY}&name=../../x").status_code == 404 and client.get("/csv?name=g1-ratios").status_code == 404
     )
@@ -315,15 +316,16 @@ def test_the_data_of_a_figure_is_a_file(store: FakeStore):
 
 def test_claims_and_sweeps_of_each_suite_are_a_view(store: FakeStore):
     search = f"?study={KEY}&view=claims"
-    assert "The store has no claims and no sweep of these runs; `spiketrain report SUITE`" in Asking(store).show(search)
+    assert "The store has no claims, sweep or report of these runs; `spiketrain report SUITE`" in Asking(store).show(search)
     claim = Claim(about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False)
     for parent, seed in (("first", 2), ("second", 3)):
         tags = {"spiketrain.suite": f"launch-{seed}", "spiketrain.commit": "abc", "hardware.cpu": "a cpu"}
         store.add_finished(f"sltt-{seed}", "SLTT", seed=seed, parent=parent, tags=tags)
         told = Returned(claims=(replace(claim, ours=f"ours of launch {seed}"),), sweeps=(LARGEST,))
-        store.texts[parent, "report.json"] = json.dumps(told.to_json())
+        store.texts[parent, "report.json"] = json.dumps({**told.to_json(), "printed": f"trials of launch {seed}\n"})
     asking = Asking(store)
     shown = asking.show(search)
+    assert '"children":"trials of launch 3\\n"},"type":"Pre"' in shown and "trials of launch 2" in shown
     assert "does not hold" in shown and "Memory against time steps: small" in shown and shown.count('"type":"Graph"') == 2
     assert "Each rule's own largest batch" in shown and f'"data-png":"{KEY[:8]}-first-sweep1-memory-against-time-steps"' in shown
     heads = [f"launch-{seed} ({parent}), commit abc, on a cpu" for parent, seed in (("second", 3), ("first", 2))]
@@ -336,7 +338,7 @@ def test_claims_and_sweeps_of_each_suite_are_a_view(store: FakeStore):
     assert json.loads(Asking(store).show(search, drawn=before))["response"] == {}
     for parent in ("first", "second"):
         store.texts[parent, "report.json"] = "{}"
-    assert "no claims and no sweep" in Asking(store).show(search, drawn=before)
+    assert "no claims, sweep or report" in Asking(store).show(search, drawn=before)
 
 
 def test_what_the_reader_of_means_must_know_stands_beside_them(store: FakeStore):
@@ -344,6 +346,23 @@ def test_what_the_reader_of_means_must_know_stands_beside_them(store: FakeStore)
     assert said not in Asking(store).show(f"?study={KEY}")
     store.add_finished("sltt-again", "SLTT")
     assert said in Asking(store).show(f"?study={KEY}")
+
+
+def test_what_training_holds_and_the_published_run_are_shown_as_on_the_page(store: FakeStore):
+    for run in store.members[1:]:
+        summary = json.loads(store.texts[run.id, "summary.json"])
+        store.texts[run.id, "summary.json"] = json.dumps({**summary, "held": {"parameters": 4e6, "gradients": 4e6}})
+    made = {"version": 1, "recipe": recipe("SLTT", published=[[1, 0.5], [2, 0.95]])}
+    [one] = [run for run in store.members if run.name == "sltt-0"]
+    store.texts[one.id, "recipe.json"] = json.dumps(made)
+    asking = Asking(store)
+    shown = asking.show(f"?study={KEY}")
+    assert "What training holds" in shown and "as they are without ZeRO" in shown
+    held = asking.client.get(f"/csv?study={KEY}&name=g1-held").get_data(as_text=True)
+    assert held.splitlines()[1] == "BPTT,4 ± 0 MB,,4 ± 0 MB,,,1 ± 0 kB"
+    learning = asking.show(f"?study={KEY}&view=learning")
+    assert "Beside the published run" in learning and "sltt-0: 5.0 points below the published run at epoch 2" in learning
+    assert "Beside the published run" not in shown
 
 
 def test_several_tunings_of_the_baseline_are_named(store: FakeStore):

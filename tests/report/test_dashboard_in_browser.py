@@ -241,7 +241,8 @@ def test_a_store_that_answers_later_than_the_next_look_is_shown(browser: Browser
     store.add_finished("sltt-0", "SLTT", parent="second")
     claim = Claim(about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False)
     for parent in ("first", "second"):
-        store.texts[parent, "report.json"] = json.dumps(Returned(claims=(claim,), sweeps=(LARGEST,)).to_json())
+        told = Returned(claims=(claim,), sweeps=(LARGEST,)).to_json()
+        store.texts[parent, "report.json"] = json.dumps({**told, "printed": "rule  top-1\nSLTT  91.28%\n"})
     with served_here(store) as address:
         page, watch = opened(browser, address)
         drawn(page, 4)

@@ -126,6 +126,15 @@ def test_what_cannot_be_shown_is_named(store: FakeStore, file: str, text: str, s
     assert study.notes[0].startswith("tried is a trial") and f"half is left out: {said}" in study.notes[1]
 
 
+def test_a_run_whose_journal_was_thinned_says_so(store: FakeStore):
+    going_on(store, 70)
+    assert Live(store).study(store.members).notes == ()
+    store.every = 12
+    study = Live(store).study(store.members)
+    said = [f"{name} has a long journal: of the points of its curve one of 12 is shown." for name in ("going", "bptt")]
+    assert study.notes == tuple(said) and [point.step for point in study.runs[0].curve] == [25, 50, 60, 70]
+
+
 @pytest.mark.parametrize("state", ["FINISHED", "RUNNING"])
 def test_a_run_whose_artifacts_cannot_be_read_is_left_out_and_the_others_are_shown(store: FakeStore, state: str):
     locked = store.add_finished("locked", "SLTT", state=state, tags={"spiketrain.artifact.journal.jsonl": "finish 1015"})

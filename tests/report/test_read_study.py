@@ -12,7 +12,7 @@ from rich.console import Console
 from pipeline.report.read_study import read_study
 from pipeline.report.returned import returned
 from pipeline.report.runs import ReportError
-from pipeline.report.suite import own_report
+from pipeline.report.suite import own_report, print_suite
 from pipeline.suite import Suite, SuiteFile
 from tests.report.conftest import STUDY
 from tests.report.test_figures import SWEEP
@@ -81,7 +81,8 @@ def test_what_a_suites_report_prints_and_returns(make_run: Callable, runs_dir: P
     folder = make_suite(runs_dir, "bptt")
     value = json.loads((folder / "suite.json").read_text())
     (folder / "suite.json").write_text(json.dumps({**value, "report": "recipes.compare.claims_fashion.report"}))
-    claim = {"about": "SLTT", "claim": "bytes", "published": "0.3", "bound": "<= 0.2", "ours": "0.25", "holds": False}
+    about = {"about": "SLTT", "claim": "bytes", "published": "0.3", "bound": "<= 0.2", "ours": "0.25", "holds": False}
+    claim: dict[str, object] = {**about}
 
     def report(runs: dict[str, Path], console: Console) -> dict:
         console.print(f"of {', '.join(runs)}")
@@ -94,6 +95,10 @@ def test_what_a_suites_report_prints_and_returns(make_run: Callable, runs_dir: P
     monkeypatch.setattr("pipeline.suite._check_report", lambda _: None)
     study = read_study(runs_dir, ["suite"]).study
     assert (study.printed, study.claims[0].holds, study.sweeps, study.notes) == ("of recipe-bptt\n", False, (SWEEP,), ())
+    for value, why in ((float("nan"), "Out of range float"), (folder, "Path is not JSON")):
+        claim["ours"] = value
+        with pytest.raises(ReportError, match=f"the report of suite must return JSON values; .*{why}"):
+            print_suite(folder, as_json=True)
     monkeypatch.setattr(SuiteFile, "read", lambda *_, **__: (_ for _ in ()).throw(ValueError("no data here")))
     assert read_study(runs_dir, ["suite"])[0].notes == ("The suite's own report could not be made: no data here",)
 

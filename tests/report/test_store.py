@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import math
 import os
 import signal
 import socket
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.report.store import ArtifactError, Point, StoredRun, StoreError, open_store, studies
+from pipeline.report.store import ArtifactError, Point, StoredRun, StoreError, Told, open_store, studies
 from pipeline.report.store_server import ServerStore
 from pipeline.track.connect import connect
 from pipeline.track.jsonl import Journal
@@ -99,9 +101,29 @@ def test_known_artifacts_alone_and_none_through_a_link(store: Path, tmp_path: Pa
     with pytest.raises(ArtifactError, match="is a link that leads out of"):
         opened.text(run.id, "report.html")
     (place / "report.html").unlink()
+    (place / "report.html").symlink_to("report.html")
+    with pytest.raises(ArtifactError, match=r"cannot be read \(Too many levels of symbolic links\); look at it by hand"):
+        opened.text(run.id, "report.html")
+    (place / "report.html").unlink()
     (place / "report.html").mkdir()
     with pytest.raises(ArtifactError, match=r"report\.html cannot be read \(Is a directory\); look at it by hand"):
         opened.text(run.id, "report.html")
+
+
+def test_a_long_journal_is_thinned_and_any_other_long_artifact_is_not_read(store: Path, monkeypatch: pytest.MonkeyPatch):
+    run = run_named(store, "a")
+    whole = open_store(str(store)).journal(run.id)
+    assert whole.every == 1 and [event["event"] for event in whole.events] == ["start", *5 * ["step"], "finish"]
+    monkeypatch.setattr("pipeline.report.store.MOST_BYTES", 100)
+    [file] = store.parent.glob(f"mlartifacts/fashion/{run.id}/artifacts/journal.jsonl")
+    monkeypatch.setattr("pipeline.report.store._THINNED_BYTES", math.ceil(file.stat().st_size / 2))
+    for opened in (open_store(str(store)), ServerStore(f"sqlite:///{store}")):
+        told = opened.journal(run.id)
+        assert told.every == 2 and [event.get("step") for event in told.events] == [None, 1, 3, 4, 4]
+        assert opened.journal("none") == Told()
+    monkeypatch.setattr("pipeline.report.store_sqlite.MOST_BYTES", 4)
+    with pytest.raises(ArtifactError, match=r"recipe\.json has over 0 MiB; look at it by hand"):
+        open_store(str(store)).text(run.id, "recipe.json")
 
 
 def test_one_artifact_that_mlflow_cannot_hand_out_is_not_the_stores_trouble(store: Path):
@@ -134,6 +156,21 @@ def test_a_store_that_is_missing_or_empty_is_not_made(tmp_path: Path, monkeypatc
     (tmp_path / "mlflow.db").touch()
     assert "is empty, nothing was delivered yet; `spiketrain sync RUN`" in told(tmp_path / "mlflow.db")
     assert (tmp_path / "mlflow.db").stat().st_size == 0
+
+
+def test_a_store_that_may_not_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "circle").symlink_to("circle")
+    for file, why in (("circle", "Too many levels of symbolic links"), ("x" * 300, "File name too long")):
+        assert f"cannot be read ({why}); are the file and its folder readable to you?" in told(tmp_path / file)
+    look = Path.stat
+
+    def refused(path: Path, **how: bool) -> os.stat_result:
+        if path.name == "mlflow.db":  # a folder of somebody else's; tests may run as root, whom nothing is refused
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return look(path, **how)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    assert "cannot be read (Permission denied)" in told(tmp_path / "mlflow.db")
 
 
 @pytest.mark.parametrize("size", [1, 60, 4096, 100_000])

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from pipeline.measure.meters import Meters
+from pipeline.recipe_json import flat
 from pipeline.report import figures, tables
 from pipeline.report.claims import Claim
 from pipeline.report.figure import Figure
+from pipeline.report.page import render
 from pipeline.report.study import Study, StudyRun
 from tests.report.hand_made import on, recipe, run, study
 
@@ -29,6 +32,16 @@ def test_costs_are_means_with_spread_and_ratio():
     *_, sltt = tables.costs(study(faster).groups[0]).rows
     assert sltt[4] == "16 ± 0 s (×1.60)" and sltt[6] == "80 ± 0 (×0.50)"
     assert tables.costs(Study(title="t", runs=(run(inference=None),)).groups[0]).rows[0][5] is None
+
+
+def test_what_diverged_has_its_row_and_divides_nothing():
+    lost = [run("SLTT-1", state="diverged"), run("SLTT", seed=2, state="diverged")]
+    (group,) = study(*lost).groups
+    rows = {row[0]: row[1:] for row in tables.costs(group).rows}
+    assert rows["SLTT-1"] == ("diverged", *5 * (None,), "0, 1 diverged") and rows["BPTT"][-1] == 2
+    assert rows["SLTT"][0] == "89.50 ± 0.71 %" and rows["SLTT"][-1] == "2, 1 diverged"
+    assert [rule for rule, _ in tables.headlines(group)] == ["SLTT"]
+    assert tables.lone_runs(Study(title="t", runs=tuple(lost[:1])).groups).rows[0][3] == "diverged"
 
 
 def test_a_sentence_for_each_rule():
@@ -61,6 +74,21 @@ def test_the_baseline_stands_in_every_row():
     assert [row[5] for row in rows.values()] == wanted
     assert rows["OTTT-A"] == ("BPTT", "BPTT-chunk-1", *4 * ("not known",), "8", "0")
     assert tables.behind_the_rows(Study(title="t", runs=(run("SLTT"),)).groups[0]).rows[0][1] == "no baseline"
+
+
+def test_of_a_run_without_recipe_json_its_flat_parameters_tell():
+    told = {"reset_gradient": "kept", "norm_over": "step", "precision": "bf16"}
+    made = recipe("BPTT", rule={"target": "x.BPTT", "kwargs": {"recompute": True}}, time_steps=6)
+    for steps, parameters, said in (
+        (6, dict(flat(made)), "folded, recomputed"),
+        (1, dict(flat(recipe("BPTT"))), "step by step"),
+        (3, dict(flat(made)), "in slices of 3, recomputed"),
+        (6, {}, "not known"),  # neither the journal nor a recipe says what T is
+    ):
+        one = replace(run(conditions={**told, "steps_per_forward": steps}), recipe=parameters)
+        table = tables.behind_the_rows(Study(title="t", runs=(one,)).groups[0])
+        assert table.rows[0][table.columns.index("over time")] == said
+    assert "<td>not known</td>" in render(Study(title="t", runs=(one, run("SLTT"), run(study="f" * 16, name="x"))))
 
 
 def test_how_a_batch_fell_on_workers_stands_in_every_row_and_in_the_title():

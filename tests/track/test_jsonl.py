@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.track.base import NullTracker, Tracker
-from pipeline.track.jsonl import Follower, Journal, first, last, read
+from pipeline.track.jsonl import Follower, Journal, first, last, read, read_thinned
 
 
 @pytest.fixture
@@ -227,3 +227,24 @@ def test_both_trackers_are_trackers(path: Path):
         tracker.event("checkpoint", sync=True, step=1)
         tracker.close()
     assert len(read(path)) == 1
+
+
+def test_a_long_journal_is_thinned_and_what_came_before_another_event_stays(path: Path):
+    assert read_thinned(path, "step", every=4) == []
+    with Journal(path, attempt=0) as journal:
+        journal.event("start", step=0)
+        for step in range(1, 11):
+            journal.event("step", step=step)
+    path.write_bytes(path.read_bytes() + b'{"event": "step", "ti')  # killed
+    with Journal(path, attempt=1) as journal:
+        journal.event("start", step=8)
+        for step in range(9, 14):
+            journal.event("step", step=step)
+            journal.event("evaluation", step=step) if step == 12 else None
+    path.write_bytes(path.read_bytes() + b'{"event": "step", "ti')
+    found = read_thinned(path, "step", every=4)
+    assert [(event["event"], event["step"]) for event in found] == [
+        ("start", 0), ("step", 4), ("step", 8), ("step", 10),
+        ("start", 8), ("step", 10), ("step", 12), ("evaluation", 12), ("step", 13),
+    ]  # fmt: skip
+    assert read_thinned(path, "step", every=1) == read(path)

@@ -266,6 +266,13 @@ def test_a_parent_says_what_its_runs_say(fake_run: Callable, sqlite_store: str, 
         journal.event("finish", steps=1)
     sync(second.folder, uri=sqlite_store)
     assert parent() == ("a-suite", "FINISHED")
+    with second.start(**about) as journal:
+        journal.event("diverged", error="not finite")
+    sync(second.folder, uri=sqlite_store)
+    assert parent() == ("a-suite", "FAILED")
+    write_suite(suite, first.folder, second.folder, searches=True)
+    sync(second.folder, uri=sqlite_store)
+    assert parent() == ("a-suite", "FINISHED")  # there it is an answer
 
 
 def die_at_call(patch: pytest.MonkeyPatch, fatal: int, effect: str) -> list[str]:

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.report.live import Live
+from pipeline.report.store import open_store
+from pipeline.report.store_server import ServerStore
 from pipeline.track.base import TrackingError
 from pipeline.track.connect import connect
 from pipeline.track.mlflow import sync
 from pipeline.track.publish import Registered, log_report, register
-from tests.track.conftest import FakeRun
+from tests.track.conftest import FakeRun, write_suite
 from tests.track.test_mlflow import artifacts, find, free_port
 from tests.track.test_models import models
 
@@ -87,6 +90,45 @@ def test_a_report_is_an_artifact_of_the_parent(fake_run: Callable, sqlite_store:
     assert kept.read_text() == "<html>newer</html>" and kept.with_suffix(".json").read_text() == TOLD
     with pytest.raises(TrackingError, match="cannot be filled"):
         log_report(page, folders, name="report.html", told=TOLD, uri=f"http://127.0.0.1:{free_port()}")
+
+
+@pytest.mark.parametrize("how", ["sync", "report", "died"])
+def test_a_parent_that_was_deleted_comes_back_with_its_runs(
+    fake_run: Callable, sqlite_store: str, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+):
+    family, about = uuid.uuid4().hex, {"study_parent": uuid.uuid4().hex, "suite": f"deleted-{how}"}
+    runs = [fake_run(name, family=family) for name in ("one", "two")]
+    folders, page = [run.folder for run in runs], tmp_path / "anything.html"
+    page.write_text("<html></html>")
+    write_suite(tmp_path / "runs" / about["suite"], *folders)
+    for run in runs:
+        finished(run, **about)
+        sync(run.folder, uri=sqlite_store)
+
+    def report() -> str:
+        parent = log_report(page, folders, name="report.html", told=TOLD, uri=sqlite_store)
+        assert parent is not None
+        return parent
+
+    client, first = connect(sqlite_store), report()
+    store = open_store(sqlite_store)
+    assert store.text(first, "report.json") == TOLD
+    client.delete_run(first)
+    assert store.text(first, "report.json") is ServerStore(sqlite_store).text(first, "report.json") is None
+    if how == "sync":
+        sync(folders[0], uri=sqlite_store)
+    elif how == "died":
+        with monkeypatch.context() as patch:
+            patch.setattr(type(client), "set_tag", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                sync(folders[0], uri=sqlite_store)
+        for folder in folders:
+            sync(folder, uri=sqlite_store)
+    again = report()
+    assert again != first and {find(sqlite_store, run).data.tags["mlflow.parentRunId"] for run in runs} == {again}
+    assert client.get_run(again).info.status == "FINISHED"
+    told = Live(store).reports(store.runs(runs[0].study))
+    assert [read.key for read in told] == [again[:8]] and store.text(again, "report.json") == TOLD
 
 
 def test_a_report_of_runs_without_one_parent_is_no_artifact(fake_run: Callable, sqlite_store: str, tmp_path: Path):

@@ -84,6 +84,11 @@ def scroll(table: list[Any], label: str) -> html.Div:
     return html.Div(html.Table(table), className="scroll", role="region", tabIndex=0, **aria(label=label))
 
 
+def printed(text: str, label: str) -> html.Div:
+    """Lines as a terminal has them."""
+    return html.Div(html.Pre(text), className="scroll", role="region", tabIndex=0, **aria(label=label))
+
+
 def aria(**told: str) -> dict[str, Any]:
     """`aria(label="x")` as Dash takes it."""
     return {f"aria-{name}": value for name, value in told.items()}

@@ -13,7 +13,7 @@ from pipeline.report.dashboard import blocks
 from pipeline.report.dashboard.place import ONLY, SORTS, VIEWS, Place, View, short, state_words
 from pipeline.report.figure import Figure, Missing
 from pipeline.report.figures import ratios, trade_off
-from pipeline.report.figures_learning import learning_curves
+from pipeline.report.figures_learning import learning_curves, standings
 from pipeline.report.figures_maps import firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.figures_time import time_parts
 from pipeline.report.live import SuiteReport
@@ -34,7 +34,7 @@ _COLUMNS = {
     "newest": "newest sign of life",
 }
 _NOT_PICKED = "no finished run of {} in this group is among those picked"
-_NOT_TOLD = "The store has no claims and no sweep of these runs; `spiketrain report SUITE` puts there what a suite has."
+_NOT_TOLD = "The store has no claims, sweep or report of these runs; `spiketrain report SUITE` puts there what a suite has."
 
 
 def study_list(place: Place, studies: Sequence[StoredStudy]) -> list[Any]:
@@ -155,6 +155,8 @@ def figures(place: Place, study: Study, reports: Sequence[SuiteReport], theme: s
         parts.append(html.H3(title, id=key))
         if place.view == "costs":
             parts += list(_costs(place, key, group))
+        if place.view == "learning" and (beside := standings(group)):
+            parts += [html.H4("Beside the published run"), html.Ul(list(map(html.Li, beside)))]
         for each in drawn(place.view, group):
             if isinstance(each, Missing):
                 missing.append(html.Li([html.B(each.title), f": {title}: {each.why}."]))
@@ -210,6 +212,9 @@ def csv_of(place: Place, study: Study, reports: Sequence[SuiteReport], name: str
         if name == f"{key}-beside":
             found = tables.beside(group)
             return None if found is None else found.to_csv()
+        if name == f"{key}-held":
+            found = tables.held(group)
+            return None if found is None else found.to_csv()
         for each in drawn(place.view, group):
             if isinstance(each, Figure) and name == f"{key}-{each.name}":
                 return each.table.to_csv()
@@ -240,11 +245,18 @@ def _costs(place: Place, key: str, group: Group) -> Iterator[Any]:
             beside, "What else was measured of each rule: mean ± standard deviation over seeds", where=tables.named(group)
         )
         yield blocks.csv_link(place, f"{key}-beside", f"measured beside, {tables.named(group)}")
+    if (held := tables.held(group)) is not None:
+        yield html.H4("What training holds")
+        yield html.P(tables.HELD_SAID, className="aside")
+        caption = "Parameters, gradients, what the optimizer keeps, teacher and states: mean ± standard deviation over seeds"
+        yield blocks.table(held, caption, where=tables.named(group))
+        yield blocks.csv_link(place, f"{key}-held", f"what training holds, {tables.named(group)}")
 
 
 def _told_by_reports(place: Place, reports: Sequence[SuiteReport], theme: str) -> Iterator[Any]:
-    """Claims and sweeps, which `spiketrain report` puts into the store, of each suite by itself: they are of its runs alone."""
-    found = [report for report in reports if report.told.claims or report.told.sweeps or report.note]
+    """Claims, sweeps and what a suite's own report prints, which `spiketrain report` puts into the store, of each suite by
+    itself: they are of its runs alone."""
+    found = [report for report in reports if report.told.claims or report.told.sweeps or report.printed or report.note]
     for report in found:
         yield html.H3(report.title)
         if report.note:
@@ -261,6 +273,9 @@ def _told_by_reports(place: Place, reports: Sequence[SuiteReport], theme: str) -
                 yield html.P(LARGEST_SAID, className="aside")
                 yield blocks.table(largest, "Largest batch and its speed", where=f"{figure.title}, {report.title}")
                 yield blocks.csv_link(place, f"{report.key}-{key}-largest", f"largest batches, {figure.title}")
+        if report.printed:
+            yield html.H4("The suite's own report")
+            yield blocks.printed(report.printed, f"The suite's own report, {report.title}")
     if not found:
         yield html.P(_NOT_TOLD, className="note")
 
