@@ -4,7 +4,7 @@ Command:  python -m benchmarks.measuring [--rule sltt|bptt] [--batches 1000] [--
 Result:   training: SLTT +0.82 % (95.01 ms with meters, 94.24 ms without, T = 4, batch 104), BPTT +0.58 % (101.41 and 100.82 ms,
           batch 96), under the 1 % that is aimed at; commit 5ab7dbd52225, one thread of 2 cores of an Intel Xeon with nothing else
           running, torch 2.13. SLTT +0.85 % at commit 0938e54ac260 on that Xeon, +0.46 % at commit 12c68ad6952d on an AMD EPYC
-          evaluation and a whole run: to be filled
+          evaluation, and a whole run: not run yet on a machine with nothing else running (TO BE FILLED)
 
 The meters are those of every run on a CPU. In training: the clock of the parts, read after every tenth batch, loss and hits,
 saved bytes on one batch of 200, operations on one of 1000. A share of the sampled batches falls on every batch, so it is sums
