@@ -1,57 +1,70 @@
-"""What measuring costs: the training loop with its meters and without, one batch of each in turn.
+"""What measuring costs: training with its meters and without, and evaluations likewise, one of each in turn.
 
-Command:  python -m benchmarks.measuring [--rule sltt|bptt] [--batches 1000]
-Result:   SLTT +0.82 % (95.01 ms with meters, 94.24 ms without, T = 4, batch 104), BPTT +0.58 % (101.41 and 100.82 ms, batch 96),
-          under the 1 % that is aimed at; commit 5ab7dbd52225, one thread of 2 cores of an Intel Xeon with nothing else running,
-          torch 2.13. SLTT +0.85 % at commit 0938e54ac260 on that Xeon, +0.46 % at commit 12c68ad6952d on an AMD EPYC
+Command:  python -m benchmarks.measuring [--rule sltt|bptt] [--batches 1000] [--evaluations 20]
+Result:   training: SLTT +0.82 % (95.01 ms with meters, 94.24 ms without, T = 4, batch 104), BPTT +0.58 % (101.41 and 100.82 ms,
+          batch 96), under the 1 % that is aimed at; commit 5ab7dbd52225, one thread of 2 cores of an Intel Xeon with nothing else
+          running, torch 2.13. SLTT +0.85 % at commit 0938e54ac260 on that Xeon, +0.46 % at commit 12c68ad6952d on an AMD EPYC
+          evaluation, and a whole run: not run yet on a machine with nothing else running (TO BE FILLED)
 
-The meters are those of every run on a CPU: the clock of the parts, read after every tenth batch, loss and hits, saved bytes on
-one batch of 200, operations on one of 1000; evaluation, which counts the spikes of every neuron, is not in it. A share of the
-sampled batches falls on every batch, so it is sums that are compared, over a number of batches that both kinds of samples divide.
-The network is that of recipes/fashion/base.py, its batch so large that one takes about 100 ms, on one thread. Exits with 1 where
-measuring costs more than 1 %.
+The meters are those of every run on a CPU. In training: the clock of the parts, read after every tenth batch, loss and hits,
+saved bytes on one batch of 200, operations on one of 1000. A share of the sampled batches falls on every batch, so it is sums
+that are compared, over a number of batches that both kinds of samples divide. At every evaluation: the spikes of every neuron,
+and the peaks of memory before it and after; at the last one the operations of 64 samples, too. An evaluation is timed with the
+batch of training that follows it, which is given the memory back that the meters released.
+
+A run is so many epochs of 60,000 images, each with an evaluation of 10,000, as Fashion-MNIST has them, put together from what
+was timed here; with one epoch its only evaluation is the last. The network is that of recipes/fashion/base.py, its batch so
+large that one takes about 100 ms, on one thread; images are noise. Exits with 1 where measuring costs more than 1 % of training
+or of a run.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import statistics
 import sys
-import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.overhead import RULES, tuned_batch
+from benchmarks.overhead import RULES, timed, tuned_batch
 from pipeline.backend.plain import Plain
 from pipeline.code import commit
+from pipeline.evaluate import evaluate
 from pipeline.guards.batches import Unguarded
 from pipeline.loop import Meters as LoopMeters
 from pipeline.loop import MicroBatch, train
 from pipeline.measure.memory import hardware
 from pipeline.measure.meters import Meters
 from pipeline.objective import CrossEntropy
+from pipeline.run.settle import settle
 from pipeline.spiking.encode import repeat
 from recipes.fashion.base import fashion
-from tests.silent import NoMeters
+from tests.silent import NoActivity, NoMeters
 
 LOG_EVERY = 10
 AIM = 0.01
+TRAINED_ON, EVALUATED_ON = 60_000, 10_000  # images
+EPOCHS = (1, 10)
 
 
 class Trained:
-    """One of the two: a network, its rule and its meters; `step()` trains on one batch and gives its seconds."""
+    """One of the two: a network, its rule and its meters."""
 
     def __init__(self, network: nn.Module, rule_name: str, meters: LoopMeters, x_TB: Tensor, target_B: Tensor) -> None:
-        self.rule = RULES[rule_name]()
+        self.network, self.rule = network, RULES[rule_name]()
         self.rule.attach(network)
         self.backend = Plain(network, lambda network: torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9))
         self.meters = meters
         self.micro_batches = [MicroBatch(x_TB, target_B, range(len(target_B)), 1.0)]
         self.steps = 0
 
-    def step(self) -> float:
-        begun = time.perf_counter()
+    def step(self) -> None:
+        """Train on one batch."""
         train(
             self.rule,
             self.backend,
@@ -64,14 +77,43 @@ class Trained:
         self.steps += 1
         if isinstance(self.meters, Meters) and self.steps % LOG_EVERY == 0:
             self.meters.take(lambda sums: sums)
-        return time.perf_counter() - begun
+
+    def evaluate(self, *, is_last: bool = False) -> None:
+        """As pipeline/run/assess.py does, and train on the next batch."""
+        x_TB, target_B, *_ = self.micro_batches[0]
+        batches = ((x_TB[:, :size], target_B[:size], torch.arange(size)) for size in _sizes(len(target_B)))
+        measures = isinstance(self.meters, Meters)
+        if isinstance(self.meters, Meters):
+            self.meters.note_peaks()
+        with nullcontext() if measures else patch("pipeline.evaluate.Activity", NoActivity):
+            evaluate(self.network, batches, CrossEntropy(), counts_operations=is_last)
+        if isinstance(self.meters, Meters):
+            self.meters.forget_peaks()
+        self.step()
+
+
+def _sizes(batch: int) -> list[int]:
+    whole, rest = divmod(EVALUATED_ON, batch)
+    return [batch] * whole + [rest] * (rest > 0)
+
+
+def in_turn(times: int, *acts: Callable[[], None]) -> list[float]:
+    """Mean seconds of each; none of them is always the one with the warmer cache."""
+    seconds: list[list[float]] = [[] for _ in acts]
+    for index in range(times):
+        for place in range(len(acts)):
+            which = (index + place) % len(acts)
+            seconds[which].append(timed(acts[which]))
+    return [statistics.fmean(each) for each in seconds]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--rule", choices=sorted(RULES), default="sltt")
     parser.add_argument("--batches", type=int, default=1000)
+    parser.add_argument("--evaluations", type=int, default=20)
     arguments = parser.parse_args()
+    settle(1)
     recipe = fashion()
     size = tuned_batch(recipe, arguments.rule)
     torch.manual_seed(0)
@@ -82,19 +124,32 @@ def main() -> None:
     measured = Trained(network, arguments.rule, meters, x_TB, target_B)
     silent = Trained(other, arguments.rule, NoMeters(), x_TB, target_B)
     silent.step()
-    pairs: list[tuple[float, float]] = []
-    for index in range(arguments.batches):
-        order = (measured, silent) if index % 2 else (silent, measured)  # neither is always the one with the warmer cache
-        seconds = {one is measured: one.step() for one in order}
-        pairs.append((seconds[True], seconds[False]))
-    with_meters, without = (sum(column) for column in zip(*pairs, strict=True))
-    cost, machine = with_meters / without - 1, hardware()
+    machine = hardware()
     print(
-        f"{arguments.rule.upper()}, T = {recipe.time_steps}, batch {size}, {arguments.batches} batches of each in turn: "
-        f"{with_meters / len(pairs) * 1e3:.2f} ms with meters, {without / len(pairs) * 1e3:.2f} ms without, "
-        f"{cost:+.2%} (commit {commit()}, {machine['cpu']}, torch {machine['torch']})"
+        f"{arguments.rule.upper()}, T = {recipe.time_steps}, batch {size}, commit {commit()}, {machine['cpu']}, "
+        f"torch {machine['torch']}"
     )
-    sys.exit(cost > AIM)
+    trains, trains_silently = in_turn(arguments.batches, measured.step, silent.step)
+    in_training = trains / trains_silently - 1
+    print(
+        f"training, {arguments.batches} batches of each in turn: {trains * 1e3:.2f} ms with meters, "
+        f"{trains_silently * 1e3:.2f} ms without, {in_training:+.2%}"
+    )
+    evaluates, evaluates_last, evaluates_silently = in_turn(
+        arguments.evaluations, measured.evaluate, lambda: measured.evaluate(is_last=True), silent.evaluate
+    )
+    print(
+        f"evaluation and the batch after it, {arguments.evaluations} of each in turn: {evaluates:.3f} s with meters, "
+        f"{evaluates_last:.3f} s for the last, {evaluates_silently:.3f} s without, "
+        f"{evaluates / evaluates_silently - 1:+.2%} and {evaluates_last / evaluates_silently - 1:+.2%}"
+    )
+    steps = TRAINED_ON // size - 1  # one of an epoch's is timed with the evaluation before it
+    shares = {}
+    for epochs in EPOCHS:
+        whole = epochs * steps * trains + (epochs - 1) * evaluates + evaluates_last
+        shares[epochs] = whole / (epochs * (steps * trains_silently + evaluates_silently)) - 1
+        print(f"a run of {epochs} epochs, each with an evaluation: {shares[epochs]:+.2%}")
+    sys.exit(max(in_training, *shares.values()) > AIM)
 
 
 if __name__ == "__main__":

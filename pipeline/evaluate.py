@@ -17,6 +17,7 @@ from pipeline.data.base import Loader
 from pipeline.measure.activity import Activity, LayerActivity, firing_rate
 from pipeline.measure.energy import Inference
 from pipeline.measure.evenly import Evenly
+from pipeline.measure.joules import Joules, Readings
 from pipeline.measure.operations import Operations, Work
 from pipeline.objective import Loss
 from pipeline.spiking.encode import over_steps
@@ -50,6 +51,8 @@ class Evaluated(NamedTuple):
     """of all ranks together; none for a network without neurons"""
     inference: Inference | None
     """of samples spread over this rank's share; None without one, or where operations were not counted"""
+    readings: Readings
+    """of this rank's card"""
 
 
 @torch.no_grad()
@@ -61,19 +64,23 @@ def evaluate(
     over_time: str = "steps",
     network: nn.Module | None = None,
     counts_operations: bool = False,
+    joules: Joules | None = None,
 ) -> Evaluated:
     """Run the model over this rank's share of a set; collective.
 
     Args:
         batches: (x_TB, target_B, index_B); ranks may hold different numbers of them, or none.
         network: the bare network inside, by whose names the layers of neurons are told; None: the model itself.
+        joules: of the card that it runs on, read before the first batch is asked for and after the last one's answers are there,
+            so without the counting of operations; None: not measured.
     """
-    network = network or model
+    network, joules = network or model, joules or Joules(torch.device("cpu"))
     was_training = model.training
     model.eval()
     answered: list[Tensor] = []  # index, target and answer of each batch
     sums = torch.zeros(4, dtype=torch.float64)  # samples, top-1 hits, top-5 hits, loss
     counted, largest = Evenly(COUNTED), 1
+    began = joules.read()
     with Activity(network) as activity:
         for x_TB, target_B, index_B in batches:
             samples = len(target_B)
@@ -93,6 +100,7 @@ def evaluate(
             found = (hits_B5[:, 0].sum(), hits_B5.sum(), loss.double() * samples)
             sums += torch.tensor([samples, *map(float, found)], dtype=torch.float64)
             answered.append(torch.stack([index_B, target_B.cpu(), best_B5[:, 0].cpu()]))
+    readings = Readings(card=joules.card, samples=int(sums[0]), began=began, ended=joules.read())
     inference = _inference(model, network, counted, batch_size=largest) if len(counted) else None
     model.train(was_training)
     samples, top1, top5, loss = _over_ranks(model, distributed.ReduceOp.SUM)(sums).tolist()
@@ -100,7 +108,7 @@ def evaluate(
         raise ValueError("evaluate: needs at least one sample; got none on any rank")
     layers = activity.layers(*(_over_ranks(model, how) for how in (distributed.ReduceOp.SUM, distributed.ReduceOp.MAX)))
     result = Evaluation(int(samples), top1 / samples, top5 / samples, loss / samples, firing_rate(layers))
-    return Evaluated(result, answers_of(answered), layers, inference)
+    return Evaluated(result, answers_of(answered), layers, inference, readings)
 
 
 def _inference(model: nn.Module, network: nn.Module, counted: Evenly, *, batch_size: int) -> Inference:

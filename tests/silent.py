@@ -1,11 +1,11 @@
-"""Meters that measure nothing, where the loop alone is on trial."""
+"""Meters that measure nothing, where the loop or an evaluation alone is on trial."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.rules.base import Objective
 
@@ -27,3 +27,22 @@ class NoMeters:
 
     def end_of_micro_batch(self, target_B: Tensor, share: float) -> None:
         pass
+
+
+class NoActivity:
+    """Fits what `pipeline.evaluate` asks of `Activity`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        pass
+
+    def __enter__(self) -> NoActivity:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def batch(self, samples: int) -> Any:
+        return nullcontext()
+
+    def layers(self, total: Any, largest: Any) -> tuple[()]:
+        return ()

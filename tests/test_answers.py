@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from pipeline.data.synthetic import Synthetic
 from pipeline.data.write import write_folder
 from pipeline.evaluate import evaluate
 from pipeline.job import Place
+from pipeline.measure.joules import Joules
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe import Recipe, read_json, spec
+from pipeline.run import assess
 from pipeline.run.attempt import Attempt
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.state import fresh_state
@@ -230,7 +233,19 @@ def uneven(**changes: Any) -> Recipe:
     return small_recipe(data=spec(Synthetic, samples=64, val_samples=21, shape=(1, 8, 8)), epochs=1, **changes)
 
 
+class Card(Joules):
+    """A rank's own: between the two readings of an evaluation the first uses 5 J, the second 10."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(torch.device("cpu"))
+        self.card, self._used = f"GPU-{rank}", itertools.count(1000 * rank, 5 * (rank + 1))
+
+    def read(self) -> float:
+        return float(next(self._used))
+
+
 def _rank(rank: int, ranks: int, folder: str, samples: int | None) -> None:
+    assess.Joules = lambda device: Card(rank)  # type: ignore[misc, assignment]
     found: list[Any] = [make_run(Path(folder) / "two", uneven(evaluate_samples=samples)) if rank == 0 else None]
     torch.distributed.broadcast_object_list(found, src=0)
     run(found[0], Place(rank, ranks, "cpu", rank))
@@ -243,6 +258,9 @@ def test_two_processes_write_what_one_does(tmp_path: Path, samples: int | None) 
     """With one sample to evaluate on the second rank has none."""
     run_ranks(_rank, 2, tmp_path, str(tmp_path), samples)
     train_inline(tmp_path / "one", uneven(evaluate_samples=samples))
+    alone, both = (read_json(tmp_path / name / "summary.json")["inference"] for name in ("one", "two"))
+    assert both["measured_j"] == pytest.approx(15 / 21 if samples is None else 5)  # a card that evaluated nothing does not count
+    assert "measured_j" not in alone and both["energy_j"] > 0
     one, two = (read_answers(tmp_path / name / "answers.npz") for name in ("one", "two"))
     assert len(two.index) == (samples or 21)
     assert columns(two) == columns(one)

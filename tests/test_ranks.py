@@ -95,7 +95,7 @@ def _batches(samples: range, size: int) -> list[tuple[torch.Tensor, torch.Tensor
 
 def _evaluate(rank: int, size: int) -> tuple[Evaluation, list[Answers], tuple[LayerActivity, ...]]:
     share = range(25) if size == 1 else (range(18, 25), range(18, 18), range(18))[rank]  # one rank has nothing
-    result, answers, activity, inference = evaluate(_network(), _batches(share, 4), CrossEntropy(), counts_operations=True)
+    result, answers, activity, inference, _ = evaluate(_network(), _batches(share, 4), CrossEntropy(), counts_operations=True)
     assert (inference is None) == (not share)
     return result, Ranks(rank, size).gather(answers), activity
 

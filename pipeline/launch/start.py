@@ -15,7 +15,7 @@ from torch import nn
 from pipeline.backend.base import autocast
 from pipeline.build import build_network, check_recipe
 from pipeline.elastic import check_sizes
-from pipeline.evaluate import Evaluation, evaluate, inputs
+from pipeline.evaluate import Evaluated, Evaluation, evaluate, inputs
 from pipeline.export import is_export, load_export
 from pipeline.guards.damaged import check_data
 from pipeline.job import Job, resume_command
@@ -25,6 +25,8 @@ from pipeline.launch.cluster import Cluster
 from pipeline.launch.drive import drive
 from pipeline.launch.lock import driver_lock
 from pipeline.launch.prepare import prepare, read_job
+from pipeline.measure.energy import in_words
+from pipeline.measure.joules import Joules, inference_j
 from pipeline.recipe import Recipe, read_json
 from pipeline.suite import Suite, refuse_references
 from pipeline.tasks import Loaders, mean_of, tasks_of
@@ -147,22 +149,25 @@ def _with_weights(recipe: Recipe, file: Path, *, trust: tuple[str, ...]) -> nn.M
 
 
 def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: int | None) -> None:
-    """On the whole evaluation set of each task."""
+    """On the whole evaluation set of each task, and what an inference of the last one costs."""
     steps = time_steps or recipe.time_steps
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device)
-    loaders, results = Loaders(tasks_of(recipe), recipe, recipe.split(1)), []
+    about = {"over_time": recipe.over_time, "counts_operations": True, "joules": Joules(device)}
+    loaders, found = Loaders(tasks_of(recipe), recipe, recipe.split(1)), list[Evaluated]()
     for index, task in enumerate(loaders.tasks):
         begun = time.monotonic()
         task.choose_head(network)
         with closing(loaders.val(index)) as val_set, autocast(device, recipe.precision):  # as in training
             batches = inputs(val_set, steps, device)
-            found = evaluate(network, batches, recipe.objective.build().labels, over_time=recipe.over_time)
-            results.append(found.result)
+            found.append(evaluate(network, batches, recipe.objective.build().labels, **about))
         where = f", {task.name}" if recipe.phases else ""
-        print(f"{name}, T = {steps}{where}): {_told(results[-1])} in {time.monotonic() - begun:.1f} s")
+        print(f"{name}, T = {steps}{where}): {_told(found[-1].result)} in {time.monotonic() - begun:.1f} s")
     if recipe.phases:
-        print(f"{name}, T = {steps}, mean of {len(results)} tasks): {_told(mean_of(results))}")
+        print(f"{name}, T = {steps}, mean of {len(found)} tasks): {_told(mean_of([each.result for each in found]))}")
+    inference = found[-1].inference
+    assert inference is not None, "an evaluation of one worker has samples"
+    print(in_words(inference.told(inference_j([found[-1].readings])), on_gpu=device.type == "cuda"))
 
 
 def _told(result: Evaluation) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from pipeline.measure.energy import in_words
 from pipeline.track.connect import without_password
 from pipeline.track.jsonl import number
 
@@ -159,6 +160,9 @@ class Watch:
     def _on_finish(self, event: dict[str, Any]) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=self._start.get("total_steps"))
+        if event.get("inference"):
+            gpu = (self._start.get("hardware") or {}).get("gpu", "none")
+            self._say(in_words(event["inference"], on_gpu=gpu != "none"))
         top1 = f", top-1 {_share(event['top1'])}" if event.get("top1") is not None else ""
         bwt = f", BWT {_share(event['bwt'])}" if event.get("bwt") is not None else ""
         self._say(f"finished: {event.get('steps', event.get('step'))} steps in {_short(event.get('wall_s'))} s{top1}{bwt}")

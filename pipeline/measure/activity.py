@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.spiking.neuron import named_neurons
+from pipeline.spiking.neuron import LIF, named_neurons
 
 Reduce = Callable[[Tensor], Tensor]
 """of a vector over ranks; collective"""
@@ -56,7 +56,10 @@ def firing_rate(layers: Sequence[LayerActivity]) -> float:
 
 
 class Activity:
-    """Counts the spikes of every neuron of `network` while it is entered: 4 bytes a neuron."""
+    """Counts the spikes of every neuron of `network` while it is entered: 4 bytes a neuron and time step.
+
+    It passes over spikes once where they are ones, twice elsewhere, and waits for a GPU in `layers` alone.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         self._samples = 0
@@ -66,7 +69,7 @@ class Activity:
 
     def __enter__(self) -> Activity:
         for (_, neuron), layer in zip(self._neurons, self._layers, strict=True):
-            self._hooks.append(neuron.register_forward_hook(lambda _, __, s_TB, layer=layer: layer.add(s_TB)))
+            self._hooks.append(neuron.register_forward_hook(layer.hear))
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -85,11 +88,11 @@ class Activity:
         """In the order of construction, over all ranks, each of which calls it; layers that nobody ran are left out."""
         if not self._layers:
             return ()
-        sizes_L2 = largest(torch.tensor([layer.size for layer in self._layers], dtype=torch.int64)).tolist()
-        widened = [layer.widened(steps, neurons) for layer, (steps, neurons) in zip(self._layers, sizes_L2, strict=True)]
-        empty_T, empty_N = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int32)
-        steps_T = total(torch.cat([empty_T, *(by_step_T for by_step_T, _ in widened), empty_T.new_tensor([self._samples])]))
-        neurons_N = total(torch.cat([empty_N, *(by_neuron_N for _, by_neuron_N in widened)]))
+        sizes_L2 = largest(torch.tensor([layer.fired_TN.shape for layer in self._layers], dtype=torch.int64)).tolist()
+        widened = [layer.widened(steps, neurons).cpu() for layer, (steps, neurons) in zip(self._layers, sizes_L2, strict=True)]
+        by_step = [fired_TN.sum(1, dtype=torch.float64) for fired_TN in widened]
+        steps_T = total(torch.cat([*by_step, torch.tensor([self._samples], dtype=torch.float64)]))
+        neurons_N = total(torch.cat([fired_TN.sum(0, dtype=torch.int32) for fired_TN in widened]))
         *by_step, samples = steps_T.split([*(steps for steps, _ in sizes_L2), 1])
         by_neuron = neurons_N.split([neurons for _, neurons in sizes_L2])
         found = []
@@ -104,27 +107,30 @@ class Activity:
 
 
 class _Layer:
-    """Spikes so far, by time step and by neuron."""
+    """Spikes so far, of each neuron at each time step."""
 
     def __init__(self) -> None:
-        self.by_step_T = torch.zeros(0, dtype=torch.float64)
-        self.by_neuron_N = torch.zeros(0, dtype=torch.int32)
+        self.fired_TN = torch.zeros(0, 0, dtype=torch.int32)
         self.step = 0
 
-    @property
-    def size(self) -> tuple[int, int]:
-        return len(self.by_step_T), len(self.by_neuron_N)
+    def hear(self, neuron: nn.Module, _: Any, s_TB: Tensor) -> None:
+        """What `neuron` gives, after its forward."""
+        ones_TB = s_TB if _fires_ones(neuron) else torch.ne(s_TB, 0, out=torch.empty_like(s_TB))
+        # A sum of floats is vectorized and exact up to 2^24 of them; booleans are copied to integers first.
+        fired_TN = ones_TB.sum(1, dtype=torch.promote_types(s_TB.dtype, torch.float32)).flatten(1).to(torch.int32)
+        first, self.step = self.step, self.step + len(fired_TN)
+        if len(self.fired_TN) < self.step:
+            self.fired_TN = self.widened(self.step, fired_TN.shape[1]).to(s_TB.device)
+        self.fired_TN[first : self.step] += fired_TN
 
-    def add(self, s_TB: Tensor) -> None:
-        fired_TN = (s_TB != 0).sum(1, dtype=torch.int32).flatten(1)
-        steps, neurons = fired_TN.shape
-        by_step_T, by_neuron_N = self.widened(max(len(self.by_step_T), self.step + steps), neurons)
-        by_step_T[self.step : self.step + steps] += fired_TN.sum(1).cpu()
-        self.by_step_T, self.by_neuron_N = by_step_T, by_neuron_N.to(s_TB.device) + fired_TN.sum(0, dtype=torch.int32)
-        self.step += steps
+    def widened(self, steps: int, neurons: int) -> Tensor:
+        """Of this size: what was not run has no spikes."""
+        wide_TN = self.fired_TN.new_zeros(steps, neurons)
+        wide_TN[: self.fired_TN.shape[0], : self.fired_TN.shape[1]] = self.fired_TN
+        return wide_TN
 
-    def widened(self, steps: int, neurons: int) -> tuple[Tensor, Tensor]:
-        """Both, of this size: what was not run has no spikes."""
-        by_step_T = torch.cat([self.by_step_T, self.by_step_T.new_zeros(steps - len(self.by_step_T))])
-        by_neuron_N = self.by_neuron_N if len(self.by_neuron_N) else self.by_neuron_N.new_zeros(neurons)
-        return by_step_T, by_neuron_N
+
+def _fires_ones(neuron: nn.Module) -> bool:
+    """Whether each of its spikes is a 1: those of LIF's own step are, a rate neuron's have a height, and a rule's gradient may
+    give what it likes."""
+    return isinstance(neuron, LIF) and type(neuron).step is LIF.step and neuron.gradient is None

@@ -1,12 +1,14 @@
-"""What an inference would cost in energy, from the operations that it really makes: an estimate, never a measurement.
+"""What an inference would cost in energy, from the operations that it really makes: an estimate, beside what a card measured.
 
     E = mac MACs + ac ACs        MACs: products of two real numbers, each with its addition;  ACs: additions alone, for spikes
 
-The prices are of arithmetic alone; moving weights and membranes costs more on most chips and is not in them.
+The prices are of arithmetic alone; moving weights and membranes costs more on most chips and is not in them. What a card says
+that it used (`measure/joules.py`) is all that it used, on a chip of another kind: it stands beside the estimate.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,7 @@ FP32 = Prices(name="45 nm, fp32", mac_pj=4.6, ac_pj=0.9, source=_HOROWITZ)
 FP16 = Prices(name="45 nm, fp16", mac_pj=1.5, ac_pj=0.4, source=_HOROWITZ)
 INT8 = Prices(name="45 nm, int8", mac_pj=0.23, ac_pj=0.03, source=_HOROWITZ)
 TABLES = (FP32, FP16, INT8)
+_UNITS = ((1.0, "J"), (1e-3, "mJ"), (1e-6, "µJ"), (1e-9, "nJ"), (1e-12, "pJ"))
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,32 @@ class Inference:
         """Accumulates without a multiplication, likewise."""
         return (self.work.additions - self.work.multiplications) / self.samples
 
-    def told(self, prices: Prices = FP32) -> dict[str, Any]:
-        """For a summary: operations of a sample, and their energy in J, by these prices and by those of every table."""
+    def told(self, measured_j: float | None = None, *, prices: Prices = FP32) -> dict[str, Any]:
+        """For a summary: operations of a sample, and their energy in J, by these prices and by those of every table.
+
+        `measured_j`: of a sample, by the cards' own counters; where none told, there is no such field.
+        """
         by_table = {table.name: energy_j(self.macs, self.acs, table) for table in TABLES}
         energy = {"energy_j": energy_j(self.macs, self.acs, prices), "prices": prices.name, "energy_j_by_table": by_table}
-        return {"macs": self.macs, "acs": self.acs, **energy, "samples": self.samples}
+        measured = {} if measured_j is None else {"measured_j": measured_j}
+        return {"macs": self.macs, "acs": self.acs, **energy, **measured, "samples": self.samples}
 
 
 def energy_j(macs: float, acs: float, prices: Prices = FP32) -> float:
     """E in joules."""
     return (prices.mac_pj * macs + prices.ac_pj * acs) * 1e-12
+
+
+def in_words(inference: Mapping[str, Any], *, on_gpu: bool) -> str:
+    """What `Inference.told` told: `an inference: 14.3 µJ estimated (45 nm, fp32), not measured on a CPU`"""
+    measured = inference.get("measured_j")
+    if measured is not None:
+        told = f"{_shown(measured)} measured on the whole card, idle power and waits for data included"
+    else:
+        told = "not measured: no card told it" if on_gpu else "not measured on a CPU"
+    return f"an inference: {_shown(inference['energy_j'])} estimated ({inference['prices']}), {told}"
+
+
+def _shown(joules: float) -> str:
+    scale, unit = next((each for each in _UNITS if joules >= each[0]), _UNITS[-1])
+    return f"{joules / scale:.3g} {unit}"

@@ -31,11 +31,12 @@ _COMPARED = {
     "wall_s": "wall clock",
     COMPUTE: "compute time",
     "inference.energy_j": "inference energy",
+    "inference.measured_j": "inference measured",
 }
 """what is compared, as the table calls it"""
 _ALWAYS = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")
 """columns of the table, known or not"""
-_KINDS = {"peak_saved_bytes": "B", COMPUTE: "s", "inference.energy_j": "J"}
+_KINDS = {"peak_saved_bytes": "B", COMPUTE: "s", "inference.energy_j": "J", "inference.measured_j": "J"}
 _ANY_WIDTH = 10_000  # characters of a line
 _FIRST = ("run", "rule", "seed", "study", "recipe", "world_size", "steps", "epochs", *_COMPARED)
 

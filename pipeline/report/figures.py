@@ -23,6 +23,11 @@ from pipeline.report.spread import Spread
 from pipeline.report.study import COMPUTE, Group
 
 _ENERGY = "inference.energy_j"
+MEASURED = "inference.measured_j"
+MEASURED_SAID = (
+    "what the cards used for a sample while the set was evaluated, by their own counters (NVML): idle power and waits for data "
+    "are in it"
+)
 QUANTITIES = {
     "peak_saved_bytes": ("saved bytes", "B"),
     COMPUTE: ("compute time", "s"),
@@ -162,8 +167,9 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
     unit_name = {"B": "bytes", "s": "seconds", "J": "joules"}[kind]
     columns = ("rule", f"{what}, {unit_name}", "its deviation", "top-1", "its deviation", "runs", "on the Pareto front")
     if name == _ENERGY:
-        columns, rows = (*columns, "MACs", "ACs"), [(*row, *_operations(group, str(row[0]))) for row in rows]
-        how = f"{how}. {_counted_on(group)}"
+        columns = (*columns, "measured on cards, joules", "MACs", "ACs")
+        rows = [(*row, *_beside(group, str(row[0]))) for row in rows]
+        how = f"{how}. {_counted_on(group)}. {_measured_on(group)}"
     return Figure(
         name=f"accuracy-against-{what.replace(' ', '-')}",
         title=title,
@@ -175,10 +181,18 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
     )
 
 
-def _operations(group: Group, rule: str) -> list[float | None]:
-    """Multiply-accumulates and accumulates of an inference."""
-    found = [group.spread(rule, f"inference.{name}") for name in ("macs", "acs")]
+def _beside(group: Group, rule: str) -> list[float | None]:
+    """Of an inference what cards measured, and its multiply-accumulates and accumulates."""
+    found = [group.spread(rule, name) for name in (MEASURED, "inference.macs", "inference.acs")]
     return [None if each is None else each.mean for each in found]
+
+
+def _measured_on(group: Group) -> str:
+    """What the measured joules are, or why there are none."""
+    if any(run.value(MEASURED) is not None for run in group.finished):
+        return f"Joules measured on cards are {MEASURED_SAID}"
+    has_gpu = any(run.hardware.get("gpu", "none") != "none" for run in group.finished)
+    return "Joules are not measured: no card told them" if has_gpu else "Joules are not measured on a CPU"
 
 
 def _counted_on(group: Group) -> str:

@@ -13,7 +13,7 @@ from pipeline.recipe_json import differing
 from pipeline.report.claims import Claim
 from pipeline.report.differences import VARIED, trained_apart, tuned_in, written
 from pipeline.report.figure import Cell, Table, shown, unit_of
-from pipeline.report.figures import QUANTITIES
+from pipeline.report.figures import MEASURED, MEASURED_SAID, QUANTITIES
 from pipeline.report.places import NOT_SAID, machine, micro_batches, places
 from pipeline.report.silence import state_told
 from pipeline.report.spread import Spread
@@ -27,6 +27,7 @@ _BESIDE = {
     "peak_pss_bytes": ("peak PSS", "B"),
     "net_s": ("wall clock net of restarts", "s"),
     "device_j": ("joules of training, measured", "J"),
+    MEASURED: ("joules of an inference, measured", "J"),
 }
 _HELD = {
     "held.parameters": "parameters",
@@ -42,11 +43,12 @@ HELD_SAID = (
 )
 BESIDE_SAID = (
     "Bytes are of the worker that holds most; states are membranes, traces, and what the slices of a batch share, weights and "
-    "the first features of a still image, with the gradient they collect. Joules are of the whole training, of one worker's card "
-    "in the mean over workers, by the card's own counter (NVML), its idle power included: a measurement, where the energy of an "
-    "inference is an estimate. Multiplications and additions are of training on one sample, by what they serve, counted on the "
-    f"third batch of each start of a run and every {OPERATIONS_EVERY}th after it; states are looked at on the second and every "
-    f"{MEMORY_EVERY}th. Wall clocks leave out what comparing gradients with BPTT's took, which no rule asks for."
+    "the first features of a still image, with the gradient they collect. Joules of training are of the whole of it, of one "
+    "worker's card in the mean over workers, by the card's own counter (NVML), its idle power included; joules of an inference "
+    f"are {MEASURED_SAID}. Those are measured, where the energy of an inference is an estimate. Multiplications and additions "
+    "are of training on one sample, by what they serve, counted on the third batch of each start of a run and every "
+    f"{OPERATIONS_EVERY}th after it; states are looked at on the second and every {MEMORY_EVERY}th. Wall clocks leave out what "
+    "comparing gradients with BPTT's took, which no rule asks for."
 )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from pipeline.evaluate import Evaluated, evaluate, inputs
 from pipeline.guards.watchdog import Watchdog
+from pipeline.measure.joules import Joules
 from pipeline.run.parts import Parts
 
 LOOK_S = 1.0
@@ -28,7 +29,7 @@ def assess(parts: Parts, *, tasks: int, counts_operations: bool, is_asked: Calla
     limit = recipe.evaluate_samples
     most = None if limit is None else len(range(ranks.rank, limit, ranks.size))
     loss_for = recipe.objective.build().labels
-    found: list[Evaluated] = []
+    found, joules = list[Evaluated](), Joules(parts.device)
     lookout, is_left = _Lookout(parts.watchdog, is_asked), False
     parts.meters.note_peaks()
     with published(parts):
@@ -36,7 +37,7 @@ def assess(parts: Parts, *, tasks: int, counts_operations: bool, is_asked: Calla
             task.choose_head(network)
             with closing(parts.loaders.val(index)) as val_set:
                 batches = lookout.over(inputs(val_set, recipe.time_steps, parts.device, most=most))
-                about = {"network": network, "counts_operations": counts_operations}
+                about = {"network": network, "counts_operations": counts_operations, "joules": joules}
                 found.append(evaluate(parts.backend.model, batches, loss_for, over_time=recipe.over_time, **about))
             is_left = bool(ranks.max(torch.tensor(float(lookout.has_left))))
             if is_left:

@@ -20,6 +20,7 @@ from pipeline.guards.fitting import untold
 from pipeline.guards.replicas import stragglers
 from pipeline.job import asked_by
 from pipeline.loop import MicroBatch, train
+from pipeline.measure.joules import inference_j
 from pipeline.measure.memory import hardware, memory_now_bytes
 from pipeline.measure.totals import Totals
 from pipeline.phases import stretch_at
@@ -273,6 +274,7 @@ class Attempt:
         totals, figures = self.meters.over_ranks(self.ranks.max, self.ranks.mean), self.figures.now()
         kept = held_without_zero(self.parts)
         answers = self.ranks.gather([each.answers for each in self.evaluated])
+        measured_j = inference_j(self.ranks.gather(self.evaluated[-1].readings))
         summary: dict[str, Any] = {}
         if self.ranks.rank == 0:
             inference = self.evaluated[-1].inference
@@ -280,7 +282,7 @@ class Attempt:
                 **told_at_the_end(
                     self.parts, step=self.step, result=self.result, totals=totals, kept=kept, learnt=self.learnt, figures=figures
                 ),
-                "inference": None if inference is None else {**inference.told(), "counted_on": COUNTED_ON},
+                "inference": None if inference is None else {**inference.told(measured_j), "counted_on": COUNTED_ON},
             }
             write_json(self.folder / "activity.json", [asdict(layer) for layer in self.evaluated[-1].activity])
             write_answers(self.folder / "answers.npz", answers, tasks=bool(self.recipe.phases))

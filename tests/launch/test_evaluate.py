@@ -107,6 +107,7 @@ def test_a_recipe_with_published_weights_or_with_ours(spiketrain: SPIKETRAIN, re
         code, said, _ = spiketrain("evaluate", recipe, "--weights", file, "--time-steps", steps)
         assert code == 0
         assert said.startswith(f"small ({file.name}, T = {steps}): ")
+        assert re.search(r"\nan inference: [\d.]+ [nµ]J estimated \(45 nm, fp32\), not measured on a CPU\n$", said), said
         assert figures(said) == pytest.approx(expected, abs=6e-5)
 
 

@@ -2,6 +2,7 @@ import io
 import re
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from pipeline.launch.watch import Watch
@@ -177,3 +178,18 @@ def test_a_run_of_several_tasks_tells_each_of_them():
     assert "evaluation after step 100 (epoch 2): top-1 80.00%, BWT -12.50%" in lines
     assert "each task: a 70.00%, b 90.00%" in lines
     assert "finished: 100 steps in 5 s, top-1 80.00%, BWT -12.50%" in lines
+
+
+@pytest.mark.parametrize(
+    ("gpu", "measured", "said"),
+    [
+        ("none", {}, "not measured on a CPU"),
+        ("H100", {}, "not measured: no card told it"),
+        ("H100", {"measured_j": 2.1e-3}, "2.1 mJ measured on the whole card, idle power and waits for data included"),
+    ],
+)
+def test_the_energy_of_an_inference_is_told_beside_what_a_card_measured(gpu: str, measured: dict[str, float], said: str):
+    view, out, _ = watch()
+    inference = {"energy_j": 1.43e-5, "prices": "45 nm, fp32", **measured}
+    view.show([{**START, "hardware": {"gpu": gpu}}, {"event": "finish", "steps": 100, "wall_s": 5.0, "inference": inference}])
+    assert f"an inference: 14.3 µJ estimated (45 nm, fp32), {said}" in out.getvalue().splitlines()

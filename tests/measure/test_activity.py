@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.measure.activity import Activity, LayerActivity
 from pipeline.spiking.neuron import LIF
+from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state
 
 # Neuron 0 never fires, neuron 1 always, neuron 2 at the second step of the second sample alone; without a leak, so no memory.
@@ -60,3 +64,48 @@ def test_a_rank_without_samples_and_a_layer_that_nobody_ran() -> None:
     sizes: list[Tensor] = []
     alone = one.layers(note, lambda value: sizes.append(value) or value)  # type: ignore[func-returns-value]
     assert other.layers(like(noted), lambda value: torch.maximum(value, sizes.pop(0))) == alone == (EXPECTED,)
+
+
+def halves(neuron: LIF, x_TB: Tensor) -> Tensor:
+    """A rule's gradient, whose spikes are worth a half."""
+    return (x_TB >= 1).to(x_TB.dtype) / 2
+
+
+@pytest.mark.parametrize("kind", ["ones", "heights", "gradient"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_spikes_count_as_one_whatever_they_are_worth(kind: str, dtype: torch.dtype) -> None:
+    """Of 514 samples, or half as many: two numbers that bfloat16 has not."""
+    neuron = RateIF(threshold=0.7) if kind == "heights" else LIF(leak=0.0)
+    neuron.gradient = halves if kind == "gradient" else None
+    x_TBN = SPIKES_TBN.repeat(1, 257, 1).to(dtype)
+    with Activity(neuron) as activity, torch.no_grad(), activity.batch(514), fresh_state(neuron):
+        fired_TBN = neuron(x_TBN) != 0
+    (layer,) = activity.layers()
+    assert layer.rates == tuple(fired_TBN.double().mean((1, 2)).tolist()) == (2 / 6, 3 / 6)
+    assert (layer.silent, layer.saturated) == (1 / 3, 1 / 3)
+
+
+class Passes(TorchDispatchMode):
+    """How many operations read or write so many numbers."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.numbers, self.names = numbers, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(each, Tensor) and each.numel() == self.numbers for each in (*args, result)):
+            self.names.append(func.overloadpacket.__name__)
+        return result
+
+
+@pytest.mark.parametrize(("neuron", "expected"), [(LIF(), ["sum"]), (RateIF(), ["empty_like", "ne", "sum"])])
+def test_ones_are_passed_over_once_and_no_device_is_waited_for(neuron: LIF, expected: list[str]) -> None:
+    """Each evaluation pays for it (benchmarks/measuring.py). From a meta tensor no number can be had."""
+    activity, s_TB = Activity(neuron), torch.empty(2, 100, 21, device="meta")
+    (layer,) = activity._layers
+    for _ in range(2):
+        with Passes(s_TB.numel()) as passes, activity.batch(100):
+            layer.hear(neuron, None, s_TB)
+        assert passes.names == expected
+    assert layer.fired_TN.shape == (2, 21)

@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.measure.energy import FP16, TABLES, Inference, energy_j
+from pipeline.measure.energy import FP16, TABLES, Inference, energy_j, in_words
 from pipeline.measure.operations import Work
 
 
@@ -25,3 +25,7 @@ def test_an_addition_beside_a_multiplication_is_part_of_its_mac() -> None:
     assert told["energy_j"] == pytest.approx(1.5 * 4.6e-12 + 3.5 * 0.9e-12)
     assert told["prices"] == "45 nm, fp32" and told["energy_j_by_table"]["45 nm, fp32"] == told["energy_j"]
     assert told["energy_j_by_table"]["45 nm, int8"] == pytest.approx(1.5 * 0.23e-12 + 3.5 * 0.03e-12)
+    assert "measured_j" not in told
+    told["energy_j"] = 1.43e-5
+    assert in_words(told, on_gpu=False) == "an inference: 14.3 µJ estimated (45 nm, fp32), not measured on a CPU"
+    assert in_words(told, on_gpu=True) == "an inference: 14.3 µJ estimated (45 nm, fp32), not measured: no card told it"

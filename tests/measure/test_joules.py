@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from pipeline.measure.joules import Joules
+from pipeline.evaluate import evaluate
+from pipeline.measure.energy import in_words
+from pipeline.measure.joules import Joules, Readings, inference_j
 from pipeline.measure.meters import Meters
+from pipeline.objective import CrossEntropy
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.synapse import Linear
 
 
 class NVMLError(Exception):
@@ -76,3 +82,50 @@ def test_a_run_sums_what_training_used_and_not_what_was_used_between(monkeypatch
     meters.note_peaks()  # 3 J later an evaluation begins
     meters.forget_peaks()  # which ends at 20 J
     assert meters.over_ranks(lambda peaks: peaks, lambda used: used / 2).device_j == 3.5  # of two ranks, the other used none
+
+
+@pytest.mark.usefixtures("a_card")
+def test_an_evaluation_is_measured_from_its_first_batch_to_its_last_and_told_by_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    used_mj = [5_000_000]  # before it began
+    monkeypatch.setitem(sys.modules, "pynvml", stand_in(lambda card: used_mj[0]))
+    network = nn.Sequential(Linear(2, 3), LIF(), Linear(3, 2))
+
+    def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for first in (0, 4, 8):
+            used_mj[0] += 300  # while it is waited for
+            yield torch.ones(2, 4, 2), torch.zeros(4, dtype=torch.int64), torch.arange(first, first + 4)
+
+    network.register_forward_hook(lambda *_: used_mj.__setitem__(0, used_mj[0] + 100))
+    found = evaluate(network, batches(), CrossEntropy(), counts_operations=True, joules=Joules(torch.device("cuda")))
+    assert found.inference is not None and used_mj == [5_000_000 + 3 * 400 + 3 * 100]  # the last 300 to count operations
+    measured_j = inference_j([found.readings])
+    assert measured_j == pytest.approx(1.2 / 12)
+    told = found.inference.told(measured_j)
+    assert told["measured_j"] == measured_j and told["energy_j"] < 1e-9
+    assert in_words(told, on_gpu=True).endswith(
+        "pJ estimated (45 nm, fp32), 100 mJ measured on the whole card, idle power and waits for data included"
+    )
+
+
+def rank(card: str, samples: int, began: float | None, ended: float | None) -> Readings:
+    return Readings(card=card, samples=samples, began=began, ended=ended)
+
+
+def test_cards_add_and_one_that_ranks_share_counts_once() -> None:
+    assert inference_j([rank("GPU-a", 30, 100, 160), rank("GPU-b", 20, 1000, 1040)]) == 100 / 50
+    assert inference_j([rank("GPU-a", 30, 100, 160), rank("GPU-a", 20, 110, 190)]) == 90 / 50
+    assert inference_j([rank("GPU-a", 30, 100, 160), rank("GPU-b", 0, 7, 7)]) == 60 / 30  # evaluated nothing
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        [rank("GPU-a", 30, 100, 160), rank("GPU-b", 20, None, None)],
+        [rank("GPU-a", 30, 100, 160), rank("GPU-b", 20, 1000, None)],
+        [rank("GPU-a", 30, 100, 160), rank("GPU-b", 20, 1000, 1000)],  # its counter has not moved yet
+        [rank("", 30, None, None)],
+        [],
+    ],
+)
+def test_what_some_card_did_not_tell_is_not_measured(ranks: list[Readings]) -> None:
+    assert inference_j(ranks) is None

@@ -22,7 +22,7 @@ def text_of(comparison: Comparison, *, width: int = 120) -> str:
     return out.getvalue()
 
 
-UNKNOWN = {"compute_s": None, "inference.energy_j": None}
+UNKNOWN = {"compute_s": None, "inference.energy_j": None, "inference.measured_j": None}
 
 
 def trained(*, workers: int = 2, micro_batch: int = 32, cpu: str = "a cpu") -> dict[str, Any]:
@@ -236,6 +236,22 @@ def test_time_and_energy_stand_beside_what_was_always_compared(make_run: Callabl
     assert max(map(len, narrow)) <= 80
     values, ratios = narrow[4:6]  # below the ratios of BPTT
     assert values.split()[:2] == ["SLTT", "90.00%"] and "60 ms" in values and ratios.split()[-2:] == ["×0.50", "×0.25"]
+
+
+def test_what_cards_measured_stands_beside_the_estimate(make_run: Callable, runs_dir: Path):
+    make_run("bptt", inference={"energy_j": 4e-6, "measured_j": 0.02})
+    make_run("sltt", rule="SLTT", inference={"energy_j": 1e-6, "measured_j": 0.015})
+    comparison = compare(runs_dir)
+    told = comparison.to_json()["runs"][1]
+    assert told["inference"]["measured_j"] == 0.015 and told["ratios"]["inference.measured_j"] == 0.75
+    text = text_of(comparison)
+    assert re.search(r"inference energy +inference measured", text) and re.search(r"SLTT .* 1 µJ +×0.25 +15 mJ +×0.75", text)
+    (row,) = [row for row in csv.DictReader(io.StringIO(comparison.to_csv())) if row["rule"] == "SLTT"]
+    assert (row["inference.measured_j"], row["ratios.inference.measured_j"]) == ("0.015", "0.75")
+    make_run("on-a-cpu", study="f" * 16, inference={"energy_j": 4e-6})
+    alone = compare(runs_dir, ["on-a-cpu"])
+    assert "inference energy" in text_of(alone) and "measured" not in text_of(alone)
+    assert alone.to_json()["runs"][0]["ratios"]["inference.measured_j"] is None
 
 
 def test_a_rule_is_not_charged_for_being_looked_at(make_run: Callable, runs_dir: Path):

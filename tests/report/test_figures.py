@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.measure.time_parts import BETWEEN, PARTS, REST
 from pipeline.report.figure import DARK, LIGHT, Figure, Missing, Table, Theme, harmless, plain, shown, unit_of
-from pipeline.report.figures import pareto, ratios, trade_off
+from pipeline.report.figures import MEASURED_SAID, pareto, ratios, trade_off
 from pipeline.report.figures_learning import learning_curves, standing
 from pipeline.report.figures_maps import firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.figures_time import memory_of_time, time_parts
@@ -92,11 +92,19 @@ def test_energy_has_its_operations_and_says_which_samples_they_are_of():
     counted = {"macs": 3e6, "acs": 5e7, "energy_j": 5.88e-5, "samples": 60, "counted_on": "evenly spread over it"}
     runs = (run("BPTT", inference=counted), run("SLTT"))
     figure = made(trade_off(Study(title="t", runs=runs).groups[0], "inference.energy_j"))
-    assert figure.table.columns[-2:] == ("MACs", "ACs")
-    assert {row[0]: row[-2:] for row in figure.table.rows} == {"BPTT": (3e6, 5e7), "SLTT": (1.0, 2.0)}
+    assert figure.table.columns[-3:] == ("measured on cards, joules", "MACs", "ACs")
+    assert {row[0]: row[-3:] for row in figure.table.rows} == {"BPTT": (None, 3e6, 5e7), "SLTT": (None, 1.0, 2.0)}
+    assert "Joules are not measured on a CPU." in figure.caption
     assert "Counted on 10 and 60 samples, evenly spread over it and the first batch of the first worker's share" in figure.caption
     assert "once for a still image" in figure.caption
     assert "MACs" not in made(trade_off(study().groups[0], "wall_s")).table.columns
+    counted["measured_j"] = 0.25
+    on_cards = {**MACHINE, "gpu": "H100"}
+    for rules, said in ((("BPTT", "SLTT"), f"are {MEASURED_SAID}"), (("SLTT",), "are not measured: no card told them")):
+        runs = tuple(run(rule, hardware=on_cards, **({"inference": counted} if rule == "BPTT" else {})) for rule in rules)
+        figure = made(trade_off(Study(title="t", runs=runs).groups[0], "inference.energy_j"))
+        assert {row[0]: row[-3] for row in figure.table.rows} == {rule: 0.25 if rule == "BPTT" else None for rule in rules}
+        assert f"{said}. Filled markers" in figure.caption
 
 
 def test_what_was_not_measured_is_missing():

@@ -146,19 +146,21 @@ def test_what_else_was_measured_of_a_rule():
         return {"multiplications": multiplications, "additions": 3e6, "dense": 9e9}
 
     about = {"state_bytes": 1e6, "peak_device_bytes": 0, "peak_rss_bytes": 2e9}
+    used = {"device_j": 2500.0, "inference": {"measured_j": 0.02}}
     runs = (
         run(**about, net_s=10.0, operations={"forward": work(1e9)}),
         run(**about, net_s=12.0, operations={"forward": work(3e9)}, seed=1),
-        run("SLTT", state_bytes=0, peak_device_bytes=0, device_j=2500.0, operations={"feedback": work(0)}),
+        run("SLTT", state_bytes=0, peak_device_bytes=0, operations={"feedback": work(0)}, **used),
     )
     found = tables.beside(Study(title="t", runs=runs).groups[0])
     assert found is not None and found.columns == (
         "rule", "states", "peak RSS", "wall clock net of restarts", "joules of training, measured",
+        "joules of an inference, measured",
         "forward: multiplications", "forward: additions", "feedback: multiplications", "feedback: additions",
     )  # fmt: skip
     assert found.rows == (
-        ("BPTT", "1 ± 0 MB", "2 ± 0 GB", "11 ± 1.4 s", None, "2 ± 1.4 G", "3 ± 0 M", None, None),
-        ("SLTT", "0 B", None, None, "2.5 kJ", None, None, "0", "3 M"),
+        ("BPTT", "1 ± 0 MB", "2 ± 0 GB", "11 ± 1.4 s", None, None, "2 ± 1.4 G", "3 ± 0 M", None, None),
+        ("SLTT", "0 B", None, None, "2.5 kJ", "20 mJ", None, None, "0", "3 M"),
     )
     assert tables.beside(Study(title="t", runs=(run(state_bytes=None),)).groups[0]) is None
 
