@@ -1,7 +1,8 @@
 """A recipe's network and one batch of its data, on which rules are tried before any training.
 
-Every rule gets the same network with the same weights, which rest, and the same batch, through the loop that trains. Recipes
-with a teacher are tried with its labels alone (asked.py has what it needs beside), and those of several tasks in their first.
+Every rule gets the same network with the same weights, those that training starts from, which rest, and the same batch, through
+the loop that trains. Recipes with a teacher are tried with its labels alone (asked.py has what it needs beside), and those of
+several tasks in their first.
 """
 
 # T time, B batch
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -47,6 +49,7 @@ from pipeline.rules.spide import SPIDE
 from pipeline.run.settle import settle
 from pipeline.spiking.encode import over_steps
 from pipeline.tasks import tasks_of
+from pipeline.weights import load_start
 
 RULES = (
     spec(BPTT),
@@ -112,7 +115,7 @@ class Bench:
     `source="noise"` makes the batch up, normal and of random classes, where the data need not be here: sizes are right then,
     and sparsity is not.
 
-    Raises: ValueError for a network that does not fit the data; what the data refuse.
+    Raises: ValueError for a network that does not fit the data or the weights that it starts from; what the data refuse.
     """
 
     def __init__(
@@ -128,7 +131,10 @@ class Bench:
         self.samples = batch_size or recipe.split(1).micro_batch
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         seed_everything(recipe.seed)
-        self.network = build_network(self.recipe, tasks_of(self.recipe)).to(device)
+        network = build_network(self.recipe, tasks_of(self.recipe))
+        if recipe.init is not None:
+            load_start(network, Path(recipe.init))
+        self.network = network.to(device)
         self.loss: Loss = self.recipe.objective.build()
         batch = first_batch(recipe, self.samples) if source == "data" else noise(recipe, self.samples)
         self.x_B = batch.x.to(device)

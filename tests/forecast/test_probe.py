@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
 from pipeline.forecast.bench import RULES, Bench, Cost
 from pipeline.forecast.probe import Probe, advice, probe
@@ -83,6 +84,16 @@ def test_the_network_is_the_recipes_and_rests() -> None:
     one, other = (probe(recipe_with(0.5), rules=(spec(BPTT), spec(SLTT))) for _ in range(2))
     assert one.fidelity == other.fidelity
     assert [cost.operations for cost in one.costs] == [cost.operations for cost in other.costs]
+
+
+def test_a_recipe_that_starts_from_weights_is_probed_with_them(tmp_path: Path) -> None:
+    """Of a network that is silent but for its readout, whose bias alone is not 0, no gradient reaches the first layer."""
+    silent = {name: torch.zeros_like(value) for name, value in recipe_with(0.5).model.build().state_dict().items()}
+    save_file({**silent, "classifier.bias": torch.ones(10)}, tmp_path / "start.safetensors")
+    recipe = recipe_with(0.5, init=str(tmp_path / "start.safetensors"))
+    found = probe(recipe, rules=(spec(BPTT), spec(SLTT))).fidelity
+    assert found is not None and math.isnan(found.temporal_share["layers.0"])
+    assert torch.equal(Bench(recipe, batch_size=2).network.state_dict()["classifier.bias"], torch.ones(10))
 
 
 def test_a_taught_recipe_is_probed_with_labels_and_its_teacher_is_told_beside() -> None:
