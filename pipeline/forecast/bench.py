@@ -33,7 +33,6 @@ from pipeline.measure.held import Held, bytes_of, held
 from pipeline.measure.meters import Instrument, Meters
 from pipeline.measure.stopwatch import seconds_of
 from pipeline.measure.time_parts import REST
-from pipeline.measure.totals import Totals
 from pipeline.measure.traffic import Traffic
 from pipeline.objective import Loss
 from pipeline.optimizer import build_optimizer
@@ -103,9 +102,11 @@ class Cost:
 class Needs:
     """What one rule needs of a machine on one batch; nothing is timed."""
 
-    totals: Totals
+    peak_saved_bytes: int
+    state_bytes: int
     rule_bytes: int
     """of what the rule learns by itself"""
+    backward_calls: float
     traffic: Traffic
 
 
@@ -149,6 +150,7 @@ class Bench:
         def median_s(*parts: str) -> float:
             return statistics.median(sum(seconds[part] for part in parts) for seconds in timed)
 
+        assert totals.peak_saved_bytes is not None and totals.state_bytes is not None, "no batch is skipped"
         return Cost(
             rule=made.label,
             peak_saved_bytes=totals.peak_saved_bytes,
@@ -163,7 +165,15 @@ class Bench:
         """Raises: ValueError as `cost`."""
         traffic = Traffic()
         made, meters = self._trained(rule, batches=UNTIMED + 1, on_the_last=traffic)
-        return Needs(totals=meters.totals, rule_bytes=bytes_of(made.buffers()), traffic=traffic)
+        totals = meters.totals
+        assert totals.peak_saved_bytes is not None and totals.state_bytes is not None, "no batch is skipped"
+        return Needs(
+            peak_saved_bytes=totals.peak_saved_bytes,
+            state_bytes=totals.state_bytes,
+            rule_bytes=bytes_of(made.buffers()),
+            backward_calls=totals.backward_calls / totals.batches,
+            traffic=traffic,
+        )
 
     def gradients(self, rule: Spec) -> list[dict[str, Tensor]]:
         """What the rule gives each synapse, in fp32; of one that draws time steps, in several draws."""

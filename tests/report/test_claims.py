@@ -158,6 +158,15 @@ def test_what_has_nothing_to_be_divided_by_is_not_judged() -> None:
     assert time_at_most("SLTT", untimed, "SLTT", bound=1.0, published="").holds is None
 
 
+@pytest.mark.parametrize("rule", ["SLTT", "BPTT"])
+def test_bytes_that_nobody_counted_hold_no_claim(rule: str) -> None:
+    uncounted = group(*(run(each, **({"peak_saved_bytes": None} if each == rule else {})) for each in ("BPTT", "SLTT")))
+    claim = bytes_at_most("SLTT", uncounted, "SLTT", bound=0.25, published="")
+    assert (claim.holds, claim.ours) == (None, "not measured")
+    said = f"saved bytes were not measured in runs of {rule}, in which no batch was whole on which bytes are counted"
+    assert said in uncounted.notes
+
+
 def test_temporal_shares_are_means_over_the_runs_that_looked() -> None:
     [start, later] = fidelity()
     other = [{**later, "temporal_share": {"first": 0.35, "second": 0.375}}]
