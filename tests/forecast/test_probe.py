@@ -149,9 +149,7 @@ def test_where_memory_ends_the_rule_is_refused_and_the_others_go_on(monkeypatch:
     monkeypatch.setattr(BPTT, "_objectives", full)
     found = probe(recipe_with(0.5), rules=(spec(BPTT), spec(BPTT, recompute=True)))
     assert [cost.rule for cost in found.costs] == ["BPTT", "SLTT-2"]
-    assert found.refused["BPTT-recompute"] == (
-        "BPTT-recompute: a batch must fit into the card's memory; 8 samples at T = 4 do not"
-    )
+    assert found.refused["BPTT-recompute"] == ("BPTT-recompute: a batch must fit into memory; 8 samples at T = 4 do not")
 
 
 # ---------------------------------------------------------------------------------------------------------------- advice
@@ -160,7 +158,17 @@ def test_where_memory_ends_the_rule_is_refused_and_the_others_go_on(monkeypatch:
 def probed(**rules: tuple[float, float, dict[str, float]]) -> Probe:
     """Of (bytes, seconds, cosines) by rule, beside BPTT's 100 bytes in 1 s."""
     costs = [
-        Cost(rule=name, peak_saved_bytes=int(size), state_bytes=0, forward_s=0.0, backward_s=seconds, loop_s=0.0, operations={})
+        Cost(
+            rule=name,
+            peak_saved_bytes=int(size),
+            state_bytes=0,
+            peak_memory_bytes=None,
+            rule_bytes=0,
+            forward_s=0.0,
+            backward_s=seconds,
+            loop_s=0.0,
+            operations={},
+        )
         for name, (size, seconds, _) in {"BPTT": (100, 1.0, {}), **rules}.items()
     ]
     cosines = {name: layers for name, (_, _, layers) in rules.items() if layers}
