@@ -44,6 +44,24 @@ class Split:
     micro_batch: int
     accumulation: int
 
+    @classmethod
+    def of(cls, batch_size: int, *, workers: int, most: int | None) -> Split:
+        """The fewest accumulated micro-batches of at most so many samples (None: a worker's whole share).
+
+        Raises:
+            ValueError: the batch does not divide; the message names the sizes nearest to it that do.
+        """
+        share, rest = divmod(batch_size, workers)
+        if rest or share == 0:
+            near = sorted({max(1, share) * workers, (share + 1) * workers})
+            raise ValueError(
+                f"recipe: batch_size must divide by {workers} workers; got {batch_size}, "
+                f"near it {' and '.join(map(str, near))} do"
+            )
+        largest = share if most is None else min(most, share)
+        micro = next(size for size in range(largest, 0, -1) if share % size == 0)
+        return cls(workers, micro, share // micro)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -175,21 +193,8 @@ class Recipe:
         check_phases(self.phases)
 
     def split(self, workers: int) -> Split:
-        """How the global batch falls on `workers`: the fewest accumulated micro-batches that respect `micro_batch`.
-
-        Raises:
-            ValueError: the batch does not divide; the message names the sizes nearest to it that do.
-        """
-        share, rest = divmod(self.batch_size, workers)
-        if rest or share == 0:
-            near = sorted({max(1, share) * workers, (share + 1) * workers})
-            raise ValueError(
-                f"recipe: batch_size must divide by {workers} workers; got {self.batch_size}, "
-                f"near it {' and '.join(map(str, near))} do"
-            )
-        largest = share if self.micro_batch is None else min(self.micro_batch, share)
-        micro = next(size for size in range(largest, 0, -1) if share % size == 0)
-        return Split(workers, micro, share // micro)
+        """How the global batch falls on `workers`. Raises as `Split.of`."""
+        return Split.of(self.batch_size, workers=workers, most=self.micro_batch)
 
     def override(self, changes: Mapping[str, Any]) -> Recipe:
         """The recipe with dotted keys changed, `{"optimizer.lr": 0.05, "epochs": 3}`, and validated again.

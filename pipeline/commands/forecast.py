@@ -71,13 +71,13 @@ def sweep(
     steps: Annotated[str, typer.Option("--steps", metavar="T,...", help="numbers of time steps")] = "1,2,4,8,16",
     batch: Annotated[
         str | None,
-        typer.Option("--batch", metavar="N|auto", help="samples; auto: as in training, and the largest that fits beside it"),
+        typer.Option("--batch", metavar="N|auto", help="samples; auto: as in training, and about the largest that fits"),
     ] = None,
     memory: Annotated[
-        float | None, typer.Option("--memory", metavar="GB", help="that the largest batch may take; without it what is free")
+        float | None, typer.Option("--memory", metavar="GB", help="that the largest batch must fit into; without it what is free")
     ] = None,
     at_largest: Annotated[
-        bool, typer.Option("--at-largest", help="with --batch auto: train one batch of each rule's own largest size, too")
+        bool, typer.Option("--at-largest", help="with --batch auto: find each rule's own largest batch by training it")
     ] = False,
     cpus_per_worker: Cpus = 1,
     format_: Format = "table",

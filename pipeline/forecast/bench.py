@@ -1,7 +1,8 @@
 """A recipe's network and one batch of its data, on which rules are tried before any training.
 
-Every rule gets the same network with the same weights, which rest, and the same batch, through the loop that trains. Recipes
-with a teacher are tried with its labels alone (asked.py has what it needs beside), and those of several tasks in their first.
+Every rule gets the same network with the same weights, those that training starts from, which rest, and the same batch, through
+the loop that trains. Recipes with a teacher are tried with its labels alone (asked.py has what it needs beside), and those of
+several tasks in their first.
 """
 
 # T time, B batch
@@ -11,9 +12,10 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -26,12 +28,20 @@ from pipeline.data.base import Batch
 from pipeline.elastic import seed_everything
 from pipeline.guards.batches import Unguarded
 from pipeline.loop import MicroBatch, train
+from pipeline.malloc import release_freed_memory
 from pipeline.measure.fidelity import gradients
 from pipeline.measure.held import Held, bytes_of, held
+from pipeline.measure.memory import (
+    is_out_of_memory,
+    memory_now_bytes,
+    peak_device_bytes,
+    peak_rss_bytes,
+    reset_peak_device_bytes,
+    reset_peak_rss,
+)
 from pipeline.measure.meters import Instrument, Meters
 from pipeline.measure.stopwatch import seconds_of
 from pipeline.measure.time_parts import REST
-from pipeline.measure.totals import Totals
 from pipeline.measure.traffic import Traffic
 from pipeline.objective import Loss
 from pipeline.optimizer import build_optimizer
@@ -47,6 +57,7 @@ from pipeline.rules.spide import SPIDE
 from pipeline.run.settle import settle
 from pipeline.spiking.encode import over_steps
 from pipeline.tasks import tasks_of
+from pipeline.weights import load_start
 
 RULES = (
     spec(BPTT),
@@ -64,6 +75,8 @@ UNTIMED = 3  # the first batch warms up, on the second bytes are counted, on the
 TIMED = 5
 ROUNDS = 3
 """of what is compared by its seconds: where a machine gets slower in between, it does so for all"""
+RESERVE = 0.1
+"""of memory that is left to fragments, to workspaces and the driver, and to what a small batch does not tell of a large one"""
 LEARNS_BY_ITSELF = 16  # batches that a rule with matrices of its own sees before its gradient is taken
 DRAWS = 8
 
@@ -75,6 +88,11 @@ class Cost:
     rule: str
     peak_saved_bytes: int
     state_bytes: int
+    peak_memory_bytes: int | None
+    """how far the process's resident memory, on a GPU what its allocator holds, rises in a batch: with gradients and what kernels
+    take for their work, without the network and the batch itself; None where the kernel does not begin its peak anew"""
+    rule_bytes: int
+    """of what the rule learns by itself"""
     forward_s: float
     backward_s: float
     """of a batch, the median over batches; collectives and the optimizer are in neither"""
@@ -96,13 +114,19 @@ class Cost:
         return sum(work["additions"] for work in self.operations.values())
 
 
+class DoesNotFit(ValueError):
+    """Memory ended."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Needs:
     """What one rule needs of a machine on one batch; nothing is timed."""
 
-    totals: Totals
+    peak_saved_bytes: int
+    state_bytes: int
     rule_bytes: int
     """of what the rule learns by itself"""
+    backward_calls: float
     traffic: Traffic
 
 
@@ -112,7 +136,8 @@ class Bench:
     `source="noise"` makes the batch up, normal and of random classes, where the data need not be here: sizes are right then,
     and sparsity is not.
 
-    Raises: ValueError for a network that does not fit the data; what the data refuse.
+    Raises: ValueError for a network that does not fit the data or the weights that it starts from; DoesNotFit where the batch
+    does not fit into memory; what the data refuse.
     """
 
     def __init__(
@@ -128,25 +153,33 @@ class Bench:
         self.samples = batch_size or recipe.split(1).micro_batch
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         seed_everything(recipe.seed)
-        self.network = build_network(self.recipe, tasks_of(self.recipe)).to(device)
+        network = build_network(self.recipe, tasks_of(self.recipe))
+        if recipe.init is not None:
+            load_start(network, Path(recipe.init))
+        self.network = network.to(device)
         self.loss: Loss = self.recipe.objective.build()
-        batch = first_batch(recipe, self.samples) if source == "data" else noise(recipe, self.samples)
-        self.x_B = batch.x.to(device)
-        self.x_TB = over_steps(self.x_B, recipe.time_steps)
-        self.target_B = batch.target.to(device)
+        with self._in_memory(recipe.name):
+            batch = first_batch(recipe, self.samples) if source == "data" else noise(recipe, self.samples)
+            self.x_B = batch.x.to(device)
+            self.x_TB = over_steps(self.x_B, recipe.time_steps)
+            self.target_B = batch.target.to(device)
 
     def cost(self, rule: Spec) -> Cost:
-        """Raises: ValueError where the rule cannot train the network, or its batch does not fit into memory."""
-        made, meters = self._trained(rule, batches=UNTIMED + TIMED)
+        """Raises: ValueError where the rule cannot train the network; DoesNotFit where its batch does not fit into memory."""
+        made, meters, before = self._trained(rule, batches=UNTIMED + TIMED)
+        peak = peak_device_bytes() if self.x_B.is_cuda else peak_rss_bytes()
         timed, totals = meters.clock.take()[UNTIMED:], meters.totals
 
         def median_s(*parts: str) -> float:
             return statistics.median(sum(seconds[part] for part in parts) for seconds in timed)
 
+        assert totals.peak_saved_bytes is not None and totals.state_bytes is not None, "no batch is skipped"
         return Cost(
             rule=made.label,
             peak_saved_bytes=totals.peak_saved_bytes,
             state_bytes=totals.state_bytes,
+            peak_memory_bytes=None if before is None else peak - before,
+            rule_bytes=bytes_of(made.buffers()),
             forward_s=median_s("forward"),
             backward_s=median_s("backward"),
             loop_s=median_s("transfer", "metrics", REST),
@@ -156,8 +189,16 @@ class Bench:
     def needs(self, rule: Spec) -> Needs:
         """Raises: ValueError as `cost`."""
         traffic = Traffic()
-        made, meters = self._trained(rule, batches=UNTIMED + 1, on_the_last=traffic)
-        return Needs(totals=meters.totals, rule_bytes=bytes_of(made.buffers()), traffic=traffic)
+        made, meters, _ = self._trained(rule, batches=UNTIMED + 1, on_the_last=traffic)
+        totals = meters.totals
+        assert totals.peak_saved_bytes is not None and totals.state_bytes is not None, "no batch is skipped"
+        return Needs(
+            peak_saved_bytes=totals.peak_saved_bytes,
+            state_bytes=totals.state_bytes,
+            rule_bytes=bytes_of(made.buffers()),
+            backward_calls=totals.backward_calls / totals.batches,
+            traffic=traffic,
+        )
 
     def gradients(self, rule: Spec) -> list[dict[str, Tensor]]:
         """What the rule gives each synapse, in fp32; of one that draws time steps, in several draws."""
@@ -197,8 +238,12 @@ class Bench:
         made.check_steps(self.recipe.time_steps)
         return made
 
-    def _trained(self, rule: Spec, *, batches: int, on_the_last: Instrument | None = None) -> tuple[Rule, Meters]:
-        """So many batches with weights at rest, the last of them seen by `on_the_last`."""
+    def _trained(self, rule: Spec, *, batches: int, on_the_last: Instrument | None = None) -> tuple[Rule, Meters, int | None]:
+        """So many batches with weights at rest, the last of them seen by `on_the_last`.
+
+        Third, the bytes that memory held before the timed ones, from where its peak began anew: what is loaded when it is first
+        needed was there by then. None where no peak can be begun anew.
+        """
         network, made = copy.deepcopy(self.network), self._made(rule)
         made.attach(network, world=World(self.recipe.seed), over_time=self.recipe.over_time)
         if made.calibration_batches:
@@ -208,22 +253,38 @@ class Bench:
         backend = Plain(network, _resting, precision=self.recipe.precision)
         micro_batches = [MicroBatch(self.x_TB, self.target_B, range(self.samples), 1.0)]
 
+        before: int | None = None
+
         def steps() -> Iterator[tuple[int, list[MicroBatch]]]:
+            nonlocal before
             for step in range(batches):
+                if step == UNTIMED:
+                    before = self._begin_peak()
                 if step == batches - 1 and on_the_last is not None:
                     meters.watch(on_the_last)
                 yield step, micro_batches
 
-        try:
+        with self._in_memory(made.label):
             train(made, backend, lambda step: None, steps(), self.loss, meters, Unguarded())
-        except torch.OutOfMemoryError:
-            network.zero_grad()
-            torch.cuda.empty_cache()
-            raise ValueError(
-                f"{made.label}: a batch must fit into the card's memory; "
-                f"{self.samples} samples at T = {self.recipe.time_steps} do not"
+        return made, meters, before
+
+    def _begin_peak(self) -> int | None:
+        """What memory holds from which its peak begins anew; None where it does not."""
+        release_freed_memory()
+        reset_peak_device_bytes()
+        return memory_now_bytes() if reset_peak_rss() or self.x_B.is_cuda else None
+
+    @contextmanager
+    def _in_memory(self, who: str) -> Iterator[None]:
+        """Raises: DoesNotFit where memory ends inside."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DoesNotFit(
+                f"{who}: a batch must fit into memory; {self.samples} samples at T = {self.recipe.time_steps} do not"
             ) from None
-        return made, meters
 
     def _moved(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         """A copy of the network, and its optimizer after a first step."""

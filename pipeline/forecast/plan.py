@@ -33,7 +33,7 @@ from typing import Literal
 import torch
 
 from pipeline.build import check_recipe
-from pipeline.forecast.bench import ROUNDS, RULES, Bench, by_label
+from pipeline.forecast.bench import RESERVE, ROUNDS, RULES, Bench, by_label
 from pipeline.forecast.profile import EFFICIENCY, Profile, TeacherProfile, profile_of, sizes_for, teacher_profile, times_for
 from pipeline.measure.held import Held
 from pipeline.measure.memory import free_bytes
@@ -42,8 +42,6 @@ from pipeline.measure.traffic import Device
 from pipeline.recipe import Recipe, Spec
 from pipeline.tasks import Loaders, tasks_of
 
-RESERVE = 0.1
-"""of a card's memory that is left to fragments, workspaces and the driver"""
 RAY_SHARE = 0.07
 """of a core that Ray's own processes take from each worker where no core is spare: `top` on two workers, Ray 2.60"""
 

@@ -136,15 +136,14 @@ def profile_of(
     else:
         seconds = {place: each.traffic.busy(card, precision=recipe.precision) / EFFICIENCY for place, each in needs.items()}
         launches = {place: each.traffic.kernels * card.launch for place, each in needs.items()}
-    totals = {place: each.totals for place, each in needs.items()}
     return Profile(
         rule=rule,
-        saved_bytes=Bilinear.through({place: each.peak_saved_bytes for place, each in totals.items()}),
-        state_bytes=Bilinear.through({place: each.state_bytes for place, each in totals.items()}),
+        saved_bytes=Bilinear.through({place: each.peak_saved_bytes for place, each in needs.items()}),
+        state_bytes=Bilinear.through({place: each.state_bytes for place, each in needs.items()}),
         rule_bytes=max(each.rule_bytes for each in needs.values()),
         seconds=Bilinear.through(seconds),
         launches_s=Bilinear.through(launches),
-        backward_calls=Bilinear.through({place: each.backward_calls / each.batches for place, each in totals.items()}),
+        backward_calls=Bilinear.through({place: each.backward_calls for place, each in needs.items()}),
     )
 
 

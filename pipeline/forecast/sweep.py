@@ -1,23 +1,31 @@
 """Memory and time against the number of time steps T, for each rule: what the papers' central figures show.
 
-And the largest batch whose bytes fit. What backward keeps grows with the batch in a straight line, bytes(B) = a + b B, so two
-sizes tell it; beside it lie the parameters with their gradients and the optimizer's state, a teacher, and the batch itself.
+And the largest batch that fits. What training takes at its peak grows with the batch in a straight line, bytes(B) = a + b B, so
+two sizes tell it; beside it lie the optimizer's state, a teacher, and the batch itself. That is an estimate, for which a part of
+the memory is left free. Who wants to know has the batch trained: where it does not fit, smaller ones are, and the largest of them
+that did is told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline.build import check_recipe
 from pipeline.counts import are_counts
 from pipeline.forecast.asked import Asked, asked
-from pipeline.forecast.bench import RULES, Bench, Cost, by_label, fastest_baseline
+from pipeline.forecast.bench import RESERVE, RULES, Bench, Cost, DoesNotFit, by_label, fastest_baseline
+from pipeline.measure.held import Held
 from pipeline.measure.memory import free_bytes, hardware
 from pipeline.recipe import Recipe, Spec
 
 STEPS = (1, 2, 4, 8, 16)
+COARSE = 2**20
+"""bytes: so far a process's resident memory tells of pages and caches, not of a batch; a GPU's allocator counts exactly"""
+REFINED = 3
+"""times that the largest batch which fits is looked for between one that was trained and one that did not fit"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +37,9 @@ class Point:
     images_per_compute_s: float
     """samples over the seconds of forward and backward alone: loading, the optimizer and collectives are not in it"""
     largest_batch: int | None
-    """whose bytes fit into the memory that was asked for; None: nobody asked"""
+    """that fits into the memory that was asked for: an estimate, or the largest that was trained; None: nobody asked"""
     at_largest: Cost | None = None
-    """of one batch of so many, where it was tried"""
+    """of one batch of so many, where it was trained"""
 
     @property
     def images_per_compute_s_at_largest(self) -> float | None:
@@ -47,7 +55,8 @@ class Sweep:
     points: tuple[Point, ...]
     """by rule, then by time steps"""
     refused: Mapping[str, Mapping[int, str]]
-    """rules that cannot train the network, or for whose largest batch the data have too few samples, at which T, and why"""
+    """rules that cannot train the network, which have no point, or for whose largest batch the data have too few samples, at
+    which T, and why"""
     memory_bytes: int | None
     """that a largest batch may take, with what lies beside it"""
     teacher: Asked | None
@@ -89,7 +98,8 @@ def sweep(
     Args:
         batch_size: samples; None: what one worker would hold at a time.
         memory_bytes: find the largest batch that fits into so many, or into what is free; None: find none.
-        at_largest: try each rule's own largest batch, too; the time that this takes grows with `memory_bytes`.
+        at_largest: train each rule's own largest batch, too, or where it does not fit smaller ones; the time that this takes
+            grows with `memory_bytes`.
 
     Raises: ValueError for a recipe that does not fit together, for recordings (their T is their own), for no time steps, or
     where no rule can train the network; what the data refuse.
@@ -106,14 +116,13 @@ def sweep(
     refused: dict[str, dict[int, str]] = {}
     benches = [Bench(replace(recipe, time_steps=each), batch_size=batch_size, threads=threads) for each in steps]
     teacher = asked(recipe, benches[0].x_B)
-    room = None if limit is None else limit - (0 if teacher is None else teacher.bytes)
     for bench in benches:
-        half = None if limit is None else _half(bench, threads)
+        room = None if limit is None else _Room(bench, limit - (0 if teacher is None else teacher.bytes), threads)
         for label, rule in by_label(rules, recipe.rule).items():
             try:
-                points.append(_point(bench, half, rule, room))
-                if at_largest and points[-1].largest_batch:
-                    points[-1] = _tried(points[-1], bench.recipe, rule, threads)
+                points.append(_point(bench, rule, room))
+                if at_largest and room is not None:
+                    points[-1] = room.trained(points[-1], rule)
             except ValueError as error:
                 refused.setdefault(label, {})[bench.recipe.time_steps] = str(error)
     if not points:
@@ -131,30 +140,86 @@ def sweep(
     )
 
 
-def _half(bench: Bench, threads: int) -> Bench:
-    if bench.samples < 2:
-        raise ValueError(f"sweep: a largest batch is found from two sizes, so the batch must be 2 or more; got {bench.samples}")
-    return Bench(bench.recipe, batch_size=bench.samples // 2, threads=threads)
-
-
-def _point(bench: Bench, half: Bench | None, rule: Spec, room: int | None) -> Point:
+def _point(bench: Bench, rule: Spec, room: _Room | None) -> Point:
     cost = bench.cost(rule)
-    largest = None if half is None or room is None else _largest(bench, cost, half, half.cost(rule), room)
-    speed = bench.samples / cost.compute_s
-    return Point(time_steps=bench.recipe.time_steps, cost=cost, images_per_compute_s=speed, largest_batch=largest)
+    return Point(
+        time_steps=bench.recipe.time_steps,
+        cost=cost,
+        images_per_compute_s=bench.samples / cost.compute_s,
+        largest_batch=None if room is None else room.estimate(cost, rule),
+    )
 
 
-def _tried(point: Point, recipe: Recipe, rule: Spec, threads: int) -> Point:
-    return replace(point, at_largest=Bench(recipe, batch_size=point.largest_batch, threads=threads).cost(rule))
+class _Room:
+    """The memory that batches of a bench's recipe must fit into."""
+
+    def __init__(self, bench: Bench, size: int, threads: int) -> None:
+        if bench.samples < 2:
+            raise ValueError(
+                f"sweep: a largest batch is found from two sizes, so the batch must be 2 or more; got {bench.samples}"
+            )
+        self.bench, self.bytes, self.threads = bench, size, threads
+        self.half = self._bench_of(bench.samples // 2)
+        self.held: Held = bench.held()
+        self.coarse = 0 if bench.x_B.is_cuda else COARSE
+        averages = self.held.parameters if bench.recipe.ema_decay else 0
+        self.beside = self.held.parameters + self.held.buffers + self.held.optimizer + averages
+
+    def estimate(self, cost: Cost, rule: Spec) -> int:
+        """From the bytes of two batches, of which `cost` is one; 0 where not even one sample fits."""
+        bench, half, half_cost = self.bench, self.half, self.half.cost(rule)
+        grows = self._counted(cost) - self._counted(half_cost)
+        if cost.peak_memory_bytes is not None and half_cost.peak_memory_bytes is not None:
+            seen = cost.peak_memory_bytes - half_cost.peak_memory_bytes
+            grows = max(grows, seen if seen >= self.coarse else 0)
+        of_a_sample = (grows + bench.batch_bytes - half.batch_bytes) / (bench.samples - half.samples)
+        left = (1 - RESERVE) * self.bytes - self.needed(bench, cost)
+        return max(0, bench.samples + int(left // max(of_a_sample, 1.0)))
+
+    def trained(self, point: Point, rule: Spec) -> Point:
+        """With the largest batch that was trained, of its own and smaller ones, and fitted; 0 where not even one sample did."""
+        assert point.largest_batch is not None
+
+        def cost_of(samples: int) -> Cost | None:
+            bench = self._bench_of(samples)
+            cost = bench.cost(rule)
+            return cost if self.needed(bench, cost) <= self.bytes else None
+
+        samples, cost = _largest_of(point.largest_batch, cost_of)
+        return replace(point, largest_batch=samples, at_largest=cost)
+
+    def needed(self, bench: Bench, cost: Cost) -> int:
+        """Of training on batches like the bench's: the peak that was seen, as far as it tells of a batch, or what is counted."""
+        at_peak = max(self._counted(cost), (cost.peak_memory_bytes or 0) - self.coarse)
+        return at_peak + self.beside + cost.rule_bytes + bench.batch_bytes
+
+    def _counted(self, cost: Cost) -> int:
+        return cost.peak_saved_bytes + cost.state_bytes + self.held.gradients
+
+    def _bench_of(self, samples: int) -> Bench:
+        return Bench(self.bench.recipe, batch_size=samples, threads=self.threads)
 
 
-def _largest(bench: Bench, cost: Cost, half: Bench, half_cost: Cost, room: int) -> int:
-    """From the bytes of two batches; 0 where not even one sample fits."""
-    more = _bytes(bench, cost) - _bytes(half, half_cost)
-    of_a_sample = more / (bench.samples - half.samples)
-    fixed = _bytes(bench, cost) - of_a_sample * bench.samples + bench.held().total
-    return max(0, int((room - fixed) / max(of_a_sample, 1.0)))
+def _largest_of(estimate: int, cost_of: Callable[[int], Cost | None]) -> tuple[int, Cost | None]:
+    """`estimate` where it fits, else half of it and so on, and then what fits between there and what did not, with its cost."""
 
+    def tried(samples: int) -> Cost | None:
+        try:
+            return cost_of(samples)
+        except DoesNotFit:
+            pass
+        gc.collect()  # the batch that did not fit, if a cycle holds it
+        return None
 
-def _bytes(bench: Bench, cost: Cost) -> int:
-    return cost.peak_saved_bytes + cost.state_bytes + bench.batch_bytes
+    samples, too_many, cost = estimate, estimate + 1, None
+    while samples and (cost := tried(samples)) is None:
+        samples, too_many = samples // 2, samples
+    for _ in range(REFINED):
+        between = (samples + too_many) // 2
+        if between == samples:
+            break
+        if (found := tried(between)) is None:
+            too_many = between
+        else:
+            samples, cost = between, found
+    return samples, cost

@@ -20,6 +20,7 @@ __all__ = [
     "SavedBytes",
     "free_bytes",
     "hardware",
+    "is_out_of_memory",
     "memory_now_bytes",
     "peak_device_bytes",
     "peak_reserved_bytes",
@@ -170,6 +171,12 @@ def free_bytes() -> int:
     available = (_proc_kilobytes("/proc/meminfo", "MemAvailable:") or 0) * 1024
     room = room_bytes()
     return available if room is None else min(available, room)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device, or this machine, had no more to give; for the latter torch 2.13 has no class of its own."""
+    refused = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return refused or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def reset_peak_device_bytes() -> None:

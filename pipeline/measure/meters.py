@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from pipeline.rules.base import Objective
 from pipeline.spiking.state import state_bytes
 
 Reduce = Callable[[Tensor], Tensor]
+Counted = Literal["bytes", "operations"]
 T_ = TypeVar("T_")
 
 
@@ -49,6 +50,16 @@ class _Sums:
         self.hits += batch.hits
         self.samples += batch.samples
         self.batches += 1
+
+
+@dataclass
+class _Batch:
+    """Of the batch at hand: it counts once it has ended."""
+
+    sums: _Sums
+    backward_calls: int = 0
+    state_bytes: int = 0
+    """the most that was seen, where bytes are counted"""
 
 
 @dataclass
@@ -78,7 +89,8 @@ class Meters:
         device: where loss and hits are summed; they, and the clock, are read only at `take`, so that a GPU is never waited for
             in between.
         memory_every: counting saved bytes costs time, so it is done on the second batch of an attempt and every so many
-            batches after it, and those batches are left out of the steady speed.
+            batches after it, and those batches are left out of the steady speed. A batch that is left in the middle counts
+            nothing, and the next one does in its place.
         operations_every: likewise of operations, from the third batch on.
     """
 
@@ -106,6 +118,8 @@ class Meters:
         self._begun = 0
         self._steady: deque[bool] = deque()
         """of the batches that ended since the clock was read"""
+        self._due: set[Counted] = set()
+        """what a batch is to be counted for, and none has ended on which it was"""
         self._is_counting = False
         self._watching: Instrument | None = None
         self._asked: Instrument | None = None
@@ -113,7 +127,7 @@ class Meters:
         """of what was entered inside the part between batches that is open"""
         self._losses: list[Tensor] = []
         self._logits: Tensor | None = None
-        self._window, self._batch = _Window(self._new_sums()), self._new_sums()
+        self._window, self._batch = _Window(self._new_sums()), _Batch(self._new_sums())
 
     @contextmanager
     def batch(self, step: int) -> Iterator[None]:
@@ -121,12 +135,14 @@ class Meters:
 
         Of a batch that is left in the middle nothing is kept.
         """
-        is_steady = self._is_steady(self._begun)
-        self._is_counting = self._counts_memory(self._begun)
-        operations = Operations(self.network) if self._counts_operations(self._begun) else None
+        counted = self._counted_on(self._begun)
+        is_steady = self._begun > 0 and counted is None
+        self._is_counting = counted == "bytes"
+        operations = Operations(self.network) if counted == "operations" else None
         self._watching = watching = operations or self._asked
         self._begun, self._asked = self._begun + 1, None
-        self._batch, self._logits, self._losses = self._new_sums(), None, []
+        self._batch = batch = _Batch(self._new_sums())
+        self._logits, self._losses = None, []
         if watching is not None:
             self.note_peaks()
         try:
@@ -138,14 +154,18 @@ class Meters:
                 yield
         finally:
             self._watching = None
+            if watching is not None:
+                self.forget_peaks()  # an instrument takes memory of its own, which is not training's
         self._steady.append(is_steady)
-        self._window.sums.add(self._batch)
+        self._window.sums.add(batch.sums)
+        if counted is not None:
+            self._due.remove(counted)
         if saved is not None:
-            self.totals.peak_saved_bytes = max(self.totals.peak_saved_bytes, saved.peak)
+            self.totals.peak_saved_bytes = max(self.totals.peak_saved_bytes or 0, saved.peak)
+            self.totals.state_bytes = max(self.totals.state_bytes or 0, batch.state_bytes)
         if operations is not None:
-            self.totals.add_operations(operations.work, self._batch.samples)
-        if watching is not None:
-            self.forget_peaks()  # an instrument takes memory of its own, which is not training's
+            self.totals.add_operations(operations.work, batch.sums.samples)
+        self.totals.backward_calls += batch.backward_calls
         self.totals.batches += 1
 
     def watch(self, instrument: Instrument) -> None:
@@ -182,20 +202,21 @@ class Meters:
 
     def add(self, objective: Objective) -> None:
         with self.part("metrics"):
-            self.totals.backward_calls += objective.backward is not None
+            self._batch.backward_calls += objective.backward is not None
             self._losses.append(objective.loss)  # summed at the end: a sum at every time step is a kernel at every time step
             self._logits = objective.logits if self._logits is None else self._logits + objective.logits
             if self._is_counting:
-                self.totals.state_bytes = max(self.totals.state_bytes, state_bytes(self.network))
+                self._batch.state_bytes = max(self._batch.state_bytes, state_bytes(self.network))
 
     def end_of_micro_batch(self, target_B: Tensor, share: float) -> None:
         """`share`: of the micro-batch in the global batch, which its losses are weighed with."""
         assert self._logits is not None, "a rule yields at least one objective"
         with self.part("metrics"):
             wanted_B = target_B if target_B.dim() == 1 else target_B.argmax(-1)  # of a mixed sample, what there is most of
-            self._batch.hits += (self._logits.argmax(-1) == wanted_B).sum()
-            self._batch.samples += len(target_B)
-            self._batch.loss += torch.stack(self._losses).sum(dtype=torch.float64) * share
+            sums = self._batch.sums
+            sums.hits += (self._logits.argmax(-1) == wanted_B).sum()
+            sums.samples += len(target_B)
+            sums.loss += torch.stack(self._losses).sum(dtype=torch.float64) * share
             self._logits, self._losses = None, []
 
     def take(self, reduce: Reduce) -> dict[str, float]:
@@ -245,18 +266,18 @@ class Meters:
         used = math.nan if self.totals.device_j is None else self.totals.device_j  # every rank takes part, counter or not
         mean = float(reduce_mean(torch.tensor(used, dtype=torch.float64, device=self.device)))
         self.totals.device_j = None if math.isnan(mean) else mean
-        peaks = torch.tensor([getattr(self.totals, name) for name in Totals.PEAKS], dtype=torch.int64)
-        return Totals(**{**asdict(self.totals), **dict(zip(Totals.PEAKS, reduce_max(peaks).tolist(), strict=True))})
+        own = [getattr(self.totals, name) for name in Totals.PEAKS]
+        peaks = reduce_max(torch.tensor([-1 if peak is None else peak for peak in own], dtype=torch.int64)).tolist()
+        found = {name: None if peak < 0 else peak for name, peak in zip(Totals.PEAKS, peaks, strict=True)}
+        return Totals(**{**asdict(self.totals), **found})
 
-    def _counts_memory(self, batch: int) -> bool:
-        """Whether the bytes of this batch of the attempt are counted."""
-        return batch % self.memory_every == 1
-
-    def _counts_operations(self, batch: int) -> bool:
-        return batch % self.operations_every == 2 and not self._counts_memory(batch)
-
-    def _is_steady(self, batch: int) -> bool:
-        return batch > 0 and not self._counts_memory(batch) and not self._counts_operations(batch)
+    def _counted_on(self, batch: int) -> Counted | None:
+        """What this batch of the attempt is counted for: one thing at a time."""
+        if batch % self.memory_every == 1:
+            self._due.add("bytes")
+        if batch % self.operations_every == 2:
+            self._due.add("operations")
+        return "bytes" if "bytes" in self._due else "operations" if "operations" in self._due else None
 
     def _new_sums(self) -> _Sums:
         zero = torch.zeros((), dtype=torch.float64, device=self.device)

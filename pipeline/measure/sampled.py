@@ -1,6 +1,6 @@
 """On which batches of an attempt that is measured which would cost too much on all; without torch, so that reports can read it.
 
-Batches are counted from the attempt's first, 0, which warms up.
+Batches are counted from the attempt's first, 0, which warms up. In the place of one that is skipped stands the next that is not.
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ class Totals:
     """in batches whose speed counts: not the first of an attempt (compilation), nor where bytes or operations were counted"""
     steady_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*PARTS, REST), 0.0))
     """of each part of those batches"""
-    peak_saved_bytes: int = 0
-    state_bytes: int = 0
+    peak_saved_bytes: int | None = None
+    state_bytes: int | None = None
+    """both None until a batch whose bytes are counted has ended"""
     peak_rss_bytes: int = 0
     peak_pss_bytes: int = 0
     """the most that was seen, at the ends of what is measured: the kernel keeps no peak of it"""

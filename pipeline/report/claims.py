@@ -146,7 +146,9 @@ def _share(about: str, group: Group, rule: str, name: str, *, bound: float | Non
     paired = group.paired(rule, name)
     found = spread_of(list(paired.values()))
     if found is None:
-        return not_judged(about, claim, published, ours=f"no run beside {group.against}'s, trained on the same")
+        seeds = [{run.seed for run in group.of(each) if run.is_finished} for each in (rule, group.base_of(name))]
+        nothing = "not measured" if set.intersection(*seeds) else f"no run beside {group.against}'s, trained on the same"
+        return not_judged(about, claim, published, ours=nothing)
     low, high = found.interval or (found.mean, found.mean)
     reach = f" ({low:.3f} to {high:.3f})" if f"{low:.3f}" != f"{high:.3f}" else ""
     ours = f"{found.mean:.3f}{reach} of {group.base_of(name)}'s, {_seeds(list(paired))}"

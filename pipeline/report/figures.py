@@ -43,7 +43,7 @@ _AXES = {
     "peak_saved_bytes": (
         "peak saved bytes",
         "what autograd keeps for backward at one moment, parameters left out, counted on the second batch of each start of a run "
-        f"and every {MEMORY_EVERY}th after it",
+        f"and every {MEMORY_EVERY}th after it, or the next where that one is skipped",
     ),
     _ENERGY: (
         "energy of an inference",

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.forecast.plan import RESERVE, Plan, Planned
+from pipeline.forecast.bench import RESERVE
+from pipeline.forecast.plan import Plan, Planned
 from pipeline.forecast.profile import EFFICIENCY
 from pipeline.report.planned import Errors
 

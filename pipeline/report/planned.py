@@ -123,6 +123,9 @@ def _refuse_if(differs: Sequence[tuple[str, Any, Any]], folder: Path) -> None:
 
 def _summary(folder: Path) -> Mapping[str, Any]:
     run = finished_run(folder)
-    if run is None or not run.summary.get("images_per_s"):
-        raise ReportError(f"plan: --against must be a run that has finished, of more than a few batches; got {folder.name}")
+    if run is None or not run.summary.get("images_per_s") or not run.summary.get("peak_saved_bytes"):
+        raise ReportError(
+            "plan: --against must be a run that has finished, of more than a few batches, on one of which its saved bytes were "
+            f"counted; got {folder.name}"
+        )
     return run.summary

@@ -218,7 +218,8 @@ def _said(value: Any) -> str:
 
 
 def _notes(group: Group) -> Iterator[str]:
-    """Rules written out, commits, seeds with several runs, what wall clocks leave out, and what is divided by what."""
+    """Rules written out, commits, seeds with several runs, what wall clocks leave out, whose bytes nobody counted, and what is
+    divided by what."""
     of_rule = {rule: [run for run in group.of(rule) if run.is_finished] for rule in group.rules}
     of_rule = {rule: runs for rule, runs in of_rule.items() if runs}
     for rule, (run, *_) in of_rule.items():
@@ -234,6 +235,9 @@ def _notes(group: Group) -> Iterator[str]:
                 yield f"{rule} has {count} runs of seed {seed}, which count as one, their mean, in ratios and differences"
     if looked := [rule for rule, runs in of_rule.items() if any(run.value("fidelity_s") for run in runs)]:
         yield f"wall clocks leave out what comparing gradients with BPTT's took, in runs of {', '.join(looked)}"
+    if uncounted := [rule for rule, runs in of_rule.items() if any(run.value("peak_saved_bytes") is None for run in runs)]:
+        why = "no batch was whole on which bytes are counted"
+        yield f"saved bytes were not measured in runs of {', '.join(uncounted)}, in which {why}"
     if group.has_baseline:
         yield from _divisions_told(group, {rule: {run.seed for run in runs} for rule, runs in of_rule.items()})
 

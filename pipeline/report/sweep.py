@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.text import Text
 
 from pipeline.baseline import BASELINE
 from pipeline.code import commit
-from pipeline.forecast.bench import Cost
+from pipeline.forecast.bench import RESERVE, Cost
 from pipeline.forecast.sweep import Point, Sweep
 from pipeline.measure.memory import told_hardware
 
@@ -43,16 +44,29 @@ def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None 
             console.out(f"{rule}: {found.growth(rule):.2f} times the bytes at T = {last} as at T = {first}", highlight=False)
     if fastest:
         console.out(_divided(found), highlight=False)
-    for at_T in found.refused.values():
-        for why in dict.fromkeys(at_T.values()):
-            console.out(f"not in the table: {why}", highlight=False)
+    for line in dict.fromkeys(_refusals(found)):
+        console.out(line, highlight=False)
     on = told_hardware(found.hardware)
-    fits = "" if found.memory_bytes is None else f"; largest batch: whose bytes fit into {found.memory_bytes / 1e9:.3g} GB"
-    tried = "" if found.memory_bytes is None or _are_tried(found) else ", not tried"
     of = "fwd+bwd: forward and backward alone, without loading, optimizer and collectives"
-    console.out(f"one batch of {found.samples} samples; {of}; {on}{fits}{tried}", highlight=False)
+    console.out(f"one batch of {found.samples} samples; {of}; {on}", highlight=False)
+    if found.memory_bytes is not None:
+        console.out(_told_of_largest(found, found.memory_bytes), highlight=False)
     if found.teacher is not None:
         console.out(found.teacher.told(), highlight=False)
+
+
+def _refusals(found: Sweep) -> Iterator[str]:
+    """Of a rule that cannot train the network, and of one whose largest batch could not be tried."""
+    for rule, at_T in found.refused.items():
+        for T, why in at_T.items():
+            is_there = any(point.time_steps == T for point in found.of(rule))
+            yield f"{rule}: its largest batch at T = {T} was not trained: {why}" if is_there else f"not in the table: {why}"
+
+
+def _told_of_largest(found: Sweep, memory_bytes: int) -> str:
+    about = f"about: an estimate from what two batches took, {RESERVE:.0%} of the memory left free, not trained"
+    trained = "without it: trained, and fitted; " if _are_tried(found) else ""
+    return f"largest batch in {memory_bytes / 1e9:.3g} GB; {trained}{about}"
 
 
 def _of_largest(found: Sweep) -> list[str]:
@@ -80,6 +94,10 @@ def _divided(found: Sweep) -> str:
     return f"×: bytes over {BASELINE}'s, fwd+bwd over {whose}"
 
 
+def _largest(point: Point) -> str:
+    return f"{'about ' if point.largest_batch and point.at_largest is None else ''}{point.largest_batch:,}"
+
+
 def _cells(point: Point, base: Cost | None, fastest: Cost | None, *, tried: bool) -> tuple[str, ...]:
     cost = point.cost
     beside = (
@@ -94,6 +112,6 @@ def _cells(point: Point, base: Cost | None, fastest: Cost | None, *, tried: bool
         f"{cost.compute_s * 1e3:.4g}",
         beside[1],
         f"{point.images_per_compute_s:.4g}",
-        *(() if point.largest_batch is None else (f"{point.largest_batch:,}",)),
+        *(() if point.largest_batch is None else (_largest(point),)),
         *((f"{fast:.4g}" if (fast := point.images_per_compute_s_at_largest) is not None else "",) if tried else ()),
     )

@@ -10,8 +10,9 @@ from pipeline.report.figure import Cell, Figure, Table
 from pipeline.report.figures_time import memory_of_time
 
 LARGEST_SAID = (
-    "The largest batch whose bytes fit, and how fast forward and backward of it are, beside the faster "
-    f"{BASELINE} at its own largest batch: what a rule's memory buys in speed on the same card or machine."
+    "The largest batch that fits, and how fast forward and backward of it are, beside the faster "
+    f"{BASELINE} at its own largest batch: what a rule's memory buys in speed on the same card or machine. A batch with a "
+    "speed was trained; one without is an estimate from what two batches took, with a part of the memory left free."
 )
 
 

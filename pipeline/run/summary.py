@@ -16,7 +16,7 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any
     """Accuracy, speed, memory and time; `events` is the run's whole journal. Seconds, bytes, shares in 0..1.
 
     What is called steady is of a batch, the first of each attempt and those whose bytes or operations were counted left out; None
-    where there was no other.
+    where there was no other. Saved bytes and states are None where no batch was whole on which they are counted.
     """
     starts = [event for event in events if event["event"] == "start"]
     attempts = {event["attempt"] for event in events}

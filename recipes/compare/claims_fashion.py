@@ -35,22 +35,25 @@ time of SLTT-K at most 1.1 (T + K r) / (T (1 + r)) of the faster BPTT's, r its b
 long; of OTTT-A at most half of BPTT's bytes; of BPTT recomputed at most 1.1 (2 + r) / (1 + r) of its time; top-1 at most 0.7
 points below BPTT's, over paired seeds. What the papers measured is named beside their figures: GPU memory and training hours,
 where ours are saved bytes and forward and backward. Rows of ImageNet have the published figures, of AMP, and what `plan` predicts
-in fp32, a model. Runs of several machines are shown apart, and claims are judged on the one with most of the rules and runs.
+in fp32, a model, which is kept beside the first sweep (plan.json). Runs of several machines are shown apart, and claims are
+judged on the one with most of the rules and runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from pipeline.code import code_digest
 from pipeline.forecast.devices import DEVICES
 from pipeline.forecast.plan import Cluster, plan
 from pipeline.forecast.sweep import sweep
+from pipeline.measure.memory import hardware
 from pipeline.recipe import Recipe, read_json, spec, write_json
 from pipeline.report.claims import (
     Claim,
@@ -93,6 +96,7 @@ RULES = {
 }
 CLAIMED = {RULES[rule].build().label for rule in ("bptt", "sltt", "sltt-1")}
 IMAGENET_SAMPLES = 1_281_167
+PLANNED = ("rule", "memory_bytes", "micro_batch", "accumulation", "hours")
 
 
 def recipe() -> Suite:
@@ -135,7 +139,7 @@ def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
         judged = _most_complete(study, found, console)
         looked = [from_folder(folder) for folder in folders["sltt"]]
         claims += _claims(trained, judged.group, sweeps[study], looked)
-    claims += _imagenet()
+    claims += _imagenet(_planned(next(iter(runs.values())), console))
     print_claims(claims, console)
     return {"claims": told(claims), "studies": told_of, "sweeps": sweeps}
 
@@ -192,28 +196,45 @@ def _bytes_of_T(swept: Mapping[str, Any], rule: str) -> dict[int, float]:
     return {steps: cost["peak_saved_bytes"] for steps, cost in points.items()}
 
 
-def _imagenet() -> Iterator[Claim]:
-    """NF-ResNet-34 at T = 6: published figures of one card with AMP, and a plan of one V100 in fp32, as its sheet has it."""
+def _planned(beside: Path, console: Console) -> dict[str, Mapping[str, Any]]:
+    """Of each rule, NF-ResNet-34 at T = 6 on one V100 in fp32, as its sheet has it: minutes of profiling, which are kept.
+
+    They count as long as what they rest on is the same, our code, the recipe and this machine; else it is planned anew.
+    """
     recipe = replace(nf_resnet34_sltt(), precision="fp32")
-    planned = plan(
-        recipe,
-        Cluster(workers=1, device=DEVICES["v100"]),
-        samples=IMAGENET_SAMPLES,
-        source="noise",
-        rules=(RULES["bptt"], RULES["sltt"], spec(SLTT, k=1)),
-    )
-    by_rule = {each.rule: each for each in planned.rules}
+    rules, card = (RULES["bptt"], RULES["sltt"], spec(SLTT, k=1)), DEVICES["v100"]
+    machine = {name: value for name, value in hardware().items() if name != "threads"}  # which a plan sets
+    asked = {"recipe": recipe.to_json(), "rules": [each.label for each in rules], "card": asdict(card)}
+    rests_on = {"code": code_digest(), "machine": machine, **asked}
+    file = beside / "plan.json"
+    try:
+        kept = read_json(file) if file.exists() else None
+        if kept is not None and kept["rests_on"] != rests_on:
+            changed = [name for name, value in rests_on.items() if kept["rests_on"].get(name) != value]
+            console.out(f"{file}: planned anew, for it is of another {' and '.join(changed)}", highlight=False)
+        elif kept is not None:
+            return {each["rule"]: {name: each[name] for name in PLANNED} for each in kept["rules"]}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        console.out(f"{file}: planned anew, for it is damaged: {error!r}", highlight=False)
+    found = plan(recipe, Cluster(workers=1, device=card), samples=IMAGENET_SAMPLES, source="noise", rules=rules).rules
+    told_of = [{name: getattr(each, name) for name in PLANNED} for each in found]
+    write_json(file, {"rests_on": rests_on, "rules": told_of})
+    return {each["rule"]: each for each in told_of}
+
+
+def _imagenet(planned: Mapping[str, Mapping[str, Any]]) -> Iterator[Claim]:
+    """NF-ResNet-34 at T = 6: published figures of one card with AMP, and what is planned in fp32."""
     published = {
         "BPTT": ("28.41 GB, AMP", "73.8 h, AMP", "66.47 %"),
         "SLTT": ("8.47 GB, AMP", "66.9 h, AMP", "66.19 %"),
         "SLTT-1": ("", "32.03 h, AMP", "66.17 %"),
     }
     for rule, (memory, hours, top1) in published.items():
-        about, model = f"{rule}, NF-ResNet-34, ImageNet", by_rule.get(rule)
+        about, model = f"{rule}, NF-ResNet-34, ImageNet", planned.get(rule)
         predicted = "no plan fits one card"
         if model is not None:
-            held = f"{model.memory_bytes / 1e9:.3g} GB, {model.micro_batch} samples at a time x {model.accumulation}"
-            predicted = f"plan in fp32: {held}, {model.hours:.3g} h"
+            size = f"{model['micro_batch']} samples at a time x {model['accumulation']}"
+            predicted = f"plan in fp32: {model['memory_bytes'] / 1e9:.3g} GB, {size}, {model['hours']:.3g} h"
         if memory:
             yield not_judged(about, "memory", memory, ours=f"not run here; {predicted}")
         yield not_judged(about, "time", hours, ours=f"not run here; {predicted}")

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
 from pipeline.forecast.bench import RULES, Bench, Cost
 from pipeline.forecast.probe import Probe, advice, probe
@@ -85,6 +86,16 @@ def test_the_network_is_the_recipes_and_rests() -> None:
     assert [cost.operations for cost in one.costs] == [cost.operations for cost in other.costs]
 
 
+def test_a_recipe_that_starts_from_weights_is_probed_with_them(tmp_path: Path) -> None:
+    """Of a network that is silent but for its readout, whose bias alone is not 0, no gradient reaches the first layer."""
+    silent = {name: torch.zeros_like(value) for name, value in recipe_with(0.5).model.build().state_dict().items()}
+    save_file({**silent, "classifier.bias": torch.ones(10)}, tmp_path / "start.safetensors")
+    recipe = recipe_with(0.5, init=str(tmp_path / "start.safetensors"))
+    found = probe(recipe, rules=(spec(BPTT), spec(SLTT))).fidelity
+    assert found is not None and math.isnan(found.temporal_share["layers.0"])
+    assert torch.equal(Bench(recipe, batch_size=2).network.state_dict()["classifier.bias"], torch.ones(10))
+
+
 def test_a_taught_recipe_is_probed_with_labels_and_its_teacher_is_told_beside() -> None:
     found = probe(taught(), rules=(spec(BPTT),))
     assert [cost.rule for cost in found.costs] == ["BPTT", "SLTT-1"]
@@ -138,9 +149,7 @@ def test_where_memory_ends_the_rule_is_refused_and_the_others_go_on(monkeypatch:
     monkeypatch.setattr(BPTT, "_objectives", full)
     found = probe(recipe_with(0.5), rules=(spec(BPTT), spec(BPTT, recompute=True)))
     assert [cost.rule for cost in found.costs] == ["BPTT", "SLTT-2"]
-    assert found.refused["BPTT-recompute"] == (
-        "BPTT-recompute: a batch must fit into the card's memory; 8 samples at T = 4 do not"
-    )
+    assert found.refused["BPTT-recompute"] == ("BPTT-recompute: a batch must fit into memory; 8 samples at T = 4 do not")
 
 
 # ---------------------------------------------------------------------------------------------------------------- advice
@@ -149,7 +158,17 @@ def test_where_memory_ends_the_rule_is_refused_and_the_others_go_on(monkeypatch:
 def probed(**rules: tuple[float, float, dict[str, float]]) -> Probe:
     """Of (bytes, seconds, cosines) by rule, beside BPTT's 100 bytes in 1 s."""
     costs = [
-        Cost(rule=name, peak_saved_bytes=int(size), state_bytes=0, forward_s=0.0, backward_s=seconds, loop_s=0.0, operations={})
+        Cost(
+            rule=name,
+            peak_saved_bytes=int(size),
+            state_bytes=0,
+            peak_memory_bytes=None,
+            rule_bytes=0,
+            forward_s=0.0,
+            backward_s=seconds,
+            loop_s=0.0,
+            operations={},
+        )
         for name, (size, seconds, _) in {"BPTT": (100, 1.0, {}), **rules}.items()
     ]
     cosines = {name: layers for name, (_, _, layers) in rules.items() if layers}

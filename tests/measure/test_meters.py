@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
 
 import pytest
@@ -14,6 +15,9 @@ from pipeline.measure.meters import Meters
 from pipeline.measure.totals import Totals
 from pipeline.measure.traffic import Traffic
 from pipeline.rules.base import Objective
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.state import fresh_state
+from pipeline.spiking.synapse import Linear
 from tests.measure.conftest import Host
 
 
@@ -84,7 +88,36 @@ def test_saved_bytes_are_counted_on_the_second_batch() -> None:
     for step in range(2):
         with meters.batch(step):
             network(torch.zeros(4, 2, requires_grad=True)).sum().backward()
-        assert meters.totals.peak_saved_bytes == (0, 4 * 2 * 4)[step]  # the input; the weight is a parameter
+        assert meters.totals.peak_saved_bytes == (None, 4 * 2 * 4)[step]  # the input; the weight is a parameter
+
+
+def test_of_a_batch_that_is_skipped_nothing_is_kept_and_the_next_is_counted_in_its_place(host: Host) -> None:
+    """Batch 1, where bytes are due, and 3, where operations are due, are left in the middle: bytes are of 2, operations of 4."""
+    network = nn.Sequential(Linear(2, 2, bias=False), LIF())
+    meters = Meters(network, batch_size=4, device=torch.device("cpu"))
+    seen = []
+    for step, samples in enumerate((2, 9, 4, 9, 6, 2)):
+        with suppress(ArithmeticError), meters.batch(step), fresh_state(network):
+            logits_BK = network(torch.zeros(1, samples, 2)).mean(0)
+            meters.add(Objective(logits_BK.sum(), torch.tensor(0.0), logits_BK.detach()))
+            if step in (1, 3):
+                raise ArithmeticError
+            meters.end_of_micro_batch(torch.zeros(samples, dtype=torch.long), 1.0)
+        totals = meters.totals
+        assert (totals.peak_saved_bytes is None) == (totals.state_bytes is None)
+        seen.append((totals.state_bytes, totals.operation_samples, totals.backward_calls, totals.batches))
+    membranes = 4 * 2 * 4
+    kept = [
+        (None, 0, 1, 1),
+        (None, 0, 1, 1),
+        (membranes, 0, 2, 2),
+        (membranes, 0, 2, 2),
+        (membranes, 6, 3, 3),
+        (membranes, 6, 4, 4),
+    ]
+    assert seen == kept and meters.totals.steady_batches == 0
+    meters.take(same)
+    assert meters.totals.steady_batches == 1
 
 
 def test_operations_are_counted_on_the_third_batch_and_told_by_the_sample() -> None:
@@ -129,3 +162,6 @@ def test_totals_over_ranks_take_the_largest_peak(meters: Meters) -> None:
     found = meters.over_ranks(lambda peaks: peaks + 1, lambda mean: mean)
     assert (found.peak_saved_bytes, found.state_bytes, found.steady_batches) == (6, 8, 3)
     assert found.peak_rss_bytes > 1e6
+    meters.totals = Totals()
+    found = meters.over_ranks(same, same)
+    assert (found.peak_saved_bytes, found.state_bytes) == (None, None)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline.recipe import write_json
+from pipeline.recipe import read_json, write_json
 from pipeline.report.claims import (
     Claim,
     accuracy,
@@ -158,6 +158,15 @@ def test_what_has_nothing_to_be_divided_by_is_not_judged() -> None:
     assert time_at_most("SLTT", untimed, "SLTT", bound=1.0, published="").holds is None
 
 
+@pytest.mark.parametrize("rule", ["SLTT", "BPTT"])
+def test_bytes_that_nobody_counted_hold_no_claim(rule: str) -> None:
+    uncounted = group(*(run(each, **({"peak_saved_bytes": None} if each == rule else {})) for each in ("BPTT", "SLTT")))
+    claim = bytes_at_most("SLTT", uncounted, "SLTT", bound=0.25, published="")
+    assert (claim.holds, claim.ours) == (None, "not measured")
+    said = f"saved bytes were not measured in runs of {rule}, in which no batch was whole on which bytes are counted"
+    assert said in uncounted.notes
+
+
 def test_temporal_shares_are_means_over_the_runs_that_looked() -> None:
     [start, later] = fidelity()
     other = [{**later, "temporal_share": {"first": 0.35, "second": 0.375}}]
@@ -201,7 +210,7 @@ def test_fashions_claims_are_of_what_was_trained(tmp_path: Path) -> None:
 @pytest.fixture
 def on_two_machines(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """Fashion's runs; of the first study the last seed was trained elsewhere, ten times as fast, and so was BPTT step by step."""
-    monkeypatch.setattr(claims_fashion, "_imagenet", lambda: iter(()))
+    monkeypatch.setattr(claims_fashion, "_planned", lambda beside, console: {})
     monkeypatch.setattr(claims_fashion, "_swept", lambda trained, beside: SWEPT)
     runs = {}
     for recipe in claims_fashion.recipe().recipes:
@@ -254,10 +263,39 @@ def test_every_rule_of_fashions_claims_has_a_row_for_its_accuracy_and_its_bytes(
         assert shares["ours"] == "start 0.25; seeds 0, 1, 2"
 
 
-def test_imagenets_rows_say_which_precision_each_figure_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    planned = SimpleNamespace(rule="SLTT", memory_bytes=9.5e9, micro_batch=64, accumulation=4, hours=60.0)
-    monkeypatch.setattr(claims_fashion, "plan", lambda *given, **about: SimpleNamespace(rules=[planned]))
-    rows = {(claim.about.split(",")[0], claim.claim): claim for claim in claims_fashion._imagenet()}
+PLANNED = {"rule": "SLTT", "memory_bytes": 9.5e9, "micro_batch": 64, "accumulation": 4, "hours": 60.0}
+
+
+def test_imagenets_plan_is_made_once_and_anew_where_what_it_rests_on_is_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+
+    def plan(*given: object, **about: object) -> SimpleNamespace:
+        made.append(given)
+        return SimpleNamespace(rules=[SimpleNamespace(**PLANNED)])
+
+    def asked(*, threads: int = 2) -> str:
+        monkeypatch.setattr(claims_fashion, "hardware", lambda: {"cpu": "a cpu", "threads": threads})
+        console = Console(file=io.StringIO(), width=200)
+        assert claims_fashion._planned(tmp_path, console) == {"SLTT": PLANNED}
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(claims_fashion, "plan", plan)
+    assert (asked(), asked(threads=1), len(made)) == ("", "", 1)
+    monkeypatch.setattr(claims_fashion, "code_digest", lambda: "other code")
+    assert "plan.json: planned anew, for it is of another code" in asked() and len(made) == 2
+    for damaged in ("{", "[]", '{"rests_on": []}', "{}"):
+        (tmp_path / "plan.json").write_text(damaged)
+        assert "plan.json: planned anew, for it is damaged: " in asked()
+    kept = read_json(tmp_path / "plan.json")
+    write_json(tmp_path / "plan.json", {**kept, "rules": [{"rule": "SLTT"}]})
+    assert "it is damaged: KeyError('memory_bytes')" in asked()
+    assert (asked(), len(made)) == ("", 7)
+
+
+def test_imagenets_rows_say_which_precision_each_figure_is_of() -> None:
+    rows = {(claim.about.split(",")[0], claim.claim): claim for claim in claims_fashion._imagenet({"SLTT": PLANNED})}
     memory = rows["SLTT", "memory"]
     ours = "not run here; plan in fp32: 9.5 GB, 64 samples at a time x 4, 60 h"
     assert (memory.published, memory.ours) == ("8.47 GB, AMP", ours)

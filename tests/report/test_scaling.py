@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pipeline.report import page
-from pipeline.report.scaling import scaling
+from pipeline.report.scaling import SAID, scaling
 from pipeline.report.study import Study
 from pipeline.report.study_run import StudyRun
 from tests.report.fake_store import FakeStore
@@ -62,6 +62,7 @@ GPUS = {**MACHINE, "gpu": "H100"}
         {"state": "failed"},
         {"images_per_s": None},
         {"trained_on": [trained(workers=1), trained(workers=2)]},
+        {"trained_on": [trained(workers=2, micro_batch=2)]},
     ],
     ids=lambda other: next(iter(other)),
 )
@@ -69,6 +70,19 @@ def test_what_differs_in_more_is_not_set_beside(other: dict):
     assert rows(on(1, 100.0), on(2, 180.0))
     changed = {"images_per_s": 180.0, **other}
     assert rows(on(1, 100.0), run("SLTT", world_size=2, **changed)) == []
+
+
+def test_runs_are_in_the_micro_batches_that_the_recipe_asks_for():
+    """Of at most 3 samples a worker's share of 8 is taken in twos, and of 4 in twos, too; where memory ran out in ones."""
+    asked = recipe("SLTT", micro_batch=3)
+    one = run("SLTT", recipe=asked, images_per_s=100.0, trained_on=[trained(workers=1, micro_batch=2)])
+    two, halved = (
+        run("SLTT", recipe=asked, images_per_s=150.0, world_size=2, trained_on=[trained(workers=2, micro_batch=size)])
+        for size in (2, 1)
+    )
+    assert [row["efficiency"] for row in rows(one, two)] == ["1.0", "0.75"]
+    assert rows(one, halved) == []
+    assert "a run in other micro-batches than its recipe asks for, as where memory ran out, is left out" in SAID
 
 
 def test_each_worker_has_a_card_of_its_own():
