@@ -48,7 +48,8 @@ BESIDE_SAID = (
     f"are {MEASURED_SAID}. Those are measured, where the energy of an inference is an estimate. Multiplications and additions "
     "are of training on one sample, by what they serve, counted on the third batch of each start of a run and every "
     f"{OPERATIONS_EVERY}th after it; states are looked at on the second and every {MEMORY_EVERY}th; where one of these is "
-    "skipped, the next stands in its place. Wall clocks leave out what comparing gradients with BPTT's took, which no rule asks for."
+    "skipped, the next stands in its place. Wall clocks leave out what comparing gradients with BPTT's took, which no rule asks "
+    "for."
 )
 
 
