@@ -122,7 +122,7 @@ def test_a_worker_is_told_settings_and_no_secrets(monkeypatch: pytest.MonkeyPatc
     plant(monkeypatch)
     monkeypatch.setenv("HF_HOME", "/models")
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
-    told = of_worker(threads=1, loader_threads=1, gpus=False)
+    told = of_worker(threads=1, loader_threads=1, gpus=False, alone=False)
     assert (told["HF_HOME"], told["NCCL_DEBUG"]) == ("/models", "WARN")
     assert SECRET not in told.values()
 
