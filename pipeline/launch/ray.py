@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pipeline.cores import physical_cores
-from pipeline.door import heard, knock, offer_token, reason
+from pipeline.door import TOKEN_ADVICE, heard, knock, offer_token, reason
 from pipeline.job import STOP, Job, Notice, Place, asked_by
 from pipeline.launch.base import Device, LaunchError, takes_gpus
 from pipeline.launch.environment import of_worker
@@ -83,6 +83,7 @@ class Ray:
         if self.address is not None:
             offer_token()  # Ray reads its settings when it is imported
         import ray
+        from ray.exceptions import AuthenticationError
 
         self._owned = not ray.is_initialized()
         if self._owned:
@@ -98,6 +99,8 @@ class Ray:
                     knock(self.address)
                     with heard() as said:
                         ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
+            except AuthenticationError as error:  # of this process's own, before it has asked anybody
+                raise Refused(f"ray: a token must be at hand; got none: {error.message}; {TOKEN_ADVICE}") from error
             except (OSError, RuntimeError) as error:  # a ConnectionError is an OSError
                 raise Refused(f"ray: no cluster let us in at {self.address!r}: {reason(error, said)}") from error
         wanted, there = self.workers * self.cpus_per_worker, ray.cluster_resources().get("CPU", 0)
