@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+TOKEN_ADVICE = "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that has it"
+
 
 def offer_token() -> None:
     """A cluster of Ray 2.60 asks for a token as soon as it has one; a driver shows its own only when told to."""
@@ -47,7 +49,7 @@ def reason(error: Exception, said: Sequence[str]) -> str:
     """Ray 2.60 raises that nobody is there, also where somebody is and refused its token."""
     if refused_token(said):
         shown = "shows another" if os.environ.get("RAY_AUTH_MODE") == "token" else "shows none"
-        return f"it wants its token and this client {shown}; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that has it"
+        return f"it wants its token and this client {shown}; {TOKEN_ADVICE}"
     return f"{str(error).splitlines()[0]}; is it running?"
 
 

@@ -1,12 +1,13 @@
 """What a recipe is made of as JSON, and back: a part is `{"target": name, "kwargs": ...}`, a frozen value `{"value": name, ...}`.
 
-Names are dotted paths. Reading imports what they name, and so admits trusted packages alone.
+Names are dotted paths. Reading imports what they name, and so admits alone what is trusted: packages, modules, single callables.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import json
 import os
 import secrets
@@ -44,10 +45,10 @@ def encode(value: Any, *, paths: bool) -> Any:
 
 
 def decode(value: Any, trusted: Collection[str]) -> Any:
-    """The field that `encode` wrote; `trusted` packages are those that may be imported from.
+    """The field that `encode` wrote; what is inside of a `trusted` name may be imported.
 
     Raises:
-        ValueError: a target outside the trusted packages, or one that does not exist.
+        ValueError: a target that is not trusted, or one that does not exist.
     """
     if isinstance(value, Mapping) and set(value) == {"target", "kwargs"}:
         return Spec(imported(value["target"], trusted), _keywords(value["kwargs"], trusted))
@@ -139,7 +140,7 @@ def imported(name: Any, trusted: Collection[str], *, who: str = "recipe.json") -
     """The callable of a dotted name.
 
     Raises:
-        ValueError: one outside the trusted packages, or one that does not exist; in the name of `who` asks.
+        ValueError: one that is not trusted, makes no parts, or does not exist; in the name of `who` asks.
     """
     if not isinstance(name, str):
         raise ValueError(f"{who}: what is imported is named by text; got {name!r}")
@@ -159,11 +160,21 @@ def imported(name: Any, trusted: Collection[str], *, who: str = "recipe.json") -
             if not hasattr(found, part):
                 raise ValueError(f"{who}: {name} does not exist in this installation")
             found = getattr(found, part)
-        # `pipeline.data.write.os.system` begins with a trusted name: what counts is where the object was defined.
-        if not callable(found) or not _is_inside(f"{getattr(found, '__module__', '')}.", trusted):
+        # `pipeline.teachers.cache.os.system` begins with a trusted name: what counts is where the object was defined.
+        defined = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
+        if not callable(found) or not _is_inside(defined, trusted):
             raise ValueError(refusal)
+        if not _makes_parts(found):
+            raise ValueError(f"{who}: {name} must be a class, a class method or a function of a module; it is none of them")
         return found
     raise ValueError(f"{who}: {name} does not exist in this installation")
+
+
+def _makes_parts(found: Any) -> bool:
+    """A method does not, which whoever writes recipe.json could hand an object of their own as `self`."""
+    if inspect.ismethod(found):
+        return isinstance(found.__self__, type)
+    return isinstance(found, type) or getattr(found, "__qualname__", "") == getattr(found, "__name__", None)
 
 
 def _frozen_value(name: str, kwargs: dict[str, Any], trusted: Collection[str]) -> Any:
@@ -180,8 +191,8 @@ def _keywords(value: Any, trusted: Collection[str]) -> dict[str, Any]:
     return {key: decode(item, trusted) for key, item in value.items()}
 
 
-def _is_inside(name: str, packages: Collection[str]) -> bool:
-    return any(name.startswith(package + ".") for package in packages)
+def _is_inside(name: str, trusted: Collection[str]) -> bool:
+    return any(name == each or name.startswith(f"{each}.") for each in trusted)
 
 
 def differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -163,7 +163,7 @@ def refuse_untrusted(suite: Suite, trust: Collection[str]) -> None:
     """Refuse what whoever reads the suite back would not import.
 
     Raises:
-        ValueError: a part of a recipe, or the report, is of none of the trusted packages.
+        ValueError: a part of a recipe, or the report, is not trusted.
     """
     for recipe in suite.recipes:
         Recipe.from_json(recipe.to_json(), trust=trust)
@@ -198,14 +198,14 @@ class SuiteFile:
 
     @classmethod
     def from_json(cls, value: Any, *, own: str = "", trust: Collection[str] = ()) -> SuiteFile:
-        """Read a suite back, importing from trusted packages alone.
+        """Read a suite back, importing what is trusted alone.
 
         Args:
             own: the name of the suite's folder, which is none of a run.
 
         Raises:
-            ValueError: another format version, a damaged field, a run name that leaves the folder of runs, a target outside
-                the trusted packages, or recipes that no longer fit.
+            ValueError: another format version, a damaged field, a run name that leaves the folder of runs, a target that is
+                not trusted, or recipes that no longer fit.
         """
         children = list(_children(value, own=own))
         parent, cluster, report = value.get("parent"), value.get("cluster"), value.get("report")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
+import pkgutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +23,12 @@ from pipeline.models.late import late
 from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, Spec, read_json, spec, write_json
+from pipeline.recipe import TRUSTED, Recipe, Spec, read_json, spec, write_json
 from pipeline.recipe_file import load_recipe, own_package, parse_changes
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.schedule import cosine
+from pipeline.spec import is_path
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
 from tests.small import recipes_of
@@ -165,10 +168,19 @@ def test_what_has_no_json_form_leaves_the_file_as_it_was(tmp_path: Path) -> None
         "os.system",
         "torch.os.system",
         "pipeline.data.write.os.system",
+        "pipeline.teachers.cache.os.system",
         "subprocess.run",
         "torch.hub.load",
         "torch.load",
         "torch.utils.collect_env.run",
+        "timm.models.load_state_dict",
+        "timm.models._helpers.load_state_dict",
+        "timm.models._hub.push_to_hf_hub",
+        "timm.models.resnet.resnet18",
+        "timm.optim._optim_factory.list_optimizers",
+        "pipeline.data.write.write_folder",
+        "pipeline.data.format.BetonWriter",
+        "pipeline.data.events.sources._download",
         "pipeline.recipe_file.load_recipe",
         "recipesque.run",
     ],
@@ -178,6 +190,34 @@ def test_json_imports_from_trusted_packages_alone(target: str) -> None:
     value["recipe"]["rule"] = {"target": target, "kwargs": {}}
     with pytest.raises(ValueError, match="not in a trusted package"):
         Recipe.from_json(value)
+
+
+@pytest.mark.parametrize("target", ["pipeline.teachers.cache.Kept.add", "torch.nn.modules.module.Module.apply"])
+def test_a_method_makes_no_part(target: str) -> None:
+    value = small().to_json()
+    value["recipe"]["rule"] = {"target": target, "kwargs": {}}
+    with pytest.raises(ValueError, match=f"^recipe.json: {target} must be a class, a class method or a function of a module"):
+        Recipe.from_json(value)
+
+
+def test_of_what_is_trusted_nothing_takes_a_path_but_to_read_there_or_to_keep_answers() -> None:
+    """Whoever writes a recipe.json chooses every keyword. What else writes a file is in a module that is not trusted."""
+    ours = [importlib.import_module(name) for name in TRUSTED if name.startswith("pipeline.")]
+    for package in [each for each in ours if hasattr(each, "__path__")]:
+        ours += [importlib.import_module(f"{package.__name__}.{each.name}") for each in pkgutil.iter_modules(package.__path__)]
+    made = {each for module in ours for each in vars(module).values() if getattr(each, "__module__", "") == module.__name__}
+    takes = {
+        (each.__qualname__, key)
+        for each in made
+        for key in getattr(each.__init__ if isinstance(each, type) else each, "__annotations__", {})
+        if is_path(each, key)
+    }
+    assert len(made) > 200
+    assert takes == {
+        ("Beton", "folder"), ("Events", "folder"), ("Cache", "folder"), ("Kept", "folder"),
+        ("File", "path"), ("network_teacher", "weights"),
+        ("_check_hash", "path"), ("_check_sides", "path"), ("_stored", "path"), ("_bytes", "folder"),  # helpers, which read
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("target", ["torch.utils.collect_env.run", "timm.optim.create_optimizer_v2", "torch.nn.Linear"])

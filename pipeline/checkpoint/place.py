@@ -54,7 +54,7 @@ class Place(Protocol):
         ...
 
     def trainer(self, name: str) -> dict[str, Any]:
-        """Its `trainer.json`, unverified. Raises ValueError where that is damaged."""
+        """Its `trainer.json`, unverified. Raises ValueError where that is damaged, FileNotFoundError where it is missing."""
         ...
 
     def delete(self, name: str) -> None:
@@ -66,7 +66,7 @@ class Place(Protocol):
         ...
 
     def is_pinned(self, name: str) -> bool:
-        """Whether somebody outside of the run knows it by its address."""
+        """Whether somebody outside of the run knows it by its address. Raises OSError where that cannot be told."""
         ...
 
     def sweep(self) -> None:
@@ -106,6 +106,7 @@ def verified(place: Place, which: str = "last") -> Path:
 
     Raises:
         CheckpointError: there is none.
+        OSError: one cannot be looked at, and may be the one: its storage is away, or lets nobody read it.
     """
     names = place.names()
     if which == "best":
@@ -120,22 +121,39 @@ def verified(place: Place, which: str = "last") -> Path:
 
 
 def prune(place: Place, *, keep: int) -> None:
-    """Delete all but the newest `keep`, the one with the best score, and what is pinned."""
+    """Delete all but the newest `keep`, the one with the best score, and what is pinned.
+
+    Raises:
+        OSError: the score of one cannot be read now, and may be the best: it stays, beside the best of the others.
+    """
     names = place.names()
     if len(names) <= keep:
         return
-    scores = {name: score for name in names if (score := _score(place, name)) is not None}
+    scores: dict[str, float] = {}
+    unread: dict[str, OSError] = {}
+    for name in names:
+        try:
+            if (score := _score(place, name)) is not None:
+                scores[name] = score
+        except OSError as error:
+            unread[name] = error
     best = max(scores, key=lambda name: (scores[name], name), default=None)
     for name in names[:-keep]:
-        if name != best and not place.is_pinned(name):
+        if name != best and name not in unread and not place.is_pinned(name):
             place.delete(name)
+    for error in unread.values():
+        raise error
 
 
 def _score(place: Place, name: str) -> float | None:
-    """None, too, for a damaged checkpoint: it is nobody's best."""
+    """None, too, for a damaged checkpoint: it is nobody's best.
+
+    Raises:
+        OSError: it cannot be looked at, and may be whole.
+    """
     try:
         return place.trainer(name)["score"]
-    except (OSError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError):
         return None
 
 

@@ -110,7 +110,7 @@ class Store:
         return f"{self.url}/{moved}"
 
     def is_pinned(self, name: str) -> bool:
-        return self.fs.exists(self._path(f"{name}.pinned"))
+        return self._is_there(f"{name}.pinned")
 
     def sweep(self) -> None:
         Folder(self.staging).sweep()
@@ -122,7 +122,19 @@ class Store:
 
     def _whole(self) -> dict[str, str]:
         """The folder of each checkpoint, by its name, oldest first."""
-        return {_name(folder): folder for folder in self._folders() if self.fs.exists(self._path(folder, MANIFEST))}
+        return {_name(folder): folder for folder in self._folders() if self._is_there(folder, MANIFEST)}
+
+    def _is_there(self, *names: str) -> bool:
+        """Not `exists`, which says no of a request that failed (fsspec 2026.9, of stores without async code: sftp, webhdfs).
+
+        Raises:
+            OSError: the store does not tell.
+        """
+        try:
+            self.fs.info(self._path(*names))
+        except FileNotFoundError:
+            return False
+        return True
 
     def _next(self, name: str) -> str:
         """The folder for a checkpoint that is not whole yet."""
@@ -130,7 +142,7 @@ class Store:
         return name if before is None else f"{name}.{_number(before) + 1}"
 
     def _remove(self, folder: str) -> None:
-        if self.fs.exists(self._path(folder, MANIFEST)):
+        if self._is_there(folder, MANIFEST):
             self.fs.rm_file(self._path(folder, MANIFEST))
         self.fs.rm(self._path(folder), recursive=True)
 

@@ -12,9 +12,10 @@ from pipeline.secrecy import is_secret
 PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "FI_", "HF_")
 
 
-def of_worker(*, threads: int, loader_threads: int, gpus: bool) -> dict[str, str]:
-    """What reaches every worker; `threads` of torch's."""
+def of_worker(*, threads: int, loader_threads: int, gpus: bool, alone: bool) -> dict[str, str]:
+    """What reaches every worker; `threads` of torch's; `alone`: on one machine, which nobody else is to reach them on."""
     return {
+        **({"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if alone else {}),  # unless the user says otherwise
         **passed_on(),
         # A worker starts in a folder of its own; a package that the user trusts lies beside the recipe or on the path.
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path)),

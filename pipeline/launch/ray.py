@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pipeline.cores import physical_cores
-from pipeline.door import heard, knock, offer_token, reason
+from pipeline.door import TOKEN_ADVICE, heard, knock, offer_token, reason
 from pipeline.job import STOP, Job, Notice, Place, asked_by
 from pipeline.launch.base import Device, LaunchError, takes_gpus
 from pipeline.launch.environment import of_worker
@@ -36,6 +36,8 @@ SETTINGS = {
     "RAY_worker_niceness": "0",  # 15 by default: any other process on the machine would slow training, and its measurement
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the default of the next release, without the warning of this one
 }
+ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""of a cluster of our own: its node is 127.0.0.1, as on those systems, and Ray's servers listen there and nowhere else (2.60)"""
 
 
 class Ray:
@@ -75,11 +77,13 @@ class Ray:
 
     def __enter__(self) -> Self:
         """Join the cluster, or start one: in the main thread, because Ray's servers end with the thread that started them."""
-        for name, value in {**SETTINGS, **waits_for(self.node_loss, sizes=len(self.sizes))}.items():
+        of_own = ALONE if self.address is None else {}
+        for name, value in {**SETTINGS, **of_own, **waits_for(self.node_loss, sizes=len(self.sizes))}.items():
             os.environ.setdefault(name, value)
         if self.address is not None:
             offer_token()  # Ray reads its settings when it is imported
         import ray
+        from ray.exceptions import AuthenticationError
 
         self._owned = not ray.is_initialized()
         if self._owned:
@@ -95,6 +99,8 @@ class Ray:
                     knock(self.address)
                     with heard() as said:
                         ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
+            except AuthenticationError as error:  # of this process's own, before it has asked anybody
+                raise Refused(f"ray: a token must be at hand; got none: {error.message}; {TOKEN_ADVICE}") from error
             except (OSError, RuntimeError) as error:  # a ConnectionError is an OSError
                 raise Refused(f"ray: no cluster let us in at {self.address!r}: {reason(error, said)}") from error
         wanted, there = self.workers * self.cpus_per_worker, ray.cluster_resources().get("CPU", 0)
@@ -135,20 +141,22 @@ class Ray:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig
 
+        from pipeline.launch.loopback import HOST, OnLoopback
         from pipeline.launch.resizing import LOOK_S
         from pipeline.launch.restarts import has_no_place
         from pipeline.launch.trainer import Trainer
 
         gpus = takes_gpus(self.device, self.workers, int(ray.cluster_resources().get("GPU", 0)))
         elastic = len(self.sizes) > 1
-        told = of_worker(threads=self.cpus_per_worker, loader_threads=job.loader_threads, gpus=gpus)
+        alone = ray.util.get_node_ip_address() == HOST  # in a cluster of our own, also of a suite's that this process has joined
+        told = of_worker(threads=self.cpus_per_worker, loader_threads=job.loader_threads, gpus=gpus, alone=alone)
         trainer = Trainer(
             partial(_train, work=self.work, sizes=self.sizes),
             sizes=self.sizes,
             folder=Path(job.run),
             awaits_nodes=self.address is not None,
             train_loop_config=asdict(job),
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
+            torch_config=(OnLoopback if alone else TorchConfig)(backend="nccl" if gpus else "gloo", timeout_s=600),
             scaling_config=ScalingConfig(
                 num_workers=(self.sizes[0], self.sizes[-1]) if elastic else self.workers,
                 elastic_resize_monitor_interval_s=LOOK_S,

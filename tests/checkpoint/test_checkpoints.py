@@ -107,6 +107,28 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert verified(Folder(tmp_path)).name == "step_00000005"
 
 
+def test_a_score_that_cannot_be_read_now_costs_nobody_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, away = Path.read_bytes, [tmp_path / "step_00000002" / "trainer.json"]
+
+    def fails(self: Path) -> bytes:
+        if self in away:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="a", keep=1)
+    for step, score, left in [(1, 0.3, "1"), (2, 0.9, "12"), (3, 0.2, "123"), (4, 0.1, "124")]:
+        told = save(checkpoints, step, backend(), Counting(), {**TRAINER, "score": score})
+        assert [path.name[-1] for path in step_folders(tmp_path)] == list(left)
+        assert ("Stale file handle" in told.untidy) == (step > 1)
+    with pytest.raises(OSError, match="Stale file handle"):
+        verified(Folder(tmp_path), "best")
+    away.clear()
+    assert verified(Folder(tmp_path), "best").name == "step_00000002"
+    told = save(checkpoints, 5, backend(), Counting(), {**TRAINER, "score": 0.4})
+    assert ([path.name[-1] for path in step_folders(tmp_path)], told.untidy) == (["2", "5"], "")
+
+
 def test_what_is_pinned_is_kept(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, [1, 2])
     pin(tmp_path / "step_00000001")

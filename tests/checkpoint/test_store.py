@@ -13,8 +13,11 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractFileSystem
 
 from pipeline.checkpoint import CheckpointError, Checkpoints, Folder, place_at, verified
+from pipeline.checkpoint.place import prune
 from pipeline.checkpoint.store import Store
 from tests.checkpoint.few import TRAINER, Counting, backend, restore, save
 from tests.checkpoint.s3 import s3_server
@@ -198,6 +201,40 @@ def test_a_bucket_that_lets_nobody_delete_takes_new_ones_all_the_same(
     assert [each.untidy for each in told] == ["PermissionError: Access Denied"] * 3
     restore(checkpoints(address, tmp_path / "fresh"), backend(), rule)
     assert rule.feedback[0] == 2  # type: ignore[index]
+
+
+def test_a_request_that_failed_deletes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a store whose `exists` is fsspec's own, which says no of any failure."""
+    address, lost, info = f"memory://away/{uuid.uuid4().hex}", list[str](), MemoryFileSystem.info
+    saving = checkpoints(address, tmp_path)
+    for step, score in ((1, 0.9), (2, 0.1)):
+        save(saving, step, backend(), Counting(), {**TRAINER, "score": score})
+    place = store(address, tmp_path)
+    place.fs.pipe_file(f"{place.root}/step_00000002.pinned", b"")
+    save(saving, 3, backend(), Counting(), {**TRAINER, "score": 0.2})
+    there = paths(address)
+
+    def fails(self: MemoryFileSystem, path: str, **how: object) -> object:
+        if path.removeprefix(f"{place.root}/") in lost:
+            lost.clear()
+            raise RuntimeError("Socket is closed")
+        return info(self, path, **how)
+
+    monkeypatch.setattr(MemoryFileSystem, "exists", AbstractFileSystem.exists)
+    monkeypatch.setattr(MemoryFileSystem, "info", fails)
+    for file, ask in (
+        ("step_00000001/manifest.json", place.sweep),
+        ("step_00000003/manifest.json", lambda: verified(place)),
+        ("step_00000003/manifest.json", lambda: place.finish(tmp_path / "temp", "step_00000003")),
+        ("step_00000002.pinned", lambda: prune(place, keep=1)),
+    ):
+        lost.append(file)
+        with pytest.raises(OSError, match="Socket is closed"):
+            ask()
+        assert paths(address) == there and not lost
+    place.sweep()
+    prune(place, keep=1)
+    assert paths(address) == there
 
 
 def test_what_arrives_shorter_than_it_was_is_told(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ death of the run's driver, and the run is resumed by its name.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ import pytest
 
 from pipeline.__main__ import main
 from pipeline.checkpoint import step_name
+from pipeline.recipe import read_json, write_json
 from pipeline.track.jsonl import read
 from tests.driver import Driver
 from tests.faults.test_security import holders, plant
@@ -150,6 +152,7 @@ def hunted(file: Path, run: Path) -> list[psutil.Process]:
             time.sleep(0.05)
         workers = first.workers()
         assert len(workers) == 2
+        write_json(file.parent / "doors.json", doors(psutil.Process(first.process.pid)))
         first.process.kill()
         _, left = psutil.wait_procs(workers, timeout=15)  # sooner than they would take themselves to hang
     finally:
@@ -160,6 +163,15 @@ def hunted(file: Path, run: Path) -> list[psutil.Process]:
     finally:
         second.kill()
     return left
+
+
+def doors(driver: psutil.Process) -> list[tuple[str, str]]:
+    """Where it and all that it has started listen: the process, and the address."""
+    found = []
+    for each in (driver, *driver.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [(each.name(), door.laddr.ip) for door in each.net_connections("inet") if door.status == psutil.CONN_LISTEN]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +233,13 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_step(
     runs: tuple[Path, Path], faults: dict[str, tuple[int, int]], rank: int
 ) -> None:
     assert events(runs[0], "start")[3 + rank]["step"] == newest(faults[f"killed {rank}"][1])
+
+
+def test_a_cluster_of_our_own_listens_to_its_own_machine_alone(runs: tuple[Path, Path]) -> None:
+    """Of torch's store and gloo, too, which ask nobody for a token."""
+    found = read_json(runs[0].parent.parent / "doors.json")
+    assert {"gcs_server", "raylet"} <= {name for name, _ in found} and len(found) > 10
+    assert [door for door in found if door[1].removeprefix("::ffff:") not in ("127.0.0.1", "::1")] == []
 
 
 def test_no_secret_of_the_driver_is_written_down_by_anybody(runs: tuple[Path, Path]) -> None:

@@ -57,6 +57,8 @@ ROWS: dict[str, tuple[str, ...]] = {
         f"{WRITE}::test_storage_that_fails_for_a_moment_costs_one_checkpoint_and_no_training",
         f"{WRITE}::test_storage_that_fails_for_a_moment_at_the_last_checkpoint_gets_it_once_more",
         *("checkpoint/test_background.py::test_that_one_rank_cannot_write_is_known_at_once_and_all_write_again",),
+        *(f"{CHECKPOINT}::test_a_score_that_cannot_be_read_now_costs_nobody_the_best",),
+        *("checkpoint/test_store.py::test_a_request_that_failed_deletes_nothing",),
     ),
     "storage that is away while a run starts": (
         f"{WRITE}::test_storage_that_is_away_as_a_run_starts_is_waited_for_by_the_same_attempt",
@@ -180,6 +182,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "malicious pickle": (
         *(f"{SECURITY}::test_a_pickle_in_a_checkpoint_is_not_run", f"{SECURITY}::test_nor_by_deepspeed"),
         *(f"{SECURITY}::test_weights_that_are_a_pickle_are_refused",),
+        *(f"{SECURITY}::test_a_pickle_that_a_recipe_has_read_is_not_run",),
     ),
     "../ in a name, a path, a saved recipe": (
         *(f"{SECURITY}::test_a_name_stays_in_the_folder_of_runs", f"{SECURITY}::test_a_saved_recipe_names_no_code_but_ours"),
@@ -188,7 +191,11 @@ ROWS: dict[str, tuple[str, ...]] = {
         *(f"{SECURITY}::test_a_run_from_elsewhere_has_its_suite_beside_it",),
     ),
     "a folder that leads to another's cluster": (f"{SECURITY}::test_a_run_from_elsewhere_leads_to_no_cluster",),
-    "a client without the cluster's token": (f"{HOSTS}::test_a_client_without_the_token_is_told_so",),
+    "a client without the cluster's token": (
+        *(f"{HOSTS}::test_a_client_without_the_token_is_told_so", f"{HOSTS}::test_a_client_that_has_lost_its_token_is_told_so"),
+        *("launch/test_cluster.py::test_a_token_that_is_not_at_hand_is_said_in_one_line",),
+    ),
+    "a stranger on the network": (f"{CLUSTER}::test_a_cluster_of_our_own_listens_to_its_own_machine_alone",),
     # found nowhere
     "a planted secret": (
         *(f"{SECURITY}::test_a_run_and_its_store_hold_no_secret", f"{SECURITY}::test_the_password_of_a_server_is_not_told"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import pickle
 import re
@@ -16,11 +17,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+import pipeline
 from pipeline.backend.deepspeed import DeepSpeed
 from pipeline.checkpoint import WEIGHTS, CheckpointError, Checkpoints, Folder, damage, place, step_folders
 from pipeline.checkpoint.sealed import facts_of, seal
+from pipeline.export import _digest
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.environment import of_worker
 from pipeline.launch.inline import Inline
@@ -118,7 +122,7 @@ def test_a_worker_is_told_settings_and_no_secrets(monkeypatch: pytest.MonkeyPatc
     plant(monkeypatch)
     monkeypatch.setenv("HF_HOME", "/models")
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
-    told = of_worker(threads=1, loader_threads=1, gpus=False)
+    told = of_worker(threads=1, loader_threads=1, gpus=False, alone=False)
     assert (told["HF_HOME"], told["NCCL_DEBUG"]) == ("/models", "WARN")
     assert SECRET not in told.values()
 
@@ -231,6 +235,28 @@ def test_weights_that_are_a_pickle_are_refused(tmp_path: Path, spiketrain: Comma
     for words in (("evaluate", "it"), ("export", "it", "--out", str(tmp_path / "other.safetensors"))):
         code, _, error = spiketrain(*words, *runs)
         assert "must hold weights" in refusal(code, error)
+    assert not (tmp_path / "harmed").exists()
+
+
+@pytest.mark.parametrize("where", ["timm.models", "timm.models._helpers"])
+def test_a_pickle_that_a_recipe_has_read_is_not_run(where: str, tmp_path: Path, spiketrain: Command) -> None:
+    """By a function that reads pickles where it is told to, of a package of which others make parts."""
+    harmful_alone(tmp_path / "weights.pt", tmp_path / "harmed")
+    given = {"checkpoint_path": str(tmp_path / "weights.pt"), "weights_only": False}
+    model = {"target": f"{where}.load_state_dict", "kwargs": given}
+    prepare(small_recipe(), Cluster(inline=True), tmp_path / "runs", name="it")
+    run, runs = tmp_path / "runs" / "it", ("--runs", str(tmp_path / "runs"))
+    value = read_json(run / "recipe.json")
+    write_json(run / "recipe.json", {**value, "recipe": {**value["recipe"], "model": model}})
+    said = f"{where}.load_state_dict is not in a trusted package; trusted are pipeline.data.beton, "
+    for words in (("resume", "it"), ("evaluate", "it"), ("export", "it", "--out", str(tmp_path / "out"))):
+        code, _, error = spiketrain(*words, *runs)
+        assert said in refusal(code, error)
+    told = {"format": "spiketrain", "version": "1", "layout": "plain", "time_steps": "3", "model": json.dumps(model)}
+    save_file({}, tmp_path / "net.safetensors", {**told, "sha256": _digest(told, {})})
+    for there in (run, tmp_path / "net.safetensors"):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            pipeline.load(there)
     assert not (tmp_path / "harmed").exists()
 
 

@@ -157,6 +157,24 @@ def test_a_client_without_the_token_is_told_so(hosts: Hosts) -> None:
     assert f"no cluster let us in at '{HEAD}'" in line and "wants its token and this client shows none" in line
 
 
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"RAY_AUTH_MODE": "token"}, "no authentication token was found"),
+        ({"RAY_AUTH_TOKEN_PATH": "/nowhere/token"}, "cannot be opened or is empty: /nowhere/token"),
+    ],
+)
+def test_a_client_that_has_lost_its_token_is_told_so(hosts: Hosts, told: dict[str, str], said: str) -> None:
+    log = hosts.folder / "lost.log"
+    log.unlink(missing_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hosts, "environment", {**hosts.environment, **told})
+        refused = hosts.launch("b", "lost", "--address", HEAD, token=False)
+    assert refused.wait(120) == 2
+    (line,) = log.read_text().strip().splitlines()
+    assert line.startswith("ray: a token must be at hand; got none: ") and said in line
+
+
 def test_the_doctor_finds_both_hosts_well(hosts: Hosts) -> None:
     doctor = hosts.on("a", "spiketrain", "doctor", "--address", HEAD, "--runs", str(hosts.folder / "runs"), log="doctor.log")
     assert doctor.wait(300) == 0, (hosts.folder / "doctor.log").read_text()

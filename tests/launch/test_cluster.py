@@ -17,13 +17,17 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
+from ray.exceptions import AuthenticationError
 
 from pipeline.commands.launch import resume
 from pipeline.job import resume_command
 from pipeline.launch.cluster import OPERATIONAL, Cluster, parse_workers
 from pipeline.launch.inline import Inline
 from pipeline.launch.node_loss import NODES, waits_for
+from pipeline.launch.ray import Ray
 from pipeline.ports import free_port
+from pipeline.refused import Refused
 
 
 @pytest.mark.parametrize(
@@ -57,6 +61,22 @@ def test_a_resume_in_this_process_refuses_what_it_would_drop(asked: dict[str, An
     now = Cluster(workers=4, cpus_per_worker=2).resumed(**{"workers": None, "address": None, **asked}, inline=True)
     with pytest.raises(ValueError, match=f"--inline is one worker in this process, without Ray; got {got}$"):
         now.launcher()
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_a_token_that_is_not_at_hand_is_said_in_one_line(joins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Ray 2.60 raises of it, before it asks anybody, is no OSError and no RuntimeError."""
+
+    def init(**how: Any) -> None:
+        raise AuthenticationError("RAY_AUTH_TOKEN_PATH is set but file cannot be opened or is empty: /nowhere")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    said = "ray: a token must be at hand; got none: .* is empty: /nowhere; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file"
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        address = f"127.0.0.1:{door.getsockname()[1]}" if joins else None
+        with pytest.raises(Refused, match=f"^{said}"), Ray(workers=1, address=address):
+            pass
 
 
 def test_several_numbers_of_workers_come_back_from_json() -> None:
