@@ -24,7 +24,7 @@ from pipeline.launch.innermost import innermost
 from pipeline.launch.node_loss import NodeLoss, waits_for
 from pipeline.launch.nodes import Nodes
 from pipeline.launch.signals import withheld
-from pipeline.ranks import Ranks
+from pipeline.ranks import PATIENCE, Ranks
 from pipeline.refused import Refused
 from pipeline.run.writer import journal
 from pipeline.track.jsonl import last
@@ -36,6 +36,9 @@ SETTINGS = {
     "RAY_worker_niceness": "0",  # 15 by default: any other process on the machine would slow training, and its measurement
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the default of the next release, without the warning of this one
 }
+
+AFTER_WATCHDOG_S = 600
+"""in which workers may be apart, and have to find one another as they start"""
 
 
 class Ray:
@@ -148,7 +151,7 @@ class Ray:
             folder=Path(job.run),
             awaits_nodes=self.address is not None,
             train_loop_config=asdict(job),
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
+            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=group_patience_s(job.hang_minutes)),
             scaling_config=ScalingConfig(
                 num_workers=(self.sizes[0], self.sizes[-1]) if elastic else self.workers,
                 elastic_resize_monitor_interval_s=LOOK_S,
@@ -176,6 +179,15 @@ class Ray:
         if outcome is not None and "refused" in outcome:
             raise Refused(outcome["refused"])
         return outcome
+
+
+def group_patience_s(hang_minutes: float) -> int:
+    """How long a worker waits for the others in a collective: until long after a watchdog has ended one of them.
+
+    A collective that gave up first would end a worker that is well, and Ray with it the one that hangs, before anybody has seen
+    what that is at.
+    """
+    return round(60 * hang_minutes) + AFTER_WATCHDOG_S if hang_minutes else round(PATIENCE.total_seconds())
 
 
 def _stopped_without_workers(job: Job) -> None:
