@@ -27,9 +27,10 @@ PLACES_S = 3600.0
 
 
 class Restarts(DefaultFailurePolicy):
-    """`max_failures` deaths end the run in `folder` where there is nothing new between them.
+    """One death more than `max_failures` ends the run in `folder` where there is nothing new between them.
 
-    New is a checkpoint of a step that none was of before, a smaller micro-batch, and a page that is left out.
+    New is a checkpoint of a step that none was of before, a smaller micro-batch, and a page that is left out. The death that
+    brings one of the latter two counts for nothing: by it several workers begin again, where one does so by itself (worker.py).
 
     Workers that had places before and have none now, their node being gone, count for nothing while `awaits_nodes`: they wait up
     to an hour.
@@ -44,7 +45,8 @@ class Restarts(DefaultFailurePolicy):
         """since which start of the workers, and when, there has been no place for them"""
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
-        if self._got_on():
+        has_saved, has_changed = self._news()
+        if has_saved or has_changed:
             self._worker_group_failures = self._controller_failures = 0
         if has_no_place(training_failed_error):
             with suppress(OSError):
@@ -54,17 +56,22 @@ class Restarts(DefaultFailurePolicy):
                 return FailureDecision.RETRY
         else:
             self._waits = None
+            if has_changed:
+                return FailureDecision.RETRY
         return super().make_decision(training_failed_error)
 
-    def _got_on(self) -> bool:
-        """Whether there is anything new since it was asked last; storage that is away tells of nothing."""
+    def _news(self) -> tuple[bool, bool]:
+        """Whether there is a new checkpoint, and whether the run has changed, since it was asked last.
+
+        Storage that is away tells of nothing.
+        """
         try:
-            saved, changed, self._start = self._newest(), self._changes(), self._newest_start()
+            saved, changes, self._start = self._newest(), self._changes(), self._newest_start()
         except OSError:
-            return False
-        is_new = saved > self._saved or changed != self._changed
-        self._saved, self._changed = max(saved, self._saved), changed
-        return is_new
+            return False, False
+        news = saved > self._saved, changes != self._changed
+        self._saved, self._changed = max(saved, self._saved), changes
+        return news
 
     def _may_wait(self) -> bool:
         """Before the first start there is nothing to wait for: who launches counts the places, and is told at once."""
