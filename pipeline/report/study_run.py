@@ -149,7 +149,7 @@ def study_run(
         total_steps=count(told.get("total_steps")),
         steps_per_epoch=count(told.get("steps_per_epoch")),
         curve=curve,
-        evaluations=tuple(history.evaluations(timed)),
+        evaluations=tuple(history.evaluations(timed, redone=redone)),
         attempts=tuple(history.attempts(timed)),
         activity=tuple(_layers(activity or ())),
         fidelity=tuple(history.fidelity(events)),
