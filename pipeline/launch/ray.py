@@ -23,6 +23,7 @@ from pipeline.launch.environment import of_worker
 from pipeline.launch.innermost import innermost
 from pipeline.launch.node_loss import NodeLoss, waits_for
 from pipeline.launch.nodes import Nodes
+from pipeline.launch.places import no_place
 from pipeline.launch.signals import withheld
 from pipeline.ranks import PATIENCE, Ranks
 from pipeline.refused import Refused
@@ -163,8 +164,8 @@ class Ray:
                 storage_path=str(Path(job.run) / "ray"),
                 failure_config=FailureConfig(
                     max_failures=self.max_restarts,
-                    # Places that are not there in time: several numbers of workers wait for as long as there is room for none,
-                    # a fixed number as `Restarts` says.
+                    # Places that are not there in time: several numbers of workers wait as `Resizing` says, a fixed number as
+                    # `Restarts` does.
                     controller_failure_limit=-1 if elastic else 1,
                 ),
                 worker_runtime_env={"env_vars": told},
@@ -173,8 +174,10 @@ class Ray:
         try:
             outcome = trainer.fit().return_value
         except Exception as error:  # Ray wraps whatever a worker raised in several layers of its own
-            if has_no_place(error) and (Path(job.run) / STOP).exists():
-                return _stopped_without_workers(job)
+            if has_no_place(error):
+                if (Path(job.run) / STOP).exists():
+                    return _stopped_without_workers(job)
+                raise LaunchError(no_place(self.workers)) from error
             raise LaunchError(innermost(error)) from error
         if outcome is not None and "refused" in outcome:
             raise Refused(outcome["refused"])

@@ -20,10 +20,8 @@ from ray.train.v2.api.exceptions import ControllerError
 from pipeline.guards.damaged import FILE as DAMAGED
 from pipeline.guards.fitting import FILE as MICRO_BATCH
 from pipeline.job import was_stopped
+from pipeline.launch.places import PLACES_S, NoPlace, tell_waiting
 from pipeline.track.jsonl import last
-
-PLACES_S = 3600.0
-"""that places for all workers are waited for, where a node may come back or be replaced"""
 
 
 class Restarts(DefaultFailurePolicy):
@@ -52,7 +50,7 @@ class Restarts(DefaultFailurePolicy):
             with suppress(OSError):
                 if was_stopped(self.folder):  # nobody is there to save, and whoever asked waits
                     return FailureDecision.RAISE
-            if self._may_wait():
+            if self._may_wait(training_failed_error.controller_failure):
                 return FailureDecision.RETRY
         else:
             self._waits = None
@@ -73,12 +71,14 @@ class Restarts(DefaultFailurePolicy):
         self._saved, self._changed = max(saved, self._saved), changes
         return news
 
-    def _may_wait(self) -> bool:
+    def _may_wait(self, failure: Any) -> bool:
         """Before the first start there is nothing to wait for: who launches counts the places, and is told at once."""
         if not self.awaits_nodes or self._start == self._first:
             return False
         if self._waits is None or self._waits[0] != self._start:
             self._waits = (self._start, time.monotonic())
+            with suppress(OSError):  # storage that is away for a moment: what is waited for comes all the same
+                tell_waiting(self.folder, failure.num_workers)
         return time.monotonic() - self._waits[1] < PLACES_S
 
     def _newest_start(self) -> str | None:
@@ -96,5 +96,5 @@ class Restarts(DefaultFailurePolicy):
 
 
 def has_no_place(error: Exception) -> bool:
-    """Whether Ray Train gave up because there was no room for the workers in time."""
-    return isinstance(error, ControllerError) and isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)
+    """Whether Ray Train, or `Resizing` in it, gave up because there was no room for the workers in time."""
+    return isinstance(error, ControllerError) and isinstance(error.controller_failure, (WorkerGroupStartupTimeoutError, NoPlace))

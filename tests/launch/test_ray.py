@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import ray
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2.api.exceptions import ControllerError
 
 from pipeline.job import Job
 from pipeline.launch import trainer
+from pipeline.launch.base import LaunchError
+from pipeline.launch.places import NoPlace
 from pipeline.launch.ray import Ray
 
 
@@ -24,6 +28,13 @@ def test_workers_wait_for_one_another_until_long_after_a_watchdog_has_ended_one(
 
 def test_where_nobody_watches_they_wait_for_more_than_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert group_timeout(tmp_path, monkeypatch, 0.0) > 24 * 3600
+
+
+def test_a_wait_for_places_in_vain_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray says so of a fixed number, `Resizing` of several."""
+    for failure in (WorkerGroupStartupTimeoutError(2), NoPlace("in vain")):
+        with pytest.raises(LaunchError, match=r"^launch: 2 workers found no place in time: others have it, or a node"):
+            run(tmp_path, monkeypatch, ControllerError(failure))
 
 
 def group_timeout(folder: Path, patch: pytest.MonkeyPatch, hang_minutes: float) -> float:

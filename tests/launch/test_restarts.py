@@ -14,7 +14,9 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from pipeline.launch import restarts
-from pipeline.launch.restarts import PLACES_S, Restarts
+from pipeline.launch.places import PLACES_S
+from pipeline.launch.restarts import Restarts
+from pipeline.track.jsonl import read
 
 RETRY, RAISE = FailureDecision.RETRY, FailureDecision.RAISE
 
@@ -96,6 +98,8 @@ def test_places_that_were_there_are_waited_for(policy: Restarts) -> None:
     starts(policy, 0)
     assert dies(policy) == RETRY
     assert {finds_no_place(policy) for _ in range(20)} == {RETRY}
+    [told] = [event for event in read(policy.folder / "journal.jsonl") if event["event"] == "waiting"]
+    assert (told["what"], told["most_s"], told["attempt"]) == ("a place for 2 workers", PLACES_S, -1)
     assert [dies(policy), dies(policy)] == [RETRY, RAISE]
 
 
