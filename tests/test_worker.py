@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from pipeline.run.attempt import Attempt
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.state import fresh_state
 from pipeline.suite import filled
-from pipeline.track.jsonl import read
+from pipeline.track.jsonl import OF_NONE, read
 from pipeline.track.state import state_of
 from pipeline.weights import load_start, weights_file
 from tests.processes import run_ranks
@@ -71,14 +72,19 @@ def test_a_run_that_died_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: p
         die_at(patch, step)
         with pytest.raises(Killed):
             train_inline(tmp_path / "broken", recipe)
+    with (tmp_path / "broken" / "journal.jsonl").open("a") as journal:  # hours in which there was no place for it
+        journal.writelines(
+            json.dumps({"event": "waiting", "time": time.time() - ago, "attempt": OF_NONE}) + "\n" for ago in (7200, 3600)
+        )
     resumed = train_inline(tmp_path / "broken", recipe)
     assert whole is not None
     assert resumed is not None
     assert same_weights(tmp_path / "whole", tmp_path / "broken")
     assert {key: resumed[key] for key in ("steps", "top1", "loss")} == {key: whole[key] for key in ("steps", "top1", "loss")}
-    assert resumed["restarts"] == 1
-    starts = [event["step"] for event in read(tmp_path / "broken" / "journal.jsonl") if event["event"] == "start"]
-    assert starts == [0, max(s for s in (0, 3, 6, 8, 9) if s <= step)]
+    assert resumed["restarts"] == 1 and resumed["wall_s"] < 1000
+    starts = [event for event in read(tmp_path / "broken" / "journal.jsonl") if event["event"] == "start"]
+    assert [start["attempt"] for start in starts] == [0, 1]
+    assert [start["step"] for start in starts] == [0, max(s for s in (0, 3, 6, 8, 9) if s <= step)]
 
 
 def test_weights_depend_on_the_seed(tmp_path: Path) -> None:

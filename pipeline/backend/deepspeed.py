@@ -86,6 +86,7 @@ class DeepSpeed:
             clip_norm=clip_norm,
         )
         engine, optimizer, _, _ = deepspeed.initialize(model=network, optimizer=optimizer_of(network), config=settings)
+        _wait_as_long_as_the_others(engine)
         self.model: nn.Module = engine
         self.network = network
         self.optimizer: torch.optim.Optimizer = optimizer
@@ -156,6 +157,16 @@ class _Kept:
 
     def preserves_storage_sharing(self) -> bool:
         return False
+
+
+def _wait_as_long_as_the_others(engine: Any) -> None:
+    """Give the group that DeepSpeed (0.19.8) reduces in, a copy of all workers' own, the patience of that one.
+
+    It is made with torch's default, 10 minutes under NCCL: gradients would give up on a worker before its watchdog does.
+    """
+    of_all: Any = distributed.group.WORLD
+    options = of_all._get_backend(engine.device).options
+    distributed.distributed_c10d._set_pg_timeout(options._timeout, engine.data_parallel_group)
 
 
 @contextmanager

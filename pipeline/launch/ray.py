@@ -23,8 +23,9 @@ from pipeline.launch.environment import of_worker
 from pipeline.launch.innermost import innermost
 from pipeline.launch.node_loss import NodeLoss, waits_for
 from pipeline.launch.nodes import Nodes
+from pipeline.launch.places import no_place
 from pipeline.launch.signals import withheld
-from pipeline.ranks import Ranks
+from pipeline.ranks import PATIENCE, Ranks
 from pipeline.refused import Refused
 from pipeline.run.writer import journal
 from pipeline.track.jsonl import last
@@ -38,6 +39,9 @@ SETTINGS = {
 }
 ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """of a cluster of our own: its node is 127.0.0.1, as on those systems, and Ray's servers listen there and nowhere else (2.60)"""
+
+AFTER_WATCHDOG_S = 600
+"""in which workers may be apart, and have to find one another as they start"""
 
 
 class Ray:
@@ -156,7 +160,9 @@ class Ray:
             folder=Path(job.run),
             awaits_nodes=self.address is not None,
             train_loop_config=asdict(job),
-            torch_config=(OnLoopback if alone else TorchConfig)(backend="nccl" if gpus else "gloo", timeout_s=600),
+            torch_config=(OnLoopback if alone else TorchConfig)(
+                backend="nccl" if gpus else "gloo", timeout_s=group_patience_s(job.hang_minutes)
+            ),
             scaling_config=ScalingConfig(
                 num_workers=(self.sizes[0], self.sizes[-1]) if elastic else self.workers,
                 elastic_resize_monitor_interval_s=LOOK_S,
@@ -168,8 +174,8 @@ class Ray:
                 storage_path=str(Path(job.run) / "ray"),
                 failure_config=FailureConfig(
                     max_failures=self.max_restarts,
-                    # Places that are not there in time: several numbers of workers wait for as long as there is room for none,
-                    # a fixed number as `Restarts` says.
+                    # Places that are not there in time: several numbers of workers wait as `Resizing` says, a fixed number as
+                    # `Restarts` does.
                     controller_failure_limit=-1 if elastic else 1,
                 ),
                 worker_runtime_env={"env_vars": told},
@@ -178,12 +184,23 @@ class Ray:
         try:
             outcome = trainer.fit().return_value
         except Exception as error:  # Ray wraps whatever a worker raised in several layers of its own
-            if has_no_place(error) and (Path(job.run) / STOP).exists():
-                return _stopped_without_workers(job)
+            if has_no_place(error):
+                if (Path(job.run) / STOP).exists():
+                    return _stopped_without_workers(job)
+                raise LaunchError(no_place(self.workers)) from error
             raise LaunchError(innermost(error)) from error
         if outcome is not None and "refused" in outcome:
             raise Refused(outcome["refused"])
         return outcome
+
+
+def group_patience_s(hang_minutes: float) -> int:
+    """How long a worker waits for the others in a collective: until long after a watchdog has ended one of them.
+
+    A collective that gave up first would end a worker that is well, and Ray with it the one that hangs, before anybody has seen
+    what that is at.
+    """
+    return round(60 * hang_minutes) + AFTER_WATCHDOG_S if hang_minutes else round(PATIENCE.total_seconds())
 
 
 def _stopped_without_workers(job: Job) -> None:

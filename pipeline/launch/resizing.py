@@ -26,6 +26,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 
 from pipeline.job import SAVE, STOP, Notice
+from pipeline.launch.places import PLACES_S, NoPlace, no_place, tell_waiting
 from pipeline.recipe import write_json
 
 LOOK_S = 10.0
@@ -49,6 +50,9 @@ class Resizing(ElasticScalingPolicy):
         self.sizes, self.folder = tuple(sizes), folder
         self._wanted: ResizeDecision | None = None
         self._asked = self._ticked = 0.0
+        self._none_since: float | None = None
+        """when no worker was left, or none had begun"""
+        self._is_told = False
 
     def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
         leaving = state.get_draining_nodes()
@@ -57,15 +61,29 @@ class Resizing(ElasticScalingPolicy):
         return max((size for size in self.sizes if size <= room), default=0)
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        """Whoever asks to stop meanwhile waits for no node: as if places had not come in time (`restarts.py`)."""
+        """Whoever asks to stop meanwhile waits for no node: as if places had not come in time (`restarts.py`).
+
+        Raises:
+            NoPlace: no workers have begun within an hour, whether there was room for some of them now and then or not.
+        """
         self._wanted = None
         decision = super().make_decision_for_non_running_worker_group()
         if isinstance(decision, NoopDecision) and self._is_there(STOP, if_away=False):
             raise WorkerGroupStartupTimeoutError(self.sizes[0])
+        if self._none_since is None:
+            self._none_since, self._is_told = time.monotonic(), False
+        without_s = time.monotonic() - self._none_since
+        if without_s > PLACES_S:
+            raise NoPlace(no_place(self.sizes[0]))
+        if isinstance(decision, NoopDecision) and without_s > LOOK_S and not self._is_told:
+            with suppress(OSError):  # else it is told at the next look
+                tell_waiting(self.folder, self.sizes[0])
+                self._is_told = True
         return decision
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> ScalingDecision:
         """First a save is asked for; the decision follows it."""
+        self._none_since = None
         if self._wanted is None:
             if time.monotonic() - self._ticked > LOOK_S / 2:  # the coordinator looks at the cluster now, not in up to 20 s
                 self._ticked = time.monotonic()

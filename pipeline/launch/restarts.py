@@ -20,16 +20,15 @@ from ray.train.v2.api.exceptions import ControllerError
 from pipeline.guards.damaged import FILE as DAMAGED
 from pipeline.guards.fitting import FILE as MICRO_BATCH
 from pipeline.job import was_stopped
+from pipeline.launch.places import PLACES_S, NoPlace, tell_waiting
 from pipeline.track.jsonl import last
-
-PLACES_S = 3600.0
-"""that places for all workers are waited for, where a node may come back or be replaced"""
 
 
 class Restarts(DefaultFailurePolicy):
-    """`max_failures` deaths end the run in `folder` where there is nothing new between them.
+    """One death more than `max_failures` ends the run in `folder` where there is nothing new between them.
 
-    New is a checkpoint of a step that none was of before, a smaller micro-batch, and a page that is left out.
+    New is a checkpoint of a step that none was of before, a smaller micro-batch, and a page that is left out. The death that
+    brings one of the latter two counts for nothing: by it several workers begin again, where one does so by itself (worker.py).
 
     Workers that had places before and have none now, their node being gone, count for nothing while `awaits_nodes`: they wait up
     to an hour.
@@ -44,34 +43,42 @@ class Restarts(DefaultFailurePolicy):
         """since which start of the workers, and when, there has been no place for them"""
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
-        if self._got_on():
+        has_saved, has_changed = self._news()
+        if has_saved or has_changed:
             self._worker_group_failures = self._controller_failures = 0
         if has_no_place(training_failed_error):
             with suppress(OSError):
                 if was_stopped(self.folder):  # nobody is there to save, and whoever asked waits
                     return FailureDecision.RAISE
-            if self._may_wait():
+            if self._may_wait(training_failed_error.controller_failure):
                 return FailureDecision.RETRY
         else:
             self._waits = None
+            if has_changed:
+                return FailureDecision.RETRY
         return super().make_decision(training_failed_error)
 
-    def _got_on(self) -> bool:
-        """Whether there is anything new since it was asked last; storage that is away tells of nothing."""
-        try:
-            saved, changed, self._start = self._newest(), self._changes(), self._newest_start()
-        except OSError:
-            return False
-        is_new = saved > self._saved or changed != self._changed
-        self._saved, self._changed = max(saved, self._saved), changed
-        return is_new
+    def _news(self) -> tuple[bool, bool]:
+        """Whether there is a new checkpoint, and whether the run has changed, since it was asked last.
 
-    def _may_wait(self) -> bool:
+        Storage that is away tells of nothing.
+        """
+        try:
+            saved, changes, self._start = self._newest(), self._changes(), self._newest_start()
+        except OSError:
+            return False, False
+        news = saved > self._saved, changes != self._changed
+        self._saved, self._changed = max(saved, self._saved), changes
+        return news
+
+    def _may_wait(self, failure: Any) -> bool:
         """Before the first start there is nothing to wait for: who launches counts the places, and is told at once."""
         if not self.awaits_nodes or self._start == self._first:
             return False
         if self._waits is None or self._waits[0] != self._start:
             self._waits = (self._start, time.monotonic())
+            with suppress(OSError):  # storage that is away for a moment: what is waited for comes all the same
+                tell_waiting(self.folder, failure.num_workers)
         return time.monotonic() - self._waits[1] < PLACES_S
 
     def _newest_start(self) -> str | None:
@@ -89,5 +96,5 @@ class Restarts(DefaultFailurePolicy):
 
 
 def has_no_place(error: Exception) -> bool:
-    """Whether Ray Train gave up because there was no room for the workers in time."""
-    return isinstance(error, ControllerError) and isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)
+    """Whether Ray Train, or `Resizing` in it, gave up because there was no room for the workers in time."""
+    return isinstance(error, ControllerError) and isinstance(error.controller_failure, (WorkerGroupStartupTimeoutError, NoPlace))

@@ -27,9 +27,12 @@ from pipeline.launch.signals import PATIENT, wishes
 from pipeline.recipe import Recipe
 from pipeline.refused import Refused
 from pipeline.track.mlflow import tracking_uri
+from pipeline.track.state import is_driven
 
 LOG = "launch.log"
 """in a run's folder: what its process printed"""
+LEAVING_S = 300.0
+"""in which a run saves and tells MLflow, after the suite that began it was killed, before it is nobody's"""
 _POLL_S = 0.25
 _PR_SET_PDEATHSIG = 1
 
@@ -60,6 +63,7 @@ def train_side_by_side(children: Children, launcher: Launcher, slots: int, conso
         Refused: a run was refused.
     """
     going: dict[str, _Driven] = {}
+    leaving = _Leaving(console)
     failed: Exception | None = None
     stopped = False
     with _stop_requests() as asked:
@@ -73,9 +77,13 @@ def train_side_by_side(children: Children, launcher: Launcher, slots: int, conso
                 del going[name]
                 failed = failed or each.failure()
                 stopped = stopped or not children.is_over(name)  # by somebody who asked this run alone
+            is_waiting = False
             if not asked() and failed is None and not stopped:
-                failed = _begin_more(children, launcher, slots, going, console)
-            if not going:
+                try:
+                    is_waiting = _begin_more(children, launcher, slots, going, leaving, console)
+                except (OSError, ValueError) as error:
+                    failed = error
+            if not going and not is_waiting:
                 break
             time.sleep(_POLL_S)
     if failed is not None:
@@ -84,23 +92,51 @@ def train_side_by_side(children: Children, launcher: Launcher, slots: int, conso
 
 
 def _begin_more(
-    children: Children, launcher: Launcher, slots: int, going: dict[str, _Driven], console: Console
-) -> Exception | None:
-    """Fill the free slots, in the suite's order; what is refused, or fails, on the way."""
+    children: Children, launcher: Launcher, slots: int, going: dict[str, _Driven], leaving: _Leaving, console: Console
+) -> bool:
+    """Fill the free slots, in the suite's order; whether one is left to a run that somebody else still drives.
+
+    Raises: OSError, ValueError for what is refused, or fails, on the way.
+    """
+    left_to_others = 0
     for recipe in children.left():
-        if len(going) == slots:
+        if len(going) + left_to_others == slots:
             break
         if recipe.name in going or not children.can_begin(recipe):
             continue
-        try:
+        if leaving.drives(children.where[recipe.name], recipe.name):
+            left_to_others += 1
+        else:
             going[recipe.name] = _Driven(recipe, children.job(recipe), children, launcher, console)
-        except (OSError, ValueError) as error:
-            return error
-    return None
+    return left_to_others > 0
+
+
+class _Leaving:
+    """Another process that drives a run: most likely the child of a suite that was killed, which has asked it to save."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._since: dict[str, float] = {}
+
+    def drives(self, run: Path, name: str) -> bool:
+        """Whether it still does, and is waited for.
+
+        Raises:
+            Refused: it has been for too long.
+        """
+        if not is_driven(run):
+            self._since.pop(name, None)
+            return False
+        if name not in self._since:
+            self._since[name] = time.monotonic()
+            self._console.print(f"{name}  another process still trains it: waiting for up to {LEAVING_S:.0f} s", markup=False)
+        if time.monotonic() - self._since[name] > LEAVING_S:
+            raise Refused(f"{run.name}: is being trained by another process, which still does after {LEAVING_S:.0f} s")
+        return True
 
 
 class _Driven:
-    """One run, and the process that drives it."""
+    """One run, which nobody else drives, and the process that does."""
 
     def __init__(self, recipe: Recipe, job: Job, children: Children, launcher: Launcher, console: Console) -> None:
         self.folder, self._is_over = Path(job.run), partial(children.is_over, recipe.name)
@@ -136,9 +172,9 @@ class _Driven:
             self._process.terminate()
 
     def failure(self) -> Exception | None:
-        """None where it is over or was stopped."""
+        """None where it is over or was stopped; one that was refused was not, whoever has asked for that."""
         code = self._process.returncode
-        if code == 0 or was_stopped(self.folder) or self._is_over():
+        if code == 0 or (code != 2 and was_stopped(self.folder)) or self._is_over():
             return None
         if code < 0:
             return LaunchError(f"{self.folder.name}: its process was killed by {signal.Signals(-code).name}")

@@ -22,8 +22,10 @@ class Trainer(TorchTrainer):
         super().__init__(*args, **kwargs)
         failures = self.run_config.failure_config
         assert failures is not None  # Ray's default is one
-        self._policies: dict[str, Any] = {"failure_policy": Restarts(failures, folder=folder, awaits_nodes=awaits_nodes)}
-        if len(sizes) > 1:
+        several = len(sizes) > 1  # then it is Resizing that waits for nodes
+        restarts = Restarts(failures, folder=folder, awaits_nodes=awaits_nodes and not several)
+        self._policies: dict[str, Any] = {"failure_policy": restarts}
+        if several:
             self._policies["scaling_policy"] = Resizing(self.scaling_config, sizes=sizes, folder=folder)
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:

@@ -120,7 +120,8 @@ class Watch:
         self._say(f"{event.get('error')}; another is begun at once")
 
     def _on_waiting(self, event: dict[str, Any]) -> None:
-        self._say(f"storage is waited for, for up to {_short(event.get('most_s'))} s: {event.get('error')}")
+        why = f": {event['error']}" if event.get("error") else ""
+        self._say(f"{event.get('what')} is waited for, for up to {_short(event.get('most_s'))} s{why}")
 
     def _on_undeleted(self, event: dict[str, Any]) -> None:
         self._say(f"checkpoint at step {event.get('step')} is whole; an older one could not be deleted: {event.get('error')}")

@@ -97,13 +97,19 @@ def curve(events: Iterable[Timed], *, redone: Literal["dropped", "kept"]) -> lis
     return _joined(points, again)
 
 
-def evaluations(events: Iterable[Timed]) -> list[Evaluated]:
-    found: dict[int, Evaluated] = {}  # one that is done again after a restart counts once
+def evaluations(events: Iterable[Timed], *, redone: Literal["dropped", "kept"]) -> list[Evaluated]:
+    """Of one that is done again the newest, on the weights that came to stay; `redone` as for the curve."""
+    found: dict[int, Evaluated] = {}
     for seconds, event in events:
-        if event["event"] == "evaluation" and (step := count(event.get("step"))) is not None:
+        step = count(event.get("step"))
+        if step is None:
+            continue
+        if event["event"] == "start" and redone == "dropped":
+            found = {at: each for at, each in found.items() if at <= step}
+        elif event["event"] == "evaluation":
             metrics = event.get("metrics") or {}
             values = {name: number(metrics.get(name)) for name in ("top1", "loss", "firing_rate")}
-            found.setdefault(step, Evaluated(step=step, seconds=seconds, epoch=count(event.get("epoch")), **values))
+            found[step] = Evaluated(step=step, seconds=seconds, epoch=count(event.get("epoch")), **values)
     return sorted(found.values(), key=lambda each: each.step)
 
 

@@ -157,7 +157,7 @@ def study_run(
         steps_per_epoch=count(told.get("steps_per_epoch")),
         curve=curve,
         every=every,
-        evaluations=tuple(history.evaluations(timed)),
+        evaluations=tuple(history.evaluations(timed, redone=redone)),
         attempts=tuple(history.attempts(timed)),
         activity=tuple(_layers(activity or ())),
         fidelity=tuple(history.fidelity(events)),

@@ -133,7 +133,7 @@ def _found(job: Job, recipe: Recipe, ranks: Ranks, tracker: Tracker, watchdog: W
 
 
 def _tell_waiting(tracker: Tracker, error: str) -> None:
-    tracker.event("waiting", sync=True, error=error, most_s=PATIENCE_S)
+    tracker.event("waiting", sync=True, what="storage", error=error, most_s=PATIENCE_S)
 
 
 def _newest(checkpoints: Checkpoints, recipe: Recipe, folder: Path, *, trust: tuple[str, ...]) -> Path | None:

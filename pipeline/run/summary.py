@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.evaluate import Evaluation
 from pipeline.measure.totals import Totals
+from pipeline.track.jsonl import OF_NONE
 
 
 def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -19,7 +20,7 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any
     where there was no other. Saved bytes and states are None where no batch was whole on which they are counted.
     """
     starts = [event for event in events if event["event"] == "start"]
-    attempts = {event["attempt"] for event in events}
+    attempts = {event["attempt"] for event in events} - {OF_NONE}
     damaged = {(event["file"], event["page"]): event["samples"] for event in events if event["event"] == "damaged"}
     return {
         "top1": result.top1,

@@ -20,7 +20,7 @@ from pipeline.guards.storage import may_pass
 from pipeline.ranks import Ranks
 from pipeline.refused import Diverged, Refused
 from pipeline.track.base import NullTracker, Tracker
-from pipeline.track.jsonl import Journal, read
+from pipeline.track.jsonl import OF_NONE, Journal, read
 
 PATIENCE_S = 600.0
 """for a writer whose machine is dead: its lock goes when the file system gives it up (CephFS after 5 minutes, NFSv4 after 1.5)"""
@@ -46,7 +46,7 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
         yield NullTracker()
         return
     path = folder / "journal.jsonl"
-    attempt = max((event["attempt"] for event in read(path)), default=-1) + 1
+    attempt = max((event["attempt"] for event in read(path)), default=OF_NONE) + 1
     with Journal(path, attempt=attempt) as tracker:
         try:
             yield tracker

@@ -1,9 +1,10 @@
 """Delivers one run's journal to MLflow, each (metric, step) once, however often the deliverer dies.
 
 There is no state file. MLflow tells what it holds: the run is searched by its tag `spiketrain.run_id`, and a metric's newest
-step marks how far it was delivered, because points are sent in the journal's order. A journal repeats steps after a rollback;
-the first value of a step counts. So every deliverer, at any time, sends the same points from the same lines, and two of them
-at once send identical points, which MLflow's SQL stores keep once (run, key, step, time and value are its primary key).
+step marks how far it was delivered, because points are sent in the order of their steps. A journal repeats steps after a
+rollback; which value of a step counts follows from the journal alone (translate.py). So every deliverer, at any time, sends the
+same points from the same lines, and two of them at once send identical points, which MLflow's SQL stores keep once (run, key,
+step, time and value are its primary key).
 """
 
 from __future__ import annotations

@@ -19,14 +19,16 @@ from typing import Any
 from pipeline.disk import sync_folder
 from pipeline.track.base import NullTracker
 
-__all__ = ["Event", "Follower", "Journal", "NullTracker", "first", "last", "read", "read_thinned"]
+__all__ = ["OF_NONE", "Event", "Follower", "Journal", "NullTracker", "first", "last", "read", "read_thinned"]
 
 Event = dict[str, Any]
+OF_NONE = -1
+"""in the place of an attempt, where whoever launches tells of what is between two of them"""
 _RESERVED = ("event", "time", "attempt")
 
 
 class Journal:
-    """Appends events to the journal at `path`; `attempt` counts the starts of the run, from 0.
+    """Appends events to the journal at `path`; `attempt` counts the starts of the run, from 0, or is OF_NONE.
 
     The folder must exist. Each event is one `write` on a descriptor opened with O_APPEND, so lines of two writers on one
     host cannot mix.

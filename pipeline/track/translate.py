@@ -23,6 +23,7 @@ _COUNTED = {
     "damaged": "damaged_pages",
 }
 """events whose number, of skipped ones whose samples, is a tag"""
+_OF_WEIGHTS = ("evaluation", "fidelity")
 STATUS = {"start": "RUNNING", "finish": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "diverged": "FAILED"}
 _TAGGED = ("recipe", "rule", "study", "study_parent", "seed", "world_size", "batch_size", "micro_batch", "precision", "zero",
            "commit", "dirty", "data_fingerprint", "family", "suite")  # fmt: skip
@@ -30,6 +31,10 @@ _TAGGED = ("recipe", "rule", "study", "study_parent", "seed", "world_size", "bat
 
 class Translation:
     """Of one run's events, in the journal's order: the first value of a step counts, and what MLflow held is left out.
+
+    What was measured on the weights waits for a checkpoint behind it, or the run's end: before a checkpoint the ranks compare
+    theirs, and where they differ the run goes back and measures anew. So MLflow, which takes no second value of a step, gets the
+    one that stands. What training said of the batches that are rolled back is there by then, and stays: a tag names their steps.
 
     `held` has the newest step of each metric in MLflow before this translation; `already_there` counts the points left out.
     """
@@ -39,13 +44,27 @@ class Translation:
         self.already_there = 0
         self._seen: dict[str, int] = {}  # metric -> newest step read from the journal
         self._step = 0  # newest step of any event
+        self._waiting: dict[tuple[str, int], Event] = {}  # of each kind and step the newest
         self._counts: Counter[str] = Counter()
+        self._rolled_back: list[str] = []
 
     def points(self, event: Event) -> Iterator[Metric]:
-        """The metrics of one event that MLflow does not hold yet."""
+        """The metrics that MLflow does not hold yet and may have with this event: its own, or those that waited for it."""
+        self._step = step = _integer(event.get("step"), _integer(event.get("steps"), self._step))
+        kind = event["event"]
+        if kind in _OF_WEIGHTS:
+            self._waiting[kind, step] = event
+            return
+        if kind == "start":
+            self._waiting = {(of, at): each for (of, at), each in self._waiting.items() if at <= step}
+        elif kind in ("checkpoint", "finish", "diverged"):
+            for of, at in sorted((key for key in self._waiting if key[1] <= step), key=lambda key: key[1]):
+                yield from self._new(self._waiting.pop((of, at)), at)
+        yield from self._new(event, step)
+
+    def _new(self, event: Event, step: int) -> Iterator[Metric]:
         from mlflow.entities import Metric
 
-        self._step = step = _integer(event.get("step"), _integer(event.get("steps"), self._step))
         for key, value in _metrics(event):
             newest = self._seen.get(key, -1)
             if step <= newest:
@@ -71,8 +90,13 @@ class Translation:
             return {"spiketrain.stopped": str(event.get("reason", ""))}
         if (name := _COUNTED.get(kind)) is not None:
             self._counts[name] += _integer(event.get("samples"), 0) if kind == "skipped" else 1
-            return {f"spiketrain.{name}": str(self._counts[name])}
+            return {f"spiketrain.{name}": str(self._counts[name]), **(self._trained_in_vain(event) if kind == "rollback" else {})}
         return {}
+
+    def _trained_in_vain(self, rollback: Event) -> dict[str, str]:
+        """The steps whose metrics of training are those of batches that were rolled back."""
+        self._rolled_back.append(f"{_integer(rollback.get('to'), 0) + 1}-{_integer(rollback.get('step'), 0) + 1}")
+        return {"spiketrain.rolled_back": ", ".join(self._rolled_back)}
 
 
 def parameters(event: Event) -> dict[str, str]:

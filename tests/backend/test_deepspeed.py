@@ -8,6 +8,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -306,7 +307,7 @@ def test_a_bucket_is_no_larger_than_the_network() -> None:
     assert (bucket(9), bucket(10**10)) == (9, 500_000_000)
 
 
-def _scalar(rank: int, ranks: int) -> str:
+def _scalar() -> str:
     model = network()
     model.gain = nn.Parameter(torch.ones(()))
     try:
@@ -316,5 +317,30 @@ def _scalar(rank: int, ranks: int) -> str:
     return "accepted"
 
 
-def test_a_scalar_parameter_is_refused_by_name(tmp_path: Path) -> None:
-    assert run_ranks(_scalar, 1, tmp_path)[0].endswith("got gain: use shape (1,)")
+def _patience() -> list[timedelta]:
+    """Of the group of all workers, and of the one that gradients are reduced in."""
+    of_all: Any = distributed.group.WORLD
+    distributed.distributed_c10d._set_pg_timeout(timedelta(hours=7), of_all)
+    reduces: Any = DeepSpeed(network(), sgd, micro_batch=1)._engine.data_parallel_group
+    assert reduces is not of_all
+    return [group._get_backend(torch.device("cpu")).options._timeout for group in (of_all, reduces)]
+
+
+def _built(rank: int, ranks: int) -> tuple[str, list[timedelta]]:
+    return _scalar(), _patience()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[timedelta]]:
+    """What came of two networks, in a process of their own."""
+    [found] = run_ranks(_built, 1, tmp_path_factory.mktemp("built"))
+    return found
+
+
+def test_a_scalar_parameter_is_refused_by_name(built: tuple[str, list[timedelta]]) -> None:
+    assert built[0].endswith("got gain: use shape (1,)")
+
+
+def test_gradients_wait_for_a_worker_as_long_as_anything_else(built: tuple[str, list[timedelta]]) -> None:
+    """Torch's default for a new group gives up long before a watchdog that has more patience."""
+    assert built[1] == [timedelta(hours=7)] * 2

@@ -168,7 +168,8 @@ def test_whoever_stops_a_run_that_waits_for_a_node_is_told_so(
     run.start_of(2)
     run.at_step(random.Random(SEED + 4).randrange(4, 9))
     cluster.kill(added)
-    time.sleep(6)  # until the other one is ended too, and places for both are waited for
+    waiting = run.wait_for(lambda event: event["event"] == "waiting")  # the other one is ended too
+    assert (waiting["what"], waiting["most_s"]) == ("a place for 2 workers", 3600.0)
     run.process.send_signal(signal.SIGINT)
     assert run.end() == 130
     stopped = read(run.run / "journal.jsonl")[-1]

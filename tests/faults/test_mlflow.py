@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from contextlib import suppress
@@ -21,6 +22,7 @@ from tests.track.test_mlflow import start_server
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(400)]
 
+SEED = 20261127  # of the steps at which something happens
 TIMEOUT_S = 6
 PACE_S = 0.4  # of a step
 
@@ -38,16 +40,18 @@ def test_a_server_that_hangs_and_dies_costs_no_bit_and_misses_nothing(tmp_path: 
     lab = Lab(tmp_path / "disturbed")
     lab.pace(PACE_S)
     server = start_server(store, port)
+    draw = random.Random(SEED)
+    hangs_at = draw.randrange(2, 6)
     driven = Driven(lab, "--inline")
     try:
-        driven.at_step(4)
+        driven.at_step(hangs_at)
         hangs = time.time()
         os.killpg(server.pid, signal.SIGSTOP)
-        driven.at_step(30)
+        driven.at_step(hangs_at + 26)
         os.killpg(server.pid, signal.SIGCONT)
         goes_on = time.time()
         assert goes_on - hangs > TIMEOUT_S + 2  # a request is begun at least every 2 s: one of them was given up
-        driven.at_step(34)
+        driven.at_step(hangs_at + 26 + draw.randrange(2, 6))
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
         driven.finish()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,15 @@ from tests.small import make_run, same_weights, small_recipe, train_inline
 
 REASON = "its gradient is not finite on 1 of 1 workers"  # spikes hide it from the loss
 pytestmark = pytest.mark.timeout(120)
+
+SEED = 20261127  # of the batches
+STEPS = 16
+CHECKPOINTS = sorted({*range(0, STEPS + 1, 3), *range(0, STEPS + 1, 8)})  # checkpoint_every, and each epoch's end
+
+
+def newest(step: int) -> int:
+    """The checkpoint that batch `step` finds."""
+    return max(each for each in CHECKPOINTS if each <= step)
 
 
 def hit(patch: pytest.MonkeyPatch, steps: Collection[int]) -> None:
@@ -57,37 +67,39 @@ def told(run: Path, skip: tuple[tuple[int, int], ...], **changes: Any) -> Path:
 
 
 def test_one_is_skipped_and_the_rest_is_as_if_it_had_been_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = random.Random(SEED).randrange(STEPS)
     with monkeypatch.context() as patch:
-        hit(patch, {4})
+        hit(patch, {step})
         summary = train_inline(tmp_path / "hit", recipe())
-    assert same_weights(tmp_path / "hit", told(tmp_path / "told", ((4, 5),)))
+    assert same_weights(tmp_path / "hit", told(tmp_path / "told", ((step, step + 1),)))
     [skipped] = events(tmp_path / "hit", "skipped")
-    assert (skipped["step"], skipped["reason"], skipped["samples"]) == (4, REASON, recipe().batch_size)
+    assert (skipped["step"], skipped["reason"], skipped["samples"]) == (step, REASON, recipe().batch_size)
     assert summary is not None
     assert (summary["skipped_batches"], summary["rollbacks"]) == (1, 0)
 
 
 def test_several_in_a_row_lead_back_to_the_checkpoint_and_around_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bad = {4, 5, 6, 7}  # checkpoints stand behind 3 and 6 batches
+    first = random.Random(SEED + 1).randrange(STEPS - 3)
+    last, to = first + 3, newest(first + 3)
     with monkeypatch.context() as patch:
-        hit(patch, bad)
+        hit(patch, range(first, last + 1))
         summary = train_inline(tmp_path / "hit", recipe(max_skips=3))
     [back] = events(tmp_path / "hit", "rollback")
-    assert (back["step"], back["to"], back["reason"]) == (7, 6, REASON)
-    assert Skipped.read(tmp_path / "hit") == Skipped(1, ((6, 8),))
-    assert [start["step"] for start in events(tmp_path / "hit", "start")] == [0, 6]
-    assert same_weights(tmp_path / "hit", told(tmp_path / "told", ((4, 8),)))
+    assert (back["step"], back["to"], back["reason"]) == (last, to, REASON)
+    assert Skipped.read(tmp_path / "hit") == Skipped(1, ((to, last + 1),))
+    assert [start["step"] for start in events(tmp_path / "hit", "start")] == [0, to]
+    assert same_weights(tmp_path / "hit", told(tmp_path / "told", ((first, last + 1),)))
     assert summary is not None
     assert (summary["skipped_batches"], summary["rollbacks"], summary["restarts"]) == (4, 1, 1)
 
 
 def test_a_rule_that_moves_the_weights_at_once_goes_back_at_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rule = {"rule": spec(OTTT, update="objective")}
+    rule, step = {"rule": spec(OTTT, update="objective")}, random.Random(SEED + 2).randrange(1, STEPS)
     with monkeypatch.context() as patch:
-        hit(patch, {5})
+        hit(patch, {step})
         train_inline(tmp_path / "hit", recipe(**rule))
-    assert [event["to"] for event in events(tmp_path / "hit", "rollback")] == [3]
-    assert same_weights(tmp_path / "hit", told(tmp_path / "told", ((3, 6),), **rule))
+    assert [event["to"] for event in events(tmp_path / "hit", "rollback")] == [newest(step)]
+    assert same_weights(tmp_path / "hit", told(tmp_path / "told", ((newest(step), step + 1),), **rule))
 
 
 @pytest.mark.distributed
@@ -97,28 +109,33 @@ def test_where_zero_holds_the_gradients_it_is_seen_all_the_same(tmp_path: Path, 
 
     Each keeps half of the momentum, and the summary tells what a worker without ZeRO would keep.
     """
-    told = recipe(backend="deepspeed", zero=zero, skip=((3, 5),))
+    step = random.Random(SEED + zero).randrange(3, STEPS)
+    told = recipe(backend="deepspeed", zero=zero, skip=((newest(step), step + 1),))
     jobs = make_run(tmp_path / "hit", replace(told, skip=())), make_run(tmp_path / "told", told)
     (tmp_path / "meeting").mkdir()
-    run_ranks(_one_is_hit, 2, tmp_path / "meeting", *jobs)
+    run_ranks(_one_is_hit, 2, tmp_path / "meeting", *jobs, step)
     [back] = events(tmp_path / "hit", "rollback")
-    assert (back["step"], back["to"]) == (4, 3) and back["reason"].startswith("its gradient is not finite on ")
+    assert (back["step"], back["to"]) == (step, newest(step)) and back["reason"].startswith("its gradient is not finite on ")
     assert same_weights(tmp_path / "hit", tmp_path / "told")
     held = json.loads((tmp_path / "told" / "summary.json").read_text())["held"]
     assert held["gradients"] <= held["optimizer"] < 1.1 * held["gradients"]  # DeepSpeed fills each part up to a round number
 
 
-def _one_is_hit(rank: int, ranks: int, meets: Job, told: Job) -> None:
-    for job, steps in ((meets, {4} if rank else set()), (told, set())):
+def _one_is_hit(rank: int, ranks: int, meets: Job, told: Job, step: int) -> None:
+    for job, steps in ((meets, {step} if rank else set()), (told, set())):
         with pytest.MonkeyPatch.context() as patch:
             hit(patch, steps)
             run(job, Place(rank, ranks, "cpu", rank))
 
 
 def test_at_the_end_of_the_ladder_it_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of two in a row the first is skipped, once more after going back; a checkpoint between them would remember it.
+    first = random.Random(SEED + 3).choice([step for step in range(1, STEPS - 4) if step + 1 not in CHECKPOINTS])
     with monkeypatch.context() as patch:
-        hit(patch, range(4, 100))
-        with pytest.raises(Diverged, match=f"training: batch 7: {REASON}; it has gone back max_rollbacks=1 times; lower"):
+        hit(patch, range(first, 100))
+        with pytest.raises(
+            Diverged, match=f"training: batch {first + 3}: {REASON}; it has gone back max_rollbacks=1 times; lower"
+        ):
             train_inline(tmp_path / "hit", recipe(max_skips=1, max_rollbacks=1))
     assert state_of(tmp_path / "hit") == "diverged" and Skipped.read(tmp_path / "hit").rollbacks == 1
 

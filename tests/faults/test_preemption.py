@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -31,6 +32,9 @@ from pipeline.worker import run
 from tests.processes import run_ranks
 from tests.small import make_run, same_weights, small_recipe
 
+SEED = 20261127  # of the steps at which something happens
+ASKED = random.Random(SEED).randrange(1, 8)
+
 
 def steps_of(folder: Path, kind: str) -> list[int]:
     return [event["step"] for event in read(folder / "journal.jsonl") if event["event"] == kind]
@@ -44,19 +48,19 @@ def untouched(tmp_path: Path) -> Path:
 
 def test_a_notice_is_saved_upon_once_and_the_run_goes_on(tmp_path: Path, untouched: Path) -> None:
     """And before each evaluation, which the machine may not see the end of."""
-    asked = 0
+    asked, told = 0, random.Random(SEED + 1).randrange(1, 8)
 
     def notice() -> Notice | None:
         nonlocal asked
         asked += 1
-        return Notice(("node",), deadline) if asked >= 3 else None
+        return Notice(("node",), deadline) if asked >= told else None
 
     deadline = time.time() + 120
     job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
     assert run(job, Place(notice=notice)) is not None
     [event] = [event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "preempted"]
-    assert event["step"] == 3 and event["machines"] == ["node"] and 60 < event["seconds_left"] <= 120
-    assert steps_of(tmp_path / "run", "checkpoint") == [3, 8, 8, 16, 16]
+    assert event["step"] == told and event["machines"] == ["node"] and 60 < event["seconds_left"] <= 120
+    assert steps_of(tmp_path / "run", "checkpoint") == [told, 8, 8, 16, 16]
     assert same_weights(tmp_path / "run", untouched)
     assert Translation().tags(event) == {"spiketrain.preemptions": "1"}
     counted = Translation()
@@ -65,10 +69,10 @@ def test_a_notice_is_saved_upon_once_and_the_run_goes_on(tmp_path: Path, untouch
 
 def test_a_notice_is_saved_upon_once_more_before_its_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is learnt between the two is not lost with the machine."""
-    original, told = attempt.Attempt._micro_batches, []
+    original, told, step = attempt.Attempt._micro_batches, [], random.Random(SEED + 2).randrange(3)
 
     def slowly(self: attempt.Attempt, source: Any) -> Any:
-        if self.step == 2:
+        if self.step == step:
             told.append(Notice(("node",), time.time() + 3.6))
         time.sleep(0.1 if told else 0.0)
         return original(self, source)
@@ -78,30 +82,30 @@ def test_a_notice_is_saved_upon_once_more_before_its_deadline(tmp_path: Path, mo
     data = small_recipe().data.with_(samples=160)
     job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0, data=data, stop_after=12))
     assert run(job, Place(notice=lambda: told[-1] if told else None)) is not None
-    assert steps_of(tmp_path / "run", "preempted") == [3]
+    assert steps_of(tmp_path / "run", "preempted") == [step + 1]
     first, last, *others = [event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "checkpoint"]
-    assert first["step"] == 3 < last["step"] < 12 and last["time"] < told[0].deadline
+    assert first["step"] == step + 1 < last["step"] < 12 and last["time"] < told[0].deadline
     assert [event["step"] for event in others] == [12, 12]
 
 
 def test_who_asks_for_a_save_may_know_of_a_notice_first(tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the controller does, which takes the machine's workers away as soon as they have saved."""
-    original = attempt.Attempt._between_batches
+    original, asked = attempt.Attempt._between_batches, sorted(random.Random(SEED + 3).sample(range(1, 8), 2))
 
     def between(self: attempt.Attempt, epoch: int, *, last: bool) -> None:
-        if self.step in (4, 6):
+        if self.step in asked:
             write_json(self.folder / SAVE, asdict(Notice(("node",), time.time() + 60)))
         original(self, epoch, last=last)
 
     monkeypatch.setattr(attempt.Attempt, "_between_batches", between)
     assert run(make_run(tmp_path / "run", small_recipe(checkpoint_every=0)), Place()) is not None
     [event] = [event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "preempted"]  # told once
-    assert (event["step"], event["machines"]) == (4, ["node"]) and 0 < event["seconds_left"] <= 60
-    assert steps_of(tmp_path / "run", "checkpoint") == [4, 6, 8, 8, 16, 16]
+    assert (event["step"], event["machines"]) == (asked[0], ["node"]) and 0 < event["seconds_left"] <= 60
+    assert steps_of(tmp_path / "run", "checkpoint") == [*asked, 8, 8, 16, 16]
     assert same_weights(tmp_path / "run", untouched)
 
 
-@pytest.mark.parametrize("step", [5, 8])
+@pytest.mark.parametrize("step", [ASKED, 8])
 def test_a_save_that_is_asked_for_comes_at_the_next_step(
     tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
@@ -294,7 +298,7 @@ def _without_a_group(rank: int, ranks: int, job: Job) -> str:
     original = attempt.Attempt._between_batches
 
     def between(self: attempt.Attempt, epoch: int, *, last: bool) -> None:
-        if self.step == 3:
+        if self.step == ASKED:
             torch.distributed.destroy_process_group()
         original(self, epoch, last=last)
 

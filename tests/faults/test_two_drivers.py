@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from tests.faults.lab import Driven, Lab
 from tests.small import Command, command
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(200)]
+
+SEED = 20261127  # of the step at which the first one is stopped
 
 spiketrain = pytest.fixture(command)
 
@@ -31,6 +34,6 @@ def test_the_second_is_refused_in_one_line_and_the_first_goes_on(first: Driven, 
     for _ in range(2):
         code, _, error = spiketrain("resume", "run", "--inline", "--runs", str(first.run.parent), "--trust", "told_lab")
         assert (code, error) == (2, "run: is being trained by another process on this machine\n")
-    first.at_step(5)
+    first.at_step(random.Random(SEED).randrange(3, 9))
     first.process.send_signal(signal.SIGTERM)
     assert first.end() == 130

@@ -9,19 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.train import ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     NoopDecision,
     ResizeDecision,
     ScalingDecision,
 )
+from ray.train.v2.api.exceptions import ControllerError
 
 from pipeline.job import Notice
 from pipeline.launch import resizing
-from pipeline.launch.resizing import PATIENCE_S, Resizing
+from pipeline.launch.places import PLACES_S, NoPlace
+from pipeline.launch.resizing import LOOK_S, PATIENCE_S, Resizing
+from pipeline.launch.trainer import Trainer
 from pipeline.recipe import read_json
+from pipeline.track.jsonl import read
 
 NOTHING, GROW = NoopDecision(), ResizeDecision(num_workers=2, resources_per_worker={"CPU": 1})
 
@@ -41,13 +46,14 @@ def looks(policy: Resizing) -> ScalingDecision:
     return policy.make_decision_for_running_worker_group(None, None)
 
 
-def take_away(patch: pytest.MonkeyPatch) -> None:
-    def away(*asked: Any, **how: Any) -> None:
-        raise OSError(errno.ESTALE, "Stale file handle")
+def unable(*asked: Any, **how: Any) -> None:
+    raise OSError(errno.ESTALE, "Stale file handle")
 
+
+def take_away(patch: pytest.MonkeyPatch) -> None:
     for name in ("exists", "unlink"):
-        patch.setattr(Path, name, away)
-    patch.setattr(resizing, "write_json", away)
+        patch.setattr(Path, name, unable)
+    patch.setattr(resizing, "write_json", unable)
 
 
 def test_it_grows_once_it_has_saved(policy: Resizing) -> None:
@@ -93,3 +99,47 @@ def test_whoever_asks_to_stop_waits_for_no_place_as_far_as_storage_tells(
         assert policy.make_decision_for_non_running_worker_group() == NOTHING
     with pytest.raises(WorkerGroupStartupTimeoutError):
         policy.make_decision_for_non_running_worker_group()
+
+
+def test_a_place_is_waited_for_an_hour_and_somebody_is_told_once(policy: Resizing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one absence of all workers, in which there may be room for some now and then that do not begin."""
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    def told() -> list[tuple[str, float]]:
+        return [(event["what"], event["most_s"]) for event in read(policy.folder / "journal.jsonl")]
+
+    for absence in (1, 2):
+        assert policy.make_decision_for_non_running_worker_group() == NOTHING and len(told()) == absence - 1
+        now += LOOK_S + 1
+        with monkeypatch.context() as patch:
+            patch.setattr(resizing, "tell_waiting", unable)
+            assert policy.make_decision_for_non_running_worker_group() == NOTHING
+        assert [policy.make_decision_for_non_running_worker_group() for _ in range(3)] == [NOTHING] * 3
+        assert told() == [("a place for 1 worker", PLACES_S)] * absence
+        now += PLACES_S - LOOK_S - 2
+        with monkeypatch.context() as patch:
+            patch.setattr(ElasticScalingPolicy, "make_decision_for_non_running_worker_group", lambda *about: GROW)
+            assert policy.make_decision_for_non_running_worker_group() == GROW
+        assert policy.make_decision_for_non_running_worker_group() == NOTHING
+        if absence == 1:
+            looks(policy)  # there they are
+    now += 2
+    with pytest.raises(NoPlace, match=r"^launch: 1 worker found no place in time: others have it, or a node"):
+        policy.make_decision_for_non_running_worker_group()
+
+
+def test_a_wait_in_vain_ends_the_run(tmp_path: Path) -> None:
+    """Of several numbers of workers, for which Ray tries again without an end."""
+    trainer = Trainer(
+        lambda: None,
+        sizes=(2, 4),
+        folder=tmp_path,
+        awaits_nodes=True,
+        scaling_config=ScalingConfig(num_workers=(2, 4)),
+        run_config=RunConfig(failure_config=FailureConfig(max_failures=3, controller_failure_limit=-1)),
+    )
+    restarts = trainer._policies["failure_policy"]
+    assert restarts.make_decision(ControllerError(WorkerGroupStartupTimeoutError(2))) == FailureDecision.RETRY
+    assert restarts.make_decision(ControllerError(NoPlace("launch: in vain"))) == FailureDecision.RAISE
+    assert not restarts.awaits_nodes and isinstance(trainer._policies["scaling_policy"], Resizing)  # which does

@@ -14,7 +14,9 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from pipeline.launch import restarts
-from pipeline.launch.restarts import PLACES_S, Restarts
+from pipeline.launch.places import PLACES_S
+from pipeline.launch.restarts import Restarts
+from pipeline.track.jsonl import read
 
 RETRY, RAISE = FailureDecision.RETRY, FailureDecision.RAISE
 
@@ -67,11 +69,22 @@ def test_a_checkpoint_of_a_step_that_was_saved_before_is_nothing_new(policy: Res
 
 
 @pytest.mark.parametrize("file", ["micro_batch.json", "damaged.json"])
-def test_a_smaller_micro_batch_and_a_page_left_out_are(policy: Restarts, file: str) -> None:
+def test_a_smaller_micro_batch_and_a_page_left_out_are_and_their_deaths_count_for_nothing(policy: Restarts, file: str) -> None:
     for content in ("32", "16", "8"):
         assert [dies(policy), dies(policy)] == [RETRY, RETRY]
         (policy.folder / file).write_text(content)
+        assert dies(policy) == RETRY
     assert [dies(policy) for _ in range(3)] == [RETRY, RETRY, RAISE]
+
+
+@pytest.mark.parametrize("file", ["micro_batch.json", "damaged.json"])
+def test_who_allows_no_restart_has_such_a_run_go_on(tmp_path: Path, file: str) -> None:
+    """As one worker would, which begins again without a death."""
+    policy = Restarts(FailureConfig(max_failures=0), folder=tmp_path, awaits_nodes=False)
+    for content in ("16", "8"):
+        (tmp_path / file).write_text(content)
+        assert dies(policy) == RETRY
+    assert dies(policy) == RAISE
 
 
 def test_what_was_there_when_it_began_is_nothing_new(tmp_path: Path) -> None:
@@ -85,6 +98,8 @@ def test_places_that_were_there_are_waited_for(policy: Restarts) -> None:
     starts(policy, 0)
     assert dies(policy) == RETRY
     assert {finds_no_place(policy) for _ in range(20)} == {RETRY}
+    [told] = [event for event in read(policy.folder / "journal.jsonl") if event["event"] == "waiting"]
+    assert (told["what"], told["most_s"], told["attempt"]) == ("a place for 2 workers", PLACES_S, -1)
     assert [dies(policy), dies(policy)] == [RETRY, RAISE]
 
 

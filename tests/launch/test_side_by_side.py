@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import io
 import json
 import os
 import signal
@@ -10,6 +12,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +24,10 @@ from rich.console import Console
 from pipeline.cores import physical_cores
 from pipeline.data.write import write_fashion
 from pipeline.job import Job
+from pipeline.launch import side_by_side
 from pipeline.launch.base import Launcher
 from pipeline.launch.inline import Inline
-from pipeline.launch.side_by_side import LOG, _begin_more, slots_of
+from pipeline.launch.side_by_side import LOG, slots_of, train_side_by_side
 from pipeline.recipe import Recipe
 from pipeline.refused import Refused
 from pipeline.report.runs import list_suites
@@ -188,14 +193,74 @@ def test_a_search_takes_what_did_best_though_the_shared_value_diverges(place: Pa
     assert code == 2 and "optimizer.lr: 0.001 and 0.01" in error
 
 
-def test_a_run_that_storage_does_not_let_begin_is_told_once_the_others_have_ended() -> None:
+def stand_ins(folder: Path, *, job: Any = None) -> Any:
+    """A suite of one run, whose folder is there."""
+    recipe, run = small_recipe(), folder / "run"
+    run.mkdir()
+    about = {"trust": (), "runs": folder, "where": {recipe.name: run}, "can_begin": lambda recipe: True}
+    return SimpleNamespace(
+        left=lambda: [] if state_of(run) == "finished" else [recipe],
+        job=job or (lambda recipe: Job(run=str(run), study="s", data_fingerprint="f", commit="c")),
+        **about,
+    )
+
+
+def drives_as(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """In the place of each process that would drive a run; RUN is its folder."""
+    real = subprocess.Popen
+
+    def popen(words: list[str], **how: Any) -> Any:
+        return real(["sh", "-c", script.replace("RUN", words[words.index("resume") + 1])], **how)
+
+    monkeypatch.setattr(side_by_side.subprocess, "Popen", popen)
+    monkeypatch.setattr(side_by_side, "_POLL_S", 0.01)
+
+
+@contextmanager
+def driven_by_another(run: Path) -> Iterator[None]:
+    with (run / "driver.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
+def test_a_run_that_storage_does_not_let_begin_is_told_once_the_others_have_ended(tmp_path: Path) -> None:
     def away(recipe: Recipe) -> Job:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    children: Any = SimpleNamespace(left=lambda: [small_recipe()], can_begin=lambda recipe: True, job=away)
-    going: dict[str, Any] = {}
-    failed = _begin_more(children, Inline(), 2, going, Console())
-    assert isinstance(failed, OSError) and not going
+    with pytest.raises(OSError, match="Stale"):
+        train_side_by_side(stand_ins(tmp_path, job=away), Inline(), 2, Console())
+
+
+def test_a_run_that_the_child_of_a_killed_suite_still_saves_is_begun_once_that_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its note of a stop stays until then, and is nobody's later."""
+    drives_as(monkeypatch, """test ! -e RUN/stop && echo '{"event": "finish", "step": 1}' > RUN/journal.jsonl""")
+    children, said = stand_ins(tmp_path), io.StringIO()
+    (tmp_path / "run" / "stop").write_text("SIGUSR1")
+    with ThreadPoolExecutor(1) as beside:
+        with driven_by_another(tmp_path / "run"):
+            monkeypatch.setattr(side_by_side, "_stop_requests", lambda: nullcontext(lambda: 0))  # of the main thread alone
+            finished = beside.submit(train_side_by_side, children, Inline(), 1, Console(file=said))
+            wait_for(lambda: "another process still trains it: waiting for up to 300 s" in said.getvalue())
+            time.sleep(0.1)
+            assert (tmp_path / "run" / "stop").exists() and not finished.done()
+        assert finished.result(20) is True
+    assert said.getvalue().count("another process") == 1
+
+
+def test_one_that_another_process_goes_on_with_is_refused_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_by_side, "LEAVING_S", 0.05)
+    drives_as(monkeypatch, "false")
+    children, refused = stand_ins(tmp_path), "^run: is being trained by another process, which still does after 0 s$"
+    with driven_by_another(tmp_path / "run"), pytest.raises(Refused, match=refused):
+        train_side_by_side(children, Inline(), 1, Console(file=io.StringIO()))
+
+
+def test_a_run_that_is_refused_was_not_stopped_whatever_note_lies_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drives_as(monkeypatch, "touch RUN/stop; echo run: is being trained by another process on this machine; exit 2")
+    with pytest.raises(Refused, match=r"^run: run: is being trained by another process on this machine$"):
+        train_side_by_side(stand_ins(tmp_path), Inline(), 1, Console(file=io.StringIO()))
 
 
 def test_more_than_there_is_room_for_is_refused() -> None:

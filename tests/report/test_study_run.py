@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,6 +69,19 @@ def test_what_a_restart_does_again_is_kept_until_it_is_told_again():
     assert provenance(Study(title="t", runs=(twice,))).rows[0][5] == "60/100, done again from 50 on"
     dropped = study_run("r", told[:6], state="running")
     assert [point.step for point in dropped.curve] == [25, 50] and (dropped.step, dropped.again_from) == (50, None)
+
+
+def test_an_evaluation_that_is_done_again_counts_as_it_was_done_last():
+    """The first was of weights that were given up: saving found that the workers' differed."""
+    told = events()  # a start, 25, 50, its evaluation, ...
+    back = {**told[0], "time": told[3]["time"] + 1, "attempt": 1, "step": 0}
+    again = {**told[3], "time": back["time"] + 5, "attempt": 1, "metrics": {"top1": 0.25}}
+
+    def top1(*more: dict, **how: Any) -> list[float | None]:
+        return [each.top1 for each in study_run("r", [*told[:4], back, *more], state="running", **how).evaluations]
+
+    assert top1() == [] and top1(redone="kept") == [0.8]
+    assert top1(again) == top1(again, redone="kept") == [0.25]
 
 
 def test_nothing_yet():

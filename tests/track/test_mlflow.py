@@ -372,6 +372,7 @@ def test_names_and_values_that_mlflow_refuses(fake_run: Callable, sqlite_store: 
     run = fake_run()
     with run.start(params={"augment[0].p": "x" * 9000}, rule="HLOP(OTTT)", hardware={"gpu#0": "y" * 9000}) as journal:
         journal.event("evaluation", step=0, metrics={"top1@5%": 1, "flag": True, "text": "slow", "none": None, "inf": math.inf})
+        journal.event("checkpoint", step=0)
         journal.event("invented", step=1, metrics={"x": 1})
     assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=2, already_there=0)
     found = find(sqlite_store, run)

@@ -23,6 +23,42 @@ def test_the_first_value_of_a_step_counts_and_what_is_held_is_left_out():
     assert translation.already_there == 1
 
 
+def evaluation(number: int, top1: float) -> dict[str, Any]:
+    return {"event": "evaluation", "step": number, "time": float(number), "metrics": {"top1": top1}}
+
+
+def checkpoint(number: int) -> dict[str, Any]:
+    return {"event": "checkpoint", "step": number, "time": 99.0}
+
+
+def test_an_evaluation_of_weights_that_were_given_up_is_sent_as_it_was_measured_anew():
+    """Saving finds that the workers' weights differ, and goes back."""
+    translation = Translation()
+    assert sent(translation, evaluation(8, 0.3), checkpoint(5)) == []  # of an earlier step, whose writing took until now
+    assert sent(translation, checkpoint(8)) == [("val/top1", 8, 0.3)]
+    back = {"event": "rollback", "step": 15, "to": 8}
+    assert sent(translation, evaluation(16, 0.9), back, {"event": "start", "step": 8}) == []
+    assert sent(translation, checkpoint(20)) == []  # the other one is gone for good
+    assert sent(translation, evaluation(16, 0.4), checkpoint(16)) == [("val/top1", 16, 0.4)]
+    assert translation.tags(back) == {"spiketrain.rollbacks": "1", "spiketrain.rolled_back": "9-16"}
+    assert translation.tags({**back, "step": 19})["spiketrain.rolled_back"] == "9-16, 9-20"
+
+
+def test_what_is_measured_again_of_the_same_weights_is_sent_once_with_its_own_time():
+    """As after a kill between an evaluation and its checkpoint."""
+    translation = Translation()
+    again = {**evaluation(8, 0.3), "time": 12.0}
+    assert sent(translation, evaluation(8, 0.3), {"event": "start", "step": 8}, again) == []
+    [point] = translation.points(checkpoint(8))
+    assert (point.step, point.value, point.timestamp) == (8, 0.3, 12_000)
+    assert sent(translation, again, checkpoint(9)) == []
+
+
+@pytest.mark.parametrize("end", ["finish", "diverged"])
+def test_the_end_of_a_run_sends_what_waits(end: str):
+    assert sent(Translation(), step(16), evaluation(16, 0.4), {"event": end}) == [("val/top1", 16, 0.4)]
+
+
 def test_a_finish_is_a_summary_at_the_newest_step():
     translation = Translation()
     nested = {"forward": {"additions": 2.0, "who": "x"}}
