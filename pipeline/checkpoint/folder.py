@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.place import read_trainer
+from pipeline.checkpoint.place import TRAINER, read_trainer
 from pipeline.checkpoint.shared import MARKER
-from pipeline.disk import sync_folder
+from pipeline.disk import Unreadable, sync_folder, tried
 
 _REPLACED = ".replaced-"  # whole, and counts again where its place is empty
 _DELETING = ".deleting-"
@@ -54,7 +54,10 @@ class Folder:
         return self.folder / name
 
     def trainer(self, name: str) -> dict[str, Any]:
-        return read_trainer(self.folder / name)
+        try:
+            return tried(lambda: read_trainer(self.folder / name))
+        except Unreadable as error:  # damaged, as `damage` says of it
+            raise ValueError(f"{self.folder / name / TRAINER} cannot be read: {error.strerror}") from error
 
     def delete(self, name: str) -> None:
         self._delete(self.folder / name, name)

@@ -11,9 +11,12 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
+
+from torch import distributed
 
 from pipeline.cores import physical_cores
 from pipeline.door import TOKEN_ADVICE, heard, knock, offer_token, reason
@@ -40,8 +43,10 @@ SETTINGS = {
 ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """of a cluster of our own: its node is 127.0.0.1, as on those systems, and Ray's servers listen there and nowhere else (2.60)"""
 
+MEETING_S = 600
+"""in which workers have to find one another as they start; nobody watches them yet"""
 AFTER_WATCHDOG_S = 600
-"""in which workers may be apart, and have to find one another as they start"""
+"""which a worker that is well waits on, once a watchdog would have ended the one that it waits for"""
 
 
 class Ray:
@@ -152,7 +157,9 @@ class Ray:
 
         gpus = takes_gpus(self.device, self.workers, int(ray.cluster_resources().get("GPU", 0)))
         elastic = len(self.sizes) > 1
-        alone = ray.util.get_node_ip_address() == HOST  # in a cluster of our own, also of a suite's that this process has joined
+        # In a cluster of our own, also of a suite's that this process has joined; it is asked for its nodes, not this process for
+        # its address, which may be a client's of elsewhere.
+        alone = all(node["NodeManagerAddress"] == HOST for node in ray.nodes() if node["Alive"])
         told = of_worker(threads=self.cpus_per_worker, loader_threads=job.loader_threads, gpus=gpus, alone=alone)
         trainer = Trainer(
             partial(_train, work=self.work, sizes=self.sizes),
@@ -160,9 +167,7 @@ class Ray:
             folder=Path(job.run),
             awaits_nodes=self.address is not None,
             train_loop_config=asdict(job),
-            torch_config=(OnLoopback if alone else TorchConfig)(
-                backend="nccl" if gpus else "gloo", timeout_s=group_patience_s(job.hang_minutes)
-            ),
+            torch_config=(OnLoopback if alone else TorchConfig)(backend="nccl" if gpus else "gloo", timeout_s=MEETING_S),
             scaling_config=ScalingConfig(
                 num_workers=(self.sizes[0], self.sizes[-1]) if elastic else self.workers,
                 elastic_resize_monitor_interval_s=LOOK_S,
@@ -194,13 +199,14 @@ class Ray:
         return outcome
 
 
-def group_patience_s(hang_minutes: float) -> int:
-    """How long a worker waits for the others in a collective: until long after a watchdog has ended one of them.
+def _wait_for_others(hang_minutes: float) -> None:
+    """From now on in a collective of all workers: until long after a watchdog has ended one of them.
 
     A collective that gave up first would end a worker that is well, and Ray with it the one that hangs, before anybody has seen
     what that is at.
     """
-    return round(60 * hang_minutes) + AFTER_WATCHDOG_S if hang_minutes else round(PATIENCE.total_seconds())
+    patience = timedelta(minutes=hang_minutes, seconds=AFTER_WATCHDOG_S) if hang_minutes else PATIENCE
+    distributed.distributed_c10d._set_pg_timeout(patience, distributed.group.WORLD)
 
 
 def _stopped_without_workers(job: Job) -> None:
@@ -222,6 +228,7 @@ def _train(
     context = train.get_context()
     job = Job(**{**config, "trust": tuple(config["trust"])})
     place = Place(context.get_world_rank(), context.get_world_size(), str(get_device()), context.get_local_rank(), sizes, _notice)
+    _wait_for_others(job.hang_minutes)
     try:
         return work(job, place)
     except Refused as error:  # returned, not raised: starting again would not help

@@ -52,7 +52,7 @@ class Resizing(ElasticScalingPolicy):
         self._asked = self._ticked = 0.0
         self._none_since: float | None = None
         """when no worker was left, or none had begun"""
-        self._is_told = False
+        self._is_told = self._is_tried_late = False
 
     def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
         leaving = state.get_draining_nodes()
@@ -64,17 +64,20 @@ class Resizing(ElasticScalingPolicy):
         """Whoever asks to stop meanwhile waits for no node: as if places had not come in time (`restarts.py`).
 
         Raises:
-            NoPlace: no workers have begun within an hour, whether there was room for some of them now and then or not.
+            NoPlace: no workers have begun within an hour, whether there was room for some of them now and then or not. Room that
+                comes later than that is tried once.
         """
         self._wanted = None
         decision = super().make_decision_for_non_running_worker_group()
         if isinstance(decision, NoopDecision) and self._is_there(STOP, if_away=False):
             raise WorkerGroupStartupTimeoutError(self.sizes[0])
         if self._none_since is None:
-            self._none_since, self._is_told = time.monotonic(), False
+            self._none_since, self._is_told, self._is_tried_late = time.monotonic(), False, False
         without_s = time.monotonic() - self._none_since
         if without_s > PLACES_S:
-            raise NoPlace(no_place(self.sizes[0]))
+            if isinstance(decision, NoopDecision) or self._is_tried_late:
+                raise NoPlace(no_place(self.sizes[0]))
+            self._is_tried_late = True
         if isinstance(decision, NoopDecision) and without_s > LOOK_S and not self._is_told:
             with suppress(OSError):  # else it is told at the next look
                 tell_waiting(self.folder, self.sizes[0])

@@ -26,13 +26,14 @@ from pipeline.launch.shown import Shown
 from pipeline.launch.signals import PATIENT, wishes
 from pipeline.recipe import Recipe
 from pipeline.refused import Refused
+from pipeline.run.writer import PATIENCE_S
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.state import is_driven
 
 LOG = "launch.log"
 """in a run's folder: what its process printed"""
-LEAVING_S = 300.0
-"""in which a run saves and tells MLflow, after the suite that began it was killed, before it is nobody's"""
+LEAVING_S = PATIENCE_S
+"""in which a run saves and tells MLflow, after the suite that began it was killed, or a machine that died loses it"""
 _POLL_S = 0.25
 _PR_SET_PDEATHSIG = 1
 
@@ -112,7 +113,7 @@ def _begin_more(
 
 
 class _Leaving:
-    """Another process that drives a run: most likely the child of a suite that was killed, which has asked it to save."""
+    """Another process that drives a run: most likely a child of a suite that was killed, which was asked to save."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

@@ -129,6 +129,21 @@ def test_a_score_that_cannot_be_read_now_costs_nobody_the_best(tmp_path: Path, m
     assert ([path.name[-1] for path in step_folders(tmp_path)], told.untidy) == (["2", "5"], "")
 
 
+def test_one_on_a_bad_sector_is_nobodys_best_and_does_not_stay_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints, read, lost = saved(tmp_path, [1, 2]), Path.read_bytes, tmp_path / "step_00000001" / "trainer.json"
+
+    def fails(self: Path) -> bytes:
+        if self == lost:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    monkeypatch.setattr(disk, "TRY_S", 0.0)
+    assert save(checkpoints, 3, backend(), Counting(), {**TRAINER, "score": 0.1}).untidy == ""
+    assert [path.name[-1] for path in step_folders(tmp_path)] == ["2", "3"]
+    assert verified(Folder(tmp_path), "best").name == "step_00000003"
+
+
 def test_what_is_pinned_is_kept(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, [1, 2])
     pin(tmp_path / "step_00000001")

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+import ray.train.torch
+import torch
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import ControllerError
+from torch import distributed
 
-from pipeline.job import Job
+from pipeline.job import Job, Place
 from pipeline.launch import trainer
 from pipeline.launch.base import LaunchError
+from pipeline.launch.loopback import OnLoopback
 from pipeline.launch.places import NoPlace
-from pipeline.launch.ray import Ray
+from pipeline.launch.ray import Ray, _train
 
 
 @pytest.mark.parametrize("hang_minutes", [0.3, 30.0, 600.0])
@@ -23,11 +30,33 @@ def test_workers_wait_for_one_another_until_long_after_a_watchdog_has_ended_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hang_minutes: float
 ) -> None:
     """Else the one that is well gives up first, and Ray ends the other before it has said what it hangs in."""
-    assert group_timeout(tmp_path, monkeypatch, hang_minutes) >= 60 * hang_minutes + 300
+    assert patience_in_a_worker(tmp_path, monkeypatch, hang_minutes) >= timedelta(minutes=hang_minutes, seconds=300)
 
 
 def test_where_nobody_watches_they_wait_for_more_than_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert group_timeout(tmp_path, monkeypatch, 0.0) > 24 * 3600
+    assert patience_in_a_worker(tmp_path, monkeypatch, 0.0) > timedelta(days=1)
+
+
+@pytest.mark.parametrize("hang_minutes", [0.0, 600.0])
+def test_workers_that_do_not_find_one_another_say_so_within_ten_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hang_minutes: float
+) -> None:
+    """No watchdog looks at them yet."""
+    assert run(tmp_path, monkeypatch, None, hang_minutes=hang_minutes)["torch_config"].timeout_s == 600
+
+
+@pytest.mark.parametrize(
+    ("addresses", "alone"), [(["127.0.0.1"], True), (["10.0.0.1", "127.0.0.1"], False), (["10.0.0.1"], False)]
+)
+def test_a_cluster_is_of_this_machine_alone_where_all_of_its_nodes_are_on_loopback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, addresses: list[str], alone: bool
+) -> None:
+    """Whatever address this process, which may be a client's of elsewhere, has itself."""
+    nodes = [{"NodeManagerAddress": address, "Alive": True} for address in addresses]
+    gone = {"NodeManagerAddress": "10.0.0.9", "Alive": False}
+    asked = run(tmp_path, monkeypatch, None, nodes=[*nodes, gone])
+    assert isinstance(asked["torch_config"], OnLoopback) is alone
+    assert (asked["run_config"].worker_runtime_env["env_vars"].get("GLOO_SOCKET_IFNAME") == "lo") is alone
 
 
 def test_a_wait_for_places_in_vain_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,12 +66,31 @@ def test_a_wait_for_places_in_vain_ends_in_one_line(tmp_path: Path, monkeypatch:
             run(tmp_path, monkeypatch, ControllerError(failure))
 
 
-def group_timeout(folder: Path, patch: pytest.MonkeyPatch, hang_minutes: float) -> float:
-    """Seconds, of the process group that Ray makes."""
-    return run(folder, patch, None, hang_minutes=hang_minutes)["torch_config"].timeout_s
+def patience_in_a_worker(folder: Path, patch: pytest.MonkeyPatch, hang_minutes: float) -> timedelta:
+    """Of the process group of all workers, while one of them trains."""
+    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_rank=lambda: 0)
+    patch.setattr(ray.train, "get_context", lambda: context)
+    patch.setattr(ray.train.torch, "get_device", lambda: "cpu")
+
+    def work(job: Job, place: Place) -> dict[str, Any]:
+        group: Any = distributed.group.WORLD
+        return {"patience": group._get_backend(torch.device("cpu")).options._timeout}
+
+    config = asdict(Job(run=str(folder), study="s", data_fingerprint="f", commit="c", hang_minutes=hang_minutes))
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=0, world_size=1, timeout=timedelta(minutes=10)
+    )
+    try:
+        told = _train(config, work=work, sizes=(1,))
+    finally:
+        distributed.destroy_process_group()
+    assert told is not None
+    return told["patience"]
 
 
-def run(folder: Path, patch: pytest.MonkeyPatch, error: Exception | None, **about: Any) -> dict[str, Any]:
+def run(
+    folder: Path, patch: pytest.MonkeyPatch, error: Exception | None, *, nodes: Sequence[dict[str, Any]] = (), **about: Any
+) -> dict[str, Any]:
     """What Ray's trainer is asked for two workers, which end with `error`."""
     asked: dict[str, Any] = {}
 
@@ -57,5 +105,6 @@ def run(folder: Path, patch: pytest.MonkeyPatch, error: Exception | None, **abou
 
     patch.setattr(trainer, "Trainer", asks)
     patch.setattr(ray, "cluster_resources", dict)
+    patch.setattr(ray, "nodes", lambda: list(nodes))
     Ray(workers=2, device="cpu").run(Job(run=str(folder), study="s", data_fingerprint="f", commit="c", **about), "1")
     return asked

@@ -129,6 +129,20 @@ def test_a_place_is_waited_for_an_hour_and_somebody_is_told_once(policy: Resizin
         policy.make_decision_for_non_running_worker_group()
 
 
+def test_room_that_comes_after_an_hour_is_tried_once(policy: Resizing, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    for _ in range(2):
+        assert policy.make_decision_for_non_running_worker_group() == NOTHING
+        now += PLACES_S + 1
+        with monkeypatch.context() as patch:
+            patch.setattr(ElasticScalingPolicy, "make_decision_for_non_running_worker_group", lambda *about: GROW)
+            assert policy.make_decision_for_non_running_worker_group() == GROW
+            with pytest.raises(NoPlace):  # they did not begin
+                policy.make_decision_for_non_running_worker_group()
+        looks(policy)  # now they did
+
+
 def test_a_wait_in_vain_ends_the_run(tmp_path: Path) -> None:
     """Of several numbers of workers, for which Ray tries again without an end."""
     trainer = Trainer(

@@ -199,6 +199,7 @@ def stand_ins(folder: Path, *, job: Any = None) -> Any:
     run.mkdir()
     about = {"trust": (), "runs": folder, "where": {recipe.name: run}, "can_begin": lambda recipe: True}
     return SimpleNamespace(
+        is_over=lambda name: state_of(run) == "finished",
         left=lambda: [] if state_of(run) == "finished" else [recipe],
         job=job or (lambda recipe: Job(run=str(run), study="s", data_fingerprint="f", commit="c")),
         **about,
@@ -242,7 +243,7 @@ def test_a_run_that_the_child_of_a_killed_suite_still_saves_is_begun_once_that_h
         with driven_by_another(tmp_path / "run"):
             monkeypatch.setattr(side_by_side, "_stop_requests", lambda: nullcontext(lambda: 0))  # of the main thread alone
             finished = beside.submit(train_side_by_side, children, Inline(), 1, Console(file=said))
-            wait_for(lambda: "another process still trains it: waiting for up to 300 s" in said.getvalue())
+            wait_for(lambda: "another process still trains it: waiting for up to 600 s" in said.getvalue())
             time.sleep(0.1)
             assert (tmp_path / "run" / "stop").exists() and not finished.done()
         assert finished.result(20) is True
