@@ -188,9 +188,10 @@ class Comparison:
 
 
 def _label(rule: str, *, finished: int, diverged: int) -> str:
-    """`SLTT-1 (2 of 3 runs, the others diverged)`"""
+    """`SLTT-1 (2 of 3 runs, the other diverged)`"""
     if finished and diverged:
-        return f"{rule} ({finished} of {finished + diverged} runs, the others diverged)"
+        others = "other" if diverged == 1 else "others"
+        return f"{rule} ({finished} of {finished + diverged} runs, the {others} diverged)"
     runs = finished or diverged
     return rule if runs == 1 else f"{rule} ({runs} runs)"
 
