@@ -316,7 +316,8 @@ def first_batch(recipe: Recipe, size: int) -> Batch:
 
 def samples_of(recipe: Recipe) -> int:
     """That an epoch of the recipe has, and no batch of it more."""
-    with closing(tasks_of(recipe)[0].data.train(seed=recipe.seed, rank=0, world=1, batch_size=1, micro_batch=1, threads=1)) as loader:
+    data = tasks_of(recipe)[0].data
+    with closing(data.train(seed=recipe.seed, rank=0, world=1, batch_size=1, micro_batch=1, threads=1)) as loader:
         return loader.samples
 
 
