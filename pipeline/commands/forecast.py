@@ -77,7 +77,7 @@ def sweep(
         float | None, typer.Option("--memory", metavar="GB", help="that the largest batch must fit into; without it what is free")
     ] = None,
     at_largest: Annotated[
-        bool, typer.Option("--at-largest", help="with --batch auto: find each rule's own largest batch by training it")
+        bool, typer.Option("--at-largest", help="with --batch auto: find each rule's own largest batch by training it and others")
     ] = False,
     cpus_per_worker: Cpus = 1,
     format_: Format = "table",

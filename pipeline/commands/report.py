@@ -65,6 +65,7 @@ def report(
 
     It is an artifact in MLflow, too, of the parent that the runs were launched with, where they have one.
     """
+    from pipeline.report.finite import finite
     from pipeline.report.page import write
     from pipeline.report.read_study import read_study
     from pipeline.report.returned import Returned
@@ -79,7 +80,7 @@ def report(
     print(page)
     told = {**Returned(claims=found.study.claims, sweeps=found.study.sweeps).to_json(), "printed": found.study.printed}
     uri = tracking_uri(found.folders[0].parent)
-    if log_report(page, found.folders, name=found.place.name, told=json.dumps(told), uri=uri) is None:
+    if log_report(page, found.folders, name=found.place.name, told=json.dumps(finite(told), allow_nan=False), uri=uri) is None:
         print("no artifact in MLflow: these runs were not launched with one suite", file=sys.stderr)
 
 

@@ -314,6 +314,13 @@ def first_batch(recipe: Recipe, size: int) -> Batch:
         return next(iter(batches))
 
 
+def samples_of(recipe: Recipe) -> int:
+    """That an epoch of the recipe has, and no batch of it more."""
+    data = tasks_of(recipe)[0].data
+    with closing(data.train(seed=recipe.seed, rank=0, world=1, batch_size=1, micro_batch=1, threads=1)) as loader:
+        return loader.samples
+
+
 def noise(recipe: Recipe, size: int) -> Batch:
     """A batch that nobody read, in the shape of the recipe's data."""
     data = tasks_of(recipe)[0].data

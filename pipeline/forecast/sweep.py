@@ -2,8 +2,8 @@
 
 And the largest batch that fits. What training takes at its peak grows with the batch in a straight line, bytes(B) = a + b B, so
 two sizes tell it; beside it lie the optimizer's state, a teacher, and the batch itself. That is an estimate, for which a part of
-the memory is left free. Who wants to know has the batch trained: where it does not fit, smaller ones are, and the largest of them
-that did is told.
+the memory is left free. Who wants to know has the batch trained: where it fits, larger ones are, up to what the free part would
+hold, and where it does not, smaller ones; the largest of them that did is told.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 from pipeline.build import check_recipe
 from pipeline.counts import are_counts
 from pipeline.forecast.asked import Asked, asked
-from pipeline.forecast.bench import RESERVE, RULES, Bench, Cost, DoesNotFit, by_label, fastest_baseline
+from pipeline.forecast.bench import RESERVE, RULES, Bench, Cost, DoesNotFit, by_label, fastest_baseline, samples_of
 from pipeline.measure.held import Held
 from pipeline.measure.memory import free_bytes, hardware
 from pipeline.recipe import Recipe, Spec
@@ -59,6 +59,8 @@ class Sweep:
     which T, and why"""
     memory_bytes: int | None
     """that a largest batch may take, with what lies beside it"""
+    at_largest: bool
+    """largest batches were to be trained, whether any fitted or not"""
     teacher: Asked | None
     """in no rule's cost; its bytes lie beside a largest batch"""
     hardware: Mapping[str, object]
@@ -98,8 +100,8 @@ def sweep(
     Args:
         batch_size: samples; None: what one worker would hold at a time.
         memory_bytes: find the largest batch that fits into so many, or into what is free; None: find none.
-        at_largest: train each rule's own largest batch, too, or where it does not fit smaller ones; the time that this takes
-            grows with `memory_bytes`.
+        at_largest: train each rule's own largest batch, too, with larger ones where it fits and smaller ones where it does not;
+            the time that this takes grows with `memory_bytes`.
 
     Raises: ValueError for a recipe that does not fit together, for recordings (their T is their own), for no time steps, or
     where no rule can train the network; what the data refuse.
@@ -135,6 +137,7 @@ def sweep(
         points=tuple(sorted(points, key=lambda point: (order.index(point.cost.rule), point.time_steps))),
         refused=refused,
         memory_bytes=limit,
+        at_largest=at_largest,
         teacher=teacher,
         hardware=hardware(),
     )
@@ -177,7 +180,7 @@ class _Room:
         return max(0, bench.samples + int(left // max(of_a_sample, 1.0)))
 
     def trained(self, point: Point, rule: Spec) -> Point:
-        """With the largest batch that was trained, of its own and smaller ones, and fitted; 0 where not even one sample did."""
+        """With the largest batch that was trained, of sizes around its own, and fitted; 0 where not even one sample did."""
         assert point.largest_batch is not None
 
         def cost_of(samples: int) -> Cost | None:
@@ -185,7 +188,8 @@ class _Room:
             cost = bench.cost(rule)
             return cost if self.needed(bench, cost) <= self.bytes else None
 
-        samples, cost = _largest_of(point.largest_batch, cost_of)
+        without_reserve = max(1, int(point.largest_batch / (1 - RESERVE)))
+        samples, cost = _largest_of(point.largest_batch, min(without_reserve, samples_of(self.bench.recipe)), cost_of)
         return replace(point, largest_batch=samples, at_largest=cost)
 
     def needed(self, bench: Bench, cost: Cost) -> int:
@@ -200,8 +204,8 @@ class _Room:
         return Bench(self.bench.recipe, batch_size=samples, threads=self.threads)
 
 
-def _largest_of(estimate: int, cost_of: Callable[[int], Cost | None]) -> tuple[int, Cost | None]:
-    """`estimate` where it fits, else half of it and so on, and then what fits between there and what did not, with its cost."""
+def _largest_of(estimate: int, most: int, cost_of: Callable[[int], Cost | None]) -> tuple[int, Cost | None]:
+    """Where `estimate` fits `most`, else half of it and so on; then what fits between there and what did not, with its cost."""
 
     def tried(samples: int) -> Cost | None:
         try:
@@ -214,6 +218,10 @@ def _largest_of(estimate: int, cost_of: Callable[[int], Cost | None]) -> tuple[i
     samples, too_many, cost = estimate, estimate + 1, None
     while samples and (cost := tried(samples)) is None:
         samples, too_many = samples // 2, samples
+    if samples == estimate < most:
+        if (found := tried(most)) is not None:
+            return most, found
+        too_many = most
     for _ in range(REFINED):
         between = (samples + too_many) // 2
         if between == samples:

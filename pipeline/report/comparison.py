@@ -7,7 +7,6 @@ import io
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.text import Text
 
 from pipeline.report.choose import Finished, Unfinished, rule_of, seed_of
 from pipeline.report.figure import harmless, unit_of
+from pipeline.report.finite import finite, not_finite
 from pipeline.report.resuming import how_to_resume
 from pipeline.report.study import COMPUTE, Group, StudyRun, measured
 from pipeline.report.tables import behind_the_rows
@@ -109,13 +109,13 @@ class Comparison:
             "time_baseline": self.group.fastest_baseline if self.baseline else None,
             "runs": [
                 {
-                    **_finite(run.summary),
+                    **finite(run.summary),
                     "run": run.name,
                     "rule": rule_of(run),
                     COMPUTE: self.value(run, COMPUTE),
                     "behind": self.behind[rule_of(run)],
                     "ratios": {name: self.ratio(run, name) for name in _COMPARED},
-                    "not_finite": dict(_not_finite(run.summary)),
+                    "not_finite": dict(not_finite(run.summary)),
                 }
                 for run in self.runs
             ],
@@ -188,9 +188,10 @@ class Comparison:
 
 
 def _label(rule: str, *, finished: int, diverged: int) -> str:
-    """`SLTT-1 (2 of 3 runs, the others diverged)`"""
+    """`SLTT-1 (2 of 3 runs, the other diverged)`"""
     if finished and diverged:
-        return f"{rule} ({finished} of {finished + diverged} runs, the others diverged)"
+        others = "other" if diverged == 1 else "others"
+        return f"{rule} ({finished} of {finished + diverged} runs, the {others} diverged)"
     runs = finished or diverged
     return rule if runs == 1 else f"{rule} ({runs} runs)"
 
@@ -204,27 +205,6 @@ def _told_of(run: Unfinished) -> str:
 
 def _table(title: str) -> Table:
     return Table(title=title, box=None, header_style="bold", pad_edge=False, title_justify="left")
-
-
-def _finite(value: Any) -> Any:
-    """As JSON has it."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _not_finite(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """`inference.energy_j` and `nan`, of each number within an object that JSON does not have."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _not_finite(item, f"{name}.{key}" if name else key)
-    elif isinstance(value, list):
-        for place, item in enumerate(value):
-            yield from _not_finite(item, f"{name}[{place}]")
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield name, str(value)
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -133,7 +133,14 @@ def _shifted(shapes: Sequence[str], place: int) -> str:
 
 
 def harmless(cell: Cell) -> Cell:
-    return f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
+    """A text that a spreadsheet would take for a formula is quoted; a number as a text, such as `-inf`, is none."""
+    if not isinstance(cell, str) or cell[:1] not in ("=", "+", "-", "@", "\t", "\r"):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
 
 
 def plain(text: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.measure.time_parts import PARTS, REST
-from pipeline.track.jsonl import Event
+from pipeline.track.jsonl import OF_NONE, Event
 
 Timed = tuple[float, Event]
 """an event, and the seconds of wall clock that its run had taken by then"""
@@ -64,10 +64,13 @@ class Fidelity:
 
 
 def timed(events: Iterable[Event]) -> Iterator[Timed]:
-    """Each event with its seconds: those of its attempts, one after another."""
+    """Each event with its seconds: those of its attempts, one after another. What is told of between them costs nothing."""
     paid = begun = now = last = 0.0
     attempt: Any = None
     for event in events:
+        if event.get("attempt") == OF_NONE:
+            yield paid + last - begun, event
+            continue
         time = number(event.get("time"))
         now = now if time is None else time
         if event.get("attempt") != attempt:

@@ -124,7 +124,8 @@ class Live:
                 continue
             found.append(run)
             if run.every > 1:
-                notes.append(f"{run.name} has a long journal: of the points of its curve one of {run.every} is shown.")
+                parts = ", and its parts of time are of those" if run.parts and run.summary is None else ""
+                notes.append(f"{run.name} has a long journal: of the points of its curve one of {run.every} is shown{parts}.")
         keys = {run.study[:8] for run in runs}
         return Study(title=f"Study {', '.join(sorted(keys))}", runs=tuple(found), against=against, notes=tuple(notes))
 

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.report.claims import Claim
 from pipeline.report.runs import ReportError
 
-_COST = ("rule", "peak_saved_bytes", "forward_s", "backward_s")
+_NUMBERS = ("peak_saved_bytes", "forward_s", "backward_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +66,9 @@ def _point(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def _cost(value: Any) -> dict[str, Any]:
     cost = dict(value)
-    for name in _COST:
-        cost[name]
+    cost["rule"]
+    for name in _NUMBERS:
+        float(cost[name])  # of a suite's report.json, null where it is not finite
     return cost
 
 

@@ -108,7 +108,9 @@ class Store(Protocol):
         ...
 
     def text(self, run_id: str, name: str) -> str | None:
-        """An artifact, one of `ARTIFACTS`; None where the run has none of that name (yet), or was deleted.
+        """An artifact, one of `ARTIFACTS`, of a run that was found; None where it has none of that name (yet).
+
+        A suite's run is known by its id alone: where it was deleted, its report is None.
 
         Raises: ArtifactError where this one cannot be read.
         """

@@ -13,12 +13,15 @@ from pipeline.report.store import ArtifactError, Point, StoredRun, StoreError, T
 from pipeline.track.connect import connect, without_password
 from pipeline.track.files import JOURNAL
 from pipeline.track.hierarchy import KIND_TAG, PARENT_OF
+from pipeline.track.publish import REPORT, REPORT_DATA
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
 TIMEOUT_S = "5"
 _PAGE = 1000
+_OF_SUITES = (REPORT, REPORT_DATA)
+"""artifacts of a run that may have been deleted, for its id is from the tags of others; a search finds no deleted run"""
 Item = TypeVar("Item")
 
 
@@ -56,8 +59,8 @@ class ServerStore:
             client = connect(self.uri)
         try:
             with tempfile.TemporaryDirectory() as folder:
-                if client.get_run(run_id).info.lifecycle_stage != "active":  # its artifacts are handed out all the same
-                    return None
+                if name in _OF_SUITES and client.get_run(run_id).info.lifecycle_stage != "active":
+                    return None  # MLflow hands out its artifacts all the same
                 if name not in {file.path for file in client.list_artifacts(run_id)}:
                     return None
                 return read(Path(client.download_artifacts(run_id, name, folder)))

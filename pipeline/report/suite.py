@@ -14,6 +14,7 @@ from rich.console import Console
 from pipeline.baseline import BASELINE
 from pipeline.report.choose import runs_of_study
 from pipeline.report.compare import print_studies
+from pipeline.report.finite import finite
 from pipeline.report.paired import WITHIN
 from pipeline.report.resuming import how_to_resume
 from pipeline.report.runs import AmbiguousName, ReportError, find_run_or_suite
@@ -74,7 +75,7 @@ def print_suite(
     Args:
         trust: packages of the user's own that the suite's report and recipes may be imported from.
         against, within: see `compare`; a report of the suite's own knows neither.
-        as_json: print what the report returns in the place of what it prints.
+        as_json: print what the report returns in the place of what it prints, with null for what is not finite.
 
     Raises:
         ValueError: the suite cannot be read, or its runs must not be set side by side.
@@ -117,7 +118,7 @@ def _print_json(
     if value is None:
         raise ValueError(f"compare: the report of {folder.name} returns nothing, so there is no --format json of it")
     try:
-        text = json.dumps(value, indent=2, allow_nan=False)
+        text = json.dumps(finite(value), indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ReportError(f"compare: the report of {folder.name} must return JSON values; {error}") from error
     console.out(text, highlight=False)

@@ -34,7 +34,7 @@ def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None 
     for rule in found.rules:
         for index, point in enumerate(found.of(rule)):
             T = point.time_steps
-            cells = _cells(point, base.get(T), fastest.get(T), tried=_are_tried(found))
+            cells = _cells(point, base.get(T), fastest.get(T), tried=found.at_largest)
             table.add_row(Text(rule if index == 0 else ""), *map(Text, cells))
     console.print(table)
     for rule in found.rules:
@@ -64,20 +64,18 @@ def _refusals(found: Sweep) -> Iterator[str]:
 
 
 def _told_of_largest(found: Sweep, memory_bytes: int) -> str:
-    about = f"about: an estimate from what two batches took, {RESERVE:.0%} of the memory left free, not trained"
-    trained = "without it: trained, and fitted; " if _are_tried(found) else ""
-    return f"largest batch in {memory_bytes / 1e9:.3g} GB; {trained}{about}"
+    estimate = f"an estimate from what two batches took, {RESERVE:.0%} of the memory left free, not trained"
+    told = f"about: {estimate}"
+    if found.at_largest:
+        told = f'without "about": trained, and fitted, or 0 where not even one sample did; with it: {estimate}'
+    return f"largest batch in {memory_bytes / 1e9:.3g} GB; {told}"
 
 
 def _of_largest(found: Sweep) -> list[str]:
     """Columns."""
     if found.memory_bytes is None:
         return []
-    return ["largest batch", *(["images/s of its fwd+bwd"] if _are_tried(found) else [])]
-
-
-def _are_tried(found: Sweep) -> bool:
-    return any(point.at_largest is not None for point in found.points)
+    return ["largest batch", *(["images/s of its fwd+bwd"] if found.at_largest else [])]
 
 
 def told_sweep(found: Sweep) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from pipeline.report.figures_time import memory_of_time
 LARGEST_SAID = (
     "The largest batch that fits, and how fast forward and backward of it are, beside the faster "
     f"{BASELINE} at its own largest batch: what a rule's memory buys in speed on the same card or machine. A batch with a "
-    "speed was trained; one without is an estimate from what two batches took, with a part of the memory left free."
+    "speed was trained, and fitted; one without is an estimate from what two batches took, with a part of the memory left free; "
+    "0 where by the estimate, or when it was tried, not even one sample fits."
 )
 
 

@@ -32,9 +32,10 @@ _TAGGED = ("recipe", "rule", "study", "study_parent", "seed", "world_size", "bat
 class Translation:
     """Of one run's events, in the journal's order: the first value of a step counts, and what MLflow held is left out.
 
-    What was measured on the weights waits for a checkpoint behind it, or the run's end: before a checkpoint the ranks compare
-    theirs, and where they differ the run goes back and measures anew. So MLflow, which takes no second value of a step, gets the
-    one that stands. What training said of the batches that are rolled back is there by then, and stays: a tag names their steps.
+    What was measured on the weights waits for a checkpoint behind it, or for the run to finish or diverge; one that fails or is
+    stopped may measure it again. Before a checkpoint the ranks compare their weights, and where they differ the run goes back
+    and measures anew. So MLflow, which takes no second value of a step, gets the one that stands. What training said of the
+    batches that are rolled back is there by then, and stays: a tag names their steps.
 
     `held` has the newest step of each metric in MLflow before this translation; `already_there` counts the points left out.
     """

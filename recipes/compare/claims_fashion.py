@@ -41,6 +41,7 @@ judged on the one with most of the rules and runs.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
@@ -199,7 +200,8 @@ def _bytes_of_T(swept: Mapping[str, Any], rule: str) -> dict[int, float]:
 def _planned(beside: Path, console: Console) -> dict[str, Mapping[str, Any]]:
     """Of each rule, NF-ResNet-34 at T = 6 on one V100 in fp32, as its sheet has it: minutes of profiling, which are kept.
 
-    They count as long as what they rest on is the same, our code, the recipe and this machine; else it is planned anew.
+    They count as long as what they rest on is the same, our code, the recipe and this machine; else it is planned anew. Where the
+    file can be neither read nor written, as on a read-only mount, nothing but that is lost.
     """
     recipe = replace(nf_resnet34_sltt(), precision="fp32")
     rules, card = (RULES["bptt"], RULES["sltt"], spec(SLTT, k=1)), DEVICES["v100"]
@@ -208,7 +210,7 @@ def _planned(beside: Path, console: Console) -> dict[str, Mapping[str, Any]]:
     rests_on = {"code": code_digest(), "machine": machine, **asked}
     file = beside / "plan.json"
     try:
-        kept = read_json(file) if file.exists() else None
+        kept = json.loads(file.read_text()) if file.exists() else None
         if kept is not None and kept["rests_on"] != rests_on:
             changed = [name for name, value in rests_on.items() if kept["rests_on"].get(name) != value]
             console.out(f"{file}: planned anew, for it is of another {' and '.join(changed)}", highlight=False)
@@ -216,9 +218,14 @@ def _planned(beside: Path, console: Console) -> dict[str, Mapping[str, Any]]:
             return {each["rule"]: {name: each[name] for name in PLANNED} for each in kept["rules"]}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         console.out(f"{file}: planned anew, for it is damaged: {error!r}", highlight=False)
+    except OSError as error:
+        console.out(f"{file}: planned anew, for it cannot be read: {error.strerror}", highlight=False)
     found = plan(recipe, Cluster(workers=1, device=card), samples=IMAGENET_SAMPLES, source="noise", rules=rules).rules
     told_of = [{name: getattr(each, name) for name in PLANNED} for each in found]
-    write_json(file, {"rests_on": rests_on, "rules": told_of})
+    try:
+        write_json(file, {"rests_on": rests_on, "rules": told_of})
+    except OSError as error:
+        console.out(f"{file}: this plan is not kept, and the next report makes it anew: {error.strerror}", highlight=False)
     return {each["rule"]: each for each in told_of}
 
 

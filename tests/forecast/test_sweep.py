@@ -139,22 +139,40 @@ def printed(found: Sweep) -> str:
 
 
 @pytest.mark.parametrize(
-    ("most", "tried", "largest"),
-    [(10**9, [450], 450), (300, [450, 225, 337, 281, 309], 281), (1, [450, 225, 112, 56, 28, 14, 7, 3, 1, 2], 1), (0, None, 0)],
+    ("most", "of", "tried", "largest"),
+    [
+        (10**9, 600, [450, 500], 500),
+        (490, 600, [450, 500, 475, 487, 493], 487),
+        (480, 500, [450, 500, 475, 487, 481], 475),
+        (10**9, 460, [450, 460], 460),
+        (10**9, 450, [450], 450),
+        (300, 500, [450, 225, 337, 281, 309], 281),
+        (1, 500, [450, 225, 112, 56, 28, 14, 7, 3, 1, 2], 1),
+        (0, 500, None, 0),
+    ],
 )
-def test_where_the_estimate_does_not_fit_the_largest_that_did_is_told(
-    most: int, tried: list[int] | None, largest: int, monkeypatch: pytest.MonkeyPatch
+def test_around_the_estimate_the_largest_that_fitted_is_told(
+    most: int, of: int, tried: list[int] | None, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory ends at more than `most` samples, but for the two batches that the estimate is of."""
+    """Memory ends at more than `most` samples, but for the two batches that the estimate is of; the data have `of`."""
     limit = 10**9
     seen = peaks(monkeypatch, lambda samples: 2 * 10**6 * samples if samples in (4, 8) or samples <= most else 2 * limit)
-    recipe = replace(recipe_with(0.5, data=recipe_with(0.5).data.with_(samples=500)), rule=spec(BPTT))
+    recipe = replace(recipe_with(0.5, data=recipe_with(0.5).data.with_(samples=of)), rule=spec(BPTT))
     found = sweep(recipe, steps=(4,), rules=(), memory_bytes=limit, at_largest=True)
     (point,) = found.points
     assert tried is None or seen == [8, 4, *tried]
     assert (point.largest_batch, point.at_largest is None, found.refused) == (largest, largest == 0, {})
     row = next(line for line in printed(found).splitlines() if line.startswith("BPTT "))
     assert row.split()[10:11] == [str(largest)] and "about" not in row
+    assert '; without "about": trained, and fitted, or 0 where not even one sample did; with it: an estimate' in printed(found)
+
+
+def test_one_sample_is_tried_where_the_estimate_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes all but a twentieth of the limit, of which the estimate leaves a tenth free."""
+    recipe = replace(recipe_with(0.5), rule=spec(BPTT))
+    seen = peaks(monkeypatch, lambda samples: 10**9 * samples)
+    (point,) = sweep(recipe, steps=(4,), rules=(), memory_bytes=10**9 * 21 // 20, at_largest=True).points
+    assert (seen, point.largest_batch, point.at_largest is None) == ([8, 4, 1], 1, False)
 
 
 def test_a_batch_that_this_machine_has_no_memory_for_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +198,7 @@ def test_a_largest_batch_that_the_data_are_too_few_for_is_an_estimate() -> None:
     out = printed(found)
     assert "SLTT: its largest batch at T = 4 was not trained: " in out and "not in the table" not in out
     assert f"about {found.points[0].largest_batch:,}" in out
-    assert "about: an estimate from what two batches took, 10% of the memory left free, not trained" in out
+    assert "with it: an estimate from what two batches took, 10% of the memory left free, not trained" in out
 
 
 def test_a_teachers_bytes_lie_beside_a_largest_batch() -> None:
@@ -227,7 +245,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "about: an estimate" in out and "of its" not in out
     words = ("--steps", "4", "--batch", "auto", "--memory", "0.00006", "--at-largest")
     code, out, err = run("sweep", str(file), *words)
-    assert (code, err) == (0, "") and "of its fwd+bwd" in out and "without it: trained, and fitted" in out
+    assert (code, err) == (0, "") and "of its fwd+bwd" in out and 'without "about": trained, and fitted' in out
     code, out, _ = run("sweep", str(file), "--steps", "2", "--batch", "4", "--format", "json")
     assert json.loads(out)["samples"] == 4 and json.loads(out)["commit"]
 

@@ -292,6 +292,13 @@ def test_imagenets_plan_is_made_once_and_anew_where_what_it_rests_on_is_no_more(
     write_json(tmp_path / "plan.json", {**kept, "rules": [{"rule": "SLTT"}]})
     assert "it is damaged: KeyError('memory_bytes')" in asked()
     assert (asked(), len(made)) == ("", 7)
+    (tmp_path / "plan.json").unlink()
+    (tmp_path / "plan.json").mkdir()  # can be neither read nor written, not even by root
+    unreadable, unwritten = asked().splitlines()
+    assert "plan.json: planned anew, for it cannot be read: Is a directory" in unreadable
+    assert "plan.json: this plan is not kept, and the next report makes it anew: Is a directory" in unwritten
+    (tmp_path / "plan.json").rmdir()
+    assert (asked(), asked(), len(made)) == ("", "", 9)
 
 
 def test_imagenets_rows_say_which_precision_each_figure_is_of() -> None:

@@ -301,7 +301,7 @@ def test_what_diverged_has_its_row_and_divides_nothing(make_run: Callable, runs_
     make_run("sltt-k1", rule="SLTT-1", end="diverged")
     comparison = compare(runs_dir)
     text = text_of(comparison)
-    assert re.search(r"SLTT \(1 of 2 runs, the others diverged\) +80.00% +×0.89 ", text)
+    assert re.search(r"SLTT \(1 of 2 runs, the other diverged\) +80.00% +×0.89 ", text)
     assert re.search(r"SLTT-1 +diverged +- +- +-\n", text)
     assert "sltt-k1 (SLTT-1) diverged: it is in no mean, and nothing is divided by it\n" in text and "resume" not in text
     told = comparison.to_json()
@@ -473,7 +473,7 @@ def test_values_that_are_missing_or_nan(make_run: Callable, runs_dir: Path):
 def test_what_json_and_spreadsheets_have_no_place_for(make_run: Callable, runs_dir: Path, capsys: pytest.CaptureFixture[str]):
     make_run("bptt", loss=0.5)
     lost = {"loss": math.nan, "top1": math.inf, "inference": {"energy_j": -math.inf}, "trained": [1.0, math.nan]}
-    make_run("sltt", rule="SLTT", **{**lost, "versions": {"x": "+1"}})
+    make_run("sltt", rule="SLTT", **{**lost, "versions": {"x": "+x"}})
     print_comparison(runs_dir, format="json")
 
     def refuse(constant: str) -> float:
@@ -485,7 +485,8 @@ def test_what_json_and_spreadsheets_have_no_place_for(make_run: Callable, runs_d
     said = {"loss": "nan", "top1": "inf", "inference.energy_j": "-inf", "trained[1]": "nan"}
     assert sltt["not_finite"] == said and set(sltt["ratios"].values()) >= {None, 1.0}
     [_, row] = csv.DictReader(io.StringIO(compare(runs_dir).to_csv()))
-    assert (row["loss"], row["not_finite.loss"], row["versions.x"]) == ("", "nan", "'+1")
+    assert (row["loss"], row["not_finite.loss"], row["versions.x"]) == ("", "nan", "'+x")
+    assert row["not_finite.inference.energy_j"] == "-inf"
 
 
 def test_a_run_that_does_not_say_its_rule_is_of_an_unknown_one(make_run: Callable, runs_dir: Path):

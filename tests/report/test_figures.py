@@ -220,6 +220,7 @@ def test_names_are_text_in_drawings_and_in_spreadsheets():
     assert "&lt;b&gt;x&lt;/b&gt;" in traces(made(ratios(group))) and "<b>x</b>" not in traces(made(ratios(group)))
     assert plain("a<b&c") == "a&lt;b&amp;c"
     assert harmless("=1+1") == "'=1+1" and harmless(-1.5) == -1.5
+    assert [harmless(text) for text in ("-inf", "-x", "+1", "@x")] == ["-inf", "'-x", "+1", "'@x"]
     assert Table(columns=("a", "b"), rows=(("x,y", None), ('q"', 0.1))).to_csv() == 'a,b\n"x,y",\n"q""",0.1\n'
 
 

@@ -131,8 +131,9 @@ def test_a_run_whose_journal_was_thinned_says_so(store: FakeStore):
     assert Live(store).study(store.members).notes == ()
     store.every = 12
     study = Live(store).study(store.members)
-    said = [f"{name} has a long journal: of the points of its curve one of 12 is shown." for name in ("going", "bptt")]
-    assert study.notes == tuple(said) and [point.step for point in study.runs[0].curve] == [25, 50, 60, 70]
+    of = "has a long journal: of the points of its curve one of 12 is shown"
+    assert study.notes == (f"going {of}, and its parts of time are of those.", f"bptt {of}.")
+    assert study.runs[0].parts and [point.step for point in study.runs[0].curve] == [25, 50, 60, 70]
 
 
 @pytest.mark.parametrize("state", ["FINISHED", "RUNNING"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -76,7 +77,9 @@ def test_a_claim_of_a_suite_may_say_that_it_is_within_the_noise():
         returned({"claims": [{name: value for name, value in about.items() if name != "ours"}]}, "a-suite")
 
 
-def test_what_a_suites_report_prints_and_returns(make_run: Callable, runs_dir: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_a_suites_report_prints_and_returns(
+    make_run: Callable, runs_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     make_run("bptt")
     folder = make_suite(runs_dir, "bptt")
     value = json.loads((folder / "suite.json").read_text())
@@ -95,10 +98,12 @@ def test_what_a_suites_report_prints_and_returns(make_run: Callable, runs_dir: P
     monkeypatch.setattr("pipeline.suite._check_report", lambda _: None)
     study = read_study(runs_dir, ["suite"]).study
     assert (study.printed, study.claims[0].holds, study.sweeps, study.notes) == ("of recipe-bptt\n", False, (SWEEP,), ())
-    for value, why in ((float("nan"), "Out of range float"), (folder, "Path is not JSON")):
-        claim["ours"] = value
-        with pytest.raises(ReportError, match=f"the report of suite must return JSON values; .*{why}"):
-            print_suite(folder, as_json=True)
+    claim["ours"] = math.nan
+    print_suite(folder, as_json=True)
+    assert json.loads(capsys.readouterr().out)["claims"][0]["ours"] is None
+    claim["ours"] = folder
+    with pytest.raises(ReportError, match=r"the report of suite must return JSON values; .*Path is not JSON"):
+        print_suite(folder, as_json=True)
     monkeypatch.setattr(SuiteFile, "read", lambda *_, **__: (_ for _ in ()).throw(ValueError("no data here")))
     assert read_study(runs_dir, ["suite"])[0].notes == ("The suite's own report could not be made: no data here",)
 
@@ -133,6 +138,13 @@ def test_on_the_command_line(make_run: Callable, runs_dir: Path, monkeypatch: py
     assert code == 0 and Path(out.strip()).read_text().startswith("<!doctype html>")
     code, out, _ = spiketrain("report", STUDY, "--runs", str(runs_dir), "--out", str(runs_dir / "x.html"))
     assert (code, out.strip()) == (0, str(runs_dir / "x.html"))
+    point = SWEEP["points"][0]
+    lost = {**SWEEP, "points": [{**point, "cost": {**point["cost"], "loading_s": math.nan}}]}
+    (runs_dir / "sweep.json").write_text(json.dumps(lost))
+    sent: list[str] = []
+    monkeypatch.setattr("pipeline.track.publish.log_report", lambda *_, told, **__: sent.append(told))
+    assert spiketrain("report", "--runs", str(runs_dir), "--sweep", str(runs_dir / "sweep.json"))[0] == 0
+    assert '"loading_s": null' in sent[0] and "NaN" not in sent[0]
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]"])

@@ -126,6 +126,15 @@ def test_a_long_journal_is_thinned_and_any_other_long_artifact_is_not_read(store
         open_store(str(store)).text(run.id, "recipe.json")
 
 
+def test_an_artifact_of_a_run_that_was_found_costs_no_question_about_the_run(store: Path, monkeypatch: pytest.MonkeyPatch):
+    opened, run = ServerStore(f"sqlite:///{store}"), run_named(store, "c")
+    asked: list[str] = []
+    client = type(connect(opened.uri))
+    monkeypatch.setattr(client, "get_run", lambda self, run_id, get=client.get_run: (asked.append(run_id), get(self, run_id))[1])
+    assert opened.text(run.id, "summary.json") is None and asked == []  # MLflow itself asks where it downloads one
+    assert opened.text(run.id, "report.json") is None and asked == [run.id]
+
+
 def test_one_artifact_that_mlflow_cannot_hand_out_is_not_the_stores_trouble(store: Path):
     """Asked through MLflow's client, as a server is."""
     opened, run = ServerStore(f"sqlite:///{store}"), run_named(store, "c")

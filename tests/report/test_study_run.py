@@ -11,6 +11,7 @@ from pipeline.report.runs import ReportError
 from pipeline.report.study import Study
 from pipeline.report.study_run import StudyRun, from_folder, study_run
 from pipeline.report.tables import provenance
+from pipeline.track.jsonl import OF_NONE, Event
 from tests.report.hand_made import KEY, LAYERS, MACHINE, events, fidelity, recipe, run
 
 
@@ -33,6 +34,21 @@ def test_seconds_are_those_of_its_attempts_alone():
     assert [(each.number, each.step, each.seconds, each.commit) for each in restarted.restarts] == [(1, 50, 11, "def")]
     assert [(each.epoch, each.top1, each.seconds) for each in restarted.evaluations] == [(0, 0.8, 9), (1, 0.9, 18)]
     assert restarted.commits == ("abc", "def") and plain.restarts == ()
+
+
+def test_waiting_for_places_between_attempts_costs_nothing():
+    told = events(restart=True)
+    again = next(at for at, event in enumerate(told) if event["event"] == "start" and at)
+    before = float(told[again - 1]["time"])
+    waiting = [{"event": "waiting", "time": before + later, "attempt": OF_NONE, "most_s": 3600.0} for later in (1.0, 86_401.0)]
+    late = [{**event, **{name: event[name] + 90_000 for name in ("time", "began") if name in event}} for event in told[again:]]
+
+    def seconds(*events: Event) -> list[float]:
+        one = study_run("r", events, state="running")
+        return [each.seconds for each in (*one.curve, *one.restarts, *one.evaluations)]
+
+    assert seconds(*told[:again], *waiting, *late) == pytest.approx(seconds(*told))
+    assert seconds(*waiting, *told) == pytest.approx(seconds(*told))
 
 
 def test_a_run_that_goes_on_has_no_summary_and_the_parts_so_far():

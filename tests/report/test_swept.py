@@ -72,6 +72,12 @@ def test_what_a_report_returned_is_read_again():
     kept = Returned(sweeps=(LARGEST, SWEEP))
     assert returned(json.loads(json.dumps(kept.to_json())), "here") == kept
     assert returned(None, "here") == returned({"claims": 3, "sweeps": "x"}, "here") == Returned()
-    for points in ([{**SWEEP["points"][0], "at_largest": {}}], [{"time_steps": 1}], 3):
+    null = {**SWEEP["points"][0]["cost"], "forward_s": None}
+    for points in (
+        [{**SWEEP["points"][0], "at_largest": {}}],
+        [{**SWEEP["points"][0], "at_largest": null}],
+        [{"time_steps": 1}],
+        3,
+    ):
         with pytest.raises(ReportError, match="report: here must hold what sweep --format json prints"):
             sweep_of({**SWEEP, "points": points}, "here")
