@@ -55,9 +55,16 @@ function (checked) {
     return checked.length ? `Runs: ${checked.filter(each => each === "true").length} of ${checked.length} picked` : "Runs";
 }
 """
-_WOKEN = "function () { return [false, false]; }"
+_NEXT = """
+function (ticks, asked, answered) {
+    const now = performance.now();
+    return asked === answered || now - asked > PATIENCE ? now : window.dash_clientside.no_update;
+}
+"""
+"""The next look waits for the answer to the last, by the name that this has, its time: of a question whose answer has not come as
+it is asked again Dash throws the answer away, so that of a store slower than its looks nothing would ever be shown."""
 WOKEN_S = 30.0
-"""after which looks go on whose answer has not come: Dash forgets to let them where a request is lost on its way"""
+"""after which looks go on whose answer has not come: it is lost with a request that is lost on its way"""
 _FOCUS = """
 function (boxes) {
     const id = window.lastFocused;
@@ -67,6 +74,10 @@ function (boxes) {
 }
 """
 """the boxes are made anew when a run comes or ends: whoever presses them by keyboard stays where they are"""
+
+
+_LOOKS = {"look": "looked", "glance": "glanced"}
+"""at the study and at the list: where it stands which was asked for, and which was answered"""
 
 
 def make_app(store: Store, *, name: str, every: float) -> Dash:
@@ -83,7 +94,7 @@ def make_app(store: Store, *, name: str, every: float) -> Dash:
         index_string=_index(),
     )
     app.layout = _layout(name, every)
-    _Answers(Live(store)).join(app)
+    _Answers(Live(store)).join(app, patience_s=max(WOKEN_S, 5 * every))
     return app
 
 
@@ -96,8 +107,8 @@ def _layout(name: str, every: float) -> html.Div:
     return html.Div(
         [
             dcc.Location(id="url", refresh=False),
-            *(dcc.Interval(id=name, interval=int(every * 1000)) for name in ("look", "glance")),
-            dcc.Interval(id="wake", interval=int(max(WOKEN_S, 5 * every) * 1000)),
+            dcc.Interval(id="tick", interval=int(every * 1000)),
+            *(dcc.Store(id=name, data=0) for pair in _LOOKS.items() for name in pair),
             dcc.Store(id="scheme"),
             dcc.Store(id="drawn"),
             dcc.Store(id="pressed"),
@@ -144,26 +155,23 @@ def _layout(name: str, every: float) -> html.Div:
     )
 
 
-def _held(interval: str) -> list[Any]:
-    """The next look waits for the answer to the last, which Dash would throw away if it asked again meanwhile."""
-    return [(Output(interval, "disabled"), True, False)]
-
-
 class _Answers:
     """The callbacks of one app."""
 
     def __init__(self, live: Live) -> None:
         self._live = live
 
-    def join(self, app: Dash) -> None:
+    def join(self, app: Dash, *, patience_s: float) -> None:
         app.clientside_callback(_SCHEME, Output("scheme", "data"), Input("url", "pathname"))
-        app.clientside_callback(
-            _WOKEN,
-            Output("look", "disabled"),
-            Output("glance", "disabled"),
-            Input("wake", "n_intervals"),
-            prevent_initial_call=True,
-        )
+        for asked, answered in _LOOKS.items():
+            app.clientside_callback(
+                _NEXT.replace("PATIENCE", str(int(patience_s * 1000))),
+                Output(asked, "data"),
+                Input("tick", "n_intervals"),
+                State(asked, "data"),
+                State(answered, "data"),
+                prevent_initial_call=True,
+            )
         app.clientside_callback(_FOCUS, Input("runs", "children"))
         app.clientside_callback(
             _PRESSED,
@@ -193,20 +201,23 @@ class _Answers:
             Input("url", "search"),
             State({"change": "runs", "to": ALL}, "id"),
         )(self.check)
-        app.callback(Output("list", "children"), Input("url", "search"), Input("glance", "n_intervals"), running=_held("glance"))(
-            self.list_studies
-        )
+        app.callback(
+            Output("list", "children"),
+            Output("glanced", "data"),
+            Input("url", "search"),
+            Input("glance", "data"),
+        )(self.list_studies)
         app.callback(
             Output("study", "children"),
             Output("choose", "hidden"),
             Output("runs", "children"),
             Output("figures", "children"),
             Output("drawn", "data"),
+            Output("looked", "data"),
             Input("url", "search"),
-            Input("look", "n_intervals"),
+            Input("look", "data"),
             Input("scheme", "data"),
             State("drawn", "data"),
-            running=_held("look"),
         )(self.show)
         app.server.add_url_rule("/csv", "csv", self.csv)
 
@@ -254,14 +265,17 @@ class _Answers:
             return [no_update] * len(boxes)  # the list says what is wrong
         return [blocks.yes(box["to"] in picked) for box in boxes]
 
-    def list_studies(self, search: str | None, _: Any) -> list[Any]:
+    def list_studies(self, search: str | None, glance: float) -> tuple[list[Any], float]:
         place = Place.at(search)
         try:
-            return parts.study_list(place, studies(self._live.store.listed()))
+            return parts.study_list(place, studies(self._live.store.listed())), glance
         except ReportError as error:
-            return _trouble(error)
+            return _trouble(error), glance
 
-    def show(self, search: str | None, _: Any, scheme: str | None, before: Any) -> tuple[Any, ...]:
+    def show(self, search: str | None, look: float, scheme: str | None, before: Any) -> tuple[Any, ...]:
+        return (*self._shown(search, scheme, before), look)
+
+    def _shown(self, search: str | None, scheme: str | None, before: Any) -> tuple[Any, ...]:
         place = Place.at(search)
         if scheme is None:
             return (no_update,) * 5
