@@ -57,6 +57,7 @@ with Ray(workers=0, address=sys.argv[1]) as cluster:
 """
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 @pytest.mark.timeout(240)
 def test_one_of_two_raises_and_hangs(tmp_path: Path) -> None:

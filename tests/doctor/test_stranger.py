@@ -15,12 +15,9 @@ from tests.nodes import TOKEN, nodes
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
-    ("mode", "mark", "said"),
-    [
-        pytest.param("token", "ok", "asks for its token", marks=pytest.mark.full),
-        ("disabled", "BAD", "lets everybody in"),
-    ],
+    ("mode", "mark", "said"), [("token", "ok", "asks for its token"), ("disabled", "BAD", "lets everybody in")]
 )
 def test_what_the_doctor_says_of_a_ray(tmp_path: Path, mode: str, mark: str, said: str) -> None:
     with nodes({"RAY_AUTH_MODE": mode}) as cluster:

@@ -18,7 +18,7 @@ from pipeline.weights import load_run
 from tests.faults.lab import BATCH, EPOCHS, STEPS_PER_EPOCH, Driven, Lab
 from tests.nodes import Nodes, nodes
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
 SEED = 20261127  # of the steps at which something happens
 
@@ -100,7 +100,6 @@ def test_a_node_dies(
     assert_as(unhurt, run, monkeypatch)
 
 
-@pytest.mark.full
 def test_a_node_dies_and_another_comes(
     cluster: Nodes, driven: Callable[[str, str], Driven], unhurt: Driven, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,7 +118,6 @@ def test_a_node_dies_and_another_comes(
     assert_as(unhurt, run, monkeypatch)
 
 
-@pytest.mark.full
 def test_one_of_three_nodes_dies(
     cluster: Nodes, driven: Callable[[str, str], Driven], unhurt: Driven, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,7 +133,6 @@ def test_one_of_three_nodes_dies(
     assert_as(unhurt, run, monkeypatch)
 
 
-@pytest.mark.full
 def test_a_node_is_taken_away_after_a_notice(
     cluster: Nodes, driven: Callable[[str, str], Driven], unhurt: Driven, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +153,6 @@ def test_a_node_is_taken_away_after_a_notice(
     assert_as(unhurt, run, monkeypatch)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("sizes", ["2", "2,3"])
 def test_whoever_stops_a_run_that_waits_for_a_node_is_told_so(
     cluster: Nodes, driven: Callable[[str, str], Driven], monkeypatch: pytest.MonkeyPatch, sizes: str

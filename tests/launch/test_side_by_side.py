@@ -141,6 +141,7 @@ def test_a_run_that_fails_lets_the_others_end_and_says_why(place: Path, tmp_path
 
 
 @cores
+@pytest.mark.full
 @pytest.mark.distributed
 def test_a_run_that_is_stopped_alone_stops_the_suite_once_the_others_have_ended(
     place: Path, tmp_path: Path, spiketrain: Command
