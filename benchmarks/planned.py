@@ -2,14 +2,16 @@
 
 Command:  python -m benchmarks.planned [--workers 2] [--steps 300]
           (data/fashion, data/stamps-0 and data/moving must have been written)
-Result:   commit 0938e54ac260, 2 cores of an Intel Xeon, torch 2.13.0: saved bytes exact in all four; seconds of a step
+Result:   commit ec331f07da8b, 2 cores of an Intel Xeon, torch 2.13.0: saved bytes exact in all five; seconds of a step
 
-    VGG, SLTT           53.5 ms planned,   64.0 measured   -16.3 %
-    QKFormer, BPTT     168.0              163.2             +2.9 %
-    feedback, IDE       26.5               29.6            -10.4 %
-    recordings, SLTT    61.9               67.3             -7.9 %
+    VGG, SLTT           57.7 ms planned,   62.4 measured    -7.4 %
+    QKFormer, BPTT     183.0              171.8             +6.5 %
+    feedback, IDE       24.1               31.8            -24.3 %
+    rates, DSR         157.2              162.8             -3.4 %
+    recordings, SLTT    61.8               69.3            -10.9 %
 
-At commit 7fe5295 on an AMD EPYC: -15.8, +3.3, -10.5, -8.5 %; two runs before that, of the same code, -21.7 to +5.8 %.
+Without DSR, on that Xeon at commit 0938e54ac260: -16.3, +2.9, -10.4, -7.9 %; at 7fe5295 on an AMD EPYC: -15.8, +3.3, -10.5, -8.5 %;
+two runs before that, of the same code, -21.7 to +5.8 %.
 
 Five recipes of different families, each trained by its own rule. The plan is made on one worker from batches of half and three
 quarters of a worker's size and, of four of them, at other numbers of time steps; a recording's length is its own. Nothing else
