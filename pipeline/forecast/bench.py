@@ -42,6 +42,7 @@ from pipeline.measure.memory import (
 from pipeline.measure.meters import Instrument, Meters
 from pipeline.measure.stopwatch import seconds_of
 from pipeline.measure.time_parts import REST
+from pipeline.measure.totals import Totals
 from pipeline.measure.traffic import Traffic
 from pipeline.objective import Loss
 from pipeline.optimizer import build_optimizer
@@ -173,13 +174,10 @@ class Bench:
         def median_s(*parts: str) -> float:
             return statistics.median(sum(seconds[part] for part in parts) for seconds in timed)
 
-        assert totals.peak_saved_bytes is not None and totals.state_bytes is not None, "no batch is skipped"
         return Cost(
             rule=made.label,
-            peak_saved_bytes=totals.peak_saved_bytes,
-            state_bytes=totals.state_bytes,
+            **_bytes_of(made, totals),
             peak_memory_bytes=None if before is None else peak - before,
-            rule_bytes=bytes_of(made.buffers()),
             forward_s=median_s("forward"),
             backward_s=median_s("backward"),
             loop_s=median_s("transfer", "metrics", REST),
@@ -191,11 +189,8 @@ class Bench:
         traffic = Traffic()
         made, meters, _ = self._trained(rule, batches=UNTIMED + 1, on_the_last=traffic)
         totals = meters.totals
-        assert totals.peak_saved_bytes is not None and totals.state_bytes is not None, "no batch is skipped"
         return Needs(
-            peak_saved_bytes=totals.peak_saved_bytes,
-            state_bytes=totals.state_bytes,
-            rule_bytes=bytes_of(made.buffers()),
+            **_bytes_of(made, totals),
             backward_calls=totals.backward_calls / totals.batches,
             traffic=traffic,
         )
@@ -312,6 +307,16 @@ def first_batch(recipe: Recipe, size: int) -> Batch:
     loader = data.train(seed=recipe.seed, rank=0, world=1, batch_size=size, micro_batch=size, threads=1)
     with closing(loader), loader.epoch(0) as batches:
         return next(iter(batches))
+
+
+def _bytes_of(made: Rule, totals: Totals) -> dict[str, int]:
+    """What a rule that has trained keeps of a batch, and by itself."""
+    assert totals.peak_saved_bytes is not None and totals.state_bytes is not None, "no batch is skipped"
+    return {
+        "peak_saved_bytes": totals.peak_saved_bytes,
+        "state_bytes": totals.state_bytes,
+        "rule_bytes": bytes_of(made.buffers()),
+    }
 
 
 def samples_of(recipe: Recipe) -> int:
