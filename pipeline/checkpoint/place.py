@@ -141,8 +141,8 @@ def prune(place: Place, *, keep: int) -> None:
     for name in names[:-keep]:
         if name != best and name not in unread and not place.is_pinned(name):
             place.delete(name)
-    for error in unread.values():
-        raise error
+    if unread:
+        raise next(iter(unread.values()))
 
 
 def _score(place: Place, name: str) -> float | None:
