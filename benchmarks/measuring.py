@@ -83,7 +83,8 @@ class Trained:
     def evaluate(self, *, is_last: bool = False) -> None:
         """As pipeline/run/assess.py does, and train on the next batch."""
         x_TB, target_B, *_ = self.micro_batches[0]
-        batches = ((x_TB[:, :size], target_B[:size], torch.arange(size)) for size in _sizes(len(target_B)))
+        ids = torch.arange(EVALUATED_ON).split(len(target_B))
+        batches = ((x_TB[:, : len(index_B)], target_B[: len(index_B)], index_B) for index_B in ids)
         measures = isinstance(self.meters, Meters)
         if isinstance(self.meters, Meters):
             self.meters.note_peaks()
@@ -92,11 +93,6 @@ class Trained:
         if isinstance(self.meters, Meters):
             self.meters.forget_peaks()
         self.step()
-
-
-def _sizes(batch: int) -> list[int]:
-    whole, rest = divmod(EVALUATED_ON, batch)
-    return [batch] * whole + [rest] * (rest > 0)
 
 
 def in_turn(times: int, *acts: Callable[[], None]) -> list[float]:

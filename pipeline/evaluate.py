@@ -19,6 +19,7 @@ from pipeline.measure.energy import Inference
 from pipeline.measure.evenly import Evenly
 from pipeline.measure.joules import Joules, Readings
 from pipeline.measure.operations import Operations, Work
+from pipeline.measure.sampled import ACTIVITY_EVERY
 from pipeline.objective import Loss
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.state import fresh_state
@@ -31,7 +32,7 @@ COUNTED_ON = "evenly spread over the first worker's share of the evaluation set"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Shares in 0..1; the firing rate is spikes per neuron and time step."""
+    """Shares in 0..1; the firing rate is spikes per neuron and time step, of the samples on which they are counted."""
 
     samples: int
     top1: float
@@ -48,7 +49,7 @@ class Evaluated(NamedTuple):
     answers: Answers
     """of this rank"""
     activity: tuple[LayerActivity, ...]
-    """of all ranks together; none for a network without neurons"""
+    """of all ranks together, on one sample in `ACTIVITY_EVERY`; none for a network without neurons"""
     inference: Inference | None
     """of samples spread over this rank's share; None without one, or where operations were not counted"""
     readings: Readings
@@ -81,13 +82,13 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64)  # samples, top-1 hits, top-5 hits, loss
     counted, largest = Evenly(COUNTED), 1
     began = joules.read()
-    with Activity(network) as activity:
+    with Activity(network, every=ACTIVITY_EVERY) as activity:
         for x_TB, target_B, index_B in batches:
             samples = len(target_B)
             if counts_operations:
                 counted.add(x_TB)
                 largest = max(largest, samples)
-            with activity.batch(samples), fresh_state(model):
+            with activity.batch(index_B), fresh_state(model):
                 logits_TBK = model(x_TB).float()
             loss_of = loss_for(target_B)
             mean_BK = logits_TBK.mean(0)

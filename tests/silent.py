@@ -32,7 +32,7 @@ class NoMeters:
 class NoActivity:
     """Fits what `pipeline.evaluate` asks of `Activity`."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, *, every: int) -> None:
         pass
 
     def __enter__(self) -> NoActivity:
@@ -41,7 +41,7 @@ class NoActivity:
     def __exit__(self, *exc: object) -> None:
         pass
 
-    def batch(self, samples: int) -> Any:
+    def batch(self, index_B: Tensor) -> Any:
         return nullcontext()
 
     def layers(self, total: Any, largest: Any) -> tuple[()]:

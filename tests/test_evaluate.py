@@ -29,7 +29,7 @@ def network() -> nn.Module:
 
 def evaluated(*, counts: bool) -> Evaluated:
     target_B = torch.arange(B) % K
-    batches = [(x_TBI, target_B[:4], torch.arange(4)) for x_TBI in sorted_set().split(4, dim=1)]
+    batches = list(zip(sorted_set().split(4, dim=1), target_B.split(4), torch.arange(B).split(4), strict=True))
     return evaluate(network(), batches, CrossEntropy(), counts_operations=counts)
 
 

@@ -1,16 +1,17 @@
 """How often neurons fire: by layer and time step, and which of them never do, or always.
 
-with Activity(network) as activity:
-    for x_TB in batches:
-        with activity.batch(x_TB.shape[1]), fresh_state(network):
+with Activity(network, every=7) as activity:
+    for x_TB, index_B in batches:
+        with activity.batch(index_B), fresh_state(network):
             network(x_TB)
 activity.layers()
 """
 
-# T time, B batch, N neurons of a layer
+# T time, B batch, C samples of it that are counted, N neurons of a layer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,12 +37,14 @@ class LayerActivity:
 
     name: str
     neurons: int
+    samples: int
+    """that were counted"""
     rates: tuple[float, ...]
     """spikes per neuron at each time step"""
     silent: float
-    """neurons that never fired"""
+    """neurons that never fired in them"""
     saturated: float
-    """neurons that fired at every time step of every sample"""
+    """neurons that fired at every time step of each of them"""
 
     @property
     def rate(self) -> float:
@@ -50,18 +53,23 @@ class LayerActivity:
 
 
 def firing_rate(layers: Sequence[LayerActivity]) -> float:
-    """Spikes per neuron and time step of all layers together; 0 without neurons."""
+    """Spikes per neuron and time step of all layers together; NaN without a layer, of which nothing is known."""
     places = [each.neurons * len(each.rates) for each in layers]
-    return sum(each.rate * count for each, count in zip(layers, places, strict=True)) / max(1, sum(places))
+    if not places:
+        return math.nan
+    return sum(each.rate * count for each, count in zip(layers, places, strict=True)) / sum(places)
 
 
 class Activity:
     """Counts the spikes of every neuron of `network` while it is entered: 4 bytes a neuron and time step.
 
-    It passes over spikes once where they are ones, twice elsewhere, and waits for a GPU in `layers` alone.
+    `every`: of one in so many samples, those whose id it divides.
+
+    It passes over their spikes once where they are ones, twice elsewhere, and waits for a GPU in `layers` alone.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, *, every: int = 1) -> None:
+        self.every = every
         self._samples = 0
         self._neurons = named_neurons(network)
         self._layers = [_Layer() for _ in self._neurons]
@@ -77,15 +85,19 @@ class Activity:
             self._hooks.pop().remove()
 
     @contextmanager
-    def batch(self, samples: int) -> Iterator[None]:
-        """Surrounds the time steps of so many samples, which may come in slices."""
+    def batch(self, index_B: Tensor) -> Iterator[None]:
+        """Surrounds the time steps, which may come in slices, of the samples with these ids."""
+        places_C = (index_B % self.every == 0).nonzero()[:, 0]
         for layer in self._layers:
-            layer.step = 0
+            layer.step, layer.counted = 0, _as_slice(places_C, len(index_B), self.every)
         yield
-        self._samples += samples
+        self._samples += len(places_C)
 
     def layers(self, total: Reduce = alone, largest: Reduce = alone) -> tuple[LayerActivity, ...]:
-        """In the order of construction, over all ranks, each of which calls it; layers that nobody ran are left out."""
+        """In the order of construction, over all ranks, each of which calls it.
+
+        Layers that nobody ran are left out, and all of them where no sample was counted.
+        """
         if not self._layers:
             return ()
         sizes_L2 = largest(torch.tensor([layer.fired_TN.shape for layer in self._layers], dtype=torch.int64)).tolist()
@@ -97,12 +109,12 @@ class Activity:
         by_neuron = neurons_N.split([neurons for _, neurons in sizes_L2])
         found = []
         for (name, _), spikes_T, spikes_N in zip(self._neurons, by_step, by_neuron, strict=True):
-            if len(spikes_N):
+            if len(spikes_N) and samples:
                 rates = (spikes_T / (samples * len(spikes_N))).tolist()
                 always = (spikes_N == len(spikes_T) * int(samples)).double().mean()
                 never = (spikes_N == 0).double().mean()
-                shares = {"silent": float(never), "saturated": float(always)}
-                found.append(LayerActivity(name=name, neurons=len(spikes_N), rates=tuple(rates), **shares))
+                about = {"samples": int(samples), "silent": float(never), "saturated": float(always)}
+                found.append(LayerActivity(name=name, neurons=len(spikes_N), rates=tuple(rates), **about))
         return tuple(found)
 
 
@@ -112,12 +124,15 @@ class _Layer:
     def __init__(self) -> None:
         self.fired_TN = torch.zeros(0, 0, dtype=torch.int32)
         self.step = 0
+        self.counted: slice | Tensor = slice(None)
+        """of the batch at hand"""
 
     def hear(self, neuron: nn.Module, _: Any, s_TB: Tensor) -> None:
         """What `neuron` gives, after its forward."""
-        ones_TB = s_TB if _fires_ones(neuron) else torch.ne(s_TB, 0, out=torch.empty_like(s_TB))
+        s_TC = s_TB[:, self.counted]
+        ones_TC = s_TC if _fires_ones(neuron) else torch.ne(s_TC, 0, out=torch.empty_like(s_TC))
         # A sum of floats is vectorized and exact up to 2^24 of them; booleans are copied to integers first.
-        fired_TN = ones_TB.sum(1, dtype=torch.promote_types(s_TB.dtype, torch.float32)).flatten(1).to(torch.int32)
+        fired_TN = ones_TC.sum(1, dtype=torch.promote_types(s_TB.dtype, torch.float32)).flatten(1).to(torch.int32)
         first, self.step = self.step, self.step + len(fired_TN)
         if len(self.fired_TN) < self.step:
             self.fired_TN = self.widened(self.step, fired_TN.shape[1]).to(s_TB.device)
@@ -128,6 +143,13 @@ class _Layer:
         wide_TN = self.fired_TN.new_zeros(steps, neurons)
         wide_TN[: self.fired_TN.shape[0], : self.fired_TN.shape[1]] = self.fired_TN
         return wide_TN
+
+
+def _as_slice(places_C: Tensor, samples: int, every: int) -> slice | Tensor:
+    """Of samples with ids one after the other a slice, which copies nothing."""
+    if len(places_C) and torch.equal(places_C, torch.arange(int(places_C[0]), samples, every)):
+        return slice(int(places_C[0]), None, every)
+    return places_C
 
 
 def _fires_ones(neuron: nn.Module) -> bool:

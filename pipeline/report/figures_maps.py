@@ -9,6 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from pipeline.measure.sampled import ACTIVITY_EVERY
 from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, plain
 from pipeline.report.study import Group, StudyRun
 
@@ -41,11 +42,13 @@ def firing_rates(group: Group) -> Figure | Missing:
         rows += [(rule, layer, t + 1, rate, *shares[layer]) for layer, rates in layers.items() for t, rate in enumerate(rates)]
     means = {rule: statistics.fmean(statistics.fmean(rates) for rates in layers.values()) for rule, layers in of_rule.items()}
     said = ", ".join(f"{rule} {mean:.1%}" for rule, mean in means.items())
+    samples = sorted({layer.samples for rule in of_rule for run in group.of(rule) for layer in run.activity})
+    counted = " or ".join(f"{count:,}" for count in samples)
     return Figure(
         name="firing-rates",
         title=title,
-        caption="Spikes per neuron and time step in the last evaluation, the mean over runs; silent neurons never fired in it, "
-        "saturated ones always did (in the table).",
+        caption=f"Spikes per neuron and time step, the mean over runs, counted on one in {ACTIVITY_EVERY} samples of the last "
+        f"evaluation, {counted}; on these, silent neurons never fired and saturated ones always did (in the table).",
         alt=f"Mean firing rate over layers: {said}.",
         table=Table(columns=("rule", "layer", "time step", "firing rate", "silent", "saturated"), rows=tuple(rows)),
         draw=draw,

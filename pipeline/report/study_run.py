@@ -43,6 +43,8 @@ class LayerRates:
 
     name: str
     neurons: int
+    samples: int
+    """of that evaluation on which spikes were counted"""
     rates: tuple[float, ...]
     """spikes per neuron at each time step"""
     silent: float
@@ -199,12 +201,17 @@ def _trained_on(told: Mapping[str, Any]) -> TrainedOn:
 def _layers(activity: Sequence[Mapping[str, Any]]) -> Iterator[LayerRates]:
     for layer in activity:
         try:
-            rates = tuple(float(rate) for rate in layer["rates"])
-            shares = {name: float(layer[name]) for name in ("silent", "saturated")}
-            yield LayerRates(name=str(layer["name"]), neurons=int(layer["neurons"]), rates=rates, **shares)
+            yield LayerRates(
+                name=str(layer["name"]),
+                neurons=int(layer["neurons"]),
+                samples=int(layer["samples"]),
+                rates=tuple(float(rate) for rate in layer["rates"]),
+                silent=float(layer["silent"]),
+                saturated=float(layer["saturated"]),
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ReportError(
-                f"activity.json: a layer must have name, neurons, rates, silent, saturated; got {layer!r}"
+                f"activity.json: a layer must have name, neurons, samples, rates, silent, saturated; got {layer!r}"
             ) from error
 
 

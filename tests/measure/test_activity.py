@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,18 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.measure.activity import Activity, LayerActivity
+from pipeline.measure.activity import Activity, LayerActivity, firing_rate
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state
 
 # Neuron 0 never fires, neuron 1 always, neuron 2 at the second step of the second sample alone; without a leak, so no memory.
 SPIKES_TBN = torch.tensor([[[0, 1, 0], [0, 1, 0]], [[0, 1, 0], [0, 1, 1]]]).float()
-EXPECTED = LayerActivity(name="0", neurons=3, rates=(2 / 6, 3 / 6), silent=1 / 3, saturated=1 / 3)
+EXPECTED = LayerActivity(name="0", neurons=3, samples=2, rates=(2 / 6, 3 / 6), silent=1 / 3, saturated=1 / 3)
 
 
-def run(activity: Activity, network: nn.Module, x_TB: Tensor, *, slices: int) -> None:
-    with activity.batch(x_TB.shape[1]), fresh_state(network):
+def run(activity: Activity, network: nn.Module, x_TB: Tensor, *, slices: int, index_B: Tensor | None = None) -> None:
+    with activity.batch(torch.arange(x_TB.shape[1]) if index_B is None else index_B), fresh_state(network):
         for x_cB in x_TB.split(slices):
             network(x_cB)
 
@@ -66,6 +67,34 @@ def test_a_rank_without_samples_and_a_layer_that_nobody_ran() -> None:
     assert other.layers(like(noted), lambda value: torch.maximum(value, sizes.pop(0))) == alone == (EXPECTED,)
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("kind", ["ones", "heights"])
+def test_of_one_in_so_many_samples(shuffled: bool, kind: str) -> None:
+    """Whatever the batches: of those whose id it divides, and of consecutive ones nothing is copied."""
+    draw = torch.Generator().manual_seed(0)
+    x_TBN = 2 * torch.rand(3, 40, 50, generator=draw)
+    index_B = 100 + (torch.randperm(40, generator=draw) if shuffled else torch.arange(40))
+    network = nn.Sequential(RateIF(threshold=0.7) if kind == "heights" else LIF())
+    with Activity(network, every=7) as activity:
+        for first in range(0, 40, 6):  # of 105 to 133 it divides five, and none in two of these batches
+            here = slice(first, first + 6)
+            run(activity, network, x_TBN[:, here], slices=2, index_B=index_B[here])
+            assert shuffled or isinstance(activity._layers[0].counted, slice) == bool((index_B[here] % 7 == 0).any())
+    with Activity(network) as alone:
+        run(alone, network, x_TBN[:, index_B % 7 == 0], slices=3)
+    (layer,) = activity.layers()
+    assert layer == alone.layers()[0]
+    assert layer.samples == 5 and 0 < layer.rate < 1
+
+
+def test_of_no_sample_nothing_is_known() -> None:
+    network = nn.Sequential(LIF())
+    with Activity(network, every=7) as activity:
+        run(activity, network, SPIKES_TBN, slices=2, index_B=torch.tensor([1, 2]))
+    assert activity.layers() == ()
+    assert math.isnan(firing_rate(()))
+
+
 def halves(neuron: LIF, x_TB: Tensor) -> Tensor:
     """A rule's gradient, whose spikes are worth a half."""
     return (x_TB >= 1).to(x_TB.dtype) / 2
@@ -78,7 +107,7 @@ def test_spikes_count_as_one_whatever_they_are_worth(kind: str, dtype: torch.dty
     neuron = RateIF(threshold=0.7) if kind == "heights" else LIF(leak=0.0)
     neuron.gradient = halves if kind == "gradient" else None
     x_TBN = SPIKES_TBN.repeat(1, 257, 1).to(dtype)
-    with Activity(neuron) as activity, torch.no_grad(), activity.batch(514), fresh_state(neuron):
+    with Activity(neuron) as activity, torch.no_grad(), activity.batch(torch.arange(514)), fresh_state(neuron):
         fired_TBN = neuron(x_TBN) != 0
     (layer,) = activity.layers()
     assert layer.rates == tuple(fired_TBN.double().mean((1, 2)).tolist()) == (2 / 6, 3 / 6)
@@ -86,7 +115,7 @@ def test_spikes_count_as_one_whatever_they_are_worth(kind: str, dtype: torch.dty
 
 
 class Passes(TorchDispatchMode):
-    """How many operations read or write so many numbers."""
+    """Which operations read or write so many numbers; a view does neither."""
 
     def __init__(self, numbers: int) -> None:
         super().__init__()
@@ -94,7 +123,8 @@ class Passes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if any(isinstance(each, Tensor) and each.numel() == self.numbers for each in (*args, result)):
+        is_view = func.overloadpacket is torch.ops.aten.alias
+        if not is_view and any(isinstance(each, Tensor) and each.numel() == self.numbers for each in (*args, result)):
             self.names.append(func.overloadpacket.__name__)
         return result
 
@@ -105,7 +135,7 @@ def test_ones_are_passed_over_once_and_no_device_is_waited_for(neuron: LIF, expe
     activity, s_TB = Activity(neuron), torch.empty(2, 100, 21, device="meta")
     (layer,) = activity._layers
     for _ in range(2):
-        with Passes(s_TB.numel()) as passes, activity.batch(100):
+        with Passes(s_TB.numel()) as passes, activity.batch(torch.arange(100)):
             layer.hear(neuron, None, s_TB)
         assert passes.names == expected
     assert layer.fired_TN.shape == (2, 21)

@@ -10,8 +10,8 @@ from pipeline.report.study_run import StudyRun, study_run
 KEY = "0123456789abcdef"
 MACHINE = {"cpu": "a cpu", "cores": 2, "memory_gib": 24, "gpu": "none", "gpus": 0, "torch": "2.8", "threads": 1}
 LAYERS = [
-    {"name": "first", "neurons": 100, "rates": [0.5, 0.25], "silent": 0.125, "saturated": 0.0},
-    {"name": "second", "neurons": 10, "rates": [0.25, 0.0], "silent": 0.5, "saturated": 0.1},
+    {"name": "first", "neurons": 100, "samples": 20, "rates": [0.5, 0.25], "silent": 0.125, "saturated": 0.0},
+    {"name": "second", "neurons": 10, "samples": 20, "rates": [0.25, 0.0], "silent": 0.5, "saturated": 0.1},
 ]
 COSTS = {"BPTT": (8_000_000, 4.0, 12.0, 4e-6), "SLTT": (2_000_000, 4.0, 8.0, 3e-6)}
 """saved bytes, forward and backward seconds of 100 batches, joules of an inference"""

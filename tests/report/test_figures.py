@@ -158,7 +158,7 @@ def test_no_two_of_many_parts_or_rules_are_drawn_alike():
 
 
 def test_firing_rates_are_means_over_runs():
-    more = [{"name": "first", "neurons": 100, "rates": [0.1, 0.05], "silent": 0.0, "saturated": 0.0}]
+    more = [{"name": "first", "neurons": 100, "samples": 20, "rates": [0.1, 0.05], "silent": 0.0, "saturated": 0.0}]
     (group,) = Study(title="t", runs=(run(activity=more), run(seed=1, activity=[{**more[0], "rates": [0.3, 0.15]}]))).groups
     assert made(firing_rates(group)).table.rows == (
         ("BPTT", "first", 1, pytest.approx(0.2), 0.0, 0.0),

@@ -113,7 +113,11 @@ def test_a_run_without_a_journal_is_told_by_its_tags(store: FakeStore):
         ("summary.json", '{"top1": 0.', "its summary.json in MLflow is not JSON"),
         ("summary.json", "[1]", "its summary.json in MLflow must hold a dict; got a list"),
         ("activity.json", "{}", "its activity.json in MLflow must hold a list; got a dict"),
-        ("activity.json", '[{"name": "a"}]', "activity.json: a layer must have name, neurons, rates, silent, saturated; got"),
+        (
+            "activity.json",
+            '[{"name": "a"}]',
+            "activity.json: a layer must have name, neurons, samples, rates, silent, saturated; got",
+        ),
     ],
 )
 def test_what_cannot_be_shown_is_named(store: FakeStore, file: str, text: str, said: str):
