@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.measure.operations import Work
+from pipeline.units import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,6 @@ FP32 = Prices(name="45 nm, fp32", mac_pj=4.6, ac_pj=0.9, source=_HOROWITZ)
 FP16 = Prices(name="45 nm, fp16", mac_pj=1.5, ac_pj=0.4, source=_HOROWITZ)
 INT8 = Prices(name="45 nm, int8", mac_pj=0.23, ac_pj=0.03, source=_HOROWITZ)
 TABLES = (FP32, FP16, INT8)
-_UNITS = ((1.0, "J"), (1e-3, "mJ"), (1e-6, "µJ"), (1e-9, "nJ"), (1e-12, "pJ"))
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,7 @@ def in_words(inference: Mapping[str, Any], *, on_gpu: bool) -> str:
     """What `Inference.told` told: `an inference: 14.3 µJ estimated (45 nm, fp32), not measured on a CPU`"""
     measured = inference.get("measured_j")
     if measured is not None:
-        told = f"{_shown(measured)} measured on the whole card, idle power and waits for data included"
+        told = f"{shown(measured, kind='J')} measured on the whole card, idle power and waits for data included"
     else:
         told = "not measured: no card told it" if on_gpu else "not measured on a CPU"
-    return f"an inference: {_shown(inference['energy_j'])} estimated ({inference['prices']}), {told}"
-
-
-def _shown(joules: float) -> str:
-    scale, unit = next((each for each in _UNITS if joules >= each[0]), _UNITS[-1])
-    return f"{joules / scale:.3g} {unit}"
+    return f"an inference: {shown(inference['energy_j'], kind='J')} estimated ({inference['prices']}), {told}"

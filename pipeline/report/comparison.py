@@ -18,11 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.report.choose import Finished, Unfinished, rule_of, seed_of
-from pipeline.report.figure import harmless, unit_of
+from pipeline.report.figure import harmless
 from pipeline.report.finite import finite, not_finite
 from pipeline.report.resuming import how_to_resume
-from pipeline.report.study import COMPUTE, Group, StudyRun, measured
+from pipeline.report.study import COMPUTE, ENERGY, ENERGY_MEASURED, Group, StudyRun, measured
 from pipeline.report.tables import behind_the_rows
+from pipeline.units import unit_of
 
 _COMPARED = {
     "top1": "top-1",
@@ -30,13 +31,13 @@ _COMPARED = {
     "images_per_s": "images/s",
     "wall_s": "wall clock",
     COMPUTE: "compute time",
-    "inference.energy_j": "inference energy",
-    "inference.measured_j": "inference measured",
+    ENERGY: "inference energy",
+    ENERGY_MEASURED: "inference measured",
 }
 """what is compared, as the table calls it"""
 _ALWAYS = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")
 """columns of the table, known or not"""
-_KINDS = {"peak_saved_bytes": "B", COMPUTE: "s", "inference.energy_j": "J", "inference.measured_j": "J"}
+_KINDS = {"peak_saved_bytes": "B", COMPUTE: "s", ENERGY: "J", ENERGY_MEASURED: "J"}
 _ANY_WIDTH = 10_000  # characters of a line
 _FIRST = ("run", "rule", "seed", "study", "recipe", "world_size", "steps", "epochs", *_COMPARED)
 

@@ -146,29 +146,3 @@ def harmless(cell: Cell) -> Cell:
 def plain(text: str) -> str:
     """For a drawing, in which plotly reads a part of HTML."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def unit_of(kind: str, values: Sequence[float]) -> tuple[float, str]:
-    """The scale and the unit in which the largest of some bytes, seconds or joules, or of what has none, is read best."""
-    largest = max(map(abs, values), default=0.0)
-    steps: tuple[tuple[float, str], ...] = {
-        "B": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")),
-        "s": ((7200.0, "h"), (120.0, "min"), (1.0, "s"), (1e-3, "ms")),
-        "J": ((1e6, "MJ"), (1e3, "kJ"), (1.0, "J"), (1e-3, "mJ"), (1e-6, "µJ"), (1e-9, "nJ")),
-        "count": ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")),
-        "rate": ((1.0, ""),),
-    }[kind]
-    least, unit = next(((least, unit) for least, unit in steps if largest >= least), steps[-1])
-    return {"h": 3600.0, "min": 60.0}.get(unit, least), unit
-
-
-def shown(value: float, *, kind: str) -> str:
-    """A number of bytes, seconds or joules with its unit, or as a count, a rate, a ratio or a share."""
-    if kind == "share":
-        return f"{value:.2%}"
-    if kind == "rate":
-        return f"{value:.4g}"
-    if kind == "ratio":
-        return f"×{value:.2f}" if value >= 0.1 else f"×{value:.2g}"
-    scale, unit = unit_of(kind, [value])
-    return f"{value / scale:.3g} {unit}".rstrip()

@@ -8,22 +8,11 @@ from typing import Any
 import plotly.graph_objects as go
 
 from pipeline.measure.sampled import MEMORY_EVERY
-from pipeline.report.figure import (
-    Figure,
-    Missing,
-    Table,
-    Theme,
-    base_layout,
-    color,
-    plain,
-    symbol,
-    unit_of,
-)
+from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, color, plain, symbol
 from pipeline.report.spread import Spread
-from pipeline.report.study import COMPUTE, Group
+from pipeline.report.study import COMPUTE, ENERGY, ENERGY_MEASURED, Group
+from pipeline.units import unit_of
 
-_ENERGY = "inference.energy_j"
-MEASURED = "inference.measured_j"
 MEASURED_SAID = (
     "what the cards used for a sample while the set was evaluated, by their own counters (NVML): idle power and waits for data "
     "are in it"
@@ -32,7 +21,7 @@ QUANTITIES = {
     "peak_saved_bytes": ("saved bytes", "B"),
     COMPUTE: ("compute time", "s"),
     "wall_s": ("wall clock", "s"),
-    _ENERGY: ("inference energy", "J"),
+    ENERGY: ("inference energy", "J"),
 }
 """of which less is better: what they are called, and their kind of unit"""
 _AXES = {
@@ -45,7 +34,7 @@ _AXES = {
         "what autograd keeps for backward at one moment, parameters left out, counted on the second batch of each start of a run "
         f"and every {MEMORY_EVERY}th after it, or the next where that one is skipped",
     ),
-    _ENERGY: (
+    ENERGY: (
         "energy of an inference",
         "an estimate from measured operations, of arithmetic alone, for one sample; never a measurement",
     ),
@@ -166,7 +155,7 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
     ]
     unit_name = {"B": "bytes", "s": "seconds", "J": "joules"}[kind]
     columns = ("rule", f"{what}, {unit_name}", "its deviation", "top-1", "its deviation", "runs", "on the Pareto front")
-    if name == _ENERGY:
+    if name == ENERGY:
         columns = (*columns, "measured on cards, joules", "MACs", "ACs")
         rows = [(*row, *_beside(group, str(row[0]))) for row in rows]
         how = f"{how}. {_counted_on(group)}. {_measured_on(group)}"
@@ -183,13 +172,13 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
 
 def _beside(group: Group, rule: str) -> list[float | None]:
     """Of an inference what cards measured, and its multiply-accumulates and accumulates."""
-    found = [group.spread(rule, name) for name in (MEASURED, "inference.macs", "inference.acs")]
+    found = [group.spread(rule, name) for name in (ENERGY_MEASURED, "inference.macs", "inference.acs")]
     return [None if each is None else each.mean for each in found]
 
 
 def _measured_on(group: Group) -> str:
     """What the measured joules are, or why there are none."""
-    if any(run.value(MEASURED) is not None for run in group.finished):
+    if any(run.value(ENERGY_MEASURED) is not None for run in group.finished):
         return f"Joules measured on cards are {MEASURED_SAID}"
     has_gpu = any(run.hardware.get("gpu", "none") != "none" for run in group.finished)
     return "Joules are not measured: no card told them" if has_gpu else "Joules are not measured on a CPU"
@@ -197,7 +186,7 @@ def _measured_on(group: Group) -> str:
 
 def _counted_on(group: Group) -> str:
     """Which samples the energy is of, and where it departs from published counts."""
-    counted = [run for run in group.finished if run.value(_ENERGY) is not None]
+    counted = [run for run in group.finished if run.value(ENERGY) is not None]
     sizes = sorted({int(run.value("inference.samples") or 0) for run in counted})
     told = ((run.summary or {})["inference"].get("counted_on", "the first batch of the first worker's share") for run in counted)
     return (

@@ -10,8 +10,9 @@ import plotly.graph_objects as go
 
 from pipeline.measure.memory import told_hardware
 from pipeline.measure.time_parts import BETWEEN, PARTS, REST
-from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, color, pattern, plain, shown, symbol, unit_of
+from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, color, pattern, plain, symbol
 from pipeline.report.study import Group
+from pipeline.units import shown, unit_of
 
 _SMALL = 0.01  # of a bar: parts below it in every rule are drawn as one
 _SO_FAR = ", batches alone"

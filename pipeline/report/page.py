@@ -25,13 +25,13 @@ from pipeline.report.figures import ratios, trade_off
 from pipeline.report.figures_learning import learning_curves, standings
 from pipeline.report.figures_maps import firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.figures_time import time_parts
-from pipeline.report.study import Group, Study
+from pipeline.report.study import ENERGY, Group, Study
 from pipeline.report.swept import LARGEST_SAID, swept
 
 _WEB = Path(__file__).parent / "web"
 _ROWS = 40
 """of a table that the page shows; its CSV has them all"""
-TRADED = ("wall_s", "peak_saved_bytes", "inference.energy_j")
+TRADED = ("wall_s", "peak_saved_bytes", ENERGY)
 _SWEEP = "spiketrain sweep RECIPE --steps 1,2,4,8,16 --format json > sweep.json, then spiketrain report STUDY --sweep sweep.json"
 _WORKERS = "no rule has finished on two numbers of workers, all else equal; spiketrain launch RECIPE --workers N with another N"
 

@@ -26,10 +26,27 @@ from pipeline.report.study_run import StudyRun, from_folder, study_run
 if TYPE_CHECKING:
     from pipeline.report.claims import Claim
 
-__all__ = ["COMPUTE", "Group", "Spread", "Study", "StudyRun", "from_folder", "kind", "measured", "spread_of", "study_run"]
+__all__ = [
+    "COMPUTE",
+    "ENERGY",
+    "ENERGY_MEASURED",
+    "Group",
+    "Spread",
+    "Study",
+    "StudyRun",
+    "from_folder",
+    "kind",
+    "measured",
+    "spread_of",
+    "study_run",
+]
 
 COMPUTE = "compute_s"
 """forward and backward of a steady batch, in the mean; no field of a summary"""
+ENERGY = "inference.energy_j"
+"""of an inference, estimated"""
+ENERGY_MEASURED = "inference.measured_j"
+"""of an inference, by the cards' own counters"""
 _WALL = ("wall_s", "net_s")
 """clocks that run on while a run compares gradients, which no rule asks for: what that took is left out"""
 

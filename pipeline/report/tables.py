@@ -12,12 +12,13 @@ from pipeline.measure.sampled import MEMORY_EVERY, OPERATIONS_EVERY
 from pipeline.recipe_json import differing
 from pipeline.report.claims import Claim
 from pipeline.report.differences import VARIED, trained_apart, tuned_in, written
-from pipeline.report.figure import Cell, Table, shown, unit_of
-from pipeline.report.figures import MEASURED, MEASURED_SAID, QUANTITIES
+from pipeline.report.figure import Cell, Table
+from pipeline.report.figures import MEASURED_SAID, QUANTITIES
 from pipeline.report.places import NOT_SAID, machine, micro_batches, places
 from pipeline.report.silence import state_told
 from pipeline.report.spread import Spread
-from pipeline.report.study import COMPUTE, Group, Study, StudyRun
+from pipeline.report.study import COMPUTE, ENERGY_MEASURED, Group, Study, StudyRun
+from pipeline.units import shown, unit_of
 
 _BESIDE = {
     "state_bytes": ("states", "B"),
@@ -27,7 +28,7 @@ _BESIDE = {
     "peak_pss_bytes": ("peak PSS", "B"),
     "net_s": ("wall clock net of restarts", "s"),
     "device_j": ("joules of training, measured", "J"),
-    MEASURED: ("joules of an inference, measured", "J"),
+    ENERGY_MEASURED: ("joules of an inference, measured", "J"),
 }
 _HELD = {
     "held.parameters": "parameters",

@@ -6,13 +6,14 @@ import re
 import pytest
 
 from pipeline.measure.time_parts import BETWEEN, PARTS, REST
-from pipeline.report.figure import DARK, LIGHT, Figure, Missing, Table, Theme, harmless, plain, shown, unit_of
+from pipeline.report.figure import DARK, LIGHT, Figure, Missing, Table, Theme, harmless, plain
 from pipeline.report.figures import MEASURED_SAID, pareto, ratios, trade_off
 from pipeline.report.figures_learning import learning_curves, standing
 from pipeline.report.figures_maps import firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.figures_time import memory_of_time, time_parts
 from pipeline.report.study import Study
 from pipeline.report.study_run import study_run
+from pipeline.units import shown, unit_of
 from tests.report.hand_made import MACHINE, events, fidelity, recipe, run, study
 
 SWEEP = {
