@@ -1,13 +1,13 @@
 """How long training stands still for a checkpoint, written beside it and waited for, in turn in one process; and its size.
 
 Command:  python -m benchmarks.checkpoints [--saves 11] [--folder DIR]
-Result:   commit cc6237c66519, 2 cores of an AMD EPYC, torch 2.13, nothing else running, a local disk, medians of 11 saves each
+Result:   commit abe7edc24319, 2 cores of an Intel Xeon, torch 2.13, nothing else running, a local disk, medians of 11 saves each
 
     network                    checkpoint        training stands still, ms (most)   written, s    a batch then takes, ms
-    VGG-sWS, half as wide         27.8 MB   waited for              115   (135)         0.10                       158
-                                            beside                   20    (27)         0.11                       193
-    VGG-sWS                      110.8 MB   waited for              408   (826)         0.35                       529
-                                            beside                   53    (64)         0.36                       524
+    VGG-sWS, half as wide         27.8 MB   waited for               74    (91)         0.07                        67
+                                            beside                    7    (11)         0.07                        76
+    VGG-sWS                      110.8 MB   waited for              292   (495)         0.26                       262
+                                            beside                   27    (29)         0.26                       278
 
 Two networks learn by SLTT with momentum, on one thread: a VGG of a quarter of VGG-sWS's width squared, and VGG-sWS. A checkpoint
 holds the weights, the momentum, and the weights once more for whoever evaluates. Waited for: the batch after it begins when it is

@@ -1,18 +1,23 @@
 """What measuring costs: training with its meters and without, and evaluations likewise, one of each in turn.
 
 Command:  python -m benchmarks.measuring [--rule sltt|bptt] [--batches 1000] [--evaluations 20]
-Result:   training, SLTT: +0.72 % (106.10 ms with meters, 105.34 ms without, T = 4, batch 136), under the 1 % that is aimed at;
-          an evaluation, with the batch after it: +7.94 % (3.722 s and 3.449 s), the last one +9.16 %; so a run of 10 epochs with
-          an evaluation after each: +1.23 %, of one epoch +1.31 %, NOT under it; commit c6adba5a57da, one thread of 2 cores of an
-          Intel Xeon with nothing else running, torch 2.13
-          training alone, before: SLTT +0.82 %, BPTT +0.58 % at commit 5ab7dbd52225, SLTT +0.85 % at 0938e54ac260 on that Xeon,
-          +0.46 % at 12c68ad6952d on an AMD EPYC
+Result:   commit abe7edc24319, one thread of 2 cores of an Intel Xeon with nothing else running, torch 2.13, T = 4, batch 152
+
+                                        SLTT                                  BPTT
+    training, ms a batch         +0.57 %  (94.82, 94.29 without)       +0.34 %  (103.36, 103.01 without)
+    an evaluation, s             +2.28 %  (2.808, 2.745 without)       +2.99 %  (2.818, 2.736 without)
+    the last evaluation          +3.76 %                               +3.41 %
+    a run of 10 epochs           +0.69 %                               +0.51 %
+    a run of 1 epoch             +0.79 %                               +0.53 %
+
+          with the spikes of every sample, not of one in seven: an evaluation +7.94 %, a run +1.23 %, more than the 1 % aimed at
+          (SLTT, commit c6adba5a57da)
 
 The meters are those of every run on a CPU. In training: the clock of the parts, read after every tenth batch, loss and hits,
 saved bytes on one batch of 200, operations on one of 1000. A share of the sampled batches falls on every batch, so it is sums
-that are compared, over a number of batches that both kinds of samples divide. At every evaluation: the spikes of every neuron,
-and the peaks of memory before it and after; at the last one the operations of 64 samples, too. An evaluation is timed with the
-batch of training that follows it, which is given the memory back that the meters released.
+that are compared, over a number of batches that both kinds of samples divide. At every evaluation: the spikes of every neuron
+on one sample in seven, and the peaks of memory before it and after; at the last one the operations of 64 samples, too. An evaluation
+is timed with the batch of training that follows it, which is given the memory back that the meters released.
 
 A run is so many epochs of 60,000 images, each with an evaluation of 10,000, as Fashion-MNIST has them, put together from what
 was timed here; with one epoch its only evaluation is the last. The network is that of recipes/fashion/base.py, its batch so
