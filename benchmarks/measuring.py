@@ -16,8 +16,8 @@ Result:   commit abe7edc24319, one thread of 2 cores of an Intel Xeon with nothi
 The meters are those of every run on a CPU. In training: the clock of the parts, read after every tenth batch, loss and hits,
 saved bytes on one batch of 200, operations on one of 1000. A share of the sampled batches falls on every batch, so it is sums
 that are compared, over a number of batches that both kinds of samples divide. At every evaluation: the spikes of every neuron
-on one sample in seven, and the peaks of memory before it and after; at the last one the operations of 64 samples, too. An evaluation
-is timed with the batch of training that follows it, which is given the memory back that the meters released.
+on one sample in seven, and the peaks of memory before it and after; at the last one the operations of 64 samples, too. An
+evaluation is timed with the batch of training that follows it, which is given the memory back that the meters released.
 
 A run is so many epochs of 60,000 images, each with an evaluation of 10,000, as Fashion-MNIST has them, put together from what
 was timed here; with one epoch its only evaluation is the last. The network is that of recipes/fashion/base.py, its batch so
