@@ -103,6 +103,11 @@ class Cost:
     """for each purpose, of training on one sample"""
 
     @property
+    def kept_bytes(self) -> int:
+        """For backward and from one time step to the next, each at its most."""
+        return self.peak_saved_bytes + self.state_bytes
+
+    @property
     def compute_s(self) -> float:
         return self.forward_s + self.backward_s
 

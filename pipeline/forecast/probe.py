@@ -135,7 +135,7 @@ def advice(found: Probe) -> str:
             f"No rule's gradient is near BPTT's in every layer: the nearest is {rule}, with a cosine of {cosine:.2f} at {layer}. "
             f"{blind}Whether it learns all the same, a run says."
         )
-    best = min(near, key=lambda cost: cost.peak_saved_bytes * cost.compute_s)
+    best = min(near, key=lambda cost: cost.kept_bytes * cost.compute_s)
     layer, cosine = lowest[best.rule]
     if len(known) == len(layers):
         called, where = f"{best.rule} is safe here before training", "every layer"
@@ -146,6 +146,7 @@ def advice(found: Probe) -> str:
     faster = "its time" if fastest is bptt else f"the time of {fastest.rule}, the faster BPTT"
     return (
         f"{called}: its gradient has a cosine of {cosine:.2f} or more (least at {layer}) with BPTT's in {where}; "
-        f"it keeps {best.peak_saved_bytes / bptt.peak_saved_bytes:.0%} of BPTT's bytes "
+        f"it saves {best.peak_saved_bytes / bptt.peak_saved_bytes:.0%} of BPTT's bytes for backward, "
+        f"{best.kept_bytes / bptt.kept_bytes:.0%} with states, "
         f"and takes {statistics.median(shares):.0%} of {faster}, {min(shares):.0%} to {max(shares):.0%} in {len(shares)} rounds."
     )

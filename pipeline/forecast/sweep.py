@@ -198,7 +198,7 @@ class _Room:
         return at_peak + self.beside + cost.rule_bytes + bench.batch_bytes
 
     def _counted(self, cost: Cost) -> int:
-        return cost.peak_saved_bytes + cost.state_bytes + self.held.gradients
+        return cost.kept_bytes + self.held.gradients
 
     def _bench_of(self, samples: int) -> Bench:
         return Bench(self.bench.recipe, batch_size=samples, threads=self.threads)

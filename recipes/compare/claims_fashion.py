@@ -61,6 +61,7 @@ from pipeline.report.claims import (
     accuracy,
     bytes_at_most,
     flat_in_t,
+    kept,
     not_judged,
     print_claims,
     temporal_shares,
@@ -171,6 +172,7 @@ def _claims(trained: Recipe, group: Group, swept: Mapping[str, Any], looked: Seq
     constant = 1 / T + 0.05
     of = (about("SLTT"), group, "SLTT")
     yield bytes_at_most(*of, bound=constant, published="0.30 of GPU memory (ImageNet), 0.36 of GPU memory (CIFAR-10)")
+    yield kept(*of)
     yield flat_in_t(about("SLTT"), _bytes_of_T(swept, "SLTT"), published="constant")
     published = "0.91 of training hours (ImageNet), 0.72 of training hours (CIFAR-10)"
     yield time_at_most(*of, bound=1.0, published=published)
@@ -185,6 +187,7 @@ def _claims(trained: Recipe, group: Group, swept: Mapping[str, Any], looked: Seq
     yield accuracy(*of, within=None, published="")
     of = (about("OTTT-A"), group, "OTTT-A")
     yield bytes_at_most(*of, bound=0.5, published="0.33 to 0.50 of GPU memory (CIFAR-10)")
+    yield kept(*of)
     yield accuracy(*of, within=WITHIN, published="-0.74 (CIFAR-10), -1.99 (CIFAR-100)")
     of = (about("BPTT-recompute"), group, "BPTT-recompute")
     yield bytes_at_most(*of, bound=None, published="O(sqrt(n)) of n layers (Chen et al. 2016)")
