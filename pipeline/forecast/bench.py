@@ -198,6 +198,8 @@ class Bench:
     def gradients(self, rule: Spec) -> list[dict[str, Tensor]]:
         """What the rule gives each synapse, in fp32; of one that draws time steps, in several draws.
 
+        They are kept off the card, where the next rule has to fit.
+
         Raises: ValueError where the rule refuses the network; DoesNotFit where its batch does not fit into memory.
         """
         made = self._made(rule)
@@ -205,8 +207,12 @@ class Bench:
         batches = LEARNS_BY_ITSELF if isinstance(made, OPZO) else 1
         about = {"world": World(self.recipe.seed), "over_time": self.recipe.over_time, "batches": batches}
         loss_for = partial(self.loss, self.target_B)
+        found: list[dict[str, Tensor]] = []
         with self.in_memory(f"{made.label}'s gradient"):
-            return [gradients(self.network, self._made(rule), self.x_TB, loss_for, step=step, **about) for step in range(draws)]
+            for step in range(draws):
+                given = gradients(self.network, self._made(rule), self.x_TB, loss_for, step=step, **about)
+                found.append({name: g.cpu() for name, g in given.items()})
+        return found
 
     def held(self) -> Held:
         """What training holds beside what a rule keeps of a batch."""

@@ -178,6 +178,18 @@ def test_where_a_gradient_does_not_fit_its_costs_are_kept(monkeypatch: pytest.Mo
     assert f"\nnot compared: {why}\n" in out.getvalue()
 
 
+class OnCard:
+    """A gradient there."""
+
+    def cpu(self) -> str:
+        return "here"
+
+
+def test_gradients_that_wait_to_be_compared_are_kept_off_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.forecast.bench.gradients", lambda *args, **about: {"layers.0": OnCard()})
+    assert Bench(recipe_with(0.5)).gradients(spec(BPTT)) == [{"layers.0": "here"}]
+
+
 def test_without_bptts_gradient_none_is_compared_and_why_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     full_at_the_gradient_of(monkeypatch, "BPTT")
     found = probe(recipe_with(0.5), rules=(spec(BPTT), spec(SLTT)))
