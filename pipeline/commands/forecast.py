@@ -75,8 +75,7 @@ def sweep(
         typer.Option("--batch", metavar="N|auto", help="samples; auto: as in training, and about the largest that fits"),
     ] = None,
     memory: Annotated[
-        float | None,
-        number_option("--memory", metavar="GB", help="that the largest batch must fit into; without it what is free"),
+        float | None, typer.Option("--memory", metavar="GB", help="that the largest batch must fit into; without it what is free")
     ] = None,
     at_largest: Annotated[
         bool, typer.Option("--at-largest", help="with --batch auto: find each rule's own largest batch by training it and others")
