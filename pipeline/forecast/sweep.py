@@ -117,7 +117,8 @@ def sweep(
     points: list[Point] = []
     refused: dict[str, dict[int, str]] = {}
     benches = [Bench(replace(recipe, time_steps=each), batch_size=batch_size, threads=threads) for each in steps]
-    teacher = asked(recipe, benches[0].x_B)
+    with benches[0].in_memory(f"{recipe.name}'s teacher"):
+        teacher = asked(recipe, benches[0].x_B)
     for bench in benches:
         room = None if limit is None else _Room(bench, limit - (0 if teacher is None else teacher.bytes), threads)
         for label, rule in by_label(rules, recipe.rule).items():

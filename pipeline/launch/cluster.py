@@ -69,8 +69,8 @@ class Cluster:
         refuse_unless_counts("cluster", {"max_restarts": self.max_restarts}, least=0)
         if self.checkpoints is not None:
             refuse_credentials(self.checkpoints)
-        if self.hang_minutes < 0:
-            raise ValueError(f"cluster: hang_minutes must not be negative; got {self.hang_minutes:g}")
+        if not 0 <= self.hang_minutes <= 1e6:
+            raise ValueError(f"cluster: hang_minutes must be a number in 0..1e6; got {self.hang_minutes:g}")
         if self.side_by_side != "auto":
             refuse_unless_counts("cluster", {"side_by_side": self.side_by_side})
         if list(self.sizes) != sorted(set(self.sizes)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -46,6 +47,7 @@ from pipeline.refused import Refused
             for count in (0, -1)
         ),
         ({"max_restarts": -1}, "cluster: max_restarts must be a whole number >= 0; got max_restarts=-1"),
+        ({"hang_minutes": math.nan}, "cluster: hang_minutes must be a number in 0..1e6; got nan"),
     ],
 )
 def test_a_damaged_cluster_is_refused_in_one_line(value: Any, said: str) -> None:
