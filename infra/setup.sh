@@ -6,7 +6,7 @@
 #   infra/setup.sh --system     only the system packages
 #   infra/setup.sh --pictures   only the photographs that `spiketrain write stamps` is made of
 #   infra/setup.sh --browser    only the browser that tests open reports in; neither setup nor the image installs it
-#   infra/setup.sh --tools      only what tests read this folder with (shellcheck, docker-compose, promtool); likewise
+#   infra/setup.sh --tools      only what tests read this folder with (shellcheck, docker-compose, promtool, kustomize); likewise
 #   infra/setup.sh --servers    only what `make test-full` needs: PostgreSQL, Slurm's daemons, iproute2
 #   infra/setup.sh --runtime    only the system packages that a finished .venv needs to run (the second stage of the image)
 #
@@ -43,6 +43,7 @@ main() {
         --tools)
             install_tools "${TOOLS[@]}"
             install_promtool
+            install_kustomize
             ;;
         --servers) install_tools "${SERVERS[@]}" ;;
         --runtime) install_runtime_packages ;;
@@ -186,6 +187,16 @@ install_tools() {
 install_promtool() {
     if command -v promtool >/dev/null; then return; fi
     if apt-cache show promtool >/dev/null 2>&1; then apt_install promtool; else apt_install prometheus; fi
+}
+
+# In Debian since 13; not in Ubuntu 24.04, where what it makes of infra/k8s is compared with nothing.
+install_kustomize() {
+    if command -v kustomize >/dev/null; then return; fi
+    if apt-cache show kustomize >/dev/null 2>&1; then
+        apt_install kustomize
+    else
+        say "this distribution has no kustomize; the test that holds our reader of its files to it will be skipped"
+    fi
 }
 
 apt_install() {
