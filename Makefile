@@ -22,7 +22,7 @@ pictures: ## the photographs that `spiketrain write stamps` is made of: three pa
 browser: ## the browser that tests open reports in: Debian's chromium
 	@infra/setup.sh --browser
 
-tools: ## what tests of infra/ need: Debian's shellcheck, docker-compose and promtool
+tools: ## what tests of infra/ need: Debian's shellcheck, docker-compose, promtool and kustomize
 	@infra/setup.sh --tools
 
 demo: setup ## write Fashion-MNIST, train by three rules on two workers (WORKERS=N), compare
@@ -40,7 +40,7 @@ format: setup ## rewrite what ruff can
 	$(BIN)/ruff check --fix .
 
 # What starts processes of its own has the machine to itself; the rest is one process and one thread, and shares it.
-test: setup browser tools ## quick and distributed tests; installs chromium, shellcheck, docker-compose and promtool
+test: setup browser tools ## quick and distributed tests; installs chromium, shellcheck, docker-compose, promtool and kustomize
 	$(THREADS) $(BIN)/pytest -m "not full and not distributed" -n 2 --dist loadfile
 	$(THREADS) $(BIN)/pytest -m "distributed and not full"
 

@@ -6,14 +6,15 @@
 #   infra/setup.sh --system     only the system packages
 #   infra/setup.sh --pictures   only the photographs that `spiketrain write stamps` is made of
 #   infra/setup.sh --browser    only the browser that tests open reports in; neither setup nor the image installs it
-#   infra/setup.sh --tools      only what tests read this folder with (shellcheck, docker-compose, promtool); likewise
+#   infra/setup.sh --tools      only what tests read this folder with (shellcheck, docker-compose, promtool, kustomize); likewise
 #   infra/setup.sh --servers    only what `make test-full` needs: PostgreSQL, Slurm's daemons, iproute2
 #   infra/setup.sh --runtime    only the system packages that a finished .venv needs to run (the second stage of the image)
 #
 #   PYTHON=/path/to/python3.12  which interpreter; otherwise that of .venv, then python3, then python3.11 to python3.13
-#   LOCKED=1                    exactly the releases of requirements.lock, each checked against its hash, instead of the newest
-#                               that pyproject.toml admits. For images and for repeating a published result. Not for a torch
-#                               built elsewhere than on PyPI (a vendor's, a CPU-only one): its hash is another.
+#   LOCKED=1                    exactly the releases of requirements.lock, each checked against its hash, what builds some of
+#                               them included, instead of the newest that pyproject.toml admits. For images and for repeating
+#                               a published result. Not for a torch built elsewhere than on PyPI (a vendor's, a CPU-only one):
+#                               its hash is another.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -43,6 +44,7 @@ main() {
         --tools)
             install_tools "${TOOLS[@]}"
             install_promtool
+            install_kustomize
             ;;
         --servers) install_tools "${SERVERS[@]}" ;;
         --runtime) install_runtime_packages ;;
@@ -119,8 +121,11 @@ install_package() {
     rm -f "$STAMP"
     if [[ ${LOCKED:-0} == 1 ]]; then
         say "releases of requirements.lock (about 3 GB to fetch where torch comes with CUDA)"
-        "${pip[@]}" --require-hashes --requirement requirements.lock
-        "${pip[@]}" --no-deps --editable .
+        # Source archives (FFCV, DeepSpeed, ...) and this package are built by the locked setuptools, which has to be there first:
+        # in an environment of its own for each build pip would take the newest, and check it against nothing.
+        "${pip[@]}" --require-hashes --requirement <(sed -n '/^setuptools==/,/^    #/p' requirements.lock)
+        "${pip[@]}" --require-hashes --no-build-isolation --requirement requirements.lock
+        "${pip[@]}" --no-deps --no-build-isolation --editable .
     else
         say "newest releases that pyproject.toml admits (about 3 GB to fetch where torch comes with CUDA)"
         # First: pip keeps what is installed, and would take another build of it where it backtracks over the rest.
@@ -186,6 +191,16 @@ install_tools() {
 install_promtool() {
     if command -v promtool >/dev/null; then return; fi
     if apt-cache show promtool >/dev/null 2>&1; then apt_install promtool; else apt_install prometheus; fi
+}
+
+# In Debian since 13; not in Ubuntu 24.04, where what it makes of infra/k8s is compared with nothing.
+install_kustomize() {
+    if command -v kustomize >/dev/null; then return; fi
+    if apt-cache show kustomize >/dev/null 2>&1; then
+        apt_install kustomize
+    else
+        say "this distribution has no kustomize; the test that holds our reader of its files to it will be skipped"
+    fi
 }
 
 apt_install() {

@@ -9,8 +9,9 @@ be read either, storage is away, and the worker is started again.
     one more than `Recipe.max_damaged_pages`   ends the run, which names the page and the samples in it
     a page whose samples are evaluated on      likewise: a score on fewer samples can be compared with nobody's
 
-What was once left out stays so, on all workers and in every attempt, even where the file has been mended. With `--verify full`
-nothing is learnt from a damaged page; otherwise batches between its damage and its next comparison may have been.
+What was once left out stays so, on all workers and in every attempt, even where the file has been mended; where the run's folder
+is lost, what the newest checkpoint tells of (run/decided.py). With `--verify full` nothing is learnt from a damaged page;
+otherwise batches between its damage and its next comparison may have been.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe, Split
 from pipeline.refused import Refused
 from pipeline.rules.base import Rule, World
+from pipeline.run.decided import adopt, decided
 from pipeline.run.parts import Parts
 from pipeline.run.record import refuse_another_recipe
 from pipeline.spiking.encode import over_steps
@@ -59,6 +60,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
     if ranks.size > 1:
         check_same_code(socket.gethostname(), each=ranks.each)
     written = ranks.together(lambda: Recipe.read(folder / "recipe.json", trust=job.trust))  # a node may lack the user's package
+    checkpoints, checkpoint = _found(job, written, ranks, tracker, watchdog)
     limit, skipped = patiently(
         ranks,
         lambda: (limit_of(folder), Skipped.read(folder)),
@@ -66,7 +68,6 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
         on_wait=partial(_tell_waiting, tracker),
     )
     recipe = fitted(written, limit)
-    checkpoints, checkpoint = _found(job, written, ranks, tracker, watchdog)
     with watchdog.off():  # one worker of each machine reads all of the data
         damage = find_damage(recipe, job, place, ranks)
     world = World(recipe.seed, ranks.rank, ranks.size, ranks.mean)
@@ -104,6 +105,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
         checkpoints=checkpoints,
         skipped=skipped,
         damage=damage,
+        decided=ranks.agree(lambda: decided(folder)),
         sizes=place.sizes or (ranks.size,),
         notice=place.notice,
         trainer=None if checkpoint is None else checkpoints.load(checkpoint, backend, rule),
@@ -139,13 +141,17 @@ def _tell_waiting(tracker: Tracker, error: str) -> None:
 def _newest(checkpoints: Checkpoints, recipe: Recipe, folder: Path, *, trust: tuple[str, ...]) -> Path | None:
     """The checkpoint to go on from; None: the run begins at step 0, as none was saved or all of them are in quarantine.
 
+    What it tells of the run's decisions is written down where the folder was lost.
+
     Raises:
         Refused: the journal knows of one that nobody has found damaged, and none is there: to begin anew would lose what was
             learnt, where a disk is not mounted. Or it is of another recipe.
     """
     found = checkpoints.newest()
     if found is not None:
-        refuse_another_recipe(read_trainer(found), recipe, trust=trust)
+        trainer = read_trainer(found)
+        refuse_another_recipe(trainer, recipe, trust=trust)
+        adopt(folder, trainer.get("decided", {}))
     elif (step := lost_step(read(folder / "journal.jsonl"), keep=recipe.keep)) is not None:
         raise Refused(
             f"checkpoint: {checkpoints.place.address(step_name(step))} must be there, as the journal says; got no checkpoint: "

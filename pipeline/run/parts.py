@@ -54,6 +54,8 @@ class Parts:
     """what going back has decided"""
     damage: Damage
     """what is left out of the training file"""
+    decided: dict[str, Any]
+    """these two and the micro-batch that fits, as checkpoints tell of them"""
     sizes: tuple[int, ...]
     """every number of workers that the run may have"""
     notice: Callable[[], Notice | None]

@@ -103,6 +103,7 @@ def told_in_checkpoint(
         "figures": dict(figures),
         "learnt": asdict(learnt),
         "guard": dict(guard),
+        "decided": parts.decided,
     }
 
 

@@ -24,7 +24,7 @@ from pipeline.data.format import RAW, BetonWriter
 from pipeline.data.order import held_out as held_out_of
 from pipeline.data.order import permutation
 from pipeline.guards.damaged import Damage
-from pipeline.job import Job
+from pipeline.job import STOP, Job
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.inline import Inline
 from pipeline.launch.prepare import prepare
@@ -271,6 +271,31 @@ def test_damage_in_the_middle_leads_back_to_the_newest_checkpoint(
     train(tmp_path / "told", made)
     assert [event["step"] for event in events(tmp_path / "told", "start")] == [0, again]
     assert same_weights(tmp_path / "hit", tmp_path / "told")
+
+
+def test_what_was_left_out_stays_so_where_the_folder_is_lost_and_the_file_mended(
+    tmp_path: Path, data: Path, page: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost before any step but the last; its checkpoints were kept elsewhere."""
+    step, between = random.Random(SEED).randrange(1, 2 * EPOCH), Attempt._between_batches
+
+    def stopped(self: Attempt, epoch: int, *, last: bool) -> None:
+        if self.step == step:
+            (self.folder / STOP).touch()
+        between(self, epoch, last=last)
+
+    flip(data, page)
+    with monkeypatch.context() as patch:
+        patch.setattr(Attempt, "_between_batches", stopped)
+        assert train(tmp_path / "lost", recipe(data)) is None
+    make_run(tmp_path / "hit", recipe(data))
+    shutil.copytree(tmp_path / "lost" / "checkpoints", tmp_path / "hit" / "checkpoints")
+    train(tmp_path / "whole_folder", recipe(data))
+    flip(data, page)
+    train(tmp_path / "hit", recipe(data))
+    assert [event["step"] for event in events(tmp_path / "hit", "start")] == [step]
+    assert [event["page"] for event in events(tmp_path / "hit", "damaged")] == [page]
+    assert same_weights(tmp_path / "hit", tmp_path / "whole_folder")
 
 
 @pytest.mark.parametrize("when", ["at the start", "while it is read"])

@@ -18,6 +18,7 @@ HUNTED = f"{RECOVERY}::test_killed_in_every_way_it_ends_with_the_same_bits"
 WRITE, ELASTIC = "faults/test_checkpoint_write.py", "faults/test_elastic.py"
 SIGNALS = "faults/test_signals.py::test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits"
 SECURITY, DATA, HOSTS = "faults/test_security.py", "faults/test_damaged_data.py", "faults/test_two_hosts.py"
+ELSEWHERE = "launch/test_checkpoints_elsewhere.py"
 DRIVE, HEARD, AWAY = "launch/test_drive.py", "launch/test_signals.py", "guards/test_storage.py"
 
 ROWS: dict[str, tuple[str, ...]] = {
@@ -124,6 +125,11 @@ ROWS: dict[str, tuple[str, ...]] = {
         *("faults/test_not_finite.py::test_one_is_skipped_and_the_rest_is_as_if_it_had_been_told_so",),
         *("faults/test_not_finite.py::test_several_in_a_row_lead_back_to_the_checkpoint_and_around_them",),
         *("faults/test_not_finite.py::test_where_zero_holds_the_gradients_it_is_seen_all_the_same",),
+    ),
+    "a folder that is lost, its checkpoints elsewhere": (
+        *(f"{ELSEWHERE}::test_they_are_there_and_a_run_whose_folder_is_lost_goes_on_with_them",),
+        *(f"{ELSEWHERE}::test_what_a_run_has_decided_outlives_its_folder",),
+        *(f"{DATA}::test_what_was_left_out_stays_so_where_the_folder_is_lost_and_the_file_mended",),
     ),
     "loss spike": ("faults/test_spike.py::test_it_is_passed_over_or_gone_back_for",),
     # samples

@@ -6,34 +6,37 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
-from pipeline.backend.deepspeed import DeepSpeed, import_deepspeed
+from pipeline.backend.deepspeed import import_deepspeed
+from pipeline.job import Job, Place
+from pipeline.worker import run
 from tests.processes import run_ranks
+from tests.small import make_run, same_weights, small_recipe
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 
-
-def test_training_waits_for_no_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    assert run_ranks(trained, 1, tmp_path) == [True]
+ZERO = (0, 1)
 
 
-def trained(rank: int, ranks: int) -> bool:
+def test_training_waits_for_no_build(tmp_path: Path) -> None:
+    """A run beside the locks ends with the bits of one beside none."""
+    recipes = [small_recipe(backend="deepspeed", epochs=1, zero=zero) for zero in ZERO]
+    hit, untouched = ([make_run(tmp_path / f"{name}{each.zero}", each) for each in recipes] for name in ("hit", "untouched"))
+    assert run_ranks(trained, 1, tmp_path, tmp_path / "extensions", hit, untouched) == [True]
+    assert all(same_weights(tmp_path / f"hit{zero}", tmp_path / f"untouched{zero}") for zero in ZERO)
+
+
+def trained(rank: int, ranks: int, root: Path, hit: list[Job], untouched: list[Job]) -> bool:
+    """Those beside the locks first, before anything could have been built; whether nothing was."""
     import_deepspeed()
     from deepspeed.ops import __compatible_ops__ as extensions
 
-    root = Path(os.environ["TORCH_EXTENSIONS_DIR"])
     assert "deepspeed_shm_comm" in extensions and len(extensions) > 5
     for name in extensions:
         (root / name).mkdir(parents=True)
         (root / name / "lock").touch()
-    for zero in (0, 1):
-        network = nn.Linear(2, 2)
-        backend = DeepSpeed(network, lambda net: torch.optim.AdamW(net.parameters(), lr=0.1), micro_batch=1, zero=zero)
-        before = network.weight.detach().clone()
-        backend.backward(backend.model(torch.ones(1, 2)).sum(), 1.0)
-        backend.step()
-        assert not torch.equal(network.weight, before)
+    for folder, jobs in ((root, hit), (root.parent / "nothing", untouched)):
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+        for job in jobs:
+            run(job, Place(rank, ranks, "cpu", rank))
     return all([file.name for file in folder.iterdir()] == ["lock"] for folder in root.iterdir())

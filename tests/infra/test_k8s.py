@@ -54,7 +54,7 @@ def test_all_of_them_are_looked_at() -> None:
     assert built == set(K8S.rglob("*.yaml")), "a file that no kustomization.yaml names"
 
 
-@pytest.mark.skipif(shutil.which("kustomize") is None, reason="needs kustomize, of which our reader stands for a part")
+@pytest.mark.skipif(shutil.which("kustomize") is None, reason="needs kustomize: `infra/setup.sh --tools`, where apt has it")
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_kustomize_makes_the_same(folder: str) -> None:
     made = subprocess.run(["kustomize", "build", str(K8S / folder)], capture_output=True, text=True, check=True).stdout

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from pipeline.checkpoint import step_folders
+from pipeline.guards.batches import Skipped
+from pipeline.job import STOP
+from pipeline.run.attempt import Attempt
 from pipeline.track.connect import connect
 from pipeline.track.jsonl import read
 from pipeline.weights import load_run
-from tests.small import Command, command, same_weights
+from tests.faults.test_not_finite import hit
+from tests.faults.test_out_of_memory import room_for
+from tests.small import Command, command, same_weights, small_recipe, train_inline
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -59,6 +65,35 @@ def test_they_are_there_and_a_run_whose_folder_is_lost_goes_on_with_them(tmp_pat
     [start] = [event for event in read(tmp_path / "third" / "run" / "journal.jsonl") if event["event"] == "start"]
     assert start["step"] == 8
     assert same_weights(tmp_path / "one" / "run", tmp_path / "third" / "run")
+
+
+def test_what_a_run_has_decided_outlives_its_folder(tmp_path: Path, run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory ran out, and batch 5 led back to step 3; the folder is lost after step 4, among the batches to be skipped."""
+    one, other = tmp_path / "one" / "run", tmp_path / "other" / "run"
+    changes = ("--set", "max_skips=0", "--set", "max_rollbacks=1")
+    between = Attempt._between_batches
+
+    def stopped(self: Attempt, epoch: int, *, last: bool) -> None:
+        if self.step == 4 and self.parts.skipped.rollbacks:
+            (self.folder / STOP).touch()
+        between(self, epoch, last=last)
+
+    hit(monkeypatch, {5})
+    with monkeypatch.context() as patch:
+        room_for(patch, 4)
+        patch.setattr(Attempt, "_between_batches", stopped)
+        code, _, said = run("--runs", str(one.parent), *changes)
+    assert code == 130, said
+    assert [path.name for path in step_folders(tmp_path / "elsewhere" / "run")][-1] == "step_00000004"
+    shutil.rmtree(one)
+    code, _, said = run("--runs", str(other.parent), *changes, "--or-resume")
+    assert code == 0, said
+    events = read(other / "journal.jsonl")
+    assert [(event["step"], event["micro_batch"]) for event in events if event["event"] == "start"] == [(4, 4)]
+    assert [event["step"] for event in events if event["event"] == "skipped"] == [4, 5]
+    assert Skipped.read(other) == Skipped(1, ((3, 6),))
+    train_inline(tmp_path / "told", small_recipe(epochs=1, micro_batch=4, skip=((3, 6),)))
+    assert same_weights(other, tmp_path / "told")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,30 @@
+"""What a run has decided for all of its attempts: batches to skip, pages that are left out, a micro-batch that fits.
+
+Each lies in the run's folder as soon as it is decided. Checkpoints tell of it, for a run whose folder is lost; what was decided
+after the newest of them is lost with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.guards.batches import FILE as SKIPPED
+from pipeline.guards.damaged import FILE as DAMAGED
+from pipeline.guards.fitting import FILE as MICRO_BATCH
+from pipeline.recipe import read_json, write_json
+
+FILES = (SKIPPED, DAMAGED, MICRO_BATCH)
+
+
+def decided(run: Path) -> dict[str, Any]:
+    """What the files say that are there, by their names."""
+    return {name: read_json(run / name) for name in FILES if (run / name).exists()}
+
+
+def adopt(run: Path, told: Mapping[str, Any]) -> None:
+    """Write down what a checkpoint tells and the run's folder does not; what that says is newer, and stays."""
+    for name in FILES:
+        if name in told and not (run / name).exists():
+            write_json(run / name, told[name])

@@ -1,0 +1,53 @@
+"""What infra/setup.sh has pip do, with a pip that writes down what it is told; no package is fetched or installed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PYTHON = """#!/usr/bin/env bash
+if [[ $1 == -W ]]; then exit; fi
+if [[ $1 != -m ]]; then exec {python} "$@"; fi
+echo "$@" >>told
+for word in "$@"; do if [[ $word == /dev/fd/* ]]; then cat "$word" >>piped; fi; done
+"""
+"""but for pip, and for what tries whether all of it imports, the interpreter of this test"""
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """What the image copies, beside a .venv that holds what this test's does; every system package is there."""
+    for name in ("pyproject.toml", "requirements.lock", "infra/setup.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    python = PYTHON.format(python=sys.executable)
+    for name, text in ((".venv/bin/python", python), (".venv/bin/pip", ""), ("system/dpkg-query", "#!/bin/sh\necho installed")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / ".venv" / "lib").mkdir()
+    (tmp_path / ".venv" / "lib" / "python3").symlink_to(Path(sysconfig.get_path("purelib")).parent)
+    return tmp_path
+
+
+def test_locked_nothing_is_fetched_that_has_no_hash(clone: Path) -> None:
+    """Neither a release nor what builds one: pip fetches that anew for each source archive, unless it is told not to."""
+    path = f"{clone / 'system'}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [clone / "infra" / "setup.sh"], env={**os.environ, "PATH": path, "LOCKED": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    builder, releases, package = (clone / "told").read_text().splitlines()
+    assert "--require-hashes" in builder and re.fullmatch(
+        r"setuptools==\S+( \\\n    --hash=sha256:\w{64})+\n( +#.*\n)+", (clone / "piped").read_text()
+    )
+    assert {"--require-hashes", "--no-build-isolation", "requirements.lock"} <= set(releases.split())
+    assert {"--no-deps", "--no-build-isolation", "--editable"} <= set(package.split())
