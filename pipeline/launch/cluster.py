@@ -29,6 +29,8 @@ OPERATIONAL = (
 """fields that whoever goes on with a run may change for good: the machines may be others than those that it was launched on"""
 _OF_RAY = ("workers", "address", "cpus_per_worker", "max_restarts", "node_loss")
 """fields without an effect on one worker in this process"""
+MOST_HANG_MINUTES = 7 * 24 * 60.0
+"""a week; the timers that watch overflow at some hundred years"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +71,7 @@ class Cluster:
         refuse_unless_counts("cluster", {"max_restarts": self.max_restarts}, least=0)
         if self.checkpoints is not None:
             refuse_credentials(self.checkpoints)
-        if self.hang_minutes < 0:
-            raise ValueError(f"cluster: hang_minutes must not be negative; got {self.hang_minutes:g}")
+        refuse_unless_watchable("cluster", self.hang_minutes)
         if self.side_by_side != "auto":
             refuse_unless_counts("cluster", {"side_by_side": self.side_by_side})
         if list(self.sizes) != sorted(set(self.sizes)):
@@ -149,6 +150,13 @@ class Cluster:
             ValueError: a field that there is not, a value of another type, or a count that is none.
         """
         return cls(**arguments_of(cls, value, who="cluster"))
+
+
+def refuse_unless_watchable(who: str, hang_minutes: float) -> None:
+    if not 0 <= hang_minutes <= MOST_HANG_MINUTES:
+        raise ValueError(
+            f"{who}: hang_minutes must be in 0..{MOST_HANG_MINUTES:.0f}, a week, where 0 is never; got {hang_minutes:g}"
+        )
 
 
 def option(field: str) -> str:

@@ -13,7 +13,7 @@ from pipeline.code import commit
 from pipeline.counts import refuse_unless_counts
 from pipeline.data.base import Data
 from pipeline.job import Job
-from pipeline.launch.cluster import Cluster
+from pipeline.launch.cluster import Cluster, refuse_unless_watchable
 from pipeline.launch.folder import named, numbered, whole_folder
 from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.spec import arguments_of
@@ -114,6 +114,7 @@ def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
     told = arguments_of(Job, read_json(file), who=str(file), besides=("run", "trust"))
     job = Job(**told, run=str(folder.absolute()), trust=trust)
     refuse_unless_counts(str(file), {"threads": job.threads, "loader_threads": job.loader_threads})
+    refuse_unless_watchable(str(file), job.hang_minutes)
     if job.suite is not None and (job.suite == ".." or Path(job.suite).name != job.suite):
         raise ValueError(f"{file}: suite must be the name of a folder beside this one; got {job.suite!r}")
     return job

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -44,6 +45,10 @@ from pipeline.refused import Refused
             ({name: count}, f"cluster: {name} must be a whole number >= 1; got {name}={count}")
             for name in ("workers", "cpus_per_worker", "loader_threads")
             for count in (0, -1)
+        ),
+        *(
+            ({"hang_minutes": minutes}, f"cluster: hang_minutes must be in 0..10080, a week, where 0 is never; got {minutes:g}")
+            for minutes in (-1.0, 10081.0, 1e9, math.inf, math.nan)
         ),
         ({"max_restarts": -1}, "cluster: max_restarts must be a whole number >= 0; got max_restarts=-1"),
     ],
