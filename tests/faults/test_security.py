@@ -281,6 +281,14 @@ def test_a_run_from_elsewhere_has_its_suite_beside_it(suite: str, tmp_path: Path
         read_job(tmp_path / "it")
 
 
+@pytest.mark.parametrize("family", ["../out", "..", "/out"])
+def test_a_family_from_elsewhere_stays_among_the_artifacts(family: str, tmp_path: Path) -> None:
+    job = make_run(tmp_path / "it", small_recipe())
+    write_job(replace(job, family=family))
+    with pytest.raises(ValueError, match=f"family becomes a folder's name and must be one; got '{family}'"):
+        read_job(tmp_path / "it")
+
+
 def test_a_run_from_elsewhere_leads_to_no_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command) -> None:
     """Whoever is joined is shown the token, and may run what they like here."""
     plant(monkeypatch)
