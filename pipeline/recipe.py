@@ -119,7 +119,7 @@ class Recipe:
     max_damaged_pages: int = 0
     """pages of the training file that a run does without, with others' samples in place of theirs (pipeline/guards/damaged.py)"""
     replicas_every: int = 500
-    """steps between comparisons of the workers' weights, bit by bit, beside one at each checkpoint; 0: none at all"""
+    """steps between comparisons of what workers have learnt, bit by bit, beside one at each checkpoint; 0: none at all"""
     evaluate_every: int = 1
     """epochs between evaluations; the last epoch is always evaluated"""
     fidelity_every: int = 0
