@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.data.base import Batch, Data, Loader
-from pipeline.data.random import DONOR, bits
 from pipeline.evaluate import hits
+from pipeline.random import DONOR, bits
 from pipeline.rules.base import counter_hash
 from pipeline.spiking.carryover import CarryOver, Gaussian, record, replaying
 from pipeline.spiking.encode import over_steps

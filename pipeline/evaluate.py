@@ -26,7 +26,7 @@ from pipeline.spiking.state import fresh_state
 
 COUNTED = 64
 """samples at most of which operations are counted"""
-COUNTED_ON = "evenly spread over the first worker's share of the evaluation set"
+COUNTED_ON = "from all over the first worker's share of the evaluation set"
 """for a summary, which has the operations of that worker"""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -201,7 +202,7 @@ class Recipe:
         """The recipe with dotted keys changed, `{"optimizer.lr": 0.05, "epochs": 3}`, and validated again.
 
         Raises:
-            ValueError: a key that does not exist, naming those that do, or a value of the wrong type.
+            ValueError: a key that does not exist, naming those that do, or a value of the wrong type or not finite.
         """
         recipe = self
         for key, value in changes.items():
@@ -212,6 +213,8 @@ class Recipe:
                 raise ValueError(
                     f"recipe: phases are written in the recipe alone; got {key}; data, epochs and stop_after reach all of them"
                 )
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"recipe: {key} must be finite; got {value}")
             part = getattr(recipe, head)
             recipe = dataclasses.replace(recipe, **{head: _changed(part, rest, value, key)})
         return recipe

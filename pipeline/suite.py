@@ -297,12 +297,9 @@ def _imported_report(name: Any, trust: Collection[str]) -> Report:
 
 
 def _choice(value: Any) -> Choice:
-    told = (
-        arguments_of(Choice, {**value, "trials": tuple(value.get("trials", ()))}, who=FILE) if isinstance(value, dict) else None
-    )
-    if told is None:
-        raise ValueError(f"suite.json: a choice must be an object; got {value!r}")
-    return Choice(**told)
+    if isinstance(value, Mapping) and isinstance(trials := value.get("trials"), list):
+        value = {**value, "trials": tuple(trials)}
+    return Choice(**arguments_of(Choice, value, who=f"{FILE}: a choice"))
 
 
 def _check_choice(recipe: Recipe, choice: Choice, *, earlier: Collection[str]) -> None:

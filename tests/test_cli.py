@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from pipeline.__main__ import app
 from pipeline.data.write import write_fashion
 from tests.small import command, same_weights
 
@@ -86,6 +89,8 @@ def _one_line(code: int, error: str) -> str:
         ("launch recipes/fashion/sltt.py --set rule.kk=1", "SLTT: unexpected keyword 'kk'; it accepts k, chunk, rescale"),
         ("launch recipes/fashion/sltt.py --set epochs=many", "epochs must be int; got 'many'"),
         ("launch recipes/fashion/sltt.py --set epochs", "must look like key=value"),
+        ("show recipes/fashion/sltt.py --set optimizer.lr=1e999", "recipe: optimizer.lr must be finite; got inf"),
+        ("launch recipes/fashion/sltt.py --tune optimizer.lr=1,2,3,4,1e999", "recipe: optimizer.lr must be finite; got inf"),
         ("launch recipes/fashion/sltt.py --workers many", "a range such as 2:4 or ascending numbers such as 2,4,8; got many"),
         ("launch", "Missing argument 'RECIPE...'"),
         ("lunch", "No such command 'lunch'"),
@@ -142,6 +147,22 @@ def test_a_mistake_ends_in_one_line(words: str, said: str, tmp_path: Path, refus
     given = f"{words} --runs RUNS" if words.startswith("launch ") else words
     assert told in refused(*given.replace("RUNS", str(runs)).split())
     assert list(tmp_path.iterdir()) == []
+
+
+def _commands(within: Any, *words: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, each in within.commands.items():
+        yield from _commands(each, *words, name) if hasattr(each, "commands") else [((*words, name), each)]
+
+
+def test_a_number_that_is_none_or_without_end_is_refused_whatever_the_option(refused: Refused) -> None:
+    tried = 0
+    for words, each in _commands(typer.main.get_command(app)):
+        for option in (option for option in each.params if option.type_descriptor.annotation is float):
+            for value in ("nan", "inf", "-inf"):
+                said = refused(*words, option.opts[-1], value, *(["x"] if words[0] not in ("compare", "report") else []))
+                assert said.startswith((f"Invalid value for '{option.opts[-1]}': ", f"{words[-1]}: {option.opts[-1]} is"))
+                tried += 1
+    assert tried == 3 * 10
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,14 @@ def with_target(target: str) -> dict[str, Any]:
         (with_child(run="own"), "a run must be a name of its own in the folder of runs; got 'own'"),
         (suite_json(parent="' OR 1=1"), 'suite.json: parent must be 32 hex digits; got "\' OR 1=1"'),
         (suite_json(parent=None), "suite.json: parent must be 32 hex digits; got None"),
+        *(
+            (
+                with_child(choice={"field": "optimizer.lr", "trials": trials}),
+                f"suite.json: a choice: trials must be tuple[str, ...]; got {trials}",
+            )
+            for trials in (None, 3)
+        ),
+        (with_child(choice={"field": "optimizer.lr"}), "suite.json: a choice: needs field, trials; there is no trials"),
         (suite_json(cluster=[]), "suite.json: cluster must be an object; got []"),
         (with_target("os.system"), "recipe.json: os.system is not in a trusted package"),
         (with_target("pipeline.suite.Suite"), "pipeline.suite.Suite is not in a trusted package"),

@@ -74,5 +74,5 @@ def test_a_damaged_choice_is_named(tmp_path: Path) -> None:
     told = json.loads(file.read_text())
     told["children"][2]["choice"] = ["trial"]
     file.write_text(json.dumps(told))
-    with pytest.raises(ValueError, match=r"suite\.json: a choice must be an object; got \['trial'\]"):
+    with pytest.raises(ValueError, match=r"suite\.json: a choice: must be an object; got \['trial'\]"):
         over_in(tmp_path / "suite")

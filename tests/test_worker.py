@@ -299,7 +299,7 @@ def test_every_recipe_trains_in_small(tmp_path: Path, path: Path) -> None:
         shape = (*steps, data.shape[-3], min(data.shape[-2], most), min(data.shape[-1], most))
         tiny = recipe.tiny(data=spec(Synthetic, samples=160, val_samples=10, classes=data.classes, shape=shape))
         tiny = filled(tiny, lambda name: weights_file(tmp_path / name))
-        summary = train_inline(tmp_path / recipe.name, replace(tiny, backend="plain", batch_size=4))
+        summary = train_inline(tmp_path / recipe.name, replace(tiny, backend="plain", batch_size=2))
         assert summary is not None
         assert summary["steps"] == 4
 

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.options import RUNS, Address, Runs
+from pipeline.commands.options import RUNS, Address, Runs, number_option
 
 Place = Annotated[
     str | None,
     typer.Option("--checkpoints", metavar="DIR|URI", help="where runs are to keep their checkpoints: it is tried on each node"),
 ]
-Size = Annotated[float, typer.Option("--checkpoint-gb", min=0, help="how large a checkpoint will be")]
+Size = Annotated[float, number_option("--checkpoint-gb", min=0, max=1e6, help="how large a checkpoint will be")]
 Keep = Annotated[int, typer.Option("--keep", min=1, help="how many of them a run keeps")]
 
 

@@ -17,6 +17,7 @@ from pipeline.commands.options import (
     count_or_auto,
     is_typed,
     made_of,
+    number_option,
     only_recipe,
 )
 
@@ -114,10 +115,12 @@ def plan(
     ] = "here",
     per_node: Annotated[int | None, typer.Option("--per-node", min=1, help="cards in a node; without it 8")] = None,
     node_gbps: Annotated[
-        float | None, typer.Option("--node-gbps", min=0.001, help="from node to node, in Gb/s; without it 400")
+        float | None, number_option("--node-gbps", min=0.001, max=1e6, help="from node to node, in Gb/s; without it 400")
     ] = None,
     cpus_per_worker: Cpus = 1,
-    price: Annotated[float | None, typer.Option("--price", min=0, help="of an hour of one worker, in your currency")] = None,
+    price: Annotated[
+        float | None, number_option("--price", min=0, max=1e9, help="of an hour of one worker, in your currency")
+    ] = None,
     batch_of: Annotated[
         Literal["data", "noise"], typer.Option("--batch-of", help="noise: where the data is not here; name --samples then")
     ] = "data",

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
     from pipeline.suite import Suite
+
+
+def number_option(name: str, **about: Any) -> Any:
+    """An option whose value is a finite number: `nan` is in every range, and so is `inf` in one without an end."""
+
+    def finite(value: float | None) -> float | None:
+        if value is not None and not math.isfinite(value):
+            raise typer.BadParameter(f"it must be a finite number; got {value}")
+        return value
+
+    return typer.Option(name, callback=finite, **about)
+
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a Python file that defines recipe()")]
 RecipeFiles = Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Python files that define recipe()")]
@@ -34,7 +47,7 @@ _DEVICE = typer.Option("--device", help="auto takes GPUs where there are any")
 _CPUS = typer.Option("--cpus-per-worker", min=1, help="cores reserved for a worker, and its torch threads")
 _LOADERS = typer.Option("--loader-threads", min=1, help="threads that read data in each worker")
 _RESTARTS = typer.Option("--max-restarts", min=0, help="how often dead workers are started again without a new checkpoint")
-_HANG = typer.Option("--hang-minutes", min=0, help="without a sign of life, until a worker is started again; 0: never")
+_HANG = number_option("--hang-minutes", min=0, help="without a sign of life, until a worker is started again; 0: never")
 _VERIFY = typer.Option("--verify", help="compare pages of the data while reading: for one sample in 256, or for each")
 _NODE_LOSS = typer.Option("--node-loss", help="go on without a node that says nothing, or ride out a cut link")
 _SIDE_BY_SIDE = typer.Option("--side-by-side", metavar="N|auto", help="runs at a time, each on cores and cards of its own")

@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.commands.options import RUNS, Runs, Trust, is_typed
+from pipeline.commands.options import RUNS, Runs, Trust, is_typed, number_option
 
 Names = Annotated[list[str] | None, typer.Argument(metavar="[STUDY|RUN]... | SUITE", help="none: the newest study")]
 Against = Annotated[str, typer.Option("--against", metavar="RULE", help="the baseline")]
-Within = Annotated[float, typer.Option("--within", help="points below it that a rule may be (paired seeds)")]
+Within = Annotated[float, number_option("--within", help="points below it that a rule may be (paired seeds)")]
 
 
 def add_report_commands(app: typer.Typer) -> None:
@@ -95,7 +95,9 @@ def dashboard(
     token: Annotated[
         str | None, typer.Option("--token", envvar="SPIKETRAIN_TOKEN", help="that whoever looks on has to open it with once")
     ] = None,
-    every: Annotated[float, typer.Option("--every", metavar="SECONDS", min=0.5, help="between looks at the store")] = 5.0,
+    every: Annotated[
+        float, number_option("--every", metavar="SECONDS", min=0.5, max=86_400, help="between looks at the store")
+    ] = 5.0,
 ) -> None:
     """Serve the figures of a report in the browser, live, over an MLflow store: studies, their runs, and runs that go on."""
     if store is not None and is_typed(context, "runs"):

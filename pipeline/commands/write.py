@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from pipeline.commands.options import number_option
+
 write_app = typer.Typer(
     no_args_is_help=True, help="Write a data set as FFCV files.", epilog="Example: spiketrain write fashion --out data/fashion"
 )
@@ -124,7 +126,7 @@ def write_stamps(
     ] = 0,
     samples: Annotated[int, typer.Option("--samples", min=1, help="training scenes")] = 5200,
     val_samples: Annotated[int, typer.Option("--val-samples", min=1, help="evaluation scenes")] = 1040,
-    smallest: Annotated[float, typer.Option("--smallest", help="least share of a scene's side that its object takes")] = 0.5,
+    smallest: Annotated[float, number_option("--smallest", help="least share of a scene's side that its object takes")] = 0.5,
     content_seed: Annotated[int, typer.Option("--content-seed", min=0, help="selects the scenes, not the split")] = 0,
     source: Annotated[
         Path | None, typer.Option("--source", help="where the packages' pictures are; without it /usr/share")

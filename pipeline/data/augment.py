@@ -24,7 +24,7 @@ from pipeline.data import erase as erasing
 from pipeline.data.decoder import Decoder
 from pipeline.data.ffcv_api import imdecode, resize_crop
 from pipeline.data.format import JPG, Images
-from pipeline.data.random import CROP, FLIP, SHIFT_X, SHIFT_Y, make, normal_table
+from pipeline.random import CROP, FLIP, SHIFT_X, SHIFT_Y, make, normal_table
 
 RESIZED, CENTRE, WINDOW = 0, 1, 2  # random resized crop; central square, resized; window of the output's size, never resized
 

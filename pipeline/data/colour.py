@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.random import COLOUR
+from pipeline.random import COLOUR
 
 OPERATIONS = (
     *("autocontrast", "equalize", "invert", "posterize", "solarize", "solarize-add"),

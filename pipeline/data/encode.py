@@ -24,7 +24,7 @@ from PIL import Image
 
 from pipeline.data.errors import DataError, LoaderError
 from pipeline.data.format import JPG, RAW, Images, Kind
-from pipeline.data.random import bits
+from pipeline.random import bits
 
 CHUNK = 32  # samples a worker takes at a time
 

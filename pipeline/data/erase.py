@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.random import ERASE, ERASE_PIXELS
+from pipeline.random import ERASE, ERASE_PIXELS
 
 AREA, RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 

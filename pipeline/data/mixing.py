@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.data.errors import DataError
-from pipeline.data.random import MIX, MIX_BY_CUT, MIX_SHARE, MIX_X, MIX_Y, below, bits
+from pipeline.random import MIX, MIX_BY_CUT, MIX_SHARE, MIX_X, MIX_Y, below, bits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.errors import DataError
-from pipeline.data.random import HELD_OUT, ORDER, bits
+from pipeline.random import HELD_OUT, ORDER, bits
 
 
 @dataclass(frozen=True, kw_only=True)

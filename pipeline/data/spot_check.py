@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pipeline.data import manifest as manifests
 from pipeline.data.damage import DamagedPages
 from pipeline.data.errors import DataError
-from pipeline.data.random import PAGE, below, bits
+from pipeline.random import PAGE, below, bits
 
 
 class SpotCheck:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.base import Batch, DataError
 from pipeline.data.order import TrainOrder, ValOrder
-from pipeline.data.random import FLIP, SHIFT_X, SHIFT_Y, below, bits
+from pipeline.random import FLIP, SHIFT_X, SHIFT_Y, below, bits
 
 _PATTERN, _NOISE, _CONTRAST, _FIELD_A, _FIELD_B = 64, 65, 66, 67, 68  # draws, see random.py
 _FIELDS = 61  # noise fields; a sample adds two of them, so 61 x 61 kinds of noise

@@ -17,7 +17,7 @@ import torch
 
 from pipeline.data.base import Batch, Data, DataError, Loader
 from pipeline.data.care import Care, careful
-from pipeline.data.random import bits
+from pipeline.random import bits
 
 _PIXELS = 80  # a draw, see random.py
 

@@ -103,6 +103,11 @@ class Cost:
     """for each purpose, of training on one sample"""
 
     @property
+    def kept_bytes(self) -> int:
+        """For backward and from one time step to the next, each at its most."""
+        return self.peak_saved_bytes + self.state_bytes
+
+    @property
     def compute_s(self) -> float:
         return self.forward_s + self.backward_s
 
@@ -159,7 +164,7 @@ class Bench:
             load_start(network, Path(recipe.init))
         self.network = network.to(device)
         self.loss: Loss = self.recipe.objective.build()
-        with self._in_memory(recipe.name):
+        with self.in_memory(recipe.name):
             batch = first_batch(recipe, self.samples) if source == "data" else noise(recipe, self.samples)
             self.x_B = batch.x.to(device)
             self.x_TB = over_steps(self.x_B, recipe.time_steps)
@@ -196,13 +201,23 @@ class Bench:
         )
 
     def gradients(self, rule: Spec) -> list[dict[str, Tensor]]:
-        """What the rule gives each synapse, in fp32; of one that draws time steps, in several draws."""
+        """What the rule gives each synapse, in fp32; of one that draws time steps, in several draws.
+
+        They are kept off the card, where the next rule has to fit.
+
+        Raises: ValueError where the rule refuses the network; DoesNotFit where its batch does not fit into memory.
+        """
         made = self._made(rule)
         draws = DRAWS if isinstance(made, SLTT) and made.k is not None else 1
         batches = LEARNS_BY_ITSELF if isinstance(made, OPZO) else 1
         about = {"world": World(self.recipe.seed), "over_time": self.recipe.over_time, "batches": batches}
         loss_for = partial(self.loss, self.target_B)
-        return [gradients(self.network, self._made(rule), self.x_TB, loss_for, step=step, **about) for step in range(draws)]
+        found: list[dict[str, Tensor]] = []
+        with self.in_memory(f"{made.label}'s gradient"):
+            for step in range(draws):
+                given = gradients(self.network, self._made(rule), self.x_TB, loss_for, step=step, **about)
+                found.append({name: g.cpu() for name, g in given.items()})
+        return found
 
     def held(self) -> Held:
         """What training holds beside what a rule keeps of a batch."""
@@ -223,6 +238,18 @@ class Bench:
             next(some)
             turns = min(TIMED, loader.steps_per_epoch - 1)
             return statistics.median(seconds_of(lambda: next(some), self.x_B.device) for _ in range(turns)) if turns else 0.0
+
+    @contextmanager
+    def in_memory(self, who: str) -> Iterator[None]:
+        """Raises: DoesNotFit where memory ends inside."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DoesNotFit(
+                f"{who}: a batch must fit into memory; {self.samples} samples at T = {self.recipe.time_steps} do not"
+            ) from None
 
     @property
     def batch_bytes(self) -> int:
@@ -259,7 +286,7 @@ class Bench:
                     meters.watch(on_the_last)
                 yield step, micro_batches
 
-        with self._in_memory(made.label):
+        with self.in_memory(made.label):
             train(made, backend, lambda step: None, steps(), self.loss, meters, Unguarded())
         return made, meters, before
 
@@ -268,18 +295,6 @@ class Bench:
         release_freed_memory()
         reset_peak_device_bytes()
         return memory_now_bytes() if reset_peak_rss() or self.x_B.is_cuda else None
-
-    @contextmanager
-    def _in_memory(self, who: str) -> Iterator[None]:
-        """Raises: DoesNotFit where memory ends inside."""
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise DoesNotFit(
-                f"{who}: a batch must fit into memory; {self.samples} samples at T = {self.recipe.time_steps} do not"
-            ) from None
 
     def _moved(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         """A copy of the network, and its optimizer after a first step."""

@@ -139,7 +139,9 @@ def plan(
     sizes = sizes_for(recipe, cluster.workers, card=cluster.device)
     made = cache(lambda B, T: Bench(replace(recipe, time_steps=T), batch_size=B, source=source, threads=cluster.threads))
     bench = made(sizes[1], recipe.time_steps)
-    share = _Share(recipe, cluster, bench, source, teacher_profile(recipe, bench.x_B, sizes, cluster.device))
+    with bench.in_memory(f"{recipe.name}'s teacher"):
+        teacher = teacher_profile(recipe, bench.x_B, sizes, cluster.device)
+    share = _Share(recipe, cluster, bench, source, teacher)
     planned, refused = [], {}
     profiled: set[int] = set()
     for label, rule in by_label(rules, recipe.rule).items():

@@ -31,9 +31,11 @@ class Probe:
     teacher: Asked | None
     """in no rule's cost"""
     fidelity: Fidelity | None
-    """None where BPTT cannot train the network: nothing to compare with"""
+    """None without BPTT's gradient: nothing to compare with"""
     refused: Mapping[str, str]
     """rules that cannot train the network, and why"""
+    uncompared: Mapping[str, str]
+    """rules that can, but have no gradient to compare, and why; without that of BPTT none is compared"""
     hardware: Mapping[str, object]
 
     def cost(self, rule: str) -> Cost | None:
@@ -58,26 +60,29 @@ def probe(recipe: Recipe, *, batch_size: int | None = None, threads: int = 1, ru
     """
     check_recipe(recipe.with_untrained_teacher(), 1)
     bench = Bench(recipe, batch_size=batch_size, threads=threads)
+    with bench.in_memory(f"{recipe.name}'s teacher"):
+        teacher = asked(recipe, bench.x_B)
     rounds, refused = _in_turns(bench, by_label(rules, recipe.rule))
+    if not rounds:
+        raise ValueError("probe: no rule can train this network; " + "; ".join(refused.values()))
     found: dict[str, Sequence[Gradients]] = {}
+    uncompared: dict[str, str] = {}
     for label, rule in by_label(rules, recipe.rule).items():
         if label in rounds and (label == BASELINE or not is_baseline(label)):  # BPTT in slices of time has BPTT's gradient
             try:
                 found[label] = bench.gradients(rule)
             except ValueError as error:
-                refused[label] = str(error)
-                del rounds[label]
-    if not rounds:
-        raise ValueError("probe: no rule can train this network; " + "; ".join(refused.values()))
+                uncompared[label] = str(error)
     return Probe(
         recipe=recipe.name,
         samples=bench.samples,
         time_steps=recipe.time_steps,
         costs=tuple(_in_the_median(each) for each in rounds.values()),
         rounds={label: tuple(cost.compute_s for cost in each) for label, each in rounds.items()},
-        teacher=asked(recipe, bench.x_B),
+        teacher=teacher,
         fidelity=_compared(found),
         refused=refused,
+        uncompared=uncompared,
         hardware=hardware(),
     )
 
@@ -117,11 +122,16 @@ def advice(found: Probe) -> str:
     is 0, as where neurons are silent, nothing is known of it, and no rule is called safe.
     """
     bptt, fastest = found.cost(BASELINE), found.time_baseline
-    if bptt is None or fastest is None or found.fidelity is None:
+    if bptt is None or fastest is None:
         return f"{found.recipe}: BPTT cannot train this network, so there is nothing to compare gradients with."
+    if found.fidelity is None:
+        return f"There is nothing to compare gradients with; {found.uncompared[BASELINE]}."
     others = [cost for cost in found.costs if not is_baseline(cost.rule)]
     if not others:
         return "No rule but BPTT can train this network."
+    others = [cost for cost in others if cost.rule in found.fidelity.cosines]
+    if not others:
+        return f"There is no gradient to compare with BPTT's; {'; '.join(found.uncompared.values())}."
     layers, known = found.fidelity.layers, found.fidelity.comparable
     unknown = "BPTT's gradient is 0 or not finite"
     if not known:
@@ -130,12 +140,13 @@ def advice(found: Probe) -> str:
     near = [cost for cost in others if lowest[cost.rule][1] >= SAFE]
     if not near:
         rule, (layer, cosine) = max(lowest.items(), key=lambda item: item[1][1])
+        whose = "No gradient that was compared is" if found.uncompared else "No rule's gradient is"
         blind = "" if len(known) == len(layers) else f"{unknown} in {len(layers) - len(known)} of {len(layers)} layers. "
         return (
-            f"No rule's gradient is near BPTT's in every layer: the nearest is {rule}, with a cosine of {cosine:.2f} at {layer}. "
+            f"{whose} near BPTT's in every layer: the nearest is {rule}, with a cosine of {cosine:.2f} at {layer}. "
             f"{blind}Whether it learns all the same, a run says."
         )
-    best = min(near, key=lambda cost: cost.peak_saved_bytes * cost.compute_s)
+    best = min(near, key=lambda cost: cost.kept_bytes * cost.compute_s)
     layer, cosine = lowest[best.rule]
     if len(known) == len(layers):
         called, where = f"{best.rule} is safe here before training", "every layer"
@@ -146,6 +157,7 @@ def advice(found: Probe) -> str:
     faster = "its time" if fastest is bptt else f"the time of {fastest.rule}, the faster BPTT"
     return (
         f"{called}: its gradient has a cosine of {cosine:.2f} or more (least at {layer}) with BPTT's in {where}; "
-        f"it keeps {best.peak_saved_bytes / bptt.peak_saved_bytes:.0%} of BPTT's bytes "
+        f"it saves {best.peak_saved_bytes / bptt.peak_saved_bytes:.0%} of BPTT's bytes for backward, "
+        f"{best.kept_bytes / bptt.kept_bytes:.0%} with states, "
         f"and takes {statistics.median(shares):.0%} of {faster}, {min(shares):.0%} to {max(shares):.0%} in {len(shares)} rounds."
     )

@@ -117,7 +117,8 @@ def sweep(
     points: list[Point] = []
     refused: dict[str, dict[int, str]] = {}
     benches = [Bench(replace(recipe, time_steps=each), batch_size=batch_size, threads=threads) for each in steps]
-    teacher = asked(recipe, benches[0].x_B)
+    with benches[0].in_memory(f"{recipe.name}'s teacher"):
+        teacher = asked(recipe, benches[0].x_B)
     for bench in benches:
         room = None if limit is None else _Room(bench, limit - (0 if teacher is None else teacher.bytes), threads)
         for label, rule in by_label(rules, recipe.rule).items():
@@ -198,7 +199,7 @@ class _Room:
         return at_peak + self.beside + cost.rule_bytes + bench.batch_bytes
 
     def _counted(self, cost: Cost) -> int:
-        return cost.peak_saved_bytes + cost.state_bytes + self.held.gradients
+        return cost.kept_bytes + self.held.gradients
 
     def _bench_of(self, samples: int) -> Bench:
         return Bench(self.bench.recipe, batch_size=samples, threads=self.threads)

@@ -30,6 +30,7 @@ from pipeline.launch.lock import driver_lock
 from pipeline.launch.prepare import prepare, read_job
 from pipeline.measure.energy import in_words
 from pipeline.measure.joules import Joules, inference_j
+from pipeline.measure.sampled import ACTIVITY_EVERY
 from pipeline.recipe import Recipe, read_json
 from pipeline.recipe_json import recipe_fields
 from pipeline.suite import Suite, refuse_references
@@ -204,6 +205,6 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
 
 def _told(result: Evaluation) -> str:
     return (
-        f"top-1 {result.top1:.4f}, top-5 {result.top5:.4f}, loss {result.loss:.4f}, "
-        f"firing rate {result.firing_rate:.4f} on {result.samples} samples"
+        f"top-1 {result.top1:.4f}, top-5 {result.top5:.4f}, loss {result.loss:.4f} on {result.samples} samples, "
+        f"firing rate {result.firing_rate:.4f} on one in {ACTIVITY_EVERY} of them"
     )

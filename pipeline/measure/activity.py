@@ -1,13 +1,13 @@
 """How often neurons fire: by layer and time step, and which of them never do, or always.
 
-with Activity(network, every=7) as activity:
+with Activity(network, every=8) as activity:
     for x_TB, index_B in batches:
         with activity.batch(index_B), fresh_state(network):
             network(x_TB)
 activity.layers()
 """
 
-# T time, B batch, C samples of it that are counted, N neurons of a layer
+# T time, B batch, C samples of it that are counted, R = T B rows, N neurons of a layer
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
 
+from pipeline.random import COUNTED, below, bits
 from pipeline.spiking.neuron import LIF, named_neurons
 
 Reduce = Callable[[Tensor], Tensor]
@@ -63,9 +65,8 @@ def firing_rate(layers: Sequence[LayerActivity]) -> float:
 class Activity:
     """Counts the spikes of every neuron of `network` while it is entered: 4 bytes a neuron and time step.
 
-    `every`: of one in so many samples, those whose id it divides.
-
-    It passes over their spikes once where they are ones, twice elsewhere, and waits for a GPU in `layers` alone.
+    `every`: of one in so many samples, drawn by their ids: the same ones for any number of workers, and in step with no set
+    whose classes take turns. It passes over their spikes alone, and waits for a GPU in `layers` alone.
     """
 
     def __init__(self, network: nn.Module, *, every: int = 1) -> None:
@@ -87,11 +88,12 @@ class Activity:
     @contextmanager
     def batch(self, index_B: Tensor) -> Iterator[None]:
         """Surrounds the time steps, which may come in slices, of the samples with these ids."""
-        places_C = (index_B % self.every == 0).nonzero()[:, 0]
+        drawn_B = below(bits(0, 0, index_B.numpy(), COUNTED), self.every) == 0
+        counted_C = torch.from_numpy(drawn_B).nonzero()[:, 0]
         for layer in self._layers:
-            layer.step, layer.counted = 0, _as_slice(places_C, len(index_B), self.every)
+            layer.step, layer.counted_C = 0, counted_C
         yield
-        self._samples += len(places_C)
+        self._samples += len(counted_C)
 
     def layers(self, total: Reduce = alone, largest: Reduce = alone) -> tuple[LayerActivity, ...]:
         """In the order of construction, over all ranks, each of which calls it.
@@ -124,15 +126,20 @@ class _Layer:
     def __init__(self) -> None:
         self.fired_TN = torch.zeros(0, 0, dtype=torch.int32)
         self.step = 0
-        self.counted: slice | Tensor = slice(None)
-        """of the batch at hand"""
+        self.counted_C = torch.empty(0, dtype=torch.int64)
+        """their places in the batch at hand"""
 
     def hear(self, neuron: nn.Module, _: Any, s_TB: Tensor) -> None:
         """What `neuron` gives, after its forward."""
-        s_TC = s_TB[:, self.counted]
-        ones_TC = s_TC if _fires_ones(neuron) else torch.ne(s_TC, 0, out=torch.empty_like(s_TC))
-        # A sum of floats is vectorized and exact up to 2^24 of them; booleans are copied to integers first.
-        fired_TN = ones_TC.sum(1, dtype=torch.promote_types(s_TB.dtype, torch.float32)).flatten(1).to(torch.int32)
+        if not len(self.counted_C):
+            return
+        s_RN = s_TB.flatten(0, 1).flatten(1)
+        rows_TC = (torch.arange(len(s_TB))[:, None] * s_TB.shape[1] + self.counted_C).to(s_TB.device)
+        if _fires_ones(neuron) and s_TB.dtype == torch.float32:
+            # Sums the rows where they lie, without a copy of them; exact up to 2^24 spikes.
+            fired_TN = embedding_bag(rows_TC, s_RN, mode="sum").to(torch.int32)
+        else:
+            fired_TN = torch.ne(s_RN[rows_TC], 0).sum(1, dtype=torch.int32)
         first, self.step = self.step, self.step + len(fired_TN)
         if len(self.fired_TN) < self.step:
             self.fired_TN = self.widened(self.step, fired_TN.shape[1]).to(s_TB.device)
@@ -143,13 +150,6 @@ class _Layer:
         wide_TN = self.fired_TN.new_zeros(steps, neurons)
         wide_TN[: self.fired_TN.shape[0], : self.fired_TN.shape[1]] = self.fired_TN
         return wide_TN
-
-
-def _as_slice(places_C: Tensor, samples: int, every: int) -> slice | Tensor:
-    """Of samples with ids one after the other a slice, which copies nothing."""
-    if len(places_C) and torch.equal(places_C, torch.arange(int(places_C[0]), samples, every)):
-        return slice(int(places_C[0]), None, every)
-    return places_C
 
 
 def _fires_ones(neuron: nn.Module) -> bool:

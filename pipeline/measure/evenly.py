@@ -1,30 +1,32 @@
-"""A few of the samples that pass by, evenly spread over all of them, however many there will be.
+"""A few of the samples that pass by, from all over them, however many there will be.
 
-At first every sample is held, then every second, every fourth and so on, whenever there are more than `most`. So a set that is
-sorted by class gives some of each, which its first batch does not.
+Each place in the set draws a number, and the samples with the least are held. So a set that is sorted by class gives some of
+each, which its first batch does not; and one whose classes take turns does, too, with which every tenth sample would be in step.
 """
 
 # T time, B batch
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.random import COUNTED, bits
 from pipeline.spiking.encode import is_still, repeat
 
 
 class Evenly:
-    """Holds copies of inputs: `most` at most, and at least half as many once so many have passed."""
+    """Holds copies of inputs: all until there are `most`, then `most` of them."""
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.stride = 1
-        """of so many samples one is held"""
         self._passed = 0
         self._steps = 0  # of a still image, which is held once; 0: each step is held
+        self._drawn: list[int] = []  # ascending
         self._held: list[Tensor] = []
 
     def __len__(self) -> int:
@@ -33,13 +35,15 @@ class Evenly:
     def add(self, x_TB: Tensor) -> None:
         """The samples of a batch, all still images or none."""
         self._steps = len(x_TB) if is_still(x_TB) else 0
-        for place in range(x_TB.shape[1]):
-            if self._passed % self.stride == 0:
+        places_B = np.arange(self._passed, self._passed + x_TB.shape[1])
+        self._passed += len(places_B)
+        for place, drawn in enumerate(bits(0, 0, places_B, COUNTED).tolist()):
+            rank = bisect_left(self._drawn, drawn)
+            if rank < self.most:
                 x = x_TB[0, place] if self._steps else x_TB[:, place]
-                self._held.append(x.clone())
-                if len(self._held) > self.most:
-                    self._held, self.stride = self._held[::2], 2 * self.stride
-            self._passed += 1
+                self._drawn.insert(rank, drawn)
+                self._held.insert(rank, x.clone())
+                del self._drawn[self.most :], self._held[self.most :]
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """`x_TB` of what is held, of at most `size` samples each; still images are still."""

@@ -91,7 +91,8 @@ class Meters:
         memory_every: counting saved bytes costs time, so it is done on the second batch of an attempt and every so many
             batches after it, and those batches are left out of the steady speed. A batch that is left in the middle counts
             nothing, and the next one does in its place.
-        operations_every: likewise of operations, from the third batch on.
+        operations_every: likewise of operations, but from the third step of the run on, whatever attempt makes it: they depend
+            on how far the network has learnt, and not on how warm the machine is.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class Meters:
 
         Of a batch that is left in the middle nothing is kept.
         """
-        counted = self._counted_on(self._begun)
+        counted = self._counted_on(self._begun, step)
         is_steady = self._begun > 0 and counted is None
         self._is_counting = counted == "bytes"
         operations = Operations(self.network) if counted == "operations" else None
@@ -271,11 +272,11 @@ class Meters:
         found = {name: None if peak < 0 else peak for name, peak in zip(Totals.PEAKS, peaks, strict=True)}
         return Totals(**{**asdict(self.totals), **found})
 
-    def _counted_on(self, batch: int) -> Counted | None:
-        """What this batch of the attempt is counted for: one thing at a time."""
+    def _counted_on(self, batch: int, step: int) -> Counted | None:
+        """What this batch of the attempt, and step of the run, is counted for: one thing at a time."""
         if batch % self.memory_every == 1:
             self._due.add("bytes")
-        if batch % self.operations_every == 2:
+        if step % self.operations_every == 2:
             self._due.add("operations")
         return "bytes" if "bytes" in self._due else "operations" if "operations" in self._due else None
 

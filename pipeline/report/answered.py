@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipeline.answers import Answers, read_answers
 from pipeline.data.base import Grouped
 from pipeline.recipe import Recipe
-from pipeline.report.runs import ReportError, load
+from pipeline.report.runs import ReportError, summary_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,7 +43,7 @@ class Answered:
 
 def read_answered(run: Path, *, by: str, trust: Collection[str] = ()) -> Answered:
     """Raises: ValueError for a run that has not finished, of several tasks, or whose data is another or has no such groups."""
-    summary = load(run / "summary.json")
+    summary = summary_of(run)
     if summary is None:
         raise ReportError(f"factorial: {run.name} must have finished; it has no summary.json")
     answers = read_answers(run / "answers.npz")

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.baseline import is_baseline
 from pipeline.recipe_json import listed
 from pipeline.report.differences import differences
-from pipeline.report.runs import ReportError, find_run, load, recipe_of, run_folders
+from pipeline.report.runs import ReportError, find_run, recipe_of, run_folders, summary_of
 from pipeline.report.study_run import UNKNOWN_RULE
 from pipeline.track.jsonl import first, last
 from pipeline.track.state import State, state_of
@@ -116,7 +116,7 @@ def with_baseline(runs_dir: Path, finished: list[Finished], against: str) -> tup
 
 
 def finished_run(folder: Path) -> Finished | None:
-    summary = load(folder / "summary.json")
+    summary = summary_of(folder)
     return Finished(folder=folder, summary=summary) if summary is not None and state_of(folder) == "finished" else None
 
 
@@ -129,7 +129,7 @@ def unfinished_run(folder: Path) -> Unfinished:
 def study_of(folder: Path) -> str:
     """From the journal, as unfinished runs have no summary."""
     start = first(folder / "journal.jsonl", "start")
-    return str(start.get("study", "")) if start else str((load(folder / "summary.json") or {}).get("study", ""))
+    return str(start.get("study", "")) if start else str((summary_of(folder) or {}).get("study", ""))
 
 
 def rule_of(run: Finished) -> str:

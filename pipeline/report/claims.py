@@ -17,10 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.report.spread import spread_of
-from pipeline.report.study import COMPUTE, Group
+from pipeline.report.study import COMPUTE, KEPT, Group
 from pipeline.report.study_run import StudyRun
 
-_CALLED = {"peak_saved_bytes": "saved bytes", COMPUTE: "forward and backward"}
+_CALLED = {"peak_saved_bytes": "saved bytes", KEPT: "saved bytes and states", COMPUTE: "forward and backward"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,11 @@ def bytes_at_most(about: str, group: Group, rule: str, *, bound: float | None, p
     """Of the baseline's peak; `bound` None: nothing is claimed that ours could be held to."""
     held_to = "" if bound is None else f"<= {bound:.3f}"
     return _share(about, group, rule, "peak_saved_bytes", bound=bound, held_to=held_to, published=published)
+
+
+def kept(about: str, group: Group, rule: str) -> Claim:
+    """Membranes, traces and what slices share counted in, of the baseline's: what no paper tells, and a reader must know."""
+    return _share(about, group, rule, KEPT, bound=None, held_to="", published="")
 
 
 def flat_in_t(about: str, bytes_of_T: Mapping[int, float], *, published: str) -> Claim:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.recipe import BESIDE_THE_STUDY
 from pipeline.recipe_json import differing
-from pipeline.report.runs import load, recipe_of
+from pipeline.report.runs import recipe_of, summary_of
 from pipeline.trained_on import told_in
 
 __all__ = ["VARIED", "differences", "trained_apart", "tuned_in", "written"]
@@ -22,7 +22,7 @@ def differences(a: Path, b: Path) -> list[tuple[str, Any, Any]]:
     Unequal study keys are explained from the two recipes. A path counts by the content that it leads to, so it is only named
     when nothing else explains the keys.
     """
-    summaries = load(a / "summary.json") or {}, load(b / "summary.json") or {}
+    summaries = summary_of(a) or {}, summary_of(b) or {}
     found = [*trained_apart(*map(told_in, summaries))]
     if summaries[0].get("rule") == summaries[1].get("rule"):
         # One label in the table must be one rule (rescale is not in it) with one value of what was tuned.

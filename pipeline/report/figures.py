@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from pipeline.measure.sampled import MEMORY_EVERY
 from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, color, plain, symbol
 from pipeline.report.spread import Spread
-from pipeline.report.study import COMPUTE, ENERGY, ENERGY_MEASURED, Group
+from pipeline.report.study import COMPUTE, ENERGY, ENERGY_MEASURED, KEPT, Group
 from pipeline.units import unit_of
 
 MEASURED_SAID = (
@@ -19,6 +19,7 @@ MEASURED_SAID = (
 )
 QUANTITIES = {
     "peak_saved_bytes": ("saved bytes", "B"),
+    KEPT: ("saved bytes and states", "B"),
     COMPUTE: ("compute time", "s"),
     "wall_s": ("wall clock", "s"),
     ENERGY: ("inference energy", "J"),

@@ -9,7 +9,6 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from pipeline.measure.sampled import ACTIVITY_EVERY
 from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, plain
 from pipeline.report.study import Group, StudyRun
 
@@ -22,7 +21,7 @@ def firing_rates(group: Group) -> Figure | Missing:
     title = "Firing rate by layer and time step"
     of_rule = {rule: layers for rule in group.rules if (layers := _rates(group.of(rule)))}
     if not of_rule:
-        return Missing(title=title, why="no run has an activity.json; runs from before firing rates were kept by layer have none")
+        return Missing(title=title, why="no run has finished whose spikes were counted")
     most = max(rate for layers in of_rule.values() for rates in layers.values() for rate in rates)
     steps = max(len(rates) for layers in of_rule.values() for rates in layers.values())
 
@@ -44,11 +43,12 @@ def firing_rates(group: Group) -> Figure | Missing:
     said = ", ".join(f"{rule} {mean:.1%}" for rule, mean in means.items())
     samples = sorted({layer.samples for rule in of_rule for run in group.of(rule) for layer in run.activity})
     counted = " or ".join(f"{count:,}" for count in samples)
+    unlike = ", on fewer samples more of them" if len(samples) > 1 else ""
     return Figure(
         name="firing-rates",
         title=title,
-        caption=f"Spikes per neuron and time step, the mean over runs, counted on one in {ACTIVITY_EVERY} samples of the last "
-        f"evaluation, {counted}; on these, silent neurons never fired and saturated ones always did (in the table).",
+        caption=f"Spikes per neuron and time step, the mean over runs, counted on {counted} samples drawn from the last "
+        f"evaluation; on these, silent neurons never fired and saturated ones always did (in the table){unlike}.",
         alt=f"Mean firing rate over layers: {said}.",
         table=Table(columns=("rule", "layer", "time step", "firing rate", "silent", "saturated"), rows=tuple(rows)),
         draw=draw,

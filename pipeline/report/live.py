@@ -24,7 +24,7 @@ from pipeline.measure.time_parts import PARTS, REST
 from pipeline.report.history import number
 from pipeline.report.places import machine
 from pipeline.report.returned import Returned, returned
-from pipeline.report.runs import ReportError
+from pipeline.report.runs import ReportError, refuse_damaged_summary
 from pipeline.report.store import ArtifactError, Point, Store, StoredRun, StoreError, Told
 from pipeline.report.study import Study
 from pipeline.report.study_run import StudyRun, study_run
@@ -164,6 +164,7 @@ class Live:
         if not any(event["event"] == "start" for event in told.events):
             told = self._told_by_metrics(stored, _Going())
         beside = {name: self._json(stored.id, f"{name}.json", kind) for name, kind in _BESIDE.items()}
+        refuse_damaged_summary(beside["summary"] or {}, "its summary.json in MLflow")
         return study_run(stored.name, told.events, state=_state_of(stored), every=told.every, **beside)
 
     def _going_on(self, stored: StoredRun) -> StudyRun:

@@ -63,7 +63,8 @@ def _basis_of_rules(found: Plan) -> str:
     link = "" if workers <= found.cluster.per_node else f", {found.cluster.node_link * 8 / 1e9:.0f} Gb/s from node to node"
     return (
         f"{profiled}; {card.name}: roofline at {EFFICIENCY:.0%} ({card.source}), {RESERVE:.0%} of its memory left free, "
-        f"{card.link / 1e9:.0f} GB/s from card to card{link}, loaders that keep up."
+        f"{card.link / 1e9:.0f} GB/s from card to card{link}, loaders that keep up; "
+        "kWh: the cards' rated watts all the time, hosts left out."
     )
 
 
@@ -87,8 +88,13 @@ def _cells(planned: Planned, *, taught: bool) -> tuple[str, ...]:
         f"{planned.micro_batch} x {planned.accumulation}",
         f"{planned.memory_bytes / 1e9:.3g} GB",
         *(f"{1e3 * each:.3g}" for each in (*seconds, planned.loading_s, planned.step_s)),
-        f"{planned.images_per_s:,.0f}",
+        _amount(planned.images_per_s),
         f"{planned.hours:.3g}",
-        *(() if planned.kwh is None else (f"{planned.kwh:,.0f}",)),
-        *(() if planned.cost is None else (f"{planned.cost:,.0f}",)),
+        *(() if planned.kwh is None else (_amount(planned.kwh),)),
+        *(() if planned.cost is None else (_amount(planned.cost),)),
     )
+
+
+def _amount(value: float) -> str:
+    """`12,345`, and of less than 100 three digits: a small plan is not for nothing."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.baseline import BASELINE, is_baseline
+from pipeline.baseline import BASELINE
 from pipeline.forecast.bench import Cost
 from pipeline.forecast.probe import Probe, advice
 from pipeline.measure.memory import told_hardware
 
 
 def print_probe(found: Probe, *, as_json: bool = False, console: Console | None = None) -> None:
-    """What each rule costs; what it drops, layer by layer; what cannot train the network; and the advice."""
+    """What each rule costs; what it drops, layer by layer; what cannot train the network, or be compared; and the advice."""
     console = console or Console()
     if as_json:
         fastest = found.time_baseline
@@ -34,6 +34,8 @@ def print_probe(found: Probe, *, as_json: bool = False, console: Console | None 
         console.out(
             f"not in the tables: {rule}: {why}" if not why.startswith(rule) else f"not in the tables: {why}", highlight=False
         )
+    for why in found.uncompared.values():
+        console.out(f"not compared: {why}", highlight=False)
     if (fastest := found.time_baseline) is not None:
         told = f"bytes and operations over {BASELINE}'s, seconds over {fastest.rule}'s"
         console.out(f"×: {told}, the faster of {BASELINE} folded and in slices of time", highlight=False)
@@ -70,7 +72,7 @@ def _cells(cost: Cost, found: Probe) -> tuple[str, ...]:
         return f"  ×{value / of:.2f}" if of else ""
 
     least = ""
-    if found.fidelity is not None and not is_baseline(cost.rule):
+    if found.fidelity is not None and cost.rule in found.fidelity.cosines:
         layer, cosine = found.fidelity.lowest(cost.rule)
         least = "-" if math.isnan(cosine) else f"{cosine:.2f} {layer}"
     return (

@@ -5,10 +5,12 @@ As the report itself has them, as `sweep --format json` prints one, and as MLflo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
+from pipeline.measure.memory import told_hardware
 from pipeline.report.claims import Claim
 from pipeline.report.runs import ReportError
 
@@ -48,10 +50,11 @@ def sweep_of(value: Any, where: str) -> Mapping[str, Any]:
     try:
         kept: dict[str, Any] = {name: str(value[name]) for name in ("recipe", "commit")}
         kept |= {"samples": int(value["samples"]), "hardware": dict(value["hardware"])}
+        told_hardware(kept["hardware"])  # as pages do
         if value.get("memory_bytes") is not None:
             kept["memory_bytes"] = int(value["memory_bytes"])
         return {**kept, "points": [_point(point) for point in value["points"]]}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ReportError(f"report: {where} must hold what sweep --format json prints; {error!r}") from error
 
 
@@ -60,7 +63,9 @@ def _point(value: Mapping[str, Any]) -> dict[str, Any]:
     if value.get("largest_batch") is not None:
         kept["largest_batch"] = int(value["largest_batch"])
     if value.get("at_largest") is not None:
-        kept["at_largest"] = _cost(value["at_largest"])
+        kept["at_largest"] = cost = _cost(value["at_largest"])
+        if not float(cost["forward_s"]) + float(cost["backward_s"]):
+            raise ValueError("at_largest must have taken seconds; got 0")
     return kept
 
 
@@ -68,7 +73,8 @@ def _cost(value: Any) -> dict[str, Any]:
     cost = dict(value)
     cost["rule"]
     for name in _NUMBERS:
-        float(cost[name])  # of a suite's report.json, null where it is not finite
+        if not 0 <= float(cost[name]) < math.inf:  # of a suite's report.json, null where it is not finite
+            raise ValueError(f"{name} must be a number from 0; got {cost[name]!r}")
     return cost
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,12 +32,23 @@ __all__ = [
     "load_list",
     "print_runs",
     "recipe_of",
+    "refuse_damaged_summary",
     "run_folders",
     "runs_dir_of",
+    "summary_of",
 ]
 
 
 T_ = TypeVar("T_")
+
+_OF_A_SUMMARY: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "trained_on": (list, "a list of objects"),
+    "commits": (list, "a list"),
+    "hardware": (dict, "an object"),
+    "conditions": (dict, "an object"),
+    **dict.fromkeys(("steps", "images_per_s", "peak_saved_bytes"), ((int, float), "a number")),
+}
+"""what is read of it as what it is; of other fields a number or text is shown where it is one"""
 
 
 class ReportError(ValueError):
@@ -193,6 +204,29 @@ def load(path: Path) -> dict[str, Any] | None:
 def load_list(path: Path) -> list[Any] | None:
     """A JSON list, likewise."""
     return _load(path, list, "a list")
+
+
+def summary_of(folder: Path) -> dict[str, Any] | None:
+    """What a run's summary.json holds; None where there is none.
+
+    Raises:
+        ReportError: it is damaged.
+    """
+    path = folder / "summary.json"
+    summary = load(path)
+    refuse_damaged_summary(summary or {}, str(path))
+    return summary
+
+
+def refuse_damaged_summary(summary: Mapping[str, Any], where: str) -> None:
+    """Raises: ReportError where a field of it, or of what it trained on, is of another kind; `where` it came from."""
+    for name, (kind, called) in _OF_A_SUMMARY.items():
+        if (value := summary.get(name)) is not None and not isinstance(value, kind):
+            raise ReportError(f"{where}: {name} must be {called}; got {value!r}")
+    for each in summary.get("trained_on") or ():
+        if not isinstance(each, dict):
+            raise ReportError(f"{where}: trained_on must be a list of objects; got {each!r} in it")
+        refuse_damaged_summary(each, where)
 
 
 def recipe_of(folder: Path) -> dict[str, Any]:

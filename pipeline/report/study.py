@@ -30,6 +30,7 @@ __all__ = [
     "COMPUTE",
     "ENERGY",
     "ENERGY_MEASURED",
+    "KEPT",
     "Group",
     "Spread",
     "Study",
@@ -43,6 +44,8 @@ __all__ = [
 
 COMPUTE = "compute_s"
 """forward and backward of a steady batch, in the mean; no field of a summary"""
+KEPT = "kept_bytes"
+"""saved bytes and states, each at its most; no field of a summary"""
 ENERGY = "inference.energy_j"
 """of an inference, estimated"""
 ENERGY_MEASURED = "inference.measured_j"
@@ -183,10 +186,13 @@ def kind(run: StudyRun) -> str:
 
 
 def measured(run: StudyRun, name: str) -> float | None:
-    """A number of a finished run: of its summary, or COMPUTE."""
+    """A number of a finished run: of its summary, COMPUTE or KEPT."""
     if name == COMPUTE:
         forward, backward = run.value("steady_forward_s"), run.value("steady_backward_s")
         return None if forward is None or backward is None else forward + backward
+    if name == KEPT:
+        saved, states = run.value("peak_saved_bytes"), run.value("state_bytes")
+        return None if saved is None or states is None else saved + states
     found = run.value(name)
     return found if found is None or name not in _WALL else found - (run.value("fidelity_s") or 0.0)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pipeline.measure.time_parts import BETWEEN, PARTS, REST
 from pipeline.report import history
 from pipeline.report.history import Attempt, Evaluated, Fidelity, TrainPoint, count, number
-from pipeline.report.runs import ReportError, load, load_list
+from pipeline.report.runs import ReportError, load, load_list, summary_of
 from pipeline.track.jsonl import Event, read
 from pipeline.track.state import State, state_of
 from pipeline.trained_on import told_in, trained_on
@@ -176,7 +176,7 @@ def from_folder(folder: Path) -> StudyRun:
         folder.name,
         read(folder / "journal.jsonl"),
         state=state_of(folder),
-        summary=load(folder / "summary.json"),
+        summary=summary_of(folder),
         activity=load_list(folder / "activity.json"),
         recipe=load(folder / "recipe.json"),
     )

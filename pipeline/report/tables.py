@@ -17,7 +17,7 @@ from pipeline.report.figures import MEASURED_SAID, QUANTITIES
 from pipeline.report.places import NOT_SAID, machine, micro_batches, places
 from pipeline.report.silence import state_told
 from pipeline.report.spread import Spread
-from pipeline.report.study import COMPUTE, ENERGY_MEASURED, Group, Study, StudyRun
+from pipeline.report.study import COMPUTE, ENERGY_MEASURED, KEPT, Group, Study, StudyRun
 from pipeline.units import shown, unit_of
 
 _BESIDE = {
@@ -47,10 +47,10 @@ BESIDE_SAID = (
     "the first features of a still image, with the gradient they collect. Joules of training are of the whole of it, of one "
     "worker's card in the mean over workers, by the card's own counter (NVML), its idle power included; joules of an inference "
     f"are {MEASURED_SAID}. Those are measured, where the energy of an inference is an estimate. Multiplications and additions "
-    "are of training on one sample, by what they serve, counted on the third batch of each start of a run and every "
-    f"{OPERATIONS_EVERY}th after it; states are looked at on the second and every {MEMORY_EVERY}th; where one of these is "
-    "skipped, the next stands in its place. Wall clocks leave out what comparing gradients with BPTT's took, which no rule asks "
-    "for."
+    "are of training on one sample, by what they serve, counted on the third batch of a run, which has hardly learnt yet, and "
+    f"every {OPERATIONS_EVERY}th after it; states are looked at on the second of each start and every {MEMORY_EVERY}th; where "
+    "one of these is skipped, the next stands in its place. Wall clocks leave out what comparing gradients with BPTT's took, "
+    "which no rule asks for."
 )
 
 
@@ -174,8 +174,10 @@ def named(group: Group, *, among: Sequence[Group] = ()) -> str:
 
 def _saved(group: Group, rule: str) -> Iterator[str]:
     for name, (title, _) in QUANTITIES.items():
-        if (ratio := group.ratios(rule, name)) is not None:
-            yield f"{ratio.mean:.2f} of {group.base_of(name)}'s {title}"
+        if name != KEPT and (ratio := group.ratios(rule, name)) is not None:
+            kept = group.ratios(rule, KEPT) if name == "peak_saved_bytes" else None
+            with_states = "" if kept is None else f", {kept.mean:.2f} with states"
+            yield f"{ratio.mean:.2f} of {group.base_of(name)}'s {title}{with_states}"
 
 
 def _of_one_seed(group: Group, rule: str) -> str:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from pipeline.data.augment import functions, lookup, ratio_table
 from pipeline.data.beton import Beton
-from pipeline.data.random import FLIP, SHIFT_X, SHIFT_Y, below, bits
+from pipeline.random import FLIP, SHIFT_X, SHIFT_Y, below, bits
 from tests.data.views import AREA, MEAN, RATIO, STD, crop_by_hand, epoch_of, normalised, resized
 
 

@@ -17,7 +17,7 @@ from timm.data import auto_augment
 from pipeline.data.augment import functions
 from pipeline.data.beton import Beton
 from pipeline.data.colour import OPERATIONS, make
-from pipeline.data.random import COLOUR, below, bits, normal_table
+from pipeline.random import COLOUR, below, bits, normal_table
 from tests.data.views import MEAN, STD, crop_by_hand, epoch_of, normalised, resized
 
 TIMM = (

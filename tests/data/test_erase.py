@@ -11,7 +11,7 @@ pytest.importorskip("ffcv")
 
 from pipeline.data.augment import ratio_table
 from pipeline.data.beton import Beton
-from pipeline.data.random import ERASE, ERASE_PIXELS, below, bits, normal_table
+from pipeline.random import ERASE, ERASE_PIXELS, below, bits, normal_table
 from tests.data.views import MEAN, STD, epoch_of
 
 SIDE, P = 24, 0.6

@@ -6,7 +6,7 @@ import numpy as np
 from ffcv.libffcv import resize_crop
 
 from pipeline.data.augment import lookup
-from pipeline.data.random import CROP, bits
+from pipeline.random import CROP, bits
 
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)

@@ -143,6 +143,15 @@ def test_hours_energy_and_cost_follow_from_the_step() -> None:
     assert planned.images_per_s == pytest.approx(64 / planned.step_s)
 
 
+def test_a_small_plan_is_not_for_nothing_and_says_what_its_energy_is() -> None:
+    found = on(1, cluster={"price": 3.0})
+    large = replace(of(found, "BPTT"), kwh=12_345.6, cost=0.00123)
+    print_plan(replace(found, rules=(large,)), console=Console(file=(out := io.StringIO()), width=200))
+    [row] = [line for line in out.getvalue().splitlines() if line.startswith("BPTT")]
+    assert row.split()[-2:] == ["12,346", "0.00123"]
+    assert basis(found).endswith("; kWh: the cards' rated watts all the time, hosts left out.")
+
+
 def test_a_small_card_takes_smaller_micro_batches_and_a_tiny_one_refuses() -> None:
     whole = of(on(1), "BPTT")
     small = replace(H100, memory=0.6 * whole.memory_bytes / 0.9)

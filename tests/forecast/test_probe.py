@@ -6,6 +6,7 @@ import io
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from pipeline.forecast.bench import RULES, Bench, Cost
+from pipeline.forecast.asked import Asking
+from pipeline.forecast.bench import RULES, Bench, Cost, DoesNotFit
+from pipeline.forecast.plan import Cluster, plan
 from pipeline.forecast.probe import Probe, advice, probe
-from pipeline.measure.fidelity import Fidelity
+from pipeline.forecast.sweep import sweep
+from pipeline.measure.fidelity import Fidelity, gradients
 from pipeline.models.mlp import mlp
 from pipeline.recipe import Recipe, Spec, spec
 from pipeline.report.probe import print_probe
@@ -152,6 +156,63 @@ def test_where_memory_ends_the_rule_is_refused_and_the_others_go_on(monkeypatch:
     assert found.refused["BPTT-recompute"] == ("BPTT-recompute: a batch must fit into memory; 8 samples at T = 4 do not")
 
 
+def full_at_the_gradient_of(monkeypatch: pytest.MonkeyPatch, *labels: str) -> None:
+    """Memory ends there, after rules were timed."""
+
+    def full(network: Any, rule: Any, *args: Any, **about: Any) -> Any:
+        if rule.label in labels:
+            raise torch.OutOfMemoryError
+        return gradients(network, rule, *args, **about)
+
+    monkeypatch.setattr("pipeline.forecast.bench.gradients", full)
+
+
+def test_where_a_gradient_does_not_fit_its_costs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    full_at_the_gradient_of(monkeypatch, "SLTT-2")
+    found = probe(recipe_with(0.5), rules=(spec(BPTT), spec(SLTT)))
+    why = "SLTT-2's gradient: a batch must fit into memory; 8 samples at T = 4 do not"
+    assert [cost.rule for cost in found.costs] == ["BPTT", "SLTT", "SLTT-2"]
+    assert found.fidelity is not None and set(found.fidelity.cosines) == {"SLTT"}
+    assert (found.refused, found.uncompared) == ({}, {"SLTT-2": why})
+    print_probe(found, console=Console(file=(out := io.StringIO()), width=200))
+    assert f"\nnot compared: {why}\n" in out.getvalue()
+
+
+class OnCard:
+    """A gradient there."""
+
+    def cpu(self) -> str:
+        return "here"
+
+
+def test_gradients_that_wait_to_be_compared_are_kept_off_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.forecast.bench.gradients", lambda *args, **about: {"layers.0": OnCard()})
+    assert Bench(recipe_with(0.5)).gradients(spec(BPTT)) == [{"layers.0": "here"}]
+
+
+def test_without_bptts_gradient_none_is_compared_and_why_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    full_at_the_gradient_of(monkeypatch, "BPTT")
+    found = probe(recipe_with(0.5), rules=(spec(BPTT), spec(SLTT)))
+    assert [cost.rule for cost in found.costs] == ["BPTT", "SLTT", "SLTT-2"] and found.fidelity is None
+    why = "BPTT's gradient: a batch must fit into memory; 8 samples at T = 4 do not"
+    assert advice(found) == f"There is nothing to compare gradients with; {why}."
+    print_probe(found, as_json=True, console=Console(file=(out := io.StringIO())))
+    told = json.loads(out.getvalue())
+    assert told["fidelity"] is None and told["uncompared"] == {"BPTT": why} and told["advice"] == advice(found)
+
+
+def test_a_teacher_that_does_not_fit_is_refused_before_rules_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Asking, x_B: torch.Tensor) -> float:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Asking, "seconds", full)
+    monkeypatch.delattr(Bench, "cost")
+    why = r"^small's teacher: a batch must fit into memory; \d samples at T = 4 do not$"
+    for forecast in (probe, partial(sweep, steps=(4,)), partial(plan, cluster=Cluster(workers=1))):
+        with pytest.raises(DoesNotFit, match=why):
+            forecast(taught())
+
+
 # ---------------------------------------------------------------------------------------------------------------- advice
 
 
@@ -161,7 +222,7 @@ def probed(**rules: tuple[float, float, dict[str, float]]) -> Probe:
         Cost(
             rule=name,
             peak_saved_bytes=int(size),
-            state_bytes=0,
+            state_bytes=50,
             peak_memory_bytes=None,
             rule_bytes=0,
             forward_s=0.0,
@@ -181,6 +242,7 @@ def probed(**rules: tuple[float, float, dict[str, float]]) -> Probe:
         teacher=None,
         fidelity=Fidelity({}, cosines),
         refused={},
+        uncompared={},
         hardware={},
     )
 
@@ -206,7 +268,10 @@ def test_time_is_over_the_faster_of_folded_and_stepped_bptt() -> None:
     near = {"a": 0.95, "b": 0.92}
     found = probed(**{"BPTT-chunk-1": (10, 0.5, {})}, SLTT=(20, 0.4, near))
     assert found.time_baseline is not None and found.time_baseline.rule == "BPTT-chunk-1"
-    assert "it keeps 20% of BPTT's bytes and takes 80% of the time of BPTT-chunk-1, the faster BPTT, 80% to 80%" in advice(found)
+    said = (
+        "it saves 20% of BPTT's bytes for backward, 47% with states, and takes 80% of the time of BPTT-chunk-1, the faster BPTT"
+    )
+    assert f"{said}, 80% to 80%" in advice(found)
     found = replace(found, hardware={"cpu": "a cpu", "gpu": "none", "threads": 1})
     console = Console(file=io.StringIO(), width=200)
     print_probe(found, console=console)
@@ -226,6 +291,16 @@ def test_no_rule_is_called_safe_on_layers_that_nobody_can_compare() -> None:
     said = advice(probed(SLTT=(20, 0.9, silent)))
     assert said == "BPTT's gradient is 0 or not finite in every layer, so there is nothing to compare gradients with."
     assert advice(probed()) == "No rule but BPTT can train this network."
+
+
+def test_what_was_not_compared_is_neither_near_nor_far() -> None:
+    why = {"SLTT": "SLTT's gradient: a batch must fit into memory; 8 samples at T = 4 do not"}
+    said = advice(replace(probed(SLTT=(20, 0.9, {})), uncompared=why))
+    assert said == f"There is no gradient to compare with BPTT's; {why['SLTT']}."
+    said = advice(replace(probed(SLTT=(20, 0.9, {}), OTTT=(25, 1.0, {"a": 0.4})), uncompared=why))
+    assert said.startswith("No gradient that was compared is near BPTT's in every layer: the nearest is OTTT, with a cosine")
+    said = advice(replace(probed(SLTT=(20, 0.9, {}), OTTT=(25, 1.0, {"a": 0.95})), uncompared=why))
+    assert said.startswith("OTTT is safe here before training")
 
 
 # ------------------------------------------------------------------------------------------------------------ command line

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.measure.activity import Activity, LayerActivity, firing_rate
+from pipeline.random import COUNTED, below, bits
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state
@@ -70,27 +72,39 @@ def test_a_rank_without_samples_and_a_layer_that_nobody_ran() -> None:
 @pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize("kind", ["ones", "heights"])
 def test_of_one_in_so_many_samples(shuffled: bool, kind: str) -> None:
-    """Whatever the batches: of those whose id it divides, and of consecutive ones nothing is copied."""
+    """The same whatever the batches and their order: those whose id has drawn it."""
     draw = torch.Generator().manual_seed(0)
-    x_TBN = 2 * torch.rand(3, 40, 50, generator=draw)
+    x_TIN = 2 * torch.rand(3, 40, 50, generator=draw)
     index_B = 100 + (torch.randperm(40, generator=draw) if shuffled else torch.arange(40))
     network = nn.Sequential(RateIF(threshold=0.7) if kind == "heights" else LIF())
     with Activity(network, every=7) as activity:
-        for first in range(0, 40, 6):  # of 105 to 133 it divides five, and none in two of these batches
-            here = slice(first, first + 6)
-            run(activity, network, x_TBN[:, here], slices=2, index_B=index_B[here])
-            assert shuffled or isinstance(activity._layers[0].counted, slice) == bool((index_B[here] % 7 == 0).any())
+        for here_B in index_B.split(6):
+            run(activity, network, x_TIN[:, here_B - 100], slices=2, index_B=here_B)
+    drawn_I = torch.from_numpy(below(bits(0, 0, np.arange(100, 140), COUNTED), 7) == 0)
+    assert 2 < drawn_I.sum() < 12  # and in some batches none
     with Activity(network) as alone:
-        run(alone, network, x_TBN[:, index_B % 7 == 0], slices=3)
+        run(alone, network, x_TIN[:, drawn_I], slices=3)
     (layer,) = activity.layers()
     assert layer == alone.layers()[0]
-    assert layer.samples == 5 and 0 < layer.rate < 1
+    assert layer.samples == drawn_I.sum() and 0 < layer.rate < 1
+
+
+@pytest.mark.parametrize("classes", [2, 7, 8, 10, 91, 100, 144])
+def test_no_class_is_left_out_where_classes_take_turns(classes: int) -> None:
+    """As every seventh sample, or every eighth, leaves out some."""
+    activity = Activity(nn.Sequential(LIF()), every=8)
+    with activity.batch(torch.arange(10_000)):
+        (layer,) = activity._layers
+    counts = torch.bincount(layer.counted_C % classes, minlength=classes)
+    fair = 10_000 / 8 / classes
+    assert (counts - fair).abs().max() < 4 * fair**0.5 and counts.min() > 0
 
 
 def test_of_no_sample_nothing_is_known() -> None:
     network = nn.Sequential(LIF())
+    undrawn = next(place for place in range(100) if below(bits(0, 0, [place, place + 1], COUNTED), 7).all())
     with Activity(network, every=7) as activity:
-        run(activity, network, SPIKES_TBN, slices=2, index_B=torch.tensor([1, 2]))
+        run(activity, network, SPIKES_TBN, slices=2, index_B=torch.tensor([undrawn, undrawn + 1]))
     assert activity.layers() == ()
     assert math.isnan(firing_rate(()))
 
@@ -123,13 +137,12 @@ class Passes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        is_view = func.overloadpacket is torch.ops.aten.alias
-        if not is_view and any(isinstance(each, Tensor) and each.numel() == self.numbers for each in (*args, result)):
+        if not func.is_view and any(isinstance(each, Tensor) and each.numel() == self.numbers for each in (*args, result)):
             self.names.append(func.overloadpacket.__name__)
         return result
 
 
-@pytest.mark.parametrize(("neuron", "expected"), [(LIF(), ["sum"]), (RateIF(), ["empty_like", "ne", "sum"])])
+@pytest.mark.parametrize(("neuron", "expected"), [(LIF(), ["_embedding_bag_forward_only"]), (RateIF(), ["index", "ne", "sum"])])
 def test_ones_are_passed_over_once_and_no_device_is_waited_for(neuron: LIF, expected: list[str]) -> None:
     """Each evaluation pays for it (benchmarks/measuring.py). From a meta tensor no number can be had."""
     activity, s_TB = Activity(neuron), torch.empty(2, 100, 21, device="meta")

@@ -138,6 +138,18 @@ def test_operations_are_counted_on_the_third_batch_and_told_by_the_sample() -> N
     assert Totals(**json.loads(json.dumps(asdict(meters.totals)))) == meters.totals  # as a checkpoint keeps it
 
 
+def test_operations_are_counted_at_the_same_steps_whatever_attempt_makes_them() -> None:
+    """Three attempts, of steps 0 and 1, of 2 to 4, and of 5 to 1004; a network that has learnt spikes otherwise."""
+    at: list[int] = []
+    for steps in (range(2), range(2, 5), range(5, 1005)):
+        meters = Meters(nn.Linear(1, 1), batch_size=1, device=torch.device("cpu"))
+        for batch, step in enumerate(steps):
+            if what := meters._counted_on(batch, step):
+                at += [step] if what == "operations" else []
+                meters._due.remove(what)
+    assert at == [2, 1002]
+
+
 def test_operations_are_the_rules_alone() -> None:
     """Neither a teacher's products nor an optimizer's; and an instrument of somebody else looks away there, too."""
     network, x_BC = nn.Linear(2, 2, bias=False), torch.tensor([[2.0, 3.0], [0.0, 5.0]])

@@ -187,6 +187,7 @@ def test_what_does_not_hold_is_shown_so_and_what_was_not_run_says_nothing() -> N
     assert any("not run here" in line and "hold" not in line for line in lines)
 
 
+STATES = 50
 SWEPT = {"points": [{"time_steps": T, "cost": {"rule": "SLTT", "peak_saved_bytes": 10}} for T in (2, 4)]}
 
 
@@ -198,8 +199,9 @@ def test_fashions_claims_are_of_what_was_trained(tmp_path: Path) -> None:
     swept = claims_fashion._swept(trained, beside=tmp_path)
     runs = twice(*((rule, 1.0, 2.0) for rule in ("BPTT", "SLTT", "SLTT-1", "SLTT-2")))
     found = list(claims_fashion._claims(trained, runs, swept, ()))
-    saved, flat, time, _ = found[:4]
+    saved, kept, flat, time = found[:4]
     assert (saved.about, saved.bound, saved.holds) == ("SLTT, leak 1/4, T = 4", "<= 0.300", True)
+    assert (kept.claim, kept.holds, kept.bound) == ("saved bytes and states, of BPTT's", None, "")
     assert (flat.claim, flat.holds) == ("saved bytes from T = 2 to 4", True)
     bounds = {claim.about.split(",")[0]: claim.bound for claim in found if claim.claim == "forward and backward, of BPTT's"}
     assert time.holds and bounds["SLTT-1"] == "<= 0.550 (r = 2.00)" and bounds["SLTT-2"] == "<= 0.733 (r = 2.00)"
@@ -225,6 +227,7 @@ def on_two_machines(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> dict
             steady_forward_s=seconds,
             steady_backward_s=2 * seconds if "1" not in rule else 0.1 * seconds,
             peak_saved_bytes=1000 if rule == "BPTT" else 100,
+            state_bytes=STATES,
             hardware={"cpu": "a fast cpu" if is_elsewhere else "a cpu", "cores": 2, "gpu": "none"},
         )
         write_json(run / "recipe.json", recipe.to_json())
@@ -259,6 +262,8 @@ def test_every_rule_of_fashions_claims_has_a_row_for_its_accuracy_and_its_bytes(
         assert [claim["holds"] for claim in accuracies] == [True, True, None, True, None]  # no paper has figures of the others
         saved = [rows[rule, "saved bytes, of BPTT's"] for rule in ("SLTT", "SLTT-2", "OTTT-A", "BPTT-recompute")]
         assert [claim["holds"] for claim in saved] == [True, True, True, None]
+        kept = [rows[rule, "saved bytes and states, of BPTT's"] for rule in ("SLTT", "OTTT-A")]
+        assert [claim["ours"].split()[0] for claim in kept] == 2 * [f"{(100 + STATES) / (1000 + STATES):.3f}"]
         shares = rows["SLTT", "share of BPTT's gradient through time, first"]
         assert shares["ours"] == "start 0.25; seeds 0, 1, 2"
 

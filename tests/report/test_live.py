@@ -112,6 +112,9 @@ def test_a_run_without_a_journal_is_told_by_its_tags(store: FakeStore):
     [
         ("summary.json", '{"top1": 0.', "its summary.json in MLflow is not JSON"),
         ("summary.json", "[1]", "its summary.json in MLflow must hold a dict; got a list"),
+        ("summary.json", '{"trained_on": 3}', "its summary.json in MLflow: trained_on must be a list of objects; got 3"),
+        ("summary.json", '{"hardware": 3}', "its summary.json in MLflow: hardware must be an object; got 3"),
+        ("summary.json", '{"conditions": "x"}', "its summary.json in MLflow: conditions must be an object; got 'x'"),
         ("activity.json", "{}", "its activity.json in MLflow must hold a list; got a dict"),
         (
             "activity.json",

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.report.choose import finished_run
+from pipeline.report.differences import differences
 from pipeline.report.runs import ReportError
 from pipeline.report.study import Study
 from pipeline.report.study_run import StudyRun, from_folder, study_run
@@ -126,3 +129,24 @@ def test_damaged_files_end_in_a_sentence(make_run: Callable, damage: str):
     (folder / "activity.json").write_text(damage)
     with pytest.raises(ReportError, match=r"activity\.json"):
         from_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("trained_on", 3, "trained_on must be a list of objects; got 3"),
+        ("trained_on", [3], "trained_on must be a list of objects; got 3 in it"),
+        ("trained_on", [{"hardware": "x"}], "hardware must be an object; got 'x'"),
+        ("hardware", [1], "hardware must be an object; got [1]"),
+        ("conditions", "x", "conditions must be an object; got 'x'"),
+        ("commits", 3, "commits must be a list; got 3"),
+        ("steps", "all", "steps must be a number; got 'all'"),
+        ("images_per_s", "80", "images_per_s must be a number; got '80'"),
+    ],
+)
+def test_a_summary_of_the_wrong_kind_is_named_with_its_field(make_run: Callable, field: str, value: Any, said: str):
+    folder, other = make_run("bptt", **{field: value}), make_run("sltt", rule="SLTT")
+    for read in (from_folder, finished_run, partial(differences, other)):
+        with pytest.raises(ReportError) as refusal:
+            read(folder)
+        assert str(refusal.value) == f"{folder / 'summary.json'}: {said}"

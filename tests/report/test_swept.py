@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -77,7 +78,13 @@ def test_what_a_report_returned_is_read_again():
         [{**SWEEP["points"][0], "at_largest": {}}],
         [{**SWEEP["points"][0], "at_largest": null}],
         [{"time_steps": 1}],
+        [{**SWEEP["points"][0], "at_largest": {**null, "forward_s": 0.0, "backward_s": 0}}],
+        [{**SWEEP["points"][0], "cost": {**null, "forward_s": math.nan}}],
+        [{**SWEEP["points"][0], "time_steps": math.inf}],
         3,
     ):
         with pytest.raises(ReportError, match="report: here must hold what sweep --format json prints"):
             sweep_of({**SWEEP, "points": points}, "here")
+    for hardware in ({}, {"gpu": "none"}, {"cpu": "a cpu", "threads": 1}, 3):
+        with pytest.raises(ReportError, match="report: here must hold what sweep --format json prints"):
+            sweep_of({**SWEEP, "hardware": hardware}, "here")

@@ -19,26 +19,27 @@ from tests.report.hand_made import on, recipe, run, study
 def test_costs_are_means_with_spread_and_ratio():
     bptt, sltt = tables.costs(study().groups[0]).rows
     assert bptt[:3] == ("BPTT", "91.00 ± 1.4 %", "8 ± 0 MB (×1.00)")
-    assert sltt[:6] == (
+    assert sltt[:7] == (
         "SLTT",
         "89.50 ± 0.71 %",
+        "2 ± 0 MB (×0.25)",
         "2 ± 0 MB (×0.25)",
         "120 ± 0 ms (×0.75)",
         "16 ± 0 s (×0.80)",
         "3 ± 0 µJ (×0.75)",
     )
-    assert sltt[6] == "80 ± 0 (×1.00)"
+    assert sltt[7] == "80 ± 0 (×1.00)"
     faster = run("BPTT-chunk-1", backward_s=6.0, wall_s=10.0, images_per_s=160.0)
     *_, sltt = tables.costs(study(faster).groups[0]).rows
-    assert sltt[4] == "16 ± 0 s (×1.60)" and sltt[6] == "80 ± 0 (×0.50)"
-    assert tables.costs(Study(title="t", runs=(run(inference=None),)).groups[0]).rows[0][5] is None
+    assert sltt[5] == "16 ± 0 s (×1.60)" and sltt[7] == "80 ± 0 (×0.50)"
+    assert tables.costs(Study(title="t", runs=(run(inference=None),)).groups[0]).rows[0][6] is None
 
 
 def test_what_diverged_has_its_row_and_divides_nothing():
     lost = [run("SLTT-1", state="diverged"), run("SLTT", seed=2, state="diverged")]
     (group,) = study(*lost).groups
     rows = {row[0]: row[1:] for row in tables.costs(group).rows}
-    assert rows["SLTT-1"] == ("diverged", *5 * (None,), "0, 1 diverged") and rows["BPTT"][-1] == 2
+    assert rows["SLTT-1"] == ("diverged", *6 * (None,), "0, 1 diverged") and rows["BPTT"][-1] == 2
     assert rows["SLTT"][0] == "89.50 ± 0.71 %" and rows["SLTT"][-1] == "2, 1 diverged"
     assert [rule for rule, _ in tables.headlines(group)] == ["SLTT"]
     assert tables.lone_runs(Study(title="t", runs=tuple(lost[:1])).groups).rows[0][3] == "diverged"
@@ -46,7 +47,7 @@ def test_what_diverged_has_its_row_and_divides_nothing():
 
 def test_a_sentence_for_each_rule():
     ((rule, said),) = tables.headlines(study().groups[0])
-    assert rule == "SLTT" and said.startswith("0.25 of BPTT's saved bytes, 0.75 of BPTT's compute time")
+    assert rule == "SLTT" and said.startswith("0.25 of BPTT's saved bytes, 0.25 with states, 0.75 of BPTT's compute time")
     assert "BPTT - SLTT: +1.50 points over 2 paired seeds, 95 % interval" in said
     ((_, said),) = tables.headlines(Study(title="t", runs=(run(top1=0.9), run("SLTT", top1=0.89))).groups[0])
     assert said.endswith("BPTT - SLTT: +1.00 points of one seed, so without an interval.")
@@ -207,7 +208,7 @@ def test_what_is_sampled_says_so():
     meters = Meters(nn.Linear(1, 1), batch_size=1, device=torch.device("cpu"))
     counted: dict[str, list[int]] = {}
     for batch in range(2100):
-        if (what := meters._counted_on(batch)) is not None:
+        if (what := meters._counted_on(batch, batch)) is not None:
             counted.setdefault(what, []).append(batch)
             meters._due.remove(what)  # as where the batch ends
     assert counted["bytes"][:3] == [1, 201, 401] and counted["operations"] == [2, 1002, 2002]
@@ -215,5 +216,8 @@ def test_what_is_sampled_says_so():
     assert isinstance(found, Figure)
     said = "counted on the second batch of each start of a run and every 200th after it, or the next where that one is skipped"
     assert said in found.caption
-    said = "counted on the third batch of each start of a run and every 1000th after it"
-    assert f"{said}; states are looked at on the second and every 200th; where one of these is skipped, the" in tables.BESIDE_SAID
+    said = "counted on the third batch of a run, which has hardly learnt yet, and every 1000th after it"
+    assert (
+        f"{said}; states are looked at on the second of each start and every 200th; where one of these is skipped, the"
+        in tables.BESIDE_SAID
+    )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.events.frames import Stream, in_order
-from pipeline.data.random import below
+from pipeline.random import below
 
 
 def watch(film_MHW: NDArray[np.float64], *, threshold: float, step_us: int) -> Stream:

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from pipeline.data.errors import DataError
 from pipeline.data.events.camera import watch, with_noise
 from pipeline.data.events.frames import Stream
-from pipeline.data.random import below, bits
+from pipeline.random import below, bits
 
 SHAPES = ("disc", "square", "triangle", "cross")
 DIRECTIONS = ("right", "left", "down", "up")  # 2 axis + reversed

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pipeline.data.augment import functions
 from pipeline.data.decoder import Decoder
 from pipeline.data.format import Arrays
-from pipeline.data.random import FLIP, SHIFT_X, SHIFT_Y
+from pipeline.random import FLIP, SHIFT_X, SHIFT_Y
 
 
 class DecodeEvents(Decoder):

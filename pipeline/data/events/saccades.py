@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline.data.errors import DataError
 from pipeline.data.events.camera import watch, with_noise
 from pipeline.data.events.frames import Stream
-from pipeline.data.random import below, bits
+from pipeline.random import below, bits
 
 CORNERS = ((-3, -3), (3, 0), (-3, 3))  # (down, right) of the gaze from the middle, in pixels
 SACCADE_US, INSTANTS = 100_000, 25  # of each side: about 6 pixels, a quarter of one between two instants

@@ -18,8 +18,8 @@ from PIL import Image
 from pipeline.data.encode import Encoded, Encoding, Item, encode
 from pipeline.data.errors import DataError
 from pipeline.data.format import Images
-from pipeline.data.random import below, bits
 from pipeline.data.stamps.pictures import Picture, Pictures, cut_out, ground
+from pipeline.random import below, bits
 
 SIZES = (32, 1024)  # pixels a side; the smallest ground has 1024
 LARGEST = 0.9  # of the scene's side: that of the turned object's longer side

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.data.events.camera import watch, with_noise
-from pipeline.data.random import bits
+from pipeline.random import bits
 
 
 def test_nothing_moves_nothing_is_seen() -> None:

@@ -21,8 +21,8 @@ from pipeline.data.events.frames import frames
 from pipeline.data.events.moving import Moving
 from pipeline.data.events.write import write_events
 from pipeline.data.manifest import Manifest
-from pipeline.data.random import FLIP, SHIFT_X, SHIFT_Y, below, bits
 from pipeline.data.write import verify
+from pipeline.random import FLIP, SHIFT_X, SHIFT_Y, below, bits
 from pipeline.spiking.encode import over_steps
 
 SIZE, SLICES, TRAIN, VAL = 16, 12, 61, 13  # recordings: no multiple of any batch size used here

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline.data.random import below, bits
+from pipeline.random import below, bits
 
 
 def test_values_never_change():
