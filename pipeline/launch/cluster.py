@@ -29,6 +29,8 @@ OPERATIONAL = (
 """fields that whoever goes on with a run may change for good: the machines may be others than those that it was launched on"""
 _OF_RAY = ("workers", "address", "cpus_per_worker", "max_restarts", "node_loss")
 """fields without an effect on one worker in this process"""
+MOST_WORKERS = 65_536
+"""far above any that a global batch divides by; each number of a range is checked"""
 MOST_HANG_MINUTES = 7 * 24 * 60.0
 """a week; the timers that watch overflow at some hundred years"""
 
@@ -178,9 +180,10 @@ def parse_workers(text: str) -> int | tuple[int, ...]:
     """
     least, colon, most = text.partition(":")
     numbers = [int(each) if each.isdecimal() else 0 for each in ((least, most) if colon else text.split(","))]
-    if not all(is_count(each) for each in numbers) or numbers != sorted(set(numbers)):
+    if not all(is_count(each) for each in numbers) or numbers != sorted(set(numbers)) or numbers[-1] > MOST_WORKERS:
         raise ValueError(
-            f"launch: --workers must be a number, a range such as 2:4 or ascending numbers such as 2,4,8; got {text}"
+            "launch: --workers must be a number, a range such as 2:4 or ascending numbers such as 2,4,8, "
+            f"none above {MOST_WORKERS}; got {text}"
         )
     if colon:
         return tuple(range(numbers[0], numbers[1] + 1))

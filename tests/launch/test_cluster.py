@@ -94,7 +94,7 @@ def test_several_numbers_of_workers_come_back_from_json() -> None:
     ("text", "workers"),
     [
         *(("4", 4), ("2:4", (2, 3, 4)), ("2,4,8", (2, 4, 8)), ("2:3", (2, 3))),
-        *((text, None) for text in ("3,", "4:2", "2:2", "0:2", "1:2:3", "8,4", "-1", "", "many")),
+        *((text, None) for text in ("3,", "4:2", "2:2", "0:2", "1:2:3", "8,4", "-1", "", "many", "1:1000000000000")),
     ],
 )
 def test_workers_are_a_number_a_range_or_numbers(text: str, workers: int | tuple[int, ...] | None) -> None:
