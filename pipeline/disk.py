@@ -42,6 +42,11 @@ def tried(read: Callable[[], T_]) -> T_:
         time.sleep(TRY_S)
 
 
+def is_name(text: str) -> bool:
+    """Whether a file or folder of this name lies in the folder that it is made in, nowhere beside or above it."""
+    return Path(text).name == text and text.strip() not in ("", ".", "..")
+
+
 def sync_file(file: Path) -> None:
     with file.open("rb") as stream:
         os.fsync(stream.fileno())

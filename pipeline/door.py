@@ -1,8 +1,11 @@
-"""At the door of a Ray cluster that is there already: show the token, see that somebody listens, say why nobody let us in."""
+"""At the door of a Ray cluster: draw a token for our own; at one that is there already show its token, see that somebody listens,
+say why nobody let us in.
+"""
 
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import sys
 import tempfile
@@ -13,11 +16,23 @@ from pathlib import Path
 TOKEN_ADVICE = "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that has it"
 
 
+def draw_token() -> None:
+    """For a cluster of our own, unless the user names one: in the environment, which is its processes' and no other user's.
+
+    Ray 2.60 would draw one itself, and write it to ~/.ray/auth_token for every user of the machine to read.
+    """
+    if not _is_in_environment():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
 def offer_token() -> None:
     """A cluster of Ray 2.60 asks for a token as soon as it has one; a driver shows its own only when told to."""
-    in_environment = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    if in_environment or Path("~/.ray/auth_token").expanduser().exists():
+    if _is_in_environment() or Path("~/.ray/auth_token").expanduser().exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _is_in_environment() -> bool:
+    return any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
 
 
 def knock(address: str) -> None:

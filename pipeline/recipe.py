@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.disk import is_name
 from pipeline.phases import Phase, check_phases
 from pipeline.recipe_json import decode, encode, flat, read_json, write_json
 from pipeline.spec import Spec, accepted_text, admits, is_path, referred, spec, type_name
@@ -119,7 +120,7 @@ class Recipe:
     max_damaged_pages: int = 0
     """pages of the training file that a run does without, with others' samples in place of theirs (pipeline/guards/damaged.py)"""
     replicas_every: int = 500
-    """steps between comparisons of the workers' weights, bit by bit, beside one at each checkpoint; 0: none at all"""
+    """steps between comparisons of what workers have learnt, bit by bit, beside one at each checkpoint; 0: none at all"""
     evaluate_every: int = 1
     """epochs between evaluations; the last epoch is always evaluated"""
     fidelity_every: int = 0
@@ -188,7 +189,7 @@ class Recipe:
             self.value_of(key)
         for name in ("name",) if self.family is None else ("name", "family"):
             text = getattr(self, name)
-            if os.sep in text or text.strip() in ("", ".", ".."):
+            if not is_name(text):
                 raise ValueError(f"recipe: {name} becomes a folder's name and must not hold {os.sep!r}; got {text!r}")
         object.__setattr__(self, "phases", tuple(self.phases))
         check_phases(self.phases)

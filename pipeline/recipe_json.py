@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.disk import FOR_THE_USER
+from pipeline.disk import FOR_THE_USER, sync_folder
 from pipeline.spec import Spec, is_path
 
 _ABSENT = "(absent)"
@@ -122,6 +122,7 @@ def write_json(path: Path, value: Any) -> None:
         temp.rename(path)
     finally:
         temp.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def dotted(target: Callable[..., Any]) -> str:

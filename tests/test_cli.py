@@ -91,7 +91,7 @@ def _one_line(code: int, error: str) -> str:
         ("launch recipes/fashion/sltt.py --set epochs", "must look like key=value"),
         ("show recipes/fashion/sltt.py --set optimizer.lr=1e999", "recipe: optimizer.lr must be finite; got inf"),
         ("launch recipes/fashion/sltt.py --tune optimizer.lr=1,2,3,4,1e999", "recipe: optimizer.lr must be finite; got inf"),
-        ("launch recipes/fashion/sltt.py --workers many", "a range such as 2:4 or ascending numbers such as 2,4,8; got many"),
+        ("launch recipes/fashion/sltt.py --workers many", "ascending numbers such as 2,4,8, none above 65536; got many"),
         ("launch", "Missing argument 'RECIPE...'"),
         ("lunch", "No such command 'lunch'"),
         ("show recipes/fashion/sltt.py --workers 3", "batch_size must divide by 3 workers"),

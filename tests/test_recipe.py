@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from timm.optim import create_optimizer_v2
 
+from pipeline import recipe_json
 from pipeline.data.beton import Beton
 from pipeline.data.events import Events
 from pipeline.data.mixing import Mixing
@@ -135,6 +136,13 @@ def test_two_writers_of_one_json_file_do_not_meet(tmp_path: Path, monkeypatch: p
             assert read_json(path) in values
     assert [writer.result() for writer in writers] == [None, None]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_json_file_is_written_through_to_the_disk_its_name_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[Path, Any]] = []
+    monkeypatch.setattr(recipe_json, "sync_folder", lambda folder: synced.append((folder, read_json(folder / "job.json"))))
+    write_json(tmp_path / "job.json", 1)
+    assert synced == [(tmp_path, 1)]
 
 
 def test_what_is_the_users_is_said_and_storage_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

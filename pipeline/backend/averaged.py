@@ -73,6 +73,9 @@ class Averaged:
             for name, value in values.items():
                 value.copy_(own[name])
 
+    def replicated(self) -> list[Tensor]:
+        return [*self.backend.replicated(), *(self.average[name] for name, _ in self.network.named_parameters())]
+
     def capture(self) -> dict[str, Any]:
         files = self.backend.capture()
         rank, ranks = _place()

@@ -60,6 +60,10 @@ class Backend(Protocol):
         """Inside, `network` holds what is evaluated and published: its weights, or an average of them. No step is made there."""
         ...
 
+    def replicated(self) -> list[Tensor]:
+        """What every rank holds alike, bit for bit: the weights, and an average of them where there is one."""
+        ...
+
     def capture(self) -> dict[str, Any]:
         """A copy on the CPU of weights and optimizer state; every rank calls it.
 

@@ -119,6 +119,9 @@ class DeepSpeed:
     def published(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def replicated(self) -> list[Tensor]:
+        return list(self.network.parameters())
+
     def capture(self) -> dict[str, Any]:
         with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:  # where a stage above 0 copies its scripts to
             warnings.simplefilter("ignore", FutureWarning)

@@ -66,6 +66,9 @@ class Plain:
     def published(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def replicated(self) -> list[Tensor]:
+        return list(self.network.parameters())
+
     def capture(self) -> dict[str, Any]:
         if distributed.is_initialized() and distributed.get_rank() > 0:
             return {}

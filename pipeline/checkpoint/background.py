@@ -27,6 +27,8 @@ from pipeline.disk import sync_folder
 POLL_S = 0.05
 WAIT_S = 1.0
 """that training waits for the thread without a sign of life"""
+LONGEST_S = 1800.0
+"""from its beginning, that a thread which lives is taken to get on: how far an upload is shows nowhere"""
 
 
 class Abandoned(RuntimeError):
@@ -63,25 +65,30 @@ class Background:
         self.whole: Future[None] = Future()
         """on rank 0: the checkpoint is one"""
         self._nobody_waits = threading.Event()
+        self._began = time.monotonic()
         self._thread = threading.Thread(target=self._run, args=(files,), daemon=True, name=f"checkpoint {name}")
         self._thread.start()
 
     def give_up(self, beat: Callable[[], None]) -> None:
         """Wait for no other rank for long from now on, and until this one has come to its end, good or bad.
 
-        `beat` is called all the while: how far an upload is shows nowhere, so that a thread that lives is taken to get on.
+        `beat` is called meanwhile, while it gets on.
         """
         self._nobody_waits.set()
         while self._thread.is_alive():
             self._thread.join(WAIT_S)
-            beat()
+            if self.gets_on():
+                beat()
+
+    def gets_on(self) -> bool:
+        """As far as anybody knows; else it may hang, and whoever waits for it shows no sign of life, so that a watchdog looks."""
+        return time.monotonic() - self._began < LONGEST_S
 
     def discard(self) -> None:
         """Delete what was written, to make room; for rank 0, once every rank has given up."""
         shutil.rmtree(self.temp, ignore_errors=True)
 
     def _run(self, files: dict[str, Any]) -> None:
-        began = time.monotonic()
         try:
             facts = self._write(files)
         except BaseException as error:  # whoever waits for the future raises it
@@ -94,7 +101,7 @@ class Background:
         self.part.set_result(None)
         try:
             if self.rank == 0:
-                facts |= self._others(time.monotonic() - began)
+                facts |= self._others(time.monotonic() - self._began)
                 seal(self.temp, facts)
                 self.address = self.place.finish(self.temp, self.name)
                 self.bytes = sum(fact["bytes"] for fact in facts.values())
@@ -102,7 +109,7 @@ class Background:
         except BaseException as error:
             self.whole.set_exception(error)
             return
-        self.seconds = time.monotonic() - began
+        self.seconds = time.monotonic() - self._began
         self.whole.set_result(None)
 
     def _tell_whole(self) -> None:

@@ -222,7 +222,8 @@ class Checkpoints:
     def _agree(self, flight: _InFlight, outcome: Future[None]) -> None:
         """Every rank's outcome is good, or every rank raises what the first bad one was, and what was written is deleted."""
         while not all(self.each(_is_done(outcome))):  # together, so that no rank waits for long without a sign of life
-            self.beat()
+            if outcome.done() or flight.writing.gets_on():
+                self.beat()
         own = outcome.exception()
         failures = [failure for failure in self.each(None if own is None else _told(own)) if failure is not None]
         if not failures:

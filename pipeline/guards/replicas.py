@@ -1,12 +1,13 @@
-"""Whether all ranks still hold the same weights: a copy that has drifted, by a fault of memory or of a collective, is told."""
+"""Whether ranks still hold alike what they should: a copy that has drifted, by a fault of memory or of a collective, is told."""
 
 from __future__ import annotations
 
 import statistics
 from collections import Counter
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from pipeline.ranks import Ranks
 
@@ -14,19 +15,19 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PERIOD = 65_521  # a prime, so that what changes places shows
 
 
-def fingerprint(network: nn.Module) -> int:
-    """Of the bits of all parameters, where each stands: sums of integers, which no order of summing changes."""
+def fingerprint(values: Iterable[Tensor]) -> int:
+    """Of the bits of all of them, where each stands: sums of integers, which no order of summing changes."""
     total = torch.zeros((), dtype=torch.int64)
-    for index, parameter in enumerate(network.parameters()):
-        bits = parameter.detach().contiguous().view(_INTEGERS[parameter.element_size()]).flatten().to(torch.int64)
+    for index, value in enumerate(values):
+        bits = value.detach().contiguous().view(_INTEGERS[value.element_size()]).flatten().to(torch.int64)
         places = torch.arange(len(bits), device=bits.device) % _PERIOD + index + 1
         total += (bits * places).sum().cpu()
     return int(total)
 
 
-def drifted(network: nn.Module, ranks: Ranks) -> list[int]:
-    """The ranks whose weights are not those of the most; on every rank alike. Collective."""
-    mine = fingerprint(network)
+def drifted(values: Iterable[Tensor], ranks: Ranks) -> list[int]:
+    """The ranks whose values are not those of the most; on every rank alike. Collective."""
+    mine = fingerprint(values)
     found = ranks.each(mine)
     usual, _ = Counter(found).most_common(1)[0]
     return [rank for rank, value in enumerate(found) if value != usual]

@@ -29,6 +29,10 @@ OPERATIONAL = (
 """fields that whoever goes on with a run may change for good: the machines may be others than those that it was launched on"""
 _OF_RAY = ("workers", "address", "cpus_per_worker", "max_restarts", "node_loss")
 """fields without an effect on one worker in this process"""
+MOST_WORKERS = 65_536
+"""far above any that a global batch divides by; each number of a range is checked"""
+MOST_HANG_MINUTES = 7 * 24 * 60.0
+"""a week; the timers that watch overflow at some hundred years"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +73,7 @@ class Cluster:
         refuse_unless_counts("cluster", {"max_restarts": self.max_restarts}, least=0)
         if self.checkpoints is not None:
             refuse_credentials(self.checkpoints)
-        if not 0 <= self.hang_minutes <= 1e6:
-            raise ValueError(f"cluster: hang_minutes must be a number in 0..1e6; got {self.hang_minutes:g}")
+        refuse_unless_watchable("cluster", self.hang_minutes)
         if self.side_by_side != "auto":
             refuse_unless_counts("cluster", {"side_by_side": self.side_by_side})
         if list(self.sizes) != sorted(set(self.sizes)):
@@ -151,6 +154,13 @@ class Cluster:
         return cls(**arguments_of(cls, value, who="cluster"))
 
 
+def refuse_unless_watchable(who: str, hang_minutes: float) -> None:
+    if not 0 <= hang_minutes <= MOST_HANG_MINUTES:
+        raise ValueError(
+            f"{who}: hang_minutes must be in 0..{MOST_HANG_MINUTES:.0f}, a week, where 0 is never; got {hang_minutes:g}"
+        )
+
+
 def option(field: str) -> str:
     """As it is typed."""
     return f"--{field.replace('_', '-')}"
@@ -170,9 +180,10 @@ def parse_workers(text: str) -> int | tuple[int, ...]:
     """
     least, colon, most = text.partition(":")
     numbers = [int(each) if each.isdecimal() else 0 for each in ((least, most) if colon else text.split(","))]
-    if not all(is_count(each) for each in numbers) or numbers != sorted(set(numbers)):
+    if not all(is_count(each) for each in numbers) or numbers != sorted(set(numbers)) or numbers[-1] > MOST_WORKERS:
         raise ValueError(
-            f"launch: --workers must be a number, a range such as 2:4 or ascending numbers such as 2,4,8; got {text}"
+            "launch: --workers must be a number, a range such as 2:4 or ascending numbers such as 2,4,8, "
+            f"none above {MOST_WORKERS}; got {text}"
         )
     if colon:
         return tuple(range(numbers[0], numbers[1] + 1))

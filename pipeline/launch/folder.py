@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.disk import is_name
+
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
@@ -38,7 +40,7 @@ def named(runs: Path, name: str) -> Path:
     Raises:
         ValueError: it would lie elsewhere.
     """
-    if name in ("", "..") or Path(name).name != name:
+    if not is_name(name):
         raise ValueError(f"launch: --name must be a name in {runs}; got {name!r}")
     return runs / name
 

@@ -12,8 +12,9 @@ from pipeline.checkpoint import absolute, place_at
 from pipeline.code import commit
 from pipeline.counts import refuse_unless_counts
 from pipeline.data.base import Data
+from pipeline.disk import is_name
 from pipeline.job import Job
-from pipeline.launch.cluster import Cluster
+from pipeline.launch.cluster import Cluster, refuse_unless_watchable
 from pipeline.launch.folder import named, numbered, whole_folder
 from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.spec import arguments_of
@@ -108,12 +109,15 @@ def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
     """What `write_job` wrote; a folder that was moved is where it is now.
 
     Raises:
-        ValueError: it is missing or damaged, or its suite would lie in another folder of runs.
+        ValueError: it is missing or damaged, or its suite, or what MLflow keeps of its family, would lie in another folder.
     """
     file = folder / "job.json"
     told = arguments_of(Job, read_json(file), who=str(file), besides=("run", "trust"))
     job = Job(**told, run=str(folder.absolute()), trust=trust)
     refuse_unless_counts(str(file), {"threads": job.threads, "loader_threads": job.loader_threads})
-    if job.suite is not None and (job.suite == ".." or Path(job.suite).name != job.suite):
+    refuse_unless_watchable(str(file), job.hang_minutes)
+    if job.suite is not None and not is_name(job.suite):
         raise ValueError(f"{file}: suite must be the name of a folder beside this one; got {job.suite!r}")
+    if job.family is not None and not is_name(job.family):
+        raise ValueError(f"{file}: family becomes a folder's name and must be one; got {job.family!r}")
     return job

@@ -19,7 +19,7 @@ from typing import Any, Self
 from torch import distributed
 
 from pipeline.cores import physical_cores
-from pipeline.door import TOKEN_ADVICE, heard, knock, offer_token, reason
+from pipeline.door import TOKEN_ADVICE, draw_token, heard, knock, offer_token, reason
 from pipeline.job import STOP, Job, Notice, Place, asked_by
 from pipeline.launch.base import Device, LaunchError, takes_gpus
 from pipeline.launch.environment import of_worker
@@ -89,8 +89,7 @@ class Ray:
         of_own = ALONE if self.address is None else {}
         for name, value in {**SETTINGS, **of_own, **waits_for(self.node_loss, sizes=len(self.sizes))}.items():
             os.environ.setdefault(name, value)
-        if self.address is not None:
-            offer_token()  # Ray reads its settings when it is imported
+        (draw_token if self.address is None else offer_token)()  # Ray reads its settings when it is imported
         import ray
         from ray.exceptions import AuthenticationError
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from torch import nn
 
 from pipeline.backend.base import autocast
 from pipeline.build import build_network, check_recipe
-from pipeline.elastic import check_sizes
+from pipeline.checkpoint import Place
+from pipeline.elastic import told
 from pipeline.evaluate import Evaluated, Evaluation, evaluate, inputs
 from pipeline.export import is_export, load_export
 from pipeline.guards.damaged import check_data
+from pipeline.guards.storage import may_pass
 from pipeline.job import Job, resume_command
 from pipeline.launch.base import Launcher
 from pipeline.launch.changed import change_run
@@ -29,11 +32,12 @@ from pipeline.measure.energy import in_words
 from pipeline.measure.joules import Joules, inference_j
 from pipeline.measure.sampled import ACTIVITY_EVERY
 from pipeline.recipe import Recipe, read_json
+from pipeline.recipe_json import recipe_fields
 from pipeline.suite import Suite, refuse_references
 from pipeline.tasks import Loaders, mean_of, tasks_of
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.state import state_of
-from pipeline.weights import load_run, load_weights
+from pipeline.weights import load_run, load_weights, place_of
 
 
 def launch_run(
@@ -65,8 +69,7 @@ def resume_run(
         raise ValueError(f"resume: --side-by-side is for a suite; got {options['side_by_side']} with {folder.name} alone")
     launched = Cluster.from_json(read_json(folder / "cluster.json"))
     cluster = launched.resumed(workers=workers, inline=inline, address=address, options=options)
-    if workers is not None:  # others were checked at the launch
-        check_sizes(Recipe.read(folder / "recipe.json", trust=trust), cluster.sizes)
+    check_resumed(folder, cluster, launched, trust=trust)
     with driver_lock(folder):
         pass  # whoever trains it is told of before a cluster is started in vain
     with cluster.launcher() as launcher:
@@ -80,6 +83,35 @@ def check(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
     check_recipe(recipe, *cluster.sizes)
     recipe.data.build().fingerprint()
     Loaders(tasks_of(recipe), recipe, recipe.split(cluster.sizes[-1]))
+
+
+def check_resumed(folder: Path, cluster: Cluster, launched: Cluster, *, trust: tuple[str, ...]) -> None:
+    """Likewise of a run that goes on where it was not `launched`: whether it trains at these numbers of workers.
+
+    Raises:
+        ValueError: its recipe does not, or the newest checkpoint loads at another number alone.
+    """
+    if cluster.sizes != launched.sizes:  # those were checked at the launch
+        recipe = Recipe.read(folder / "recipe.json", trust=trust).with_untrained_teacher()
+        check_recipe(replace(recipe, init=None), *cluster.sizes)  # what it began from need not be there any more
+    if zero := recipe_fields(folder).get("zero"):
+        wrote = _workers_of_newest(place_of(folder))
+        if wrote is not None and cluster.sizes != (wrote,):
+            raise ValueError(
+                f"resume: ZeRO-{zero} needs the number of workers of its newest checkpoint, {wrote}; got {told(cluster.sizes)}"
+            )
+
+
+def _workers_of_newest(place: Place) -> int | None:
+    """That wrote the newest checkpoint; None: there is none, or its storage is away, which the workers wait for."""
+    try:
+        for name in reversed(place.names()):
+            with suppress(FileNotFoundError, ValueError, KeyError):  # damaged: moved away by whoever trains
+                return place.trainer(name)["world_size"]
+    except OSError as error:
+        if not may_pass(error):
+            raise
+    return None
 
 
 def train(job: Job, launcher: Launcher, runs: Path, console: Console, *, address: str | None) -> bool:

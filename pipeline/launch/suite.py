@@ -19,7 +19,7 @@ from pipeline.launch.cluster import Cluster
 from pipeline.launch.folder import named, numbered, refuse_taken, whole_folder
 from pipeline.launch.lock import driver_lock
 from pipeline.launch.side_by_side import slots_of, train_side_by_side
-from pipeline.launch.start import check, train
+from pipeline.launch.start import check, check_resumed, train
 from pipeline.launch.terminal import outlive
 from pipeline.recipe import Recipe
 from pipeline.refused import Refused
@@ -65,8 +65,11 @@ def resume_suite(
     if len(begun) == len(suite_file.runs) and not left:
         Console().print(f"{folder.name} has finished")
         return folder
-    cluster = Cluster.from_json(suite_file.cluster).resumed(workers=workers, inline=inline, address=address, options=options)
+    launched = Cluster.from_json(suite_file.cluster)
+    cluster = launched.resumed(workers=workers, inline=inline, address=address, options=options)
     launcher = cluster.launcher()
+    for run in left:
+        check_resumed(run, cluster, launched, trust=trust)
     _check_ahead(suite_file.suite, cluster, trust=trust, begun=frozenset(begun))
     with launcher:
         suite_file = change_suite(folder, suite_file, options, left, Console())

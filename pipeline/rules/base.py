@@ -61,7 +61,7 @@ class Rule(nn.Module):
     A rule says in `memory` how the bytes kept for its backward grow with T, in `update` when the loop may move the weights
     (after the batch, or after each objective), and in `over_time_choices` which losses it can differentiate.
     It overrides `_objectives`, and `attach` where it sets seams. A rule that learns by itself, beside the gradients, keeps
-    what it learnt in buffers of fp32 (they are checkpointed) and moves it in `end_of_batch`.
+    what it learnt in buffers of fp32 (they are checkpointed) and moves it in `end_of_batch`, alike on every rank to the bit.
     """
 
     memory: Literal["constant", "linear"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pipeline.checkpoint import Saved, weights_of
 from pipeline.guards.batches import GoBack, Guard
@@ -176,7 +177,7 @@ class Saving:
     def _save(self, this: _Begun) -> None:
         parts = self.parts
         if parts.recipe.replicas_every:
-            self._compare_replicas(this.step)  # a checkpoint holds the weights of one rank
+            self._compare_replicas(this.step)  # a checkpoint holds those of one rank
         self.ranks.together(lambda: self._check_finite(this.step))
         totals = self.meters.over_ranks(self.ranks.max, self.ranks.mean)
         about = {"score": this.score, "owes": this.owes, "totals": totals, "figures": self.figures.now()}
@@ -189,16 +190,19 @@ class Saving:
         self._begun, self._begun_at = this, time.monotonic()
 
     def _compare_replicas(self, step: int) -> None:
-        """Ranks that have come apart learn nothing together: all begin again with the weights that they last agreed on."""
-        if apart := drifted(self.parts.backend.network, self.ranks):
-            raise GoBack(step - 1, f"the weights of workers {', '.join(map(str, apart))} are others'", skips=False)
+        """Ranks that have come apart learn nothing together: all begin again with what they last agreed on."""
+        if apart := drifted(self._replicated(), self.ranks):
+            raise GoBack(step - 1, f"what workers {', '.join(map(str, apart))} have learnt is not what others have", skips=False)
 
     def _check_finite(self, step: int) -> None:
-        kept = (*self.parts.backend.network.parameters(), *(b for b in self.parts.rule.buffers() if b.is_floating_point()))
-        if not all(bool(value.isfinite().all()) for value in kept):
+        if not all(bool(value.isfinite().all()) for value in self._replicated()):
             raise Diverged(
                 f"training: weights and what the rule learnt must be finite to be saved; they are not after step {step}"
             )
+
+    def _replicated(self) -> list[Tensor]:
+        """What every rank holds alike, bit for bit: weights, an average of them, and what the rule learnt."""
+        return [*self.parts.backend.replicated(), *self.parts.rule.buffers()]
 
     def _tell_saved(self, saved: Saved | None) -> None:
         if saved is not None:

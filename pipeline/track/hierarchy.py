@@ -11,11 +11,13 @@ calls this holds `one_at_a_time` of the folder of runs.
 from __future__ import annotations
 
 import fcntl
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
+from pipeline.disk import is_name
 from pipeline.suite import choices_of, is_suite, runs_of
 from pipeline.track.base import TrackingError
 from pipeline.track.connect import is_server, sqlite_file
@@ -31,6 +33,8 @@ RUN_TAG = "spiketrain.run_id"
 PARENT_TAG = "spiketrain.study_parent"
 KIND_TAG = "spiketrain.kind"
 PARENT_OF = "mlflow.parentRunId"
+PATIENCE_S = 120.0
+"""for somebody else's delivery, which takes seconds; a suite that ends must not keep its machines for one that was stopped"""
 
 
 def experiment_of(client: MlflowClient, start: Event, *, uri: str, runs_dir: Path) -> str:
@@ -57,8 +61,10 @@ def _artifacts(uri: str, runs_dir: Path, name: str) -> str | None:
     """Beside a local store, which itself would put them under the working directory of the moment; a server knows its place."""
     if is_server(uri):
         return None
-    file = sqlite_file(uri)
-    return ((runs_dir if file is None else file.parent).resolve() / "mlartifacts" / name.replace("/", "-")).as_uri()
+    file, folder = sqlite_file(uri), name.replace("/", "-")
+    if not is_name(folder):
+        raise TrackingError(f"{runs_dir}: the family of a run becomes a folder's name and must be one; got {name!r}")
+    return ((runs_dir if file is None else file.parent).resolve() / "mlartifacts" / folder).as_uri()
 
 
 def parent_of(client: MlflowClient, experiment_id: str, start: Event) -> str | None:
@@ -85,8 +91,17 @@ def find_parent(client: MlflowClient, experiment_ids: list[str], uuid: str) -> s
 
 
 def suite_of(run_dir: Path, start: Event) -> Path | None:
-    """The folder of the suite that a run was launched with."""
-    return run_dir.parent / str(start["suite"]) if start.get("suite") else None
+    """The folder of the suite that a run was launched with.
+
+    Raises:
+        TrackingError: it would not lie beside the run's; the journal may be from elsewhere.
+    """
+    name = start.get("suite")
+    if not name:
+        return None
+    if not is_name(str(name)):
+        raise TrackingError(f"{run_dir}: its suite must be the name of a folder beside it; the journal says {name!r}")
+    return run_dir.parent / str(name)
 
 
 def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | None) -> None:
@@ -120,6 +135,24 @@ def _status_of_all(states: Collection[str], suite: Path | None) -> str:
 
 @contextmanager
 def one_at_a_time(runs_dir: Path) -> Iterator[None]:
-    with (runs_dir / ".mlflow.lock").open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Inside, nobody else delivers anything of this folder of runs.
+
+    Raises:
+        TrackingError: somebody else still does after two minutes, or was stopped while they did.
+    """
+    path, deadline = runs_dir / ".mlflow.lock", time.monotonic() + PATIENCE_S
+    with path.open("ab") as file:
+        while not _is_locked(file):
+            if time.monotonic() > deadline:
+                raise TrackingError(f"{path}: another process still delivers to MLflow after {PATIENCE_S:.0f} s; see who it is")
+            time.sleep(0.1)
         yield
+
+
+def _is_locked(file: IO[bytes]) -> bool:
+    """Whether it is ours now."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

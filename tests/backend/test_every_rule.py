@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.backend.deepspeed import DeepSpeed
 from pipeline.guards.batches import Unguarded
+from pipeline.guards.replicas import drifted
 from pipeline.loop import MicroBatch, train
 from pipeline.objective import CrossEntropy
 from pipeline.ranks import Ranks
@@ -90,7 +91,9 @@ def _ranks(rank: int, ranks: int) -> dict[tuple[str, int, int], float]:
         for zero in STAGES:
             for accumulation in (1, 2) if expected_rule.update == "batch" else (1,):
                 model, rule = on_deepspeed(case, rank, zero=zero, accumulation=accumulation)
-                found[case.name, zero, accumulation] = max(distance(model, expected), distance(rule, expected_rule))
+                apart = drifted((*model.parameters(), *rule.buffers()), Ranks(rank, ranks))  # to the bit, as a run compares them
+                gaps = distance(model, expected), distance(rule, expected_rule), float(len(apart))
+                found[case.name, zero, accumulation] = max(gaps)
     return found
 
 

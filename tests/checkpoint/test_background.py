@@ -291,6 +291,22 @@ def test_so_does_one_that_ends(tmp_path: Path, gate: threading.Event, monkeypatc
     assert checkpoints.close() is not None and len(beats) >= 3
 
 
+@pytest.mark.parametrize("until", ["wait", "close"])
+def test_a_thread_that_writes_for_long_is_no_sign_of_life(
+    tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, until: str
+) -> None:
+    """Storage that hangs raises nothing: the watchdog, which nobody calms then, is who finds it."""
+    monkeypatch.setattr(background, "WAIT_S", 0.02)
+    monkeypatch.setattr(background, "LONGEST_S", 0.5)
+    beats: list[float] = []
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="a", beat=lambda: beats.append(time.monotonic()))
+    checkpoints.save(1, backend(), Counting(), TRAINER)
+    began = time.monotonic()
+    threading.Timer(2.0, gate.set).start()
+    getattr(checkpoints, until)()
+    assert [beat for beat in beats if 1.0 < beat - began < 1.9] == []
+
+
 @pytest.mark.distributed
 def test_two_ranks_make_one_checkpoint_and_fail_together(tmp_path: Path) -> None:
     first, second = run_ranks(_two_ranks, 2, tmp_path, str(tmp_path / "checkpoints"))

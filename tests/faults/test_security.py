@@ -9,6 +9,8 @@ import pickle
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +26,7 @@ import pipeline
 from pipeline.backend.deepspeed import DeepSpeed
 from pipeline.checkpoint import WEIGHTS, CheckpointError, Checkpoints, Folder, damage, place, step_folders
 from pipeline.checkpoint.sealed import facts_of, seal
+from pipeline.door import draw_token
 from pipeline.export import _digest
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.environment import of_worker
@@ -75,6 +78,41 @@ def holders(folder: Path) -> list[str]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 5, "what was searched is there"
     return [str(path) for path in files if SECRET.encode() in path.read_bytes() or SECRET in str(path)]
+
+
+OF_OUR_OWN = """
+import os
+from pathlib import Path
+from pipeline.doctor.stranger import stranger
+from pipeline.launch.ray import Ray
+with Ray(workers=1, device="cpu") as launcher:
+    import ray
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    files = [path for path in session.rglob("*") if path.is_file()]
+    token = os.environ.get("RAY_AUTH_TOKEN", "none was drawn")
+    holders = [path for path in files if token.encode() in path.read_bytes()]
+    print(stranger(launcher.found_at()).outcome, len(files) > 5, holders, Path("~/.ray").expanduser().exists())
+"""
+
+
+@pytest.mark.distributed
+def test_the_token_of_a_cluster_of_our_own_is_in_no_file(tmp_path: Path) -> None:
+    """Ray 2.60 would write it into the user's home, for all users of the machine to read."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+    with tempfile.TemporaryDirectory() as place:  # short: Ray's sockets lie in it
+        about = {"env": {**kept, "HOME": str(tmp_path), "RAY_TMPDIR": place}, "capture_output": True, "text": True}
+        ran = subprocess.run([sys.executable, "-c", OF_OUR_OWN], timeout=100, **about)
+    assert ran.stdout.splitlines()[-1:] == ["refused True [] False"], ran.stderr[-2000:]
+
+
+def test_a_token_that_the_user_names_is_that_of_a_cluster_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    for name in (None, None, "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setattr(os, "environ", {} if name is None else {name: "mine"})
+        draw_token()
+        drawn.append(dict(os.environ))
+    assert [len(each["RAY_AUTH_TOKEN"]) for each in drawn[:2]] == [64, 64] and drawn[0] != drawn[1]
+    assert drawn[2:] == [{"RAY_AUTH_TOKEN": "mine"}, {"RAY_AUTH_TOKEN_PATH": "mine"}]
 
 
 def test_a_run_and_its_store_hold_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command) -> None:
@@ -278,6 +316,14 @@ def test_a_run_from_elsewhere_has_its_suite_beside_it(suite: str, tmp_path: Path
     job = make_run(tmp_path / "it", small_recipe())
     write_job(replace(job, suite=suite))
     with pytest.raises(ValueError, match=f"suite must be the name of a folder beside this one; got '{suite}'"):
+        read_job(tmp_path / "it")
+
+
+@pytest.mark.parametrize("family", ["../out", "..", "/out"])
+def test_a_family_from_elsewhere_stays_among_the_artifacts(family: str, tmp_path: Path) -> None:
+    job = make_run(tmp_path / "it", small_recipe())
+    write_job(replace(job, family=family))
+    with pytest.raises(ValueError, match=f"family becomes a folder's name and must be one; got '{family}'"):
         read_job(tmp_path / "it")
 
 

@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import pytest
 
 from pipeline.ports import free_port
 from pipeline.report.store import open_store
+from pipeline.track import hierarchy
 from pipeline.track.base import TrackingError
 from pipeline.track.connect import connect
 from pipeline.track.delivery import Delivery
@@ -234,6 +236,31 @@ def test_the_journal_is_sent_at_a_start_and_again_at_each_evaluation_and_at_the_
     artifact = artifacts(delivery.run) / "journal.jsonl"
     artifact.write_text("as it is")
     assert sync(run.folder, uri=sqlite_store) and artifact.read_text() == "as it is"  # not sent without need
+
+
+def test_whoever_delivers_for_ever_is_not_waited_for(fake_run: Callable, sqlite_store: str, monkeypatch: pytest.MonkeyPatch):
+    """As a `sync` that was stopped with Ctrl-Z in the middle: a suite that ends would keep its machines."""
+    monkeypatch.setattr(hierarchy, "PATIENCE_S", 0.5)
+    run = fake_run()
+    run.start().close()
+    with (run.folder.parent / ".mlflow.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(
+            TrackingError, match=r"\.mlflow\.lock: another process still delivers to MLflow after 0 s; see who it is$"
+        ):
+            sync(run.folder, uri=sqlite_store)
+        threading.Timer(0.2, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
+        assert sync(run.folder, uri=sqlite_store).delivered == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "name"), [("family", ".."), ("family", " . "), ("suite", ".."), ("suite", "../a-suite"), ("suite", "/a-suite")]
+)
+def test_a_journal_from_elsewhere_names_no_folder_elsewhere(fake_run: Callable, sqlite_store: str, field: str, name: str):
+    run = fake_run()
+    run.start(study_parent=uuid.uuid4().hex, **{field: name}).close()
+    with pytest.raises(TrackingError, match=rf"{field} .*must be .* {re.escape(repr(name))}$"):
+        sync(run.folder, uri=sqlite_store)
 
 
 def test_a_parent_says_what_its_runs_say(fake_run: Callable, sqlite_store: str, tmp_path: Path):
