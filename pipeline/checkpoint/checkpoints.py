@@ -263,7 +263,12 @@ def _is_done(outcome: Future[None]) -> bool:
 
 
 def _told(error: BaseException) -> tuple[int | None, str]:
-    """Its number and text, for the other ranks: those of the OSError that torch hides in an error of its own."""
+    """Its number and text, for the other ranks: those of the OSError that torch hides in an error of its own.
+
+    What is refused is the user's business, as what is not permitted.
+    """
+    if isinstance(error, Refused):
+        return errno.EPERM, str(error)
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, OSError):

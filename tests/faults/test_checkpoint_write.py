@@ -76,7 +76,7 @@ def sealed(folder, facts):
         die(folder / name)
 
 def brought(self, file, path):
-    if f"step_{int(step):08d}/{name}" in path:
+    if f"step_{int(step):08d}-" in path and path.endswith(f"/{name}"):
         os.kill(os.getpid(), signal.SIGKILL)
     put(self, file, path)
 
