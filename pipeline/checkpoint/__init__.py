@@ -12,9 +12,9 @@ The newest one that verifies counts, whatever any scheduler's own list of checkp
 `quarantine/` by name and the one before it is used.
 
 In reading order: `checkpoints` saves and restores, `background` is the thread that writes, `place` and what implements it
-(`folder`, `store`) is where they are kept, `owner` whose that is, `address` what its name may hold, `sealed` the manifest,
-`random_state` what a rank draws from, `lost` what the journal knows of one that is nowhere, `shared` whether all ranks see one
-place.
+(`folder`, `store`) is where they are kept, `owner` whose that is, `fetched` where what comes from a bucket lies,
+`address` what its name may hold, `sealed` the manifest, `random_state` what a rank draws from, `lost` what the journal knows of
+one that is nowhere, `shared` whether all ranks see one place.
 """
 
 from pipeline.checkpoint.address import absolute, refuse_credentials

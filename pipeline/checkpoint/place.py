@@ -52,7 +52,7 @@ class Place(Protocol):
         ...
 
     def fetch(self, name: str) -> Path:
-        """A folder on this machine that holds it, whole or not, until the next one is fetched."""
+        """A folder that holds it, whole or not, until this process fetches the next one or ends; every rank sees it."""
         ...
 
     def trainer(self, name: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
+from pipeline.checkpoint import fetched
 from pipeline.checkpoint.address import refuse_credentials
 from pipeline.checkpoint.folder import Folder
 from pipeline.checkpoint.place import TRAINER, WRITING, CheckpointError, Place, told_by
@@ -84,10 +85,9 @@ class Store:
                 self._remove(other)
 
     def fetch(self, name: str) -> Path:
-        here, there = self.staging / "fetched", self._whole().get(name, name)
-        shutil.rmtree(here, ignore_errors=True)
-        folder = here / name
-        folder.mkdir(parents=True)
+        there = self._whole().get(name, name)
+        folder = fetched.own_folder(self.staging) / name
+        folder.mkdir()
         if not self._get(there, MANIFEST, folder):
             return folder
         try:
@@ -124,6 +124,7 @@ class Store:
 
     def sweep(self) -> None:
         Folder(self.staging).sweep()
+        fetched.sweep(self.staging)
         whole = set(self._whole().values())
         for folder in self._folders():
             if folder not in whole:

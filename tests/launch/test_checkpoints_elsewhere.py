@@ -75,6 +75,7 @@ def test_a_driver_whose_place_another_has_taken_over_ends_at_its_next_save(
 
     def micro_batches(self: Attempt, source: Any) -> Any:
         if self.step == 4:
+            self.saving.wait(4)
             job = self.job
             claim(place_at(job.checkpoints, tmp_path / "other"), run="other", run_id=job.run_id, study=job.study)
             (address / ".writing-other").mkdir()
