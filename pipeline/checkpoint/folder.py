@@ -75,9 +75,12 @@ class Folder:
     def write(self, file: str, content: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         new = self.folder / f".{file}-{uuid.uuid4().hex}"
-        new.write_bytes(content)
-        sync_file(new)
-        new.rename(self.folder / file)
+        try:
+            new.write_bytes(content)
+            sync_file(new)
+            new.rename(self.folder / file)
+        finally:
+            new.unlink(missing_ok=True)
         sync_folder(self.folder)
 
     def is_pinned(self, name: str) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import CheckpointError, Checkpoints, Folder, Owned, Place, claim, owner_of, place_at
+from pipeline.checkpoint import CheckpointError, Checkpoints, Folder, Owned, Place, claim, folder, owner_of, place_at
 from pipeline.checkpoint import background as thread
 from pipeline.checkpoint.store import Store
 from pipeline.refused import Refused
@@ -56,6 +57,20 @@ def test_a_place_that_is_anothers_is_not_claimed_and_nothing_in_it_is_touched(pl
     place.write("owner.json", b"[]")
     with pytest.raises(CheckpointError, match=r"owner.json must say whose they are; it is damaged: .*; got \[\]; move it"):
         claimed(place)
+
+
+def test_a_full_disk_leaves_the_owner_that_there_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Folder(tmp_path)
+    token = claimed(place).token
+
+    def full(file: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folder, "sync_file", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        claimed(place)
+    owner = owner_of(place)
+    assert owner is not None and owner.token == token and [path.name for path in tmp_path.iterdir()] == ["owner.json"]
 
 
 @pytest.mark.parametrize("when", ["before its manifest", "with its manifest"])
