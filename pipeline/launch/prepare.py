@@ -19,6 +19,9 @@ from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.spec import arguments_of
 from pipeline.weights import study_inputs
 
+UNWRITTEN = ("run", "trust", "place_token")
+"""fields of a job that its file does not hold"""
+
 
 def prepare(
     recipe: Recipe,
@@ -99,8 +102,8 @@ def write_job(job: Job) -> None:
 
 
 def _to_json(job: Job) -> dict[str, Any]:
-    """Whom the user trusts is not written down: the next user says it anew."""
-    return {name: value for name, value in asdict(job).items() if name not in ("run", "trust")}
+    """Whom the user trusts is not written down: the next user says it anew. Nor is a token, which each start of a driver has."""
+    return {name: value for name, value in asdict(job).items() if name not in UNWRITTEN}
 
 
 def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
@@ -110,7 +113,7 @@ def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
         ValueError: it is missing or damaged, or its suite would lie in another folder of runs.
     """
     file = folder / "job.json"
-    told = arguments_of(Job, read_json(file), who=str(file), besides=("run", "trust"))
+    told = arguments_of(Job, read_json(file), who=str(file), besides=UNWRITTEN)
     job = Job(**told, run=str(folder.absolute()), trust=trust)
     refuse_unless_counts(str(file), {"threads": job.threads, "loader_threads": job.loader_threads})
     if job.suite is not None and (job.suite == ".." or Path(job.suite).name != job.suite):

@@ -62,6 +62,7 @@ def test_they_are_there_and_a_run_whose_folder_is_lost_goes_on_with_them(tmp_pat
     assert code == 0, said
     [start] = [event for event in read(tmp_path / "third" / "run" / "journal.jsonl") if event["event"] == "start"]
     assert start["step"] == 8 and start["run_id"] == read_json(tmp_path / "one" / "run" / "job.json")["run_id"]
+    assert "place_token" not in read_json(tmp_path / "third" / "run" / "job.json")  # of one start of its driver
     owner = read_json(address / "owner.json")
     assert (owner["run_id"], owner["run"]) == (start["run_id"], str(tmp_path / "third" / "run"))
     assert same_weights(tmp_path / "one" / "run", tmp_path / "third" / "run")
