@@ -50,6 +50,8 @@ class Job:
     """for which of the samples that are read the page that holds them is compared with its checksum: see data/care.py"""
     checkpoints: str = ""
     """where its checkpoints are: a folder or an address of its own; "": in the run's folder"""
+    place_token: str = ""
+    """by which its workers write there (pipeline/checkpoint/owner.py); "": in the run's folder, whose locks are enough"""
     own_cores: bool = False
     """whether each worker on a CPU keeps to cores that no other run's computes on"""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import uuid
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from pipeline.checkpoint import WEIGHTS, Place, place_at, verified
+from pipeline.disk import sync_file
 from pipeline.models.qkformer import QKFormer
 from pipeline.models.qkformer_published import is_published, renamed
 from pipeline.recipe import Recipe, read_json
@@ -66,6 +69,17 @@ def weights_file(start: Path) -> Path:
     if not start.is_file():
         raise ValueError(f"init: must be a run's folder or a weights file; got {start}, which does not exist")
     return start
+
+
+def lasting_weights(run: Path) -> Path:
+    """The weights of a run that is over, in a file of its folder that a recipe.json may name: what is fetched goes again."""
+    found, lasting = weights_file(run), run / WEIGHTS
+    if not lasting.exists():
+        new = run / f".{WEIGHTS}-{uuid.uuid4().hex}"
+        shutil.copyfile(found, new)
+        sync_file(new)
+        new.rename(lasting)
+    return lasting
 
 
 def load_start(network: nn.Module, start: Path) -> Start:

@@ -12,18 +12,20 @@ from safetensors.torch import save_file
 from torch import nn
 
 import pipeline
+from pipeline.checkpoint import Checkpoints, place_at
 from pipeline.job import Place
 from pipeline.models.binarized import binarized
 from pipeline.models.convnet import convnet
-from pipeline.recipe import Recipe, Spec, spec
+from pipeline.recipe import Recipe, Spec, spec, write_json
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.plif import PLIF
 from pipeline.spiking.rate import RateIF
 from pipeline.track.jsonl import read
-from pipeline.weights import load_start
+from pipeline.weights import lasting_weights, load_start, weights_file
 from pipeline.worker import run
+from tests.checkpoint.few import TRAINER, Counting, backend, save
 from tests.processes import run_ranks
 from tests.small import make_run, small_recipe, train_inline
 
@@ -54,6 +56,19 @@ def test_a_spiking_run_starts_from_the_ann(tmp_path: Path) -> None:
     (told,) = [event for event in read(tmp_path / "snn" / "journal.jsonl") if event["event"] == "init"]
     assert set(told["fresh"]) == thresholds
     assert all(0.01 < weights[key].item() < 6 for key in thresholds)  # calibrated: neither the bound nor the recipe's 6
+
+
+def test_weights_that_a_suites_recipe_names_stay_where_others_are_fetched(tmp_path: Path) -> None:
+    run, address = tmp_path / "run", f"memory://weights/{tmp_path.name}"
+    run.mkdir()
+    write_json(run / "job.json", {"checkpoints": address})
+    saving = Checkpoints(place_at(address, run), attempt="a")
+    save(saving, 1, backend(1), Counting(), TRAINER)
+    named = lasting_weights(run)
+    content = named.read_bytes()
+    save(saving, 2, backend(2), Counting(), {**TRAINER, "score": 0.5})
+    assert weights_file(run).read_bytes() != content  # as of `evaluate`, meanwhile
+    assert named.parent == run and named.read_bytes() == content and lasting_weights(run) == named
 
 
 def test_calibrated_thresholds_carry_the_accuracy_over(tmp_path: Path) -> None:

@@ -12,14 +12,16 @@ The newest one that verifies counts, whatever any scheduler's own list of checkp
 `quarantine/` by name and the one before it is used.
 
 In reading order: `checkpoints` saves and restores, `background` is the thread that writes, `place` and what implements it
-(`folder`, `store`) is where they are kept, `address` what its name may hold, `sealed` the manifest, `random_state` what a rank
-draws from, `lost` what the journal knows of one that is nowhere, `shared` whether all ranks see one place.
+(`folder`, `store`) is where they are kept, `owner` whose that is, `fetched` where what comes from a bucket lies,
+`address` what its name may hold, `sealed` the manifest, `random_state` what a rank draws from, `lost` what the journal knows of
+one that is nowhere, `shared` whether all ranks see one place.
 """
 
 from pipeline.checkpoint.address import absolute, refuse_credentials
 from pipeline.checkpoint.checkpoints import WEIGHTS, Checkpoints, Saved, weights_of
 from pipeline.checkpoint.folder import Folder, pin, step_folders
 from pipeline.checkpoint.lost import lost_step
+from pipeline.checkpoint.owner import Owned, claim, owner_of
 from pipeline.checkpoint.place import CheckpointError, Place, newest, read_trainer, step_name, verified
 from pipeline.checkpoint.random_state import rng_state, set_rng_state
 from pipeline.checkpoint.sealed import damage
@@ -31,13 +33,16 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "Folder",
+    "Owned",
     "Place",
     "Saved",
     "absolute",
     "check_shared",
+    "claim",
     "damage",
     "lost_step",
     "newest",
+    "owner_of",
     "pin",
     "place_at",
     "read_trainer",

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import torch as safetensors
 
-from pipeline.checkpoint.place import Place
+from pipeline.checkpoint.place import WRITING, Place
 from pipeline.checkpoint.sealed import Facts, facts_of, seal, write_json
 from pipeline.disk import sync_folder
 
@@ -56,7 +56,7 @@ class Background:
         on_whole: Callable[[], None],
     ) -> None:
         self.place, self.name, self.rank, self.ranks, self.on_whole = place, name, rank, ranks, on_whole
-        self.temp = place.staging / f".writing-{attempt}-{name}"
+        self.temp = place.staging / f"{WRITING}{attempt}-{name}"
         self.seconds, self.bytes, self.address = 0.0, 0, ""
         self.untidy = ""
         """what `on_whole` raised, in words"""

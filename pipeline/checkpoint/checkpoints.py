@@ -20,6 +20,7 @@ from pipeline.checkpoint import background
 from pipeline.checkpoint.background import Background
 from pipeline.checkpoint.place import TRAINER, CheckpointError, Place, newest, prune, read_trainer, step_name
 from pipeline.checkpoint.random_state import rng_state, set_rng_state
+from pipeline.checkpoint.sealed import MANIFEST, read_manifest
 from pipeline.disk import FOR_THE_USER
 from pipeline.refused import Refused
 
@@ -194,7 +195,11 @@ class Checkpoints:
 
         Raises:
             CheckpointError: another backend wrote it, or another number of workers at a ZeRO stage that loads on as many only.
+            FileNotFoundError: one of its files is gone since it was verified.
         """
+        files = read_manifest((path / MANIFEST).read_bytes())
+        for name in files:  # all, as a backend takes what it finds
+            (path / name).stat()
         trainer = read_trainer(path)
         if trainer.get("zero", 0) > 0 and trainer["world_size"] != self.ranks:
             raise CheckpointError(
@@ -204,11 +209,11 @@ class Checkpoints:
         if not (path / backend.name).is_dir():
             raise CheckpointError(f"checkpoint {path.name}: was not written by backend {backend.name!r}")
         backend.load(path / backend.name)
-        if (path / "rule.pt").exists():
+        if "rule.pt" in files:
             rule.load_state_dict(torch.load(path / "rule.pt", map_location="cpu", weights_only=True))
-        rng = path / f"rng_rank{self.rank}.pt"
-        if rng.exists():  # there is none for a rank that the writing attempt did not have
-            state = torch.load(rng, map_location="cpu", weights_only=True)
+        rng = f"rng_rank{self.rank}.pt"
+        if rng in files:  # there is none for a rank that the writing attempt did not have
+            state = torch.load(path / rng, map_location="cpu", weights_only=True)
             set_rng_state(state)
             if trainer.get("world_size") == self.ranks:  # else all begin from the mean, which the backend has loaded
                 backend.network.load_state_dict(state["buffers"], strict=False)
@@ -264,7 +269,12 @@ def _is_done(outcome: Future[None]) -> bool:
 
 
 def _told(error: BaseException) -> tuple[int | None, str]:
-    """Its number and text, for the other ranks: those of the OSError that torch hides in an error of its own."""
+    """Its number and text, for the other ranks: those of the OSError that torch hides in an error of its own.
+
+    What is refused is the user's business, as what is not permitted.
+    """
+    if isinstance(error, Refused):
+        return errno.EPERM, str(error)
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, OSError):

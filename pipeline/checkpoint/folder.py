@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.place import TRAINER, read_trainer
+from pipeline.checkpoint.place import TRAINER, WRITING, read_trainer
 from pipeline.checkpoint.shared import MARKER
-from pipeline.disk import Unreadable, sync_folder, tried
+from pipeline.disk import Unreadable, sync_file, sync_folder, tried
 
 _REPLACED = ".replaced-"  # whole, and counts again where its place is empty
 _DELETING = ".deleting-"
@@ -68,6 +69,20 @@ class Folder:
         (self.folder / name).rename(moved)
         return str(moved)
 
+    def read(self, file: str) -> bytes:
+        return (self.folder / file).read_bytes()
+
+    def write(self, file: str, content: bytes) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        new = self.folder / f".{file}-{uuid.uuid4().hex}"
+        try:
+            new.write_bytes(content)
+            sync_file(new)
+            new.rename(self.folder / file)
+        finally:
+            new.unlink(missing_ok=True)
+        sync_folder(self.folder)
+
     def is_pinned(self, name: str) -> bool:
         return _pin_of(self.folder / name).exists()
 
@@ -79,7 +94,7 @@ class Folder:
                     self._delete(replaced, name)
             else:  # its writer died before the new one was in its place
                 replaced.rename(self.folder / name)
-        for abandoned in (*self.folder.glob(".writing-*"), *self.folder.glob(f"{_DELETING}*")):
+        for abandoned in (*self.folder.glob(f"{WRITING}*"), *self.folder.glob(f"{_DELETING}*")):
             shutil.rmtree(abandoned, ignore_errors=True)
         for marker in self.folder.glob(f"{MARKER}*"):
             marker.unlink()

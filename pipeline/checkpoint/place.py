@@ -12,6 +12,8 @@ from pipeline.pickles import code_in
 from pipeline.refused import Refused
 
 TRAINER = "trainer.json"
+WRITING = ".writing-"
+"""and its attempt's name and its own, are the folder in which a checkpoint is written"""
 
 
 class CheckpointError(Refused):
@@ -50,7 +52,7 @@ class Place(Protocol):
         ...
 
     def fetch(self, name: str) -> Path:
-        """A folder on this machine that holds it, whole or not, until the next one is fetched."""
+        """A folder that holds it, whole or not, until this process fetches the next one or ends; every rank sees it."""
         ...
 
     def trainer(self, name: str) -> dict[str, Any]:
@@ -65,6 +67,14 @@ class Place(Protocol):
         """Move a damaged one out of the way; where to."""
         ...
 
+    def read(self, file: str) -> bytes:
+        """A file beside the checkpoints. Raises FileNotFoundError where there is none."""
+        ...
+
+    def write(self, file: str, content: bytes) -> None:
+        """A file beside the checkpoints: whoever reads it meanwhile has the one before, or this one."""
+        ...
+
     def is_pinned(self, name: str) -> bool:
         """Whether somebody outside of the run knows it by its address. Raises OSError where that cannot be told."""
         ...
@@ -74,7 +84,7 @@ class Place(Protocol):
 
         What cannot be deleted stays, and counts for nothing.
 
-        For whoever holds the run's lock: see pipeline/run/writer.py.
+        For whoever holds the run's lock (pipeline/run/writer.py), and owns the place (owner.py).
         """
         ...
 

@@ -1,8 +1,9 @@
 """Checkpoints under any address that fsspec knows (s3://bucket/prefix, gs://..., memory://...): the manifest goes there last.
 
 An object store has no rename: a folder without a manifest is no checkpoint, and the manifest is the first to go when one is
-deleted. A step that is saved again goes into a folder of its own, step_00000120.1, then .2: of those that have a manifest the
-one with the highest number counts, and the others are deleted once it is there. Files are written and summed on the run's own
+deleted. Its folder carries its attempt's name, step_00000120-ATTEMPT: what an abandoned one still uploads reaches no other's. A
+step that is saved again has a number too, step_00000120.1-ATTEMPT, then .2: of those that have a manifest the one with the
+highest counts, and the others are deleted once it is there. Files are written and summed on the run's own
 storage, brought to the address, and compared by size there; their sha256 is looked at when they come back. Credentials are the
 environment's (AWS_ACCESS_KEY_ID, ...), never part of an address.
 """
@@ -19,10 +20,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
+from pipeline.checkpoint import fetched
 from pipeline.checkpoint.address import refuse_credentials
 from pipeline.checkpoint.folder import Folder
-from pipeline.checkpoint.place import TRAINER, CheckpointError, Place, told_by
+from pipeline.checkpoint.place import TRAINER, WRITING, CheckpointError, Place, told_by
 from pipeline.checkpoint.sealed import MANIFEST, read_manifest
+
+_FOLDER = re.compile(r"(step_\d+)(?:\.(\d+))?(?:-.+)?")
+"""of a checkpoint: its name, how many times its step had been saved before, and its attempt, which old ones do not name"""
 
 
 def place_at(address: str, run: Path) -> Place:
@@ -63,12 +68,12 @@ class Store:
         return f"{self.url}/{self._whole().get(name, name)}"
 
     def put(self, temp: Path, name: str, files: Iterable[str]) -> None:
-        folder = self._next(name)  # the same on every rank: only `finish`, for which all parts have to be there, makes it another
+        folder = self._next(temp, name)  # the same on every rank: only `finish`, which needs all parts, makes it another
         for file in files:
             self._put(temp / file, self._path(folder, file))
 
     def finish(self, temp: Path, name: str) -> str:
-        folder = self._next(name)
+        folder = self._next(temp, name)
         self._put(temp / MANIFEST, self._path(folder, MANIFEST))
         shutil.rmtree(temp, ignore_errors=True)  # what stays is swept by the next attempt
         return f"{self.url}/{folder}"
@@ -80,10 +85,9 @@ class Store:
                 self._remove(other)
 
     def fetch(self, name: str) -> Path:
-        here, there = self.staging / "fetched", self._whole().get(name, name)
-        shutil.rmtree(here, ignore_errors=True)
-        folder = here / name
-        folder.mkdir(parents=True)
+        there = self._whole().get(name, name)
+        folder = fetched.own_folder(self.staging) / name
+        folder.mkdir()
         if not self._get(there, MANIFEST, folder):
             return folder
         try:
@@ -109,11 +113,18 @@ class Store:
         self.delete(name)
         return f"{self.url}/{moved}"
 
+    def read(self, file: str) -> bytes:
+        return self.fs.cat_file(self._path(file))
+
+    def write(self, file: str, content: bytes) -> None:
+        self.fs.pipe_file(self._path(file), content)
+
     def is_pinned(self, name: str) -> bool:
         return self._is_there(f"{name}.pinned")
 
     def sweep(self) -> None:
         Folder(self.staging).sweep()
+        fetched.sweep(self.staging)
         whole = set(self._whole().values())
         for folder in self._folders():
             if folder not in whole:
@@ -136,10 +147,11 @@ class Store:
             return False
         return True
 
-    def _next(self, name: str) -> str:
+    def _next(self, temp: Path, name: str) -> str:
         """The folder for a checkpoint that is not whole yet."""
         before = self._whole().get(name)
-        return name if before is None else f"{name}.{_number(before) + 1}"
+        again = "" if before is None else f".{_number(before) + 1}"
+        return f"{name}{again}-{temp.name.removeprefix(WRITING).removesuffix(f'-{name}')}"
 
     def _remove(self, folder: str) -> None:
         if self._is_there(folder, MANIFEST):
@@ -153,9 +165,7 @@ class Store:
         except FileNotFoundError:
             return []
         names = (PurePosixPath(path).name for path in found)
-        return sorted(
-            (name for name in names if re.fullmatch(r"step_\d+(\.\d+)?", name)), key=lambda name: (_name(name), _number(name))
-        )
+        return sorted(filter(_FOLDER.fullmatch, names), key=lambda name: (_name(name), _number(name), name))
 
     def _put(self, file: Path, path: str) -> None:
         self.fs.put_file(str(file), path)
@@ -197,9 +207,15 @@ class _WithOSErrors:
 
 
 def _name(folder: str) -> str:
-    return folder.partition(".")[0]
+    return _told(folder)[1]
 
 
 def _number(folder: str) -> int:
     """How many times its step had been saved before."""
-    return int(folder.partition(".")[2] or 0)
+    return int(_told(folder)[2] or 0)
+
+
+def _told(folder: str) -> re.Match[str]:
+    found = _FOLDER.fullmatch(folder)
+    assert found is not None, "it is one of _folders"
+    return found

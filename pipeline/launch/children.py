@@ -15,7 +15,7 @@ from pipeline.recipe import Recipe
 from pipeline.suite import SuiteFile, filled, needed
 from pipeline.track.state import state_of
 from pipeline.trials import best, is_over, top1_of
-from pipeline.weights import weights_file
+from pipeline.weights import lasting_weights
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Children:
         run = self.where[name]
         if state_of(run) == "diverged":
             raise ValueError(f"suite: weights must be of a run that finished; got '@{name}', and {run.name} diverged")
-        return weights_file(run)
+        return lasting_weights(run)
 
     def _chosen(self, recipe: Recipe) -> Recipe:
         """With the value that did best in its trials, where it has any."""

@@ -16,7 +16,9 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.checkpoint import claim, place_at
 from pipeline.code import commit
+from pipeline.guards.storage import patiently
 from pipeline.job import REFUSAL, SAVE, STOP, Job, raise_refusal
 from pipeline.launch.base import Launcher, LaunchError
 from pipeline.launch.lock import driver_lock
@@ -46,6 +48,7 @@ def drive(job: Job, launcher: Launcher, console: Console, *, uri: str, resume_co
     outlive(console)
     exposed = Exposed(folder, console.print)
     with driver_lock(folder):
+        job = _owning(job, console.print)
         for note in (STOP, SAVE, REFUSAL):
             (folder / note).unlink(missing_ok=True)
         write_job(job)
@@ -62,6 +65,19 @@ def drive(job: Job, launcher: Launcher, console: Console, *, uri: str, resume_co
             except LaunchError:
                 _raise_what_a_rank_noted(folder)
                 raise
+
+
+def _owning(job: Job, say: Callable[[str], None]) -> Job:
+    """The job with a token for its workers, where its checkpoints lie elsewhere: that place is this driver's from now on."""
+    if not job.checkpoints:
+        return job
+    place = place_at(job.checkpoints, Path(job.run))
+    token = patiently(
+        Ranks(),
+        lambda: claim(place, run=job.run, run_id=job.run_id, study=job.study),
+        on_wait=lambda error: say(f"{place.address('')} does not answer, and is waited for: {error}"),
+    )
+    return replace(job, place_token=token)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import absolute, place_at
+from pipeline.checkpoint import absolute, owner_of, place_at
 from pipeline.code import commit
 from pipeline.counts import refuse_unless_counts
 from pipeline.data.base import Data
@@ -19,6 +19,9 @@ from pipeline.launch.folder import named, numbered, whole_folder
 from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.spec import arguments_of
 from pipeline.weights import study_inputs
+
+UNWRITTEN = ("run", "trust", "place_token")
+"""fields of a job that its file does not hold"""
 
 
 def prepare(
@@ -36,7 +39,7 @@ def prepare(
     """Make the run's folder, with all that it takes to resume it: its recipe, its job and where it trains.
 
     `parent`, `suite` (its folder's name) and `family` are those of the suite that it belongs to. `adopts`: checkpoints that a run
-    of this name has left in the cluster's place for them, whose folder is gone, are gone on with.
+    of this name has left in the cluster's place for them, whose folder is gone, are gone on with, as that run.
 
     Raises:
         ValueError: the data set is missing, the weights that `init` names are missing, or the name is taken.
@@ -61,7 +64,8 @@ def prepare(
         **cluster.of_workers,
     )
     if cluster.checkpoints is not None:
-        job = replace(job, checkpoints=_own_place(cluster.checkpoints, folder, study if adopts else None))
+        address, run_id = _own_place(cluster.checkpoints, folder, study, adopts=adopts)
+        job = replace(job, checkpoints=address, run_id=run_id or job.run_id)
     with whole_folder(folder) as hidden:
         write_json(hidden / "recipe.json", recipe.to_json())
         write_json(hidden / "cluster.json", asdict(cluster))
@@ -69,30 +73,28 @@ def prepare(
     return job
 
 
-def _own_place(place: str, run: Path, study: str | None) -> str:
-    """The address of a run's checkpoints, beneath `place`; there are none, or those of `study`.
+def _own_place(place: str, run: Path, study: str, *, adopts: bool) -> tuple[str, str | None]:
+    """The address of a run's checkpoints, beneath `place`, and whose it is; None: nobody's, which it must be unless `adopts`.
 
     Raises:
-        ValueError: there are others, or the address cannot be opened.
+        ValueError: it is another's, of another study where it is adopted, or the address cannot be opened.
     """
     address = f"{absolute(place).rstrip('/')}/{run.name}"
     found = place_at(address, run)
     try:
-        names = found.names()
+        names, owner = found.names(), owner_of(found)
     except Exception as error:  # each store has errors of its own
         raise ValueError(f"launch: {address} must be open to this user; got {type(error).__name__}: {error}") from error
-    for name in reversed(names):
-        if study is None:
-            raise ValueError(
-                f"launch: {address} must hold no checkpoints yet; got {name}: another --name, or --or-resume to go on with them"
-            )
-        try:
-            theirs = found.trainer(name).get("study")
-        except (OSError, ValueError):
-            continue  # damaged: moved away by whoever trains
-        if theirs != study:
-            raise ValueError(f"launch: --or-resume goes on with checkpoints of the same study; got {theirs} in {address}/{name}")
-    return address
+    if not adopts and (names or owner):
+        raise ValueError(
+            f"launch: {address} must hold no checkpoints yet; got {names[-1] if names else f'those to come of {owner}'}: "
+            "another --name, or --or-resume to go on with them"
+        )
+    if owner is None:
+        return address, None
+    if owner.study != study:
+        raise ValueError(f"launch: --or-resume goes on with checkpoints of the same study; got {owner.study} in {address}")
+    return address, owner.run_id
 
 
 def write_job(job: Job) -> None:
@@ -101,8 +103,8 @@ def write_job(job: Job) -> None:
 
 
 def _to_json(job: Job) -> dict[str, Any]:
-    """Whom the user trusts is not written down: the next user says it anew."""
-    return {name: value for name, value in asdict(job).items() if name not in ("run", "trust")}
+    """Whom the user trusts is not written down: the next user says it anew. Nor is a token, which each start of a driver has."""
+    return {name: value for name, value in asdict(job).items() if name not in UNWRITTEN}
 
 
 def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
@@ -112,7 +114,7 @@ def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
         ValueError: it is missing or damaged, or its suite, or what MLflow keeps of its family, would lie in another folder.
     """
     file = folder / "job.json"
-    told = arguments_of(Job, read_json(file), who=str(file), besides=("run", "trust"))
+    told = arguments_of(Job, read_json(file), who=str(file), besides=UNWRITTEN)
     job = Job(**told, run=str(folder.absolute()), trust=trust)
     refuse_unless_counts(str(file), {"threads": job.threads, "loader_threads": job.loader_threads})
     refuse_unless_watchable(str(file), job.hang_minutes)

@@ -17,7 +17,7 @@ from pipeline.backend.averaged import Averaged
 from pipeline.backend.base import Backend
 from pipeline.backend.plain import Plain
 from pipeline.build import attached_rule, build_mixing, build_network
-from pipeline.checkpoint import Checkpoints, check_shared, lost_step, place_at, read_trainer, step_name
+from pipeline.checkpoint import Checkpoints, Owned, check_shared, lost_step, place_at, read_trainer, step_name
 from pipeline.code import check_same_code
 from pipeline.data.base import Data
 from pipeline.data.care import ONE_IN, Care
@@ -115,7 +115,8 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
 
 def _found(job: Job, recipe: Recipe, ranks: Ranks, tracker: Tracker, watchdog: Watchdog) -> tuple[Checkpoints, Path | None]:
     """The run's checkpoints, and the one to go on from; storage that is away is waited for."""
-    kept = ranks.together(lambda: place_at(job.checkpoints, Path(job.run)))
+    found = ranks.together(lambda: place_at(job.checkpoints, Path(job.run)))
+    kept = Owned(found, job.place_token) if job.place_token else found
     patient = partial(patiently, ranks, beat=watchdog.beat, on_wait=partial(_tell_waiting, tracker))
     if ranks.size > 1:
         patient(kept.sweep)  # first: what a killed attempt left may fill the disk

@@ -2,7 +2,7 @@
 
 Rank 0 holds an exclusive lock on `RUN/writer.lock` for as long as it lives, and the kernel lets go of it when the process
 dies: a run can be resumed only after the last rank 0 is gone, and nothing of an abandoned attempt can reach the journal
-or a finished checkpoint. (The other ranks write into temp folders that carry the attempt's name.)
+or a finished checkpoint. (The other ranks write into folders that carry the attempt's name, in a bucket too.)
 """
 
 from __future__ import annotations

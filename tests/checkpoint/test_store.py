@@ -59,8 +59,8 @@ FILES = {"model.safetensors", "plain/state.pt", "rng_rank0.pt", "rule.pt", "trai
 def test_what_is_saved_comes_back_in_a_fresh_folder(address: str, tmp_path: Path) -> None:
     made = backend(1)
     told = save(checkpoints(address, tmp_path / "one"), 7, made, Counting(2.5), TRAINER)
-    assert told.address == f"{address}/step_00000007"
-    assert paths(address) == {f"step_00000007/{name}" for name in FILES}
+    assert told.address == f"{address}/step_00000007-a"
+    assert paths(address) == {f"step_00000007-a/{name}" for name in FILES}
     assert list((tmp_path / "one" / "checkpoints").iterdir()) == []  # the run's own disk keeps nothing
     other, rule = backend(2), Counting()
     trainer = restore(checkpoints(address, tmp_path / "other"), other, rule)
@@ -77,7 +77,7 @@ def test_the_newest_the_best_and_the_pinned_are_kept(address: str, tmp_path: Pat
                 pass
     place = store(address, tmp_path)
     assert [name[-1] for name in place.names()] == ["1", "2", "4", "5"]
-    assert {path.split("/")[0][-1] for path in paths(address) - {"step_00000001.pinned"}} == {"1", "2", "4", "5"}
+    assert {path.split("/")[0][-3:] for path in paths(address) - {"step_00000001.pinned"}} == {"1-a", "2-a", "4-a", "5-a"}
     assert verified(place, "best").name == "step_00000002"
     assert verified(place).name == "step_00000005"
 
@@ -90,7 +90,7 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_is_used(address: str, tmp
         save(saving, step, backend(), Counting(), TRAINER)
     name = "manifest.json" if how.startswith("manifest") else "model.safetensors"
     place = store(address, tmp_path)
-    path = f"{place.root}/step_00000002/{name}"
+    path = f"{place.root}/step_00000002-a/{name}"
     content = bytearray(place.fs.cat_file(path))
     content[len(content) // 2] ^= 1
     if how == "gone":
@@ -124,7 +124,7 @@ def test_an_upload_that_was_cut_short_is_no_checkpoint_and_is_swept(
         saving.save(2, backend(), Counting(), TRAINER)
         with pytest.raises(OSError, match="checkpoint after step 2 was not written: Connection reset by peer"):
             saving.wait()
-    assert "step_00000002/model.safetensors" in paths(address)
+    assert "step_00000002-a/model.safetensors" in paths(address)
     assert store(address, tmp_path).names() == ["step_00000001"]
     assert restore(checkpoints(address, tmp_path / "fresh"), backend(), Counting())["step"] == 1
     assert not any("step_00000002" in path for path in paths(address))
@@ -167,22 +167,33 @@ def test_a_step_that_is_saved_again_leaves_the_old_or_the_new_wherever_it_is_cut
     trainer = restore(checkpoints(address, tmp_path / "fresh", keep=1), backend(), rule)
     assert (trainer["score"], rule.feedback[0]) == ((0.5, 3) if is_new else (None, 2))  # type: ignore[index]
     folders = {path.split("/")[0] for path in paths(address)}
-    assert folders == {"step_00000002.1" if is_new else "step_00000002"}  # nothing is left of the other
+    assert folders == {"step_00000002.1-a" if is_new else "step_00000002-a"}  # nothing is left of the other
 
 
 def test_a_step_that_is_saved_again_is_found_where_its_event_says(address: str, tmp_path: Path) -> None:
     saving = checkpoints(address, tmp_path, keep=2)
     told = [save(saving, 1, backend(), Counting(value), TRAINER).address for value in range(12)]
-    assert told == [f"{address}/step_00000001", *(f"{address}/step_00000001.{number}" for number in range(1, 12))]
+    assert told == [f"{address}/step_00000001-a", *(f"{address}/step_00000001.{number}-a" for number in range(1, 12))]
     place, rule = store(address, tmp_path), Counting()
     assert place.names() == ["step_00000001"] and place.address("step_00000001") == told[-1]
-    assert paths(address) == {f"step_00000001.11/{name}" for name in FILES}
+    assert paths(address) == {f"step_00000001.11-a/{name}" for name in FILES}
     restore(checkpoints(address, tmp_path / "fresh"), backend(), rule)
     assert rule.feedback[0] == 11  # type: ignore[index]
-    path = f"{place.root}/step_00000001.11/model.safetensors"
+    path = f"{place.root}/step_00000001.11-a/model.safetensors"
     place.fs.pipe_file(path, place.fs.cat_file(path)[:-7])
     assert checkpoints(address, tmp_path / "fresh").newest() is None
     assert {found.split("-")[0] for found in paths(address)} == {"quarantine/step_00000001.11"}
+
+
+def test_one_of_an_earlier_version_whose_folder_names_no_attempt_is_found_and_replaced(address: str, tmp_path: Path) -> None:
+    saving, place, rule = checkpoints(address, tmp_path), store(address, tmp_path), Counting()
+    save(saving, 1, backend(), Counting(1), TRAINER)
+    place.fs.copy(f"{place.root}/step_00000001-a/", f"{place.root}/step_00000001/", recursive=True)
+    place._remove("step_00000001-a")
+    restore(checkpoints(address, tmp_path / "fresh"), backend(), rule)
+    assert rule.feedback[0] == 1  # type: ignore[index]
+    assert save(saving, 1, backend(), Counting(2), TRAINER).address == f"{address}/step_00000001.1-a"
+    assert paths(address) == {f"step_00000001.1-a/{name}" for name in FILES}
 
 
 def test_a_bucket_that_lets_nobody_delete_takes_new_ones_all_the_same(
@@ -223,9 +234,9 @@ def test_a_request_that_failed_deletes_nothing(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(MemoryFileSystem, "exists", AbstractFileSystem.exists)
     monkeypatch.setattr(MemoryFileSystem, "info", fails)
     for file, ask in (
-        ("step_00000001/manifest.json", place.sweep),
-        ("step_00000003/manifest.json", lambda: verified(place)),
-        ("step_00000003/manifest.json", lambda: place.finish(tmp_path / "temp", "step_00000003")),
+        ("step_00000001-a/manifest.json", place.sweep),
+        ("step_00000003-a/manifest.json", lambda: verified(place)),
+        ("step_00000003-a/manifest.json", lambda: place.finish(tmp_path / "temp", "step_00000003")),
         ("step_00000002.pinned", lambda: prune(place, keep=1)),
     ):
         lost.append(file)
@@ -258,7 +269,7 @@ def test_a_manifest_reaches_no_file_outside(tmp_path: Path) -> None:
     save(Checkpoints(place, attempt="a"), 1, backend(), Counting(), TRAINER)
     files = {"../../../planted": {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}}
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-    place.fs.pipe_file(f"{place.root}/step_00000001/manifest.json", json.dumps({"files": files, "sha256": digest}).encode())
+    place.fs.pipe_file(f"{place.root}/step_00000001-a/manifest.json", json.dumps({"files": files, "sha256": digest}).encode())
     place.fs.pipe_file(f"{place.root}/planted", b"x")
     with pytest.raises(CheckpointError, match="needs a checkpoint that verifies; got none"):
         verified(place)

@@ -17,6 +17,7 @@ BITS = f"{CLUSTER}::test_the_parameters_are_the_same_to_the_bit"
 HUNTED = f"{RECOVERY}::test_killed_in_every_way_it_ends_with_the_same_bits"
 WRITE, ELASTIC = "faults/test_checkpoint_write.py", "faults/test_elastic.py"
 SIGNALS = "faults/test_signals.py::test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits"
+OWNER, ELSEWHERE = "checkpoint/test_owner.py", "launch/test_checkpoints_elsewhere.py"
 SECURITY, DATA, HOSTS = "faults/test_security.py", "faults/test_damaged_data.py", "faults/test_two_hosts.py"
 ELSEWHERE = "launch/test_checkpoints_elsewhere.py"
 DRIVE, HEARD, AWAY = "launch/test_drive.py", "launch/test_signals.py", "guards/test_storage.py"
@@ -185,6 +186,18 @@ ROWS: dict[str, tuple[str, ...]] = {
         *("launch/test_lock.py::test_on_this_machine_it_is_refused_at_once",),
         *("launch/test_lock.py::test_one_that_lives_elsewhere_is_named_in_the_end",),
     ),
+    "two drivers know one place of checkpoints": (
+        *(f"{OWNER}::test_the_earlier_of_two_drivers_stops_at_its_save_and_tells_nothing_whole",),
+        *(f"{ELSEWHERE}::test_a_driver_whose_place_another_has_taken_over_ends_at_its_next_save",),
+        *(f"{ELSEWHERE}::test_a_place_whose_run_has_not_saved_yet_is_that_runs_all_the_same",),
+    ),
+    "an abandoned attempt that still uploads": (
+        f"{OWNER}::test_what_an_abandoned_attempt_still_uploads_reaches_no_checkpoint_of_another",
+    ),
+    "a file of a checkpoint gone between its verification and its loading": (
+        "checkpoint/test_fetched.py::test_a_file_that_is_gone_since_it_was_verified_is_an_error_and_nothing_is_loaded",
+        *("checkpoint/test_fetched.py::test_no_other_process_takes_away_what_one_has_fetched_and_what_a_dead_one_left_is_swept",),
+    ),
     "malicious pickle": (
         *(f"{SECURITY}::test_a_pickle_in_a_checkpoint_is_not_run", f"{SECURITY}::test_nor_by_deepspeed"),
         *(f"{SECURITY}::test_weights_that_are_a_pickle_are_refused",),
@@ -197,6 +210,9 @@ ROWS: dict[str, tuple[str, ...]] = {
         *(f"{SECURITY}::test_a_run_from_elsewhere_has_its_suite_beside_it",),
     ),
     "a folder that leads to another's cluster": (f"{SECURITY}::test_a_run_from_elsewhere_leads_to_no_cluster",),
+    "a folder that leads to another's checkpoints": (
+        f"{ELSEWHERE}::test_a_run_whose_folder_names_anothers_place_is_not_gone_on_with_and_nothing_is_touched",
+    ),
     "a client without the cluster's token": (
         *(f"{HOSTS}::test_a_client_without_the_token_is_told_so", f"{HOSTS}::test_a_client_that_has_lost_its_token_is_told_so"),
         *("launch/test_cluster.py::test_a_token_that_is_not_at_hand_is_said_in_one_line",),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipeline.checkpoint import step_folders
+from pipeline.checkpoint import claim, place_at, step_folders
 from pipeline.guards.batches import Skipped
 from pipeline.job import STOP
+from pipeline.recipe import read_json, write_json
 from pipeline.run.attempt import Attempt
 from pipeline.track.connect import connect
 from pipeline.track.jsonl import read
@@ -63,7 +65,10 @@ def test_they_are_there_and_a_run_whose_folder_is_lost_goes_on_with_them(tmp_pat
     code, _, said = run(*third, "--or-resume")
     assert code == 0, said
     [start] = [event for event in read(tmp_path / "third" / "run" / "journal.jsonl") if event["event"] == "start"]
-    assert start["step"] == 8
+    assert start["step"] == 8 and start["run_id"] == read_json(tmp_path / "one" / "run" / "job.json")["run_id"]
+    assert "place_token" not in read_json(tmp_path / "third" / "run" / "job.json")  # of one start of its driver
+    owner = read_json(address / "owner.json")
+    assert (owner["run_id"], owner["run"]) == (start["run_id"], str(tmp_path / "third" / "run"))
     assert same_weights(tmp_path / "one" / "run", tmp_path / "third" / "run")
 
 
@@ -94,6 +99,68 @@ def test_what_a_run_has_decided_outlives_its_folder(tmp_path: Path, run: Command
     assert Skipped.read(other) == Skipped(1, ((3, 6),))
     train_inline(tmp_path / "told", small_recipe(epochs=1, micro_batch=4, skip=((3, 6),)))
     assert same_weights(other, tmp_path / "told")
+
+
+def test_a_driver_whose_place_another_has_taken_over_ends_at_its_next_save(
+    tmp_path: Path, run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by the same launch with --or-resume where the folder of runs is another, or by a copy of the run's folder."""
+    address, original = tmp_path / "elsewhere" / "run", Attempt._micro_batches
+
+    def micro_batches(self: Attempt, source: Any) -> Any:
+        if self.step == 4:
+            self.saving.wait(4)
+            job = self.job
+            claim(place_at(job.checkpoints, tmp_path / "other"), run="other", run_id=job.run_id, study=job.study)
+            (address / ".writing-other").mkdir()
+        return original(self, source)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Attempt, "_micro_batches", micro_batches)
+        code, _, said = run("--runs", str(tmp_path / "one"), "--set", "keep=1")
+    assert (code, len(said.strip().splitlines())) == (2, 1)
+    assert said.startswith(f"checkpoint: cannot be written after step 6: checkpoints: the owner of {address} must be this driver")
+    assert said.strip().endswith(f"it writes nothing more there; the newest whole one is {address}/step_00000003")
+    assert {path.name for path in address.iterdir()} == {"owner.json", "step_00000003", ".writing-other"}
+    assert [event["step"] for event in read(tmp_path / "one" / "run" / "journal.jsonl") if event["event"] == "checkpoint"] == [3]
+
+    code, _, said = run("--runs", str(tmp_path / "one"), "--set", "keep=1", "--or-resume")  # whoever begins last has it
+    assert code == 0, said
+    assert {path.name for path in address.iterdir()} == {"owner.json", "step_00000008"}
+
+
+def test_a_run_whose_folder_names_anothers_place_is_not_gone_on_with_and_nothing_is_touched(
+    tmp_path: Path, run: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, said = run("--runs", str(tmp_path / "one"))
+    assert code == 0, said
+    theirs, foreign = tmp_path / "elsewhere" / "run", tmp_path / "foreign" / "run"
+    (theirs / ".writing-now").mkdir()
+    shutil.copytree(tmp_path / "one" / "run", foreign)
+    (foreign / "summary.json").unlink()
+    (foreign / "journal.jsonl").unlink()
+    for has_owner in (True, False):
+        if not has_owner:  # its checkpoints tell
+            (theirs / "owner.json").unlink()
+        write_json(foreign / "job.json", {**read_json(foreign / "job.json"), "run_id": "f" * 32, "suite": None})
+        before = {file: file.stat().st_mtime_ns for file in (theirs, *theirs.rglob("*"))}
+        code, _, said = command(monkeypatch, capsys)("resume", "run", "--inline", "--runs", str(foreign.parent))
+        assert (code, len(said.strip().splitlines())) == (2, 1)
+        assert said.startswith(f"checkpoints: {theirs} must be of run ffffffff ({foreign}); got those of run ")
+        assert {file: file.stat().st_mtime_ns for file in (theirs, *theirs.rglob("*"))} == before
+
+
+def test_a_place_whose_run_has_not_saved_yet_is_that_runs_all_the_same(tmp_path: Path, run: Command) -> None:
+    address = tmp_path / "elsewhere" / "run"
+    token = claim(place_at(str(address), tmp_path / "theirs"), run="theirs", run_id="a" * 32, study="another")
+    code, _, said = run("--runs", str(tmp_path / "runs"))
+    assert code == 2 and said.startswith(f"launch: {address} must hold no checkpoints yet; got those to come of run aaaaaaaa")
+    code, _, said = run("--runs", str(tmp_path / "runs"), "--or-resume")
+    assert (code, said.strip()) == (
+        2,
+        f"launch: --or-resume goes on with checkpoints of the same study; got another in {address}",
+    )
+    assert read_json(address / "owner.json")["token"] == token and not (tmp_path / "runs" / "run").exists()
 
 
 @pytest.mark.parametrize(

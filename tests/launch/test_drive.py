@@ -10,12 +10,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from pipeline.checkpoint import owner_of, place_at
+from pipeline.checkpoint.folder import Folder
+from pipeline.guards import storage
 from pipeline.job import STOP, Job
 from pipeline.launch import drive as driving
 from pipeline.launch.drive import drive
@@ -198,3 +202,25 @@ def test_at_once_is_at_once_where_nothing_can_be_said(tmp_path: Path, monkeypatc
     with pytest.raises(RuntimeError):
         request.hear(signal.SIGTERM)
     assert ended == [130]
+
+
+def test_a_place_of_checkpoints_that_does_not_answer_is_waited_for_and_then_owned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, failed, said = Folder.read, list[str](), list[str]()
+
+    def away(self: Folder, file: str) -> bytes:
+        if len(failed) < 2:
+            failed.append(file)
+            raise OSError(errno.EIO, "Input/output error")
+        return read(self, file)
+
+    monkeypatch.setattr(Folder, "read", away)
+    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
+    job = Job(run=str(tmp_path / "run"), study="s", data_fingerprint="d", commit="c", run_id="r")
+    assert driving._owning(job, said.append) is job and failed == []  # its folder's locks are enough
+    place = tmp_path / "elsewhere"
+    tokens = [driving._owning(replace(job, checkpoints=str(place)), said.append).place_token for _ in range(2)]
+    assert said == [f"{place} does not answer, and is waited for: [Errno 5] Input/output error"]
+    owner = owner_of(place_at(str(place), tmp_path))
+    assert owner is not None and tokens[1] == owner.token != tokens[0]  # a token of each start

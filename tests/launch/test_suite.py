@@ -154,7 +154,7 @@ def test_a_suite_in_one_go(untouched: Path, spiketrain: Command) -> None:
     jobs = [json.loads((run / "job.json").read_text()) for run in runs.values()]
     assert {job["parent"] for job in jobs} == {suite_file.parent} and suite_file.cluster["inline"] is True
     # What the references named is written down in the runs, absolute; the suite keeps the references.
-    weights = str(runs["first"] / "checkpoints" / "step_00000008" / "model.safetensors")
+    weights = str(runs["first"] / "model.safetensors")
     written = {name: json.loads((run / "recipe.json").read_text())["recipe"] for name, run in runs.items()}
     assert (written["third"]["init"], written["second"]["teacher"]["kwargs"]["weights"]) == (weights, weights)
     assert suite_file.suite.recipes[2].init == "@first"
