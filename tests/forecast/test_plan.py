@@ -245,6 +245,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert code == 0 and "what 1 local workers do to one another" in " ".join(out.split())
 
 
+@pytest.mark.full
+@pytest.mark.timeout(300)
 def test_a_plan_against_what_was_launched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -91,7 +91,7 @@ def by_hand(made: QKFormer, steps: int) -> tuple[float, float, float]:
 
 
 def figures(said: str) -> list[float]:
-    found = re.search(r"top-1 ([\d.]+), top-5 ([\d.]+), loss ([\d.]+), .* on 20 samples", said)
+    found = re.search(r"top-1 ([\d.]+), top-5 ([\d.]+), loss ([\d.]+) on 20 samples, firing rate ", said)
     assert found, said
     return [float(each) for each in found.groups()]
 
