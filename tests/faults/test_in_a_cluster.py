@@ -255,7 +255,7 @@ def test_weights_that_come_apart_are_found_and_given_up(runs: tuple[Path, Path],
     step = faults["drift"][1]
     found = min(each for each in CHECKPOINTS if each > step)
     assert (back["step"], back["to"]) == (found - 1, newest(step))
-    assert back["reason"].startswith("the weights of workers 1 are")  # of two, nobody can tell which
+    assert back["reason"].startswith("what workers 1 have learnt is not what others have")  # of two, nobody can tell which
     assert events(runs[0], "start")[5]["step"] == newest(step)
 
 
