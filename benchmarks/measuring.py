@@ -60,8 +60,8 @@ LOG_EVERY = 10
 AIM = 0.01
 TRAINED_ON, EVALUATED_ON = 60_000, 10_000  # images
 EPOCHS = (1, 10)
-COUNTED = 20
-"""batches whose operations are counted, timed by themselves"""
+ROUND, COUNTED = 3, 20
+"""batches of which one has its operations counted, and how many such rounds are timed"""
 
 
 class Trained:
@@ -89,6 +89,10 @@ class Trained:
         self.steps += 1
         if isinstance(self.meters, Meters) and self.steps % LOG_EVERY == 0:
             self.meters.take(lambda sums: sums)
+
+    def steps_of(self, batches: int) -> None:
+        for _ in range(batches):
+            self.step()
 
     def evaluate(self, *, is_last: bool = False) -> None:
         """As pipeline/run/assess.py does, and train on the next batch."""
@@ -132,9 +136,9 @@ def main() -> None:
     measured = Trained(network, arguments.rule, meters, x_TB, target_B)
     silent = Trained(other, arguments.rule, NoMeters(), x_TB, target_B)
     silent.step()
-    always = Meters(third, batch_size=size, device=torch.device("cpu"), memory_every=10**9, operations_every=1)
+    always = Meters(third, batch_size=size, device=torch.device("cpu"), memory_every=10**9, operations_every=ROUND)
     counting = Trained(third, arguments.rule, always, x_TB, target_B)
-    for _ in range(2):  # of bytes is the second
+    for _ in range(ROUND):
         counting.step()
     machine = hardware()
     print(
@@ -147,8 +151,9 @@ def main() -> None:
         f"training, {arguments.batches} batches of each in turn: {trains * 1e3:.2f} ms with meters, "
         f"{trains_silently * 1e3:.2f} ms without, {in_training:+.2%}"
     )
-    counts, beside = in_turn(COUNTED, counting.step, silent.step)
-    print(f"a batch whose operations are counted: {counts * 1e3:.0f} ms, {counts / beside - 1:+.0%}")
+    counts, beside = in_turn(COUNTED, lambda: counting.steps_of(ROUND), lambda: silent.steps_of(ROUND))
+    count = counts - beside
+    print(f"counting the operations of a batch takes {count * 1e3:.0f} ms more, {count / trains_silently:.0%} of a batch")
     evaluates, evaluates_last, evaluates_silently = in_turn(
         arguments.evaluations, measured.evaluate, lambda: measured.evaluate(is_last=True), silent.evaluate
     )
@@ -158,11 +163,11 @@ def main() -> None:
         f"{evaluates / evaluates_silently - 1:+.2%} and {evaluates_last / evaluates_silently - 1:+.2%}"
     )
     steps = TRAINED_ON // size - 1  # one of an epoch's is timed with the evaluation before it
-    plain = trains - (counts - beside) * math.ceil((arguments.batches - 2) / OPERATIONS_EVERY) / arguments.batches
+    plain = trains - count * math.ceil((arguments.batches - 2) / OPERATIONS_EVERY) / arguments.batches
     shares = {}
     for epochs in EPOCHS:
         counted = math.ceil((epochs * TRAINED_ON // size - 2) / OPERATIONS_EVERY)
-        whole = epochs * steps * plain + counted * (counts - beside) + (epochs - 1) * evaluates + evaluates_last
+        whole = epochs * steps * plain + counted * count + (epochs - 1) * evaluates + evaluates_last
         shares[epochs] = whole / (epochs * (steps * trains_silently + evaluates_silently)) - 1
         print(f"a run of {epochs} epochs, each with an evaluation: {shares[epochs]:+.2%}")
     sys.exit(max(in_training, *shares.values()) > AIM)
