@@ -1,7 +1,7 @@
 """What measuring costs: training with its meters and without, and evaluations likewise, one of each in turn.
 
 Command:  python -m benchmarks.measuring [--rule sltt|bptt] [--batches 1000] [--evaluations 20]
-Result:   SLTT, commit a2179347b4aa, one thread of 2 cores of an Intel Xeon with nothing else running, torch 2.13, T = 4, batch 104
+Result:   SLTT, commit a2179347b4aa, one thread of 2 cores of an Intel Xeon, nothing else running, torch 2.13, T = 4, batch 104
 
     training, ms a batch         +0.76 %  (88.72, 88.05 without); a batch whose operations are counted 142 ms more
     an evaluation, s             +4.11 %  (3.774, 3.625 without), the last one +5.00 %
