@@ -207,7 +207,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         *(f"{SECURITY}::test_a_name_stays_in_the_folder_of_runs", f"{SECURITY}::test_a_saved_recipe_names_no_code_but_ours"),
         *("report/test_store.py::test_known_artifacts_alone_and_none_through_a_link",),
         *("test_suite.py::test_a_damaged_or_foreign_suite_json_is_refused_in_one_line",),
-        *(f"{SECURITY}::test_a_run_from_elsewhere_has_its_suite_beside_it",),
+        *(f"{SECURITY}::test_a_run_from_elsewhere_names_no_folder_elsewhere",),
     ),
     "a folder that leads to another's cluster": (f"{SECURITY}::test_a_run_from_elsewhere_leads_to_no_cluster",),
     "a folder that leads to another's checkpoints": (

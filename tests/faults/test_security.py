@@ -311,19 +311,19 @@ def test_a_name_stays_in_the_folder_of_runs(name: str, tmp_path: Path, spiketrai
     assert [path.name for path in tmp_path.iterdir()] == ["small.py"]
 
 
-@pytest.mark.parametrize("suite", ["../suite", "..", "/suite"])
-def test_a_run_from_elsewhere_has_its_suite_beside_it(suite: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("field", "rule"),
+    [
+        ("suite", "suite must be the name of a folder beside this one"),
+        ("family", "family becomes a folder's name and must be one"),
+    ],
+)
+@pytest.mark.parametrize("name", ["../out", "..", "/out"])
+def test_a_run_from_elsewhere_names_no_folder_elsewhere(field: str, rule: str, name: str, tmp_path: Path) -> None:
+    """Its suite lies beside it, and what MLflow keeps of its family among the artifacts."""
     job = make_run(tmp_path / "it", small_recipe())
-    write_job(replace(job, suite=suite))
-    with pytest.raises(ValueError, match=f"suite must be the name of a folder beside this one; got '{suite}'"):
-        read_job(tmp_path / "it")
-
-
-@pytest.mark.parametrize("family", ["../out", "..", "/out"])
-def test_a_family_from_elsewhere_stays_among_the_artifacts(family: str, tmp_path: Path) -> None:
-    job = make_run(tmp_path / "it", small_recipe())
-    write_job(replace(job, family=family))
-    with pytest.raises(ValueError, match=f"family becomes a folder's name and must be one; got '{family}'"):
+    write_job(replace(job, **{field: name}))
+    with pytest.raises(ValueError, match=f"{rule}; got '{name}'"):
         read_job(tmp_path / "it")
 
 
