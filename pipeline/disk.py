@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,3 +60,18 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, and through to the disk.
+
+    The name of what is not whole yet is drawn: processes of two machines may have the same number.
+    """
+    temp = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        temp.write_bytes(content)
+        sync_file(temp)
+        temp.rename(path)
+    finally:
+        temp.unlink(missing_ok=True)
+    sync_folder(path.parent)

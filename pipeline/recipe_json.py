@@ -10,12 +10,11 @@ import importlib
 import inspect
 import json
 import os
-import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.disk import FOR_THE_USER, sync_folder
+from pipeline.disk import FOR_THE_USER, write_whole
 from pipeline.spec import Spec, is_path
 
 _ABSENT = "(absent)"
@@ -109,20 +108,8 @@ def recipe_fields(run: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all, and through to the disk.
-
-    The name of what is not whole yet is drawn: processes of two machines may have the same number.
-    """
-    temp = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with temp.open("w") as file:
-            file.write(json.dumps(value, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temp.rename(path)
-    finally:
-        temp.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    """Write a JSON file whole or not at all, and through to the disk."""
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def dotted(target: Callable[..., Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from timm.optim import create_optimizer_v2
 
-from pipeline import recipe_json
+from pipeline import disk
 from pipeline.data.beton import Beton
 from pipeline.data.events import Events
 from pipeline.data.mixing import Mixing
@@ -140,7 +140,7 @@ def test_two_writers_of_one_json_file_do_not_meet(tmp_path: Path, monkeypatch: p
 
 def test_a_json_file_is_written_through_to_the_disk_its_name_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[tuple[Path, Any]] = []
-    monkeypatch.setattr(recipe_json, "sync_folder", lambda folder: synced.append((folder, read_json(folder / "job.json"))))
+    monkeypatch.setattr(disk, "sync_folder", lambda folder: synced.append((folder, read_json(folder / "job.json"))))
     write_json(tmp_path / "job.json", 1)
     assert synced == [(tmp_path, 1)]
 

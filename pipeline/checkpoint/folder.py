@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from pipeline.checkpoint.place import TRAINER, WRITING, read_trainer
 from pipeline.checkpoint.shared import MARKER
-from pipeline.disk import Unreadable, sync_file, sync_folder, tried
+from pipeline.disk import Unreadable, sync_folder, tried, write_whole
 
 _REPLACED = ".replaced-"  # whole, and counts again where its place is empty
 _DELETING = ".deleting-"
@@ -74,14 +73,7 @@ class Folder:
 
     def write(self, file: str, content: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        new = self.folder / f".{file}-{uuid.uuid4().hex}"
-        try:
-            new.write_bytes(content)
-            sync_file(new)
-            new.rename(self.folder / file)
-        finally:
-            new.unlink(missing_ok=True)
-        sync_folder(self.folder)
+        write_whole(self.folder / file, content)
 
     def is_pinned(self, name: str) -> bool:
         return _pin_of(self.folder / name).exists()

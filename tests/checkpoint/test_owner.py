@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import CheckpointError, Checkpoints, Folder, Owned, Place, claim, folder, owner_of, place_at
+from pipeline import disk
+from pipeline.checkpoint import CheckpointError, Checkpoints, Folder, Owned, Place, claim, owner_of, place_at
 from pipeline.checkpoint import background as thread
 from pipeline.checkpoint.store import Store
 from pipeline.refused import Refused
@@ -66,7 +67,7 @@ def test_a_full_disk_leaves_the_owner_that_there_was(tmp_path: Path, monkeypatch
     def full(file: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(folder, "sync_file", full)
+    monkeypatch.setattr(disk, "sync_file", full)
     with pytest.raises(OSError, match="No space left on device"):
         claimed(place)
     owner = owner_of(place)
