@@ -27,7 +27,6 @@ or of a run.
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import statistics
 import sys
@@ -63,23 +62,30 @@ ROUND, COUNTED = 3, 20
 
 
 class Trained:
-    """One of the two: a network, its rule and its meters."""
+    """One network and its rule, whoever measures them: of two networks one lies better in the caches than the other, which is
+    as much as meters cost."""
 
-    def __init__(self, network: nn.Module, rule_name: str, meters: LoopMeters, x_TB: Tensor, target_B: Tensor) -> None:
+    def __init__(self, network: nn.Module, rule_name: str, x_TB: Tensor, target_B: Tensor) -> None:
         self.network, self.rule = network, RULES[rule_name]()
         self.rule.attach(network)
         self.backend = Plain(network, lambda network: torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9))
-        self.meters = meters
         self.micro_batches = [MicroBatch(x_TB, target_B, range(len(target_B)), 1.0)]
+
+
+class Measured:
+    """What is done with it under some meters."""
+
+    def __init__(self, trained: Trained, meters: LoopMeters) -> None:
+        self.trained, self.meters = trained, meters
         self.steps = 0
 
     def step(self) -> None:
         """Train on one batch."""
         train(
-            self.rule,
-            self.backend,
+            self.trained.rule,
+            self.trained.backend,
             lambda step: None,
-            [(self.steps, self.micro_batches)],
+            [(self.steps, self.trained.micro_batches)],
             CrossEntropy(),
             self.meters,
             Unguarded(),
@@ -94,14 +100,14 @@ class Trained:
 
     def evaluate(self, *, is_last: bool = False) -> None:
         """As pipeline/run/assess.py does, and train on the next batch."""
-        x_TB, target_B, *_ = self.micro_batches[0]
+        x_TB, target_B, *_ = self.trained.micro_batches[0]
         ids = torch.arange(EVALUATED_ON).split(len(target_B))
         batches = ((x_TB[:, : len(index_B)], target_B[: len(index_B)], index_B) for index_B in ids)
         measures = isinstance(self.meters, Meters)
         if isinstance(self.meters, Meters):
             self.meters.note_peaks()
         with nullcontext() if measures else patch("pipeline.evaluate.Activity", NoActivity):
-            evaluate(self.network, batches, CrossEntropy(), counts_operations=is_last)
+            evaluate(self.trained.network, batches, CrossEntropy(), counts_operations=is_last)
         if isinstance(self.meters, Meters):
             self.meters.forget_peaks()
         self.step()
@@ -128,16 +134,15 @@ def main() -> None:
     size = tuned_batch(recipe, arguments.rule)
     torch.manual_seed(0)
     x_TB, target_B = repeat(torch.randn(size, 1, 28, 28), recipe.time_steps), torch.randint(10, (size,))
-    network = recipe.model.build()
-    other, third = copy.deepcopy(network), copy.deepcopy(network)
-    meters = Meters(network, batch_size=size, device=torch.device("cpu"))
-    measured = Trained(network, arguments.rule, meters, x_TB, target_B)
-    silent = Trained(other, arguments.rule, NoMeters(), x_TB, target_B)
-    silent.step()
-    always = Meters(third, batch_size=size, device=torch.device("cpu"), memory_every=10**9, operations_every=ROUND)
-    counting = Trained(third, arguments.rule, always, x_TB, target_B)
-    for _ in range(ROUND):
-        counting.step()
+    trained = Trained(recipe.model.build(), arguments.rule, x_TB, target_B)
+
+    def meters(**often: int) -> Meters:
+        return Meters(trained.network, batch_size=size, device=torch.device("cpu"), **often)
+
+    measured, silent = Measured(trained, meters()), Measured(trained, NoMeters())
+    counting = Measured(trained, meters(memory_every=10**9, operations_every=ROUND))
+    for each in (silent, counting):
+        each.steps_of(ROUND)
     machine = hardware()
     print(
         f"{arguments.rule.upper()}, T = {recipe.time_steps}, batch {size}, commit {commit()}, {machine['cpu']}, "

@@ -89,11 +89,11 @@ class Activity:
     def batch(self, index_B: Tensor) -> Iterator[None]:
         """Surrounds the time steps, which may come in slices, of the samples with these ids."""
         drawn_B = below(bits(0, 0, index_B.numpy(), COUNTED), self.every) == 0
-        counted_C = torch.from_numpy(drawn_B).nonzero()[:, 0]
+        drawn = _Drawn(torch.from_numpy(drawn_B).nonzero()[:, 0])
         for layer in self._layers:
-            layer.step, layer.counted_C = 0, counted_C
+            layer.step, layer.drawn = 0, drawn
         yield
-        self._samples += len(counted_C)
+        self._samples += len(drawn.place_C)
 
     def layers(self, total: Reduce = alone, largest: Reduce = alone) -> tuple[LayerActivity, ...]:
         """In the order of construction, over all ranks, each of which calls it.
@@ -120,21 +120,36 @@ class Activity:
         return tuple(found)
 
 
+class _Drawn:
+    """The samples of the batch at hand that are counted."""
+
+    def __init__(self, place_C: Tensor) -> None:
+        self.place_C = place_C
+        self._rows: dict[tuple[int, int, torch.device], Tensor] = {}
+
+    def rows(self, s_TB: Tensor) -> Tensor:
+        """Where they lie in spikes of this shape whose time steps and samples are one dimension, [T, C]."""
+        steps, batch = s_TB.shape[:2]
+        key = steps, batch, s_TB.device
+        if key not in self._rows:  # of each layer alike
+            rows_TC = torch.arange(steps)[:, None] * batch + self.place_C
+            self._rows[key] = rows_TC.to(s_TB.device)
+        return self._rows[key]
+
+
 class _Layer:
     """Spikes so far, of each neuron at each time step."""
 
     def __init__(self) -> None:
         self.fired_TN = torch.zeros(0, 0, dtype=torch.int32)
         self.step = 0
-        self.counted_C = torch.empty(0, dtype=torch.int64)
-        """their places in the batch at hand"""
+        self.drawn = _Drawn(torch.empty(0, dtype=torch.int64))
 
     def hear(self, neuron: nn.Module, _: Any, s_TB: Tensor) -> None:
         """What `neuron` gives, after its forward."""
-        if not len(self.counted_C):
+        if not len(self.drawn.place_C):
             return
-        s_RN = s_TB.flatten(0, 1).flatten(1)
-        rows_TC = (torch.arange(len(s_TB))[:, None] * s_TB.shape[1] + self.counted_C).to(s_TB.device)
+        s_RN, rows_TC = s_TB.flatten(0, 1).flatten(1), self.drawn.rows(s_TB)
         if _fires_ones(neuron) and s_TB.dtype == torch.float32:
             # Sums the rows where they lie, without a copy of them; exact up to 2^24 spikes.
             fired_TN = embedding_bag(rows_TC, s_RN, mode="sum").to(torch.int32)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -33,9 +33,12 @@ T_ = TypeVar("T_")
 
 @dataclass
 class _Batch:
-    """The boundaries of one batch: what begins at each, and when; the last one ends it."""
+    """The boundaries of one batch; the last one ends it."""
 
-    boundaries: list[tuple[str, Any]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    """what begins at each"""
+    at: list[Any] = field(default_factory=list)
+    """when: seconds, or an event"""
 
 
 class Clock:
@@ -44,6 +47,7 @@ class Clock:
     def __init__(self, device: torch.device = torch.device("cpu")) -> None:
         self._is_cuda = device.type == "cuda"
         self._device = device
+        self._now: Callable[[], Any] = self._event if self._is_cuda else time.perf_counter
         self._open: _Batch | None = None
         self._ended: list[_Batch] = []
         self._charged: str = REST
@@ -53,11 +57,11 @@ class Clock:
     @contextmanager
     def batch(self) -> Iterator[None]:
         """Surrounds a batch. One that an exception ends is forgotten."""
-        self._open, self._charged = _Batch(), REST
-        self._charge(REST)
+        self._open = _Batch()
+        self.enter(REST)
         try:
             yield
-            self._charge(REST)
+            self.enter(REST)
             self._ended.append(self._open)
         finally:
             self._open = None
@@ -79,32 +83,27 @@ class Clock:
     def enter(self, name: str) -> str:
         """Charge `name` from now on; what was charged before."""
         with self._lock:
-            outer = self._charged
-            self._charge(name)
+            outer, self._charged = self._charged, name
+            if self._open is not None:
+                self._open.names.append(name)
+                self._open.at.append(self._now())
         return outer
 
     def take(self) -> list[dict[str, float]]:
         """The seconds of each part, and of REST, in every batch that ended since the last `take`; waits for the device."""
         ended, self._ended = self._ended, []
         if self._is_cuda and ended:
-            ended[-1].boundaries[-1][1].synchronize()
+            ended[-1].at[-1].synchronize()
         return [self._seconds(batch) for batch in ended]
 
-    def _charge(self, name: str) -> None:
-        self._charged = name
-        if self._open is not None:
-            self._open.boundaries.append((name, self._now()))
-
-    def _now(self) -> Any:
-        if not self._is_cuda:
-            return time.perf_counter()
+    def _event(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
 
     def _seconds(self, batch: _Batch) -> dict[str, float]:
         seconds: dict[str, float] = dict.fromkeys((*PARTS, REST), 0.0)
-        for (name, begun), (_, ended) in zip(batch.boundaries, batch.boundaries[1:], strict=False):
+        for name, begun, ended in zip(batch.names, batch.at, batch.at[1:], strict=False):
             seconds[name] += begun.elapsed_time(ended) / 1e3 if self._is_cuda else ended - begun
         return seconds
 

@@ -18,6 +18,7 @@ from pipeline.measure.clock import PARTS, REST, Between, Clock, Part
 from pipeline.measure.joules import Joules
 from pipeline.measure.memory import (
     SavedBytes,
+    memory_now_bytes,
     peak_device_bytes,
     peak_reserved_bytes,
     peak_rss_bytes,
@@ -37,26 +38,39 @@ T_ = TypeVar("T_")
 
 
 @dataclass
-class _Sums:
-    """Of losses and hits: of a batch, or since the last `take`."""
+class _Learnt:
+    """How learning went, on a batch or since the last `take`: kept as it comes, and summed when it is asked for."""
 
-    loss: Tensor
-    hits: Tensor
+    hit_B: list[Tensor] = field(default_factory=list)
+    """whether each sample's answer was right, of each micro-batch"""
+    losses: list[Tensor] = field(default_factory=list)
+    """of the objectives of each micro-batch"""
+    shares: list[float] = field(default_factory=list)
+    """of each objective: its micro-batch's in the global batch"""
     samples: int = 0
     batches: int = 0
 
-    def add(self, batch: _Sums) -> None:
-        self.loss += batch.loss
-        self.hits += batch.hits
+    def add(self, batch: _Learnt) -> None:
+        self.hit_B += batch.hit_B
+        self.losses += batch.losses
+        self.shares += batch.shares
         self.samples += batch.samples
         self.batches += 1
+
+    def sums(self, device: torch.device) -> Tensor:
+        """Loss, hits and samples."""
+        found = torch.tensor([0.0, 0.0, self.samples], dtype=torch.float64, device=device)
+        if self.losses:
+            found[0] = torch.cat(self.losses).double() @ torch.tensor(self.shares, dtype=torch.float64, device=device)
+            found[1] = torch.cat(self.hit_B).sum()
+        return found
 
 
 @dataclass
 class _Batch:
     """Of the batch at hand: it counts once it has ended."""
 
-    sums: _Sums
+    learnt: _Learnt = field(default_factory=_Learnt)
     backward_calls: int = 0
     state_bytes: int = 0
     """the most that was seen, where bytes are counted"""
@@ -66,7 +80,7 @@ class _Batch:
 class _Window:
     """Since the last `take`."""
 
-    sums: _Sums
+    learnt: _Learnt = field(default_factory=_Learnt)
     batches: int = 0
     """whose seconds are known"""
     seconds: Counter[str] = field(default_factory=Counter)
@@ -127,8 +141,8 @@ class Meters:
         self._inside_s = 0.0
         """of what was entered inside the part between batches that is open"""
         self._losses: list[Tensor] = []
-        self._logits: Tensor | None = None
-        self._window, self._batch = _Window(self._new_sums()), _Batch(self._new_sums())
+        self._logits: list[Tensor] = []
+        self._window, self._batch = _Window(), _Batch()
 
     @contextmanager
     def batch(self, step: int) -> Iterator[None]:
@@ -142,8 +156,8 @@ class Meters:
         operations = Operations(self.network) if counted == "operations" else None
         self._watching = watching = operations or self._asked
         self._begun, self._asked = self._begun + 1, None
-        self._batch = batch = _Batch(self._new_sums())
-        self._logits, self._losses = None, []
+        self._batch = batch = _Batch()
+        self._logits, self._losses = [], []
         if watching is not None:
             self.note_peaks()
         try:
@@ -158,14 +172,14 @@ class Meters:
             if watching is not None:
                 self.forget_peaks()  # an instrument takes memory of its own, which is not training's
         self._steady.append(is_steady)
-        self._window.sums.add(batch.sums)
+        self._window.learnt.add(batch.learnt)
         if counted is not None:
             self._due.remove(counted)
         if saved is not None:
             self.totals.peak_saved_bytes = max(self.totals.peak_saved_bytes or 0, saved.peak)
             self.totals.state_bytes = max(self.totals.state_bytes or 0, batch.state_bytes)
         if operations is not None:
-            self.totals.add_operations(operations.work, batch.sums.samples)
+            self.totals.add_operations(operations.work, batch.learnt.samples)
         self.totals.backward_calls += batch.backward_calls
         self.totals.batches += 1
 
@@ -202,36 +216,35 @@ class Meters:
             self._inside_s = outer + took
 
     def add(self, objective: Objective) -> None:
-        with self.part("metrics"):
-            self._batch.backward_calls += objective.backward is not None
-            self._losses.append(objective.loss)  # summed at the end: a sum at every time step is a kernel at every time step
-            self._logits = objective.logits if self._logits is None else self._logits + objective.logits
-            if self._is_counting:
+        # Summed at the end of a micro-batch, or at `take`: what is done here is done at every time step.
+        self._batch.backward_calls += objective.backward is not None
+        self._losses.append(objective.loss)
+        self._logits.append(objective.logits)
+        if self._is_counting:
+            with self.part("metrics"):
                 self._batch.state_bytes = max(self._batch.state_bytes, state_bytes(self.network))
 
     def end_of_micro_batch(self, target_B: Tensor, share: float) -> None:
         """`share`: of the micro-batch in the global batch, which its losses are weighed with."""
-        assert self._logits is not None, "a rule yields at least one objective"
         with self.part("metrics"):
             wanted_B = target_B if target_B.dim() == 1 else target_B.argmax(-1)  # of a mixed sample, what there is most of
-            sums = self._batch.sums
-            sums.hits += (self._logits.argmax(-1) == wanted_B).sum()
-            sums.samples += len(target_B)
-            sums.loss += torch.stack(self._losses).sum(dtype=torch.float64) * share
-            self._logits, self._losses = None, []
+            learnt = self._batch.learnt
+            learnt.hit_B.append(torch.stack(self._logits).sum(0).argmax(-1) == wanted_B)
+            learnt.losses.append(torch.stack(self._losses))
+            learnt.shares += [share] * len(self._losses)
+            learnt.samples += len(target_B)
+            self._logits, self._losses = [], []
 
     def take(self, reduce: Reduce) -> dict[str, float]:
         """Means since the last `take`, the same on every rank; collective through `reduce`, which sums over ranks."""
         self._account()
-        window, self._window = self._window, _Window(self._new_sums())
-        own = window.sums
-        samples = torch.tensor(float(own.samples), dtype=torch.float64, device=self.device)
-        loss, hits, samples = reduce(torch.stack([own.loss, own.hits, samples])).tolist()
+        window, self._window = self._window, _Window()
+        loss, hits, samples = reduce(window.learnt.sums(self.device)).tolist()
         seconds = sum(window.seconds.values())
         self.busy_s = seconds - window.seconds["communication"]
         batches = max(1, window.batches)
         return {
-            "loss": loss / own.batches if own.batches else math.nan,  # nothing was learnt from
+            "loss": loss / window.learnt.batches if window.learnt.batches else math.nan,  # nothing was learnt from
             "top1": hits / max(1.0, samples),
             "images_per_s": window.batches * self.batch_size / max(seconds, 1e-9),
             **{f"{name}_s": window.seconds[name] / batches for name in (*PARTS, REST)},
@@ -254,8 +267,13 @@ class Meters:
         self._joules_then = now
 
     def forget_peaks(self) -> None:
-        """Start the peaks anew: what was held, and used, before is not training's."""
-        release_freed_memory()
+        """Start the peaks anew: what was held, and used, before is not training's.
+
+        What was held and is free goes back to the kernel where it would be told as training's; else training keeps it, and is
+        not given it again page by page.
+        """
+        if memory_now_bytes() > self.totals.peak_rss_bytes:
+            release_freed_memory()
         reset_peak_rss()
         reset_peak_device_bytes()
         self._joules_then = self._joules.read()
@@ -279,10 +297,6 @@ class Meters:
         if step % self.operations_every == 2:
             self._due.add("operations")
         return "bytes" if "bytes" in self._due else "operations" if "operations" in self._due else None
-
-    def _new_sums(self) -> _Sums:
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        return _Sums(loss=zero, hits=zero.clone())
 
     def _account(self) -> None:
         """Take what the clock has measured since the last time."""
