@@ -32,6 +32,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -136,9 +137,7 @@ def main() -> None:
     x_TB, target_B = repeat(torch.randn(size, 1, 28, 28), recipe.time_steps), torch.randint(10, (size,))
     trained = Trained(recipe.model.build(), arguments.rule, x_TB, target_B)
 
-    def meters(**often: int) -> Meters:
-        return Meters(trained.network, batch_size=size, device=torch.device("cpu"), **often)
-
+    meters = partial(Meters, trained.network, batch_size=size, device=torch.device("cpu"))
     measured, silent = Measured(trained, meters()), Measured(trained, NoMeters())
     counting = Measured(trained, meters(memory_every=10**9, operations_every=ROUND))
     for each in (silent, counting):

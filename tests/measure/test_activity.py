@@ -95,7 +95,7 @@ def test_no_class_is_left_out_where_classes_take_turns(classes: int) -> None:
     activity = Activity(nn.Sequential(LIF()), every=8)
     with activity.batch(torch.arange(10_000)):
         (layer,) = activity._layers
-    counts = torch.bincount(layer.counted_C % classes, minlength=classes)
+    counts = torch.bincount(layer.drawn.place_C % classes, minlength=classes)
     fair = 10_000 / 8 / classes
     assert (counts - fair).abs().max() < 4 * fair**0.5 and counts.min() > 0
 

@@ -169,6 +169,18 @@ def test_operations_are_the_rules_alone() -> None:
     assert [each.flops for each in traffic.operations if each.flops] == [16]
 
 
+@pytest.mark.parametrize("above", [0, 1])
+def test_what_is_free_is_given_back_where_it_would_be_told_as_trainings(
+    meters: Meters, monkeypatch: pytest.MonkeyPatch, above: int
+) -> None:
+    given_back = []
+    monkeypatch.setattr("pipeline.measure.meters.memory_now_bytes", lambda: meters.totals.peak_rss_bytes + above)
+    monkeypatch.setattr("pipeline.measure.meters.release_freed_memory", lambda: given_back.append(True))
+    meters.note_peaks()
+    meters.forget_peaks()
+    assert len(given_back) == above
+
+
 def test_totals_over_ranks_take_the_largest_peak(meters: Meters) -> None:
     meters.totals = Totals(peak_saved_bytes=5, state_bytes=7, steady_batches=3)
     found = meters.over_ranks(lambda peaks: peaks + 1, lambda mean: mean)

@@ -55,3 +55,12 @@ def test_even_is_one_magnitude_in_each_row() -> None:
     assert not is_even(torch.tensor([[0.0, 1.0, 2.0], [0.3, 0.3, 0.0]]))
     assert is_even(torch.zeros(2, 0)) and is_even(torch.zeros(2, 3))
     assert is_even(torch.tensor([[1.0], [-1.0], [0.0]])) and not is_even(torch.tensor([[2.0], [1.0]]))
+
+
+@pytest.mark.parametrize("where", [0, 1500, 9999])
+@pytest.mark.parametrize("rows", [1, 4, 10_000])
+def test_one_number_among_many_is_enough_not_to_be_even(rows: int, where: int) -> None:
+    x_OI = torch.arange(10_000.0).remainder(2).reshape(rows, -1)
+    assert is_even(x_OI)
+    x_OI.flatten()[where] = 0.5
+    assert not is_even(x_OI)
