@@ -112,7 +112,9 @@ class Measured:
         batches = ((x_TB[:, : len(index_B)], target_B[: len(index_B)], index_B) for index_B in ids)
         measures = isinstance(self.meters, Meters)
         if isinstance(self.meters, Meters):
+            of_training = self.meters.totals.peak_rss_bytes
             self.meters.note_peaks()
+            self.meters.totals.peak_rss_bytes = of_training  # whoever evaluates without meters leaves its peak to the next
         with nullcontext() if measures else patch("pipeline.evaluate.Activity", NoActivity):
             evaluate(self.trained.network, batches, CrossEntropy(), counts_operations=is_last)
         if isinstance(self.meters, Meters):
@@ -163,12 +165,14 @@ def costs(rule_name: str, size: int, batches: int, evaluations: int) -> Costs:
     never = 10**9
     meters = partial(Meters, trained.network, batch_size=size, device=torch.device("cpu"))
     silent = Measured(trained, NoMeters())
-    plain = Measured(trained, meters(memory_every=never, operations_every=never))
+    of_training = meters(memory_every=never, operations_every=never)
+    plain = Measured(trained, of_training)
     of_bytes = Measured(trained, meters(memory_every=ROUND, operations_every=never))
     of_operations = Measured(trained, meters(memory_every=never, operations_every=ROUND))
     for each in (silent, plain, of_bytes, of_operations):
         each.steps_of(ROUND)
     batch, (batch_more,) = in_turn(batches, silent.step, plain.step)
+    of_training.note_peaks()
     _, counted_more = in_turn(evaluations, *(partial(each.steps_of, ROUND) for each in (silent, of_bytes, of_operations)))
     bytes_more, operations_more = (more - ROUND * batch_more for more in counted_more)
     evaluation, (evaluation_more, last_more) = in_turn(
@@ -185,11 +189,12 @@ def of_training(found: Costs) -> float:
 
 def of_a_run(found: Costs, *, epochs: int, size: int) -> float:
     """And to so many epochs with an evaluation after each."""
-    steps = epochs * TRAINED_ON // size
-    more = steps * found.batch_more + (epochs - 1) * found.evaluation_more + found.last_more
+    steps = epochs * (TRAINED_ON // size)
+    plain = steps - epochs  # but for those that an evaluation is timed with
+    more = plain * found.batch_more + (epochs - 1) * found.evaluation_more + found.last_more
     more += math.ceil((steps - 1) / MEMORY_EVERY) * found.bytes_more
     more += math.ceil((steps - 2) / OPERATIONS_EVERY) * found.operations_more
-    return more / (steps * found.batch + epochs * found.evaluation)
+    return more / (plain * found.batch + epochs * found.evaluation)
 
 
 def main() -> None:

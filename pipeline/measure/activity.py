@@ -133,7 +133,7 @@ class _Drawn:
         key = steps, batch, s_TB.device
         if key not in self._rows:  # of each layer alike
             rows_TC = torch.arange(steps)[:, None] * batch + self.place_C
-            self._rows[key] = rows_TC.to(s_TB.device)
+            self._rows[key] = rows_TC.to(s_TB.device, non_blocking=True)
         return self._rows[key]
 
 

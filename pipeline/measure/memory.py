@@ -26,8 +26,11 @@ __all__ = [
     "peak_reserved_bytes",
     "peak_rss_bytes",
     "pss_bytes",
+    "release_reserved_bytes",
+    "reserved_bytes",
     "reset_peak_device_bytes",
     "reset_peak_rss",
+    "rss_bytes",
     "told_hardware",
 ]
 
@@ -157,11 +160,14 @@ def pss_bytes() -> int:
     return (_proc_kilobytes("/proc/self/smaps_rollup", "Pss:") or 0) * 1024
 
 
+def rss_bytes() -> int:
+    """Resident memory of this process now; 0 where the kernel does not tell."""
+    return (_proc_kilobytes("/proc/self/status", "VmRSS:") or 0) * 1024
+
+
 def memory_now_bytes() -> int:
     """What training occupies now: the allocator's bytes on a GPU, resident memory on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated()
-    return (_proc_kilobytes("/proc/self/status", "VmRSS:") or 0) * 1024
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else rss_bytes()
 
 
 def free_bytes() -> int:
@@ -193,6 +199,17 @@ def peak_device_bytes() -> int:
 def peak_reserved_bytes() -> int:
     """Likewise what the allocator had taken from the device, held by tensors or kept for the next: what must fit the card."""
     return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+
+
+def release_reserved_bytes() -> None:
+    """Hand what torch's allocator keeps for the next tensors back to the device; nothing to do on a CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def reserved_bytes() -> int:
+    """What torch's allocator has taken from the device now; 0 on a CPU."""
+    return torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
 
 
 def hardware() -> dict[str, Any]:

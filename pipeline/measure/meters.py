@@ -18,13 +18,15 @@ from pipeline.measure.clock import PARTS, REST, Between, Clock, Part
 from pipeline.measure.joules import Joules
 from pipeline.measure.memory import (
     SavedBytes,
-    memory_now_bytes,
     peak_device_bytes,
     peak_reserved_bytes,
     peak_rss_bytes,
     pss_bytes,
+    release_reserved_bytes,
+    reserved_bytes,
     reset_peak_device_bytes,
     reset_peak_rss,
+    rss_bytes,
 )
 from pipeline.measure.operations import Operations
 from pipeline.measure.sampled import MEMORY_EVERY, OPERATIONS_EVERY
@@ -141,7 +143,7 @@ class Meters:
         self._inside_s = 0.0
         """of what was entered inside the part between batches that is open"""
         self._losses: list[Tensor] = []
-        self._logits: list[Tensor] = []
+        self._logits: Tensor | None = None
         self._window, self._batch = _Window(), _Batch()
 
     @contextmanager
@@ -157,7 +159,7 @@ class Meters:
         self._watching = watching = operations or self._asked
         self._begun, self._asked = self._begun + 1, None
         self._batch = batch = _Batch()
-        self._logits, self._losses = [], []
+        self._logits, self._losses = None, []
         if watching is not None:
             self.note_peaks()
         try:
@@ -216,24 +218,25 @@ class Meters:
             self._inside_s = outer + took
 
     def add(self, objective: Objective) -> None:
-        # Summed at the end of a micro-batch, or at `take`: what is done here is done at every time step.
+        # What is done here is done at every time step, so losses wait for `take`.
         self._batch.backward_calls += objective.backward is not None
         self._losses.append(objective.loss)
-        self._logits.append(objective.logits)
+        self._logits = objective.logits if self._logits is None else self._logits + objective.logits
         if self._is_counting:
             with self.part("metrics"):
                 self._batch.state_bytes = max(self._batch.state_bytes, state_bytes(self.network))
 
     def end_of_micro_batch(self, target_B: Tensor, share: float) -> None:
         """`share`: of the micro-batch in the global batch, which its losses are weighed with."""
+        assert self._logits is not None, "a rule yields at least one objective"
         with self.part("metrics"):
             wanted_B = target_B if target_B.dim() == 1 else target_B.argmax(-1)  # of a mixed sample, what there is most of
             learnt = self._batch.learnt
-            learnt.hit_B.append(torch.stack(self._logits).sum(0).argmax(-1) == wanted_B)
+            learnt.hit_B.append(self._logits.argmax(-1) == wanted_B)
             learnt.losses.append(torch.stack(self._losses))
             learnt.shares += [share] * len(self._losses)
             learnt.samples += len(target_B)
-            self._logits, self._losses = [], []
+            self._logits, self._losses = None, []
 
     def take(self, reduce: Reduce) -> dict[str, float]:
         """Means since the last `take`, the same on every rank; collective through `reduce`, which sums over ranks."""
@@ -269,11 +272,13 @@ class Meters:
     def forget_peaks(self) -> None:
         """Start the peaks anew: what was held, and used, before is not training's.
 
-        What was held and is free goes back to the kernel where it would be told as training's; else training keeps it, and is
-        not given it again page by page.
+        What was held and is free goes back to the kernel, or the device, where it would be told as training's peak; else training
+        keeps it, and is not given it again page by page.
         """
-        if memory_now_bytes() > self.totals.peak_rss_bytes:
+        if rss_bytes() > self.totals.peak_rss_bytes:
             release_freed_memory()
+        if reserved_bytes() > self.totals.peak_reserved_bytes:
+            release_reserved_bytes()
         reset_peak_rss()
         reset_peak_device_bytes()
         self._joules_then = self._joules.read()

@@ -62,6 +62,15 @@ def test_loss_hits_and_time_of_known_batches(meters: Meters, host: Host) -> None
     assert meters.take(same)["top1"] == 1.0  # the window began anew
 
 
+def test_each_loss_is_weighed_with_the_share_of_its_micro_batch(meters: Meters) -> None:
+    with meters.batch(0):
+        for losses, share in (([1.0], 0.25), ([0.5, 2.0, 0.25], 0.75)):
+            for loss in losses:
+                meters.add(Objective(None, torch.tensor(loss), torch.zeros(2, 2)))
+            meters.end_of_micro_batch(torch.tensor([0, 1]), share)
+    assert meters.take(same)["loss"] == 0.25 * 1.0 + 0.75 * 2.75
+
+
 def test_a_teachers_seconds_are_its_own(meters: Meters, host: Host) -> None:
     with meters.batch(0):
         with meters.part("teacher"):
@@ -169,16 +178,23 @@ def test_operations_are_the_rules_alone() -> None:
     assert [each.flops for each in traffic.operations if each.flops] == [16]
 
 
+@pytest.mark.parametrize("of", ["rss", "reserved"])
 @pytest.mark.parametrize("above", [0, 1])
 def test_what_is_free_is_given_back_where_it_would_be_told_as_trainings(
-    meters: Meters, monkeypatch: pytest.MonkeyPatch, above: int
+    meters: Meters, monkeypatch: pytest.MonkeyPatch, of: str, above: int
 ) -> None:
-    given_back = []
-    monkeypatch.setattr("pipeline.measure.meters.memory_now_bytes", lambda: meters.totals.peak_rss_bytes + above)
-    monkeypatch.setattr("pipeline.measure.meters.release_freed_memory", lambda: given_back.append(True))
+    """Of the host and of a card, each by its own peak."""
+    bytes_now = {"rss": 5_000_000, "reserved": 20_000_000}
+    given_back: list[str] = []
+    for each in bytes_now:
+        monkeypatch.setattr(f"pipeline.measure.meters.peak_{each}_bytes", lambda each=each: bytes_now[each])
+        monkeypatch.setattr(f"pipeline.measure.meters.{each}_bytes", lambda each=each: bytes_now[each])
+    monkeypatch.setattr("pipeline.measure.meters.release_freed_memory", lambda: given_back.append("rss"))
+    monkeypatch.setattr("pipeline.measure.meters.release_reserved_bytes", lambda: given_back.append("reserved"))
     meters.note_peaks()
+    bytes_now[of] += above
     meters.forget_peaks()
-    assert len(given_back) == above
+    assert given_back == [of] * above
 
 
 def test_totals_over_ranks_take_the_largest_peak(meters: Meters) -> None:
