@@ -142,6 +142,8 @@ class Background:
             while not note.exists():
                 if self._failure(rank).exists():
                     raise Abandoned(f"checkpoint {self.name}: worker {rank} could not write its part")
+                if not self.temp.is_dir():
+                    raise Abandoned(f"checkpoint {self.name}: {self.temp} is gone, as if another driver had taken the place over")
                 if self._nobody_waits.is_set() and time.monotonic() > patience:
                     raise Abandoned(f"checkpoint {self.name}: the part of worker {rank} is missing")
                 time.sleep(POLL_S)

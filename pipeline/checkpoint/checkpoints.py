@@ -222,7 +222,7 @@ class Checkpoints:
 
     def _tidy(self, name: str) -> None:
         self.place.tidy(name)
-        prune(self.place, keep=self.keep)
+        prune(self.place, name, keep=self.keep)
 
     def _agree(self, flight: _InFlight, outcome: Future[None]) -> None:
         """Every rank's outcome is good, or every rank raises what the first bad one was, and what was written is deleted."""

@@ -32,7 +32,7 @@ def own_folder(staging: Path) -> Path:
 def sweep(staging: Path) -> None:
     """Delete the folders of processes that are gone; what cannot be deleted stays."""
     for lock in staging.glob(f"{_LOCK}*"):
-        with suppress(OSError), lock.open() as handle:  # a BlockingIOError: its process lives
+        with suppress(OSError), lock.open("r+") as handle:  # a BlockingIOError: its process lives; NFS locks what may be written
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove(lock)
 
@@ -48,8 +48,10 @@ def _locked(staging: Path) -> tuple[Path, IO[str]]:
 
 
 def _remove(lock: Path) -> None:
-    shutil.rmtree(_folder_of(lock), ignore_errors=True)
-    lock.unlink(missing_ok=True)
+    folder = _folder_of(lock)
+    shutil.rmtree(folder, ignore_errors=True)
+    if not folder.exists():  # else the next sweep finds it by its lock
+        lock.unlink(missing_ok=True)
 
 
 def _folder_of(lock: Path) -> Path:

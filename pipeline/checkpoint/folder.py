@@ -89,7 +89,7 @@ class Folder:
         for abandoned in (*self.folder.glob(f"{WRITING}*"), *self.folder.glob(f"{_DELETING}*")):
             shutil.rmtree(abandoned, ignore_errors=True)
         for marker in self.folder.glob(f"{MARKER}*"):
-            marker.unlink()
+            marker.unlink(missing_ok=True)
 
     def _delete(self, path: Path, name: str) -> None:
         """Under a name from which nothing comes back."""

@@ -130,13 +130,15 @@ def verified(place: Place, which: str = "last") -> Path:
     raise CheckpointError(f"{place.address('')}: needs a checkpoint {kind}; got none")
 
 
-def prune(place: Place, *, keep: int) -> None:
-    """Delete all but the newest `keep`, the one with the best score, and what is pinned.
+def prune(place: Place, saved: str, *, keep: int) -> None:
+    """Of `saved` and what is older delete all but the newest `keep`, the one with the best score, and what is pinned.
+
+    One that is newer is not this driver's, and may be hollow: its manifest was under way when the place was taken over.
 
     Raises:
         OSError: the score of one cannot be read now, and may be the best: it stays, beside the best of the others.
     """
-    names = place.names()
+    names = [name for name in place.names() if name <= saved]
     if len(names) <= keep:
         return
     scores: dict[str, float] = {}

@@ -20,7 +20,8 @@ def fingerprint(values: Iterable[Tensor]) -> int:
     total = torch.zeros((), dtype=torch.int64)
     for index, value in enumerate(values):
         bits = value.detach().contiguous().view(_INTEGERS[value.element_size()]).flatten().to(torch.int64)
-        places = torch.arange(len(bits), device=bits.device) % _PERIOD + index + 1
+        # Odd: modulo 2^64 an even number loses the highest bit.
+        places = 2 * (torch.arange(len(bits), device=bits.device) % _PERIOD + index) + 1
         total += (bits * places).sum().cpu()
     return int(total)
 

@@ -26,6 +26,7 @@ class Watchdog:
         self._path = run / FOLDER / f"rank{rank}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
         self._file: IO[str] | None = None
         self._armed = 0.0
+        self._is_off = False
 
     def __enter__(self) -> Watchdog:
         if self.patience_s > 0:
@@ -43,7 +44,7 @@ class Watchdog:
 
     def beat(self) -> None:
         """It goes on."""
-        if self._file is not None and time.monotonic() - self._armed > _ARMED_ANEW * self.patience_s:
+        if self._file is not None and not self._is_off and time.monotonic() - self._armed > _ARMED_ANEW * self.patience_s:
             self._arm()
 
     @contextmanager
@@ -51,9 +52,11 @@ class Watchdog:
         """Nobody watches inside, where one worker may rightly be busy for longer and the others wait for it."""
         if self._file is not None:
             faulthandler.cancel_dump_traceback_later()
+        self._is_off = True
         try:
             yield
         finally:
+            self._is_off = False
             if self._file is not None:
                 self._arm()
 

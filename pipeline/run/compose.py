@@ -132,7 +132,8 @@ def _found(job: Job, recipe: Recipe, ranks: Ranks, tracker: Tracker, watchdog: W
         on_unwritten=lambda step, error: tracker.event("unwritten", sync=True, step=step, error=error),
         beat=watchdog.beat,
     )
-    return checkpoints, patient(lambda: _newest(checkpoints, recipe, Path(job.run), trust=job.trust))
+    with watchdog.off():  # worker 0 may fetch and verify for longer than a batch takes
+        return checkpoints, patient(lambda: _newest(checkpoints, recipe, Path(job.run), trust=job.trust))
 
 
 def _tell_waiting(tracker: Tracker, error: str) -> None:

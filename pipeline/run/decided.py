@@ -6,13 +6,18 @@ after the newest of them is lost with it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pipeline.guards.batches import FILE as SKIPPED
+from pipeline.guards.batches import Skipped
 from pipeline.guards.damaged import FILE as DAMAGED
+from pipeline.guards.damaged import Damage
 from pipeline.guards.fitting import FILE as MICRO_BATCH
+from pipeline.guards.fitting import limit_of
 from pipeline.recipe import read_json, write_json
 
 FILES = (SKIPPED, DAMAGED, MICRO_BATCH)
@@ -24,7 +29,20 @@ def decided(run: Path) -> dict[str, Any]:
 
 
 def adopt(run: Path, told: Mapping[str, Any]) -> None:
-    """Write down what a checkpoint tells and the run's folder does not; what that says is newer, and stays."""
-    for name in FILES:
-        if name in told and not (run / name).exists():
-            write_json(run / name, told[name])
+    """Write down what a checkpoint tells and the run's folder does not.
+
+    Either may know more: the folder has what was decided after the checkpoint, and a copy of it lacks what was decided since.
+    Decisions go one way, so the further one stands.
+
+    Raises: Refused: a file in the folder is damaged.
+    """
+    if SKIPPED in told and told[SKIPPED]["rollbacks"] > Skipped.read(run).rollbacks:
+        write_json(run / SKIPPED, told[SKIPPED])
+    if DAMAGED in told:
+        known = json.loads(json.dumps(asdict(Damage.read(run))))["pages"]
+        if new := [page for page in told[DAMAGED]["pages"] if page not in known]:
+            write_json(run / DAMAGED, {"pages": [*known, *new]})
+    if MICRO_BATCH in told:
+        limit = limit_of(run)
+        if limit is None or told[MICRO_BATCH] < limit:
+            write_json(run / MICRO_BATCH, told[MICRO_BATCH])

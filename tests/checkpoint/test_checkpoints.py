@@ -266,3 +266,12 @@ def test_each_rank_gets_its_own_running_statistics_back(tmp_path: Path) -> None:
     save(Checkpoints(Folder(tmp_path), attempt="a"), 1, made, Counting(), TRAINER, buffers=own)
     restore(Checkpoints(Folder(tmp_path), attempt="b"), made, Counting())
     assert made.network.running_mean.item() == 1.0  # type: ignore[union-attr, operator]
+
+
+def test_one_that_is_newer_than_what_is_saved_takes_nobodys_room(tmp_path: Path) -> None:
+    """Its manifest came late, of a driver whose place was taken over."""
+    save(Checkpoints(Folder(tmp_path), attempt="a", keep=1), 5, backend(), Counting(), TRAINER)
+    later = Checkpoints(Folder(tmp_path), attempt="b", keep=1)
+    for step in (1, 2):
+        save(later, step, backend(), Counting(), TRAINER)
+    assert Folder(tmp_path).names() == ["step_00000002", "step_00000005"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import uuid
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint import Checkpoints, damage, place_at
+from pipeline.checkpoint.fetched import sweep
 from tests.checkpoint.few import TRAINER, Counting, backend, save
 
 pytestmark = pytest.mark.timeout(60)
@@ -68,3 +70,17 @@ def test_a_file_that_is_gone_since_it_was_verified_is_an_error_and_nothing_is_lo
         checkpoints.load(path, made, rule)
     assert rule.feedback.tolist() == [0.0] * 3  # type: ignore[operator]
     assert all(a.equal(b) for a, b in zip(before, made.network.parameters(), strict=True))
+
+
+def test_a_folder_that_cannot_be_deleted_keeps_its_lock_by_which_the_next_sweep_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, folder = tmp_path / ".fetching-a", tmp_path / ".fetched-a"
+    lock.touch()
+    folder.mkdir()
+    with monkeypatch.context() as refusing:
+        refusing.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+        sweep(tmp_path)
+    assert lock.exists() and folder.exists()
+    sweep(tmp_path)
+    assert not lock.exists() and not folder.exists()

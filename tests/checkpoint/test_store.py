@@ -237,14 +237,14 @@ def test_a_request_that_failed_deletes_nothing(tmp_path: Path, monkeypatch: pyte
         ("step_00000001-a/manifest.json", place.sweep),
         ("step_00000003-a/manifest.json", lambda: verified(place)),
         ("step_00000003-a/manifest.json", lambda: place.finish(tmp_path / "temp", "step_00000003")),
-        ("step_00000002.pinned", lambda: prune(place, keep=1)),
+        ("step_00000002.pinned", lambda: prune(place, "step_00000003", keep=1)),
     ):
         lost.append(file)
         with pytest.raises(OSError, match="Socket is closed"):
             ask()
         assert paths(address) == there and not lost
     place.sweep()
-    prune(place, keep=1)
+    prune(place, "step_00000003", keep=1)
     assert paths(address) == there
 
 

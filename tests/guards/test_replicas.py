@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -35,9 +36,12 @@ def test_every_bit_and_every_place_counts(dtype: torch.dtype) -> None:
     assert fingerprint(network(dtype).parameters()) == before
     weight = model[0].weight.data  # type: ignore[union-attr, operator]
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-    weight.view(kind)[3, 2] ^= 1
-    assert fingerprint(model.parameters()) != before
-    weight.view(kind)[3, 2] ^= 1
+    bits = 8 * weight.element_size()
+    for row, column, bit in product((0, 3), (2, 3), range(bits)):
+        flip = 1 << bit if bit < bits - 1 else -1 << bit
+        weight.view(kind)[row, column] ^= flip
+        assert fingerprint(model.parameters()) != before, (row, column, bit)
+        weight.view(kind)[row, column] ^= flip
     weight[[0, 1]] = weight[[1, 0]]
     assert fingerprint(model.parameters()) != before
 

@@ -55,6 +55,8 @@ from pipeline.guards.watchdog import Watchdog
 
 with Watchdog(Path(sys.argv[1]), rank=0, patience_s=3.0) as watchdog:
     with watchdog.off():
+        time.sleep(0.5)
+        watchdog.beat()  # of a pause between two tries, say
         time.sleep(3.5)
     watchdog.beat()
 """
