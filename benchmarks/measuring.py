@@ -3,8 +3,8 @@
 Command:  python -m benchmarks.measuring [--rule sltt|bptt] [--processes 6] [--batches 200] [--evaluations 4]
 Result:   one thread of 2 cores of an Intel Xeon, torch 2.13, T = 4
 
-    SLTT, batch 104, commit 0340ab195497 with this file, 4 processes, on a machine whose memory others used: batches 93 to 110 ms,
-    which had been 70 to 77 an hour before. NOT under 1 %:
+    SLTT, batch 104, commit 0340ab195497 with this file of d5f0fdd, 4 processes, on a machine whose memory others used: batches
+    93 to 110 ms, which had been 70 to 77 an hour before. NOT under 1 %:
 
     a long training       +1.49 %, of a process +0.92 to +2.06 %
     an evaluation         +6.04 %, of a process +4.24 to +8.59 %

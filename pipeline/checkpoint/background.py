@@ -28,7 +28,7 @@ POLL_S = 0.05
 WAIT_S = 1.0
 """that training waits for the thread without a sign of life"""
 LONGEST_S = 1800.0
-"""from its beginning, that a thread which lives is taken to get on: how far an upload is shows nowhere"""
+"""from its beginning, that a thread which lives is taken to get on: how far an upload is, or a download, shows nowhere"""
 
 
 class Abandoned(RuntimeError):

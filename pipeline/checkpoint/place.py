@@ -133,7 +133,7 @@ def verified(place: Place, which: str = "last") -> Path:
 def prune(place: Place, saved: str, *, keep: int) -> None:
     """Of `saved` and what is older delete all but the newest `keep`, the one with the best score, and what is pinned.
 
-    One that is newer is not this driver's, and may be hollow: its manifest was under way when the place was taken over.
+    One that is newer is not this attempt's, and may be hollow: its manifest was under way when the place was taken over.
 
     Raises:
         OSError: the score of one cannot be read now, and may be the best: it stays, beside the best of the others.

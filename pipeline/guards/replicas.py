@@ -20,7 +20,7 @@ def fingerprint(values: Iterable[Tensor]) -> int:
     total = torch.zeros((), dtype=torch.int64)
     for index, value in enumerate(values):
         bits = value.detach().contiguous().view(_INTEGERS[value.element_size()]).flatten().to(torch.int64)
-        # Odd: modulo 2^64 an even number loses the highest bit.
+        # Odd: modulo 2^64 an even one loses the highest bit. (Two values that differ in it alone may change places.)
         places = 2 * (torch.arange(len(bits), device=bits.device) % _PERIOD + index) + 1
         total += (bits * places).sum().cpu()
     return int(total)

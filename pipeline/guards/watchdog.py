@@ -60,6 +60,19 @@ class Watchdog:
             if self._file is not None:
                 self._arm()
 
+    @contextmanager
+    def patient(self, seconds: float) -> Iterator[None]:
+        """A sign of life is due every so many seconds inside, where its own patience is shorter."""
+        own, self.patience_s = self.patience_s, max(self.patience_s, seconds)
+        if self._file is not None:
+            self._arm()
+        try:
+            yield
+        finally:
+            self.patience_s = own
+            if self._file is not None:
+                self._arm()
+
     def _arm(self) -> None:
         assert self._file is not None, "inside"
         self._armed = time.monotonic()

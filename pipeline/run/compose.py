@@ -18,6 +18,7 @@ from pipeline.backend.base import Backend
 from pipeline.backend.plain import Plain
 from pipeline.build import attached_rule, build_mixing, build_network
 from pipeline.checkpoint import Checkpoints, Owned, check_shared, lost_step, place_at, read_trainer, step_name
+from pipeline.checkpoint.background import LONGEST_S
 from pipeline.code import check_same_code
 from pipeline.data.base import Data
 from pipeline.data.care import ONE_IN, Care
@@ -132,7 +133,7 @@ def _found(job: Job, recipe: Recipe, ranks: Ranks, tracker: Tracker, watchdog: W
         on_unwritten=lambda step, error: tracker.event("unwritten", sync=True, step=step, error=error),
         beat=watchdog.beat,
     )
-    with watchdog.off():  # worker 0 may fetch and verify for longer than a batch takes
+    with watchdog.patient(LONGEST_S):  # while worker 0 fetches and verifies; as for one that is written
         return checkpoints, patient(lambda: _newest(checkpoints, recipe, Path(job.run), trust=job.trust))
 
 

@@ -6,7 +6,6 @@ after the newest of them is lost with it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -39,8 +38,9 @@ def adopt(run: Path, told: Mapping[str, Any]) -> None:
     if SKIPPED in told and told[SKIPPED]["rollbacks"] > Skipped.read(run).rollbacks:
         write_json(run / SKIPPED, told[SKIPPED])
     if DAMAGED in told:
-        known = json.loads(json.dumps(asdict(Damage.read(run))))["pages"]
-        if new := [page for page in told[DAMAGED]["pages"] if page not in known]:
+        known = [dict(asdict(page), samples=[list(each) for each in page.samples]) for page in Damage.read(run).pages]
+        samples = [page["samples"] for page in known]  # by which a page is known, wherever its file lies
+        if new := [page for page in told[DAMAGED]["pages"] if page["samples"] not in samples]:
             write_json(run / DAMAGED, {"pages": [*known, *new]})
     if MICRO_BATCH in told:
         limit = limit_of(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -319,3 +320,13 @@ def test_two_ranks_make_one_checkpoint_and_fail_together(tmp_path: Path) -> None
     assert first["left"] == [".writing-b-step_00000006", "step_00000001", "step_00000002"]
     written = {path.name for path in (tmp_path / "checkpoints" / "step_00000002").iterdir()}
     assert {"rng_rank0.pt", "rng_rank1.pt", "manifest.json"} < written and not any(name.startswith(".") for name in written)
+
+
+def test_who_waits_in_a_folder_that_is_gone_says_so(tmp_path: Path) -> None:
+    """Another driver has taken the place over and swept it, with the part of worker 1."""
+    about = {"attempt": "a", "rank": 0, "ranks": 2, "on_whole": lambda: None}
+    writing = background.Background(Folder(tmp_path), "step_00000001", {"config.json": "{}"}, **about)
+    writing.part.result(20)
+    shutil.rmtree(writing.temp)
+    with pytest.raises(background.Abandoned, match="is gone, as if another driver"):
+        writing.whole.result(20)

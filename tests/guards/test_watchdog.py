@@ -60,14 +60,34 @@ with Watchdog(Path(sys.argv[1]), rank=0, patience_s=3.0) as watchdog:
         time.sleep(3.5)
     watchdog.beat()
 """
+PATIENT = """
+import sys, time
+from pathlib import Path
+from pipeline.guards.watchdog import Watchdog
+
+with Watchdog(Path(sys.argv[1]), rank=0, patience_s=2.0) as watchdog:
+    with watchdog.patient(60.0):
+        time.sleep(1.0)
+        watchdog.beat()
+        time.sleep(2.5)
+    with watchdog.patient(0.1):  # of two the longer
+        time.sleep(1.0)
+"""
 
 
-@pytest.mark.parametrize("code", [GOES_ON, OFF], ids=["what beats", "what is off"])
+@pytest.mark.parametrize("code", [GOES_ON, OFF, PATIENT], ids=["what beats", "what is off", "what may take longer"])
 def test_nobody_else_is_ended_and_nothing_is_left(tmp_path: Path, code: str) -> None:
     """In a process of its own, which is what a watchdog ends."""
     ran = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stderr
     assert list((tmp_path / FOLDER).iterdir()) == []
+
+
+def test_what_takes_longer_than_the_longer_patience_hangs(tmp_path: Path) -> None:
+    code = HANGS.replace("    waits_for_ever()", "    with watchdog.patient(2.0):\n        waits_for_ever()")
+    began = time.monotonic()
+    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 1 and 2.0 < time.monotonic() - began < 30
 
 
 def test_without_patience_nobody_watches(tmp_path: Path) -> None:
@@ -97,6 +117,9 @@ def waits_for_ever(*parts):
 
 if sys.argv[2] == "hangs":
     compose.build_backend = waits_for_ever
+elif sys.argv[2] == "restores":
+    newest = compose._newest
+    compose._newest = lambda *given, **more: time.sleep(6.0) or newest(*given, **more)
 else:
     background._write = slowly
 job = make_run(Path(sys.argv[1]), small_recipe(epochs=1, checkpoint_every=0))
@@ -112,6 +135,10 @@ def test_a_worker_that_hangs_before_it_trains_is_ended(tmp_path: Path) -> None:
     assert worked(tmp_path / "run", "hangs") == 1
     [file] = (tmp_path / "run" / FOLDER).iterdir()
     assert "waits_for_ever" in file.read_text()
+
+
+def test_a_checkpoint_that_takes_longer_to_restore_ends_nobody(tmp_path: Path) -> None:
+    assert worked(tmp_path / "run", "restores") == 0
 
 
 def test_a_checkpoint_that_takes_longer_to_write_ends_nobody(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ def test_the_further_decision_stands_of_a_folder_and_a_checkpoint(tmp_path: Path
     adopt(tmp_path, of(2, [3, 5], 4))
     adopt(tmp_path, of(1, [3], 8))
     assert decided(tmp_path) == of(2, [3, 5], 4)
-    adopt(tmp_path, of(3, [5, 7], 2))
+    moved = {**page(5), "file": "elsewhere"}
+    adopt(tmp_path, of(3, [7], 2) | {DAMAGED: {"pages": [moved, page(7)]}})
     assert decided(tmp_path) == of(3, [3, 5, 7], 2)
     assert [each.number for each in Damage.read(tmp_path).pages] == [3, 5, 7]
 
