@@ -218,12 +218,11 @@ class Meters:
             self._inside_s = outer + took
 
     def add(self, objective: Objective) -> None:
-        # What is done here is done at every time step, so losses wait for `take`.
-        self._batch.backward_calls += objective.backward is not None
-        self._losses.append(objective.loss)
-        self._logits = objective.logits if self._logits is None else self._logits + objective.logits
-        if self._is_counting:
-            with self.part("metrics"):
+        with self.part("metrics"):
+            self._batch.backward_calls += objective.backward is not None
+            self._losses.append(objective.loss)  # summed at `take`: a sum at every time step is a kernel at every time step
+            self._logits = objective.logits if self._logits is None else self._logits + objective.logits
+            if self._is_counting:
                 self._batch.state_bytes = max(self._batch.state_bytes, state_bytes(self.network))
 
     def end_of_micro_batch(self, target_B: Tensor, share: float) -> None:
