@@ -112,9 +112,9 @@ class Measured:
         batches = ((x_TB[:, : len(index_B)], target_B[: len(index_B)], index_B) for index_B in ids)
         measures = isinstance(self.meters, Meters)
         if isinstance(self.meters, Meters):
-            of_training = self.meters.totals.peak_rss_bytes
+            peak_bytes = self.meters.totals.peak_rss_bytes
             self.meters.note_peaks()
-            self.meters.totals.peak_rss_bytes = of_training  # whoever evaluates without meters leaves its peak to the next
+            self.meters.totals.peak_rss_bytes = peak_bytes  # whoever evaluates without meters leaves its peak to the next
         with nullcontext() if measures else patch("pipeline.evaluate.Activity", NoActivity):
             evaluate(self.trained.network, batches, CrossEntropy(), counts_operations=is_last)
         if isinstance(self.meters, Meters):
@@ -165,14 +165,14 @@ def costs(rule_name: str, size: int, batches: int, evaluations: int) -> Costs:
     never = 10**9
     meters = partial(Meters, trained.network, batch_size=size, device=torch.device("cpu"))
     silent = Measured(trained, NoMeters())
-    of_training = meters(memory_every=never, operations_every=never)
-    plain = Measured(trained, of_training)
+    uncounted = meters(memory_every=never, operations_every=never)
+    plain = Measured(trained, uncounted)
     of_bytes = Measured(trained, meters(memory_every=ROUND, operations_every=never))
     of_operations = Measured(trained, meters(memory_every=never, operations_every=ROUND))
     for each in (silent, plain, of_bytes, of_operations):
         each.steps_of(ROUND)
     batch, (batch_more,) = in_turn(batches, silent.step, plain.step)
-    of_training.note_peaks()
+    uncounted.note_peaks()
     _, counted_more = in_turn(evaluations, *(partial(each.steps_of, ROUND) for each in (silent, of_bytes, of_operations)))
     bytes_more, operations_more = (more - ROUND * batch_more for more in counted_more)
     evaluation, (evaluation_more, last_more) = in_turn(
@@ -181,13 +181,13 @@ def costs(rule_name: str, size: int, batches: int, evaluations: int) -> Costs:
     return Costs(batch, batch_more, bytes_more, operations_more, evaluation, evaluation_more, last_more)
 
 
-def of_training(found: Costs) -> float:
+def share_of_training(found: Costs) -> float:
     """What measuring adds to a long training, a share of it."""
     more = found.batch_more + found.bytes_more / MEMORY_EVERY + found.operations_more / OPERATIONS_EVERY
     return more / found.batch
 
 
-def of_a_run(found: Costs, *, epochs: int, size: int) -> float:
+def share_of_a_run(found: Costs, *, epochs: int, size: int) -> float:
     """And to so many epochs with an evaluation after each."""
     steps = epochs * (TRAINED_ON // size)
     plain = steps - epochs  # but for those that an evaluation is timed with
@@ -224,10 +224,10 @@ def main() -> None:
                 f"{found.last_more * 1e3:+.0f}",
                 flush=True,
             )
-            shares.setdefault("a long training", []).append(of_training(found))
+            shares.setdefault("a long training", []).append(share_of_training(found))
             shares.setdefault("an evaluation", []).append(found.evaluation_more / found.evaluation)
             for epochs in EPOCHS:
-                share = of_a_run(found, epochs=epochs, size=size)
+                share = share_of_a_run(found, epochs=epochs, size=size)
                 shares.setdefault(f"a run, epochs with an evaluation: {epochs}", []).append(share)
     means = {}
     for what, each in shares.items():

@@ -70,13 +70,25 @@ class Skipped:
         """One more time, to the checkpoint behind `saved` batches."""
         return Skipped(self.rollbacks + 1, (*self.batches, (saved, back.step + 1)) if back.skips else self.batches)
 
+    def further(self, other: Skipped) -> Skipped:
+        """Whichever has gone back more often: the other is what it was before."""
+        return max(self, other, key=lambda each: each.rollbacks)
+
+    @classmethod
+    def of(cls, value: Any) -> Skipped:
+        """As `asdict` tells it, and JSON keeps it.
+
+        Raises: KeyError, TypeError, ValueError: it is something else.
+        """
+        return cls(int(value["rollbacks"]), tuple((int(first), int(end)) for first, end in value["batches"]))
+
     @classmethod
     def read(cls, run: Path) -> Skipped:
         if not (run / FILE).exists():
             return cls()
         value = read_json(run / FILE)
         try:
-            return cls(int(value["rollbacks"]), tuple((int(first), int(end)) for first, end in value["batches"]))
+            return cls.of(value)
         except (KeyError, TypeError, ValueError) as error:
             raise Refused(f"{run / FILE}: must hold rollbacks and batches; got {value!r}") from error
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.data.base import Data
 from pipeline.data.damage import DamagedPages, Page, told
@@ -55,12 +56,27 @@ class Damage:
         Raises:
             DataError: more than `most` pages.
         """
+        both = self.further(Damage(tuple(found)))
+        known = len(self.pages)
+        if (new := both.pages[known:]) and len(both.pages) > most:
+            left_out = f", and {known} are left out already" if known else ""
+            raise DataError(f"data: {told(new)}; max_damaged_pages={most}{left_out}: restore the file")
+        return both
+
+    def further(self, other: Damage) -> Damage:
+        """The pages of both; one is known by its samples, wherever its file lies."""
         known = {page.samples for page in self.pages}
-        new = {page.samples: page for page in found if page.samples not in known}
-        if new and len(known) + len(new) > most:
-            left_out = f", and {len(known)} are left out already" if known else ""
-            raise DataError(f"data: {told(new.values())}; max_damaged_pages={most}{left_out}: restore the file")
+        new = {page.samples: page for page in other.pages if page.samples not in known}
         return Damage((*self.pages, *new.values()))
+
+    @classmethod
+    def of(cls, value: Any) -> Damage:
+        """As `asdict` tells it, and JSON keeps it.
+
+        Raises: KeyError, TypeError, ValueError: it is something else.
+        """
+        pages = [{**page, "samples": tuple((int(a), int(b)) for a, b in page["samples"])} for page in value["pages"]]
+        return cls(tuple(Page(**page) for page in pages))
 
     @classmethod
     def read(cls, run: Path) -> Damage:
@@ -68,8 +84,7 @@ class Damage:
             return cls()
         value = read_json(run / FILE)
         try:
-            pages = [{**page, "samples": tuple((int(a), int(b)) for a, b in page["samples"])} for page in value["pages"]]
-            return cls(tuple(Page(**page) for page in pages))
+            return cls.of(value)
         except (KeyError, TypeError, ValueError) as error:
             raise Refused(f"{run / FILE}: must hold pages and their samples; got {value!r}") from error
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import faulthandler
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -22,14 +22,14 @@ class Watchdog:
     """Of one process; inside, `beat` has to be called at least every `patience_s` seconds. 0: nobody watches."""
 
     def __init__(self, run: Path, *, rank: int, patience_s: float) -> None:
-        self.patience_s = patience_s
+        self._patience_s = patience_s
+        """at the moment"""
         self._path = run / FOLDER / f"rank{rank}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
         self._file: IO[str] | None = None
         self._armed = 0.0
-        self._is_off = False
 
     def __enter__(self) -> Watchdog:
-        if self.patience_s > 0:
+        if self._patience_s > 0:
             self._path.parent.mkdir(exist_ok=True)
             self._file = self._path.open("w")
             self._arm()
@@ -44,36 +44,33 @@ class Watchdog:
 
     def beat(self) -> None:
         """It goes on."""
-        if self._file is not None and not self._is_off and time.monotonic() - self._armed > _ARMED_ANEW * self.patience_s:
+        if time.monotonic() - self._armed > _ARMED_ANEW * self._patience_s:
             self._arm()
 
-    @contextmanager
-    def off(self) -> Iterator[None]:
+    def off(self) -> AbstractContextManager[None]:
         """Nobody watches inside, where one worker may rightly be busy for longer and the others wait for it."""
-        if self._file is not None:
-            faulthandler.cancel_dump_traceback_later()
-        self._is_off = True
-        try:
-            yield
-        finally:
-            self._is_off = False
-            if self._file is not None:
-                self._arm()
+        return self._within(0.0)
+
+    def patient(self, seconds: float) -> AbstractContextManager[None]:
+        """A sign of life is due every so many seconds inside, where its own patience is shorter."""
+        return self._within(max(self._patience_s, seconds) if self._patience_s > 0 else 0.0)
 
     @contextmanager
-    def patient(self, seconds: float) -> Iterator[None]:
-        """A sign of life is due every so many seconds inside, where its own patience is shorter."""
-        own, self.patience_s = self.patience_s, max(self.patience_s, seconds)
-        if self._file is not None:
-            self._arm()
+    def _within(self, patience_s: float) -> Iterator[None]:
+        own, self._patience_s = self._patience_s, patience_s
+        self._arm()
         try:
             yield
         finally:
-            self.patience_s = own
-            if self._file is not None:
-                self._arm()
+            self._patience_s = own
+            self._arm()
 
     def _arm(self) -> None:
-        assert self._file is not None, "inside"
+        """Anew; where nobody watches, not at all."""
+        if self._file is None:
+            return
         self._armed = time.monotonic()
-        faulthandler.dump_traceback_later(self.patience_s, exit=True, file=self._file)
+        if self._patience_s > 0:
+            faulthandler.dump_traceback_later(self._patience_s, exit=True, file=self._file)
+        else:
+            faulthandler.cancel_dump_traceback_later()

@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding_bag
 
 from pipeline.random import COUNTED, below, bits
 from pipeline.spiking.neuron import LIF, named_neurons
@@ -72,6 +72,7 @@ class Activity:
     def __init__(self, network: nn.Module, *, every: int = 1) -> None:
         self.every = every
         self._samples = 0
+        self._is_drawn: list[bool] = []  # of each id, as far as they were asked for
         self._neurons = named_neurons(network)
         self._layers = [_Layer() for _ in self._neurons]
         self._hooks: list[Any] = []
@@ -88,12 +89,18 @@ class Activity:
     @contextmanager
     def batch(self, index_B: Tensor) -> Iterator[None]:
         """Surrounds the time steps, which may come in slices, of the samples with these ids."""
-        drawn_B = below(bits(0, 0, index_B.numpy(), COUNTED), self.every) == 0
-        drawn = _Drawn(torch.from_numpy(drawn_B).nonzero()[:, 0])
+        drawn = _Drawn(self.places(index_B.tolist()))
         for layer in self._layers:
             layer.step, layer.drawn = 0, drawn
         yield
-        self._samples += len(drawn.place_C)
+        self._samples += len(drawn.places)
+
+    def places(self, ids: list[int]) -> list[int]:
+        """Which samples of these ids are counted."""
+        if (last := max(ids, default=-1)) >= len(self._is_drawn):
+            every_id = np.arange(max(last + 1, 2 * len(self._is_drawn)))
+            self._is_drawn = (below(bits(0, 0, every_id, COUNTED), self.every) == 0).tolist()
+        return [place for place, number in enumerate(ids) if self._is_drawn[number]]
 
     def layers(self, total: Reduce = alone, largest: Reduce = alone) -> tuple[LayerActivity, ...]:
         """In the order of construction, over all ranks, each of which calls it.
@@ -121,44 +128,50 @@ class Activity:
 
 
 class _Drawn:
-    """The samples of the batch at hand that are counted."""
+    """The samples of the batch at hand that are counted.
 
-    def __init__(self, place_C: Tensor) -> None:
-        self.place_C = place_C
-        self._rows: dict[tuple[int, int, torch.device], Tensor] = {}
+    In lists, and once for all layers: a network has just passed through the caches, and the smallest operation of torch takes as
+    long there as a loop over a batch.
+    """
 
-    def rows(self, s_TB: Tensor) -> Tensor:
-        """Where they lie in spikes of this shape whose time steps and samples are one dimension, [T, C]."""
-        steps, batch = s_TB.shape[:2]
-        key = steps, batch, s_TB.device
-        if key not in self._rows:  # of each layer alike
-            rows_TC = torch.arange(steps)[:, None] * batch + self.place_C
-            self._rows[key] = rows_TC.to(s_TB.device, non_blocking=True)
+    def __init__(self, places: list[int]) -> None:
+        self.places = places
+        self._rows: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def rows(self, steps: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where they lie in spikes whose time steps and samples are one dimension, [T C], and where each step of them begins."""
+        key = steps, batch, device
+        if key not in self._rows:
+            row_TC = torch.tensor([step * batch + place for step in range(steps) for place in self.places])
+            first_T = torch.tensor([step * len(self.places) for step in range(steps)])
+            self._rows[key] = row_TC.to(device, non_blocking=True), first_T.to(device, non_blocking=True)
         return self._rows[key]
 
 
 class _Layer:
-    """Spikes so far, of each neuron at each time step."""
+    """Spikes so far, of each neuron at each time step: exact up to 2^24."""
 
     def __init__(self) -> None:
-        self.fired_TN = torch.zeros(0, 0, dtype=torch.int32)
+        self.fired_TN = torch.zeros(0, 0)
         self.step = 0
-        self.drawn = _Drawn(torch.empty(0, dtype=torch.int64))
+        self.drawn = _Drawn([])
 
     def hear(self, neuron: nn.Module, _: Any, s_TB: Tensor) -> None:
         """What `neuron` gives, after its forward."""
-        if not len(self.drawn.place_C):
+        if not self.drawn.places:
             return
-        s_RN, rows_TC = s_TB.flatten(0, 1).flatten(1), self.drawn.rows(s_TB)
+        steps, batch = s_TB.shape[:2]
+        s_RN = s_TB.reshape(steps * batch, -1)
+        row_TC, first_T = self.drawn.rows(steps, batch, s_TB.device)
         if _fires_ones(neuron) and s_TB.dtype == torch.float32:
-            # Sums the rows where they lie, without a copy of them; exact up to 2^24 spikes.
-            fired_TN = embedding_bag(rows_TC, s_RN, mode="sum").to(torch.int32)
+            fired_TN = torch.embedding_bag(s_RN, row_TC, first_T)[0]  # sums the rows where they lie, without a copy of them
         else:
-            fired_TN = torch.ne(s_RN[rows_TC], 0).sum(1, dtype=torch.int32)
-        first, self.step = self.step, self.step + len(fired_TN)
+            fired_TN = torch.ne(s_RN[row_TC.view(steps, -1)], 0).sum(1, dtype=torch.float32)
+        first, self.step = self.step, self.step + steps
         if len(self.fired_TN) < self.step:
             self.fired_TN = self.widened(self.step, fired_TN.shape[1]).to(s_TB.device)
-        self.fired_TN[first : self.step] += fired_TN
+        counted_TN = self.fired_TN if steps == len(self.fired_TN) else self.fired_TN[first : self.step]
+        counted_TN += fired_TN
 
     def widened(self, steps: int, neurons: int) -> Tensor:
         """Of this size: what was not run has no spikes."""

@@ -7,7 +7,6 @@ after the newest of them is lost with it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,9 @@ def adopt(run: Path, told: Mapping[str, Any]) -> None:
 
     Raises: Refused: a file in the folder is damaged.
     """
-    if SKIPPED in told and told[SKIPPED]["rollbacks"] > Skipped.read(run).rollbacks:
-        write_json(run / SKIPPED, told[SKIPPED])
+    if SKIPPED in told:
+        Skipped.read(run).further(Skipped.of(told[SKIPPED])).write(run)
     if DAMAGED in told:
-        known = [dict(asdict(page), samples=[list(each) for each in page.samples]) for page in Damage.read(run).pages]
-        samples = [page["samples"] for page in known]  # by which a page is known, wherever its file lies
-        if new := [page for page in told[DAMAGED]["pages"] if page["samples"] not in samples]:
-            write_json(run / DAMAGED, {"pages": [*known, *new]})
+        Damage.read(run).further(Damage.of(told[DAMAGED])).write(run)
     if MICRO_BATCH in told:
-        limit = limit_of(run)
-        if limit is None or told[MICRO_BATCH] < limit:
-            write_json(run / MICRO_BATCH, told[MICRO_BATCH])
+        write_json(run / MICRO_BATCH, min(limit_of(run) or told[MICRO_BATCH], told[MICRO_BATCH]))

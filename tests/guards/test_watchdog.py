@@ -57,7 +57,9 @@ with Watchdog(Path(sys.argv[1]), rank=0, patience_s=3.0) as watchdog:
     with watchdog.off():
         time.sleep(0.5)
         watchdog.beat()  # of a pause between two tries, say
-        time.sleep(3.5)
+        with watchdog.patient(1.0):  # which is not less than none
+            watchdog.beat()
+            time.sleep(3.5)
     watchdog.beat()
 """
 PATIENT = """
