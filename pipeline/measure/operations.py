@@ -18,7 +18,7 @@ batch of products, as attention's are; else "weights".
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pipeline.measure.pairs import Convolution, Pairs, batches, is_even, matrices
 from pipeline.measure.pausable import Pausable
@@ -115,15 +114,14 @@ class Operations(Pausable):
         storage = weight.untyped_storage()
         self._fixed[storage._cdata] = StorageWeakRef(storage)
 
-    def follow(self, func: Any, given: Any, result: Any) -> None:
+    def follow(self, func: Any, given: Iterable[Any], result: Any) -> None:
         """What comes of weights alone is a weight, too: standardised, limited, of one bit, or in another precision."""
-        is_fixed = all(self.is_weight(value) for value in tree_leaves(given) if isinstance(value, Tensor))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                if is_fixed:
-                    self._note(value)
-                elif func._schema.is_mutable:  # the batch was written into what was a constant
-                    self._forget(value)
+        is_fixed = all(map(self.is_weight, _tensors(given)))
+        for value in _tensors([result]):
+            if is_fixed:
+                self._note(value)
+            elif func._schema.is_mutable:  # the batch was written into what was a constant
+                self._forget(value)
 
     def _forget(self, tensor: Tensor) -> None:
         key = tensor.untyped_storage()._cdata
@@ -150,8 +148,17 @@ class _Watch(TorchDispatchMode):
         if count is not None:
             with torch.no_grad():
                 count(self.operations, *args, **kwargs)
-        self.operations.follow(func, (args, kwargs), result)
+        self.operations.follow(func, [*args, *kwargs.values()], result)
         return result
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those that an operation was given, or gave: alone or in lists, and in nothing else."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 # ---------------------------------------------------------------------------------------------------- what torch calls them

@@ -77,7 +77,7 @@ class Convolution:
         weights_Ihw = _nonzero(weight.unflatten(0, (self.groups, -1)), 1).flatten(0, 1)  # outputs of a group
         taps = zip(self._under_taps(inputs_IP, places), weights_Ihw.flatten(1).unbind(1), strict=True)
         live = sum((read_IP.flatten(1).sum(1) @ weights_I).item() for read_IP, weights_I in taps)
-        return Pairs(int(live), len(x) * weight.shape[0] * weight.shape[1] * self._inside(x.shape[2:], places, x.device))
+        return Pairs(int(live), len(x) * weight.shape[0] * weight.shape[1] * self._inside(tuple(x.shape[2:]), places))
 
     def error(self, g: Tensor, weight: Tensor, size: tuple[int, ...]) -> Pairs:
         """Errors at the output with weights, at each place of an input of `size` pixels: a transposed convolution, too."""
@@ -87,7 +87,7 @@ class Convolution:
         reaches = self._under_taps(_ones(size, g.device), places)
         taps = zip(reaches, weights_Ohw.unbind(1), strict=True)
         live = sum(((errors_OP * reach_1P).flatten(1).sum(1) @ weights_O).item() for reach_1P, weights_O in taps)
-        return Pairs(int(live), len(g) * weight.shape[0] * weight.shape[1] * self._inside(size, places, g.device))
+        return Pairs(int(live), len(g) * weight.shape[0] * weight.shape[1] * self._inside(size, places))
 
     def weights(self, g: Tensor, x: Tensor) -> Pairs:
         """Errors at the output with inputs, for each weight."""
@@ -95,11 +95,16 @@ class Convolution:
         errors_NG, inputs_NG = (_nonzero(each.unflatten(1, (self.groups, -1)), 2) for each in (g, x))
         live = sum((read_NG * errors_NG).sum().item() for read_NG in self._under_taps(inputs_NG, places))
         of_a_place = len(g) * g.shape[1] * (x.shape[1] // self.groups)
-        return Pairs(int(live), of_a_place * self._inside(x.shape[2:], places, g.device))
+        return Pairs(int(live), of_a_place * self._inside(tuple(x.shape[2:]), places))
 
-    def _inside(self, size: tuple[int, ...], places: tuple[int, ...], device: torch.device) -> int:
-        """Taps that read the image itself, over all `places`."""
-        return int(sum(reach.sum().item() for reach in self._under_taps(_ones(size, device), places)))
+    def _inside(self, size: tuple[int, ...], places: tuple[int, ...]) -> int:
+        """Taps that read the image itself, over all `places`: of each dimension by itself, as a box is read."""
+        found = 1
+        for taps, n, count, move, pad, step in zip(
+            self.kernel, size, places, self.stride, self.padding, self.dilation, strict=True
+        ):
+            found *= sum(0 <= place * move + tap * step - pad < n for tap in range(taps) for place in range(count))
+        return found
 
     def _under_taps(self, x: Tensor, places: tuple[int, ...]) -> list[Tensor]:
         """For every tap, what it reads at the places of the output; 0 in the padding."""
