@@ -62,11 +62,10 @@ class Folder:
     def delete(self, name: str) -> None:
         self._delete(self.folder / name, name)
 
-    def set_aside(self, name: str, suffix: str) -> str:
-        moved = self.folder / "quarantine" / f"{name}-{suffix}"
+    def set_aside(self, name: str, aside: str) -> None:
+        moved = self.folder / aside
         moved.parent.mkdir(exist_ok=True)
         (self.folder / name).rename(moved)
-        return str(moved)
 
     def read(self, file: str) -> bytes:
         return (self.folder / file).read_bytes()

@@ -112,9 +112,9 @@ class Owned:
         self._check()
         self.place.delete(name)
 
-    def set_aside(self, name: str, suffix: str) -> str:
+    def set_aside(self, name: str, aside: str) -> None:
         self._check()
-        return self.place.set_aside(name, suffix)
+        self.place.set_aside(name, aside)
 
     def sweep(self) -> None:
         self._check()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from pipeline.checkpoint.sealed import damage
@@ -63,8 +63,8 @@ class Place(Protocol):
         """No part of it may ever look like a whole one, also when we die in the middle of this."""
         ...
 
-    def set_aside(self, name: str, suffix: str) -> str:
-        """Move a damaged one out of the way; where to."""
+    def set_aside(self, name: str, aside: str) -> None:
+        """Move a damaged one out of the way, to where `aside` is the address of."""
         ...
 
     def read(self, file: str) -> bytes:
@@ -107,7 +107,10 @@ def newest(place: Place, *, suffix: str, on_quarantine: Callable[[str, str], Non
             if said := code_in(path):
                 raise CheckpointError(f"checkpoint {path}: must hold data alone; {said}; move it away if it is not yours")
             return path
-        on_quarantine(place.set_aside(name, suffix), reason)
+        aside = f"quarantine/{PurePosixPath(place.address(name)).name}-{suffix}"
+        # Before it is moved: where we die in between, the next start finds and tells it again, and misses none that lies there.
+        on_quarantine(place.address(aside), reason)
+        place.set_aside(name, aside)
     return None
 
 

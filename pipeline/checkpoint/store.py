@@ -106,12 +106,10 @@ class Store:
             if _name(folder) == name:
                 self._remove(folder)
 
-    def set_aside(self, name: str, suffix: str) -> str:
+    def set_aside(self, name: str, aside: str) -> None:
         folder = self._whole().get(name, name)
-        moved = f"quarantine/{folder}-{suffix}"
-        self.fs.copy(self._path(folder) + "/", self._path(moved) + "/", recursive=True)
+        self.fs.copy(self._path(folder) + "/", self._path(aside) + "/", recursive=True)
         self.delete(name)
-        return f"{self.url}/{moved}"
 
     def read(self, file: str) -> bytes:
         return self.fs.cat_file(self._path(file))
@@ -156,7 +154,8 @@ class Store:
     def _remove(self, folder: str) -> None:
         if self._is_there(folder, MANIFEST):
             self.fs.rm_file(self._path(folder, MANIFEST))
-        self.fs.rm(self._path(folder), recursive=True)
+        with contextlib.suppress(FileNotFoundError):  # it held nothing else, and is gone with it
+            self.fs.rm(self._path(folder), recursive=True)
 
     def _folders(self) -> list[str]:
         """Of checkpoints, whole or not, oldest first."""

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,20 @@ def test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used(
     assert moved.name.startswith("step_00000002")
     assert name in reason
     assert [path.name for path in step_folders(tmp_path)] == ["step_00000001"]
+
+
+def test_a_damaged_one_is_told_before_it_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who dies in between leaves it where the next one finds it, and no journal says that it must be there."""
+    told: list[str] = []
+    checkpoints = saved(tmp_path, [1], on_quarantine=lambda address, reason: told.append(address))
+    flip_a_byte(tmp_path / "step_00000001" / "rule.pt")
+    with monkeypatch.context() as dying:
+        dying.setattr(Folder, "set_aside", lambda self, name, aside: sys.exit("killed"))
+        with pytest.raises(SystemExit, match="killed"):
+            checkpoints.newest()
+    assert len(told) == 1 and not Path(told[0]).exists()
+    assert checkpoints.newest() is None
+    assert len(told) == 2 and damage(Path(told[1])) is not None and not step_folders(tmp_path)
 
 
 def test_every_file_of_a_checkpoint_is_in_its_manifest(tmp_path: Path) -> None:

@@ -185,6 +185,15 @@ def test_a_step_that_is_saved_again_is_found_where_its_event_says(address: str, 
     assert {found.split("-")[0] for found in paths(address)} == {"quarantine/step_00000001.11"}
 
 
+def test_one_of_which_only_the_manifest_is_there_can_be_deleted(address: str, tmp_path: Path) -> None:
+    """As a writer leaves it that was taken over before it wrote that."""
+    place = store(address, tmp_path)
+    place.fs.pipe_file(f"{place.root}/step_00000001-a/manifest.json", b"{}")
+    assert place.names() == ["step_00000001"]
+    place.delete("step_00000001")
+    assert place.names() == [] and paths(address) == set()
+
+
 def test_one_of_an_earlier_version_whose_folder_names_no_attempt_is_found_and_replaced(address: str, tmp_path: Path) -> None:
     saving, place, rule = checkpoints(address, tmp_path), store(address, tmp_path), Counting()
     save(saving, 1, backend(), Counting(1), TRAINER)
