@@ -6,21 +6,31 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed, multiprocessing
 
+IMPORTED = ["deepspeed", "pipeline.worker"]
+"""once for all ranks, who would take 3 s for it each time: in a process that does nothing else, and forks them"""
+
 
 def run_ranks(work: Callable[..., Any], ranks: int, folder: Path, *args: Any) -> list[Any]:
-    """`work(rank, ranks, *args)` in as many fresh processes joined by gloo; what each returned, by rank."""
-    multiprocessing.spawn(_rank, (work, ranks, str(folder), args), nprocs=ranks)
+    """`work(rank, ranks, *args)` in as many new processes joined by gloo; what each returned, by rank."""
+    get_context("forkserver").set_forkserver_preload(IMPORTED)
+    about = work, ranks, str(folder), args, dict(os.environ)
+    multiprocessing.start_processes(_rank, about, nprocs=ranks, start_method="forkserver")
     return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
-def _rank(rank: int, work: Callable[..., Any], ranks: int, folder: str, args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, work: Callable[..., Any], ranks: int, folder: str, args: tuple[Any, ...], environment: dict[str, str]
+) -> None:
     torch.set_num_threads(1)
+    os.environ.clear()  # of the test, and not of when the first ranks were started
+    os.environ.update(environment)
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)})
     store = distributed.FileStore(f"{folder}/rendezvous", ranks)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
