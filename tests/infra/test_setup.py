@@ -38,12 +38,26 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def set_up(clone: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = f"{clone / 'system'}:{os.environ['PATH']}"
+    return subprocess.run(
+        [clone / "infra" / "setup.sh"], env={**os.environ, "PATH": path, **environment}, capture_output=True, text=True
+    )
+
+
+def test_the_environment_of_another_clone_is_not_emptied_through_a_link(clone: Path) -> None:
+    other = clone / "other"
+    (clone / ".venv").rename(other)
+    (other / "home").write_text("/home/me/other\n")
+    (clone / ".venv").symlink_to(other)
+    done = set_up(clone)
+    assert done.returncode != 0 and "setup: .venv is a link to the environment of /home/me/other" in done.stderr
+    assert (other / "bin" / "python").exists()
+
+
 def test_locked_nothing_is_fetched_that_has_no_hash(clone: Path) -> None:
     """Neither a release nor what builds one: pip fetches that anew for each source archive, unless it is told not to."""
-    path = f"{clone / 'system'}:{os.environ['PATH']}"
-    done = subprocess.run(
-        [clone / "infra" / "setup.sh"], env={**os.environ, "PATH": path, "LOCKED": "1"}, capture_output=True, text=True
-    )
+    done = set_up(clone, LOCKED="1")
     assert done.returncode == 0, done.stdout + done.stderr
     builder, releases, package = (clone / "told").read_text().splitlines()
     assert "--require-hashes" in builder and re.fullmatch(
