@@ -5,7 +5,8 @@ WORKERS ?= 2
 
 # One thread per process: the tests start several processes, and small tensors lose more to threads than they gain.
 # numba is the exception, because FFCV refuses more loader threads than numba was started with.
-THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=4
+# And what they import is compiled once, whatever the shell says: they start hundreds of interpreters.
+THREADS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=4
 
 .DEFAULT_GOAL := help
 .PHONY: help setup pictures browser tools demo check format test test-full audit clean

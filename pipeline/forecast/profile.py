@@ -156,7 +156,9 @@ def teacher_profile(recipe: Recipe, x_B: Tensor, sizes: tuple[int, int], card: D
         return None
     asking = Asking(recipe, x_B.device)
     if card is None:
-        seconds = {(B, 1): asking.seconds(x_B[:B]) for B in sizes}
+        fewer, more = (asking.seconds(x_B[:B]) for B in sizes)
+        # Fewer samples take no longer: else what the clock errs by would be drawn out to a teacher that takes no time at all.
+        seconds = {(sizes[0], 1): min(fewer, more), (sizes[1], 1): more}
         launches = dict.fromkeys(seconds, 0.0)
     elif asking.precision not in card.flops:
         raise ValueError(f"plan: {card.name}: the teacher's precision must be {', '.join(card.flops)}; got {asking.precision}")

@@ -15,10 +15,11 @@ from rich.console import Console
 from torch import nn
 
 from pipeline.data.synthetic import Synthetic
+from pipeline.forecast.asked import Asking
 from pipeline.forecast.bench import Bench
 from pipeline.forecast.devices import DEVICES
 from pipeline.forecast.plan import Cluster, Plan, Planned, _Share, plan
-from pipeline.forecast.profile import EFFICIENCY, Bilinear, times_for
+from pipeline.forecast.profile import EFFICIENCY, Bilinear, teacher_profile, times_for
 from pipeline.measure.neighbours import ALONE, Neighbours, neighbours
 from pipeline.measure.traffic import Device, Traffic
 from pipeline.objective import CrossEntropy
@@ -208,6 +209,14 @@ def test_a_teacher_is_in_every_rules_time_and_bytes() -> None:
     assert head.split()[6:8] == ["compute", "teacher"]
     here = plan(recipe, Cluster(workers=1), rules=())
     assert of(here, "SLTT-1").teacher_s > 0
+
+
+def test_a_teacher_whose_clock_erred_takes_as_long_as_its_larger_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not less and less of more samples, down to nothing."""
+    told = iter([2.0, 1.0])
+    monkeypatch.setattr(Asking, "seconds", lambda self, x_B: next(told))
+    found = teacher_profile(taught(), torch.zeros(3, 1, 8, 8), (2, 3), None)
+    assert found is not None and found(4) == found(8) == 1.0
 
 
 def _teacher_of(recipe: Recipe) -> tuple[int, int]:

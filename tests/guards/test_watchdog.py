@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -27,14 +27,6 @@ with Watchdog(Path(sys.argv[1]), rank=3, patience_s=0.5) as watchdog:
     print("hangs now", flush=True)
     waits_for_ever()
 """
-
-
-def test_a_hang_is_written_down_and_ended(tmp_path: Path) -> None:
-    began = time.monotonic()
-    ran = subprocess.run([sys.executable, "-c", HANGS, str(tmp_path)], capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 1 and ran.stdout == "hangs now\n" and time.monotonic() - began < 30
-    [file] = (tmp_path / FOLDER).iterdir()
-    assert file.name.startswith("rank3-") and "waits_for_ever" in file.read_text()
 
 
 GOES_ON = """
@@ -75,29 +67,6 @@ with Watchdog(Path(sys.argv[1]), rank=0, patience_s=2.0) as watchdog:
     with watchdog.patient(0.1):  # of two the longer
         time.sleep(1.0)
 """
-
-
-@pytest.mark.parametrize("code", [GOES_ON, OFF, PATIENT], ids=["what beats", "what is off", "what may take longer"])
-def test_nobody_else_is_ended_and_nothing_is_left(tmp_path: Path, code: str) -> None:
-    """In a process of its own, which is what a watchdog ends."""
-    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 0, ran.stderr
-    assert list((tmp_path / FOLDER).iterdir()) == []
-
-
-def test_what_takes_longer_than_the_longer_patience_hangs(tmp_path: Path) -> None:
-    code = HANGS.replace("    waits_for_ever()", "    with watchdog.patient(2.0):\n        waits_for_ever()")
-    began = time.monotonic()
-    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 1 and 2.0 < time.monotonic() - began < 30
-
-
-def test_without_patience_nobody_watches(tmp_path: Path) -> None:
-    with Watchdog(tmp_path / "unwatched", rank=0, patience_s=0.0) as watchdog:
-        watchdog.beat()
-    assert not (tmp_path / "unwatched").exists()
-
-
 WORKER = """
 import sys, threading, time
 from dataclasses import replace
@@ -127,24 +96,82 @@ else:
 job = make_run(Path(sys.argv[1]), small_recipe(epochs=1, checkpoint_every=0))
 worker.run(replace(job, hang_minutes=patience_s / 60), Place())
 """
+PROCESSES = {
+    "hangs": (HANGS,),
+    "goes on": (GOES_ON,),
+    "is off": (OFF,),
+    "is patient": (PATIENT,),
+    "hangs all the same": (HANGS.replace("    waits_for_ever()", "    with watchdog.patient(2.0):\n        waits_for_ever()"),),
+    "a worker hangs": (WORKER, "hangs"),
+    "a worker restores": (WORKER, "restores"),
+    "a worker writes": (WORKER, "writes"),
+}
+"""each with a watchdog, which ends a process"""
 
 
-def worked(run: Path, how: str) -> int:
-    return subprocess.run([sys.executable, "-c", WORKER, str(run), how], capture_output=True, timeout=100).returncode
+class Ran(NamedTuple):
+    """How one of them ended."""
+
+    run: Path
+    code: int
+    told: str
+    stacks: list[Path]
 
 
-def test_a_worker_that_hangs_before_it_trains_is_ended(tmp_path: Path) -> None:
-    assert worked(tmp_path / "run", "hangs") == 1
-    [file] = (tmp_path / "run" / FOLDER).iterdir()
-    assert "waits_for_ever" in file.read_text()
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
+    """All of them at once: what they do is wait."""
+    began, found = {}, {}
+    for name, (code, *words) in PROCESSES.items():
+        run = tmp_path_factory.mktemp("process") / "run"
+        if not words:
+            run.mkdir()
+        command = [sys.executable, "-c", code, str(run), *words]
+        began[name] = run, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for name, (run, process) in began.items():
+        try:
+            told = process.communicate(timeout=100)[0]
+        finally:
+            process.kill()
+        found[name] = Ran(run, process.returncode, told, list((run / FOLDER).iterdir()))
+    return found
 
 
-def test_a_checkpoint_that_takes_longer_to_restore_ends_nobody(tmp_path: Path) -> None:
-    assert worked(tmp_path / "run", "restores") == 0
+def test_a_hang_is_written_down_and_ended(ran: dict[str, Ran]) -> None:
+    _, code, told, [file] = ran["hangs"]
+    assert code == 1 and told == "hangs now\n"
+    assert file.name.startswith("rank3-") and "waits_for_ever" in file.read_text()
 
 
-def test_a_checkpoint_that_takes_longer_to_write_ends_nobody(tmp_path: Path) -> None:
-    assert worked(tmp_path / "run", "writes") == 0
-    assert list((tmp_path / "run" / FOLDER).iterdir()) == []
-    [event] = [event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "checkpoint"]
+@pytest.mark.parametrize("name", ["goes on", "is off", "is patient"])
+def test_nobody_else_is_ended_and_nothing_is_left(ran: dict[str, Ran], name: str) -> None:
+    _, code, told, stacks = ran[name]
+    assert code == 0, told
+    assert stacks == []
+
+
+def test_what_takes_longer_than_the_longer_patience_hangs(ran: dict[str, Ran]) -> None:
+    assert ran["hangs all the same"].code == 1
+
+
+def test_without_patience_nobody_watches(tmp_path: Path) -> None:
+    with Watchdog(tmp_path / "unwatched", rank=0, patience_s=0.0) as watchdog:
+        watchdog.beat()
+    assert not (tmp_path / "unwatched").exists()
+
+
+def test_a_worker_that_hangs_before_it_trains_is_ended(ran: dict[str, Ran]) -> None:
+    _, code, _, [file] = ran["a worker hangs"]
+    assert code == 1 and "waits_for_ever" in file.read_text()
+
+
+def test_a_checkpoint_that_takes_longer_to_restore_ends_nobody(ran: dict[str, Ran]) -> None:
+    assert ran["a worker restores"].code == 0, ran["a worker restores"].told
+
+
+def test_a_checkpoint_that_takes_longer_to_write_ends_nobody(ran: dict[str, Ran]) -> None:
+    run, code, told, stacks = ran["a worker writes"]
+    assert code == 0, told
+    assert stacks == []
+    [event] = [event for event in read(run / "journal.jsonl") if event["event"] == "checkpoint"]
     assert event["write_s"] > 4.0

@@ -318,33 +318,34 @@ def test_noise_in_the_membrane_decides_and_is_not_carried(reset, decay_input):
 
 
 @pytest.mark.timeout(300)
-def test_the_matrix_behind_the_last_hidden_layer_is_that_of_the_readout():
-    """100 hidden units, noise 0.2, 6000 batches of 32: the true Jacobian of the last layer is W_out^T."""
+@pytest.mark.parametrize(
+    ("rule", "batches", "least", "most"),
+    [
+        pytest.param(OPZO(antithetic=False), 6000, 0.95, 1.0, marks=pytest.mark.full),
+        (OPZO(), 1000, 0.95, 1.0),
+        (OPZO(momentum=0.0, antithetic=False), 1, -0.3, 0.3),
+        (OPZO("random"), 1, -0.2, 0.2),
+    ],
+    ids=["momentum", "antithetic", "none", "random"],
+)
+def test_the_matrix_behind_the_last_hidden_layer_is_that_of_the_readout(rule: OPZO, batches: int, least: float, most: float):
+    """100 hidden units, noise 0.2, batches of 32: the true Jacobian of the last layer is W_out^T."""
     generator = torch.Generator().manual_seed(1)
     model = nn.Sequential(Linear(20, 100), LIF(), Linear(100, 100), LIF(), readout := Linear(100, 5))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 1.5 / parameter.shape[-1] ** 0.5)
-    found = {}
-    rules = {
-        "momentum": OPZO(antithetic=False),
-        "antithetic": OPZO(),
-        "none": OPZO(momentum=0.0, antithetic=False),
-        "random": OPZO("random"),
-    }
-    for name, rule in rules.items():
-        rule.attach(model)
-        for step in range({"momentum": 6000, "antithetic": 1000}.get(name, 1)):
-            x_TBC = torch.randn(2 if name == "antithetic" else 1, 32, 20, generator=generator)
-            target_B = torch.randint(5, (32,), generator=generator)
-            for _ in rule.objectives(model, x_TBC, cross_entropy(target_B), step=step):
-                pass
-            rule.end_of_batch()
-        matrix = rule.signals.get_buffer("matrix_1")
-        found[name] = float(F.cosine_similarity(matrix.flatten(), readout.weight.detach().T.flatten(), dim=0))
-        rule.release()
-    assert found["momentum"] >= 0.95 and found["antithetic"] >= 0.95
-    assert abs(found["none"]) <= 0.3 and abs(found["random"]) <= 0.2
+    rule.attach(model)
+    for step in range(batches):
+        x_TBC = torch.randn(2 if rule.antithetic else 1, 32, 20, generator=generator)
+        target_B = torch.randint(5, (32,), generator=generator)
+        for _ in rule.objectives(model, x_TBC, cross_entropy(target_B), step=step):
+            pass
+        rule.end_of_batch()
+    matrix = rule.signals.get_buffer("matrix_1")
+    found = float(F.cosine_similarity(matrix.flatten(), readout.weight.detach().T.flatten(), dim=0))
+    rule.release()
+    assert least <= found <= most
 
 
 @pytest.mark.parametrize("protected", [False, True])
