@@ -6,7 +6,7 @@ WORKERS ?= 2
 # One thread per process: the tests start several processes, and small tensors lose more to threads than they gain.
 # numba is the exception, because FFCV refuses more loader threads than numba was started with.
 # And what they import is compiled once, whatever the shell says: they start hundreds of interpreters.
-THREADS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=4
+PROCESSES := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=4
 
 .DEFAULT_GOAL := help
 .PHONY: help setup pictures browser tools demo check format test test-full audit clean
@@ -42,12 +42,12 @@ format: setup ## rewrite what ruff can
 
 # What starts processes of its own has the machine to itself; the rest is one process and one thread, and shares it.
 test: setup browser tools ## quick and distributed tests; installs chromium, shellcheck, docker-compose, promtool and kustomize
-	$(THREADS) $(BIN)/pytest -m "not full and not distributed" -n 2 --dist loadfile
-	$(THREADS) $(BIN)/pytest -m "distributed and not full"
+	$(PROCESSES) $(BIN)/pytest -m "not full and not distributed" -n 2 --dist loadfile
+	$(PROCESSES) $(BIN)/pytest -m "distributed and not full"
 
 test-full: setup tools ## the tests that take minutes, as root; installs PostgreSQL, Slurm's daemons and iproute2
 	@infra/setup.sh --servers
-	$(THREADS) $(BIN)/pytest -m full
+	$(PROCESSES) $(BIN)/pytest -m full
 
 audit: setup ## known holes in the releases of requirements.lock, asked of PyPI (not of a mirror), by pip-audit
 	@test -x .audit/bin/pip-audit || { $(BIN)/python -m venv .audit && .audit/bin/python -m pip install --quiet pip-audit; }

@@ -105,11 +105,10 @@ has_headers() { "$1" -c 'import os, sysconfig; raise SystemExit(not os.path.exis
 
 make_venv() {
     local python
-    if is_moved && [[ -L $VENV ]]; then
-        fail "$VENV is a link to the environment of $(<"$VENV/home"), which would be emptied; remove the link"
-    fi
     python=$(find_python)
     if [[ $(python_version "$VENV/bin/python") != "$(python_version "$python")" || ! -x $VENV/bin/pip ]] || is_moved; then
+        # `--clear` empties what a link leads to, which may be the environment of another clone.
+        [[ ! -L $VENV ]] || fail "$VENV is a link to $(readlink "$VENV"), which is not this clone's and would be emptied; remove the link"
         say "virtual environment in $VENV ($("$python" --version))"
         "$python" -m venv --clear "$VENV"
         echo "$PWD" >"$VENV/home"

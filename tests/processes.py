@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import distributed, multiprocessing
 
-IMPORTED = ["deepspeed", "pipeline.worker"]
-"""once for all ranks, who would take 3 s for it each time: in a process that does nothing else, and forks them"""
-
 
 def run_ranks(work: Callable[..., Any], ranks: int, folder: Path, *args: Any) -> list[Any]:
-    """`work(rank, ranks, *args)` in as many new processes joined by gloo; what each returned, by rank."""
-    get_context("forkserver").set_forkserver_preload(IMPORTED)
+    """`work(rank, ranks, *args)` in as many new processes joined by gloo; what each returned, by rank.
+
+    They are forked by one that has imported what they need, which would take each of them 3 s, and does nothing else.
+    """
+    get_context("forkserver").set_forkserver_preload(["tests.imported"])
     about = work, ranks, str(folder), args, dict(os.environ)
-    multiprocessing.start_processes(_rank, about, nprocs=ranks, start_method="forkserver")
+    how = "spawn" if torch.cuda.is_available() else "forkserver"  # a forked process cannot use CUDA once it was looked for
+    multiprocessing.start_processes(_rank, about, nprocs=ranks, start_method=how)
     return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
 def _rank(
     rank: int, work: Callable[..., Any], ranks: int, folder: str, args: tuple[Any, ...], environment: dict[str, str]
 ) -> None:
+    threading.Thread(target=_end_with_the_test, daemon=True).start()
     torch.set_num_threads(1)
+    np.random.seed()  # noqa: NPY002  # as processes of their own are: what somebody draws unseeded differs between ranks
     os.environ.clear()  # of the test, and not of when the first ranks were started
     os.environ.update(environment)
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)})
@@ -37,7 +42,7 @@ def _rank(
     try:
         result = work(rank, ranks, *args)
     except Exception:
-        traceback.print_exc()  # spawn reports one rank's error; the others' would be lost
+        traceback.print_exc()  # torch reports one rank's error; the others' would be lost
         raise
     torch.save(result, f"{folder}/result{rank}.pt")
     distributed.barrier()  # every result is there
@@ -46,3 +51,11 @@ def _rank(
     # Without the end of the interpreter, where threads of gloo can outlive the groups that they belong to (torch 2.13): a rank
     # was seen to abort there ("terminate called without an active exception") with its work done.
     os._exit(0)
+
+
+def _end_with_the_test() -> None:
+    """Whose timeout ends pytest at once; the process that has forked this one would live on with it."""
+    parent = parent_process()
+    assert parent is not None, "started by pytest"
+    parent.join()
+    os._exit(1)

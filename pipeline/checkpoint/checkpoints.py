@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class Checkpoints:
         keep: newest checkpoints that survive pruning; the one with the best score, and what is pinned, survive beside them.
         ranks: how many there are.
         each: every rank's value, in the order of ranks, on every rank; see `Ranks.each`.
-        on_quarantine: told (address, reason) for each damaged checkpoint that is moved away.
+        on_quarantine: told (address, reason) of each damaged checkpoint, before it is moved to there.
         on_unwritten: told (step, error), on every rank, of a checkpoint that could not be written, where saving goes on.
         beat: called again and again by a rank that waits for a thread that writes, its own or another rank's.
     """
@@ -76,6 +77,8 @@ class Checkpoints:
         self.on_quarantine, self.on_unwritten, self.beat = on_quarantine, on_unwritten, beat
         self._in_flight: _InFlight | None = None
         self._told = True
+        self._search: Callable[[], Path | None] | None = None
+        """for the newest one, which storage has interrupted"""
         self._failures, self._is_retry = 0, False
         self.newest_step = 0
         """behind which the newest one stands that is whole on every rank; 0: a run without one begins there"""
@@ -187,8 +190,12 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The newest one that verifies, on this machine; damaged ones are moved away. For rank 0, which tells the others."""
-        suffix = f"{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
-        return newest(self.place, suffix=suffix, on_quarantine=self.on_quarantine)
+        if self._search is None:  # else storage ended one, which is gone on with: what it has told is not told again
+            suffix = f"{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
+            self._search = partial(newest, self.place, suffix=suffix, on_quarantine=cache(self.on_quarantine))
+        found = self._search()
+        self._search = None
+        return found
 
     def load(self, path: Path, backend: Backend, rule: nn.Module) -> dict[str, Any]:
         """Load a verified checkpoint into this rank; collective. What its trainer.json says.

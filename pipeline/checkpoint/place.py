@@ -64,7 +64,7 @@ class Place(Protocol):
         ...
 
     def set_aside(self, name: str, aside: str) -> None:
-        """Move a damaged one out of the way, to where `aside` is the address of."""
+        """Move a damaged one out of the way, to the path `aside` in this place."""
         ...
 
     def read(self, file: str) -> bytes:
@@ -108,7 +108,7 @@ def newest(place: Place, *, suffix: str, on_quarantine: Callable[[str, str], Non
                 raise CheckpointError(f"checkpoint {path}: must hold data alone; {said}; move it away if it is not yours")
             return path
         aside = f"quarantine/{PurePosixPath(place.address(name)).name}-{suffix}"
-        # Before it is moved: where we die in between, the next start finds and tells it again, and misses none that lies there.
+        # Before it is moved: one that was moved and never told would be missed for ever, as the journal says that it was saved.
         on_quarantine(place.address(aside), reason)
         place.set_aside(name, aside)
     return None

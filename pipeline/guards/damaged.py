@@ -56,14 +56,14 @@ class Damage:
         Raises:
             DataError: more than `most` pages.
         """
-        both = self.further(Damage(tuple(found)))
+        both = self.joined(Damage(tuple(found)))
         known = len(self.pages)
         if (new := both.pages[known:]) and len(both.pages) > most:
             left_out = f", and {known} are left out already" if known else ""
             raise DataError(f"data: {told(new)}; max_damaged_pages={most}{left_out}: restore the file")
         return both
 
-    def further(self, other: Damage) -> Damage:
+    def joined(self, other: Damage) -> Damage:
         """The pages of both; one is known by its samples, wherever its file lies."""
         known = {page.samples for page in self.pages}
         new = {page.samples: page for page in other.pages if page.samples not in known}

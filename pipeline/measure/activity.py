@@ -66,13 +66,13 @@ class Activity:
     """Counts the spikes of every neuron of `network` while it is entered: 4 bytes a neuron and time step.
 
     `every`: of one in so many samples, drawn by their ids: the same ones for any number of workers, and in step with no set
-    whose classes take turns. It passes over their spikes alone, and waits for a GPU in `layers` alone.
+    whose classes take turns. It passes over their spikes alone, and waits for a GPU in `layers` alone. Exact up to 2^24 samples.
     """
 
     def __init__(self, network: nn.Module, *, every: int = 1) -> None:
         self.every = every
         self._samples = 0
-        self._is_drawn: list[bool] = []  # of each id, as far as they were asked for
+        self._is_drawn = b""  # a byte of each id, as far as they were asked for
         self._neurons = named_neurons(network)
         self._layers = [_Layer() for _ in self._neurons]
         self._hooks: list[Any] = []
@@ -99,7 +99,7 @@ class Activity:
         """Which samples of these ids are counted."""
         if (last := max(ids, default=-1)) >= len(self._is_drawn):
             every_id = np.arange(max(last + 1, 2 * len(self._is_drawn)))
-            self._is_drawn = (below(bits(0, 0, every_id, COUNTED), self.every) == 0).tolist()
+            self._is_drawn = (below(bits(0, 0, every_id, COUNTED), self.every) == 0).tobytes()
         return [place for place, number in enumerate(ids) if self._is_drawn[number]]
 
     def layers(self, total: Reduce = alone, largest: Reduce = alone) -> tuple[LayerActivity, ...]:
@@ -149,13 +149,14 @@ class _Drawn:
 
 
 class _Layer:
-    """Spikes so far, of each neuron at each time step: exact up to 2^24."""
+    """Spikes so far, of each neuron at each time step."""
 
     def __init__(self) -> None:
         self.fired_TN = torch.zeros(0, 0)
         self.step = 0
         self.drawn = _Drawn([])
 
+    @torch.no_grad()
     def hear(self, neuron: nn.Module, _: Any, s_TB: Tensor) -> None:
         """What `neuron` gives, after its forward."""
         if not self.drawn.places:

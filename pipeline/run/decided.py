@@ -35,8 +35,14 @@ def adopt(run: Path, told: Mapping[str, Any]) -> None:
     Raises: Refused: a file in the folder is damaged.
     """
     if SKIPPED in told:
-        Skipped.read(run).further(Skipped.of(told[SKIPPED])).write(run)
+        skipped = Skipped.read(run)
+        if (further := skipped.further(Skipped.of(told[SKIPPED]))) != skipped:
+            further.write(run)
     if DAMAGED in told:
-        Damage.read(run).further(Damage.of(told[DAMAGED])).write(run)
+        damage = Damage.read(run)
+        if (both := damage.joined(Damage.of(told[DAMAGED]))) != damage:
+            both.write(run)
     if MICRO_BATCH in told:
-        write_json(run / MICRO_BATCH, min(limit_of(run) or told[MICRO_BATCH], told[MICRO_BATCH]))
+        limit = limit_of(run)
+        if limit is None or told[MICRO_BATCH] < limit:
+            write_json(run / MICRO_BATCH, told[MICRO_BATCH])

@@ -83,15 +83,37 @@ def test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used(
 def test_a_damaged_one_is_told_before_it_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who dies in between leaves it where the next one finds it, and no journal says that it must be there."""
     told: list[str] = []
-    checkpoints = saved(tmp_path, [1], on_quarantine=lambda address, reason: told.append(address))
+    saved(tmp_path, [1])
     flip_a_byte(tmp_path / "step_00000001" / "rule.pt")
-    with monkeypatch.context() as dying:
-        dying.setattr(Folder, "set_aside", lambda self, name, aside: sys.exit("killed"))
+    dying, next_one = (
+        Checkpoints(Folder(tmp_path), attempt=name, on_quarantine=lambda address, reason: told.append(address)) for name in "bc"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "set_aside", lambda self, name, aside: sys.exit("killed"))
         with pytest.raises(SystemExit, match="killed"):
-            checkpoints.newest()
+            dying.newest()
     assert len(told) == 1 and not Path(told[0]).exists()
-    assert checkpoints.newest() is None
+    assert next_one.newest() is None
     assert len(told) == 2 and damage(Path(told[1])) is not None and not step_folders(tmp_path)
+
+
+def test_one_that_storage_does_not_let_go_at_once_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    checkpoints = saved(tmp_path, [1], on_quarantine=lambda address, reason: told.append(address))
+    for step in (1, 2):  # and one that is damaged later is another
+        flip_a_byte(tmp_path / f"step_{step:08d}" / "rule.pt")
+        with monkeypatch.context() as patch:
+            patch.setattr(Folder, "set_aside", stale)
+            for _ in range(3):
+                with pytest.raises(OSError, match="Stale"):
+                    checkpoints.newest()
+        assert checkpoints.newest() is None
+        assert len(told) == step and Path(told[-1]).exists()
+        save(checkpoints, 2, backend(), Counting(), TRAINER)
+
+
+def stale(self: Folder, name: str, aside: str) -> None:
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
 
 def test_every_file_of_a_checkpoint_is_in_its_manifest(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def quarantined(step: int, more: str = "") -> dict[str, Any]:
         ([start(8)], 8),  # adopted from a run whose folder was lost
         ([start(0), saved(3), quarantined(3)], None),
         ([start(0), saved(3), saved(6), quarantined(6, ".1")], 3),
+        ([start(0), saved(3), saved(6), quarantined(6), quarantined(6)], 3),  # told once more by the start after a kill
         ([start(0), saved(3), saved(6), saved(9), quarantined(9), quarantined(6)], None),  # 3 was pruned
         ([start(0), saved(3), saved(6), quarantined(9), quarantined(6)], None),  # 9 died with its writer, 3 was pruned for it
         ([start(0), saved(3), quarantined(3), start(0), saved(3)], 3),
