@@ -3,17 +3,17 @@
 Command:  python -m benchmarks.measuring [--rule sltt|bptt] [--processes 6] [--batches 200] [--evaluations 4]
 Result:   one thread of 2 cores of an Intel Xeon, torch 2.13, T = 4
 
-    SLTT, batch 104, commit 0340ab195497 with this file of d5f0fdd, 4 processes, on a machine whose memory others used: batches
-    93 to 110 ms, which had been 70 to 77 an hour before. NOT under 1 %:
+    SLTT, batch 112, commit aa085d6a9b29, 4 processes, batches of 86 to 95 ms (70 to 77 on a quiet day). A run of one epoch is
+    NOT under 1 %:
 
-    a long training       +1.49 %, of a process +0.92 to +2.06 %
-    an evaluation         +6.04 %, of a process +4.24 to +8.59 %
-    a run of 1 epoch      +1.99 %, of a process +1.32 to +2.38 %
-    a run of 10 epochs    +1.81 %, of a process +1.19 to +2.35 %
+    a long training       +0.78 %, of a process +0.49 to +1.03 %
+    an evaluation         +1.48 %, of a process -0.72 to +2.84 %
+    a run of 1 epoch      +1.09 %, of a process +0.80 to +1.45 %
+    a run of 10 epochs    +0.85 %, of a process +0.56 to +1.17 %
 
-    When it was quieter, of one process each (means of 1000 batches and 20 evaluations, the same meters, batch 112 to 128):
-    BPTT +0.39 % of training, +0.74 % of a run of 1 epoch (5794d42b0e93); SLTT +0.53 % and +0.94 %, and +0.77 % and +1.14 % half
-    an hour later (0340ab195497). So it is at the bound, and depends on how cold the caches are when a meter has its turn.
+    Two hours before, 6 processes at 51c9674e6ed0: +0.52, +4.21, +1.11 and +0.81 %. On a quiet day, one process each: BPTT +0.39 %
+    of training, +0.74 % of a run of 1 epoch (5794d42b0e93); SLTT +0.53 % and +0.94 % (0340ab195497). On a busy one, 4 processes,
+    batches of 93 to 110 ms: +1.49 % and +1.99 % (0340ab195497). It depends on how cold the caches are when a meter has its turn.
 
 The meters are those of every run on a CPU. In training: the clock of the parts, read after every tenth batch, loss and hits,
 saved bytes on one batch of 200, operations on one of 1000. At every evaluation: the spikes of every neuron on one sample in
