@@ -13,9 +13,8 @@ Result:   commit 6680c78ac5e3, 2 cores of an Intel Xeon, torch 2.13, nothing els
           All of them grew by a quarter in the 20 minutes: this file read all records anew ten times a second, on the cores that
           recovery wanted, which it no longer does.
 
-          commit 3a056280dbd6 (it began on d5f0fdd; pipeline/measure/ changed meanwhile), such a machine a day later, with small
-          tests beside it for 5 minutes: 28 kills in 20.7 min, 8705 steps, each sample once in 136 epochs; driver (6) 21.0 s, node
-          (7) 13.0, worker (15) 10.4, medians; 31 % of the time
+          commit aa085d6a9b29, such a machine, when it was slower by a quarter: 28 kills in 20.0 min, 9302 steps, each sample once
+          in 145 epochs; driver (6) 17.8 s, node (7) 11.8, worker (15) 9.7, medians; 28 % of the time
 
           commit 21e29ed29c81, 2 cores of an AMD EPYC, beside tests all the while: 21 kills in 20.4 min, 4753 steps, each sample
           once; driver (4) 37.3 s, node (5) 25.1, worker (12) 22.4, medians
