@@ -76,8 +76,9 @@ def opened(browser: Browser, path: Path) -> tuple[Page, Watch]:
     watch.over(page)
     page.goto(path.as_uri())
     for place in page.locator("[data-figure]").all():
-        place.scroll_into_view_if_needed()
-    page.wait_for_function("() => [...document.querySelectorAll('[data-figure]')].every(each => each.querySelector('.main-svg'))")
+        # Not Playwright's own, which first waits for the place to lie still, while figures that are drawn above it move it.
+        place.evaluate("place => place.scrollIntoView()")
+        place.locator(".main-svg").first.wait_for(state="attached")
     return page, watch
 
 
