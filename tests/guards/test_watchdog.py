@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +29,6 @@ with Watchdog(Path(sys.argv[1]), rank=3, patience_s=0.5) as watchdog:
     print("hangs now", flush=True)
     waits_for_ever()
 """
-
-
 GOES_ON = """
 import sys, time
 from pathlib import Path
@@ -114,46 +114,52 @@ class Ran(NamedTuple):
 
     run: Path
     code: int
-    told: str
-    stacks: list[Path]
+    out: str
+    err: str
+    seconds: float
+
+    @property
+    def stacks(self) -> list[Path]:
+        return list((self.run / FOLDER).glob("*"))
+
+
+def end_of(run: Path, code: str, *words: str) -> Ran:
+    began = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", code, str(run), *words], capture_output=True, text=True, timeout=60)
+    return Ran(run, ended.returncode, ended.stdout, ended.stderr, time.monotonic() - began)
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
     """All of them at once: what they do is wait."""
-    began = {}
-    for name, (code, *words) in PROCESSES.items():
-        run = tmp_path_factory.mktemp("process") / "run"
-        if not words:
-            run.mkdir()
-        command = [sys.executable, "-c", code, str(run), *words]
-        began[name] = run, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        told = {name: process.communicate(timeout=60)[0] for name, (_, process) in began.items()}
-    finally:
-        for _, process in began.values():
-            process.kill()
-    return {
-        name: Ran(run, process.returncode, told[name], list((run / FOLDER).glob("*"))) for name, (run, process) in began.items()
-    }
+    with ThreadPoolExecutor(len(PROCESSES)) as threads:
+        begun = {}
+        for name, (code, *words) in PROCESSES.items():
+            run = tmp_path_factory.mktemp("process") / "run"
+            if not words:
+                run.mkdir()
+            begun[name] = threads.submit(end_of, run, code, *words)
+        return {name: each.result() for name, each in begun.items()}
 
 
 def test_a_hang_is_written_down_and_ended(ran: dict[str, Ran]) -> None:
-    _, code, told, [file] = ran["hangs"]
-    assert code == 1 and told == "hangs now\n"
+    hung = ran["hangs"]
+    assert hung.code == 1 and hung.out == "hangs now\n" and hung.seconds < 30
+    [file] = hung.stacks
     assert file.name.startswith("rank3-") and "waits_for_ever" in file.read_text()
 
 
 @pytest.mark.parametrize("name", ["goes on", "is off", "is patient"])
 def test_nobody_else_is_ended_and_nothing_is_left(ran: dict[str, Ran], name: str) -> None:
-    _, code, told, stacks = ran[name]
-    assert code == 0, told
-    assert stacks == []
+    assert ran[name].code == 0, ran[name].err
+    assert ran[name].stacks == []
 
 
 def test_what_takes_longer_than_the_longer_patience_hangs(ran: dict[str, Ran]) -> None:
-    _, code, told, [file] = ran["hangs all the same"]
-    assert code == 1 and told == "hangs now\n" and "waits_for_ever" in file.read_text()
+    hung = ran["hangs all the same"]
+    assert hung.code == 1 and hung.out == "hangs now\n" and 2.0 < hung.seconds < 30
+    [file] = hung.stacks
+    assert "waits_for_ever" in file.read_text()
 
 
 def test_without_patience_nobody_watches(tmp_path: Path) -> None:
@@ -163,17 +169,19 @@ def test_without_patience_nobody_watches(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_hangs_before_it_trains_is_ended(ran: dict[str, Ran]) -> None:
-    _, code, _, [file] = ran["a worker hangs"]
-    assert code == 1 and "waits_for_ever" in file.read_text()
+    hung = ran["a worker hangs"]
+    assert hung.code == 1
+    [file] = hung.stacks
+    assert "waits_for_ever" in file.read_text()
 
 
 def test_a_checkpoint_that_takes_longer_to_restore_ends_nobody(ran: dict[str, Ran]) -> None:
-    assert ran["a worker restores"].code == 0, ran["a worker restores"].told
+    assert ran["a worker restores"].code == 0, ran["a worker restores"].err
 
 
 def test_a_checkpoint_that_takes_longer_to_write_ends_nobody(ran: dict[str, Ran]) -> None:
-    run, code, told, stacks = ran["a worker writes"]
-    assert code == 0, told
-    assert stacks == []
-    [event] = [event for event in read(run / "journal.jsonl") if event["event"] == "checkpoint"]
+    wrote = ran["a worker writes"]
+    assert wrote.code == 0, wrote.err
+    assert wrote.stacks == []
+    [event] = [event for event in read(wrote.run / "journal.jsonl") if event["event"] == "checkpoint"]
     assert event["write_s"] > 4.0
