@@ -9,15 +9,16 @@ What no part is entered for is charged to REST. So the parts of a batch, with RE
 On a CPU the clock is the host's. On a GPU the host runs ahead of the kernels and its seconds mean nothing, so each boundary is an
 event on the stream, and a part's seconds are the stream's: a wait for data is charged for as long as kernels had to wait for it.
 Nobody waits for an event before `take` asks for the seconds.
+
+A batch has some thirty boundaries, each behind a layer that has just passed through the caches, where every call is one of
+microseconds: so at a boundary there are few, and nothing is made but the time.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -31,16 +32,6 @@ Between = Literal["evaluation", "checkpoint", "tracking", "fidelity", "coordinat
 T_ = TypeVar("T_")
 
 
-@dataclass
-class _Batch:
-    """The boundaries of one batch; the last one ends it."""
-
-    names: list[str] = field(default_factory=list)
-    """what begins at each"""
-    at: list[Any] = field(default_factory=list)
-    """when: seconds, or an event"""
-
-
 class Clock:
     """The clock of one rank."""
 
@@ -48,52 +39,50 @@ class Clock:
         self._is_cuda = device.type == "cuda"
         self._device = device
         self._now: Callable[[], Any] = self._event if self._is_cuda else time.perf_counter
-        self._open: _Batch | None = None
-        self._ended: list[_Batch] = []
-        self._charged: str = REST
-        # An autograd thread enters a part (a collective in a hook of a gradient) while the one of the loop waits for it.
-        self._lock = threading.RLock()
+        self._parts = {name: _Part(self, name) for name in PARTS}
+        self.entered: list[str] = [REST]
+        """the innermost last; also by a thread of autograd (a collective in a hook of a gradient), for which the loop's waits"""
+        self._boundaries: list[Any] | None = None
+        """of the batch at hand: what begins and when, seconds or an event, in turn; the last one ends it"""
+        self._ended: list[list[Any]] = []
 
     @contextmanager
     def batch(self) -> Iterator[None]:
         """Surrounds a batch. One that an exception ends is forgotten."""
-        self._open = _Batch()
-        self.enter(REST)
+        self._boundaries = batch = []
+        self.begin(REST)
         try:
             yield
-            self.enter(REST)
-            self._ended.append(self._open)
+            self.begin(REST)
+            self._ended.append(batch)
         finally:
-            self._open = None
+            self._boundaries = None
 
     def part(self, name: Part) -> AbstractContextManager[None]:
         """Inside, time is charged to `name`; outside of a batch to nothing."""
-        return _Entered(self, name)
+        return self._parts[name]
 
     def each(self, name: Part, source: Iterable[T_]) -> Iterator[T_]:
         """`source`, with what it takes to make each next one charged to `name`."""
         iterator = iter(source)
+        part = self._parts[name]
         while True:
-            with self.part(name):
+            with part:
                 value = next(iterator, _END)
             if value is _END:
                 return
             yield value  # type: ignore[misc]  # not the end
 
-    def enter(self, name: str) -> str:
-        """Charge `name` from now on; what was charged before."""
-        with self._lock:
-            outer, self._charged = self._charged, name
-            if self._open is not None:
-                self._open.names.append(name)
-                self._open.at.append(self._now())
-        return outer
+    def begin(self, name: str) -> None:
+        """Charge `name` from now on."""
+        if self._boundaries is not None:
+            self._boundaries += name, self._now()
 
     def take(self) -> list[dict[str, float]]:
         """The seconds of each part, and of REST, in every batch that ended since the last `take`; waits for the device."""
         ended, self._ended = self._ended, []
         if self._is_cuda and ended:
-            ended[-1].at[-1].synchronize()
+            ended[-1][-1].synchronize()
         return [self._seconds(batch) for batch in ended]
 
     def _event(self) -> torch.cuda.Event:
@@ -101,26 +90,30 @@ class Clock:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def _seconds(self, batch: _Batch) -> dict[str, float]:
+    def _seconds(self, boundaries: list[Any]) -> dict[str, float]:
         seconds: dict[str, float] = dict.fromkeys((*PARTS, REST), 0.0)
-        for name, begun, ended in zip(batch.names, batch.at, batch.at[1:], strict=False):
+        names, at = boundaries[::2], boundaries[1::2]
+        for name, begun, ended in zip(names, at, at[1:], strict=False):
             seconds[name] += begun.elapsed_time(ended) / 1e3 if self._is_cuda else ended - begun
         return seconds
 
 
-class _Entered:
-    """A part from its beginning to its end. No generator: it is entered several times for each time step of a batch."""
+class _Part:
+    """Entered as often as one likes, within itself too."""
 
-    __slots__ = ("_clock", "_name", "_outer")
+    __slots__ = ("_clock", "_name")
 
     def __init__(self, clock: Clock, name: str) -> None:
-        self._clock, self._name, self._outer = clock, name, REST
+        self._clock, self._name = clock, name
 
     def __enter__(self) -> None:
-        self._outer = self._clock.enter(self._name)
+        self._clock.entered.append(self._name)
+        self._clock.begin(self._name)
 
     def __exit__(self, *exc: object) -> None:
-        self._clock.enter(self._outer)
+        entered = self._clock.entered
+        entered.pop()
+        self._clock.begin(entered[-1])
 
 
 _END = object()

@@ -142,8 +142,8 @@ class Meters:
         self._asked: Instrument | None = None
         self._inside_s = 0.0
         """of what was entered inside the part between batches that is open"""
-        self._losses: list[Tensor] = []
-        self._logits: Tensor | None = None
+        self._objectives: list[tuple[Tensor, Tensor]] = []
+        """loss and logits of each since the last micro-batch ended"""
         self._window, self._batch = _Window(), _Batch()
 
     @contextmanager
@@ -159,7 +159,7 @@ class Meters:
         self._watching = watching = operations or self._asked
         self._begun, self._asked = self._begun + 1, None
         self._batch = batch = _Batch()
-        self._logits, self._losses = None, []
+        self._objectives = []
         if watching is not None:
             self.note_peaks()
         try:
@@ -218,24 +218,24 @@ class Meters:
             self._inside_s = outer + took
 
     def add(self, objective: Objective) -> None:
-        with self.part("metrics"):
-            self._batch.backward_calls += objective.backward is not None
-            self._losses.append(objective.loss)  # summed at `take`: a sum at every time step is a kernel at every time step
-            self._logits = objective.logits if self._logits is None else self._logits + objective.logits
-            if self._is_counting:
+        self._batch.backward_calls += objective.backward is not None
+        self._objectives.append((objective.loss, objective.logits))  # summed once: each sum is a kernel
+        if self._is_counting:
+            with self.part("metrics"):
                 self._batch.state_bytes = max(self._batch.state_bytes, state_bytes(self.network))
 
     def end_of_micro_batch(self, target_B: Tensor, share: float) -> None:
         """`share`: of the micro-batch in the global batch, which its losses are weighed with."""
-        assert self._logits is not None, "a rule yields at least one objective"
+        assert self._objectives, "a rule yields at least one objective"
         with self.part("metrics"):
+            losses, logits = zip(*self._objectives, strict=True)
             wanted_B = target_B if target_B.dim() == 1 else target_B.argmax(-1)  # of a mixed sample, what there is most of
             learnt = self._batch.learnt
-            learnt.hit_B.append(self._logits.argmax(-1) == wanted_B)
-            learnt.losses.append(torch.stack(self._losses))
-            learnt.shares += [share] * len(self._losses)
+            learnt.hit_B.append(torch.stack(logits).sum(0).argmax(-1) == wanted_B)
+            learnt.losses.append(torch.stack(losses))
+            learnt.shares += [share] * len(losses)
             learnt.samples += len(target_B)
-            self._logits, self._losses = None, []
+            self._objectives = []
 
     def take(self, reduce: Reduce) -> dict[str, float]:
         """Means since the last `take`, the same on every rank; collective through `reduce`, which sums over ranks."""

@@ -18,6 +18,7 @@ batch of products, as attention's are; else "weights".
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -139,17 +140,21 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         count = _COUNTED.get(func.overloadpacket)
-        if count is None:
-            with self:  # torch hands over what is made of products whole in inference mode
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
+        if count is None and _is_whole(func):
+            with self:
+                return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
         if count is not None:
             with torch.no_grad():
                 count(self.operations, *args, **kwargs)
         self.operations.follow(func, [*args, *kwargs.values()], result)
         return result
+
+
+@functools.cache
+def _is_whole(func: Any) -> bool:
+    """Whether it is made of others, products among them: in inference mode torch hands it over whole."""
+    return func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

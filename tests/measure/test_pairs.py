@@ -31,6 +31,11 @@ def test_batches() -> None:
     assert batches(a, b) == met(every)
 
 
+def test_more_rows_than_a_float_counts() -> None:
+    rows = 2**24 + 3  # the next float is 2^24 + 4
+    assert matrices(torch.ones(rows, 1), torch.ones(1, 1)) == (rows, rows)
+
+
 @pytest.mark.parametrize(
     ("stride", "padding", "dilation", "groups"), [(1, 1, 1, 1), (2, 1, 1, 2), (1, 0, 2, 1), (3, 2, 1, 4), (2, 0, 1, 1)]
 )
