@@ -37,7 +37,10 @@ class Evenly:
         self._steps = len(x_TB) if is_still(x_TB) else 0
         places_B = np.arange(self._passed, self._passed + x_TB.shape[1])
         self._passed += len(places_B)
-        for place, drawn in enumerate(bits(0, 0, places_B, COUNTED).tolist()):
+        drawn_B = bits(0, 0, places_B, COUNTED)
+        is_full = len(self._drawn) == self.most
+        low_B = np.flatnonzero(drawn_B < self._drawn[-1]) if is_full else np.arange(len(drawn_B))
+        for place, drawn in zip(low_B.tolist(), drawn_B[low_B].tolist(), strict=True):
             rank = bisect_left(self._drawn, drawn)
             if rank < self.most:
                 x = x_TB[0, place] if self._steps else x_TB[:, place]
