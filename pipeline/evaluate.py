@@ -147,11 +147,14 @@ def hits(logits_BK: Tensor, target_B: Tensor) -> Tensor:
 
 
 def inputs(
-    loader: Loader, time_steps: int, device: torch.device, *, most: int | None = None
+    loader: Loader, time_steps: int, device: torch.device, *, most: int | None = None, epoch: int = 0
 ) -> Generator[tuple[Tensor, Tensor, Tensor]]:
-    """What `evaluate` takes, from this rank's batches: all of them, or the first `most` samples. Close it if you leave early."""
+    """What `evaluate` takes, from this rank's batches: all of them, or the first `most` samples. Close it if you leave early.
+
+    `epoch`: the same samples whichever it is; who evaluates again with another has other pages of the data compared.
+    """
     left = most
-    with loader.epoch(0) as batches:
+    with loader.epoch(epoch) as batches:
         for batch in batches:
             x_B, target_B, index_B = batch.x[:left], batch.target[:left], batch.index[:left]
             if left is not None:

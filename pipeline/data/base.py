@@ -40,7 +40,7 @@ class Loader(Protocol):
     def epoch(self, epoch: int, *, start: int = 0) -> AbstractContextManager[Iterator[Batch]]:
         """The micro-batches of this rank, in order. Leaving the context stops whatever was reading ahead.
 
-        `epoch`: selects order and augmentation (evaluation: neither depends on it).
+        `epoch`: selects order and augmentation (evaluation: neither depends on it), and which pages are compared, see care.py.
         `start`: samples of this epoch that all ranks together have consumed, a multiple of the global batch size.
 
         Raises: DataError (a sample that cannot be decoded, a bad `start`), LoaderError (an error or a hang below).

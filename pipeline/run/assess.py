@@ -20,10 +20,13 @@ LOOK_S = 1.0
 T_ = TypeVar("T_")
 
 
-def assess(parts: Parts, *, tasks: int, counts_operations: bool, is_asked: Callable[[], bool]) -> list[Evaluated] | None:
+def assess(
+    parts: Parts, *, step: int, tasks: int, counts_operations: bool, is_asked: Callable[[], bool]
+) -> list[Evaluated] | None:
     """On each of the first `tasks`, the one at hand last; None where somebody asked to stop or to save. Collective.
 
     `is_asked` says whether somebody does, as far as this rank knows. It is called about once a second, by each rank for itself.
+    `step`: of the run, at each of which other pages of the data are compared with their checksums.
     """
     recipe, ranks, network = parts.recipe, parts.ranks, parts.backend.network
     limit = recipe.evaluate_samples
@@ -36,7 +39,7 @@ def assess(parts: Parts, *, tasks: int, counts_operations: bool, is_asked: Calla
         for index, task in enumerate(parts.loaders.tasks[:tasks]):
             task.choose_head(network)
             with closing(parts.loaders.val(index)) as val_set:
-                batches = lookout.over(inputs(val_set, recipe.time_steps, parts.device, most=most))
+                batches = lookout.over(inputs(val_set, recipe.time_steps, parts.device, most=most, epoch=step))
                 about = {"network": network, "counts_operations": counts_operations, "joules": joules}
                 found.append(evaluate(parts.backend.model, batches, loss_for, over_time=recipe.over_time, **about))
             is_left = bool(ranks.max(torch.tensor(float(lookout.has_left))))

@@ -240,7 +240,7 @@ class Attempt:
 
     def _evaluate(self) -> list[Evaluation]:
         """On each task so far, the one at hand last; nothing where somebody asked to stop meanwhile."""
-        about = {"tasks": self.stretch.index + 1, "counts_operations": self.step == self.steps}
+        about = {"step": self.step, "tasks": self.stretch.index + 1, "counts_operations": self.step == self.steps}
         self.evaluated = []
         while (found := assess(self.parts, **about, is_asked=self.saving.is_asked)) is None:
             self.stop_asked = self.saving.in_evaluation(self.step)

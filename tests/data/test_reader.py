@@ -113,6 +113,8 @@ def test_evaluation_over_ranks_takes_each_sample_once(data):
         lengths += [len(batch.x) for batch in read]
         ids += [i for batch in read for i in batch.index.tolist()]
     assert sorted(ids) == list(range(13)) and set(lengths) == {3, 1, 2}
+    alone = data.val(micro_batch=3)
+    assert digests(alone, epoch=0) == digests(alone, epoch=1000)  # a step, see assess.py
     with data.val(rank=0, world=20, micro_batch=3).epoch(0) as batches:
         assert list(batches) == []
 

@@ -18,6 +18,7 @@ import pytest
 from pipeline import disk
 from pipeline.data import manifest as manifests
 from pipeline.data.beton import Beton
+from pipeline.data.care import ONE_IN
 from pipeline.data.damage import Page
 from pipeline.data.errors import LoaderError
 from pipeline.data.format import RAW, BetonWriter
@@ -28,6 +29,7 @@ from pipeline.job import STOP, Job
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.inline import Inline
 from pipeline.launch.prepare import prepare
+from pipeline.random import PAGE, below, bits
 from pipeline.recipe import Recipe, spec
 from pipeline.refused import Refused
 from pipeline.rules.sltt import SLTT
@@ -339,6 +341,19 @@ def test_what_is_evaluated_on_is_never_left_out(
         with pytest.raises(Refused, match=said):
             train(tmp_path / "hit", made)
     assert (events(tmp_path / "hit", "start") == []) is (when == "at the start")
+
+
+def test_each_evaluation_compares_other_pages(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page of which the draw for step 0 compares nothing is found by one of twelve evaluations all the same."""
+    one_in, samples = 8, np.arange(20)
+    monkeypatch.setitem(ONE_IN, "sampled", one_in)
+    drawn = samples[below(bits(0, 0, samples, PAGE), one_in) == 0]
+    page = min({*range(4)} - {*(drawn // IN_A_PAGE).tolist()})
+    with monkeypatch.context() as patch:
+        once_checked(patch, lambda: flip(data, page, name="val"))
+        with pytest.raises(Refused, match=rf"val\.beton: page {page} .* damaged; samples that are evaluated on are in it"):
+            train(tmp_path / "hit", recipe(data, epochs=12), verify="sampled")
+    assert events(tmp_path / "hit", "evaluation") != []  # the first one saw others
 
 
 def test_a_file_that_nobody_reads_may_be_damaged(tmp_path: Path, whole: Path, data: Path) -> None:
