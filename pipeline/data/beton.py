@@ -122,7 +122,8 @@ class Beton:
         from pipeline.data.reader import BetonLoader, usable_threads
 
         threads = usable_threads(threads)
-        how = {"seed": seed, "threads": threads, "hang_s": hang_s, "one_in": self._files.care.one_in}
+        about_pages = {"one_in": self._files.care.one_in, "asked": self._files.asked(use)}
+        how = {"seed": seed, "threads": threads, "hang_s": hang_s, **about_pages}
         loader = BetonLoader(path, self._decode(use, parallel=threads > 1), order, **how)
         if self.crop == "shift":
             _check_sides(path, loader.records, self.shape[1])

@@ -64,7 +64,7 @@ class Files:
     def check(self) -> None:
         """See base.Data. Where a share of the training file is held out nobody reads the other beyond its manifest."""
         read: tuple[Name, ...] = ("train",) if self.held_out else ("train", "val")
-        damaged = {name: manifests.damaged_pages(self.path(name)) for name in read}
+        damaged: dict[Name, list[Page]] = {name: manifests.damaged_pages(self.path(name)) for name in read}
         if any(damaged.values()):
             raise DamagedPages([page for pages in damaged.values() for page in pages], may_go=not self._is_asked(damaged))
         if self.manifest("train").classes != self.manifest("val").classes:
@@ -95,12 +95,19 @@ class Files:
             raise DataError(f"{self.owner}: {path} must group its samples by {by!r}; it groups them {known}")
         return groups[by]
 
-    def _is_asked(self, damaged: Mapping[str, Sequence[Page]]) -> bool:
+    def asked(self, use: Name) -> NDArray[np.int64]:
+        """Samples of the file that `use` reads that are evaluated on, whatever `only` says: another task asks for the others."""
+        if self.held_out:
+            return held_out(self.manifest("train").samples, self.held_out)[1]
+        return np.arange(self.manifest("val").samples if use == "val" else 0)
+
+    def _is_asked(self, damaged: Mapping[Name, Sequence[Page]]) -> bool:
         """Whether a sample that is evaluated on is in one of these pages."""
-        if not self.held_out:
-            return bool(damaged["val"])
-        lost = {sample for page in damaged["train"] for first, end in page.samples for sample in range(first, end)}
-        return not lost.isdisjoint(self._ids("val").tolist())
+        for name, pages in damaged.items():
+            lost = {sample for page in pages for first, end in page.samples for sample in range(first, end)}
+            if not lost.isdisjoint(self.asked(name).tolist()):
+                return True
+        return False
 
     def _ids(self, use: Name) -> NDArray[np.int64]:
         if self.held_out:

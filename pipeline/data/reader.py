@@ -62,7 +62,7 @@ class BetonLoader:
 
     `parallel` of `decode` and `threads` come from `usable_threads`. `hang_s`: the longest wait for
     one batch, in seconds (None: 300 for the first, before which a loop is compiled, 30 for each after it).
-    `one_in`: see care.py.
+    `one_in`: see care.py. `asked`: see files.py.
 
     Raises: DataError, LoaderError (while iterating).
     """
@@ -75,11 +75,13 @@ class BetonLoader:
         *,
         seed: int,
         threads: int,
+        asked: NDArray[np.int64],
         hang_s: float | None = None,
         one_in: int = 0,
     ) -> None:
         self.samples, self.steps_per_epoch = order.samples, order.steps
-        self._path, self._order, self._seed, self._hang_s, self._one_in = path, order, seed, hang_s, one_in
+        self._path, self._order, self._seed, self._hang_s = path, order, seed, hang_s
+        self._one_in, self._asked = one_in, asked
         self._open: list[_Reading] = []
         with torch_threads_kept():
             self._ffcv = _Loader(path, decode, batch_size=order.micro_batch, threads=threads)
@@ -107,7 +109,7 @@ class BetonLoader:
     def _spot_check(self, epoch: int) -> AbstractContextManager[SpotCheck | None]:
         if not self._one_in:
             return nullcontext()
-        how = {"one_in": self._one_in, "seed": self._seed, "epoch": epoch, "may_go": isinstance(self._order, TrainOrder)}
+        how = {"one_in": self._one_in, "seed": self._seed, "epoch": epoch, "asked": self._asked}
         return SpotCheck(self._path, self._ffcv.reader.alloc_table, **how)
 
     def _batches(self, reading: "_Reading", ids: NDArray[np.int64]) -> Iterator[Batch]:

@@ -16,11 +16,11 @@ from pipeline.random import PAGE, below, bits
 class SpotCheck:
     """Of one run through a file. Drawn are samples, one in `one_in`, by (seed, epoch): each has its page compared.
 
-    `table`: FFCV's, of which sample lies where. `may_go`: see DamagedPages.
+    `table`: FFCV's, of which sample lies where. `asked`: see Files.
     """
 
-    def __init__(self, path: Path, table: Any, *, one_in: int, seed: int, epoch: int, may_go: bool) -> None:
-        self.path, self.one_in, self.may_go, self._keys = path, one_in, may_go, (seed, epoch)
+    def __init__(self, path: Path, table: Any, *, one_in: int, seed: int, epoch: int, asked: NDArray[np.int64]) -> None:
+        self.path, self.one_in, self.asked, self._keys = path, one_in, asked, (seed, epoch)
         self.manifest = manifests.read(path)
         self._page_of = np.empty(len(table), np.int64)
         self._page_of[table["sample_id"]] = (table["ptr"] - self.manifest.pages_offset) // self.manifest.page_bytes
@@ -51,4 +51,5 @@ class SpotCheck:
         found = {page: manifests.page_fault(self.path, self._file.fileno(), self.manifest, page) for page in pages}
         about = [(page, np.flatnonzero(self._page_of == page), fault) for page, fault in found.items() if fault is not None]
         if about:
-            raise DamagedPages([manifests.page(self.path, self.manifest, *each) for each in about], may_go=self.may_go)
+            is_asked = np.isin(self._page_of[self.asked], [page for page, *_ in about]).any()
+            raise DamagedPages([manifests.page(self.path, self.manifest, *each) for each in about], may_go=not is_asked)

@@ -16,6 +16,7 @@ from pipeline.data.base import DataError
 from pipeline.data.beton import Beton
 from pipeline.data.care import Care, careful
 from pipeline.data.damage import DamagedPages, Page, runs_of
+from pipeline.data.order import held_out
 from pipeline.data.spot_check import SpotCheck
 from pipeline.data.synthetic import Synthetic
 from pipeline.data.tasks import Permuted, SplitClasses
@@ -85,7 +86,7 @@ def test_one_sample_in_so_many_has_its_page_compared(fashion, monkeypatch):
 
     def drawn(epoch: int) -> list[int]:
         compared.clear()
-        with SpotCheck(path, table, one_in=100, seed=1, epoch=epoch, may_go=True) as check:
+        with SpotCheck(path, table, one_in=100, seed=1, epoch=epoch, asked=np.arange(0)) as check:
             for first in range(0, 10_000, 10):
                 check.after(np.arange(first, first + 10))
         return [*compared]
@@ -115,6 +116,17 @@ def test_what_is_evaluated_on_may_not_go(damaged):
     with pytest.raises(DamagedPages, match=said) as error, loader.epoch(0) as batches:
         list(batches)
     assert not error.value.may_go
+
+
+def test_nor_may_a_page_of_the_training_file_in_which_some_are_held_out(damaged):
+    """Of another task than the one that finds it."""
+    [chosen_on] = held_out(100, 0.01)[1]
+    whole = Beton(damaged, classes=10, channels=1, size=28, crop="shift", mean=(0.5,), std=(0.5,), held_out=0.01)
+    other = 1 if chosen_on % 10 in (0, 1) else 0
+    for data in (whole, SplitClasses(whole, task=other)):
+        with pytest.raises(DamagedPages, match="samples that are evaluated on are in it: restore the file") as error:
+            read_all(careful(data, Care(one_in=1)))
+        assert not error.value.may_go
 
 
 def test_data_without_pages_can_leave_nothing_out():

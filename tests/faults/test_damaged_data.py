@@ -324,14 +324,14 @@ def test_one_page_too_many_stops_the_run_in_one_line_and_mended_it_goes_on(
 
 @pytest.mark.parametrize("when", ["at the start", "while it is read"])
 @pytest.mark.parametrize("held_out", [0.0, 0.25])
-def test_what_is_evaluated_on_is_never_left_out(
-    when: str, held_out: float, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_evaluated_on_is_never_left_out_and_mended_the_run_goes_on(
+    when: str, held_out: float, tmp_path: Path, whole: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, page = "val", 3
     if held_out:
         _, asked = held_out_of(64, held_out)
         name, page = "train", int(asked[0]) // IN_A_PAGE
-    made = recipe(data).override({"data.held_out": held_out})
+    made, untouched = (recipe(folder).override({"data.held_out": held_out}) for folder in (data, whole))
     with monkeypatch.context() as patch:
         if when == "at the start":
             flip(data, page, name=name)
@@ -341,6 +341,11 @@ def test_what_is_evaluated_on_is_never_left_out(
         with pytest.raises(Refused, match=said):
             train(tmp_path / "hit", made)
     assert (events(tmp_path / "hit", "start") == []) is (when == "at the start")
+    assert not Damage.read(tmp_path / "hit").pages
+    flip(data, page, name=name)
+    train(tmp_path / "hit", made)
+    train(tmp_path / "untouched", untouched)
+    assert same_weights(tmp_path / "hit", tmp_path / "untouched")
 
 
 def test_each_evaluation_compares_other_pages(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

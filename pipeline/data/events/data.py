@@ -103,7 +103,8 @@ class Events:
             std=self.std,
             parallel=threads > 1,
         )
-        how = {"seed": seed, "threads": threads, "hang_s": hang_s, "one_in": self._files.care.one_in}
+        about_pages = {"one_in": self._files.care.one_in, "asked": self._files.asked(use)}
+        how = {"seed": seed, "threads": threads, "hang_s": hang_s, **about_pages}
         return BetonLoader(path, decode, order, **how)
 
 
