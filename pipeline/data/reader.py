@@ -194,7 +194,8 @@ class _Reading(EpochIterator):
             return super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
         self._check.before()
         result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
-        self._check.after(batch_indices.astype(np.int64) % len(self.metadata))  # without the number of the view
+        failed_B = self._status[batch_slot][: len(batch_indices), 0] != 0
+        self._check.after(batch_indices.astype(np.int64) % len(self.metadata), failed_B)  # without the number of the view
         return result
 
     def next_batch(self, index_B: NDArray[np.int64]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from pipeline.random import PAGE, below, bits
 class SpotCheck:
     """Of one run through a file. Drawn are samples, one in `one_in`, by (seed, epoch): each has its page compared.
 
-    `table`: FFCV's, of which sample lies where. `asked`: see Files.
+    So has each one that could not be decoded. `table`: FFCV's, of which sample lies where. `asked`: see Files.
     """
 
     def __init__(self, path: Path, table: Any, *, one_in: int, seed: int, epoch: int, asked: NDArray[np.int64]) -> None:
@@ -41,13 +41,13 @@ class SpotCheck:
         if size < self.manifest.bytes:
             raise DataError(manifests.wrong_size(self.path, self.manifest, size))
 
-    def after(self, index_B: NDArray[np.int64]) -> None:
-        """Once the samples were decoded: what was damaged by then still is.
+    def after(self, index_B: NDArray[np.int64], failed_B: NDArray[np.bool_]) -> None:
+        """Once the samples were decoded, but for those that failed: what was damaged by then still is.
 
         Raises: DamagedPages; OSError where all storage is away.
         """
-        drawn = index_B[below(bits(*self._keys, index_B, PAGE), self.one_in) == 0]
-        pages = np.unique(self._page_of[drawn]).tolist()
+        drawn_B = below(bits(*self._keys, index_B, PAGE), self.one_in) == 0
+        pages = np.unique(self._page_of[index_B[drawn_B | failed_B]]).tolist()
         found = {page: manifests.page_fault(self.path, self._file.fileno(), self.manifest, page) for page in pages}
         about = [(page, np.flatnonzero(self._page_of == page), fault) for page, fault in found.items() if fault is not None]
         if about:

@@ -1,8 +1,9 @@
 """Data that was damaged, and what a run does without it.
 
 At its start each machine compares every page of the files with its checksum, and while it trains some of those that it reads, or
-all of them (`--verify full`). A page that cannot be read, on a bad sector, is a damaged one; where nothing else of its file can
-be read either, storage is away, and the worker is started again.
+all of them (`--verify full`): others in each epoch and evaluation, and always those of samples that cannot be decoded. A page
+that cannot be read, on a bad sector, is a damaged one; where nothing else of its file can be read either, storage is away, and
+the worker is started again.
 
     a damaged page of the training file        is left out from the newest checkpoint on: its samples have others of the epoch in
                                                their places, and no other sample moves (data/order.py)

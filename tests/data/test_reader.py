@@ -7,14 +7,18 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline.data import format as beton_format
+from pipeline.data import manifest as manifests
 from pipeline.data import reader
 from pipeline.data.base import DataError, Loader, LoaderError
 from pipeline.data.beton import Beton
+from pipeline.data.care import Care
+from pipeline.data.damage import DamagedPages
 
 SIZES = {"seed": 5, "batch_size": 12, "micro_batch": 12}
 
@@ -216,19 +220,44 @@ def test_a_thread_that_dies_is_noticed(data, monkeypatch):
         next(batches)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_corrupt_jpeg_is_named(data, tmp_path, threads):
+@pytest.fixture
+def corrupt(data, tmp_path) -> tuple[Path, int]:
+    """A copy of the data, and the sample whose JPEG is broken in it."""
     folder = shutil.copytree(data.folder, tmp_path / "broken")
     found = beton_format.samples(folder / "train.beton")
     victim = next(i for i in range(20, 61) if found.records["mode"][i] == beton_format.JPG)
     with (folder / "train.beton").open("r+b") as file:
         file.seek(int(found.records["data_ptr"][victim]) + 2)
         file.write(bytes(64))
+    return folder, victim
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_corrupt_jpeg_is_named(corrupt, threads):
+    folder, victim = corrupt
     loader = Beton(folder, classes=2, size=32).train(**SIZES, threads=threads)
     with (
         pytest.raises(DataError, match=rf"train\.beton: cannot decode the JPEG of samples \[{victim}\]"),
         loader.epoch(0) as batches,
     ):
+        list(batches)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_with_care_it_is_a_damaged_page_unless_it_was_written_so(corrupt, threads):
+    folder, victim = corrupt
+    path = folder / "train.beton"
+    data = Beton(folder, classes=2, size=32).with_care(Care(one_in=1 << 30))
+    with pytest.raises(DamagedPages) as found, data.train(**SIZES, threads=threads).epoch(0) as batches:
+        list(batches)
+    [page] = found.value.pages
+    assert any(first <= victim < end for first, end in page.samples)
+
+    known = manifests.read(path)
+    about = {"content": known.content, "classes": known.classes, "labels": beton_format.samples(path).labels.tolist()}
+    manifests.describe(path, name=path.name, **about).write(path.with_name(path.name + manifests.SUFFIX))
+    said = rf"train\.beton: cannot decode the JPEG of samples \[{victim}\]"
+    with pytest.raises(DataError, match=said), data.train(**SIZES, threads=threads).epoch(0) as batches:
         list(batches)
 
 

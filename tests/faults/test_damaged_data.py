@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import random
 import re
@@ -14,14 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline import disk
 from pipeline.data import manifest as manifests
 from pipeline.data.beton import Beton
-from pipeline.data.care import ONE_IN
+from pipeline.data.care import ONE_IN, Verify
 from pipeline.data.damage import Page
 from pipeline.data.errors import LoaderError
-from pipeline.data.format import RAW, BetonWriter
+from pipeline.data.format import JPG, RAW, BetonWriter
 from pipeline.data.order import held_out as held_out_of
 from pipeline.data.order import permutation
 from pipeline.guards.damaged import Damage
@@ -43,24 +45,38 @@ pytestmark = pytest.mark.timeout(120)
 
 SEED = 20261126  # of the pages and steps at which something happens
 SIDE, IN_A_PAGE, PAGE_BYTES = 8, 5, 1024  # pixels, images of 3 x 8 x 8 bytes
+JPEG_BYTES, JPEG_PAGE_BYTES = 800, 4096
 EPOCH, CHECKPOINTS = 8, sorted({*range(0, 25, 3), *range(0, 25, 8)})  # of three epochs
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 training images on 13 pages, 20 to evaluate on: written as any data set is, but for the size of a page."""
-    folder, rng = tmp_path_factory.mktemp("whole"), np.random.default_rng(SEED)
-    classes = [str(number) for number in range(10)]
+    return written(tmp_path_factory.mktemp("whole"), lambda image: image.tobytes(), mode=RAW, page_bytes=PAGE_BYTES)
+
+
+@pytest.fixture(scope="module")
+def jpegs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as JPEGs, with bytes behind the end of each: as many on a page."""
+
+    def stored(image: Image.Image) -> bytes:
+        image.save(file := io.BytesIO(), "jpeg")
+        assert len(file.getvalue()) <= JPEG_BYTES
+        return file.getvalue().ljust(JPEG_BYTES, b"\0")
+
+    return written(tmp_path_factory.mktemp("jpegs"), stored, mode=JPG, page_bytes=JPEG_PAGE_BYTES)
+
+
+def written(folder: Path, stored: Callable[[Image.Image], bytes], *, mode: int, page_bytes: int) -> Path:
+    rng = np.random.default_rng(SEED)
+    classes, about = [str(number) for number in range(10)], {"mode": mode, "height": SIDE, "width": SIDE}
     for name, count in (("train", 64), ("val", 20)):
         path, content, labels = folder / f"{name}.beton", manifests.ContentHash(classes), [i % 10 for i in range(count)]
-        writer = BetonWriter(path, capacity=count, page_bytes=PAGE_BYTES)
+        writer = BetonWriter(path, capacity=count, page_bytes=page_bytes)
         for label in labels:
-            pixels, about = (
-                rng.integers(0, 256, 3 * SIDE * SIDE, np.uint8).tobytes(),
-                {"mode": RAW, "height": SIDE, "width": SIDE},
-            )
-            writer.add(pixels, label=label, **about)
-            content.add(pixels, label=label, **about)
+            image = stored(Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)))
+            writer.add(image, label=label, **about)
+            content.add(image, label=label, **about)
         writer.finish()
         made = manifests.describe(path, name=path.name, content=content.hexdigest(), classes=classes, labels=labels)
         made.write(folder / f"{path.name}{manifests.SUFFIX}")
@@ -91,6 +107,13 @@ def flip(data: Path, page: int, *, name: str = "train") -> None:
         byte = file.read(1)[0]
         file.seek(at)
         file.write(bytes([byte ^ 4]))
+
+
+def zero_a_jpeg(data: Path, page: int) -> None:
+    """A sector of the page's second sample, from its beginning on."""
+    with (data / "train.beton").open("r+b") as file:
+        file.seek(manifests.read(data / "train.beton").pages_offset + page * JPEG_PAGE_BYTES + JPEG_BYTES)
+        file.write(bytes(512))
 
 
 def bad_sector(patch: pytest.MonkeyPatch, data: Path, page: int) -> None:
@@ -246,17 +269,34 @@ def test_storage_that_is_away_damages_nothing(
 def test_damage_in_the_middle_leads_back_to_the_newest_checkpoint(
     tmp_path: Path, whole: Path, data: Path, page: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    damaged_in_the_middle(tmp_path, whole, data, lambda: flip(data, page), monkeypatch, verify="full")
+
+
+def test_the_page_of_an_image_that_cannot_be_decoded_is_compared_and_left_out(
+    tmp_path: Path, jpegs: Path, page: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no draw asks for it."""
+    monkeypatch.setitem(ONE_IN, "sampled", 1 << 30)
+    data = shutil.copytree(jpegs, tmp_path / "data")
+    damaged_in_the_middle(tmp_path, jpegs, data, lambda: zero_a_jpeg(data, page), monkeypatch, verify="sampled")
+    [found] = events(tmp_path / "hit", "damaged")
+    assert (found["page"], found["left_out"]) == (page, [[*samples_of(page)]])
+
+
+def damaged_in_the_middle(
+    tmp_path: Path, whole: Path, data: Path, damage: Callable[[], None], monkeypatch: pytest.MonkeyPatch, *, verify: Verify
+) -> None:
     """It has been learnt from by then, and is read again in the third epoch, if not in the second."""
     step, original = random.Random(SEED).randrange(EPOCH, 2 * EPOCH), Attempt._between_batches
 
     def between(self: Attempt, epoch: int, *, last: bool) -> None:
         original(self, epoch, last=last)
         if self.step == step and not self.parts.damage.pages:
-            flip(data, page)
+            damage()
 
     with monkeypatch.context() as patch:
         patch.setattr(Attempt, "_between_batches", between)
-        train(tmp_path / "hit", recipe(data, epochs=3))
+        train(tmp_path / "hit", recipe(data, epochs=3), verify=verify)
     first, again = [event["step"] for event in events(tmp_path / "hit", "start")]
     assert first == 0 and again >= max(each for each in CHECKPOINTS if each <= step)
 

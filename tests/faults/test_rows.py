@@ -168,6 +168,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         ),
         *(f"{DATA}::test_damage_in_the_middle_leads_back_to_the_newest_checkpoint",),
         *(f"{DATA}::test_a_page_on_a_bad_sector_is_left_out",),
+        *(f"{DATA}::test_the_page_of_an_image_that_cannot_be_decoded_is_compared_and_left_out",),
         *(f"{DATA}::test_what_is_evaluated_on_is_never_left_out_and_mended_the_run_goes_on",),
         *(f"{DATA}::test_each_evaluation_compares_other_pages",),
         *(f"{DATA}::test_a_page_on_a_bad_sector_is_named_by_a_run_that_may_leave_none_out_and_by_verify",),
