@@ -7,8 +7,12 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.options import RUNS, Address, Runs, number_option
+from pipeline.commands.options import RUNS, Runs, number_option
 
+Address = Annotated[
+    str | None,
+    typer.Option("--address", help="of a Ray cluster: auto, host:6379; without it, or with local, this machine is checked"),
+]
 Place = Annotated[
     str | None,
     typer.Option("--checkpoints", metavar="DIR|URI", help="where runs are to keep their checkpoints: it is tried on each node"),

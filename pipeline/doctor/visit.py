@@ -29,7 +29,9 @@ KEPT_S = 120.0
 def visit(
     runs: Path, *, address: str | None, checkpoint_bytes: float, keep: int, checkpoints: str | None = None
 ) -> list[Finding]:
-    """What was found here, or with `address` on each node of that cluster. `checkpoints`: where runs keep them, if not inside.
+    """What was found here, or with `address`, unless it is `local`, on each node of that cluster.
+
+    `checkpoints`: where runs keep them, if not inside.
 
     Raises:
         Refused: no cluster let us in, or the address of checkpoints holds credentials.
@@ -41,7 +43,7 @@ def visit(
     with_runs, elsewhere = (checkpoint_bytes * count for count in _counts(place, keep))
     with marked(runs, prefix=".doctor-") as marker, held(runs / marker.name):
         asked = Asked(runs=str(runs), marker=marker)
-        if address is None:
+        if address in (None, "local"):  # which a launch would start, with a token of its own
             here = examine(asked)
             found = list(of_nodes([here], runs=str(runs), needed_bytes=with_runs))
             found += of_network(*_met_here(len(here.gpus)))

@@ -117,6 +117,13 @@ def test_the_doctor_tells_of_the_others_all_the_same(tmp_path: Path) -> None:
     assert {"versions", "storage", "ops", "auth"} <= {each.check for each in found if each.state == "ok"}
 
 
+def test_local_is_this_machine_and_starts_no_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(visit, "Ray", lambda **given: pytest.fail(f"a Ray at {given['address']!r}"))
+    monkeypatch.setattr(visit, "examine", lambda asked: NODE)
+    told = [visit.visit(tmp_path, address=address, checkpoint_bytes=0, keep=1) for address in (None, "local")]
+    assert told[0] == told[1] and not {"auth", "clock"} & {each.check for each in told[1]}
+
+
 @pytest.mark.usefixtures("sick")
 @pytest.mark.parametrize(("size", "state"), [(1.0, "ok"), (1e18, "bad")])
 def test_the_doctor_tries_where_checkpoints_are_kept(tmp_path: Path, size: float, state: str) -> None:
