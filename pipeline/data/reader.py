@@ -4,9 +4,6 @@ Stock FFCV 1.0.2 blocks for ever if its thread fails, leaks that thread at an ea
 sets torch's number of threads. Subclassed here, so that its reading, scheduling and compilation stay FFCV's.
 """
 
-import ctypes
-import importlib
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -35,6 +32,7 @@ from pipeline.data.ffcv_api import (
 )
 from pipeline.data.order import TrainOrder, ValOrder
 from pipeline.data.spot_check import SpotCheck
+from pipeline.data.tbb import demand_tbb
 
 FIRST_BATCH_S = 300.0  # longer than the compilation before it, which took 5 to 20 s on two busy cores
 HANG_S = 30.0  # for every batch after it
@@ -53,7 +51,7 @@ def usable_threads(threads: int) -> int:
     if threads > most:
         raise DataError(f"data: threads must be at most {most} here (its cores, or NUMBA_NUM_THREADS); got {threads}")
     if threads > 1:
-        _demand_tbb()
+        demand_tbb()
     return threads
 
 
@@ -257,21 +255,3 @@ def _drain(queue: Any) -> None:
             queue.get_nowait()
     except Empty:
         pass
-
-
-def _demand_tbb() -> None:
-    """Of numba's threading layers, OpenMP's kills a forked child and workqueue aborts with two loaders at once (0.68.1)."""
-    name = "numba.np.ufunc.tbbpool"  # importing it asks the dynamic linker for libtbb.so.12
-    try:
-        importlib.import_module(name)
-    except ImportError:
-        # The wheel `tbb` puts its library where the linker does not look; once loaded by its path, it answers numba's request.
-        try:
-            ctypes.CDLL(str(Path(sys.prefix) / "lib" / "libtbb.so.12"), mode=ctypes.RTLD_GLOBAL)
-            importlib.import_module(name)
-        except (OSError, ImportError) as error:
-            raise DataError(
-                "data: more than 1 loader thread needs TBB (pip install tbb, or apt install libtbb12), or set threads=1; "
-                f"got: {error}"
-            ) from error
-    numba.config.THREADING_LAYER = "tbb"  # pyright: ignore[reportAttributeAccessIssue]

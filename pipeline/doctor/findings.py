@@ -232,11 +232,12 @@ def _reading(node: Node) -> Iterator[Finding]:
         yield Finding(
             check="ffcv", state="bad", told=f"{node.name}: {node.ffcv}", advice="infra/setup.sh builds FFCV and what it needs"
         )
-    if node.threading_layer.startswith("failed"):
-        advice = "install tbb: infra/setup.sh --system"
-        yield Finding(check="threads", state="bad", told=f"{node.name}: numba {node.threading_layer}", advice=advice)
+    if node.threading_layer == "tbb":
+        yield Finding(check="threads", state="ok", told=f"{node.name}: numba's threads are TBB's")
     else:
-        yield Finding(check="threads", state="ok", told=f"{node.name}: numba's threads are {node.threading_layer}'s")
+        advice = "more than one of --loader-threads is refused there: pip install tbb, or infra/setup.sh --system"
+        told = f"{node.name}: numba's threads are not TBB's: {node.threading_layer}"
+        yield Finding(check="threads", state="look", told=told, advice=advice)
 
 
 def _ops(node: Node) -> Iterator[Finding]:

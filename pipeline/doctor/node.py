@@ -52,7 +52,7 @@ class Node:
     remembers_absence: str | None
     """the NFS mount of the folder of runs, where its client may not see a new file at once"""
     threading_layer: str
-    """of numba, which decodes images: tbb, omp or workqueue"""
+    """of numba, which decodes images, where it may choose: tbb, if there is any"""
     ffcv: str
     """`ok`, where a file was written and read again"""
     device: str
@@ -136,6 +136,10 @@ def _free(folder: Path) -> int | None:
 def _threading_layer() -> str:
     try:
         import numba
+
+        from pipeline.data.tbb import demand_tbb
+
+        demand_tbb()
 
         @numba.njit(parallel=True)
         def total(count: int) -> int:

@@ -14,7 +14,7 @@ import torch
 
 from pipeline.data import format as beton_format
 from pipeline.data import manifest as manifests
-from pipeline.data import reader
+from pipeline.data import reader, tbb
 from pipeline.data.base import DataError, Loader, LoaderError
 from pipeline.data.beton import Beton
 from pipeline.data.care import Care
@@ -282,7 +282,7 @@ def test_too_many_threads_are_refused_and_tbb_demanded(monkeypatch):
     def missing(name):
         raise ImportError("libtbb.so.12: cannot open shared object file")
 
-    monkeypatch.setattr(reader.importlib, "import_module", missing)
+    monkeypatch.setattr(tbb.importlib, "import_module", missing)
     assert reader.usable_threads(1) == 1
     with pytest.raises(DataError, match=r"needs TBB .*threads=1; got: libtbb"):
         reader.usable_threads(2)

@@ -152,6 +152,13 @@ def test_room_is_wanted_where_checkpoints_lie(place: str | None, counts: tuple[i
     assert visit._counts(place, 3) == counts
 
 
+def test_a_node_without_tbb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numba takes the next layer without a word; more than one loader thread is refused all the same."""
+    monkeypatch.setitem(sys.modules, "numba.np.ufunc.tbbpool", None)
+    monkeypatch.setattr(sys, "prefix", "/nowhere")
+    assert node._threading_layer().startswith("failed: DataError: data: more than 1 loader thread needs TBB")
+
+
 def test_a_lock_that_goes_while_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     for name in ("gone", "kept"):
