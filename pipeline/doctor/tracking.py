@@ -1,30 +1,32 @@
-"""Whether the tracking server answers, and not to everybody."""
+"""Whether the tracking server answers, and not to everybody; of a store that is a file, whether it may be written."""
 
 from __future__ import annotations
 
 import os
 import re
+import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
 from base64 import b64encode
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPMessage
+from pathlib import Path
 from typing import IO
 
 from pipeline.doctor.findings import Finding
-from pipeline.track.connect import without_password
+from pipeline.track.connect import sqlite_file, without_password
 
 MLFLOW_S = 10.0
 
 
 def of_mlflow(uri: str) -> Finding:
-    """A store that is a file is as good as the folder it lies in; a server must answer, and not to everybody."""
+    """A store that is a file must be one that may be written; a server must answer, and not to everybody."""
+    if (file := sqlite_file(uri)) is not None:
+        return _of_file(file)
+    if not uri.startswith(("http://", "https://")):
+        return _of_another(uri)
     parts = urllib.parse.urlsplit(uri)
-    if parts.scheme not in ("http", "https"):
-        return Finding(
-            check="mlflow", state="ok", told="the store is a file; `spiketrain dashboard` and others on this machine see it"
-        )
     shown, login = without_password(uri).rstrip("/"), _login(parts)
     if login is not None and not _fits_a_header(login):
         advice = "see MLFLOW_TRACKING_TOKEN: a newline at its end, for example"
@@ -40,6 +42,32 @@ def of_mlflow(uri: str) -> Finding:
         advice = "put it behind a password: mlflow server --app-name basic-auth, as in infra/mlflow"
         return Finding(check="mlflow", state="look", told=f"{shown} answers whoever asks", advice=advice)
     return Finding(check="mlflow", state="ok", told=f"{shown} answers, and asks for a password")
+
+
+def _of_file(file: Path) -> Finding:
+    """MLflow (3.17) makes what is missing of its folder; SQLite keeps a journal beside the file."""
+    try:
+        with tempfile.TemporaryFile(dir=next(each for each in file.parents if each.exists())):
+            pass
+        if file.exists():
+            with file.open("r+b"):
+                pass
+    except OSError as error:
+        told = f"the store {file} may not be written: {error.strerror}"
+        return Finding(check="mlflow", state="bad", told=told, advice="see its owner and rights, or MLFLOW_TRACKING_URI")
+    told = "the store is a file; `spiketrain dashboard` and others on this machine see it"
+    return Finding(check="mlflow", state="ok", told=told)
+
+
+def _of_another(uri: str) -> Finding:
+    """What MLflow may know, and nobody here asks; of what may hold a password nothing is shown."""
+    if uri.partition(":")[0] == "databricks":
+        advice = "nobody asks Databricks here; see that `spiketrain sync` reaches it"
+        return Finding(check="mlflow", state="look", told="whether Databricks answers could not be told", advice=advice)
+    got = uri if re.fullmatch(r"[\w.:/+-]+", uri, re.ASCII) else "another, not shown: it may hold a password"
+    told = f"MLFLOW_TRACKING_URI must be http://HOST:PORT, https://HOST or sqlite:///FILE; got {got}"
+    advice = "write it so, or unset it: the store is mlflow.db in the folder of runs then"
+    return Finding(check="mlflow", state="bad", told=told, advice=advice)
 
 
 def _login(parts: urllib.parse.SplitResult) -> str | None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -46,7 +50,47 @@ def test_a_tracking_server(monkeypatch: pytest.MonkeyPatch) -> None:
     with server(password=None) as place:
         assert of_mlflow(f"http://{place}").state == "look"
     assert of_mlflow(f"http://{place}").state == "bad"
-    assert of_mlflow("sqlite:///x.db").state == "ok"
+
+
+def test_a_store_that_is_a_file(tmp_path: Path) -> None:
+    """MLflow makes it and its folder; what is none, or may not be made, is told."""
+    for file in (kept := tmp_path / "x.db", tmp_path / "not" / "there" / "x.db"):
+        assert of_mlflow(f"sqlite:///{file}").state == "ok"
+    kept.touch()
+    assert of_mlflow(f"sqlite:///{kept}").state == "ok"
+    assert [*tmp_path.iterdir()] == [kept]
+    for file, why in ((kept / "x.db", "Not a directory"), (tmp_path, "Is a directory")):
+        found = of_mlflow(f"sqlite:///{file}")
+        assert (found.state, found.told) == ("bad", f"the store {file} may not be written: {why}") and found.advice
+
+
+def test_a_folder_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**given: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    assert of_mlflow(f"sqlite:///{tmp_path}/x.db").told.endswith("may not be written: No space left on device")
+
+
+@pytest.mark.parametrize("uri", ["mlflow.example.org:5000", "htp://a", "sqlite:x.db", "sqlite://", "./mlruns", "http:example"])
+def test_what_is_no_address_of_a_store_is_told(uri: str) -> None:
+    found = of_mlflow(uri)
+    assert found.state == "bad" and "must be http://HOST:PORT" in found.told and found.told.endswith(f"; got {uri}")
+    assert found.advice
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["postgresql://u:planted@nobody/x", "postgresql://nobody/x?password=planted", "me:planted@mlflow.example.org", "planted@a"],
+)
+def test_a_password_in_it_is_not_shown(uri: str) -> None:
+    found = of_mlflow(uri)
+    assert found.state == "bad" and "planted" not in found.told + found.advice
+
+
+@pytest.mark.parametrize("uri", ["databricks", "databricks://profile"])
+def test_what_a_launch_takes_and_nobody_here_can_ask(uri: str) -> None:
+    assert of_mlflow(uri).state == "look"
 
 
 @pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.2\r\n"])
