@@ -21,6 +21,7 @@ LEAST_SENT_PER_S = 100e6
 MOST_OFF = 1e-4
 """of the largest number: float32 holds 7 digits, and the sums of the tiny inputs lose one or two"""
 OLDEST_LOCK_S = 600.0
+TO_WRITE = "make room, where the disk or a quota is full; else see the folder's owner, its rights and its mount"
 SICK = 0.7
 """of what is usual among cards of a kind: one that does less is sick, or somebody uses it"""
 
@@ -39,6 +40,11 @@ def of_silent(nodes: Sequence[Silent]) -> Iterator[Finding]:
     for node in nodes:
         advice = "see that it is up and has what the others have installed; `spiketrain doctor` on it tells more"
         yield Finding(check="node", state="bad", told=f"{node.address} cannot be examined: {node.why}", advice=advice)
+
+
+def of_unwritten(runs: str, why: str) -> Finding:
+    told = f"this machine cannot put a file into {runs}: {why}; nothing else was looked at"
+    return Finding(check="storage", state="bad", told=told, advice=TO_WRITE)
 
 
 def of_nodes(nodes: Sequence[Node], *, runs: str, needed_bytes: float) -> Iterator[Finding]:
@@ -197,16 +203,15 @@ def _storage(node: Node, *, runs: str, needed_bytes: float) -> Iterator[Finding]
         advice = "mount the same storage at the same path on every node, or name it with --runs"
         yield Finding(check="storage", state="bad", told=f"{node.name} does not see {runs} as this machine does", advice=advice)
         return
-    if node.written_bytes_per_s is None or node.free_bytes is None:
-        yield Finding(
-            check="storage", state="bad", told=f"{node.name} may not write to {runs}", advice="see its owner and rights"
-        )
-        return
-    told = f"{node.name}: writes {node.written_bytes_per_s / 1e6:.0f} MB/s to {runs}, {node.free_bytes / 1e9:.1f} GB are free"
-    if node.free_bytes < needed_bytes:
+    speed, free = node.written_bytes_per_s, node.free_bytes
+    wrote = f"writing to {runs} {speed}" if isinstance(speed, str) else f"writes {speed / 1e6:.0f} MB/s to {runs}"
+    told = f"{node.name}: {wrote}, {f'its room {free}' if isinstance(free, str) else f'{free / 1e9:.1f} GB are free'}"
+    if not isinstance(free, str) and free < needed_bytes:
         advice = f"checkpoints need {needed_bytes / 1e9:.1f} GB there; make room, or keep fewer"
         yield Finding(check="storage", state="bad", told=told, advice=advice)
-    elif node.written_bytes_per_s < LEAST_BYTES_PER_S:
+    elif isinstance(speed, str) or isinstance(free, str):
+        yield Finding(check="storage", state="bad", told=told, advice=TO_WRITE)
+    elif speed < LEAST_BYTES_PER_S:
         advice = "checkpoints will be slow: save less often, or to a faster folder"
         yield Finding(check="storage", state="look", told=told, advice=advice)
     else:

@@ -46,9 +46,10 @@ class Node:
     """the driver's marker is in the folder of runs"""
     run_lock: str
     """`held`, where this node sees that the driver has locked its marker; `free`, where it could lock it as well"""
-    written_bytes_per_s: float | None
-    """to the folder of runs, down to the disk; None: it is not to be written to"""
-    free_bytes: int | None
+    written_bytes_per_s: float | str
+    """to the folder of runs, down to the disk"""
+    free_bytes: int | str
+    """there"""
     remembers_absence: str | None
     """the NFS mount of the folder of runs, where its client may not see a new file at once"""
     threading_layer: str
@@ -112,7 +113,7 @@ def _off(device: str) -> dict[str, float | str]:
     return differences(device)
 
 
-def _speed(folder: Path) -> float | None:
+def _speed(folder: Path) -> float | str:
     data = os.urandom(1 << 20)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -122,15 +123,15 @@ def _speed(folder: Path) -> float | None:
             file.flush()
             os.fsync(file.fileno())
             return WRITTEN / (time.perf_counter() - begun)
-    except OSError:
-        return None
+    except OSError as error:
+        return failed(error)
 
 
-def _free(folder: Path) -> int | None:
+def _free(folder: Path) -> int | str:
     try:
         return shutil.disk_usage(folder).free
-    except OSError:
-        return None
+    except OSError as error:
+        return failed(error)
 
 
 def _threading_layer() -> str:

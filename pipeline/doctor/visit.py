@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from pipeline.checkpoint import absolute
 from pipeline.doctor.checkpoints import Kept, Wanted, is_folder, left_at, try_address
-from pipeline.doctor.findings import Finding, of_clocks, of_kept, of_network, of_nodes, of_silent, of_token
+from pipeline.doctor.failed import named
+from pipeline.doctor.findings import Finding, of_clocks, of_kept, of_network, of_nodes, of_silent, of_token, of_unwritten
 from pipeline.doctor.meeting import Meeting, meet, meet_here
 from pipeline.doctor.node import Asked, examine
 from pipeline.doctor.run_lock import held
@@ -41,7 +43,12 @@ def visit(
     runs = runs.absolute()
     runs.mkdir(parents=True, exist_ok=True)
     with_runs, elsewhere = (checkpoint_bytes * count for count in _counts(place, keep))
-    with marked(runs, prefix=".doctor-") as marker, held(runs / marker.name):
+    with ExitStack() as meanwhile:
+        try:
+            marker = meanwhile.enter_context(marked(runs, prefix=".doctor-"))
+            meanwhile.enter_context(held(runs / marker.name))
+        except OSError as error:
+            return [of_unwritten(str(runs), named(error))]
         asked = Asked(runs=str(runs), marker=marker)
         if address in (None, "local"):  # which a launch would start, with a token of its own
             here = examine(asked)

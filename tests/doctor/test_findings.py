@@ -45,7 +45,13 @@ def test_nodes_that_are_well_and_alike() -> None:
     [
         (replace(OTHER, versions={**NODE.versions, "torch": "2.0"}), "versions", "bad", "torch: one has 1.0, two has 2.0"),
         (replace(OTHER, sees_runs=False), "storage", "bad", "two does not see /r"),
-        (replace(OTHER, written_bytes_per_s=None), "storage", "bad", "two may not write to /r"),
+        (
+            replace(OTHER, written_bytes_per_s="failed: no quota"),
+            "storage",
+            "bad",
+            "two: writing to /r failed: no quota, 1",
+        ),
+        (replace(OTHER, free_bytes="failed: ESTALE"), "storage", "bad", "two: writes 200 MB/s to /r, its room failed: ESTALE"),
         (
             replace(OTHER, gpus=(Card(name="H100"), Card(name="failed: RuntimeError: CUDA error"))),
             "gpus",
@@ -68,6 +74,14 @@ def test_nodes_that_are_well_and_alike() -> None:
 def test_one_that_is_not(sick: Node, check: str, state: str, told: str) -> None:
     (found,) = not_ok(NODE, sick)
     assert (found.check, found.state) == (check, state) and told in found.told and found.advice
+
+
+def test_a_disk_that_is_nearly_full_lacks_room_and_no_rights() -> None:
+    """And what else there is to say of it is said."""
+    full = replace(OTHER, written_bytes_per_s="failed: OSError: [Errno 28]", free_bytes=10**7, run_lock="free")
+    room, lock = not_ok(NODE, full)
+    assert room.told == "two: writing to /r failed: OSError: [Errno 28], 0.0 GB are free"
+    assert room.advice == "checkpoints need 1.0 GB there; make room, or keep fewer" and "has locked" in lock.told
 
 
 def test_a_lock_of_just_now_is_somebody_compiling() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -172,5 +174,21 @@ def test_a_folder_of_runs_that_is_gone(tmp_path: Path, monkeypatch: pytest.Monke
     for name in ("_ffcv", "_threading_layer"):
         monkeypatch.setattr(node, name, lambda: "ok")
     found = examine(Asked(runs=str(tmp_path / "gone"), marker=Marker("x", "y")))
-    assert (found.sees_runs, found.free_bytes, found.written_bytes_per_s) == (False, None, None)
-    assert found.run_lock.startswith("failed: FileNotFoundError")
+    assert not found.sees_runs
+    for each in (found.run_lock, found.free_bytes, found.written_bytes_per_s):
+        assert isinstance(each, str) and each.startswith("failed: FileNotFoundError")
+
+
+def test_a_disk_that_takes_no_more_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node.tempfile, "TemporaryFile", lambda **given: FileIO("/dev/full", "w"))
+    assert node._speed(tmp_path) == "failed: OSError: [Errno 28] No space left on device"
+
+
+def test_a_disk_with_no_room_for_a_marker_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    (found,) = visit.visit(tmp_path, address=None, checkpoint_bytes=0, keep=1)
+    said = f"this machine cannot put a file into {tmp_path}: OSError: [Errno 28] No space left on device"
+    assert (found.check, found.state) == ("storage", "bad") and found.told.startswith(said) and "make room" in found.advice
