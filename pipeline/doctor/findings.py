@@ -156,17 +156,28 @@ def _gpus(nodes: Sequence[Node]) -> Iterator[Finding]:
             if gpu.name.startswith("failed"):
                 advice = "see nvidia-smi and the kernel's log there; mend the card, or leave the node out"
                 yield Finding(check="gpus", state="bad", told=f"{node.name}: a GPU {gpu.name}", advice=advice)
-    nodes = [node for node in nodes if not any(gpu.name.startswith("failed") for gpu in node.gpus)]
+        if len(node.gpus) < node.promised_gpus:
+            told = f"{node.name}: torch finds {len(node.gpus)} of {node.promised_gpus} GPUs"
+            advice = (
+                "see nvidia-smi and the kernel's log there, and that torch is a build for GPUs; mend it, or leave the node out; "
+                "without Ray, CUDA_VISIBLE_DEVICES says which are to be used"
+            )
+            yield Finding(check="gpus", state="bad", told=told, advice=advice)
+    nodes = [node for node in nodes if _has_its_cards(node)]
     if not nodes:
         return
-    kinds = {tuple(gpu.name for gpu in node.gpus) for node in nodes if node.gpus}
+    kinds = {tuple(gpu.name for gpu in node.gpus) for node in nodes if node.gpus or node.trains}
     told = "; ".join(f"{node.name}: {_told(node.gpus)}" for node in nodes)
     if len(kinds) > 1:
-        advice = "a ring is as fast as its slowest card: train on nodes that are alike"
+        advice = "a ring is as fast as its slowest card, and leaves out nodes without any: train on nodes that are alike"
         yield Finding(check="gpus", state="look", told=told, advice=advice)
     else:
         yield Finding(check="gpus", state="ok", told=told)
     yield from _slow(nodes)
+
+
+def _has_its_cards(node: Node) -> bool:
+    return len(node.gpus) >= node.promised_gpus and not any(gpu.name.startswith("failed") for gpu in node.gpus)
 
 
 def _told(gpus: Sequence[Card]) -> str:

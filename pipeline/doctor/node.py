@@ -8,6 +8,7 @@ import shutil
 import socket
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,7 @@ from pipeline.doctor.run_lock import tried
 from pipeline.marker import Marker
 
 PACKAGES = ("spiketrain", "torch", "deepspeed", "ray", "ffcv", "mlflow", "numpy", "numba", "timm")
+DEVICES = Path("/dev")
 WRITTEN = 32 << 20
 """bytes that are written to see how fast a folder is"""
 
@@ -33,6 +35,8 @@ class Asked:
     """the folder that all must see"""
     marker: Marker
     """which is in it, where the folder is the driver's"""
+    resources: Mapping[str, float] | None = None
+    """of the node, as Ray counts them; None: no Ray is asked for this machine"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,10 @@ class Node:
     name: str
     versions: dict[str, str]
     gpus: tuple[Card, ...]
+    promised_gpus: int
+    """how many there are to be at least: those that Ray gives to workers, or that NVIDIA's driver has made files for"""
+    trains: bool
+    """whether workers may come here; the head of a cluster may have no cores for them"""
     sees_runs: bool
     """the driver's marker is in the folder of runs"""
     run_lock: str
@@ -67,6 +75,7 @@ class Node:
 def examine(asked: Asked) -> Node:
     runs, gpus = Path(asked.runs), cards()
     device = "cuda" if gpus else "cpu"
+    promised = _device_files() if asked.resources is None else int(asked.resources.get("GPU", 0))
     return Node(
         name=socket.gethostname(),
         versions={
@@ -75,6 +84,8 @@ def examine(asked: Asked) -> Node:
             "spiketrain's code": code_digest(),
         },
         gpus=gpus,
+        promised_gpus=promised,
+        trains=asked.resources is None or asked.resources.get("CPU", 0) > 0,
         sees_runs=asked.marker.is_in(runs),
         run_lock=tried(runs / asked.marker.name),
         written_bytes_per_s=_speed(runs),
@@ -105,6 +116,12 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _device_files() -> int:
+    if "CUDA_VISIBLE_DEVICES" in os.environ:  # whoever has said which to use may mean none
+        return 0
+    return len(list(DEVICES.glob("nvidia[0-9]*")))
 
 
 def _off(device: str) -> dict[str, float | str]:

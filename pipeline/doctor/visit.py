@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.checkpoint import absolute
@@ -58,7 +59,7 @@ def visit(
                 found += of_kept([try_address(Wanted(address=place))], address=place, needed_bytes=elsewhere)
         else:
             with Ray(workers=0, address=address) as cluster:
-                answers = cluster.nodes.on_each(examine, asked, within_s=EXAMINED_S)
+                answers = cluster.nodes.on_each(examine, lambda has: replace(asked, resources=has), within_s=EXAMINED_S)
                 found = list(of_silent([each for each in answers if isinstance(each, Silent)]))
                 nodes = [each for each in answers if not isinstance(each, Silent)]
                 found += of_nodes(nodes, runs=str(runs), needed_bytes=with_runs)
@@ -84,7 +85,7 @@ def _kept(cluster: Ray, place: str) -> list[Kept | Silent]:
     with left_at(place) as left:
         here = [Kept(name="this machine", failed=left)] if isinstance(left, str) else []
         wanted = Wanted(address=place, left=None if isinstance(left, str) else left)
-        return [*here, *cluster.nodes.on_each(try_address, wanted, within_s=KEPT_S)]
+        return [*here, *cluster.nodes.on_each(try_address, lambda has: wanted, within_s=KEPT_S)]
 
 
 def _met_here(cards: int) -> tuple[Sequence[float], str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from pipeline.launch.base import LaunchError, Silent
@@ -16,13 +16,13 @@ R = TypeVar("R")
 
 
 class Nodes:
-    def on_each(self, work: Callable[[G], R], given: G, *, within_s: float) -> list[R | Silent]:
-        """What `work(given)` returns on each node that is up, the head first."""
+    def on_each(self, work: Callable[[G], R], given: Callable[[Mapping[str, float]], G], *, within_s: float) -> list[R | Silent]:
+        """What `work` returns on each node that is up, the head first; it has what `given` makes of the node's resources."""
         import ray
 
         run, nodes = ray.remote(work), _alive()
         there = {"num_cpus": 0, "max_retries": 0}
-        asked = [run.options(**there, scheduling_strategy=_on(node)).remote(given) for node in nodes]
+        asked = [run.options(**there, scheduling_strategy=_on(node)).remote(given(node["Resources"])) for node in nodes]
         ray.wait(asked, num_returns=len(asked), timeout=within_s)
         return [_answer(each, node, within_s=0) for each, node in zip(asked, nodes, strict=True)]
 

@@ -17,6 +17,8 @@ NODE = Node(
     name="one",
     versions={"python": "3.11.7", **dict.fromkeys(PACKAGES, "1.0")},
     gpus=(),
+    promised_gpus=0,
+    trains=True,
     sees_runs=True,
     run_lock="held",
     written_bytes_per_s=2e8,
@@ -58,6 +60,13 @@ def test_nodes_that_are_well_and_alike() -> None:
             "bad",
             "two: a GPU failed: RuntimeError: CUDA",
         ),
+        (replace(OTHER, promised_gpus=8), "gpus", "bad", "two: torch finds 0 of 8 GPUs"),
+        (
+            replace(OTHER, gpus=(Card(name="H100"),), promised_gpus=2),
+            "gpus",
+            "bad",
+            "two: torch finds 1 of 2 GPUs",
+        ),
         (replace(OTHER, written_bytes_per_s=1e6), "storage", "look", "two: writes 1 MB/s"),
         (replace(OTHER, free_bytes=10**8), "storage", "bad", "0.1 GB are free"),
         (replace(OTHER, run_lock="free"), "storage", "bad", "two: could lock a file in /r that this machine has locked"),
@@ -91,6 +100,14 @@ def test_a_lock_of_just_now_is_somebody_compiling() -> None:
 def test_cards_of_two_kinds() -> None:
     (found,) = not_ok(replace(NODE, gpus=(Card(name="H100"),)), replace(OTHER, gpus=(Card(name="A100"),)))
     assert (found.check, found.state) == ("gpus", "look")
+
+
+def test_a_node_without_a_card_beside_one_that_has_some() -> None:
+    """It may be that its driver was gone as Ray counted them; a head where no worker comes needs none."""
+    cards = replace(NODE, gpus=(Card(name="H100"),), promised_gpus=1)
+    (found,) = not_ok(cards, OTHER)
+    assert (found.check, found.state) == ("gpus", "look") and found.told.endswith("; two: no GPU") and found.advice
+    assert not_ok(cards, replace(OTHER, trains=False)) == []
 
 
 def test_a_card_that_does_less_than_its_like() -> None:

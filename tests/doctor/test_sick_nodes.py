@@ -46,13 +46,17 @@ def hangs(file):
     time.sleep(600 if is_first(file) else 0)
     return "well"
 
+def cores(count):
+    return count
+
 def no_clock():
     raise OSError("no clock")
 
 folder = sys.argv[2]
 with Ray(workers=0, address=sys.argv[1]) as cluster:
-    print(sorted(map(repr, cluster.nodes.on_each(raises, folder + "/raises", within_s=60))))
-    print(sorted(map(repr, cluster.nodes.on_each(hangs, folder + "/hangs", within_s=6))))
+    print(sorted(map(repr, cluster.nodes.on_each(raises, lambda has: folder + "/raises", within_s=60))))
+    print(sorted(map(repr, cluster.nodes.on_each(hangs, lambda has: folder + "/hangs", within_s=6))))
+    print(cluster.nodes.on_each(cores, lambda has: has["CPU"], within_s=60))
     print([type(each).__name__ for each in cluster.nodes.clocks(within_s=60).values()])
     nodes._now = no_clock
     print(list(cluster.nodes.clocks(within_s=60).values()))
@@ -68,9 +72,10 @@ def test_one_of_two_raises_and_hangs(tmp_path: Path) -> None:
         words = [sys.executable, "-c", SCRIPT, cluster.address, str(tmp_path)]
         done = subprocess.run(words, capture_output=True, text=True, timeout=200, env={**os.environ, **TOKEN})
     assert done.returncode == 0, done.stderr[-3000:]
-    raised, hung, clocks, none = done.stdout.strip().splitlines()
+    raised, hung, cores, clocks, none = done.stdout.strip().splitlines()
     assert raised.startswith('["\'well\'", "Silent(address=') and "why='RuntimeError: CUDA error: unspecified launch" in raised
     assert hung.startswith('["\'well\'", "Silent(address=') and "why='it does not answer in time'" in hung
+    assert cores == "[1.0, 1.0]"
     assert clocks == "['tuple']" and "why='OSError: no clock'" in none  # both nodes have this machine's address
 
 
@@ -85,9 +90,11 @@ class Sick:
 
     def on_each(self, work: Any, given: Any, *, within_s: float) -> list[Any]:
         """The one that answers is this process; of an examination it has only tried the lock."""
+        asked = given({"CPU": 4.0, "GPU": 2.0})
         if work is examine:
-            return [replace(NODE, run_lock=tried(Path(given.runs) / given.marker.name)), self.silent]
-        return [work(given), self.silent]
+            assert asked.resources == {"CPU": 4.0, "GPU": 2.0}
+            return [replace(NODE, run_lock=tried(Path(asked.runs) / asked.marker.name)), self.silent]
+        return [work(asked), self.silent]
 
     def clocks(self, *, within_s: float) -> dict[str, Any]:
         return {"10.0.0.1": (0.0, 0.01), "10.0.0.2": self.silent}
@@ -152,6 +159,34 @@ def test_a_driver_that_cannot_keep_checkpoints_is_told_beside_the_nodes(tmp_path
 def test_room_is_wanted_where_checkpoints_lie(place: str | None, counts: tuple[int, int]) -> None:
     """Beside the three that are kept the one being written; a store has them pass through the run, one each way."""
     assert visit._counts(place, 3) == counts
+
+
+@pytest.mark.parametrize(
+    ("resources", "visible", "promised", "trains"),
+    [
+        (None, None, 2, True),
+        (None, "0", 0, True),
+        ({"CPU": 4.0, "GPU": 8.0}, "0", 8, True),
+        ({"CPU": 4.0}, None, 0, True),
+        ({"memory": 1.0}, None, 0, False),
+    ],
+)
+def test_the_cards_that_are_to_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resources: Any, visible: str | None, promised: int, trains: bool
+) -> None:
+    """Ray's word counts, where there is a Ray; of files of the driver's those of cards."""
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    for name in ("_ffcv", "_threading_layer"):
+        monkeypatch.setattr(node, name, lambda: "ok")
+    monkeypatch.setattr(node, "_off", lambda device: {})
+    monkeypatch.setattr(node, "cards", lambda: ())
+    monkeypatch.setattr(node, "DEVICES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = examine(Asked(runs=str(tmp_path), marker=Marker("x", "y"), resources=resources))
+    assert (found.promised_gpus, found.trains) == (promised, trains)
 
 
 def test_a_node_without_tbb(monkeypatch: pytest.MonkeyPatch) -> None:
