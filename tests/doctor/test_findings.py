@@ -77,7 +77,7 @@ def test_nodes_that_are_well_and_alike() -> None:
         (replace(OTHER, threading_layer="omp"), "threads", "look", "two: numba's threads are not TBB's: omp"),
         (replace(OTHER, off={"neuron": 0.0, "1-bit": 2e-3}), "ops", "bad", "two: 1-bit on cpu is off by 2.0e-03 of what it"),
         (replace(OTHER, off={"neuron": "failed: x", "1-bit": 0.0}), "ops", "bad", "two: neuron on cpu failed: x"),
-        (replace(OTHER, locks={"/x/lock": 3600.0}), "locks", "bad", "/x/lock is locked for 60 min"),
+        (replace(OTHER, locks={"/x/lock": 3600.0}), "locks", "look", "/x/lock is locked for 60 min"),
     ],
 )
 def test_one_that_is_not(sick: Node, check: str, state: str, told: str) -> None:
@@ -91,6 +91,12 @@ def test_a_disk_that_is_nearly_full_lacks_room_and_no_rights() -> None:
     room, lock = not_ok(NODE, full)
     assert room.told == "two: writing to /r failed: OSError: [Errno 28], 0.0 GB are free"
     assert room.advice == "checkpoints need 1.0 GB there; make room, or keep fewer" and "has locked" in lock.told
+
+
+def test_a_lock_that_no_training_waits_for_is_in_the_way_of_none() -> None:
+    """As tests/faults/test_stale_lock.py shows."""
+    (found,) = not_ok(replace(NODE, locks={"/x/lock": 3600.0}))
+    assert found.state == "look" and found.advice.startswith("nobody compiles so long: rm /x/lock; our trainings ask for no such")
 
 
 def test_a_lock_of_just_now_is_somebody_compiling() -> None:
