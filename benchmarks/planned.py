@@ -13,9 +13,10 @@ Result:   commit ec331f07da8b, 2 cores of an Intel Xeon, torch 2.13.0: saved byt
 Without DSR, on that Xeon at commit 0938e54ac260: -16.3, +2.9, -10.4, -7.9 %; at 7fe5295 on an AMD EPYC: -15.8, +3.3, -10.5,
 -8.5 %; two runs before that, of the same code, -21.7 to +5.8 %.
 
-Five recipes of different families, each trained by its own rule. The plan is made on one worker from batches of half and three
-quarters of a worker's size and, of four of them, at other numbers of time steps; a recording's length is its own. Nothing else
-should run. Exits with 1 where bytes are off by more than 5 % or seconds by more than 25 %.
+Five recipes of different families, each trained by its own rule. The plan is made on one worker, but for how much two slow each
+other down, from batches of half and three quarters of a worker's size and, of four of them, at other numbers of time steps; a
+recording's length is its own. Nothing else should run. Exits with 1 where bytes are off by more than 5 % or seconds by more than
+25 %.
 """
 
 from __future__ import annotations

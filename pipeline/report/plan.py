@@ -14,17 +14,17 @@ from pipeline.forecast.plan import Plan, Planned
 from pipeline.forecast.profile import EFFICIENCY
 from pipeline.report.planned import Errors
 
+KIND = "a model, not measured"
+
 
 def print_plan(found: Plan, *, against: Errors | None = None, as_json: bool = False, console: Console | None = None) -> None:
     """One line for each rule; what the figures rest on; the rule that takes the fewest hours; how far off a run was found."""
     console = console or Console()
     if as_json:
         told = {"basis": basis(found), "advice": advice(found), "against": None if against is None else against.to_json()}
-        console.out(json.dumps({**asdict(found), **told}, indent=2, allow_nan=False), highlight=False)
+        console.out(json.dumps({"kind": KIND, **asdict(found), **told}, indent=2, allow_nan=False), highlight=False)
         return
-    table = Table(
-        title=f"{found.recipe}: a model, not measured", box=None, header_style="bold", pad_edge=False, title_justify="left"
-    )
+    table = Table(title=f"{found.recipe}: {KIND}", box=None, header_style="bold", pad_edge=False, title_justify="left")
     table.add_column("rule")
     titles = ["ZeRO", "micro x acc.", "memory", "compute", "sums", "optimizer", "loading", "step, ms", "images/s", "hours"]
     if found.teacher is not None:
@@ -45,11 +45,12 @@ def print_plan(found: Plan, *, against: Errors | None = None, as_json: bool = Fa
 
 
 def basis(found: Plan) -> str:
-    """What the figures were made from, in a sentence or two."""
+    """What the figures were made from, and what is not in them, in a sentence or two."""
+    told = f"{_basis_of_rules(found)} Hours are of training, without evaluations and checkpoints."
     if found.teacher is None:
-        return _basis_of_rules(found)
+        return told
     weights = f"{found.teacher_bytes / 1e6:.4g} MB of weights"
-    return f"{_basis_of_rules(found)} In all of them the teacher, {found.teacher}: {weights}, asked about every sample."
+    return f"{told} In all figures the teacher, {found.teacher}: {weights}, asked about every sample."
 
 
 def _basis_of_rules(found: Plan) -> str:

@@ -174,7 +174,7 @@ def _claims(trained: Recipe, group: Group, swept: Mapping[str, Any], looked: Seq
     of = (about("SLTT"), group, "SLTT")
     yield bytes_at_most(*of, bound=constant, published="0.30 of GPU memory (ImageNet), 0.36 of GPU memory (CIFAR-10)")
     yield kept(*of)
-    yield flat_in_t(about("SLTT"), _bytes_of_T(swept, "SLTT"), published="constant")
+    yield flat_in_t(about("SLTT"), _bytes_of_T(swept, "SLTT"), over=SWEPT, published="constant")
     published = "0.91 of training hours (ImageNet), 0.72 of training hours (CIFAR-10)"
     yield time_at_most(*of, bound=1.0, published=published)
     yield accuracy(*of, within=WITHIN, published="+0.28 (ImageNet), +0.01 (CIFAR-10)")

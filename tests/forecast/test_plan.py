@@ -150,7 +150,7 @@ def test_a_small_plan_is_not_for_nothing_and_says_what_its_energy_is() -> None:
     print_plan(replace(found, rules=(large,)), console=Console(file=(out := io.StringIO()), width=200))
     [row] = [line for line in out.getvalue().splitlines() if line.startswith("BPTT")]
     assert row.split()[-2:] == ["12,346", "0.00123"]
-    assert basis(found).endswith("; kWh: the cards' rated watts all the time, hosts left out.")
+    assert "; kWh: the cards' rated watts all the time, hosts left out. Hours are of training, without" in basis(found)
 
 
 def test_a_small_card_takes_smaller_micro_batches_and_a_tiny_one_refuses() -> None:
@@ -202,7 +202,7 @@ def test_a_teacher_is_in_every_rules_time_and_bytes() -> None:
         assert taught_.teacher_s == pytest.approx(2 * kernels * H100.launch) and untaught.teacher_s == 0
         assert taught_.step_s == pytest.approx(untaught.step_s + taught_.teacher_s)
         assert taught_.memory_bytes == pytest.approx(untaught.memory_bytes + teacher)
-    said = f"In all of them the teacher, test_efficientnet: {teacher / 1e6:.4g} MB of weights, asked about every sample."
+    said = f"In all figures the teacher, test_efficientnet: {teacher / 1e6:.4g} MB of weights, asked about every sample."
     assert basis(found).endswith(said) and "teacher" not in basis(without)
     print_plan(found, console=Console(file=(out := io.StringIO()), width=200))
     [head] = [line for line in out.getvalue().splitlines() if line.startswith("rule")]
@@ -249,7 +249,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert (code, err) == (0, "")
     assert "a model, not measured" in out and "Fewest hours" in out and "roofline at 40%" in " ".join(out.split())
     code, out, _ = run("plan", str(file), *words, "--format", "json")
-    assert {each["rule"] for each in json.loads(out)["rules"]} >= {"BPTT", "SLTT"}
+    told = json.loads(out)
+    assert {each["rule"] for each in told["rules"]} >= {"BPTT", "SLTT"} and told["kind"] == "a model, not measured"
     code, out, _ = run("plan", str(file))  # here, with the data
     assert code == 0 and "what 1 local workers do to one another" in " ".join(out.split())
 

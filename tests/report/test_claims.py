@@ -63,8 +63,15 @@ def test_bytes_that_no_paper_claims_are_told_without_a_verdict() -> None:
 
 @pytest.mark.parametrize(("largest", "holds"), [(102.9, True), (103.1, False)])
 def test_flat_is_within_three_per_cent_of_the_least(largest: float, holds: bool) -> None:
-    claim = flat_in_t("SLTT", {2: 101.0, 4: largest, 16: 100.0}, published="")
+    claim = flat_in_t("SLTT", {2: 101.0, 4: largest, 16: 100.0}, over=(2, 4, 16), published="")
     assert claim.holds is holds and claim.claim == "saved bytes from T = 2 to 16"
+
+
+@pytest.mark.parametrize(("measured", "absent"), [({2: 100.0, 4: 100.0}, "8, 16"), ({}, "2, 4, 8, 16")])
+def test_bytes_are_not_flat_where_a_t_was_too_large(measured: dict[int, float], absent: str) -> None:
+    claim = flat_in_t("SLTT", measured, over=(2, 4, 8, 16), published="constant")
+    assert (claim.holds, claim.verdict, claim.ours) == (None, "", f"not measured at T = {absent}")
+    assert claim.claim == "saved bytes from T = 2 to 16"
 
 
 @pytest.mark.parametrize(("seconds", "holds"), [(1.46, True), (1.47, False)])
@@ -179,7 +186,7 @@ def test_temporal_shares_are_means_over_the_runs_that_looked() -> None:
 
 def test_what_does_not_hold_is_shown_so_and_what_was_not_run_says_nothing() -> None:
     console = Console(file=io.StringIO(), width=200)
-    broken = flat_in_t("SLTT", {2: 100.0, 16: 200.0}, published="constant")
+    broken = flat_in_t("SLTT", {2: 100.0, 16: 200.0}, over=(2, 16), published="constant")
     absent = Claim(about="SLTT, ImageNet", claim="top-1", published="66.19 %", bound="", ours="not run here", holds=None)
     print_claims([broken, absent], console)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
@@ -188,7 +195,7 @@ def test_what_does_not_hold_is_shown_so_and_what_was_not_run_says_nothing() -> N
 
 
 STATES = 50
-SWEPT = {"points": [{"time_steps": T, "cost": {"rule": "SLTT", "peak_saved_bytes": 10}} for T in (2, 4)]}
+SWEPT = {"points": [{"time_steps": T, "cost": {"rule": "SLTT", "peak_saved_bytes": 10}} for T in (2, 4, 8, 16)]}
 
 
 def test_fashions_claims_are_of_what_was_trained(tmp_path: Path) -> None:
@@ -202,7 +209,7 @@ def test_fashions_claims_are_of_what_was_trained(tmp_path: Path) -> None:
     saved, kept, flat, time = found[:4]
     assert (saved.about, saved.bound, saved.holds) == ("SLTT, leak 1/4, T = 4", "<= 0.300", True)
     assert (kept.claim, kept.holds, kept.bound) == ("saved bytes and states, of BPTT's", None, "")
-    assert (flat.claim, flat.holds) == ("saved bytes from T = 2 to 4", True)
+    assert (flat.claim, flat.holds) == ("saved bytes from T = 2 to 16", True)
     bounds = {claim.about.split(",")[0]: claim.bound for claim in found if claim.claim == "forward and backward, of BPTT's"}
     assert time.holds and bounds["SLTT-1"] == "<= 0.550 (r = 2.00)" and bounds["SLTT-2"] == "<= 0.733 (r = 2.00)"
     assert saved.published == "0.30 of GPU memory (ImageNet), 0.36 of GPU memory (CIFAR-10)"
