@@ -8,8 +8,8 @@ from pathlib import Path
 from pipeline.counts import is_count
 from pipeline.elastic import told
 
-OWN = ("--name", "--runs", "--address", "--workers", "--or-resume", "--inline")
-"""options of a launch that follow from the order, or that no scheduler has a use for"""
+OWN = ("--name", "--runs", "--address", "--workers", "--or-resume")
+"""options of a launch that follow from the order"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class Order:
     """One launch. What only one scheduler asks of a name or an image, its own `render` asks.
 
     Args:
-        words: what `spiketrain launch` is given: recipes, and options other than OWN.
+        words: what `spiketrain launch` is given: recipes, and options other than OWN and --inline.
         name: of the run or suite, and of the job.
         workers: processes that train together; several numbers, ascending: as many of these as there is room for, from time to
             time; None: as many as the scheduler's template makes of the machines.
@@ -44,6 +44,8 @@ class Order:
             option = word.partition("=")[0]
             if option in OWN:
                 raise ValueError(f"order: {option} is the job's own to say; got it among the words of the launch")
+            if option == "--inline":
+                raise ValueError("order: a job trains with workers of Ray; got --inline, which trains in one process without")
         if self.workers is not None and not (self.sizes and all(is_count(each) for each in self.sizes)):
             raise ValueError(f"order: workers must be 1 or more; got {self.workers!r}")
 

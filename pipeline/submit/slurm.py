@@ -58,7 +58,7 @@ def _refuse_unless_it_fits(order: Order, *, nodes: int, gpus_per_node: int) -> N
         raise ValueError(f"slurm: the nodes of a job stay as many as they are, so workers must be one number; got {order.asked}")
     there = nodes * gpus_per_node
     workers = order.sizes[0] if order.sizes else there  # as the script counts them
-    if there and order.side_by_side * workers > there:
+    if there and order.option("--device") != "cpu" and order.side_by_side * workers > there:
         raise ValueError(f"slurm: each worker takes a GPU; got {order.wanted(workers)} on {nodes} nodes x {gpus_per_node} GPUs")
 
 

@@ -193,7 +193,7 @@ def test_what_whoever_resumes_would_not_import_is_not_handed_over(
         ("--cluster k8s --name a", "image must be a name with a tag"),
         ("--cluster slurm --name a", "needs --nodes and --time; got no --nodes, --time"),
         ("--cluster slurm --name a --nodes 1 --time 1 --infra /nowhere", "template of the job cannot be read"),
-        ("--cluster k8s --name a --image a.example/s:1 --inline", "--inline is the job's own to say"),
+        ("--cluster k8s --name a --image a.example/s:1 --inline", "a job trains with workers of Ray; got --inline"),
         ("--cluster k8s --name a --image a.example/s:1 --or-resume", "--or-resume is the job's own to say"),
         ("--cluster k8s --name a --image a.example/s:1 --set nothing=1", "nothing"),
         *(

@@ -208,6 +208,13 @@ def storage(manifest: Manifest) -> Iterator[str]:
             yield f"{container['name']}: /dev/shm must be an emptyDir of Memory with a sizeLimit; got {shm}"
         elif _gibibytes(shm["sizeLimit"]) * 2 > _gibibytes(container["resources"]["limits"]["memory"]):
             yield f"{container['name']}: /dev/shm must take at most half of the memory; got {shm['sizeLimit']}"
+    for spec in _clusters(manifest):
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            asked = int(group.get("rayStartParams", {}).get("object-store-memory", 0))
+            shm = next(each for each in group["template"]["spec"]["volumes"] if each["name"] == "shm")["emptyDir"]
+            if not 0 < asked <= _gibibytes(shm["sizeLimit"]) * 2**30:
+                name = group.get("groupName", "the head")
+                yield f"{name}: object-store-memory must be said, and fit into /dev/shm, {shm['sizeLimit']}; got {asked}"
     amounts = [(each["name"], each.get("resources", {})) for each in containers(manifest)]
     amounts += [("autoscaler", spec.get("autoscalerOptions", {}).get("resources", {})) for spec in _clusters(manifest)]
     for name, resources in amounts:

@@ -222,6 +222,8 @@ BROKEN_RULES = [
     ((*POD, "volumes", 2), {"name": "runs", "emptyDir": {}}, "/shared/runs must be the claim spiketrain-runs"),
     ((*POD, "volumes", 0, "emptyDir", "medium"), GONE, "/dev/shm must be an emptyDir of Memory"),
     ((*POD, "volumes", 0, "emptyDir", "sizeLimit"), "200Gi", "/dev/shm must take at most half of the memory"),
+    ((*HEAD, "rayStartParams", "object-store-memory"), GONE, "the head: object-store-memory must be said, and fit into /dev/shm"),
+    ((*GROUP, "rayStartParams", "object-store-memory"), "20000000000", "workers: object-store-memory must be said, and fit into"),
     ((*CONTAINER, "resources", "requests"), GONE, "ray-worker: must request cpu and memory"),
 ]  # fmt: skip
 POLICY = ("spec", "ingress")

@@ -351,6 +351,12 @@ def test_neither_gpus_nor_a_partition_unless_asked_for(order: Callable[..., Orde
     assert "gpus-per-node=" not in rendered and "partition=" not in rendered
 
 
+def test_workers_that_leave_gpus_alone_may_be_more_than_these(order: Callable[..., Order]):
+    rendered = render(order("r.py", "--device", "cpu", workers=17), nodes=2, gpus_per_node=8, time="10")
+
+    assert "\nworkers=17\n" in rendered
+
+
 def test_workers_that_nobody_counted_are_one_for_each_gpu(slurm: Slurm, order: Callable[..., Order]):
     script = slurm.folder / "job"
     script.write_text(render(order(workers=None), nodes=2, gpus_per_node=8, time="10"))
@@ -396,7 +402,7 @@ def test_an_order_that_does_not_fit_is_refused(order: Callable[..., Order], fiel
         (("r.py", "a\nb"), "words must be free of control characters"),
         (("r.py", "--name", "x"), "--name is the job's own to say"),
         (("r.py", "--runs=/x"), "--runs is the job's own to say"),
-        (("r.py", "--inline"), "--inline is the job's own to say"),
+        (("r.py", "--inline"), "a job trains with workers of Ray; got --inline"),
     ],
 )
 def test_words_that_do_not_fit_are_refused(order: Callable[..., Order], words: tuple[str, ...], said: str):

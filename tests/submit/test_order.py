@@ -44,3 +44,8 @@ def test_a_bad_field_is_refused_in_one_line(field: str, value: Any, said: str) -
 def test_what_follows_from_the_order_is_not_among_its_words(option: str) -> None:
     with pytest.raises(ValueError, match=rf"^order: {option.partition('=')[0]} is the job's own to say; got it among"):
         replace(ORDER, words=(*ORDER.words, option))
+
+
+def test_a_training_without_ray_is_no_job() -> None:
+    with pytest.raises(ValueError, match=r"^order: a job trains with workers of Ray; got --inline, which trains in one process"):
+        replace(ORDER, words=(*ORDER.words, "--inline"))
