@@ -23,6 +23,14 @@ def refuse_credentials(address: str) -> None:
         raise CheckpointError("checkpoints: an address holds no credentials, which are the environment's; got one with some")
 
 
+def folder_of(address: str) -> Path | None:
+    """The folder that an address names, as a path or by file://; None: it is another store's."""
+    if "://" not in address:
+        return Path(address)
+    told = urlsplit(address)
+    return Path(told.path) if told.scheme in ("file", "local") else None
+
+
 def absolute(address: str) -> str:
     """The address for every machine alike: a folder's path from the root on.
 

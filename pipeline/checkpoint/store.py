@@ -18,10 +18,9 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
 
 from pipeline.checkpoint import fetched
-from pipeline.checkpoint.address import refuse_credentials
+from pipeline.checkpoint.address import folder_of, refuse_credentials
 from pipeline.checkpoint.folder import Folder
 from pipeline.checkpoint.place import TRAINER, WRITING, CheckpointError, Place, told_by
 from pipeline.checkpoint.sealed import MANIFEST, read_manifest
@@ -39,12 +38,10 @@ def place_at(address: str, run: Path) -> Place:
     inside = run / "checkpoints"
     if not address:
         return Folder(inside)
-    if "://" not in address:
-        return Folder(Path(address).absolute())
     refuse_credentials(address)
-    told = urlsplit(address)
-    if told.scheme in ("file", "local"):
-        return Folder(Path(told.path))
+    folder = folder_of(address)
+    if folder is not None:
+        return Folder(folder.absolute())
     return Store(address, staging=inside)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from pathlib import PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pipeline.checkpoint.address import folder_of
 from pipeline.submit.kustomize import build
 from pipeline.submit.order import Order
 from pipeline.submit.program import answer_of
@@ -25,7 +26,7 @@ def render(order: Order) -> str:
 
     Raises:
         ValueError: Kubernetes would not take the name or the image, the folder has no RayJob or is too small for so many workers,
-            or the runs would lie where a pod takes them with it.
+            or the runs or their checkpoints would lie where a pod takes them with it.
     """
     _refuse_unless_kubernetes_takes(order)
     found = [each for each in build(order.infra) if each.get("kind") == "RayJob"]
@@ -73,9 +74,6 @@ def _refuse_unless_kubernetes_takes(order: Order) -> None:
         raise ValueError(f"k8s: {rule} (RFC 1123, KubeRay); got {order.name!r}")
     if not _stays_what_it_is(order.image):
         raise ValueError(f"k8s: image must be a name with a tag or a digest, other than latest; got {order.image!r}")
-    runs = PurePosixPath(order.runs)
-    if not runs.is_absolute() or ".." in runs.parts:
-        raise ValueError(f"k8s: runs must be an absolute path without ..; got {order.runs!r}")
 
 
 def _stays_what_it_is(image: str) -> bool:
@@ -129,12 +127,14 @@ def _gpus(limits: dict[str, Any]) -> int:
 
 
 def _refuse_unless_shared(order: Order, pods: list[dict[str, Any]]) -> None:
-    """A run on a pod's own disk would end with the pod; the driver and every worker write to its folder."""
+    """A run on a pod's own disk would end with the pod; the driver and every worker write to its folder and its checkpoints."""
     shared = sorted(set.intersection(*map(_claimed, pods)))
-    if not any(PurePosixPath(order.runs).is_relative_to(mount) for mount in shared):
-        raise ValueError(
-            f"k8s: runs must lie where every pod writes to a shared volume ({', '.join(shared)}); got {order.runs!r}"
-        )
+    kept = order.option("--checkpoints")
+    folders = (("runs", order.runs, Path(order.runs)), ("--checkpoints", kept, None if kept is None else folder_of(kept)))
+    for name, told, folder in folders:
+        if folder is not None and (".." in folder.parts or not any(folder.is_relative_to(mount) for mount in shared)):
+            where = ", ".join(shared)
+            raise ValueError(f"k8s: {name} must lie where every pod writes to a shared volume ({where}), without ..; got {told!r}")
 
 
 def _claimed(pod: dict[str, Any]) -> set[str]:

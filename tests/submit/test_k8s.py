@@ -19,6 +19,7 @@ from tests.infra.rules import EXPORTER, RULES
 OVERLAYS = Path(__file__).parents[2] / "infra" / "k8s" / "overlays"
 NAME = "k8s: name must be lower-case letters, digits and inner -, begin with a letter, and be at most 47 long (RFC 1123, KubeRay)"
 IMAGE = "k8s: image must be a name with a tag or a digest, other than latest"
+SHARED = "must lie where every pod writes to a shared volume (/shared/runs), without .."
 GROUPS = "/spec/rayClusterSpec/workerGroupSpecs"
 
 
@@ -106,17 +107,17 @@ def test_words_reach_the_command_as_they_are() -> None:
         ({"image": "host:5000/a"}, f"{IMAGE}; got 'host:5000/a'"),
         ({"image": "a b:1"}, f"{IMAGE}; got 'a b:1'"),
         ({"image": "a@sha256:1"}, f"{IMAGE}; got 'a@sha256:1'"),
-        ({"runs": "runs"}, "k8s: runs must be an absolute path without ..; got 'runs'"),
-        ({"runs": "/shared/runs/../../etc"}, "k8s: runs must be an absolute path without ..; got '/shared/runs/../../etc'"),
+        ({"runs": "runs"}, f"k8s: runs {SHARED}; got 'runs'"),
+        ({"runs": "/shared/runs/../../etc"}, f"k8s: runs {SHARED}; got '/shared/runs/../../etc'"),
         ({"workers": 33}, "must fit into pods of 64 cores and 8 GPUs, of which"),
         ({"workers": (8, 40)}, "k8s: 40 workers x 8 cpus must fit into pods of 64 cores and 8 GPUs, of which"),
         ({"words": ("a.py", "--cpus-per-worker", "65")}, "job has 4: room for 0 workers"),
         ({"words": ("a.py", "--cpus-per-worker", "x")}, "k8s: --cpus-per-worker must be a whole number >= 1; got 'x'"),
         ({"words": ("a.py", "--side-by-side", "none")}, "order: --side-by-side must be a number of runs or auto; got none"),
-        ({"runs": "/tmp/runs"}, "(/shared/runs); got '/tmp/runs'"),
-        ({"runs": "/shared/runs2"}, "(/shared/runs); got '/shared/runs2'"),
-        ({"runs": "/dev/shm/runs"}, "(/shared/runs); got '/dev/shm/runs'"),
-        ({"runs": "/opt/spiketrain/data/runs"}, "(/shared/runs); got '/opt/spiketrain/data/runs'"),
+        ({"runs": "/tmp/runs"}, f"k8s: runs {SHARED}; got '/tmp/runs'"),
+        ({"runs": "/shared/runs2"}, f"k8s: runs {SHARED}; got '/shared/runs2'"),
+        ({"runs": "/dev/shm/runs"}, f"k8s: runs {SHARED}; got '/dev/shm/runs'"),
+        ({"runs": "/opt/spiketrain/data/runs"}, f"k8s: runs {SHARED}; got '/opt/spiketrain/data/runs'"),
         ({"infra": OVERLAYS / "cpu" / "cluster"}, "cluster must hold one RayJob; got 0"),
     ],
 )
@@ -125,6 +126,22 @@ def test_an_order_that_does_not_fit_is_refused(changes: dict[str, Any], said: st
         render(order(**changes))
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["/tmp/kept", "kept", "", "/opt/spiketrain/data/kept", "file:///tmp/kept", "local:///tmp/kept", "/shared/runs/../../tmp/kept"],
+)
+def test_checkpoints_that_a_pod_would_take_with_it_are_refused(place: str) -> None:
+    with pytest.raises(ValueError, match="^k8s: --checkpoints ") as refused:
+        render(order(words=("recipe.py", "--checkpoints", place), workers=1))
+    assert str(refused.value) == f"k8s: --checkpoints {SHARED}; got {place!r}"
+
+
+@pytest.mark.parametrize("place", ["/shared/runs/kept", "file:///shared/runs/kept", "s3://bucket/kept", "gs://bucket"])
+def test_checkpoints_that_every_pod_sees(place: str) -> None:
+    job = yaml.safe_load(render(order(words=("recipe.py", f"--checkpoints={place}"), workers=1)))
+    assert f" --checkpoints={place} " in job["spec"]["entrypoint"]
 
 
 @pytest.mark.parametrize(
