@@ -31,7 +31,12 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be sub
 Image = Annotated[str, typer.Option("--image", help="k8s, required; slurm: of the container that trains", rich_help_panel=_PANEL)]
 Infra = Annotated[
     Path | None,
-    typer.Option("--infra", metavar="DIR", help="templates, such as infra/k8s/overlays/SIZE/job", rich_help_panel=_PANEL),
+    typer.Option(
+        "--infra",
+        metavar="DIR",
+        help="k8s, required: templates, such as infra/k8s/overlays/SIZE/job; slurm: infra/slurm unless said",
+        rich_help_panel=_PANEL,
+    ),
 ]
 Nodes = Annotated[int | None, typer.Option("--nodes", min=1, help="slurm, required: of the job", rich_help_panel=_PANEL)]
 Gpus = Annotated[int | None, typer.Option("--gpus-per-node", min=0, help="slurm", rich_help_panel=_PANEL)]
@@ -42,6 +47,7 @@ Partition = Annotated[str | None, typer.Option("--partition", help="slurm", rich
 
 _OPTIONS = ("cluster", "dry_run", "image", "infra", "nodes", "gpus_per_node", "time", "partition")
 _OF_SLURM = ("nodes", "gpus_per_node", "time", "partition")
+_REQUIRED = {"k8s": ("image", "infra"), "slurm": ("nodes", "time")}
 _IN_THE_ORDER = ("name", "runs", "workers")
 
 
@@ -65,6 +71,10 @@ def hand_over(context: typer.Context, made: Recipe | Suite, *, workers: int | tu
     _refuse(f"--cluster {where} does not take", [name for name in foreign if name in given])
     if "name" not in given:
         raise ValueError("launch: --cluster needs a --name, by which the job goes on with its run; got none")
+    missing = [name for name in _REQUIRED.get(where, ()) if name not in given]
+    if missing:
+        needs = " and ".join(map(_option, _REQUIRED[where]))
+        raise ValueError(f"launch: --cluster {where} needs {needs}; got no {', '.join(map(_option, missing))}")
     # Where nothing was said Slurm's script takes what there is: one worker is no wish of anybody's.
     order = _order(where, context, given, workers=None if where == "slurm" and "workers" not in given else workers)
     rendered, submit = _rendered(where, order, given)
@@ -77,14 +87,13 @@ def hand_over(context: typer.Context, made: Recipe | Suite, *, workers: int | tu
 def _order(where: str, context: typer.Context, given: dict[str, Any], *, workers: int | tuple[int, ...] | None) -> Order:
     from pipeline.submit.order import Order
 
-    folder = {"k8s": _INFRA / "k8s" / "overlays" / "cpu" / "job", "slurm": _INFRA / "slurm"}.get(where, _INFRA)
     return Order(
         words=tuple(_words(context)),
         name=given["name"],
         workers=workers,
         image=given.get("image", ""),
         runs=str(given.get("runs", "/shared/runs" if where == "k8s" else "runs")),
-        infra=given.get("infra", folder),
+        infra=given.get("infra", _INFRA / "slurm" if where == "slurm" else _INFRA),
     )
 
 
@@ -94,9 +103,6 @@ def _rendered(where: str, order: Order, given: dict[str, Any]) -> tuple[str, Any
     if where == "k8s":
         return k8s.render(order), k8s.submit
     if where == "slurm":
-        missing = [name for name in ("nodes", "time") if name not in given]
-        if missing:
-            raise ValueError(f"launch: --cluster slurm needs --nodes and --time; got no {', '.join(map(_option, missing))}")
         asked = {"nodes": given["nodes"], "gpus_per_node": given.get("gpus_per_node", 0), "time": given["time"]}
         return slurm.render(order, **asked, partition=given.get("partition")), slurm.submit
     return ray_job.render(order, address=where), ray_job.submit

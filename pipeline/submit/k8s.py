@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from pipeline.checkpoint.address import folder_of
+from pipeline.refused import Refused
 from pipeline.submit.kustomize import build
 from pipeline.submit.order import Order
 from pipeline.submit.program import answer_of
@@ -42,11 +43,19 @@ def render(order: Order) -> str:
 def submit(rendered: str) -> str:
     """Hand it to the cluster and namespace that kubectl is set to; what kubectl says of it.
 
-    A RayJob of that name that has run already is left as it is ("unchanged"): delete it first, and the run goes on.
+    One of that name that is at it goes on ("unchanged"; what is new, "configured", holds from its next attempt). One that has
+    ended KubeRay (1.7.0) would leave as it is, whatever is applied.
 
     Raises:
-        Refused: kubectl did not take it.
+        Refused: kubectl did not take it, or a RayJob of that name has ended.
     """
+    name = yaml.safe_load(rendered)["metadata"]["name"]
+    status = "jsonpath={.status.jobDeploymentStatus}"
+    ended = answer_of("kubectl", "get", "rayjobs.ray.io", name, "--ignore-not-found", "--output", status)
+    if ended in ("Complete", "Failed"):
+        raise Refused(
+            f"k8s: KubeRay starts no RayJob again that has ended; got {name}, {ended}: first kubectl delete rayjob {name}"
+        )
     return answer_of("kubectl", "apply", "-f", "-", given=rendered)
 
 
@@ -134,7 +143,9 @@ def _refuse_unless_shared(order: Order, pods: list[dict[str, Any]]) -> None:
     for name, told, folder in folders:
         if folder is not None and (".." in folder.parts or not any(folder.is_relative_to(mount) for mount in shared)):
             where = ", ".join(shared)
-            raise ValueError(f"k8s: {name} must lie where every pod writes to a shared volume ({where}), without ..; got {told!r}")
+            raise ValueError(
+                f"k8s: {name} must lie where every pod writes to a shared volume ({where}), without ..; got {told!r}"
+            )
 
 
 def _claimed(pod: dict[str, Any]) -> set[str]:

@@ -16,6 +16,7 @@ from pipeline.__main__ import app, main
 
 RECIPE = "recipes/imagenet/nf_resnet34_sltt.py"  # whose data nobody has here
 SMALL = "recipes/fashion/sltt.py"
+CPU_PODS = "--image a.example/s:1 --infra infra/k8s/overlays/cpu/job"
 TYPED = ("--tiny", "--set", "optimizer.lr=0.05", "--set", "seed=3", "--cpus-per-worker", "2")
 TYPED_IN_ORDER = ("--cpus-per-worker", "2", "--set", "optimizer.lr=0.05", "--set", "seed=3", "--tiny")  # the command's own
 
@@ -59,7 +60,7 @@ def test_workers_that_come_and_go(launch: Any) -> None:
     asked = "--workers 2:4 --set batch_size=24 --name mine --dry-run"
     _, out, _ = launch(SMALL, *asked.split(), "--cluster", "ray://head.example:8265")
     assert " --workers 2:4 --or-resume" in out
-    pods = "--cluster k8s --image a.example/s:1 --cpus-per-worker 4"
+    pods = f"--cluster k8s {CPU_PODS} --cpus-per-worker 4"
     _, out, _ = launch(SMALL, *asked.split(), *pods.split())
     job = yaml.safe_load(out)
     assert " --workers 2:4 " in job["spec"]["entrypoint"]
@@ -67,9 +68,7 @@ def test_workers_that_come_and_go(launch: Any) -> None:
     assert [group[name] for name in ("minReplicas", "replicas", "maxReplicas")] == [2, 2, 4]
 
 
-@pytest.mark.parametrize(
-    "cluster", ["slurm --nodes 1 --time 1", "ray://h:8265", "k8s --image a.example/s:1 --infra infra/k8s/overlays/cpu/job"]
-)
+@pytest.mark.parametrize("cluster", ["slurm --nodes 1 --time 1", "ray://h:8265", f"k8s {CPU_PODS}"])
 @pytest.mark.parametrize("recipe", [SMALL, f"{SMALL} recipes/fashion/bptt.py"], ids=["recipe", "suite"])
 def test_what_the_launch_would_refuse_is_not_handed_over(launch: Any, cluster: str, recipe: str) -> None:
     code, out, err = launch(*recipe.split(), "--workers", "7", "--name", "mine", "--dry-run", "--cluster", *cluster.split())
@@ -82,12 +81,13 @@ def test_weights_that_lie_on_the_cluster_alone_are_no_reason(launch: Any) -> Non
 
 
 def test_kubernetes(launch: Any) -> None:
-    asked = "--workers 4 --cluster k8s --name mine --image a.example/s:1 --dry-run"
+    pods = "--image a.example/s:1 --infra infra/k8s/overlays/one-node-8-gpus/job"
+    asked = f"--workers 4 --cluster k8s --name mine {pods} --dry-run"
     code, out, _ = launch(RECIPE, *TYPED, *asked.split())
     assert code == 0
     job = yaml.safe_load(out)
     assert (job["kind"], job["metadata"]["name"]) == ("RayJob", "mine")
-    theirs = "--name mine --runs /shared/runs --address auto --workers 4 --device cpu --or-resume"
+    theirs = "--name mine --runs /shared/runs --address auto --workers 4 --device gpu --or-resume"
     assert job["spec"]["entrypoint"] == f"spiketrain launch {RECIPE} {shlex.join(TYPED_IN_ORDER)} {theirs}"
 
 
@@ -125,7 +125,7 @@ BOTH = f"{SMALL} recipes/fashion/bptt.py"
     [
         (f"{SMALL} --cluster ray://h:1 --side-by-side 2", "--side-by-side is for several runs; got 2 with fashion-sltt alone"),
         (
-            f"{BOTH} --cluster k8s --image a.example/s:1 --workers 4 --side-by-side 8",
+            f"{BOTH} --cluster k8s {CPU_PODS} --workers 4 --side-by-side 8",
             "k8s: 8 runs side by side of 4 workers x 1 cpus must fit into pods of 4 cores, of which ",
         ),
         (
@@ -190,15 +190,17 @@ def test_what_whoever_resumes_would_not_import_is_not_handed_over(
         ("--cluster ray://a --name a", "ray://HOST:PORT, with the port of its dashboard; got 'ray://a'"),
         ("--cluster ray://a:1 --name ../a", "--name must be a name in runs"),
         ("--cluster k8s --image a.example/s:1", "--cluster needs a --name"),
-        ("--cluster k8s --name a", "image must be a name with a tag"),
-        ("--cluster slurm --name a", "needs --nodes and --time; got no --nodes, --time"),
+        ("--cluster k8s --name a", "--cluster k8s needs --image and --infra; got no --image, --infra"),
+        ("--cluster k8s --name a --image a.example/s:1", "--cluster k8s needs --image and --infra; got no --infra"),
+        (f"--cluster k8s --name a {CPU_PODS} --image a", "image must be a name with a tag"),
+        ("--cluster slurm --name a", "--cluster slurm needs --nodes and --time; got no --nodes, --time"),
         ("--cluster slurm --name a --nodes 1 --time 1 --infra /nowhere", "template of the job cannot be read"),
-        ("--cluster k8s --name a --image a.example/s:1 --inline", "a job trains with workers of Ray; got --inline"),
-        ("--cluster k8s --name a --image a.example/s:1 --or-resume", "--or-resume is the job's own to say"),
-        ("--cluster k8s --name a --image a.example/s:1 --set nothing=1", "nothing"),
+        (f"--cluster k8s --name a {CPU_PODS} --inline", "a job trains with workers of Ray; got --inline"),
+        (f"--cluster k8s --name a {CPU_PODS} --or-resume", "--or-resume is the job's own to say"),
+        (f"--cluster k8s --name a {CPU_PODS} --set nothing=1", "nothing"),
         *(
             (f"--cluster {where} --name a --checkpoints s3://key:secret@bucket", "an address holds no credentials")
-            for where in ("k8s --image a.example/s:1", "slurm --nodes 1 --time 1", "ray://a:1")
+            for where in (f"k8s {CPU_PODS}", "slurm --nodes 1 --time 1", "ray://a:1")
         ),
     ],
 )
@@ -209,7 +211,13 @@ def test_what_does_not_go_together_is_refused(launch: Any, words: str, said: str
 
 
 @pytest.mark.parametrize(
-    ("where", "others", "missing"), [("k8s", "", "image"), ("slurm", "--time 10", "nodes"), ("slurm", "--nodes 1", "time")]
+    ("where", "others", "missing"),
+    [
+        ("k8s", "--infra infra", "image"),
+        ("k8s", "--image a:1", "infra"),
+        ("slurm", "--time 10", "nodes"),
+        ("slurm", "--nodes 1", "time"),
+    ],
 )
 def test_what_a_scheduler_requires_is_said_in_the_help(launch: Any, where: str, others: str, missing: str) -> None:
     code, _, err = launch(SMALL, "--cluster", where, "--name", "mine", *others.split(), "--dry-run")

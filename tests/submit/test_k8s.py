@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.refused import Refused
 from pipeline.submit.k8s import render, submit
 from pipeline.submit.kustomize import containers
 from pipeline.submit.order import Order
@@ -130,10 +131,10 @@ def test_an_order_that_does_not_fit_is_refused(changes: dict[str, Any], said: st
 
 @pytest.mark.parametrize(
     "place",
-    ["/tmp/kept", "kept", "", "/opt/spiketrain/data/kept", "file:///tmp/kept", "local:///tmp/kept", "/shared/runs/../../tmp/kept"],
+    ["/tmp/kept", "kept", "", "/opt/spiketrain/data/kept", "file:///tmp/kept", "local:///tmp/kept", "/shared/runs/../../tmp"],
 )
 def test_checkpoints_that_a_pod_would_take_with_it_are_refused(place: str) -> None:
-    with pytest.raises(ValueError, match="^k8s: --checkpoints ") as refused:
+    with pytest.raises(ValueError, match=r"^k8s: --checkpoints ") as refused:
         render(order(words=("recipe.py", "--checkpoints", place), workers=1))
     assert str(refused.value) == f"k8s: --checkpoints {SHARED}; got {place!r}"
 
@@ -188,12 +189,41 @@ def over(folder: Path, operation: str) -> Path:
     return folder
 
 
-def test_kubectl_gets_the_rayjob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kubectl = tmp_path / "kubectl"
-    kubectl.write_text('#!/bin/sh\necho "$@" >"$0.words"; cat >"$0.stdin"; echo rayjob.ray.io/nf-resnet34 created\n')
-    kubectl.chmod(0o755)
+KUBECTL = """#!/bin/sh
+echo "$@" >>"$0.words"
+case $1 in
+    get) printf %s "$STATUS" ;;
+    apply) cat >"$0.stdin"; echo rayjob.ray.io/nf-resnet34 created ;;
+esac
+"""
+ASKED = "get rayjobs.ray.io nf-resnet34 --ignore-not-found --output jsonpath={.status.jobDeploymentStatus}\n"
+
+
+@pytest.fixture
+def kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in, which says $STATUS of any RayJob, and writes down what it is told."""
+    program = tmp_path / "kubectl"
+    program.write_text(KUBECTL)
+    program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return program
+
+
+@pytest.mark.parametrize("status", ["", "Initializing", "Running", "Retrying"])  # none: there is no such RayJob
+def test_kubectl_gets_the_rayjob(kubectl: Path, monkeypatch: pytest.MonkeyPatch, status: str) -> None:
+    monkeypatch.setenv("STATUS", status)
     rendered = render(order())
     assert submit(rendered) == "rayjob.ray.io/nf-resnet34 created"
-    assert kubectl.with_name("kubectl.words").read_text() == "apply -f -\n"
+    assert kubectl.with_name("kubectl.words").read_text() == ASKED + "apply -f -\n"
     assert kubectl.with_name("kubectl.stdin").read_text() == rendered
+
+
+@pytest.mark.parametrize("status", ["Complete", "Failed"])
+def test_a_rayjob_that_has_ended_is_to_be_deleted_first(kubectl: Path, monkeypatch: pytest.MonkeyPatch, status: str) -> None:
+    """KubeRay leaves it as it is: the launch would train nothing, and say nothing of it."""
+    monkeypatch.setenv("STATUS", status)
+    with pytest.raises(Refused) as refused:
+        submit(render(order()))
+    rule = "k8s: KubeRay starts no RayJob again that has ended"
+    assert str(refused.value) == f"{rule}; got nf-resnet34, {status}: first kubectl delete rayjob nf-resnet34"
+    assert kubectl.with_name("kubectl.words").read_text() == ASKED
