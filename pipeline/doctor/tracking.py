@@ -28,17 +28,18 @@ def of_mlflow(uri: str) -> Finding:
         return _of_another(uri)
     parts = urllib.parse.urlsplit(uri)
     shown, login = without_password(uri).rstrip("/"), _login(parts)
+    server = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")  # what is shown may be cut further
     if login is not None and not _fits_a_header(login):
         advice = "see MLFLOW_TRACKING_TOKEN: a newline at its end, for example"
         return Finding(check="mlflow", state="bad", told="the token holds a character that no header may", advice=advice)
-    answer = _asked(shown, login)
+    answer = _asked(server, login)
     if answer.status != 200:
         advice = (
             "see MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD, or _TOKEN; "
             "a training goes on without it, `spiketrain sync` delivers later"
         )
         return Finding(check="mlflow", state="bad", told=f"{shown} {_said(answer, login)}", advice=advice)
-    if _asked(shown, None).status == 200:
+    if _asked(server, None).status == 200:
         advice = "put it behind a password: mlflow server --app-name basic-auth, as in infra/mlflow"
         return Finding(check="mlflow", state="look", told=f"{shown} answers whoever asks", advice=advice)
     return Finding(check="mlflow", state="ok", told=f"{shown} answers, and asks for a password")

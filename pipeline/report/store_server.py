@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.report.store import ArtifactError, Point, StoredRun, StoreError, Told, journal_at, refuse_unknown_artifact
-from pipeline.track.connect import connect, without_password
+from pipeline.track.connect import connect, reason, without_password
 from pipeline.track.files import JOURNAL
 from pipeline.track.hierarchy import KIND_TAG, PARENT_OF
 from pipeline.track.publish import REPORT, REPORT_DATA
@@ -69,9 +69,9 @@ class ServerStore:
                 return None
             with self._told():
                 client.get_run(run_id)  # a store that does not answer is in trouble as a whole
-            reason = f"{type(error).__name__}: {_first_line(error)}"
             raise ArtifactError(
-                without_password(f"store {self.uri}: {name} of run {run_id} cannot be read ({reason}); look at it by hand")
+                f"store {without_password(self.uri)}: {name} of run {run_id} cannot be read ({reason(self.uri, error)}); "
+                "look at it by hand"
             ) from error
 
     def _search(self, text: str, *, metrics: bool) -> list[StoredRun]:
@@ -91,15 +91,9 @@ class ServerStore:
             yield
         except Exception as error:  # whatever MLflow or its transport may raise
             raise StoreError(
-                without_password(
-                    f"store {self.uri} does not answer as an MLflow server ({type(error).__name__}: {_first_line(error)}); "
-                    "is it up, and is MLFLOW_TRACKING_URI right?"
-                )
+                f"store {without_password(self.uri)} does not answer as an MLflow server ({reason(self.uri, error)}); "
+                "is it up, and is MLFLOW_TRACKING_URI right?"
             ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def _all(ask: Callable[[str | None], Any], take: Callable[[Any], Item]) -> Iterator[Item]:

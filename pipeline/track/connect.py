@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SQLITE = "sqlite:///"
+_LOGIN = re.compile(r"//(?:[^/\s:]*:\S*|[^/\s]*)@")
 
 
 def connect(uri: str) -> MlflowClient:
@@ -41,11 +42,25 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def without_password(text: str) -> str:
-    """A text without the user and password of the addresses in it."""
-    return re.sub(r"//[^/\s]*@", "//", text)
+    """A text without the user and password of the addresses in it.
+
+    A password follows a colon, and may hold a / that nobody has quoted: it ends at the last @ of the word. So an address with a
+    colon before, and an @ after, its first / loses what lies between.
+    """
+    return _LOGIN.sub("//", text)
+
+
+def reason(uri: str, error: Exception) -> str:
+    """Kind and first line of an error of a store, without a secret."""
+    login = _LOGIN.search(uri)
+    if login is not None and re.search("[/?#]", login[0].removeprefix("//")):
+        # A client (MLflow's 3.17.2) takes the host to end there, and names any part of the password for host, port or path.
+        said = "/ ? and # in the password of an address must be written %2F %3F and %23"
+    else:  # cut last: half an address is not known for one
+        said = (without_password(without_secrets(str(error))).strip().splitlines() or [""])[0][:300]
+    return f"{type(error).__name__}: {said}"
 
 
 def one_line(uri: str, error: Exception) -> str:
     """What went wrong with a store, for a user."""
-    lines = without_secrets(str(error)).strip().splitlines() or [""]
-    return without_password(f"MLflow at {uri} cannot be filled ({type(error).__name__}: {lines[0][:300]})")
+    return f"MLflow at {without_password(uri)} cannot be filled ({reason(uri, error)})"

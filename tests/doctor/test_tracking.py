@@ -137,6 +137,13 @@ def test_a_token_that_no_header_may_hold_is_told_and_not_shown(monkeypatch: pyte
     assert "planted" not in found.told + found.advice
 
 
+def test_a_password_that_nobody_quoted_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow's client finds no server there, and so nor does this, whatever answers at what is shown."""
+    without_login(monkeypatch)
+    with server(password=None) as place:
+        assert of_mlflow(f"http://me:planted/planted@{place}").told == f"http://{place} answers nothing"
+
+
 def test_an_address_that_is_none_answers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     without_login(monkeypatch)
     assert of_mlflow(f"http://{'x' * 64}.example").told.endswith("answers nothing")  # longer than a name may be

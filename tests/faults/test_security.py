@@ -137,10 +137,13 @@ def _fail(*words: Any, **more: Any) -> None:
     raise KeyError("the cable fell out")
 
 
-def test_the_password_of_a_server_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command) -> None:
+@pytest.mark.parametrize("password", [f"{SECRET}@{SECRET}", f"{SECRET}/{SECRET}", f"12/{SECRET}"])  # as nobody quoted it
+def test_the_password_of_a_server_is_not_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command, password: str
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://somebody:{SECRET}@{SECRET}@127.0.0.1:{port}")  # nobody is there
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://somebody:{password}@127.0.0.1:{port}")  # nobody is there
     (tmp_path / "small.py").write_text(RECIPE.format(change="stop_after=2"))
     runs = ("--runs", str(tmp_path / "runs"))
     code, said, error = spiketrain("launch", str(tmp_path / "small.py"), "--inline", *runs, "--name", "it")
