@@ -53,7 +53,9 @@ def test_docker_compose_takes_the_file_and_binds_to_loopback(tmp_path: Path, giv
     assert (port["host_ip"], port["published"], port["target"]) == ("127.0.0.1", "5000", 5000)
     assert "ports" not in told["postgres"]
     assert told["mlflow"]["environment"]["PGPASSWORD"] == told["postgres"]["environment"]["POSTGRES_PASSWORD"] == "a-long-secret"
-    assert "--allowed-hosts=localhost:*,127.0.0.1:*" in told["mlflow"]["command"]
+    assert {"--allowed-hosts=localhost:*,127.0.0.1:*", "--cors-allowed-origins=http://localhost:5000"} <= set(
+        told["mlflow"]["command"]
+    )
 
 
 @pytest.mark.parametrize("missing", SECRETS)
@@ -114,9 +116,13 @@ def test_kubernetes_has_what_compose_has(compose: dict[str, Any], manifests: dic
     environment = compose["services"]["mlflow"]["environment"]
 
     assert {each["name"] for each in container["env"]} == {*environment, "HOME"}
-    given = [word for word in compose["services"]["mlflow"]["command"] if "allowed-hosts" not in word]
-    assert [word for word in container["command"] if "allowed-hosts" not in word] == given
-    assert any(re.fullmatch(r"--allowed-hosts=[^*\s]+:\*(,\S+)*", word) for word in container["command"])
+    given, there = (
+        [word for word in each if "-allowed-" not in word]
+        for each in (compose["services"]["mlflow"]["command"], container["command"])
+    )
+    assert there == given
+    for allowed in (r"--allowed-hosts=[^*\s]+:\*(,\S+)*", r"--cors-allowed-origins=[^*\s]+"):  # of origins each in full
+        assert any(re.fullmatch(allowed, word) for word in container["command"])
     values = re.sub(r"^#.*\n", "", (FOLDER / "auth.ini").read_text(), flags=re.MULTILINE)
     assert manifests["ConfigMap", "mlflow"]["data"]["auth.ini"] == values
 

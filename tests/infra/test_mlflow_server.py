@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import pwd
 import re
@@ -33,6 +34,7 @@ __all__ = ["fake_run"]  # a fixture
 pytestmark = [pytest.mark.full, pytest.mark.timeout(300)]
 
 FOLDER = Path(__file__).resolve().parents[2] / "infra" / "mlflow"
+ORIGIN = "https://mlflow.example.org"
 PASSWORD = {name: secrets.token_hex(24) for name in ("POSTGRES_PASSWORD", "MLFLOW_AUTH_ADMIN_PASSWORD")}
 
 
@@ -85,7 +87,7 @@ def server(postgres: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder, port = tmp_path_factory.mktemp("server"), free_port()
     told = yaml.safe_load((FOLDER / "compose.yaml").read_text())["services"]["mlflow"]
     (folder / "auth.ini").write_text(_here((FOLDER / "auth.ini").read_text(), folder, postgres))
-    given = {**PASSWORD, "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(24)}
+    given = {**PASSWORD, "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(24), "MLFLOW_ALLOWED_ORIGINS": ORIGIN}
     environment = {name: _here(_filled_in(value, given), folder, postgres) for name, value in told["environment"].items()}
     command = [_here(_filled_in(word, given), folder, postgres) for word in told["command"]]
     command = [word for word in command if not word.startswith(("--host=", "--port="))]
@@ -120,13 +122,18 @@ def _here(text: str, folder: Path, postgres: int) -> str:
     return text.replace("=/artifacts", f"={folder}/artifacts")
 
 
-def answer(url: str, *, password: str | None = None, host: str | None = None) -> tuple[int, str]:
-    """Status and body; 0 where nobody listens."""
-    headers = {"Host": host} if host else {}
+def answer(
+    url: str, *, password: str | None = None, host: str | None = None, origin: str | None = None, asked: Any = None
+) -> tuple[int, str]:
+    """Status and body; 0 where nobody listens. What is `asked` goes in a POST, as JSON."""
+    headers = {name: value for name, value in {"Host": host, "Origin": origin}.items() if value}
+    data = None if asked is None else json.dumps(asked).encode()
+    if data is not None:
+        headers["Content-Type"] = "application/json"
     if password is not None:
         headers["Authorization"] = "Basic " + base64.b64encode(f"admin:{password}".encode()).decode()
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=20) as response:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=20) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -185,6 +192,18 @@ def test_a_foreign_host_header_is_refused_with_the_password(server: tuple[str, i
     for host in ("mlflow.example.org", "mlflow.example.org:5000", "127.0.0.1.example.org"):
         status, body = answer(url, password=password, host=host)
         assert status == 403 and "Invalid Host header" in body
+
+
+def test_its_pages_work_where_they_are_opened_and_others_may_not_ask(server: tuple[str, int]):
+    """A browser says of every POST which page it comes from, of the server's own pages, too; they search runs by one."""
+    url, password = f"{server[0]}/ajax-api/2.0/mlflow/runs/search", PASSWORD["MLFLOW_AUTH_ADMIN_PASSWORD"]
+    asked = {"experiment_ids": ["0"]}
+
+    for origin in (None, ORIGIN, "http://localhost:5000", "http://127.0.0.1:5000"):
+        assert answer(url, password=password, origin=origin, asked=asked)[0] == 200, origin
+    for origin in ("http://mlflow.example.org", f"{ORIGIN}:5000", f"{ORIGIN}.evil.example", "http://10.0.0.5:5000", "null"):
+        status, body = answer(url, password=password, origin=origin, asked=asked)
+        assert status == 403 and "Cross-origin request blocked" in body
 
 
 def test_it_has_a_health_that_asks_for_nothing(server: tuple[str, int]):
