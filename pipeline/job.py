@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.recipe import read_json, write_json
 from pipeline.refused import Refused
@@ -32,6 +32,8 @@ class Job:
     study: str
     data_fingerprint: str
     commit: str
+    recipe: dict[str, Any]
+    """the JSON of the recipe that was launched, which recipe.json has to hold still"""
     parent: str | None = None
     """shared by the runs of one suite"""
     suite: str | None = None

@@ -69,14 +69,18 @@ def recipes_of(file: Path) -> tuple[Recipe, ...]:
 def make_run(folder: Path, recipe: Recipe) -> Job:
     folder.mkdir(parents=True)
     write_json(folder / "recipe.json", recipe.resolved().to_json())
-    return Job(run=str(folder), study="s", data_fingerprint=recipe.data.build().fingerprint(), commit="c", run_id="r")
+    return job_of(folder, recipe)
+
+
+def job_of(folder: Path, recipe: Recipe) -> Job:
+    """As it was launched with this recipe, whatever its folder says by now."""
+    fingerprint, told = recipe.data.build().fingerprint(), recipe.resolved().to_json()
+    return Job(run=str(folder), study="s", data_fingerprint=fingerprint, commit="c", recipe=told, run_id="r")
 
 
 def train_inline(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     """Make the run unless it is there, and train it in this process."""
-    job = make_run(folder, recipe) if not folder.exists() else Job(
-        run=str(folder), study="s", data_fingerprint=recipe.data.build().fingerprint(), commit="c", run_id="r"
-    )  # fmt: skip
+    job = job_of(folder, recipe) if folder.exists() else make_run(folder, recipe)
     with Inline() as launcher:
         return launcher.run(job, "test")
 

@@ -22,7 +22,6 @@ from pipeline.checkpoint import WEIGHTS, read_trainer, step_folders
 from pipeline.data.synthetic import Synthetic
 from pipeline.data.tasks import Permuted, SplitClasses
 from pipeline.guards import batches as guard
-from pipeline.job import Job
 from pipeline.launch.inline import Inline
 from pipeline.launch.prepare import write_job
 from pipeline.launch.start import evaluate_run
@@ -44,7 +43,7 @@ from pipeline.spiking.encode import repeat
 from pipeline.spiking.state import fresh_state
 from pipeline.tasks import Learnt, Loaders, Task, mean_of, tasks_of
 from pipeline.track.jsonl import read
-from tests.small import same_weights, small_recipe
+from tests.small import job_of, same_weights, small_recipe
 from tests.test_worker import Killed, die_at
 
 # Steps 0-7, 8-23 (in two epochs) and 24-31.
@@ -104,9 +103,7 @@ def protected(**changes: Any) -> Recipe:
 
 def train(folder: Path, recipe: Recipe) -> dict[str, Any]:
     """Begin the run or go on with it; the summary, empty when it was asked to stop."""
-    job = Job(
-        run=str(folder), study="s", data_fingerprint=recipe.data.build().fingerprint(), commit="c", run_id="r", trust=("tests",)
-    )
+    job = replace(job_of(folder, recipe), trust=("tests",))
     if not folder.exists():
         folder.mkdir()
         write_json(folder / "recipe.json", recipe.resolved().to_json())

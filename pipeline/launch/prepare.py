@@ -56,6 +56,7 @@ def prepare(
         study=study,
         data_fingerprint=fingerprint,
         commit=commit(),
+        recipe=recipe.to_json(),
         parent=parent,
         suite=suite,
         family=family or recipe.family or recipe.name,

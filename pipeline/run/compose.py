@@ -40,7 +40,7 @@ from pipeline.refused import Refused
 from pipeline.rules.base import Rule, World
 from pipeline.run.decided import adopt, decided
 from pipeline.run.parts import Parts
-from pipeline.run.record import refuse_another_recipe
+from pipeline.run.record import refuse_another_recipe, refuse_another_start
 from pipeline.spiking.encode import over_steps
 from pipeline.tasks import Loaders, tasks_of
 from pipeline.teaching import Teaching, open_teaching
@@ -134,32 +134,34 @@ def _found(job: Job, recipe: Recipe, ranks: Ranks, tracker: Tracker, watchdog: W
         beat=watchdog.beat,
     )
     with watchdog.patient(LONGEST_S):  # while worker 0 fetches and verifies; as for one that is written
-        return checkpoints, patient(lambda: _newest(checkpoints, recipe, Path(job.run), trust=job.trust))
+        return checkpoints, patient(lambda: _newest(checkpoints, recipe, job))
 
 
 def _tell_waiting(tracker: Tracker, error: str) -> None:
     tracker.event("waiting", sync=True, what="storage", error=error, most_s=PATIENCE_S)
 
 
-def _newest(checkpoints: Checkpoints, recipe: Recipe, folder: Path, *, trust: tuple[str, ...]) -> Path | None:
+def _newest(checkpoints: Checkpoints, recipe: Recipe, job: Job) -> Path | None:
     """The checkpoint to go on from; None: the run begins at step 0, as none was saved or all of them are in quarantine.
 
     What it tells of the run's decisions is written down where the folder was lost.
 
     Raises:
         Refused: the journal knows of one that nobody has found damaged, and none is there: to begin anew would lose what was
-            learnt, where a disk is not mounted. Or it is of another recipe.
+            learnt, where a disk is not mounted. Or it is of another recipe; or none is, and another one was launched.
     """
-    found = checkpoints.newest()
+    folder, found = Path(job.run), checkpoints.newest()
     if found is not None:
         trainer = read_trainer(found)
-        refuse_another_recipe(trainer, recipe, trust=trust)
+        refuse_another_recipe(trainer, recipe, trust=job.trust)
         adopt(folder, trainer.get("decided", {}))
     elif (step := lost_step(read(folder / "journal.jsonl"), keep=recipe.keep)) is not None:
         raise Refused(
             f"checkpoint: {checkpoints.place.address(step_name(step))} must be there, as the journal says; got no checkpoint: "
             "mount or restore its storage, or begin anew under another --name"
         )
+    else:
+        refuse_another_start(job.recipe, recipe, trust=job.trust)
     return found
 
 

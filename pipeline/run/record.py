@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -116,10 +116,25 @@ def refuse_another_recipe(trainer: Mapping[str, Any], recipe: Recipe, *, trust: 
     if "recipe" not in trainer:  # written by a version that did not tell
         return
     was = Recipe.from_json(trainer["recipe"], trust=trust)
-    if found := list(differing("", was.decisive(), recipe.decisive())):
-        raise ValueError(
-            f"resume: recipe.json must be as it was when step {trainer['step']} was saved; it differs now: {listed(found)}"
-        )
+    _refuse(differing("", was.decisive(), recipe.decisive()), when=f"step {trainer['step']} was saved")
+
+
+def refuse_another_start(launched: Mapping[str, Any], recipe: Recipe, *, trust: Collection[str]) -> None:
+    """Refuse to begin with another recipe than was launched, by which the run is known and compared; likewise.
+
+    What it begins from counts too, as long as no checkpoint has taken its place.
+
+    Raises:
+        ValueError: see `refuse_another_recipe`.
+    """
+    was = Recipe.from_json(launched, trust=trust)
+    inits = differing("init", was.init, recipe.init)
+    _refuse([*differing("", was.decisive(), recipe.decisive()), *inits], when="the run was launched")
+
+
+def _refuse(differences: Iterable[tuple[str, Any, Any]], *, when: str) -> None:
+    if found := list(differences):
+        raise ValueError(f"resume: recipe.json must be as it was when {when}; it differs now: {listed(found)}")
 
 
 def held_without_zero(parts: Parts) -> Held:

@@ -11,13 +11,13 @@ import pytest
 
 from pipeline import worker
 from pipeline.checkpoint import Folder, shared
-from pipeline.job import Job, Place
+from pipeline.job import Place
 from pipeline.marker import Marker
 from pipeline.ranks import Ranks
 from pipeline.refused import Refused
 from pipeline.run import compose
 from tests.processes import run_ranks
-from tests.small import make_run, small_recipe
+from tests.small import job_of, make_run, small_recipe
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 
@@ -28,7 +28,7 @@ def _each_on_its_own_disk(rank: int, ranks: int, folder: str) -> str:
     if rank == 0:
         make_run(run, small_recipe(backend="deepspeed"))
     Ranks(rank, ranks).each(None)
-    job = Job(run=str(run), study="s", data_fingerprint=small_recipe().data.build().fingerprint(), commit="c", run_id="r")
+    job = job_of(run, small_recipe())
     compose.place_at = lambda address, run: Folder(Path(folder) / f"disk{rank}")
     try:
         worker.run(job, Place(rank, ranks))

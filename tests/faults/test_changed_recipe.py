@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline.checkpoint import WEIGHTS, step_folders
 from pipeline.data.synthetic import Synthetic
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.inline import Inline
 from pipeline.launch.prepare import prepare
 from pipeline.recipe import read_json, spec, write_json
+from pipeline.track.jsonl import read
 from tests.small import Command, command, same_weights, small_recipe, train_inline
 from tests.test_worker import Killed, die_at
 
@@ -21,6 +24,40 @@ pytestmark = pytest.mark.timeout(120)
 def spiketrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody is there
     return command(monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("met", ["nothing", "a death before its first checkpoint", "damage of all of its checkpoints"])
+def test_a_run_without_a_checkpoint_begins_as_it_was_launched_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command, met: str
+) -> None:
+    """Else it would be known, and compared with others, as what it is not."""
+    recipe, run, start = small_recipe(), tmp_path / "runs" / "it", tmp_path / "elsewhere.pt"
+    job = prepare(recipe, Cluster(inline=True), run.parent, name="it")
+    if met != "nothing":
+        with monkeypatch.context() as patch, Inline() as launcher:
+            die_at(patch, 2 if "before" in met else 4)
+            with pytest.raises(Killed):
+                launcher.run(job, "test")
+    for checkpoint in step_folders(run / "checkpoints"):
+        (checkpoint / WEIGHTS).write_bytes(b"")
+    starts = len(started(run))
+    words = ("resume", "it", "--inline", "--runs", str(run.parent))
+    for made, said in (
+        (recipe.override({"optimizer.lr": 0.25}), "optimizer.lr: 0.1 and 0.25"),
+        (small_recipe(init=str(start)), f'init: null and "{start}"'),
+    ):
+        write_json(run / "recipe.json", made.resolved().to_json())
+        code, _, error = spiketrain(*words)
+        assert code == 2
+        assert error == f"resume: recipe.json must be as it was when the run was launched; it differs now: {said}\n"
+    assert len(started(run)) == starts
+    write_json(run / "recipe.json", recipe.resolved().to_json())
+    assert spiketrain(*words)[0] == 0
+    assert [event["step"] for event in started(run)] == [0] * (starts + 1)
+
+
+def started(run: Path) -> list[dict[str, Any]]:
+    return [event for event in read(run / "journal.jsonl") if event["event"] == "start"]
 
 
 def test_the_fields_that_differ_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command) -> None:

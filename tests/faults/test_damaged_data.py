@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from pipeline.data.format import JPG, RAW, BetonWriter
 from pipeline.data.order import held_out as held_out_of
 from pipeline.data.order import permutation
 from pipeline.guards.damaged import Damage
-from pipeline.job import STOP, Job
+from pipeline.job import STOP
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.inline import Inline
 from pipeline.launch.prepare import prepare
@@ -39,7 +40,7 @@ from pipeline.run import compose
 from pipeline.run.attempt import Attempt
 from pipeline.track.jsonl import read
 from pipeline.track.state import state_of
-from tests.small import Command, command, make_run, same_weights, small_recipe
+from tests.small import Command, command, job_of, make_run, same_weights, small_recipe
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -149,11 +150,9 @@ def recipe(data: Path, **changes: Any) -> Recipe:
 
 
 def train(run: Path, recipe: Recipe, *, verify: Any = "full") -> dict[str, Any] | None:
-    if not run.exists():
-        make_run(run, recipe)
-    about = {"study": "s", "data_fingerprint": recipe.data.build().fingerprint(), "commit": "c", "run_id": "r"}
+    job = job_of(run, recipe) if run.exists() else make_run(run, recipe)
     with Inline() as launcher:
-        return launcher.run(Job(run=str(run), verify=verify, **about), "test")
+        return launcher.run(replace(job, verify=verify), "test")
 
 
 def counted(summary: dict[str, Any] | None) -> tuple[int, int, int]:

@@ -182,6 +182,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "recipe changed before resume": (
         *("faults/test_changed_recipe.py::test_the_fields_that_differ_are_named",),
+        *("faults/test_changed_recipe.py::test_a_run_without_a_checkpoint_begins_as_it_was_launched_or_not_at_all",),
         *("launch/test_again.py::test_another_recipe_is_refused_with_the_fields_that_differ",),
     ),
     "two drivers resume one run": (

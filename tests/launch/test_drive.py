@@ -67,7 +67,7 @@ def driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dic
     monkeypatch.setattr(driving, "POLL_S", 0.01)
     monkeypatch.setattr(driving, "Mirror", Mirror)
     monkeypatch.setattr(driving, "commit", lambda: "c")
-    job = Job(run=str(tmp_path), study="s", data_fingerprint="d", commit="c", run_id="r")
+    job = Job(run=str(tmp_path), study="s", data_fingerprint="d", commit="c", recipe={}, run_id="r")
 
     def run(file: Any, launcher: Launcher | None = None) -> dict[str, Any] | None:
         about = {"uri": "sqlite:///nowhere.db", "resume_command": "spiketrain resume run"}
@@ -217,7 +217,7 @@ def test_a_place_of_checkpoints_that_does_not_answer_is_waited_for_and_then_owne
 
     monkeypatch.setattr(Folder, "read", away)
     monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
-    job = Job(run=str(tmp_path / "run"), study="s", data_fingerprint="d", commit="c", run_id="r")
+    job = Job(run=str(tmp_path / "run"), study="s", data_fingerprint="d", commit="c", recipe={}, run_id="r")
     assert driving._owning(job, said.append) is job and failed == []  # its folder's locks are enough
     place = tmp_path / "elsewhere"
     tokens = [driving._owning(replace(job, checkpoints=str(place)), said.append).place_token for _ in range(2)]

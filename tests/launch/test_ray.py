@@ -76,12 +76,12 @@ def patience_in_a_worker(folder: Path, patch: pytest.MonkeyPatch, hang_minutes: 
         group: Any = distributed.group.WORLD
         return {"patience": group._get_backend(torch.device("cpu")).options._timeout}
 
-    config = asdict(Job(run=str(folder), study="s", data_fingerprint="f", commit="c", hang_minutes=hang_minutes))
+    job = Job(run=str(folder), study="s", data_fingerprint="f", commit="c", recipe={}, hang_minutes=hang_minutes)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=0, world_size=1, timeout=timedelta(minutes=10)
     )
     try:
-        told = _train(config, work=work, sizes=(1,))
+        told = _train(asdict(job), work=work, sizes=(1,))
     finally:
         distributed.destroy_process_group()
     assert told is not None
@@ -106,5 +106,6 @@ def run(
     patch.setattr(trainer, "Trainer", asks)
     patch.setattr(ray, "cluster_resources", dict)
     patch.setattr(ray, "nodes", lambda: list(nodes))
-    Ray(workers=2, device="cpu").run(Job(run=str(folder), study="s", data_fingerprint="f", commit="c", **about), "1")
+    job = Job(run=str(folder), study="s", data_fingerprint="f", commit="c", recipe={}, **about)
+    Ray(workers=2, device="cpu").run(job, "1")
     return asked

@@ -202,7 +202,7 @@ def stand_ins(folder: Path, *, job: Any = None) -> Any:
     return SimpleNamespace(
         is_over=lambda name: state_of(run) == "finished",
         left=lambda: [] if state_of(run) == "finished" else [recipe],
-        job=job or (lambda recipe: Job(run=str(run), study="s", data_fingerprint="f", commit="c")),
+        job=job or (lambda recipe: Job(run=str(run), study="s", data_fingerprint="f", commit="c", recipe={})),
         **about,
     )
 
