@@ -8,14 +8,31 @@ from __future__ import annotations
 
 import faulthandler
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
 
+from pipeline.track.jsonl import Event
+
 FOLDER = "stacks"
 """in a run's folder: a file for each rank and attempt that hung"""
 _ARMED_ANEW = 0.1  # of the patience: to arm it costs a thread
+
+
+def untold(run: Path, events: Sequence[Event]) -> dict[str, int]:
+    """The files, beneath the run's folder, of hangs that its journal does not know, and the ranks that hung."""
+    told = {event["stacks"] for event in events if event["event"] == "hung"}
+    files = (file for file in sorted((run / FOLDER).glob("rank*-*.txt")) if _size(file))  # one that was killed leaves it empty
+    found = {f"{FOLDER}/{file.name}": int(file.name.removeprefix("rank").split("-")[0]) for file in files}
+    return {file: rank for file, rank in found.items() if file not in told}
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:  # its worker has ended well meanwhile
+        return 0
 
 
 class Watchdog:

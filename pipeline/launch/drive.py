@@ -19,6 +19,7 @@ from rich.console import Console
 from pipeline.checkpoint import claim, place_at
 from pipeline.code import commit
 from pipeline.guards.storage import patiently
+from pipeline.guards.watchdog import untold
 from pipeline.job import REFUSAL, SAVE, STOP, Job, raise_refusal
 from pipeline.launch.base import Launcher, LaunchError
 from pipeline.launch.lock import driver_lock
@@ -27,10 +28,10 @@ from pipeline.launch.shown import Shown
 from pipeline.launch.signals import stops_on_signal
 from pipeline.launch.terminal import outlive
 from pipeline.ranks import Ranks
-from pipeline.refused import Refused
 from pipeline.run.writer import journal
 from pipeline.track.connect import without_password
 from pipeline.track.exposition import Exposed
+from pipeline.track.jsonl import read
 from pipeline.track.mlflow import Mirror
 from pipeline.weights import place_of
 
@@ -62,8 +63,9 @@ def drive(job: Job, launcher: Launcher, console: Console, *, uri: str, resume_co
                         lambda: launcher.run(job, attempt=uuid.uuid4().hex[:8]),
                         meanwhile=(request.tell, shown.look),
                     )
-            except LaunchError:
-                _raise_what_a_rank_noted(folder)
+            except LaunchError as failure:
+                if hung := _tell_what_ended(folder, failure):
+                    raise LaunchError(_in_words(hung, job)) from failure
                 raise
 
 
@@ -91,13 +93,30 @@ def _mirrored(folder: Path, uri: str, say: Callable[[str], None]) -> Iterator[No
             say(f"MLflow at {without_password(uri)} has not answered; `spiketrain sync {folder}` delivers the rest later")
 
 
-def _raise_what_a_rank_noted(folder: Path) -> None:
-    """A rank that found why the run cannot go on died of it, and no attempt was left to tell the others."""
+def _tell_what_ended(folder: Path, failure: LaunchError) -> dict[str, int]:
+    """Write down what ended the workers, for which no attempt is left; the hangs among it (see `untold`).
+
+    Raises:
+        Refused: a rank that found why the run cannot go on died of it.
+    """
+    hung: dict[str, int] = {}
     try:
-        raise_refusal(folder)
-    except Refused as refusal:
+        hung = untold(folder, read(folder / "journal.jsonl"))
         with journal(folder, Ranks()):  # the workers are gone: nobody else writes it
-            raise refusal
+            raise_refusal(folder)
+    except OSError as unwritten:  # a full disk, which may be the very error that is told
+        failure.add_note(f"the journal could not be told of it: {unwritten}")
+    return hung
+
+
+def _in_words(hung: dict[str, int], job: Job) -> str:
+    """Of which Ray, and the workers that waited for these, know no more than that a connection was lost."""
+    files, ranks = [str(Path(job.run) / file) for file in hung], sorted(set(hung.values()))
+    more = f" and {len(files) - 4} more" if len(files) > 4 else ""
+    return (
+        f"worker {', '.join(map(str, ranks))}: no sign of life for {job.hang_minutes:g} minutes; "
+        f"what its threads were at is in {', '.join(files[:4])}{more}"
+    )
 
 
 def _in_thread(work: Callable[[], dict[str, Any] | None], *, meanwhile: tuple[Callable[[], None], ...]) -> dict[str, Any] | None:

@@ -7,19 +7,22 @@ it ends a run whose workers have no place for two minutes, where a machine may t
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ray.train import FailureConfig
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2.api.exceptions import ControllerError
 
 from pipeline.guards.damaged import FILE as DAMAGED
+from pipeline.guards.deaths import note_death
 from pipeline.guards.fitting import FILE as MICRO_BATCH
 from pipeline.job import was_stopped
+from pipeline.launch.innermost import cause, innermost
 from pipeline.launch.places import PLACES_S, NoPlace, tell_waiting
 from pipeline.track.jsonl import last
 
@@ -43,6 +46,8 @@ class Restarts(DefaultFailurePolicy):
         """since which start of the workers, and when, there has been no place for them"""
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        with suppress(OSError):  # storage that is away: the journal goes without it then
+            self._note_death(getattr(training_failed_error, "worker_failures", None))
         has_saved, has_changed = self._news()
         if has_saved or has_changed:
             self._worker_group_failures = self._controller_failures = 0
@@ -57,6 +62,13 @@ class Restarts(DefaultFailurePolicy):
             if has_changed:
                 return FailureDecision.RETRY
         return super().make_decision(training_failed_error)
+
+    def _note_death(self, failures: Mapping[int, Exception] | None) -> None:
+        """For the journal, which is not the controller's; what worker 0 raised it has told there itself."""
+        if failures:
+            worker, error = cause(failures)
+            if worker or isinstance(error, WorkerHealthCheckFailedError):
+                note_death(self.folder, worker=worker, error=innermost(error))
 
     def _news(self) -> tuple[bool, bool]:
         """Whether there is a new checkpoint, and whether the run has changed, since it was asked last.

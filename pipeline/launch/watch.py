@@ -145,6 +145,12 @@ class Watch:
     def _on_failed(self, event: dict[str, Any]) -> None:
         self._say(f"failed: {event.get('error')}")
 
+    def _on_hung(self, event: dict[str, Any]) -> None:
+        self._say(f"worker {event.get('worker')} gave no sign of life: what it was at is in {event.get('stacks')}")
+
+    def _on_died(self, event: dict[str, Any]) -> None:
+        self._say(f"worker {event.get('worker')} ended: {event.get('error')}")
+
     def _on_rollback(self, event: dict[str, Any]) -> None:
         self._say(f"batch {event.get('step')}: {event.get('reason')}; back to step {event.get('to')}")
 

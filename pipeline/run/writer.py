@@ -10,17 +10,19 @@ from __future__ import annotations
 import fcntl
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pipeline.guards.batches import GoBack
 from pipeline.guards.damaged import LeftOut
+from pipeline.guards.deaths import forget_death, noted
 from pipeline.guards.storage import may_pass
+from pipeline.guards.watchdog import untold
 from pipeline.ranks import Ranks
 from pipeline.refused import Diverged, Refused
 from pipeline.track.base import NullTracker, Tracker
-from pipeline.track.jsonl import OF_NONE, Journal, read
+from pipeline.track.jsonl import OF_NONE, Event, Journal, read
 
 PATIENCE_S = 600.0
 """for a writer whose machine is dead: its lock goes when the file system gives it up (CephFS after 5 minutes, NFSv4 after 1.5)"""
@@ -41,13 +43,18 @@ def only_writer(folder: Path, ranks: Ranks) -> Iterator[None]:
 
 @contextmanager
 def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
-    """Rank 0's journal of a new attempt, to which an exception that ends it is told; the others tell nobody."""
+    """Rank 0's journal of a new attempt, to which an exception that ends it is told; the others tell nobody.
+
+    It begins with what has ended workers since the last one, where they could not tell it themselves.
+    """
     if ranks.rank != 0:
         yield NullTracker()
         return
     path = folder / "journal.jsonl"
-    attempt = max((event["attempt"] for event in read(path)), default=OF_NONE) + 1
+    events = read(path)
+    attempt = max((event["attempt"] for event in events), default=OF_NONE) + 1
     with Journal(path, attempt=attempt) as tracker:
+        _tell_ends(folder, events, tracker)
         try:
             yield tracker
         except (GoBack, LeftOut):
@@ -60,6 +67,14 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
             except OSError as unwritten:  # a full disk, which may be the very error that is told
                 error.add_note(f"the journal could not be told of it: {unwritten}")
             raise
+
+
+def _tell_ends(folder: Path, events: Sequence[Event], tracker: Tracker) -> None:
+    for stacks, worker in untold(folder, events).items():
+        tracker.event("hung", sync=True, worker=worker, stacks=stacks)
+    if (death := noted(folder)) is not None:
+        tracker.event("died", sync=True, **death)
+        forget_death(folder)
 
 
 def _lock(folder: Path, held: ExitStack) -> None:

@@ -28,6 +28,9 @@ ROWS: dict[str, tuple[str, ...]] = {
         BITS,
         f"{CLUSTER}::test_a_worker_that_is_killed_in_the_middle_of_a_step",
         HUNTED,
+        *("launch/test_innermost.py::test_who_has_lost_another_one_is_not_the_cause",),
+        *("launch/test_restarts.py::test_what_ended_the_workers_is_noted_for_the_journal",),
+        *("run/test_writer.py::test_what_ended_other_workers_is_told_once_by_the_next_attempt",),
     ),
     "exception in the loader": (
         *(BITS, f"{CLUSTER}::test_an_exception_in_the_loader_of_one_worker_starts_all_again"),
@@ -39,6 +42,7 @@ ROWS: dict[str, tuple[str, ...]] = {
             "data/test_reader.py::test_a_hang_arrives_at_the_limit",
             "guards/test_watchdog.py::test_a_hang_is_written_down_and_ended",
         ),
+        *(f"{DRIVE}::test_workers_that_have_hung_are_named_with_their_stacks_in_the_place_of_a_lost_connection",),
     ),
     "kill during a checkpoint write": (
         *(f"{WRITE}::test_killed_while_a_checkpoint_is_written", HUNTED),

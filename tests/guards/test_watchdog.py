@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from pipeline.guards.watchdog import FOLDER, Watchdog
+from pipeline.guards.watchdog import FOLDER, Watchdog, untold
 from pipeline.track.jsonl import read
 
 HANGS = """
@@ -147,6 +147,9 @@ def test_a_hang_is_written_down_and_ended(ran: dict[str, Ran]) -> None:
     assert hung.code == 1 and hung.out == "hangs now\n" and hung.seconds < 30
     [file] = hung.stacks
     assert file.name.startswith("rank3-") and "waits_for_ever" in file.read_text()
+    (hung.run / FOLDER / "rank0-20260105-120000.txt").touch()  # of one that was killed
+    named = f"{FOLDER}/{file.name}"
+    assert untold(hung.run, []) == {named: 3} and untold(hung.run, [{"event": "hung", "stacks": named}]) == {}
 
 
 @pytest.mark.parametrize("name", ["goes on", "is off", "is patient"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,11 +21,13 @@ from rich.console import Console
 from pipeline.checkpoint import owner_of, place_at
 from pipeline.checkpoint.folder import Folder
 from pipeline.guards import storage
+from pipeline.guards.deaths import note_death
 from pipeline.job import STOP, Job
 from pipeline.launch import drive as driving
+from pipeline.launch.base import LaunchError
 from pipeline.launch.drive import drive
 from pipeline.launch.signals import StopRequest
-from pipeline.track.jsonl import Event, Follower, Journal
+from pipeline.track.jsonl import Event, Follower, Journal, read
 
 START = {"step": 0, "total_steps": 3, "world_size": 1, "rule": "SLTT"}
 
@@ -159,6 +162,50 @@ def test_a_launcher_that_fails_on_a_lost_terminal_leaves_mlflow_told(driven: Cal
     with pytest.raises(ZeroDivisionError):
         driven(Lost(OSError(errno.ENOSPC, "No space left on device")), Launcher(fail))
     assert Mirror.is_closed
+
+
+def test_workers_that_have_hung_are_named_with_their_stacks_in_the_place_of_a_lost_connection(
+    driven: Callable[..., Any], tmp_path: Path
+) -> None:
+    """And the journal has what ended the others; no attempt is left to tell it."""
+
+    def hang(*ranks: int) -> Callable[[int], None]:
+        def end(step: int) -> None:
+            note_death(tmp_path, worker=2, error="KeyError: 'cable'")
+            (tmp_path / "stacks").mkdir(exist_ok=True)
+            for rank in ranks:
+                (tmp_path / "stacks" / f"rank{rank}-20260105-120000.txt").write_text("Timeout (0:30:00)!")
+            raise LaunchError("worker 0: Connection closed by peer")
+
+        return end
+
+    stacks = [f"{tmp_path}/stacks/rank{rank}-20260105-120000.txt" for rank in range(2)]
+    said = "no sign of life for 0 minutes; what its threads were at is in"
+    for ranks, line in (
+        ((1,), f"worker 1: {said} {stacks[1]}"),
+        ((), "worker 0: Connection closed by peer"),  # and what hung before is told
+        ((0, 1), f"worker 0: {said} {stacks[0]}"),
+    ):
+        with pytest.raises(LaunchError, match=f"^{re.escape(line)}$"):
+            driven(io.StringIO(), Launcher(hang(*ranks)))
+    told = [(event["event"], event["worker"]) for event in read(tmp_path / "journal.jsonl") if event["event"] in ("hung", "died")]
+    assert told == [("hung", 1), ("died", 2), ("died", 2), ("hung", 0), ("died", 2)]
+
+
+def test_a_journal_that_takes_no_more_leaves_the_line_that_the_workers_ended_with(
+    driven: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(step: int) -> None:
+        note_death(tmp_path, worker=2, error="KeyError: 'cable'")
+        monkeypatch.setattr(Journal, "event", full)
+        raise LaunchError("worker 2: 'cable'")
+
+    def full(*given: Any, **about: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(LaunchError, match=r"^worker 2: 'cable'") as ended:
+        driven(io.StringIO(), Launcher(end))
+    assert ended.value.__notes__ == ["the journal could not be told of it: [Errno 28] No space left on device"]
 
 
 def test_whoever_asks_to_stop_is_heard_and_told_so_on_storage_that_is_away(

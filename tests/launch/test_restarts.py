@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from ray.train import FailureConfig
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
+from pipeline.guards.deaths import noted
 from pipeline.launch import restarts
 from pipeline.launch.places import PLACES_S
 from pipeline.launch.restarts import Restarts
@@ -26,8 +27,8 @@ def policy(tmp_path: Path) -> Restarts:
     return Restarts(FailureConfig(max_failures=2, controller_failure_limit=1), folder=tmp_path, awaits_nodes=True)
 
 
-def dies(policy: Restarts) -> FailureDecision:
-    return policy.make_decision(WorkerGroupError("died", {0: RuntimeError("killed")}))
+def dies(policy: Restarts, *, worker: int = 0) -> FailureDecision:
+    return policy.make_decision(WorkerGroupError("died", {worker: RuntimeError("killed")}))
 
 
 def finds_no_place(policy: Restarts) -> FailureDecision:
@@ -91,6 +92,28 @@ def test_what_was_there_when_it_began_is_nothing_new(tmp_path: Path) -> None:
     (tmp_path / "journal.jsonl").write_text(json.dumps({"event": "checkpoint", "step": 7}) + "\n")
     policy = Restarts(FailureConfig(max_failures=0), folder=tmp_path, awaits_nodes=False)
     assert dies(policy) == RAISE
+
+
+LOST = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:38545.")
+DEATH = WorkerHealthCheckFailedError("A worker health check failed.", RuntimeError("The actor is dead."))
+
+
+@pytest.mark.parametrize(
+    ("failures", "told"),
+    [
+        ({0: LOST, 1: KeyError("cable")}, {"worker": 1, "error": "KeyError: 'cable'"}),
+        ({0: LOST, 1: DEATH}, {"worker": 1, "error": "WorkerHealthCheckFailedError: The actor is dead."}),
+        ({0: DEATH, 1: LOST}, {"worker": 0, "error": "WorkerHealthCheckFailedError: The actor is dead."}),
+        ({0: KeyError("cable"), 1: LOST}, None),  # which holds the journal
+        ({0: LOST}, None),
+    ],
+    ids=["raised", "died", "worker 0 died", "worker 0 raised", "lost alone"],
+)
+def test_what_ended_the_workers_is_noted_for_the_journal(
+    policy: Restarts, failures: dict[int, Exception], told: dict[str, object] | None
+) -> None:
+    assert [policy.make_decision(WorkerGroupError("died", failures)) for _ in range(3)] == [RETRY, RETRY, RAISE]
+    assert noted(policy.folder) == told
 
 
 def test_places_that_were_there_are_waited_for(policy: Restarts) -> None:
@@ -161,7 +184,7 @@ def test_the_hour_is_that_of_one_absence(policy: Restarts, monkeypatch: pytest.M
 def test_storage_that_is_away_as_a_worker_dies_ends_nothing(policy: Restarts, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was known counts on, and what is new is found once it is back."""
 
-    def away(*asked: object) -> None:
+    def away(*asked: object, **about: object) -> None:
         raise OSError(errno.ESTALE, "Stale file handle")
 
     starts(policy, 0)
@@ -170,6 +193,7 @@ def test_storage_that_is_away_as_a_worker_dies_ends_nothing(policy: Restarts, mo
     with monkeypatch.context() as patch:
         patch.setattr(restarts, "last", away)
         patch.setattr(restarts, "was_stopped", away)
-        assert [dies(policy), finds_no_place(policy)] == [RETRY, RETRY]
+        patch.setattr(restarts, "note_death", away)
+        assert [dies(policy, worker=1), finds_no_place(policy)] == [RETRY, RETRY]
     saves(policy, 10)
     assert [dies(policy) for _ in range(3)] == [RETRY, RETRY, RAISE]

@@ -13,6 +13,8 @@ from typing import IO
 
 import pytest
 
+from pipeline.guards.deaths import note_death
+from pipeline.guards.watchdog import FOLDER
 from pipeline.ranks import Ranks
 from pipeline.refused import Refused
 from pipeline.run import writer
@@ -107,6 +109,26 @@ def test_an_error_that_a_full_disk_keeps_from_the_journal_is_raised_all_the_same
     [note] = raised.value.__notes__
     assert note.startswith("the journal could not be told of it: [Errno 28] journal: No space left on device: ")
     assert read(tmp_path / "journal.jsonl") == []
+
+
+def test_what_ended_other_workers_is_told_once_by_the_next_attempt(tmp_path: Path) -> None:
+    """And before anything that may end that one."""
+    (tmp_path / FOLDER).mkdir()
+    for second in range(2):
+        (tmp_path / FOLDER / f"rank1-20260105-12000{second}.txt").write_text("Timeout (0:30:00)!")
+        note_death(tmp_path, worker=2, error=f"KeyError: {second}")
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError), journal(tmp_path, Ranks()):
+                print(1 // 0)
+    told = [{**event, "time": 0} for event in read(tmp_path / "journal.jsonl") if event["event"] != "failed"]
+    assert told == [
+        {"event": kind, "time": 0, "attempt": 2 * second, **about}
+        for second in range(2)
+        for kind, about in (
+            ("hung", {"worker": 1, "stacks": f"stacks/rank1-20260105-12000{second}.txt"}),
+            ("died", {"worker": 2, "error": f"KeyError: {second}"}),
+        )
+    ]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
