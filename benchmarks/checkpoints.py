@@ -22,48 +22,55 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import nn
+from timm.optim import create_optimizer_v2
 
-from pipeline.backend.plain import Plain
-from pipeline.checkpoint import Checkpoints, Folder, Saved
 from pipeline.code import commit
-from pipeline.guards.batches import Unguarded
-from pipeline.loop import MicroBatch, train
+from pipeline.data.synthetic import Synthetic
+from pipeline.job import Place
+from pipeline.launch.cluster import Cluster
+from pipeline.launch.prepare import prepare
+from pipeline.loop import train
 from pipeline.measure.memory import hardware
 from pipeline.models.vgg import vgg_sws
 from pipeline.objective import CrossEntropy
+from pipeline.recipe import Recipe, Spec, spec
 from pipeline.rules.sltt import SLTT
-from pipeline.spiking.encode import repeat
-from tests.silent import NoMeters
+from pipeline.run.attempt import Attempt
+from pipeline.run.parts import Parts
+from pipeline.schedule import cosine
+from pipeline.track.base import Tracker
+from pipeline.worker import run
 
 T, BATCH, PIXELS, CLASSES = 2, 8, 16, 10
 HALF = ((32, 64), (128, 128), (256, 256), (256, 256))
-NETWORKS: dict[str, Callable[[], nn.Module]] = {"VGG-sWS, half as wide": partial(vgg_sws, stages=HALF), "VGG-sWS": vgg_sws}
-TRAINER = {"world_size": 1, "zero": 0, "score": None}
+NETWORKS = {
+    "VGG-sWS, half as wide": spec(vgg_sws, classes=CLASSES, stages=HALF),
+    "VGG-sWS": spec(vgg_sws, classes=CLASSES),
+}
 
 
-class Trained:
-    """A network that learns from one batch again and again; `step()` gives the seconds it took."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.rule = SLTT()
-        self.rule.attach(network)
-        self.backend = Plain(network, lambda network: torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9))
-        x_TB = repeat(torch.randn(BATCH, 3, PIXELS, PIXELS), T)
-        self.batch = MicroBatch(x_TB, torch.randint(CLASSES, (BATCH,)), range(BATCH), 1.0)
-        self.steps = 0
-
-    def step(self) -> float:
-        began = time.perf_counter()
-        batches = [(self.steps, [self.batch])]
-        train(self.rule, self.backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded())
-        self.steps += 1
-        return time.perf_counter() - began
+def recipe(model: Spec) -> Recipe:
+    """Of one epoch, longer than what is trained of it."""
+    return Recipe(
+        name="checkpoints",
+        model=model,
+        rule=spec(SLTT),
+        data=spec(Synthetic, samples=10_000 * BATCH, classes=CLASSES, shape=(3, PIXELS, PIXELS), augment="none"),
+        objective=spec(CrossEntropy),
+        optimizer=spec(create_optimizer_v2, opt="sgd", lr=0.01, momentum=0.9),
+        schedule=spec(cosine, warmup=0.0),
+        time_steps=T,
+        batch_size=BATCH,
+        epochs=1,
+        checkpoint_minutes=0.0,
+        backend="plain",
+    )
 
 
 @dataclass
@@ -76,39 +83,76 @@ class Found:
     """of batches while a checkpoint is written beside them; where it is waited for, of those between"""
     bytes: int = 0
 
-    def note(self, saved: Saved, stall_s: float) -> None:
-        self.stall_s.append(stall_s)
-        self.write_s.append(saved.write_s)
-        self.bytes = saved.bytes
+    def note(self, told: dict[str, Any]) -> None:
+        self.stall_s.append(told["stall_s"])
+        self.write_s.append(told["write_s"])
+        self.bytes = told["bytes"]
 
 
-def waited_for(trained: Trained, checkpoints: Checkpoints, found: Found) -> None:
-    began = time.perf_counter()
-    checkpoints.save(trained.steps, trained.backend, trained.rule, TRAINER)
-    saved = checkpoints.wait()
-    stall_s = time.perf_counter() - began
-    assert saved is not None
-    found.note(saved, stall_s)
-    found.step_s.append(trained.step())
+class Told:
+    """The run's tracker, and what was told last of a checkpoint."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+        self.checkpoint: dict[str, Any] | None = None
+
+    def event(self, kind: str, /, *, sync: bool = False, **fields: Any) -> None:
+        self.tracker.event(kind, sync=sync, **fields)
+        if kind == "checkpoint":
+            self.checkpoint = fields
+
+    def close(self) -> None:
+        self.tracker.close()
 
 
-def beside(trained: Trained, checkpoints: Checkpoints, found: Found) -> None:
-    began = time.perf_counter()
-    checkpoints.save(trained.steps, trained.backend, trained.rule, TRAINER)
-    stall_s = time.perf_counter() - began
-    while (saved := checkpoints.done()) is None:
-        found.step_s.append(trained.step())
-    checkpoints.wait()
-    found.note(saved, stall_s)
+class InTurn(Attempt):
+    """The product's attempt at a run, which saves in the one way and the other in turn."""
+
+    def __init__(self, parts: Parts, *, saves: int, found: dict[str, Found]) -> None:
+        self.told = Told(parts.tracker)
+        super().__init__(replace(parts, tracker=self.told))
+        self.saves, self.found = saves, found
+
+    def run(self) -> None:
+        ways: dict[str, Callable[[Found], None]] = {"waited for": self._waited_for, "beside": self._beside}
+        with closing(self.parts.loaders.train(0)) as train_set, train_set.epoch(0) as loader:
+            self.source = iter(loader)
+            for index in range(self.saves + 1):
+                for name in sorted(ways, reverse=bool(index % 2)):  # neither always comes after the other
+                    self._batch()
+                    ways[name](self.found[name] if index else Found())  # the first of each warms up
+
+    def _waited_for(self, found: Found) -> None:
+        self.saving.save(self.step, score=None)
+        self.saving.wait(self.step)
+        found.note(self._told())
+        found.step_s.append(self._batch())
+
+    def _beside(self, found: Found) -> None:
+        self.saving.save(self.step, score=None)
+        while self.told.checkpoint is None:
+            found.step_s.append(self._batch())
+        found.note(self._told())
+
+    def _told(self) -> dict[str, Any]:
+        told, self.told.checkpoint = self.told.checkpoint, None
+        assert told is not None
+        return told
+
+    def _batch(self) -> float:
+        """The seconds it took, with what is done between it and the next: there training hears that a checkpoint is whole."""
+        began = time.perf_counter()
+        batches = [(self.step, self._micro_batches(self.source))]
+        train(self.parts.rule, self.backend, self.parts.schedule, batches, CrossEntropy(), self.meters, self.guard)
+        self.step += 1
+        with self.meters.between("coordination"):
+            self._between_batches(0, last=False)
+        return time.perf_counter() - began
 
 
-def measure(network: nn.Module, folder: Path, saves: int) -> dict[str, Found]:
-    trained, ways = Trained(network), {"waited for": waited_for, "beside": beside}
-    checkpoints, found = Checkpoints(Folder(folder), attempt="b"), {name: Found() for name in ways}
-    for index in range(saves + 1):
-        for name in sorted(ways, reverse=bool(index % 2)):  # neither always comes after the other
-            trained.step()
-            ways[name](trained, checkpoints, found[name] if index else Found())  # the first of each warms up
+def measure(model: Spec, folder: Path, saves: int) -> dict[str, Found]:
+    found = {name: Found() for name in ("waited for", "beside")}
+    run(prepare(recipe(model), Cluster(), folder), Place(), attempt_of=partial(InTurn, saves=saves, found=found))
     return found
 
 
@@ -117,11 +161,9 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=11)
     parser.add_argument("--folder", type=Path)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    for name, network in NETWORKS.items():
+    for name, model in NETWORKS.items():
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            report(name, measure(network(), Path(folder) / "checkpoints", arguments.saves))
+            report(name, measure(model, Path(folder), arguments.saves))
     machine = hardware()
     print(f"medians of {arguments.saves} saves each; commit {commit()}, {machine['cpu']}, torch {machine['torch']}")
 

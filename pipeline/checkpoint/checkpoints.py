@@ -34,10 +34,8 @@ class Saved:
 
     address: str
     step: int
-    stall_s: float
-    """that training stood still: for a copy, and before that for the checkpoint before this one"""
     write_s: float
-    """from then on until it was whole"""
+    """from when its state was copied until it was whole"""
     bytes: int
     untidy: str = ""
     """why an older one, which should go, could not be deleted"""
@@ -103,7 +101,6 @@ class Checkpoints:
         Raises:
             Refused, OSError: see `settle`.
         """
-        began = time.monotonic()
         before, _ = self.settle()
         files = {f"{backend.name}/{name}": state for name, state in backend.capture().items()}
         files[f"rng_rank{self.rank}.pt"] = {**rng_state(), "buffers": copied(dict(buffers or {}))}
@@ -122,7 +119,7 @@ class Checkpoints:
             ranks=self.ranks,
             on_whole=lambda: self._tidy(name),
         )
-        self._in_flight, self._told = _InFlight(step, writing, time.monotonic() - began), False
+        self._in_flight, self._told = _InFlight(step, writing), False
         return before
 
     def done(self) -> Saved | None:
@@ -261,14 +258,13 @@ class Checkpoints:
 
     def _saved(self, flight: _InFlight) -> Saved:
         writing = flight.writing
-        return Saved(writing.address, flight.step, flight.stall_s, writing.seconds, writing.bytes, writing.untidy)
+        return Saved(writing.address, flight.step, writing.seconds, writing.bytes, writing.untidy)
 
 
 @dataclass(frozen=True)
 class _InFlight:
     step: int
     writing: Background
-    stall_s: float
 
 
 def _is_done(outcome: Future[None]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections import Counter
 from collections.abc import Iterable
@@ -12,22 +13,33 @@ from torch import Tensor
 from pipeline.ranks import Ranks
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_PERIOD = 65_521  # a prime, so that what changes places shows
+_ROW = 4096
+"""values of a row: so many, and as many as there are rows, are hashed in place of all of them"""
 
 
-def fingerprint(values: Iterable[Tensor]) -> int:
-    """Of the bits of all of them, where each stands: sums of integers, which no order of summing changes."""
-    total = torch.zeros((), dtype=torch.int64)
-    for index, value in enumerate(values):
-        bits = value.detach().contiguous().view(_INTEGERS[value.element_size()]).flatten().to(torch.int64)
-        # Odd: modulo 2^64 an even one loses the highest bit. (Two values that differ in it alone may change places.)
-        places = 2 * (torch.arange(len(bits), device=bits.device) % _PERIOD + index) + 1
-        total += (bits * places).sum().cpu()
-    return int(total)
+def fingerprint(values: Iterable[Tensor]) -> str:
+    """Of the bits of all of them, where each stands; a device is asked once.
+
+    Each is laid out in rows and taken for integers, whose sums no order of summing changes. A bit that flips changes the sum of
+    its column, two values that change places change those of their columns, or in one column those of their rows. The sums are
+    hashed, and what fills no row as it is.
+    """
+    found: dict[torch.device, list[Tensor]] = {}
+    for value in values:
+        bits = value.detach().contiguous().view(_INTEGERS[value.element_size()]).flatten()
+        rows_RC, rest = bits[: len(bits) // _ROW * _ROW].view(-1, _ROW), bits[len(bits) // _ROW * _ROW :]
+        sums = (rows_RC.sum(0, dtype=bits.dtype), rows_RC.sum(1, dtype=bits.dtype))  # in their own width: nothing is copied
+        found.setdefault(bits.device, []).extend(part.view(torch.uint8) for part in (*sums, rest))
+    hashed = hashlib.blake2b(digest_size=16)
+    for parts in found.values():
+        hashed.update(torch.cat(parts).cpu().numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def drifted(values: Iterable[Tensor], ranks: Ranks) -> list[int]:
-    """The ranks whose values are not those of the most; on every rank alike. Collective."""
+    """The ranks whose values are not those of the most; on every rank alike. Collective. One alone has nobody to differ from."""
+    if ranks.size == 1:
+        return []
     mine = fingerprint(values)
     found = ranks.each(mine)
     usual, _ = Counter(found).most_common(1)[0]

@@ -111,7 +111,7 @@ class Watch:
         if self._bar is not None:
             return  # a terminal shows the bar; a log should say what can be resumed
         size, written, stalled = _bytes(event.get("bytes")), _short(event.get("write_s")), _short(event.get("stall_s"))
-        self._say(f"checkpoint at step {event.get('step')}: {size} in {written} s, {stalled} s before that of standing still")
+        self._say(f"checkpoint at step {event.get('step')}: {size} in {written} s, training stood still for {stalled} s")
 
     def _on_quarantine(self, event: dict[str, Any]) -> None:
         self._say(f"quarantined {event.get('path')}: {event.get('reason')}")

@@ -7,6 +7,8 @@ be long, each rank looks up by itself, and all leave it for whatever one of them
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +53,8 @@ class Saving:
         self.departures = Departures()
         self._begun, self._begun_at = _Begun(step), time.monotonic()
         """the last save, and when"""
+        self._stall_s = 0.0
+        """that training has stood still for the last save: see `_save`, and wherever it was waited for"""
         self._write_s = 0.0
         """that the last checkpoint took until it was whole; known to rank 0"""
         self._trains_since = time.monotonic()
@@ -135,11 +139,14 @@ class Saving:
     def wait(self, step: int) -> None:
         """The one that is being written counts from here on, or one in its place; collective."""
         with self.meters.between("checkpoint"):
-            saved, is_lost = self.checkpoints.settle()
+            with self._standing_still():
+                saved, is_lost = self.checkpoints.settle()
             self._tell_saved(saved)
             if is_lost and self._begun.step == step:
                 self._save(self._begun)
-                self._tell_saved(self.checkpoints.wait())
+                with self._standing_still():
+                    saved = self.checkpoints.wait()
+                self._tell_saved(saved)
 
     def newest_step(self) -> int:
         """Behind which the newest checkpoint stands, once the one that is being written is whole or lost; collective."""
@@ -175,7 +182,8 @@ class Saving:
             (self.folder / SAVE).unlink(missing_ok=True)  # whoever asked ends the workers as soon as it is gone
 
     def _save(self, this: _Begun) -> None:
-        parts = self.parts
+        """Training stands still meanwhile: for the one before, where it is not whole yet, and for all that is done here."""
+        began, parts = time.monotonic(), self.parts
         if parts.recipe.replicas_every:
             self._compare_replicas(this.step)  # a checkpoint holds those of one rank
         self.ranks.together(lambda: self._check_finite(this.step))
@@ -188,6 +196,13 @@ class Saving:
             state = {"buffers": buffers, "weights": weights}
             self._tell_saved(self.checkpoints.save(this.step, parts.backend, parts.rule, trainer, **state))
         self._begun, self._begun_at = this, time.monotonic()
+        self._stall_s = self._begun_at - began
+
+    @contextmanager
+    def _standing_still(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._stall_s += time.monotonic() - began
 
     def _compare_replicas(self, step: int) -> None:
         """Ranks that have come apart learn nothing together: all begin again with what they last agreed on."""
@@ -195,7 +210,7 @@ class Saving:
             raise GoBack(step - 1, f"what workers {', '.join(map(str, apart))} have learnt is not what others have", skips=False)
 
     def _check_finite(self, step: int) -> None:
-        if not all(bool(value.isfinite().all()) for value in self._replicated()):
+        if not _are_finite(self._replicated()):
             raise Diverged(
                 f"training: weights and what the rule learnt must be finite to be saved; they are not after step {step}"
             )
@@ -207,7 +222,16 @@ class Saving:
     def _tell_saved(self, saved: Saved | None) -> None:
         if saved is not None:
             self._write_s = saved.write_s
-            figures = {"stall_s": saved.stall_s, "write_s": saved.write_s, "bytes": saved.bytes}
+            figures = {"stall_s": self._stall_s, "write_s": saved.write_s, "bytes": saved.bytes}
             self.parts.tracker.event("checkpoint", sync=True, step=saved.step, path=saved.address, **figures)
             if saved.untidy:
                 self.parts.tracker.event("undeleted", step=saved.step, error=saved.untidy)
+
+
+def _are_finite(values: Iterable[Tensor]) -> bool:
+    """Whether all numbers in them are: then their least and greatest are, and one that is NaN is both. A device is asked once."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for value in values:
+        if value.is_floating_point() and value.numel():
+            found.setdefault(value.device, []).append(torch.stack(value.detach().aminmax()).double())
+    return all(bool(torch.cat(extremes).isfinite().all()) for extremes in found.values())

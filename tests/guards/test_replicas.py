@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
-from torch import nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from pipeline.backend.averaged import Averaged
 from pipeline.backend.plain import Plain
+from pipeline.guards import replicas
 from pipeline.guards.batches import GoBack
+from pipeline.guards.replicas import _ROW as ROW
 from pipeline.guards.replicas import drifted, fingerprint, stragglers
 from pipeline.ranks import Ranks
 from pipeline.refused import Diverged, Refused
@@ -24,26 +27,67 @@ from tests.processes import run_ranks
 from tests.small import small_recipe, train_inline
 
 
-def network(dtype: torch.dtype = torch.float32) -> nn.Module:
+def network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)).to(dtype)
+    return nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_every_bit_and_every_place_counts(dtype: torch.dtype) -> None:
-    model = network(dtype)
-    before = fingerprint(model.parameters())
-    assert fingerprint(network(dtype).parameters()) == before
-    weight = model[0].weight.data  # type: ignore[union-attr, operator]
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-    bits = 8 * weight.element_size()
-    for row, column, bit in product((0, 3), (2, 3), range(bits)):
-        flip = 1 << bit if bit < bits - 1 else -1 << bit
-        weight.view(kind)[row, column] ^= flip
-        assert fingerprint(model.parameters()) != before, (row, column, bit)
-        weight.view(kind)[row, column] ^= flip
-    weight[[0, 1]] = weight[[1, 0]]
-    assert fingerprint(model.parameters()) != before
+KINDS = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool, torch.uint8, torch.int64]
+BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+SIZES = st.integers(1, 3 * ROW + 2) | st.sampled_from([1, ROW - 1, ROW, ROW + 1, 2 * ROW, 2 * ROW + 1])
+
+
+def drawn(kind: torch.dtype, size: int, seed: int) -> Tensor:
+    """Of any bits; all of a bool are one."""
+    if kind == torch.bool:
+        return torch.randint(2, (size,), generator=torch.Generator().manual_seed(seed)).to(kind)
+    made = torch.randint(256, (size * kind.itemsize,), generator=torch.Generator().manual_seed(seed))
+    return made.to(torch.uint8).view(kind)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data(), st.sampled_from(KINDS), st.lists(SIZES, min_size=1, max_size=3), st.integers(0, 1 << 30))
+def test_any_bit_that_flips_is_seen(data: st.DataObject, kind: torch.dtype, sizes: list[int], seed: int) -> None:
+    values = [drawn(kind, size, seed + index) for index, size in enumerate(sizes)]
+    before = fingerprint(values)
+    assert fingerprint([value.clone() for value in values]) == before
+    value = data.draw(st.sampled_from(values))
+    place = data.draw(st.integers(0, len(value) - 1))
+    bits = 1 if kind == torch.bool else 8 * kind.itemsize
+    bit = data.draw(st.integers(0, bits - 1))
+    value.view(BYTES[kind.itemsize])[place] ^= -1 << bit if bit == 8 * kind.itemsize - 1 and kind.itemsize > 1 else 1 << bit
+    assert fingerprint(values) != before
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data(), st.sampled_from(KINDS), st.lists(SIZES, min_size=1, max_size=3), st.integers(0, 1 << 30))
+def test_any_two_that_change_places_are_seen(data: st.DataObject, kind: torch.dtype, sizes: list[int], seed: int) -> None:
+    """Also where they stand below one another, and where they differ in their highest bit alone."""
+    values = [drawn(kind, size, seed + index).view(BYTES[kind.itemsize]) for index, size in enumerate(sizes)]
+    one, other = data.draw(st.sampled_from(values)), data.draw(st.sampled_from(values))
+    here = data.draw(st.integers(0, len(one) - 1))
+    below = st.integers(0, (len(other) - 1 - here % ROW) // ROW).map(lambda row: here % ROW + row * ROW)
+    there = data.draw(st.integers(0, len(other) - 1) | (below if len(other) > here % ROW else st.nothing()))
+    if kind != torch.bool and data.draw(st.booleans()) and (one is not other or here != there):
+        highest = 128 if kind == torch.uint8 else -1 << 8 * kind.itemsize - 1
+        other[there] = one[here]
+        other[there] ^= highest
+    before, (a, b) = fingerprint([value.view(kind) for value in values]), (one[here].clone(), other[there].clone())
+    one[here], other[there] = b, a
+    assert (fingerprint([value.view(kind) for value in values]) == before) == bool(a == b)
+
+
+def test_nothing_numbers_without_a_place_and_views_have_a_fingerprint() -> None:
+    flat = torch.arange(24, dtype=torch.bfloat16)
+    parts = [torch.zeros(0), torch.tensor(1.0), flat[1:], flat[2:].view(2, 11).t()]
+    assert fingerprint(parts) == fingerprint([part.clone() for part in parts])
+    assert fingerprint([]) == fingerprint(iter([])) != fingerprint(parts)
+
+
+def test_one_alone_compares_with_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(replicas, "fingerprint", asked.append)
+    assert drifted(network().parameters(), Ranks()) == [] and not asked
 
 
 def _compared(rank: int, size: int) -> dict[str, Any]:
@@ -101,6 +145,23 @@ def test_all_that_ranks_hold_alike_is_compared_and_what_is_their_own_is_not(tmp_
     for found in run_ranks(_damaged, 3, tmp_path):
         assert [*found] == ["a weight", "an average of weights", "what the rule learnt"]
         assert all("what workers 2 have learnt is not what others have" in said for said in found.values())
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.data(),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    st.integers(1, 3000),
+    st.sampled_from([torch.nan, torch.inf, -torch.inf]),
+)
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(
+    data: st.DataObject, kind: torch.dtype, size: int, bad: float
+) -> None:
+    largest = torch.finfo(kind).max  # whose sum would not be finite
+    values = [torch.full((size,), largest, dtype=kind), torch.zeros(0), torch.tensor(3), torch.full((5, 7), -1.0)]
+    assert saving._are_finite(values)
+    values[0][data.draw(st.integers(0, size - 1))] = bad
+    assert not saving._are_finite(values)
 
 
 def test_an_average_that_is_not_finite_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,7 @@ def test_everything_else_is_a_line_of_its_own_at_once():
     )  # fmt: skip
     assert out.getvalue().lstrip("\0").splitlines() == [
         "evaluation after step 10 (epoch 1): top-1 50.00%, top-5 100.00%, loss nan, firing rate 0.1",
-        "checkpoint at step 10: 12.3 MB in 0.25 s, 0.01 s before that of standing still",
+        "checkpoint at step 10: 12.3 MB in 0.25 s, training stood still for 0.01 s",
         "quarantined checkpoints/step_00000008: sha256 of [trainer.json] differs",
         "checkpoint after step 9 was not written: Input/output error; another is begun at once",
         "a place for 2 workers is waited for, for up to 3,600 s",
