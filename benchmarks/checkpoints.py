@@ -1,18 +1,22 @@
 """How long training stands still for a checkpoint, written beside it and waited for, in turn in one process; and its size.
 
 Command:  python -m benchmarks.checkpoints [--saves 11] [--folder DIR]
-Result:   commit abe7edc24319, 2 cores of an Intel Xeon, torch 2.13, nothing else running, a local disk, medians of 11 saves each
+Result:   commit 08ec8eb275b9, 2 cores of an Intel Xeon, torch 2.13, a local disk, medians of 11 saves each; a BUSY machine, with
+          a load of 10 to 24 on its 2 cores: a batch takes 12 times as long as it does alone, or more (67 and 262 ms at abe7edc24319)
 
     network                    checkpoint        training stands still, ms (most)   written, s    a batch then takes, ms
-    VGG-sWS, half as wide         27.8 MB   waited for               74    (91)         0.07                        67
-                                            beside                    7    (11)         0.07                        76
-    VGG-sWS                      110.8 MB   waited for              292   (495)         0.26                       262
-                                            beside                   27    (29)         0.26                       278
+    VGG-sWS, half as wide         27.8 MB   waited for              889  (1196)         0.68                       947
+                                            beside                  225   (332)         0.98                      1400
+    VGG-sWS                      110.8 MB   waited for             2732  (3804)         2.30                      3072
+                                            beside                  411   (580)         3.38                      4373
 
 Two networks learn by SLTT with momentum, on one thread: a VGG of a quarter of VGG-sWS's width squared, and VGG-sWS. A checkpoint
-holds the weights, the momentum, and the weights once more for whoever evaluates. Waited for: the batch after it begins when it is
-whole, on disk and summed. Beside: training waits for the copy alone, and its next batches share the machine with the thread that
-writes, so that what those take longer is told, too. `--folder`: the storage that is asked about; without it the temporary one.
+holds the weights, the momentum, and the weights once more for whoever evaluates. The run is the product's own, of one worker on
+the plain backend, and so are the figures: the events "checkpoint" tell them. Waited for, as where somebody asks for one: the
+batch after it begins when it is whole, on disk and summed. Beside: training waits for all that comes before the writing (is
+every weight finite, what memory is used, the copies), and its next batches share the machine with the thread that writes, so
+that what those take longer is told, too. With several workers comparing them comes on top. `--folder`: the storage that is
+asked about; without it the temporary one.
 """
 
 from __future__ import annotations

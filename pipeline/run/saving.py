@@ -54,7 +54,7 @@ class Saving:
         self._begun, self._begun_at = _Begun(step), time.monotonic()
         """the last save, and when"""
         self._stall_s = 0.0
-        """that training has stood still for the last save: see `_save`, and wherever it was waited for"""
+        """that training has stood still for the last save, `_save` and whatever it was waited for"""
         self._write_s = 0.0
         """that the last checkpoint took until it was whole; known to rank 0"""
         self._trains_since = time.monotonic()
