@@ -2,7 +2,7 @@
 
 Command:  python -m benchmarks.checkpoints [--saves 11] [--folder DIR]
 Result:   commit 08ec8eb275b9, 2 cores of an Intel Xeon, torch 2.13, a local disk, medians of 11 saves each; a BUSY machine, with
-          a load of 10 to 24 on its 2 cores: a batch takes 12 times as long as it does alone, or more (67 and 262 ms at abe7edc24319)
+          a load of 10 to 24: a batch takes 12 times as long as it does alone, or more (67 and 262 ms at abe7edc24319)
 
     network                    checkpoint        training stands still, ms (most)   written, s    a batch then takes, ms
     VGG-sWS, half as wide         27.8 MB   waited for              889  (1196)         0.68                       947
