@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import random
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.multiprocessing import ProcessRaisedException
 
+from benchmarks.survived import survived
 from pipeline.data.mixing import Mixing
 from pipeline.guards.fitting import FILE
 from pipeline.job import Job, Place
 from pipeline.measure.memory import hardware
 from pipeline.models.mlp import mlp
-from pipeline.recipe import spec
+from pipeline.recipe import Recipe, spec
 from pipeline.refused import Refused
-from pipeline.rules.base import Rule
+from pipeline.rules.base import LossOf, Objective, Rule
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.run.attempt import Attempt
@@ -31,7 +36,9 @@ from tests.small import make_run, same_weights, small_recipe, train_inline
 
 pytestmark = pytest.mark.timeout(120)
 
-SEED = 20261127  # of the batch at which memory runs out
+SEED = 20261127  # of the batch, and of the rows in it, at which memory runs out
+BATCH, STEPS, STEPS_PER_EPOCH = 8, 20, 8
+NEVER = (-1, -1)
 
 
 def room_for(patch: pytest.MonkeyPatch, samples: int) -> None:
@@ -62,10 +69,114 @@ def test_the_micro_batch_is_halved_until_it_fits(tmp_path: Path, monkeypatch: py
     ]  # fmt: skip
     train_inline(tmp_path / "told", small_recipe(micro_batch=2))
     assert same_weights(tmp_path / "hit", tmp_path / "told")
-    train_inline(tmp_path / "whole", small_recipe(epochs=3, stop_after=20))
-    train_inline(tmp_path / "halves", small_recipe(epochs=3, stop_after=20, micro_batch=2))
-    one, other = (load_run(tmp_path / name).state_dict() for name in ("whole", "halves"))
-    assert all(torch.allclose(one[name], other[name], rtol=1e-5, atol=1e-6) for name in one)
+
+
+def of_20_steps(**changes: Any) -> Recipe:
+    """They end in the middle of the third epoch."""
+    return small_recipe(epochs=3, stop_after=STEPS, **changes)
+
+
+def written_down(patch: pytest.MonkeyPatch, file: Path, *, met: tuple[int, int] = NEVER, room: int = BATCH) -> None:
+    """SLTT tells `file` which sample each row of a batch held.
+
+    In the step and the micro-batch, named by its first row, that are `met` there is room for so many samples alone; memory runs
+    out when it has been learnt from in part.
+    """
+    original = SLTT.objectives
+
+    def objectives(self: SLTT, model: Any, x_TB: Tensor, loss_of: LossOf, *, step: int, rows: range) -> Iterator[Objective]:
+        samples = [hashlib.sha256(x_T.cpu().numpy().tobytes()).hexdigest() for x_T in x_TB.unbind(1)]
+        with file.open("a") as told:
+            print(json.dumps({"step": step, "rows": [*rows], "samples": samples, "time": time.time()}), file=told)
+        slices = original(self, model, x_TB, loss_of, step=step, rows=rows)
+        yield next(slices)
+        if (step, rows[0]) == met and len(rows) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        yield from slices
+
+    patch.setattr(SLTT, "objectives", objectives)
+
+
+def samples_of(run: Path, files: list[Path]) -> list[list[str]]:
+    """Of each step of the history that survived, by row."""
+    told = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    found: dict[tuple[int, int], str] = {}
+    for each in survived(told, [event for event in read(run / "journal.jsonl") if event["event"] == "start"]):
+        for row, sample in zip(each["rows"], each["samples"], strict=True):
+            assert (each["step"], row) not in found, f"row {row} of step {each['step']} was trained twice by one attempt"
+            found[each["step"], row] = sample
+    assert len(found) == STEPS * BATCH
+    return [[found[step, row] for row in range(BATCH)] for step in range(STEPS)]
+
+
+def drawn(ranks: int) -> tuple[int, int, int]:
+    """The step and the first row that memory runs out at, and the rank that holds it; it has two micro-batches in a step."""
+    draw, samples = random.Random(SEED + ranks), BATCH // ranks // 2
+    row = draw.randrange(0, BATCH, samples)
+    return draw.randrange(1, STEPS), row, row // samples % ranks
+
+
+def assert_as_untouched(run: Path, files: list[Path], untouched: Path) -> None:
+    """Every sample of an epoch once, in the rows where it belongs, and the weights but for the order of sums."""
+    samples = samples_of(run, files)
+    for epoch in range(0, STEPS, STEPS_PER_EPOCH):
+        seen = [sample for step in samples[epoch : epoch + STEPS_PER_EPOCH] for sample in step]
+        assert len(set(seen)) == len(seen)
+    assert samples == samples_of(untouched, [untouched.parent / "rows.jsonl"])
+    ours, theirs = (dict(load_run(each).named_parameters()) for each in (run, untouched))
+    assert ours.keys() == theirs.keys() and len(ours) > 5
+    for name, value in ours.items():
+        assert torch.linalg.norm(value - theirs[name]) <= 1e-5 * torch.linalg.norm(theirs[name]), name
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one worker, a batch at a time, whose memory does not run out."""
+    folder = tmp_path_factory.mktemp("untouched")
+    with pytest.MonkeyPatch.context() as patch:
+        written_down(patch, folder / "rows.jsonl")
+        train_inline(folder / "run", of_20_steps())
+    return folder / "run"
+
+
+def test_memory_that_runs_out_in_mid_run_costs_no_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untouched: Path
+) -> None:
+    step, row, _ = drawn(1)
+    with monkeypatch.context() as patch:
+        written_down(patch, tmp_path / "rows.jsonl", met=(step, row), room=2)
+        train_inline(tmp_path / "run", of_20_steps(micro_batch=4))
+    events = read(tmp_path / "run" / "journal.jsonl")
+    assert [(event["step"], event["micro_batch"]) for event in events if event["event"] == "smaller"] == [(step, 2)]
+    starts = [event for event in events if event["event"] == "start"]
+    assert [(start["micro_batch"], start["accumulation"]) for start in starts] == [(4, 2), (2, 4)]
+    assert_as_untouched(tmp_path / "run", [tmp_path / "rows.jsonl"], untouched)
+
+
+@pytest.mark.distributed
+def test_memory_that_runs_out_on_one_of_two_ranks_in_mid_run_costs_no_sample(tmp_path: Path, untouched: Path) -> None:
+    """The rank dies of it, which frees the other, and the next attempt goes on."""
+    step, row, rank = drawn(2)
+    job = make_run(tmp_path / "run", of_20_steps(micro_batch=2, backend="deepspeed"))
+    with pytest.raises(ProcessRaisedException):
+        run_ranks(_written_down, 2, tmp_path, job, (step, row))
+    assert (tmp_path / f"ended{rank}").read_text() == "OutOfMemoryError"
+    (tmp_path / "meeting").mkdir()  # of their own: where the first two met, one has left for good
+    run_ranks(_written_down, 2, tmp_path / "meeting", job, (step, row))
+    starts = [event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "start"]
+    assert [(start["micro_batch"], start["accumulation"]) for start in starts] == [(2, 2), (1, 4)]
+    assert_as_untouched(tmp_path / "run", [tmp_path / f"rows{rank}.jsonl" for rank in range(2)], untouched)
+
+
+def _written_down(rank: int, ranks: int, job: Job, met: tuple[int, int]) -> None:
+    folder = Path(job.run).parent
+    with pytest.MonkeyPatch.context() as patch:
+        written_down(patch, folder / f"rows{rank}.jsonl", met=met, room=1)
+        try:
+            run(job, Place(rank, ranks))
+        except Exception as error:
+            (folder / f"ended{rank}").write_text(type(error).__name__)
+            raise
 
 
 def test_what_was_trained_before_memory_ran_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

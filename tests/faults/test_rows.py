@@ -19,7 +19,6 @@ WRITE, ELASTIC = "faults/test_checkpoint_write.py", "faults/test_elastic.py"
 SIGNALS = "faults/test_signals.py::test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits"
 OWNER, ELSEWHERE = "checkpoint/test_owner.py", "launch/test_checkpoints_elsewhere.py"
 SECURITY, DATA, HOSTS = "faults/test_security.py", "faults/test_damaged_data.py", "faults/test_two_hosts.py"
-ELSEWHERE = "launch/test_checkpoints_elsewhere.py"
 DRIVE, HEARD, AWAY = "launch/test_drive.py", "launch/test_signals.py", "guards/test_storage.py"
 
 ROWS: dict[str, tuple[str, ...]] = {
@@ -156,6 +155,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "a worker that dies in an evaluation": ("faults/test_preemption.py::test_what_dies_in_an_evaluation_has_saved_before_it",),
     "out of memory": (
+        *("faults/test_out_of_memory.py::test_memory_that_runs_out_in_mid_run_costs_no_sample",),
+        *("faults/test_out_of_memory.py::test_memory_that_runs_out_on_one_of_two_ranks_in_mid_run_costs_no_sample",),
         *("faults/test_out_of_memory.py::test_the_micro_batch_is_halved_until_it_fits",),
         *("faults/test_out_of_memory.py::test_what_was_trained_before_memory_ran_out_is_told",),
         *("faults/test_out_of_memory.py::test_where_no_fewer_can_be_taken_it_says_why_and_notes_nothing",),
