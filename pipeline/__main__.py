@@ -16,6 +16,7 @@ from pipeline.commands.options import RUNS, Runs
 from pipeline.commands.report import add_report_commands
 from pipeline.commands.track import add_track_commands
 from pipeline.commands.write import write_app
+from pipeline.disk import is_for_the_user
 
 app = typer.Typer(
     name="spiketrain",
@@ -44,8 +45,10 @@ def main() -> None:
         sys.exit(130)
     except ValueError as error:
         _refuse(error, 2)
-    except (RuntimeError, OSError) as error:
-        if type(error).__module__.startswith("pipeline.") or isinstance(error, OSError):
+    except OSError as error:
+        _refuse(error, 2 if is_for_the_user(error) else 1)
+    except RuntimeError as error:
+        if type(error).__module__.startswith("pipeline."):
             _refuse(error, 1)
         raise
 

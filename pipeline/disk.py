@@ -19,6 +19,11 @@ TRIES, TRY_S = 3, 1.0
 T_ = TypeVar("T_")
 
 
+def is_for_the_user(error: OSError) -> bool:
+    """Whether a user has to change something before it can be gone."""
+    return isinstance(error, PermissionError) or error.errno in FOR_THE_USER  # s3fs (2026.9) gives the former no number
+
+
 class Unreadable(OSError):
     """The medium has failed at each try; `strerror` says how."""
 

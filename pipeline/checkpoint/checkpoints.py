@@ -281,7 +281,8 @@ def _told(error: BaseException) -> tuple[int | None, str]:
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, OSError):
-            return found.errno, f"{found.strerror or found}" + (f": {found.filename}" if found.filename else "")
+            number = errno.EPERM if isinstance(found, PermissionError) else found.errno  # s3fs (2026.9) gives it none
+            return number, f"{found.strerror or found}" + (f": {found.filename}" if found.filename else "")
         found = found.__cause__ or found.__context__
     return None, f"{type(error).__name__}: {error}"
 

@@ -27,6 +27,8 @@ from pipeline.checkpoint.sealed import MANIFEST, read_manifest
 
 _FOLDER = re.compile(r"(step_\d+)(?:\.(\d+))?(?:-.+)?")
 """of a checkpoint: its name, how many times its step had been saved before, and its attempt, which old ones do not name"""
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")
+"""botocore's, which no other store needs"""
 
 
 def place_at(address: str, run: Path) -> Place:
@@ -182,7 +184,10 @@ class Store:
 
 
 class _WithOSErrors:
-    """A file system of fsspec's that fails with OSErrors alone: of a server that is down s3fs (2026.9) raises botocore's own."""
+    """A file system of fsspec's that fails with OSErrors alone.
+
+    Of credentials that are not there, and of a server that is down, s3fs (2026.9) raises botocore's own.
+    """
 
     def __init__(self, fs: Any) -> None:
         self._fs = fs
@@ -197,6 +202,9 @@ class _WithOSErrors:
             except (OSError, ValueError):
                 raise
             except Exception as error:
+                if type(error).__name__ in _NO_CREDENTIALS:
+                    said = f"checkpoints: the environment must hold credentials (AWS_ACCESS_KEY_ID, ...): {error}"
+                    raise PermissionError(said) from error
                 raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
 
         return called

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from pipeline.disk import FOR_THE_USER
+from pipeline.disk import is_for_the_user
 from pipeline.ranks import Ranks
 
 T_ = TypeVar("T_")
@@ -49,8 +49,7 @@ def patiently(
 
 def may_pass(error: OSError) -> bool:
     """Whether it may be gone without anything that the user does: not where something is gone, or closed to them."""
-    closed = isinstance(error, (FileNotFoundError, PermissionError))  # s3fs (2026.9) gives them no number
-    return not closed and error.errno not in FOR_THE_USER
+    return not isinstance(error, FileNotFoundError) and not is_for_the_user(error)
 
 
 def _tried(act: Callable[[], Any], *, is_last: bool) -> tuple[Any, str | None]:

@@ -151,7 +151,7 @@ class Ray:
 
         from pipeline.launch.loopback import HOST, OnLoopback
         from pipeline.launch.resizing import LOOK_S
-        from pipeline.launch.restarts import has_no_place
+        from pipeline.launch.restarts import has_no_place, needs_the_user
         from pipeline.launch.trainer import Trainer
 
         gpus = takes_gpus(self.device, self.workers, int(ray.cluster_resources().get("GPU", 0)))
@@ -192,7 +192,7 @@ class Ray:
                 if (Path(job.run) / STOP).exists():
                     return _stopped_without_workers(job)
                 raise LaunchError(no_place(self.workers)) from error
-            raise LaunchError(innermost(error)) from error
+            raise (Refused if needs_the_user(error) else LaunchError)(innermost(error)) from error
         if outcome is not None and "refused" in outcome:
             raise Refused(outcome["refused"])
         return outcome

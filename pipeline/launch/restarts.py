@@ -18,6 +18,7 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2.api.exceptions import ControllerError
 
+from pipeline.disk import is_for_the_user
 from pipeline.guards.damaged import FILE as DAMAGED
 from pipeline.guards.deaths import note_death
 from pipeline.guards.fitting import FILE as MICRO_BATCH
@@ -29,6 +30,8 @@ from pipeline.track.jsonl import last
 
 class Restarts(DefaultFailurePolicy):
     """One death more than `max_failures` ends the run in `folder` where there is nothing new between them.
+
+    So does a death of what the user alone can change, at once.
 
     New is a checkpoint of a step that none was of before, a smaller micro-batch, and a page that is left out. The death that
     brings one of the latter two counts for nothing: by it several workers begin again, where one does so by itself (worker.py).
@@ -48,6 +51,8 @@ class Restarts(DefaultFailurePolicy):
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
         with suppress(OSError):  # storage that is away: the journal goes without it then
             self._note_death(getattr(training_failed_error, "worker_failures", None))
+        if needs_the_user(training_failed_error):
+            return FailureDecision.RAISE
         has_saved, has_changed = self._news()
         if has_saved or has_changed:
             self._worker_group_failures = self._controller_failures = 0
@@ -110,3 +115,9 @@ class Restarts(DefaultFailurePolicy):
 def has_no_place(error: Exception) -> bool:
     """Whether Ray Train, or `Resizing` in it, gave up because there was no room for the workers in time."""
     return isinstance(error, ControllerError) and isinstance(error.controller_failure, (WorkerGroupStartupTimeoutError, NoPlace))
+
+
+def needs_the_user(error: Exception) -> bool:
+    """Whether a worker died of a full disk, or of what is closed to it: started again, it would find the same."""
+    failures = getattr(error, "worker_failures", {}).values()
+    return any(isinstance(failure, OSError) and is_for_the_user(failure) for failure in failures)

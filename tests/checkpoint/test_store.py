@@ -19,6 +19,7 @@ from fsspec.spec import AbstractFileSystem
 from pipeline.checkpoint import CheckpointError, Checkpoints, Folder, place_at, verified
 from pipeline.checkpoint.place import prune
 from pipeline.checkpoint.store import Store
+from pipeline.refused import Refused
 from tests.checkpoint.few import TRAINER, Counting, backend, restore, save
 from tests.checkpoint.s3 import s3_server
 
@@ -255,6 +256,19 @@ def test_a_request_that_failed_deletes_nothing(tmp_path: Path, monkeypatch: pyte
     place.sweep()
     prune(place, "step_00000003", keep=1)
     assert paths(address) == there
+
+
+def test_a_bucket_that_lets_nobody_write_ends_the_run(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = store(address, tmp_path)
+
+    def denied(*args: object, **more: object) -> None:
+        raise PermissionError("Access Denied")  # as s3fs says it, without a number
+
+    monkeypatch.setattr(place.fs, "put_file", denied)
+    saving = Checkpoints(place, attempt="a")
+    saving.save(1, backend(), Counting(), TRAINER)
+    with pytest.raises(Refused, match="checkpoint: cannot be written after step 1: Access Denied; there is no whole one yet"):
+        saving.wait()
 
 
 def test_what_arrives_shorter_than_it_was_is_told(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

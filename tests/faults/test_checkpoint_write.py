@@ -27,6 +27,7 @@ from pipeline.refused import Refused
 from pipeline.run.attempt import Attempt
 from pipeline.track.jsonl import read
 from tests.checkpoint.s3 import s3_server
+from tests.driver import Driver
 from tests.faults.test_not_finite import hit
 from tests.small import Command, command, make_run, same_weights, small_recipe, train_inline
 from tests.test_worker import Killed, die_at
@@ -439,12 +440,16 @@ def filling_at(patch: pytest.MonkeyPatch, step: int, disk: Path) -> None:
 
     def micro_batches(self: Attempt, source: Any) -> Any:
         if self.step == step:
-            with (disk / BALLAST).open("wb", buffering=0) as file, contextlib.suppress(OSError):
-                while file.write(bytes(4096)):
-                    pass
+            fill(disk)
         return original(self, source)
 
     patch.setattr(Attempt, "_micro_batches", micro_batches)
+
+
+def fill(disk: Path) -> None:
+    with (disk / BALLAST).open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
 
 
 @pytest.mark.parametrize("filled", ["by a checkpoint", "by others"])
@@ -468,7 +473,7 @@ def test_a_full_disk_that_holds_the_whole_run_costs_no_bit(
         if not every:
             filling_at(patch, 9, small_disk)  # of a later step on, the journal's last page may still hold all that is to come
         code, _, said = run("launch", str(tmp_path / "recipe.py"), "--inline", "--name", "full", *words)
-    assert code in (1, 2)
+    assert code == 2
     [line] = said.strip().splitlines()
     by_journal = f"[Errno {errno.ENOSPC}] journal: "  # which may find the disk full of half a checkpoint, too
     by_checkpoint = f"checkpoint: cannot be written after step {min(2 * every, 8)}: "
@@ -482,3 +487,38 @@ def test_a_full_disk_that_holds_the_whole_run_costs_no_bit(
     assert code == 0, said
     assert [event["step"] for event in events(folder, "start")] == [0, saved[-1]]
     assert same_weights(folder, whole)
+
+
+LONG = """
+from pipeline.data.synthetic import Synthetic
+from pipeline.recipe import spec
+from tests.small import small_recipe
+
+def recipe():
+    data = spec(Synthetic, samples=8 * 200, val_samples=20, shape=(1, 8, 8))
+    return small_recipe(data=data, checkpoint_every=0, backend="deepspeed")
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.full
+def test_workers_that_a_full_disk_ends_are_not_started_again(
+    tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal is the first that finds no room, in the middle of the first of two long epochs."""
+    grow(small_disk, 2**24)
+    (tmp_path / "recipe.py").write_text(LONG)
+    (small_disk / "full.log").symlink_to(tmp_path / "said")  # what the driver says finds room
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    words = ("launch", str(tmp_path / "recipe.py"), "--name", "full", "--workers", "2", "--device", "cpu")
+    driver = Driver(*words, run=small_disk / "full", folder=tmp_path)
+    try:
+        driver.at_step(random.Random(SEED + 2).randrange(5, 30))
+        fill(small_disk)
+        assert driver.end() == 2
+    finally:
+        driver.kill()
+    journal = small_disk / "full" / "journal.jsonl"
+    line = driver.log.read_text().splitlines()[-1]
+    assert line.startswith("worker 0: ") and f"[Errno {errno.ENOSPC}] journal: " in line and line.endswith(f"{str(journal)!r}")
+    assert [event["step"] for event in read(journal) if event["event"] == "start"] == [0]

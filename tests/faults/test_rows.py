@@ -55,6 +55,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "disk full": (
         f"{WRITE}::test_a_full_disk_is_said_in_a_line_and_with_room_the_run_goes_on",
         *(f"{WRITE}::test_a_full_disk_that_holds_the_whole_run_costs_no_bit",),
+        *(f"{WRITE}::test_workers_that_a_full_disk_ends_are_not_started_again",),
+        *("launch/test_restarts.py::test_what_the_user_alone_can_change_is_not_met_again",),
         *("run/test_writer.py::test_an_error_that_a_full_disk_keeps_from_the_journal_is_raised_all_the_same",),
     ),
     "storage that fails for a moment": (
@@ -163,6 +165,10 @@ ROWS: dict[str, tuple[str, ...]] = {
         *("faults/test_out_of_memory.py::test_a_worker_that_dies_of_it_is_spoken_for_by_the_next_attempt",),
     ),
     # refused
+    "credentials that are not at hand, a bucket that lets nobody write": (
+        *(f"{ELSEWHERE}::test_a_run_whose_credentials_are_not_at_hand_asks_for_them_at_once",),
+        *("checkpoint/test_store.py::test_a_bucket_that_lets_nobody_write_ends_the_run",),
+    ),
     "no checkpoint where the journal knows one": (
         f"{WRITE}::test_where_they_were_is_empty_and_nothing_is_trained_before_they_are_back",
     ),

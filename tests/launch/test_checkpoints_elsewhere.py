@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from s3fs import S3FileSystem
 
 from pipeline.checkpoint import claim, place_at, step_folders
 from pipeline.guards.batches import Skipped
@@ -16,6 +18,7 @@ from pipeline.run.attempt import Attempt
 from pipeline.track.connect import connect
 from pipeline.track.jsonl import read
 from pipeline.weights import load_run
+from tests.checkpoint.s3 import s3_server
 from tests.faults.test_not_finite import hit
 from tests.faults.test_out_of_memory import room_for
 from tests.small import Command, command, same_weights, small_recipe, train_inline
@@ -183,3 +186,28 @@ def test_what_cannot_be_opened_is_refused_before_anything_is_left_behind(
     code, _, told = run("--runs", str(tmp_path / "runs"), elsewhere=elsewhere)
     assert (code, len(told.strip().splitlines())) == (2, 1) and told.startswith(said)
     assert not (tmp_path / "runs" / "run").exists()
+
+
+@pytest.mark.parametrize(("key", "got"), [(None, "Unable to locate credentials"), ("testing", "missing: AWS_SECRET_ACCESS_KEY")])
+def test_a_run_whose_credentials_are_not_at_hand_asks_for_them_at_once(
+    tmp_path: Path, run: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str | None, got: str
+) -> None:
+    """Storage that does not answer would be waited for."""
+    resume, train, words = command(monkeypatch, capsys), Attempt._train, ("--runs", str(tmp_path / "runs"))
+    with s3_server() as bucket:
+        with monkeypatch.context() as patch:
+            patch.setattr(Attempt, "_train", lambda attempt: (attempt.folder / STOP).touch() or train(attempt))
+            code, _, said = run(*words, elsewhere=f"{bucket}/{key}")
+        assert code == 130, said
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+        if key is not None:
+            monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
+        S3FileSystem.clear_instance_cache()
+        begun = time.monotonic()
+        code, _, said = resume("resume", "run", "--inline", *words)
+        assert code == 2 and said.startswith("checkpoints: the environment must hold credentials (AWS_ACCESS_KEY_ID, ...): ")
+        assert said.endswith(f"{got}\n") and said.count("\n") == 1
+        assert time.monotonic() - begun < 60

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
@@ -14,7 +15,7 @@ import ray
 import ray.train.torch
 import torch
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-from ray.train.v2.api.exceptions import ControllerError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from torch import distributed
 
 from pipeline.job import Job, Place
@@ -23,6 +24,7 @@ from pipeline.launch.base import LaunchError
 from pipeline.launch.loopback import OnLoopback
 from pipeline.launch.places import NoPlace
 from pipeline.launch.ray import Ray, _train
+from pipeline.refused import Refused
 
 
 @pytest.mark.parametrize("hang_minutes", [0.3, 30.0, 600.0])
@@ -64,6 +66,15 @@ def test_a_wait_for_places_in_vain_ends_in_one_line(tmp_path: Path, monkeypatch:
     for failure in (WorkerGroupStartupTimeoutError(2), NoPlace("in vain")):
         with pytest.raises(LaunchError, match=r"^launch: 2 workers found no place in time: others have it, or a node"):
             run(tmp_path, monkeypatch, ControllerError(failure))
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, Refused), (errno.ESTALE, LaunchError)])
+def test_what_the_user_alone_can_change_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
+) -> None:
+    died = WorkerGroupError("died", {0: OSError(number, "journal: it fails", "/runs/journal.jsonl")})
+    with pytest.raises(kind, match=rf"^worker 0: \[Errno {number}\] journal: it fails: '/runs/journal\.jsonl'$"):
+        run(tmp_path, monkeypatch, died)
 
 
 def patience_in_a_worker(folder: Path, patch: pytest.MonkeyPatch, hang_minutes: float) -> timedelta:

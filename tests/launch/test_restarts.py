@@ -197,3 +197,17 @@ def test_storage_that_is_away_as_a_worker_dies_ends_nothing(policy: Restarts, mo
         assert [dies(policy, worker=1), finds_no_place(policy)] == [RETRY, RETRY]
     saves(policy, 10)
     assert [dies(policy) for _ in range(3)] == [RETRY, RETRY, RAISE]
+
+
+@pytest.mark.parametrize(
+    ("failure", "decision"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), RAISE),
+        (PermissionError("Access Denied"), RAISE),  # as s3fs says it, without a number
+        (OSError(errno.ESTALE, "Stale file handle"), RETRY),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), RETRY),
+    ],
+    ids=str,
+)
+def test_what_the_user_alone_can_change_is_not_met_again(policy: Restarts, failure: OSError, decision: FailureDecision) -> None:
+    assert policy.make_decision(WorkerGroupError("died", {1: failure})) == decision
