@@ -226,6 +226,9 @@ def test_a_loader_that_hangs_is_written_down_and_its_worker_started_again(
     files = (runs[0] / "stacks").glob(f"rank{rank}-*")
     stacks = "".join(file.read_text() for file in files)  # one that was killed leaves an empty one
     assert 'faulty_lab.py", line' in stacks and " in met" in stacks
+    told = events(runs[0], "hung")
+    assert {event["attempt"] for event in told} == {2} and rank in [event["worker"] for event in told]
+    assert all((runs[0] / event["stacks"]).read_text() for event in told)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -233,6 +236,8 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_step(
     runs: tuple[Path, Path], faults: dict[str, tuple[int, int]], rank: int
 ) -> None:
     assert events(runs[0], "start")[3 + rank]["step"] == newest(faults[f"killed {rank}"][1])
+    [died] = [event for event in events(runs[0], "died") if event["attempt"] == 3 + rank]
+    assert died["worker"] == rank and "process has died" in died["error"]
 
 
 def test_a_cluster_of_our_own_listens_to_its_own_machine_alone(runs: tuple[Path, Path]) -> None:
