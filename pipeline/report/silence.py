@@ -11,8 +11,11 @@ and save, of which the slowest takes minutes."""
 
 def state_told(state: str, heard: float | None) -> str:
     """`running, no word for 25 min`; `heard` is its last sign of life, in unix seconds, None where the state is known."""
-    silent = 0.0 if heard is None or state != "running" else time.time() - heard
-    if silent < SILENT_S:
+    if heard is None or not is_silent(state, heard):
         return state
-    minutes = int(silent // 60)
+    minutes = int((time.time() - heard) // 60)
     return f"{state}, no word for {f'{minutes} min' if minutes < 120 else f'{minutes // 60} h'}"
+
+
+def is_silent(state: str, heard: float) -> bool:
+    return state == "running" and time.time() - heard >= SILENT_S

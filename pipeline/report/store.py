@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.report.runs import ReportError
+from pipeline.report.silence import is_silent
 from pipeline.track.connect import SQLITE, without_password
 from pipeline.track.files import KNOWN
 from pipeline.track.jsonl import Event, read, read_thinned
@@ -71,7 +72,7 @@ class StoredStudy:
     rules: tuple[str, ...]
     seeds: tuple[str, ...]
     states: Mapping[str, int]
-    """how many runs are in each state"""
+    """how many runs are in each state; SILENT, which is none of MLflow's, are those that it has as RUNNING and nobody hears of"""
     parents: tuple[str, ...]
     newest: float
 
@@ -155,13 +156,17 @@ def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
             study=study,
             rules=tuple(sorted({run.rule for run in members})),
             seeds=tuple(sorted({run.seed for run in members}, key=lambda seed: (len(seed), seed))),
-            states=dict(sorted(Counter(run.state for run in members).items())),
+            states=dict(sorted(Counter(map(_state_listed, members)).items())),
             parents=tuple(sorted({run.parent for run in members if run.parent})),
             newest=max(run.newest for run in members),
         )
         for (experiment, study), members in groups.items()
     ]
     return sorted(found, key=lambda study: study.newest, reverse=True)
+
+
+def _state_listed(run: StoredRun) -> str:
+    return "SILENT" if is_silent(run.state.lower(), run.newest) else run.state
 
 
 def journal_at(file: Path) -> Told:

@@ -386,6 +386,15 @@ def test_a_run_that_nobody_hears_of_says_so_beside_its_state(store: FakeStore):
     assert "running, no word for 30 min" in Asking(store).show(f"?study={KEY}&view=runs")
 
 
+def test_the_list_tells_silent_runs_from_those_that_go_on(store: FakeStore):
+    store.add("dead", study=OTHER, state="RUNNING", experiment="cifar", newest=0.0)
+    asking = Asking(store)
+    assert "1 failed, 1 silent" in asking.list("?text=silent") and "0 of 2 studies" in asking.list("?only=running")
+    store.add("alive", study=OTHER, state="RUNNING", experiment="cifar", newest=time.time() - 30)
+    found = asking.list("?only=running")
+    assert "1 of 2 studies" in found and OTHER[:8] in found and "1 failed, 1 running, 1 silent" in found
+
+
 def test_names_from_outside_stay_text(store: FakeStore):
     """Dash sends a page as components: a text among children is a text, "to" is of a button's id, Markdown would be neither."""
     script = "<script>alert(1)</script>"

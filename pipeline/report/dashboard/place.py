@@ -26,7 +26,7 @@ ONLY: dict[Only, tuple[str, frozenset[str]]] = {
     "finished": ("finished", frozenset({"FINISHED"})),
     "failed": ("failed or killed", frozenset({"FAILED", "KILLED"})),
 }
-"""MLflow's states, of which a study has to have one"""
+"""the states of which a study has to have one; a run that is silent neither goes on nor is known to have ended"""
 SORTS = ("study", "family", "rules", "seeds", "runs", "newest")
 _ID = 8  # letters of a run's id
 MOST = 24
@@ -135,7 +135,7 @@ def _newest_seeds(members: Sequence[StoredRun]) -> list[StoredRun]:
 
 
 def state_words(study: StoredStudy) -> str:
-    """`3 finished, 1 running`"""
+    """`3 finished, 1 running, 1 silent`"""
     return ", ".join(f"{count} {state.lower()}" for state, count in sorted(study.states.items()))
 
 
