@@ -134,7 +134,7 @@ def test_the_token_once_then_a_cookie(store: FakeStore):
     answer = client.get("/", query_string={"study": KEY, "token": TOKEN})
     assert (answer.status_code, answer.headers["Location"]) == (303, f"/?study={KEY}")
     cookie = answer.headers["Set-Cookie"]
-    assert "HttpOnly" in cookie and "SameSite=Strict" in cookie and TOKEN not in cookie
+    assert "HttpOnly" in cookie and "SameSite=Lax" in cookie and "Secure" not in cookie and TOKEN not in cookie
     assert client.get("/").status_code == client.get("/_dash-layout").status_code == 200
     bare = Asking(store, host="0.0.0.0", token=TOKEN).client
     assert bare.get("/", headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200

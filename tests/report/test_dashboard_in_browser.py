@@ -33,6 +33,7 @@ from tests.report.test_swept import LARGEST
 
 WIDE, PHONE = (1280, 900), (390, 844)
 EVERY = 0.5
+TOKEN, WIKI = "a-token", "http://wiki.example/"
 expect.set_options(timeout=20_000)  # as long as a busy machine may take to redraw
 
 
@@ -220,10 +221,10 @@ def test_presses_in_quick_succession_all_count(browser: Browser, address: str):
 
 
 @contextmanager
-def served_here(store: FakeStore) -> Iterator[str]:
+def served_here(store: FakeStore, *, token: str | None = None) -> Iterator[str]:
     """The address of a dashboard in this process, which looks five times a second."""
     app = make_app(store, name="store", every=0.2)
-    guard(app.server, host="127.0.0.1", token=None, scripts=app.csp_hashes())
+    guard(app.server, host="127.0.0.1", token=token, scripts=app.csp_hashes())
     server = make_server("127.0.0.1", 0, app.server, threaded=True)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -322,6 +323,28 @@ def test_a_store_that_comes_later_is_waited_for(browser: Browser, runs: Path, tm
         expect(page.locator("#list tbody th")).to_have_count(2)
         expect(page.locator("#figures")).to_contain_text("bptt-1")
         assert watch.said == []
+        page.close()
+
+
+def test_links_on_a_page_of_another_site_open_it(browser: Browser):
+    """The one with the token, and from then on every permalink; what such a page posts comes without the cookie."""
+    store = FakeStore()
+    store.add_finished("bptt-0", "BPTT")
+    with served_here(store, token=TOKEN) as address:
+        links = f'<a href="{address}&token={TOKEN}">first</a> <a href="{address}&view=learning">permalink</a>'
+        form = f'<form method="post" action="{address.partition("?")[0]}_dash-update-component"><button>post</button></form>'
+        page = browser.new_page()
+        page.route(WIKI, lambda route: route.fulfill(body=links + form, content_type="text/html"))
+        for link in ("first", "permalink"):
+            page.goto(WIKI)
+            page.get_by_role("link", name=link).click()
+            expect(page.locator("#list tbody tr")).to_have_count(1)
+        page.reload()
+        expect(page.locator("#list tbody tr")).to_have_count(1)
+        page.goto(WIKI)
+        with page.expect_navigation() as posted:
+            page.get_by_role("button", name="post").click()
+        assert posted.value is not None and posted.value.status == 401
         page.close()
 
 

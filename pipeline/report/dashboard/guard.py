@@ -89,7 +89,8 @@ def _unless_known(token: str) -> AnyResponse | None:
             return _refused("dashboard: the token in the address is not the one it was started with")
         others = urlencode([(name, value) for name, value in request.args.items(multi=True) if name != "token"])
         answer = redirect(request.path + (f"?{others}" if others else ""), 303)
-        about = {"max_age": _DAYS * 86400, "httponly": True, "samesite": "Strict", "secure": request.is_secure}
+        # Lax: a link on another site's page comes with it, what that page posts, loads or frames without. A GET changes nothing.
+        about = {"max_age": _DAYS * 86400, "httponly": True, "samesite": "Lax", "secure": request.is_secure}
         answer.set_cookie(COOKIE, _kept(token), **about)
         return answer
     scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
