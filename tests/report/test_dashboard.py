@@ -143,7 +143,10 @@ def test_the_token_once_then_a_cookie(store: FakeStore):
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8050", "127.0.0.1.evil.example", "0.0.0.0", "[::2]:80"])
 def test_a_name_that_somebody_points_here_is_refused(store: FakeStore, host: str):
     refused = Asking(store).client.get("/", headers={"Host": host})
-    assert refused.status_code == 403 and "it answers to localhost and 127.0.0.1; got the name" in refused.get_data(as_text=True)
+    assert (
+        refused.status_code == 403
+        and "without a --token it answers to localhost and 127.0.0.1 alone; got" in refused.get_data(as_text=True)
+    )
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8050", "127.0.0.1:1", "[::1]:8050"])
@@ -156,6 +159,13 @@ def test_names_of_loopback_are_answered(store: FakeStore, host: str):
     )
     assert answer.headers["X-Content-Type-Options"] == "nosniff" and answer.headers["Cache-Control"] == "no-store"
     assert "http://" not in answer.get_data(as_text=True) and "https://" not in answer.get_data(as_text=True)
+
+
+def test_with_a_token_it_answers_to_the_name_that_a_proxy_keeps(store: FakeStore):
+    client = Asking(store, token=TOKEN).client
+    named = {"Host": "runs.example"}
+    assert client.get("/", headers=named).status_code == 401
+    assert client.get("/", headers={**named, "Authorization": f"Bearer {TOKEN}"}).status_code == 200
 
 
 def test_another_host_takes_a_token(spiketrain: Callable, tmp_path: Path):

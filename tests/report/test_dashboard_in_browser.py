@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,16 +64,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def served(runs: Path) -> Iterator[str]:
+def served(runs: Path, *, token: str | None = None) -> Iterator[str]:
     """Its address, from the command that a user types."""
     command = [sys.executable, "-m", "pipeline", "dashboard", "--runs", str(runs), "--port", "0", "--every", str(EVERY)]
+    if token is not None:
+        command += ["--token", token]
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
         assert server.stdout is not None
         try:
             line = server.stdout.readline()
-            assert "this machine alone" in line
-            yield line.split()[0]
+            assert ("this machine alone" if token is None else "whoever has the token") in line
+            yield line.split()[0].removesuffix("/?token=TOKEN")
             server.send_signal(signal.SIGINT)
             assert server.wait(10) in (0, 130)
         finally:
@@ -346,6 +349,17 @@ def test_links_on_a_page_of_another_site_open_it(browser: Browser):
             page.get_by_role("button", name="post").click()
         assert posted.value is not None and posted.value.status == 401
         page.close()
+
+
+def test_behind_a_proxy_with_tls_the_cookie_is_for_tls_alone(tmp_path: Path):
+    with served(tmp_path, token=TOKEN) as address:
+        for scheme, is_secure in (("https", True), ("http", False)):
+            connection = HTTPConnection(address.removeprefix("http://"))
+            connection.request("GET", f"/?token={TOKEN}", headers={"Host": "runs.example", "X-Forwarded-Proto": scheme})
+            answer = connection.getresponse()
+            assert (answer.status, answer.headers["Location"]) == (303, "/")
+            assert ("; Secure;" in answer.headers["Set-Cookie"]) == is_secure
+            connection.close()
 
 
 def test_what_the_tests_above_rest_on(browser: Browser, address: str):

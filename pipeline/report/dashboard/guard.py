@@ -1,7 +1,8 @@
 """Whom the dashboard answers: this machine alone, or whoever carries the token.
 
-Bound to loopback it answers to names of loopback alone, so that no page of another site can reach it by a name of its own that
-it points here (DNS rebinding). With a token, `/?token=...` is opened once; from then on a cookie carries what is made of it.
+Without a token it answers to names of loopback alone, so that no page of another site can reach it by a name of its own that
+it points here (DNS rebinding). With a token, `/?token=...` is opened once; from then on a cookie carries what is made of it. It
+then answers to any name, as a proxy may keep its own: to a name that somebody points here no browser sends the cookie.
 """
 
 from __future__ import annotations
@@ -44,9 +45,12 @@ def guard(server: Flask, *, host: str, token: str | None, scripts: Sequence[str]
 
     @server.before_request
     def refuse() -> AnyResponse | None:
-        if is_loopback(host) and not is_loopback(_name_of(request.host)):
-            return _sentence(403, f"dashboard: it answers to localhost and 127.0.0.1; got the name {request.host[:100]!r}")
-        return None if token is None else _unless_known(token)
+        if token is not None:
+            return _unless_known(token)
+        if not is_loopback(_name_of(request.host)):
+            said = "dashboard: without a --token it answers to localhost and 127.0.0.1 alone; got the name"
+            return _sentence(403, f"{said} {request.host[:100]!r}")
+        return None
 
     @server.after_request
     def harden(response: Response) -> Response:
