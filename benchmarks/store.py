@@ -92,7 +92,8 @@ def report(runs: Path, uri: str, keys: Sequence[str]) -> list[float]:
     journals, store = sum(file.stat().st_size for file in runs.glob("*/journal.jsonl")), (runs / "mlflow.db").stat().st_size
     print(f"{RUNS} runs, {len(keys)} studies, journals {journals / 1e6:.0f} MB, store {store / 1e6:.0f} MB")
     base = [sys.executable, "-c", HELP]
-    for what, names in (("compare", []), ("compare STUDY", [keys[0]])):
+    fifty = [f"run-{index:03d}" for index in range(50)]
+    for what, names in (("compare", []), ("compare STUDY", [keys[0]]), ("compare 50 RUNS", fifty)):
         command = [sys.executable, "-m", "pipeline", "compare", *names, "--runs", str(runs)]
         pairs = [(_seconds(base), _seconds(command)) for _ in range(TIMES)]  # in turn, as other work comes and goes
         bare, whole = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))

@@ -64,23 +64,29 @@ def is_trial(folder: Path) -> bool:
 
 
 def named(runs_dir: Path, names: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """The folders of runs, and of all runs of a study, in the order of their names. Each journal is looked at once."""
+    study_by_run = studies(runs_dir)
+    there = list(study_by_run)
     folders: dict[Path, None] = {}
-    for name in names:
-        text = os.fspath(name)
-        of_study = runs_of_study(runs_dir, text)
-        studies = sorted({study_of(folder) for folder in of_study})
-        if of_study and not (runs_dir / text).exists():
-            if len(studies) > 1:
-                raise ComparisonError(f"compare: {text!r} begins several study keys: {', '.join(studies)}")
-            folders.update(dict.fromkeys(folder.resolve() for folder in of_study))
+    for text in map(os.fspath, names):
+        keys = {key for key in study_by_run.values() if text and key.startswith(text)}
+        if not keys or (runs_dir / text).exists():
+            folders[find_run(runs_dir, text, among=there).resolve()] = None
+        elif len(keys) > 1:
+            raise ComparisonError(f"compare: {text!r} begins several study keys: {', '.join(sorted(keys))}")
         else:
-            folders[find_run(runs_dir, text).resolve()] = None
+            folders.update(dict.fromkeys(folder.resolve() for folder, key in study_by_run.items() if key in keys))
     return list(folders)
 
 
-def runs_of_study(runs_dir: Path, text: str) -> list[Path]:
-    """The runs whose study key begins with it."""
-    return [folder for folder in run_folders(runs_dir) if text and study_of(folder).startswith(text)]
+def is_study(runs_dir: Path, text: str) -> bool:
+    """Whether the study key of a run begins with it."""
+    return bool(text) and any(key.startswith(text) for key in studies(runs_dir).values())
+
+
+def studies(runs_dir: Path) -> dict[Path, str]:
+    """The study key of each run's folder."""
+    return {folder: study_of(folder) for folder in run_folders(runs_dir)}
 
 
 def refuse_unlike(runs: Sequence[Finished]) -> None:

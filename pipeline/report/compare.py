@@ -22,11 +22,11 @@ from pipeline.report.choose import (
     Finished,
     Unfinished,
     finished_run,
+    is_study,
     named,
     newest_study,
     refuse_unlike,
     rule_of,
-    runs_of_study,
     seed_of,
     study_of,
     unfinished_run,
@@ -211,7 +211,7 @@ def _whole_study(runs_dir: Path, names: Sequence[str | os.PathLike[str]]) -> lis
     if not names:
         return newest_study(runs_dir)
     key = os.fspath(names[0])
-    is_key = len(names) == 1 and runs_of_study(runs_dir, key) and not (runs_dir / key).exists()
+    is_key = len(names) == 1 and is_study(runs_dir, key) and not (runs_dir / key).exists()
     return named(runs_dir, names) if is_key else []
 
 

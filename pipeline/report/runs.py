@@ -33,6 +33,7 @@ __all__ = [
     "print_runs",
     "recipe_of",
     "refuse_damaged_summary",
+    "run_and_suite_folders",
     "run_folders",
     "runs_dir_of",
     "summary_of",
@@ -85,38 +86,46 @@ class SuiteRow:
     resume: str | None
 
 
-def find_run(runs_dir: str | os.PathLike[str], name_or_path: str | os.PathLike[str]) -> Path:
+def find_run(
+    runs_dir: str | os.PathLike[str], name_or_path: str | os.PathLike[str], *, among: Sequence[Path] | None = None
+) -> Path:
     """The folder of a run, absolute, from its name in `runs_dir`, an unambiguous beginning of it, or a path.
 
     Its parent is the folder of runs that it belongs to, whatever `runs_dir` is.
 
+    Args:
+        among: `run_folders` of it, for whoever looks up many names.
+
     Raises:
         ReportError: no run, or several, answer to it.
     """
-    return _found(Path(runs_dir), os.fspath(name_or_path), run_folders(Path(runs_dir)), is_one=_is_run, kind="run")
+    folders = run_folders(Path(runs_dir)) if among is None else among
+    return _found(Path(runs_dir), os.fspath(name_or_path), folders, is_one=_is_run, kind="run")
 
 
-def find_run_or_suite(runs_dir: str | os.PathLike[str], name_or_path: str | os.PathLike[str]) -> Path:
-    """As `find_run`, or the folder of a suite."""
-    runs_dir = Path(runs_dir)
-    folders = sorted(run_folders(runs_dir) + suite_folders(runs_dir))
+def find_run_or_suite(
+    runs_dir: str | os.PathLike[str], name_or_path: str | os.PathLike[str], *, among: Sequence[Path] | None = None
+) -> Path:
+    """As `find_run`, or the folder of a suite; `among`: `run_and_suite_folders`."""
+    folders = run_and_suite_folders(Path(runs_dir)) if among is None else among
 
     def is_one(folder: Path) -> bool:
         return _is_run(folder) or is_suite(folder)
 
-    return _found(runs_dir, os.fspath(name_or_path), folders, is_one=is_one, kind="run or suite")
+    return _found(Path(runs_dir), os.fspath(name_or_path), folders, is_one=is_one, kind="run or suite")
 
 
 def runs_dir_of(runs_dir: Path, names: Sequence[str]) -> Path:
     """The folder that all of these runs and suites are in, where their baseline is; else, as for a study's key, `runs_dir`."""
+    there = run_and_suite_folders(runs_dir)
     try:
-        folders = {find_run_or_suite(runs_dir, name).parent for name in names}
+        folders = {find_run_or_suite(runs_dir, name, among=there).parent for name in names}
     except ReportError:
         return runs_dir
     return folders.pop() if len(folders) == 1 else runs_dir
 
 
-def _found(runs_dir: Path, text: str, folders: list[Path], *, is_one: Callable[[Path], bool], kind: str) -> Path:
+def _found(runs_dir: Path, text: str, folders: Sequence[Path], *, is_one: Callable[[Path], bool], kind: str) -> Path:
     for folder in (runs_dir / text, Path(text)):
         if is_one(folder):
             return _absolute(folder)
@@ -154,6 +163,11 @@ def suite_folders(runs_dir: Path) -> list[Path]:
 def run_folders(runs_dir: Path) -> list[Path]:
     """The folders in `runs_dir` that hold a run, by name."""
     return sorted(folder for folder in _shown(runs_dir) if _is_run(folder))
+
+
+def run_and_suite_folders(runs_dir: Path) -> list[Path]:
+    """Those of either, by name."""
+    return sorted(run_folders(runs_dir) + suite_folders(runs_dir))
 
 
 def _shown(runs_dir: Path) -> list[Path]:

@@ -12,12 +12,12 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.baseline import BASELINE
-from pipeline.report.choose import runs_of_study
+from pipeline.report.choose import is_study
 from pipeline.report.compare import print_studies
 from pipeline.report.finite import finite
 from pipeline.report.paired import WITHIN
 from pipeline.report.resuming import how_to_resume
-from pipeline.report.runs import AmbiguousName, ReportError, find_run_or_suite
+from pipeline.report.runs import AmbiguousName, ReportError, find_run_or_suite, run_and_suite_folders
 from pipeline.suite import Report, SuiteFile, is_suite, runs_of
 from pipeline.track.state import is_driven, state_of
 from pipeline.trials import over_in
@@ -29,11 +29,12 @@ def suite_named(runs_dir: Path, names: Sequence[str]) -> Path | None:
     Raises:
         ReportError: a suite beside something else, or a name that begins those of several and no study.
     """
+    there = run_and_suite_folders(runs_dir)
     for name in names:
         try:
-            folder = find_run_or_suite(runs_dir, name)
+            folder = find_run_or_suite(runs_dir, name, among=there)
         except AmbiguousName:
-            if not runs_of_study(runs_dir, name):
+            if not is_study(runs_dir, name):
                 raise
             continue
         except ReportError:

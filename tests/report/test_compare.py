@@ -3,6 +3,7 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from pipeline.report import choose, runs
 from pipeline.report.compare import Comparison, ComparisonError, compare, comparisons, print_comparison, print_studies
 from pipeline.report.read_study import read_study
 from pipeline.report.runs import ReportError
 from tests.report.conftest import RECIPE, STUDY
+from tests.small import command
 
 
 def text_of(comparison: Comparison, *, width: int = 120) -> str:
@@ -315,6 +318,37 @@ def test_named_runs_get_the_baseline_of_their_study(make_run: Callable, runs_dir
     make_run("ottt", rule="OTTT")
     assert [run.name for run in compare(runs_dir, ["sltt"]).runs] == ["bptt", "sltt"]
     assert [run.name for run in compare(runs_dir, [runs_dir / "ottt", "bptt", "ottt"]).runs] == ["bptt", "ottt"]
+
+
+@pytest.mark.parametrize("word", ["compare", "report"])
+def test_many_names_are_looked_up_in_one_list(
+    word: str, make_run: Callable, runs_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Of 500 runs, 50 that were named took seconds: each name had every folder listed and every journal opened."""
+    names = [make_run(f"{rule}-{seed}", rule=rule, seed=seed).name for rule in ("BPTT", "SLTT") for seed in range(10)]
+    looks: Counter[str] = Counter()
+
+    def counted(function: Callable) -> Callable:
+        def look(*args: Any) -> Any:
+            looks[function.__name__] += 1
+            return function(*args)
+
+        return look
+
+    monkeypatch.setattr("pipeline.report.runs._shown", counted(runs._shown))
+    monkeypatch.setattr("pipeline.report.choose.first", counted(choose.first))
+    monkeypatch.setattr("pipeline.report.page.write", lambda study, out: out)
+    spiketrain = command(monkeypatch, capsys)
+
+    def looks_for(*names: str) -> Counter[str]:
+        looks.clear()
+        code, _, error = spiketrain(word, *names, "--runs", str(runs_dir))
+        assert code == 0, error
+        return looks.copy()
+
+    few, many = looks_for("BPTT-0", "SLTT-0"), looks_for(*names)
+    assert few["_shown"] == many["_shown"] and few["first"] >= len(names)
+    assert many["first"] - few["first"] <= len(names)
 
 
 def test_without_a_baseline_there_are_no_ratios(make_run: Callable, runs_dir: Path):
