@@ -214,7 +214,52 @@ def test_beside_the_published_run(points: list, told: str):
     one = run(recipe=recipe(published=points))
     assert standing(one) == told
     figure = made(learning_curves(Study(title="t", runs=(one,)).groups[0]))
-    assert f"bptt-0: {told}" in figure.alt and traces(figure)["published"]["x"] == [epoch for epoch, _ in points]
+    assert f"bptt-0: {told}" in figure.alt and traces(figure)["published, BPTT"]["x"] == [epoch for epoch, _ in points]
+    assert [row[5:8] for row in figure.table.rows if row[3] == "published"] == [(epoch, None, top1) for epoch, top1 in points]
+
+
+def test_each_published_log_is_drawn_once_and_named_after_the_rules_that_carry_it():
+    """It stands beside the study key: runs that are compared may carry another, or none."""
+    mine, theirs = [[1, 0.5], [2, 0.9]], [[2, 0.7]]
+    logs = (("BPTT", mine), ("SLTT", theirs), ("SLTT-1", mine), ("OTTT", ()))
+    runs = [run(rule, seed=seed, recipe=recipe(rule, published=log)) for rule, log in logs for seed in (0, 1)]
+    figure = made(learning_curves(Study(title="t", runs=tuple(runs)).groups[0]))
+    drawn = [trace for trace in traces(figure).values() if trace["name"].startswith("published")]
+    assert [(each["name"], each["x"], each["y"]) for each in drawn] == [
+        ("published, BPTT, SLTT-1", [1, 2], [50, 90]),
+        ("published, SLTT", [2], [70]),
+    ]
+    assert len({each["line"]["color"] for each in drawn}) == 2
+    assert [(row[1], row[5], row[7]) for row in figure.table.rows if row[3] == "published"] == [
+        ("BPTT, SLTT-1", 1, 0.5),
+        ("BPTT, SLTT-1", 2, 0.9),
+        ("SLTT", 2, 0.7),
+    ]
+    assert "Stars" in figure.caption and "Stars" not in made(learning_curves(study().groups[0])).caption
+
+
+def test_a_long_curve_is_told_in_means_not_in_some_of_its_points():
+    """One step in two told 1, the others 0: to leave out points in between would show a network that has learnt, or has not."""
+    begun = events()[0]
+    told = [
+        {"event": "step", "time": 1000.0 + at, "attempt": 0, "step": 10 * at, "metrics": {"loss": at % 3, "top1": at % 2}}
+        for at in range(1, 1201)
+    ]
+    told[-1]["step"] += 30  # a point of four times the batches
+    of_none = {**told[5], "metrics": {"loss": "nan", "top1": 0}}
+    long = study_run("long", [begun, *told[:5], of_none, *told[6:]], state="running", recipe=recipe())
+    figure = made(learning_curves(Study(title="t", runs=(long,)).groups[0]))
+    rows = [row for row in figure.table.rows if row[3] == "training"]
+    assert len(rows) == 300 and [row[4] for row in rows[:2]] == [40, 80] and rows[-1][4] == 12_030
+    assert {row[7] for row in rows[:-1]} == {0.5} and rows[-1][7] == pytest.approx(2 / 7)
+    assert rows[0][8] == pytest.approx((1 + 2 + 0 + 1) / 4) and rows[1][8] == pytest.approx((2 + 1 + 2) / 3)
+    assert traces(figure)["BPTT"]["y"] == [pytest.approx(100 * row[7]) for row in rows]
+    said = "A curve of more than 300 points is told in 300 means at most, here and in the CSV."
+    assert said in figure.caption and said not in made(learning_curves(study().groups[0])).caption
+    whole = study_run("whole", [begun, *told[:300]], state="running", recipe=recipe(), every=2)
+    figure = made(learning_curves(Study(title="t", runs=(whole,)).groups[0]))
+    assert [row[7] for row in figure.table.rows] == [at % 2 for at in range(1, 301)] and said not in figure.caption
+    assert "Of a long journal not every point is read: what is left out is in no mean." in figure.caption
 
 
 def test_names_are_text_in_drawings_and_in_spreadsheets():
