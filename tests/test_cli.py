@@ -324,9 +324,11 @@ def test_a_comparison_from_launch_to_table(
     done = spiketrain("launch", str(tmp_path / "two.py"), "--inline", *runs)
     assert done.returncode == 0, done.stderr + done.stdout
     assert "resume  spiketrain resume one-bptt" in done.stdout
-    table = json.loads(run("compare", "--format", "json", *runs)[1])
+    [table] = json.loads(run("compare", "--format", "json", *runs)[1])
     assert [each["rule"] for each in table["runs"]] == ["BPTT", "SLTT-2"]
     assert table["study"]
+    [suite] = (tmp_path / "runs").glob("two-*/suite.json")
+    assert json.loads(run("compare", suite.parent.name, "--format", "json", *runs)[1]) == [table]
     listed = run("runs", *runs)[1]
     assert "2 of 2 finished" in listed and listed.count("finished") == 3  # the suite, and its runs
     [sltt] = (tmp_path / "runs").glob("one-sltt*")

@@ -42,9 +42,7 @@ def compare(
             raise ValueError(f"compare: --trust is for a suite, and runs are read without it; got {', '.join(trust)}")
         print_comparison(runs, names or [], format=format_, against=against, within=within)
         return
-    if format_ == "csv":
-        raise ValueError(f"compare: a suite has --format table or json; got {format_}; name its runs instead")
-    print_suite(suite, against=against, within=within, as_json=format_ == "json", trust=tuple(trust))
+    print_suite(suite, against=against, within=within, format=format_, trust=tuple(trust))
 
 
 def report(

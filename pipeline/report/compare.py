@@ -1,7 +1,7 @@
 """Sets the runs of one study side by side: what each rule cost and how well it did, with ratios to the baseline, BPTT.
 
 Runs that differ in more than the rule and the seed are refused, and nothing is divided across studies or machines: a table of
-unlike runs would look the same as this one. A study whose runs are of several machines has a table for each.
+unlike runs would look the same as this one. A study whose runs are of several machines has a comparison for each.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pipeline.report.choose import (
     unfinished_run,
     with_baseline,
 )
-from pipeline.report.comparison import Comparison
+from pipeline.report.comparison import Comparison, csv_of
 from pipeline.report.paired import WITHIN
 from pipeline.report.places import loaders, places
 from pipeline.report.runs import ReportError, load
@@ -110,36 +110,49 @@ def print_comparison(
     within: float = WITHIN,
     console: Console | None = None,
 ) -> None:
-    """Print `compare` as a table, json or csv; of a whole study a table for each machine that its runs are of."""
-    if format not in ("table", "json", "csv"):
-        raise ReportError(f"compare: format must be table, json or csv; got {format!r}")
-    if format == "table" and (folders := _whole_study(Path(runs_dir), names)):
-        print_studies(runs_dir, folders, against=against, within=within, console=console)
-        return
-    comparison = compare(runs_dir, names, against=against, within=within)
-    if format == "table":
-        comparison.render(console or Console())
-    elif format == "json":
-        print(json.dumps(comparison.to_json(), indent=2, allow_nan=False))
+    """Print `compare`, or of a whole study a comparison for each machine that its runs are of; `format`: see `print_studies`."""
+    if folders := _whole_study(Path(runs_dir), names):
+        print_studies(runs_dir, folders, format=format, against=against, within=within, console=console)
     else:
-        sys.stdout.write(comparison.to_csv())
+        _print([compare(runs_dir, names, against=against, within=within)], format=format, console=console)
 
 
 def print_studies(
     runs_dir: str | os.PathLike[str],
     folders: Sequence[Path],
     *,
+    format: str = "table",
     against: str = BASELINE,
     within: float = WITHIN,
     console: Console | None = None,
 ) -> None:
-    """A table for each of `comparisons`, one below another; what keeps some of the runs from one is raised below those of others.
+    """Print `comparisons`; what keeps some of the runs from one is raised after those of others.
+
+    Args:
+        format: table, one below another on the console; json, a list of them; or csv, a line for each finished run.
 
     Raises:
         ComparisonError: see `comparisons`.
     """
-    console = console or Console()
     found, refusals = _made(runs_dir, folders, against=against, within=within)
+    if found or not refusals:
+        _print(found, format=format, console=console)
+    if refusals:
+        raise refusals[0]
+
+
+def _print(found: Sequence[Comparison], *, format: str, console: Console | None) -> None:
+    if format == "table":
+        _print_tables(found, console or Console())
+    elif format == "json":
+        print(json.dumps([comparison.to_json() for comparison in found], indent=2, allow_nan=False))
+    elif format == "csv":
+        sys.stdout.write(csv_of(found))
+    else:
+        raise ReportError(f"compare: format must be table, json or csv; got {format!r}")
+
+
+def _print_tables(found: Sequence[Comparison], console: Console) -> None:
     for index, comparison in enumerate(found):
         if index:
             console.print()
@@ -151,8 +164,6 @@ def print_studies(
                 "nothing is divided from one to another"
             )
             console.out(told, highlight=False)
-    if refusals:
-        raise refusals[0]
 
 
 def comparisons(

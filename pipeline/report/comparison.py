@@ -1,4 +1,4 @@
-"""The finished runs of a study that may be compared, side by side: as a table, JSON, or CSV."""
+"""The finished runs of a study that may be compared, side by side, as a table or JSON; several such comparisons as CSV."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import math
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +40,7 @@ _ALWAYS = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")
 """columns of the table, known or not"""
 _KINDS = {"peak_saved_bytes": "B", COMPUTE: "s", ENERGY: "J", ENERGY_MEASURED: "J"}
 _ANY_WIDTH = 10_000  # characters of a line
-_FIRST = ("run", "rule", "seed", "study", "recipe", "world_size", "steps", "epochs", *_COMPARED)
+_FIRST = ("run", "rule", "seed", "study", "where", "recipe", "world_size", "steps", "epochs", *_COMPARED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,20 +127,6 @@ class Comparison:
             "notes": list(self.notes),
         }
 
-    def to_csv(self) -> str:
-        """One line for each run; nested fields as `hardware.cpu`, ratios as `ratios.top1`, what is behind them likewise.
-
-        As read by a spreadsheet, which must not take a name that begins as a formula for one.
-        """
-        told = self.to_json()
-        rows = [{**_flat(run), "time_baseline": told["time_baseline"]} for run in told["runs"]]
-        rest = sorted({name for row in rows for name in row} - set(_FIRST))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=[*_FIRST, *rest], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: harmless(cell) for name, cell in row.items()} for row in rows)
-        return text.getvalue()
-
     def render(self, console: Console) -> None:
         """One line for each rule, the mean over its runs (± standard deviation), and × the baseline over paired seeds; then one
         with what stands behind it. A rule whose runs all diverged has a line that says so."""
@@ -186,6 +173,25 @@ class Comparison:
         if ratio is not None:
             text += f"{between}×{ratio.mean:{'.2f' if ratio.mean >= 0.1 else '.3g'}}"
         return text if len(values) == 1 else f"{text}\n± {_shown(name, statistics.stdev(values), like=mean)}"
+
+
+def csv_of(comparisons: Sequence[Comparison]) -> str:
+    """One line for each finished run; nested fields as `hardware.cpu`, ratios as `ratios.top1`, what is behind them likewise.
+    `study` and `where` say which comparison it is of.
+
+    As read by a spreadsheet, which must not take a name that begins as a formula for one.
+    """
+    rows = [
+        {**_flat(run), **{name: told[name] for name in ("study", "where", "time_baseline")}}
+        for told in (comparison.to_json() for comparison in comparisons)
+        for run in told["runs"]
+    ]
+    rest = sorted({name for row in rows for name in row} - set(_FIRST))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=[*_FIRST, *rest], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: harmless(cell) for name, cell in row.items()} for row in rows)
+    return text.getvalue()
 
 
 def _label(rule: str, *, finished: int, diverged: int) -> str:

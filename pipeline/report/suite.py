@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.baseline import BASELINE
-from pipeline.report.choose import is_study
+from pipeline.report.choose import is_study, is_trial
 from pipeline.report.compare import print_studies
 from pipeline.report.finite import finite
 from pipeline.report.paired import WITHIN
@@ -68,35 +68,40 @@ def print_suite(
     trust: tuple[str, ...] = (),
     against: str = BASELINE,
     within: float = WITHIN,
-    as_json: bool = False,
+    format: str = "table",
     console: Console | None = None,
 ) -> None:
-    """Print a suite's report, or for want of one a table for each study; children that have not finished are named.
+    """Print a suite's report, or for want of one its comparisons; children that have not finished are named.
 
     Args:
         trust: packages of the user's own that the suite's report and recipes may be imported from.
         against, within: see `compare`; a report of the suite's own knows neither.
-        as_json: print what the report returns in the place of what it prints, with null for what is not finite.
+        format: table; json, of a report of its own what that returns, with null for what is not finite; csv, a line for each
+            finished run that is no trial, whether or not there is a report. Of json and csv the names are on stderr.
 
     Raises:
         ValueError: the suite cannot be read, or its runs must not be set side by side.
     """
     console = console or Console()
     report = SuiteFile.read(folder, trust=trust).suite.report
+    if format == "csv":
+        report = None  # has no part in it: runs are told
     if report is not None and (against, within) != (BASELINE, WITHIN):
         raise ValueError(
             f"compare: {folder.name} has a report of its own, so --against and --within have no effect; got {against}, {within:g}"
         )
     runs, over = runs_of(folder), over_in(folder)
-    if as_json:
+    if format == "json" and report is not None:
         _print_json(folder, report, runs, over, console)
         return
     if len(over) == len(runs) and report is not None:
         own_report(folder.name, report, over, console)
         return
-    if over and report is None:
-        print_studies(folder.parent, list(over.values()), against=against, within=within, console=console)
+    if report is None:
+        folders = [run for run in over.values() if not is_trial(run)]
+        print_studies(folder.parent, folders, format=format, against=against, within=within, console=console)
     if len(over) < len(runs):
+        console = console if format == "table" else Console(stderr=True)
         for name, run in runs.items():
             if name not in over:
                 state = f"is {state_of(run)}" if run.exists() else "has not begun"
@@ -106,13 +111,7 @@ def print_suite(
         console.out(f"{len(over)} of {len(runs)} finished{until}{command}", highlight=False)
 
 
-def _print_json(
-    folder: Path, report: Report | None, runs: Mapping[str, Path], over: Mapping[str, Path], console: Console
-) -> None:
-    if report is None:
-        raise ValueError(
-            f"compare: --format json of a suite is what its report returns; {folder.name} has none; name its runs instead"
-        )
+def _print_json(folder: Path, report: Report, runs: Mapping[str, Path], over: Mapping[str, Path], console: Console) -> None:
     if len(over) < len(runs):
         raise ValueError(f"compare: {folder.name} must have finished; {len(over)} of {len(runs)} runs have")
     value = own_report(folder.name, report, over, Console(file=io.StringIO()))

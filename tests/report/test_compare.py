@@ -13,6 +13,7 @@ from rich.console import Console
 
 from pipeline.report import choose, runs
 from pipeline.report.compare import Comparison, ComparisonError, compare, comparisons, print_comparison, print_studies
+from pipeline.report.comparison import csv_of
 from pipeline.report.read_study import read_study
 from pipeline.report.runs import ReportError
 from tests.report.conftest import RECIPE, STUDY
@@ -114,7 +115,7 @@ def test_time_is_divided_by_the_faster_bptt(make_run: Callable, runs_dir: Path):
     assert value["runs"][0]["ratios"] == {**ratios, "compute_s": pytest.approx(2.0)}
     assert value["runs"][2]["ratios"] == {**ratios, "peak_saved_bytes": 0.25, "wall_s": 0.5}
     assert re.search(r"SLTT +90.00% +×1.00 +2 MB +×0.25 +100 +×0.50 +50.0 s +×0.50", text_of(comparison))
-    rows = list(csv.DictReader(io.StringIO(comparison.to_csv())))
+    rows = list(csv.DictReader(io.StringIO(csv_of([comparison]))))
     assert [row["ratios.wall_s"] for row in rows] == ["2.0", "1.0", "0.5"]
     assert {row["time_baseline"] for row in rows} == {"BPTT-chunk-1"}
     folded = compare(runs_dir, ["sltt", "bptt"])
@@ -142,7 +143,10 @@ def test_the_choices_that_decide_a_comparison_stand_in_every_row(make_run: Calla
     expected["micro_batch"] = "16 × 2"
     runs = {run["run"]: run["behind"] for run in comparison.to_json()["runs"]}
     assert runs["bptt"] == {**expected, "over_time": "folded"} and runs["sltt"] == {**expected, "over_time": "step by step"}
-    assert {row["behind.reset_gradient"] for row in csv.DictReader(io.StringIO(comparison.to_csv()))} == {"detached", "not known"}
+    assert {row["behind.reset_gradient"] for row in csv.DictReader(io.StringIO(csv_of([comparison])))} == {
+        "detached",
+        "not known",
+    }
 
 
 def test_a_rule_may_share_a_seed_with_one_bptt_alone(make_run: Callable, runs_dir: Path):
@@ -195,6 +199,41 @@ def test_runs_of_different_machines_are_shown_apart_and_never_divided_by_one_ano
         assert sorted(again.getvalue().splitlines()) == sorted(shown.splitlines())
 
 
+def test_json_and_csv_have_what_the_tables_have(make_run: Callable, runs_dir: Path, capsys: pytest.CaptureFixture[str]):
+    """A list of comparisons, and lines that say where: of one machine or three, and likewise of runs that are named."""
+    folders = two_machines(make_run)
+    expected = [each.to_json() for each in comparisons(runs_dir, sorted(folders))]
+    assert [len(each["runs"]) for each in expected] == [2, 2, 1]
+    for names in ([], [STUDY[:6]]):
+        print_comparison(runs_dir, names, format="json")
+        assert json.loads(capsys.readouterr().out) == expected
+        print_comparison(runs_dir, names, format="csv")
+        rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+        told = [(run["run"], STUDY, each["where"], each["time_baseline"] or "") for each in expected for run in each["runs"]]
+        assert [(row["run"], row["study"], row["where"], row["time_baseline"]) for row in rows] == told
+        assert {row["run"]: row["ratios.wall_s"] for row in rows} == {
+            "bptt-0": "1.0", "sltt-0": "0.5", "bptt-1": "1.0", "sltt-1": "0.75", "ottt-1": "",
+        }  # fmt: skip
+    print_comparison(runs_dir, ["bptt-1", "sltt-1"], format="json")
+    [alone] = json.loads(capsys.readouterr().out)
+    assert alone == {**expected[1], "where": None}
+    print_comparison(runs_dir, ["bptt-1", "sltt-1"], format="csv")
+    assert [row["where"] for row in csv.DictReader(io.StringIO(capsys.readouterr().out))] == ["", ""]
+
+
+def test_what_may_not_be_compared_is_raised_after_what_may(
+    make_run: Callable, runs_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    folders = [make_run("bptt"), make_run("lost", study="f" * 16, end="failed")]
+    for format in ("json", "csv"):
+        with pytest.raises(ComparisonError, match="no finished run: lost is failed"):
+            print_studies(runs_dir, folders, format=format)
+        assert "bptt" in capsys.readouterr().out
+        with pytest.raises(ComparisonError, match="no finished run: lost is failed"):
+            print_studies(runs_dir, folders[1:], format=format)
+        assert capsys.readouterr().out == ""
+
+
 def test_a_halved_micro_batch_is_not_compared_with_a_whole_one(make_run: Callable, runs_dir: Path):
     folders = [
         make_run("bptt", peak_saved_bytes=4_000_000, trained_on=[trained(micro_batch=16)]),
@@ -233,7 +272,7 @@ def test_time_and_energy_stand_beside_what_was_always_compared(make_run: Callabl
     told = comparison.to_json()["runs"][1]
     assert (told["compute_s"], told["ratios"]["compute_s"]) == (0.06, 0.5) and told["ratios"]["inference.energy_j"] == 0.25
     assert re.search(r"SLTT .* 60 ms +×0.50 +1 µJ +×0.25", text_of(comparison))
-    (row,) = [row for row in csv.DictReader(io.StringIO(comparison.to_csv())) if row["rule"] == "SLTT"]
+    (row,) = [row for row in csv.DictReader(io.StringIO(csv_of([comparison]))) if row["rule"] == "SLTT"]
     assert (row["compute_s"], row["ratios.compute_s"], row["inference.energy_j"]) == ("0.06", "0.5", "1e-06")
     narrow = text_of(comparison, width=80).splitlines()
     assert max(map(len, narrow)) <= 80
@@ -249,7 +288,7 @@ def test_what_cards_measured_stands_beside_the_estimate(make_run: Callable, runs
     assert told["inference"]["measured_j"] == 0.015 and told["ratios"]["inference.measured_j"] == 0.75
     text = text_of(comparison)
     assert re.search(r"inference energy +inference measured", text) and re.search(r"SLTT .* 1 µJ +×0.25 +15 mJ +×0.75", text)
-    (row,) = [row for row in csv.DictReader(io.StringIO(comparison.to_csv())) if row["rule"] == "SLTT"]
+    (row,) = [row for row in csv.DictReader(io.StringIO(csv_of([comparison]))) if row["rule"] == "SLTT"]
     assert (row["inference.measured_j"], row["ratios.inference.measured_j"]) == ("0.015", "0.75")
     make_run("on-a-cpu", study="f" * 16, inference={"energy_j": 4e-6})
     alone = compare(runs_dir, ["on-a-cpu"])
@@ -277,7 +316,7 @@ def test_one_machine_needs_no_telling(make_run: Callable, runs_dir: Path):
 def test_csv_has_a_line_for_each_run(make_run: Callable, runs_dir: Path):
     make_run("bptt")
     make_run("sltt", rule="SLTT", peak_saved_bytes=2_000_000)
-    rows = list(csv.DictReader(io.StringIO(compare(runs_dir).to_csv())))
+    rows = list(csv.DictReader(io.StringIO(csv_of([compare(runs_dir)]))))
     assert [row["run"] for row in rows] == ["bptt", "sltt"]
     assert list(rows[0])[:4] == ["run", "rule", "seed", "study"]
     assert (rows[1]["ratios.peak_saved_bytes"], rows[1]["hardware.cpu"], rows[1]["top5"]) == ("0.25", "a cpu", "0.99")
@@ -513,12 +552,13 @@ def test_what_json_and_spreadsheets_have_no_place_for(make_run: Callable, runs_d
     def refuse(constant: str) -> float:
         raise AssertionError(f"not JSON: {constant}")
 
-    bptt, sltt = json.loads(capsys.readouterr().out, parse_constant=refuse)["runs"]
+    [told] = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    bptt, sltt = told["runs"]
     assert (bptt["loss"], bptt["not_finite"]) == (0.5, {})
     assert (sltt["loss"], sltt["top1"], sltt["inference"], sltt["trained"]) == (None, None, {"energy_j": None}, [1.0, None])
     said = {"loss": "nan", "top1": "inf", "inference.energy_j": "-inf", "trained[1]": "nan"}
     assert sltt["not_finite"] == said and set(sltt["ratios"].values()) >= {None, 1.0}
-    [_, row] = csv.DictReader(io.StringIO(compare(runs_dir).to_csv()))
+    [_, row] = csv.DictReader(io.StringIO(csv_of([compare(runs_dir)])))
     assert (row["loss"], row["not_finite.loss"], row["versions.x"]) == ("", "nan", "'+x")
     assert row["not_finite.inference.energy_j"] == "-inf"
 
@@ -532,7 +572,7 @@ def test_a_run_that_does_not_say_its_rule_is_of_an_unknown_one(make_run: Callabl
     comparison = compare(runs_dir, ["bptt", "old"])
     _, old = comparison.to_json()["runs"]
     assert (old["rule"], old["behind"]["ratios_to"]) == ("unknown rule", "BPTT") and "unknown rule" in text_of(comparison)
-    assert [(row["rule"], row["recipe"]) for row in csv.DictReader(io.StringIO(comparison.to_csv()))] == [
+    assert [(row["rule"], row["recipe"]) for row in csv.DictReader(io.StringIO(csv_of([comparison])))] == [
         ("BPTT", "bptt"),
         ("unknown rule", "'=1+1"),
     ]
@@ -551,9 +591,9 @@ def test_printing_in_each_format(make_run: Callable, runs_dir: Path, capsys: pyt
     print_comparison(runs_dir)
     assert "peak saved" in capsys.readouterr().out
     print_comparison(runs_dir, [str(runs_dir / "bptt")], format="json")
-    assert json.loads(capsys.readouterr().out)["baseline"] == "bptt"
+    assert [each["baseline"] for each in json.loads(capsys.readouterr().out)] == ["bptt"]
     print_comparison(runs_dir, format="csv")
-    assert capsys.readouterr().out.startswith("run,rule,seed,study,")
+    assert capsys.readouterr().out.startswith("run,rule,seed,study,where,")
     with pytest.raises(ReportError, match="table, json or csv; got 'xml'"):
         print_comparison(runs_dir, format="xml")
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import re
@@ -51,6 +53,26 @@ def test_a_suite(make_run: Callable, runs_dir: Path):
     assert "waits for all runs: 1 of 2 have finished" in read_study(runs_dir, ["suite"])[0].notes[0]
 
 
+def test_a_suite_without_a_report_as_json_and_csv(make_run: Callable, runs_dir: Path, capsys: pytest.CaptureFixture[str]):
+    """Its runs as if they were named by their study, what is missing beside them; trials are no runs to compare."""
+    folder = make_suite(runs_dir, "bptt", "sltt", "trial", "failed", "not-begun")
+    print_suite(folder, format="json")
+    assert json.loads(capsys.readouterr().out) == []
+    make_run("bptt")
+    make_run("sltt", rule="SLTT", wall_s=100.0)
+    make_run("trial", study="f" * 16, recipe={"protocol": "trial", "tuned": ["optimizer.lr"]})
+    make_run("failed", study="e" * 16, end="failed")
+    print_suite(folder, format="json")
+    said = capsys.readouterr()
+    [told] = json.loads(said.out)
+    assert [(run["run"], run["ratios"]["wall_s"]) for run in told["runs"]] == [("bptt", 1.0), ("sltt", 0.5)]
+    assert "not finished: recipe-failed (failed) is failed\n" in said.err and "3 of 5 finished; spiketrain resume" in said.err
+    print_suite(folder, format="csv")
+    said = capsys.readouterr()
+    assert [row["run"] for row in csv.DictReader(io.StringIO(said.out))] == ["bptt", "sltt"]
+    assert "not finished: recipe-not-begun (not-begun) has not begun\n" in said.err
+
+
 def test_trials_are_no_seeds(make_run: Callable, runs_dir: Path):
     """Three learning rates of each rule on nine tenths of the training set: a launch with --tune, stopped during its trials."""
     make_run("bptt")
@@ -99,11 +121,13 @@ def test_what_a_suites_report_prints_and_returns(
     study = read_study(runs_dir, ["suite"]).study
     assert (study.printed, study.claims[0].holds, study.sweeps, study.notes) == ("of recipe-bptt\n", False, (SWEEP,), ())
     claim["ours"] = math.nan
-    print_suite(folder, as_json=True)
+    print_suite(folder, format="json")
     assert json.loads(capsys.readouterr().out)["claims"][0]["ours"] is None
     claim["ours"] = folder
     with pytest.raises(ReportError, match=r"the report of suite must return JSON values; .*Path is not JSON"):
-        print_suite(folder, as_json=True)
+        print_suite(folder, format="json")
+    print_suite(folder, format="csv", against="SLTT")  # runs are told, for which there are baselines
+    assert capsys.readouterr().out.startswith("run,rule,seed,study,where,")
     monkeypatch.setattr(SuiteFile, "read", lambda *_, **__: (_ for _ in ()).throw(ValueError("no data here")))
     assert read_study(runs_dir, ["suite"])[0].notes == ("The suite's own report could not be made: no data here",)
 
