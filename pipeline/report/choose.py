@@ -68,7 +68,7 @@ def named(runs_dir: Path, names: Sequence[str | os.PathLike[str]]) -> list[Path]
     study_by_run = studies(runs_dir)
     there = list(study_by_run)
     folders: dict[Path, None] = {}
-    for text in map(os.fspath, names):
+    for text in [os.fspath(name) for name in names]:
         keys = {key for key in study_by_run.values() if text and key.startswith(text)}
         if not keys or (runs_dir / text).exists():
             folders[find_run(runs_dir, text, among=there).resolve()] = None
