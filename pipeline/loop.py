@@ -47,7 +47,9 @@ class Meters(Protocol):
         """`source`, with what it takes to make each next one as a part."""
         ...
 
-    def add(self, objective: Objective) -> None: ...
+    def add(self, objective: Objective) -> None:
+        """Before its backward, which frees what the forward has kept for it."""
+        ...
 
     def end_of_micro_batch(self, target_B: Tensor, share: float) -> None: ...
 
@@ -90,10 +92,10 @@ def train(
                 loss_of = loss_for(target_B, teacher_BK)
                 objectives = rule.objectives(backend.model, x_TB, loss_of, step=step, rows=rows)
                 for objective in meters.each("forward", objectives):
+                    meters.add(objective)
                     if objective.backward is not None:  # SLTT-K reports T steps and differentiates K
                         with meters.part("backward"):
                             backend.backward(objective.backward, share)
-                    meters.add(objective)
                     guard.add(objective.loss, share)
                     if rule.update == "objective":  # OTTT-O moves the weights at every time step
                         _move(backend, meters, guard)

@@ -89,6 +89,7 @@ class Cost:
     rule: str
     peak_saved_bytes: int
     state_bytes: int
+    """of what the network remembers and backward does not keep as well"""
     peak_memory_bytes: int | None
     """how far the process's resident memory, on a GPU what its allocator holds, rises in a batch: with gradients and what kernels
     take for their work, without the network and the batch itself; None where the kernel does not begin its peak anew"""
@@ -104,7 +105,7 @@ class Cost:
 
     @property
     def kept_bytes(self) -> int:
-        """For backward and from one time step to the next, each at its most."""
+        """For backward, and from one time step to the next: no storage twice."""
         return self.peak_saved_bytes + self.state_bytes
 
     @property
@@ -130,6 +131,7 @@ class Needs:
 
     peak_saved_bytes: int
     state_bytes: int
+    """of what the network remembers and backward does not keep as well"""
     rule_bytes: int
     """of what the rule learns by itself"""
     backward_calls: float

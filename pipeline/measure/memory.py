@@ -7,7 +7,7 @@ import platform
 import resource
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,11 @@ class SavedBytes:
         if hooks is not None:
             hooks.__exit__(*exc)
         self._excluded = {}
+
+    @property
+    def storages(self) -> Collection[int]:
+        """`_cdata` of each that is held now."""
+        return self._held.keys()
 
     def _pack(self, tensor: Tensor) -> _Saved:
         storage = tensor.untyped_storage()

@@ -74,8 +74,8 @@ class _Batch:
 
     learnt: _Learnt = field(default_factory=_Learnt)
     backward_calls: int = 0
-    state_bytes: int = 0
-    """the most that was seen, where bytes are counted"""
+    kept: tuple[int, int] = (0, 0)
+    """where bytes are counted: saved ones, and those of states beside them, at the end of the forward that leaves most"""
 
 
 @dataclass
@@ -137,7 +137,7 @@ class Meters:
         """of the batches that ended since the clock was read"""
         self._due: set[Counted] = set()
         """what a batch is to be counted for, and none has ended on which it was"""
-        self._is_counting = False
+        self._counting: SavedBytes | None = None
         self._watching: Instrument | None = None
         self._asked: Instrument | None = None
         self._inside_s = 0.0
@@ -154,7 +154,6 @@ class Meters:
         """
         counted = self._counted_on(self._begun, step)
         is_steady = self._begun > 0 and counted is None
-        self._is_counting = counted == "bytes"
         operations = Operations(self.network) if counted == "operations" else None
         self._watching = watching = operations or self._asked
         self._begun, self._asked = self._begun + 1, None
@@ -165,12 +164,13 @@ class Meters:
         try:
             with (
                 self.clock.batch(),
-                SavedBytes(self.network) if self._is_counting else nullcontext() as saved,
+                SavedBytes(self.network) if counted == "bytes" else nullcontext() as saved,
                 watching or nullcontext(),
             ):
+                self._counting = saved
                 yield
         finally:
-            self._watching = None
+            self._watching = self._counting = None
             if watching is not None:
                 self.forget_peaks()  # an instrument takes memory of its own, which is not training's
         self._steady.append(is_steady)
@@ -179,7 +179,7 @@ class Meters:
             self._due.remove(counted)
         if saved is not None:
             self.totals.peak_saved_bytes = max(self.totals.peak_saved_bytes or 0, saved.peak)
-            self.totals.state_bytes = max(self.totals.state_bytes or 0, batch.state_bytes)
+            self.totals.state_bytes = max(self.totals.state_bytes or 0, batch.kept[1])
         if operations is not None:
             self.totals.add_operations(operations.work, batch.learnt.samples)
         self.totals.backward_calls += batch.backward_calls
@@ -218,11 +218,13 @@ class Meters:
             self._inside_s = outer + took
 
     def add(self, objective: Objective) -> None:
+        """At the end of its forward: what backward keeps is there, and with states the most that there is."""
         self._batch.backward_calls += objective.backward is not None
         self._objectives.append((objective.loss, objective.logits))  # summed once: each sum is a kernel
-        if self._is_counting:
+        if (saved := self._counting) is not None:
             with self.part("metrics"):
-                self._batch.state_bytes = max(self._batch.state_bytes, state_bytes(self.network))
+                found = saved.now, state_bytes(self.network, beside=saved.storages)
+                self._batch.kept = max(self._batch.kept, found)
 
     def end_of_micro_batch(self, target_B: Tensor, share: float) -> None:
         """`share`: of the micro-batch in the global batch, which its losses are weighed with."""

@@ -56,7 +56,7 @@ def bytes_at_most(about: str, group: Group, rule: str, *, bound: float | None, p
 
 
 def kept(about: str, group: Group, rule: str) -> Claim:
-    """Membranes, traces and what slices share counted in, of the baseline's: what no paper tells, and a reader must know."""
+    """Membranes, traces and what slices share counted in, no storage twice: what no paper tells, and a reader must know."""
     return _share(about, group, rule, KEPT, bound=None, held_to="", published="")
 
 

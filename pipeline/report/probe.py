@@ -58,7 +58,7 @@ def _told(value: Any) -> Any:
 def _costs(found: Probe) -> Table:
     table = Table(title=found.recipe, box=None, header_style="bold", pad_edge=False, title_justify="left")
     table.add_column("rule")
-    for title in ("saved", "states", "forward", "backward", "mult/sample", "add/sample", "least cosine"):
+    for title in ("saved", "+ states", "forward", "backward", "mult/sample", "add/sample", "least cosine"):
         table.add_column(title, justify="right")
     for cost in found.costs:
         table.add_row(*map(Text, _cells(cost, found)))

@@ -45,7 +45,7 @@ __all__ = [
 COMPUTE = "compute_s"
 """forward and backward of a steady batch, in the mean; no field of a summary"""
 KEPT = "kept_bytes"
-"""saved bytes and states, each at its most; no field of a summary"""
+"""saved bytes, and those of states beside them: no storage twice; no field of a summary"""
 ENERGY = "inference.energy_j"
 """of an inference, estimated"""
 ENERGY_MEASURED = "inference.measured_j"

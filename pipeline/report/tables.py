@@ -20,8 +20,9 @@ from pipeline.report.spread import Spread
 from pipeline.report.study import COMPUTE, ENERGY_MEASURED, KEPT, Group, Study, StudyRun
 from pipeline.units import shown, unit_of
 
+STATES = "states beside saved bytes"
 _BESIDE = {
-    "state_bytes": ("states", "B"),
+    "state_bytes": (STATES, "B"),
     "peak_device_bytes": ("peak on the device", "B"),
     "peak_reserved_bytes": ("peak reserved there", "B"),
     "peak_rss_bytes": ("peak RSS", "B"),
@@ -36,15 +37,16 @@ _HELD = {
     "held.gradients": "gradients",
     "held.optimizer": "optimizer",
     "held.teacher": "teacher",
-    "state_bytes": "states",
+    "state_bytes": STATES,
 }
 HELD_SAID = (
     "Bytes of one worker, each kind apart, as they are without ZeRO. States, of the worker that holds most, are there while a "
-    "batch is trained on; the rest stays."
+    "batch is trained on; what backward keeps of them, as of traces, is among the saved bytes and not here. The rest stays."
 )
 BESIDE_SAID = (
     "Bytes are of the worker that holds most; states are membranes, traces, and what the slices of a batch share, weights and "
-    "the first features of a still image, with the gradient they collect. Joules of training are of the whole of it, of one "
+    "the first features of a still image, with the gradient they collect, as far as backward does not keep them as well: saved "
+    "bytes and states have no storage in common. Joules of training are of the whole of it, of one "
     "worker's card in the mean over workers, by the card's own counter (NVML), its idle power included; joules of an inference "
     f"are {MEASURED_SAID}. Those are measured, where the energy of an inference is an estimate. Multiplications and additions "
     "are of training on one sample, by what they serve, counted on the third batch of a run, which has hardly learnt yet, and "

@@ -5,7 +5,7 @@ state of a model at the start of a batch and empties it at the end. The values a
 would enter `state_dict`, and DDP would overwrite it by rank 0's at each forward (measured on torch 2.13).
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -78,11 +78,11 @@ def states_of(model: nn.Module) -> list[State]:
     return list(found.values())
 
 
-def state_bytes(model: nn.Module) -> int:
-    """Bytes of membranes, traces, and what slices share with its gradient, each storage once; 0 outside `fresh_state`."""
-    storages = {}
-    for state in states_of(model):
-        for value in state.values.values():
-            storage = value.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+def state_bytes(model: nn.Module, *, beside: Container[int] = ()) -> int:
+    """Bytes of membranes, traces, and what slices share with its gradient, each storage once; 0 outside `fresh_state`.
+
+    Those `beside` storages that are counted already, each by its `_cdata`: a trace is what backward keeps as well.
+    """
+    values = (value for state in states_of(model) for value in state.values.values())
+    storages = {value.untyped_storage()._cdata: value.untyped_storage() for value in values}
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in beside)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 
@@ -10,14 +11,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.backend.plain import Plain
+from pipeline.guards.batches import Unguarded
+from pipeline.loop import MicroBatch, train
 from pipeline.measure.clock import PARTS, REST
 from pipeline.measure.meters import Meters
 from pipeline.measure.totals import Totals
 from pipeline.measure.traffic import Traffic
-from pipeline.rules.base import Objective
+from pipeline.objective import CrossEntropy
+from pipeline.rules.base import Objective, Rule
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.ottt import OTTT
+from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
-from pipeline.spiking.synapse import Linear
+from pipeline.spiking.synapse import Linear, Weights
 from tests.measure.conftest import Host
 
 
@@ -98,6 +106,53 @@ def test_saved_bytes_are_counted_on_the_second_batch() -> None:
         with meters.batch(step):
             network(torch.zeros(4, 2, requires_grad=True)).sum().backward()
         assert meters.totals.peak_saved_bytes == (None, 4 * 2 * 4)[step]  # the input; the weight is a parameter
+
+
+def bytes_of_training(rule: Rule, *, weights: Weights = "plain") -> tuple[int, int]:
+    """Saved and beside them, of 5 samples at T = 6 on 6 inputs, 8 neurons and 3 outputs, in fp32."""
+    network = nn.Sequential(Linear(6, 8, weights=weights), LIF(), Linear(8, 3, weights=weights))
+    rule.attach(network)
+    meters = Meters(network, batch_size=5, device=torch.device("cpu"))
+    backend = Plain(network, lambda network: torch.optim.SGD(network.parameters(), lr=0.1))
+    batch = MicroBatch(torch.rand(6, 5, 6), torch.zeros(5, dtype=torch.long), range(5), 1.0)
+    train(rule, backend, lambda step: None, [(step, [batch]) for step in range(2)], CrossEntropy(), meters, Unguarded())
+    assert meters.totals.peak_saved_bytes is not None and meters.totals.state_bytes is not None
+    return meters.totals.peak_saved_bytes, meters.totals.state_bytes
+
+
+INPUT, NEURONS = 5 * 6 * 4, 5 * 8 * 4
+LOSS = 5 * 3 * 4 + 5 * 8 + 4
+"""of a step: the logarithms of its softmax, its targets, and the sum of their weights"""
+STEP = INPUT + 2 * NEURONS + LOSS
+"""the input, the membrane above threshold, and what the second synapse multiplies"""
+
+
+@pytest.mark.parametrize(
+    ("rule", "saved", "beside"),
+    [
+        (SLTT, STEP, NEURONS),
+        (lambda: SLTT(k=1), STEP, NEURONS),
+        (OTTT, STEP, NEURONS),  # its trace is what the second synapse saves
+        (lambda: OTTT(readout="plain"), STEP, NEURONS),
+        (lambda: OTTT(update="objective"), STEP, NEURONS),
+        (lambda: OTTT(chunk=2), 2 * STEP - 40, 2 * NEURONS),  # one storage of targets; what the trace goes on from is a copy
+        (BPTT, 6 * STEP - 5 * 40, NEURONS),
+    ],
+)
+def test_states_are_counted_beside_what_backward_keeps(rule: Callable[[], Rule], saved: int, beside: int) -> None:
+    """The membrane is in neither's storage; SLTT and OTTT hold as much."""
+    assert bytes_of_training(rule()) == (saved, beside)
+
+
+def test_of_weights_that_slices_share_backward_keeps_those_of_the_second_synapse() -> None:
+    """The first one's carry no error down. Their gradients are in nobody's backward."""
+    first, second = 8 * 6 * 4, 3 * 8 * 4
+    made_with = 2 * (8 + 3) * 4 + (8 + 3) * 4  # mean, scale and gain of each filter
+    for rule in (SLTT(), OTTT()):
+        saved, beside = bytes_of_training(rule, weights="standardized")
+        assert (saved, beside) == (STEP + made_with + second, NEURONS + first + (first + second))
+    saved, beside = bytes_of_training(SLTT(k=1), weights="standardized")  # with no gradient to collect
+    assert (saved, beside) == (STEP + made_with + second, NEURONS + first)
 
 
 def test_of_a_batch_that_is_skipped_nothing_is_kept_and_the_next_is_counted_in_its_place(host: Host) -> None:

@@ -319,7 +319,7 @@ def test_the_data_of_a_figure_is_a_file(store: FakeStore):
     file = client.get(f"/csv?study={KEY}&name=g1-ratios")
     assert file.mimetype == "text/csv" and file.get_data(as_text=True).startswith("rule,quantity,divided by,ratio")
     beside = client.get(f"/csv?study={KEY}&name=g1-beside")
-    assert beside.get_data(as_text=True) == "rule,states\nBPTT,1 ± 0 kB\nSLTT,1 ± 0 kB\n"
+    assert beside.get_data(as_text=True) == "rule,states beside saved bytes\nBPTT,1 ± 0 kB\nSLTT,1 ± 0 kB\n"
     assert client.get(f"/csv?study={KEY}&name=g1-held").status_code == 404  # no run says what training holds
     assert (
         client.get(f"/csv?study={KEY}&name=../../x").status_code == 404 and client.get("/csv?name=g1-ratios").status_code == 404

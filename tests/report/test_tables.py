@@ -136,7 +136,7 @@ def test_what_training_holds_by_kind():
     kinds = {"parameters": 4e6, "buffers": 0, "gradients": 4e6, "optimizer": 8e6, "teacher": 2e9}
     found = tables.held(Study(title="t", runs=(run(held=kinds, state_bytes=3e3), run("SLTT", state_bytes=None))).groups[0])
     assert found is not None and found.columns == (
-        "rule", "parameters", "buffers", "gradients", "optimizer", "teacher", "states",
+        "rule", "parameters", "buffers", "gradients", "optimizer", "teacher", "states beside saved bytes",
     )  # fmt: skip
     assert found.rows == (("BPTT", "4 MB", "0 B", "4 MB", "8 MB", "2 GB", "3 kB"), ("SLTT", *6 * (None,)))
     assert tables.held(study().groups[0]) is None
@@ -155,7 +155,7 @@ def test_what_else_was_measured_of_a_rule():
     )
     found = tables.beside(Study(title="t", runs=runs).groups[0])
     assert found is not None and found.columns == (
-        "rule", "states", "peak RSS", "wall clock net of restarts", "joules of training, measured",
+        "rule", "states beside saved bytes", "peak RSS", "wall clock net of restarts", "joules of training, measured",
         "joules of an inference, measured",
         "forward: multiplications", "forward: additions", "feedback: multiplications", "feedback: additions",
     )  # fmt: skip
