@@ -118,7 +118,7 @@ def _compared(found: Mapping[str, Sequence[Gradients]]) -> Fidelity | None:
 def advice(found: Probe) -> str:
     """One sentence or two: the cheapest rule whose gradient is near BPTT's in every layer, and what it saves.
 
-    Cheapest: the least product of saved bytes and seconds. Near: a cosine of `SAFE` or more. Where BPTT's gradient of a layer
+    Cheapest: the least product of bytes, saved and states, and seconds. Near: a cosine of `SAFE` or more. Where BPTT's gradient of a layer
     is 0, as where neurons are silent, nothing is known of it, and no rule is called safe.
     """
     bptt, fastest = found.cost(BASELINE), found.time_baseline
@@ -153,11 +153,11 @@ def advice(found: Probe) -> str:
     else:
         called = f"{best.rule} is near BPTT here before training, but not known to be safe"
         where = f"{len(known)} of {len(layers)} layers; {unknown} in the others"
-    shares = found.share_of_time(best.rule)
+    kept, shares = best.kept_bytes / bptt.kept_bytes, found.share_of_time(best.rule)
+    saves = f"saves {1 - kept:.0%}" if kept < 1 else "saves nothing"
     faster = "its time" if fastest is bptt else f"the time of {fastest.rule}, the faster BPTT"
     return (
         f"{called}: its gradient has a cosine of {cosine:.2f} or more (least at {layer}) with BPTT's in {where}; "
-        f"it saves {best.peak_saved_bytes / bptt.peak_saved_bytes:.0%} of BPTT's bytes for backward, "
-        f"{best.kept_bytes / bptt.kept_bytes:.0%} with states, "
-        f"and takes {statistics.median(shares):.0%} of {faster}, {min(shares):.0%} to {max(shares):.0%} in {len(shares)} rounds."
+        f"it keeps {best.peak_saved_bytes / bptt.peak_saved_bytes:.0%} of BPTT's bytes for backward, "
+        f"{kept:.0%} with states, so it {saves}, and takes {statistics.median(shares):.0%} of {faster}, {min(shares):.0%} to {max(shares):.0%} in {len(shares)} rounds."
     )
