@@ -118,8 +118,8 @@ def _compared(found: Mapping[str, Sequence[Gradients]]) -> Fidelity | None:
 def advice(found: Probe) -> str:
     """One sentence or two: the cheapest rule whose gradient is near BPTT's in every layer, and what it saves.
 
-    Cheapest: the least product of bytes, saved and states, and seconds. Near: a cosine of `SAFE` or more. Where BPTT's gradient of a layer
-    is 0, as where neurons are silent, nothing is known of it, and no rule is called safe.
+    Cheapest: the least product of bytes, saved and states, and seconds. Near: a cosine of `SAFE` or more. Where BPTT's gradient
+    of a layer is 0, as where neurons are silent, nothing is known of it, and no rule is called safe.
     """
     bptt, fastest = found.cost(BASELINE), found.time_baseline
     if bptt is None or fastest is None:
@@ -159,5 +159,6 @@ def advice(found: Probe) -> str:
     return (
         f"{called}: its gradient has a cosine of {cosine:.2f} or more (least at {layer}) with BPTT's in {where}; "
         f"it keeps {best.peak_saved_bytes / bptt.peak_saved_bytes:.0%} of BPTT's bytes for backward, "
-        f"{kept:.0%} with states, so it {saves}, and takes {statistics.median(shares):.0%} of {faster}, {min(shares):.0%} to {max(shares):.0%} in {len(shares)} rounds."
+        f"{kept:.0%} with states, so it {saves}, "
+        f"and takes {statistics.median(shares):.0%} of {faster}, {min(shares):.0%} to {max(shares):.0%} in {len(shares)} rounds."
     )

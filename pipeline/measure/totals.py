@@ -22,7 +22,7 @@ class Totals:
     """of each part of those batches"""
     peak_saved_bytes: int | None = None
     state_bytes: int | None = None
-    """of what the network remembers and backward does not keep as well; both None until a batch that is counted for them has ended"""
+    """of states beside what backward keeps; both None until a batch whose bytes are counted has ended"""
     peak_rss_bytes: int = 0
     peak_pss_bytes: int = 0
     """the most that was seen, at the ends of what is measured: the kernel keeps no peak of it"""
