@@ -211,6 +211,8 @@ def test_a_killed_hlop_run_goes_on_in_the_right_task(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
     untouched = train(tmp_path / "whole", protected())
+    # The task; 25 rows of 64 inputs and 15 of 24, the velocity of the newest among them, an energy each; moments of two batches.
+    assert untouched["held"]["rule"] == 8 + 4 * (25 * 64 + 1 + 15 * 24 + 1 + 2 * (64**2 + 24**2))
     with monkeypatch.context() as patch:
         killed(patch)
         with pytest.raises(Killed):

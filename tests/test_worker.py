@@ -209,7 +209,11 @@ def test_the_journal_tells_loss_speed_and_place(tmp_path: Path) -> None:
     network = pipeline.load(tmp_path / "run")
     size = sum(4 * parameter.numel() for parameter in network.parameters())
     assert [on_disk["held"][kind] for kind in ("parameters", "gradients", "optimizer")] == [size] * 3  # momentum
-    assert on_disk["held"]["teacher"] == 0 and on_disk["device_j"] is None and "measured_j" not in on_disk["inference"]
+    assert (
+        on_disk["held"]["teacher"] == on_disk["held"]["rule"] == 0
+        and on_disk["device_j"] is None
+        and "measured_j" not in on_disk["inference"]
+    )
 
 
 def test_checkpoints_hold_everything_that_a_resume_needs(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ class Cost:
     """how far the process's resident memory, on a GPU what its allocator holds, rises in a batch: with gradients and what kernels
     take for their work, without the network and the batch itself; None where the kernel does not begin its peak anew"""
     rule_bytes: int
-    """of what the rule learns by itself"""
+    """of what the rule learns by itself, and notes of a batch"""
     forward_s: float
     backward_s: float
     """of a batch, the median over batches; collectives and the optimizer are in neither"""
@@ -133,7 +133,7 @@ class Needs:
     state_bytes: int
     """of what the network remembers and backward does not keep as well"""
     rule_bytes: int
-    """of what the rule learns by itself"""
+    """of what the rule learns by itself, and notes of a batch"""
     backward_calls: float
     traffic: Traffic
 
@@ -332,7 +332,7 @@ def _bytes_of(made: Rule, totals: Totals) -> dict[str, int]:
     return {
         "peak_saved_bytes": totals.peak_saved_bytes,
         "state_bytes": totals.state_bytes,
-        "rule_bytes": bytes_of(made.buffers()),
+        "rule_bytes": made.bytes(),
     }
 
 

@@ -59,7 +59,7 @@ class Profile:
     saved_bytes: Bilinear
     state_bytes: Bilinear
     rule_bytes: float
-    """of what the rule learns by itself"""
+    """of what the rule learns by itself, and notes of a batch"""
     seconds: Bilinear
     """of forward and backward here; of a card, its roofline at EFFICIENCY"""
     launches_s: Bilinear

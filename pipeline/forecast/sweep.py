@@ -194,7 +194,10 @@ class _Room:
         return replace(point, largest_batch=samples, at_largest=cost)
 
     def needed(self, bench: Bench, cost: Cost) -> int:
-        """Of training on batches like the bench's: the peak that was seen, as far as it tells of a batch, or what is counted."""
+        """Of training on batches like the bench's: the peak that was seen, as far as it tells of a batch, or what is counted.
+
+        What a rule notes of a batch is in a peak that was seen as well, and twice in this sum: so a batch fits rather than not.
+        """
         at_peak = max(self._counted(cost), (cost.peak_memory_bytes or 0) - self.coarse)
         return at_peak + self.beside + cost.rule_bytes + bench.batch_bytes
 

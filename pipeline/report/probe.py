@@ -58,14 +58,15 @@ def _told(value: Any) -> Any:
 def _costs(found: Probe) -> Table:
     table = Table(title=found.recipe, box=None, header_style="bold", pad_edge=False, title_justify="left")
     table.add_column("rule")
-    for title in ("saved", "+ states", "forward", "backward", "mult/sample", "add/sample", "least cosine"):
+    own = ("rule's own",) if any(cost.rule_bytes for cost in found.costs) else ()
+    for title in ("saved", "+ states", *own, "forward", "backward", "mult/sample", "add/sample", "least cosine"):
         table.add_column(title, justify="right")
     for cost in found.costs:
-        table.add_row(*map(Text, _cells(cost, found)))
+        table.add_row(*map(Text, _cells(cost, found, has_own=bool(own))))
     return table
 
 
-def _cells(cost: Cost, found: Probe) -> tuple[str, ...]:
+def _cells(cost: Cost, found: Probe, *, has_own: bool) -> tuple[str, ...]:
     def beside(value: float, name: str) -> str:
         base = found.time_baseline if name.endswith("_s") else found.cost(BASELINE)
         of = 0.0 if base is None else getattr(base, name)
@@ -79,6 +80,7 @@ def _cells(cost: Cost, found: Probe) -> tuple[str, ...]:
         cost.rule,
         f"{cost.peak_saved_bytes / 1e6:.4g} MB{beside(cost.peak_saved_bytes, 'peak_saved_bytes')}",
         f"{cost.state_bytes / 1e6:.4g} MB",
+        *((f"{cost.rule_bytes / 1e6:.4g} MB",) if has_own else ()),
         f"{cost.forward_s * 1e3:.4g} ms{beside(cost.forward_s, 'forward_s')}",
         f"{cost.backward_s * 1e3:.4g} ms{beside(cost.backward_s, 'backward_s')}",
         f"{cost.multiplications / 1e6:.4g} M{beside(cost.multiplications, 'multiplications')}",

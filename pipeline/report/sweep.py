@@ -26,7 +26,8 @@ def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None 
         return
     table = Table(title=found.recipe, box=None, header_style="bold", pad_edge=False, title_justify="left")
     table.add_column("rule")
-    titles = ("T", "saved", f"× {BASELINE}", "+ states", "fwd+bwd ms", f"× faster {BASELINE}", "images/s of fwd+bwd")
+    own = ("rule's own",) if any(point.cost.rule_bytes for point in found.points) else ()
+    titles = ("T", "saved", f"× {BASELINE}", "+ states", *own, "fwd+bwd ms", f"× faster {BASELINE}", "images/s of fwd+bwd")
     for title in (*titles, *_of_largest(found)):
         table.add_column(title, justify="right")
     base = {point.time_steps: point.cost for point in found.of(BASELINE)}
@@ -34,7 +35,7 @@ def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None 
     for rule in found.rules:
         for index, point in enumerate(found.of(rule)):
             T = point.time_steps
-            cells = _cells(point, base.get(T), fastest.get(T), tried=found.at_largest)
+            cells = _cells(point, base.get(T), fastest.get(T), tried=found.at_largest, has_own=bool(own))
             table.add_row(Text(rule if index == 0 else ""), *map(Text, cells))
     console.print(table)
     for rule in found.rules:
@@ -96,7 +97,7 @@ def _largest(point: Point) -> str:
     return f"{'about ' if point.largest_batch and point.at_largest is None else ''}{point.largest_batch:,}"
 
 
-def _cells(point: Point, base: Cost | None, fastest: Cost | None, *, tried: bool) -> tuple[str, ...]:
+def _cells(point: Point, base: Cost | None, fastest: Cost | None, *, tried: bool, has_own: bool) -> tuple[str, ...]:
     cost = point.cost
     beside = (
         "" if base is None else f"{cost.peak_saved_bytes / base.peak_saved_bytes:.2f}",
@@ -107,6 +108,7 @@ def _cells(point: Point, base: Cost | None, fastest: Cost | None, *, tried: bool
         f"{cost.peak_saved_bytes / 1e6:.4g} MB",
         beside[0],
         f"{cost.state_bytes / 1e6:.4g} MB",
+        *((f"{cost.rule_bytes / 1e6:.4g} MB",) if has_own else ()),
         f"{cost.compute_s * 1e3:.4g}",
         beside[1],
         f"{point.images_per_compute_s:.4g}",

@@ -37,11 +37,13 @@ _HELD = {
     "held.gradients": "gradients",
     "held.optimizer": "optimizer",
     "held.teacher": "teacher",
+    "held.rule": "the rule's own",
     "state_bytes": STATES,
 }
 HELD_SAID = (
-    "Bytes of one worker, each kind apart, as they are without ZeRO. States, of the worker that holds most, are there while a "
-    "batch is trained on; what backward keeps of them, as of traces, is among the saved bytes and not here. The rest stays."
+    "Bytes of one worker, each kind apart, as they are without ZeRO. The rule's own is what it learns, or draws, by itself, as "
+    "OPZO's matrices and HLOP's rows, and what it notes of a batch. That, and states, of the worker that holds most, are there "
+    "while a batch is trained on; the rest stays. What backward keeps of states, as of traces, is a saved byte, and not here."
 )
 BESIDE_SAID = (
     "Bytes are of the worker that holds most; states are membranes, traces, and what the slices of a batch share, weights and "

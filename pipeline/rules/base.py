@@ -172,6 +172,14 @@ class Rule(nn.Module):
         """
         return {}
 
+    def bytes(self) -> int:
+        """Of what the rule has of its own, at its most in a batch: what it learns by itself, and notes until a batch ends."""
+        return sum(buffer.nbytes for buffer in self.buffers()) + self.bytes_beside_buffers()
+
+    def bytes_beside_buffers(self) -> int:
+        """The part of `bytes` that is no buffer; what a network remembers (`spiking/state.py`) is the network's."""
+        return 0
+
     def is_unsolved(self) -> bool:
         """Whether the rule found no gradient for the global batch at hand, which then is not a number: no batch to learn from."""
         return False

@@ -121,6 +121,7 @@ class HLOP(Rule):
         self.register_buffer("task", torch.zeros(1, dtype=torch.int64))
         self.subspaces = nn.ModuleList()
         self._ears: list[Ear] = []
+        self._feedback: list[FixedFeedback] = []
         self._batch = -1
         self._hooks: list[RemovableHandle] = []
 
@@ -170,6 +171,7 @@ class HLOP(Rule):
         while self._hooks:
             self._hooks.pop().remove()
         self._ears.clear()
+        self._feedback.clear()
         super().release()
         self.inner.release()
 
@@ -195,7 +197,8 @@ class HLOP(Rule):
                 self.set_seam(synapse, "backward_weight", sign_symmetric)
             elif self.error == "feedback":
                 key = counter_hash(self.world.seed, _FEEDBACK, index)
-                self.set_seam(synapse, "backward_weight", FixedFeedback(synapse.weight.detach(), key=key))
+                self._feedback.append(FixedFeedback(synapse.weight.detach(), key=key))
+                self.set_seam(synapse, "backward_weight", self._feedback[-1])
 
     def _at_rest(self, g: Tensor) -> Tensor | None:
         """The gradient of a vector of parameters: zero from the second task on. The parameter itself stays the optimizer's."""
@@ -282,6 +285,11 @@ class HLOP(Rule):
             found[f"energy_{ear.name}"] = ear.energy()
             found[f"free_{ear.name}"] = float(ear.subspace.free)
         return found
+
+    def bytes_beside_buffers(self) -> int:
+        """What every synapse hears, the feedback where it is fixed, and the inner rule's."""
+        heard = sum(ear.bytes() for ear in self._ears)
+        return heard + sum(each.matrix.nbytes for each in self._feedback) + self.inner.bytes_beside_buffers()
 
     # -------------------------------------------------------------------------------------------- what is the inner rule's
 

@@ -185,6 +185,9 @@ class OPZO(Rule):
     def end_of_batch(self) -> None:
         self.signals.end_of_batch(self.world.mean)
 
+    def bytes_beside_buffers(self) -> int:
+        return self.signals.noted_bytes()
+
     def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
         steps = x_TB.shape[0]
         if step != self._noted:

@@ -164,7 +164,7 @@ def told_at_the_end(
         **(learnt.summary(parts.loaders.tasks) if recipe.phases else {}),
         **({} if taught is None else {"teacher_top1": taught.accuracy.top1, "teacher_top5": taught.accuracy.top5}),
         "conditions": conditions(parts.backend.network, parts.rule, recipe),
-        "held": {**asdict(kept), "teacher": 0 if taught is None else taught.bytes},
+        "held": {**asdict(kept), "rule": parts.rule.bytes(), "teacher": 0 if taught is None else taught.bytes},
         "rule_figures": dict(figures),
         "loader_threads": job.loader_threads,
         "own_cores": _has_own_cores(parts),

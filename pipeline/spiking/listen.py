@@ -57,6 +57,11 @@ class Ear:
             self.subspace.energy.copy_(self.last.energy(self.subspace))
         return float(self.subspace.energy)
 
+    def bytes(self) -> int:
+        """Of what it adds up in a batch, and what the last batch came to, which is there until then."""
+        as_large = vars(self.moments(self.subspace)).values()
+        return 2 * sum(each.nbytes for each in as_large if isinstance(each, Tensor))
+
     def forget(self) -> None:
         """What a batch that came to no end left behind."""
         self.heard = None

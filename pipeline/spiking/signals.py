@@ -46,6 +46,10 @@ class Signals(nn.Module):
     def drop(self) -> None:
         """Forget what was noted: the batch that it belongs to did not come to its end."""
 
+    def noted_bytes(self) -> int:
+        """Of what is noted when a batch ends."""
+        return 0
+
     def matrix(self, layer: int, units: int, outputs: int, make: Callable[[int, int], Tensor]) -> Tensor:
         """The matrix of a layer, made by `make(units, outputs)` where there is none yet.
 
@@ -101,6 +105,10 @@ class MeanJacobian(Signals):
     def drop(self) -> None:
         self._sums: dict[int, Tensor] = {}
         self._samples: dict[int, int] = {}
+
+    def noted_bytes(self) -> int:
+        """A sum for each matrix, as large."""
+        return sum(buffer.nbytes for name, buffer in self.named_buffers() if name.startswith("matrix_"))
 
     def signal(self, layer: int, units: int, *, e_BK: Tensor, o_BK: Tensor, z_BN: Tensor | None) -> Tensor:
         assert z_BN is not None and z_BN.shape[1] == units

@@ -69,6 +69,16 @@ def test_costs_are_those_of_the_rules(found: Probe) -> None:
     assert all(cost.forward_s > 0 and cost.backward_s > 0 for cost in found.costs)
 
 
+def test_what_a_rule_has_of_its_own_is_told_where_one_has(found: Probe) -> None:
+    """OPZO's matrix of 16 neurons and 10 outputs, the sum that it learns from, and the count of its moves."""
+    own = {cost.rule: cost.rule_bytes for cost in found.costs}
+    assert own == dict.fromkeys(own, 0) | {"OPZO": 2 * 16 * 10 * 4 + 8}
+    print_probe(found, console=Console(file=(out := io.StringIO()), width=250))
+    assert "rule's own" in out.getvalue() and "0.001288 MB" in out.getvalue()
+    print_probe(probed(SLTT=(20, 0.9, {"a": 0.95})), console=Console(file=(out := io.StringIO()), width=250))
+    assert "rule's own" not in out.getvalue()
+
+
 def test_fidelity_is_of_every_synapse(found: Probe) -> None:
     assert found.fidelity is not None
     layers = {"layers.0", "classifier"}
@@ -243,7 +253,7 @@ def probed(**rules: tuple[float, float, dict[str, float]]) -> Probe:
         fidelity=Fidelity({}, cosines),
         refused={},
         uncompared={},
-        hardware={},
+        hardware={"cpu": "a cpu", "gpu": "none", "threads": 1},
     )
 
 
@@ -253,7 +263,9 @@ def test_the_cheapest_rule_that_is_near_in_every_layer_is_advised() -> None:
     assert said.startswith("SLTT is safe here before training")
     assert "0.92 or more" in said and "least at b" in said and "20% of BPTT's bytes" in said and "90% of its time" in said
     assert "keeps 20% of BPTT's bytes for backward, 47% with states, so it saves 53%" in said  # 70 of 150
-    assert "keeps 104% of BPTT's bytes for backward, 103% with states, so it saves nothing" in advice(probed(SLTT=(104, 0.9, near)))
+    assert "keeps 104% of BPTT's bytes for backward, 103% with states, so it saves nothing" in advice(
+        probed(SLTT=(104, 0.9, near))
+    )
     found = replace(probed(SLTT=(20, 0.9, near)), rounds={"BPTT": (1.0, 1.0, 2.0), "SLTT": (0.9, 0.8, 2.2)})
     assert advice(found).endswith("and takes 90% of its time, 80% to 110% in 3 rounds.")
 
@@ -275,7 +287,6 @@ def test_time_is_over_the_faster_of_folded_and_stepped_bptt() -> None:
         "and takes 80% of the time of BPTT-chunk-1, the faster BPTT"
     )
     assert f"{said}, 80% to 80%" in advice(found)
-    found = replace(found, hardware={"cpu": "a cpu", "gpu": "none", "threads": 1})
     console = Console(file=io.StringIO(), width=200)
     print_probe(found, console=console)
     (line,) = [line for line in console.file.getvalue().splitlines() if line.startswith("SLTT  ")]  # type: ignore[attr-defined]

@@ -133,12 +133,12 @@ def test_protocols_are_told_apart_and_each_rules_own_value_stands_in_its_row():
 
 
 def test_what_training_holds_by_kind():
-    kinds = {"parameters": 4e6, "buffers": 0, "gradients": 4e6, "optimizer": 8e6, "teacher": 2e9}
+    kinds = {"parameters": 4e6, "buffers": 0, "gradients": 4e6, "optimizer": 8e6, "teacher": 2e9, "rule": 5e3}
     found = tables.held(Study(title="t", runs=(run(held=kinds, state_bytes=3e3), run("SLTT", state_bytes=None))).groups[0])
     assert found is not None and found.columns == (
-        "rule", "parameters", "buffers", "gradients", "optimizer", "teacher", "states beside saved bytes",
+        "rule", "parameters", "buffers", "gradients", "optimizer", "teacher", "the rule's own", "states beside saved bytes",
     )  # fmt: skip
-    assert found.rows == (("BPTT", "4 MB", "0 B", "4 MB", "8 MB", "2 GB", "3 kB"), ("SLTT", *6 * (None,)))
+    assert found.rows == (("BPTT", "4 MB", "0 B", "4 MB", "8 MB", "2 GB", "5 kB", "3 kB"), ("SLTT", *7 * (None,)))
     assert tables.held(study().groups[0]) is None
 
 

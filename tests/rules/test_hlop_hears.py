@@ -191,3 +191,43 @@ def test_feedback_depends_on_the_seed_and_the_layer_alone():
     one, again, other = matrices(1), matrices(1), matrices(2)
     assert all(torch.equal(a, b) and not torch.allclose(a, c, atol=0.1) for a, b, c in zip(one, again, other, strict=True))
     assert not torch.allclose(one[0][:7, :3], one[1][:7, :3], atol=0.1)
+
+
+# ----------------------------------------------------------------------------------------------------------------- bytes
+
+SYNAPSES = ((6, 3), (8, 4), (7, 3))
+"""inputs, and rows of the first task, of each"""
+
+
+@pytest.mark.parametrize("lateral_steps", [None, 40])
+def test_its_own_bytes_are_the_rows_and_the_moments_of_two_batches(lateral_steps: int | None):
+    """By hand, in fp64; while a batch runs, what it adds up lies beside what the last one came to."""
+    rule, model, (x_TB, target_B) = HLOP(SLTT(), rows=ROWS, lateral_steps=lateral_steps), lif_network(), batch(4)
+    rule.attach(model)
+    train(rule, model, x_TB, target_B, step=0)
+    learn(rule.objectives(model, x_TB, cross_entropy(target_B), step=1))
+    numbers_of = (lambda C, K: C * C) if lateral_steps is None else (lambda C, K: 2 * K * C + K * K + 1)
+    moments = sum(8 * numbers_of(C, K) for C, K in SYNAPSES)
+    for name in ("heard", "last"):
+        there = [vars(getattr(ear, name)).values() for ear in rule._ears]
+        assert sum(each.nbytes for values in there for each in values if isinstance(each, Tensor)) == moments
+    own = 8 + sum(8 * (2 * K * C + 1) for C, K in SYNAPSES) + 2 * moments  # the task; rows, their velocity, the energy
+    assert rule.bytes() == own
+    rule.end_of_batch()
+    assert rule.bytes() == own
+
+
+def test_its_own_bytes_have_the_inner_rules_and_the_feedback_that_is_fixed():
+    x_TB, target_B = batch(4)
+    opzo = OPZO()
+
+    def own(rule: HLOP) -> int:
+        model = lif_network()
+        rule.attach(model)
+        train(rule, model, x_TB, target_B, step=0)
+        return rule.bytes()
+
+    plain = own(HLOP(SLTT(), rows=ROWS))
+    assert own(HLOP(opzo, rows=ROWS)) == plain + opzo.bytes() == plain + 2 * (8 + 7) * 3 * 8 + 8
+    assert own(HLOP(SLTT(), rows=ROWS, error="feedback")) == plain + 8 * (6 * 8 + 8 * 7 + 7 * 3)
+    assert own(HLOP(SLTT(), rows=ROWS, error="sign_symmetric")) == plain

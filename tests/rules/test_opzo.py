@@ -23,6 +23,7 @@ from pipeline.rules.opzo import OPZO
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.noise import noise
 from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.signals import MeanJacobian
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.surrogate import Triangle
 from pipeline.spiking.synapse import Linear
@@ -371,6 +372,26 @@ def test_a_task_with_a_head_of_its_own_begins_its_matrices_anew(protected):
         found.append(float(F.cosine_similarity(opzo.signals.get_buffer("matrix_1").flatten(), head.detach().T.flatten(), dim=0)))
     assert int(opzo.signals.get_buffer("updates")) == 10
     assert min(found) > 0.7
+
+
+def test_its_own_bytes_are_the_matrices_and_what_is_noted_of_a_batch():
+    """Of 8 and 7 neurons with 3 outputs, in fp64: as many sums, as are there when a batch ends, and the count of its moves."""
+    rule, model, (x_TB, target_B) = OPZO(), lif_network(), batch(4)
+    rule.attach(model)
+    learn(rule.objectives(model, x_TB, cross_entropy(target_B)))
+    assert isinstance(rule.signals, MeanJacobian)
+    assert sum(each.nbytes for each in rule.signals._sums.values()) == (8 + 7) * 3 * 8
+    assert rule.bytes() == 2 * (8 + 7) * 3 * 8 + 8
+    rule.end_of_batch()
+    assert rule.bytes() == 2 * (8 + 7) * 3 * 8 + 8
+
+
+@pytest.mark.parametrize(("feedback", "matrices"), [("random", (8 + 7) * 3 * 8), ("single_point", 0)])
+def test_what_learns_no_matrix_notes_nothing(feedback, matrices):
+    rule, model, (x_TB, target_B) = OPZO(feedback), lif_network(), batch(4)
+    rule.attach(model)
+    learn(rule.objectives(model, x_TB, cross_entropy(target_B)))
+    assert rule.bytes() == matrices
 
 
 def test_labels():

@@ -248,7 +248,7 @@ def _costs(place: Place, key: str, group: Group) -> Iterator[Any]:
     if (held := tables.held(group)) is not None:
         yield html.H4("What training holds")
         yield html.P(tables.HELD_SAID, className="aside")
-        caption = "Parameters, gradients, what the optimizer keeps, teacher and states: mean ± standard deviation over seeds"
+        caption = "What each rule holds, by kind: mean ± standard deviation over seeds"
         yield blocks.table(held, caption, where=tables.named(group))
         yield blocks.csv_link(place, f"{key}-held", f"what training holds, {tables.named(group)}")
 
