@@ -64,6 +64,10 @@ def test_seconds_are_over_the_faster_of_folded_and_stepped_bptt_at_each_t(found:
     out = console.file.getvalue()  # type: ignore[attr-defined]
     assert "×: bytes over BPTT's, fwd+bwd over BPTT's at T = 2, BPTT-chunk-1's at T = 4" in out
     assert [line.split()[-2] for line in out.splitlines() if " MB " in line] == ["1.00", "2.00", "2.00", "1.00", "3.00", "1.50"]
+    with_own = replace(made.points[0], cost=replace(made.points[0].cost, rule_bytes=1_500_000))
+    assert "rule's own" not in out and "1.5 MB" not in out
+    told = printed(replace(made, points=(with_own, *made.points[1:])))
+    assert "rule's own" in told and "1.5 MB" in told
     assert "fwd+bwd ms" in out and "images/s of fwd+bwd" in out and "without loading, optimizer and collectives" in out
 
 
