@@ -104,11 +104,15 @@ def _train_the_rest(
 
 
 def _tell_mlflow(children: Children, console: Console) -> None:
-    """How the suite stands once nobody drives it: between two of its runs MLflow was told that it goes on."""
+    """How the suite and its runs stand once nobody drives them: one whose process was killed could not tell it itself, and
+    between two of them MLflow was told that the suite goes on."""
     try:
-        begun = [run for run in children.where.values() if state_of(run) != "new"]
-        if begun and children.left():  # else the last run has told it
-            sync(begun[-1], uri=tracking_uri(children.runs), kept_of=place_of)
+        begun = {name: run for name, run in children.where.items() if state_of(run) != "new"}
+        if not begun or not children.left():  # the last run has told it
+            return
+        ended = [run for name, run in begun.items() if not children.is_over(name)]
+        for run in ended or [*begun.values()][-1:]:
+            sync(run, uri=tracking_uri(children.runs), kept_of=place_of)
     except (TrackingError, OSError, ValueError) as error:  # another one may be on its way to the user
         console.out(str(error), highlight=False)
 

@@ -7,7 +7,8 @@ import platform
 import resource
 import sys
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "SavedBytes",
     "free_bytes",
     "hardware",
+    "hardware_over",
     "is_out_of_memory",
     "memory_now_bytes",
     "peak_device_bytes",
@@ -229,6 +231,18 @@ def hardware() -> dict[str, Any]:
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
     }
+
+
+def hardware_over(machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the workers' machines one: what they differ in is told with how many have it, whichever of them is rank 0."""
+
+    def over(values: list[Any]) -> Any:
+        counts = sorted(Counter(values).items(), key=str)
+        if len(counts) == 1:
+            return values[0]
+        return " + ".join(f"{each} ({count} of {len(values)} workers)" for each, count in counts)
+
+    return {name: over([machine[name] for machine in machines]) for name in machines[0]}
 
 
 def told_hardware(machine: Mapping[str, Any]) -> str:

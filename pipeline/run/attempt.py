@@ -21,7 +21,7 @@ from pipeline.guards.replicas import stragglers
 from pipeline.job import asked_by
 from pipeline.loop import MicroBatch, train
 from pipeline.measure.joules import inference_j
-from pipeline.measure.memory import hardware, memory_now_bytes
+from pipeline.measure.memory import hardware, hardware_over, memory_now_bytes
 from pipeline.measure.totals import Totals
 from pipeline.phases import stretch_at
 from pipeline.recipe import write_json
@@ -275,6 +275,7 @@ class Attempt:
         kept = held_without_zero(self.parts)
         answers = self.ranks.gather([each.answers for each in self.evaluated])
         measured_j = inference_j(self.ranks.gather(self.evaluated[-1].readings))
+        machines = self.ranks.gather(hardware())
         summary: dict[str, Any] = {}
         if self.ranks.rank == 0:
             inference = self.evaluated[-1].inference
@@ -286,7 +287,7 @@ class Attempt:
             }
             write_json(self.folder / "activity.json", [asdict(layer) for layer in self.evaluated[-1].activity])
             write_answers(self.folder / "answers.npz", answers, tasks=bool(self.recipe.phases))
-            write_json(self.folder / "summary.json", {**summary, "hardware": hardware()})
+            write_json(self.folder / "summary.json", {**summary, "hardware": hardware_over(machines)})
         self.tracker.event("finish", sync=True, step=self.step, **summary)
         return summary
 

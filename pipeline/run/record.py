@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.evaluate import Evaluation
 from pipeline.measure.held import Held, held
-from pipeline.measure.memory import hardware
+from pipeline.measure.memory import hardware, hardware_over
 from pipeline.measure.totals import Totals
 from pipeline.phases import stretch_at
 from pipeline.recipe import Recipe
@@ -25,7 +25,7 @@ from pipeline.trained_on import trained_on
 
 
 def told_at_start(parts: Parts, *, step: int) -> dict[str, Any]:
-    """The journal's event "start" of an attempt that begins before `step`."""
+    """The journal's event "start" of an attempt that begins before `step`; collective."""
     job, recipe, split = parts.job, parts.recipe, parts.split
     samples, epoch_steps = parts.loaders.lengths[stretch_at(parts.stretches, step).index]  # of the task at hand
     return {
@@ -54,7 +54,7 @@ def told_at_start(parts: Parts, *, step: int) -> dict[str, Any]:
         "precision": recipe.precision,
         "zero": recipe.zero,
         "commit": job.commit,
-        "hardware": hardware(),
+        "hardware": hardware_over(parts.ranks.each(hardware())),
         "versions": versions(),
         "data_fingerprint": job.data_fingerprint,
         "params": recipe.flat(),

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -32,6 +33,7 @@ from pipeline.recipe import Recipe
 from pipeline.refused import Refused
 from pipeline.report.runs import list_suites
 from pipeline.suite import runs_of
+from pipeline.track.connect import connect
 from pipeline.track.jsonl import first, last, read
 from pipeline.track.state import is_driven, state_of
 from tests.small import Command, command, same_weights, small_recipe
@@ -45,6 +47,14 @@ from tests.small import small_recipe
 def recipe():
     one = small_recipe(name="one", epochs=EPOCHS)
     return [one, replace(one, name="after", init="@one"), replace(one, name="other", seed=1)]
+"""
+
+UNEVEN = """
+from dataclasses import replace
+from tests.small import small_recipe
+
+def recipe():
+    return [small_recipe(name="one", epochs=2000), small_recipe(name="other", epochs=1, seed=1)]
 """
 
 SEARCHED = """
@@ -68,6 +78,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("side-by-side")
     for name, epochs in (("short", 1), ("long", 12)):
         (folder / f"{name}.py").write_text(RECIPES.replace("EPOCHS", str(epochs)))
+    (folder / "uneven.py").write_text(UNEVEN)
     write_fashion(folder / "fashion")
     (folder / "searched.py").write_text(SEARCHED.replace("FOLDER", str(folder / "fashion")))
     with pytest.MonkeyPatch.context() as patch:
@@ -138,6 +149,27 @@ def test_a_run_that_fails_lets_the_others_end_and_says_why(place: Path, tmp_path
     assert code == 2 and error == f"{runs['one'].name}: sabotage: must not be; got one\n"
     assert state_of(runs["other"]) == "finished" and not runs["after"].exists()
     assert "sabotage" in (runs["one"] / LOG).read_text()
+
+
+@cores
+@pytest.mark.full
+def test_a_run_that_is_killed_is_marked_so_and_so_is_its_suite(place: Path, tmp_path: Path) -> None:
+    words = ["launch", str(place / "uneven.py"), "--inline", "--device", "cpu", "--runs", str(tmp_path), "--name", "uneven"]
+    with subprocess.Popen([sys.executable, "-m", "pipeline", *words, "--side-by-side", "2"], stdout=subprocess.DEVNULL) as suite:
+        wait_for(lambda: marked(place, tmp_path / "uneven").get("one") == "RUNNING")
+        [one] = [each for each in psutil.Process(suite.pid).children() if any("/one-" in word for word in each.cmdline())]
+        one.kill()
+        assert suite.wait(timeout=90) == 1
+    assert marked(place, tmp_path / "uneven") == {"one": "KILLED", "other": "FINISHED", "uneven": "KILLED"}
+
+
+def marked(place: Path, suite: Path) -> dict[str, str]:
+    """What MLflow says of each of a suite's runs that has begun, and of the suite."""
+    client, parent = connect(f"sqlite:///{place}/mlflow.db"), json.loads((suite / "suite.json").read_text())["parent"]
+    found = client.search_runs(
+        [each.experiment_id for each in client.search_experiments()], f"tags.`spiketrain.study_parent` = '{parent}'"
+    )
+    return {run.info.run_name.split("-")[0]: run.info.status for run in found}
 
 
 @cores
