@@ -7,7 +7,7 @@ Result:   SLTT +4.7 % (100.0 ms against 95.5), BPTT +3.2 % (79.7 ms against 77.3
 
 One Ray worker with one torch thread trains by the product's loop: FFCV file, DeepSpeed ZeRO-0, meters, journal, and MLflow
 from the driver. Between every two of its steps the same process trains a second copy of the network by the loop that
-anybody would write, on batches that were read before. Medians of both are compared, so that drift of the machine falls on
+anybody would write around the same rule, on batches that were read before. Medians of both are compared, so that drift of the machine falls on
 both alike. Batch size is tuned beforehand until a bare step takes about 100 ms.
 """
 
@@ -47,7 +47,6 @@ from pipeline.rules.sltt import SLTT
 from pipeline.run.attempt import Attempt
 from pipeline.run.parts import Parts
 from pipeline.spiking.encode import repeat
-from pipeline.spiking.state import fresh_state
 from pipeline.track.mlflow import tracking_uri
 from pipeline.worker import run
 from recipes.fashion.base import fashion
@@ -59,22 +58,22 @@ RULES = {"sltt": SLTT, "bptt": BPTT}
 
 
 class Bare:
-    """The loop that anybody would write: no rule object, no backend, no meters, no loader."""
+    """The loop that anybody would write around the rule, which is the product's: no backend, no meters, no loader, no guard."""
 
     def __init__(self, network: nn.Module, rule_name: str, batches: Sequence[tuple[Tensor, Tensor]], steps: int) -> None:
-        self.network, self.online, self.steps = network, rule_name == "sltt", steps
-        rule: Rule = RULES[rule_name]()
-        rule.attach(network)  # cuts the membrane where the rule does
+        self.network, self.steps, self.count = network, steps, itertools.count()
+        self.rule: Rule = RULES[rule_name]()
+        self.rule.attach(network)
         self.optimizer = torch.optim.SGD(network.parameters(), lr=0.5, momentum=0.9, nesterov=True)
         self.batches = itertools.cycle(batches)
 
     def step(self) -> None:
         x_BCHW, target_B = next(self.batches)
-        with fresh_state(self.network):
-            for x_TB in repeat(x_BCHW, self.steps).split(1 if self.online else self.steps):
-                logits_TBK = self.network(x_TB)
-                loss = torch.stack([F.cross_entropy(logits_BK, target_B) for logits_BK in logits_TBK]).sum()
-                (loss / self.steps).backward()
+        x_TB, about = repeat(x_BCHW, self.steps), {"step": next(self.count), "rows": range(len(target_B))}
+        for objective in self.rule.objectives(self.network, x_TB, partial(F.cross_entropy, target=target_B), **about):
+            if objective.backward is not None:
+                objective.backward.backward()
+        self.rule.end_of_batch()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
