@@ -7,8 +7,8 @@ Result:   SLTT +4.7 % (100.0 ms against 95.5), BPTT +3.2 % (79.7 ms against 77.3
 
 One Ray worker with one torch thread trains by the product's loop: FFCV file, DeepSpeed ZeRO-0, meters, journal, and MLflow
 from the driver. Between every two of its steps the same process trains a second copy of the network by the loop that
-anybody would write around the same rule, on batches that were read before. Medians of both are compared, so that drift of the machine falls on
-both alike. Batch size is tuned beforehand until a bare step takes about 100 ms.
+anybody would write around the same rule, on batches that were read before. Medians of both are compared, so that drift of the
+machine falls on both alike. Batch size is tuned beforehand until a bare step takes about 100 ms.
 """
 
 from __future__ import annotations

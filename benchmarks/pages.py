@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=11)
     arguments = parser.parse_args()
     files = sorted(arguments.folder.glob("*.beton"))
+    if not files:
+        parser.error(f"FOLDER must hold .beton files; got {arguments.folder}")
     size = sum(file.stat().st_size for file in files)
 
     def compare() -> None:

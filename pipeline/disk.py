@@ -12,6 +12,8 @@ from typing import TypeVar
 
 FOR_THE_USER = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 """what a user has to change; anything else may be gone when the workers are started again"""
+LASTING = FOR_THE_USER[:5]
+"""of these, what a new process meets again: another name in the way may be one that it draws anew"""
 UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
 """a bad sector, a checksum of the file system's: the bytes are gone, if they stay so and the storage is there"""
 TRIES, TRY_S = 3, 1.0

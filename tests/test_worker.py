@@ -18,6 +18,7 @@ from pipeline.checkpoint import read_trainer, step_folders
 from pipeline.data.mixing import Mixing
 from pipeline.data.synthetic import Synthetic, SyntheticLoader
 from pipeline.job import Job, Place, note_refusal
+from pipeline.launch.inline import Inline
 from pipeline.measure.clock import PARTS
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.recipe import Recipe, spec
@@ -243,12 +244,9 @@ def test_loaded_in_python_the_network_gives_the_evaluated_accuracy(tmp_path: Pat
 
 
 def test_another_data_set_than_the_one_launched_on_is_refused(tmp_path: Path) -> None:
-    recipe = small_recipe()
-    make_run(tmp_path / "run", recipe)
-    other = recipe.override({"data.content_seed": 5})
-    (tmp_path / "run" / "recipe.json").write_text(json.dumps(other.to_json()))
-    with pytest.raises(Refused, match="another file lies where the recipe points"):
-        train_inline(tmp_path / "run", recipe)
+    job = make_run(tmp_path / "run", small_recipe())
+    with pytest.raises(Refused, match="another file lies where the recipe points"), Inline() as launcher:
+        launcher.run(replace(job, data_fingerprint="of another"), "test")
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,10 @@ class _WithOSErrors:
         def called(*given: Any, **more: Any) -> Any:
             try:
                 return method(*given, **more)
+            except PermissionError as error:
+                if "RequestTimeTooSkewed" in repr(error.__cause__):  # a clock that was set back comes right again
+                    raise OSError(errno.EIO, str(error)) from error
+                raise
             except (OSError, ValueError):
                 raise
             except Exception as error:

@@ -118,8 +118,8 @@ def _compared(found: Mapping[str, Sequence[Gradients]]) -> Fidelity | None:
 def advice(found: Probe) -> str:
     """One sentence or two: the cheapest rule whose gradient is near BPTT's in every layer, and what it saves.
 
-    Cheapest: the least product of bytes, saved and states, and seconds. Near: a cosine of `SAFE` or more. Where BPTT's gradient
-    of a layer is 0, as where neurons are silent, nothing is known of it, and no rule is called safe.
+    Cheapest: the least product of seconds and bytes: saved, states and the rule's own. Near: a cosine of `SAFE` or more. Where
+    BPTT's gradient of a layer is 0, as where neurons are silent, nothing is known of it, and no rule is called safe.
     """
     bptt, fastest = found.cost(BASELINE), found.time_baseline
     if bptt is None or fastest is None:
@@ -146,19 +146,24 @@ def advice(found: Probe) -> str:
             f"{whose} near BPTT's in every layer: the nearest is {rule}, with a cosine of {cosine:.2f} at {layer}. "
             f"{blind}Whether it learns all the same, a run says."
         )
-    best = min(near, key=lambda cost: cost.kept_bytes * cost.compute_s)
+    best = min(near, key=lambda cost: _all_bytes(cost) * cost.compute_s)
     layer, cosine = lowest[best.rule]
     if len(known) == len(layers):
         called, where = f"{best.rule} is safe here before training", "every layer"
     else:
         called = f"{best.rule} is near BPTT here before training, but not known to be safe"
         where = f"{len(known)} of {len(layers)} layers; {unknown} in the others"
-    kept, shares = best.kept_bytes / bptt.kept_bytes, found.share_of_time(best.rule)
+    kept, shares = _all_bytes(best) / _all_bytes(bptt), found.share_of_time(best.rule)
+    own = " and the rule's own" if best.rule_bytes else ""
     saves = f"saves {1 - kept:.0%}" if kept < 1 else "saves nothing"
     faster = "its time" if fastest is bptt else f"the time of {fastest.rule}, the faster BPTT"
     return (
         f"{called}: its gradient has a cosine of {cosine:.2f} or more (least at {layer}) with BPTT's in {where}; "
         f"it keeps {best.peak_saved_bytes / bptt.peak_saved_bytes:.0%} of BPTT's bytes for backward, "
-        f"{kept:.0%} with states, so it {saves}, "
+        f"{kept:.0%} with states{own}, so it {saves}, "
         f"and takes {statistics.median(shares):.0%} of {faster}, {min(shares):.0%} to {max(shares):.0%} in {len(shares)} rounds."
     )
+
+
+def _all_bytes(cost: Cost) -> int:
+    return cost.kept_bytes + cost.rule_bytes

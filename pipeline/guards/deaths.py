@@ -5,6 +5,7 @@ Rank 0, which holds the journal, is gone itself, or hears of a lost connection a
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ def note_death(run: Path, *, worker: int, error: str) -> None:
 
 
 def noted(run: Path) -> dict[str, Any] | None:
-    """The last death that nobody has told yet."""
-    return read_json(run / FILE) if (run / FILE).exists() else None
+    """The last death that nobody has told yet; None where what was noted cannot be read, which is no reason not to train."""
+    with suppress(ValueError):
+        return read_json(run / FILE) if (run / FILE).exists() else None
+    return None
 
 
 def forget_death(run: Path) -> None:

@@ -7,6 +7,7 @@ is the interpreter's own (faulthandler), which needs no thread of Python to get 
 from __future__ import annotations
 
 import faulthandler
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -23,8 +24,9 @@ _ARMED_ANEW = 0.1  # of the patience: to arm it costs a thread
 def untold(run: Path, events: Sequence[Event]) -> dict[str, int]:
     """The files, beneath the run's folder, of hangs that its journal does not know, and the ranks that hung."""
     told = {event["stacks"] for event in events if event["event"] == "hung"}
-    files = (file for file in sorted((run / FOLDER).glob("rank*-*.txt")) if _size(file))  # one that was killed leaves it empty
-    found = {f"{FOLDER}/{file.name}": int(file.name.removeprefix("rank").split("-")[0]) for file in files}
+    files = ((re.match(r"rank(\d+)-.+\.txt$", file.name), file) for file in sorted((run / FOLDER).glob("rank*")))
+    # One that was killed leaves its file empty.
+    found = {f"{FOLDER}/{file.name}": int(named[1]) for named, file in files if named is not None and _size(file)}
     return {file: rank for file, rank in found.items() if file not in told}
 
 
@@ -43,7 +45,8 @@ class Watchdog:
         """at the moment"""
         self._path = run / FOLDER / f"rank{rank}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
         self._file: IO[str] | None = None
-        self._armed = 0.0
+        self._armed = 0
+        """in which tenth of the patience, of those since 1970"""
 
     def __enter__(self) -> Watchdog:
         if self._patience_s > 0:
@@ -60,8 +63,12 @@ class Watchdog:
             self._path.unlink()
 
     def beat(self) -> None:
-        """It goes on."""
-        if time.monotonic() - self._armed > _ARMED_ANEW * self._patience_s:
+        """It goes on.
+
+        Armed anew when the clock begins another tenth of the patience, which it does for all ranks at once: those that wait for
+        one that hangs have no less of it left than that one.
+        """
+        if self._patience_s > 0 and self._armed_in() != self._armed:
             self._arm()
 
     def off(self) -> AbstractContextManager[None]:
@@ -82,11 +89,14 @@ class Watchdog:
             self._patience_s = own
             self._arm()
 
+    def _armed_in(self) -> int:
+        return int(time.time() / (_ARMED_ANEW * self._patience_s)) if self._patience_s > 0 else 0
+
     def _arm(self) -> None:
         """Anew; where nobody watches, not at all."""
         if self._file is None:
             return
-        self._armed = time.monotonic()
+        self._armed = self._armed_in()
         if self._patience_s > 0:
             faulthandler.dump_traceback_later(self._patience_s, exit=True, file=self._file)
         else:

@@ -61,3 +61,12 @@ class Silent:
 
 class LaunchError(RuntimeError):
     """A run that failed, in one line."""
+
+
+class WorkersEnded(LaunchError):
+    """Workers died of it, or raised it, and are not started again."""
+
+    def __init__(self, told: str, *, is_for_the_user: bool = False) -> None:
+        super().__init__(told)
+        self.is_for_the_user = is_for_the_user
+        """whether it lasts until a user changes something"""

@@ -21,13 +21,14 @@ from pipeline.code import commit
 from pipeline.guards.storage import patiently
 from pipeline.guards.watchdog import untold
 from pipeline.job import REFUSAL, SAVE, STOP, Job, raise_refusal
-from pipeline.launch.base import Launcher, LaunchError
+from pipeline.launch.base import Launcher, LaunchError, WorkersEnded
 from pipeline.launch.lock import driver_lock
 from pipeline.launch.prepare import write_job
 from pipeline.launch.shown import Shown
 from pipeline.launch.signals import stops_on_signal
 from pipeline.launch.terminal import outlive
 from pipeline.ranks import Ranks
+from pipeline.refused import Refused
 from pipeline.run.writer import journal
 from pipeline.track.connect import without_password
 from pipeline.track.exposition import Exposed
@@ -64,7 +65,12 @@ def drive(job: Job, launcher: Launcher, console: Console, *, uri: str, resume_co
                         meanwhile=(request.tell, shown.look),
                     )
             except LaunchError as failure:
-                if hung := _tell_what_ended(folder, failure):
+                hung = _tell_what_ended(folder, failure)
+                if not isinstance(failure, WorkersEnded):
+                    raise
+                if failure.is_for_the_user:
+                    raise Refused(str(failure)) from failure
+                if hung:
                     raise LaunchError(_in_words(hung, job)) from failure
                 raise
 
@@ -110,11 +116,14 @@ def _tell_what_ended(folder: Path, failure: LaunchError) -> dict[str, int]:
 
 
 def _in_words(hung: dict[str, int], job: Job) -> str:
-    """Of which Ray, and the workers that waited for these, know no more than that a connection was lost."""
+    """Of which Ray, and the workers that waited for these, know no more than that a connection was lost.
+
+    Who waits for another gives no sign of life either, and may be the first to be ended.
+    """
     files, ranks = [str(Path(job.run) / file) for file in hung], sorted(set(hung.values()))
     more = f" and {len(files) - 4} more" if len(files) > 4 else ""
     return (
-        f"worker {', '.join(map(str, ranks))}: no sign of life for {job.hang_minutes:g} minutes; "
+        f"worker {', '.join(map(str, ranks))}, or one that was waited for: no sign of life for too long (--hang-minutes); "
         f"what its threads were at is in {', '.join(files[:4])}{more}"
     )
 

@@ -21,7 +21,7 @@ from torch import distributed
 from pipeline.cores import physical_cores
 from pipeline.door import TOKEN_ADVICE, draw_token, heard, knock, offer_token, reason
 from pipeline.job import STOP, Job, Notice, Place, asked_by
-from pipeline.launch.base import Device, LaunchError, takes_gpus
+from pipeline.launch.base import Device, LaunchError, WorkersEnded, takes_gpus
 from pipeline.launch.environment import of_worker
 from pipeline.launch.innermost import innermost
 from pipeline.launch.node_loss import NodeLoss, waits_for
@@ -192,7 +192,7 @@ class Ray:
                 if (Path(job.run) / STOP).exists():
                     return _stopped_without_workers(job)
                 raise LaunchError(no_place(self.workers)) from error
-            raise (Refused if needs_the_user(error) else LaunchError)(innermost(error)) from error
+            raise WorkersEnded(innermost(error), is_for_the_user=needs_the_user(error)) from error
         if outcome is not None and "refused" in outcome:
             raise Refused(outcome["refused"])
         return outcome

@@ -18,13 +18,14 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2.api.exceptions import ControllerError
 
-from pipeline.disk import is_for_the_user
+from pipeline.disk import LASTING
 from pipeline.guards.damaged import FILE as DAMAGED
 from pipeline.guards.deaths import note_death
 from pipeline.guards.fitting import FILE as MICRO_BATCH
 from pipeline.job import was_stopped
 from pipeline.launch.innermost import cause, innermost
 from pipeline.launch.places import PLACES_S, NoPlace, tell_waiting
+from pipeline.measure.memory import is_out_of_memory
 from pipeline.track.jsonl import last
 
 
@@ -72,7 +73,9 @@ class Restarts(DefaultFailurePolicy):
         """For the journal, which is not the controller's; what worker 0 raised it has told there itself."""
         if failures:
             worker, error = cause(failures)
-            if worker or isinstance(error, WorkerHealthCheckFailedError):
+            # Refusals, pages that are left out and micro-batches that are too large have notes of their own.
+            is_noted = isinstance(error, ValueError) or is_out_of_memory(error)
+            if isinstance(error, WorkerHealthCheckFailedError) or (worker and not is_noted):
                 note_death(self.folder, worker=worker, error=innermost(error))
 
     def _news(self) -> tuple[bool, bool]:
@@ -119,5 +122,8 @@ def has_no_place(error: Exception) -> bool:
 
 def needs_the_user(error: Exception) -> bool:
     """Whether a worker died of a full disk, or of what is closed to it: started again, it would find the same."""
-    failures = getattr(error, "worker_failures", {}).values()
-    return any(isinstance(failure, OSError) and is_for_the_user(failure) for failure in failures)
+    failures = getattr(error, "worker_failures", None)
+    if not failures:
+        return False
+    _, found = cause(failures)
+    return isinstance(found, OSError) and (found.errno in LASTING or isinstance(found, PermissionError))

@@ -59,7 +59,7 @@ def _costs(found: Probe) -> Table:
     table = Table(title=found.recipe, box=None, header_style="bold", pad_edge=False, title_justify="left")
     table.add_column("rule")
     own = ("rule's own",) if any(cost.rule_bytes for cost in found.costs) else ()
-    for title in ("saved", "+ states", *own, "forward", "backward", "mult/sample", "add/sample", "least cosine"):
+    for title in ("saved", "states beside", *own, "forward", "backward", "mult/sample", "add/sample", "least cosine"):
         table.add_column(title, justify="right")
     for cost in found.costs:
         table.add_row(*map(Text, _cells(cost, found, has_own=bool(own))))

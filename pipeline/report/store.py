@@ -57,7 +57,7 @@ class StoredRun:
     """the id of the run that stands for its suite"""
     started: float
     newest: float
-    """of its newest metric, or its end"""
+    """of its newest metric, its end, or its start before there is any"""
     tags: Mapping[str, str] = field(repr=False)
     metrics: Mapping[str, float] = field(repr=False)
     """the newest value of each; empty in a list of studies"""

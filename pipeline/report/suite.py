@@ -83,9 +83,7 @@ def print_suite(
         ValueError: the suite cannot be read, or its runs must not be set side by side.
     """
     console = console or Console()
-    report = SuiteFile.read(folder, trust=trust).suite.report
-    if format == "csv":
-        report = None  # has no part in it: runs are told
+    report = None if format == "csv" else SuiteFile.read(folder, trust=trust).suite.report  # of csv runs alone are told
     if report is not None and (against, within) != (BASELINE, WITHIN):
         raise ValueError(
             f"compare: {folder.name} has a report of its own, so --against and --within have no effect; got {against}, {within:g}"

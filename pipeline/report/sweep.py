@@ -27,7 +27,7 @@ def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None 
     table = Table(title=found.recipe, box=None, header_style="bold", pad_edge=False, title_justify="left")
     table.add_column("rule")
     own = ("rule's own",) if any(point.cost.rule_bytes for point in found.points) else ()
-    titles = ("T", "saved", f"× {BASELINE}", "+ states", *own, "fwd+bwd ms", f"× faster {BASELINE}", "images/s of fwd+bwd")
+    titles = ("T", "saved", f"× {BASELINE}", "states beside", *own, "fwd+bwd ms", f"× faster {BASELINE}", "images/s of fwd+bwd")
     for title in (*titles, *_of_largest(found)):
         table.add_column(title, justify="right")
     base = {point.time_steps: point.cost for point in found.of(BASELINE)}

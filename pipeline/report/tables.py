@@ -42,8 +42,9 @@ _HELD = {
 }
 HELD_SAID = (
     "Bytes of one worker, each kind apart, as they are without ZeRO. The rule's own is what it learns, or draws, by itself, as "
-    "OPZO's matrices and HLOP's rows, and what it notes of a batch. That, and states, of the worker that holds most, are there "
-    "while a batch is trained on; the rest stays. What backward keeps of states, as of traces, is a saved byte, and not here."
+    "OPZO's matrices and HLOP's rows, and what it notes of a batch, at its most. States, of the worker that holds most, are "
+    "there while a batch is trained on; the rest stays. What backward keeps of states, as of traces, is a saved byte, and not "
+    "here."
 )
 BESIDE_SAID = (
     "Bytes are of the worker that holds most; states are membranes, traces, and what the slices of a batch share, weights and "

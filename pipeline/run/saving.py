@@ -143,7 +143,9 @@ class Saving:
                 saved, is_lost = self.checkpoints.settle()
             self._tell_saved(saved)
             if is_lost and self._begun.step == step:
+                lost_s = self._stall_s
                 self._save(self._begun)
+                self._stall_s += lost_s
                 with self._standing_still():
                     saved = self.checkpoints.wait()
                 self._tell_saved(saved)

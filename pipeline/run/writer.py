@@ -70,10 +70,12 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
 
 
 def _tell_ends(folder: Path, events: Sequence[Event], tracker: Tracker) -> None:
-    for stacks, worker in untold(folder, events).items():
+    hung = untold(folder, events)
+    for stacks, worker in hung.items():
         tracker.event("hung", sync=True, worker=worker, stacks=stacks)
-    if (death := noted(folder)) is not None:
+    if (death := noted(folder)) is not None and death["worker"] not in hung.values():
         tracker.event("died", sync=True, **death)
+    if death is not None:
         forget_death(folder)
 
 

@@ -5,7 +5,7 @@ Command:  spiketrain write fashion --out data/fashion
 Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311; Xiao et al. 2022 (OTTT), arXiv:2210.04195; the network is one of ours.
 Result:   103 min, 42 runs in one launch; commit 0938e54ac260, 2 cores of an Intel Xeon, torch 2.13, T = 6, 256 images a batch
             saved bytes of SLTT, of BPTT's           0.176 at both leaks (at most 0.217); +0.0 % from T = 2 to 16        hold
-              and states, which no paper counts      SLTT 0.332, OTTT-A 0.347: membranes, traces, and what SLTT's slices share
+              and states, which no paper counts      SLTT 0.332, OTTT-A 0.347, some storages counted twice (docs/LOG.md)
             compute time, of BPTT's step by step, which is the faster, and 95 % intervals of three seeds
               of SLTT (at most 1)                    leak 1/11: 0.937 (0.842 to 1.033); 1/2: 0.946 (0.788 to 1.105)      hold
                 seed by seed                         0.981, 0.909, 0.923; 0.996, 0.969, 0.874

@@ -13,12 +13,15 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from botocore.exceptions import ClientError
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
+from s3fs.errors import translate_boto_error
 
 from pipeline.checkpoint import CheckpointError, Checkpoints, Folder, place_at, verified
 from pipeline.checkpoint.place import prune
 from pipeline.checkpoint.store import Store
+from pipeline.guards.storage import may_pass
 from pipeline.refused import Refused
 from tests.checkpoint.few import TRAINER, Counting, backend, restore, save
 from tests.checkpoint.s3 import s3_server
@@ -256,6 +259,20 @@ def test_a_request_that_failed_deletes_nothing(tmp_path: Path, monkeypatch: pyte
     place.sweep()
     prune(place, "step_00000003", keep=1)
     assert paths(address) == there
+
+
+def test_a_clock_that_is_wrong_for_a_while_is_waited_for(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which s3fs calls a PermissionError."""
+    place = store(address, tmp_path)
+
+    def skewed(*args: object, **more: object) -> None:
+        error = ClientError({"Error": {"Code": "RequestTimeTooSkewed", "Message": "the difference is too large"}}, "PutObject")
+        raise translate_boto_error(error)
+
+    monkeypatch.setattr(place.fs._fs, "put_file", skewed)
+    with pytest.raises(OSError, match="too large") as raised:
+        place.fs.put_file("a", "b")
+    assert raised.value.errno == errno.EIO and may_pass(raised.value)
 
 
 def test_a_bucket_that_lets_nobody_write_ends_the_run(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

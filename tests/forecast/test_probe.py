@@ -257,6 +257,15 @@ def probed(**rules: tuple[float, float, dict[str, float]]) -> Probe:
     )
 
 
+def test_what_a_rule_has_of_its_own_is_not_saved() -> None:
+    found = probed(SLTT=(20, 1.0, {"a": 0.95}), OPZO=(15, 1.0, {"a": 0.95}))
+    bptt, sltt, opzo = found.costs
+    heavy = replace(found, costs=(bptt, sltt, replace(opzo, rule_bytes=55)))
+    assert "SLTT is safe" in advice(heavy) and "47% with states, so it saves 53%" in advice(heavy)
+    alone = replace(found, costs=(bptt, replace(opzo, rule_bytes=55)))
+    assert "it keeps 15% of BPTT's bytes for backward, 80% with states and the rule's own, so it saves 20%" in advice(alone)
+
+
 def test_the_cheapest_rule_that_is_near_in_every_layer_is_advised() -> None:
     near, far = {"a": 0.95, "b": 0.92}, {"a": 0.99, "b": 0.3}
     said = advice(probed(SLTT=(20, 0.9, near), OTTT=(25, 1.0, near), cheap=(10, 0.1, far)))

@@ -24,9 +24,10 @@ from pipeline.guards import storage
 from pipeline.guards.deaths import note_death
 from pipeline.job import STOP, Job
 from pipeline.launch import drive as driving
-from pipeline.launch.base import LaunchError
+from pipeline.launch.base import LaunchError, WorkersEnded
 from pipeline.launch.drive import drive
 from pipeline.launch.signals import StopRequest
+from pipeline.refused import Refused
 from pipeline.track.jsonl import Event, Follower, Journal, read
 
 START = {"step": 0, "total_steps": 3, "world_size": 1, "rule": "SLTT"}
@@ -175,21 +176,40 @@ def test_workers_that_have_hung_are_named_with_their_stacks_in_the_place_of_a_lo
             (tmp_path / "stacks").mkdir(exist_ok=True)
             for rank in ranks:
                 (tmp_path / "stacks" / f"rank{rank}-20260105-120000.txt").write_text("Timeout (0:30:00)!")
-            raise LaunchError("worker 0: Connection closed by peer")
+            raise WorkersEnded("worker 0: Connection closed by peer")
 
         return end
 
     stacks = [f"{tmp_path}/stacks/rank{rank}-20260105-120000.txt" for rank in range(2)]
-    said = "no sign of life for 0 minutes; what its threads were at is in"
+    said = "or one that was waited for: no sign of life for too long (--hang-minutes); what its threads were at is in"
     for ranks, line in (
-        ((1,), f"worker 1: {said} {stacks[1]}"),
+        ((1,), f"worker 1, {said} {stacks[1]}"),
         ((), "worker 0: Connection closed by peer"),  # and what hung before is told
-        ((0, 1), f"worker 0: {said} {stacks[0]}"),
+        ((0, 1), f"worker 0, {said} {stacks[0]}"),
     ):
         with pytest.raises(LaunchError, match=f"^{re.escape(line)}$"):
             driven(io.StringIO(), Launcher(hang(*ranks)))
     told = [(event["event"], event["worker"]) for event in read(tmp_path / "journal.jsonl") if event["event"] in ("hung", "died")]
     assert told == [("hung", 1), ("died", 2), ("died", 2), ("hung", 0), ("died", 2)]
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [(WorkersEnded("worker 2: it is full", is_for_the_user=True), Refused), (LaunchError("no place"), LaunchError)],
+)
+def test_another_end_keeps_its_line_and_the_journal_is_told_of_workers_all_the_same(
+    driven: Callable[..., Any], tmp_path: Path, failure: LaunchError, kind: type[Exception]
+) -> None:
+    def end(step: int) -> None:
+        note_death(tmp_path, worker=2, error="OSError: it is full")
+        (tmp_path / "stacks").mkdir()
+        (tmp_path / "stacks" / "rank1-20260105-120000.txt").write_text("Timeout (0:30:00)!")
+        raise failure
+
+    with pytest.raises(kind, match=f"^{failure}$"):
+        driven(io.StringIO(), Launcher(end))
+    told = [(event["event"], event["worker"]) for event in read(tmp_path / "journal.jsonl") if event["event"] in ("hung", "died")]
+    assert told == [("hung", 1), ("died", 2)]
 
 
 def test_a_journal_that_takes_no_more_leaves_the_line_that_the_workers_ended_with(

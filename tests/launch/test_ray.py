@@ -20,11 +20,10 @@ from torch import distributed
 
 from pipeline.job import Job, Place
 from pipeline.launch import trainer
-from pipeline.launch.base import LaunchError
+from pipeline.launch.base import LaunchError, WorkersEnded
 from pipeline.launch.loopback import OnLoopback
 from pipeline.launch.places import NoPlace
 from pipeline.launch.ray import Ray, _train
-from pipeline.refused import Refused
 
 
 @pytest.mark.parametrize("hang_minutes", [0.3, 30.0, 600.0])
@@ -68,13 +67,15 @@ def test_a_wait_for_places_in_vain_ends_in_one_line(tmp_path: Path, monkeypatch:
             run(tmp_path, monkeypatch, ControllerError(failure))
 
 
-@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, Refused), (errno.ESTALE, LaunchError)])
-def test_what_the_user_alone_can_change_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
+@pytest.mark.parametrize(("number", "is_for_the_user"), [(errno.ENOSPC, True), (errno.ESTALE, False)])
+def test_of_what_the_user_alone_can_change_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, is_for_the_user: bool
 ) -> None:
     died = WorkerGroupError("died", {0: OSError(number, "journal: it fails", "/runs/journal.jsonl")})
-    with pytest.raises(kind, match=rf"^worker 0: \[Errno {number}\] journal: it fails: '/runs/journal\.jsonl'$"):
+    line = rf"^worker 0: \[Errno {number}\] journal: it fails: '/runs/journal\.jsonl'$"
+    with pytest.raises(WorkersEnded, match=line) as ended:
         run(tmp_path, monkeypatch, died)
+    assert ended.value.is_for_the_user == is_for_the_user
 
 
 def patience_in_a_worker(folder: Path, patch: pytest.MonkeyPatch, hang_minutes: float) -> timedelta:

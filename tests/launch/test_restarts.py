@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from ray.train import FailureConfig
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
@@ -206,8 +207,30 @@ def test_storage_that_is_away_as_a_worker_dies_ends_nothing(policy: Restarts, mo
         (PermissionError("Access Denied"), RAISE),  # as s3fs says it, without a number
         (OSError(errno.ESTALE, "Stale file handle"), RETRY),
         (FileNotFoundError(errno.ENOENT, "No such file or directory"), RETRY),
+        (FileExistsError(errno.EEXIST, "File exists"), RETRY),  # a new process draws a name of its own
     ],
     ids=str,
 )
 def test_what_the_user_alone_can_change_is_not_met_again(policy: Restarts, failure: OSError, decision: FailureDecision) -> None:
     assert policy.make_decision(WorkerGroupError("died", {1: failure})) == decision
+
+
+def test_it_is_of_the_worker_whose_line_the_run_ends_with(policy: Restarts) -> None:
+    failures = {0: KeyError("cable"), 1: OSError(errno.ENOSPC, "No space left on device")}
+    assert policy.make_decision(WorkerGroupError("died", failures)) == RETRY
+
+
+@pytest.mark.parametrize(
+    ("failure", "worker", "is_noted"),
+    [
+        (KeyError("cable"), 1, True),
+        (KeyError("cable"), 0, False),  # which has told it itself
+        (WorkerHealthCheckFailedError("it is gone", RuntimeError()), 0, True),
+        (ValueError("recipe: must be another"), 1, False),  # a refusal, or a page that is left out
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, False),
+    ],
+    ids=str,
+)
+def test_a_death_that_nobody_else_tells_is_noted(policy: Restarts, failure: Exception, worker: int, is_noted: bool) -> None:
+    policy.make_decision(WorkerGroupError("died", {worker: failure}))
+    assert (noted(policy.folder) is not None) == is_noted

@@ -169,7 +169,7 @@ def marked(place: Path, suite: Path) -> dict[str, str]:
     found = client.search_runs(
         [each.experiment_id for each in client.search_experiments()], f"tags.`spiketrain.study_parent` = '{parent}'"
     )
-    return {run.info.run_name.split("-")[0]: run.info.status for run in found}
+    return {str(run.info.run_name).split("-")[0]: run.info.status for run in found}
 
 
 @cores

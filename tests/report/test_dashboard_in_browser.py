@@ -353,7 +353,12 @@ def test_links_on_a_page_of_another_site_open_it(browser: Browser):
 
 def test_behind_a_proxy_with_tls_the_cookie_is_for_tls_alone(tmp_path: Path):
     with served(tmp_path, token=TOKEN) as address:
-        for scheme, is_secure in (("https", True), ("http", False)):
+        for scheme, is_secure in (
+            ("https", True),
+            ("http", False),
+            ("https, http", True),
+            ("wss", False),
+        ):  # a list is of two
             connection = HTTPConnection(address.removeprefix("http://"))
             connection.request("GET", f"/?token={TOKEN}", headers={"Host": "runs.example", "X-Forwarded-Proto": scheme})
             answer = connection.getresponse()

@@ -44,5 +44,5 @@ def test_so_does_the_wait_for_the_one_before_and_at_the_end_for_the_last(tmp_pat
 
     monkeypatch.setattr(background, "_write", slowly)
     told, all_s = stalls(tmp_path / "run", stop_after=2, checkpoint_every=1)
-    assert len(told) == 2 and told[1] > 1.3  # less than twice: the run evaluates while the first is written
+    assert len(told) == 2 and told[1] > 1.0  # for its own; for the first as well, but for the time that the run has evaluated
     assert sum(told) == pytest.approx(all_s, rel=0.1)

@@ -131,6 +131,26 @@ def test_what_ended_other_workers_is_told_once_by_the_next_attempt(tmp_path: Pat
     ]
 
 
+def test_of_a_worker_that_hung_its_end_is_not_told_twice(tmp_path: Path) -> None:
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "rank1-20260105-120000.txt").write_text("Timeout (0:30:00)!")
+    for death in (1, 2):
+        note_death(tmp_path, worker=death, error="its process has died")
+        with journal(tmp_path, Ranks()):
+            pass
+    told = [(event["event"], event["worker"]) for event in read(tmp_path / "journal.jsonl")]
+    assert told == [("hung", 1), ("died", 2)]
+
+
+def test_notes_that_cannot_be_read_keep_nobody_from_training(tmp_path: Path) -> None:
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "rankX-old.txt").write_text("somebody's own")
+    (tmp_path / "died.json").write_bytes(b"\xff{")
+    with journal(tmp_path, Ranks()) as tracker:
+        tracker.event("start")
+    assert [event["event"] for event in read(tmp_path / "journal.jsonl")] == ["start"]
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     with journal(tmp_path, Ranks(rank=1)) as tracker:
         assert isinstance(tracker, NullTracker)

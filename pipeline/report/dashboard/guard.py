@@ -94,13 +94,19 @@ def _unless_known(token: str) -> AnyResponse | None:
         others = urlencode([(name, value) for name, value in request.args.items(multi=True) if name != "token"])
         answer = redirect(request.path + (f"?{others}" if others else ""), 303)
         # Lax: a link on another site's page comes with it, what that page posts, loads or frames without. A GET changes nothing.
-        about = {"max_age": _DAYS * 86400, "httponly": True, "samesite": "Lax", "secure": request.is_secure}
+        about = {"max_age": _DAYS * 86400, "httponly": True, "samesite": "Lax", "secure": _came_over_tls()}
         answer.set_cookie(COOKIE, _kept(token), **about)
         return answer
     scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
     if _same(request.cookies.get(COOKIE, ""), _kept(token)) or (scheme.lower() == "bearer" and _same(bearer, token)):
         return None
     return _refused("dashboard: open it once with its token, /?token=TOKEN; a cookie keeps it from then on")
+
+
+def _came_over_tls() -> bool:
+    """To this server or, as they say, to one of the proxies before it; who makes that up gets a cookie of fewer uses."""
+    said = request.headers.get("X-Forwarded-Proto", "")
+    return request.is_secure or "https" in (each.strip().lower() for each in said.split(","))
 
 
 def _kept(token: str) -> str:

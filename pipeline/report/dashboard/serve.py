@@ -12,8 +12,6 @@ from pipeline.track.connect import without_password
 from pipeline.track.mlflow import tracking_uri
 
 _THREADS = 8
-_PROXY: dict[str, Any] = {"trusted_proxy": "*", "trusted_proxy_headers": "x-forwarded-proto"}
-"""any may say how its reader came: all that follows is whether a cookie that they get is sent over TLS alone"""
 
 
 def serve(*, store: str | None, runs: Path, host: str, port: int, token: str | None, every: float) -> None:
@@ -37,7 +35,8 @@ def serve(*, store: str | None, runs: Path, host: str, port: int, token: str | N
     guard(app.server, host=host, token=token, scripts=[f"'{each.strip(chr(39))}'" for each in app.csp_hashes()])
     address = "127.0.0.1" if host == "localhost" else host
     try:
-        server = create_server(app.server, host=address, port=port, threads=_THREADS, ident=None, **_PROXY)
+        kept: dict[str, Any] = {"clear_untrusted_proxy_headers": False}  # guard.py reads one of them
+        server = create_server(app.server, host=address, port=port, threads=_THREADS, ident=None, **kept)
     except OSError as error:
         raise ValueError(f"dashboard: cannot listen at {host}:{port} ({error.strerror or error}); name another --port") from error
     at = f"[{address}]" if ":" in address else address
