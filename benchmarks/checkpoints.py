@@ -1,14 +1,13 @@
 """How long training stands still for a checkpoint, written beside it and waited for, in turn in one process; and its size.
 
 Command:  python -m benchmarks.checkpoints [--saves 11] [--folder DIR]
-Result:   commit 08ec8eb275b9, 2 cores of an Intel Xeon, torch 2.13, a local disk, medians of 11 saves each; a BUSY machine, with
-          a load of 10 to 24: a batch takes 12 times as long as it does alone, or more (67 and 262 ms at abe7edc24319)
+Result:   commit 45dee44e4d14, 2 cores of an Intel Xeon, torch 2.13, nothing else running, a local disk, medians of 11 saves each
 
     network                    checkpoint        training stands still, ms (most)   written, s    a batch then takes, ms
-    VGG-sWS, half as wide         27.8 MB   waited for              889  (1196)         0.68                       947
-                                            beside                  225   (332)         0.98                      1400
-    VGG-sWS                      110.8 MB   waited for             2732  (3804)         2.30                      3072
-                                            beside                  411   (580)         3.38                      4373
+    VGG-sWS, half as wide         27.8 MB   waited for               92   (117)         0.07                        86
+                                            beside                   20    (21)         0.08                        93
+    VGG-sWS                      110.8 MB   waited for              290   (503)         0.25                       279
+                                            beside                   43    (44)         0.26                       295
 
 Two networks learn by SLTT with momentum, on one thread: a VGG of a quarter of VGG-sWS's width squared, and VGG-sWS. A checkpoint
 holds the weights, the momentum, and the weights once more for whoever evaluates. The run is the product's own, of one worker on

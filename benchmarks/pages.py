@@ -1,8 +1,8 @@
 """How long a worker compares every page of its data with the checksums, as one on each machine does at every start.
 
 Command:  python -m benchmarks.pages [FOLDER] [--times 11]
-Result:   data/fashion, 186 MB: 0.065 s (0.051 to 0.069), 0.35 s per GB; commit 25c2900efc15+, 2 cores of an Intel Xeon, a load
-          of 4 beside it (at 08ec8eb275b9 under a load of 23: 2.39 s per GB)
+Result:   data/fashion, 186 MB: 0.023 s (0.022 to 0.026), 0.13 s per GB; commit 45dee44e4d14, 2 cores of an Intel Xeon, nothing
+          else running
 
 The files are in the page cache, where a run that starts again finds them if memory has room for them; else it takes as long as
 the storage does.
