@@ -154,13 +154,18 @@ def test_a_run_that_fails_lets_the_others_end_and_says_why(place: Path, tmp_path
 @cores
 @pytest.mark.full
 def test_a_run_that_is_killed_is_marked_so_and_so_is_its_suite(place: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "uneven"
     words = ["launch", str(place / "uneven.py"), "--inline", "--device", "cpu", "--runs", str(tmp_path), "--name", "uneven"]
     with subprocess.Popen([sys.executable, "-m", "pipeline", *words, "--side-by-side", "2"], stdout=subprocess.DEVNULL) as suite:
-        wait_for(lambda: marked(place, tmp_path / "uneven").get("one") == "RUNNING")
-        [one] = [each for each in psutil.Process(suite.pid).children() if any("/one-" in word for word in each.cmdline())]
-        one.kill()
-        assert suite.wait(timeout=90) == 1
-    assert marked(place, tmp_path / "uneven") == {"one": "KILLED", "other": "FINISHED", "uneven": "KILLED"}
+        try:
+            wait_for(lambda: any(steps(run) > 2 for name, run in children(folder).items() if name == "one"))
+            wait_for(lambda: marked(place, folder).get("one") == "RUNNING")
+            [one] = [each for each in psutil.Process(suite.pid).children() if any("/one-" in word for word in each.cmdline())]
+            one.kill()
+            assert suite.wait(timeout=90) == 1
+        finally:
+            suite.kill()  # which its runs, too, would not survive
+    assert marked(place, folder) == {"one": "KILLED", "other": "FINISHED", "uneven": "KILLED"}
 
 
 def marked(place: Path, suite: Path) -> dict[str, str]:
