@@ -1,17 +1,13 @@
 """Kills workers, nodes and drivers of one training at random, and counts afterwards what became of its samples.
 
 Command:  python -m benchmarks.soak [--minutes 20] [--seed N] [--pause 15,45]
-Result:   commit 6680c78ac5e3, 2 cores of an Intel Xeon, torch 2.13, nothing else computing: 29 kills in 20.7 min, 10854 steps in
-          the history that survived, each sample once in each of 169 epochs and what follows (counted by the stricter count of
-          d8b0ed4498cf, on the same records); of the time 27 % went to recovery
+Result:   commit 14580ba4833a, 2 cores of an Intel Xeon, torch 2.13, nothing else computing: 29 kills in 20.3 min, 10051 steps in
+          the history that survived, each sample once in each of 157 epochs and what follows; of the time 27 % went to recovery
 
     killed    times   seconds to go on: median, least, most     steps rolled back: mean, most
-    driver        6                       17.0   13.6  19.1                       12.5    40
-    node          8                       12.2   10.8  13.9                       14.6    28
-    worker       15                        9.4    7.8  10.7                       15.5    46
-
-          All of them grew by a quarter in the 20 minutes: this file read all records anew ten times a second, on the cores that
-          recovery wanted, which it no longer does.
+    driver        6                       16.1   14.1  17.7                       17.8    37
+    node          8                       11.2   10.6  12.1                       20.0    44
+    worker       15                        9.2    8.3  10.1                       20.7    48
 
           commit aa085d6a9b29, such a machine, when it was slower by a quarter: 28 kills in 20.0 min, 9302 steps, each sample once
           in 145 epochs; driver (6) 17.8 s, node (7) 11.8, worker (15) 9.7, medians; 28 % of the time
