@@ -3,17 +3,16 @@
 Command:  python -m benchmarks.measuring [--rule sltt|bptt] [--processes 6] [--batches 200] [--evaluations 4]
 Result:   one thread of 2 cores of an Intel Xeon, torch 2.13, T = 4
 
-    SLTT, batch 112, commit aa085d6a9b29, 4 processes, batches of 86 to 95 ms (70 to 77 on a quiet day). A run of one epoch is
-    NOT under 1 %:
+    SLTT, batch 128, commit 14580ba4833a, 4 processes, batches of 97 to 112 ms:
 
-    a long training       +0.78 %, of a process +0.49 to +1.03 %
-    an evaluation         +1.48 %, of a process -0.72 to +2.84 %
-    a run of 1 epoch      +1.09 %, of a process +0.80 to +1.45 %
-    a run of 10 epochs    +0.85 %, of a process +0.56 to +1.17 %
+    a long training       +0.48 %, of a process +0.44 to +0.52 %
+    an evaluation         +3.80 %, of a process +0.87 to +7.05 %
+    a run of 1 epoch      +0.87 %, of a process +0.65 to +1.01 %
+    a run of 10 epochs    +0.72 %, of a process +0.58 to +0.91 %
 
-    Two hours before, 6 processes at 51c9674e6ed0: +0.52, +4.21, +1.11 and +0.81 %. On a quiet day, one process each: BPTT +0.39 %
-    of training, +0.74 % of a run of 1 epoch (5794d42b0e93); SLTT +0.53 % and +0.94 % (0340ab195497). On a busy one, 4 processes,
-    batches of 93 to 110 ms: +1.49 % and +1.99 % (0340ab195497). It depends on how cold the caches are when a meter has its turn.
+    Before the clock's boundaries took fewer calls (aa085d6a9b29, 4 processes): +0.78, +1.48, +1.09 and +0.85 %. On a quiet day,
+    one process: BPTT +0.39 % of training, +0.74 % of a run of 1 epoch (5794d42b0e93). On a busy one, 4 processes: +1.49 % and
+    +1.99 % (0340ab195497). It depends on how cold the caches are when a meter has its turn.
 
 The meters are those of every run on a CPU. In training: the clock of the parts, read after every tenth batch, loss and hits,
 saved bytes on one batch of 200, operations on one of 1000. At every evaluation: the spikes of every neuron on one sample in
