@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-FOR_THE_USER = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
-"""what a user has to change; anything else may be gone when the workers are started again"""
-LASTING = FOR_THE_USER[:5]
-"""of these, what a new process meets again: another name in the way may be one that it draws anew"""
+LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""what a new process meets again"""
+FOR_THE_USER = (*LASTING, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+"""what a user has to change, a name in the way too, unless it is one that is drawn anew; anything else may pass by itself"""
 UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
 """a bad sector, a checksum of the file system's: the bytes are gone, if they stay so and the storage is there"""
 TRIES, TRY_S = 3, 1.0
@@ -23,7 +23,12 @@ T_ = TypeVar("T_")
 
 def is_for_the_user(error: OSError) -> bool:
     """Whether a user has to change something before it can be gone."""
-    return isinstance(error, PermissionError) or error.errno in FOR_THE_USER  # s3fs (2026.9) gives the former no number
+    return lasts(error) or error.errno in FOR_THE_USER
+
+
+def lasts(error: OSError) -> bool:
+    """Whether a process that is started again meets it again, until a user has changed something."""
+    return isinstance(error, PermissionError) or error.errno in LASTING  # s3fs (2026.9) gives the former no number
 
 
 class Unreadable(OSError):

@@ -18,7 +18,7 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2.api.exceptions import ControllerError
 
-from pipeline.disk import LASTING
+from pipeline.disk import lasts
 from pipeline.guards.damaged import FILE as DAMAGED
 from pipeline.guards.deaths import note_death
 from pipeline.guards.fitting import FILE as MICRO_BATCH
@@ -126,4 +126,4 @@ def needs_the_user(error: Exception) -> bool:
     if not failures:
         return False
     _, found = cause(failures)
-    return isinstance(found, OSError) and (found.errno in LASTING or isinstance(found, PermissionError))
+    return isinstance(found, OSError) and lasts(found)

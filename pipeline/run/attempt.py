@@ -21,7 +21,7 @@ from pipeline.guards.replicas import stragglers
 from pipeline.job import asked_by
 from pipeline.loop import MicroBatch, train
 from pipeline.measure.joules import inference_j
-from pipeline.measure.memory import hardware, hardware_over, memory_now_bytes
+from pipeline.measure.memory import memory_now_bytes
 from pipeline.measure.totals import Totals
 from pipeline.phases import stretch_at
 from pipeline.recipe import write_json
@@ -30,7 +30,7 @@ from pipeline.run.assess import assess
 from pipeline.run.feed import micro_batches
 from pipeline.run.figures import Figures
 from pipeline.run.parts import Parts
-from pipeline.run.record import held_without_zero, told_at_start, told_at_the_end
+from pipeline.run.record import hardware_of, held_without_zero, told_at_start, told_at_the_end
 from pipeline.run.saving import Saving
 from pipeline.tasks import Learnt, mean_of
 from pipeline.track.jsonl import read
@@ -275,7 +275,7 @@ class Attempt:
         kept = held_without_zero(self.parts)
         answers = self.ranks.gather([each.answers for each in self.evaluated])
         measured_j = inference_j(self.ranks.gather(self.evaluated[-1].readings))
-        machines = self.ranks.gather(hardware())
+        hardware = hardware_of(self.ranks)
         summary: dict[str, Any] = {}
         if self.ranks.rank == 0:
             inference = self.evaluated[-1].inference
@@ -287,7 +287,7 @@ class Attempt:
             }
             write_json(self.folder / "activity.json", [asdict(layer) for layer in self.evaluated[-1].activity])
             write_answers(self.folder / "answers.npz", answers, tasks=bool(self.recipe.phases))
-            write_json(self.folder / "summary.json", {**summary, "hardware": hardware_over(machines)})
+            write_json(self.folder / "summary.json", {**summary, "hardware": hardware})
         self.tracker.event("finish", sync=True, step=self.step, **summary)
         return summary
 

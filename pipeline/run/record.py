@@ -13,6 +13,7 @@ from pipeline.measure.held import Held, held
 from pipeline.measure.memory import hardware, hardware_over
 from pipeline.measure.totals import Totals
 from pipeline.phases import stretch_at
+from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
 from pipeline.recipe_json import differing, listed
 from pipeline.run.conditions import conditions
@@ -54,7 +55,7 @@ def told_at_start(parts: Parts, *, step: int) -> dict[str, Any]:
         "precision": recipe.precision,
         "zero": recipe.zero,
         "commit": job.commit,
-        "hardware": hardware_over(parts.ranks.each(hardware())),
+        "hardware": hardware_of(parts.ranks),
         "versions": versions(),
         "data_fingerprint": job.data_fingerprint,
         "params": recipe.flat(),
@@ -62,6 +63,11 @@ def told_at_start(parts: Parts, *, step: int) -> dict[str, Any]:
         "own_cores": sorted(os.sched_getaffinity(0)) if _has_own_cores(parts) else None,
         "resume_command": job.resume_command,
     }
+
+
+def hardware_of(ranks: Ranks) -> dict[str, Any]:
+    """Of all workers; collective."""
+    return hardware_over(ranks.each(hardware()))
 
 
 def told_in_checkpoint(
