@@ -4,14 +4,15 @@
     tuned(suite, "optimizer.lr", (.03, .1, .3, 1., 3.))   beside them, every rule with its own best of the five
 
 Under the protocol `shared` only the rule differs. Under `tuned` every rule, the baseline among them, gets the same values and as
-many trials, which never see the evaluation set: they train without a tenth of the training set and are judged by it.
+many trials, which never see the evaluation set: they train without a tenth of the training set and are judged by it. The values
+are part of the study (`Recipe.searched`): no rule is set beside one that was given others.
 """
 
 from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -85,6 +86,7 @@ def tuned(suite: Suite, field: str, values: Sequence[Any]) -> Suite:
     _refuse_unless_plain(suite, "--tune")
     if len(values) < LEAST_VALUES or any(a == b for a, b in combinations(values, 2)):
         raise ValueError(f"{who} needs at least {LEAST_VALUES} different values; got {', '.join(map(str, values))}")
+    search = {"tuned": (field,), "searched": tuple(sorted(map(_as_text, values)))}
     trials: dict[str, list[Recipe]] = {}
     finals: list[Recipe] = []
     choices: dict[str, Choice] = {}
@@ -93,9 +95,9 @@ def tuned(suite: Suite, field: str, values: Sequence[Any]) -> Suite:
             raise ValueError(f"{who} is searched for recipes that stand alone; {recipe.name} takes '@{found[0]}'")
         tried = trials.setdefault(_but_for_its_seed(recipe), [])
         if not tried:
-            tried += [_trial(recipe, field, value) for value in values]
-        about = {"protocol": "tuned", "tuned": (field,), "evaluate_every": recipe.epochs}  # the test set is read once
-        final = replace(recipe, name=f"{recipe.name}-tuned", **about)
+            tried += [_trial(recipe, field, value, search) for value in values]
+        about = {**search, "evaluate_every": recipe.epochs}  # the test set is read once
+        final = replace(recipe, name=f"{recipe.name}-tuned", protocol="tuned", **about)
         choices[final.name] = Choice(field, tuple(trial.name for trial in tried))
         finals.append(final)
     every_trial = tuple(trial for tried in trials.values() for trial in tried)
@@ -107,13 +109,18 @@ def _but_for_its_seed(recipe: Recipe) -> str:
     return json.dumps(replace(recipe, name="-", seed=0).to_json(), sort_keys=True)
 
 
-def _trial(recipe: Recipe, field: str, value: Any) -> Recipe:
+def _trial(recipe: Recipe, field: str, value: Any, search: Mapping[str, Any]) -> Recipe:
     """One value, learnt on nine tenths of the training set and judged by the last, after the last epoch."""
     if recipe.data.kwargs.get("held_out"):
         raise ValueError(f"tuned: {recipe.name} holds out a part of its own; got data.held_out={recipe.data.kwargs['held_out']}")
     trial = recipe.override({field: value, "data.held_out": HELD_OUT})
     name = f"{recipe.name}-{field.rpartition('.')[2]}-{_in_a_name(value)}"
-    return replace(trial, name=name, protocol="trial", tuned=(field,), evaluate_every=recipe.epochs)
+    return replace(trial, name=name, protocol="trial", **search, evaluate_every=recipe.epochs)
+
+
+def _as_text(value: Any) -> str:
+    """Equal for 1 and 1.0, which are the same search."""
+    return str(float(value)) if type(value) is int else str(value)
 
 
 def _in_a_name(value: Any) -> str:

@@ -141,6 +141,8 @@ class Recipe:
     """how the settings beside the rule came about: the same for every rule, being tried on a held-out part, or chosen so"""
     tuned: tuple[str, ...] = ()
     """dotted keys of the fields that each rule has its own value of, by the same search; they leave the study key"""
+    searched: tuple[str, ...] = ()
+    """the values that the search tried, as sorted text; they stay in the study key: no rule is set beside one that had others"""
     published: tuple[tuple[int, float], ...] = ()
     """epochs done and top-1 in 0..1 of a published log, which reports set a run beside; nothing else reads it"""
 
@@ -183,6 +185,8 @@ class Recipe:
             raise ValueError(
                 f"recipe: tuned names fields of a trial or of tuned runs; got {self.tuned} of protocol {self.protocol}"
             )
+        if self.searched and not self.tuned:
+            raise ValueError(f"recipe: searched has the values of a field that is tuned; got {self.searched} and no such field")
         for key in self.tuned:
             if key.split(".")[0] in BESIDE_THE_STUDY:
                 raise ValueError(f"recipe: tuned must be a setting beside the rule; got {key}, which no study is told apart by")
@@ -350,11 +354,18 @@ class Recipe:
     def _encoded(self, *, paths: bool) -> dict[str, Any]:
         fields = {each.name: encode(getattr(self, each.name), paths=paths) for each in dataclasses.fields(self)}
         # A recipe without them keeps its study key.
-        absent = [
-            name
-            for name in ("mixing", "teacher", "phases", "family", "ema_decay", "max_damaged_pages", "tuned", "published")
-            if not getattr(self, name)
-        ]
+        often_absent = (
+            "mixing",
+            "teacher",
+            "phases",
+            "family",
+            "ema_decay",
+            "max_damaged_pages",
+            "tuned",
+            "searched",
+            "published",
+        )
+        absent = [name for name in often_absent if not getattr(self, name)]
         absent += ["protocol"] if self.protocol == "shared" else []
         return {name: value for name, value in fields.items() if name not in absent}
 

@@ -79,6 +79,11 @@ def test_every_rule_gets_the_same_search_and_the_tuned_field_leaves_the_key() ->
     final = by_protocol["tuned"][0]
     assert key(final.override({"optimizer.lr": 7.0})) == key(final) != key(final.override({"optimizer.momentum": 0.5}))
     assert key(by_protocol["shared"][0].override({"optimizer.lr": 7.0})) != key(by_protocol["shared"][0])
+    assert {each.searched for each in suite.recipes if each.protocol != "shared"} == {tuple(sorted(map(str, RATES)))}
+    others = tuned(over_seeds(two_rules(), 2), "optimizer.lr", (*RATES[:-1], 77.0))
+    assert not keys["tuned"] & {key(each) for each in others.recipes}  # two searches are two studies
+    again = tuned(over_seeds(two_rules(), 2), "optimizer.lr", (1, *RATES[-2::-1]))  # the last as an int, and the others backwards
+    assert keys["tuned"] == {key(each) for each in again.recipes if each.protocol == "tuned"}
     assert suite.report is print_protocols
     assert {each.evaluate_every for each in suite.recipes} == {by_protocol["shared"][0].epochs}  # the test set is read once
 
@@ -142,6 +147,7 @@ def with_reference() -> Suite:
         (lambda: parse_search("rule.k={[]}"), "--tune: must look like optimizer.lr="),
         (lambda: small_recipe(protocol="tuned"), "recipe: tuned names fields of a trial"),
         (lambda: small_recipe(tuned=("optimizer.lr",)), "recipe: tuned names fields of a trial"),
+        (lambda: small_recipe(searched=("0.1",)), "recipe: searched has the values of a field that is tuned; got"),
         (lambda: small_recipe(protocol="tuned", tuned=("optimizer.beta",)), "optimizer.beta must be written in the recipe"),
     ],
 )
