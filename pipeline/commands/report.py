@@ -61,7 +61,7 @@ def report(
 ) -> None:
     """Write one HTML page that needs no network: what each rule saves and costs beside BPTT, in figures and tables.
 
-    It is an artifact in MLflow, too, of the parent that the runs were launched with, where they have one.
+    It is an artifact in MLflow, too, of each parent that some of the runs were launched with.
     """
     from pipeline.report.finite import finite
     from pipeline.report.page import write
@@ -78,8 +78,8 @@ def report(
     print(page)
     told = {**Returned(claims=found.study.claims, sweeps=found.study.sweeps).to_json(), "printed": found.study.printed}
     uri = tracking_uri(found.folders[0].parent)
-    if log_report(page, found.folders, name=found.place.name, told=json.dumps(finite(told), allow_nan=False), uri=uri) is None:
-        print("no artifact in MLflow: these runs were not launched with one suite", file=sys.stderr)
+    if not log_report(page, found.folders, name=found.place.name, told=json.dumps(finite(told), allow_nan=False), uri=uri):
+        print("no artifact in MLflow: these runs were launched by themselves", file=sys.stderr)
 
 
 def dashboard(

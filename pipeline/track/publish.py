@@ -24,29 +24,29 @@ REPORT_DATA = "report.json"
 """what is told on it, for whoever shows it elsewhere"""
 
 
-def log_report(page: Path, runs: Sequence[Path], *, name: str, told: str, uri: str) -> str | None:
-    """Put an HTML page, over an older one, as the artifact `name` on the run in MLflow that these were launched with; its id.
+def log_report(page: Path, runs: Sequence[Path], *, name: str, told: str, uri: str) -> list[str]:
+    """Put an HTML page, over an older one, as the artifact `name` on the runs in MLflow that these were launched with; their ids.
 
-    Where it is `report.html`, the suite's own, `told` of it in JSON goes beside it as `report.json`.
-    None: they were launched by themselves, or with several suites, so that MLflow has no run to put it on.
+    One for each suite; none where all were launched by themselves. Where it is `report.html`, a suite's own, `told` of it in JSON
+    goes beside it as `report.json`.
 
     Raises:
         TrackingError: MLflow could not be reached or refused; one line.
     """
     starts = [(run, start) for run in runs if (start := first(run / "journal.jsonl", "start")) is not None]
     of_suites = {start["study_parent"]: (run, start) for run, start in starts if start.get("study_parent")}
-    if len(of_suites) != 1:
-        return None
-    [(run, start)] = of_suites.values()
-    with _told_in_a_line(uri), one_at_a_time(run.parent):
-        client = connect(uri)
-        parent = parent_of(client, experiment_of(client, start, uri=uri, runs_dir=run.parent), start)
-        assert parent is not None, "its start names one"
-        if name == REPORT:
-            client.log_text(parent, told, REPORT_DATA)
-        client.log_text(parent, page.read_text(), name)
-        set_parent_status(client, parent, suite=suite_of(run, start))  # it may be a new one
-    return parent
+    parents: list[str] = []
+    for run, start in of_suites.values():
+        with _told_in_a_line(uri), one_at_a_time(run.parent):
+            client = connect(uri)
+            parent = parent_of(client, experiment_of(client, start, uri=uri, runs_dir=run.parent), start)
+            assert parent is not None, "its start names one"
+            if name == REPORT:
+                client.log_text(parent, told, REPORT_DATA)
+            client.log_text(parent, page.read_text(), name)
+            set_parent_status(client, parent, suite=suite_of(run, start))  # it may be a new one
+        parents.append(parent)
+    return parents
 
 
 def register(

@@ -158,7 +158,7 @@ def test_on_the_command_line(make_run: Callable, runs_dir: Path, monkeypatch: py
     spiketrain = command(monkeypatch, capsys)
     make_run("bptt")
     code, out, said = spiketrain("report", "--runs", str(runs_dir))
-    assert said.endswith("no artifact in MLflow: these runs were not launched with one suite\n")
+    assert said.endswith("no artifact in MLflow: these runs were launched by themselves\n")
     assert code == 0 and Path(out.strip()).read_text().startswith("<!doctype html>")
     code, out, _ = spiketrain("report", STUDY, "--runs", str(runs_dir), "--out", str(runs_dir / "x.html"))
     assert (code, out.strip()) == (0, str(runs_dir / "x.html"))
@@ -166,7 +166,7 @@ def test_on_the_command_line(make_run: Callable, runs_dir: Path, monkeypatch: py
     lost = {**SWEEP, "points": [{**point, "cost": {**point["cost"], "loading_s": math.nan}}]}
     (runs_dir / "sweep.json").write_text(json.dumps(lost))
     sent: list[str] = []
-    monkeypatch.setattr("pipeline.track.publish.log_report", lambda *_, told, **__: sent.append(told))
+    monkeypatch.setattr("pipeline.track.publish.log_report", lambda *_, told, **__: [sent.append(told)])
     assert spiketrain("report", "--runs", str(runs_dir), "--sweep", str(runs_dir / "sweep.json"))[0] == 0
     assert '"loading_s": null' in sent[0] and "NaN" not in sent[0]
 

@@ -75,16 +75,15 @@ def test_a_report_is_an_artifact_of_the_parent(fake_run: Callable, sqlite_store:
     runs = [fake_run(name, family=family) for name in ("one", "two")]
     page, folders = tmp_path / "anything.html", [run.folder for run in runs]
     page.write_text("<html>é</html>")
-    assert log_report(page, folders, name="report.html", told=TOLD, uri=sqlite_store) is None  # none of them began
+    assert log_report(page, folders, name="report.html", told=TOLD, uri=sqlite_store) == []  # none of them began
     finished(runs[1], **about)
-    parent = log_report(page, folders, name="report.html", told=TOLD, uri=sqlite_store)  # before anything else was delivered
+    [parent] = log_report(page, folders, name="report.html", told=TOLD, uri=sqlite_store)  # before anything else was delivered
     sync(runs[1].folder, uri=sqlite_store)
     assert find(sqlite_store, runs[1]).data.tags["mlflow.parentRunId"] == parent
     page.write_text("<html>newer</html>")
-    assert log_report(page, folders[1:], name="report.html", told=TOLD, uri=sqlite_store) == parent
-    assert log_report(page, folders, name="report-study-x.html", told="another", uri=sqlite_store) == parent
+    assert log_report(page, folders[1:], name="report.html", told=TOLD, uri=sqlite_store) == [parent]
+    assert log_report(page, folders, name="report-study-x.html", told="another", uri=sqlite_store) == [parent]
     client = connect(sqlite_store)
-    assert parent is not None
     assert {file.path for file in client.list_artifacts(parent)} == {"report.html", "report.json", "report-study-x.html"}
     kept = artifacts(client.get_run(parent)) / "report.html"
     assert kept.read_text() == "<html>newer</html>" and kept.with_suffix(".json").read_text() == TOLD
@@ -106,8 +105,7 @@ def test_a_parent_that_was_deleted_comes_back_with_its_runs(
         sync(run.folder, uri=sqlite_store)
 
     def report() -> str:
-        parent = log_report(page, folders, name="report.html", told=TOLD, uri=sqlite_store)
-        assert parent is not None
+        [parent] = log_report(page, folders, name="report.html", told=TOLD, uri=sqlite_store)
         return parent
 
     client, first = connect(sqlite_store), report()
@@ -131,11 +129,18 @@ def test_a_parent_that_was_deleted_comes_back_with_its_runs(
     assert [read.key for read in told] == [again[:8]] and store.text(again, "report.json") == TOLD
 
 
-def test_a_report_of_runs_without_one_parent_is_no_artifact(fake_run: Callable, sqlite_store: str, tmp_path: Path):
+def test_a_report_is_an_artifact_of_each_suite_that_its_runs_are_of(fake_run: Callable, sqlite_store: str, tmp_path: Path):
     page, runs = tmp_path / "anything.html", [fake_run(name) for name in ("one", "two", "alone")]
     page.write_text("<html></html>")
     for run in runs[:2]:
         finished(run, study_parent=uuid.uuid4().hex, suite="a-suite")
     finished(runs[2])
-    for chosen in (runs, runs[2:]):
-        assert log_report(page, [run.folder for run in chosen], name="report.html", told=TOLD, uri=sqlite_store) is None
+    about = {"name": "report-study-x.html", "told": TOLD, "uri": sqlite_store}
+    parents = log_report(page, [run.folder for run in runs], **about)
+    assert len(set(parents)) == 2
+    client = connect(sqlite_store)
+    assert all([file.path for file in client.list_artifacts(parent)] == ["report-study-x.html"] for parent in parents)
+    for run, parent in zip(runs, parents, strict=False):
+        sync(run.folder, uri=sqlite_store)
+        assert find(sqlite_store, run).data.tags["mlflow.parentRunId"] == parent
+    assert log_report(page, [runs[2].folder], **about) == []
