@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Finished:
 class Unfinished:
     folder: Path
     rule: str
+    seed: int
     state: State
 
     def to_json(self) -> dict[str, str]:
@@ -100,7 +101,8 @@ def refuse_unlike(runs: Sequence[Finished]) -> None:
 
 
 def with_baseline(runs_dir: Path, finished: list[Finished], against: str) -> tuple[list[Finished], list[str]]:
-    """Adds the baseline's runs of the study that stand comparison, BPTT in slices of time too; else says why there is none.
+    """Adds the study's runs, where they stand comparison, of each kind of the baseline that is missing, BPTT in slices of time
+    too, which may be the faster; else says why there is none.
 
     Raises: ComparisonError where they do not stand it with one another.
     """
@@ -110,6 +112,12 @@ def with_baseline(runs_dir: Path, finished: list[Finished], against: str) -> tup
     kinds = [run for run in others if is_baseline(rule_of(run), against) and rule_of(run) not in there]
     kinds.sort(key=lambda run: rule_of(run) != against)
     fit = [run for run in kinds if not differences(run.folder, reference.folder)]
+    if against in there:
+        try:
+            refuse_unlike(fit)
+        except ComparisonError as error:
+            return finished, [f"times may be divided by a slower {against}: {str(error).removeprefix('compare: ')}"]
+        return sorted(fit + finished, key=lambda run: rule_of(run) != against), []
     if fit and rule_of(fit[0]) == against:
         refuse_unlike(fit)
         return fit + finished, []
@@ -129,7 +137,8 @@ def finished_run(folder: Path) -> Finished | None:
 def unfinished_run(folder: Path) -> Unfinished:
     start = last(folder / "journal.jsonl", "start") or {}
     state = state_of(folder)
-    return Unfinished(folder=folder, rule=str(start.get("rule", "-")), state="interrupted" if state == "finished" else state)
+    state = "interrupted" if state == "finished" else state
+    return Unfinished(folder=folder, rule=str(start.get("rule", "-")), seed=_seed(start), state=state)
 
 
 def study_of(folder: Path) -> str:
@@ -143,7 +152,11 @@ def rule_of(run: Finished) -> str:
 
 
 def seed_of(run: Finished) -> int:
-    seed = run.summary.get("seed")
+    return _seed(run.summary)
+
+
+def _seed(told: Mapping[str, Any]) -> int:
+    seed = told.get("seed")
     return seed if isinstance(seed, int) else 0
 
 

@@ -96,6 +96,9 @@ def accuracy(about: str, group: Group, rule: str, *, within: float | None, publi
     """At most `within` points below the baseline over paired seeds: the whole interval, none of it, or undecided."""
     claim, bound = f"top-1 below {group.against}'s, points", "" if within is None else f"<= {within:g}"
     found = next((difference for difference in group.differences if difference.rule == rule), None)
+    if found is None and within is not None and (lost := group.lost(rule)):
+        told = f"diverged in {lost} of {group.against}'s {len(group.by_seed(group.against, 'top1'))} seeds"
+        return Claim(about=about, claim=claim, published=published, bound=bound, ours=told, holds=False)
     if found is None:
         return not_judged(about, claim, published, ours=f"no two seeds in common with {group.against}'s, trained on the same")
     verdict = None if within is None else found.verdict(within)
@@ -104,7 +107,8 @@ def accuracy(about: str, group: Group, rule: str, *, within: float | None, publi
         claim=claim,
         published=published,
         bound=bound,
-        ours=f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f}), {found.seeds} seeds",
+        ours=f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f}), {found.seeds} seeds"
+        + (f", and {found.diverged} that diverged" if found.diverged else ""),
         holds={"holds": True, "fails": False}.get(verdict or ""),
         within_noise=verdict == "is undecided",
     )

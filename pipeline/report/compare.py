@@ -64,7 +64,7 @@ def compare(
     Args:
         runs_dir: where runs live.
         names: run names, paths, or study keys (or beginnings of them); none: all of the study whose run finished last. Named
-            runs without a run of the baseline among them get those of the same study.
+            runs get those of the same study of each kind of the baseline that is not among them.
         against: the rule that ratios and differences refer to.
         within: points of accuracy below it that a rule may be, for the verdict on paired seeds.
 
@@ -74,14 +74,17 @@ def compare(
     """
     runs_dir = Path(runs_dir)
     folders = named(runs_dir, names) if names else newest_study(runs_dir)
-    return _compared(runs_dir, list(map(_read, folders)), against=against, within=within)
+    return _compared(runs_dir, list(map(_read, folders)), against=against, within=within, is_whole=not names)
 
 
 def _read(folder: Path) -> Finished | Unfinished:
     return finished_run(folder) or unfinished_run(folder)
 
 
-def _compared(runs_dir: Path, runs: Sequence[Finished | Unfinished], *, against: str, within: float) -> Comparison:
+def _compared(
+    runs_dir: Path, runs: Sequence[Finished | Unfinished], *, against: str, within: float, is_whole: bool
+) -> Comparison:
+    """Of a study that `is_whole` nothing is missing but the baseline, whose runs may be of another suite."""
     finished = [run for run in runs if isinstance(run, Finished)]
     left_out = [run for run in runs if isinstance(run, Unfinished)]
     if not finished:
@@ -89,9 +92,11 @@ def _compared(runs_dir: Path, runs: Sequence[Finished | Unfinished], *, against:
     finished.sort(key=lambda run: (rule_of(run) != against, rule_of(run), seed_of(run), run.name))
     refuse_unlike(finished)
     notes = []
-    if rule_of(finished[0]) != against:
+    if rule_of(finished[0]) != against or not is_whole:
         finished, notes = with_baseline(runs_dir, finished, against)
-    group = Group(tuple(map(_study_run, finished)), against=against, within=within)
+    alike = {_kind_of(run) for run in finished}
+    diverged = frozenset((run.rule, run.seed) for run in left_out if run.state == "diverged" and _kind_of(run) in alike)
+    group = Group(tuple(map(_study_run, finished)), against=against, within=within, diverged_beside=diverged)
     return Comparison(
         study=str(finished[0].summary.get("study", "")),
         runs=tuple(finished),
@@ -187,7 +192,7 @@ def _made(
     refusals: list[ComparisonError] = []
     for members in _comparable(folders):
         try:
-            found.append(_compared(Path(runs_dir), members, against=against, within=within))
+            found.append(_compared(Path(runs_dir), members, against=against, within=within, is_whole=True))
         except ComparisonError as error:
             refusals.append(error)
     tables = Counter(comparison.study for comparison in found)
@@ -207,14 +212,20 @@ def _comparable(folders: Sequence[Path]) -> list[list[Finished | Unfinished]]:
         if isinstance(run, Unfinished):
             unfinished.append(run)
             continue
-        key = kind(study_run(run.name, (), state="finished", summary=run.summary))
+        key = _kind_of(run)
         groups.setdefault(key, []).append(run)
         first_of.setdefault(study_of(run.folder), key)
     for run in unfinished:
-        start = last(run.folder / "journal.jsonl", "start")
-        key, study = kind(study_run(run.folder.name, [start] if start else [], state="interrupted")), study_of(run.folder)
+        key, study = _kind_of(run), study_of(run.folder)
         groups.setdefault(key if key in groups else first_of.get(study, study), []).append(run)
     return list(groups.values())
+
+
+def _kind_of(run: Finished | Unfinished) -> str:
+    if isinstance(run, Finished):
+        return kind(study_run(run.name, (), state="finished", summary=run.summary))
+    start = last(run.folder / "journal.jsonl", "start")
+    return kind(study_run(run.folder.name, [start] if start else [], state="interrupted"))
 
 
 def _whole_study(runs_dir: Path, names: Sequence[str | os.PathLike[str]]) -> list[Path]:

@@ -27,24 +27,35 @@ class Difference:
     mean: float
     low: float
     high: float
+    diverged: int = 0
+    """more seeds, in which the baseline finished and the rule diverged: in no mean"""
 
     def verdict(self, within: float) -> Literal["holds", "fails", "is undecided"]:
-        """Whether "at most `within` points below the baseline" is true of the whole interval, of none of it, or of a part."""
+        """Whether "at most `within` points below the baseline" is true of the whole interval, of none of it, or of a part.
+
+        A rule that diverged lost more than any points, whatever the seeds say in which it did not.
+        """
+        if self.diverged:
+            return "fails"
         if self.high <= within:
             return "holds"
         return "fails" if self.low > within else "is undecided"
 
     def text(self, within: float) -> str:
+        lost = f" of those that did not diverge, as {self.diverged} did" if self.diverged else ""
         return (
-            f"{self.baseline} - {self.rule}: {self.mean:+.2f} points over {self.seeds} paired seeds, 95 % interval "
+            f"{self.baseline} - {self.rule}: {self.mean:+.2f} points over {self.seeds} paired seeds{lost}, 95 % interval "
             f"{self.low:+.2f} to {self.high:+.2f}; at most {within:g} points below {self.verdict(within)}"
         )
 
 
-def paired_difference(baseline: Mapping[int, float], rule: Mapping[int, float], *, names: tuple[str, str]) -> Difference | None:
-    """From top-1 in 0..1 by seed; None with fewer than two seeds in common."""
+def paired_difference(
+    baseline: Mapping[int, float], rule: Mapping[int, float], *, names: tuple[str, str], diverged: int = 0
+) -> Difference | None:
+    """From top-1 in 0..1 by seed; None with fewer than two seeds in common. `diverged`: see `Difference`."""
     found = spread_of([100 * (baseline[seed] - rule[seed]) for seed in sorted(baseline.keys() & rule.keys())])
     if found is None or found.interval is None:
         return None
     low, high = found.interval
-    return Difference(baseline=names[0], rule=names[1], seeds=found.runs, mean=found.mean, low=low, high=high)
+    about = {"baseline": names[0], "rule": names[1], "diverged": diverged}
+    return Difference(seeds=found.runs, mean=found.mean, low=low, high=high, **about)

@@ -74,7 +74,7 @@ def read_study(
         chosen, tried = _without_trials(folders)
         if tried and not chosen:
             raise ReportError(f"report: runs must be trained on the whole training set; got {_counted(tried)} of a search alone")
-        members = _with_their_baseline(runs_dir, chosen, against)
+        members = _with_their_baseline(runs_dir, chosen, against) if names else chosen
         title = _title(members, names)
         place = runs_dir / f"report-{_slug(title)}.html"
     if tried:
@@ -107,7 +107,7 @@ def _counted(trials: Sequence[Path]) -> str:
 
 def _with_their_baseline(runs_dir: Path, folders: Sequence[Path], against: str) -> list[Path]:
     finished = [run for folder in folders if (run := finished_run(folder)) is not None]
-    if not finished or any(run.summary.get("rule") == against for run in finished):
+    if not finished:
         return list(folders)
     found, _ = with_baseline(runs_dir, finished, against)
     return list(dict.fromkeys([*(run.folder.resolve() for run in found), *(folder.resolve() for folder in folders)]))

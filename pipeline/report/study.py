@@ -62,6 +62,8 @@ class Group:
     """the baseline's first"""
     against: str = BASELINE
     within: float = WITHIN
+    diverged_beside: frozenset[tuple[str, int]] = frozenset()
+    """rule and seed of runs that diverged, where they are not among `runs`"""
 
     @property
     def study(self) -> str:
@@ -103,7 +105,7 @@ class Group:
         """Baseline minus rule in points of accuracy, of every rule with at least two seeds in common with it."""
         base = self.by_seed(self.against, "top1")
         found = [
-            paired_difference(base, self.by_seed(rule, "top1"), names=(self.against, rule))
+            paired_difference(base, self.by_seed(rule, "top1"), names=(self.against, rule), diverged=self.lost(rule))
             for rule in self.rules
             if rule != self.against
         ]
@@ -111,6 +113,12 @@ class Group:
 
     def of(self, rule: str) -> tuple[StudyRun, ...]:
         return tuple(run for run in self.runs if run.rule == rule)
+
+    def lost(self, rule: str) -> int:
+        """Seeds in which the baseline finished and the rule diverged, in every run of it."""
+        diverged = {run.seed for run in self.of(rule) if run.state == "diverged"}
+        diverged |= {seed for of, seed in self.diverged_beside if of == rule}
+        return len((diverged - self.by_seed(rule, "top1").keys()) & self.by_seed(self.against, "top1").keys())
 
     def spread(self, rule: str, name: str) -> Spread | None:
         """Of a number of the summaries, over the rule's finished runs; None where none of them has it."""
@@ -241,8 +249,8 @@ def _said(value: Any) -> str:
 
 
 def _notes(group: Group) -> Iterator[str]:
-    """Rules written out, commits, seeds with several runs, what wall clocks leave out, whose bytes nobody counted, and what is
-    divided by what."""
+    """Rules written out, commits, seeds with several runs, what wall clocks have in them and what not, whose bytes nobody
+    counted, and what is divided by what."""
     of_rule = {rule: [run for run in group.of(rule) if run.is_finished] for rule in group.rules}
     of_rule = {rule: runs for rule, runs in of_rule.items() if runs}
     for rule, (run, *_) in of_rule.items():
@@ -256,6 +264,9 @@ def _notes(group: Group) -> Iterator[str]:
         for seed, count in Counter(run.seed for run in runs).items():
             if count > 1:
                 yield f"{rule} has {count} runs of seed {seed}, which count as one, their mean, in ratios and differences"
+    restarts = {rule: sum(run.value("restarts") or 0 for run in runs) for rule, runs in of_rule.items()}
+    if told := [f"{count:g} of {rule}" for rule, count in restarts.items() if count]:
+        yield f"wall clocks have restarts in them, with the batches that each lost: {', '.join(told)}"
     if looked := [rule for rule, runs in of_rule.items() if any(run.value("fidelity_s") for run in runs)]:
         yield f"wall clocks leave out what comparing gradients with BPTT's took, in runs of {', '.join(looked)}"
     if uncounted := [rule for rule, runs in of_rule.items() if any(run.value("peak_saved_bytes") is None for run in runs)]:

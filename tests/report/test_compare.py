@@ -118,8 +118,9 @@ def test_time_is_divided_by_the_faster_bptt(make_run: Callable, runs_dir: Path):
     rows = list(csv.DictReader(io.StringIO(csv_of([comparison]))))
     assert [row["ratios.wall_s"] for row in rows] == ["2.0", "1.0", "0.5"]
     assert {row["time_baseline"] for row in rows} == {"BPTT-chunk-1"}
-    folded = compare(runs_dir, ["sltt", "bptt"])
-    assert (folded.to_json()["time_baseline"], folded.notes) == ("BPTT", ())
+    for names in (["sltt", "bptt"], ["bptt", "sltt", "stepped"]):  # naming the slower one does not hide the faster
+        assert compare(runs_dir, names).to_json() == value
+        assert {run.name for run in read_study(runs_dir, names).study.runs} == {"bptt", "stepped", "sltt"}
 
 
 def test_the_choices_that_decide_a_comparison_stand_in_every_row(make_run: Callable, runs_dir: Path):
@@ -347,8 +348,20 @@ def test_what_diverged_has_its_row_and_divides_nothing(make_run: Callable, runs_
     assert re.search(r"SLTT-1 +diverged +- +- +-\n", text)
     assert "sltt-k1 (SLTT-1) diverged: it is in no mean, and nothing is divided by it\n" in text and "resume" not in text
     told = comparison.to_json()
-    assert [run["run"] for run in told["runs"]] == ["bptt", "sltt-0"]
+    assert [run["run"] for run in told["runs"]] == ["bptt", "sltt-0"] and told["differences"] == []
     assert {run["run"]: run["state"] for run in told["unfinished"]} == {"sltt-1": "diverged", "sltt-k1": "diverged"}
+
+
+def test_seeds_that_did_not_diverge_do_not_speak_for_one_that_did(make_run: Callable, runs_dir: Path):
+    for seed in range(3):
+        make_run(f"bptt-{seed}", seed=seed)
+        make_run(f"sltt-{seed}", seed=seed, rule="SLTT", end="diverged" if seed == 2 else "finish")
+    make_run("sltt-9", seed=9, rule="SLTT", end="diverged")  # of a seed that BPTT has not
+    comparison = compare(runs_dir)
+    [found] = comparison.to_json()["differences"]
+    assert (found["seeds"], found["diverged"], found["verdict"]) == (2, 1, "fails")
+    said = "BPTT - SLTT: +0.00 points over 2 paired seeds of those that did not diverge, as 1 did, 95 % interval"
+    assert said in " ".join(text_of(comparison, width=300).split())
 
 
 def test_named_runs_get_the_baseline_of_their_study(make_run: Callable, runs_dir: Path):

@@ -33,6 +33,14 @@ def test_verdicts(low: float, high: float, verdict: str):
     assert found.verdict(0.7) == verdict and found.text(0.7).endswith(f"at most 0.7 points below {verdict}")
 
 
+def test_a_rule_that_diverged_in_a_seed_of_the_baselines_fails():
+    baseline, rule = {0: 0.9, 1: 0.9, 2: 0.9}, {0: 0.9, 1: 0.9}
+    found = paired_difference(baseline, rule, names=NAMES, diverged=1)
+    assert found is not None and (found.seeds, found.diverged, found.verdict(0.7)) == (2, 1, "fails")
+    finished = paired_difference(baseline, rule, names=NAMES)
+    assert finished is not None and finished.verdict(0.7) == "holds"
+
+
 def test_the_table_says_which(make_run: Callable, runs_dir: Path):
     for seed, (bptt, sltt, ottt) in enumerate([(0.91, 0.909, 0.89), (0.92, 0.919, 0.90), (0.90, 0.8995, 0.88)]):
         make_run(f"b{seed}", seed=seed, top1=bptt)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from pipeline.report.claims import accuracy
 from pipeline.report.spread import Spread, spread_of
 from pipeline.report.study import COMPUTE, Study
 from pipeline.trained_on import trained_on
@@ -172,6 +173,9 @@ def test_what_the_reader_of_means_must_know():
         "OTTT-A has no seed in common with BPTT-chunk-1, so its times are not divided",
     )
     assert study().groups[0].notes == ()
+    assert study(run("OTTT-A", restarts=2)).groups[0].notes == (
+        "wall clocks have restarts in them, with the batches that each lost: 2 of OTTT-A",
+    )
     assert study(run("SLTT", name="again", restart=True, state="running")).groups[0].notes == ()  # in no mean yet
 
 
@@ -185,6 +189,19 @@ def test_a_rule_that_says_less_than_its_recipe_is_written_out():
     (group,) = Study(title="t", runs=(run(), run("HLOP", recipe=of(k=1)), run("HLOP", seed=1, recipe=of(k=2)))).groups
     assert group.rules[1:] == ["HLOP (k=1)", "HLOP (k=2)"]
     assert group.notes == ("HLOP (k=2) has no seed in common with BPTT, so nothing of it is divided",)
+
+
+def test_a_seed_that_diverged_is_in_no_mean_and_no_claim_holds_over_it():
+    more = (run(seed=2, top1=0.9), run("SLTT", seed=2, state="diverged"))
+    (group,) = study(*more).groups
+    (difference,) = group.differences
+    assert (difference.seeds, difference.diverged, difference.verdict(9.0)) == (2, 1, "fails")
+    assert study(*more, run("SLTT", seed=2, name="again")).groups[0].lost("SLTT") == 0  # another run of that seed finished
+    assert study(run("SLTT", seed=7, state="diverged")).groups[0].lost("SLTT") == 0  # of no seed of the baseline's
+    (group,) = Study(title="t", runs=(*more, run(), run("SLTT", state="diverged"))).groups
+    assert group.differences == [] and group.lost("SLTT") == 2
+    claim = accuracy("SLTT", group, "SLTT", within=9.0, published="-")
+    assert (claim.holds, claim.ours) == (False, "diverged in 2 of BPTT's 2 seeds")
 
 
 def test_without_a_baseline():
