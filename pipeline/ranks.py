@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,6 +17,36 @@ from pipeline.refused import refusal_of
 T_ = TypeVar("T_")
 
 PATIENCE = timedelta(days=2)
+ALONE_PATIENCE = timedelta(minutes=30)
+
+
+@contextmanager
+def group_of_one(device: str) -> Iterator[None]:
+    """Inside, this process is the only worker of a process group, without which DeepSpeed makes no engine.
+
+    One that is there already is taken, and stays.
+    """
+    told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": device}  # DeepSpeed reads all of them
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
+    owned = not distributed.is_initialized()
+    try:
+        if owned:
+            distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1, timeout=ALONE_PATIENCE)
+        yield
+    finally:
+        if owned and distributed.is_initialized():
+            _end_group()
+        for name, value in before.items():  # whatever is started from here next is told by others who it is
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _end_group() -> None:
+    """As DeepSpeed (0.19.8) does where it has met the group, copies of which it keeps: its next engine would ask an ended one."""
+    met_by = sys.modules.get("deepspeed.comm")  # not imported for this
+    (met_by if met_by is not None and met_by.is_initialized() else distributed).destroy_process_group()
 
 
 class Ranks:

@@ -201,7 +201,11 @@ def import_deepspeed() -> Any:
         import deepspeed
     from deepspeed.runtime import constants
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)  # its own choice is stdout, which commands print JSON to
     if not hasattr(constants, "MANAGED_GRADIENT_ACCUMULATION"):
         raise RuntimeError(
             f"deepspeed: needs managed_gradient_accumulation (deepspeed >= {CHECKED}); got {deepspeed.__version__}, "

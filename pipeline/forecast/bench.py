@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from pipeline.backend.plain import Plain
 from pipeline.baseline import is_baseline
 from pipeline.build import build_network
-from pipeline.data.base import Batch
 from pipeline.elastic import seed_everything
+from pipeline.forecast.batches import first_batch, noise
 from pipeline.guards.batches import Unguarded
 from pipeline.loop import MicroBatch, train
 from pipeline.malloc import release_freed_memory
@@ -40,7 +40,6 @@ from pipeline.measure.memory import (
     reset_peak_rss,
 )
 from pipeline.measure.meters import Instrument, Meters
-from pipeline.measure.stopwatch import seconds_of
 from pipeline.measure.time_parts import REST
 from pipeline.measure.totals import Totals
 from pipeline.measure.traffic import Traffic
@@ -50,6 +49,7 @@ from pipeline.recipe import Recipe, Spec, spec
 from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
+from pipeline.rules.hlop import HLOP
 from pipeline.rules.ide import IDE
 from pipeline.rules.opzo import OPZO
 from pipeline.rules.ottt import OTTT
@@ -210,7 +210,8 @@ class Bench:
         Raises: ValueError where the rule refuses the network; DoesNotFit where its batch does not fit into memory.
         """
         made = self._made(rule)
-        draws = DRAWS if isinstance(made, SLTT) and made.k is not None else 1
+        decides = made.inner if isinstance(made, HLOP) else made
+        draws = DRAWS if isinstance(decides, SLTT) and decides.k is not None else 1
         batches = LEARNS_BY_ITSELF if isinstance(made, OPZO) else 1
         about = {"world": World(self.recipe.seed), "over_time": self.recipe.over_time, "batches": batches}
         loss_for = partial(self.loss, self.target_B)
@@ -223,23 +224,12 @@ class Bench:
 
     def held(self) -> Held:
         """What training holds beside what a rule keeps of a batch."""
-        network, optimizer = self._moved()
+        network = copy.deepcopy(self.network)
+        optimizer = build_optimizer(self.recipe, network, self.recipe.rule.build())
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # which makes its state
         return held(network, optimizer)
-
-    def optimizer_s(self) -> float:
-        """Seconds of a move of the weights, the median of several."""
-        _, optimizer = self._moved()
-        return statistics.median(seconds_of(optimizer.step, self.x_B.device) for _ in range(TIMED))
-
-    def loading_s(self) -> float:
-        """Seconds of reading a batch and making it ready, on one thread with nothing else to do; the median of several."""
-        data, size = tasks_of(self.recipe)[0].data, self.samples
-        loader = data.train(seed=self.recipe.seed, rank=0, world=1, batch_size=size, micro_batch=size, threads=1)
-        with closing(loader), loader.epoch(0) as batches:
-            some = iter(batches)
-            next(some)
-            turns = min(TIMED, loader.steps_per_epoch - 1)
-            return statistics.median(seconds_of(lambda: next(some), self.x_B.device) for _ in range(turns)) if turns else 0.0
 
     @contextmanager
     def in_memory(self, who: str) -> Iterator[None]:
@@ -257,6 +247,26 @@ class Bench:
     def batch_bytes(self) -> int:
         return bytes_of([self.x_TB, self.target_B])
 
+    def attached(self, rule: Spec) -> tuple[nn.Module, Rule]:
+        """A copy of the network, and the rule on it.
+
+        Raises: ValueError where the rule cannot train it.
+        """
+        network, made = copy.deepcopy(self.network), self._made(rule)
+        made.attach(network, world=World(self.recipe.seed), over_time=self.recipe.over_time)
+        if made.calibration_batches:
+            made.calibrate(network, [self.x_TB])
+        return network, made
+
+    def meters(self, network: nn.Module) -> Meters:
+        """That count bytes on the second batch and operations on the third, and never again."""
+        about = {"batch_size": self.samples, "device": self.x_TB.device}
+        return Meters(network, **about, memory_every=10**9, operations_every=10**9)
+
+    def micro_batches(self) -> list[MicroBatch]:
+        """The batch, as the loop takes it."""
+        return [MicroBatch(self.x_TB, self.target_B, range(self.samples), 1.0)]
+
     def _made(self, rule: Spec) -> Rule:
         made: Rule = rule.build()
         made.check_steps(self.recipe.time_steps)
@@ -268,15 +278,9 @@ class Bench:
         Third, the bytes that memory held before the timed ones, from where its peak began anew: what is loaded when it is first
         needed was there by then. None where no peak can be begun anew.
         """
-        network, made = copy.deepcopy(self.network), self._made(rule)
-        made.attach(network, world=World(self.recipe.seed), over_time=self.recipe.over_time)
-        if made.calibration_batches:
-            made.calibrate(network, [self.x_TB])
-        about = {"batch_size": self.samples, "device": self.x_TB.device}
-        meters = Meters(network, **about, memory_every=10**9, operations_every=10**9)
+        network, made = self.attached(rule)
+        meters = self.meters(network)
         backend = Plain(network, _resting, precision=self.recipe.precision)
-        micro_batches = [MicroBatch(self.x_TB, self.target_B, range(self.samples), 1.0)]
-
         before: int | None = None
 
         def steps() -> Iterator[tuple[int, list[MicroBatch]]]:
@@ -286,7 +290,7 @@ class Bench:
                     before = self._begin_peak()
                 if step == batches - 1 and on_the_last is not None:
                     meters.watch(on_the_last)
-                yield step, micro_batches
+                yield step, self.micro_batches()
 
         with self.in_memory(made.label):
             train(made, backend, lambda step: None, steps(), self.loss, meters, Unguarded())
@@ -297,15 +301,6 @@ class Bench:
         release_freed_memory()
         reset_peak_device_bytes()
         return memory_now_bytes() if reset_peak_rss() or self.x_B.is_cuda else None
-
-    def _moved(self) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """A copy of the network, and its optimizer after a first step."""
-        network = copy.deepcopy(self.network)
-        optimizer = build_optimizer(self.recipe, network, self.recipe.rule.build())
-        for parameter in network.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        return network, optimizer
 
 
 def fastest_baseline(costs: Iterable[Cost]) -> Cost | None:
@@ -318,14 +313,6 @@ def by_label(rules: Sequence[Spec], own: Spec) -> dict[str, Spec]:
     return {rule.build().label: rule for rule in (*rules, own)}
 
 
-def first_batch(recipe: Recipe, size: int) -> Batch:
-    """The first `size` samples that a run of the recipe would train on."""
-    data = tasks_of(recipe)[0].data
-    loader = data.train(seed=recipe.seed, rank=0, world=1, batch_size=size, micro_batch=size, threads=1)
-    with closing(loader), loader.epoch(0) as batches:
-        return next(iter(batches))
-
-
 def _bytes_of(made: Rule, totals: Totals) -> dict[str, int]:
     """What a rule that has trained keeps of a batch, and by itself."""
     assert totals.peak_saved_bytes is not None and totals.state_bytes is not None, "no batch is skipped"
@@ -334,21 +321,6 @@ def _bytes_of(made: Rule, totals: Totals) -> dict[str, int]:
         "state_bytes": totals.state_bytes,
         "rule_bytes": made.bytes(),
     }
-
-
-def samples_of(recipe: Recipe) -> int:
-    """That an epoch of the recipe has, and no batch of it more."""
-    data = tasks_of(recipe)[0].data
-    with closing(data.train(seed=recipe.seed, rank=0, world=1, batch_size=1, micro_batch=1, threads=1)) as loader:
-        return loader.samples
-
-
-def noise(recipe: Recipe, size: int) -> Batch:
-    """A batch that nobody read, in the shape of the recipe's data."""
-    data = tasks_of(recipe)[0].data
-    generator = torch.Generator().manual_seed(recipe.seed)
-    x_B = torch.randn(size, *data.shape, generator=generator)
-    return Batch(x_B, torch.randint(data.classes, (size,), generator=generator), torch.arange(size))
 
 
 def _of_labels(recipe: Recipe) -> Spec:

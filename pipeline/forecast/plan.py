@@ -2,9 +2,9 @@
 
     step = compute + teacher + communication + optimizer + loading
 
-Compute and memory come from a profile of small batches (`profile.py`). Here its seconds are the machine's own, times what its
-workers slow one another down (`measure/neighbours.py`); for a card of the table compute is the longer of its roofline
-(`measure/traffic.py`) divided by EFFICIENCY, and the launches of its kernels.
+Compute and memory come from a profile of small batches (`profile.py`). Here its seconds are the machine's own, and those of a
+move of the weights too (`moving.py`), times what its workers slow one another down (`measure/neighbours.py`); for a card of the
+table compute is the longer of its roofline (`measure/traffic.py`) divided by EFFICIENCY, and the launches of its kernels.
 
 What DeepSpeed 0.19.8 holds and moves of parameters P, gradients G and the optimizer's state O on N workers, a ring, with n
 backward calls in a batch:
@@ -24,22 +24,25 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from pipeline.build import check_recipe
-from pipeline.forecast.bench import RESERVE, ROUNDS, RULES, Bench, by_label
+from pipeline.forecast.batches import loading_s
+from pipeline.forecast.bench import RESERVE, ROUNDS, RULES, Bench, DoesNotFit, by_label
+from pipeline.forecast.moving import moving_s
 from pipeline.forecast.profile import EFFICIENCY, Profile, TeacherProfile, profile_of, sizes_for, teacher_profile, times_for
 from pipeline.measure.held import Held
 from pipeline.measure.memory import free_bytes
 from pipeline.measure.neighbours import ALONE, neighbours
 from pipeline.measure.traffic import Device
 from pipeline.recipe import Recipe, Spec
+from pipeline.recipe_json import encode
 from pipeline.tasks import Loaders, tasks_of
 
 RAY_SHARE = 0.07
@@ -74,6 +77,8 @@ class Planned:
     """One rule at the size that was asked for."""
 
     rule: str
+    written: Mapping[str, Any]
+    """the rule as recipe.json writes it: a label does not tell all"""
     zero: int
     micro_batch: int
     accumulation: int
@@ -85,6 +90,7 @@ class Planned:
     """of asking a teacher once a batch; 0 without one"""
     communication_s: float
     optimizer_s: float
+    """of moving the weights; here with a look at the gradients before"""
     loading_s: float
     """that no computation covers"""
     images_per_s: float
@@ -141,7 +147,7 @@ def plan(
     bench = made(sizes[1], recipe.time_steps)
     with bench.in_memory(f"{recipe.name}'s teacher"):
         teacher = teacher_profile(recipe, bench.x_B, sizes, cluster.device)
-    share = _Share(recipe, cluster, bench, source, teacher)
+    share = _Share(recipe, cluster, bench, source, teacher, lambda: _moving_s(made, sizes[0], recipe.time_steps))
     planned, refused = [], {}
     profiled: set[int] = set()
     for label, rule in by_label(rules, recipe.rule).items():
@@ -150,7 +156,7 @@ def plan(
             needs = {(B, T): made(B, T).needs(rule) for B in sizes for T in times}
             seconds = _seconds({place: made(*place) for place in needs}, rule) if cluster.device is None else None
             planned.append(
-                _planned(profile_of(rule.build(), needs, seconds, recipe, cluster.device), share, recipe, cluster, samples)
+                _planned(rule, profile_of(rule.build(), needs, seconds, recipe, cluster.device), share, recipe, cluster, samples)
             )
             profiled.update(times)
         except ValueError as error:
@@ -172,6 +178,14 @@ def _seconds(benches: Mapping[tuple[int, int], Bench], rule: Spec) -> dict[tuple
     """Of a batch at each (B, T), the median of several rounds: where a machine gets slower, it does so for all of them."""
     rounds = [{place: bench.cost(rule) for place, bench in benches.items()} for _ in range(ROUNDS)]
     return {place: statistics.median(each[place].compute_s + each[place].loop_s for each in rounds) for place in benches}
+
+
+def _moving_s(made: Callable[[int, int], Bench], B: int, T: int) -> float:
+    """Of batches of B samples, which hardly matter; of one where they do not fit, which is no answer about the other rules."""
+    try:
+        return moving_s(made(B, T))
+    except DoesNotFit:
+        return moving_s(made(1, T))
 
 
 def _check(recipe: Recipe, cluster: Cluster) -> None:
@@ -202,22 +216,30 @@ def _samples(recipe: Recipe) -> int:
 class _Share:
     """What every rule needs alike: what a worker holds, moves and says to the others."""
 
-    def __init__(self, recipe: Recipe, cluster: Cluster, bench: Bench, source: str, teacher: TeacherProfile | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        cluster: Cluster,
+        bench: Bench,
+        source: str,
+        teacher: TeacherProfile | None,
+        move_s: Callable[[], float],
+    ) -> None:
         self.held: Held = bench.held()
         self.batch_bytes_of_a_sample = bench.batch_bytes / bench.samples
         self.average_bytes = self.held.parameters if recipe.ema_decay else 0
         self.teacher, self.teacher_bytes = teacher, 0.0 if teacher is None else teacher.bytes
         self.workers, card = cluster.workers, cluster.device
         if card is None:
-            self.memory = free_bytes() / (1 if torch.cuda.is_available() else cluster.workers)
-            self.loading_s_of_a_sample = bench.loading_s() / bench.samples if source == "data" else 0.0
+            self.memory = (1 - RESERVE) * free_bytes() / (1 if torch.cuda.is_available() else cluster.workers)
+            self.loading_s_of_a_sample = loading_s(recipe, bench.samples) / bench.samples if source == "data" else 0.0
             self.loads_beside = len(os.sched_getaffinity(0)) > cluster.workers * cluster.threads
             on = "cuda" if torch.cuda.is_available() else "cpu"
             found = neighbours(cluster.workers, self.held.gradients, threads=cluster.threads, on=on)
             crowded = found.slowdown / (1.0 if self.loads_beside else 1 - RAY_SHARE)
             self.slowdown = ALONE.slowdown if on == "cuda" else crowded  # cards share neither caches nor clocks
-            self.optimizer_s = bench.optimizer_s() * self.slowdown
-            self.s_of_a_byte = found.ring_s / max(1.0, self._ring(self.held.gradients))
+            self.optimizer_s = move_s() * self.slowdown
+            self.word_s, self.s_of_a_byte = found.word_s, found.ring_s / max(1.0, self._ring(self.held.gradients))
         else:
             self.memory = (1 - RESERVE) * card.memory
             # The optimizer reads parameters, gradients and its state, and writes all but the gradients.
@@ -225,7 +247,7 @@ class _Share:
             self.optimizer_s = moved / card.bandwidth / EFFICIENCY
             self.loading_s_of_a_sample, self.loads_beside = 0.0, True  # loaders that keep up: a matter of cores
             self.slowdown = ALONE.slowdown
-            self.s_of_a_byte = 1 / (cluster.bandwidth or math.inf)
+            self.word_s, self.s_of_a_byte = 0.0, 1 / (cluster.bandwidth or math.inf)
 
     def held_bytes(self, zero: int) -> float:
         held, N = self.held, self.workers
@@ -240,17 +262,17 @@ class _Share:
         return 0.0 if self.teacher is None else self.teacher(micro) * self.slowdown
 
     def communication_s(self, zero: int, backward_calls: float) -> float:
-        """Of one move of the weights."""
+        """Of one move of the weights, before which workers hear whether the others' gradients are finite."""
         sums = backward_calls if zero == 2 else 1.0
         gathered = 0.0 if zero == 0 else self._ring(self.held.parameters) / 2
-        return (sums * self._ring(self.held.gradients) + gathered) * self.s_of_a_byte
+        return self.word_s + (sums * self._ring(self.held.gradients) + gathered) * self.s_of_a_byte
 
     def _ring(self, size: float) -> float:
         """Bytes that a worker sends to sum so many over all."""
         return 2 * (self.workers - 1) / self.workers * size
 
 
-def _planned(profile: Profile, share: _Share, recipe: Recipe, cluster: Cluster, samples: int) -> Planned:
+def _planned(of: Spec, profile: Profile, share: _Share, recipe: Recipe, cluster: Cluster, samples: int) -> Planned:
     """With the micro-batch that the recipe wants at the least ZeRO stage that fits, or else the largest that fits at any."""
     T, rule, whole = recipe.time_steps, profile.rule, recipe.batch_size // cluster.workers
     moves_at_each_step = rule.update == "objective"
@@ -283,6 +305,7 @@ def _planned(profile: Profile, share: _Share, recipe: Recipe, cluster: Cluster, 
     hours = (steps if recipe.stop_after is None else min(steps, recipe.stop_after)) * step / 3600
     return Planned(
         rule=rule.label,
+        written=encode(of, paths=True),
         zero=zero,
         micro_batch=micro,
         accumulation=accumulation,

@@ -16,7 +16,8 @@ from typing import Literal
 from pipeline.build import check_recipe
 from pipeline.counts import are_counts
 from pipeline.forecast.asked import Asked, asked
-from pipeline.forecast.bench import RESERVE, RULES, Bench, Cost, DoesNotFit, by_label, fastest_baseline, samples_of
+from pipeline.forecast.batches import samples_of
+from pipeline.forecast.bench import RESERVE, RULES, Bench, Cost, DoesNotFit, by_label, fastest_baseline
 from pipeline.measure.held import Held
 from pipeline.measure.memory import free_bytes, hardware
 from pipeline.recipe import Recipe, Spec

@@ -31,11 +31,11 @@ from torch.nn.utils import get_total_norm
 from pipeline.backend.base import Backend
 from pipeline.checkpoint import rng_state, set_rng_state
 from pipeline.ranks import Ranks
-from pipeline.recipe import read_json, write_json
+from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.refused import Refused
 from pipeline.rules.base import Rule
 
-__all__ = ["GoBack", "Guard", "Skipped", "Unguarded", "is_in"]
+__all__ = ["GoBack", "Guard", "Skipped", "Unguarded", "is_in", "takes_back"]
 
 WINDOW = 64
 """good losses that a new one is held against, and that there must be before one is"""
@@ -100,13 +100,18 @@ def is_in(step: int, batches: Sequence[tuple[int, int]]) -> bool:
     return any(first <= step < end for first, end in batches)
 
 
+def takes_back(recipe: Recipe, rule: Rule) -> bool:
+    """Whether a bad batch can be taken back, as above."""
+    return rule.update == "batch" and recipe.zero == 0
+
+
 class Guard:
     """Of one rank; all ranks make one and ask it equally often.
 
     Args:
         spike: so many medians are too much; 0: what is finite is good.
         skips: bad batches in a row that are skipped.
-        takes_back: whether a batch can be, as above.
+        takes_back: whether a bad batch can be.
         on_skip: told (step, reason) of each bad batch that is skipped.
         state: what `told` said in the checkpoint that was restored.
     """
@@ -172,6 +177,12 @@ class Guard:
 
     def check(self) -> None:
         """Between the backward calls and the step that they lead to; collective."""
+        why = self.verdict()
+        if why is not None:
+            raise _Bad(why)
+
+    def verdict(self) -> str | None:
+        """Why the batch is bad, of whose loss and gradients every rank hears; None: it is good. Collective."""
         loss = torch.stack(self._losses).sum(dtype=torch.float64)
         gradients = self.backend.gradients()
         if not gradients:  # and nothing would be found of them
@@ -180,12 +191,13 @@ class Guard:
         bad, unsolved = (~size.isfinite()).to(loss), loss.new_tensor(self.rule.is_unsolved())
         self._loss, ranks, gave_up = self.ranks.sum(torch.stack([loss, bad, unsolved])).tolist()
         if not math.isfinite(self._loss):
-            raise _Bad(f"its loss is {self._loss}")
+            return f"its loss is {self._loss}"
         if ranks:
             why = f": {self.rule.label} could not solve for it on {gave_up:.0f}" if gave_up else ""
-            raise _Bad(f"its gradient is not finite on {ranks:.0f} of {self.ranks.size} workers{why}")
+            return f"its gradient is not finite on {ranks:.0f} of {self.ranks.size} workers{why}"
         if self.spike and len(self._good) == WINDOW and self._loss > self.spike * (usual := statistics.median(self._good)):
-            raise _Bad(f"its loss of {self._loss:.4g} is more than {self.spike:g} times the usual {usual:.4g}")
+            return f"its loss of {self._loss:.4g} is more than {self.spike:g} times the usual {usual:.4g}"
+        return None
 
 
 class _Before:

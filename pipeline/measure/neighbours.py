@@ -1,8 +1,9 @@
 """What processes of one machine do to one another: each computes slower where all compute, and a sum waits for the slowest.
 
 Cores share caches, memory and clock rates, so what one worker is seen to need alone is too little for several. Every process
-computes the same piece (a convolution, and passes over what it gives, larger than a core's own cache) and then sums a tensor with
-the others, as a batch of training does: over gloo on cores, over nccl on cards, of which each process has one.
+computes the same piece (a convolution, and passes over what it gives, larger than a core's own cache) and then sums with the
+others, as a batch of training does, first a few numbers (guards/batches.py) and then as many as there are gradients: over gloo on
+cores, over nccl on cards, of which each process has one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import Tensor, distributed, multiprocessing, nn
 
 from pipeline.measure.stopwatch import seconds_of, settle
 
@@ -32,11 +33,13 @@ class Neighbours:
 
     slowdown: float
     """seconds of computing the same, at least 1"""
+    word_s: float
+    """seconds of a sum of a few numbers, with the wait for the slowest"""
     ring_s: float
-    """seconds of a sum, with the wait for the slowest"""
+    """seconds of a sum, right after that"""
 
 
-ALONE = Neighbours(1.0, 0.0)
+ALONE = Neighbours(1.0, 0.0, 0.0)
 
 
 def neighbours(workers: int, size: int, *, threads: int = 1, on: Literal["cpu", "cuda"]) -> Neighbours:
@@ -48,6 +51,7 @@ def neighbours(workers: int, size: int, *, threads: int = 1, on: Literal["cpu", 
         told = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(workers)]
     return Neighbours(
         slowdown=max(1.0, statistics.mean(each["together"] for each in told) / told[0]["alone"]),
+        word_s=statistics.mean(each["word"] for each in told),
         ring_s=statistics.mean(each["ring"] for each in told),
     )
 
@@ -59,21 +63,23 @@ def _rank(rank: int, workers: int, size: int, threads: int, on: Literal["cpu", "
         torch.cuda.set_device(device)
     store = distributed.FileStore(f"{folder}/rendezvous", workers)
     distributed.init_process_group({"cpu": "gloo", "cuda": "nccl"}[on], store=store, rank=rank, world_size=workers)
-    summed, work = torch.ones(max(1, size // 4), device=device), _work(device)
-    alone, together, ring = list[float](), list[float](), list[float]()
+    word, gradients, work = torch.ones(3, device=device), torch.ones(max(1, size // 4), device=device), _work(device)
+    seconds = {name: list[float]() for name in ("alone", "together", "word", "ring")}
+
+    def seconds_of_sum(numbers: Tensor) -> float:
+        return seconds_of(lambda: distributed.all_reduce(numbers), device)
+
     for _ in range(ROUNDS):
         _meet(device)
         if rank == 0:  # the others wait for it at the barrier, which is a wait without computing
-            alone += [next(work) for _ in range(TURNS)][UNTIMED:]
+            seconds["alone"] += [next(work) for _ in range(TURNS)][UNTIMED:]
         _meet(device)
-        turns = [(next(work), seconds_of(lambda: distributed.all_reduce(summed), device)) for _ in range(TURNS)][UNTIMED:]
-        together += [computing for computing, _ in turns]
-        ring += [summing for _, summing in turns]
+        turns = [(next(work), seconds_of_sum(word), seconds_of_sum(gradients)) for _ in range(TURNS)][UNTIMED:]
+        for name, of_turns in zip(("together", "word", "ring"), zip(*turns, strict=True), strict=True):
+            seconds[name] += of_turns
     # Means: a batch that is held up holds up a training, however rare it is.
-    seconds = {"together": statistics.mean(together), "ring": statistics.mean(ring)}
-    if rank == 0:
-        seconds["alone"] = statistics.mean(alone)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(seconds))
+    told = {name: statistics.mean(each) for name, each in seconds.items() if each}
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(told))
     _meet(device)
     distributed.destroy_process_group()
 

@@ -19,7 +19,7 @@ from pipeline.trained_on import told_in
 
 # What a batch costs does not depend on how many there are, nor on when a run looks up from them.
 _BESIDE = (*BESIDE_THE_STUDY, "epochs", "schedule", "stop_after", "evaluate_every", "evaluate_samples",
-           "checkpoint_every", "checkpoint_minutes", "keep", "log_every", "protocol", "tuned")  # fmt: skip
+           "checkpoint_every", "checkpoint_minutes", "keep", "log_every", "protocol", "tuned", "searched")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def errors(found: Plan, folder: Path) -> Errors:
     """Of the rule that the run was trained by.
 
     Raises:
-        ReportError: the plan has no such rule, or a micro-batch that the run was not trained in.
+        ReportError: the plan has no such rule, another one of its label, or a micro-batch that the run was not trained in.
     """
     summary = _summary(folder)
     planned = next((each for each in found.rules if each.rule == summary["rule"]), None)
@@ -96,7 +96,8 @@ def errors(found: Plan, folder: Path) -> Errors:
         told = ", ".join(each.rule for each in found.rules) or "none"
         raise ReportError(f"plan: --against must be of a rule that is planned, {told}; got {summary['rule']} of {folder.name}")
     micro_batch = _trained_on(folder, summary)["micro_batch"]
-    _refuse_if(list(differing("micro_batch", planned.micro_batch, micro_batch)), folder)
+    of_rule = differing("rule", {**planned.written}, recipe_of(folder)["rule"])
+    _refuse_if([*of_rule, *differing("micro_batch", planned.micro_batch, micro_batch)], folder)
     batch_size = planned.images_per_s * planned.step_s
     return Errors(
         run=folder.name,

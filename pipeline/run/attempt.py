@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.answers import write_answers
 from pipeline.evaluate import COUNTED_ON, Evaluated, Evaluation
-from pipeline.guards.batches import GoBack, Guard, is_in
+from pipeline.guards.batches import GoBack, Guard, is_in, takes_back
 from pipeline.guards.fitting import untold
 from pipeline.guards.replicas import stragglers
 from pipeline.job import asked_by
@@ -65,7 +65,7 @@ class Attempt:
             self.ranks,
             spike=self.recipe.loss_spike,
             skips=self.recipe.max_skips,
-            takes_back=parts.rule.update == "batch" and self.recipe.zero == 0,
+            takes_back=takes_back(self.recipe, parts.rule),
             on_skip=self._tell_skipped,
             state=None if parts.trainer is None else parts.trainer.get("guard"),
         )

@@ -16,7 +16,7 @@ from torch import nn
 
 from pipeline.data.synthetic import Synthetic
 from pipeline.forecast.asked import Asking
-from pipeline.forecast.bench import Bench
+from pipeline.forecast.bench import RESERVE, Bench
 from pipeline.forecast.devices import DEVICES
 from pipeline.forecast.plan import Cluster, Plan, Planned, _Share, plan
 from pipeline.forecast.profile import EFFICIENCY, Bilinear, teacher_profile, times_for
@@ -173,16 +173,18 @@ def test_cards_sum_among_themselves_and_more_than_there_are_is_refused(monkeypat
 
     def told(workers: int, size: int, **about: Any) -> Neighbours:
         asked.append({"workers": workers, **about})
-        return Neighbours(slowdown=2.0, ring_s=1.0)
+        return Neighbours(slowdown=2.0, word_s=0.5, ring_s=1.0)
 
     monkeypatch.setattr("pipeline.forecast.plan.neighbours", told)
     monkeypatch.setattr("pipeline.forecast.plan.free_bytes", lambda: 10**9)
-    on_cores = _Share(made(), Cluster(workers=2), bench, "noise", None)
+    on_cores = _Share(made(), Cluster(workers=2), bench, "noise", None, lambda: 0.25)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    on_cards = _Share(made(), Cluster(workers=2), bench, "noise", None)
+    on_cards = _Share(made(), Cluster(workers=2), bench, "noise", None, lambda: 0.25)
     assert [each["on"] for each in asked] == ["cpu", "cuda"] and asked[1]["workers"] == 2
-    assert on_cores.slowdown > 1.9 and on_cards.slowdown == 1 and on_cards.communication_s(0, 1.0) == pytest.approx(1.0)
+    assert on_cores.memory == pytest.approx((1 - RESERVE) * 10**9 / 2) and on_cards.memory == pytest.approx((1 - RESERVE) * 10**9)
+    assert on_cores.optimizer_s == 0.25 * on_cores.slowdown and on_cards.optimizer_s == 0.25
+    assert on_cores.slowdown > 1.9 and on_cards.slowdown == 1 and on_cards.communication_s(0, 1.0) == pytest.approx(1.5)
     said = "every worker takes a card, of which machines like this one have 2; got 4 workers; name the card with --device"
     with pytest.raises(ValueError, match=said):
         plan(made(), Cluster(workers=4))
@@ -233,7 +235,7 @@ def _teacher_of(recipe: Recipe) -> tuple[int, int]:
 def test_neighbours_sum_longer_the_more_they_sum_and_compute_no_faster_than_one_alone() -> None:
     assert neighbours(1, 10**9, on="cpu") == ALONE
     little, much = neighbours(2, 10**4, on="cpu"), neighbours(2, 4 * 10**7, on="cpu")
-    assert 0 < little.ring_s < much.ring_s < 1
+    assert 0 < little.ring_s < much.ring_s < 1 and 0 < little.word_s < 1
     assert 1 <= little.slowdown < 3
 
 
@@ -278,6 +280,8 @@ def test_a_plan_against_what_was_launched(
     assert "Against launched, SLTT-2: saved for backward" in " ".join(run(*words)[1].split())
     code, _, err = run(*words, "--set", "batch_size=16")
     assert code == 2 and err == ("plan: --against must be a run of what is planned; launched differs: batch_size: 16 and 8\n")
+    code, _, err = run(*words, "--set", "rule.rescale=False")  # another rule of the same label
+    assert code == 2 and "--against must be a run of what is planned; launched differs: rule." in err
     code, _, err = run(*words, "--device", "h100")
     assert code == 2 and "--against is for machines like this one; got H100" in err
     written = runs / "launched" / "summary.json"

@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from pipeline.forecast.asked import Asking
-from pipeline.forecast.bench import RULES, Bench, Cost, DoesNotFit
+from pipeline.forecast.bench import DRAWS, RULES, Bench, Cost, DoesNotFit
 from pipeline.forecast.plan import Cluster, plan
 from pipeline.forecast.probe import Probe, advice, probe
 from pipeline.forecast.sweep import sweep
@@ -26,6 +26,7 @@ from pipeline.models.mlp import mlp
 from pipeline.recipe import Recipe, Spec, spec
 from pipeline.report.probe import print_probe
 from pipeline.rules.bptt import BPTT
+from pipeline.rules.hlop import HLOP
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
 from tests.small import command, small_recipe
@@ -41,6 +42,12 @@ def recipe_with(leak: float, **changes: object) -> Recipe:
 @pytest.fixture(scope="module")
 def found() -> Probe:
     return probe(recipe_with(0.5))
+
+
+def test_a_rule_that_draws_time_steps_is_looked_at_in_several_draws_inside_another_too() -> None:
+    bench = Bench(recipe_with(0.5), batch_size=4)
+    rules = (spec(SLTT, k=1), spec(HLOP, inner=spec(SLTT, k=1), rows=((3, 2),)), spec(SLTT))
+    assert [len(bench.gradients(rule)) for rule in rules] == [DRAWS, DRAWS, 1]
 
 
 def test_every_rule_that_fits_is_probed_and_the_others_say_why(found: Probe) -> None:
