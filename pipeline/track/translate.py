@@ -48,6 +48,7 @@ class Translation:
         self._waiting: dict[tuple[str, int], Event] = {}  # of each kind and step the newest
         self._counts: Counter[str] = Counter()
         self._rolled_back: list[str] = []
+        self._of_ends: set[str] = set()  # tags of how attempts ended, which the next start empties
 
     def points(self, event: Event) -> Iterator[Metric]:
         """The metrics that MLflow does not hold yet and may have with this event: its own, or those that waited for it."""
@@ -84,11 +85,11 @@ class Translation:
                 tags |= {f"{group}.{_key(name)}": str(value) for name, value in (event.get(group) or {}).items()}
             if event.get("commit"):
                 tags["mlflow.source.git.commit"] = str(event["commit"])
+            tags |= dict.fromkeys(self._of_ends, "")
             return tags | {"spiketrain.attempt": str(event.get("attempt", 0)), "mlflow.source.name": str(event.get("recipe", ""))}
-        if kind in ("failed", "diverged"):
-            return {"spiketrain.error": str(event.get("error", "")), "spiketrain.diverged": str(kind == "diverged").lower()}
-        if kind == "stopped":
-            return {"spiketrain.stopped": str(event.get("reason", ""))}
+        if ended := _ended(event):
+            self._of_ends |= ended.keys()
+            return ended
         if (name := _COUNTED.get(kind)) is not None:
             self._counts[name] += _integer(event.get("samples"), 0) if kind == "skipped" else 1
             return {f"spiketrain.{name}": str(self._counts[name]), **(self._trained_in_vain(event) if kind == "rollback" else {})}
@@ -110,6 +111,16 @@ def parameters(event: Event) -> dict[str, str]:
 def milliseconds(event: Event) -> int:
     time = event.get("time", 0)
     return int(time * 1000) if isinstance(time, (int, float)) and math.isfinite(time) else 0
+
+
+def _ended(event: Event) -> dict[str, str]:
+    """Tags of how an attempt ended that did not finish."""
+    kind = event["event"]
+    if kind in ("failed", "diverged"):
+        return {"spiketrain.error": str(event.get("error", "")), "spiketrain.diverged": str(kind == "diverged").lower()}
+    if kind == "stopped":
+        return {"spiketrain.stopped": str(event.get("reason", ""))}
+    return {}
 
 
 def _metrics(event: Event) -> Iterator[tuple[str, float]]:

@@ -161,6 +161,25 @@ def test_status_follows_stop_and_resume(fake_run: Callable, sqlite_store: str):
     assert mirror.warning is None
 
 
+def test_how_an_attempt_ended_is_not_said_of_a_run_that_went_on(fake_run: Callable, sqlite_store: str):
+    run = fake_run()
+
+    def told() -> list[str | None]:
+        sync(run.folder, uri=sqlite_store)
+        tags = find(sqlite_store, run).data.tags
+        return [tags.get(f"spiketrain.{name}") for name in ("error", "diverged", "stopped")]
+
+    with run.start() as journal:
+        journal.event("failed", error="out of memory")
+    assert told() == ["out of memory", "false", None]
+    with run.start() as journal:
+        journal.event("stopped", reason="SIGTERM")
+    assert told() == ["", "", "SIGTERM"]
+    with run.start() as journal:
+        journal.event("finish", steps=1)
+    assert told() == ["", "", ""] and find(sqlite_store, run).info.status == "FINISHED"
+
+
 @pytest.mark.parametrize("effect", ["before", "after"])
 def test_a_driver_may_die_at_any_call(fake_run: Callable, sqlite_store: str, monkeypatch: pytest.MonkeyPatch, effect: str):
     """Killed at the first call to MLflow, at the second, ... whether or not the call took effect; then another driver comes."""
