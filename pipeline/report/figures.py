@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 
 from pipeline.measure.sampled import MEMORY_EVERY
 from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, color, plain, symbol
+from pipeline.report.places import NOT_SAID
 from pipeline.report.spread import Spread
-from pipeline.report.study import COMPUTE, ENERGY, ENERGY_MEASURED, KEPT, Group
+from pipeline.report.study import COMPUTE, ENERGY, ENERGY_MEASURED, KEPT, Group, StudyRun
 from pipeline.units import unit_of
 
 MEASURED_SAID = (
@@ -159,7 +160,7 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
     if name == ENERGY:
         columns = (*columns, "measured on cards, joules", "MACs", "ACs")
         rows = [(*row, *_beside(group, str(row[0]))) for row in rows]
-        how = f"{how}. {_counted_on(group)}. {_measured_on(group)}"
+        how = f"{how}. Prices of an operation: {prices(group.finished)}. {_counted_on(group)}. {_measured_on(group)}"
     return Figure(
         name=f"accuracy-against-{what.replace(' ', '-')}",
         title=title,
@@ -169,6 +170,12 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
         draw=draw,
         height=380,
     )
+
+
+def prices(runs: Iterable[StudyRun]) -> str:
+    """The tables of prices behind the joules of inferences, such as `45 nm, fp32`; empty where none was estimated."""
+    told = (str((run.summary or {})["inference"].get("prices", NOT_SAID)) for run in runs if run.value(ENERGY) is not None)
+    return "; ".join(dict.fromkeys(told))
 
 
 def _beside(group: Group, rule: str) -> list[float | None]:

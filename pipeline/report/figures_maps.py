@@ -64,21 +64,23 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
         return Missing(title=title, why="no run compared its gradient with BPTT's; --set fidelity_every=1 does after each epoch")
     layers = list(dict.fromkeys(layer for cosines in of_rule.values() for layer in cosines))
     rows = [(layer, rule, of_rule[rule].get(layer)) for layer in layers for rule in of_rule]
+    known = [(value, layer, rule) for layer, rule, value in rows if value is not None]
+    least = min([0.0, *(value for value, _, _ in known)])
 
     def draw(theme: Theme) -> go.Figure:
         z = [[cosines.get(layer) for cosines in of_rule.values()] for layer in layers]
         x = [plain(rule) for rule in of_rule]
-        figure = go.Figure(_map(z, x=x, y=layers, theme=theme, most=1.0, written=".2f", bar=True))
+        figure = go.Figure(_map(z, x=x, y=layers, theme=theme, least=least, most=1.0, written=".2f", bar=True))
         return _laid_out(figure, theme, height)
 
     height = 130 + _ROW * len(layers)
-    known = [(value, layer, rule) for layer, rule, value in rows if value is not None]
     said = "none is known" if not known else "the lowest is {0:.2f}, of {2} in {1}".format(*min(known))
+    away = ", below 0: away from it" if least < 0 else ""
     return Figure(
         name="gradient-fidelity",
         title=title,
-        caption="1: the same direction as BPTT's gradient, 0: at a right angle; on one batch, at the weights of the newest "
-        "comparison, the mean over runs.",
+        caption=f"1: the same direction as BPTT's gradient, 0: at a right angle{away}; on one batch, at the weights of the "
+        "newest comparison, the mean over runs.",
         alt=f"Cosines of {len(of_rule)} rules in {len(layers)} layers: {said}.",
         table=Table(columns=("layer", "rule", "cosine"), rows=tuple(rows)),
         draw=draw,
@@ -156,6 +158,7 @@ def _map(
     x: Sequence[str],
     y: Sequence[str],
     theme: Theme,
+    least: float = 0.0,
     most: float,
     written: str,
     bar: bool,
@@ -167,7 +170,7 @@ def _map(
         x=list(x),
         y=[plain(name) for name in y],
         colorscale=[list(stop) for stop in theme.scale],
-        zmin=0,
+        zmin=least,
         zmax=most,
         xgap=2,
         ygap=2,

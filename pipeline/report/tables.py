@@ -13,11 +13,11 @@ from pipeline.recipe_json import differing
 from pipeline.report.claims import Claim
 from pipeline.report.differences import VARIED, trained_apart, tuned_in, written
 from pipeline.report.figure import Cell, Table
-from pipeline.report.figures import MEASURED_SAID, QUANTITIES
+from pipeline.report.figures import MEASURED_SAID, QUANTITIES, prices
 from pipeline.report.places import NOT_SAID, machine, micro_batches, places
 from pipeline.report.silence import state_told
 from pipeline.report.spread import Spread
-from pipeline.report.study import COMPUTE, ENERGY_MEASURED, KEPT, Group, Study, StudyRun
+from pipeline.report.study import COMPUTE, ENERGY, ENERGY_MEASURED, KEPT, Group, Study, StudyRun
 from pipeline.units import shown, unit_of
 
 STATES = "states beside saved bytes"
@@ -73,8 +73,8 @@ def headlines(group: Group) -> list[tuple[str, str]]:
 
 def costs(group: Group) -> Table:
     """One row for each rule: mean over seeds ± standard deviation, × the baseline over paired seeds; what diverged is counted."""
-    columns = ["rule", "top-1", *(title for title, _ in QUANTITIES.values()), "images/s", "finished runs"]
-    return Table(columns=tuple(columns), rows=tuple(tuple(_costs(group, rule)) for rule in group.rules))
+    columns = ("rule", "top-1", *_titles(group.finished), "images/s", "finished runs")
+    return Table(columns=columns, rows=tuple(tuple(_costs(group, rule)) for rule in group.rules))
 
 
 def beside(group: Group) -> Table | None:
@@ -152,7 +152,7 @@ def provenance(study: Study) -> Table:
 
 def lone_runs(groups: Sequence[Group]) -> Table:
     """Runs of groups with one rule: there is nothing to set them beside."""
-    columns = ("run", "rule", "seed", "top-1", *(title for title, _ in QUANTITIES.values()))
+    columns = ("run", "rule", "seed", "top-1", *_titles([run for group in groups for run in group.finished]))
     rows = [
         (
             run.name,
@@ -175,6 +175,13 @@ def named(group: Group, *, among: Sequence[Group] = ()) -> str:
     run = group.runs[0]
     is_told = any(tuned_in(each.runs[0].recipe) for each in (group, *among))
     return f"Study {group.study[:8] or 'unknown'}{_protocol(run.recipe) if is_told else ''} on {places(run)}"
+
+
+def _titles(runs: Sequence[StudyRun]) -> Iterator[str]:
+    """Of `QUANTITIES`; that of energy has the prices behind its joules."""
+    priced = prices(runs)
+    for name, (title, _) in QUANTITIES.items():
+        yield f"{title} ({priced})" if name == ENERGY and priced else title
 
 
 def _saved(group: Group, rule: str) -> Iterator[str]:

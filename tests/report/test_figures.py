@@ -12,7 +12,7 @@ from pipeline.report.figures_learning import learning_curves, standing
 from pipeline.report.figures_maps import firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.figures_time import memory_of_time, time_parts
 from pipeline.report.study import Study
-from pipeline.report.study_run import study_run
+from pipeline.report.study_run import StudyRun, study_run
 from pipeline.units import shown, unit_of
 from tests.report.hand_made import MACHINE, events, fidelity, recipe, run, study
 
@@ -109,6 +109,15 @@ def test_energy_has_its_operations_and_says_which_samples_they_are_of():
         assert f"{said}. Filled markers" in figure.caption
 
 
+def test_the_prices_behind_joules_are_named():
+    def told(*more: StudyRun) -> str:
+        return made(trade_off(study(*more).groups[0], "inference.energy_j")).caption
+
+    assert "never a measurement. Prices of an operation: 45 nm, fp32. Counted on" in told()
+    others = [run(rule, inference={"energy_j": 1e-6, "samples": 10, **by}) for rule, by in (("A", {"prices": "x"}), ("B", {}))]
+    assert "Prices of an operation: 45 nm, fp32; x; not known. Counted on" in told(*others)
+
+
 def test_what_was_not_measured_is_missing():
     bare = run(activity=None, inference=None, forward_s=None, backward_s=None, rest_s=None, evaluation_s=None)
     (group,) = Study(title="t", runs=(bare,)).groups
@@ -174,6 +183,17 @@ def test_gradients():
     shares = made(temporal_share(group))
     assert shares.table.rows[:2] == (("first", "start", 0.5), ("first", "epoch 1", 0.25))
     assert shares.table.rows[2] == ("second", "start", None)
+
+
+def test_a_gradient_that_leads_away_is_not_drawn_as_one_at_a_right_angle():
+    def drawn(cosine: float) -> tuple[float, str]:
+        told = fidelity()
+        told[1]["cosines"]["SLTT"]["first"] = cosine
+        figure = made(gradient_fidelity(study(run("SLTT", seed=2, more_events=told)).groups[0]))
+        return json.loads(str(figure.draw(LIGHT).to_json()))["data"][0]["zmin"], figure.caption
+
+    assert drawn(-0.5)[0] == -0.5 and "0: at a right angle, below 0: away from it; on one batch" in drawn(-0.5)[1]
+    assert drawn(0.5)[0] == 0 and "below 0" not in drawn(0.5)[1]
 
 
 def test_learning_curves_mark_restarts():

@@ -35,6 +35,17 @@ def test_costs_are_means_with_spread_and_ratio():
     assert tables.costs(Study(title="t", runs=(run(inference=None),)).groups[0]).rows[0][6] is None
 
 
+def test_a_column_of_joules_names_the_prices_behind_them():
+    def energies(*runs: StudyRun) -> list[str]:
+        groups = Study(title="t", runs=runs).groups
+        return [
+            name for table in (tables.costs(groups[0]), tables.lone_runs(groups)) for name in table.columns if "energy" in name
+        ]
+
+    assert energies(run()) == 2 * ["inference energy (45 nm, fp32)"]
+    assert energies(run(inference=None)) == energies(run(state="failed")) == 2 * ["inference energy"]
+
+
 def test_what_diverged_has_its_row_and_divides_nothing():
     lost = [run("SLTT-1", state="diverged"), run("SLTT", seed=2, state="diverged")]
     (group,) = study(*lost).groups
