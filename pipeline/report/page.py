@@ -71,9 +71,14 @@ def render(study: Study) -> str:
         group for group in study.groups if len(study.groups) == 1
     ]
     alone = [group for group in study.groups if group not in compared]
-    sections = [_section(group, f"g{index}", among=study.groups) for index, group in enumerate(compared, start=1)]
+    sections = [
+        _section(group, f"g{index}", _figures(group), among=study.groups) for index, group in enumerate(compared, start=1)
+    ]
+    lone = [
+        _section(group, f"alone{index}", _of_each_rule(group), among=study.groups) for index, group in enumerate(alone, start=1)
+    ]
     memory = list(swept(study.sweeps))
-    drawings = {f"{section.key}-{figure.name}": _drawn(figure) for section in sections for figure in section.figures}
+    drawings = {f"{section.key}-{figure.name}": _drawn(figure) for section in (*sections, *lone) for figure in section.figures}
     drawings |= {f"{key}-{figure.name}": _drawn(figure) for key, figure, _ in memory}
     scaled = scaling.scaling(study)
     missing = [(one.title, f"{section.title}: {one.why}") for section in sections for one in section.missing]
@@ -86,7 +91,7 @@ def render(study: Study) -> str:
             study=study,
             made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
             sections=sections,
-            alone=alone,
+            lone=lone,
             memory=memory,
             largest_said=LARGEST_SAID,
             scaled=scaled,
@@ -127,8 +132,8 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "study"
 
 
-def _section(group: Group, key: str, *, among: Sequence[Group]) -> Section:
-    made = list(_figures(group))
+def _section(group: Group, key: str, figures: Iterator[Figure | Missing], *, among: Sequence[Group]) -> Section:
+    made = list(figures)
     return Section(
         key=key,
         title=tables.named(group, among=among),
@@ -141,9 +146,15 @@ def _section(group: Group, key: str, *, among: Sequence[Group]) -> Section:
 
 
 def _figures(group: Group) -> Iterator[Figure | Missing]:
+    """Of rules side by side."""
     yield ratios(group)
     for name in TRADED:
         yield trade_off(group, name)
+    yield from _of_each_rule(group)
+
+
+def _of_each_rule(group: Group) -> Iterator[Figure | Missing]:
+    """What one rule has to show by itself, too."""
     yield time_parts(group)
     yield learning_curves(group)
     yield gradient_fidelity(group)

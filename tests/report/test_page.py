@@ -9,7 +9,7 @@ import pytest
 from pipeline.report import page
 from pipeline.report.claims import Claim
 from pipeline.report.study import Study
-from tests.report.hand_made import MACHINE, run, study
+from tests.report.hand_made import MACHINE, on, recipe, run, study
 from tests.report.test_figures import SWEEP
 from tests.report.test_tables import tuned
 
@@ -70,10 +70,18 @@ def test_what_the_reader_of_its_means_must_know_stands_in_a_section():
     assert "different commits" not in body(page.render(study()))
 
 
-def test_a_run_alone_is_listed_and_not_drawn():
-    html = body(page.render(study(run("SLTT", study="f" * 16, name="lonely"))))
-    assert "The baseline is missing" not in html
-    assert 'id="alone"' in html and 'id="g2"' not in html and html.count(">lonely<") == 2
+def test_a_run_alone_is_listed_and_drawn_and_not_divided():
+    moved = run("SLTT", name="moved", restart=True, trained_on=[on(workers=2), on()])
+    lonely = run("SLTT", study="f" * 16, name="lonely", recipe=recipe("SLTT", published=[[2, 0.94]]))
+    html = body(page.render(study(moved, lonely)))
+    assert "The baseline is missing" not in html and 'id="g2"' not in html
+    alone = html[html.index('id="alone"') : html.index('id="differences"')]
+    names = ("time-parts", "learning-curves", "firing-rates")
+    assert re.findall(r'<figure id="(.*?)">', alone) == [f"alone{index}-{name}" for index in (1, 2) for name in names]
+    assert re.findall("<summary>Figures of (.*?), Study .*</summary>", alone) == ["moved: SLTT", "lonely: SLTT"]
+    assert "with 1 restarts" in alone and "lonely: 4.0 points below the published run at epoch 2" in alone
+    assert alone.count("<b>Temporal share of BPTT&#39;s gradient</b>: no run compared gradients") == 2
+    assert '"alone2-time-parts":{"light"' in html
 
 
 def test_claims_and_sweeps_where_there_are_any():

@@ -7,7 +7,7 @@ import io
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 from playwright.sync_api import Browser, Page
@@ -16,12 +16,14 @@ from pipeline.report import page as pages
 from pipeline.report.page import told
 from pipeline.report.read_study import read_study
 from pipeline.report.study import Study
+from pipeline.spiking.serving import Served
 from pipeline.track.jsonl import Journal
 from tests.browser import Watch, chromium, violations
-from tests.report.hand_made import run, study
+from tests.report.hand_made import fidelity, run, study
 from tests.report.real_study import train_real_study
 
 WIDE, PHONE = (1280, 900), (390, 844)
+PAPER = 640  # pixels between the margins of A4 and of letter, as page.js has it
 FIGURES = 9
 Scheme = Literal["light", "dark"]
 
@@ -70,16 +72,22 @@ def watch(opened_once: tuple[Page, Watch]) -> Watch:
 
 
 def opened(browser: Browser, path: Path) -> tuple[Page, Watch]:
-    """With every figure drawn."""
+    """With every figure drawn, those that are folded away, too."""
     size = {"width": WIDE[0], "height": WIDE[1]}
     page, watch = browser.new_page(viewport=size, accept_downloads=True, reduced_motion="reduce", color_scheme="light"), Watch()
     watch.over(page)
     page.goto(path.as_uri())
+    fold(page, "open")
     for place in page.locator("[data-figure]").all():
         # Not Playwright's own, which first waits for the place to lie still, while figures that are drawn above it move it.
         place.evaluate("place => place.scrollIntoView()")
         place.locator(".main-svg").first.wait_for(state="attached")
     return page, watch
+
+
+def fold(page: Page, how: Literal["open", "closed"]) -> None:
+    """What figures are folded away in."""
+    page.evaluate("open => document.querySelectorAll('details:has(figure)').forEach(each => each.open = open)", how == "open")
 
 
 def drawn(page: Page, scheme: Scheme) -> None:
@@ -173,6 +181,46 @@ def test_a_page_of_several_groups_is_accessible(browser: Browser, tmp_path: Path
     assert page.locator("h2#g2, h2#scaling").count() == 2
     page.evaluate("() => document.querySelectorAll('details').forEach(each => each.open = true)")
     assert violations(page) == [] and watch.said == []
+    page.close()
+
+
+def test_runs_alone_have_figures_that_are_drawn_as_they_are_unfolded(browser: Browser, tmp_path: Path):
+    lone = (run("SLTT", study=16 * letter, name=f"alone-{letter}", more_events=fidelity()) for letter in "ef")
+    path = pages.write(study(*lone), tmp_path / "report.html")
+    page = browser.new_page(color_scheme="light")
+    page.goto(path.as_uri())
+    page.evaluate("() => window.dispatchEvent(new Event('beforeprint'))")
+    page.wait_for_function("() => [...document.querySelectorAll('[data-figure^=g1]')].every(each => each.dataset.theme)")
+    assert page.locator("details [data-figure]").count() == 2 * 5 and page.locator("details [data-theme]").count() == 0
+    page.close()
+    page, watch = opened(browser, path)
+    page.evaluate("() => document.querySelectorAll('details').forEach(each => each.open = true)")
+    assert violations(page) == [] and watch.said == []
+    fold(page, "closed")
+    page.emulate_media(color_scheme="dark")
+    page.set_viewport_size({"width": PHONE[0], "height": PHONE[1]})
+    page.wait_for_function("() => document.querySelectorAll('[data-figure^=g1][data-theme=light]').length === 0")
+    assert page.locator("details [data-theme=light]").count() == 2 * 5
+    fold(page, "open")
+    page.wait_for_function("() => document.querySelectorAll('[data-theme=light]').length === 0")
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE[0] and watch.said == []
+    page.close()
+
+
+def test_no_table_is_wider_than_paper(browser: Browser, tmp_path: Path):
+    """With all that runs on cards tell, by rules that work for every purpose."""
+    peaks = {f"peak_{what}_bytes": 12_345_678_901 for what in ("device", "reserved", "rss", "pss")}
+    purposes = ("forward", "error", "weights", *get_args(Served))
+    work = {each: {"multiplications": 1_234_567_890, "additions": 2_345_678_901} for each in purposes}
+    inference = {"macs": 1e6, "acs": 2e7, "energy_j": 4e-6, "prices": "45 nm, fp32", "samples": 10, "measured_j": 0.0123}
+    about = {**peaks, "operations": work, "net_s": 12.5, "device_j": 2512.5, "inference": inference}
+    runs = [run(rule, seed=seed, **about) for rule in ("BPTT", "BPTT-chunk-1") for seed in (0, 1)]
+    page, _ = opened(browser, pages.write(study(*runs), tmp_path / "report.html"))
+    page.evaluate("() => document.querySelectorAll('details').forEach(each => each.open = true)")
+    page.set_viewport_size({"width": PAPER, "height": 900})
+    page.emulate_media(media="print")
+    found = page.evaluate("() => [...document.querySelectorAll('table')].map(each => each.getBoundingClientRect().right)")
+    assert len(found) > 10 and max(found) <= PAPER
     page.close()
 
 

@@ -14,7 +14,8 @@
     place.dataset.theme = theme;
     return Plotly.react(place, data, layout, config);
   };
-  const drawn = () => places.filter((place) => place.dataset.theme);
+  const shown = () => places.filter((place) => !place.closest("details:not([open])"));
+  const drawn = () => shown().filter((place) => place.dataset.theme);
 
   const near = new IntersectionObserver((entries) => {
     for (const { isIntersecting, target } of entries) {
@@ -27,8 +28,12 @@
   places.forEach((place) => near.observe(place));
 
   dark.addEventListener("change", () => drawn().forEach((place) => draw(place)));
-  window.addEventListener("beforeprint", () => places.forEach((place) => draw(place, "light", onPaper)));
+  window.addEventListener("beforeprint", () => shown().forEach((place) => draw(place, "light", onPaper)));
   window.addEventListener("afterprint", () => drawn().forEach((place) => draw(place)));
+  // What was drawn and then folded away has missed changes of scheme and of size.
+  for (const details of document.querySelectorAll("details:has([data-figure])")) {
+    details.addEventListener("toggle", () => drawn().filter((place) => details.contains(place)).forEach((place) => draw(place)));
+  }
 
   for (const button of document.querySelectorAll("[data-png]")) {
     button.addEventListener("click", async () => {
