@@ -63,11 +63,11 @@ class FakeStore:
         self.members = [made, *(each for each in self.members if each.id != made.id)]
         return made
 
-    def add_finished(self, name: str, rule: str, *, seed: int = 0, **about: Any) -> StoredRun:
+    def add_finished(self, name: str, rule: str, *, seed: int = 0, workers: int = 1, **about: Any) -> StoredRun:
         """A run that has ended and left its artifacts, as hand_made.py has them."""
         made = self.add(name, rule=rule, seed=str(seed), **about)
         lines = "".join(json.dumps({**event, "study": made.study}) + "\n" for event in events(rule, seed=seed))
-        summary = run(rule, seed=seed, study=made.study).summary
+        summary = run(rule, seed=seed, study=made.study, world_size=workers).summary
         files = {"summary.json": summary, "activity.json": LAYERS, "recipe.json": {"version": 1, "recipe": recipe(rule)}}
         self.texts[made.id, "journal.jsonl"] = lines
         self.texts |= {(made.id, file): json.dumps(value) for file, value in files.items()}

@@ -16,7 +16,7 @@ from flask.testing import FlaskClient
 from pipeline.report.claims import Claim
 from pipeline.report.dashboard.app import make_app
 from pipeline.report.dashboard.guard import COOKIE, guard
-from pipeline.report.dashboard.place import Place
+from pipeline.report.dashboard.place import VIEWS, Place
 from pipeline.report.returned import Returned
 from pipeline.report.store import Store, StoredRun, open_store
 from tests.report.fake_store import FakeStore
@@ -29,6 +29,7 @@ OTHER = "f" * 16
 TOKEN = "a token of more than a word"
 ANSWERED = {"looked": {"data": 7.5}}
 """nothing new; the page may ask again"""
+CLAIM = Claim(about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False)
 
 
 @pytest.fixture
@@ -329,11 +330,10 @@ def test_the_data_of_a_figure_is_a_file(store: FakeStore):
 def test_claims_and_sweeps_of_each_suite_are_a_view(store: FakeStore):
     search = f"?study={KEY}&view=claims"
     assert "The store has no claims, sweep or report of these runs; `spiketrain report SUITE`" in Asking(store).show(search)
-    claim = Claim(about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False)
     for parent, seed in (("first", 2), ("second", 3)):
         tags = {"spiketrain.suite": f"launch-{seed}", "spiketrain.commit": "abc", "hardware.cpu": "a cpu"}
         store.add_finished(f"sltt-{seed}", "SLTT", seed=seed, parent=parent, tags=tags)
-        told = Returned(claims=(replace(claim, ours=f"ours of launch {seed}"),), sweeps=(LARGEST,))
+        told = Returned(claims=(replace(CLAIM, ours=f"ours of launch {seed}"),), sweeps=(LARGEST,))
         store.texts[parent, "report.json"] = json.dumps({**told.to_json(), "printed": f"trials of launch {seed}\n"})
     asking = Asking(store)
     shown = asking.show(search)
@@ -351,6 +351,58 @@ def test_claims_and_sweeps_of_each_suite_are_a_view(store: FakeStore):
     for parent in ("first", "second"):
         store.texts[parent, "report.json"] = "{}"
     assert "no claims, sweep or report" in Asking(store).show(search, drawn=before)
+
+
+def test_all_claims_are_shown(store: FakeStore):
+    store.add_finished("sltt-2", "SLTT", seed=2, parent="first")
+    claims = tuple(replace(CLAIM, about=f"rule {index}") for index in range(60))
+    store.texts["first", "report.json"] = json.dumps(Returned(claims=claims).to_json())
+    shown = Asking(store).show(f"?study={KEY}&view=claims")
+    assert "rule 59" in shown and "The first 40" not in shown
+
+
+def several_groups(store: FakeStore) -> None:
+    """Runs by two workers beside those by one; each rule's are of a suite that tells one claim and one sweep, twice."""
+    told = json.dumps({**Returned(claims=(CLAIM,), sweeps=(LARGEST, LARGEST)).to_json(), "printed": "trials\n"})
+    for rule in ("BPTT", "SLTT"):
+        store.add_finished(f"two-{rule}", rule, parent=f"of-{rule}", workers=2)
+        store.texts[f"of-{rule}", "report.json"] = told
+
+
+def test_no_two_tables_of_a_view_have_one_name(store: FakeStore):
+    """Each is a landmark, by which a screen reader tells it from the others."""
+    several_groups(store)
+    asking = Asking(store)
+    for view in VIEWS:
+        names = list(_regions(json.loads(asking.show(f"?study={KEY}&view={view}"))))
+        assert len(names) >= 2 and sorted(set(names)) == sorted(names), view
+
+
+def _regions(value: Any) -> Iterator[str]:
+    if isinstance(value, dict) and value.get("role") == "region":
+        yield value["aria-label"]
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _regions(each)
+
+
+def test_every_file_that_a_view_offers_is_there(store: FakeStore):
+    several_groups(store)
+    asking = Asking(store)
+    for view in VIEWS:
+        shown = json.loads(asking.show(f"?study={KEY}&view={view}"))
+        links = [text for where, text in _texts(shown) if where == "href"]
+        assert len(links) >= 2 and len(set(links)) == len(links), view
+        assert [asking.client.get(link).mimetype for link in links] == ["text/csv"] * len(links)
+
+
+def test_how_the_groups_differ_is_a_file(store: FakeStore):
+    file = f"/csv?study={KEY}&view=runs&name=differences"
+    assert Asking(store).client.get(file).status_code == 404  # there is one group
+    several_groups(store)
+    asking = Asking(store)
+    assert ("href", file) in _texts(json.loads(asking.show(f"?study={KEY}&view=runs")))
+    told = asking.client.get(file).get_data(as_text=True)
+    assert told.startswith("field,first group,other group,first,other\n") and "\nmicro_batch,4,8," in told
 
 
 def test_what_the_reader_of_means_must_know_stands_beside_them(store: FakeStore):

@@ -16,7 +16,8 @@ _ROWS = 40
 CONFIG: Any = {"displayModeBar": False, "responsive": True, "scrollZoom": False, "doubleClick": False, "showTips": False}
 
 
-def figure(place: Place, key: str, one: Figure, theme: str) -> html.Figure:
+def figure(place: Place, key: str, one: Figure, theme: str, *, where: str) -> html.Figure:
+    """`where` as `table` takes it."""
     graph = dcc.Graph(
         figure=one.draw(DARK if theme == "dark" else LIGHT), config=CONFIG, responsive=True, style={"height": f"{one.height}px"}
     )
@@ -30,7 +31,7 @@ def figure(place: Place, key: str, one: Figure, theme: str) -> html.Figure:
             html.Details(
                 [
                     html.Summary(["Table", html.Span(f" of {one.title}", className="unseen")]),
-                    table(one.table, one.title),
+                    table(one.table, one.title, where=where),
                 ]
             ),
         ]
@@ -58,8 +59,8 @@ def _csv(place: Place, name: str, what: str) -> html.A:
     )
 
 
-def table(one: Table, caption: str, *, where: str = "") -> html.Div:
-    """`where` tells its region from that of another group's table."""
+def table(one: Table, caption: str, *, where: str = "", shown: int = _ROWS) -> html.Div:
+    """`where` tells its region from that of another group's or suite's table; `shown` rows at most."""
     head = html.Thead(html.Tr([html.Th(column, scope="col") for column in one.columns]))
     body = [
         html.Tr(
@@ -68,14 +69,13 @@ def table(one: Table, caption: str, *, where: str = "") -> html.Div:
                 *(html.Td(told(cell), className="none" if cell is None else "") for cell in row[1:]),
             ]
         )
-        for row in one.rows[:_ROWS]
+        for row in one.rows[:shown]
     ]
-    more = len(one.rows) - _ROWS
-    told_more = [] if more <= 0 else [html.P(f"The first {_ROWS} of {len(one.rows)} rows; the CSV has all.", className="aside")]
+    told_more = f"The first {shown} of {len(one.rows)} rows; the CSV has all."
     return html.Div(
         [
             scroll([html.Caption(html.Span(caption)), head, html.Tbody(body)], f"{caption}, {where}" if where else caption),
-            *told_more,
+            *([html.P(told_more, className="aside")] if len(one.rows) > shown else []),
         ]
     )
 

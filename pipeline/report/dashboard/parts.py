@@ -141,11 +141,7 @@ def figures(place: Place, study: Study, reports: Sequence[SuiteReport], theme: s
         why = "None of the runs that were picked can be shown." if notes else "Pick one of its runs above."
         return [*notes, html.P(why, className="note")]
     if place.view == "runs":
-        found = tables.provenance(study)
-        parts = [html.H3("Hardware and commits"), blocks.table(found, "Each run, where it ran and at which commit")]
-        if len(study.groups) > 1:
-            parts += [html.H3("How the groups differ"), blocks.table(tables.recipe_differences(study), "Fields that differ")]
-        return [*notes, *parts, blocks.csv_link(place, "runs", "hardware and commits")]
+        return [*notes, *_places(place, study)]
     if place.view == "claims":
         return [*notes, *_told_by_reports(place, reports, theme)]
     parts: list[Any] = [*notes]
@@ -161,7 +157,7 @@ def figures(place: Place, study: Study, reports: Sequence[SuiteReport], theme: s
             if isinstance(each, Missing):
                 missing.append(html.Li([html.B(each.title), f": {title}: {each.why}."]))
             else:
-                parts.append(blocks.figure(place, key, each, theme))
+                parts.append(blocks.figure(place, key, each, theme, where=title))
     if place.view == "costs" and (scaled := scaling.scaling(study)) is not None:
         parts += [html.H3("Scaling over workers"), html.P(scaling.SAID, className="aside")]
         parts += [
@@ -196,6 +192,8 @@ def csv_of(place: Place, study: Study, reports: Sequence[SuiteReport], name: str
     """The data of a figure or a table of this view, by its name; None where there is none."""
     if name == "runs":
         return tables.provenance(study).to_csv()
+    if name == "differences" and len(study.groups) > 1:
+        return tables.recipe_differences(study).to_csv()
     if name == "scaling" and (scaled := scaling.scaling(study)) is not None:
         return scaled.to_csv()
     for report in reports:
@@ -253,6 +251,16 @@ def _costs(place: Place, key: str, group: Group) -> Iterator[Any]:
         yield blocks.csv_link(place, f"{key}-held", f"what training holds, {tables.named(group)}")
 
 
+def _places(place: Place, study: Study) -> Iterator[Any]:
+    yield html.H3("Hardware and commits")
+    yield blocks.table(tables.provenance(study), "Each run, where it ran and at which commit")
+    yield blocks.csv_link(place, "runs", "hardware and commits")
+    if len(study.groups) > 1:
+        yield html.H3("How the groups differ")
+        yield blocks.table(tables.recipe_differences(study), "Fields that differ")
+        yield blocks.csv_link(place, "differences", "how the groups differ")
+
+
 def _told_by_reports(place: Place, reports: Sequence[SuiteReport], theme: str) -> Iterator[Any]:
     """Claims, sweeps and what a suite's own report prints, which `spiketrain report` puts into the store, of each suite by
     itself: they are of its runs alone."""
@@ -264,14 +272,16 @@ def _told_by_reports(place: Place, reports: Sequence[SuiteReport], theme: str) -
         if report.told.claims:
             yield html.H4("Claims")
             caption = "What is published, what was measured here, and whether it holds"
-            yield blocks.table(tables.claims(report.told.claims), caption, where=report.title)
+            claimed = tables.claims(report.told.claims)
+            yield blocks.table(claimed, caption, where=report.title, shown=len(claimed.rows))
             yield blocks.csv_link(place, f"{report.key}-claims", f"claims, {report.title}")
-        for key, figure, largest in swept(report.told.sweeps):
-            yield blocks.figure(place, f"{report.key}-{key}", figure, theme)
+        for count, (key, figure, largest) in enumerate(swept(report.told.sweeps), start=1):
+            where = f"sweep {count}, {report.title}"
+            yield blocks.figure(place, f"{report.key}-{key}", figure, theme, where=where)
             if largest is not None:
                 yield html.H4("Each rule's own largest batch")
                 yield html.P(LARGEST_SAID, className="aside")
-                yield blocks.table(largest, "Largest batch and its speed", where=f"{figure.title}, {report.title}")
+                yield blocks.table(largest, "Largest batch and its speed", where=where)
                 yield blocks.csv_link(place, f"{report.key}-{key}-largest", f"largest batches, {figure.title}")
         if report.printed:
             yield html.H4("The suite's own report")
