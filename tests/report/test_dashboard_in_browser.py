@@ -23,6 +23,7 @@ from pipeline.report.claims import Claim
 from pipeline.report.dashboard import app as dashboard
 from pipeline.report.dashboard.app import make_app
 from pipeline.report.dashboard.guard import guard
+from pipeline.report.dashboard.place import VIEWS, View
 from pipeline.report.returned import Returned
 from pipeline.track.jsonl import Journal, read
 from pipeline.track.mlflow import Mirror, sync
@@ -34,6 +35,16 @@ from tests.report.test_swept import LARGEST
 
 WIDE, PHONE = (1280, 900), (390, 844)
 EVERY = 0.5
+LIGHT, DARK = "rgb(253, 252, 249)", "rgb(25, 26, 29)"
+SHOWN: dict[View, tuple[str, int]] = {
+    "costs": ("Cost of each rule", 4),
+    "learning": ("Learning curves", 1),
+    "time": ("Where the time goes", 1),
+    "gradients": ("Gradient fidelity", 3),
+    "claims": ("no claims, sweep or report", 0),
+    "runs": ("Hardware and commits", 0),
+}
+"""of the real study: words of each view, and how many figures it has"""
 TOKEN, WIKI = "a-token", "http://wiki.example/"
 expect.set_options(timeout=20_000)  # as long as a busy machine may take to redraw
 
@@ -113,7 +124,7 @@ def page(opened_once: tuple[Page, Watch], address: str) -> Iterator[Page]:
     assert [url for url in watch.asked if not url.startswith(address + "/")] == []
 
 
-def drawn(page: Page, count: int, paper: str = "rgb(253, 252, 249)") -> None:
+def drawn(page: Page, count: int, paper: str = LIGHT) -> None:
     """That many figures, on the paper of a scheme."""
     page.wait_for_function(
         "([count, paper]) => { const all = [...document.querySelectorAll('.drawing .main-svg:first-child')];"
@@ -122,29 +133,62 @@ def drawn(page: Page, count: int, paper: str = "rgb(253, 252, 249)") -> None:
     )
 
 
+def viewed(page: Page, view: View, paper: str = LIGHT) -> None:
+    """A view of the real study, drawn."""
+    words, count = SHOWN[view]
+    page.get_by_role("button", name=VIEWS[view], exact=True).click()
+    expect(page.locator("#figures")).to_contain_text(words)
+    drawn(page, count, paper)
+
+
+def accessible(page: Page) -> None:
+    """With its tables open, and no wider than its window."""
+    page.evaluate("() => document.querySelectorAll('details').forEach(each => each.open = true)")
+    assert violations(page) == []
+    page.wait_for_function("() => document.documentElement.scrollWidth <= window.innerWidth", timeout=5000)
+    levels = [int(each.evaluate("node => node.tagName[1]")) for each in page.locator("h1, h2, h3, h4").all()]
+    assert levels[0] == 1 and all(after <= before + 1 for before, after in itertools.pairwise(levels))
+
+
 def studies(page: Page) -> list[str]:
     return page.locator("#list tbody th").all_text_contents()
 
 
 @pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
-@pytest.mark.parametrize(("scheme", "paper"), [("light", "rgb(253, 252, 249)"), ("dark", "rgb(25, 26, 29)")])
-def test_it_is_accessible(page: Page, size: tuple[int, int], scheme: Literal["light", "dark"], paper: str):
+@pytest.mark.parametrize(("scheme", "paper"), [("light", LIGHT), ("dark", DARK)])
+def test_each_view_is_accessible(page: Page, size: tuple[int, int], scheme: Literal["light", "dark"], paper: str):
     page.set_viewport_size({"width": size[0], "height": size[1]})
     page.emulate_media(color_scheme=scheme)
-    drawn(page, 4, paper)
-    page.locator("details").first.evaluate("node => node.open = true")
-    assert violations(page) == []
-    page.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=size[0], timeout=5000)
-    levels = [int(each.evaluate("node => node.tagName[1]")) for each in page.locator("h1, h2, h3, h4").all()]
-    assert levels[0] == 1 and all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    for view in VIEWS:
+        viewed(page, view, paper)
+        accessible(page)
 
 
-def test_a_figure_is_a_picture_to_take_away(page: Page):
-    drawn(page, 4)
-    with page.expect_download() as picture:
-        page.get_by_role("button", name="PNG of Cost of each rule").click()
-    assert picture.value.suggested_filename == "s-g1-ratios.png"
-    assert picture.value.path().read_bytes().startswith(b"\x89PNG")
+def test_each_figure_is_a_picture_to_take_away(page: Page):
+    names: list[str] = []
+    for view in VIEWS:
+        viewed(page, view)
+        for button in page.get_by_role("button", name="PNG of").all():
+            with page.expect_download() as picture:
+                button.click()
+            names.append(picture.value.suggested_filename)
+            assert picture.value.path().read_bytes().startswith(b"\x89PNG"), names
+    assert names[0] == "s-g1-ratios.png" and len(set(names)) == len(names) == sum(count for _, count in SHOWN.values())
+
+
+def test_a_study_of_several_groups_is_accessible(browser: Browser):
+    store = FakeStore()
+    for workers, rule in itertools.product((1, 2), ("BPTT", "SLTT")):
+        store.add_finished(f"{workers}-{rule}", rule, workers=workers)
+    with served_here(store) as address:
+        page, watch = opened(browser, address)
+        drawn(page, 8)
+        accessible(page)
+        page.get_by_role("button", name=VIEWS["runs"], exact=True).click()
+        expect(page.locator("#figures")).to_contain_text("How the groups differ")
+        accessible(page)
+        assert watch.said == []
+        page.close()
 
 
 def test_the_list_is_filtered_and_sorted(page: Page):
@@ -254,7 +298,9 @@ def test_a_store_that_answers_later_than_the_next_look_is_shown(browser: Browser
         drawn(page, 2)
         expect(page.get_by_role("heading", level=3)).to_contain_text(["second", "first"])
         expect(page.locator("#figures")).to_contain_text("does not hold")
-        assert violations(page) == []
+        for width, height in (WIDE, PHONE):
+            page.set_viewport_size({"width": width, "height": height})
+            accessible(page)
         store.trouble = "store x does not answer"
         expect(page.locator("#figures")).to_contain_text("Store x does not answer.")
         assert watch.said == []
