@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shlex
 import threading
 import time
@@ -90,6 +91,15 @@ class Live:
         self._going: OrderedDict[str, _Going] = OrderedDict()
         self._reports: OrderedDict[str, _Read] = OrderedDict()
         self._members: dict[str, tuple[float, list[StoredRun]]] = {}
+        self._listed: tuple[float, list[StoredRun]] = (-math.inf, [])
+
+    def listed(self, *, fresh_s: float) -> list[StoredRun]:
+        """All runs, as the store had them `fresh_s` ago at most; 0 asks it."""
+        read, runs = self._listed
+        if time.monotonic() - read >= fresh_s:
+            runs = self.store.listed()  # without the lock: a list that takes long keeps nobody from the figures
+            self._listed = (time.monotonic(), runs)
+        return runs
 
     def members(self, study: str) -> list[StoredRun]:
         """The runs of a study key, the one that started last first."""

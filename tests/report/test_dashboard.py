@@ -45,13 +45,13 @@ def store() -> FakeStore:
 class Asking:
     """A page's questions to the server, as Dash sends them."""
 
-    def __init__(self, store: Store, *, host: str = "127.0.0.1", token: str | None = None) -> None:
-        app = make_app(store, name="store", every=1)
+    def __init__(self, store: Store, *, host: str = "127.0.0.1", token: str | None = None, every: float = 1) -> None:
+        app = make_app(store, name="store", every=every)
         guard(app.server, host=host, token=token, scripts=app.csp_hashes())
         self.client: FlaskClient = app.server.test_client()
 
-    def list(self, search: str = "") -> str:
-        return self._asks("list.children", {"url.search": search, "glance.data": 0})
+    def list(self, search: str = "", *, changed: str = "glance.data") -> str:
+        return self._asks("list.children", {"url.search": search, "glance.data": 0}, changed=changed)
 
     def show(self, search: str = "", *, drawn: Any = None, scheme: str = "light") -> str:
         return self._asks(
@@ -201,6 +201,21 @@ def test_the_list_filters_and_sorts(store: FakeStore):
     down = asking.list("?sort=study")
     assert down.index(OTHER[:8]) < down.index(KEY[:8]) and '"aria-sort":"descending"' in down
     assert {what[0] for what in store.asked} == {"listed"}  # no journal is read for a list
+
+
+def test_a_change_of_the_list_asks_the_store_for_no_other(store: FakeStore):
+    asking = Asking(store, every=60)
+    asking.list()
+    for search in ("?text=sltt", "?sort=study&order=up", "?only=failed", f"?study={KEY}&view=time"):
+        assert "of 2 studies" in asking.list(search, changed="url.search")
+    assert store.asked == [("listed",)]
+    store.add("new", study="e" * 16)
+    assert "3 of 3 studies" in asking.list() and "3 of 3 studies" in asking.list("?sort=study", changed="url.search")
+    assert store.asked == [("listed",), ("listed",)]
+    asking = Asking(store, every=0)  # the newest look is too long ago
+    asking.list()
+    store.add("newer", study="d" * 16)
+    assert "4 of 4 studies" in asking.list("?sort=study", changed="url.search")
 
 
 def test_buttons_change_the_address(store: FakeStore):

@@ -1,7 +1,7 @@
 """The dashboard's page and what answers it.
 
 The address is the one state: links and controls change it, and the list and the figures are made from it (place.py). The list
-is read when a page opens, and no journal before a study is picked.
+is read at each look, and no journal before a study is picked.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def make_app(store: Store, *, name: str, every: float) -> Dash:
         index_string=_index(),
     )
     app.layout = _layout(name, every)
-    _Answers(Live(store)).join(app, patience_s=max(WOKEN_S, 5 * every))
+    _Answers(Live(store), every=every).join(app, patience_s=max(WOKEN_S, 5 * every))
     return app
 
 
@@ -158,8 +158,8 @@ def _layout(name: str, every: float) -> html.Div:
 class _Answers:
     """The callbacks of one app."""
 
-    def __init__(self, live: Live) -> None:
-        self._live = live
+    def __init__(self, live: Live, *, every: float) -> None:
+        self._live, self._every = live, every
 
     def join(self, app: Dash, *, patience_s: float) -> None:
         app.clientside_callback(_SCHEME, Output("scheme", "data"), Input("url", "pathname"))
@@ -266,9 +266,11 @@ class _Answers:
         return [blocks.yes(box["to"] in picked) for box in boxes]
 
     def list_studies(self, search: str | None, glance: float) -> tuple[list[Any], float]:
+        """A look asks the store; a change of the address, as of filter or view, is answered by what the newest look was told."""
         place = Place.at(search)
+        fresh_s = 0.0 if "glance.data" in ctx.triggered_prop_ids else self._every
         try:
-            return parts.study_list(place, studies(self._live.store.listed())), glance
+            return parts.study_list(place, studies(self._live.listed(fresh_s=fresh_s))), glance
         except ReportError as error:
             return _trouble(error), glance
 
