@@ -204,8 +204,8 @@ def import_deepspeed() -> Any:
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
     for handler in logger.handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)  # its own choice is stdout, which commands print JSON to
+        if type(handler) is logging.StreamHandler:  # its own, which writes to stdout, as commands do that print JSON
+            handler.setStream(sys.stderr)
     if not hasattr(constants, "MANAGED_GRADIENT_ACCUMULATION"):
         raise RuntimeError(
             f"deepspeed: needs managed_gradient_accumulation (deepspeed >= {CHECKED}); got {deepspeed.__version__}, "
