@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.baseline import BASELINE, is_baseline
+from pipeline.forecast.turns import Turns
 from pipeline.report.spread import spread_of
 from pipeline.report.study import COMPUTE, KEPT, Group
 from pipeline.report.study_run import StudyRun
@@ -82,14 +84,45 @@ def time_at_most(about: str, group: Group, rule: str, *, bound: float, published
     return _share(about, group, rule, COMPUTE, bound=bound, held_to=f"<= {bound:g}", published=published)
 
 
+def share_of_k(T: int, k: int) -> Callable[[float], float]:
+    """All of T forwards and k of T backwards: (T + k r) / (T (1 + r)) of BPTT's time, as a function of r."""
+    return lambda r: (T + k * r) / (T * (1 + r))
+
+
 def time_of_k(about: str, group: Group, rule: str, *, T: int, k: int, published: str) -> Claim:
-    """All of T forwards and k of T backwards: at most 1.1 (T + k r) / (T (1 + r)) of the faster BPTT's, with that one's own r."""
-    return _time_by_r(about, group, rule, lambda r: (T + k * r) / (T * (1 + r)), published=published)
+    """At most a tenth more than `share_of_k` of the faster BPTT's, with that one's own r."""
+    return _time_by_r(about, group, rule, share_of_k(T, k), published=published)
 
 
 def time_of_two_forwards(about: str, group: Group, rule: str, *, published: str) -> Claim:
     """Every forward is made twice: at most 1.1 (2 + r) / (1 + r) of the faster BPTT's, with that one's own r."""
     return _time_by_r(about, group, rule, lambda r: (2 + r) / (1 + r), published=published)
+
+
+def time_in_turn(
+    about: str, turns: Mapping[str, Turns], rule: str, *, bound: float | Callable[[float], float], published: str
+) -> Claim:
+    """Of the faster BPTT's, round by round of rules that took turns: what a machine that drifts from run to run cannot blur.
+
+    `bound`: what ours is held to, or a function of r, the backward over the forward of what is divided by, and then a tenth more.
+    """
+    kinds = {each: statistics.fmean(turns[each].compute_s) for each in turns if is_baseline(each)}
+    claim, base = f"the same, in turn, of {BASELINE}'s", min(kinds, key=lambda each: kinds[each])
+    r = sum(turns[base].backward_s) / sum(turns[base].forward_s)
+    most = 1.1 * bound(r) if callable(bound) else bound
+    rounds = zip(turns[rule].compute_s, turns[base].compute_s, strict=True)
+    found = spread_of([seconds / of for seconds, of in rounds])
+    assert found is not None and found.interval is not None, "of several rounds"
+    low, high = found.interval
+    return Claim(
+        about=about,
+        claim=claim,
+        published=published,
+        bound=f"<= {most:.3f} (r = {r:.2f})" if callable(bound) else f"<= {most:g}",
+        ours=f"{found.mean:.3f} ({low:.3f} to {high:.3f}) of {base}'s, {found.runs} rounds",
+        holds=found.mean <= most,
+        within_noise=low <= most < high,
+    )
 
 
 def accuracy(about: str, group: Group, rule: str, *, within: float | None, published: str) -> Claim:

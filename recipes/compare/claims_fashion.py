@@ -55,6 +55,7 @@ from pipeline.code import code_digest
 from pipeline.forecast.devices import DEVICES
 from pipeline.forecast.plan import Cluster, plan
 from pipeline.forecast.sweep import sweep
+from pipeline.forecast.turns import Turns, in_turn
 from pipeline.measure.memory import hardware
 from pipeline.recipe import Recipe, read_json, spec, write_json
 from pipeline.report.claims import (
@@ -65,8 +66,10 @@ from pipeline.report.claims import (
     kept,
     not_judged,
     print_claims,
+    share_of_k,
     temporal_shares,
     time_at_most,
+    time_in_turn,
     time_of_k,
     time_of_two_forwards,
     told,
@@ -97,6 +100,7 @@ RULES = {
     "sltt-2": spec(SLTT, k=2, rescale=True),
     "ottt-a": spec(OTTT),
 }
+TURNED = ("bptt", "bptt-stepped", "sltt", "sltt-1", "sltt-2")
 CLAIMED = {RULES[rule].build().label for rule in ("bptt", "sltt", "sltt-1")}
 IMAGENET_SAMPLES = 1_281_167
 PLANNED = ("rule", "memory_bytes", "micro_batch", "accumulation", "hours")
@@ -140,8 +144,9 @@ def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
         trained = Recipe.read(folders["bptt"][0] / "recipe.json")
         sweeps[study] = _swept(trained, beside=folders["bptt"][0])
         judged = _most_complete(study, found, console)
+        turns = _turned(trained, judged.group, beside=folders["bptt"][0])
         looked = [from_folder(folder) for folder in folders["sltt"]]
-        claims += _claims(trained, judged.group, sweeps[study], looked)
+        claims += _claims(trained, judged.group, sweeps[study], turns, looked)
     claims += _imagenet(_planned(next(iter(runs.values())), console))
     print_claims(claims, console)
     return {"claims": told(claims), "studies": told_of, "sweeps": sweeps}
@@ -163,7 +168,18 @@ def _swept(trained: Recipe, *, beside: Path) -> dict[str, Any]:
     return read_json(file)
 
 
-def _claims(trained: Recipe, group: Group, swept: Mapping[str, Any], looked: Sequence[StudyRun]) -> Iterator[Claim]:
+def _turned(trained: Recipe, group: Group, *, beside: Path) -> dict[str, Turns]:
+    """Rules that take turns, in as many processes as the runs had workers; measured once and kept, as the sweep is."""
+    file = beside / "turns.json"
+    if not file.exists():
+        found = in_turn(trained, [RULES[name] for name in TURNED], workers=group.finished[0].workers or 1)
+        write_json(file, {label: asdict(turns) for label, turns in found.items()})
+    return {label: Turns(**{part: tuple(each) for part, each in told.items()}) for label, told in read_json(file).items()}
+
+
+def _claims(
+    trained: Recipe, group: Group, swept: Mapping[str, Any], turns: Mapping[str, Turns], looked: Sequence[StudyRun]
+) -> Iterator[Claim]:
     """Of runs that may be compared; a rule without a run beside BPTT's leaves a claim without a verdict. `looked` told shares."""
     T, leak = trained.time_steps, Fraction(trained.value_of("model.neuron.leak")).limit_denominator(100)
 
@@ -177,14 +193,17 @@ def _claims(trained: Recipe, group: Group, swept: Mapping[str, Any], looked: Seq
     yield flat_in_t(about("SLTT"), _bytes_of_T(swept, "SLTT"), over=SWEPT, published="constant")
     published = "0.91 of training hours (ImageNet), 0.72 of training hours (CIFAR-10)"
     yield time_at_most(*of, bound=1.0, published=published)
+    yield time_in_turn(about("SLTT"), turns, "SLTT", bound=1.0, published="as above")
     yield accuracy(*of, within=WITHIN, published="+0.28 (ImageNet), +0.01 (CIFAR-10)")
     yield from temporal_shares(about("SLTT"), looked)
     of = (about("SLTT-1"), group, "SLTT-1")
     yield time_of_k(*of, T=T, k=1, published="0.43 of training hours (ImageNet)")
+    yield time_in_turn(about("SLTT-1"), turns, "SLTT-1", bound=share_of_k(T, 1), published="as above")
     yield accuracy(*of, within=WITHIN, published="+0.30 (ImageNet)")
     of = (about("SLTT-2"), group, "SLTT-2")
     yield bytes_at_most(*of, bound=constant, published="as SLTT's")
     yield time_of_k(*of, T=T, k=2, published="half of the training time, of SLTT-K (abstract)")
+    yield time_in_turn(about("SLTT-2"), turns, "SLTT-2", bound=share_of_k(T, 2), published="as above")
     yield accuracy(*of, within=None, published="")
     of = (about("OTTT-A"), group, "OTTT-A")
     yield bytes_at_most(*of, bound=0.5, published="0.33 to 0.50 of GPU memory (CIFAR-10)")

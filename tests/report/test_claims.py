@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from pipeline.forecast.turns import Turns
 from pipeline.recipe import read_json, write_json
 from pipeline.report.claims import (
     Claim,
@@ -18,8 +19,10 @@ from pipeline.report.claims import (
     bytes_at_most,
     flat_in_t,
     print_claims,
+    share_of_k,
     temporal_shares,
     time_at_most,
+    time_in_turn,
     time_of_k,
     time_of_two_forwards,
 )
@@ -115,6 +118,27 @@ def test_time_of_one_seed_gets_no_verdict_and_bytes_get_theirs() -> None:
     assert bytes_at_most("SLTT", runs, "SLTT", bound=0.25, published="").holds
 
 
+TURNS = {
+    "BPTT": Turns((1.0, 2.0, 4.0), (2.0, 4.0, 8.0)),
+    "BPTT-chunk-1": Turns((1.0, 2.0, 4.0), (3.0, 6.0, 12.0)),
+    "SLTT": Turns((1.0, 2.0, 4.0), (1.9, 3.86, 7.8)),
+    **{rule: Turns((1.0, 2.0, 4.0), (0.0, 0.0, 0.0)) for rule in ("SLTT-1", "SLTT-2")},
+}
+"""of a machine that gets slower fourfold"""
+
+
+def test_turns_are_divided_round_by_round_by_the_faster_bptt() -> None:
+    """.9667, .9767, .9833 of folded BPTT's: the mean .9756 with +- 4.303 x .0084 / sqrt(3)."""
+    claim = time_in_turn("SLTT", TURNS, "SLTT", bound=1.0, published="")
+    assert (claim.ours, claim.bound) == ("0.976 (0.955 to 0.996) of BPTT's, 3 rounds", "<= 1")
+    assert claim.verdict == "holds"
+    assert time_in_turn("SLTT", TURNS, "SLTT", bound=0.98, published="").verdict == "holds, within the noise"
+    assert time_in_turn("SLTT", TURNS, "SLTT", bound=0.97, published="").verdict == "fails, within the noise"
+    assert time_in_turn("SLTT", TURNS, "SLTT", bound=0.9, published="").verdict == "does not hold"
+    least = time_in_turn("SLTT-1", TURNS, "SLTT-1", bound=share_of_k(6, 1), published="")  # r = 2: 1.1 x 8/18
+    assert (least.bound, least.verdict) == ("<= 0.489 (r = 2.00)", "holds")
+
+
 @pytest.mark.parametrize(
     ("shares", "verdict"),
     [
@@ -205,12 +229,13 @@ def test_fashions_claims_are_of_what_was_trained(tmp_path: Path) -> None:
     write_json(tmp_path / "sweep.json", SWEPT)
     swept = claims_fashion._swept(trained, beside=tmp_path)
     runs = twice(*((rule, 1.0, 2.0) for rule in ("BPTT", "SLTT", "SLTT-1", "SLTT-2")))
-    found = list(claims_fashion._claims(trained, runs, swept, ()))
-    saved, kept, flat, time = found[:4]
+    found = list(claims_fashion._claims(trained, runs, swept, TURNS, ()))
+    saved, kept, flat, time, turned = found[:5]
     assert (saved.about, saved.bound, saved.holds) == ("SLTT, leak 1/4, T = 4", "<= 0.300", True)
     assert (kept.claim, kept.holds, kept.bound) == ("saved bytes and states, of BPTT's", None, "")
     assert (flat.claim, flat.holds) == ("saved bytes from T = 2 to 16", True)
     bounds = {claim.about.split(",")[0]: claim.bound for claim in found if claim.claim == "forward and backward, of BPTT's"}
+    assert turned.claim == "the same, in turn, of BPTT's" and turned.holds
     assert time.holds and bounds["SLTT-1"] == "<= 0.550 (r = 2.00)" and bounds["SLTT-2"] == "<= 0.733 (r = 2.00)"
     assert saved.published == "0.30 of GPU memory (ImageNet), 0.36 of GPU memory (CIFAR-10)"
     assert time.published.startswith("0.91 of training hours")
@@ -221,6 +246,7 @@ def on_two_machines(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> dict
     """Fashion's runs; of the first study the last seed was trained elsewhere, ten times as fast, and so was BPTT step by step."""
     monkeypatch.setattr(claims_fashion, "_planned", lambda beside, console: {})
     monkeypatch.setattr(claims_fashion, "_swept", lambda trained, beside: SWEPT)
+    monkeypatch.setattr(claims_fashion, "_turned", lambda trained, group, beside: TURNS)
     runs = {}
     for recipe in claims_fashion.recipe().recipes:
         rule, study = recipe.rule.build().label, recipe.name.split("-")[3]
