@@ -357,8 +357,14 @@ def test_seeds_that_did_not_diverge_do_not_speak_for_one_that_did(make_run: Call
         make_run(f"bptt-{seed}", seed=seed)
         make_run(f"sltt-{seed}", seed=seed, rule="SLTT", end="diverged" if seed == 2 else "finish")
     make_run("sltt-9", seed=9, rule="SLTT", end="diverged")  # of a seed that BPTT has not
+    elsewhere = {"cpu": "another", "cores": 2, "gpu": "none"}
+    make_run("ottt-far", rule="OTTT", seed=1, end="diverged", hardware=elsewhere)
+    for seed in (0, 2):
+        make_run(f"ottt-{seed}", rule="OTTT", seed=seed)
     comparison = compare(runs_dir)
-    [found] = comparison.to_json()["differences"]
+    [told_of_ottt] = [each for each in comparison.to_json()["differences"] if each["rule"] == "OTTT"]
+    assert (told_of_ottt["diverged"], told_of_ottt["verdict"]) == (0, "holds")  # what a machine of its own diverged on
+    [found] = [each for each in comparison.to_json()["differences"] if each["rule"] == "SLTT"]
     assert (found["seeds"], found["diverged"], found["verdict"]) == (2, 1, "fails")
     said = "BPTT - SLTT: +0.00 points over 2 paired seeds of those that did not diverge, as 1 did, 95 % interval"
     assert said in " ".join(text_of(comparison, width=300).split())
