@@ -7,12 +7,14 @@ round trains a few batches by every rule, and each begins with another, so that 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import distributed, multiprocessing
 
 from pipeline.forecast.bench import Bench, by_label
@@ -27,6 +29,8 @@ class Turns:
 
     forward_s: tuple[float, ...]
     backward_s: tuple[float, ...]
+    processes: int
+    """that computed at once"""
 
     @property
     def compute_s(self) -> tuple[float, ...]:
@@ -34,29 +38,30 @@ class Turns:
 
 
 def in_turn(recipe: Recipe, rules: Sequence[Spec], *, workers: int, rounds: int = ROUNDS) -> dict[str, Turns]:
-    """Of each rule by its label, on as many samples as one of `workers` holds at a time, on one thread each; weights rest.
+    """Of each rule by its label, on as many samples as one of `workers` holds at a time; weights rest.
+
+    As many of them compute at once as this machine has cards, or cores: one thread each.
 
     Raises: ValueError for a batch that does not divide.
     """
-    labelled = by_label(rules, rules[0])
-    samples = recipe.split(workers).micro_batch
+    labelled, samples = by_label(rules, rules[0]), recipe.split(workers).micro_batch
+    processes = min(workers, torch.cuda.device_count() or len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_rank, (workers, recipe, labelled, samples, rounds, folder), nprocs=workers)
-        told = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(workers)]
-    return {
-        label: Turns(*(_means([each[label][part] for each in told]) for part in ("forward_s", "backward_s")))
-        for label in labelled
-    }
+        multiprocessing.spawn(_rank, (processes, recipe, labelled, samples, rounds, folder), nprocs=processes)
+        told = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(processes)]
+
+    def mean(label: str, part: str) -> tuple[float, ...]:
+        return tuple(map(statistics.fmean, zip(*(each[label][part] for each in told), strict=True)))
+
+    return {label: Turns(mean(label, "forward_s"), mean(label, "backward_s"), processes) for label in labelled}
 
 
-def _means(of_ranks: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    return tuple(map(statistics.fmean, zip(*of_ranks, strict=True)))
-
-
-def _rank(rank: int, workers: int, recipe: Recipe, rules: Mapping[str, Spec], samples: int, rounds: int, folder: str) -> None:
+def _rank(rank: int, processes: int, recipe: Recipe, rules: Mapping[str, Spec], samples: int, rounds: int, folder: str) -> None:
     distributed.init_process_group(
-        "gloo", store=distributed.FileStore(f"{folder}/rendezvous", workers), rank=rank, world_size=workers
+        "gloo", store=distributed.FileStore(f"{folder}/rendezvous", processes), rank=rank, world_size=processes
     )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
     bench = Bench(recipe, batch_size=samples)
     seconds: dict[str, dict[str, list[float]]] = {label: {"forward_s": [], "backward_s": []} for label in rules}
     labels = list(rules)

@@ -176,7 +176,10 @@ def _turned(trained: Recipe, group: Group, *, beside: Path) -> dict[str, Turns]:
     if not file.exists():
         found = in_turn(trained, [RULES[name] for name in TURNED], workers=group.finished[0].workers or 1)
         write_json(file, {label: asdict(turns) for label, turns in found.items()})
-    return {label: Turns(**{part: tuple(each) for part, each in told.items()}) for label, told in read_json(file).items()}
+    return {
+        label: Turns(tuple(told["forward_s"]), tuple(told["backward_s"]), told["processes"])
+        for label, told in read_json(file).items()
+    }
 
 
 def _claims(

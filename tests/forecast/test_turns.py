@@ -19,6 +19,7 @@ def test_each_rule_has_a_time_in_each_round_of_every_process() -> None:
     found = in_turn(recipe_with(0.5), RULES, workers=2, rounds=3)
     assert list(found) == ["BPTT", "SLTT", "SLTT-1"]
     for turns in found.values():
+        assert turns.processes == 2
         assert len(turns.forward_s) == len(turns.backward_s) == 3 and min(*turns.forward_s, *turns.backward_s) > 0
         assert turns.compute_s == tuple(a + b for a, b in zip(turns.forward_s, turns.backward_s, strict=True))
 
