@@ -42,12 +42,15 @@ def in_turn(recipe: Recipe, rules: Sequence[Spec], *, workers: int, rounds: int 
 
     As many of them compute at once as this machine has cards, or cores: one thread each.
 
-    Raises: ValueError for a batch that does not divide.
+    Raises: ValueError for a batch that does not divide, and what a process ended in.
     """
     labelled, samples = by_label(rules, rules[0]), recipe.split(workers).micro_batch
     processes = min(workers, torch.cuda.device_count() or len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_rank, (processes, recipe, labelled, samples, rounds, folder), nprocs=processes)
+        try:
+            multiprocessing.spawn(_rank, (processes, recipe, labelled, samples, rounds, folder), nprocs=processes)
+        except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
+            raise ValueError(f"turns: {str(error).strip().splitlines()[-1]}") from error
         told = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(processes)]
 
     def mean(label: str, part: str) -> tuple[float, ...]:

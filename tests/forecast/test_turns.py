@@ -7,6 +7,7 @@ import pytest
 from pipeline.forecast.turns import in_turn
 from pipeline.recipe import spec
 from pipeline.rules.bptt import BPTT
+from pipeline.rules.dsr import DSR
 from pipeline.rules.sltt import SLTT
 from tests.forecast.test_probe import recipe_with
 
@@ -22,6 +23,14 @@ def test_each_rule_has_a_time_in_each_round_of_every_process() -> None:
         assert turns.processes == 2
         assert len(turns.forward_s) == len(turns.backward_s) == 3 and min(*turns.forward_s, *turns.backward_s) > 0
         assert turns.compute_s == tuple(a + b for a, b in zip(turns.forward_s, turns.backward_s, strict=True))
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_what_a_process_ended_in_is_a_line() -> None:
+    """DSR has neurons of its own, which this network has not."""
+    with pytest.raises(ValueError, match=r"^turns: ValueError: DSR: every neuron must be a RateIF or RateLIF.*$"):
+        in_turn(recipe_with(0.5), (spec(DSR),), workers=2)
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:

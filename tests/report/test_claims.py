@@ -135,6 +135,8 @@ def test_turns_are_divided_round_by_round_by_the_faster_bptt() -> None:
     assert time_in_turn("SLTT", TURNS, "SLTT", bound=0.98, published="").verdict == "holds, within the noise"
     assert time_in_turn("SLTT", TURNS, "SLTT", bound=0.97, published="").verdict == "fails, within the noise"
     assert time_in_turn("SLTT", TURNS, "SLTT", bound=0.9, published="").verdict == "does not hold"
+    absent = time_in_turn("SLTT", {}, "SLTT", bound=1.0, published="")
+    assert (absent.holds, absent.ours) == (None, "not measured in turn")
     least = time_in_turn("SLTT-1", TURNS, "SLTT-1", bound=share_of_k(6, 1), published="")  # r = 2: 1.1 x 8/18
     assert (least.bound, least.verdict) == ("<= 0.489 (r = 2.00)", "holds")
 
@@ -235,7 +237,7 @@ def test_fashions_claims_are_of_what_was_trained(tmp_path: Path) -> None:
     assert (kept.claim, kept.holds, kept.bound) == ("saved bytes and states, of BPTT's", None, "")
     assert (flat.claim, flat.holds) == ("saved bytes from T = 2 to 16", True)
     bounds = {claim.about.split(",")[0]: claim.bound for claim in found if claim.claim == "forward and backward, of BPTT's"}
-    assert turned.claim == "the same, in turn, of BPTT's" and turned.holds
+    assert turned.claim == "forward and backward in turn, of BPTT's" and turned.holds
     assert time.holds and bounds["SLTT-1"] == "<= 0.550 (r = 2.00)" and bounds["SLTT-2"] == "<= 0.733 (r = 2.00)"
     assert saved.published == "0.30 of GPU memory (ImageNet), 0.36 of GPU memory (CIFAR-10)"
     assert time.published.startswith("0.91 of training hours")
@@ -246,7 +248,7 @@ def on_two_machines(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> dict
     """Fashion's runs; of the first study the last seed was trained elsewhere, ten times as fast, and so was BPTT step by step."""
     monkeypatch.setattr(claims_fashion, "_planned", lambda beside, console: {})
     monkeypatch.setattr(claims_fashion, "_swept", lambda trained, beside: SWEPT)
-    monkeypatch.setattr(claims_fashion, "_turned", lambda trained, group, beside: TURNS)
+    monkeypatch.setattr(claims_fashion, "_turned", lambda *_, **__: TURNS)
     runs = {}
     for recipe in claims_fashion.recipe().recipes:
         rule, study = recipe.rule.build().label, recipe.name.split("-")[3]
@@ -299,6 +301,44 @@ def test_every_rule_of_fashions_claims_has_a_row_for_its_accuracy_and_its_bytes(
         assert [claim["ours"].split()[0] for claim in kept] == 2 * [f"{(100 + STATES) / (1000 + STATES):.3f}"]
         shares = rows["SLTT", "share of BPTT's gradient through time, first"]
         assert shares["ours"] == "start 0.25; seeds 0, 1, 2"
+
+
+def test_turns_are_taken_once_on_the_runs_machine_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    def in_turn(trained: object, rules: object, *, workers: int) -> dict[str, Turns]:
+        taken.append(workers)
+        if len(taken) == 1:
+            raise ValueError("turns: no data here")
+        return TURNS
+
+    def turned(**machine: Any) -> tuple[dict[str, Turns], str]:
+        runs = group(run(world_size=2, hardware={**claims_fashion.hardware(), **machine, "threads": 7}))
+        console = Console(file=io.StringIO(), width=200)
+        return claims_fashion._turned(trained, runs, console, beside=tmp_path), console.file.getvalue()  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(claims_fashion, "in_turn", in_turn)
+    trained = next(iter(claims_fashion.recipe().recipes))
+    found, said = turned(cpu="another")
+    assert (found, taken) == (
+        {},
+        [],
+    ) and said == f"{tmp_path.name}: rules took no turns, for it was trained on another and not here\n"
+    assert turned() == ({}, f"{tmp_path.name}: rules took no turns: turns: no data here\n")
+    assert turned() == (TURNS, "") and turned() == (TURNS, "") and turned(cpu="another") == (TURNS, "")
+    assert taken == [2, 2]
+    for damaged in ("{", "[]", '{"BPTT": {}}'):
+        (tmp_path / "turns.json").write_text(damaged)
+        found, said = turned()
+        assert found == TURNS and "turns.json: measured anew, for it is damaged" in said
+    (tmp_path / "turns.json").unlink()
+
+    def refuse(file: Path, value: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(claims_fashion, "write_json", refuse)
+    found, said = turned()
+    assert found == TURNS and "these turns are not kept, and the next report takes them anew: Read-only file system" in said
 
 
 PLANNED = {"rule": "SLTT", "memory_bytes": 9.5e9, "micro_batch": 64, "accumulation": 4, "hours": 60.0}

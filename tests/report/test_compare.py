@@ -3,6 +3,8 @@ import io
 import json
 import math
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -368,6 +370,11 @@ def test_seeds_that_did_not_diverge_do_not_speak_for_one_that_did(make_run: Call
     assert (found["seeds"], found["diverged"], found["verdict"]) == (2, 1, "fails")
     said = "BPTT - SLTT: +0.00 points over 2 paired seeds of those that did not diverge, as 1 did, 95 % interval"
     assert said in " ".join(text_of(comparison, width=300).split())
+
+
+def test_comparing_does_not_wait_for_torch():
+    code = "import sys, pipeline.report.suite; print(sorted({'torch', 'mlflow', 'ray'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_named_runs_get_the_baseline_of_their_study(make_run: Callable, runs_dir: Path):

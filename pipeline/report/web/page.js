@@ -31,7 +31,7 @@
   window.addEventListener("beforeprint", () => shown().forEach((place) => draw(place, "light", onPaper)));
   window.addEventListener("afterprint", () => drawn().forEach((place) => draw(place)));
   // What was drawn and then folded away has missed changes of scheme and of size.
-  for (const details of document.querySelectorAll("details:has([data-figure])")) {
+  for (const details of new Set(places.map((place) => place.closest("details")).filter(Boolean))) {
     details.addEventListener("toggle", () => drawn().filter((place) => details.contains(place)).forEach((place) => draw(place)));
   }
 
