@@ -17,11 +17,11 @@ RULES = (spec(BPTT), spec(SLTT), spec(SLTT, k=1))
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
 def test_each_rule_has_a_time_in_each_round_of_every_process() -> None:
-    found = in_turn(recipe_with(0.5), RULES, workers=2, rounds=3)
+    found = in_turn(recipe_with(0.5), RULES, workers=2, rounds=2)
     assert list(found) == ["BPTT", "SLTT", "SLTT-1"]
     for turns in found.values():
         assert turns.processes == 2
-        assert len(turns.forward_s) == len(turns.backward_s) == 3 and min(*turns.forward_s, *turns.backward_s) > 0
+        assert len(turns.forward_s) == len(turns.backward_s) == 2 and min(*turns.forward_s, *turns.backward_s) > 0
         assert turns.compute_s == tuple(a + b for a, b in zip(turns.forward_s, turns.backward_s, strict=True))
 
 
@@ -30,7 +30,7 @@ def test_each_rule_has_a_time_in_each_round_of_every_process() -> None:
 def test_what_a_process_ended_in_is_a_line() -> None:
     """DSR has neurons of its own, which this network has not."""
     with pytest.raises(ValueError, match=r"^turns: ValueError: DSR: every neuron must be a RateIF or RateLIF.*$"):
-        in_turn(recipe_with(0.5), (spec(DSR),), workers=2)
+        in_turn(recipe_with(0.5), (spec(DSR),), workers=1)
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:

@@ -154,8 +154,7 @@ def studies(page: Page) -> list[str]:
     return page.locator("#list tbody th").all_text_contents()
 
 
-@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
-@pytest.mark.parametrize(("scheme", "paper"), [("light", LIGHT), ("dark", DARK)])
+@pytest.mark.parametrize(("size", "scheme", "paper"), [(WIDE, "light", LIGHT), (PHONE, "dark", DARK)], ids=["wide", "phone"])
 def test_each_view_is_accessible(page: Page, size: tuple[int, int], scheme: Literal["light", "dark"], paper: str):
     page.set_viewport_size({"width": size[0], "height": size[1]})
     page.emulate_media(color_scheme=scheme)
