@@ -1,6 +1,6 @@
 """What a worker takes to move the weights, alone: it looks at the gradients (`guards/batches.py`), and its backend steps.
 
-The engine of DeepSpeed does much beside its optimizer, which alone would be too little: of a small network a fifth of it.
+The engine of DeepSpeed does much beside its optimizer, which alone would be too little.
 """
 
 from __future__ import annotations

@@ -147,7 +147,8 @@ def plan(
     bench = made(sizes[1], recipe.time_steps)
     with bench.in_memory(f"{recipe.name}'s teacher"):
         teacher = teacher_profile(recipe, bench.x_B, sizes, cluster.device)
-    share = _Share(recipe, cluster, bench, source, teacher, lambda: _moving_s(made, sizes[0], recipe.time_steps))
+    move_s = _moving_s(made, sizes[0], recipe.time_steps) if cluster.device is None else 0.0
+    share = _Share(recipe, cluster, bench, source, teacher, move_s)
     planned, refused = [], {}
     profiled: set[int] = set()
     for label, rule in by_label(rules, recipe.rule).items():
@@ -217,14 +218,9 @@ class _Share:
     """What every rule needs alike: what a worker holds, moves and says to the others."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        cluster: Cluster,
-        bench: Bench,
-        source: str,
-        teacher: TeacherProfile | None,
-        move_s: Callable[[], float],
+        self, recipe: Recipe, cluster: Cluster, bench: Bench, source: str, teacher: TeacherProfile | None, move_s: float
     ) -> None:
+        """`move_s`: of a move of the weights on a machine like this one."""
         self.held: Held = bench.held()
         self.batch_bytes_of_a_sample = bench.batch_bytes / bench.samples
         self.average_bytes = self.held.parameters if recipe.ema_decay else 0
@@ -238,7 +234,7 @@ class _Share:
             found = neighbours(cluster.workers, self.held.gradients, threads=cluster.threads, on=on)
             crowded = found.slowdown / (1.0 if self.loads_beside else 1 - RAY_SHARE)
             self.slowdown = ALONE.slowdown if on == "cuda" else crowded  # cards share neither caches nor clocks
-            self.optimizer_s = move_s() * self.slowdown
+            self.optimizer_s = move_s * self.slowdown
             self.word_s, self.s_of_a_byte = found.word_s, found.ring_s / max(1.0, self._ring(self.held.gradients))
         else:
             self.memory = (1 - RESERVE) * card.memory

@@ -94,8 +94,8 @@ def _compared(
     notes = []
     if rule_of(finished[0]) != against or not is_whole:
         finished, notes = with_baseline(runs_dir, finished, against)
-    alike = {_kind_of(run) for run in finished}
-    diverged = frozenset((run.rule, run.seed) for run in left_out if run.state == "diverged" and _kind_of(run) in alike)
+    lost = [run for run in left_out if run.state == "diverged" and _kind_of(run) == _kind_of(finished[0])]
+    diverged = frozenset((run.rule, run.seed) for run in lost)
     group = Group(tuple(map(_study_run, finished)), against=against, within=within, diverged_beside=diverged)
     return Comparison(
         study=str(finished[0].summary.get("study", "")),

@@ -57,5 +57,7 @@ def paired_difference(
     if found is None or found.interval is None:
         return None
     low, high = found.interval
-    about = {"baseline": names[0], "rule": names[1], "diverged": diverged}
-    return Difference(seeds=found.runs, mean=found.mean, low=low, high=high, **about)
+    baseline_name, rule_name = names
+    return Difference(
+        baseline=baseline_name, rule=rule_name, seeds=found.runs, mean=found.mean, low=low, high=high, diverged=diverged
+    )

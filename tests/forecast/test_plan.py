@@ -177,10 +177,10 @@ def test_cards_sum_among_themselves_and_more_than_there_are_is_refused(monkeypat
 
     monkeypatch.setattr("pipeline.forecast.plan.neighbours", told)
     monkeypatch.setattr("pipeline.forecast.plan.free_bytes", lambda: 10**9)
-    on_cores = _Share(made(), Cluster(workers=2), bench, "noise", None, lambda: 0.25)
+    on_cores = _Share(made(), Cluster(workers=2), bench, "noise", None, 0.25)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    on_cards = _Share(made(), Cluster(workers=2), bench, "noise", None, lambda: 0.25)
+    on_cards = _Share(made(), Cluster(workers=2), bench, "noise", None, 0.25)
     assert [each["on"] for each in asked] == ["cpu", "cuda"] and asked[1]["workers"] == 2
     assert on_cores.memory == pytest.approx((1 - RESERVE) * 10**9 / 2) and on_cards.memory == pytest.approx((1 - RESERVE) * 10**9)
     assert on_cores.optimizer_s == 0.25 * on_cores.slowdown and on_cards.optimizer_s == 0.25
