@@ -31,9 +31,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from pipeline.code import commit
 from pipeline.forecast.plan import Cluster, plan
 from pipeline.launch.cluster import Cluster as Launched
@@ -62,10 +59,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=300)
     arguments = parser.parse_args()
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("recipe", "saved, planned", "measured", "off", "step, planned", "and after", "measured", "off", "by the first"):
-        table.add_column(title)
-    is_near = True
+    machine, is_near = hardware(), True
+    print(f"{arguments.workers} workers, {arguments.steps} steps; commit {commit()}, {machine['cpu']}, torch {machine['torch']}")
     for name, made in RECIPES.items():
         recipe = replace(made(), stop_after=arguments.steps, evaluate_samples=64)
         before = plan(recipe, Cluster(workers=arguments.workers), rules=())
@@ -78,17 +73,12 @@ def main() -> None:
         saved = off.saved_bytes
         step = Quantity(planned=(off.step_s.planned + later.planned) / 2, measured=later.measured)
         is_near &= abs(saved.error) <= BYTES and abs(step.error) <= SECONDS
-        table.add_row(
-            name,
-            *(f"{value / 1e6:.4g} MB" for value in (saved.planned, saved.measured)),
-            f"{saved.error:+.1%}",
-            *(f"{value * 1e3:.4g} ms" for value in (off.step_s.planned, later.planned, step.measured)),
-            f"{step.error:+.1%}",
-            f"{off.step_s.error:+.1%}",
+        print(
+            f"{name:<18} {saved.planned / 1e6:8.4g} MB planned, {saved.measured / 1e6:8.4g} measured {saved.error:+7.1%};"
+            f" {off.step_s.planned * 1e3:6.4g} ms planned, {later.planned * 1e3:6.4g} after, {step.measured * 1e3:6.4g} measured"
+            f" {step.error:+7.1%}; by the first plan {off.step_s.error:+.1%}",
+            flush=True,
         )
-    machine = hardware()
-    Console().print(table)
-    print(f"{arguments.workers} workers, {arguments.steps} steps; commit {commit()}, {machine['cpu']}, torch {machine['torch']}")
     sys.exit(not is_near)
 
 
