@@ -60,6 +60,7 @@ from recipes.fashion.base import fashion
 from tests.silent import NoActivity, NoMeters
 
 LOG_EVERY = 10
+TAKES = 5
 AIM = 0.01
 TRAINED_ON, EVALUATED_ON = 60_000, 10_000  # images
 EPOCHS = (1, 10)
@@ -97,8 +98,6 @@ class Measured:
             Unguarded(),
         )
         self.steps += 1
-        if isinstance(self.meters, Meters) and self.steps % LOG_EVERY == 0:
-            self.meters.take(lambda sums: sums)
 
     def steps_of(self, batches: int) -> None:
         for _ in range(batches):
@@ -171,6 +170,7 @@ def costs(rule_name: str, size: int, batches: int, evaluations: int) -> Costs:
     for each in (silent, plain, of_bytes, of_operations):
         each.steps_of(ROUND)
     batch, (batch_more,) = in_turn(batches, silent.step, plain.step)
+    batch_more += _seconds_of_take(plain, uncounted) / LOG_EVERY
     uncounted.note_peaks()
     _, counted_more = in_turn(evaluations, *(partial(each.steps_of, ROUND) for each in (silent, of_bytes, of_operations)))
     bytes_more, operations_more = (more - ROUND * batch_more for more in counted_more)
@@ -178,6 +178,20 @@ def costs(rule_name: str, size: int, batches: int, evaluations: int) -> Costs:
         evaluations, silent.evaluate, plain.evaluate, partial(plain.evaluate, is_last=True)
     )
     return Costs(batch, batch_more, bytes_more, operations_more, evaluation, evaluation_more, last_more)
+
+
+def _seconds_of_take(plain: Measured, meters: Meters) -> float:
+    """By itself: of turns of one batch the middle half would leave out the tenth that it belongs to."""
+
+    def take() -> None:
+        meters.take(lambda sums: sums)
+
+    take()  # what came before
+    seconds: list[float] = []
+    for _ in range(TAKES):
+        plain.steps_of(LOG_EVERY)
+        seconds.append(timed(take))
+    return statistics.fmean(seconds)
 
 
 def share_of_training(found: Costs) -> float:

@@ -96,12 +96,12 @@ def tuned(suite: Suite, field: str, values: Sequence[Any]) -> Suite:
         tried = trials.setdefault(_but_for_its_seed(recipe), [])
         if not tried:
             tried += [_trial(recipe, field, value, search) for value in values]
-        about = {**search, "evaluate_every": recipe.epochs}  # the test set is read once
+        about = {**search, "evaluate_every": 0}  # the test set is read once
         final = replace(recipe, name=f"{recipe.name}-tuned", protocol="tuned", **about)
         choices[final.name] = Choice(field, tuple(trial.name for trial in tried))
         finals.append(final)
     every_trial = tuple(trial for tried in trials.values() for trial in tried)
-    shared = (replace(recipe, evaluate_every=recipe.epochs) for recipe in suite.recipes)
+    shared = (replace(recipe, evaluate_every=0) for recipe in suite.recipes)
     return Suite((*shared, *every_trial, *finals), print_protocols, choices)
 
 
@@ -115,7 +115,7 @@ def _trial(recipe: Recipe, field: str, value: Any, search: Mapping[str, Any]) ->
         raise ValueError(f"tuned: {recipe.name} holds out a part of its own; got data.held_out={recipe.data.kwargs['held_out']}")
     trial = recipe.override({field: value, "data.held_out": HELD_OUT})
     name = f"{recipe.name}-{field.rpartition('.')[2]}-{_in_a_name(value)}"
-    return replace(trial, name=name, protocol="trial", **search, evaluate_every=recipe.epochs)
+    return replace(trial, name=name, protocol="trial", **search, evaluate_every=0)
 
 
 def _as_text(value: Any) -> str:

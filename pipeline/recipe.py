@@ -122,7 +122,7 @@ class Recipe:
     replicas_every: int = 500
     """steps between comparisons of what workers have learnt, bit by bit, beside one at each checkpoint; 0: none at all"""
     evaluate_every: int = 1
-    """epochs between evaluations; the last epoch is always evaluated"""
+    """epochs between evaluations, beside the one after the last; 0: that one alone, which reads the test set once"""
     fidelity_every: int = 0
     """epochs between comparisons of the rule's gradient with BPTT's on the first batch, beside one at the start; 0: none"""
     checkpoint_every: int = 0
@@ -152,7 +152,7 @@ class Recipe:
             value = getattr(self, each.name)
             if not admits(hints[each.name], value):
                 raise ValueError(f"recipe: {each.name} must be {type_name(hints[each.name])}; got {value!r}")
-        positive = ("time_steps", "batch_size", "epochs", "evaluate_every", "keep", "log_every")
+        positive = ("time_steps", "batch_size", "epochs", "keep", "log_every")
         for name in positive + tuple(
             n for n in ("micro_batch", "stop_after", "evaluate_samples") if getattr(self, n) is not None
         ):
@@ -162,6 +162,7 @@ class Recipe:
             "clip_norm",
             "checkpoint_every",
             "checkpoint_minutes",
+            "evaluate_every",
             "fidelity_every",
             "seed",
             "max_skips",

@@ -20,12 +20,12 @@ from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.recipe_json import dotted, imported
 from pipeline.spec import arguments_of, reference_to, referred
 
-__all__ = ["FILE", "Choice", "Report", "Suite", "SuiteFile", "choices_of", "filled", "is_suite", "needed", "references",
-           "refuse_references", "refuse_untrusted", "runs_of"]  # fmt: skip
+__all__ = ["FILE", "Choice", "Report", "Suite", "SuiteFile", "filled", "has_report", "is_suite", "needed", "references",
+           "refuse_references", "refuse_untrusted", "runs_of", "sources", "sources_in"]  # fmt: skip
 
 Report = Callable[[Mapping[str, Path], Any], object]
-"""called with the folder of each recipe's run, all finished but for those of a search that diverged, by the recipe's name in
-their order, and rich's Console; prints, and may return what `compare --format json` prints: JSON values. Of an object `report`
+"""called with the folder of each recipe's run, all finished or diverged (pipeline/trials.py), by the recipe's name in their
+order, and rich's Console; prints, and may return what `compare --format json` prints: JSON values. Of an object `report`
 shows "claims", as report/claims.py tells them, and "sweeps", as `sweep --format json` prints them"""
 
 FILE = "suite.json"
@@ -80,11 +80,6 @@ class Suite:
             _check_report(self.report)
 
     @property
-    def searches(self) -> bool:
-        """Whether trials choose something in it, so that a run that diverges is an answer."""
-        return bool(self.choices)
-
-    @property
     def family(self) -> str:
         """What all of its runs are kept under: MLflow shows runs under their parent within one experiment alone."""
         return next((each.family for each in self.recipes if each.family), self.recipes[0].name)
@@ -128,6 +123,11 @@ def references(recipe: Recipe) -> tuple[str, ...]:
 
     filled(recipe, note)
     return tuple(found)
+
+
+def sources(suite: Suite) -> set[str]:
+    """The names of the recipes whose weights others take."""
+    return {name for recipe in suite.recipes for name in references(recipe)}
 
 
 def filled(recipe: Recipe, path_of: Callable[[str], str | Path]) -> Recipe:
@@ -237,6 +237,11 @@ def is_suite(folder: Path) -> bool:
     return (folder / FILE).is_file()
 
 
+def has_report(folder: Path) -> bool:
+    """Whether a suite has a report of its own; nothing is imported."""
+    return read_json(folder / FILE).get("report") is not None
+
+
 def runs_of(folder: Path) -> dict[str, Path]:
     """The run folder of each recipe of a suite, by the recipe's name in their order; nothing is imported.
 
@@ -250,17 +255,19 @@ def runs_of(folder: Path) -> dict[str, Path]:
     return runs
 
 
-def choices_of(folder: Path) -> dict[str, Choice]:
-    """What trials choose in a suite, by the name of the recipe that waits for it; nothing is imported.
+def sources_in(folder: Path) -> set[str]:
+    """As `sources`, of a suite's folder; nothing is imported.
 
     Raises:
         ValueError: suite.json is damaged.
     """
-    children = _children_in(folder)
-    try:
-        return {child["recipe"]["recipe"]["name"]: _choice(child["choice"]) for child in children if "choice" in child}
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+
+    def strings(value: Any) -> Iterator[str]:
+        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+        yield from [value] if isinstance(value, str) else [text for each in inner for text in strings(each)]
+
+    of_children = (strings(child["recipe"]) for child in _children_in(folder))
+    return {name for texts in of_children for text in texts if (name := referred(text)) is not None}
 
 
 def _children_in(folder: Path) -> list[dict[str, Any]]:

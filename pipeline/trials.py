@@ -1,4 +1,4 @@
-"""A search, as its folders tell: a value that diverges has lost, and its run is over like one that finished."""
+"""What a suite has done with: a run that diverged is an answer, and over like one that finished; as a trial it has lost."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.recipe import read_json
-from pipeline.suite import choices_of, runs_of
+from pipeline.suite import runs_of, sources_in
 from pipeline.track.state import state_of
 
 __all__ = ["best", "is_over", "over_in", "top1_of"]
 
 
-def is_over(run: Path, *, in_search: bool) -> bool:
-    """Whether a suite has nothing left to do for a run: it has finished, or it diverged in a suite that searches.
+def is_over(run: Path, *, is_needed: bool) -> bool:
+    """Whether a suite has nothing left to do for a run: it has finished, or it diverged, which it would do again.
 
-    There that is an answer, of a run at the value that all rules share, too: another value may suit its rule.
+    That a rule diverges at the value which all share is told beside what the others did there, and another value may suit it.
+    `is_needed`: others take its weights, which must have learnt something.
     """
-    return state_of(run) in (("finished", "diverged") if in_search else ("finished",))
+    return state_of(run) in (("finished",) if is_needed else ("finished", "diverged"))
 
 
 def over_in(suite: Path) -> dict[str, Path]:
@@ -27,13 +28,13 @@ def over_in(suite: Path) -> dict[str, Path]:
     Raises:
         ValueError: suite.json is damaged.
     """
-    in_search = bool(choices_of(suite))
-    return {name: run for name, run in runs_of(suite).items() if is_over(run, in_search=in_search)}
+    needed = sources_in(suite)
+    return {name: run for name, run in runs_of(suite).items() if is_over(run, is_needed=name in needed)}
 
 
-def top1_of(trial: Path) -> float | None:
-    """Its accuracy on what it held out; None: it diverged."""
-    return None if state_of(trial) == "diverged" else read_json(trial / "summary.json")["top1"]
+def top1_of(run: Path) -> float | None:
+    """Its accuracy, of a trial on what it held out; None: it diverged."""
+    return None if state_of(run) == "diverged" else read_json(run / "summary.json")["top1"]
 
 
 def best(top1: Mapping[str, float | None]) -> str:

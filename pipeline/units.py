@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -19,13 +20,18 @@ def unit_of(kind: str, values: Sequence[float]) -> tuple[float, str]:
     return {"h": 3600.0, "min": 60.0}.get(unit, least), unit
 
 
+def rounded(value: float, *, digits: int = 4) -> str:
+    """So many digits that count, or all of a larger number: `31234` and not `3.123e+04`."""
+    return f"{value:.0f}" if 10 ** (digits - 1) <= abs(value) < math.inf else f"{value:.{digits}g}"
+
+
 def shown(value: float, *, kind: str) -> str:
     """A number of bytes, seconds or joules with its unit, or as a count, a rate, a ratio or a share."""
     if kind == "share":
         return f"{value:.2%}"
     if kind == "rate":
-        return f"{value:.4g}"
+        return rounded(value)
     if kind == "ratio":
         return f"×{value:.2f}" if value >= 0.1 else f"×{value:.2g}"
     scale, unit = unit_of(kind, [value])
-    return f"{value / scale:.3g} {unit}".rstrip()
+    return f"{rounded(value / scale, digits=3)} {unit}".rstrip()

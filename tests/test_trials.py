@@ -25,12 +25,12 @@ def run(folder: Path, *, end: str) -> Path:
     return folder
 
 
-def suite(folder: Path, *, searches: bool, **ends: str) -> Children:
+def suite(folder: Path, **ends: str) -> Children:
     """A suite's runs at the value that all share, a trial and a tuned run, of which those in `ends` have come to one."""
     names = ("shared", "trial", "tuned", "after")
     recipes = [small_recipe(name=name, init="@shared" if name == "after" else None) for name in names]
     recipes[1:3] = [replace(each, protocol=each.name, tuned=("optimizer.lr",)) for each in recipes[1:3]]
-    choices = {"tuned": Choice("optimizer.lr", ("trial",))} if searches else {}
+    choices = {"tuned": Choice("optimizer.lr", ("trial",))}
     made = SuiteFile(suite=Suite(tuple(recipes), None, choices), runs=names, parent="0" * 32, cluster={})
     (folder / "suite").mkdir(parents=True)
     made.write(folder / "suite")
@@ -40,21 +40,14 @@ def suite(folder: Path, *, searches: bool, **ends: str) -> Children:
 
 
 @pytest.mark.parametrize("name", ["shared", "trial", "tuned"])
-def test_what_diverged_is_over_in_a_suite_that_searches_alone(tmp_path: Path, name: str) -> None:
-    for searches in (True, False):
-        for end, over in (("finish", True), ("diverged", searches), ("failed", False), ("stopped", False)):
-            folder = tmp_path / f"{end}-{searches}"
-            children = suite(folder, searches=searches, **{name: end})
-            assert over_in(folder / "suite") == ({name: folder / name} if over else {})
-            assert (name not in [recipe.name for recipe in children.left()]) is over
-    search = suite(tmp_path / "search", searches=True, trial="diverged")
+def test_what_diverged_is_over_like_what_finished_unless_others_take_its_weights(tmp_path: Path, name: str) -> None:
+    for end, over in (("finish", True), ("diverged", name != "shared"), ("failed", False), ("stopped", False)):
+        folder = tmp_path / end
+        children = suite(folder, **{name: end})
+        assert over_in(folder / "suite") == ({name: folder / name} if over else {})
+        assert (name not in [recipe.name for recipe in children.left()]) is over
+    search = suite(tmp_path / "search", trial="diverged")
     assert search.can_begin(search.suite_file.suite.recipes[2])
-
-
-def test_nothing_begins_with_the_weights_of_a_run_that_diverged(tmp_path: Path) -> None:
-    children = suite(tmp_path, searches=True, shared="diverged")
-    with pytest.raises(ValueError, match="suite: weights must be of a run that finished; got '@shared', and shared diverged"):
-        children.job(children.suite_file.suite.recipes[3])
 
 
 def test_its_accuracy_is_none(tmp_path: Path) -> None:
@@ -69,10 +62,10 @@ def test_the_first_of_the_best_is_taken() -> None:
 
 
 def test_a_damaged_choice_is_named(tmp_path: Path) -> None:
-    suite(tmp_path, searches=True)
+    suite(tmp_path)
     file = tmp_path / "suite" / "suite.json"
     told = json.loads(file.read_text())
     told["children"][2]["choice"] = ["trial"]
     file.write_text(json.dumps(told))
     with pytest.raises(ValueError, match=r"suite\.json: a choice: must be an object; got \['trial'\]"):
-        over_in(tmp_path / "suite")
+        SuiteFile.read(tmp_path / "suite")

@@ -186,6 +186,12 @@ def test_each_epoch_trains_on_each_sample_once(tmp_path: Path, monkeypatch: pyte
     assert seen[:64] != seen[64:]
 
 
+@pytest.mark.parametrize(("every", "at"), [(1, [8, 16, 24]), (2, [16, 24]), (0, [24])])
+def test_a_run_evaluates_as_often_as_it_is_told_and_after_its_last_epoch(every: int, at: list[int], tmp_path: Path) -> None:
+    train_inline(tmp_path / "run", small_recipe(epochs=3, evaluate_every=every))
+    assert [event["step"] for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "evaluation"] == at
+
+
 def test_the_journal_tells_loss_speed_and_place(tmp_path: Path) -> None:
     summary = train_inline(tmp_path / "run", small_recipe())
     events = read(tmp_path / "run" / "journal.jsonl")

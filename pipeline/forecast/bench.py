@@ -74,8 +74,6 @@ RULES = (
 )
 UNTIMED = 3  # the first batch warms up, on the second bytes are counted, on the third operations
 TIMED = 5
-ROUNDS = 3
-"""of what is compared by its seconds: where a machine gets slower in between, it does so for all"""
 RESERVE = 0.1
 """of memory that is left to fragments, to workspaces and the driver, and to what a small batch does not tell of a large one"""
 LEARNS_BY_ITSELF = 16  # batches that a rule with matrices of its own sees before its gradient is taken

@@ -34,9 +34,10 @@ import torch
 
 from pipeline.build import check_recipe
 from pipeline.forecast.batches import loading_s
-from pipeline.forecast.bench import RESERVE, ROUNDS, RULES, Bench, DoesNotFit, by_label
+from pipeline.forecast.bench import RESERVE, RULES, Bench, DoesNotFit, by_label
 from pipeline.forecast.moving import moving_s
 from pipeline.forecast.profile import EFFICIENCY, Profile, TeacherProfile, profile_of, sizes_for, teacher_profile, times_for
+from pipeline.forecast.rounds import ROUNDS, in_rounds
 from pipeline.measure.held import Held
 from pipeline.measure.memory import free_bytes
 from pipeline.measure.neighbours import ALONE, neighbours
@@ -177,7 +178,7 @@ def plan(
 
 def _seconds(benches: Mapping[tuple[int, int], Bench], rule: Spec) -> dict[tuple[int, int], float]:
     """Of a batch at each (B, T), the median of several rounds: where a machine gets slower, it does so for all of them."""
-    rounds = [{place: bench.cost(rule) for place, bench in benches.items()} for _ in range(ROUNDS)]
+    rounds = [{place: benches[place].cost(rule) for place in order} for order in in_rounds(benches, ROUNDS)]
     return {place: statistics.median(each[place].compute_s + each[place].loop_s for each in rounds) for place in benches}
 
 

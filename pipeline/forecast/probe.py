@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pipeline.baseline import BASELINE, is_baseline
 from pipeline.build import check_recipe
 from pipeline.forecast.asked import Asked, asked
-from pipeline.forecast.bench import ROUNDS, RULES, Bench, Cost, by_label, fastest_baseline
+from pipeline.forecast.bench import RULES, Bench, Cost, by_label, fastest_baseline
+from pipeline.forecast.rounds import costs, in_the_median
 from pipeline.measure.fidelity import Fidelity, Gradients, fidelity
 from pipeline.measure.memory import hardware
 from pipeline.recipe import Recipe, Spec
@@ -62,7 +63,7 @@ def probe(recipe: Recipe, *, batch_size: int | None = None, threads: int = 1, ru
     bench = Bench(recipe, batch_size=batch_size, threads=threads)
     with bench.in_memory(f"{recipe.name}'s teacher"):
         teacher = asked(recipe, bench.x_B)
-    rounds, refused = _in_turns(bench, by_label(rules, recipe.rule))
+    rounds, refused = costs(bench, by_label(rules, recipe.rule))
     if not rounds:
         raise ValueError("probe: no rule can train this network; " + "; ".join(refused.values()))
     found: dict[str, Sequence[Gradients]] = {}
@@ -77,7 +78,7 @@ def probe(recipe: Recipe, *, batch_size: int | None = None, threads: int = 1, ru
         recipe=recipe.name,
         samples=bench.samples,
         time_steps=recipe.time_steps,
-        costs=tuple(_in_the_median(each) for each in rounds.values()),
+        costs=tuple(in_the_median(each) for each in rounds.values()),
         rounds={label: tuple(cost.compute_s for cost in each) for label, each in rounds.items()},
         teacher=teacher,
         fidelity=_compared(found),
@@ -85,26 +86,6 @@ def probe(recipe: Recipe, *, batch_size: int | None = None, threads: int = 1, ru
         uncompared=uncompared,
         hardware=hardware(),
     )
-
-
-def _in_turns(bench: Bench, rules: Mapping[str, Spec]) -> tuple[dict[str, list[Cost]], dict[str, str]]:
-    """What each rule costs in every round, and why others cannot train the network."""
-    rounds: dict[str, list[Cost]] = {label: [] for label in rules}
-    refused: dict[str, str] = {}
-    for _ in range(ROUNDS):
-        for label in list(rounds):
-            try:
-                rounds[label].append(bench.cost(rules[label]))
-            except ValueError as error:
-                refused[label] = str(error)
-                del rounds[label]
-    return rounds, refused
-
-
-def _in_the_median(costs: Sequence[Cost]) -> Cost:
-    """All count the same bytes and operations."""
-    seconds = {name: statistics.median(getattr(cost, name) for cost in costs) for name in ("forward_s", "backward_s", "loop_s")}
-    return replace(costs[0], **seconds)
 
 
 def _compared(found: Mapping[str, Sequence[Gradients]]) -> Fidelity | None:
@@ -123,12 +104,12 @@ def advice(found: Probe) -> str:
     """
     bptt, fastest = found.cost(BASELINE), found.time_baseline
     if bptt is None or fastest is None:
-        return f"{found.recipe}: BPTT cannot train this network, so there is nothing to compare gradients with."
+        return f"There is nothing to compare gradients with; {found.refused.get(BASELINE, 'BPTT was not tried')}."
     if found.fidelity is None:
         return f"There is nothing to compare gradients with; {found.uncompared[BASELINE]}."
     others = [cost for cost in found.costs if not is_baseline(cost.rule)]
     if not others:
-        return "No rule but BPTT can train this network."
+        return f"There is no rule to compare with BPTT; {'; '.join(found.refused.values()) or 'none was tried'}."
     others = [cost for cost in others if cost.rule in found.fidelity.cosines]
     if not others:
         return f"There is no gradient to compare with BPTT's; {'; '.join(found.uncompared.values())}."

@@ -18,6 +18,7 @@ from pipeline.counts import are_counts
 from pipeline.forecast.asked import Asked, asked
 from pipeline.forecast.batches import samples_of
 from pipeline.forecast.bench import RESERVE, RULES, Bench, Cost, DoesNotFit, by_label, fastest_baseline
+from pipeline.forecast.rounds import costs, in_the_median
 from pipeline.measure.held import Held
 from pipeline.measure.memory import free_bytes, hardware
 from pipeline.recipe import Recipe, Spec
@@ -122,13 +123,17 @@ def sweep(
         teacher = asked(recipe, benches[0].x_B)
     for bench in benches:
         room = None if limit is None else _Room(bench, limit - (0 if teacher is None else teacher.bytes), threads)
-        for label, rule in by_label(rules, recipe.rule).items():
+        tried = by_label(rules, recipe.rule)
+        rounds, why = costs(bench, tried)
+        for label, of_one in rounds.items():
             try:
-                points.append(_point(bench, rule, room))
+                points.append(_point(bench, in_the_median(of_one), tried[label], room))
                 if at_largest and room is not None:
-                    points[-1] = room.trained(points[-1], rule)
+                    points[-1] = room.trained(points[-1], tried[label])
             except ValueError as error:
-                refused.setdefault(label, {})[bench.recipe.time_steps] = str(error)
+                why[label] = str(error)
+        for label, said in why.items():
+            refused.setdefault(label, {})[bench.recipe.time_steps] = said
     if not points:
         said = dict.fromkeys(why for at_T in refused.values() for why in at_T.values())
         raise ValueError("sweep: no rule can train this network; " + "; ".join(said))
@@ -145,8 +150,7 @@ def sweep(
     )
 
 
-def _point(bench: Bench, rule: Spec, room: _Room | None) -> Point:
-    cost = bench.cost(rule)
+def _point(bench: Bench, cost: Cost, rule: Spec, room: _Room | None) -> Point:
     return Point(
         time_steps=bench.recipe.time_steps,
         cost=cost,

@@ -1,79 +1,83 @@
 """Rules that take turns on one batch, in as many processes at once as a run has workers.
 
 Runs of a study follow one another over hours, in which a machine gets slower and faster by more than some rules differ. Here each
-round trains a few batches by every rule, and each begins with another, so that what drifts falls on all alike.
+round trains a few batches by every rule, and each begins with another, so that what drifts falls on all alike. What does not
+drift, such as where a process has its memory, is another one in each of several starts.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import torch
-from torch import distributed, multiprocessing
 
+from pipeline.code import commit
 from pipeline.forecast.bench import Bench, by_label
+from pipeline.forecast.rounds import in_rounds
+from pipeline.measure.at_once import at_once, meet
 from pipeline.recipe import Recipe, Spec
 
-ROUNDS = 10
+STARTS = 5
 
 
 @dataclass(frozen=True)
 class Turns:
-    """Seconds of a batch in each round, the mean over processes."""
+    """Seconds of a batch in each start, the mean over its processes and rounds."""
 
     forward_s: tuple[float, ...]
     backward_s: tuple[float, ...]
     processes: int
     """that computed at once"""
+    samples: int
+    """that each of them held"""
+    threads: int
+    """of each of them"""
+    commit: str
 
     @property
     def compute_s(self) -> tuple[float, ...]:
         return tuple(map(sum, zip(self.forward_s, self.backward_s, strict=True)))
 
 
-def in_turn(recipe: Recipe, rules: Sequence[Spec], *, workers: int, rounds: int = ROUNDS) -> dict[str, Turns]:
-    """Of each rule by its label, on as many samples as one of `workers` holds at a time; weights rest.
+def in_turn(
+    recipe: Recipe, rules: Sequence[Spec], *, workers: int, samples: int | None = None, threads: int = 1, starts: int = STARTS
+) -> dict[str, Turns]:
+    """Of each rule by its label; weights rest. As many processes compute at once as `workers`, cards or cores admit.
 
-    As many of them compute at once as this machine has cards, or cores: one thread each.
+    Each start goes round as often as there are rules, so that every rule is once in every place.
+
+    Args:
+        samples: of a batch; None: as one of `workers` holds at a time.
 
     Raises: ValueError for a batch that does not divide, and what a process ended in.
     """
-    labelled, samples = by_label(rules, rules[0]), recipe.split(workers).micro_batch
-    processes = min(workers, torch.cuda.device_count() or len(os.sched_getaffinity(0)))
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            multiprocessing.spawn(_rank, (processes, recipe, labelled, samples, rounds, folder), nprocs=processes)
-        except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
-            raise ValueError(f"turns: {str(error).strip().splitlines()[-1]}") from error
-        told = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(processes)]
+    labelled, samples = by_label(rules, rules[0]), samples or recipe.split(workers).micro_batch
+    on: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    processes = min(workers, torch.cuda.device_count() or max(1, len(os.sched_getaffinity(0)) // threads))
+    given = recipe, labelled, samples, threads
+    told = [at_once("turns", _seconds, *given, processes=processes, on=on) for _ in range(starts)]
 
-    def mean(label: str, part: str) -> tuple[float, ...]:
-        return tuple(map(statistics.fmean, zip(*(each[label][part] for each in told), strict=True)))
+    def means(label: str, part: str) -> tuple[float, ...]:
+        return tuple(statistics.fmean(each[label][part] for each in start) for start in told)
 
-    return {label: Turns(mean(label, "forward_s"), mean(label, "backward_s"), processes) for label in labelled}
+    about = {"processes": processes, "samples": samples, "threads": threads, "commit": commit()}
+    return {label: Turns(means(label, "forward_s"), means(label, "backward_s"), **about) for label in labelled}
 
 
-def _rank(rank: int, processes: int, recipe: Recipe, rules: Mapping[str, Spec], samples: int, rounds: int, folder: str) -> None:
-    distributed.init_process_group(
-        "gloo", store=distributed.FileStore(f"{folder}/rendezvous", processes), rank=rank, world_size=processes
-    )
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank)
-    bench = Bench(recipe, batch_size=samples)
+def _seconds(
+    device: torch.device, recipe: Recipe, rules: Mapping[str, Spec], samples: int, threads: int
+) -> dict[str, dict[str, float]]:
+    """Of each part of a batch, by rule, the mean over rounds."""
+    bench = Bench(recipe, batch_size=samples, threads=threads)
     seconds: dict[str, dict[str, list[float]]] = {label: {"forward_s": [], "backward_s": []} for label in rules}
-    labels = list(rules)
-    for first in range(rounds):
-        for label in (*labels[first % len(labels) :], *labels[: first % len(labels)]):
-            distributed.barrier()
+    for order in in_rounds(rules, len(rules)):
+        for label in order:
+            meet(device)
             cost = bench.cost(rules[label])
             seconds[label]["forward_s"].append(cost.forward_s)
             seconds[label]["backward_s"].append(cost.backward_s)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(seconds))
-    distributed.barrier()
-    distributed.destroy_process_group()
+    return {label: {part: statistics.fmean(each) for part, each in of_rule.items()} for label, of_rule in seconds.items()}

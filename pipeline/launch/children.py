@@ -12,8 +12,7 @@ from pipeline.launch.cluster import Cluster
 from pipeline.launch.prepare import prepare, read_job
 from pipeline.launch.start import check
 from pipeline.recipe import Recipe
-from pipeline.suite import SuiteFile, filled, needed
-from pipeline.track.state import state_of
+from pipeline.suite import SuiteFile, filled, needed, sources
 from pipeline.trials import best, is_over, top1_of
 from pipeline.weights import lasting_weights
 
@@ -36,7 +35,7 @@ class Children:
 
     def is_over(self, name: str) -> bool:
         """Whether nothing is left to do for the run of the recipe of this name."""
-        return is_over(self.where[name], in_search=self.suite_file.suite.searches)
+        return is_over(self.where[name], is_needed=name in sources(self.suite_file.suite))
 
     def left(self) -> list[Recipe]:
         """The recipes whose runs are not over, in their order."""
@@ -50,8 +49,7 @@ class Children:
         """Its run as it stands; one that has not begun is prepared, with what the suite had left open.
 
         Raises:
-            ValueError: its folder is not whole or not of this suite, what it takes weights from diverged, or the recipe, complete
-                now, is refused.
+            ValueError: its folder is not whole or not of this suite, or the recipe, complete now, is refused.
         """
         run, parent = self.where[recipe.name], self.suite_file.parent
         if run.exists():
@@ -62,11 +60,7 @@ class Children:
         return prepare(ready, self.cluster, self.runs, name=run.name, trust=self.trust, **about)
 
     def _weights_of(self, name: str) -> Path:
-        """Of a run that is over; in a search it may be so without having learnt anything."""
-        run = self.where[name]
-        if state_of(run) == "diverged":
-            raise ValueError(f"suite: weights must be of a run that finished; got '@{name}', and {run.name} diverged")
-        return lasting_weights(run)
+        return lasting_weights(self.where[name])
 
     def _chosen(self, recipe: Recipe) -> Recipe:
         """With the value that did best in its trials, where it has any."""

@@ -24,7 +24,7 @@ from pipeline.launch.terminal import outlive
 from pipeline.recipe import Recipe
 from pipeline.refused import Refused
 from pipeline.stand_in import with_stand_ins
-from pipeline.suite import Suite, SuiteFile, runs_of
+from pipeline.suite import Suite, SuiteFile, runs_of, sources
 from pipeline.track.mlflow import TrackingError, sync, tracking_uri
 from pipeline.track.state import state_of
 from pipeline.trials import is_over
@@ -61,7 +61,8 @@ def resume_suite(
     begun = {name: run for name, run in runs_of(folder).items() if run.exists()}
     for run in begun.values():
         begun_job(run, suite_file.parent, trust=trust)
-    left = [run for run in begun.values() if not is_over(run, in_search=suite_file.suite.searches)]
+    needed = sources(suite_file.suite)
+    left = [run for name, run in begun.items() if not is_over(run, is_needed=name in needed)]
     if len(begun) == len(suite_file.runs) and not left:
         Console().print(f"{folder.name} has finished")
         return folder
@@ -132,7 +133,7 @@ def _train_in_turn(children: Children, launcher: Launcher, console: Console) -> 
 
 
 def _train_one(children: Children, recipe: Recipe, launcher: Launcher, console: Console) -> bool:
-    """False when it was asked to stop. What diverges in a search has its answer."""
+    """False when it was asked to stop. What diverges has been told, and is an answer."""
     job, launched = children.job(recipe), Cluster.from_json(children.suite_file.cluster)
     try:
         return train(job, launcher, children.runs, console, address=children.cluster.address_to_say(launched))

@@ -8,18 +8,16 @@ cores, over nccl on cards, of which each process has one.
 
 from __future__ import annotations
 
-import json
 import statistics
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 
-from pipeline.measure.stopwatch import seconds_of, settle
+from pipeline.measure.at_once import at_once, meet
+from pipeline.measure.stopwatch import seconds_of
 
 ROUNDS = 5
 """of one alone and then all together, so that a machine that gets slower in between does so for both"""
@@ -46,9 +44,7 @@ def neighbours(workers: int, size: int, *, threads: int = 1, on: Literal["cpu", 
     """Of `workers` processes of `threads` threads, with "cuda" on a card each, that sum `size` bytes; `ALONE` for one."""
     if workers == 1:
         return ALONE
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_rank, (workers, size, threads, on, folder), nprocs=workers)
-        told = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(workers)]
+    told = at_once("neighbours", _seconds, size, threads, processes=workers, on=on)
     return Neighbours(
         slowdown=max(1.0, statistics.mean(each["together"] for each in told) / told[0]["alone"]),
         word_s=statistics.mean(each["word"] for each in told),
@@ -56,13 +52,9 @@ def neighbours(workers: int, size: int, *, threads: int = 1, on: Literal["cpu", 
     )
 
 
-def _rank(rank: int, workers: int, size: int, threads: int, on: Literal["cpu", "cuda"], folder: str) -> None:
+def _seconds(device: torch.device, size: int, threads: int) -> dict[str, float]:
+    """Of computing alone, which the first process tells, and together, and of both sums."""
     torch.set_num_threads(threads)
-    device = torch.device("cpu") if on == "cpu" else torch.device("cuda", rank)
-    if on == "cuda":
-        torch.cuda.set_device(device)
-    store = distributed.FileStore(f"{folder}/rendezvous", workers)
-    distributed.init_process_group({"cpu": "gloo", "cuda": "nccl"}[on], store=store, rank=rank, world_size=workers)
     word, gradients, work = torch.ones(3, device=device), torch.ones(max(1, size // 4), device=device), _work(device)
     seconds = {name: list[float]() for name in ("alone", "together", "word", "ring")}
 
@@ -70,23 +62,15 @@ def _rank(rank: int, workers: int, size: int, threads: int, on: Literal["cpu", "
         return seconds_of(lambda: distributed.all_reduce(numbers), device)
 
     for _ in range(ROUNDS):
-        _meet(device)
-        if rank == 0:  # the others wait for it at the barrier, which is a wait without computing
+        meet(device)
+        if distributed.get_rank() == 0:  # the others wait for it at the barrier, which is a wait without computing
             seconds["alone"] += [next(work) for _ in range(TURNS)][UNTIMED:]
-        _meet(device)
+        meet(device)
         turns = [(next(work), seconds_of_sum(word), seconds_of_sum(gradients)) for _ in range(TURNS)][UNTIMED:]
         for name, of_turns in zip(("together", "word", "ring"), zip(*turns, strict=True), strict=True):
             seconds[name] += of_turns
     # Means: a batch that is held up holds up a training, however rare it is.
-    told = {name: statistics.mean(each) for name, each in seconds.items() if each}
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(told))
-    _meet(device)
-    distributed.destroy_process_group()
-
-
-def _meet(device: torch.device) -> None:
-    distributed.barrier()
-    settle(device)  # a card's barrier is a kernel, for which the host does not wait
+    return {name: statistics.mean(each) for name, each in seconds.items() if each}
 
 
 def _work(device: torch.device) -> Iterator[float]:

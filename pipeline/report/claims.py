@@ -1,7 +1,7 @@
 """What the papers claim of a rule, beside what was measured here: {claim, published, ours, holds?}.
 
 What is judged is what the rest of a report shows: the mean over the seeds that a rule and its baseline both ran (`Group.ratios`,
-`Group.differences`); and times as well in the mean of rounds in which rules took turns on one batch, before any training. Where
+`Group.differences`); and times as well in the mean of starts in which rules took turns on one batch, before any training. Where
 its 95 % interval lies on both sides of the bound, the verdict says so. A claim that does not hold is shown as not holding, and
 one that was not run as that. Accuracy and time of one seed have no interval, and get no verdict.
 """
@@ -105,7 +105,7 @@ def time_of_two_forwards(about: str, group: Group, rule: str, *, published: str)
 def time_in_turn(
     about: str, turns: Mapping[str, Turns], rule: str, *, bound: float | Callable[[float], float], published: str
 ) -> Claim:
-    """Of the faster BPTT's, round by round of rules that took turns: what a machine that drifts from run to run cannot blur.
+    """Of the faster BPTT's, start by start of rules that took turns: what a machine that drifts from run to run cannot blur.
 
     `turns` without the rule: it was not measured so. `bound`: what ours is held to, or a function of r, the backward over the
     forward of what is divided by, and then a tenth more.
@@ -117,16 +117,17 @@ def time_in_turn(
     base = min(kinds, key=lambda each: kinds[each])
     r = sum(turns[base].backward_s) / sum(turns[base].forward_s)
     most = 1.1 * bound(r) if callable(bound) else bound
-    rounds = zip(turns[rule].compute_s, turns[base].compute_s, strict=True)
-    found = spread_of([seconds / of for seconds, of in rounds])
-    assert found is not None and found.interval is not None, "of several rounds"
+    starts = zip(turns[rule].compute_s, turns[base].compute_s, strict=True)
+    found = spread_of([seconds / of for seconds, of in starts])
+    assert found is not None and found.interval is not None, "of several starts"
     low, high = found.interval
+    counts = f"{found.runs} starts of {turns[base].processes} at once, {turns[base].samples} samples each"
     return Claim(
         about=about,
         claim=claim,
         published=published,
         bound=f"<= {most:.3f} (r = {r:.2f})" if callable(bound) else f"<= {most:g}",
-        ours=f"{found.mean:.3f} ({low:.3f} to {high:.3f}) of {base}'s, {found.runs} rounds of {turns[base].processes} at once",
+        ours=f"{found.mean:.3f} ({low:.3f} to {high:.3f}) of {base}'s, {counts}, at {turns[base].commit[:7]}",
         holds=found.mean <= most,
         within_noise=low <= most < high,
     )
@@ -156,20 +157,27 @@ def accuracy(about: str, group: Group, rule: str, *, within: float | None, publi
 
 def temporal_shares(about: str, runs: Sequence[StudyRun]) -> Iterator[Claim]:
     """|g_BPTT - g_SLTT| / |g_BPTT| of each layer at the start and after each epoch, the mean over the runs that looked."""
-    found: dict[str, dict[int, list[float]]] = {}
+    found: dict[str, dict[int, list[float | None]]] = {}
     for run in runs:
         for look in run.fidelity:
             moment = 0 if look.epoch is None else look.epoch + 1
             for layer, share in look.temporal_share.items():
-                found.setdefault(layer, {}).setdefault(moment, []).extend([] if share is None else [share])
+                found.setdefault(layer, {}).setdefault(moment, []).append(share)
     seeds = _seeds([run.seed for run in runs if run.fidelity])
     for layer, by_moment in found.items():
         shares = (
-            f"{f'epoch {moment}' if moment else 'start'} {f'{statistics.fmean(each):.2f}' if each else 'not known'}"
-            for moment, each in sorted(by_moment.items())
+            f"{f'epoch {moment}' if moment else 'start'} {_mean_of_known(each)}" for moment, each in sorted(by_moment.items())
         )
         claim = f"share of BPTT's gradient through time, {layer}"
         yield not_judged(about, claim, "", ours=f"{', '.join(shares)}; {seeds}")
+
+
+def _mean_of_known(shares: Sequence[float | None]) -> str:
+    """`0.22 (2 of 3)` where some are not."""
+    known = [share for share in shares if share is not None]
+    if not known:
+        return "not known"
+    return f"{statistics.fmean(known):.2f}" + (f" ({len(known)} of {len(shares)})" if len(known) < len(shares) else "")
 
 
 def not_judged(about: str, claim: str, published: str, *, ours: str) -> Claim:

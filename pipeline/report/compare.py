@@ -190,7 +190,7 @@ def _made(
 ) -> tuple[list[Comparison], list[ComparisonError]]:
     found: list[Comparison] = []
     refusals: list[ComparisonError] = []
-    for members in _comparable(folders):
+    for members in comparable(folders):
         try:
             found.append(_compared(Path(runs_dir), members, against=against, within=within, is_whole=True))
         except ComparisonError as error:
@@ -203,8 +203,9 @@ def _made(
     return told, refusals
 
 
-def _comparable(folders: Sequence[Path]) -> list[list[Finished | Unfinished]]:
-    """By study and machine, in their order; unfinished runs of a machine where nothing finished join the first of their study."""
+def comparable(folders: Sequence[Path]) -> list[list[Finished | Unfinished]]:
+    """Runs by study and machine, in their order; unfinished ones of a machine where nothing finished join the first of their
+    study."""
     groups: dict[str, list[Finished | Unfinished]] = {}
     first_of: dict[str, str] = {}
     unfinished: list[Unfinished] = []
@@ -214,7 +215,7 @@ def _comparable(folders: Sequence[Path]) -> list[list[Finished | Unfinished]]:
             continue
         key = _kind_of(run)
         groups.setdefault(key, []).append(run)
-        first_of.setdefault(study_of(run.folder), key)
+        first_of.setdefault(str(run.summary.get("study", "")), key)
     for run in unfinished:
         key, study = _kind_of(run), study_of(run.folder)
         groups.setdefault(key if key in groups else first_of.get(study, study), []).append(run)

@@ -24,7 +24,7 @@ from pipeline.report.finite import finite, not_finite
 from pipeline.report.resuming import how_to_resume
 from pipeline.report.study import COMPUTE, ENERGY, ENERGY_MEASURED, Group, StudyRun, measured
 from pipeline.report.tables import behind_the_rows
-from pipeline.units import unit_of
+from pipeline.units import rounded, unit_of
 
 _COMPARED = {
     "top1": "top-1",
@@ -136,7 +136,11 @@ class Comparison:
         for note in (*(each.text(self.group.within) for each in self.group.differences), *self.notes):
             console.out(note, highlight=False)
         for run in self.unfinished:
-            console.out(_told_of(run), highlight=False)
+            console.out(_told_of(run, is_here=self._has_lost(run)), highlight=False)
+
+    def _has_lost(self, run: Unfinished) -> bool:
+        """Whether it diverged, trained as these were."""
+        return run.state == "diverged" and (run.rule, run.seed) in self.group.diverged_beside
 
     def _costs(self, console: Console) -> Table:
         """Ratios stand below what they are of where a line has no room for both."""
@@ -150,7 +154,7 @@ class Comparison:
         names = [name for name in _COMPARED if name in _ALWAYS or any(self.value(run, name) is not None for run in self.runs)]
         for name in names:
             table.add_column(_COMPARED[name], justify="right")
-        diverged = Counter(run.rule for run in self.unfinished if run.state == "diverged")
+        diverged = Counter(run.rule for run in self.unfinished if self._has_lost(run))
         for rule in dict.fromkeys((*self.rules, *diverged)):
             label = _label(rule, finished=len(self.of(rule)), diverged=diverged[rule])
             table.add_row(Text(label), *(Text(self._cell(rule, name, between)) for name in names))
@@ -203,9 +207,10 @@ def _label(rule: str, *, finished: int, diverged: int) -> str:
     return rule if runs == 1 else f"{rule} ({runs} runs)"
 
 
-def _told_of(run: Unfinished) -> str:
+def _told_of(run: Unfinished, *, is_here: bool) -> str:
     if run.state == "diverged":
-        return f"{run.folder.name} ({run.rule}) diverged: it is in no mean, and nothing is divided by it"
+        where = "" if is_here else ", trained otherwise than these"
+        return f"{run.folder.name} ({run.rule}) diverged{where}: it is in no mean, and nothing is divided by it"
     command = "" if run.state == "running" else f"; {how_to_resume(run.folder)}"
     return f"not in the table: {run.folder.name} ({run.rule}) is {run.state}{command}"
 
@@ -228,9 +233,9 @@ def _shown(name: str, value: float, *, like: float | None = None) -> str:
         return f"{value:.2%}"
     if name in _KINDS:
         scale, unit = unit_of(_KINDS[name], [size])
-        return f"{value / scale:.{digits}g} {unit}"
+        return f"{rounded(value / scale, digits=digits)} {unit}"
     if name == "wall_s":
         if like is None and size >= 3600:
             return f"{int(value // 3600)} h {int(value % 3600 // 60):02d} min"
         return f"{value / 60:.1f} min" if size >= 60 else f"{value:.1f} s"
-    return f"{value:.{digits}g}"
+    return rounded(value, digits=digits)

@@ -62,8 +62,8 @@ def time_parts(group: Group) -> Figure | Missing:
     return Figure(
         name="time-parts",
         title=title,
-        caption="Mean over finished runs of all seconds that a run was charged with, evaluation and checkpoints too, by batch"
-        f"{alone}; rest is what no named part was entered for.",
+        caption="Mean over finished runs of all seconds that a run was charged with, evaluation and checkpoints too and "
+        f"comparisons of gradients not, by batch{alone}; rest is what no named part was entered for.",
         alt=f"{slowest} takes longest with {took} a batch, of which {most.replace('_', ' ')} is {share:.0%}.",
         table=Table(columns=("rule", "part", "seconds of a batch", "share"), rows=tuple(rows)),
         draw=draw,
@@ -80,7 +80,7 @@ def _bars(group: Group) -> Iterator[tuple[str, dict[str, float]]]:
         finished = [run.parts for run in group.of(rule) if run.is_finished and run.parts]
         of_runs = finished or [run.parts for run in group.of(rule) if run.parts]
         if of_runs:
-            names = dict.fromkeys(name for parts in of_runs for name in parts)
+            names = dict.fromkeys(name for parts in of_runs for name in parts if name != "fidelity")
             means = {name: statistics.fmean(parts[name] for parts in of_runs if name in parts) for name in names}
             yield rule if finished else f"{rule}{_SO_FAR}", means
 

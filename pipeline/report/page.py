@@ -27,6 +27,7 @@ from pipeline.report.figures_maps import firing_rates, gradient_fidelity, tempor
 from pipeline.report.figures_time import time_parts
 from pipeline.report.study import ENERGY, Group, Study
 from pipeline.report.swept import LARGEST_SAID, swept
+from pipeline.units import rounded
 
 _WEB = Path(__file__).parent / "web"
 _ROWS = 40
@@ -124,7 +125,7 @@ def told(cell: Cell) -> str:
     """A cell as the page shows it; numbers to four digits."""
     if cell is None:
         return NOT_MEASURED
-    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+    return rounded(cell) if isinstance(cell, float) else str(cell)
 
 
 def slug(text: str) -> str:

@@ -14,14 +14,15 @@ from rich.console import Console
 
 from pipeline.baseline import BASELINE
 from pipeline.recipe import read_json
-from pipeline.report.choose import finished_run, is_trial, named, newest_study, study_of, with_baseline
+from pipeline.report.choose import Finished, is_trial, named, newest_study, study_of, with_baseline
+from pipeline.report.compare import comparable
 from pipeline.report.paired import WITHIN
 from pipeline.report.returned import Returned, returned, sweep_of
 from pipeline.report.runs import ReportError
 from pipeline.report.study import Study
 from pipeline.report.study_run import from_folder
 from pipeline.report.suite import own_report, suite_named
-from pipeline.suite import FILE, SuiteFile, runs_of
+from pipeline.suite import SuiteFile, has_report, runs_of
 from pipeline.track.publish import REPORT
 from pipeline.trials import over_in
 
@@ -55,7 +56,7 @@ def read_study(
         trust: packages of the user's own that a suite's report and recipes may be imported from.
 
     Raises:
-        ValueError: nothing answers to a name, or a file is damaged.
+        ValueError: nothing answers to a name, a file is damaged, or a suite's own report cannot be made or judges otherwise.
     """
     swept = tuple(sweep_of(read_json(path), str(path)) for path in sweeps)
     suite = suite_named(runs_dir, names)
@@ -63,6 +64,11 @@ def read_study(
         runs = {name: run for name, run in runs_of(suite).items() if run.is_dir()}
         if not runs:
             raise ReportError(f"report: {suite.name} has no run yet")
+        if (against, within) != (BASELINE, WITHIN) and has_report(suite):
+            raise ReportError(
+                f"report: {suite.name} has a report of its own, so --against and --within have no effect on its claims; "
+                f"got {against}, {within:g}"
+            )
         own, printed, notes = _own_report(suite, trust)
         members, tried = _without_trials(runs.values())
         title, place = suite.name, suite / REPORT
@@ -72,11 +78,12 @@ def read_study(
         folders = named(runs_dir, names) if names else newest_study(runs_dir)
         own, printed, notes = Returned(), "", []
         chosen, tried = _without_trials(folders)
-        if tried and not chosen:
-            raise ReportError(f"report: runs must be trained on the whole training set; got {_counted(tried)} of a search alone")
-        members = _with_their_baseline(runs_dir, chosen, against) if names else chosen
+        members, missing = _with_their_baseline(runs_dir, chosen, against) if names else (chosen, [])
+        notes += missing
         title = _title(members, names)
         place = runs_dir / f"report-{_slug(title)}.html"
+    if tried and not members:
+        raise ReportError(f"report: runs must be trained on the whole training set; got {_counted(tried)} of a search alone")
     if tried:
         notes.append(f"Left out: {_counted(tried)} on a held-out part of the training set.")
     study = Study(
@@ -105,18 +112,25 @@ def _counted(trials: Sequence[Path]) -> str:
     return "1 trial" if len(trials) == 1 else f"{len(trials)} trials"
 
 
-def _with_their_baseline(runs_dir: Path, folders: Sequence[Path], against: str) -> list[Path]:
-    finished = [run for folder in folders if (run := finished_run(folder)) is not None]
-    if not finished:
-        return list(folders)
-    found, _ = with_baseline(runs_dir, finished, against)
-    return list(dict.fromkeys([*(run.folder.resolve() for run in found), *(folder.resolve() for folder in folders)]))
+def _with_their_baseline(runs_dir: Path, folders: Sequence[Path], against: str) -> tuple[list[Path], list[str]]:
+    """Those of each study and machine with the runs of the baseline that they lack; where there are none, a note says why."""
+    found: list[Path] = []
+    notes: list[str] = []
+    for runs in comparable(folders):
+        if finished := [run for run in runs if isinstance(run, Finished)]:
+            more, said = with_baseline(runs_dir, finished, against)
+            found += [run.folder.resolve() for run in more]
+            notes += said
+    return list(dict.fromkeys([*found, *(folder.resolve() for folder in folders)])), notes
 
 
 def _own_report(suite: Path, trust: tuple[str, ...]) -> tuple[Returned, str, list[str]]:
-    """What the suite's report returns and prints; a sentence where it has nothing to say yet, or cannot."""
+    """What the suite's report returns and prints; a note where it has nothing to say yet.
+
+    Raises: ReportError where it cannot be made: an earlier page, and its artifact, are worth more than one without claims.
+    """
     runs, over = runs_of(suite), over_in(suite)
-    if read_json(suite / FILE).get("report") is None:
+    if not has_report(suite):
         return Returned(), "", []
     if len(over) < len(runs):
         waits = f"The suite's own report, with its claims, waits for all runs: {len(over)} of {len(runs)} have finished."
@@ -126,7 +140,10 @@ def _own_report(suite: Path, trust: tuple[str, ...]) -> tuple[Returned, str, lis
         report = SuiteFile.read(suite, trust=trust).suite.report
         value = None if report is None else own_report(suite.name, report, over, Console(file=printed, width=_WIDTH))
     except ValueError as error:
-        return Returned(), "", [f"The suite's own report could not be made: {error}"]
+        why = str(error).removeprefix("compare: ")
+        raise ReportError(
+            f"report: what {suite.name} reports by itself cannot be made; its runs can be named instead: {why}"
+        ) from error
     return returned(value, suite.name), printed.getvalue(), []
 
 

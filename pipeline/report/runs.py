@@ -244,8 +244,14 @@ def refuse_damaged_summary(summary: Mapping[str, Any], where: str) -> None:
 
 
 def recipe_of(folder: Path) -> dict[str, Any]:
-    """The fields of a run's recipe, as JSON; none where there is no recipe."""
-    return (load(folder / "recipe.json") or {}).get("recipe") or {}
+    """The fields of a run's recipe, as JSON; none where there is no recipe.
+
+    Raises: ReportError for one that is damaged.
+    """
+    fields = (load(folder / "recipe.json") or {}).get("recipe") or {}
+    if not isinstance(fields, dict):
+        raise ReportError(f"{folder / 'recipe.json'}: recipe must be an object; got {fields!r}")
+    return fields
 
 
 def _load(path: Path, kind: type[T_], called: str) -> T_ | None:

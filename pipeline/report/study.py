@@ -51,6 +51,7 @@ ENERGY = "inference.energy_j"
 ENERGY_MEASURED = "inference.measured_j"
 """of an inference, by the cards' own counters"""
 _WALL = ("wall_s", "net_s")
+FOLDED_ALONE = f"times are divided by those of {BASELINE} folded over time; step by step, which may be faster, none has finished"
 """clocks that run on while a run compares gradients, which no rule asks for: what that took is left out"""
 
 
@@ -93,7 +94,7 @@ class Group:
     @property
     def undivided(self) -> str:
         """Why nothing is divided; empty where there is a baseline."""
-        return "" if self.has_baseline else self.several_baselines or f"no run of {self.against} has finished"
+        return "" if self.has_baseline else self.several_baselines or f"no run of {self.against} among these has finished"
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -277,7 +278,10 @@ def _notes(group: Group) -> Iterator[str]:
 
 
 def _divisions_told(group: Group, seeds: Mapping[str, set[int]]) -> Iterator[str]:
-    """The faster BPTT, and rules without a seed to divide by."""
+    """The faster BPTT, or that there is but one, and rules without a seed to divide by."""
+    kinds = [rule for rule in seeds if is_baseline(rule, group.against)]
+    if kinds == [BASELINE] and len(seeds) > 1:
+        yield FOLDED_ALONE
     if group.fastest_baseline != group.against:
         yield f"images/s, wall clock and compute time are divided by {group.fastest_baseline}'s, the faster {group.against}"
         divided = {group.against: "its top-1 and bytes are not divided", group.fastest_baseline: "its times are not divided"}

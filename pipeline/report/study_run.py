@@ -140,7 +140,8 @@ def study_run(
     told = {**(starts[-1] if starts else {}), **(finished or {})}
     timed = list(history.timed(events))
     curve = tuple(history.curve(timed, redone=redone))
-    done = [int(step) for event in events if (step := number(event.get("step", event.get("steps")))) is not None]
+    told_in_time = [event for event in events if event["event"] not in ("checkpoint", "unwritten")]  # of which a thread tells
+    done = [int(step) for event in told_in_time if (step := number(event.get("step", event.get("steps")))) is not None]
     last = done[-1] if done else 0
     known = max(last, curve[-1].step) if curve and redone == "kept" else last
     return StudyRun(

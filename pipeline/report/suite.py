@@ -1,4 +1,4 @@
-"""What came out of a suite: its report once all of its runs have finished, or the tables of its studies so far."""
+"""What came out of a suite: its report once all of its runs are over, or the tables of its studies so far."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.baseline import BASELINE
-from pipeline.report.choose import is_study, is_trial
+from pipeline.report.choose import is_study, is_trial, study_of
 from pipeline.report.compare import print_studies
 from pipeline.report.finite import finite
 from pipeline.report.paired import WITHIN
@@ -97,7 +97,13 @@ def print_suite(
         return
     if report is None:
         folders = [run for run in over.values() if not is_trial(run)]
-        print_studies(folder.parent, folders, format=format, against=against, within=within, console=console)
+        told_of = {study_of(run) for run in folders if state_of(run) == "finished"}
+        of_these = [run for run in folders if study_of(run) in told_of]
+        print_studies(folder.parent, of_these, format=format, against=against, within=within, console=console)
+        for run in folders:
+            if run not in of_these:
+                beside = console if format == "table" else Console(stderr=True)
+                beside.out(f"{run.name} diverged, as did whatever else has ended of its study", highlight=False)
     if len(over) < len(runs):
         console = console if format == "table" else Console(stderr=True)
         for name, run in runs.items():

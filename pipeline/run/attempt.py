@@ -202,9 +202,9 @@ class Attempt:
 
         It is saved with the score of its evaluation, and before that without one where much would be lost with the workers.
         """
-        stretch, score = self.stretch, None
+        stretch, score, every = self.stretch, None, self.recipe.evaluate_every
         is_learnt = self.step == stretch.end
-        if is_learnt or (epoch - stretch.first_epoch + 1) % self.recipe.evaluate_every == 0:
+        if is_learnt or (every and (epoch - stretch.first_epoch + 1) % every == 0):
             figures = self.figures.now()
             self.saving.before_evaluation(self.step)
             with self.meters.between("evaluation"):

@@ -17,7 +17,8 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any
     """Accuracy, speed, memory and time; `events` is the run's whole journal. Seconds, bytes, shares in 0..1.
 
     What is called steady is of a batch, the first of each attempt and those whose bytes or operations were counted left out; None
-    where there was no other. Saved bytes and states are None where no batch was whole on which they are counted.
+    where there was no other. Saved bytes and states are None where no batch was whole on which they are counted. `net_s` is
+    without what restarts cost: their own beginnings, and what was done again.
     """
     starts = [event for event in events if event["event"] == "start"]
     attempts = {event["attempt"] for event in events} - {OF_NONE}
@@ -32,7 +33,7 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any
         "steady_forward_s": totals.of_a_steady_batch("forward"),
         "steady_backward_s": totals.of_a_steady_batch("backward"),
         "wall_s": sum(_attempt_seconds(events, attempt) for attempt in attempts),
-        "net_s": sum(totals.seconds.values()),
+        "net_s": max(0.0, starts[0]["time"] - starts[0]["began"]) + sum(totals.seconds.values()),
         "train_s": totals.train_s,
         **{f"{name}_s": value for name, value in totals.seconds.items()},
         "peak_saved_bytes": totals.peak_saved_bytes,

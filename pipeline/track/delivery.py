@@ -91,7 +91,7 @@ class Delivery:
             for event in events:
                 points += self._translation.points(event)
                 tags.update(self._translation.tags(event))
-                params.update(parameters(event))
+                params = {**parameters(event), **params}  # the first start's stay, whether or not they were sent one by one
                 status, ended = STATUS.get(event["event"], status), milliseconds(event)
                 self._files.read(event)
             self._send(points, tags, params)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from pipeline.disk import is_name
-from pipeline.suite import choices_of, is_suite, runs_of
+from pipeline.suite import is_suite, runs_of
 from pipeline.track.base import TrackingError
 from pipeline.track.connect import is_server, sqlite_file
 from pipeline.track.jsonl import Event
@@ -105,11 +105,10 @@ def suite_of(run_dir: Path, start: Event) -> Path | None:
 
 
 def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | None) -> None:
-    """What its runs say; `suite` is its folder, which knows how many there will be, and whether they are of a search."""
+    """What its runs say; `suite` is its folder, which knows how many there will be."""
     parent = client.get_run(parent_id)
     runs = client.search_runs([parent.info.experiment_id], f"tags.`{PARENT_OF}` = '{parent_id}'")
-    in_search = suite is not None and is_suite(suite) and bool(choices_of(suite))
-    status = _status_of_all([_status_in_suite(run, in_search=in_search) for run in runs], suite)
+    status = _status_of_all([_status_in_suite(run) for run in runs], suite)
     if status == parent.info.status:
         return
     if status == "RUNNING":
@@ -118,9 +117,9 @@ def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | Non
         client.set_terminated(parent_id, status=status)
 
 
-def _status_in_suite(run: Run, *, in_search: bool) -> str:
-    """What diverged has failed by itself; in a search it is an answer."""
-    is_answer = in_search and run.data.tags.get("spiketrain.diverged") == "true"
+def _status_in_suite(run: Run) -> str:
+    """What diverged has failed by itself; beside others it is an answer."""
+    is_answer = run.data.tags.get("spiketrain.diverged") == "true"
     return "FINISHED" if is_answer and run.info.status == "FAILED" else run.info.status
 
 

@@ -37,8 +37,8 @@ The report's claims: saved bytes at most 1/T + 0.05 of BPTT's, and within 3 % fr
 time of SLTT-K at most 1.1 (T + K r) / (T (1 + r)) of the faster BPTT's, r its backward over its forward, and of SLTT at most as
 long; of OTTT-A at most half of BPTT's bytes; of BPTT recomputed at most 1.1 (2 + r) / (1 + r) of its time; top-1 at most 0.7
 points below BPTT's, over paired seeds. Times are judged twice: of the runs, which follow one another for two hours, in which a
-machine drifts; and of rules that take turns, ten rounds of a few batches of each in as many processes as the runs had workers,
-which are kept beside the first run (turns.json). What the papers measured is named beside their figures: GPU memory and training
+machine drifts; and of rules that take turns, batch by batch in as many processes as the runs had workers, started five times,
+which is kept beside the first run (turns.json). What the papers measured is named beside their figures: GPU memory and training
 hours, where ours are saved bytes and forward and backward. Rows of ImageNet have the published figures, of AMP, and what `plan`
 predicts in fp32, a model, which is kept beside the first sweep (plan.json). Runs of several machines are shown apart, and claims
 are judged on the one with most of the rules and runs.
@@ -46,10 +46,10 @@ are judged on the one with most of the rules and runs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,12 @@ from rich.console import Console
 
 from pipeline.code import code_digest
 from pipeline.forecast.devices import DEVICES
-from pipeline.forecast.plan import Cluster, plan
+from pipeline.forecast.plan import Cluster, Planned, plan
 from pipeline.forecast.sweep import sweep
 from pipeline.forecast.turns import Turns, in_turn
 from pipeline.measure.memory import hardware
-from pipeline.recipe import Recipe, read_json, spec, write_json
+from pipeline.recipe import Recipe, spec
+from pipeline.report.beside import beside
 from pipeline.report.claims import (
     Claim,
     accuracy,
@@ -81,6 +82,8 @@ from pipeline.report.claims import (
 )
 from pipeline.report.compare import Comparison, comparisons
 from pipeline.report.paired import WITHIN
+from pipeline.report.returned import sweep_of
+from pipeline.report.runs import ReportError
 from pipeline.report.study import Group
 from pipeline.report.study_run import StudyRun, from_folder
 from pipeline.report.sweep import told_sweep
@@ -108,7 +111,6 @@ RULES = {
 TURNED = ("bptt", "bptt-stepped", "sltt", "sltt-1", "sltt-2")
 CLAIMED = {RULES[rule].build().label for rule in ("bptt", "sltt", "sltt-1")}
 IMAGENET_SAMPLES = 1_281_167
-PLANNED = ("rule", "memory_bytes", "micro_batch", "accumulation", "hours")
 
 
 def recipe() -> Suite:
@@ -126,7 +128,7 @@ def _of_study(study: str) -> Iterator[Recipe]:
         time_steps=T,
         batch_size=BATCH,
         epochs=EPOCHS,
-        evaluate_every=EPOCHS,
+        evaluate_every=0,
     )
     for seed in SEEDS:
         for name, rule in RULES.items():
@@ -142,17 +144,24 @@ def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
     told_of, claims, sweeps = {}, [], {}
     for study in STUDIES:
         folders = {rule: [runs[_name(study, rule, seed)] for seed in SEEDS] for rule in RULES}
-        found = comparisons(folders["bptt"][0].parent, [folder for each in folders.values() for folder in each])
+        try:
+            found = comparisons(folders["bptt"][0].parent, [folder for each in folders.values() for folder in each])
+        except ReportError as error:  # such as that all of its runs diverged; the other study has its claims
+            console.out(f"{study}: {error}", highlight=False)
+            continue
         for comparison in found:
             comparison.render(console)
         told_of[study] = [comparison.to_json() for comparison in found]
         trained = Recipe.read(folders["bptt"][0] / "recipe.json")
-        sweeps[study] = _swept(trained, beside=folders["bptt"][0])
         judged = _most_complete(study, found, console)
-        turns = _turned(trained, judged.group, console, beside=folders["bptt"][0])
+        run, first = judged.group.finished[0], folders["bptt"][0]
+        swept = _swept(trained, run, first / "sweep.json", console)
+        turns = _turned(trained, run, first / "turns.json", console)
+        if swept is not None:
+            sweeps[study] = swept
         looked = [from_folder(folder) for folder in folders["sltt"]]
-        claims += _claims(trained, judged.group, sweeps[study], turns, looked)
-    claims += _imagenet(_planned(next(iter(runs.values())), console))
+        claims += _claims(trained, judged.group, swept, turns, looked)
+    claims += _imagenet(_planned(next(iter(runs.values())) / "plan.json", console))
     print_claims(claims, console)
     return {"claims": told(claims), "studies": told_of, "sweeps": sweeps}
 
@@ -165,46 +174,53 @@ def _most_complete(study: str, found: list[Comparison], console: Console) -> Com
     return judged
 
 
-def _swept(trained: Recipe, *, beside: Path) -> dict[str, Any]:
-    """Measured once and kept: a report that is made elsewhere is still of the machine that trained."""
-    file = beside / "sweep.json"
-    if not file.exists():
-        write_json(file, told_sweep(sweep(trained, steps=SWEPT, rules=(RULES["bptt"], RULES["sltt"]))))
-    return read_json(file)
+def _swept(trained: Recipe, run: StudyRun, file: Path, console: Console) -> Mapping[str, Any] | None:
+    """None where it is not there and this is not the machine that `run` was trained on."""
+
+    def measure() -> dict[str, Any]:
+        _refuse_elsewhere(run)
+        return told_sweep(sweep(trained, steps=SWEPT, rules=(RULES["bptt"], RULES["sltt"])))
+
+    return beside(
+        file, rests_on={"machine": dict(run.hardware)}, measure=measure, told=partial(sweep_of, where=str(file)), console=console
+    )
 
 
-def _turned(trained: Recipe, group: Group, console: Console, *, beside: Path) -> dict[str, Turns]:
-    """Rules that take turns, in as many processes as the runs had workers; measured once and kept, on the runs' machine alone.
+def _turned(trained: Recipe, run: StudyRun, file: Path, console: Console) -> dict[str, Turns]:
+    """Rules that take turns as `run` was trained: so many at once, with as many samples and threads. Nothing as `_swept`."""
+    on = run.trained_on[-1]
+    about = {"workers": on.workers or 1, "samples": on.micro_batch, "threads": on.hardware.get("threads", 1)}
 
-    Nothing, and a line that says why, where that is another or it cannot be done.
+    def measure() -> dict[str, Any]:
+        _refuse_elsewhere(run)
+        return {label: asdict(each) for label, each in in_turn(trained, [RULES[name] for name in TURNED], **about).items()}
+
+    def told(found: Any) -> dict[str, Turns]:
+        return {
+            label: Turns(**{**of, "forward_s": tuple(of["forward_s"]), "backward_s": tuple(of["backward_s"])})
+            for label, of in found.items()
+        }
+
+    rests_on = {"machine": dict(run.hardware), "batch": about}
+    return beside(file, rests_on=rests_on, measure=measure, told=told, console=console) or {}
+
+
+def _refuse_elsewhere(run: StudyRun) -> None:
+    """Raises: ValueError where `run` was trained on another machine than this one.
+
+    Threads are said apart, a worker may see one card of several, and on cores of its own it sees those alone.
     """
-    file, run = beside / "turns.json", group.finished[0]
-    try:
-        if file.exists():
-            return {
-                label: Turns(tuple(told["forward_s"]), tuple(told["backward_s"]), int(told["processes"]))
-                for label, told in read_json(file).items()
-            }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        console.out(f"{file}: measured anew, for it is damaged: {error!r}", highlight=False)
-    here, there = ({name: value for name, value in each.items() if name != "threads"} for each in (hardware(), run.hardware))
-    if here != there or torch.cuda.is_available() != bool(run.value("peak_device_bytes")):
-        console.out(f"{beside.name}: rules took no turns, for it was trained on {there.get('cpu')} and not here", highlight=False)
-        return {}
-    try:
-        found = in_turn(trained, [RULES[name] for name in TURNED], workers=run.workers or 1)
-    except ValueError as error:
-        console.out(f"{beside.name}: rules took no turns: {error}", highlight=False)
-        return {}
-    try:
-        write_json(file, {label: asdict(turns) for label, turns in found.items()})
-    except OSError as error:
-        console.out(f"{file}: these turns are not kept, and the next report takes them anew: {error.strerror}", highlight=False)
-    return found
+    apart = {"threads", "gpus", *(["cores"] if run.trained_on[-1].own_cores else [])}
+    here, there = hardware(), run.hardware
+    if other := [f"{name} {there.get(name)}, here {here[name]}" for name in here if here[name] != there.get(name)
+                 and name not in apart]:  # fmt: skip
+        raise ValueError(f"the runs were trained on another machine: {'; '.join(other)}")
+    if torch.cuda.is_available() and not run.value("peak_device_bytes"):
+        raise ValueError("the runs were trained on cores, and this machine has a card")
 
 
 def _claims(
-    trained: Recipe, group: Group, swept: Mapping[str, Any], turns: Mapping[str, Turns], looked: Sequence[StudyRun]
+    trained: Recipe, group: Group, swept: Mapping[str, Any] | None, turns: Mapping[str, Turns], looked: Sequence[StudyRun]
 ) -> Iterator[Claim]:
     """Of runs that may be compared; a rule without a run beside BPTT's leaves a claim without a verdict. `looked` told shares."""
     T, leak = trained.time_steps, Fraction(trained.value_of("model.neuron.leak")).limit_denominator(100)
@@ -242,44 +258,38 @@ def _claims(
     yield accuracy(*of, within=None, published="")
 
 
-def _bytes_of_T(swept: Mapping[str, Any], rule: str) -> dict[int, float]:
-    points = {point["time_steps"]: point["cost"] for point in swept["points"] if point["cost"]["rule"] == rule}
-    return {steps: cost["peak_saved_bytes"] for steps, cost in points.items()}
+def _bytes_of_T(swept: Mapping[str, Any] | None, rule: str) -> dict[int, float]:
+    points = () if swept is None else swept["points"]
+    costs = {point["time_steps"]: point["cost"] for point in points if point["cost"]["rule"] == rule}
+    return {steps: cost["peak_saved_bytes"] for steps, cost in costs.items()}
 
 
-def _planned(beside: Path, console: Console) -> dict[str, Mapping[str, Any]]:
-    """Of each rule, NF-ResNet-34 at T = 6 on one V100 in fp32, as its sheet has it: minutes of profiling, which are kept.
+def _planned(file: Path, console: Console) -> dict[str, str]:
+    """What is predicted of each rule, or why nothing is: NF-ResNet-34 at T = 6 on one V100 in fp32, as its sheet has it.
 
-    They count as long as what they rest on is the same, our code, the recipe and this machine; else it is planned anew. Where the
-    file can be neither read nor written, as on a read-only mount, nothing but that is lost.
+    Minutes of profiling, which count as long as what they rest on is the same, our code, the recipe and this machine.
     """
     recipe = replace(nf_resnet34_sltt(), precision="fp32")
     rules, card = (RULES["bptt"], RULES["sltt"], spec(SLTT, k=1)), DEVICES["v100"]
     machine = {name: value for name, value in hardware().items() if name != "threads"}  # which a plan sets
     asked = {"recipe": recipe.to_json(), "rules": [each.label for each in rules], "card": asdict(card)}
+
+    def measure() -> dict[str, str]:
+        found = plan(recipe, Cluster(workers=1, device=card), samples=IMAGENET_SAMPLES, source="noise", rules=rules)
+        return {each.rule: _predicted(each) for each in found.rules} | {
+            rule: f"not planned: {why}" for rule, why in found.refused.items()
+        }
+
     rests_on = {"code": code_digest(), "machine": machine, **asked}
-    file = beside / "plan.json"
-    try:
-        kept = json.loads(file.read_text()) if file.exists() else None
-        if kept is not None and kept["rests_on"] != rests_on:
-            changed = [name for name, value in rests_on.items() if kept["rests_on"].get(name) != value]
-            console.out(f"{file}: planned anew, for it is of another {' and '.join(changed)}", highlight=False)
-        elif kept is not None:
-            return {each["rule"]: {name: each[name] for name in PLANNED} for each in kept["rules"]}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        console.out(f"{file}: planned anew, for it is damaged: {error!r}", highlight=False)
-    except OSError as error:
-        console.out(f"{file}: planned anew, for it cannot be read: {error.strerror}", highlight=False)
-    found = plan(recipe, Cluster(workers=1, device=card), samples=IMAGENET_SAMPLES, source="noise", rules=rules).rules
-    told_of = [{name: getattr(each, name) for name in PLANNED} for each in found]
-    try:
-        write_json(file, {"rests_on": rests_on, "rules": told_of})
-    except OSError as error:
-        console.out(f"{file}: this plan is not kept, and the next report makes it anew: {error.strerror}", highlight=False)
-    return {each["rule"]: each for each in told_of}
+    return beside(file, rests_on=rests_on, measure=measure, told=dict, console=console) or {}
 
 
-def _imagenet(planned: Mapping[str, Mapping[str, Any]]) -> Iterator[Claim]:
+def _predicted(model: Planned) -> str:
+    size = f"{model.micro_batch} samples at a time x {model.accumulation}"
+    return f"plan in fp32: {model.memory_bytes / 1e9:.3g} GB, {size}, {model.hours:.3g} h"
+
+
+def _imagenet(planned: Mapping[str, str]) -> Iterator[Claim]:
     """NF-ResNet-34 at T = 6: published figures of one card with AMP, and what is planned in fp32."""
     published = {
         "BPTT": ("28.41 GB, AMP", "73.8 h, AMP", "66.47 %"),
@@ -287,11 +297,7 @@ def _imagenet(planned: Mapping[str, Mapping[str, Any]]) -> Iterator[Claim]:
         "SLTT-1": ("", "32.03 h, AMP", "66.17 %"),
     }
     for rule, (memory, hours, top1) in published.items():
-        about, model = f"{rule}, NF-ResNet-34, ImageNet", planned.get(rule)
-        predicted = "no plan fits one card"
-        if model is not None:
-            size = f"{model['micro_batch']} samples at a time x {model['accumulation']}"
-            predicted = f"plan in fp32: {model['memory_bytes'] / 1e9:.3g} GB, {size}, {model['hours']:.3g} h"
+        about, predicted = f"{rule}, NF-ResNet-34, ImageNet", planned.get(rule, "not planned")
         if memory:
             yield not_judged(about, "memory", memory, ours=f"not run here; {predicted}")
         yield not_judged(about, "time", hours, ours=f"not run here; {predicted}")

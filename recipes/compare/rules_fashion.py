@@ -56,4 +56,4 @@ def recipe() -> list[Recipe]:
 
 def _study(name: str, shared: Recipe, rules: dict[str, Spec]) -> Iterator[Recipe]:
     for rule_name, rule in rules.items():
-        yield replace(shared, name=f"rules-{name}-{rule_name}", rule=rule, epochs=2, evaluate_every=2)
+        yield replace(shared, name=f"rules-{name}-{rule_name}", rule=rule, epochs=2, evaluate_every=0)

@@ -72,6 +72,7 @@ from pipeline.report.effects import Levels, all_effects, effect
 from pipeline.report.factorial import factorial
 from pipeline.suite import Suite
 from pipeline.teachers.network import network_teacher
+from pipeline.track.state import state_of
 from recipes.stamps.base import pictures, sei_first_stage
 
 SPLITS = ("0", "1", "2")
@@ -127,6 +128,8 @@ def _name(split: str, cell: tuple[str, ...]) -> str:
 
 
 def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
+    if lost := [run.name for run in runs.values() if state_of(run) == "diverged"]:
+        raise ValueError(f"sei-stamps: every cell must have finished, for effects are of all of them; {', '.join(lost)} diverged")
     cells = {cell: {split: runs[_name(split, cell)] for split in SPLITS} for cell in (*product(*FACTORS.values()), *CONTROLS)}
     contrasts = {
         "1-bit: both - neither": {SEI: 1, PLAIN: -1},

@@ -16,6 +16,7 @@ One rate for all cells, the best on their mean, because the study compares netwo
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
@@ -24,8 +25,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.recipe import read_json
 from pipeline.suite import Suite
+from pipeline.trials import top1_of
 from recipes.compare.sei_stamps import FACTORS, trained
 from recipes.stamps.base import pictures
 
@@ -38,7 +39,7 @@ def recipe() -> Suite:
     recipes = []
     for (weights, shortcuts), rate in product(CELLS, RATES):
         cell = trained(weights, shortcuts, "labels")
-        changes = {"data": pictures("3"), "seed": 3, "epochs": EPOCHS, "evaluate_every": EPOCHS}
+        changes = {"data": pictures("3"), "seed": 3, "epochs": EPOCHS, "evaluate_every": 0}
         optimizer = cell.optimizer.with_(lr=rate)
         recipes.append(replace(cell, name=_name(weights, shortcuts, rate), optimizer=optimizer, **changes))
     return Suite(recipes=tuple(recipes), report=report)
@@ -50,8 +51,12 @@ def _name(weights: str, shortcuts: str, rate: float) -> str:
 
 def report(runs: Mapping[str, Path], console: Console) -> None:
     table = Table("cell", *(f"lr {rate:g}" for rate in RATES), box=None)
-    found = {key: read_json(runs[_name(*key[0], key[1])] / "summary.json")["top1"] for key in product(CELLS, RATES)}
+    found = {key: top1_of(runs[_name(*key[0], key[1])]) for key in product(CELLS, RATES)}
+
+    def told(values: list[float | None]) -> str:
+        return "diverged" if None in values else f"{statistics.fmean(value for value in values if value is not None):.2%}"
+
     for cell in CELLS:
-        table.add_row(", ".join(cell), *(f"{found[cell, rate]:.2%}" for rate in RATES))
-    table.add_row("mean", *(f"{sum(found[cell, rate] for cell in CELLS) / len(CELLS):.2%}" for rate in RATES))
+        table.add_row(", ".join(cell), *(told([found[cell, rate]]) for rate in RATES))
+    table.add_row("mean", *(told([found[cell, rate] for cell in CELLS]) for rate in RATES))
     console.print(table)

@@ -32,5 +32,5 @@ def recipe() -> Recipe:
         time_steps=5,
         over_time="mean",
         epochs=60,
-        evaluate_every=60,
+        evaluate_every=0,
     )

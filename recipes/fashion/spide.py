@@ -25,5 +25,5 @@ def recipe() -> Recipe:
         model=shared.model.with_(neuron=spec(IF, threshold=1.0, subtract=2.0)),
         rule=spec(SPIDE, steps=100, scale=2.0),
         epochs=20,
-        evaluate_every=20,
+        evaluate_every=0,
     )

@@ -68,7 +68,7 @@ def qkformer() -> Recipe:
         time_steps=2,
         batch_size=64,
         epochs=12,
-        evaluate_every=12,
+        evaluate_every=0,
     )
 
 

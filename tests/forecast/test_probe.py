@@ -141,10 +141,13 @@ def test_rules_take_turns_and_the_median_of_the_rounds_counts(monkeypatch: pytes
 
     monkeypatch.setattr(Bench, "cost", slower)
     found = probe(recipe_with(0.5), rules=(spec(BPTT), spec(SLTT)))
-    assert turns == ["BPTT", "SLTT", "SLTT-2"] * 3
-    assert found.rounds == {"BPTT": (1, 4, 7), "SLTT": (2, 5, 8), "SLTT-2": (3, 6, 9)}
-    assert [each.forward_s for each in found.costs] == [4, 5, 6]
-    assert found.share_of_time("SLTT") == (2, 5 / 4, 8 / 7)
+    assert turns == ["BPTT", "SLTT", "SLTT-2", "SLTT", "SLTT-2", "BPTT", "SLTT-2", "BPTT", "SLTT"]
+    assert found.rounds == {"BPTT": (1, 6, 8), "SLTT": (2, 4, 9), "SLTT-2": (3, 5, 7)}
+    assert [each.forward_s for each in found.costs] == [6, 4, 5]
+    assert found.share_of_time("SLTT") == (2, 4 / 6, 9 / 8)
+    turns.clear()
+    points = sweep(recipe_with(0.5), steps=(2,), rules=(spec(BPTT), spec(SLTT))).points
+    assert [point.cost.forward_s for point in points] == [6, 4, 5]
 
 
 def test_the_recipes_own_rule_stands_for_one_of_its_label() -> None:
@@ -320,7 +323,12 @@ def test_no_rule_is_called_safe_on_layers_that_nobody_can_compare() -> None:
     assert "a cosine of 0.20 at a. BPTT's gradient is 0 or not finite in 3 of 4 layers." in said
     said = advice(probed(SLTT=(20, 0.9, silent)))
     assert said == "BPTT's gradient is 0 or not finite in every layer, so there is nothing to compare gradients with."
-    assert advice(probed()) == "No rule but BPTT can train this network."
+    why = {"SLTT": "SLTT: a batch must fit into memory; 8 samples at T = 4 do not"}
+    assert advice(replace(probed(), refused=why)) == f"There is no rule to compare with BPTT; {why['SLTT']}."
+    found = probed(SLTT=(20, 0.9, {"a": 0.95}))
+    why = {"BPTT": "BPTT: a batch must fit into memory; 8 samples at T = 4 do not"}
+    without = replace(found, costs=tuple(cost for cost in found.costs if cost.rule != "BPTT"), refused=why)
+    assert advice(without) == f"There is nothing to compare gradients with; {why['BPTT']}."
 
 
 def test_what_was_not_compared_is_neither_near_nor_far() -> None:

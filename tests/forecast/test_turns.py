@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pipeline.forecast.rounds import in_rounds
 from pipeline.forecast.turns import in_turn
 from pipeline.recipe import spec
 from pipeline.rules.bptt import BPTT
@@ -16,8 +17,8 @@ RULES = (spec(BPTT), spec(SLTT), spec(SLTT, k=1))
 
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
-def test_each_rule_has_a_time_in_each_round_of_every_process() -> None:
-    found = in_turn(recipe_with(0.5), RULES, workers=2, rounds=2)
+def test_each_rule_has_a_time_in_each_start() -> None:
+    found = in_turn(recipe_with(0.5), RULES, workers=2, starts=2)
     assert list(found) == ["BPTT", "SLTT", "SLTT-1"]
     for turns in found.values():
         assert turns.processes == 2
@@ -36,3 +37,7 @@ def test_what_a_process_ended_in_is_a_line() -> None:
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size must divide by 3 workers"):
         in_turn(recipe_with(0.5), RULES, workers=3)
+
+
+def test_each_round_begins_with_another() -> None:
+    assert list(map("".join, in_rounds("abc", 4))) == ["abc", "bca", "cab", "abc"]

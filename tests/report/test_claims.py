@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.forecast.turns import Turns
-from pipeline.recipe import read_json, write_json
+from pipeline.recipe import write_json
 from pipeline.report.claims import (
     Claim,
     accuracy,
@@ -118,19 +118,24 @@ def test_time_of_one_seed_gets_no_verdict_and_bytes_get_theirs() -> None:
     assert bytes_at_most("SLTT", runs, "SLTT", bound=0.25, published="").holds
 
 
+BACKWARD_S = {
+    "BPTT": (2.0, 4.0, 8.0),
+    "BPTT-chunk-1": (3.0, 6.0, 12.0),
+    "SLTT": (1.9, 3.86, 7.8),
+    **dict.fromkeys(("SLTT-1", "SLTT-2"), (0.0, 0.0, 0.0)),
+}
 TURNS = {
-    "BPTT": Turns((1.0, 2.0, 4.0), (2.0, 4.0, 8.0), 2),
-    "BPTT-chunk-1": Turns((1.0, 2.0, 4.0), (3.0, 6.0, 12.0), 2),
-    "SLTT": Turns((1.0, 2.0, 4.0), (1.9, 3.86, 7.8), 2),
-    **{rule: Turns((1.0, 2.0, 4.0), (0.0, 0.0, 0.0), 2) for rule in ("SLTT-1", "SLTT-2")},
+    rule: Turns((1.0, 2.0, 4.0), seconds, processes=2, samples=128, threads=1, commit="0123456789ab")
+    for rule, seconds in BACKWARD_S.items()
 }
 """of a machine that gets slower fourfold"""
 
 
-def test_turns_are_divided_round_by_round_by_the_faster_bptt() -> None:
+def test_turns_are_divided_start_by_start_by_the_faster_bptt() -> None:
     """.9667, .9767, .9833 of folded BPTT's: the mean .9756 with +- 4.303 x .0084 / sqrt(3)."""
     claim = time_in_turn("SLTT", TURNS, "SLTT", bound=1.0, published="")
-    assert (claim.ours, claim.bound) == ("0.976 (0.955 to 0.996) of BPTT's, 3 rounds of 2 at once", "<= 1")
+    ours = "0.976 (0.955 to 0.996) of BPTT's, 3 starts of 2 at once, 128 samples each, at 0123456"
+    assert (claim.ours, claim.bound) == (ours, "<= 1")
     assert claim.verdict == "holds"
     assert time_in_turn("SLTT", TURNS, "SLTT", bound=0.98, published="").verdict == "holds, within the noise"
     assert time_in_turn("SLTT", TURNS, "SLTT", bound=0.97, published="").verdict == "fails, within the noise"
@@ -207,7 +212,7 @@ def test_temporal_shares_are_means_over_the_runs_that_looked() -> None:
     first, second = temporal_shares("SLTT", runs)
     assert first.claim == "share of BPTT's gradient through time, first" and first.verdict == ""
     assert first.ours == "start 0.50, epoch 1 0.30; seeds 0, 2"
-    assert second.ours == "start not known, epoch 1 0.25; seeds 0, 2"
+    assert second.ours == "start not known, epoch 1 0.25 (1 of 2); seeds 0, 2"
 
 
 def test_what_does_not_hold_is_shown_so_and_what_was_not_run_says_nothing() -> None:
@@ -224,20 +229,20 @@ STATES = 50
 SWEPT = {"points": [{"time_steps": T, "cost": {"rule": "SLTT", "peak_saved_bytes": 10}} for T in (2, 4, 8, 16)]}
 
 
-def test_fashions_claims_are_of_what_was_trained(tmp_path: Path) -> None:
-    """Not of the sizes that its file was written with: `--set time_steps=4` is judged at T = 4, and so is its sweep."""
+def test_fashions_claims_are_of_what_was_trained() -> None:
+    """Not of the sizes that its file was written with: `--set time_steps=4` is judged at T = 4."""
     changed = claims_fashion.recipe().override({"time_steps": 4, "model.neuron.leak": 0.25})
     trained = next(iter(changed.recipes))
-    write_json(tmp_path / "sweep.json", SWEPT)
-    swept = claims_fashion._swept(trained, beside=tmp_path)
     runs = twice(*((rule, 1.0, 2.0) for rule in ("BPTT", "SLTT", "SLTT-1", "SLTT-2")))
-    found = list(claims_fashion._claims(trained, runs, swept, TURNS, ()))
+    found = list(claims_fashion._claims(trained, runs, SWEPT, TURNS, ()))
     saved, kept, flat, time, turned = found[:5]
     assert (saved.about, saved.bound, saved.holds) == ("SLTT, leak 1/4, T = 4", "<= 0.300", True)
     assert (kept.claim, kept.holds, kept.bound) == ("saved bytes and states, of BPTT's", None, "")
     assert (flat.claim, flat.holds) == ("saved bytes from T = 2 to 16", True)
     bounds = {claim.about.split(",")[0]: claim.bound for claim in found if claim.claim == "forward and backward, of BPTT's"}
     assert turned.claim == "forward and backward in turn, of BPTT's" and turned.holds
+    unswept = list(claims_fashion._claims(trained, runs, None, {}, ()))[2]
+    assert (unswept.holds, unswept.ours) == (None, "not measured at T = 2, 4, 8, 16")
     assert time.holds and bounds["SLTT-1"] == "<= 0.550 (r = 2.00)" and bounds["SLTT-2"] == "<= 0.733 (r = 2.00)"
     assert saved.published == "0.30 of GPU memory (ImageNet), 0.36 of GPU memory (CIFAR-10)"
     assert time.published.startswith("0.91 of training hours")
@@ -246,9 +251,9 @@ def test_fashions_claims_are_of_what_was_trained(tmp_path: Path) -> None:
 @pytest.fixture
 def on_two_machines(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """Fashion's runs; of the first study the last seed was trained elsewhere, ten times as fast, and so was BPTT step by step."""
-    monkeypatch.setattr(claims_fashion, "_planned", lambda beside, console: {})
-    monkeypatch.setattr(claims_fashion, "_swept", lambda trained, beside: SWEPT)
-    monkeypatch.setattr(claims_fashion, "_turned", lambda *_, **__: TURNS)
+    monkeypatch.setattr(claims_fashion, "_planned", lambda file, console: {})
+    monkeypatch.setattr(claims_fashion, "_swept", lambda *_: SWEPT)
+    monkeypatch.setattr(claims_fashion, "_turned", lambda *_: TURNS)
     runs = {}
     for recipe in claims_fashion.recipe().recipes:
         rule, study = recipe.rule.build().label, recipe.name.split("-")[3]
@@ -303,85 +308,54 @@ def test_every_rule_of_fashions_claims_has_a_row_for_its_accuracy_and_its_bytes(
         assert shares["ours"] == "start 0.25; seeds 0, 1, 2"
 
 
-def test_turns_are_taken_once_on_the_runs_machine_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[int] = []
-
-    def in_turn(trained: object, rules: object, *, workers: int) -> dict[str, Turns]:
-        taken.append(workers)
-        if len(taken) == 1:
-            raise ValueError("turns: no data here")
-        return TURNS
-
-    def turned(**machine: Any) -> tuple[dict[str, Turns], str]:
-        runs = group(run(world_size=2, hardware={**claims_fashion.hardware(), **machine, "threads": 7}))
-        console = Console(file=io.StringIO(), width=200)
-        return claims_fashion._turned(trained, runs, console, beside=tmp_path), console.file.getvalue()  # type: ignore[attr-defined]
-
-    monkeypatch.setattr(claims_fashion, "in_turn", in_turn)
-    trained = next(iter(claims_fashion.recipe().recipes))
-    found, said = turned(cpu="another")
-    assert (found, taken) == (
-        {},
-        [],
-    ) and said == f"{tmp_path.name}: rules took no turns, for it was trained on another and not here\n"
-    assert turned() == ({}, f"{tmp_path.name}: rules took no turns: turns: no data here\n")
-    assert turned() == (TURNS, "") and turned() == (TURNS, "") and turned(cpu="another") == (TURNS, "")
-    assert taken == [2, 2]
-    for damaged in ("{", "[]", '{"BPTT": {}}'):
-        (tmp_path / "turns.json").write_text(damaged)
-        found, said = turned()
-        assert found == TURNS and "turns.json: measured anew, for it is damaged" in said
-    (tmp_path / "turns.json").unlink()
-
-    def refuse(file: Path, value: Any) -> None:
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(claims_fashion, "write_json", refuse)
-    found, said = turned()
-    assert found == TURNS and "these turns are not kept, and the next report takes them anew: Read-only file system" in said
-
-
-PLANNED = {"rule": "SLTT", "memory_bytes": 9.5e9, "micro_batch": 64, "accumulation": 4, "hours": 60.0}
-
-
-def test_imagenets_plan_is_made_once_and_anew_where_what_it_rests_on_is_no_more(
+def test_rules_take_turns_as_the_runs_were_trained_and_on_their_machine_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    taken: list[dict[str, object]] = []
+
+    def in_turn(trained: object, rules: object, **about: object) -> dict[str, Turns]:
+        taken.append(about)
+        return TURNS
+
+    def turned(*, own_cores: bool = False, **machine: Any) -> tuple[dict[str, Turns], str]:
+        told = {**claims_fashion.hardware(), "threads": 7, **machine}
+        of_run = run(trained_on=[{"world_size": 2, "micro_batch": 64, "own_cores": own_cores, "hardware": told}])
+        console = Console(file=io.StringIO(), width=200)
+        return claims_fashion._turned(trained, of_run, file, console), console.file.getvalue()  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(claims_fashion, "in_turn", in_turn)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    trained, file = next(iter(claims_fashion.recipe().recipes)), tmp_path / "turns.json"
+    found, said = turned(cpu="another", torch="1.0")
+    assert (found, taken) == ({}, []) and "; torch 1.0, here" in said
+    assert said.startswith(f"{file}: not measured: the runs were trained on another machine: cpu another, here ")
+    assert turned(cores=1)[0] == {} and turned(cores=1, own_cores=True) == (TURNS, "")  # which see those alone
+    assert turned() == (TURNS, f"{file}: measured anew, for it is of another machine\n") and turned() == (TURNS, "")
+    assert taken == 2 * [{"workers": 2, "samples": 64, "threads": 7}]
+
+
+def test_imagenets_plan_is_made_once_and_says_why_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[object] = []
+    model = SimpleNamespace(rule="SLTT", memory_bytes=9.5e9, micro_batch=64, accumulation=4, hours=60.0)
 
     def plan(*given: object, **about: object) -> SimpleNamespace:
         made.append(given)
-        return SimpleNamespace(rules=[SimpleNamespace(**PLANNED)])
+        return SimpleNamespace(rules=[model], refused={"BPTT": "BPTT: a worker must fit into 28.8 GB; it needs 30 GB at least"})
 
-    def asked(*, threads: int = 2) -> str:
+    def asked(*, threads: int = 2) -> tuple[dict[str, str], str]:
         monkeypatch.setattr(claims_fashion, "hardware", lambda: {"cpu": "a cpu", "threads": threads})
         console = Console(file=io.StringIO(), width=200)
-        assert claims_fashion._planned(tmp_path, console) == {"SLTT": PLANNED}
-        return console.file.getvalue()  # type: ignore[attr-defined]
+        return claims_fashion._planned(tmp_path / "plan.json", console), console.file.getvalue()  # type: ignore[attr-defined]
 
     monkeypatch.setattr(claims_fashion, "plan", plan)
-    assert (asked(), asked(threads=1), len(made)) == ("", "", 1)
+    found, said = asked()
+    assert (found, said) == (asked(threads=1)[0], "") and len(made) == 1
     monkeypatch.setattr(claims_fashion, "code_digest", lambda: "other code")
-    assert "plan.json: planned anew, for it is of another code" in asked() and len(made) == 2
-    for damaged in ("{", "[]", '{"rests_on": []}', "{}"):
-        (tmp_path / "plan.json").write_text(damaged)
-        assert "plan.json: planned anew, for it is damaged: " in asked()
-    kept = read_json(tmp_path / "plan.json")
-    write_json(tmp_path / "plan.json", {**kept, "rules": [{"rule": "SLTT"}]})
-    assert "it is damaged: KeyError('memory_bytes')" in asked()
-    assert (asked(), len(made)) == ("", 7)
-    (tmp_path / "plan.json").unlink()
-    (tmp_path / "plan.json").mkdir()  # can be neither read nor written, not even by root
-    unreadable, unwritten = asked().splitlines()
-    assert "plan.json: planned anew, for it cannot be read: Is a directory" in unreadable
-    assert "plan.json: this plan is not kept, and the next report makes it anew: Is a directory" in unwritten
-    (tmp_path / "plan.json").rmdir()
-    assert (asked(), asked(), len(made)) == ("", "", 9)
-
-
-def test_imagenets_rows_say_which_precision_each_figure_is_of() -> None:
-    rows = {(claim.about.split(",")[0], claim.claim): claim for claim in claims_fashion._imagenet({"SLTT": PLANNED})}
+    assert "plan.json: measured anew, for it is of another code" in asked()[1] and len(made) == 2
+    rows = {(claim.about.split(",")[0], claim.claim): claim for claim in claims_fashion._imagenet(found)}
     memory = rows["SLTT", "memory"]
     ours = "not run here; plan in fp32: 9.5 GB, 64 samples at a time x 4, 60 h"
     assert (memory.published, memory.ours) == ("8.47 GB, AMP", ours)
-    assert rows["BPTT", "time"].published == "73.8 h, AMP" and "no plan fits one card" in rows["BPTT", "time"].ours
+    ours = "not run here; not planned: BPTT: a worker must fit into 28.8 GB; it needs 30 GB at least"
+    assert (rows["BPTT", "time"].published, rows["BPTT", "time"].ours) == ("73.8 h, AMP", ours)
+    assert rows["SLTT-1", "time"].ours == "not run here; not planned"

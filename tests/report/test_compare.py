@@ -18,6 +18,7 @@ from pipeline.report.compare import Comparison, ComparisonError, compare, compar
 from pipeline.report.comparison import csv_of
 from pipeline.report.read_study import read_study
 from pipeline.report.runs import ReportError
+from pipeline.report.study import FOLDED_ALONE
 from tests.report.conftest import RECIPE, STUDY
 from tests.small import command
 
@@ -51,7 +52,7 @@ def test_costs_beside_the_baseline(make_run: Callable, runs_dir: Path):
     lines = text_of(comparison).splitlines()
     assert re.search(r"BPTT +90.00% +×1.00 +8 MB +×1.00 +100 +×1.00 +3.3 min +×1.00", lines[2])
     assert re.search(r"SLTT +81.00% +×0.90 +2 MB +×0.25 +150 +×1.50 +1.7 min +×0.50", lines[3])
-    assert lines[5].split() == ["behind", "each", "row"] and len(lines) == 10
+    assert lines[5].split() == ["behind", "each", "row"] and len(lines) == 11 and comparison.notes == (FOLDED_ALONE,)
 
 
 def test_the_baseline_comes_first_whatever_the_others_are_called(make_run: Callable, runs_dir: Path):
@@ -101,7 +102,7 @@ def test_ratios_are_of_paired_seeds(make_run: Callable, runs_dir: Path):
     assert found == {"bptt-0": 1.0, "bptt-5": 1.0, "ottt-7": None, "sltt-0": 0.25, "sltt-9": None}
     bptt, _, ottt, sltt = text_of(comparison).splitlines()[2:6]
     assert "44 MB  ×1.00" in bptt and "2 MB  ×0.25" in sltt and "×" not in ottt
-    assert comparison.notes == ("OTTT has no seed in common with BPTT, so nothing of it is divided",)
+    assert comparison.notes == (FOLDED_ALONE, "OTTT has no seed in common with BPTT, so nothing of it is divided")
 
 
 def test_time_is_divided_by_the_faster_bptt(make_run: Callable, runs_dir: Path):
@@ -306,7 +307,7 @@ def test_a_rule_is_not_charged_for_being_looked_at(make_run: Callable, runs_dir:
     comparison = compare(runs_dir)
     assert [run["ratios"]["wall_s"] for run in comparison.to_json()["runs"]] == [1.0, 0.5, 0.5]
     assert text_of(comparison).count("1.7 min  ×0.50") == 2
-    assert comparison.notes == ("wall clocks leave out what comparing gradients with BPTT's took, in runs of SLTT",)
+    assert comparison.notes == ("wall clocks leave out what comparing gradients with BPTT's took, in runs of SLTT", FOLDED_ALONE)
 
 
 def test_one_machine_needs_no_telling(make_run: Callable, runs_dir: Path):
@@ -366,6 +367,8 @@ def test_seeds_that_did_not_diverge_do_not_speak_for_one_that_did(make_run: Call
     comparison = compare(runs_dir)
     [told_of_ottt] = [each for each in comparison.to_json()["differences"] if each["rule"] == "OTTT"]
     assert (told_of_ottt["diverged"], told_of_ottt["verdict"]) == (0, "holds")  # what a machine of its own diverged on
+    said = text_of(comparison, width=300)
+    assert "OTTT (2 runs)" in said and "ottt-far (OTTT) diverged, trained otherwise than these: it is in no mean" in said
     [found] = [each for each in comparison.to_json()["differences"] if each["rule"] == "SLTT"]
     assert (found["seeds"], found["diverged"], found["verdict"]) == (2, 1, "fails")
     said = "BPTT - SLTT: +0.00 points over 2 paired seeds of those that did not diverge, as 1 did, 95 % interval"
@@ -610,6 +613,13 @@ def test_units(make_run: Callable, runs_dir: Path):
     text = text_of(compare(runs_dir))
     assert re.search(r"12.3[45] GB +×1.00 .* 2 h 03 min", text)
     assert re.search(r"12.3[45] kB +×1e-06 .* 12.3 s +×0.00167", text)
+
+
+def test_no_number_is_written_with_a_power_of_ten_where_it_needs_none(make_run: Callable, runs_dir: Path):
+    for seed, speed in enumerate((31_111.0, 31_357.0)):
+        make_run(f"bptt-{seed}", seed=seed, images_per_s=speed)
+    text = text_of(compare(runs_dir))
+    assert "31234" in text and "± 174" in text and "e+" not in text
 
 
 def test_printing_in_each_format(make_run: Callable, runs_dir: Path, capsys: pytest.CaptureFixture[str]):

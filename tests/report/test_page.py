@@ -50,7 +50,7 @@ def test_nothing_is_asked_of_the_network():
 def test_machines_are_apart_and_a_missing_baseline_is_named():
     elsewhere = [run(rule, hardware={**MACHINE, "gpu": "H100", "gpus": 1}, name=f"gpu-{rule}") for rule in ("SLTT", "OTTT-A")]
     html = body(page.render(study(*elsewhere)))
-    assert html.count("No baseline in this group: no run of BPTT has finished.") == 1
+    assert html.count("No baseline in this group: no run of BPTT among these has finished.") == 1
     assert "on 1 × H100" in html
     assert html.index('id="g1"') < html.index('id="g2"') < html.index('id="differences"')
 
@@ -60,7 +60,7 @@ def test_several_tunings_of_the_baseline_are_not_called_unfinished():
     said = "several BPTTs with different optimizer.lr; name one"
     assert f"No baseline in this group: {said}. Nothing here is divided." in html and f"no baseline: {said}" in html
     assert f"The baseline is missing: {said}. Nothing on this page is divided." in html
-    assert "no run of BPTT has finished" not in html
+    assert "no run of BPTT among these has finished" not in html
 
 
 def test_what_the_reader_of_its_means_must_know_stands_in_a_section():

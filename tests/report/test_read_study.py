@@ -42,6 +42,22 @@ def test_as_compare_takes_them(make_run: Callable, runs_dir: Path):
     assert len(read_study(runs_dir, ["sltt", "other"])[0].groups) == 2
 
 
+def test_named_runs_of_several_studies_have_each_their_baseline_or_a_note_that_says_why_not(make_run: Callable, runs_dir: Path):
+    far = {"cpu": "another", "cores": 2, "gpu": "none"}
+    for name, rule, about in (
+        ("bptt", "BPTT", {}),
+        ("sltt", "SLTT", {}),
+        ("other-bptt", "BPTT", {"study": "e" * 16}),
+        ("other-sltt", "SLTT", {"study": "e" * 16}),
+        ("far-sltt", "SLTT", {"hardware": far}),
+    ):
+        make_run(name, rule=rule, **about)
+    study = read_study(runs_dir, ["sltt", "other-sltt", "far-sltt"]).study
+    assert {run.name for run in study.runs} == {"bptt", "sltt", "other-bptt", "other-sltt", "far-sltt"}
+    [note] = study.notes
+    assert note.startswith("no baseline, no ratios: bptt does not stand comparison: hardware.cpu")
+
+
 def test_a_suite(make_run: Callable, runs_dir: Path):
     make_run("bptt")
     folder = make_suite(runs_dir, "bptt", "not-begun")
@@ -51,6 +67,9 @@ def test_a_suite(make_run: Callable, runs_dir: Path):
     value = json.loads((folder / "suite.json").read_text())
     (folder / "suite.json").write_text(json.dumps({**value, "report": "recipes.compare.claims_fashion.report"}))
     assert "waits for all runs: 1 of 2 have finished" in read_study(runs_dir, ["suite"])[0].notes[0]
+    for about in ({"within": 2.0}, {"against": "SLTT"}):
+        with pytest.raises(ReportError, match="report: suite has a report of its own, so --against and --within have no effect"):
+            read_study(runs_dir, ["suite"], **about)
 
 
 def test_a_suite_without_a_report_as_json_and_csv(make_run: Callable, runs_dir: Path, capsys: pytest.CaptureFixture[str]):
@@ -71,6 +90,21 @@ def test_a_suite_without_a_report_as_json_and_csv(make_run: Callable, runs_dir: 
     said = capsys.readouterr()
     assert [row["run"] for row in csv.DictReader(io.StringIO(said.out))] == ["bptt", "sltt"]
     assert "not finished: recipe-not-begun (not-begun) has not begun\n" in said.err
+    make_run("not-begun", rule="OTTT", end="diverged")
+    print_suite(folder, format="json")
+    said = capsys.readouterr()
+    assert [each["run"] for each in json.loads(said.out)[0]["unfinished"]] == ["not-begun"] and "4 of 5 finished" in said.err
+
+
+def test_a_suites_study_of_which_all_diverged_is_named_and_the_others_have_their_tables(
+    make_run: Callable, runs_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = make_suite(runs_dir, "bptt", "lost")
+    make_run("bptt")
+    make_run("lost", study="e" * 16, end="diverged")
+    print_suite(folder)
+    said = capsys.readouterr().out
+    assert "BPTT" in said and said.endswith("\nlost diverged, as did whatever else has ended of its study\n")
 
 
 def test_trials_are_no_seeds(make_run: Callable, runs_dir: Path):
@@ -89,6 +123,9 @@ def test_trials_are_no_seeds(make_run: Callable, runs_dir: Path):
     assert mixed.notes == ("Left out: 1 trial on a held-out part of the training set.",)
     with pytest.raises(ReportError, match="must be trained on the whole training set; got 6 trials of a search alone"):
         read_study(runs_dir, ["f" * 16])
+    make_suite(runs_dir, "SLTT-0.1", "not-begun")
+    with pytest.raises(ReportError, match="must be trained on the whole training set; got 1 trial of a search alone"):
+        read_study(runs_dir, ["suite"])
 
 
 def test_a_claim_of_a_suite_may_say_that_it_is_within_the_noise():
@@ -129,7 +166,10 @@ def test_what_a_suites_report_prints_and_returns(
     print_suite(folder, format="csv", against="SLTT")  # runs are told, for which there are baselines
     assert capsys.readouterr().out.startswith("run,rule,seed,study,where,")
     monkeypatch.setattr(SuiteFile, "read", lambda *_, **__: (_ for _ in ()).throw(ValueError("no data here")))
-    assert read_study(runs_dir, ["suite"])[0].notes == ("The suite's own report could not be made: no data here",)
+    with pytest.raises(
+        ReportError, match="what suite reports by itself cannot be made; its runs can be named instead: no data here"
+    ):
+        read_study(runs_dir, ["suite"])
 
 
 def test_a_report_that_ends_in_an_error_of_its_own_is_a_sentence():
@@ -169,6 +209,12 @@ def test_on_the_command_line(make_run: Callable, runs_dir: Path, monkeypatch: py
     monkeypatch.setattr("pipeline.track.publish.log_report", lambda *_, told, **__: [sent.append(told)])
     assert spiketrain("report", "--runs", str(runs_dir), "--sweep", str(runs_dir / "sweep.json"))[0] == 0
     assert '"loading_s": null' in sent[0] and "NaN" not in sent[0]
+    make_suite(runs_dir, "bptt")
+    file = runs_dir / "suite" / "suite.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "report": "elsewhere.report"}))
+    code, out, said = spiketrain("report", "suite", "--runs", str(runs_dir))
+    assert (code, out, len(sent)) == (2, "", 1) and not (runs_dir / "suite" / "report.html").exists()
+    assert "what suite reports by itself cannot be made; its runs can be named instead: " in said and "elsewhere" in said
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]"])

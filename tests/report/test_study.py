@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.report.claims import accuracy
 from pipeline.report.spread import Spread, spread_of
-from pipeline.report.study import COMPUTE, Study
+from pipeline.report.study import COMPUTE, FOLDED_ALONE, Study
 from pipeline.trained_on import trained_on
 from tests.report.hand_made import MACHINE, events, on, recipe, run, study
 from tests.report.test_tables import tuned
@@ -149,7 +149,7 @@ def test_two_tunings_of_the_baseline_are_several_and_none_is_called_unfinished()
     assert group.undivided == group.several_baselines == "several BPTTs with different optimizer.lr; name one"
     failed = tuple(tuned("BPTT", rate, state="failed") for rate in (0.1, 0.3))
     (group,) = Study(title="t", runs=failed).groups
-    assert (group.several_baselines, group.undivided) == ("", "no run of BPTT has finished")
+    assert (group.several_baselines, group.undivided) == ("", "no run of BPTT among these has finished")
     (group,) = Study(title="t", runs=several[1:]).groups
     assert group.has_baseline and (group.several_baselines, group.undivided) == ("", "")
     slices = [recipe("BPTT", rule={"target": "x.BPTT", "kwargs": {"truncate": k}}) for k in (1, 2)]
@@ -172,11 +172,12 @@ def test_what_the_reader_of_means_must_know():
         "OTTT-A has no seed in common with BPTT, so its top-1 and bytes are not divided",
         "OTTT-A has no seed in common with BPTT-chunk-1, so its times are not divided",
     )
-    assert study().groups[0].notes == ()
+    assert study().groups[0].notes == (FOLDED_ALONE,)
     assert study(run("OTTT-A", restarts=2)).groups[0].notes == (
         "wall clocks have restarts in them, with the batches that each lost: 2 of OTTT-A",
+        FOLDED_ALONE,
     )
-    assert study(run("SLTT", name="again", restart=True, state="running")).groups[0].notes == ()  # in no mean yet
+    assert study(run("SLTT", name="again", restart=True, state="running")).groups[0].notes == (FOLDED_ALONE,)  # in no mean yet
 
 
 def test_a_rule_that_says_less_than_its_recipe_is_written_out():
@@ -185,10 +186,10 @@ def test_a_rule_that_says_less_than_its_recipe_is_written_out():
 
     inner = {"target": "pipeline.rules.sltt.SLTT", "kwargs": {"k": 1}}
     (group,) = Study(title="t", runs=(run(), run("HLOP(SLTT-1)", recipe=of(inner=inner)))).groups
-    assert group.notes == ("HLOP(SLTT-1) is HLOP(inner=SLTT(k=1))",)
+    assert group.notes == ("HLOP(SLTT-1) is HLOP(inner=SLTT(k=1))", FOLDED_ALONE)
     (group,) = Study(title="t", runs=(run(), run("HLOP", recipe=of(k=1)), run("HLOP", seed=1, recipe=of(k=2)))).groups
     assert group.rules[1:] == ["HLOP (k=1)", "HLOP (k=2)"]
-    assert group.notes == ("HLOP (k=2) has no seed in common with BPTT, so nothing of it is divided",)
+    assert group.notes == (FOLDED_ALONE, "HLOP (k=2) has no seed in common with BPTT, so nothing of it is divided")
 
 
 def test_a_seed_that_diverged_is_in_no_mean_and_no_claim_holds_over_it():

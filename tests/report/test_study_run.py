@@ -90,6 +90,15 @@ def test_what_a_restart_does_again_is_kept_until_it_is_told_again():
     assert [point.step for point in dropped.curve] == [25, 50] and (dropped.step, dropped.again_from) == (50, None)
 
 
+def test_a_checkpoint_that_is_told_of_late_is_no_step_back():
+    """Threads write them."""
+    told = events()[:3]  # a start, 25, 50
+    late = {**told[-1], "event": "checkpoint", "step": 25}
+    for redone in ("kept", "dropped"):
+        found = study_run("r", [*told, late], state="running", redone=redone)
+        assert (found.step, found.again_from) == (50, None)
+
+
 def test_an_evaluation_that_is_done_again_counts_as_it_was_done_last():
     """The first was of weights that were given up: saving found that the workers' differed."""
     told = events()  # a start, 25, 50, its evaluation, ...

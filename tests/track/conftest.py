@@ -53,12 +53,10 @@ class FakeRun:
         return folder
 
 
-def write_suite(folder: Path, *runs: Path, searches: bool = False) -> None:
-    """A suite's folder, as far as its runs are known from it; in one that `searches` the last has the first for its trial."""
+def write_suite(folder: Path, *runs: Path) -> None:
+    """A suite's folder, as far as its runs are known from it."""
     folder.mkdir(exist_ok=True)
     children: list[dict[str, Any]] = [{"run": run.name, "recipe": {"version": 1, "recipe": {"name": run.name}}} for run in runs]
-    if searches:
-        children[-1]["choice"] = {"field": "optimizer.lr", "trials": [runs[0].name]}
     (folder / "suite.json").write_text(json.dumps({"version": 1, "children": children}))
 
 

@@ -1,0 +1,48 @@
+"""What is measured for a report beside a run, once, and kept in a file of the run's folder.
+
+A report that is made again, or elsewhere, shows what was measured then.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+from pipeline.recipe import write_json
+
+T_ = TypeVar("T_")
+
+
+def beside(
+    file: Path, *, rests_on: Mapping[str, Any], measure: Callable[[], Any], told: Callable[[Any], T_], console: Console
+) -> T_ | None:
+    """`told` of what `measure` has found, JSON values, which `file` keeps as long as it rests on the same.
+
+    None, and a line that says why, where it is not there and cannot be measured here: where `measure` raises ValueError. Where
+    the file can be neither read nor written, as on a read-only mount, nothing but that is lost.
+    """
+    try:
+        kept = json.loads(file.read_text()) if file.exists() else None
+        if kept is not None:
+            if kept["rests_on"] == rests_on:
+                return told(kept["found"])
+            changed = [name for name, value in rests_on.items() if kept["rests_on"].get(name) != value]
+            console.out(f"{file}: measured anew, for it is of another {' and '.join(changed)}", highlight=False)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        console.out(f"{file}: measured anew, for it is damaged: {error!r}", highlight=False)
+    except OSError as error:
+        console.out(f"{file}: measured anew, for it cannot be read: {error.strerror}", highlight=False)
+    try:
+        found = measure()
+    except ValueError as error:
+        console.out(f"{file}: not measured: {error}", highlight=False)
+        return None
+    try:
+        write_json(file, {"rests_on": rests_on, "found": found})
+    except OSError as error:
+        console.out(f"{file}: what was measured is not kept, and the next report does it anew: {error.strerror}", highlight=False)
+    return told(found)
