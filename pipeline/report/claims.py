@@ -127,7 +127,7 @@ def time_in_turn(
         claim=claim,
         published=published,
         bound=f"<= {most:.3f} (r = {r:.2f})" if callable(bound) else f"<= {most:g}",
-        ours=f"{found.mean:.3f} ({low:.3f} to {high:.3f}) of {base}'s, {counts}, at {turns[base].commit[:7]}",
+        ours=f"{found.mean:.3f} ({low:.3f} to {high:.3f}) of {base}'s, {counts}, at {turns[base].commit}",
         holds=found.mean <= most,
         within_noise=low <= most < high,
     )

@@ -134,7 +134,7 @@ TURNS = {
 def test_turns_are_divided_start_by_start_by_the_faster_bptt() -> None:
     """.9667, .9767, .9833 of folded BPTT's: the mean .9756 with +- 4.303 x .0084 / sqrt(3)."""
     claim = time_in_turn("SLTT", TURNS, "SLTT", bound=1.0, published="")
-    ours = "0.976 (0.955 to 0.996) of BPTT's, 3 starts of 2 at once, 128 samples each, at 0123456"
+    ours = "0.976 (0.955 to 0.996) of BPTT's, 3 starts of 2 at once, 128 samples each, at 0123456789ab"
     assert (claim.ours, claim.bound) == (ours, "<= 1")
     assert claim.verdict == "holds"
     assert time_in_turn("SLTT", TURNS, "SLTT", bound=0.98, published="").verdict == "holds, within the noise"
@@ -212,7 +212,10 @@ def test_temporal_shares_are_means_over_the_runs_that_looked() -> None:
     first, second = temporal_shares("SLTT", runs)
     assert first.claim == "share of BPTT's gradient through time, first" and first.verdict == ""
     assert first.ours == "start 0.50, epoch 1 0.30; seeds 0, 2"
-    assert second.ours == "start not known, epoch 1 0.25 (1 of 2); seeds 0, 2"
+    assert second.ours == "start not known, epoch 1 0.25; seeds 0, 2"
+    unknown = [{**start, "temporal_share": {"first": None}}, later]
+    first, _ = temporal_shares("SLTT", [run("SLTT", more_events=[start, later]), run("SLTT", seed=1, more_events=unknown)])
+    assert first.ours.startswith("start 0.50 (1 of 2), epoch 1 ") and first.ours.endswith("; seeds 0, 1")
 
 
 def test_what_does_not_hold_is_shown_so_and_what_was_not_run_says_nothing() -> None:
