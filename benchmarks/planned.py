@@ -2,18 +2,17 @@
 
 Command:  python -m benchmarks.planned [--workers 2] [--steps 300]
           (data/fashion, data/stamps-0 and data/moving must have been written)
-Result:   commit ec331f07da8b, 2 cores of an Intel Xeon, torch 2.13.0: saved bytes exact in all five; seconds of a step
+Result:   commit 862ae618abfb, 2 cores of an AMD EPYC, torch 2.13.0: saved bytes exact in all five; seconds of a step
 
-    VGG, SLTT           57.7 ms planned,   62.4 measured    -7.4 %
-    QKFormer, BPTT     183.0              171.8             +6.5 %
-    feedback, IDE       24.1               31.8            -24.3 %
-    rates, DSR         157.2              162.8             -3.4 %
-    recordings, SLTT    61.8               69.3            -10.9 %
+    VGG, SLTT           45.0 ms planned,   45.1 measured    -0.1 %;   planned after it    -6.9 %
+    QKFormer, BPTT     119.1              124.9             -4.6 %                        -3.4 %
+    feedback, IDE       23.2               24.1             -3.5 %                       +12.0 %
+    rates, DSR         105.6              109.4             -3.5 %                        -7.1 %
+    recordings, SLTT    51.1               46.6             +9.5 %                        -6.9 %
 
-Without DSR, on that Xeon at commit 0938e54ac260: -16.3, +2.9, -10.4, -7.9 %; at 7fe5295 on an AMD EPYC: -15.8, +3.3, -10.5,
--8.5 %; two runs before that, of the same code, -21.7 to +5.8 %. On 2026-11-28, when a step of IDE took 38 to 65 ms there, by
-one plan before the launch: -23.0, +3.7, -8.8, +3.9, -10.9 % at 3ec7d575fab8; with the engine's own step in the plan -5.2, +7.0,
--22.5, +26.0, +11.1 % at 9779fdce236c, of which DSR's is too much.
+Before, on an Intel Xeon: -7.4, +6.5, -24.3, -3.4, -10.9 % at ec331f07da8b. On 2026-11-28, when a step of IDE took 38 to 65 ms
+there: -23.0, +3.7, -8.8, +3.9, -10.9 % at 3ec7d575fab8; with the engine's own step in the plan -5.2, +7.0, -22.5, +26.0, +11.1 %
+at 9779fdce236c, of which DSR's is too much.
 
 Five recipes of different families, each trained by its own rule. The plan is made on one worker, but for how much two slow each
 other down, from batches of half and three quarters of a worker's size and, of four of them, at other numbers of time steps; a
