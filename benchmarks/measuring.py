@@ -169,11 +169,11 @@ def costs(rule_name: str, size: int, batches: int, evaluations: int) -> Costs:
     of_operations = Measured(trained, meters(memory_every=never, operations_every=ROUND))
     for each in (silent, plain, of_bytes, of_operations):
         each.steps_of(ROUND)
-    batch, (batch_more,) = in_turn(batches, silent.step, plain.step)
-    batch_more += _seconds_of_take(plain, uncounted) / LOG_EVERY
+    batch, (step_more,) = in_turn(batches, silent.step, plain.step)
+    batch_more = step_more + _seconds_of_take(plain, uncounted) / LOG_EVERY
     uncounted.note_peaks()
     _, counted_more = in_turn(evaluations, *(partial(each.steps_of, ROUND) for each in (silent, of_bytes, of_operations)))
-    bytes_more, operations_more = (more - ROUND * batch_more for more in counted_more)
+    bytes_more, operations_more = (more - ROUND * step_more for more in counted_more)
     evaluation, (evaluation_more, last_more) = in_turn(
         evaluations, silent.evaluate, plain.evaluate, partial(plain.evaluate, is_last=True)
     )

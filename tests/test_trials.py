@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.launch.children import Children
 from pipeline.launch.cluster import Cluster
-from pipeline.suite import Choice, Suite, SuiteFile
+from pipeline.suite import Choice, Suite, SuiteFile, sources, sources_in
 from pipeline.track.jsonl import Journal
 from pipeline.trials import best, over_in, top1_of
 from tests.small import small_recipe
@@ -46,8 +46,13 @@ def test_what_diverged_is_over_like_what_finished_unless_others_take_its_weights
         children = suite(folder, **{name: end})
         assert over_in(folder / "suite") == ({name: folder / name} if over else {})
         assert (name not in [recipe.name for recipe in children.left()]) is over
-    search = suite(tmp_path / "search", trial="diverged")
-    assert search.can_begin(search.suite_file.suite.recipes[2])
+    search = suite(tmp_path / "search", trial="diverged", shared="diverged")
+    assert [search.can_begin(each) for each in search.suite_file.suite.recipes[2:]] == [True, False]
+
+
+def test_whose_weights_are_taken_is_known_without_an_import(tmp_path: Path) -> None:
+    made = suite(tmp_path).suite_file.suite
+    assert sources(made) == sources_in(tmp_path / "suite") == {"shared"}
 
 
 def test_its_accuracy_is_none(tmp_path: Path) -> None:

@@ -31,11 +31,11 @@ def beside(
             if kept["rests_on"] == rests_on:
                 return told(kept["found"])
             changed = [name for name, value in rests_on.items() if kept["rests_on"].get(name) != value]
-            console.out(f"{file}: measured anew, for it is of another {' and '.join(changed)}", highlight=False)
+            console.out(f"{file}: of no use, for it is of another {' and '.join(changed)}", highlight=False)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        console.out(f"{file}: measured anew, for it is damaged: {error!r}", highlight=False)
+        console.out(f"{file}: of no use, for it is damaged, or of an earlier version: {error!r}", highlight=False)
     except OSError as error:
-        console.out(f"{file}: measured anew, for it cannot be read: {error.strerror}", highlight=False)
+        console.out(f"{file}: of no use, for it cannot be read: {error.strerror}", highlight=False)
     try:
         found = measure()
     except ValueError as error:

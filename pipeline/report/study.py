@@ -51,8 +51,10 @@ ENERGY = "inference.energy_j"
 ENERGY_MEASURED = "inference.measured_j"
 """of an inference, by the cards' own counters"""
 _WALL = ("wall_s", "net_s")
-FOLDED_ALONE = f"times are divided by those of {BASELINE} folded over time; step by step, which may be faster, none has finished"
 """clocks that run on while a run compares gradients, which no rule asks for: what that took is left out"""
+FOLDED_ALONE = (
+    f"times are divided by those of {BASELINE} folded over time; step by step, which may be faster, none among these has finished"
+)
 
 
 @dataclass(frozen=True)
@@ -280,7 +282,7 @@ def _notes(group: Group) -> Iterator[str]:
 def _divisions_told(group: Group, seeds: Mapping[str, set[int]]) -> Iterator[str]:
     """The faster BPTT, or that there is but one, and rules without a seed to divide by."""
     kinds = [rule for rule in seeds if is_baseline(rule, group.against)]
-    if kinds == [BASELINE] and len(seeds) > 1:
+    if kinds == [BASELINE] and len(seeds) > 1 and any(run.recipe.get("time_steps") != 1 for run in group.finished):
         yield FOLDED_ALONE
     if group.fastest_baseline != group.against:
         yield f"images/s, wall clock and compute time are divided by {group.fastest_baseline}'s, the faster {group.against}"

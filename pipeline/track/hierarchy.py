@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from pipeline.disk import is_name
-from pipeline.suite import is_suite, runs_of
+from pipeline.suite import is_suite, runs_of, sources_in
 from pipeline.track.base import TrackingError
 from pipeline.track.connect import is_server, sqlite_file
 from pipeline.track.jsonl import Event
@@ -108,7 +108,8 @@ def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | Non
     """What its runs say; `suite` is its folder, which knows how many there will be."""
     parent = client.get_run(parent_id)
     runs = client.search_runs([parent.info.experiment_id], f"tags.`{PARENT_OF}` = '{parent_id}'")
-    status = _status_of_all([_status_in_suite(run) for run in runs], suite)
+    needed = {runs_of(suite)[name].name for name in sources_in(suite)} if suite is not None and is_suite(suite) else set[str]()
+    status = _status_of_all([_status_in_suite(run, is_needed=run.info.run_name in needed) for run in runs], suite)
     if status == parent.info.status:
         return
     if status == "RUNNING":
@@ -117,9 +118,9 @@ def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | Non
         client.set_terminated(parent_id, status=status)
 
 
-def _status_in_suite(run: Run) -> str:
-    """What diverged has failed by itself; beside others it is an answer."""
-    is_answer = run.data.tags.get("spiketrain.diverged") == "true"
+def _status_in_suite(run: Run, *, is_needed: bool) -> str:
+    """What diverged has failed by itself; beside others it is an answer, unless they take its weights."""
+    is_answer = not is_needed and run.data.tags.get("spiketrain.diverged") == "true"
     return "FINISHED" if is_answer and run.info.status == "FAILED" else run.info.status
 
 

@@ -40,7 +40,7 @@ def asked(tmp_path: Path) -> Asked:
 
 def test_it_is_measured_once_and_anew_where_what_it_rests_on_is_no_more(asked: Asked) -> None:
     assert asked() == asked() == (1, "")
-    assert asked("b") == (2, f"{asked.file}: measured anew, for it is of another machine\n")
+    assert asked("b") == (2, f"{asked.file}: of no use, for it is of another machine\n")
     assert asked("b") == (2, "")
 
 
@@ -57,7 +57,7 @@ def test_where_it_cannot_be_measured_a_line_says_why_and_what_is_kept_is_shown_a
 def test_a_damaged_file_is_measured_anew(asked: Asked, text: str) -> None:
     asked.file.write_text(text)
     found, said = asked()
-    assert found == 1 and f"{asked.file}: measured anew, for it is damaged: " in said
+    assert found == 1 and f"{asked.file}: of no use, for it is damaged, or of an earlier version: " in said
     assert json.loads(asked.file.read_text())["found"] == {"made": 1} and asked() == (1, "")
 
 
@@ -65,7 +65,7 @@ def test_where_nothing_can_be_read_or_written_only_the_file_is_lost(asked: Asked
     asked.file.mkdir()  # can be neither read nor written, not even by root
     found, said = asked()
     unreadable, unwritten = said.splitlines()
-    assert found == 1 and unreadable.endswith("measured anew, for it cannot be read: Is a directory")
+    assert found == 1 and unreadable.endswith("of no use, for it cannot be read: Is a directory")
     assert unwritten.endswith("what was measured is not kept, and the next report does it anew: Is a directory")
     asked.file.rmdir()
 

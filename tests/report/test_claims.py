@@ -333,7 +333,7 @@ def test_rules_take_turns_as_the_runs_were_trained_and_on_their_machine_alone(
     assert (found, taken) == ({}, []) and "; torch 1.0, here" in said
     assert said.startswith(f"{file}: not measured: the runs were trained on another machine: cpu another, here ")
     assert turned(cores=1)[0] == {} and turned(cores=1, own_cores=True) == (TURNS, "")  # which see those alone
-    assert turned() == (TURNS, f"{file}: measured anew, for it is of another machine\n") and turned() == (TURNS, "")
+    assert turned() == (TURNS, f"{file}: of no use, for it is of another machine\n") and turned() == (TURNS, "")
     assert taken == 2 * [{"workers": 2, "samples": 64, "threads": 7}]
 
 
@@ -354,7 +354,7 @@ def test_imagenets_plan_is_made_once_and_says_why_there_is_none(tmp_path: Path, 
     found, said = asked()
     assert (found, said) == (asked(threads=1)[0], "") and len(made) == 1
     monkeypatch.setattr(claims_fashion, "code_digest", lambda: "other code")
-    assert "plan.json: measured anew, for it is of another code" in asked()[1] and len(made) == 2
+    assert "plan.json: of no use, for it is of another code" in asked()[1] and len(made) == 2
     rows = {(claim.about.split(",")[0], claim.claim): claim for claim in claims_fashion._imagenet(found)}
     memory = rows["SLTT", "memory"]
     ours = "not run here; plan in fp32: 9.5 GB, 64 samples at a time x 4, 60 h"

@@ -321,6 +321,13 @@ def test_a_parent_says_what_its_runs_say(fake_run: Callable, sqlite_store: str, 
         journal.event("diverged", error="not finite")
     sync(second.folder, uri=sqlite_store)
     assert parent() == ("a-suite", "FINISHED")  # beside others it is an answer
+    told = json.loads((suite / "suite.json").read_text())
+    told["children"][0]["recipe"]["recipe"]["init"] = "@two"
+    (suite / "suite.json").write_text(json.dumps(told))
+    with second.start(**about) as journal:
+        journal.event("diverged", error="not finite")
+    sync(second.folder, uri=sqlite_store)
+    assert parent() == ("a-suite", "FAILED")  # unless they take its weights
 
 
 def die_at_call(patch: pytest.MonkeyPatch, fatal: int, effect: str) -> list[str]:
