@@ -1,20 +1,22 @@
 """What measuring costs: training with its meters and without, and evaluations likewise, one of each in turn.
 
 Command:  python -m benchmarks.measuring [--rule sltt|bptt] [--processes 6] [--batches 200] [--evaluations 4]
-Result:   one thread of 2 cores of an Intel Xeon, torch 2.13, T = 4
+Result:   one thread of 2 cores of an AMD EPYC, torch 2.13, T = 4
 
-    SLTT, batch 128, commit 14580ba4833a, 4 processes, batches of 97 to 112 ms:
+    SLTT, batch 240, commit 17cea4861c18, 3 processes, batches of 99 to 101 ms:
 
-    a long training       +0.48 %, of a process +0.44 to +0.52 %
-    an evaluation         +3.80 %, of a process +0.87 to +7.05 %
-    a run of 1 epoch      +0.87 %, of a process +0.65 to +1.01 %
-    a run of 10 epochs    +0.72 %, of a process +0.58 to +0.91 %
+    a long training       +0.38 %, of a process +0.36 to +0.40 %
+    an evaluation         +3.70 %, of a process +3.13 to +4.21 %
+    a run of 1 epoch      +0.87 %, of a process +0.81 to +0.94 %
+    a run of 10 epochs    +0.64 %, of a process +0.61 to +0.67 %
 
-    Before the clock's boundaries took fewer calls (aa085d6a9b29, 4 processes): +0.78, +1.48, +1.09 and +0.85 %. On a quiet day,
-    one process: BPTT +0.39 % of training, +0.74 % of a run of 1 epoch (5794d42b0e93). On a busy one, 4 processes: +1.49 % and
-    +1.99 % (0340ab195497). It depends on how cold the caches are when a meter has its turn.
+    Before, on an Intel Xeon, without what reading the clock takes: +0.48, +3.80, +0.87 and +0.72 % (14580ba4833a, 4 processes);
+    before the clock's boundaries took fewer calls (aa085d6a9b29): +0.78, +1.48, +1.09 and +0.85 %. One process, on a quiet day:
+    BPTT +0.39 % of training, +0.74 % of a run of 1 epoch (5794d42b0e93). On a busy one, 4 processes: +1.49 % and +1.99 %
+    (0340ab195497). It depends on how cold the caches are when a meter has its turn.
 
-The meters are those of every run on a CPU. In training: the clock of the parts, read after every tenth batch, loss and hits,
+The meters are those of every run on a CPU. In training: the clock of the parts, read after every tenth batch (which is timed by
+itself: of turns of one batch the middle half would leave it out), loss and hits,
 saved bytes on one batch of 200, operations on one of 1000. At every evaluation: the spikes of every neuron on one sample in
 eight, and the peaks of memory before it and after; at the last one the operations of 64 samples, too. An evaluation is timed
 with the batch of training that follows it. Batches with meters and without are trained in turn, of one network; the others, of
