@@ -16,11 +16,11 @@ Result:   one thread of 2 cores of an AMD EPYC, torch 2.13, T = 4
     (0340ab195497). It depends on how cold the caches are when a meter has its turn.
 
 The meters are those of every run on a CPU. In training: the clock of the parts, read after every tenth batch (which is timed by
-itself: of turns of one batch the middle half would leave it out), loss and hits,
-saved bytes on one batch of 200, operations on one of 1000. At every evaluation: the spikes of every neuron on one sample in
-eight, and the peaks of memory before it and after; at the last one the operations of 64 samples, too. An evaluation is timed
-with the batch of training that follows it. Batches with meters and without are trained in turn, of one network; the others, of
-which something is counted, are timed by themselves, and a run has its share of them.
+itself: of turns of one batch the middle half would leave it out), loss and hits, saved bytes on one batch of 200, operations on
+one of 1000. At every evaluation: the spikes of every neuron on one sample in eight, and the peaks of memory before it and after;
+at the last one the operations of 64 samples, too. An evaluation is timed with the batch of training that follows it. Batches with
+meters and without are trained in turn, of one network; the others, of which something is counted, are timed by themselves, and a
+run has its share of them.
 
 A run is so many epochs of 60,000 images, each with an evaluation of 10,000, as Fashion-MNIST has them, put together from what
 was timed here; with one epoch its only evaluation is the last. The network is that of recipes/fashion/base.py, its batch so

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,11 @@ class Children:
 
     def is_over(self, name: str) -> bool:
         """Whether nothing is left to do for the run of the recipe of this name."""
-        return is_over(self.where[name], is_needed=name in sources(self.suite_file.suite))
+        return is_over(self.where[name], is_needed=name in self._sources)
+
+    @cached_property
+    def _sources(self) -> set[str]:
+        return sources(self.suite_file.suite)
 
     def left(self) -> list[Recipe]:
         """The recipes whose runs are not over, in their order."""

@@ -24,10 +24,10 @@ from pipeline.launch.terminal import outlive
 from pipeline.recipe import Recipe
 from pipeline.refused import Refused
 from pipeline.stand_in import with_stand_ins
-from pipeline.suite import Suite, SuiteFile, runs_of, sources
+from pipeline.suite import Suite, SuiteFile, runs_of
 from pipeline.track.mlflow import TrackingError, sync, tracking_uri
 from pipeline.track.state import state_of
-from pipeline.trials import is_over
+from pipeline.trials import over_in
 from pipeline.weights import place_of
 
 
@@ -61,8 +61,8 @@ def resume_suite(
     begun = {name: run for name, run in runs_of(folder).items() if run.exists()}
     for run in begun.values():
         begun_job(run, suite_file.parent, trust=trust)
-    needed = sources(suite_file.suite)
-    left = [run for name, run in begun.items() if not is_over(run, is_needed=name in needed)]
+    over = over_in(folder)
+    left = [run for name, run in begun.items() if name not in over]
     if len(begun) == len(suite_file.runs) and not left:
         Console().print(f"{folder.name} has finished")
         return folder

@@ -108,7 +108,10 @@ def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | Non
     """What its runs say; `suite` is its folder, which knows how many there will be."""
     parent = client.get_run(parent_id)
     runs = client.search_runs([parent.info.experiment_id], f"tags.`{PARENT_OF}` = '{parent_id}'")
-    needed = {runs_of(suite)[name].name for name in sources_in(suite)} if suite is not None and is_suite(suite) else set[str]()
+    needed: set[str] = set()
+    if suite is not None and is_suite(suite):
+        folders = runs_of(suite)
+        needed = {folders[name].name for name in sources_in(suite)}
     status = _status_of_all([_status_in_suite(run, is_needed=run.info.run_name in needed) for run in runs], suite)
     if status == parent.info.status:
         return
