@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.spiking.fire import fire
 from pipeline.spiking.state import State
 from pipeline.spiking.surrogate import Surrogate, Triangle
 
@@ -75,15 +76,18 @@ class LIF(nn.Module):
         if self.gradient is not None:
             return self.gradient(self, x_TB)
         v_B = self.membrane(x_TB)
+        if len(x_TB) == 1:  # as it is: what goes back through `unbind` is copied
+            s_TB, v_1B = self.step(x_TB.to(v_B.dtype), v_B.unsqueeze(0))
+            self.state.write("v", self.carry(v_1B.squeeze(0)))
+            return s_TB.to(x_TB.dtype)
         spikes = []
-        # Of one step a view alone, there and back: what goes back through `unbind` is copied.
-        for x_B in x_TB.unbind(0) if len(x_TB) > 1 else (x_TB.squeeze(0),):
+        for x_B in x_TB.unbind(0):
             s_B, v_B = self.step(x_B.to(v_B.dtype), v_B)
             # Applied when a step ends, not when the next begins: what is remembered then holds no graph under SLTT.
             v_B = self.carry(v_B)
             spikes.append(s_B.to(x_TB.dtype))
         self.state.write("v", v_B)
-        return torch.stack(spikes) if len(spikes) > 1 else spikes[0].unsqueeze(0)
+        return torch.stack(spikes)
 
     def membrane(self, x_TB: Tensor) -> Tensor:
         """v before the first step of the slice `x_TB`: the last slice's, or rest."""
@@ -99,19 +103,12 @@ class LIF(nn.Module):
 
     def step(self, x_B: Tensor, v_B: Tensor) -> tuple[Tensor, Tensor]:
         """One time step of the equations above: (x[t], v[t-1]) -> (s[t], v[t])."""
-        u_B = self.charged(x_B, v_B)
-        above_B = u_B - self.threshold
-        s_B = self.surrogate(above_B)
-        # Written so that autograd keeps `above_B` alone (and a mask of bytes, for the detached reset to zero).
-        if self.reset == "subtract":
-            s_reset_B = s_B if self.reset_gradient == "kept" else s_B.detach()
-            return s_B, torch.sub(u_B, s_reset_B, alpha=self.subtract)
-        if self.reset_gradient == "kept":
-            return s_B, u_B * (1 - s_B)
-        return s_B, u_B.masked_fill(above_B.detach() >= 0, 0)
+        subtract = self.subtract if self.reset == "subtract" else None
+        about = {"subtract": subtract, "keeps_gradient": self.reset_gradient == "kept", "surrogate": self.surrogate}
+        return fire(self.charged(x_B, v_B), threshold=self.threshold, **about)
 
     def charged(self, x_B: Tensor, v_B: Tensor) -> Tensor:
-        """u[t] of x[t] and v[t-1]."""
+        """u[t] of x[t] and v[t-1], in memory of its own."""
         current_B = (1 - self.leak) * x_B if self.decay_input else x_B
         return torch.add(current_B, v_B, alpha=self.leak)
 
