@@ -19,6 +19,7 @@ from pipeline.models.rate_head import RateHead
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.pool import MeanPool
 from pipeline.spiking.rate import rate_readout
 from pipeline.spiking.synapse import Conv2d, Linear, folded
 
@@ -121,7 +122,7 @@ class ConvNet(nn.Module):
                 )
                 channels = width
             self.stages.append(layers)
-        self.pool = nn.AvgPool2d(2)
+        self.pool = MeanPool(2)
         self.grid = grid
         self.last_pool = nn.AdaptiveAvgPool2d(grid)
         self.smallest = (grid * 2 ** (len(stages) - 1) - 1) * stem_stride + 1

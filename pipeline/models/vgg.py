@@ -1,10 +1,11 @@
 """VGG with scaled weight standardisation: OTTT's network for CIFAR and event data.
 
-    per layer:   h = gamma LIF(sWS convolution(h)),   an average pool between stages, a global one before the classifier
+    per layer:   s = LIF(sWS convolution(gamma s)),   an average pool between stages, a global one before the classifier
 
+where the first reads the image as it is, and gamma follows the pools, which leave fewer numbers to multiply.
 VGG-F hands its last features back to its first layer, a time step later:
 
-    first layer:   h[t] = gamma LIF(sWS convolution(x[t]) + convolution(upsampled h_last[t-1])),   h_last[0] = 0
+    first layer:   s[t] = LIF(sWS convolution(x[t]) + convolution(upsampled gamma s_last[t-1])),   s_last[0] = 0
 
 where the second convolution starts at zero, so that VGG-F starts as VGG.
 
@@ -25,14 +26,15 @@ from pipeline.models.parts import one_more, standardized_conv, variance_gain
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.feedback import Feedback
 from pipeline.spiking.neuron import LIF
+from pipeline.spiking.pool import MeanPool
 from pipeline.spiking.still import OncePerImage
 from pipeline.spiking.synapse import Conv2d, Linear, folded
 
 
 class Layer(nn.Module):
-    """h = gamma dropout(LIF(sWS convolution(h) + more(h))), `more` being where else current comes from.
+    """s = dropout(LIF(sWS convolution(gamma h) + more(h))), `more` being where else current comes from.
 
-    The first layer of a network, which sees the image, has its convolution once where the image is still.
+    The first layer of a network, which sees the image, has no gamma, and its convolution once where the image is still.
     """
 
     def __init__(
@@ -51,11 +53,11 @@ class Layer(nn.Module):
         self.conv = OncePerImage(conv) if is_first else conv
         self.neuron = one_more(neuron)
         self.dropout = Dropout(dropout)
-        self.gain = variance_gain(neuron)
+        self.gain = None if is_first else variance_gain(neuron)
 
     def forward(self, h_TBCHW: Tensor, more: nn.Module | None = None) -> Tensor:
-        current_TBCHW = self.conv(h_TBCHW)
-        return self.gain * self.dropout(self.neuron(current_TBCHW if more is None else current_TBCHW + more(h_TBCHW)))
+        current_TBCHW = self.conv(h_TBCHW if self.gain is None else self.gain * h_TBCHW)
+        return self.dropout(self.neuron(current_TBCHW if more is None else current_TBCHW + more(h_TBCHW)))
 
 
 class FeedbackConv(nn.Module):
@@ -122,7 +124,8 @@ class VGG(nn.Module):
                 layers.append(Layer(channels, width, is_first=not self.stages and not layers, **about))
                 channels, kernel, stride = width, 3, 1
             self.stages.append(layers)
-        self.pool = nn.AvgPool2d(2)
+        self.pool = MeanPool(2)
+        self.gain = variance_gain(neuron)
         self.smallest = stem[1] * 2 ** (len(stages) - 1)
         self.feedback = FeedbackConv(channels, stages[0][0]) if feedback == "last" else None
         self.classifier = Linear(channels, classes)
@@ -136,20 +139,20 @@ class VGG(nn.Module):
                 f"got {tuple(x_TBCHW.shape[-2:])}"
             )
         if self.feedback is None:
-            return self.classifier(self._features(x_TBCHW).mean((3, 4)))
+            return self.classifier(self.gain * self._spikes(x_TBCHW).mean((3, 4)))
         return torch.cat([self._step(x_1BCHW, self.feedback) for x_1BCHW in x_TBCHW.split(1)])
 
-    def _features(self, x_TBCHW: Tensor, feedback: FeedbackConv | None = None) -> Tensor:
+    def _spikes(self, x_TBCHW: Tensor, feedback: FeedbackConv | None = None) -> Tensor:
         first, *others = self.stages[0].children()
-        h = first(x_TBCHW, feedback)
+        s = first(x_TBCHW, feedback)
         for layer in others:
-            h = layer(h)
+            s = layer(s)
         for layers in self.stages[1:]:
-            h = layers(folded(self.pool, h))
-        return h
+            s = layers(folded(self.pool, s))
+        return s
 
     def _step(self, x_1BCHW: Tensor, feedback: FeedbackConv) -> Tensor:
-        h = self._features(x_1BCHW, feedback)
+        h = self.gain * self._spikes(x_1BCHW, feedback)
         feedback.features.keep(h)
         return self.classifier(h.mean((3, 4)))
 

@@ -1,0 +1,43 @@
+"""The pool that keeps nothing, against torch's."""
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.spiking.pool import MeanPool
+from tests.spiking.saved import SavedBytes
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("pixels", [(6, 6), (7, 9), (6, 11)])
+def test_means_and_their_gradient_are_torchs(size, pixels):
+    x = torch.randn(2, 3, *pixels, dtype=torch.float64, requires_grad=True)
+    ours, torchs = MeanPool(size)(x), nn.AvgPool2d(size)(x)
+    torch.testing.assert_close(ours, torchs, rtol=1e-14, atol=1e-15)
+    g = torch.randn_like(ours)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, g)[0] for y in (ours, torchs)), rtol=1e-15, atol=0)
+
+
+def test_spikes_are_averaged_exactly():
+    s = (torch.rand(4, 8, 14, 14) > 0.7).float()
+    assert torch.equal(MeanPool(2)(s), nn.AvgPool2d(2)(s))
+
+
+def test_nothing_is_kept_for_the_backward():
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    with SavedBytes() as saved:
+        y = MeanPool(2)(x)
+    assert saved.peak == 0
+    y.sum().backward()
+
+
+def test_the_input_is_left_as_it_was():
+    x = torch.randn(2, 3, 7, 7)
+    before = x.clone()
+    MeanPool(1)(x).mul_(2)
+    assert torch.equal(x, before)
+
+
+def test_a_size_is_a_count():
+    with pytest.raises(ValueError, match=r"^MeanPool: size must be a whole number >= 1; got size=0$"):
+        MeanPool(0)
