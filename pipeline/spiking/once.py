@@ -15,7 +15,7 @@ It is exact where each slice's gradient is linear in dL[t]/dy with one factor fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -30,12 +30,14 @@ Backwards = Literal["one", "several"]
 class Sharing:
     """What the slices of one batch of `steps` time steps have in common.
 
-    `backwards`: whether one backward call goes through all of them, or several through each or some.
+    `backwards`: whether one backward call goes through all of them, or several through each or some. `parameters`: what gradients
+    are left on beside what is made once.
     """
 
-    def __init__(self, *, steps: int, backwards: Backwards) -> None:
+    def __init__(self, *, steps: int, backwards: Backwards, parameters: Iterable[Tensor] = ()) -> None:
         self.steps = steps
         self.backwards: Backwards = backwards
+        self.parameters = list(parameters)
         self.is_last = False
         """whether the slice at hand is the last that is differentiated; a rule of several backward calls sets it"""
         self.learns = torch.is_grad_enabled()
@@ -43,6 +45,9 @@ class Sharing:
         """the still image of the batch, from when it is first seen"""
         self._makes = False
         self._made: list[tuple[State, Tensor]] = []
+        self._copies: list[Tensor] = []
+        self._without_gradient: list[tuple[State, Tensor]] = []
+        """copies that no backward has reached yet"""
 
     def once(self, state: State, make: Callable[[], Tensor]) -> Tensor:
         """What `make` makes, for the slice at hand; remembered in `state`, with the gradient that it collects.
@@ -58,15 +63,43 @@ class Sharing:
             if y.requires_grad:
                 self._made.append((state, y))
         if self.backwards == "several" and not self.is_last and y.requires_grad and torch.is_grad_enabled():
-            return _without_graph(state, y)
+            self._note_gradients()
+            return self._without_graph(state, y)
         return y
 
     def carrying(self, loss: Tensor) -> Tensor:
         """The loss of the slice at hand; of the last one, with what the others collected in its backward."""
         if self.backwards == "one" or not self.is_last or not self._made:
             return loss
+        self._note_gradients()
         states, made = zip(*self._made, strict=True)
         return _Carrying.apply(loss, states, *made)  # type: ignore[return-value]  # apply is untyped
+
+    def _without_graph(self, state: State, y: Tensor) -> Tensor:
+        """A copy of y, on which the gradients of several backward calls add up."""
+        copy = state.read("copy")
+        if copy is None:
+            # Never below fp32, as the gradients of the weights are not that it stands for.
+            copy = y.detach().to(torch.promote_types(y.dtype, torch.float32)).requires_grad_()
+            state.write("copy", copy)
+            self._copies.append(copy)
+            self._without_gradient.append((state, copy))
+        return copy.to(y.dtype)
+
+    def _note_gradients(self) -> None:
+        """Those that a first backward has left: they are among what the network remembers, and counted.
+
+        Others are added to them in place, so each needs memory of its own: of a sum autograd gives all terms one gradient, and
+        leaves it on several of them (torch 2.13).
+        """
+        for state, copy in self._without_gradient:
+            if copy.grad is not None:
+                leaves = (leaf for leaf in (*self._copies, *self.parameters) if leaf is not copy)
+                if any(leaf.grad is not None and _memory(leaf.grad) == _memory(copy.grad) for leaf in leaves):
+                    copy.grad = copy.grad.clone()
+                state.write("gradient", copy.grad)
+        if self._without_gradient:
+            self._without_gradient = [(state, copy) for state, copy in self._without_gradient if copy.grad is None]
 
     def _make(self, make: Callable[[], Tensor]) -> Tensor:
         # A slice that does not learn may come before one that does; one backward through all slices finds one mode for all.
@@ -92,17 +125,8 @@ class _Carrying(torch.autograd.Function):
         return (grad_outputs[0], None, *(state.read("gradient") for state in ctx.states))
 
 
-def _without_graph(state: State, y: Tensor) -> Tensor:
-    """A copy of y, on which the gradients of several backward calls add up."""
-    copy = state.read("copy")
-    if copy is None:
-        # Never below fp32, as the gradients of the weights are not that it stands for.
-        copy = y.detach().to(torch.promote_types(y.dtype, torch.float32)).requires_grad_()
-        # Made here, and added to in place, so that it is among what the network remembers, and counted.
-        copy.grad = torch.zeros_like(copy)
-        state.write("copy", copy)
-        state.write("gradient", copy.grad)
-    return copy.to(y.dtype)
+def _memory(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
 
 
 @contextmanager
@@ -111,7 +135,7 @@ def computed_once(model: nn.Module, *, steps: int, backwards: Backwards) -> Iter
 
     To be entered inside `fresh_state`, for one batch whose weights rest.
     """
-    sharing = Sharing(steps=steps, backwards=backwards)
+    sharing = Sharing(steps=steps, backwards=backwards, parameters=model.parameters())
     sharers: list[Any] = [module for module in model.modules() if hasattr(module, "sharing")]
     for sharer in sharers:
         sharer.sharing = sharing

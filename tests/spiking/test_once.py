@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -47,6 +47,19 @@ def small(weights: str = "standardized", *, once_per_image: bool = False) -> nn.
             binarize(each, weights)  # type: ignore[arg-type]
     stem = OncePerImage(first) if once_per_image else first
     return lively(nn.Sequential(stem, LIF(**NEURON), second, LIF(**NEURON), Head(), last))
+
+
+class Sum(nn.Module):
+    """Two stems see the image, and a neuron the sum of their currents, whose gradient autograd gives both as one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stems = nn.ModuleList(OncePerImage(Conv2d(2, 4, 3, padding=1)) for _ in range(2))
+        self.shift = nn.Parameter(torch.zeros(1, 2, 4, 6, 6))
+
+    def forward(self, x_TB: Tensor) -> Tensor:
+        first_TB, second_TB = (stem(x_TB) for stem in self.stems)
+        return self.shift + first_TB + second_TB
 
 
 @contextmanager
@@ -106,6 +119,24 @@ RULES: dict[str, tuple[Callable[[], Rule], tuple[int, int]]] = {
     "OTTT-A": (OTTT, (2, 2)),
     "OTTT-A, all traced": (lambda: OTTT(first="traced", readout="traced"), (2, 2)),
 }
+
+
+@pytest.mark.parametrize("name", ["SLTT", "SLTT-2", "SLTT in slices", "BPTT truncated"])
+def test_gradients_that_autograd_leaves_as_one_add_up_apart(name: str) -> None:
+    """Of two stems and of a parameter with the shape of their currents, where a micro-batch has two samples."""
+    torch.manual_seed(0)
+    model = lively(nn.Sequential(Sum(), LIF(**NEURON), Conv2d(4, 4, 3, padding=1), LIF(**NEURON), Head(), Linear(4, 3)))
+    twin = copy.deepcopy(model)
+    x_BCHW, target_B = images(2)
+    rules = [RULES[name][0]() for _ in range(2)]
+    got, expected = ({}, {})
+    for rule, network, found in ((rules[0], model, got), (rules[1], twin, expected)):
+        rule.attach(network)
+        with each_slice_its_own() if network is twin else nullcontext():
+            learn(rule, network, repeat(x_BCHW, STEPS), cross_entropy(target_B), step=3)
+        found.update({name: p.grad for name, p in network.named_parameters()})
+    assert all(float(g.abs().max()) > 1e-4 for g in expected.values())
+    assert distance(got, expected) < 1e-12
 
 
 @pytest.mark.parametrize("name", RULES)
