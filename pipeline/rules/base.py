@@ -224,9 +224,10 @@ class Rule(nn.Module):
 
 def steps_share(logits_TBK: Tensor, loss_of: LossOf, *, steps: int) -> tuple[Tensor, Tensor]:
     """A slice's share of the mean over `steps`: (sum of its steps' losses) / T with graph, (sum of its logits) / T without."""
+    if len(logits_TBK) == 1:  # as a rule that goes step by step has it T times a batch: nothing to add up
+        logits_BK = logits_TBK.squeeze(0)
+        return loss_of(logits_BK) / steps, logits_BK.detach() / steps
     losses = [loss_of(logits_BK) for logits_BK in logits_TBK.unbind(0)]
-    if len(losses) == 1:  # as a rule that goes step by step has it T times a batch: nothing to add up
-        return losses[0] / steps, logits_TBK.detach().squeeze(0) / steps
     return torch.stack(losses).sum() / steps, logits_TBK.detach().sum(0) / steps
 
 

@@ -76,7 +76,6 @@ class SLTT(Rule):
         k = steps if self.k is None else self.k
         selected = selected_steps(steps, k, seed=self.world.seed, step=step)
         last = selected[-1] // (self.chunk or steps)
-        scale = steps / k if self.rescale else 1.0
         with fresh_state(model), computed_once(model, steps=steps, backwards="several") as sharing:
             for index, x_cB in enumerate(slices(x_TB, self.chunk)):
                 learns = k == steps or index in selected
@@ -85,7 +84,7 @@ class SLTT(Rule):
                 with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
                     logits_TBK = model(x_cB)
                     loss, share_BK = steps_share(logits_TBK, loss_of, steps=steps)
-                    backward = sharing.carrying(loss * scale) if learns else None
+                    backward = sharing.carrying(loss * (steps / k) if self.rescale else loss) if learns else None
                 yield Objective(backward=backward, loss=loss.detach(), logits=share_BK)
 
 
