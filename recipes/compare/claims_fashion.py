@@ -31,9 +31,9 @@ Result:   69 min, 42 runs in one launch; commit af9e0b3027d8, 2 cores of an AMD 
 
 Two studies, at the leaks of the two papers (1/11 and 0.5), T = 6; in each seven rules with three seeds. BPTT is trained folded
 over time and step by step: the faster of the two is what the others' time is divided by. Only the rule differs, learning rate
-included. SLTT-K is rescaled by T/K, which the published rule is not, so that its expected gradient is SLTT's. After each epoch all
-runs compare gradients, for a process that has done so is some 2 % slower from then on (docs/LOG.md); SLTT's tell which share of
-BPTT's comes through time, which it drops.
+included. SLTT-K is rescaled by T/K, which the published rule is not, so that its expected gradient is SLTT's. After each epoch
+all runs compare gradients, for a run that has done so is some 2 % slower from then on (docs/LOG.md); SLTT's tell which share
+of BPTT's comes through time, which it drops.
 
 The report's claims: saved bytes at most 1/T + 0.05 of BPTT's, and within 3 % from T = 2 to 16 (on one batch, untrained); compute
 time of SLTT-K at most 1.1 (T + K r) / (T (1 + r)) of the faster BPTT's, r its backward over its forward, and of SLTT at most as
