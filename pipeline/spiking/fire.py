@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pipeline.spiking.surrogate import Surrogate
 
@@ -26,7 +27,7 @@ def fire(
 ) -> tuple[Tensor, Tensor]:
     """u -> (s, v). The caller gives u away, whose memory may become v's.
 
-    Kept for the backward is a alone, and u where a reset to zero is differentiated.
+    Kept for the backward is a alone, and u where a reset to zero is differentiated. There is no second derivative.
 
     Args:
         subtract: what a spike takes from the membrane; None: all of it.
@@ -52,7 +53,10 @@ class _Fire(torch.autograd.Function):
         return s_B, u_B.masked_fill_(a_B >= 0, 0) if subtract is None else u_B.sub_(s_B, alpha=subtract)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator is untyped
+        ctx: Any, *grad_outputs: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         g_s, g_v = grad_outputs
         a_B, *u = ctx.saved_tensors
         if g_v is not None and ctx.keeps_gradient:

@@ -61,6 +61,8 @@ class LIF(nn.Module):
             raise ValueError(f"LIF: reset_gradient must be 'detached' or 'kept'; got reset_gradient={reset_gradient!r}")
         if decay_input and leak == 1:
             raise ValueError("LIF: decay_input scales the current by 1 - leak, so leak must be < 1; got leak=1")
+        if isinstance(surrogate, nn.Module):
+            raise ValueError(f"LIF: surrogate must be a value, of which nothing is learnt; got the module {surrogate}")
         self.leak = leak
         self.threshold = threshold
         self.reset = reset
@@ -102,13 +104,16 @@ class LIF(nn.Module):
         return v_B
 
     def step(self, x_B: Tensor, v_B: Tensor) -> tuple[Tensor, Tensor]:
-        """One time step of the equations above: (x[t], v[t-1]) -> (s[t], v[t])."""
+        """One time step of the equations above: (x[t], v[t-1]) -> (s[t], v[t]), element by element.
+
+        Both `[B, ...]`, or `[1, B, ...]` where a slice has one step.
+        """
         subtract = self.subtract if self.reset == "subtract" else None
         about = {"subtract": subtract, "keeps_gradient": self.reset_gradient == "kept", "surrogate": self.surrogate}
         return fire(self.charged(x_B, v_B), threshold=self.threshold, **about)
 
     def charged(self, x_B: Tensor, v_B: Tensor) -> Tensor:
-        """u[t] of x[t] and v[t-1], in memory of its own."""
+        """u[t] of x[t] and v[t-1], in memory of its own, element by element."""
         current_B = (1 - self.leak) * x_B if self.decay_input else x_B
         return torch.add(current_B, v_B, alpha=self.leak)
 

@@ -63,15 +63,17 @@ class Sharing:
             if y.requires_grad:
                 self._made.append((state, y))
         if self.backwards == "several" and not self.is_last and y.requires_grad and torch.is_grad_enabled():
-            self._note_gradients()
             return self._without_graph(state, y)
         return y
 
     def carrying(self, loss: Tensor) -> Tensor:
-        """The loss of the slice at hand; of the last one, with what the others collected in its backward."""
+        """The loss of the slice at hand; of the last one, with what the others collected in its backward.
+
+        To be asked before every backward, whatever the slice has read.
+        """
+        self._note_gradients()
         if self.backwards == "one" or not self.is_last or not self._made:
             return loss
-        self._note_gradients()
         states, made = zip(*self._made, strict=True)
         return _Carrying.apply(loss, states, *made)  # type: ignore[return-value]  # apply is untyped
 

@@ -1,6 +1,7 @@
-"""The mean of squares of pixels, which keeps nothing of its input: torch's own (2.13) keeps it all, for no more than its shape.
+"""The mean of every square of pixels, of which nothing is kept: torch's own (2.13) keeps its input, for no more than its shape.
 
-On a CPU it adds slices, which on small images took a sixth of the time of torch's pool (docs/LOG.md).
+On a CPU slices are added up, which on small images took a sixth of the time of torch's pool, and backwards a quarter of it
+(docs/LOG.md).
 """
 
 # N images, C channels, H W pixels
@@ -19,6 +20,8 @@ class MeanPool(nn.Module):
     """The means of `size` x `size` pixels side by side: `[N, C, H, W]` to `[N, C, H // size, W // size]`.
 
     What is left over at the right and at the bottom is left out, as in `nn.AvgPool2d(size)`.
+
+    Raises: ValueError for an image without one such square.
     """
 
     def __init__(self, size: int) -> None:
@@ -27,6 +30,8 @@ class MeanPool(nn.Module):
         self.size = size
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
+        if min(x_NCHW.shape[-2:]) < self.size:
+            raise ValueError(f"MeanPool: an image must have {self.size} pixels a side; got {tuple(x_NCHW.shape[-2:])}")
         return _Mean.apply(x_NCHW, self.size)  # type: ignore[return-value]  # apply is untyped
 
     def extra_repr(self) -> str:
@@ -37,21 +42,36 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NCHW: Tensor, size: int) -> Tensor:
         ctx.shape, ctx.size = x_NCHW.shape, size
-        if x_NCHW.device.type != "cpu":
-            return F.avg_pool2d(x_NCHW, size)
-        rows, columns = (pixels // size * size for pixels in x_NCHW.shape[-2:])
-        above = reduce(torch.add, (x_NCHW[..., row:rows:size, :] for row in range(size)))
-        return reduce(torch.add, (above[..., column:columns:size] for column in range(size))) / size**2
+        # Below fp32 each sum of two slices would be rounded.
+        adds_slices = x_NCHW.device.type == "cpu" and x_NCHW.element_size() >= 4
+        return mean_of_slices(x_NCHW, size) if adds_slices else F.avg_pool2d(x_NCHW, size)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (g,) = grad_outputs
-        size = ctx.size
-        rows, columns = (pixels * size for pixels in g.shape[-2:])
-        covers = (rows, columns) == ctx.shape[-2:]
-        g_x = (g.new_empty if covers else g.new_zeros)(ctx.shape)
-        share = g / size**2
-        for row in range(size):
-            for column in range(size):
-                g_x[..., row:rows:size, column:columns:size] = share
-        return g_x, None
+        share = g / ctx.size**2
+        return (into_slices if g.device.type == "cpu" else enlarged)(share, ctx.shape, ctx.size), None
+
+
+def mean_of_slices(x_NCHW: Tensor, size: int) -> Tensor:
+    """The pool, by sums of every `size`-th row and column."""
+    height, width = (pixels // size * size for pixels in x_NCHW.shape[-2:])
+    above = reduce(torch.add, (x_NCHW[..., row:height:size, :] for row in range(size)))
+    return reduce(torch.add, (above[..., column:width:size] for column in range(size))) / size**2
+
+
+def into_slices(share: Tensor, shape: torch.Size, size: int) -> Tensor:
+    """Each pixel of `share` at every place of its square, and 0 where none is: many kernels, and the fastest way on a CPU."""
+    height, width = (pixels * size for pixels in share.shape[-2:])
+    made = (share.new_empty if (height, width) == shape[-2:] else share.new_zeros)(shape)
+    for row in range(size):
+        for column in range(size):
+            made[..., row:height:size, column:width:size] = share
+    return made
+
+
+def enlarged(share: Tensor, shape: torch.Size, size: int) -> Tensor:
+    """The same in one kernel, and another where pixels are left over."""
+    made = F.interpolate(share, scale_factor=size, mode="nearest")
+    below, right = (whole - covered for whole, covered in zip(shape[-2:], made.shape[-2:], strict=True))
+    return F.pad(made, (0, right, 0, below)) if below or right else made

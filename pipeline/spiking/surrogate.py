@@ -1,7 +1,8 @@
 """Spike functions: a step forward, a smooth window backward.
 
-Each is a frozen value that is called on `u - threshold` (in thresholds) and gives spikes in the same dtype, 1 where the
-argument is >= 0. Backward multiplies by `derivative`. The one tensor kept for it is the argument itself.
+Each is a frozen value, of which nothing is learnt. The step is the same for all: called on `u - threshold` (in thresholds), each
+gives spikes in the same dtype, 1 where the argument is >= 0, and keeps that argument alone. What differs is `derivative`, by
+which the backward multiplies, and for which alone a `LIF` asks (`fire.py`).
 """
 
 import math

@@ -191,3 +191,10 @@ def test_subtract_is_what_a_spike_takes():
 
 def test_named_neurons():
     assert [name for name, _ in named_neurons(lif_network())] == ["1", "3"]
+
+
+def test_a_surrogate_that_learns_is_refused():
+    with pytest.raises(
+        ValueError, match=r"^LIF: surrogate must be a value, of which nothing is learnt; got the module Sigmoid\(\)$"
+    ):
+        LIF(surrogate=torch.nn.Sigmoid())  # type: ignore[arg-type]

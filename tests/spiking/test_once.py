@@ -50,16 +50,23 @@ def small(weights: str = "standardized", *, once_per_image: bool = False) -> nn.
 
 
 class Sum(nn.Module):
-    """Two stems see the image, and a neuron the sum of their currents, whose gradient autograd gives both as one tensor."""
+    """Two stems see the image, and a neuron the sum of their currents, whose gradient autograd gives both as one tensor.
 
-    def __init__(self) -> None:
+    `early`: at the first time step alone.
+    """
+
+    def __init__(self, *, early: bool) -> None:
         super().__init__()
+        self.early, self.state = early, State("Sum")
         self.stems = nn.ModuleList(OncePerImage(Conv2d(2, 4, 3, padding=1)) for _ in range(2))
-        self.shift = nn.Parameter(torch.zeros(1, 2, 4, 6, 6))
+        self.shift = nn.Parameter(torch.zeros(2, 4, 6, 6))
 
     def forward(self, x_TB: Tensor) -> Tensor:
+        if self.early and self.state.read("seen") is not None:
+            return self.shift.unsqueeze(0)
+        self.state.write("seen", torch.ones(()))
         first_TB, second_TB = (stem(x_TB) for stem in self.stems)
-        return self.shift + first_TB + second_TB
+        return self.shift.unsqueeze(0) + first_TB + second_TB
 
 
 @contextmanager
@@ -121,11 +128,13 @@ RULES: dict[str, tuple[Callable[[], Rule], tuple[int, int]]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["SLTT", "SLTT-2", "SLTT in slices", "BPTT truncated"])
-def test_gradients_that_autograd_leaves_as_one_add_up_apart(name: str) -> None:
+@pytest.mark.parametrize(("name", "early"), [("SLTT", False), ("SLTT", True), ("SLTT-2", False), ("BPTT truncated", True)])
+def test_gradients_that_autograd_leaves_as_one_add_up_apart(name: str, early: bool) -> None:
     """Of two stems and of a parameter with the shape of their currents, where a micro-batch has two samples."""
     torch.manual_seed(0)
-    model = lively(nn.Sequential(Sum(), LIF(**NEURON), Conv2d(4, 4, 3, padding=1), LIF(**NEURON), Head(), Linear(4, 3)))
+    model = lively(
+        nn.Sequential(Sum(early=early), LIF(**NEURON), Conv2d(4, 4, 3, padding=1), LIF(**NEURON), Head(), Linear(4, 3))
+    )
     twin = copy.deepcopy(model)
     x_BCHW, target_B = images(2)
     rules = [RULES[name][0]() for _ in range(2)]

@@ -4,18 +4,34 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.spiking.pool import MeanPool
+from pipeline.spiking.pool import MeanPool, enlarged, into_slices
 from tests.spiking.saved import SavedBytes
+
+SHAPES = [(6, 6), (7, 9), (6, 11)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("pixels", [(6, 6), (7, 9), (6, 11)])
+@pytest.mark.parametrize("pixels", SHAPES)
 def test_means_and_their_gradient_are_torchs(size, pixels):
     x = torch.randn(2, 3, *pixels, dtype=torch.float64, requires_grad=True)
     ours, torchs = MeanPool(size)(x), nn.AvgPool2d(size)(x)
     torch.testing.assert_close(ours, torchs, rtol=1e-14, atol=1e-15)
     g = torch.randn_like(ours)
     torch.testing.assert_close(*(torch.autograd.grad(y, x, g)[0] for y in (ours, torchs)), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("pixels", SHAPES)
+def test_a_gpus_backward_is_the_same(size, pixels):
+    share = torch.randn(2, 3, *(side // size for side in pixels))
+    shape = torch.Size((2, 3, *pixels))
+    assert torch.equal(enlarged(share, shape, size), into_slices(share, shape, size))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_once(dtype):
+    x = (4e4 * torch.rand(2, 3, 8, 8)).to(dtype)
+    assert torch.equal(MeanPool(2)(x), nn.AvgPool2d(2)(x))
 
 
 def test_spikes_are_averaged_exactly():
@@ -38,6 +54,8 @@ def test_the_input_is_left_as_it_was():
     assert torch.equal(x, before)
 
 
-def test_a_size_is_a_count():
+def test_what_no_square_fits_into_is_refused():
     with pytest.raises(ValueError, match=r"^MeanPool: size must be a whole number >= 1; got size=0$"):
         MeanPool(0)
+    with pytest.raises(ValueError, match=r"^MeanPool: an image must have 3 pixels a side; got \(8, 2\)$"):
+        MeanPool(3)(torch.zeros(1, 1, 8, 2))
