@@ -26,8 +26,8 @@ Result:   69 min, 42 runs in one launch; commit af9e0b3027d8, 2 cores of an AMD 
           (accuracies: 0.7 points hold at leak 1/11 for SLTT and OTTT-A, at 1/2 for OTTT-A). Text was edited beside it, nothing
           else was run. In turn: by the code of 9288fc54405c, right after. SLTT's runs alone looked at gradients, which slows a
           run down by some 2 %. Since 64ed1b4bbbba neurons and pools take a sixth less time, and pools keep nothing: saved bytes
-          of SLTT are 0.183 of BPTT's, 0.43 with states, and in turn on the same machine it takes 0.979 (0.949 to 1.010) of the
-          time of BPTT step by step (benchmarks/sltt.py, docs/LOG.md).
+          of SLTT are 0.183 of BPTT's, 0.43 with states, and in turn on the same machine it takes 0.968 (0.947 to 0.988) of the
+          time of BPTT step by step (benchmarks/sltt.py at 89a26320ca94; docs/LOG.md).
           On 2 cores of an Intel Xeon all of it held, in 103 min (commit 0938e54ac260): SLTT 0.937 (0.842 to 1.033) and 0.946
           (0.788 to 1.105) of BPTT's step by step, in each of three seeds; on another day, when such a machine drifted, 1.020
           (0.818 to 1.222) at leak 1/11 and, in turn, 0.93 (0.87 to 0.99) (commit 3ec7d575fab8, stopped after 28 runs).
