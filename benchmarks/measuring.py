@@ -3,17 +3,18 @@
 Command:  python -m benchmarks.measuring [--rule sltt|bptt] [--processes 6] [--batches 200] [--evaluations 4]
 Result:   one thread of 2 cores of an AMD EPYC, torch 2.13, T = 4
 
-    SLTT, batch 240, commit 17cea4861c18, 3 processes, batches of 99 to 101 ms:
+    SLTT, batch 304, commit d092e0416fb7, 3 processes, batches of 98 to 106 ms:
 
-    a long training       +0.38 %, of a process +0.36 to +0.40 %
-    an evaluation         +3.70 %, of a process +3.13 to +4.21 %
-    a run of 1 epoch      +0.87 %, of a process +0.81 to +0.94 %
-    a run of 10 epochs    +0.64 %, of a process +0.61 to +0.67 %
+    a long training       +0.17 %, of a process +0.12 to +0.22 %
+    an evaluation         +3.39 %, of a process +2.84 to +3.85 %
+    a run of 1 epoch      +0.51 %, of a process +0.10 to +0.76 %
+    a run of 10 epochs    +0.40 %, of a process +0.34 to +0.48 %
 
-    Before, on an Intel Xeon, without what reading the clock takes: +0.48, +3.80, +0.87 and +0.72 % (14580ba4833a, 4 processes);
-    before the clock's boundaries took fewer calls (aa085d6a9b29): +0.78, +1.48, +1.09 and +0.85 %. One process, on a quiet day:
-    BPTT +0.39 % of training, +0.74 % of a run of 1 epoch (5794d42b0e93). On a busy one, 4 processes: +1.49 % and +1.99 %
-    (0340ab195497). It depends on how cold the caches are when a meter has its turn.
+    At 17cea4861c18, batch 240: +0.38, +3.70, +0.87 and +0.64 %. Before, on an Intel Xeon, without what reading the clock takes:
+    +0.48, +3.80, +0.87 and +0.72 % (14580ba4833a, 4 processes); before the clock's boundaries took fewer calls (aa085d6a9b29):
+    +0.78, +1.48, +1.09 and +0.85 %. One process, on a quiet day: BPTT +0.39 % of training, +0.74 % of a run of 1 epoch
+    (5794d42b0e93). On a busy one, 4 processes: +1.49 % and +1.99 % (0340ab195497). It depends on how cold the caches are when a
+    meter has its turn.
 
 The meters are those of every run on a CPU. In training: the clock of the parts, read after every tenth batch (which is timed by
 itself: of turns of one batch the middle half would leave it out), loss and hits, saved bytes on one batch of 200, operations on

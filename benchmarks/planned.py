@@ -10,9 +10,10 @@ Result:   commit 89a26320ca94, 2 cores of an AMD EPYC, torch 2.13.0: saved bytes
     rates, DSR          83.8               94.9            -11.7 %                       -11.0 %
     recordings, SLTT    37.4               44.3            -15.6 %                       -19.1 %
 
-Before neurons and pools became faster, at 862ae618abfb: -0.1, -4.6, -3.5, -3.5, +9.5 %. On an Intel Xeon: -7.4, +6.5, -24.3, -3.4, -10.9 % at ec331f07da8b. On 2026-11-28, when a step of IDE took 38 to 65 ms
-there: -23.0, +3.7, -8.8, +3.9, -10.9 % at 3ec7d575fab8; with the engine's own step in the plan -5.2, +7.0, -22.5, +26.0, +11.1 %
-at 9779fdce236c, of which DSR's is too much.
+Before neurons and pools became faster, at 862ae618abfb: -0.1, -4.6, -3.5, -3.5, +9.5 %. On an Intel Xeon: -7.4, +6.5, -24.3,
+-3.4, -10.9 % at ec331f07da8b. On 2026-11-28, when a step of IDE took 38 to 65 ms there: -23.0, +3.7, -8.8, +3.9, -10.9 % at
+3ec7d575fab8; with the engine's own step in the plan -5.2, +7.0, -22.5, +26.0, +11.1 % at 9779fdce236c, of which DSR's is too
+much.
 
 Five recipes of different families, each trained by its own rule. The plan is made on one worker, but for how much two slow each
 other down, from batches of half and three quarters of a worker's size and, of four of them, at other numbers of time steps; a
