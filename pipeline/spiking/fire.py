@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.spiking.surrogate import Surrogate
+from pipeline.spiking.surrogate import Surrogate, heaviside
 
 
 def fire(
@@ -42,7 +42,7 @@ class _Fire(torch.autograd.Function):
         ctx: Any, u_B: Tensor, threshold: float, subtract: float | None, keeps_gradient: bool, surrogate: Surrogate
     ) -> tuple[Tensor, Tensor]:
         a_B = u_B - threshold
-        s_B = torch.ge(a_B, 0, out=torch.empty_like(a_B))  # no booleans in between
+        s_B = heaviside(a_B)
         ctx.subtract, ctx.keeps_gradient, ctx.surrogate = subtract, keeps_gradient, surrogate
         ctx.set_materialize_grads(False)  # of a membrane that is cut there is none
         if subtract is None and keeps_gradient:

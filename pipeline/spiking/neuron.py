@@ -108,9 +108,13 @@ class LIF(nn.Module):
 
         Both `[B, ...]`, or `[1, B, ...]` where a slice has one step.
         """
-        subtract = self.subtract if self.reset == "subtract" else None
-        about = {"subtract": subtract, "keeps_gradient": self.reset_gradient == "kept", "surrogate": self.surrogate}
-        return fire(self.charged(x_B, v_B), threshold=self.threshold, **about)
+        return fire(
+            self.charged(x_B, v_B),
+            threshold=self.threshold,
+            subtract=self.subtract if self.reset == "subtract" else None,
+            keeps_gradient=self.reset_gradient == "kept",
+            surrogate=self.surrogate,
+        )
 
     def charged(self, x_B: Tensor, v_B: Tensor) -> Tensor:
         """u[t] of x[t] and v[t-1], in memory of its own, element by element."""

@@ -15,6 +15,7 @@ It is exact where each slice's gradient is linear in dL[t]/dy with one factor fo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -30,14 +31,14 @@ Backwards = Literal["one", "several"]
 class Sharing:
     """What the slices of one batch of `steps` time steps have in common.
 
-    `backwards`: whether one backward call goes through all of them, or several through each or some. `parameters`: what gradients
-    are left on beside what is made once.
+    `backwards`: whether one backward call goes through all of them, or several through each or some. `parameters`: gives what
+    gradients are left on beside what is made once.
     """
 
-    def __init__(self, *, steps: int, backwards: Backwards, parameters: Iterable[Tensor] = ()) -> None:
+    def __init__(self, *, steps: int, backwards: Backwards, parameters: Callable[[], Iterable[Tensor]] = tuple) -> None:
         self.steps = steps
         self.backwards: Backwards = backwards
-        self.parameters = list(parameters)
+        self.parameters = parameters
         self.is_last = False
         """whether the slice at hand is the last that is differentiated; a rule of several backward calls sets it"""
         self.learns = torch.is_grad_enabled()
@@ -45,9 +46,6 @@ class Sharing:
         """the still image of the batch, from when it is first seen"""
         self._makes = False
         self._made: list[tuple[State, Tensor]] = []
-        self._copies: list[Tensor] = []
-        self._without_gradient: list[tuple[State, Tensor]] = []
-        """copies that no backward has reached yet"""
 
     def once(self, state: State, make: Callable[[], Tensor]) -> Tensor:
         """What `make` makes, for the slice at hand; remembered in `state`, with the gradient that it collects.
@@ -84,8 +82,6 @@ class Sharing:
             # Never below fp32, as the gradients of the weights are not that it stands for.
             copy = y.detach().to(torch.promote_types(y.dtype, torch.float32)).requires_grad_()
             state.write("copy", copy)
-            self._copies.append(copy)
-            self._without_gradient.append((state, copy))
         return copy.to(y.dtype)
 
     def _note_gradients(self) -> None:
@@ -94,14 +90,16 @@ class Sharing:
         Others are added to them in place, so each needs memory of its own: of a sum autograd gives all terms one gradient, and
         leaves it on several of them (torch 2.13).
         """
-        for state, copy in self._without_gradient:
-            if copy.grad is not None:
-                leaves = (leaf for leaf in (*self._copies, *self.parameters) if leaf is not copy)
-                if any(leaf.grad is not None and _memory(leaf.grad) == _memory(copy.grad) for leaf in leaves):
-                    copy.grad = copy.grad.clone()
-                state.write("gradient", copy.grad)
-        if self._without_gradient:
-            self._without_gradient = [(state, copy) for state, copy in self._without_gradient if copy.grad is None]
+        copies = [(state, copy) for state, _ in self._made if (copy := state.read("copy")) is not None]
+        new = [(state, copy, copy.grad) for state, copy in copies if copy.grad is not None and state.read("gradient") is None]
+        if not new:
+            return
+        leaves = (*(copy for _, copy in copies), *self.parameters())
+        places = Counter(_memory(leaf.grad) for leaf in leaves if leaf.grad is not None)
+        for state, copy, gradient in new:
+            if places[_memory(gradient)] > 1:
+                gradient = copy.grad = gradient.clone()
+            state.write("gradient", gradient)
 
     def _make(self, make: Callable[[], Tensor]) -> Tensor:
         # A slice that does not learn may come before one that does; one backward through all slices finds one mode for all.
@@ -137,7 +135,7 @@ def computed_once(model: nn.Module, *, steps: int, backwards: Backwards) -> Iter
 
     To be entered inside `fresh_state`, for one batch whose weights rest.
     """
-    sharing = Sharing(steps=steps, backwards=backwards, parameters=model.parameters())
+    sharing = Sharing(steps=steps, backwards=backwards, parameters=model.parameters)
     sharers: list[Any] = [module for module in model.modules() if hasattr(module, "sharing")]
     for sharer in sharers:
         sharer.sharing = sharing

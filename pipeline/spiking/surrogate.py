@@ -107,12 +107,17 @@ def spike(u_minus_threshold: Tensor, *, surrogate: Surrogate) -> Tensor:
     return _Spike.apply(u_minus_threshold, surrogate)  # type: ignore[return-value]  # apply is untyped in torch 2.13
 
 
+def heaviside(u_minus_threshold: Tensor) -> Tensor:
+    """1 where the argument is >= 0, else 0, in its dtype: for operations that have a backward of their own."""
+    return torch.ge(u_minus_threshold, 0, out=torch.empty_like(u_minus_threshold))  # no booleans in between
+
+
 class _Spike(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u_minus_threshold: Tensor, surrogate: Surrogate) -> Tensor:
         ctx.save_for_backward(u_minus_threshold)
         ctx.surrogate = surrogate
-        return torch.ge(u_minus_threshold, 0, out=torch.empty_like(u_minus_threshold))  # no booleans in between
+        return heaviside(u_minus_threshold)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
