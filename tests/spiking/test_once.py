@@ -50,23 +50,22 @@ def small(weights: str = "standardized", *, once_per_image: bool = False) -> nn.
 
 
 class Sum(nn.Module):
-    """Two stems see the image, and a neuron the sum of their currents, whose gradient autograd gives both as one tensor.
+    """Stems see the image, and a neuron the sum of their currents and a shift, whose gradient autograd gives all as one tensor.
 
     `early`: at the first time step alone.
     """
 
-    def __init__(self, *, early: bool) -> None:
+    def __init__(self, *, stems: int, early: bool) -> None:
         super().__init__()
         self.early, self.state = early, State("Sum")
-        self.stems = nn.ModuleList(OncePerImage(Conv2d(2, 4, 3, padding=1)) for _ in range(2))
+        self.stems = nn.ModuleList(OncePerImage(Conv2d(2, 4, 3, padding=1)) for _ in range(stems))
         self.shift = nn.Parameter(torch.zeros(2, 4, 6, 6))
 
     def forward(self, x_TB: Tensor) -> Tensor:
         if self.early and self.state.read("seen") is not None:
             return self.shift.unsqueeze(0)
         self.state.write("seen", torch.ones(()))
-        first_TB, second_TB = (stem(x_TB) for stem in self.stems)
-        return self.shift.unsqueeze(0) + first_TB + second_TB
+        return sum((stem(x_TB) for stem in self.stems), self.shift.unsqueeze(0))
 
 
 @contextmanager
@@ -129,11 +128,14 @@ RULES: dict[str, tuple[Callable[[], Rule], tuple[int, int]]] = {
 
 
 @pytest.mark.parametrize(("name", "early"), [("SLTT", False), ("SLTT", True), ("SLTT-2", False), ("BPTT truncated", True)])
-def test_gradients_that_autograd_leaves_as_one_add_up_apart(name: str, early: bool) -> None:
-    """Of two stems and of a parameter with the shape of their currents, where a micro-batch has two samples."""
+@pytest.mark.parametrize("stems", [1, 2])
+def test_gradients_that_autograd_leaves_as_one_add_up_apart(name: str, early: bool, stems: int) -> None:
+    """Of stems and of a parameter with the shape of their currents, where a micro-batch has two samples."""
     torch.manual_seed(0)
     model = lively(
-        nn.Sequential(Sum(early=early), LIF(**NEURON), Conv2d(4, 4, 3, padding=1), LIF(**NEURON), Head(), Linear(4, 3))
+        nn.Sequential(
+            Sum(stems=stems, early=early), LIF(**NEURON), Conv2d(4, 4, 3, padding=1), LIF(**NEURON), Head(), Linear(4, 3)
+        )
     )
     twin = copy.deepcopy(model)
     x_BCHW, target_B = images(2)
