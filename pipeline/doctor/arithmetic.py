@@ -1,4 +1,4 @@
-"""What is ours - synapses with their seams, neurons, 1-bit weights - on this machine's device, against arithmetic in float64.
+"""What is ours - synapses with their seams, neurons, pools, 1-bit weights - on this machine's device, against float64.
 
 Each is run forward and backward on a tiny input. The reference is written out here, on the CPU and with nothing of ours in it:
 a convolution is a product with unfolded patches, and where we replace a derivative its replacement is written down.
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from pipeline.doctor.failed import failed
 from pipeline.spiking.binary import Binarization, Binarizer
 from pipeline.spiking.neuron import LIF
+from pipeline.spiking.pool import MeanPool
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.surrogate import ATan, Rectangle, Sigmoid, Surrogate, Triangle
 from pipeline.spiking.synapse import Conv2d, Linear
@@ -41,6 +42,7 @@ def differences(device: str) -> dict[str, float | str]:
         "convolution": _convolution,
         "linear": _linear,
         "neuron": _neuron,
+        "pool": _pool,
         "1-bit": _bits,
     }
     found: dict[str, float | str] = {}
@@ -112,13 +114,13 @@ def _neuron(device: str) -> Pairs:
     for (surrogate, psi), to_zero, kept in product(PSI.items(), (False, True), (False, True)):
         reset, gradient = "zero" if to_zero else "subtract", "kept" if kept else "detached"
         lif = LIF(0.5, threshold=1.0, reset=reset, reset_gradient=gradient, surrogate=surrogate)
-        mine = x_TB.to(device).requires_grad_()
-        with fresh_state(lif):
-            s_TB = lif(mine)
-        (ours,) = torch.autograd.grad(s_TB, mine, g_TB.to(device))
-        wanted_s, wanted_g = _integrated(x_TB.double(), g_TB.double(), psi, to_zero=to_zero, kept=kept)
-        yield s_TB, wanted_s
-        yield ours, wanted_g
+        wanted = _integrated(x_TB.double(), g_TB.double(), psi, to_zero=to_zero, kept=kept)
+        for steps in (T, 1):  # of a slice: a single one goes another way
+            mine = x_TB.to(device).requires_grad_()
+            with fresh_state(lif):
+                s_TB = torch.cat([lif(slice_TB) for slice_TB in mine.split(steps)])
+            ours = s_TB, *torch.autograd.grad(s_TB, mine, g_TB.to(device))
+            yield from zip(ours, wanted, strict=True)
 
 
 def _integrated(
@@ -137,6 +139,17 @@ def _integrated(
         g_x.append(g_u)
         g_v = 0.5 * g_u
     return torch.stack(s), torch.stack(g_x[::-1])
+
+
+def _pool(device: str) -> Pairs:
+    """Of images that the squares cover, and of one with a row and two columns left over."""
+    for size, (height, width) in ((2, (6, 4)), (3, (7, 8))):
+        x_NCHW = torch.randn(B, 2, height, width)
+        mine, exact = x_NCHW.to(device).requires_grad_(), x_NCHW.double().requires_grad_()
+        y_NCHW, wanted = MeanPool(size)(mine), exact.unfold(2, size, size).unfold(3, size, size).mean((4, 5))
+        g_NCHW = torch.randn(wanted.shape)
+        yield y_NCHW, wanted.detach()
+        yield torch.autograd.grad(y_NCHW, mine, g_NCHW.to(device))[0], torch.autograd.grad(wanted, exact, g_NCHW.double())[0]
 
 
 def _bits(device: str) -> Pairs:

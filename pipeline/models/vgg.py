@@ -152,9 +152,9 @@ class VGG(nn.Module):
         return s
 
     def _step(self, x_1BCHW: Tensor, feedback: FeedbackConv) -> Tensor:
-        h = self.gain * self._spikes(x_1BCHW, feedback)
-        feedback.features.keep(h)
-        return self.classifier(h.mean((3, 4)))
+        s_1BCHW = self._spikes(x_1BCHW, feedback)
+        feedback.features.keep(self.gain * s_1BCHW)
+        return self.classifier(self.gain * s_1BCHW.mean((3, 4)))
 
 
 def vgg_sws(

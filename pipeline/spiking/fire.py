@@ -8,7 +8,7 @@ With a = u - threshold, and psi the derivative that a surrogate puts in the plac
     dL/du = psi(a) dL/ds + dL/dv r,      r = 1      or      1 - s
 
 and where the reset is differentiated, too, dL/ds is less by subtract dL/dv, or by u dL/dv. A network asks for this once for each
-neuron and time step, and autograd would note every kernel of it.
+neuron and time step, and autograd would note every kernel of it. The backward is not differentiable itself, and refuses to be.
 """
 
 # B batch
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pipeline.spiking.surrogate import Surrogate, heaviside
 
@@ -25,13 +24,15 @@ from pipeline.spiking.surrogate import Surrogate, heaviside
 def fire(
     u_B: Tensor, *, threshold: float, subtract: float | None, keeps_gradient: bool, surrogate: Surrogate
 ) -> tuple[Tensor, Tensor]:
-    """u -> (s, v). The caller gives u away, whose memory may become v's.
+    """u -> (s, v). The caller gives u away, whose memory may become v's: no view, and not what its own backward needs.
 
-    Kept for the backward is a alone, and u where a reset to zero is differentiated. There is no second derivative.
+    Kept for the backward is a alone, and u where a reset to zero is differentiated.
 
     Args:
         subtract: what a spike takes from the membrane; None: all of it.
         keeps_gradient: whether the reset is differentiated, or its s a constant.
+
+    Raises: RuntimeError in a backward that is to be differentiated (`create_graph`).
     """
     return _Fire.apply(u_B, threshold, subtract, keeps_gradient, surrogate)  # type: ignore[return-value]  # apply is untyped
 
@@ -53,10 +54,9 @@ class _Fire(torch.autograd.Function):
         return s_B, u_B.masked_fill_(a_B >= 0, 0) if subtract is None else u_B.sub_(s_B, alpha=subtract)
 
     @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator is untyped
-        ctx: Any, *grad_outputs: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # torch's own `once_differentiable` gives a constant where no gradient comes in with a graph
+            raise RuntimeError("fire: a spike has no second derivative; create_graph must be False")
         g_s, g_v = grad_outputs
         a_B, *u = ctx.saved_tensors
         if g_v is not None and ctx.keeps_gradient:

@@ -61,8 +61,8 @@ class LIF(nn.Module):
             raise ValueError(f"LIF: reset_gradient must be 'detached' or 'kept'; got reset_gradient={reset_gradient!r}")
         if decay_input and leak == 1:
             raise ValueError("LIF: decay_input scales the current by 1 - leak, so leak must be < 1; got leak=1")
-        if isinstance(surrogate, nn.Module):
-            raise ValueError(f"LIF: surrogate must be a value, of which nothing is learnt; got the module {surrogate}")
+        if isinstance(surrogate, nn.Module) or not callable(getattr(surrogate, "derivative", None)):
+            raise ValueError(f"LIF: surrogate must be a value with a derivative, of which nothing is learnt; got {surrogate}")
         self.leak = leak
         self.threshold = threshold
         self.reset = reset
@@ -117,7 +117,10 @@ class LIF(nn.Module):
         )
 
     def charged(self, x_B: Tensor, v_B: Tensor) -> Tensor:
-        """u[t] of x[t] and v[t-1], in memory of its own, element by element."""
+        """u[t] of x[t] and v[t-1], element by element.
+
+        In memory of its own, which `fire` writes to: neither a view nor what the backward of its own last operation keeps.
+        """
         current_B = (1 - self.leak) * x_B if self.decay_input else x_B
         return torch.add(current_B, v_B, alpha=self.leak)
 

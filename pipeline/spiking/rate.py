@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import State
-from pipeline.spiking.surrogate import Surrogate, Triangle
+from pipeline.spiking.surrogate import Surrogate, Triangle, spike
 
 
 class RateNeuron(LIF):
@@ -81,7 +81,7 @@ class RateNeuron(LIF):
         """One time step: (x[t], v[t-1]) -> (out[t], v[t])."""
         threshold = self.held_threshold().to(v_B.dtype)
         u_B = self.charged(x_B, v_B)
-        s_B = self.surrogate((u_B - self.alpha * threshold) / threshold)
+        s_B = spike((u_B - self.alpha * threshold) / threshold, surrogate=self.surrogate)
         return s_B * (threshold / self.dt), u_B - threshold * s_B.detach()
 
     def extra_repr(self) -> str:

@@ -1,8 +1,8 @@
 """Spike functions: a step forward, a smooth window backward.
 
-Each is a frozen value, of which nothing is learnt. The step is the same for all: called on `u - threshold` (in thresholds), each
-gives spikes in the same dtype, 1 where the argument is >= 0, and keeps that argument alone. What differs is `derivative`, by
-which the backward multiplies, and for which alone a `LIF` asks (`fire.py`).
+Each is a frozen value, of which nothing is learnt. The step is the same for all: of `u - threshold` (in thresholds) `spike` gives
+1 where it is >= 0, in the same dtype, and keeps that argument alone. What differs is `derivative`, by which the backward
+multiplies.
 """
 
 import math
@@ -14,14 +14,11 @@ from torch import Tensor
 
 
 class Surrogate(Protocol):
-    """What a neuron asks of a spike function; a new one needs these two methods.
+    """What a neuron asks of a spike function, for a new one to have."""
 
-    `derivative` gives a tensor of its own, into which the gradient is multiplied.
-    """
-
-    def __call__(self, u_minus_threshold: Tensor) -> Tensor: ...
-
-    def derivative(self, u_minus_threshold: Tensor) -> Tensor: ...
+    def derivative(self, u_minus_threshold: Tensor) -> Tensor:
+        """psi, element by element, in a tensor of its own: the gradient is multiplied into it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -36,9 +33,6 @@ class Triangle:
 
     def __post_init__(self) -> None:
         _check_alpha(self, self.alpha)
-
-    def __call__(self, u_minus_threshold: Tensor) -> Tensor:
-        return spike(u_minus_threshold, surrogate=self)
 
     def derivative(self, u_minus_threshold: Tensor) -> Tensor:
         return u_minus_threshold.abs().mul_(-(self.alpha**2)).add_(self.alpha).clamp_min_(0)
@@ -55,9 +49,6 @@ class Sigmoid:
 
     def __post_init__(self) -> None:
         _check_alpha(self, self.alpha)
-
-    def __call__(self, u_minus_threshold: Tensor) -> Tensor:
-        return spike(u_minus_threshold, surrogate=self)
 
     def derivative(self, u_minus_threshold: Tensor) -> Tensor:
         sigma = (self.alpha * u_minus_threshold).sigmoid_()
@@ -76,9 +67,6 @@ class Rectangle:
     def __post_init__(self) -> None:
         _check_alpha(self, self.alpha)
 
-    def __call__(self, u_minus_threshold: Tensor) -> Tensor:
-        return spike(u_minus_threshold, surrogate=self)
-
     def derivative(self, u_minus_threshold: Tensor) -> Tensor:
         return u_minus_threshold.abs().le_(self.alpha / 2).div_(self.alpha)
 
@@ -94,9 +82,6 @@ class ATan:
 
     def __post_init__(self) -> None:
         _check_alpha(self, self.alpha)
-
-    def __call__(self, u_minus_threshold: Tensor) -> Tensor:
-        return spike(u_minus_threshold, surrogate=self)
 
     def derivative(self, u_minus_threshold: Tensor) -> Tensor:
         return (math.pi / 2 * self.alpha * u_minus_threshold).square_().add_(1).reciprocal_().mul_(self.alpha / 2)

@@ -25,7 +25,6 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.surrogate import Triangle
 from pipeline.spiking.synapse import Conv2d
 from tests.captured import write_captured
 from tests.processes import run_ranks
@@ -38,14 +37,15 @@ RULES = {"BPTT": BPTT, "SLTT": SLTT, "SLTT-2": lambda: SLTT(k=2, rescale=True)}
 STAGES = (0, 1, 2)
 
 
-class Watched(Triangle):
+class Watched(LIF):
     """Remembers how near a membrane came to the threshold: a spike that rounding could flip would void the comparison."""
 
     nearest = float("inf")
 
-    def __call__(self, u_minus_threshold: Tensor) -> Tensor:
-        Watched.nearest = min(Watched.nearest, float(u_minus_threshold.detach().abs().min()))
-        return super().__call__(u_minus_threshold)
+    def charged(self, x_B: Tensor, v_B: Tensor) -> Tensor:
+        u_B = super().charged(x_B, v_B)
+        Watched.nearest = min(Watched.nearest, float((u_B.detach() - self.threshold).abs().min()))
+        return u_B
 
 
 class Flatten(nn.Module):
@@ -59,9 +59,9 @@ def network(*, norm: bool = False) -> nn.Module:
     return nn.Sequential(
         Conv2d(2, 6, 3, padding=1, weights="standardized"),
         *middle,
-        LIF(0.5, surrogate=Watched()),
+        Watched(0.5),
         Conv2d(6, 4, 3, stride=2, padding=1),
-        LIF(0.5, threshold=0.3, surrogate=Watched()),
+        Watched(0.5, threshold=0.3),
         Flatten(),
         # A layer of torch's own: DeepSpeed 0.19.8 would reduce the gradients of these (not of subclasses) in bf16.
         nn.Linear(4 * 3 * 3, 5),
@@ -130,7 +130,9 @@ def _fp32(rank: int, ranks: int) -> dict[tuple[Any, ...], float]:
     for name, clip in itertools.product(RULES, (0.0, 0.05)):
         Watched.nearest = float("inf")
         expected = reference(RULES[name](), clip)
-        assert Watched.nearest > 1e-5, "a membrane stands within 1e-5 of threshold: choose another seed for the network"
+        assert 1e-5 < Watched.nearest < float("inf"), (
+            "a membrane stands within 1e-5 of threshold: choose another seed for the network"
+        )
         for zero, accumulation in itertools.product(STAGES, (1, 2)):
             found[name, clip, zero, accumulation] = distance(
                 ours(RULES[name](), rank, zero=zero, clip=clip, accumulation=accumulation), expected

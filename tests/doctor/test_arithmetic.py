@@ -10,10 +10,10 @@ import torch
 from pipeline.doctor import arithmetic
 from pipeline.doctor.arithmetic import differences
 from pipeline.doctor.findings import MOST_OFF
-from pipeline.spiking import binary, neuron, surrogate, synapse
+from pipeline.spiking import binary, neuron, pool, surrogate, synapse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NAMES = ("convolution", "linear", "neuron", "1-bit")
+NAMES = ("convolution", "linear", "neuron", "pool", "1-bit")
 
 
 def test_all_agree() -> None:
@@ -42,6 +42,9 @@ def test_random_numbers_of_others_stay_what_they_are() -> None:
             (each, "derivative", lambda of: lambda psi, x: of(psi, x) * 1.001, {"neuron"})
             for each in (surrogate.Triangle, surrogate.Sigmoid, surrogate.Rectangle, surrogate.ATan)
         ),
+        (neuron, "fire", lambda of: lambda u, **about: of(u * (1.001 if len(u) == 1 else 1), **about), {"neuron"}),
+        (pool, "mean_of_slices", lambda of: lambda x, size: 1.001 * of(x, size), {"pool"}),
+        (pool, "into_slices", lambda of: lambda share, *about: of(1.001 * share, *about), {"pool"}),
         (binary._Signs, "backward", lambda of: lambda ctx, g: of(ctx, 1.001 * g), {"1-bit"}),
         (binary, "VARIANCE_EPS", lambda eps: 1e-2, {"1-bit"}),
         (binary, "_mean_size", lambda of: lambda V: 1.001 * of(V), {"1-bit"}),

@@ -12,7 +12,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import WeightedRates
-from pipeline.spiking.surrogate import Triangle
+from pipeline.spiking.surrogate import Triangle, spike
 from pipeline.spiking.synapse import Linear
 from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network
 from tests.spiking.saved import SavedBytes
@@ -29,15 +29,15 @@ def contract_rules() -> list[BPTT]:
 def by_autograd(model: nn.Sequential, x_TBC, *, keep_reset: bool, over_time: str, target_B) -> dict:
     """BPTT of a soft-reset network, step after step, written without the pipeline's layers."""
     w1, b1, w2, b2, w3, b3 = model.parameters()
-    triangle, leak = Triangle(), 0.5
+    leak = 0.5
     v1 = v2 = torch.zeros((), dtype=torch.float64)
     logits = []
     for x in x_TBC:
         u1 = leak * v1 + x @ w1.T + b1
-        s1 = triangle(u1 - 1)
+        s1 = spike(u1 - 1, surrogate=Triangle())
         v1 = u1 - (s1 if keep_reset else s1.detach())
         u2 = leak * v2 + s1 @ w2.T + b2
-        s2 = triangle(u2 - 1)
+        s2 = spike(u2 - 1, surrogate=Triangle())
         v2 = u2 - (s2 if keep_reset else s2.detach())
         logits.append(s2 @ w3.T + b3)
     if over_time == "mean":
@@ -166,14 +166,14 @@ def test_recomputing_moves_statistics_once_and_draws_the_same_masks():
 def by_pieces(model: nn.Sequential, x_TBC, target_B, *, length: int) -> dict:
     """BPTT of a soft-reset network whose membranes are cut every `length` steps, written without the pipeline's layers."""
     w1, b1, w2, b2, w3, b3 = model.parameters()
-    triangle, v1, v2, losses = Triangle(), torch.zeros(()), torch.zeros(()), []
+    v1, v2, losses = torch.zeros(()), torch.zeros(()), []
     for t, x in enumerate(x_TBC):
         if t % length == 0:
             v1, v2 = v1.detach(), v2.detach()
         u1 = 0.5 * v1 + x @ w1.T + b1
-        s1 = triangle(u1 - 1)
+        s1 = spike(u1 - 1, surrogate=Triangle())
         u2 = 0.5 * v2 + s1 @ w2.T + b2
-        s2 = triangle(u2 - 1)
+        s2 = spike(u2 - 1, surrogate=Triangle())
         v1, v2 = u1 - s1.detach(), u2 - s2.detach()
         losses.append(F.cross_entropy(s2 @ w3.T + b3, target_B))
     names = [name for name, _ in model.named_parameters()]

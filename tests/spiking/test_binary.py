@@ -17,7 +17,7 @@ from pipeline.spiking.limit import SpectralLimit
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
-from pipeline.spiking.surrogate import Triangle
+from pipeline.spiking.surrogate import Triangle, spike
 from pipeline.spiking.synapse import Conv2d, Linear, effective_weight
 from tests.rules.small import gradients
 from tests.spiking.saved import SavedBytes
@@ -185,7 +185,7 @@ def test_the_polynomial_sign_of_binary_networks_is_twice_the_triangle():
     polynomial = torch.where(x.abs() < 1, pieces, x.detach().sign())
     (of_polynomial,) = torch.autograd.grad(polynomial.sum(), x)
     assert torch.allclose(of_polynomial, (2 - 2 * x.abs()).clamp_min(0), atol=1e-15)
-    (of_spike,) = torch.autograd.grad((2 * Triangle()(x) - 1).sum(), x)
+    (of_spike,) = torch.autograd.grad((2 * spike(x, surrogate=Triangle()) - 1).sum(), x)
     assert torch.allclose(of_polynomial, of_spike, atol=1e-15)
 
 

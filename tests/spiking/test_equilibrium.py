@@ -12,7 +12,7 @@ from pipeline.spiking.neuron import IF, LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state, state_bytes
-from pipeline.spiking.surrogate import Triangle
+from pipeline.spiking.surrogate import Triangle, spike
 from pipeline.spiking.synapse import Conv2d, Linear
 
 
@@ -40,15 +40,15 @@ def by_hand(e: Equilibrium, x_TB: Tensor) -> Tensor:
     """The spikes of the last layer, without the pipeline's layers, with graph."""
     (f, b), w = e.inject.parameters(), e.feedback[1].weight  # type: ignore[index]
     s1, c1 = e.synapses[0].parameters()
-    triangle, leak = Triangle(), e.leak
+    leak = e.leak
     v1 = v2 = torch.zeros((), dtype=torch.float64)
     s, found = torch.zeros(x_TB.shape[1], 5, dtype=torch.float64), []
     for x in x_TB:
         u1 = leak * v1 + x @ f.T + b + s @ w.T
-        z = triangle(u1 - 1)
+        z = spike(u1 - 1, surrogate=Triangle())
         v1 = u1 - z.detach()
         u2 = leak * v2 + z @ s1.T + c1
-        s = triangle(u2 - 0.5)
+        s = spike(u2 - 0.5, surrogate=Triangle())
         v2 = u2 - 0.8 * s.detach()
         found.append(s)
     return torch.stack(found)

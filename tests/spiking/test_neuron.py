@@ -193,8 +193,9 @@ def test_named_neurons():
     assert [name for name, _ in named_neurons(lif_network())] == ["1", "3"]
 
 
-def test_a_surrogate_that_learns_is_refused():
-    with pytest.raises(
-        ValueError, match=r"^LIF: surrogate must be a value, of which nothing is learnt; got the module Sigmoid\(\)$"
-    ):
-        LIF(surrogate=torch.nn.Sigmoid())  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("given", "told"), [(torch.nn.Sigmoid(), r"Sigmoid\(\)"), (torch.sigmoid, "<built-in method sigmoid .*")]
+)
+def test_a_surrogate_that_learns_or_has_no_derivative_is_refused(given, told):
+    with pytest.raises(ValueError, match=rf"^LIF: surrogate must be a value with a derivative, .* learnt; got {told}$"):
+        LIF(surrogate=given)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from pipeline.spiking.surrogate import ATan, Rectangle, Sigmoid, Triangle
+from pipeline.spiking.surrogate import ATan, Rectangle, Sigmoid, Triangle, spike
 
 # Each derivative written out with math alone.
 CASES = [
@@ -22,7 +22,7 @@ POINTS = [-2.5, -1.0, -0.5, -0.3, -1e-9, 0.0, 0.2, 0.5, 0.7, 2.0, 3.0]
 @pytest.mark.parametrize(("surrogate", "psi"), CASES, ids=[repr(s) for s, _ in CASES])
 def test_spikes_at_the_threshold_and_differentiates_by_its_formula(surrogate, psi):
     x = torch.tensor(POINTS, dtype=torch.float64, requires_grad=True)
-    s = surrogate(x)
+    s = spike(x, surrogate=surrogate)
     assert s.tolist() == [float(p >= 0) for p in POINTS]
     upstream = torch.linspace(-1, 2, len(POINTS), dtype=torch.float64)
     (g,) = torch.autograd.grad(s, x, upstream)
@@ -33,7 +33,7 @@ def test_spikes_at_the_threshold_and_differentiates_by_its_formula(surrogate, ps
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_keeps_the_dtype_forward_and_backward(dtype):
     x = torch.randn(5, dtype=dtype, requires_grad=True)
-    s = Sigmoid()(x)
+    s = spike(x, surrogate=Sigmoid())
     s.sum().backward()
     assert s.dtype == dtype
     assert x.grad is not None and x.grad.dtype == dtype
