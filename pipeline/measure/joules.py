@@ -5,29 +5,29 @@ The counter is the whole card's, idle power and whoever else computes on it incl
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pynvml
 import torch
 
 
 class Joules:
-    """Counts on one device; `read` is None where nothing answers: a CPU, no `nvidia-ml-py`, a card before Volta."""
+    """Counts on one device; `read` is None where nothing answers: a CPU, a card before Volta."""
 
     def __init__(self, device: torch.device) -> None:
         self.card = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else ""
         """its UUID, whatever numbers a process has for its cards; empty for a CPU"""
-        self._nvml, self._handle = _found(self.card) if self.card else (None, None)
+        self._handle = _found(self.card) if self.card else None
 
     def read(self) -> float | None:
         """Joules since the driver was loaded."""
-        if self._nvml is None:
+        if self._handle is None:
             return None
         try:
-            return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3  # in mJ
-        except self._nvml.NVMLError:  # a driver that stumbles must not end a training
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3  # in mJ
+        except pynvml.NVMLError:  # a driver that stumbles must not end a training
             return None
 
 
@@ -64,16 +64,12 @@ def inference_j(ranks: Iterable[Readings]) -> float | None:
     return sum(used) / samples if used and min(used) > 0 else None
 
 
-def _found(card: str) -> tuple[Any, Any]:
-    """NVML and its handle of the card, found by its UUID: CUDA's numbers are of the visible ones alone."""
+def _found(card: str) -> Any:
+    """NVML's handle of the card, found by its UUID, as CUDA's numbers are of the visible ones alone; None without a counter."""
     try:
-        nvml = importlib.import_module("pynvml")
-    except ImportError:
-        return None, None
-    try:
-        nvml.nvmlInit()
-        handle = nvml.nvmlDeviceGetHandleByUUID(card)
-        nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except nvml.NVMLError:
-        return None, None
-    return nvml, handle
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(card)
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError:
+        return None
+    return handle

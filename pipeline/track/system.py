@@ -62,7 +62,7 @@ class Sampler:
 
 
 def _monitors() -> list[BaseMetricsMonitor]:
-    """Of processors, memory, disk and network, and of cards where nvidia-ml-py finds some."""
+    """Of processors, memory, disk and network, and of cards where there are some."""
     import psutil
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
@@ -71,7 +71,7 @@ def _monitors() -> list[BaseMetricsMonitor]:
 
     psutil.cpu_percent()  # the first call of a process answers 0, the next ones the mean since the call before
     monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-    with suppress(ImportError, RuntimeError):  # no nvidia-ml-py, or no card
+    with suppress(RuntimeError):  # no card
         monitors.append(GPUMonitor())
     return monitors
 

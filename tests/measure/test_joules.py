@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -50,7 +49,7 @@ def a_card(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("a_card")
 def test_millijoules_of_the_right_card_are_joules(monkeypatch: pytest.MonkeyPatch) -> None:
     readings = iter([5_000, 7_500])
-    monkeypatch.setitem(sys.modules, "pynvml", stand_in(lambda card: next(readings)))
+    monkeypatch.setattr("pipeline.measure.joules.pynvml", stand_in(lambda card: next(readings)))
     joules = Joules(torch.device("cuda"))  # the first reading says whether there is a counter
     assert joules.read() == 7.5
 
@@ -60,7 +59,7 @@ def test_a_card_without_a_counter_has_no_joules(monkeypatch: pytest.MonkeyPatch)
     def refuse(card: Any) -> int:
         raise NVMLError("not supported")
 
-    monkeypatch.setitem(sys.modules, "pynvml", stand_in(refuse))
+    monkeypatch.setattr("pipeline.measure.joules.pynvml", stand_in(refuse))
     assert Joules(torch.device("cuda")).read() is None
 
 
@@ -87,7 +86,7 @@ def test_a_run_sums_what_training_used_and_not_what_was_used_between(monkeypatch
 @pytest.mark.usefixtures("a_card")
 def test_an_evaluation_is_measured_from_its_first_batch_to_its_last_and_told_by_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     used_mj = [5_000_000]  # before it began
-    monkeypatch.setitem(sys.modules, "pynvml", stand_in(lambda card: used_mj[0]))
+    monkeypatch.setattr("pipeline.measure.joules.pynvml", stand_in(lambda card: used_mj[0]))
     network = nn.Sequential(Linear(2, 3), LIF(), Linear(3, 2))
 
     def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
