@@ -28,7 +28,7 @@ from pipeline.measure.time_parts import BETWEEN, PARTS, REST
 __all__ = ["BETWEEN", "PARTS", "REST", "Between", "Clock", "Part"]
 
 Part = Literal["data_wait", "transfer", "teacher", "forward", "backward", "communication", "optimizer", "metrics"]
-Between = Literal["evaluation", "checkpoint", "tracking", "fidelity", "coordination"]
+Between = Literal["evaluation", "checkpoint", "tracking", "fidelity", "coordination", "skipped"]
 T_ = TypeVar("T_")
 
 
@@ -48,7 +48,7 @@ class Clock:
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """Surrounds a batch. One that an exception ends is forgotten."""
+        """Surrounds a batch. One that an exception ends has no parts."""
         self._boundaries = batch = []
         self.begin(REST)
         try:

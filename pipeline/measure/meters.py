@@ -150,8 +150,9 @@ class Meters:
     def batch(self, step: int) -> Iterator[None]:
         """Surrounds everything that one global batch costs; on some of them counts what backward keeps alive.
 
-        Of a batch that is left in the middle nothing is kept.
+        Of a batch that is left in the middle nothing is kept but its seconds: the host's, which has waited to hear why.
         """
+        begun = time.perf_counter()
         counted = self._counted_on(self._begun, step)
         is_steady = self._begun > 0 and counted is None
         operations = Operations(self.network) if counted == "operations" else None
@@ -169,6 +170,9 @@ class Meters:
             ):
                 self._counting = saved
                 yield
+        except BaseException:
+            self.totals.seconds["skipped"] += time.perf_counter() - begun
+            raise
         finally:
             self._watching = self._counting = None
             if watching is not None:

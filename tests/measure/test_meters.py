@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -155,7 +156,7 @@ def test_of_weights_that_slices_share_backward_keeps_those_of_the_second_synapse
     assert (saved, beside) == (STEP + made_with + second, NEURONS + first)
 
 
-def test_of_a_batch_that_is_skipped_nothing_is_kept_and_the_next_is_counted_in_its_place(host: Host) -> None:
+def test_of_a_batch_that_is_skipped_its_seconds_alone_are_kept_and_the_next_is_counted_in_its_place(host: Host) -> None:
     """Batch 1, where bytes are due, and 3, where operations are due, are left in the middle: bytes are of 2, operations of 4."""
     network = nn.Sequential(Linear(2, 2, bias=False), LIF())
     meters = Meters(network, batch_size=4, device=torch.device("cpu"))
@@ -165,6 +166,7 @@ def test_of_a_batch_that_is_skipped_nothing_is_kept_and_the_next_is_counted_in_i
             logits_BK = network(torch.zeros(1, samples, 2)).mean(0)
             meters.add(Objective(logits_BK.sum(), torch.tensor(0.0), logits_BK.detach()))
             if step in (1, 3):
+                time.sleep(0.05)
                 raise ArithmeticError
             meters.end_of_micro_batch(torch.zeros(samples, dtype=torch.long), 1.0)
         totals = meters.totals
@@ -180,8 +182,9 @@ def test_of_a_batch_that_is_skipped_nothing_is_kept_and_the_next_is_counted_in_i
         (membranes, 6, 4, 4),
     ]
     assert seen == kept and meters.totals.steady_batches == 0
+    assert 2 * 0.05 <= meters.totals.seconds["skipped"] < 2 * 0.05 + 1
     meters.take(same)
-    assert meters.totals.steady_batches == 1
+    assert meters.totals.steady_batches == 1 and meters.totals.train_s < 2 * 0.05
 
 
 def test_operations_are_counted_on_the_third_batch_and_told_by_the_sample() -> None:
