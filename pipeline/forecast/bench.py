@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.backend.base import Backend
 from pipeline.backend.plain import Plain
 from pipeline.baseline import is_baseline
 from pipeline.build import build_network
@@ -55,6 +56,7 @@ from pipeline.rules.opzo import OPZO
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.rules.spide import SPIDE
+from pipeline.run.compose import build_backend
 from pipeline.run.settle import settle
 from pipeline.spiking.encode import over_steps
 from pipeline.tasks import tasks_of
@@ -78,6 +80,7 @@ RESERVE = 0.1
 """of memory that is left to fragments, to workspaces and the driver, and to what a small batch does not tell of a large one"""
 LEARNS_BY_ITSELF = 16  # batches that a rule with matrices of its own sees before its gradient is taken
 DRAWS = 8
+Behind = Literal["plain torch", "own backend"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,9 +173,12 @@ class Bench:
             self.x_TB = over_steps(self.x_B, recipe.time_steps)
             self.target_B = batch.target.to(device)
 
-    def cost(self, rule: Spec) -> Cost:
-        """Raises: ValueError where the rule cannot train the network; DoesNotFit where its batch does not fit into memory."""
-        made, meters, before = self._trained(rule, batches=UNTIMED + TIMED)
+    def cost(self, rule: Spec, *, behind: Behind = "plain torch") -> Cost:
+        """What it costs, by itself, or behind the backend that the recipe names, whose process group must exist.
+
+        Raises: ValueError where the rule cannot train the network; DoesNotFit where its batch does not fit into memory.
+        """
+        made, meters, before = self._trained(rule, batches=UNTIMED + TIMED, behind=behind)
         peak = peak_device_bytes() if self.x_B.is_cuda else peak_rss_bytes()
         timed, totals = meters.clock.take()[UNTIMED:], meters.totals
 
@@ -256,6 +262,13 @@ class Bench:
             made.calibrate(network, [self.x_TB])
         return network, made
 
+    def own_backend(self, network: nn.Module, rule: Rule) -> Backend:
+        """The recipe's, as a launch makes it, but that its moves leave the weights where they are."""
+        backend = build_backend(self.recipe, network, rule, self.recipe.split(1))
+        for group in backend.optimizer.param_groups:
+            group["lr"] = 0.0
+        return backend
+
     def meters(self, network: nn.Module) -> Meters:
         """That count bytes on the second batch and operations on the third, and never again."""
         about = {"batch_size": self.samples, "device": self.x_TB.device}
@@ -270,7 +283,9 @@ class Bench:
         made.check_steps(self.recipe.time_steps)
         return made
 
-    def _trained(self, rule: Spec, *, batches: int, on_the_last: Instrument | None = None) -> tuple[Rule, Meters, int | None]:
+    def _trained(
+        self, rule: Spec, *, batches: int, behind: Behind = "plain torch", on_the_last: Instrument | None = None
+    ) -> tuple[Rule, Meters, int | None]:
         """So many batches with weights at rest, the last of them seen by `on_the_last`.
 
         Third, the bytes that memory held before the timed ones, from where its peak began anew: what is loaded when it is first
@@ -278,7 +293,8 @@ class Bench:
         """
         network, made = self.attached(rule)
         meters = self.meters(network)
-        backend = Plain(network, _resting, precision=self.recipe.precision)
+        is_plain = behind == "plain torch"
+        backend = Plain(network, _resting, precision=self.recipe.precision) if is_plain else self.own_backend(network, made)
         before: int | None = None
 
         def steps() -> Iterator[tuple[int, list[MicroBatch]]]:

@@ -17,7 +17,6 @@ from pipeline.guards.batches import Guard, takes_back
 from pipeline.loop import train
 from pipeline.measure.stopwatch import seconds_of
 from pipeline.ranks import Ranks, group_of_one
-from pipeline.run.compose import build_backend
 
 
 def moving_s(bench: Bench) -> float:
@@ -28,9 +27,7 @@ def moving_s(bench: Bench) -> float:
     recipe, device = bench.recipe, bench.x_B.device
     with group_of_one(device.type), bench.in_memory(f"{recipe.name}'s move"):
         network, rule = bench.attached(recipe.rule)
-        backend, meters = build_backend(recipe, network, rule, recipe.split(1)), bench.meters(network)
-        for group in backend.optimizer.param_groups:
-            group["lr"] = 0.0
+        backend, meters = bench.own_backend(network, rule), bench.meters(network)
         look = _Look(Guard(backend, rule, Ranks(device=device.type), takes_back=takes_back(recipe, rule)), device)
         batches = ((step, bench.micro_batches()) for step in range(UNTIMED + TIMED))
         train(rule, backend, lambda step: None, batches, bench.loss, meters, look)

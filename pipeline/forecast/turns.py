@@ -1,8 +1,9 @@
 """Rules that take turns on one batch, in as many processes at once as a run has workers.
 
 Runs of a study follow one another over hours, in which a machine gets slower and faster by more than some rules differ. Here each
-round trains a few batches by every rule, and each begins with another, so that what drifts falls on all alike. What does not
-drift, such as where a process has its memory, is another one in each of several starts.
+round trains a few batches by every rule, behind the backend that the recipe names and on a copy of the network whose weights
+rest, and each begins with another, so that what drifts falls on all alike. What does not drift, such as where a process has its
+memory, is another one in each of several starts.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class Turns:
     """that each of them held"""
     threads: int
     """of each of them"""
+    backend: str
+    """that each rule called, as its runs do: an engine that is called at each time step costs some rules more than others"""
     commit: str
 
     @property
@@ -64,7 +67,7 @@ def in_turn(
     def means(label: str, part: str) -> tuple[float, ...]:
         return tuple(statistics.fmean(each[label][part] for each in start) for start in told)
 
-    about = {"processes": processes, "samples": samples, "threads": threads, "commit": commit()}
+    about = {"processes": processes, "samples": samples, "threads": threads, "backend": recipe.backend, "commit": commit()}
     return {label: Turns(means(label, "forward_s"), means(label, "backward_s"), **about) for label in labelled}
 
 
@@ -77,7 +80,7 @@ def _seconds(
     for order in in_rounds(rules, len(rules)):
         for label in order:
             meet(device)
-            cost = bench.cost(rules[label])
+            cost = bench.cost(rules[label], behind="own backend")
             seconds[label]["forward_s"].append(cost.forward_s)
             seconds[label]["backward_s"].append(cost.backward_s)
     return {label: {part: statistics.fmean(each) for part, each in of_rule.items()} for label, of_rule in seconds.items()}

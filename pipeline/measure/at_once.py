@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ def at_once(
     """What `work(device, *arguments)` tells in each of so many new processes, in the order of their ranks, as JSON keeps it.
 
     work: a function of a module. Inside, torch's process group is all of them: over gloo on cores, over nccl with "cuda", where
-        each has a card of its own.
+        each has a card of its own. The environment tells each its place, as a launch does.
 
     Raises: ValueError for what the first of them ended in; the others are ended too.
     """
@@ -44,6 +45,8 @@ def _rank(
     device = torch.device("cpu") if on == "cpu" else torch.device("cuda", rank)
     if on == "cuda":
         torch.cuda.set_device(device)
+    of_this = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
+    os.environ.update({"DS_ACCELERATOR": on} | {name: str(place) for name, place in of_this.items()})  # DeepSpeed reads them
     store = distributed.FileStore(f"{folder}/rendezvous", processes)
     distributed.init_process_group({"cpu": "gloo", "cuda": "nccl"}[on], store=store, rank=rank, world_size=processes)
     _told(folder, rank).write_text(json.dumps(work(device, *arguments)))

@@ -121,7 +121,7 @@ def time_in_turn(
     found = spread_of([seconds / of for seconds, of in starts])
     assert found is not None and found.interval is not None, "of several starts"
     low, high = found.interval
-    counts = f"{found.runs} starts of {turns[base].processes} at once, {turns[base].samples} samples each"
+    counts = f"{found.runs} starts of {turns[base].processes} at once, {turns[base].samples} samples each, {turns[base].backend}"
     return Claim(
         about=about,
         claim=claim,

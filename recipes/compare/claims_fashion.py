@@ -212,7 +212,7 @@ def _turned(trained: Recipe, run: StudyRun, file: Path, console: Console) -> dic
             for label, of in found.items()
         }
 
-    rests_on = {"machine": dict(run.hardware), "batch": about}
+    rests_on = {"machine": dict(run.hardware), "batch": about, "backend": trained.backend}
     return beside(file, rests_on=rests_on, measure=measure, told=told, console=console) or {}
 
 

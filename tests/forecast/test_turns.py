@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
+import pytest
+import torch
+
+from pipeline.backend.base import Backend
+from pipeline.forecast import bench, turns
 from pipeline.forecast.rounds import in_rounds
 from pipeline.forecast.turns import in_turn
+from pipeline.ranks import group_of_one
 from pipeline.recipe import spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
 from pipeline.rules.sltt import SLTT
+from pipeline.run.compose import build_backend
 from tests.forecast.test_probe import recipe_with
 
 RULES = (spec(BPTT), spec(SLTT), spec(SLTT, k=1))
@@ -18,12 +25,27 @@ RULES = (spec(BPTT), spec(SLTT), spec(SLTT, k=1))
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
 def test_each_rule_has_a_time_in_each_start() -> None:
-    found = in_turn(recipe_with(0.5), RULES, workers=2, starts=2)
+    """Of DeepSpeed's engines, which sum over both processes."""
+    found = in_turn(recipe_with(0.5, backend="deepspeed"), RULES, workers=2, starts=2)
     assert list(found) == ["BPTT", "SLTT", "SLTT-1"]
-    for turns in found.values():
-        assert turns.processes == 2
-        assert len(turns.forward_s) == len(turns.backward_s) == 2 and min(*turns.forward_s, *turns.backward_s) > 0
-        assert turns.compute_s == tuple(a + b for a, b in zip(turns.forward_s, turns.backward_s, strict=True))
+    for each in found.values():
+        assert each.processes == 2 and each.backend == "deepspeed"
+        assert len(each.forward_s) == len(each.backward_s) == 2 and min(*each.forward_s, *each.backward_s) > 0
+        assert each.compute_s == tuple(a + b for a, b in zip(each.forward_s, each.backward_s, strict=True))
+
+
+def test_every_turn_stands_behind_the_recipes_backend_whose_moves_leave_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Backend] = []
+
+    def noted(*about: Any) -> Backend:
+        made.append(build_backend(*about))
+        return made[-1]
+
+    monkeypatch.setattr(bench, "build_backend", noted)
+    with group_of_one("cpu"):
+        turns._seconds(torch.device("cpu"), recipe_with(0.5), {"BPTT": spec(BPTT), "SLTT": spec(SLTT)}, 4, 1)
+    assert len(made) == 4  # two rounds of two rules
+    assert {group["lr"] for backend in made for group in backend.optimizer.param_groups} == {0.0}
 
 
 @pytest.mark.distributed

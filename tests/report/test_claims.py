@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -125,7 +126,7 @@ BACKWARD_S = {
     **dict.fromkeys(("SLTT-1", "SLTT-2"), (0.0, 0.0, 0.0)),
 }
 TURNS = {
-    rule: Turns((1.0, 2.0, 4.0), seconds, processes=2, samples=128, threads=1, commit="0123456789ab")
+    rule: Turns((1.0, 2.0, 4.0), seconds, processes=2, samples=128, threads=1, backend="deepspeed", commit="0123456789ab")
     for rule, seconds in BACKWARD_S.items()
 }
 """of a machine that gets slower fourfold"""
@@ -134,7 +135,7 @@ TURNS = {
 def test_turns_are_divided_start_by_start_by_the_faster_bptt() -> None:
     """.9667, .9767, .9833 of folded BPTT's: the mean .9756 with +- 4.303 x .0084 / sqrt(3)."""
     claim = time_in_turn("SLTT", TURNS, "SLTT", bound=1.0, published="")
-    ours = "0.976 (0.955 to 0.996) of BPTT's, 3 starts of 2 at once, 128 samples each, at 0123456789ab"
+    ours = "0.976 (0.955 to 0.996) of BPTT's, 3 starts of 2 at once, 128 samples each, deepspeed, at 0123456789ab"
     assert (claim.ours, claim.bound) == (ours, "<= 1")
     assert claim.verdict == "holds"
     assert time_in_turn("SLTT", TURNS, "SLTT", bound=0.98, published="").verdict == "holds, within the noise"
@@ -335,6 +336,8 @@ def test_rules_take_turns_as_the_runs_were_trained_and_on_their_machine_alone(
     assert turned(cores=1)[0] == {} and turned(cores=1, own_cores=True) == (TURNS, "")  # which see those alone
     assert turned() == (TURNS, f"{file}: of no use, for it is of another machine\n") and turned() == (TURNS, "")
     assert taken == 2 * [{"workers": 2, "samples": 64, "threads": 7}]
+    trained = replace(trained, backend="plain")
+    assert turned() == (TURNS, f"{file}: of no use, for it is of another backend\n") and len(taken) == 3
 
 
 def test_imagenets_plan_is_made_once_and_says_why_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
