@@ -3,7 +3,9 @@
     E = mac MACs + ac ACs        MACs: products of two real numbers, each with its addition;  ACs: additions alone, for spikes
 
 What is counted is what is made: a still image meets the first layer once, and its zeros cost nothing. Most papers count that
-layer at each of T steps, zeros too: theirs is T times as large or more, which must be said where ours stands beside it.
+layer at each of T steps, zeros too: theirs is T times as large or more, which must be said where ours stands beside it. And a
+mean of spikes, as a pool makes it, is a real number, whose products are MACs; counts of synaptic operations take it for a spike,
+and their price for such a layer is up to five times lower.
 
 The prices are of arithmetic alone; moving weights and membranes costs more on most chips and is not in them. What a card says
 that it used (`measure/joules.py`) is all that it used, on a chip of another kind: it stands beside the estimate.

@@ -22,13 +22,14 @@ from pipeline.report.choose import Finished, Unfinished, rule_of, seed_of
 from pipeline.report.figure import harmless
 from pipeline.report.finite import finite, not_finite
 from pipeline.report.resuming import how_to_resume
-from pipeline.report.study import COMPUTE, ENERGY, ENERGY_MEASURED, Group, StudyRun, measured
+from pipeline.report.study import COMPUTE, ENERGY, ENERGY_MEASURED, KEPT, Group, StudyRun, measured
 from pipeline.report.tables import behind_the_rows
 from pipeline.units import rounded, unit_of
 
 _COMPARED = {
     "top1": "top-1",
     "peak_saved_bytes": "peak saved",
+    KEPT: "and states",
     "images_per_s": "images/s",
     "wall_s": "wall clock",
     COMPUTE: "compute time",
@@ -38,7 +39,7 @@ _COMPARED = {
 """what is compared, as the table calls it"""
 _ALWAYS = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")
 """columns of the table, known or not"""
-_KINDS = {"peak_saved_bytes": "B", COMPUTE: "s", ENERGY: "J", ENERGY_MEASURED: "J"}
+_KINDS = {"peak_saved_bytes": "B", KEPT: "B", COMPUTE: "s", ENERGY: "J", ENERGY_MEASURED: "J"}
 _ANY_WIDTH = 10_000  # characters of a line
 _FIRST = ("run", "rule", "seed", "study", "where", "recipe", "world_size", "steps", "epochs", *_COMPARED)
 
@@ -99,10 +100,10 @@ class Comparison:
         return {row["rule"]: {name: row[name] for name in names if name not in ("rule", "seeds")} for row in rows}
 
     def to_json(self) -> dict[str, Any]:
-        """`baseline` names its (first) run; each run is its summary, its compute time, what is `behind` it, and `ratios` to the
-        baseline of its seed, of speed, wall clock and compute time to those of `time_baseline`; wall clocks are divided without
-        what comparing gradients took, `fidelity_s`. JSON has no NaN and no infinity: there is null in their place, and
-        `not_finite` of the run says which it was."""
+        """`baseline` names its (first) run; each run is its summary, what it keeps with states, its compute time, what is
+        `behind` it, and `ratios` to the baseline of its seed, of speed, wall clock and compute time to those of
+        `time_baseline`; wall clocks are divided without what comparing gradients took, `fidelity_s`. JSON has no NaN and no
+        infinity: there is null in their place, and `not_finite` of the run says which it was."""
         return {
             "study": self.study,
             "where": self.where or None,
@@ -114,7 +115,7 @@ class Comparison:
                     **finite(run.summary),
                     "run": run.name,
                     "rule": rule_of(run),
-                    COMPUTE: self.value(run, COMPUTE),
+                    **{name: self.value(run, name) for name in (KEPT, COMPUTE)},
                     "behind": self.behind[rule_of(run)],
                     "ratios": {name: self.ratio(run, name) for name in _COMPARED},
                     "not_finite": dict(not_finite(run.summary)),

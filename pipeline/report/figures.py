@@ -199,7 +199,8 @@ def _counted_on(group: Group) -> str:
     told = ((run.summary or {})["inference"].get("counted_on", "the first batch of the first worker's share") for run in counted)
     return (
         f"Counted on {' and '.join(map(str, sizes))} samples, {' and '.join(dict.fromkeys(told))}; what stands before the first "
-        "neuron counts once for a still image, as it is computed, where published counts have it at each time step"
+        "neuron counts once for a still image, as it is computed, where published counts have it at each time step; means of "
+        "spikes, behind a pool, are no spikes and are multiplied, which counts of synaptic operations leave out"
     )
 
 

@@ -46,7 +46,9 @@ def print_plan(found: Plan, *, against: Errors | None = None, as_json: bool = Fa
 
 def basis(found: Plan) -> str:
     """What the figures were made from, and what is not in them, in a sentence or two."""
-    told = f"{_basis_of_rules(found)} Hours are of training, without evaluations and checkpoints."
+    told = (
+        f"{_basis_of_rules(found)} Hours are of training, without evaluations, checkpoints and what workers agree on in between."
+    )
     if found.teacher is None:
         return told
     weights = f"{found.teacher_bytes / 1e6:.4g} MB of weights"
@@ -66,7 +68,7 @@ def _basis_of_rules(found: Plan) -> str:
     return (
         f"{profiled}; {card.name}: roofline at {EFFICIENCY:.0%} ({card.source}), {RESERVE:.0%} of its memory left free, "
         f"{card.link / 1e9:.0f} GB/s from card to card{link}, loaders that keep up; "
-        "kWh: the cards' rated watts all the time, hosts left out."
+        "sums at the bandwidth of links, without their latency; kWh: the cards' rated watts all the time, hosts left out."
     )
 
 

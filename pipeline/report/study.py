@@ -272,6 +272,9 @@ def _notes(group: Group) -> Iterator[str]:
         yield f"wall clocks have restarts in them, with the batches that each lost: {', '.join(told)}"
     if looked := [rule for rule, runs in of_rule.items() if any(run.value("fidelity_s") for run in runs)]:
         yield f"wall clocks leave out what comparing gradients with BPTT's took, in runs of {', '.join(looked)}"
+        if others := [rule for rule in of_rule if rule not in looked]:
+            told = f"runs of {', '.join(looked)} compared gradients, and those of {', '.join(others)} did not"
+            yield f"{told}: one that has may compute some 2 % slower from then on, so a difference as small is none"
     if uncounted := [rule for rule, runs in of_rule.items() if any(run.value("peak_saved_bytes") is None for run in runs)]:
         why = "no batch was whole on which bytes are counted"
         yield f"saved bytes were not measured in runs of {', '.join(uncounted)}, in which {why}"

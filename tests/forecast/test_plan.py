@@ -1,4 +1,4 @@
-"""Plans: exact where the model is, and held to what a launch then measures."""
+"""Plans: exact where the model is, and of a launch's own order where it is timed (benchmarks/planned.py: how near)."""
 
 from __future__ import annotations
 
@@ -277,6 +277,7 @@ def test_a_plan_against_what_was_launched(
     assert off["saved_bytes"]["measured"] == summary["peak_saved_bytes"] and abs(off["saved_bytes"]["error"]) < 0.05
     assert off["step_s"]["measured"] == pytest.approx(recipe.batch_size / summary["images_per_s"])
     assert off["step_s"]["error"] == pytest.approx(off["step_s"]["planned"] / off["step_s"]["measured"] - 1)
+    assert 0.4 < off["step_s"]["planned"] / off["step_s"]["measured"] < 2.5
     assert "Against launched, SLTT-2: saved for backward" in " ".join(run(*words)[1].split())
     code, _, err = run(*words, "--set", "batch_size=16")
     assert code == 2 and err == ("plan: --against must be a run of what is planned; launched differs: batch_size: 16 and 8\n")

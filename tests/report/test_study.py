@@ -168,6 +168,8 @@ def test_what_the_reader_of_means_must_know():
         "the runs are of different commits: abc, def",
         "SLTT has 2 runs of seed 0, which count as one, their mean, in ratios and differences",
         "wall clocks leave out what comparing gradients with BPTT's took, in runs of OTTT-A",
+        "runs of OTTT-A compared gradients, and those of BPTT, BPTT-chunk-1, SLTT did not: one that has may compute some 2 % "
+        "slower from then on, so a difference as small is none",
         "images/s, wall clock and compute time are divided by BPTT-chunk-1's, the faster BPTT",
         "OTTT-A has no seed in common with BPTT, so its top-1 and bytes are not divided",
         "OTTT-A has no seed in common with BPTT-chunk-1, so its times are not divided",
