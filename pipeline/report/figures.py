@@ -164,7 +164,8 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
     return Figure(
         name=f"accuracy-against-{what.replace(' ', '-')}",
         title=title,
-        caption=f"{what.capitalize()}: {how}. Filled markers are on the Pareto front: no other rule is at least as good in both.",
+        caption=f"{what.capitalize()}: {how}. Filled markers are on the Pareto front: no other rule is at least as good in both."
+        + _lost(group),
         alt=f"On the Pareto front of accuracy and {what}, of {len(points)} rules: {', '.join(front)}.",
         table=Table(columns=columns, rows=tuple(rows)),
         draw=draw,
@@ -202,6 +203,13 @@ def _counted_on(group: Group) -> str:
         "neuron counts once for a still image, as it is computed, where published counts have it at each time step; means of "
         "spikes, behind a pool, are no spikes and are multiplied, which counts of synaptic operations leave out"
     )
+
+
+def _lost(group: Group) -> str:
+    """` Diverged, and in no mean: SLTT-1 (seed 1, 2).`, whatever finished beside it; empty where nothing did."""
+    lost = {rule: ", ".join(map(str, sorted(seeds))) for rule in group.rules if (seeds := group.diverged(rule))}
+    told = ", ".join(f"{rule} (seed {seeds})" for rule, seeds in lost.items())
+    return f" Diverged, and in no mean: {told}." if told else ""
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:

@@ -117,11 +117,20 @@ class Group:
     def of(self, rule: str) -> tuple[StudyRun, ...]:
         return tuple(run for run in self.runs if run.rule == rule)
 
+    def diverged(self, rule: str) -> set[int]:
+        """Seeds in which the rule diverged, in every run of it."""
+        found = {run.seed for run in self.of(rule) if run.state == "diverged"}
+        found |= {seed for of, seed in self.diverged_beside if of == rule}
+        return found - self.by_seed(rule, "top1").keys()
+
     def lost(self, rule: str) -> int:
-        """Seeds in which the baseline finished and the rule diverged, in every run of it."""
-        diverged = {run.seed for run in self.of(rule) if run.state == "diverged"}
-        diverged |= {seed for of, seed in self.diverged_beside if of == rule}
-        return len((diverged - self.by_seed(rule, "top1").keys()) & self.by_seed(self.against, "top1").keys())
+        """Of the seeds in which the rule diverged those in which the baseline finished."""
+        return len(self.diverged(rule) & self.by_seed(self.against, "top1").keys())
+
+    def lost_told(self, rule: str) -> str:
+        """`diverged in 2 of BPTT's 3 seeds`; empty where it did in none of them."""
+        lost, seeds = self.lost(rule), len(self.by_seed(self.against, "top1"))
+        return f"diverged in {lost} of {self.against}'s {seeds} seed{'' if seeds == 1 else 's'}" if lost else ""
 
     def spread(self, rule: str, name: str) -> Spread | None:
         """Of a number of the summaries, over the rule's finished runs; None where none of them has it."""

@@ -60,15 +60,12 @@ BESIDE_SAID = (
 
 
 def headlines(group: Group) -> list[tuple[str, str]]:
-    """Each rule with a sentence: what it saves against the baseline, and what it costs in accuracy."""
+    """Each rule with a sentence: what it saves against the baseline, and what it costs in accuracy, or that it diverged."""
     if not group.has_baseline:
         return []
     told = {difference.rule: difference.text(group.within) for difference in group.differences}
-    return [
-        (rule, f"{', '.join(costs)}. {told.get(rule) or _of_one_seed(group, rule)}.")
-        for rule in group.rules
-        if rule != group.against and (costs := list(_saved(group, rule)))
-    ]
+    found = [(rule, _headline(group, rule, told.get(rule))) for rule in group.rules if rule != group.against]
+    return [(rule, line) for rule, line in found if line]
 
 
 def costs(group: Group) -> Table:
@@ -184,6 +181,14 @@ def _titles(runs: Sequence[StudyRun]) -> Iterator[str]:
         yield f"{title} ({priced})" if name == ENERGY and priced else title
 
 
+def _headline(group: Group, rule: str, difference: str | None) -> str:
+    """Empty where nothing of it stands beside the baseline's."""
+    saved = ", ".join(_saved(group, rule))
+    if not saved and not group.lost(rule):
+        return ""
+    return f"{'. '.join(filter(None, (saved, difference or _without_interval(group, rule))))}."
+
+
 def _saved(group: Group, rule: str) -> Iterator[str]:
     for name, (title, _) in QUANTITIES.items():
         if name != KEPT and (ratio := group.ratios(rule, name)) is not None:
@@ -192,12 +197,14 @@ def _saved(group: Group, rule: str) -> Iterator[str]:
             yield f"{ratio.mean:.2f} of {group.base_of(name)}'s {title}{with_states}"
 
 
-def _of_one_seed(group: Group, rule: str) -> str:
+def _without_interval(group: Group, rule: str) -> str:
+    """Of a rule with one seed in common with the baseline, or none. What diverged fails, whatever it did in another seed."""
     base = group.by_seed(group.against, "top1")
     points = [100 * (base[seed] - top1) for seed, top1 in group.by_seed(rule, "top1").items() if seed in base]
-    if not points:
-        return f"no seed in common with {group.against}, so accuracies are not subtracted"
-    return f"{group.against} - {rule}: {points[0]:+.2f} points of one seed, so without an interval"
+    told = f"{group.against} - {rule}: {points[0]:+.2f} points of one seed, so without an interval" if points else ""
+    if lost := group.lost_told(rule):
+        return f"{told}{', and ' if told else ''}{lost}; at most {group.within:g} points below fails"
+    return told or f"no seed in common with {group.against}, so accuracies are not subtracted"
 
 
 def _costs(group: Group, rule: str) -> Iterator[Cell]:

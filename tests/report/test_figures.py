@@ -90,6 +90,15 @@ def test_trade_off_marks_the_front():
     made(trade_off(study().groups[0], "wall_s"))
 
 
+def test_what_diverged_is_named_below_the_front():
+    lost = [*(run("SLTT-1", seed=seed, state="diverged") for seed in (2, 1)), run("DFA", state="diverged")]
+    figure = made(trade_off(study(run("SLTT-1", top1=0.95), *lost).groups[0], "peak_saved_bytes"))
+    assert {row[0]: row[6] for row in figure.table.rows} == {"BPTT": "no", "SLTT": "no", "SLTT-1": "yes"}
+    assert figure.caption.endswith(" Diverged, and in no mean: DFA (seed 0), SLTT-1 (seed 1, 2).")
+    again = run("SLTT", name="again", state="diverged")  # in a seed in which another run of it finished
+    assert "iverged" not in made(trade_off(study(again).groups[0], "peak_saved_bytes")).caption
+
+
 def test_energy_has_its_operations_and_says_which_samples_they_are_of():
     counted = {"macs": 3e6, "acs": 5e7, "energy_j": 5.88e-5, "samples": 60, "counted_on": "evenly spread over it"}
     runs = (run("BPTT", inference=counted), run("SLTT"))

@@ -52,7 +52,7 @@ def test_what_diverged_has_its_row_and_divides_nothing():
     rows = {row[0]: row[1:] for row in tables.costs(group).rows}
     assert rows["SLTT-1"] == ("diverged", *6 * (None,), "0, 1 diverged") and rows["BPTT"][-1] == 2
     assert rows["SLTT"][0] == "89.50 ± 0.71 %" and rows["SLTT"][-1] == "2, 1 diverged"
-    assert [rule for rule, _ in tables.headlines(group)] == ["SLTT"]
+    assert [rule for rule, _ in tables.headlines(group)] == ["SLTT", "SLTT-1"]
     assert tables.lone_runs(Study(title="t", runs=tuple(lost[:1])).groups).rows[0][3] == "diverged"
 
 
@@ -66,6 +66,22 @@ def test_a_sentence_for_each_rule():
     ((_, said),) = tables.headlines(Study(title="t", runs=again).groups[0])
     assert "BPTT - SLTT: +3.00 points of one seed" in said
     assert tables.headlines(Study(title="t", runs=(run("SLTT"),)).groups[0]) == []
+
+
+def test_a_rule_that_mostly_diverged_fails_in_its_sentence():
+    bptt = [run(seed=seed, top1=0.9) for seed in range(3)]
+    lost = [run("SLTT-1", seed=seed, state="diverged") for seed in range(3)]
+    (group,) = Study(title="t", runs=(*bptt, run("SLTT-1", top1=0.895), *lost[1:])).groups
+    ((_, said),) = tables.headlines(group)
+    points = "BPTT - SLTT-1: +0.50 points of one seed, so without an interval"
+    assert said.endswith(f"{points}, and diverged in 2 of BPTT's 3 seeds; at most 0.7 points below fails.")
+    (group,) = Study(title="t", runs=(*bptt, *lost)).groups
+    assert tables.headlines(group) == [("SLTT-1", "diverged in 3 of BPTT's 3 seeds; at most 0.7 points below fails.")]
+    (group,) = Study(title="t", runs=(*bptt[:1], run("SLTT-1", seed=1), lost[0])).groups
+    ((_, said),) = tables.headlines(group)
+    assert said == "diverged in 1 of BPTT's 1 seed; at most 0.7 points below fails."
+    elsewhere = run("SLTT-1", seed=7, state="diverged")  # in a seed that BPTT did not run
+    assert tables.headlines(Study(title="t", runs=(*bptt, elsewhere)).groups[0]) == []
 
 
 def test_the_baseline_stands_in_every_row():
