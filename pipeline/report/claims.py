@@ -137,9 +137,9 @@ def accuracy(about: str, group: Group, rule: str, *, within: float | None, publi
     """At most `within` points below the baseline over paired seeds: the whole interval, none of it, or undecided."""
     claim, bound = f"top-1 below {group.against}'s, points", "" if within is None else f"<= {within:g}"
     found = next((difference for difference in group.differences if difference.rule == rule), None)
-    if found is None and within is not None and (lost := group.lost(rule)):
-        told = f"diverged in {lost} of {group.against}'s {len(group.by_seed(group.against, 'top1'))} seeds"
-        return Claim(about=about, claim=claim, published=published, bound=bound, ours=told, holds=False)
+    if found is None and (lost := group.lost_told(rule)):
+        holds = None if within is None else False
+        return Claim(about=about, claim=claim, published=published, bound=bound, ours=lost, holds=holds)
     if found is None:
         return not_judged(about, claim, published, ours=f"no two seeds in common with {group.against}'s, trained on the same")
     verdict = None if within is None else found.verdict(within)
@@ -208,11 +208,12 @@ def _share(about: str, group: Group, rule: str, name: str, *, bound: float | Non
     found = spread_of(list(paired.values()))
     if found is None:
         seeds = [{run.seed for run in group.of(each) if run.is_finished} for each in (rule, group.base_of(name))]
-        nothing = "not measured" if set.intersection(*seeds) else f"no run beside {group.against}'s, trained on the same"
-        return not_judged(about, claim, published, ours=nothing)
+        absent = group.lost_told(rule) or f"no run beside {group.against}'s, trained on the same"
+        return not_judged(about, claim, published, ours="not measured" if set.intersection(*seeds) else absent)
     low, high = found.interval or (found.mean, found.mean)
     reach = f" ({low:.3f} to {high:.3f})" if f"{low:.3f}" != f"{high:.3f}" else ""
-    ours = f"{found.mean:.3f}{reach} of {group.base_of(name)}'s, {_seeds(list(paired))}"
+    told = f"{found.mean:.3f}{reach} of {group.base_of(name)}'s, {_seeds(list(paired))}"
+    ours = "; ".join(filter(None, (told, group.lost_told(rule))))
     if bound is None:
         return not_judged(about, claim, published, ours=ours)
     is_lone = name == COMPUTE and found.interval is None  # bytes repeat exactly, and a machine's speed moves from run to run

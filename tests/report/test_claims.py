@@ -197,6 +197,23 @@ def test_what_has_nothing_to_be_divided_by_is_not_judged() -> None:
     assert time_at_most("SLTT", untimed, "SLTT", bound=1.0, published="").holds is None
 
 
+@pytest.mark.parametrize("lost", [(0, 1, 2), (1, 2)])
+def test_runs_that_diverged_are_not_told_as_if_there_had_been_none(lost: tuple[int, ...]) -> None:
+    sltt = [run("SLTT", seed=seed, state="diverged" if seed in lost else "finished") for seed in range(3)]
+    runs = group(*(run("BPTT", seed=seed) for seed in range(3)), *sltt)
+    claims = [
+        bytes_at_most("SLTT", runs, "SLTT", bound=1.0, published=""),
+        time_at_most("SLTT", runs, "SLTT", bound=1.0, published=""),
+        time_of_k("SLTT", runs, "SLTT", T=6, k=1, published=""),
+        accuracy("SLTT", runs, "SLTT", within=None, published=""),
+        accuracy("SLTT", runs, "SLTT", within=0.7, published=""),
+    ]
+    assert [f"diverged in {len(lost)} of BPTT's 3 seeds" in claim.ours for claim in claims] == 5 * [True]
+    assert [claim.holds for claim in claims] == [None if len(lost) == 3 else True, None, None, None, False]
+    if len(lost) == 2:
+        assert claims[0].ours == "0.250 of BPTT's, seed 0; diverged in 2 of BPTT's 3 seeds"
+
+
 @pytest.mark.parametrize("rule", ["SLTT", "BPTT"])
 def test_bytes_that_nobody_counted_hold_no_claim(rule: str) -> None:
     uncounted = group(*(run(each, **({"peak_saved_bytes": None} if each == rule else {})) for each in ("BPTT", "SLTT")))
