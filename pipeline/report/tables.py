@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -69,7 +70,7 @@ def headlines(group: Group) -> list[tuple[str, str]]:
 
 
 def costs(group: Group) -> Table:
-    """One row for each rule: mean over seeds ± standard deviation, × the baseline over paired seeds; what diverged is counted."""
+    """One row for each rule: mean over seeds ± standard deviation, × the baseline over paired seeds; its other runs by state."""
     columns = ("rule", "top-1", *_titles(group.finished), "images/s", "finished runs")
     return Table(columns=columns, rows=tuple(tuple(_costs(group, rule)) for rule in group.rules))
 
@@ -97,7 +98,8 @@ def held(group: Group) -> Table | None:
 
 
 def behind_the_rows(group: Group) -> Table:
-    """What each rule is compared with, and the choices that decide such a comparison, as far as recipes and runs tell."""
+    """What each rule is compared with, the choices that decide such a comparison, as far as recipes and runs tell, and the
+    seeds of its means."""
     columns = ["rule", "ratios to", "time to", "reset gradient", "norm statistics", "precision", "over time", "micro-batch"]
     if any(tuned_in(run.recipe) for run in group.runs):
         columns.append("tuned")
@@ -155,7 +157,7 @@ def lone_runs(groups: Sequence[Group]) -> Table:
             run.name,
             run.rule,
             run.seed,
-            "diverged" if run.state == "diverged" else _written(group, run, "top1"),
+            _written(group, run, "top1") if run.is_finished else _unfinished(run),
             *(_written(group, run, name) for name in QUANTITIES),
         )
         for group in groups
@@ -209,12 +211,17 @@ def _without_interval(group: Group, rule: str) -> str:
 
 def _costs(group: Group, rule: str) -> Iterator[Cell]:
     runs = group.of(rule)
-    finished, diverged = sum(run.is_finished for run in runs), sum(run.state == "diverged" for run in runs)
+    finished, others = sum(run.is_finished for run in runs), Counter(_unfinished(run) for run in runs if not run.is_finished)
     yield rule
-    yield _spread(group.spread(rule, "top1"), "share", None) if finished or not diverged else "diverged"
+    yield _spread(group.spread(rule, "top1"), "share", None) if finished else ", ".join(others)
     for name, kind in (*((name, kind) for name, (_, kind) in QUANTITIES.items()), ("images_per_s", "rate")):
         yield _spread(group.spread(rule, name), kind, group.ratios(rule, name))
-    yield f"{finished}, {diverged} diverged" if diverged else finished
+    yield ", ".join([str(finished), *(f"{count} {state}" for state, count in others.items())]) if others else finished
+
+
+def _unfinished(run: StudyRun) -> str:
+    """The state of a run that is in no mean; one that has finished waits for its summary."""
+    return "without a summary" if run.state == "finished" else run.state
 
 
 def _progress(run: StudyRun) -> str:
@@ -263,7 +270,7 @@ def _behind(group: Group, rule: str) -> dict[str, Cell]:
         "over time": _over_time(told.get("steps_per_forward"), runs[0].recipe),
         "micro-batch": micro_batches(runs[0]),
         "tuned": ", ".join(f"{key}={written(runs[0].recipe, key)}" for key in tuned_in(runs[0].recipe)),
-        "seeds": ", ".join(str(run.seed) for run in runs),
+        "seeds": ", ".join(str(run.seed) for run in runs if run.is_finished) or "none",
     }
 
 

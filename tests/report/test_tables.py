@@ -56,6 +56,21 @@ def test_what_diverged_has_its_row_and_divides_nothing():
     assert tables.lone_runs(Study(title="t", runs=tuple(lost[:1])).groups).rows[0][3] == "diverged"
 
 
+def test_what_has_not_finished_says_so_and_is_of_no_seed_of_the_means():
+    others = [run("SLTT", seed=2, state="running"), run("SLTT", seed=3, state="stopped")]
+    waiting = [run("OTTT", state="running"), run("OTTT", seed=1, state="failed"), run("OTTT", seed=2, state="running")]
+    untold = replace(run("DSR"), summary=None)  # its summary has not come yet
+    (group,) = study(*others, *waiting, untold).groups
+    rows = {row[0]: row[1:] for row in tables.costs(group).rows}
+    assert rows["SLTT"][0] == "89.50 ± 0.71 %" and rows["SLTT"][-1] == "2, 1 running, 1 stopped"
+    assert rows["OTTT"] == ("running, failed", *6 * (None,), "0, 2 running, 1 failed")
+    assert (rows["DSR"][0], rows["DSR"][-1], rows["BPTT"][-1]) == ("without a summary", "0, 1 without a summary", 2)
+    table = tables.behind_the_rows(group)
+    seeds = {row[0]: row[table.columns.index("seeds")] for row in table.rows}
+    assert seeds == {"BPTT": "0, 1", "DSR": "none", "OTTT": "none", "SLTT": "0, 1"}
+    assert [row[3] for row in tables.lone_runs([group]).rows][2:6] == ["without a summary", "running", "failed", "running"]
+
+
 def test_a_sentence_for_each_rule():
     ((rule, said),) = tables.headlines(study().groups[0])
     assert rule == "SLTT" and said.startswith("0.25 of BPTT's saved bytes, 0.25 with states, 0.75 of BPTT's compute time")
