@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -61,7 +61,8 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
     title = "Gradient fidelity: cosine with BPTT's gradient"
     of_rule = {rule: cosines for rule in group.rules if (cosines := _cosines(group, rule))}
     if not of_rule:
-        return Missing(title=title, why="no run compared its gradient with BPTT's; --set fidelity_every=1 does after each epoch")
+        why = "no run compared its gradient with BPTT's; --set fidelity_every=1 does after each epoch"
+        return Missing(title=title, why=_told_later(run for run in group.runs if run.rule != group.against) or why)
     layers = list(dict.fromkeys(layer for cosines in of_rule.values() for layer in cosines))
     rows = [(layer, rule, of_rule[rule].get(layer)) for layer in layers for rule in of_rule]
     known = [(value, layer, rule) for layer, rule, value in rows if value is not None]
@@ -93,7 +94,8 @@ def temporal_share(group: Group) -> Figure | Missing:
     title = "Temporal share of BPTT's gradient"
     run = next((run for run in group.runs if any(each.temporal_share for each in run.fidelity)), None)
     if run is None:
-        return Missing(title=title, why="no run compared gradients; --set fidelity_every=1 does after each epoch")
+        why = "no run compared gradients; --set fidelity_every=1 does after each epoch"
+        return Missing(title=title, why=_told_later(group.runs) or why)
     layers = list(dict.fromkeys(layer for each in run.fidelity for layer in each.temporal_share))
     times = ["start" if each.epoch is None else f"epoch {each.epoch + 1}" for each in run.fidelity]
     rows = [
@@ -136,6 +138,12 @@ def _shares(runs: Sequence[StudyRun]) -> dict[str, tuple[float, float]]:
         for layer in run.activity:
             found.setdefault(layer.name, []).append((layer.silent, layer.saturated))
     return {name: (statistics.fmean(s for s, _ in pairs), statistics.fmean(s for _, s in pairs)) for name, pairs in found.items()}
+
+
+def _told_later(runs: Iterable[StudyRun]) -> str:
+    """Of runs that told of no comparison: which of them compare gradients by their recipes; empty where none does."""
+    looking = [run.name for run in runs if str(run.recipe.get("fidelity_every") or 0) != "0"]
+    return f"not told yet by {', '.join(looking)}" if looking else ""
 
 
 def _cosines(group: Group, rule: str) -> dict[str, float | None]:

@@ -188,7 +188,7 @@ class Live:
         return replace(run, heard=stored.newest)
 
     def _told_by_metrics(self, stored: StoredRun, going: _Going) -> Told:
-        """The journal as it was last sent, at a start or an evaluation, and after it what metrics tell."""
+        """The journal as it was last sent, at a start or when its weights were looked at, and after it what metrics tell."""
         version = stored.tags.get(_SENT + JOURNAL, "")
         if version != going.journal[0]:
             going.journal = version, self.store.journal(stored.id)

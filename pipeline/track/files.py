@@ -18,7 +18,7 @@ JOURNAL = "journal.jsonl"
 KNOWN = (*AT_ONCE, JOURNAL, *AT_THE_END)
 """every artifact of a run"""
 
-_DUE = ("start", "evaluation", "finish", "stopped", "failed", "diverged")
+_DUE = ("start", "evaluation", "fidelity", "finish", "stopped", "failed", "diverged")
 _TAG = "spiketrain.artifact."
 
 Send = Callable[[Path, str, str], None]

@@ -196,6 +196,23 @@ def test_gradients():
     assert shares.table.rows[2] == ("second", "start", None)
 
 
+@pytest.mark.parametrize("every", [1, "1"], ids=["of its recipe.json", "of its journal alone"])
+def test_a_comparison_that_is_to_come_is_not_called_none(every: int | str):
+    def why(*more: StudyRun) -> list[str]:
+        return [one.why for one in _maps(study(*more)) if isinstance(one, Missing)]
+
+    looking = {rule: run(rule, name=f"new-{rule}", recipe=recipe(rule, fidelity_every=every)) for rule in ("BPTT", "SLTT")}
+    unasked = run("SLTT", name="none", recipe=recipe("SLTT", fidelity_every=type(every)(0)))
+    hint = "--set fidelity_every=1 does after each epoch"
+    assert why(unasked) == [f"no run compared its gradient with BPTT's; {hint}", f"no run compared gradients; {hint}"]
+    assert why(looking["SLTT"]) == 2 * ["not told yet by new-SLTT"]
+    assert why(looking["BPTT"]) == [why()[0], "not told yet by new-BPTT"]  # which has no cosine with itself
+
+
+def _maps(of: Study) -> tuple[Figure | Missing, Figure | Missing]:
+    return gradient_fidelity(of.groups[0]), temporal_share(of.groups[0])
+
+
 def test_a_gradient_that_leads_away_is_not_drawn_as_one_at_a_right_angle():
     def drawn(cosine: float) -> tuple[float, str]:
         told = fidelity()

@@ -233,7 +233,9 @@ def an_hour_ago(path: Path) -> None:
     path.write_text("".join(json.dumps({**line, "time": line["time"] - 3600}) + "\n" for line in lines))
 
 
-def test_the_journal_is_sent_at_a_start_and_again_at_each_evaluation_and_at_the_end(fake_run: Callable, sqlite_store: str):
+def test_the_journal_is_sent_at_a_start_and_whenever_the_weights_are_looked_at_and_at_the_end(
+    fake_run: Callable, sqlite_store: str
+):
     run, sent = fake_run(), []
     delivery = Delivery(run.folder, uri=sqlite_store)
 
@@ -247,10 +249,11 @@ def test_the_journal_is_sent_at_a_start_and_again_at_each_evaluation_and_at_the_
         assert kept() and sent[-1].count(b"\n") == 1  # whoever looks on learns what the run is
         steps(journal, 0, 2)
         assert not kept()
-        journal.event("evaluation", step=1, metrics={})
-        assert kept()
-        steps(journal, 2, 4)
-        assert not kept()
+        for kind in ("evaluation", "fidelity"):
+            journal.event(kind, step=1)
+            assert kept()
+            steps(journal, 2, 4)
+            assert not kept()
     assert sync(run.folder, uri=sqlite_store)  # nobody drives it: this is its end
     assert kept()
     artifact = artifacts(delivery.run) / "journal.jsonl"
