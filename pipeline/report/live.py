@@ -26,15 +26,13 @@ from pipeline.report.history import number
 from pipeline.report.places import machine
 from pipeline.report.returned import Returned, returned
 from pipeline.report.runs import ReportError, refuse_damaged_summary
-from pipeline.report.store import ArtifactError, Point, Store, StoredRun, StoreError, Told
+from pipeline.report.store import ArtifactError, Point, Store, StoredRun, StoreError, Told, state_of
 from pipeline.report.study import Study
 from pipeline.report.study_run import StudyRun, study_run
 from pipeline.track.files import JOURNAL
 from pipeline.track.jsonl import Event
 from pipeline.track.publish import REPORT_DATA
-from pipeline.track.state import State
 
-_STATES: dict[str, State] = {"RUNNING": "running", "FINISHED": "finished", "FAILED": "failed"}  # else stopped: MLflow's KILLED
 _ASKED = {"step": ("train/", ("loss", "top1", "images_per_s")), "evaluation": ("val/", ("top1", "loss", "firing_rate"))}
 _PARTS = tuple(f"{name}_s" for name in (*PARTS, REST))
 _SENT = "spiketrain.artifact."  # tags that say which version of an artifact was sent
@@ -158,7 +156,7 @@ class Live:
     def run(self, stored: StoredRun) -> StudyRun:
         """One run, from its artifacts, and where it goes on from its metrics."""
         with self._lock:
-            if stored.state == "RUNNING":
+            if state_of(stored) == "running":
                 return self._going_on(stored)
             sent = tuple(sorted(item for item in stored.tags.items() if item[0].startswith(_SENT)))
             key = (stored.id, stored.state, stored.newest, sent)
@@ -175,7 +173,7 @@ class Live:
             told = self._told_by_metrics(stored, _Going())
         beside = {name: self._json(stored.id, f"{name}.json", kind) for name, kind in _BESIDE.items()}
         refuse_damaged_summary(beside["summary"] or {}, "its summary.json in MLflow")
-        return study_run(stored.name, told.events, state=_state_of(stored), every=told.every, **beside)
+        return study_run(stored.name, told.events, state=state_of(stored), every=told.every, **beside)
 
     def _going_on(self, stored: StoredRun) -> StudyRun:
         going = self._going.setdefault(stored.id, _Going())
@@ -239,12 +237,6 @@ class Live:
         if value is not None and not isinstance(value, kind):
             raise ReportError(f"its {name} in MLflow must hold a {kind.__name__}; got a {type(value).__name__}")
         return value
-
-
-def _state_of(stored: StoredRun) -> State:
-    if stored.state == "FAILED" and stored.tags.get("spiketrain.diverged") == "true":
-        return "diverged"
-    return _STATES.get(stored.state, "stopped")
 
 
 def _after(events: Sequence[Event], points: Mapping[str, Sequence[Point]], attempt: Any) -> Iterator[Event]:

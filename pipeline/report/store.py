@@ -21,6 +21,7 @@ from pipeline.track.connect import SQLITE, without_password
 from pipeline.track.files import KNOWN
 from pipeline.track.jsonl import Event, read, read_thinned
 from pipeline.track.publish import REPORT, REPORT_DATA
+from pipeline.track.state import State
 
 ARTIFACTS = (*(name for name in KNOWN if not name.endswith(".npz")), REPORT_DATA, REPORT)
 """what `Store.text` may be asked for"""
@@ -30,6 +31,7 @@ MOST_BYTES = 64 << 20
 """of an artifact that is read whole: it is shown to a person"""
 _THINNED_BYTES = 8 << 20
 """about so much of the curve of a longer journal is kept"""
+_STATES: dict[str, State] = {"RUNNING": "running", "FINISHED": "finished", "FAILED": "failed"}
 
 
 class StoreError(ReportError):
@@ -52,7 +54,7 @@ class StoredRun:
     rule: str
     seed: str
     state: str
-    """MLflow's: RUNNING, FINISHED, FAILED, KILLED"""
+    """MLflow's: RUNNING, FINISHED, FAILED, KILLED; what is shown of it is `state_of`"""
     parent: str | None
     """the id of the run that stands for its suite"""
     started: float
@@ -72,7 +74,7 @@ class StoredStudy:
     rules: tuple[str, ...]
     seeds: tuple[str, ...]
     states: Mapping[str, int]
-    """how many runs are in each state; SILENT, which is none of MLflow's, are those that it has as RUNNING and nobody hears of"""
+    """how many runs are in each state; silent are those that go on by what MLflow says and nobody hears of"""
     parents: tuple[str, ...]
     newest: float
 
@@ -145,6 +147,13 @@ def open_store(uri: str) -> Store:
     )
 
 
+def state_of(run: StoredRun) -> State:
+    """As its folder tells it. For MLflow what diverged has FAILED, which a tag tells apart, and what was stopped is KILLED."""
+    if run.state == "FAILED" and run.tags.get("spiketrain.diverged") == "true":
+        return "diverged"
+    return _STATES.get(run.state, "stopped")
+
+
 def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
     """What `Store.listed` found, by study, the one that something happened in last first."""
     groups: dict[tuple[str, str], list[StoredRun]] = {}
@@ -166,7 +175,8 @@ def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
 
 
 def _state_listed(run: StoredRun) -> str:
-    return "SILENT" if is_silent(run.state.lower(), run.newest) else run.state
+    state = state_of(run)
+    return "silent" if is_silent(state, run.newest) else state
 
 
 def journal_at(file: Path) -> Told:

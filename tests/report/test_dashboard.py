@@ -463,6 +463,31 @@ def test_a_run_that_nobody_hears_of_says_so_beside_its_state(store: FakeStore):
     assert "running, no word for 30 min" in Asking(store).show(f"?study={KEY}&view=runs")
 
 
+def test_a_state_has_one_word_in_the_list_the_filter_the_boxes_and_the_figures(store: FakeStore):
+    about: dict[str, Any] = {"study": OTHER, "experiment": "cifar", "state": "FAILED"}
+    store.add_finished("lost", "SLTT", **about, tags={"spiketrain.diverged": "true"})
+    store.add_finished("broken", "SLTT", **about, tags={"spiketrain.diverged": "false"})
+    store.add_finished("ended", "SLTT", **{**about, "state": "KILLED"})
+    asking = Asking(store)
+    assert "1 diverged, 2 failed, 1 stopped" in asking.list("?text=diverged") and "0 of 2 studies" in asking.list("?text=killed")
+    assert "1 of 2 studies" in asking.list("?only=failed")
+    shown, runs = (asking.show(f"?study={OTHER}&view={view}") for view in ("costs", "runs"))
+    for name, state in (("lost", "diverged"), ("broken", "failed"), ("ended", "stopped")):
+        assert f"SLTT, seed 0, {state}" in shown and name in shown
+        assert [name, "SLTT", "0", OTHER[:8], state] in list(_rows(json.loads(runs)))
+    assert "0, 1 failed, 1 stopped, 1 diverged" in shown
+    store.members = [run for run in store.members if run.name in ("lost", "bptt-0")]
+    assert "1 of 2 studies" in asking.list("?only=failed") and "1 of 2 studies" in asking.list("?only=finished")
+
+
+def _rows(value: Any) -> Iterator[list[str]]:
+    """The first cells of each row of the tables of an answer."""
+    if isinstance(value, dict) and value.get("type") == "Tr":
+        yield [text for where, text in _texts(value) if where == "children"][:5]
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _rows(each)
+
+
 def test_the_list_tells_silent_runs_from_those_that_go_on(store: FakeStore):
     store.add("dead", study=OTHER, state="RUNNING", experiment="cifar", newest=0.0)
     asking = Asking(store)

@@ -288,7 +288,7 @@ class _Answers:
             members = place.members(self._live.members(place.study))
             runs = place.picked(members)
             news = [[[run.newest, _versions(run.tags)] for run in runs], self._live.versions(runs)]
-            now = [search, scheme, [[run.id, parts.state_of(run)] for run in members], news]
+            now = [search, scheme, [[run.id, parts.state_words(run)] for run in members], news]
             if now == before:
                 return (no_update,) * 5
             if not members:

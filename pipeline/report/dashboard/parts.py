@@ -10,7 +10,7 @@ from dash import dcc, html
 
 from pipeline.report import scaling, tables
 from pipeline.report.dashboard import blocks
-from pipeline.report.dashboard.place import ONLY, SORTS, VIEWS, Place, View, short, state_words
+from pipeline.report.dashboard.place import ONLY, SORTS, VIEWS, Place, View, short, states_words
 from pipeline.report.figure import Figure, Missing
 from pipeline.report.figures import ratios, trade_off
 from pipeline.report.figures_learning import learning_curves, standings
@@ -19,7 +19,7 @@ from pipeline.report.figures_time import time_parts
 from pipeline.report.live import SuiteReport
 from pipeline.report.page import TRADED
 from pipeline.report.silence import state_told
-from pipeline.report.store import StoredRun, StoredStudy
+from pipeline.report.store import StoredRun, StoredStudy, state_of
 from pipeline.report.study import Group, Study
 from pipeline.report.swept import LARGEST_SAID, swept
 
@@ -72,7 +72,7 @@ def _row(place: Place, study: StoredStudy) -> html.Tr:
     here = (place.study, place.family) == (study.study, study.experiment)
     there = place.change(study=study.study, family=study.experiment, runs=None if not here else place.runs)
     link = dcc.Link(study.study[:8] or "unknown", href="/" + there.search)
-    cells = [study.experiment, ", ".join(study.rules), _seeds(study.seeds), state_words(study), _when(study.newest)]
+    cells = [study.experiment, ", ".join(study.rules), _seeds(study.seeds), states_words(study), _when(study.newest)]
     told = {**blocks.aria(current="true"), "className": "here"} if here else {}
     return html.Tr([html.Th(link, scope="row"), *map(html.Td, cells)], **told)
 
@@ -120,7 +120,7 @@ def boxes(place: Place, members: Sequence[StoredRun]) -> list[html.Button]:
     picked = {run.id for run in place.picked(members)}
     return [
         html.Button(
-            [html.B(run.name), f" {run.rule}, seed {run.seed or '?'}, {state_of(run)}"],
+            [html.B(run.name), f" {run.rule}, seed {run.seed or '?'}, {state_words(run)}"],
             id={"change": "runs", "to": short(run)},
             type="button",
             role="checkbox",
@@ -130,8 +130,9 @@ def boxes(place: Place, members: Sequence[StoredRun]) -> list[html.Button]:
     ]
 
 
-def state_of(run: StoredRun) -> str:
-    return state_told(run.state.lower(), run.newest)
+def state_words(run: StoredRun) -> str:
+    """`diverged`, or `running, no word for 25 min`"""
+    return state_told(state_of(run), run.newest)
 
 
 def figures(place: Place, study: Study, reports: Sequence[SuiteReport], theme: str) -> list[Any]:

@@ -22,9 +22,9 @@ VIEWS: dict[View, str] = {
 Only = Literal["all", "running", "finished", "failed"]
 ONLY: dict[Only, tuple[str, frozenset[str]]] = {
     "all": ("all", frozenset()),
-    "running": ("going on", frozenset({"RUNNING"})),
-    "finished": ("finished", frozenset({"FINISHED"})),
-    "failed": ("failed or killed", frozenset({"FAILED", "KILLED"})),
+    "running": ("going on", frozenset({"running"})),
+    "finished": ("finished", frozenset({"finished"})),
+    "failed": ("diverged, failed or stopped", frozenset({"diverged", "failed", "stopped"})),
 }
 """the states of which a study has to have one; a run that is silent neither goes on nor is known to have ended"""
 SORTS = ("study", "family", "rules", "seeds", "runs", "newest")
@@ -134,13 +134,13 @@ def _newest_seeds(members: Sequence[StoredRun]) -> list[StoredRun]:
     return [run for run in members if run.id in kept]
 
 
-def state_words(study: StoredStudy) -> str:
+def states_words(study: StoredStudy) -> str:
     """`3 finished, 1 running, 1 silent`"""
-    return ", ".join(f"{count} {state.lower()}" for state, count in sorted(study.states.items()))
+    return ", ".join(f"{count} {state}" for state, count in sorted(study.states.items()))
 
 
 def _words(study: StoredStudy) -> str:
-    return " ".join([study.study, study.experiment, *study.rules, *study.seeds, state_words(study)]).lower()
+    return " ".join([study.study, study.experiment, *study.rules, *study.seeds, states_words(study)]).lower()
 
 
 def _sorted_by(study: StoredStudy, column: str) -> Any:
