@@ -9,6 +9,7 @@ that differ in their number of workers alone are (scaling.py).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections import Counter
@@ -71,6 +72,11 @@ class Group:
     @property
     def study(self) -> str:
         return self.runs[0].study
+
+    @property
+    def key(self) -> str:
+        """The same whatever other groups stand beside it, and whatever runs come to it: a digest of the `kind` of its runs."""
+        return f"g{hashlib.sha256(kind(self.runs[0]).encode()).hexdigest()[:8]}"
 
     @property
     def finished(self) -> tuple[StudyRun, ...]:

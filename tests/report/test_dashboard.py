@@ -20,12 +20,14 @@ from pipeline.report.dashboard.place import VIEWS, Place
 from pipeline.report.returned import Returned
 from pipeline.report.store import Store, StoredRun, open_store
 from tests.report.fake_store import FakeStore
-from tests.report.hand_made import KEY, recipe
+from tests.report.hand_made import KEY, recipe, study
 from tests.report.test_swept import LARGEST
 from tests.small import command
 
 spiketrain = pytest.fixture(command)
 OTHER = "f" * 16
+GROUP = study().groups[0].key
+"""of the runs by one worker"""
 TOKEN = "a token of more than a word"
 ANSWERED = {"looked": {"data": 7.5}}
 """nothing new; the page may ask again"""
@@ -332,14 +334,13 @@ def test_boxes_stay_while_their_runs_do(store: FakeStore):
 
 def test_the_data_of_a_figure_is_a_file(store: FakeStore):
     client = Asking(store).client
-    file = client.get(f"/csv?study={KEY}&name=g1-ratios")
+    file = client.get(f"/csv?study={KEY}&name={GROUP}-ratios")
     assert file.mimetype == "text/csv" and file.get_data(as_text=True).startswith("rule,quantity,divided by,ratio")
-    beside = client.get(f"/csv?study={KEY}&name=g1-beside")
+    beside = client.get(f"/csv?study={KEY}&name={GROUP}-beside")
     assert beside.get_data(as_text=True) == "rule,states beside saved bytes\nBPTT,1 ± 0 kB\nSLTT,1 ± 0 kB\n"
-    assert client.get(f"/csv?study={KEY}&name=g1-held").status_code == 404  # no run says what training holds
-    assert (
-        client.get(f"/csv?study={KEY}&name=../../x").status_code == 404 and client.get("/csv?name=g1-ratios").status_code == 404
-    )
+    assert client.get(f"/csv?study={KEY}&name={GROUP}-held").status_code == 404  # no run says what training holds
+    for nothing in (f"study={KEY}&name=../../x", f"study={KEY}&name=g1-ratios", f"name={GROUP}-ratios"):
+        assert client.get(f"/csv?{nothing}").status_code == 404
 
 
 def test_claims_and_sweeps_of_each_suite_are_a_view(store: FakeStore):
@@ -354,7 +355,8 @@ def test_claims_and_sweeps_of_each_suite_are_a_view(store: FakeStore):
     shown = asking.show(search)
     assert '"children":"trials of launch 3\\n"},"type":"Pre"' in shown and "trials of launch 2" in shown
     assert "does not hold" in shown and "Memory against time steps: small" in shown and shown.count('"type":"Graph"') == 2
-    assert "Each rule's own largest batch" in shown and f'"data-png":"{KEY[:8]}-first-sweep1-memory-against-time-steps"' in shown
+    file = "sweep-1-launch-2-first-commit-abc-on-a-cpu-first-sweep1-memory-against-time-steps"
+    assert "Each rule's own largest batch" in shown and f'"data-png":"{file}"' in shown
     heads = [f"launch-{seed} ({parent}), commit abc, on a cpu" for parent, seed in (("second", 3), ("first", 2))]
     places = [shown.index(text) for text in (f'"{heads[0]}"', "ours of launch 3", f'"{heads[1]}"', "ours of launch 2")]
     assert places == sorted(places)  # whose a row is
@@ -410,6 +412,28 @@ def test_every_file_that_a_view_offers_is_there(store: FakeStore):
         assert [asking.client.get(link).mimetype for link in links] == ["text/csv"] * len(links)
 
 
+def test_a_link_to_a_file_stays_the_groups_whatever_runs_come(store: FakeStore):
+    """The group with most rules, then that of the run that started last, stands first."""
+    several_groups(store)
+    asking = Asking(store)
+    two, one = _groups(asking)
+    assert two[1] == "study-01234567-on-a-cpu-2-cores-1-thread-2-workers"
+    assert one == (GROUP, "study-01234567-on-a-cpu-2-cores-1-thread-1-worker")
+    file = f"/csv?study={KEY}&name={two[0]}-ratios"
+    before = asking.client.get(file).get_data(as_text=True)
+    store.add_finished("ottt", "OTTT-A")
+    asking = Asking(store)  # a look lasts half a second
+    assert list(_groups(asking)) == [one, two] and asking.client.get(file).get_data(as_text=True) == before
+
+
+def _groups(asking: Asking) -> Iterator[tuple[str, str]]:
+    """The key of each group in the order of the page, and how its files begin."""
+    for where, text in _texts(json.loads(asking.show(f"?study={KEY}"))):
+        if where == "download" and text.endswith("-costs.csv"):
+            name, _, key = text.removesuffix("-costs.csv").rpartition("-")
+            yield key, name
+
+
 def test_how_the_groups_differ_is_a_file(store: FakeStore):
     file = f"/csv?study={KEY}&view=runs&name=differences"
     assert Asking(store).client.get(file).status_code == 404  # there is one group
@@ -437,7 +461,7 @@ def test_what_training_holds_and_the_published_run_are_shown_as_on_the_page(stor
     asking = Asking(store)
     shown = asking.show(f"?study={KEY}")
     assert "What training holds" in shown and "as they are without ZeRO" in shown
-    held = asking.client.get(f"/csv?study={KEY}&name=g1-held").get_data(as_text=True)
+    held = asking.client.get(f"/csv?study={KEY}&name={GROUP}-held").get_data(as_text=True)
     assert held.splitlines()[1] == "BPTT,4 ± 0 MB,,4 ± 0 MB,,,,1 ± 0 kB"
     learning = asking.show(f"?study={KEY}&view=learning")
     assert "Beside the published run" in learning and "sltt-0: 5.0 points below the published run at epoch 2" in learning
@@ -534,7 +558,7 @@ def test_a_store_in_trouble_is_a_sentence_and_the_store_that_is_back_is_shown(st
     store.add_finished("new", "SLTT", seed=7)
     asking = Asking(store)
     assert "Store x does not exist." in asking.list() and "Store x does not exist." in asking.show(f"?study={KEY}", drawn=drawn)
-    assert asking.client.get(f"/csv?study={KEY}&name=g1-ratios").status_code == 503
+    assert asking.client.get(f"/csv?study={KEY}&name={GROUP}-ratios").status_code == 503
     assert asking.press(f"?study={KEY}", "runs all") == f"?study={KEY}"
     store.trouble = ""
     assert KEY[:8] in asking.list() and asking.show(f"?study={KEY}").count('"aria-checked":"true"') == 5

@@ -10,9 +10,11 @@ from dash import dcc, html
 
 from pipeline.report.dashboard.place import Place
 from pipeline.report.figure import DARK, LIGHT, Figure, Table
-from pipeline.report.page import told
+from pipeline.report.page import slug, told
 
 _ROWS = 40
+_MOST = 120
+"""letters of a group or suite in the name of a file, which may have 255 bytes"""
 CONFIG: Any = {"displayModeBar": False, "responsive": True, "scrollZoom": False, "doubleClick": False, "showTips": False}
 
 
@@ -27,7 +29,7 @@ def figure(place: Place, key: str, one: Figure, theme: str, *, where: str) -> ht
             html.H4(one.title),
             html.Div(graph, className="drawing", role="img", **aria(label=f"{one.title}. {one.alt}")),
             html.Figcaption([one.caption, " ", html.Span(one.alt, className="alt")]),
-            html.Div([_png_button(place, name, one.title), _csv(place, name, one.title)], className="actions"),
+            html.Div([_png_button(place, name, one.title, where), _csv(place, name, one.title, where)], className="actions"),
             html.Details(
                 [
                     html.Summary(["Table", html.Span(f" of {one.title}", className="unseen")]),
@@ -38,25 +40,31 @@ def figure(place: Place, key: str, one: Figure, theme: str, *, where: str) -> ht
     )
 
 
-def _png_button(place: Place, name: str, what: str) -> html.Button:
+def _png_button(place: Place, name: str, what: str, where: str) -> html.Button:
     """app.py has what it does."""
     words = ["PNG", html.Span(f" of {what}", className="unseen")]
-    file: dict[str, Any] = {"data-png": f"{place.study[:8]}-{name}"}
+    file: dict[str, Any] = {"data-png": _file(place, name, where)}
     return html.Button(words, type="button", className="button", **file)
 
 
-def csv_link(place: Place, name: str, what: str) -> html.Div:
-    return html.Div(_csv(place, name, what), className="actions")
+def csv_link(place: Place, name: str, what: str, *, where: str = "") -> html.Div:
+    """`where` as `table` takes it."""
+    return html.Div(_csv(place, name, f"{what}, {where}" if where else what, where), className="actions")
 
 
-def _csv(place: Place, name: str, what: str) -> html.A:
+def _csv(place: Place, name: str, what: str, where: str) -> html.A:
     asked: Mapping[str, str] = {"name": name}
     return html.A(
         ["CSV", html.Span(f" of {what}", className="unseen")],
         className="button",
         href=f"/csv{place.search or '?'}&{urlencode(asked)}",
-        download=f"{place.study[:8]}-{name}.csv",
+        download=f"{_file(place, name, where)}.csv",
     )
+
+
+def _file(place: Place, name: str, where: str) -> str:
+    """Of a file that is taken away: in a folder of such files its name alone tells of which group it is."""
+    return f"{slug(where)[:_MOST] if where else place.study[:8]}-{name}"
 
 
 def table(one: Table, caption: str, *, where: str = "", shown: int = _ROWS) -> html.Div:

@@ -147,18 +147,18 @@ def figures(place: Place, study: Study, reports: Sequence[SuiteReport], theme: s
         return [*notes, *_told_by_reports(place, reports, theme)]
     parts: list[Any] = [*notes]
     missing: list[Any] = []
-    for key, group in grouped(study):
+    for group in study.groups:
         title = tables.named(group)
-        parts.append(html.H3(title, id=key))
+        parts.append(html.H3(title, id=group.key))
         if place.view == "costs":
-            parts += list(_costs(place, key, group))
+            parts += list(_costs(place, group))
         if place.view == "learning" and (beside := standings(group)):
             parts += [html.H4("Beside the published run"), html.Ul(list(map(html.Li, beside)))]
         for each in drawn(place.view, group):
             if isinstance(each, Missing):
                 missing.append(html.Li([html.B(each.title), f": {title}: {each.why}."]))
             else:
-                parts.append(blocks.figure(place, key, each, theme, where=title))
+                parts.append(blocks.figure(place, group.key, each, theme, where=title))
     if place.view == "costs" and (scaled := scaling.scaling(study)) is not None:
         parts += [html.H3("Scaling over workers"), html.P(scaling.SAID, className="aside")]
         parts += [
@@ -166,10 +166,6 @@ def figures(place: Place, study: Study, reports: Sequence[SuiteReport], theme: s
             blocks.csv_link(place, "scaling", "scaling over workers"),
         ]
     return [*parts, html.H3("Not measured"), html.Ul(missing)] if missing else parts
-
-
-def grouped(study: Study) -> list[tuple[str, Group]]:
-    return [(f"g{index}", group) for index, group in enumerate(study.groups, start=1)]
 
 
 def drawn(view: View, group: Group) -> Iterator[Figure | Missing]:
@@ -205,22 +201,22 @@ def csv_of(place: Place, study: Study, reports: Sequence[SuiteReport], name: str
                 return figure.table.to_csv()
             if name == f"{report.key}-{key}-largest" and largest is not None:
                 return largest.to_csv()
-    for key, group in grouped(study):
-        if name == f"{key}-costs":
+    for group in study.groups:
+        if name == f"{group.key}-costs":
             return tables.costs(group).to_csv()
-        if name == f"{key}-beside":
+        if name == f"{group.key}-beside":
             found = tables.beside(group)
             return None if found is None else found.to_csv()
-        if name == f"{key}-held":
+        if name == f"{group.key}-held":
             found = tables.held(group)
             return None if found is None else found.to_csv()
         for each in drawn(place.view, group):
-            if isinstance(each, Figure) and name == f"{key}-{each.name}":
+            if isinstance(each, Figure) and name == f"{group.key}-{each.name}":
                 return each.table.to_csv()
     return None
 
 
-def _costs(place: Place, key: str, group: Group) -> Iterator[Any]:
+def _costs(place: Place, group: Group) -> Iterator[Any]:
     if not group.has_baseline:
         why = group.several_baselines or _NOT_PICKED.format(group.against)
         yield html.P(f"No baseline: {why}. Nothing is divided.", className="note")
@@ -230,7 +226,7 @@ def _costs(place: Place, key: str, group: Group) -> Iterator[Any]:
     yield blocks.table(
         tables.costs(group), "Mean ± standard deviation over seeds, × the baseline over paired seeds", where=tables.named(group)
     )
-    yield blocks.csv_link(place, f"{key}-costs", f"costs, {tables.named(group)}")
+    yield blocks.csv_link(place, f"{group.key}-costs", "costs", where=tables.named(group))
     if group.notes:
         yield html.Ul([html.Li(note) for note in group.notes], className="aside")
     yield html.H4("What stands behind the rows")
@@ -243,13 +239,13 @@ def _costs(place: Place, key: str, group: Group) -> Iterator[Any]:
         yield blocks.table(
             beside, "What else was measured of each rule: mean ± standard deviation over seeds", where=tables.named(group)
         )
-        yield blocks.csv_link(place, f"{key}-beside", f"measured beside, {tables.named(group)}")
+        yield blocks.csv_link(place, f"{group.key}-beside", "measured beside", where=tables.named(group))
     if (held := tables.held(group)) is not None:
         yield html.H4("What training holds")
         yield html.P(tables.HELD_SAID, className="aside")
         caption = "What each rule holds, by kind: mean ± standard deviation over seeds"
         yield blocks.table(held, caption, where=tables.named(group))
-        yield blocks.csv_link(place, f"{key}-held", f"what training holds, {tables.named(group)}")
+        yield blocks.csv_link(place, f"{group.key}-held", "what training holds", where=tables.named(group))
 
 
 def _places(place: Place, study: Study) -> Iterator[Any]:
@@ -275,7 +271,7 @@ def _told_by_reports(place: Place, reports: Sequence[SuiteReport], theme: str) -
             caption = "What is published, what was measured here, and whether it holds"
             claimed = tables.claims(report.told.claims)
             yield blocks.table(claimed, caption, where=report.title, shown=len(claimed.rows))
-            yield blocks.csv_link(place, f"{report.key}-claims", f"claims, {report.title}")
+            yield blocks.csv_link(place, f"{report.key}-claims", "claims", where=report.title)
         for count, (key, figure, largest) in enumerate(swept(report.told.sweeps), start=1):
             where = f"sweep {count}, {report.title}"
             yield blocks.figure(place, f"{report.key}-{key}", figure, theme, where=where)
@@ -283,7 +279,7 @@ def _told_by_reports(place: Place, reports: Sequence[SuiteReport], theme: str) -
                 yield html.H4("Each rule's own largest batch")
                 yield html.P(LARGEST_SAID, className="aside")
                 yield blocks.table(largest, "Largest batch and its speed", where=where)
-                yield blocks.csv_link(place, f"{report.key}-{key}-largest", f"largest batches, {figure.title}")
+                yield blocks.csv_link(place, f"{report.key}-{key}-largest", f"largest batches, {figure.title}", where=where)
         if report.printed:
             yield html.H4("The suite's own report")
             yield blocks.printed(report.printed, f"The suite's own report, {report.title}")
