@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -25,6 +26,9 @@ from pipeline.track.files import JOURNAL
 from pipeline.track.hierarchy import KIND_TAG, PARENT_OF
 
 LOCKED_S = 2.0
+MAKING_S = 60.0
+"""A file that was changed so lately may be a store that is being made: MLflow (3.17.2) makes its tables, and then, as it brings
+them up to date, the one by which a store is known."""
 _READABLE = "are the file and its folder readable to you?"
 Read = TypeVar("Read")
 
@@ -107,19 +111,21 @@ class SqliteStore:
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         """What SQLite says of a file that is none of its own, or of MLflow's, becomes a sentence."""
-        if self._size() == 0:
+        facts = self._facts()
+        if facts.st_size == 0:
             raise StoreError(f"store {self.file} is empty, nothing was delivered yet; `spiketrain sync RUN` fills it")
         try:
             with closing(self._opened()) as connection:
                 yield connection
         except sqlite3.OperationalError as error:
-            raise StoreError(f"store {self.file} {_told(error)}") from error
+            is_new = time.time() - facts.st_mtime < MAKING_S
+            raise StoreError(f"store {self.file} {_told(error, is_new=is_new)}") from error
         except sqlite3.DatabaseError as error:
             raise StoreError(
                 f"store {self.file} is damaged ({error}); move it away: `spiketrain sync RUN` fills a new one from the journals"
             ) from error
 
-    def _size(self) -> int:
+    def _facts(self) -> os.stat_result:
         try:
             facts = self.file.stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -128,7 +134,7 @@ class SqliteStore:
             raise StoreError(f"store {self.file} cannot be read ({error.strerror}); {_READABLE}") from error
         if facts is None or not stat.S_ISREG(facts.st_mode):
             raise StoreError(f"store {self.file} does not exist; launch a run, or name another by MLFLOW_TRACKING_URI")
-        return facts.st_size
+        return facts
 
     def _opened(self) -> sqlite3.Connection:
         """Read-only, unless its last writer was killed in the middle of a write, which SQLite itself must undo first."""
@@ -149,14 +155,18 @@ class SqliteStore:
         return sqlite3.connect(f"file:{quote(str(self.file))}?mode={mode}", uri=True, timeout=LOCKED_S)
 
 
-def _told(error: sqlite3.OperationalError) -> str:
+def _told(error: sqlite3.OperationalError, *, is_new: bool) -> str:
     text = str(error)
     if "locked" in text or "busy" in text:
         return f"is locked by another process for over {LOCKED_S:g} s; try again, or end who holds it"
+    again = f"look again in {MAKING_S:g} s"
+    if "no such table: alembic_version" in text and is_new:
+        return f"is being made, or is no MLflow store; {again}"
     if "no such table: alembic_version" in text:
         return "is no MLflow store; name another, or move it away: `spiketrain sync RUN` fills a new one"
     if "no such table" in text or "no such column" in text:
-        return f"is of another version of MLflow ({text}); mlflow db upgrade sqlite:///FILE"
+        making, waits = ("is being made, or ", f"{again}, then ") if is_new else ("", "")
+        return f"{making}is of another version of MLflow ({text}); {waits}mlflow db upgrade sqlite:///FILE"
     return f"cannot be read ({text}); {_READABLE}"
 
 
