@@ -296,6 +296,18 @@ def test_which_boxes_are_checked_follows_what_is_picked(store: FakeStore):
     assert asking.check(f"?study={KEY}&runs={ids[3]}", ids)[3] == "true"
 
 
+def test_an_address_that_names_no_runs_says_that_it_shows_the_newest(store: FakeStore):
+    said = "The newest 24 of 34 runs; means are of these"
+    assert "The newest" not in Asking(store).show(f"?study={KEY}")
+    for count in range(30):
+        store.add_finished(f"{count:02}-ottt", "OTTT-A", seed=count)
+    asking = Asking(store)
+    for view in VIEWS:
+        assert said in asking.show(f"?study={KEY}&view={view}")
+    named = ".".join(run.id[:8] for run in store.members[:24])
+    assert "The newest" not in asking.show(f"?study={KEY}&runs={named}") and "The newest" not in asking.show("?study=" + OTHER)
+
+
 def test_a_baseline_that_nobody_picked_is_not_called_unfinished(store: FakeStore):
     shown = Asking(store).show(f"?study={KEY}&runs={store.members[1].id[:8]}")  # of SLTT
     assert "No baseline: no finished run of BPTT in this group is among those picked. Nothing is divided." in shown

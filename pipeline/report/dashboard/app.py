@@ -149,7 +149,7 @@ def _layout(name: str, every: float) -> html.Div:
                 ],
                 id="main",
             ),
-            html.Footer(html.P("Made by spiketrain. The address shows the same to whoever opens it.")),
+            html.Footer(html.P("Made by spiketrain. The address shows the same to whoever opens it, of the runs there are.")),
         ],
         className="page",
     )
@@ -294,7 +294,8 @@ class _Answers:
             if not members:
                 return title, True, [], [html.P("The store has no run of this study.", className="note")], now
             boxes = no_update if before and before[2] == now[2] else parts.boxes(place, members)
-            return title, False, boxes, parts.figures(place, self._live.study(runs), self._live.reports(runs), scheme), now
+            found = parts.figures(place, self._live.study(runs), self._live.reports(runs), scheme)
+            return title, False, boxes, [*parts.newest_alone(place, runs, members), *found], now
         except ReportError as error:
             return title, True, [], _trouble(error), None
 

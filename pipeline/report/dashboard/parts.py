@@ -168,6 +168,14 @@ def figures(place: Place, study: Study, reports: Sequence[SuiteReport], theme: s
     return [*parts, html.H3("Not measured"), html.Ul(missing)] if missing else parts
 
 
+def newest_alone(place: Place, picked: Sequence[StoredRun], members: Sequence[StoredRun]) -> list[Any]:
+    """A note where the address names no runs and not all are shown: the same address shows others when a seed begins."""
+    if place.runs is not None or len(picked) == len(members):
+        return []
+    told = f"The newest {len(picked)} of {len(members)} runs; means are of these, and another seed that begins changes them."
+    return [html.P(f"{told} Whoever picks runs has them in the address.", className="note")]
+
+
 def drawn(view: View, group: Group) -> Iterator[Figure | Missing]:
     """The figures of a view, or why there are none."""
     if view == "costs":

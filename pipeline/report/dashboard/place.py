@@ -1,4 +1,7 @@
-"""What an address shows, and the address of what is shown: whoever opens it sees the same."""
+"""What an address shows, and the address of what is shown: whoever opens it sees the same.
+
+One that names no runs shows those that there are by then, of many the newest.
+"""
 
 from __future__ import annotations
 
