@@ -12,72 +12,17 @@ from typing import Any
 from dash import ALL, Dash, Input, Output, State, ctx, dcc, html, no_update
 from flask import Response, request
 
-from pipeline.report.dashboard import blocks, parts
+from pipeline.report.dashboard import blocks, parts, scripts
 from pipeline.report.dashboard.place import ONLY, VIEWS, Place, short
 from pipeline.report.live import Live
 from pipeline.report.runs import ReportError
 from pipeline.report.store import Store, studies
 
 _WEB = Path(__file__).parent.parent / "web"
-_SCHEME = """
-function (pathname) {
-    const dark = window.matchMedia("(prefers-color-scheme: dark)");
-    const told = () => dark.matches ? "dark" : "light";
-    if (!window.watchesScheme) {
-        window.watchesScheme = true;
-        document.addEventListener("focusin", (event) => { window.lastFocused = event.target.id; });
-        document.addEventListener("click", (event) => {
-            const button = event.target.closest("[data-png]");
-            const plot = button?.closest("figure").querySelector(".js-plotly-plot");
-            if (!plot) return;
-            const size = {width: Math.max(720, plot.clientWidth), height: plot.clientHeight};
-            window.Plotly.downloadImage(plot, {format: "png", filename: button.dataset.png, scale: 2, ...size});
-        });
-        document.addEventListener("pointerdown", () => { window.lastFocused = ""; });
-        dark.addEventListener("change", () => window.dash_clientside.set_props("scheme", {data: told()}));
-    }
-    return told();
-}
-"""
-_PRESSED = """
-function (clicks, applied, before) {
-    const {triggered} = window.dash_clientside.callback_context;
-    const id = each => JSON.parse(each.prop_id.slice(0, each.prop_id.lastIndexOf(".")));
-    const presses = triggered.filter(each => each.value).map(each => ({...id(each), at: performance.now()}));
-    if (!presses.length) return window.dash_clientside.no_update;
-    return [...(before || []).filter(each => each.at > (applied || 0)), ...presses];
-}
-"""
-"""the presses that the address does not show yet: Dash forgets a question on its way when it asks the next. Buttons that are put
-on the page come along, without a value, and are none."""
-_COUNTED = """
-function (checked) {
-    return checked.length ? `Runs: ${checked.filter(each => each === "true").length} of ${checked.length} picked` : "Runs";
-}
-"""
-_NEXT = """
-function (ticks, asked, answered) {
-    const now = performance.now();
-    return asked === answered || now - asked > PATIENCE ? now : window.dash_clientside.no_update;
-}
-"""
-"""The next look waits for the answer to the last, by the name that this has, its time: of a question whose answer has not come as
-it is asked again Dash throws the answer away, so that of a store slower than its looks nothing would ever be shown."""
-WOKEN_S = 30.0
-"""after which looks go on whose answer has not come: it is lost with a request that is lost on its way"""
-_FOCUS = """
-function (boxes) {
-    const id = window.lastFocused;
-    setTimeout(() => {
-        if (id && document.activeElement === document.body) document.getElementById(id)?.focus({preventScroll: true});
-    }, 50);
-}
-"""
-"""the boxes are made anew when a run comes or ends: whoever presses them by keyboard stays where they are"""
-
-
 _LOOKS = {"look": "looked", "glance": "glanced"}
 """at the study and at the list: where it stands which was asked for, and which was answered"""
+WOKEN_S = 30.0
+"""after which looks go on whose answer has not come: it is lost with a request that is lost on its way"""
 
 
 def make_app(store: Store, *, name: str, every: float) -> Dash:
@@ -162,26 +107,28 @@ class _Answers:
         self._live, self._every = live, every
 
     def join(self, app: Dash, *, patience_s: float) -> None:
-        app.clientside_callback(_SCHEME, Output("scheme", "data"), Input("url", "pathname"))
+        app.clientside_callback(scripts.SCHEME, Output("scheme", "data"), Input("url", "pathname"))
         for asked, answered in _LOOKS.items():
             app.clientside_callback(
-                _NEXT.replace("PATIENCE", str(int(patience_s * 1000))),
+                scripts.NEXT.replace("PATIENCE", str(int(patience_s * 1000))),
                 Output(asked, "data"),
                 Input("tick", "n_intervals"),
                 State(asked, "data"),
                 State(answered, "data"),
                 prevent_initial_call=True,
             )
-        app.clientside_callback(_FOCUS, Input("runs", "children"))
+        app.clientside_callback(scripts.FOCUS, Input("runs", "children"))
         app.clientside_callback(
-            _PRESSED,
+            scripts.PRESSED,
             Output("pressed", "data"),
             Input({"change": ALL, "to": ALL}, "n_clicks"),
             State("applied", "data"),
             State("pressed", "data"),
             prevent_initial_call=True,
         )
-        app.clientside_callback(_COUNTED, Output("picked", "children"), Input({"change": "runs", "to": ALL}, "aria-checked"))
+        app.clientside_callback(
+            scripts.COUNTED, Output("picked", "children"), Input({"change": "runs", "to": ALL}, "aria-checked")
+        )
         app.callback(
             Output("url", "search"),
             Output("text", "value"),
