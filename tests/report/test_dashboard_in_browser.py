@@ -332,6 +332,51 @@ def test_looks_go_on_after_a_request_was_lost(browser: Browser, monkeypatch: pyt
         page.close()
 
 
+def test_whoever_reads_pauses_the_looks(browser: Browser):
+    store = FakeStore()
+    store.add_finished("bptt-0", "BPTT")
+    with served_here(store) as address:
+        page, watch = opened(browser, address)
+        pause = page.get_by_role("button", name="Pause", exact=True)
+        pause.click()
+        expect(pause).to_have_attribute("aria-pressed", "true")
+        page.wait_for_timeout(1000)  # an answer may be on its way
+        asked = len(store.asked)
+        store.add_finished("sltt-0", "SLTT")
+        page.wait_for_timeout(1000)
+        assert len(store.asked) == asked
+        expect(page.locator("#list")).to_contain_text("1 finished")
+        pause.click()
+        expect(page.locator("#list")).to_contain_text("2 finished")
+        assert watch.said == []
+        page.close()
+
+
+def test_a_study_that_is_picked_is_gone_on_from_and_names_the_window(browser: Browser, address: str):
+    page, watch = opened(browser, address)
+    expect(page).to_have_title("spiketrain dashboard")
+    page.get_by_role("link", name="s", exact=True).press("Enter")
+    expect(page.locator("#study")).to_be_focused()
+    expect(page).to_have_title("Study s of small, Savings and costs, spiketrain dashboard")
+    drawn(page, 4)
+    page.get_by_role("button", name=VIEWS["time"], exact=True).click()
+    expect(page).to_have_title("Study s of small, Where the time goes, spiketrain dashboard")
+    page.get_by_role("link", name="s", exact=True).press("Enter")  # the one that is shown
+    expect(page.locator("#study")).to_be_focused()
+    assert watch.said == []
+    page.close()
+
+
+def test_what_is_pressed_is_seen_without_colours_of_ours(page: Page):
+    viewed(page, "time")
+    page.emulate_media(forced_colors="active")
+    ticked = "each => [getComputedStyle(each, '::before').content.includes('\\u2713'), each.ariaPressed]"
+    found = [button.evaluate(ticked) for button in page.locator(".choices button").all()]
+    assert found.count([True, "true"]) == 2 and found.count([False, "false"]) == len(found) - 2
+    assert page.locator("tr.here").evaluate("each => getComputedStyle(each).outlineStyle") == "solid"
+    page.emulate_media(forced_colors="none")
+
+
 def test_a_run_that_goes_on_draws_on(page: Page, runs: Path):
     folder = runs / "going-0"
     folder.mkdir()

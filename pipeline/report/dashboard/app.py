@@ -6,6 +6,7 @@ is read at each look, and no journal before a study is picked.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,12 @@ def _layout(name: str, every: float) -> html.Div:
                     html.P("spiketrain dashboard", className="kind"),
                     html.H1("Studies"),
                     html.P(["Of ", html.Code(name), f", looked at every {every:g} s."], className="lede"),
+                    html.Div(
+                        html.Button(
+                            "Pause", id="pause", type="button", className="button", **blocks.aria(pressed=blocks.yes(False))
+                        ),
+                        className="actions",
+                    ),
                 ]
             ),
             html.Main(
@@ -117,6 +124,17 @@ class _Answers:
                 State(answered, "data"),
                 prevent_initial_call=True,
             )
+        app.clientside_callback(
+            scripts.PAUSED,
+            Output("tick", "disabled"),
+            Output("pause", "aria-pressed"),
+            Input("pause", "n_clicks"),
+            State("tick", "disabled"),
+            prevent_initial_call=True,
+        )
+        app.clientside_callback(
+            scripts.TITLED.replace("VIEWS", json.dumps(VIEWS)), Input("study", "children"), Input("url", "search")
+        )
         app.clientside_callback(scripts.FOCUS, Input("runs", "children"))
         app.clientside_callback(
             scripts.PRESSED,

@@ -16,6 +16,12 @@ function (pathname) {
             const size = {width: Math.max(720, plot.clientWidth), height: plot.clientHeight};
             window.Plotly.downloadImage(plot, {format: "png", filename: button.dataset.png, scale: 2, ...size});
         });
+        document.addEventListener("click", (event) => {
+            const link = event.target.closest("#list tbody a");
+            if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;  // which open it in another window
+            if (link.closest("tr").classList.contains("here")) document.getElementById("study").focus();
+            else window.picksStudy = true;
+        });
         document.addEventListener("pointerdown", () => { window.lastFocused = ""; });
         dark.addEventListener("change", () => window.dash_clientside.set_props("scheme", {data: told()}));
     }
@@ -46,6 +52,26 @@ function (ticks, asked, answered) {
 """
 """The next look waits for the answer to the last, by the name that this has, its time: of a question whose answer has not come as
 it is asked again Dash throws the answer away, so that of a store slower than its looks nothing would ever be shown."""
+PAUSED = """
+function (clicks, paused) {
+    return [!paused, String(!paused)];
+}
+"""
+"""no look while it is paused; what somebody presses is answered all the same"""
+TITLED = """
+function (study, search) {
+    const asked = new URLSearchParams(search || "");
+    const views = new Map(Object.entries(VIEWS));
+    const view = views.get(asked.get("view")) || views.get("costs");
+    document.title = asked.get("study") ? `${study}, ${view}, spiketrain dashboard` : "spiketrain dashboard";
+    const {triggered} = window.dash_clientside.callback_context;
+    if (window.picksStudy && triggered.some(each => each.prop_id === "study.children")) {
+        window.picksStudy = false;
+        document.getElementById("study").focus();
+    }
+}
+"""
+"""the title of the window, and once it is there the heading that whoever picked a study in the list goes on from"""
 FOCUS = """
 function (boxes) {
     const id = window.lastFocused;
