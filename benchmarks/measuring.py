@@ -3,13 +3,14 @@
 Command:  python -m benchmarks.measuring [--rule sltt|bptt] [--processes 6] [--batches 200] [--evaluations 4]
 Result:   one thread of 2 cores of an AMD EPYC, torch 2.13, T = 4
 
-    SLTT, batch 304, commit d092e0416fb7, 3 processes, batches of 98 to 106 ms:
+    SLTT, batch 168, commit 35e9d76e7545, 3 processes, batches of 97 to 99 ms:
 
-    a long training       +0.17 %, of a process +0.12 to +0.22 %
-    an evaluation         +3.39 %, of a process +2.84 to +3.85 %
-    a run of 1 epoch      +0.51 %, of a process +0.10 to +0.76 %
-    a run of 10 epochs    +0.40 %, of a process +0.34 to +0.48 %
+    a long training       +0.13 %, of a process +0.06 to +0.26 %
+    an evaluation         +3.27 %, of a process +2.72 to +3.78 %
+    a run of 1 epoch      +0.53 %, of a process +0.42 to +0.67 %
+    a run of 10 epochs    +0.34 %, of a process +0.26 to +0.49 %
 
+    At d092e0416fb7, batch 304: +0.17, +3.39, +0.51 and +0.40 %.
     At 17cea4861c18, batch 240: +0.38, +3.70, +0.87 and +0.64 %. Before, on an Intel Xeon, without what reading the clock takes:
     +0.48, +3.80, +0.87 and +0.72 % (14580ba4833a, 4 processes); before the clock's boundaries took fewer calls (aa085d6a9b29):
     +0.78, +1.48, +1.09 and +0.85 %. One process, on a quiet day: BPTT +0.39 % of training, +0.74 % of a run of 1 epoch

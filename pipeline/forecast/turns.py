@@ -8,6 +8,7 @@ memory, is another one in each of several starts.
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -79,6 +80,7 @@ def _seconds(
     seconds: dict[str, dict[str, list[float]]] = {label: {"forward_s": [], "backward_s": []} for label in rules}
     for order in in_rounds(rules, len(rules)):
         for label in order:
+            gc.collect()  # DeepSpeed's engines are cycles: that of the rule before would lie in memory beside this one's
             meet(device)
             cost = bench.cost(rules[label], behind="own backend")
             seconds[label]["forward_s"].append(cost.forward_s)

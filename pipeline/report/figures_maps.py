@@ -81,7 +81,7 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
         name="gradient-fidelity",
         title=title,
         caption=f"1: the same direction as BPTT's gradient, 0: at a right angle{away}; on one batch, at the weights of the "
-        "newest comparison, the mean over runs.",
+        "newest comparison, the mean over runs; a rule that draws its time steps is drawn once in each.",
         alt=f"Cosines of {len(of_rule)} rules in {len(layers)} layers: {said}.",
         table=Table(columns=("layer", "rule", "cosine"), rows=tuple(rows)),
         draw=draw,
@@ -92,10 +92,11 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
 def temporal_share(group: Group) -> Figure | Missing:
     """Layer x epoch: the share of BPTT's gradient that comes through time, which SLTT drops."""
     title = "Temporal share of BPTT's gradient"
-    run = next((run for run in group.runs if any(each.temporal_share for each in run.fidelity)), None)
-    if run is None:
+    looked = [run for run in group.runs if any(each.temporal_share for each in run.fidelity)]
+    if not looked:
         why = "no run compared gradients; --set fidelity_every=1 does after each epoch"
         return Missing(title=title, why=_told_later(group.runs) or why)
+    run = next((run for run in looked if run.rule == "SLTT"), looked[0])  # whose weights came of dropping it
     layers = list(dict.fromkeys(layer for each in run.fidelity for layer in each.temporal_share))
     times = ["start" if each.epoch is None else f"epoch {each.epoch + 1}" for each in run.fidelity]
     rows = [

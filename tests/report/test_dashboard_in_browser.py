@@ -368,6 +368,8 @@ def test_a_study_that_is_picked_is_gone_on_from_and_names_the_window(browser: Br
 
 
 def test_what_is_pressed_is_seen_without_colours_of_ours(page: Page):
+    page.locator("#list tbody a").first.click()
+    page.locator("tr.here").wait_for()
     viewed(page, "time")
     page.emulate_media(forced_colors="active")
     ticked = "each => [getComputedStyle(each, '::before').content.includes('\\u2713'), each.ariaPressed]"

@@ -194,6 +194,9 @@ def test_gradients():
     shares = made(temporal_share(group))
     assert shares.table.rows[:2] == (("first", "start", 0.5), ("first", "epoch 1", 0.25))
     assert shares.table.rows[2] == ("second", "start", None)
+    looked_too = run("BPTT", name="bptt", more_events=fidelity())
+    for group, of in ((study(looked_too, run("SLTT", seed=2, more_events=fidelity())), "sltt-2"), (study(looked_too), "bptt")):
+        assert f"in the run {of}." in made(temporal_share(group.groups[0])).caption
 
 
 @pytest.mark.parametrize("every", [1, "1"], ids=["of its recipe.json", "of its journal alone"])
