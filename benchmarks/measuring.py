@@ -3,7 +3,7 @@
 Command:  python -m benchmarks.measuring [--rule sltt|bptt] [--processes 6] [--batches 200] [--evaluations 4]
 Result:   one thread of 2 cores of an AMD EPYC, torch 2.13, T = 4
 
-    SLTT, batch 168, commit 35e9d76e7545, 3 processes, batches of 97 to 99 ms:
+    SLTT, batch 168, commit 287f1a37561f, 3 processes, batches of 97 to 99 ms:
 
     a long training       +0.13 %, of a process +0.06 to +0.26 %
     an evaluation         +3.27 %, of a process +2.72 to +3.78 %

@@ -57,7 +57,7 @@ def test_a_move_is_the_step_of_the_recipes_own_backend(
 def test_the_weights_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """What moves them is a copy, with gradients: with the recipe's learning rate it would be another network at each turn."""
     bench, made = bench_of("deepspeed"), list[Any]()
-    monkeypatch.setattr("pipeline.forecast.moving.build_backend", lambda *about: made.append(build_backend(*about)) or made[0])
+    monkeypatch.setattr("pipeline.forecast.bench.build_backend", lambda *about: made.append(build_backend(*about)) or made[0])
     moving_s(bench)
     [backend] = made
     assert all(torch.equal(value, bench.network.state_dict()[name]) for name, value in backend.network.state_dict().items())
