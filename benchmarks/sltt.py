@@ -4,9 +4,10 @@ Command:  python -m benchmarks.sltt [--starts 5] [--workers 1]
           (data/fashion must have been written)
 Result:   SLTT 1.003 (0.963 to 1.042) and SLTT-1 0.495 (0.486 to 0.504) of the faster BPTT, behind DeepSpeed; --workers 2 on 2
           cores of an AMD EPYC, torch 2.13, commit 466330c020e4 (before garbage was collected ahead of each turn 1.031 and,
-          another time, 1.023). In plain torch, before: 0.968 (0.947 to 0.988) and 0.514 (0.505 to 0.523), commit 89a26320ca94; before
-          neurons and pools took less time, on one core, 1.006 (0.979 to 1.032) and 0.535 (0.519 to 0.552), commit 862ae618abfb.
-          By the median of 60 batches of one start, on an Intel Xeon: 0.992 and 0.517 (commit 4032ee417d7f)
+          another time, 1.023). In plain torch, before: 0.968 (0.947 to 0.988) and 0.514 (0.505 to 0.523), commit
+          89a26320ca94; before neurons and pools took less time, on one core, 1.006 (0.979 to 1.032) and 0.535 (0.519 to
+          0.552), commit 862ae618abfb. By the median of 60 batches of one start, on an Intel Xeon: 0.992 and 0.517 (commit
+          4032ee417d7f)
 
 Rules take turns on one batch of images as a worker of that study has it, in as many processes at once as there are workers
 (forecast/turns.py); each of several starts goes round them once for each, so that drift of the machine falls on all alike.
