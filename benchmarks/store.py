@@ -2,16 +2,17 @@
 Chromium the dashboard's first paint.
 
 Command:  python -m benchmarks.store --like runs/fashion-sltt-tiny-20260105-120000
-Result:   commit 27593a295ee3, 2 cores of an AMD EPYC with nothing else running, 500 runs: `compare` adds 0.02 s to the 0.76 s of
-          its imports, of a named study and of 50 named runs 0.01 s; the dashboard's list after 0.44 to 0.66 s in five new pages.
+Result:   commit 502ec4e66da2, 2 cores of an AMD EPYC with nothing else running, 500 runs: `compare` adds 0.09 s to the 0.98 s of
+          its imports, of a named study nothing, of 50 named runs 0.06 s; the dashboard's list after 0.58 to 0.79 s in five new
+          pages. On a faster day of such a machine 0.02 s to 0.76, and 0.44 to 0.66 s (commit 27593a295ee3).
           On an Intel Xeon 0.10 s to 1.14, and 0.60 to 0.90 s (commit db9f5152ec41)
 
-`--like` is the folder of a finished run, short for choice. It is copied 500 times, as 10 studies of 5 rules with 10 seeds each
-(or `--studies 1`: one of 5 rules with 100 seeds), delivered to an SQLite store as runs are, and then each journal is lengthened
-to `--steps` step events, which is what a folder of long runs has to read. What `compare` adds is the time of the command less
-that of a process which imports what it imports and prints its help, one after the other: medians of five pairs. The first paint
-is of a new page each time, from the address to the first row of the list. Exits with 1 where `compare` adds more than 2 s, or
-that row takes longer.
+`--like` is the folder of a finished run that stands alone, short for choice. It is copied 500 times, as 10 studies of 5 rules
+with 10 seeds each (or `--studies 1`: one of 5 rules with 100 seeds), delivered to an SQLite store as runs are, and then each
+journal is lengthened to `--steps` step events, which is what a folder of long runs has to read. What `compare` adds is the
+time of the command less that of a process which imports what it imports and prints its help, one after the other: medians of
+five pairs. The first paint is of a new page each time, from the address to the first row of the list. Exits with 1 where
+`compare` adds more than 2 s, or that row takes longer.
 """
 
 from __future__ import annotations
