@@ -2,14 +2,15 @@
 
 Command:  python -m benchmarks.planned [--workers 2] [--steps 300]
           (data/fashion, data/stamps-0 and data/moving must have been written)
-Result:   commit 89a26320ca94, 2 cores of an AMD EPYC, torch 2.13.0: saved bytes exact in all five; seconds of a step
+Result:   commit a6afb978df11, 2 cores of an AMD EPYC, torch 2.13.0: saved bytes exact in all five; seconds of a step
 
-    VGG, SLTT           36.3 ms planned,   37.4 measured    -3.0 %;   planned after it   -10.6 %
-    QKFormer, BPTT      97.4              104.5             -6.8 %                        +0.7 %
-    feedback, IDE       22.3               22.6             -1.3 %                       +21.8 %
-    rates, DSR          83.8               94.9            -11.7 %                       -11.0 %
-    recordings, SLTT    37.4               44.3            -15.6 %                       -19.1 %
+    VGG, SLTT           53.8 ms planned,   58.1 measured    -7.4 %;   planned after it    -6.7 %
+    QKFormer, BPTT     160.9              145.9            +10.3 %                       +10.5 %
+    feedback, IDE       30.8               29.7             +4.0 %                        +3.2 %
+    rates, DSR         134.8              127.7             +5.6 %                        +4.6 %
+    recordings, SLTT    55.9               62.9            -11.2 %                        -4.9 %
 
+At 89a26320ca94, when that machine was faster: -3.0, -6.8, -1.3, -11.7, -15.6 %.
 Before neurons and pools became faster, at 862ae618abfb: -0.1, -4.6, -3.5, -3.5, +9.5 %. On an Intel Xeon: -7.4, +6.5, -24.3,
 -3.4, -10.9 % at ec331f07da8b. On 2026-11-28, when a step of IDE took 38 to 65 ms there: -23.0, +3.7, -8.8, +3.9, -10.9 % at
 3ec7d575fab8; with the engine's own step in the plan -5.2, +7.0, -22.5, +26.0, +11.1 % at 9779fdce236c, of which DSR's is too

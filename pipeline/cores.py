@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import fcntl
 import os
+import platform
 import re
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.refused import Refused
 
@@ -58,6 +61,31 @@ def physical_cores(logical: Collection[int], *, topology: Path = Path("/sys/devi
         name = re.split("[,-]", siblings.read_text().strip())[0] if siblings.exists() else str(core)
         found[name] = (*found.get(name, ()), core)
     return found
+
+
+class NodeCores(NamedTuple):
+    """Of a cluster, which may have several nodes on one machine."""
+
+    machine: str
+    given: int
+    """that the cluster counts there, logical or physical"""
+    physical: int
+    """of the machine"""
+
+
+def cores_of_a_node(given: int) -> NodeCores:
+    """Of the one that this process is on."""
+    return NodeCores(platform.node(), given, len(physical_cores(os.sched_getaffinity(0))))
+
+
+def cores_of_machines(nodes: Iterable[NodeCores]) -> int:
+    """Physical ones that are given to the cluster, each once."""
+    given: Counter[str] = Counter()
+    there: dict[str, int] = {}
+    for node in nodes:
+        given[node.machine] += node.given
+        there[node.machine] = node.physical
+    return sum(min(count, there[machine]) for machine, count in given.items())
 
 
 def _taken(there: Mapping[str, tuple[int, ...]], count: int, folder: Path) -> tuple[tuple[int, ...], ExitStack] | None:

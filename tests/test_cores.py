@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cores import own_cores, physical_cores
+from pipeline.cores import NodeCores, cores_of_a_node, cores_of_machines, own_cores, physical_cores
 from pipeline.refused import Refused
 
 HOLDER = """
@@ -58,6 +58,15 @@ def test_two_never_have_the_same_and_the_dead_hold_none(tmp_path: Path) -> None:
             other.wait()
     with own_cores(everything, folder=tmp_path) as mine:
         assert theirs in mine
+
+
+def test_a_cluster_has_the_cores_of_its_machines_once_and_no_more_than_it_was_given() -> None:
+    halves, few = NodeCores("a", given=64, physical=32), NodeCores("b", given=2, physical=16)
+    assert cores_of_machines([halves, few]) == 32 + 2
+    twice = [NodeCores("c", given=4, physical=6)] * 2  # two nodes on one machine
+    assert cores_of_machines(twice) == 6 and cores_of_machines([]) == 0
+    here = cores_of_a_node(3)
+    assert here.given == 3 and here.physical == len(physical_cores(os.sched_getaffinity(0)))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -89,7 +89,7 @@ def launch(
     node_loss: NodeLoss = "fast",
     seeds: Seeds = 1,
     tune: Tune = None,
-    side_by_side: SideBySide = "1",
+    side_by_side: SideBySide = None,
     runs: Runs = RUNS,
     name: Name = None,
     or_resume: OrResume = False,
@@ -117,8 +117,9 @@ def launch(
     from pipeline.recipe_file import own_package
     from pipeline.suite import Suite
 
+    sizes = parse_workers(workers)
     here = Cluster(
-        workers=parse_workers(workers),
+        workers=sizes,
         inline=inline,
         address=address,
         device=device,
@@ -129,7 +130,7 @@ def launch(
         verify=verify,
         checkpoints=checkpoints,
         node_loss=node_loss,
-        side_by_side=count_or_auto(side_by_side, option="launch: --side-by-side", of="runs"),
+        side_by_side=_at_a_time(side_by_side, made, sizes, inline=inline),
     )
     if here.side_by_side != 1 and not isinstance(made, Suite):
         raise ValueError(f"launch: --side-by-side is for several runs; got {side_by_side} with {made.name} alone")
@@ -239,6 +240,15 @@ def _end_suite(folder: Path | None, trust: tuple[str, ...]) -> None:
     from pipeline.report.suite import print_suite
 
     print_suite(folder, trust=trust)
+
+
+def _at_a_time(asked: str | None, made: Recipe | Suite, sizes: int | tuple[int, ...], *, inline: bool) -> int | Literal["auto"]:
+    """Unasked, as many runs of a suite as there is room for; one where they train in this process, or change their size."""
+    from pipeline.suite import Suite
+
+    if asked is not None:
+        return count_or_auto(asked, option="launch: --side-by-side", of="runs")
+    return "auto" if isinstance(made, Suite) and not inline and isinstance(sizes, int) else 1
 
 
 def _comparison(made: list[Recipe | Suite], seeds: int, tune: str | None) -> Recipe | Suite:

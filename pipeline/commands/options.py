@@ -50,7 +50,9 @@ _RESTARTS = typer.Option("--max-restarts", min=0, help="how often dead workers a
 _HANG = number_option("--hang-minutes", min=0, help="without a sign of life, until a worker is started again; 0: never")
 _VERIFY = typer.Option("--verify", help="compare pages of the data while reading: for one sample in 256, or for each")
 _NODE_LOSS = typer.Option("--node-loss", help="go on without a node that says nothing, or ride out a cut link")
-_SIDE_BY_SIDE = typer.Option("--side-by-side", metavar="N|auto", help="runs at a time, each on cores and cards of its own")
+_SIDE_BY_SIDE = typer.Option(
+    "--side-by-side", metavar="N|auto", help="runs of a suite at a time, each on cores and cards of its own"
+)
 
 Sizes = Annotated[
     str, typer.Option("--workers", metavar=_SIZES, help="processes that train together; of several, what there is room for")
@@ -66,7 +68,14 @@ Restarts = Annotated[int, _RESTARTS]
 Hang = Annotated[float, _HANG]
 Verify = Annotated[Literal["sampled", "full"], _VERIFY]
 NodeLoss = Annotated[Literal["fast", "patient"], _NODE_LOSS]
-SideBySide = Annotated[str, _SIDE_BY_SIDE]
+SideBySide = Annotated[
+    str | None,
+    typer.Option(
+        "--side-by-side",
+        metavar="N|auto",
+        help="runs of a suite at a time, each on cores and cards of its own; without it as many as there is room for, inline one",
+    ),
+]
 
 SizesOrAsBefore = Annotated[
     str | None, typer.Option("--workers", metavar=_SIZES, help="processes; without it as many as it was launched with")

@@ -18,10 +18,10 @@ from typing import Any, Self
 
 from torch import distributed
 
-from pipeline.cores import physical_cores
+from pipeline.cores import cores_of_a_node, cores_of_machines, physical_cores
 from pipeline.door import TOKEN_ADVICE, draw_token, heard, knock, offer_token, reason
 from pipeline.job import STOP, Job, Notice, Place, asked_by
-from pipeline.launch.base import Device, LaunchError, WorkersEnded, takes_gpus
+from pipeline.launch.base import Device, LaunchError, Silent, WorkersEnded, takes_gpus
 from pipeline.launch.environment import of_worker
 from pipeline.launch.innermost import innermost
 from pipeline.launch.node_loss import NodeLoss, waits_for
@@ -43,6 +43,8 @@ SETTINGS = {
 ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """of a cluster of our own: its node is 127.0.0.1, as on those systems, and Ray's servers listen there and nowhere else (2.60)"""
 
+ASKED_S = 30.0
+"""in which each node says how many cores it has"""
 MEETING_S = 600
 """in which workers have to find one another as they start; nobody watches them yet"""
 AFTER_WATCHDOG_S = 600
@@ -127,13 +129,20 @@ class Ray:
             self._owned = False
 
     def room(self) -> int:
-        # A cluster of the user's own has the CPUs that it was started with: physical cores, where runs are to have their own.
         import ray
 
-        there = ray.cluster_resources()
-        cpus = int(there.get("CPU", 0)) // (self.workers * self.cpus_per_worker)
+        there, of_a_run = ray.cluster_resources(), self.workers * self.cpus_per_worker
         gpus = int(there.get("GPU", 0))
-        return min(cpus, gpus // self.workers) if takes_gpus(self.device, self.workers, gpus) else cpus
+        if takes_gpus(self.device, self.workers, gpus):
+            return min(int(there.get("CPU", 0)) // of_a_run, gpus // self.workers)
+        return self._cores() // of_a_run
+
+    def _cores(self) -> int:
+        """Physical ones of all machines, as far as Ray may give them; a CPU of the user's own cluster may be half of one."""
+        if self.address is None:
+            return len(physical_cores(os.sched_getaffinity(0)))
+        told = self.nodes.on_each(cores_of_a_node, lambda has: int(has.get("CPU", 0)), within_s=ASKED_S)
+        return cores_of_machines(each for each in told if not isinstance(each, Silent))  # whoever is silent is given no run
 
     def joining(self) -> list[str]:
         return ["--address", self.address or self.found_at(), "--workers", str(self.workers)]

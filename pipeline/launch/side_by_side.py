@@ -39,7 +39,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def slots_of(launcher: Launcher, wanted: int | Literal["auto"]) -> int:
-    """How many runs train at once.
+    """How many runs train at once; with "auto" one, where there is no room for two.
 
     Raises:
         Refused: more than there is room for.
@@ -47,10 +47,8 @@ def slots_of(launcher: Launcher, wanted: int | Literal["auto"]) -> int:
     if wanted == 1:
         return 1
     room = launcher.room()
-    if room == 0:
-        raise Refused("launch: a run side by side needs cores and cards of its own for all of its workers; there are fewer")
     if wanted == "auto":
-        return room
+        return max(1, room)
     if wanted > room:
         raise Refused(f"launch: {wanted} runs side by side need cores and cards of their own; there is room for {room}")
     return wanted

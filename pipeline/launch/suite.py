@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,8 @@ def _train_the_rest(
     command = resume_command(runs, folder.name, trust=trust, address=address)
     console.out(f"suite   {folder}\nresume  {command}", highlight=False)
     slots = slots_of(launcher, cluster.side_by_side)
-    children = Children(folder.name, suite_file, cluster, where, trust=trust)
+    # One at a time has the machine to itself, and shares its cores with whoever else does.
+    children = Children(folder.name, suite_file, replace(cluster, side_by_side=slots), where, trust=trust)
     is_ours = False
     try:
         with driver_lock(folder):

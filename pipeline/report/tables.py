@@ -27,7 +27,7 @@ _BESIDE = {
     "peak_device_bytes": ("peak on the device", "B"),
     "peak_reserved_bytes": ("peak reserved there", "B"),
     "peak_rss_bytes": ("peak RSS", "B"),
-    "peak_pss_bytes": ("peak PSS", "B"),
+    "peak_pss_bytes": ("PSS between batches, at its peak", "B"),
     "net_s": ("wall clock net of restarts", "s"),
     "device_j": ("joules of training, measured", "J"),
     ENERGY_MEASURED: ("joules of an inference, measured", "J"),
@@ -101,6 +101,7 @@ def behind_the_rows(group: Group) -> Table:
     """What each rule is compared with, the choices that decide such a comparison, as far as recipes and runs tell, and the
     seeds of its means."""
     columns = ["rule", "ratios to", "time to", "reset gradient", "norm statistics", "precision", "over time", "micro-batch"]
+    columns.append("evaluated")
     if any(tuned_in(run.recipe) for run in group.runs):
         columns.append("tuned")
     rows = [_behind(group, rule) for rule in group.rules]
@@ -269,6 +270,7 @@ def _behind(group: Group, rule: str) -> dict[str, Cell]:
         "precision": str(told.get("precision", NOT_SAID)),
         "over time": _over_time(told.get("steps_per_forward"), runs[0].recipe),
         "micro-batch": micro_batches(runs[0]),
+        "evaluated": _evaluated(runs[0].recipe),
         "tuned": ", ".join(f"{key}={written(runs[0].recipe, key)}" for key in tuned_in(runs[0].recipe)),
         "seeds": ", ".join(str(run.seed) for run in runs if run.is_finished) or "none",
     }
@@ -281,6 +283,14 @@ def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
         return NOT_SAID
     how = "step by step" if steps == 1 else "folded" if str(steps) == str(whole) else f"in slices of {steps}"
     return f"{how}, recomputed" if written(recipe, "rule.recompute") in (True, "true") else how
+
+
+def _evaluated(recipe: Mapping[str, Any]) -> str:
+    """How often the set was read that top-1 is of: what is read once has chosen nothing."""
+    every = written(recipe, "evaluate_every")
+    if every is None:
+        return NOT_SAID
+    return {"0": "once, at the end", "1": "after each epoch"}.get(str(every), f"every {every} epochs")
 
 
 def _apart(first: StudyRun, other: StudyRun) -> Iterator[tuple[str, Any, Any]]:

@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 from typer.main import get_command_name
 
 from pipeline.__main__ import app
+from pipeline.launch.cluster import Cluster
 from tests.small import command
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +73,29 @@ def test_an_example_is_of_its_command_and_has_its_options(
 
 class AtWork(Exception):
     """Nothing was refused."""
+
+
+@pytest.mark.parametrize(
+    ("words", "at_a_time"),
+    [
+        ("", "auto"),
+        ("--workers 2", "auto"),
+        ("--side-by-side 1", 1),
+        ("--workers 1:2", 1),  # as many workers as there is room for
+        ("--inline", 1),  # in this process
+    ],
+)
+def test_runs_of_a_suite_train_side_by_side_where_there_is_room(
+    words: str, at_a_time: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def launched(suite: object, cluster: Cluster, *given: object, **more: object) -> None:
+        assert cluster.side_by_side == at_a_time
+        raise AtWork
+
+    monkeypatch.setattr(WORK["launch recipes/compare/"], launched)
+    [example] = [each for _, each in EXAMPLES if each.startswith("launch recipes/fashion/")]
+    with pytest.raises(AtWork):
+        command(monkeypatch, capsys)(*shlex.split(example)[:2], *words.split(), "--seeds", "2")
 
 
 @pytest.mark.parametrize(("begins", "work"), WORK.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
@@ -18,9 +19,10 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from torch import distributed
 
+from pipeline.cores import physical_cores
 from pipeline.job import Job, Place
 from pipeline.launch import trainer
-from pipeline.launch.base import LaunchError, WorkersEnded
+from pipeline.launch.base import LaunchError, Silent, WorkersEnded
 from pipeline.launch.loopback import OnLoopback
 from pipeline.launch.places import NoPlace
 from pipeline.launch.ray import Ray, _train
@@ -58,6 +60,19 @@ def test_a_cluster_is_of_this_machine_alone_where_all_of_its_nodes_are_on_loopba
     asked = run(tmp_path, monkeypatch, None, nodes=[*nodes, gone])
     assert isinstance(asked["torch_config"], OnLoopback) is alone
     assert (asked["run_config"].worker_runtime_env["env_vars"].get("GLOO_SOCKET_IFNAME") == "lo") is alone
+
+
+def test_runs_side_by_side_find_as_much_room_as_there_are_physical_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_each(work: Any, given: Any, *, within_s: float) -> list[Any]:
+        return [work(given({"CPU": 64.0})), Silent("10.0.0.2", "no answer")]
+
+    here = len(physical_cores(os.sched_getaffinity(0)))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 128.0})
+    launcher = Ray(workers=1, address="10.0.0.1:6379", device="cpu")
+    monkeypatch.setattr(launcher.nodes, "on_each", on_each)
+    assert launcher.room() == min(64, here) and Ray(workers=1, device="cpu").room() == here
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 128.0, "GPU": 8.0})
+    assert Ray(workers=2, address="10.0.0.1:6379", device="gpu").room() == 4  # each worker has a card, whatever its cores are
 
 
 def test_a_wait_for_places_in_vain_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

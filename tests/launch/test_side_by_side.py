@@ -306,6 +306,8 @@ def test_more_than_there_is_room_for_is_refused() -> None:
     launcher: Launcher = Inline(device="cpu")
     room = launcher.room()
     assert slots_of(launcher, "auto") == room and slots_of(launcher, 1) == 1
+    crowded: Any = SimpleNamespace(room=lambda: 0)  # fewer cores than one run has workers
+    assert slots_of(crowded, "auto") == 1
     with pytest.raises(
         Refused, match=f"{room + 1} runs side by side need cores and cards of their own; there is room for {room}"
     ):

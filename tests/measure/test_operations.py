@@ -21,7 +21,7 @@ from pipeline.rules.hlop import HLOP
 from pipeline.rules.ide import IDE
 from pipeline.rules.opzo import OPZO
 from pipeline.rules.ottt import OTTT
-from pipeline.rules.sltt import SLTT
+from pipeline.rules.sltt import SLTT, selected_steps
 from pipeline.rules.spide import SPIDE
 from pipeline.spiking.binary import binarize
 from pipeline.spiking.equilibrium import Equilibrium, Linearized
@@ -152,12 +152,15 @@ def test_sltt_k_works_backward_k_times_whatever_t(k: int) -> None:
     backward = []
     for steps in (4, 8, 16):
         rule = SLTT(k)
-        operations, seen, _ = learnt(rule, two_layers(LIF()), steps=steps)
-        s_TBN, e_kBK = torch.cat(seen.outputs["1"]), torch.cat(seen.errors["2"])
-        assert len(e_kBK) == k and len(s_TBN) == steps
-        assert found(operations)["error"] == work(k * B * K * N, k * B * K * N)
-        assert operations.work["weights"].dense == k * B * (I * N + N * K)
-        assert operations.work["forward"].dense == steps * B * (I * N + N * K)
+        operations, seen, x_TBI = learnt(rule, two_layers(LIF()), steps=steps)
+        s_TBN, g_kBN, e_kBK = torch.cat(seen.outputs["1"]), torch.cat(seen.errors["0"]), torch.cat(seen.errors["2"])
+        assert len(g_kBN) == len(e_kBK) == k and len(s_TBN) == steps and live(e_kBK) == k * B * K
+        s_kBN = s_TBN[list(selected_steps(steps, k, seed=rule.world.seed, step=0))]
+        assert found(operations) == {
+            "forward": work(live(x_TBI) * N, live(x_TBI) * N + live(s_TBN) * K),
+            "error": work(k * B * K * N, k * B * K * N),
+            "weights": work(live(g_kBN) * I, live(g_kBN) * I + live(s_kBN) * K),
+        }
         backward.append(operations.work["error"].multiplications)
     assert len(set(backward)) == 1
 
@@ -183,14 +186,21 @@ def test_opzo_pays_for_its_feedback_and_hands_nothing_down() -> None:
 
 
 def test_dfa_pays_for_a_matrix_that_it_does_not_learn() -> None:
-    operations, _, _ = learnt(OPZO(feedback="random"), two_layers(LIF()))
-    assert found(operations)["feedback"] == work(T * B * N * K, T * B * N * K)
-    assert "error" not in operations.work
+    operations, seen, x_TBI = learnt(OPZO(feedback="random"), two_layers(LIF()))
+    s_TBN, g, product = torch.cat(seen.outputs["1"]), live(*seen.errors["0"]) * I, T * B * N * K
+    traces_TBN = traces_of(s_TBN, 0.5)
+    assert found(operations) == {
+        "forward": work(live(x_TBI) * N, live(x_TBI) * N + live(s_TBN) * K),
+        "weights": work(g + live(traces_TBN[1:]) * K, g + live(traces_TBN) * K),  # the trace of the first step is its spikes
+        "feedback": work(product, product),
+    }
 
 
 def test_zo_works_element_by_element() -> None:
-    operations, _, _ = learnt(OPZO(feedback="single_point"), two_layers(LIF()))
-    assert set(operations.work) == {"forward", "weights"}
+    operations, seen, _ = learnt(OPZO(feedback="single_point"), two_layers(LIF()))
+    g, product = live(*seen.errors["0"]) * I, T * B * N * K
+    forward = T * B * I * N + product  # noise on the spikes makes them real
+    assert found(operations) == {"forward": work(forward, forward), "weights": work(g + product, g + product)}
 
 
 def test_dsr_takes_means_over_time() -> None:

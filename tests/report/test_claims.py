@@ -377,7 +377,7 @@ def test_imagenets_plan_is_made_once_and_says_why_there_is_none(tmp_path: Path, 
     assert "plan.json: of no use, for it is of another code" in asked()[1] and len(made) == 2
     rows = {(claim.about.split(",")[0], claim.claim): claim for claim in claims_fashion._imagenet(found)}
     memory = rows["SLTT", "memory"]
-    ours = "not run here; plan in fp32: 9.5 GB, 64 samples at a time x 4, 60 h"
+    ours = "not run here; plan in fp32, a model, not measured: 9.5 GB, 64 samples at a time x 4, 60 h"
     assert (memory.published, memory.ours) == ("8.47 GB, AMP", ours)
     ours = "not run here; not planned: BPTT: a worker must fit into 28.8 GB; it needs 30 GB at least"
     assert (rows["BPTT", "time"].published, rows["BPTT", "time"].ours) == ("73.8 h, AMP", ours)

@@ -113,9 +113,9 @@ def test_the_baseline_stands_in_every_row():
         run("OTTT-A"),
     )
     rows = {row[0]: row[1:] for row in tables.behind_the_rows(Study(title="t", runs=runs).groups[0]).rows}
-    assert rows["BPTT-chunk-1"] == ("BPTT", "BPTT-chunk-1", "kept", "step", "bf16", "step by step", "8", "0")
+    assert rows["BPTT-chunk-1"] == ("BPTT", "BPTT-chunk-1", "kept", "step", "bf16", "step by step", "8", "not known", "0")
     assert [row[5] for row in rows.values()] == wanted
-    assert rows["OTTT-A"] == ("BPTT", "BPTT-chunk-1", *4 * ("not known",), "8", "0")
+    assert rows["OTTT-A"] == ("BPTT", "BPTT-chunk-1", *4 * ("not known",), "8", "not known", "0")
     assert tables.behind_the_rows(Study(title="t", runs=(run("SLTT"),)).groups[0]).rows[0][1] == "no baseline"
 
 
@@ -132,6 +132,17 @@ def test_of_a_run_without_recipe_json_its_flat_parameters_tell():
         table = tables.behind_the_rows(Study(title="t", runs=(one,)).groups[0])
         assert table.rows[0][table.columns.index("over time")] == said
     assert "<td>not known</td>" in render(Study(title="t", runs=(one, run("SLTT"), run(study="f" * 16, name="x"))))
+
+
+def test_every_row_says_how_often_the_set_was_read_that_its_top_1_is_of():
+    for parameters, said in (
+        (recipe(evaluate_every=0), "once, at the end"),
+        (recipe(evaluate_every=1), "after each epoch"),
+        ({"evaluate_every": "5"}, "every 5 epochs"),  # of MLflow, where all is text
+        ({}, "not known"),
+    ):
+        table = tables.behind_the_rows(Study(title="t", runs=(replace(run(), recipe=parameters),)).groups[0])
+        assert table.rows[0][table.columns.index("evaluated")] == said
 
 
 def test_how_a_batch_fell_on_workers_stands_in_every_row_and_in_the_title():
