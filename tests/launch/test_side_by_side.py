@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import io
+import itertools
 import json
 import os
 import signal
@@ -190,6 +191,19 @@ def test_a_run_that_is_stopped_alone_stops_the_suite_once_the_others_have_ended(
     runs = runs_of(tmp_path / "alone")
     assert code == 130 and said.splitlines()[-1] == f"stopped; go on with: spiketrain resume alone --runs {tmp_path}"
     assert [state_of(runs[name]) for name in ("one", "other", "after")] == ["stopped", "finished", "new"]
+
+
+def test_where_there_is_no_room_for_two_they_take_turns_on_shared_cores(
+    place: Path, tmp_path: Path, spiketrain: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Inline, "room", lambda self: 0)
+    words = ("--inline", "--device", "cpu", "--runs", str(tmp_path), "--name", "turns", "--side-by-side", "auto")
+    code, _, error = spiketrain("launch", str(place / "short.py"), *words)
+    assert code == 0, error
+    runs = list(runs_of(tmp_path / "turns").values())
+    assert not any(json.loads((run / "job.json").read_text())["own_cores"] for run in runs)
+    assert not any(overlap(one, other) for one, other in itertools.combinations(runs, 2))
+    assert json.loads((tmp_path / "turns" / "suite.json").read_text())["cluster"]["side_by_side"] == "auto"
 
 
 def test_a_search_takes_what_did_best_though_the_shared_value_diverges(place: Path, tmp_path: Path, spiketrain: Command) -> None:
