@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--images", type=int, help="of a batch, that each worker holds; without it its part of the study's")
     arguments = parser.parse_args()
-    images = arguments.images or BATCH // arguments.workers
+    images = BATCH // arguments.workers if arguments.images is None else arguments.images
     recipe = replace(fashion(), time_steps=T, batch_size=images * arguments.workers)
     rules = [RULES[name] for name in ("bptt", "bptt-stepped", "sltt", "sltt-1")]
     turns = in_turn(recipe, rules, workers=arguments.workers, starts=arguments.starts)

@@ -42,7 +42,8 @@ def own_cores(count: int, *, folder: Path | None = None, patience_s: float = PAT
     there = physical_cores(before)
     while (taken := _taken(there, count, folder)) is None:
         if time.monotonic() > deadline:
-            raise Refused(f"cores: a worker needs {count} of its own; too few of this machine's {len(there)} are free")
+            free = f"too few of this machine's {len(there)} are free; --side-by-side 1 shares them"
+            raise Refused(f"cores: a worker needs {count} of its own; {free}")
         time.sleep(0.2)
     cores, locks = taken
     with locks:

@@ -130,7 +130,7 @@ def launch(
         verify=verify,
         checkpoints=checkpoints,
         node_loss=node_loss,
-        side_by_side=_at_a_time(side_by_side, made, sizes, inline=inline),
+        side_by_side=_at_a_time(side_by_side, made, sizes, is_here=address in (None, "local") and not inline),
     )
     if here.side_by_side != 1 and not isinstance(made, Suite):
         raise ValueError(f"launch: --side-by-side is for several runs; got {side_by_side} with {made.name} alone")
@@ -242,13 +242,16 @@ def _end_suite(folder: Path | None, trust: tuple[str, ...]) -> None:
     print_suite(folder, trust=trust)
 
 
-def _at_a_time(asked: str | None, made: Recipe | Suite, sizes: int | tuple[int, ...], *, inline: bool) -> int | Literal["auto"]:
-    """Unasked, as many runs of a suite as there is room for; one where they train in this process, or change their size."""
+def _at_a_time(asked: str | None, made: Recipe | Suite, sizes: int | tuple[int, ...], *, is_here: bool) -> int | Literal["auto"]:
+    """Unasked, as many runs of a suite as there is room for `is_here`, on a cluster of our own; one where they change their size.
+
+    A cluster of the user's has other users, and what it calls a CPU may be half a core: there they say how many.
+    """
     from pipeline.suite import Suite
 
     if asked is not None:
         return count_or_auto(asked, option="launch: --side-by-side", of="runs")
-    return "auto" if isinstance(made, Suite) and not inline and isinstance(sizes, int) else 1
+    return "auto" if isinstance(made, Suite) and is_here and isinstance(sizes, int) else 1
 
 
 def _comparison(made: list[Recipe | Suite], seeds: int, tune: str | None) -> Recipe | Suite:

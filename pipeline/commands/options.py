@@ -73,7 +73,8 @@ SideBySide = Annotated[
     typer.Option(
         "--side-by-side",
         metavar="N|auto",
-        help="runs of a suite at a time, each on cores and cards of its own; without it as many as there is room for, inline one",
+        help="runs of a suite at a time, each on cores and cards of its own; without it what there is room for, but one with "
+        "--inline, --address or several numbers of workers",
     ),
 ]
 

@@ -1,6 +1,6 @@
 """Rules that take turns on one batch, in as many processes at once as a run has workers.
 
-Runs of a study follow one another over hours, in which a machine gets slower and faster by more than some rules differ. Here each
+Runs of a study take hours, in which a machine gets slower and faster by more than some rules differ. Here each
 round trains a few batches by every rule, behind the backend that the recipe names and on a copy of the network whose weights
 rest, and each begins with another, so that what drifts falls on all alike. What does not drift, such as where a process has its
 memory, is another one in each of several starts.

@@ -136,9 +136,14 @@ class Cluster:
             )
         if inline or (self.inline and workers is None and address is None):
             of_ray = {name: getattr(Cluster, name) for name in _OF_RAY}
-            said = {**options, "workers": workers or 1, "address": address}
+            said = {**self._in_turn(is_asked=inline and not self.inline), **options, "workers": workers or 1, "address": address}
             return replace(self, **{**of_ray, **said, "inline": True})
-        return replace(self, **{**options, "workers": workers or self.workers, "address": address, "inline": False})
+        in_turn = self._in_turn(is_asked=isinstance(workers, tuple))
+        return replace(self, **{**in_turn, **options, "workers": workers or self.workers, "address": address, "inline": False})
+
+    def _in_turn(self, *, is_asked: bool) -> dict[str, Any]:
+        """Of runs that were to be as many as there is room for: one at a time, where what `is_asked` now admits no more."""
+        return {"side_by_side": 1} if is_asked and self.side_by_side == "auto" else {}
 
     def address_to_say(self, launched: Cluster) -> str | None:
         """`--address` of the command that goes on, where this does now, with what was `launched` so."""

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from pipeline.job import resume_command, was_stopped
 from pipeline.launch.base import Launcher
-from pipeline.launch.changed import change_suite
+from pipeline.launch.changed import change_run, change_suite
 from pipeline.launch.children import Children, begun_job
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.folder import named, numbered, refuse_taken, whole_folder
@@ -26,7 +26,7 @@ from pipeline.refused import Refused
 from pipeline.stand_in import with_stand_ins
 from pipeline.suite import Suite, SuiteFile, runs_of
 from pipeline.track.mlflow import TrackingError, sync, tracking_uri
-from pipeline.track.state import state_of
+from pipeline.track.state import is_driven, state_of
 from pipeline.trials import over_in
 from pipeline.weights import place_of
 
@@ -87,12 +87,16 @@ def _train_the_rest(
     command = resume_command(runs, folder.name, trust=trust, address=address)
     console.out(f"suite   {folder}\nresume  {command}", highlight=False)
     slots = slots_of(launcher, cluster.side_by_side)
-    # One at a time has the machine to itself, and shares its cores with whoever else does.
-    children = Children(folder.name, suite_file, replace(cluster, side_by_side=slots), where, trust=trust)
+    if slots > 1:
+        console.out(f"{slots} runs at a time, each on cores and cards of its own (--side-by-side)", highlight=False)
+    else:  # needs no cores of its own
+        cluster = replace(cluster, side_by_side=1)
+    children = Children(folder.name, suite_file, cluster, where, trust=trust)
     is_ours = False
     try:
         with driver_lock(folder):
             is_ours = True
+            _agree_on_cores(children, console)
             if slots > 1:
                 done = train_side_by_side(children, launcher, slots, console)
             else:
@@ -103,6 +107,16 @@ def _train_the_rest(
     if not done:
         console.out(f"stopped; go on with: {command}", highlight=False)
     return folder if done else None
+
+
+def _agree_on_cores(children: Children, console: Console) -> None:
+    """Runs that began where there was room for another number at a time go on as those do that begin now."""
+    cluster = children.cluster
+    for run in (children.where[recipe.name] for recipe in children.left()):
+        if not run.exists() or is_driven(run):  # by whom a suite that was killed has left it to, who saves it and goes
+            continue
+        if begun_job(run, children.suite_file.parent, trust=children.trust).own_cores != cluster.of_workers["own_cores"]:
+            change_run(run, {"side_by_side": cluster.side_by_side}, console)
 
 
 def _tell_mlflow(children: Children, console: Console) -> None:

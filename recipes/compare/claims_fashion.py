@@ -43,8 +43,8 @@ comes through time, which it drops.
 The report's claims: saved bytes at most 1/T + 0.05 of BPTT's, and within 3 % from T = 2 to 16 (on one batch, untrained);
 compute time of SLTT-K at most 1.1 (T + K r) / (T (1 + r)) of the faster BPTT's, r its backward over its forward, and of SLTT at
 most as long; of OTTT-A at most half of BPTT's bytes; of BPTT recomputed at most 1.1 (2 + r) / (1 + r) of its time; top-1 at
-most 0.7 points below BPTT's, over paired seeds. Times are judged twice: of the runs, which follow one another for two hours, in
-which a machine drifts; and of rules that take turns, a few batches each, in as many processes as the runs had workers, started
+most 0.7 points below BPTT's, over paired seeds. Times are judged twice: of the runs, two at a time over hours, in which a
+machine drifts; and of rules that take turns, a few batches each, in as many processes as the runs had workers, started
 five times, which is kept beside the first run (turns.json). What the papers measured is named beside their figures: GPU memory
 and training hours, where ours are saved bytes and forward and backward. Rows of ImageNet have the published figures, of AMP,
 and what `plan` predicts in fp32, a model, which is kept beside the first sweep (plan.json). Runs of several machines are shown

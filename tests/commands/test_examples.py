@@ -83,6 +83,8 @@ class AtWork(Exception):
         ("--side-by-side 1", 1),
         ("--workers 1:2", 1),  # as many workers as there is room for
         ("--inline", 1),  # in this process
+        ("--address auto", 1),  # others may be there
+        ("--address auto --side-by-side auto", "auto"),
     ],
 )
 def test_runs_of_a_suite_train_side_by_side_where_there_is_room(

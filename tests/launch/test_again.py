@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.inline import Inline
+from pipeline.launch.prepare import read_job, write_job
 from pipeline.run.attempt import Attempt
 from pipeline.suite import runs_of
 from pipeline.track.jsonl import read
@@ -171,12 +173,27 @@ def test_a_suite_goes_on_with_fewer_cores_in_the_run_that_has_begun_and_in_the_n
     with pytest.MonkeyPatch.context() as patch:
         stopped_at(patch, 3)
         launch = ("launch", str(place / "two.py"), "--cpus-per-worker", "2", "--runs", str(tmp_path), "--name", "it")
-        assert spiketrain(*launch)[0] == 130
+        assert spiketrain(*launch, "--side-by-side", "1")[0] == 130
     code, said, error = spiketrain("resume", str(tmp_path / "it"), "--cpus-per-worker", "1")
     assert code == 0 and "it: --cpus-per-worker was 2, is 1 from here on\n" in said, error
     assert told(tmp_path / "it", "suite.json")["cluster"]["cpus_per_worker"] == 1
     for run in runs_of(tmp_path / "it").values():
         assert told(run, "cluster.json")["cpus_per_worker"] == told(run, "job.json")["threads"] == 1
+
+
+def test_a_run_that_has_begun_has_cores_of_its_own_where_those_do_that_begin_now(
+    place: Path, tmp_path: Path, spiketrain: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = ("launch", str(place / "two.py"), "--inline", "--device", "cpu", "--runs", str(tmp_path), "--name", "it")
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_at(patch, 3)
+        assert spiketrain(*launch)[0] == 130
+    [begun] = [run for run in runs_of(tmp_path / "it").values() if run.exists()]
+    write_job(replace(read_job(begun), own_cores=True))  # two had room for one another
+    monkeypatch.setattr(Inline, "room", lambda self: 1)
+    code, _, error = spiketrain("resume", str(tmp_path / "it"), "--side-by-side", "auto")
+    assert code == 0, error
+    assert [told(run, "job.json")["own_cores"] for run in runs_of(tmp_path / "it").values()] == [False, False]
 
 
 def test_what_is_refused_changes_nothing(place: Path, tmp_path: Path, spiketrain: Command) -> None:

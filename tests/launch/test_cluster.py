@@ -124,6 +124,18 @@ def test_a_resume_can_be_told_all_that_a_launch_can_but_where_checkpoints_are() 
     assert {*OPERATIONAL, "workers", "inline", "address"} < signature(resume).parameters.keys()
 
 
+def test_a_suite_whose_runs_were_as_many_as_there_is_room_for_goes_on_in_turn_where_it_must() -> None:
+    launched = Cluster(workers=2, side_by_side="auto")
+    assert launched.resumed().side_by_side == launched.resumed(workers=1).side_by_side == "auto"
+    assert launched.resumed(workers=(1, 2)) == Cluster(workers=(1, 2))
+    assert launched.resumed(inline=True) == Cluster(inline=True)
+    asked = Cluster(inline=True, side_by_side="auto")  # side by side because somebody said so
+    assert asked.resumed().side_by_side == asked.resumed(inline=True).side_by_side == "auto"
+    assert launched.resumed(inline=True, options={"side_by_side": 2}).side_by_side == 2
+    with pytest.raises(ValueError, match="need one number of workers; got 1:2"):
+        Cluster(workers=2, side_by_side=3).resumed(workers=(1, 2))
+
+
 def test_a_resume_keeps_what_it_is_not_told_and_takes_what_it_is() -> None:
     about: dict[str, Any] = {"verify": "full", "hang_minutes": 5.0, "loader_threads": 2, "device": "cpu", "checkpoints": "/c"}
     launched = Cluster(workers=4, cpus_per_worker=8, max_restarts=1, node_loss="patient", **about)
