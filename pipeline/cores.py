@@ -64,6 +64,11 @@ def physical_cores(logical: Collection[int], *, topology: Path = Path("/sys/devi
     return found
 
 
+def cores_here() -> int:
+    """Physical ones that this process may use."""
+    return len(physical_cores(os.sched_getaffinity(0)))
+
+
 class NodeCores(NamedTuple):
     """Of a cluster, which may have several nodes on one machine."""
 
@@ -71,12 +76,12 @@ class NodeCores(NamedTuple):
     given: int
     """that the cluster counts there, logical or physical"""
     physical: int
-    """of the machine"""
+    """of the machine, as far as the node may use them"""
 
 
 def cores_of_a_node(given: int) -> NodeCores:
     """Of the one that this process is on."""
-    return NodeCores(platform.node(), given, len(physical_cores(os.sched_getaffinity(0))))
+    return NodeCores(platform.node(), given, cores_here())
 
 
 def cores_of_machines(nodes: Iterable[NodeCores]) -> int:

@@ -50,9 +50,8 @@ _RESTARTS = typer.Option("--max-restarts", min=0, help="how often dead workers a
 _HANG = number_option("--hang-minutes", min=0, help="without a sign of life, until a worker is started again; 0: never")
 _VERIFY = typer.Option("--verify", help="compare pages of the data while reading: for one sample in 256, or for each")
 _NODE_LOSS = typer.Option("--node-loss", help="go on without a node that says nothing, or ride out a cut link")
-_SIDE_BY_SIDE = typer.Option(
-    "--side-by-side", metavar="N|auto", help="runs of a suite at a time, each on cores and cards of its own"
-)
+_AT_A_TIME = "runs of a suite at a time, each on cores and cards of its own"
+_SIDE_BY_SIDE = typer.Option("--side-by-side", metavar="N|auto", help=_AT_A_TIME)
 
 Sizes = Annotated[
     str, typer.Option("--workers", metavar=_SIZES, help="processes that train together; of several, what there is room for")
@@ -73,8 +72,7 @@ SideBySide = Annotated[
     typer.Option(
         "--side-by-side",
         metavar="N|auto",
-        help="runs of a suite at a time, each on cores and cards of its own; without it what there is room for, but one with "
-        "--inline, --address or several numbers of workers",
+        help=f"{_AT_A_TIME}; without it what there is room for, but one with --inline, --address or several numbers of workers",
     ),
 ]
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from typing import Any, Self
 
 import torch
 
-from pipeline.cores import physical_cores
+from pipeline.cores import cores_here
 from pipeline.job import Job, Place
 from pipeline.launch.base import Device, takes_gpus
 from pipeline.malloc import keep_freed_memory
@@ -34,7 +33,7 @@ class Inline:
         self._group.close()
 
     def room(self) -> int:
-        return 1 if self.device == "cuda" else len(physical_cores(os.sched_getaffinity(0)))
+        return 1 if self.device == "cuda" else cores_here()
 
     def joining(self) -> list[str]:
         return ["--inline"]

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from torch import distributed
 
-from pipeline.cores import cores_of_a_node, cores_of_machines, physical_cores
+from pipeline.cores import cores_here, cores_of_a_node, cores_of_machines
 from pipeline.door import TOKEN_ADVICE, draw_token, heard, knock, offer_token, reason
 from pipeline.job import STOP, Job, Notice, Place, asked_by
 from pipeline.launch.base import Device, LaunchError, Silent, WorkersEnded, takes_gpus
@@ -100,7 +100,7 @@ class Ray:
             said: list[str] = []
             try:
                 if self.address is None:
-                    cores = max(self.workers * self.cpus_per_worker, len(physical_cores(os.sched_getaffinity(0))))
+                    cores = max(self.workers * self.cpus_per_worker, cores_here())
                     # Not one that somebody else has started on this machine, which Ray would join if it were not told so.
                     here = {"address": "local", "num_cpus": cores, "include_dashboard": False}
                     with withheld(signal.SIGHUP):  # a lost terminal tells all of its processes; workers have to save first
@@ -140,7 +140,7 @@ class Ray:
     def _cores(self) -> int:
         """Physical ones of all machines, as far as Ray may give them; a CPU of the user's own cluster may be half of one."""
         if self.address is None:
-            return len(physical_cores(os.sched_getaffinity(0)))
+            return cores_here()
         told = self.nodes.on_each(cores_of_a_node, lambda has: int(has.get("CPU", 0)), within_s=ASKED_S)
         return cores_of_machines(each for each in told if not isinstance(each, Silent))  # whoever is silent is given no run
 

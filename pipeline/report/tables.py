@@ -100,8 +100,8 @@ def held(group: Group) -> Table | None:
 def behind_the_rows(group: Group) -> Table:
     """What each rule is compared with, the choices that decide such a comparison, as far as recipes and runs tell, and the
     seeds of its means."""
-    columns = ["rule", "ratios to", "time to", "reset gradient", "norm statistics", "precision", "over time", "micro-batch"]
-    columns.append("evaluated")
+    columns = ["rule", "ratios to", "time to", "reset gradient", "norm statistics", "precision", "over time"]
+    columns += ["micro-batch", "evaluated"]
     if any(tuned_in(run.recipe) for run in group.runs):
         columns.append("tuned")
     rows = [_behind(group, rule) for rule in group.rules]

@@ -24,8 +24,8 @@ Result:   92 min, 42 runs in one launch, two at a time; commit a6afb978df11 (whe
             share of BPTT's gradient that comes      leak 1/11: .22, .15, .07 in the three convolutions at the start, .21, .15,
             through time                             .08 after each epoch; leak 1/2: .79, .66, .40, then .77, .63, .41
           An interval of three seeds on both sides of a bound is told in the table as within the noise, or as undecided
-          (accuracies: 0.7 points hold at leak 1/11 for SLTT and OTTT-A, at 1/2 for OTTT-A). Two runs share the memory bus, and no
-          two rules have the same one beside them; in turn, one process has the machine to itself. Text was edited beside it.
+          (accuracies: 0.7 points hold at leak 1/11 for SLTT and OTTT-A, at 1/2 for OTTT-A). Two runs share the memory bus,
+          whatever the rule of the other; in turn, one process has the machine to itself. Text was edited beside it.
           Of two workers with 128 images each, one run at a time (commit 5708807b7084, that machine, 98 min), SLTT takes 1.012
           (0.911 to 1.113) and 0.994 (0.986 to 1.001) of the faster BPTT's time: the fewer images a worker holds, the more a time
           step costs beside them, and at 128 the two are even (docs/LOG.md). Before neurons and pools took a sixth less time
