@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -235,11 +236,20 @@ def _end_run(folder: Path | None) -> None:
 
 
 def _end_suite(folder: Path | None, trust: tuple[str, ...]) -> None:
+    """Its table or report, and its page, in its folder and in MLflow; what keeps a page from being made is told."""
     if folder is None:
         sys.exit(130)
+    from pipeline.report.publish import publish
+    from pipeline.report.read_study import read_study
     from pipeline.report.suite import print_suite
+    from pipeline.track.base import TrackingError
 
     print_suite(folder, trust=trust)
+    try:
+        print(f"page    {publish(read_study(folder.parent, [folder.name], trust=trust)).page}")
+    except (ValueError, OSError, TrackingError) as error:
+        again = shlex.join(["spiketrain", "report", str(folder), *(word for package in trust for word in ("--trust", package))])
+        print(f"{error}; its page is made anew by: {again}", file=sys.stderr)
 
 
 def _at_a_time(asked: str | None, made: Recipe | Suite, sizes: int | tuple[int, ...], *, is_here: bool) -> int | Literal["auto"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -63,22 +62,15 @@ def report(
 
     It is an artifact in MLflow, too, of each parent that some of the runs were launched with.
     """
-    from pipeline.report.finite import finite
-    from pipeline.report.page import write
+    from pipeline.report.publish import publish
     from pipeline.report.read_study import read_study
-    from pipeline.report.returned import Returned
     from pipeline.report.runs import runs_dir_of
-    from pipeline.track.mlflow import tracking_uri
-    from pipeline.track.publish import log_report
 
     runs = runs_dir_of(runs, names or [])
     about = {"against": against, "within": within, "sweeps": sweep or [], "trust": tuple(trust)}
-    found = read_study(runs, names or [], **about)
-    page = write(found.study, out or found.place)
-    print(page)
-    told = {**Returned(claims=found.study.claims, sweeps=found.study.sweeps).to_json(), "printed": found.study.printed}
-    uri = tracking_uri(found.folders[0].parent)
-    if not log_report(page, found.folders, name=found.place.name, told=json.dumps(finite(told), allow_nan=False), uri=uri):
+    published = publish(read_study(runs, names or [], **about), out)
+    print(published.page)
+    if not published.parents:
         print("no artifact in MLflow: these runs were launched by themselves", file=sys.stderr)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from pipeline.baseline import BASELINE, is_baseline
-from pipeline.report.figure import Cell, Figure, Table
+from pipeline.baseline import BASELINE
+from pipeline.report.figure import Figure, Table
 from pipeline.report.figures_time import memory_of_time
+from pipeline.report.largest import largest
 
 LARGEST_SAID = (
     "The largest batch that fits, and how fast forward and backward of it are, beside the faster "
@@ -22,30 +23,15 @@ def swept(sweeps: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Figure, Ta
     figures = ((sweep, memory_of_time(sweep)) for sweep in sweeps)
     drawn = [(sweep, figure) for sweep, figure in figures if isinstance(figure, Figure)]
     for index, (sweep, figure) in enumerate(drawn, start=1):
-        yield f"sweep{index}", figure, largest(sweep)
+        yield f"sweep{index}", figure, largest_table(sweep)
 
 
-def largest(sweep: Mapping[str, Any]) -> Table | None:
+def largest_table(sweep: Mapping[str, Any]) -> Table | None:
     """One row for each rule and T; None where nobody looked for a largest batch. What was not tried is not measured."""
-    points = [point for point in sweep["points"] if "largest_batch" in point]
-    if not points:
+    rows = tuple((each.rule, each.time_steps, each.batch, each.images_per_s, each.beside) for each in largest(sweep))
+    if not rows:
         return None
-    fastest: dict[int, float] = {}
-    for point in points:
-        T, speed = point["time_steps"], _images_per_s(point)
-        if speed is not None and is_baseline(point["cost"]["rule"]):
-            fastest[T] = max(speed, fastest.get(T, 0.0))
-    rows: list[tuple[Cell, ...]] = []
-    for point in points:
-        T, speed = point["time_steps"], _images_per_s(point)
-        beside = None if speed is None or T not in fastest else speed / fastest[T]
-        rows.append((str(point["cost"]["rule"]), T, point["largest_batch"], speed, beside))
     limit = sweep.get("memory_bytes")
     batch = "largest batch" if limit is None else f"largest batch in {limit / 1e9:.3g} GB"
     speed_of = ("images/s of its forward and backward", f"× the faster {BASELINE}'s")
-    return Table(columns=("rule", "time steps", batch, *speed_of), rows=tuple(rows))
-
-
-def _images_per_s(point: Mapping[str, Any]) -> float | None:
-    cost = point.get("at_largest")
-    return None if cost is None else point["largest_batch"] / (float(cost["forward_s"]) + float(cost["backward_s"]))
+    return Table(columns=("rule", "time steps", batch, *speed_of), rows=rows)

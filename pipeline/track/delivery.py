@@ -27,6 +27,7 @@ from pipeline.track.hierarchy import (
 from pipeline.track.jsonl import Event, Follower, first
 from pipeline.track.models import KeptOf, inside, note_checkpoints
 from pipeline.track.note import write_note
+from pipeline.track.state import is_driven
 from pipeline.track.system import FILE as SYSTEM
 from pipeline.track.translate import STATUS, Translation, milliseconds, parameters
 
@@ -72,13 +73,14 @@ class Delivery:
     def already_there(self) -> int:
         return self._translation.already_there + self._system_translation.already_there
 
-    def advance(self, *, leaving: bool = False) -> bool:
+    def advance(self, *, leaving: bool | None = False) -> bool:
         """Deliver what the journal holds by now; False when no attempt of the run has begun.
 
-        `leaving`: nobody drives the run after this, whatever its journal says.
+        `leaving`: nobody drives the run after this, whatever its journal says; None: whoever drives it or does not, once it is
+        our turn. Asked before, a driver that began in the meantime would be told over.
         """
         with one_at_a_time(self.run_dir.parent):
-            return self._advance(leaving=leaving)
+            return self._advance(leaving=not is_driven(self.run_dir) if leaving is None else leaving)
 
     def _advance(self, *, leaving: bool) -> bool:
         if self._client is None and not self._open():

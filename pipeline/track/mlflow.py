@@ -16,7 +16,6 @@ from pipeline.track.base import TrackingError
 from pipeline.track.connect import SQLITE, one_line
 from pipeline.track.delivery import Delivery
 from pipeline.track.models import KeptOf, inside
-from pipeline.track.state import is_driven
 from pipeline.track.system import Sampler
 
 __all__ = ["Mirror", "SyncReport", "TrackingError", "sync", "tracking_uri"]
@@ -50,7 +49,7 @@ def sync(run_dir: str | os.PathLike[str], *, uri: str, kept_of: KeptOf = inside)
     run_dir = Path(run_dir)
     delivery = Delivery(run_dir, uri=uri, kept_of=kept_of)
     try:
-        known = delivery.advance(leaving=not is_driven(run_dir))
+        known = delivery.advance(leaving=None)
     except Exception as error:
         raise TrackingError(_one_line(uri, error)) from error
     if not known:

@@ -14,7 +14,6 @@ from pipeline.track.delivery import Delivery
 from pipeline.track.hierarchy import experiment_of, one_at_a_time, parent_of, set_parent_status, suite_of
 from pipeline.track.jsonl import first
 from pipeline.track.models import KeptOf, Registered, inside, register_checkpoint
-from pipeline.track.state import is_driven
 
 __all__ = ["REPORT", "REPORT_DATA", "Registered", "log_report", "register"]
 
@@ -69,7 +68,7 @@ def register(
     run_dir = Path(run_dir)
     delivery = Delivery(run_dir, uri=uri, kept_of=kept_of)
     with _told_in_a_line(uri):
-        if not delivery.advance(leaving=not is_driven(run_dir)):
+        if not delivery.advance(leaving=None):
             raise TrackingError(f"{run_dir} has no journal of a run that began; nothing to register")
         with one_at_a_time(run_dir.parent):
             return register_checkpoint(connect(uri), delivery.run, checkpoint, name=name, alias=alias)

@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -21,6 +22,7 @@ from rich.console import Console
 from pipeline.__main__ import main
 from pipeline.launch.lock import driver_lock
 from pipeline.launch.suite import _tell_mlflow
+from pipeline.ports import free_port
 from pipeline.recipe import Recipe
 from pipeline.report.runs import list_suites, print_runs
 from pipeline.report.suite import print_suite
@@ -128,6 +130,7 @@ def test_mlflow_has_it_beneath_one_parent_and_its_checkpoints_by_address(
     parent = found[untouched.name]
     assert {found[name].data.tags["mlflow.parentRunId"] for name in names} == {parent.info.run_id}
     assert {each.info.status for each in (parent, *(found[name] for name in names))} == {"FINISHED"}
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {"report.html", "report.json"}
     kept = {file.path for file in client.list_artifacts(found[names[0]].info.run_id)}
     assert kept == {"recipe.json", "journal.jsonl", "summary.json", "activity.json", "answers.npz"}
 
@@ -170,7 +173,19 @@ def test_a_suite_in_one_go(untouched: Path, spiketrain: Command) -> None:
     assert spiketrain("resume", untouched.name, "--runs", str(untouched.parent), "--trust", "lab_suite")[1].splitlines() == [
         f"{untouched.name} has finished",
         said.strip(),
+        f"page    {untouched / 'report.html'}",
     ]
+
+
+def test_a_page_that_mlflow_does_not_take_costs_the_suite_nothing(untouched: Path, spiketrain: Command) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+        words = ("--runs", str(untouched.parent), "--trust", "lab_suite")
+        code, said, error = spiketrain("resume", untouched.name, *words)
+    assert code == 0 and said.splitlines()[1].startswith("REPORT ") and "page" not in said
+    assert error.startswith("MLflow at http://127.0.0.1:") and error.count("\n") == 1
+    code, said, error = spiketrain(*shlex.split(error.partition("its page is made anew by: spiketrain ")[2]))
+    assert (code, said) == (0, f"{untouched / 'report.html'}\n"), error
 
 
 def test_a_folder_may_be_named_by_where_one_stands(untouched: Path, spiketrain: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +235,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(
     code, said, error = spiketrain(*words)
     assert code == 0, error
     runs = runs_of(tmp_path / "broken")
-    assert said.splitlines()[-1] == "REPORT " + " ".join(f"{name}:{run.name}" for name, run in runs.items())
+    assert said.splitlines()[-2] == "REPORT " + " ".join(f"{name}:{run.name}" for name, run in runs.items())
     assert same_bits(tmp_path / "broken", untouched)
     interrupted = {recipe for recipe, _ in stops}
     assert {name for name, run in runs.items() if len(starts(run)) == 2} == interrupted  # what had finished was left alone
@@ -487,7 +502,7 @@ def test_two_suites_launched_in_one_second_are_both_trained_to_their_end(
     places: Path, tmp_path: Path, spiketrain: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second is launched while the first trains, before the first has made the folders of its later runs."""
-    monkeypatch.setattr("pipeline.launch.suite.time.strftime", lambda form: "20260105-120000")
+    monkeypatch.setattr("pipeline.launch.suite.time.strftime", lambda form, when=None: "20260105-120000")
     words = ("launch", str(places / "lab_list.py"), "--inline", "--runs", str(tmp_path), "--set", "epochs=1", "--name")
     for name in "ab":
         with pytest.MonkeyPatch.context() as patch:

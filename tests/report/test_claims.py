@@ -17,6 +17,7 @@ from pipeline.recipe import write_json
 from pipeline.report.claims import (
     Claim,
     accuracy,
+    at_their_largest,
     bytes_at_most,
     flat_in_t,
     print_claims,
@@ -76,6 +77,21 @@ def test_bytes_are_not_flat_where_a_t_was_too_large(measured: dict[int, float], 
     claim = flat_in_t("SLTT", measured, over=(2, 4, 8, 16), published="constant")
     assert (claim.holds, claim.verdict, claim.ours) == (None, "", f"not measured at T = {absent}")
     assert claim.claim == "saved bytes from T = 2 to 16"
+
+
+def test_a_largest_batch_is_beside_that_of_the_faster_bptt_and_nothing_is_judged() -> None:
+    def point(rule: str, T: int, batch: int, seconds: float | None) -> dict[str, Any]:
+        tried = {} if seconds is None else {"at_largest": {"forward_s": seconds / 4, "backward_s": 3 * seconds / 4}}
+        return {"time_steps": T, "cost": {"rule": rule}, "largest_batch": batch, **tried}
+
+    folded, stepped = [point("BPTT", 2, 100, 2.0), point("BPTT", 16, 20, 4.0)], [point("BPTT-chunk-1", 2, 90, 1.0)]
+    ours = [point("SLTT", 2, 1200, 10.0), point("SLTT", 4, 500, 2.0), point("SLTT", 16, 150, None)]
+    sweep = {"memory_bytes": 2 * 10**8, "points": [*folded, *stepped, *ours]}
+    batches, speeds = at_their_largest("SLTT", sweep, "SLTT")
+    assert batches.claim == "images of its largest batch in 200 MB, of the faster BPTT's at its own"
+    assert batches.ours == "T = 2 1,200 of 90, T = 16 150 of 20" and speeds.ours == "T = 2 1.33"
+    assert (batches.holds, speeds.verdict) == (None, "")
+    assert [claim.ours for claim in at_their_largest("SLTT", {"points": []}, "SLTT")] == 2 * ["not measured"]
 
 
 @pytest.mark.parametrize(("seconds", "holds"), [(1.46, True), (1.47, False)])
@@ -256,10 +272,11 @@ def test_fashions_claims_are_of_what_was_trained() -> None:
     trained = next(iter(changed.recipes))
     runs = twice(*((rule, 1.0, 2.0) for rule in ("BPTT", "SLTT", "SLTT-1", "SLTT-2")))
     found = list(claims_fashion._claims(trained, runs, SWEPT, TURNS, ()))
-    saved, kept, flat, time, turned = found[:5]
+    saved, kept, flat, batches, speeds, time, turned = found[:7]
     assert (saved.about, saved.bound, saved.holds) == ("SLTT, leak 1/4, T = 4", "<= 0.300", True)
     assert (kept.claim, kept.holds, kept.bound) == ("saved bytes and states, of BPTT's", None, "")
     assert (flat.claim, flat.holds) == ("saved bytes from T = 2 to 16", True)
+    assert (batches.ours, speeds.ours, batches.verdict) == ("not measured", "not measured", "")
     bounds = {claim.about.split(",")[0]: claim.bound for claim in found if claim.claim == "forward and backward, of BPTT's"}
     assert turned.claim == "forward and backward in turn, of BPTT's" and turned.holds
     unswept = list(claims_fashion._claims(trained, runs, None, {}, ()))[2]

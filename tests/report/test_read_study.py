@@ -206,7 +206,7 @@ def test_on_the_command_line(make_run: Callable, runs_dir: Path, monkeypatch: py
     lost = {**SWEEP, "points": [{**point, "cost": {**point["cost"], "loading_s": math.nan}}]}
     (runs_dir / "sweep.json").write_text(json.dumps(lost))
     sent: list[str] = []
-    monkeypatch.setattr("pipeline.track.publish.log_report", lambda *_, told, **__: [sent.append(told)])
+    monkeypatch.setattr("pipeline.report.publish.log_report", lambda *_, told, **__: [sent.append(told)])
     assert spiketrain("report", "--runs", str(runs_dir), "--sweep", str(runs_dir / "sweep.json"))[0] == 0
     assert '"loading_s": null' in sent[0] and "NaN" not in sent[0]
     make_suite(runs_dir, "bptt")

@@ -276,6 +276,24 @@ def test_whoever_delivers_for_ever_is_not_waited_for(fake_run: Callable, sqlite_
         assert sync(run.folder, uri=sqlite_store).delivered == 0
 
 
+def test_a_run_that_is_resumed_while_a_delivery_waits_its_turn_is_not_marked_killed(fake_run: Callable, sqlite_store: str):
+    """As that of a driver that was killed, which begins at that moment."""
+    run = fake_run()
+    run.start().close()
+    with (run.folder.parent / ".mlflow.lock").open("ab") as turn, (run.folder / "driver.lock").open("wb") as driver:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(sync, run.folder, uri=sqlite_store)
+            time.sleep(0.5)
+            assert not waiting.done()
+            fcntl.flock(driver, fcntl.LOCK_EX)
+            fcntl.flock(turn, fcntl.LOCK_UN)
+            waiting.result(30)
+        assert find(sqlite_store, run).info.status == "RUNNING"
+    sync(run.folder, uri=sqlite_store)
+    assert find(sqlite_store, run).info.status == "KILLED"
+
+
 @pytest.mark.parametrize(
     ("field", "name"), [("family", ".."), ("family", " . "), ("suite", ".."), ("suite", "../a-suite"), ("suite", "/a-suite")]
 )
