@@ -7,6 +7,7 @@ death of the run's driver, and the run is resumed by its name.
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import shutil
 import tempfile
@@ -21,10 +22,12 @@ import pytest
 from pipeline.__main__ import main
 from pipeline.checkpoint import step_name
 from pipeline.recipe import read_json, write_json
+from pipeline.report.store import open_store
 from pipeline.track.jsonl import read
 from tests.driver import Driver
 from tests.faults.test_security import holders, plant
 from tests.small import same_weights
+from tests.track.test_mlflow import wait_for
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -155,6 +158,7 @@ def hunted(file: Path, run: Path) -> list[psutil.Process]:
         write_json(file.parent / "doors.json", doors(psutil.Process(first.process.pid)))
         first.process.kill()
         _, left = psutil.wait_procs(workers, timeout=15)  # sooner than they would take themselves to hang
+        assert wait_for(lambda: in_mlflow(run) == "KILLED")  # nobody has synced it or gone on with it
     finally:
         first.kill()
     second = Driver("resume", run.name, "--trust", "faulty_lab", run=run, folder=file.parent)
@@ -163,6 +167,11 @@ def hunted(file: Path, run: Path) -> list[psutil.Process]:
     finally:
         second.kill()
     return left
+
+
+def in_mlflow(run: Path) -> str:
+    [state] = [each.state for each in open_store(os.environ["MLFLOW_TRACKING_URI"]).listed() if each.name == run.name]
+    return state
 
 
 def doors(driver: psutil.Process) -> list[tuple[str, str]]:
@@ -267,6 +276,7 @@ def test_weights_that_come_apart_are_found_and_given_up(runs: tuple[Path, Path],
 def test_a_driver_that_is_killed_takes_its_workers_along_and_the_run_is_resumed(
     runs: tuple[Path, Path], faults: dict[str, tuple[int, int]]
 ) -> None:
-    """Within 15 s, which the run itself has asserted."""
+    """Within 15 s, and then it was KILLED in MLflow, which the run itself has asserted."""
     start = events(runs[0], "start")[6]
     assert (start["step"], start["attempt"]) == (newest(faults["driver"][1]), 6)
+    assert in_mlflow(runs[0]) == "FINISHED"
