@@ -32,6 +32,7 @@ _BESIDE = {
     "device_j": ("joules of training, measured", "J"),
     ENERGY_MEASURED: ("joules of an inference, measured", "J"),
 }
+_BY_TABLE = "energy_j_by_table"
 _HELD = {
     "held.parameters": "parameters",
     "held.buffers": "buffers",
@@ -77,11 +78,12 @@ def costs(group: Group) -> Table:
 
 def beside(group: Group) -> Table | None:
     """What else was measured of each rule, mean over seeds ± standard deviation; None where nothing was."""
-    known = _BESIDE | {
-        f"operations.{purpose}.{name}": (f"{purpose}: {name}", "count")
-        for purpose in _purposes(group)
-        for name in ("multiplications", "additions")
-    }
+    known = dict(_BESIDE)
+    for priced in _other_prices(group):
+        known[f"inference.{_BY_TABLE}.{priced}"] = (f"joules of an inference, estimated ({priced})", "J")
+    for purpose in _purposes(group):
+        for name in ("multiplications", "additions"):
+            known[f"operations.{purpose}.{name}"] = (f"{purpose}: {name}", "count")
     kept = {name: about for name, about in known.items() if any(_is_there(run, name) for run in group.finished)}
     if not kept:
         return None
@@ -234,6 +236,13 @@ def _purposes(group: Group) -> list[str]:
     """What training operations served in any run, in the order of their counting."""
     counted = [(run.summary or {}).get("operations") for run in group.finished]
     return list(dict.fromkeys(purpose for work in counted if isinstance(work, Mapping) for purpose in work))
+
+
+def _other_prices(group: Group) -> list[str]:
+    """Tables by which the joules of inferences were estimated as well, beside those behind the costs."""
+    told = [each for run in group.finished if isinstance(each := (run.summary or {}).get("inference"), Mapping)]
+    first = {each.get("prices") for each in told}
+    return [name for name in dict.fromkeys(name for each in told for name in each.get(_BY_TABLE, ())) if name not in first]
 
 
 def _is_there(run: StudyRun, name: str) -> bool:
