@@ -43,6 +43,7 @@ REPEATED = (
     *("qkformer_10_384_bptt", "qkformer_10_384_sltt", "nf_resnet34_ottt", "nf_resnet34_t1", "nf_resnet50_t1", "preact18_ann"),
     *("cifar10_dsr_lif", "cifar10_ottt_o", "cifar10dvs_dsr", "cifar10dvs_sltt"),
     *("qkformer_10_512_", "qkformer_10_768_", "qkformer_10_384_sei_", "ms_resnet34_sei_", "nf_resnet101_", "sei_stamps"),
+    "tuned_fashion",
     *("claims_fashion", "rules_fashion", "nf_resnet34_sltt", "cifar10_cifarnet_f_spide", "cifar10dvs_ottt"),
     *("qkformer_10_384_sws_ottt", "gesture_opzo_ll"),
     *("cifar100_opzo", "cifar100_cifarnet_f", "cifar100_ottt", "cifar100_dsr", "cifar100_sltt", "cifar10dvs_spide"),

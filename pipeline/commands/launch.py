@@ -211,8 +211,11 @@ def _go_on(
     how: dict[str, Any] = {"workers": workers, "inline": inline, "address": address, "options": options}
     if is_suite(folder):
         from pipeline.launch.suite import resume_suite
+        from pipeline.suite import runs_of
+        from pipeline.trials import over_in
 
-        _end_suite(resume_suite(folder, **how, trust=trust), trust)
+        had_ended = len(over_in(folder)) == len(runs_of(folder))
+        _end_suite(resume_suite(folder, **how, trust=trust), trust, had_ended=had_ended)
     else:
         from pipeline.launch.start import resume_run
 
@@ -235,21 +238,28 @@ def _end_run(folder: Path | None) -> None:
     print_studies(folder.parent, [folder])
 
 
-def _end_suite(folder: Path | None, trust: tuple[str, ...]) -> None:
-    """Its table or report, and its page, in its folder and in MLflow; what keeps a page from being made is told."""
+def _end_suite(folder: Path | None, trust: tuple[str, ...], *, had_ended: bool = False) -> None:
+    """Its table or report; and its page, in its folder and in MLflow, which since it `had_ended` may have been made richer."""
     if folder is None:
         sys.exit(130)
+    from pipeline.report.page import write
     from pipeline.report.publish import publish
     from pipeline.report.read_study import read_study
     from pipeline.report.suite import print_suite
     from pipeline.track.base import TrackingError
+    from pipeline.track.publish import REPORT
 
-    print_suite(folder, trust=trust)
+    reported = print_suite(folder, trust=trust)
+    if had_ended and (folder / REPORT).exists():
+        return
     try:
-        print(f"page    {publish(read_study(folder.parent, [folder.name], trust=trust)).page}")
-    except (ValueError, OSError, TrackingError) as error:
+        found = read_study(folder.parent, [folder.name], trust=trust, reported=reported)
+        page = write(found.study, found.place)
+        print(f"page    {page}")
+        publish(found, page)
+    except (ValueError, OSError, TrackingError) as error:  # the runs are there, and whoever waits for them has what it waited for
         again = shlex.join(["spiketrain", "report", str(folder), *(word for package in trust for word in ("--trust", package))])
-        print(f"{error}; its page is made anew by: {again}", file=sys.stderr)
+        print(f"{error}; its page is made anew, and put into MLflow, by: {again}", file=sys.stderr)
 
 
 def _at_a_time(asked: str | None, made: Recipe | Suite, sizes: int | tuple[int, ...], *, is_here: bool) -> int | Literal["auto"]:

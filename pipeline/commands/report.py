@@ -62,15 +62,17 @@ def report(
 
     It is an artifact in MLflow, too, of each parent that some of the runs were launched with.
     """
+    from pipeline.report.page import write
     from pipeline.report.publish import publish
     from pipeline.report.read_study import read_study
     from pipeline.report.runs import runs_dir_of
 
     runs = runs_dir_of(runs, names or [])
     about = {"against": against, "within": within, "sweeps": sweep or [], "trust": tuple(trust)}
-    published = publish(read_study(runs, names or [], **about), out)
-    print(published.page)
-    if not published.parents:
+    found = read_study(runs, names or [], **about)
+    page = write(found.study, out or found.place)
+    print(page)
+    if not publish(found, page):
         print("no artifact in MLflow: these runs were launched by themselves", file=sys.stderr)
 
 

@@ -56,7 +56,7 @@ def drive(job: Job, launcher: Launcher, console: Console, *, uri: str, resume_co
             (folder / note).unlink(missing_ok=True)
         write_job(job)
         with (
-            synced_if_killed(folder, uri),
+            synced_if_killed(folder, uri, console.print),
             _mirrored(folder, uri, console.print),
             closing(Shown(folder, console, store=uri, resume_command=resume_command, also=exposed.show)) as shown,
         ):

@@ -86,13 +86,14 @@ def flat_in_t(about: str, bytes_of_T: Mapping[int, float], *, over: Sequence[int
 def at_their_largest(about: str, sweep: Mapping[str, Any] | None, rule: str) -> Iterator[Claim]:
     """Its own largest batch at each T and the speed there, beside the faster BPTT's at its own: what a rule's memory buys.
 
-    No paper has these, so nothing is judged.
+    Of batches that were trained; no paper has these, so nothing is judged.
     """
     found = [] if sweep is None else [each for each in largest(sweep) if each.rule == rule]
     limit = None if sweep is None else sweep.get("memory_bytes")
     where = "" if limit is None else f" in {limit / 1e6:.4g} MB"
-    batches = [f"T = {each.time_steps} {each.batch:,} of {each.base_batch:,}" for each in found if each.base_batch is not None]
-    speeds = [f"T = {each.time_steps} {each.beside:.2f}" for each in found if each.beside is not None]
+    tried = [each for each in found if each.beside is not None]
+    batches = [f"T = {each.time_steps}: {each.batch:,} of {each.base_batch:,}" for each in tried]
+    speeds = [f"T = {each.time_steps}: {each.beside:.2f}" for each in tried]
     for claim, told in (("images of its largest batch", batches), ("images/s of it", speeds)):
         ours = ", ".join(told) or "not measured"
         yield not_judged(about, f"{claim}{where}, of the faster {BASELINE}'s at its own", "", ours=ours)

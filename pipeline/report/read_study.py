@@ -21,7 +21,7 @@ from pipeline.report.returned import Returned, returned, sweep_of
 from pipeline.report.runs import ReportError
 from pipeline.report.study import Study
 from pipeline.report.study_run import from_folder
-from pipeline.report.suite import own_report, suite_named
+from pipeline.report.suite import Reported, own_report, suite_named
 from pipeline.suite import SuiteFile, has_report, runs_of
 from pipeline.track.publish import REPORT
 from pipeline.trials import over_in
@@ -47,6 +47,7 @@ def read_study(
     within: float = WITHIN,
     sweeps: Sequence[Path] = (),
     trust: tuple[str, ...] = (),
+    reported: Reported | None = None,
 ) -> Found:
     """The study, where its page belongs, and its runs.
 
@@ -54,6 +55,7 @@ def read_study(
         names: a suite, or runs and study keys as `compare` takes them; none: the newest study.
         sweeps: files that `spiketrain sweep --format json` printed.
         trust: packages of the user's own that a suite's report and recipes may be imported from.
+        reported: what the suite's own report has told already; None: it is asked, if it has one.
 
     Raises:
         ValueError: nothing answers to a name, a file is damaged, or a suite's own report cannot be made or judges otherwise.
@@ -69,7 +71,7 @@ def read_study(
                 f"report: {suite.name} has a report of its own, so --against and --within have no effect on its claims; "
                 f"got {against}, {within:g}"
             )
-        own, printed, notes = _own_report(suite, trust)
+        own, printed, notes = _own_report(suite, trust, reported)
         members, tried = _without_trials(runs.values())
         title, place = suite.name, suite / REPORT
     elif trust:
@@ -124,7 +126,7 @@ def _with_their_baseline(runs_dir: Path, folders: Sequence[Path], against: str) 
     return list(dict.fromkeys([*found, *(folder.resolve() for folder in folders)])), notes
 
 
-def _own_report(suite: Path, trust: tuple[str, ...]) -> tuple[Returned, str, list[str]]:
+def _own_report(suite: Path, trust: tuple[str, ...], reported: Reported | None) -> tuple[Returned, str, list[str]]:
     """What the suite's report returns and prints; a note where it has nothing to say yet.
 
     Raises: ReportError where it cannot be made: an earlier page, and its artifact, are worth more than one without claims.
@@ -135,16 +137,16 @@ def _own_report(suite: Path, trust: tuple[str, ...]) -> tuple[Returned, str, lis
     if len(over) < len(runs):
         waits = f"The suite's own report, with its claims, waits for all runs: {len(over)} of {len(runs)} have finished."
         return Returned(), "", [waits]
-    printed = io.StringIO()
     try:
         report = SuiteFile.read(suite, trust=trust).suite.report
-        value = None if report is None else own_report(suite.name, report, over, Console(file=printed, width=_WIDTH))
+        assert report is not None, "has_report says so"
+        reported = reported or own_report(suite.name, report, over, Console(file=io.StringIO(), width=_WIDTH))
     except ValueError as error:
         why = str(error).removeprefix("compare: ")
         raise ReportError(
             f"report: what {suite.name} reports by itself cannot be made; its runs can be named instead: {why}"
         ) from error
-    return returned(value, suite.name), printed.getvalue(), []
+    return returned(reported.value, suite.name), reported.printed, []
 
 
 def _title(folders: Sequence[Path], names: Sequence[str]) -> str:

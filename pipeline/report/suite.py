@@ -7,7 +7,7 @@ import json
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -46,14 +46,23 @@ def suite_named(runs_dir: Path, names: Sequence[str]) -> Path | None:
     return None
 
 
-def own_report(suite: str, report: Report, over: Mapping[str, Path], console: Console) -> Any:
-    """What the report of a suite's own returns, of runs that are over.
+class Reported(NamedTuple):
+    """What a report of a suite's own has returned, and printed, as plain text."""
+
+    value: Any
+    printed: str
+
+
+def own_report(suite: str, report: Report, over: Mapping[str, Path], console: Console) -> Reported:
+    """Run the report of a suite's own, of runs that are over.
 
     Raises:
         ValueError: what it refused, or the error that it ended in, and where.
     """
+    console.record = True
     try:
-        return report(over, console)
+        value = report(over, console)
+        return Reported(value, console.export_text())
     except ValueError:
         raise
     except Exception as error:  # code of whoever wrote the suite
@@ -70,8 +79,10 @@ def print_suite(
     within: float = WITHIN,
     format: str = "table",
     console: Console | None = None,
-) -> None:
+) -> Reported | None:
     """Print a suite's report, or for want of one its comparisons; children that have not finished are named.
+
+    What a report of its own has told comes back, so that who needs it further does not run it again.
 
     Args:
         trust: packages of the user's own that the suite's report and recipes may be imported from.
@@ -90,11 +101,9 @@ def print_suite(
         )
     runs, over = runs_of(folder), over_in(folder)
     if format == "json" and report is not None:
-        _print_json(folder, report, runs, over, console)
-        return
+        return _print_json(folder, report, runs, over, console)
     if len(over) == len(runs) and report is not None:
-        own_report(folder.name, report, over, console)
-        return
+        return own_report(folder.name, report, over, console)
     if report is None:
         folders = [run for run in over.values() if not is_trial(run)]
         told_of = {study_of(run) for run in folders if state_of(run) == "finished"}
@@ -113,16 +122,18 @@ def print_suite(
         command = "" if is_driven(folder) else f"; {how_to_resume(folder, trust=trust)}"
         until = "" if report is None else ", the report is printed when all have"
         console.out(f"{len(over)} of {len(runs)} finished{until}{command}", highlight=False)
+    return None
 
 
-def _print_json(folder: Path, report: Report, runs: Mapping[str, Path], over: Mapping[str, Path], console: Console) -> None:
+def _print_json(folder: Path, report: Report, runs: Mapping[str, Path], over: Mapping[str, Path], console: Console) -> Reported:
     if len(over) < len(runs):
         raise ValueError(f"compare: {folder.name} must have finished; {len(over)} of {len(runs)} runs have")
-    value = own_report(folder.name, report, over, Console(file=io.StringIO()))
-    if value is None:
+    reported = own_report(folder.name, report, over, Console(file=io.StringIO()))
+    if reported.value is None:
         raise ValueError(f"compare: the report of {folder.name} returns nothing, so there is no --format json of it")
     try:
-        text = json.dumps(finite(value), indent=2, allow_nan=False)
+        text = json.dumps(finite(reported.value), indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ReportError(f"compare: the report of {folder.name} must return JSON values; {error}") from error
     console.out(text, highlight=False)
+    return reported

@@ -10,7 +10,7 @@ step, time and value are its primary key).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.track.connect import connect, without_password
 from pipeline.track.files import Files
@@ -73,14 +73,14 @@ class Delivery:
     def already_there(self) -> int:
         return self._translation.already_there + self._system_translation.already_there
 
-    def advance(self, *, leaving: bool | None = False) -> bool:
+    def advance(self, *, leaving: bool | Literal["unless driven"] = False) -> bool:
         """Deliver what the journal holds by now; False when no attempt of the run has begun.
 
-        `leaving`: nobody drives the run after this, whatever its journal says; None: whoever drives it or does not, once it is
-        our turn. Asked before, a driver that began in the meantime would be told over.
+        `leaving`: nobody drives the run after this, whatever its journal says. Whether anybody does is asked once it is our turn
+        to deliver: a driver that began while another one delivered would be marked as gone.
         """
         with one_at_a_time(self.run_dir.parent):
-            return self._advance(leaving=not is_driven(self.run_dir) if leaving is None else leaving)
+            return self._advance(leaving=not is_driven(self.run_dir) if leaving == "unless driven" else leaving)
 
     def _advance(self, *, leaving: bool) -> bool:
         if self._client is None and not self._open():

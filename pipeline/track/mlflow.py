@@ -49,7 +49,7 @@ def sync(run_dir: str | os.PathLike[str], *, uri: str, kept_of: KeptOf = inside)
     run_dir = Path(run_dir)
     delivery = Delivery(run_dir, uri=uri, kept_of=kept_of)
     try:
-        known = delivery.advance(leaving=None)
+        known = delivery.advance(leaving="unless driven")
     except Exception as error:
         raise TrackingError(_one_line(uri, error)) from error
     if not known:

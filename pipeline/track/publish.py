@@ -68,7 +68,7 @@ def register(
     run_dir = Path(run_dir)
     delivery = Delivery(run_dir, uri=uri, kept_of=kept_of)
     with _told_in_a_line(uri):
-        if not delivery.advance(leaving=None):
+        if not delivery.advance(leaving="unless driven"):
             raise TrackingError(f"{run_dir} has no journal of a run that began; nothing to register")
         with one_at_a_time(run_dir.parent):
             return register_checkpoint(connect(uri), delivery.run, checkpoint, name=name, alias=alias)

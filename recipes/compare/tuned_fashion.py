@@ -5,9 +5,10 @@ Command:  spiketrain write fashion --out data/fashion
 Source:   the protocols are ours; the rules are those of Meng et al. 2023 (SLTT), arXiv:2302.14311; the network is one of ours.
 Result:   not run yet.
 
-The setting is that of claims_fashion.py at leak 1/11, whose shared rate of 0.3 was chosen so that the rescaled gradient of SLTT-1
-bears it. That may do BPTT an injustice; here BPTT may choose for itself. Trials train on nine tenths of the training set and are
-judged by the last; the test set is read once, after the last epoch of the runs that count.
+The setting is that of claims_fashion.py at leak 1/11, where all rules share a rate of 0.3, which the rescaled gradient of SLTT-1
+bears. That may do BPTT an injustice; here each rule chooses for itself, on a grid of factors of two, which has no 0.3. Trials
+train on nine tenths of the training set and are judged by the last; the test set is read once, after the last epoch of the runs
+that count.
 """
 
 from __future__ import annotations

@@ -173,19 +173,22 @@ def test_a_suite_in_one_go(untouched: Path, spiketrain: Command) -> None:
     assert spiketrain("resume", untouched.name, "--runs", str(untouched.parent), "--trust", "lab_suite")[1].splitlines() == [
         f"{untouched.name} has finished",
         said.strip(),
-        f"page    {untouched / 'report.html'}",
     ]
 
 
 def test_a_page_that_mlflow_does_not_take_costs_the_suite_nothing(untouched: Path, spiketrain: Command) -> None:
+    page = untouched / "report.html"
+    page.unlink()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
         words = ("--runs", str(untouched.parent), "--trust", "lab_suite")
         code, said, error = spiketrain("resume", untouched.name, *words)
-    assert code == 0 and said.splitlines()[1].startswith("REPORT ") and "page" not in said
+    assert code == 0 and said.splitlines()[1].startswith("REPORT ") and said.endswith(f"\npage    {page}\n") and page.exists()
     assert error.startswith("MLflow at http://127.0.0.1:") and error.count("\n") == 1
-    code, said, error = spiketrain(*shlex.split(error.partition("its page is made anew by: spiketrain ")[2]))
-    assert (code, said) == (0, f"{untouched / 'report.html'}\n"), error
+    code, said, error = spiketrain(
+        *shlex.split(error.partition("its page is made anew, and put into MLflow, by: spiketrain ")[2])
+    )
+    assert (code, said) == (0, f"{page}\n"), error
 
 
 def test_a_folder_may_be_named_by_where_one_stands(untouched: Path, spiketrain: Command, monkeypatch: pytest.MonkeyPatch) -> None:

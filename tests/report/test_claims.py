@@ -89,7 +89,7 @@ def test_a_largest_batch_is_beside_that_of_the_faster_bptt_and_nothing_is_judged
     sweep = {"memory_bytes": 2 * 10**8, "points": [*folded, *stepped, *ours]}
     batches, speeds = at_their_largest("SLTT", sweep, "SLTT")
     assert batches.claim == "images of its largest batch in 200 MB, of the faster BPTT's at its own"
-    assert batches.ours == "T = 2 1,200 of 90, T = 16 150 of 20" and speeds.ours == "T = 2 1.33"
+    assert batches.ours == "T = 2: 1,200 of 90" and speeds.ours == "T = 2: 1.33"
     assert (batches.holds, speeds.verdict) == (None, "")
     assert [claim.ours for claim in at_their_largest("SLTT", {"points": []}, "SLTT")] == 2 * ["not measured"]
 

@@ -421,7 +421,7 @@ def test_many_names_are_looked_up_in_one_list(
 
     monkeypatch.setattr("pipeline.report.runs._shown", counted(runs._shown))
     monkeypatch.setattr("pipeline.report.choose.first", counted(choose.first))
-    monkeypatch.setattr("pipeline.report.publish.write", lambda study, out: out)
+    monkeypatch.setattr("pipeline.report.page.write", lambda study, out: out)
     spiketrain = command(monkeypatch, capsys)
 
     def looks_for(*names: str) -> Counter[str]:

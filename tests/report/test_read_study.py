@@ -9,9 +9,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+from pipeline.report.claims import Claim
+from pipeline.report.publish import publish
 from pipeline.report.read_study import read_study
 from pipeline.report.returned import returned
 from pipeline.report.runs import ReportError
@@ -182,6 +185,15 @@ def test_a_report_that_ends_in_an_error_of_its_own_is_a_sentence():
     said = f"the report of mine failed in test_read_study.py, line {line}: KeyError: 'sltt'"
     with pytest.raises(ReportError, match=re.escape(said)):
         own_report("mine", report, {}, Console())
+
+
+def test_what_a_report_returned_that_json_cannot_tell_ends_in_a_sentence(make_run: Callable, runs_dir: Path):
+    """As a comparison of numpy's does: the page is there, and MLflow takes none of it."""
+    make_run("bptt")
+    found = read_study(runs_dir)
+    claim = Claim(about="BPTT", claim="fast", published="", bound="", ours="", holds=np.bool_(True))
+    with pytest.raises(ReportError, match=r"^report: what .* reports by itself must be JSON values; .*bool.* is not JSON"):
+        publish(found._replace(study=replace(found.study, claims=(claim,))), runs_dir / "page.html")
 
 
 def test_a_sweep(make_run: Callable, runs_dir: Path, tmp_path: Path):

@@ -73,7 +73,7 @@ def test_store_and_baseline_of_a_run_are_beside_it_wherever_one_stands(
         pages.append(({run.name for run in study.runs}, place.parent))
         return place
 
-    monkeypatch.setattr("pipeline.report.publish.write", write)
+    monkeypatch.setattr("pipeline.report.page.write", write)
     assert spiketrain("report", str(sltt))[0] == 0
     assert pages == [({"bptt", "sltt"}, runs_dir)]
     assert list(Path.cwd().iterdir()) == []
