@@ -205,7 +205,8 @@ def test_the_journal_tells_loss_speed_and_place(tmp_path: Path) -> None:
     wanted = (
         "study rule recipe world_size steps epochs top1 top5 loss firing_rate images_per_s wall_s train_s data_wait_s "
         "peak_saved_bytes state_bytes peak_device_bytes peak_rss_bytes backward_calls_per_batch restarts commit hardware "
-        "peak_reserved_bytes peak_pss_bytes device_j held own_cores conditions"
+        "peak_reserved_bytes peak_pss_bytes device_j held own_cores conditions "
+        "evaluation_peak_rss_bytes evaluation_peak_device_bytes evaluation_peak_reserved_bytes"
     )
     assert set(wanted.split()) <= set(on_disk)
     assert (on_disk["steps"], on_disk["epochs"]) == (16, 2)
@@ -214,6 +215,7 @@ def test_the_journal_tells_loss_speed_and_place(tmp_path: Path) -> None:
     assert on_disk["peak_saved_bytes"] > 0
     assert on_disk["state_bytes"] > 0
     assert 0 < on_disk["peak_pss_bytes"] < 2 * on_disk["peak_rss_bytes"]
+    assert 0.5 * on_disk["peak_rss_bytes"] < on_disk["evaluation_peak_rss_bytes"]  # the process itself is in both
     network = pipeline.load(tmp_path / "run")
     size = sum(4 * parameter.numel() for parameter in network.parameters())
     assert [on_disk["held"][kind] for kind in ("parameters", "gradients", "optimizer")] == [size] * 3  # momentum

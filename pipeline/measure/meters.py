@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
@@ -261,18 +261,27 @@ class Meters:
 
     def note_peaks(self) -> None:
         """Take the process's and the device's peaks of memory into the totals, and what the device has used."""
-        found = {
-            "peak_rss_bytes": peak_rss_bytes(),
-            "peak_pss_bytes": pss_bytes(),
-            "peak_device_bytes": peak_device_bytes(),
-            "peak_reserved_bytes": peak_reserved_bytes(),
-        }
-        for name, value in found.items():
-            setattr(self.totals, name, max(getattr(self.totals, name), value))
+        self._note({**_peaks(), "peak_pss_bytes": pss_bytes()})
         then, now = self._joules_then, self._joules.read()
         if then is not None and now is not None:
             self.totals.device_j = (self.totals.device_j or 0.0) + now - then
         self._joules_then = now
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Surrounds an evaluation: its peaks of memory are its own, and not training's."""
+        self.note_peaks()
+        reset_peak_rss()
+        reset_peak_device_bytes()
+        try:
+            yield
+        finally:
+            self._note({f"evaluation_{name}": value for name, value in _peaks().items()})
+            self.forget_peaks()
+
+    def _note(self, peaks: Mapping[str, int]) -> None:
+        for name, value in peaks.items():
+            setattr(self.totals, name, max(getattr(self.totals, name), value))
 
     def forget_peaks(self) -> None:
         """Start the peaks anew: what was held, and used, before is not training's.
@@ -320,3 +329,12 @@ class Meters:
                 self.totals.steady_samples += self.batch_size
                 for name, value in seconds.items():
                     self.totals.steady_seconds[name] += value
+
+
+def _peaks() -> dict[str, int]:
+    """Of the process and the device, since they were last started anew."""
+    return {
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_device_bytes": peak_device_bytes(),
+        "peak_reserved_bytes": peak_reserved_bytes(),
+    }

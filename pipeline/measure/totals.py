@@ -28,6 +28,10 @@ class Totals:
     """the most that was seen, at the ends of what is measured: the kernel keeps no peak of it"""
     peak_device_bytes: int = 0
     peak_reserved_bytes: int = 0
+    evaluation_peak_rss_bytes: int = 0
+    """while the set was evaluated, where training's peaks do not look: all time steps of a batch are there at once, ungraphed"""
+    evaluation_peak_device_bytes: int = 0
+    evaluation_peak_reserved_bytes: int = 0
     device_j: float | None = None
     """what the device of one rank, in the mean, used in training; None without a counter"""
     backward_calls: int = 0
@@ -38,6 +42,7 @@ class Totals:
 
     PEAKS = (
         "peak_saved_bytes", "state_bytes", "peak_rss_bytes", "peak_pss_bytes", "peak_device_bytes", "peak_reserved_bytes",
+        "evaluation_peak_rss_bytes", "evaluation_peak_device_bytes", "evaluation_peak_reserved_bytes",
     )  # fmt: skip
 
     @property

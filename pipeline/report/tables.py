@@ -28,6 +28,9 @@ _BESIDE = {
     "peak_reserved_bytes": ("peak reserved there", "B"),
     "peak_rss_bytes": ("peak RSS", "B"),
     "peak_pss_bytes": ("PSS between batches, at its peak", "B"),
+    "evaluation_peak_device_bytes": ("peak on the device while evaluating", "B"),
+    "evaluation_peak_reserved_bytes": ("peak reserved there while evaluating", "B"),
+    "evaluation_peak_rss_bytes": ("peak RSS while evaluating", "B"),
     "net_s": ("wall clock net of restarts", "s"),
     "device_j": ("joules of training, measured", "J"),
     ENERGY_MEASURED: ("joules of an inference, measured", "J"),
@@ -248,7 +251,7 @@ def _other_prices(group: Group) -> list[str]:
 def _is_there(run: StudyRun, name: str) -> bool:
     """Whether it was measured; where there is no device, its peaks are 0."""
     value = run.value(name)
-    return value is not None and (value != 0 or not name.startswith("peak_"))
+    return value is not None and (value != 0 or not name.removeprefix("evaluation_").startswith("peak_"))
 
 
 def _spread(found: Spread | None, kind: str, ratio: Spread | None) -> str | None:

@@ -34,8 +34,7 @@ def assess(
     loss_for = recipe.objective.build().labels
     found, joules = list[Evaluated](), Joules(parts.device)
     lookout, is_left = _Lookout(parts.watchdog, is_asked), False
-    parts.meters.note_peaks()
-    with published(parts):
+    with parts.meters.evaluating(), published(parts):
         for index, task in enumerate(parts.loaders.tasks[:tasks]):
             task.choose_head(network)
             with closing(parts.loaders.val(index)) as val_set:
@@ -45,7 +44,6 @@ def assess(
             is_left = bool(ranks.max(torch.tensor(float(lookout.has_left))))
             if is_left:
                 break
-    parts.meters.forget_peaks()  # what evaluation held is not what training needs
     return None if is_left else found
 
 

@@ -255,10 +255,25 @@ def test_what_is_free_is_given_back_where_it_would_be_told_as_trainings(
     assert given_back == [of] * above
 
 
+def test_an_evaluation_has_peaks_of_its_own(meters: Meters) -> None:
+    meters.forget_peaks()
+    with meters.evaluating():
+        block = bytearray(b"x") * (200 << 20)
+        del block
+    meters.note_peaks()
+    assert meters.totals.evaluation_peak_rss_bytes > meters.totals.peak_rss_bytes + (150 << 20)
+    assert (meters.totals.evaluation_peak_device_bytes, meters.totals.evaluation_peak_reserved_bytes) == (0, 0)  # no device
+    highest = meters.totals.evaluation_peak_rss_bytes
+    with meters.evaluating():
+        pass
+    assert meters.totals.evaluation_peak_rss_bytes == highest  # of all evaluations
+
+
 def test_totals_over_ranks_take_the_largest_peak(meters: Meters) -> None:
-    meters.totals = Totals(peak_saved_bytes=5, state_bytes=7, steady_batches=3)
+    meters.totals = Totals(peak_saved_bytes=5, state_bytes=7, steady_batches=3, evaluation_peak_rss_bytes=9)
     found = meters.over_ranks(lambda peaks: peaks + 1, lambda mean: mean)
     assert (found.peak_saved_bytes, found.state_bytes, found.steady_batches) == (6, 8, 3)
+    assert found.evaluation_peak_rss_bytes == 10
     assert found.peak_rss_bytes > 1e6
     meters.totals = Totals()
     found = meters.over_ranks(same, same)

@@ -199,7 +199,7 @@ def test_what_else_was_measured_of_a_rule():
     def work(multiplications: float) -> dict[str, float]:
         return {"multiplications": multiplications, "additions": 3e6, "dense": 9e9}
 
-    about = {"state_bytes": 1e6, "peak_device_bytes": 0, "peak_rss_bytes": 2e9}
+    about = {"state_bytes": 1e6, "peak_device_bytes": 0, "peak_rss_bytes": 2e9, "evaluation_peak_device_bytes": 0}
     by_table = {"45 nm, fp32": 3e-5, "45 nm, int8": 2e-6}
     used = {"device_j": 2500.0, "inference": {"measured_j": 0.02, "prices": "45 nm, fp32", "energy_j_by_table": by_table}}
     runs = (
