@@ -1,18 +1,16 @@
-"""Where each rule's time goes, and what its memory does with the number of time steps."""
+"""Where each rule's time goes."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import plotly.graph_objects as go
 
-from pipeline.measure.memory import told_hardware
 from pipeline.measure.time_parts import BETWEEN, PARTS, REST
-from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, color, pattern, plain, symbol
+from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, color, pattern, plain
 from pipeline.report.study import Group
-from pipeline.units import shown, unit_of
+from pipeline.units import shown
 
 _SMALL = 0.01  # of a bar: parts below it in every rule are drawn as one
 _SO_FAR = ", batches alone"
@@ -83,54 +81,3 @@ def _bars(group: Group) -> Iterator[tuple[str, dict[str, float]]]:
             names = dict.fromkeys(name for parts in of_runs for name in parts if name != "fidelity")
             means = {name: statistics.fmean(parts[name] for parts in of_runs if name in parts) for name in names}
             yield rule if finished else f"{rule}{_SO_FAR}", means
-
-
-def memory_of_time(sweep: Mapping[str, Any]) -> Figure | Missing:
-    """Saved bytes against the number of time steps, from what `spiketrain sweep --format json` prints."""
-    title = f"Memory against time steps: {sweep['recipe']}"
-    by_rule: dict[str, list[tuple[int, int, float]]] = {}
-    for point in sweep["points"]:
-        cost = point["cost"]
-        one = (int(point["time_steps"]), int(cost["peak_saved_bytes"]), float(cost["forward_s"]) + float(cost["backward_s"]))
-        by_rule.setdefault(str(cost["rule"]), []).append(one)
-    if not by_rule:
-        return Missing(title=title, why="the sweep has no points")
-    scale, unit = unit_of("B", [saved for points in by_rule.values() for _, saved, _ in points])
-
-    def draw(theme: Theme) -> go.Figure:
-        figure = go.Figure()
-        for place, (rule, points) in enumerate(by_rule.items()):
-            figure.add_trace(
-                go.Scatter(
-                    name=plain(rule),
-                    mode="lines+markers",
-                    x=[steps for steps, _, _ in points],
-                    y=[saved / scale for _, saved, _ in points],
-                    line={"color": color(theme, place), "width": 2},
-                    marker={"symbol": symbol(place), "size": 9},
-                    hovertemplate=f"T = %{{x}}: %{{y:.4g}} {unit}<extra>{plain(rule)}</extra>",
-                )
-            )
-        x = {
-            "title": {"text": "time steps T"},
-            "tickvals": sorted({steps for points in by_rule.values() for steps, _, _ in points}),
-        }
-        y = {"title": {"text": f"peak saved bytes, {unit}"}, "rangemode": "tozero"}
-        return figure.update_layout(**base_layout(theme, height=380, xaxis=x, yaxis=y))
-
-    rows = [(rule, *point) for rule, points in by_rule.items() for point in points]
-    said = [
-        f"{rule} keeps {points[-1][1] / points[0][1]:.3g} times the bytes at T = {points[-1][0]} as at T = {points[0][0]}"
-        for rule, points in by_rule.items()
-        if points[0][1]
-    ]
-    return Figure(
-        name="memory-against-time-steps",
-        title=title,
-        caption=f"One batch of {sweep['samples']} samples, before any training; commit {sweep['commit']}, "
-        f"{told_hardware(sweep['hardware'])}.",
-        alt=f"{'; '.join(said)}.",
-        table=Table(columns=("rule", "time steps", "peak saved bytes", "seconds of forward and backward"), rows=tuple(rows)),
-        draw=draw,
-        height=380,
-    )

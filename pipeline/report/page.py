@@ -80,10 +80,10 @@ def render(study: Study) -> str:
     ]
     memory = list(swept(study.sweeps))
     drawings = {f"{section.key}-{figure.name}": _drawn(figure) for section in (*sections, *lone) for figure in section.figures}
-    drawings |= {f"{key}-{figure.name}": _drawn(figure) for key, figure, _ in memory}
+    drawings |= {f"{each.key}-{figure.name}": _drawn(figure) for each in memory for figure in each.figures}
     scaled = scaling.scaling(study)
     missing = [(one.title, f"{section.title}: {one.why}") for section in sections for one in section.missing]
-    missing += [] if memory else [("Memory against time steps", f"this study carries no sweep; {_SWEEP}")]
+    missing += [] if memory else [("Memory and time against time steps", f"this study carries no sweep; {_SWEEP}")]
     missing += [] if scaled else [("Scaling over workers", _WORKERS)]
     return (
         _environment()

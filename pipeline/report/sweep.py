@@ -17,7 +17,6 @@ from pipeline.forecast.bench import RESERVE, Cost
 from pipeline.forecast.sweep import Point, Sweep
 from pipeline.measure.memory import told_hardware
 
-
 EVALUATION_SAID = "an evaluation holds a batch at every time step, without a graph, and is not in it"
 
 

@@ -1,13 +1,13 @@
-"""What a page shows of a sweep over time steps: memory against T, and each rule's own largest batch."""
+"""What a page shows of a sweep over time steps: memory and time against T, and each rule's own largest batch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.baseline import BASELINE
 from pipeline.report.figure import Figure, Table
-from pipeline.report.figures_time import memory_of_time
+from pipeline.report.figures_sweep import of_a_sweep
 from pipeline.report.largest import largest
 
 LARGEST_SAID = (
@@ -18,12 +18,22 @@ LARGEST_SAID = (
 )
 
 
-def swept(sweeps: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Figure, Table | None]]:
-    """Of each sweep that has points: its key on a page, the figure, and the largest batches where it looked for them."""
-    figures = ((sweep, memory_of_time(sweep)) for sweep in sweeps)
-    drawn = [(sweep, figure) for sweep, figure in figures if isinstance(figure, Figure)]
-    for index, (sweep, figure) in enumerate(drawn, start=1):
-        yield f"sweep{index}", figure, largest_table(sweep)
+class Swept(NamedTuple):
+    """Of one sweep."""
+
+    key: str
+    """on a page"""
+    recipe: str
+    figures: tuple[Figure, ...]
+    largest: Table | None
+    """None where nobody looked for largest batches"""
+
+
+def swept(sweeps: Iterable[Mapping[str, Any]]) -> Iterator[Swept]:
+    """Of each sweep that has points."""
+    drawn = [(sweep, figures) for sweep in sweeps if (figures := of_a_sweep(sweep))]
+    for index, (sweep, figures) in enumerate(drawn, start=1):
+        yield Swept(f"sweep{index}", str(sweep["recipe"]), figures, largest_table(sweep))
 
 
 def largest_table(sweep: Mapping[str, Any]) -> Table | None:

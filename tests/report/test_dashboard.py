@@ -366,7 +366,7 @@ def test_claims_and_sweeps_of_each_suite_are_a_view(store: FakeStore):
     asking = Asking(store)
     shown = asking.show(search)
     assert '"children":"trials of launch 3\\n"},"type":"Pre"' in shown and "trials of launch 2" in shown
-    assert "does not hold" in shown and "Memory against time steps: small" in shown and shown.count('"type":"Graph"') == 2
+    assert "does not hold" in shown and "Memory against time steps: small" in shown and shown.count('"type":"Graph"') == 4
     file = "sweep-1-launch-2-first-commit-abc-on-a-cpu-first-sweep1-memory-against-time-steps"
     assert "Each rule's own largest batch" in shown and f'"data-png":"{file}"' in shown
     heads = [f"launch-{seed} ({parent}), commit abc, on a cpu" for parent, seed in (("second", 3), ("first", 2))]

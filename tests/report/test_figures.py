@@ -10,7 +10,8 @@ from pipeline.report.figure import DARK, LIGHT, Figure, Missing, Table, Theme, h
 from pipeline.report.figures import MEASURED_SAID, pareto, ratios, trade_off
 from pipeline.report.figures_learning import learning_curves, standing
 from pipeline.report.figures_maps import firing_rates, gradient_fidelity, temporal_share
-from pipeline.report.figures_time import memory_of_time, time_parts
+from pipeline.report.figures_sweep import of_a_sweep
+from pipeline.report.figures_time import time_parts
 from pipeline.report.study import Study
 from pipeline.report.study_run import StudyRun, study_run
 from pipeline.units import shown, unit_of
@@ -156,10 +157,20 @@ def test_batches_alone_are_in_no_mean_with_whole_runs():
     assert "alone" not in made(time_parts(study().groups[0])).caption
 
 
-def test_memory_against_time_steps():
-    figure = made(memory_of_time(SWEEP))
-    assert figure.table.rows[1] == ("BPTT", 4, 4000, 0.75)
-    assert traces(figure)["SLTT"]["y"] == [1, 1]
+def test_memory_and_time_against_time_steps():
+    figure, time = of_a_sweep(SWEEP)
+    assert figure.table.rows[1] == ("BPTT", 4, 4000, None) and "Dotted" not in figure.caption
+    assert traces(figure)["SLTT"]["y"] == [1, 1] and set(traces(figure)) == {"BPTT", "SLTT"}
+    assert time.table.rows[1] == ("BPTT", 4, 0.75) and traces(time)["BPTT"]["y"] == [750, 750]
+    assert time.alt == "At T = 4 BPTT takes 750 ms, the longest, and SLTT 750 ms."
+    points = [
+        {**point, "cost": {**point["cost"], "state_bytes": 500, "forward_s": point["time_steps"]}} for point in SWEEP["points"]
+    ]
+    kept, time = of_a_sweep({**SWEEP, "points": points[:3]})
+    assert traces(kept)["BPTT, with states"]["y"] == [1.5, 4.5] and traces(kept)["SLTT, with states"]["y"] == [1.5]
+    assert "Dotted: with membranes" in kept.caption and kept.table.rows[1] == ("BPTT", 4, 4000, 4500)
+    assert time.alt == "At T = 4 BPTT takes 4500 ms."
+    assert of_a_sweep({**SWEEP, "points": []}) == ()
     assert figure.alt == "BPTT keeps 4 times the bytes at T = 4 as at T = 1; SLTT keeps 1 times the bytes at T = 4 as at T = 1."
     assert "commit abc, a cpu" in figure.caption
 
@@ -175,7 +186,7 @@ def test_no_two_of_many_parts_or_rules_are_drawn_alike():
     assert len(set(bars)) == len(bars)
     cost = SWEEP["points"][0]["cost"]
     points = [{"time_steps": 1, "cost": {**cost, "rule": f"rule {count}"}} for count in range(20)]
-    rules = traces(made(memory_of_time({**SWEEP, "points": points}))).values()
+    rules = traces(of_a_sweep({**SWEEP, "points": points})[0]).values()
     assert len({(each["line"]["color"], each["marker"]["symbol"]) for each in rules}) == 20
 
 

@@ -87,7 +87,7 @@ def test_a_run_alone_is_listed_and_drawn_and_not_divided():
 def test_claims_and_sweeps_where_there_are_any():
     claim = Claim(about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False)
     html = body(page.render(study(claims=(claim,), sweeps=(SWEEP,))))
-    assert "does not hold" in html and "sweep1-memory-against-time-steps" in html
+    assert "does not hold" in html and "sweep1-memory-against-time-steps" in html and "sweep1-time-against-time-steps" in html
     bare = body(page.render(study()))
     assert 'id="claims"' not in bare and "spiketrain sweep RECIPE --steps 1,2,4,8,16 --format json" in bare
 

@@ -46,10 +46,8 @@ def test_what_was_not_tried_is_not_measured_and_what_nobody_looked_for_has_no_ta
     table = largest_table({**LARGEST, "points": untried})
     assert table is not None and [row[2:] for row in table.rows[2:]] == [(120, None, None), (100, None, None)]
     assert largest_table(SWEEP) is None
-    assert [(key, of_largest is None) for key, _, of_largest in swept((SWEEP, {**SWEEP, "points": []}, LARGEST))] == [
-        ("sweep1", True),
-        ("sweep2", False),
-    ]
+    found = swept((SWEEP, {**SWEEP, "points": []}, LARGEST))
+    assert [(each.key, len(each.figures), each.largest is None) for each in found] == [("sweep1", 2, True), ("sweep2", 2, False)]
 
 
 def test_a_page_shows_it():

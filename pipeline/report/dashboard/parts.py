@@ -204,11 +204,12 @@ def csv_of(place: Place, study: Study, reports: Sequence[SuiteReport], name: str
     for report in reports:
         if name == f"{report.key}-claims" and report.told.claims:
             return tables.claims(report.told.claims).to_csv()
-        for key, figure, largest in swept(report.told.sweeps):
-            if name == f"{report.key}-{key}-{figure.name}":
-                return figure.table.to_csv()
-            if name == f"{report.key}-{key}-largest" and largest is not None:
-                return largest.to_csv()
+        for each in swept(report.told.sweeps):
+            for figure in each.figures:
+                if name == f"{report.key}-{each.key}-{figure.name}":
+                    return figure.table.to_csv()
+            if name == f"{report.key}-{each.key}-largest" and each.largest is not None:
+                return each.largest.to_csv()
     for group in study.groups:
         if name == f"{group.key}-costs":
             return tables.costs(group).to_csv()
@@ -280,14 +281,15 @@ def _told_by_reports(place: Place, reports: Sequence[SuiteReport], theme: str) -
             claimed = tables.claims(report.told.claims)
             yield blocks.table(claimed, caption, where=report.title, shown=len(claimed.rows))
             yield blocks.csv_link(place, f"{report.key}-claims", "claims", where=report.title)
-        for count, (key, figure, largest) in enumerate(swept(report.told.sweeps), start=1):
-            where = f"sweep {count}, {report.title}"
-            yield blocks.figure(place, f"{report.key}-{key}", figure, theme, where=where)
-            if largest is not None:
+        for count, each in enumerate(swept(report.told.sweeps), start=1):
+            where, key = f"sweep {count}, {report.title}", f"{report.key}-{each.key}"
+            for figure in each.figures:
+                yield blocks.figure(place, key, figure, theme, where=where)
+            if each.largest is not None:
                 yield html.H4("Each rule's own largest batch")
                 yield html.P(LARGEST_SAID, className="aside")
-                yield blocks.table(largest, "Largest batch and its speed", where=where)
-                yield blocks.csv_link(place, f"{report.key}-{key}-largest", f"largest batches, {figure.title}", where=where)
+                yield blocks.table(each.largest, "Largest batch and its speed", where=where)
+                yield blocks.csv_link(place, f"{key}-largest", f"largest batches, {each.recipe}", where=where)
         if report.printed:
             yield html.H4("The suite's own report")
             yield blocks.printed(report.printed, f"The suite's own report, {report.title}")
