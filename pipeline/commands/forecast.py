@@ -126,7 +126,8 @@ def plan(
     ] = "data",
     samples: Annotated[int | None, typer.Option("--samples", min=1, help="of an epoch; without it the data's")] = None,
     against: Annotated[
-        str | None, typer.Option("--against", metavar="RUN", help="that was launched on this machine: how far off the plan is")
+        str | None,
+        typer.Option("--against", metavar="RUN", help="that was trained on such a machine, or card: how far off the plan is"),
     ] = None,
     runs: Runs = RUNS,
     format_: Format = "table",

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.forecast.devices import DEVICES
 from pipeline.forecast.plan import Cluster, Plan
 from pipeline.measure.memory import hardware
+from pipeline.measure.traffic import Device
 from pipeline.recipe import BESIDE_THE_STUDY, Recipe
 from pipeline.recipe_json import differing, listed
 from pipeline.report.choose import finished_run
@@ -44,6 +46,8 @@ class Errors:
     saved_bytes: Quantity
     step_s: Quantity
     """of the batches whose speed counts: neither the first nor those on which bytes or operations are counted"""
+    own_cores: bool
+    """others may have trained beside it, which are in no plan"""
 
     def told(self) -> str:
         saved, step = self.saved_bytes, self.step_s
@@ -51,12 +55,14 @@ class Errors:
             f"Against {self.run}, {self.rule}: saved for backward {saved.planned / 1e6:.4g} MB planned, "
             f"{saved.measured / 1e6:.4g} MB measured, {saved.error:+.1%}; a step {step.planned * 1e3:.4g} ms planned, "
             f"{step.measured * 1e3:.4g} ms measured, {step.error:+.1%}."
+            + (" It had cores of its own; runs on the others, and the memory that they share, are in no plan." * self.own_cores)
         )
 
     def to_json(self) -> dict[str, Any]:
         return {
             "run": self.run,
             "rule": self.rule,
+            "own_cores": self.own_cores,
             **{
                 name: {"planned": each.planned, "measured": each.measured, "error": each.error}
                 for name, each in (("saved_bytes", self.saved_bytes), ("step_s", self.step_s))
@@ -71,17 +77,31 @@ def refuse_unless_comparable(recipe: Recipe, cluster: Cluster, folder: Path) -> 
         ReportError: it has not finished, was of another recipe, on other machines or other workers, or changed them on the way.
     """
     on = _trained_on(folder, _summary(folder))
-    if cluster.device is not None:
-        raise ReportError(f"plan: --against is for machines like this one; got {cluster.device.name}")
-    here, there = hardware(), on["hardware"]
     found = [("workers", cluster.workers, on["world_size"])] if on["world_size"] != cluster.workers else []
-    found += list(differing("hardware", *({**each, "threads": cluster.threads} for each in (here, {**there}))))
-    if there["threads"] != cluster.threads:
-        found.append(("cpus-per-worker", cluster.threads, there["threads"]))
+    found += _other_machine(cluster, on)
     theirs = recipe_of(folder)
     mine = recipe.resolved().to_json()["recipe"]
     found += list(differing("", *({name: each[name] for name in each if name not in _BESIDE} for each in (mine, theirs))))
     _refuse_if(found, folder)
+
+
+def _other_machine(cluster: Cluster, on: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """How the machine that is planned for differs from the one that a run was trained on; a card's host is in no plan."""
+    there = on["hardware"]
+    if cluster.device is not None:
+        return [] if _is_card(cluster.device, str(there["gpu"])) else [("card", cluster.device.name, there["gpu"])]
+    apart = {"threads", *(["cores"] if on["own_cores"] else [])}  # on cores of its own it sees those alone
+    machines = ({name: value for name, value in each.items() if name not in apart} for each in (hardware(), there))
+    found = list(differing("hardware", *machines))
+    if there["threads"] != cluster.threads:
+        found.append(("cpus-per-worker", cluster.threads, there["threads"]))
+    return found
+
+
+def _is_card(device: Device, gpu: str) -> bool:
+    """Whether this is its name, as the driver has it: NVIDIA H100 80GB HBM3."""
+    name = next(name for name, each in DEVICES.items() if each == device)
+    return name in gpu.lower().replace(" ", "")
 
 
 def errors(found: Plan, folder: Path) -> Errors:
@@ -95,15 +115,16 @@ def errors(found: Plan, folder: Path) -> Errors:
     if planned is None:
         told = ", ".join(each.rule for each in found.rules) or "none"
         raise ReportError(f"plan: --against must be of a rule that is planned, {told}; got {summary['rule']} of {folder.name}")
-    micro_batch = _trained_on(folder, summary)["micro_batch"]
+    on = _trained_on(folder, summary)
     of_rule = differing("rule", {**planned.written}, recipe_of(folder)["rule"])
-    _refuse_if([*of_rule, *differing("micro_batch", planned.micro_batch, micro_batch)], folder)
+    _refuse_if([*of_rule, *differing("micro_batch", planned.micro_batch, on["micro_batch"])], folder)
     batch_size = planned.images_per_s * planned.step_s
     return Errors(
         run=folder.name,
         rule=planned.rule,
         saved_bytes=Quantity(planned.saved_bytes, summary["peak_saved_bytes"]),
         step_s=Quantity(planned.step_s, batch_size / summary["images_per_s"]),
+        own_cores=on["own_cores"],
     )
 
 

@@ -283,8 +283,6 @@ def test_a_plan_against_what_was_launched(
     assert code == 2 and err == ("plan: --against must be a run of what is planned; launched differs: batch_size: 16 and 8\n")
     code, _, err = run(*words, "--set", "rule.rescale=False")  # another rule of the same label
     assert code == 2 and "--against must be a run of what is planned; launched differs: rule." in err
-    code, _, err = run(*words, "--device", "h100")
-    assert code == 2 and "--against is for machines like this one; got H100" in err
     written = runs / "launched" / "summary.json"
     [on], told = summary["trained_on"], json.loads(written.read_text())
     halved = {**on, "micro_batch": 4}
@@ -295,6 +293,19 @@ def test_a_plan_against_what_was_launched(
         write_json(written, {**told, "trained_on": trained_on})
         code, out, err = run(*words)
         assert (code, out, err) == (2, "", said)
+    write_json(written, {**told, "trained_on": [{**on, "own_cores": True, "hardware": {**on["hardware"], "cores": 1}}]})
+    code, out, err = run(*words)
+    assert code == 0 and "It had cores of its own; runs on the others," in " ".join(out.split()), err
+    write_json(written, {**told, "trained_on": [{**on, "hardware": {**on["hardware"], "cores": 99}}]})
+    code, _, err = run(*words)
+    assert code == 2 and "launched differs: hardware.cores: " in err and " and 99" in err
+    of_a_card = (*words, "--batch-of", "noise", "--samples", "64", "--device")
+    write_json(written, {**told, "trained_on": [{**on, "hardware": {**on["hardware"], "gpu": "NVIDIA H100 80GB HBM3"}}]})
+    code, out, err = run(*of_a_card, "h100", "--format", "json")
+    assert code == 0, err
+    assert json.loads(out)["against"]["saved_bytes"]["error"] == pytest.approx(off["saved_bytes"]["error"])
+    code, _, err = run(*of_a_card, "a100")
+    assert code == 2 and err.endswith("launched differs: card: A100 SXM, 80 GB and NVIDIA H100 80GB HBM3\n")
     write_json(written, {**told, "peak_saved_bytes": None})
     code, out, err = run(*words)
     assert (code, out) == (2, "") and "on one of which its saved bytes were counted; got launched" in err
