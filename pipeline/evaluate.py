@@ -119,7 +119,7 @@ def _inference(model: nn.Module, network: nn.Module, counted: Evenly, *, batch_s
             with fresh_state(model):
                 model(x_TB)
     # Of the forward alone: what a rule or a limit adds to it is no inference's.
-    return Inference(operations.work.get("forward", Work()), len(counted))
+    return Inference(operations.work.get("forward", Work()), len(counted), tuple(sorted(operations.not_counted)))
 
 
 def _over_ranks(model: nn.Module, how: distributed.ReduceOp.RedOpType) -> Callable[[Tensor], Tensor]:

@@ -103,6 +103,8 @@ class Cost:
     """of what the loop does beside: transfer, metrics, and what no part is charged for"""
     operations: Mapping[str, Mapping[str, float]]
     """for each purpose, of training on one sample"""
+    not_counted: tuple[str, ...] = ()
+    """operations of torch that make products, which are in no count"""
 
     @property
     def kept_bytes(self) -> int:
@@ -193,6 +195,7 @@ class Bench:
             backward_s=median_s("backward"),
             loop_s=median_s("transfer", "metrics", REST),
             operations=totals.operations_per_sample(),
+            not_counted=tuple(totals.not_counted),
         )
 
     def needs(self, rule: Spec) -> Needs:

@@ -44,6 +44,8 @@ class Inference:
 
     work: Work
     samples: int
+    not_counted: tuple[str, ...] = ()
+    """operations of torch that make products, which are in no count"""
 
     @property
     def macs(self) -> float:
@@ -63,7 +65,8 @@ class Inference:
         by_table = {table.name: energy_j(self.macs, self.acs, table) for table in TABLES}
         energy = {"energy_j": energy_j(self.macs, self.acs, prices), "prices": prices.name, "energy_j_by_table": by_table}
         measured = {} if measured_j is None else {"measured_j": measured_j}
-        return {"macs": self.macs, "acs": self.acs, **energy, **measured, "samples": self.samples}
+        unknown = {"not_counted": list(self.not_counted)} if self.not_counted else {}
+        return {"macs": self.macs, "acs": self.acs, **energy, **measured, "samples": self.samples, **unknown}
 
 
 def energy_j(macs: float, acs: float, prices: Prices = FP32) -> float:
@@ -78,4 +81,5 @@ def in_words(inference: Mapping[str, Any], *, on_gpu: bool) -> str:
         told = f"{shown(measured, kind='J')} measured on the whole card, idle power and waits for data included"
     else:
         told = "not measured: no card told it" if on_gpu else "not measured on a CPU"
-    return f"an inference: {shown(inference['energy_j'], kind='J')} estimated ({inference['prices']}), {told}"
+    unknown = f", without {', '.join(inference['not_counted'])}" if inference.get("not_counted") else ""
+    return f"an inference: {shown(inference['energy_j'], kind='J')} estimated ({inference['prices']}{unknown}), {told}"

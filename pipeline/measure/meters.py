@@ -185,7 +185,7 @@ class Meters:
             self.totals.peak_saved_bytes = max(self.totals.peak_saved_bytes or 0, saved.peak)
             self.totals.state_bytes = max(self.totals.state_bytes or 0, batch.kept[1])
         if operations is not None:
-            self.totals.add_operations(operations.work, batch.learnt.samples)
+            self.totals.add_operations(operations.work, batch.learnt.samples, operations.not_counted)
         self.totals.backward_calls += batch.backward_calls
         self.totals.batches += 1
 

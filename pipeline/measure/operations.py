@@ -9,7 +9,8 @@ one of the two is even: all its numbers are 0 or of one magnitude, such as spike
 as one of 1 bit. Even numbers are added or subtracted, and their magnitude is multiplied once for a sum or an output, which is
 not counted. Spikes of which a pool took the mean, or a shortcut the sum, are real numbers.
 
-What is done element by element (neurons, norms, losses) is not counted: it is to the products as 1 to the fan-in.
+What is done element by element (neurons, norms, losses) is not counted: it is to the products as 1 to the fan-in. Products that
+torch makes inside one operation, of attention or of a recurrent layer, cannot be looked into; `not_counted` names those.
 
 Purposes: "forward"; "error", what the backward hands down; "weights", the gradients of weights; and what `spiking/serving.py`
 names. A product in a backward is "error" where one side is a weight (or what a rule puts in its place), or where it is one of a
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from pipeline.measure.pairs import Convolution, Pairs, batches, is_even, matrices
 from pipeline.measure.pausable import Pausable
@@ -62,6 +64,8 @@ class Operations(Pausable):
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.work: dict[str, Work] = {}
+        self.not_counted: set[str] = set()
+        """operations of torch that make products, and are in none of `work`"""
         self._fixed: dict[int, StorageWeakRef] = {}  # values: while one is there, no other storage gets the key
         self._given: frozenset[int] = frozenset()
         self._watch = _Watch(self)
@@ -144,6 +148,8 @@ class _Watch(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
+        if count is None and not self.operations.is_paused and func.overloadpacket in _OPAQUE:
+            self.operations.not_counted.add(func.overloadpacket.__name__)
         if count is not None:
             with torch.no_grad():
                 count(self.operations, *args, **kwargs)
@@ -261,3 +267,12 @@ _COUNTED: dict[Any, Callable[..., None]] = {
     aten._embedding_bag: _embedding_bag,
     aten._embedding_bag_forward_only: _embedding_bag,
 }
+
+_OPAQUE = frozenset(
+    {
+        *flop_registry,  # what torch itself would count
+        *(getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{more}") for more in ("", "_backward")),
+        *(getattr(aten, f"{name}{more}") for name in ("mkldnn_rnn_layer", "_cudnn_rnn") for more in ("", "_backward")),
+    }
+) - frozenset(_COUNTED)
+"""that make products, and are handed over whole"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 
 from pipeline.measure.clock import BETWEEN, PARTS, REST, Part
@@ -39,6 +39,8 @@ class Totals:
     operations: dict[str, dict[str, int]] = field(default_factory=dict)
     """of this rank in the batches that were counted: for each purpose multiplications, additions, dense"""
     operation_samples: int = 0
+    not_counted: list[str] = field(default_factory=list)
+    """operations of torch that make products, which no count of operations knows"""
 
     PEAKS = (
         "peak_saved_bytes", "state_bytes", "peak_rss_bytes", "peak_pss_bytes", "peak_device_bytes", "peak_reserved_bytes",
@@ -58,11 +60,12 @@ class Totals:
     def steady_s(self) -> float:
         return sum(self.steady_seconds.values())
 
-    def add_operations(self, work: Mapping[str, Work], samples: int) -> None:
+    def add_operations(self, work: Mapping[str, Work], samples: int, not_counted: Collection[str] = ()) -> None:
         for purpose, more in work.items():
             so_far = Work(**self.operations.get(purpose, {}))
             self.operations[purpose] = asdict(so_far + more)
         self.operation_samples += samples
+        self.not_counted = sorted({*self.not_counted, *not_counted})
 
     def operations_per_sample(self) -> dict[str, dict[str, float]]:
         """For each purpose, of training on one sample."""

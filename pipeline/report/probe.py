@@ -39,6 +39,8 @@ def print_probe(found: Probe, *, as_json: bool = False, console: Console | None 
     if (fastest := found.time_baseline) is not None:
         told = f"bytes and operations over {BASELINE}'s, seconds over {fastest.rule}'s"
         console.out(f"×: {told}, the faster of {BASELINE} folded and in slices of time", highlight=False)
+    if unknown := sorted({name for cost in found.costs for name in cost.not_counted}):
+        console.out(f"mult and add leave out what no count knows: {', '.join(unknown)}", highlight=False)
     on = told_hardware(found.hardware)
     console.out(f"one batch of {found.samples} samples, T = {found.time_steps}, before any training; {on}", highlight=False)
     if found.teacher is not None:

@@ -9,6 +9,7 @@ artifact of it, in an `ArtifactError`.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +73,8 @@ class StoredStudy:
     experiment: str
     study: str
     rules: tuple[str, ...]
+    protocol: str
+    """`tuned, optimizer.lr`, or `trials of optimizer.lr`; empty where only the rule differs"""
     seeds: tuple[str, ...]
     states: Mapping[str, int]
     """how many runs are in each state; silent are those that go on by what MLflow says and nobody hears of"""
@@ -164,6 +167,7 @@ def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
             experiment=experiment,
             study=study,
             rules=tuple(sorted({run.rule for run in members})),
+            protocol=_protocol(members[0].tags),  # which a study key tells apart
             seeds=tuple(sorted({run.seed for run in members}, key=lambda seed: (len(seed), seed))),
             states=dict(sorted(Counter(map(_state_listed, members)).items())),
             parents=tuple(sorted({run.parent for run in members if run.parent})),
@@ -172,6 +176,11 @@ def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
         for (experiment, study), members in groups.items()
     ]
     return sorted(found, key=lambda study: study.newest, reverse=True)
+
+
+def _protocol(tags: Mapping[str, str]) -> str:
+    tuned = ", ".join(re.findall(r"[\w.]+", tags.get("spiketrain.tuned", "")))
+    return {"tuned": f"tuned, {tuned}", "trial": f"trials of {tuned}"}.get(tags.get("spiketrain.protocol", ""), "")
 
 
 def _state_listed(run: StoredRun) -> str:

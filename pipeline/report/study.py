@@ -56,6 +56,10 @@ _WALL = ("wall_s", "net_s")
 FOLDED_ALONE = (
     f"times are divided by those of {BASELINE} folded over time; step by step, which may be faster, none among these has finished"
 )
+RECOMPUTED = f"{BASELINE}-recompute"
+RECOMPUTES_NOTHING = (
+    f"bytes are divided by those of {BASELINE} that recomputes nothing; no {RECOMPUTED}, which keeps less, has finished"
+)
 
 
 @dataclass(frozen=True)
@@ -268,7 +272,7 @@ def _said(value: Any) -> str:
 
 def _notes(group: Group) -> Iterator[str]:
     """Rules written out, commits, seeds with several runs, what wall clocks have in them and what not, whose bytes nobody
-    counted, and what is divided by what."""
+    counted, what no count of operations knows, and what is divided by what."""
     of_rule = {rule: [run for run in group.of(rule) if run.is_finished] for rule in group.rules}
     of_rule = {rule: runs for rule, runs in of_rule.items() if runs}
     for rule, (run, *_) in of_rule.items():
@@ -293,15 +297,30 @@ def _notes(group: Group) -> Iterator[str]:
     if uncounted := [rule for rule, runs in of_rule.items() if any(run.value("peak_saved_bytes") is None for run in runs)]:
         why = "no batch was whole on which bytes are counted"
         yield f"saved bytes were not measured in runs of {', '.join(uncounted)}, in which {why}"
+    unknown = {name for runs in of_rule.values() for run in runs for name in _not_counted(run)}
+    if unknown:
+        yield f"operations, and the energy of an inference, leave out what no count knows: {', '.join(sorted(unknown))}"
     if group.has_baseline:
         yield from _divisions_told(group, {rule: {run.seed for run in runs} for rule, runs in of_rule.items()})
+
+
+def _not_counted(run: StudyRun) -> list[str]:
+    """Products that the network made and nobody counted, in training or in an inference."""
+    summary = run.summary or {}
+    told = [summary.get("not_counted"), (summary.get("inference") or {}).get("not_counted")]
+    return [str(name) for names in told if isinstance(names, list) for name in names]
 
 
 def _divisions_told(group: Group, seeds: Mapping[str, set[int]]) -> Iterator[str]:
     """The faster BPTT, or that there is but one, and rules without a seed to divide by."""
     kinds = [rule for rule in seeds if is_baseline(rule, group.against)]
-    if kinds == [BASELINE] and len(seeds) > 1 and any(run.recipe.get("time_steps") != 1 for run in group.finished):
+    is_compared = (
+        group.against == BASELINE and len(seeds) > len(kinds) and any(run.recipe.get("time_steps") != 1 for run in group.finished)
+    )
+    if is_compared and kinds == [BASELINE]:
         yield FOLDED_ALONE
+    if is_compared and not any(rule.startswith(RECOMPUTED) for rule in seeds):
+        yield RECOMPUTES_NOTHING
     if group.fastest_baseline != group.against:
         yield f"images/s, wall clock and compute time are divided by {group.fastest_baseline}'s, the faster {group.against}"
         divided = {group.against: "its top-1 and bytes are not divided", group.fastest_baseline: "its times are not divided"}

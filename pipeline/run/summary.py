@@ -47,6 +47,7 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any
         "evaluation_peak_reserved_bytes": totals.evaluation_peak_reserved_bytes,
         "device_j": totals.device_j,
         "operations": totals.operations_per_sample(),
+        "not_counted": totals.not_counted,
         "backward_calls_per_batch": totals.backward_calls / max(1, totals.batches),
         "restarts": len(starts) - 1,
         "rollbacks": sum(event["event"] == "rollback" for event in events),

@@ -29,6 +29,10 @@ _TAGGED = ("recipe", "rule", "study", "study_parent", "seed", "world_size", "bat
            "commit", "dirty", "data_fingerprint", "family", "suite")  # fmt: skip
 
 
+_TAGGED_PARAMS = ("protocol", "tuned")
+"""of a trial, or of a run with what its rule's trials chose: no study is shown beside another protocol's unsaid"""
+
+
 class Translation:
     """Of one run's events, in the journal's order: the first value of a step counts, and what MLflow held is left out.
 
@@ -81,6 +85,8 @@ class Translation:
         kind = event["event"]
         if kind == "start":
             tags = {f"spiketrain.{name}": str(event[name]) for name in _TAGGED if event.get(name) is not None}
+            params = event.get("params") or {}
+            tags |= {f"spiketrain.{name}": str(params[name]) for name in _TAGGED_PARAMS if name in params}
             for group in ("hardware", "versions"):
                 tags |= {f"{group}.{_key(name)}": str(value) for name, value in (event.get(group) or {}).items()}
             if event.get("commit"):

@@ -35,7 +35,7 @@ Result:   92 min, 42 runs in one launch, two at a time; commit a6afb978df11 (whe
 Two studies, at the leaks of the two papers (1/11 and 0.5), T = 6; in each seven rules with three seeds. BPTT is trained folded
 over time and step by step: the faster of the two is what the others' time is divided by. Only the rule differs, learning rate
 included: 0.3, which SLTT-1's rescaled gradient bears; it was chosen for all rules at leak 1/2, and is half of what was chosen at
-1/11 (recipes/fashion/base.py). Rules with rates of their own are what `--tune` compares, which has not been run for these claims.
+1/11 (recipes/fashion/base.py). Rules with rates of their own, BPTT, SLTT and SLTT-1 at 1/11, are compared in tuned_fashion.py.
 SLTT-K is rescaled by T/K, which the published rule is not, so that its expected gradient is SLTT's. After each epoch all runs
 compare gradients, for a run that has done so is some 2 % slower from then on (docs/LOG.md); SLTT's tell which share of BPTT's
 comes through time, which it drops.

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from pipeline.measure.energy import FP16, TABLES, Inference, energy_j, in_words
@@ -29,3 +31,5 @@ def test_an_addition_beside_a_multiplication_is_part_of_its_mac() -> None:
     told["energy_j"] = 1.43e-5
     assert in_words(told, on_gpu=False) == "an inference: 14.3 µJ estimated (45 nm, fp32), not measured on a CPU"
     assert in_words(told, on_gpu=True) == "an inference: 14.3 µJ estimated (45 nm, fp32), not measured: no card told it"
+    told = {**replace(inference, not_counted=("fused",)).told(), "energy_j": 1.43e-5}
+    assert in_words(told, on_gpu=False) == "an inference: 14.3 µJ estimated (45 nm, fp32, without fused), not measured on a CPU"

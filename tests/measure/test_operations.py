@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.measure.meters import Meters
 from pipeline.measure.operations import Operations, Work
 from pipeline.rules import spide
 from pipeline.rules.base import Rule
@@ -348,6 +349,39 @@ def test_what_is_looked_away_from_is_not_counted() -> None:
     with Operations(model) as operations, operations.paused(), fresh_state(model):
         model(x_TBI)
     assert operations.work == {}
+
+
+def test_products_that_torch_makes_inside_one_operation_are_named() -> None:
+    q = torch.rand(1, 2, 4, 8, requires_grad=True)
+    with Operations(two_layers(LIF())) as operations:
+        with operations.paused():
+            nn.LSTM(3, 3)(torch.rand(2, 1, 3))
+        assert operations.not_counted == set()
+        F.scaled_dot_product_attention(q, q, q).sum().backward()
+        (q @ q.transpose(2, 3)).sum().backward()
+    fused = "_scaled_dot_product_flash_attention_for_cpu"
+    assert operations.not_counted == {fused, f"{fused}_backward"} and operations.total.dense == 3 * 2 * 4 * 4 * 8
+    with Operations(nn.LSTM(3, 3)) as operations:
+        nn.LSTM(3, 3)(torch.rand(2, 1, 3))
+    assert operations.not_counted == {"mkldnn_rnn_layer"}
+
+
+def test_what_a_network_makes_uncounted_is_in_the_summary_of_a_batch() -> None:
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.synapse = nn.Linear(I, K)
+
+        def forward(self, x_TBI: Tensor) -> Tensor:
+            y_1TBK = self.synapse(x_TBI).unsqueeze(0)
+            return F.scaled_dot_product_attention(y_1TBK, y_1TBK, y_1TBK)[0]
+
+    network = Fused()
+    meters = Meters(network, batch_size=B, device=torch.device("cpu"), operations_every=3)
+    for step in range(3):
+        with meters.batch(step):
+            network(batch(T, size=B)[0].float())
+    assert meters.totals.not_counted == ["_scaled_dot_product_flash_attention_for_cpu"]
 
 
 def test_nothing_is_counted_twice_in_inference_mode() -> None:

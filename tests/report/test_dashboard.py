@@ -205,6 +205,15 @@ def test_the_list_filters_and_sorts(store: FakeStore):
     assert {what[0] for what in store.asked} == {"listed"}  # no journal is read for a list
 
 
+def test_the_list_tells_the_protocols_apart_and_finds_them(store: FakeStore):
+    for letter, protocol in (("7", "tuned"), ("8", "trial")):
+        tags = {"spiketrain.protocol": protocol, "spiketrain.tuned": '["optimizer.lr"]'}
+        store.add(f"one-{protocol}", rule="SLTT", study=letter * 16, tags=tags)
+    whole = Asking(store).list()
+    assert "SLTT (tuned, optimizer.lr)" in whole and "SLTT (trials of optimizer.lr)" in whole and whole.count("(t") == 2
+    assert "1 of 4 studies" in Asking(store).list("?text=trials") and "1 of 4 studies" in Asking(store).list("?text=tuned")
+
+
 def test_a_change_of_the_list_asks_the_store_for_no_other(store: FakeStore):
     asking = Asking(store, every=60)
     asking.list()

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.report.claims import accuracy
 from pipeline.report.spread import Spread, spread_of
-from pipeline.report.study import COMPUTE, FOLDED_ALONE, Study
+from pipeline.report.study import COMPUTE, FOLDED_ALONE, RECOMPUTES_NOTHING, Study
 from pipeline.trained_on import trained_on
 from tests.report.hand_made import MACHINE, events, on, recipe, run, study
 from tests.report.test_tables import tuned
@@ -170,16 +170,28 @@ def test_what_the_reader_of_means_must_know():
         "wall clocks leave out what comparing gradients with BPTT's took, in runs of OTTT-A",
         "runs of OTTT-A compared gradients, and those of BPTT, BPTT-chunk-1, SLTT did not: one that has may compute some 2 % "
         "slower from then on, so a difference as small is none",
+        RECOMPUTES_NOTHING,
         "images/s, wall clock and compute time are divided by BPTT-chunk-1's, the faster BPTT",
         "OTTT-A has no seed in common with BPTT, so its top-1 and bytes are not divided",
         "OTTT-A has no seed in common with BPTT-chunk-1, so its times are not divided",
     )
-    assert study().groups[0].notes == (FOLDED_ALONE,)
+    assert study().groups[0].notes == (FOLDED_ALONE, RECOMPUTES_NOTHING)
     assert study(run("OTTT-A", restarts=2)).groups[0].notes == (
         "wall clocks have restarts in them, with the batches that each lost: 2 of OTTT-A",
         FOLDED_ALONE,
+        RECOMPUTES_NOTHING,
     )
-    assert study(run("SLTT", name="again", restart=True, state="running")).groups[0].notes == (FOLDED_ALONE,)  # in no mean yet
+    assert study(run("SLTT", name="again", restart=True, state="running")).groups[0].notes == (
+        FOLDED_ALONE,
+        RECOMPUTES_NOTHING,
+    )  # in no mean yet
+
+
+def test_recomputation_stands_beside_and_what_no_count_knows_is_named():
+    inference = {"energy_j": 1.0, "prices": "x", "not_counted": ["fused"]}
+    notes = study(run("BPTT-recompute"), run("OTTT-A", not_counted=["other"], inference=inference)).groups[0].notes
+    assert RECOMPUTES_NOTHING not in notes and FOLDED_ALONE in notes
+    assert "operations, and the energy of an inference, leave out what no count knows: fused, other" in notes
 
 
 def test_a_rule_that_says_less_than_its_recipe_is_written_out():
@@ -188,10 +200,14 @@ def test_a_rule_that_says_less_than_its_recipe_is_written_out():
 
     inner = {"target": "pipeline.rules.sltt.SLTT", "kwargs": {"k": 1}}
     (group,) = Study(title="t", runs=(run(), run("HLOP(SLTT-1)", recipe=of(inner=inner)))).groups
-    assert group.notes == ("HLOP(SLTT-1) is HLOP(inner=SLTT(k=1))", FOLDED_ALONE)
+    assert group.notes == ("HLOP(SLTT-1) is HLOP(inner=SLTT(k=1))", FOLDED_ALONE, RECOMPUTES_NOTHING)
     (group,) = Study(title="t", runs=(run(), run("HLOP", recipe=of(k=1)), run("HLOP", seed=1, recipe=of(k=2)))).groups
     assert group.rules[1:] == ["HLOP (k=1)", "HLOP (k=2)"]
-    assert group.notes == (FOLDED_ALONE, "HLOP (k=2) has no seed in common with BPTT, so nothing of it is divided")
+    assert group.notes == (
+        FOLDED_ALONE,
+        RECOMPUTES_NOTHING,
+        "HLOP (k=2) has no seed in common with BPTT, so nothing of it is divided",
+    )
 
 
 def test_a_seed_that_diverged_is_in_no_mean_and_no_claim_holds_over_it():

@@ -95,6 +95,17 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
     assert find(sqlite_store, run).info.end_time == found.info.end_time
 
 
+def test_the_protocol_of_a_search_is_a_tag_by_which_a_store_can_be_asked(fake_run: Callable, sqlite_store: str):
+    run, shared = fake_run(), fake_run("shared")
+    run.start(params={"protocol": "tuned", "tuned": '["optimizer.lr"]', "epochs": "2"}).close()
+    shared.start().close()
+    for each in (run, shared):
+        sync(each.folder, uri=sqlite_store)
+    tags = find(sqlite_store, run).data.tags
+    assert (tags["spiketrain.protocol"], tags["spiketrain.tuned"]) == ("tuned", '["optimizer.lr"]')
+    assert "spiketrain.protocol" not in find(sqlite_store, shared).data.tags
+
+
 def test_the_runs_of_one_comparison_share_a_parent(fake_run: Callable, sqlite_store: str):
     family, parent = "bb22" * 8, "e" * 32
     first, second = (fake_run(name, family=family) for name in ("bptt", "sltt"))

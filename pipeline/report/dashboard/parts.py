@@ -72,7 +72,8 @@ def _row(place: Place, study: StoredStudy) -> html.Tr:
     here = (place.study, place.family) == (study.study, study.experiment)
     there = place.change(study=study.study, family=study.experiment, runs=None if not here else place.runs)
     link = dcc.Link(study.study[:8] or "unknown", href="/" + there.search)
-    cells = [study.experiment, ", ".join(study.rules), _seeds(study.seeds), states_words(study), _when(study.newest)]
+    rules = ", ".join(study.rules) + (f" ({study.protocol})" if study.protocol else "")
+    cells = [study.experiment, rules, _seeds(study.seeds), states_words(study), _when(study.newest)]
     told = {**blocks.aria(current="true"), "className": "here"} if here else {}
     return html.Tr([html.Th(link, scope="row"), *map(html.Td, cells)], **told)
 

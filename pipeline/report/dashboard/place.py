@@ -143,7 +143,7 @@ def states_words(study: StoredStudy) -> str:
 
 
 def _words(study: StoredStudy) -> str:
-    return " ".join([study.study, study.experiment, *study.rules, *study.seeds, states_words(study)]).lower()
+    return " ".join([study.study, study.experiment, *study.rules, study.protocol, *study.seeds, states_words(study)]).lower()
 
 
 def _sorted_by(study: StoredStudy, column: str) -> Any:
