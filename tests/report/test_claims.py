@@ -266,12 +266,22 @@ STATES = 50
 SWEPT = {"points": [{"time_steps": T, "cost": {"rule": "SLTT", "peak_saved_bytes": 10}} for T in (2, 4, 8, 16)]}
 
 
+_TRIED = {"forward_s": 1.0, "backward_s": 1.0}
+LARGEST = {
+    "memory_bytes": 10**8,
+    "points": [
+        {"time_steps": 6, "cost": {"rule": rule}, "largest_batch": batch, "at_largest": _TRIED}
+        for rule, batch in {"BPTT": 100, "SLTT": 300, "SLTT-1": 300, "SLTT-2": 300, "OTTT-A": 250, "BPTT-recompute": 110}.items()
+    ],
+}
+
+
 def test_fashions_claims_are_of_what_was_trained() -> None:
     """Not of the sizes that its file was written with: `--set time_steps=4` is judged at T = 4."""
     changed = claims_fashion.recipe().override({"time_steps": 4, "model.neuron.leak": 0.25})
     trained = next(iter(changed.recipes))
     runs = twice(*((rule, 1.0, 2.0) for rule in ("BPTT", "SLTT", "SLTT-1", "SLTT-2")))
-    found = list(claims_fashion._claims(trained, runs, SWEPT, TURNS, ()))
+    found = list(claims_fashion._claims(trained, runs, SWEPT, None, TURNS, ()))
     saved, kept, flat, batches, speeds, time, turned = found[:7]
     assert (saved.about, saved.bound, saved.holds) == ("SLTT, leak 1/4, T = 4", "<= 0.300", True)
     assert (kept.claim, kept.holds, kept.bound) == ("saved bytes and states, of BPTT's", None, "")
@@ -279,7 +289,7 @@ def test_fashions_claims_are_of_what_was_trained() -> None:
     assert (batches.ours, speeds.ours, batches.verdict) == ("not measured", "not measured", "")
     bounds = {claim.about.split(",")[0]: claim.bound for claim in found if claim.claim == "forward and backward, of BPTT's"}
     assert turned.claim == "forward and backward in turn, of BPTT's" and turned.holds
-    unswept = list(claims_fashion._claims(trained, runs, None, {}, ()))[2]
+    unswept = list(claims_fashion._claims(trained, runs, None, None, {}, ()))[2]
     assert (unswept.holds, unswept.ours) == (None, "not measured at T = 2, 4, 8, 16")
     assert time.holds and bounds["SLTT-1"] == "<= 0.550 (r = 2.00)" and bounds["SLTT-2"] == "<= 0.733 (r = 2.00)"
     assert saved.published == "0.30 of GPU memory (ImageNet), 0.36 of GPU memory (CIFAR-10)"
@@ -291,6 +301,7 @@ def on_two_machines(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> dict
     """Fashion's runs; of the first study the last seed was trained elsewhere, ten times as fast, and so was BPTT step by step."""
     monkeypatch.setattr(claims_fashion, "_planned", lambda file, console: {})
     monkeypatch.setattr(claims_fashion, "_swept", lambda *_: SWEPT)
+    monkeypatch.setattr(claims_fashion, "_at_largest", lambda *_: LARGEST)
     monkeypatch.setattr(claims_fashion, "_turned", lambda *_: TURNS)
     runs = {}
     for recipe in claims_fashion.recipe().recipes:
@@ -342,6 +353,8 @@ def test_every_rule_of_fashions_claims_has_a_row_for_its_accuracy_and_its_bytes(
         assert [claim["holds"] for claim in saved] == [True, True, True, None]
         kept = [rows[rule, "saved bytes and states, of BPTT's"] for rule in ("SLTT", "OTTT-A")]
         assert [claim["ours"].split()[0] for claim in kept] == 2 * [f"{(100 + STATES) / (1000 + STATES):.3f}"]
+        largest = [rows[rule, "images of its largest batch in 100 MB, of the faster BPTT's at its own"] for rule in rules]
+        assert [claim["ours"] for claim in largest] == [f"T = 6: {batch} of 100" for batch in (300, 300, 300, 250, 110)]
         shares = rows["SLTT", "share of BPTT's gradient through time, first"]
         assert shares["ours"] == "start 0.25; seeds 0, 1, 2"
 
