@@ -23,6 +23,11 @@ Result:   92 min, 42 runs in one launch, two at a time; commit a6afb978df11 (whe
                                                      (-.90 to +1.28), OTTT-A -.33 (-.98 to +.31); BPTT .8888 and .8932
             share of BPTT's gradient that comes      leak 1/11: .22, .15, .07 in the three convolutions at the start, .21, .15,
             through time                             .08 after each epoch; leak 1/2: .79, .66, .40, then .77, .63, .41
+            own largest batch in 100 MB, images, and images/s of its forward and backward, at leak 1/11; 1/2 (commit e52de55d1b9d,
+            one process alone on that machine; a batch that fits or not is told by resident memory, to some tenth)
+              BPTT folded 91, 1114; 96, 1157         step by step 125, 1169; 136, 1114    recomputed 145, 811; 146, 790
+              SLTT 287, 1169; 317, 1208              SLTT-1 350, 2393; 338, 2362          SLTT-2 262, 2006; 291, 1917
+              OTTT-A 265, 1164; 267, 1120
           An interval of three seeds on both sides of a bound is told in the table as within the noise, or as undecided
           (accuracies: 0.7 points hold at leak 1/11 for SLTT and OTTT-A, at 1/2 for OTTT-A). Two runs share the memory bus,
           whatever the rule of the other; in turn, one process has the machine to itself. Text was edited beside it.
