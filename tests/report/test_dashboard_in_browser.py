@@ -295,7 +295,7 @@ def test_a_store_that_answers_later_than_the_next_look_is_shown(browser: Browser
         page, watch = opened(browser, address)
         drawn(page, 4)
         page.get_by_role("button", name="Claims and memory against time steps").click()
-        drawn(page, 2)
+        drawn(page, 4)  # memory and time, of two suites
         expect(page.get_by_role("heading", level=3)).to_contain_text(["second", "first"])
         expect(page.locator("#figures")).to_contain_text("does not hold")
         for width, height in (WIDE, PHONE):
