@@ -80,7 +80,7 @@ def _layout(name: str, every: float) -> html.Div:
                             html.H2("All studies", id="all"),
                             html.Div(
                                 [
-                                    html.Label("Filter by study, family, rule, seed or state", htmlFor="text"),
+                                    html.Label("Filter by study, family, rule, protocol, seed or state", htmlFor="text"),
                                     dcc.Input(id="text", type="search", debounce=0.3, autoComplete="off"),
                                     parts.only_buttons(),
                                 ],
