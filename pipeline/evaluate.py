@@ -66,6 +66,7 @@ def evaluate(
     network: nn.Module | None = None,
     counts_operations: bool = False,
     joules: Joules | None = None,
+    when_answered: Callable[[], None] = lambda: None,
 ) -> Evaluated:
     """Run the model over this rank's share of a set; collective.
 
@@ -74,6 +75,7 @@ def evaluate(
         network: the bare network inside, by whose names the layers of neurons are told; None: the model itself.
         joules: of the card that it runs on, read before the first batch is asked for and after the last one's answers are there,
             so without the counting of operations; None: not measured.
+        when_answered: called at that moment, too.
     """
     network, joules = network or model, joules or Joules(torch.device("cpu"))
     was_training = model.training
@@ -102,6 +104,7 @@ def evaluate(
             sums += torch.tensor([samples, *map(float, found)], dtype=torch.float64)
             answered.append(torch.stack([index_B, target_B.cpu(), best_B5[:, 0].cpu()]))
     readings = Readings(card=joules.card, samples=int(sums[0]), began=began, ended=joules.read())
+    when_answered()
     inference = _inference(model, network, counted, batch_size=largest) if len(counted) else None
     model.train(was_training)
     samples, top1, top5, loss = _over_ranks(model, distributed.ReduceOp.SUM)(sums).tolist()

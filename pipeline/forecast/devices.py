@@ -15,6 +15,7 @@ DEVICES = {
         memory=80e9,
         link=450e9,
         watts=700,
+        driver="NVIDIA H100 80GB HBM3",
         source="NVIDIA H100 Tensor Core GPU data sheet",
     ),
     "h200": Device(
@@ -24,6 +25,7 @@ DEVICES = {
         memory=141e9,
         link=450e9,
         watts=700,
+        driver="NVIDIA H200",
         source="NVIDIA H200 Tensor Core GPU data sheet",
     ),
     "a100": Device(
@@ -33,6 +35,7 @@ DEVICES = {
         memory=80e9,
         link=300e9,
         watts=400,
+        driver="NVIDIA A100-SXM4-80GB",
         source="NVIDIA A100 Tensor Core GPU data sheet",
     ),
     "v100": Device(
@@ -42,6 +45,7 @@ DEVICES = {
         memory=32e9,
         link=150e9,
         watts=300,
+        driver="Tesla V100-SXM2-32GB",
         source="NVIDIA V100 Tensor Core GPU data sheet",
     ),
     "rtx4090": Device(
@@ -51,6 +55,7 @@ DEVICES = {
         memory=24e9,
         link=32e9,
         watts=450,
+        driver="NVIDIA GeForce RTX 4090",
         source="NVIDIA Ada GPU architecture white paper; the link is PCIe 4.0 x16",
     ),
 }

@@ -268,15 +268,16 @@ class Meters:
         self._joules_then = now
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Surrounds an evaluation: its peaks of memory are its own, and not training's."""
+    def evaluating(self) -> Iterator[Callable[[], None]]:
+        """Surrounds an evaluation, whose peaks of memory are its own: yields what notes them, once every answer is there."""
         self.note_peaks()
+        release_freed_memory()  # else training's would be the least that is told
+        release_reserved_bytes()
         reset_peak_rss()
         reset_peak_device_bytes()
         try:
-            yield
+            yield lambda: self._note({f"evaluation_{name}": value for name, value in _peaks().items()})
         finally:
-            self._note({f"evaluation_{name}": value for name, value in _peaks().items()})
             self.forget_peaks()
 
     def _note(self, peaks: Mapping[str, int]) -> None:

@@ -273,6 +273,8 @@ _OPAQUE = frozenset(
         *flop_registry,  # what torch itself would count
         *(getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{more}") for more in ("", "_backward")),
         *(getattr(aten, f"{name}{more}") for name in ("mkldnn_rnn_layer", "_cudnn_rnn") for more in ("", "_backward")),
+        *(aten._native_multi_head_attention, aten._transformer_encoder_layer_fwd),  # of torch's layers, where nothing is learnt
+        *(aten.addbmm, aten._trilinear),
     }
 ) - frozenset(_COUNTED)
 """that make products, and are handed over whole"""

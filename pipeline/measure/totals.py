@@ -29,7 +29,7 @@ class Totals:
     peak_device_bytes: int = 0
     peak_reserved_bytes: int = 0
     evaluation_peak_rss_bytes: int = 0
-    """while the set was evaluated, where training's peaks do not look: all time steps of a batch are there at once, ungraphed"""
+    """while the set was evaluated, without what training keeps free for itself: a batch at every time step, without a graph"""
     evaluation_peak_device_bytes: int = 0
     evaluation_peak_reserved_bytes: int = 0
     device_j: float | None = None

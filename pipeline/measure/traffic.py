@@ -44,6 +44,8 @@ class Device:
     watts: float
     launch: float = 5e-6
     """seconds from one kernel to the next, asked for by Python"""
+    driver: str
+    """its name as the driver, and so torch, tells it: another board, or another memory, has another one"""
     source: str
 
 

@@ -25,12 +25,12 @@ class _Point(NamedTuple):
     seconds: float
 
 
-def of_a_sweep(sweep: Mapping[str, Any]) -> tuple[Figure, ...]:
-    """Memory and time against T; none where the sweep has no points."""
+def of_a_sweep(sweep: Mapping[str, Any]) -> tuple[Figure, Figure]:
+    """Memory and time against T, of a sweep that has points."""
     by_rule: dict[str, list[_Point]] = {}
     for point in sweep["points"]:
         by_rule.setdefault(str(point["cost"]["rule"]), []).append(_point(point["time_steps"], point["cost"]))
-    return (_memory(sweep, by_rule), _time(sweep, by_rule)) if by_rule else ()
+    return _memory(sweep, by_rule), _time(sweep, by_rule)
 
 
 def _point(time_steps: int, cost: Mapping[str, Any]) -> _Point:

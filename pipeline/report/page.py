@@ -83,7 +83,11 @@ def render(study: Study) -> str:
     drawings |= {f"{each.key}-{figure.name}": _drawn(figure) for each in memory for figure in each.figures}
     scaled = scaling.scaling(study)
     missing = [(one.title, f"{section.title}: {one.why}") for section in sections for one in section.missing]
-    missing += [] if memory else [("Memory and time against time steps", f"this study carries no sweep; {_SWEEP}")]
+    missing += (
+        []
+        if any(each.figures for each in memory)
+        else [("Memory and time against time steps", f"this study carries no sweep; {_SWEEP}")]
+    )
     missing += [] if scaled else [("Scaling over workers", _WORKERS)]
     return (
         _environment()

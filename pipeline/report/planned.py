@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.forecast.devices import DEVICES
 from pipeline.forecast.plan import Cluster, Plan
 from pipeline.measure.memory import hardware
-from pipeline.measure.traffic import Device
 from pipeline.recipe import BESIDE_THE_STUDY, Recipe
 from pipeline.recipe_json import differing, listed
 from pipeline.report.choose import finished_run
@@ -76,32 +74,28 @@ def refuse_unless_comparable(recipe: Recipe, cluster: Cluster, folder: Path) -> 
     Raises:
         ReportError: it has not finished, was of another recipe, on other machines or other workers, or changed them on the way.
     """
-    on = _trained_on(folder, _summary(folder))
+    summary = _summary(folder)
+    on = _trained_on(folder, summary)
     found = [("workers", cluster.workers, on["world_size"])] if on["world_size"] != cluster.workers else []
-    found += _other_machine(cluster, on)
+    found += _other_machine(cluster, on, on_card=bool(summary.get("peak_device_bytes")))
     theirs = recipe_of(folder)
     mine = recipe.resolved().to_json()["recipe"]
     found += list(differing("", *({name: each[name] for name in each if name not in _BESIDE} for each in (mine, theirs))))
     _refuse_if(found, folder)
 
 
-def _other_machine(cluster: Cluster, on: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def _other_machine(cluster: Cluster, on: Mapping[str, Any], *, on_card: bool) -> list[tuple[str, Any, Any]]:
     """How the machine that is planned for differs from the one that a run was trained on; a card's host is in no plan."""
     there = on["hardware"]
     if cluster.device is not None:
-        return [] if _is_card(cluster.device, str(there["gpu"])) else [("card", cluster.device.name, there["gpu"])]
+        card = there["gpu"] if on_card else "none"  # there may have been one, which it was not trained on
+        return list(differing("card", cluster.device.driver, card))
     apart = {"threads", *(["cores"] if on["own_cores"] else [])}  # on cores of its own it sees those alone
     machines = ({name: value for name, value in each.items() if name not in apart} for each in (hardware(), there))
     found = list(differing("hardware", *machines))
     if there["threads"] != cluster.threads:
         found.append(("cpus-per-worker", cluster.threads, there["threads"]))
     return found
-
-
-def _is_card(device: Device, gpu: str) -> bool:
-    """Whether this is its name, as the driver has it: NVIDIA H100 80GB HBM3."""
-    name = next(name for name, each in DEVICES.items() if each == device)
-    return name in gpu.lower().replace(" ", "")
 
 
 def errors(found: Plan, folder: Path) -> Errors:

@@ -72,7 +72,7 @@ def _point(value: Mapping[str, Any]) -> dict[str, Any]:
 def _cost(value: Any) -> dict[str, Any]:
     cost = dict(value)
     cost["rule"]
-    for name in _NUMBERS:
+    for name in (*_NUMBERS, *(("state_bytes",) if cost.get("state_bytes") is not None else ())):
         if not 0 <= float(cost[name]) < math.inf:  # of a suite's report.json, null where it is not finite
             raise ValueError(f"{name} must be a number from 0; got {cost[name]!r}")
     return cost

@@ -167,7 +167,7 @@ def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
             experiment=experiment,
             study=study,
             rules=tuple(sorted({run.rule for run in members})),
-            protocol=_protocol(members[0].tags),  # which a study key tells apart
+            protocol=next(filter(None, (_protocol(run.tags) for run in members)), ""),  # some may be older than the tag
             seeds=tuple(sorted({run.seed for run in members}, key=lambda seed: (len(seed), seed))),
             states=dict(sorted(Counter(map(_state_listed, members)).items())),
             parents=tuple(sorted({run.parent for run in members if run.parent})),

@@ -30,10 +30,11 @@ class Swept(NamedTuple):
 
 
 def swept(sweeps: Iterable[Mapping[str, Any]]) -> Iterator[Swept]:
-    """Of each sweep that has points."""
-    drawn = [(sweep, figures) for sweep in sweeps if (figures := of_a_sweep(sweep))]
-    for index, (sweep, figures) in enumerate(drawn, start=1):
-        yield Swept(f"sweep{index}", str(sweep["recipe"]), figures, largest_table(sweep))
+    """Of each sweep that has points; one that looked for largest batches at a single T has nothing to draw against T."""
+    found = [(sweep, largest_table(sweep)) for sweep in sweeps if sweep["points"]]
+    for index, (sweep, table) in enumerate(found, start=1):
+        is_of_one = table is not None and len({point["time_steps"] for point in sweep["points"]}) == 1
+        yield Swept(f"sweep{index}", str(sweep["recipe"]), () if is_of_one else of_a_sweep(sweep), table)
 
 
 def largest_table(sweep: Mapping[str, Any]) -> Table | None:

@@ -34,12 +34,17 @@ def assess(
     loss_for = recipe.objective.build().labels
     found, joules = list[Evaluated](), Joules(parts.device)
     lookout, is_left = _Lookout(parts.watchdog, is_asked), False
-    with parts.meters.evaluating(), published(parts):
+    with parts.meters.evaluating() as note_peaks, published(parts):
         for index, task in enumerate(parts.loaders.tasks[:tasks]):
             task.choose_head(network)
             with closing(parts.loaders.val(index)) as val_set:
                 batches = lookout.over(inputs(val_set, recipe.time_steps, parts.device, most=most, epoch=step))
-                about = {"network": network, "counts_operations": counts_operations, "joules": joules}
+                about = {
+                    "network": network,
+                    "counts_operations": counts_operations,
+                    "joules": joules,
+                    "when_answered": note_peaks,
+                }
                 found.append(evaluate(parts.backend.model, batches, loss_for, over_time=recipe.over_time, **about))
             is_left = bool(ranks.max(torch.tensor(float(lookout.has_left))))
             if is_left:

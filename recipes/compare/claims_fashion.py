@@ -46,7 +46,7 @@ compare gradients, for a run that has done so is some 2 % slower from then on (d
 comes through time, which it drops.
 
 The report's claims: saved bytes at most 1/T + 0.05 of BPTT's, and within 3 % from T = 2 to 16 (on one batch, untrained);
-each rule's own largest batch in 100 MB, and its speed there;
+each rule's own largest batch in 100 MB, and its speed there (largest.json, beside the first run);
 compute time of SLTT-K at most 1.1 (T + K r) / (T (1 + r)) of the faster BPTT's, r its backward over its forward, and of SLTT at
 most as long; of OTTT-A at most half of BPTT's bytes; of BPTT recomputed at most 1.1 (2 + r) / (1 + r) of its time; top-1 at
 most 0.7 points below BPTT's, over paired seeds. Times are judged twice: of the runs, two at a time over hours, in which a
@@ -175,8 +175,7 @@ def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
         swept = _swept(trained, run, first / "sweep.json", console)
         largest = _at_largest(trained, run, first / "largest.json", console)
         turns = _turned(trained, run, first / "turns.json", console)
-        if swept is not None:
-            sweeps[study] = swept
+        sweeps |= {f"{study}, {of}": found for of, found in (("by T", swept), ("largest batches", largest)) if found is not None}
         looked = [from_folder(folder) for folder in folders["sltt"]]
         claims += _claims(trained, judged.group, swept, largest, turns, looked)
     claims += _imagenet(_planned(next(iter(runs.values())) / "plan.json", console))
@@ -204,26 +203,29 @@ def _swept(trained: Recipe, run: StudyRun, file: Path, console: Console) -> Mapp
         _refuse_elsewhere(run)
         return told_sweep(sweep(trained, steps=SWEPT, rules=[RULES[name] for name in DRAWN]))
 
-    return _kept(file, run, measure, console)
+    return _kept(file, {"machine": dict(run.hardware)}, measure, console)
 
 
 def _at_largest(trained: Recipe, run: StudyRun, file: Path, console: Console) -> Mapping[str, Any] | None:
     """Each rule's own largest batch at the T of the runs. None as `_swept`."""
+    T = trained.time_steps
 
     def measure() -> dict[str, Any]:
         _refuse_elsewhere(run)
         about = {"rules": [*RULES.values()], "memory_bytes": LARGEST_IN, "at_largest": True}
-        return told_sweep(sweep(trained, steps=(trained.time_steps,), **about))
+        return told_sweep(sweep(trained, steps=(T,), **about))
 
-    return _kept(file, run, measure, console)
+    return _kept(file, {"machine": dict(run.hardware), "memory": LARGEST_IN, "T": T}, measure, console)
 
 
-def _kept(file: Path, run: StudyRun, measure: Callable[[], dict[str, Any]], console: Console) -> Mapping[str, Any] | None:
+def _kept(
+    file: Path, rests_on: Mapping[str, Any], measure: Callable[[], dict[str, Any]], console: Console
+) -> Mapping[str, Any] | None:
     def told(found: Any) -> Mapping[str, Any]:
         sweep_of(found, str(file))  # which refuses what is none
         return found
 
-    return beside(file, rests_on={"machine": dict(run.hardware)}, measure=measure, told=told, console=console)
+    return beside(file, rests_on=rests_on, measure=measure, told=told, console=console)
 
 
 def _turned(trained: Recipe, run: StudyRun, file: Path, console: Console) -> dict[str, Turns]:

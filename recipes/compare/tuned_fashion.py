@@ -15,9 +15,9 @@ Result:   33 runs in 71 min, two at a time; commit 8600a6e99241, 2 cores of an A
               BPTT                .8712     .8870     .8893     .8918     .8713
               SLTT                .8762     .8850     .8878     .8940     .1008
               SLTT-1              .8710     .8835     .8888     .8880     .7915
-          BPTT and SLTT gain nothing by a rate of their own: 0.8, which a trial of one seed likes best, is near where training
-          comes apart (SLTT at 1.6 answers by chance), and with another seed they fall to .874 and .855 there. SLTT-1 took 0.4,
-          which holds for all three. The protocol has one trial a value; a rate that three seeds bear is not found by it.
+            own best less shared  BPTT -.21 (-3.16 to +2.73), SLTT -1.53 (-6.07 to +3.01), SLTT-1 +.37 (-.19 to +.94)
+          So no rule is shown to gain by a rate of its own. What a trial of one seed likes best, 0.8, another seed of BPTT and of
+          SLTT does not bear (.874, .855); SLTT at 1.6 answers by chance. The protocol has one trial a value, of one seed.
 
 The setting is that of claims_fashion.py at leak 1/11, where all rules share a rate of 0.3, which the rescaled gradient of SLTT-1
 bears. That may do BPTT an injustice; here each rule chooses for itself, on a grid of factors of two, which has no 0.3. Trials

@@ -300,12 +300,16 @@ def test_a_plan_against_what_was_launched(
     code, _, err = run(*words)
     assert code == 2 and "launched differs: hardware.cores: " in err and " and 99" in err
     of_a_card = (*words, "--batch-of", "noise", "--samples", "64", "--device")
-    write_json(written, {**told, "trained_on": [{**on, "hardware": {**on["hardware"], "gpu": "NVIDIA H100 80GB HBM3"}}]})
+    with_card = [{**on, "hardware": {**on["hardware"], "gpu": "NVIDIA H100 80GB HBM3"}}]
+    write_json(written, {**told, "trained_on": with_card})
+    code, _, err = run(*of_a_card, "h100")
+    assert code == 2 and err.endswith("launched differs: card: NVIDIA H100 80GB HBM3 and none\n")  # it trained on cores
+    write_json(written, {**told, "peak_device_bytes": 1, "trained_on": with_card})
     code, out, err = run(*of_a_card, "h100", "--format", "json")
     assert code == 0, err
     assert json.loads(out)["against"]["saved_bytes"]["error"] == pytest.approx(off["saved_bytes"]["error"])
     code, _, err = run(*of_a_card, "a100")
-    assert code == 2 and err.endswith("launched differs: card: A100 SXM, 80 GB and NVIDIA H100 80GB HBM3\n")
+    assert code == 2 and err.endswith("launched differs: card: NVIDIA A100-SXM4-80GB and NVIDIA H100 80GB HBM3\n")
     write_json(written, {**told, "peak_saved_bytes": None})
     code, out, err = run(*words)
     assert (code, out) == (2, "") and "on one of which its saved bytes were counted; got launched" in err

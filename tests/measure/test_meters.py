@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -257,16 +259,41 @@ def test_what_is_free_is_given_back_where_it_would_be_told_as_trainings(
 
 def test_an_evaluation_has_peaks_of_its_own(meters: Meters) -> None:
     meters.forget_peaks()
-    with meters.evaluating():
+    with meters.evaluating() as note:
         block = bytearray(b"x") * (200 << 20)
         del block
+        note()
+        counting = bytearray(b"x") * (400 << 20)  # as an instrument does, once every answer is there
+        del counting
     meters.note_peaks()
+    assert meters.totals.evaluation_peak_rss_bytes < meters.totals.peak_rss_bytes + (350 << 20)
     assert meters.totals.evaluation_peak_rss_bytes > meters.totals.peak_rss_bytes + (150 << 20)
     assert (meters.totals.evaluation_peak_device_bytes, meters.totals.evaluation_peak_reserved_bytes) == (0, 0)  # no device
     highest = meters.totals.evaluation_peak_rss_bytes
-    with meters.evaluating():
-        pass
+    with meters.evaluating() as note:
+        note()
     assert meters.totals.evaluation_peak_rss_bytes == highest  # of all evaluations
+
+
+def test_what_training_keeps_free_for_itself_is_no_peak_of_an_evaluation() -> None:
+    """In a process that keeps what it freed, as those that train do."""
+    told = subprocess.run([sys.executable, "-c", KEPT_FREE], capture_output=True, text=True, check=True).stdout.split()
+    training, evaluation = map(int, told)
+    assert evaluation < training - (150 << 20)
+
+
+KEPT_FREE = """
+import torch
+from pipeline.malloc import keep_freed_memory
+assert keep_freed_memory()
+from pipeline.measure.meters import Meters
+meters = Meters(torch.nn.Linear(1, 1), batch_size=1, device=torch.device("cpu"))
+blocks = [torch.ones(1 << 18) for _ in range(200)]  # a MB each, from the heap
+del blocks
+with meters.evaluating() as note:
+    note()
+print(meters.totals.peak_rss_bytes, meters.totals.evaluation_peak_rss_bytes)
+"""
 
 
 def test_totals_over_ranks_take_the_largest_peak(meters: Meters) -> None:

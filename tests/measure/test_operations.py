@@ -364,6 +364,10 @@ def test_products_that_torch_makes_inside_one_operation_are_named() -> None:
     with Operations(nn.LSTM(3, 3)) as operations:
         nn.LSTM(3, 3)(torch.rand(2, 1, 3))
     assert operations.not_counted == {"mkldnn_rnn_layer"}
+    layer, x = nn.MultiheadAttention(8, 2, batch_first=True).eval(), torch.rand(1, 4, 8)
+    with torch.no_grad(), Operations(layer) as operations:
+        layer(x, x, x)
+    assert operations.not_counted  # whichever way torch takes
 
 
 def test_what_a_network_makes_uncounted_is_in_the_summary_of_a_batch() -> None:

@@ -46,8 +46,10 @@ def test_what_was_not_tried_is_not_measured_and_what_nobody_looked_for_has_no_ta
     table = largest_table({**LARGEST, "points": untried})
     assert table is not None and [row[2:] for row in table.rows[2:]] == [(120, None, None), (100, None, None)]
     assert largest_table(SWEEP) is None
-    found = swept((SWEEP, {**SWEEP, "points": []}, LARGEST))
-    assert [(each.key, len(each.figures), each.largest is None) for each in found] == [("sweep1", 2, True), ("sweep2", 2, False)]
+    of_one = {**LARGEST, "points": LARGEST["points"][::2]}  # at T = 1 alone
+    found = swept((SWEEP, {**SWEEP, "points": []}, LARGEST, of_one, {**SWEEP, "points": SWEEP["points"][:1]}))
+    told = [(each.key, len(each.figures), each.largest is None) for each in found]
+    assert told == [("sweep1", 2, True), ("sweep2", 2, False), ("sweep3", 0, False), ("sweep4", 2, True)]
 
 
 def test_a_page_shows_it():
