@@ -7,7 +7,15 @@ from pipeline.forecast.devices import DEVICES
 from pipeline.measure.traffic import Device, Operation, Traffic
 
 CARD = Device(
-    name="made up", flops={"fp32": 100.0}, bandwidth=10.0, memory=1e9, link=1.0, watts=1.0, launch=0.5, source="this test"
+    name="made up",
+    flops={"fp32": 100.0},
+    bandwidth=10.0,
+    memory=1e9,
+    link=1.0,
+    watts=1.0,
+    launch=0.5,
+    driver="A CARD",
+    source="this test",
 )
 
 
