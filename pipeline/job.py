@@ -134,5 +134,9 @@ def resume_command(runs: str | os.PathLike[str], name: str, *, trust: Sequence[s
     """
     where = [] if Path(runs) == Path("runs") else ["--runs", os.fspath(runs)]
     there = [] if address is None else ["--address", address]
-    trusted = [word for package in trust for word in ("--trust", package)]
-    return shlex.join(["spiketrain", "resume", name, *where, *there, *trusted])
+    return shlex.join(["spiketrain", "resume", name, *where, *there, *trust_words(trust)])
+
+
+def trust_words(trust: Sequence[str]) -> list[str]:
+    """As they are typed."""
+    return [word for package in trust for word in ("--trust", package)]

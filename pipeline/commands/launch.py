@@ -242,6 +242,7 @@ def _end_suite(folder: Path | None, trust: tuple[str, ...], *, had_ended: bool =
     """Its table or report; and its page, in its folder and in MLflow, which since it `had_ended` may have been made richer."""
     if folder is None:
         sys.exit(130)
+    from pipeline.job import trust_words
     from pipeline.report.page import write
     from pipeline.report.publish import publish
     from pipeline.report.read_study import read_study
@@ -258,7 +259,7 @@ def _end_suite(folder: Path | None, trust: tuple[str, ...], *, had_ended: bool =
         print(f"page    {page}")
         publish(found, page)
     except (ValueError, OSError, TrackingError) as error:  # the runs are there, and whoever waits for them has what it waited for
-        again = shlex.join(["spiketrain", "report", str(folder), *(word for package in trust for word in ("--trust", package))])
+        again = shlex.join(["spiketrain", "report", str(folder), *trust_words(trust)])
         print(f"{error}; its page is made anew, and put into MLflow, by: {again}", file=sys.stderr)
 
 

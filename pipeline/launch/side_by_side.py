@@ -19,7 +19,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from pipeline.job import STOP, Job, was_stopped
+from pipeline.job import STOP, Job, trust_words, was_stopped
 from pipeline.launch.base import Launcher, LaunchError
 from pipeline.launch.children import Children
 from pipeline.launch.shown import Shown
@@ -142,10 +142,9 @@ class _Driven:
         (self.folder / STOP).unlink(missing_ok=True)
         self._shown = Shown(self.folder, console, store=tracking_uri(children.runs), name=recipe.name)
         words = ["resume", str(self.folder), "--runs", str(children.runs), *launcher.joining()]
-        trust = [word for package in children.trust for word in ("--trust", package)]
         self._log = (self.folder / LOG).open("ab")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline", *words, *trust],
+            [sys.executable, "-m", "pipeline", *words, *trust_words(children.trust)],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,

@@ -47,11 +47,10 @@ def _memory(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[_Point]]) -
     def draw(theme: Theme) -> go.Figure:
         figure = go.Figure()
         for place, (rule, points) in enumerate(by_rule.items()):
-            T = [point.time_steps for point in points]
-            figure.add_trace(_line(theme, place, rule, T, [point.saved / scale for point in points], unit))
+            figure.add_trace(_line(theme, place, rule, points, [point.saved / scale for point in points], unit))
             kept = [None if point.kept is None else point.kept / scale for point in points]
             if has_states:
-                figure.add_trace(_line(theme, place, rule, T, kept, unit, is_dotted=True))
+                figure.add_trace(_line(theme, place, rule, points, kept, unit, is_dotted=True))
         return figure.update_layout(**_layout(theme, by_rule, f"peak saved bytes, {unit}"))
 
     rows = [(rule, point.time_steps, point.saved, point.kept) for rule, points in by_rule.items() for point in points]
@@ -76,8 +75,7 @@ def _time(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[_Point]]) -> 
     def draw(theme: Theme) -> go.Figure:
         figure = go.Figure()
         for place, (rule, points) in enumerate(by_rule.items()):
-            T = [point.time_steps for point in points]
-            figure.add_trace(_line(theme, place, rule, T, [1e3 * point.seconds for point in points], "ms"))
+            figure.add_trace(_line(theme, place, rule, points, [1e3 * point.seconds for point in points], "ms"))
         return figure.update_layout(**_layout(theme, by_rule, "forward and backward, ms"))
 
     rows = [(rule, point.time_steps, point.seconds) for rule, points in by_rule.items() for point in points]
@@ -98,7 +96,14 @@ def _time(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[_Point]]) -> 
 
 
 def _line(
-    theme: Theme, place: int, rule: str, x: list[int], y: Sequence[float | None], unit: str, *, is_dotted: bool = False
+    theme: Theme,
+    place: int,
+    rule: str,
+    points: Sequence[_Point],
+    y: Sequence[float | None],
+    unit: str,
+    *,
+    is_dotted: bool = False,
 ) -> go.Scatter:
     """A dotted one goes with the rule's own, which the legend has."""
     name = plain(rule) + (_DOTTED if is_dotted else "")
@@ -107,7 +112,7 @@ def _line(
         legendgroup=plain(rule),
         showlegend=not is_dotted,
         mode="lines+markers",
-        x=x,
+        x=[point.time_steps for point in points],
         y=list(y),
         line={"color": color(theme, place), "width": 1 if is_dotted else 2, "dash": "dot" if is_dotted else "solid"},
         marker={"symbol": symbol(place), "size": 5 if is_dotted else 9},

@@ -82,7 +82,7 @@ def print_suite(
 ) -> Reported | None:
     """Print a suite's report, or for want of one its comparisons; children that have not finished are named.
 
-    What a report of its own has told comes back, so that who needs it further does not run it again.
+    What a report of its own has told on the console comes back, so that who needs it further does not run it again.
 
     Args:
         trust: packages of the user's own that the suite's report and recipes may be imported from.
@@ -101,7 +101,8 @@ def print_suite(
         )
     runs, over = runs_of(folder), over_in(folder)
     if format == "json" and report is not None:
-        return _print_json(folder, report, runs, over, console)
+        _print_json(folder, report, runs, over, console)
+        return None
     if len(over) == len(runs) and report is not None:
         return own_report(folder.name, report, over, console)
     if report is None:
@@ -125,15 +126,14 @@ def print_suite(
     return None
 
 
-def _print_json(folder: Path, report: Report, runs: Mapping[str, Path], over: Mapping[str, Path], console: Console) -> Reported:
+def _print_json(folder: Path, report: Report, runs: Mapping[str, Path], over: Mapping[str, Path], console: Console) -> None:
     if len(over) < len(runs):
         raise ValueError(f"compare: {folder.name} must have finished; {len(over)} of {len(runs)} runs have")
-    reported = own_report(folder.name, report, over, Console(file=io.StringIO()))
-    if reported.value is None:
+    value = own_report(folder.name, report, over, Console(file=io.StringIO())).value
+    if value is None:
         raise ValueError(f"compare: the report of {folder.name} returns nothing, so there is no --format json of it")
     try:
-        text = json.dumps(finite(reported.value), indent=2, allow_nan=False)
+        text = json.dumps(finite(value), indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ReportError(f"compare: the report of {folder.name} must return JSON values; {error}") from error
     console.out(text, highlight=False)
-    return reported

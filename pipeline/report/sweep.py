@@ -17,8 +17,6 @@ from pipeline.forecast.bench import RESERVE, Cost
 from pipeline.forecast.sweep import Point, Sweep
 from pipeline.measure.memory import told_hardware
 
-EVALUATION_SAID = "an evaluation holds a batch at every time step, without a graph, and is not in it"
-
 
 def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None = None) -> None:
     """Bytes, time and largest batch against T, and each rule's growth in bytes."""
@@ -71,7 +69,8 @@ def _told_of_largest(found: Sweep, memory_bytes: int) -> str:
     told = f"about: {estimate}"
     if found.at_largest:
         told = f'without "about": trained, and fitted, or 0 where not even one sample did; with it: {estimate}'
-    return f"largest batch in {memory_bytes / 1e9:.3g} GB; {told}; of training alone: {EVALUATION_SAID}"
+    evaluation = "an evaluation holds a batch at every time step, without a graph, and is not in it"
+    return f"largest batch in {memory_bytes / 1e9:.3g} GB; {told}; of training alone: {evaluation}"
 
 
 def _of_largest(found: Sweep) -> list[str]:
