@@ -24,6 +24,7 @@ __all__ = [
     "hardware_over",
     "is_out_of_memory",
     "memory_now_bytes",
+    "other_than_here",
     "peak_device_bytes",
     "peak_reserved_bytes",
     "peak_rss_bytes",
@@ -231,6 +232,17 @@ def hardware() -> dict[str, Any]:
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
     }
+
+
+def other_than_here(machine: Mapping[str, Any], *, own_cores: bool, apart: Collection[str] = ()) -> list[tuple[str, Any, Any]]:
+    """What differs of a worker's `hardware()` from this process's: each name, what is here, and what was there.
+
+    Threads are told by themselves, and a worker on cores of its own saw those alone; `apart` is left out as well.
+    """
+    unlike = {"threads", *apart, *(("cores",) if own_cores else ())}
+    return [
+        (name, here, machine.get(name)) for name, here in hardware().items() if name not in unlike and here != machine.get(name)
+    ]
 
 
 def hardware_over(machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.forecast.plan import Cluster, Plan
-from pipeline.measure.memory import hardware
+from pipeline.measure.memory import other_than_here
 from pipeline.recipe import BESIDE_THE_STUDY, Recipe
 from pipeline.recipe_json import differing, listed
 from pipeline.report.choose import finished_run
@@ -90,9 +90,7 @@ def _other_machine(cluster: Cluster, on: Mapping[str, Any], *, on_card: bool) ->
     if cluster.device is not None:
         card = there["gpu"] if on_card else "none"  # there may have been one, which it was not trained on
         return list(differing("card", cluster.device.driver, card))
-    apart = {"threads", *(["cores"] if on["own_cores"] else [])}  # on cores of its own it sees those alone
-    machines = ({name: value for name, value in each.items() if name not in apart} for each in (hardware(), there))
-    found = list(differing("hardware", *machines))
+    found = [(f"hardware.{name}", *values) for name, *values in other_than_here(there, own_cores=on["own_cores"])]
     if there["threads"] != cluster.threads:
         found.append(("cpus-per-worker", cluster.threads, there["threads"]))
     return found

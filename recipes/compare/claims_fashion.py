@@ -73,7 +73,7 @@ from pipeline.forecast.devices import DEVICES
 from pipeline.forecast.plan import Cluster, Planned, plan
 from pipeline.forecast.sweep import sweep
 from pipeline.forecast.turns import Turns, in_turn
-from pipeline.measure.memory import hardware
+from pipeline.measure.memory import hardware, other_than_here
 from pipeline.recipe import Recipe, spec
 from pipeline.report.beside import beside
 from pipeline.report.claims import (
@@ -248,14 +248,9 @@ def _turned(trained: Recipe, run: StudyRun, file: Path, console: Console) -> dic
 
 
 def _refuse_elsewhere(run: StudyRun) -> None:
-    """Raises: ValueError where `run` was trained on another machine than this one.
-
-    Threads are said apart, a worker may see one card of several, and on cores of its own it sees those alone.
-    """
-    apart = {"threads", "gpus", *(["cores"] if run.trained_on[-1].own_cores else [])}
-    here, there = hardware(), run.hardware
-    if other := [f"{name} {there.get(name)}, here {here[name]}" for name in here if here[name] != there.get(name)
-                 and name not in apart]:  # fmt: skip
+    """Raises: ValueError where `run` was trained on another machine than this one; a worker may see one card of several."""
+    found = other_than_here(run.hardware, own_cores=run.trained_on[-1].own_cores, apart=("gpus",))
+    if other := [f"{name} {there}, here {here}" for name, here, there in found]:
         raise ValueError(f"the runs were trained on another machine: {'; '.join(other)}")
     if torch.cuda.is_available() and not run.value("peak_device_bytes"):
         raise ValueError("the runs were trained on cores, and this machine has a card")
