@@ -41,7 +41,7 @@ def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
         build_teacher(recipe, tasks[0].data)
     if recipe.fidelity_every:
         Nearness.check(recipe, lambda: build_network(recipe, tasks))
-    recipe.schedule.build(build_optimizer(recipe, network, rule), 1000)
+    recipe.schedule.build(build_optimizer(recipe, network, rule), 1000, 100)
     return network
 
 

@@ -54,7 +54,7 @@ def build_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, stretches: 
     for stretch in stretches:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate  # a schedule with a warm-up sets it as soon as it is made
-        schedules.append(recipe.schedule.build(optimizer, stretch.steps))
+        schedules.append(recipe.schedule.build(optimizer, stretch.steps, stretch.epoch_steps))
 
     def schedule(step: int) -> None:
         stretch = stretch_at(stretches, step)

@@ -34,8 +34,8 @@ TRUSTED = (
     "timm.optim._optim_factory.create_optimizer_v2",
 )
 FORMAT = 1
-# What runs of one study may differ in; the last two look on. Weights to start from count by their content.
-BESIDE_THE_STUDY = ("name", "family", "rule", "seed", "init", "fidelity_every", "published")
+# What runs of one study may differ in; the last three look on. Weights to start from count by their content.
+BESIDE_THE_STUDY = ("name", "family", "rule", "seed", "init", "fidelity_every", "published", "published_setting")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Recipe:
     optimizer: Spec
     """called with the model: timm's `create_optimizer_v2` or anything of its kind"""
     schedule: Spec
-    """called with the optimizer and the number of steps: pipeline.schedule"""
+    """called with the optimizer, the steps of the run (of each phase) and those of an epoch: pipeline.schedule"""
     time_steps: int
     batch_size: int
     """samples in one global batch, whatever the number of workers"""
@@ -145,6 +145,9 @@ class Recipe:
     """the values that the search tried, as sorted text; they stay in the study key: no rule is set beside one that had others"""
     published: tuple[tuple[int, float], ...] = ()
     """epochs done and top-1 in 0..1 of a published log, which reports set a run beside; nothing else reads it"""
+    published_setting: tuple[tuple[str, int | float | str], ...] = ()
+    """dotted keys of this recipe and their values in the published log, such as ("time_steps", 4). Where a run has another
+    value, reports show the log with that difference and do not judge the run by it"""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -180,6 +183,8 @@ class Recipe:
             raise ValueError(f"recipe: ema_decay must be in 0..1, 1 excluded; got {self.ema_decay}")
         if not all(epochs >= 1 and 0 <= top1 <= 1 for epochs, top1 in self.published):
             raise ValueError(f"recipe: published must be pairs of epochs, from 1, and top-1 in 0..1; got {self.published!r}")
+        if self.published_setting and not self.published:
+            raise ValueError("recipe: published_setting needs published, the points of the log; it has none")
         if self.backend == "plain" and self.zero:
             raise ValueError(f"recipe: zero={self.zero} needs backend='deepspeed'; got backend='plain'")
         if (self.protocol == "shared") == bool(self.tuned):
@@ -270,6 +275,7 @@ class Recipe:
             stop_after=4 // max(1, len(phases)),
             evaluate_samples=64,
             published=(),
+            published_setting=(),
             log_every=1,
         )
 
@@ -365,6 +371,7 @@ class Recipe:
             "tuned",
             "searched",
             "published",
+            "published_setting",
         )
         absent = [name for name in often_absent if not getattr(self, name)]
         absent += ["protocol"] if self.protocol == "shared" else []

@@ -1,11 +1,13 @@
 """Learning rates as pure functions of the step: `Schedule(step)` sets them, so that resuming needs no state.
 
+Each is called with the optimizer, the global batches of the run (of a phase, where it has phases) and those of one epoch.
 timm's schedulers do the arithmetic. DeepSpeed is never handed one: it would step it by its own count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from timm.scheduler.cosine_lr import CosineLRScheduler
@@ -16,33 +18,60 @@ from timm.scheduler.step_lr import StepLRScheduler
 Schedule = Callable[[int], None]
 
 
-def constant(optimizer: torch.optim.Optimizer, steps: int) -> Schedule:
+def constant(optimizer: torch.optim.Optimizer, steps: int, epoch_steps: int) -> Schedule:
     """The optimizer's own learning rate throughout."""
     return lambda step: None
 
 
-def cosine(optimizer: torch.optim.Optimizer, steps: int, *, warmup: float = 0.0, floor: float = 0.0) -> Schedule:
-    """Linear warm-up from 0, then half a cosine down to `floor`, over the whole run.
+def cosine(
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    epoch_steps: int,
+    *,
+    warmup: float = 0.0,
+    floor: float = 0.0,
+    by: Literal["step", "epoch"] = "step",
+    starts: Literal["at_once", "after_warmup"] = "at_once",
+) -> Schedule:
+    """Half a cosine from the optimizer's learning rate down to `floor`, behind a linear warm-up from 0.
+
+        rate[s] = floor + (lr - floor) / 2 * (1 + cos(pi * (s - s0) / (steps - s0)))
 
     Args:
-        steps: global batches of the whole run.
         warmup: share of the run spent warming up, in 0..1.
-        floor: the last learning rate.
+        floor: the learning rate that the cosine ends in.
+        by: "epoch" holds s at the first step of its epoch, as codes do that set the rate once an epoch. The warm-up goes by
+            step in either case.
+        starts: "at_once" has s0 = 0, so that the cosine has begun when the warm-up ends; "after_warmup" has s0 = its end.
+
+    Raises:
+        ValueError: a share that is none, or another word.
     """
+    if by not in ("step", "epoch"):
+        raise ValueError(f"cosine: by must be 'step' or 'epoch'; got {by!r}")
+    if starts not in ("at_once", "after_warmup"):
+        raise ValueError(f"cosine: starts must be 'at_once' or 'after_warmup'; got {starts!r}")
     warmup_steps = _share("cosine", "warmup", warmup, steps)
-    scheduler = CosineLRScheduler(
-        optimizer,
-        t_initial=steps,
-        lr_min=floor,
-        warmup_t=warmup_steps,
-        warmup_lr_init=0.0,
-        warmup_prefix=False,
-        t_in_epochs=False,
-    )
-    return _by_step(scheduler)
+    first = warmup_steps if starts == "after_warmup" else 0
+    # Without timm's own warm-up, which would hold in the rest of an epoch whose first step lies in it.
+    scheduler = CosineLRScheduler(optimizer, t_initial=max(1, steps - first), lr_min=floor, t_in_epochs=False)
+    rates = [group["lr"] for group in optimizer.param_groups]
+
+    def schedule(step: int) -> None:
+        if step < warmup_steps:
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = step * (rate / warmup_steps)
+            return
+        if by == "epoch":
+            step -= step % epoch_steps
+        scheduler.step_update(max(0, step - first))
+
+    return schedule
 
 
-def staircase(optimizer: torch.optim.Optimizer, steps: int, *, every: float = 1 / 3, factor: float = 0.1) -> Schedule:
+def staircase(
+    optimizer: torch.optim.Optimizer, steps: int, epoch_steps: int, *, every: float = 1 / 3, factor: float = 0.1
+) -> Schedule:
     """The learning rate times `factor` after each `every` of the run (a share in 0..1)."""
     return _by_step(
         StepLRScheduler(
@@ -52,7 +81,13 @@ def staircase(optimizer: torch.optim.Optimizer, steps: int, *, every: float = 1 
 
 
 def milestones(
-    optimizer: torch.optim.Optimizer, steps: int, *, at: Sequence[float], factor: float = 0.1, warmup: float = 0.0
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    epoch_steps: int,
+    *,
+    at: Sequence[float],
+    factor: float = 0.1,
+    warmup: float = 0.0,
 ) -> Schedule:
     """Linear warm-up from 0, then the learning rate times `factor` at each of the places `at` in the run (shares in 0..1)."""
     places = [_share("milestones", "at", share, steps) for share in at]

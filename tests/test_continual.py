@@ -270,7 +270,7 @@ def test_each_task_has_a_new_optimizer_and_schedule(tmp_path: Path) -> None:
         optimizer = recipe.optimizer.build(network)
         loader = phase.data.build(recipe.data.build()).train(seed=0, rank=0, world=1, batch_size=8, micro_batch=8, threads=1)
         steps = 8 * (phase.epochs or 1)
-        schedule, step = cosine(optimizer, steps, warmup=0.2), 0
+        schedule, step = cosine(optimizer, steps, 8, warmup=0.2), 0
         for _ in range(phase.epochs or 1):
             with loader.epoch(epoch) as batches:
                 for batch in batches:

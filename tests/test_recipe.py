@@ -333,6 +333,15 @@ def test_the_study_key_ignores_rule_seed_name_and_paths_and_nothing_else() -> No
     assert len({key, *keys}) == 6
 
 
+def test_the_setting_of_a_published_log_is_read_back_and_needs_the_log() -> None:
+    setting = (("time_steps", 4), ("model.over", "time"))
+    recipe = small(published=((1, 0.04),), published_setting=setting)
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe and recipe.tiny().published_setting == ()
+    assert recipe.study_key({}) == small().study_key({})
+    with pytest.raises(ValueError, match="recipe: published_setting needs published, the points of the log; it has none"):
+        small(published_setting=setting)
+
+
 def test_published_points_are_read_back_and_checked() -> None:
     recipe = small(published=((1, 0.04), (200, 0.79)))
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe and recipe.tiny().published == ()

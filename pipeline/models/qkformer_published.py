@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.qkformer import QKFormer
+from pipeline.models.residual import Over
 
 # What a published file holds that this network has no place for, and why.
 IGNORED = {"num_batches_tracked": "counts calls for torch's cumulative average, which batch norm with a momentum never reads"}
@@ -41,10 +42,14 @@ def published_name(name: str) -> str:
     return f"{place}_{_KINDS[found['kind']]}.{found['tensor']}"
 
 
-def from_published(published: Mapping[str, Tensor], *, heads: int | None = None) -> QKFormer:
-    """The network that published weights belong to, with these weights: its sizes are those of the tensors.
+def from_published(published: Mapping[str, Tensor], *, heads: int | None = None, over: Over = "time") -> QKFormer:
+    """The network that published weights belong to, with these weights. Its sizes are those of the tensors.
 
-    `heads`, which no tensor tells, is one for 64 channels where it is not given, as published for ImageNet.
+    Args:
+        published: tensors under their published names.
+        heads: of every attention. No tensor tells them; None is one for 64 channels, as published for ImageNet.
+        over: what batch norm takes its statistics of in training (`models/residual.py`). "time", all steps together, is the
+            published network. "step" trains another one, which rules in slices need.
 
     Raises: ValueError for tensors that are missing, left over or of another shape.
     """
@@ -62,6 +67,7 @@ def from_published(published: Mapping[str, Tensor], *, heads: int | None = None)
             classes=classes,
             in_channels=in_channels,
             expansion=expansion,
+            over=over,
         )
     network.to_empty(device="cpu")
     network.load_state_dict(with_our_names(published, network))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from pipeline.recipe_json import flat
 from pipeline.report.figure import Cell, Figure, Missing, Table, Theme, base_layout, color, plain, symbol
 from pipeline.report.history import TrainPoint
 from pipeline.report.study import Group, StudyRun
@@ -74,6 +76,7 @@ def learning_curves(group: Group) -> Figure | Missing:
     ]
     if logs:
         captions.append("Stars: the published log that recipes of a rule carry.")
+        captions += [f"Of another setting than the run's: {other}." for other in sorted(set(map(_other_setting, runs)) - {""})]
     if any(len(run.curve) > _TOLD for run in group.runs):
         captions.append(f"A curve of more than {_TOLD} points is told in {_TOLD} means at most, here and in the CSV.")
     if any(run.every > 1 for run in group.runs):
@@ -97,7 +100,12 @@ def standings(group: Group) -> list[str]:
 
 
 def standing(run: StudyRun) -> str:
-    """ "on track" or "4.0 points below the published run at epoch 4"; nothing is said between published points."""
+    """ "on track" or "4.0 points below the published run at epoch 4"; nothing is said between published points.
+
+    A run of another setting than the log's is not judged.
+    """
+    if other := _other_setting(run):
+        return f"not judged by the published log, which is of another setting: {other}"
     target = dict(published(run))
     both = [each for each in run.evaluations if each.epoch is not None and each.epoch + 1 in target and each.top1 is not None]
     if not both:
@@ -115,6 +123,23 @@ def published(run: StudyRun) -> tuple[tuple[int, float], ...]:
     """Epochs done and top-1 in 0..1 of the published log that its recipe carries; empty where it carries none."""
     points = run.recipe.get("published")
     return tuple((int(epoch), float(top1)) for epoch, top1 in points) if isinstance(points, (list, tuple)) else ()
+
+
+def _other_setting(run: StudyRun) -> str:
+    """Where a run differs from the setting of the published log, "time_steps 4 there, 2 here"; "" where it does not."""
+    setting = run.recipe.get("published_setting")
+    pairs = [(str(key), value) for key, value in setting] if isinstance(setting, (list, tuple)) else []
+    here = dict(flat(run.recipe))
+    return ", ".join(
+        f"{key} {_text(value)} there, {here.get(key, 'not written')} here"
+        for key, value in pairs
+        if here.get(key) != _text(value)
+    )
+
+
+def _text(value: Any) -> str:
+    """As `flat` writes a value."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _logs(runs: Sequence[StudyRun]) -> dict[tuple[tuple[int, float], ...], list[str]]:

@@ -6,6 +6,8 @@ SOURCE/val/CLASS/*.png, the test set being val. `--mode raw` keeps the pixels as
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from timm.optim import create_optimizer_v2
 
 from pipeline.data.beton import Beton
@@ -17,13 +19,15 @@ from pipeline.schedule import cosine
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
 
-# Of the training set of CIFAR-10; OTTT's published code takes them for CIFAR-100, too.
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+# Mean and deviation of CIFAR-10's channels. The published codes of OTTT, IDE and SPIDE take them for CIFAR-100, too.
+CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
+# The published codes of SLTT and DSR take CIFAR-100's own there.
+CIFAR100 = {"mean": (0.5071, 0.4867, 0.4408), "std": (0.2675, 0.2565, 0.2761)}
 
 
-def images(classes: int) -> Spec:
+def images(classes: int, *, statistics: Mapping[str, tuple[float, ...]] = CIFAR10) -> Spec:
     """CIFAR-10 or CIFAR-100: crop after padding by 4 pixels, flip. The published Cutout is not part of it."""
-    return spec(Beton, folder=f"data/cifar{classes}", classes=classes, size=32, crop="shift", reach=4, mean=MEAN, std=STD)
+    return spec(Beton, folder=f"data/cifar{classes}", classes=classes, size=32, crop="shift", reach=4, **statistics)
 
 
 def cifar(classes: int = 10) -> Recipe:
@@ -36,7 +40,7 @@ def cifar(classes: int = 10) -> Recipe:
         data=images(classes),
         objective=spec(CrossEntropy, mse=0.05, goal="one_hot"),
         optimizer=spec(create_optimizer_v2, opt="momentum", lr=0.1, momentum=0.9, weight_decay=0.0),
-        schedule=spec(cosine),
+        schedule=spec(cosine, by="epoch"),  # as the published codes of OTTT, SLTT and DSR
         time_steps=6,
         batch_size=128,
         epochs=300,

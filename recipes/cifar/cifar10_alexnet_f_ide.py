@@ -30,7 +30,7 @@ def recipe() -> Recipe:
         model=spec(alexnet_f, classes=10, dropout=0.2, neuron=spec(LIF, leak=0.99, threshold=2.0)),
         rule=spec(IDE),
         objective=spec(CrossEntropy),
-        optimizer=shared.optimizer.with_(lr=0.05, weight_decay=5e-4),
+        optimizer=shared.optimizer.with_(lr=0.05, weight_decay=5e-4, filter_bias_and_bn=False),
         schedule=spec(milestones, at=(0.5, 0.75), warmup=WARMUP),
         time_steps=30,
         over_time="mean",

@@ -60,7 +60,8 @@ def sltt_k(
 ) -> Recipe:
     """VGG-11 with batch norm per time step, and what SLTT's settings for recordings have in common.
 
-    As published, the gradient of k steps is not rescaled.
+    As published, the gradient of k steps is not rescaled, weight decay reaches biases and norms, and the rate changes once an
+    epoch. The published code trains in fp16; here the precision is bf16.
     """
     classes, steps = data.kwargs["classes"], data.kwargs["steps"]
     network = spec(
@@ -79,8 +80,8 @@ def sltt_k(
         rule=spec(SLTT, k=k),
         data=data,
         objective=spec(CrossEntropy, mse=0.05, goal=goal),
-        optimizer=spec(create_optimizer_v2, opt="momentum", lr=lr, momentum=0.9, weight_decay=5e-4),
-        schedule=spec(cosine),
+        optimizer=spec(create_optimizer_v2, opt="momentum", lr=lr, momentum=0.9, weight_decay=5e-4, filter_bias_and_bn=False),
+        schedule=spec(cosine, by="epoch"),
         time_steps=steps,
         batch_size=batch_size,
         epochs=300,

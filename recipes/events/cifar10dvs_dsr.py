@@ -43,6 +43,6 @@ def recipe() -> Recipe:
         ),
         data=spec(Events, folder="data/cifar10dvs-20", classes=10, steps=20, size=48, crop="shift", reach=4),
         optimizer=shared.optimizer.with_(lr=0.05),
-        schedule=spec(cosine, warmup=WARMUP_STEPS / (EPOCHS * (SAMPLES // shared.batch_size))),
+        schedule=spec(cosine, warmup=WARMUP_STEPS / (EPOCHS * (SAMPLES // shared.batch_size)), by="epoch"),
         epochs=EPOCHS,
     )

@@ -37,7 +37,7 @@ def recipe() -> Recipe:
         rule=spec(IDE, solver="fixed_point", iterations=30),
         data=spec(Events, folder="data/nmnist", classes=10, steps=30, size=34),
         objective=spec(CrossEntropy),
-        optimizer=spec(create_optimizer_v2, opt="momentum", lr=0.05, momentum=0.9, weight_decay=5e-4),
+        optimizer=spec(create_optimizer_v2, opt="momentum", lr=0.05, momentum=0.9, weight_decay=5e-4, filter_bias_and_bn=False),
         schedule=spec(milestones, at=(0.3, 0.6, 0.9)),
         time_steps=30,
         over_time="mean",

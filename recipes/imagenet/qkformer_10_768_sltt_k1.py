@@ -16,4 +16,4 @@ from recipes.imagenet.qkformer_10_768_bptt import recipe as bptt
 
 
 def recipe() -> Recipe:
-    return replace(bptt(), name="imagenet-qkformer-10-768-sltt-1", rule=spec(SLTT, k=1), published=())
+    return replace(bptt(), name="imagenet-qkformer-10-768-sltt-1", rule=spec(SLTT, k=1), published=(), published_setting=())

@@ -6,6 +6,7 @@ import torch
 from pipeline.models.qkformer import QKFormer, qkformer_10
 from pipeline.models.qkformer_published import IGNORED, from_published, published_name, to_published
 from pipeline.spiking.encode import repeat
+from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "qkformer_10_384.txt"
@@ -38,6 +39,18 @@ def test_there_and_back():
     x_TBCHW = repeat(torch.randn(2, 2, 32, 32), 2)
     with torch.no_grad(), fresh_state(model), fresh_state(again):
         assert torch.equal(model(x_TBCHW), again(x_TBCHW))
+
+
+def test_published_weights_train_the_published_network_unless_statistics_of_each_step_are_asked_for():
+    weights = to_published(small())
+    assert {norm.over for norm in norms(from_published(weights))} == {"time"}
+    assert {norm.over for norm in norms(from_published(weights, over="step"))} == {"step"}
+
+
+def norms(network: QKFormer) -> list[BatchNorm]:
+    found = [module for module in network.modules() if isinstance(module, BatchNorm)]
+    assert len(found) > 20
+    return found
 
 
 def test_refuses_what_does_not_fit():

@@ -279,6 +279,20 @@ def test_beside_the_published_run(points: list, told: str):
     assert [row[5:8] for row in figure.table.rows if row[3] == "published"] == [(epoch, None, top1) for epoch, top1 in points]
 
 
+def test_a_run_of_another_setting_than_the_published_log_is_shown_beside_it_and_not_judged():
+    beside = {"published": [[1, 0.5], [2, 0.905]], "published_setting": [["time_steps", 4], ["model.over", "time"]]}
+    other = run(recipe=recipe(**beside))
+    difference = "time_steps 4 there, 2 here, model.over time there, not written here"
+    told = f"not judged by the published log, which is of another setting: {difference}"
+    assert standing(other) == told
+    figure = made(learning_curves(Study(title="t", runs=(other,)).groups[0]))
+    assert told in figure.alt and "on track" not in figure.alt and traces(figure)["published, BPTT"]["x"] == [1, 2]
+    assert f"Of another setting than the run's: {difference}." in figure.caption
+    model = {"target": "pipeline.models.x.net", "kwargs": {"over": "time"}}
+    alike = run(recipe=recipe(**beside, time_steps=4, model=model))
+    assert standing(alike) == "on track, 0.5 points below the published run at epoch 2"
+
+
 def test_each_published_log_is_drawn_once_and_named_after_the_rules_that_carry_it():
     """It stands beside the study key: runs that are compared may carry another, or none."""
     mine, theirs = [[1, 0.5], [2, 0.9]], [[2, 0.7]]
