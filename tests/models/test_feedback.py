@@ -89,7 +89,7 @@ def test_the_networks_without_norm_fire_and_train_under_spide(build):
 
 
 def test_dropout_on_currents_drops_the_same_inside_the_loop_and_in_the_solve():
-    """As published for IDE: one mask behind each synapse, in all steps and in the equation for beta, none before the classifier."""
+    """As published for IDE: one mask behind each synapse, in all steps and in the equation for beta; none at the readout."""
     torch.manual_seed(0)
     T, model = 6, fc_feedback(4, in_features=6, hidden=9, dropout=0.4, dropout_on="currents").double()
     masks: dict[str, torch.Tensor] = {}
