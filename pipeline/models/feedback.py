@@ -1,6 +1,10 @@
 """Networks whose last layer feeds back to the first, and that come to rest: those of IDE and SPIDE.
 
-    inject -> [layer 1 -> ... -> layer N -> layer 1] -> dropout -> classifier
+    inject -> [layer 1 -> ... -> layer N -> layer 1] -> dropout -> classifier             dropout_on="readout"
+    inject -> [layer 1 -> ... -> layer N -> layer 1] -> classifier                        dropout_on="currents", as published
+
+"currents" puts a dropout of its own behind every synapse, `inject` and the feedback included, and none before the classifier.
+A mask is drawn once for a batch: the same in all T steps, and in the equation that IDE and SPIDE solve for the gradient.
 
 A notation of the papers is kept in the names: 96C3s is a 3x3 convolution of stride 2 with 96 outputs, (F96C3u) a feedback
 of 3x3 transposed convolutions that brings the last layer to the 96 channels and the size of the first.
@@ -30,6 +34,8 @@ from pipeline.spiking.synapse import Conv2d, Linear, folded
 Norm = Literal["batch", "none"]
 Limit = Literal["spectral", "none"] | float
 """of the feedback's weight: "spectral" is SpectralLimit, a number the largest Frobenius norm"""
+DropoutOn = Literal["readout", "currents"]
+"""where `dropout` stands: before the classifier alone, or behind every synapse inside the loop"""
 
 
 class FeedbackNetwork(nn.Module):
@@ -89,20 +95,23 @@ def fc_feedback(
     hidden: int = 400,
     norm: Norm = "none",
     dropout: float = 0.2,
+    dropout_on: DropoutOn = "readout",
     limit: Limit = "spectral",
     neuron: nn.Module = IF(threshold=2.0),
 ) -> FeedbackNetwork:
     """One fully connected layer that feeds back to itself: 400 (F400), 478,011 parameters without norm.
 
-    `dropout` is that of the readout; IDE's neurons have threshold 2, which makes the limited feedback a contraction by 1/2.
+    IDE's neurons have threshold 2, which makes the limited feedback a contraction by 1/2. Published are `norm="batch"` on the
+    input and `dropout_on="currents"`.
     """
     refuse_unless_counts("fc_feedback", {"classes": classes, "in_features": in_features, "hidden": hidden})
+    inside, outside = _shares(dropout, dropout_on)
     equilibrium = Equilibrium(
-        inject=_normed(Linear(in_features, hidden, norm == "none"), hidden, norm),
-        feedback=_limited(Linear(hidden, hidden, bias=False), limit),
+        inject=_dropped(_normed(Linear(in_features, hidden, norm == "none"), hidden, norm), inside),
+        feedback=_dropped(_limited(Linear(hidden, hidden, bias=False), limit), inside),
         neurons=[one_more(neuron)],
     )
-    return FeedbackNetwork(equilibrium, features=hidden, classes=classes, dropout=dropout, flat=True)
+    return FeedbackNetwork(equilibrium, features=hidden, classes=classes, dropout=outside, flat=True)
 
 
 def conv_feedback(
@@ -114,6 +123,7 @@ def conv_feedback(
     kernel: int = 5,
     norm: Norm = "batch",
     dropout: float = 0.2,
+    dropout_on: DropoutOn = "readout",
     limit: Limit = "spectral",
     neuron: nn.Module = IF(threshold=2.0),
 ) -> FeedbackNetwork:
@@ -130,20 +140,21 @@ def conv_feedback(
     if size % total:
         raise ValueError(f"conv_feedback: the strides must divide the image; got size={size}, strides to {total}")
     widths = [in_channels, *(width for width, _, _ in layers)]
+    inside, outside = _shares(dropout, dropout_on)
     synapses = [
-        _normed(Conv2d(before, width, taps, stride, taps // 2, bias=norm == "none"), width, norm)
+        _dropped(_normed(Conv2d(before, width, taps, stride, taps // 2, bias=norm == "none"), width, norm), inside)
         for before, (width, taps, stride) in zip(widths, layers, strict=False)
     ]
     first, last, up = widths[1], widths[-1], total // layers[0][2]
     feedback = ConvTranspose2d(last, first, kernel, up) if up > 1 else Conv2d(last, first, kernel, 1, kernel // 2, bias=False)
     equilibrium = Equilibrium(
         inject=synapses[0],
-        feedback=_limited(feedback, limit),
+        feedback=_dropped(_limited(feedback, limit), inside),
         neurons=[one_more(neuron) for _ in layers],
         synapses=synapses[1:],
     )
     features = last * (size // total) ** 2
-    return FeedbackNetwork(equilibrium, features=features, classes=classes, dropout=dropout, flat=False)
+    return FeedbackNetwork(equilibrium, features=features, classes=classes, dropout=outside, flat=False)
 
 
 def alexnet_f(
@@ -153,11 +164,12 @@ def alexnet_f(
     size: int = 32,
     width: float = 1.0,
     dropout: float = 0.2,
+    dropout_on: DropoutOn = "readout",
     neuron: nn.Module = LIF(0.99, threshold=2.0),
 ) -> FeedbackNetwork:
     """AlexNet-F: 96C3s-256C3-384C3s-384C3-256C3 (F96C3u), 3,708,139 parameters at 10 classes; `width` narrows it for demos."""
     layers = ((96, 3, 2), (256, 3, 1), (384, 3, 2), (384, 3, 1), (256, 3, 1))
-    return _classic(layers, classes, in_channels, size, width, dropout, neuron)
+    return _classic(layers, classes, in_channels, size, width, dropout, dropout_on, neuron)
 
 
 def cifarnet_f(
@@ -167,11 +179,12 @@ def cifarnet_f(
     size: int = 32,
     width: float = 1.0,
     dropout: float = 0.2,
+    dropout_on: DropoutOn = "readout",
     neuron: nn.Module = LIF(0.99, threshold=2.0),
 ) -> FeedbackNetwork:
     """CIFARNet-F: 128C3s-256C3-512C3s-1024C3-512C3 (F128C3u), 11,837,579 parameters at 10 classes; `width` as above."""
     layers = ((128, 3, 2), (256, 3, 1), (512, 3, 2), (1024, 3, 1), (512, 3, 1))
-    return _classic(layers, classes, in_channels, size, width, dropout, neuron)
+    return _classic(layers, classes, in_channels, size, width, dropout, dropout_on, neuron)
 
 
 def convnet_f(
@@ -184,11 +197,13 @@ def convnet_f(
     gain: float = 2.0,
     limit: Limit = 2.0,
     dropout: float = 0.2,
+    dropout_on: DropoutOn = "readout",
     neuron: nn.Module = IF(threshold=1.0, subtract=2.0),
 ) -> FeedbackNetwork:
     """SPIDE's networks without norm: 64C5s-64C5s-64C5 (F64C3u), 274,826 parameters, or the layers that are named.
 
-    Weights start as N(0, gain / fan_in), a tenth of that in an upsampling feedback, biases at 0.
+    Weights start as N(0, gain / fan_in), a tenth of that in an upsampling feedback, biases at 0. (Published for CIFAR are rows
+    of uniform numbers scaled to the norm 1, which N(0, 1 / fan_in) has on average.)
     """
     network = conv_feedback(
         classes,
@@ -199,6 +214,7 @@ def convnet_f(
         norm="none",
         limit=limit,
         dropout=dropout,
+        dropout_on=dropout_on,
         neuron=neuron,
     )
     _draw(network.equilibrium, gain)
@@ -212,11 +228,13 @@ def lenet_f(
     size: int = 28,
     width: float = 1.0,
     dropout: float = 0.5,
+    dropout_on: DropoutOn = "readout",
     neuron: nn.Module = IF(threshold=1.0, subtract=2.0),
 ) -> FeedbackNetwork:
     """LeNet as SPIDE trains it: 15C5-P2-40C5-P2-300, neurons behind the pools, too, and nothing fed back; 606,740 parameters.
 
-    It comes to rest as fast as its layers do; its backward phase is that of a chain.
+    It comes to rest as fast as its layers do; its backward phase is that of a chain. `dropout_on="currents"` is here, as
+    published, behind the last synapse alone.
 
     Raises: ValueError for an image that two pools do not divide.
     """
@@ -225,6 +243,7 @@ def lenet_f(
         raise ValueError(f"lenet_f: size must be a multiple of 4; got size={size}")
     first, second, features = (max(1, round(channels * width)) for channels in (15, 40, 300))
     flat = second * (size // 4) ** 2
+    inside, outside = _shares(dropout, dropout_on)
     equilibrium = Equilibrium(
         inject=Conv2d(in_channels, first, 5, padding=2),
         feedback=NoFeedback((first, size, size)),
@@ -233,20 +252,23 @@ def lenet_f(
             Pool(),
             Conv2d(first, second, 5, padding=2),
             Pool(),
-            nn.Sequential(nn.Flatten(2), Linear(flat, features)),
+            _dropped(nn.Sequential(nn.Flatten(2), Linear(flat, features)), inside),
         ],
     )
     _draw(equilibrium, 2.0)
-    return FeedbackNetwork(equilibrium, features=features, classes=classes, dropout=dropout, flat=False)
+    return FeedbackNetwork(equilibrium, features=features, classes=classes, dropout=outside, flat=False)
 
 
 def _draw(equilibrium: Equilibrium, gain: float) -> None:
-    """Variance gain / fan_in for every weight, a tenth of that standard deviation in a transposed convolution, biases 0."""
+    """Variance gain / fan_in for every weight, a tenth of that standard deviation in a transposed convolution, biases 0.
+
+    fan_in counts the weights of one output; a transposed convolution has its outputs in the second dimension.
+    """
     for module in equilibrium.modules():
         if isinstance(module, Linear | Conv2d):
             nn.init.normal_(module.weight, std=math.sqrt(gain / module.weight[0].numel()))
         elif isinstance(module, ConvTranspose2d):
-            nn.init.normal_(module.weight, std=0.1 * math.sqrt(gain / module.weight[0].numel()))
+            nn.init.normal_(module.weight, std=0.1 * math.sqrt(gain / module.weight[:, 0].numel()))
         if isinstance(getattr(module, "bias", None), Tensor):
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
@@ -258,12 +280,35 @@ def _classic(
     size: int,
     width: float,
     dropout: float,
+    dropout_on: DropoutOn,
     neuron: nn.Module,
 ) -> FeedbackNetwork:
     scaled = [(max(1, round(channels * width)), taps, stride) for channels, taps, stride in layers]
     return conv_feedback(
-        classes, in_channels=in_channels, size=size, layers=scaled, kernel=3, norm="batch", dropout=dropout, neuron=neuron
+        classes,
+        in_channels=in_channels,
+        size=size,
+        layers=scaled,
+        kernel=3,
+        norm="batch",
+        dropout=dropout,
+        dropout_on=dropout_on,
+        neuron=neuron,
     )
+
+
+def _shares(dropout: float, dropout_on: DropoutOn) -> tuple[float, float]:
+    """The shares dropped behind each synapse inside the loop, and before the classifier."""
+    if dropout_on not in ("readout", "currents"):
+        raise ValueError(f"feedback: dropout_on must be 'readout' or 'currents'; got dropout_on={dropout_on!r}")
+    return (dropout, 0.0) if dropout_on == "currents" else (0.0, dropout)
+
+
+def _dropped(synapse: nn.Module, share: float) -> nn.Module:
+    if share == 0:
+        return synapse
+    before = list(synapse) if isinstance(synapse, nn.Sequential) else [synapse]
+    return nn.Sequential(*before, Dropout(share))
 
 
 def _normed(synapse: nn.Module, channels: int, norm: Norm) -> nn.Module:

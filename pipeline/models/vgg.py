@@ -5,9 +5,10 @@
 where the first reads the image as it is, and gamma follows the pools, which leave fewer numbers to multiply.
 VGG-F hands its last features back to its first layer, a time step later:
 
-    first layer:   s[t] = LIF(sWS convolution(x[t]) + convolution(upsampled gamma s_last[t-1])),   s_last[0] = 0
+    first layer:   s[t] = LIF(sWS convolution(x[t]) + convolution(upsampled gamma s_last[t-1]))
 
-where the second convolution starts at zero, so that VGG-F starts as VGG.
+where the second convolution starts at zero, so that VGG-F starts as VGG. The first time step has nothing of the second
+convolution, its bias included.
 
 Source: Xiao et al. 2022 (OTTT, arXiv 2210.04195), section 5 and appendix.
 """
@@ -63,7 +64,7 @@ class Layer(nn.Module):
 class FeedbackConv(nn.Module):
     """The current that h_last[t-1] gives the first layer, whose input is x[t]: upsampled to its nearest pixels, 3x3 convolution.
 
-    At the first time step that is the bias (the published code leaves it out there).
+    At the first time step it is zero, without the bias, as published.
     """
 
     def __init__(self, channels: int, width: int) -> None:
@@ -76,7 +77,7 @@ class FeedbackConv(nn.Module):
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         h_TBCHW = self.features.recall()
         if h_TBCHW is None:
-            return self.conv(x_TBCHW.new_zeros(*x_TBCHW.shape[:2], self.conv.in_channels, *x_TBCHW.shape[3:]))
+            return x_TBCHW.new_zeros(())
         size = x_TBCHW.shape[3:]
         return self.conv(folded(lambda h_NCHW: F.interpolate(h_NCHW, size, mode="nearest"), h_TBCHW))
 

@@ -2,15 +2,17 @@
 
 # T time, B batch, K classes
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.counts import refuse_unless_counts
 from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, steps_share
+from pipeline.spiking.encode import is_still
 from pipeline.spiking.neuron import named_neurons
 from pipeline.spiking.norm import BatchNorm, by_own_samples
 from pipeline.spiking.rate import RateNeuron, rate_weights
@@ -31,25 +33,51 @@ class DSR(Rule):
 
     Everything between two neurons is plain autograd on T steps. Where the loss sees the weighted mean of the logits
     (`WeightedRates`; IF: the plain mean), G[t] is proportional to w[t] in every layer and the gradient is exactly that of
-    the network of rates. The published code hands LIF's back evenly and takes G = T sum_t w[t] dL/dout[t], which is the same
-    for IF; for LIF it uses the plain rates as the factor of a weight's gradient and makes the last layer's too large by
-    T sum_t w[t]^2 (1.02 to 1.5), so it is not followed here.
+    the network of rates.
 
-    `calibrate` sets every threshold from so many training batches before the first step, layer after layer: height is the
-    99.9th percentile of max(0, gain I) over samples and units, batch norm on the batch's own statistics.
+    Args:
+        calibrate: set every threshold from so many training batches before the first step. The height is the 99.9th percentile
+            of max(0, gain I) over samples and units.
+        calibrate_on: "spikes", layer after layer from the spikes of the calibrated layers before it, batch norm by the batch's
+            own statistics; "activations", as published: from the network with ramps without a ceiling in the place of its
+            neurons, which is the ANN that its weights come from, batch norm by its running statistics. It sees the image, or
+            the mean frame of a recording.
+        backward: "rates", the equations above; "published", what the published code does for LIF, with gain' = 1 / tau:
 
-    Raises: ValueError for a negative `calibrate`; for a model without rate-coded neurons, or with others beside them
-    (`attach`).
+            G = T sum_t w[t] dL/dout[t]
+            dL/dx[t]     = gain' G / T     where 0 < gain' I < height, else 0
+            dL/dheight   = sum of G        where gain' I > height
+
+            It hands G back evenly over time, so a weight's gradient has the plain mean of its inputs for a factor. A layer's
+            gradient is larger by T sum_t w[t]^2 (1.02 to 1.5) than that of the rates. Published accuracies of LIF were
+            reached with it. For IF both are the same.
+
+    Raises: ValueError for a negative `calibrate`, an unknown choice, or `calibrate_on` without `calibrate` (when made); for a
+    model without rate-coded neurons, with others beside them, or with IF alone under "published" (`attach`).
     Source: Meng et al. 2022 (arXiv 2205.00459), section 4; calibration: Rathi et al. 2020 (arXiv 2005.01807).
     """
 
     memory = "linear"
     over_time_choices = ("mean", "steps")
 
-    def __init__(self, *, calibrate: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        calibrate: int = 0,
+        calibrate_on: Literal["spikes", "activations"] = "spikes",
+        backward: Literal["rates", "published"] = "rates",
+    ) -> None:
         super().__init__()
         refuse_unless_counts("DSR", {"calibrate": calibrate}, least=0)
+        if calibrate_on not in ("spikes", "activations"):
+            raise ValueError(f"DSR: calibrate_on must be 'spikes' or 'activations'; got calibrate_on={calibrate_on!r}")
+        if calibrate_on == "activations" and calibrate == 0:
+            raise ValueError("DSR: calibrate_on='activations' needs batches to calibrate on; got calibrate=0")
+        if backward not in ("rates", "published"):
+            raise ValueError(f"DSR: backward must be 'rates' or 'published'; got backward={backward!r}")
         self.calibration_batches = calibrate
+        self.calibrate_on: Literal["spikes", "activations"] = calibrate_on
+        self.backward: Literal["rates", "published"] = backward
 
     def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
         neurons = named_neurons(model)
@@ -59,9 +87,11 @@ class DSR(Rule):
             if not isinstance(neuron, RateNeuron):
                 where = name or "the model itself"
                 raise ValueError(f"DSR: every neuron must be a RateIF or RateLIF; got {type(neuron).__name__} at {where}")
+        if self.backward == "published" and all(neuron.leak == 1 for _, neuron in neurons):
+            raise ValueError("DSR: backward='published' changes RateLIF alone; got a model with RateIF alone")
         super().attach(model, world=world, over_time=over_time)
         for _, neuron in neurons:
-            self.set_seam(neuron, "gradient", rate_gradient)
+            self.set_seam(neuron, "gradient", rate_gradient if self.backward == "rates" else published_gradient)
 
     def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
         with fresh_state(model):
@@ -76,7 +106,10 @@ class DSR(Rule):
     def calibrate(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
         parts = [part_TB for x_TB in batches for part_TB in x_TB.split(CALIBRATION_SAMPLES, dim=1)]
         samples = sum(part_TB.shape[1] for part_TB in parts)
-        with _batch_statistics(model):
+        on_spikes = self.calibrate_on == "spikes"
+        if not on_spikes:
+            parts = [part_TB[:1] if is_still(part_TB) else part_TB.mean(0, keepdim=True) for part_TB in parts]
+        with _evaluated(model, batch_statistics=on_spikes), _as_neurons(model, None if on_spikes else _activation):
             for neuron in _in_order_of_use(model, parts[0]):
                 height = _percentile((_rates_into(neuron, model, part_TB) for part_TB in parts), samples)
                 neuron.threshold.fill_(max(neuron.dt * float(height), neuron.bound))
@@ -84,44 +117,55 @@ class DSR(Rule):
 
 def rate_gradient(lif: RateNeuron, x_TB: Tensor) -> Tensor:
     """`LIF.gradient`: the neuron's own spikes, with the derivative of its rate."""
-    return _RateMap.apply(x_TB, lif.held_threshold(), lif)  # type: ignore[return-value]
+    return _RateMap.apply(x_TB, lif.held_threshold(), lif, False)  # type: ignore[return-value]
+
+
+def published_gradient(lif: RateNeuron, x_TB: Tensor) -> Tensor:
+    """The same spikes, with the published code's derivative."""
+    return _RateMap.apply(x_TB, lif.held_threshold(), lif, lif.leak < 1)  # type: ignore[return-value]
 
 
 class _RateMap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TB: Tensor, threshold: Tensor, lif: RateNeuron) -> Tensor:
+    def forward(ctx: Any, x_TB: Tensor, threshold: Tensor, lif: RateNeuron, evenly: bool) -> Tensor:
         v_B = lif.membrane(x_TB)
         out_TB = torch.empty_like(x_TB, memory_format=torch.contiguous_format)
         for t, x_B in enumerate(x_TB.unbind(0)):
             out_TB[t], v_B = lif.step(x_B.to(v_B.dtype), v_B)
         lif.state.write("v", v_B)
-        rate_B = _rate(lif, x_TB)
+        gain = -math.log(lif.leak) / lif.dt if evenly else lif.gain  # 1 / tau
+        rate_B = _rate(lif, x_TB, gain)
         height = (threshold / lif.dt).to(rate_B.dtype)
-        ctx.save_for_backward((rate_B >= 0) & (rate_B <= height), rate_B > height)
-        ctx.leak, ctx.gain, ctx.dt = lif.leak, lif.gain, lif.dt
+        inside_B = (rate_B > 0) & (rate_B < height) if evenly else (rate_B >= 0) & (rate_B <= height)
+        ctx.save_for_backward(inside_B, rate_B > height)
+        ctx.leak, ctx.gain, ctx.dt, ctx.evenly = lif.leak, gain, lif.dt, evenly
         return out_TB
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (g_TB,) = grad_outputs
         inside_B, above_B = ctx.saved_tensors
-        want_x, want_threshold, _ = ctx.needs_input_grad
-        dtype = torch.promote_types(g_TB.dtype, torch.float32)
-        g_B = g_TB.sum(0, dtype=dtype)
+        want_x, want_threshold, *_ = ctx.needs_input_grad
+        weights_T = rate_weights(ctx.leak, g_TB)
+        if ctx.evenly:
+            g_B = len(g_TB) * torch.tensordot(weights_T, g_TB.to(weights_T.dtype), dims=1)
+            weights_T = torch.full_like(weights_T, 1 / len(g_TB))
+        else:
+            g_B = g_TB.sum(0, dtype=weights_T.dtype)
         g_x_TB = g_threshold = None
         if want_x:
-            weights_T = rate_weights(ctx.leak, g_TB).view(-1, *[1] * g_B.dim())
+            weights_T = weights_T.view(-1, *[1] * g_B.dim())
             g_x_TB = (weights_T * (ctx.gain * (inside_B * g_B))).to(g_TB.dtype)
         if want_threshold:
             g_threshold = (above_B * g_B).sum().view(1) / ctx.dt
-        return g_x_TB, g_threshold, None
+        return g_x_TB, g_threshold, None, None
 
 
-def _rate(lif: RateNeuron, x_TB: Tensor) -> Tensor:
+def _rate(lif: RateNeuron, x_TB: Tensor, gain: float) -> Tensor:
     """gain I of the input, never below fp32."""
     weights_T = rate_weights(lif.leak, x_TB)
     with torch.autocast(x_TB.device.type, enabled=False), serving("rates"):
-        return lif.gain * torch.tensordot(weights_T, x_TB.to(weights_T.dtype), dims=1)
+        return gain * torch.tensordot(weights_T, x_TB.to(weights_T.dtype), dims=1)
 
 
 # ------------------------------------------------------------------------------------------------------------ calibration
@@ -136,11 +180,16 @@ class _Reached(Exception):
 
 
 def _stop(lif: RateNeuron, x_TB: Tensor) -> Tensor:
-    raise _Reached(_rate(lif, x_TB))
+    raise _Reached(_rate(lif, x_TB, lif.gain))
+
+
+def _activation(lif: RateNeuron, x_TB: Tensor) -> Tensor:
+    """The rate of a neuron that knows no height, of each step's input by itself."""
+    return lif.gain * x_TB.clamp_min(0)
 
 
 def _rates_into(neuron: RateNeuron, model: nn.Module, x_TB: Tensor) -> Tensor:
-    """gain I of `neuron`, `[B, ...]`, from the spikes of the neurons before it."""
+    """gain I of `neuron`, `[B, ...]`, from what the neurons before it give."""
     before, neuron.gradient = neuron.gradient, _stop  # type: ignore[assignment]  # set on rate-coded neurons alone
     try:
         with fresh_state(model):
@@ -177,13 +226,28 @@ def _percentile(rates: Iterator[Tensor], samples: int) -> Tensor:
 
 
 @contextmanager
-def _batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, but batch norm by the statistics of the batch, this rank's own; the model is as before afterwards."""
+def _as_neurons(model: nn.Module, gradient: Callable[[RateNeuron, Tensor], Tensor] | None) -> Iterator[None]:
+    """`gradient` in the place of every neuron; None leaves them."""
+    before = [(neuron, neuron.gradient) for _, neuron in named_neurons(model)]
+    try:
+        for neuron, _ in before if gradient is not None else []:
+            neuron.gradient = gradient  # type: ignore[assignment]  # set on rate-coded neurons alone
+        yield
+    finally:
+        for neuron, gradient_before in before:
+            neuron.gradient = gradient_before
+
+
+@contextmanager
+def _evaluated(model: nn.Module, *, batch_statistics: bool) -> Iterator[None]:
+    """Evaluation mode, with batch norm by the statistics of the batch, this rank's own, where they are asked for; the model is
+    as before afterwards.
+    """
     modes = {module: module.training for module in model.modules()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     model.eval()
     for module in model.modules():
-        if isinstance(module, BatchNorm):
+        if isinstance(module, BatchNorm) and batch_statistics:
             module.train()
     try:
         with by_own_samples(model):

@@ -34,6 +34,9 @@ class IDE(Rule):
     and the iterations; a mean residual above 5 % warns once. Where a solve leaves more than half of g, as it does when J is no
     contraction, it warns, and the gradient of the batch is not a number: nobody is to learn from it.
 
+    The published code has the damped fixed point as its solver "iter", and used it for N-MNIST. There it solves
+    (2I - J^T) beta = g, whose beta is half of this one where J is small. Here both solvers solve the paper's equation.
+
     Raises: ValueError for an unknown solver, iterations < 1 or tolerance outside 0..1 (when made); for a model without an
     `Equilibrium`, with several, or with neurons outside it (`attach`).
     Source: Xiao et al. 2021 (arXiv 2109.14247).

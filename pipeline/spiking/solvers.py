@@ -30,7 +30,8 @@ def fixed_point(g_B: Tensor, transposed: Callable[[Tensor], Tensor], *, iteratio
     """beta <- (beta + J^T beta + g) / 2, which converges where every eigenvalue of J lies within 2 of -1: for every
     contraction, and beyond.
 
-    Source: Xiao et al. 2021 (IDE, arXiv 2109.14247), the solver of its N-MNIST runs.
+    Source: Xiao et al. 2021 (IDE, arXiv 2109.14247), the solver of its N-MNIST runs. The published code iterates
+    beta <- (J^T beta + g) / 2, and so solves another equation: beta = (g + J^T beta) / 2.
     """
     progress = _Progress(g_B, tolerance, keep="last")
     beta_B, r_B = torch.zeros_like(g_B), g_B

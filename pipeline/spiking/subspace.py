@@ -136,6 +136,7 @@ class SpikingMoments:
     """E[y^T x] and E[y^T y] of lateral neurons that answer in spikes, y clipped to +-20 and rounded to 1 / steps of that.
 
     They fire once for each batch, with the weights of its beginning; the iterations move the weights under the same spikes.
+    (Published ones fire anew in each iteration, for which a global batch would have to be kept.)
     """
 
     def __init__(self, subspace: Subspace, *, steps: int) -> None:

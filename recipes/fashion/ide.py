@@ -1,4 +1,7 @@
-"""IDE on Fashion-MNIST: 400 units that feed back to themselves, the published network, at T = 5.
+"""IDE on Fashion-MNIST: 400 units that feed back to themselves, at T = 5.
+
+The published network is another one: it has batch norm on its input, and dropout on the currents of the units. Here are no norm
+and dropout before the classifier. `--set model.norm=batch --set model.dropout_on=currents` makes the published one.
 
 IDE and BPTT unrolled on this network form a study of their own; SPIDE needs the symmetric reset, and forms one with spide_ide.py.
 Learning rate, augmentation and length were chosen on a held-out tenth of the training set; of the latter two no figures are kept.

@@ -30,7 +30,7 @@ def recipe() -> Recipe:
         stage,
         name="imagenet-preact18-dsr",
         model=stage.model.with_(neuron=spec(RateIF, threshold_gradient=0.001)),
-        rule=spec(DSR, calibrate=5),
+        rule=spec(DSR, calibrate=5, calibrate_on="activations"),
         optimizer=spec(create_optimizer_v2, opt="adam", lr=0.001, weight_decay=0.0),
         schedule=spec(cosine, warmup=WARMUP_STEPS / (EPOCHS * (SAMPLES // BATCH)), by="epoch"),
         time_steps=50,

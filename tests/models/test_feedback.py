@@ -9,6 +9,7 @@ from pipeline.models.feedback import alexnet_f, cifarnet_f, conv_feedback, convn
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ide import IDE
 from pipeline.rules.spide import SPIDE
+from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.limit import FrobeniusLimit, SpectralLimit
 from pipeline.spiking.neuron import IF, LIF
@@ -87,6 +88,70 @@ def test_the_networks_without_norm_fire_and_train_under_spide(build):
     assert all(p.grad is not None and p.grad.norm() > 0 for name, p in model.named_parameters() if name.endswith("weight"))
 
 
+def test_dropout_on_currents_drops_the_same_inside_the_loop_and_in_the_solve():
+    """As published for IDE: one mask behind each synapse, in all steps and in the equation for beta; none at the readout."""
+    torch.manual_seed(0)
+    T, model = 6, fc_feedback(4, in_features=6, hidden=9, dropout=0.4, dropout_on="currents").double()
+    masks: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, module: Dropout) -> None:
+        found = module.state.read("mask")
+        assert found is not None and torch.equal(masks.setdefault(name, found), found)
+
+    for name, module in model.named_modules():
+        if isinstance(module, Dropout) and module.share > 0:
+            module.register_forward_hook(lambda module, _, __, name=name: keep(name, module))
+    x_BC, target = 3 * torch.randn(5, 6, dtype=torch.float64), torch.randint(4, (5,))
+    rule = IDE(iterations=60, tolerance=0.0)
+    rule.attach(model, over_time="mean")
+    objectives = rule.objectives(model, repeat(x_BC, T), lambda o: F.cross_entropy(o, target))
+    objective = next(objectives)
+    assert objective.backward is not None
+    objective.backward.backward()  # inside the batch: its masks end with it
+    assert list(objectives) == []
+    assert list(masks) == ["equilibrium.inject.1", "equilibrium.feedback.1"]
+    into_BC, back_BC = masks.values()
+    assert 0 < (into_BC == 0).double().mean() < 1 and not torch.equal(into_BC, back_BC)
+
+    p = {name: each.detach() for name, each in model.named_parameters()}
+    V = p["equilibrium.feedback.0.synapse.weight"]
+    W = V / torch.linalg.matrix_norm(V, 2)
+    current_BC = into_BC * (x_BC @ p["equilibrium.inject.0.weight"].T + p["equilibrium.inject.0.bias"])
+    v = s = total = torch.zeros(5, 9, dtype=torch.float64)
+    for _ in range(T):
+        u = v + current_BC + back_BC * (s @ W.T)
+        s = (u >= 2).double()
+        v, total = u - 2 * s, total + s
+    a = (total / T).requires_grad_()
+    logits = F.linear(a, p["classifier.weight"], p["classifier.bias"])
+    assert torch.allclose(objective.logits, logits, atol=1e-12)
+    (g,) = torch.autograd.grad(F.cross_entropy(logits, target), a)
+    rate = ((current_BC + back_BC * (a.detach() @ W.T)) / 2).clamp(0, 1)
+    inside = ((rate > 0) & (rate < 1)).double()
+    eye = torch.eye(9, dtype=torch.float64)
+    beta = torch.stack([torch.linalg.solve(eye - (W.T * (inside[b] * back_BC[b] / 2)), g[b]) for b in range(5)])
+    found = model.get_parameter("equilibrium.inject.0.bias").grad
+    assert found is not None and torch.allclose(found, (beta * inside / 2 * into_BC).sum(0), atol=1e-9)
+    assert found.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("build", "count"), [(alexnet_f, 6), (cifarnet_f, 6), (convnet_f, 4), (lenet_f, 1)])
+def test_dropout_stands_before_the_classifier_or_behind_the_synapses(build, count):
+    with torch.device("meta"):
+        for where, expected in (("readout", ["dropout"]), ("currents", ["equilibrium"] * count)):
+            model = build(dropout=0.2, dropout_on=where)
+            names = [name for name, each in model.named_modules() if isinstance(each, Dropout) and each.share == 0.2]
+            assert [name.split(".")[0] for name in names] == expected
+
+
+def test_an_upsampling_feedback_starts_at_a_tenth_of_the_norm_of_its_outputs():
+    """Published: each of its 96 (or 128) outputs has a weight of norm 0.1, so |V| is 0.98 (or 1.13)."""
+    torch.manual_seed(0)
+    for first, last, published in ((96, 256, 0.98), (128, 512, 1.13)):
+        model = convnet_f(size=8, layers=((first, 3, 2), (last, 3, 2)), gain=1.0)
+        assert model.get_parameter("equilibrium.feedback.synapse.weight").norm().item() == pytest.approx(published, rel=0.01)
+
+
 def test_a_number_limits_the_frobenius_norm():
     x_TBC = torch.randn(1, 3, 7, dtype=torch.float64)
     for largest in (0.5, 100.0):
@@ -107,6 +172,7 @@ def test_neuron_arguments_reach_every_neuron():
     ("build", "message"),
     [
         (lambda: fc_feedback(hidden=0), "fc_feedback: hidden must be a whole number >= 1; got hidden=0"),
+        (lambda: fc_feedback(dropout_on="rates"), "feedback: dropout_on must be 'readout' or 'currents'; got dropout_on='rates'"),
         (lambda: fc_feedback(norm="layer"), "feedback: norm must be 'batch' or 'none'; got norm='layer'"),
         (lambda: fc_feedback(limit="l2"), "feedback: limit must be 'spectral', 'none' or a number; got limit='l2'"),
         (lambda: conv_feedback(layers=()), "conv_feedback: layers must be (width, kernel, stride), each >= 1; got ()"),

@@ -70,9 +70,12 @@ def vgg_f_by_hand(model: VGG, x_TBCHW: Tensor, *, detach) -> Tensor:
     membranes: dict = dict.fromkeys(names, 0.0)
     last, logits = torch.zeros(2, 6, 4, 4, dtype=torch.float64), []
     nearest = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3, 3])  # floor(i 4 / 9)
-    for x in x_TBCHW:
+    for t, x in enumerate(x_TBCHW):
         h = x
-        back = F.conv2d(last[:, :, nearest][:, :, :, nearest], p["feedback.conv.weight"], p["feedback.conv.bias"], padding=1)
+        # As published, the first time step has no feedback at all, not even the bias.
+        back = t > 0 and F.conv2d(
+            last[:, :, nearest][:, :, :, nearest], p["feedback.conv.weight"], p["feedback.conv.bias"], padding=1
+        )
         for name in names:
             if name == names[2]:
                 h = F.avg_pool2d(h, 2)

@@ -1,3 +1,4 @@
+import copy
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ from pipeline.models.convnet import convnet
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
 from pipeline.rules.sltt import SLTT
+from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, RateLIF, RateNeuron, rate_readout, rate_weights
@@ -38,9 +40,11 @@ def smallest_model(*neurons: RateNeuron) -> nn.Sequential:
 # ------------------------------------------------------------------------------------------------- one neuron, closed forms
 
 
-def map_of(neuron: RateNeuron, x_TB: torch.Tensor, g_TB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def map_of(
+    neuron: RateNeuron, x_TB: torch.Tensor, g_TB: torch.Tensor, rule: DSR | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What DSR hands back for the output gradient `g_TB`: to the input, and to the threshold."""
-    rule = DSR()
+    rule = rule or DSR()
     rule.attach(neuron, **MEAN)
     x_TB = x_TB.clone().requires_grad_()
     with fresh_state(neuron):
@@ -95,6 +99,64 @@ def test_any_upstream_gradient_is_summed_and_handed_back(neuron):
     assert torch.allclose(g_x, weights_T.view(-1, 1, 1) * g_x.sum(0), atol=1e-14)
     quiet_x, quiet_threshold = map_of(neuron, 0.4 * (x_TB.abs() / 1.4), g_TB)
     assert quiet_threshold.item() == 0 and (quiet_x.sum(0) != 0).all()
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0, 2**31), steps=st.integers(1, 9))
+def test_the_published_backward_of_lif(seed, steps):
+    """What the published code computes, written out: for any upstream gradient, and a threshold gradient times dt."""
+    dt, tau, threshold = 0.2, 1.3, 0.4
+    generator = torch.Generator().manual_seed(seed)
+    neuron = exact_lif(RateLIF(threshold=threshold, dt=dt, tau=tau), threshold)
+    x_TB = 8 * torch.randn(steps, 3, 4, generator=generator, dtype=torch.float64) + 2
+    g_TB = torch.randn(steps, 3, 4, generator=generator, dtype=torch.float64)
+    w_T = torch.tensor([math.exp(-(steps - t) * dt / tau) for t in range(1, steps + 1)], dtype=torch.float64)
+    w_T = (w_T / w_T.sum()).view(-1, 1, 1)
+    mean_B, G_B = (w_T * x_TB).sum(0), steps * (w_T * g_TB).sum(0)
+    top = threshold / dt * tau
+    expected_x = torch.where((mean_B > 0) & (mean_B < top), G_B / tau / steps, 0.0).expand(steps, -1, -1)
+    expected_threshold = torch.where(mean_B > top, G_B, 0.0).sum() * dt
+    got_x, got_threshold = map_of(neuron, x_TB, g_TB, DSR(backward="published"))
+    assert torch.allclose(got_x, expected_x, atol=1e-13)
+    assert torch.allclose(got_threshold, expected_threshold, atol=1e-12)
+
+
+def exact_lif(neuron: RateNeuron, threshold: float) -> RateNeuron:
+    """In float64, with the threshold as it was written."""
+    neuron.double()
+    nn.init.constant_(neuron.threshold, threshold)
+    return neuron
+
+
+def test_the_published_backward_of_a_network_of_lif():
+    """The published chain written out: gain 1 / tau in each layer, handed back evenly, plain means as the factors of weights."""
+    steps, dt, tau, threshold = 6, 0.1, 1.3, 0.1
+    neurons = [exact_lif(RateLIF(threshold=threshold, dt=dt, tau=tau), threshold) for _ in range(2)]
+    model = smallest_model(*neurons).double()
+    x_TBC, target = batch(steps)
+    got = gradients(DSR(backward="published"), model, x_TBC, cross_entropy(target), **MEAN)
+
+    w_T = torch.tensor([math.exp(-(steps - t) * dt / tau) for t in range(1, steps + 1)], dtype=torch.float64)
+    w_T = (w_T / w_T.sum()).view(-1, 1, 1)
+    p = {name: each.detach() for name, each in model.named_parameters()}
+    spikes, currents = [x_TBC], []
+    with torch.no_grad(), fresh_state(model):
+        for layer in (0, 2):
+            currents.append(model[layer](spikes[-1]))
+            spikes.append(model[layer + 1](currents[-1]))
+    logits = ((w_T * spikes[2]).sum(0) @ p["4.weight"].T + p["4.bias"]).requires_grad_()
+    (g_BK,) = torch.autograd.grad(F.cross_entropy(logits, target), logits)
+    g_TB = w_T * (g_BK @ p["4.weight"])
+    expected = {"4.weight": g_BK.T @ (w_T * spikes[2]).sum(0), "4.bias": g_BK.sum(0)}
+    for layer, current, before in ((2, currents[1], spikes[1]), (0, currents[0], spikes[0])):
+        mean_B, G_B = (w_T * current).sum(0), steps * (w_T * g_TB).sum(0)
+        top = threshold / dt * tau
+        expected[f"{layer + 1}.threshold"] = torch.where(mean_B > top, G_B, 0.0).sum().view(1) * dt
+        g_B = torch.where((mean_B > 0) & (mean_B < top), G_B / tau, 0.0)
+        expected[f"{layer}.weight"], expected[f"{layer}.bias"] = g_B.T @ before.mean(0), g_B.sum(0)
+        g_TB = (g_B @ p[f"{layer}.weight"]).expand(steps, -1, -1) / steps
+    assert difference(got, expected) < 1e-13
+    assert all(g.abs().max() > 0 for g in got.values())
 
 
 # ------------------------------------------------------------------------------------------------------------- a network
@@ -190,8 +252,8 @@ def test_under_autocast_a_rate_is_held_against_its_height_in_fp32():
 # ------------------------------------------------------------------------------------------------------------ calibration
 
 
-def calibrated(model: nn.Module, batches: list[torch.Tensor]) -> Any:
-    rule = DSR(calibrate=len(batches))
+def calibrated(model: nn.Module, batches: list[torch.Tensor], **how: Any) -> Any:
+    rule = DSR(calibrate=len(batches), **how)
     rule.attach(model, **MEAN)
     rule.calibrate(model, batches)
     rule.release()
@@ -213,6 +275,34 @@ def test_calibration_is_the_percentile_of_the_mean_input_layer_after_layer(make)
         assert sorted_rates[-1] > 1.01 * sorted_rates[nearest_rank - 1]
         with torch.no_grad(), fresh_state(neuron):
             h = neuron(h)
+
+
+@pytest.mark.parametrize("still", [True, False])
+def test_calibration_on_activations_is_the_percentile_of_the_anns(still):
+    """As published: ReLU in the place of the neurons, batch norm by its running statistics."""
+    torch.manual_seed(0)
+    model = convnet(3, in_channels=1, stages=((4,), (4,)), over="time", neuron=RateIF()).double()
+    for norm in (m for m in model.modules() if isinstance(m, BatchNorm)):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        nn.init.uniform_(norm.weight, 0.5, 2)
+        nn.init.normal_(norm.bias)
+    frames = [torch.randn(1 if still else 3, size, 1, 6, 6, dtype=torch.float64) for size in (20, 45)]
+    batches = [repeat(each[0], 3) for each in frames] if still else frames
+    calibrated(model, batches, calibrate_on="activations")
+    ann = copy.deepcopy(model).eval()
+    seen: dict[str, torch.Tensor] = {}
+    for name, module in list(ann.named_modules()):
+        if isinstance(module, RateNeuron):
+            module.gradient = lambda lif, x_TB, name=name: seen.setdefault(name, x_TB).relu()
+    with torch.no_grad(), fresh_state(ann):
+        ann(torch.cat([each.mean(0) for each in frames]).unsqueeze(0))
+    assert len(seen) == 2
+    for name, input_TB in seen.items():
+        largest = input_TB.relu().flatten().sort().values
+        found = model.get_parameter(f"{name}.threshold").item()
+        assert found == pytest.approx(largest[math.ceil(0.999 * len(largest) - 1e-9) - 1].item(), rel=1e-12)
+        assert largest[-1] > 1.001 * found
 
 
 def test_calibration_leaves_everything_else_as_it_was():
@@ -247,6 +337,16 @@ def test_a_silent_layer_is_left_at_the_bound():
     ("build", "message"),
     [
         (lambda: DSR(calibrate=-1), r"DSR: calibrate must be a whole number >= 0; got calibrate=-1"),
+        (lambda: DSR(calibrate=1, calibrate_on="rates"), r"DSR: calibrate_on must be 'spikes' or 'activations'; got .*'rates'"),
+        (
+            lambda: DSR(calibrate_on="activations"),
+            r"DSR: calibrate_on='activations' needs batches to calibrate on; got calibrate=0",
+        ),
+        (lambda: DSR(backward="exact"), r"DSR: backward must be 'rates' or 'published'; got backward='exact'"),
+        (
+            lambda: DSR(backward="published").attach(RateIF()),
+            r"DSR: backward='published' changes RateLIF alone; got .* RateIF alone",
+        ),
         (lambda: DSR().attach(nn.Linear(2, 2)), r"DSR: the model must have rate-coded neurons, .* got Linear"),
         (
             lambda: DSR().attach(nn.Sequential(RateIF(), nn.Sequential(LIF()))),

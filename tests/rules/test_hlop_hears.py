@@ -174,12 +174,18 @@ def test_another_weight_carries_the_error_down(error):
     assert difference(got, gradients(SLTT(), model, x_TB, cross_entropy(target_B))) > 1e-2
 
 
-def test_the_carriers_have_the_scale_of_weights():
-    weight = torch.randn(300, 4, 5, 5)
-    assert torch.equal(sign_symmetric(weight), torch.where(weight > 0, 0.1, -0.1))
-    matrix = FixedFeedback(weight, key=2**64 - 1)(weight)
-    assert matrix.shape == weight.shape and matrix.dtype == weight.dtype
-    assert matrix.std().item() == pytest.approx(0.1, rel=0.02) and abs(matrix.mean().item()) < 0.002
+def test_the_carriers_have_the_published_scales():
+    """Signs: 1 / sqrt(in) of a matrix, sqrt(2 / (k^2 out)) of a convolution. At random: kaiming_uniform(sqrt 5)."""
+    weight, kernels = torch.randn(300, 100, dtype=torch.float64), torch.randn(8, 11, 5, 5, dtype=torch.float64)
+    assert torch.equal(sign_symmetric(weight), 0.1 * weight.sign())
+    assert torch.equal(sign_symmetric(kernels), 0.1 * kernels.sign())
+    for shape in (weight, kernels):
+        published = torch.nn.init.kaiming_uniform_(torch.empty(shape.shape), a=math.sqrt(5))
+        matrix = FixedFeedback(shape, key=2**64 - 1)(shape)
+        assert matrix.shape == shape.shape and matrix.dtype == shape.dtype
+        assert matrix.std().item() == pytest.approx(published.std().item(), rel=0.05) and abs(matrix.mean().item()) < 0.002
+        bound = 1 / math.sqrt(shape[0].numel())
+        assert 0.99 * bound < matrix.abs().max().item() <= bound
 
 
 def test_feedback_depends_on_the_seed_and_the_layer_alone():
