@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from pipeline.backend.base import OptimizerOf, autocast, forgetter
+from pipeline.backend.base import OptimizerOf, forgetter
 from pipeline.backend.copied import alike, copied
+from pipeline.precision import autocast
 
 STATE = "state.pt"
 

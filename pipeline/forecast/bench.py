@@ -46,6 +46,7 @@ from pipeline.measure.totals import Totals
 from pipeline.measure.traffic import Traffic
 from pipeline.objective import Loss
 from pipeline.optimizer import build_optimizer
+from pipeline.precision import compute_in
 from pipeline.recipe import Recipe, Spec, spec
 from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
@@ -159,10 +160,11 @@ class Bench:
         source: Literal["data", "noise"] = "data",
         threads: int = 1,
     ) -> None:
-        settle(threads)
         self.recipe = replace(recipe, teacher=None, objective=_of_labels(recipe))
         self.samples = batch_size or recipe.split(1).micro_batch
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        settle(threads, device)
+        compute_in(recipe.precision, device)
         seed_everything(recipe.seed)
         network = build_network(self.recipe, tasks_of(self.recipe))
         if recipe.init is not None:

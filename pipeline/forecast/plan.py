@@ -144,7 +144,9 @@ def plan(
     if samples < recipe.batch_size:
         raise ValueError(f"plan: an epoch must have a batch of {recipe.batch_size} samples at least; got {samples}")
     sizes = sizes_for(recipe, cluster.workers, card=cluster.device)
-    made = cache(lambda B, T: Bench(replace(recipe, time_steps=T), batch_size=B, source=source, threads=cluster.threads))
+    # Counts of bytes and operations are the same in fp32 and TF32, and this machine may have no TF32.
+    counted = recipe if cluster.device is None or recipe.precision != "tf32" else replace(recipe, precision="fp32")
+    made = cache(lambda B, T: Bench(replace(counted, time_steps=T), batch_size=B, source=source, threads=cluster.threads))
     bench = made(sizes[1], recipe.time_steps)
     with bench.in_memory(f"{recipe.name}'s teacher"):
         teacher = teacher_profile(recipe, bench.x_B, sizes, cluster.device)

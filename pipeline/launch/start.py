@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from pipeline.backend.base import autocast
 from pipeline.build import build_network, check_recipe
 from pipeline.checkpoint import Place
 from pipeline.elastic import told
@@ -31,6 +30,7 @@ from pipeline.launch.prepare import prepare, read_job
 from pipeline.measure.energy import in_words
 from pipeline.measure.joules import Joules, inference_j
 from pipeline.measure.sampled import ACTIVITY_EVERY
+from pipeline.precision import computing
 from pipeline.recipe import Recipe, read_json
 from pipeline.recipe_json import recipe_fields
 from pipeline.suite import Suite, refuse_references
@@ -191,7 +191,7 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
     for index, task in enumerate(loaders.tasks):
         begun = time.monotonic()
         task.choose_head(network)
-        with closing(loaders.val(index)) as val_set, autocast(device, recipe.precision):  # as in training
+        with closing(loaders.val(index)) as val_set, computing(device, recipe.precision):  # as in training
             batches = inputs(val_set, steps, device)
             found.append(evaluate(network, batches, recipe.objective.build().labels, **about))
         where = f", {task.name}" if recipe.phases else ""
