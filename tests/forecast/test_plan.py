@@ -121,6 +121,21 @@ def test_seconds_and_launches_are_fitted_apart() -> None:
     assert of(both, "BPTT").compute_s == pytest.approx(needs.busy(H100, precision="fp32") / EFFICIENCY, rel=0.05)
 
 
+def test_a_card_computes_in_tf32_what_is_to_be_computed_so() -> None:
+    """Counted on a machine without it, and priced by the card's own rate; fp32 has nothing of it."""
+    card = replace(H100, flops={"fp32": 1e9, "tf32": 8e9}, launch=1e-12, bandwidth=1e18)
+    cluster = Cluster(workers=1, device=card)
+    ieee, tf32 = (
+        plan(made(precision=each), cluster, samples=6400, source="noise", rules=(spec(BPTT),)) for each in ("fp32", "tf32")
+    )
+    assert of(ieee, "BPTT").compute_s == pytest.approx(8 * of(tf32, "BPTT").compute_s)
+
+
+def test_tf32_is_not_tried_where_there_is_none() -> None:
+    with pytest.raises(ValueError, match="recipe: precision='tf32' must have an NVIDIA card"):
+        Bench(made(precision="tf32"), batch_size=4, source="noise")
+
+
 @pytest.mark.parametrize(("rule", "times"), [(SLTT(), (5, 7)), (SLTT(k=6), (7, 12)), (SLTT(chunk=6), (7, 12)), (BPTT(), (5, 7))])
 def test_a_rule_is_profiled_at_time_steps_that_it_can_train_at(rule: Rule, times: tuple[int, int]) -> None:
     assert times_for(made(), rule) == times
