@@ -54,7 +54,7 @@ from pipeline.evaluate import evaluate
 from pipeline.guards.batches import Unguarded
 from pipeline.loop import Meters as LoopMeters
 from pipeline.loop import MicroBatch, train
-from pipeline.measure.memory import hardware
+from pipeline.measure.memory import device_here, hardware
 from pipeline.measure.meters import Meters
 from pipeline.measure.sampled import MEMORY_EVERY, OPERATIONS_EVERY
 from pipeline.objective import CrossEntropy
@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=4)
     arguments = parser.parse_args()
     settle(1, torch.device("cpu"))
-    recipe, machine = fashion(), hardware()
+    recipe, machine = fashion(), hardware(device_here())
     size = tuned_batch(recipe, arguments.rule)
     print(
         f"{arguments.rule.upper()}, T = {recipe.time_steps}, batch {size}, commit {commit()}, {machine['cpu']}, "

@@ -39,7 +39,7 @@ from pipeline.forecast.moving import moving_s
 from pipeline.forecast.profile import EFFICIENCY, Profile, TeacherProfile, profile_of, sizes_for, teacher_profile, times_for
 from pipeline.forecast.rounds import ROUNDS, in_rounds
 from pipeline.measure.held import Held
-from pipeline.measure.memory import free_bytes
+from pipeline.measure.memory import device_here, free_bytes
 from pipeline.measure.neighbours import ALONE, neighbours
 from pipeline.measure.traffic import Device
 from pipeline.recipe import Recipe, Spec
@@ -230,7 +230,7 @@ class _Share:
         self.teacher, self.teacher_bytes = teacher, 0.0 if teacher is None else teacher.bytes
         self.workers, card = cluster.workers, cluster.device
         if card is None:
-            self.memory = (1 - RESERVE) * free_bytes() / (1 if torch.cuda.is_available() else cluster.workers)
+            self.memory = (1 - RESERVE) * free_bytes(device_here()) / (1 if torch.cuda.is_available() else cluster.workers)
             self.loading_s_of_a_sample = loading_s(recipe, bench.samples) / bench.samples if source == "data" else 0.0
             self.loads_beside = len(os.sched_getaffinity(0)) > cluster.workers * cluster.threads
             on = "cuda" if torch.cuda.is_available() else "cpu"

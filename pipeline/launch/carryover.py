@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from pipeline.counts import listed_time_steps
 from pipeline.data.base import Data, Grouped
 from pipeline.ensemble import CausalTest, Shuffled, causal_test
 from pipeline.guards.damaged import check_data
 from pipeline.launch.prepare import read_job
+from pipeline.measure.memory import device_here
 from pipeline.precision import computing
 from pipeline.recipe import Recipe, write_json
 from pipeline.weights import load_run
@@ -36,7 +35,7 @@ def carryover_of_run(
         listed_time_steps("carryover", steps) if steps is not None else (recipe.time_steps,) if len(data.shape) == 4 else STEPS
     )
     groups = _groups(data, by) if by is not None else None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     network = load_run(folder, which=which, trust=trust).to(device)
     check_data(data, read_job(folder), every_page=True)
     size = micro_batch or max(2, recipe.split(1).micro_batch)

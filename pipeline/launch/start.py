@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import nn
 
@@ -29,6 +28,7 @@ from pipeline.launch.lock import driver_lock
 from pipeline.launch.prepare import prepare, read_job
 from pipeline.measure.energy import in_words
 from pipeline.measure.joules import Joules, inference_j
+from pipeline.measure.memory import device_here
 from pipeline.measure.sampled import ACTIVITY_EVERY
 from pipeline.precision import computing
 from pipeline.recipe import Recipe, read_json
@@ -184,7 +184,7 @@ def _with_weights(recipe: Recipe, file: Path, *, trust: tuple[str, ...]) -> nn.M
 def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: int | None) -> None:
     """On the whole evaluation set of each task, and what an inference of the last one costs."""
     steps = time_steps or recipe.time_steps
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     network.to(device)
     about = {"over_time": recipe.over_time, "counts_operations": True, "joules": Joules(device)}
     loaders, found = Loaders(tasks_of(recipe), recipe, recipe.split(1)), list[Evaluated]()

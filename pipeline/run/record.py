@@ -67,7 +67,7 @@ def told_at_start(parts: Parts, *, step: int) -> dict[str, Any]:
 
 def hardware_of(ranks: Ranks) -> dict[str, Any]:
     """Of all workers; collective."""
-    return hardware_over(ranks.each(hardware()))
+    return hardware_over(ranks.each(hardware(ranks.device)))
 
 
 def told_in_checkpoint(
