@@ -39,7 +39,7 @@ from pipeline.job import Place
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.prepare import prepare
 from pipeline.loop import train
-from pipeline.measure.memory import hardware
+from pipeline.measure.memory import device_here, hardware
 from pipeline.models.vgg import vgg_sws
 from pipeline.objective import CrossEntropy
 from pipeline.recipe import Recipe, Spec, spec
@@ -167,7 +167,7 @@ def main() -> None:
     for name, model in NETWORKS.items():
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             report(name, measure(model, Path(folder), arguments.saves))
-    machine = hardware()
+    machine = hardware(device_here())
     print(f"medians of {arguments.saves} saves each; commit {commit()}, {machine['cpu']}, torch {machine['torch']}")
 
 

@@ -54,7 +54,7 @@ from pipeline.evaluate import evaluate
 from pipeline.guards.batches import Unguarded
 from pipeline.loop import Meters as LoopMeters
 from pipeline.loop import MicroBatch, train
-from pipeline.measure.memory import hardware
+from pipeline.measure.memory import device_here, hardware
 from pipeline.measure.meters import Meters
 from pipeline.measure.sampled import MEMORY_EVERY, OPERATIONS_EVERY
 from pipeline.objective import CrossEntropy
@@ -160,7 +160,7 @@ class Costs(NamedTuple):
 
 def costs(rule_name: str, size: int, batches: int, evaluations: int) -> Costs:
     """In a process of its own."""
-    settle(1)
+    settle(1, torch.device("cpu"))
     recipe = fashion()
     x_TB, target_B = repeat(torch.randn(size, 1, 28, 28), recipe.time_steps), torch.randint(10, (size,))
     trained = Trained(recipe.model.build(), rule_name, x_TB, target_B)
@@ -221,8 +221,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=200)
     parser.add_argument("--evaluations", type=int, default=4)
     arguments = parser.parse_args()
-    settle(1)
-    recipe, machine = fashion(), hardware()
+    settle(1, torch.device("cpu"))
+    recipe, machine = fashion(), hardware(device_here())
     size = tuned_batch(recipe, arguments.rule)
     print(
         f"{arguments.rule.upper()}, T = {recipe.time_steps}, batch {size}, commit {commit()}, {machine['cpu']}, "

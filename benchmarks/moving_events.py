@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from pipeline.code import commit
 from pipeline.data.base import Loader
 from pipeline.data.events import Events
-from pipeline.measure.memory import hardware
+from pipeline.measure.memory import device_here, hardware
 
 BOUND, SEEN = 0.53, 0.90  # top-1
 CLASSES, SIZE, STEPS, BATCH = 16, 34, 10, 64
@@ -98,7 +98,7 @@ def main() -> int:
         began = time.monotonic()
         found[view] = top1(asked.folder, view, epochs=asked.epochs, held_out=asked.held_out, seed=asked.seed)
         print(f"{view:<11}  top-1 {found[view]:.4f}   {time.monotonic() - began:.0f} s", flush=True)
-    print(f"commit {commit()}, {hardware()}")
+    print(f"commit {commit()}, {hardware(device_here())}")
     seen = found.pop("ten slices")
     return int(max(found.values()) > BOUND or seen < SEEN)
 

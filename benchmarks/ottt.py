@@ -21,7 +21,7 @@ from torch import nn
 
 from benchmarks.trainee import Trainee
 from pipeline.code import commit
-from pipeline.measure.memory import hardware
+from pipeline.measure.memory import device_here, hardware
 from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.models.vgg import vgg_sws
@@ -67,7 +67,7 @@ def compare(name: str, batches: int) -> float:
         for trainee in (sltt, ottt) if index % 2 else (ottt, sltt):
             trainee.learn(x_TB, target_B)
     by_ottt, by_sltt = ottt.median(warm_up=WARM_UP), sltt.median(warm_up=WARM_UP)
-    machine = hardware()
+    machine = hardware(device_here())
     print(
         f"{name}, T = {TIME_STEPS}, batch {size}, {batches} interleaved batches, {torch.get_num_threads()} threads: "
         f"OTTT-A {by_ottt * 1e3:.1f} ms, SLTT {by_sltt * 1e3:.1f} ms, ratio {by_ottt / by_sltt:.3f} (bound {BOUND}) "

@@ -39,7 +39,7 @@ from pipeline.launch.drive import drive
 from pipeline.launch.prepare import prepare
 from pipeline.launch.ray import Ray
 from pipeline.loop import MicroBatch
-from pipeline.measure.memory import hardware
+from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe import Recipe, spec
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
@@ -157,7 +157,7 @@ def main() -> None:
 
 def report(recipe: Recipe, rule_name: str, ours: Tensor, bare: Tensor) -> None:
     overhead = float(ours.median() / bare.median()) - 1
-    machine = hardware()
+    machine = hardware(device_here())
     print(
         f"{rule_name.upper()}, T = {recipe.time_steps}, batch {recipe.batch_size}, {len(ours)} interleaved steps: "
         f"pipeline {float(ours.median()) * 1e3:.1f} ms, bare {float(bare.median()) * 1e3:.1f} ms, overhead {overhead:+.1%} "

@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.overhead import timed
 from pipeline.code import commit
 from pipeline.data.manifest import damaged_pages
-from pipeline.measure.memory import hardware
+from pipeline.measure.memory import device_here, hardware
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
 
     compare()  # from now on they are in the page cache
     seconds = [timed(compare) for _ in range(arguments.times)]
-    machine = hardware()
+    machine = hardware(device_here())
     took = statistics.median(seconds)
     print(
         f"{arguments.folder}, {size / 1e6:.0f} MB: {took:.3f} s ({min(seconds):.3f} to {max(seconds):.3f}), "

@@ -36,7 +36,7 @@ from pipeline.code import commit
 from pipeline.forecast.plan import Cluster, plan
 from pipeline.launch.cluster import Cluster as Launched
 from pipeline.launch.start import launch_run
-from pipeline.measure.memory import hardware
+from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe import Recipe
 from pipeline.report.planned import errors
 from recipes.events.moving_sltt import recipe as moving_sltt
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=300)
     arguments = parser.parse_args()
-    machine, is_near = hardware(), True
+    machine, is_near = hardware(device_here()), True
     print(f"{arguments.workers} workers, {arguments.steps} steps; commit {commit()}, {machine['cpu']}, torch {machine['torch']}")
     for name, made in RECIPES.items():
         recipe = replace(made(), stop_after=arguments.steps, evaluate_samples=64)

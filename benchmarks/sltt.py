@@ -26,7 +26,7 @@ from rich.console import Console
 
 from pipeline.code import commit
 from pipeline.forecast.turns import STARTS, in_turn
-from pipeline.measure.memory import hardware
+from pipeline.measure.memory import device_here, hardware
 from pipeline.report.claims import print_claims, share_of_k, time_in_turn
 from recipes.compare.claims_fashion import BATCH, RULES, T
 from recipes.fashion.base import fashion
@@ -44,7 +44,7 @@ def main() -> None:
     turns = in_turn(recipe, rules, workers=arguments.workers, starts=arguments.starts)
     sltt = time_in_turn("SLTT", turns, "SLTT", bound=1.0, published="")
     print_claims([sltt, time_in_turn("SLTT-1", turns, "SLTT-1", bound=share_of_k(T, 1), published="")], Console())
-    machine = hardware()
+    machine = hardware(device_here())
     print(f"T = {T}, {images} images each; commit {commit()}, {machine['cpu']}, torch {machine['torch']}")
     sys.exit(not sltt.holds)
 

@@ -52,7 +52,7 @@ from benchmarks.recorded import BATCH, SAMPLES
 from benchmarks.survived import wrong
 from pipeline.code import commit
 from pipeline.launch.node_loss import NODES
-from pipeline.measure.memory import hardware
+from pipeline.measure.memory import device_here, hardware
 from pipeline.track.jsonl import Event, Follower, last, read
 
 PATIENCE_S = 180.0
@@ -202,7 +202,7 @@ def main() -> None:
             faults = wrong(training.steps(), starts, **about)
         finally:
             training.close()
-    machine = hardware()
+    machine = hardware(device_here())
     Console().print(table(kills))
     print(f"{len(kills)} kills in {seconds / 60:.1f} min, {stopped['step']} steps in the history that survived", end=", ")
     print("; ".join(faults) or f"each sample once in each of {stopped['step'] * BATCH // SAMPLES} epochs and what follows")

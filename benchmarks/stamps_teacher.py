@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.code import commit
-from pipeline.measure.memory import hardware
+from pipeline.measure.memory import device_here, hardware
 from pipeline.teachers.probe import Probe
 from pipeline.teachers.timm import TimmTeacher
 from recipes.stamps.base import CLASSES, SIZE, pictures, teacher
@@ -46,7 +46,7 @@ def main() -> None:
     fitted_ND, fitted_N = features(network, train())
     train_ND, train_N = features(network, train(), epoch=1)
     val_MD, val_M = features(network, data.val(micro_batch=TOGETHER))
-    print(f"split {chosen.split}, teacher at {chosen.size} pixels; {commit()}; {hardware()['cpu']}")
+    print(f"split {chosen.split}, teacher at {chosen.size} pixels; {commit()}; {hardware(device_here())['cpu']}")
     for l2 in chosen.l2:
         head = Probe(l2=l2).fit(fitted_ND, fitted_N, CLASSES)
         val_MK, train_NK = head(val_MD), head(train_ND)

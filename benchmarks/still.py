@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.trainee import Trainee
 from pipeline.code import commit
-from pipeline.measure.memory import hardware
+from pipeline.measure.memory import device_here, hardware
 from pipeline.models.qkformer import QKFormer
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
@@ -54,7 +54,7 @@ def compare(rule: str, steps: int, *, batches: int, side: int, size: int) -> flo
         for trainee, frames_TB in pairs if index % 2 else reversed(pairs):
             trainee.learn(frames_TB, target_B)
     once, at_every_step = still.median(warm_up=WARM_UP), recording.median(warm_up=WARM_UP)
-    machine = hardware()
+    machine = hardware(device_here())
     print(
         f"{rule}, {side} px, T = {steps}, batch {size}, {batches} interleaved batches, {torch.get_num_threads()} threads: "
         f"once {once:.3f} s, at every step {at_every_step:.3f} s, ratio {once / at_every_step:.3f} "

@@ -33,7 +33,7 @@ from pathlib import Path
 from playwright.sync_api import Browser
 
 from pipeline.code import commit
-from pipeline.measure.memory import hardware
+from pipeline.measure.memory import device_here, hardware
 from pipeline.report.store import open_store, studies
 from pipeline.track.jsonl import read
 from pipeline.track.mlflow import sync
@@ -107,7 +107,7 @@ def report(runs: Path, uri: str, keys: Sequence[str]) -> list[float]:
     print(f"store: list of studies {listed:.3f} s, the runs of one with their metrics {members:.3f} s")
     painted = first_paints(uri)
     print(f"dashboard: the list after {', '.join(f'{seconds:.2f}' for seconds in painted)} s")
-    machine = hardware()
+    machine = hardware(device_here())
     print(f"(commit {commit()}, {machine['cpu']}, {machine['cores']} cores)")
     return [*limited, *painted]
 

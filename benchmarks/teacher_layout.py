@@ -18,7 +18,7 @@ import timm
 import torch
 
 from pipeline.code import commit
-from pipeline.measure.memory import hardware
+from pipeline.measure.memory import device_here, hardware
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 WARM_UP = 1
@@ -31,9 +31,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    print(
-        f"{chosen.name}, {chosen.side} px, batch {chosen.size}; commit {commit()}, {hardware()['cpu']}, torch {torch.__version__}"
-    )
+    on = f"{hardware(device_here())['cpu']}, torch {torch.__version__}"
+    print(f"{chosen.name}, {chosen.side} px, batch {chosen.size}; commit {commit()}, {on}")
     network = timm.create_model(chosen.name).eval()
     for dtype in (torch.float32, torch.bfloat16):
         speeds = images_per_second(network.to(dtype), batches=chosen.batches, side=chosen.side, size=chosen.size)

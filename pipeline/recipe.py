@@ -99,7 +99,8 @@ class Recipe:
     micro_batch: int | None = None
     """most samples that one worker holds at a time (None: its whole share); what is left is accumulated"""
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """of matrix products and convolutions, see pipeline/precision.py; tf32 on NVIDIA cards alone"""
     clip_norm: float = 0.0
     """largest gradient norm of a global batch; 0 switches clipping off"""
     ema_decay: float = 0.0

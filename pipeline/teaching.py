@@ -27,6 +27,7 @@ from pipeline.data.base import Batch, Data
 from pipeline.evaluate import Evaluation, evaluate, inputs
 from pipeline.measure.held import bytes_of
 from pipeline.objective import CrossEntropy
+from pipeline.precision import check_precision
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe, Split, read_json, write_json
 from pipeline.recipe_json import encode
@@ -88,7 +89,7 @@ def open_teaching(
     recipe: Recipe, data: Data, split: Split, *, folder: Path, steps: int, ranks: Ranks, tracker: Tracker, threads: int
 ) -> Teaching:
     """Everything that comes before the first question; collective. `steps` are the global batches of the whole run."""
-    teacher = ranks.together(lambda: build_teacher(recipe, data).to(ranks.device))
+    teacher = ranks.together(lambda: _on_device(build_teacher(recipe, data), ranks.device))
     place = _place(recipe, data, teacher, folder)
     if teacher.probe is not None:
         state = ranks.agree(lambda: _fitted(teacher, data, place, tracker, threads))
@@ -100,6 +101,11 @@ def open_teaching(
         ranks.agree(lambda: cache.check(answers, answers=steps * recipe.batch_size, classes=data.classes))
         kept = Kept(answers, classes=data.classes, storage=cache.storage, rank=ranks.rank)
     return Teaching(teacher=teacher, accuracy=accuracy, kept=kept)
+
+
+def _on_device(teacher: Teacher, device: torch.device) -> Teacher:
+    check_precision("teacher", teacher.precision, device)
+    return teacher.to(device)
 
 
 def _place(recipe: Recipe, data: Data, teacher: Teacher, folder: Path) -> Path:

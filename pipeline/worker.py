@@ -42,7 +42,7 @@ def run(job: Job, place: Place, *, attempt_of: Callable[[Parts], Attempt] = Atte
         Refused: something that the user has to change.
     """
     began = time.time()
-    settle(job.threads)
+    settle(job.threads, torch.device(place.device))
     ranks = Ranks(place.rank, place.workers, place.device)
     clock = Clock(ranks.device)
     with ExitStack() as held:

@@ -59,17 +59,17 @@ def test_what_is_free_can_be_handed_back() -> None:
     code = """
 import ctypes
 from pipeline.malloc import keep_freed_memory, release_freed_memory
-from pipeline.measure.memory import memory_now_bytes
+from pipeline.measure.memory import rss_bytes
 keep_freed_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-before = memory_now_bytes()
+before = rss_bytes()
 address = libc.malloc(200 << 20)
 ctypes.memset(address, 1, 200 << 20)
 libc.free(address)
-kept = memory_now_bytes()
+kept = rss_bytes()
 release_freed_memory()
-print(kept - before, memory_now_bytes() - before)
+print(kept - before, rss_bytes() - before)
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     kept, left = (int(word) for word in ran.stdout.split())

@@ -100,8 +100,3 @@ def forgetter(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
     return copy.deepcopy({name: value for name, value in group.items() if name != "params"})
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bf16 for what torch lists as safe in it (matrix products, convolutions); parameters and membranes stay fp32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

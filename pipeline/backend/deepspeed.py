@@ -41,7 +41,12 @@ def config(
         "gradient_clipping": clip_norm,  # DeepSpeed's own default is 1.0, which would colour every comparison
         "zero_allow_untested_optimizer": True,
         # A bucket is allocated whole at each backward: DeepSpeed's own default of 5e8 numbers is 2 GB, whatever the network.
-        "zero_optimization": {"stage": zero, "reduce_bucket_size": min(parameters, LARGEST_BUCKET)},
+        "zero_optimization": {
+            "stage": zero,
+            "reduce_bucket_size": min(parameters, LARGEST_BUCKET),
+            # Clipping alone needs the norm, which costs a reduction over ranks and a wait for the GPU at every step.
+            **({"compute_grad_norm": False} if zero and not clip_norm else {}),
+        },
         "torch_autocast": {
             "enabled": precision == "bf16",
             "dtype": "bfloat16",

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from pipeline.backend.base import OptimizerOf, autocast, forgetter
-from pipeline.backend.copied import copied
+from pipeline.backend.base import OptimizerOf, forgetter
+from pipeline.backend.copied import alike, copied
+from pipeline.precision import autocast
 
 STATE = "state.pt"
 
@@ -57,7 +58,7 @@ class Plain:
         if _ranks() > 1:
             for p in parameters:  # a rank without a gradient takes part all the same: the others wait for it
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                distributed.all_reduce(p.grad)
+            _sum_over_ranks([p.grad for p in parameters if p.grad is not None])
         if self.clip_norm > 0:
             nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         self.optimizer.step()
@@ -78,6 +79,16 @@ class Plain:
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _sum_over_ranks(tensors: list[Tensor]) -> None:
+    """Sum each tensor over ranks, in place, by one collective for all of a dtype: each collective costs a launch."""
+    for places in alike(dict(enumerate(tensors))):
+        mine = [tensors[place] for place in places]
+        flat = torch.cat([tensor.flatten() for tensor in mine])
+        distributed.all_reduce(flat)
+        sums = flat.split([tensor.numel() for tensor in mine])
+        torch._foreach_copy_(mine, [sum_.view_as(tensor) for sum_, tensor in zip(sums, mine, strict=True)])
 
 
 def _ranks() -> int:

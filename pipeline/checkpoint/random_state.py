@@ -22,7 +22,7 @@ def rng_state() -> dict[str, Any]:
             "gauss": float(numpy["gauss"]),
         },
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # else no kernel has drawn, and asking would put a context on a card that nobody uses
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 

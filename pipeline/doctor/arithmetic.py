@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.doctor.failed import failed
+from pipeline.precision import products_in
 from pipeline.spiking.binary import Binarization, Binarizer
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.pool import MeanPool
@@ -49,7 +50,7 @@ def differences(device: str) -> dict[str, float | str]:
     for name, check in checks.items():
         try:
             # A product of TF32 has 10 bits of mantissa, and may be what a recipe wants; here it would hide a mistake.
-            with torch.random.fork_rng(devices=[]), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            with torch.random.fork_rng(devices=[]), products_in("fp32"):
                 torch.manual_seed(0)
                 found[name] = max(_off(ours, wanted) for ours, wanted in check(device))
         except Exception as error:  # whatever it is, it is what this machine has to tell

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from pipeline.measure.held import bytes_of
 from pipeline.measure.stopwatch import seconds_of
 from pipeline.measure.traffic import Traffic
+from pipeline.precision import Precision
 from pipeline.recipe import Recipe
 from pipeline.tasks import tasks_of
 from pipeline.teaching import build_teacher
@@ -73,9 +73,9 @@ class Asking:
         return bytes_of((*self._teacher.parameters(), *self._teacher.buffers()))
 
     @property
-    def precision(self) -> Literal["fp32", "bf16"]:
+    def precision(self) -> Precision:
         """In which it computes."""
-        return getattr(self._teacher, "precision", "fp32")
+        return self._teacher.precision
 
     @torch.no_grad()
     def seconds(self, x_B: Tensor) -> float:

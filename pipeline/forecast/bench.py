@@ -33,6 +33,7 @@ from pipeline.malloc import release_freed_memory
 from pipeline.measure.fidelity import gradients
 from pipeline.measure.held import Held, bytes_of, held
 from pipeline.measure.memory import (
+    device_here,
     is_out_of_memory,
     memory_now_bytes,
     peak_device_bytes,
@@ -46,6 +47,7 @@ from pipeline.measure.totals import Totals
 from pipeline.measure.traffic import Traffic
 from pipeline.objective import Loss
 from pipeline.optimizer import build_optimizer
+from pipeline.precision import compute_in
 from pipeline.recipe import Recipe, Spec, spec
 from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
@@ -159,10 +161,11 @@ class Bench:
         source: Literal["data", "noise"] = "data",
         threads: int = 1,
     ) -> None:
-        settle(threads)
         self.recipe = replace(recipe, teacher=None, objective=_of_labels(recipe))
         self.samples = batch_size or recipe.split(1).micro_batch
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = device_here()
+        settle(threads, device)
+        compute_in(recipe.precision, device)
         seed_everything(recipe.seed)
         network = build_network(self.recipe, tasks_of(self.recipe))
         if recipe.init is not None:
@@ -181,7 +184,7 @@ class Bench:
         Raises: ValueError where the rule cannot train the network; DoesNotFit where its batch does not fit into memory.
         """
         made, meters, before = self._trained(rule, batches=UNTIMED + TIMED, behind=behind)
-        peak = peak_device_bytes() if self.x_B.is_cuda else peak_rss_bytes()
+        peak = peak_device_bytes(self.x_B.device) if self.x_B.is_cuda else peak_rss_bytes()
         timed, totals = meters.clock.take()[UNTIMED:], meters.totals
 
         def median_s(*parts: str) -> float:
@@ -316,8 +319,8 @@ class Bench:
     def _begin_peak(self) -> int | None:
         """What memory holds from which its peak begins anew; None where it does not."""
         release_freed_memory()
-        reset_peak_device_bytes()
-        return memory_now_bytes() if reset_peak_rss() or self.x_B.is_cuda else None
+        reset_peak_device_bytes(self.x_B.device)
+        return memory_now_bytes(self.x_B.device) if reset_peak_rss() or self.x_B.is_cuda else None
 
 
 def fastest_baseline(costs: Iterable[Cost]) -> Cost | None:

@@ -1,7 +1,4 @@
-"""Cards that a plan can be made for, as their data sheets have them: dense figures, without structured sparsity.
-
-fp32 is the plain one: where torch lets a convolution use TF32, a card is faster than this says.
-"""
+"""Cards that a plan can be made for, as their data sheets have them: dense figures, without structured sparsity."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from pipeline.measure.traffic import Device
 DEVICES = {
     "h100": Device(
         name="H100 SXM, 80 GB",
-        flops={"bf16": 989e12, "fp32": 67e12},
+        flops={"bf16": 989e12, "tf32": 494e12, "fp32": 67e12},
         bandwidth=3.35e12,
         memory=80e9,
         link=450e9,
@@ -20,7 +17,7 @@ DEVICES = {
     ),
     "h200": Device(
         name="H200 SXM, 141 GB",
-        flops={"bf16": 989e12, "fp32": 67e12},
+        flops={"bf16": 989e12, "tf32": 494e12, "fp32": 67e12},
         bandwidth=4.8e12,
         memory=141e9,
         link=450e9,
@@ -30,7 +27,7 @@ DEVICES = {
     ),
     "a100": Device(
         name="A100 SXM, 80 GB",
-        flops={"bf16": 312e12, "fp32": 19.5e12},
+        flops={"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12},
         bandwidth=2.039e12,
         memory=80e9,
         link=300e9,
@@ -50,7 +47,7 @@ DEVICES = {
     ),
     "rtx4090": Device(
         name="GeForce RTX 4090, 24 GB",
-        flops={"bf16": 165.2e12, "fp32": 82.6e12},
+        flops={"bf16": 165.2e12, "tf32": 82.6e12, "fp32": 82.6e12},
         bandwidth=1.008e12,
         memory=24e9,
         link=32e9,

@@ -39,7 +39,7 @@ from pipeline.forecast.moving import moving_s
 from pipeline.forecast.profile import EFFICIENCY, Profile, TeacherProfile, profile_of, sizes_for, teacher_profile, times_for
 from pipeline.forecast.rounds import ROUNDS, in_rounds
 from pipeline.measure.held import Held
-from pipeline.measure.memory import free_bytes
+from pipeline.measure.memory import device_here, free_bytes
 from pipeline.measure.neighbours import ALONE, neighbours
 from pipeline.measure.traffic import Device
 from pipeline.recipe import Recipe, Spec
@@ -144,7 +144,9 @@ def plan(
     if samples < recipe.batch_size:
         raise ValueError(f"plan: an epoch must have a batch of {recipe.batch_size} samples at least; got {samples}")
     sizes = sizes_for(recipe, cluster.workers, card=cluster.device)
-    made = cache(lambda B, T: Bench(replace(recipe, time_steps=T), batch_size=B, source=source, threads=cluster.threads))
+    # Counts of bytes and operations are the same in fp32 and TF32, and this machine may have no TF32.
+    counted = recipe if cluster.device is None or recipe.precision != "tf32" else replace(recipe, precision="fp32")
+    made = cache(lambda B, T: Bench(replace(counted, time_steps=T), batch_size=B, source=source, threads=cluster.threads))
     bench = made(sizes[1], recipe.time_steps)
     with bench.in_memory(f"{recipe.name}'s teacher"):
         teacher = teacher_profile(recipe, bench.x_B, sizes, cluster.device)
@@ -228,7 +230,7 @@ class _Share:
         self.teacher, self.teacher_bytes = teacher, 0.0 if teacher is None else teacher.bytes
         self.workers, card = cluster.workers, cluster.device
         if card is None:
-            self.memory = (1 - RESERVE) * free_bytes() / (1 if torch.cuda.is_available() else cluster.workers)
+            self.memory = (1 - RESERVE) * free_bytes(device_here()) / (1 if torch.cuda.is_available() else cluster.workers)
             self.loading_s_of_a_sample = loading_s(recipe, bench.samples) / bench.samples if source == "data" else 0.0
             self.loads_beside = len(os.sched_getaffinity(0)) > cluster.workers * cluster.threads
             on = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,7 +12,7 @@ from pipeline.forecast.asked import Asked, asked
 from pipeline.forecast.bench import RULES, Bench, Cost, by_label, fastest_baseline
 from pipeline.forecast.rounds import costs, in_the_median
 from pipeline.measure.fidelity import Fidelity, Gradients, fidelity
-from pipeline.measure.memory import hardware
+from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe import Recipe, Spec
 
 SAFE = 0.9
@@ -84,7 +84,7 @@ def probe(recipe: Recipe, *, batch_size: int | None = None, threads: int = 1, ru
         fidelity=_compared(found),
         refused=refused,
         uncompared=uncompared,
-        hardware=hardware(),
+        hardware=hardware(device_here()),
     )
 
 

@@ -20,7 +20,7 @@ from pipeline.forecast.batches import samples_of
 from pipeline.forecast.bench import RESERVE, RULES, Bench, Cost, DoesNotFit, by_label, fastest_baseline
 from pipeline.forecast.rounds import costs, in_the_median
 from pipeline.measure.held import Held
-from pipeline.measure.memory import free_bytes, hardware
+from pipeline.measure.memory import device_here, free_bytes, hardware
 from pipeline.recipe import Recipe, Spec
 
 STEPS = (1, 2, 4, 8, 16)
@@ -115,7 +115,7 @@ def sweep(
         raise ValueError(f"sweep: a recording has time steps of its own, so the data must be still images; got shape {shape}")
     if at_largest and memory_bytes is None:
         raise ValueError("sweep: a largest batch is tried where there is one to find, with memory_bytes; got None")
-    limit = free_bytes() if memory_bytes == "free" else memory_bytes
+    limit = free_bytes(device_here()) if memory_bytes == "free" else memory_bytes
     points: list[Point] = []
     refused: dict[str, dict[int, str]] = {}
     benches = [Bench(replace(recipe, time_steps=each), batch_size=batch_size, threads=threads) for each in steps]
@@ -146,7 +146,7 @@ def sweep(
         memory_bytes=limit,
         at_largest=at_largest,
         teacher=teacher,
-        hardware=hardware(),
+        hardware=hardware(device_here()),
     )
 
 

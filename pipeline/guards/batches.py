@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from pipeline.backend.base import Backend
+from pipeline.backend.copied import cloned
 from pipeline.checkpoint import rng_state, set_rng_state
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe, read_json, write_json
@@ -205,8 +206,8 @@ class _Before:
 
     def __init__(self, backend: Backend, rule: Rule) -> None:
         self.backend, self.rule = backend, rule
-        self.buffers = {name: buffer.clone() for name, buffer in backend.network.named_buffers()}
-        self.rule_state = {name: value.clone() for name, value in rule.state_dict().items()}
+        self.buffers = cloned(dict(backend.network.named_buffers()))
+        self.rule_state = cloned(rule.state_dict())
         self.rng = rng_state()
 
     def put_back(self) -> None:

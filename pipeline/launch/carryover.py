@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
-from pipeline.backend.base import autocast
 from pipeline.counts import listed_time_steps
 from pipeline.data.base import Data, Grouped
 from pipeline.ensemble import CausalTest, Shuffled, causal_test
 from pipeline.guards.damaged import check_data
 from pipeline.launch.prepare import read_job
+from pipeline.measure.memory import device_here
+from pipeline.precision import computing
 from pipeline.recipe import Recipe, write_json
 from pipeline.weights import load_run
 
@@ -36,12 +35,12 @@ def carryover_of_run(
         listed_time_steps("carryover", steps) if steps is not None else (recipe.time_steps,) if len(data.shape) == 4 else STEPS
     )
     groups = _groups(data, by) if by is not None else None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     network = load_run(folder, which=which, trust=trust).to(device)
     check_data(data, read_job(folder), every_page=True)
     size = micro_batch or max(2, recipe.split(1).micro_batch)
     batches = Shuffled(data=data, micro_batch=size, time_steps=max(chosen), device=device, seed=recipe.seed)
-    with autocast(device, recipe.precision):  # as in training
+    with computing(device, recipe.precision):  # as in training
         found = causal_test(network, batches, steps=chosen, groups=groups, seed=recipe.seed)
     about = {"run": folder.name, "which": which, "trained_steps": recipe.time_steps, "by": by}
     write_json(folder / FILE, about | asdict(found))

@@ -7,15 +7,20 @@ import sys
 from pathlib import Path
 
 from pipeline.malloc import environment
+from pipeline.run.settle import EXACT
 from pipeline.secrecy import is_secret
 
-PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "FI_", "HF_")
+PASSED_ON = (
+    *("NCCL_", "GLOO_", "TORCH_", "UCX_", "FI_", "HF_"),
+    *("PYTORCH_", "CUBLAS_", "TRITON_", "TORCHINDUCTOR_"),  # allocator, workspaces, and where compiled kernels are kept
+)
 
 
 def of_worker(*, threads: int, loader_threads: int, gpus: bool, alone: bool) -> dict[str, str]:
     """What reaches every worker; `threads` of torch's; `alone`: on one machine, which nobody else is to reach them on."""
     return {
         **({"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if alone else {}),  # unless the user says otherwise
+        **(EXACT if gpus else {}),  # likewise; NCCL reads it when it first meets the others
         **passed_on(),
         # A worker starts in a folder of its own; a package that the user trusts lies beside the recipe or on the path.
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path)),
@@ -31,7 +36,7 @@ def of_worker(*, threads: int, loader_threads: int, gpus: bool, alone: bool) -> 
 
 
 def passed_on() -> dict[str, str]:
-    """What this process has been told of networks and caches.
+    """What this process has been told of networks, caches and compilers.
 
     No secrets: Ray writes these variables down in its logs, and a machine has its own.
     """

@@ -9,11 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import nn
 
-from pipeline.backend.base import autocast
 from pipeline.build import build_network, check_recipe
 from pipeline.checkpoint import Place
 from pipeline.elastic import told
@@ -30,7 +28,9 @@ from pipeline.launch.lock import driver_lock
 from pipeline.launch.prepare import prepare, read_job
 from pipeline.measure.energy import in_words
 from pipeline.measure.joules import Joules, inference_j
+from pipeline.measure.memory import device_here
 from pipeline.measure.sampled import ACTIVITY_EVERY
+from pipeline.precision import computing
 from pipeline.recipe import Recipe, read_json
 from pipeline.recipe_json import recipe_fields
 from pipeline.suite import Suite, refuse_references
@@ -184,14 +184,14 @@ def _with_weights(recipe: Recipe, file: Path, *, trust: tuple[str, ...]) -> nn.M
 def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: int | None) -> None:
     """On the whole evaluation set of each task, and what an inference of the last one costs."""
     steps = time_steps or recipe.time_steps
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     network.to(device)
     about = {"over_time": recipe.over_time, "counts_operations": True, "joules": Joules(device)}
     loaders, found = Loaders(tasks_of(recipe), recipe, recipe.split(1)), list[Evaluated]()
     for index, task in enumerate(loaders.tasks):
         begun = time.monotonic()
         task.choose_head(network)
-        with closing(loaders.val(index)) as val_set, autocast(device, recipe.precision):  # as in training
+        with closing(loaders.val(index)) as val_set, computing(device, recipe.precision):  # as in training
             batches = inputs(val_set, steps, device)
             found.append(evaluate(network, batches, recipe.objective.build().labels, **about))
         where = f", {task.name}" if recipe.phases else ""

@@ -19,6 +19,7 @@ from pipeline.measure.cgroup import room_bytes
 
 __all__ = [
     "SavedBytes",
+    "device_here",
     "free_bytes",
     "hardware",
     "hardware_over",
@@ -173,15 +174,20 @@ def rss_bytes() -> int:
     return (_proc_kilobytes("/proc/self/status", "VmRSS:") or 0) * 1024
 
 
-def memory_now_bytes() -> int:
+def device_here() -> torch.device:
+    """On which a command computes that is told no device."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def memory_now_bytes(device: torch.device) -> int:
     """What training occupies now: the allocator's bytes on a GPU, resident memory on a CPU."""
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else rss_bytes()
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else rss_bytes()
 
 
-def free_bytes() -> int:
+def free_bytes(device: torch.device) -> int:
     """What the device could still hold: a GPU's free memory; on a CPU what the kernel has available and a container may take."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     available = (_proc_kilobytes("/proc/meminfo", "MemAvailable:") or 0) * 1024
     room = room_bytes()
     return available if room is None else min(available, room)
@@ -193,56 +199,54 @@ def is_out_of_memory(error: BaseException) -> bool:
     return refused or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
-def reset_peak_device_bytes() -> None:
+def reset_peak_device_bytes(device: torch.device) -> None:
     """Start the peaks of the device anew; nothing to do on a CPU."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak_device_bytes() -> int:
-    """The most bytes torch's allocator held for tensors on this process's current device since the reset; 0 on a CPU."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+def peak_device_bytes(device: torch.device) -> int:
+    """The most bytes torch's allocator held for tensors on the device since the reset; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def peak_reserved_bytes() -> int:
+def peak_reserved_bytes(device: torch.device) -> int:
     """Likewise what the allocator had taken from the device, held by tensors or kept for the next: what must fit the card."""
-    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
 
 
-def release_reserved_bytes() -> None:
+def release_reserved_bytes(device: torch.device) -> None:
     """Hand what torch's allocator keeps for the next tensors back to the device; nothing to do on a CPU."""
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def reserved_bytes() -> int:
+def reserved_bytes(device: torch.device) -> int:
     """What torch's allocator has taken from the device now; 0 on a CPU."""
-    return torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
-def hardware() -> dict[str, Any]:
-    """What speed and memory were measured on, flat, without the host's name, so that two equal machines compare equal."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What speed and memory on `device` were measured on, flat, without the host's name: two equal machines compare equal."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "memory_gib": round((_proc_kilobytes("/proc/meminfo", "MemTotal:") or 0) / 2**20),
-        "gpu": torch.cuda.get_device_name() if gpus else "none",
-        "gpus": gpus,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
     }
 
 
-def other_than_here(machine: Mapping[str, Any], *, own_cores: bool, apart: Collection[str] = ()) -> list[tuple[str, Any, Any]]:
-    """What differs of a worker's `hardware()` from this process's: each name, what is here, and what was there.
+def other_than_here(machine: Mapping[str, Any], *, own_cores: bool) -> list[tuple[str, Any, Any]]:
+    """What differs of a worker's `hardware()` from that of `device_here`: each name, what is here, and what was there.
 
-    Threads are told by themselves, and a worker on cores of its own saw those alone; `apart` is left out as well.
+    Threads are told by themselves. A worker on cores of its own saw those alone, and one on a card those near to it.
     """
-    unlike = {"threads", *apart, *(("cores",) if own_cores else ())}
-    return [
-        (name, here, machine.get(name)) for name, here in hardware().items() if name not in unlike and here != machine.get(name)
-    ]
+    device = device_here()
+    unlike = {"threads", *(("cores",) if own_cores or device.type == "cuda" else ())}
+    here = hardware(device)
+    return [(name, mine, machine.get(name)) for name, mine in here.items() if name not in unlike and mine != machine.get(name)]
 
 
 def hardware_over(machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

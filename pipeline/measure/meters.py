@@ -261,7 +261,7 @@ class Meters:
 
     def note_peaks(self) -> None:
         """Take the process's and the device's peaks of memory into the totals, and what the device has used."""
-        self._note({**_peaks(), "peak_pss_bytes": pss_bytes()})
+        self._note({**_peaks(self.device), "peak_pss_bytes": pss_bytes()})
         then, now = self._joules_then, self._joules.read()
         if then is not None and now is not None:
             self.totals.device_j = (self.totals.device_j or 0.0) + now - then
@@ -272,11 +272,11 @@ class Meters:
         """Surrounds an evaluation, whose peaks of memory are its own: yields what notes them, once every answer is there."""
         self.note_peaks()
         release_freed_memory()  # else training's would be the least that is told
-        release_reserved_bytes()
+        release_reserved_bytes(self.device)
         reset_peak_rss()
-        reset_peak_device_bytes()
+        reset_peak_device_bytes(self.device)
         try:
-            yield lambda: self._note({f"evaluation_{name}": value for name, value in _peaks().items()})
+            yield lambda: self._note({f"evaluation_{name}": value for name, value in _peaks(self.device).items()})
         finally:
             self.forget_peaks()
 
@@ -292,10 +292,10 @@ class Meters:
         """
         if rss_bytes() > self.totals.peak_rss_bytes:
             release_freed_memory()
-        if reserved_bytes() > self.totals.peak_reserved_bytes:
-            release_reserved_bytes()
+        if reserved_bytes(self.device) > self.totals.peak_reserved_bytes:
+            release_reserved_bytes(self.device)
         reset_peak_rss()
-        reset_peak_device_bytes()
+        reset_peak_device_bytes(self.device)
         self._joules_then = self._joules.read()
 
     def over_ranks(self, reduce_max: Reduce, reduce_mean: Reduce) -> Totals:
@@ -332,10 +332,10 @@ class Meters:
                     self.totals.steady_seconds[name] += value
 
 
-def _peaks() -> dict[str, int]:
+def _peaks(device: torch.device) -> dict[str, int]:
     """Of the process and the device, since they were last started anew."""
     return {
         "peak_rss_bytes": peak_rss_bytes(),
-        "peak_device_bytes": peak_device_bytes(),
-        "peak_reserved_bytes": peak_reserved_bytes(),
+        "peak_device_bytes": peak_device_bytes(device),
+        "peak_reserved_bytes": peak_reserved_bytes(device),
     }

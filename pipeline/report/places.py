@@ -20,11 +20,11 @@ def places(run: StudyRun, *, between: str = ", ") -> str:
 
 
 def machine(hardware: Mapping[str, Any]) -> str:
-    """What computed: the GPUs, or the CPU with its cores and the threads of torch."""
+    """What computed: the GPU of each worker, or the CPU with its cores and the threads of torch."""
     if not hardware:
         return "a machine that is not known"
     if hardware.get("gpu") not in (None, "none"):
-        return f"{hardware.get('gpus', 1)} × {hardware['gpu']}"
+        return str(hardware["gpu"])
     counts = [counted(hardware[name], name[:-1]) for name in ("cores", "threads") if isinstance(hardware.get(name), int)]
     return ", ".join([str(hardware.get("cpu", "a CPU")), *counts])
 

@@ -77,19 +77,18 @@ def refuse_unless_comparable(recipe: Recipe, cluster: Cluster, folder: Path) -> 
     summary = _summary(folder)
     on = _trained_on(folder, summary)
     found = [("workers", cluster.workers, on["world_size"])] if on["world_size"] != cluster.workers else []
-    found += _other_machine(cluster, on, on_card=bool(summary.get("peak_device_bytes")))
+    found += _other_machine(cluster, on)
     theirs = recipe_of(folder)
     mine = recipe.resolved().to_json()["recipe"]
     found += list(differing("", *({name: each[name] for name in each if name not in _BESIDE} for each in (mine, theirs))))
     _refuse_if(found, folder)
 
 
-def _other_machine(cluster: Cluster, on: Mapping[str, Any], *, on_card: bool) -> list[tuple[str, Any, Any]]:
+def _other_machine(cluster: Cluster, on: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """How the machine that is planned for differs from the one that a run was trained on; a card's host is in no plan."""
     there = on["hardware"]
     if cluster.device is not None:
-        card = there["gpu"] if on_card else "none"  # there may have been one, which it was not trained on
-        return list(differing("card", cluster.device.driver, card))
+        return list(differing("card", cluster.device.driver, there["gpu"]))
     found = [(f"hardware.{name}", *values) for name, *values in other_than_here(there, own_cores=on["own_cores"])]
     if there["threads"] != cluster.threads:
         found.append(("cpus-per-worker", cluster.threads, there["threads"]))

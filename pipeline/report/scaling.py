@@ -67,10 +67,7 @@ def _is_split_as_written(run: StudyRun, workers: int) -> bool:
 def _but_for_workers(run: StudyRun) -> str:
     """What must be equal: the study, the rule as its recipe has it, and the machine with what each worker has of it."""
     (on,) = run.trained_on
-    hardware = dict(on.hardware)
-    if hardware.get("gpu") not in (None, "none"):
-        hardware.pop("gpus", None)  # each worker has one, and Ray Train lets it see those of the others on its node
     rule = run.recipe.get("rule")
     written = rule if isinstance(rule, Mapping) else run.rule
-    kind = [run.study, written, on.loader_threads, on.own_cores, hardware]
+    kind = [run.study, written, on.loader_threads, on.own_cores, dict(on.hardware)]
     return json.dumps(kind, sort_keys=True, default=str)

@@ -185,7 +185,9 @@ class Attempt:
             metrics["lr"] = self.backend.optimizer.param_groups[0]["lr"]
             metrics |= {f"rule_{name}": value for name, value in self.figures.now().items()}
             with self.meters.between("tracking"):
-                self.tracker.event("step", step=self.step, epoch=epoch, metrics=metrics, memory_bytes=memory_now_bytes())
+                self.tracker.event(
+                    "step", step=self.step, epoch=epoch, metrics=metrics, memory_bytes=memory_now_bytes(self.parts.device)
+                )
         self.stop_asked = self.saving.between_batches(self.step, last=last)
 
     def _tell_stragglers(self) -> None:

@@ -34,6 +34,7 @@ from pipeline.measure.meters import Meters
 from pipeline.nearness import Nearness
 from pipeline.optimizer import build_optimizer, build_schedule
 from pipeline.phases import timetable
+from pipeline.precision import compute_in
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe, Split
 from pipeline.refused import Refused
@@ -61,6 +62,7 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
     if ranks.size > 1:
         check_same_code(socket.gethostname(), each=ranks.each)
     written = ranks.together(lambda: Recipe.read(folder / "recipe.json", trust=job.trust))  # a node may lack the user's package
+    ranks.together(lambda: compute_in(written.precision, ranks.device))
     checkpoints, checkpoint = _found(job, written, ranks, tracker, watchdog)
     limit, skipped = patiently(
         ranks,

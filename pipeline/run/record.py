@@ -67,7 +67,7 @@ def told_at_start(parts: Parts, *, step: int) -> dict[str, Any]:
 
 def hardware_of(ranks: Ranks) -> dict[str, Any]:
     """Of all workers; collective."""
-    return hardware_over(ranks.each(hardware()))
+    return hardware_over(ranks.each(hardware(ranks.device)))
 
 
 def told_in_checkpoint(
@@ -169,7 +169,7 @@ def told_at_the_end(
         **summarise(result, totals, events),
         **(learnt.summary(parts.loaders.tasks) if recipe.phases else {}),
         **({} if taught is None else {"teacher_top1": taught.accuracy.top1, "teacher_top5": taught.accuracy.top5}),
-        "conditions": conditions(parts.backend.network, parts.rule, recipe),
+        "conditions": conditions(parts.backend.network, parts.rule, recipe, parts.device),
         "held": {**asdict(kept), "rule": parts.rule.bytes(), "teacher": 0 if taught is None else taught.bytes},
         "rule_figures": dict(figures),
         "loader_threads": job.loader_threads,

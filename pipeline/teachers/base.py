@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from pipeline.precision import Precision
 from pipeline.teachers.cache import Cache
 from pipeline.teachers.probe import Probe
 
@@ -35,6 +36,8 @@ class Teacher(nn.Module):
     label: str
     probe: Probe | None = None
     cache: Cache | None = None
+    precision: Precision = "fp32"
+    """in which it computes"""
 
     def __init__(self) -> None:
         super().__init__()

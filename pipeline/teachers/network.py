@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.counts import refuse_unless_counts
+from pipeline.precision import Precision, computing
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.state import fresh_state, states_of
 from pipeline.state_file import misfits, read_state
@@ -35,25 +36,31 @@ class Samples(Protocol):
 class NetworkTeacher(Teacher):
     """See `network_teacher`."""
 
-    def __init__(self, body: nn.Module, *, time_steps: int, cache: Cache | None) -> None:
+    def __init__(self, body: nn.Module, *, time_steps: int, cache: Cache | None, precision: Precision = "fp32") -> None:
         super().__init__()
         self.label, self.body, self.time_steps, self.cache = type(body).__name__, body, time_steps, cache
+        self.precision = precision
         self.freeze()
 
     def identity(self) -> dict[str, Any]:
-        return {"network": self.label, "weights": content_hash(self.body), "time_steps": self.time_steps}
+        return {
+            "network": self.label,
+            "weights": content_hash(self.body),
+            "time_steps": self.time_steps,
+            "precision": self.precision,
+        }
 
     @torch.no_grad()
     def forward(self, x_B: Tensor) -> Tensor:
         states = states_of(self.body)
         # `evaluate` opens the states of whatever it is given, for one batch: at rest, they are as they would be made here.
         at_rest = bool(states) and all(state.is_open and not state.values for state in states)
-        with torch.autocast(x_B.device.type, enabled=False), nullcontext() if at_rest else fresh_state(self.body):
+        with computing(x_B.device, self.precision), nullcontext() if at_rest else fresh_state(self.body):
             return self.body(over_steps(x_B, self.time_steps)).mean(0).float()
 
 
 def network_teacher(
-    data: Samples, *, model: nn.Module, weights: Path, time_steps: int, cache: Cache | None = None
+    data: Samples, *, model: nn.Module, weights: Path, time_steps: int, precision: Precision = "fp32", cache: Cache | None = None
 ) -> NetworkTeacher:
     """`model` with the weights of a file, frozen: it sees what the student sees, and answers with its mean logits over time.
 
@@ -61,6 +68,7 @@ def network_teacher(
         model: as in the recipe that trained it.
         weights: a file of its weights; a run's checkpoints hold one, `model.safetensors`.
         time_steps: at which it answers.
+        precision: in which it computes; its answers are fp32.
 
     Raises: ValueError for weights that do not fit, a model that does not take the data's samples, or other classes than theirs.
     """
@@ -70,7 +78,7 @@ def network_teacher(
     if wrong:
         raise ValueError(f"network_teacher: the weights in {weights} must fit the model to the last key; got {wrong}")
     model.load_state_dict(state)
-    teacher = NetworkTeacher(model, time_steps=time_steps, cache=cache)
+    teacher = NetworkTeacher(model, time_steps=time_steps, cache=cache, precision=precision)
     try:
         found = teacher(torch.zeros(1, *data.shape)).shape[-1]
     except RuntimeError as error:

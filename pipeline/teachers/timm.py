@@ -13,14 +13,13 @@ import timm.data
 import torch
 from torch import Tensor, nn
 
+from pipeline.precision import Precision, products_in
 from pipeline.spec import spec
 from pipeline.teachers.base import Pictures, Teacher, content_hash
 from pipeline.teachers.cache import Cache
 from pipeline.teachers.probe import Probe
 from pipeline.teachers.view import View
 from pipeline.teachers.weights import Hub, Untrained, Weights
-
-Precision = Literal["fp32", "bf16"]
 
 
 class TimmTeacher(Teacher):
@@ -44,14 +43,14 @@ class TimmTeacher(Teacher):
 
     @torch.no_grad()
     def features(self, x_BCHW: Tensor) -> Tensor:
-        with torch.autocast(x_BCHW.device.type, enabled=False):
+        with products_in(self.precision), torch.autocast(x_BCHW.device.type, enabled=False):
             seen_BCHW = self._seen(x_BCHW)
             return self.body.forward_head(self.body.forward_features(seen_BCHW), pre_logits=True).float()  # type: ignore[operator]
 
     @torch.no_grad()
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if self.probe is None:
-            with torch.autocast(x_BCHW.device.type, enabled=False):
+            with products_in(self.precision), torch.autocast(x_BCHW.device.type, enabled=False):
                 return self.body(self._seen(x_BCHW)).float()
         assert self.head is not None, "the probe is fitted before the first question"
         return self.head(self.features(x_BCHW))

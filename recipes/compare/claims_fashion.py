@@ -65,7 +65,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from pipeline.code import code_digest
@@ -73,7 +72,7 @@ from pipeline.forecast.devices import DEVICES
 from pipeline.forecast.plan import Cluster, Planned, plan
 from pipeline.forecast.sweep import sweep
 from pipeline.forecast.turns import Turns, in_turn
-from pipeline.measure.memory import hardware, other_than_here
+from pipeline.measure.memory import device_here, hardware, other_than_here
 from pipeline.recipe import Recipe, spec
 from pipeline.report.beside import beside
 from pipeline.report.claims import (
@@ -248,12 +247,10 @@ def _turned(trained: Recipe, run: StudyRun, file: Path, console: Console) -> dic
 
 
 def _refuse_elsewhere(run: StudyRun) -> None:
-    """Raises: ValueError where `run` was trained on another machine than this one; a worker may see one card of several."""
-    found = other_than_here(run.hardware, own_cores=run.trained_on[-1].own_cores, apart=("gpus",))
+    """Raises: ValueError where `run` was trained on another machine than this one, or on another of its devices."""
+    found = other_than_here(run.hardware, own_cores=run.trained_on[-1].own_cores)
     if other := [f"{name} {there}, here {here}" for name, here, there in found]:
         raise ValueError(f"the runs were trained on another machine: {'; '.join(other)}")
-    if torch.cuda.is_available() and not run.value("peak_device_bytes"):
-        raise ValueError("the runs were trained on cores, and this machine has a card")
 
 
 def _claims(
@@ -318,7 +315,7 @@ def _planned(file: Path, console: Console) -> dict[str, str]:
     """
     recipe = replace(nf_resnet34_sltt(), precision="fp32")
     rules, card = (RULES["bptt"], RULES["sltt"], spec(SLTT, k=1)), DEVICES["v100"]
-    machine = {name: value for name, value in hardware().items() if name != "threads"}  # which a plan sets
+    machine = {name: value for name, value in hardware(device_here()).items() if name != "threads"}  # which a plan sets
     asked = {"recipe": recipe.to_json(), "rules": [each.label for each in rules], "card": asdict(card)}
 
     def measure() -> dict[str, str]:

@@ -346,3 +346,10 @@ def test_a_scalar_parameter_is_refused_by_name(built: tuple[str, list[timedelta]
 def test_gradients_wait_for_a_worker_as_long_as_anything_else(built: tuple[str, list[timedelta]]) -> None:
     """Torch's default for a new group gives up long before a watchdog that has more patience."""
     assert built[1] == [timedelta(hours=7)] * 2
+
+
+@pytest.mark.parametrize(("zero", "clip", "computed"), [(0, 0.0, True), (1, 0.0, False), (2, 0.0, False), (2, 0.5, True)])
+def test_the_norm_of_gradients_is_computed_only_to_clip_them(zero: int, clip: float, computed: bool) -> None:
+    """DeepSpeed (0.19.8) refuses the setting at stage 0, where it computes none but to clip."""
+    settings = config(micro_batch=4, workers=2, parameters=9, zero=zero, clip_norm=clip)["zero_optimization"]
+    assert settings.get("compute_grad_norm", True) is computed

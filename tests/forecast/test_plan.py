@@ -121,6 +121,21 @@ def test_seconds_and_launches_are_fitted_apart() -> None:
     assert of(both, "BPTT").compute_s == pytest.approx(needs.busy(H100, precision="fp32") / EFFICIENCY, rel=0.05)
 
 
+def test_a_card_computes_in_tf32_what_is_to_be_computed_so() -> None:
+    """Counted on a machine without it, and priced by the card's own rate; fp32 has nothing of it."""
+    card = replace(H100, flops={"fp32": 1e9, "tf32": 8e9}, launch=1e-12, bandwidth=1e18)
+    cluster = Cluster(workers=1, device=card)
+    ieee, tf32 = (
+        plan(made(precision=each), cluster, samples=6400, source="noise", rules=(spec(BPTT),)) for each in ("fp32", "tf32")
+    )
+    assert of(ieee, "BPTT").compute_s == pytest.approx(8 * of(tf32, "BPTT").compute_s)
+
+
+def test_tf32_is_not_tried_where_there_is_none() -> None:
+    with pytest.raises(ValueError, match="recipe: precision='tf32' must have an NVIDIA card"):
+        Bench(made(precision="tf32"), batch_size=4, source="noise")
+
+
 @pytest.mark.parametrize(("rule", "times"), [(SLTT(), (5, 7)), (SLTT(k=6), (7, 12)), (SLTT(chunk=6), (7, 12)), (BPTT(), (5, 7))])
 def test_a_rule_is_profiled_at_time_steps_that_it_can_train_at(rule: Rule, times: tuple[int, int]) -> None:
     assert times_for(made(), rule) == times
@@ -176,7 +191,7 @@ def test_cards_sum_among_themselves_and_more_than_there_are_is_refused(monkeypat
         return Neighbours(slowdown=2.0, word_s=0.5, ring_s=1.0)
 
     monkeypatch.setattr("pipeline.forecast.plan.neighbours", told)
-    monkeypatch.setattr("pipeline.forecast.plan.free_bytes", lambda: 10**9)
+    monkeypatch.setattr("pipeline.forecast.plan.free_bytes", lambda device: 10**9)
     on_cores = _Share(made(), Cluster(workers=2), bench, "noise", None, 0.25)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -301,10 +316,10 @@ def test_a_plan_against_what_was_launched(
     assert code == 2 and "launched differs: hardware.cores: " in err and " and 99" in err
     of_a_card = (*words, "--batch-of", "noise", "--samples", "64", "--device")
     with_card = [{**on, "hardware": {**on["hardware"], "gpu": "NVIDIA H100 80GB HBM3"}}]
-    write_json(written, {**told, "trained_on": with_card})
+    write_json(written, {**told, "trained_on": [on]})
     code, _, err = run(*of_a_card, "h100")
     assert code == 2 and err.endswith("launched differs: card: NVIDIA H100 80GB HBM3 and none\n")  # it trained on cores
-    write_json(written, {**told, "peak_device_bytes": 1, "trained_on": with_card})
+    write_json(written, {**told, "trained_on": with_card})
     code, out, err = run(*of_a_card, "h100", "--format", "json")
     assert code == 0, err
     assert json.loads(out)["against"]["saved_bytes"]["error"] == pytest.approx(off["saved_bytes"]["error"])

@@ -129,7 +129,7 @@ def test_a_largest_batch_that_is_trained_takes_what_there_is_and_no_more() -> No
         for _ in range(2):  # the first one warms up
             release_freed_memory()
             assert reset_peak_rss()
-            before = memory_now_bytes()
+            before = memory_now_bytes(bench.x_B.device)
             for objective in made.objectives(bench.network, bench.x_TB, loss_for(bench.target_B, None)):
                 objective.backward.backward()
         assert 0.5 * limit < peak_rss_bytes() - before + bench.batch_bytes <= 1.1 * limit

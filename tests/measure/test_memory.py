@@ -15,9 +15,15 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.measure.memory import (
     SavedBytes,
+    device_here,
+    free_bytes,
     hardware,
+    memory_now_bytes,
+    other_than_here,
     peak_device_bytes,
+    peak_reserved_bytes,
     peak_rss_bytes,
+    reserved_bytes,
     reset_peak_device_bytes,
     reset_peak_rss,
 )
@@ -324,19 +330,57 @@ def test_peak_rss_is_this_processs_own_and_can_start_anew():
 
 
 def test_device_bytes_on_this_machine():
-    reset_peak_device_bytes()
-    if torch.cuda.is_available():
+    device = device_here()
+    reset_peak_device_bytes(device)
+    if device.type == "cuda":
         x = torch.empty(1 << 20, device="cuda")
-        assert peak_device_bytes() >= x.nbytes
+        assert peak_device_bytes(device) >= x.nbytes
     else:
-        assert peak_device_bytes() == 0
+        assert peak_device_bytes(device) == 0
+
+
+CARD_ASKED = {
+    "memory_allocated": 1,
+    "max_memory_allocated": 2,
+    "max_memory_reserved": 3,
+    "memory_reserved": 4,
+    "mem_get_info": (5, 9),
+    "get_device_name": "H100",
+}
+
+
+def test_the_device_of_the_run_is_asked_and_not_what_else_is_there(monkeypatch):
+    """A machine with two cards: a worker on the second is told of that one, and one on cores of none."""
+    asked = []
+    for name, value in CARD_ASKED.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: asked.append(device) or value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    card, cores = torch.device("cuda", 1), torch.device("cpu")
+    of_device = (memory_now_bytes, peak_device_bytes, peak_reserved_bytes, reserved_bytes, free_bytes)
+    assert [each(card) for each in of_device] == [1, 2, 3, 4, 5] and hardware(card)["gpu"] == "H100"
+    assert asked == [card] * 6
+    assert memory_now_bytes(cores) > 10**6 and free_bytes(cores) > 10**6
+    assert [peak_device_bytes(cores), peak_reserved_bytes(cores), reserved_bytes(cores)] == [0, 0, 0]
+    assert hardware(cores)["gpu"] == "none" and len(asked) == 6
+
+
+def test_a_machine_is_known_again_however_many_cards_a_worker_saw(monkeypatch):
+    """By the card that a command here would compute on; a run on cores of that machine was on another device."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    of_worker = {**hardware(torch.device("cuda", 3)), "cores": 1, "threads": 9}  # on cores near to its card
+    assert other_than_here(of_worker, own_cores=False) == []
+    on_cores = hardware(torch.device("cpu"))
+    assert other_than_here(on_cores, own_cores=False) == [("gpu", "H100", "none")]
 
 
 def test_hardware_is_flat_and_the_same_twice():
-    found = hardware()
-    assert found == hardware()
+    found = hardware(torch.device("cpu"))
+    assert found == hardware(torch.device("cpu"))
     assert all(isinstance(value, (str, int)) for value in found.values())
     assert found["cpu"]
     assert found["memory_gib"] > 0
     assert found["torch"] == torch.__version__
-    assert found["gpus"] == torch.cuda.device_count()
+    assert found["gpu"] == "none"

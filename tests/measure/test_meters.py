@@ -247,10 +247,10 @@ def test_what_is_free_is_given_back_where_it_would_be_told_as_trainings(
     bytes_now = {"rss": 5_000_000, "reserved": 20_000_000}
     given_back: list[str] = []
     for each in bytes_now:
-        monkeypatch.setattr(f"pipeline.measure.meters.peak_{each}_bytes", lambda each=each: bytes_now[each])
-        monkeypatch.setattr(f"pipeline.measure.meters.{each}_bytes", lambda each=each: bytes_now[each])
+        monkeypatch.setattr(f"pipeline.measure.meters.peak_{each}_bytes", lambda *_, each=each: bytes_now[each])
+        monkeypatch.setattr(f"pipeline.measure.meters.{each}_bytes", lambda *_, each=each: bytes_now[each])
     monkeypatch.setattr("pipeline.measure.meters.release_freed_memory", lambda: given_back.append("rss"))
-    monkeypatch.setattr("pipeline.measure.meters.release_reserved_bytes", lambda: given_back.append("reserved"))
+    monkeypatch.setattr("pipeline.measure.meters.release_reserved_bytes", lambda device: given_back.append("reserved"))
     meters.note_peaks()
     bytes_now[of] += above
     meters.forget_peaks()

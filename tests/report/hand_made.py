@@ -8,7 +8,7 @@ from pipeline.report.study import Study
 from pipeline.report.study_run import StudyRun, study_run
 
 KEY = "0123456789abcdef"
-MACHINE = {"cpu": "a cpu", "cores": 2, "memory_gib": 24, "gpu": "none", "gpus": 0, "torch": "2.8", "threads": 1}
+MACHINE = {"cpu": "a cpu", "cores": 2, "memory_gib": 24, "gpu": "none", "torch": "2.8", "threads": 1}
 LAYERS = [
     {"name": "first", "neurons": 100, "samples": 20, "rates": [0.5, 0.25], "silent": 0.125, "saturated": 0.0},
     {"name": "second", "neurons": 10, "samples": 20, "rates": [0.25, 0.0], "silent": 0.5, "saturated": 0.1},

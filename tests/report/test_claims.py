@@ -369,7 +369,7 @@ def test_rules_take_turns_as_the_runs_were_trained_and_on_their_machine_alone(
         return TURNS
 
     def turned(*, own_cores: bool = False, **machine: Any) -> tuple[dict[str, Turns], str]:
-        told = {**claims_fashion.hardware(), "threads": 7, **machine}
+        told = {**claims_fashion.hardware(claims_fashion.device_here()), "threads": 7, **machine}
         of_run = run(trained_on=[{"world_size": 2, "micro_batch": 64, "own_cores": own_cores, "hardware": told}])
         console = Console(file=io.StringIO(), width=200)
         return claims_fashion._turned(trained, of_run, file, console), console.file.getvalue()  # type: ignore[attr-defined]

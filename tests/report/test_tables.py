@@ -229,11 +229,11 @@ def test_claims_that_do_not_hold_are_shown_so():
 
 
 def test_how_groups_differ():
-    trained = [on(micro_batch=16, gpu="H100", gpus=2)]
+    trained = [on(micro_batch=16, gpu="H100")]
     other = run("SLTT", study="f" * 16, recipe=recipe("SLTT", batch_size=16), trained_on=trained, name="x")
     found = {row[0]: row[1:] for row in tables.recipe_differences(study(other)).rows}
     assert found["batch_size"][:2] == ("8", "16") and found["hardware.gpu"][:2] == ('"none"', '"H100"')
-    assert found["batch_size"][3] == "Study ffffffff on 2 × H100, 1 worker"
+    assert found["batch_size"][3] == "Study ffffffff on H100, 1 worker"
 
 
 def test_where_each_run_ran():

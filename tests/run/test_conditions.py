@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from pipeline.models.mlp import mlp
@@ -17,17 +18,23 @@ from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from tests.small import small_recipe
 
+CPU = torch.device("cpu")
+
 
 @pytest.mark.parametrize(
     ("rule", "steps"), [(BPTT(), 3), (BPTT(chunk=2), 2), (BPTT(chunk=9), 3), (SLTT(), 1), (SLTT(chunk=3), 3)]
 )
 def test_how_many_steps_a_forward_takes(rule: Rule, steps: int) -> None:
-    assert conditions(nn.Linear(1, 1), rule, small_recipe())["steps_per_forward"] == steps
+    assert conditions(nn.Linear(1, 1), rule, small_recipe(), CPU)["steps_per_forward"] == steps
+
+
+def test_a_cpu_gives_the_same_bits_again() -> None:
+    assert conditions(nn.Linear(1, 1), BPTT(), small_recipe(), CPU)["exact"] == "yes"
 
 
 def test_they_are_read_off_the_network() -> None:
     def told(network: nn.Module, **changes: Any) -> list[str | int]:
-        found = conditions(network, BPTT(), small_recipe(**changes))
+        found = conditions(network, BPTT(), small_recipe(**changes), CPU)
         return [found[name] for name in ("reset_gradient", "norm_over", "precision")]
 
     assert told(nn.Linear(1, 1)) == ["none", "none", "fp32"]

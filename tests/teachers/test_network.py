@@ -38,6 +38,19 @@ def test_it_answers_with_the_mean_logits_of_the_network_that_was_saved(tmp_path:
             found(x_BCHW)
 
 
+def test_in_bf16_it_answers_in_fp32_and_nearly_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file(mlp(in_features=64, hidden=(8,)).state_dict(), file)
+    x_BCHW = torch.randn(16, 1, 8, 8)
+    full, half = teacher(file), teacher(file, precision="bf16")
+    found, in_full = half(x_BCHW), full(x_BCHW)
+    assert found.dtype == torch.float32 and not torch.equal(found, in_full)
+    assert (found - in_full).abs().mean() < 0.1 * in_full.std()
+    assert half.identity() != full.identity()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as around a student in bf16
+        assert torch.equal(half(x_BCHW), found) and torch.equal(full(x_BCHW), in_full)
+
+
 def test_refuses(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_file(mlp(in_features=64, hidden=(8,)).state_dict(), file)

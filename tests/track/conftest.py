@@ -39,7 +39,7 @@ class FakeRun:
             "step": step,
             "commit": "0123abcd",
             "dirty": False,
-            "hardware": {"cpu": "a cpu", "gpus": 0},
+            "hardware": {"cpu": "a cpu", "gpu": "none"},
             "versions": {"torch": "2.13.0"},
             "params": {"optimizer.lr": "0.05", "epochs": "2"},
         }

@@ -1,0 +1,80 @@
+"""In what precision networks compute, for matrix products and convolutions alike.
+
+    fp32    IEEE single precision
+    tf32    TF32: operands of fp32 are rounded to 10 bits of mantissa, sums are fp32; NVIDIA cards since Ampere
+    bf16    torch's autocast; what it leaves in fp32 is IEEE single precision
+
+torch's own defaults (2.13) compute fp32 convolutions in TF32 and fp32 products in IEEE single precision. Here both are set, by
+torch's `fp32_precision` alone: a read of the older `allow_tf32` fails once both ways of setting it were used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+Precision = Literal["fp32", "tf32", "bf16"]
+
+TF32_SINCE = (8, 0)
+"""compute capability of Ampere"""
+
+
+def compute_in(precision: Precision, device: torch.device) -> None:
+    """Set how this process computes from now on, but for autocast, which belongs to a forward.
+
+    Raises:
+        ValueError: as `check_precision`.
+    """
+    check_precision("recipe", precision, device)
+    _set_products(precision)
+
+
+def check_precision(who: str, precision: Precision, device: torch.device) -> None:
+    """Refuse TF32 on a device that has none, where it would be fp32 without a word.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if precision != "tf32" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= TF32_SINCE):
+        return
+    got = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    raise ValueError(
+        f"{who}: precision='tf32' must have an NVIDIA card of compute capability 8.0 or newer; got {got}: take 'fp32' or 'bf16'"
+    )
+
+
+@contextmanager
+def products_in(precision: Precision) -> Iterator[None]:
+    """Inside, fp32 products and convolutions on a card are computed in this precision; afterwards as before."""
+    before = [operation.fp32_precision for operation in _operations()]
+    _set_products(precision)
+    try:
+        yield
+    finally:
+        for operation, was in zip(_operations(), before, strict=True):
+            operation.fp32_precision = was
+
+
+@contextmanager
+def computing(device: torch.device, precision: Precision) -> Iterator[None]:
+    """Inside, everything is computed in this precision, as in training."""
+    with products_in(precision), autocast(device, precision):
+        yield
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """bf16 for what torch lists as safe in it (matrix products, convolutions); parameters and membranes stay fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def _set_products(precision: Precision) -> None:
+    for operation in _operations():
+        operation.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+
+
+def _operations() -> tuple[Any, ...]:
+    """What CUDA computes of fp32 in a precision that can be chosen; a CPU has settings of its own, which stay."""
+    return torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn  # type: ignore[attr-defined]
