@@ -85,9 +85,29 @@ def test_a_run_that_died_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: p
     assert same_weights(tmp_path / "whole", tmp_path / "broken")
     assert {key: resumed[key] for key in ("steps", "top1", "loss")} == {key: whole[key] for key in ("steps", "top1", "loss")}
     assert resumed["restarts"] == 1 and resumed["wall_s"] < 1000
-    starts = [event for event in read(tmp_path / "broken" / "journal.jsonl") if event["event"] == "start"]
+    events = read(tmp_path / "broken" / "journal.jsonl")
+    starts = [event for event in events if event["event"] == "start"]
     assert [start["attempt"] for start in starts] == [0, 1]
     assert [start["step"] for start in starts] == [0, max(s for s in (0, 3, 6, 8, 9) if s <= step)]
+    firsts = [event for event in events if event["event"] == "first_batch"]
+    assert [(first["attempt"], first["step"] - 1) for first in firsts] == [(start["attempt"], start["step"]) for start in starts]
+    assert resumed["startup_s"] == pytest.approx(sum(first["startup_s"] for first in firsts))
+    counted = 2 if starts[1]["step"] else 1  # attempts whose batches came to stay; the first of each is start-up
+    assert resumed["timed_batches"] == resumed["steps"] - counted
+
+
+def test_what_the_first_batch_waits_for_is_start_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Attempt._micro_batches
+
+    def micro_batches(self: Attempt, source: Any) -> Any:
+        if self.step == 0:
+            time.sleep(1.0)  # as a compiler takes
+        return original(self, source)
+
+    monkeypatch.setattr(Attempt, "_micro_batches", micro_batches)
+    summary = train_inline(tmp_path / "run", small_recipe())
+    assert summary is not None and 1.0 <= summary["startup_s"] < summary["wall_s"]
+    assert summary["net_s"] <= summary["wall_s"] - summary["startup_s"]
 
 
 def test_weights_depend_on_the_seed(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ FFCV 1.0.2 sets torch's number of threads when it is imported, and whenever a lo
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
+
+from pipeline.data.tbb import load_tbb
 
 
 @contextmanager
@@ -19,6 +21,8 @@ def torch_threads_kept() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+with suppress(ImportError, OSError):  # one loader thread needs none
+    load_tbb()  # before FFCV, which starts numba's threads when it is imported
 with torch_threads_kept():
     from ffcv.fields import IntField, NDArrayField, RGBImageField
     from ffcv.libffcv import imdecode, resize_crop

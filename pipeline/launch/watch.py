@@ -91,6 +91,10 @@ class Watch:
                 self._bar.start()
             self._bar.reset(self._task, total=total, completed=done, text="")
 
+    def _on_first_batch(self, event: dict[str, Any]) -> None:
+        self._say(f"started after {_short(event.get('startup_s'))} s: imports, compilation and the first batch are done")
+        self._start = {**self._start, "step": event.get("step", 0), "time": event.get("time", 0)}
+
     def _on_phase(self, event: dict[str, Any]) -> None:
         head = "" if event.get("head") is None else f", head {event['head']}"
         place = f"{_from_one(event.get('phase'))}/{event.get('of')}"
@@ -194,7 +198,7 @@ class Watch:
         self._say(f"step {event.get('step')}/{self._start.get('total_steps', '?')}  {'  '.join(parts)}{self._left()}")
 
     def _left(self) -> str:
-        """Time to the end at the speed since this start; a bar knows by itself."""
+        """Time to the end at the speed since the first batch of this start; a bar knows by itself."""
         done, seconds = (
             self._newest.get("step", 0) - self._start.get("step", 0),
             self._newest["time"] - self._start.get("time", 0),

@@ -133,7 +133,7 @@ class Meters:
         self._joules_then: float | None = None
         """at the last reading, while training goes on"""
         self._begun = 0
-        self._steady: deque[bool] = deque()
+        self._kinds: deque[Literal["first", "counted", "steady"]] = deque()
         """of the batches that ended since the clock was read"""
         self._due: set[Counted] = set()
         """what a batch is to be counted for, and none has ended on which it was"""
@@ -151,10 +151,11 @@ class Meters:
         """Surrounds everything that one global batch costs; on some of them counts what backward keeps alive.
 
         Of a batch that is left in the middle nothing is kept but its seconds: the host's, which has waited to hear why.
+        Those of the first batch are no part's: it waits for imports and compilation, and its attempt's start-up ends with it.
         """
         begun = time.perf_counter()
         counted = self._counted_on(self._begun, step)
-        is_steady = self._begun > 0 and counted is None
+        is_first = self._begun == 0
         operations = Operations(self.network) if counted == "operations" else None
         self._watching = watching = operations or self._asked
         self._begun, self._asked = self._begun + 1, None
@@ -171,13 +172,14 @@ class Meters:
                 self._counting = saved
                 yield
         except BaseException:
-            self.totals.seconds["skipped"] += time.perf_counter() - begun
+            if not is_first:
+                self.totals.seconds["skipped"] += time.perf_counter() - begun
             raise
         finally:
             self._watching = self._counting = None
             if watching is not None:
                 self.forget_peaks()  # an instrument takes memory of its own, which is not training's
-        self._steady.append(is_steady)
+        self._kinds.append("first" if is_first else "steady" if counted is None else "counted")
         self._window.learnt.add(batch.learnt)
         if counted is not None:
             self._due.remove(counted)
@@ -321,11 +323,14 @@ class Meters:
     def _account(self) -> None:
         """Take what the clock has measured since the last time."""
         for seconds in self.clock.take():
+            kind = self._kinds.popleft()
             for name, value in seconds.items():
                 self._window.seconds[name] += value  # type: ignore[assignment]  # a Counter of floats
-                self.totals.seconds[name] += value
+                if kind != "first":
+                    self.totals.seconds[name] += value
             self._window.batches += 1
-            if self._steady.popleft():
+            self.totals.timed_batches += kind != "first"
+            if kind == "steady":
                 self.totals.steady_batches += 1
                 self.totals.steady_samples += self.batch_size
                 for name, value in seconds.items():

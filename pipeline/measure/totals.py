@@ -14,7 +14,9 @@ class Totals:
     """Seconds and bytes."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*PARTS, REST, *BETWEEN), 0.0))
-    """of each part of the batches, and of what was done between them"""
+    """of each part of the batches, the first of each attempt left out, and of what was done between batches"""
+    timed_batches: int = 0
+    """whose parts these are"""
     steady_batches: int = 0
     steady_samples: int = 0
     """in batches whose speed counts: not the first of an attempt (compilation), nor where bytes or operations were counted"""
@@ -49,7 +51,7 @@ class Totals:
 
     @property
     def train_s(self) -> float:
-        """Of all batches."""
+        """Of all batches but the first of each attempt."""
         return sum(self.seconds[name] for name in (*PARTS, REST))
 
     def of_a_steady_batch(self, part: Part) -> float | None:

@@ -70,7 +70,7 @@ class Comparison:
         return list(dict.fromkeys(map(rule_of, self.runs)))
 
     def value(self, run: Finished, name: str) -> float | None:
-        """A quantity of a run, wall clock without comparisons of gradients; None: not measured."""
+        """A quantity of a run, wall clock without start-up and comparisons of gradients; None: not measured."""
         written = run.summary.get(name)
         is_nan = isinstance(written, float) and math.isnan(written)
         return written if is_nan else measured(self._measured[run.folder], name)
@@ -102,8 +102,8 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """`baseline` names its (first) run; each run is its summary, what it keeps with states, its compute time, what is
         `behind` it, and `ratios` to the baseline of its seed, of speed, wall clock and compute time to those of
-        `time_baseline`; wall clocks are divided without what comparing gradients took, `fidelity_s`. JSON has no NaN and no
-        infinity: there is null in their place, and `not_finite` of the run says which it was."""
+        `time_baseline`; wall clocks are divided without `startup_s` and without what comparing gradients took, `fidelity_s`.
+        JSON has no NaN and no infinity: there is null in their place, and `not_finite` of the run says which it was."""
         return {
             "study": self.study,
             "where": self.where or None,

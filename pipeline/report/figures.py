@@ -29,7 +29,8 @@ QUANTITIES = {
 _AXES = {
     "wall_s": (
         "wall clock",
-        "what a run took from its first line to its last, restarts included, comparisons of its gradient with BPTT's left out",
+        "what a run took from the end of its first batch to its last line, restarts included; their start-up is left out, and "
+        "so are comparisons of its gradient with BPTT's",
     ),
     "peak_saved_bytes": (
         "peak saved bytes",

@@ -61,7 +61,7 @@ def time_parts(group: Group) -> Figure | Missing:
         name="time-parts",
         title=title,
         caption="Mean over finished runs of all seconds that a run was charged with, evaluation and checkpoints too and "
-        f"comparisons of gradients not, by batch{alone}; rest is what no named part was entered for.",
+        f"start-up and comparisons of gradients not, by batch{alone}; rest is what no named part was entered for.",
         alt=f"{slowest} takes longest with {took} a batch, of which {most.replace('_', ' ')} is {share:.0%}.",
         table=Table(columns=("rule", "part", "seconds of a batch", "share"), rows=tuple(rows)),
         draw=draw,

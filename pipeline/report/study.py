@@ -23,6 +23,7 @@ from pipeline.report.differences import tuned_in, written
 from pipeline.report.paired import WITHIN, Difference, paired_difference
 from pipeline.report.spread import Spread, spread_of
 from pipeline.report.study_run import StudyRun, from_folder, study_run
+from pipeline.units import shown
 
 if TYPE_CHECKING:
     from pipeline.report.claims import Claim
@@ -52,7 +53,8 @@ ENERGY = "inference.energy_j"
 ENERGY_MEASURED = "inference.measured_j"
 """of an inference, by the cards' own counters"""
 _WALL = ("wall_s", "net_s")
-"""clocks that run on while a run compares gradients, which no rule asks for: what that took is left out"""
+"""clocks of a whole run; left out are start-up, which takes longest in whichever run goes first, and comparing gradients, which
+no rule asks for"""
 FOLDED_ALONE = (
     f"times are divided by those of {BASELINE} folded over time; step by step, which may be faster, none among these has finished"
 )
@@ -216,7 +218,8 @@ def kind(run: StudyRun) -> str:
 
 
 def measured(run: StudyRun, name: str) -> float | None:
-    """A number of a finished run: of its summary, COMPUTE or KEPT."""
+    """A number of a finished run: of its summary, COMPUTE or KEPT. None: not measured. Runs of versions that did not tell
+    start-up apart have no wall clock to compare."""
     if name == COMPUTE:
         forward, backward = run.value("steady_forward_s"), run.value("steady_backward_s")
         return None if forward is None or backward is None else forward + backward
@@ -224,7 +227,12 @@ def measured(run: StudyRun, name: str) -> float | None:
         saved, states = run.value("peak_saved_bytes"), run.value("state_bytes")
         return None if saved is None or states is None else saved + states
     found = run.value(name)
-    return found if found is None or name not in _WALL else found - (run.value("fidelity_s") or 0.0)
+    if found is None or name not in _WALL:
+        return found
+    startup = run.value("startup_s")
+    if startup is None:
+        return None
+    return found - (startup if name == "wall_s" else 0.0) - (run.value("fidelity_s") or 0.0)  # net_s has no start-up in it
 
 
 def _told_apart(runs: Sequence[StudyRun]) -> list[StudyRun]:
@@ -289,6 +297,8 @@ def _notes(group: Group) -> Iterator[str]:
     restarts = {rule: sum(run.value("restarts") or 0 for run in runs) for rule, runs in of_rule.items()}
     if told := [f"{count:g} of {rule}" for rule, count in restarts.items() if count]:
         yield f"wall clocks have restarts in them, with the batches that each lost: {', '.join(told)}"
+    if told := [f"{shown(spread.mean, kind='s')} of {rule}" for rule in of_rule if (spread := _startup(group, rule))]:
+        yield f"wall clocks leave out start-up, which ends with each start's first batch: {', '.join(told)}"
     if looked := [rule for rule, runs in of_rule.items() if any(run.value("fidelity_s") for run in runs)]:
         yield f"wall clocks leave out what comparing gradients with BPTT's took, in runs of {', '.join(looked)}"
         if others := [rule for rule in of_rule if rule not in looked]:
@@ -302,6 +312,12 @@ def _notes(group: Group) -> Iterator[str]:
         yield f"operations, and the energy of an inference, leave out what no count knows: {', '.join(sorted(unknown))}"
     if group.has_baseline:
         yield from _divisions_told(group, {rule: {run.seed for run in runs} for rule, runs in of_rule.items()})
+
+
+def _startup(group: Group, rule: str) -> Spread | None:
+    """Seconds of start-up, where there were any."""
+    found = group.spread(rule, "startup_s")
+    return found if found is not None and found.mean else None
 
 
 def _not_counted(run: StudyRun) -> list[str]:

@@ -86,8 +86,8 @@ class StudyRun:
     activity: tuple[LayerRates, ...]
     fidelity: tuple[Fidelity, ...]
     parts: Mapping[str, float] = field(default_factory=dict)
-    """seconds of a batch in each part of the clock: of a finished run all that it was charged with, evaluations and checkpoints
-    too; of another its batches alone, in the mean over those whose parts were told"""
+    """seconds of a batch in each part of the clock: of a finished run all that it was charged with but its start-up, evaluations
+    and checkpoints too; of another its batches alone, in the mean over those whose parts were told"""
 
     @property
     def is_finished(self) -> bool:
@@ -218,6 +218,6 @@ def _layers(activity: Sequence[Mapping[str, Any]]) -> Iterator[LayerRates]:
 
 def _parts_of(summary: Mapping[str, Any], done: int) -> dict[str, float]:
     """Of a finished run; runs from before the clock had all its parts have fewer."""
-    steps = number(summary.get("steps")) or done
+    steps = number(summary.get("timed_batches")) or number(summary.get("steps")) or done
     names = (*PARTS, REST, *BETWEEN) if steps else ()
     return {name: value / steps for name in names if (value := number(summary.get(f"{name}_s"))) is not None}

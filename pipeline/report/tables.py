@@ -31,6 +31,7 @@ _BESIDE = {
     "evaluation_peak_device_bytes": ("peak on the device while evaluating", "B"),
     "evaluation_peak_reserved_bytes": ("peak reserved there while evaluating", "B"),
     "evaluation_peak_rss_bytes": ("peak RSS while evaluating", "B"),
+    "startup_s": ("start-up", "s"),
     "net_s": ("wall clock net of restarts", "s"),
     "device_j": ("joules of training, measured", "J"),
     ENERGY_MEASURED: ("joules of an inference, measured", "J"),
@@ -59,8 +60,9 @@ BESIDE_SAID = (
     f"are {MEASURED_SAID}. Those are measured, where the energy of an inference is an estimate. Multiplications and additions "
     "are of training on one sample, by what they serve, counted on the third batch of a run, which has hardly learnt yet, and "
     f"every {OPERATIONS_EVERY}th after it; states are looked at on the second of each start and every {MEMORY_EVERY}th; where "
-    "one of these is skipped, the next stands in its place. Wall clocks leave out what comparing gradients with BPTT's took, "
-    "which no rule asks for."
+    "one of these is skipped, the next stands in its place. Wall clocks leave out start-up, which ends with the first batch of "
+    "each start and takes longest in whichever run goes first, and what comparing gradients with BPTT's took, which no rule "
+    "asks for."
 )
 
 

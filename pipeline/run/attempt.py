@@ -7,6 +7,7 @@ evaluation, which may be long, it looks up for whoever asks. All ranks do the sa
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict
@@ -20,8 +21,10 @@ from pipeline.guards.fitting import untold
 from pipeline.guards.replicas import stragglers
 from pipeline.job import asked_by
 from pipeline.loop import MicroBatch, train
+from pipeline.measure.clock import BETWEEN
 from pipeline.measure.joules import inference_j
 from pipeline.measure.memory import memory_now_bytes
+from pipeline.measure.stopwatch import settle
 from pipeline.measure.totals import Totals
 from pipeline.phases import stretch_at
 from pipeline.recipe import write_json
@@ -53,6 +56,8 @@ class Attempt:
         self.owes_epoch_end = parts.trainer is not None and parts.trainer.get("owes_epoch_end", False)
         """an epoch has ended, and whoever saved had no time for its evaluation"""
         self.stretch = stretch_at(parts.stretches, self.step)
+        self.is_starting, self.worked_before_s = True, self._worked_s()
+        """until its first batch has ended; and what earlier attempts did between batches"""
         self.result: Evaluation | None = None
         self.evaluated: list[Evaluated] = []
         """in the last evaluation, on each task so far"""
@@ -157,11 +162,24 @@ class Attempt:
                     self._pass_over(source)
                 else:
                     yield self.step, self._micro_batches(source)
+                    if self.is_starting:
+                        self._tell_startup()
                 self.step += 1
                 with self.meters.between("coordination"):
                     self._between_batches(epoch, last=self.step == end)
                 if self.stop_asked:
                     return
+
+    def _tell_startup(self) -> None:
+        """What came before training at its own pace: imports, compilation, the first batch; without evaluations and the like."""
+        self.is_starting = False
+        settle(self.parts.device)
+        work = self._worked_s() - self.worked_before_s
+        seconds = max(0.0, time.time() - self.parts.began - work)
+        self.tracker.event("first_batch", step=self.step + 1, startup_s=seconds)
+
+    def _worked_s(self) -> float:
+        return sum(self.meters.totals.seconds[name] for name in BETWEEN)
 
     def _micro_batches(self, source: Iterator[Any]) -> Iterator[MicroBatch]:
         return micro_batches(self.parts, source, step=self.step, stretch=self.stretch)

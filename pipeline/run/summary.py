@@ -17,8 +17,10 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any
     """Accuracy, speed, memory and time; `events` is the run's whole journal. Seconds, bytes, shares in 0..1.
 
     What is called steady is of a batch, the first of each attempt and those whose bytes or operations were counted left out; None
-    where there was no other. Saved bytes and states are None where no batch was whole on which they are counted. `net_s` is
-    without what restarts cost: their own beginnings, and what was done again.
+    where there was no other. Saved bytes and states are None where no batch was whole on which they are counted. `wall_s` is all
+    time from a worker's first line to the run's end; `startup_s` is the part of it up to the end of each attempt's first batch
+    (imports, compilation, the first batch itself), without evaluations, checkpoints and the like. `net_s` is without start-up and
+    without what was done again after restarts.
     """
     starts = [event for event in events if event["event"] == "start"]
     attempts = {event["attempt"] for event in events} - {OF_NONE}
@@ -33,7 +35,9 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any
         "steady_forward_s": totals.of_a_steady_batch("forward"),
         "steady_backward_s": totals.of_a_steady_batch("backward"),
         "wall_s": sum(_attempt_seconds(events, attempt) for attempt in attempts),
-        "net_s": max(0.0, starts[0]["time"] - starts[0]["began"]) + sum(totals.seconds.values()),
+        "startup_s": sum(_startup_seconds(events, attempt) for attempt in attempts),
+        "net_s": sum(totals.seconds.values()),
+        "timed_batches": totals.timed_batches,
         "train_s": totals.train_s,
         **{f"{name}_s": value for name, value in totals.seconds.items()},
         "peak_saved_bytes": totals.peak_saved_bytes,
@@ -71,3 +75,12 @@ def _attempt_seconds(events: Sequence[dict[str, Any]], attempt: int) -> float:
     begun = next((event["began"] for event in mine if event["event"] == "start"), mine[0]["time"])
     times = [begun, *(event["time"] for event in mine)] + ([time.time()] if attempt == events[-1]["attempt"] else [])
     return sum(max(0.0, later - earlier) for earlier, later in pairwise(times))
+
+
+def _startup_seconds(events: Sequence[dict[str, Any]], attempt: int) -> float:
+    """Of an attempt that ended before its first batch did, what came before its event "start"."""
+    mine = {event["event"]: event for event in reversed(events) if event["attempt"] == attempt}  # of each kind the first
+    wall = _attempt_seconds(events, attempt)
+    if "first_batch" in mine:
+        return min(mine["first_batch"]["startup_s"], wall)
+    return min(max(0.0, mine["start"]["time"] - mine["start"]["began"]), wall) if "start" in mine else wall

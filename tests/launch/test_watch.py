@@ -67,6 +67,15 @@ def test_plain_lines_come_every_ten_seconds():
     assert not any("\x1b" in line for line in lines)
 
 
+def test_the_time_that_is_left_has_no_start_up_in_it():
+    view, out, _ = watch()
+    view.show([START, {"event": "first_batch", "time": 1030.0, "step": 1, "startup_s": 42.0}])
+    view.show([{**step(11), "time": 1040.0}])
+    lines = out.getvalue().splitlines()
+    assert lines[-2] == "started after 42 s: imports, compilation and the first batch are done"
+    assert lines[-1].endswith("  0:01:29 left")
+
+
 def test_of_many_steps_at_once_the_newest_is_drawn():
     view, out, _ = watch()
     view.show([START, *(step(number) for number in range(1, 50))])

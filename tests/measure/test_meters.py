@@ -83,7 +83,9 @@ def test_each_loss_is_weighed_with_the_share_of_its_micro_batch(meters: Meters) 
 
 
 def test_a_teachers_seconds_are_its_own(meters: Meters, host: Host) -> None:
-    with meters.batch(0):
+    run_batch(meters, host, 0)
+    meters.take(same)
+    with meters.batch(1):
         with meters.part("teacher"):
             host.sleep(2)
         host.sleep(1)
@@ -98,8 +100,25 @@ def test_the_first_batch_and_those_that_count_memory_are_no_measure_of_speed(met
     meters.take(same)
     assert meters.totals.batches == 6
     assert meters.totals.steady_samples == 4 * 2  # 0 compiles, 1 and 4 count memory, 2 counts operations
-    assert (meters.totals.steady_s, meters.totals.train_s) == (2 * 5, 6 * 5)
+    assert (meters.totals.steady_s, meters.totals.train_s) == (2 * 5, 5 * 5)
     assert meters.totals.of_a_steady_batch("optimizer") == 3
+
+
+def test_what_the_first_batch_waits_for_is_no_parts(meters: Meters, host: Host) -> None:
+    """Of two equal runs the second finds everything compiled; nothing in their totals says which went first."""
+    with meters.batch(0), meters.part("data_wait"):
+        host.sleep(100)
+    assert meters.take(same)["data_wait_s"] == 100  # shown as it trains
+    run_batch(meters, host, 1)
+    meters.take(same)
+    totals = meters.totals
+    assert (totals.seconds["data_wait"], totals.train_s, totals.timed_batches, totals.batches) == (2, 5, 1, 2)
+
+
+def test_a_first_batch_that_is_skipped_is_start_up_too(meters: Meters) -> None:
+    with suppress(ArithmeticError), meters.batch(0):
+        raise ArithmeticError
+    assert meters.totals.seconds["skipped"] == 0
 
 
 def test_saved_bytes_are_counted_on_the_second_batch() -> None:

@@ -56,7 +56,8 @@ def make_run(runs_dir: Path) -> Callable[..., Path]:
         whole = {
             "run": name, "rule": rule, "seed": seed, "study": study, "recipe": name, "world_size": 2, "steps": 100,
             "epochs": 2, "top1": 0.9, "top5": 0.99, "peak_saved_bytes": 8_000_000, "images_per_s": 100.0, "wall_s": 200.0,
-            "commit": "abc", "data_fingerprint": "d" * 8, "hardware": {"cpu": "a cpu", "cores": 2, "gpu": "none"}, **summary,
+            "startup_s": 0.0, "commit": "abc",
+            "data_fingerprint": "d" * 8, "hardware": {"cpu": "a cpu", "cores": 2, "gpu": "none"}, **summary,
         }  # fmt: skip
         begun = {name: whole[name] for name in ("run", "rule", "study", "seed", "world_size", "hardware")}
         with Journal(folder / "journal.jsonl", attempt=0) as journal:

@@ -59,7 +59,7 @@ def run(rule: str = "BPTT", *, seed: int = 0, top1: float = 0.9, restart: bool =
     summary = {
         "rule": rule, "seed": seed, "study": KEY, "world_size": 1, "loader_threads": 1, "steps": 100, "epochs": 2, "top1": top1,
         "peak_saved_bytes": saved, "state_bytes": 1000, "forward_s": forward, "backward_s": backward, "rest_s": 0.5,
-        "evaluation_s": 2.0, "wall_s": 20.0 if rule == "BPTT" else 16.0, "images_per_s": 80.0, "commit": "abc",
+        "evaluation_s": 2.0, "wall_s": 20.0 if rule == "BPTT" else 16.0, "images_per_s": 80.0, "startup_s": 0.0, "commit": "abc",
         "hardware": MACHINE,
         "inference": {"macs": 1.0, "acs": 2.0, "energy_j": energy, "prices": "45 nm, fp32", "samples": 10}, **changes,
     }  # fmt: skip

@@ -96,6 +96,20 @@ def test_wall_clocks_leave_out_what_comparing_gradients_took():
     assert group.spread("SLTT", "net_s") == Spread(mean=15.0, deviation=None, runs=1)
 
 
+def test_wall_clocks_leave_out_start_up():
+    """Two equal runs, of which the one that went first waited for compilation."""
+    first, second = run("BPTT", wall_s=30.0, startup_s=20.0), run("SLTT", wall_s=12.0, net_s=9.0, startup_s=2.0)
+    (group,) = Study(title="t", runs=(first, second)).groups
+    assert group.ratios("SLTT", "wall_s") == Spread(mean=1.0, deviation=None, runs=1)
+    assert group.spread("SLTT", "net_s") == Spread(mean=9.0, deviation=None, runs=1)
+    assert "wall clocks leave out start-up, which ends with each start's first batch: 20 s of BPTT, 2 s of SLTT" in group.notes
+
+
+def test_a_run_that_did_not_tell_its_start_up_apart_has_no_wall_clock_to_compare():
+    (group,) = Study(title="t", runs=(run("BPTT"), run("SLTT", startup_s=None))).groups
+    assert group.ratios("SLTT", "wall_s") is None and group.spread("SLTT", "wall_s") is None
+
+
 def test_the_interval_of_a_mean():
     found = spread_of([1.0, 2.0, 3.0])
     assert found is not None and found.interval is not None

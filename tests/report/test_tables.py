@@ -203,21 +203,21 @@ def test_what_else_was_measured_of_a_rule():
     by_table = {"45 nm, fp32": 3e-5, "45 nm, int8": 2e-6}
     used = {"device_j": 2500.0, "inference": {"measured_j": 0.02, "prices": "45 nm, fp32", "energy_j_by_table": by_table}}
     runs = (
-        run(**about, net_s=10.0, operations={"forward": work(1e9)}),
-        run(**about, net_s=12.0, operations={"forward": work(3e9)}, seed=1),
-        run("SLTT", state_bytes=0, peak_device_bytes=0, operations={"feedback": work(0)}, **used),
+        run(**about, net_s=10.0, startup_s=9.0, operations={"forward": work(1e9)}),
+        run(**about, net_s=12.0, startup_s=3.0, operations={"forward": work(3e9)}, seed=1),
+        run("SLTT", state_bytes=0, startup_s=2.5, peak_device_bytes=0, operations={"feedback": work(0)}, **used),
     )
     found = tables.beside(Study(title="t", runs=runs).groups[0])
     assert found is not None and found.columns == (
-        "rule", "states beside saved bytes", "peak RSS", "wall clock net of restarts", "joules of training, measured",
+        "rule", "states beside saved bytes", "peak RSS", "start-up", "wall clock net of restarts", "joules of training, measured",
         "joules of an inference, measured", "joules of an inference, estimated (45 nm, int8)",
         "forward: multiplications", "forward: additions", "feedback: multiplications", "feedback: additions",
     )  # fmt: skip
     assert found.rows == (
-        ("BPTT", "1 ± 0 MB", "2 ± 0 GB", "11 ± 1.4 s", None, None, None, "2 ± 1.4 G", "3 ± 0 M", None, None),
-        ("SLTT", "0 B", None, None, "2.5 kJ", "20 mJ", "2 µJ", None, None, "0", "3 M"),
+        ("BPTT", "1 ± 0 MB", "2 ± 0 GB", "6 ± 4.2 s", "11 ± 1.4 s", None, None, None, "2 ± 1.4 G", "3 ± 0 M", None, None),
+        ("SLTT", "0 B", None, "2.5 s", None, "2.5 kJ", "20 mJ", "2 µJ", None, None, "0", "3 M"),
     )
-    assert tables.beside(Study(title="t", runs=(run(state_bytes=None),)).groups[0]) is None
+    assert tables.beside(Study(title="t", runs=(run(state_bytes=None, startup_s=None),)).groups[0]) is None
 
 
 def test_claims_that_do_not_hold_are_shown_so():

@@ -1,0 +1,141 @@
+"""On one core a launch under Ray ends, in every way that it can end, and leaves no process behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from pipeline.data.write import write_folder
+from pipeline.track.jsonl import read
+from tests.driver import Driver
+
+pytestmark = [pytest.mark.distributed, pytest.mark.full, pytest.mark.timeout(900)]
+
+GONE_S = 10.0
+"""after its last line"""
+MARK = "SPIKETRAIN_TEST_OF"
+"""in the environment of each process of a launch, whoever its parent is by then"""
+RECIPE = """
+from timm.optim import create_optimizer_v2
+from pipeline.data.beton import Beton
+from pipeline.models.nf_resnet import nf_resnet18_small
+from pipeline.objective import CrossEntropy
+from pipeline.recipe import Recipe, spec
+from pipeline.rules.sltt import SLTT
+from pipeline.schedule import cosine
+
+def recipe():
+    return Recipe(
+        name="one-core",
+        model=spec(nf_resnet18_small, classes=3, width=16, blocks=(1, 1)),
+        rule=spec(SLTT),
+        data=spec(Beton, folder={folder!r}, classes=3, size=32, crop="shift", flip="random"),
+        objective=spec(CrossEntropy),
+        optimizer=spec(create_optimizer_v2, opt="sgd", lr=0.1, momentum=0.9),
+        schedule=spec(cosine),
+        time_steps=4,
+        batch_size=16,
+        epochs=4,
+        checkpoint_every=5,
+        log_every=1,
+    )
+"""
+Launch = Callable[..., Driver]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one-core")
+    draw = np.random.default_rng(0)
+    for part, count in (("train", 80), ("val", 5)):
+        for label in range(3):
+            (folder / part / f"class{label}").mkdir(parents=True)
+            for index in range(count):
+                pixels = draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / part / f"class{label}" / f"{index}.jpg")
+    write_folder(folder, folder / "beton", workers=1)
+    (folder / "recipe.py").write_text(RECIPE.format(folder=str(folder / "beton")))
+    return folder
+
+
+@pytest.fixture
+def launch(folder: Path) -> Iterator[Launch]:
+    """`spiketrain WORDS` of the run of this name, on one core; a launch is one of one worker."""
+    started: list[Driver] = []
+
+    def started_now(verb: str, name: str, *words: str) -> Driver:
+        what = ["launch", str(folder / "recipe.py"), "--workers", "1", "--name", name] if verb == "launch" else [verb, name]
+        run = folder / "runs" / name
+        started.append(Driver(*what, *words, run=run, folder=folder, environment={MARK: str(folder)}))
+        return started[-1]
+
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # whoever is started inherits it
+    try:
+        yield started_now
+    finally:
+        os.sched_setaffinity(0, cores)
+        for driver in started:
+            driver.kill()
+
+
+def ends(driver: Driver, code: int, last: str) -> None:
+    """With this exit code, this in its last line, and nothing left of it soon after that line."""
+    assert driver.end() == code, driver.log.read_text()[-3000:]
+    said = driver.log.stat().st_mtime
+    while left := of_a_launch(driver.run.parent.parent):
+        assert time.time() - said < GONE_S, f"{left} are left:\n{driver.log.read_text()[-3000:]}"
+        time.sleep(0.1)
+    assert time.time() - said < GONE_S
+    assert re.search(last, driver.log.read_text().splitlines()[-1]), driver.log.read_text()[-3000:]
+
+
+def of_a_launch(folder: Path) -> list[str]:
+    """The processes that were started for it and have not ended."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def test_it_finishes(launch: Launch) -> None:
+    ends(launch("launch", "finished"), 0, "no baseline, no ratios")
+
+
+def test_it_is_stopped_by_ctrl_c_and_resumed(launch: Launch) -> None:
+    driver = launch("launch", "resumed")
+    driver.at_step(7)
+    driver.process.send_signal(signal.SIGINT)
+    ends(driver, 130, "stopped; go on with: ")
+    ends(launch("resume", "resumed"), 0, "no baseline, no ratios")
+    assert [event["event"] for event in read(driver.run / "journal.jsonl")].count("start") == 2
+
+
+def test_it_is_refused_once_ray_is_up(launch: Launch) -> None:
+    ends(launch("launch", "refused", "--set", "epochs=1"), 0, "no baseline, no ratios")
+    ends(launch("launch", "refused", "--set", "epochs=1"), 2, "refused")
+
+
+def test_it_diverges(launch: Launch) -> None:
+    ends(launch("launch", "diverged", "--set", "optimizer.lr=1e30"), 2, "optimizer.lr")
+
+
+def test_its_worker_is_killed(launch: Launch) -> None:
+    driver = launch("launch", "killed", "--max-restarts", "0")
+    driver.at_step(3)
+    [worker] = driver.workers()
+    worker.kill()
+    ends(driver, 1, "worker 0")
