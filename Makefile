@@ -9,7 +9,7 @@ WORKERS ?= 2
 PROCESSES := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pictures browser tools demo check format test test-full audit clean
+.PHONY: help setup pictures browser tools demo check format test test-full test-gpu audit clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,12 +42,15 @@ format: setup ## rewrite what ruff can
 
 # What starts processes of its own has the machine to itself; the rest is one process and one thread, and shares it.
 test: setup browser tools ## quick and distributed tests; installs chromium, shellcheck, docker-compose, promtool and kustomize
-	$(PROCESSES) $(BIN)/pytest -m "not full and not distributed" -n 2 --dist loadfile
-	$(PROCESSES) $(BIN)/pytest -m "distributed and not full"
+	$(PROCESSES) $(BIN)/pytest -m "not full and not distributed and not gpu" -n 2 --dist loadfile
+	$(PROCESSES) $(BIN)/pytest -m "distributed and not full and not gpu"
 
 test-full: setup tools ## the tests that take minutes, as root; installs PostgreSQL, Slurm's daemons and iproute2
 	@infra/setup.sh --servers
 	$(PROCESSES) $(BIN)/pytest -m full
+
+test-gpu: setup ## the tests that need an NVIDIA GPU
+	$(PROCESSES) $(BIN)/pytest -m gpu tests/gpu
 
 audit: setup ## known holes in the releases of requirements.lock, asked of PyPI (not of a mirror), by pip-audit
 	@test -x .audit/bin/pip-audit || { $(BIN)/python -m venv .audit && .audit/bin/python -m pip install --quiet pip-audit; }

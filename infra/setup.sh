@@ -58,6 +58,7 @@ install_everything() {
     make_venv
     install_package
     try_imports
+    tell_unusable_cards
     list_runtime_packages
     fingerprint >"$STAMP"
     say "ready after $((SECONDS - began)) s"
@@ -143,6 +144,14 @@ try_imports() {
     if [[ $(uname -m) == x86_64 ]]; then modules+=', numba.np.ufunc.tbbpool'; fi
     "$VENV/bin/python" -W ignore -c "import $modules" ||
         fail "installed, but does not import; the last line above names what is missing"
+}
+
+# Not a failure: a machine whose cards torch cannot use still trains on its CPU. The image is built without the code, and a card.
+tell_unusable_cards() {
+    local found
+    [[ -d pipeline ]] || return 0
+    found=$("$VENV/bin/python" -c 'from pipeline.measure.driver import unusable_cards; print(unusable_cards() or "")')
+    [[ -z $found ]] || say "$found"
 }
 
 # -------------------------------------------------------------------------------------------------------------- system packages

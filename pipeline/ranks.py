@@ -20,6 +20,10 @@ PATIENCE = timedelta(days=2)
 ALONE_PATIENCE = timedelta(minutes=30)
 
 
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+"""of a process group, by the device that computes: gloo would copy a GPU's tensors to the host and back"""
+
+
 @contextmanager
 def group_of_one(device: str) -> Iterator[None]:
     """Inside, this process is the only worker of a process group, without which DeepSpeed makes no engine.
@@ -32,7 +36,8 @@ def group_of_one(device: str) -> Iterator[None]:
     owned = not distributed.is_initialized()
     try:
         if owned:
-            distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1, timeout=ALONE_PATIENCE)
+            about = {"store": distributed.HashStore(), "rank": 0, "world_size": 1, "timeout": ALONE_PATIENCE}
+            distributed.init_process_group(BACKENDS[device], **about)
         yield
     finally:
         if owned and distributed.is_initialized():

@@ -22,6 +22,7 @@ from pipeline.guards.watchdog import Watchdog
 from pipeline.job import Job, Place, note_refusal, raise_refusal
 from pipeline.measure.clock import Clock
 from pipeline.measure.collectives import collectives_on
+from pipeline.measure.memory import is_out_of_memory
 from pipeline.ranks import Ranks
 from pipeline.recipe import Split
 from pipeline.refused import Refused, refusal_of
@@ -99,7 +100,9 @@ def _attempt(
 def _run_in_memory(attempt: Attempt, ranks: Ranks, tracker: Tracker) -> dict[str, Any] | None:
     try:
         return _run_on_whole_pages(attempt)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         parts = attempt.parts
         samples = halve(Path(parts.job.run), parts.split, split_of=lambda limit: _split_of(parts, limit))
         tracker.event("smaller", step=attempt.step, micro_batch=samples, reason=str(error))

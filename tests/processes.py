@@ -23,8 +23,7 @@ def run_ranks(work: Callable[..., Any], ranks: int, folder: Path, *args: Any) ->
     """
     get_context("forkserver").set_forkserver_preload(["tests.imported"])
     about = work, ranks, str(folder), args, dict(os.environ)
-    how = "spawn" if torch.cuda.is_available() else "forkserver"  # a forked process cannot use CUDA once it was looked for
-    multiprocessing.start_processes(_rank, about, nprocs=ranks, start_method=how)
+    multiprocessing.start_processes(_rank, about, nprocs=ranks, start_method="forkserver")
     return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 

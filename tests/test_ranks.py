@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -16,13 +17,23 @@ from pipeline.answers import Answers, read_answers, write_answers
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.measure.activity import LayerActivity
 from pipeline.objective import CrossEntropy
-from pipeline.ranks import Ranks
+from pipeline.ranks import Ranks, group_of_one
 from pipeline.refused import Diverged, Refused
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Linear
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda", "cpu:gloo,cuda:nccl")])
+def test_one_worker_alone_reduces_where_it_computes(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ray's workers do: over gloo alone a card's tensors would go through the host."""
+    asked: list[str] = []
+    monkeypatch.setattr(distributed, "init_process_group", lambda backend, **about: asked.append(backend))
+    with group_of_one(device):
+        assert os.environ["DS_ACCELERATOR"] == device
+    assert asked == [backend]
 
 
 def _talk(rank: int, size: int) -> dict[str, Any]:

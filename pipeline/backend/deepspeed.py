@@ -11,11 +11,12 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, distributed, nn
@@ -190,6 +191,36 @@ def _without(module: str) -> Iterator[None]:
             del sys.modules[module]
 
 
+class _OwnLines:
+    """Stands for `sys.stdout` while this thread imports something: what the thread prints goes to stderr.
+
+    The other threads keep their stdout: the main thread shows the run meanwhile.
+    """
+
+    def __init__(self, stdout: TextIO) -> None:
+        self._stdout, self._thread = stdout, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return self._of_this_thread().write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._of_this_thread(), name)
+
+    def _of_this_thread(self) -> TextIO:
+        return sys.stderr if threading.get_ident() == self._thread else self._stdout
+
+
+@contextmanager
+def _printing_to_stderr() -> Iterator[None]:
+    """Inside, what this thread prints goes to stderr: stdout may be JSON that a program reads."""
+    before = sys.stdout
+    sys.stdout = _OwnLines(before)
+    try:
+        yield
+    finally:
+        sys.stdout = before
+
+
 def import_deepspeed() -> Any:
     """Import DeepSpeed quietly, without the build of an extension that training does not use, and without MLflow.
 
@@ -202,7 +233,7 @@ def import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    with _without("mlflow"):
+    with _without("mlflow"), _printing_to_stderr():  # without nvcc 0.19.8 prints 7 lines on a machine with a GPU
         import deepspeed
     from deepspeed.runtime import constants
 

@@ -14,8 +14,8 @@ from pipeline.commands.hand_over import DryRun, Gpus, Image, Infra, Nodes, Parti
 from pipeline.commands.options import (
     RUNS,
     Address,
-    Cpus,
-    CpusOrAsBefore,
+    Cores,
+    CoresOrAsBefore,
     Device,
     DeviceOrAsBefore,
     Hang,
@@ -82,8 +82,8 @@ def launch(
     inline: Inline = False,
     address: Address = None,
     device: Device = "auto",
-    cpus_per_worker: Cpus = 1,
-    loader_threads: Loaders = 1,
+    cpus_per_worker: Cores = "auto",
+    loader_threads: Loaders = "auto",
     max_restarts: Restarts = 3,
     hang_minutes: Hang = 30.0,
     verify: Verify = "sampled",
@@ -124,8 +124,8 @@ def launch(
         inline=inline,
         address=address,
         device=device,
-        cpus_per_worker=cpus_per_worker,
-        loader_threads=loader_threads,
+        cpus_per_worker=count_or_auto(cpus_per_worker, option="launch: --cpus-per-worker", of="cores"),
+        loader_threads=count_or_auto(loader_threads, option="launch: --loader-threads", of="threads"),
         max_restarts=max_restarts,
         hang_minutes=hang_minutes,
         verify=verify,
@@ -171,7 +171,7 @@ def resume(
     inline: Inline = False,
     address: Address = None,
     device: DeviceOrAsBefore = None,
-    cpus_per_worker: CpusOrAsBefore = None,
+    cpus_per_worker: CoresOrAsBefore = None,
     loader_threads: LoadersOrAsBefore = None,
     max_restarts: RestartsOrAsBefore = None,
     hang_minutes: HangOrAsBefore = None,
@@ -186,13 +186,14 @@ def resume(
     --device to --side-by-side hold from then on; without them it goes on as it was launched.
     """
     _heed_signals()
-    from pipeline.launch.cluster import OPERATIONAL, parse_workers
+    from pipeline.launch.cluster import OPERATIONAL, option, parse_workers
     from pipeline.report.runs import find_run_or_suite
 
     asked = None if workers is None else parse_workers(workers)
     options = {field: context.params[field] for field in OPERATIONAL if is_typed(context, field)}  # device to side_by_side
-    if side_by_side is not None:
-        options["side_by_side"] = count_or_auto(side_by_side, option="resume: --side-by-side", of="runs")
+    for field, of in (("cpus_per_worker", "cores"), ("loader_threads", "threads"), ("side_by_side", "runs")):
+        if options.get(field) is not None:
+            options[field] = count_or_auto(options[field], option=f"resume: {option(field)}", of=of)
     folder = find_run_or_suite(runs, run)
     _go_on(folder, workers=asked, inline=inline, address=address, options=options, trust=tuple(trust))
 

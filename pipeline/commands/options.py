@@ -45,7 +45,10 @@ RUNS = Path("runs")
 _SIZES = "N|MIN:MAX|N,N,..."
 _DEVICE = typer.Option("--device", help="auto takes GPUs where there are any")
 _CPUS = typer.Option("--cpus-per-worker", min=1, help="cores reserved for a worker, and its torch threads")
-_LOADERS = typer.Option("--loader-threads", min=1, help="threads that read data in each worker")
+_CORES = typer.Option(
+    "--cpus-per-worker", metavar="N|auto", help="cores of a worker, and its torch threads; auto: its node's over the GPUs there"
+)
+_LOADERS = typer.Option("--loader-threads", metavar="N|auto", help="that read data in each worker; auto: its cores on a GPU")
 _RESTARTS = typer.Option("--max-restarts", min=0, help="how often dead workers are started again without a new checkpoint")
 _HANG = number_option("--hang-minutes", min=0, help="without a sign of life, until a worker is started again; 0: never")
 _VERIFY = typer.Option("--verify", help="compare pages of the data while reading: for one sample in 256, or for each")
@@ -62,7 +65,8 @@ Address = Annotated[
 ]
 Device = Annotated[Literal["auto", "cpu", "gpu"], _DEVICE]
 Cpus = Annotated[int, _CPUS]
-Loaders = Annotated[int, _LOADERS]
+Cores = Annotated[str, _CORES]
+Loaders = Annotated[str, _LOADERS]
 Restarts = Annotated[int, _RESTARTS]
 Hang = Annotated[float, _HANG]
 Verify = Annotated[Literal["sampled", "full"], _VERIFY]
@@ -80,8 +84,8 @@ SizesOrAsBefore = Annotated[
     str | None, typer.Option("--workers", metavar=_SIZES, help="processes; without it as many as it was launched with")
 ]
 DeviceOrAsBefore = Annotated[Literal["auto", "cpu", "gpu"] | None, _DEVICE]
-CpusOrAsBefore = Annotated[int | None, _CPUS]
-LoadersOrAsBefore = Annotated[int | None, _LOADERS]
+CoresOrAsBefore = Annotated[str | None, _CORES]
+LoadersOrAsBefore = Annotated[str | None, _LOADERS]
 RestartsOrAsBefore = Annotated[int | None, _RESTARTS]
 HangOrAsBefore = Annotated[float | None, _HANG]
 VerifyOrAsBefore = Annotated[Literal["sampled", "full"] | None, _VERIFY]

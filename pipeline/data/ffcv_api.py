@@ -1,6 +1,8 @@
-"""The parts of FFCV that this package builds on, imported in one place and without their side effect.
+"""The parts of FFCV that this package builds on, imported in one place and without their side effects.
 
-FFCV 1.0.2 sets torch's number of threads when it is imported, and whenever a loader is made.
+FFCV 1.0.2 sets torch's number of threads when it is imported, and whenever a loader is made. Where torch finds a GPU, the thread
+of its loader makes CUDA streams. A new thread starts on device 0, so every rank would open a context on that card. Our pipeline
+has no stage on a GPU and needs no stream.
 """
 
 from collections.abc import Iterator
@@ -26,6 +28,7 @@ with suppress(ImportError, OSError):  # one loader thread needs none
 with torch_threads_kept():
     from ffcv.fields import IntField, NDArrayField, RGBImageField
     from ffcv.libffcv import imdecode, resize_crop
+    from ffcv.loader import epoch_iterator
     from ffcv.loader.epoch_iterator import EpochIterator
     from ffcv.loader.loader import Loader
     from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
@@ -37,6 +40,8 @@ with torch_threads_kept():
     from ffcv.pipeline.state import State
     from ffcv.reader import Reader
     from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
+
+epoch_iterator.IS_CUDA = False
 
 __all__ = [
     "ALLOC_TABLE_TYPE",

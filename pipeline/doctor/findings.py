@@ -156,7 +156,10 @@ def _gpus(nodes: Sequence[Node]) -> Iterator[Finding]:
             if gpu.name.startswith("failed"):
                 advice = "see nvidia-smi and the kernel's log there; mend the card, or leave the node out"
                 yield Finding(check="gpus", state="bad", told=f"{node.name}: a GPU {gpu.name}", advice=advice)
-        if len(node.gpus) < node.promised_gpus:
+        if node.unusable is not None:
+            told, advice = node.unusable
+            yield Finding(check="gpus", state="bad", told=f"{node.name}: {told}", advice=advice)
+        elif len(node.gpus) < node.promised_gpus:
             told = f"{node.name}: torch finds {len(node.gpus)} of {node.promised_gpus} GPUs"
             advice = (
                 "see nvidia-smi and the kernel's log there, and that torch is a build for GPUs; mend it, or leave the node out; "
@@ -177,7 +180,11 @@ def _gpus(nodes: Sequence[Node]) -> Iterator[Finding]:
 
 
 def _has_its_cards(node: Node) -> bool:
-    return len(node.gpus) >= node.promised_gpus and not any(gpu.name.startswith("failed") for gpu in node.gpus)
+    return (
+        node.unusable is None
+        and len(node.gpus) >= node.promised_gpus
+        and not any(gpu.name.startswith("failed") for gpu in node.gpus)
+    )
 
 
 def _told(gpus: Sequence[Card]) -> str:

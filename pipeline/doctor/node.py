@@ -20,6 +20,7 @@ from pipeline.doctor.failed import failed
 from pipeline.doctor.mounts import remembers_absence
 from pipeline.doctor.run_lock import tried
 from pipeline.marker import Marker
+from pipeline.measure.driver import Unusable, unusable_cards
 
 PACKAGES = ("spiketrain", "torch", "deepspeed", "ray", "ffcv", "mlflow", "numpy", "numba", "timm")
 DEVICES = Path("/dev")
@@ -48,6 +49,8 @@ class Node:
     gpus: tuple[Card, ...]
     promised_gpus: int
     """how many there are to be at least: those that Ray gives to workers, or that NVIDIA's driver has made files for"""
+    unusable: Unusable | None
+    """what keeps torch from all of them"""
     trains: bool
     """whether workers may come here; the head of a cluster may have no cores for them"""
     sees_runs: bool
@@ -73,7 +76,8 @@ class Node:
 
 
 def examine(asked: Asked) -> Node:
-    runs, gpus = Path(asked.runs), cards()
+    runs, unusable = Path(asked.runs), unusable_cards()
+    gpus = cards() if unusable is None else ()  # each would only say the same
     device = "cuda" if gpus else "cpu"
     promised = _device_files() if asked.resources is None else int(asked.resources.get("GPU", 0))
     return Node(
@@ -85,6 +89,7 @@ def examine(asked: Asked) -> Node:
         },
         gpus=gpus,
         promised_gpus=promised,
+        unusable=unusable,
         trains=asked.resources is None or asked.resources.get("CPU", 0) > 0,
         sees_runs=asked.marker.is_in(runs),
         run_lock=tried(runs / asked.marker.name),

@@ -58,7 +58,7 @@ def visit(
             if place is not None:
                 found += of_kept([try_address(Wanted(address=place))], address=place, needed_bytes=elsewhere)
         else:
-            with Ray(workers=0, address=address) as cluster:
+            with Ray(workers=0, device="cpu", address=address) as cluster:
                 answers = cluster.nodes.on_each(examine, lambda has: replace(asked, resources=has), within_s=EXAMINED_S)
                 found = list(of_silent([each for each in answers if isinstance(each, Silent)]))
                 nodes = [each for each in answers if not isinstance(each, Silent)]

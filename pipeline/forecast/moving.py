@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.forecast.bench import TIMED, UNTIMED, Bench
 from pipeline.guards.batches import Guard, takes_back
 from pipeline.loop import train
+from pipeline.measure.collectives import collectives_on
 from pipeline.measure.stopwatch import seconds_of
 from pipeline.ranks import Ranks, group_of_one
 
@@ -27,10 +28,12 @@ def moving_s(bench: Bench) -> float:
     recipe, device = bench.recipe, bench.x_B.device
     with group_of_one(device.type), bench.in_memory(f"{recipe.name}'s move"):
         network, rule = bench.attached(recipe.rule)
-        backend, meters = bench.own_backend(network, rule), bench.meters(network)
-        look = _Look(Guard(backend, rule, Ranks(device=device.type), takes_back=takes_back(recipe, rule)), device)
-        batches = ((step, bench.micro_batches()) for step in range(UNTIMED + TIMED))
-        train(rule, backend, lambda step: None, batches, bench.loss, meters, look)
+        meters = bench.meters(network)
+        with collectives_on(meters.clock):  # what an engine alone says to itself is no part of the optimizer
+            backend = bench.own_backend(network, rule)
+            look = _Look(Guard(backend, rule, Ranks(device=device.type), takes_back=takes_back(recipe, rule)), device)
+            batches = ((step, bench.micro_batches()) for step in range(UNTIMED + TIMED))
+            train(rule, backend, lambda step: None, batches, bench.loss, meters, look)
     of_batches = zip(look.seconds, look.moves, meters.clock.take(), strict=True)
     moves = [(looking + parts["optimizer"]) / moves for looking, moves, parts in of_batches]
     return statistics.median(moves[UNTIMED:])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self
 
 from pipeline.job import Job
+from pipeline.measure.driver import unusable_cards
 from pipeline.refused import Refused
 
 Device = Literal["auto", "cpu", "gpu"]
@@ -22,6 +23,12 @@ def takes_gpus(device: Device, workers: int, gpus: int) -> bool:
     if gpus < workers:
         raise Refused(f"launch: {workers} workers need as many GPUs; there are {gpus}; take fewer workers or --device cpu")
     return True
+
+
+def refuse_unusable_cards(device: Device) -> None:
+    """Raises: Refused where this machine has GPUs that torch cannot use; with `cpu` nobody asks for them."""
+    if device != "cpu" and (found := unusable_cards()) is not None:
+        raise Refused(f"launch: {found}")
 
 
 class Launcher(Protocol):

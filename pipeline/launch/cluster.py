@@ -45,8 +45,10 @@ class Cluster:
     address: str | None = None
     """of a Ray cluster that is there; None, or "local": one of our own, on this machine"""
     device: Device = "auto"
-    cpus_per_worker: int = 1
-    loader_threads: int = 1
+    cpus_per_worker: int | Literal["auto"] = "auto"
+    """cores of a worker; auto: its node's cores over its GPUs where it has a GPU, else one (`launch/shares.py`)"""
+    loader_threads: int | Literal["auto"] = "auto"
+    """that read data in a worker; auto: as many as its cores where it has a GPU, else one"""
     max_restarts: int = 3
     hang_minutes: float = 30.0
     """between two signs of life of a worker, after which it writes down its stacks and ends; 0: nobody watches"""
@@ -64,11 +66,8 @@ class Cluster:
             object.__setattr__(self, "workers", tuple(self.workers))
         if self.address == "local":
             object.__setattr__(self, "address", None)
-        counts: dict[str, object] = {
-            "workers": self.workers,
-            "cpus_per_worker": self.cpus_per_worker,
-            "loader_threads": self.loader_threads,
-        }
+        counts: dict[str, object] = {"workers": self.workers}
+        counts |= {name: each for name in ("cpus_per_worker", "loader_threads") if (each := getattr(self, name)) != "auto"}
         refuse_unless_counts("cluster", counts)
         refuse_unless_counts("cluster", {"max_restarts": self.max_restarts}, least=0)
         if self.checkpoints is not None:
@@ -83,10 +82,13 @@ class Cluster:
 
     @property
     def of_workers(self) -> dict[str, Any]:
-        """What each worker is told of it: fields of pipeline.job.Job."""
+        """What each worker is told of it: fields of pipeline.job.Job.
+
+        The launcher puts what it finds in the place of `auto`, once it knows the nodes.
+        """
         return {
-            "threads": self.cpus_per_worker,
-            "loader_threads": self.loader_threads,
+            "threads": 1 if self.cpus_per_worker == "auto" else self.cpus_per_worker,
+            "loader_threads": 1 if self.loader_threads == "auto" else self.loader_threads,
             "hang_minutes": self.hang_minutes,
             "verify": self.verify,
             "own_cores": self.side_by_side != 1,
@@ -103,11 +105,12 @@ class Cluster:
                 if getattr(self, name) != getattr(Cluster, name):
                     got = told(self.sizes) if name == "workers" else getattr(self, name)
                     raise ValueError(f"cluster: --inline is one worker in this process, without Ray; got {option(name)} {got}")
-            return Inline(device=self.device)
+            return Inline(device=self.device, loader_threads=self.loader_threads)
         return Ray(
             workers=self.workers,
             address=self.address,
             cpus_per_worker=self.cpus_per_worker,
+            loader_threads=self.loader_threads,
             device=self.device,
             max_restarts=self.max_restarts,
             node_loss=self.node_loss,

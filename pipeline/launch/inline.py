@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any, Self
+from dataclasses import replace
+from typing import Any, Literal, Self
 
 import torch
 
 from pipeline.cores import cores_here
 from pipeline.job import Job, Place
-from pipeline.launch.base import Device, takes_gpus
+from pipeline.launch.base import Device, refuse_unusable_cards, takes_gpus
+from pipeline.launch.shares import share_of
 from pipeline.malloc import keep_freed_memory
 from pipeline.ranks import group_of_one
 from pipeline.worker import run
@@ -20,8 +22,10 @@ class Inline:
 
     workers = 1
 
-    def __init__(self, *, device: Device = "auto") -> None:
+    def __init__(self, *, device: Device = "auto", loader_threads: int | Literal["auto"] = "auto") -> None:
+        refuse_unusable_cards(device)
         self.device = "cuda" if takes_gpus(device, 1, torch.cuda.device_count()) else "cpu"
+        self.loader_threads: int | Literal["auto"] = loader_threads
         self._group = ExitStack()
 
     def __enter__(self) -> Self:
@@ -40,4 +44,8 @@ class Inline:
 
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
         del attempt
+        if self.device == "cuda":
+            here = {"CPU": float(cores_here()), "GPU": float(torch.cuda.device_count())}
+            share = share_of([here], gpus=True, loader_threads=self.loader_threads)
+            job = replace(job, threads=share.cores, loader_threads=share.loader_threads)
         return run(job, Place(device=self.device))

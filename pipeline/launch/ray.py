@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import signal
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from torch import distributed
 
 from pipeline.cores import cores_here, cores_of_a_node, cores_of_machines
 from pipeline.door import TOKEN_ADVICE, draw_token, heard, knock, offer_token, reason
 from pipeline.job import STOP, Job, Notice, Place, asked_by
-from pipeline.launch.base import Device, LaunchError, Silent, WorkersEnded, takes_gpus
+from pipeline.launch.base import Device, LaunchError, Silent, WorkersEnded, refuse_unusable_cards, takes_gpus
 from pipeline.launch.environment import of_worker
 from pipeline.launch.innermost import innermost
 from pipeline.launch.node_loss import NodeLoss, waits_for
 from pipeline.launch.nodes import Nodes
 from pipeline.launch.places import no_place
+from pipeline.launch.shares import Share, share_of
 from pipeline.launch.signals import withheld
+from pipeline.measure.driver import unusable_cards
 from pipeline.ranks import PATIENCE, Ranks
 from pipeline.refused import Refused
 from pipeline.run.writer import journal
@@ -58,7 +61,8 @@ class Ray:
         workers: processes that train together; of several numbers (ascending) as many as there is room for, from time to time.
         address: of an existing cluster (`auto`, `host:6379`, `ray://...`); None starts one here.
         device: whether each worker gets a GPU; see `takes_gpus`.
-        cpus_per_worker: cores that Ray reserves for a worker; torch gets one thread for each.
+        cpus_per_worker: cores that Ray reserves for a worker; torch gets one thread for each. See `share_of` for `auto`.
+        loader_threads: that read data in each worker; likewise.
         max_restarts: how often the workers are started again after one of them died, with nothing new between (`restarts.py`).
         node_loss: how long a node that says nothing is waited for.
         work: what a worker does with its job; benchmarks measure inside it.
@@ -69,7 +73,8 @@ class Ray:
         *,
         workers: int | tuple[int, ...],
         address: str | None = None,
-        cpus_per_worker: int = 1,
+        cpus_per_worker: int | Literal["auto"] = "auto",
+        loader_threads: int | Literal["auto"] = "auto",
         device: Device = "auto",
         max_restarts: int = 3,
         node_loss: NodeLoss = "fast",
@@ -80,7 +85,8 @@ class Ray:
         self.workers = self.sizes[0]
         self.node_loss: NodeLoss = node_loss
         self.address = address
-        self.cpus_per_worker = cpus_per_worker
+        self.cpus_per_worker: int | Literal["auto"] = cpus_per_worker
+        self.loader_threads: int | Literal["auto"] = loader_threads
         self.device: Device = device
         self.max_restarts = max_restarts
         self.nodes = Nodes()
@@ -89,6 +95,8 @@ class Ray:
     def __enter__(self) -> Self:
         """Join the cluster, or start one: in the main thread, because Ray's servers end with the thread that started them."""
         of_own = ALONE if self.address is None else {}
+        if self.address is None:
+            refuse_unusable_cards(self.device)
         for name, value in {**SETTINGS, **of_own, **waits_for(self.node_loss, sizes=len(self.sizes))}.items():
             os.environ.setdefault(name, value)
         (draw_token if self.address is None else offer_token)()  # Ray reads its settings when it is imported
@@ -100,7 +108,8 @@ class Ray:
             said: list[str] = []
             try:
                 if self.address is None:
-                    cores = max(self.workers * self.cpus_per_worker, cores_here())
+                    asked = 1 if self.cpus_per_worker == "auto" else self.cpus_per_worker
+                    cores = max(self.workers * asked, cores_here())
                     # Not one that somebody else has started on this machine, which Ray would join if it were not told so.
                     here = {"address": "local", "num_cpus": cores, "include_dashboard": False}
                     with withheld(signal.SIGHUP):  # a lost terminal tells all of its processes; workers have to save first
@@ -113,12 +122,11 @@ class Ray:
                 raise Refused(f"ray: a token must be at hand; got none: {error.message}; {TOKEN_ADVICE}") from error
             except (OSError, RuntimeError) as error:  # a ConnectionError is an OSError
                 raise Refused(f"ray: no cluster let us in at {self.address!r}: {reason(error, said)}") from error
-        wanted, there = self.workers * self.cpus_per_worker, ray.cluster_resources().get("CPU", 0)
-        if there < wanted:
+        try:
+            self._check_room()
+        except BaseException:
             self.__exit__()
-            raise Refused(
-                f"launch: {self.workers} workers x {self.cpus_per_worker} cpus need {wanted} cores; the cluster has {there:.0f}"
-            )
+            raise
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -128,13 +136,39 @@ class Ray:
             ray.shutdown()
             self._owned = False
 
+    def _check_room(self) -> None:
+        """Raises: Refused where there are too few cores or GPUs, or GPUs that torch cannot use."""
+        import ray
+
+        gpus, there = self._takes_gpus(), ray.cluster_resources().get("CPU", 0)
+        share = self._share(gpus=gpus)
+        if there < (wanted := self.workers * share.cores):
+            raise Refused(f"launch: {self.workers} workers x {share.cores} cpus need {wanted} cores; the cluster has {there:.0f}")
+        if gpus and self.address is not None:  # of this machine it is known
+            told = self.nodes.on_each(_unusable_cards, lambda has: int(has.get("GPU", 0)), within_s=ASKED_S)
+            for found in told:  # who is silent is found by whoever sends it a worker
+                if isinstance(found, str):
+                    raise Refused(f"launch: {found}")
+
+    def _takes_gpus(self) -> bool:
+        import ray
+
+        return takes_gpus(self.device, self.workers, int(ray.cluster_resources().get("GPU", 0)))
+
+    def _share(self, *, gpus: bool) -> Share:
+        """Of one worker, on the nodes that are up now."""
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]] if gpus else []
+        return share_of(nodes, gpus=gpus, cores=self.cpus_per_worker, loader_threads=self.loader_threads)
+
     def room(self) -> int:
         import ray
 
-        there, of_a_run = ray.cluster_resources(), self.workers * self.cpus_per_worker
-        gpus = int(there.get("GPU", 0))
-        if takes_gpus(self.device, self.workers, gpus):
-            return min(int(there.get("CPU", 0)) // of_a_run, gpus // self.workers)
+        there, gpus = ray.cluster_resources(), self._takes_gpus()
+        of_a_run = self.workers * self._share(gpus=gpus).cores
+        if gpus:
+            return min(int(there.get("CPU", 0)) // of_a_run, int(there["GPU"]) // self.workers)
         return self._cores() // of_a_run
 
     def _cores(self) -> int:
@@ -163,12 +197,15 @@ class Ray:
         from pipeline.launch.restarts import has_no_place, needs_the_user
         from pipeline.launch.trainer import Trainer
 
-        gpus = takes_gpus(self.device, self.workers, int(ray.cluster_resources().get("GPU", 0)))
+        gpus = self._takes_gpus()
+        share = self._share(gpus=gpus)
+        if gpus:
+            job = replace(job, threads=share.cores, loader_threads=share.loader_threads)
         elastic = len(self.sizes) > 1
         # In a cluster of our own, also of a suite's that this process has joined; it is asked for its nodes, not this process for
         # its address, which may be a client's of elsewhere.
         alone = all(node["NodeManagerAddress"] == HOST for node in ray.nodes() if node["Alive"])
-        told = of_worker(threads=self.cpus_per_worker, loader_threads=job.loader_threads, gpus=gpus, alone=alone)
+        told = of_worker(threads=share.cores, loader_threads=job.loader_threads, gpus=gpus, alone=alone)
         trainer = Trainer(
             partial(_train, work=self.work, sizes=self.sizes),
             sizes=self.sizes,
@@ -180,7 +217,7 @@ class Ray:
                 num_workers=(self.sizes[0], self.sizes[-1]) if elastic else self.workers,
                 elastic_resize_monitor_interval_s=LOOK_S,
                 use_gpu=gpus,
-                resources_per_worker={"CPU": self.cpus_per_worker, **({"GPU": 1} if gpus else {})},
+                resources_per_worker={"CPU": share.cores, **({"GPU": 1} if gpus else {})},
             ),
             run_config=RunConfig(
                 name=f"attempt-{attempt}",  # a new name each time: nothing that Ray remembers can stand in the way
@@ -205,6 +242,12 @@ class Ray:
         if outcome is not None and "refused" in outcome:
             raise Refused(outcome["refused"])
         return outcome
+
+
+def _unusable_cards(gpus: int) -> str | None:
+    """What keeps torch from the GPUs of the node that this runs on, which Ray counts so many of."""
+    found = unusable_cards() if gpus else None
+    return None if found is None else f"{platform.node()}: {found}"
 
 
 def _wait_for_others(hang_minutes: float) -> None:

@@ -84,6 +84,9 @@ class Watch:
         else:
             what = f"{event.get('rule')} on {event.get('world_size')} workers, {total} steps of {event.get('batch_size')} samples"
             self._say(f"start   {what}, study {str(event.get('study', ''))[:8]}, commit {event.get('commit')}")
+        if (event.get("hardware") or {}).get("gpu", "none") != "none":
+            cores, loaders = event["hardware"].get("threads"), event.get("loader_threads")
+            self._say(f"cores   {cores} for each GPU, {loaders} loader threads (--cpus-per-worker, --loader-threads)")
         if self._has_bar:
             if self._bar is None:
                 self._bar = _bar(self._console)
@@ -161,6 +164,10 @@ class Watch:
     def _on_straggler(self, event: dict[str, Any]) -> None:
         for rank, about in (event.get("workers") or {}).items():
             self._say(f"worker {rank} on {about.get('host')} takes {about.get('times', 0):.1f} times as long as the others")
+
+    def _on_data_wait(self, event: dict[str, Any]) -> None:
+        waits = f"training waits for data {_share(event.get('share'))} of the time"
+        self._say(f"{waits}: take more --loader-threads, now {event.get('loader_threads')}, and more --cpus-per-worker")
 
     def _on_smaller(self, event: dict[str, Any]) -> None:
         self._say(f"out of memory: at most {event.get('micro_batch')} samples at a time from here on")

@@ -194,9 +194,46 @@ def free_bytes(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device, or this machine, had no more to give; for the latter torch 2.13 has no class of its own."""
-    refused = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
-    return refused or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    """Whether the device, or this machine, had no more memory to give.
+
+    torch (2.13) raises `OutOfMemoryError` where its own allocator on a GPU fails. Everywhere else it raises a RuntimeError with
+    the text of whoever failed: its allocator on a CPU, cuBLAS, cuDNN, NCCL, the driver.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    said = str(error).lower()
+    return any(text in said for text in _OUT_OF_MEMORY) or (any(text in said for text in _PERHAPS) and _is_card_full())
+
+
+_OUT_OF_MEMORY = (
+    "out of memory",  # "CUDA out of memory", "CUDA error: out of memory", NCCL's "Cuda failure 2 'out of memory'"
+    "cuda_error_out_of_memory",
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "allocation_failed",  # cuDNN 9: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED and ..._HOST_ALLOCATION_FAILED
+    "can't allocate memory",  # torch's DefaultCPUAllocator
+    "cannot allocate memory",  # the kernel's text, of a mapping
+)
+_PERHAPS = (
+    "cudnn_status_internal_error",
+    "cudnn_status_not_initialized",
+    "cublas_status_not_initialized",
+    "unable to find a valid cudnn algorithm",
+    "unable to find an engine to execute this computation",
+)
+"""These have other causes, too. A full card is the common one: their workspaces and handles are not of torch's allocator."""
+_FULL = 0.05
+"""of a card's memory is free, or less"""
+
+
+def _is_card_full() -> bool:
+    try:
+        free, total = torch.cuda.mem_get_info()
+    except (RuntimeError, AssertionError):  # no card, a torch without CUDA, or a card that answers no more
+        return False
+    return free <= _FULL * total
 
 
 def reset_peak_device_bytes(device: torch.device) -> None:

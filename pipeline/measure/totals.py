@@ -58,6 +58,10 @@ class Totals:
         """Seconds in the mean; None where no batch was steady."""
         return self.steady_seconds[part] / self.steady_batches if self.steady_batches else None
 
+    def share_of_steady_time(self, part: Part) -> float:
+        """In 0..1; 0 where no batch was steady."""
+        return self.steady_seconds[part] / self.steady_s if self.steady_s else 0.0
+
     @property
     def steady_s(self) -> float:
         return sum(self.steady_seconds.values())

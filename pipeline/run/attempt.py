@@ -38,6 +38,11 @@ from pipeline.run.saving import Saving
 from pipeline.tasks import Learnt, mean_of
 from pipeline.track.jsonl import read
 
+MOST_DATA_WAIT = 0.2
+"""of the time of steady batches: a loader that takes more is told of"""
+STEADY_ENOUGH = 50
+"""batches, before that is judged"""
+
 
 class Attempt:
     """Trains the rest of a run with the parts of this process."""
@@ -63,6 +68,7 @@ class Attempt:
         """in the last evaluation, on each task so far"""
         self.stop_asked = False
         self.watchdog = parts.watchdog
+        self.told_data_wait = False
         self.skipped = (*self.recipe.skip, *parts.skipped.batches)
         self.guard = Guard(
             self.backend,
@@ -200,6 +206,7 @@ class Attempt:
         if self.step % recipe.log_every == 0 or last:
             metrics = self.meters.take(self.ranks.sum)
             self._tell_stragglers()
+            self._tell_data_wait()
             metrics["lr"] = self.backend.optimizer.param_groups[0]["lr"]
             metrics |= {f"rule_{name}": value for name, value in self.figures.now().items()}
             with self.meters.between("tracking"):
@@ -214,6 +221,15 @@ class Attempt:
             hosts = self.ranks.each(socket.gethostname())
             told = {str(rank): {"times": times, "host": hosts[rank]} for rank, times in slow.items()}
             self.tracker.event("straggler", step=self.step, workers=told)
+
+    def _tell_data_wait(self) -> None:
+        """Once an attempt, where this rank waits for its data for much of the time."""
+        totals = self.meters.totals
+        share = totals.share_of_steady_time("data_wait")
+        if not self.told_data_wait and totals.steady_batches >= STEADY_ENOUGH and share > MOST_DATA_WAIT:
+            self.told_data_wait = True
+            about = {"share": share, "loader_threads": self.job.loader_threads}
+            self.tracker.event("data_wait", step=self.step, **about)
 
     # ----------------------------------------------------------------------------------------------------------- epochs
 

@@ -105,9 +105,10 @@ def _entrypoint(order: Order, *, gpus: bool) -> list[str]:
 
 def _pods(order: Order, workers: int, limits: dict[str, Any], *, most: int) -> int:
     """How many pods hold the order's runs of so many workers: each takes a GPU, if the pods have any, and its cores."""
-    asked = order.option("--cpus-per-worker") or "1"
+    asked = order.option("--cpus-per-worker") or "auto"
+    asked = "1" if asked == "auto" else asked  # where workers have a GPU each, as many as fit
     if not asked.isdecimal() or int(asked) < 1:
-        raise ValueError(f"k8s: --cpus-per-worker must be a whole number >= 1; got {asked!r}")
+        raise ValueError(f"k8s: --cpus-per-worker must be a whole number >= 1 or auto; got {asked!r}")
     room = _cpus(limits) // int(asked)
     if _gpus(limits) and order.option("--device") != "cpu":
         room = min(room, _gpus(limits))

@@ -12,12 +12,14 @@ from pipeline.doctor.findings import Finding, of_clocks, of_kept, of_network, of
 from pipeline.doctor.node import PACKAGES, Node
 from pipeline.doctor.stranger import Stranger
 from pipeline.launch.base import Silent
+from pipeline.measure.driver import Unusable
 
 NODE = Node(
     name="one",
     versions={"python": "3.11.7", **dict.fromkeys(PACKAGES, "1.0")},
     gpus=(),
     promised_gpus=0,
+    unusable=None,
     trains=True,
     sees_runs=True,
     run_lock="held",
@@ -61,6 +63,12 @@ def test_nodes_that_are_well_and_alike() -> None:
             "two: a GPU failed: RuntimeError: CUDA",
         ),
         (replace(OTHER, promised_gpus=8), "gpus", "bad", "two: torch finds 0 of 8 GPUs"),
+        (
+            replace(OTHER, promised_gpus=8, unusable=Unusable("torch is built without CUDA", "install")),
+            "gpus",
+            "bad",
+            "two: torch is built without CUDA",
+        ),
         (
             replace(OTHER, gpus=(Card(name="H100"),), promised_gpus=2),
             "gpus",

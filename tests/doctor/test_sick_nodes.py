@@ -21,6 +21,7 @@ from pipeline.doctor.run_lock import tried
 from pipeline.doctor.stranger import Stranger
 from pipeline.launch.base import LaunchError, Silent
 from pipeline.marker import Marker
+from pipeline.measure.driver import Unusable
 from tests.doctor.test_findings import NODE
 from tests.nodes import TOKEN, nodes
 
@@ -187,6 +188,17 @@ def test_the_cards_that_are_to_be_there(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     found = examine(Asked(runs=str(tmp_path), marker=Marker("x", "y"), resources=resources))
     assert (found.promised_gpus, found.trains) == (promised, trains)
+
+
+def test_cards_that_torch_cannot_use_are_told_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch counts them by NVML, so that each would be tried in vain."""
+    for name in ("_ffcv", "_threading_layer"):
+        monkeypatch.setattr(node, name, lambda: "ok")
+    unusable = Unusable("torch is built for CUDA 13.0 and cannot use the 8 GPUs here", "install driver 580 or newer")
+    monkeypatch.setattr(node, "unusable_cards", lambda: unusable)
+    monkeypatch.setattr(node, "cards", lambda: pytest.fail("tried"))
+    found = examine(Asked(runs=str(tmp_path), marker=Marker("x", "y"), resources={"CPU": 64.0, "GPU": 8.0}))
+    assert (found.unusable, found.gpus, found.device) == (unusable, (), "cpu")
 
 
 def test_a_node_without_tbb(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,17 +41,20 @@ BATCH, STEPS, STEPS_PER_EPOCH = 8, 20, 8
 NEVER = (-1, -1)
 
 
-def room_for(patch: pytest.MonkeyPatch, samples: int) -> None:
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def room_for(patch: pytest.MonkeyPatch, samples: int, *, error: Exception = FULL) -> None:
     for rule in (SLTT, OTTT):
-        _room_for(patch, rule, samples)
+        _room_for(patch, rule, samples, error)
 
 
-def _room_for(patch: pytest.MonkeyPatch, rule: type[Rule], samples: int) -> None:
+def _room_for(patch: pytest.MonkeyPatch, rule: type[Rule], samples: int, error: Exception) -> None:
     original = rule.objectives
 
     def objectives(self: Rule, model: Any, x_TB: Any, *words: Any, **more: Any) -> Any:
         if x_TB.shape[1] > samples:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            raise error
         return original(self, model, x_TB, *words, **more)
 
     patch.setattr(rule, "objectives", objectives)
@@ -69,6 +72,21 @@ def test_the_micro_batch_is_halved_until_it_fits(tmp_path: Path, monkeypatch: py
     ]  # fmt: skip
     train_inline(tmp_path / "told", small_recipe(micro_batch=2))
     assert same_weights(tmp_path / "hit", tmp_path / "told")
+
+
+def test_it_is_halved_too_where_another_than_torchs_allocator_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    room_for(monkeypatch, 4, error=RuntimeError(said))
+    train_inline(tmp_path / "hit", small_recipe(stop_after=1))
+    smaller = [event for event in read(tmp_path / "hit" / "journal.jsonl") if event["event"] == "smaller"]
+    assert [(event["micro_batch"], event["reason"]) for event in smaller] == [(4, said)]
+
+
+def test_another_error_of_the_device_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room_for(monkeypatch, 4, error=RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        train_inline(tmp_path / "hit", small_recipe(stop_after=1))
+    assert not (tmp_path / "hit" / FILE).exists()
 
 
 def of_20_steps(**changes: Any) -> Recipe:

@@ -32,9 +32,9 @@ def bench_of(backend: Literal["deepspeed", "plain"], **changes: Any) -> Bench:
 
 
 def slept(method: Callable[..., Any]) -> Callable[..., Any]:
-    def sleeping(*args: Any) -> Any:
+    def sleeping(*args: Any, **more: Any) -> Any:
         time.sleep(SLEEP)
-        return method(*args)
+        return method(*args, **more)
 
     return sleeping
 
@@ -68,6 +68,19 @@ def test_a_move_has_the_look_at_the_gradients_in_it_and_what_is_kept_before(monk
     for name in ("verdict", "keep"):
         monkeypatch.setattr(Guard, name, slept(getattr(Guard, name)))
     assert 2 * SLEEP <= moving_s(bench) < 3 * SLEEP
+
+
+def test_what_an_engine_alone_says_to_itself_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed 0.19.8 reduces over one worker, too; what several say to one another is planned by itself."""
+    bench, reduced = bench_of("deepspeed"), list[int]()
+
+    def reducing(*about: Any, of: Callable[..., Any] = distributed.all_reduce, **more: Any) -> Any:
+        reduced.append(1)
+        return slept(of)(*about, **more)
+
+    monkeypatch.setattr(distributed, "all_reduce", reducing)
+    assert moving_s(bench) < SLEEP
+    assert reduced
 
 
 def test_of_a_rule_that_moves_the_weights_at_every_step_it_is_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,3 +65,14 @@ def test_locked_nothing_is_fetched_that_has_no_hash(clone: Path) -> None:
     )
     assert {"--require-hashes", "--no-build-isolation", "requirements.lock"} <= set(releases.split())
     assert {"--no-deps", "--no-build-isolation", "--editable"} <= set(package.split())
+
+
+def test_cards_that_torch_cannot_use_are_told_of_and_no_failure(clone: Path) -> None:
+    """The sentence is that of the clone's own code."""
+    (clone / "pipeline" / "measure").mkdir(parents=True)
+    said = "def unusable_cards():\n    return 'install driver 580 or newer'\n"
+    for name, code in (("__init__.py", ""), ("measure/__init__.py", ""), ("measure/driver.py", said)):
+        (clone / "pipeline" / name).write_text(code)
+    done = set_up(clone)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines().count("setup: install driver 580 or newer") == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -23,9 +23,12 @@ from pipeline.cores import physical_cores
 from pipeline.job import Job, Place
 from pipeline.launch import trainer
 from pipeline.launch.base import LaunchError, Silent, WorkersEnded
+from pipeline.launch.inline import Inline
 from pipeline.launch.loopback import OnLoopback
 from pipeline.launch.places import NoPlace
 from pipeline.launch.ray import Ray, _train
+from pipeline.measure.driver import Unusable
+from pipeline.refused import Refused
 
 
 @pytest.mark.parametrize("hang_minutes", [0.3, 30.0, 600.0])
@@ -72,7 +75,82 @@ def test_runs_side_by_side_find_as_much_room_as_there_are_physical_cores(monkeyp
     monkeypatch.setattr(launcher.nodes, "on_each", on_each)
     assert launcher.room() == min(64, here) and Ray(workers=1, device="cpu").room() == here
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 128.0, "GPU": 8.0})
-    assert Ray(workers=2, address="10.0.0.1:6379", device="gpu").room() == 4  # each worker has a card, whatever its cores are
+    monkeypatch.setattr(ray, "nodes", lambda: NODES)
+    assert Ray(workers=2, address="10.0.0.1:6379", device="gpu").room() == 4  # each worker has a card
+
+
+NODES = [{"NodeManagerAddress": f"10.0.0.{index}", "Alive": True, "Resources": {"CPU": 64.0, "GPU": 8.0}} for index in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("said", "cores", "loaders"),
+    [({}, 8, 8), ({"cpus_per_worker": 4}, 4, 4), ({"cpus_per_worker": 4, "loader_threads": 3}, 4, 3)],
+)
+def test_a_worker_with_a_gpu_gets_its_share_of_the_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: dict[str, Any], cores: int, loaders: int
+) -> None:
+    launcher = Ray(workers=2, device="auto", address="10.0.0.1:6379", **said)
+    asked = run(tmp_path, monkeypatch, None, nodes=NODES, resources={"CPU": 128.0, "GPU": 16.0}, launcher=launcher)
+    assert asked["scaling_config"].resources_per_worker == {"CPU": cores, "GPU": 1}
+    assert (asked["job"]["threads"], asked["job"]["loader_threads"]) == (cores, loaders)
+    told = asked["run_config"].worker_runtime_env["env_vars"]
+    assert (told["OMP_NUM_THREADS"], told["NUMBA_NUM_THREADS"]) == (str(cores), str(loaders))
+
+
+def test_a_worker_on_a_cpu_gets_one_core_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = run(tmp_path, monkeypatch, None, nodes=NODES, resources={"CPU": 128.0, "GPU": 16.0})
+    assert asked["scaling_config"].resources_per_worker == {"CPU": 1}
+    assert (asked["job"]["threads"], asked["job"]["loader_threads"]) == (1, 1)
+
+
+def in_a_cluster(patch: pytest.MonkeyPatch, **resources: float) -> None:
+    patch.setattr(os, "environ", {**os.environ})
+    patch.setattr(ray, "is_initialized", lambda: True)
+    patch.setattr(ray, "nodes", lambda: NODES)
+    patch.setattr(ray, "cluster_resources", lambda: resources)
+
+
+def test_cards_that_torch_cannot_use_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    unusable = Unusable("torch is built for CUDA 13.0 and cannot use the GPU here", "install driver 580 or newer")
+    monkeypatch.setattr("pipeline.launch.base.unusable_cards", lambda: unusable)
+    said = "^launch: torch is built for CUDA 13.0 and cannot use the GPU here; install driver 580 or newer$"
+    monkeypatch.setattr(ray, "init", lambda **about: pytest.fail("started"))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    for device in ("auto", "gpu"):
+        with pytest.raises(Refused, match=said), Ray(workers=1, device=device):
+            pass
+        with pytest.raises(Refused, match=said):
+            Inline(device=device)
+    assert Inline(device="cpu").device == "cpu"
+
+
+def test_so_are_those_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_a_cluster(monkeypatch, CPU=128.0, GPU=16.0)
+    launcher, asked = Ray(workers=2, address="auto"), list[int]()
+
+    def on_each(work: Any, given: Any, *, within_s: float) -> list[Any]:
+        asked.extend(given(node) for node in ({"CPU": 4.0}, {"CPU": 64.0, "GPU": 8.0}))
+        return [None, Silent("10.0.0.2", "no answer"), "two: torch is built without CUDA; install another"]
+
+    monkeypatch.setattr(launcher.nodes, "on_each", on_each)
+    with pytest.raises(Refused, match=r"^launch: two: torch is built without CUDA; install another$"), launcher:
+        pass
+    assert asked == [0, 8]
+    with Ray(workers=2, address="auto", device="cpu"):  # which asks for none
+        pass
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ({"workers": 17}, "launch: 17 workers need as many GPUs; there are 16"),
+        ({"workers": 9, "cpus_per_worker": 16}, "launch: 9 workers x 16 cpus need 144 cores; the cluster has 128"),
+    ],
+)
+def test_more_than_there_is_is_refused_at_once(about: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_a_cluster(monkeypatch, CPU=128.0, GPU=16.0)
+    with pytest.raises(Refused, match=f"^{said}"), Ray(address="auto", device="gpu", **about):
+        pass
 
 
 def test_a_wait_for_places_in_vain_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +194,14 @@ def patience_in_a_worker(folder: Path, patch: pytest.MonkeyPatch, hang_minutes: 
 
 
 def run(
-    folder: Path, patch: pytest.MonkeyPatch, error: Exception | None, *, nodes: Sequence[dict[str, Any]] = (), **about: Any
+    folder: Path,
+    patch: pytest.MonkeyPatch,
+    error: Exception | None,
+    *,
+    nodes: Sequence[dict[str, Any]] = (),
+    resources: Mapping[str, float] = {},
+    launcher: Ray | None = None,
+    **about: Any,
 ) -> dict[str, Any]:
     """What Ray's trainer is asked for two workers, which end with `error`."""
     asked: dict[str, Any] = {}
@@ -131,8 +216,9 @@ def run(
         return SimpleNamespace(fit=fit)
 
     patch.setattr(trainer, "Trainer", asks)
-    patch.setattr(ray, "cluster_resources", dict)
+    patch.setattr(ray, "cluster_resources", lambda: dict(resources))
     patch.setattr(ray, "nodes", lambda: list(nodes))
     job = Job(run=str(folder), study="s", data_fingerprint="f", commit="c", recipe={}, **about)
-    Ray(workers=2, device="cpu").run(job, "1")
-    return asked
+    launcher = Ray(workers=2, device="cpu") if launcher is None else launcher
+    launcher.run(job, "1")
+    return {**asked, "job": asked["train_loop_config"]}

@@ -208,3 +208,21 @@ def test_the_energy_of_an_inference_is_told_beside_what_a_card_measured(gpu: str
     inference = {"energy_j": 1.43e-5, "prices": "45 nm, fp32", **measured}
     view.show([{**START, "hardware": {"gpu": gpu}}, {"event": "finish", "steps": 100, "wall_s": 5.0, "inference": inference}])
     assert f"an inference: 14.3 µJ estimated (45 nm, fp32), {said}" in out.getvalue().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "said"),
+    [("H100", ["cores   8 for each GPU, 6 loader threads (--cpus-per-worker, --loader-threads)"]), ("none", [])],
+)
+def test_what_a_worker_with_a_gpu_gets_is_said(gpu: str, said: list[str]) -> None:
+    view, out, _ = watch(width=200)
+    out.truncate(0)
+    view.show([{**START, "hardware": {"gpu": gpu, "threads": 8}, "loader_threads": 6}])
+    assert [line for line in out.getvalue().splitlines() if line.startswith("cores")] == said
+
+
+def test_a_wait_for_data_is_a_line() -> None:
+    view, out, _ = watch(width=200)
+    view.show([START, {"event": "data_wait", "share": 0.345, "loader_threads": 1}])
+    said = "training waits for data 34.50% of the time: take more --loader-threads, now 1, and more --cpus-per-worker"
+    assert out.getvalue().splitlines()[-1] == said
