@@ -174,11 +174,11 @@ class Attempt:
         self._tell_skipped(self.step, "as it was told to")
 
     def _tell_bad(self, step: int, reason: str) -> None:
-        self._tell_skipped(step, reason, **self._advice())
+        self._tell_skipped(step, reason, advice=self.recipe.remedy)
 
-    def _tell_skipped(self, step: int, reason: str, **advice: str) -> None:
-        about = {"epoch": self._epoch_of(step), "reason": reason, "samples": self.recipe.batch_size}
-        self.tracker.event("skipped", step=step, **about, **advice)
+    def _tell_skipped(self, step: int, reason: str, **more: Any) -> None:
+        about = {"epoch": self._epoch_of(step), "reason": reason, "samples": self.recipe.batch_size, **more}
+        self.tracker.event("skipped", step=step, **about)
 
     def _between_batches(self, epoch: int, *, last: bool) -> None:
         """Log, save where it is time, and hear whether somebody asks to stop; for an epoch's end see `_end_of_epoch`."""
@@ -277,10 +277,9 @@ class Attempt:
         decided = self.parts.skipped.after(back, saved=saved)
         self.ranks.agree(lambda: decided.write(self.folder))
         about = {"epoch": self._epoch_of(back.step), "to": saved, "reason": back.reason}
-        self.tracker.event("rollback", sync=True, step=back.step, **about, **(self._advice() if back.skips else {}))
-
-    def _advice(self) -> dict[str, str]:
-        return {"advice": self.recipe.remedy}
+        if back.skips:
+            about["advice"] = self.recipe.remedy
+        self.tracker.event("rollback", sync=True, step=back.step, **about)
 
     def _epoch_of(self, step: int) -> int:
         return stretch_at(self.parts.stretches, step).epoch(step)
