@@ -22,13 +22,12 @@ import numpy as np
 import torch
 from timm.layers.drop import DropPath
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from pipeline.recipe import Recipe
 from pipeline.rules.base import Rule, counter_hash
 from pipeline.spiking.dropout import Dropout
-from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.norm import BatchNorm, is_foreign_norm
 
 _DRAW = 0x656C6173746963  # sets these draws apart from a rule's own
 
@@ -83,7 +82,8 @@ def steady(recipe: Recipe, network: nn.Module, sizes: Sequence[int]) -> Recipe:
                 "between='rank'"
             )
         return recipe
-    if not any(isinstance(each, _BatchNorm | BatchNorm | _DropoutNd | Dropout | DropPath) for each in network.modules()):
+    draws_or_norms = (BatchNorm, _DropoutNd, Dropout, DropPath)
+    if not any(isinstance(each, draws_or_norms) or is_foreign_norm(each) for each in network.modules()):
         return recipe
     share = math.gcd(*(recipe.batch_size // size for size in sizes))
     most = share if recipe.micro_batch is None else min(recipe.micro_batch, share)

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from pipeline.disk import is_name
 from pipeline.phases import Phase, check_phases
 from pipeline.recipe_json import decode, encode, flat, read_json, write_json
+from pipeline.refused import remedy
 from pipeline.spec import Spec, accepted_text, admits, is_path, referred, spec, type_name
 
 __all__ = ["Phase", "Recipe", "Spec", "Split", "read_json", "spec", "write_json"]
@@ -243,6 +244,11 @@ class Recipe:
         if value is None:
             raise ValueError(f"recipe: {key} must be written in the recipe; {self.name} has no value for it")
         return value
+
+    @property
+    def remedy(self) -> str:
+        """What to change where training diverges."""
+        return remedy(self.optimizer.kwargs.get("lr"), self.clip_norm)
 
     def resolved(self) -> Recipe:
         """The same recipe with every path absolute: workers start in folders of their own, and so may whoever resumes."""

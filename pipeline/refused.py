@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class Refused(ValueError):
     """Something that the user has to change. Every rank raises it."""
@@ -12,6 +14,16 @@ class Diverged(Refused):
 
     A failure where somebody wants the network; an answer where a trial asks how a learning rate does.
     """
+
+
+def remedy(lr: Any, clip_norm: Any) -> str:
+    """What to change in a recipe whose training diverged, by its `optimizer.lr` and `clip_norm`, where they are known."""
+    rate = f"lower optimizer.lr ({lr:g})" if isinstance(lr, int | float) else "lower the learning rate"
+    return (
+        f"{rate} or clip_norm ({clip_norm:g})"
+        if isinstance(clip_norm, int | float) and clip_norm
+        else f"{rate} or set clip_norm=1.0"
+    )
 
 
 def refusal_of(error: ValueError) -> Refused:

@@ -19,7 +19,17 @@ from pipeline.backend.base import Backend
 from pipeline.backend.copied import copied
 from pipeline.checkpoint import background
 from pipeline.checkpoint.background import Background
-from pipeline.checkpoint.place import TRAINER, CheckpointError, Place, newest, prune, read_trainer, step_name
+from pipeline.checkpoint.place import (
+    TRAINER,
+    CheckpointError,
+    Place,
+    newest,
+    prune,
+    quarantine,
+    read_trainer,
+    step_name,
+    step_of,
+)
 from pipeline.checkpoint.random_state import rng_state, set_rng_state
 from pipeline.checkpoint.sealed import MANIFEST, read_manifest
 from pipeline.disk import FOR_THE_USER
@@ -188,11 +198,21 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """The newest one that verifies, on this machine; damaged ones are moved away. For rank 0, which tells the others."""
         if self._search is None:  # else storage ended one, which is gone on with: what it has told is not told again
-            suffix = f"{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
-            self._search = partial(newest, self.place, suffix=suffix, on_quarantine=cache(self.on_quarantine))
+            self._search = partial(newest, self.place, suffix=self._suffix(), on_quarantine=cache(self.on_quarantine))
         found = self._search()
         self._search = None
         return found
+
+    def discard(self, step: int, reason: str) -> None:
+        """Quarantine the checkpoint of `step`, if there is one, so that nobody goes on from it. Collective, no save in flight."""
+        names = self.place.names() if self.rank == 0 else []
+        if step_name(step) in names:
+            names.remove(step_name(step))
+            quarantine(self.place, step_name(step), reason, suffix=self._suffix(), on_quarantine=self.on_quarantine)
+        self.newest_step = self.each(step_of(names[-1]) if names else 0)[0]
+
+    def _suffix(self) -> str:
+        return f"{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
 
     def load(self, path: Path, backend: Backend, rule: nn.Module) -> dict[str, Any]:
         """Load a verified checkpoint into this rank; collective. What its trainer.json says.

@@ -93,6 +93,11 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(name: str) -> int:
+    """The step of a checkpoint by its name."""
+    return int(name.removeprefix("step_"))
+
+
 def newest(place: Place, *, suffix: str, on_quarantine: Callable[[str, str], None]) -> Path | None:
     """The newest checkpoint that verifies, on this machine; damaged ones are moved away and told (address, reason).
 
@@ -107,11 +112,16 @@ def newest(place: Place, *, suffix: str, on_quarantine: Callable[[str, str], Non
             if said := code_in(path):
                 raise CheckpointError(f"checkpoint {path}: must hold data alone; {said}; move it away if it is not yours")
             return path
-        aside = f"quarantine/{PurePosixPath(place.address(name)).name}-{suffix}"
-        # Before it is moved: one that was moved and never told would be missed for ever, as the journal says that it was saved.
-        on_quarantine(place.address(aside), reason)
-        place.set_aside(name, aside)
+        quarantine(place, name, reason, suffix=suffix, on_quarantine=on_quarantine)
     return None
+
+
+def quarantine(place: Place, name: str, reason: str, *, suffix: str, on_quarantine: Callable[[str, str], None]) -> None:
+    """Move a checkpoint that nobody may go on from out of the way."""
+    aside = f"quarantine/{PurePosixPath(place.address(name)).name}-{suffix}"
+    # Before it is moved: one that was moved and never told would be missed for ever, as the journal says that it was saved.
+    on_quarantine(place.address(aside), reason)
+    place.set_aside(name, aside)
 
 
 def verified(place: Place, which: str = "last") -> Path:

@@ -11,6 +11,8 @@ where the recipe asks for it (`loss_spike`) one whose loss is so many times the 
 
 Where the weights have moved inside the batch (a rule that moves them at every time step), or ZeRO holds gradients of its own, a
 batch cannot be taken back: the first bad one leads to GoBack.
+
+An evaluation whose loss is not finite leads to GoBack as well, and the checkpoint of its step goes into quarantine.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from pipeline.measure.energy import in_words
 from pipeline.track.connect import without_password
-from pipeline.track.jsonl import number
+from pipeline.track.jsonl import Event, number
 
 __all__ = ["Watch"]
 
@@ -137,7 +137,7 @@ class Watch:
         self._say(f"damaged page {event.get('page')} of {event.get('file')}: {event.get('samples')} samples are left out")
 
     def _on_skipped(self, event: dict[str, Any]) -> None:
-        self._say(f"skipped batch {event.get('step')} of {event.get('samples')} samples: {event.get('reason')}")
+        self._say(f"skipped {_batch(event)} of {event.get('samples')} samples: {event.get('reason')}{_advice(event)}")
 
     def _on_preempted(self, event: dict[str, Any]) -> None:
         left = number(event.get("seconds_left"))
@@ -159,7 +159,7 @@ class Watch:
         self._say(f"worker {event.get('worker')} ended: {event.get('error')}")
 
     def _on_rollback(self, event: dict[str, Any]) -> None:
-        self._say(f"batch {event.get('step')}: {event.get('reason')}; back to step {event.get('to')}")
+        self._say(f"{_batch(event)}: {event.get('reason')}; back to step {event.get('to')}{_advice(event)}")
 
     def _on_straggler(self, event: dict[str, Any]) -> None:
         for rank, about in (event.get("workers") or {}).items():
@@ -249,6 +249,15 @@ def _bytes(value: Any) -> str:
         return "-"
     scale, unit = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if found >= pair[0] or pair[0] == 1)
     return f"{found / scale:.3g} {unit}"
+
+
+def _batch(event: Event) -> str:
+    epoch = event.get("epoch")
+    return f"batch {event.get('step')}" + ("" if epoch is None else f" (epoch {_from_one(epoch)})")
+
+
+def _advice(event: Event) -> str:
+    return f"; {event['advice']}" if event.get("advice") else ""
 
 
 def _from_one(epoch: Any) -> Any:

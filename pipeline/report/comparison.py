@@ -22,7 +22,8 @@ from pipeline.report.choose import Finished, Unfinished, rule_of, seed_of
 from pipeline.report.figure import harmless
 from pipeline.report.finite import finite, not_finite
 from pipeline.report.resuming import how_to_resume
-from pipeline.report.study import COMPUTE, ENERGY, ENERGY_MEASURED, KEPT, Group, StudyRun, measured
+from pipeline.report.runs import recipe_of
+from pipeline.report.study import COMPUTE, ENERGY, ENERGY_MEASURED, KEPT, Group, StudyRun, measured, what_to_change
 from pipeline.report.tables import behind_the_rows
 from pipeline.units import rounded, unit_of
 
@@ -211,7 +212,8 @@ def _label(rule: str, *, finished: int, diverged: int) -> str:
 def _told_of(run: Unfinished, *, is_here: bool) -> str:
     if run.state == "diverged":
         where = "" if is_here else ", trained otherwise than these"
-        return f"{run.folder.name} ({run.rule}) diverged{where}: it is in no mean, and nothing is divided by it"
+        advice = f"; {what_to_change(recipe_of(run.folder))}" if is_here else ""
+        return f"{run.folder.name} ({run.rule}) diverged{where}: it is in no mean, and nothing is divided by it{advice}"
     command = "" if run.state == "running" else f"; {how_to_resume(run.folder)}"
     return f"not in the table: {run.folder.name} ({run.rule}) is {run.state}{command}"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,10 +20,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pipeline.baseline import BASELINE, is_baseline
+from pipeline.refused import remedy
 from pipeline.report.differences import tuned_in, written
 from pipeline.report.paired import WITHIN, Difference, paired_difference
 from pipeline.report.spread import Spread, spread_of
 from pipeline.report.study_run import StudyRun, from_folder, study_run
+from pipeline.track.jsonl import number
 from pipeline.units import shown
 
 if TYPE_CHECKING:
@@ -287,6 +290,9 @@ def _notes(group: Group) -> Iterator[str]:
         part = run.recipe.get("rule")
         if isinstance(part, Mapping) and (keywords := _keywords(part)) and keywords not in rule:
             yield f"{rule} is {_said(part)}"
+    for run in group.runs:
+        if how := _divergence(run):
+            yield f"{run.name} ({run.rule}) {how}: its figures and ratios compare no rules; {what_to_change(run.recipe)}"
     commits = sorted({commit for run in group.finished for commit in run.commits})
     if len(commits) > 1:
         yield f"the runs are of different commits: {', '.join(commits)}"
@@ -318,6 +324,24 @@ def _startup(group: Group, rule: str) -> Spread | None:
     """Seconds of start-up, where there were any."""
     found = group.spread(rule, "startup_s")
     return found if found is not None and found.mean else None
+
+
+def _divergence(run: StudyRun) -> str:
+    """`went back 2 times as its training diverged`; empty where training did not diverge."""
+    loss, back = number((run.summary or {}).get("loss")), int(run.value("rollbacks") or 0)  # StudyRun.value knows no NaN
+    if run.state == "diverged":
+        return "diverged"
+    if run.is_finished and loss is not None and not math.isfinite(loss):
+        return f"ended with a loss of {loss} in its evaluation"
+    # A run also goes back for replicas that differ, and then skips nothing.
+    if run.is_finished and back and run.value("skipped_batches"):
+        return f"went back {back} time{'' if back == 1 else 's'} as its training diverged"
+    return ""
+
+
+def what_to_change(recipe: Mapping[str, Any]) -> str:
+    """In all recipes of a comparison of which one diverged."""
+    return f"{remedy(*(number(written(recipe, key)) for key in ('optimizer.lr', 'clip_norm')))} for every rule, and train again"
 
 
 def _not_counted(run: StudyRun) -> list[str]:

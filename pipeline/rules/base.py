@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.spiking.encode import is_still, repeat
-from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.norm import BatchNorm, foreign_norms
 from pipeline.spiking.rate import WeightedRates
 
 OverTime = Literal["steps", "mean"]
@@ -264,8 +264,9 @@ def carriers(model: nn.Module) -> list[nn.Module]:
 def refuse_whole_time(rule: Rule, model: nn.Module) -> None:
     """A rule that shows the model one slice of time after another cannot train what needs all T steps at once.
 
-    Raises: ValueError that names the first batch norm with statistics over time, or weights that count back from the end.
+    Raises: ValueError that names the first norm with statistics over time, or weights that count back from the end.
     """
+    refuse_foreign_norms(rule.label, model)
     for name, module in model.named_modules():
         if isinstance(module, BatchNorm) and module.over == "time":
             need = "needs batch statistics per step, BatchNorm(over='step'); got over='time'"
@@ -274,6 +275,20 @@ def refuse_whole_time(rule: Rule, model: nn.Module) -> None:
         else:
             continue
         raise ValueError(f"{rule.label}: a rule that runs in slices of time {need} at {name or 'the model itself'}")
+
+
+def refuse_foreign_norms(who: str, model: nn.Module) -> None:
+    """A norm that mixes time steps gives slices of time another forward than all T steps at once.
+
+    Raises: ValueError, in the name of `who`, that names every such norm and what can replace it.
+    """
+    if norms := foreign_norms(model):
+        got = ", ".join(f"{type(norm).__name__} at {name}" for name, norm in norms.items())
+        raise ValueError(
+            f"{who}: every norm must have statistics of one time step, or BPTT would train another forward; got {got}; take "
+            "pipeline.spiking.norm.BatchNorm, or standardise the weights (weights='standardized'); a norm that train() leaves in "
+            "evaluation mode is accepted"
+        )
 
 
 def counter_hash(*counters: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.counts import refuse_unless_counts
-from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World
+from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, refuse_foreign_norms
 from pipeline.spiking.equilibrium import Linearized, the_equilibrium
 from pipeline.spiking.solvers import Solution, broyden, fixed_point
 from pipeline.spiking.state import fresh_state
@@ -58,6 +58,7 @@ class IDE(Rule):
 
     def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
         equilibrium = the_equilibrium(self.label, model)
+        refuse_foreign_norms(self.label, model)
         super().attach(model, world=world, over_time=over_time)
         self.set_seam(equilibrium, "adjoint", self.adjoint)
 

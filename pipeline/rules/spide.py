@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.counts import refuse_unless_counts
-from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World
+from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, refuse_foreign_norms
 from pipeline.spiking.equilibrium import Equilibrium, Linearized, the_equilibrium
 from pipeline.spiking.limit import Limited
 from pipeline.spiking.state import fresh_state
@@ -69,6 +69,7 @@ class SPIDE(Rule):
 
     def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
         equilibrium = the_equilibrium(self.label, model)
+        refuse_foreign_norms(self.label, model)
         super().attach(model, world=world, over_time=over_time)
         self.set_seam(equilibrium, "adjoint", self.adjoint)
 

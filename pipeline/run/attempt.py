@@ -6,6 +6,7 @@ evaluation, which may be long, it looks up for whoever asks. All ranks do the sa
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 from collections.abc import Generator, Iterator, Mapping
@@ -77,7 +78,7 @@ class Attempt:
             spike=self.recipe.loss_spike,
             skips=self.recipe.max_skips,
             takes_back=takes_back(self.recipe, parts.rule),
-            on_skip=self._tell_skipped,
+            on_skip=self._tell_bad,
             state=None if parts.trainer is None else parts.trainer.get("guard"),
         )
         self.figures = Figures(parts)
@@ -196,8 +197,12 @@ class Attempt:
             next(source)
         self._tell_skipped(self.step, "as it was told to")
 
-    def _tell_skipped(self, step: int, reason: str) -> None:
-        self.tracker.event("skipped", step=step, reason=reason, samples=self.recipe.batch_size)
+    def _tell_bad(self, step: int, reason: str) -> None:
+        self._tell_skipped(step, reason, advice=self.recipe.remedy)
+
+    def _tell_skipped(self, step: int, reason: str, **more: Any) -> None:
+        about = {"epoch": self._epoch_of(step), "reason": reason, "samples": self.recipe.batch_size, **more}
+        self.tracker.event("skipped", step=step, **about)
 
     def _between_batches(self, epoch: int, *, last: bool) -> None:
         """Log, save where it is time, and hear whether somebody asks to stop; for an epoch's end see `_end_of_epoch`."""
@@ -283,7 +288,16 @@ class Attempt:
             if self.stop_asked:
                 return []
         self.evaluated = found
-        return [each.result for each in found]
+        results = [each.result for each in found]
+        self._check_evaluation(results)
+        return results
+
+    def _check_evaluation(self, results: list[Evaluation]) -> None:
+        """Weights that are finite can answer with numbers that are not: training has diverged, and does not go on from there."""
+        if bad := [result.loss for result in results if not math.isfinite(result.loss)]:
+            reason = f"the loss of the evaluation after it is {bad[0]}"
+            self.saving.discard(self.step, reason)
+            raise GoBack(self.step - 1, reason)
 
     # ------------------------------------------------------------------------------------------------------------- ends
 
@@ -291,13 +305,20 @@ class Attempt:
         """Write down what is skipped from now on; the next attempt reads it."""
         saved, done = self.saving.newest_step(), self.parts.skipped.rollbacks
         if done == self.recipe.max_rollbacks:
-            said = f"training: {back}; it has gone back max_rollbacks={done} times"
+            where = f"batch {back.step} (epoch {self._epoch_of(back.step) + 1})"
+            said = f"training: {where}: {back.reason}; it has gone back max_rollbacks={done} times"
             if back.skips:
-                raise Diverged(f"{said}; lower optimizer.lr?") from back
+                raise Diverged(f"{said}; {self.recipe.remedy}") from back
             raise Refused(f"{said}; a memory, a device or a network is at fault: look with spiketrain doctor") from back
         decided = self.parts.skipped.after(back, saved=saved)
         self.ranks.agree(lambda: decided.write(self.folder))
-        self.tracker.event("rollback", sync=True, step=back.step, to=saved, reason=back.reason)
+        about = {"epoch": self._epoch_of(back.step), "to": saved, "reason": back.reason}
+        if back.skips:
+            about["advice"] = self.recipe.remedy
+        self.tracker.event("rollback", sync=True, step=back.step, **about)
+
+    def _epoch_of(self, step: int) -> int:
+        return stretch_at(self.parts.stretches, step).epoch(step)
 
     def _stopped(self) -> None:
         self.saving.wait(self.step)

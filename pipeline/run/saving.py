@@ -156,6 +156,11 @@ class Saving:
         self._tell_saved(saved)
         return self.checkpoints.newest_step
 
+    def discard(self, step: int, reason: str) -> None:
+        """Nobody goes back to what there is after `step` steps; collective."""
+        self.newest_step()  # once nothing is being written
+        self.checkpoints.discard(step, reason)
+
     def close(self, error: BaseException) -> None:
         """Come to an end by `error`, without the other ranks."""
         self._tell_saved(self.checkpoints.close(error))
@@ -214,7 +219,8 @@ class Saving:
     def _check_finite(self, step: int) -> None:
         if not _are_finite(self._replicated()):
             raise Diverged(
-                f"training: weights and what the rule learnt must be finite to be saved; they are not after step {step}"
+                f"training: weights and what the rule learnt must be finite to be saved; they are not after step {step}: "
+                f"{self.parts.recipe.remedy}"
             )
 
     def _replicated(self) -> list[Tensor]:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.spiking.encode import is_still, repeat
 
@@ -113,6 +114,36 @@ class BatchNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, eps={self.eps}, momentum={self.momentum}, over={self.over!r}, between={self.between!r}"
+
+
+def is_foreign_norm(module: nn.Module) -> bool:
+    """Whether `module` is another class than `BatchNorm` and takes or keeps statistics over all samples of its input.
+
+    Examples are torch's BatchNorm, its InstanceNorm with running statistics, and timm's BatchNormAct2d and EvoNorm2dB0. Their
+    input has no time axis, `[T B, C, ...]`, so their statistics mix the time steps of a call. A layer whose weight is a buffer
+    (torchvision's FrozenBatchNorm2d) takes no statistics.
+    """
+    if isinstance(module, BatchNorm):
+        return False
+    buffers = dict(module.named_buffers(recurse=False))
+    return isinstance(module, _BatchNorm) or ("weight" not in buffers and bool(buffers.keys() & {"running_mean", "running_var"}))
+
+
+def foreign_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """The foreign norms of `model` that use batch statistics in training, by module name.
+
+    A norm that stays in evaluation mode when the model is put into training mode uses its running statistics: it is left out.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    found = {
+        name or "the model itself": module
+        for name, module in model.named_modules()
+        if is_foreign_norm(module) and (module.training or not getattr(module, "track_running_stats", True))
+    }
+    for module, mode in modes.items():
+        module.training = mode
+    return found
 
 
 @contextmanager

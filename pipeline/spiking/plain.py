@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from pipeline.spiking.limit import Limited
+from pipeline.spiking.norm import is_foreign_norm
 from pipeline.spiking.synapse import Conv2d, Linear
 
 
@@ -16,7 +16,7 @@ def plain_synapses(who: str, model: nn.Module, *, skip: Sequence[str] = ()) -> d
 
     Raises: ValueError, in the name of `who`, that names a weight which is not its parameter (standardised, parametrised,
     limited in its norm, of another class), a matrix that belongs to no synapse, two synapses with one weight, groups,
-    torch's batch norm, or an entry of `skip` that is no module.
+    another batch norm than spiking.norm's, or an entry of `skip` that is no module.
     """
     modules = dict(model.named_modules())
     for name in skip:
@@ -55,8 +55,8 @@ def is_inside(name: str, modules: Sequence[str]) -> bool:
 
 def _why_not(module: nn.Module) -> str | None:
     """What speaks against a module, in words."""
-    if isinstance(module, _BatchNorm):
-        return "torch's batch norm, which cannot be frozen (pipeline.spiking.norm's can),"
+    if is_foreign_norm(module):
+        return f"{type(module).__name__}, which cannot be frozen (pipeline.spiking.norm.BatchNorm can),"
     if isinstance(module, Limited):
         return f"{type(module).__name__}, which scales the weight,"
     if not isinstance(module, (nn.Linear, _ConvNd)):

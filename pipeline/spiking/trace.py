@@ -8,11 +8,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from pipeline.spiking.neuron import named_neurons
-from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.norm import BatchNorm, is_foreign_norm
 from pipeline.spiking.plif import learnt_leaks
 from pipeline.spiking.state import State
 from pipeline.spiking.synapse import Conv2d, Linear
@@ -81,7 +80,11 @@ def refuse_batch_norm(who: str, model: nn.Module) -> None:
 
     Raises: ValueError, in the name of `who`, that names every batch norm of `model`.
     """
-    names = [name or "the model itself" for name, module in model.named_modules() if isinstance(module, (BatchNorm, _BatchNorm))]
+    names = [
+        name or "the model itself"
+        for name, module in model.named_modules()
+        if isinstance(module, BatchNorm) or is_foreign_norm(module)
+    ]
     if names:
         raise ValueError(
             f"{who}: a trace cannot pass batch norm; standardise the weights instead (weights='standardized'); "

@@ -16,8 +16,9 @@ import torch
 from pipeline.guards.batches import Skipped
 from pipeline.job import Job, Place
 from pipeline.recipe import Recipe, spec
-from pipeline.refused import Diverged
+from pipeline.refused import Diverged, remedy
 from pipeline.rules.ottt import OTTT
+from pipeline.run import attempt, saving
 from pipeline.run.attempt import Attempt
 from pipeline.run.saving import Saving
 from pipeline.spiking.encode import over_steps
@@ -74,6 +75,7 @@ def test_one_is_skipped_and_the_rest_is_as_if_it_had_been_told_so(tmp_path: Path
     assert same_weights(tmp_path / "hit", told(tmp_path / "told", ((step, step + 1),)))
     [skipped] = events(tmp_path / "hit", "skipped")
     assert (skipped["step"], skipped["reason"], skipped["samples"]) == (step, REASON, recipe().batch_size)
+    assert (skipped["epoch"], skipped["advice"]) == (step // 8, "lower optimizer.lr (0.1) or set clip_norm=1.0")
     assert summary is not None
     assert (summary["skipped_batches"], summary["rollbacks"]) == (1, 0)
 
@@ -86,11 +88,59 @@ def test_several_in_a_row_lead_back_to_the_checkpoint_and_around_them(tmp_path: 
         summary = train_inline(tmp_path / "hit", recipe(max_skips=3))
     [back] = events(tmp_path / "hit", "rollback")
     assert (back["step"], back["to"], back["reason"]) == (last, to, REASON)
+    assert back["advice"].startswith("lower optimizer.lr (0.1)")
     assert Skipped.read(tmp_path / "hit") == Skipped(1, ((to, last + 1),))
     assert [start["step"] for start in events(tmp_path / "hit", "start")] == [0, to]
     assert same_weights(tmp_path / "hit", told(tmp_path / "told", ((first, last + 1),)))
     assert summary is not None
     assert (summary["skipped_batches"], summary["rollbacks"], summary["restarts"]) == (4, 1, 1)
+
+
+def answers_nothing(patch: pytest.MonkeyPatch, steps: Collection[int]) -> None:
+    """Evaluations after these steps have a loss that is not finite, though all weights are."""
+    original = attempt.assess
+
+    def assess(parts: Any, *, step: int, **about: Any) -> Any:
+        found = original(parts, step=step, **about)
+        if step not in steps or found is None:
+            return found
+        return [each._replace(result=replace(each.result, loss=math.nan)) for each in found]
+
+    patch.setattr(attempt, "assess", assess)
+
+
+@pytest.mark.parametrize("is_saved_before", [False, True])
+def test_it_never_goes_back_to_a_checkpoint_whose_evaluation_was_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_saved_before: bool
+) -> None:
+    run, end, found = tmp_path / "run", 8, []
+    checkpoints = run / "checkpoints"
+    with monkeypatch.context() as patch:
+        answers_nothing(patch, {end})
+        if is_saved_before:  # a long evaluation is preceded by a checkpoint without a score
+            patch.setattr(saving, "UNSAVED_S", 0.0)
+        original = Attempt._go_back
+        patch.setattr(Attempt, "_go_back", lambda self, back: (original(self, back), found.append(checkpoint_steps(checkpoints))))
+        with pytest.raises(
+            Diverged, match=r"batch 7 \(epoch 1\): the loss of the evaluation after it is nan; .* lower optimizer"
+        ):
+            train_inline(run, recipe(max_rollbacks=1))
+    assert [event["to"] for event in events(run, "rollback")] == [6]
+    assert [steps[-1] for steps in found] == [6] and checkpoint_steps(checkpoints)[-1] == 6
+    assert not events(run, "evaluation")  # no score to be best by
+    quarantined = [event["reason"] for event in events(run, "quarantine")]
+    assert quarantined == ["the loss of the evaluation after it is nan"] * 2 * is_saved_before
+    train_inline(run, recipe(max_rollbacks=2))  # resumed, it goes on from there
+    assert [start["step"] for start in events(run, "start")] == [0, 6, 6]
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    return sorted(int(each.name.removeprefix("step_")) for each in folder.glob("step_*"))
+
+
+def test_what_to_change_names_the_settings_that_are_there() -> None:
+    assert small_recipe(clip_norm=2.0).remedy == "lower optimizer.lr (0.1) or clip_norm (2)"
+    assert remedy(None, None) == "lower the learning rate or set clip_norm=1.0"
 
 
 def test_a_rule_that_moves_the_weights_at_once_goes_back_at_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +184,9 @@ def test_at_the_end_of_the_ladder_it_gives_up(tmp_path: Path, monkeypatch: pytes
     with monkeypatch.context() as patch:
         hit(patch, range(first, 100))
         with pytest.raises(
-            Diverged, match=f"training: batch {first + 3}: {REASON}; it has gone back max_rollbacks=1 times; lower"
+            Diverged,
+            match=rf"training: batch {first + 3} \(epoch {(first + 3) // 8 + 1}\): {REASON}; it has gone back max_rollbacks=1 "
+            r"times; lower optimizer.lr \(0.1\) or set clip_norm=1.0$",
         ):
             train_inline(tmp_path / "hit", recipe(max_skips=1, max_rollbacks=1))
     assert state_of(tmp_path / "hit") == "diverged" and Skipped.read(tmp_path / "hit").rollbacks == 1
@@ -157,7 +209,10 @@ def test_a_ladder_without_rungs_is_refused(changes: dict[str, Any], said: str) -
 @pytest.mark.distributed
 def test_weights_that_are_not_finite_on_one_rank_end_all(tmp_path: Path) -> None:
     job = make_run(tmp_path / "run", small_recipe(backend="deepspeed", replicas_every=0))  # else the other's weights come back
-    said = "training: weights and what the rule learnt must be finite to be saved; they are not after step 3 (worker 1)"
+    said = (
+        "training: weights and what the rule learnt must be finite to be saved; they are not after step 3: "
+        "lower optimizer.lr (0.1) or set clip_norm=1.0 (worker 1)"
+    )
     assert run_ranks(_damaged_on_one, 2, tmp_path, job) == [said, said]
 
 

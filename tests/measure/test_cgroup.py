@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.measure.cgroup import room_bytes
 from pipeline.measure.memory import free_bytes

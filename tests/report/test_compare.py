@@ -375,7 +375,8 @@ def test_what_diverged_has_its_row_and_divides_nothing(make_run: Callable, runs_
     text = text_of(comparison)
     assert re.search(r"SLTT \(1 of 2 runs, the other diverged\) +80.00% +×0.89 ", text)
     assert re.search(r"SLTT-1 +diverged +- +- +-\n", text)
-    assert "sltt-k1 (SLTT-1) diverged: it is in no mean, and nothing is divided by it\n" in text and "resume" not in text
+    assert "sltt-k1 (SLTT-1) diverged: it is in no mean, and nothing is divided by it; lower " in text and "resume" not in text
+    assert "for every rule, and train again\n" in text
     told = comparison.to_json()
     assert [run["run"] for run in told["runs"]] == ["bptt", "sltt-0"] and told["differences"] == []
     assert {run["run"]: run["state"] for run in told["unfinished"]} == {"sltt-1": "diverged", "sltt-k1": "diverged"}

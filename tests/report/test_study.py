@@ -201,6 +201,23 @@ def test_what_the_reader_of_means_must_know():
     )  # in no mean yet
 
 
+@pytest.mark.parametrize(
+    ("changes", "how"),
+    [
+        ({"rollbacks": 1, "skipped_batches": 4}, "went back 1 time as its training diverged"),
+        ({"rollbacks": 2, "skipped_batches": 9}, "went back 2 times as its training diverged"),
+        ({"loss": float("nan")}, "ended with a loss of nan in its evaluation"),
+        ({"state": "diverged"}, "diverged"),
+        ({"rollbacks": 1, "skipped_batches": 0}, ""),  # for replicas that differed
+        ({"skipped_batches": 2}, ""),
+    ],
+)
+def test_a_run_that_diverged_compares_no_rules(changes, how):
+    notes = study(run("OTTT-A", name="mine", **changes)).groups[0].notes
+    told = f"mine (OTTT-A) {how}: its figures and ratios compare no rules; lower optimizer.lr (0.1) or set clip_norm=1.0"
+    assert [note for note in notes if "mine" in note] == [f"{told} for every rule, and train again"] * bool(how)
+
+
 def test_recomputation_stands_beside_and_what_no_count_knows_is_named():
     inference = {"energy_j": 1.0, "prices": "x", "not_counted": ["fused"]}
     notes = study(run("BPTT-recompute"), run("OTTT-A", not_counted=["other"], inference=inference)).groups[0].notes

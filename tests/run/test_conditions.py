@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from pipeline.models.mlp import mlp
@@ -41,6 +42,8 @@ def test_they_are_read_off_the_network() -> None:
     assert told(nn.Sequential(LIF(), BatchNorm(2)), precision="bf16") == ["detached", "step", "bf16"]
     both = nn.Sequential(LIF(), LIF(reset_gradient="kept"), BatchNorm(2, over="time"))
     assert told(both) == ["detached, kept", "time", "fp32"]
+    assert told(nn.Sequential(nn.BatchNorm2d(2), BatchNorm(2)))[1] == "step, time (BatchNorm2d)"
+    assert told(nn.Sequential(BatchNormAct2d(2)))[1] == "time (BatchNormAct2d)"
     assert told(spec(mlp, in_features=4, hidden=(2,), neuron=spec(LIF, reset_gradient="kept")).build()) == [
         "kept",
         "none",

@@ -1,9 +1,11 @@
 import pytest
 import torch
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
+from timm.layers.evo_norm import EvoNorm2dB0
 from torch import distributed, nn
 
 from pipeline.spiking.encode import repeat
-from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.norm import BatchNorm, foreign_norms
 from tests.processes import run_ranks
 
 SHAPES = [(4, 5, 3), (4, 5, 3, 2, 2)]
@@ -139,3 +141,46 @@ def test_two_unequal_ranks_equal_one(tmp_path):
     x, upstream = double(2, 7, 3, 2, 2) + 5, double(2, 7, 3, 2, 2)
     expected = {over: norm_and_gradients(over, x, upstream) for over in ("step", "time")}
     run_ranks(rank_of_two, 2, tmp_path, x, upstream, expected)
+
+
+@pytest.mark.parametrize(
+    ("norm", "is_foreign"),
+    [
+        (nn.BatchNorm1d(3), True),
+        (nn.BatchNorm2d(3), True),
+        (nn.BatchNorm3d(3), True),
+        (nn.BatchNorm2d(3, affine=False), True),
+        (nn.BatchNorm2d(3, track_running_stats=False).eval(), True),
+        (nn.SyncBatchNorm(3), True),
+        (nn.LazyBatchNorm2d(), True),
+        (nn.InstanceNorm2d(3, track_running_stats=True), True),
+        (BatchNormAct2d(3), True),
+        (EvoNorm2dB0(3), True),
+        (nn.BatchNorm2d(3).eval(), True),  # until training begins
+        (nn.InstanceNorm2d(3, affine=True), False),
+        (nn.GroupNorm(1, 3), False),
+        (nn.LayerNorm(3), False),
+        (FrozenBatchNormAct2d(3), False),
+        (BatchNorm(3), False),
+        (BatchNorm(3, over="time"), False),
+        (nn.Conv2d(3, 3, 1), False),
+    ],
+    ids=repr,
+)
+def test_which_norms_mix_time_steps(norm, is_foreign):
+    model = nn.Sequential(nn.Identity(), norm)
+    modes = [module.training for module in model.modules()]
+    assert foreign_norms(model) == ({"1": norm} if is_foreign else {})
+    assert [module.training for module in model.modules()] == modes
+    assert foreign_norms(norm) == ({"the model itself": norm} if is_foreign else {})
+
+
+def test_a_norm_that_train_leaves_in_evaluation_mixes_nothing():
+    class Frozen(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[0].eval()
+            return self
+
+    assert foreign_norms(Frozen(nn.BatchNorm2d(3))) == {}
+    assert list(foreign_norms(Frozen(nn.BatchNorm2d(3, track_running_stats=False)))) == ["0"]  # it has no statistics but these
