@@ -394,7 +394,6 @@ def test_what_cannot_be_trained_to_its_end_leaves_nothing_behind(
         ("compare whole", "suite.json: lab_suite.table is not in a trusted package; trusted are recipes, pipeline.report"),
         ("resume whole", "suite.json: lab_suite.table is not in a trusted package"),
         ("compare whole first --trust lab_suite", "compare: a suite is compared by itself; got whole among whole, first"),
-        ("compare first --trust lab_suite", "compare: --trust is for a suite"),
         ("compare whole --trust lab_suite --format json", "compare: whole must have finished; 0 of 1 runs have"),
         (
             "compare whole --trust lab_suite --against SLTT",
