@@ -104,11 +104,7 @@ def on_path(noted: Mapping[str, Package], trust: Collection[str], *, of: str) ->
     Raises:
         ValueError: the code is neither there nor anywhere else on the path.
     """
-    wanted = {
-        name: package
-        for name, package in noted.items()
-        if package.folder is not None and (is_inside(name, trust) or any(is_inside(each, [name]) for each in trust))
-    }
+    wanted = _trusted(noted, trust)
     for name, package in wanted.items():
         _reach(name, package)
     try:
@@ -116,6 +112,29 @@ def on_path(noted: Mapping[str, Package], trust: Collection[str], *, of: str) ->
     finally:
         for name, package in wanted.items():
             _tell_if_changed(name, package, of)
+
+
+def digest(folder: Path, trust: Collection[str]) -> str:
+    """12 hex digits of the trusted packages of a run as this process finds them, and not as they were at its launch.
+
+    Raises:
+        ValueError: code.json is damaged.
+    """
+    found = hashlib.sha256()
+    for name, package in sorted(_trusted(read(folder), trust).items()):
+        place = _place(name, package)
+        for file in package.files:
+            found.update(f"{file} {_digest(place / file)}\n".encode())
+    return found.hexdigest()[:12]
+
+
+def _trusted(noted: Mapping[str, Package], trust: Collection[str]) -> dict[str, Package]:
+    """Those that do not come with the installation."""
+    return {
+        name: package
+        for name, package in noted.items()
+        if package.folder is not None and (is_inside(name, trust) or any(is_inside(each, [name]) for each in trust))
+    }
 
 
 def _imported(name: str) -> Package:
@@ -147,10 +166,8 @@ def _reach(name: str, package: Package) -> None:
 
 
 def _tell_if_changed(name: str, package: Package, of: str) -> None:
-    top, was = name.partition(".")[0], Path(str(package.folder))
-    places = _places(top) or [was]
-    now = next((place for place in places if any((place / file).is_file() for file in package.files)), places[0])
-    changed = [file for file, digest in package.files.items() if not _is(now / file, digest)]
+    top, was, now = name.partition(".")[0], Path(str(package.folder)), _place(name, package)
+    changed = [file for file, digest in package.files.items() if _digest(now / file) != digest]
     told = [] if now.resolve() == was.resolve() else [f"{top} is in {now} now, and was in {was} when {of} was launched"]
     if changed:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
@@ -159,6 +176,12 @@ def _tell_if_changed(name: str, package: Package, of: str) -> None:
     if told and about not in _said:  # also by another run of the suite
         _said.add(about)
         print("; ".join(told), file=sys.stderr)
+
+
+def _place(name: str, package: Package) -> Path:
+    """The folder that a package is imported from now."""
+    places = _places(name.partition(".")[0]) or [Path(str(package.folder))]
+    return next((place for place in places if any((place / file).is_file() for file in package.files)), places[0])
 
 
 def _places(top: str) -> list[Path]:
@@ -174,9 +197,6 @@ def _places(top: str) -> list[Path]:
     return [Path(spec.origin).absolute().parent] if spec.origin is not None else []
 
 
-def _is(file: Path, digest: str) -> bool:
-    return file.is_file() and _digest(file) == digest
-
-
 def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    """16 hex digits; none of a file that is not there."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""

@@ -294,7 +294,11 @@ def test_what_is_listed_and_reported_while_children_are_missing(places: Path, tm
             spiketrain("launch", str(places / "lab_suite.py"), "--inline", "--runs", str(tmp_path), "--name", "half")
     folder, second = tmp_path / "half", runs_of(tmp_path / "half")["second"]
     [row] = list_suites(tmp_path)
-    assert (row.name, row.state, row.resume) == ("half", "1 of 3 finished", f"spiketrain resume half --runs {tmp_path} --trust lab_suite")
+    assert (row.name, row.state, row.resume) == (
+        "half",
+        "1 of 3 finished",
+        f"spiketrain resume half --runs {tmp_path} --trust lab_suite",
+    )
     with driver_lock(folder):
         [row] = list_suites(tmp_path)
         assert (row.state, row.resume) == ("1 of 3 finished, running", None)
