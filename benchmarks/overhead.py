@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.code import commit
-from pipeline.job import Job, Place, resume_command
+from pipeline.command_line import command
+from pipeline.job import Job, Place
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.drive import drive
 from pipeline.launch.prepare import prepare
@@ -149,7 +150,7 @@ def main() -> None:
         runs, out = Path(folder), Path(folder) / "seconds.json"
         job = prepare(recipe, Cluster(), runs)
         with Ray(workers=1, work=partial(work, rule_name=arguments.rule, out=str(out))) as launcher:
-            drive(job, launcher, Console(), uri=tracking_uri(runs), resume_command=resume_command(runs, Path(job.run).name))
+            drive(job, launcher, Console(), uri=tracking_uri(runs), resume_command=command("resume", Path(job.run)))
         seconds = json.loads(out.read_text())
     ours, bare = (torch.tensor(seconds[key][WARM_UP:]) for key in ("ours_s", "bare_s"))
     report(recipe, arguments.rule, ours, bare)

@@ -26,19 +26,19 @@ def code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def check_same_code(host: str, *, each: Callable[[Any], list[Any]]) -> None:
-    """Whether all ranks run the code of rank 0; collective, `each` as `Checkpoints` has it.
+def check_same_code(host: str, digest: str, *, each: Callable[[Any], list[Any]], of: str = "the code") -> None:
+    """Whether all ranks run the code of rank 0, by its `digest`; collective, `each` as `Checkpoints` has it.
 
     A rank with another rule or augmentation would train along: the replicas stay equal, and the numbers are nobody's.
 
     Raises:
         Refused: one of them does not.
     """
-    found = each((code_digest(), host))
+    found = each((digest, host))
     first, at = found[0]
     others = [f"{rank} on {host} {digest}" for rank, (digest, host) in enumerate(found) if digest != first]
     if others:
-        raise Refused(f"worker: all must run the code of worker 0 on {at}, {first}; got worker {', '.join(others)}: install one")
+        raise Refused(f"worker: all must run {of} of worker 0 on {at}, {first}; got worker {', '.join(others)}: install one")
 
 
 def commit() -> str:

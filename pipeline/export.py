@@ -6,8 +6,8 @@
                     X.bits     uint8 [ceil(numel / 8)], 1 for +: 8 signs to a byte, the first in the lowest bit
                     X.scale    [out], unless the batch norm that directly follows X took it over (`spiking/fold.py`)
 
-The metadata hold format, version, layout, the recipe's `model` as JSON, its `time_steps`, and the sha256 of all this and the
-tensors.
+The metadata hold format, version, layout, the recipe's `model` as JSON, its `time_steps`, where the user's own code of the
+model lies (`code`, see own_code.py), and the sha256 of all this and the tensors.
 
 A packed network computes what the trained one does up to rounding, which a fold changes. Rounding may make another decision
 of a potential that lies on its threshold to the last bits, as another batch size or another machine may, too.
@@ -30,8 +30,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipeline import own_code
 from pipeline.recipe import TRUSTED, Recipe, Spec
-from pipeline.recipe_json import decode, encode
+from pipeline.recipe_json import decode, encode, targets
 from pipeline.spiking.binary import SMALLEST_SCALE, Binarizer, binary_synapses, fix
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.fold import fold, following_norms
@@ -56,6 +57,14 @@ class Exported:
     bits: int = 0
     synapses: int = 0
     folded: int = 0
+    trust: tuple[str, ...] = ()
+    """packages of the user's own that the network is made of"""
+
+    @property
+    def loading(self) -> str:
+        """The line of Python that makes the network again."""
+        trust = f", trust={list(self.trust)}" if self.trust else ""
+        return f"pipeline.load({str(self.file.absolute())!r}{trust})"
 
     def __str__(self) -> str:
         size = f"{self.file}: {self.bytes / 1e6:.4g} MB"
@@ -92,17 +101,19 @@ def export_run(
         bits = sum(synapse.weight.numel() for synapse in synapses.values())
         packed = {"bits": bits, "synapses": len(synapses), "folded": folded}
     tensors = {name: value.detach().contiguous().clone() for name, value in state.items()}
+    own = own_code.needed(trust, targets(encode(recipe.model, paths=True)))
     metadata = {
         "format": FORMAT,
         "version": VERSION,
         "layout": layout,
         "model": json.dumps(encode(recipe.model, paths=True)),
         "time_steps": str(recipe.time_steps),
+        **({"code": json.dumps(own_code.note(own))} if own else {}),
     }
     temp = out.with_name(f".{out.name}.{os.getpid()}")
     save_file(tensors, temp, {**metadata, "sha256": _digest(metadata, tensors)})
     temp.rename(out)
-    return Exported(out, out.stat().st_size, whole, parameters, **packed)
+    return Exported(out, out.stat().st_size, whole, parameters, **packed, trust=own)
 
 
 def is_export(file: Path) -> bool:
@@ -124,7 +135,9 @@ def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str]
     """
     metadata, tensors = _read(file)
     try:
-        found: Spec = decode(json.loads(metadata["model"]), (*TRUSTED, *trust))
+        code = own_code.packages(json.loads(metadata.get("code", "{}")), who="code") if trust else {}
+        with own_code.on_path(code, trust, of=file.name):
+            found: Spec = decode(json.loads(metadata["model"]), (*TRUSTED, *trust))
         if model is not None and model != found:
             raise ValueError(f"the weights must be of {model.label}; they are of {found.label}")
         network: nn.Module = found.build()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -125,18 +123,3 @@ def raise_refusal(run: Path) -> None:
     """
     if (run / REFUSAL).exists():
         raise Refused(read_json(run / REFUSAL)["said"])
-
-
-def resume_command(runs: str | os.PathLike[str], name: str, *, trust: Sequence[str] = (), address: str | None = None) -> str:
-    """What a person types to go on with a run.
-
-    Trust, and the cluster that is shown a token, are part of it: a folder that came from elsewhere must not bring its own.
-    """
-    where = [] if Path(runs) == Path("runs") else ["--runs", os.fspath(runs)]
-    there = [] if address is None else ["--address", address]
-    return shlex.join(["spiketrain", "resume", name, *where, *there, *trust_words(trust)])
-
-
-def trust_words(trust: Sequence[str]) -> list[str]:
-    """As they are typed."""
-    return [word for package in trust for word in ("--trust", package)]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline import own_code
 from pipeline.disk import is_name
 from pipeline.phases import Phase, check_phases
 from pipeline.recipe_json import decode, encode, flat, read_json, write_json
@@ -357,7 +358,9 @@ class Recipe:
     def read(cls, path: Path, *, trust: Collection[str] = ()) -> Recipe:
         """The recipe of a run, from its recipe.json. Raises what `from_json` does, and where there is no such file."""
         try:
-            return cls.from_json(read_json(path), trust=trust)
+            written = read_json(path)
+            with own_code.on_path(own_code.read(path.parent) if trust else {}, trust, of=path.absolute().parent.name):
+                return cls.from_json(written, trust=trust)
         except ValueError as error:
             raise ValueError(f"{path.parent}: {error}") from error
 

@@ -12,9 +12,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pipeline import own_code
 from pipeline.recipe import TRUSTED, Recipe
-from pipeline.recipe_json import dotted
-from pipeline.suite import Suite
+from pipeline.recipe_json import is_inside
+from pipeline.suite import Suite, targets_of
+
+_UNNAMED = "recipe_file_"
+"""begins the name of a module whose file has none that can be imported"""
 
 
 def load_recipe(path: Path) -> Recipe | Suite:
@@ -44,17 +48,24 @@ def load_recipe(path: Path) -> Recipe | Suite:
         raise ValueError(f"{path}: {error}") from error
 
 
-def own_package(path: Path, made: Recipe | Suite) -> list[str]:
-    """The recipe file's own module, where a recipe or a report is what it defines: running the file was trusting it.
+def trust_of(made: Recipe | Suite, paths: Sequence[Path], named: Sequence[str] = ()) -> tuple[str, ...]:
+    """The packages that reading back what the recipe files have made must trust, each once.
 
-    None where it is of a package that is trusted anyway.
+    They are those that the user has `named` and the files' own modules, as running a file was trusting it; of both, those
+    that a part or a report comes from and that are not trusted anyway.
+
+    Raises:
+        ValueError: a part that a file defines, whose name cannot be imported.
     """
-    used = [value for recipe in (made.recipes if isinstance(made, Suite) else [made]) for value in recipe.flat().values()]
-    if isinstance(made, Suite) and made.report is not None:
-        used.append(dotted(made.report))
-    trusted = tuple(f"{package}." for package in TRUSTED)
-    named_so = [name for name in list(sys.modules) if name.rpartition(".")[2] == path.stem and not name.startswith(trusted)]
-    return [name for name in named_so if _is_of(path, sys.modules[name]) and any(value.startswith(f"{name}.") for value in used)]
+    targets = [target for target in targets_of(made) if not is_inside(target, TRUSTED)]
+    for path in paths:
+        if any(target.startswith(f"{_UNNAMED}{path.stem}.") for target in targets):
+            raise ValueError(
+                f"{path}: a file that defines parts must have a name that Python can import and no other module has: "
+                f"letters, digits and _; got {path.name}"
+            )
+    modules = [(name, path) for path in paths for name in list(sys.modules) if name.rpartition(".")[2] == path.stem]
+    return own_code.needed((*named, *(name for name, path in modules if _is_of(path, sys.modules[name]))), targets)
 
 
 def _is_of(path: Path, module: ModuleType) -> bool:
@@ -83,7 +94,8 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
 def _module(path: Path) -> ModuleType:
     """Under its importable name, `recipes.fashion.sltt`, so that recipe.json can name what it defines.
 
-    A file outside of any package is a module of its own: its folder joins the path.
+    A file outside of any package is a module of its own: its folder joins the path. So does that of a file in a folder
+    without `__init__.py` below an entry of the path: what lies beside the file can be imported, whatever the path was.
     """
     resolved = path.resolve()
     for parent in (*resolved.parents, None):
@@ -94,8 +106,10 @@ def _module(path: Path) -> ModuleType:
         if all(part.isidentifier() for part in name.split(".")) and parent in map(Path, map(_absolute, sys.path)):
             found = importlib.util.find_spec(name) if "." not in name or _importable(name.rpartition(".")[0]) else None
             if found is not None and found.origin is not None and Path(found.origin).resolve() == resolved:
+                if not (resolved.parent / "__init__.py").exists() and str(resolved.parent) not in sys.path:
+                    sys.path.append(str(resolved.parent))
                 return importlib.import_module(name)
-    found = importlib.util.spec_from_file_location(f"recipe_file_{path.stem}", path)
+    found = importlib.util.spec_from_file_location(f"{_UNNAMED}{path.stem}", path)
     assert found is not None
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)

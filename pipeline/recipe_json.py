@@ -60,6 +60,15 @@ def decode(value: Any, trusted: Collection[str]) -> Any:
     return value
 
 
+def targets(encoded: Any) -> Iterator[str]:
+    """The dotted names of all parts and frozen values in a recipe's JSON: what reading it imports."""
+    for kind in ("target", "value"):
+        if isinstance(encoded, Mapping) and set(encoded) == {kind, "kwargs"}:
+            yield encoded[kind]
+    for item in encoded.values() if isinstance(encoded, Mapping) else encoded if isinstance(encoded, list) else ():
+        yield from targets(item)
+
+
 def flat(encoded: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Dotted keys and short text of an encoded value, for a table of parameters."""
     for kind in ("target", "value"):
@@ -133,7 +142,7 @@ def imported(name: Any, trusted: Collection[str], *, who: str = "recipe.json") -
     if not isinstance(name, str):
         raise ValueError(f"{who}: what is imported is named by text; got {name!r}")
     refusal = f"{who}: {name} is not in a trusted package; trusted are {', '.join(trusted)}; name its package with --trust"
-    if not _is_inside(name, trusted):
+    if not is_inside(name, trusted):
         raise ValueError(refusal)
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
@@ -150,7 +159,7 @@ def imported(name: Any, trusted: Collection[str], *, who: str = "recipe.json") -
             found = getattr(found, part)
         # `pipeline.teachers.cache.os.system` begins with a trusted name: what counts is where the object was defined.
         defined = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
-        if not callable(found) or not _is_inside(defined, trusted):
+        if not callable(found) or not is_inside(defined, trusted):
             raise ValueError(refusal)
         if not _makes_parts(found):
             raise ValueError(f"{who}: {name} must be a class, a class method or a function of a module; it is none of them")
@@ -179,7 +188,8 @@ def _keywords(value: Any, trusted: Collection[str]) -> dict[str, Any]:
     return {key: decode(item, trusted) for key, item in value.items()}
 
 
-def _is_inside(name: str, trusted: Collection[str]) -> bool:
+def is_inside(name: str, trusted: Collection[str]) -> bool:
+    """Whether a dotted name is one of the trusted, or in a package or module that is."""
     return any(name == each or name.startswith(f"{each}.") for each in trusted)
 
 

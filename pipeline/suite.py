@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline import own_code
 from pipeline.recipe import Recipe, read_json, write_json
-from pipeline.recipe_json import dotted, imported
+from pipeline.recipe_json import dotted, imported, targets
 from pipeline.spec import arguments_of, reference_to, referred
 
 __all__ = ["FILE", "Choice", "Report", "Suite", "SuiteFile", "filled", "has_report", "is_suite", "needed", "references",
-           "refuse_references", "refuse_untrusted", "runs_of", "sources", "sources_in"]  # fmt: skip
+           "refuse_references", "refuse_untrusted", "runs_of", "sources", "sources_in", "targets_of"]  # fmt: skip
 
 Report = Callable[[Mapping[str, Path], Any], object]
 """called with the folder of each recipe's run, all finished or diverged (pipeline/trials.py), by the recipe's name in their
@@ -159,6 +160,12 @@ def refuse_references(recipe: Recipe) -> None:
         )
 
 
+def targets_of(made: Recipe | Suite) -> list[str]:
+    """The dotted names of what reading it back imports: all parts of its recipes, and its report."""
+    found = [name for recipe in (made.recipes if isinstance(made, Suite) else [made]) for name in targets(recipe.to_json())]
+    return found if isinstance(made, Recipe) or made.report is None else [*found, dotted(made.report)]
+
+
 def refuse_untrusted(suite: Suite, trust: Collection[str]) -> None:
     """Refuse what whoever reads the suite back would not import.
 
@@ -228,7 +235,9 @@ class SuiteFile:
     def read(cls, folder: Path, *, trust: Collection[str] = ()) -> SuiteFile:
         """What the folder of a suite says. Raises what `from_json` does, and where there is no such file."""
         try:
-            return cls.from_json(read_json(folder / FILE), own=folder.absolute().name, trust=trust)
+            written, name = read_json(folder / FILE), folder.absolute().name
+            with own_code.on_path(own_code.read(folder) if trust else {}, trust, of=name):
+                return cls.from_json(written, own=name, trust=trust)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
 

@@ -169,7 +169,6 @@ def test_a_number_that_is_none_or_without_end_is_refused_whatever_the_option(ref
     ("words", "said"),
     [
         ("launch recipes/fashion/sltt.py --inline --node-loss patient", "without Ray; got --node-loss patient"),
-        ("report none --trust mine", "report: --trust is for a suite, and runs are read without it; got mine"),
         ("evaluate recipes/fashion/sltt.py --weights x.pt", "--runs is where a run is found, and a recipe is a file; got"),
         ("plan recipes/fashion/sltt.py", "plan: --runs is where the run of --against is found; got --runs"),
         ("dashboard --store sqlite:///x.db", "dashboard: --store names the store, so --runs has no effect; got --runs"),

@@ -30,6 +30,6 @@ def test_it_changes_with_names_and_content_alone(tmp_path: Path, monkeypatch: py
 
 def test_whoever_runs_another_is_named() -> None:
     mine = code_digest()
-    check_same_code("a", each=lambda value: [value, (mine, "b")])
+    check_same_code("a", mine, each=lambda value: [value, (mine, "b")])
     with pytest.raises(Refused, match=f"code of worker 0 on a, {mine}; got worker 2 on c 0123: install one"):
-        check_same_code("a", each=lambda value: [value, (mine, "b"), ("0123", "c")])
+        check_same_code("a", mine, each=lambda value: [value, (mine, "b"), ("0123", "c")])

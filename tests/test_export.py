@@ -276,7 +276,7 @@ def test_export_and_evaluate(
 
     file = tmp_path / "net.safetensors"
     code, out, _ = run("export", "learnable", "--packed", "--out", str(file))
-    assert code == 0 and out.count("\n") == 1
+    assert code == 0 and out.endswith(f"\nload    pipeline.load('{file}')\n")
     assert f"{file}: " in out and "1,089 of 1,284 parameters are bits, of 3 synapses, 3 of them" in out
     code, _, err = run("export", "learnable", "--packed", "--out", str(file))
     assert code == 2 and err.count("\n") == 1 and "is there already" in err

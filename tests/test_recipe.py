@@ -25,7 +25,7 @@ from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.objective import CrossEntropy
 from pipeline.recipe import TRUSTED, Recipe, Spec, read_json, spec, write_json
-from pipeline.recipe_file import load_recipe, own_package, parse_changes
+from pipeline.recipe_file import load_recipe, parse_changes, trust_of
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.schedule import cosine
@@ -381,10 +381,10 @@ def test_running_a_file_in_a_folder_of_ones_own_is_trusting_its_module(tmp_path:
     )
     made = load_recipe(file)
     assert isinstance(made, Recipe)
-    [own] = own_package(file, made)
+    [own] = trust_of(made, [file])
     assert own == "own_experiments.mine" and Recipe.from_json(made.to_json(), trust=[own]) == made
     ours = Path("recipes/compare/claims_fashion.py")
-    assert own_package(ours, load_recipe(ours)) == []  # with a report that it defines, in a package that is trusted anyway
+    assert trust_of(load_recipe(ours), [ours]) == ()  # with a report that it defines, in a package that is trusted anyway
 
 
 def test_every_recipe_file_resolves_and_survives_tiny() -> None:

@@ -17,7 +17,7 @@ from pipeline.distill import Distillation
 from pipeline.models.mlp import mlp
 from pipeline.phases import Phase
 from pipeline.recipe import Recipe, spec
-from pipeline.recipe_file import load_recipe, own_package
+from pipeline.recipe_file import load_recipe, trust_of
 from pipeline.stand_in import with_stand_ins
 from pipeline.suite import Suite, SuiteFile, filled, references, refuse_references, runs_of
 from pipeline.teachers.network import network_teacher
@@ -247,10 +247,10 @@ def test_a_recipe_file_gives_a_recipe_a_list_or_a_suite(tmp_path: Path, monkeypa
     assert isinstance(made["of_two"], Suite) and made["of_two"].report is None
     assert isinstance(made["of_suite"], Suite) and made["of_suite"].report is not None
     # The report alone is the file's own here, and running the file was trusting it.
-    assert {stem: own_package(tmp_path / f"{stem}.py", each) for stem, each in made.items()} == {
-        "of_one": [],
-        "of_two": [],
-        "of_suite": ["of_suite"],
+    assert {stem: trust_of(each, [tmp_path / f"{stem}.py"]) for stem, each in made.items()} == {
+        "of_one": (),
+        "of_two": (),
+        "of_suite": ("of_suite",),
     }
     (tmp_path / "twice.py").write_text(f"{head}def recipe():\n    return [small_recipe(), small_recipe()]\n")
     with pytest.raises(ValueError, match=r"twice\.py: suite: recipes must have names of their own; got two of 'small'"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import sys
 from pathlib import Path
@@ -46,6 +45,7 @@ from pipeline.commands.options import (
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
+    from pipeline.report.suite import Reported
     from pipeline.suite import Suite
 
 Seeds = Annotated[int, typer.Option("--seeds", min=1, help="train each recipe so often, with seeds that follow its own")]
@@ -115,7 +115,7 @@ def launch(
         named(runs, name)
     made = _comparison([made_of(recipe, set_, tiny) for recipe in recipes], seeds, tune)
     from pipeline.launch.cluster import OPERATIONAL, Cluster, parse_workers
-    from pipeline.recipe_file import own_package
+    from pipeline.recipe_file import trust_of
     from pipeline.suite import Suite
 
     sizes = parse_workers(workers)
@@ -135,7 +135,7 @@ def launch(
     )
     if here.side_by_side != 1 and not isinstance(made, Suite):
         raise ValueError(f"launch: --side-by-side is for several runs; got {side_by_side} with {made.name} alone")
-    trusted = (*trust, *(package for recipe in recipes for package in own_package(recipe, made)))
+    trusted = trust_of(made, recipes, trust)
     if hand_over(context, made, workers=here.workers, trust=trusted):  # which reads cluster to partition from there
         return
     if or_resume:
@@ -237,31 +237,48 @@ def _end_run(folder: Path | None) -> None:
     from pipeline.report.compare import print_studies
 
     print_studies(folder.parent, [folder])
+    _print_next(folder, run=folder)
 
 
 def _end_suite(folder: Path | None, trust: tuple[str, ...], *, had_ended: bool = False) -> None:
     """Its table or report; and its page, in its folder and in MLflow, which since it `had_ended` may have been made richer."""
     if folder is None:
         sys.exit(130)
-    from pipeline.job import trust_words
+    from pipeline.report.suite import print_suite
+    from pipeline.suite import runs_of
+    from pipeline.track.publish import REPORT
+    from pipeline.track.state import state_of
+
+    reported = print_suite(folder, trust=trust)
+    if not (had_ended and (folder / REPORT).exists()):
+        _renew_page(folder, trust, reported)
+    _print_next(folder, run=next((run for run in runs_of(folder).values() if state_of(run) == "finished"), None))
+
+
+def _renew_page(folder: Path, trust: tuple[str, ...], reported: Reported | None) -> None:
+    from pipeline.command_line import command
     from pipeline.report.page import write
     from pipeline.report.publish import publish
     from pipeline.report.read_study import read_study
-    from pipeline.report.suite import print_suite
     from pipeline.track.base import TrackingError
-    from pipeline.track.publish import REPORT
 
-    reported = print_suite(folder, trust=trust)
-    if had_ended and (folder / REPORT).exists():
-        return
     try:
         found = read_study(folder.parent, [folder.name], trust=trust, reported=reported)
         page = write(found.study, found.place)
         print(f"page    {page}")
         publish(found, page)
     except (ValueError, OSError, TrackingError) as error:  # the runs are there, and whoever waits for them has what it waited for
-        again = shlex.join(["spiketrain", "report", str(folder), *trust_words(trust)])
+        again = command("report", folder)
         print(f"{error}; its page is made anew, and put into MLflow, by: {again}", file=sys.stderr)
+
+
+def _print_next(folder: Path, *, run: Path | None) -> None:
+    """Commands to go on with, to be copied: `folder` is of a run or a suite, `run` it or one of its runs (None: all diverged)."""
+    from pipeline.command_line import command
+
+    commands = [command(verb, folder) for verb in ("compare", "report")]
+    commands += [] if run is None else [command(verb, run) for verb in ("evaluate", "export")]
+    print("next    " + "\n        ".join(commands))
 
 
 def _at_a_time(asked: str | None, made: Recipe | Suite, sizes: int | tuple[int, ...], *, is_here: bool) -> int | Literal["auto"]:

@@ -43,9 +43,9 @@ def evaluate(
             raise ValueError(f"evaluate: --runs is where a run is found, and a recipe is a file; got {run} with --runs {runs}")
         made = made_of(Path(run), set_, tiny=False)
         from pipeline.launch.start import evaluate_recipe
-        from pipeline.recipe_file import own_package
+        from pipeline.recipe_file import trust_of
 
-        own = tuple(own_package(Path(run), made))
+        own = trust_of(made, [Path(run)])
         evaluate_recipe(made, which=which, weights=weights, time_steps=steps, own=own, trust=tuple(trust))
         return
     from pipeline.launch.start import evaluate_run
@@ -71,7 +71,8 @@ def export(
     from pipeline.report.runs import find_run
 
     layout = "packed" if packed else "plain"
-    print(export_run(find_run(runs, run), out, layout=layout, which=which, trust=tuple(trust)))
+    exported = export_run(find_run(runs, run), out, layout=layout, which=which, trust=tuple(trust))
+    print(f"{exported}\nload    {exported.loading}")
 
 
 def carryover(

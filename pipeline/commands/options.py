@@ -33,7 +33,13 @@ Sets = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="change the recipe, for example optimizer.lr=0.05; repeatable")
 ]
 Trust = Annotated[
-    list[str], typer.Option("--trust", metavar="PACKAGE", help="a package of your own that a recipe or suite is from; repeatable")
+    list[str],
+    typer.Option(
+        "--trust",
+        metavar="PACKAGE",
+        help="a package of your own that parts of a recipe, or a suite's report, are from; repeatable",
+        callback=lambda packages: list(dict.fromkeys(packages)),  # a launch that is handed to a cluster says each once, too
+    ),
 ]
 Tiny = Annotated[bool, typer.Option("--tiny", help="shrink the recipe to seconds on a CPU")]
 Workers = Annotated[int, typer.Option("--workers", min=1, help="processes that train together")]

@@ -37,8 +37,6 @@ def compare(
     runs = runs_dir_of(runs, names or [])
     suite = suite_named(runs, names or [])
     if suite is None:
-        if trust:
-            raise ValueError(f"compare: --trust is for a suite, and runs are read without it; got {', '.join(trust)}")
         print_comparison(runs, names or [], format=format_, against=against, within=within)
         return
     print_suite(suite, against=against, within=within, format=format_, trust=tuple(trust))

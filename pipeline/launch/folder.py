@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.command_line import how_to_resume
 from pipeline.disk import is_name
 
 
@@ -47,9 +48,8 @@ def named(runs: Path, name: str) -> Path:
 
 def refuse_taken(folder: Path) -> None:
     if folder.exists():
-        name = folder.name
         raise ValueError(
-            f"launch: --name must be new in {folder.parent}; got {name}, which `spiketrain resume {name}` goes on with"
+            f"launch: --name must be new in {folder.parent}; got {folder.name}, which `{how_to_resume(folder)}` goes on with"
         )
 
 

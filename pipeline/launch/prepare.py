@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline import own_code
 from pipeline.checkpoint import absolute, owner_of, place_at
 from pipeline.code import commit
 from pipeline.counts import refuse_unless_counts
@@ -18,6 +19,7 @@ from pipeline.launch.cluster import Cluster, refuse_unless_watchable
 from pipeline.launch.folder import named, numbered, whole_folder
 from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.spec import arguments_of
+from pipeline.suite import targets_of
 from pipeline.weights import study_inputs
 
 UNWRITTEN = ("run", "trust", "place_token")
@@ -45,6 +47,7 @@ def prepare(
         ValueError: the data set is missing, the weights that `init` names are missing, or the name is taken.
     """
     recipe = recipe.resolved()
+    trust = own_code.needed(trust, targets_of(recipe))
     data: Data = recipe.data.build()
     fingerprint = data.fingerprint()
     study = recipe.study_key(study_inputs(recipe, fingerprint))
@@ -69,6 +72,7 @@ def prepare(
         job = replace(job, checkpoints=address, run_id=run_id or job.run_id)
     with whole_folder(folder) as hidden:
         write_json(hidden / "recipe.json", recipe.to_json())
+        own_code.write(hidden, trust)
         write_json(hidden / "cluster.json", asdict(cluster))
         write_json(hidden / "job.json", _to_json(job))
     return job

@@ -14,12 +14,13 @@ from torch import nn
 
 from pipeline.build import build_network, check_recipe
 from pipeline.checkpoint import Place
+from pipeline.command_line import command
 from pipeline.elastic import told
 from pipeline.evaluate import Evaluated, Evaluation, evaluate, inputs
 from pipeline.export import is_export, load_export
 from pipeline.guards.damaged import check_data
 from pipeline.guards.storage import may_pass
-from pipeline.job import Job, resume_command
+from pipeline.job import Job
 from pipeline.launch.base import Launcher
 from pipeline.launch.changed import change_run
 from pipeline.launch.cluster import Cluster
@@ -89,11 +90,12 @@ def check_resumed(folder: Path, cluster: Cluster, launched: Cluster, *, trust: t
     """Likewise of a run that goes on where it was not `launched`: whether it trains at these numbers of workers.
 
     Raises:
-        ValueError: its recipe does not, or the newest checkpoint loads at another number alone.
+        ValueError: its recipe does not, or cannot be read; or the newest checkpoint loads at another number alone.
     """
+    recipe = Recipe.read(folder / "recipe.json", trust=trust)  # its code joins the path here, which workers are given
     if cluster.sizes != launched.sizes:  # those were checked at the launch
-        recipe = Recipe.read(folder / "recipe.json", trust=trust).with_untrained_teacher()
-        check_recipe(replace(recipe, init=None), *cluster.sizes)  # what it began from need not be there any more
+        # What it began from need not be there any more.
+        check_recipe(replace(recipe.with_untrained_teacher(), init=None), *cluster.sizes)
     if zero := recipe_fields(folder).get("zero"):
         wrote = _workers_of_newest(place_of(folder))
         if wrote is not None and cluster.sizes != (wrote,):
@@ -116,16 +118,15 @@ def _workers_of_newest(place: Place) -> int | None:
 
 def train(job: Job, launcher: Launcher, runs: Path, console: Console, *, address: str | None) -> bool:
     """Train a run to its end; False when it was asked to stop before. `address`: that whoever resumes it has to say."""
-    command = resume_command(runs, Path(job.run).name, trust=job.trust, address=address)
-    return drive(job, launcher, console, uri=tracking_uri(runs), resume_command=command) is not None
+    resume = command("resume", runs / Path(job.run).name, address=address)
+    return drive(job, launcher, console, uri=tracking_uri(runs), resume_command=resume) is not None
 
 
 def _trained(job: Job, launcher: Launcher, runs: Path, *, address: str | None) -> Path | None:
     console, folder = Console(), Path(job.run)
     if train(job, launcher, runs, console, address=address):
         return folder
-    command = resume_command(runs, folder.name, trust=job.trust, address=address)
-    console.out(f"stopped; go on with: {command}", highlight=False)
+    console.out(f"stopped; go on with: {command('resume', runs / folder.name, address=address)}", highlight=False)
     return None
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.job import resume_command, was_stopped
+from pipeline import own_code
+from pipeline.command_line import command
+from pipeline.job import was_stopped
 from pipeline.launch.base import Launcher
 from pipeline.launch.changed import change_run, change_suite
 from pipeline.launch.children import Children, begun_job
@@ -44,6 +46,7 @@ def launch_suite(
     with launcher:
         with whole_folder(folder) as hidden:
             suite_file.write(hidden)
+            own_code.write(hidden, trust)
         return _train_the_rest(folder, suite_file, cluster, launcher, trust=trust)
 
 
@@ -84,8 +87,8 @@ def _train_the_rest(
     console, runs, where = Console(), folder.parent, runs_of(folder)
     outlive(console)
     address = cluster.address_to_say(Cluster.from_json(suite_file.cluster))
-    command = resume_command(runs, folder.name, trust=trust, address=address)
-    console.out(f"suite   {folder}\nresume  {command}", highlight=False)
+    resume = command("resume", runs / folder.name, address=address)
+    console.out(f"suite   {folder}\nresume  {resume}", highlight=False)
     slots = slots_of(launcher, cluster.side_by_side)
     if slots > 1:
         console.out(f"{slots} runs at a time, each on cores and cards of its own (--side-by-side)", highlight=False)
@@ -105,7 +108,7 @@ def _train_the_rest(
         if is_ours:
             _tell_mlflow(children, console)
     if not done:
-        console.out(f"stopped; go on with: {command}", highlight=False)
+        console.out(f"stopped; go on with: {resume}", highlight=False)
     return folder if done else None
 
 

@@ -18,10 +18,10 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.command_line import how_to_resume
 from pipeline.report.choose import Finished, Unfinished, rule_of, seed_of
 from pipeline.report.figure import harmless
 from pipeline.report.finite import finite, not_finite
-from pipeline.report.resuming import how_to_resume
 from pipeline.report.runs import recipe_of
 from pipeline.report.study import COMPUTE, ENERGY, ENERGY_MEASURED, KEPT, Group, StudyRun, measured, what_to_change
 from pipeline.report.tables import behind_the_rows

@@ -74,8 +74,6 @@ def read_study(
         own, printed, notes = _own_report(suite, trust, reported)
         members, tried = _without_trials(runs.values())
         title, place = suite.name, suite / REPORT
-    elif trust:
-        raise ReportError(f"report: --trust is for a suite, and runs are read without it; got {', '.join(trust)}")
     else:
         folders = named(runs_dir, names) if names else newest_study(runs_dir)
         own, printed, notes = Returned(), "", []

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.report.resuming import how_to_resume
+from pipeline.command_line import how_to_resume
 from pipeline.suite import FILE, is_suite, runs_of
 from pipeline.track.jsonl import first, last
 from pipeline.track.state import State, is_driven, state_of

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from pipeline.baseline import BASELINE
+from pipeline.command_line import how_to_resume
 from pipeline.report.choose import is_study, is_trial, study_of
 from pipeline.report.compare import print_studies
 from pipeline.report.finite import finite
 from pipeline.report.paired import WITHIN
-from pipeline.report.resuming import how_to_resume
 from pipeline.report.runs import AmbiguousName, ReportError, find_run_or_suite, run_and_suite_folders
 from pipeline.suite import Report, SuiteFile, is_suite, runs_of
 from pipeline.track.state import is_driven, state_of
@@ -120,7 +120,7 @@ def print_suite(
             if name not in over:
                 state = f"is {state_of(run)}" if run.exists() else "has not begun"
                 console.out(f"not finished: {name} ({run.name}) {state}", highlight=False)
-        command = "" if is_driven(folder) else f"; {how_to_resume(folder, trust=trust)}"
+        command = "" if is_driven(folder) else f"; {how_to_resume(folder)}"
         until = "" if report is None else ", the report is printed when all have"
         console.out(f"{len(over)} of {len(runs)} finished{until}{command}", highlight=False)
     return None

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pipeline import own_code
 from pipeline.backend.averaged import Averaged
 from pipeline.backend.base import Backend
 from pipeline.backend.plain import Plain
 from pipeline.build import attached_rule, build_mixing, build_network
 from pipeline.checkpoint import Checkpoints, Owned, check_shared, lost_step, place_at, read_trainer, step_name
 from pipeline.checkpoint.background import LONGEST_S
-from pipeline.code import check_same_code
+from pipeline.code import check_same_code, code_digest
 from pipeline.data.base import Data
 from pipeline.data.care import ONE_IN, Care
 from pipeline.elastic import check_accumulation, check_sizes, seed_everything, steady
@@ -60,9 +61,12 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
     watchdog.beat()
     folder = Path(job.run)
     if ranks.size > 1:
-        check_same_code(socket.gethostname(), each=ranks.each)
+        check_same_code(socket.gethostname(), code_digest(), each=ranks.each)
     written = ranks.together(lambda: Recipe.read(folder / "recipe.json", trust=job.trust))  # a node may lack the user's package
     ranks.together(lambda: compute_in(written.precision, ranks.device))
+    if ranks.size > 1 and job.trust:
+        own = ranks.together(lambda: own_code.digest(folder, job.trust))
+        check_same_code(socket.gethostname(), own, each=ranks.each, of=f"the {', '.join(job.trust)}")
     checkpoints, checkpoint = _found(job, written, ranks, tracker, watchdog)
     limit, skipped = patiently(
         ranks,

@@ -22,7 +22,6 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from pipeline.commands.launch import resume
-from pipeline.job import resume_command
 from pipeline.launch.cluster import OPERATIONAL, Cluster, parse_workers
 from pipeline.launch.inline import Inline
 from pipeline.launch.node_loss import NODES, waits_for
@@ -172,11 +171,6 @@ def test_a_cluster_is_joined_by_the_users_word_alone() -> None:
     assert launched.resumed(workers=None, inline=False, address="local") == Cluster(workers=4)
     here = Cluster(workers=4)
     assert here.resumed(workers=None, inline=False, address=None) == here
-
-
-def test_a_resume_command_says_what_a_folder_must_not() -> None:
-    said = resume_command("there", "it", trust=("lab",), address="auto")
-    assert said == "spiketrain resume it --runs there --address auto --trust lab"
 
 
 @pytest.fixture

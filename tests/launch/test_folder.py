@@ -51,7 +51,7 @@ def test_from_its_first_moment_a_run_says_where_and_on_how_much_it_trains(tmp_pa
     assert read_job(tmp_path / "run") == job and (job.threads, job.loader_threads) == (3, 2)
     assert json.loads((tmp_path / "run" / "cluster.json").read_text())["workers"] == 2
     assert state_of(tmp_path / "run") == "new"
-    with pytest.raises(ValueError, match=r"got run, which `spiketrain resume run` goes on with$"):
+    with pytest.raises(ValueError, match=rf"got run, which `spiketrain resume run --runs {tmp_path}` goes on with$"):
         prepare(small_recipe(), CLUSTER, tmp_path, name="run")
 
 

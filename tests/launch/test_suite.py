@@ -170,9 +170,14 @@ def test_a_suite_in_one_go(untouched: Path, spiketrain: Command) -> None:
     code, said_of_runs, error = spiketrain(*words[:-4], "--format", "csv")  # of which nothing of the suite's is imported
     told = {row["run"] for row in csv.DictReader(io.StringIO(said_of_runs))}
     assert code == 0 and told == {run.name for run in runs.values()}, error
-    assert spiketrain("resume", untouched.name, "--runs", str(untouched.parent), "--trust", "lab_suite")[1].splitlines() == [
+    at = f"--runs {untouched.parent}"
+    assert spiketrain("resume", untouched.name, *at.split(), "--trust", "lab_suite")[1].splitlines() == [
         f"{untouched.name} has finished",
         said.strip(),
+        f"next    spiketrain compare {untouched.name} {at} --trust lab_suite",
+        f"        spiketrain report {untouched.name} {at} --trust lab_suite",
+        f"        spiketrain evaluate {runs['first'].name} {at}",  # of which nothing is of the file's own
+        f"        spiketrain export {runs['first'].name} {at}",
     ]
 
 
@@ -183,7 +188,7 @@ def test_a_page_that_mlflow_does_not_take_costs_the_suite_nothing(untouched: Pat
         patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
         words = ("--runs", str(untouched.parent), "--trust", "lab_suite")
         code, said, error = spiketrain("resume", untouched.name, *words)
-    assert code == 0 and said.splitlines()[1].startswith("REPORT ") and said.endswith(f"\npage    {page}\n") and page.exists()
+    assert code == 0 and said.splitlines()[1].startswith("REPORT ") and f"\npage    {page}\nnext    " in said and page.exists()
     assert error.startswith("MLflow at http://127.0.0.1:") and error.count("\n") == 1
     code, said, error = spiketrain(
         *shlex.split(error.partition("its page is made anew, and put into MLflow, by: spiketrain ")[2])
@@ -238,7 +243,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(
     code, said, error = spiketrain(*words)
     assert code == 0, error
     runs = runs_of(tmp_path / "broken")
-    assert said.splitlines()[-2] == "REPORT " + " ".join(f"{name}:{run.name}" for name, run in runs.items())
+    assert said.splitlines()[-6] == "REPORT " + " ".join(f"{name}:{run.name}" for name, run in runs.items())
     assert same_bits(tmp_path / "broken", untouched)
     interrupted = {recipe for recipe, _ in stops}
     assert {name for name, run in runs.items() if len(starts(run)) == 2} == interrupted  # what had finished was left alone
@@ -289,7 +294,11 @@ def test_what_is_listed_and_reported_while_children_are_missing(places: Path, tm
             spiketrain("launch", str(places / "lab_suite.py"), "--inline", "--runs", str(tmp_path), "--name", "half")
     folder, second = tmp_path / "half", runs_of(tmp_path / "half")["second"]
     [row] = list_suites(tmp_path)
-    assert (row.name, row.state, row.resume) == ("half", "1 of 3 finished", f"spiketrain resume half --runs {tmp_path}")
+    assert (row.name, row.state, row.resume) == (
+        "half",
+        "1 of 3 finished",
+        f"spiketrain resume half --runs {tmp_path} --trust lab_suite",
+    )
     with driver_lock(folder):
         [row] = list_suites(tmp_path)
         assert (row.state, row.resume) == ("1 of 3 finished, running", None)
@@ -303,7 +312,7 @@ def test_what_is_listed_and_reported_while_children_are_missing(places: Path, tm
     out = io.StringIO()
     print_runs(tmp_path, Console(file=out, width=80))
     assert "half   1 of 3 finished" in out.getvalue()
-    assert f"spiketrain resume half --runs {tmp_path}\n" in out.getvalue()
+    assert f"spiketrain resume half --runs {tmp_path} --trust lab_suite\n" in out.getvalue()
     (folder / "suite.json").write_text("{")
     assert list_suites(tmp_path)[0].state == "suite.json is damaged"
 
@@ -394,7 +403,6 @@ def test_what_cannot_be_trained_to_its_end_leaves_nothing_behind(
         ("compare whole", "suite.json: lab_suite.table is not in a trusted package; trusted are recipes, pipeline.report"),
         ("resume whole", "suite.json: lab_suite.table is not in a trusted package"),
         ("compare whole first --trust lab_suite", "compare: a suite is compared by itself; got whole among whole, first"),
-        ("compare first --trust lab_suite", "compare: --trust is for a suite"),
         ("compare whole --trust lab_suite --format json", "compare: whole must have finished; 0 of 1 runs have"),
         (
             "compare whole --trust lab_suite --against SLTT",

@@ -1,0 +1,275 @@
+"""A stranger's package beside its recipe: every command that is printed works as it was printed, from another folder."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import pipeline
+from pipeline.__main__ import main
+from pipeline.spiking.state import fresh_state
+from pipeline.suite import is_suite, runs_of
+from pipeline.track.jsonl import Follower, read
+
+PACKAGE = {
+    # No __init__.py: most packages that lie beside a script have none.
+    "network.py": '''
+from torch import nn
+
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.synapse import Linear
+
+
+class Flat(nn.Module):
+    def forward(self, x_TBCHW):
+        return x_TBCHW.flatten(2)
+
+
+class Striped(nn.Module):
+    """Two layers for pictures of one channel."""
+
+    def __init__(self, side, classes, hidden=12):
+        super().__init__()
+        self.hidden = nn.Sequential(Flat(), Linear(side * side, hidden), LIF())
+        self.classifier = Linear(hidden, classes)
+
+    def forward(self, x_TBCHW):
+        return self.classifier(self.hidden(x_TBCHW))
+''',
+    "rule.py": '''
+import time
+
+import torch
+
+from pipeline.rules.base import Objective, Rule, slices, steps_share
+from pipeline.spiking.state import fresh_state
+
+
+class LastStep(Rule):
+    """Learns from the last time step alone, whose membranes come from the others as constants."""
+
+    memory = "constant"
+    chunk = 1
+
+    def __init__(self, *, pause=0.0):
+        super().__init__()
+        self.pause = pause
+
+    def _objectives(self, model, x_TB, loss_of, step, rows):
+        time.sleep(self.pause)  # so that somebody can end it in the middle
+        steps = x_TB.shape[0]
+        with fresh_state(model):
+            for index, x_cB in enumerate(slices(x_TB, 1)):
+                learns = index == steps - 1
+                with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+                    loss, share_BK = steps_share(model(x_cB), loss_of, steps=steps)
+                yield Objective(backward=loss if learns else None, loss=loss.detach(), logits=share_BK)
+''',
+    "data.py": '''
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from pipeline.data.base import Batch
+
+
+class Stripes:
+    """Pictures of upright and of level stripes under noise, computed from their numbers."""
+
+    classes = 2
+
+    def __init__(self, side=8, samples=96, val_samples=20):
+        self.side, self.samples, self.val_samples = side, samples, val_samples
+        self.shape = (1, side, side)
+
+    def fingerprint(self):
+        return f"stripes-{self.side}-{self.samples}-{self.val_samples}"
+
+    def check(self):
+        """Nothing on disk."""
+
+    def train(self, *, seed, rank, world, batch_size, micro_batch, threads):
+        def rows(epoch, start):
+            order = np.random.default_rng((seed, epoch)).permutation(self.samples)
+            whole = order[start : self.samples // batch_size * batch_size]
+            return whole.reshape(-1, world, micro_batch)[:, rank]
+
+        return Batches(self, rows, self.samples, self.samples // batch_size)
+
+    def val(self, *, rank, world, micro_batch, threads):
+        mine = 1000 + np.arange(self.val_samples)[rank::world]
+        parts = [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
+        return Batches(self, lambda epoch, start: parts, self.val_samples, len(parts))
+
+
+class Batches:
+    def __init__(self, data, rows, samples, steps_per_epoch):
+        self.data, self.rows, self.samples, self.steps_per_epoch = data, rows, samples, steps_per_epoch
+
+    @contextmanager
+    def epoch(self, epoch, *, start=0):
+        yield (self.batch(ids) for ids in self.rows(epoch, start))
+
+    def close(self):
+        """Nothing is open."""
+
+    def batch(self, ids):
+        stripes = np.tile(np.arange(self.data.side) % 2, (self.data.side, 1))
+        noise = [np.random.default_rng(i).normal(0, 0.3, stripes.shape) for i in ids]
+        x = np.stack([(stripes.T if i % 2 else stripes) + n for i, n in zip(ids, noise)])
+        x_B = torch.from_numpy(x[:, None].astype(np.float32))
+        return Batch(x_B, torch.from_numpy(ids % 2), torch.from_numpy(ids % 1000))
+''',
+}
+RECIPE = """
+from dataclasses import replace
+
+from timm.optim import create_optimizer_v2
+
+from mysnn.data import Stripes
+from mysnn.network import Striped
+from mysnn.rule import LastStep
+from pipeline.objective import CrossEntropy
+from pipeline.recipe import Recipe, spec
+from pipeline.rules.bptt import BPTT
+from pipeline.schedule import cosine
+
+
+def recipe():
+    mine = Recipe(
+        name="mine",
+        model=spec(Striped, side=8, classes=2),
+        rule=spec(LastStep, pause=0.05),
+        data=spec(Stripes),
+        objective=spec(CrossEntropy),
+        optimizer=spec(create_optimizer_v2, opt="sgd", lr=0.1),
+        schedule=spec(cosine, warmup=0.2),
+        time_steps=3,
+        batch_size=8,
+        epochs=3,
+        checkpoint_every=3,
+    )
+"""
+SPIKETRAIN = str(Path(sys.executable).with_name("spiketrain"))
+"""not `python -m pipeline`, which has the folder that it is started in on its path"""
+
+Typed = Callable[[str], str]
+"""from a command as it was printed to all that it has printed"""
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of the recipes and of the package; where the commands are typed is another one."""
+    lab = tmp_path / "lab"
+    (lab / "mysnn").mkdir(parents=True)
+    for name, text in PACKAGE.items():
+        (lab / "mysnn" / name).write_text(text)
+    (lab / "one.py").write_text(RECIPE + "    return mine\n")
+    (lab / "two.py").write_text(RECIPE + '    return [replace(mine, name="bptt", rule=spec(BPTT)), mine]\n')
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    yield lab
+    forget()
+
+
+def forget() -> None:
+    """What a new process does not know either."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("mysnn", "one", "two")]:
+        del sys.modules[name]
+    sys.path[:] = [entry for entry in sys.path if not entry.endswith("/lab")]
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Typed:
+    """In this process, which has forgotten the package."""
+
+    def run(command: str) -> str:
+        forget()
+        monkeypatch.setattr(sys, "argv", shlex.split(command))
+        with pytest.raises(SystemExit) as end:
+            main()
+        said = capsys.readouterr()
+        assert (end.value.code or 0, said.err.replace(NO_PARENT, "")) == (0, ""), said.err
+        return said.out
+
+    return run
+
+
+NO_PARENT = "no artifact in MLflow: these runs were launched by themselves\n"
+
+
+def in_a_process(command: str) -> str:
+    words = [SPIKETRAIN, *shlex.split(command)[1:]]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def killed_launch(recipe: Path, *words: str) -> str:
+    """What a launch has printed until it was killed (`kill -9`), some steps after a checkpoint of a run whose rule is ours."""
+    begun = [SPIKETRAIN, "launch", str(recipe), *words, "--device", "cpu", "--name", "it", "--trust", "mysnn"]
+    with Path("log").open("w") as log:
+        driver = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *begun], stdout=log, stderr=log)
+    saved = False
+    followers: dict[Path, Follower] = {}
+    while driver.poll() is None:
+        for journal in Path("runs").glob("*/journal.jsonl"):
+            for event in followers.setdefault(journal, Follower(journal)).poll():
+                saved = saved or event["event"] == "checkpoint"
+                if saved and event["event"] == "step" and event["step"] >= 10:
+                    driver.kill()
+        try:
+            driver.wait(0.05)
+        except subprocess.TimeoutExpired:
+            continue
+    assert driver.returncode == -signal.SIGKILL, Path("log").read_text()
+    return Path("log").read_text()
+
+
+def printed(verb: str, said: str) -> str:
+    """The command of this verb that was printed last."""
+    found = re.findall(rf"spiketrain {verb} .*", said)
+    assert found and found[-1].count("--trust") == 1, said
+    return found[-1]
+
+
+def use_everything_that_is_printed(said: str, typed: Typed) -> None:
+    """From what a launch has printed until it was killed to the network in Python."""
+    resumed = typed(printed("resume", said))
+    whole = Path("runs/it")
+    runs = list(runs_of(whole).values()) if is_suite(whole) else [whole]
+    # Each run began once or, where it was killed, twice, and learnt every batch of its three epochs.
+    assert all(read(run / "journal.jsonl")[-1]["event"] == "finish" for run in runs)
+    assert any(sum(event["event"] == "start" for event in read(run / "journal.jsonl")) == 2 for run in runs)
+    assert "LastStep" in typed(printed("compare", resumed))
+    page = typed(printed("report", resumed)).splitlines()[-1]
+    assert "LastStep" in Path(page).read_text()
+    assert "top-1 " in typed(printed("evaluate", resumed))
+    exported = typed(printed("export", resumed))
+    [line] = re.findall(r"^load    (.*)$", exported, re.MULTILINE)
+    forget()
+    network = eval(line, {"pipeline": pipeline})
+    with torch.no_grad(), fresh_state(network):
+        assert network(torch.zeros(3, 5, 1, 8, 8)).shape == (3, 5, 2)
+
+
+@pytest.mark.distributed
+def test_a_strangers_package_inline(lab: Path, typed: Typed) -> None:
+    use_everything_that_is_printed(killed_launch(lab / "one.py", "--inline"), typed)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("file", "words"), [("one", ("--workers", "2")), ("two", ())], ids=["two workers", "side by side"])
+def test_a_strangers_package_under_ray(lab: Path, file: str, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    use_everything_that_is_printed(killed_launch(lab / f"{file}.py", *words), in_a_process)
