@@ -118,5 +118,14 @@ class Learnt:
 
 def mean_of(evaluations: Sequence[Evaluation]) -> Evaluation:
     """Over tasks, each counting as one however many samples it has; ACC is the top-1 of this."""
-    mean = lambda name: sum(getattr(each, name) for each in evaluations) / len(evaluations)
-    return Evaluation(sum(each.samples for each in evaluations), *map(mean, ("top1", "top5", "loss", "firing_rate")))
+
+    def mean(name: str) -> float:
+        return sum(getattr(each, name) for each in evaluations) / len(evaluations)
+
+    return Evaluation(
+        samples=sum(each.samples for each in evaluations),
+        top1=mean("top1"),
+        top5=None if any(each.top5 is None for each in evaluations) else mean("top5"),
+        loss=mean("loss"),
+        firing_rate=mean("firing_rate"),
+    )

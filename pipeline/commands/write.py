@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipeline.commands.options import number_option
+from pipeline.commands.options import Commands, number_option
 from pipeline.units import counted
 
 if TYPE_CHECKING:
     from pipeline.data.manifest import Manifest
     from pipeline.data.write import Progress
 
-write_app = typer.Typer(
+write_app = Commands(
     no_args_is_help=True, help="Write a data set as FFCV files.", epilog="Example: spiketrain write fashion --out data/fashion"
 )
 

@@ -37,6 +37,7 @@ from pipeline.suite import Suite, refuse_references
 from pipeline.tasks import Loaders, mean_of, tasks_of
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.state import state_of
+from pipeline.units import counted
 from pipeline.weights import load_run, load_weights, place_of
 
 
@@ -197,14 +198,15 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
         where = f", {task.name}" if recipe.phases else ""
         print(f"{name}, T = {steps}{where}): {_told(found[-1].result)} in {time.monotonic() - begun:.1f} s")
     if recipe.phases:
-        print(f"{name}, T = {steps}, mean of {len(found)} tasks): {_told(mean_of([each.result for each in found]))}")
+        print(f"{name}, T = {steps}, mean of {counted(len(found), 'task')}): {_told(mean_of([each.result for each in found]))}")
     inference = found[-1].inference
     assert inference is not None, "an evaluation of one worker has samples"
     print(in_words(inference.told(inference_j([found[-1].readings])), on_gpu=device.type == "cuda"))
 
 
 def _told(result: Evaluation) -> str:
+    top5 = "" if result.top5 is None else f"top-5 {result.top5:.4f}, "
     return (
-        f"top-1 {result.top1:.4f}, top-5 {result.top5:.4f}, loss {result.loss:.4f} on {result.samples} samples, "
+        f"top-1 {result.top1:.4f}, {top5}loss {result.loss:.4f} on {counted(result.samples, 'sample')}, "
         f"firing rate {result.firing_rate:.4f} on one in {ACTIVITY_EVERY} of them"
     )
