@@ -32,6 +32,7 @@ from pipeline.ranks import PATIENCE, Ranks
 from pipeline.refused import Refused
 from pipeline.run.writer import journal
 from pipeline.track.jsonl import last
+from pipeline.units import counted
 from pipeline.worker import run
 
 SETTINGS = {
@@ -113,13 +114,22 @@ class Ray:
                 raise Refused(f"ray: a token must be at hand; got none: {error.message}; {TOKEN_ADVICE}") from error
             except (OSError, RuntimeError) as error:  # a ConnectionError is an OSError
                 raise Refused(f"ray: no cluster let us in at {self.address!r}: {reason(error, said)}") from error
-        wanted, there = self.workers * self.cpus_per_worker, ray.cluster_resources().get("CPU", 0)
-        if there < wanted:
+        try:
+            self._refuse_too_few()
+        except Refused:
             self.__exit__()
-            raise Refused(
-                f"launch: {self.workers} workers x {self.cpus_per_worker} cpus need {wanted} cores; the cluster has {there:.0f}"
-            )
+            raise
         return self
+
+    def _refuse_too_few(self) -> None:
+        """Cores and cards are counted before a launch makes a folder."""
+        import ray
+
+        resources, wanted = ray.cluster_resources(), self.workers * self.cpus_per_worker
+        if (there := resources.get("CPU", 0)) < wanted:
+            each = f"{counted(self.workers, 'worker')} x {counted(self.cpus_per_worker, 'cpu')}"
+            raise Refused(f"launch: {each} need {counted(wanted, 'core')}; the cluster has {there:.0f}")
+        takes_gpus(self.device, self.workers, int(resources.get("GPU", 0)))
 
     def __exit__(self, *exc: object) -> None:
         if self._owned:

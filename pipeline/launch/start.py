@@ -31,10 +31,11 @@ from pipeline.launch.prepare import prepare, read_job
 from pipeline.measure.energy import in_words
 from pipeline.measure.joules import Joules, inference_j
 from pipeline.measure.sampled import ACTIVITY_EVERY
+from pipeline.part_checks import check_network, fingerprint_of
 from pipeline.recipe import Recipe, read_json
 from pipeline.recipe_json import recipe_fields
 from pipeline.suite import Suite, refuse_references
-from pipeline.tasks import Loaders, mean_of, tasks_of
+from pipeline.tasks import Loaders, build_data, mean_of, tasks_of
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.state import state_of
 from pipeline.units import counted
@@ -82,7 +83,7 @@ def check(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
     """Everything that can be refused is, before anything is left behind."""
     Recipe.from_json(recipe.to_json(), trust=trust)
     check_recipe(recipe, *cluster.sizes)
-    recipe.data.build().fingerprint()
+    fingerprint_of(build_data(recipe))
     Loaders(tasks_of(recipe), recipe, recipe.split(cluster.sizes[-1]))
 
 
@@ -142,7 +143,7 @@ def evaluate_run(
         network = load_run(folder, which=which, trust=trust)
     else:
         network = _with_weights(recipe, weights, trust=trust)
-    check_data(recipe.data.build(), read_job(folder), every_page=True)
+    check_data(build_data(recipe), read_job(folder), every_page=True)
     _print_accuracy(network, recipe, f"{folder.name} ({which if weights is None else weights.name}", time_steps)
 
 
@@ -171,7 +172,7 @@ def evaluate_recipe(
             "evaluate: --trust is for a file of spiketrain export, which says what its network is made of; "
             f"got --trust {' --trust '.join(trust)} with {weights}"
         )
-    made.data.build().check()
+    build_data(made).check()
     _print_accuracy(network, made, f"{made.name} ({weights.name}", time_steps)
 
 
@@ -185,10 +186,13 @@ def _with_weights(recipe: Recipe, file: Path, *, trust: tuple[str, ...]) -> nn.M
 def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: int | None) -> None:
     """On the whole evaluation set of each task, and what an inference of the last one costs."""
     steps = time_steps or recipe.time_steps
+    tasks = tasks_of(recipe)
+    tasks[0].choose_head(network)
+    check_network(network, recipe, tasks[0].data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device)
     about = {"over_time": recipe.over_time, "counts_operations": True, "joules": Joules(device)}
-    loaders, found = Loaders(tasks_of(recipe), recipe, recipe.split(1)), list[Evaluated]()
+    loaders, found = Loaders(tasks, recipe, recipe.split(1)), list[Evaluated]()
     for index, task in enumerate(loaders.tasks):
         begun = time.monotonic()
         task.choose_head(network)
