@@ -12,13 +12,13 @@ from pipeline.commands.doctor import add_doctor_command
 from pipeline.commands.forecast import add_forecast_commands
 from pipeline.commands.launch import add_launch_commands
 from pipeline.commands.network import add_network_commands
-from pipeline.commands.options import RUNS, Runs
+from pipeline.commands.options import RUNS, Commands, Runs
 from pipeline.commands.report import add_report_commands
 from pipeline.commands.track import add_track_commands
 from pipeline.commands.write import write_app
 from pipeline.disk import is_for_the_user
 
-app = typer.Typer(
+app = Commands(
     name="spiketrain",
     no_args_is_help=True,
     add_completion=False,

@@ -15,6 +15,14 @@ from pipeline.elastic import check_accumulation, check_sizes, steady
 from pipeline.nearness import Nearness
 from pipeline.objective import Loss
 from pipeline.optimizer import build_optimizer
+from pipeline.part_checks import (
+    check_network,
+    checked_mixing,
+    checked_network,
+    checked_objective,
+    checked_rule,
+    checked_schedule,
+)
 from pipeline.recipe import Recipe, Spec, Split
 from pipeline.rules.base import Rule, World
 from pipeline.tasks import Task, tasks_of
@@ -32,6 +40,8 @@ def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
     network = build_network(recipe, tasks)
     if recipe.init is not None:
         load_start(network, Path(recipe.init))
+    check_network(network, recipe, tasks[0].data)
+    checked_objective(recipe.objective.build(), recipe.objective, classes=tasks[0].data.classes)
     rule = attached_rule(recipe, network, World(recipe.seed, size=sizes[-1]))
     cut = steady(recipe, network, sizes)
     check_accumulation(cut, rule, sizes)
@@ -41,7 +51,7 @@ def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
         build_teacher(recipe, tasks[0].data)
     if recipe.fidelity_every:
         Nearness.check(recipe, lambda: build_network(recipe, tasks))
-    recipe.schedule.build(build_optimizer(recipe, network, rule), 1000, 100)
+    checked_schedule(recipe.schedule.build(build_optimizer(recipe, network, rule), 1000, 100), recipe.schedule)
     return network
 
 
@@ -53,7 +63,7 @@ def build_network(recipe: Recipe, tasks: Sequence[Task]) -> nn.Module:
         if classes not in (None, task.data.classes):
             where = f" in {task.name}" if recipe.phases else ""
             raise ValueError(f"recipe: model and data must have the same classes; got {classes} and {task.data.classes}{where}")
-    network = recipe.model.build()
+    network = checked_network(recipe.model.build(), recipe.model)
     for task in reversed(tasks):
         task.choose_head(network)
     return network
@@ -67,7 +77,7 @@ def _written_classes(part: Spec) -> int | None:
 
 def attached_rule(recipe: Recipe, network: nn.Module, world: World) -> Rule:
     """The recipe's rule on its network; refuses what does not fit together."""
-    rule: Rule = recipe.rule.build()
+    rule = checked_rule(recipe.rule.build(), recipe.rule)
     rule.check_steps(recipe.time_steps)
     rule.attach(network, world=world, over_time=recipe.over_time)
     rule.check_tasks(network, max(1, len(recipe.phases)))
@@ -89,6 +99,6 @@ def check_objective(recipe: Recipe, rule: Rule) -> None:
 def build_mixing(recipe: Recipe, split: Split) -> Mixing | None:
     if recipe.mixing is None:
         return None
-    mixing: Mixing = recipe.mixing.build()
+    mixing = checked_mixing(recipe.mixing.build(), recipe.mixing)
     mixing.check(micro_batch=split.micro_batch)
     return mixing

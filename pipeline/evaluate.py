@@ -6,7 +6,7 @@ T time, B batch, K classes
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,8 @@ from pipeline.objective import Loss
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.state import fresh_state
 
+TOP = 5
+"""how many of the best classes top-5 looks at"""
 COUNTED = 64
 """samples at most of which operations are counted"""
 COUNTED_ON = "from all over the first worker's share of the evaluation set"
@@ -36,9 +38,15 @@ class Evaluation:
 
     samples: int
     top1: float
-    top5: float
+    top5: float | None
+    """None under six classes, where it would say nothing"""
     loss: float
     firing_rate: float
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """By name, without what was not measured; the number of samples is none of them."""
+        return {name: value for name, value in asdict(self).items() if name != "samples" and value is not None}
 
 
 class Evaluated(NamedTuple):
@@ -81,7 +89,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     answered: list[Tensor] = []  # index, target and answer of each batch
-    sums = torch.zeros(4, dtype=torch.float64)  # samples, top-1 hits, top-5 hits, loss
+    sums = torch.zeros(5, dtype=torch.float64)  # samples, top-1 hits, loss; samples of six classes or more, top-5 hits
     counted, largest = Evenly(COUNTED), 1
     began = joules.read()
     with Activity(network, every=ACTIVITY_EVERY) as activity:
@@ -100,18 +108,20 @@ def evaluate(
                 loss = torch.stack([loss_of(logits_BK) for logits_BK in logits_TBK]).mean()
             best_B5 = best(mean_BK)
             hits_B5 = best_B5 == target_B[:, None]
-            found = (hits_B5[:, 0].sum(), hits_B5.sum(), loss.double() * samples)
-            sums += torch.tensor([samples, *map(float, found)], dtype=torch.float64)
+            found = [samples, float(hits_B5[:, 0].sum()), float(loss.double() * samples)]
+            found += [samples, float(hits_B5.sum())] if mean_BK.shape[-1] > TOP else [0, 0]
+            sums += torch.tensor(found, dtype=torch.float64)
             answered.append(torch.stack([index_B, target_B.cpu(), best_B5[:, 0].cpu()]))
     readings = Readings(card=joules.card, samples=int(sums[0]), began=began, ended=joules.read())
     when_answered()
     inference = _inference(model, network, counted, batch_size=largest) if len(counted) else None
     model.train(was_training)
-    samples, top1, top5, loss = _over_ranks(model, distributed.ReduceOp.SUM)(sums).tolist()
+    samples, top1, loss, ranked, top5 = _over_ranks(model, distributed.ReduceOp.SUM)(sums).tolist()
     if samples == 0:
         raise ValueError("evaluate: needs at least one sample; got none on any rank")
     layers = activity.layers(*(_over_ranks(model, how) for how in (distributed.ReduceOp.SUM, distributed.ReduceOp.MAX)))
-    result = Evaluation(int(samples), top1 / samples, top5 / samples, loss / samples, firing_rate(layers))
+    share_top5 = top5 / ranked if ranked else None
+    result = Evaluation(int(samples), top1 / samples, share_top5, loss / samples, firing_rate(layers))
     return Evaluated(result, answers_of(answered), layers, inference, readings)
 
 
@@ -141,7 +151,7 @@ def _over_ranks(model: nn.Module, how: distributed.ReduceOp.RedOpType) -> Callab
 
 def best(logits_BK: Tensor) -> Tensor:
     """The best class, the second best, ...: `[B, 5]`, narrower where there are fewer classes."""
-    return logits_BK.topk(min(5, logits_BK.shape[-1])).indices
+    return logits_BK.topk(min(TOP, logits_BK.shape[-1])).indices
 
 
 def hits(logits_BK: Tensor, target_B: Tensor) -> Tensor:

@@ -96,7 +96,10 @@ def export_run(
     if layout == "packed":
         synapses = binary_synapses(network)
         if not synapses:
-            raise ValueError("export: --packed needs 1-bit weights (pipeline/models/binarized.py); the network has none")
+            raise ValueError(
+                "export: --packed stores 1-bit weights, and the network has none; leave --packed out, or train a model of "
+                "spec(binarized, ...) (pipeline/models/binarized.py)"
+            )
         state, folded = pack(network, following_norms(network, synapses, _silence(network, recipe)))
         bits = sum(synapse.weight.numel() for synapse in synapses.values())
         packed = {"bits": bits, "synapses": len(synapses), "folded": folded}

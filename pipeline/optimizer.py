@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from pipeline.part_checks import checked_optimizer
 from pipeline.phases import Stretch, stretch_at
 from pipeline.recipe import Recipe
 from pipeline.rules.base import Rule
@@ -19,6 +20,7 @@ def build_optimizer(recipe: Recipe, network: nn.Module, rule: Rule) -> torch.opt
         optimizer = recipe.optimizer.build(network)
     except (TypeError, AssertionError, RuntimeError) as error:  # timm passes on what it does not know, and complains in many ways
         raise ValueError(f"{recipe.optimizer.label}: {error}") from error
+    checked_optimizer(optimizer, recipe.optimizer)
     spare_from_decay(optimizer, latent_parameters(network))
     rule.check_optimizer(optimizer)
     decay = max(group.get("weight_decay", 0.0) for group in optimizer.param_groups)

@@ -16,6 +16,7 @@ from pipeline.data.base import Data, Loader
 from pipeline.data.care import Care, careful
 from pipeline.evaluate import Evaluation
 from pipeline.models.heads import select_head
+from pipeline.part_checks import check_first_batch, checked_data, checked_loader, is_own
 from pipeline.recipe import Recipe, Split
 from pipeline.spiking.heads import MultiHead
 
@@ -44,13 +45,27 @@ class Task:
 
 def tasks_of(recipe: Recipe, care: Care = Care()) -> tuple[Task, ...]:
     """In the order that they are learnt in; opens no file."""
-    data: Data = careful(recipe.data.build(), care)
+    data = careful(build_data(recipe), care)
     if not recipe.phases:
         return (Task(name=recipe.name, data=data, epochs=recipe.epochs),)
     return tuple(
-        Task(name=phase.name, data=phase.data.build(data), epochs=phase.epochs or recipe.epochs, head=phase.head)
+        Task(
+            name=phase.name,
+            data=checked_data(phase.data.build(data), phase.data),
+            epochs=phase.epochs or recipe.epochs,
+            head=phase.head,
+        )
         for phase in recipe.phases
     )
+
+
+def build_data(recipe: Recipe) -> Data:
+    """The recipe's data; opens no file.
+
+    Raises:
+        ValueError: it is no `pipeline.data.base.Data`.
+    """
+    return checked_data(recipe.data.build(), recipe.data)
 
 
 class Loaders:
@@ -58,20 +73,26 @@ class Loaders:
 
     def __init__(self, tasks: Sequence[Task], recipe: Recipe, split: Split, *, rank: int = 0, threads: int = 1) -> None:
         self.tasks = tuple(tasks)
+        self._tries_batches = rank == 0 and is_own(recipe)
         self._sizes = {"rank": rank, "world": split.workers, "micro_batch": split.micro_batch, "threads": threads}
         self._training = {"seed": recipe.seed, "batch_size": recipe.batch_size}
         self.lengths = tuple(self._measured(index) for index in range(len(self.tasks)))
         """(samples, global batches an epoch) of each training set"""
 
     def train(self, task: int) -> Loader:
-        return self.tasks[task].data.train(**self._training, **self._sizes)
+        data = self.tasks[task].data
+        return checked_loader(data.train(**self._training, **self._sizes), data, "train")
 
     def val(self, task: int) -> Loader:
-        return self.tasks[task].data.val(**self._sizes)
+        data = self.tasks[task].data
+        return checked_loader(data.val(**self._sizes), data, "val")
 
     def _measured(self, task: int) -> tuple[int, int]:
         """Both sets are opened for an instant: what is wrong with one is said before anything is trained."""
-        with closing(self.train(task)) as train_set, closing(self.val(task)):
+        with closing(self.train(task)) as train_set, closing(self.val(task)) as val_set:
+            if self._tries_batches:
+                check_first_batch(train_set, self.tasks[task].data, "train")
+                check_first_batch(val_set, self.tasks[task].data, "val")
             return train_set.samples, train_set.steps_per_epoch
 
 
@@ -118,5 +139,14 @@ class Learnt:
 
 def mean_of(evaluations: Sequence[Evaluation]) -> Evaluation:
     """Over tasks, each counting as one however many samples it has; ACC is the top-1 of this."""
-    mean = lambda name: sum(getattr(each, name) for each in evaluations) / len(evaluations)
-    return Evaluation(sum(each.samples for each in evaluations), *map(mean, ("top1", "top5", "loss", "firing_rate")))
+
+    def mean(name: str) -> float:
+        return sum(getattr(each, name) for each in evaluations) / len(evaluations)
+
+    return Evaluation(
+        samples=sum(each.samples for each in evaluations),
+        top1=mean("top1"),
+        top5=None if any(each.top5 is None for each in evaluations) else mean("top5"),
+        loss=mean("loss"),
+        firing_rate=mean("firing_rate"),
+    )

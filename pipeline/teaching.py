@@ -27,6 +27,7 @@ from pipeline.data.base import Batch, Data
 from pipeline.evaluate import Evaluation, evaluate, inputs
 from pipeline.measure.held import bytes_of
 from pipeline.objective import CrossEntropy
+from pipeline.part_checks import checked_teacher
 from pipeline.precision import check_precision
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe, Split, read_json, write_json
@@ -74,7 +75,7 @@ def build_teacher(recipe: Recipe, data: Data) -> Teacher:
     if recipe.phases:
         raise ValueError(f"recipe: a teacher knows the classes of one data set, so it takes no phases; got {len(recipe.phases)}")
     with torch.random.fork_rng(devices=[]):
-        teacher: Teacher = recipe.teacher.build(data)
+        teacher = checked_teacher(recipe.teacher.build(data), recipe.teacher)
     repeats = recipe.data.kwargs.get("repeats", 1)
     if teacher.cache is not None and (recipe.mixing is not None or repeats > 1):
         mixing = None if recipe.mixing is None else recipe.mixing.label

@@ -20,6 +20,15 @@ def unit_of(kind: str, values: Sequence[float]) -> tuple[float, str]:
     return {"h": 3600.0, "min": 60.0}.get(unit, least), unit
 
 
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """`1 worker`, `2 workers`, `2 batches`."""
+    if count == 1:
+        return f"1 {noun}"
+    if plural is None:
+        plural = f"{noun}es" if noun.endswith(("s", "x", "ch", "sh")) else f"{noun}s"
+    return f"{count} {plural}"
+
+
 def rounded(value: float, *, digits: int = 4) -> str:
     """So many digits that count, or all of a larger number: `31234` and not `3.123e+04`."""
     return f"{value:.0f}" if 10 ** (digits - 1) <= abs(value) < math.inf else f"{value:.{digits}g}"

@@ -123,6 +123,8 @@ def _one_line(code: int, error: str) -> str:
             "recipes must have names of their own; got two of 'fashion-sltt'",
         ),
         ("show recipes/fashion/sltt.py --set rule.k=9", "k must be in 1..T"),
+        ("plan recipes/fashion/sltt.py --device h100 --device a100", "plan: --device takes one value; it was given 2 times"),
+        ("launch recipes/fashion/sltt.py --workers 1 --workers 2", "launch: --workers takes one value; it was given 2 times"),
         ("resume none --runs RUNS", "no run or suite 'none' in RUNS, which has no runs"),
         ("evaluate none --runs RUNS", "no run 'none' in RUNS, which has no runs"),
         ("export none --runs RUNS", "no run 'none' in RUNS, which has no runs"),

@@ -492,6 +492,7 @@ def test_the_mean_over_tasks_counts_each_once() -> None:
     mean = mean_of([Evaluation(10, 0.5, 0.9, 1.0, 0.1), Evaluation(30, 0.7, 1.0, 2.0, 0.3)])
     assert mean == Evaluation(40, pytest.approx(0.6), pytest.approx(0.95), 1.5, pytest.approx(0.2))
     assert not math.isnan(mean.loss)
+    assert mean_of([Evaluation(10, 0.5, 0.9, 1.0, 0.1), Evaluation(30, 0.7, None, 2.0, 0.3)]).top5 is None
 
 
 def test_selecting_a_head_reaches_into_a_wrapped_network() -> None:

@@ -1,7 +1,8 @@
-"""What an inference is counted on; the figures of an evaluation are in test_ranks.py."""
+"""What an inference is counted on, and when top-5 is measured; the figures of an evaluation are in test_ranks.py."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,18 @@ def sorted_set() -> Tensor:
 def network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(Linear(I, 6, bias=False), LIF(), Linear(6, K))
+
+
+@pytest.mark.parametrize(("classes", "measured"), [(2, False), (5, False), (6, True)])
+def test_top_5_is_measured_of_six_classes_or_more(classes: int, measured: bool) -> None:
+    model, x_TBI = nn.Sequential(Linear(I, classes)), torch.rand(T, 12, I)
+    target_B = torch.arange(12) % classes
+    result = evaluate(model, [(x_TBI, target_B, torch.arange(12))], CrossEntropy()).result
+    assert (result.top5 is not None) == measured
+    assert list(result.metrics) == ["top1", *["top5"] * measured, "loss", "firing_rate"]
+    if measured:
+        fifth_B = model(x_TBI).mean(0).topk(5).indices
+        assert result.top5 == pytest.approx(float((fifth_B == target_B[:, None]).any(-1).double().mean()))
 
 
 def evaluated(*, counts: bool) -> Evaluated:

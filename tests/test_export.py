@@ -283,7 +283,10 @@ def test_export_and_evaluate(
     code, out, _ = run("export", "learnable")
     assert code == 0 and "learnable/weights.safetensors: " in out and "1,284 parameters" in out
     code, _, err = run("export", "full", "--packed")
-    assert code == 2 and err == "export: --packed needs 1-bit weights (pipeline/models/binarized.py); the network has none\n"
+    assert code == 2 and err == (
+        "export: --packed stores 1-bit weights, and the network has none; leave --packed out, or train a model of "
+        "spec(binarized, ...) (pipeline/models/binarized.py)\n"
+    )
     code, _, err = run("export", "full", "--out", str(tmp_path / "no" / "net.safetensors"))
     assert code == 2 and err.count("\n") == 1 and "has no folder" in err
 

@@ -81,3 +81,6 @@ def test_the_result(
     assert code != RESULT
     exec(compile(code, README.name, "exec"), {})
     assert re.fullmatch(r"tensor\([01]\.\d*\)\n", capsys.readouterr().out)
+    listed = re.search(r"spiketrain (export RUN.*?)  ", README.read_text())
+    assert listed is not None
+    assert command(monkeypatch, capsys)(*listed[1].replace("RUN", run.name).split())[0] == 0

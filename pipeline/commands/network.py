@@ -15,7 +15,7 @@ def add_network_commands(app: typer.Typer) -> None:
         epilog="Example: spiketrain evaluate fashion-sltt-20260105-120000 --which best; "
         "spiketrain evaluate recipes/imagenet/qkformer_10_384_bptt.py --weights published.pth"
     )(evaluate)
-    app.command(epilog="Example: spiketrain export fashion-sltt-20260105-120000 --packed")(export)
+    app.command(epilog="Example: spiketrain export fashion-sltt-20260105-120000")(export)
     app.command(epilog="Example: spiketrain carryover fashion-sltt-20260105-120000 --steps 1,2,4,8")(carryover)
 
 
@@ -58,7 +58,9 @@ def evaluate(
 
 def export(
     run: RunName,
-    packed: Annotated[bool, typer.Option("--packed", help="1-bit weights as bits, 8 to a byte")] = False,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="1-bit weights as bits, 8 to a byte; the network must have such weights")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="a new .safetensors file; without it one in the run's folder")
     ] = None,

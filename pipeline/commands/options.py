@@ -7,10 +7,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
     from pipeline.suite import Suite
+
+
+class Command(TyperCommand):
+    """A command that refuses an option of one value which is given twice: the first value would have no effect."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter in given:
+            times = sum(each is parameter for each in given)
+            if times > 1 and not (getattr(parameter, "multiple", False) or getattr(parameter, "is_flag", False)):
+                raise ValueError(f"{self.name}: {parameter.opts[0]} takes one value; it was given {times} times")
+        return super().parse_args(ctx, args)
+
+
+class Commands(typer.Typer):
+    """An app whose commands are of the class `Command`."""
+
+    def command(self, *args: Any, **about: Any) -> Any:
+        return super().command(*args, cls=Command, **about)
 
 
 def number_option(name: str, **about: Any) -> Any:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipeline.commands.options import number_option
+from pipeline.commands.options import Commands, number_option
+from pipeline.units import counted
 
-write_app = typer.Typer(
+if TYPE_CHECKING:
+    from pipeline.data.manifest import Manifest
+    from pipeline.data.write import Progress
+
+write_app = Commands(
     no_args_is_help=True, help="Write a data set as FFCV files.", epilog="Example: spiketrain write fashion --out data/fashion"
 )
 
@@ -32,10 +39,9 @@ def write_fashion(
     existing: OnExisting = "refuse",
 ) -> None:
     """Fashion-MNIST: 60,000 training and 10,000 test images, 28 x 28, 10 classes."""
-    from pipeline.data.progress import progress
     from pipeline.data.write import write_fashion as write
 
-    with progress("fashion") as told:
+    with _progress("fashion") as told:
         _report(write(out, workers=workers, source=source, progress=told, existing=existing))
 
 
@@ -57,10 +63,9 @@ def write_folder(
     ] = 0,
 ) -> None:
     """A folder of pictures in the layout of ImageNet."""
-    from pipeline.data.progress import progress
     from pipeline.data.write import write_folder as write
 
-    with progress(source.name) as told:
+    with _progress(source.name) as told:
         manifests = write(
             source,
             out,
@@ -108,12 +113,11 @@ def write_events(
     cifar10dvs, gesture, ncaltech101.
     """
     from pipeline.data.events.write import write_events as write
-    from pipeline.data.progress import progress
 
     given = {"source": source, "slices": slices, "size": size, "resize": resize, "samples": samples, "val_samples": val_samples}
     options = {key: value for key, value in given.items() if value is not None}
     how = {"frames_by": frames_by, "counts": counts, "overflow": overflow, "workers": workers, "existing": existing}
-    with progress(name) as told:
+    with _progress(name) as told:
         _report(write(name, out, progress=told, max_bad=max_bad, **how, **options))
 
 
@@ -140,17 +144,42 @@ def write_stamps(
 
     Their pictures come with Debian: apt install tuxpaint-stamps-default mate-backgrounds plasma-workspace-wallpapers.
     """
-    from pipeline.data.progress import progress
     from pipeline.data.stamps.write import write_stamps as write
 
     options = {"size": size, "split": split, "samples": samples, "val_samples": val_samples, "smallest": smallest}
     how = {"content_seed": content_seed, "source": source, "mode": mode, "quality": quality}
-    with progress("stamps") as told:
+    with _progress("stamps") as told:
         _report(write(out, workers=workers, progress=told, existing=existing, **options, **how))
 
 
-def _report(manifests: list) -> None:
+@contextmanager
+def _progress(name: str) -> Iterator[Progress]:
+    """A bar on the terminal; where too much is unreadable, all of it is listed."""
+    from pipeline.data.progress import progress
+    from pipeline.data.write import TooManyUnreadable
+
+    try:
+        with progress(name) as told:
+            yield told
+    except TooManyUnreadable as error:
+        _list_unreadable("unreadable", error.unreadable)
+        raise
+
+
+def _report(manifests: list[Manifest]) -> None:
+    from pipeline.data.sources import LeftOut
+
     for manifest in manifests:
-        print(f"{manifest.file}: {manifest.samples} samples, {len(manifest.classes)} classes, {len(manifest.skipped)} skipped")
-        for skipped in manifest.skipped[:20]:
-            print(f"  skipped {skipped['image']}: {skipped['reason']}", file=sys.stderr)
+        samples, classes = counted(manifest.samples, "sample"), counted(len(manifest.classes), "class")
+        print(f"{manifest.file}: {samples}, {classes}, {len(manifest.skipped)} skipped", flush=True)
+        _list_unreadable("skipped", manifest.skipped)
+        for left_out in manifest.left_out:
+            print(f"  left out {LeftOut(**left_out)}", file=sys.stderr)
+        if not_rotated := manifest.stored.get("not rotated"):
+            pictures = counted(not_rotated, "picture")
+            print(f"  not rotated {pictures} of {manifest.file}: EXIF orientation is not applied", file=sys.stderr)
+
+
+def _list_unreadable(what: str, found: list[dict[str, str]]) -> None:
+    for each in found:
+        print(f"  {what} {each['image']}: {each['reason']}", file=sys.stderr)

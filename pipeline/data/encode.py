@@ -2,11 +2,13 @@
 
 A JPEG that fits `max_resolution` is stored as it is in mode "jpg", a progressive or grey one too, provided that FFCV's decoder
 takes it without a warning. All else (PNG, CMYK, a JPEG with stray bytes, one too large) is decoded by Pillow to RGB, shrunk by
-area averaging and encoded anew. EXIF orientation is ignored, as torchvision's ImageFolder ignores it.
+area averaging and encoded anew. EXIF orientation is ignored, as torchvision's ImageFolder ignores it; pictures that have
+one other than upright are counted as "not rotated".
 """
 
 import ctypes
 import io
+import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
@@ -20,7 +22,7 @@ from signal import SIG_IGN, SIGINT, signal
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.data.errors import DataError, LoaderError
 from pipeline.data.format import JPG, RAW, Images, Kind
@@ -139,18 +141,33 @@ def encode(item: Item, how: Encoding) -> Encoded | Bad:
         return _encode_picture(Image.fromarray(item.image), how, as_jpg)
     except DataError:
         raise
+    except UnidentifiedImageError:  # whose text has the address of an object
+        return Bad("it is no picture that Pillow can read")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow 13.0 raises for damaged files
         return Bad(f"{type(error).__name__}: {error}")
 
 
 def _encode_file(path: Path, how: Encoding, as_jpg: bool) -> Encoded | Bad:
     content = path.read_bytes()
+    if not content:
+        return Bad("it is empty")
     with Image.open(io.BytesIO(content)) as picture:
         width, height = picture.size
         fits = how.max_resolution is None or max(width, height) <= how.max_resolution
         if as_jpg and fits and picture.format == "JPEG" and _ffcv_decodes(content, height, width):
-            return _image(content, JPG, height, width, "as it is")
-        return _encode_picture(picture, how, as_jpg)
+            encoded = _image(content, JPG, height, width, "as it is")
+        else:
+            encoded = _encode_picture(picture, how, as_jpg)
+        if isinstance(encoded, Encoded) and not _is_upright(picture):
+            encoded.counted["not rotated"] = 1
+        return encoded
+
+
+def _is_upright(picture: Image.Image) -> bool:
+    try:
+        return picture.getexif().get(ExifTags.Base.Orientation, 1) not in range(2, 9)  # others have no meaning
+    except (SyntaxError, struct.error):  # EXIF that Pillow 13.0 cannot read
+        return True
 
 
 def _encode_picture(picture: Image.Image, how: Encoding, as_jpg: bool) -> Encoded | Bad:

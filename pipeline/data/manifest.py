@@ -42,7 +42,9 @@ class Manifest:
     page_bytes: int
     pages: list[str]  # xxh3-64 of each
     skipped: list[dict[str, str]] = field(default_factory=list)  # images that could not be read, and why
-    stored: dict[str, int] = field(default_factory=dict)  # images: how many "as it is", as "jpg", as "raw"; else what was counted
+    left_out: list[dict[str, Any]] = field(default_factory=list)  # what a folder holds beside: sources.LeftOut
+    # Images: how many "as it is", as "jpg", as "raw", and of these "not rotated", see encode.py; else what was counted.
+    stored: dict[str, int] = field(default_factory=dict)
     # By name of the grouping, one text a sample: samples with equal ones belong together, scenes of one "object" for example.
     groups: dict[str, list[str]] = field(default_factory=dict)
     source: str = ""

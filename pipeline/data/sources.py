@@ -13,10 +13,24 @@ from numpy.typing import NDArray
 
 from pipeline.data.encode import Item, S
 from pipeline.data.errors import DataError
+from pipeline.units import counted
 
 FASHION_PACKAGE = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
 FASHION_CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Files or folders of a source that are no samples of it. `which` follows the noun, as in "file" "ending in .gif"."""
+
+    noun: str
+    which: str
+    count: int
+    example: str
+
+    def __str__(self) -> str:
+        return f"{counted(self.count, self.noun)}{self.which and ' '}{self.which}, such as {self.example}"
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,7 @@ class Source(Generic[S]):
     classes: list[str]  # the place of a name is its label
     items: Sequence[S]
     where: str
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def fashion(source: Path | None = None) -> list[Source[Item]]:
@@ -41,6 +56,9 @@ def fashion(source: Path | None = None) -> list[Source[Item]]:
 
 def image_folder(source: Path) -> list[Source[Item]]:
     """`source/train/<class>/*` and `source/val/<class>/*`; labels by the sorted names of the class folders, images by name.
+
+    Left out are hidden files and folders, folders inside a class folder, files beside the class folders, and files whose
+    name does not end as an image's (`IMAGE_SUFFIXES`).
 
     Raises: DataError if a folder is missing or empty, or the two sets have not the same classes.
     """
@@ -97,20 +115,41 @@ def _idx(folder: Path, name: str) -> NDArray[np.uint8]:
 def _folder_set(folder: Path, name: str) -> Source[Item]:
     if not folder.is_dir():
         raise DataError(f"write_folder: {folder.absolute()} must be a folder of class folders; it does not exist")
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    entries = _entries(folder)
+    classes = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     if not classes:
         raise DataError(f"write_folder: {folder.absolute()} must hold a folder for each class; it has none")
     items: list[Item] = []
+    left_out: dict[tuple[str, str], list[str]] = {}
+    for entry in entries:
+        if entry.name not in classes:
+            left_out.setdefault(_kind_left_out(entry, "beside the class folders"), []).append(entry.path)
     for label, class_name in enumerate(classes):
         before = len(items)
-        for image in sorted(entry.name for entry in os.scandir(folder / class_name) if entry.is_file()):
-            if Path(image).suffix.lower() in IMAGE_SUFFIXES and not image.startswith("."):
-                items.append(Item(len(items), folder / class_name / image, label))
+        for entry in _entries(folder / class_name):
+            is_hidden, suffix = entry.name.startswith("."), Path(entry.name).suffix.lower()
+            if entry.is_file() and suffix in IMAGE_SUFFIXES and not is_hidden:
+                items.append(Item(len(items), folder / class_name / entry.name, label))
+                continue
+            which = f"ending in {suffix}" if suffix else "whose name has no ending"
+            left_out.setdefault(_kind_left_out(entry, which), []).append(entry.path)
         if len(items) == before:
             raise DataError(
                 f"write_folder: class folder {folder / class_name} must hold images ({' '.join(sorted(IMAGE_SUFFIXES))})"
             )
-    return Source(name, classes, items, str(folder.absolute()))
+    told = tuple(LeftOut(*kind, len(paths), paths[0]) for kind, paths in sorted(left_out.items()))
+    return Source(name, classes, items, str(folder.absolute()), told)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    return sorted(os.scandir(folder), key=lambda entry: entry.name)
+
+
+def _kind_left_out(entry: os.DirEntry[str], which: str) -> tuple[str, str]:
+    """Noun and addition of an entry that is no class folder and no image; `which` is for a file that is not hidden."""
+    if entry.name.startswith("."):
+        return ("hidden folder" if entry.is_dir() else "hidden file"), ""
+    return ("folder", "inside a class folder") if entry.is_dir() else ("file", which)
 
 
 def _some(names: list[str]) -> str:

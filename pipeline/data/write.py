@@ -9,8 +9,8 @@ import shlex
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -62,8 +62,8 @@ def write_folder(
     `max_resolution`: pixels of the longer side; larger images are shrunk.
     `max_bad`: images of each set that may be unreadable; they are left out and named in the manifest.
 
-    Raises: DataError (classes differ, more bad images than `max_bad`, `out` already written, disk full), LoaderError (a worker
-    died or hung). Nothing is left behind.
+    Raises: DataError (classes differ, more bad images than `max_bad`, in which case every image of both sets was tried first,
+    `out` already written, disk full), LoaderError (a worker died or hung). Nothing is left behind.
     """
     if jpg_share is not None and mode != "mixed":
         raise DataError(f"write_folder: jpg_share has no effect in mode {mode!r}; leave it out or choose 'mixed'")
@@ -104,16 +104,45 @@ def write_sets(
     if there and existing != "replace":
         raise DataError(f"write: {' and '.join(there)} must not exist yet; remove them, or ask with --existing replace")
     out.mkdir(parents=True, exist_ok=True)
-    total, done, written = sum(len(each.items) for each in sets), 0, []
-    for each, final in zip(sets, finals, strict=True):
+    total, done, stored = sum(len(each.items) for each in sets), 0, list[_Stored]()
+    with ExitStack() as held:  # no file takes its name before all are whole
+        for each, final in zip(sets, finals, strict=True):
 
-        def report(in_set: int, before: int = done) -> None:
-            if progress is not None:
-                progress(before + in_set, total)
+            def report(in_set: int, before: int = done) -> None:
+                if progress is not None:
+                    progress(before + in_set, total)
 
-        written.append(_write_set(each, final, how, workers, max_bad, report))
-        done += len(each.items)
+            path = held.enter_context(_whole_or_nothing(final))
+            stored.append(_store(each, path, how, workers, report))
+            done += len(each.items)
+        _refuse_unreadable(sets, stored, kind=how.kind.name, max_bad=max_bad)
+        written = [_described(each, found, final.name, how) for each, found, final in zip(sets, stored, finals, strict=True)]
+        for final in finals:
+            # An old manifest must not vouch for a new file, nor a new one for an old file.
+            final.with_name(final.name + manifests.SUFFIX).unlink(missing_ok=True)
+    for manifest, final in zip(written, finals, strict=True):
+        manifest.write(final.with_name(final.name + manifests.SUFFIX))
     return written
+
+
+class TooManyUnreadable(DataError):
+    """More unreadable samples than may be skipped: `unreadable` has each of them, as `Manifest.skipped` has."""
+
+    def __init__(self, message: str, unreadable: list[dict[str, str]]) -> None:
+        super().__init__(message)
+        self.unreadable = unreadable
+
+
+def _refuse_unreadable(sets: Sequence[sources.Source[Any]], stored: Sequence["_Stored"], *, kind: str, max_bad: int) -> None:
+    counts = {each.name: len(found.skipped) for each, found in zip(sets, stored, strict=True) if found.skipped}
+    got = " and ".join(f"{count} in {name}" for name, count in counts.items())
+    unreadable = [bad for found in stored for bad in found.skipped]
+    if any(count > max_bad for count in counts.values()):
+        message = f"write: at most max_bad={max_bad} {kind}s of each set may be unreadable; got {got}"
+        raise TooManyUnreadable(message, unreadable)
+    for each, found in zip(sets, stored, strict=True):
+        if not found.labels:
+            raise TooManyUnreadable(f"write: {each.name} must have a readable {kind}; got none", unreadable)
 
 
 def check_kept(written: Sequence[Manifest], sets: Sequence[sources.Source[Any]]) -> None:
@@ -130,54 +159,67 @@ def check_kept(written: Sequence[Manifest], sets: Sequence[sources.Source[Any]])
             )
 
 
-def _write_set(
-    source: sources.Source[S], final: Path, how: Encoder[S], workers: int, max_bad: int, report: Callable[[int], None]
-) -> Manifest:
-    content, labels, skipped, stored = ContentHash(source.classes, how.kind), [], [], Counter()
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """What was written of a set to `path`."""
+
+    path: Path
+    content: str
+    labels: list[int]
+    skipped: list[dict[str, str]]
+    counted: dict[str, int]
+    groups: dict[str, list[str]]
+
+
+def _store(source: sources.Source[S], path: Path, how: Encoder[S], workers: int, report: Callable[[int], None]) -> _Stored:
+    content, labels, skipped, counted = ContentHash(source.classes, how.kind), [], [], Counter()
     groups: defaultdict[str, list[str]] = defaultdict(list)
-    with _whole_or_nothing(final) as temporary:
-        writer = BetonWriter(temporary, capacity=len(source.items), kind=how.kind)
-        try:
-            for done, (item, result) in enumerate(encode_all(source.items, how, workers=workers), 1):
-                if isinstance(result, Bad):
-                    skipped.append({"image": str(item), "reason": result.reason})
-                    if len(skipped) > max_bad:
-                        raise DataError(
-                            f"write: at most max_bad={max_bad} {how.kind.name}s of {source.name} may be unreadable; got "
-                            + "; ".join(f"{bad['image']} ({bad['reason']})" for bad in skipped[-5:])
-                        )
-                else:
-                    try:
-                        writer.add(result.payload, label=item.label, **result.about)
-                    except DataError as error:
-                        raise DataError(f"{item}: {error}") from error
-                    content.add(result.payload, label=item.label, **result.about)
-                    labels.append(item.label)
-                    stored.update(result.counted)
-                    for by, group in result.groups.items():
-                        groups[by].append(group)
-                report(done)
-            writer.finish()
-        finally:
-            writer.close()
-        manifest = manifests.describe(
-            temporary,
-            name=final.name,
-            content=content.hexdigest(),
-            classes=source.classes,
-            labels=labels,
-            skipped=skipped,
-            stored=dict(stored),
-            groups=dict(groups),
-            source=source.where,
-            command=shlex.join(sys.argv),
-            options=_options(how),
-            written_by={name: _version(name) for name in ("spiketrain", "ffcv", "numpy", "pillow")},
-        )
-        # An old manifest must not vouch for a new file, nor a new one for an old file.
-        final.with_name(final.name + manifests.SUFFIX).unlink(missing_ok=True)
-    manifest.write(final.with_name(final.name + manifests.SUFFIX))
-    return manifest
+    writer = BetonWriter(path, capacity=len(source.items), kind=how.kind)
+    try:
+        for done, (item, result) in enumerate(encode_all(source.items, how, workers=workers), 1):
+            if isinstance(result, Bad):
+                skipped.append({"image": str(item), "reason": result.reason})
+            else:
+                try:
+                    writer.add(result.payload, label=item.label, **result.about)
+                except DataError as error:
+                    raise DataError(f"{item}: {error}") from error
+                content.add(result.payload, label=item.label, **result.about)
+                labels.append(item.label)
+                counted.update(result.counted)
+                for by, group in result.groups.items():
+                    groups[by].append(group)
+            report(done)
+        writer.finish()
+    finally:
+        writer.close()
+    return _Stored(
+        path=path,
+        content=content.hexdigest(),
+        labels=labels,
+        skipped=skipped,
+        counted=dict(counted),
+        groups=dict(groups),
+    )
+
+
+def _described(source: sources.Source[Any], stored: _Stored, name: str, how: Encoder[Any]) -> Manifest:
+    """The manifest of a set that will be called `name`."""
+    return manifests.describe(
+        stored.path,
+        name=name,
+        content=stored.content,
+        classes=source.classes,
+        labels=stored.labels,
+        skipped=stored.skipped,
+        left_out=[asdict(each) for each in source.left_out],
+        stored=stored.counted,
+        groups=stored.groups,
+        source=source.where,
+        command=shlex.join(sys.argv),
+        options=_options(how),
+        written_by={name: _version(name) for name in ("spiketrain", "ffcv", "numpy", "pillow")},
+    )
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 
 from pipeline.data.base import Batch, Data, Loader
 from pipeline.measure.stopwatch import seconds_of
+from pipeline.part_checks import check_batch, checked_loader
 from pipeline.recipe import Recipe
 from pipeline.tasks import tasks_of
 
@@ -23,7 +24,9 @@ TIMED = 5
 def first_batch(recipe: Recipe, size: int) -> Batch:
     """The first `size` samples that a run of the recipe would train on."""
     with closing(_loader(recipe, size)) as loader, loader.epoch(0) as batches:
-        return next(iter(batches))
+        batch = next(iter(batches))
+        check_batch(batch, _data(recipe), "train")
+        return batch
 
 
 def noise(recipe: Recipe, size: int) -> Batch:
@@ -54,4 +57,6 @@ def _data(recipe: Recipe) -> Data:
 
 
 def _loader(recipe: Recipe, size: int) -> Loader:
-    return _data(recipe).train(seed=recipe.seed, rank=0, world=1, batch_size=size, micro_batch=size, threads=1)
+    data = _data(recipe)
+    loader = data.train(seed=recipe.seed, rank=0, world=1, batch_size=size, micro_batch=size, threads=1)
+    return checked_loader(loader, data, "train")

@@ -22,6 +22,7 @@ from pipeline.forecast.rounds import costs, in_the_median
 from pipeline.measure.held import Held
 from pipeline.measure.memory import device_here, free_bytes, hardware
 from pipeline.recipe import Recipe, Spec
+from pipeline.tasks import build_data
 
 STEPS = (1, 2, 4, 8, 16)
 COARSE = 2**20
@@ -111,7 +112,7 @@ def sweep(
     check_recipe(recipe.with_untrained_teacher(), 1)
     if not are_counts(steps):
         raise ValueError(f"sweep: steps must be numbers of time steps, from 1; got {steps!r}")
-    if len(shape := recipe.data.build().shape) == 4:
+    if len(shape := build_data(recipe).shape) == 4:
         raise ValueError(f"sweep: a recording has time steps of its own, so the data must be still images; got shape {shape}")
     if at_largest and memory_bytes is None:
         raise ValueError("sweep: a largest batch is tried where there is one to find, with memory_bytes; got None")

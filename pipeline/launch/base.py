@@ -21,7 +21,9 @@ def takes_gpus(device: Device, workers: int, gpus: int) -> bool:
     if device == "cpu" or (device == "auto" and gpus == 0):
         return False
     if gpus < workers:
-        raise Refused(f"launch: {workers} workers need as many GPUs; there are {gpus}; take fewer workers or --device cpu")
+        need = "1 worker needs a GPU" if workers == 1 else f"{workers} workers need as many GPUs"
+        fewer = "fewer workers or " if gpus else ""
+        raise Refused(f"launch: {need}; there {'is' if gpus == 1 else 'are'} {gpus}; take {fewer}--device cpu")
     return True
 
 

@@ -10,16 +10,18 @@ from typing import Any
 
 from pipeline import own_code
 from pipeline.checkpoint import absolute, owner_of, place_at
+from pipeline.checkpoint.owner import Owner
 from pipeline.code import commit
 from pipeline.counts import refuse_unless_counts
-from pipeline.data.base import Data
 from pipeline.disk import is_name
 from pipeline.job import Job
 from pipeline.launch.cluster import Cluster, refuse_unless_watchable
 from pipeline.launch.folder import named, numbered, whole_folder
+from pipeline.part_checks import fingerprint_of
 from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.spec import arguments_of
 from pipeline.suite import targets_of
+from pipeline.tasks import build_data
 from pipeline.weights import study_inputs
 
 UNWRITTEN = ("run", "trust", "place_token")
@@ -48,8 +50,7 @@ def prepare(
     """
     recipe = recipe.resolved()
     trust = own_code.needed(trust, targets_of(recipe))
-    data: Data = recipe.data.build()
-    fingerprint = data.fingerprint()
+    fingerprint = fingerprint_of(build_data(recipe))
     study = recipe.study_key(study_inputs(recipe, fingerprint))
     folder = named(runs.absolute(), f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}" if name is None else name)
     if name is None:
@@ -84,12 +85,7 @@ def _own_place(place: str, run: Path, study: str, *, adopts: bool) -> tuple[str,
     Raises:
         ValueError: it is another's, of another study where it is adopted, or the address cannot be opened.
     """
-    address = f"{absolute(place).rstrip('/')}/{run.name}"
-    found = place_at(address, run)
-    try:
-        names, owner = found.names(), owner_of(found)
-    except Exception as error:  # each store has errors of its own
-        raise ValueError(f"launch: {address} must be open to this user; got {type(error).__name__}: {error}") from error
+    address, names, owner = open_place(place, run)
     if not adopts and (names or owner):
         raise ValueError(
             f"launch: {address} must hold no checkpoints yet; got {names[-1] if names else f'those to come of {owner}'}: "
@@ -100,6 +96,20 @@ def _own_place(place: str, run: Path, study: str, *, adopts: bool) -> tuple[str,
     if owner.study != study:
         raise ValueError(f"launch: --or-resume goes on with checkpoints of the same study; got {owner.study} in {address}")
     return address, owner.run_id
+
+
+def open_place(place: str, run: Path) -> tuple[str, list[str], Owner | None]:
+    """The address of a run's checkpoints beneath `place`, those that are there, and whose they are.
+
+    Raises:
+        ValueError: the address cannot be opened.
+    """
+    address = f"{absolute(place).rstrip('/')}/{run.name}"
+    found = place_at(address, run)
+    try:
+        return address, found.names(), owner_of(found)
+    except Exception as error:  # each store has errors of its own
+        raise ValueError(f"launch: {address} must be open to this user; got {type(error).__name__}: {error}") from error
 
 
 def write_job(job: Job) -> None:

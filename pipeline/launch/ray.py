@@ -35,6 +35,7 @@ from pipeline.ranks import PATIENCE, Ranks
 from pipeline.refused import Refused
 from pipeline.run.writer import journal
 from pipeline.track.jsonl import last
+from pipeline.units import counted
 from pipeline.worker import run
 
 SETTINGS = {
@@ -143,7 +144,8 @@ class Ray:
         gpus, there = self._takes_gpus(), ray.cluster_resources().get("CPU", 0)
         share = self._share(gpus=gpus)
         if there < (wanted := self.workers * share.cores):
-            raise Refused(f"launch: {self.workers} workers x {share.cores} cpus need {wanted} cores; the cluster has {there:.0f}")
+            each = f"{counted(self.workers, 'worker')} x {counted(share.cores, 'cpu')}"
+            raise Refused(f"launch: {each} need {counted(wanted, 'core')}; the cluster has {there:.0f}")
         if gpus and self.address is not None:  # of this machine it is known
             told = self.nodes.on_each(_unusable_cards, lambda has: int(has.get("GPU", 0)), within_s=ASKED_S)
             for found in told:  # who is silent is found by whoever sends it a worker

@@ -31,13 +31,15 @@ from pipeline.measure.energy import in_words
 from pipeline.measure.joules import Joules, inference_j
 from pipeline.measure.memory import device_here
 from pipeline.measure.sampled import ACTIVITY_EVERY
+from pipeline.part_checks import check_network, fingerprint_of
 from pipeline.precision import computing
 from pipeline.recipe import Recipe, read_json
 from pipeline.recipe_json import recipe_fields
 from pipeline.suite import Suite, refuse_references
-from pipeline.tasks import Loaders, mean_of, tasks_of
+from pipeline.tasks import Loaders, build_data, mean_of, tasks_of
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.state import state_of
+from pipeline.units import counted
 from pipeline.weights import load_run, load_weights, place_of
 
 
@@ -82,7 +84,7 @@ def check(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
     """Everything that can be refused is, before anything is left behind."""
     Recipe.from_json(recipe.to_json(), trust=trust)
     check_recipe(recipe, *cluster.sizes)
-    recipe.data.build().fingerprint()
+    fingerprint_of(build_data(recipe))
     Loaders(tasks_of(recipe), recipe, recipe.split(cluster.sizes[-1]))
 
 
@@ -142,7 +144,7 @@ def evaluate_run(
         network = load_run(folder, which=which, trust=trust)
     else:
         network = _with_weights(recipe, weights, trust=trust)
-    check_data(recipe.data.build(), read_job(folder), every_page=True)
+    check_data(build_data(recipe), read_job(folder), every_page=True)
     _print_accuracy(network, recipe, f"{folder.name} ({which if weights is None else weights.name}", time_steps)
 
 
@@ -171,7 +173,7 @@ def evaluate_recipe(
             "evaluate: --trust is for a file of spiketrain export, which says what its network is made of; "
             f"got --trust {' --trust '.join(trust)} with {weights}"
         )
-    made.data.build().check()
+    build_data(made).check()
     _print_accuracy(network, made, f"{made.name} ({weights.name}", time_steps)
 
 
@@ -185,10 +187,13 @@ def _with_weights(recipe: Recipe, file: Path, *, trust: tuple[str, ...]) -> nn.M
 def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: int | None) -> None:
     """On the whole evaluation set of each task, and what an inference of the last one costs."""
     steps = time_steps or recipe.time_steps
+    tasks = tasks_of(recipe)
+    tasks[0].choose_head(network)
+    check_network(network, recipe, tasks[0].data)
     device = device_here()
     network.to(device)
     about = {"over_time": recipe.over_time, "counts_operations": True, "joules": Joules(device)}
-    loaders, found = Loaders(tasks_of(recipe), recipe, recipe.split(1)), list[Evaluated]()
+    loaders, found = Loaders(tasks, recipe, recipe.split(1)), list[Evaluated]()
     for index, task in enumerate(loaders.tasks):
         begun = time.monotonic()
         task.choose_head(network)
@@ -198,14 +203,15 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
         where = f", {task.name}" if recipe.phases else ""
         print(f"{name}, T = {steps}{where}): {_told(found[-1].result)} in {time.monotonic() - begun:.1f} s")
     if recipe.phases:
-        print(f"{name}, T = {steps}, mean of {len(found)} tasks): {_told(mean_of([each.result for each in found]))}")
+        print(f"{name}, T = {steps}, mean of {counted(len(found), 'task')}): {_told(mean_of([each.result for each in found]))}")
     inference = found[-1].inference
     assert inference is not None, "an evaluation of one worker has samples"
     print(in_words(inference.told(inference_j([found[-1].readings])), on_gpu=device.type == "cuda"))
 
 
 def _told(result: Evaluation) -> str:
+    top5 = "" if result.top5 is None else f"top-5 {result.top5:.4f}, "
     return (
-        f"top-1 {result.top1:.4f}, top-5 {result.top5:.4f}, loss {result.loss:.4f} on {result.samples} samples, "
+        f"top-1 {result.top1:.4f}, {top5}loss {result.loss:.4f} on {counted(result.samples, 'sample')}, "
         f"firing rate {result.firing_rate:.4f} on one in {ACTIVITY_EVERY} of them"
     )

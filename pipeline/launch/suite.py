@@ -20,6 +20,7 @@ from pipeline.launch.children import Children, begun_job
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.folder import named, numbered, refuse_taken, whole_folder
 from pipeline.launch.lock import driver_lock
+from pipeline.launch.prepare import open_place
 from pipeline.launch.side_by_side import slots_of, train_side_by_side
 from pipeline.launch.start import check, check_resumed, train
 from pipeline.launch.terminal import outlive
@@ -43,11 +44,14 @@ def launch_suite(
     suite_file = SuiteFile(suite=suite.resolved(), runs=names, parent=parent, cluster=asdict(cluster))
     SuiteFile.from_json(suite_file.to_json(), own=folder.name, trust=trust)
     _check_ahead(suite, cluster, trust=trust)
+    if cluster.checkpoints is not None:
+        open_place(cluster.checkpoints, folder.parent / names[0])
     with launcher:
-        with whole_folder(folder) as hidden:
+        slots = slots_of(launcher, cluster.side_by_side)
+        with whole_folder(folder) as hidden:  # after all that can be refused
             suite_file.write(hidden)
             own_code.write(hidden, trust)
-        return _train_the_rest(folder, suite_file, cluster, launcher, trust=trust)
+        return _train_the_rest(folder, suite_file, cluster, launcher, slots, trust=trust)
 
 
 def resume_suite(
@@ -76,20 +80,20 @@ def resume_suite(
         check_resumed(run, cluster, launched, trust=trust)
     _check_ahead(suite_file.suite, cluster, trust=trust, begun=frozenset(begun))
     with launcher:
+        slots = slots_of(launcher, cluster.side_by_side)
         suite_file = change_suite(folder, suite_file, options, left, Console())
-        return _train_the_rest(folder, suite_file, cluster, launcher, trust=trust)
+        return _train_the_rest(folder, suite_file, cluster, launcher, slots, trust=trust)
 
 
 def _train_the_rest(
-    folder: Path, suite_file: SuiteFile, cluster: Cluster, launcher: Launcher, *, trust: tuple[str, ...]
+    folder: Path, suite_file: SuiteFile, cluster: Cluster, launcher: Launcher, slots: int, *, trust: tuple[str, ...]
 ) -> Path | None:
-    """Every recipe whose run is not over, each from where its run stands."""
+    """Every recipe whose run is not over, each from where its run stands, `slots` at a time."""
     console, runs, where = Console(), folder.parent, runs_of(folder)
     outlive(console)
     address = cluster.address_to_say(Cluster.from_json(suite_file.cluster))
     resume = command("resume", runs / folder.name, address=address)
     console.out(f"suite   {folder}\nresume  {resume}", highlight=False)
-    slots = slots_of(launcher, cluster.side_by_side)
     if slots > 1:
         console.out(f"{slots} runs at a time, each on cores and cards of its own (--side-by-side)", highlight=False)
     else:  # needs no cores of its own

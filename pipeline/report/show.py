@@ -10,9 +10,11 @@ from rich.table import Table
 from pipeline.backend.deepspeed import config
 from pipeline.build import check_recipe
 from pipeline.data.base import DataError
+from pipeline.part_checks import fingerprint_of
 from pipeline.recipe import Recipe
 from pipeline.stand_in import with_stand_ins
 from pipeline.suite import Suite, references, refuse_references
+from pipeline.tasks import build_data
 from pipeline.weights import study_inputs
 
 
@@ -63,6 +65,6 @@ def _study(recipe: Recipe) -> str:
     if names := references(recipe):
         return f"depends on what {', '.join(names)} will have learnt"
     try:
-        return recipe.study_key(study_inputs(recipe, recipe.data.build().fingerprint()))
+        return recipe.study_key(study_inputs(recipe, fingerprint_of(build_data(recipe))))
     except DataError as error:
         return f"depends on the data's content, which is not here yet ({error})"

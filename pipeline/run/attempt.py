@@ -274,7 +274,7 @@ class Attempt:
 
     def _tell_results(self, epoch: int, results: list[Evaluation]) -> None:
         assert self.result is not None
-        metrics = {name: value for name, value in asdict(self.result).items() if name != "samples"}
+        metrics = self.result.metrics
         if self.recipe.phases:
             metrics |= self.learnt.metrics([result.top1 for result in results], self.tasks)
         self.tracker.event("evaluation", sync=True, step=self.step, epoch=epoch, samples=self.result.samples, metrics=metrics)

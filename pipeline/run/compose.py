@@ -9,6 +9,7 @@ import time
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -239,7 +240,8 @@ def _opened(
     teaching = open_teaching(recipe, loaders.tasks[0].data, split, ranks=ranks, tracker=tracker, **about)
     if is_fresh:
         found = teaching.accuracy
-        figures = {"top1": found.top1, "top5": found.top5, "loss": found.loss, "samples": found.samples}
+        figures: dict[str, Any] = {"samples": found.samples, **found.metrics}
+        figures.pop("firing_rate")  # a teacher need not spike
         tracker.event("teacher", teacher=teaching.teacher.label, **figures)
     return teaching
 

@@ -154,7 +154,7 @@ def told_at_the_end(
 ) -> dict[str, Any]:
     """`summary.json` without the hardware, and the event "finish"; `figures` are the rule's, of its last batch."""
     folder, job, recipe, taught = Path(parts.job.run), parts.job, parts.recipe, parts.teaching
-    events = read(folder / "journal.jsonl")
+    events, of_teacher = read(folder / "journal.jsonl"), {} if taught is None else taught.accuracy.metrics
     return {
         "run": folder.name,
         "run_id": job.run_id,
@@ -168,7 +168,7 @@ def told_at_the_end(
         "trained_on": trained_on(events, steps=step),
         **summarise(result, totals, events),
         **(learnt.summary(parts.loaders.tasks) if recipe.phases else {}),
-        **({} if taught is None else {"teacher_top1": taught.accuracy.top1, "teacher_top5": taught.accuracy.top5}),
+        **{f"teacher_{name}": of_teacher[name] for name in ("top1", "top5") if name in of_teacher},
         "conditions": conditions(parts.backend.network, parts.rule, recipe, parts.device),
         "held": {**asdict(kept), "rule": parts.rule.bytes(), "teacher": 0 if taught is None else taught.bytes},
         "rule_figures": dict(figures),

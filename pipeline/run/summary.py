@@ -26,10 +26,7 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any
     attempts = {event["attempt"] for event in events} - {OF_NONE}
     damaged = {(event["file"], event["page"]): event["samples"] for event in events if event["event"] == "damaged"}
     return {
-        "top1": result.top1,
-        "top5": result.top5,
-        "loss": result.loss,
-        "firing_rate": result.firing_rate,
+        **result.metrics,
         "evaluated_samples": result.samples,
         "images_per_s": totals.steady_samples / totals.steady_s if totals.steady_s else None,
         "steady_forward_s": totals.of_a_steady_batch("forward"),

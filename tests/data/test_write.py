@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 pytest.importorskip("ffcv")
 
@@ -21,7 +21,7 @@ from pipeline.data import encode, ffcv_api, manifest, sources
 from pipeline.data import format as beton_format
 from pipeline.data.base import DataError, LoaderError
 from pipeline.data.beton import Beton
-from pipeline.data.write import verify, write_fashion, write_folder, write_sets
+from pipeline.data.write import TooManyUnreadable, verify, write_fashion, write_folder, write_sets
 
 
 @pytest.fixture
@@ -144,13 +144,68 @@ def test_bad_images_are_skipped_up_to_a_limit(folder, tmp_path, workers):
     (bad / "bad_short.jpg").write_bytes((bad / "001.jpg").read_bytes()[:700])
     Image.fromarray(np.zeros((9, 9), np.uint16)).save(bad / "bad_deep.png")
     names = ["bad_deep.png", "bad_empty.jpg", "bad_short.jpg"]
-    with pytest.raises(DataError, match=rf"at most max_bad=2 images of train .* got .*{'.*'.join(names)}"):
+    with pytest.raises(DataError, match=r"at most max_bad=2 images of each set may be unreadable; got 3 in train$"):
         write_folder(folder, tmp_path / "out", max_bad=2, workers=workers)
     assert list((tmp_path / "out").iterdir()) == []
     train, _ = write_folder(folder, tmp_path / "out", max_bad=3, workers=workers)
     assert train.samples == 61 and [Path(each["image"]).name for each in train.skipped] == names
     assert all(each["reason"] for each in train.skipped)
     assert verify(tmp_path / "out")[0] == train
+
+
+def test_every_unreadable_image_of_both_sets_has_its_reason(folder, tmp_path):
+    texts = [folder / "train" / "china" / "notes.png", folder / "val" / "flower" / "notes.jpg"]
+    for text in texts:
+        text.write_text("no picture")
+    empty = folder / "train" / "flower" / "empty.jpg"
+    empty.write_bytes(b"")
+    with pytest.raises(TooManyUnreadable, match=r"got 2 in train and 1 in val$") as caught:
+        write_folder(folder, tmp_path / "out")
+    reason = "it is no picture that Pillow can read"
+    assert caught.value.unreadable == [
+        {"image": str(texts[0]), "reason": reason},
+        {"image": str(empty), "reason": "it is empty"},
+        {"image": str(texts[1]), "reason": reason},
+    ]
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_set_without_a_readable_image_is_refused(photo_folder, tmp_path):
+    for name in ("train", "val"):
+        (tmp_path / name / "china").mkdir(parents=True)
+        (tmp_path / name / "china" / "a.jpg").write_bytes(b"")
+    shutil.copy(photo_folder / "train" / "china" / "000.jpg", tmp_path / "train" / "china" / "b.jpg")
+    with pytest.raises(TooManyUnreadable, match=r"val must have a readable image; got none"):
+        write_folder(tmp_path, tmp_path / "out", max_bad=1)
+
+
+def test_what_is_left_out_of_a_folder_is_counted(folder, tmp_path):
+    china = folder / "train" / "china"
+    for name in ("a.gif", "b.GIF", "notes", ".hidden.jpg"):
+        (china / name).write_bytes(b"")
+    (china / "more").mkdir()
+    (folder / "train" / "readme.txt").write_text("beside the classes")
+    (folder / "train" / ".cache").mkdir()
+    train, val = write_folder(folder, tmp_path / "out")
+    assert [str(sources.LeftOut(**each)) for each in train.left_out] == [
+        f"1 file beside the class folders, such as {folder / 'train' / 'readme.txt'}",
+        f"2 files ending in .gif, such as {china / 'a.gif'}",
+        f"1 file whose name has no ending, such as {china / 'notes'}",
+        f"1 folder inside a class folder, such as {china / 'more'}",
+        f"1 hidden file, such as {china / '.hidden.jpg'}",
+        f"1 hidden folder, such as {folder / 'train' / '.cache'}",
+    ]
+    assert val.left_out == [] and verify(tmp_path / "out")[0] == train
+
+
+def test_pictures_that_exif_would_rotate_are_counted(folder, tmp_path):
+    photo = Image.open(folder / "train" / "china" / "000.jpg")
+    exif = photo.getexif()
+    for orientation, name in ((1, "upright.jpg"), (6, "lying.jpg"), (3, "head_down.png")):
+        exif[ExifTags.Base.Orientation] = orientation
+        photo.save(folder / "train" / "china" / name, exif=exif)
+    train, val = write_folder(folder, tmp_path / "out")
+    assert train.stored["not rotated"] == 2 and "not rotated" not in val.stored
 
 
 @dataclass(frozen=True)

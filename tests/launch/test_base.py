@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import pytest
+import ray
 
 from pipeline.launch.base import takes_gpus
+from pipeline.launch.ray import Ray
 from pipeline.refused import Refused
 
 
@@ -16,7 +21,32 @@ def test_gpus_are_taken_where_there_is_one_for_each_worker(device, workers: int,
     assert takes_gpus(device, workers, gpus) is expected
 
 
-@pytest.mark.parametrize(("device", "gpus"), [("auto", 1), ("gpu", 0), ("gpu", 1)])
-def test_fewer_gpus_than_workers_are_refused(device, gpus: int) -> None:
-    with pytest.raises(Refused, match=f"2 workers need as many GPUs; there are {gpus}; take fewer workers or --device cpu"):
+@pytest.mark.parametrize(
+    ("device", "gpus", "told"),
+    [
+        ("auto", 1, "there is 1; take fewer workers or --device cpu"),
+        ("gpu", 0, "there are 0; take --device cpu"),
+        ("gpu", 1, "there is 1; take fewer workers or --device cpu"),
+    ],
+)
+def test_fewer_gpus_than_workers_are_refused(device, gpus: int, told: str) -> None:
+    with pytest.raises(Refused, match=f"^launch: 2 workers need as many GPUs; {told}$"):
         takes_gpus(device, 2, gpus)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"workers": 1, "device": "gpu"}, "launch: 1 worker needs a GPU; there are 0; take --device cpu"),
+        ({"workers": 3, "device": "cpu"}, "launch: 3 workers x 1 cpu need 3 cores; the cluster has 2"),
+    ],
+)
+def test_what_a_cluster_lacks_is_refused_before_anything_is_launched(
+    asked: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    for name, value in (("is_initialized", True), ("cluster_resources", {"CPU": 2.0})):
+        monkeypatch.setattr(ray, name, lambda value=value: value)
+    with pytest.raises(Refused) as refused, Ray(**asked):
+        pass
+    assert str(refused.value) == said

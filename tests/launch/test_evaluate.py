@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from torch.nn import functional as F
 
 from pipeline.__main__ import main
 from pipeline.data.synthetic import Synthetic
+from pipeline.launch.inline import Inline
 from pipeline.launch.prepare import write_job
 from pipeline.models.qkformer import QKFormer
 from pipeline.models.qkformer_published import to_published
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
+from pipeline.track.jsonl import read
 from pipeline.weights import load_start
 from tests.small import make_run, small_recipe
 
@@ -122,6 +125,19 @@ def test_a_run_with_the_weights_of_a_file(spiketrain: SPIKETRAIN, tmp_path: Path
     assert code == 2 and "--which has no effect; got --which best" in said
     code, _, said = spiketrain("evaluate", tmp_path / "run", "--set", "epochs=1")
     assert code == 2 and "a run keeps its own" in said
+
+
+def test_of_two_classes_no_top_5_is_told(spiketrain: SPIKETRAIN, tmp_path: Path) -> None:
+    model, data = small_recipe().model.with_(classes=2), small_recipe().data.with_(classes=2)
+    job = make_run(tmp_path / "run", replace(small_recipe(stop_after=1), model=model, data=data))
+    write_job(job)
+    with Inline() as launcher:
+        summary = launcher.run(job, "test")
+    assert summary is not None and "top1" in summary and "top5" not in summary
+    [event] = [each for each in read(tmp_path / "run" / "journal.jsonl") if each["event"] == "evaluation"]
+    assert list(event["metrics"]) == ["top1", "loss", "firing_rate"]
+    code, said, _ = spiketrain("evaluate", tmp_path / "run")
+    assert code == 0 and "top-1 " in said and "top-5" not in said
 
 
 def test_what_does_not_fit_is_refused_in_one_line(spiketrain: SPIKETRAIN, recipe: Path, tmp_path: Path) -> None:

@@ -384,6 +384,8 @@ def recipe():
         ("[a, replace(b, batch_size=1000)]", "", "batch_size must be at most the 64"),
         ("[a, b]", "--set init=@c", "suite: a reference must name an earlier recipe; got '@c' in a, before it stand none"),
         ("[a, b]", "--set optimizer.lrr=1", "lrr"),
+        ("[a, b]", "--side-by-side 999", "launch: 999 runs side by side need cores and cards of their own; there is room for "),
+        ("[a, b]", "--checkpoints pyproject.toml", "must be open to this user; got NotADirectoryError"),
         ("[a, b]", "--name x/y", "launch: --name must be a name in "),
         ("[a, b]", "--name ..", "launch: --name must be a name in "),
     ],
