@@ -31,6 +31,7 @@ from pipeline.launch.prepare import prepare, read_job
 from pipeline.measure.energy import in_words
 from pipeline.measure.joules import Joules, inference_j
 from pipeline.measure.sampled import ACTIVITY_EVERY
+from pipeline.printing import new_console, say
 from pipeline.recipe import Recipe, read_json
 from pipeline.recipe_json import recipe_fields
 from pipeline.suite import Suite, refuse_references
@@ -63,7 +64,7 @@ def resume_run(
 ) -> Path | None:
     """Go on with a run, `options` from now on (`change_run`): its folder, or None when asked to stop."""
     if state_of(folder) == "finished":
-        Console().print(f"{folder.name} has finished")
+        say(new_console(), f"{folder.name} has finished")
         return folder
     if options.get("side_by_side", 1) != 1:
         raise ValueError(f"resume: --side-by-side is for a suite; got {options['side_by_side']} with {folder.name} alone")
@@ -73,7 +74,7 @@ def resume_run(
     with driver_lock(folder):
         pass  # whoever trains it is told of before a cluster is started in vain
     with cluster.launcher() as launcher:
-        change_run(folder, options, Console())
+        change_run(folder, options, new_console())
         return _trained(read_job(folder, trust=trust), launcher, folder.parent, address=cluster.address_to_say(launched))
 
 
@@ -121,11 +122,11 @@ def train(job: Job, launcher: Launcher, runs: Path, console: Console, *, address
 
 
 def _trained(job: Job, launcher: Launcher, runs: Path, *, address: str | None) -> Path | None:
-    console, folder = Console(), Path(job.run)
+    console, folder = new_console(), Path(job.run)
     if train(job, launcher, runs, console, address=address):
         return folder
     command = resume_command(runs, folder.name, trust=job.trust, address=address)
-    console.out(f"stopped; go on with: {command}", highlight=False)
+    say(console, f"stopped; go on with: {command}", whole=[command])
     return None
 
 
@@ -183,7 +184,7 @@ def _with_weights(recipe: Recipe, file: Path, *, trust: tuple[str, ...]) -> nn.M
 
 def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: int | None) -> None:
     """On the whole evaluation set of each task, and what an inference of the last one costs."""
-    steps = time_steps or recipe.time_steps
+    console, steps = new_console(), time_steps or recipe.time_steps
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device)
     about = {"over_time": recipe.over_time, "counts_operations": True, "joules": Joules(device)}
@@ -195,12 +196,12 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
             batches = inputs(val_set, steps, device)
             found.append(evaluate(network, batches, recipe.objective.build().labels, **about))
         where = f", {task.name}" if recipe.phases else ""
-        print(f"{name}, T = {steps}{where}): {_told(found[-1].result)} in {time.monotonic() - begun:.1f} s")
+        say(console, f"{name}, T = {steps}{where}): {_told(found[-1].result)} in {time.monotonic() - begun:.1f} s")
     if recipe.phases:
-        print(f"{name}, T = {steps}, mean of {len(found)} tasks): {_told(mean_of([each.result for each in found]))}")
+        say(console, f"{name}, T = {steps}, mean of {len(found)} tasks): {_told(mean_of([each.result for each in found]))}")
     inference = found[-1].inference
     assert inference is not None, "an evaluation of one worker has samples"
-    print(in_words(inference.told(inference_j([found[-1].readings])), on_gpu=device.type == "cuda"))
+    say(console, in_words(inference.told(inference_j([found[-1].readings])), on_gpu=device.type == "cuda"))
 
 
 def _told(result: Evaluation) -> str:

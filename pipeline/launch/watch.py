@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
 
 from pipeline.measure.energy import in_words
+from pipeline.printing import say
 from pipeline.track.connect import without_password
 from pipeline.track.jsonl import number
 
@@ -48,10 +48,10 @@ class Watch:
         self._start: dict[str, Any] = {}
         self._newest: dict[str, Any] = {}  # step event
         self._accuracy = ""
-        self._say(f"run     {os.fspath(run_dir)}")
-        self._say(f"mlflow  {without_password(store)}")
+        self._say(os.fspath(run_dir), label="run     ")
+        self._say(without_password(store), label="mlflow  ")
         if resume_command:
-            self._say(f"resume  {resume_command}")
+            self._say(resume_command, label="resume  ", whole=[resume_command])
 
     def show(self, events: Iterable[dict[str, Any]]) -> None:
         """Take new events of the journal, in order."""
@@ -204,9 +204,9 @@ class Watch:
         minutes, rest = divmod(int((self._start["total_steps"] - self._newest["step"]) * seconds / done), 60)
         return f"  {minutes // 60}:{minutes % 60:02d}:{rest:02d} left"
 
-    def _say(self, line: str) -> None:
-        """A line to be copied: not wrapped, no markup, above the bar where there is one."""
-        self._console.print(Text(f"{self._prefix}{line}"), soft_wrap=True)
+    def _say(self, line: str, *, label: str = "", whole: Sequence[str] = ()) -> None:
+        """Above the bar, where there is one."""
+        say(self._console, line, label=f"{self._prefix}{label}", whole=whole)
 
 
 def _bar(console: Console) -> Progress:
