@@ -60,18 +60,20 @@ def say(console: Console, text: str, *, label: str | Text = "", whole: Iterable[
         label: stands before the first line; the others are indented by its width, unless that is half of a line.
         whole: parts of the text, such as commands, in which no line may end; those between backticks need not be named.
     """
-    label = Text(label) if isinstance(label, str) else label
+    label = Text(label) if isinstance(label, str) else label.copy()
     if label.cell_len > console.width // 2:
         text, label = label.plain + text, Text()
     room = console.width - label.cell_len
+    indent = Text(" " * label.cell_len)
     for line in _wrapped(text, room, whole):
         if cell_len(line) > room and label.cell_len:
-            if label.plain.strip():
+            label.rstrip()
+            if label.plain:
                 _print(console, label)
             _print(console, Text(line, style))
         else:
             _print(console, Text.assemble(label, (line, style)))
-        label = Text(" " * label.cell_len)
+        label = indent
 
 
 def print_fields(console: Console, fields: Mapping[str, str]) -> None:
@@ -92,15 +94,20 @@ def print_table(
 
     Args:
         columns: a title alone is that of a column of text.
-        rows: cells; the lines of one that has several are joined where there is no width.
+        rows: cells. The lines of one that has several are joined where there is no width. A tab parts what stands side by side
+            where the table needs no other below it, and one below the other where it does.
         title: stands above the first table.
         keys: how many of the first columns each further table has again. Where these are two, a terminal shows the first in
             the first of the rows that share it.
     """
-    table = _Table(columns, rows, keys, console.width)
     if title:
         say(console, title, style="italic")
+    rows = [list(row) for row in rows]
+    table = _Table(columns, rows, keys, console.width, side_by_side=True)
     parts, is_stacked = table.layout()
+    if len(parts) > 1 or is_stacked:
+        table = _Table(columns, rows, keys, console.width, side_by_side=False)
+        parts, is_stacked = table.layout()
     for index, part in enumerate(parts):
         if index:
             console.print()
@@ -108,31 +115,31 @@ def print_table(
             _print(console, line)
 
 
-def fits(console: Console, columns: Sequence[str | Column], rows: Iterable[Sequence[str]]) -> bool:
-    """Whether `print_table` needs one table alone."""
-    parts, is_stacked = _Table(columns, rows, 1, console.width).layout()
-    return len(parts) == 1 and not is_stacked
-
-
 class _Table:
-    def __init__(self, columns: Sequence[str | Column], rows: Iterable[Sequence[str]], keys: int, width: int) -> None:
+    def __init__(
+        self, columns: Sequence[str | Column], rows: Sequence[Sequence[str]], keys: int, width: int, *, side_by_side: bool
+    ) -> None:
         self._columns = [Column(each) if isinstance(each, str) else each for each in columns]
         self._has_width, self._width = width < NO_WIDTH, width
-        self._rows = [list(row) if self._has_width else [" ".join(cell.split("\n")) for cell in row] for row in rows]
+        gap = " " * _GAP
+        tab, line = (gap if side_by_side else "\n"), ("\n" if self._has_width else gap)
+        self._rows = [[cell.replace("\t", tab).replace("\n", line) for cell in row] for row in rows]
         self._keys, self._others = list(range(keys)), list(range(keys, len(columns)))
         texts = [[column.title, *(row[index] for row in self._rows)] for index, column in enumerate(self._columns)]
         self._whole = [max(map(_longest_line, of_column)) for of_column in texts]
+        self._unwrapped = [max(_longest_word(title), *map(_longest_line, cells), 0) for title, *cells in texts]
         self._least = [self._narrowest(index, of_column) for index, of_column in enumerate(texts)]
 
     def layout(self) -> tuple[list[list[int]], bool]:
         """The columns of each table; and whether each row's keys stand above its values, for want of room beside them.
 
-        A second table has the keys again. Where they are so long that a third would follow, they stand above if that saves one.
+        A second table has the keys again. Keys of more than half of the width stand above if that saves a third.
         """
-        room = self._width - _total(self._least[index] for index in self._keys) - _GAP
+        taken = _total(self._least[index] for index in self._keys)
+        room = self._width - taken - _GAP
         beside, above = self._packed(room), self._packed(self._width - _GAP)
         is_too_wide = any(self._least[index] > room for index in self._others)
-        is_stacked = is_too_wide or (len(beside) > 2 and len(above) < len(beside))
+        is_stacked = is_too_wide or (taken > self._width // 2 and len(beside) > 2 and len(above) < len(beside))
         return (above, True) if is_stacked else (beside, False)
 
     def beside(self, part: list[int]) -> Iterator[Text]:
@@ -164,22 +171,22 @@ class _Table:
         return parts
 
     def _widths(self, shown: list[int], room: int) -> list[int]:
-        """Of each column: its whole width where all have that; else the least, and of what is left the wrapped ones take in
-        proportion."""
-        whole, widths = ([of[index] for index in shown] for of in (self._whole, self._least))
+        """Of each column: its whole width where all have that; else the least, and then those grow whose values are wrapped."""
+        whole, unwrapped, widths = ([of[index] for index in shown] for of in (self._whole, self._unwrapped, self._least))
         if _total(whole) <= room:
             return whole
         for _ in range(room - _total(widths)):
-            growing = [at for at, index in enumerate(shown) if self._columns[index].wraps and widths[at] < whole[at]]
+            growing = [at for at in range(len(shown)) if widths[at] < unwrapped[at]]
             if not growing:
                 break
-            widths[max(growing, key=lambda at: whole[at] / widths[at])] += 1
+            widths[max(growing, key=lambda at: unwrapped[at] / widths[at])] += 1
         return widths
 
     def _narrowest(self, index: int, texts: list[str]) -> int:
-        if self._columns[index].wraps:
-            return max(*map(_longest_word, texts), min(math.ceil(self._whole[index] / _LINES), _READABLE))
-        return max(_longest_word(texts[0]), *map(_longest_line, texts[1:]), 0)
+        if not self._columns[index].wraps:
+            return self._unwrapped[index]
+        longest = max(map(_longest_word, texts))
+        return min(max(longest, min(math.ceil(self._unwrapped[index] / _LINES), _READABLE)), self._width - _GAP)
 
     def _header(self, shown: list[int], widths: list[int], indent: str = "") -> Iterator[Text]:
         """Its last lines stand side by side."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.printing import Column, fits, has_width, number, print_table, prose, say
+from pipeline.printing import has_width, number, print_table, prose, say
 from pipeline.report.choose import Finished, Unfinished, rule_of, seed_of
 from pipeline.report.figure import harmless
 from pipeline.report.finite import finite, not_finite
@@ -141,41 +141,28 @@ class Comparison:
         return run.state == "diverged" and (run.rule, run.seed) in self.group.diverged_beside
 
     def _print_costs(self, console: Console) -> None:
-        """Ratios stand below what they are of where a line has no room for both."""
         names = [name for name in _COMPARED if name in _ALWAYS or any(self.value(run, name) is not None for run in self.runs)]
-        columns: list[Column] = [prose("rule"), *(number(_COMPARED[name]) for name in names)]
-        rows = self._rows(names, ("mean ratio", "spread") if has_width(console) else ("mean spread ratio",))
-        if not fits(console, columns, rows):
-            rows = self._rows(names, ("mean", "ratio", "spread"))
-        print_table(console, columns, rows, title=f"study {self.study[:8]}" + (f" on {self.where}" if self.where else ""))
-
-    def _rows(self, names: Sequence[str], lines: Sequence[str]) -> list[list[str]]:
         diverged = Counter(run.rule for run in self.unfinished if self._has_lost(run))
-        return [
-            [
-                _label(rule, finished=len(self.of(rule)), diverged=diverged[rule]),
-                *(self._cell(rule, name, lines) for name in names),
-            ]
-            for rule in dict.fromkeys((*self.rules, *diverged))
-        ]
+        rows = []
+        for rule in dict.fromkeys((*self.rules, *diverged)):
+            label = _label(rule, finished=len(self.of(rule)), diverged=diverged[rule])
+            rows.append((label, *(self._cell(rule, name, in_lines=has_width(console)) for name in names)))
+        title = f"study {self.study[:8]}" + (f" on {self.where}" if self.where else "")
+        print_table(console, (prose("rule"), *(number(_COMPARED[name]) for name in names)), rows, title=title)
 
     def _print_behind(self, console: Console) -> None:
         titles = ("rule", *(name.replace("_", " ") for name in next(iter(self.behind.values()))))
         rows = [(rule, *told.values()) for rule, told in self.behind.items()]
         print_table(console, [*map(prose, titles)], rows, title="behind each row")
 
-    def _cell(self, rule: str, name: str, lines: Sequence[str]) -> str:
-        """`lines`: what stands on each of them."""
+    def _cell(self, rule: str, name: str, *, in_lines: bool) -> str:
         values = [value for run in self.of(rule) if (value := self.value(run, name)) is not None]
         if not values:
             return "diverged" if name == "top1" and not self.of(rule) else "-"
         mean, ratio = statistics.fmean(values), self.group.ratios(rule, name)
-        parts = {"mean": _shown(name, mean)}
-        if ratio is not None:
-            parts["ratio"] = f"×{ratio.mean:{'.2f' if ratio.mean >= 0.1 else '.3g'}}"
-        if len(values) > 1:
-            parts["spread"] = f"± {_shown(name, statistics.stdev(values), like=mean)}"
-        told = ("  ".join(parts[part] for part in line.split() if part in parts) for line in lines)
+        over = "" if ratio is None else f"\t×{ratio.mean:{'.2f' if ratio.mean >= 0.1 else '.3g'}}"
+        spread = "" if len(values) == 1 else f"± {_shown(name, statistics.stdev(values), like=mean)}"
+        told = (f"{_shown(name, mean)}{over}", spread) if in_lines else (f"{_shown(name, mean)} {spread}".rstrip() + over,)
         return "\n".join(filter(None, told))
 
 

@@ -13,7 +13,7 @@ from pipeline.baseline import BASELINE
 from pipeline.forecast.bench import Cost
 from pipeline.forecast.probe import Probe, advice
 from pipeline.measure.memory import told_hardware
-from pipeline.printing import new_console, number, print_table, say
+from pipeline.printing import Column, new_console, number, print_table, say
 
 
 def print_probe(found: Probe, *, as_json: bool = False, console: Console | None = None) -> None:
@@ -56,16 +56,17 @@ def _told(value: Any) -> Any:
 
 def _print_costs(found: Probe, console: Console) -> None:
     own = ("rule's own",) if any(cost.rule_bytes for cost in found.costs) else ()
-    titles = ("saved", "states beside", *own, "forward", "backward", "mult/sample", "add/sample", "least cosine")
+    titles = ("saved", "states beside", *own, "forward", "backward", "mult/sample", "add/sample")
     rows = [_cells(cost, found, has_own=bool(own)) for cost in found.costs]
-    print_table(console, ("rule", *map(number, titles)), rows, title=found.recipe)
+    columns = ("rule", *map(number, titles), Column("least cosine", is_right=True, wraps=True))
+    print_table(console, columns, rows, title=found.recipe)
 
 
 def _cells(cost: Cost, found: Probe, *, has_own: bool) -> tuple[str, ...]:
     def beside(value: float, name: str) -> str:
         base = found.time_baseline if name.endswith("_s") else found.cost(BASELINE)
         of = 0.0 if base is None else getattr(base, name)
-        return f"  ×{value / of:.2f}" if of else ""
+        return f"\t×{value / of:.2f}" if of else ""
 
     least = ""
     if found.fidelity is not None and cost.rule in found.fidelity.cosines:

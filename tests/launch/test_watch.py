@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.launch.watch import Watch
+from pipeline.printing import NO_WIDTH
 
 START = {
     "event": "start", "time": 1000.0, "attempt": 0, "rule": "SLTT", "study": "0123456789abcdef", "commit": "abc", "world_size": 2,
@@ -35,7 +36,7 @@ class Clock:
 
 def watch(*, terminal: bool = False, width: int = 60) -> tuple[Watch, io.StringIO, Clock]:
     out, clock = io.StringIO(), Clock()
-    console = Console(file=out, force_terminal=terminal, width=width)
+    console = Console(file=out, force_terminal=terminal, width=width if terminal else NO_WIDTH)
     command = "spiketrain resume a-run-with-a-name --runs /a/long/path/to/the/runs/of/somebody"
     return (
         Watch(console, run_dir="/runs/[b]a", store="sqlite:////runs/mlflow.db", resume_command=command, clock=clock),
