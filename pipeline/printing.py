@@ -154,7 +154,7 @@ class _Table:
 
     def stacked(self, part: list[int]) -> Iterator[Text]:
         widths, indent = self._widths(part, self._width - _GAP), " " * _GAP
-        key = " ".join(self._columns[index].title for index in self._keys)
+        key = (" " * _GAP).join(self._columns[index].title for index in self._keys)
         yield from (Text(line, "bold") for line in _wrapped(key, self._width))
         yield from self._header(part, widths, indent)
         for row in self._rows:

@@ -130,5 +130,6 @@ def test_a_terminals_width_is_kept_to_and_a_pipe_has_none(tmp_path: Path, column
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     subprocess.run(words, env=environment, stdin=theirs, stdout=theirs, stderr=theirs, check=True)
     told = re.sub(rb"\x1b\[[0-9;]*m", b"", os.read(ours, 10_000)).decode().split("\r\n")
-    os.close(ours), os.close(theirs)
+    for each in (ours, theirs):
+        os.close(each)
     assert [len(line) for line in told] == [79, 79, 39, 0]

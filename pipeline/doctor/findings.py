@@ -203,8 +203,8 @@ def _slow(nodes: Sequence[Node]) -> Iterator[Finding]:
                 mine, usual = _figures(gpu.copied_bytes_per_s, gpu.multiplied_per_s), _figures(copied, multiplied)
                 told = f"{node.name}: GPU {index}, {kind}, does {mine}; usual here are {usual}"
                 advice = (
-                    "a ring is as fast as its slowest card: see that nobody uses it, its power and temperature (`nvidia-smi -q -d "
-                    "PERFORMANCE`), and that its link has all lanes (`nvidia-smi -q -d PCIE`)"
+                    "a ring is as fast as its slowest card: see that nobody uses it, its power and temperature "
+                    "(`nvidia-smi -q -d PERFORMANCE`), and that its link has all lanes (`nvidia-smi -q -d PCIE`)"
                 )
                 yield Finding(check="gpus", state="look", told=told, advice=advice)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.printing import has_width, number, print_table, prose, say
+from pipeline.printing import Column, has_width, number, print_table, prose, say
 from pipeline.report.choose import Finished, Unfinished, rule_of, seed_of
 from pipeline.report.figure import harmless
 from pipeline.report.finite import finite, not_finite
@@ -38,6 +38,8 @@ _COMPARED = {
 _ALWAYS = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")
 """columns of the table, known or not"""
 _KINDS = {"peak_saved_bytes": "B", KEPT: "B", COMPUTE: "s", ENERGY: "J", ENERGY_MEASURED: "J"}
+_SENTENCES = ("over_time", "evaluated", "tuned")
+"""of what is behind a row, what may be several words"""
 _FIRST = ("run", "rule", "seed", "study", "where", "recipe", "world_size", "steps", "epochs", *_COMPARED)
 
 
@@ -151,9 +153,10 @@ class Comparison:
         print_table(console, (prose("rule"), *(number(_COMPARED[name]) for name in names)), rows, title=title)
 
     def _print_behind(self, console: Console) -> None:
-        titles = ("rule", *(name.replace("_", " ") for name in next(iter(self.behind.values()))))
+        names = next(iter(self.behind.values()))
+        columns = [Column(name.replace("_", " "), wraps=name in _SENTENCES) for name in names]
         rows = [(rule, *told.values()) for rule, told in self.behind.items()]
-        print_table(console, [*map(prose, titles)], rows, title="behind each row")
+        print_table(console, ("rule", *columns), rows, title="behind each row")
 
     def _cell(self, rule: str, name: str, *, in_lines: bool) -> str:
         values = [value for run in self.of(rule) if (value := self.value(run, name)) is not None]
