@@ -186,12 +186,21 @@ class Watch:
             _bytes(event.get("memory_bytes")),
         ]
         if self._bar is not None:
-            self._bar.update(self._task, completed=event.get("step"), text="  ".join(parts))
+            self._bar.update(self._task, completed=event.get("step"), text=self._fitting(parts))
             return
         if self._has_bar or self._clock() - self._shown < self._every:
             return
         self._shown = self._clock()
         self._say(f"step {event.get('step')}/{self._start.get('total_steps', '?')}  {'  '.join(parts)}{self._left()}")
+
+    def _fitting(self, parts: list[str]) -> str:
+        """As many parts as fit beside the bar: rich would cut the times that stand after them."""
+        steps = 2 * len(str(self._start.get("total_steps", ""))) + 1
+        beside = (len(str(self._start.get("rule", ""))), _bar_width(self._console), steps, *2 * [len("00:00:00")])
+        room = self._console.width - sum(beside) - len(beside)
+        while parts and len("  ".join(parts)) > room:
+            parts = parts[:-1]
+        return "  ".join(parts)
 
     def _left(self) -> str:
         """Time to the end at the speed since this start; a bar knows by itself."""
@@ -212,7 +221,7 @@ class Watch:
 def _bar(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=_bar_width(console)),
         MofNCompleteColumn(),
         TextColumn("{task.fields[text]}", markup=False),
         TimeElapsedColumn(),
@@ -220,6 +229,10 @@ def _bar(console: Console) -> Progress:
         console=console,
         refresh_per_second=4,
     )
+
+
+def _bar_width(console: Console) -> int:
+    return 20 if console.width >= 120 else 6
 
 
 def _short(value: Any) -> str:

@@ -163,6 +163,16 @@ def test_a_terminal_gets_a_bar_and_lines_above_it():
     assert "\x1b[?25h" in text  # the cursor is given back
 
 
+@pytest.mark.parametrize(("width", "told"), [(60, "epoch 2/4"), (80, "12,346 images/s"), (120, "320 MB")])
+def test_a_narrow_terminal_shows_what_it_has_room_for_and_cuts_nothing(width: int, told: str):
+    view, out, _ = watch(terminal=True, width=width)
+    view.show([{**START, "rule": "SLTT-1", "total_steps": 14_070}, step(25)])
+    assert view._bar is not None
+    view._bar.refresh()
+    view.close()
+    assert told in out.getvalue() and "…" not in out.getvalue()
+
+
 def test_closing_before_anything_happened():
     view, _, _ = watch(terminal=True)
     view.close()
