@@ -18,8 +18,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-NO_WIDTH = 1_000_000
-"""characters of a line where nothing is wrapped"""
+NO_WIDTH = 10_000
+"""that a console says where it has none; what others print on it, such as a suite's own report, is wrapped there"""
 _GAP = 2  # between columns
 _READABLE = 28  # characters of a wrapped column of a table, at least, if its text is that long
 _LINES = 3  # of a wrapped cell, if its text is shorter than that many times _READABLE
@@ -61,9 +61,10 @@ def say(console: Console, text: str, *, label: str | Text = "", whole: Iterable[
         whole: parts of the text, such as commands, in which no line may end; those between backticks need not be named.
     """
     label = Text(label) if isinstance(label, str) else label.copy()
-    if label.cell_len > console.width // 2:
+    width = _width(console)
+    if label.cell_len > width // 2:
         text, label = label.plain + text, Text()
-    room = console.width - label.cell_len
+    room = width - label.cell_len
     indent = Text(" " * label.cell_len)
     for line in _wrapped(text, room, whole):
         if cell_len(line) > room and label.cell_len:
@@ -78,7 +79,7 @@ def say(console: Console, text: str, *, label: str | Text = "", whole: Iterable[
 
 def print_fields(console: Console, fields: Mapping[str, str]) -> None:
     """Names and values beside one another; a name that is longer than half a line stands above its value."""
-    most = console.width // 2
+    most = _width(console) // 2
     width = max((cell_len(name) for name in fields if cell_len(name) <= most), default=0)
     for name, value in fields.items():
         if cell_len(name) > width:
@@ -103,10 +104,10 @@ def print_table(
     if title:
         say(console, title, style="italic")
     rows = [list(row) for row in rows]
-    table = _Table(columns, rows, keys, console.width, side_by_side=True)
+    table = _Table(columns, rows, keys, _width(console), side_by_side=True)
     parts, is_stacked = table.layout()
     if len(parts) > 1 or is_stacked:
-        table = _Table(columns, rows, keys, console.width, side_by_side=False)
+        table = _Table(columns, rows, keys, _width(console), side_by_side=False)
         parts, is_stacked = table.layout()
     for index, part in enumerate(parts):
         if index:
@@ -120,7 +121,7 @@ class _Table:
         self, columns: Sequence[str | Column], rows: Sequence[Sequence[str]], keys: int, width: int, *, side_by_side: bool
     ) -> None:
         self._columns = [Column(each) if isinstance(each, str) else each for each in columns]
-        self._has_width, self._width = width < NO_WIDTH, width
+        self._has_width, self._width = width < sys.maxsize, width
         gap = " " * _GAP
         tab, line = (gap if side_by_side else "\n"), ("\n" if self._has_width else gap)
         self._rows = [[cell.replace("\t", tab).replace("\n", line) for cell in row] for row in rows]
@@ -211,6 +212,10 @@ class _Table:
         for pieces in zip_longest(*blocks, fillvalue=""):
             cells = (_aligned(*each) for each in zip(pieces, widths, rights, strict=True))
             yield (indent + (" " * _GAP).join(cells)).rstrip()
+
+
+def _width(console: Console) -> int:
+    return console.width if has_width(console) else sys.maxsize
 
 
 def _wrapped(text: str, width: int, whole: Iterable[str] = ()) -> list[str]:
