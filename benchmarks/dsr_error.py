@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from pipeline.printing import new_console, number, print_table, say
 from pipeline.spiking.rate import RateIF, RateLIF, RateNeuron, rate_weights
 from pipeline.spiking.state import fresh_state
 
@@ -47,11 +47,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("dsr_error.svg"), help="where the drawing goes")
     out: Path = parser.parse_args().out
     curves = [*constant_if(), *constant_lif(), *changing()]
-    console = Console(width=130)
+    console = new_console()
     for panel in dict.fromkeys(curve.panel for curve in curves):
-        console.print(table(panel, [curve for curve in curves if curve.panel == panel]))
+        print_panel(panel, [curve for curve in curves if curve.panel == panel], console)
     out.write_text(drawing(curves))
-    console.print(f"drawn in {out}")
+    say(console, f"drawn in {out}")
 
 
 def constant_if() -> list[Curve]:
@@ -101,15 +101,13 @@ def errors(neuron: RateNeuron, steps: int, *, noise: float = 0.0) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ table and drawing
 
 
-def table(panel: str, curves: Sequence[Curve]) -> Table:
-    made = Table(title=f"{panel}, in heights (bound in brackets)" if curves[0].bounds else f"{panel}, in heights")
-    made.add_column("T", justify="right")
-    for curve in curves:
-        made.add_column(curve.name, justify="right")
+def print_panel(panel: str, curves: Sequence[Curve], console: Console) -> None:
+    rows = []
     for index, steps in enumerate(TIMES):
         cells = [f"{c.errors[index]:.4f}" + (f" ({c.bounds[index]:.4f})" if c.bounds else "") for c in curves]
-        made.add_row(str(steps), *cells)
-    return made
+        rows.append((str(steps), *cells))
+    title = f"{panel}, in heights (bound in brackets)" if curves[0].bounds else f"{panel}, in heights"
+    print_table(console, [*map(number, ("T", *(curve.name for curve in curves)))], rows, title=title)
 
 
 WIDTH, HEIGHT, MARGIN = 360, 300, 50

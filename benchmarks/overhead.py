@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -41,6 +40,7 @@ from pipeline.launch.prepare import prepare
 from pipeline.launch.ray import Ray
 from pipeline.loop import MicroBatch
 from pipeline.measure.memory import device_here, hardware
+from pipeline.printing import new_console
 from pipeline.recipe import Recipe, spec
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
@@ -150,7 +150,7 @@ def main() -> None:
         runs, out = Path(folder), Path(folder) / "seconds.json"
         job = prepare(recipe, Cluster(), runs)
         with Ray(workers=1, work=partial(work, rule_name=arguments.rule, out=str(out))) as launcher:
-            drive(job, launcher, Console(), uri=tracking_uri(runs), resume_command=command("resume", Path(job.run)))
+            drive(job, launcher, new_console(), uri=tracking_uri(runs), resume_command=command("resume", Path(job.run)))
         seconds = json.loads(out.read_text())
     ours, bare = (torch.tensor(seconds[key][WARM_UP:]) for key in ("ours_s", "bare_s"))
     report(recipe, arguments.rule, ours, bare)

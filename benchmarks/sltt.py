@@ -22,11 +22,10 @@ import argparse
 import sys
 from dataclasses import replace
 
-from rich.console import Console
-
 from pipeline.code import commit
 from pipeline.forecast.turns import STARTS, in_turn
 from pipeline.measure.memory import device_here, hardware
+from pipeline.printing import new_console
 from pipeline.report.claims import print_claims, share_of_k, time_in_turn
 from recipes.compare.claims_fashion import BATCH, RULES, T
 from recipes.fashion.base import fashion
@@ -43,7 +42,7 @@ def main() -> None:
     rules = [RULES[name] for name in ("bptt", "bptt-stepped", "sltt", "sltt-1")]
     turns = in_turn(recipe, rules, workers=arguments.workers, starts=arguments.starts)
     sltt = time_in_turn("SLTT", turns, "SLTT", bound=1.0, published="")
-    print_claims([sltt, time_in_turn("SLTT-1", turns, "SLTT-1", bound=share_of_k(T, 1), published="")], Console())
+    print_claims([sltt, time_in_turn("SLTT-1", turns, "SLTT-1", bound=share_of_k(T, 1), published="")], new_console())
     machine = hardware(device_here())
     print(f"T = {T}, {images} images each; commit {commit()}, {machine['cpu']}, torch {machine['torch']}")
     sys.exit(not sltt.holds)

@@ -45,14 +45,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.recorded import BATCH, SAMPLES
 from benchmarks.survived import wrong
 from pipeline.code import commit
 from pipeline.launch.node_loss import NODES
 from pipeline.measure.memory import device_here, hardware
+from pipeline.printing import new_console, number, print_table
 from pipeline.track.jsonl import Event, Follower, last, read
 
 PATIENCE_S = 180.0
@@ -156,16 +155,15 @@ def suffered(training: Training, what: str, act: Callable[[], None]) -> Kill:
             raise SystemExit(f"soak: after a {what} was killed the run did not go on; see {training.folder}")
 
 
-def table(kills: Sequence[Kill]) -> Table:
-    made = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("killed", "times", "seconds to go on: median", "least", "most", "steps rolled back: mean", "most"):
-        made.add_column(title, justify="left" if title == "killed" else "right")
+def print_kills(kills: Sequence[Kill]) -> None:
+    titles = ("times", "seconds to go on: median", "least", "most", "steps rolled back: mean", "most")
+    rows = []
     for what in sorted({kill.what for kill in kills}):
         of = [kill for kill in kills if kill.what == what]
         seconds, back = [kill.seconds for kill in of], [kill.rolled_back for kill in of]
         row = (len(of), f"{statistics.median(seconds):.1f}", f"{min(seconds):.1f}", f"{max(seconds):.1f}")
-        made.add_row(what, *map(str, row), f"{statistics.mean(back):.1f}", str(max(back)))
-    return made
+        rows.append((what, *map(str, row), f"{statistics.mean(back):.1f}", str(max(back))))
+    print_table(new_console(), ("killed", *map(number, titles)), rows)
 
 
 def main() -> None:
@@ -203,7 +201,7 @@ def main() -> None:
         finally:
             training.close()
     machine = hardware(device_here())
-    Console().print(table(kills))
+    print_kills(kills)
     print(f"{len(kills)} kills in {seconds / 60:.1f} min, {stopped['step']} steps in the history that survived", end=", ")
     print("; ".join(faults) or f"each sample once in each of {stopped['step'] * BATCH // SAMPLES} epochs and what follows")
     print(f"of the time {sum(kill.seconds for kill in kills) / seconds:.0%} went to recovery")

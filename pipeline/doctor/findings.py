@@ -141,10 +141,10 @@ def _versions(nodes: Sequence[Node]) -> Iterator[Finding]:
         if len(set(found)) > 1:
             differing = True
             told = f"{package}: " + ", ".join(f"{node.name} has {version}" for node, version in zip(nodes, found, strict=True))
-            yield Finding(check="versions", state="bad", told=told, advice="install the same on all: LOCKED=1 make setup")
+            yield Finding(check="versions", state="bad", told=told, advice="install the same on all: `LOCKED=1 make setup`")
         elif "not installed" in found:
             differing = True
-            yield Finding(check="versions", state="bad", told=f"{package} is not installed", advice="make setup")
+            yield Finding(check="versions", state="bad", told=f"{package} is not installed", advice="`make setup`")
     if not differing:
         told = ", ".join(f"{name} {nodes[0].versions[name]}" for name in ("python", "torch", "ray", "deepspeed", "ffcv"))
         yield Finding(check="versions", state="ok", told=f"{told}, on {len(nodes)} nodes alike")
@@ -210,8 +210,8 @@ def _slow(nodes: Sequence[Node]) -> Iterator[Finding]:
                 mine, usual = _figures(gpu.copied_bytes_per_s, gpu.multiplied_per_s), _figures(copied, multiplied)
                 told = f"{node.name}: GPU {index}, {kind}, does {mine}; usual here are {usual}"
                 advice = (
-                    "a ring is as fast as its slowest card: see that nobody uses it, its power and temperature (nvidia-smi -q -d "
-                    "PERFORMANCE), and that its link has all lanes (nvidia-smi -q -d PCIE)"
+                    "a ring is as fast as its slowest card: see that nobody uses it, its power and temperature "
+                    "(`nvidia-smi -q -d PERFORMANCE`), and that its link has all lanes (`nvidia-smi -q -d PCIE`)"
                 )
                 yield Finding(check="gpus", state="look", told=told, advice=advice)
 
@@ -258,13 +258,13 @@ def _reading(node: Node) -> Iterator[Finding]:
     if node.threading_layer == "tbb":
         yield Finding(check="threads", state="ok", told=f"{node.name}: numba's threads are TBB's")
     else:
-        advice = "more than one of --loader-threads is refused there: pip install tbb, or infra/setup.sh --system"
+        advice = "more than one of --loader-threads is refused there: `pip install tbb`, or `infra/setup.sh --system`"
         told = f"{node.name}: numba's threads are not TBB's: {node.threading_layer}"
         yield Finding(check="threads", state="look", told=told, advice=advice)
 
 
 def _ops(node: Node) -> Iterator[Finding]:
-    advice = "trainings would learn something else: LOCKED=1 make setup; if it stays, another driver, or another card"
+    advice = "trainings would learn something else: `LOCKED=1 make setup`; if it stays, another driver, or another card"
     wrong = {name: off for name, off in node.off.items() if isinstance(off, str) or off > MOST_OFF}
     for name, off in wrong.items():
         told = off if isinstance(off, str) else f"is off by {off:.1e} of what it is to be, more than {MOST_OFF:.0e}"
@@ -279,7 +279,7 @@ def _locks(node: Node) -> Iterator[Finding]:
     old = {file: age for file, age in node.locks.items() if age > OLDEST_LOCK_S}
     for file, age in old.items():
         told = f"{node.name}: {file} is locked for {age / 60:.0f} min"
-        advice = f"nobody compiles so long: rm {file}; our trainings ask for no such extension, but whatever asks for it waits"
+        advice = f"nobody compiles so long: `rm {file}`; our trainings ask for no such extension, but whatever asks for it waits"
         yield Finding(check="locks", state="look", told=told, advice=advice)
     if not old:
         yield Finding(check="locks", state="ok", told=f"{node.name}: no compilation that has been given up")

@@ -40,7 +40,7 @@ def of_mlflow(uri: str) -> Finding:
         )
         return Finding(check="mlflow", state="bad", told=f"{shown} {_said(answer, login)}", advice=advice)
     if _asked(server, None).status == 200:
-        advice = "put it behind a password: mlflow server --app-name basic-auth, as in infra/mlflow"
+        advice = "put it behind a password: `mlflow server --app-name basic-auth`, as in infra/mlflow"
         return Finding(check="mlflow", state="look", told=f"{shown} answers whoever asks", advice=advice)
     return Finding(check="mlflow", state="ok", told=f"{shown} answers, and asks for a password")
 

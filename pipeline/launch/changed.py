@@ -12,6 +12,7 @@ from rich.console import Console
 from pipeline.launch.cluster import Cluster, differences
 from pipeline.launch.lock import driver_lock
 from pipeline.launch.prepare import read_job, write_job
+from pipeline.printing import say
 from pipeline.recipe import read_json, write_json
 from pipeline.suite import SuiteFile
 
@@ -58,4 +59,4 @@ def _write(run: Path, options: Mapping[str, Any]) -> Cluster:
 
 def _say(folder: Path, was: Cluster, now: Cluster, console: Console) -> None:
     if told := ", ".join(differences(was, now).values()):
-        console.out(f"{folder.name}: {told} from here on", highlight=False)
+        say(console, f"{folder.name}: {told} from here on")

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from pipeline.launch.prepare import write_job
 from pipeline.launch.shown import Shown
 from pipeline.launch.signals import stops_on_signal
 from pipeline.launch.terminal import outlive
+from pipeline.printing import say
 from pipeline.ranks import Ranks
 from pipeline.refused import Refused
 from pipeline.run.writer import journal
@@ -49,19 +51,20 @@ def drive(job: Job, launcher: Launcher, console: Console, *, uri: str, resume_co
     folder = Path(job.run)
     job = replace(job, resume_command=resume_command, commit=commit())
     outlive(console)
-    exposed = Exposed(folder, console.print)
+    tell = partial(say, console)
+    exposed = Exposed(folder, tell)
     with driver_lock(folder):
-        job = _owning(job, console.print)
+        job = _owning(job, tell)
         for note in (STOP, SAVE, REFUSAL):
             (folder / note).unlink(missing_ok=True)
         write_job(job)
         with (
-            synced_if_killed(folder, uri, console.print),
-            _mirrored(folder, uri, console.print),
+            synced_if_killed(folder, uri, tell),
+            _mirrored(folder, uri, tell),
             closing(Shown(folder, console, store=uri, resume_command=resume_command, also=exposed.show)) as shown,
         ):
             try:
-                with stops_on_signal(folder, console.print) as request:
+                with stops_on_signal(folder, tell) as request:
                     return _in_thread(
                         lambda: launcher.run(job, attempt=uuid.uuid4().hex[:8]),
                         meanwhile=(request.tell, shown.look),

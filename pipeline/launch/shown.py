@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from pipeline.launch.watch import Watch
+from pipeline.printing import say
 from pipeline.track.jsonl import Event, Follower
 
 
@@ -27,7 +29,7 @@ class Shown:
         name: str = "",
         also: Callable[[list[Event]], None] = lambda events: None,
     ) -> None:
-        self._say, self._also = console.print, also
+        self._say, self._also = partial(say, console), also
         journal = folder / "journal.jsonl"
         self._follower = Follower(journal, offset=journal.stat().st_size if journal.exists() else 0)
         self._watch = Watch(console, run_dir=folder, store=store, resume_command=resume_command, name=name)

@@ -27,6 +27,7 @@ from pipeline.launch.children import Children
 from pipeline.launch.environment import python_path
 from pipeline.launch.shown import Shown
 from pipeline.launch.signals import PATIENT, wishes
+from pipeline.printing import say
 from pipeline.recipe import Recipe
 from pipeline.refused import Refused
 from pipeline.run.writer import PATIENCE_S
@@ -131,7 +132,7 @@ class _Leaving:
             return False
         if name not in self._since:
             self._since[name] = time.monotonic()
-            self._console.print(f"{name}  another process still trains it: waiting for up to {LEAVING_S:.0f} s", markup=False)
+            say(self._console, f"{name}  another process still trains it: waiting for up to {LEAVING_S:.0f} s")
         if time.monotonic() - self._since[name] > LEAVING_S:
             raise Refused(f"{run.name}: is being trained by another process, which still does after {LEAVING_S:.0f} s")
         return True

@@ -33,6 +33,7 @@ from pipeline.measure.memory import device_here
 from pipeline.measure.sampled import ACTIVITY_EVERY
 from pipeline.part_checks import check_network, fingerprint_of
 from pipeline.precision import computing
+from pipeline.printing import new_console, say
 from pipeline.recipe import Recipe, read_json
 from pipeline.recipe_json import recipe_fields
 from pipeline.suite import Suite, refuse_references
@@ -66,7 +67,7 @@ def resume_run(
 ) -> Path | None:
     """Go on with a run, `options` from now on (`change_run`): its folder, or None when asked to stop."""
     if state_of(folder) == "finished":
-        Console().print(f"{folder.name} has finished")
+        say(new_console(), f"{folder.name} has finished")
         return folder
     if options.get("side_by_side", 1) != 1:
         raise ValueError(f"resume: --side-by-side is for a suite; got {options['side_by_side']} with {folder.name} alone")
@@ -76,7 +77,7 @@ def resume_run(
     with driver_lock(folder):
         pass  # whoever trains it is told of before a cluster is started in vain
     with cluster.launcher() as launcher:
-        change_run(folder, options, Console())
+        change_run(folder, options, new_console())
         return _trained(read_job(folder, trust=trust), launcher, folder.parent, address=cluster.address_to_say(launched))
 
 
@@ -125,10 +126,11 @@ def train(job: Job, launcher: Launcher, runs: Path, console: Console, *, address
 
 
 def _trained(job: Job, launcher: Launcher, runs: Path, *, address: str | None) -> Path | None:
-    console, folder = Console(), Path(job.run)
+    console, folder = new_console(), Path(job.run)
     if train(job, launcher, runs, console, address=address):
         return folder
-    console.out(f"stopped; go on with: {command('resume', runs / folder.name, address=address)}", highlight=False)
+    resume = command("resume", runs / folder.name, address=address)
+    say(console, f"stopped; go on with: {resume}", whole=[resume])
     return None
 
 
@@ -186,7 +188,7 @@ def _with_weights(recipe: Recipe, file: Path, *, trust: tuple[str, ...]) -> nn.M
 
 def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: int | None) -> None:
     """On the whole evaluation set of each task, and what an inference of the last one costs."""
-    steps = time_steps or recipe.time_steps
+    console, steps = new_console(), time_steps or recipe.time_steps
     tasks = tasks_of(recipe)
     tasks[0].choose_head(network)
     check_network(network, recipe, tasks[0].data)
@@ -201,12 +203,13 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
             batches = inputs(val_set, steps, device)
             found.append(evaluate(network, batches, recipe.objective.build().labels, **about))
         where = f", {task.name}" if recipe.phases else ""
-        print(f"{name}, T = {steps}{where}): {_told(found[-1].result)} in {time.monotonic() - begun:.1f} s")
+        say(console, f"{name}, T = {steps}{where}): {_told(found[-1].result)} in {time.monotonic() - begun:.1f} s")
     if recipe.phases:
-        print(f"{name}, T = {steps}, mean of {counted(len(found), 'task')}): {_told(mean_of([each.result for each in found]))}")
+        mean = _told(mean_of([each.result for each in found]))
+        say(console, f"{name}, T = {steps}, mean of {counted(len(found), 'task')}): {mean}")
     inference = found[-1].inference
     assert inference is not None, "an evaluation of one worker has samples"
-    print(in_words(inference.told(inference_j([found[-1].readings])), on_gpu=device.type == "cuda"))
+    say(console, in_words(inference.told(inference_j([found[-1].readings])), on_gpu=device.type == "cuda"))
 
 
 def _told(result: Evaluation) -> str:

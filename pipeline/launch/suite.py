@@ -24,6 +24,7 @@ from pipeline.launch.prepare import open_place
 from pipeline.launch.side_by_side import slots_of, train_side_by_side
 from pipeline.launch.start import check, check_resumed, train
 from pipeline.launch.terminal import outlive
+from pipeline.printing import new_console, say
 from pipeline.recipe import Recipe
 from pipeline.refused import Refused
 from pipeline.stand_in import with_stand_ins
@@ -71,7 +72,7 @@ def resume_suite(
     over = over_in(folder)
     left = [run for name, run in begun.items() if name not in over]
     if len(begun) == len(suite_file.runs) and not left:
-        Console().print(f"{folder.name} has finished")
+        say(new_console(), f"{folder.name} has finished")
         return folder
     launched = Cluster.from_json(suite_file.cluster)
     cluster = launched.resumed(workers=workers, inline=inline, address=address, options=options)
@@ -81,7 +82,7 @@ def resume_suite(
     _check_ahead(suite_file.suite, cluster, trust=trust, begun=frozenset(begun))
     with launcher:
         slots = slots_of(launcher, cluster.side_by_side)
-        suite_file = change_suite(folder, suite_file, options, left, Console())
+        suite_file = change_suite(folder, suite_file, options, left, new_console())
         return _train_the_rest(folder, suite_file, cluster, launcher, slots, trust=trust)
 
 
@@ -89,13 +90,14 @@ def _train_the_rest(
     folder: Path, suite_file: SuiteFile, cluster: Cluster, launcher: Launcher, slots: int, *, trust: tuple[str, ...]
 ) -> Path | None:
     """Every recipe whose run is not over, each from where its run stands, `slots` at a time."""
-    console, runs, where = Console(), folder.parent, runs_of(folder)
+    console, runs, where = new_console(), folder.parent, runs_of(folder)
     outlive(console)
     address = cluster.address_to_say(Cluster.from_json(suite_file.cluster))
     resume = command("resume", runs / folder.name, address=address)
-    console.out(f"suite   {folder}\nresume  {resume}", highlight=False)
+    say(console, str(folder), label="suite   ", whole=[str(folder)])
+    say(console, resume, label="resume  ", whole=[resume])
     if slots > 1:
-        console.out(f"{slots} runs at a time, each on cores and cards of its own (--side-by-side)", highlight=False)
+        say(console, f"{slots} runs at a time, each on cores and cards of its own (--side-by-side)")
     else:  # needs no cores of its own
         cluster = replace(cluster, side_by_side=1)
     children = Children(folder.name, suite_file, cluster, where, trust=trust)
@@ -112,7 +114,7 @@ def _train_the_rest(
         if is_ours:
             _tell_mlflow(children, console)
     if not done:
-        console.out(f"stopped; go on with: {resume}", highlight=False)
+        say(console, f"stopped; go on with: {resume}", whole=[resume])
     return folder if done else None
 
 
@@ -137,7 +139,7 @@ def _tell_mlflow(children: Children, console: Console) -> None:
         for run in ended or [*begun.values()][-1:]:
             sync(run, uri=tracking_uri(children.runs), kept_of=place_of)
     except (TrackingError, OSError, ValueError) as error:  # another one may be on its way to the user
-        console.out(str(error), highlight=False)
+        say(console, str(error))
 
 
 def _train_in_turn(children: Children, launcher: Launcher, console: Console) -> bool:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
 
 from pipeline.measure.energy import in_words
+from pipeline.printing import say
 from pipeline.track.connect import without_password
 from pipeline.track.jsonl import Event, number
 
@@ -48,10 +48,10 @@ class Watch:
         self._start: dict[str, Any] = {}
         self._newest: dict[str, Any] = {}  # step event
         self._accuracy = ""
-        self._say(f"run     {os.fspath(run_dir)}")
-        self._say(f"mlflow  {without_password(store)}")
+        self._say(os.fspath(run_dir), label="run     ")
+        self._say(without_password(store), label="mlflow  ")
         if resume_command:
-            self._say(f"resume  {resume_command}")
+            self._say(resume_command, label="resume  ", whole=[resume_command])
 
     def show(self, events: Iterable[dict[str, Any]]) -> None:
         """Take new events of the journal, in order."""
@@ -197,12 +197,21 @@ class Watch:
             _bytes(event.get("memory_bytes")),
         ]
         if self._bar is not None:
-            self._bar.update(self._task, completed=event.get("step"), text="  ".join(parts))
+            self._bar.update(self._task, completed=event.get("step"), text=self._fitting(parts))
             return
         if self._has_bar or self._clock() - self._shown < self._every:
             return
         self._shown = self._clock()
         self._say(f"step {event.get('step')}/{self._start.get('total_steps', '?')}  {'  '.join(parts)}{self._left()}")
+
+    def _fitting(self, parts: list[str]) -> str:
+        """As many parts as fit beside the bar: rich would cut the times that stand after them."""
+        steps = 2 * len(str(self._start.get("total_steps", ""))) + 1
+        beside = (len(str(self._start.get("rule", ""))), _bar_width(self._console), steps, *2 * [len("00:00:00")])
+        room = self._console.width - sum(beside) - len(beside)
+        while parts and len("  ".join(parts)) > room:
+            parts = parts[:-1]
+        return "  ".join(parts)
 
     def _left(self) -> str:
         """Time to the end at the speed since the first batch of this start; a bar knows by itself."""
@@ -215,15 +224,15 @@ class Watch:
         minutes, rest = divmod(int((self._start["total_steps"] - self._newest["step"]) * seconds / done), 60)
         return f"  {minutes // 60}:{minutes % 60:02d}:{rest:02d} left"
 
-    def _say(self, line: str) -> None:
-        """A line to be copied: not wrapped, no markup, above the bar where there is one."""
-        self._console.print(Text(f"{self._prefix}{line}"), soft_wrap=True)
+    def _say(self, line: str, *, label: str = "", whole: Sequence[str] = ()) -> None:
+        """Above the bar, where there is one."""
+        say(self._console, line, label=f"{self._prefix}{label}", whole=whole)
 
 
 def _bar(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=_bar_width(console)),
         MofNCompleteColumn(),
         TextColumn("{task.fields[text]}", markup=False),
         TimeElapsedColumn(),
@@ -231,6 +240,10 @@ def _bar(console: Console) -> Progress:
         console=console,
         refresh_per_second=4,
     )
+
+
+def _bar_width(console: Console) -> int:
+    return 20 if console.width >= 120 else 6
 
 
 def _short(value: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
+from pipeline.printing import say
 from pipeline.recipe import write_json
 
 T_ = TypeVar("T_")
@@ -31,18 +32,18 @@ def beside(
             if kept["rests_on"] == rests_on:
                 return told(kept["found"])
             changed = [name for name, value in rests_on.items() if kept["rests_on"].get(name) != value]
-            console.out(f"{file}: of no use, for it is of another {' and '.join(changed)}", highlight=False)
+            say(console, f"{file}: of no use, for it is of another {' and '.join(changed)}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        console.out(f"{file}: of no use, for it is damaged, or of an earlier version: {error!r}", highlight=False)
+        say(console, f"{file}: of no use, for it is damaged, or of an earlier version: {error!r}")
     except OSError as error:
-        console.out(f"{file}: of no use, for it cannot be read: {error.strerror}", highlight=False)
+        say(console, f"{file}: of no use, for it cannot be read: {error.strerror}")
     try:
         found = measure()
     except ValueError as error:
-        console.out(f"{file}: not measured: {error}", highlight=False)
+        say(console, f"{file}: not measured: {error}")
         return None
     try:
         write_json(file, {"rests_on": rests_on, "found": found})
     except OSError as error:
-        console.out(f"{file}: what was measured is not kept, and the next report does it anew: {error.strerror}", highlight=False)
+        say(console, f"{file}: what was measured is not kept, and the next report does it anew: {error.strerror}")
     return told(found)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from pipeline.ensemble import CausalTest, Ensemble, Mean
+from pipeline.printing import new_console, number, print_table, say
 
 _TITLES = ("T", "carry-over", "one step", "ensemble", "gap", "disagree", "below real", "loss of one", "of ensemble")
 
@@ -16,18 +15,14 @@ def print_carryover(found: CausalTest, name: str, *, by: str | None = None, cons
 
     `by`: what the groups are that the errors are over; None: each sample was taken to be drawn by itself.
     """
-    console = console or Console()
-    table = Table(title=name, box=None, header_style="bold", pad_edge=False, title_justify="left")
-    for title in _TITLES:
-        table.add_column(title, justify="left" if title == "carry-over" else "right")
-    for ensemble in found.ensembles:
-        table.add_row(*map(Text, _cells(ensemble)))
-    console.print(table)
+    console = console or new_console()
+    columns = [title if title == "carry-over" else number(title) for title in _TITLES]
+    print_table(console, columns, map(_cells, found.ensembles), title=name, keys=2)
     over = "as if each were drawn by itself" if by is None else f"over their {found.groups} groups by {by}"
-    console.out(
+    say(
+        console,
         f"{found.samples} samples, ± one standard error {over}; gaussian: their moments; "
         f"shuffled: {found.same_class:.1%} of donors are of the same class; one batch carried over {found.bytes / 1e6:.4g} MB",
-        highlight=False,
     )
 
 

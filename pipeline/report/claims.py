@@ -14,10 +14,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from pipeline.baseline import BASELINE, is_baseline
+from pipeline.printing import print_table, prose
 from pipeline.report.largest import largest
 from pipeline.report.spread import spread_of
 from pipeline.report.study import COMPUTE, KEPT, Group
@@ -202,16 +201,10 @@ def not_judged(about: str, claim: str, published: str, *, ours: str) -> Claim:
 
 
 def print_claims(claims: Sequence[Claim], console: Console) -> None:
-    """A table, in which what each line is about is said once."""
-    table = Table(title="claims", box=None, header_style="bold", pad_edge=False, title_justify="left")
-    for title in ("rule", "claim", "published", "held to", "ours", ""):
-        table.add_column(title, overflow="fold")
-    about = ""
-    for claim in claims:
-        cells = (claim.claim, claim.published, claim.bound, claim.ours, claim.verdict)
-        table.add_row(*map(Text, ("" if claim.about == about else claim.about, *cells)))
-        about = claim.about
-    console.print(table)
+    """A table, in which a terminal shows once what several lines are about."""
+    columns = ("rule", *map(prose, ("claim", "published", "held to", "ours")), "")
+    rows = [(each.about, each.claim, each.published, each.bound, each.ours, each.verdict) for each in claims]
+    print_table(console, columns, rows, title="claims", keys=2)
 
 
 def told(claims: Sequence[Claim]) -> list[dict[str, Any]]:

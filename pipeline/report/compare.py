@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.baseline import BASELINE
+from pipeline.printing import new_console, say
 from pipeline.report.choose import (
     ComparisonError,
     Finished,
@@ -148,7 +149,7 @@ def print_studies(
 
 def _print(found: Sequence[Comparison], *, format: str, console: Console | None) -> None:
     if format == "table":
-        _print_tables(found, console or Console())
+        _print_tables(found, console or new_console())
     elif format == "json":
         print(json.dumps([comparison.to_json() for comparison in found], indent=2, allow_nan=False))
     elif format == "csv":
@@ -168,7 +169,7 @@ def _print_tables(found: Sequence[Comparison], console: Console) -> None:
                 f"study {study[:8]} has {tables} tables, of different machines, workers or micro-batches: "
                 "nothing is divided from one to another"
             )
-            console.out(told, highlight=False)
+            say(console, told)
 
 
 def comparisons(

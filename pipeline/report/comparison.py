@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
 
 from pipeline.command_line import how_to_resume
+from pipeline.printing import Column, has_width, number, print_table, prose, say
 from pipeline.report.choose import Finished, Unfinished, rule_of, seed_of
 from pipeline.report.figure import harmless
 from pipeline.report.finite import finite, not_finite
@@ -41,7 +39,8 @@ _COMPARED = {
 _ALWAYS = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")
 """columns of the table, known or not"""
 _KINDS = {"peak_saved_bytes": "B", KEPT: "B", COMPUTE: "s", ENERGY: "J", ENERGY_MEASURED: "J"}
-_ANY_WIDTH = 10_000  # characters of a line
+_SENTENCES = ("over_time", "evaluated", "tuned")
+"""of what is behind a row, what may be several words"""
 _FIRST = ("run", "rule", "seed", "study", "where", "recipe", "world_size", "steps", "epochs", *_COMPARED)
 
 
@@ -132,53 +131,43 @@ class Comparison:
     def render(self, console: Console) -> None:
         """One line for each rule, the mean over its runs (± standard deviation), and × the baseline over paired seeds; then one
         with what stands behind it. A rule whose runs all diverged has a line that says so."""
-        console.print(self._costs(console))
+        self._print_costs(console)
         console.print()
-        console.print(self._behind())
+        self._print_behind(console)
         for note in (*(each.text(self.group.within) for each in self.group.differences), *self.notes):
-            console.out(note, highlight=False)
+            say(console, note)
         for run in self.unfinished:
-            console.out(_told_of(run, is_here=self._has_lost(run)), highlight=False)
+            say(console, _told_of(run, is_here=self._has_lost(run)), whole=[how_to_resume(run.folder)])
 
     def _has_lost(self, run: Unfinished) -> bool:
         """Whether it diverged, trained as these were."""
         return run.state == "diverged" and (run.rule, run.seed) in self.group.diverged_beside
 
-    def _costs(self, console: Console) -> Table:
-        """Ratios stand below what they are of where a line has no room for both."""
-        table = self._costs_with(between="  ")
-        width = Measurement.get(console, console.options.update(max_width=_ANY_WIDTH), table).maximum
-        return table if width <= console.width else self._costs_with(between="\n")
-
-    def _costs_with(self, *, between: str) -> Table:
-        table = _table(f"study {self.study[:8]}" + (f" on {self.where}" if self.where else ""))
-        table.add_column("rule", overflow="fold")
+    def _print_costs(self, console: Console) -> None:
         names = [name for name in _COMPARED if name in _ALWAYS or any(self.value(run, name) is not None for run in self.runs)]
-        for name in names:
-            table.add_column(_COMPARED[name], justify="right")
         diverged = Counter(run.rule for run in self.unfinished if self._has_lost(run))
+        rows = []
         for rule in dict.fromkeys((*self.rules, *diverged)):
             label = _label(rule, finished=len(self.of(rule)), diverged=diverged[rule])
-            table.add_row(Text(label), *(Text(self._cell(rule, name, between)) for name in names))
-        return table
+            rows.append((label, *(self._cell(rule, name, in_lines=has_width(console)) for name in names)))
+        title = f"study {self.study[:8]}" + (f" on {self.where}" if self.where else "")
+        print_table(console, (prose("rule"), *(number(_COMPARED[name]) for name in names)), rows, title=title)
 
-    def _behind(self) -> Table:
-        table = _table("behind each row")
-        for name in ("rule", *next(iter(self.behind.values()))):
-            table.add_column(name.replace("_", "\n") if len(name) > 10 else name.replace("_", " "), overflow="fold")
-        for rule, told in self.behind.items():
-            table.add_row(Text(rule), *map(Text, told.values()))
-        return table
+    def _print_behind(self, console: Console) -> None:
+        names = next(iter(self.behind.values()))
+        columns = [Column(name.replace("_", " "), wraps=name in _SENTENCES) for name in names]
+        rows = [(rule, *told.values()) for rule, told in self.behind.items()]
+        print_table(console, ("rule", *columns), rows, title="behind each row")
 
-    def _cell(self, rule: str, name: str, between: str) -> str:
+    def _cell(self, rule: str, name: str, *, in_lines: bool) -> str:
         values = [value for run in self.of(rule) if (value := self.value(run, name)) is not None]
         if not values:
             return "diverged" if name == "top1" and not self.of(rule) else "-"
         mean, ratio = statistics.fmean(values), self.group.ratios(rule, name)
-        text = _shown(name, mean)
-        if ratio is not None:
-            text += f"{between}×{ratio.mean:{'.2f' if ratio.mean >= 0.1 else '.3g'}}"
-        return text if len(values) == 1 else f"{text}\n± {_shown(name, statistics.stdev(values), like=mean)}"
+        over = "" if ratio is None else f"\t×{ratio.mean:{'.2f' if ratio.mean >= 0.1 else '.3g'}}"
+        spread = "" if len(values) == 1 else f"± {_shown(name, statistics.stdev(values), like=mean)}"
+        told = (f"{_shown(name, mean)}{over}", spread) if in_lines else (f"{_shown(name, mean)} {spread}".rstrip() + over,)
+        return "\n".join(filter(None, told))
 
 
 def csv_of(comparisons: Sequence[Comparison]) -> str:
@@ -216,10 +205,6 @@ def _told_of(run: Unfinished, *, is_here: bool) -> str:
         return f"{run.folder.name} ({run.rule}) diverged{where}: it is in no mean, and nothing is divided by it{advice}"
     command = "" if run.state == "running" else f"; {how_to_resume(run.folder)}"
     return f"not in the table: {run.folder.name} ({run.rule}) is {run.state}{command}"
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, box=None, header_style="bold", pad_edge=False, title_justify="left")
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

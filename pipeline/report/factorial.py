@@ -27,9 +27,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from pipeline.printing import number, print_table, prose, say
 from pipeline.report.answered import Answered, read_answered
 from pipeline.report.bootstrap import estimated, interval_over_splits, resampled, stretch_of_few, tally
 from pipeline.report.runs import ReportError
@@ -125,29 +124,28 @@ class Factorial:
 
     def render(self, console: Console) -> None:
         """The cells, the contrasts, and what the intervals cover."""
-        cells = _table("cell", *(f"split {split}" for split in self.groups), "mean")
-        for cell in self.cells:
-            shares = (*cell.accuracies.values(), cell.accuracy)
-            cells.add_row(Text(_text(cell.name)), *(Text(f"{share:.2%}") for share in shares))
-        console.print(cells)
-        contrasts = _table(
-            "contrast", *(f"split {split}" for split in self.groups), "points", f"95 % over {self.by}s", "", "95 % over splits"
-        )
+        splits = [number(f"split {split}") for split in self.groups]
+        cells = [
+            (_text(cell.name), *(f"{share:.2%}" for share in (*cell.accuracies.values(), cell.accuracy))) for cell in self.cells
+        ]
+        print_table(console, (prose("cell"), *splits, number("mean")), cells)
+        contrasts = []
         for each in self.contrasts:
             interval = _interval(each.low, each.high)
-            splits = "-" if each.over_splits is None else _interval(*each.over_splits)
+            over_splits = "-" if each.over_splits is None else _interval(*each.over_splits)
             verdict = "excludes 0" if each.excludes_0 else "includes 0"
             points = (f"{value:+.2f}" for value in (*each.estimates.values(), each.estimate))
-            contrasts.add_row(*map(Text, (each.name, *points, interval, verdict, splits)))
+            contrasts.append((each.name, *points, interval, verdict, over_splits))
         console.print()
-        console.print(contrasts)
-        console.out(
+        titles = ("points", f"95 % over {self.by}s", "", "95 % over splits")
+        print_table(console, (prose("contrast"), *splits, *map(number, titles)), contrasts)
+        say(
+            console,
             f"{_listed(self.groups)} groups by {self.by}, as good as {_listed(self.effective_groups)} of one size, "
             f"{_listed(self.samples)} samples; {self.resamples} resamples of the groups within each split, the same for every "
             f"cell. An interval over {self.by}s covers which of them were held out, not the randomness of training, which one "
             "over splits covers too; neither covers the choice of settings. "
             f"Trained at {', '.join(f'{commit} ({runs} runs)' for commit, runs in self.commits.items())}.",
-            highlight=False,
         )
 
 
@@ -293,11 +291,3 @@ def _interval(low: float, high: float) -> str:
 
 def _listed(numbers: Mapping[str, float]) -> str:
     return " + ".join(f"{number:.0f}" for number in numbers.values())
-
-
-def _table(first: str, *rest: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column(first, overflow="fold")
-    for title in rest:
-        table.add_column(title, justify="right")
-    return table

@@ -6,12 +6,11 @@ import json
 from dataclasses import asdict
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from pipeline.forecast.bench import RESERVE
 from pipeline.forecast.plan import Plan, Planned
 from pipeline.forecast.profile import EFFICIENCY
+from pipeline.printing import new_console, number, print_table, say
 from pipeline.report.planned import Errors
 
 KIND = "a model, not measured"
@@ -19,29 +18,24 @@ KIND = "a model, not measured"
 
 def print_plan(found: Plan, *, against: Errors | None = None, as_json: bool = False, console: Console | None = None) -> None:
     """One line for each rule; what the figures rest on; the rule that takes the fewest hours; how far off a run was found."""
-    console = console or Console()
+    console = console or new_console()
     if as_json:
         told = {"basis": basis(found), "advice": advice(found), "against": None if against is None else against.to_json()}
         console.out(json.dumps({"kind": KIND, **asdict(found), **told}, indent=2, allow_nan=False), highlight=False)
         return
-    table = Table(title=f"{found.recipe}: {KIND}", box=None, header_style="bold", pad_edge=False, title_justify="left")
-    table.add_column("rule")
     titles = ["ZeRO", "micro x acc.", "memory", "compute", "sums", "optimizer", "loading", "step, ms", "images/s", "hours"]
     if found.teacher is not None:
         titles.insert(titles.index("sums"), "teacher")
     titles += [] if found.cluster.device is None else ["kWh"]
     titles += [] if found.cluster.price is None else ["cost"]
-    for title in titles:
-        table.add_column(title, justify="right")
-    for planned in found.rules:
-        table.add_row(*map(Text, _cells(planned, taught=found.teacher is not None)))
-    console.print(table)
+    rows = [_cells(planned, taught=found.teacher is not None) for planned in found.rules]
+    print_table(console, ("rule", *map(number, titles)), rows, title=f"{found.recipe}: {KIND}")
     for why in found.refused.values():
-        console.out(f"not in the table: {why}", highlight=False)
-    console.out(basis(found), highlight=False)
-    console.out(advice(found), highlight=False)
+        say(console, f"not in the table: {why}")
+    say(console, basis(found))
+    say(console, advice(found))
     if against is not None:
-        console.out(against.told(), highlight=False)
+        say(console, against.told())
 
 
 def basis(found: Plan) -> str:

@@ -8,44 +8,41 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from pipeline.baseline import BASELINE
 from pipeline.forecast.bench import Cost
 from pipeline.forecast.probe import Probe, advice
 from pipeline.measure.memory import told_hardware
+from pipeline.printing import Column, new_console, number, print_table, say
 
 
 def print_probe(found: Probe, *, as_json: bool = False, console: Console | None = None) -> None:
     """What each rule costs; what it drops, layer by layer; what cannot train the network, or be compared; and the advice."""
-    console = console or Console()
+    console = console or new_console()
     if as_json:
         fastest = found.time_baseline
         told = {"time_baseline": None if fastest is None else fastest.rule, "advice": advice(found)}
         console.out(json.dumps(_told({**asdict(found), **told}), indent=2, allow_nan=False), highlight=False)
         return
-    console.print(_costs(found))
+    _print_costs(found, console)
     if found.fidelity is not None:
         console.print()
-        console.print(_layers(found))
+        _print_layers(found, console)
     console.print()
     for rule, why in found.refused.items():
-        console.out(
-            f"not in the tables: {rule}: {why}" if not why.startswith(rule) else f"not in the tables: {why}", highlight=False
-        )
+        say(console, f"not in the tables: {rule}: {why}" if not why.startswith(rule) else f"not in the tables: {why}")
     for why in found.uncompared.values():
-        console.out(f"not compared: {why}", highlight=False)
+        say(console, f"not compared: {why}")
     if (fastest := found.time_baseline) is not None:
         told = f"bytes and operations over {BASELINE}'s, seconds over {fastest.rule}'s"
-        console.out(f"×: {told}, the faster of {BASELINE} folded and in slices of time", highlight=False)
+        say(console, f"×: {told}, the faster of {BASELINE} folded and in slices of time")
     if unknown := sorted({name for cost in found.costs for name in cost.not_counted}):
-        console.out(f"mult and add leave out what no count knows: {', '.join(unknown)}", highlight=False)
+        say(console, f"mult and add leave out what no count knows: {', '.join(unknown)}")
     on = told_hardware(found.hardware)
-    console.out(f"one batch of {found.samples} samples, T = {found.time_steps}, before any training; {on}", highlight=False)
+    say(console, f"one batch of {found.samples} samples, T = {found.time_steps}, before any training; {on}")
     if found.teacher is not None:
-        console.out(found.teacher.told(), highlight=False)
-    console.out(advice(found), highlight=False)
+        say(console, found.teacher.told())
+    say(console, advice(found))
 
 
 def _told(value: Any) -> Any:
@@ -57,22 +54,19 @@ def _told(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _costs(found: Probe) -> Table:
-    table = Table(title=found.recipe, box=None, header_style="bold", pad_edge=False, title_justify="left")
-    table.add_column("rule")
+def _print_costs(found: Probe, console: Console) -> None:
     own = ("rule's own",) if any(cost.rule_bytes for cost in found.costs) else ()
-    for title in ("saved", "states beside", *own, "forward", "backward", "mult/sample", "add/sample", "least cosine"):
-        table.add_column(title, justify="right")
-    for cost in found.costs:
-        table.add_row(*map(Text, _cells(cost, found, has_own=bool(own))))
-    return table
+    titles = ("saved", "states beside", *own, "forward", "backward", "mult/sample", "add/sample")
+    rows = [_cells(cost, found, has_own=bool(own)) for cost in found.costs]
+    columns = ("rule", *map(number, titles), Column("least cosine", is_right=True, wraps=True))
+    print_table(console, columns, rows, title=found.recipe)
 
 
 def _cells(cost: Cost, found: Probe, *, has_own: bool) -> tuple[str, ...]:
     def beside(value: float, name: str) -> str:
         base = found.time_baseline if name.endswith("_s") else found.cost(BASELINE)
         of = 0.0 if base is None else getattr(base, name)
-        return f"  ×{value / of:.2f}" if of else ""
+        return f"\t×{value / of:.2f}" if of else ""
 
     least = ""
     if found.fidelity is not None and cost.rule in found.fidelity.cosines:
@@ -91,17 +85,14 @@ def _cells(cost: Cost, found: Probe, *, has_own: bool) -> tuple[str, ...]:
     )
 
 
-def _layers(found: Probe) -> Table:
+def _print_layers(found: Probe, console: Console) -> None:
     assert found.fidelity is not None
     share, cosines = found.fidelity.temporal_share, found.fidelity.cosines
-    table = Table(title="cosine with BPTT's gradient", box=None, header_style="bold", pad_edge=False, title_justify="left")
-    table.add_column("layer")
-    for title in (*(["temporal share"] if share else []), *cosines):
-        table.add_column(title, justify="right")
+    titles, rows = (*(["temporal share"] if share else []), *cosines), []
     for layer in next(iter(cosines.values()), {}):
         first = [share[layer]] if share else []
-        table.add_row(layer, *(_number(value) for value in (*first, *(each[layer] for each in cosines.values()))))
-    return table
+        rows.append((layer, *(_number(value) for value in (*first, *(each[layer] for each in cosines.values())))))
+    print_table(console, ("layer", *map(number, titles)), rows, title="cosine with BPTT's gradient")
 
 
 def _number(value: float) -> str:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from pipeline.printing import number, print_table, say
 from pipeline.recipe_json import flat
 from pipeline.report.choose import study_of, unfinished_run
 from pipeline.report.compare import comparisons
@@ -37,10 +36,12 @@ def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any
         told[protocol] = []
         for study, folders in by_protocol.get(protocol, {}).items():
             fields = ", ".join(recipe_of(folders[0]).get("tuned", ()))
-            console.print(Text(title.format(fields=fields), style="bold"))
+            say(console, title.format(fields=fields), style="bold")
             if all(state_of(folder) == "diverged" for folder in folders):
                 lost = [unfinished_run(folder) for folder in folders]
-                console.out("\n".join(f"{run.folder.name} ({run.rule}) diverged" for run in lost) + "\n", highlight=False)
+                for run in lost:
+                    say(console, f"{run.folder.name} ({run.rule}) diverged")
+                console.print()
                 told[protocol].append({"study": study, "runs": [], "unfinished": [run.to_json() for run in lost]})
                 continue
             for comparison in comparisons(folders[0].parent, folders):
@@ -80,14 +81,11 @@ def _trials(folders: list[Path]) -> Iterator[dict[str, Any]]:
 
 
 def _print_trials(trials: list[dict[str, Any]], console: Console) -> None:
-    table = Table(title="trials, on a held-out part", box=None, header_style="bold", pad_edge=False, title_justify="left")
-    for title in ("rule", "field", "value", "top-1", ""):
-        table.add_column(title, justify="right" if title in ("value", "top-1") else "left")
+    rows = []
     for trial in trials:
         top1 = "diverged" if trial["top1"] is None else f"{trial['top1']:.2%}"
-        cells = (trial["rule"], trial["field"], str(trial["value"]), top1, "taken" if trial["taken"] else "")
-        table.add_row(*map(Text, cells))
-    console.print(table)
+        rows.append((trial["rule"], trial["field"], str(trial["value"]), top1, "taken" if trial["taken"] else ""))
+    print_table(console, ("rule", "field", number("value"), number("top-1"), ""), rows, title="trials, on a held-out part")
 
 
 def _search(folder: Path) -> str:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from pipeline.command_line import how_to_resume
+from pipeline.printing import new_console, number, print_table, say
 from pipeline.suite import FILE, is_suite, runs_of
 from pipeline.track.jsonl import first, last
 from pipeline.track.state import State, is_driven, state_of
@@ -177,33 +176,23 @@ def _shown(runs_dir: Path) -> list[Path]:
 
 def print_runs(runs_dir: str | os.PathLike[str], console: Console | None = None) -> None:
     """Suites and runs as tables, and the command that resumes each that did not finish on a line of its own, to be copied."""
-    console = console or Console()
+    console = console or new_console()
     rows, suites = list_runs(runs_dir), list_suites(runs_dir)
     if not rows and not suites:
-        console.out(f"no runs in {os.fspath(runs_dir)}", highlight=False)
+        say(console, f"no runs in {os.fspath(runs_dir)}")
         return
     if suites:
-        table = _table("suite", "state")
-        for suite in suites:
-            table.add_row(Text(suite.name), Text(suite.state))
-        console.print(table)
+        print_table(console, ("suite", "state"), [(suite.name, suite.state) for suite in suites])
         console.print()
-    table = _table("run", "state", "rule", "study", "step", "top-1")
+    cells = []
     for row in rows:
         step = "-" if row.step is None else f"{row.step}/{row.total_steps or '?'}"
         top1 = "-" if row.top1 is None else f"{row.top1:.2%}"
-        table.add_row(*map(Text, (row.name, row.state, row.rule, row.study, step, top1)))
-    console.print(table)
+        cells.append((row.name, row.state, row.rule, row.study, step, top1))
+    print_table(console, ("run", "state", "rule", "study", number("step"), number("top-1")), cells)
     for row in (*suites, *rows):
         if row.resume:
-            console.out(row.resume, highlight=False)
-
-
-def _table(*titles: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in titles:
-        table.add_column(title, justify="right" if title in ("step", "top-1") else "left", overflow="fold")
-    return table
+            say(console, row.resume, whole=[row.resume])
 
 
 def load(path: Path) -> dict[str, Any] | None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 from rich.console import Console
-from rich.table import Table
 
 from pipeline.backend.deepspeed import config
 from pipeline.build import check_recipe
 from pipeline.data.base import DataError
 from pipeline.part_checks import fingerprint_of
+from pipeline.printing import new_console, print_fields, say
 from pipeline.recipe import Recipe
 from pipeline.stand_in import with_stand_ins
 from pipeline.suite import Suite, references, refuse_references
@@ -23,7 +23,7 @@ def show_recipe(made: Recipe | Suite, workers: int, console: Console | None = No
 
     No data file is needed, nor what a reference names.
     """
-    console = console or Console()
+    console = console or new_console()
     if isinstance(made, Recipe):
         refuse_references(made)
         _show(made, made, workers, console)
@@ -38,17 +38,15 @@ def _show(recipe: Recipe, ready: Recipe, workers: int, console: Console) -> None
     network = check_recipe(ready.with_untrained_teacher(), workers)  # its weights may have to be downloaded
     split = recipe.split(workers)
     parameters = sum(p.numel() for p in network.parameters())
-    table = Table(title=recipe.name, show_header=False, box=None, pad_edge=False)
-    for key, value in recipe.flat().items():
-        table.add_row(key, value)
-    console.print(table)
-    console.print(f"parameters    {parameters:,}")
-    console.print(f"study key     {_study(recipe)}")
-    console.print(
-        f"global batch  {recipe.batch_size} = {workers} workers x {split.micro_batch} samples x {split.accumulation} accumulated"
-    )
+    say(console, recipe.name, style="italic")
+    print_fields(console, recipe.flat())
+    say(console, f"{parameters:,}", label="parameters    ")
+    say(console, _study(recipe), label="study key     ")
+    batch = f"{recipe.batch_size} = {workers} workers x {split.micro_batch} samples x {split.accumulation} accumulated"
+    say(console, batch, label="global batch  ")
     if isinstance(rate := recipe.optimizer.kwargs.get("lr"), float):
-        console.print(f"learning rate {rate:g} for this batch, {rate * 256 / recipe.batch_size:g} for one of 256 samples")
+        told = f"{rate:g} for this batch, {rate * 256 / recipe.batch_size:g} for one of 256 samples"
+        say(console, told, label="learning rate ")
     if recipe.backend == "deepspeed":
         settings = config(
             micro_batch=split.micro_batch,

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from pipeline.baseline import BASELINE
 from pipeline.command_line import how_to_resume
+from pipeline.printing import new_console, say
 from pipeline.report.choose import is_study, is_trial, study_of
 from pipeline.report.compare import print_studies
 from pipeline.report.finite import finite
@@ -93,7 +94,7 @@ def print_suite(
     Raises:
         ValueError: the suite cannot be read, or its runs must not be set side by side.
     """
-    console = console or Console()
+    console = console or new_console()
     report = None if format == "csv" else SuiteFile.read(folder, trust=trust).suite.report  # of csv runs alone are told
     if report is not None and (against, within) != (BASELINE, WITHIN):
         raise ValueError(
@@ -112,17 +113,18 @@ def print_suite(
         print_studies(folder.parent, of_these, format=format, against=against, within=within, console=console)
         for run in folders:
             if run not in of_these:
-                beside = console if format == "table" else Console(stderr=True)
-                beside.out(f"{run.name} diverged, as did whatever else has ended of its study", highlight=False)
+                beside = console if format == "table" else new_console(stderr=True)
+                say(beside, f"{run.name} diverged, as did whatever else has ended of its study")
     if len(over) < len(runs):
-        console = console if format == "table" else Console(stderr=True)
+        console = console if format == "table" else new_console(stderr=True)
         for name, run in runs.items():
             if name not in over:
                 state = f"is {state_of(run)}" if run.exists() else "has not begun"
-                console.out(f"not finished: {name} ({run.name}) {state}", highlight=False)
-        command = "" if is_driven(folder) else f"; {how_to_resume(folder)}"
+                say(console, f"not finished: {name} ({run.name}) {state}")
+        command = "" if is_driven(folder) else how_to_resume(folder)
         until = "" if report is None else ", the report is printed when all have"
-        console.out(f"{len(over)} of {len(runs)} finished{until}{command}", highlight=False)
+        told = f"{len(over)} of {len(runs)} finished{until}"
+        say(console, f"{told}; {command}" if command else told, whole=[command])
     return None
 
 

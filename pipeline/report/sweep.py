@@ -8,52 +8,48 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from pipeline.baseline import BASELINE
 from pipeline.code import commit
 from pipeline.forecast.bench import RESERVE, Cost
 from pipeline.forecast.sweep import Point, Sweep
 from pipeline.measure.memory import told_hardware
+from pipeline.printing import new_console, number, print_table, say
 
 
 def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None = None) -> None:
     """Bytes, time and largest batch against T, and each rule's growth in bytes."""
-    console = console or Console()
+    console = console or new_console()
     if as_json:
         console.out(json.dumps(told_sweep(found), indent=2, allow_nan=False), highlight=False)
         return
-    table = Table(title=found.recipe, box=None, header_style="bold", pad_edge=False, title_justify="left")
-    table.add_column("rule")
     own = ("rule's own",) if any(point.cost.rule_bytes for point in found.points) else ()
     titles = ("T", "saved", f"× {BASELINE}", "states beside", *own, "fwd+bwd ms", f"× faster {BASELINE}", "images/s of fwd+bwd")
-    for title in (*titles, *_of_largest(found)):
-        table.add_column(title, justify="right")
     base = {point.time_steps: point.cost for point in found.of(BASELINE)}
     fastest = found.time_baselines
+    rows = []
     for rule in found.rules:
-        for index, point in enumerate(found.of(rule)):
+        for point in found.of(rule):
             T = point.time_steps
-            cells = _cells(point, base.get(T), fastest.get(T), tried=found.at_largest, has_own=bool(own))
-            table.add_row(Text(rule if index == 0 else ""), *map(Text, cells))
-    console.print(table)
+            rows.append((rule, *_cells(point, base.get(T), fastest.get(T), tried=found.at_largest, has_own=bool(own))))
+    columns = ("rule", *map(number, (*titles, *_of_largest(found))))
+    print_table(console, columns, rows, title=found.recipe, keys=2)
     for rule in found.rules:
         points = found.of(rule)
         if len(points) > 1:
             first, last = points[0].time_steps, points[-1].time_steps
-            console.out(f"{rule}: {found.growth(rule):.2f} times the bytes at T = {last} as at T = {first}", highlight=False)
+            say(console, f"{rule}: {found.growth(rule):.2f} times the bytes at T = {last} as at T = {first}")
     if fastest:
-        console.out(_divided(found), highlight=False)
+        say(console, _divided(found))
     for line in dict.fromkeys(_refusals(found)):
-        console.out(line, highlight=False)
+        say(console, line)
     on = told_hardware(found.hardware)
     of = "fwd+bwd: forward and backward alone, without loading, optimizer and collectives"
-    console.out(f"one batch of {found.samples} samples; {of}; {on}", highlight=False)
+    say(console, f"one batch of {found.samples} samples; {of}; {on}")
     if found.memory_bytes is not None:
-        console.out(_told_of_largest(found, found.memory_bytes), highlight=False)
+        say(console, _told_of_largest(found, found.memory_bytes))
     if found.teacher is not None:
-        console.out(found.teacher.told(), highlight=False)
+        say(console, found.teacher.told())
 
 
 def _refusals(found: Sweep) -> Iterator[str]:

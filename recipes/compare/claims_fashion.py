@@ -73,6 +73,7 @@ from pipeline.forecast.plan import Cluster, Planned, plan
 from pipeline.forecast.sweep import sweep
 from pipeline.forecast.turns import Turns, in_turn
 from pipeline.measure.memory import device_here, hardware, other_than_here
+from pipeline.printing import say
 from pipeline.recipe import Recipe, spec
 from pipeline.report.beside import beside
 from pipeline.report.claims import (
@@ -191,7 +192,7 @@ def _most_complete(study: str, found: list[Comparison], console: Console) -> Com
     """The one with most of the rules that claims are of, then runs, by which they are judged; a line tells of runs elsewhere."""
     judged = max(found, key=lambda comparison: (len(CLAIMED & set(comparison.rules)), len(comparison.runs)))
     if elsewhere := [run.name for comparison in found if comparison is not judged for run in comparison.runs]:
-        console.out(f"{study}: claims are judged on {judged.where} alone; elsewhere: {', '.join(elsewhere)}", highlight=False)
+        say(console, f"{study}: claims are judged on {judged.where} alone; elsewhere: {', '.join(elsewhere)}")
     return judged
 
 

@@ -70,6 +70,7 @@ from rich.console import Console
 
 from pipeline.models.binarized import binarized
 from pipeline.objective import CrossEntropy
+from pipeline.printing import say
 from pipeline.recipe import Recipe, read_json, spec
 from pipeline.report.effects import Levels, all_effects, effect
 from pipeline.report.factorial import factorial
@@ -150,5 +151,5 @@ def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
         table.render(console)
     for who, cell in (("teacher", SEI), ("peer", ("peer",))):
         shares = [read_json(cells[cell][split] / "summary.json")["teacher_top1"] for split in SPLITS]
-        console.print(f"{who} alone: {', '.join(f'{share:.2%}' for share in shares)} in splits {', '.join(SPLITS)}")
+        say(console, f"{who} alone: {', '.join(f'{share:.2%}' for share in shares)} in splits {', '.join(SPLITS)}")
     return {by: table.to_json() for by, table in tables.items()}

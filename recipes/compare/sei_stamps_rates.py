@@ -23,8 +23,8 @@ from itertools import product
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
+from pipeline.printing import number, print_table, prose
 from pipeline.suite import Suite
 from pipeline.trials import top1_of
 from recipes.compare.sei_stamps import FACTORS, trained
@@ -50,13 +50,11 @@ def _name(weights: str, shortcuts: str, rate: float) -> str:
 
 
 def report(runs: Mapping[str, Path], console: Console) -> None:
-    table = Table("cell", *(f"lr {rate:g}" for rate in RATES), box=None)
     found = {key: top1_of(runs[_name(*key[0], key[1])]) for key in product(CELLS, RATES)}
 
     def told(values: list[float | None]) -> str:
         return "diverged" if None in values else f"{statistics.fmean(value for value in values if value is not None):.2%}"
 
-    for cell in CELLS:
-        table.add_row(", ".join(cell), *(told([found[cell, rate]]) for rate in RATES))
-    table.add_row("mean", *(told([found[cell, rate] for cell in CELLS]) for rate in RATES))
-    console.print(table)
+    rows = [(", ".join(cell), *(told([found[cell, rate]]) for rate in RATES)) for cell in CELLS]
+    rows.append(("mean", *(told([found[cell, rate] for cell in CELLS]) for rate in RATES)))
+    print_table(console, (prose("cell"), *(number(f"lr {rate:g}") for rate in RATES)), rows)

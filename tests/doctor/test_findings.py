@@ -104,7 +104,9 @@ def test_a_disk_that_is_nearly_full_lacks_room_and_no_rights() -> None:
 def test_a_lock_that_no_training_waits_for_is_in_the_way_of_none() -> None:
     """As tests/faults/test_stale_lock.py shows."""
     (found,) = not_ok(replace(NODE, locks={"/x/lock": 3600.0}))
-    assert found.state == "look" and found.advice.startswith("nobody compiles so long: rm /x/lock; our trainings ask for no such")
+    assert found.state == "look" and found.advice.startswith(
+        "nobody compiles so long: `rm /x/lock`; our trainings ask for no such"
+    )
 
 
 def test_a_lock_of_just_now_is_somebody_compiling() -> None:

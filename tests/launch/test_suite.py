@@ -23,6 +23,7 @@ from pipeline.__main__ import main
 from pipeline.launch.lock import driver_lock
 from pipeline.launch.suite import _tell_mlflow
 from pipeline.ports import free_port
+from pipeline.printing import NO_WIDTH
 from pipeline.recipe import Recipe
 from pipeline.report.runs import list_suites, print_runs
 from pipeline.report.suite import print_suite
@@ -305,7 +306,7 @@ def test_what_is_listed_and_reported_while_children_are_missing(places: Path, tm
         code, _, error = spiketrain("resume", "half", "--runs", str(tmp_path), "--trust", "lab_suite")
         assert code == 2 and error == "half: is being trained by another process on this machine\n"
     out = io.StringIO()
-    print_suite(folder, trust=("lab_suite",), console=Console(file=out, width=80))
+    print_suite(folder, trust=("lab_suite",), console=Console(file=out, width=NO_WIDTH))
     said = out.getvalue().splitlines()
     assert said[0] == f"not finished: second ({second.name}) is interrupted" and "REPORT" not in out.getvalue()
     assert said[2].startswith("1 of 3 finished, the report is printed when all have; spiketrain resume half --runs ")

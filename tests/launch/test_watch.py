@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.launch.watch import Watch
+from pipeline.printing import NO_WIDTH
 
 START = {
     "event": "start", "time": 1000.0, "attempt": 0, "rule": "SLTT", "study": "0123456789abcdef", "commit": "abc", "world_size": 2,
@@ -35,7 +36,7 @@ class Clock:
 
 def watch(*, terminal: bool = False, width: int = 60) -> tuple[Watch, io.StringIO, Clock]:
     out, clock = io.StringIO(), Clock()
-    console = Console(file=out, force_terminal=terminal, width=width)
+    console = Console(file=out, force_terminal=terminal, width=width if terminal else NO_WIDTH)
     command = "spiketrain resume a-run-with-a-name --runs /a/long/path/to/the/runs/of/somebody"
     return (
         Watch(console, run_dir="/runs/[b]a", store="sqlite:////runs/mlflow.db", resume_command=command, clock=clock),
@@ -173,6 +174,16 @@ def test_a_terminal_gets_a_bar_and_lines_above_it():
     assert "checkpoint" not in text
     assert text.count("step 25/100") == 0
     assert "\x1b[?25h" in text  # the cursor is given back
+
+
+@pytest.mark.parametrize(("width", "told"), [(60, "epoch 2/4"), (80, "12,346 images/s"), (120, "320 MB")])
+def test_a_narrow_terminal_shows_what_it_has_room_for_and_cuts_nothing(width: int, told: str):
+    view, out, _ = watch(terminal=True, width=width)
+    view.show([{**START, "rule": "SLTT-1", "total_steps": 14_070}, step(25)])
+    assert view._bar is not None
+    view._bar.refresh()
+    view.close()
+    assert told in out.getvalue() and "…" not in out.getvalue()
 
 
 def test_closing_before_anything_happened():

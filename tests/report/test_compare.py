@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from pipeline.printing import NO_WIDTH
 from pipeline.report import choose, runs
 from pipeline.report.compare import Comparison, ComparisonError, compare, comparisons, print_comparison, print_studies
 from pipeline.report.comparison import csv_of
@@ -54,7 +55,7 @@ def test_costs_beside_the_baseline(make_run: Callable, runs_dir: Path):
     assert re.search(r"SLTT +81.00% +×0.90 +2 MB +×0.25 +150 +×1.50 +1.7 min +×0.50", lines[3])
     assert (
         lines[5].split() == ["behind", "each", "row"]
-        and len(lines) == 12
+        and len(lines) == 11
         and comparison.notes == (FOLDED_ALONE, RECOMPUTES_NOTHING)
     )
 
@@ -360,9 +361,8 @@ def test_the_newest_study_that_has_a_finished_run(make_run: Callable, runs_dir: 
     comparison = compare(runs_dir)
     assert comparison.study == "f" * 16
     assert [run.name for run in comparison.runs] == ["new-bptt"]
-    assert f"not in the table: new-sltt (SLTT) is interrupted; spiketrain resume new-sltt --runs {runs_dir}\n" in text_of(
-        comparison
-    )
+    said = f"not in the table: new-sltt (SLTT) is interrupted; spiketrain resume new-sltt --runs {runs_dir}\n"
+    assert said in text_of(comparison, width=NO_WIDTH)
     assert comparison.to_json()["unfinished"] == [{"run": "new-sltt", "rule": "SLTT", "state": "interrupted"}]
 
 

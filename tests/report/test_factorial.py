@@ -17,6 +17,7 @@ from rich.console import Console
 from pipeline.answers import Answers, write_answers
 from pipeline.data.errors import DataError
 from pipeline.data.synthetic import Synthetic
+from pipeline.printing import NO_WIDTH
 from pipeline.recipe import Spec, spec, write_json
 from pipeline.report.effects import all_effects, effect
 from pipeline.report.factorial import Factorial, factorial
@@ -317,7 +318,7 @@ def test_the_commits_that_runs_were_trained_at_are_told(tmp_path: Path) -> None:
     found = read(runs, MINUS)
     assert found.commits == {"c0ffee": 1, "c0ffee, decade": 1}
     out = io.StringIO()
-    found.render(Console(file=out))
+    found.render(Console(file=out, width=NO_WIDTH))
     assert out.getvalue().endswith("Trained at c0ffee (1 runs), c0ffee, decade (1 runs).\n")
 
 

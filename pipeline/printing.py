@@ -1,0 +1,256 @@
+"""Tables and sentences for a terminal. No word is cut at its right edge; piped output has no width.
+
+A table takes as many columns as the terminal has room for. The others stand in further tables below it, each with the key
+columns (the run's name, the rule) again. A sentence is wrapped between words. What a person copies, such as a command, a path or
+a run's name, stays in one piece: where it is longer than the terminal is wide, it stands on a line of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+NO_WIDTH = 10_000
+"""that a console says where it has none; what others print on it, such as a suite's own report, is wrapped there"""
+_GAP = 2  # between columns
+_READABLE = 28  # characters of a wrapped column of a table, at least, if its text is that long
+_LINES = 3  # of a wrapped cell, if its text is shorter than that many times _READABLE
+_KEPT = "\0"  # in the place of a space at which a line must not end
+
+
+@dataclass(frozen=True)
+class Column:
+    """Its header is wrapped between words. So are its values where it `wraps`; else they stay in one piece."""
+
+    title: str
+    is_right: bool = False
+    wraps: bool = False
+
+
+def number(title: str) -> Column:
+    return Column(title, is_right=True)
+
+
+def prose(title: str) -> Column:
+    return Column(title, wraps=True)
+
+
+def new_console(*, stderr: bool = False) -> Console:
+    """Of stdout or stderr: as wide as the terminal, or without a width, whatever the environment says, where there is none."""
+    is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr) if is_terminal else Console(stderr=stderr, width=NO_WIDTH)
+
+
+def has_width(console: Console) -> bool:
+    return console.width < NO_WIDTH
+
+
+def say(console: Console, text: str, *, label: str | Text = "", whole: Iterable[str] = (), style: str = "") -> None:
+    """Print a sentence, wrapped between words.
+
+    Args:
+        label: stands before the first line; the others are indented by its width, unless that is half of a line.
+        whole: parts of the text, such as commands, in which no line may end; those between backticks need not be named.
+    """
+    label = Text(label) if isinstance(label, str) else label.copy()
+    width = _width(console)
+    if label.cell_len > width // 2:
+        text, label = label.plain + text, Text()
+    room = width - label.cell_len
+    indent = Text(" " * label.cell_len)
+    for line in _wrapped(text, room, whole):
+        if cell_len(line) > room and label.cell_len:
+            label.rstrip()
+            if label.plain:
+                _print(console, label)
+            _print(console, Text(line, style))
+        else:
+            _print(console, Text.assemble(label, (line, style)))
+        label = indent
+
+
+def print_fields(console: Console, fields: Mapping[str, str]) -> None:
+    """Names and values beside one another; a name that is longer than half a line stands above its value."""
+    most = _width(console) // 2
+    width = max((cell_len(name) for name in fields if cell_len(name) <= most), default=0)
+    for name, value in fields.items():
+        if cell_len(name) > width:
+            _print(console, Text(name))
+        label = _aligned("" if cell_len(name) > width else name, width)
+        say(console, value, label=label + " " * _GAP)
+
+
+def print_table(
+    console: Console, columns: Sequence[str | Column], rows: Iterable[Sequence[str]], *, title: str = "", keys: int = 1
+) -> None:
+    """Print a table, and what does not fit beside its key columns in further tables below it.
+
+    Args:
+        columns: a title alone is that of a column of text.
+        rows: cells. The lines of one that has several are joined where there is no width. A tab parts what stands side by side
+            where the table needs no other below it, and one below the other where it does.
+        title: stands above the first table.
+        keys: how many of the first columns each further table has again. Where these are two, a terminal shows the first in
+            the first of the rows that share it.
+    """
+    if title:
+        say(console, title, style="italic")
+    rows = [list(row) for row in rows]
+    table = _Table(columns, rows, keys, _width(console), side_by_side=True)
+    parts, is_stacked = table.layout()
+    if len(parts) > 1 or is_stacked:
+        table = _Table(columns, rows, keys, _width(console), side_by_side=False)
+        parts, is_stacked = table.layout()
+    for index, part in enumerate(parts):
+        if index:
+            console.print()
+        for line in table.stacked(part) if is_stacked else table.beside(part):
+            _print(console, line)
+
+
+class _Table:
+    def __init__(
+        self, columns: Sequence[str | Column], rows: Sequence[Sequence[str]], keys: int, width: int, *, side_by_side: bool
+    ) -> None:
+        self._columns = [Column(each) if isinstance(each, str) else each for each in columns]
+        self._has_width, self._width = width < sys.maxsize, width
+        gap = " " * _GAP
+        tab, line = (gap if side_by_side else "\n"), ("\n" if self._has_width else gap)
+        self._rows = [[cell.replace("\t", tab).replace("\n", line) for cell in row] for row in rows]
+        self._keys, self._others = list(range(keys)), list(range(keys, len(columns)))
+        texts = [[column.title, *(row[index] for row in self._rows)] for index, column in enumerate(self._columns)]
+        self._whole = [max(map(_longest_line, of_column)) for of_column in texts]
+        self._unwrapped = [max(_longest_word(title), *map(_longest_line, cells), 0) for title, *cells in texts]
+        self._least = [self._narrowest(index, of_column) for index, of_column in enumerate(texts)]
+
+    def layout(self) -> tuple[list[list[int]], bool]:
+        """The columns of each table; and whether each row's keys stand above its values, for want of room beside them.
+
+        A second table has the keys again. Keys of more than half of the width stand above if that saves a third.
+        """
+        taken = _total(self._least[index] for index in self._keys)
+        room = self._width - taken - _GAP
+        beside, above = self._packed(room), self._packed(self._width - _GAP)
+        is_too_wide = any(self._least[index] > room for index in self._others)
+        is_stacked = is_too_wide or (taken > self._width // 2 and len(beside) > 2 and len(above) < len(beside))
+        return (above, True) if is_stacked else (beside, False)
+
+    def beside(self, part: list[int]) -> Iterator[Text]:
+        shown = [*self._keys, *part]
+        widths = self._widths(shown, self._width)
+        yield from self._header(shown, widths)
+        last = ""
+        for row in self._rows:
+            is_shared = self._has_width and len(self._keys) > 1 and row[0] == last
+            last = row[0]
+            yield from self._row(["", *row[1:]] if is_shared else row, shown, widths)
+
+    def stacked(self, part: list[int]) -> Iterator[Text]:
+        widths, indent = self._widths(part, self._width - _GAP), " " * _GAP
+        key = (" " * _GAP).join(self._columns[index].title for index in self._keys)
+        yield from (Text(line, "bold") for line in _wrapped(key, self._width))
+        yield from self._header(part, widths, indent)
+        for row in self._rows:
+            yield from map(Text, _wrapped("  ".join(row[index] for index in self._keys), self._width))
+            yield from self._row(row, part, widths, indent)
+
+    def _packed(self, room: int) -> list[list[int]]:
+        """The columns beside the keys, in their order, as many in a table as there is room for."""
+        parts: list[list[int]] = [[]]
+        for index in self._others:
+            if parts[-1] and _total(self._least[each] for each in (*parts[-1], index)) > room:
+                parts.append([])
+            parts[-1].append(index)
+        return parts
+
+    def _widths(self, shown: list[int], room: int) -> list[int]:
+        """Of each column: its whole width where all have that; else the least, and then those grow whose values are wrapped."""
+        whole, unwrapped, widths = ([of[index] for index in shown] for of in (self._whole, self._unwrapped, self._least))
+        if _total(whole) <= room:
+            return whole
+        for _ in range(room - _total(widths)):
+            growing = [at for at in range(len(shown)) if widths[at] < unwrapped[at]]
+            if not growing:
+                break
+            widths[max(growing, key=lambda at: unwrapped[at] / widths[at])] += 1
+        return widths
+
+    def _narrowest(self, index: int, texts: list[str]) -> int:
+        if not self._columns[index].wraps:
+            return self._unwrapped[index]
+        longest = max(map(_longest_word, texts))
+        return min(max(longest, min(math.ceil(self._unwrapped[index] / _LINES), _READABLE)), self._width - _GAP)
+
+    def _header(self, shown: list[int], widths: list[int], indent: str = "") -> Iterator[Text]:
+        """Its last lines stand side by side."""
+        blocks = [_wrapped(self._columns[index].title, width) for index, width in zip(shown, widths, strict=True)]
+        height = max(map(len, blocks), default=0)
+        blocks = [[""] * (height - len(block)) + block for block in blocks]
+        yield from (Text(line, "bold") for line in self._lines(blocks, shown, widths, indent))
+
+    def _row(self, row: Sequence[str], shown: list[int], widths: list[int], indent: str = "") -> Iterator[Text]:
+        blocks = [
+            [
+                piece
+                for line in row[index].split("\n")
+                for piece in (_wrapped(line, width) if self._columns[index].wraps else [line])
+            ]
+            for index, width in zip(shown, widths, strict=True)
+        ]
+        yield from map(Text, self._lines(blocks, shown, widths, indent))
+
+    def _lines(self, blocks: list[list[str]], shown: list[int], widths: list[int], indent: str) -> Iterator[str]:
+        rights = [self._columns[index].is_right for index in shown]
+        for pieces in zip_longest(*blocks, fillvalue=""):
+            cells = (_aligned(*each) for each in zip(pieces, widths, rights, strict=True))
+            yield (indent + (" " * _GAP).join(cells)).rstrip()
+
+
+def _width(console: Console) -> int:
+    return console.width if has_width(console) else sys.maxsize
+
+
+def _wrapped(text: str, width: int, whole: Iterable[str] = ()) -> list[str]:
+    """Lines of words; one that is longer than the width has a line of its own."""
+    for part in (*whole, *re.findall("`[^`]*`", text)):
+        text = text.replace(part, part.replace(" ", _KEPT))
+    lines = [""]
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}" if lines[-1] else word
+        if lines[-1].strip() and cell_len(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return [line.rstrip().replace(_KEPT, " ") for line in lines]
+
+
+def _longest_word(text: str) -> int:
+    return max(map(cell_len, text.split()), default=0)
+
+
+def _longest_line(text: str) -> int:
+    return max(map(cell_len, text.split("\n")))
+
+
+def _total(widths: Iterable[int]) -> int:
+    """Of columns side by side."""
+    widths = list(widths)
+    return sum(widths) + _GAP * (len(widths) - 1)
+
+
+def _aligned(text: str, width: int, is_right: bool = False) -> str:
+    space = " " * (width - cell_len(text))
+    return space + text if is_right else text + space
+
+
+def _print(console: Console, line: Text) -> None:
+    """As it is: rich folds words that are longer than a line."""
+    console.print(line, soft_wrap=True)
