@@ -7,7 +7,7 @@ from rich.console import Console
 from pipeline.ensemble import CausalTest, Ensemble, Mean
 from pipeline.printing import new_console, number, print_table, say
 
-_TITLES = ("T", "carry-over", "one step", "ensemble", "gap", "disagree", "below real", "loss of one", "of ensemble")
+_TITLES = ("T", "carry-over", "one step", "ensemble", "gap", "disagree", "below real", "loss of one", "loss of ensemble")
 
 
 def print_carryover(found: CausalTest, name: str, *, by: str | None = None, console: Console | None = None) -> None:

@@ -23,9 +23,8 @@ def print_plan(found: Plan, *, against: Errors | None = None, as_json: bool = Fa
         told = {"basis": basis(found), "advice": advice(found), "against": None if against is None else against.to_json()}
         console.out(json.dumps({"kind": KIND, **asdict(found), **told}, indent=2, allow_nan=False), highlight=False)
         return
-    titles = ["ZeRO", "micro x acc.", "memory", "compute", "sums", "optimizer", "loading", "step, ms", "images/s", "hours"]
-    if found.teacher is not None:
-        titles.insert(titles.index("sums"), "teacher")
+    parts = ("compute", *(() if found.teacher is None else ("teacher",)), "sums", "optimizer", "loading", "step")
+    titles = ["ZeRO", "micro x acc.", "memory", *(f"{part} ms" for part in parts), "images/s", "hours"]
     titles += [] if found.cluster.device is None else ["kWh"]
     titles += [] if found.cluster.price is None else ["cost"]
     rows = [_cells(planned, taught=found.teacher is not None) for planned in found.rules]
