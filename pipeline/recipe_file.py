@@ -53,19 +53,25 @@ def trust_of(made: Recipe | Suite, paths: Sequence[Path], named: Sequence[str] =
 
     They are those that the user has `named` and the files' own modules, as running a file was trusting it; of both, those
     that a part or a report comes from and that are not trusted anyway.
-
-    Raises:
-        ValueError: a part that a file defines, whose name cannot be imported.
     """
     targets = [target for target in targets_of(made) if not is_inside(target, TRUSTED)]
+    modules = [(name, path) for path in paths for name in list(sys.modules) if name.rpartition(".")[2] == path.stem]
+    return own_code.needed((*named, *(name for name, path in modules if _is_of(path, sys.modules[name]))), targets)
+
+
+def refuse_unnamed(made: Recipe | Suite, paths: Sequence[Path]) -> None:
+    """Refuse parts that a recipe file defines where nobody could import them again.
+
+    Raises:
+        ValueError: a file's name is none of a module, or another module has it.
+    """
+    targets = targets_of(made)
     for path in paths:
         if any(target.startswith(f"{_UNNAMED}{path.stem}.") for target in targets):
             raise ValueError(
                 f"{path}: a file that defines parts must have a name that Python can import and no other module has: "
                 f"letters, digits and _; got {path.name}"
             )
-    modules = [(name, path) for path in paths for name in list(sys.modules) if name.rpartition(".")[2] == path.stem]
-    return own_code.needed((*named, *(name for name, path in modules if _is_of(path, sys.modules[name]))), targets)
 
 
 def _is_of(path: Path, module: ModuleType) -> bool:

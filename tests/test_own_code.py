@@ -20,7 +20,7 @@ from pipeline.launch.inline import Inline
 from pipeline.launch.prepare import prepare
 from pipeline.own_code import needed
 from pipeline.recipe import Recipe, spec
-from pipeline.recipe_file import load_recipe, trust_of
+from pipeline.recipe_file import load_recipe, refuse_unnamed, trust_of
 from pipeline.suite import Suite, SuiteFile
 from tests.small import make_run, small_recipe
 
@@ -237,6 +237,6 @@ def test_a_file_whose_name_cannot_be_imported_may_not_define_parts(lab: Path) ->
     file.write_text(NETS + RECIPE.replace("from own_nets.nets import network", ""))
     made = load_recipe(file)
     with pytest.raises(ValueError, match=r"own-recipe\.py: a file that defines parts must have a name that Python can import"):
-        trust_of(made, [file])
+        refuse_unnamed(made, [file])
     file.write_text(RECIPE)
-    assert trust_of(load_recipe(file), [file], ["own_nets"]) == ("own_nets",)
+    refuse_unnamed(load_recipe(file), [file])

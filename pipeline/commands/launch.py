@@ -115,7 +115,7 @@ def launch(
         named(runs, name)
     made = _comparison([made_of(recipe, set_, tiny) for recipe in recipes], seeds, tune)
     from pipeline.launch.cluster import OPERATIONAL, Cluster, parse_workers
-    from pipeline.recipe_file import trust_of
+    from pipeline.recipe_file import refuse_unnamed, trust_of
     from pipeline.suite import Suite
 
     sizes = parse_workers(workers)
@@ -135,6 +135,7 @@ def launch(
     )
     if here.side_by_side != 1 and not isinstance(made, Suite):
         raise ValueError(f"launch: --side-by-side is for several runs; got {side_by_side} with {made.name} alone")
+    refuse_unnamed(made, recipes)
     trusted = trust_of(made, recipes, trust)
     if hand_over(context, made, workers=here.workers, trust=trusted):  # which reads cluster to partition from there
         return

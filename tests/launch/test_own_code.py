@@ -209,7 +209,7 @@ NO_PARENT = "no artifact in MLflow: these runs were launched by themselves\n"
 
 def in_a_process(command: str) -> str:
     words = [SPIKETRAIN, *shlex.split(command)[1:]]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=400)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -263,12 +263,13 @@ def use_everything_that_is_printed(said: str, typed: Typed) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(300)
 def test_a_strangers_package_inline(lab: Path, typed: Typed) -> None:
     use_everything_that_is_printed(killed_launch(lab / "one.py", "--inline"), typed)
 
 
 @pytest.mark.full
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("file", "words"), [("one", ("--workers", "2")), ("two", ())], ids=["two workers", "side by side"])
 def test_a_strangers_package_under_ray(lab: Path, file: str, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONPATH", raising=False)
