@@ -136,6 +136,12 @@ def test_infiniband_is_asked_for_beside_what_the_same_size_has_without(kind: str
     assert infiniband == plain
 
 
+def test_the_image_has_what_nccl_loads_for_infiniband() -> None:
+    """It takes TCP without an error where they are missing."""
+    runtime = (ROOT / "infra" / "setup.sh").read_text().partition("list_runtime_packages() {")[2].partition("\n}")[0]
+    assert {"libibverbs1", "ibverbs-providers"} <= set(runtime.split())
+
+
 def test_every_node_sees_the_claims() -> None:
     claims = {each["metadata"]["name"] for each in build(K8S / "shared") if each["kind"] == "PersistentVolumeClaim"}
     assert claims == {"spiketrain-data", "spiketrain-runs"}
