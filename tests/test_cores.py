@@ -107,7 +107,7 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         NVMLError=pynvml.NVMLError,
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByUUID=found,
-        nvmlDeviceGetPciInfo=lambda handle: SimpleNamespace(busId="00000000:3B:00.0"),
+        nvmlDeviceGetPciInfo=lambda handle: pynvml.nvmlPciInfo_t(busId=b"00000000:3B:00.0"),
     )
     monkeypatch.setattr(cores_module, "pynvml", nvml)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="abc"))
