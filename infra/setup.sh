@@ -267,6 +267,8 @@ list_runtime_packages() {
     {
         # Triton compiles a launcher for each kernel when it first runs.
         printf '%s\n' gcc libc6-dev
+        # NCCL loads them by itself; without them it takes TCP where there is InfiniBand.
+        printf '%s\n' libibverbs1 ibverbs-providers
         if dpkg-query --search "$python" >/dev/null 2>&1; then printf '%s\n' "python$version" "python$version-dev"; fi
         find "$VENV"/lib/python*/site-packages \( -path '*/ffcv/_libffcv*.so' -o -path '*/cv2/cv2*.so' -o -name 'tbbpool*.so' \) -exec ldd {} + |
             awk '$2 == "=>" && $3 ~ "^/" {print $3}' | sort -u | xargs realpath | { grep -v "$PWD" || true; } |

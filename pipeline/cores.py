@@ -1,4 +1,4 @@
-"""Cores that no other worker computes on: what runs beside one another must not slow one another unseen.
+"""Which cores a worker computes on: some that no other has, so that runs do not slow one another unseen, or those near its card.
 
 A core is a physical one, with all the logical ones that the kernel shows of it (SMT siblings share its arithmetic). It is taken
 by a lock on a file of its name, which the kernel lets go when its holder dies. All of this machine's runs that ask for cores of
@@ -18,6 +18,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+import pynvml
+import torch
 
 from pipeline.refused import Refused
 
@@ -52,6 +55,47 @@ def own_cores(count: int, *, folder: Path | None = None, patience_s: float = PAT
             yield cores
         finally:
             _keep_on(before)
+
+
+@contextmanager
+def near_cores(device: torch.device, *, at_least: int, devices: Path = Path("/sys/bus/pci/devices")) -> Iterator[None]:
+    """Inside, every thread of this process is on cores of the NUMA node that its card hangs on.
+
+    Memory lies on the node of the thread that touches it first, so that batches pass no link between sockets. Nothing changes
+    on a CPU, on a machine of one node or that tells of none, and where fewer than `at_least` of this process's logical cores
+    are near: waiting for cores costs more than distance.
+    """
+    before = os.sched_getaffinity(0)
+    near = before & _cores_near(device, devices) if device.type == "cuda" else before
+    if near == before or len(near) < at_least:
+        yield
+        return
+    _keep_on(near)
+    try:
+        yield
+    finally:
+        _keep_on(before)
+
+
+def _cores_near(device: torch.device, devices: Path) -> set[int]:
+    """Logical cores of the card's NUMA node; none where NVML or the kernel does not tell."""
+    try:
+        pynvml.nvmlInit()
+        # By its UUID: CUDA's numbers are of the cards that this process sees alone.
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        domain, rest = str(pynvml.nvmlDeviceGetPciInfo(handle).busId).lower().split(":", 1)
+        card = devices / f"{int(domain, 16):04x}:{rest}"  # NVML writes 00000000:3B:00.0, the kernel 0000:3b:00.0
+        if int((card / "numa_node").read_text()) < 0:
+            return set()
+        return _listed((card / "local_cpulist").read_text())
+    except (pynvml.NVMLError, OSError, ValueError):
+        return set()
+
+
+def _listed(text: str) -> set[int]:
+    """The numbers of a kernel's list, such as `0-31,64-95`."""
+    spans = [each.partition("-") for each in text.strip().split(",") if each]
+    return {number for first, _, last in spans for number in range(int(first), int(last or first) + 1)}
 
 
 def physical_cores(logical: Collection[int], *, topology: Path = Path("/sys/devices/system/cpu")) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.build import build_mixing
-from pipeline.cores import own_cores
+from pipeline.cores import near_cores, own_cores
 from pipeline.data.damage import DamagedPages
 from pipeline.elastic import check_accumulation, steady
 from pipeline.guards.batches import GoBack
@@ -49,6 +49,7 @@ def run(job: Job, place: Place, *, attempt_of: Callable[[Parts], Attempt] = Atte
     with ExitStack() as held:
         if job.own_cores and ranks.device.type == "cpu":
             ranks.together(lambda: held.enter_context(own_cores(job.threads)))
+        held.enter_context(near_cores(ranks.device, at_least=max(job.threads, job.loader_threads)))
         return _run(job, place, ranks, clock, began, attempt_of)
 
 

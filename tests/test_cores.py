@@ -8,10 +8,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import pynvml
 import pytest
+import torch
 
-from pipeline.cores import NodeCores, cores_of_a_node, cores_of_machines, own_cores, physical_cores
+from pipeline import cores as cores_module
+from pipeline.cores import NodeCores, cores_of_a_node, cores_of_machines, near_cores, own_cores, physical_cores
 from pipeline.refused import Refused
 
 HOLDER = """
@@ -83,3 +87,64 @@ def test_siblings_are_one_core(siblings: dict[int, str], logical: tuple[int, ...
         folder.mkdir(parents=True)
         (folder / "thread_siblings_list").write_text(f"{text}\n")
     assert physical_cores(logical, topology=tmp_path) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------- near a card
+
+CARD = torch.device("cuda", 0)
+EVERY = sorted(os.sched_getaffinity(0))
+
+
+@pytest.fixture
+def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The kernel's folder of a card, as NVML names it; on this machine there is none."""
+
+    def found(uuid: str) -> str:
+        assert uuid == "GPU-abc"
+        return uuid
+
+    nvml = SimpleNamespace(
+        NVMLError=pynvml.NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=found,
+        nvmlDeviceGetPciInfo=lambda handle: pynvml.nvmlPciInfo_t(busId=b"00000000:3B:00.0"),
+    )
+    monkeypatch.setattr(cores_module, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="abc"))
+    folder = tmp_path / "0000:3b:00.0"
+    folder.mkdir()
+    (folder / "numa_node").write_text("1\n")
+    (folder / "local_cpulist").write_text(f"{EVERY[-1]},5000-5031,6000\n")  # of which this process has the first alone
+    return folder
+
+
+def kept_on(device: torch.device, folder: Path, *, at_least: int = 1) -> list[int]:
+    with near_cores(device, at_least=at_least, devices=folder.parent):
+        return sorted(os.sched_getaffinity(0))
+
+
+@pytest.mark.skipif(len(EVERY) < 2, reason="one core is as near as another")
+def test_a_worker_keeps_to_the_cores_of_its_cards_node(card: Path) -> None:
+    assert kept_on(CARD, card) == EVERY[-1:]
+    assert sorted(os.sched_getaffinity(0)) == EVERY  # and is let go
+
+
+def test_a_worker_stays_where_it_is(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a card, with too few cores near it, on a machine of one node, and where nothing tells of any."""
+    assert kept_on(torch.device("cpu"), card) == EVERY
+    assert kept_on(CARD, card, at_least=2) == EVERY
+    (card / "local_cpulist").write_text("5000-5031\n")  # none of them this process's
+    assert kept_on(CARD, card) == EVERY
+    (card / "local_cpulist").write_text("0-8191\n")
+    assert kept_on(CARD, card) == EVERY
+    (card / "numa_node").write_text("-1\n")
+    (card / "local_cpulist").write_text(f"{EVERY[-1]}\n")
+    assert kept_on(CARD, card) == EVERY
+    (card / "numa_node").unlink()
+    assert kept_on(CARD, card) == EVERY
+
+    def refuse() -> None:
+        raise pynvml.NVMLError(1)
+
+    monkeypatch.setattr(cores_module.pynvml, "nvmlInit", refuse)
+    assert kept_on(CARD, card) == EVERY

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -435,3 +436,19 @@ def test_what_one_of_two_ranks_alone_is_refused_ends_it_and_the_next_attempt_say
     assert (tmp_path / "run" / "ended1").read_text().startswith("ValueError: recipe: lab.rules.Mine")  # which frees the other
     with pytest.raises(Refused, match=r"recipe: lab\.rules\.Mine does not exist"):
         worker.run(job, Place())
+
+
+def test_a_worker_keeps_near_its_card_and_computes_in_the_recipes_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def near(device: torch.device, *, at_least: int) -> AbstractContextManager[None]:
+        asked.append((device.type, at_least))
+        return nullcontext()
+
+    monkeypatch.setattr(worker, "near_cores", near)
+    job = make_run(tmp_path / "run", small_recipe(precision="tf32"))
+    with pytest.raises(Refused, match=r"recipe: precision='tf32' must have an NVIDIA card .*; got cpu"):
+        worker.run(replace(job, threads=1, loader_threads=3), Place())
+    assert asked == [("cpu", 3)]

@@ -22,7 +22,6 @@ from pipeline.ports import free_port
 NUMBERS = 16 << 20
 """that are added up, in float32: 64 MiB, the gradients of a ResNet-18 and half"""
 ROUNDS = 5
-PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +33,13 @@ class Meeting:
     size: int
     backend: Literal["gloo", "nccl"]
 
+    @property
+    def patience_s(self) -> float:
+        """In which all have to come: each imports torch from a storage that the others read too."""
+        return 30.0 + 2.0 * self.size
 
-def meet_here(size: int, *, backend: Literal["gloo", "nccl"], patience_s: float = PATIENCE_S) -> list[float]:
+
+def meet_here(size: int, *, backend: Literal["gloo", "nccl"], patience_s: float | None = None) -> list[float]:
     """What `meet` tells in each of `size` processes on this machine; with nccl each has a card of its own.
 
     Raises:
@@ -47,13 +51,13 @@ def meet_here(size: int, *, backend: Literal["gloo", "nccl"], patience_s: float 
         return [each.result() for each in asked]  # none is without an end: they wait for one another with patience
 
 
-def _meet_on_card(meeting: Meeting, rank: int, patience_s: float) -> float:
+def _meet_on_card(meeting: Meeting, rank: int, patience_s: float | None) -> float:
     if meeting.backend == "nccl":
         torch.cuda.set_device(rank)
     return meet(meeting, rank, patience_s=patience_s)
 
 
-def meet(meeting: Meeting, rank: int, *, patience_s: float = PATIENCE_S) -> float:
+def meet(meeting: Meeting, rank: int, *, patience_s: float | None = None) -> float:
     """Bytes per second that the slowest link carries, by the median of some rounds.
 
     What is counted is what a ring sends over each link, 2 (n - 1) / n of the bytes: comparable with a link's speed whatever n.
@@ -61,7 +65,7 @@ def meet(meeting: Meeting, rank: int, *, patience_s: float = PATIENCE_S) -> floa
     Raises:
         RuntimeError: one of them did not come in time, over gloo either, or what came out is not the sum.
     """
-    patience = timedelta(seconds=patience_s)
+    patience = timedelta(seconds=meeting.patience_s if patience_s is None else patience_s)
     where = {"init_method": f"tcp://{meeting.host}:{meeting.port}", "rank": rank, "world_size": meeting.size}
     distributed.init_process_group(meeting.backend, timeout=patience, **where)
     try:

@@ -24,7 +24,8 @@ from pipeline.track.mlflow import tracking_uri
 EXAMINED_S = 300.0
 """the first time FFCV and numba compile"""
 CLOCK_S = 30.0
-MEETING_S = 120.0
+MEETING_S = 300.0
+"""for processes that meet (`Meeting.patience_s`), with their start on up to some 100 cards"""
 KEPT_S = 120.0
 """a store that nobody answers for is tried for a while"""
 

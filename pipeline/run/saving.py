@@ -73,10 +73,12 @@ class Saving:
         recipe = self.parts.recipe
         due = recipe.checkpoint_every > 0 and step % recipe.checkpoint_every == 0
         batch_s = time.monotonic() - self._trains_since
-        is_asked = (self.folder / SAVE).exists()
+        # Rank 0 decides, so it alone looks for files on shared storage: each look is a question to the file server.
+        looks = self.ranks.rank == 0
+        is_asked = looks and (self.folder / SAVE).exists()
         notice = self._notice() if is_asked else self.parts.notice()
         stops, asked, late, failed, noticed, leaves = self.ranks.decide(
-            was_stopped(self.folder),
+            looks and was_stopped(self.folder),
             is_asked,
             recipe.checkpoint_minutes > 0 and time.monotonic() - self._begun_at > 60 * recipe.checkpoint_minutes,
             self.checkpoints.failed(),  # the state at hand is saved in its place

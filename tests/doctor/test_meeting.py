@@ -114,3 +114,8 @@ def test_what_is_counted_is_what_a_ring_sends_over_a_link(monkeypatch: pytest.Mo
 def test_one_that_does_not_come_is_waited_for_in_vain() -> None:
     with pytest.raises(RuntimeError, match=r"(?i)timed? ?out"):
         meet(place(2), 0, patience_s=2)
+
+
+def test_more_processes_wait_longer_for_one_another() -> None:
+    """64 of them load torch from one storage at once."""
+    assert place(2).patience_s < 40 and 120 < place(64).patience_s < visit.MEETING_S

@@ -25,7 +25,7 @@ from tests.infra.rules import RULES, cluster_of, versions
 
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "infra" / "k8s"
-SIZES = ("cpu", "one-node-8-gpus", "four-nodes-32-gpus")
+SIZES = ("cpu", "one-node-8-gpus", "four-nodes-32-gpus", "eight-nodes-64-gpus", "eight-nodes-64-gpus-infiniband")
 FACTS = json.loads(GOLDEN.read_text())
 FOLDERS = sorted(file.parent.relative_to(K8S).as_posix() for file in K8S.rglob("kustomization.yaml"))
 MANIFESTS = [(folder, index) for folder in FOLDERS for index in range(len(build(K8S / folder)))]
@@ -49,7 +49,7 @@ def test_all_of_them_are_looked_at() -> None:
     ] == FOLDERS
     kinds = [build(K8S / folder)[index]["kind"] for folder, index in MANIFESTS]
     others = ["NetworkPolicy", *["PersistentVolumeClaim"] * 2, "PodMonitor"]
-    assert sorted(kinds) == [*others, *["RayCluster"] * 4, *["RayJob"] * 4]
+    assert sorted(kinds) == [*others, *["RayCluster"] * 6, *["RayJob"] * 6]
     built = {path for folder in FOLDERS for path in _files(K8S / folder)}
     assert built == set(K8S.rglob("*.yaml")), "a file that no kustomization.yaml names"
 
@@ -125,6 +125,21 @@ def test_an_example_is_what_its_order_gives(folder: str) -> None:
     command = typer.main.get_command(app)
     options = {name for each in command.commands["launch"].params for name in each.opts}  # type: ignore[attr-defined]
     assert {word for word in words if word.startswith("--")} <= options
+
+
+@pytest.mark.parametrize("kind", ["cluster", "job"])
+def test_infiniband_is_asked_for_beside_what_the_same_size_has_without(kind: str) -> None:
+    """In every pod that computes; none gets a capability, which the restricted profile would refuse."""
+    plain, infiniband = (build(K8S / "overlays" / size / kind)[0] for size in SIZES[-2:])
+    resources = cluster_of(infiniband)["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["resources"]
+    assert [resources[name].pop("rdma/rdma_shared_device_a") for name in ("requests", "limits")] == ["1", "1"]
+    assert infiniband == plain
+
+
+def test_the_image_has_what_nccl_loads_for_infiniband() -> None:
+    """It takes TCP without an error where they are missing."""
+    runtime = (ROOT / "infra" / "setup.sh").read_text().partition("list_runtime_packages() {")[2].partition("\n}")[0]
+    assert {"libibverbs1", "ibverbs-providers"} <= set(runtime.split())
 
 
 def test_every_node_sees_the_claims() -> None:

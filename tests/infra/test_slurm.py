@@ -53,7 +53,8 @@ class Slurm:
         name = re.search(r"^#SBATCH --job-name=(.*)$", script.read_text(), re.MULTILINE)
         assert name is not None
         self._process = subprocess.Popen(
-            ["bash", str(script), *words],
+            # The limit of memory that may be locked is that of the shell of the submission, as Slurm passes it on.
+            ["bash", "-c", 'ulimit -S -l 64 && exec bash "$@"', "bash", str(script), *words],
             env=self.environment | {"SLURM_JOB_NAME": name[1]} | environment,
             cwd=self.folder,
             stderr=(self.folder / "said").open("w"),  # no pipe, which would stay open as long as any process of the job
@@ -116,6 +117,8 @@ def test_the_launch_is_told_where_and_on_how_much_to_train(slurm: Slurm):
     assert re.fullmatch(r"[\d.]+:2\d{4}", head) and not head.startswith("127.")
     patience = (slurm.folder / "driver.patience").read_text().splitlines()
     assert sorted(patience) == sorted(f"{name}={value}" for name, value in NODES["patient"].items())
+    soft, hard = (slurm.folder / "driver.memlock").read_text().split()
+    assert soft == hard != "64"  # InfiniBand needs more than a shell commonly has
     for node in "01":
         started = (slurm.folder / f"ray.{node}").read_text()
         assert started.startswith(f"symmetric-run --address {head} --min-nodes 2 --num-cpus=16 --num-gpus=8 ")

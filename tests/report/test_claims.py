@@ -396,7 +396,7 @@ def test_imagenets_plan_is_made_once_and_says_why_there_is_none(tmp_path: Path, 
         return SimpleNamespace(rules=[model], refused={"BPTT": "BPTT: a worker must fit into 28.8 GB; it needs 30 GB at least"})
 
     def asked(*, threads: int = 2) -> tuple[dict[str, str], str]:
-        monkeypatch.setattr(claims_fashion, "hardware", lambda: {"cpu": "a cpu", "threads": threads})
+        monkeypatch.setattr(claims_fashion, "hardware", lambda device: {"cpu": "a cpu", "threads": threads})
         console = Console(file=io.StringIO(), width=200)
         return claims_fashion._planned(tmp_path / "plan.json", console), console.file.getvalue()  # type: ignore[attr-defined]
 

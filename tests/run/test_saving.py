@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pipeline.checkpoint import background
+from pipeline.job import SAVE, STOP
 from pipeline.run.saving import Saving
 from pipeline.track.jsonl import read
 from tests.small import small_recipe, train_inline
@@ -46,3 +48,34 @@ def test_so_does_the_wait_for_the_one_before_and_at_the_end_for_the_last(tmp_pat
     told, all_s = stalls(tmp_path / "run", stop_after=2, checkpoint_every=1)
     assert len(told) == 2 and told[1] > 1.0  # for its own; for the first as well, but for the time that the run has evaluated
     assert sum(told) == pytest.approx(all_s, rel=0.1)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("asked", ["nothing", STOP, SAVE])
+def test_between_batches_rank_0_alone_looks_for_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, asked: str
+) -> None:
+    """Each look of each rank is a question to the file server; what rank 0 has seen is told to all."""
+    looked: list[str] = []
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda self, **about: (looked.append(self.name), exists(self, **about))[1])
+    monkeypatch.setattr(Saving, "save", lambda self, step, **about: None)
+    monkeypatch.setattr(Saving, "_answer", lambda self, step: None)
+    if asked != "nothing":
+        (tmp_path / asked).write_text("somebody")
+    flags: list[tuple[bool, ...]] = []
+
+    def decide(*mine: bool) -> list[bool]:
+        flags.append(mine)
+        return [asked == STOP, asked == SAVE, *[False] * 4]  # rank 0's
+
+    recipe = SimpleNamespace(checkpoint_every=0, checkpoint_minutes=0.0, replicas_every=0)
+    checkpoints = SimpleNamespace(failed=lambda: False, done=lambda: None)
+    ranks, job = SimpleNamespace(rank=rank, decide=decide), SimpleNamespace(run=str(tmp_path))
+    parts: Any = SimpleNamespace(
+        recipe=recipe, ranks=ranks, job=job, checkpoints=checkpoints, meters=None, notice=lambda: None, tracker=None
+    )
+    made = Saving(parts, step=0, learnt=Any, guard=Any, figures=Any)  # type: ignore[arg-type]
+    assert made.between_batches(1, last=False) is (asked == STOP)
+    assert set(looked) == ({STOP, SAVE} if rank == 0 else set())
+    assert flags[0][:2] == ((asked == STOP, asked == SAVE) if rank == 0 else (False, False))

@@ -53,6 +53,8 @@ def test_an_order_becomes_a_rayjob_that_fits_the_fields() -> None:
     [
         ("four-nodes-32-gpus", 32, (), 4),
         ("four-nodes-32-gpus", 17, (), 3),
+        ("eight-nodes-64-gpus", 64, (), 8),
+        ("eight-nodes-64-gpus-infiniband", 40, (), 5),
         ("four-nodes-32-gpus", 1, (), 1),
         ("four-nodes-32-gpus", 8, ("--cpus-per-worker=16",), 2),  # 64 cores hold four such workers
         ("four-nodes-32-gpus", 64, ("--device", "cpu"), 1),  # one core each, and no GPU
