@@ -35,7 +35,7 @@ class IDE(Rule):
     contraction, it warns, and the gradient of the batch is not a number: nobody is to learn from it.
 
     Raises: ValueError for an unknown solver, iterations < 1 or tolerance outside 0..1 (when made); for a model without an
-    `Equilibrium`, with several, or with neurons outside it (`attach`).
+    `Equilibrium`, with several, with neurons outside it, or with a norm that mixes time steps (`attach`).
     Source: Xiao et al. 2021 (arXiv 2109.14247).
     """
 
