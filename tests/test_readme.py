@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.pictures import template, write_shapes
 from pipeline.data.mixing import Mixing
 from pipeline.data.write import write_fashion
 from pipeline.distill import Distillation
 from pipeline.models.binarized import binarized
 from pipeline.models.qkformer import qkformer_10
-from pipeline.recipe import spec
+from pipeline.recipe import read_json, spec
 from pipeline.rules.sltt import SLTT
 from pipeline.teachers.timm import timm_teacher
+from pipeline.track.jsonl import read
 from recipes.fashion.base import fashion
 from tests.data.conftest import small_fashion
 from tests.small import command, small_recipe, train_inline
@@ -67,6 +70,35 @@ def test_a_recipe_file(
     assert code == 0, error
     lines = out.splitlines()
     assert all(any(line.startswith(beginning) for line in lines) for beginning in said), out
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_the_template_is_stable_and_rules_are_near_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On 102 pictures, at half their size for speed; benchmarks/pictures.py takes several sets and seeds as README has them."""
+    monkeypatch.chdir(tmp_path)
+    write_shapes(tmp_path / "pictures", train=34, val=60)
+    run = command(monkeypatch, capsys)
+    told = re.search(r"spiketrain (write folder .*) --workers 2\n", README.read_text())
+    assert told is not None and run(*told[1].split())[0] == 0
+    (tmp_path / "mine.py").write_text(template(3))
+    changes = ("data.size=32", "backend=plain", "evaluate_every=0", "log_every=1")
+    code, _, error = run(
+        "launch", "mine.py", "--inline", "--device", "cpu", *(word for each in changes for word in ("--set", each))
+    )
+    assert code == 0, error
+    top1 = {}
+    for folder in Path("runs").glob("mine-*/"):
+        if (folder / "summary.json").exists():
+            summary = read_json(folder / "summary.json")
+            assert (summary["rollbacks"], summary["skipped_batches"]) == (0, 0)
+            top1[summary["rule"]] = summary["top1"]
+            losses = [event["metrics"]["loss"] for event in read(folder / "journal.jsonl") if event["event"] == "step"]
+            assert len(losses) == 30 and max(losses) < 1.1 * math.log(3)  # the first is ln 3; at lr=0.2 BPTT's reached 1.44
+    assert top1.keys() == {"BPTT", "SLTT"} and min(top1.values()) > 0.5
+    assert abs(top1["BPTT"] - top1["SLTT"]) < 0.15
 
 
 def test_the_result(

@@ -38,7 +38,7 @@ class IDE(Rule):
     (2I - J^T) beta = g, whose beta is half of this one where J is small. Here both solvers solve the paper's equation.
 
     Raises: ValueError for an unknown solver, iterations < 1 or tolerance outside 0..1 (when made); for a model without an
-    `Equilibrium`, with several, or with neurons outside it (`attach`).
+    `Equilibrium`, with several, with neurons outside it, or with a norm that mixes time steps (`attach`).
     Source: Xiao et al. 2021 (arXiv 2109.14247).
     """
 

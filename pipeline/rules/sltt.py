@@ -37,7 +37,7 @@ class SLTT(Rule):
     `chunk` steps share one forward and one backward: more memory, fuller devices, the same gradient.
 
     Raises: ValueError for k or chunk below 1 and for rescale without k (when made); for a loss over mean logits, a model
-    without LIF, and batch norm over time (`attach`); for k or chunk above T, and chunk > 1 with k < T (`check_steps`).
+    without LIF, and a norm that mixes time steps (`attach`); for k or chunk above T, and chunk > 1 with k < T (`check_steps`).
     Source: Meng et al. 2023 (arXiv 2302.14311), eq. 8 and section 4.3.
     """
 

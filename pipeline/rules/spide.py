@@ -46,8 +46,8 @@ class SPIDE(Rule):
     share of the backward neurons that saturated. Where none fires, or most saturate, it warns once. A gradient of the loss that
     is not finite is handed on as that, with a warning: spikes could not tell of it.
 
-    Raises: ValueError for arguments out of range (when made); for a model without an `Equilibrium`, with several, or with
-    neurons outside it (`attach`).
+    Raises: ValueError for arguments out of range (when made); for a model without an `Equilibrium`, with several, with
+    neurons outside it, or with a norm that mixes time steps (`attach`).
     Source: Xiao et al. 2023 (arXiv 2302.00232, doi 10.1016/j.neunet.2023.01.026).
     """
 
