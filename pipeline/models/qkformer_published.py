@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.attention import ProjectionNeuron
 from pipeline.models.qkformer import QKFormer
 
 # What a published file holds that this network has no place for, and why.
@@ -41,10 +42,13 @@ def published_name(name: str) -> str:
     return f"{place}_{_KINDS[found['kind']]}.{found['tensor']}"
 
 
-def from_published(published: Mapping[str, Tensor], *, heads: int | None = None) -> QKFormer:
+def from_published(
+    published: Mapping[str, Tensor], *, heads: int | None = None, projection_neuron: ProjectionNeuron = "over_time"
+) -> QKFormer:
     """The network that published weights belong to, with these weights: its sizes are those of the tensors.
 
     `heads`, which no tensor tells, is one for 64 channels where it is not given, as published for ImageNet.
+    `projection_neuron="over_samples"` answers as the published code does, by the batch that a picture is in.
 
     Raises: ValueError for tensors that are missing, left over or of another shape.
     """
@@ -62,6 +66,7 @@ def from_published(published: Mapping[str, Tensor], *, heads: int | None = None)
             classes=classes,
             in_channels=in_channels,
             expansion=expansion,
+            projection_neuron=projection_neuron,
         )
     network.to_empty(device="cpu")
     network.load_state_dict(with_our_names(published, network))

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.models.attention import SelfAttention
 from pipeline.models.qkformer import QKFormer, qkformer_10
 from pipeline.models.qkformer_published import IGNORED, from_published, published_name, to_published
 from pipeline.spiking.encode import repeat
@@ -38,6 +39,15 @@ def test_there_and_back():
     x_TBCHW = repeat(torch.randn(2, 2, 32, 32), 2)
     with torch.no_grad(), fresh_state(model), fresh_state(again):
         assert torch.equal(model(x_TBCHW), again(x_TBCHW))
+
+
+def test_published_weights_answer_as_the_published_code_where_that_is_chosen():
+    """In a batch, the published function is another one; the weights and their names are the same."""
+    torch.manual_seed(0)
+    weights = to_published(small())
+    networks = [from_published(weights, projection_neuron=each).eval() for each in ("over_time", "over_samples")]
+    assert all(to_published(each).keys() == weights.keys() for each in networks)
+    assert [each.projection_neuron for each in networks[1].modules() if isinstance(each, SelfAttention)] == ["over_samples"] * 2
 
 
 def test_refuses_what_does_not_fit():
