@@ -9,9 +9,9 @@ with L' a neuron of threshold 0.5, and S the last synapse and its norm. On a str
 k and v, and none behind S. Under "multiple_all" each projection has a shortcut of its own: the stream is added to the currents
 of q, k and v, and a to y. (In SelfAttention a is what the last neuron reads; TokenQK has no neuron before S, and a is spikes.)
 
-The neuron behind S of SelfAttention may run as the published code has it, `projection_neuron="over_samples"`: it takes the B
-samples of a time step for B time steps, so its membrane goes from sample to sample, and from the last one on to the first one
-of the next step. A sample's answer then depends on the samples before it in its batch. Published accuracies were measured so.
+The neuron behind S of SelfAttention may run as the published code has it, `projection_neuron="over_samples"`
+(`spiking/over_samples.py`): a sample's answer then depends on the samples before it in its batch. Published accuracies were
+measured so.
 
 Source: Zhou et al. 2024 (QKFormer, arXiv 2403.16552); Zhou et al. 2023 (Spikformer, arXiv 2209.15425); the shortcuts: Le & Li
 2023 (BinaryViT, arXiv 2306.16678).
@@ -24,6 +24,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline.models.residual import Blocks, Layer
+from pipeline.spiking.over_samples import OverSamples
 
 ATTENTION_THRESHOLD = 0.5
 SCALE = 0.125
@@ -64,13 +65,10 @@ class Attention(nn.Module):
         self.last = blocks.neuron() if blocks.carries_spikes else nn.Identity()
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
-        return self.last(self._currents(x_TBCHW))
-
-    def _currents(self, x_TBCHW: Tensor) -> Tensor:
         h = self.first(x_TBCHW)
         stream = x_TBCHW if self.has_shortcuts else None
         heads = [each(h, stream).flatten(3).unflatten(2, (self.heads, -1)) for each in self.projections.values()]
-        return self._mix(*heads, shape=x_TBCHW.shape)
+        return self.last(self._mix(*heads, shape=x_TBCHW.shape))
 
     def _mix(self, *heads_TBhdN: Tensor, shape: tuple[int, ...]) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must override _mix")
@@ -93,25 +91,20 @@ class TokenQK(Attention):
 class SelfAttention(Attention):
     """Every token sees every other; linear in their number.
 
-    Raises: ValueError for a `projection_neuron` that is unknown, or that runs over samples where no neuron stands behind S.
+    Raises: ValueError for a `projection_neuron` that is unknown, or that runs over samples where no LIF stands behind S.
     """
 
     def __init__(self, blocks: Blocks, channels: int, *, heads: int, projection_neuron: ProjectionNeuron = "over_time") -> None:
         super().__init__(blocks, channels, heads=heads, projections=("q", "k", "v"))
         if projection_neuron not in ("over_time", "over_samples"):
             raise ValueError(f"SelfAttention: projection_neuron must be 'over_time' or 'over_samples'; got {projection_neuron=}")
-        if projection_neuron == "over_samples" and not blocks.carries_spikes:
-            raise ValueError(
-                "SelfAttention: projection_neuron='over_samples' needs a neuron behind the attention, as shortcut='sew' has; "
-                f"got shortcut={blocks.shortcut!r}"
-            )
-        self.projection_neuron: ProjectionNeuron = projection_neuron
-
-    def forward(self, x_TBCHW: Tensor) -> Tensor:
-        if self.projection_neuron == "over_time":
-            return super().forward(x_TBCHW)
-        y_TBCHW = self._currents(x_TBCHW)
-        return self.last(y_TBCHW.flatten(0, 1).unsqueeze(1)).view_as(y_TBCHW)
+        if projection_neuron == "over_samples":
+            if not blocks.carries_spikes:
+                raise ValueError(
+                    "SelfAttention: projection_neuron='over_samples' needs a neuron behind the attention, as shortcut='sew' "
+                    f"has; got shortcut={blocks.shortcut!r}"
+                )
+            self.last = OverSamples.of(self.last)
 
     def _mix(self, *heads_TBhdN: Tensor, shape: tuple[int, ...]) -> Tensor:
         q_TBhdN, k_TBhdN, v_TBhdN = heads_TBhdN

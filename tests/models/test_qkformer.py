@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pipeline.measure.activity import Activity
 from pipeline.models.attention import SelfAttention, TokenQK
 from pipeline.models.binarized import binarized
 from pipeline.models.qkformer import Block, QKFormer, qkformer_10
@@ -151,19 +152,19 @@ def test_against_an_independent_forward():
     assert len(reference.membranes) == len(named_neurons(model))
 
 
-class OverSamples(Reference):
+class AsPublished(Reference):
     """The published code: the neuron behind an attention of the last stage is handed T B samples in the place of T steps."""
 
     def lif(self, key: str, x: torch.Tensor, threshold: float = 1.0) -> torch.Tensor:
         if ".attn.proj" not in key:
             return super().lif(key, x, threshold)
-        return torch.cat([super(OverSamples, self).lif(key, sample[None], threshold) for sample in x])
+        return torch.cat([super(AsPublished, self).lif(key, sample[None], threshold) for sample in x])
 
 
 def test_the_published_projection_neuron_runs_from_sample_to_sample():
     model = small(depth=5, projection_neuron="over_samples").double().eval()
     x_BCHW = 2 * torch.randn(3, 3, 48, 40, dtype=torch.float64)
-    reference = OverSamples(to_published(model), heads=2)
+    reference = AsPublished(to_published(model), heads=2)
     answers = []
     with torch.no_grad():
         expected_TBK = torch.stack([reference(x_BCHW) for _ in range(3)])
@@ -174,6 +175,10 @@ def test_the_published_projection_neuron_runs_from_sample_to_sample():
             sliced_TBK = torch.cat([model(x_BCHW[None]) for _ in range(3)])
     assert (answers[0] - expected_TBK).abs().max() < 1e-12 and (sliced_TBK - expected_TBK).abs().max() < 1e-12
     assert (answers[0] - answers[1]).abs().max() > 1e-3  # the order within the batch counts
+    activity = Activity(model)
+    with torch.no_grad(), activity, activity.batch(torch.arange(3)), fresh_state(model):  # spikes are counted by sample
+        model(repeat(x_BCHW, 3))
+    assert len(activity.layers()) == len(named_neurons(model)) and all(each.samples == 3 for each in activity.layers())
     alone = small(depth=5).double().eval()
     with torch.no_grad(), fresh_state(model), fresh_state(alone):  # a batch of one is the mended function
         assert torch.equal(model(repeat(x_BCHW[:1], 3)), alone(repeat(x_BCHW[:1], 3)))
