@@ -87,5 +87,9 @@ def test_qkformers_cosine_starts_at_the_end_of_its_warm_up() -> None:
 @pytest.mark.parametrize("channels", [384, 512, 768])
 def test_the_published_logs_of_qkformer_name_the_setting_that_they_are_of(channels: int) -> None:
     this = recipe(f"imagenet.qkformer_10_{channels}_bptt")
-    assert dict(this.published_setting) == {"time_steps": 4, "model.over": "time"}
+    assert dict(this.published_setting) == {
+        "time_steps": 4,
+        "model.over": "time",
+        "model.projection_neuron": "over_samples",
+    }
     assert (this.time_steps, this.value_of("model.over")) == (2, "step")

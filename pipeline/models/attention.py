@@ -9,18 +9,28 @@ with L' a neuron of threshold 0.5, and S the last synapse and its norm. On a str
 k and v, and none behind S. Under "multiple_all" each projection has a shortcut of its own: the stream is added to the currents
 of q, k and v, and a to y. (In SelfAttention a is what the last neuron reads; TokenQK has no neuron before S, and a is spikes.)
 
+The neuron behind S of SelfAttention may run as the published code has it, `projection_neuron="over_samples"`
+(`spiking/over_samples.py`): a sample's answer then depends on the samples before it in its batch. Published accuracies were
+measured so.
+
 Source: Zhou et al. 2024 (QKFormer, arXiv 2403.16552); Zhou et al. 2023 (Spikformer, arXiv 2209.15425); the shortcuts: Le & Li
 2023 (BinaryViT, arXiv 2306.16678).
 """
 
 # T time, B batch, C channels, H W pixels; h heads, d channels of a head, N tokens
 
+from typing import Literal
+
 from torch import Tensor, nn
 
 from pipeline.models.residual import Blocks, Layer
+from pipeline.spiking.over_samples import OverSamples
 
 ATTENTION_THRESHOLD = 0.5
 SCALE = 0.125
+
+ProjectionNeuron = Literal["over_time", "over_samples"]
+"""what the membrane behind a SelfAttention crosses: time steps of one sample, or samples"""
 
 
 class Projection(nn.Module):
@@ -79,10 +89,22 @@ class TokenQK(Attention):
 
 
 class SelfAttention(Attention):
-    """Every token sees every other; linear in their number."""
+    """Every token sees every other; linear in their number.
 
-    def __init__(self, blocks: Blocks, channels: int, *, heads: int) -> None:
+    Raises: ValueError for a `projection_neuron` that is unknown, or that runs over samples where no LIF stands behind S.
+    """
+
+    def __init__(self, blocks: Blocks, channels: int, *, heads: int, projection_neuron: ProjectionNeuron = "over_time") -> None:
         super().__init__(blocks, channels, heads=heads, projections=("q", "k", "v"))
+        if projection_neuron not in ("over_time", "over_samples"):
+            raise ValueError(f"SelfAttention: projection_neuron must be 'over_time' or 'over_samples'; got {projection_neuron=}")
+        if projection_neuron == "over_samples":
+            if not blocks.carries_spikes:
+                raise ValueError(
+                    "SelfAttention: projection_neuron='over_samples' needs a neuron behind the attention, as shortcut='sew' "
+                    f"has; got shortcut={blocks.shortcut!r}"
+                )
+            self.last = OverSamples.of(self.last)
 
     def _mix(self, *heads_TBhdN: Tensor, shape: tuple[int, ...]) -> Tensor:
         q_TBhdN, k_TBhdN, v_TBhdN = heads_TBhdN

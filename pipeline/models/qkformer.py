@@ -17,12 +17,14 @@ Source: Zhou et al. 2024 (QKFormer, arXiv 2403.16552).
 
 # T time, B batch, C channels, H W pixels, K classes
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
 
 from pipeline.counts import refuse_unless_counts
-from pipeline.models.attention import SelfAttention, TokenQK
+from pipeline.models.attention import Attention, ProjectionNeuron, SelfAttention, TokenQK
 from pipeline.models.parts import Pool
 from pipeline.models.residual import Blocks, Layer, Norm, Over, Shortcut, named
 from pipeline.spiking.neuron import LIF
@@ -47,6 +49,8 @@ class QKFormer(nn.Module):
         drop_path: the share at the last block.
         shrink: pictures are averaged over squares of so many pixels a side first: a small student looks at less of the view that
             its teacher sees whole. Rows and columns that fill no square, at the right and the bottom, are left out.
+        projection_neuron: of the last stage's attentions (`models/attention.py`). "over_samples" is the published code's, which
+            published accuracies need: an answer then depends on the batch that the picture is in.
         neuron: None for the published LIF (leak 0.5, decay of the input, reset to zero), under "sws" for one with reset by
             subtraction and without that decay.
 
@@ -68,6 +72,7 @@ class QKFormer(nn.Module):
         over: Over = "step",
         drop_path: float = 0.0,
         shrink: int = 1,
+        projection_neuron: ProjectionNeuron = "over_time",
         neuron: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -89,7 +94,7 @@ class QKFormer(nn.Module):
         for wide, count, attention in (
             (channels // 4, 1, TokenQK),
             (channels // 2, 2, TokenQK),
-            (channels, depth - 3, SelfAttention),
+            (channels, depth - 3, partial(SelfAttention, projection_neuron=projection_neuron)),
         ):
             stem = None if stages else _stem(blocks, in_channels, wide // 2, shrink=shrink)
             stage = nn.Sequential(Embed(blocks, wide // 2, wide, stem=stem))
@@ -139,7 +144,7 @@ class Block(nn.Module):
         blocks: Blocks,
         channels: int,
         *,
-        attention: type[TokenQK] | type[SelfAttention],
+        attention: Callable[..., Attention],
         heads: int,
         expansion: int,
         drop_path: float,
@@ -164,6 +169,7 @@ def qkformer_10(
     norm: Norm = "batch",
     over: Over = "step",
     drop_path: float = 0.0,
+    projection_neuron: ProjectionNeuron = "over_time",
     neuron: nn.Module | None = None,
 ) -> QKFormer:
     """QKFormer-10-384, -512 or -768: 16.47, 29.08 or 64.96 M parameters at 1000 classes."""
@@ -179,5 +185,6 @@ def qkformer_10(
         norm=norm,
         over=over,
         drop_path=drop_path,
+        projection_neuron=projection_neuron,
         neuron=neuron,
     )

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.attention import ProjectionNeuron
 from pipeline.models.qkformer import QKFormer
 from pipeline.models.residual import Over
 
@@ -42,7 +43,13 @@ def published_name(name: str) -> str:
     return f"{place}_{_KINDS[found['kind']]}.{found['tensor']}"
 
 
-def from_published(published: Mapping[str, Tensor], *, heads: int | None = None, over: Over = "time") -> QKFormer:
+def from_published(
+    published: Mapping[str, Tensor],
+    *,
+    heads: int | None = None,
+    over: Over = "time",
+    projection_neuron: ProjectionNeuron = "over_time",
+) -> QKFormer:
     """The network that published weights belong to, with these weights. Its sizes are those of the tensors.
 
     Args:
@@ -50,6 +57,7 @@ def from_published(published: Mapping[str, Tensor], *, heads: int | None = None,
         heads: of every attention. No tensor tells them; None is one for 64 channels, as published for ImageNet.
         over: what batch norm takes its statistics of in training (`models/residual.py`). "time", all steps together, is the
             published network. "step" trains another one, which rules in slices need.
+        projection_neuron: "over_samples" answers as the published code does, by the batch that a picture is in.
 
     Raises: ValueError for tensors that are missing, left over or of another shape.
     """
@@ -68,6 +76,7 @@ def from_published(published: Mapping[str, Tensor], *, heads: int | None = None,
             in_channels=in_channels,
             expansion=expansion,
             over=over,
+            projection_neuron=projection_neuron,
         )
     network.to_empty(device="cpu")
     network.load_state_dict(with_our_names(published, network))

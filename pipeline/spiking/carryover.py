@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.noise import noise
+from pipeline.spiking.over_samples import OverSamples
 from pipeline.spiking.state import State, fresh_state
 
 
@@ -201,6 +202,10 @@ def _neurons(model: nn.Module) -> dict[str, LIF]:
         if hasattr(module, "carry") and not isinstance(module, LIF):
             raise ValueError(
                 f"carry-over: must be that of membranes alone; got {type(module).__name__}, with its own, at {where}"
+            )
+        if isinstance(module, OverSamples):
+            raise ValueError(
+                f"carry-over: a membrane must be one sample's; got OverSamples, which goes on to the next, at {where}"
             )
         if isinstance(module, LIF) and module.gradient is not None:
             raise ValueError(f"carry-over: a neuron must run as it is, so release the rule that replaces it; got one at {where}")

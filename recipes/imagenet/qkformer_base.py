@@ -26,7 +26,7 @@ from pipeline.teachers.timm import timm_teacher
 from recipes.sei_base import two_stages
 
 RATE_FOR_256 = 6e-4
-SETTING = (("time_steps", 4), ("model.over", "time"))
+SETTING = (("time_steps", 4), ("model.over", "time"), ("model.projection_neuron", "over_samples"))
 """of the published logs"""
 
 
@@ -35,7 +35,7 @@ def qkformer(channels: int, *, batch_size: int) -> Recipe:
     return Recipe(
         name=f"imagenet-qkformer-10-{channels}-bptt",
         family="imagenet",
-        model=spec(qkformer_10, channels=channels, classes=1000, over="step"),
+        model=spec(qkformer_10, channels=channels, classes=1000, over="step", projection_neuron="over_time"),
         rule=spec(BPTT),
         # Published: RandAugment (magnitude 9), of which the geometric operations are left out here, and random erasing.
         data=spec(Beton, folder="data/imagenet", classes=1000, size=224, crop="resized", colour=9.0, erase=0.25),

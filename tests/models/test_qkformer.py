@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pipeline.measure.activity import Activity
 from pipeline.models.attention import SelfAttention, TokenQK
 from pipeline.models.binarized import binarized
 from pipeline.models.qkformer import Block, QKFormer, qkformer_10
@@ -151,6 +152,38 @@ def test_against_an_independent_forward():
     assert len(reference.membranes) == len(named_neurons(model))
 
 
+class AsPublished(Reference):
+    """The published code: the neuron behind an attention of the last stage is handed T B samples in the place of T steps."""
+
+    def lif(self, key: str, x: torch.Tensor, threshold: float = 1.0) -> torch.Tensor:
+        if ".attn.proj" not in key:
+            return super().lif(key, x, threshold)
+        return torch.cat([super(AsPublished, self).lif(key, sample[None], threshold) for sample in x])
+
+
+def test_the_published_projection_neuron_runs_from_sample_to_sample():
+    model = small(depth=5, projection_neuron="over_samples").double().eval()
+    x_BCHW = 2 * torch.randn(3, 3, 48, 40, dtype=torch.float64)
+    reference = AsPublished(to_published(model), heads=2)
+    answers = []
+    with torch.no_grad():
+        expected_TBK = torch.stack([reference(x_BCHW) for _ in range(3)])
+        for order in ([0, 1, 2], [2, 1, 0]):
+            with fresh_state(model):
+                answers.append(model(repeat(x_BCHW[order], 3))[:, order])
+        with fresh_state(model):
+            sliced_TBK = torch.cat([model(x_BCHW[None]) for _ in range(3)])
+    assert (answers[0] - expected_TBK).abs().max() < 1e-12 and (sliced_TBK - expected_TBK).abs().max() < 1e-12
+    assert (answers[0] - answers[1]).abs().max() > 1e-3  # the order within the batch counts
+    activity = Activity(model)
+    with torch.no_grad(), activity, activity.batch(torch.arange(3)), fresh_state(model):  # spikes are counted by sample
+        model(repeat(x_BCHW, 3))
+    assert len(activity.layers()) == len(named_neurons(model)) and all(each.samples == 3 for each in activity.layers())
+    alone = small(depth=5).double().eval()
+    with torch.no_grad(), fresh_state(model), fresh_state(alone):  # a batch of one is the mended function
+        assert torch.equal(model(repeat(x_BCHW[:1], 3)), alone(repeat(x_BCHW[:1], 3)))
+
+
 @pytest.mark.parametrize(("shortcut", "norm"), STREAMS)
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_slices_equal_the_whole(shortcut, norm, mode):
@@ -243,6 +276,11 @@ def test_drop_path_grows_with_depth_and_works():
         ({"depth": 3}, "depth must be >= 4"),
         ({"classes": 0}, "classes must be a whole number >= 1; got classes=0"),
         ({"shrink": 0}, "shrink must be a whole number >= 1; got shrink=0"),
+        ({"projection_neuron": "steps"}, "projection_neuron must be 'over_time' or 'over_samples'; got .*'steps'"),
+        (
+            {"projection_neuron": "over_samples", "shortcut": "membrane"},
+            "projection_neuron='over_samples' needs a neuron behind the attention, .* got shortcut='membrane'",
+        ),
         ({"shortcut": "post_activation"}, "shortcut must not be 'post_activation'"),
         ({"shortcut": "some"}, "shortcut must be one of .*; got shortcut='some'"),
         ({"norm": "sws"}, "norm='sws' needs shortcut='membrane' or 'multiple'"),

@@ -3,10 +3,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.models.attention import SelfAttention
 from pipeline.models.qkformer import QKFormer, qkformer_10
 from pipeline.models.qkformer_published import IGNORED, from_published, published_name, to_published
 from pipeline.spiking.encode import repeat
+from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.over_samples import OverSamples
 from pipeline.spiking.state import fresh_state
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "qkformer_10_384.txt"
@@ -51,6 +54,16 @@ def norms(network: QKFormer) -> list[BatchNorm]:
     found = [module for module in network.modules() if isinstance(module, BatchNorm)]
     assert len(found) > 20
     return found
+
+
+def test_published_weights_answer_as_the_published_code_where_that_is_chosen():
+    """In a batch, the published function is another one; the weights and their names are the same."""
+    torch.manual_seed(0)
+    weights = to_published(small())
+    networks = [from_published(weights, projection_neuron=each).eval() for each in ("over_time", "over_samples")]
+    assert all(to_published(each).keys() == weights.keys() for each in networks)
+    for network, expected in zip(networks, (LIF, OverSamples), strict=True):
+        assert [type(each.last) for each in network.modules() if isinstance(each, SelfAttention)] == [expected] * 2
 
 
 def test_refuses_what_does_not_fit():
