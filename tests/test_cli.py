@@ -104,6 +104,11 @@ def _one_line(code: int, error: str) -> str:
             "launch recipes/fashion/sltt.py --inline --side-by-side 2",
             "--side-by-side is for several runs; got 2 with fashion-sltt",
         ),
+        ("launch recipes/fashion/sltt.py --cpus-per-worker 0", "--cpus-per-worker must be a number of cores or auto; got 0"),
+        (
+            "launch recipes/fashion/sltt.py --loader-threads some",
+            "--loader-threads must be a number of threads or auto; got some",
+        ),
         ("launch recipes/fashion/sltt.py --seeds 2 --side-by-side none", "must be a number of runs or auto; got none"),
         (
             "launch recipes/fashion/sltt.py --tune optimizer.lr=1,2",

@@ -326,7 +326,11 @@ def test_peak_rss_is_this_processs_own_and_can_start_anew():
 
 def test_device_bytes_on_this_machine():
     reset_peak_device_bytes()
-    assert peak_device_bytes() == 0
+    if torch.cuda.is_available():
+        x = torch.empty(1 << 20, device="cuda")
+        assert peak_device_bytes() >= x.nbytes
+    else:
+        assert peak_device_bytes() == 0
 
 
 def test_hardware_is_flat_and_the_same_twice():
