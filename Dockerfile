@@ -9,7 +9,8 @@
 # It holds no secret and needs none to be built: an MLflow address or a token comes at run time (--env, --env-file).
 # LOCKED=1 takes the releases of requirements.lock; LOCKED=0 the newest that pyproject.toml admits.
 
-ARG BASE=nvidia/cuda:13.0.1-runtime-ubuntu24.04
+# torch's wheels bring CUDA's libraries along, and NVIDIA's container toolkit the driver's: an image of CUDA would add a second copy.
+ARG BASE=ubuntu:24.04
 
 FROM ${BASE} AS builder
 ARG LOCKED=1
@@ -37,7 +38,10 @@ COPY recipes recipes
 ARG COMMIT=unknown
 # A number, so that Kubernetes' runAsNonRoot can tell.
 USER 10001
+# What the toolkit is to bring in: CUDA for torch; NVML and nvidia-smi for Ray, doctor and joules.
 ENV PATH=/opt/spiketrain/.venv/bin:${PATH} \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     SPIKETRAIN_COMMIT=${COMMIT} \
     RAY_USAGE_STATS_ENABLED=0 \
     MLFLOW_DISABLE_TELEMETRY=true

@@ -104,6 +104,11 @@ def _one_line(code: int, error: str) -> str:
             "launch recipes/fashion/sltt.py --inline --side-by-side 2",
             "--side-by-side is for several runs; got 2 with fashion-sltt",
         ),
+        ("launch recipes/fashion/sltt.py --cpus-per-worker 0", "--cpus-per-worker must be a number of cores or auto; got 0"),
+        (
+            "launch recipes/fashion/sltt.py --loader-threads some",
+            "--loader-threads must be a number of threads or auto; got some",
+        ),
         ("launch recipes/fashion/sltt.py --seeds 2 --side-by-side none", "must be a number of runs or auto; got none"),
         (
             "launch recipes/fashion/sltt.py --tune optimizer.lr=1,2",
@@ -357,3 +362,33 @@ def test_events_are_written_verified_and_refused(
     assert code == 2 and "truncated, or another file" in said and said.count("\n") == 1
     code, _, said = run("write", "events", "moving", "--out", str(tmp_path / "other"), "--resize", "sum")
     assert code == 2 and "resize has no effect" in said and said.count("\n") == 1
+
+
+NOISY = """
+import sys
+from pipeline.__main__ import main
+
+class Noisy:
+    def find_spec(self, name, *about):
+        if name == "deepspeed":
+            print("[WARNING] no nvcc")
+
+sys.meta_path.insert(0, Noisy())
+main()
+"""
+"""the command line on a machine where DeepSpeed prints warnings when it is imported"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("words", ["plan RECIPE", "probe RECIPE", "sweep RECIPE --steps 2"])
+def test_json_is_all_that_is_on_stdout(words: str, tmp_path: Path) -> None:
+    file = tmp_path / "one.py"
+    file.write_text(
+        "from tests.small import small_recipe\n\n"
+        "def recipe():\n    return small_recipe(backend='deepspeed', checkpoint_every=0)\n"
+    )
+    asked = words.replace("RECIPE", str(file)).split()
+    done = subprocess.run([sys.executable, "-c", NOISY, *asked, "--format", "json"], capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)
+    assert ("[WARNING] no nvcc" in done.stderr) == words.startswith("plan"), "only plan asks the recipe's own backend"

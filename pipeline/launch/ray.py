@@ -124,7 +124,7 @@ class Ray:
             except (OSError, RuntimeError) as error:  # a ConnectionError is an OSError
                 raise Refused(f"ray: no cluster let us in at {self.address!r}: {reason(error, said)}") from error
         try:
-            self._check_room()
+            self._refuse_too_few()
         except BaseException:
             self.__exit__()
             raise
@@ -137,7 +137,7 @@ class Ray:
             ray.shutdown()
             self._owned = False
 
-    def _check_room(self) -> None:
+    def _refuse_too_few(self) -> None:
         """Raises: Refused where there are too few cores or GPUs, or GPUs that torch cannot use."""
         import ray
 

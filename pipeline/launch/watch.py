@@ -78,15 +78,15 @@ class Watch:
 
     def _on_start(self, event: dict[str, Any]) -> None:
         self._start, self._newest = event, {}
+        if (event.get("hardware") or {}).get("gpu", "none") != "none":
+            cores, loaders = event["hardware"].get("threads"), event.get("loader_threads")
+            self._say(f"cores   {cores} for each GPU, {loaders} loader threads (--cpus-per-worker, --loader-threads)")
         done, total = event.get("step", 0), event.get("total_steps")
         if event.get("attempt", 0):
             self._say(f"start {event['attempt'] + 1}: goes on at step {done}/{total} on {event.get('world_size')} workers")
         else:
             what = f"{event.get('rule')} on {event.get('world_size')} workers, {total} steps of {event.get('batch_size')} samples"
             self._say(f"start   {what}, study {str(event.get('study', ''))[:8]}, commit {event.get('commit')}")
-        if (event.get("hardware") or {}).get("gpu", "none") != "none":
-            cores, loaders = event["hardware"].get("threads"), event.get("loader_threads")
-            self._say(f"cores   {cores} for each GPU, {loaders} loader threads (--cpus-per-worker, --loader-threads)")
         if self._has_bar:
             if self._bar is None:
                 self._bar = _bar(self._console)

@@ -76,3 +76,13 @@ def test_cards_that_torch_cannot_use_are_told_of_and_no_failure(clone: Path) -> 
     done = set_up(clone)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines().count("setup: install driver 580 or newer") == 1
+
+
+def test_the_image_asks_the_toolkit_for_what_torch_and_nvml_need() -> None:
+    """And is not made from an image of CUDA, whose libraries torch's wheels would double."""
+    text = (ROOT / "Dockerfile").read_text()
+    assert re.search(r"^ARG BASE=ubuntu:", text, re.MULTILINE)
+    last = text.rsplit("FROM ${BASE}", 1)[1]
+    assert re.search(r"\bNVIDIA_VISIBLE_DEVICES=all\b", last) and re.search(
+        r"\bNVIDIA_DRIVER_CAPABILITIES=compute,utility\b", last
+    )

@@ -205,6 +205,7 @@ def test_what_is_refused_changes_nothing(place: Path, tmp_path: Path, spiketrain
         (("--cpus-per-worker", "2"), "without Ray; got --cpus-per-worker 2"),
         (("--side-by-side", "2"), "resume: --side-by-side is for a suite; got 2 with it alone"),
         (("--workers", "3"), "batch_size must divide by 3 workers; got 8"),
+        (("--loader-threads", "no"), "resume: --loader-threads must be a number of threads or auto; got no"),
     ):
         code, _, error = spiketrain("resume", str(tmp_path / "it"), "--verify", "full", *more)
         assert code == 2 and said in error and error.count("\n") == 1, error

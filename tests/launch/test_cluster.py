@@ -146,6 +146,16 @@ def test_a_resume_keeps_what_it_is_not_told_and_takes_what_it_is() -> None:
     assert replace(there, inline=True).resumed(options={"verify": "sampled"}) == replace(here, verify="sampled")
 
 
+def test_cores_and_threads_that_nobody_has_said_are_the_launchers_to_find() -> None:
+    for cluster in (Cluster(), Cluster(inline=True), Cluster(cpus_per_worker=4)):
+        assert Cluster.from_json(json.loads(json.dumps(asdict(cluster)))) == cluster
+    assert (Cluster().of_workers["threads"], Cluster().of_workers["loader_threads"]) == (1, 1)  # on a CPU
+    for launcher in (Cluster(device="cpu").launcher(), Cluster(inline=True, device="cpu").launcher()):
+        assert isinstance(launcher, (Ray, Inline)) and launcher.loader_threads == "auto"
+    said = Cluster(cpus_per_worker=4, loader_threads=2, device="cpu").launcher()
+    assert isinstance(said, Ray) and (said.cpus_per_worker, said.loader_threads) == (4, 2)
+
+
 @pytest.mark.parametrize(
     ("options", "got"),
     [

@@ -231,7 +231,6 @@ def test_the_energy_of_an_inference_is_told_beside_what_a_card_measured(gpu: str
 )
 def test_what_a_worker_with_a_gpu_gets_is_said(gpu: str, said: list[str]) -> None:
     view, out, _ = watch(width=200)
-    out.truncate(0)
     view.show([{**START, "hardware": {"gpu": gpu, "threads": 8}, "loader_threads": 6}])
     assert [line for line in out.getvalue().splitlines() if line.startswith("cores")] == said
 

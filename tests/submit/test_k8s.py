@@ -60,6 +60,7 @@ def test_an_order_becomes_a_rayjob_that_fits_the_fields() -> None:
         ("four-nodes-32-gpus", 64, ("--device", "cpu"), 1),  # one core each, and no GPU
         ("cpu", 8, (), 2),
         ("cpu", 8, ("--cpus-per-worker", "2"), 4),
+        ("four-nodes-32-gpus", 32, ("--cpus-per-worker", "auto"), 4),  # as many as there are GPUs, however many cores
         ("cpu", 4, ("--side-by-side", "3"), 3),
         ("cpu", 4, ("--side-by-side=auto",), 1),  # which takes what room there is
     ],
@@ -115,7 +116,7 @@ def test_words_reach_the_command_as_they_are() -> None:
         ({"workers": 33}, "must fit into pods of 64 cores and 8 GPUs, of which"),
         ({"workers": (8, 40)}, "k8s: 40 workers x 8 cpus must fit into pods of 64 cores and 8 GPUs, of which"),
         ({"words": ("a.py", "--cpus-per-worker", "65")}, "job has 4: room for 0 workers"),
-        ({"words": ("a.py", "--cpus-per-worker", "x")}, "k8s: --cpus-per-worker must be a whole number >= 1; got 'x'"),
+        ({"words": ("a.py", "--cpus-per-worker", "x")}, "k8s: --cpus-per-worker must be a whole number >= 1 or auto; got 'x'"),
         ({"words": ("a.py", "--side-by-side", "none")}, "order: --side-by-side must be a number of runs or auto; got none"),
         ({"runs": "/tmp/runs"}, f"k8s: runs {SHARED}; got '/tmp/runs'"),
         ({"runs": "/shared/runs2"}, f"k8s: runs {SHARED}; got '/shared/runs2'"),

@@ -1,0 +1,43 @@
+"""fp32 is IEEE single precision in products and in convolutions, and TF32 is what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pipeline.launch.inline import Inline
+from pipeline.track.jsonl import read
+from tests.gpu.cards import device_of
+from tests.small import make_run, small_recipe
+
+pytestmark = pytest.mark.gpu
+
+NEAR_ONE = 1 + 2**-12
+"""fp32 holds it exactly; TF32, with 10 bits of mantissa, rounds it to 1"""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_products_and_convolutions_are_computed_as_a_run_tells(precision: Literal["fp32", "tf32"], tmp_path: Path) -> None:
+    on = device_of("cuda")
+    job = make_run(tmp_path / "run", small_recipe(precision=precision, stop_after=1))
+    with Inline(device="gpu") as launcher:
+        launcher.run(job, "test")
+    [start] = [event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "start"]
+    assert start["precision"] == precision
+    expected = NEAR_ONE if precision == "fp32" else 1.0
+    assert _product(on) == expected and _convolution(on) == expected  # of this process, as the run has left it
+
+
+def _product(on: torch.device) -> float:
+    one = torch.eye(512, device=on)
+    return float((one * NEAR_ONE @ one).diagonal().mean())
+
+
+def _convolution(on: torch.device) -> float:
+    x_BCHW = torch.full((16, 64, 32, 32), NEAR_ONE, device=on)
+    weight = torch.eye(64, device=on)[:, :, None, None]  # hands each channel on as it is
+    return float(F.conv2d(x_BCHW, weight).mean(dtype=torch.float64))
