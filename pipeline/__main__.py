@@ -17,6 +17,7 @@ from pipeline.commands.report import add_report_commands
 from pipeline.commands.track import add_track_commands
 from pipeline.commands.write import write_app
 from pipeline.disk import is_for_the_user
+from pipeline.waiting import announce_imports, say
 
 app = typer.Typer(
     name="spiketrain",
@@ -34,6 +35,7 @@ usage_error: Any = typer.BadParameter.__mro__[1]  # typer 0.29 brings its own cl
 
 def main() -> None:
     """Run the command line; what a user can mend ends in one line and exit code 2."""
+    announce_imports()
     try:
         code = app(prog_name="spiketrain", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -77,6 +79,7 @@ def verify(path: Annotated[Path, typer.Argument(metavar="FILE", help="a .beton f
     """Check every byte of FFCV files against their manifests."""
     from pipeline.data.write import verify as verify_files
 
+    say(f"reading every byte of {path}")
     for manifest in verify_files(path):
         counts = f"{manifest.samples} samples, {len(manifest.classes)} classes"
         print(f"{manifest.file}: {counts}, content {manifest.content[:16]}: whole")

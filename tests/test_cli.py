@@ -15,7 +15,7 @@ import typer
 
 from pipeline.__main__ import app
 from pipeline.data.write import write_fashion
-from tests.small import command, same_weights
+from tests.small import command, same_weights, without_stages
 
 RECIPE = """
 from dataclasses import replace
@@ -76,6 +76,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def _one_line(code: int, error: str) -> str:
     assert code == 2, error
     assert "Traceback" not in error
+    error = without_stages(error)
     assert len(error.strip().splitlines()) == 1, error
     return error
 

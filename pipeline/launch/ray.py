@@ -32,6 +32,7 @@ from pipeline.ranks import PATIENCE, Ranks
 from pipeline.refused import Refused
 from pipeline.run.writer import journal
 from pipeline.track.jsonl import last
+from pipeline.waiting import say
 from pipeline.worker import run
 
 SETTINGS = {
@@ -91,6 +92,7 @@ class Ray:
         of_own = ALONE if self.address is None else {}
         for name, value in {**SETTINGS, **of_own, **waits_for(self.node_loss, sizes=len(self.sizes))}.items():
             os.environ.setdefault(name, value)
+        say("starting Ray" if self.address is None else f"joining the Ray cluster at {self.address}")
         (draw_token if self.address is None else offer_token)()  # Ray reads its settings when it is imported
         import ray
         from ray.exceptions import AuthenticationError

@@ -37,6 +37,7 @@ from pipeline.suite import Suite, refuse_references
 from pipeline.tasks import Loaders, mean_of, tasks_of
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.state import state_of
+from pipeline.waiting import say
 from pipeline.weights import load_run, load_weights, place_of
 
 
@@ -46,6 +47,7 @@ def launch_run(
     """Train a recipe: the run's folder, or None when asked to stop. `adopts`: see `prepare`."""
     refuse_references(recipe)
     launcher = cluster.launcher()
+    say("checking the recipe and its data")
     check(recipe, cluster, trust=trust)
     with launcher:
         job = prepare(recipe, cluster, runs, name=name, adopts=adopts, trust=trust)
@@ -69,6 +71,7 @@ def resume_run(
         raise ValueError(f"resume: --side-by-side is for a suite; got {options['side_by_side']} with {folder.name} alone")
     launched = Cluster.from_json(read_json(folder / "cluster.json"))
     cluster = launched.resumed(workers=workers, inline=inline, address=address, options=options)
+    say("checking the run and where it goes on")
     check_resumed(folder, cluster, launched, trust=trust)
     with driver_lock(folder):
         pass  # whoever trains it is told of before a cluster is started in vain
@@ -190,6 +193,7 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
     loaders, found = Loaders(tasks_of(recipe), recipe, recipe.split(1)), list[Evaluated]()
     for index, task in enumerate(loaders.tasks):
         begun = time.monotonic()
+        say("evaluating; the first batch compiles what reads the data")
         task.choose_head(network)
         with closing(loaders.val(index)) as val_set, autocast(device, recipe.precision):  # as in training
             batches = inputs(val_set, steps, device)

@@ -28,6 +28,7 @@ from pipeline.suite import Suite, SuiteFile, runs_of
 from pipeline.track.mlflow import TrackingError, sync, tracking_uri
 from pipeline.track.state import is_driven, state_of
 from pipeline.trials import over_in
+from pipeline.waiting import say
 from pipeline.weights import place_of
 
 
@@ -40,6 +41,7 @@ def launch_suite(
     folder, names = _names(suite, runs, stem=stem, name=name, mark=parent[:4])
     suite_file = SuiteFile(suite=suite.resolved(), runs=names, parent=parent, cluster=asdict(cluster))
     SuiteFile.from_json(suite_file.to_json(), own=folder.name, trust=trust)
+    say(f"checking {len(suite.recipes)} recipes and their data")
     _check_ahead(suite, cluster, trust=trust)
     with launcher:
         with whole_folder(folder) as hidden:
@@ -69,6 +71,7 @@ def resume_suite(
     launched = Cluster.from_json(suite_file.cluster)
     cluster = launched.resumed(workers=workers, inline=inline, address=address, options=options)
     launcher = cluster.launcher()
+    say(f"checking {len(suite_file.suite.recipes)} recipes and where they go on")
     for run in left:
         check_resumed(run, cluster, launched, trust=trust)
     _check_ahead(suite_file.suite, cluster, trust=trust, begun=frozenset(begun))
