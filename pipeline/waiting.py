@@ -13,7 +13,7 @@ _SLOW = ("torch", "ray", "mlflow")
 
 def say(stage: str) -> None:
     """Before a stage that may take seconds."""
-    print(f"{stage} ...", file=sys.stderr, flush=True)
+    print(f"spiketrain: {stage} ...", file=sys.stderr, flush=True)
 
 
 def announce_imports() -> None:

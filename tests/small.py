@@ -42,7 +42,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 def without_stages(error: str) -> str:
     """What a command wrote to stderr but the stages that it was waited for (pipeline/waiting.py)."""
-    return "".join(line for line in error.splitlines(keepends=True) if not line.endswith(" ...\n"))
+    return "".join(line for line in error.splitlines(keepends=True) if not line.startswith("spiketrain: "))
 
 
 def small_recipe(**changes: Any) -> Recipe:

@@ -43,6 +43,33 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.strip().endswith("[]")
 
 
+ENDS = """
+import atexit, sys
+from pipeline import __main__ as spiketrain
+
+class Module:
+    def __del__(self):
+        print("taken apart")
+
+def main():
+    atexit.register(print, "registered for the end")
+    print("the last line")
+    {how}
+
+kept = Module()
+spiketrain.main = main
+spiketrain.run()
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("sys.exit(0)", 0), ("sys.exit(2)", 2), ("raise ZeroDivisionError", 1)])
+def test_a_command_ends_with_its_code_once_all_is_flushed_and_takes_nothing_apart(how: str, code: int) -> None:
+    words = [sys.executable, "-c", ENDS.replace("{how}", how)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, "the last line\nregistered for the end\n"), done.stderr
+    assert ("ZeroDivisionError" in done.stderr) == (code == 1)
+
+
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fashion-MNIST with one flipped byte."""

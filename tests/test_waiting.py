@@ -50,4 +50,4 @@ def test_a_stage_is_a_line_on_stderr_alone(
     said = capsys.readouterr()
     assert (end.value.code, said.out) == (2, "")
     stages, (error,) = said.err.splitlines()[:-1], said.err.splitlines()[-1:]
-    assert stages == [f"{stage} ..."] and "nowhere" in error
+    assert stages == [f"spiketrain: {stage} ..."] and "nowhere" in error
