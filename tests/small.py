@@ -28,16 +28,21 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """The command line in this process: from its words to its exit code, and what it wrote to either stream."""
+    """The command line in this process: from its words to its exit code, and what it wrote to either stream, stages left out."""
 
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["spiketrain", *words])
         with pytest.raises(SystemExit) as end:
             main()
         said = capsys.readouterr()
-        return int(end.value.code or 0), said.out, said.err
+        return int(end.value.code or 0), said.out, without_stages(said.err)
 
     return run
+
+
+def without_stages(error: str) -> str:
+    """What a command wrote to stderr but the stages that it was waited for (pipeline/waiting.py)."""
+    return "".join(line for line in error.splitlines(keepends=True) if not line.startswith("spiketrain: "))
 
 
 def small_recipe(**changes: Any) -> Recipe:

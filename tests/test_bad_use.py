@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import main
+from tests.small import without_stages
 
 IMPORTS = """
 from dataclasses import replace
@@ -37,7 +38,7 @@ def refused(*words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setattr("sys.argv", ["spiketrain", *words])
     with pytest.raises(SystemExit) as end:
         main()
-    said = capsys.readouterr().err.strip()
+    said = without_stages(capsys.readouterr().err).strip()
     assert end.value.code == 2 and len(said.splitlines()) == 1, said
     return said
 

@@ -15,7 +15,7 @@ import typer
 
 from pipeline.__main__ import app
 from pipeline.data.write import write_fashion
-from tests.small import command, same_weights
+from tests.small import command, same_weights, without_stages
 
 RECIPE = """
 from dataclasses import replace
@@ -41,6 +41,33 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip().endswith("[]")
+
+
+ENDS = """
+import atexit, sys
+from pipeline import __main__ as spiketrain
+
+class Module:
+    def __del__(self):
+        print("taken apart")
+
+def main():
+    atexit.register(print, "registered for the end")
+    print("the last line")
+    {how}
+
+kept = Module()
+spiketrain.main = main
+spiketrain.run()
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("sys.exit(0)", 0), ("sys.exit(2)", 2), ("raise ZeroDivisionError", 1)])
+def test_a_command_ends_with_its_code_once_all_is_flushed_and_takes_nothing_apart(how: str, code: int) -> None:
+    words = [sys.executable, "-c", ENDS.replace("{how}", how)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, "the last line\nregistered for the end\n"), done.stderr
+    assert ("ZeroDivisionError" in done.stderr) == (code == 1)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +103,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def _one_line(code: int, error: str) -> str:
     assert code == 2, error
     assert "Traceback" not in error
+    error = without_stages(error)
     assert len(error.strip().splitlines()) == 1, error
     return error
 

@@ -31,7 +31,7 @@ from pipeline.spiking.binary import binary_synapses
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import effective_weight
-from tests.small import make_run, small_recipe, train_inline
+from tests.small import make_run, small_recipe, train_inline, without_stages
 
 NET = spec(convnet, classes=10, in_channels=1, stages=((5,), (6, 7), (7,)), kernel=3)
 
@@ -265,7 +265,7 @@ def spiketrain(*words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     with pytest.raises(SystemExit) as end:
         main()
     said = capsys.readouterr()
-    return int(end.value.code or 0), said.out, said.err
+    return int(end.value.code or 0), said.out, without_stages(said.err)
 
 
 def test_export_and_evaluate(

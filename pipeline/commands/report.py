@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from pipeline.commands.options import RUNS, Runs, Trust, is_typed, number_option
+from pipeline.waiting import say_stage
 
 Names = Annotated[list[str] | None, typer.Argument(metavar="[STUDY|RUN]... | SUITE", help="none: the newest study")]
 Against = Annotated[str, typer.Option("--against", metavar="RULE", help="the baseline")]
@@ -67,7 +68,9 @@ def report(
 
     runs = runs_dir_of(runs, names or [])
     about = {"against": against, "within": within, "sweeps": sweep or [], "trust": tuple(trust)}
+    say_stage("reading the runs")
     found = read_study(runs, names or [], **about)
+    say_stage("drawing the page")
     page = write(found.study, out or found.place)
     print(page)
     if not publish(found, page):

@@ -45,6 +45,7 @@ from pipeline.measure.traffic import Device
 from pipeline.recipe import Recipe, Spec
 from pipeline.recipe_json import encode
 from pipeline.tasks import Loaders, tasks_of
+from pipeline.waiting import say_stage
 
 RAY_SHARE = 0.07
 """of a core that Ray's own processes take from each worker where no core is spare: `top` on two workers, Ray 2.60"""
@@ -144,6 +145,7 @@ def plan(
     if samples < recipe.batch_size:
         raise ValueError(f"plan: an epoch must have a batch of {recipe.batch_size} samples at least; got {samples}")
     sizes = sizes_for(recipe, cluster.workers, card=cluster.device)
+    say_stage("building the network")
     # Counts of bytes and operations are the same in fp32 and TF32, and this machine may have no TF32.
     counted = recipe if cluster.device is None or recipe.precision != "tf32" else replace(recipe, precision="fp32")
     made = cache(lambda B, T: Bench(replace(counted, time_steps=T), batch_size=B, source=source, threads=cluster.threads))
@@ -155,6 +157,7 @@ def plan(
     planned, refused = [], {}
     profiled: set[int] = set()
     for label, rule in by_label(rules, recipe.rule).items():
+        say_stage(f"profiling {label}")
         try:
             times = times_for(recipe, rule.build())
             needs = {(B, T): made(B, T).needs(rule) for B in sizes for T in times}

@@ -14,6 +14,7 @@ from pipeline.forecast.rounds import costs, in_the_median
 from pipeline.measure.fidelity import Fidelity, Gradients, fidelity
 from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe import Recipe, Spec
+from pipeline.waiting import say_stage
 
 SAFE = 0.9
 
@@ -60,12 +61,15 @@ def probe(recipe: Recipe, *, batch_size: int | None = None, threads: int = 1, ru
     Raises: ValueError for a recipe that does not fit together, or where no rule can train the network; what the data refuse.
     """
     check_recipe(recipe.with_untrained_teacher(), 1)
+    say_stage("reading a batch; the first one compiles what reads the data")
     bench = Bench(recipe, batch_size=batch_size, threads=threads)
     with bench.in_memory(f"{recipe.name}'s teacher"):
         teacher = asked(recipe, bench.x_B)
+    say_stage(f"measuring {', '.join(by_label(rules, recipe.rule))}")
     rounds, refused = costs(bench, by_label(rules, recipe.rule))
     if not rounds:
         raise ValueError("probe: no rule can train this network; " + "; ".join(refused.values()))
+    say_stage("comparing their gradients")
     found: dict[str, Sequence[Gradients]] = {}
     uncompared: dict[str, str] = {}
     for label, rule in by_label(rules, recipe.rule).items():

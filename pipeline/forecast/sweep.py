@@ -23,6 +23,7 @@ from pipeline.measure.held import Held
 from pipeline.measure.memory import device_here, free_bytes, hardware
 from pipeline.recipe import Recipe, Spec
 from pipeline.tasks import build_data
+from pipeline.waiting import say_stage
 
 STEPS = (1, 2, 4, 8, 16)
 COARSE = 2**20
@@ -119,10 +120,12 @@ def sweep(
     limit = free_bytes(device_here()) if memory_bytes == "free" else memory_bytes
     points: list[Point] = []
     refused: dict[str, dict[int, str]] = {}
+    say_stage("reading a batch; the first one compiles what reads the data")
     benches = [Bench(replace(recipe, time_steps=each), batch_size=batch_size, threads=threads) for each in steps]
     with benches[0].in_memory(f"{recipe.name}'s teacher"):
         teacher = asked(recipe, benches[0].x_B)
     for bench in benches:
+        say_stage(f"measuring each rule at T = {bench.recipe.time_steps}")
         room = None if limit is None else _Room(bench, limit - (0 if teacher is None else teacher.bytes), threads)
         tried = by_label(rules, recipe.rule)
         rounds, why = costs(bench, tried)

@@ -36,6 +36,7 @@ from pipeline.refused import Refused
 from pipeline.run.writer import journal
 from pipeline.track.jsonl import last
 from pipeline.units import counted
+from pipeline.waiting import say_stage
 from pipeline.worker import run
 
 SETTINGS = {
@@ -100,6 +101,7 @@ class Ray:
             refuse_unusable_cards(self.device)
         for name, value in {**SETTINGS, **of_own, **waits_for(self.node_loss, sizes=len(self.sizes))}.items():
             os.environ.setdefault(name, value)
+        say_stage("starting Ray" if self.address is None else f"joining the Ray cluster at {self.address}")
         (draw_token if self.address is None else offer_token)()  # Ray reads its settings when it is imported
         import ray
         from ray.exceptions import AuthenticationError

@@ -41,6 +41,7 @@ from pipeline.tasks import Loaders, build_data, mean_of, tasks_of
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.state import state_of
 from pipeline.units import counted
+from pipeline.waiting import say_stage
 from pipeline.weights import load_run, load_weights, place_of
 
 
@@ -50,6 +51,7 @@ def launch_run(
     """Train a recipe: the run's folder, or None when asked to stop. `adopts`: see `prepare`."""
     refuse_references(recipe)
     launcher = cluster.launcher()
+    say_stage("checking the recipe and its data")
     check(recipe, cluster, trust=trust)
     with launcher:
         job = prepare(recipe, cluster, runs, name=name, adopts=adopts, trust=trust)
@@ -73,6 +75,7 @@ def resume_run(
         raise ValueError(f"resume: --side-by-side is for a suite; got {options['side_by_side']} with {folder.name} alone")
     launched = Cluster.from_json(read_json(folder / "cluster.json"))
     cluster = launched.resumed(workers=workers, inline=inline, address=address, options=options)
+    say_stage("checking the run and where it goes on")
     check_resumed(folder, cluster, launched, trust=trust)
     with driver_lock(folder):
         pass  # whoever trains it is told of before a cluster is started in vain
@@ -198,6 +201,7 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
     loaders, found = Loaders(tasks, recipe, recipe.split(1)), list[Evaluated]()
     for index, task in enumerate(loaders.tasks):
         begun = time.monotonic()
+        say_stage("evaluating; the first batch compiles what reads the data")
         task.choose_head(network)
         with closing(loaders.val(index)) as val_set, computing(device, recipe.precision):  # as in training
             batches = inputs(val_set, steps, device)

@@ -32,6 +32,8 @@ from pipeline.suite import Suite, SuiteFile, runs_of
 from pipeline.track.mlflow import TrackingError, sync, tracking_uri
 from pipeline.track.state import is_driven, state_of
 from pipeline.trials import over_in
+from pipeline.units import counted
+from pipeline.waiting import say_stage
 from pipeline.weights import place_of
 
 
@@ -44,6 +46,7 @@ def launch_suite(
     folder, names = _names(suite, runs, stem=stem, name=name, mark=parent[:4])
     suite_file = SuiteFile(suite=suite.resolved(), runs=names, parent=parent, cluster=asdict(cluster))
     SuiteFile.from_json(suite_file.to_json(), own=folder.name, trust=trust)
+    say_stage(f"checking {counted(len(suite.recipes), 'recipe')} and their data")
     _check_ahead(suite, cluster, trust=trust)
     if cluster.checkpoints is not None:
         open_place(cluster.checkpoints, folder.parent / names[0])
@@ -77,6 +80,7 @@ def resume_suite(
     launched = Cluster.from_json(suite_file.cluster)
     cluster = launched.resumed(workers=workers, inline=inline, address=address, options=options)
     launcher = cluster.launcher()
+    say_stage(f"checking {counted(len(suite_file.suite.recipes), 'recipe')} and where they go on")
     for run in left:
         check_resumed(run, cluster, launched, trust=trust)
     _check_ahead(suite_file.suite, cluster, trust=trust, begun=frozenset(begun))

@@ -52,6 +52,7 @@ class Watch:
         self._say(without_password(store), label="mlflow  ")
         if resume_command:
             self._say(resume_command, label="resume  ", whole=[resume_command])
+        self._say("waiting for the workers, which import torch and build the network")
 
     def show(self, events: Iterable[dict[str, Any]]) -> None:
         """Take new events of the journal, in order."""
@@ -87,6 +88,8 @@ class Watch:
         else:
             what = f"{event.get('rule')} on {event.get('world_size')} workers, {total} steps of {event.get('batch_size')} samples"
             self._say(f"start   {what}, study {str(event.get('study', ''))[:8]}, commit {event.get('commit')}")
+        if done != total:
+            self._say("waiting for the first batch, which compiles what reads the data")
         if self._has_bar:
             if self._bar is None:
                 self._bar = _bar(self._console)

@@ -13,6 +13,7 @@ import yaml
 from typer.main import get_command
 
 from pipeline.__main__ import app, main
+from tests.small import without_stages
 
 RECIPE = "recipes/imagenet/nf_resnet34_sltt.py"  # whose data nobody has here
 SMALL = "recipes/fashion/sltt.py"
@@ -30,7 +31,7 @@ def launch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         with pytest.raises(SystemExit) as end:
             main()
         told = capsys.readouterr()
-        return int(end.value.code or 0), told.out, told.err.strip()
+        return int(end.value.code or 0), told.out, without_stages(told.err).strip()
 
     return run
 

@@ -25,7 +25,7 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
 from pipeline.track.jsonl import read
 from pipeline.weights import load_start
-from tests.small import make_run, small_recipe
+from tests.small import make_run, small_recipe, without_stages
 
 RECIPE = """
 from pipeline.models.qkformer import QKFormer
@@ -49,7 +49,7 @@ def spiketrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         with pytest.raises(SystemExit) as end:
             main()
         said = capsys.readouterr()
-        return int(end.value.code or 0), said.out, said.err
+        return int(end.value.code or 0), said.out, without_stages(said.err)
 
     return run
 

@@ -51,6 +51,7 @@ def test_what_can_be_copied_is_printed_at_once_and_whole():
         "run     /runs/[b]a",
         "mlflow  sqlite:////runs/mlflow.db",
         "resume  spiketrain resume a-run-with-a-name --runs /a/long/path/to/the/runs/of/somebody",
+        "waiting for the workers, which import torch and build the network",
     ]
 
 
@@ -63,8 +64,9 @@ def test_plain_lines_come_every_ten_seconds():
         view.show([step(number)])
     lines = out.getvalue().lstrip("\0").splitlines()
     assert lines[0] == "start   SLTT on 2 workers, 100 steps of 64 samples, study 01234567, commit abc"
-    assert [line.split()[1] for line in lines[1:]] == ["1/100", "11/100", "21/100"]
-    assert lines[1] == "step 1/100  epoch 2/4  12,346 images/s  loss 1.23  top-1 25.00%  320 MB  0:01:39 left"
+    assert lines[1] == "waiting for the first batch, which compiles what reads the data"
+    assert [line.split()[1] for line in lines[2:]] == ["1/100", "11/100", "21/100"]
+    assert lines[2] == "step 1/100  epoch 2/4  12,346 images/s  loss 1.23  top-1 25.00%  320 MB  0:01:39 left"
     assert not any("\x1b" in line for line in lines)
 
 
@@ -131,6 +133,7 @@ def test_everything_else_is_a_line_of_its_own_at_once():
         "worker 1 gave no sign of life: what it was at is in stacks/rank1-20260105-120000.txt",
         "worker 1 ended: KeyError: 'cable'",
         "start 2: goes on at step 8/100 on 1 workers",
+        "waiting for the first batch, which compiles what reads the data",
         "stopped after step 12: asked to stop",
         "finished: 100 steps in 34.5 s, top-1 61.00%",
     ]

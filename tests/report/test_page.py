@@ -96,7 +96,7 @@ def test_what_was_measured_beside_has_its_table_and_file():
     html = body(page.render(study(run("SLTT", seed=2, device_j=3e6))))
     assert "<h3>Measured beside</h3>" in html and "joules of training, measured" in html and ">3 MJ<" in html
     assert 'download="by-hand-g1-beside.csv"' in html
-    bare = body(page.render(Study(title="t", runs=(run(state_bytes=None),))))
+    bare = body(page.render(Study(title="t", runs=(run(state_bytes=None, startup_s=None),))))
     assert "Measured beside" not in bare
 
 

@@ -1,0 +1,53 @@
+"""A command says what it is waited for before it makes anybody wait."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.__main__ import main
+
+FIRST = """
+import sys
+from pipeline import waiting
+
+def say_stage(stage):
+    slow = [name for name in ("torch", "ray", "mlflow", "deepspeed", "ffcv", "numpy") if name in sys.modules]
+    print(stage, slow)
+
+waiting.say_stage = say_stage
+sys.argv = ["spiketrain", *sys.argv[1:]]
+from pipeline.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("words", ["launch recipes/fashion/sltt.py --set optimiser.lr=1", "evaluate nowhere"])
+def test_the_first_line_comes_before_any_import_that_takes_seconds(words: str) -> None:
+    done = subprocess.run([sys.executable, "-c", FIRST, *words.split()], capture_output=True, text=True, timeout=110)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == "importing torch and what else this command needs []\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "stage"),
+    [
+        ("launch recipes/fashion/sltt.py --inline", "checking the recipe and its data"),
+        ("probe recipes/fashion/sltt.py", "reading a batch; the first one compiles what reads the data"),
+        ("sweep recipes/fashion/sltt.py", "reading a batch; the first one compiles what reads the data"),
+        ("verify nowhere", "reading every byte of nowhere"),
+    ],
+)
+def test_a_stage_is_a_line_on_stderr_alone(
+    words: str, stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["--set", "data.folder=nowhere"] if "recipes" in words else []
+    monkeypatch.setattr("sys.argv", ["spiketrain", *words.split(), *changes])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr()
+    assert (end.value.code, said.out) == (2, "")
+    stages, (error,) = said.err.splitlines()[:-1], said.err.splitlines()[-1:]
+    assert stages == [f"spiketrain: {stage} ..."] and "nowhere" in error
