@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -15,15 +16,14 @@ from pipeline.baseline import BASELINE
 from pipeline.forecast.bench import Cost
 from pipeline.forecast.probe import Probe, advice
 from pipeline.measure.memory import told_hardware
+from pipeline.units import counted
 
 
 def print_probe(found: Probe, *, as_json: bool = False, console: Console | None = None) -> None:
     """What each rule costs; what it drops, layer by layer; what cannot train the network, or be compared; and the advice."""
     console = console or Console()
     if as_json:
-        fastest = found.time_baseline
-        told = {"time_baseline": None if fastest is None else fastest.rule, "advice": advice(found)}
-        console.out(json.dumps(_told({**asdict(found), **told}), indent=2, allow_nan=False), highlight=False)
+        console.out(json.dumps(_as_json(found), indent=2, allow_nan=False), highlight=False)
         return
     console.print(_costs(found))
     if found.fidelity is not None:
@@ -42,10 +42,30 @@ def print_probe(found: Probe, *, as_json: bool = False, console: Console | None 
     if unknown := sorted({name for cost in found.costs for name in cost.not_counted}):
         console.out(f"mult and add leave out what no count knows: {', '.join(unknown)}", highlight=False)
     on = told_hardware(found.hardware)
-    console.out(f"one batch of {found.samples} samples, T = {found.time_steps}, before any training; {on}", highlight=False)
+    console.out(
+        f"one batch of {counted(found.samples, 'sample')}, T = {found.time_steps}, before any training; {on}", highlight=False
+    )
     if found.teacher is not None:
         console.out(found.teacher.told(), highlight=False)
     console.out(advice(found), highlight=False)
+
+
+def print_probes(found: Iterable[Probe], *, as_json: bool = False, console: Console | None = None) -> None:
+    """Those of a file of several recipes, as they come; as JSON a list."""
+    console = console or Console()
+    if as_json:
+        console.out(json.dumps([_as_json(each) for each in found], indent=2, allow_nan=False), highlight=False)
+        return
+    for number, each in enumerate(found):
+        if number:
+            console.print()
+        print_probe(each, console=console)
+
+
+def _as_json(found: Probe) -> dict[str, Any]:
+    fastest = found.time_baseline
+    told = {"time_baseline": None if fastest is None else fastest.rule, "advice": advice(found)}
+    return _told({**asdict(found), **told})
 
 
 def _told(value: Any) -> Any:
