@@ -14,6 +14,7 @@ from pipeline.ensemble import CausalTest, Shuffled, causal_test
 from pipeline.guards.damaged import check_data
 from pipeline.launch.prepare import read_job
 from pipeline.recipe import Recipe, write_json
+from pipeline.units import counted
 from pipeline.weights import load_run
 
 STEPS = (1, 2, 4, 8)
@@ -30,7 +31,7 @@ def carryover_of_run(
     """
     recipe = Recipe.read(folder / "recipe.json", trust=trust)
     if recipe.phases:
-        raise ValueError(f"carryover: the run must be of one task; got {len(recipe.phases)} phases in {folder.name}")
+        raise ValueError(f"carryover: the run must be of one task; got {counted(len(recipe.phases), 'phase')} in {folder.name}")
     data: Data = recipe.data.build()
     chosen = (
         listed_time_steps("carryover", steps) if steps is not None else (recipe.time_steps,) if len(data.shape) == 4 else STEPS

@@ -16,6 +16,7 @@ from pipeline.code import commit
 from pipeline.forecast.bench import RESERVE, Cost
 from pipeline.forecast.sweep import Point, Sweep
 from pipeline.measure.memory import told_hardware
+from pipeline.units import counted
 
 
 def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None = None) -> None:
@@ -49,7 +50,7 @@ def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None 
         console.out(line, highlight=False)
     on = told_hardware(found.hardware)
     of = "fwd+bwd: forward and backward alone, without loading, optimizer and collectives"
-    console.out(f"one batch of {found.samples} samples; {of}; {on}", highlight=False)
+    console.out(f"one batch of {counted(found.samples, 'sample')}; {of}; {on}", highlight=False)
     if found.memory_bytes is not None:
         console.out(_told_of_largest(found, found.memory_bytes), highlight=False)
     if found.teacher is not None:
