@@ -20,6 +20,7 @@ from pipeline.commands.report import add_report_commands
 from pipeline.commands.track import add_track_commands
 from pipeline.commands.write import write_app
 from pipeline.disk import is_for_the_user
+from pipeline.units import counted
 from pipeline.waiting import announce_imports, say_stage
 
 app = Commands(
@@ -109,7 +110,7 @@ def verify(path: Annotated[Path, typer.Argument(metavar="FILE", help="a .beton f
 
     say_stage(f"reading every byte of {path}")
     for manifest in verify_files(path):
-        counts = f"{manifest.samples} samples, {len(manifest.classes)} classes"
+        counts = f"{counted(manifest.samples, 'sample')}, {counted(len(manifest.classes), 'class')}"
         print(f"{manifest.file}: {counts}, content {manifest.content[:16]}: whole")
 
 

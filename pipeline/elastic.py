@@ -28,6 +28,7 @@ from pipeline.recipe import Recipe
 from pipeline.rules.base import Rule, counter_hash
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.norm import BatchNorm, is_foreign_norm
+from pipeline.units import counted
 
 _DRAW = 0x656C6173746963  # sets these draws apart from a rule's own
 
@@ -78,8 +79,8 @@ def steady(recipe: Recipe, network: nn.Module, sizes: Sequence[int]) -> Recipe:
         if accumulated:
             raise ValueError(
                 "launch: BatchNorm(between='world') must see whole global batches where the number of workers changes; got "
-                f"micro_batch={recipe.micro_batch}, which {accumulated[0]} workers accumulate; take fewer sizes, or "
-                "between='rank'"
+                f"micro_batch={recipe.micro_batch}, which is accumulated on {counted(accumulated[0], 'worker')}; "
+                "take fewer sizes, or between='rank'"
             )
         return recipe
     draws_or_norms = (BatchNorm, _DropoutNd, Dropout, DropPath)

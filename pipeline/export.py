@@ -38,6 +38,7 @@ from pipeline.spiking.encode import over_steps
 from pipeline.spiking.fold import fold, following_norms
 from pipeline.state_file import misfits
 from pipeline.tasks import tasks_of
+from pipeline.units import counted
 from pipeline.weights import load_run
 
 FORMAT = "spiketrain"
@@ -72,7 +73,7 @@ class Exported:
             return f"{size}, {self.parameters:,} parameters"
         return (
             f"{size} against {self.whole / 1e6:.4g} MB; {self.bits:,} of {self.parameters:,} parameters are bits, "
-            f"of {self.synapses} synapses, {self.folded} of them with their scales folded into the norm behind"
+            f"of {counted(self.synapses, 'synapse')}, {self.folded} of them with their scales folded into the norm behind"
         )
 
 

@@ -15,6 +15,7 @@ from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.norm import by_own_samples
+from pipeline.units import counted
 
 
 class Nearness:
@@ -43,7 +44,7 @@ class Nearness:
     def check(recipe: Recipe, fresh: Callable[[], nn.Module]) -> None:
         """Raises: ValueError for tasks, or where BPTT or SLTT cannot train the network: there is nothing to compare with."""
         if recipe.phases:
-            raise ValueError(f"recipe: fidelity_every is of one task; got {len(recipe.phases)} phases")
+            raise ValueError(f"recipe: fidelity_every is of one task; got {counted(len(recipe.phases), 'phase')}")
         try:
             for rule in (BPTT(), SLTT()):
                 rule.attach(fresh(), over_time=recipe.over_time)

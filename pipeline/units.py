@@ -20,13 +20,13 @@ def unit_of(kind: str, values: Sequence[float]) -> tuple[float, str]:
     return {"h": 3600.0, "min": 60.0}.get(unit, least), unit
 
 
-def counted(count: int, noun: str, plural: str | None = None) -> str:
-    """`1 worker`, `2 workers`, `2 batches`."""
+def counted(count: int | None, noun: str, plural: str | None = None) -> str:
+    """`1 worker`, `2 workers`, `2 batches`; `? workers` where nobody knows the number."""
     if count == 1:
         return f"1 {noun}"
     if plural is None:
         plural = f"{noun}es" if noun.endswith(("s", "x", "ch", "sh")) else f"{noun}s"
-    return f"{count} {plural}"
+    return f"{'?' if count is None else count} {plural}"
 
 
 def rounded(value: float, *, digits: int = 4) -> str:

@@ -162,7 +162,7 @@ def test_zero_with_one_number_of_workers_is_fine() -> None:
 def test_statistics_over_all_workers_want_whole_batches() -> None:
     network = nn.Sequential(BatchNorm(4, between="world"))
     assert steady(small_recipe(batch_size=BATCH), network, (1, 2)).micro_batch is None
-    with pytest.raises(ValueError, match=r"must see whole global batches .* micro_batch=4, which 1 workers accumulate"):
+    with pytest.raises(ValueError, match=r"must see whole global batches .* micro_batch=4, which is accumulated on 1 worker"):
         steady(small_recipe(batch_size=BATCH, micro_batch=4), network, (1, 2))
 
 

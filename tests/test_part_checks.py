@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -257,3 +258,18 @@ def test_every_command_refuses_it_in_one_line(
     code, _, error = command(monkeypatch, capsys)(name, str(tmp_path / "mine.py"), *options)
     assert code == 2 and error == f"data: WithoutFingerprint must have {MEMBERS}; it has no fingerprint\n"
     assert not (tmp_path / "runs").exists()
+
+
+def test_evaluate_tries_the_network_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = "small_recipe(model=spec(Network, form='mean'), rule=spec(BPTT))"
+    (tmp_path / "mine.py").write_text(
+        RECIPE.replace("small_recipe(data=spec(WithoutFingerprint))", made).replace(
+            "import WithoutFingerprint", "import BPTT, Network"
+        )
+    )
+    save_file(Network(form="mean").state_dict(), tmp_path / "weights.safetensors")
+    words = ("evaluate", str(tmp_path / "mine.py"), "--weights", str(tmp_path / "weights.safetensors"))
+    code, _, error = command(monkeypatch, capsys)(*words)
+    assert code == 2 and re.fullmatch(MODEL + r"gave float32 \[1, 10\]\n", error), error

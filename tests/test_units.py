@@ -12,9 +12,10 @@ from pipeline.units import counted
         (1, "batch", "1 batch"),
         (3, "batch", "3 batches"),
         (2, "class", "2 classes"),
+        (None, "worker", "? workers"),
     ],
 )
-def test_a_count_and_its_noun_agree(count: int, noun: str, told: str) -> None:
+def test_a_count_and_its_noun_agree(count: int | None, noun: str, told: str) -> None:
     assert counted(count, noun) == told
 
 

@@ -34,6 +34,7 @@ from pipeline.checkpoint.random_state import rng_state, set_rng_state
 from pipeline.checkpoint.sealed import MANIFEST, read_manifest
 from pipeline.disk import FOR_THE_USER
 from pipeline.refused import Refused
+from pipeline.units import counted
 
 WEIGHTS = "model.safetensors"
 
@@ -226,9 +227,9 @@ class Checkpoints:
             (path / name).stat()
         trainer = read_trainer(path)
         if trainer.get("zero", 0) > 0 and trainer["world_size"] != self.ranks:
+            wrote = counted(trainer["world_size"], "worker")
             raise CheckpointError(
-                f"checkpoint {path.name}: ZeRO-{trainer['zero']} state of {trainer['world_size']} workers loads on as many only; "
-                f"got {self.ranks}"
+                f"checkpoint {path.name}: ZeRO-{trainer['zero']} state of {wrote} loads on as many only; got {self.ranks}"
             )
         if not (path / backend.name).is_dir():
             raise CheckpointError(f"checkpoint {path.name}: was not written by backend {backend.name!r}")

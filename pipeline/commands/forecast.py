@@ -59,12 +59,23 @@ def probe(
     set_: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
-    """Before any training: what each rule costs on this network and data, and how near its gradient is to BPTT's."""
-    made = only_recipe(recipe, set_, tiny, who="probe")
-    from pipeline.forecast.probe import probe as probe_recipe
-    from pipeline.report.probe import print_probe
+    """Before any training: what each rule costs on this network and data, and how near its gradient is to BPTT's.
 
-    print_probe(probe_recipe(made, batch_size=batch, threads=cpus_per_worker), as_json=format_ == "json")
+    Of a file of several recipes, each network has its tables; recipes that differ in their rules alone share them.
+    """
+    made = made_of(recipe, set_, tiny)
+    from pipeline.forecast.probe import probe as probe_recipe
+    from pipeline.forecast.probe import probe_all
+    from pipeline.recipe import Recipe
+    from pipeline.report.probe import print_probe, print_probes
+    from pipeline.stand_in import with_stand_ins
+
+    about = {"batch_size": batch, "threads": cpus_per_worker}
+    if isinstance(made, Recipe):
+        print_probe(probe_recipe(made, **about), as_json=format_ == "json")
+        return
+    with with_stand_ins(made) as recipes:
+        print_probes(probe_all(recipes, **about), as_json=format_ == "json")
 
 
 def sweep(

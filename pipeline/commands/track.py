@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from pipeline.commands.options import RUNS, RunName, RunOrSuite, Runs
+from pipeline.units import counted
 
 
 def add_track_commands(app: typer.Typer) -> None:
@@ -29,7 +30,7 @@ def sync(run: RunOrSuite, runs: Runs = RUNS) -> None:
     begun = [each for each in runs_of(found).values() if state_of(each) != "new"] if is_suite(found) else [found]
     for folder in begun:
         report = sync_run(folder, uri=uri, kept_of=place_of)
-        told = f"{report.delivered} points delivered, {report.already_there} were there"
+        told = f"{counted(report.delivered, 'point')} delivered, {report.already_there} were there"
         print(f"{folder.name} -> {without_password(uri)}: {told}")
     if not begun:
         print(f"{found.name}: none of its runs has begun")

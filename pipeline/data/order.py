@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.errors import DataError
 from pipeline.random import HELD_OUT, ORDER, bits
+from pipeline.units import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,9 @@ class TrainOrder:
                 f"got {self.batch_size}; {' or '.join(near)} would do"
             )
         if self.samples < self.batch_size:
-            raise DataError(f"train: batch_size must be at most the {self.samples} samples of the set; got {self.batch_size}")
+            raise DataError(
+                f"train: batch_size must be at most the {counted(self.samples, 'sample')} of the set; got {self.batch_size}"
+            )
 
     @property
     def steps(self) -> int:

@@ -18,6 +18,7 @@ import torch
 from pipeline.data.base import Batch, Data, DataError, Loader
 from pipeline.data.care import Care, careful
 from pipeline.random import bits
+from pipeline.units import counted
 
 _PIXELS = 80  # a draw, see random.py
 
@@ -107,7 +108,8 @@ class SplitClasses:
         tasks = data.classes // classes_per_task if classes_per_task >= 1 else 0
         if not 0 <= task < tasks:
             raise DataError(
-                f"SplitClasses: {data.classes} classes in tasks of {classes_per_task} make {tasks} tasks, from 0; got task={task}"
+                f"SplitClasses: {data.classes} classes in tasks of {classes_per_task} make {counted(tasks, 'task')}, from 0; "
+                f"got task={task}"
             )
         self.data, self.labels = _by_class("SplitClasses", data), labels
         self.chosen = ordered[task * classes_per_task : (task + 1) * classes_per_task]

@@ -21,6 +21,7 @@ from pipeline.data.encode import Bad, Encoder, Encoding, S, encode_all
 from pipeline.data.errors import DataError
 from pipeline.data.format import BetonWriter
 from pipeline.data.manifest import ContentHash, Manifest, verify
+from pipeline.units import counted
 
 __all__ = ["check_kept", "verify", "write_fashion", "write_folder", "write_sets"]
 
@@ -154,7 +155,7 @@ def check_kept(written: Sequence[Manifest], sets: Sequence[sources.Source[Any]])
         held = manifest.samples + len(manifest.skipped)
         if (held, manifest.source) != (len(each.items), each.where):
             raise DataError(
-                f"write: {manifest.file} was written from {held} samples of {manifest.source}; "
+                f"write: {manifest.file} was written from {counted(held, 'sample')} of {manifest.source}; "
                 f"got {len(each.items)} of {each.where}; ask with --existing replace"
             )
 

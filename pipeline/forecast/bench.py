@@ -62,6 +62,7 @@ from pipeline.run.compose import build_backend
 from pipeline.run.settle import settle
 from pipeline.spiking.encode import over_steps
 from pipeline.tasks import tasks_of
+from pipeline.units import counted
 from pipeline.weights import load_start
 
 RULES = (
@@ -250,7 +251,7 @@ class Bench:
             if not is_out_of_memory(error):
                 raise
             raise DoesNotFit(
-                f"{who}: a batch must fit into memory; {self.samples} samples at T = {self.recipe.time_steps} do not"
+                f"{who}: a batch must fit into memory; {counted(self.samples, 'sample')} at T = {self.recipe.time_steps} do not"
             ) from None
 
     @property

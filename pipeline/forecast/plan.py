@@ -45,6 +45,7 @@ from pipeline.measure.traffic import Device
 from pipeline.recipe import Recipe, Spec
 from pipeline.recipe_json import encode
 from pipeline.tasks import Loaders, tasks_of
+from pipeline.units import counted
 from pipeline.waiting import say_stage
 
 RAY_SHARE = 0.07
@@ -143,12 +144,12 @@ def plan(
     _check(recipe, cluster)
     samples = _samples(recipe) if samples is None else samples
     if samples < recipe.batch_size:
-        raise ValueError(f"plan: an epoch must have a batch of {recipe.batch_size} samples at least; got {samples}")
+        raise ValueError(f"plan: an epoch must have a batch of {counted(recipe.batch_size, 'sample')} at least; got {samples}")
     sizes = sizes_for(recipe, cluster.workers, card=cluster.device)
     say_stage("building the network")
     # Counts of bytes and operations are the same in fp32 and TF32, and this machine may have no TF32.
-    counted = recipe if cluster.device is None or recipe.precision != "tf32" else replace(recipe, precision="fp32")
-    made = cache(lambda B, T: Bench(replace(counted, time_steps=T), batch_size=B, source=source, threads=cluster.threads))
+    priced = recipe if cluster.device is None or recipe.precision != "tf32" else replace(recipe, precision="fp32")
+    made = cache(lambda B, T: Bench(replace(priced, time_steps=T), batch_size=B, source=source, threads=cluster.threads))
     bench = made(sizes[1], recipe.time_steps)
     with bench.in_memory(f"{recipe.name}'s teacher"):
         teacher = teacher_profile(recipe, bench.x_B, sizes, cluster.device)
@@ -198,7 +199,7 @@ def _moving_s(made: Callable[[int, int], Bench], B: int, T: int) -> float:
 def _check(recipe: Recipe, cluster: Cluster) -> None:
     card, cores = cluster.device, len(os.sched_getaffinity(0))
     if recipe.phases:
-        raise ValueError(f"plan: the recipe must be of one task; got {len(recipe.phases)} phases")
+        raise ValueError(f"plan: the recipe must be of one task; got {counted(len(recipe.phases), 'phase')}")
     if card is not None and recipe.precision not in card.flops:
         raise ValueError(f"plan: {card.name}: precision must be {', '.join(card.flops)}; got {recipe.precision}")
     if card is None and torch.cuda.is_available():
@@ -206,12 +207,12 @@ def _check(recipe: Recipe, cluster: Cluster) -> None:
         if cluster.workers > cards:
             raise ValueError(
                 f"plan: every worker takes a card, of which machines like this one have {cards}; "
-                f"got {cluster.workers} workers; name the card with --device, or fewer"
+                f"got {counted(cluster.workers, 'worker')}; name the card with --device, or fewer"
             )
     elif card is None and cluster.workers * cluster.threads > cores:
         raise ValueError(
-            f"plan: machines like this one have {cores} cores, of which every worker takes {cluster.threads}; "
-            f"got {cluster.workers} workers; name a card, or fewer"
+            f"plan: machines like this one have {counted(cores, 'core')}, of which every worker takes {cluster.threads}; "
+            f"got {counted(cluster.workers, 'worker')}; name a card, or fewer"
         )
 
 

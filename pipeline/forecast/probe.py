@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from pipeline.baseline import BASELINE, is_baseline
 from pipeline.build import check_recipe
@@ -90,6 +90,32 @@ def probe(recipe: Recipe, *, batch_size: int | None = None, threads: int = 1, ru
         uncompared=uncompared,
         hardware=hardware(device_here()),
     )
+
+
+def probe_all(recipes: Sequence[Recipe], *, batch_size: int | None = None, threads: int = 1) -> Iterator[Probe]:
+    """Probe each network of several recipes once, with the rules of all recipes that train it on the same data and batch.
+
+    Raises: as `probe`; every recipe is checked before the first one is probed.
+    """
+    alike: list[list[Recipe]] = []
+    for recipe in recipes:
+        check_recipe(recipe.with_untrained_teacher(), 1)
+        shared = [group for group in alike if _without_rule(group[0]) == _without_rule(recipe)]
+        if shared:
+            shared[0].append(recipe)
+        else:
+            alike.append([recipe])
+    for group in alike:
+        more = f" and {len(group) - 3} more" if len(group) > 3 else ""
+        name = ", ".join(recipe.name for recipe in group[:3]) + more
+        rules = (*RULES, *(recipe.rule for recipe in group))
+        yield replace(probe(group[0], batch_size=batch_size, threads=threads, rules=rules), recipe=name)
+
+
+def _without_rule(recipe: Recipe) -> tuple[object, ...]:
+    """All that decides what a probe measures, beside the rules."""
+    parts = (recipe.model, recipe.data, recipe.objective, recipe.teacher, recipe.phases, recipe.init)
+    return (*parts, recipe.time_steps, recipe.over_time, recipe.precision, recipe.batch_size, recipe.micro_batch)
 
 
 def _compared(found: Mapping[str, Sequence[Gradients]]) -> Fidelity | None:

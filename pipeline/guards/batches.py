@@ -37,6 +37,7 @@ from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.refused import Refused
 from pipeline.rules.base import Rule
+from pipeline.units import counted
 
 __all__ = ["GoBack", "Guard", "Skipped", "Unguarded", "is_in", "takes_back"]
 
@@ -197,7 +198,7 @@ class Guard:
             return f"its loss is {self._loss}"
         if ranks:
             why = f": {self.rule.label} could not solve for it on {gave_up:.0f}" if gave_up else ""
-            return f"its gradient is not finite on {ranks:.0f} of {self.ranks.size} workers{why}"
+            return f"its gradient is not finite on {ranks:.0f} of {counted(self.ranks.size, 'worker')}{why}"
         if self.spike and len(self._good) == WINDOW and self._loss > self.spike * (usual := statistics.median(self._good)):
             return f"its loss of {self._loss:.4g} is more than {self.spike:g} times the usual {usual:.4g}"
         return None

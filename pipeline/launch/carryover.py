@@ -13,6 +13,7 @@ from pipeline.launch.prepare import read_job
 from pipeline.measure.memory import device_here
 from pipeline.precision import computing
 from pipeline.recipe import Recipe, write_json
+from pipeline.units import counted
 from pipeline.weights import load_run
 
 STEPS = (1, 2, 4, 8)
@@ -29,7 +30,7 @@ def carryover_of_run(
     """
     recipe = Recipe.read(folder / "recipe.json", trust=trust)
     if recipe.phases:
-        raise ValueError(f"carryover: the run must be of one task; got {len(recipe.phases)} phases in {folder.name}")
+        raise ValueError(f"carryover: the run must be of one task; got {counted(len(recipe.phases), 'phase')} in {folder.name}")
     data: Data = recipe.data.build()
     chosen = (
         listed_time_steps("carryover", steps) if steps is not None else (recipe.time_steps,) if len(data.shape) == 4 else STEPS

@@ -14,6 +14,7 @@ from pipeline.measure.energy import in_words
 from pipeline.printing import say
 from pipeline.track.connect import without_password
 from pipeline.track.jsonl import Event, number
+from pipeline.units import counted
 
 __all__ = ["Watch"]
 
@@ -83,10 +84,12 @@ class Watch:
             cores, loaders = event["hardware"].get("threads"), event.get("loader_threads")
             self._say(f"cores   {cores} for each GPU, {loaders} loader threads (--cpus-per-worker, --loader-threads)")
         done, total = event.get("step", 0), event.get("total_steps")
+        workers = counted(event.get("world_size"), "worker")
         if event.get("attempt", 0):
-            self._say(f"start {event['attempt'] + 1}: goes on at step {done}/{total} on {event.get('world_size')} workers")
+            self._say(f"start {event['attempt'] + 1}: goes on at step {done}/{total} on {workers}")
         else:
-            what = f"{event.get('rule')} on {event.get('world_size')} workers, {total} steps of {event.get('batch_size')} samples"
+            steps, samples = counted(total, "step"), counted(event.get("batch_size"), "sample")
+            what = f"{event.get('rule')} on {workers}, {steps} of {samples}"
             self._say(f"start   {what}, study {str(event.get('study', ''))[:8]}, commit {event.get('commit')}")
         if done != total:
             self._say("waiting for the first batch, which compiles what reads the data")
@@ -104,7 +107,9 @@ class Watch:
     def _on_phase(self, event: dict[str, Any]) -> None:
         head = "" if event.get("head") is None else f", head {event['head']}"
         place = f"{_from_one(event.get('phase'))}/{event.get('of')}"
-        self._say(f"phase {place}, {event.get('name')}: from step {event.get('step')}, {event.get('steps')} steps{head}")
+        self._say(
+            f"phase {place}, {event.get('name')}: from step {event.get('step')}, {counted(event.get('steps'), 'step')}{head}"
+        )
 
     def _on_evaluation(self, event: dict[str, Any]) -> None:
         metrics = event.get("metrics", {})
@@ -137,16 +142,19 @@ class Watch:
         self._say(f"checkpoint at step {event.get('step')} is whole; an older one could not be deleted: {event.get('error')}")
 
     def _on_damaged(self, event: dict[str, Any]) -> None:
-        self._say(f"damaged page {event.get('page')} of {event.get('file')}: {event.get('samples')} samples are left out")
+        count = event.get("samples")
+        left_out = f"{counted(count, 'sample')} {'is' if count == 1 else 'are'} left out"
+        self._say(f"damaged page {event.get('page')} of {event.get('file')}: {left_out}")
 
     def _on_skipped(self, event: dict[str, Any]) -> None:
-        self._say(f"skipped {_batch(event)} of {event.get('samples')} samples: {event.get('reason')}{_advice(event)}")
+        samples = counted(event.get("samples"), "sample")
+        self._say(f"skipped {_batch(event)} of {samples}: {event.get('reason')}{_advice(event)}")
 
     def _on_preempted(self, event: dict[str, Any]) -> None:
         left = number(event.get("seconds_left"))
         when = "soon" if left is None else f"in {left:.0f} s"
         count = len(event.get("machines") or ())
-        which = "1 machine is" if count == 1 else f"{count} machines are"
+        which = f"{counted(count, 'machine')} {'is' if count == 1 else 'are'}"
         self._say(f"{which} taken away {when}: a checkpoint at step {event.get('step')} is begun")  # and told once it is whole
 
     def _on_stopped(self, event: dict[str, Any]) -> None:
@@ -173,7 +181,7 @@ class Watch:
         self._say(f"{waits}: take more --loader-threads, now {event.get('loader_threads')}, and more --cpus-per-worker")
 
     def _on_smaller(self, event: dict[str, Any]) -> None:
-        self._say(f"out of memory: at most {event.get('micro_batch')} samples at a time from here on")
+        self._say(f"out of memory: at most {counted(event.get('micro_batch'), 'sample')} at a time from here on")
 
     def _on_diverged(self, event: dict[str, Any]) -> None:
         self._say(f"diverged: {event.get('error')}")
@@ -186,7 +194,9 @@ class Watch:
             self._say(in_words(event["inference"], on_gpu=gpu != "none"))
         top1 = f", top-1 {_share(event['top1'])}" if event.get("top1") is not None else ""
         bwt = f", BWT {_share(event['bwt'])}" if event.get("bwt") is not None else ""
-        self._say(f"finished: {event.get('steps', event.get('step'))} steps in {_short(event.get('wall_s'))} s{top1}{bwt}")
+        self._say(
+            f"finished: {counted(event.get('steps', event.get('step')), 'step')} in {_short(event.get('wall_s'))} s{top1}{bwt}"
+        )
 
     # ---------------------------------------------------------------------------------------------------------- drawing
 

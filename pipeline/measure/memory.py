@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.measure.cgroup import room_bytes
+from pipeline.units import counted
 
 __all__ = [
     "SavedBytes",
@@ -300,7 +301,7 @@ def hardware_over(machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def told_hardware(machine: Mapping[str, Any]) -> str:
     """What computed, of a `hardware()`: the GPU, or the CPU and torch's threads."""
-    return machine["gpu"] if machine["gpu"] != "none" else f"{machine['cpu']}, {machine['threads']} threads"
+    return machine["gpu"] if machine["gpu"] != "none" else f"{machine['cpu']}, {counted(machine['threads'], 'thread')}"
 
 
 def _cpu_model() -> str:

@@ -15,6 +15,7 @@ from pipeline.report.runs import ReportError, find_run, recipe_of, run_folders, 
 from pipeline.report.study_run import UNKNOWN_RULE
 from pipeline.track.jsonl import first, last
 from pipeline.track.state import State, state_of
+from pipeline.units import counted
 
 
 class ComparisonError(ReportError):
@@ -52,7 +53,7 @@ def newest_study(runs_dir: Path) -> list[Path]:
     newest_first = sorted(finished, key=lambda run: _ended(run.folder), reverse=True)
     newest = next((run for run in newest_first if not is_trial(run.folder)), None)
     if newest is None:
-        why = f"{len(finished)} trials on a held-out part, no runs to set beside one another"
+        why = f"{counted(len(finished), 'trial')} on a held-out part, no runs to set beside one another"
         raise ComparisonError(f"compare: no finished run in {runs_dir} but {why}")
     study = newest.summary.get("study")
     of_study = {run.folder for run in finished if run.summary.get("study") == study}

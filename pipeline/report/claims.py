@@ -21,6 +21,7 @@ from pipeline.report.largest import largest
 from pipeline.report.spread import spread_of
 from pipeline.report.study import COMPUTE, KEPT, Group
 from pipeline.report.study_run import StudyRun
+from pipeline.units import counted
 
 if TYPE_CHECKING:  # which imports torch, and whoever reads results waits for that
     from pipeline.forecast.turns import Turns
@@ -133,11 +134,12 @@ def time_in_turn(
     base = min(kinds, key=lambda each: kinds[each])
     r = sum(turns[base].backward_s) / sum(turns[base].forward_s)
     most = 1.1 * bound(r) if callable(bound) else bound
-    starts = zip(turns[rule].compute_s, turns[base].compute_s, strict=True)
-    found = spread_of([seconds / of for seconds, of in starts])
+    seconds = zip(turns[rule].compute_s, turns[base].compute_s, strict=True)
+    found = spread_of([mine / its for mine, its in seconds])
     assert found is not None and found.interval is not None, "of several starts"
     low, high = found.interval
-    counts = f"{found.runs} starts of {turns[base].processes} at once, {turns[base].samples} samples each, {turns[base].backend}"
+    starts, samples = counted(found.runs, "start"), counted(turns[base].samples, "sample")
+    counts = f"{starts} of {turns[base].processes} at once, {samples} each, {turns[base].backend}"
     return Claim(
         about=about,
         claim=claim,
@@ -164,7 +166,7 @@ def accuracy(about: str, group: Group, rule: str, *, within: float | None, publi
         claim=claim,
         published=published,
         bound=bound,
-        ours=f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f}), {found.seeds} seeds"
+        ours=f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f}), {counted(found.seeds, 'seed')}"
         + (f", and {found.diverged} that diverged" if found.diverged else ""),
         holds={"holds": True, "fails": False}.get(verdict or ""),
         within_noise=verdict == "is undecided",

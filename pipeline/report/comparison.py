@@ -23,7 +23,7 @@ from pipeline.report.finite import finite, not_finite
 from pipeline.report.runs import recipe_of
 from pipeline.report.study import COMPUTE, ENERGY, ENERGY_MEASURED, KEPT, Group, StudyRun, measured, what_to_change
 from pipeline.report.tables import behind_the_rows
-from pipeline.units import rounded, unit_of
+from pipeline.units import counted, rounded, unit_of
 
 _COMPARED = {
     "top1": "top-1",
@@ -195,7 +195,7 @@ def _label(rule: str, *, finished: int, diverged: int) -> str:
         others = "other" if diverged == 1 else "others"
         return f"{rule} ({finished} of {finished + diverged} runs, the {others} diverged)"
     runs = finished or diverged
-    return rule if runs == 1 else f"{rule} ({runs} runs)"
+    return rule if runs == 1 else f"{rule} ({counted(runs, 'run')})"
 
 
 def _told_of(run: Unfinished, *, is_here: bool) -> str:

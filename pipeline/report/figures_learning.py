@@ -14,6 +14,7 @@ from pipeline.recipe_json import flat
 from pipeline.report.figure import Cell, Figure, Missing, Table, Theme, base_layout, color, plain, symbol
 from pipeline.report.history import TrainPoint
 from pipeline.report.study import Group, StudyRun
+from pipeline.units import counted
 
 ON_TRACK = 1.0
 """points of accuracy below the published run that still count as on track"""
@@ -87,7 +88,7 @@ def learning_curves(group: Group) -> Figure | Missing:
         name="learning-curves",
         title=title,
         caption=" ".join(captions),
-        alt=f"Accuracy of {len(group.runs)} runs by epoch, with {restarts} restarts; {said}.",
+        alt=f"Accuracy of {counted(len(group.runs), 'run')} by epoch, with {counted(restarts, 'restart')}; {said}.",
         table=Table(columns=columns, rows=tuple(rows)),
         draw=draw,
         height=420,

@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 
 from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, plain
 from pipeline.report.study import Group, StudyRun
+from pipeline.units import counted
 
 _ROW = 24  # pixels of a layer
 _FIGURES_FIT = 8  # columns on a phone with a number in each cell
@@ -82,7 +83,7 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
         title=title,
         caption=f"1: the same direction as BPTT's gradient, 0: at a right angle{away}; on one batch, at the weights of the "
         "newest comparison, the mean over runs; a rule that draws its time steps is drawn once in each.",
-        alt=f"Cosines of {len(of_rule)} rules in {len(layers)} layers: {said}.",
+        alt=f"Cosines of {counted(len(of_rule), 'rule')} in {counted(len(layers), 'layer')}: {said}.",
         table=Table(columns=("layer", "rule", "cosine"), rows=tuple(rows)),
         draw=draw,
         height=height,
@@ -116,7 +117,7 @@ def temporal_share(group: Group) -> Figure | Missing:
         name="temporal-share",
         title=title,
         caption=f"|g_BPTT - g_SLTT| / |g_BPTT| of each layer's weights on one batch, in the run {run.name}.",
-        alt=f"In {len(layers)} layers at {len(times)} moments; at the last, {times[-1]}, {said}.",
+        alt=f"In {counted(len(layers), 'layer')} at {counted(len(times), 'moment')}; at the last, {times[-1]}, {said}.",
         table=Table(columns=("layer", "moment", "temporal share"), rows=tuple(rows)),
         draw=draw,
         height=height,

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from pipeline.measure.memory import told_hardware
 from pipeline.report.figure import Figure, Table, Theme, base_layout, color, plain, symbol
-from pipeline.units import unit_of
+from pipeline.units import counted, unit_of
 
 _HEIGHT = 380
 _DOTTED = ", with states"
@@ -128,4 +128,4 @@ def _layout(theme: Theme, by_rule: Mapping[str, Sequence[_Point]], title: str) -
 
 def _caption(sweep: Mapping[str, Any]) -> str:
     on = told_hardware(sweep["hardware"])
-    return f"One batch of {sweep['samples']} samples, before any training; commit {sweep['commit']}, {on}."
+    return f"One batch of {counted(sweep['samples'], 'sample')}, before any training; commit {sweep['commit']}, {on}."

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.report.study_run import StudyRun, TrainedOn
+from pipeline.units import counted
 
 NOT_SAID = "not known"
 
@@ -38,11 +39,6 @@ def micro_batches(run: StudyRun) -> str:
 def loaders(on: TrainedOn) -> str:
     """`with 1 loader thread`; nothing where it is not known."""
     return "" if on.loader_threads is None else f"with {counted(on.loader_threads, 'loader thread')}"
-
-
-def counted(number: int, what: str) -> str:
-    """`1 worker`, `2 workers`"""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _workers(run: StudyRun, on: TrainedOn) -> str:

@@ -12,6 +12,7 @@ from pipeline.forecast.plan import Plan, Planned
 from pipeline.forecast.profile import EFFICIENCY
 from pipeline.printing import new_console, number, print_table, say
 from pipeline.report.planned import Errors
+from pipeline.units import counted
 
 KIND = "a model, not measured"
 
@@ -72,7 +73,7 @@ def advice(found: Plan) -> str:
     smallest = min(found.rules, key=lambda planned: planned.memory_bytes)
     other = "" if smallest is best else f" {smallest.rule} needs the least memory, {smallest.memory_bytes / 1e9:.3g} GB."
     return (
-        f"Fewest hours: {best.rule}, {best.micro_batch} samples on a worker at a time, ZeRO-{best.zero}, "
+        f"Fewest hours: {best.rule}, {counted(best.micro_batch, 'sample')} on a worker at a time, ZeRO-{best.zero}, "
         f"{best.memory_bytes / 1e9:.3g} GB.{other} What a rule costs in accuracy, a run says."
     )
 

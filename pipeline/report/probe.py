@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -14,15 +15,14 @@ from pipeline.forecast.bench import Cost
 from pipeline.forecast.probe import Probe, advice
 from pipeline.measure.memory import told_hardware
 from pipeline.printing import Column, new_console, number, print_table, say
+from pipeline.units import counted
 
 
 def print_probe(found: Probe, *, as_json: bool = False, console: Console | None = None) -> None:
     """What each rule costs; what it drops, layer by layer; what cannot train the network, or be compared; and the advice."""
     console = console or new_console()
     if as_json:
-        fastest = found.time_baseline
-        told = {"time_baseline": None if fastest is None else fastest.rule, "advice": advice(found)}
-        console.out(json.dumps(_told({**asdict(found), **told}), indent=2, allow_nan=False), highlight=False)
+        console.out(json.dumps(_as_json(found), indent=2, allow_nan=False), highlight=False)
         return
     _print_costs(found, console)
     if found.fidelity is not None:
@@ -39,10 +39,28 @@ def print_probe(found: Probe, *, as_json: bool = False, console: Console | None 
     if unknown := sorted({name for cost in found.costs for name in cost.not_counted}):
         say(console, f"mult and add leave out what no count knows: {', '.join(unknown)}")
     on = told_hardware(found.hardware)
-    say(console, f"one batch of {found.samples} samples, T = {found.time_steps}, before any training; {on}")
+    say(console, f"one batch of {counted(found.samples, 'sample')}, T = {found.time_steps}, before any training; {on}")
     if found.teacher is not None:
         say(console, found.teacher.told())
     say(console, advice(found))
+
+
+def print_probes(found: Iterable[Probe], *, as_json: bool = False, console: Console | None = None) -> None:
+    """Those of a file of several recipes, as they come; as JSON a list."""
+    console = console or new_console()
+    if as_json:
+        console.out(json.dumps([_as_json(each) for each in found], indent=2, allow_nan=False), highlight=False)
+        return
+    for index, each in enumerate(found):
+        if index:
+            console.print()
+        print_probe(each, console=console)
+
+
+def _as_json(found: Probe) -> dict[str, Any]:
+    fastest = found.time_baseline
+    told = {"time_baseline": None if fastest is None else fastest.rule, "advice": advice(found)}
+    return _told({**asdict(found), **told})
 
 
 def _told(value: Any) -> Any:

@@ -25,6 +25,7 @@ from pipeline.report.suite import Reported, own_report, suite_named
 from pipeline.suite import SuiteFile, has_report, runs_of
 from pipeline.track.publish import REPORT
 from pipeline.trials import over_in
+from pipeline.units import counted
 
 _WIDTH = 120  # characters of what a suite's own report prints
 
@@ -109,7 +110,7 @@ def _without_trials(folders: Iterable[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def _counted(trials: Sequence[Path]) -> str:
-    return "1 trial" if len(trials) == 1 else f"{len(trials)} trials"
+    return counted(len(trials), "trial")
 
 
 def _with_their_baseline(runs_dir: Path, folders: Sequence[Path], against: str) -> tuple[list[Path], list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -15,38 +16,46 @@ from pipeline.recipe import Recipe
 from pipeline.stand_in import with_stand_ins
 from pipeline.suite import Suite, references, refuse_references
 from pipeline.tasks import build_data
+from pipeline.units import counted
 from pipeline.weights import study_inputs
 
 
 def show_recipe(made: Recipe | Suite, workers: int, console: Console | None = None) -> None:
-    """Print a recipe, or each of a suite: resolved, its parameters, study key, global batch and DeepSpeed settings.
+    """Print a recipe: resolved, its parameters, study key, global batch and DeepSpeed settings.
 
-    No data file is needed, nor what a reference names.
+    Of a suite, what all its recipes share is printed once, and then what each has of its own. No data file is needed, nor what
+    a reference names.
     """
     console = console or new_console()
     if isinstance(made, Recipe):
         refuse_references(made)
-        _show(made, made, workers, console)
+        _print(made.name, *_resolved(made, made, workers), console)
         return
     with with_stand_ins(made) as recipes:
-        for recipe, ready in zip(made.recipes, recipes, strict=True):
-            _show(recipe, ready, workers, console)
+        found = [_resolved(recipe, ready, workers) for recipe, ready in zip(made.recipes, recipes, strict=True)]
+    fields, lines = (_shared(each) for each in zip(*found, strict=True))
+    if len(found) > 1:
+        _print(f"shared by {len(found)} recipes", fields, lines, console)
+    for recipe, (own_fields, own_lines) in zip(made.recipes, found, strict=True):
+        if len(found) > 1:
+            console.print()
+            own_fields, own_lines = _less(own_fields, fields), _less(own_lines, lines)
+        _print(recipe.name, own_fields, own_lines, console)
 
 
-def _show(recipe: Recipe, ready: Recipe, workers: int, console: Console) -> None:
-    """`ready` is the recipe with files in the place of its references."""
+def _resolved(recipe: Recipe, ready: Recipe, workers: int) -> tuple[dict[str, str], dict[str, str]]:
+    """Its fields, and what follows from them. `ready` is the recipe with files in the place of its references."""
     network = check_recipe(ready.with_untrained_teacher(), workers)  # its weights may have to be downloaded
     split = recipe.split(workers)
     parameters = sum(p.numel() for p in network.parameters())
-    say(console, recipe.name, style="italic")
-    print_fields(console, recipe.flat())
-    say(console, f"{parameters:,}", label="parameters    ")
-    say(console, _study(recipe), label="study key     ")
-    batch = f"{recipe.batch_size} = {workers} workers x {split.micro_batch} samples x {split.accumulation} accumulated"
-    say(console, batch, label="global batch  ")
+    each = f"{counted(workers, 'worker')} x {counted(split.micro_batch, 'sample')} x {split.accumulation} accumulated"
+    lines = {
+        "parameters": f"{parameters:,}",
+        "study key": _study(recipe),
+        "global batch": f"{recipe.batch_size} = {each}",
+    }
     if isinstance(rate := recipe.optimizer.kwargs.get("lr"), float):
-        told = f"{rate:g} for this batch, {rate * 256 / recipe.batch_size:g} for one of 256 samples"
-        say(console, told, label="learning rate ")
+        lines["learning rate"] = f"{rate:g} for this batch, {rate * 256 / recipe.batch_size:g} for one of 256 samples"
     if recipe.backend == "deepspeed":
         settings = config(
             micro_batch=split.micro_batch,
@@ -56,7 +65,27 @@ def _show(recipe: Recipe, ready: Recipe, workers: int, console: Console) -> None
             precision=recipe.precision,
             clip_norm=recipe.clip_norm,
         )
-        console.out("DeepSpeed     " + json.dumps(settings, indent=2), highlight=False)
+        lines["DeepSpeed"] = json.dumps(settings, indent=2)
+    return recipe.flat(), lines
+
+
+def _shared(each: Sequence[dict[str, str]]) -> dict[str, str]:
+    """What all of them hold alike."""
+    return {key: value for key, value in each[0].items() if all(other.get(key) == value for other in each)}
+
+
+def _less(own: dict[str, str], shared: dict[str, str]) -> dict[str, str]:
+    return {key: value for key, value in own.items() if key not in shared}
+
+
+def _print(title: str, fields: dict[str, str], lines: dict[str, str], console: Console) -> None:
+    say(console, title, style="italic")
+    print_fields(console, fields)
+    for name, told in lines.items():
+        if "\n" in told:  # indented JSON
+            console.out(f"{name:<13} {told}", highlight=False)
+        else:
+            say(console, told, label=f"{name:<13} ")
 
 
 def _study(recipe: Recipe) -> str:

@@ -26,7 +26,7 @@ from pipeline.report.paired import WITHIN, Difference, paired_difference
 from pipeline.report.spread import Spread, spread_of
 from pipeline.report.study_run import StudyRun, from_folder, study_run
 from pipeline.track.jsonl import number
-from pipeline.units import shown
+from pipeline.units import counted, shown
 
 if TYPE_CHECKING:
     from pipeline.report.claims import Claim
@@ -145,7 +145,7 @@ class Group:
     def lost_told(self, rule: str) -> str:
         """`diverged in 2 of BPTT's 3 seeds`; empty where it did in none of them."""
         lost, seeds = self.lost(rule), len(self.by_seed(self.against, "top1"))
-        return f"diverged in {lost} of {self.against}'s {seeds} seed{'' if seeds == 1 else 's'}" if lost else ""
+        return f"diverged in {lost} of {self.against}'s {counted(seeds, 'seed')}" if lost else ""
 
     def spread(self, rule: str, name: str) -> Spread | None:
         """Of a number of the summaries, over the rule's finished runs; None where none of them has it."""

@@ -15,6 +15,7 @@ from pipeline.forecast.bench import RESERVE, Cost
 from pipeline.forecast.sweep import Point, Sweep
 from pipeline.measure.memory import told_hardware
 from pipeline.printing import new_console, number, print_table, say
+from pipeline.units import counted
 
 
 def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None = None) -> None:
@@ -45,7 +46,7 @@ def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None 
         say(console, line)
     on = told_hardware(found.hardware)
     of = "fwd+bwd: forward and backward alone, without loading, optimizer and collectives"
-    say(console, f"one batch of {found.samples} samples; {of}; {on}")
+    say(console, f"one batch of {counted(found.samples, 'sample')}; {of}; {on}")
     if found.memory_bytes is not None:
         say(console, _told_of_largest(found, found.memory_bytes))
     if found.teacher is not None:

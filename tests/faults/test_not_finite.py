@@ -28,7 +28,7 @@ from pipeline.worker import run
 from tests.processes import run_ranks
 from tests.small import make_run, same_weights, small_recipe, train_inline
 
-REASON = "its gradient is not finite on 1 of 1 workers"  # spikes hide it from the loss
+REASON = "its gradient is not finite on 1 of 1 worker"  # spikes hide it from the loss
 pytestmark = pytest.mark.timeout(120)
 
 SEED = 20261127  # of the batches

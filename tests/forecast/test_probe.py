@@ -371,10 +371,36 @@ def test_the_command_prints_tables_and_json(
     assert {cost["rule"] for cost in told["costs"]} >= {"BPTT", "SLTT"} and told["advice"]
 
 
+SEVERAL = """
+    one = small_recipe(model=spec(mlp, in_features=64, hidden=(8,)), rule=spec(SLTT))
+    rules = [one, replace(one, name="bptt", rule=spec(BPTT)), replace(one, name="two", rule=spec(SLTT, k=2), seed=1)]
+    return [*rules, replace(one, name="wide", init="@bptt", micro_batch=4)]
+"""
+
+
+def test_of_several_recipes_each_network_is_probed_once_with_all_their_rules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    imports = "from dataclasses import replace\nfrom pipeline.rules.bptt import BPTT\nfrom pipeline.rules.sltt import SLTT\n"
+    file.write_text(imports + RECIPE[: RECIPE.index("    return")] + SEVERAL)
+    monkeypatch.setattr("pipeline.forecast.probe.RULES", (spec(BPTT),))
+    run = command(monkeypatch, capsys)
+    code, out, err = run("probe", str(file))
+    assert (code, err) == (0, "")
+    assert out.count("one batch of 8 samples") == out.count("one batch of 4 samples") == 1
+    assert "small, bptt, two" in out and "\nwide" in out
+    code, out, _ = run("probe", str(file), "--format", "json")
+    assert [(each["recipe"], [cost["rule"] for cost in each["costs"]]) for each in json.loads(out)] == [
+        ("small, bptt, two", ["BPTT", "SLTT", "SLTT-2"]),
+        ("wide", ["BPTT", "SLTT"]),
+    ]
+
+
 def test_bad_use_ends_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run = command(monkeypatch, capsys)
-    code, _, err = run("probe", "recipes/compare/fashion_demo.py")
-    assert code == 2 and err.startswith("probe: the file must hold one recipe; got a suite of") and err.count("\n") == 1
+    code, _, err = run("sweep", "recipes/compare/fashion_demo.py")
+    assert code == 2 and err.startswith("sweep: the file must hold one recipe; got a suite of") and err.count("\n") == 1
     file = tmp_path / "mine.py"
     file.write_text(RECIPE)
     code, _, err = run("probe", str(file), "--batch", "1000")

@@ -100,7 +100,7 @@ def test_a_bad_batch_leaves_no_trace(rule: str, bad: int) -> None:
     for trained in (hit, whole):
         trained.rule.figures()  # HLOP writes down what it is asked for
     assert same(hit.values(), whole.values())
-    assert hit.told == [(bad, "its gradient is not finite on 1 of 1 workers")]  # spikes hide it from the loss
+    assert hit.told == [(bad, "its gradient is not finite on 1 of 1 worker")]  # spikes hide it from the loss
     assert all(p.grad is None for p in hit.backend.network.parameters())
 
 
@@ -138,7 +138,7 @@ def test_a_gradient_that_is_not_finite_is_bad_though_the_loss_is() -> None:
     hook = hit.backend.network[0].weight.register_hook(lambda g: g * math.inf)  # type: ignore[union-attr, operator]
     hit.batch(1)
     hook.remove()
-    assert same(hit.values(), before) and hit.told == [(1, "its gradient is not finite on 1 of 1 workers")]
+    assert same(hit.values(), before) and hit.told == [(1, "its gradient is not finite on 1 of 1 worker")]
 
 
 def test_too_many_in_a_row_lead_back() -> None:

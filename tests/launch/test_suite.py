@@ -535,6 +535,10 @@ def test_show_prints_every_recipe_of_a_suite_without_what_it_refers_to(places: P
     assert code == 0, error
     assert "@first" in said and "/tmp" not in said.replace(str(places), "")
     assert said.count("study key     depends on what first will have learnt") == 2
+    assert "shared by 3 recipes" in said and "global batch  8 = 1 worker x 8 samples x 1 accumulated" in said
+    told = [line.split(maxsplit=1) for line in said.splitlines()]
+    assert all(sum(line[:1] == [key] for line in told) == 1 for key in ("time_steps", "batch_size", "parameters"))
+    assert [line[1].strip() for line in told if line[:1] == ["name"]] == ["first", "second", "third"]
     code, _, error = spiketrain("evaluate", str(places / "lab_suite.py"), "--weights", "x.pt")
     assert code == 2 and "the file must hold one recipe; got first, second, third" in error
 

@@ -132,7 +132,7 @@ def test_everything_else_is_a_line_of_its_own_at_once():
         "failed: RuntimeError: worker died",
         "worker 1 gave no sign of life: what it was at is in stacks/rank1-20260105-120000.txt",
         "worker 1 ended: KeyError: 'cable'",
-        "start 2: goes on at step 8/100 on 1 workers",
+        "start 2: goes on at step 8/100 on 1 worker",
         "waiting for the first batch, which compiles what reads the data",
         "stopped after step 12: asked to stop",
         "finished: 100 steps in 34.5 s, top-1 61.00%",

@@ -22,6 +22,7 @@ from pipeline.report.silence import state_told
 from pipeline.report.store import StoredRun, StoredStudy, state_of
 from pipeline.report.study import Group, Study
 from pipeline.report.swept import LARGEST_SAID, swept
+from pipeline.units import counted
 
 SHOWN = 200
 """studies of a list"""
@@ -42,7 +43,7 @@ def study_list(place: Place, studies: Sequence[StoredStudy]) -> list[Any]:
     found = place.listed(studies)
     if not studies:
         return [html.P("The store has no run of spiketrain yet; `spiketrain launch RECIPE` makes one.", className="note")]
-    count = f"{len(found)} of {_count(len(studies), 'study', 'studies')}"
+    count = f"{len(found)} of {counted(len(studies), 'study', 'studies')}"
     more = "" if len(found) <= SHOWN else f"; the first {SHOWN} are shown, the filter finds the others"
     rows = [_row(place, study) for study in found[:SHOWN]]
     return [
@@ -304,7 +305,3 @@ def _seeds(seeds: Sequence[str]) -> str:
 
 def _when(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
