@@ -22,7 +22,8 @@ def of_worker(*, threads: int, loader_threads: int, gpus: bool, alone: bool) -> 
         **({"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if alone else {}),  # unless the user says otherwise
         **(EXACT if gpus else {}),  # likewise; NCCL reads it when it first meets the others
         **passed_on(),
-        "PYTHONPATH": python_path(),
+        # A worker starts in a folder of its own; a package that the user trusts lies beside the recipe or on the path.
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path)),
         **environment(),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
@@ -32,14 +33,6 @@ def of_worker(*, threads: int, loader_threads: int, gpus: bool, alone: bool) -> 
         # What the workers have, not what this process sees; and workers without a GPU each must not meet the few there are.
         **({"DS_ACCELERATOR": "cuda"} if gpus else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}),
     }
-
-
-def python_path() -> str:
-    """Where this process finds what it imports.
-
-    A worker starts in a folder of its own; a package that the user trusts lies beside the recipe or on the path.
-    """
-    return os.pathsep.join(dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path))
 
 
 def passed_on() -> dict[str, str]:

@@ -7,7 +7,6 @@ others run, on the same memory bus, and never on the same cores.
 from __future__ import annotations
 
 import ctypes
-import os
 import signal
 import subprocess
 import sys
@@ -24,7 +23,6 @@ from pipeline.command_line import trust_words
 from pipeline.job import STOP, Job, was_stopped
 from pipeline.launch.base import Launcher, LaunchError
 from pipeline.launch.children import Children
-from pipeline.launch.environment import python_path
 from pipeline.launch.shown import Shown
 from pipeline.launch.signals import PATIENT, wishes
 from pipeline.printing import say
@@ -152,7 +150,6 @@ class _Driven:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": python_path()},
             start_new_session=True,  # Ctrl-C in a terminal reaches the suite alone, which passes it on
             preexec_fn=_end_with_the_suite,
         )
