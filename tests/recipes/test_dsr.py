@@ -22,6 +22,11 @@ def test_leaky_neurons_have_the_published_backward(name: str) -> None:
     assert rule_of(name).backward == "published"
 
 
+@pytest.mark.parametrize("name", ["cifar.cifar10_dsr_if", "cifar.cifar100_dsr_if", "imagenet.preact18_dsr"])
+def test_if_neurons_have_the_one_backward_there_is(name: str) -> None:
+    assert rule_of(name).backward == "rates"
+
+
 def test_the_second_stage_on_imagenet_is_calibrated_on_the_anns_activations() -> None:
     rule = rule_of("imagenet.preact18_dsr")
     assert (rule.calibration_batches, rule.calibrate_on) == (5, "activations")
