@@ -131,7 +131,7 @@ def test_it_is_stopped_by_ctrl_c_and_resumed(launch: Launch) -> None:
 
 
 def test_it_diverges(launch: Launch) -> None:
-    ends(launch("launch", "diverged", "--set", "optimizer.lr=1e30"), 2, "optimizer.lr")
+    ends(launch("launch", "diverged", "--set", "optimizer.lr=1e30"), 2, "^training: ")
 
 
 def test_its_worker_is_killed(launch: Launch) -> None:
