@@ -142,20 +142,24 @@ def fidelity(events: Iterable[Event]) -> list[Fidelity]:
 
 
 def parts(events: Iterable[Timed]) -> dict[str, float]:
-    """Of the batches alone: a point has the mean of a batch since the one before, and one that metrics told may have no parts."""
+    """Of the batches alone: a point has the mean of a batch since the one before, and one that metrics told may have no parts.
+
+    A start's first point is left out: its first batch waits for imports and compilation.
+    """
     seconds: dict[str, float] = {}
     done = told_of = 0
+    is_first = True
     for _, event in events:
         step = count(event.get("step"))
         if event["event"] == "step" and step is not None:
-            metrics = event.get("metrics") or {}
+            metrics = {} if is_first else event.get("metrics") or {}
             means = {name: mean for name in (*PARTS, REST) if (mean := number(metrics.get(f"{name}_s"))) is not None}
             batches = max(0, step - done) if means else 0
             told_of += batches
             for name, mean in means.items():
                 seconds[name] = seconds.get(name, 0.0) + mean * batches
         if event["event"] in ("start", "step") and step is not None:
-            done = step
+            done, is_first = step, event["event"] == "start"
     return {name: total / told_of for name, total in seconds.items()} if told_of else {}
 
 

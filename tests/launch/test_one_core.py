@@ -88,6 +88,11 @@ def launch(folder: Path) -> Iterator[Launch]:
             driver.kill()
 
 
+def at_step(driver: Driver, step: int) -> None:
+    """Much later than where every worker has a core of its own."""
+    driver.wait_for(lambda event: event["event"] == "step" and event["step"] >= step, within=600)
+
+
 def ends(driver: Driver, code: int, last: str) -> None:
     """With this exit code, this in its last line, and nothing left of it soon after that line."""
     assert driver.end(within=600) == code, driver.log.read_text()[-3000:]
@@ -118,7 +123,7 @@ def test_it_finishes_and_another_of_its_name_is_refused_once_ray_is_up(launch: L
 
 def test_it_is_stopped_by_ctrl_c_and_resumed(launch: Launch) -> None:
     driver = launch("launch", "resumed")
-    driver.at_step(7)
+    at_step(driver, 7)
     driver.process.send_signal(signal.SIGINT)
     ends(driver, 130, "stopped; go on with: ")
     ends(launch("resume", "resumed"), 0, "wall clocks leave out start-up")
@@ -126,12 +131,12 @@ def test_it_is_stopped_by_ctrl_c_and_resumed(launch: Launch) -> None:
 
 
 def test_it_diverges(launch: Launch) -> None:
-    ends(launch("launch", "diverged", "--set", "optimizer.lr=1e30"), 2, "optimizer.lr")
+    ends(launch("launch", "diverged", "--set", "optimizer.lr=1e30"), 2, "^training: ")
 
 
 def test_its_worker_is_killed(launch: Launch) -> None:
     driver = launch("launch", "killed", "--max-restarts", "0")
-    driver.at_step(3)
+    at_step(driver, 3)
     [worker] = driver.workers()
     worker.kill()
     ends(driver, 1, "worker 0")

@@ -358,7 +358,9 @@ def test_the_data_of_a_figure_is_a_file(store: FakeStore):
     file = client.get(f"/csv?study={KEY}&name={GROUP}-ratios")
     assert file.mimetype == "text/csv" and file.get_data(as_text=True).startswith("rule,quantity,divided by,ratio")
     beside = client.get(f"/csv?study={KEY}&name={GROUP}-beside")
-    assert beside.get_data(as_text=True) == "rule,states beside saved bytes\nBPTT,1 ± 0 kB\nSLTT,1 ± 0 kB\n"
+    assert beside.get_data(as_text=True) == (
+        "rule,states beside saved bytes,start-up\nBPTT,1 ± 0 kB,0 ± 0 ms\nSLTT,1 ± 0 kB,0 ± 0 ms\n"
+    )
     assert client.get(f"/csv?study={KEY}&name={GROUP}-held").status_code == 404  # no run says what training holds
     for nothing in (f"study={KEY}&name=../../x", f"study={KEY}&name=g1-ratios", f"name={GROUP}-ratios"):
         assert client.get(f"/csv?{nothing}").status_code == 404

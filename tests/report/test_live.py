@@ -85,13 +85,14 @@ def test_a_resumed_run_stands_where_it_stood_until_it_has_passed_that(store: Fak
 
 
 def test_a_run_that_goes_on_is_divided_by_the_batches_that_its_parts_are_of(store: FakeStore):
-    """The journal tells of 50, each of 40 + 80 ms; of those after it metrics tell the parts of the newest ten alone."""
+    """The journal tells of 50, each of 40 + 80 ms, of which the point of the first 25 is left out; of those after it metrics tell
+    the parts of the newest ten alone."""
     live = Live(store)
     going_on(store, 90)
     assert live.run(store.members[0]).step == 90
     assert live.run(store.members[0]).parts == pytest.approx({"forward": 0.04, "backward": 0.08})
     going_on(store, 90, newest={"train/forward_s": 0.1, "train/backward_s": 0.08})
-    assert live.run(store.members[0]).parts == pytest.approx({"forward": (50 * 0.04 + 10 * 0.1) / 60, "backward": 0.08})
+    assert live.run(store.members[0]).parts == pytest.approx({"forward": (25 * 0.04 + 10 * 0.1) / 35, "backward": 0.08})
 
 
 def test_a_run_without_a_journal_is_told_by_its_tags(store: FakeStore):

@@ -62,8 +62,16 @@ def test_a_run_that_goes_on_has_no_summary_and_the_parts_so_far():
     assert one.recipe["optimizer"]["kwargs"] == {"lr": 0.1}
 
 
+def test_parts_so_far_leave_out_the_point_in_which_compilation_is():
+    told = events()[:4]
+    first = next(event for event in told if event["event"] == "step")
+    first["metrics"] = {**first["metrics"], "data_wait_s": 1.0, "forward_s": 2.0}
+    one = study_run("r", told, state="running")
+    assert one.parts == pytest.approx({"forward": 0.04, "backward": 0.08})
+
+
 def test_batches_that_a_restart_did_again_are_divided_by_as_well():
-    """60 were done, then the last 50: 110 of 40 + 80 ms each."""
+    """60 were done, then the last 50; of 40 + 80 ms each, the first point of either start left out."""
     one = study_run("r", events(restart=True)[:-1], state="stopped")
     assert one.step == 100 and one.parts == pytest.approx({"forward": 0.04, "backward": 0.08})
 
