@@ -62,7 +62,7 @@ def template(classes: int) -> str:
 def write_shapes(folder: Path, *, train: int, val: int, seed: int = 0) -> None:
     """So many pictures of each class in `folder/train` and `folder/val`, of sizes, places, turns and colours drawn from `seed`.
 
-    The colour of a shape leans towards one that its class has.
+    The colour of a shape leans towards one that its class has; the ground has any, so some shapes are hard to see.
     """
     draw = np.random.default_rng(seed)
     for part, count in (("train", train), ("val", val)):
@@ -74,7 +74,7 @@ def write_shapes(folder: Path, *, train: int, val: int, seed: int = 0) -> None:
 
 def _shape(label: str, draw: np.random.Generator) -> Image.Image:
     width, height = (int(side) for side in draw.integers(60, 120, 2))
-    ground = tuple(int(value) for value in draw.integers(0, 100, 3))
+    ground = tuple(int(value) for value in draw.integers(0, 256, 3))
     colour = draw.integers(0, 100, 3) + 155 * (np.arange(3) == list(CORNERS).index(label))
     picture = Image.new("RGB", (width, height), ground)
     radius = draw.uniform(0.2, 0.45) * min(width, height)
