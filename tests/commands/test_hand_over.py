@@ -193,7 +193,7 @@ def test_what_whoever_resumes_would_not_import_is_not_handed_over(
         ("--cluster k8s --image a.example/s:1", "--cluster needs a --name"),
         ("--cluster k8s --name a", "--cluster k8s needs --image and --infra; got no --image, --infra"),
         ("--cluster k8s --name a --image a.example/s:1", "--cluster k8s needs --image and --infra; got no --infra"),
-        (f"--cluster k8s --name a {CPU_PODS} --image a", "image must be a name with a tag"),
+        (f"--cluster k8s --name a {CPU_PODS.replace('a.example/s:1', 'a')}", "image must be a name with a tag"),
         ("--cluster slurm --name a", "--cluster slurm needs --nodes and --time; got no --nodes, --time"),
         ("--cluster slurm --name a --nodes 1 --time 1 --infra /nowhere", "template of the job cannot be read"),
         (f"--cluster k8s --name a {CPU_PODS} --inline", "a job trains with workers of Ray; got --inline"),
