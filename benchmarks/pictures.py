@@ -7,8 +7,8 @@ Each set is written to a folder of its own, mine.py beside it with the number of
 several seeds. Nothing else of the recipe changes, except that the test pictures are read once, after the last epoch.
 
     shapes    3 classes, 174 pictures to train on, generated: discs, squares and triangles
-    fashion   10 classes, 200 pictures to train on: Debian's Fashion-MNIST (`dataset-fashion-mnist`)
-    stamps    13 classes, 260 scenes to train on, of Debian's photographs (infra/setup.sh --pictures), test objects unseen
+    fashion   10 classes, 1,000 pictures to train on: Debian's Fashion-MNIST (`dataset-fashion-mnist`)
+    stamps    13 classes, 1,300 scenes to train on, of Debian's photographs (infra/setup.sh --pictures), test objects unseen
 
 Exits with 1 where a run diverged, or where the means of the two rules lie more than `NEAR` points apart.
 """
@@ -101,13 +101,13 @@ def _is_near(name: str, folder: Path, *, seeds: int) -> bool:
     folder.mkdir(parents=True)
     if name == "stamps":
         _spiketrain(
-            folder, "write", "stamps", "--out", "data/pictures", "--size", "64", "--samples", "260", "--val-samples", "260"
+            folder, "write", "stamps", "--out", "data/pictures", "--size", "64", "--samples", "1300", "--val-samples", "520"
         )
     else:
         if name == "shapes":
             write_shapes(folder / "pictures", train=58, val=100)
         else:
-            _write_fashion(folder / "pictures", train=20, val=30)
+            _write_fashion(folder / "pictures", train=100, val=100)
         words = ("--mode", "jpg", "--max-resolution", "256")
         _spiketrain(folder, "write", "folder", "--source", "pictures", "--out", "data/pictures", *words)
     (folder / "mine.py").write_text(template(CLASSES[name]))
