@@ -18,7 +18,7 @@ from pipeline.doctor.meeting import Meeting, meet, meet_here
 from pipeline.ports import free_port
 from tests.doctor.test_findings import NODE
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.full, pytest.mark.distributed, pytest.mark.timeout(120)]
 
 
 def place(size: int) -> Meeting:

@@ -42,6 +42,7 @@ drive(job, Launcher(), Console(file=io.StringIO()), uri=uri, resume_command="spi
 """
 
 
+@pytest.mark.full
 def test_a_driver_that_is_killed_is_marked_killed_in_the_store_that_it_told(tmp_path: Path) -> None:
     run, uri = tmp_path / "runs" / "run", f"sqlite:///{tmp_path}/elsewhere.db"
     run.mkdir(parents=True)

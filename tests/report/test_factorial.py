@@ -209,6 +209,7 @@ def test_the_same_seed_gives_the_same_interval_and_no_contrast_a_table_of_cells(
     assert read(runs, {}).contrasts == () and len(read(runs, {}).cells) == 8
 
 
+@pytest.mark.full
 def test_a_set_of_stamps_is_grouped_by_its_objects(tmp_path: Path) -> None:
     """The manifest's groups, through a recipe as training leaves it."""
     pytest.importorskip("ffcv")
