@@ -139,7 +139,10 @@ def _refuse_unreadable(sets: Sequence[sources.Source[Any]], stored: Sequence["_S
     got = " and ".join(f"{count} in {name}" for name, count in counts.items())
     unreadable = [bad for found in stored for bad in found.skipped]
     if any(count > max_bad for count in counts.values()):
-        message = f"write: at most max_bad={max_bad} {kind}s of each set may be unreadable; got {got}"
+        message = (
+            f"write: at most {counted(max_bad, kind)} of each set may be unreadable; got {got}; "
+            "mend or remove what is listed, or allow more with --max-bad"
+        )
         raise TooManyUnreadable(message, unreadable)
     for each, found in zip(sets, stored, strict=True):
         if not found.labels:

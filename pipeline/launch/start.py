@@ -207,7 +207,7 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
             batches = inputs(val_set, steps, device)
             found.append(evaluate(network, batches, recipe.objective.build().labels, **about))
         where = f", {task.name}" if recipe.phases else ""
-        say(console, f"{name}, T = {steps}{where}): {_told(found[-1].result)} in {time.monotonic() - begun:.1f} s")
+        say(console, f"{name}, T = {steps}{where}): {_told(found[-1].result)}; it took {time.monotonic() - begun:.1f} s")
     if recipe.phases:
         mean = _told(mean_of([each.result for each in found]))
         say(console, f"{name}, T = {steps}, mean of {counted(len(found), 'task')}): {mean}")
@@ -217,8 +217,8 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
 
 
 def _told(result: Evaluation) -> str:
-    top5 = "" if result.top5 is None else f"top-5 {result.top5:.4f}, "
+    top5 = "" if result.top5 is None else f"top-5 {result.top5:.2%}, "
     return (
-        f"top-1 {result.top1:.4f}, {top5}loss {result.loss:.4f} on {counted(result.samples, 'sample')}, "
+        f"top-1 {result.top1:.2%}, {top5}loss {result.loss:.4f} on {counted(result.samples, 'sample')}, "
         f"firing rate {result.firing_rate:.4f} on one in {ACTIVITY_EVERY} of them"
     )

@@ -57,7 +57,8 @@ def _basis_of_rules(found: Plan) -> str:
     card, workers = found.cluster.device, found.cluster.workers
     if card is None:
         left = f"{RESERVE:.0%} of the memory that is free left so"
-        return f"{profiled}, their seconds, and what {workers} local workers do to one another; {left}."
+        neighbours = "" if workers == 1 else f", and what {workers} local workers do to one another"
+        return f"{profiled}, and their seconds{neighbours}; {left}."
     link = "" if workers <= found.cluster.per_node else f", {found.cluster.node_link * 8 / 1e9:.0f} Gb/s from node to node"
     return (
         f"{profiled}; {card.name}: roofline at {EFFICIENCY:.0%} ({card.source}), {RESERVE:.0%} of its memory left free, "

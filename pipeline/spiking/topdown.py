@@ -176,7 +176,9 @@ def refuse_streams(who: str, model: nn.Module, ends: Mapping[str, Tensor]) -> No
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     reached: dict[int, str] = {}
     for end, value in ends.items():
-        for parameter in _leaves(value):
+        leaves = _leaves(value)
+        # In the model's order, so that each refusal of a model names the same parameter.
+        for parameter in [*filter(leaves.__contains__, names), *leaves - names.keys()]:
             other = reached.setdefault(parameter, end)
             if other != end:
                 raise ValueError(

@@ -31,7 +31,10 @@ def test_what_is_not_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     code, _, error = run(*map(str, words))
     *listed, refused = error.splitlines()
     assert code == 2 and listed == [f"  unreadable {reason}" for reason in reasons]
-    assert refused == "write: at most max_bad=0 images of each set may be unreadable; got 25 in train and 1 in val"
+    assert refused == (
+        "write: at most 0 images of each set may be unreadable; got 25 in train and 1 in val; "
+        "mend or remove what is listed, or allow more with --max-bad"
+    )
 
     code, out, error = run(*map(str, words), "--max-bad", "25")
     assert code == 0

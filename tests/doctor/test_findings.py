@@ -44,6 +44,11 @@ def test_nodes_that_are_well_and_alike() -> None:
     assert len([*of_nodes([NODE, OTHER], runs="/r", needed_bytes=1)]) == 2 + 2 * 5
 
 
+def test_that_nodes_are_alike_is_said_of_several() -> None:
+    both, alone = (next(of_nodes(nodes, runs="/r", needed_bytes=1)).told for nodes in ([NODE, OTHER], [NODE]))
+    assert both == f"{alone}, on 2 nodes alike" and "node" not in alone
+
+
 @pytest.mark.parametrize(
     ("sick", "check", "state", "told"),
     [

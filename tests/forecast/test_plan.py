@@ -269,7 +269,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     told = json.loads(out)
     assert {each["rule"] for each in told["rules"]} >= {"BPTT", "SLTT"} and told["kind"] == "a model, not measured"
     code, out, _ = run("plan", str(file))  # here, with the data
-    assert code == 0 and "what 1 local workers do to one another" in " ".join(out.split())
+    assert code == 0 and "on this machine, and their seconds; 10% of the memory" in " ".join(out.split())
+    code, out, _ = run("plan", str(file), "--workers", "2")
+    assert code == 0 and "what 2 local workers do to one another" in " ".join(out.split())
 
 
 @pytest.mark.full

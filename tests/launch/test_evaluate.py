@@ -94,9 +94,10 @@ def by_hand(made: QKFormer, steps: int) -> tuple[float, float, float]:
 
 
 def figures(said: str) -> list[float]:
-    found = re.search(r"top-1 ([\d.]+), top-5 ([\d.]+), loss ([\d.]+) on 20 samples, firing rate ", said)
+    found = re.search(r"top-1 ([\d.]+)%, top-5 ([\d.]+)%, loss ([\d.]+) on 20 samples, firing rate .*; it took ", said)
     assert found, said
-    return [float(each) for each in found.groups()]
+    top1, top5, loss = (float(each) for each in found.groups())
+    return [top1 / 100, top5 / 100, loss]
 
 
 @pytest.mark.parametrize("steps", [2, 3])

@@ -64,3 +64,10 @@ def test_streams_are_refused_by_name():
     refuse_streams("X", model, {"one": a * 2, "two": b, "none": x_TBC})
     with pytest.raises(ValueError, match=r"^X: a stream .* got a\.(weight|bias) with a path to one and to two$"):
         refuse_streams("X", model, {"one": a * 2, "two": a + b})
+
+
+def test_the_first_parameter_of_a_stream_is_named_each_time():
+    layers = nn.Sequential(*(Linear(2, 2) for _ in range(8)))
+    value = layers(torch.ones(1, 1, 2))
+    with pytest.raises(ValueError, match=r"got 0\.weight with a path"):
+        refuse_streams("X", layers, {"one": value * 2, "two": value + 1})
