@@ -115,7 +115,9 @@ def check_batch(batch: Any, data: Data, method: str) -> None:
             raise ValueError(f"{who}: {name} must be {str(dtype).removeprefix('torch.')} {told}; got {_described(value)}")
     low, high = int(batch.target.min()), int(batch.target.max())
     if low < 0 or high >= data.classes:
-        raise ValueError(f"{who}: target must be in 0..{data.classes - 1}, of {data.classes} classes; got {low} to {high}")
+        raise ValueError(
+            f"{who}: target must be in 0..{data.classes - 1}, of {counted(data.classes, 'class')}; got {low} to {high}"
+        )
 
 
 def checked_network(network: Any, part: Spec) -> nn.Module:
@@ -138,7 +140,7 @@ def check_network(network: nn.Module, recipe: Recipe, data: Data) -> None:
     x_TB = over_steps(torch.zeros(samples, *data.shape), recipe.time_steps)
     wanted = (recipe.time_steps, samples, data.classes)
     rule = f"model: {recipe.model.target.__name__} must map [T, B, ...] to logits [T, B, K]"
-    given = f"for an input of shape {list(x_TB.shape)} and {data.classes} classes"
+    given = f"for an input of shape {list(x_TB.shape)} and {counted(data.classes, 'class')}"
     was_training = network.training
     network.eval()
     try:

@@ -147,7 +147,8 @@ def _versions(nodes: Sequence[Node]) -> Iterator[Finding]:
             yield Finding(check="versions", state="bad", told=f"{package} is not installed", advice="`make setup`")
     if not differing:
         told = ", ".join(f"{name} {nodes[0].versions[name]}" for name in ("python", "torch", "ray", "deepspeed", "ffcv"))
-        yield Finding(check="versions", state="ok", told=f"{told}, on {len(nodes)} nodes alike")
+        alike = f", on {len(nodes)} nodes alike" if len(nodes) > 1 else ""
+        yield Finding(check="versions", state="ok", told=told + alike)
 
 
 def _gpus(nodes: Sequence[Node]) -> Iterator[Finding]:

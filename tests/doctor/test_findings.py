@@ -44,6 +44,12 @@ def test_nodes_that_are_well_and_alike() -> None:
     assert len([*of_nodes([NODE, OTHER], runs="/r", needed_bytes=1)]) == 2 + 2 * 5
 
 
+@pytest.mark.parametrize(("nodes", "end"), [((NODE,), "ffcv 1.0"), ((NODE, OTHER), "ffcv 1.0, on 2 nodes alike")])
+def test_one_node_is_alike_to_no_other(nodes: tuple[Node, ...], end: str) -> None:
+    [versions] = [each.told for each in of_nodes(nodes, runs="/r", needed_bytes=1) if each.check == "versions"]
+    assert versions.endswith(end)
+
+
 @pytest.mark.parametrize(
     ("sick", "check", "state", "told"),
     [
