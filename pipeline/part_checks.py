@@ -109,6 +109,8 @@ def check_batch(batch: Any, data: Data, method: str) -> None:
         ("index", torch.int64, "[B]", ()),
     )
     samples = len(batch.x) if isinstance(batch.x, Tensor) and batch.x.dim() else 0
+    if isinstance(batch.x, Tensor) and batch.x.numel() == 0:
+        raise ValueError(f"{who}: must have samples; got x of shape {list(batch.x.shape)}")
     for name, dtype, told, shape in expected:
         value = getattr(batch, name)
         if not isinstance(value, Tensor) or value.dtype != dtype or tuple(value.shape) != (samples, *shape):

@@ -117,7 +117,8 @@ def _pods(order: Order, workers: int, limits: dict[str, Any], *, most: int) -> i
     if pods is None or pods > most:
         each = counted(_cpus(limits), "core") + (f" and {counted(_gpus(limits), 'GPU')}" if _gpus(limits) else "")
         raise ValueError(
-            f"k8s: {order.wanted(workers)} x {counted(int(asked), 'cpu')} must fit into pods of {each}, of which {order.infra} has {most}: "
+            f"k8s: {order.wanted(workers)} x {counted(int(asked), 'cpu')} must fit into pods of {each}, "
+            f"of which {order.infra} has {most}: "
             f"room for {counted(most * room, 'worker')}"
         )
     return pods
