@@ -34,7 +34,7 @@ def settle(threads: int, device: torch.device) -> None:
 
 
 def exactness(device: torch.device) -> str:
-    """`yes`, or what speaks against the same bits after a restart on as many workers: for a run's conditions."""
+    """`yes` if a restart on as many workers gives the same bits, else `no: ` and what prevents it; for a run's conditions."""
     if device.type != "cuda":
         return "yes"
     others = [f"{name}={os.environ.get(name)}" for name, value in EXACT.items() if os.environ.get(name) != value]
