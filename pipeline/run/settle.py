@@ -46,7 +46,7 @@ def _note_inexact() -> None:
     show = warnings.showwarning
 
     def note(message: Warning | str, *about: object, **more: object) -> None:
-        if found := re.match(r"(\S+) does not have a deterministic implementation", str(message)):
+        if found := re.match(r"(.+?) does not have a deterministic implementation", str(message)):
             _inexact.add(found[1])
         else:
             show(message, *about, **more)  # type: ignore[arg-type]
