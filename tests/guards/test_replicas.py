@@ -181,8 +181,8 @@ def test_weights_that_come_apart_again_and_again_are_no_matter_of_the_learning_r
 ) -> None:
     monkeypatch.setattr(saving, "drifted", lambda values, ranks: [1])
     said = (
-        "training: batch 0 (epoch 1): what workers 1 have learnt is not what others have; it has gone back max_rollbacks=1 times; "
-        "a memory, a device or a network is at fault: look with spiketrain doctor"
+        "training: batch 0 (epoch 1): what workers 1 have learnt is not what others have; it has gone back max_rollbacks=1 "
+        "times; a memory, a device or a network is at fault: look with spiketrain doctor"
     )
     with pytest.raises(Refused) as refusal:
         train_inline(tmp_path / "run", small_recipe(replicas_every=1, max_rollbacks=1))
