@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,14 @@ from pipeline.data.base import Batch, Data, Loader
 from pipeline.data.mixing import Mixing
 from pipeline.objective import Loss
 from pipeline.recipe import TRUSTED, Recipe, Spec
-from pipeline.recipe_json import dotted
+from pipeline.recipe_json import dotted, is_inside
 from pipeline.rules.base import Rule
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.state import fresh_state
 from pipeline.teachers.base import Teacher
 from pipeline.units import counted
+
+T_ = TypeVar("T_")
 
 _DATA_METHODS: Mapping[str, tuple[str, ...]] = {
     "fingerprint": (),
@@ -56,8 +58,7 @@ def checked_data(data: Any, part: Spec) -> Data:
 def is_own(recipe: Recipe) -> bool:
     """Whether the data is of the user's own code: what the package brings is tried by its tests."""
     parts = (recipe.data, *(phase.data for phase in recipe.phases))
-    trusted = tuple(f"{package}." for package in TRUSTED)
-    return not all(f"{dotted(part.target)}.".startswith(trusted) for part in parts)
+    return not all(is_inside(dotted(part.target), TRUSTED) for part in parts)
 
 
 def checked_loader(loader: Any, data: Data, method: str) -> Loader:
@@ -109,24 +110,26 @@ def check_batch(batch: Any, data: Data, method: str) -> None:
         ("index", torch.int64, "[B]", ()),
     )
     samples = len(batch.x) if isinstance(batch.x, Tensor) and batch.x.dim() else 0
+    if isinstance(batch.x, Tensor) and batch.x.numel() == 0:
+        raise ValueError(f"{who}: must have samples; got x of shape {list(batch.x.shape)}")
     for name, dtype, told, shape in expected:
         value = getattr(batch, name)
         if not isinstance(value, Tensor) or value.dtype != dtype or tuple(value.shape) != (samples, *shape):
             raise ValueError(f"{who}: {name} must be {str(dtype).removeprefix('torch.')} {told}; got {_described(value)}")
     low, high = int(batch.target.min()), int(batch.target.max())
     if low < 0 or high >= data.classes:
-        raise ValueError(f"{who}: target must be in 0..{data.classes - 1}, of {data.classes} classes; got {low} to {high}")
+        raise ValueError(
+            f"{who}: target must be in 0..{data.classes - 1}, of {counted(data.classes, 'class')}; got {low} to {high}"
+        )
 
 
 def checked_network(network: Any, part: Spec) -> nn.Module:
     """Raises: ValueError where `part` made no module."""
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"model: {part.target.__name__} must make a torch.nn.Module; got {type(network).__name__}")
-    return network
+    return _made("model", part, network, nn.Module, "torch.nn.Module")
 
 
 def check_network(network: nn.Module, recipe: Recipe, data: Data) -> None:
-    """Whether the network maps `[T,B,...]` to logits `[T,B,K]`, by one forward pass on the CPU, of one sample without its values.
+    """Try whether the network maps `[T,B,...]` to logits `[T,B,K]`: one forward pass on the CPU, of zeros in place of a sample.
 
     Raises:
         ValueError: what it gave, or how it failed.
@@ -138,7 +141,7 @@ def check_network(network: nn.Module, recipe: Recipe, data: Data) -> None:
     x_TB = over_steps(torch.zeros(samples, *data.shape), recipe.time_steps)
     wanted = (recipe.time_steps, samples, data.classes)
     rule = f"model: {recipe.model.target.__name__} must map [T, B, ...] to logits [T, B, K]"
-    given = f"for an input of shape {list(x_TB.shape)} and {data.classes} classes"
+    given = f"for an input of shape {list(x_TB.shape)} and {counted(data.classes, 'class')}"
     was_training = network.training
     network.eval()
     try:
@@ -157,8 +160,7 @@ def check_network(network: nn.Module, recipe: Recipe, data: Data) -> None:
 def checked_rule(rule: Any, part: Spec) -> Rule:
     """Raises: ValueError where `part` made no rule, or one that lacks what a rule must say."""
     who = f"rule: {part.target.__name__}"
-    if not isinstance(rule, Rule):
-        raise ValueError(f"{who} must make a pipeline.rules.base.Rule; got {type(rule).__name__}")
+    rule = _made("rule", part, rule, Rule, "pipeline.rules.base.Rule")
     if type(rule)._objectives is Rule._objectives:
         raise ValueError(f"{who} must override _objectives, which yields the losses to differentiate; it does not")
     if getattr(rule, "memory", None) not in ("constant", "linear"):
@@ -179,8 +181,7 @@ def checked_objective(objective: Any, part: Spec, *, classes: int) -> Loss:
 def checked_teacher(teacher: Any, part: Spec) -> Teacher:
     """Raises: ValueError where `part` made no teacher, or one that lacks what a teacher must say."""
     who = f"teacher: {part.target.__name__}"
-    if not isinstance(teacher, Teacher):
-        raise ValueError(f"{who} must make a pipeline.teachers.base.Teacher; got {type(teacher).__name__}")
+    teacher = _made("teacher", part, teacher, Teacher, "pipeline.teachers.base.Teacher")
     _refuse_missing(who, teacher, ("label",))
     for name in ("forward", "identity"):
         if getattr(type(teacher), name) is getattr(Teacher, name):
@@ -190,9 +191,7 @@ def checked_teacher(teacher: Any, part: Spec) -> Teacher:
 
 def checked_mixing(mixing: Any, part: Spec) -> Mixing:
     """Raises: ValueError where `part` made no mixing."""
-    if not isinstance(mixing, Mixing):
-        raise ValueError(f"mixing: {part.target.__name__} must make a pipeline.data.mixing.Mixing; got {type(mixing).__name__}")
-    return mixing
+    return _made("mixing", part, mixing, Mixing, "pipeline.data.mixing.Mixing")
 
 
 def checked_schedule(schedule: Any, part: Spec) -> Callable[[int], None]:
@@ -207,10 +206,14 @@ def checked_schedule(schedule: Any, part: Spec) -> Callable[[int], None]:
 
 def checked_optimizer(optimizer: Any, part: Spec) -> torch.optim.Optimizer:
     """Raises: ValueError where `part` made no optimizer."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        got = type(optimizer).__name__
-        raise ValueError(f"optimizer: {part.target.__name__} must make a torch.optim.Optimizer; got {got}")
-    return optimizer
+    return _made("optimizer", part, optimizer, torch.optim.Optimizer, "torch.optim.Optimizer")
+
+
+def _made(what: str, part: Spec, value: Any, kind: type[T_], name: str) -> T_:
+    """`value`, which `part` made, if it is of this kind."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{what}: {part.target.__name__} must make a {name}; got {type(value).__name__}")
+    return value
 
 
 def _refuse_missing(who: str, value: object, names: Sequence[str]) -> None:

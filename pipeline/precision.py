@@ -5,12 +5,13 @@
     bf16    torch's autocast; what it leaves in fp32 is IEEE single precision
 
 torch's own defaults (2.13) compute fp32 convolutions in TF32 and fp32 products in IEEE single precision. Here both are set, by
-torch's `fp32_precision` alone: a read of the older `allow_tf32` fails once both ways of setting it were used.
+torch's `fp32_precision`, and before that by the older `allow_tf32`, which torch.compile still reads: such a read fails where the
+two disagree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -54,8 +55,7 @@ def products_in(precision: Precision) -> Iterator[None]:
     try:
         yield
     finally:
-        for operation, was in zip(_operations(), before, strict=True):
-            operation.fp32_precision = was
+        _set(before)
 
 
 @contextmanager
@@ -71,8 +71,15 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def _set_products(precision: Precision) -> None:
-    for operation in _operations():
-        operation.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    _set(["tf32" if precision == "tf32" else "ieee"] * 3)
+
+
+def _set(precisions: Sequence[str]) -> None:
+    """Of each of `_operations`."""
+    product, convolution, _ = precisions
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = product == "tf32", convolution == "tf32"
+    for operation, precision in zip(_operations(), precisions, strict=True):
+        operation.fp32_precision = precision
 
 
 def _operations() -> tuple[Any, ...]:

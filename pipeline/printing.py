@@ -95,11 +95,11 @@ def print_table(
 
     Args:
         columns: a title alone is that of a column of text.
-        rows: cells. The lines of one that has several are joined where there is no width. A tab parts what stands side by side
-            where the table needs no other below it, and one below the other where it does.
+        rows: cells. A cell may have several lines; in piped output they are joined. A tab in a cell is a gap where one table
+            holds all columns, and a new line where it does not.
         title: stands above the first table.
-        keys: how many of the first columns each further table has again. Where these are two, a terminal shows the first in
-            the first of the rows that share it.
+        keys: how many of the first columns are repeated in each further table. Where these are two or more, a terminal shows
+            the first one's value once for neighbouring rows that share it.
     """
     if title:
         say(console, title, style="italic")

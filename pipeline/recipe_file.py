@@ -49,10 +49,10 @@ def load_recipe(path: Path) -> Recipe | Suite:
 
 
 def trust_of(made: Recipe | Suite, paths: Sequence[Path], named: Sequence[str] = ()) -> tuple[str, ...]:
-    """The packages that reading back what the recipe files have made must trust, each once.
+    """The packages that must be trusted to read a run of these recipe files back, each once.
 
-    They are those that the user has `named` and the files' own modules, as running a file was trusting it; of both, those
-    that a part or a report comes from and that are not trusted anyway.
+    Candidates are what the user has `named`, and the modules of the files themselves: to run a file was to trust it. A
+    candidate counts if a part or a report comes from it and it is not trusted anyway.
     """
     targets = [target for target in targets_of(made) if not is_inside(target, TRUSTED)]
     modules = [(name, path) for path in paths for name in list(sys.modules) if name.rpartition(".")[2] == path.stem]

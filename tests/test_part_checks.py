@@ -213,8 +213,9 @@ class Own:
 
     def _batch(self, kind: str, size: int) -> Any:
         x, target, index = torch.zeros(size, 1, 8, 8), torch.zeros(size, dtype=torch.int64), torch.arange(size)
-        x = {"bytes": x.byte(), "flat": x.flatten(1)}.get(kind, x)
-        target = {"labels": target + 10, "scores": target.float()}.get(kind, target)
+        x = {"bytes": x.byte(), "flat": x.flatten(1), "empty": x[:0]}.get(kind, x)
+        target = {"labels": target + 10, "scores": target.float(), "empty": target[:0]}.get(kind, target)
+        index = index[: len(target)]
         return {"tuple": (x, target), "none": None}.get(kind, Batch(x, target, index))
 
 
@@ -227,6 +228,7 @@ class Own:
         ("tuple", r"data: a batch of Own\.val: must be a pipeline\.data\.base\.Batch; got tuple"),
         ("bytes", r"data: a batch of Own\.val: x must be float32 \[B, 1, 8, 8\]; got uint8 \[8, 1, 8, 8\]"),
         ("flat", r"x must be float32 \[B, 1, 8, 8\]; got float32 \[8, 64\]"),
+        ("empty", r"data: a batch of Own\.val: must have samples; got x of shape \[0, 1, 8, 8\]"),
         ("scores", r"target must be int64 \[B\]; got float32 \[8\]"),
         ("labels", r"target must be in 0\.\.9, of 10 classes; got 10 to 10"),
     ],

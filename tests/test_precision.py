@@ -42,6 +42,22 @@ def test_products_and_convolutions_are_computed_alike() -> None:
         assert products() == [wanted] * 3
 
 
+def test_the_older_names_tell_the_same() -> None:
+    """torch.compile (2.13) reads them, and a read fails where they disagree with the newer ones."""
+
+    def older() -> tuple[object, ...]:
+        backends = torch.backends
+        return backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+    assert older() == (False, False, "highest")
+    with products_in("tf32"):
+        assert older() == (True, True, "high")
+        with products_in("bf16"):
+            assert older() == (False, False, "highest")
+        assert older() == (True, True, "high")
+    assert older() == (False, False, "highest")
+
+
 @pytest.mark.usefixtures("ampere")
 def test_inside_is_as_told_and_after_it_as_before() -> None:
     compute_in("tf32", CARD)

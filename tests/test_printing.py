@@ -10,7 +10,7 @@ from fcntl import ioctl
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -111,6 +111,7 @@ def test_names_and_values_stand_side_by_side():
 _WORDS = st.lists(st.text("ab/-", min_size=1, max_size=30), max_size=4).map(" ".join)
 
 
+@settings(deadline=None)
 @given(data=st.data(), width=st.integers(20, 100), keys=st.integers(1, 2))
 def test_no_word_is_broken_and_no_line_too_long_but_one_of_a_single_value(data: st.DataObject, width: int, keys: int):
     columns = [Column(title, wraps=True) for title in data.draw(st.lists(_WORDS, min_size=keys + 1, max_size=7))]

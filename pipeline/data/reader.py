@@ -203,8 +203,9 @@ class _Reading(EpochIterator):
         if len(failed):
             names = ", ".join(str(i) for i in index_B[failed][:10])
             raise DataError(f"data: {self.loader.fname}: cannot decode {self._what} of samples [{names}]; `spiketrain verify` it")
-        # The slot is written again two batches later. Pinned where a GPU waits for it, so that the copy there can overlap.
-        x_B = torch.empty(view_B.shape, dtype=torch.float32, pin_memory=torch.cuda.is_available())
+        # The slot is written again two batches later. Pinned where this process computes on a GPU, so that the copy there can
+        # overlap. On a CPU pinned memory would open a context on a card that nobody uses.
+        x_B = torch.empty(view_B.shape, dtype=torch.float32, pin_memory=torch.cuda.is_initialized())
         return x_B.copy_(torch.from_numpy(view_B))
 
     def close(self) -> None:

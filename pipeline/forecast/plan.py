@@ -202,7 +202,7 @@ def _check(recipe: Recipe, cluster: Cluster) -> None:
         raise ValueError(f"plan: the recipe must be of one task; got {counted(len(recipe.phases), 'phase')}")
     if card is not None and recipe.precision not in card.flops:
         raise ValueError(f"plan: {card.name}: precision must be {', '.join(card.flops)}; got {recipe.precision}")
-    if card is None and torch.cuda.is_available():
+    if card is None and device_here().type == "cuda":
         cards = torch.cuda.device_count()
         if cluster.workers > cards:
             raise ValueError(
@@ -234,10 +234,10 @@ class _Share:
         self.teacher, self.teacher_bytes = teacher, 0.0 if teacher is None else teacher.bytes
         self.workers, card = cluster.workers, cluster.device
         if card is None:
-            self.memory = (1 - RESERVE) * free_bytes(device_here()) / (1 if torch.cuda.is_available() else cluster.workers)
+            on = "cuda" if device_here().type == "cuda" else "cpu"
+            self.memory = (1 - RESERVE) * free_bytes(device_here()) / (1 if on == "cuda" else cluster.workers)
             self.loading_s_of_a_sample = loading_s(recipe, bench.samples) / bench.samples if source == "data" else 0.0
             self.loads_beside = len(os.sched_getaffinity(0)) > cluster.workers * cluster.threads
-            on = "cuda" if torch.cuda.is_available() else "cpu"
             found = neighbours(cluster.workers, self.held.gradients, threads=cluster.threads, on=on)
             crowded = found.slowdown / (1.0 if self.loads_beside else 1 - RAY_SHARE)
             self.slowdown = ALONE.slowdown if on == "cuda" else crowded  # cards share neither caches nor clocks

@@ -17,6 +17,7 @@ from pipeline.forecast.bench import Needs
 from pipeline.measure.traffic import Device
 from pipeline.recipe import Recipe
 from pipeline.rules.base import Rule
+from pipeline.tasks import build_data
 
 EFFICIENCY = 0.4
 """of the roofline that training reaches: an assumption, to be replaced by a measurement"""
@@ -106,7 +107,7 @@ def sizes_for(recipe: Recipe, workers: int, *, card: Device | None) -> tuple[int
 def times_for(recipe: Recipe, rule: Rule) -> tuple[int, ...]:
     """Two numbers of time steps that the rule can train at, around the recipe's where it can; of recordings, their own."""
     T = recipe.time_steps
-    if len(recipe.data.build().shape) == 4:
+    if len(build_data(recipe).shape) == 4:
         return (T,)
 
     def can(steps: int) -> bool:

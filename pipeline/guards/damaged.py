@@ -29,6 +29,7 @@ from pipeline.job import Job, Place
 from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe, read_json, write_json
 from pipeline.refused import Refused
+from pipeline.tasks import build_data
 
 __all__ = ["Damage", "LeftOut", "check_data", "find_damage"]
 
@@ -103,7 +104,7 @@ def find_damage(recipe: Recipe, job: Job, place: Place, ranks: Ranks) -> Damage:
 
     def found() -> tuple[Page, ...]:
         try:
-            check_data(recipe.data.build(), job, every_page=place.local_rank == 0)
+            check_data(build_data(recipe), job, every_page=place.local_rank == 0)
         except DamagedPages as damaged:
             if not damaged.may_go:
                 raise

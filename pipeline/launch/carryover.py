@@ -13,6 +13,7 @@ from pipeline.launch.prepare import read_job
 from pipeline.measure.memory import device_here
 from pipeline.precision import computing
 from pipeline.recipe import Recipe, write_json
+from pipeline.tasks import build_data
 from pipeline.units import counted
 from pipeline.weights import load_run
 
@@ -31,7 +32,7 @@ def carryover_of_run(
     recipe = Recipe.read(folder / "recipe.json", trust=trust)
     if recipe.phases:
         raise ValueError(f"carryover: the run must be of one task; got {counted(len(recipe.phases), 'phase')} in {folder.name}")
-    data: Data = recipe.data.build()
+    data = build_data(recipe)
     chosen = (
         listed_time_steps("carryover", steps) if steps is not None else (recipe.time_steps,) if len(data.shape) == 4 else STEPS
     )

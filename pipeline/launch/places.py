@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.track.jsonl import OF_NONE, Journal
+from pipeline.units import counted
 
 PLACES_S = 3600.0
 """that places for all workers are waited for, where a node may come back or be replaced"""
@@ -15,7 +16,8 @@ class NoPlace(Exception):
 
 
 def no_place(workers: int) -> str:
-    return f"launch: {_counted(workers)} found no place in time: others have it, or a node is gone and none came in its stead"
+    found = f"launch: {counted(workers, 'worker')} found no place in time"
+    return f"{found}: others have it, or a node is gone and none came in its stead"
 
 
 def tell_waiting(folder: Path, workers: int) -> None:
@@ -24,8 +26,4 @@ def tell_waiting(folder: Path, workers: int) -> None:
     Raises: OSError.
     """
     with Journal(folder / "journal.jsonl", attempt=OF_NONE) as journal:
-        journal.event("waiting", sync=True, what=f"a place for {_counted(workers)}", most_s=PLACES_S)
-
-
-def _counted(workers: int) -> str:
-    return f"{workers} worker{'s' * (workers > 1)}"
+        journal.event("waiting", sync=True, what=f"a place for {counted(workers, 'worker')}", most_s=PLACES_S)

@@ -151,7 +151,7 @@ class Meters:
         """Surrounds everything that one global batch costs; on some of them counts what backward keeps alive.
 
         Of a batch that is left in the middle nothing is kept but its seconds: the host's, which has waited to hear why.
-        Those of the first batch are no part's: it waits for imports and compilation, and its attempt's start-up ends with it.
+        The seconds of an attempt's first batch count as start-up, which `Attempt` tells: it waits for imports and compilation.
         """
         begun = time.perf_counter()
         counted = self._counted_on(self._begun, step)

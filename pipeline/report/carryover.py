@@ -6,6 +6,7 @@ from rich.console import Console
 
 from pipeline.ensemble import CausalTest, Ensemble, Mean
 from pipeline.printing import new_console, number, print_table, say
+from pipeline.units import counted
 
 _TITLES = ("T", "carry-over", "one step", "ensemble", "gap", "disagree", "below real", "loss of one", "loss of ensemble")
 
@@ -18,10 +19,10 @@ def print_carryover(found: CausalTest, name: str, *, by: str | None = None, cons
     console = console or new_console()
     columns = [title if title == "carry-over" else number(title) for title in _TITLES]
     print_table(console, columns, map(_cells, found.ensembles), title=name, keys=2)
-    over = "as if each were drawn by itself" if by is None else f"over their {found.groups} groups by {by}"
+    over = "as if each were drawn by itself" if by is None else f"over their {counted(found.groups, 'group')} by {by}"
     say(
         console,
-        f"{found.samples} samples, ± one standard error {over}; gaussian: their moments; "
+        f"{counted(found.samples, 'sample')}, ± one standard error {over}; gaussian: their moments; "
         f"shuffled: {found.same_class:.1%} of donors are of the same class; one batch carried over {found.bytes / 1e6:.4g} MB",
     )
 

@@ -84,9 +84,11 @@ def read_study(
         title = _title(members, names)
         place = runs_dir / f"report-{_slug(title)}.html"
     if tried and not members:
-        raise ReportError(f"report: runs must be trained on the whole training set; got {_counted(tried)} of a search alone")
+        raise ReportError(
+            f"report: runs must be trained on the whole training set; got {counted(len(tried), 'trial')} of a search alone"
+        )
     if tried:
-        notes.append(f"Left out: {_counted(tried)} on a held-out part of the training set.")
+        notes.append(f"Left out: {counted(len(tried), 'trial')} on a held-out part of the training set.")
     study = Study(
         title=title,
         runs=tuple(from_folder(folder) for folder in members),
@@ -107,10 +109,6 @@ def _without_trials(folders: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     for folder in folders:
         (tried if is_trial(folder) else members).append(folder)
     return members, tried
-
-
-def _counted(trials: Sequence[Path]) -> str:
-    return counted(len(trials), "trial")
 
 
 def _with_their_baseline(runs_dir: Path, folders: Sequence[Path], against: str) -> tuple[list[Path], list[str]]:

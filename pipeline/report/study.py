@@ -335,7 +335,7 @@ def _divergence(run: StudyRun) -> str:
         return f"ended with a loss of {loss} in its evaluation"
     # A run also goes back for replicas that differ, and then skips nothing.
     if run.is_finished and back and run.value("skipped_batches"):
-        return f"went back {back} time{'' if back == 1 else 's'} as its training diverged"
+        return f"went back {counted(back, 'time')} as its training diverged"
     return ""
 
 

@@ -178,7 +178,10 @@ class Attempt:
                     return
 
     def _tell_startup(self) -> None:
-        """What came before training at its own pace: imports, compilation, the first batch; without evaluations and the like."""
+        """How long this attempt took until its first batch had ended: imports, compilation and that batch.
+
+        What was done between batches meanwhile, such as an evaluation that was owed, is left out.
+        """
         self.is_starting = False
         settle(self.parts.device)
         work = self._worked_s() - self.worked_before_s

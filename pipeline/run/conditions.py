@@ -18,8 +18,7 @@ def conditions(network: nn.Module, rule: Rule, recipe: Recipe, device: torch.dev
     """For a summary; `none` where the network has no such part, and `a, b` where it has parts of several kinds.
 
     `norm_over` of a norm that is not this project's is "time" with its class, as it sees time steps folded into the batch.
-    `steps_per_forward` is T for what is folded over time, 1 for what goes step by step. `exact` is `yes` where a restart on as
-    many workers gives the same bits, else what speaks against it.
+    `steps_per_forward` is T for what is folded over time, 1 for what goes step by step. `exact`: see `exactness`.
     """
     modules = list(network.modules())
     return {

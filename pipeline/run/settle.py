@@ -34,7 +34,7 @@ def settle(threads: int, device: torch.device) -> None:
 
 
 def exactness(device: torch.device) -> str:
-    """`yes`, or what speaks against the same bits after a restart on as many workers: for a run's conditions."""
+    """`yes` if a restart on as many workers gives the same bits, else `no: ` and what prevents it; for a run's conditions."""
     if device.type != "cuda":
         return "yes"
     others = [f"{name}={os.environ.get(name)}" for name, value in EXACT.items() if os.environ.get(name) != value]
@@ -46,7 +46,7 @@ def _note_inexact() -> None:
     show = warnings.showwarning
 
     def note(message: Warning | str, *about: object, **more: object) -> None:
-        if found := re.match(r"(\S+) does not have a deterministic implementation", str(message)):
+        if found := re.match(r"(.+?) does not have a deterministic implementation", str(message)):
             _inexact.add(found[1])
         else:
             show(message, *about, **more)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from pipeline.refused import Refused
 from pipeline.submit.kustomize import build
 from pipeline.submit.order import Order
 from pipeline.submit.program import answer_of
+from pipeline.units import counted
 
 LONGEST_NAME = 47  # KubeRay 1.7.0: it makes longer names of it, which must fit into 63
 
@@ -114,10 +115,11 @@ def _pods(order: Order, workers: int, limits: dict[str, Any], *, most: int) -> i
         room = min(room, _gpus(limits))
     pods = math.ceil(order.side_by_side * workers / room) if room else None
     if pods is None or pods > most:
-        each = f"{_cpus(limits)} cores" + (f" and {_gpus(limits)} GPUs" if _gpus(limits) else "")
+        each = counted(_cpus(limits), "core") + (f" and {counted(_gpus(limits), 'GPU')}" if _gpus(limits) else "")
         raise ValueError(
-            f"k8s: {order.wanted(workers)} x {asked} cpus must fit into pods of {each}, of which {order.infra} has {most}: "
-            f"room for {most * room} workers"
+            f"k8s: {order.wanted(workers)} x {counted(int(asked), 'cpu')} must fit into pods of {each}, "
+            f"of which {order.infra} has {most}: "
+            f"room for {counted(most * room, 'worker')}"
         )
     return pods
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.counts import is_count
 from pipeline.elastic import told
+from pipeline.units import counted
 
 OWN = ("--name", "--runs", "--address", "--workers", "--or-resume")
 """options of a launch that follow from the order"""
@@ -89,4 +90,4 @@ class Order:
     def wanted(self, workers: int) -> str:
         """`4 workers`, or `2 runs side by side of 4 workers`."""
         runs = "" if self.side_by_side == 1 else f"{self.side_by_side} runs side by side of "
-        return f"{runs}{workers} workers"
+        return runs + counted(workers, "worker")

@@ -7,6 +7,7 @@ import shlex
 
 from pipeline.submit.order import Order
 from pipeline.submit.program import answer_of
+from pipeline.units import counted
 
 _FILLED_IN = ("job-name",)
 """directives of the script that an order replaces"""
@@ -59,7 +60,8 @@ def _refuse_unless_it_fits(order: Order, *, nodes: int, gpus_per_node: int) -> N
     there = nodes * gpus_per_node
     workers = order.sizes[0] if order.sizes else there  # as the script counts them
     if there and order.option("--device") != "cpu" and order.side_by_side * workers > there:
-        raise ValueError(f"slurm: each worker takes a GPU; got {order.wanted(workers)} on {nodes} nodes x {gpus_per_node} GPUs")
+        room = f"{counted(nodes, 'node')} x {counted(gpus_per_node, 'GPU')}"
+        raise ValueError(f"slurm: each worker takes a GPU; got {order.wanted(workers)} on {room}")
 
 
 def _script(order: Order) -> str:

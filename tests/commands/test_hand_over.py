@@ -127,7 +127,7 @@ BOTH = f"{SMALL} recipes/fashion/bptt.py"
         (f"{SMALL} --cluster ray://h:1 --side-by-side 2", "--side-by-side is for several runs; got 2 with fashion-sltt alone"),
         (
             f"{BOTH} --cluster k8s {CPU_PODS} --workers 4 --side-by-side 8",
-            "k8s: 8 runs side by side of 4 workers x 1 cpus must fit into pods of 4 cores, of which ",
+            "k8s: 8 runs side by side of 4 workers x 1 cpu must fit into pods of 4 cores, of which ",
         ),
         (
             f"{BOTH} --cluster slurm --nodes 2 --time 1 --gpus-per-node 4 --workers 4 --side-by-side 3",
@@ -136,6 +136,10 @@ BOTH = f"{SMALL} recipes/fashion/bptt.py"
         (
             f"{BOTH} --cluster slurm --nodes 2 --time 1 --gpus-per-node 4 --side-by-side 2",
             "slurm: each worker takes a GPU; got 2 runs side by side of 8 workers on 2 nodes x 4 GPUs",
+        ),
+        (
+            f"{BOTH} --cluster slurm --nodes 1 --time 1 --gpus-per-node 1 --workers 1 --side-by-side 2",
+            "slurm: each worker takes a GPU; got 2 runs side by side of 1 worker on 1 node x 1 GPU",
         ),
     ],
 )

@@ -140,6 +140,24 @@ def test_batches_can_be_kept(data):
     assert digest(first) == before
 
 
+def test_a_process_on_the_cpu_of_a_machine_with_a_gpu_pins_no_memory(data, monkeypatch):
+    """There torch would open a context on the card."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    made, pins = torch.empty, []
+
+    def empty(*size, **how):
+        if "pin_memory" in how:  # FFCV's own memory is never pinned
+            pins.append(how.pop("pin_memory"))
+        return made(*size, **how)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with data.train(**SIZES).epoch(1) as batches:
+        next(iter(batches))
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)  # as in one that computes on the card
+        next(iter(batches))
+    assert pins == [False, True]
+
+
 def test_an_early_break_leaves_no_thread(data):
     loader = data.train(seed=5, batch_size=2, micro_batch=2)
     before = threading.active_count()

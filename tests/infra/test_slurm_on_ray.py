@@ -84,7 +84,7 @@ def test_a_run_in_two_slices_of_time(tmp_path: Path, way: str):
         assert (summary["steps"], summary["restarts"]) == (320, 1)
         assert len((tmp_path / "scontrol").read_text().splitlines()) == 1
         assert not list(runs.glob(".slurm-*"))
-        assert re.search(r"start 2 of in-slices: 1 workers on 1 nodes, Ray at [\d.]+:2\d{4}", (tmp_path / "said").read_text())
+        assert re.search(r"start 2 of in-slices: workers: 1, nodes: 1, Ray at [\d.]+:2\d{4}", (tmp_path / "said").read_text())
     finally:
         for process in started:
             if process.poll() is None:
