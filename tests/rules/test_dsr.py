@@ -134,7 +134,9 @@ def test_the_published_backward_of_a_network_of_lif():
     neurons = [exact_lif(RateLIF(threshold=threshold, dt=dt, tau=tau), threshold) for _ in range(2)]
     model = smallest_model(*neurons).double()
     with torch.no_grad():
-        model[2].weight *= 3  # so that some neurons of either layer lie above the ramp, and teach its threshold
+        model.get_parameter("2.weight").mul_(
+            3
+        )  # so that some neurons of either layer lie above the ramp, and teach its threshold
     x_TBC, target = batch(steps)
     got = gradients(DSR(backward="published"), model, x_TBC, cross_entropy(target), **MEAN)
 
