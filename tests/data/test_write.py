@@ -159,7 +159,7 @@ def test_every_unreadable_image_of_both_sets_has_its_reason(folder, tmp_path):
         text.write_text("no picture")
     empty = folder / "train" / "flower" / "empty.jpg"
     empty.write_bytes(b"")
-    with pytest.raises(TooManyUnreadable, match=r"got 2 in train and 1 in val$") as caught:
+    with pytest.raises(TooManyUnreadable, match=r"got 2 in train and 1 in val; mend ") as caught:
         write_folder(folder, tmp_path / "out")
     reason = "it is no picture that Pillow can read"
     assert caught.value.unreadable == [
