@@ -194,9 +194,11 @@ class Watch:
             self._say(in_words(event["inference"], on_gpu=gpu != "none"))
         top1 = f", top-1 {_share(event['top1'])}" if event.get("top1") is not None else ""
         bwt = f", BWT {_share(event['bwt'])}" if event.get("bwt") is not None else ""
-        self._say(
-            f"finished: {counted(event.get('steps', event.get('step')), 'step')} in {_short(event.get('wall_s'))} s{top1}{bwt}"
-        )
+        steps = counted(event.get("steps", event.get("step")), "step")
+        # Replicas that differ make a run go back, too, and skip nothing.
+        back = event.get("rollbacks") if event.get("skipped_batches") else 0
+        diverged = f"; its training diverged and went back {counted(back, 'time')}" if back else ""
+        self._say(f"finished: {steps} in {_short(event.get('wall_s'))} s{top1}{bwt}{diverged}")
 
     # ---------------------------------------------------------------------------------------------------------- drawing
 

@@ -213,6 +213,14 @@ def test_a_run_of_several_tasks_tells_each_of_them():
     assert "finished: 100 steps in 5 s, top-1 80.00%, BWT -12.50%" in lines
 
 
+def test_a_run_that_diverged_on_its_way_says_so_where_it_ends() -> None:
+    view, out, _ = watch()
+    ended = {"event": "finish", "step": 8, "steps": 8, "wall_s": 17.6, "top1": 0.3333}
+    view.show([{**ended, "rollbacks": 2, "skipped_batches": 6}, {**ended, "rollbacks": 1, "skipped_batches": 0}])
+    whole = "finished: 8 steps in 17.6 s, top-1 33.33%"
+    assert out.getvalue().splitlines()[-2:] == [f"{whole}; its training diverged and went back 2 times", whole]
+
+
 @pytest.mark.parametrize(
     ("gpu", "measured", "said"),
     [
