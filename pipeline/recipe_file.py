@@ -53,7 +53,12 @@ def trust_of(made: Recipe | Suite, paths: Sequence[Path], named: Sequence[str] =
 
     Candidates are what the user has `named`, and the modules of the files themselves: to run a file was to trust it. A
     candidate counts if a part or a report comes from it and it is not trusted anyway.
+
+    Raises:
+        ValueError: a name that cannot be imported.
     """
+    if unknown := [name for name in named if not _importable(name)]:
+        raise ValueError(f"--trust: must name a package or module that can be imported; got {', '.join(unknown)}")
     targets = [target for target in targets_of(made) if not is_inside(target, TRUSTED)]
     modules = [(name, path) for path in paths for name in list(sys.modules) if name.rpartition(".")[2] == path.stem]
     return own_code.needed((*named, *(name for name, path in modules if _is_of(path, sys.modules[name]))), targets)

@@ -186,6 +186,8 @@ def test_a_package_without_an_init_file_and_one_module(lab: Path) -> None:
     (lab / "own_nets" / "__init__.py").unlink()
     made = load(lab)
     assert trust_of(made, [lab / "own_recipe.py"], ["own_nets"]) == ("own_nets",)
+    with pytest.raises(ValueError, match=r"^--trust: must name a package or module that can be imported; got no_such_package$"):
+        trust_of(made, [lab / "own_recipe.py"], ["own_nets", "no_such_package"])
     nets = asdict(own_code._imported("own_nets"))
     assert (nets["folder"], list(nets["files"])) == (str(lab), ["own_nets/nets.py"])
     module = asdict(own_code._imported("own_recipe"))
