@@ -212,7 +212,7 @@ def test_a_search_takes_what_did_best_though_the_shared_value_diverges(place: Pa
     code, said, error = spiketrain("launch", str(place / "searched.py"), "--inline", "--device", "cpu", *words)
     assert code == 0, error
     page = tmp_path / "s" / "report.html"
-    assert f"\npage    {page}\n" in said and "tuned: each rule" in said
+    assert f"\npage    {page}\nnext    spiketrain compare s " in said and "tuned: each rule" in said
     assert page.read_bytes() in [each.read_bytes() for each in place.glob("**/artifacts/report.html")]
     page.unlink()
     runs = runs_of(tmp_path / "s")
@@ -234,7 +234,7 @@ def test_a_search_takes_what_did_best_though_the_shared_value_diverges(place: Pa
     assert [trial["value"] for trial in told["trials"] if trial["taken"]] == [best]
     assert [trial["value"] for trial in told["trials"] if trial["top1"] is None] == [diverged]
     code, said, _ = spiketrain("resume", "s", "--runs", str(tmp_path))
-    assert code == 0 and "s has finished" in said and f"\npage    {page}\n" in said
+    assert code == 0 and "s has finished" in said and f"\npage    {page}\nnext    spiketrain compare s " in said
     made = page.stat()
     code, said, _ = spiketrain("resume", "s", "--runs", str(tmp_path))
     assert code == 0 and "page" not in said and page.stat() == made  # which may have a sweep on it since
