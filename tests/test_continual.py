@@ -451,8 +451,8 @@ def test_a_run_of_several_tasks_can_be_shown_listed_and_evaluated(whole: Path, c
     rows = json.loads((whole / "summary.json").read_text())["accuracy_matrix"]
     assert len(lines) == 5
     for line, name, top1 in zip(lines, ("task-0", "task-1", "task-2"), rows[2], strict=False):
-        assert f"T = 3, {name}): top-1 {top1:.4f}" in line
-    assert f"mean of 3 tasks): top-1 {sum(rows[2]) / 3:.4f}" in lines[3]
+        assert f"T = 3, {name}): top-1 {top1:.2%}" in line
+    assert f"mean of 3 tasks): top-1 {sum(rows[2]) / 3:.2%}" in lines[3]
     assert re.fullmatch(r"an inference: [\d.]+ [nµ]J estimated \(45 nm, fp32\), not measured on a CPU", lines[4])
 
 

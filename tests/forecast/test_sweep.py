@@ -114,9 +114,9 @@ def test_where_the_peak_of_small_batches_tells_nothing_what_is_counted_does(
 
 def test_a_largest_batch_that_is_trained_takes_what_there_is_and_no_more() -> None:
     """By the kernel's own reading, of a batch that this test trains by itself."""
-    limit = 4 * 10**7  # beside which what else a process takes meanwhile is little
-    data = recipe_with(0.5).data.with_(samples=48_000)
-    recipe = replace(recipe_with(0.5, data=data, batch_size=4000), rule=spec(SLTT), time_steps=8)
+    limit = 8 * 10**7  # beside which what else a process takes meanwhile is little
+    data = recipe_with(0.5).data.with_(samples=96_000)
+    recipe = replace(recipe_with(0.5, data=data, batch_size=8000), rule=spec(SLTT), time_steps=8)
     found = sweep(recipe, steps=(8,), rules=RULES, memory_bytes=limit, at_largest=True)
     (bptt,), (sltt,) = found.of("BPTT"), found.of("SLTT")
     assert bptt.largest_batch is not None and sltt.largest_batch is not None and sltt.largest_batch > 2 * bptt.largest_batch
