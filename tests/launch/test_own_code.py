@@ -18,6 +18,7 @@ from pipeline.__main__ import main
 from pipeline.spiking.state import fresh_state
 from pipeline.suite import is_suite, runs_of
 from pipeline.track.jsonl import Follower, read
+from tests.small import without_stages
 
 PACKAGE = {
     # No __init__.py: most packages that lie beside a script have none.
@@ -198,7 +199,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         with pytest.raises(SystemExit) as end:
             main()
         said = capsys.readouterr()
-        assert (end.value.code or 0, said.err.replace(NO_PARENT, "")) == (0, ""), said.err
+        assert (end.value.code or 0, without_stages(said.err).replace(NO_PARENT, "")) == (0, ""), said.err
         return said.out
 
     return run
