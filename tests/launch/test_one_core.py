@@ -117,7 +117,7 @@ def of_a_launch(folder: Path) -> list[str]:
 
 
 def test_it_finishes_and_another_of_its_name_is_refused_once_ray_is_up(launch: Launch) -> None:
-    ends(launch("launch", "finished"), 0, "wall clocks leave out start-up")
+    ends(launch("launch", "finished"), 0, "^ +spiketrain export finished")
     ends(launch("launch", "finished"), 2, "launch: --name must be new in ")
 
 
@@ -126,7 +126,7 @@ def test_it_is_stopped_by_ctrl_c_and_resumed(launch: Launch) -> None:
     at_step(driver, 7)
     driver.process.send_signal(signal.SIGINT)
     ends(driver, 130, "stopped; go on with: ")
-    ends(launch("resume", "resumed"), 0, "wall clocks leave out start-up")
+    ends(launch("resume", "resumed"), 0, "^ +spiketrain export resumed")
     assert [event["event"] for event in read(driver.run / "journal.jsonl")].count("start") == 2
 
 
