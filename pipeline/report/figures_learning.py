@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -129,18 +128,11 @@ def published(run: StudyRun) -> tuple[tuple[int, float], ...]:
 def _other_setting(run: StudyRun) -> str:
     """Where a run differs from the setting of the published log, "time_steps 4 there, 2 here"; "" where it does not."""
     setting = run.recipe.get("published_setting")
-    pairs = [(str(key), value) for key, value in setting] if isinstance(setting, (list, tuple)) else []
+    there = dict(flat(dict(setting))) if isinstance(setting, (list, tuple)) else {}
     here = dict(flat(run.recipe))
     return ", ".join(
-        f"{key} {_text(value)} there, {here.get(key, 'not written')} here"
-        for key, value in pairs
-        if here.get(key) != _text(value)
+        f"{key} {value} there, {here.get(key, 'not written')} here" for key, value in there.items() if here.get(key) != value
     )
-
-
-def _text(value: Any) -> str:
-    """As `flat` writes a value."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _logs(runs: Sequence[StudyRun]) -> dict[tuple[tuple[int, float], ...], list[str]]:
