@@ -31,7 +31,7 @@ from pipeline.objective import CrossEntropy
 from pipeline.phases import Phase
 from pipeline.recipe import Recipe, spec, write_json
 from pipeline.refused import Refused
-from pipeline.report.runs import list_runs
+from pipeline.report.listing import list_runs
 from pipeline.report.show import show_recipe
 from pipeline.rules.base import LossOf, Objective
 from pipeline.rules.hlop import HLOP

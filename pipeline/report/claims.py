@@ -1,29 +1,30 @@
-"""What the papers claim of a rule, beside what was measured here: {claim, published, ours, holds?}.
+"""The papers' claims about a rule beside what was measured here: {claim, published, ours, holds?}.
 
-What is judged is what the rest of a report shows: the mean over the seeds that a rule and its baseline both ran (`Group.ratios`,
-`Group.differences`); and times as well in the mean of starts in which rules took turns on one batch, before any training. Where
-its 95 % interval lies on both sides of the bound, the verdict says so. A claim that does not hold is shown as not holding, and
-one that was not run as that. Accuracy and time of one seed have no interval, and get no verdict.
+Judged is the mean over the seeds that a rule and its baseline both ran (`Group.ratios`,
+`Group.differences`), and for times also the mean of starts in which rules took turns on one batch,
+before any training. Where the 95 % interval lies on both sides of the bound, the verdict says so.
+A claim that was not run is shown as that. Accuracy and time of one seed have no interval, and get
+no verdict.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from pipeline.baseline import BASELINE, is_baseline
 from pipeline.printing import print_table, prose
-from pipeline.report.largest import largest
-from pipeline.report.spread import spread_of
-from pipeline.report.study import COMPUTE, KEPT, Group
-from pipeline.report.study_run import StudyRun
+from pipeline.report.results import COMPUTE, KEPT, Run
+from pipeline.report.runs import ReportError
+from pipeline.report.study import Group, spread_of
+from pipeline.report.sweeps import largest, sweep_of
 from pipeline.units import counted
 
-if TYPE_CHECKING:  # which imports torch, and whoever reads results waits for that
+if TYPE_CHECKING:  # which imports torch
     from pipeline.forecast.turns import Turns
 
 _CALLED = {"peak_saved_bytes": "saved bytes", KEPT: "saved bytes and states", COMPUTE: "forward and backward"}
@@ -31,20 +32,15 @@ _CALLED = {"peak_saved_bytes": "saved bytes", KEPT: "saved bytes and states", CO
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One line of the table."""
+    """One line of the table of claims."""
 
-    about: str
-    """the rule, and where"""
-    claim: str
-    """such as saved bytes, of BPTT's"""
+    about: str  # the rule, and where
+    claim: str  # such as: saved bytes, of BPTT's
     published: str
-    bound: str
-    """what ours is held to; empty where nothing is"""
+    bound: str  # that ours is held to; empty without one
     ours: str
-    holds: bool | None
-    """None: not run here, undecided, of one seed, or reported without a bound"""
-    within_noise: bool = False
-    """the 95 % interval of ours lies on both sides of the bound"""
+    holds: bool | None  # None: not run here, undecided, of one seed, or without a bound
+    within_noise: bool = False  # the 95 % interval of ours lies on both sides of the bound
 
     @property
     def verdict(self) -> str:
@@ -53,6 +49,30 @@ class Claim:
         if self.within_noise:
             return f"{'holds' if self.holds else 'fails'}, within the noise"
         return "holds" if self.holds else "does not hold"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Returned:
+    """The claims and sweeps that a suite's own report returns, or that MLflow keeps of it."""
+
+    claims: tuple[Claim, ...] = ()
+    sweeps: tuple[Mapping[str, Any], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"claims": list(map(asdict, self.claims)), "sweeps": list(map(dict, self.sweeps))}
+
+
+def returned(value: Any, where: str) -> Returned:
+    """The "claims" and the "sweeps" of a report's value, each a list or a mapping of them.
+
+    Raises:
+        ReportError: one of them is no claim or no sweep; the value came from `where`.
+    """
+    value = value if isinstance(value, Mapping) else {}
+    return Returned(
+        claims=tuple(map(_claim_of, _objects(value.get("claims")))),
+        sweeps=tuple(sweep_of(each, where) for each in _objects(value.get("sweeps"))),
+    )
 
 
 def bytes_at_most(about: str, group: Group, rule: str, *, bound: float | None, published: str) -> Claim:
@@ -91,9 +111,9 @@ def at_their_largest(about: str, sweep: Mapping[str, Any] | None, rule: str) -> 
     found = [] if sweep is None else [each for each in largest(sweep) if each.rule == rule]
     limit = None if sweep is None else sweep.get("memory_bytes")
     where = "" if limit is None else f" in {limit / 1e6:.4g} MB"
-    tried = [each for each in found if each.beside is not None]
+    tried = [each for each in found if each.ratio is not None]
     batches = [f"T = {each.time_steps}: {each.batch:,} of {each.base_batch:,}" for each in tried]
-    speeds = [f"T = {each.time_steps}: {each.beside:.2f}" for each in tried]
+    speeds = [f"T = {each.time_steps}: {each.ratio:.2f}" for each in tried]
     for claim, told in (("images of its largest batch", batches), ("images/s of it", speeds)):
         ours = ", ".join(told) or "not measured"
         yield not_judged(about, f"{claim}{where}, of the faster {BASELINE}'s at its own", "", ours=ours)
@@ -155,7 +175,7 @@ def accuracy(about: str, group: Group, rule: str, *, within: float | None, publi
     """At most `within` points below the baseline over paired seeds: the whole interval, none of it, or undecided."""
     claim, bound = f"top-1 below {group.against}'s, points", "" if within is None else f"<= {within:g}"
     found = next((difference for difference in group.differences if difference.rule == rule), None)
-    if found is None and (lost := group.lost_told(rule)):
+    if found is None and (lost := group.describe_lost(rule)):
         holds = None if within is None else False
         return Claim(about=about, claim=claim, published=published, bound=bound, ours=lost, holds=holds)
     if found is None:
@@ -173,15 +193,15 @@ def accuracy(about: str, group: Group, rule: str, *, within: float | None, publi
     )
 
 
-def temporal_shares(about: str, runs: Sequence[StudyRun]) -> Iterator[Claim]:
+def temporal_shares(about: str, runs: Sequence[Run]) -> Iterator[Claim]:
     """|g_BPTT - g_SLTT| / |g_BPTT| of each layer at the start and after each epoch, the mean over the runs that looked."""
     found: dict[str, dict[int, list[float | None]]] = {}
     for run in runs:
-        for look in run.fidelity:
+        for look in run.history.fidelity:
             moment = 0 if look.epoch is None else look.epoch + 1
             for layer, share in look.temporal_share.items():
                 found.setdefault(layer, {}).setdefault(moment, []).append(share)
-    seeds = _seeds([run.seed for run in runs if run.fidelity])
+    seeds = _seeds([run.seed for run in runs if run.history.fidelity])
     for layer, by_moment in found.items():
         shares = (
             f"{f'epoch {moment}' if moment else 'start'} {_mean_of_known(each)}" for moment, each in sorted(by_moment.items())
@@ -209,10 +229,6 @@ def print_claims(claims: Sequence[Claim], console: Console) -> None:
     print_table(console, columns, rows, title="claims", keys=2)
 
 
-def told(claims: Sequence[Claim]) -> list[dict[str, Any]]:
-    return [asdict(claim) for claim in claims]
-
-
 def _share(about: str, group: Group, rule: str, name: str, *, bound: float | None, held_to: str, published: str) -> Claim:
     """A rule's `name` over its baseline's, in the mean over the seeds of both; `held_to` is the bound in words."""
     claim = f"{_CALLED[name]}, of {group.against}'s"
@@ -220,12 +236,12 @@ def _share(about: str, group: Group, rule: str, name: str, *, bound: float | Non
     found = spread_of(list(paired.values()))
     if found is None:
         seeds = [{run.seed for run in group.of(each) if run.is_finished} for each in (rule, group.base_of(name))]
-        absent = group.lost_told(rule) or f"no run beside {group.against}'s, trained on the same"
+        absent = group.describe_lost(rule) or f"no run beside {group.against}'s, trained on the same"
         return not_judged(about, claim, published, ours="not measured" if set.intersection(*seeds) else absent)
     low, high = found.interval or (found.mean, found.mean)
     reach = f" ({low:.3f} to {high:.3f})" if f"{low:.3f}" != f"{high:.3f}" else ""
     told = f"{found.mean:.3f}{reach} of {group.base_of(name)}'s, {_seeds(list(paired))}"
-    ours = "; ".join(filter(None, (told, group.lost_told(rule))))
+    ours = "; ".join(filter(None, (told, group.describe_lost(rule))))
     if bound is None:
         return not_judged(about, claim, published, ours=ours)
     is_lone = name == COMPUTE and found.interval is None  # bytes repeat exactly, and a machine's speed moves from run to run
@@ -254,3 +270,15 @@ def _time_by_r(about: str, group: Group, rule: str, share_of: Callable[[float], 
 
 def _seeds(seeds: Sequence[int]) -> str:
     return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"
+
+
+def _objects(value: Any) -> list[Mapping[str, Any]]:
+    values = value.values() if isinstance(value, Mapping) else value
+    return [each for each in values if isinstance(each, Mapping)] if isinstance(value, (Mapping, list, tuple)) else []
+
+
+def _claim_of(value: Mapping[str, Any]) -> Claim:
+    needed = [each.name for each in fields(Claim) if each.default is MISSING]
+    if missing := [name for name in needed if name not in value]:
+        raise ReportError(f"report: a claim must have {', '.join(needed)}; there is no {missing[0]}")
+    return Claim(**{each.name: value[each.name] for each in fields(Claim) if each.name in value})

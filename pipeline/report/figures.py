@@ -2,46 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 
-from pipeline.measure.sampled import MEMORY_EVERY
 from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, color, plain, symbol
-from pipeline.report.places import NOT_SAID
-from pipeline.report.spread import Spread
-from pipeline.report.study import COMPUTE, ENERGY, ENERGY_MEASURED, KEPT, Group, StudyRun
+from pipeline.report.results import ENERGY, ENERGY_MEASURED, compared, metric
+from pipeline.report.study import Group, Spread
+from pipeline.report.tables import MEASURED_SAID, prices
 from pipeline.units import unit_of
 
-MEASURED_SAID = (
-    "what the cards used for a sample while the set was evaluated, by their own counters (NVML): idle power and waits for data "
-    "are in it"
-)
-QUANTITIES = {
-    "peak_saved_bytes": ("saved bytes", "B"),
-    KEPT: ("saved bytes and states", "B"),
-    COMPUTE: ("compute time", "s"),
-    "wall_s": ("wall clock", "s"),
-    ENERGY: ("inference energy", "J"),
-}
-"""of which less is better: what they are called, and their kind of unit"""
-_AXES = {
-    "wall_s": (
-        "wall clock",
-        "what a run took from the end of its first batch to its last line, restarts included; their start-up is left out, and "
-        "so are comparisons of its gradient with BPTT's",
-    ),
-    "peak_saved_bytes": (
-        "peak saved bytes",
-        "what autograd keeps for backward at one moment, parameters left out, counted on the second batch of each start of a run "
-        f"and every {MEMORY_EVERY}th after it, or the next where that one is skipped",
-    ),
-    ENERGY: (
-        "energy of an inference",
-        "an estimate from measured operations, of arithmetic alone, for one sample; never a measurement",
-    ),
-}
+_UNITS = {"B": "bytes", "s": "seconds", "J": "joules"}
 
 
 def ratios(group: Group) -> Figure | Missing:
@@ -50,14 +22,15 @@ def ratios(group: Group) -> Figure | Missing:
     if not group.has_baseline:
         return Missing(title=title, why=f"no baseline: {group.undivided}, so nothing is divided")
     rules = [rule for rule in group.rules if rule != group.against]
-    found = {(rule, name): ratio for rule in rules for name in QUANTITIES if (ratio := group.ratios(rule, name))}
+    costs = {each.name: each.title for each in compared() if each.better == "less"}
+    pairs = [(rule, name) for rule in rules for name in costs]
+    found = {pair: ratio for pair in pairs if (ratio := group.ratios(*pair))}
     if not found:
         return Missing(title=title, why=f"no rule has a seed in common with {group.against}")
     rows = [
-        (rule, QUANTITIES[name][0], group.base_of(name), ratio.mean, ratio.deviation, ratio.runs)
-        for (rule, name), ratio in found.items()
+        (rule, costs[name], group.base_of(name), ratio.mean, ratio.deviation, ratio.runs) for (rule, name), ratio in found.items()
     ]
-    names = [name for name in QUANTITIES if any((rule, name) in found for rule in rules)]
+    names = [name for name in costs if any((rule, name) in found for rule in rules)]
 
     def draw(theme: Theme) -> go.Figure:
         figure = go.Figure()
@@ -79,7 +52,7 @@ def ratios(group: Group) -> Figure | Missing:
             )
         most = max(1.0, *(ratio.mean + (ratio.deviation or 0) for ratio in found.values()))
         figure.add_vline(x=1, line={"color": theme.ink, "width": 1, "dash": "dot"})
-        y = {"tickvals": list(range(len(names))), "ticktext": [QUANTITIES[name][0] for name in names], "showgrid": False}
+        y = {"tickvals": list(range(len(names))), "ticktext": [costs[name] for name in names], "showgrid": False}
         y |= {"range": [len(names) - 0.5, -0.75], "zeroline": False}
         x = {"range": [0, 1.3 * most], "title": {"text": f"multiple of {plain(group.against)}"}}
         return figure.update_layout(**base_layout(theme, height=height, xaxis=x, yaxis=y))
@@ -94,7 +67,7 @@ def ratios(group: Group) -> Figure | Missing:
         title=title,
         caption="Left of the dotted line is less than the baseline; mean and standard deviation over the seeds that both ran."
         + times,
-        alt=f"{len(rules)} rules beside {group.against} in {', '.join(QUANTITIES[name][0] for name in names)}{said}.",
+        alt=f"{len(rules)} rules beside {group.against} in {', '.join(costs[name] for name in names)}{said}.",
         table=Table(columns=("rule", "quantity", "divided by", "ratio", "standard deviation", "paired seeds"), rows=tuple(rows)),
         draw=draw,
         height=height,
@@ -103,7 +76,8 @@ def ratios(group: Group) -> Figure | Missing:
 
 def trade_off(group: Group, name: str) -> Figure | Missing:
     """Accuracy against a cost, with those rules marked that no other beats in both."""
-    what, how = _AXES[name]
+    cost_of = metric(name)
+    what, how = cost_of.title, cost_of.about or "see the table of costs"
     title = f"Accuracy against {what}"
     points = {
         rule: (cost, top1)
@@ -113,8 +87,7 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
     if not points:
         return Missing(title=title, why="not measured in any finished run")
     front = pareto({rule: (cost.mean, top1.mean) for rule, (cost, top1) in points.items()})
-    kind = QUANTITIES[name][1]
-    scale, unit = unit_of(kind, [cost.mean for cost, _ in points.values()])
+    scale, unit = unit_of(cost_of.unit, [cost.mean for cost, _ in points.values()])
 
     def draw(theme: Theme) -> go.Figure:
         figure = go.Figure()
@@ -156,8 +129,15 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
         (rule, cost.mean, cost.deviation, top1.mean, top1.deviation, top1.runs, "yes" if rule in front else "no")
         for rule, (cost, top1) in points.items()
     ]
-    unit_name = {"B": "bytes", "s": "seconds", "J": "joules"}[kind]
-    columns = ("rule", f"{what}, {unit_name}", "its deviation", "top-1", "its deviation", "runs", "on the Pareto front")
+    columns = (
+        "rule",
+        f"{what}, {_UNITS.get(cost_of.unit, cost_of.unit)}",
+        "its deviation",
+        "top-1",
+        "its deviation",
+        "runs",
+        "on the Pareto front",
+    )
     if name == ENERGY:
         columns = (*columns, "measured on cards, joules", "MACs", "ACs")
         rows = [(*row, *_beside(group, str(row[0]))) for row in rows]
@@ -172,12 +152,6 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
         draw=draw,
         height=380,
     )
-
-
-def prices(runs: Iterable[StudyRun]) -> str:
-    """The tables of prices behind the joules of inferences, such as `45 nm, fp32`; empty where none was estimated."""
-    told = (str((run.summary or {})["inference"].get("prices", NOT_SAID)) for run in runs if run.value(ENERGY) is not None)
-    return "; ".join(dict.fromkeys(told))
 
 
 def _beside(group: Group, rule: str) -> list[float | None]:

@@ -10,7 +10,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, plain
-from pipeline.report.study import Group, StudyRun
+from pipeline.report.results import Run
+from pipeline.report.study import Group
 from pipeline.units import counted
 
 _ROW = 24  # pixels of a layer
@@ -93,19 +94,19 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
 def temporal_share(group: Group) -> Figure | Missing:
     """Layer x epoch: the share of BPTT's gradient that comes through time, which SLTT drops."""
     title = "Temporal share of BPTT's gradient"
-    looked = [run for run in group.runs if any(each.temporal_share for each in run.fidelity)]
+    looked = [run for run in group.runs if any(each.temporal_share for each in run.history.fidelity)]
     if not looked:
         why = "no run compared gradients; --set fidelity_every=1 does after each epoch"
         return Missing(title=title, why=_told_later(group.runs) or why)
     run = next((run for run in looked if run.rule == "SLTT"), looked[0])  # whose weights came of dropping it
-    layers = list(dict.fromkeys(layer for each in run.fidelity for layer in each.temporal_share))
-    times = ["start" if each.epoch is None else f"epoch {each.epoch + 1}" for each in run.fidelity]
-    rows = [
-        (layer, time, each.temporal_share.get(layer)) for layer in layers for time, each in zip(times, run.fidelity, strict=True)
-    ]
+    looks = run.history.fidelity
+    layers = list(dict.fromkeys(layer for each in looks for layer in each.temporal_share))
+    times = ["start" if each.epoch is None else f"epoch {each.epoch + 1}" for each in looks]
+    moments = list(zip(times, looks, strict=True))
+    rows = [(layer, time, each.temporal_share.get(layer)) for layer in layers for time, each in moments]
 
     def draw(theme: Theme) -> go.Figure:
-        z = [[each.temporal_share.get(layer) for each in run.fidelity] for layer in layers]
+        z = [[each.temporal_share.get(layer) for each in looks] for layer in layers]
         most = max([1.0, *(value for row in z for value in row if value is not None)])
         figure = go.Figure(_map(z, x=times, y=layers, theme=theme, most=most, written=".2f", bar=True))
         return _laid_out(figure, theme, height)
@@ -124,7 +125,7 @@ def temporal_share(group: Group) -> Figure | Missing:
     )
 
 
-def _rates(runs: Sequence[StudyRun]) -> dict[str, tuple[float, ...]]:
+def _rates(runs: Sequence[Run]) -> dict[str, tuple[float, ...]]:
     """By layer at each time step, the mean over runs."""
     found: dict[str, list[tuple[float, ...]]] = {}
     for run in runs:
@@ -133,7 +134,7 @@ def _rates(runs: Sequence[StudyRun]) -> dict[str, tuple[float, ...]]:
     return {name: tuple(map(statistics.fmean, zip(*rates, strict=True))) for name, rates in found.items()}
 
 
-def _shares(runs: Sequence[StudyRun]) -> dict[str, tuple[float, float]]:
+def _shares(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
     """Of silent and of saturated neurons by layer, the mean over runs."""
     found: dict[str, list[tuple[float, float]]] = {}
     for run in runs:
@@ -142,7 +143,7 @@ def _shares(runs: Sequence[StudyRun]) -> dict[str, tuple[float, float]]:
     return {name: (statistics.fmean(s for s, _ in pairs), statistics.fmean(s for _, s in pairs)) for name, pairs in found.items()}
 
 
-def _told_later(runs: Iterable[StudyRun]) -> str:
+def _told_later(runs: Iterable[Run]) -> str:
     """Of runs that told of no comparison: which of them compare gradients by their recipes; empty where none does."""
     looking = [run.name for run in runs if str(run.recipe.get("fidelity_every") or 0) != "0"]
     return f"not told yet by {', '.join(looking)}" if looking else ""
@@ -154,8 +155,8 @@ def _cosines(group: Group, rule: str) -> dict[str, float | None]:
         return {}
     found: dict[str, list[float]] = {}
     for run in group.of(rule):
-        if run.fidelity:
-            newest = run.fidelity[-1].cosines
+        if run.history.fidelity:
+            newest = run.history.fidelity[-1].cosines
             mine = newest.get(rule) or newest.get(rule.split(" (")[0]) or {}
             for layer, value in mine.items():
                 found.setdefault(layer, []).extend([] if value is None else [value])

@@ -19,14 +19,21 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.report import scaling, tables
+from pipeline.report import tables
+from pipeline.report.claims import Returned
+from pipeline.report.compare import finite
 from pipeline.report.figure import DARK, LIGHT, NOT_MEASURED, Cell, Figure, Missing, Table
 from pipeline.report.figures import ratios, trade_off
 from pipeline.report.figures_learning import learning_curves, standings
 from pipeline.report.figures_maps import firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.figures_time import time_parts
-from pipeline.report.study import ENERGY, Group, Study
-from pipeline.report.swept import LARGEST_SAID, swept
+from pipeline.report.read_study import Found
+from pipeline.report.results import ENERGY
+from pipeline.report.runs import ReportError
+from pipeline.report.study import Group, Study
+from pipeline.report.sweeps import LARGEST_SAID, swept
+from pipeline.track.mlflow import tracking_uri
+from pipeline.track.publish import log_report
 from pipeline.units import rounded
 
 _WEB = Path(__file__).parent / "web"
@@ -81,7 +88,7 @@ def render(study: Study) -> str:
     memory = list(swept(study.sweeps))
     drawings = {f"{section.key}-{figure.name}": _drawn(figure) for section in (*sections, *lone) for figure in section.figures}
     drawings |= {f"{each.key}-{figure.name}": _drawn(figure) for each in memory for figure in each.figures}
-    scaled = scaling.scaling(study)
+    scaled = tables.scaling(study)
     missing = [(one.title, f"{section.title}: {one.why}") for section in sections for one in section.missing]
     missing += (
         []
@@ -100,7 +107,7 @@ def render(study: Study) -> str:
             memory=memory,
             largest_said=LARGEST_SAID,
             scaled=scaled,
-            scaled_said=scaling.SAID,
+            scaled_said=tables.SCALING_SAID,
             missing=missing,
             drawings=script_json(drawings),
             plotly=Markup(_plotly()),
@@ -110,6 +117,26 @@ def render(study: Study) -> str:
             rows_shown=_ROWS,
         )
     )
+
+
+def publish(found: Found, page: Path) -> list[str]:
+    """Put the page into MLflow as an artifact of each parent that some runs were launched with.
+
+    Returns:
+        the ids of the parents; none where all of the runs were launched by themselves.
+
+    Raises:
+        ReportError: what a suite's own report has returned has no JSON form.
+        TrackingError: MLflow could not be reached or refused; one line.
+    """
+    study = found.study
+    own = Returned(claims=study.claims, sweeps=study.sweeps).to_json() | {"printed": study.printed}
+    try:
+        text = json.dumps(finite(own), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ReportError(f"report: what {study.title} reports by itself must be JSON values; {error}") from error
+    uri = tracking_uri(found.folders[0].parent)
+    return log_report(page, found.folders, name=found.place.name, told=text, uri=uri)
 
 
 def script_json(value: Any) -> Markup:

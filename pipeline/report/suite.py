@@ -14,11 +14,11 @@ from rich.console import Console
 from pipeline.baseline import BASELINE
 from pipeline.command_line import how_to_resume
 from pipeline.printing import new_console, say
-from pipeline.report.choose import is_study, is_trial, study_of
-from pipeline.report.compare import print_studies
-from pipeline.report.finite import finite
-from pipeline.report.paired import WITHIN
+from pipeline.report.compare import finite, print_studies
+from pipeline.report.results import read_run, read_runs
 from pipeline.report.runs import AmbiguousName, ReportError, find_run_or_suite, run_and_suite_folders
+from pipeline.report.selection import is_study
+from pipeline.report.study import WITHIN
 from pipeline.suite import Report, SuiteFile, is_suite, runs_of
 from pipeline.track.state import is_driven, state_of
 from pipeline.trials import over_in
@@ -35,7 +35,7 @@ def suite_named(runs_dir: Path, names: Sequence[str]) -> Path | None:
         try:
             folder = find_run_or_suite(runs_dir, name, among=there)
         except AmbiguousName:
-            if not is_study(runs_dir, name):
+            if not is_study(read_runs(runs_dir), name):
                 raise
             continue
         except ReportError:
@@ -107,14 +107,15 @@ def print_suite(
     if len(over) == len(runs) and report is not None:
         return own_report(folder.name, report, over, console)
     if report is None:
-        folders = [run for run in over.values() if not is_trial(run)]
-        told_of = {study_of(run) for run in folders if state_of(run) == "finished"}
-        of_these = [run for run in folders if study_of(run) in told_of]
-        print_studies(folder.parent, of_these, format=format, against=against, within=within, console=console)
-        for run in folders:
-            if run not in of_these:
+        ended = [run for run in map(read_run, over.values()) if run.protocol != "trial"]
+        studies = {run.study for run in ended if run.is_finished}
+        folders = [run.folder for run in ended if run.study in studies]
+        about: dict[str, Any] = {"format": format, "against": against, "within": within}
+        print_studies(folder.parent, folders, **about, console=console)
+        for run in ended:
+            if run.study not in studies:
                 beside = console if format == "table" else new_console(stderr=True)
-                say(beside, f"{run.name} diverged, as did whatever else has ended of its study")
+                say(beside, f"{run.name} diverged, and so did all other ended runs of its study")
     if len(over) < len(runs):
         console = console if format == "table" else new_console(stderr=True)
         for name, run in runs.items():

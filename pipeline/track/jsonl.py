@@ -19,7 +19,7 @@ from typing import Any
 from pipeline.disk import sync_folder
 from pipeline.track.base import NullTracker
 
-__all__ = ["OF_NONE", "Event", "Follower", "Journal", "NullTracker", "first", "last", "read", "read_thinned"]
+__all__ = ["OF_NONE", "Event", "Follower", "Journal", "NullTracker", "every", "first", "last", "read", "read_thinned"]
 
 Event = dict[str, Any]
 OF_NONE = -1
@@ -161,6 +161,16 @@ def first(path: str | os.PathLike[str], *kinds: str) -> Event | None:
 def last(path: str | os.PathLike[str], *kinds: str) -> Event | None:
     """The newest event of one of these kinds, without parsing the others."""
     return _seek(path, kinds, newest=True)
+
+
+def every(path: str | os.PathLike[str], kind: str) -> list[Event]:
+    """All events of one kind, oldest first, without parsing the others."""
+    try:
+        with Path(path).open("rb") as file:
+            lines = [line for line in file if line.startswith(_head(kind))]
+    except FileNotFoundError:
+        return []
+    return [event for line in lines if (event := _parse(line)) is not None]
 
 
 def _seek(path: str | os.PathLike[str], kinds: tuple[str, ...], *, newest: bool) -> Event | None:

@@ -91,14 +91,12 @@ from pipeline.report.claims import (
     time_in_turn,
     time_of_k,
     time_of_two_forwards,
-    told,
 )
 from pipeline.report.compare import Comparison, comparisons
-from pipeline.report.paired import WITHIN
-from pipeline.report.returned import sweep_of
-from pipeline.report.study import Group
-from pipeline.report.study_run import StudyRun, from_folder
+from pipeline.report.results import Run, read_run
+from pipeline.report.study import WITHIN, Group
 from pipeline.report.sweep import told_sweep
+from pipeline.report.sweeps import sweep_of
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
@@ -176,11 +174,11 @@ def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
         largest = _at_largest(trained, run, first / "largest.json", console)
         turns = _turned(trained, run, first / "turns.json", console)
         sweeps |= {f"{study}, {of}": found for of, found in (("by T", swept), ("largest batches", largest)) if found is not None}
-        looked = [from_folder(folder) for folder in folders["sltt"]]
+        looked = [read_run(folder) for folder in folders["sltt"]]
         claims += _claims(trained, judged.group, swept, largest, turns, looked)
     claims += _imagenet(_planned(next(iter(runs.values())) / "plan.json", console))
     print_claims(claims, console)
-    return {"claims": told(claims), "studies": told_of, "sweeps": sweeps}
+    return {"claims": [asdict(claim) for claim in claims], "studies": told_of, "sweeps": sweeps}
 
 
 def _lost(study: str, runs: int) -> Claim:
@@ -196,7 +194,7 @@ def _most_complete(study: str, found: list[Comparison], console: Console) -> Com
     return judged
 
 
-def _swept(trained: Recipe, run: StudyRun, file: Path, console: Console) -> Mapping[str, Any] | None:
+def _swept(trained: Recipe, run: Run, file: Path, console: Console) -> Mapping[str, Any] | None:
     """None where it is not there and this is not the machine that `run` was trained on."""
 
     def measure() -> dict[str, Any]:
@@ -206,7 +204,7 @@ def _swept(trained: Recipe, run: StudyRun, file: Path, console: Console) -> Mapp
     return _kept(file, {"machine": dict(run.hardware)}, measure, console)
 
 
-def _at_largest(trained: Recipe, run: StudyRun, file: Path, console: Console) -> Mapping[str, Any] | None:
+def _at_largest(trained: Recipe, run: Run, file: Path, console: Console) -> Mapping[str, Any] | None:
     """Each rule's own largest batch at the T of the runs. None as `_swept`."""
     T = trained.time_steps
 
@@ -228,10 +226,10 @@ def _kept(
     return beside(file, rests_on=rests_on, measure=measure, told=told, console=console)
 
 
-def _turned(trained: Recipe, run: StudyRun, file: Path, console: Console) -> dict[str, Turns]:
+def _turned(trained: Recipe, run: Run, file: Path, console: Console) -> dict[str, Turns]:
     """Rules that take turns as `run` was trained: so many at once, with as many samples and threads. Nothing as `_swept`."""
     on = run.trained_on[-1]
-    about = {"workers": on.workers or 1, "samples": on.micro_batch, "threads": on.hardware.get("threads", 1)}
+    about = {"workers": on.world_size or 1, "samples": on.micro_batch, "threads": on.hardware.get("threads", 1)}
 
     def measure() -> dict[str, Any]:
         _refuse_elsewhere(run)
@@ -247,7 +245,7 @@ def _turned(trained: Recipe, run: StudyRun, file: Path, console: Console) -> dic
     return beside(file, rests_on=rests_on, measure=measure, told=told, console=console) or {}
 
 
-def _refuse_elsewhere(run: StudyRun) -> None:
+def _refuse_elsewhere(run: Run) -> None:
     """Raises: ValueError where `run` was trained on another machine than this one, or on another of its devices."""
     found = other_than_here(run.hardware, own_cores=run.trained_on[-1].own_cores)
     if other := [f"{name} {there}, here {here}" for name, here, there in found]:
@@ -260,7 +258,7 @@ def _claims(
     swept: Mapping[str, Any] | None,
     largest: Mapping[str, Any] | None,
     turns: Mapping[str, Turns],
-    looked: Sequence[StudyRun],
+    looked: Sequence[Run],
 ) -> Iterator[Claim]:
     """Of runs that may be compared; a rule without a run beside BPTT's leaves a claim without a verdict. `looked` told shares."""
     T, leak = trained.time_steps, Fraction(trained.value_of("model.neuron.leak")).limit_denominator(100)

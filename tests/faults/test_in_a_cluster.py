@@ -22,7 +22,7 @@ import pytest
 from pipeline.__main__ import main
 from pipeline.checkpoint import step_name
 from pipeline.recipe import read_json, write_json
-from pipeline.report.store import open_store
+from pipeline.report.stores import open_store
 from pipeline.track.jsonl import read
 from tests.driver import Driver
 from tests.faults.test_security import holders, plant
@@ -170,8 +170,8 @@ def hunted(file: Path, run: Path) -> list[psutil.Process]:
 
 
 def in_mlflow(run: Path) -> str:
-    [state] = [each.state for each in open_store(os.environ["MLFLOW_TRACKING_URI"]).listed() if each.name == run.name]
-    return state
+    [status] = [each.status for each in open_store(os.environ["MLFLOW_TRACKING_URI"]).listed() if each.name == run.name]
+    return status
 
 
 def doors(driver: psutil.Process) -> list[tuple[str, str]]:

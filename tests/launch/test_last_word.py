@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from pipeline.launch.last_word import LOG, synced_if_killed
-from pipeline.report.store import open_store
+from pipeline.report.stores import open_store
 from pipeline.track.jsonl import read
 from pipeline.track.state import state_of
 from tests.track.conftest import FakeRun
@@ -54,10 +54,10 @@ def test_a_driver_that_is_killed_is_marked_killed_in_the_store_that_it_told(tmp_
     ) as driver:
         assert driver.stdout is not None and driver.stdout.readline() == "started\n"
         wait_for((run / "mlflow.json").exists)
-        assert open_store(uri).listed()[0].state == "RUNNING"
+        assert open_store(uri).listed()[0].status == "RUNNING"
         [heir] = psutil.Process(driver.pid).children()
         driver.kill()
-    assert wait_for(lambda: open_store(uri).listed()[0].state == "KILLED", 60)
+    assert wait_for(lambda: open_store(uri).listed()[0].status == "KILLED", 60)
     assert wait_for(lambda: is_gone(heir)) and "points delivered" in (run / LOG).read_text()
     assert [event["event"] for event in read(run / "journal.jsonl")] == ["start"]
     assert state_of(run) == "interrupted" and not (run.parent / "mlflow.db").exists()

@@ -32,7 +32,7 @@ from pipeline.launch.inline import Inline
 from pipeline.launch.side_by_side import LOG, slots_of, train_side_by_side
 from pipeline.recipe import Recipe
 from pipeline.refused import Refused
-from pipeline.report.runs import list_suites
+from pipeline.report.listing import list_suites
 from pipeline.suite import runs_of
 from pipeline.track.connect import connect
 from pipeline.track.jsonl import first, last, read

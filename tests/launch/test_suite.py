@@ -25,7 +25,7 @@ from pipeline.launch.suite import _tell_mlflow
 from pipeline.ports import free_port
 from pipeline.printing import NO_WIDTH
 from pipeline.recipe import Recipe
-from pipeline.report.runs import list_suites, print_runs
+from pipeline.report.listing import list_suites, print_runs
 from pipeline.report.suite import print_suite
 from pipeline.run.attempt import Attempt
 from pipeline.suite import SuiteFile, runs_of

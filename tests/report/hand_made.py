@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from pipeline.report.results import Run, run_of
 from pipeline.report.study import Study
-from pipeline.report.study_run import StudyRun, study_run
 
 KEY = "0123456789abcdef"
 MACHINE = {"cpu": "a cpu", "cores": 2, "memory_gib": 24, "gpu": "none", "torch": "2.8", "threads": 1}
@@ -50,7 +51,7 @@ def events(rule: str = "BPTT", *, seed: int = 0, top1: float = 0.9, restart: boo
     return [*found, {"event": "finish", "time": late + 8, "attempt": attempt, "step": 100}]
 
 
-def run(rule: str = "BPTT", *, seed: int = 0, top1: float = 0.9, restart: bool = False, **changes: Any) -> StudyRun:
+def run(rule: str = "BPTT", *, seed: int = 0, top1: float = 0.9, restart: bool = False, **changes: Any) -> Run:
     """A finished run; `changes` of its summary, and of the files beside it."""
     saved, forward, backward, energy = COSTS.get(rule, COSTS["SLTT"])
     beside = {name: changes.pop(name, value) for name, value in (("activity", LAYERS), ("recipe", recipe(rule)))}
@@ -66,7 +67,21 @@ def run(rule: str = "BPTT", *, seed: int = 0, top1: float = 0.9, restart: bool =
     summary.setdefault("trained_on", [{**on(workers=summary["world_size"]), "hardware": summary["hardware"]}])
     for part in ("forward_s", "backward_s"):
         summary[f"steady_{part}"] = None if summary[part] is None else summary[part] / summary["steps"]
-    return study_run(name, written, state=state, summary=summary, **beside)
+    return made(name, written, state=state, summary=summary, **beside)
+
+
+def made(
+    name: str,
+    events: Sequence[dict[str, Any]],
+    *,
+    state: str,
+    activity: list[Any] | None = None,
+    **about: Any,
+) -> Run:
+    """A run of these events and files."""
+    starts = [event for event in events if event["event"] == "start"]
+    files: dict[str, Any] = {"journal": lambda: events, "layers": lambda: activity}
+    return run_of(name, starts=starts, state=state, **files, **about)
 
 
 def recipe(rule: str = "BPTT", /, **changes: Any) -> dict[str, Any]:
@@ -80,7 +95,7 @@ def recipe(rule: str = "BPTT", /, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def study(*more: StudyRun, **about: Any) -> Study:
+def study(*more: Run, **about: Any) -> Study:
     """BPTT 0.90 and 0.92, SLTT 0.89 and 0.90, and what else is given."""
     runs = (run(top1=0.9), run(seed=1, top1=0.92), run("SLTT", top1=0.89), run("SLTT", seed=1, top1=0.9))
     return Study(**{"title": "by hand", "runs": (*runs, *more), **about})

@@ -28,19 +28,19 @@ from pipeline.report.claims import (
     time_of_k,
     time_of_two_forwards,
 )
+from pipeline.report.results import Run
 from pipeline.report.study import COMPUTE, Group, Study
-from pipeline.report.study_run import StudyRun
 from pipeline.track.jsonl import Journal
 from recipes.compare import claims_fashion
 from tests.report.hand_made import fidelity, run
 
 
-def timed(rule: str, forward: float, backward: float, *, seed: int = 0, **changes: Any) -> StudyRun:
+def timed(rule: str, forward: float, backward: float, *, seed: int = 0, **changes: Any) -> Run:
     """Seconds of a steady batch, of the hundred that hand-made runs have."""
     return run(rule, seed=seed, forward_s=100 * forward, backward_s=100 * backward, **changes)
 
 
-def group(*runs: StudyRun) -> Group:
+def group(*runs: Run) -> Group:
     (found,) = Study(title="t", runs=runs).groups
     return found
 
@@ -50,7 +50,7 @@ def twice(*runs: tuple[str, float, float]) -> Group:
     return group(*(timed(*each, seed=seed) for seed in (0, 1) for each in runs))
 
 
-def saved(rule: str, count: float, *, seed: int = 0) -> StudyRun:
+def saved(rule: str, count: float, *, seed: int = 0) -> Run:
     return run(rule, seed=seed, peak_saved_bytes=count)
 
 

@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
-from pipeline.report.claims import Claim
+from pipeline.report.claims import Claim, Returned
 from pipeline.report.dashboard.app import make_app
 from pipeline.report.dashboard.guard import COOKIE, guard
 from pipeline.report.dashboard.place import VIEWS, Place
-from pipeline.report.returned import Returned
-from pipeline.report.store import Store, StoredRun, open_store
+from pipeline.report.stores import Store, StoredRun, open_store
 from tests.report.fake_store import FakeStore
 from tests.report.hand_made import KEY, recipe, study
 from tests.report.test_swept import LARGEST
@@ -40,7 +39,7 @@ def store() -> FakeStore:
     for seed in (0, 1):
         store.add_finished(f"bptt-{seed}", "BPTT", seed=seed, newest=2000.0 + seed)
         store.add_finished(f"sltt-{seed}", "SLTT", seed=seed, newest=2010.0 + seed)
-    store.add("other", study=OTHER, rule="OTTT-A", state="FAILED", experiment="cifar", newest=1500.0)
+    store.add("other", study=OTHER, rule="OTTT-A", status="FAILED", experiment="cifar", newest=1500.0)
     return store
 
 
@@ -329,7 +328,7 @@ def test_nothing_is_drawn_again_without_news(store: FakeStore):
     assert json.loads(asking.show(f"?study={KEY}", drawn=before))["response"] == ANSWERED
     assert "Where the time goes" in asking.show(f"?study={KEY}&view=time", drawn=before)
     assert "#191a1d" in asking.show(f"?study={KEY}", drawn=before, scheme="dark")
-    store.add("going", rule="SLTT", state="RUNNING")
+    store.add("going", rule="SLTT", status="RUNNING")
     asking = Asking(store)  # a look lasts half a second
     grown = asking.show(f"?study={KEY}&runs={'.'.join(run.id[:8] for run in store.members[1:])}", drawn=before)
     assert grown.count('"aria-checked":"true"') == 4 and grown.count('"aria-checked":"false"') == 1
@@ -359,7 +358,7 @@ def test_the_data_of_a_figure_is_a_file(store: FakeStore):
     assert file.mimetype == "text/csv" and file.get_data(as_text=True).startswith("rule,quantity,divided by,ratio")
     beside = client.get(f"/csv?study={KEY}&name={GROUP}-beside")
     assert beside.get_data(as_text=True) == (
-        "rule,states beside saved bytes,start-up\nBPTT,1 ± 0 kB,0 ± 0 ms\nSLTT,1 ± 0 kB,0 ± 0 ms\n"
+        "rule,states beside saved bytes,start-up\nBPTT,1 kB ± 0 kB,0 ms ± 0 ms\nSLTT,1 kB ± 0 kB,0 ms ± 0 ms\n"
     )
     assert client.get(f"/csv?study={KEY}&name={GROUP}-held").status_code == 404  # no run says what training holds
     for nothing in (f"study={KEY}&name=../../x", f"study={KEY}&name=g1-ratios", f"name={GROUP}-ratios"):
@@ -485,7 +484,7 @@ def test_what_training_holds_and_the_published_run_are_shown_as_on_the_page(stor
     shown = asking.show(f"?study={KEY}")
     assert "What training holds" in shown and "as they are without ZeRO" in shown
     held = asking.client.get(f"/csv?study={KEY}&name={GROUP}-held").get_data(as_text=True)
-    assert held.splitlines()[1] == "BPTT,4 ± 0 MB,,4 ± 0 MB,,,,1 ± 0 kB"
+    assert held.splitlines()[1] == "BPTT,4 MB ± 0 MB,,4 MB ± 0 MB,,,,1 kB ± 0 kB"
     learning = asking.show(f"?study={KEY}&view=learning")
     assert "Beside the published run" in learning and "sltt-0: 5.0 points below the published run at epoch 2" in learning
     assert "Beside the published run" not in shown
@@ -501,20 +500,20 @@ def test_several_tunings_of_the_baseline_are_named(store: FakeStore):
 
 
 def test_a_run_that_nobody_hears_of_says_so_beside_its_state(store: FakeStore):
-    store.add_finished("going", "SLTT", state="RUNNING", newest=time.time() - 30)
+    store.add_finished("going", "SLTT", status="RUNNING", newest=time.time() - 30)
     assert "seed 0, running" in Asking(store).show(f"?study={KEY}") and "no word" not in Asking(store).show(f"?study={KEY}")
     before = json.loads(Asking(store).show(f"?study={KEY}"))["response"]["drawn"]["data"]
-    store.add_finished("going", "SLTT", state="RUNNING", newest=time.time() - 30.5 * 60)
+    store.add_finished("going", "SLTT", status="RUNNING", newest=time.time() - 30.5 * 60)
     shown = Asking(store).show(f"?study={KEY}", drawn=before)
     assert "seed 0, running, no word for 30 min" in shown
     assert "running, no word for 30 min" in Asking(store).show(f"?study={KEY}&view=runs")
 
 
 def test_a_state_has_one_word_in_the_list_the_filter_the_boxes_and_the_figures(store: FakeStore):
-    about: dict[str, Any] = {"study": OTHER, "experiment": "cifar", "state": "FAILED"}
+    about: dict[str, Any] = {"study": OTHER, "experiment": "cifar", "status": "FAILED"}
     store.add_finished("lost", "SLTT", **about, tags={"spiketrain.diverged": "true"})
     store.add_finished("broken", "SLTT", **about, tags={"spiketrain.diverged": "false"})
-    store.add_finished("ended", "SLTT", **{**about, "state": "KILLED"})
+    store.add_finished("ended", "SLTT", **{**about, "status": "KILLED"})
     asking = Asking(store)
     assert "1 diverged, 2 failed, 1 stopped" in asking.list("?text=diverged") and "0 of 2 studies" in asking.list("?text=killed")
     assert "1 of 2 studies" in asking.list("?only=failed")
@@ -536,10 +535,10 @@ def _rows(value: Any) -> Iterator[list[str]]:
 
 
 def test_the_list_tells_silent_runs_from_those_that_go_on(store: FakeStore):
-    store.add("dead", study=OTHER, state="RUNNING", experiment="cifar", newest=0.0)
+    store.add("dead", study=OTHER, status="RUNNING", experiment="cifar", newest=0.0)
     asking = Asking(store)
     assert "1 failed, 1 silent" in asking.list("?text=silent") and "0 of 2 studies" in asking.list("?only=running")
-    store.add("alive", study=OTHER, state="RUNNING", experiment="cifar", newest=time.time() - 30)
+    store.add("alive", study=OTHER, status="RUNNING", experiment="cifar", newest=time.time() - 30)
     found = asking.list("?only=running")
     assert "1 of 2 studies" in found and OTHER[:8] in found and "1 failed, 1 running, 1 silent" in found
 

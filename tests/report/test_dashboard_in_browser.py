@@ -19,12 +19,11 @@ import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 from werkzeug.serving import make_server
 
-from pipeline.report.claims import Claim
+from pipeline.report.claims import Claim, Returned
 from pipeline.report.dashboard import app as dashboard
 from pipeline.report.dashboard.app import make_app
 from pipeline.report.dashboard.guard import guard
 from pipeline.report.dashboard.place import VIEWS, View
-from pipeline.report.returned import Returned
 from pipeline.track.jsonl import Journal, read
 from pipeline.track.mlflow import Mirror, sync
 from tests.browser import Watch, chromium, violations

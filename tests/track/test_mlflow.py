@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from pipeline.ports import free_port
-from pipeline.report.store import open_store
+from pipeline.report.stores import open_store
 from pipeline.track import hierarchy
 from pipeline.track.base import TrackingError
 from pipeline.track.connect import connect
@@ -559,7 +559,7 @@ def test_a_server_that_hangs_dies_and_comes_back(fake_run: Callable, tmp_path: P
             done = register(run.folder, run.checkpoint(20, score=0.25), name="small", alias="best", uri=uri)
             assert connect(uri).get_model_version_by_alias("small", "best").tags["uri"] == done.uri
             [seen] = open_store(uri).listed()
-            assert (seen.id, seen.experiment, seen.rule, seen.state) == (found.run_id, run.family, "SLTT", "FINISHED")
+            assert (seen.id, seen.experiment, seen.rule, seen.status) == (found.run_id, run.family, "SLTT", "FINISHED")
             assert seen.newest * 1000 == found.end_time and open_store(uri).runs(run.study)[0].metrics["summary/top1"] == 0.25
             assert [point.step for point in open_store(uri).history(seen.id, "train/loss", since=17)] == [18, 19]
             assert open_store(uri).text(seen.id, "journal.jsonl") == journal.path.read_text()

@@ -14,10 +14,10 @@ from dash import ALL, Dash, Input, Output, State, ctx, dcc, html, no_update
 from flask import Response, request
 
 from pipeline.report.dashboard import blocks, parts, scripts
+from pipeline.report.dashboard.live import Live
 from pipeline.report.dashboard.place import ONLY, VIEWS, Place, short
-from pipeline.report.live import Live
 from pipeline.report.runs import ReportError
-from pipeline.report.store import Store, studies
+from pipeline.report.stores import Store, studies
 
 _WEB = Path(__file__).parent.parent / "web"
 _LOOKS = {"look": "looked", "glance": "glanced"}
@@ -252,14 +252,15 @@ class _Answers:
         try:
             members = place.members(self._live.members(place.study))
             runs = place.picked(members)
-            news = [[[run.newest, _versions(run.tags)] for run in runs], self._live.versions(runs)]
+            reports = self._live.reports(runs)
+            news = [[[run.newest, _versions(run.tags)] for run in runs], [each.version for each in reports]]
             now = [search, scheme, [[run.id, parts.state_words(run)] for run in members], news]
             if now == before:
                 return (no_update,) * 5
             if not members:
                 return title, True, [], [html.P("The store has no run of this study.", className="note")], now
             boxes = no_update if before and before[2] == now[2] else parts.boxes(place, members)
-            found = parts.figures(place, self._live.study(runs), self._live.reports(runs), scheme)
+            found = parts.figures(place, self._live.study(runs), reports, scheme)
             return title, False, boxes, [*parts.newest_alone(place, runs, members), *found], now
         except ReportError as error:
             return title, True, [], _trouble(error), None

@@ -8,20 +8,20 @@ from typing import Any
 
 from dash import dcc, html
 
-from pipeline.report import scaling, tables
+from pipeline.report import tables
 from pipeline.report.dashboard import blocks
+from pipeline.report.dashboard.live import SuiteReport
 from pipeline.report.dashboard.place import ONLY, SORTS, VIEWS, Place, View, short, states_words
 from pipeline.report.figure import Figure, Missing
 from pipeline.report.figures import ratios, trade_off
 from pipeline.report.figures_learning import learning_curves, standings
 from pipeline.report.figures_maps import firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.figures_time import time_parts
-from pipeline.report.live import SuiteReport
 from pipeline.report.page import TRADED
-from pipeline.report.silence import state_told
-from pipeline.report.store import StoredRun, StoredStudy, state_of
+from pipeline.report.results import describe_state
+from pipeline.report.stores import StoredRun, StoredStudy
 from pipeline.report.study import Group, Study
-from pipeline.report.swept import LARGEST_SAID, swept
+from pipeline.report.sweeps import LARGEST_SAID, swept
 from pipeline.units import counted
 
 SHOWN = 200
@@ -134,7 +134,7 @@ def boxes(place: Place, members: Sequence[StoredRun]) -> list[html.Button]:
 
 def state_words(run: StoredRun) -> str:
     """`diverged`, or `running, no word for 25 min`"""
-    return state_told(state_of(run), run.newest)
+    return describe_state(run.state, run.newest)
 
 
 def figures(place: Place, study: Study, reports: Sequence[SuiteReport], theme: str) -> list[Any]:
@@ -161,8 +161,8 @@ def figures(place: Place, study: Study, reports: Sequence[SuiteReport], theme: s
                 missing.append(html.Li([html.B(each.title), f": {title}: {each.why}."]))
             else:
                 parts.append(blocks.figure(place, group.key, each, theme, where=title))
-    if place.view == "costs" and (scaled := scaling.scaling(study)) is not None:
-        parts += [html.H3("Scaling over workers"), html.P(scaling.SAID, className="aside")]
+    if place.view == "costs" and (scaled := tables.scaling(study)) is not None:
+        parts += [html.H3("Scaling over workers"), html.P(tables.SCALING_SAID, className="aside")]
         parts += [
             blocks.table(scaled, "Steady images/s over workers, measured"),
             blocks.csv_link(place, "scaling", "scaling over workers"),
@@ -201,12 +201,12 @@ def csv_of(place: Place, study: Study, reports: Sequence[SuiteReport], name: str
         return tables.provenance(study).to_csv()
     if name == "differences" and len(study.groups) > 1:
         return tables.recipe_differences(study).to_csv()
-    if name == "scaling" and (scaled := scaling.scaling(study)) is not None:
+    if name == "scaling" and (scaled := tables.scaling(study)) is not None:
         return scaled.to_csv()
     for report in reports:
-        if name == f"{report.key}-claims" and report.told.claims:
-            return tables.claims(report.told.claims).to_csv()
-        for each in swept(report.told.sweeps):
+        if name == f"{report.key}-claims" and report.returned.claims:
+            return tables.claims(report.returned.claims).to_csv()
+        for each in swept(report.returned.sweeps):
             for figure in each.figures:
                 if name == f"{report.key}-{each.key}-{figure.name}":
                     return figure.table.to_csv()
@@ -272,18 +272,18 @@ def _places(place: Place, study: Study) -> Iterator[Any]:
 def _told_by_reports(place: Place, reports: Sequence[SuiteReport], theme: str) -> Iterator[Any]:
     """Claims, sweeps and what a suite's own report prints, which `spiketrain report` puts into the store, of each suite by
     itself: they are of its runs alone."""
-    found = [report for report in reports if report.told.claims or report.told.sweeps or report.printed or report.note]
+    found = [report for report in reports if report.returned.claims or report.returned.sweeps or report.printed or report.note]
     for report in found:
         yield html.H3(report.title)
         if report.note:
             yield html.P(report.note, className="note")
-        if report.told.claims:
+        if report.returned.claims:
             yield html.H4("Claims")
             caption = "What is published, what was measured here, and whether it holds"
-            claimed = tables.claims(report.told.claims)
+            claimed = tables.claims(report.returned.claims)
             yield blocks.table(claimed, caption, where=report.title, shown=len(claimed.rows))
             yield blocks.csv_link(place, f"{report.key}-claims", "claims", where=report.title)
-        for count, each in enumerate(swept(report.told.sweeps), start=1):
+        for count, each in enumerate(swept(report.returned.sweeps), start=1):
             where, key = f"sweep {count}, {report.title}", f"{report.key}-{each.key}"
             for figure in each.figures:
                 yield blocks.figure(place, key, figure, theme, where=where)

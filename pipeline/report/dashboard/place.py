@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from urllib.parse import parse_qs, urlencode
 
 from pipeline.baseline import is_baseline
-from pipeline.report.store import StoredRun, StoredStudy
+from pipeline.report.stores import StoredRun, StoredStudy
 
 View = Literal["costs", "learning", "time", "gradients", "claims", "runs"]
 VIEWS: dict[View, str] = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.report.dashboard.guard import guard, is_loopback, refuse_open_to_others
-from pipeline.report.store import open_store
+from pipeline.report.stores import open_store
 from pipeline.track.connect import without_password
 from pipeline.track.mlflow import tracking_uri
 
