@@ -28,7 +28,7 @@ from pipeline.report.figures_learning import learning_curves, standings
 from pipeline.report.figures_maps import firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.figures_time import time_parts
 from pipeline.report.read_study import Found
-from pipeline.report.results import ENERGY
+from pipeline.report.results import ENERGY, describe_state
 from pipeline.report.runs import ReportError
 from pipeline.report.study import Group, Study
 from pipeline.report.sweeps import LARGEST_SAID, swept
@@ -36,9 +36,7 @@ from pipeline.track.mlflow import tracking_uri
 from pipeline.track.publish import log_report
 from pipeline.units import rounded
 
-_WEB = Path(__file__).parent / "web"
-_ROWS = 40
-"""of a table that the page shows; its CSV has them all"""
+WEB = Path(__file__).parent / "web"
 TRADED = ("wall_s", "peak_saved_bytes", ENERGY)
 _SWEEP = "spiketrain sweep RECIPE --steps 1,2,4,8,16 --format json > sweep.json, then spiketrain report STUDY --sweep sweep.json"
 _WORKERS = "no rule has finished on two numbers of workers, all else equal; spiketrain launch RECIPE --workers N with another N"
@@ -86,8 +84,8 @@ def render(study: Study) -> str:
         _section(group, f"alone{index}", _of_each_rule(group), among=study.groups) for index, group in enumerate(alone, start=1)
     ]
     memory = list(swept(study.sweeps))
-    drawings = {f"{section.key}-{figure.name}": _drawn(figure) for section in (*sections, *lone) for figure in section.figures}
-    drawings |= {f"{each.key}-{figure.name}": _drawn(figure) for each in memory for figure in each.figures}
+    drawings = {f"{section.key}-{figure.name}": drawn(figure) for section in (*sections, *lone) for figure in section.figures}
+    drawings |= {f"{each.key}-{figure.name}": drawn(figure) for each in memory for figure in each.figures}
     scaled = tables.scaling(study)
     missing = [(one.title, f"{section.title}: {one.why}") for section in sections for one in section.missing]
     missing += (
@@ -97,7 +95,7 @@ def render(study: Study) -> str:
     )
     missing += [] if scaled else [("Scaling over workers", _WORKERS)]
     return (
-        _environment()
+        environment()
         .get_template("page.html")
         .render(
             study=study,
@@ -110,11 +108,10 @@ def render(study: Study) -> str:
             scaled_said=tables.SCALING_SAID,
             missing=missing,
             drawings=script_json(drawings),
-            plotly=Markup(_plotly()),
-            css=Markup((_WEB / "page.css").read_text()),
-            js=Markup((_WEB / "page.js").read_text()),
+            plotly=Markup(plotly_script()),
+            css=Markup((WEB / "page.css").read_text()),
+            js=Markup((WEB / "page.js").read_text()),
             tables=tables,
-            rows_shown=_ROWS,
         )
     )
 
@@ -152,7 +149,7 @@ def data_uri(table: Table) -> str:
     return "data:text/csv;charset=utf-8," + quote(table.to_csv())
 
 
-def told(cell: Cell) -> str:
+def shown(cell: Cell) -> str:
     """A cell as the page shows it; numbers to four digits."""
     if cell is None:
         return NOT_MEASURED
@@ -194,13 +191,13 @@ def _of_each_rule(group: Group) -> Iterator[Figure | Missing]:
     yield firing_rates(group)
 
 
-def _drawn(figure: Figure) -> Mapping[str, Any]:
+def drawn(figure: Figure) -> Mapping[str, Any]:
     """In both themes: the page takes the one that its reader's system asks for, and the light one for paper."""
     return {theme.name: json.loads(str(figure.draw(theme).to_json())) for theme in (LIGHT, DARK)}
 
 
 @cache
-def _plotly() -> str:
+def plotly_script() -> str:
     """plotly.js whole, without what would end a script element."""
     from plotly.offline import get_plotlyjs
 
@@ -210,7 +207,7 @@ def _plotly() -> str:
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(loader=FileSystemLoader(_WEB), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {"told": told, "csv": data_uri, "slug": slug}
-    return environment
+def environment() -> Environment:
+    made = Environment(loader=FileSystemLoader(WEB), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    made.filters |= {"shown": shown, "csv": data_uri, "slug": slug, "described": describe_state}
+    return made

@@ -79,6 +79,11 @@ class StoredRun:
         return _STATES.get(self.status, "stopped")
 
     @property
+    def short(self) -> str:
+        """The beginning of its id, in addresses."""
+        return self.id[:8]
+
+    @property
     def study(self) -> str:
         return self.tags.get("spiketrain.study", "")
 

@@ -77,7 +77,7 @@ def test_a_run_alone_is_listed_and_drawn_and_not_divided():
     assert "The baseline is missing" not in html and 'id="g2"' not in html
     alone = html[html.index('id="alone"') : html.index('id="differences"')]
     names = ("time-parts", "learning-curves", "firing-rates")
-    assert re.findall(r'<figure id="(.*?)">', alone) == [f"alone{index}-{name}" for index in (1, 2) for name in names]
+    assert re.findall(r'data-figure="(.*?)"', alone) == [f"alone{index}-{name}" for index in (1, 2) for name in names]
     assert re.findall("<summary>Figures of (.*?), Study .*</summary>", alone) == ["moved: SLTT", "lonely: SLTT"]
     assert "with 1 restart" in alone and "lonely: 4.0 points below the published run at epoch 2" in alone
     assert alone.count("<b>Temporal share of BPTT&#39;s gradient</b>: no run compared gradients") == 2

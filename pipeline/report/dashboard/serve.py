@@ -32,11 +32,11 @@ def serve(*, store: str | None, runs: Path, host: str, port: int, token: str | N
     from pipeline.report.dashboard.app import make_app
 
     app = make_app(opened, name=without_password(uri), every=every)
-    guard(app.server, host=host, token=token, scripts=[f"'{each.strip(chr(39))}'" for each in app.csp_hashes()])
+    guard(app, host=host, token=token)
     address = "127.0.0.1" if host == "localhost" else host
     try:
         kept: dict[str, Any] = {"clear_untrusted_proxy_headers": False}  # guard.py reads one of them
-        server = create_server(app.server, host=address, port=port, threads=_THREADS, ident=None, **kept)
+        server = create_server(app, host=address, port=port, threads=_THREADS, ident=None, **kept)
     except OSError as error:
         raise ValueError(f"dashboard: cannot listen at {host}:{port} ({error.strerror or error}); name another --port") from error
     at = f"[{address}]" if ":" in address else address
