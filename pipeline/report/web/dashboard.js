@@ -95,13 +95,13 @@
   };
 
   document.addEventListener("click", (event) => {
-    const button = event.target.closest("[data-change], [data-run], [data-every], #pause");
+    const button = event.target.closest("[data-change], [data-run], [data-pick], #pause");
     if (button?.id === "pause") {
       paused = !paused;
       button.setAttribute("aria-pressed", String(paused));
       paused ? clearTimeout(timer) : look(true);
     } else if (button?.dataset.change) change(button.dataset.change, button.dataset.to);
-    else if (button?.dataset.every) pick(button.dataset.every === "all" ? boxes().map((box) => box.dataset.run) : []);
+    else if (button?.dataset.pick) pick(button.dataset.pick === "all" ? boxes().map((box) => box.dataset.run) : []);
     else if (button?.dataset.run) {
       pick(boxes().filter((box) => isChecked(box) !== (box === button)).map((box) => box.dataset.run));
     }
