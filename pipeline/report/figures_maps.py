@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
@@ -21,38 +22,43 @@ _FIGURES_FIT = 8  # columns on a phone with a number in each cell
 def firing_rates(group: Group) -> Figure | Missing:
     """Layer x time, a map for each rule: the mean over its runs, of the last evaluation."""
     title = "Firing rate by layer and time step"
-    of_rule = {rule: layers for rule in group.rules if (layers := _rates(group.of(rule)))}
-    if not of_rule:
+    found = [
+        (run.rule, layer.name, step, rate, layer.silent, layer.saturated)
+        for run in group.runs
+        for layer in run.activity
+        for step, rate in enumerate(layer.rates, start=1)
+    ]
+    if not found:
         return Missing(title=title, why="no run has finished whose spikes were counted")
-    most = max(rate for layers in of_rule.values() for rates in layers.values() for rate in rates)
-    steps = max(len(rates) for layers in of_rule.values() for rates in layers.values())
+    columns = ("rule", "layer", "time step", "firing rate", "silent", "saturated")
+    keys = [*columns[:3]]
+    means: Any = pd.DataFrame(found, columns=[*columns]).groupby(keys, sort=False).mean()
+    rates = means["firing rate"]
+    rules = [rule for rule in group.rules if rule in rates.index.levels[0]]
+    of_rule = {rule: rates[rule].unstack().reindex(rates[rule].index.unique(0)) for rule in rules}
+    most, height = max(rates.max(), 1e-9), _height(of_rule)
 
     def draw(theme: Theme) -> go.Figure:
         figure = _stacked(of_rule, [plain(rule) for rule in of_rule])
         for row, layers in enumerate(of_rule.values(), start=1):
-            z = [list(rates) for rates in layers.values()]
-            x = [f"{t}" for t in range(1, steps + 1)]
-            figure.add_trace(_map(z, x=x, y=list(layers), theme=theme, most=max(most, 1e-9), written=".1%", bar=row == 1), row, 1)
+            x, z = list(map(str, layers.columns)), layers.to_numpy().tolist()
+            heat = _map(z, x=x, y=[str(layer) for layer in layers.index], theme=theme, most=most, written=".1%", bar=row == 1)
+            figure.add_trace(heat, row, 1)
         figure.update_xaxes(title_text="time step", row=len(of_rule), col=1)
         return _laid_out(figure, theme, height)
 
-    height = _height(of_rule)
-    rows = []
-    for rule, layers in of_rule.items():
-        shares = _shares(group.of(rule))
-        rows += [(rule, layer, t + 1, rate, *shares[layer]) for layer, rates in layers.items() for t, rate in enumerate(rates)]
-    means = {rule: statistics.fmean(statistics.fmean(rates) for rates in layers.values()) for rule, layers in of_rule.items()}
-    said = ", ".join(f"{rule} {mean:.1%}" for rule, mean in means.items())
-    samples = sorted({layer.samples for rule in of_rule for run in group.of(rule) for layer in run.activity})
-    counted = " or ".join(f"{count:,}" for count in samples)
+    samples = sorted({layer.samples for run in group.runs for layer in run.activity})
+    counted_on = " or ".join(f"{count:,}" for count in samples)
     unlike = ", on fewer samples more of them" if len(samples) > 1 else ""
+    averages = ", ".join(f"{rule} {layers.mean(axis=1).mean():.1%}" for rule, layers in of_rule.items())
     return Figure(
         name="firing-rates",
         title=title,
-        caption=f"Spikes per neuron and time step, the mean over runs, counted on {counted} samples drawn from the last "
-        f"evaluation; on these, silent neurons never fired and saturated ones always did (in the table){unlike}.",
-        alt=f"Mean firing rate over layers: {said}.",
-        table=Table(columns=("rule", "layer", "time step", "firing rate", "silent", "saturated"), rows=tuple(rows)),
+        caption=f"Spikes per neuron and time step, the mean over runs, counted on {counted_on} samples "
+        "drawn from the last evaluation; on these, silent neurons never fired and saturated ones "
+        f"always did (in the table){unlike}.",
+        alt=f"Mean firing rate over layers: {averages}.",
+        table=Table(columns=columns, rows=tuple(means.reset_index().itertuples(index=False, name=None))),
         draw=draw,
         height=height,
     )
@@ -64,7 +70,7 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
     of_rule = {rule: cosines for rule in group.rules if (cosines := _cosines(group, rule))}
     if not of_rule:
         why = "no run compared its gradient with BPTT's; --set fidelity_every=1 does after each epoch"
-        return Missing(title=title, why=_told_later(run for run in group.runs if run.rule != group.against) or why)
+        return Missing(title=title, why=_still_to_come(run for run in group.runs if run.rule != group.against) or why)
     layers = list(dict.fromkeys(layer for cosines in of_rule.values() for layer in cosines))
     rows = [(layer, rule, of_rule[rule].get(layer)) for layer in layers for rule in of_rule]
     known = [(value, layer, rule) for layer, rule, value in rows if value is not None]
@@ -97,7 +103,7 @@ def temporal_share(group: Group) -> Figure | Missing:
     looked = [run for run in group.runs if any(each.temporal_share for each in run.history.fidelity)]
     if not looked:
         why = "no run compared gradients; --set fidelity_every=1 does after each epoch"
-        return Missing(title=title, why=_told_later(group.runs) or why)
+        return Missing(title=title, why=_still_to_come(group.runs) or why)
     run = next((run for run in looked if run.rule == "SLTT"), looked[0])  # whose weights came of dropping it
     looks = run.history.fidelity
     layers = list(dict.fromkeys(layer for each in looks for layer in each.temporal_share))
@@ -125,28 +131,10 @@ def temporal_share(group: Group) -> Figure | Missing:
     )
 
 
-def _rates(runs: Sequence[Run]) -> dict[str, tuple[float, ...]]:
-    """By layer at each time step, the mean over runs."""
-    found: dict[str, list[tuple[float, ...]]] = {}
-    for run in runs:
-        for layer in run.activity:
-            found.setdefault(layer.name, []).append(layer.rates)
-    return {name: tuple(map(statistics.fmean, zip(*rates, strict=True))) for name, rates in found.items()}
-
-
-def _shares(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
-    """Of silent and of saturated neurons by layer, the mean over runs."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for run in runs:
-        for layer in run.activity:
-            found.setdefault(layer.name, []).append((layer.silent, layer.saturated))
-    return {name: (statistics.fmean(s for s, _ in pairs), statistics.fmean(s for _, s in pairs)) for name, pairs in found.items()}
-
-
-def _told_later(runs: Iterable[Run]) -> str:
-    """Of runs that told of no comparison: which of them compare gradients by their recipes; empty where none does."""
+def _still_to_come(runs: Iterable[Run]) -> str:
+    """Which of the runs compare gradients by their recipes, though none has done so yet."""
     looking = [run.name for run in runs if str(run.recipe.get("fidelity_every") or 0) != "0"]
-    return f"not told yet by {', '.join(looking)}" if looking else ""
+    return f"not yet in {', '.join(looking)}" if looking else ""
 
 
 def _cosines(group: Group, rule: str) -> dict[str, float | None]:
@@ -192,7 +180,7 @@ def _map(
     )
 
 
-def _stacked(of_rule: Mapping[str, Mapping[str, Any]], titles: Sequence[str]) -> go.Figure:
+def _stacked(of_rule: Mapping[str, Any], titles: Sequence[str]) -> go.Figure:
     heights = [len(layers) for layers in of_rule.values()]
     gap = min(30 / max(1, _height(of_rule)), 0.9 / max(1, len(of_rule) - 1))
     about = {"subplot_titles": titles, "row_heights": heights, "vertical_spacing": gap, "shared_xaxes": True}
@@ -200,7 +188,7 @@ def _stacked(of_rule: Mapping[str, Mapping[str, Any]], titles: Sequence[str]) ->
     return figure.update_annotations(x=0, xanchor="left", font={"size": 13})
 
 
-def _height(of_rule: Mapping[str, Mapping[str, Any]]) -> int:
+def _height(of_rule: Mapping[str, Any]) -> int:
     return 90 + sum(_ROW * len(layers) + 30 for layers in of_rule.values())
 
 

@@ -14,7 +14,6 @@ import re
 import sqlite3
 import stat
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -38,9 +37,6 @@ if TYPE_CHECKING:
 ARTIFACTS = (*(name for name in KNOWN if not name.endswith(".npz")), REPORT_DATA, REPORT)
 MOST_BYTES = 64 << 20  # of an artifact that is read whole, as a person looks at it
 LOCKED_S = 2.0
-MAKING_S = 60.0
-"""A file that was changed so lately may be a store that is being made: MLflow (3.17.2) makes its
-tables first, and at the end the one by which a store is known."""
 _THINNED_BYTES = 8 << 20  # about so much of the curve of a longer journal is kept
 _READABLE = "are the file and its folder readable to you?"
 _STATES: dict[str, State] = {"RUNNING": "running", "FINISHED": "finished", "FAILED": "failed"}
@@ -360,21 +356,19 @@ class SqliteStore:
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        facts = self._facts()
-        if facts.st_size == 0:
+        if self._size() == 0:
             empty = "is empty, nothing was delivered yet; `spiketrain sync RUN` fills it"
             raise StoreError(f"store {self.file} {empty}")
         try:
             with closing(self._opened()) as connection:
                 yield connection
         except sqlite3.OperationalError as error:
-            is_new = time.time() - facts.st_mtime < MAKING_S
-            raise StoreError(f"store {self.file} {_explained(error, is_new=is_new)}") from error
+            raise StoreError(f"store {self.file} {_explained(error)}") from error
         except sqlite3.DatabaseError as error:
             advice = "move it away: `spiketrain sync RUN` fills a new one from the journals"
             raise StoreError(f"store {self.file} is damaged ({error}); {advice}") from error
 
-    def _facts(self) -> os.stat_result:
+    def _size(self) -> int:
         try:
             facts = self.file.stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -384,7 +378,7 @@ class SqliteStore:
         if facts is None or not stat.S_ISREG(facts.st_mode):
             advice = "launch a run, or name another by MLFLOW_TRACKING_URI"
             raise StoreError(f"store {self.file} does not exist; {advice}")
-        return facts
+        return facts.st_size
 
     def _opened(self) -> sqlite3.Connection:
         """Read-only, unless SQLite must first undo a write in which its writer was killed."""
@@ -405,17 +399,16 @@ class SqliteStore:
         return sqlite3.connect(f"file:{quote(str(self.file))}?mode={mode}", uri=True, timeout=LOCKED_S)
 
 
-def _explained(error: sqlite3.OperationalError, *, is_new: bool) -> str:
+def _explained(error: sqlite3.OperationalError) -> str:
     text = str(error)
     if "locked" in text or "busy" in text:
         return f"is locked by another process for over {LOCKED_S:g} s; try again, or end who holds it"
-    again = f"look again in {MAKING_S:g} s"
     if "no such table: alembic_version" in text:
-        other = "name another, or move it away: `spiketrain sync RUN` fills a new one"
-        return f"is being made, or is no MLflow store; {again}" if is_new else f"is no MLflow store; {other}"
+        advice = "look again, name another, or move it away: `spiketrain sync RUN` fills a new one"
+        return f"is no MLflow store, or is being made; {advice}"
     if "no such table" in text or "no such column" in text:
-        making, waits = ("is being made, or ", f"{again}, then ") if is_new else ("", "")
-        return f"{making}is of another version of MLflow ({text}); {waits}mlflow db upgrade sqlite:///FILE"
+        upgrade = "look again, then mlflow db upgrade sqlite:///FILE"
+        return f"is being made, or is of another version of MLflow ({text}); {upgrade}"
     return f"cannot be read ({text}); {_READABLE}"
 
 

@@ -83,19 +83,6 @@ def test_several_seeds_are_a_mean_and_a_spread(make_run: Callable, runs_dir: Pat
     assert ratios[4]["wall_s"] is None
 
 
-def test_two_runs_of_a_seed_count_as_their_mean(make_run: Callable, runs_dir: Path):
-    for name, seed, top1 in (("bptt-0", 0, 0.8), ("bptt-0-again", 0, 0.9), ("bptt-1", 1, 0.9)):
-        make_run(name, seed=seed, top1=top1)
-    for seed, top1 in enumerate((0.8, 0.9)):
-        make_run(f"sltt-{seed}", rule="SLTT", seed=seed, top1=top1)
-    comparison = compare(runs_dir)
-    (difference,) = comparison.to_json()["differences"]
-    assert (difference["seeds"], difference["mean"]) == (2, pytest.approx(2.5))
-    ratios = {run["run"]: run["ratios"]["top1"] for run in comparison.to_json()["runs"]}
-    assert ratios["sltt-0"] == pytest.approx(0.8 / 0.85) and ratios["bptt-0-again"] == pytest.approx(0.9 / 0.85)
-    assert "BPTT has 2 runs of seed 0, which count as one, their mean, in ratios and differences\n" in text_of(comparison)
-
-
 def test_ratios_are_of_paired_seeds(make_run: Callable, runs_dir: Path):
     make_run("bptt-0", peak_saved_bytes=8_000_000)
     make_run("bptt-5", seed=5, peak_saved_bytes=80_000_000)
@@ -162,16 +149,6 @@ def test_the_choices_that_decide_a_comparison_stand_in_every_row(make_run: Calla
         "detached",
         "not known",
     }
-
-
-def test_a_rule_may_share_a_seed_with_one_bptt_alone(make_run: Callable, runs_dir: Path):
-    make_run("bptt", steady_forward_s=0.04, steady_backward_s=0.08)
-    make_run("stepped", rule="BPTT-chunk-1", seed=1, steady_forward_s=0.04, steady_backward_s=0.02)
-    make_run("sltt", rule="SLTT")
-    notes = compare(runs_dir).notes
-    assert "SLTT has no seed in common with BPTT-chunk-1, so its times are not divided" in notes
-    assert "BPTT-chunk-1 has no seed in common with BPTT, so its top-1 and bytes are not divided" in notes
-    assert not any("SLTT has no seed in common with BPTT," in note for note in notes)
 
 
 ELSEWHERE = {"hardware": {"cpu": "another cpu", "cores": 2, "gpu": "none"}}
@@ -310,22 +287,6 @@ def test_what_cards_measured_stands_beside_the_estimate(make_run: Callable, runs
     alone = compare(runs_dir, ["on-a-cpu"])
     assert "inference energy" in text_of(alone) and "measured" not in text_of(alone)
     assert alone.to_json()["runs"][0]["ratios"]["inference.measured_j"] is None
-
-
-def test_a_rule_is_not_charged_for_being_looked_at(make_run: Callable, runs_dir: Path):
-    make_run("bptt", wall_s=200.0)
-    make_run("ottt", rule="OTTT-A", wall_s=100.0, fidelity_s=0.0)
-    make_run("sltt", rule="SLTT", wall_s=130.0, fidelity_s=30.0)
-    comparison = compare(runs_dir)
-    assert [run["ratios"]["wall_s"] for run in comparison.to_json()["runs"]] == [1.0, 0.5, 0.5]
-    assert text_of(comparison).count("1.7 min  ×0.50") == 2
-    assert comparison.notes == (
-        "wall clocks leave out what comparing gradients with BPTT's took, in runs of SLTT",
-        "runs of SLTT compared gradients, and those of BPTT, OTTT-A did not: one that has may compute some 2 % slower from then "
-        "on, so a difference as small is none",
-        FOLDED_ALONE,
-        RECOMPUTES_NOTHING,
-    )
 
 
 def test_bytes_stand_without_and_with_states(make_run: Callable, runs_dir: Path):
@@ -516,12 +477,6 @@ def test_long_lists_of_differences_are_cut(make_run: Callable, runs_dir: Path):
     make_run("sltt", study="f" * 16, recipe={f"field{i}": i for i in range(9)})
     with pytest.raises(ComparisonError, match=r"field5.*; and 3 more"):
         compare(runs_dir, ["bptt", "sltt"])
-
-
-def test_different_commits_are_noted(make_run: Callable, runs_dir: Path):
-    make_run("bptt")
-    make_run("sltt", rule="SLTT", commit="def+")
-    assert "different commits: abc, def+" in text_of(compare(runs_dir))
 
 
 def test_commits_are_those_of_every_start(make_run: Callable, runs_dir: Path):

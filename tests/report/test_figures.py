@@ -220,8 +220,8 @@ def test_a_comparison_that_is_to_come_is_not_called_none(every: int | str):
     unasked = run("SLTT", name="none", recipe=recipe("SLTT", fidelity_every=type(every)(0)))
     hint = "--set fidelity_every=1 does after each epoch"
     assert why(unasked) == [f"no run compared its gradient with BPTT's; {hint}", f"no run compared gradients; {hint}"]
-    assert why(looking["SLTT"]) == 2 * ["not told yet by new-SLTT"]
-    assert why(looking["BPTT"]) == [why()[0], "not told yet by new-BPTT"]  # which has no cosine with itself
+    assert why(looking["SLTT"]) == 2 * ["not yet in new-SLTT"]
+    assert why(looking["BPTT"]) == [why()[0], "not yet in new-BPTT"]  # which has no cosine with itself
 
 
 def _maps(of: Study) -> tuple[Figure | Missing, Figure | Missing]:

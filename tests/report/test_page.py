@@ -4,8 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import pytest
-
 from pipeline.report import page
 from pipeline.report.claims import Claim
 from pipeline.report.study import Study
@@ -34,13 +32,6 @@ def test_names_from_outside_are_text():
     assert any("alert(1)" in trace.get("name", "") for trace in drawings["g1-ratios"]["light"]["data"])
 
 
-def test_json_in_a_script_cannot_leave_it():
-    assert page.script_json({"a": "</script><!-- & \u2028"}) == '{"a":"\\u003c/script\\u003e\\u003c!-- \\u0026 \\u2028"}'
-    assert json.loads(page.script_json({"a": "</script>"})) == {"a": "</script>"}
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        page.script_json(float("nan"))
-
-
 def test_nothing_is_asked_of_the_network():
     html = body(page.render(study()))
     assert "default-src 'none'" in html
@@ -58,7 +49,7 @@ def test_machines_are_apart_and_a_missing_baseline_is_named():
 def test_several_tunings_of_the_baseline_are_not_called_unfinished():
     html = body(page.render(Study(title="t", runs=(tuned("BPTT", 0.1), tuned("BPTT", 0.3, seed=1), tuned("SLTT", 0.3)))))
     said = "several BPTTs with different optimizer.lr; name one"
-    assert f"No baseline in this group: {said}. Nothing here is divided." in html and f"no baseline: {said}" in html
+    assert f"No baseline in this group: {said}. Nothing here is divided." in html
     assert f"The baseline is missing: {said}. Nothing on this page is divided." in html
     assert "no run of BPTT among these has finished" not in html
 

@@ -104,26 +104,6 @@ def test_a_rule_that_mostly_diverged_fails_in_its_sentence():
     assert tables.headlines(Study(title="t", runs=(*bptt, elsewhere)).groups[0]) == []
 
 
-def test_the_baseline_stands_in_every_row():
-    def told(steps: int) -> dict[str, object]:
-        return {"reset_gradient": "kept", "norm_over": "step", "precision": "bf16", "steps_per_forward": steps}
-
-    T = recipe("BPTT")["time_steps"]
-    wanted = ["folded", "step by step", "step by step, recomputed", "not known", "in slices of 3"]
-    runs = (
-        run("BPTT", conditions=told(T)),
-        run("BPTT-chunk-1", conditions=told(1), backward_s=1.0),
-        run("BPTT-recompute", recipe=recipe("BPTT", rule={"target": "x", "kwargs": {"recompute": True}}), conditions=told(1)),
-        run("SLTT", conditions=told(3)),
-        run("OTTT-A"),
-    )
-    rows = {row[0]: row[1:] for row in tables.behind_the_rows(Study(title="t", runs=runs).groups[0]).rows}
-    assert rows["BPTT-chunk-1"] == ("BPTT", "BPTT-chunk-1", "kept", "step", "bf16", "step by step", "8", "not known", "0")
-    assert [row[5] for row in rows.values()] == wanted
-    assert rows["OTTT-A"] == ("BPTT", "BPTT-chunk-1", *4 * ("not known",), "8", "not known", "0")
-    assert tables.behind_the_rows(Study(title="t", runs=(run("SLTT"),)).groups[0]).rows[0][1] == "no baseline"
-
-
 def test_of_a_run_without_recipe_json_its_flat_parameters_tell():
     told = {"reset_gradient": "kept", "norm_over": "step", "precision": "bf16"}
     made = recipe("BPTT", rule={"target": "x.BPTT", "kwargs": {"recompute": True}}, time_steps=6)

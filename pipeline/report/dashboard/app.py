@@ -16,18 +16,14 @@ from flask import Flask, Response, request
 
 from pipeline.report import tables
 from pipeline.report.dashboard.live import Live, SuiteReport
-from pipeline.report.dashboard.place import ONLY, SORTS, VIEWS, Place, View, describe_states
-from pipeline.report.figure import Figure, Missing, Table
-from pipeline.report.figures import ratios, trade_off
-from pipeline.report.figures_learning import learning_curves, standings
-from pipeline.report.figures_maps import firing_rates, gradient_fidelity, temporal_share
-from pipeline.report.figures_time import time_parts
-from pipeline.report.page import TRADED, WEB, drawn, environment, plotly_script, slug
+from pipeline.report.dashboard.place import ONLY, SORTS, VIEWS, Place, describe_states
+from pipeline.report.figure import Figure, Table
 from pipeline.report.results import describe_state
 from pipeline.report.runs import ReportError
 from pipeline.report.stores import Store, StoredRun, studies
-from pipeline.report.study import Group, Study
+from pipeline.report.study import Study
 from pipeline.report.sweeps import LARGEST_SAID, swept
+from pipeline.report.views import WEB, drawn, environment, plotly_script, section_of, slug
 
 SHOWN = 200  # studies of a list
 _NAME = 120  # letters of a group or suite in the name of a file, which may have 255 bytes
@@ -124,26 +120,18 @@ def _shown(place: Place, study: Study, reports: Sequence[SuiteReport], newest: t
         """The group or suite is in the name, which stands alone in a folder of such files."""
         return f"{slug(where)[:_NAME] if where else place.study[:8]}-{key}"
 
-    groups, missing, drawings = [], [], {}
-    for group in study.groups:
-        title = tables.named(group)
-        found = list(drawn_in(place.view, group))
-        figures = [each for each in found if isinstance(each, Figure)]
-        missing += [(each.title, f"{title}: {each.why}") for each in found if isinstance(each, Missing)]
-        drawings |= {f"{group.key}-{each.name}": drawn(each) for each in figures}
-        groups.append((group, title, figures))
+    sections = [section_of(group, group.key, (place.view,)) for group in study.groups]
+    drawings = {key: drawing for each in sections for key, drawing in each.drawings.items()}
     if place.view == "claims":
-        for key, each in _of_reports(reports):
-            drawings[f"{key}-{each.name}"] = drawn(each)
+        drawings |= {key: drawn(figure) for key, figure in _of_reports(reports)}
     html = _template("study.html").render(
         place=place,
         study=study,
-        groups=groups,
-        missing=missing,
+        sections=sections,
+        missing=[reason for each in sections for reason in each.reasons],
         reports=reports,
         newest=newest,
         scaled=tables.scaling(study) if place.view == "costs" else None,
-        tables=tables,
         largest_said=LARGEST_SAID,
         href=href,
         file=file,
@@ -151,27 +139,11 @@ def _shown(place: Place, study: Study, reports: Sequence[SuiteReport], newest: t
     return {"html": html, "drawings": drawings}
 
 
-def drawn_in(view: View, group: Group) -> Iterator[Figure | Missing]:
-    """The figures of a view, or why there are none."""
-    if view == "costs":
-        if group.has_baseline:  # else a note says so
-            yield ratios(group)
-        for name in TRADED:
-            yield trade_off(group, name)
-    elif view == "learning":
-        yield learning_curves(group)
-    elif view == "time":
-        yield time_parts(group)
-    elif view == "gradients":
-        yield gradient_fidelity(group)
-        yield temporal_share(group)
-        yield firing_rates(group)
-
-
 def _of_reports(reports: Sequence[SuiteReport]) -> Iterator[tuple[str, Figure]]:
     for report in reports:
         for each in swept(report.returned.sweeps):
-            yield from ((f"{report.key}-{each.key}", figure) for figure in each.figures)
+            for figure in each.figures:
+                yield f"{report.key}-{each.key}-{figure.name}", figure
 
 
 def _tables(place: Place, study: Study, reports: Sequence[SuiteReport]) -> Iterator[tuple[str, Callable[[], Table | None]]]:
@@ -185,13 +157,12 @@ def _tables(place: Place, study: Study, reports: Sequence[SuiteReport]) -> Itera
         for each in swept(report.returned.sweeps):
             yield f"{report.key}-{each.key}-largest", lambda each=each: each.largest
     for key, figure in _of_reports(reports):
-        yield f"{key}-{figure.name}", lambda figure=figure: figure.table
+        yield key, lambda figure=figure: figure.table
     for group in study.groups:
         for name, make in (("costs", tables.costs), ("beside", tables.beside), ("held", tables.held)):
             yield f"{group.key}-{name}", lambda make=make, group=group: make(group)
-        for each in drawn_in(place.view, group):
-            if isinstance(each, Figure):
-                yield f"{group.key}-{each.name}", lambda each=each: each.table
+        for each in section_of(group, group.key, (place.view,)).figures:
+            yield f"{group.key}-{each.name}", lambda each=each: each.table
 
 
 def _place() -> Place:
@@ -219,14 +190,12 @@ def _trouble(error: Exception) -> str:
 
 def _template(name: str) -> Any:
     made = environment()
-    made.filters |= {
-        "seeds": _seeds,
-        "states": describe_states,
-        "moment": lambda seconds: time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds)),
-        "swept": lambda sweeps: list(swept(sweeps)),
-        "standings": standings,
-    }
+    made.filters |= {"seeds": _seeds, "states": describe_states, "moment": _moment}
     return made.get_template(name)
+
+
+def _moment(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 
 
 def _seeds(seeds: Sequence[str]) -> str:
