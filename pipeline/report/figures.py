@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import plotly.graph_objects as go
-
-from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, color, plain, symbol
+from pipeline.report.figure import INK, MUTED, Figure, Missing, Table, color, drawing, plain, symbol, titled
 from pipeline.report.results import ENERGY, ENERGY_MEASURED, compared, metric
 from pipeline.report.study import Group, Spread
 from pipeline.report.tables import MEASURED_SAID, prices
@@ -32,31 +30,30 @@ def ratios(group: Group) -> Figure | Missing:
     ]
     names = [name for name in costs if any((rule, name) in found for rule in rules)]
 
-    def draw(theme: Theme) -> go.Figure:
-        figure = go.Figure()
-        for index, rule in enumerate(rules):
-            here = [(place, found[rule, name]) for place, name in enumerate(names) if (rule, name) in found]
-            figure.add_trace(
-                go.Scatter(
-                    name=plain(rule),
-                    mode="markers+text",
-                    x=[ratio.mean for _, ratio in here],
-                    y=[place + _offset(index, len(rules)) for place, _ in here],
-                    error_x=_errors([ratio for _, ratio in here], theme, index + 1),
-                    text=[f"{ratio.mean:.2f}" for _, ratio in here],
-                    textposition="top center",
-                    textfont={"size": 12, "color": color(theme, index + 1)},
-                    marker={"color": color(theme, index + 1), "symbol": symbol(index + 1), "size": 10},
-                    hovertemplate="%{x:.3f}<extra>" + plain(rule) + "</extra>",
-                )
-            )
-        most = max(1.0, *(ratio.mean + (ratio.deviation or 0) for ratio in found.values()))
-        figure.add_vline(x=1, line={"color": theme.ink, "width": 1, "dash": "dot"})
-        y = {"tickvals": list(range(len(names))), "ticktext": [costs[name] for name in names], "showgrid": False}
-        y |= {"range": [len(names) - 0.5, -0.75], "zeroline": False}
-        x = {"range": [0, 1.3 * most], "title": {"text": f"multiple of {plain(group.against)}"}}
-        return figure.update_layout(**base_layout(theme, height=height, xaxis=x, yaxis=y))
-
+    data = []
+    for index, rule in enumerate(rules):
+        here = [(place, found[rule, name]) for place, name in enumerate(names) if (rule, name) in found]
+        data.append(
+            {
+                "type": "scatter",
+                "name": plain(rule),
+                "mode": "markers+text",
+                "x": [ratio.mean for _, ratio in here],
+                "y": [place + _offset(index, len(rules)) for place, _ in here],
+                "error_x": _errors([ratio for _, ratio in here], index + 1),
+                "text": [f"{ratio.mean:.2f}" for _, ratio in here],
+                "textposition": "top center",
+                "textfont": {"size": 12, "color": color(index + 1)},
+                "marker": {"color": color(index + 1), "symbol": symbol(index + 1), "size": 10},
+                "hovertemplate": "%{x:.3f}<extra>" + plain(rule) + "</extra>",
+            }
+        )
+    most = max(1.0, *(ratio.mean + (ratio.deviation or 0) for ratio in found.values()))
+    dotted = {"color": INK, "width": 1, "dash": "dot"}
+    line = {"type": "line", "x0": 1, "x1": 1, "y0": 0, "y1": 1, "yref": "y domain", "line": dotted}
+    ticks = {"tickvals": list(range(len(names))), "ticktext": [costs[name] for name in names]}
+    y = {**ticks, "range": [len(names) - 0.5, -0.75], "showgrid": False, "zeroline": False}
+    x = titled(f"multiple of {plain(group.against)}", range=[0, 1.3 * most])
     height = 110 + len(names) * max(52, 30 * len(rules))
     least = min((item for item in found.items() if item[0][1] == "peak_saved_bytes"), key=lambda item: item[1].mean, default=None)
     faster = group.fastest_baseline
@@ -69,8 +66,7 @@ def ratios(group: Group) -> Figure | Missing:
         + times,
         alt=f"{len(rules)} rules beside {group.against} in {', '.join(costs[name] for name in names)}{said}.",
         table=Table(columns=("rule", "quantity", "divided by", "ratio", "standard deviation", "paired seeds"), rows=tuple(rows)),
-        draw=draw,
-        height=height,
+        drawing=drawing(data, height=height, xaxis=x, yaxis=y, shapes=[line]),
     )
 
 
@@ -89,42 +85,35 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
     front = pareto({rule: (cost.mean, top1.mean) for rule, (cost, top1) in points.items()})
     scale, unit = unit_of(cost_of.unit, [cost.mean for cost, _ in points.values()])
 
-    def draw(theme: Theme) -> go.Figure:
-        figure = go.Figure()
-        figure.add_trace(
-            go.Scatter(
-                name="Pareto front",
-                mode="lines",
-                x=[points[rule][0].mean / scale for rule in front],
-                y=[100 * points[rule][1].mean for rule in front],
-                line={"color": theme.muted, "width": 1.5, "dash": "dash", "shape": "hv"},
-                hoverinfo="skip",
-            )
+    data = [
+        {
+            "type": "scatter",
+            "name": "Pareto front",
+            "mode": "lines",
+            "x": [points[rule][0].mean / scale for rule in front],
+            "y": [100 * points[rule][1].mean for rule in front],
+            "line": {"color": MUTED, "width": 1.5, "dash": "dash", "shape": "hv"},
+            "hoverinfo": "skip",
+        }
+    ]
+    for rule, (cost, top1) in points.items():
+        place = group.rules.index(rule)
+        shape = symbol(place) if rule in front else f"{symbol(place)}-open"
+        outline = {"width": 2, "color": color(place)}
+        data.append(
+            {
+                "type": "scatter",
+                "name": plain(rule),
+                "mode": "markers",
+                "x": [cost.mean / scale],
+                "y": [100 * top1.mean],
+                "error_x": _errors([cost], place, scale=1 / scale),
+                "error_y": _errors([top1], place, scale=100),
+                "marker": {"color": color(place), "symbol": shape, "size": 12, "line": outline},
+                "hovertemplate": f"%{{x:.4g}} {unit}, %{{y:.2f}} %<extra>{plain(rule)}</extra>",
+            }
         )
-        for rule, (cost, top1) in points.items():
-            place = group.rules.index(rule)
-            shape = symbol(place) if rule in front else f"{symbol(place)}-open"
-            figure.add_trace(
-                go.Scatter(
-                    name=plain(rule),
-                    mode="markers",
-                    x=[cost.mean / scale],
-                    y=[100 * top1.mean],
-                    error_x=_errors([cost], theme, place, scale=1 / scale),
-                    error_y=_errors([top1], theme, place, scale=100),
-                    marker={
-                        "color": color(theme, place),
-                        "symbol": shape,
-                        "size": 12,
-                        "line": {"width": 2, "color": color(theme, place)},
-                    },
-                    hovertemplate=f"%{{x:.4g}} {unit}, %{{y:.2f}} %<extra>{plain(rule)}</extra>",
-                )
-            )
-        x = {"title": {"text": f"{what}, {unit}"}, "rangemode": "tozero"}
-        y = {"title": {"text": "top-1, %"}}
-        return figure.update_layout(**base_layout(theme, height=380, xaxis=x, yaxis=y))
-
+    x = titled(f"{what}, {unit}", rangemode="tozero")
     rows = [
         (rule, cost.mean, cost.deviation, top1.mean, top1.deviation, top1.runs, "yes" if rule in front else "no")
         for rule, (cost, top1) in points.items()
@@ -149,8 +138,7 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
         + _lost(group),
         alt=f"On the Pareto front of accuracy and {what}, of {len(points)} rules: {', '.join(front)}.",
         table=Table(columns=columns, rows=tuple(rows)),
-        draw=draw,
-        height=380,
+        drawing=drawing(data, height=380, xaxis=x, yaxis=titled("top-1, %")),
     )
 
 
@@ -201,6 +189,6 @@ def _offset(index: int, count: int) -> float:
     return 0.0 if count == 1 else 0.6 * (index / (count - 1) - 0.5)
 
 
-def _errors(spreads: Sequence[Spread], theme: Theme, place: int, *, scale: float = 1.0) -> dict[str, Any]:
+def _errors(spreads: Sequence[Spread], place: int, *, scale: float = 1.0) -> dict[str, Any]:
     lengths = [scale * (each.deviation or 0.0) for each in spreads]
-    return {"array": lengths, "visible": any(lengths), "color": color(theme, place), "thickness": 1.5, "width": 4}
+    return {"array": lengths, "visible": any(lengths), "color": color(place), "thickness": 1.5, "width": 4}

@@ -7,10 +7,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import plotly.graph_objects as go
-
 from pipeline.recipe_json import flat
-from pipeline.report.figure import Cell, Figure, Missing, Table, Theme, base_layout, color, plain, symbol
+from pipeline.report.figure import INK, Cell, Figure, Missing, Table, color, drawing, plain, symbol, titled
 from pipeline.report.history import Point
 from pipeline.report.results import Run
 from pipeline.report.study import Group
@@ -18,7 +16,6 @@ from pipeline.units import counted
 
 ON_TRACK = 1.0  # points of accuracy below the published run that still count as on track
 _MOST = 300  # points of a curve: a run of ImageNet has some hundred thousand
-_HEIGHT = 420
 
 
 def learning_curves(group: Group) -> Figure | Missing:
@@ -30,39 +27,36 @@ def learning_curves(group: Group) -> Figure | Missing:
     logs = _logs(group.runs)
     restarts = [(run, each) for run in group.runs for each in run.history.restarts]
 
-    def draw(theme: Theme) -> go.Figure:
-        figure = go.Figure()
-        named: set[str] = set()  # a rule is in the legend once, by its first run with a trace
-        for run, curve in zip(group.runs, curves, strict=True):
-            place = group.rules.index(run.rule)
-            for trace in _traces(run, curve, theme, place, named=run.rule not in named):
-                figure.add_trace(trace)
-                named.add(run.rule)
-        if restarts:
-            figure.add_trace(
-                go.Scatter(
-                    name="restart",
-                    mode="markers",
-                    x=[_epochs(run, each.step) for run, each in restarts],
-                    y=[_height_at(run, each.step) for run, each in restarts],
-                    marker={"symbol": "x-thin", "size": 13, "line": {"width": 2.5, "color": theme.ink}},
-                    hovertemplate="started again after %{x:.4g} epochs<extra></extra>",
-                )
-            )
-        for points, rules in logs.items():
-            figure.add_trace(
-                go.Scatter(
-                    name=plain(f"published, {', '.join(rules)}"),
-                    mode="lines+markers",
-                    x=[epoch for epoch, _ in points],
-                    y=[100 * top1 for _, top1 in points],
-                    line={"color": color(theme, group.rules.index(rules[0])), "dash": "dashdot"},
-                    marker={"symbol": "star", "size": 9},
-                )
-            )
-        x, y = {"title": {"text": "epochs"}, "rangemode": "tozero"}, {"title": {"text": "top-1, %"}}
-        return figure.update_layout(base_layout(theme, height=_HEIGHT, xaxis=x, yaxis=y))
-
+    data: list[dict[str, Any]] = []
+    named: set[str] = set()  # a rule is in the legend once, by its first run with a trace
+    for run, curve in zip(group.runs, curves, strict=True):
+        for trace in _traces(run, curve, group.rules.index(run.rule), named=run.rule not in named):
+            data.append(trace)
+            named.add(run.rule)
+    if restarts:
+        data.append(
+            {
+                "type": "scatter",
+                "name": "restart",
+                "mode": "markers",
+                "x": [_epochs(run, each.step) for run, each in restarts],
+                "y": [_height_at(run, each.step) for run, each in restarts],
+                "marker": {"symbol": "x-thin", "size": 13, "line": {"width": 2.5, "color": INK}},
+                "hovertemplate": "started again after %{x:.4g} epochs<extra></extra>",
+            }
+        )
+    data += [
+        {
+            "type": "scatter",
+            "name": plain(f"published, {', '.join(rules)}"),
+            "mode": "lines+markers",
+            "x": [epoch for epoch, _ in points],
+            "y": [100 * top1 for _, top1 in points],
+            "line": {"color": color(group.rules.index(rules[0])), "dash": "dashdot"},
+            "marker": {"symbol": "star", "size": 9},
+        }
+        for points, rules in logs.items()
+    ]
     rows: list[tuple[Cell, ...]] = [
         ("published", ", ".join(rules), "", "published", None, epoch, None, top1, None)
         for points, rules in logs.items()
@@ -71,6 +65,7 @@ def learning_curves(group: Group) -> Figure | Missing:
     rows += [row for run, curve in zip(group.runs, curves, strict=True) for row in _rows(run, curve)]
     beside = "; ".join(standings(group)) or "no recipe carries published points"
     accuracy = f"Accuracy of {counted(len(group.runs), 'run')} by epoch"
+    x = titled("epochs", rangemode="tozero")
     columns = ("run", "rule", "seed", "what", "step", "epochs", "seconds", "top-1", "loss")
     return Figure(
         name="learning-curves",
@@ -78,8 +73,7 @@ def learning_curves(group: Group) -> Figure | Missing:
         caption=" ".join(_captions(group, len(restarts), has_logs=bool(logs))),
         alt=f"{accuracy}, with {counted(len(restarts), 'restart')}; {beside}.",
         table=Table(columns=columns, rows=tuple(rows)),
-        draw=draw,
-        height=_HEIGHT,
+        drawing=drawing(data, height=420, xaxis=x, yaxis=titled("top-1, %")),
     )
 
 
@@ -163,10 +157,10 @@ def _logs(runs: Sequence[Run]) -> dict[tuple[tuple[int, float], ...], list[str]]
     return logs
 
 
-def _traces(run: Run, curve: Sequence[Point], theme: Theme, place: int, *, named: bool) -> Iterator[go.Scatter]:
+def _traces(run: Run, curve: Sequence[Point], place: int, *, named: bool) -> Iterator[dict[str, Any]]:
     evaluations = [each for each in run.history.evaluations if each.top1 is not None]
     points = [each for each in curve if each.top1 is not None]
-    line = {"color": color(theme, place), "width": 1.2}
+    line = {"color": color(place), "width": 1.2}
     if points:
         yield _scatter(run, points, named=named and not evaluations, mode="lines", line=line, opacity=0.75)
     if evaluations:
@@ -175,16 +169,17 @@ def _traces(run: Run, curve: Sequence[Point], theme: Theme, place: int, *, named
         yield _scatter(run, evaluations, named=named, mode="lines+markers", line=line, marker=marker)
 
 
-def _scatter(run: Run, points: Sequence[Point], *, named: bool, **about: Any) -> go.Scatter:
-    return go.Scatter(
-        name=plain(run.rule),
-        legendgroup=plain(run.rule),
-        showlegend=named,
-        x=[_epochs(run, each.step) for each in points],
-        y=[100 * (each.top1 or 0.0) for each in points],
-        hovertemplate=f"%{{y:.2f}} % after %{{x:.3g}} epochs<extra>{plain(run.name)}</extra>",
+def _scatter(run: Run, points: Sequence[Point], *, named: bool, **about: Any) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "name": plain(run.rule),
+        "legendgroup": plain(run.rule),
+        "showlegend": named,
+        "x": [_epochs(run, each.step) for each in points],
+        "y": [100 * (each.top1 or 0.0) for each in points],
+        "hovertemplate": f"%{{y:.2f}} % after %{{x:.3g}} epochs<extra>{plain(run.name)}</extra>",
         **about,
-    )
+    }
 
 
 def _rows(run: Run, curve: Sequence[Point]) -> Iterator[tuple[Cell, ...]]:

@@ -7,15 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, plain
+from pipeline.report.figure import SCALE, Figure, Missing, Table, drawing, plain, titled
 from pipeline.report.results import Run
 from pipeline.report.study import Group
 from pipeline.units import counted
 
 _ROW = 24  # pixels of a layer
+_CATEGORIES = {"type": "category", "showgrid": False, "automargin": True}
+_DOWNWARDS = {"autorange": "reversed", "automargin": True, "showgrid": False, "tickfont": {"size": 11}}
 _FIGURES_FIT = 8  # columns on a phone with a number in each cell
 
 
@@ -36,16 +36,7 @@ def firing_rates(group: Group) -> Figure | Missing:
     rates = means["firing rate"]
     rules = [rule for rule in group.rules if rule in rates.index.levels[0]]
     of_rule = {rule: rates[rule].unstack().reindex(rates[rule].index.unique(0)) for rule in rules}
-    most, height = max(rates.max(), 1e-9), _height(of_rule)
-
-    def draw(theme: Theme) -> go.Figure:
-        figure = _stacked(of_rule, [plain(rule) for rule in of_rule])
-        for row, layers in enumerate(of_rule.values(), start=1):
-            x, z = list(map(str, layers.columns)), layers.to_numpy().tolist()
-            heat = _map(z, x=x, y=[str(layer) for layer in layers.index], theme=theme, most=most, written=".1%", bar=row == 1)
-            figure.add_trace(heat, row, 1)
-        figure.update_xaxes(title_text="time step", row=len(of_rule), col=1)
-        return _laid_out(figure, theme, height)
+    most = max(float(rates.max()), 1e-9)
 
     samples = sorted({layer.samples for run in group.runs for layer in run.activity})
     counted_on = " or ".join(f"{count:,}" for count in samples)
@@ -59,8 +50,7 @@ def firing_rates(group: Group) -> Figure | Missing:
         f"always did (in the table){unlike}.",
         alt=f"Mean firing rate over layers: {averages}.",
         table=Table(columns=columns, rows=tuple(means.reset_index().itertuples(index=False, name=None))),
-        draw=draw,
-        height=height,
+        drawing=_stacked(of_rule, most=most),
     )
 
 
@@ -76,13 +66,8 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
     known = [(value, layer, rule) for layer, rule, value in rows if value is not None]
     least = min([0.0, *(value for value, _, _ in known)])
 
-    def draw(theme: Theme) -> go.Figure:
-        z = [[cosines.get(layer) for cosines in of_rule.values()] for layer in layers]
-        x = [plain(rule) for rule in of_rule]
-        figure = go.Figure(_map(z, x=x, y=layers, theme=theme, least=least, most=1.0, written=".2f", bar=True))
-        return _laid_out(figure, theme, height)
-
-    height = 130 + _ROW * len(layers)
+    z = [[cosines.get(layer) for cosines in of_rule.values()] for layer in layers]
+    heat = _map(z, x=[plain(rule) for rule in of_rule], y=layers, least=least, most=1.0, written=".2f")
     said = "none is known" if not known else "the lowest is {0:.2f}, of {2} in {1}".format(*min(known))
     away = ", below 0: away from it" if least < 0 else ""
     return Figure(
@@ -92,8 +77,7 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
         "newest comparison, the mean over runs; a rule that draws its time steps is drawn once in each.",
         alt=f"Cosines of {counted(len(of_rule), 'rule')} in {counted(len(layers), 'layer')}: {said}.",
         table=Table(columns=("layer", "rule", "cosine"), rows=tuple(rows)),
-        draw=draw,
-        height=height,
+        drawing=_single(heat, layers),
     )
 
 
@@ -111,13 +95,9 @@ def temporal_share(group: Group) -> Figure | Missing:
     moments = list(zip(times, looks, strict=True))
     rows = [(layer, time, each.temporal_share.get(layer)) for layer in layers for time, each in moments]
 
-    def draw(theme: Theme) -> go.Figure:
-        z = [[each.temporal_share.get(layer) for each in looks] for layer in layers]
-        most = max([1.0, *(value for row in z for value in row if value is not None)])
-        figure = go.Figure(_map(z, x=times, y=layers, theme=theme, most=most, written=".2f", bar=True))
-        return _laid_out(figure, theme, height)
-
-    height = 130 + _ROW * len(layers)
+    z = [[each.temporal_share.get(layer) for each in looks] for layer in layers]
+    most = max([1.0, *(value for row in z for value in row if value is not None)])
+    heat = _map(z, x=times, y=layers, most=most, written=".2f")
     known = [(value, layer) for layer, time, value in rows if time == times[-1] and value is not None]
     said = "nothing is known" if not known else "it is largest in {1}, {0:.2f}".format(*max(known))
     return Figure(
@@ -126,8 +106,7 @@ def temporal_share(group: Group) -> Figure | Missing:
         caption=f"|g_BPTT - g_SLTT| / |g_BPTT| of each layer's weights on one batch, in the run {run.name}.",
         alt=f"In {counted(len(layers), 'layer')} at {counted(len(times), 'moment')}; at the last, {times[-1]}, {said}.",
         table=Table(columns=("layer", "moment", "temporal share"), rows=tuple(rows)),
-        draw=draw,
-        height=height,
+        drawing=_single(heat, layers),
     )
 
 
@@ -156,43 +135,53 @@ def _map(
     *,
     x: Sequence[str],
     y: Sequence[str],
-    theme: Theme,
     least: float = 0.0,
     most: float,
     written: str,
-    bar: bool,
-) -> go.Heatmap:
+    **about: Any,
+) -> dict[str, Any]:
     """With a number in each cell where there is room, so that nobody has to judge a colour."""
-    numbers = {"texttemplate": f"%{{z:{written}}}", "textfont": {"size": 11}} if len(x) <= _FIGURES_FIT else {}
-    return go.Heatmap(
-        z=z,
-        x=list(x),
-        y=[plain(name) for name in y],
-        colorscale=[list(stop) for stop in theme.scale],
-        zmin=least,
-        zmax=most,
-        xgap=2,
-        ygap=2,
-        showscale=bar,
-        colorbar={"thickness": 10, "outlinewidth": 0, "tickformat": ".0%" if "%" in written else ".1f"},
-        hovertemplate=f"%{{y}}, %{{x}}: %{{z:{written}}}<extra></extra>",
-        **numbers,
-    )
+    fits = len(x) <= _FIGURES_FIT
+    return {
+        "type": "heatmap",
+        "z": z,
+        "x": list(x),
+        "y": [plain(name) for name in y],
+        "colorscale": SCALE,
+        "zmin": least,
+        "zmax": most,
+        "xgap": 2,
+        "ygap": 2,
+        "texttemplate": f"%{{z:{written}}}" if fits else "",
+        "textfont": {"size": 11},
+        "colorbar": {"thickness": 10, "outlinewidth": 0, "tickformat": ".0%" if "%" in written else ".1f"},
+        "hovertemplate": f"%{{y}}, %{{x}}: %{{z:{written}}}<extra></extra>",
+        **about,
+    }
 
 
-def _stacked(of_rule: Mapping[str, Any], titles: Sequence[str]) -> go.Figure:
-    heights = [len(layers) for layers in of_rule.values()]
-    gap = min(30 / max(1, _height(of_rule)), 0.9 / max(1, len(of_rule) - 1))
-    about = {"subplot_titles": titles, "row_heights": heights, "vertical_spacing": gap, "shared_xaxes": True}
-    figure = make_subplots(rows=len(of_rule), cols=1, **about)
-    return figure.update_annotations(x=0, xanchor="left", font={"size": 13})
+def _single(heat: dict[str, Any], layers: Sequence[str]) -> dict[str, Any]:
+    height = 130 + _ROW * len(layers)
+    return drawing([heat], height=height, margin={"t": 30}, xaxis=_CATEGORIES, yaxis=_DOWNWARDS)
 
 
-def _height(of_rule: Mapping[str, Any]) -> int:
-    return 90 + sum(_ROW * len(layers) + 30 for layers in of_rule.values())
-
-
-def _laid_out(figure: go.Figure, theme: Theme, height: int) -> go.Figure:
-    figure.update_layout(base_layout(theme, height=height, margin={"t": 30}))
-    figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False, tickfont={"size": 11})
-    return figure.update_xaxes(type="category", showgrid=False, automargin=True)
+def _stacked(of_rule: Mapping[str, Any], *, most: float) -> dict[str, Any]:
+    """A map for each rule, one below another, over one axis of time steps."""
+    rows = [len(layers) for layers in of_rule.values()]
+    height = 90 + sum(_ROW * each + 30 for each in rows)
+    gap = min(30 / height, 0.9 / max(1, len(rows) - 1))
+    data, titles, layout, top = [], [], {}, 1.0
+    for place, (rule, layers) in enumerate(of_rule.items(), start=1):
+        of = "" if place == 1 else str(place)
+        bottom = max(0.0, top - len(layers) / sum(rows) * (1 - gap * (len(rows) - 1)))
+        layout[f"yaxis{of}"] = {**_DOWNWARDS, "domain": [bottom, top], "anchor": f"x{of}"}
+        layout[f"xaxis{of}"] = {**_CATEGORIES, "anchor": f"y{of}", "showticklabels": place == len(rows)}
+        at = {"x": 0, "xref": "paper", "xanchor": "left", "y": top, "yref": "paper", "yanchor": "bottom"}
+        titles.append({**at, "text": plain(rule), "showarrow": False, "font": {"size": 13}})
+        about = {"xaxis": f"x{of}", "yaxis": f"y{of}", "showscale": place == 1}
+        x, y = list(map(str, layers.columns)), list(map(str, layers.index))
+        data.append(_map(layers.to_numpy().tolist(), x=x, y=y, most=most, written=".1%", **about))
+        top = bottom - gap
+    last = "xaxis" if len(rows) == 1 else f"xaxis{len(rows)}"
+    layout[last] |= titled("time step")
+    return drawing(data, height=height, margin={"t": 30}, annotations=titles, **layout)

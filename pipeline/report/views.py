@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
@@ -13,7 +12,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.report import tables
-from pipeline.report.figure import DARK, LIGHT, NOT_MEASURED, Cell, Figure, Missing, Table
+from pipeline.report.figure import NOT_MEASURED, THEMES, Cell, Figure, Missing, Table
 from pipeline.report.figures import ratios, trade_off
 from pipeline.report.figures_learning import learning_curves, standings
 from pipeline.report.figures_maps import firing_rates, gradient_fidelity, temporal_share
@@ -68,7 +67,7 @@ def section_of(group: Group, key: str, views: Sequence[str] = (*FIGURES,), *, am
 
 def drawn(figure: Figure) -> Mapping[str, Any]:
     """In both themes: a page takes the one of its reader's system, and the light one for paper."""
-    return {theme.name: json.loads(str(figure.draw(theme).to_json())) for theme in (LIGHT, DARK)}
+    return {theme: figure.draw(theme) for theme in THEMES}
 
 
 def shown(cell: Cell) -> str:
