@@ -75,15 +75,54 @@ def returned(value: Any, where: str) -> Returned:
     )
 
 
-def bytes_at_most(about: str, group: Group, rule: str, *, bound: float | None, published: str) -> Claim:
-    """Of the baseline's peak; `bound` None: nothing is claimed that ours could be held to."""
-    held_to = "" if bound is None else f"<= {bound:.3f}"
-    return _share(about, group, rule, "peak_saved_bytes", bound=bound, held_to=held_to, published=published)
+Bound = float | Callable[[float], float] | None
+"""A share, or a function of r, the backward over the forward of what is divided by: ours may be a
+tenth more than its value. None: nothing is claimed that ours could be held to."""
 
 
-def kept(about: str, group: Group, rule: str) -> Claim:
-    """Membranes, traces and what slices share counted in, no storage twice: what no paper tells, and a reader must know."""
-    return _share(about, group, rule, KEPT, bound=None, held_to="", published="")
+def share(about: str, group: Group, rule: str, name: str, *, bound: Bound = None, published: str = "") -> Claim:
+    """A rule's quantity over its baseline's, the mean over the seeds of both.
+
+    Bytes are of the baseline's, and compute time is of the faster BPTT's.
+    """
+    claim = f"{_CALLED[name]}, of {group.against}'s"
+    base, paired = group.base_of(name), group.paired(rule, name)
+    found = spread_of(list(paired.values()))
+    if found is None:
+        seeds = [{run.seed for run in group.of(each) if run.is_finished} for each in (rule, base)]
+        absent = group.describe_lost(rule) or f"no run beside {group.against}'s, trained on the same"
+        ours = "not measured" if set.intersection(*seeds) else absent
+        return not_judged(about, claim, published, ours=ours)
+    low, high = found.interval or (found.mean, found.mean)
+    reach = f" ({low:.3f} to {high:.3f})" if f"{low:.3f}" != f"{high:.3f}" else ""
+    text = f"{found.mean:.3f}{reach} of {base}'s, {_seeds(list(paired))}"
+    ours = "; ".join(filter(None, (text, group.describe_lost(rule))))
+    if bound is None:
+        return not_judged(about, claim, published, ours=ours)
+    forward, backward = (group.by_seed(base, f"steady_{part}_s") for part in ("forward", "backward"))
+    r = sum(backward[seed] for seed in paired) / sum(forward[seed] for seed in paired) if callable(bound) else 0.0
+    most, held_to = _held_to(bound, r)
+    # Bytes repeat exactly; the speed of a machine moves from run to run.
+    is_lone = name == COMPUTE and found.interval is None
+    return Claim(
+        about=about,
+        claim=claim,
+        published=published,
+        bound=held_to,
+        ours=f"{ours}; one seed, no interval" if is_lone else ours,
+        holds=None if is_lone else found.mean <= most,
+        within_noise=low <= most < high,
+    )
+
+
+def share_of_k(T: int, k: int) -> Callable[[float], float]:
+    """Of all of T forwards and k of T backwards: (T + k r) / (T (1 + r)) of BPTT's time."""
+    return lambda r: (T + k * r) / (T * (1 + r))
+
+
+def share_of_two_forwards(r: float) -> float:
+    """Of a rule that makes every forward twice: (2 + r) / (1 + r) of BPTT's time."""
+    return (2 + r) / (1 + r)
 
 
 def flat_in_t(about: str, bytes_of_T: Mapping[int, float], *, over: Sequence[int], published: str) -> Claim:
@@ -119,26 +158,6 @@ def at_their_largest(about: str, sweep: Mapping[str, Any] | None, rule: str) -> 
         yield not_judged(about, f"{claim}{where}, of the faster {BASELINE}'s at its own", "", ours=ours)
 
 
-def time_at_most(about: str, group: Group, rule: str, *, bound: float, published: str) -> Claim:
-    """Of the faster BPTT's compute time."""
-    return _share(about, group, rule, COMPUTE, bound=bound, held_to=f"<= {bound:g}", published=published)
-
-
-def share_of_k(T: int, k: int) -> Callable[[float], float]:
-    """All of T forwards and k of T backwards: (T + k r) / (T (1 + r)) of BPTT's time, as a function of r."""
-    return lambda r: (T + k * r) / (T * (1 + r))
-
-
-def time_of_k(about: str, group: Group, rule: str, *, T: int, k: int, published: str) -> Claim:
-    """At most a tenth more than `share_of_k` of the faster BPTT's, with that one's own r."""
-    return _time_by_r(about, group, rule, share_of_k(T, k), published=published)
-
-
-def time_of_two_forwards(about: str, group: Group, rule: str, *, published: str) -> Claim:
-    """Every forward is made twice: at most 1.1 (2 + r) / (1 + r) of the faster BPTT's, with that one's own r."""
-    return _time_by_r(about, group, rule, lambda r: (2 + r) / (1 + r), published=published)
-
-
 def time_in_turn(
     about: str, turns: Mapping[str, Turns], rule: str, *, bound: float | Callable[[float], float], published: str
 ) -> Claim:
@@ -153,7 +172,7 @@ def time_in_turn(
     kinds = {each: statistics.fmean(turns[each].compute_s) for each in turns if is_baseline(each)}
     base = min(kinds, key=lambda each: kinds[each])
     r = sum(turns[base].backward_s) / sum(turns[base].forward_s)
-    most = 1.1 * bound(r) if callable(bound) else bound
+    most, held_to = _held_to(bound, r)
     seconds = zip(turns[rule].compute_s, turns[base].compute_s, strict=True)
     found = spread_of([mine / its for mine, its in seconds])
     assert found is not None and found.interval is not None, "of several starts"
@@ -164,7 +183,7 @@ def time_in_turn(
         about=about,
         claim=claim,
         published=published,
-        bound=f"<= {most:.3f} (r = {r:.2f})" if callable(bound) else f"<= {most:g}",
+        bound=held_to,
         ours=f"{found.mean:.3f} ({low:.3f} to {high:.3f}) of {base}'s, {counts}, at {turns[base].commit}",
         holds=found.mean <= most,
         within_noise=low <= most < high,
@@ -229,43 +248,9 @@ def print_claims(claims: Sequence[Claim], console: Console) -> None:
     print_table(console, columns, rows, title="claims", keys=2)
 
 
-def _share(about: str, group: Group, rule: str, name: str, *, bound: float | None, held_to: str, published: str) -> Claim:
-    """A rule's `name` over its baseline's, in the mean over the seeds of both; `held_to` is the bound in words."""
-    claim = f"{_CALLED[name]}, of {group.against}'s"
-    paired = group.paired(rule, name)
-    found = spread_of(list(paired.values()))
-    if found is None:
-        seeds = [{run.seed for run in group.of(each) if run.is_finished} for each in (rule, group.base_of(name))]
-        absent = group.describe_lost(rule) or f"no run beside {group.against}'s, trained on the same"
-        return not_judged(about, claim, published, ours="not measured" if set.intersection(*seeds) else absent)
-    low, high = found.interval or (found.mean, found.mean)
-    reach = f" ({low:.3f} to {high:.3f})" if f"{low:.3f}" != f"{high:.3f}" else ""
-    told = f"{found.mean:.3f}{reach} of {group.base_of(name)}'s, {_seeds(list(paired))}"
-    ours = "; ".join(filter(None, (told, group.describe_lost(rule))))
-    if bound is None:
-        return not_judged(about, claim, published, ours=ours)
-    is_lone = name == COMPUTE and found.interval is None  # bytes repeat exactly, and a machine's speed moves from run to run
-    return Claim(
-        about=about,
-        claim=claim,
-        published=published,
-        bound=held_to,
-        ours=f"{ours}; one seed, no interval" if is_lone else ours,
-        holds=None if is_lone else found.mean <= bound,
-        within_noise=low <= bound < high,
-    )
-
-
-def _time_by_r(about: str, group: Group, rule: str, share_of: Callable[[float], float], *, published: str) -> Claim:
-    """A tenth more than `share_of(r)`, r the backward over the forward of what is divided by, over the seeds of both."""
-    base, seeds = group.base_of(COMPUTE), group.paired(rule, COMPUTE)
-    bound, held_to = None, ""
-    if seeds:
-        forward, backward = (group.by_seed(base, f"steady_{part}_s") for part in ("forward", "backward"))
-        r = sum(backward[seed] for seed in seeds) / sum(forward[seed] for seed in seeds)
-        bound = 1.1 * share_of(r)
-        held_to = f"<= {bound:.3f} (r = {r:.2f})"
-    return _share(about, group, rule, COMPUTE, bound=bound, held_to=held_to, published=published)
+def _held_to(bound: float | Callable[[float], float], r: float) -> tuple[float, str]:
+    most = 1.1 * bound(r) if callable(bound) else bound
+    return most, f"<= {most:.3f} (r = {r:.2f})" if callable(bound) else f"<= {bound:.3g}"
 
 
 def _seeds(seeds: Sequence[int]) -> str:

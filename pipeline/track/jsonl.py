@@ -166,10 +166,11 @@ def last(path: str | os.PathLike[str], *kinds: str) -> Event | None:
 def every(path: str | os.PathLike[str], kind: str) -> list[Event]:
     """All events of one kind, oldest first, without parsing the others."""
     try:
-        with Path(path).open("rb") as file:
-            lines = [line for line in file if line.startswith(_head(kind))]
+        text = Path(path).read_bytes()
     except FileNotFoundError:
         return []
+    head = _head(kind)
+    lines = [head + rest.partition(b"\n")[0] for rest in text.split(head)[1:]]
     return [event for line in lines if (event := _parse(line)) is not None]
 
 

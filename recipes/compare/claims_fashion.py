@@ -80,20 +80,17 @@ from pipeline.report.claims import (
     Claim,
     accuracy,
     at_their_largest,
-    bytes_at_most,
     flat_in_t,
-    kept,
     not_judged,
     print_claims,
+    share,
     share_of_k,
+    share_of_two_forwards,
     temporal_shares,
-    time_at_most,
     time_in_turn,
-    time_of_k,
-    time_of_two_forwards,
 )
 from pipeline.report.compare import Comparison, comparisons
-from pipeline.report.results import Run, read_run
+from pipeline.report.results import COMPUTE, KEPT, Run, read_run
 from pipeline.report.study import WITHIN, Group
 from pipeline.report.sweep import told_sweep
 from pipeline.report.sweeps import sweep_of
@@ -268,35 +265,35 @@ def _claims(
 
     constant = 1 / T + 0.05
     of = (about("SLTT"), group, "SLTT")
-    yield bytes_at_most(*of, bound=constant, published="0.30 of GPU memory (ImageNet), 0.36 of GPU memory (CIFAR-10)")
-    yield kept(*of)
+    yield share(*of, "peak_saved_bytes", bound=constant, published="0.30 of GPU memory (ImageNet), 0.36 of GPU memory (CIFAR-10)")
+    yield share(*of, KEPT)
     yield flat_in_t(about("SLTT"), _bytes_of_T(swept, "SLTT"), over=SWEPT, published="constant")
     yield from at_their_largest(about("SLTT"), largest, "SLTT")
     published = "0.91 of training hours (ImageNet), 0.72 of training hours (CIFAR-10)"
-    yield time_at_most(*of, bound=1.0, published=published)
+    yield share(*of, COMPUTE, bound=1.0, published=published)
     yield time_in_turn(about("SLTT"), turns, "SLTT", bound=1.0, published=published)
     yield accuracy(*of, within=WITHIN, published="+0.28 (ImageNet), +0.01 (CIFAR-10)")
     yield from temporal_shares(about("SLTT"), looked)
     of = (about("SLTT-1"), group, "SLTT-1")
     one, two = "0.43 of training hours (ImageNet)", "half of the training time, of SLTT-K (abstract)"
-    yield time_of_k(*of, T=T, k=1, published=one)
+    yield share(*of, COMPUTE, bound=share_of_k(T, 1), published=one)
     yield time_in_turn(about("SLTT-1"), turns, "SLTT-1", bound=share_of_k(T, 1), published=one)
     yield from at_their_largest(about("SLTT-1"), largest, "SLTT-1")
     yield accuracy(*of, within=WITHIN, published="+0.30 (ImageNet)")
     of = (about("SLTT-2"), group, "SLTT-2")
-    yield bytes_at_most(*of, bound=constant, published="as SLTT's")
-    yield time_of_k(*of, T=T, k=2, published=two)
+    yield share(*of, "peak_saved_bytes", bound=constant, published="as SLTT's")
+    yield share(*of, COMPUTE, bound=share_of_k(T, 2), published=two)
     yield time_in_turn(about("SLTT-2"), turns, "SLTT-2", bound=share_of_k(T, 2), published=two)
     yield from at_their_largest(about("SLTT-2"), largest, "SLTT-2")
     yield accuracy(*of, within=None, published="")
     of = (about("OTTT-A"), group, "OTTT-A")
-    yield bytes_at_most(*of, bound=0.5, published="0.33 to 0.50 of GPU memory (CIFAR-10)")
-    yield kept(*of)
+    yield share(*of, "peak_saved_bytes", bound=0.5, published="0.33 to 0.50 of GPU memory (CIFAR-10)")
+    yield share(*of, KEPT)
     yield from at_their_largest(about("OTTT-A"), largest, "OTTT-A")
     yield accuracy(*of, within=WITHIN, published="-0.74 (CIFAR-10), -1.99 (CIFAR-100)")
     of = (about("BPTT-recompute"), group, "BPTT-recompute")
-    yield bytes_at_most(*of, bound=None, published="O(sqrt(n)) of n layers (Chen et al. 2016)")
-    yield time_of_two_forwards(*of, published="one more forward a batch (Chen et al. 2016)")
+    yield share(*of, "peak_saved_bytes", published="O(sqrt(n)) of n layers (Chen et al. 2016)")
+    yield share(*of, COMPUTE, bound=share_of_two_forwards, published="one more forward a batch (Chen et al. 2016)")
     yield from at_their_largest(about("BPTT-recompute"), largest, "BPTT-recompute")
     yield accuracy(*of, within=None, published="")
 
