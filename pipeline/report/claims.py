@@ -9,23 +9,18 @@ no verdict.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
-from pipeline.baseline import BASELINE, is_baseline
 from pipeline.printing import print_table, prose
-from pipeline.report.results import COMPUTE, KEPT, Run
+from pipeline.report.results import COMPUTE, KEPT
 from pipeline.report.runs import ReportError
 from pipeline.report.study import Group, spread_of
-from pipeline.report.sweeps import largest, sweep_of
+from pipeline.report.sweeps import sweep_of
 from pipeline.units import counted
-
-if TYPE_CHECKING:  # which imports torch
-    from pipeline.forecast.turns import Turns
 
 _CALLED = {"peak_saved_bytes": "saved bytes", KEPT: "saved bytes and states", COMPUTE: "forward and backward"}
 
@@ -95,20 +90,20 @@ def share(about: str, group: Group, rule: str, name: str, *, bound: Bound = None
         return not_judged(about, claim, published, ours=ours)
     low, high = found.interval or (found.mean, found.mean)
     reach = f" ({low:.3f} to {high:.3f})" if f"{low:.3f}" != f"{high:.3f}" else ""
-    text = f"{found.mean:.3f}{reach} of {base}'s, {_seeds(list(paired))}"
+    text = f"{found.mean:.3f}{reach} of {base}'s, {seeds_in_words(list(paired))}"
     ours = "; ".join(filter(None, (text, group.describe_lost(rule))))
     if bound is None:
         return not_judged(about, claim, published, ours=ours)
     forward, backward = (group.by_seed(base, f"steady_{part}_s") for part in ("forward", "backward"))
     r = sum(backward[seed] for seed in paired) / sum(forward[seed] for seed in paired) if callable(bound) else 0.0
-    most, held_to = _held_to(bound, r)
+    most, limit = held_to(bound, r)
     # Bytes repeat exactly; the speed of a machine moves from run to run.
     is_lone = name == COMPUTE and found.interval is None
     return Claim(
         about=about,
         claim=claim,
         published=published,
-        bound=held_to,
+        bound=limit,
         ours=f"{ours}; one seed, no interval" if is_lone else ours,
         holds=None if is_lone else found.mean <= most,
         within_noise=low <= most < high,
@@ -123,71 +118,6 @@ def share_of_k(T: int, k: int) -> Callable[[float], float]:
 def share_of_two_forwards(r: float) -> float:
     """Of a rule that makes every forward twice: (2 + r) / (1 + r) of BPTT's time."""
     return (2 + r) / (1 + r)
-
-
-def flat_in_t(about: str, bytes_of_T: Mapping[int, float], *, over: Sequence[int], published: str) -> Claim:
-    """Within 3 % over all of these T: where one was too large for the machine, nothing is judged."""
-    claim = f"saved bytes from T = {min(over)} to {max(over)}"
-    if absent := [T for T in over if T not in bytes_of_T]:
-        return not_judged(about, claim, published, ours=f"not measured at T = {', '.join(map(str, absent))}")
-    measured = [bytes_of_T[T] for T in over]
-    spread = max(measured) / min(measured) - 1
-    return Claim(
-        about=about,
-        claim=claim,
-        published=published,
-        bound="<= +3 %",
-        ours=f"{spread:+.1%}",
-        holds=spread <= 0.03,
-    )
-
-
-def at_their_largest(about: str, sweep: Mapping[str, Any] | None, rule: str) -> Iterator[Claim]:
-    """Its own largest batch at each T and the speed there, beside the faster BPTT's at its own: what a rule's memory buys.
-
-    Of batches that were trained; no paper has these, so nothing is judged.
-    """
-    found = [] if sweep is None else [each for each in largest(sweep) if each.rule == rule]
-    limit = None if sweep is None else sweep.get("memory_bytes")
-    where = "" if limit is None else f" in {limit / 1e6:.4g} MB"
-    tried = [each for each in found if each.ratio is not None]
-    batches = [f"T = {each.time_steps}: {each.batch:,} of {each.base_batch:,}" for each in tried]
-    speeds = [f"T = {each.time_steps}: {each.ratio:.2f}" for each in tried]
-    for claim, told in (("images of its largest batch", batches), ("images/s of it", speeds)):
-        ours = ", ".join(told) or "not measured"
-        yield not_judged(about, f"{claim}{where}, of the faster {BASELINE}'s at its own", "", ours=ours)
-
-
-def time_in_turn(
-    about: str, turns: Mapping[str, Turns], rule: str, *, bound: float | Callable[[float], float], published: str
-) -> Claim:
-    """Of the faster BPTT's, start by start of rules that took turns: what a machine that drifts from run to run cannot blur.
-
-    `turns` without the rule: it was not measured so. `bound`: what ours is held to, or a function of r, the backward over the
-    forward of what is divided by, and then a tenth more.
-    """
-    claim = f"{_CALLED[COMPUTE]} in turn, of {BASELINE}'s"
-    if rule not in turns:
-        return not_judged(about, claim, published, ours="not measured in turn")
-    kinds = {each: statistics.fmean(turns[each].compute_s) for each in turns if is_baseline(each)}
-    base = min(kinds, key=lambda each: kinds[each])
-    r = sum(turns[base].backward_s) / sum(turns[base].forward_s)
-    most, held_to = _held_to(bound, r)
-    seconds = zip(turns[rule].compute_s, turns[base].compute_s, strict=True)
-    found = spread_of([mine / its for mine, its in seconds])
-    assert found is not None and found.interval is not None, "of several starts"
-    low, high = found.interval
-    starts, samples = counted(found.runs, "start"), counted(turns[base].samples, "sample")
-    counts = f"{starts} of {turns[base].processes} at once, {samples} each, {turns[base].backend}"
-    return Claim(
-        about=about,
-        claim=claim,
-        published=published,
-        bound=held_to,
-        ours=f"{found.mean:.3f} ({low:.3f} to {high:.3f}) of {base}'s, {counts}, at {turns[base].commit}",
-        holds=found.mean <= most,
-        within_noise=low <= most < high,
-    )
 
 
 def accuracy(about: str, group: Group, rule: str, *, within: float | None, published: str) -> Claim:
@@ -212,31 +142,6 @@ def accuracy(about: str, group: Group, rule: str, *, within: float | None, publi
     )
 
 
-def temporal_shares(about: str, runs: Sequence[Run]) -> Iterator[Claim]:
-    """|g_BPTT - g_SLTT| / |g_BPTT| of each layer at the start and after each epoch, the mean over the runs that looked."""
-    found: dict[str, dict[int, list[float | None]]] = {}
-    for run in runs:
-        for look in run.history.fidelity:
-            moment = 0 if look.epoch is None else look.epoch + 1
-            for layer, share in look.temporal_share.items():
-                found.setdefault(layer, {}).setdefault(moment, []).append(share)
-    seeds = _seeds([run.seed for run in runs if run.history.fidelity])
-    for layer, by_moment in found.items():
-        shares = (
-            f"{f'epoch {moment}' if moment else 'start'} {_mean_of_known(each)}" for moment, each in sorted(by_moment.items())
-        )
-        claim = f"share of BPTT's gradient through time, {layer}"
-        yield not_judged(about, claim, "", ours=f"{', '.join(shares)}; {seeds}")
-
-
-def _mean_of_known(shares: Sequence[float | None]) -> str:
-    """`0.22 (2 of 3)` where some are not."""
-    known = [share for share in shares if share is not None]
-    if not known:
-        return "not known"
-    return f"{statistics.fmean(known):.2f}" + (f" ({len(known)} of {len(shares)})" if len(known) < len(shares) else "")
-
-
 def not_judged(about: str, claim: str, published: str, *, ours: str) -> Claim:
     return Claim(about=about, claim=claim, published=published, bound="", ours=ours, holds=None)
 
@@ -248,12 +153,12 @@ def print_claims(claims: Sequence[Claim], console: Console) -> None:
     print_table(console, columns, rows, title="claims", keys=2)
 
 
-def _held_to(bound: float | Callable[[float], float], r: float) -> tuple[float, str]:
+def held_to(bound: float | Callable[[float], float], r: float) -> tuple[float, str]:
     most = 1.1 * bound(r) if callable(bound) else bound
     return most, f"<= {most:.3f} (r = {r:.2f})" if callable(bound) else f"<= {bound:.3g}"
 
 
-def _seeds(seeds: Sequence[int]) -> str:
+def seeds_in_words(seeds: Sequence[int]) -> str:
     return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"
 
 

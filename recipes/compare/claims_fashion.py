@@ -75,19 +75,14 @@ from pipeline.forecast.turns import Turns, in_turn
 from pipeline.measure.memory import device_here, hardware, other_than_here
 from pipeline.printing import say
 from pipeline.recipe import Recipe, spec
-from pipeline.report.beside import beside
 from pipeline.report.claims import (
     Claim,
     accuracy,
-    at_their_largest,
-    flat_in_t,
     not_judged,
     print_claims,
     share,
     share_of_k,
     share_of_two_forwards,
-    temporal_shares,
-    time_in_turn,
 )
 from pipeline.report.compare import Comparison, comparisons
 from pipeline.report.results import COMPUTE, KEPT, Run, read_run
@@ -99,6 +94,7 @@ from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.suite import Suite
 from pipeline.track.state import state_of
+from recipes.compare.claims_base import at_their_largest, beside, flat_in_t, temporal_shares, time_in_turn
 from recipes.fashion.base import fashion
 from recipes.imagenet.nf_resnet34_sltt import recipe as nf_resnet34_sltt
 

@@ -17,19 +17,16 @@ from pipeline.recipe import write_json
 from pipeline.report.claims import (
     Claim,
     accuracy,
-    at_their_largest,
-    flat_in_t,
     print_claims,
     share,
     share_of_k,
     share_of_two_forwards,
-    temporal_shares,
-    time_in_turn,
 )
 from pipeline.report.results import Run
 from pipeline.report.study import COMPUTE, Group, Study
 from pipeline.track.jsonl import Journal
 from recipes.compare import claims_fashion
+from recipes.compare.claims_base import at_their_largest, flat_in_t, temporal_shares, time_in_turn
 from tests.report.hand_made import fidelity, run
 
 
