@@ -48,7 +48,7 @@ TIMES = 5
 LIMIT_S = 2.0
 RESULTS_S = {"folder": 1.0, "SQLite": 1.0, "server": 4.0}
 HELP = (
-    "import sys; import pipeline.report.compare, pipeline.report.suite; from pipeline.__main__ import main; "
+    "import sys; import pandas, pipeline.report.compare, pipeline.report.suite; from pipeline.__main__ import main; "
     "sys.argv = ['spiketrain', 'compare', '--help']; main()"
 )
 

@@ -24,7 +24,7 @@ from pipeline.command_line import how_to_resume
 from pipeline.printing import Column, has_width, new_console, number, print_table, prose, say
 from pipeline.report import tables
 from pipeline.report.figure import Cell, Table
-from pipeline.report.results import Run, compared, kind, loaders, places, read_or_damaged, read_runs, refuse_damage
+from pipeline.report.results import Run, compared, kind, loaders, places, read_run, read_runs, refuse_damage
 from pipeline.report.runs import ReportError
 from pipeline.report.selection import ComparisonError, is_study, named, newest_study, refuse_unlike, with_baseline
 from pipeline.report.study import WITHIN, Group, place
@@ -201,7 +201,7 @@ def comparisons(
     Raises:
         ComparisonError: nothing of a study finished, or its runs differ in what no key covers.
     """
-    found, refusals = _made(read_runs(Path(runs_dir)), _runs_at(folders), against=against, within=within)
+    found, refusals = _made(read_runs(Path(runs_dir)), [read_run(folder) for folder in folders], against=against, within=within)
     if refusals:
         raise refusals[0]
     return found
@@ -248,7 +248,7 @@ def print_studies(
     Raises:
         ComparisonError: see `comparisons`.
     """
-    made = _made(read_runs(Path(runs_dir)), _runs_at(folders), against=against, within=within)
+    made = _made(read_runs(Path(runs_dir)), [read_run(folder) for folder in folders], against=against, within=within)
     _print_made(*made, format=format, console=console)
 
 
@@ -294,13 +294,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _runs_at(folders: Sequence[Path]) -> list[Run]:
-    runs = list(map(read_or_damaged, folders))
-    for run in runs:
-        refuse_damage(run)
-    return runs
 
 
 def _compared(runs: Sequence[Run], members: Sequence[Run], *, against: str, within: float, is_whole: bool) -> Comparison:

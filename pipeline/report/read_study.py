@@ -18,7 +18,7 @@ from pipeline.baseline import BASELINE
 from pipeline.recipe import read_json
 from pipeline.report.claims import Returned, returned
 from pipeline.report.compare import comparable
-from pipeline.report.results import Run, read_or_damaged, read_runs, refuse_damage
+from pipeline.report.results import Run, read_run, read_runs, refuse_damage
 from pipeline.report.runs import ReportError
 from pipeline.report.selection import named, newest_study, with_baseline
 from pipeline.report.study import WITHIN, Study
@@ -66,7 +66,7 @@ def read_study(
     suite = suite_named(runs_dir, names)
     own, printed, notes = Returned(), "", []
     if suite is not None:
-        members = [read_or_damaged(run) for run in runs_of(suite).values() if run.is_dir()]
+        members = [read_run(run) for run in runs_of(suite).values() if run.is_dir()]
         if not members:
             raise ReportError(f"report: {suite.name} has no run yet")
         if (against, within) != (BASELINE, WITHIN) and has_report(suite):

@@ -75,27 +75,17 @@ def at(value: Any, path: str) -> Any:
     return value
 
 
-def _total(*paths: str) -> Callable[[Mapping[str, Any]], float | None]:
+def _sum(*paths: str, minus: Sequence[str] = (), minus_any: Sequence[str] = ()) -> Callable[[Mapping[str, Any]], float | None]:
+    """A sum of numbers of a summary; None without one of them, but for those in `minus_any`."""
+
     def total(summary: Mapping[str, Any]) -> float | None:
-        values = [number(at(summary, path)) for path in paths]
-        return None if None in values else sum(value for value in values if value is not None)
+        plus, less = ([number(at(summary, path)) for path in each] for each in (paths, minus))
+        if None in (*plus, *less):
+            return None
+        any_less = (number(summary.get(path)) for path in minus_any)
+        return sum(filter(None, plus)) - sum(filter(None, less)) - sum(filter(None, any_less))
 
     return total
-
-
-def _clock(name: str, *, without: Sequence[str]) -> Callable[[Mapping[str, Any]], float | None]:
-    """Seconds of a whole run without start-up and without comparisons of gradients.
-
-    Start-up takes longest in the run that goes first, and no rule asks for the comparisons.
-    """
-
-    def seconds(summary: Mapping[str, Any]) -> float | None:
-        whole, startup = number(summary.get(name)), number(summary.get("startup_s"))
-        if whole is None or startup is None:
-            return None
-        return whole - sum(number(summary.get(each)) or 0.0 for each in without)
-
-    return seconds
 
 
 COMPUTE = "compute_s"
@@ -111,15 +101,15 @@ METRICS = [
         "counted on the second batch of each start of a run and on every "
         f"{MEMORY_EVERY}th after it, or on the next one where that is skipped",
     ),
-    Metric(KEPT, "saved bytes and states", "B", "less", _total("peak_saved_bytes", "state_bytes")),
+    Metric(KEPT, "saved bytes and states", "B", "less", _sum("peak_saved_bytes", "state_bytes")),
     Metric("images_per_s", "images/s", "rate", "more"),
     Metric(
-        "wall_s", "wall clock", "s", "less", _clock("wall_s", without=("startup_s", "fidelity_s")),
+        "wall_s", "wall clock", "s", "less", _sum("wall_s", minus=["startup_s"], minus_any=["fidelity_s"]),
         about="the time of a run from the end of its first batch to its last line, with restarts, "
         "without their start-up and without comparisons of its gradient with BPTT's",
     ),
     Metric(
-        COMPUTE, "compute time", "s", "less", _total("steady_forward_s", "steady_backward_s"),
+        COMPUTE, "compute time", "s", "less", _sum("steady_forward_s", "steady_backward_s"),
         about="forward and backward of a steady batch, in the mean",
     ),
     Metric(
@@ -127,7 +117,7 @@ METRICS = [
         about="an estimate from measured operations, of arithmetic alone, for one sample; "
         "never a measurement",
     ),
-    Metric(ENERGY_MEASURED, "inference energy, measured", "J", "less"),
+    Metric(ENERGY_MEASURED, "joules of an inference, measured", "J", "less"),
     Metric("state_bytes", "states beside saved bytes", "B"),
     Metric("peak_device_bytes", "peak on the device", "B"),
     Metric("peak_reserved_bytes", "peak reserved there", "B"),
@@ -137,9 +127,9 @@ METRICS = [
     Metric("evaluation_peak_reserved_bytes", "peak reserved there while evaluating", "B"),
     Metric("evaluation_peak_rss_bytes", "peak RSS while evaluating", "B"),
     Metric("startup_s", "start-up", "s"),
-    Metric("net_s", "wall clock net of restarts", "s", "", _clock("net_s", without=("fidelity_s",))),
+    Metric("net_s", "wall clock net of restarts", "s", "", _sum("net_s", minus_any=["fidelity_s"])),
     Metric("device_j", "joules of training, measured", "J"),
-    Metric("inference.energy_j_by_table.*", "inference energy ({})", "J"),
+    Metric("inference.energy_j_by_table.*", "joules of an inference, estimated ({})", "J"),
     Metric("operations.*.multiplications", "{}: multiplications", "count"),
     Metric("operations.*.additions", "{}: additions", "count"),
     Metric("held.parameters", "parameters", "B"),
@@ -336,14 +326,13 @@ def read_run(folder: Path) -> Run:
 
 def read_runs(runs_dir: Path) -> list[Run]:
     """All runs in a folder, by name. One with a damaged file says so in `damage`."""
-    return [read_or_damaged(folder) for folder in run_folders(runs_dir)]
-
-
-def read_or_damaged(folder: Path) -> Run:
-    try:
-        return read_run(folder)
-    except ReportError as error:
-        return _read(folder, damage=str(error))
+    found: list[Run] = []
+    for folder in run_folders(runs_dir):
+        try:
+            found.append(read_run(folder))
+        except ReportError as error:
+            found.append(_read(folder, damage=str(error)))
+    return found
 
 
 def _read(folder: Path, *, summary: Any = None, recipe: Any = None, damage: str = "") -> Run:

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.baseline import is_baseline
 from pipeline.recipe import BESIDE_THE_STUDY
 from pipeline.recipe_json import differing, listed
-from pipeline.report.results import Run, read_or_damaged, refuse_damage
+from pipeline.report.results import Run, read_run, refuse_damage
 from pipeline.report.runs import ReportError, find_run
 from pipeline.units import counted
 
@@ -50,13 +50,13 @@ def named(runs_dir: Path, names: Sequence[str | os.PathLike[str]], runs: Sequenc
     Raises:
         ReportError: nothing, or several, answer to a name.
     """
-    known = {run.folder: run for run in runs}
+    known = {run.folder.resolve(): run for run in runs}
     found: dict[Path, Run] = {}
     for text in [os.fspath(name) for name in names]:
         keys = {run.study for run in runs if text and run.study.startswith(text)}
         if not keys or (runs_dir / text).exists():
-            folder = find_run(runs_dir, text, among=list(known)).resolve()
-            members = [known.get(folder) or read_or_damaged(folder)]
+            folder = find_run(runs_dir, text, among=[run.folder for run in runs]).resolve()
+            members = [known.get(folder) or read_run(folder)]
         elif len(keys) > 1:
             raise ComparisonError(f"compare: {text!r} begins several study keys: {', '.join(sorted(keys))}")
         else:

@@ -107,7 +107,6 @@ class StoredStudy:
     protocol: str  # `tuned, optimizer.lr`, `trials of optimizer.lr`; empty where only rules differ
     seeds: tuple[str, ...]
     states: Mapping[str, int]  # how many runs are in each; silent: running, but not heard of
-    parents: tuple[str, ...]
     newest: float
 
 
@@ -207,7 +206,6 @@ def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
             protocol=next(filter(None, (_protocol(run.tags) for run in members)), ""),
             seeds=tuple(sorted({run.seed for run in members}, key=lambda seed: (len(seed), seed))),
             states=dict(sorted(Counter(map(_listed_state, members)).items())),
-            parents=tuple(sorted({run.parent for run in members if run.parent})),
             newest=max(run.newest for run in members),
         )
         for (experiment, study), members in groups.items()

@@ -279,7 +279,7 @@ def test_what_cards_measured_stands_beside_the_estimate(make_run: Callable, runs
     told = comparison.to_json()["runs"][1]
     assert told["inference"]["measured_j"] == 0.015 and told["ratios"]["inference.measured_j"] == 0.75
     text = text_of(comparison)
-    assert re.search(r"inference energy +inference energy, measured", text)
+    assert re.search(r"inference energy +joules of an inference, measured", text)
     assert re.search(r"SLTT .* 1 µJ +×0.25 +15 mJ +×0.75", text)
     (row,) = [row for row in csv.DictReader(io.StringIO(csv_of([comparison]))) if row["rule"] == "SLTT"]
     assert (row["inference.measured_j"], row["ratios.inference.measured_j"]) == ("0.015", "0.75")
@@ -393,7 +393,7 @@ def test_many_names_are_looked_up_in_one_list(
         return look
 
     monkeypatch.setattr("pipeline.report.runs._visible", counted(runs._visible))
-    monkeypatch.setattr("pipeline.report.results.read_or_damaged", counted(results.read_or_damaged))
+    monkeypatch.setattr("pipeline.report.results.read_run", counted(results.read_run))
     monkeypatch.setattr("pipeline.report.page.write", lambda study, out: out)
     spiketrain = command(monkeypatch, capsys)
 
@@ -404,7 +404,7 @@ def test_many_names_are_looked_up_in_one_list(
         return looks.copy()
 
     few, many = looks_for("BPTT-0", "SLTT-0"), looks_for(*names)
-    assert few == many and many["read_or_damaged"] == len(names)
+    assert few == many and many["read_run"] == len(names)
 
 
 def test_without_a_baseline_there_are_no_ratios(make_run: Callable, runs_dir: Path):

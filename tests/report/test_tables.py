@@ -195,7 +195,7 @@ def test_what_else_was_measured_of_a_rule():
     found = tables.beside(Study(title="t", runs=runs).groups[0])
     assert found is not None and found.columns == (
         "rule", "states beside saved bytes", "peak RSS", "start-up", "wall clock net of restarts", "joules of training, measured",
-        "inference energy (45 nm, int8)",
+        "joules of an inference, estimated (45 nm, int8)",
         "forward: multiplications", "feedback: multiplications", "forward: additions", "feedback: additions",
     )  # fmt: skip
     assert found.rows == (
