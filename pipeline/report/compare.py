@@ -274,12 +274,12 @@ def unfinished_to_json(run: Run) -> dict[str, str]:
     return {"run": run.name, "rule": run.rule, "state": _state(run)}
 
 
-def csv_of(found: Sequence[Comparison]) -> str:
+def csv_of(comparisons: Sequence[Comparison]) -> str:
     """One line for each finished run, with nested fields as `hardware.cpu` and `ratios.top1`."""
     rows = [
-        {**_flat(run), **{name: told[name] for name in ("study", "where", "time_baseline")}}
-        for told in (comparison.to_json() for comparison in found)
-        for run in told["runs"]
+        {**_flat(run), **{name: found[name] for name in ("study", "where", "time_baseline")}}
+        for found in (comparison.to_json() for comparison in comparisons)
+        for run in found["runs"]
     ]
     first = [*_FIRST, *(each.name for each in compared())]
     columns = [*first, *sorted({name for row in rows for name in row} - set(first))]

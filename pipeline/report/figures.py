@@ -1,4 +1,4 @@
-"""What each rule of a group saves beside the baseline, and what that costs in accuracy."""
+"""The savings of each rule of a group beside the baseline, and their cost in accuracy."""
 
 from __future__ import annotations
 
@@ -85,34 +85,11 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
     front = pareto({rule: (cost.mean, top1.mean) for rule, (cost, top1) in points.items()})
     scale, unit = unit_of(cost_of.unit, [cost.mean for cost, _ in points.values()])
 
-    data = [
-        {
-            "type": "scatter",
-            "name": "Pareto front",
-            "mode": "lines",
-            "x": [points[rule][0].mean / scale for rule in front],
-            "y": [100 * points[rule][1].mean for rule in front],
-            "line": {"color": MUTED, "width": 1.5, "dash": "dash", "shape": "hv"},
-            "hoverinfo": "skip",
-        }
-    ]
-    for rule, (cost, top1) in points.items():
+    data = [_front_line(points, front, scale)]
+    for rule, spreads in points.items():
         place = group.rules.index(rule)
         shape = symbol(place) if rule in front else f"{symbol(place)}-open"
-        outline = {"width": 2, "color": color(place)}
-        data.append(
-            {
-                "type": "scatter",
-                "name": plain(rule),
-                "mode": "markers",
-                "x": [cost.mean / scale],
-                "y": [100 * top1.mean],
-                "error_x": _errors([cost], place, scale=1 / scale),
-                "error_y": _errors([top1], place, scale=100),
-                "marker": {"color": color(place), "symbol": shape, "size": 12, "line": outline},
-                "hovertemplate": f"%{{x:.4g}} {unit}, %{{y:.2f}} %<extra>{plain(rule)}</extra>",
-            }
-        )
+        data.append(_marker(rule, *spreads, place=place, shape=shape, scale=scale, unit=unit))
     x = titled(f"{what}, {unit}", rangemode="tozero")
     rows = [
         (rule, cost.mean, cost.deviation, top1.mean, top1.deviation, top1.runs, "yes" if rule in front else "no")
@@ -143,40 +120,69 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
 
 
 def _beside(group: Group, rule: str) -> list[float | None]:
-    """Of an inference what cards measured, and its multiply-accumulates and accumulates."""
+    """Of an inference: joules measured by cards, multiply-accumulates, accumulates."""
     found = [group.spread(rule, name) for name in (ENERGY_MEASURED, "inference.macs", "inference.acs")]
     return [None if each is None else each.mean for each in found]
 
 
 def _measured_on(group: Group) -> str:
-    """What the measured joules are, or why there are none."""
+    """The meaning of the measured joules, or why there are none."""
     if any(run.value(ENERGY_MEASURED) is not None for run in group.finished):
         return f"Joules measured on cards are {MEASURED_SAID}"
     has_gpu = any(run.hardware.get("gpu", "none") != "none" for run in group.finished)
-    return "Joules are not measured: no card told them" if has_gpu else "Joules are not measured on a CPU"
+    return "Joules are not measured: no card reports them" if has_gpu else "Joules are not measured on a CPU"
 
 
 def _counted_on(group: Group) -> str:
-    """Which samples the energy is of, and where it departs from published counts."""
+    """The samples that the energy is of, and how the counts differ from published ones."""
     counted = [run for run in group.finished if run.value(ENERGY) is not None]
     sizes = sorted({int(run.value("inference.samples") or 0) for run in counted})
-    told = ((run.summary or {})["inference"].get("counted_on", "the first batch of the first worker's share") for run in counted)
+    first = "the first batch of the first worker's share"
+    places = ((run.summary or {})["inference"].get("counted_on", first) for run in counted)
+    on = f"{' and '.join(map(str, sizes))} samples, {' and '.join(dict.fromkeys(places))}"
     return (
-        f"Counted on {' and '.join(map(str, sizes))} samples, {' and '.join(dict.fromkeys(told))}; what stands before the first "
-        "neuron counts once for a still image, as it is computed, where published counts have it at each time step; means of "
-        "spikes, behind a pool, are no spikes and are multiplied, which counts of synaptic operations leave out"
+        f"Counted on {on}; for a still image, the layers before the first neuron count once, as they "
+        "are computed once, where published counts have them at each time step; means of spikes, "
+        "behind a pool, are no spikes and are multiplied, which counts of synaptic operations leave out"
     )
 
 
 def _lost(group: Group) -> str:
-    """` Diverged, and in no mean: SLTT-1 (seed 1, 2).`, whatever finished beside it; empty where nothing did."""
+    """` Diverged, and in no mean: SLTT-1 (seed 1, 2).`; empty where nothing did."""
     lost = {rule: ", ".join(map(str, sorted(seeds))) for rule in group.rules if (seeds := group.diverged(rule))}
-    told = ", ".join(f"{rule} (seed {seeds})" for rule, seeds in lost.items())
-    return f" Diverged, and in no mean: {told}." if told else ""
+    text = ", ".join(f"{rule} (seed {seeds})" for rule, seeds in lost.items())
+    return f" Diverged, and in no mean: {text}." if text else ""
+
+
+def _front_line(points: Mapping[str, tuple[Spread, Spread]], front: Sequence[str], scale: float) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "name": "Pareto front",
+        "mode": "lines",
+        "x": [points[rule][0].mean / scale for rule in front],
+        "y": [100 * points[rule][1].mean for rule in front],
+        "line": {"color": MUTED, "width": 1.5, "dash": "dash", "shape": "hv"},
+        "hoverinfo": "skip",
+    }
+
+
+def _marker(rule: str, cost: Spread, top1: Spread, *, place: int, shape: str, scale: float, unit: str) -> dict[str, Any]:
+    outline = {"width": 2, "color": color(place)}
+    return {
+        "type": "scatter",
+        "name": plain(rule),
+        "mode": "markers",
+        "x": [cost.mean / scale],
+        "y": [100 * top1.mean],
+        "error_x": _errors([cost], place, scale=1 / scale),
+        "error_y": _errors([top1], place, scale=100),
+        "marker": {"color": color(place), "symbol": shape, "size": 12, "line": outline},
+        "hovertemplate": f"%{{x:.4g}} {unit}, %{{y:.2f}} %<extra>{plain(rule)}</extra>",
+    }
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Those that nobody beats: with no more of the first and no less of the second, and better in one; cheapest first."""
+    """Those that no other beats: at no more cost and no less gain, and better in one; cheapest first."""
     kept = [
         name
         for name, (cost, gain) in points.items()

@@ -1,4 +1,4 @@
-"""What each rule's memory and time do with the number of time steps, from what `spiketrain sweep --format json` prints."""
+"""Each rule's memory and time against the number of time steps, from a sweep's JSON."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ _DOTTED = ", with states"
 
 
 class _Point(NamedTuple):
-    """Of one rule at one T."""
+    """One rule at one T."""
 
     time_steps: int
     saved: float
-    kept: float | None
-    """with states beside them, where the sweep tells of those"""
+    kept: float | None  # with states, where the sweep has them
     seconds: float
 
 
@@ -75,12 +74,12 @@ def _time(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[_Point]]) -> 
     there = {rule: points[-1].seconds for rule, points in by_rule.items() if points[-1].time_steps == last}
     order = sorted(there, key=lambda rule: -there[rule])
     slowest, fastest = order[0], order[-1]
-    told = f"At T = {last} {slowest} takes {1e3 * there[slowest]:.4g} ms"
+    at_last = f"At T = {last} {slowest} takes {1e3 * there[slowest]:.4g} ms"
     return Figure(
         name="time-against-time-steps",
         title=f"Time against time steps: {sweep['recipe']}",
         caption=f"{_caption(sweep)} Loading, the optimizer and collectives are not in it.",
-        alt=f"{told}, the longest, and {fastest} {1e3 * there[fastest]:.4g} ms." if len(there) > 1 else f"{told}.",
+        alt=f"{at_last}, the longest, and {fastest} {1e3 * there[fastest]:.4g} ms." if len(there) > 1 else f"{at_last}.",
         table=Table(columns=("rule", "time steps", "seconds of forward and backward"), rows=tuple(rows)),
         drawing=_drawing(data, by_rule, "forward and backward, ms"),
     )

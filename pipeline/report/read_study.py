@@ -66,17 +66,9 @@ def read_study(
     suite = suite_named(runs_dir, names)
     own, printed, notes = Returned(), "", []
     if suite is not None:
-        members = [read_run(run) for run in runs_of(suite).values() if run.is_dir()]
-        if not members:
-            raise ReportError(f"report: {suite.name} has no run yet")
-        if (against, within) != (BASELINE, WITHIN) and has_report(suite):
-            raise ReportError(
-                f"report: {suite.name} has a report of its own, so --against and --within have no "
-                f"effect on its claims; got {against}, {within:g}"
-            )
+        runs, tried = _runs_of_suite(suite, judges_alike=(against, within) == (BASELINE, WITHIN))
         own, printed, notes = _own_report(suite, trust, reported)
         title, place = suite.name, suite / REPORT
-        runs, tried = _without_trials(members)
     else:
         everything = read_runs(runs_dir)
         chosen = named(runs_dir, names, everything) if names else newest_study(runs_dir, everything)
@@ -85,12 +77,9 @@ def read_study(
             runs, notes = _with_their_baseline(everything, runs, against)
         title = _title(runs, names)
         place = runs_dir / f"report-{_slug(title)}.html"
-    if tried and not runs:
-        raise ReportError(
-            f"report: runs must be trained on the whole training set; got {counted(len(tried), 'trial')} of a search alone"
-        )
     if tried:
-        notes.append(f"Left out: {counted(len(tried), 'trial')} on a held-out part of the training set.")
+        trials = counted(len(tried), "trial")
+        notes.append(f"Left out: {trials} on a held-out part of the training set.")
     for run in runs:
         refuse_damage(run)
         _ = run.activity  # which may be damaged, too
@@ -107,9 +96,26 @@ def read_study(
     return Found(study, place, tuple(run.folder for run in (*runs, *tried)))
 
 
+def _runs_of_suite(suite: Path, *, judges_alike: bool) -> tuple[list[Run], list[Run]]:
+    """Its runs and its trials; `judges_alike`: --against and --within are as its own report's."""
+    members = [read_run(run) for run in runs_of(suite).values() if run.is_dir()]
+    if not members:
+        raise ReportError(f"report: {suite.name} has no run yet")
+    if not judges_alike and has_report(suite):
+        raise ReportError(f"report: {suite.name} has a report of its own, so --against and --within have no effect on its claims")
+    return _without_trials(members)
+
+
 def _without_trials(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """The runs that are no trials, and the trials."""
+    """The runs that are no trials, and the trials.
+
+    Raises:
+        ReportError: there are trials alone.
+    """
     trials = [run for run in runs if run.protocol == "trial"]
+    if trials and len(trials) == len(runs):
+        alone = f"{counted(len(trials), 'trial')} of a search alone"
+        raise ReportError(f"report: runs must be trained on the whole training set; got {alone}")
     return [run for run in runs if run.protocol != "trial"], trials
 
 

@@ -81,11 +81,11 @@ def _less(own: dict[str, str], shared: dict[str, str]) -> dict[str, str]:
 def _print(title: str, fields: dict[str, str], lines: dict[str, str], console: Console) -> None:
     say(console, title, style="italic")
     print_fields(console, fields)
-    for name, told in lines.items():
-        if "\n" in told:  # indented JSON
-            console.out(f"{name:<13} {told}", highlight=False)
+    for name, text in lines.items():
+        if "\n" in text:  # indented JSON
+            console.out(f"{name:<13} {text}", highlight=False)
         else:
-            say(console, told, label=f"{name:<13} ")
+            say(console, text, label=f"{name:<13} ")
 
 
 def _study(recipe: Recipe) -> str:

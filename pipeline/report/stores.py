@@ -42,7 +42,7 @@ _READABLE = "are the file and its folder readable to you?"
 _STATES: dict[str, State] = {"RUNNING": "running", "FINISHED": "finished", "FAILED": "failed"}
 _OF_SUITES = (REPORT, REPORT_DATA)  # of a run that may be deleted: its id is from tags of others
 _SUMMARY = "summary/"
-_PAGE = 1000
+_PAGE = 200  # runs of an answer, which a busy server has in time
 T_ = TypeVar("T_")
 
 

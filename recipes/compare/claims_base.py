@@ -54,8 +54,8 @@ def at_their_largest(about: str, sweep: Mapping[str, Any] | None, rule: str) -> 
     tried = [each for each in found if each.ratio is not None]
     batches = [f"T = {each.time_steps}: {each.batch:,} of {each.base_batch:,}" for each in tried]
     speeds = [f"T = {each.time_steps}: {each.ratio:.2f}" for each in tried]
-    for claim, told in (("images of its largest batch", batches), ("images/s of it", speeds)):
-        ours = ", ".join(told) or "not measured"
+    for claim, values in (("images of its largest batch", batches), ("images/s of it", speeds)):
+        ours = ", ".join(values) or "not measured"
         yield not_judged(about, f"{claim}{where}, of the faster {BASELINE}'s at its own", "", ours=ours)
 
 
@@ -117,9 +117,9 @@ def _mean_of_known(shares: Sequence[float | None]) -> str:
 
 
 def beside(
-    file: Path, *, rests_on: Mapping[str, Any], measure: Callable[[], Any], told: Callable[[Any], T_], console: Console
+    file: Path, *, rests_on: Mapping[str, Any], measure: Callable[[], Any], parse: Callable[[Any], T_], console: Console
 ) -> T_ | None:
-    """`told` of what `measure` has found, JSON values, which `file` keeps as long as it rests on the same.
+    """What `parse` makes of a measurement, JSON values that `file` keeps as long as it rests on the same.
 
     None, and a line that says why, where it is not there and cannot be measured here: where `measure` raises ValueError. Where
     the file can be neither read nor written, as on a read-only mount, nothing but that is lost.
@@ -128,7 +128,7 @@ def beside(
         kept = json.loads(file.read_text()) if file.exists() else None
         if kept is not None:
             if kept["rests_on"] == rests_on:
-                return told(kept["found"])
+                return parse(kept["found"])
             changed = [name for name, value in rests_on.items() if kept["rests_on"].get(name) != value]
             say(console, f"{file}: of no use, for it is of another {' and '.join(changed)}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -144,4 +144,4 @@ def beside(
         write_json(file, {"rests_on": rests_on, "found": found})
     except OSError as error:
         say(console, f"{file}: what was measured is not kept, and the next report does it anew: {error.strerror}")
-    return told(found)
+    return parse(found)

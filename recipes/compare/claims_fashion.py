@@ -212,11 +212,11 @@ def _at_largest(trained: Recipe, run: Run, file: Path, console: Console) -> Mapp
 def _kept(
     file: Path, rests_on: Mapping[str, Any], measure: Callable[[], dict[str, Any]], console: Console
 ) -> Mapping[str, Any] | None:
-    def told(found: Any) -> Mapping[str, Any]:
+    def parse(found: Any) -> Mapping[str, Any]:
         sweep_of(found, str(file))  # which refuses what is none
         return found
 
-    return beside(file, rests_on=rests_on, measure=measure, told=told, console=console)
+    return beside(file, rests_on=rests_on, measure=measure, parse=parse, console=console)
 
 
 def _turned(trained: Recipe, run: Run, file: Path, console: Console) -> dict[str, Turns]:
@@ -228,14 +228,14 @@ def _turned(trained: Recipe, run: Run, file: Path, console: Console) -> dict[str
         _refuse_elsewhere(run)
         return {label: asdict(each) for label, each in in_turn(trained, [RULES[name] for name in TURNED], **about).items()}
 
-    def told(found: Any) -> dict[str, Turns]:
+    def parse(found: Any) -> dict[str, Turns]:
         return {
             label: Turns(**{**of, "forward_s": tuple(of["forward_s"]), "backward_s": tuple(of["backward_s"])})
             for label, of in found.items()
         }
 
     rests_on = {"machine": dict(run.hardware), "batch": about, "backend": trained.backend}
-    return beside(file, rests_on=rests_on, measure=measure, told=told, console=console) or {}
+    return beside(file, rests_on=rests_on, measure=measure, parse=parse, console=console) or {}
 
 
 def _refuse_elsewhere(run: Run) -> None:
@@ -317,7 +317,7 @@ def _planned(file: Path, console: Console) -> dict[str, str]:
         }
 
     rests_on = {"code": code_digest(), "machine": machine, **asked}
-    return beside(file, rests_on=rests_on, measure=measure, told=dict, console=console) or {}
+    return beside(file, rests_on=rests_on, measure=measure, parse=dict, console=console) or {}
 
 
 def _predicted(model: Planned) -> str:

@@ -22,7 +22,7 @@ class Asked:
     def __call__(self, machine: str = "a") -> tuple[int | None, str]:
         console = Console(file=io.StringIO(), width=200)
         found = beside(
-            self.file, rests_on={"machine": machine}, measure=self._measure, told=lambda value: value["made"], console=console
+            self.file, rests_on={"machine": machine}, measure=self._measure, parse=lambda value: value["made"], console=console
         )
         return found, console.file.getvalue()  # type: ignore[attr-defined]
 

@@ -113,11 +113,11 @@ def test_energy_has_its_operations_and_says_which_samples_they_are_of():
     assert {row[0]: row[-3:] for row in figure.table.rows} == {"BPTT": (None, 3e6, 5e7), "SLTT": (None, 1.0, 2.0)}
     assert "Joules are not measured on a CPU." in figure.caption
     assert "Counted on 10 and 60 samples, evenly spread over it and the first batch of the first worker's share" in figure.caption
-    assert "once for a still image" in figure.caption
+    assert "for a still image, the layers before the first neuron count once" in figure.caption
     assert "MACs" not in made(trade_off(study().groups[0], "wall_s")).table.columns
     counted["measured_j"] = 0.25
     on_cards = {**MACHINE, "gpu": "H100"}
-    for rules, said in ((("BPTT", "SLTT"), f"are {MEASURED_SAID}"), (("SLTT",), "are not measured: no card told them")):
+    for rules, said in ((("BPTT", "SLTT"), f"are {MEASURED_SAID}"), (("SLTT",), "are not measured: no card reports them")):
         runs = tuple(run(rule, hardware=on_cards, **({"inference": counted} if rule == "BPTT" else {})) for rule in rules)
         figure = made(trade_off(Study(title="t", runs=runs).groups[0], "inference.energy_j"))
         assert {row[0]: row[-3] for row in figure.table.rows} == {rule: 0.25 if rule == "BPTT" else None for rule in rules}
