@@ -75,15 +75,9 @@ class Comparison:
 
     @cached_property
     def behind(self) -> dict[str, dict[str, str]]:
-        """By rule: the rules that it is divided by, and the choices that decide the comparison."""
-        table = tables.behind_the_rows(self.group)
-        names = [column.replace(" ", "_").replace("-", "_") for column in table.columns]
-        rows = [dict(zip(names, map(str, row), strict=True)) for row in table.rows]
-        return {
-            row["rule"]: {name: row[name] for name in names if name not in ("rule", "seeds")}
-            for row in rows
-            if row["rule"] in self.rules
-        }
+        """By rule, what `tables.behind` has of it, with names for JSON."""
+        found = {rule: tables.behind(self.group, rule) for rule in self.rules}
+        return {rule: {_key(name): value for name, value in each.items()} for rule, each in found.items()}
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as JSON values.
@@ -366,6 +360,10 @@ def _where(run: Run) -> str:
     threads = {loaders(on) for on in run.trained_on}
     loader = threads.pop() if len(threads) == 1 else ""  # several are in `places`
     return ", ".join(filter(None, (places(run, between="; "), loader)))
+
+
+def _key(name: str) -> str:
+    return name.replace(" ", "_").replace("-", "_")
 
 
 def _state(run: Run) -> str:

@@ -22,7 +22,7 @@ from pipeline.measure.sampled import MEMORY_EVERY
 from pipeline.measure.time_parts import BETWEEN, PARTS, REST
 from pipeline.report import history
 from pipeline.report.history import History, count, number
-from pipeline.report.runs import ReportError, load, load_list, run_folders, summary_of
+from pipeline.report.runs import ReportError, load, run_folders, summary_of
 from pipeline.track.jsonl import Event, every, last, read
 from pipeline.track.state import State, state_of
 from pipeline.trained_on import told_in, trained_on
@@ -352,7 +352,7 @@ def _read(folder: Path, *, summary: Any = None, recipe: Any = None, damage: str 
         folder=folder,
         damage=damage,
         journal=lambda: read(journal),
-        layers=lambda: load_list(folder / "activity.json"),
+        layers=lambda: load(folder / "activity.json", list),
     )
 
 

@@ -6,11 +6,9 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pipeline.suite import is_suite
-
-T_ = TypeVar("T_")
 
 _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "trained_on": (list, "a list of objects"),
@@ -90,18 +88,22 @@ def run_and_suite_folders(runs_dir: Path) -> list[Path]:
     return sorted(run_folders(runs_dir) + suite_folders(runs_dir))
 
 
-def load(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is no such file.
+def load(path: Path, kind: type = dict) -> Any:
+    """The JSON object of a file, or its list; None where there is no such file.
 
     Raises:
         ReportError: the file holds something else.
     """
-    return _load(path, dict, "an object")
-
-
-def load_list(path: Path) -> list[Any] | None:
-    """A JSON list, likewise."""
-    return _load(path, list, "a list")
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ReportError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, kind):
+        called = "an object" if kind is dict else "a list"
+        raise ReportError(f"{path} holds a {type(value).__name__}, not {called}")
+    return value
 
 
 def summary_of(folder: Path) -> dict[str, Any] | None:
@@ -164,18 +166,6 @@ def _visible(runs_dir: Path) -> list[Path]:
     if not runs_dir.is_dir():
         return []
     return sorted(folder for folder in runs_dir.iterdir() if not folder.name.startswith("."))
-
-
-def _load(path: Path, kind: type[T_], called: str) -> T_ | None:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ReportError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, kind):
-        raise ReportError(f"{path} holds a {type(value).__name__}, not {called}")
-    return value
 
 
 def _is_run(folder: Path) -> bool:

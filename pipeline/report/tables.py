@@ -152,13 +152,28 @@ def held(group: Group) -> Table | None:
 
 def behind_the_rows(group: Group) -> Table:
     """By rule: what it is divided by, the choices that decide the comparison, and its seeds."""
-    columns = ["rule", "ratios to", "time to", "reset gradient", "norm statistics", "precision"]
-    columns += ["over time", "micro-batch", "evaluated"]
+    rows = [{"rule": rule, **behind(group, rule), "seeds": _seeds(group, rule)} for rule in group.rules]
+    return Table(columns=tuple(rows[0]), rows=tuple(tuple(row.values()) for row in rows))
+
+
+def behind(group: Group, rule: str) -> dict[str, str]:
+    """The rules that a rule is divided by, and the choices that decide the comparison."""
+    runs = group.of(rule)
+    conditions = (run.summary["conditions"] for run in runs if run.summary and run.summary.get("conditions"))
+    found, recipe = next(conditions, {}), runs[0].recipe
+    choices = {
+        "ratios to": group.against if group.has_baseline else "no baseline",
+        "time to": group.fastest_baseline if group.has_baseline else "no baseline",
+        "reset gradient": str(found.get("reset_gradient", NOT_SAID)),
+        "norm statistics": str(found.get("norm_over", NOT_SAID)),
+        "precision": str(found.get("precision", NOT_SAID)),
+        "over time": _over_time(found.get("steps_per_forward"), recipe),
+        "micro-batch": micro_batches(runs[0]),
+        "evaluated": _evaluated(recipe),
+    }
     if any(tuned_in(run.recipe) for run in group.runs):
-        columns.append("tuned")
-    columns.append("seeds")
-    rows = [_behind(group, rule) for rule in group.rules]
-    return Table(columns=tuple(columns), rows=tuple(tuple(row[name] for name in columns) for row in rows))
+        choices["tuned"] = ", ".join(f"{key}={written(recipe, key)}" for key in tuned_in(recipe))
+    return choices
 
 
 def claims(found: Sequence[Claim]) -> Table:
@@ -327,23 +342,8 @@ def _is_there(run: Run, metric: Metric) -> bool:
     return value is not None and (value != 0 or "peak_" not in metric.name)
 
 
-def _behind(group: Group, rule: str) -> dict[str, Cell]:
-    runs = group.of(rule)
-    conditions = (run.summary["conditions"] for run in runs if run.summary and run.summary.get("conditions"))
-    found, recipe = next(conditions, {}), runs[0].recipe
-    return {
-        "rule": rule,
-        "ratios to": group.against if group.has_baseline else "no baseline",
-        "time to": group.fastest_baseline if group.has_baseline else "no baseline",
-        "reset gradient": str(found.get("reset_gradient", NOT_SAID)),
-        "norm statistics": str(found.get("norm_over", NOT_SAID)),
-        "precision": str(found.get("precision", NOT_SAID)),
-        "over time": _over_time(found.get("steps_per_forward"), recipe),
-        "micro-batch": micro_batches(runs[0]),
-        "evaluated": _evaluated(recipe),
-        "tuned": ", ".join(f"{key}={written(recipe, key)}" for key in tuned_in(recipe)),
-        "seeds": ", ".join(str(run.seed) for run in runs if run.is_finished) or "none",
-    }
+def _seeds(group: Group, rule: str) -> str:
+    return ", ".join(str(run.seed) for run in group.of(rule) if run.is_finished) or "none"
 
 
 def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
