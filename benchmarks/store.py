@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import product
 from pathlib import Path
+from urllib.request import urlopen
 
 from playwright.sync_api import Browser
 
@@ -128,15 +129,19 @@ def served(uri: str) -> Iterator[str]:
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--port", str(port), "--workers", "1"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as server:
         try:
-            while True:
-                try:
-                    socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                    break
-                except OSError:
-                    time.sleep(0.5)
+            while not _answers(f"http://127.0.0.1:{port}/health"):
+                time.sleep(0.5)
             yield f"http://127.0.0.1:{port}"
         finally:
             os.killpg(server.pid, signal.SIGTERM)
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urlopen(address, timeout=10) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
 
 
 def first_paints(uri: str) -> list[float]:

@@ -190,10 +190,14 @@ class Group:
 
     def values(self, rule: str, name: str) -> pd.Series:
         """A metric, or a number of the summaries, of a rule's finished runs, by their seeds."""
-        of_rule: Any = self.frame[self.frame["rule"] == rule].set_index("seed")
+        of_rule = self._by_rule.get(rule, self.frame.iloc[:0])
         if name in of_rule:
             return of_rule[name].dropna()
         return of_rule["summary"].map(lambda summary: number(results.at(summary, name))).dropna()
+
+    @cached_property
+    def _by_rule(self) -> dict[Any, Any]:
+        return dict(iter(self.frame.set_index("seed").groupby("rule")))
 
     def spread(self, rule: str, name: str) -> Spread | None:
         """Over the rule's finished runs; None where none of them has the quantity."""
