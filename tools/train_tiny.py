@@ -37,12 +37,13 @@ FROM_FILES = {
 others read generated samples."""
 
 
-def recipe() -> list[Any]:
-    """The recipes of the file that the environment names; this file is what `spiketrain launch` is given."""
+def recipe() -> Any:
+    """The recipe or recipes of the file that the environment names; `spiketrain launch` is given this file."""
     path = os.environ[RECIPE]
     made = importlib.import_module(path.removesuffix(".py").replace("/", ".")).recipe()
     members = list(getattr(made, "recipes", made if isinstance(made, list | tuple) else [made]))
-    return [_small(each, from_files=path in FROM_FILES) for each in _first_seeds(members)]
+    small = [_small(each, from_files=path in FROM_FILES) for each in _first_seeds(members)]
+    return small if len(small) > 1 else small[0]  # a suite of one would cost a report page
 
 
 def _first_seeds(members: list[Any]) -> list[Any]:
