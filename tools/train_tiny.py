@@ -47,8 +47,11 @@ def recipe() -> Any:
 
 
 def _first_seeds(members: list[Any]) -> list[Any]:
-    """Without repetitions under another seed, and without the trials of a search."""
-    return [each for each in members if each.seed == members[0].seed and each.protocol != "trial"]
+    """Without repetitions under another seed and without trials, but with every recipe that a kept one refers to."""
+    kept = [each for each in members if each.seed == members[0].seed and each.protocol != "trial"]
+    while more := [each for each in members if each not in kept and f"'@{each.name}'" in repr(kept)]:
+        kept += more
+    return [each for each in members if each in kept]
 
 
 def _small(full: Any, *, from_files: bool) -> Any:
