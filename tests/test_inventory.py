@@ -1,4 +1,4 @@
-"""What a user had at commit 082bf30 is still there, and the tests that show it exist: tests/inventory.toml."""
+"""What a user had at commit 082bf30 is still there, each with its test: tests/inventory.toml."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def commands(group: Any, made: Any, prefix: str = "") -> Iterator[tuple[str, Cal
 
 
 def imported(dotted: str) -> Any:
-    """A part by its dotted name; None where there is no such module, or nothing of that name in it."""
+    """A part by its dotted name; None without such a module or such a name in it."""
     module, _, name = dotted.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name, None)

@@ -2,12 +2,14 @@
 
     PYTHONPATH=CHECKOUT python tools/train_tiny.py OUT recipes/fashion/sltt.py ...
 
-OUT/recipes/fashion/sltt.json holds the runs of that recipe file. A recipe that fails leaves its traceback and no file.
+OUT/recipes/fashion/sltt.json holds the runs of that recipe file. A recipe that fails leaves its
+traceback and no file.
 
-`tools/same_bits` runs this file in two checkouts, each first on the path. Between them modules, classes, fields and
-parameters may have other names. So this file asks little of a checkout: `python -m pipeline launch`, `pipeline.load`,
-`recipe.json` in the folder of a run, `Recipe.tiny` with the fields `name`, `seed`, `data` and `time_steps`, and a class
-`Synthetic` in a module `synthetic` under `pipeline.data`.
+`tools/same_bits` runs this file in two checkouts, each first on the path. Between them modules,
+classes, fields and parameters may have other names. So this file asks little of a checkout:
+`python -m pipeline launch`, `pipeline.load`, `recipe.json` in the folder of a run, `Recipe.tiny`
+with the fields `name`, `seed`, `data`, `protocol`, `tuned` and `searched`, and a class `Synthetic`
+in a module `synthetic` under `pipeline.data`.
 """
 
 from __future__ import annotations
@@ -33,12 +35,12 @@ FROM_FILES = {
     "recipes/fashion/sltt.py": ("fashion", ()),
     "recipes/events/moving_sltt.py": ("events moving", ("--samples", "64", "--val-samples", "16")),
 }
-"""The recipes that read files, with the words of `spiketrain write`. FFCV compiles its loaders for 9 s in each run, so the
-others read generated samples."""
+"""The recipes that read files, with the words of `spiketrain write`. The others read generated
+samples: FFCV compiles its loaders anew for each run, which takes seconds."""
 
 
 def recipe() -> Any:
-    """The recipe or recipes of the file that the environment names; `spiketrain launch` is given this file."""
+    """The recipes of the file that the environment names; `launch` is given this file."""
     path = os.environ[RECIPE]
     made = importlib.import_module(path.removesuffix(".py").replace("/", ".")).recipe()
     members = list(getattr(made, "recipes", made if isinstance(made, list | tuple) else [made]))
@@ -47,7 +49,7 @@ def recipe() -> Any:
 
 
 def _first_seeds(members: list[Any]) -> list[Any]:
-    """Without repetitions under another seed and without trials, but with every recipe that a kept one refers to."""
+    """Those of one seed that are no trials, and every recipe that one of them refers to."""
     kept = [each for each in members if each.seed == members[0].seed and each.protocol != "trial"]
     while more := [each for each in members if each not in kept and f"'@{each.name}'" in repr(kept)]:
         kept += more
@@ -75,7 +77,7 @@ def _synthetic() -> Any:
 
 
 def digest(run: Path) -> dict[str, dict[str, Any]]:
-    """Of each parameter and buffer: shape, type, SHA-256 of its bytes, and a few values to measure a difference by."""
+    """Shape, type, SHA-256 and a few values of each parameter and buffer."""
     import torch
 
     import pipeline
