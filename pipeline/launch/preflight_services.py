@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -163,17 +163,17 @@ def of_mlflow(uri: str) -> Finding:
         advice = "unset it to use mlflow.db in the folder of runs"
         return Finding("mlflow", "bad", text, advice)
     shown, headers = without_password(uri).rstrip("/"), _login()
-    if not all(each.isprintable() and each.isascii() for each in headers.values()):
+    if not all(each.isprintable() and max(each) < "\u0100" for each in headers.values()):
         advice = "see MLFLOW_TRACKING_TOKEN, for example for a newline at its end"
         return Finding("mlflow", "bad", "the token holds a character that no header may", advice)
-    if (answer := _ask(uri, headers)) != "answers 200":
+    if (answer := _ask(uri, headers, None)) != "answers 200":
         advice = (
             "see MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD, or _TOKEN; a training goes on "
             "without the server, and `spiketrain sync` delivers later"
         )
         return Finding("mlflow", "bad", f"{shown} {answer}", advice)
     scheme, rest = uri.split("://", 1)
-    if _ask(f"{scheme}://{rest.rpartition('@')[2]}", {}) == "answers 200":
+    if _ask(f"{scheme}://{rest.rpartition('@')[2]}", {}, lambda request: request) == "answers 200":
         advice = "let it ask for a password: `mlflow server --app-name basic-auth` (infra/mlflow)"
         return Finding("mlflow", "warn", f"{shown} answers without a password", advice)
     return Finding("mlflow", "ok", f"{shown} answers, and asks for a password")
@@ -207,19 +207,19 @@ def _login() -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
-def _ask(uri: str, headers: dict[str, str]) -> str:
+def _ask(uri: str, headers: dict[str, str], auth: Callable[[Any], Any] | None) -> str:
     """What the server does, such as `answers 200`.
+
+    Without `auth`, requests logs in by the address or ~/.netrc, as it does for MLflow's client.
 
     No redirect is followed: a login is meant for this server, and a page that asks for one is no
     answer of MLflow's.
     """
     import requests
 
-    session = requests.Session()
-    session.trust_env = False  # without it, a login of ~/.netrc would be sent
     address = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
     try:
-        answer = session.get(address, headers=headers, timeout=MLFLOW_S, allow_redirects=False)
+        answer = requests.get(address, headers=headers, auth=auth, timeout=MLFLOW_S, allow_redirects=False)
     except (requests.RequestException, ValueError):  # ValueError: not an address
         return "does not answer"
     if answer.is_redirect:

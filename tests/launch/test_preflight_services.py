@@ -249,6 +249,16 @@ def test_a_login_is_shown_as_mlflow_shows_it(monkeypatch: pytest.MonkeyPatch) ->
         assert of_mlflow(f"http://me:p%40ss@{place}").state == "bad"
 
 
+def test_a_login_of_netrc_is_not_shown_where_none_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow's client logs in by it, through requests."""
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password pass\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with server(password=ME) as (place, shown):
+        assert of_mlflow(f"http://{place}").state == "ok"
+    assert shown == [ME, None]
+
+
 @pytest.mark.parametrize("token", ["planted-token\n", "planted\ntoken", "planted-t€ken"])
 def test_a_token_that_no_header_may_hold_is_not_shown(monkeypatch: pytest.MonkeyPatch, token: str) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", token)
