@@ -27,7 +27,7 @@ MAY_DIFFER = ("workers", "inline", "address", *OPERATIONAL)
 
 
 def refuse_unless_launched_so(folder: Path, made: Recipe | Suite, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
-    """Refuse to go on with a run or suite that was launched with another recipe, or with other options.
+    """Refuse to go on with a run or suite that was launched with another recipe or other options.
 
     Raises:
         ValueError: what differs, as it was and as it is asked for now; or a damaged folder.
@@ -61,7 +61,7 @@ def _differences(folder: Path, made: Recipe | Suite, *, trust: tuple[str, ...]) 
 
 
 def _as_read(recipe: Recipe) -> Any:
-    """The fields that a reader of recipe.json gets."""
+    """The fields of a recipe as recipe.json holds them."""
     return json.loads(json.dumps(recipe.to_json()))["recipe"]
 
 
@@ -82,7 +82,10 @@ def change_run(folder: Path, options: Mapping[str, Any], console: Console) -> No
 def change_suite(
     folder: Path, suite_file: SuiteFile, options: Mapping[str, Any], begun: Iterable[Path], console: Console
 ) -> SuiteFile:
-    """Likewise into suite.json and the folders of the runs that have `begun`; those to come are made as suite.json says."""
+    """Write fields of OPERATIONAL into suite.json and the folders of the runs that have `begun`.
+
+    Later runs are made from suite.json.
+    """
     if not options:
         return suite_file
     was = Cluster.from_json(suite_file.cluster)
@@ -97,7 +100,11 @@ def change_suite(
 
 
 def _write(run: Path, options: Mapping[str, Any]) -> Cluster:
-    """How it was. The job first: killed between the two, the same words find the cluster as it was and write both again."""
+    """Write the options into a run's files, and return its cluster before.
+
+    job.json is written first: a driver killed between the two files leaves cluster.json as it was,
+    and the same command writes both again.
+    """
     was = Cluster.from_json(read_json(run / "cluster.json"))
     now = replace(was, **options)
     write_job(replace(read_job(run), **now.of_workers))

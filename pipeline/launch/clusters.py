@@ -149,7 +149,7 @@ def answer_of(name: str, *words: str, given: str = "", environment: Mapping[str,
     return done.stdout.strip()
 
 
-# ------------------------------------------------------------------------------------------- KubeRay
+# ----------------------------------------------------------------------------------------- KubeRay
 
 
 def manifests_of(folder: Path) -> list[dict[str, Any]]:
@@ -166,9 +166,9 @@ def manifests_of(folder: Path) -> list[dict[str, Any]]:
 def render_rayjob(order: Order, folder: Path) -> str:
     """The RayJob of a kustomize folder, with the order's name, entrypoint, image and pods, as YAML.
 
-    There are as many pods as the workers need, and never fewer: the driver counts them at its start.
-    With several numbers of workers the job begins with the pods of the smallest; Ray's autoscaler
-    adds some, up to those of the largest.
+    There are as many pods as the workers need, and never fewer: the driver counts them when it
+    starts. With several numbers of workers the job begins with the pods of the smallest; Ray's
+    autoscaler adds some, up to those of the largest.
 
     Raises:
         ValueError: Kubernetes would not take the name or image; the folder has no RayJob, or is too
@@ -298,7 +298,7 @@ def _shared_mounts(pod: dict[str, Any]) -> set[str]:
     return {each["mountPath"] for each in mounts if each["name"] in claims and not each.get("readOnly")}
 
 
-# --------------------------------------------------------------------------------------------- Slurm
+# ------------------------------------------------------------------------------------------- Slurm
 
 
 def render_sbatch(order: Order, folder: Path, *, nodes: int, gpus_per_node: int, time: str, partition: str | None) -> str:

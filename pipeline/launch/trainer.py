@@ -1,4 +1,4 @@
-"""Ray Train, changed where Ray 2.60 leaves no choice: policies of its controller, and where it listens.
+"""Ray Train, changed where Ray 2.60 leaves no choice: its policies, and where it listens.
 
 A cluster that a launch starts itself can be reached from its own machine alone. Ray listens on
 loopback by a setting, gloo and NCCL by the name of the interface. torch's store takes no host
@@ -32,9 +32,12 @@ _store: list[TCPStore] = []
 
 
 class Trainer(TorchTrainer):
-    """A TorchTrainer of the run in `folder`, with as many workers as one of `sizes` (ascending) says, now and then another.
+    """A TorchTrainer whose controller uses our policies for failures and for the number of workers.
 
-    `awaits_nodes`: whether nodes may come back or be replaced, which the workers then wait for.
+    Args:
+        sizes: the numbers of workers that the run may have, ascending.
+        folder: the run's.
+        awaits_nodes: whether the workers wait for nodes to come back or to be replaced.
     """
 
     def __init__(self, *args: Any, sizes: Sequence[int], folder: Path, awaits_nodes: bool, **kwargs: Any) -> None:

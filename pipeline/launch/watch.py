@@ -1,4 +1,4 @@
-"""Shows a run as it trains, from the events of its journal: a bar on a terminal, plain lines elsewhere."""
+"""Shows a run while it trains, from its journal: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
