@@ -26,9 +26,9 @@ from pipeline.launch.base import Launcher, LaunchError, WorkersEnded
 from pipeline.launch.last_word import synced_if_killed
 from pipeline.launch.lock import driver_lock
 from pipeline.launch.prepare import write_job
-from pipeline.launch.shown import Shown
 from pipeline.launch.signals import stops_on_signal
 from pipeline.launch.terminal import outlive
+from pipeline.launch.watch import Shown
 from pipeline.printing import say
 from pipeline.ranks import Ranks
 from pipeline.refused import Refused

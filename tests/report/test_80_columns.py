@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.doctor.findings import Finding
+from pipeline.commands.doctor import print_findings
 from pipeline.ensemble import CausalTest, Ensemble, Mean
 from pipeline.forecast.asked import Asked
 from pipeline.forecast.bench import Cost
@@ -17,13 +17,13 @@ from pipeline.forecast.devices import DEVICES
 from pipeline.forecast.plan import Cluster, Plan, Planned
 from pipeline.forecast.probe import Probe
 from pipeline.forecast.sweep import Point, Sweep
+from pipeline.launch.preflight_services import Finding
 from pipeline.measure.fidelity import Fidelity
 from pipeline.printing import new_console
 from pipeline.recipe import spec
 from pipeline.report.carryover import print_carryover
 from pipeline.report.claims import Claim, print_claims
 from pipeline.report.compare import print_comparison
-from pipeline.report.doctor import print_findings
 from pipeline.report.factorial import Cell, Contrast, Factorial
 from pipeline.report.plan import print_plan
 from pipeline.report.probe import print_probe
@@ -155,12 +155,13 @@ def a_plan(console: Console | None) -> None:
 
 def a_doctors_findings(console: Console | None) -> None:
     found = [
-        Finding(check="versions", state="ok", told="python 3.11.7, torch 2.13.0+cpu, ray 2.60.0, deepspeed 0.19.8, ffcv 1.0.2"),
+        Finding("versions", "ok", "python 3.11.7, torch 2.13.0+cpu, ray 2.60.0, deepspeed 0.19.8, ffcv 1.0.2"),
         Finding(
-            check="storage",
-            state="bad",
-            told="node-17.cluster.example.org: a lock in /shared/somebody/with/a/long/name/spiking/networks/runs-of-2026 is free",
-            advice="two drivers could train one run at once: `mount -o remount,flock /shared/somebody` on every node",
+            "storage",
+            "bad",
+            "node-17.cluster.example.org could lock a file in "
+            "/shared/somebody/with/a/long/name/spiking/networks/runs-of-2026 that the driver has locked",
+            "two drivers could train one run at once: `mount -o remount,flock /shared/somebody` on every node",
         ),
     ]
     print_findings(found, console)
