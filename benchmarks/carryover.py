@@ -42,6 +42,7 @@ from torch.nn import functional as F
 from pipeline.counts import listed_time_steps
 from pipeline.data.base import Data, Grouped
 from pipeline.measure.memory import device_here
+from pipeline.models.attention import OverSamples
 from pipeline.precision import computing
 from pipeline.random import DONOR, bits
 from pipeline.recipe import Recipe
@@ -49,7 +50,6 @@ from pipeline.rules.base import counter_hash
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.noise import noise
-from pipeline.spiking.over_samples import OverSamples
 from pipeline.spiking.rate import WeightedRates
 from pipeline.spiking.state import fresh_state
 from pipeline.tasks import build_data

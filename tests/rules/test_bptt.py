@@ -14,8 +14,7 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import WeightedRates
 from pipeline.spiking.surrogate import Triangle, spike
 from pipeline.spiking.synapse import Linear
-from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network
-from tests.spiking.saved import SavedBytes
+from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network, saved_peak
 
 
 def smallest_model() -> nn.Sequential:
@@ -133,12 +132,7 @@ def wide_network() -> nn.Sequential:
 
 def test_recomputing_keeps_membranes_and_no_more():
     def peak(rule: BPTT, steps: int) -> int:
-        model = wide_network()
-        x_TBC, target = batch(steps)
-        rule.attach(model)
-        with SavedBytes(model) as saved:
-            learn(rule.objectives(model, x_TBC, cross_entropy(target)))
-        return saved.peak
+        return saved_peak(rule, wide_network(), *batch(steps))
 
     membranes = 5 * 64 * 5 * 8  # neurons, samples, bytes
     growth = peak(BPTT(recompute=True), 16) - peak(BPTT(recompute=True), 8)
@@ -204,10 +198,12 @@ def test_the_options_exclude_one_another():
     for wrong in ({"recompute": True}, {"chunk": 2}):
         with pytest.raises(ValueError, match=r"BPTT: truncate excludes recompute and chunk"):
             BPTT(truncate=2, **wrong)
-    with pytest.raises(ValueError, match=r"BPTT: truncate must be a whole number in 1\.\.T; got truncate=0"):
-        BPTT(truncate=0)
-    with pytest.raises(ValueError, match=r"BPTT-truncate-2: .* got over_time='mean'"):
-        BPTT(truncate=2).attach(lif_network(), over_time="mean")
+    for said, refused in (
+        (r"BPTT: truncate must be a whole number in 1\.\.T; got truncate=0", lambda: BPTT(truncate=0)),
+        (r"BPTT-truncate-2: .* got over_time='mean'", lambda: BPTT(truncate=2).attach(lif_network(), over_time="mean")),
+    ):
+        with pytest.raises(ValueError, match=said):
+            refused()
     rule, model = BPTT(truncate=4), lif_network()
     rule.attach(model)
     with pytest.raises(ValueError, match=r"BPTT: truncate must be in 1\.\.T; got truncate=4, T=3"):

@@ -20,7 +20,6 @@ from pipeline.spiking.state import State, fresh_state, state_bytes, states_of
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d, Linear
 from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network
-from tests.spiking.saved import SavedBytes
 from tests.spiking.traces import traces_of
 
 
@@ -233,20 +232,6 @@ def test_chunk_changes_nothing(rule):
     x_TBC, target = batch(6)
     one, other = (gradients(r, model, x_TBC, cross_entropy(target)) for r in (OTTT(), rule))
     assert difference(one, other) < 1e-15
-
-
-def peak(rule: OTTT, steps: int) -> int:
-    model = lif_network()
-    x_TBC, target = batch(steps)
-    rule.attach(model)
-    with SavedBytes(model) as saved:
-        learn(rule.objectives(model, x_TBC, cross_entropy(target)))
-    return saved.peak
-
-
-def test_saved_bytes_do_not_know_T():
-    assert peak(OTTT(), 2) == peak(OTTT(), 16) == peak(OTTT(update="objective"), 16)
-    assert peak(OTTT(chunk=2), 4) == peak(OTTT(chunk=2), 16) > peak(OTTT(), 16)
 
 
 def test_state_is_one_step_of_membranes_and_traces():

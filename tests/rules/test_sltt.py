@@ -12,7 +12,6 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT, selected_steps
 from pipeline.spiking.norm import BatchNorm
 from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network, spikes_of
-from tests.spiking.saved import SavedBytes
 
 
 def smallest_model() -> nn.Sequential:
@@ -137,21 +136,6 @@ def test_chunks_sum_their_steps():
     assert [o.loss.item() for o in chunked] == pytest.approx(
         [sum(o.loss.item() for o in single[:4]), sum(o.loss.item() for o in single[4:])]
     )
-
-
-def peak(rule, steps: int) -> int:
-    model = lif_network()
-    x_TBC, target = batch(steps)
-    rule.attach(model)
-    with SavedBytes(model) as saved:
-        learn(rule.objectives(model, x_TBC, cross_entropy(target)))
-    return saved.peak
-
-
-def test_saved_bytes_do_not_know_T():
-    assert peak(SLTT(), 2) == peak(SLTT(), 16) == peak(SLTT(1), 2) == peak(SLTT(1), 16)
-    assert peak(SLTT(chunk=2), 4) == peak(SLTT(chunk=2), 16) > peak(SLTT(), 16)
-    assert peak(BPTT(), 16) > 6 * peak(BPTT(), 2)
 
 
 def test_a_slice_is_copied_only_where_it_would_hold_the_whole_sequence():
