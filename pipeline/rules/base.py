@@ -20,16 +20,12 @@ from torch import Tensor, nn
 
 from pipeline.counts import refuse_unless_one_of
 from pipeline.spiking.encode import is_still, repeat
+from pipeline.spiking.neuron import identity
 from pipeline.spiking.norm import BatchNorm, foreign_norms
 from pipeline.spiking.rate import WeightedRates
 
 OverTime = Literal["steps", "mean"]
 LossOf = Callable[[Tensor], Tensor]
-
-
-def identity(statistic: Tensor) -> Tensor:
-    """`World.mean` of one rank."""
-    return statistic
 
 
 @dataclass(frozen=True)

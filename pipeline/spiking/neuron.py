@@ -16,7 +16,7 @@ from pipeline.spiking.surrogate import Surrogate, Triangle
 
 
 def identity(v_B: Tensor) -> Tensor:
-    """`LIF.carry` of a plain model: the membrane crosses the time step with its graph (BPTT)."""
+    """`LIF.carry` of a plain model: the membrane crosses the time step with its graph (BPTT). Also `World.mean` of one rank."""
     return v_B
 
 

@@ -208,9 +208,9 @@ def test_drop_path_grows_with_depth_and_works():
             "projection_neuron='over_samples' needs a neuron behind the attention, .* got shortcut='membrane'",
         ),
         ({"shortcut": "post_activation"}, "shortcut must not be 'post_activation'"),
-        ({"shortcut": "some"}, "shortcut must be one of .*; got shortcut='some'"),
+        ({"shortcut": "some"}, "shortcut must be 'post_activation', .* or 'multiple_all'; got shortcut='some'"),
         ({"norm": "sws"}, "norm='sws' needs shortcut='membrane' or 'multiple'"),
-        ({"norm": "layer"}, "norm must be one of batch, sws; got norm='layer'"),
+        ({"norm": "layer"}, "norm must be 'batch' or 'sws'; got norm='layer'"),
     ],
 )
 def test_refuses(choices, message):

@@ -73,11 +73,14 @@ def test_refuses_what_does_not_fit():
             lambda: from_published({name: tensor for name, tensor in weights.items() if name != "head.weight"}),
         ),
         (
-            r"must hold every tensor; got none named stage2\.1\.mlp\.fc2_bn\.bias",
+            r"got 1 missing: stages\.1\.2\.ffn\.branch\.2\.norm\.bias",
             lambda: from_published({name: tensor for name, tensor in weights.items() if name != "stage2.1.mlp.fc2_bn.bias"}),
         ),
-        (r"got 1 tensors too many, pos_embed among them", lambda: from_published(weights | {"pos_embed": torch.zeros(1)})),
-        (r"head.bias must have the shape \(7,\); got \(8,\)", lambda: from_published(weights | {"head.bias": torch.zeros(8)})),
+        (r"got 1 unknown: pos_embed", lambda: from_published(weights | {"pos_embed": torch.zeros(1)})),
+        (
+            r"got 1 of another shape: classifier.bias \(\[8\] instead of \[7\]\)",
+            lambda: from_published(weights | {"head.bias": torch.zeros(8)}),
+        ),
         (
             r"head.weight must have 2 dimensions; got the shape \(7,\)",
             lambda: from_published(weights | {"head.weight": torch.zeros(7)}),

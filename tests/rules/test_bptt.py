@@ -58,15 +58,6 @@ def test_gradient_is_autograds_through_an_independent_loop(over_time, reset_grad
 
 
 @pytest.mark.parametrize("over_time", ["steps", "mean"])
-@pytest.mark.parametrize("chunk", [1, 2, 5])
-def test_chunk_changes_nothing(chunk, over_time):
-    model = lif_network()
-    x_TBC, target = batch(5)
-    whole, sliced = (gradients(r, model, x_TBC, cross_entropy(target), over_time=over_time) for r in (BPTT(), BPTT(chunk=chunk)))
-    assert difference(whole, sliced) < 1e-14
-
-
-@pytest.mark.parametrize("over_time", ["steps", "mean"])
 def test_both_losses_are_reported_as_they_are_differentiated(over_time):
     model, rule = lif_network(), BPTT()
     x_TBC, target = batch(4)
@@ -218,9 +209,3 @@ def test_slices_refuse_what_needs_all_of_time(rule):
     with pytest.raises(ValueError, match=r": a rule that runs in slices of time cannot weigh steps .* at 3$"):
         rule.attach(weighted)
     BPTT().attach(weighted, over_time="mean")
-
-
-def test_labels():
-    assert [r.label for r in (BPTT(), BPTT(1), BPTT(recompute=True), BPTT(truncate=3))] == [
-        "BPTT", "BPTT-chunk-1", "BPTT-recompute", "BPTT-truncate-3",
-    ]  # fmt: skip
