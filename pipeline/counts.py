@@ -28,7 +28,8 @@ def refuse_unless_one_of(who: str, accepted: Collection[object], **values: objec
     for name, value in values.items():
         if value not in accepted:
             *others, last = map(repr, accepted)
-            raise ValueError(f"{who}: {name} must be {', '.join(others)} or {last}; got {name}={value!r}")
+            listed = f"{', '.join(others)} or {last}" if others else last
+            raise ValueError(f"{who}: {name} must be {listed}; got {name}={value!r}")
 
 
 def is_count(value: object, *, least: int = 1) -> bool:
