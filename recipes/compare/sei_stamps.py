@@ -75,7 +75,7 @@ from pipeline.recipe import Recipe, read_json, spec
 from pipeline.suite import Suite
 from pipeline.teachers.network import network_teacher
 from pipeline.track.state import state_of
-from recipes.compare.factorial import Levels, all_effects, effect, factorial, read_right
+from recipes.compare.factorial_base import Levels, all_effects, effect, factorial, read_right
 from recipes.stamps.base import pictures, sei_first_stage
 
 SPLITS = ("0", "1", "2")

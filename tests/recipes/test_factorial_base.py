@@ -16,7 +16,7 @@ from scipy import stats
 
 from pipeline.answers import Answers, write_answers
 from pipeline.recipe import spec, write_json
-from recipes.compare.factorial import all_effects, effect, factorial, read_right
+from recipes.compare.factorial_base import all_effects, effect, factorial, read_right
 from tests.small import small_recipe
 
 FACTORS = {"weights": ("fp", "1-bit"), "shortcut": ("block", "multiple"), "teacher": ("none", "kd")}
