@@ -15,10 +15,9 @@ from torch import nn
 from pipeline.data.base import Data, Loader
 from pipeline.data.care import Care, careful
 from pipeline.evaluate import Evaluation
-from pipeline.models.heads import select_head
+from pipeline.models.heads import MultiHead, select_head
 from pipeline.part_checks import check_first_batch, checked_data, checked_loader, is_own
 from pipeline.recipe import Recipe, Split
-from pipeline.spiking.heads import MultiHead
 
 
 @dataclass(frozen=True, kw_only=True)

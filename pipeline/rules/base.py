@@ -18,17 +18,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.counts import refuse_unless_one_of
 from pipeline.spiking.encode import is_still, repeat
+from pipeline.spiking.neuron import identity
 from pipeline.spiking.norm import BatchNorm, foreign_norms
 from pipeline.spiking.rate import WeightedRates
 
 OverTime = Literal["steps", "mean"]
 LossOf = Callable[[Tensor], Tensor]
-
-
-def identity(statistic: Tensor) -> Tensor:
-    """`World.mean` of one rank."""
-    return statistic
 
 
 @dataclass(frozen=True)
@@ -100,8 +97,7 @@ class Rule(nn.Module):
 
         Raises: ValueError when rule or model are taken, or when the rule cannot train this model or this loss.
         """
-        if over_time not in ("steps", "mean"):
-            raise ValueError(f"{self.label}: over_time must be 'steps' or 'mean'; got over_time={over_time!r}")
+        refuse_unless_one_of(self.label, ("steps", "mean"), over_time=over_time)
         if over_time not in self.over_time_choices:
             why = (
                 "the loss of the mean logits needs all T steps in one graph"
@@ -217,6 +213,12 @@ class Rule(nn.Module):
         step = self._last_step + 1 if step is None else step
         self._last_step = step
         return self._objectives(model, x_TB, loss_of, step, rows if rows is not None else range(x_TB.shape[1]))
+
+    def loss_over_time(self, logits_TBK: Tensor, loss_of: LossOf) -> tuple[Tensor, Tensor]:
+        """The loss of all T steps as `over_time` says, with its graph, and the mean logits `[B, K]` without."""
+        if self.over_time == "steps":
+            return steps_share(logits_TBK, loss_of, steps=len(logits_TBK))
+        return loss_of(logits_TBK.mean(0)), logits_TBK.detach().mean(0)
 
     def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
         raise NotImplementedError(f"{type(self).__name__} must override _objectives")
