@@ -23,7 +23,6 @@ from pipeline.guards.storage import patiently
 from pipeline.guards.watchdog import untold
 from pipeline.job import REFUSAL, SAVE, STOP, Job, raise_refusal
 from pipeline.launch.base import Launcher, LaunchError, WorkersEnded
-from pipeline.launch.last_word import synced_if_killed
 from pipeline.launch.lock import driver_lock
 from pipeline.launch.prepare import write_job
 from pipeline.launch.shown import Shown
@@ -59,7 +58,6 @@ def drive(job: Job, launcher: Launcher, console: Console, *, uri: str, resume_co
             (folder / note).unlink(missing_ok=True)
         write_job(job)
         with (
-            synced_if_killed(folder, uri, tell),
             _mirrored(folder, uri, tell),
             closing(Shown(folder, console, store=uri, resume_command=resume_command, also=exposed.show)) as shown,
         ):

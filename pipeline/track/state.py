@@ -8,16 +8,17 @@ from typing import Literal
 
 from pipeline.track.jsonl import last
 
-__all__ = ["State", "is_driven", "state_of"]
+__all__ = ["ENDS", "State", "is_driven", "state_of"]
 
 State = Literal["new", "running", "finished", "stopped", "failed", "diverged", "interrupted"]
-_ENDS: dict[str, State] = {
+ENDS: dict[str, State] = {
+    "start": "interrupted",
     "finish": "finished",
     "stopped": "stopped",
     "failed": "failed",
     "diverged": "diverged",
-    "start": "interrupted",
 }
+"""the state after each kind of event that begins or ends an attempt, if no driver holds the run"""
 
 
 def state_of(run_dir: Path) -> State:
@@ -25,11 +26,11 @@ def state_of(run_dir: Path) -> State:
 
     `interrupted`: the last attempt began and said nothing of its end (killed, power cut). `new`: no attempt has begun.
     """
-    newest = last(run_dir / "journal.jsonl", *_ENDS)
+    newest = last(run_dir / "journal.jsonl", *ENDS)
     if newest is None:
         state: State = "finished" if (run_dir / "summary.json").exists() else "new"
     else:
-        state = _ENDS[newest["event"]]
+        state = ENDS[newest["event"]]
     return "running" if state != "finished" and is_driven(run_dir) else state
 
 
