@@ -36,7 +36,6 @@ from pipeline.track.connect import without_password
 from pipeline.track.exposition import Exposed
 from pipeline.track.jsonl import read
 from pipeline.track.mlflow import Mirror
-from pipeline.weights import place_of
 
 POLL_S = 0.25
 MLFLOW_PATIENCE_S = 30.0
@@ -94,7 +93,7 @@ def _owning(job: Job, say: Callable[[str], None]) -> Job:
 @contextmanager
 def _mirrored(folder: Path, uri: str, say: Callable[[str], None]) -> Iterator[None]:
     """MLflow is filled from the journal inside, and at the end has some time for the rest."""
-    mirror = Mirror(folder, uri=uri, kept_of=place_of)
+    mirror = Mirror(folder, uri=uri)
     try:
         yield
     finally:

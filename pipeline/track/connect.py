@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.secrecy import without_secrets
+from pipeline.track.base import TrackingError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -62,5 +65,16 @@ def reason(uri: str, error: Exception) -> str:
 
 
 def one_line(uri: str, error: Exception) -> str:
-    """What went wrong with a store, for a user."""
+    """The error of a store in one line for a user."""
+    if isinstance(error, TrackingError):
+        return str(error)
     return f"MLflow at {without_password(uri)} cannot be filled ({reason(uri, error)})"
+
+
+@contextmanager
+def tracking_errors(uri: str) -> Iterator[None]:
+    """Turn any error of MLflow, its store or its transport into a TrackingError of one line."""
+    try:
+        yield
+    except Exception as error:
+        raise TrackingError(one_line(uri, error)) from error

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.track.connect import connect, without_password
-from pipeline.track.files import Files
+from pipeline.track.files import JOURNAL, JOURNAL_DUE, digests
 from pipeline.track.hierarchy import (
     KIND_TAG,
     PARENT_OF,
@@ -25,7 +25,6 @@ from pipeline.track.hierarchy import (
     suite_of,
 )
 from pipeline.track.jsonl import Event, Follower, first
-from pipeline.track.models import KeptOf, inside, note_checkpoints
 from pipeline.track.note import write_note
 from pipeline.track.state import is_driven
 from pipeline.track.system import FILE as SYSTEM
@@ -41,17 +40,15 @@ _BLOCK = 4 << 20  # bytes of journal read at a time
 class Delivery:
     """One connection to MLflow and one reading of the journal. After any exception: throw it away and open another.
 
-    `delivered` counts the points sent, `already_there` those that MLflow held when this delivery opened. `kept_of` finds the
-    run's checkpoints, wherever it keeps them.
+    `delivered` counts the points sent, `already_there` those that MLflow held when this delivery opened.
     """
 
-    def __init__(self, run_dir: Path, *, uri: str, kept_of: KeptOf = inside) -> None:
+    def __init__(self, run_dir: Path, *, uri: str) -> None:
         self.run_dir = run_dir
-        self.kept_of = kept_of
         self.delivered = 0
         self._uri = uri
-        self._follower, self._system = Follower(run_dir / "journal.jsonl"), Follower(run_dir / SYSTEM)
-        self._files = Files(run_dir)
+        self._follower, self._system = Follower(run_dir / JOURNAL), Follower(run_dir / SYSTEM)
+        self._journal_due = self._newest = ""  # events, up to which the journal is due, and the newest one read
         self._client: MlflowClient | None = None
         self._run_id = ""
         self._parent_id: str | None = None
@@ -61,8 +58,6 @@ class Delivery:
         self._tags: dict[str, str] = {}
         self._status = ("", 0)  # in MLflow, with the end in milliseconds
         self._parent_knows = ""
-        self._ended = 0  # the newest event read, in milliseconds
-        self._noted = ("", 0)  # the end at which checkpoints were noted
 
     @property
     def run(self) -> Run:
@@ -95,7 +90,9 @@ class Delivery:
                 tags.update(self._translation.tags(event))
                 params = {**parameters(event), **params}  # the first start's stay, whether or not they were sent one by one
                 status, ended = STATUS.get(event["event"], status), milliseconds(event)
-                self._files.read(event)
+                self._newest = f"{event['event']} {event.get('time')}"
+                if event["event"] in JOURNAL_DUE:
+                    self._journal_due = self._newest
             self._send(points, tags, params)
         while samples := self._system.poll(limit_bytes=_BLOCK):
             self._send([point for each in samples for point in self._system_translation.points(each)], {}, {})
@@ -103,17 +100,13 @@ class Delivery:
         if status == "RUNNING" and leaving:
             status = "KILLED"
         self._set_status(status, ended)
-        self._files.send(self._tags, self._send_file, status=status)
-        self._ended = ended or self._ended
-        if status not in ("", "RUNNING") and self._noted != (status, self._ended):
-            note_checkpoints(self._client_now, self.run, self.run_dir, self.kept_of)
-            self._noted = (status, self._ended)
+        self._send_files(status)
         return True
 
     # ------------------------------------------------------------------------------------------------- finding the run
 
     def _open(self) -> bool:
-        start = first(self.run_dir / "journal.jsonl", "start")
+        start = first(self.run_dir / JOURNAL, "start")
         if start is None:
             return False
         client = connect(self._uri)
@@ -175,11 +168,19 @@ class Delivery:
             set_parent_status(self._client_now, self._parent_id, suite=self._suite)
         self._parent_knows = status
 
-    def _send_file(self, path: Path, tag: str, version: str) -> None:
-        if path.exists():
-            self._client_now.log_artifact(self._run_id, str(path))
-            self._client_now.set_tag(self._run_id, tag, version)
-            self._tags[tag] = version
+    def _send_files(self, status: str) -> None:
+        """Send each file that is due and has changed, and behind it a tag that names its version.
+
+        A deliverer that dies between the two has sent the file twice at worst, over itself.
+        """
+        versions = digests(self.run_dir, is_finished=status == "FINISHED")
+        versions[JOURNAL] = self._journal_due if status == "RUNNING" else self._newest
+        for name, version in versions.items():
+            tag = f"spiketrain.artifact.{name}"
+            if version and self._tags.get(tag) != version:
+                self._client_now.log_artifact(self._run_id, str(self.run_dir / name))
+                self._client_now.set_tag(self._run_id, tag, version)
+                self._tags[tag] = version
 
     @property
     def _client_now(self) -> MlflowClient:

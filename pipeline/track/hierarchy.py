@@ -15,7 +15,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from pipeline.disk import is_name
 from pipeline.suite import is_suite, runs_of, sources_in
@@ -75,19 +75,15 @@ def parent_of(client: MlflowClient, experiment_id: str, start: Event) -> str | N
     uuid = start.get("study_parent")
     if not uuid:
         return None
-    if found := find_parent(client, [experiment_id], str(uuid)):
-        return found
+    of_suite = f"tags.`{PARENT_TAG}` = '{uuid}' and tags.`{KIND_TAG}` = "
+    if found := client.search_runs([experiment_id], f"{of_suite}'suite'"):
+        return found[0].info.run_id
     tags = {PARENT_TAG: str(uuid), KIND_TAG: "suite"}
     name = str(start.get("suite") or f"suite {str(uuid)[:8]}")
     made = client.create_run(experiment_id, start_time=milliseconds(start), tags=tags, run_name=name).info.run_id
-    for run in client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{uuid}' and tags.`{KIND_TAG}` = 'run'"):
+    for run in client.search_runs([experiment_id], f"{of_suite}'run'"):
         client.set_tag(run.info.run_id, PARENT_OF, made)
     return made
-
-
-def find_parent(client: MlflowClient, experiment_ids: list[str], uuid: str) -> str | None:
-    found = client.search_runs(experiment_ids, f"tags.`{PARENT_TAG}` = '{uuid}' and tags.`{KIND_TAG}` = 'suite'")
-    return found[0].info.run_id if found else None
 
 
 def suite_of(run_dir: Path, start: Event) -> Path | None:
@@ -138,24 +134,21 @@ def _status_of_all(states: Collection[str], suite: Path | None) -> str:
 
 @contextmanager
 def one_at_a_time(runs_dir: Path) -> Iterator[None]:
-    """Inside, nobody else delivers anything of this folder of runs.
+    """Hold the lock of all deliveries from this folder of runs.
 
     Raises:
-        TrackingError: somebody else still does after two minutes, or was stopped while they did.
+        TrackingError: another process still holds it after two minutes.
     """
     path, deadline = runs_dir / ".mlflow.lock", time.monotonic() + PATIENCE_S
     with path.open("ab") as file:
-        while not _is_locked(file):
-            if time.monotonic() > deadline:
-                raise TrackingError(f"{path}: another process still delivers to MLflow after {PATIENCE_S:.0f} s; see who it is")
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TrackingError(
+                        f"{path}: another process still delivers to MLflow after {PATIENCE_S:.0f} s; see who it is"
+                    ) from None
             time.sleep(0.1)
         yield
-
-
-def _is_locked(file: IO[bytes]) -> bool:
-    """Whether it is ours now."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

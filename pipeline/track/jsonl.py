@@ -154,50 +154,48 @@ def number(value: Any) -> float | None:
 
 
 def first(path: str | os.PathLike[str], *kinds: str) -> Event | None:
-    """The first event of one of these kinds, without parsing the others (a journal of ImageNet is some 100 MB)."""
-    return _seek(path, kinds, newest=False)
+    """The first event of one of these kinds; the lines of other kinds are not parsed."""
+    heads = tuple(_head(kind) for kind in kinds)
+    try:
+        with Path(path).open("rb") as file:
+            for line in file:
+                if line.startswith(heads) and line.endswith(b"\n") and (event := _parse(line)):
+                    return event
+    except FileNotFoundError:
+        pass
+    return None
 
 
 def last(path: str | os.PathLike[str], *kinds: str) -> Event | None:
-    """The newest event of one of these kinds, without parsing the others."""
-    return _seek(path, kinds, newest=True)
-
-
-def _seek(path: str | os.PathLike[str], kinds: tuple[str, ...], *, newest: bool) -> Event | None:
-    """Rests on `event` being written first in its line."""
+    """The newest event of one of these kinds, found from the end: a journal may have 100 MB."""
+    begin, found = 0, None
     try:
         with Path(path).open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:  # mmap refuses an empty file
                 return None
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-                begin, end, found = 0, len(text), None
-                for kind in kinds:  # each is looked for only where it would be newer, or older, than what was found
-                    place = _place(text, kind, begin, end, newest=newest)
-                    if place is not None:
-                        at, found = place
-                        begin, end = (at, end) if newest else (begin, at)
-                return found
+                for kind in kinds:
+                    at, event = _newest(text, kind, begin)
+                    if event is not None:  # of the other kinds only a newer one counts
+                        begin, found = at, event
     except FileNotFoundError:
-        return None
+        pass
+    return found
 
 
-def _place(text: mmap.mmap, kind: str, begin: int, end: int, *, newest: bool) -> tuple[int, Event] | None:
-    """The newest, or oldest, event of a kind that begins in a stretch of the journal."""
-    head = _head(kind)
-    find = text.rfind if newest else text.find
-    at = find(head, begin, end)
+def _newest(text: mmap.mmap, kind: str, begin: int) -> tuple[int, Event | None]:
+    """The newest event of a kind at or behind `begin`, and where it begins; torn lines are skipped."""
+    at = text.rfind(_head(kind), begin)
     while at >= 0:
-        newline = text.find(b"\n", at)
-        event = _parse(text[at:newline]) if newline >= 0 else None
-        if event is not None:
+        end = text.find(b"\n", at)
+        if end >= 0 and (event := _parse(text[at:end])):
             return at, event
-        begin, end = (begin, at) if newest else (at + 1, end)
-        at = find(head, begin, end)
-    return None
+        at = text.rfind(_head(kind), begin, at)
+    return at, None
 
 
 def _head(kind: str) -> bytes:
-    """What a line of this kind begins with."""
+    """The beginning of a line of this kind: `event` is written first."""
     return b'{"event": ' + json.dumps(kind).encode() + b","
 
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.track.base import TrackingError
-from pipeline.track.connect import SQLITE, one_line
+from pipeline.track.connect import SQLITE, one_line, tracking_errors
 from pipeline.track.delivery import Delivery
-from pipeline.track.models import KeptOf, inside
 from pipeline.track.system import Sampler
 
 __all__ = ["Mirror", "SyncReport", "TrackingError", "sync", "tracking_uri"]
+
+_LATER = "the journal keeps everything, `spiketrain sync` delivers it later"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,20 +41,16 @@ def tracking_uri(runs_dir: str | os.PathLike[str]) -> str:
     return uri
 
 
-def sync(run_dir: str | os.PathLike[str], *, uri: str, kept_of: KeptOf = inside) -> SyncReport:
-    """Deliver to MLflow what it does not hold yet of this run; `kept_of` finds its checkpoints.
+def sync(run_dir: str | os.PathLike[str], *, uri: str) -> SyncReport:
+    """Deliver to MLflow the events of this run that it does not hold yet.
 
     Raises:
         TrackingError: no attempt of the run has begun, or MLflow could not be reached or refused; one line.
     """
-    run_dir = Path(run_dir)
-    delivery = Delivery(run_dir, uri=uri, kept_of=kept_of)
-    try:
-        known = delivery.advance(leaving="unless driven")
-    except Exception as error:
-        raise TrackingError(_one_line(uri, error)) from error
-    if not known:
-        raise TrackingError(f"{run_dir} has no journal of a run that began; nothing to deliver")
+    delivery = Delivery(Path(run_dir), uri=uri)
+    with tracking_errors(uri):
+        if not delivery.advance(leaving="unless driven"):
+            raise TrackingError(f"{run_dir} has no journal of a run that began; nothing to deliver")
     return SyncReport(delivered=delivery.delivered, already_there=delivery.already_there)
 
 
@@ -62,21 +59,12 @@ class Mirror:
 
     Nothing is ever raised to its owner: failures are retried, each time later, and `warning` holds the newest one as a line
     (None when all is well). A journal that does not exist yet is waited for. `interval` and `patience` are seconds: between
-    readings of the journal, and the longest wait after failures. `kept_of` finds the run's checkpoints.
+    readings of the journal, and the longest wait after failures.
     Meanwhile it samples what the machine does (`system`).
     """
 
-    def __init__(
-        self,
-        run_dir: str | os.PathLike[str],
-        *,
-        uri: str,
-        interval: float = 2.0,
-        patience: float = 30.0,
-        kept_of: KeptOf = inside,
-    ) -> None:
+    def __init__(self, run_dir: str | os.PathLike[str], *, uri: str, interval: float = 2.0, patience: float = 30.0) -> None:
         self.run_dir = Path(run_dir)
-        self.kept_of = kept_of
         self.uri = uri
         self.warning: str | None = None
         self._interval = interval
@@ -104,12 +92,12 @@ class Mirror:
         while True:
             leaving = self._leaving.is_set()
             try:
-                delivery = delivery or Delivery(self.run_dir, uri=self.uri, kept_of=self.kept_of)
+                delivery = delivery or Delivery(self.run_dir, uri=self.uri)
                 delivery.advance(leaving=leaving)
             except Exception as error:  # whatever MLflow, its store or its transport may raise: the run goes on
                 delivery = None
                 failures += 1
-                self.warning = _one_line(self.uri, error)
+                self.warning = f"{one_line(self.uri, error)}; {_LATER}"
             else:
                 failures = 0
                 self.warning = None
@@ -121,9 +109,3 @@ class Mirror:
                 self._whole = failures == 0
                 return
             time.sleep(0.3)  # another driver may have held the SQLite file
-
-
-def _one_line(uri: str, error: Exception) -> str:
-    if isinstance(error, TrackingError):
-        return str(error)
-    return f"{one_line(uri, error)}; the journal keeps everything, `spiketrain sync` delivers it later"

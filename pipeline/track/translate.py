@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.track.jsonl import Event, number
@@ -29,6 +30,8 @@ _TAGGED = ("recipe", "rule", "study", "study_parent", "seed", "world_size", "bat
            "commit", "dirty", "data_fingerprint", "family", "suite")  # fmt: skip
 
 
+CHECKPOINT_TAG = "spiketrain.checkpoint"
+"""the URI of a run's newest checkpoint"""
 _TAGGED_PARAMS = ("protocol", "tuned")
 """of a trial, or of a run with what its rule's trials chose: no study is shown beside another protocol's unsaid"""
 
@@ -93,6 +96,8 @@ class Translation:
                 tags["mlflow.source.git.commit"] = str(event["commit"])
             tags |= dict.fromkeys(self._of_ends, "")
             return tags | {"spiketrain.attempt": str(event.get("attempt", 0)), "mlflow.source.name": str(event.get("recipe", ""))}
+        if kind == "checkpoint" and event.get("path"):
+            return {CHECKPOINT_TAG: uri_of(str(event["path"]))}
         if ended := _ended(event):
             self._of_ends |= ended.keys()
             return ended
@@ -105,6 +110,11 @@ class Translation:
         """The steps whose metrics of training are those of batches that were rolled back."""
         self._rolled_back.append(f"{_integer(rollback.get('to'), 0) + 1}-{_integer(rollback.get('step'), 0) + 1}")
         return {"spiketrain.rolled_back": ", ".join(self._rolled_back)}
+
+
+def uri_of(address: str) -> str:
+    """The URI of a checkpoint, whose address is a path or a URI."""
+    return address if "://" in address else Path(address).absolute().as_uri()
 
 
 def parameters(event: Event) -> dict[str, str]:

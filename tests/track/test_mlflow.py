@@ -556,8 +556,9 @@ def test_a_server_that_hangs_dies_and_comes_back(fake_run: Callable, tmp_path: P
             assert find(uri, run).info.status == "FINISHED"
             found = find(uri, run).info
             assert {file.path for file in connect(uri).list_artifacts(found.run_id)} == {"recipe.json", "journal.jsonl"}
-            done = register(run.folder, run.checkpoint(20, score=0.25), name="small", alias="best", uri=uri)
-            assert connect(uri).get_model_version_by_alias("small", "best").tags["uri"] == done.uri
+            best = run.checkpoint(20, score=0.25)
+            assert register(run.folder, best, name="small", alias="best", uri=uri) == "1"
+            assert connect(uri).get_model_version_by_alias("small", "best").tags["uri"] == best.as_uri()
             [seen] = open_store(uri).listed()
             assert (seen.id, seen.experiment, seen.rule, seen.state) == (found.run_id, run.family, "SLTT", "FINISHED")
             assert seen.newest * 1000 == found.end_time and open_store(uri).runs(run.study)[0].metrics["summary/top1"] == 0.25
