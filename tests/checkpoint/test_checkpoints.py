@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pipeline import disk
-from pipeline.checkpoint import CheckpointError, Checkpoints, Folder, damage, pin, read_trainer, step_folders, verified
+from pipeline.checkpoint import CheckpointError, Checkpoints, Folder, damage, lost_step, pin, read_trainer, step_folders, verified
 from pipeline.checkpoint.sealed import facts_of, seal
 from tests.checkpoint.few import TRAINER, Counting, backend, restore, save
 
@@ -312,3 +312,43 @@ def test_one_that_is_newer_than_what_is_saved_takes_nobodys_room(tmp_path: Path)
     for step in (1, 2):
         save(later, step, backend(), Counting(), TRAINER)
     assert Folder(tmp_path).names() == ["step_00000002", "step_00000005"]
+
+
+# ------------------------------------------------------------------------------ what the journal knows, where none is found
+
+
+def start(step: int) -> dict[str, Any]:
+    return {"event": "start", "step": step}
+
+
+def told_saved(step: int) -> dict[str, Any]:
+    return {"event": "checkpoint", "step": step, "path": f"/runs/run/checkpoints/step_{step:08d}"}
+
+
+def quarantined(step: int, more: str = "") -> dict[str, Any]:
+    return {"event": "quarantine", "path": f"s3://bucket/run/quarantine/step_{step:08d}{more}-20261127-031500-7-a", "reason": "r"}
+
+
+@pytest.mark.parametrize(
+    ("events", "step"),
+    [
+        ([], None),
+        ([start(0), {"event": "step", "step": 2}], None),
+        ([start(0), told_saved(3)], 3),
+        ([start(0), told_saved(3), told_saved(6), start(6)], 6),
+        ([start(8)], 8),  # adopted from a run whose folder was lost
+        ([start(0), told_saved(3), quarantined(3)], None),
+        ([start(0), told_saved(3), told_saved(6), quarantined(6, ".1")], 3),
+        ([start(0), told_saved(3), told_saved(6), quarantined(6), quarantined(6)], 3),  # told once more by the start after a kill
+        ([start(0), told_saved(3), told_saved(6), told_saved(9), quarantined(9), quarantined(6)], None),  # 3 was pruned
+        (
+            [start(0), told_saved(3), told_saved(6), quarantined(9), quarantined(6)],
+            None,
+        ),  # 9 died with its writer, 3 was pruned for it
+        ([start(0), told_saved(3), quarantined(3), start(0), told_saved(3)], 3),
+        ([start(0), told_saved(3), quarantined(3), start(0)], None),
+        ([start(0), told_saved(3), told_saved(6), start(3)], 3),  # 6 had been moved away by hand, and the run went on
+    ],
+)
+def test_one_must_be_there_unless_it_was_quarantined(events: list[dict[str, Any]], step: int | None) -> None:
+    assert lost_step(events, keep=2) == step
