@@ -47,26 +47,20 @@ class Delivery:
         self.run_dir = run_dir
         self.delivered = 0
         self._uri = uri
-        self._follower, self._system = Follower(run_dir / JOURNAL), Follower(run_dir / SYSTEM)
+        self._journal, self._system = Follower(run_dir / JOURNAL), Follower(run_dir / SYSTEM)
         self._journal_due = self._newest = ""  # events, up to which the journal is due, and the newest one read
-        self._client: MlflowClient | None = None
-        self._run_id = ""
-        self._parent_id: str | None = None
-        self._suite: Path | None = None
-        self._translation, self._system_translation = Translation(), Translation()
-        self._params: dict[str, str] = {}
-        self._tags: dict[str, str] = {}
-        self._status = ("", 0)  # in MLflow, with the end in milliseconds
-        self._parent_knows = ""
+        self._translation = Translation()
+        self._is_open = False
+        self._parent_knows = ""  # the status of this run that its parent's follows from
 
     @property
     def run(self) -> Run:
         """MLflow's, once `advance` has found it."""
-        return self._client_now.get_run(self._run_id)
+        return self._client.get_run(self._run_id)
 
     @property
     def already_there(self) -> int:
-        return self._translation.already_there + self._system_translation.already_there
+        return self._translation.already_there
 
     def advance(self, *, leaving: bool | Literal["unless driven"] = False) -> bool:
         """Deliver what the journal holds by now; False when no attempt of the run has begun.
@@ -78,10 +72,10 @@ class Delivery:
             return self._advance(leaving=not is_driven(self.run_dir) if leaving == "unless driven" else leaving)
 
     def _advance(self, *, leaving: bool) -> bool:
-        if self._client is None and not self._open():
+        if not self._is_open and not self._open():
             return False
         status, ended = "", 0
-        while events := self._follower.poll(limit_bytes=_BLOCK):
+        while events := self._journal.poll(limit_bytes=_BLOCK):
             points: list[Metric] = []
             tags: dict[str, str] = {}
             params: dict[str, str] = {}
@@ -95,7 +89,7 @@ class Delivery:
                     self._journal_due = self._newest
             self._send(points, tags, params)
         while samples := self._system.poll(limit_bytes=_BLOCK):
-            self._send([point for each in samples for point in self._system_translation.points(each)], {}, {})
+            self._send([point for each in samples for point in self._translation.points(each)], {}, {})
         status = status or self._status[0]
         if status == "RUNNING" and leaving:
             status = "KILLED"
@@ -114,15 +108,12 @@ class Delivery:
         self._parent_id = parent_of(client, experiment_id, start)
         self._suite = suite_of(self.run_dir, start)
         run = self._find_or_create(client, experiment_id, start)
-        self._client = client
-        self._run_id = run.info.run_id
-        about = {"uri": without_password(self._uri), "experiment_id": experiment_id, "run_id": self._run_id}
-        write_note(self.run_dir, about)
+        self._client, self._run_id, self._is_open = client, run.info.run_id, True
+        write_note(self.run_dir, uri=without_password(self._uri), experiment_id=experiment_id, run_id=self._run_id)
         self._params, self._tags = dict(run.data.params), dict(run.data.tags)
-        self._status = (run.info.status, run.info.end_time or 0)
+        self._status = (run.info.status, run.info.end_time or 0)  # in MLflow, with the end in milliseconds
         # The newest step of each metric. `run.data.metrics` has the values alone (3.17.2), the whole histories may be 100 MB.
-        held = {metric.key: int(metric.step) for metric in run.data._metric_objs}
-        self._translation.held = self._system_translation.held = held
+        self._translation.held = {metric.key: int(metric.step) for metric in run.data._metric_objs}
         return True
 
     def _find_or_create(self, client: MlflowClient, experiment_id: str, start: Event) -> Run:
@@ -151,21 +142,21 @@ class Delivery:
         # A parameter is written once in MLflow; what a restart changed stands in the tags.
         new_params = [Param(key, value) for key, value in params.items() if key not in self._params]
         # One call: the client (3.17.2) cuts it to the limits of a request, and keeps the order.
-        self._client_now.log_batch(self._run_id, metrics=points, tags=new_tags, params=new_params)
+        self._client.log_batch(self._run_id, metrics=points, tags=new_tags, params=new_params)
         self._tags |= {tag.key: tag.value for tag in new_tags}
         self._params |= {param.key: param.value for param in new_params}
         self.delivered += len(points)
 
     def _set_status(self, status: str, ended: int) -> None:
         if status == "RUNNING" and self._status[0] != status:
-            self._client_now.update_run(self._run_id, status=status)
+            self._client.update_run(self._run_id, status=status)
         elif status not in ("", "RUNNING") and (status != self._status[0] or ended not in (0, self._status[1])):
-            self._client_now.set_terminated(self._run_id, status=status, end_time=ended or None)
+            self._client.set_terminated(self._run_id, status=status, end_time=ended or None)
         elif status in ("", self._parent_knows):
             return
         self._status = (status, ended)
         if self._parent_id:
-            set_parent_status(self._client_now, self._parent_id, suite=self._suite)
+            set_parent_status(self._client, self._parent_id, suite=self._suite)
         self._parent_knows = status
 
     def _send_files(self, status: str) -> None:
@@ -178,11 +169,6 @@ class Delivery:
         for name, version in versions.items():
             tag = f"spiketrain.artifact.{name}"
             if version and self._tags.get(tag) != version:
-                self._client_now.log_artifact(self._run_id, str(self.run_dir / name))
-                self._client_now.set_tag(self._run_id, tag, version)
+                self._client.log_artifact(self._run_id, str(self.run_dir / name))
+                self._client.set_tag(self._run_id, tag, version)
                 self._tags[tag] = version
-
-    @property
-    def _client_now(self) -> MlflowClient:
-        assert self._client is not None, "advance has opened it"
-        return self._client

@@ -58,7 +58,7 @@ class Journal:
             if name in fields:
                 raise ValueError(f"journal: the field {name!r} is the journal's own; got it in event {kind!r}")
         line = {"event": kind, "time": time.time(), "attempt": self.attempt, **fields}
-        data = json.dumps(_plain(line), allow_nan=False).encode() + b"\n"
+        data = json.dumps(_plain(line), allow_nan=False, default=_converted).encode() + b"\n"
         if self._torn:
             data = b"\n" + data
         try:
@@ -214,19 +214,20 @@ def _parse(line: bytes) -> Event | None:
 
 
 def _plain(value: Any) -> Any:
-    """The JSON form of a value: NaN as a string, numpy and torch scalars as numbers, paths as strings."""
-    if value is None or isinstance(value, (str, bool)):
-        return value
-    if isinstance(value, int):
-        return int(value)
+    """A value whose floats have a JSON form: those that are not finite as strings."""
     if isinstance(value, float):
-        return float(value) if math.isfinite(value) else str(float(value))
+        return value if math.isfinite(value) else str(float(value))
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    return value
+
+
+def _converted(value: Any) -> Any:
+    """The JSON form of a path, or of a scalar or array of numpy or torch."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if callable(getattr(value, "tolist", None)):  # numpy and torch, scalars and arrays
+    if callable(getattr(value, "tolist", None)):
         return _plain(value.tolist())
     raise TypeError(f"journal: no JSON form for a {type(value).__name__}: {value!r}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,6 @@ def read_note(run_dir: Path) -> Any:
         return None
 
 
-def write_note(run_dir: Path, note: Mapping[str, str]) -> None:
+def write_note(run_dir: Path, **note: str) -> None:
     if read_note(run_dir) != note:
         write_json(run_dir / NOTE, note)

@@ -59,8 +59,9 @@ class Translation:
 
     def points(self, event: Event) -> Iterator[Metric]:
         """The metrics that MLflow does not hold yet and may have with this event: its own, or those that waited for it."""
-        self._step = step = _integer(event.get("step"), _integer(event.get("steps"), self._step))
-        kind = event["event"]
+        kind, step = event["event"], _integer(event.get("step"), _integer(event.get("steps"), self._step))
+        if kind != "system":  # its steps count samples
+            self._step = step
         if kind in _OF_WEIGHTS:
             self._waiting[kind, step] = event
             return
