@@ -1,4 +1,4 @@
-"""A client of MLflow for this process: it sends no telemetry, logs no chatter, and gives up on a dead server in seconds."""
+"""A client of MLflow without telemetry and log lines, which gives up on a dead server in seconds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def connect(uri: str) -> MlflowClient:
     """The first client for an SQLite file makes the file and its schema, which takes seconds."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    # 3.17.2 retries 7 times with 120 s each. Here whoever holds the client retries, and can wait as long as it takes.
+    # 3.17.2 retries 7 times with 120 s each. Here the owner of the client retries.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -45,10 +45,10 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def without_password(text: str) -> str:
-    """A text without the user and password of the addresses in it.
+    """A text without the users and passwords of the addresses in it.
 
-    A password follows a colon, and may hold a / that nobody has quoted: it ends at the last @ of the word. So an address with a
-    colon before, and an @ after, its first / loses what lies between.
+    A password follows a colon, may contain an unquoted /, and ends at the last @ of the word. So an
+    address with a colon before its first / and an @ after it loses what lies between.
     """
     return _LOGIN.sub("//", text)
 

@@ -1,10 +1,11 @@
-"""Delivers one run's journal to MLflow, each (metric, step) once, however often the deliverer dies.
+"""Delivers one run's journal to MLflow: each (metric, step) once, however often the process dies.
 
-There is no state file. MLflow tells what it holds: the run is searched by its tag `spiketrain.run_id`, and a metric's newest
-step marks how far it was delivered, because points are sent in the order of their steps. A journal repeats steps after a
-rollback; which value of a step counts follows from the journal alone (translate.py). So every deliverer, at any time, sends the
-same points from the same lines, and two of them at once send identical points, which MLflow's SQL stores keep once (run, key,
-step, time and value are its primary key).
+There is no state file; MLflow itself holds the state. The run is found by its tag
+`spiketrain.run_id`. The newest step of a metric says how far it was delivered, because points are
+sent in the order of their steps. A journal repeats steps after a rollback; which value counts
+follows from the journal alone (translate.py). So all deliverers send the same points from the same
+lines. Two at once send identical points, which MLflow's SQL stores keep once: run, key, step, time
+and value are their primary key.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ _BLOCK = 4 << 20  # bytes of journal read at a time
 
 
 class Delivery:
-    """One connection to MLflow and one reading of the journal. After any exception: throw it away and open another.
+    """One connection to MLflow and one reading of the journal. After an exception, make another one.
 
-    `delivered` counts the points sent, `already_there` those that MLflow held when this delivery opened.
+    `delivered` counts the points sent; `already_there` those that MLflow had before.
     """
 
     def __init__(self, run_dir: Path, *, uri: str) -> None:
@@ -48,14 +49,14 @@ class Delivery:
         self.delivered = 0
         self._uri = uri
         self._journal, self._system = Follower(run_dir / JOURNAL), Follower(run_dir / SYSTEM)
-        self._journal_due = self._newest = ""  # events, up to which the journal is due, and the newest one read
+        self._journal_due = self._newest = ""  # events: the last one due as an artifact, the last one read
         self._translation = Translation()
         self._is_open = False
         self._parent_knows = ""  # the status of this run that its parent's follows from
 
     @property
     def run(self) -> Run:
-        """MLflow's, once `advance` has found it."""
+        """The run in MLflow; after `advance`."""
         return self._client.get_run(self._run_id)
 
     @property
@@ -63,10 +64,10 @@ class Delivery:
         return self._translation.already_there
 
     def advance(self, *, leaving: bool | Literal["unless driven"] = False) -> bool:
-        """Deliver what the journal holds by now; False when no attempt of the run has begun.
+        """Deliver what is in the journal now; False when no attempt of the run has begun.
 
-        `leaving`: nobody drives the run after this, whatever its journal says. Whether anybody does is asked once it is our turn
-        to deliver: a driver that began while another one delivered would be marked as gone.
+        `leaving`: the run has no driver after this, so RUNNING becomes KILLED. "unless driven" looks
+        for a driver once the lock is ours: one may have begun while another process delivered.
         """
         with one_at_a_time(self.run_dir.parent):
             return self._advance(leaving=not is_driven(self.run_dir) if leaving == "unless driven" else leaving)
@@ -82,7 +83,7 @@ class Delivery:
             for event in events:
                 points += self._translation.points(event)
                 tags.update(self._translation.tags(event))
-                params = {**parameters(event), **params}  # the first start's stay, whether or not they were sent one by one
+                params = {**parameters(event), **params}  # those of the first start stay
                 status, ended = STATUS.get(event["event"], status), milliseconds(event)
                 self._newest = f"{event['event']} {event.get('time')}"
                 if event["event"] in JOURNAL_DUE:
@@ -112,7 +113,7 @@ class Delivery:
         write_note(self.run_dir, uri=without_password(self._uri), experiment_id=experiment_id, run_id=self._run_id)
         self._params, self._tags = dict(run.data.params), dict(run.data.tags)
         self._status = (run.info.status, run.info.end_time or 0)  # in MLflow, with the end in milliseconds
-        # The newest step of each metric. `run.data.metrics` has the values alone (3.17.2), the whole histories may be 100 MB.
+        # The newest step of each metric: `run.data.metrics` (3.17.2) has values alone.
         self._translation.held = {metric.key: int(metric.step) for metric in run.data._metric_objs}
         return True
 
@@ -121,10 +122,10 @@ class Delivery:
         found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{uuid}'")
         if found:
             kept, *twins = sorted(run.info.run_id for run in found)
-            for twin in twins:  # a server that hung may carry out a creation after it was tried again
+            for twin in twins:  # a server that hung may have made it late, after a retry
                 client.delete_run(twin)
             run = client.get_run(kept)
-            if self._parent_id not in (None, run.data.tags.get(PARENT_OF)):  # whoever made it died before it took this one
+            if self._parent_id not in (None, run.data.tags.get(PARENT_OF)):  # the process that made the parent died
                 client.set_tag(kept, PARENT_OF, self._parent_id)
             return run
         tags = {RUN_TAG: uuid, KIND_TAG: "run"}
@@ -139,7 +140,7 @@ class Delivery:
         from mlflow.entities import Param, RunTag
 
         new_tags = [RunTag(key, value[:5000]) for key, value in tags.items() if self._tags.get(key) != value[:5000]]
-        # A parameter is written once in MLflow; what a restart changed stands in the tags.
+        # MLflow takes a parameter once; what a restart changed is in the tags.
         new_params = [Param(key, value) for key, value in params.items() if key not in self._params]
         # One call: the client (3.17.2) cuts it to the limits of a request, and keeps the order.
         self._client.log_batch(self._run_id, metrics=points, tags=new_tags, params=new_params)

@@ -1,11 +1,12 @@
-"""Where a run stands in MLflow: in the experiment of its family, beneath the suite that it was launched with.
+"""The experiment and the parent of a run in MLflow.
 
-    experiment   the family, such as fashion: MLflow shows runs beneath their parent within one experiment alone
-      parent     one launch of several recipes; its status follows theirs, and the suite's report is its artifact
+    experiment   the family, such as fashion: MLflow shows parents and runs within one experiment
+      parent     one launch of several recipes; its status follows from its runs', and the suite's
+                 report is its artifact
         child    one training run
 
-Making an experiment or a run is no atomic step in MLflow (3.17.2): two at once can both fail, or both make one. So whoever
-calls this holds `one_at_a_time` of the folder of runs.
+MLflow (3.17.2) makes experiments and runs in several steps: of two callers at once both can fail, or
+both make one. So callers hold `one_at_a_time` of the folder of runs.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ PARENT_TAG = "spiketrain.study_parent"
 KIND_TAG = "spiketrain.kind"
 PARENT_OF = "mlflow.parentRunId"
 PATIENCE_S = 120.0
-"""for somebody else's delivery, which takes seconds; a suite that ends must not keep its machines for one that was stopped"""
+"""to wait for another delivery, which takes seconds; one that was stopped must not hold a suite's end"""
 
 
 def experiment_of(client: MlflowClient, start: Event, *, uri: str, runs_dir: Path) -> str:
-    """The id of the experiment that a run belongs to, which is made if need be."""
+    """The id of the experiment of a run, which is made if it is missing."""
     from mlflow.exceptions import MlflowException
 
     name = str(start.get("family") or start.get("recipe") or "spiketrain")
@@ -58,7 +59,7 @@ def experiment_of(client: MlflowClient, start: Event, *, uri: str, runs_dir: Pat
 
 
 def _artifacts(uri: str, runs_dir: Path, name: str) -> str | None:
-    """Beside a local store, which itself would put them under the working directory of the moment; a server knows its place."""
+    """The artifacts' URI beside a local store, whose default is the working directory; None: a server's own."""
     if is_server(uri):
         return None
     file, folder = sqlite_file(uri), name.replace("/", "-")
@@ -68,9 +69,9 @@ def _artifacts(uri: str, runs_dir: Path, name: str) -> str | None:
 
 
 def parent_of(client: MlflowClient, experiment_id: str, start: Event) -> str | None:
-    """The id of the run that stands for the suite which a run was launched with; it is made if need be.
+    """The id of the parent of a run's suite, which is made if it is missing.
 
-    Where somebody has deleted it, another is made, and takes the runs of the suite that MLflow has.
+    A new one becomes the parent of all runs of the suite, as the old one may have been deleted.
     """
     uuid = start.get("study_parent")
     if not uuid:
@@ -87,10 +88,10 @@ def parent_of(client: MlflowClient, experiment_id: str, start: Event) -> str | N
 
 
 def suite_of(run_dir: Path, start: Event) -> Path | None:
-    """The folder of the suite that a run was launched with.
+    """The folder of the suite that a run was launched with; None: it was launched alone.
 
     Raises:
-        TrackingError: it would not lie beside the run's; the journal may be from elsewhere.
+        TrackingError: the name in the journal, which may come from elsewhere, is no folder's name.
     """
     name = start.get("suite")
     if not name:
@@ -101,14 +102,18 @@ def suite_of(run_dir: Path, start: Event) -> Path | None:
 
 
 def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | None) -> None:
-    """What its runs say; `suite` is its folder, which knows how many there will be."""
+    """Set a parent's status from its runs, and from the suite's folder, which lists all of them."""
     parent = client.get_run(parent_id)
     runs = client.search_runs([parent.info.experiment_id], f"tags.`{PARENT_OF}` = '{parent_id}'")
+    folders: dict[str, Path] = {}
     needed: set[str] = set()
     if suite is not None and is_suite(suite):
         folders = runs_of(suite)
         needed = {folders[name].name for name in sources_in(suite)}
-    status = _status_of_all([_status_in_suite(run, is_needed=run.info.run_name in needed) for run in runs], suite)
+    states = {_status_in_suite(run, needed) for run in runs}
+    status = next((each for each in ("RUNNING", "FAILED", "KILLED") if each in states), "FINISHED")
+    if status == "FINISHED" and suite is not None and len(runs) < len(folders):
+        status = "RUNNING" if is_driven(suite) else "KILLED"
     if status == parent.info.status:
         return
     if status == "RUNNING":
@@ -117,19 +122,10 @@ def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | Non
         client.set_terminated(parent_id, status=status)
 
 
-def _status_in_suite(run: Run, *, is_needed: bool) -> str:
-    """What diverged has failed by itself; beside others it is an answer, unless they take its weights."""
-    is_answer = not is_needed and run.data.tags.get("spiketrain.diverged") == "true"
-    return "FINISHED" if is_answer and run.info.status == "FAILED" else run.info.status
-
-
-def _status_of_all(states: Collection[str], suite: Path | None) -> str:
-    for status in ("RUNNING", "FAILED", "KILLED"):
-        if status in states:
-            return status
-    if suite is None or not is_suite(suite) or len(states) >= len(runs_of(suite)):
-        return "FINISHED"
-    return "RUNNING" if is_driven(suite) else "KILLED"
+def _status_in_suite(run: Run, needed: Collection[str]) -> str:
+    """A diverged run counts as finished, unless other runs need its weights."""
+    is_result = run.info.run_name not in needed and run.data.tags.get("spiketrain.diverged") == "true"
+    return "FINISHED" if is_result and run.info.status == "FAILED" else run.info.status
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The journal of a run: append-only JSON lines, the one source that MLflow, the progress bar and the reports are filled from.
+"""The journal of a run: append-only JSON lines, the source of MLflow, progress bar and reports.
 
 One event is one line, `{"event": kind, "time": unix seconds, "attempt": n, ...fields}`. A process may be killed at any byte:
 readers skip what is not a whole line, and a new attempt begins on a fresh one.
@@ -23,15 +23,15 @@ __all__ = ["OF_NONE", "Event", "Follower", "Journal", "NullTracker", "first", "l
 
 Event = dict[str, Any]
 OF_NONE = -1
-"""in the place of an attempt, where whoever launches tells of what is between two of them"""
+"""the attempt of events that a launcher writes between two attempts"""
 _RESERVED = ("event", "time", "attempt")
 
 
 class Journal:
-    """Appends events to the journal at `path`; `attempt` counts the starts of the run, from 0, or is OF_NONE.
+    """Appends events to the journal at `path`, whose folder must exist.
 
-    The folder must exist. Each event is one `write` on a descriptor opened with O_APPEND, so lines of two writers on one
-    host cannot mix.
+    `attempt` counts the starts of the run from 0, or is OF_NONE. Each event is one `write` with
+    O_APPEND, so lines of two writers on one host cannot mix.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, attempt: int) -> None:
@@ -45,7 +45,7 @@ class Journal:
         self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
 
     def event(self, kind: str, /, *, sync: bool = False, **fields: Any) -> None:
-        """Append one event; NaN and infinities become the strings "nan", "inf", "-inf", which `float` reads back.
+        """Append one event. NaN and infinities become "nan", "inf", "-inf", which `float` reads back.
 
         Raises:
             ValueError: the journal is closed, or a field is called event, time or attempt.

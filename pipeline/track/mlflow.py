@@ -1,7 +1,7 @@
-"""MLflow as a mirror of the journal: kept up to date by a thread of the driver, or filled later by `sync`.
+"""MLflow as a mirror of the journal: a thread of the driver keeps it up to date, or `sync` fills it.
 
-The process that trains never meets MLflow: a server that is down costs it nothing, and what it missed is delivered when it
-is back.
+The training processes never talk to MLflow. A server that is down costs them nothing, and gets what
+it missed when it is back.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class SyncReport:
 
 
 def tracking_uri(runs_dir: str | os.PathLike[str]) -> str:
-    """The MLflow store of a runs folder: MLFLOW_TRACKING_URI where that is set, else `mlflow.db` in the folder; always absolute.
+    """The absolute URI of a runs folder's MLflow store: MLFLOW_TRACKING_URI, or `mlflow.db` in the folder.
 
-    MLflow itself would look for a relative one in the working directory, which differs in a Ray worker.
+    MLflow resolves a relative one in the working directory, which differs in a Ray worker.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{Path(runs_dir).resolve() / 'mlflow.db'}"
     if uri.startswith(SQLITE) and not uri.startswith(SQLITE + "/"):
@@ -57,10 +57,10 @@ def sync(run_dir: str | os.PathLike[str], *, uri: str) -> SyncReport:
 class Mirror:
     """Keeps MLflow in step with a run's journal from a daemon thread, until `close`.
 
-    Nothing is ever raised to its owner: failures are retried, each time later, and `warning` holds the newest one as a line
-    (None when all is well). A journal that does not exist yet is waited for. `interval` and `patience` are seconds: between
-    readings of the journal, and the longest wait after failures.
-    Meanwhile it samples what the machine does (`system`).
+    It raises nothing: failures are retried, each time later, and `warning` is the newest one in one
+    line (None: none). A journal that does not exist yet is waited for. `interval` is the seconds
+    between readings of the journal, `patience` the longest wait after failures. Meanwhile it samples
+    the machine's load (`system`).
     """
 
     def __init__(self, run_dir: str | os.PathLike[str], *, uri: str, interval: float = 2.0, patience: float = 30.0) -> None:
@@ -77,9 +77,10 @@ class Mirror:
         self._thread.start()
 
     def close(self, timeout: float = 30.0) -> bool:
-        """Deliver the rest and stop, within `timeout` seconds; whether MLflow then holds everything (else: `sync` later).
+        """Deliver the rest and stop within `timeout` seconds; whether MLflow then has everything.
 
-        With a server that is down it returns False soon rather than wait. A run without an end in its journal is marked KILLED.
+        With a server that is down it returns False soon. A run without an end in its journal is
+        marked KILLED.
         """
         self._sampler.close()
         self._leaving.set()

@@ -1,4 +1,4 @@
-"""Where MLflow has a run, beside the run and in its checkpoints, for people. Nothing goes by it, and nothing ends by it."""
+"""RUN/mlflow.json: where MLflow has the run, for people. No code relies on it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOTE = "mlflow.json"
 
 
 def read_note(run_dir: Path) -> Any:
-    """What it says; None where there is none, or none that can be read."""
+    """Its content; None where it is missing or damaged."""
     try:
         return json.loads((run_dir / NOTE).read_text())
     except (OSError, ValueError):

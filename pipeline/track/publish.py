@@ -1,4 +1,4 @@
-"""What somebody puts into MLflow by hand: a report, a checkpoint in the model registry."""
+"""What a user puts into MLflow by command: a report, a checkpoint in the model registry."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 REPORT = "report.html"
 """of a suite"""
 REPORT_DATA = "report.json"
-"""what is told on it, for whoever shows it elsewhere"""
+"""the content of the report as data, for the dashboard"""
 
 
 def log_report(page: Path, runs: Sequence[Path], *, name: str, told: str, uri: str) -> list[str]:
-    """Put an HTML page, over an older one, as the artifact `name` on the runs in MLflow that these were launched with; their ids.
+    """Put an HTML page as the artifact `name` on the parents of these runs in MLflow; the parents' ids.
 
-    One for each suite; none where all were launched by themselves. Where it is `report.html`, a suite's own, `told` of it in JSON
-    goes beside it as `report.json`.
+    It replaces an older one. Runs that were launched alone have no parent. With `report.html`, a
+    suite's own, its data `told` (JSON) are put beside it as `report.json`.
 
     Raises:
         TrackingError: MLflow could not be reached or refused; one line.
