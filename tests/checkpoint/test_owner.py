@@ -14,7 +14,7 @@ from pipeline.checkpoint import CheckpointError, Checkpoints, Folder, Owned, cla
 from pipeline.checkpoint import background as thread
 from pipeline.checkpoint.store import Store
 from pipeline.refused import Refused
-from tests.checkpoint.few import TRAINER, Counting, backend, restore, save
+from tests.checkpoint.few import TRAINER, Counting, backend, content, restore, save
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -30,16 +30,6 @@ def place_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], 
 
 def claimed(place: Folder | Store, run: str = "first") -> Owned:
     return Owned(place, claim(place, run=run, run_id="a" * 32, study="s"))
-
-
-def content(place: Folder | Store) -> set[str]:
-    """Of all that lies there but the owner's own file."""
-    if isinstance(place, Folder):
-        found = {str(path.relative_to(place.folder)) for path in place.folder.rglob("*")}
-    else:
-        assert isinstance(place, Store)
-        found = {path.removeprefix(f"/{place.root.strip('/')}/") for path in place.fs.find(place.root)}
-    return found - {"owner.json"}
 
 
 def test_a_place_that_is_anothers_is_not_claimed_and_nothing_in_it_is_touched(place_of: Callable[[str], Folder | Store]) -> None:

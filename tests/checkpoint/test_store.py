@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import uuid
-from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial, partialmethod
 from pathlib import Path
@@ -25,21 +24,8 @@ from pipeline.checkpoint.store import Store
 from pipeline.guards.storage import may_pass
 from pipeline.refused import Refused
 from tests.checkpoint.few import TRAINER, Counting, backend, restore, save
-from tests.checkpoint.s3 import s3_server
 
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    with s3_server() as address:
-        yield address
-
-
-@pytest.fixture(params=["memory", "s3"])
-def address(request: pytest.FixtureRequest) -> str:
-    base = "memory://checkpoints" if request.param == "memory" else request.getfixturevalue("bucket")
-    return f"{base}/{uuid.uuid4().hex}/run"
 
 
 def store(address: str, run: Path) -> Store:
@@ -71,45 +57,6 @@ def test_what_is_saved_comes_back_in_a_fresh_folder(address: str, tmp_path: Path
     trainer = restore(checkpoints(address, tmp_path / "other"), other, rule)
     assert trainer["step"] == 7 and rule.feedback.tolist() == [2.5] * 3  # type: ignore[operator]
     assert all(torch.equal(a, b) for a, b in zip(made.network.parameters(), other.network.parameters(), strict=True))
-
-
-def test_the_newest_the_best_and_the_pinned_are_kept(address: str, tmp_path: Path) -> None:
-    keeping = checkpoints(address, tmp_path, keep=2)
-    for step, score in [(1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, 0.4)]:
-        save(keeping, step, backend(), Counting(), {**TRAINER, "score": score})
-        if step == 1:
-            with fsspec.open(f"{address}/step_00000001.pinned", "wb"):
-                pass
-    place = store(address, tmp_path)
-    assert [name[-1] for name in place.names()] == ["1", "2", "4", "5"]
-    assert {path.split("/")[0][-3:] for path in paths(address) - {"step_00000001.pinned"}} == {"1-a", "2-a", "4-a", "5-a"}
-    assert verified(place, "best").name == "step_00000002"
-    assert verified(place).name == "step_00000005"
-
-
-@pytest.mark.parametrize("how", ["flipped", "cut", "gone", "manifest flipped"])
-def test_a_damaged_one_is_set_aside_and_the_one_before_is_used(address: str, tmp_path: Path, how: str) -> None:
-    told: list[tuple[str, str]] = []
-    saving = checkpoints(address, tmp_path, on_quarantine=lambda *words: told.append(words))
-    for step in (1, 2):
-        save(saving, step, backend(), Counting(), TRAINER)
-    name = "manifest.json" if how.startswith("manifest") else "model.safetensors"
-    place = store(address, tmp_path)
-    path = f"{place.root}/step_00000002-a/{name}"
-    content = bytearray(place.fs.cat_file(path))
-    content[len(content) // 2] ^= 1
-    if how == "gone":
-        place.fs.rm_file(path)
-    else:
-        place.fs.pipe_file(path, bytes(content[:-7] if how == "cut" else content))
-    assert (
-        restore(checkpoints(address, tmp_path, on_quarantine=lambda *words: told.append(words)), backend(), Counting())["step"]
-        == 1
-    )
-    [(moved, reason)] = told
-    assert moved.startswith(f"{address}/quarantine/step_00000002-") and name in reason
-    assert store(address, tmp_path).names() == ["step_00000001"]
-    assert any(found.startswith("quarantine/step_00000002-") for found in paths(address))
 
 
 def test_an_upload_that_was_cut_short_is_no_checkpoint_and_is_swept(
