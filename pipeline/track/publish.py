@@ -12,7 +12,6 @@ from pipeline.track.connect import connect, tracking_errors
 from pipeline.track.delivery import Delivery
 from pipeline.track.hierarchy import experiment_of, one_at_a_time, parent_of, set_parent_status, suite_of
 from pipeline.track.jsonl import first
-from pipeline.track.translate import uri_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -81,13 +80,10 @@ def register(
 def _register(client: MlflowClient, run: Run, checkpoint: Path, *, name: str, alias: str) -> str:
     from mlflow.exceptions import MlflowException
 
-    address = uri_of(str(checkpoint.resolve()))
+    address = checkpoint.resolve().as_uri()
     try:
-        try:
+        if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
         versions = client.search_model_versions(f"name = '{name}'")
         version = next((each for each in versions if each.tags.get("uri") == address), None)
         if version is None:

@@ -99,7 +99,8 @@ class Translation:
             tags |= dict.fromkeys(self._of_ends, "")
             return tags | {"spiketrain.attempt": str(event.get("attempt", 0)), "mlflow.source.name": str(event.get("recipe", ""))}
         if kind == "checkpoint" and event.get("path"):
-            return {CHECKPOINT_TAG: uri_of(str(event["path"]))}
+            address = str(event["path"])
+            return {CHECKPOINT_TAG: address if "://" in address else Path(address).absolute().as_uri()}
         if ended := _ended(event):
             self._of_ends |= ended.keys()
             return ended
@@ -115,11 +116,6 @@ class Translation:
         """The tag with the steps whose training metrics are of batches that were rolled back."""
         self._rolled_back.append(f"{_integer(rollback.get('to'), 0) + 1}-{_integer(rollback.get('step'), 0) + 1}")
         return {"spiketrain.rolled_back": ", ".join(self._rolled_back)}
-
-
-def uri_of(address: str) -> str:
-    """The URI of a checkpoint, whose address is a path or a URI."""
-    return address if "://" in address else Path(address).absolute().as_uri()
 
 
 def parameters(event: Event) -> dict[str, str]:
