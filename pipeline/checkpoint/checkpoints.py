@@ -250,7 +250,7 @@ class Checkpoints:
                 self.beat()
         writing.give_up(self.beat)
         own = writing.failure()
-        failures = [each for each in self.each(own and _described(own)) if each is not None]
+        failures = [each for each in self.each(None if own is None else _described(own)) if each is not None]
         if self.rank == 0:
             writing.discard()
         # Rank 0's own may only say that another rank failed: it has no number.
