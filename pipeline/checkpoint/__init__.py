@@ -1,7 +1,7 @@
 """Checkpoints: written beside training, the manifest last, and verified before they are loaded.
 
     step_00000120/
-        deepspeed/ | plain/     weights and optimizer state of the backend; with ZeRO a part per rank
+        deepspeed/ | plain/     weights and optimizer state; with ZeRO a part of each rank
         model.safetensors       the weights alone, for evaluation and publication
         rule.pt                 the rule's own state, where it has any
         rng_rank0.pt ...        each rank's random number generators and own running statistics

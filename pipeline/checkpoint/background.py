@@ -86,7 +86,7 @@ class Background:
         return self.outcome.exception() if self.outcome.done() else None
 
     def makes_progress(self) -> bool:
-        """Whether the thread is not known to hang; who waits for one that hangs gives no sign of life."""
+        """Whether the thread may still succeed; who waits for one that hangs gives no sign of life."""
         return self.outcome.done() or time.monotonic() - self._began < LONGEST_S
 
     def give_up(self, beat: Callable[[], None]) -> None:

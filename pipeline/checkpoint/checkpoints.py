@@ -1,4 +1,4 @@
-"""Saving and restoring: training waits for a copy of its state, and a thread writes it; one at a time."""
+"""Saving and restoring: training waits for a copy of its state, which a thread writes."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class Checkpoints:
 
     Args:
         place: where they are kept.
-        attempt: a name of this process group, so that workers of an abandoned attempt write elsewhere.
+        attempt: names this process group; workers of an abandoned one write elsewhere.
         keep: the newest checkpoints that stay, beside the best by score and the pinned ones.
         ranks: the number of ranks.
         each: gathers every rank's value, in the order of ranks, on every rank; see `Ranks.each`.
-        on_quarantine: called with the address and reason of each damaged checkpoint before it is moved.
+        on_quarantine: called with address and reason of a damaged checkpoint before it is moved.
         on_unwritten: called with step and error, on every rank, of a checkpoint that could not be
             written, where saving goes on.
         beat: called again and again by a rank that waits for a thread.
@@ -90,7 +90,7 @@ class Checkpoints:
         """Begin to write a checkpoint; collective. It is whole once `done` or `wait` returns it.
 
         Args:
-            buffers: this rank's own running statistics, where the network holds the mean over ranks.
+            buffers: this rank's own running statistics; the network holds the mean over ranks.
             weights: those to publish, a copy that nobody else changes; None: the network's.
 
         Returns:
@@ -130,11 +130,11 @@ class Checkpoints:
         return self._report(writing)
 
     def failed(self) -> bool:
-        """Whether the last `save` is known to have failed; does not wait. Rank 0 learns of all ranks."""
+        """Whether the last `save` has failed, on any rank as seen from rank 0; does not wait."""
         return self._writing is not None and self._writing.failure() is not None
 
     def wait(self) -> Saved | None:
-        """Wait until the last `save` is whole; collective. On rank 0 its checkpoint, if not yet reported.
+        """Wait until the last `save` is whole; collective. On rank 0 its checkpoint, if not reported.
 
         Raises:
             Refused: it cannot be written, and only the user can change that: the disk is full.
@@ -165,9 +165,9 @@ class Checkpoints:
             return None, True
 
     def close(self, error: BaseException | None = None) -> Saved | None:
-        """End without the other ranks, of which one may be gone: a checkpoint with all parts is finished.
+        """End without the other ranks, of which one may be gone.
 
-        A failure to write is noted on `error`, which ends the attempt.
+        A checkpoint with all parts is finished. A failure to write is noted on `error`, which ends the attempt.
         """
         writing, self._writing = self._writing, None
         if writing is None:
@@ -182,15 +182,18 @@ class Checkpoints:
         return None
 
     def newest(self) -> Path | None:
-        """The newest one that verifies, on this machine; damaged ones are moved away. For rank 0, which tells the others."""
-        if self._search is None:  # else storage ended one, which is gone on with: what it has told is not told again
+        """The newest one that verifies; damaged ones are quarantined. For rank 0.
+
+        A call after an error of the storage continues the search: nothing is reported twice.
+        """
+        if self._search is None:
             self._search = partial(newest, self.place, suffix=self._suffix(), on_quarantine=cache(self.on_quarantine))
         found = self._search()
         self._search = None
         return found
 
     def discard(self, step: int, reason: str) -> None:
-        """Quarantine the checkpoint of `step`, if there is one, so that nobody goes on from it. Collective, no save in flight."""
+        """Quarantine the checkpoint of `step`, if there is one; collective, without a save in flight."""
         names = self.place.names() if self.rank == 0 else []
         if step_name(step) in names:
             names.remove(step_name(step))
@@ -201,14 +204,14 @@ class Checkpoints:
         return f"{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
 
     def load(self, path: Path, backend: Backend, rule: nn.Module) -> dict[str, Any]:
-        """Load a verified checkpoint into this rank; collective. What its trainer.json says.
+        """Load a verified checkpoint into this rank; collective. Returns its trainer.json.
 
         Raises:
-            CheckpointError: another backend wrote it, or another number of workers at a ZeRO stage that loads on as many only.
+            CheckpointError: another backend wrote it, or another number of workers with ZeRO.
             FileNotFoundError: one of its files is gone since it was verified.
         """
         files = read_manifest((path / MANIFEST).read_bytes())
-        for name in files:  # all, as a backend takes what it finds
+        for name in files:  # a backend loads whatever it finds
             (path / name).stat()
         trainer = read_trainer(path)
         if trainer.get("zero", 0) > 0 and trainer["world_size"] != self.ranks:
@@ -222,10 +225,10 @@ class Checkpoints:
         if "rule.pt" in files:
             rule.load_state_dict(torch.load(path / "rule.pt", map_location="cpu", weights_only=True))
         rng = f"rng_rank{self.rank}.pt"
-        if rng in files:  # there is none for a rank that the writing attempt did not have
+        if rng in files:  # an attempt with fewer ranks wrote none for this one
             state = torch.load(path / rng, map_location="cpu", weights_only=True)
             set_rng_state(state)
-            if trainer.get("world_size") == self.ranks:  # else all begin from the mean, which the backend has loaded
+            if trainer.get("world_size") == self.ranks:  # else the loaded mean stays
                 backend.network.load_state_dict(state["buffers"], strict=False)
         self.newest_step = trainer["step"]
         return trainer
@@ -235,9 +238,9 @@ class Checkpoints:
         prune(self.place, name, keep=self.keep)
 
     def _agree(self, writing: Background) -> None:
-        """Wait until every rank has written, or delete what was written and raise the same everywhere.
+        """Wait until every rank has written, or delete what was written and raise on every rank.
 
-        The ranks ask each other again and again, so that none is without a sign of life for long.
+        The ranks ask each other again and again, so that each gives signs of life.
         """
         while True:
             wait([writing.outcome], timeout=background.WAIT_S)

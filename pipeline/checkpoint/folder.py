@@ -44,7 +44,7 @@ class Folder:
         """See `Place`; `check` is called before the last step."""
         self.tidy(name)  # an earlier `tidy` may have failed
         check()
-        if (self.folder / name).exists():  # repeated after a rollback, or with its evaluation's score
+        if (self.folder / name).exists():  # repeated after a rollback, or with its score
             (self.folder / name).rename(self.folder / f"{_REPLACED}{name}")
         temp.rename(self.folder / name)
         sync_folder(self.folder)

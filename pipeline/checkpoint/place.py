@@ -43,7 +43,7 @@ class Place(Protocol):
         ...
 
     def finish(self, temp: Path, name: str) -> str:
-        """Make the sealed folder `temp` the checkpoint `name`, in place of an older one; its address.
+        """Make the sealed folder `temp` the checkpoint `name`; its address. It replaces an older one.
 
         A process that dies at any point leaves the older one or the new one, found after a `sweep`.
         """
@@ -80,7 +80,7 @@ class Place(Protocol):
     def sweep(self) -> None:
         """Delete what dead writers left; a replaced checkpoint without its successor comes back.
 
-        Only the holder of the run's lock (pipeline/run/writer.py) and owner of the place may call it.
+        Only for the holder of the run's lock (pipeline/run/writer.py) and owner of the place.
         """
 
 
@@ -203,7 +203,11 @@ def trainer_of(place: Place, name: str) -> dict[str, Any]:
 
 
 def read_trainer(path: Path) -> dict[str, Any]:
-    """The content of trainer.json in a checkpoint's folder; raises ValueError where it is damaged."""
+    """The content of trainer.json in a checkpoint's folder.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     return _parsed((path / TRAINER).read_bytes())
 
 

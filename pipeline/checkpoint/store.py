@@ -35,10 +35,10 @@ _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")  # botocore'
 
 
 def place_at(address: str, run: Path) -> Folder | Store:
-    """The place of a run's checkpoints: a path, a file:// or fsspec address, or "": RUN/checkpoints.
+    """The place of a run's checkpoints, by path or address; an empty one is RUN/checkpoints.
 
     Raises:
-        CheckpointError: nothing here opens the address, it is a chain of several, or has a password.
+        CheckpointError: nothing opens the address, it is a chain of several, or has a password.
     """
     inside = run / "checkpoints"
     if not address:
@@ -57,7 +57,7 @@ class Store:
         self.url, self.staging = address.rstrip("/"), staging
         try:
             fs, self.root = fsspec.url_to_fs(self.url, use_listings_cache=False)
-        except (ImportError, ValueError) as error:  # "Install s3fs to access S3", "Protocol not known"
+        except (ImportError, ValueError) as error:  # "Install s3fs to ..."
             raise CheckpointError(f"checkpoints: an address must be one that fsspec can open; got {address}: {error}") from error
         self.fs = _WithOSErrors(fs)
 
@@ -191,7 +191,7 @@ class _WithOSErrors:
             try:
                 return method(*given, **more)
             except PermissionError as error:
-                if "RequestTimeTooSkewed" in repr(error.__cause__):  # a wrong clock comes right again
+                if "RequestTimeTooSkewed" in repr(error.__cause__):  # a clock comes right
                     raise OSError(errno.EIO, str(error)) from error
                 raise
             except (OSError, ValueError):

@@ -10,7 +10,7 @@ class TrackingError(RuntimeError):
 
 
 class Tracker(Protocol):
-    """Takes the events of one training run. Rank 0 holds a `Journal`, the others a `NullTracker`."""
+    """Takes the events of one run. Rank 0 holds a `Journal`, the others a `NullTracker`."""
 
     def event(self, kind: str, /, *, sync: bool = False, **fields: Any) -> None:
         """Take one event; with `sync`, return once it would survive a power cut (not for steps)."""

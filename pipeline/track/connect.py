@@ -1,4 +1,4 @@
-"""A client of MLflow without telemetry and log lines, which gives up on a dead server in seconds."""
+"""A client of MLflow without telemetry, which gives up on a dead server in seconds."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def reason(uri: str, error: Exception) -> str:
     """Kind and first line of an error of a store, without a secret."""
     login = _LOGIN.search(uri)
     if login is not None and re.search("[/?#]", login[0].removeprefix("//")):
-        # A client (MLflow's 3.17.2) takes the host to end there, and names any part of the password for host, port or path.
+        # MLflow's client (3.17.2) ends the host there, and its error shows parts of the password.
         said = "/ ? and # in the password of an address must be written %2F %3F and %23"
     else:  # cut last: half an address is not known for one
         said = (without_password(without_secrets(str(error))).strip().splitlines() or [""])[0][:300]

@@ -39,7 +39,7 @@ _BLOCK = 4 << 20  # bytes of journal read at a time
 
 
 class Delivery:
-    """One connection to MLflow and one reading of the journal. After an exception, make another one.
+    """One connection to MLflow and one reading of the journal; to be replaced after an exception.
 
     `delivered` counts the points sent; `already_there` those that MLflow had before.
     """
@@ -49,7 +49,8 @@ class Delivery:
         self.delivered = 0
         self._uri = uri
         self._journal, self._system = Follower(run_dir / JOURNAL), Follower(run_dir / SYSTEM)
-        self._journal_due = self._newest = ""  # events: the last one due as an artifact, the last one read
+        # The event up to which the journal is due as an artifact, and the last one read.
+        self._journal_due = self._newest = ""
         self._translation = Translation()
         self._is_open = False
         self._parent_knows = ""  # the status of this run that its parent's follows from
@@ -66,8 +67,8 @@ class Delivery:
     def advance(self, *, leaving: bool | Literal["unless driven"] = False) -> bool:
         """Deliver what is in the journal now; False when no attempt of the run has begun.
 
-        `leaving`: the run has no driver after this, so RUNNING becomes KILLED. "unless driven" looks
-        for a driver once the lock is ours: one may have begun while another process delivered.
+        `leaving`: the run has no driver after this, so RUNNING becomes KILLED. With "unless driven"
+        a driver is looked for under the lock: one may have begun while another process delivered.
         """
         with one_at_a_time(self.run_dir.parent):
             return self._advance(leaving=not is_driven(self.run_dir) if leaving == "unless driven" else leaving)
@@ -98,8 +99,6 @@ class Delivery:
         self._send_files(status)
         return True
 
-    # ------------------------------------------------------------------------------------------------- finding the run
-
     def _open(self) -> bool:
         start = first(self.run_dir / JOURNAL, "start")
         if start is None:
@@ -112,7 +111,7 @@ class Delivery:
         self._client, self._run_id, self._is_open = client, run.info.run_id, True
         write_note(self.run_dir, uri=without_password(self._uri), experiment_id=experiment_id, run_id=self._run_id)
         self._params, self._tags = dict(run.data.params), dict(run.data.tags)
-        self._status = (run.info.status, run.info.end_time or 0)  # in MLflow, with the end in milliseconds
+        self._status = (run.info.status, run.info.end_time or 0)  # milliseconds
         # The newest step of each metric: `run.data.metrics` (3.17.2) has values alone.
         self._translation.held = {metric.key: int(metric.step) for metric in run.data._metric_objs}
         return True
@@ -133,8 +132,6 @@ class Delivery:
             tags[PARENT_OF] = self._parent_id
         name = str(start.get("run", self.run_dir.name))
         return client.create_run(experiment_id, start_time=milliseconds(start), tags=tags, run_name=name)
-
-    # ----------------------------------------------------------------------------------------------------------- sending
 
     def _send(self, points: list[Metric], tags: dict[str, str], params: dict[str, str]) -> None:
         from mlflow.entities import Param, RunTag

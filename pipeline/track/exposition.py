@@ -51,7 +51,7 @@ def newest(events: Iterable[Event]) -> list[Event]:
 
 
 def exposition(events: Iterable[Event]) -> str:
-    """The text for one run, from its journal's events or the `newest` of them; empty without a start."""
+    """The text for one run from its events, or the `newest` of them; empty without a start."""
     return generate_latest(_Run(newest(events))).decode()
 
 

@@ -35,7 +35,7 @@ PARENT_TAG = "spiketrain.study_parent"
 KIND_TAG = "spiketrain.kind"
 PARENT_OF = "mlflow.parentRunId"
 PATIENCE_S = 120.0
-"""to wait for another delivery, which takes seconds; one that was stopped must not hold a suite's end"""
+"""to wait for another delivery, which takes seconds unless it was stopped"""
 
 
 def experiment_of(client: MlflowClient, start: Event, *, uri: str, runs_dir: Path) -> str:
@@ -48,7 +48,7 @@ def experiment_of(client: MlflowClient, start: Event, *, uri: str, runs_dir: Pat
         try:
             return client.create_experiment(name, artifact_location=_artifacts(uri, runs_dir, name))
         except MlflowException:
-            found = client.get_experiment_by_name(name)  # somebody else's folder of runs, the same store, the same moment
+            found = client.get_experiment_by_name(name)  # made meanwhile, from another folder of runs
             if found is None:
                 raise
     if found.lifecycle_stage != "active":
@@ -59,7 +59,7 @@ def experiment_of(client: MlflowClient, start: Event, *, uri: str, runs_dir: Pat
 
 
 def _artifacts(uri: str, runs_dir: Path, name: str) -> str | None:
-    """The artifacts' URI beside a local store, whose default is the working directory; None: a server's own."""
+    """The artifacts' URI, beside a local store (whose default is the working directory)."""
     if is_server(uri):
         return None
     file, folder = sqlite_file(uri), name.replace("/", "-")

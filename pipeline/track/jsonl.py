@@ -50,7 +50,7 @@ class Journal:
         Raises:
             ValueError: the journal is closed, or a field is called event, time or attempt.
             TypeError: a field has no JSON form.
-            OSError: the disk refused (part of) the line; readers skip the part, and the next event begins on a fresh line.
+            OSError: the disk refused (part of) the line. Readers skip it; the next event begins anew.
         """
         if self._fd is None:
             raise ValueError(f"journal {self.path} is closed; got event {kind!r}")
@@ -89,10 +89,9 @@ def read(path: str | os.PathLike[str]) -> list[Event]:
 
 
 def read_thinned(path: str | os.PathLike[str], kind: str, *, every: int) -> list[Event]:
-    """As `read`, but of the events of one kind one of so many, without parsing the others, and each that no other of it follows
-    before an event of another kind: what came between two starts ends where it ended.
+    """As `read`, but only every `every`-th event of one kind; the lines of the others are not parsed.
 
-    Rests on `event` being written first in its line.
+    The last of them before an event of another kind is kept, too: a curve ends where it ended.
     """
     head, kept, count, skipped = _head(kind), [], 0, b""
     try:
@@ -117,8 +116,8 @@ def read_thinned(path: str | os.PathLike[str], kind: str, *, every: int) -> list
 class Follower:
     """Reads a growing journal: `poll` returns the events completed since the last one.
 
-    `offset`, in bytes, may be any place in the file: a line that began before it is passed over. Once events came, the attribute
-    `offset` is the start of a line, so that it can be kept and given to another follower.
+    `offset`, in bytes, may be any place in the file; a line that began before it is skipped. Once
+    events came, the attribute `offset` is the start of a line, for another follower.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, offset: int = 0) -> None:
@@ -126,9 +125,10 @@ class Follower:
         self.offset = offset
 
     def poll(self, *, limit_bytes: int | None = None) -> list[Event]:
-        """New events, oldest first; with `limit_bytes` about that much of the file at most (a longer line is returned whole).
+        """New events, oldest first, of about `limit_bytes` of the file at most (lines stay whole).
 
-        The journal may not exist yet (no events). One that shrank below `offset` is another file: it is read from its start.
+        A journal that does not exist has no events. One that is shorter than `offset` is another
+        file: it is read from its start.
         """
         try:
             with self.path.open("rb") as file:
@@ -200,9 +200,9 @@ def _head(kind: str) -> bytes:
 
 
 def _parse(line: bytes) -> Event | None:
-    """One line; None for an empty one, the remains of a killed writer, and a line without its beginning.
+    """The event of a line; None for an empty line and for a part of one.
 
-    The last closes a brace that it does not open, so that it is never JSON by accident.
+    A part without the beginning is never JSON: it closes a brace that it does not open.
     """
     if not line:
         return None

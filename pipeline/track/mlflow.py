@@ -1,4 +1,4 @@
-"""MLflow as a mirror of the journal: a thread of the driver keeps it up to date, or `sync` fills it.
+"""MLflow as a mirror of the journal, kept up to date by a thread of the driver or by `sync`.
 
 The training processes never talk to MLflow. A server that is down costs them nothing, and gets what
 it missed when it is back.
@@ -31,7 +31,7 @@ class SyncReport:
 
 
 def tracking_uri(runs_dir: str | os.PathLike[str]) -> str:
-    """The absolute URI of a runs folder's MLflow store: MLFLOW_TRACKING_URI, or `mlflow.db` in the folder.
+    """The absolute URI of the MLflow store: MLFLOW_TRACKING_URI, or `mlflow.db` in the folder.
 
     MLflow resolves a relative one in the working directory, which differs in a Ray worker.
     """
@@ -45,7 +45,7 @@ def sync(run_dir: str | os.PathLike[str], *, uri: str) -> SyncReport:
     """Deliver to MLflow the events of this run that it does not hold yet.
 
     Raises:
-        TrackingError: no attempt of the run has begun, or MLflow could not be reached or refused; one line.
+        TrackingError: no attempt of the run has begun, or MLflow could not be reached or refused.
     """
     delivery = Delivery(Path(run_dir), uri=uri)
     with tracking_errors(uri):
@@ -95,7 +95,7 @@ class Mirror:
             try:
                 delivery = delivery or Delivery(self.run_dir, uri=self.uri)
                 delivery.advance(leaving=leaving)
-            except Exception as error:  # whatever MLflow, its store or its transport may raise: the run goes on
+            except Exception as error:  # of any kind: the run goes on
                 delivery = None
                 failures += 1
                 self.warning = f"{one_line(self.uri, error)}; {_LATER}"

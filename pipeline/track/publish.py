@@ -24,7 +24,7 @@ REPORT_DATA = "report.json"
 
 
 def log_report(page: Path, runs: Sequence[Path], *, name: str, told: str, uri: str) -> list[str]:
-    """Put an HTML page as the artifact `name` on the parents of these runs in MLflow; the parents' ids.
+    """Put an HTML page as the artifact `name` on the parents of these runs in MLflow; their ids.
 
     It replaces an older one. Runs that were launched alone have no parent. With `report.html`, a
     suite's own, its data `told` (JSON) are put beside it as `report.json`.
