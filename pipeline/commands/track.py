@@ -55,4 +55,4 @@ def register(
     checkpoint = verified(place, which)
     pin(checkpoint)  # first: a run that still trains prunes
     version = register_run(folder, checkpoint, name=name, alias=which, uri=tracking_uri(folder.parent))
-    print(f"{folder.name} -> models:/{name}@{which}, version {version}: {checkpoint}")
+    print(f"{folder.name} -> models:/{name}@{which}, version {version}: {checkpoint.resolve().as_uri()}")

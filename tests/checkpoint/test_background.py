@@ -186,10 +186,12 @@ def test_an_error_that_ends_the_attempt_says_that_the_checkpoint_failed_too(
 
 
 def wait_for(file: Path) -> None:
+    """Until a rank has written this file, its last, and does what comes then."""
     deadline = time.monotonic() + 20
     while not file.exists():
         assert time.monotonic() < deadline, file
         time.sleep(0.01)
+    time.sleep(0.2)
 
 
 def _two_ranks(rank: int, size: int, folder: str) -> dict[str, Any]:
@@ -334,7 +336,6 @@ def test_who_waits_in_a_folder_that_is_gone_says_so(tmp_path: Path) -> None:
     about = {"attempt": "a", "rank": 0, "ranks": 2, "on_whole": lambda: None}
     writing = background.Background(Folder(tmp_path), 1, {"config.json": "{}"}, **about)
     wait_for(writing.temp / "config.json")
-    time.sleep(0.2)
     shutil.rmtree(writing.temp)
     with pytest.raises(background.Abandoned, match="is gone, as if another driver"):
         writing.outcome.result(20)
