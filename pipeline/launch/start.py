@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from pipeline.build import build_network, check_recipe
-from pipeline.checkpoint import Place
+from pipeline.checkpoint import Place, trainer_of
 from pipeline.command_line import command
 from pipeline.elastic import told
 from pipeline.evaluate import Evaluated, Evaluation, evaluate, inputs
@@ -115,7 +115,7 @@ def _workers_of_newest(place: Place) -> int | None:
     try:
         for name in reversed(place.names()):
             with suppress(FileNotFoundError, ValueError, KeyError):  # damaged: moved away by whoever trains
-                return place.trainer(name)["world_size"]
+                return trainer_of(place, name)["world_size"]
     except OSError as error:
         if not may_pass(error):
             raise
