@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 ORDER, FLIP, SHIFT_Y, SHIFT_X = 0, 1, 2, 3
 HELD_OUT = 8
 COUNTED = 11  # which samples of an evaluation are counted on, see measure/activity.py and evenly.py
-PAGE = 10  # which samples have their pages compared, see spot_check.py
+PAGE = 10  # which samples have their pages compared, see data/page_checks.py
 DONOR = 9  # the order of an evaluation set in which each sample is the donor of the one before, see ensemble.py
 MIX, MIX_BY_CUT, MIX_SHARE, MIX_Y, MIX_X = 96, 97, 98, 99, 100  # with the step for the epoch, see mixing.py
 COLOUR = 112  # layer l draws COLOUR + 8l + (0 whether, 1 which, 2 magnitude, 3 sign)

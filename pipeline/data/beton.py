@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline.data.care import Care
 from pipeline.data.errors import DataError
 from pipeline.data.files import Files, Name
 from pipeline.data.order import TrainOrder, ValOrder
@@ -89,10 +88,10 @@ class Beton:
         narrowed._files = replace(self._files, only=classes)
         return narrowed
 
-    def with_care(self, care: Care) -> "Beton":
-        """See care.OnPages."""
+    def with_page_checks(self, one_in: int) -> "Beton":
+        """See base.OnPages."""
         same = copy.copy(self)
-        same._files = replace(self._files, care=care)
+        same._files = replace(self._files, one_in=one_in)
         return same
 
     def train(
@@ -122,8 +121,7 @@ class Beton:
         from pipeline.data.reader import BetonLoader, usable_threads
 
         threads = usable_threads(threads)
-        about_pages = {"one_in": self._files.care.one_in, "asked": self._files.asked(use)}
-        how = {"seed": seed, "threads": threads, "hang_s": hang_s, **about_pages}
+        how = {"seed": seed, "threads": threads, "hang_s": hang_s, "one_in": self._files.one_in}
         loader = BetonLoader(path, self._decode(use, parallel=threads > 1), order, **how)
         if self.crop == "shift":
             _check_sides(path, loader.records, self.shape[1])

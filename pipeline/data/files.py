@@ -4,7 +4,6 @@ Nothing is opened before it is asked for, so a recipe can be shown where its dat
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +13,10 @@ from numpy.typing import NDArray
 
 from pipeline.data import format as beton
 from pipeline.data import manifest as manifests
-from pipeline.data.care import Care
-from pipeline.data.damage import DamagedPages, Page
 from pipeline.data.errors import DataError
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import TrainOrder, ValOrder, held_out
+from pipeline.data.page_checks import check
 
 Name = Literal["train", "val"]
 
@@ -27,7 +25,7 @@ Name = Literal["train", "val"]
 class Files:
     """`owner` is the name that refusals begin with. `held_out`: the share of the training set to evaluate on, see order.py.
     `only`: the labels whose samples are used; None: all. `repeats`: views of each sample in a training batch, see order.py.
-    `care`: how they are read, see care.py.
+    `one_in`: samples that are read for each one whose page is compared with its checksum; 0: no page is compared.
 
     Raises: DataError for a share outside 0..1.
     """
@@ -38,7 +36,7 @@ class Files:
     held_out: float
     only: tuple[int, ...] | None = None
     repeats: int = 1
-    care: Care = Care()
+    one_in: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
@@ -64,18 +62,16 @@ class Files:
     def check(self) -> None:
         """See base.Data. Where a share of the training file is held out nobody reads the other beyond its manifest."""
         read: tuple[Name, ...] = ("train",) if self.held_out else ("train", "val")
-        damaged: dict[Name, list[Page]] = {name: manifests.damaged_pages(self.path(name)) for name in read}
-        if any(damaged.values()):
-            raise DamagedPages([page for pages in damaged.values() for page in pages], may_go=not self._is_asked(damaged))
+        for name in read:
+            check(self.path(name))
         if self.manifest("train").classes != self.manifest("val").classes:
             raise DataError(f"{self.owner}: train and val in {self.folder} must have the same classes, in the same order")
 
     def train_order(self, *, seed: int, rank: int, world: int, batch_size: int, micro_batch: int) -> tuple[Path, TrainOrder]:
         """The file to train on, and in which order."""
-        ids, left_out = self._ids("train"), self.care.ids_left_out()
+        ids = self._ids("train")
         sizes: dict[str, Any] = {"rank": rank, "world": world, "batch_size": batch_size, "micro_batch": micro_batch}
-        how: dict[str, Any] = {"ids": ids, "left_out": left_out if len(left_out) else None, "repeats": self.repeats}
-        return self.path("train"), TrainOrder(samples=len(ids), seed=seed, **how, **sizes)
+        return self.path("train"), TrainOrder(samples=len(ids), seed=seed, ids=ids, repeats=self.repeats, **sizes)
 
     def val_order(self, *, rank: int, world: int, micro_batch: int) -> tuple[Path, ValOrder]:
         """The file to evaluate on, and in which order: with a share held out, that share of the training file."""
@@ -94,20 +90,6 @@ class Files:
             known = f"by {', '.join(sorted(groups))}" if groups else "not at all"
             raise DataError(f"{self.owner}: {path} must group its samples by {by!r}; it groups them {known}")
         return groups[by]
-
-    def asked(self, use: Name) -> NDArray[np.int64]:
-        """Samples of the file that `use` reads that are evaluated on, whatever `only` says: another task asks for the others."""
-        if self.held_out:
-            return held_out(self.manifest("train").samples, self.held_out)[1]
-        return np.arange(self.manifest("val").samples if use == "val" else 0)
-
-    def _is_asked(self, damaged: Mapping[Name, Sequence[Page]]) -> bool:
-        """Whether a sample that is evaluated on is in one of these pages."""
-        for name, pages in damaged.items():
-            lost = {sample for page in pages for first, end in page.samples for sample in range(first, end)}
-            if not lost.isdisjoint(self.asked(name).tolist()):
-                return True
-        return False
 
     def _ids(self, use: Name) -> NDArray[np.int64]:
         if self.held_out:

@@ -15,8 +15,7 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 import numpy as np
 import torch
 
-from pipeline.data.base import Batch, Data, DataError, Loader
-from pipeline.data.care import Care, careful
+from pipeline.data.base import Batch, Data, DataError, Loader, with_page_checks
 from pipeline.random import bits
 from pipeline.units import counted
 
@@ -62,8 +61,8 @@ class Permuted:
     def check(self) -> None:
         self.data.check()
 
-    def with_care(self, care: Care) -> "Permuted":
-        return _with_care(self, care)
+    def with_page_checks(self, one_in: int) -> "Permuted":
+        return _with_page_checks(self, one_in)
 
     def of_classes(self, classes: tuple[int, ...]) -> "Permuted":
         narrowed = copy.copy(self)
@@ -122,8 +121,8 @@ class SplitClasses:
     def check(self) -> None:
         self.data.check()
 
-    def with_care(self, care: Care) -> "SplitClasses":
-        return _with_care(self, care)
+    def with_page_checks(self, one_in: int) -> "SplitClasses":
+        return _with_page_checks(self, one_in)
 
     def train(self, **sizes: Any) -> Loader:
         return Changed(self.data.of_classes(self.chosen).train(**sizes), self._relabelled)
@@ -158,9 +157,9 @@ class Changed:
 _Task = TypeVar("_Task", Permuted, SplitClasses)
 
 
-def _with_care(task: _Task, care: Care) -> _Task:
+def _with_page_checks(task: _Task, one_in: int) -> _Task:
     same = copy.copy(task)
-    same.data = careful(task.data, care)  # pyright: ignore[reportAttributeAccessIssue]
+    same.data = with_page_checks(task.data, one_in)  # pyright: ignore[reportAttributeAccessIssue]
     return same
 
 

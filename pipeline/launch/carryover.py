@@ -8,12 +8,11 @@ from pathlib import Path
 from pipeline.counts import listed_time_steps
 from pipeline.data.base import Data, Grouped
 from pipeline.ensemble import CausalTest, Shuffled, causal_test
-from pipeline.guards.damaged import check_data
 from pipeline.launch.prepare import read_job
 from pipeline.measure.memory import device_here
 from pipeline.precision import computing
 from pipeline.recipe import Recipe, write_json
-from pipeline.tasks import build_data
+from pipeline.tasks import build_data, check_data
 from pipeline.units import counted
 from pipeline.weights import load_run
 
@@ -39,7 +38,7 @@ def carryover_of_run(
     groups = _groups(data, by) if by is not None else None
     device = device_here()
     network = load_run(folder, which=which, trust=trust).to(device)
-    check_data(data, read_job(folder), every_page=True)
+    check_data(data, fingerprint=read_job(folder).data_fingerprint, every_page=True)
     size = micro_batch or max(2, recipe.split(1).micro_batch)
     batches = Shuffled(data=data, micro_batch=size, time_steps=max(chosen), device=device, seed=recipe.seed)
     with computing(device, recipe.precision):  # as in training

@@ -20,7 +20,6 @@ _COUNTED = {
     "skipped": "skipped_samples",
     "preempted": "preemptions",
     "rollback": "rollbacks",
-    "damaged": "damaged_pages",
 }
 """events whose number, of skipped ones whose samples, is a tag"""
 _OF_WEIGHTS = ("evaluation", "fidelity")

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipeline.data.care import Care
 from pipeline.data.errors import DataError
 from pipeline.data.files import Files, Name
 from pipeline.data.format import Arrays, layout
@@ -60,10 +59,10 @@ class Events:
     def check(self) -> None:
         self._files.check()
 
-    def with_care(self, care: Care) -> "Events":
-        """See care.OnPages."""
+    def with_page_checks(self, one_in: int) -> "Events":
+        """See base.OnPages."""
         same = copy.copy(self)
-        same._files = replace(self._files, care=care)
+        same._files = replace(self._files, one_in=one_in)
         return same
 
     def train(
@@ -103,8 +102,7 @@ class Events:
             std=self.std,
             parallel=threads > 1,
         )
-        about_pages = {"one_in": self._files.care.one_in, "asked": self._files.asked(use)}
-        how = {"seed": seed, "threads": threads, "hang_s": hang_s, **about_pages}
+        how = {"seed": seed, "threads": threads, "hang_s": hang_s, "one_in": self._files.one_in}
         return BetonLoader(path, decode, order, **how)
 
 
