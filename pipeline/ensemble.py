@@ -33,8 +33,7 @@ from torch.nn import functional as F
 
 from pipeline.data.base import Batch, Data, Loader
 from pipeline.evaluate import hits
-from pipeline.random import DONOR, bits
-from pipeline.rules.base import counter_hash
+from pipeline.random import DONOR, bits, counter_hash
 from pipeline.spiking.carryover import CarryOver, Gaussian, record, replaying
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.rate import WeightedRates

@@ -24,7 +24,7 @@ from pipeline.data import erase as erasing
 from pipeline.data.decoder import Decoder
 from pipeline.data.ffcv_api import imdecode, resize_crop
 from pipeline.data.format import JPG, Images
-from pipeline.random import CROP, FLIP, SHIFT_X, SHIFT_Y, make, normal_table
+from pipeline.random import CROP, FLIP, SHIFT_X, SHIFT_Y, compiled_bits, normal_table
 
 RESIZED, CENTRE, WINDOW = 0, 1, 2  # random resized crop; central square, resized; window of the output's size, never resized
 
@@ -89,7 +89,7 @@ def lookup(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float3
 def functions() -> SimpleNamespace:
     """The compiled parts. `crop_box(h, w, seed, epoch, index, area, ratios)` is (top, left, height, width)."""
     compiled_here = njit(nogil=True, fastmath=False, error_model="numpy")
-    bits = make(compiled_here)
+    bits = compiled_bits(compiled_here)
     s32, s11, s52 = np.uint64(32), np.uint64(11), np.uint64(52)
     # Draws of a crop as a table of uint64: arithmetic on a loop's counter would turn it into int64 and then float64.
     draws = np.arange(CROP, CROP + 40, dtype=np.uint64).reshape(10, 4)
