@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from pipeline.data import ffcv_api
 from pipeline.data.base import Batch, DataError, LoaderError
-from pipeline.data.decoder import Decoder
 from pipeline.data.ffcv_api import (
     Compiler,
     EpochIterator,
@@ -30,6 +29,7 @@ from pipeline.data.ffcv_api import (
     Reader,
     torch_threads_kept,
 )
+from pipeline.data.loops import Decoder
 from pipeline.data.order import TrainOrder, ValOrder
 from pipeline.data.page_checks import SpotCheck
 from pipeline.data.tbb import demand_tbb
