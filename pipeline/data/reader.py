@@ -77,7 +77,7 @@ class BetonLoader:
         one_in: int = 0,
     ) -> None:
         self.samples, self.steps_per_epoch = order.samples, order.steps
-        self._path, self._order, self._seed, self._hang_s = path, order, seed, hang_s
+        self.path, self._order, self._seed, self._hang_s = path, order, seed, hang_s
         self._one_in = one_in
         self._open: list[_Reading] = []
         with torch_threads_kept():
@@ -106,7 +106,7 @@ class BetonLoader:
     def _spot_check(self, epoch: int) -> AbstractContextManager[SpotCheck | None]:
         if not self._one_in:
             return nullcontext()
-        return SpotCheck(self._path, self._ffcv.reader.alloc_table, one_in=self._one_in, seed=self._seed, epoch=epoch)
+        return SpotCheck(self.path, self._ffcv.reader.alloc_table, one_in=self._one_in, seed=self._seed, epoch=epoch)
 
     def _batches(self, reading: "_Reading", ids: NDArray[np.int64]) -> Iterator[Batch]:
         size = self._order.micro_batch
