@@ -105,3 +105,11 @@ def test_one_channel_is_luma(raw):
         box = ((pictures[i].shape[0] - side) // 2, (pictures[i].shape[1] - side) // 2, side, side)
         grey = np.asarray(Image.fromarray(resized(pictures[i], box, 24)).convert("L"))
         assert np.array_equal(x[0], grey / np.float32(255))
+
+
+@pytest.mark.parametrize("strong", [{"colour": 9.0}, {"erase": 1.0}])
+def test_evaluation_has_no_strong_augmentation(raw, strong):
+    folder, _ = raw
+    how = {"classes": 2, "size": 24, "mean": MEAN, "std": STD}
+    plain, changed = (dict(epoch_of(Beton(folder, **how, **more), "val")) for more in ({}, strong))
+    assert all(np.array_equal(plain[i], changed[i]) for i in plain)

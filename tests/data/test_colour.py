@@ -91,11 +91,3 @@ def test_a_moved_window_is_recoloured_with_the_black_around_it(fashion, monkeypa
     for i, x in coloured.items():
         shown = np.rint(plain[i] * 255).astype(np.uint8).transpose(1, 2, 0)
         assert np.array_equal(x, (recoloured(shown, i, monkeypatch) / np.float32(255)).transpose(2, 0, 1))
-
-
-def test_evaluation_is_not_recoloured(raw) -> None:
-    folder, _ = raw
-    plain, coloured = (
-        dict(epoch_of(Beton(folder, classes=2, size=24, mean=MEAN, std=STD, **more), "val")) for more in ({}, {"colour": 9.0})
-    )
-    assert all(np.array_equal(plain[i], coloured[i]) for i in plain)

@@ -102,20 +102,22 @@ def test_a_bad_manifest_is_refused(folder, change, message):
         Beton(folder, classes=2, size=8).check()
 
 
+def forge(path, change):
+    """Change a manifest, whose own checksum is right again."""
+    body = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"}
+    change(body)
+    path.write_text(json.dumps({**body, "checksum": manifests._checksum(body)}))
+
+
 def test_a_manifest_may_lack_what_has_a_default(folder):
     """Files that were written before their samples could be grouped are read."""
     path = folder / "train.beton.manifest.json"
-    whole = json.loads(path.read_text())
-
-    def written(change):
-        body = {key: value for key, value in whole.items() if key != "checksum"}
-        change(body)
-        path.write_text(json.dumps({**body, "checksum": manifests._checksum(body)}))
-
-    written(lambda body: body.pop("groups"))
+    whole = path.read_text()
+    forge(path, lambda body: body.pop("groups"))
     assert check(folder / "train.beton").groups == {}
     for change in (lambda body: body.pop("classes"), lambda body: body.update(more=1)):
-        written(change)
+        path.write_text(whole)
+        forge(path, change)
         with pytest.raises(DataError, match=r"train\.beton\.manifest\.json is damaged"):
             check(folder / "train.beton")
 
@@ -128,16 +130,11 @@ def test_a_foreign_manifest_is_refused(folder):
 
 def test_verify_compares_sha256_and_content(folder):
     path = folder / "val.beton.manifest.json"
-
-    def forge(**change):
-        body = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"} | change
-        path.write_text(json.dumps({**body, "checksum": manifests._checksum(body)}))
-
     good = json.loads(path.read_text())
-    forge(sha256="0" * 64)
+    forge(path, lambda body: body.update(sha256="0" * 64))
     with pytest.raises(DataError, match=r"val\.beton: sha256 must be 0000"):
         verify(folder)
-    forge(sha256=good["sha256"], content="1" * 64)
+    forge(path, lambda body: body.update(sha256=good["sha256"], content="1" * 64))
     with pytest.raises(DataError, match=r"val\.beton: content hash must be 1111"):
         verify(folder)
 

@@ -214,8 +214,7 @@ def test_a_set_of_stamps_is_grouped_by_its_objects(tmp_path: Path) -> None:
     """The manifest's groups, through a recipe as training leaves it."""
     pytest.importorskip("ffcv")
     from pipeline.data.beton import Beton
-    from pipeline.data.stamps.parts import parts
-    from pipeline.data.stamps.pictures import installed
+    from pipeline.data.stamps.pictures import installed, parts
     from pipeline.data.stamps.write import write_stamps
     from tests.data.stamps.made import make
 
