@@ -44,9 +44,8 @@ from pipeline.data.base import Data, Grouped
 from pipeline.measure.memory import device_here
 from pipeline.models.attention import OverSamples
 from pipeline.precision import computing
-from pipeline.random import DONOR, bits
+from pipeline.random import DONOR, bits, counter_hash
 from pipeline.recipe import Recipe
-from pipeline.rules.base import counter_hash
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.noise import noise

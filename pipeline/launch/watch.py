@@ -140,11 +140,6 @@ class Watch:
     def _on_undeleted(self, event: dict[str, Any]) -> None:
         self._say(f"checkpoint at step {event.get('step')} is whole; an older one could not be deleted: {event.get('error')}")
 
-    def _on_damaged(self, event: dict[str, Any]) -> None:
-        count = event.get("samples")
-        left_out = f"{counted(count, 'sample')} {'is' if count == 1 else 'are'} left out"
-        self._say(f"damaged page {event.get('page')} of {event.get('file')}: {left_out}")
-
     def _on_skipped(self, event: dict[str, Any]) -> None:
         samples = counted(event.get("samples"), "sample")
         self._say(f"skipped {_batch(event)} of {samples}: {event.get('reason')}{_advice(event)}")

@@ -291,23 +291,3 @@ def refuse_foreign_norms(who: str, model: nn.Module) -> None:
             "pipeline.spiking.norm.BatchNorm, or standardise the weights (weights='standardized'); a norm that train() leaves in "
             "evaluation mode is accepted"
         )
-
-
-def counter_hash(*counters: int) -> int:
-    """64 bits that are a pure function of the counters: the source of every draw of a rule, such as (seed, step, t).
-
-    The same on every rank, after every restart and under every version of torch or numpy; the global generators are
-    neither read nor moved.
-
-    Source: splitmix64 (Steele, Lea & Flood 2014, doi 10.1145/2660193.2660195), absorbing one counter per round.
-    """
-    bits = 0
-    for counter in counters:
-        bits = ((bits ^ (counter & _MASK)) + 0x9E3779B97F4A7C15) & _MASK
-        bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) & _MASK
-        bits ^= bits >> 31
-    return bits
-
-
-_MASK = (1 << 64) - 1

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pipeline.counts import refuse_unless_counts, refuse_unless_one_of
-from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, counter_hash
+from pipeline.random import counter_hash
+from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World
 from pipeline.spec import admits
 from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.errorpath import FixedFeedback, sign_symmetric

@@ -12,17 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.counts import are_counts, refuse_unless_one_of
-from pipeline.rules.base import (
-    LossOf,
-    Objective,
-    OverTime,
-    Rule,
-    World,
-    counter_hash,
-    cut_in_time,
-    slices,
-    steps_share,
-)
+from pipeline.random import counter_hash
+from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, cut_in_time, slices, steps_share
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.noise import DISTRIBUTIONS, Distribution
 from pipeline.spiking.signals import Fixed, MeanJacobian, Signals, SinglePoint

@@ -21,7 +21,6 @@ _COUNTED = {
     "skipped": "skipped_samples",
     "preempted": "preemptions",
     "rollback": "rollbacks",
-    "damaged": "damaged_pages",
 }
 """kinds of events whose count is a tag; of `skipped` the count of samples"""
 _OF_WEIGHTS = ("evaluation", "fidelity")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.rules.base import Objective, Rule, World, counter_hash, slices
+from pipeline.random import counter_hash
+from pipeline.rules.base import Objective, Rule, World, slices
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT

@@ -17,7 +17,8 @@ from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.models.readouts import with_readouts
 from pipeline.models.vgg import vgg_sws
 from pipeline.objective import CrossEntropy
-from pipeline.rules.base import World, counter_hash
+from pipeline.random import counter_hash
+from pipeline.rules.base import World
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.opzo import OPZO
 from pipeline.spiking.neuron import LIF
