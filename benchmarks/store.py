@@ -1,10 +1,12 @@
-"""The cost of 500 runs for a reader: `spiketrain compare` over the folder of runs, `pipeline.results`
+"""The cost of 500 runs for a reader: `spiketrain compare` over the folder of runs,
+`pipeline.results`
 from the folder, an SQLite store and a server, and the dashboard's first paint in Chromium.
 
 Command:  python -m benchmarks.store --like runs/fashion-sltt-tiny-20260105-120000
 Result:   RESULT
 
-`--like` is the folder of a finished run that stands alone, short for choice. It is copied 500 times,
+`--like` is the folder of a finished run that stands alone, short for choice. It is copied 500
+times,
 as 10 studies of 5 rules with 10 seeds each (or `--studies 1`: one of 5 rules with 100 seeds), and
 delivered to an SQLite store. Then each journal is lengthened to `--steps` step events, as those of
 long runs are. What `compare` adds is the time of the command less that of a process which imports
@@ -49,13 +51,15 @@ TIMES = 5
 LIMIT_S = 2.0
 RESULTS_S = {"folder": 1.0, "SQLite": 1.0, "server": 4.0}
 HELP = (
-    "import sys; import pandas, pipeline.report.compare, pipeline.report.suite; from pipeline.__main__ import main; "
-    "sys.argv = ['spiketrain', 'compare', '--help']; main()"
+    "import sys; import pandas, pipeline.report.compare, pipeline.report.suite; from"
+    " pipeline.__main__ import main; sys.argv = ['spiketrain', 'compare', '--help']; main()"
 )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--like", type=Path, required=True)
     parser.add_argument("--studies", type=int, default=10)
     parser.add_argument("--steps", type=int, default=200)
@@ -64,8 +68,12 @@ def main() -> None:
         runs = Path(folder)
         uri = f"sqlite:///{runs / 'mlflow.db'}"
         keys = [f"{index:016x}" for index in range(arguments.studies)]
-        for index, (key, rule, seed) in enumerate(product(keys, RULES, range(RUNS // arguments.studies // len(RULES)))):
-            copy = copied(arguments.like, runs / f"run-{index:03d}", study=key, rule=rule, seed=seed)
+        for index, (key, rule, seed) in enumerate(
+            product(keys, RULES, range(RUNS // arguments.studies // len(RULES)))
+        ):
+            copy = copied(
+                arguments.like, runs / f"run-{index:03d}", study=key, rule=rule, seed=seed
+            )
             sync(copy, uri=uri)
             lengthened(copy / "journal.jsonl", arguments.steps)
         sys.exit(not report(runs, uri, keys))
@@ -74,14 +82,29 @@ def main() -> None:
 def copied(like: Path, folder: Path, *, study: str, rule: str, seed: int) -> Path:
     """A run's folder under another name."""
     folder.mkdir()
-    about = {"run": folder.name, "run_id": uuid.uuid4().hex, "study": study, "rule": rule, "seed": seed}
+    about = {
+        "run": folder.name,
+        "run_id": uuid.uuid4().hex,
+        "study": study,
+        "rule": rule,
+        "seed": seed,
+    }
     recipe = json.loads((like / "recipe.json").read_text())
     # A rule's label belongs to one rule: a part of its name, where `compare` looks for that.
-    recipe["recipe"] |= {"name": folder.name, "seed": seed, "rule": {"target": f"pipeline.rules.{rule}", "kwargs": {}}}
+    recipe["recipe"] |= {
+        "name": folder.name,
+        "seed": seed,
+        "rule": {"target": f"pipeline.rules.{rule}", "kwargs": {}},
+    }
     (folder / "recipe.json").write_text(json.dumps(recipe, indent=1))
-    (folder / "summary.json").write_text(json.dumps(json.loads((like / "summary.json").read_text()) | about, indent=1))
+    (folder / "summary.json").write_text(
+        json.dumps(json.loads((like / "summary.json").read_text()) | about, indent=1)
+    )
     (folder / "activity.json").write_text((like / "activity.json").read_text())
-    told = [event | about if event["event"] in ("start", "finish") else event for event in read(like / "journal.jsonl")]
+    told = [
+        event | about if event["event"] in ("start", "finish") else event
+        for event in read(like / "journal.jsonl")
+    ]
     _write(folder / "journal.jsonl", told)
     return folder
 
@@ -96,29 +119,47 @@ def lengthened(journal: Path, steps: int) -> None:
 def report(runs: Path, uri: str, keys: Sequence[str]) -> bool:
     """Print all that was measured; returns whether it is within its limits."""
     limited: list[float] = []
-    journals, store = sum(file.stat().st_size for file in runs.glob("*/journal.jsonl")), (runs / "mlflow.db").stat().st_size
-    print(f"{RUNS} runs, {len(keys)} studies, journals {journals / 1e6:.0f} MB, store {store / 1e6:.0f} MB")
+    journals, store = (
+        sum(file.stat().st_size for file in runs.glob("*/journal.jsonl")),
+        (runs / "mlflow.db").stat().st_size,
+    )
+    print(
+        f"{RUNS} runs, {len(keys)} studies, journals {journals / 1e6:.0f} MB, store"
+        f" {store / 1e6:.0f} MB"
+    )
     base = [sys.executable, "-c", HELP]
     fifty = [f"run-{index:03d}" for index in range(50)]
     for what, names in (("compare", []), ("compare STUDY", [keys[0]]), ("compare 50 RUNS", fifty)):
         command = [sys.executable, "-m", "pipeline", "compare", *names, "--runs", str(runs)]
-        pairs = [(_seconds(base), _seconds(command)) for _ in range(TIMES)]  # in turn, as other work comes and goes
+        pairs = [
+            (_seconds(base), _seconds(command)) for _ in range(TIMES)
+        ]  # in turn, as other work comes and goes
         bare, whole = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
         adds = statistics.median(after - before for before, after in pairs)
         print(f"{what}: {whole:.2f} s, its imports and --help {bare:.2f} s: it adds {adds:.2f} s")
         limited.append(adds)
     listed = _median_of(lambda: studies(open_store(uri).listed()))
     members = _median_of(lambda: open_store(uri).runs(keys[0]))
-    print(f"store: list of studies {listed:.3f} s, the runs of one with their metrics {members:.3f} s")
+    print(
+        f"store: list of studies {listed:.3f} s, the runs of one with their metrics {members:.3f} s"
+    )
     with served(uri) as address:
         sources = {"folder": str(runs), "SQLite": uri, "server": address}
-        took = {name: _median_of(lambda source=source: pipeline.results(source)) for name, source in sources.items()}
-    print(f"results: {', '.join(f'{seconds:.2f} s from the {name}' for name, seconds in took.items())}")
+        took = {
+            name: _median_of(lambda source=source: pipeline.results(source))
+            for name, source in sources.items()
+        }
+    print(
+        "results:"
+        f" {', '.join(f'{seconds:.2f} s from the {name}' for name, seconds in took.items())}"
+    )
     painted = first_paints(uri)
     print(f"dashboard: the list after {', '.join(f'{seconds:.2f}' for seconds in painted)} s")
     machine = hardware(device_here())
     print(f"(commit {commit()}, {machine['cpu']}, {machine['cores']} cores)")
-    return max(*limited, *painted) <= LIMIT_S and all(took[name] <= most for name, most in RESULTS_S.items())
+    return max(*limited, *painted) <= LIMIT_S and all(
+        took[name] <= most for name, most in RESULTS_S.items()
+    )
 
 
 @contextmanager
@@ -126,8 +167,21 @@ def served(uri: str) -> Iterator[str]:
     """The address of an MLflow server on a store."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--port", str(port), "--workers", "1"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as server:
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        uri,
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as server:
         try:
             while not _answers(f"http://127.0.0.1:{port}/health"):
                 time.sleep(0.5)
@@ -145,9 +199,14 @@ def _answers(address: str) -> bool:
 
 
 def first_paints(uri: str) -> list[float]:
-    """Seconds to the first row of the list, each time in a page of its own; the first time the server has read nothing yet."""
+    """Seconds to the first row of the list, each time in a page of its own; the first time the
+    server has read nothing yet.
+    """
     command = [sys.executable, "-m", "pipeline", "dashboard", "--store", uri, "--port", "0"]
-    with chromium() as browser, subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    with (
+        chromium() as browser,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server,
+    ):
         assert server.stdout is not None
         address = server.stdout.readline().split()[0]
         try:

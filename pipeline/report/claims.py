@@ -22,7 +22,11 @@ from pipeline.report.study import Group, spread_of
 from pipeline.report.sweeps import sweep_of
 from pipeline.units import counted
 
-_CALLED = {"peak_saved_bytes": "saved bytes", KEPT: "saved bytes and states", COMPUTE: "forward and backward"}
+_CALLED = {
+    "peak_saved_bytes": "saved bytes",
+    KEPT: "saved bytes and states",
+    COMPUTE: "forward and backward",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +79,9 @@ Bound = float | Callable[[float], float] | None
 tenth more than its value. None: nothing is claimed that ours could be held to."""
 
 
-def share(about: str, group: Group, rule: str, name: str, *, bound: Bound = None, published: str = "") -> Claim:
+def share(
+    about: str, group: Group, rule: str, name: str, *, bound: Bound = None, published: str = ""
+) -> Claim:
     """A rule's quantity over its baseline's, the mean over the seeds of both.
 
     Bytes are of the baseline's, and compute time is of the faster BPTT's.
@@ -85,7 +91,9 @@ def share(about: str, group: Group, rule: str, name: str, *, bound: Bound = None
     found = spread_of(list(paired.values()))
     if found is None:
         seeds = [{run.seed for run in group.of(each) if run.is_finished} for each in (rule, base)]
-        absent = group.describe_lost(rule) or f"no run beside {group.against}'s, trained on the same"
+        absent = (
+            group.describe_lost(rule) or f"no run beside {group.against}'s, trained on the same"
+        )
         ours = "not measured" if set.intersection(*seeds) else absent
         return not_judged(about, claim, published, ours=ours)
     low, high = found.interval or (found.mean, found.mean)
@@ -94,8 +102,14 @@ def share(about: str, group: Group, rule: str, name: str, *, bound: Bound = None
     ours = "; ".join(filter(None, (text, group.describe_lost(rule))))
     if bound is None:
         return not_judged(about, claim, published, ours=ours)
-    forward, backward = (group.by_seed(base, f"steady_{part}_s") for part in ("forward", "backward"))
-    r = sum(backward[seed] for seed in paired) / sum(forward[seed] for seed in paired) if callable(bound) else 0.0
+    forward, backward = (
+        group.by_seed(base, f"steady_{part}_s") for part in ("forward", "backward")
+    )
+    r = (
+        sum(backward[seed] for seed in paired) / sum(forward[seed] for seed in paired)
+        if callable(bound)
+        else 0.0
+    )
     most, limit = held_to(bound, r)
     # Bytes repeat exactly; the speed of a machine moves from run to run.
     is_lone = name == COMPUTE and found.interval is None
@@ -121,21 +135,36 @@ def share_of_two_forwards(r: float) -> float:
 
 
 def accuracy(about: str, group: Group, rule: str, *, within: float | None, published: str) -> Claim:
-    """At most `within` points below the baseline over paired seeds: the whole interval, none of it, or undecided."""
-    claim, bound = f"top-1 below {group.against}'s, points", "" if within is None else f"<= {within:g}"
+    """At most `within` points below the baseline over paired seeds: the whole interval, none of it,
+    or undecided.
+    """
+    claim, bound = (
+        f"top-1 below {group.against}'s, points",
+        "" if within is None else f"<= {within:g}",
+    )
     found = next((difference for difference in group.differences if difference.rule == rule), None)
     if found is None and (lost := group.describe_lost(rule)):
         holds = None if within is None else False
-        return Claim(about=about, claim=claim, published=published, bound=bound, ours=lost, holds=holds)
+        return Claim(
+            about=about, claim=claim, published=published, bound=bound, ours=lost, holds=holds
+        )
     if found is None:
-        return not_judged(about, claim, published, ours=f"no two seeds in common with {group.against}'s, trained on the same")
+        return not_judged(
+            about,
+            claim,
+            published,
+            ours=f"no two seeds in common with {group.against}'s, trained on the same",
+        )
     verdict = None if within is None else found.verdict(within)
     return Claim(
         about=about,
         claim=claim,
         published=published,
         bound=bound,
-        ours=f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f}), {counted(found.seeds, 'seed')}"
+        ours=(
+            f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f}),"
+            f" {counted(found.seeds, 'seed')}"
+        )
         + (f", and {found.diverged} that diverged" if found.diverged else ""),
         holds={"holds": True, "fails": False}.get(verdict or ""),
         within_noise=verdict == "is undecided",
@@ -149,7 +178,10 @@ def not_judged(about: str, claim: str, published: str, *, ours: str) -> Claim:
 def print_claims(claims: Sequence[Claim], console: Console) -> None:
     """A table, in which a terminal shows once what several lines are about."""
     columns = ("rule", *map(prose, ("claim", "published", "held to", "ours")), "")
-    rows = [(each.about, each.claim, each.published, each.bound, each.ours, each.verdict) for each in claims]
+    rows = [
+        (each.about, each.claim, each.published, each.bound, each.ours, each.verdict)
+        for each in claims
+    ]
     print_table(console, columns, rows, title="claims", keys=2)
 
 
@@ -164,11 +196,17 @@ def seeds_in_words(seeds: Sequence[int]) -> str:
 
 def _objects(value: Any) -> list[Mapping[str, Any]]:
     values = value.values() if isinstance(value, Mapping) else value
-    return [each for each in values if isinstance(each, Mapping)] if isinstance(value, (Mapping, list, tuple)) else []
+    return (
+        [each for each in values if isinstance(each, Mapping)]
+        if isinstance(value, (Mapping, list, tuple))
+        else []
+    )
 
 
 def _claim_of(value: Mapping[str, Any]) -> Claim:
     needed = [each.name for each in fields(Claim) if each.default is MISSING]
     if missing := [name for name in needed if name not in value]:
-        raise ReportError(f"report: a claim must have {', '.join(needed)}; there is no {missing[0]}")
+        raise ReportError(
+            f"report: a claim must have {', '.join(needed)}; there is no {missing[0]}"
+        )
     return Claim(**{each.name: value[each.name] for each in fields(Claim) if each.name in value})

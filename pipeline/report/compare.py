@@ -24,9 +24,25 @@ from pipeline.command_line import how_to_resume
 from pipeline.printing import Column, has_width, new_console, number, print_table, prose, say
 from pipeline.report import tables
 from pipeline.report.figure import Cell, Table
-from pipeline.report.results import Run, compared, kind, loaders, places, read_run, read_runs, refuse_damage
+from pipeline.report.results import (
+    Run,
+    compared,
+    kind,
+    loaders,
+    places,
+    read_run,
+    read_runs,
+    refuse_damage,
+)
 from pipeline.report.runs import ReportError
-from pipeline.report.selection import ComparisonError, is_study, named, newest_study, refuse_unlike, with_baseline
+from pipeline.report.selection import (
+    ComparisonError,
+    is_study,
+    named,
+    newest_study,
+    refuse_unlike,
+    with_baseline,
+)
 from pipeline.report.study import WITHIN, Group, place
 from pipeline.units import counted
 
@@ -77,7 +93,10 @@ class Comparison:
     def behind(self) -> dict[str, dict[str, str]]:
         """By rule, what `tables.behind` has of it, with names for JSON."""
         found = {rule: tables.behind(self.group, rule) for rule in self.rules}
-        return {rule: {_key(name): value for name, value in each.items()} for rule, each in found.items()}
+        return {
+            rule: {_key(name): value for name, value in each.items()}
+            for rule, each in found.items()
+        }
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as JSON values.
@@ -96,7 +115,9 @@ class Comparison:
             "baseline_runs": baseline,
             "time_baseline": self.group.fastest_baseline if baseline else None,
             "runs": list(map(self._run_to_json, self.runs)),
-            "differences": [{**asdict(each), "verdict": each.verdict(self.group.within)} for each in differences],
+            "differences": [
+                {**asdict(each), "verdict": each.verdict(self.group.within)} for each in differences
+            ],
             "within": self.group.within,
             "unfinished": [unfinished_to_json(run) for run in self.unfinished],
             "notes": list(self.notes),
@@ -128,7 +149,10 @@ class Comparison:
         columns = [Column(name.replace("_", " "), wraps=name in _SENTENCES) for name in names]
         rows = [(rule, *values.values()) for rule, values in self.behind.items()]
         print_table(console, ("rule", *columns), rows, title="behind each row")
-        for note in (*(each.text(self.group.within) for each in self.group.differences), *self.notes):
+        for note in (
+            *(each.text(self.group.within) for each in self.group.differences),
+            *self.notes,
+        ):
             say(console, note)
         for run in self.unfinished:
             if line := self._describe_unfinished(run):
@@ -195,7 +219,12 @@ def comparisons(
     Raises:
         ComparisonError: nothing of a study finished, or its runs differ in what no key covers.
     """
-    found, refusals = _made(read_runs(Path(runs_dir)), [read_run(folder) for folder in folders], against=against, within=within)
+    found, refusals = _made(
+        read_runs(Path(runs_dir)),
+        [read_run(folder) for folder in folders],
+        against=against,
+        within=within,
+    )
     if refusals:
         raise refusals[0]
     return found
@@ -242,7 +271,12 @@ def print_studies(
     Raises:
         ComparisonError: see `comparisons`.
     """
-    made = _made(read_runs(Path(runs_dir)), [read_run(folder) for folder in folders], against=against, within=within)
+    made = _made(
+        read_runs(Path(runs_dir)),
+        [read_run(folder) for folder in folders],
+        against=against,
+        within=within,
+    )
     _print_made(*made, format=format, console=console)
 
 
@@ -290,12 +324,18 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _compared(runs: Sequence[Run], members: Sequence[Run], *, against: str, within: float, is_whole: bool) -> Comparison:
-    """A study that `is_whole` lacks nothing but the baseline, whose runs may be of another suite."""
+def _compared(
+    runs: Sequence[Run], members: Sequence[Run], *, against: str, within: float, is_whole: bool
+) -> Comparison:
+    """A study that `is_whole` lacks nothing but the baseline, whose runs may be of another
+    suite.
+    """
     for run in members:
         refuse_damage(run)
     others = [run for run in members if not run.is_finished]
-    finished = sorted((run for run in members if run.is_finished), key=lambda run: place(run, against))
+    finished = sorted(
+        (run for run in members if run.is_finished), key=lambda run: place(run, against)
+    )
     if not finished:
         states = ", ".join(f"{run.name} is {_state(run)}" for run in others)
         raise ComparisonError(f"compare: no finished run: {states}")
@@ -316,16 +356,25 @@ def _made(
     refusals: list[ComparisonError] = []
     for comparable_runs in comparable(members):
         try:
-            found.append(_compared(runs, comparable_runs, against=against, within=within, is_whole=True))
+            found.append(
+                _compared(runs, comparable_runs, against=against, within=within, is_whole=True)
+            )
         except ComparisonError as error:
             refusals.append(error)
     times = Counter(each.study for each in found)
-    several = [replace(each, where=_where(each.runs[-1])) if times[each.study] > 1 else each for each in found]
+    several = [
+        replace(each, where=_where(each.runs[-1])) if times[each.study] > 1 else each
+        for each in found
+    ]
     return several, refusals
 
 
 def _print_made(
-    found: Sequence[Comparison], refusals: Sequence[ComparisonError], *, format: str, console: Console | None
+    found: Sequence[Comparison],
+    refusals: Sequence[ComparisonError],
+    *,
+    format: str,
+    console: Console | None,
 ) -> None:
     if found or not refusals:
         _print(found, format=format, console=console)
@@ -351,7 +400,10 @@ def _print_tables(found: Sequence[Comparison], console: Console) -> None:
         comparison.render(console)
     for study, times in Counter(each.study for each in found).items():
         if times > 1:
-            why = "of different machines, workers or micro-batches: nothing is divided from one to another"
+            why = (
+                "of different machines, workers or micro-batches: nothing is divided from one to"
+                " another"
+            )
             say(console, f"study {study[:8]} has {times} tables, {why}")
 
 

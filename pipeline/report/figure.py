@@ -1,6 +1,8 @@
-"""A figure of a report: a drawing, the table behind it, and one sentence for those who cannot see it.
+"""A figure of a report: a drawing, the table behind it, and one sentence for those who cannot see
+it.
 
-A drawing is what plotly.js takes: `data` and `layout`. Its colours are names, which each theme gives
+A drawing is what plotly.js takes: `data` and `layout`. Its colours are names, which each theme
+gives
 a value.
 """
 
@@ -29,16 +31,46 @@ THEMES: dict[str, dict[str, Any]] = {
         "ink": "#22201c",
         "muted": "#5f5a50",
         "grid": "#e4dfd4",
-        "series": ("#22201c", "#0b5fa5", "#b3450b", "#00705a", "#8f3f80", "#6b5d00", "#3f4cb8", "#a12b3a"),
-        "scale": ((0.0, "#f3efe6"), (0.25, "#c3d3e0"), (0.5, "#7fa6c9"), (0.75, "#35709f"), (1.0, "#0b3c68")),
+        "series": (
+            "#22201c",
+            "#0b5fa5",
+            "#b3450b",
+            "#00705a",
+            "#8f3f80",
+            "#6b5d00",
+            "#3f4cb8",
+            "#a12b3a",
+        ),
+        "scale": (
+            (0.0, "#f3efe6"),
+            (0.25, "#c3d3e0"),
+            (0.5, "#7fa6c9"),
+            (0.75, "#35709f"),
+            (1.0, "#0b3c68"),
+        ),
     },
     "dark": {
         "paper": "#191a1d",
         "ink": "#ece8df",
         "muted": "#b1aca0",
         "grid": "#35363b",
-        "series": ("#ece8df", "#6cb4ee", "#f2945c", "#3ecfae", "#e29ad3", "#dcc84a", "#a3b0ff", "#ff9ba6"),
-        "scale": ((0.0, "#22242a"), (0.25, "#26435e"), (0.5, "#3a709d"), (0.75, "#73a9d3"), (1.0, "#d6e9f8")),
+        "series": (
+            "#ece8df",
+            "#6cb4ee",
+            "#f2945c",
+            "#3ecfae",
+            "#e29ad3",
+            "#dcc84a",
+            "#a3b0ff",
+            "#ff9ba6",
+        ),
+        "scale": (
+            (0.0, "#22242a"),
+            (0.25, "#26435e"),
+            (0.5, "#3a709d"),
+            (0.75, "#73a9d3"),
+            (1.0, "#d6e9f8"),
+        ),
     },
 }
 _SERIES = 8

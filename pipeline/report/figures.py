@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.report.figure import INK, MUTED, Figure, Missing, Table, color, drawing, plain, symbol, titled
+from pipeline.report.figure import (
+    INK,
+    MUTED,
+    Figure,
+    Missing,
+    Table,
+    color,
+    drawing,
+    plain,
+    symbol,
+    titled,
+)
 from pipeline.report.results import ENERGY, ENERGY_MEASURED, compared, metric
 from pipeline.report.study import Group, Spread
 from pipeline.report.tables import MEASURED_SAID, prices
@@ -26,13 +37,16 @@ def ratios(group: Group) -> Figure | Missing:
     if not found:
         return Missing(title=title, why=f"no rule has a seed in common with {group.against}")
     rows = [
-        (rule, costs[name], group.base_of(name), ratio.mean, ratio.deviation, ratio.runs) for (rule, name), ratio in found.items()
+        (rule, costs[name], group.base_of(name), ratio.mean, ratio.deviation, ratio.runs)
+        for (rule, name), ratio in found.items()
     ]
     names = [name for name in costs if any((rule, name) in found for rule in rules)]
 
     data = []
     for index, rule in enumerate(rules):
-        here = [(place, found[rule, name]) for place, name in enumerate(names) if (rule, name) in found]
+        here = [
+            (place, found[rule, name]) for place, name in enumerate(names) if (rule, name) in found
+        ]
         data.append(
             {
                 "type": "scatter",
@@ -55,17 +69,45 @@ def ratios(group: Group) -> Figure | Missing:
     y = {**ticks, "range": [len(names) - 0.5, -0.75], "showgrid": False, "zeroline": False}
     x = titled(f"multiple of {plain(group.against)}", range=[0, 1.3 * most])
     height = 110 + len(names) * max(52, 30 * len(rules))
-    least = min((item for item in found.items() if item[0][1] == "peak_saved_bytes"), key=lambda item: item[1].mean, default=None)
+    least = min(
+        (item for item in found.items() if item[0][1] == "peak_saved_bytes"),
+        key=lambda item: item[1].mean,
+        default=None,
+    )
     faster = group.fastest_baseline
-    times = "" if faster == group.against else f" Times are multiples of {faster}'s, the faster {group.against}."
-    said = "" if least is None else f": {least[0][0]} keeps {least[1].mean:.2f} of its saved bytes, the least"
+    times = (
+        ""
+        if faster == group.against
+        else f" Times are multiples of {faster}'s, the faster {group.against}."
+    )
+    said = (
+        ""
+        if least is None
+        else f": {least[0][0]} keeps {least[1].mean:.2f} of its saved bytes, the least"
+    )
     return Figure(
         name="ratios",
         title=title,
-        caption="Left of the dotted line is less than the baseline; mean and standard deviation over the seeds that both ran."
+        caption=(
+            "Left of the dotted line is less than the baseline; mean and standard deviation over"
+            " the seeds that both ran."
+        )
         + times,
-        alt=f"{len(rules)} rules beside {group.against} in {', '.join(costs[name] for name in names)}{said}.",
-        table=Table(columns=("rule", "quantity", "divided by", "ratio", "standard deviation", "paired seeds"), rows=tuple(rows)),
+        alt=(
+            f"{len(rules)} rules beside {group.against} in"
+            f" {', '.join(costs[name] for name in names)}{said}."
+        ),
+        table=Table(
+            columns=(
+                "rule",
+                "quantity",
+                "divided by",
+                "ratio",
+                "standard deviation",
+                "paired seeds",
+            ),
+            rows=tuple(rows),
+        ),
         drawing=drawing(data, height=height, xaxis=x, yaxis=y, shapes=[line]),
     )
 
@@ -78,7 +120,8 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
     points = {
         rule: (cost, top1)
         for rule in group.rules
-        if (cost := group.spread(rule, name)) is not None and (top1 := group.spread(rule, "top1")) is not None
+        if (cost := group.spread(rule, name)) is not None
+        and (top1 := group.spread(rule, "top1")) is not None
     }
     if not points:
         return Missing(title=title, why="not measured in any finished run")
@@ -92,7 +135,15 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
         data.append(_marker(rule, *spreads, place=place, shape=shape, scale=scale, unit=unit))
     x = titled(f"{what}, {unit}", rangemode="tozero")
     rows = [
-        (rule, cost.mean, cost.deviation, top1.mean, top1.deviation, top1.runs, "yes" if rule in front else "no")
+        (
+            rule,
+            cost.mean,
+            cost.deviation,
+            top1.mean,
+            top1.deviation,
+            top1.runs,
+            "yes" if rule in front else "no",
+        )
         for rule, (cost, top1) in points.items()
     ]
     columns = (
@@ -107,13 +158,22 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
     if name == ENERGY:
         columns = (*columns, "measured on cards, joules", "MACs", "ACs")
         rows = [(*row, *_beside(group, str(row[0]))) for row in rows]
-        how = f"{how}. Prices of an operation: {prices(group.finished)}. {_counted_on(group)}. {_measured_on(group)}"
+        how = (
+            f"{how}. Prices of an operation: {prices(group.finished)}. {_counted_on(group)}."
+            f" {_measured_on(group)}"
+        )
     return Figure(
         name=f"accuracy-against-{what.replace(' ', '-')}",
         title=title,
-        caption=f"{what.capitalize()}: {how}. Filled markers are on the Pareto front: no other rule is at least as good in both."
+        caption=(
+            f"{what.capitalize()}: {how}. Filled markers are on the Pareto front: no other rule is"
+            " at least as good in both."
+        )
         + _lost(group),
-        alt=f"On the Pareto front of accuracy and {what}, of {len(points)} rules: {', '.join(front)}.",
+        alt=(
+            f"On the Pareto front of accuracy and {what}, of {len(points)} rules:"
+            f" {', '.join(front)}."
+        ),
         table=Table(columns=columns, rows=tuple(rows)),
         drawing=drawing(data, height=380, xaxis=x, yaxis=titled("top-1, %")),
     )
@@ -121,7 +181,9 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
 
 def _beside(group: Group, rule: str) -> list[float | None]:
     """Of an inference: joules measured by cards, multiply-accumulates, accumulates."""
-    found = [group.spread(rule, name) for name in (ENERGY_MEASURED, "inference.macs", "inference.acs")]
+    found = [
+        group.spread(rule, name) for name in (ENERGY_MEASURED, "inference.macs", "inference.acs")
+    ]
     return [None if each is None else each.mean for each in found]
 
 
@@ -130,7 +192,11 @@ def _measured_on(group: Group) -> str:
     if any(run.value(ENERGY_MEASURED) is not None for run in group.finished):
         return f"Joules measured on cards are {MEASURED_SAID}"
     has_gpu = any(run.hardware.get("gpu", "none") != "none" for run in group.finished)
-    return "Joules are not measured: no card reports them" if has_gpu else "Joules are not measured on a CPU"
+    return (
+        "Joules are not measured: no card reports them"
+        if has_gpu
+        else "Joules are not measured on a CPU"
+    )
 
 
 def _counted_on(group: Group) -> str:
@@ -141,20 +207,27 @@ def _counted_on(group: Group) -> str:
     places = ((run.summary or {})["inference"].get("counted_on", first) for run in counted)
     on = f"{' and '.join(map(str, sizes))} samples, {' and '.join(dict.fromkeys(places))}"
     return (
-        f"Counted on {on}; for a still image, the layers before the first neuron count once, as they "
-        "are computed once, where published counts have them at each time step; means of spikes, "
-        "behind a pool, are no spikes and are multiplied, which counts of synaptic operations leave out"
+        f"Counted on {on}; for a still image, the layers before the first neuron count once, as"
+        " they are computed once, where published counts have them at each time step; means of"
+        " spikes, behind a pool, are no spikes and are multiplied, which counts of synaptic"
+        " operations leave out"
     )
 
 
 def _lost(group: Group) -> str:
     """` Diverged, and in no mean: SLTT-1 (seed 1, 2).`; empty where nothing did."""
-    lost = {rule: ", ".join(map(str, sorted(seeds))) for rule in group.rules if (seeds := group.diverged(rule))}
+    lost = {
+        rule: ", ".join(map(str, sorted(seeds)))
+        for rule in group.rules
+        if (seeds := group.diverged(rule))
+    }
     text = ", ".join(f"{rule} (seed {seeds})" for rule, seeds in lost.items())
     return f" Diverged, and in no mean: {text}." if text else ""
 
 
-def _front_line(points: Mapping[str, tuple[Spread, Spread]], front: Sequence[str], scale: float) -> dict[str, Any]:
+def _front_line(
+    points: Mapping[str, tuple[Spread, Spread]], front: Sequence[str], scale: float
+) -> dict[str, Any]:
     return {
         "type": "scatter",
         "name": "Pareto front",
@@ -166,7 +239,9 @@ def _front_line(points: Mapping[str, tuple[Spread, Spread]], front: Sequence[str
     }
 
 
-def _marker(rule: str, cost: Spread, top1: Spread, *, place: int, shape: str, scale: float, unit: str) -> dict[str, Any]:
+def _marker(
+    rule: str, cost: Spread, top1: Spread, *, place: int, shape: str, scale: float, unit: str
+) -> dict[str, Any]:
     outline = {"width": 2, "color": color(place)}
     return {
         "type": "scatter",
@@ -182,7 +257,9 @@ def _marker(rule: str, cost: Spread, top1: Spread, *, place: int, shape: str, sc
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Those that no other beats: at no more cost and no less gain, and better in one; cheapest first."""
+    """Those that no other beats: at no more cost and no less gain, and better in one; cheapest
+    first.
+    """
     kept = [
         name
         for name, (cost, gain) in points.items()
@@ -197,4 +274,10 @@ def _offset(index: int, count: int) -> float:
 
 def _errors(spreads: Sequence[Spread], place: int, *, scale: float = 1.0) -> dict[str, Any]:
     lengths = [scale * (each.deviation or 0.0) for each in spreads]
-    return {"array": lengths, "visible": any(lengths), "color": color(place), "thickness": 1.5, "width": 4}
+    return {
+        "array": lengths,
+        "visible": any(lengths),
+        "color": color(place),
+        "thickness": 1.5,
+        "width": 4,
+    }

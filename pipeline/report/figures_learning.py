@@ -8,7 +8,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline.recipe_json import flat
-from pipeline.report.figure import INK, Cell, Figure, Missing, Table, color, drawing, plain, symbol, titled
+from pipeline.report.figure import (
+    INK,
+    Cell,
+    Figure,
+    Missing,
+    Table,
+    color,
+    drawing,
+    plain,
+    symbol,
+    titled,
+)
 from pipeline.report.history import Point
 from pipeline.report.results import Run
 from pipeline.report.study import Group
@@ -62,7 +73,9 @@ def learning_curves(group: Group) -> Figure | Missing:
         for points, rules in logs.items()
         for epoch, top1 in points
     ]
-    rows += [row for run, curve in zip(group.runs, curves, strict=True) for row in _rows(run, curve)]
+    rows += [
+        row for run, curve in zip(group.runs, curves, strict=True) for row in _rows(run, curve)
+    ]
     beside = "; ".join(standings(group)) or "no recipe carries published points"
     accuracy = f"Accuracy of {counted(len(group.runs), 'run')} by epoch"
     x = titled("epochs", rangemode="tozero")
@@ -131,11 +144,17 @@ def _captions(group: Group, restarts: int, *, has_logs: bool) -> Iterator[str]:
         others = sorted({other for run in group.runs if (other := _other_setting(run))})
         yield from (f"Of another setting than the run's: {other}." for other in others)
     if any(len(run.history.curve) > _MOST for run in group.runs):
-        yield f"A curve of more than {_MOST} points is shown in {_MOST} means at most, here and in the CSV."
+        yield (
+            f"A curve of more than {_MOST} points is shown in {_MOST} means at most, here and in"
+            " the CSV."
+        )
     if any(run.curve_every > 1 for run in group.runs):
         yield "Of a long journal not every point is read: what is left out is in no mean."
     if any(run.history.again_from is not None for run in group.runs):
-        yield "Beyond its last cross a running run shows its earlier batches until it has repeated them."
+        yield (
+            "Beyond its last cross a running run shows its earlier batches until it has repeated"
+            " them."
+        )
 
 
 def _other_setting(run: Run) -> str:
@@ -144,12 +163,16 @@ def _other_setting(run: Run) -> str:
     there = dict(flat(dict(setting))) if isinstance(setting, (list, tuple)) else {}
     here = dict(flat(run.recipe))
     return ", ".join(
-        f"{key} {value} there, {here.get(key, 'not written')} here" for key, value in there.items() if here.get(key) != value
+        f"{key} {value} there, {here.get(key, 'not written')} here"
+        for key, value in there.items()
+        if here.get(key) != value
     )
 
 
 def _logs(runs: Sequence[Run]) -> dict[tuple[tuple[int, float], ...], list[str]]:
-    """Each published log, and the rules whose recipes carry it: runs of a study may differ in it."""
+    """Each published log, and the rules whose recipes carry it: runs of a study may differ in
+    it.
+    """
     logs: dict[tuple[tuple[int, float], ...], list[str]] = {}
     for run in runs:
         if (points := published(run)) and run.rule not in logs.setdefault(points, []):
@@ -157,16 +180,22 @@ def _logs(runs: Sequence[Run]) -> dict[tuple[tuple[int, float], ...], list[str]]
     return logs
 
 
-def _traces(run: Run, curve: Sequence[Point], place: int, *, named: bool) -> Iterator[dict[str, Any]]:
+def _traces(
+    run: Run, curve: Sequence[Point], place: int, *, named: bool
+) -> Iterator[dict[str, Any]]:
     evaluations = [each for each in run.history.evaluations if each.top1 is not None]
     points = [each for each in curve if each.top1 is not None]
     line = {"color": color(place), "width": 1.2}
     if points:
-        yield _scatter(run, points, named=named and not evaluations, mode="lines", line=line, opacity=0.75)
+        yield _scatter(
+            run, points, named=named and not evaluations, mode="lines", line=line, opacity=0.75
+        )
     if evaluations:
         line |= {"width": 2, "dash": "dot"}
         marker = {"symbol": symbol(place), "size": 10}
-        yield _scatter(run, evaluations, named=named, mode="lines+markers", line=line, marker=marker)
+        yield _scatter(
+            run, evaluations, named=named, mode="lines+markers", line=line, marker=marker
+        )
 
 
 def _scatter(run: Run, points: Sequence[Point], *, named: bool, **about: Any) -> dict[str, Any]:
@@ -183,11 +212,25 @@ def _scatter(run: Run, points: Sequence[Point], *, named: bool, **about: Any) ->
 
 
 def _rows(run: Run, curve: Sequence[Point]) -> Iterator[tuple[Cell, ...]]:
-    kinds = {"training": curve, "evaluation": run.history.evaluations, "restart": run.history.restarts}
+    kinds = {
+        "training": curve,
+        "evaluation": run.history.evaluations,
+        "restart": run.history.restarts,
+    }
     for what, points in kinds.items():
         for each in points:
             epochs = _epochs(run, each.step)
-            yield (run.name, run.rule, run.seed, what, each.step, epochs, each.seconds, each.top1, each.loss)
+            yield (
+                run.name,
+                run.rule,
+                run.seed,
+                what,
+                each.step,
+                epochs,
+                each.seconds,
+                each.top1,
+                each.loss,
+            )
 
 
 def _mean(points: Sequence[Point], *, after: int) -> Point:
@@ -196,7 +239,11 @@ def _mean(points: Sequence[Point], *, after: int) -> Point:
     batches = [max(1, end - begin) for begin, end in itertools.pairwise(steps)]
 
     def mean(values: Sequence[float | None]) -> float | None:
-        known = [(value, count) for value, count in zip(values, batches, strict=True) if value is not None]
+        known = [
+            (value, count)
+            for value, count in zip(values, batches, strict=True)
+            if value is not None
+        ]
         total = sum(count for _, count in known)
         return sum(value * count for value, count in known) / total if known else None
 

@@ -15,7 +15,12 @@ from pipeline.units import counted
 
 _ROW = 24  # pixels of a layer
 _CATEGORIES = {"type": "category", "showgrid": False, "automargin": True}
-_DOWNWARDS = {"autorange": "reversed", "automargin": True, "showgrid": False, "tickfont": {"size": 11}}
+_DOWNWARDS = {
+    "autorange": "reversed",
+    "automargin": True,
+    "showgrid": False,
+    "tickfont": {"size": 11},
+}
 _FIGURES_FIT = 8  # columns on a phone with a number in each cell
 
 
@@ -41,15 +46,21 @@ def firing_rates(group: Group) -> Figure | Missing:
     samples = sorted({layer.samples for run in group.runs for layer in run.activity})
     counted_on = " or ".join(f"{count:,}" for count in samples)
     unlike = ", on fewer samples more of them" if len(samples) > 1 else ""
-    averages = ", ".join(f"{rule} {layers.mean(axis=1).mean():.1%}" for rule, layers in of_rule.items())
+    averages = ", ".join(
+        f"{rule} {layers.mean(axis=1).mean():.1%}" for rule, layers in of_rule.items()
+    )
     return Figure(
         name="firing-rates",
         title=title,
-        caption=f"Spikes per neuron and time step, the mean over runs, counted on {counted_on} samples "
-        "drawn from the last evaluation; on these, silent neurons never fired and saturated ones "
-        f"always did (in the table){unlike}.",
+        caption=(
+            f"Spikes per neuron and time step, the mean over runs, counted on {counted_on} samples"
+            " drawn from the last evaluation; on these, silent neurons never fired and saturated"
+            f" ones always did (in the table){unlike}."
+        ),
         alt=f"Mean firing rate over layers: {averages}.",
-        table=Table(columns=columns, rows=tuple(means.reset_index().itertuples(index=False, name=None))),
+        table=Table(
+            columns=columns, rows=tuple(means.reset_index().itertuples(index=False, name=None))
+        ),
         drawing=_stacked(of_rule, most=most),
     )
 
@@ -59,23 +70,38 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
     title = "Gradient fidelity: cosine with BPTT's gradient"
     of_rule = {rule: cosines for rule in group.rules if (cosines := _cosines(group, rule))}
     if not of_rule:
-        why = "no run compared its gradient with BPTT's; --set fidelity_every=1 does after each epoch"
-        return Missing(title=title, why=_still_to_come(run for run in group.runs if run.rule != group.against) or why)
+        why = (
+            "no run compared its gradient with BPTT's; --set fidelity_every=1 does after each epoch"
+        )
+        return Missing(
+            title=title,
+            why=_still_to_come(run for run in group.runs if run.rule != group.against) or why,
+        )
     layers = list(dict.fromkeys(layer for cosines in of_rule.values() for layer in cosines))
     rows = [(layer, rule, of_rule[rule].get(layer)) for layer in layers for rule in of_rule]
     known = [(value, layer, rule) for layer, rule, value in rows if value is not None]
     least = min([0.0, *(value for value, _, _ in known)])
 
     z = [[cosines.get(layer) for cosines in of_rule.values()] for layer in layers]
-    heat = _map(z, x=[plain(rule) for rule in of_rule], y=layers, least=least, most=1.0, written=".2f")
-    said = "none is known" if not known else "the lowest is {0:.2f}, of {2} in {1}".format(*min(known))
+    heat = _map(
+        z, x=[plain(rule) for rule in of_rule], y=layers, least=least, most=1.0, written=".2f"
+    )
+    said = (
+        "none is known" if not known else "the lowest is {0:.2f}, of {2} in {1}".format(*min(known))
+    )
     away = ", below 0: away from it" if least < 0 else ""
     return Figure(
         name="gradient-fidelity",
         title=title,
-        caption=f"1: the same direction as BPTT's gradient, 0: at a right angle{away}; on one batch, at the weights of the "
-        "newest comparison, the mean over runs; a rule that draws its time steps is drawn once in each.",
-        alt=f"Cosines of {counted(len(of_rule), 'rule')} in {counted(len(layers), 'layer')}: {said}.",
+        caption=(
+            f"1: the same direction as BPTT's gradient, 0: at a right angle{away}; on one batch, at"
+            " the weights of the newest comparison, the mean over runs; a rule that draws its time"
+            " steps is drawn once in each."
+        ),
+        alt=(
+            f"Cosines of {counted(len(of_rule), 'rule')} in {counted(len(layers), 'layer')}:"
+            f" {said}."
+        ),
         table=Table(columns=("layer", "rule", "cosine"), rows=tuple(rows)),
         drawing=_single(heat, layers),
     )
@@ -84,27 +110,41 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
 def temporal_share(group: Group) -> Figure | Missing:
     """Layer x epoch: the share of BPTT's gradient that comes through time, which SLTT drops."""
     title = "Temporal share of BPTT's gradient"
-    looked = [run for run in group.runs if any(each.temporal_share for each in run.history.fidelity)]
+    looked = [
+        run for run in group.runs if any(each.temporal_share for each in run.history.fidelity)
+    ]
     if not looked:
         why = "no run compared gradients; --set fidelity_every=1 does after each epoch"
         return Missing(title=title, why=_still_to_come(group.runs) or why)
-    run = next((run for run in looked if run.rule == "SLTT"), looked[0])  # whose weights came of dropping it
+    run = next(
+        (run for run in looked if run.rule == "SLTT"), looked[0]
+    )  # whose weights came of dropping it
     looks = run.history.fidelity
     layers = list(dict.fromkeys(layer for each in looks for layer in each.temporal_share))
     times = ["start" if each.epoch is None else f"epoch {each.epoch + 1}" for each in looks]
     moments = list(zip(times, looks, strict=True))
-    rows = [(layer, time, each.temporal_share.get(layer)) for layer in layers for time, each in moments]
+    rows = [
+        (layer, time, each.temporal_share.get(layer)) for layer in layers for time, each in moments
+    ]
 
     z = [[each.temporal_share.get(layer) for each in looks] for layer in layers]
     most = max([1.0, *(value for row in z for value in row if value is not None)])
     heat = _map(z, x=times, y=layers, most=most, written=".2f")
-    known = [(value, layer) for layer, time, value in rows if time == times[-1] and value is not None]
+    known = [
+        (value, layer) for layer, time, value in rows if time == times[-1] and value is not None
+    ]
     said = "nothing is known" if not known else "it is largest in {1}, {0:.2f}".format(*max(known))
     return Figure(
         name="temporal-share",
         title=title,
-        caption=f"|g_BPTT - g_SLTT| / |g_BPTT| of each layer's weights on one batch, in the run {run.name}.",
-        alt=f"In {counted(len(layers), 'layer')} at {counted(len(times), 'moment')}; at the last, {times[-1]}, {said}.",
+        caption=(
+            "|g_BPTT - g_SLTT| / |g_BPTT| of each layer's weights on one batch, in the run"
+            f" {run.name}."
+        ),
+        alt=(
+            f"In {counted(len(layers), 'layer')} at {counted(len(times), 'moment')}; at the last,"
+            f" {times[-1]}, {said}."
+        ),
         table=Table(columns=("layer", "moment", "temporal share"), rows=tuple(rows)),
         drawing=_single(heat, layers),
     )
@@ -154,7 +194,11 @@ def _map(
         "ygap": 2,
         "texttemplate": f"%{{z:{written}}}" if fits else "",
         "textfont": {"size": 11},
-        "colorbar": {"thickness": 10, "outlinewidth": 0, "tickformat": ".0%" if "%" in written else ".1f"},
+        "colorbar": {
+            "thickness": 10,
+            "outlinewidth": 0,
+            "tickformat": ".0%" if "%" in written else ".1f",
+        },
         "hovertemplate": f"%{{y}}, %{{x}}: %{{z:{written}}}<extra></extra>",
         **about,
     }
@@ -175,8 +219,19 @@ def _stacked(of_rule: Mapping[str, Any], *, most: float) -> dict[str, Any]:
         of = "" if place == 1 else str(place)
         bottom = max(0.0, top - len(layers) / sum(rows) * (1 - gap * (len(rows) - 1)))
         layout[f"yaxis{of}"] = {**_DOWNWARDS, "domain": [bottom, top], "anchor": f"x{of}"}
-        layout[f"xaxis{of}"] = {**_CATEGORIES, "anchor": f"y{of}", "showticklabels": place == len(rows)}
-        at = {"x": 0, "xref": "paper", "xanchor": "left", "y": top, "yref": "paper", "yanchor": "bottom"}
+        layout[f"xaxis{of}"] = {
+            **_CATEGORIES,
+            "anchor": f"y{of}",
+            "showticklabels": place == len(rows),
+        }
+        at = {
+            "x": 0,
+            "xref": "paper",
+            "xanchor": "left",
+            "y": top,
+            "yref": "paper",
+            "yanchor": "bottom",
+        }
         titles.append({**at, "text": plain(rule), "showarrow": False, "font": {"size": 13}})
         about = {"xaxis": f"x{of}", "yaxis": f"y{of}", "showscale": place == 1}
         x, y = list(map(str, layers.columns)), list(map(str, layers.index))

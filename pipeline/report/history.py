@@ -156,7 +156,9 @@ def _joined(points: Sequence[Point], again: Sequence[Point]) -> list[Point]:
     if not again:
         return list(points)
     repeated = max((each.step for each in points if each.step <= again[-1].step), default=0)
-    return sorted([*points, *(each for each in again if each.step > repeated)], key=lambda each: each.step)
+    return sorted(
+        [*points, *(each for each in again if each.step > repeated)], key=lambda each: each.step
+    )
 
 
 def _fidelity(event: Event, step: int) -> Fidelity:

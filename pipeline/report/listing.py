@@ -76,8 +76,13 @@ def _cells(run: Run) -> tuple[str, ...]:
     step = "-" if run.step is None else f"{run.step}/{run.total_steps or '?'}"
     top1 = newest_top1(run)
     return (
-        run.name, run.state, rule, run.study[:8] or "-", step, "-" if top1 is None else f"{top1:.2%}"
-    )  # fmt: skip
+        run.name,
+        run.state,
+        rule,
+        run.study[:8] or "-",
+        step,
+        "-" if top1 is None else f"{top1:.2%}",
+    )
 
 
 def _suite_row(folder: Path) -> SuiteRow:

@@ -25,12 +25,17 @@ from pipeline.track.publish import log_report
 
 _NO_SWEEP = (
     "Memory and time against time steps",
-    "this study carries no sweep; spiketrain sweep RECIPE --steps 1,2,4,8,16 --format json > sweep.json, "
-    "then spiketrain report STUDY --sweep sweep.json",
+    (
+        "this study carries no sweep; spiketrain sweep RECIPE --steps 1,2,4,8,16 --format json >"
+        " sweep.json, then spiketrain report STUDY --sweep sweep.json"
+    ),
 )
 _NO_SCALING = (
     "Scaling over workers",
-    "no rule has finished on two numbers of workers, all else equal; spiketrain launch RECIPE --workers N with another N",
+    (
+        "no rule has finished on two numbers of workers, all else equal; spiketrain launch RECIPE"
+        " --workers N with another N"
+    ),
 )
 
 
@@ -56,12 +61,21 @@ def render(study: Study) -> str:
     compared = [group for group in groups if len(group.rules) > 1 or len(groups) == 1]
     alone = [group for group in groups if group not in compared]
     lone_views = ("time", "learning", "gradients")
-    sections = [section_of(each, f"g{at}", among=groups) for at, each in enumerate(compared, start=1)]
-    lone = [section_of(each, f"alone{at}", lone_views, among=groups) for at, each in enumerate(alone, start=1)]
+    sections = [
+        section_of(each, f"g{at}", among=groups) for at, each in enumerate(compared, start=1)
+    ]
+    lone = [
+        section_of(each, f"alone{at}", lone_views, among=groups)
+        for at, each in enumerate(alone, start=1)
+    ]
     memory = list(swept(study.sweeps))
     scaled = tables.scaling(study)
-    drawings = {key: drawing for each in (*sections, *lone) for key, drawing in each.drawings.items()}
-    drawings |= {f"{each.key}-{figure.name}": drawn(figure) for each in memory for figure in each.figures}
+    drawings = {
+        key: drawing for each in (*sections, *lone) for key, drawing in each.drawings.items()
+    }
+    drawings |= {
+        f"{each.key}-{figure.name}": drawn(figure) for each in memory for figure in each.figures
+    }
     missing = [reason for each in sections for reason in each.reasons]
     missing += [] if any(each.figures for each in memory) else [_NO_SWEEP]
     missing += [] if scaled else [_NO_SCALING]
@@ -100,6 +114,8 @@ def publish(found: Found, page: Path) -> list[str]:
     try:
         text = json.dumps(finite(own), allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ReportError(f"report: what {study.title} reports by itself must be JSON values; {error}") from error
+        raise ReportError(
+            f"report: what {study.title} reports by itself must be JSON values; {error}"
+        ) from error
     uri = tracking_uri(found.folders[0].parent)
     return log_report(page, found.folders, name=found.place.name, told=text, uri=uri)

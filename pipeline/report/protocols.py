@@ -1,7 +1,8 @@
-"""The two protocols of a comparison beside one another: the same settings for every rule, and each rule with its own best.
+"""The two protocols of a comparison beside one another: the same settings for every rule, and each
+rule with its own best.
 
-The trials, which chose, are listed with what they did on the part of the training set that they had held out.
-"""
+The trials, which chose, are listed with what they did on the part of the training set that they had
+held out."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ from pipeline.report.results import Run, read_run
 from pipeline.report.selection import written
 from pipeline.trials import best
 
-TITLES = {"shared": "shared: only the rule differs", "tuned": "tuned: each rule with its own best value of {fields}"}
+TITLES = {
+    "shared": "shared: only the rule differs",
+    "tuned": "tuned: each rule with its own best value of {fields}",
+}
 
 
 def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
@@ -40,7 +44,11 @@ def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any
         of_protocol = [run for run in read if run.protocol == protocol]
         for study in dict.fromkeys(run.study for run in of_protocol):
             members = [run for run in of_protocol if run.study == study]
-            say(console, title.format(fields=", ".join(members[0].recipe.get("tuned", ()))), style="bold")
+            say(
+                console,
+                title.format(fields=", ".join(members[0].recipe.get("tuned", ()))),
+                style="bold",
+            )
             if all(run.state == "diverged" for run in members):
                 for run in members:
                     say(console, f"{run.name} ({run.rule}) diverged")
@@ -83,8 +91,21 @@ def _print_trials(trials: list[dict[str, Any]], console: Console) -> None:
     rows = []
     for trial in trials:
         top1 = "diverged" if trial["top1"] is None else f"{trial['top1']:.2%}"
-        rows.append((trial["rule"], trial["field"], str(trial["value"]), top1, "taken" if trial["taken"] else ""))
-    print_table(console, ("rule", "field", number("value"), number("top-1"), ""), rows, title="trials, on a held-out part")
+        rows.append(
+            (
+                trial["rule"],
+                trial["field"],
+                str(trial["value"]),
+                top1,
+                "taken" if trial["taken"] else "",
+            )
+        )
+    print_table(
+        console,
+        ("rule", "field", number("value"), number("top-1"), ""),
+        rows,
+        title="trials, on a held-out part",
+    )
 
 
 def _search(run: Run) -> str:

@@ -56,7 +56,8 @@ def read_study(
         names: a suite, or runs and study keys as `compare` takes them; none: the newest study.
         sweeps: files that `spiketrain sweep --format json` printed.
         trust: packages of the user's own that a suite's report and recipes may be imported from.
-        reported: what the suite's own report has returned already; None: it is run, if there is one.
+        reported: what the suite's own report has returned already; None: it is run, if there is
+        one.
 
     Raises:
         ValueError: nothing answers to a name, a file is damaged, or a suite's own report cannot be
@@ -102,7 +103,10 @@ def _runs_of_suite(suite: Path, *, judges_alike: bool) -> tuple[list[Run], list[
     if not members:
         raise ReportError(f"report: {suite.name} has no run yet")
     if not judges_alike and has_report(suite):
-        raise ReportError(f"report: {suite.name} has a report of its own, so --against and --within have no effect on its claims")
+        raise ReportError(
+            f"report: {suite.name} has a report of its own, so --against and --within have no"
+            " effect on its claims"
+        )
     return _without_trials(members)
 
 
@@ -119,7 +123,9 @@ def _without_trials(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     return [run for run in runs if run.protocol != "trial"], trials
 
 
-def _with_their_baseline(everything: Sequence[Run], runs: Sequence[Run], against: str) -> tuple[list[Run], list[str]]:
+def _with_their_baseline(
+    everything: Sequence[Run], runs: Sequence[Run], against: str
+) -> tuple[list[Run], list[str]]:
     """The runs of each study and machine, with those of the baseline that they lack.
 
     A note says why there are none.
@@ -134,7 +140,9 @@ def _with_their_baseline(everything: Sequence[Run], runs: Sequence[Run], against
     return list({run.folder.resolve(): run for run in (*found, *runs)}.values()), notes
 
 
-def _own_report(suite: Path, trust: tuple[str, ...], reported: Reported | None) -> tuple[Returned, str, list[str]]:
+def _own_report(
+    suite: Path, trust: tuple[str, ...], reported: Reported | None
+) -> tuple[Returned, str, list[str]]:
     """What the suite's report returns and prints, or a note that it waits for runs.
 
     Raises:
@@ -154,7 +162,8 @@ def _own_report(suite: Path, trust: tuple[str, ...], reported: Reported | None) 
     except ValueError as error:
         why = str(error).removeprefix("compare: ")
         raise ReportError(
-            f"report: what {suite.name} reports by itself cannot be made; its runs can be named instead: {why}"
+            f"report: what {suite.name} reports by itself cannot be made; its runs can be named"
+            f" instead: {why}"
         ) from error
     return returned(reported.value, suite.name), reported.printed, []
 

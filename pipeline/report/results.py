@@ -75,7 +75,9 @@ def at(value: Any, path: str) -> Any:
     return value
 
 
-def _sum(*paths: str, minus: Sequence[str] = (), minus_any: Sequence[str] = ()) -> Callable[[Mapping[str, Any]], float | None]:
+def _sum(
+    *paths: str, minus: Sequence[str] = (), minus_any: Sequence[str] = ()
+) -> Callable[[Mapping[str, Any]], float | None]:
     """A sum of numbers of a summary; None without one of them, but for those in `minus_any`."""
 
     def total(summary: Mapping[str, Any]) -> float | None:
@@ -96,26 +98,46 @@ ENERGY_MEASURED = "inference.measured_j"
 METRICS = [
     Metric("top1", "top-1", "share", "more"),
     Metric(
-        "peak_saved_bytes", "saved bytes", "B", "less",
-        about="the peak of what autograd keeps for backward at one moment, without parameters, "
-        "counted on the second batch of each start of a run and on every "
-        f"{MEMORY_EVERY}th after it, or on the next one where that is skipped",
+        "peak_saved_bytes",
+        "saved bytes",
+        "B",
+        "less",
+        about=(
+            "the peak of what autograd keeps for backward at one moment, without parameters, "
+            "counted on the second batch of each start of a run and on every "
+            f"{MEMORY_EVERY}th after it, or on the next one where that is skipped"
+        ),
     ),
     Metric(KEPT, "saved bytes and states", "B", "less", _sum("peak_saved_bytes", "state_bytes")),
     Metric("images_per_s", "images/s", "rate", "more"),
     Metric(
-        "wall_s", "wall clock", "s", "less", _sum("wall_s", minus=["startup_s"], minus_any=["fidelity_s"]),
-        about="the time of a run from the end of its first batch to its last line, with restarts, "
-        "without their start-up and without comparisons of its gradient with BPTT's",
+        "wall_s",
+        "wall clock",
+        "s",
+        "less",
+        _sum("wall_s", minus=["startup_s"], minus_any=["fidelity_s"]),
+        about=(
+            "the time of a run from the end of its first batch to its last line, with restarts, "
+            "without their start-up and without comparisons of its gradient with BPTT's"
+        ),
     ),
     Metric(
-        COMPUTE, "compute time", "s", "less", _sum("steady_forward_s", "steady_backward_s"),
+        COMPUTE,
+        "compute time",
+        "s",
+        "less",
+        _sum("steady_forward_s", "steady_backward_s"),
         about="forward and backward of a steady batch, in the mean",
     ),
     Metric(
-        ENERGY, "inference energy", "J", "less",
-        about="an estimate from measured operations, of arithmetic alone, for one sample; "
-        "never a measurement",
+        ENERGY,
+        "inference energy",
+        "J",
+        "less",
+        about=(
+            "an estimate from measured operations, of arithmetic alone, for one sample; "
+            "never a measurement"
+        ),
     ),
     Metric(ENERGY_MEASURED, "joules of an inference, measured", "J", "less"),
     Metric("state_bytes", "states beside saved bytes", "B"),
@@ -138,7 +160,7 @@ METRICS = [
     Metric("held.optimizer", "optimizer", "B"),
     Metric("held.teacher", "teacher", "B"),
     Metric("held.rule", "the rule's own", "B"),
-]  # fmt: skip
+]
 
 
 def metric(name: str) -> Metric:
@@ -371,8 +393,13 @@ def frame(runs: Iterable[Run]) -> pd.DataFrame:
     for run in runs:
         refuse_damage(run)
     metrics = expanded(run.summary for run in runs)
-    about = pd.DataFrame([_about(run) for run in runs], columns=list(_about(Run(name="", state="new"))))
-    values = [[None if run.summary is None else each.value(run.summary) for each in metrics] for run in runs]
+    about = pd.DataFrame(
+        [_about(run) for run in runs], columns=list(_about(Run(name="", state="new")))
+    )
+    values = [
+        [None if run.summary is None else each.value(run.summary) for each in metrics]
+        for run in runs
+    ]
     numbers = pd.DataFrame(values, columns=[each.name for each in metrics], dtype=float)
     return pd.concat([about, numbers], axis=1)
 
@@ -446,7 +473,10 @@ def places(run: Run, *, between: str = ", ") -> str:
 
     Loader threads are named where they changed on the way.
     """
-    texts = [between.join(filter(None, (machine(on.hardware), _workers(run, on)))) for on in run.trained_on]
+    texts = [
+        between.join(filter(None, (machine(on.hardware), _workers(run, on))))
+        for on in run.trained_on
+    ]
     return ", then ".join(texts) or machine({})
 
 
@@ -458,7 +488,9 @@ def micro_batches(run: Run) -> str:
 
 def loaders(on: TrainedOn) -> str:
     """`with 1 loader thread`; empty where it is not known."""
-    return "" if on.loader_threads is None else f"with {counted(on.loader_threads, 'loader thread')}"
+    return (
+        "" if on.loader_threads is None else f"with {counted(on.loader_threads, 'loader thread')}"
+    )
 
 
 def _workers(run: Run, on: TrainedOn) -> str:

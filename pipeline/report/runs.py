@@ -141,7 +141,9 @@ def recipe_of(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def _found(runs_dir: Path, text: str, folders: Sequence[Path], *, is_one: Callable[[Path], bool], what: str) -> Path:
+def _found(
+    runs_dir: Path, text: str, folders: Sequence[Path], *, is_one: Callable[[Path], bool], what: str
+) -> Path:
     for folder in (runs_dir / text, Path(text)):
         if is_one(folder):
             return _absolute(folder)

@@ -39,12 +39,17 @@ def newest_study(runs_dir: Path, runs: Sequence[Run]) -> list[Run]:
         raise ComparisonError(f"compare: no finished run in {runs_dir}; {there}")
     newest = next((run for run in reversed(finished) if run.protocol != "trial"), None)
     if newest is None:
-        why = f"{counted(len(finished), 'trial')} on a held-out part, no runs to set beside one another"
+        why = (
+            f"{counted(len(finished), 'trial')} on a held-out part, no runs to set beside one"
+            " another"
+        )
         raise ComparisonError(f"compare: no finished run in {runs_dir} but {why}")
     return [run for run in runs if run.study == newest.study]
 
 
-def named(runs_dir: Path, names: Sequence[str | os.PathLike[str]], runs: Sequence[Run]) -> list[Run]:
+def named(
+    runs_dir: Path, names: Sequence[str | os.PathLike[str]], runs: Sequence[Run]
+) -> list[Run]:
     """The runs that names, paths and study keys mean, in the order of the names.
 
     Raises:
@@ -58,7 +63,9 @@ def named(runs_dir: Path, names: Sequence[str | os.PathLike[str]], runs: Sequenc
             folder = find_run(runs_dir, text, among=[run.folder for run in runs]).resolve()
             members = [known.get(folder) or read_run(folder)]
         elif len(keys) > 1:
-            raise ComparisonError(f"compare: {text!r} begins several study keys: {', '.join(sorted(keys))}")
+            raise ComparisonError(
+                f"compare: {text!r} begins several study keys: {', '.join(sorted(keys))}"
+            )
         else:
             members = [run for run in runs if run.study in keys]
         found |= {run.folder.resolve(): run for run in members}
@@ -81,10 +88,14 @@ def refuse_unlike(runs: Sequence[Run]) -> None:
         for other in (runs[0], namesakes.setdefault(run.rule, run)):
             if found := differences(other, run):
                 what = f"differ in more than the rule and the seed: {listed(found)}"
-                raise ComparisonError(f"compare: {other.name} and {run.name} {what}; name runs that agree")
+                raise ComparisonError(
+                    f"compare: {other.name} and {run.name} {what}; name runs that agree"
+                )
 
 
-def with_baseline(runs: Sequence[Run], finished: list[Run], against: str) -> tuple[list[Run], list[str]]:
+def with_baseline(
+    runs: Sequence[Run], finished: list[Run], against: str
+) -> tuple[list[Run], list[str]]:
     """Add the study's runs of each kind of the baseline that is missing and may be compared.
 
     BPTT in slices of time is such a kind, as it may be the faster. Where no baseline can be added,
@@ -100,9 +111,11 @@ def with_baseline(runs: Sequence[Run], finished: list[Run], against: str) -> tup
     kinds = [
         run
         for run in runs
-        if run.study == reference.study and run.is_finished and run.rule not in there
+        if run.study == reference.study
+        and run.is_finished
+        and run.rule not in there
         and is_baseline(run.rule, against)
-    ]  # fmt: skip
+    ]
     kinds.sort(key=lambda run: run.rule != against)
     fit = [run for run in kinds if not differences(run, reference)]
     if against in there:
@@ -138,7 +151,9 @@ def differences(a: Run, b: Run) -> list[Differing]:
     return found if a.study == b.study else _explained(a, b) + found
 
 
-def trained_apart(mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> Iterator[Differing]:
+def trained_apart(
+    mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]
+) -> Iterator[Differing]:
     """The fields of what two runs were trained on that differ.
 
     Where one changed on the way, its values are in a list: `[2, 1]`.
@@ -168,7 +183,9 @@ def _columns(trained_on: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`hardware.cpu` and the like with their values, each once; a single one stands alone."""
     columns: dict[str, list[Any]] = {}
     for each in trained_on:
-        machine = {f"hardware.{name}": value for name, value in (each.get("hardware") or {}).items()}
+        machine = {
+            f"hardware.{name}": value for name, value in (each.get("hardware") or {}).items()
+        }
         for name, value in {**each, **machine}.items():
             if name != "hardware" and value not in columns.setdefault(name, []):
                 columns[name].append(value)

@@ -168,8 +168,8 @@ def open_store(uri: str) -> Store:
     if uri.startswith(SQLITE) or "://" not in uri:
         return SqliteStore(Path(uri.removeprefix(SQLITE)))
     raise StoreError(
-        f"store {without_password(uri)} must be sqlite:///FILE or the address of a server; start one "
-        "for it: mlflow server --backend-store-uri URI"
+        f"store {without_password(uri)} must be sqlite:///FILE or the address of a server; start"
+        " one for it: mlflow server --backend-store-uri URI"
     )
 
 
@@ -307,14 +307,19 @@ class SqliteStore:
             rows = connection.execute(query, () if study is None else (study,)).fetchall()
             for run in {row[0] for row in rows}:
                 found = connection.execute(latest, (run,)).fetchall()
-                metrics[run] = {key: math.nan if is_nan else value for key, value, is_nan, _ in found}
+                metrics[run] = {
+                    key: math.nan if is_nan else value for key, value, is_nan, _ in found
+                }
                 times[run] = max((time for *_, time in found), default=0)
         return sorted(_runs(rows, times, metrics), key=lambda run: run.started, reverse=True)
 
     def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
         with self._connection() as connection:
             rows = connection.execute(_HISTORY, (run_id, metric, since)).fetchall()
-        return [Point(step, time / 1000, math.nan if is_nan else value) for step, time, value, is_nan in rows]
+        return [
+            Point(step, time / 1000, math.nan if is_nan else value)
+            for step, time, value, is_nan in rows
+        ]
 
     def text(self, run_id: str, name: str) -> str | None:
         _refuse_unknown_artifact(name)
@@ -372,7 +377,9 @@ class SqliteStore:
         except (FileNotFoundError, NotADirectoryError):
             facts = None
         except OSError as error:
-            raise StoreError(f"store {self.file} cannot be read ({error.strerror}); {_READABLE}") from error
+            raise StoreError(
+                f"store {self.file} cannot be read ({error.strerror}); {_READABLE}"
+            ) from error
         if facts is None or not stat.S_ISREG(facts.st_mode):
             advice = "launch a run, or name another by MLFLOW_TRACKING_URI"
             raise StoreError(f"store {self.file} does not exist; {advice}")
@@ -385,7 +392,10 @@ class SqliteStore:
             connection.execute("select 1 from alembic_version").fetchall()
         except sqlite3.OperationalError as error:
             connection.close()
-            if error.sqlite_errorcode not in (sqlite3.SQLITE_READONLY_ROLLBACK, sqlite3.SQLITE_CANTOPEN):
+            if error.sqlite_errorcode not in (
+                sqlite3.SQLITE_READONLY_ROLLBACK,
+                sqlite3.SQLITE_CANTOPEN,
+            ):
                 raise
             connection = self._open("rw")
         except sqlite3.DatabaseError:
@@ -394,13 +404,17 @@ class SqliteStore:
         return connection
 
     def _open(self, mode: str) -> sqlite3.Connection:
-        return sqlite3.connect(f"file:{quote(str(self.file))}?mode={mode}", uri=True, timeout=LOCKED_S)
+        return sqlite3.connect(
+            f"file:{quote(str(self.file))}?mode={mode}", uri=True, timeout=LOCKED_S
+        )
 
 
 def _explained(error: sqlite3.OperationalError) -> str:
     text = str(error)
     if "locked" in text or "busy" in text:
-        return f"is locked by another process for over {LOCKED_S:g} s; try again, or end who holds it"
+        return (
+            f"is locked by another process for over {LOCKED_S:g} s; try again, or end who holds it"
+        )
     if "no such table: alembic_version" in text:
         advice = "look again, name another, or move it away: `spiketrain sync RUN` fills a new one"
         return f"is no MLflow store, or is being made; {advice}"
@@ -410,7 +424,9 @@ def _explained(error: sqlite3.OperationalError) -> str:
     return f"cannot be read ({text}); {_READABLE}"
 
 
-def _runs(rows: list[tuple], times: Mapping[str, int], metrics: Mapping[str, dict[str, float]]) -> list[StoredRun]:
+def _runs(
+    rows: list[tuple], times: Mapping[str, int], metrics: Mapping[str, dict[str, float]]
+) -> list[StoredRun]:
     """From rows of which there is one for each tag of a run."""
     tags: dict[str, dict[str, str]] = {}
     heads: dict[str, tuple[Any, ...]] = {}
@@ -454,7 +470,11 @@ class ServerStore:
     def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
         with self._in_a_line():
             found = connect(self.uri).get_metric_history(run_id, metric)
-        points = [Point(each.step, each.timestamp / 1000, each.value) for each in found if each.step > since]
+        points = [
+            Point(each.step, each.timestamp / 1000, each.value)
+            for each in found
+            if each.step > since
+        ]
         return sorted(points, key=lambda point: point.step)
 
     def text(self, run_id: str, name: str) -> str | None:
@@ -481,17 +501,23 @@ class ServerStore:
             with self._in_a_line():
                 client.get_run(run_id)  # a store that does not answer is in trouble as a whole
             why = f"{name} of run {run_id} cannot be read ({reason(self.uri, error)})"
-            raise ArtifactError(f"store {without_password(self.uri)}: {why}; look at it by hand") from error
+            raise ArtifactError(
+                f"store {without_password(self.uri)}: {why}; look at it by hand"
+            ) from error
 
     def _search(self, text: str, *, metrics: bool) -> list[StoredRun]:
         with self._in_a_line():
             client = connect(self.uri)
-            pages = _pages(lambda token: client.search_experiments(max_results=_PAGE, page_token=token))
+            pages = _pages(
+                lambda token: client.search_experiments(max_results=_PAGE, page_token=token)
+            )
             names = {experiment.experiment_id: experiment.name for experiment in pages}
             ids = list(names)
             if not ids:
                 return []
-            runs = _pages(lambda token: client.search_runs(ids, text, max_results=_PAGE, page_token=token))
+            runs = _pages(
+                lambda token: client.search_runs(ids, text, max_results=_PAGE, page_token=token)
+            )
             return [_stored(run, names[run.info.experiment_id], metrics=metrics) for run in runs]
 
     @contextmanager
@@ -515,7 +541,9 @@ def _pages(ask: Callable[[str | None], Any]) -> Iterator[Any]:
 
 
 def _stored(run: MlflowRun, experiment: str, *, metrics: bool) -> StoredRun:
-    times = [metric.timestamp for metric in run.data._metric_objs]  # `metrics` has no times (3.17.2)
+    times = [
+        metric.timestamp for metric in run.data._metric_objs
+    ]  # `metrics` has no times (3.17.2)
     return StoredRun(
         id=run.info.run_id,
         name=run.info.run_name or run.info.run_id,

@@ -35,11 +35,13 @@ if TYPE_CHECKING:
 WITHIN = 0.7  # points of accuracy: the loss that SLTT and OTTT claim at most
 _OF_TIME = (COMPUTE, "wall_s", "net_s", "images_per_s")
 FOLDED_ALONE = (
-    f"times are divided by those of {BASELINE} folded over time; step by step, which may be faster, none among these has finished"
+    f"times are divided by those of {BASELINE} folded over time; step by step, which may be faster,"
+    " none among these has finished"
 )
 RECOMPUTED = f"{BASELINE}-recompute"
 RECOMPUTES_NOTHING = (
-    f"bytes are divided by those of {BASELINE} that recomputes nothing; no {RECOMPUTED}, which keeps less, has finished"
+    f"bytes are divided by those of {BASELINE} that recomputes nothing; no {RECOMPUTED}, which"
+    " keeps less, has finished"
 )
 
 
@@ -311,13 +313,17 @@ def _described(recipe: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _keywords(part: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={_python(value)}" for name, value in (part.get("kwargs") or {}).items())
+    return ", ".join(
+        f"{name}={_python(value)}" for name, value in (part.get("kwargs") or {}).items()
+    )
 
 
 def _python(value: Any) -> str:
     """A part of a recipe as Python writes it: `SLTT(k=1)`."""
     is_part = isinstance(value, Mapping) and "target" in value
-    return f"{str(value['target']).rpartition('.')[2]}({_keywords(value)})" if is_part else str(value)
+    return (
+        f"{str(value['target']).rpartition('.')[2]}({_keywords(value)})" if is_part else str(value)
+    )
 
 
 def _notes(group: Group) -> Iterator[str]:
@@ -330,44 +336,72 @@ def _notes(group: Group) -> Iterator[str]:
     for run in group.runs:
         if how := _divergence(run):
             advice = what_to_change(run.recipe)
-            yield f"{run.name} ({run.rule}) {how}: its figures and ratios compare no rules; {advice}"
+            yield (
+                f"{run.name} ({run.rule}) {how}: its figures and ratios compare no rules; {advice}"
+            )
     commits = sorted({commit for run in group.finished for commit in run.commits})
     if len(commits) > 1:
         yield f"the runs are of different commits: {', '.join(commits)}"
     for rule, runs in of_rule.items():
         for seed, times in Counter(run.seed for run in runs).items():
             if times > 1:
-                yield (f"{rule} has {times} runs of seed {seed}, which count as one, their mean, in ratios and differences")
+                yield (
+                    f"{rule} has {times} runs of seed {seed}, which count as one, their mean, in"
+                    " ratios and differences"
+                )
     yield from _notes_on_clocks(group, of_rule)
-    uncounted = [rule for rule, runs in of_rule.items() if any(run.value("peak_saved_bytes") is None for run in runs)]
+    uncounted = [
+        rule
+        for rule, runs in of_rule.items()
+        if any(run.value("peak_saved_bytes") is None for run in runs)
+    ]
     if uncounted:
         why = "no batch was whole on which bytes are counted"
         yield f"saved bytes were not measured in runs of {', '.join(uncounted)}, in which {why}"
     unknown = {name for run in group.finished for name in _not_counted(run)}
     if unknown:
-        yield (f"operations, and the energy of an inference, leave out what no count knows: {', '.join(sorted(unknown))}")
+        yield (
+            "operations, and the energy of an inference, leave out what no count knows:"
+            f" {', '.join(sorted(unknown))}"
+        )
     if group.has_baseline:
-        yield from _notes_on_divisions(group, {rule: {run.seed for run in runs} for rule, runs in of_rule.items()})
+        yield from _notes_on_divisions(
+            group, {rule: {run.seed for run in runs} for rule, runs in of_rule.items()}
+        )
 
 
 def _notes_on_clocks(group: Group, of_rule: Mapping[str, Sequence[Run]]) -> Iterator[str]:
     """What wall clocks have in them, and what they leave out."""
-    restarts = {rule: sum(run.value("restarts") or 0 for run in runs) for rule, runs in of_rule.items()}
+    restarts = {
+        rule: sum(run.value("restarts") or 0 for run in runs) for rule, runs in of_rule.items()
+    }
     if texts := [f"{times:g} of {rule}" for rule, times in restarts.items() if times]:
-        yield f"wall clocks have restarts in them, with the batches that each lost: {', '.join(texts)}"
+        yield (
+            "wall clocks have restarts in them, with the batches that each lost:"
+            f" {', '.join(texts)}"
+        )
     startup = {rule: group.spread(rule, "startup_s") for rule in of_rule}
-    texts = [f"{shown(each.mean, kind='s')} of {rule}" for rule, each in startup.items() if each and each.mean]
+    texts = [
+        f"{shown(each.mean, kind='s')} of {rule}"
+        for rule, each in startup.items()
+        if each and each.mean
+    ]
     if texts:
-        yield f"wall clocks leave out start-up, which ends with each start's first batch: {', '.join(texts)}"
-    looked = [rule for rule, runs in of_rule.items() if any(run.value("fidelity_s") for run in runs)]
+        yield (
+            "wall clocks leave out start-up, which ends with each start's first batch:"
+            f" {', '.join(texts)}"
+        )
+    looked = [
+        rule for rule, runs in of_rule.items() if any(run.value("fidelity_s") for run in runs)
+    ]
     if looked:
         of = f"in runs of {', '.join(looked)}"
         yield f"wall clocks leave out what comparing gradients with BPTT's took, {of}"
         if others := [rule for rule in of_rule if rule not in looked]:
             yield (
-                f"runs of {', '.join(looked)} compared gradients, and those of {', '.join(others)} did "
-                "not: one that has may compute some 2 % slower from then on, so a difference as small "
-                "is none"
+                f"runs of {', '.join(looked)} compared gradients, and those of {', '.join(others)}"
+                " did not: one that has may compute some 2 % slower from then on, so a difference"
+                " as small is none"
             )
 
 
@@ -411,7 +445,10 @@ def _notes_on_divisions(group: Group, seeds: Mapping[str, set[int]]) -> Iterator
     if faster != group.against:
         times = "images/s, wall clock and compute time"
         yield f"{times} are divided by {faster}'s, the faster {group.against}"
-        divided = {group.against: "its top-1 and bytes are not divided", faster: "its times are not divided"}
+        divided = {
+            group.against: "its top-1 and bytes are not divided",
+            faster: "its times are not divided",
+        }
     for rule in seeds:
         for base, what in divided.items():
             if not seeds[rule] & seeds[base]:

@@ -16,7 +16,12 @@ from pipeline.command_line import how_to_resume
 from pipeline.printing import new_console, say
 from pipeline.report.compare import finite, print_studies
 from pipeline.report.results import read_run, read_runs
-from pipeline.report.runs import AmbiguousName, ReportError, find_run_or_suite, run_and_suite_folders
+from pipeline.report.runs import (
+    AmbiguousName,
+    ReportError,
+    find_run_or_suite,
+    run_and_suite_folders,
+)
 from pipeline.report.selection import is_study
 from pipeline.report.study import WITHIN
 from pipeline.suite import Report, SuiteFile, is_suite, runs_of
@@ -103,7 +108,8 @@ def print_suite(
     report = None if format == "csv" else SuiteFile.read(folder, trust=trust).suite.report
     if report is not None and (against, within) != (BASELINE, WITHIN):
         raise ValueError(
-            f"compare: {folder.name} has a report of its own, so --against and --within have no effect; got {against}, {within:g}"
+            f"compare: {folder.name} has a report of its own, so --against and --within have no"
+            f" effect; got {against}, {within:g}"
         )
     runs, over = runs_of(folder), over_in(folder)
     if format == "json" and report is not None:
@@ -130,7 +136,13 @@ def print_suite(
     return None
 
 
-def _print_json(folder: Path, report: Report, runs: Mapping[str, Path], over: Mapping[str, Path], console: Console) -> None:
+def _print_json(
+    folder: Path,
+    report: Report,
+    runs: Mapping[str, Path],
+    over: Mapping[str, Path],
+    console: Console,
+) -> None:
     if len(over) < len(runs):
         have = f"{len(over)} of {len(runs)} runs have"
         raise ValueError(f"compare: {folder.name} must have finished; {have}")

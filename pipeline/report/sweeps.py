@@ -1,4 +1,6 @@
-"""Sweeps over time steps, as `spiketrain sweep --format json` prints them: what pages show of one."""
+"""Sweeps over time steps, as `spiketrain sweep --format json` prints them: what pages show of
+one.
+"""
 
 from __future__ import annotations
 
@@ -46,13 +48,18 @@ def largest(sweep: Mapping[str, Any]) -> list[Largest]:
         T, speed = point["time_steps"], _images_per_s(point)
         base_speed, base_batch = fastest.get(T, (None, None))
         ratio = None if speed is None or base_speed is None else speed / base_speed
-        found.append(Largest(str(point["cost"]["rule"]), T, point["largest_batch"], speed, base_batch, ratio))
+        found.append(
+            Largest(str(point["cost"]["rule"]), T, point["largest_batch"], speed, base_batch, ratio)
+        )
     return found
 
 
 def largest_batches(sweep: Mapping[str, Any]) -> Table | None:
     """One row for each rule and T; None where no largest batch was looked for."""
-    rows = [(each.rule, each.time_steps, each.batch, each.images_per_s, each.ratio) for each in largest(sweep)]
+    rows = [
+        (each.rule, each.time_steps, each.batch, each.images_per_s, each.ratio)
+        for each in largest(sweep)
+    ]
     limit = sweep.get("memory_bytes")
     batch = "largest batch" if limit is None else f"largest batch in {limit / 1e9:.3g} GB"
     speeds = ("images/s of its forward and backward", f"× the faster {BASELINE}'s")
@@ -91,7 +98,9 @@ def sweep_of(value: Any, where: str) -> Mapping[str, Any]:
             kept["memory_bytes"] = int(value["memory_bytes"])
         return {**kept, "points": [_point(point) for point in value["points"]]}
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise ReportError(f"report: {where} must hold what sweep --format json prints; {error!r}") from error
+        raise ReportError(
+            f"report: {where} must hold what sweep --format json prints; {error!r}"
+        ) from error
 
 
 def _point(value: Mapping[str, Any]) -> dict[str, Any]:

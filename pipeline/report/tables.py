@@ -90,14 +90,20 @@ def shown_of(group: Group, rule: str, metric: Metric, *, is_divided: bool = True
         return None
     ratio = group.ratios(rule, metric.name) if is_divided else None
     over = "" if ratio is None else f"×{ratio.mean:{'.2f' if ratio.mean >= 0.1 else '.3g'}}"
-    spread = "" if found.deviation is None else f"± {_text(metric, found.deviation, like=found.mean)}"
+    spread = (
+        "" if found.deviation is None else f"± {_text(metric, found.deviation, like=found.mean)}"
+    )
     return Shown(_text(metric, found.mean), spread, over)
 
 
 def columns_of_costs(group: Group) -> list[Metric]:
     """The compared metrics that a finished run measured, and those of every table."""
     finished = group.finished
-    return [each for each in compared() if each.name in _ALWAYS or any(run.value(each.name) is not None for run in finished)]
+    return [
+        each
+        for each in compared()
+        if each.name in _ALWAYS or any(run.value(each.name) is not None for run in finished)
+    ]
 
 
 def title(metric: Metric, runs: Iterable[Run]) -> str:
@@ -117,7 +123,11 @@ def headlines(group: Group) -> list[tuple[str, str]]:
     if not group.has_baseline:
         return []
     texts = {each.rule: each.text(group.within) for each in group.differences}
-    found = [(rule, _headline(group, rule, texts.get(rule))) for rule in group.rules if rule != group.against]
+    found = [
+        (rule, _headline(group, rule, texts.get(rule)))
+        for rule in group.rules
+        if rule != group.against
+    ]
     return [(rule, line) for rule, line in found if line]
 
 
@@ -125,7 +135,9 @@ def costs(group: Group) -> Table:
     """One row for each rule: means over seeds, and how many of its runs finished."""
     metrics = columns_of_costs(group)
     columns = ("rule", *(title(each, group.finished) for each in metrics), "finished runs")
-    return Table(columns=columns, rows=tuple(tuple(_costs(group, rule, metrics)) for rule in group.rules))
+    return Table(
+        columns=columns, rows=tuple(tuple(_costs(group, rule, metrics)) for rule in group.rules)
+    )
 
 
 def beside(group: Group) -> Table | None:
@@ -152,14 +164,18 @@ def held(group: Group) -> Table | None:
 
 def behind_the_rows(group: Group) -> Table:
     """By rule: what it is divided by, the choices that decide the comparison, and its seeds."""
-    rows = [{"rule": rule, **behind(group, rule), "seeds": _seeds(group, rule)} for rule in group.rules]
+    rows = [
+        {"rule": rule, **behind(group, rule), "seeds": _seeds(group, rule)} for rule in group.rules
+    ]
     return Table(columns=tuple(rows[0]), rows=tuple(tuple(row.values()) for row in rows))
 
 
 def behind(group: Group, rule: str) -> dict[str, str]:
     """The rules that a rule is divided by, and the choices that decide the comparison."""
     runs = group.of(rule)
-    conditions = (run.summary["conditions"] for run in runs if run.summary and run.summary.get("conditions"))
+    conditions = (
+        run.summary["conditions"] for run in runs if run.summary and run.summary.get("conditions")
+    )
     found, recipe = next(conditions, {}), runs[0].recipe
     choices = {
         "ratios to": group.against if group.has_baseline else "no baseline",
@@ -178,7 +194,9 @@ def behind(group: Group, rule: str) -> dict[str, str]:
 
 def claims(found: Sequence[Claim]) -> Table:
     columns = ("rule", "claim", "published", "held to", "ours", "holds?")
-    rows = [(c.about, c.claim, c.published, c.bound, c.ours, c.verdict or "not judged") for c in found]
+    rows = [
+        (c.about, c.claim, c.published, c.bound, c.ours, c.verdict or "not judged") for c in found
+    ]
     return Table(columns=columns, rows=tuple(rows))
 
 
@@ -186,7 +204,12 @@ def recipe_differences(study: Study) -> Table:
     """How the recipes and machines of each other group differ from those of the first."""
     first, *others = study.groups
     rows = [
-        (name, json.dumps(mine), json.dumps(theirs), *(named(each, among=study.groups) for each in (first, group)))
+        (
+            name,
+            json.dumps(mine),
+            json.dumps(theirs),
+            *(named(each, among=study.groups) for each in (first, group)),
+        )
         for group in others
         for name, mine, theirs in _apart(first.runs[0], group.runs[0])
     ]
@@ -196,7 +219,19 @@ def recipe_differences(study: Study) -> Table:
 
 def provenance(study: Study) -> Table:
     """Each run's state, machine and commit."""
-    columns = ("run", "rule", "seed", "study", "state", "step", "restarts", "hardware", "workers", "cores", "commit")
+    columns = (
+        "run",
+        "rule",
+        "seed",
+        "study",
+        "state",
+        "step",
+        "restarts",
+        "hardware",
+        "workers",
+        "cores",
+        "commit",
+    )
     rows = [
         (
             run.name,
@@ -206,7 +241,8 @@ def provenance(study: Study) -> Table:
             describe_state(run.state, run.heard),
             _progress(run),
             len(run.history.restarts),
-            "; then ".join(dict.fromkeys(machine(on.hardware) for on in run.trained_on)) or machine({}),
+            "; then ".join(dict.fromkeys(machine(on.hardware) for on in run.trained_on))
+            or machine({}),
             _in_turn(on.world_size for on in run.trained_on),
             _in_turn("its own" if on.own_cores else "shared" for on in run.trained_on),
             ", ".join(run.commits) or None,
@@ -225,9 +261,20 @@ def lone_runs(groups: Sequence[Group]) -> Table:
     for group in groups:
         for run in group.runs:
             alone = Group((run,), group.against)
-            found = [shown_of(alone, run.rule, each, is_divided=False) for each in (metric("top1"), *metrics)]
+            found = [
+                shown_of(alone, run.rule, each, is_divided=False)
+                for each in (metric("top1"), *metrics)
+            ]
             top1, *others = [each and each.in_a_line() for each in found]
-            rows.append((run.name, run.rule, run.seed, top1 if run.is_finished else _unfinished(run), *others))
+            rows.append(
+                (
+                    run.name,
+                    run.rule,
+                    run.seed,
+                    top1 if run.is_finished else _unfinished(run),
+                    *others,
+                )
+            )
     columns = ("run", "rule", "seed", "top-1", *(title(each, finished) for each in metrics))
     return Table(columns=columns, rows=tuple(rows))
 
@@ -245,9 +292,22 @@ def scaling(study: Study) -> Table | None:
         for run in group.finished:
             if run.workers and run.value("images_per_s") and _is_split_as_written(run, run.workers):
                 alike.setdefault(_but_for_workers(run), {}).setdefault(run.workers, []).append(run)
-    columns = ("rule", "workers", "images/s, measured", "its deviation", "speed-up", "efficiency", "over")
+    columns = (
+        "rule",
+        "workers",
+        "images/s, measured",
+        "its deviation",
+        "speed-up",
+        "efficiency",
+        "over",
+    )
     columns += ("runs", "study", "machine", "cores")
-    rows = [row for by_workers in alike.values() if len(by_workers) > 1 for row in _scaling_rows(by_workers)]
+    rows = [
+        row
+        for by_workers in alike.values()
+        if len(by_workers) > 1
+        for row in _scaling_rows(by_workers)
+    ]
     return Table(columns=columns, rows=tuple(rows)) if rows else None
 
 
@@ -264,7 +324,9 @@ def named(group: Group, *, among: Sequence[Group] = ()) -> str:
 
 
 def _text(metric: Metric, value: float, *, like: float | None = None) -> str:
-    """A quantity with its unit; a deviation is written in the unit of the mean that it is `like`."""
+    """A quantity with its unit; a deviation is written in the unit of the mean that it is
+    `like`.
+    """
     size, digits = (value, 4) if like is None else (like, 2)
     if metric.unit == "share":
         return f"{value:.2%}"
@@ -296,11 +358,17 @@ def _saved(group: Group, rule: str) -> Iterator[str]:
 def _without_interval(group: Group, rule: str) -> str:
     """Of a rule with at most one seed in common with the baseline; one that diverged fails."""
     base = group.by_seed(group.against, "top1")
-    points = [100 * (base[seed] - top1) for seed, top1 in group.by_seed(rule, "top1").items() if seed in base]
+    points = [
+        100 * (base[seed] - top1)
+        for seed, top1 in group.by_seed(rule, "top1").items()
+        if seed in base
+    ]
     of_one = f"{points[0]:+.2f} points of one seed, so without an interval" if points else ""
     text = f"{group.against} - {rule}: {of_one}" if of_one else ""
     if lost := group.describe_lost(rule):
-        return f"{text}{', and ' if text else ''}{lost}; at most {group.within:g} points below fails"
+        return (
+            f"{text}{', and ' if text else ''}{lost}; at most {group.within:g} points below fails"
+        )
     return text or f"no seed in common with {group.against}, so accuracies are not subtracted"
 
 
@@ -361,7 +429,9 @@ def _evaluated(recipe: Mapping[str, Any]) -> str:
     every = written(recipe, "evaluate_every")
     if every is None:
         return NOT_SAID
-    return {"0": "once, at the end", "1": "after each epoch"}.get(str(every), f"every {every} epochs")
+    return {"0": "once, at the end", "1": "after each epoch"}.get(
+        str(every), f"every {every} epochs"
+    )
 
 
 def _apart(first: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
@@ -371,7 +441,9 @@ def _apart(first: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
 
 def _shared(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Without the fields in which runs of a group may differ, and without what was tuned."""
-    kept = json.loads(json.dumps({name: value for name, value in recipe.items() if name not in VARIED}))
+    kept = json.loads(
+        json.dumps({name: value for name, value in recipe.items() if name not in VARIED})
+    )
     for key in (key for key in tuned_in(recipe) if written(recipe, key) is not None):
         *parts, last = key.split(".")
         inner: Any = kept
@@ -395,10 +467,24 @@ def _scaling_rows(by_workers: Mapping[int, Sequence[Run]]) -> Iterator[tuple[Cel
         assert found is not None, "each number of workers has a run"
         alone = alone or found.mean
         speed_up = found.mean / alone
-        about = (counted(fewest, "worker"), found.runs, runs[0].study[:8], machine(runs[0].hardware))
+        about = (
+            counted(fewest, "worker"),
+            found.runs,
+            runs[0].study[:8],
+            machine(runs[0].hardware),
+        )
         cores = "its own" if runs[0].trained_on[0].own_cores else "shared"
         efficiency = speed_up * fewest / workers
-        yield (runs[0].rule, workers, found.mean, found.deviation, speed_up, efficiency, *about, cores)
+        yield (
+            runs[0].rule,
+            workers,
+            found.mean,
+            found.deviation,
+            speed_up,
+            efficiency,
+            *about,
+            cores,
+        )
 
 
 def _is_split_as_written(run: Run, workers: int) -> bool:
@@ -413,5 +499,10 @@ def _but_for_workers(run: Run) -> str:
     """What must be equal: the study, the rule in the recipe, the machine and its share of it."""
     (on,) = run.trained_on
     rule = run.recipe.get("rule")
-    found = [run.study, rule if isinstance(rule, Mapping) else run.rule, on.loader_threads, on.own_cores]
+    found = [
+        run.study,
+        rule if isinstance(rule, Mapping) else run.rule,
+        on.loader_threads,
+        on.own_cores,
+    ]
     return json.dumps([*found, dict(on.hardware)], sort_keys=True, default=str)

@@ -24,7 +24,10 @@ from pipeline.units import rounded
 
 WEB = Path(__file__).parent / "web"
 FIGURES = {
-    "costs": (ratios, *(partial(trade_off, name=name) for name in ("wall_s", "peak_saved_bytes", ENERGY))),
+    "costs": (
+        ratios,
+        *(partial(trade_off, name=name) for name in ("wall_s", "peak_saved_bytes", ENERGY)),
+    ),
     "time": (time_parts,),
     "learning": (learning_curves,),
     "gradients": (gradient_fidelity, temporal_share, firing_rates),
@@ -51,7 +54,9 @@ class Section(NamedTuple):
         return [(each.title, f"{self.title}: {each.why}") for each in self.missing]
 
 
-def section_of(group: Group, key: str, views: Sequence[str] = (*FIGURES,), *, among: Sequence[Group] = ()) -> Section:
+def section_of(
+    group: Group, key: str, views: Sequence[str] = (*FIGURES,), *, among: Sequence[Group] = ()
+) -> Section:
     """The figures of some views of a group, which stands `among` others on the page."""
     makers = [make for view in views for make in FIGURES.get(view, ())]
     # Without a baseline there are no ratios, which a note says.
@@ -94,7 +99,9 @@ def plotly_script() -> str:
 
 @cache
 def environment() -> Environment:
-    made = Environment(loader=FileSystemLoader(WEB), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    made = Environment(
+        loader=FileSystemLoader(WEB), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
     made.globals |= {"tables": tables}
     made.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     made.filters |= {

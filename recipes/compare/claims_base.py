@@ -26,11 +26,17 @@ from pipeline.units import counted
 T_ = TypeVar("T_")
 
 
-def flat_in_t(about: str, bytes_of_T: Mapping[int, float], *, over: Sequence[int], published: str) -> Claim:
-    """Within 3 % over all of these T: where one was too large for the machine, nothing is judged."""
+def flat_in_t(
+    about: str, bytes_of_T: Mapping[int, float], *, over: Sequence[int], published: str
+) -> Claim:
+    """Within 3 % over all of these T: where one was too large for the machine, nothing is
+    judged.
+    """
     claim = f"saved bytes from T = {min(over)} to {max(over)}"
     if absent := [T for T in over if T not in bytes_of_T]:
-        return not_judged(about, claim, published, ours=f"not measured at T = {', '.join(map(str, absent))}")
+        return not_judged(
+            about, claim, published, ours=f"not measured at T = {', '.join(map(str, absent))}"
+        )
     measured = [bytes_of_T[T] for T in over]
     spread = max(measured) / min(measured) - 1
     return Claim(
@@ -44,7 +50,8 @@ def flat_in_t(about: str, bytes_of_T: Mapping[int, float], *, over: Sequence[int
 
 
 def at_their_largest(about: str, sweep: Mapping[str, Any] | None, rule: str) -> Iterator[Claim]:
-    """Its own largest batch at each T and the speed there, beside the faster BPTT's at its own: what a rule's memory buys.
+    """Its own largest batch at each T and the speed there, beside the faster BPTT's at its own:
+    what a rule's memory buys.
 
     Of batches that were trained; no paper has these, so nothing is judged.
     """
@@ -56,16 +63,24 @@ def at_their_largest(about: str, sweep: Mapping[str, Any] | None, rule: str) -> 
     speeds = [f"T = {each.time_steps}: {each.ratio:.2f}" for each in tried]
     for claim, values in (("images of its largest batch", batches), ("images/s of it", speeds)):
         ours = ", ".join(values) or "not measured"
-        yield not_judged(about, f"{claim}{where}, of the faster {BASELINE}'s at its own", "", ours=ours)
+        yield not_judged(
+            about, f"{claim}{where}, of the faster {BASELINE}'s at its own", "", ours=ours
+        )
 
 
 def time_in_turn(
-    about: str, turns: Mapping[str, Turns], rule: str, *, bound: float | Callable[[float], float], published: str
+    about: str,
+    turns: Mapping[str, Turns],
+    rule: str,
+    *,
+    bound: float | Callable[[float], float],
+    published: str,
 ) -> Claim:
-    """Of the faster BPTT's, start by start of rules that took turns: what a machine that drifts from run to run cannot blur.
+    """Of the faster BPTT's, start by start of rules that took turns: what a machine that drifts
+    from run to run cannot blur.
 
-    `turns` without the rule: it was not measured so. `bound`: what ours is held to, or a function of r, the backward over the
-    forward of what is divided by, and then a tenth more.
+    `turns` without the rule: it was not measured so. `bound`: what ours is held to, or a function
+    of r, the backward over the forward of what is divided by, and then a tenth more.
     """
     claim = f"forward and backward in turn, of {BASELINE}'s"
     if rule not in turns:
@@ -85,14 +100,19 @@ def time_in_turn(
         claim=claim,
         published=published,
         bound=limit,
-        ours=f"{found.mean:.3f} ({low:.3f} to {high:.3f}) of {base}'s, {counts}, at {turns[base].commit}",
+        ours=(
+            f"{found.mean:.3f} ({low:.3f} to {high:.3f}) of {base}'s, {counts}, at"
+            f" {turns[base].commit}"
+        ),
         holds=found.mean <= most,
         within_noise=low <= most < high,
     )
 
 
 def temporal_shares(about: str, runs: Sequence[Run]) -> Iterator[Claim]:
-    """|g_BPTT - g_SLTT| / |g_BPTT| of each layer at the start and after each epoch, the mean over the runs that looked."""
+    """|g_BPTT - g_SLTT| / |g_BPTT| of each layer at the start and after each epoch, the mean over
+    the runs that looked.
+    """
     found: dict[str, dict[int, list[float | None]]] = {}
     for run in runs:
         for look in run.history.fidelity:
@@ -102,7 +122,8 @@ def temporal_shares(about: str, runs: Sequence[Run]) -> Iterator[Claim]:
     seeds = seeds_in_words([run.seed for run in runs if run.history.fidelity])
     for layer, by_moment in found.items():
         shares = (
-            f"{f'epoch {moment}' if moment else 'start'} {_mean_of_known(each)}" for moment, each in sorted(by_moment.items())
+            f"{f'epoch {moment}' if moment else 'start'} {_mean_of_known(each)}"
+            for moment, each in sorted(by_moment.items())
         )
         claim = f"share of BPTT's gradient through time, {layer}"
         yield not_judged(about, claim, "", ours=f"{', '.join(shares)}; {seeds}")
@@ -113,23 +134,34 @@ def _mean_of_known(shares: Sequence[float | None]) -> str:
     known = [share for share in shares if share is not None]
     if not known:
         return "not known"
-    return f"{statistics.fmean(known):.2f}" + (f" ({len(known)} of {len(shares)})" if len(known) < len(shares) else "")
+    return f"{statistics.fmean(known):.2f}" + (
+        f" ({len(known)} of {len(shares)})" if len(known) < len(shares) else ""
+    )
 
 
 def beside(
-    file: Path, *, rests_on: Mapping[str, Any], measure: Callable[[], Any], parse: Callable[[Any], T_], console: Console
+    file: Path,
+    *,
+    rests_on: Mapping[str, Any],
+    measure: Callable[[], Any],
+    parse: Callable[[Any], T_],
+    console: Console,
 ) -> T_ | None:
-    """What `parse` makes of a measurement, JSON values that `file` keeps as long as it rests on the same.
+    """What `parse` makes of a measurement, JSON values that `file` keeps as long as it rests on the
+    same.
 
-    None, and a line that says why, where it is not there and cannot be measured here: where `measure` raises ValueError. Where
-    the file can be neither read nor written, as on a read-only mount, nothing but that is lost.
+    None, and a line that says why, where it is not there and cannot be measured here: where
+    `measure` raises ValueError. Where the file can be neither read nor written, as on a read-only
+    mount, nothing but that is lost.
     """
     try:
         kept = json.loads(file.read_text()) if file.exists() else None
         if kept is not None:
             if kept["rests_on"] == rests_on:
                 return parse(kept["found"])
-            changed = [name for name, value in rests_on.items() if kept["rests_on"].get(name) != value]
+            changed = [
+                name for name, value in rests_on.items() if kept["rests_on"].get(name) != value
+            ]
             say(console, f"{file}: of no use, for it is of another {' and '.join(changed)}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         say(console, f"{file}: of no use, for it is damaged, or of an earlier version: {error!r}")
@@ -143,5 +175,9 @@ def beside(
     try:
         write_json(file, {"rests_on": rests_on, "found": found})
     except OSError as error:
-        say(console, f"{file}: what was measured is not kept, and the next report does it anew: {error.strerror}")
+        say(
+            console,
+            f"{file}: what was measured is not kept, and the next report does it anew:"
+            f" {error.strerror}",
+        )
     return parse(found)

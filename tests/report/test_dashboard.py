@@ -1,4 +1,6 @@
-"""The dashboard asked as its page asks it: whom it refuses, what an address shows, and what it says of a store in trouble."""
+"""The dashboard asked as its page asks it: whom it refuses, what an address shows, and what it says
+of a store in trouble.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ OTHER = "f" * 16
 GROUP = study().groups[0].key
 """of the runs by one worker"""
 TOKEN = "a token of more than a word"
-CLAIM = Claim(about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False)
+CLAIM = Claim(
+    about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False
+)
 
 
 @pytest.fixture
@@ -39,14 +43,18 @@ def store() -> FakeStore:
     for seed in (0, 1):
         store.add_finished(f"bptt-{seed}", "BPTT", seed=seed, newest=2000.0 + seed)
         store.add_finished(f"sltt-{seed}", "SLTT", seed=seed, newest=2010.0 + seed)
-    store.add("other", study=OTHER, rule="OTTT-A", status="FAILED", experiment="cifar", newest=1500.0)
+    store.add(
+        "other", study=OTHER, rule="OTTT-A", status="FAILED", experiment="cifar", newest=1500.0
+    )
     return store
 
 
 class Asking:
     """A page's questions to the server."""
 
-    def __init__(self, store: Store, *, host: str = "127.0.0.1", token: str | None = None, every: float = 1) -> None:
+    def __init__(
+        self, store: Store, *, host: str = "127.0.0.1", token: str | None = None, every: float = 1
+    ) -> None:
         app = make_app(store, name="store", every=every)
         guard(app, host=host, token=token)
         self.client: FlaskClient = app.test_client()
@@ -67,19 +75,27 @@ class Asking:
         return self.study(search)["picked"]
 
 
-# -------------------------------------------------------------------------------------------------------- whom it answers
+# ---------------------------------------------------------------------------------- whom it answers
 
 
 @pytest.mark.parametrize("path", ["/", "/list", "/study", "/csv", "/web/page.css", "/nothing"])
 def test_a_token_is_asked_of_every_request(store: FakeStore, path: str):
     client = Asking(store, host="0.0.0.0", token=TOKEN).client
     refused = client.get(path)
-    assert refused.status_code == 401 and refused.get_data(as_text=True).startswith("dashboard: open it once with its token")
+    assert refused.status_code == 401 and refused.get_data(as_text=True).startswith(
+        "dashboard: open it once with its token"
+    )
     assert store.asked == []
     wrong = client.get(path, query_string={"token": TOKEN[:-1]})
-    assert wrong.status_code == 401 and "is not the one" in wrong.get_data(as_text=True) and "Set-Cookie" not in wrong.headers
+    assert (
+        wrong.status_code == 401
+        and "is not the one" in wrong.get_data(as_text=True)
+        and "Set-Cookie" not in wrong.headers
+    )
     client.set_cookie(COOKIE, TOKEN)
-    assert client.get(path).status_code == 401  # the cookie is made of the token, it is not the token
+    assert (
+        client.get(path).status_code == 401
+    )  # the cookie is made of the token, it is not the token
 
 
 def test_the_token_once_then_a_cookie(store: FakeStore):
@@ -87,18 +103,26 @@ def test_the_token_once_then_a_cookie(store: FakeStore):
     answer = client.get("/", query_string={"study": KEY, "token": TOKEN})
     assert (answer.status_code, answer.headers["Location"]) == (303, f"/?study={KEY}")
     cookie = answer.headers["Set-Cookie"]
-    assert "HttpOnly" in cookie and "SameSite=Lax" in cookie and "Secure" not in cookie and TOKEN not in cookie
+    assert (
+        "HttpOnly" in cookie
+        and "SameSite=Lax" in cookie
+        and "Secure" not in cookie
+        and TOKEN not in cookie
+    )
     assert client.get("/").status_code == client.get("/list").status_code == 200
     bare = Asking(store, host="0.0.0.0", token=TOKEN).client
     assert bare.get("/", headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8050", "127.0.0.1.evil.example", "0.0.0.0", "[::2]:80"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8050", "127.0.0.1.evil.example", "0.0.0.0", "[::2]:80"]
+)
 def test_a_name_that_somebody_points_here_is_refused(store: FakeStore, host: str):
     refused = Asking(store).client.get("/", headers={"Host": host})
     assert (
         refused.status_code == 403
-        and "without a --token it answers to localhost and 127.0.0.1 alone; got" in refused.get_data(as_text=True)
+        and "without a --token it answers to localhost and 127.0.0.1 alone; got"
+        in refused.get_data(as_text=True)
     )
 
 
@@ -108,8 +132,13 @@ def test_names_of_loopback_are_answered(store: FakeStore, host: str):
     assert answer.status_code == 200
     policy = answer.headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy and "script-src 'self';" in policy
-    assert answer.headers["X-Content-Type-Options"] == "nosniff" and answer.headers["Cache-Control"] == "no-store"
-    assert "http://" not in answer.get_data(as_text=True) and "https://" not in answer.get_data(as_text=True)
+    assert (
+        answer.headers["X-Content-Type-Options"] == "nosniff"
+        and answer.headers["Cache-Control"] == "no-store"
+    )
+    assert "http://" not in answer.get_data(as_text=True) and "https://" not in answer.get_data(
+        as_text=True
+    )
 
 
 def test_with_a_token_it_answers_to_the_name_that_a_proxy_keeps(store: FakeStore):
@@ -120,32 +149,59 @@ def test_with_a_token_it_answers_to_the_name_that_a_proxy_keeps(store: FakeStore
 
 
 def test_another_host_takes_a_token(spiketrain: Callable, tmp_path: Path):
-    for words in (("--host", "0.0.0.0"), ("--host", "::"), ("--host", "a-name.example"), ("--token", " ")):
+    for words in (
+        ("--host", "0.0.0.0"),
+        ("--host", "::"),
+        ("--host", "a-name.example"),
+        ("--token", " "),
+    ):
         code, _, err = spiketrain("dashboard", "--store", str(tmp_path / "mlflow.db"), *words)
         assert code == 2 and len(err.splitlines()) == 1 and "token" in err
     code, _, err = spiketrain("dashboard", "--store", "mysql://host/x")
     assert code == 2 and "must be sqlite:///FILE or the address of a server" in err
 
 
-# --------------------------------------------------------------------------------------------------------- what is shown
+# ------------------------------------------------------------------------------------ what is shown
 
 
 def test_an_address_is_what_it_shows():
     place = Place(
-        study=KEY, family="a b&c", runs=("01", "23"), view="learning", text="x=y", only="running", sort="runs", descending=False
+        study=KEY,
+        family="a b&c",
+        runs=("01", "23"),
+        view="learning",
+        text="x=y",
+        only="running",
+        sort="runs",
+        descending=False,
     )
     assert Place.at(place.search) == place and Place.at("") == Place() and Place().search == ""
     assert Place.at(Place(runs=()).search).runs == ()
-    assert Place.at("?view=nothing&only=x&sort=__class__&order=x&runs=none") == Place(runs=(), descending=False)
+    assert Place.at("?view=nothing&only=x&sort=__class__&order=x&runs=none") == Place(
+        runs=(), descending=False
+    )
 
 
 def test_the_list_filters_and_sorts(store: FakeStore):
     asking = Asking(store)
     whole = asking.list()
-    assert whole.index(KEY[:8]) < whole.index(OTHER[:8]) and "2 of 2 studies" in whole and "4 finished" in whole
-    for search, kept in (("?text=sltt+fashion", KEY), ("?text=OTTT", OTHER), ("?only=failed", OTHER), ("?only=finished", KEY)):
+    assert (
+        whole.index(KEY[:8]) < whole.index(OTHER[:8])
+        and "2 of 2 studies" in whole
+        and "4 finished" in whole
+    )
+    for search, kept in (
+        ("?text=sltt+fashion", KEY),
+        ("?text=OTTT", OTHER),
+        ("?only=failed", OTHER),
+        ("?only=finished", KEY),
+    ):
         found = asking.list(search)
-        assert "1 of 2 studies" in found and kept[:8] in found and ({KEY, OTHER} - {kept}).pop()[:8] not in found
+        assert (
+            "1 of 2 studies" in found
+            and kept[:8] in found
+            and ({KEY, OTHER} - {kept}).pop()[:8] not in found
+        )
     up = asking.list("?sort=study&order=up")
     assert up.index(KEY[:8]) < up.index(OTHER[:8]) and 'aria-sort="ascending"' in up
     down = asking.list("?sort=study")
@@ -158,8 +214,14 @@ def test_the_list_tells_the_protocols_apart_and_finds_them(store: FakeStore):
         tags = {"spiketrain.protocol": protocol, "spiketrain.tuned": '["optimizer.lr"]'}
         store.add(f"one-{protocol}", rule="SLTT", study=letter * 16, tags=tags)
     whole = Asking(store).list()
-    assert "SLTT (tuned, optimizer.lr)" in whole and "SLTT (trials of optimizer.lr)" in whole and whole.count("(t") == 2
-    assert "1 of 4 studies" in Asking(store).list("?text=trials") and "1 of 4 studies" in Asking(store).list("?text=tuned")
+    assert (
+        "SLTT (tuned, optimizer.lr)" in whole
+        and "SLTT (trials of optimizer.lr)" in whole
+        and whole.count("(t") == 2
+    )
+    assert "1 of 4 studies" in Asking(store).list("?text=trials") and "1 of 4 studies" in Asking(
+        store
+    ).list("?text=tuned")
 
 
 def test_a_change_of_the_list_asks_the_store_for_no_other(store: FakeStore):
@@ -169,7 +231,9 @@ def test_a_change_of_the_list_asks_the_store_for_no_other(store: FakeStore):
         assert "of 2 studies" in asking.list(search, look=False)
     assert store.asked == [("listed",)]
     store.add("new", study="e" * 16)
-    assert "3 of 3 studies" in asking.list() and "3 of 3 studies" in asking.list("?sort=study", look=False)
+    assert "3 of 3 studies" in asking.list() and "3 of 3 studies" in asking.list(
+        "?sort=study", look=False
+    )
     assert store.asked == [("listed",), ("listed",)]
     asking = Asking(store, every=0)  # the newest look is too long ago
     asking.list()
@@ -181,13 +245,22 @@ def test_the_figures_of_the_runs_that_are_picked(store: FakeStore):
     asking = Asking(store)
     whole = asking.study(f"?study={KEY}")
     assert len(whole["picked"]) == whole["boxes"].count('role="checkbox"') == 4
-    assert "keeps 0.25 of its saved bytes" in whole["html"] and "What stands behind the rows" in whole["html"]
+    assert (
+        "keeps 0.25 of its saved bytes" in whole["html"]
+        and "What stands behind the rows" in whole["html"]
+    )
     assert whole["html"].count("data-figure=") == len(whole["drawings"]) == 4
     assert [sorted(each) for each in whole["drawings"].values()] == 4 * [["dark", "light"]]
     some = asking.study(f"?study={KEY}&runs={store.members[1].id[:8]}")  # of SLTT
-    assert len(some["picked"]) == 1 and some["boxes"] == whole["boxes"] and "No baseline" in some["html"]
+    assert (
+        len(some["picked"]) == 1
+        and some["boxes"] == whole["boxes"]
+        and "No baseline" in some["html"]
+    )
     assert "Pick one of its runs" in asking.show(f"?study={KEY}&runs=none")
-    assert "no run of this study" in asking.show("?study=none") and "Pick one from the list" in asking.show("")
+    assert "no run of this study" in asking.show(
+        "?study=none"
+    ) and "Pick one from the list" in asking.show("")
     for view, title in (
         ("learning", "Learning curves"),
         ("time", "Where the time goes"),
@@ -209,7 +282,9 @@ def members(runs: dict[str, range]) -> list[StoredRun]:
 def test_of_many_runs_whole_seeds_are_picked():
     rules = ("BPTT", *(f"rule-{count}" for count in range(8)))
     picked = Place().picked(members(dict.fromkeys(rules, range(3))))
-    assert {(run.rule, run.seed) for run in picked} == {(rule, seed) for rule in rules for seed in "12"}
+    assert {(run.rule, run.seed) for run in picked} == {
+        (rule, seed) for rule in rules for seed in "12"
+    }
     assert len(Place().picked(members(dict.fromkeys(rules[1:], range(3))))) == 24  # all of them
 
 
@@ -217,7 +292,9 @@ def test_the_baseline_is_picked_with_its_seed_even_where_it_started_first():
     many = {f"rule-{count}": range(1) for count in range(30)}
     picked = Place().picked(members({"BPTT": range(1), **many}))
     assert len(picked) == 24 and picked[-1].rule == "BPTT" and picked[0].rule == "rule-29"
-    newer = {f"rule-{count}": range(1, 2) for count in range(23)}  # a seed in which no BPTT has begun
+    newer = {
+        f"rule-{count}": range(1, 2) for count in range(23)
+    }  # a seed in which no BPTT has begun
     picked = Place().picked(members({"BPTT": range(1), "SLTT": range(1), **newer}))
     assert {run.rule for run in picked} == {"BPTT", *newer}
 
@@ -242,12 +319,17 @@ def test_an_address_that_names_no_runs_says_that_it_shows_the_newest(store: Fake
     for view in VIEWS:
         assert said in asking.show(f"?study={KEY}&view={view}")
     named = ".".join(run.id[:8] for run in store.members[:24])
-    assert "The newest" not in asking.show(f"?study={KEY}&runs={named}") and "The newest" not in asking.show("?study=" + OTHER)
+    assert "The newest" not in asking.show(
+        f"?study={KEY}&runs={named}"
+    ) and "The newest" not in asking.show("?study=" + OTHER)
 
 
 def test_a_baseline_that_nobody_picked_is_not_called_unfinished(store: FakeStore):
     shown = Asking(store).show(f"?study={KEY}&runs={store.members[1].id[:8]}")  # of SLTT
-    assert "No baseline: no finished run of BPTT in this group is among those picked. Nothing is divided." in shown
+    assert (
+        "No baseline: no finished run of BPTT in this group is among those picked. Nothing is"
+        " divided." in shown
+    )
     assert "has finished" not in shown
 
 
@@ -258,44 +340,82 @@ def test_nothing_is_drawn_again_without_news(store: FakeStore):
     assert "Where the time goes" in asking.show(f"?study={KEY}&view=time", seen=before)
     store.add("going", rule="SLTT", status="RUNNING")
     asking = Asking(store)  # a look lasts half a second
-    grown = asking.study(f"?study={KEY}&runs={'.'.join(run.id[:8] for run in store.members[1:])}", seen=before)
+    grown = asking.study(
+        f"?study={KEY}&runs={'.'.join(run.id[:8] for run in store.members[1:])}", seen=before
+    )
     assert len(grown["picked"]) == 4 and grown["boxes"].count('role="checkbox"') == 5
 
 
 def test_the_data_of_a_figure_is_a_file(store: FakeStore):
     client = Asking(store).client
     file = client.get(f"/csv?study={KEY}&name={GROUP}-ratios")
-    assert file.mimetype == "text/csv" and file.get_data(as_text=True).startswith("rule,quantity,divided by,ratio")
-    beside = client.get(f"/csv?study={KEY}&name={GROUP}-beside")
-    assert beside.get_data(as_text=True) == (
-        "rule,states beside saved bytes,start-up\nBPTT,1 kB ± 0 kB,0 ms ± 0 ms\nSLTT,1 kB ± 0 kB,0 ms ± 0 ms\n"
+    assert file.mimetype == "text/csv" and file.get_data(as_text=True).startswith(
+        "rule,quantity,divided by,ratio"
     )
-    assert client.get(f"/csv?study={KEY}&name={GROUP}-held").status_code == 404  # no run says what training holds
-    for nothing in (f"study={KEY}&name=../../x", f"study={KEY}&name=g1-ratios", f"name={GROUP}-ratios"):
+    beside = client.get(f"/csv?study={KEY}&name={GROUP}-beside")
+    assert (
+        beside.get_data(as_text=True)
+        == "rule,states beside saved bytes,start-up\nBPTT,1 kB ± 0 kB,0 ms ± 0 ms\nSLTT,1 kB ± 0"
+        " kB,0 ms ± 0 ms\n"
+    )
+    assert (
+        client.get(f"/csv?study={KEY}&name={GROUP}-held").status_code == 404
+    )  # no run says what training holds
+    for nothing in (
+        f"study={KEY}&name=../../x",
+        f"study={KEY}&name=g1-ratios",
+        f"name={GROUP}-ratios",
+    ):
         assert client.get(f"/csv?{nothing}").status_code == 404
 
 
 def test_claims_and_sweeps_of_each_suite_are_a_view(store: FakeStore):
     search = f"?study={KEY}&view=claims"
-    assert "The store has no claims, sweep or report of these runs; `spiketrain report SUITE`" in Asking(store).show(search)
+    assert (
+        "The store has no claims, sweep or report of these runs; `spiketrain report SUITE`"
+        in Asking(store).show(search)
+    )
     for parent, seed in (("first", 2), ("second", 3)):
-        tags = {"spiketrain.suite": f"launch-{seed}", "spiketrain.commit": "abc", "hardware.cpu": "a cpu"}
+        tags = {
+            "spiketrain.suite": f"launch-{seed}",
+            "spiketrain.commit": "abc",
+            "hardware.cpu": "a cpu",
+        }
         store.add_finished(f"sltt-{seed}", "SLTT", seed=seed, parent=parent, tags=tags)
         told = Returned(claims=(replace(CLAIM, ours=f"ours of launch {seed}"),), sweeps=(LARGEST,))
-        store.texts[parent, "report.json"] = json.dumps({**told.to_json(), "printed": f"trials of launch {seed}\n"})
+        store.texts[parent, "report.json"] = json.dumps(
+            {**told.to_json(), "printed": f"trials of launch {seed}\n"}
+        )
     asking = Asking(store)
     shown = asking.show(search)
     assert "<pre>trials of launch 3\n</pre>" in shown and "trials of launch 2" in shown
-    assert "does not hold" in shown and "Memory against time steps: small" in shown and shown.count("data-figure=") == 4
+    assert (
+        "does not hold" in shown
+        and "Memory against time steps: small" in shown
+        and shown.count("data-figure=") == 4
+    )
     file = "sweep-1-launch-2-first-commit-abc-on-a-cpu-first-sweep1-memory-against-time-steps"
     assert "Each rule&#39;s own largest batch" in shown or "Each rule's own largest batch" in shown
     assert f'data-png="{file}"' in shown
-    heads = [f"launch-{seed} ({parent}), commit abc, on a cpu" for parent, seed in (("second", 3), ("first", 2))]
-    places = [shown.index(text) for text in (f">{heads[0]}<", "ours of launch 3", f">{heads[1]}<", "ours of launch 2")]
+    heads = [
+        f"launch-{seed} ({parent}), commit abc, on a cpu"
+        for parent, seed in (("second", 3), ("first", 2))
+    ]
+    places = [
+        shown.index(text)
+        for text in (f">{heads[0]}<", "ours of launch 3", f">{heads[1]}<", "ours of launch 2")
+    ]
     assert places == sorted(places)  # whose a row is
-    for name, head in (("first-claims", "rule,claim,"), ("second-sweep1-largest", "rule,time steps,largest batch in 1 GB,")):
-        assert asking.client.get(f"/csv{search}&name={name}").get_data(as_text=True).startswith(head)
-    assert "ours of launch 3" in asking.client.get(f"/csv{search}&name=second-claims").get_data(as_text=True)
+    for name, head in (
+        ("first-claims", "rule,claim,"),
+        ("second-sweep1-largest", "rule,time steps,largest batch in 1 GB,"),
+    ):
+        assert (
+            asking.client.get(f"/csv{search}&name={name}").get_data(as_text=True).startswith(head)
+        )
+    assert "ours of launch 3" in asking.client.get(f"/csv{search}&name=second-claims").get_data(
+        as_text=True
+    )
     before = asking.study(search)["version"]
     assert Asking(store).study(search, seen=before) == {}
     for parent in ("first", "second"):
@@ -312,8 +432,12 @@ def test_all_claims_are_shown(store: FakeStore):
 
 
 def several_groups(store: FakeStore) -> None:
-    """Runs by two workers beside those by one; each rule's are of a suite that tells one claim and one sweep, twice."""
-    told = json.dumps({**Returned(claims=(CLAIM,), sweeps=(LARGEST, LARGEST)).to_json(), "printed": "trials\n"})
+    """Runs by two workers beside those by one; each rule's are of a suite that tells one claim and
+    one sweep, twice.
+    """
+    told = json.dumps(
+        {**Returned(claims=(CLAIM,), sweeps=(LARGEST, LARGEST)).to_json(), "printed": "trials\n"}
+    )
     for rule in ("BPTT", "SLTT"):
         store.add_finished(f"two-{rule}", rule, parent=f"of-{rule}", workers=2)
         store.texts[f"of-{rule}", "report.json"] = told
@@ -324,7 +448,9 @@ def test_no_two_tables_of_a_view_have_one_name(store: FakeStore):
     several_groups(store)
     asking = Asking(store)
     for view in VIEWS:
-        names = re.findall('role="region"[^>]* aria-label="([^"]*)"', asking.show(f"?study={KEY}&view={view}"))
+        names = re.findall(
+            'role="region"[^>]* aria-label="([^"]*)"', asking.show(f"?study={KEY}&view={view}")
+        )
         assert len(names) >= 2 and sorted(set(names)) == sorted(names), view
 
 
@@ -352,7 +478,10 @@ def test_a_link_to_a_file_stays_the_groups_whatever_runs_come(store: FakeStore):
     before = asking.client.get(file).get_data(as_text=True)
     store.add_finished("ottt", "OTTT-A")
     asking = Asking(store)  # a look lasts half a second
-    assert list(_groups(asking)) == [one, two] and asking.client.get(file).get_data(as_text=True) == before
+    assert (
+        list(_groups(asking)) == [one, two]
+        and asking.client.get(file).get_data(as_text=True) == before
+    )
 
 
 def _groups(asking: Asking) -> Iterator[tuple[str, str]]:
@@ -369,7 +498,10 @@ def test_how_the_groups_differ_is_a_file(store: FakeStore):
     asking = Asking(store)
     assert file in hrefs(asking.show(f"?study={KEY}&view=runs"))
     told = asking.client.get(file).get_data(as_text=True)
-    assert told.startswith("field,first group,other group,first,other\n") and "\nmicro_batch,4,8," in told
+    assert (
+        told.startswith("field,first group,other group,first,other\n")
+        and "\nmicro_batch,4,8," in told
+    )
 
 
 def test_what_the_reader_of_means_must_know_stands_beside_them(store: FakeStore):
@@ -382,7 +514,9 @@ def test_what_the_reader_of_means_must_know_stands_beside_them(store: FakeStore)
 def test_what_training_holds_and_the_published_run_are_shown_as_on_the_page(store: FakeStore):
     for run in store.members[1:]:
         summary = json.loads(store.texts[run.id, "summary.json"])
-        store.texts[run.id, "summary.json"] = json.dumps({**summary, "held": {"parameters": 4e6, "gradients": 4e6}})
+        store.texts[run.id, "summary.json"] = json.dumps(
+            {**summary, "held": {"parameters": 4e6, "gradients": 4e6}}
+        )
     made = {"version": 1, "recipe": recipe("SLTT", published=[[1, 0.5], [2, 0.95]])}
     [one] = [run for run in store.members if run.name == "sltt-0"]
     store.texts[one.id, "recipe.json"] = json.dumps(made)
@@ -392,16 +526,26 @@ def test_what_training_holds_and_the_published_run_are_shown_as_on_the_page(stor
     held = asking.client.get(f"/csv?study={KEY}&name={GROUP}-held").get_data(as_text=True)
     assert held.splitlines()[1] == "BPTT,4 MB ± 0 MB,,4 MB ± 0 MB,,,,1 kB ± 0 kB"
     learning = asking.show(f"?study={KEY}&view=learning")
-    assert "Beside the published run" in learning and "sltt-0: 5.0 points below the published run at epoch 2" in learning
+    assert (
+        "Beside the published run" in learning
+        and "sltt-0: 5.0 points below the published run at epoch 2" in learning
+    )
     assert "Beside the published run" not in shown
 
 
 def test_several_tunings_of_the_baseline_are_named(store: FakeStore):
     for name, rate in (("bptt-0", 0.1), ("bptt-1", 0.3)):
-        made = recipe("BPTT", tuned=["optimizer.lr"], optimizer={"target": "timm.optim.create", "kwargs": {"lr": rate}})
+        made = recipe(
+            "BPTT",
+            tuned=["optimizer.lr"],
+            optimizer={"target": "timm.optim.create", "kwargs": {"lr": rate}},
+        )
         store.texts[(name * 32)[:32], "recipe.json"] = json.dumps({"version": 1, "recipe": made})
     shown = Asking(store).show(f"?study={KEY}")
-    assert "No baseline: several BPTTs with different optimizer.lr; name one. Nothing is divided." in shown
+    assert (
+        "No baseline: several BPTTs with different optimizer.lr; name one. Nothing is divided."
+        in shown
+    )
     assert "among those picked" not in shown
 
 
@@ -422,25 +566,38 @@ def test_a_state_has_one_word_in_the_list_the_filter_the_boxes_and_the_figures(s
     store.add_finished("broken", "SLTT", **about, tags={"spiketrain.diverged": "false"})
     store.add_finished("ended", "SLTT", **{**about, "status": "KILLED"})
     asking = Asking(store)
-    assert "1 diverged, 2 failed, 1 stopped" in asking.list("?text=diverged") and "0 of 2 studies" in asking.list("?text=killed")
+    assert "1 diverged, 2 failed, 1 stopped" in asking.list(
+        "?text=diverged"
+    ) and "0 of 2 studies" in asking.list("?text=killed")
     assert "1 of 2 studies" in asking.list("?only=failed")
     shown, runs = (asking.study(f"?study={OTHER}&view={view}") for view in ("costs", "runs"))
-    rows = [re.findall("<t[hd][^>]*>(.*?)</t[hd]>", row)[:5] for row in re.findall("<tr>(.*?)</tr>", runs["html"])]
+    rows = [
+        re.findall("<t[hd][^>]*>(.*?)</t[hd]>", row)[:5]
+        for row in re.findall("<tr>(.*?)</tr>", runs["html"])
+    ]
     for name, state in (("lost", "diverged"), ("broken", "failed"), ("ended", "stopped")):
         assert f"<b>{name}</b> SLTT, seed 0, {state}" in shown["boxes"]
         assert [name, "SLTT", "0", OTHER[:8], state] in rows
     assert "0, 1 failed, 1 stopped, 1 diverged" in shown["html"]
     store.members = [run for run in store.members if run.name in ("lost", "bptt-0")]
-    assert "1 of 2 studies" in asking.list("?only=failed") and "1 of 2 studies" in asking.list("?only=finished")
+    assert "1 of 2 studies" in asking.list("?only=failed") and "1 of 2 studies" in asking.list(
+        "?only=finished"
+    )
 
 
 def test_the_list_tells_silent_runs_from_those_that_go_on(store: FakeStore):
     store.add("dead", study=OTHER, status="RUNNING", experiment="cifar", newest=0.0)
     asking = Asking(store)
-    assert "1 failed, 1 silent" in asking.list("?text=silent") and "0 of 2 studies" in asking.list("?only=running")
+    assert "1 failed, 1 silent" in asking.list("?text=silent") and "0 of 2 studies" in asking.list(
+        "?only=running"
+    )
     store.add("alive", study=OTHER, status="RUNNING", experiment="cifar", newest=time.time() - 30)
     found = asking.list("?only=running")
-    assert "1 of 2 studies" in found and OTHER[:8] in found and "1 failed, 1 running, 1 silent" in found
+    assert (
+        "1 of 2 studies" in found
+        and OTHER[:8] in found
+        and "1 failed, 1 running, 1 silent" in found
+    )
 
 
 def test_names_from_outside_stay_text(store: FakeStore):
@@ -450,11 +607,14 @@ def test_names_from_outside_stay_text(store: FakeStore):
     study = asking.study(f"?study={KEY}&view=runs")
     answers = [asking.list(), asking.list(f"?text={script}"), study["html"], study["boxes"]]
     assert all("&lt;script&gt;" in answer and "&lt;b&gt;bold" in answer for answer in answers[2:])
-    for answer in (*answers, asking.client.get(f"/?study={KEY}&text={script}").get_data(as_text=True)):
+    for answer in (
+        *answers,
+        asking.client.get(f"/?study={KEY}&text={script}").get_data(as_text=True),
+    ):
         assert "<script>alert" not in answer and "<b>bold" not in answer and "<img" not in answer
 
 
-# -------------------------------------------------------------------------------------------------------- store in trouble
+# --------------------------------------------------------------------------------- store in trouble
 
 
 def test_a_store_in_trouble_is_a_sentence_and_the_store_that_is_back_is_shown(store: FakeStore):
@@ -463,7 +623,9 @@ def test_a_store_in_trouble_is_a_sentence_and_the_store_that_is_back_is_shown(st
     store.trouble = "store x does not exist"
     store.add_finished("new", "SLTT", seed=7)
     asking = Asking(store)
-    assert "Store x does not exist." in asking.list() and "Store x does not exist." in asking.show(f"?study={KEY}", seen=seen)
+    assert "Store x does not exist." in asking.list() and "Store x does not exist." in asking.show(
+        f"?study={KEY}", seen=seen
+    )
     assert asking.client.get(f"/csv?study={KEY}&name={GROUP}-ratios").status_code == 503
     store.trouble = ""
     assert KEY[:8] in asking.list() and len(asking.picked(f"?study={KEY}")) == 5
@@ -474,7 +636,9 @@ def test_files_that_are_no_store_yet(tmp_path: Path):
     asking = Asking(open_store(str(file)))
     assert "does not exist; launch a run" in asking.list()
     file.touch()
-    assert "is empty, nothing was delivered yet" in asking.list() and "is empty" in asking.show("?study=x")
+    assert "is empty, nothing was delivered yet" in asking.list() and "is empty" in asking.show(
+        "?study=x"
+    )
     file.write_text("half of something\n" * 100)
     assert "is damaged (file is not a database)" in asking.list()
     file.unlink()

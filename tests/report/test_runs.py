@@ -14,7 +14,9 @@ from tests.report.conftest import STUDY
 from tests.small import command
 
 
-def test_a_run_is_found_by_name_beginning_and_path(make_run: Callable, runs_dir: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_is_found_by_name_beginning_and_path(
+    make_run: Callable, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
     first, second = make_run("fashion-sltt"), make_run("fashion-bptt")
     assert find_run(runs_dir, "fashion-sltt") == first
     assert find_run(runs_dir, "fashion-b") == second
@@ -39,7 +41,11 @@ def test_a_run_is_of_the_folder_that_its_path_or_its_link_lies_in(
 
 
 def test_store_and_baseline_of_a_run_are_beside_it_wherever_one_stands(
-    make_run: Callable, runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make_run: Callable,
+    runs_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     make_run("bptt", wall_s=200.0)
     sltt = make_run("sltt", rule="SLTT", wall_s=100.0)
@@ -62,7 +68,11 @@ def test_store_and_baseline_of_a_run_are_beside_it_wherever_one_stands(
     monkeypatch.setattr("pipeline.track.publish.register", register)
     monkeypatch.setattr("pipeline.checkpoint.verified", lambda place, which: place)
     monkeypatch.setattr("pipeline.checkpoint.pin", lambda checkpoint: None)
-    assert spiketrain("sync", str(sltt))[0] == spiketrain("register", str(sltt), "--as", "model")[0] == 0
+    assert (
+        spiketrain("sync", str(sltt))[0]
+        == spiketrain("register", str(sltt), "--as", "model")[0]
+        == 0
+    )
     assert stores == [f"sqlite:///{runs_dir}/mlflow.db"] * 2
 
     for words in ("resume", "compare"):
@@ -90,9 +100,13 @@ def test_a_name_that_is_wrong_or_not_enough(make_run: Callable, runs_dir: Path):
         find_run(runs_dir, "x")
     make_run("fashion-sltt")
     make_run("fashion-bptt")
-    with pytest.raises(ReportError, match=r"no run 'x' in .*; there are fashion-bptt, fashion-sltt"):
+    with pytest.raises(
+        ReportError, match=r"no run 'x' in .*; there are fashion-bptt, fashion-sltt"
+    ):
         find_run(runs_dir, "x")
-    with pytest.raises(ReportError, match="'fashion' begins the names of 2 runs: fashion-bptt, fashion-sltt"):
+    with pytest.raises(
+        ReportError, match="'fashion' begins the names of 2 runs: fashion-bptt, fashion-sltt"
+    ):
         find_run(runs_dir, "fashion")
     with pytest.raises(ReportError, match="no run ''"):
         find_run(runs_dir, "")
@@ -121,10 +135,22 @@ def test_every_state_is_told_with_the_command_that_resumes(make_run: Callable, r
     }
     assert {name for name, row in rows.items() if how_to_go_on(row) is None} == {"done", "held"}
     assert how_to_go_on(rows["killed"]) == f"spiketrain resume killed --runs {runs_dir}"
-    assert (rows["done"].step, rows["done"].total_steps, newest_top1(rows["done"])) == (100, 100, 0.9)
-    assert (rows["killed"].step, rows["killed"].total_steps, newest_top1(rows["killed"])) == (40, 100, 0.5)
+    assert (rows["done"].step, rows["done"].total_steps, newest_top1(rows["done"])) == (
+        100,
+        100,
+        0.9,
+    )
+    assert (rows["killed"].step, rows["killed"].total_steps, newest_top1(rows["killed"])) == (
+        40,
+        100,
+        0.5,
+    )
     assert (rows["broken"].rule, rows["broken"].study) == ("SLTT", STUDY)
-    assert (rows["prepared"].step, newest_top1(rows["prepared"]), rows["prepared"].rule) == (None, None, "unknown rule")
+    assert (rows["prepared"].step, newest_top1(rows["prepared"]), rows["prepared"].rule) == (
+        None,
+        None,
+        "unknown rule",
+    )
 
 
 def test_the_run_started_last_comes_first(make_run: Callable, runs_dir: Path):
@@ -148,4 +174,6 @@ def test_the_list_in_print(make_run: Callable, runs_dir: Path):
     print_runs(runs_dir, Console(file=out, width=80))
     assert "done" in out.getvalue()
     assert "90.00%" in out.getvalue()
-    assert f"spiketrain resume '[red]odd name' --runs {runs_dir}\n" in out.getvalue()  # whole, on one line
+    assert (
+        f"spiketrain resume '[red]odd name' --runs {runs_dir}\n" in out.getvalue()
+    )  # whole, on one line

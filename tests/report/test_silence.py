@@ -14,12 +14,19 @@ from tests.report.hand_made import run
 
 @pytest.mark.parametrize(
     ("minutes", "said"),
-    [(1, "running"), (14, "running"), (25.5, "running, no word for 25 min"), (300, "running, no word for 5 h")],
+    [
+        (1, "running"),
+        (14, "running"),
+        (25.5, "running, no word for 25 min"),
+        (300, "running, no word for 5 h"),
+    ],
 )
 def test_a_run_that_nobody_hears_of_says_so(minutes: float, said: str):
     heard = time.time() - 60 * minutes
     assert describe_state("running", heard) == said
-    assert describe_state("killed", heard) == "killed" and describe_state("running", None) == "running"
+    assert (
+        describe_state("killed", heard) == "killed" and describe_state("running", None) == "running"
+    )
     going = replace(run(state="running"), heard=heard)
     assert provenance(Study(title="t", runs=(going,))).rows[0][4] == said
 

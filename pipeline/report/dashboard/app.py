@@ -45,7 +45,9 @@ def make_app(store: Store, *, name: str, every: float, patience_s: float | None 
     only = {key: words for key, (words, _) in ONLY.items()}
     shell = _template("dashboard.html").render(name=name, views=VIEWS, only=only, **about)
     app.add_url_rule("/", "shell", lambda: shell)
-    app.add_url_rule("/plotly.js", "plotly", lambda: Response(plotly_script(), mimetype="text/javascript"))
+    app.add_url_rule(
+        "/plotly.js", "plotly", lambda: Response(plotly_script(), mimetype="text/javascript")
+    )
     for answer in (answers.list, answers.study, answers.csv):
         app.add_url_rule(f"/{answer.__name__}", view_func=answer)
     return app
@@ -86,7 +88,9 @@ class _Answers:
             study = self._live.study(runs)
         except ReportError as error:
             return _json(title=title, window=window, html=_trouble(error))
-        newest = (len(runs), len(members)) if place.runs is None and len(runs) < len(members) else None
+        newest = (
+            (len(runs), len(members)) if place.runs is None and len(runs) < len(members) else None
+        )
         return _json(
             title=title,
             window=window,
@@ -101,7 +105,11 @@ class _Answers:
         place, name = _place(), request.args.get("name", "")
         try:
             runs = place.picked(self._live.members(place.study)) if place.study else []
-            found = dict(_tables(place, self._live.study(runs), self._live.reports(runs))) if runs else {}
+            found = (
+                dict(_tables(place, self._live.study(runs), self._live.reports(runs)))
+                if runs
+                else {}
+            )
             table = found[name]() if name in found else None
         except ReportError as error:
             return Response(f"{error}\n", 503, mimetype="text/plain")
@@ -110,7 +118,9 @@ class _Answers:
         return Response(table.to_csv(), mimetype="text/csv")
 
 
-def _shown(place: Place, study: Study, reports: Sequence[SuiteReport], newest: tuple[int, int] | None) -> dict[str, Any]:
+def _shown(
+    place: Place, study: Study, reports: Sequence[SuiteReport], newest: tuple[int, int] | None
+) -> dict[str, Any]:
     """The view of a study as HTML, and its drawings by the keys of their places."""
 
     def href(key: str) -> str:
@@ -146,20 +156,29 @@ def _of_reports(reports: Sequence[SuiteReport]) -> Iterator[tuple[str, Figure]]:
                 yield f"{report.key}-{each.key}-{figure.name}", figure
 
 
-def _tables(place: Place, study: Study, reports: Sequence[SuiteReport]) -> Iterator[tuple[str, Callable[[], Table | None]]]:
+def _tables(
+    place: Place, study: Study, reports: Sequence[SuiteReport]
+) -> Iterator[tuple[str, Callable[[], Table | None]]]:
     """The tables of a view by the names of their files."""
     yield "runs", lambda: tables.provenance(study)
     yield "differences", lambda: tables.recipe_differences(study) if len(study.groups) > 1 else None
     yield "scaling", lambda: tables.scaling(study)
     for report in reports:
         claims = report.returned.claims
-        yield f"{report.key}-claims", lambda claims=claims: tables.claims(claims) if claims else None
+        yield (
+            f"{report.key}-claims",
+            lambda claims=claims: tables.claims(claims) if claims else None,
+        )
         for each in swept(report.returned.sweeps):
             yield f"{report.key}-{each.key}-largest", lambda each=each: each.largest
     for key, figure in _of_reports(reports):
         yield key, lambda figure=figure: figure.table
     for group in study.groups:
-        for name, make in (("costs", tables.costs), ("beside", tables.beside), ("held", tables.held)):
+        for name, make in (
+            ("costs", tables.costs),
+            ("beside", tables.beside),
+            ("held", tables.held),
+        ):
             yield f"{group.key}-{name}", lambda make=make, group=group: make(group)
         for each in section_of(group, group.key, (place.view,)).figures:
             yield f"{group.key}-{each.name}", lambda each=each: each.table
@@ -169,11 +188,18 @@ def _place() -> Place:
     return Place.at(request.query_string.decode("ascii", "replace"))
 
 
-def _version(place: Place, members: Sequence[StoredRun], runs: Sequence[StoredRun], reports: Sequence[SuiteReport]) -> str:
+def _version(
+    place: Place,
+    members: Sequence[StoredRun],
+    runs: Sequence[StoredRun],
+    reports: Sequence[SuiteReport],
+) -> str:
     """A digest of all that a study's answer depends on."""
     states = [[run.id, describe_state(run.state, run.newest)] for run in members]
     sent = "spiketrain.artifact."
-    news = [[run.newest, sorted(v for k, v in run.tags.items() if k.startswith(sent))] for run in runs]
+    news = [
+        [run.newest, sorted(v for k, v in run.tags.items() if k.startswith(sent))] for run in runs
+    ]
     known = [place.search, states, news, [report.version for report in reports]]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
@@ -199,4 +225,8 @@ def _moment(seconds: float) -> str:
 
 
 def _seeds(seeds: Sequence[str]) -> str:
-    return ", ".join(seeds) if len(seeds) <= 6 else f"{', '.join(seeds[:3])} ... {seeds[-1]} ({len(seeds)})"
+    return (
+        ", ".join(seeds)
+        if len(seeds) <= 6
+        else f"{', '.join(seeds[:3])} ... {seeds[-1]} ({len(seeds)})"
+    )

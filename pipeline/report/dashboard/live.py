@@ -26,7 +26,16 @@ from pipeline.report.claims import Returned, returned
 from pipeline.report.history import count
 from pipeline.report.results import Run, machine, run_of
 from pipeline.report.runs import ReportError, refuse_damaged_summary
-from pipeline.report.stores import ArtifactError, Point, Sent, Store, StoredRun, StoreError, hardware_of, start_of
+from pipeline.report.stores import (
+    ArtifactError,
+    Point,
+    Sent,
+    Store,
+    StoredRun,
+    StoreError,
+    hardware_of,
+    start_of,
+)
 from pipeline.report.study import Study
 from pipeline.track.files import JOURNAL
 from pipeline.track.jsonl import Event
@@ -95,16 +104,26 @@ class Live:
                 raise  # of the store, not of this run
             except ReportError as error:
                 resent = f"; `spiketrain sync {shlex.quote(stored.name)}`"
-                notes.append(f"{stored.name} is left out: {error}{'' if isinstance(error, ArtifactError) else resent}")
+                notes.append(
+                    f"{stored.name} is left out:"
+                    f" {error}{'' if isinstance(error, ArtifactError) else resent}"
+                )
                 continue
             if run.protocol == "trial":
-                notes.append(f"{run.name} is a trial on a held-out part, no run to set beside others.")
+                notes.append(
+                    f"{run.name} is a trial on a held-out part, no run to set beside others."
+                )
                 continue
             found.append(run)
             if run.curve_every > 1:
-                parts = ", and its parts of time are of those" if run.parts and run.summary is None else ""
+                parts = (
+                    ", and its parts of time are of those"
+                    if run.parts and run.summary is None
+                    else ""
+                )
                 notes.append(
-                    f"{run.name} has a long journal: of the points of its curve one of {run.curve_every} is shown{parts}."
+                    f"{run.name} has a long journal: of the points of its curve one of"
+                    f" {run.curve_every} is shown{parts}."
                 )
         keys = ", ".join(sorted({run.study[:8] for run in runs}))
         return Study(title=f"Study {keys}", runs=tuple(found), against=against, notes=tuple(notes))
@@ -119,7 +138,10 @@ class Live:
         for run in runs:
             if run.parent:
                 suites.setdefault(run.parent, []).append(run)
-        return [replace(self._report(suite), key=suite[:8], title=_title(suite, members)) for suite, members in suites.items()]
+        return [
+            replace(self._report(suite), key=suite[:8], title=_title(suite, members))
+            for suite, members in suites.items()
+        ]
 
     def run(self, stored: StoredRun) -> Run:
         """One run, from its artifacts; a running one from its metrics, too."""
@@ -149,7 +171,13 @@ class Live:
         summary = self._json(stored.id, "summary.json", dict)
         refuse_damaged_summary(summary or {}, "its summary.json in MLflow")
         layers = self._json(stored.id, "activity.json", list)
-        run = _run(stored, sent, self._json(stored.id, "recipe.json", dict), summary=summary, layers=lambda: layers)
+        run = _run(
+            stored,
+            sent,
+            self._json(stored.id, "recipe.json", dict),
+            summary=summary,
+            layers=lambda: layers,
+        )
         _ = run.activity  # which may be damaged
         return run
 
@@ -171,14 +199,19 @@ class Live:
             for key in (prefix + name for prefix, names in _METRICS.values() for name in names):
                 if key in stored.metrics:
                     known = running.points.setdefault(key, [])
-                    known += self.store.history(stored.id, key, since=known[-1].step if known else -1)
+                    known += self.store.history(
+                        stored.id, key, since=known[-1].step if known else -1
+                    )
             running.seen = stored.newest
         events = list(running.sent.events) or [start_of(stored)]
         later = list(_after(events, running.points))
         if newest := next((event for event in reversed(later) if event["event"] == "step"), None):
-            # The run's newest values, which cost no further question; earlier ones are not asked for.
+            # The run's newest values, which cost no further question; earlier ones are not asked
+            # for.
             keys = {name: f"train/{name}" for name in _PARTS}
-            newest["metrics"] |= {name: stored.metrics[key] for name, key in keys.items() if key in stored.metrics}
+            newest["metrics"] |= {
+                name: stored.metrics[key] for name, key in keys.items() if key in stored.metrics
+            }
         return replace(running.sent, events=[*events, *later])
 
     def _report(self, suite: str) -> SuiteReport:
@@ -187,11 +220,16 @@ class Live:
     def _read_report(self, suite: str) -> SuiteReport:
         try:
             value = self._json(suite, REPORT_DATA, dict)
-            found, printed = returned(value, f"{REPORT_DATA} in MLflow"), str((value or {}).get("printed") or "")
+            found, printed = (
+                returned(value, f"{REPORT_DATA} in MLflow"),
+                str((value or {}).get("printed") or ""),
+            )
         except StoreError:
             raise  # of the store, not of this report
         except ReportError as error:
-            return SuiteReport(version=str(error), note=f"What its report tells is left out: {error}")
+            return SuiteReport(
+                version=str(error), note=f"What its report tells is left out: {error}"
+            )
         version = hashlib.sha256(json.dumps(value).encode()).hexdigest()
         return SuiteReport(version=version, returned=found, printed=printed)
 
@@ -218,13 +256,23 @@ def _after(events: Sequence[Event], points: Mapping[str, Sequence[Point]]) -> It
     attempt = events[-1].get("attempt")
     found: list[Event] = []
     for kind, (prefix, names) in _METRICS.items():
-        known = max((count(event.get("step")) or 0 for event in events if event["event"] == kind), default=-1)
+        known = max(
+            (count(event.get("step")) or 0 for event in events if event["event"] == kind),
+            default=-1,
+        )
         by_step: dict[int, Event] = {}
         for name in names:
             for point in points.get(prefix + name, ()):
                 if point.step > known:
-                    about = {"event": kind, "time": point.time, "attempt": attempt, "step": point.step}
-                    by_step.setdefault(point.step, {**about, "metrics": {}})["metrics"][name] = point.value
+                    about = {
+                        "event": kind,
+                        "time": point.time,
+                        "attempt": attempt,
+                        "step": point.step,
+                    }
+                    by_step.setdefault(point.step, {**about, "metrics": {}})["metrics"][name] = (
+                        point.value
+                    )
         found += by_step.values()
     yield from sorted(found, key=lambda event: (event["time"], event["step"]))
 

@@ -81,7 +81,11 @@ class Place:
         """The query, without defaults."""
         plain = Place()
         names = ("study", "family", "view", "text", "only", "sort")
-        fields: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(plain, name)}
+        fields: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in names
+            if getattr(self, name) != getattr(plain, name)
+        }
         if self.runs is not None:
             fields["runs"] = ".".join(self.runs) or "none"
         if not self.descending:
@@ -104,7 +108,8 @@ class Place:
         kept = [
             study
             for study in studies
-            if (not states or states & study.states.keys()) and all(word in _words(study) for word in words)
+            if (not states or states & study.states.keys())
+            and all(word in _words(study) for word in words)
         ]
         return sorted(kept, key=lambda study: _key(study, self.sort), reverse=self.descending)
 
