@@ -38,10 +38,10 @@ from urllib.request import urlopen
 from playwright.sync_api import Browser
 
 import pipeline
-from pipeline.code import commit
+from pipeline.core.code_version import commit
 from pipeline.measure.memory import device_here, hardware
 from pipeline.report.stores import open_store, studies
-from pipeline.track.jsonl import read
+from pipeline.track.journal import read
 from pipeline.track.mlflow import sync
 from tests.browser import chromium
 

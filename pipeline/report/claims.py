@@ -15,12 +15,12 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.printing import print_table, prose
+from pipeline.core.printing import print_table, prose
+from pipeline.core.units import counted
 from pipeline.report.results import COMPUTE, KEPT
 from pipeline.report.runs import ReportError
 from pipeline.report.study import Group, spread_of
 from pipeline.report.sweeps import sweep_of
-from pipeline.units import counted
 
 _CALLED = {
     "peak_saved_bytes": "saved bytes",

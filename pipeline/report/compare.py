@@ -19,9 +19,10 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.baseline import BASELINE
-from pipeline.command_line import how_to_resume
-from pipeline.printing import Column, has_width, new_console, number, print_table, prose, say
+from pipeline.core.printing import Column, has_width, new_console, number, print_table, prose, say
+from pipeline.core.units import counted
+from pipeline.recipe import BASELINE
+from pipeline.recipe.command_line import how_to_resume
 from pipeline.report import tables
 from pipeline.report.figure import Cell, Table
 from pipeline.report.results import (
@@ -44,7 +45,6 @@ from pipeline.report.selection import (
     with_baseline,
 )
 from pipeline.report.study import WITHIN, Group, place
-from pipeline.units import counted
 
 _SENTENCES = ("over_time", "evaluated", "tuned")  # columns whose values may be several words
 _FIRST = ("run", "rule", "seed", "study", "where", "recipe", "world_size", "steps", "epochs")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.core.units import unit_of
 from pipeline.report.figure import (
     INK,
     MUTED,
@@ -20,7 +21,6 @@ from pipeline.report.figure import (
 from pipeline.report.results import ENERGY, ENERGY_MEASURED, compared, metric
 from pipeline.report.study import Group, Spread
 from pipeline.report.tables import MEASURED_SAID, prices
-from pipeline.units import unit_of
 
 _UNITS = {"B": "bytes", "s": "seconds", "J": "joules"}
 

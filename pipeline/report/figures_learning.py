@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pipeline.recipe_json import flat
+from pipeline.core.units import counted
+from pipeline.recipe.json import flat
 from pipeline.report.figure import (
     INK,
     Cell,
@@ -23,7 +24,6 @@ from pipeline.report.figure import (
 from pipeline.report.history import Point
 from pipeline.report.results import Run
 from pipeline.report.study import Group
-from pipeline.units import counted
 
 ON_TRACK = 1.0  # points of accuracy below the published run that still count as on track
 _MOST = 300  # points of a curve: a run of ImageNet has some hundred thousand

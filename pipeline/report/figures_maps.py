@@ -8,10 +8,10 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline.core.units import counted
 from pipeline.report.figure import SCALE, Figure, Missing, Table, drawing, plain, titled
 from pipeline.report.results import Run
 from pipeline.report.study import Group
-from pipeline.units import counted
 
 _ROW = 24  # pixels of a layer
 _CATEGORIES = {"type": "category", "showgrid": False, "automargin": True}

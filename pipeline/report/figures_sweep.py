@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from pipeline.core.units import counted, unit_of
 from pipeline.measure.memory import told_hardware
 from pipeline.report.figure import Figure, Table, color, drawing, plain, symbol, titled
-from pipeline.units import counted, unit_of
 
 _HEIGHT = 380
 _DOTTED = ", with states"

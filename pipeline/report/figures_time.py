@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.core.units import shown
 from pipeline.measure.time_parts import BETWEEN, PARTS, REST
 from pipeline.report.figure import (
     PAPER,
@@ -19,7 +20,6 @@ from pipeline.report.figure import (
     titled,
 )
 from pipeline.report.study import Group
-from pipeline.units import shown
 
 _SMALL = 0.01  # of a bar: parts below it in every rule are drawn as one
 _SO_FAR = ", batches alone"

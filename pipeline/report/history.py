@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from pipeline.measure.time_parts import PARTS, REST
-from pipeline.track.jsonl import OF_NONE, Event
+from pipeline.track.journal import OF_NONE, Event
 
 _FROM_THREADS = ("checkpoint", "unwritten")  # written late, with the step that they are of
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.command_line import how_to_resume
-from pipeline.printing import new_console, number, print_table, say
+from pipeline.core.printing import new_console, number, print_table, say
+from pipeline.recipe.command_line import how_to_resume
+from pipeline.recipe.suite import FILE, runs_of
 from pipeline.report.results import UNKNOWN_RULE, Run, read_runs
 from pipeline.report.runs import suite_folders
-from pipeline.suite import FILE, runs_of
-from pipeline.track.jsonl import last
+from pipeline.track.journal import last
 from pipeline.track.state import is_driven
-from pipeline.trials import over_in
+from pipeline.track.trials import over_in
 
 _OVER = ("finished", "running", "diverged")  # states of runs that cannot be resumed
 

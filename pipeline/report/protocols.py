@@ -13,12 +13,12 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.printing import number, print_table, say
-from pipeline.recipe_json import flat
+from pipeline.core.printing import number, print_table, say
+from pipeline.recipe.json import flat
 from pipeline.report.compare import comparisons, unfinished_to_json
 from pipeline.report.results import Run, read_run
 from pipeline.report.selection import written
-from pipeline.trials import best
+from pipeline.track.trials import best
 
 TITLES = {
     "shared": "shared: only the rule differs",

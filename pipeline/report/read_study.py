@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from pipeline.baseline import BASELINE
-from pipeline.recipe import read_json
+from pipeline.core.units import counted
+from pipeline.recipe import BASELINE
+from pipeline.recipe.recipe import read_json
+from pipeline.recipe.suite import SuiteFile, has_report, runs_of
 from pipeline.report.claims import Returned, returned
 from pipeline.report.compare import comparable
 from pipeline.report.results import Run, read_run, read_runs, refuse_damage
@@ -24,10 +26,8 @@ from pipeline.report.selection import named, newest_study, with_baseline
 from pipeline.report.study import WITHIN, Study
 from pipeline.report.suite import Reported, own_report, suite_named
 from pipeline.report.sweeps import sweep_of
-from pipeline.suite import SuiteFile, has_report, runs_of
 from pipeline.track.publish import REPORT
-from pipeline.trials import over_in
-from pipeline.units import counted
+from pipeline.track.trials import over_in
 
 _WIDTH = 120  # characters of what a suite's own report prints
 

@@ -18,15 +18,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline.core.units import counted
 from pipeline.measure.sampled import MEMORY_EVERY
 from pipeline.measure.time_parts import BETWEEN, PARTS, REST
 from pipeline.report import history
 from pipeline.report.history import History, count, number
 from pipeline.report.runs import ReportError, load, run_folders, summary_of
-from pipeline.track.jsonl import Event, every, last, read
+from pipeline.track.journal import Event, every, last, read
+from pipeline.track.provenance import told_in, trained_on
 from pipeline.track.state import State, state_of
-from pipeline.trained_on import told_in, trained_on
-from pipeline.units import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +45,7 @@ class Metric:
     Args:
         name: its column in the frame, in CSV and in JSON.
         title: the head of its column, and its name on an axis.
-        unit: how it is printed: share, B, s, J, rate or count (`pipeline.units`).
+        unit: how it is printed: share, B, s, J, rate or count (`pipeline.core.units`).
         better: whether "less" or "more" of it is better. Such a metric is compared with the
             baseline. One with "" is listed beside the comparison.
         source: where `summary.json` has it, as a dotted path, or a function of the summary.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.suite import is_suite
+from pipeline.recipe.suite import is_suite
 
 _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "trained_on": (list, "a list of objects"),

@@ -8,12 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.baseline import is_baseline
-from pipeline.recipe import BESIDE_THE_STUDY
-from pipeline.recipe_json import differing, listed
+from pipeline.core.units import counted
+from pipeline.recipe import is_baseline
+from pipeline.recipe.json import differing, listed
+from pipeline.recipe.recipe import BESIDE_THE_STUDY
 from pipeline.report.results import Run, read_run, refuse_damage
 from pipeline.report.runs import ReportError, find_run
-from pipeline.units import counted
 
 VARIED = tuple(name for name in BESIDE_THE_STUDY if name != "init")  # which counts by its content
 Differing = tuple[str, Any, Any]  # a field, and its values in two runs

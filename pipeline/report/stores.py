@@ -27,7 +27,7 @@ from pipeline.report.runs import ReportError
 from pipeline.track.connect import SQLITE, connect, reason, without_password
 from pipeline.track.files import JOURNAL, KNOWN
 from pipeline.track.hierarchy import KIND_TAG, PARENT_OF
-from pipeline.track.jsonl import Event, read, read_thinned
+from pipeline.track.journal import Event, read, read_thinned
 from pipeline.track.publish import REPORT, REPORT_DATA
 from pipeline.track.state import State
 

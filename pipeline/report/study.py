@@ -18,14 +18,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.baseline import BASELINE, is_baseline
-from pipeline.refused import remedy
+from pipeline.core.errors import remedy
+from pipeline.core.units import counted, shown
+from pipeline.recipe import BASELINE, is_baseline
 from pipeline.report import results
 from pipeline.report.history import number
 from pipeline.report.results import COMPUTE, Run, kind
 from pipeline.report.selection import tuned_in, written
-from pipeline.track.jsonl import number as number_or_text
-from pipeline.units import counted, shown
+from pipeline.track.journal import number as number_or_text
 
 if TYPE_CHECKING:
     import pandas as pd

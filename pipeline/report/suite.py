@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from pipeline.baseline import BASELINE
-from pipeline.command_line import how_to_resume
-from pipeline.printing import new_console, say
+from pipeline.core.printing import new_console, say
+from pipeline.recipe import BASELINE
+from pipeline.recipe.command_line import how_to_resume
+from pipeline.recipe.suite import Report, SuiteFile, is_suite, runs_of
 from pipeline.report.compare import finite, print_studies
 from pipeline.report.results import read_run, read_runs
 from pipeline.report.runs import (
@@ -24,9 +25,8 @@ from pipeline.report.runs import (
 )
 from pipeline.report.selection import is_study
 from pipeline.report.study import WITHIN
-from pipeline.suite import Report, SuiteFile, is_suite, runs_of
 from pipeline.track.state import is_driven, state_of
-from pipeline.trials import over_in
+from pipeline.track.trials import over_in
 
 
 def suite_named(runs_dir: Path, names: Sequence[str]) -> Path | None:

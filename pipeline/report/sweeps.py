@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from pipeline.baseline import BASELINE, is_baseline
 from pipeline.measure.memory import told_hardware
+from pipeline.recipe import BASELINE, is_baseline
 from pipeline.report.figure import Figure, Table
 from pipeline.report.figures_sweep import of_a_sweep
 from pipeline.report.runs import ReportError

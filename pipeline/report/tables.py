@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.core.units import counted, rounded, unit_of
 from pipeline.measure.sampled import MEMORY_EVERY, OPERATIONS_EVERY
-from pipeline.recipe import Split
-from pipeline.recipe_json import differing
+from pipeline.recipe.json import differing
+from pipeline.recipe.recipe import Split
 from pipeline.report.figure import Cell, Table
 from pipeline.report.results import (
     ENERGY,
@@ -28,7 +29,6 @@ from pipeline.report.results import (
 )
 from pipeline.report.selection import VARIED, trained_apart, tuned_in, written
 from pipeline.report.study import Group, Study, spread_of
-from pipeline.units import counted, rounded, unit_of
 
 if TYPE_CHECKING:
     from pipeline.report.claims import Claim

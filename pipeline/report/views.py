@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from pipeline.core.units import rounded
 from pipeline.report import tables
 from pipeline.report.figure import NOT_MEASURED, THEMES, Cell, Figure, Missing, Table
 from pipeline.report.figures import ratios, trade_off
@@ -20,7 +21,6 @@ from pipeline.report.figures_time import time_parts
 from pipeline.report.results import ENERGY, describe_state
 from pipeline.report.study import Group
 from pipeline.report.sweeps import swept
-from pipeline.units import rounded
 
 WEB = Path(__file__).parent / "web"
 FIGURES = {

@@ -13,15 +13,15 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from pipeline.baseline import BASELINE, is_baseline
+from pipeline.core.printing import say
+from pipeline.core.units import counted
 from pipeline.forecast.turns import Turns
-from pipeline.printing import say
-from pipeline.recipe import write_json
+from pipeline.recipe import BASELINE, is_baseline
+from pipeline.recipe.recipe import write_json
 from pipeline.report.claims import Claim, held_to, not_judged, seeds_in_words
 from pipeline.report.results import Run
 from pipeline.report.study import spread_of
 from pipeline.report.sweeps import largest
-from pipeline.units import counted
 
 T_ = TypeVar("T_")
 

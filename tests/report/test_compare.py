@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline.printing import NO_WIDTH
+from pipeline.core.printing import NO_WIDTH
 from pipeline.report import results, runs
 from pipeline.report.compare import (
     Comparison,
@@ -27,7 +27,7 @@ from pipeline.report.compare import (
 from pipeline.report.read_study import read_study
 from pipeline.report.runs import ReportError
 from pipeline.report.study import FOLDED_ALONE, RECOMPUTES_NOTHING
-from pipeline.track.jsonl import Journal
+from pipeline.track.journal import Journal
 from tests.report.conftest import RECIPE, STUDY
 from tests.small import command
 

@@ -7,6 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
+from pipeline.core.units import shown, unit_of
 from pipeline.measure.time_parts import BETWEEN, PARTS, REST
 from pipeline.report.figure import THEMES, Figure, Missing, Table, harmless, plain
 from pipeline.report.figures import pareto, ratios, trade_off
@@ -17,7 +18,6 @@ from pipeline.report.figures_time import time_parts
 from pipeline.report.results import Run
 from pipeline.report.study import Study
 from pipeline.report.tables import MEASURED_SAID
-from pipeline.units import shown, unit_of
 from tests.report.hand_made import MACHINE, events, fidelity, recipe, run, study
 from tests.report.hand_made import made as written
 

@@ -17,7 +17,7 @@ from pipeline.report.read_study import read_study
 from pipeline.report.results import METRICS, Metric, expanded, frame
 from pipeline.report.runs import ReportError
 from pipeline.report.stores import ServerStore, runs_of_store
-from pipeline.track.jsonl import Journal
+from pipeline.track.journal import Journal
 from pipeline.track.mlflow import sync
 from tests.report.conftest import STUDY
 from tests.report.fake_store import FakeStore

@@ -29,7 +29,7 @@ from pipeline.report.stores import (
     studies,
 )
 from pipeline.track.connect import connect
-from pipeline.track.jsonl import Journal
+from pipeline.track.journal import Journal
 from pipeline.track.mlflow import sync
 
 

@@ -12,7 +12,7 @@ from pipeline.report.results import read_run
 from pipeline.report.runs import ReportError
 from pipeline.report.study import Study
 from pipeline.report.tables import provenance
-from pipeline.track.jsonl import OF_NONE, Event
+from pipeline.track.journal import OF_NONE, Event
 from tests.report.hand_made import KEY, LAYERS, MACHINE, events, fidelity, made, recipe, run
 
 

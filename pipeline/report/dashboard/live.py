@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from pipeline.baseline import BASELINE
 from pipeline.measure.time_parts import PARTS, REST
+from pipeline.recipe import BASELINE
 from pipeline.report.claims import Returned, returned
 from pipeline.report.history import count
 from pipeline.report.results import Run, machine, run_of
@@ -38,7 +38,7 @@ from pipeline.report.stores import (
 )
 from pipeline.report.study import Study
 from pipeline.track.files import JOURNAL
-from pipeline.track.jsonl import Event
+from pipeline.track.journal import Event
 from pipeline.track.publish import REPORT_DATA
 
 _METRICS = {"step": ("train/", ("loss", "top1")), "evaluation": ("val/", ("top1", "loss"))}
