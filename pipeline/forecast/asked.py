@@ -1,4 +1,5 @@
-"""What a recipe's teacher needs beside every rule: it is asked once a batch, whatever T, and no graph is kept of its answers.
+"""What a recipe's teacher needs beside every rule: it is asked once a batch, whatever T, and no
+graph is kept of its answers.
 
 Its weights are fresh where those of the recipe would have to be had: what they are costs nothing.
 """
@@ -37,8 +38,9 @@ class Asked:
     def told(self) -> str:
         """A line under a table of rules."""
         return (
-            f"the teacher, {self.teacher}, is in no row: beside every rule it holds {self.bytes / 1e6:.4g} MB of weights "
-            f"and answers for a batch in {self.seconds * 1e3:.4g} ms"
+            f"the teacher, {self.teacher}, is in no row: beside every rule it holds"
+            f" {self.bytes / 1e6:.4g} MB of weights and answers for a batch in"
+            f" {self.seconds * 1e3:.4g} ms"
         )
 
 
@@ -61,7 +63,9 @@ class Asking:
         teacher = build_teacher(recipe.with_untrained_teacher(), data)
         if teacher.probe is not None:  # a head as large as that which would be fitted
             with torch.random.fork_rng(devices=[]):
-                teacher.head = nn.Linear(teacher.features(torch.zeros(1, *data.shape)).shape[-1], data.classes)
+                teacher.head = nn.Linear(
+                    teacher.features(torch.zeros(1, *data.shape)).shape[-1], data.classes
+                )
         self._teacher, self._device = teacher.to(device), device
 
     @property
@@ -80,7 +84,9 @@ class Asking:
     @torch.no_grad()
     def seconds(self, x_B: Tensor) -> float:
         self._teacher(x_B)  # warms up
-        return statistics.median(seconds_of(lambda: self._teacher(x_B), self._device) for _ in range(TIMED))
+        return statistics.median(
+            seconds_of(lambda: self._teacher(x_B), self._device) for _ in range(TIMED)
+        )
 
     @torch.no_grad()
     def traffic(self, x_B: Tensor) -> Traffic:

@@ -1,4 +1,5 @@
-"""What a forecast takes of a recipe's data: one batch, or one made up; how long one takes to read; how many samples there are.
+"""What a forecast takes of a recipe's data: one batch, or one made up; how long one takes to read;
+how many samples there are.
 
 Of recipes of several tasks, the data of the first.
 """
@@ -38,12 +39,20 @@ def noise(recipe: Recipe, size: int) -> Batch:
 
 
 def loading_s(recipe: Recipe, size: int) -> float:
-    """Seconds of reading `size` samples and making them ready, on one thread with nothing else to do; the median of several."""
+    """Seconds of reading `size` samples and making them ready, on one thread with nothing else to
+    do; the median of several.
+    """
     with closing(_loader(recipe, size)) as loader, loader.epoch(0) as batches:
         some = iter(batches)
         next(some)
         turns = min(TIMED, loader.steps_per_epoch - 1)
-        return statistics.median(seconds_of(lambda: next(some), torch.device("cpu")) for _ in range(turns)) if turns else 0.0
+        return (
+            statistics.median(
+                seconds_of(lambda: next(some), torch.device("cpu")) for _ in range(turns)
+            )
+            if turns
+            else 0.0
+        )
 
 
 def samples_of(recipe: Recipe) -> int:
@@ -58,5 +67,7 @@ def _data(recipe: Recipe) -> Data:
 
 def _loader(recipe: Recipe, size: int) -> Loader:
     data = _data(recipe)
-    loader = data.train(seed=recipe.seed, rank=0, world=1, batch_size=size, micro_batch=size, threads=1)
+    loader = data.train(
+        seed=recipe.seed, rank=0, world=1, batch_size=size, micro_batch=size, threads=1
+    )
     return checked_loader(loader, data, "train")

@@ -1,8 +1,8 @@
 """A recipe's network and one batch of its data, on which rules are tried before any training.
 
-Every rule gets the same network with the same weights, those that training starts from, which rest, and the same batch, through
-the loop that trains. Recipes with a teacher are tried with its labels alone (asked.py has what it needs beside), and those of
-several tasks in their first.
+Every rule gets the same network with the same weights, those that training starts from, which rest,
+and the same batch, through the loop that trains. Recipes with a teacher are tried with its labels
+alone (asked.py has what it needs beside), and those of several tasks in their first.
 """
 
 # T time, B batch
@@ -80,8 +80,12 @@ RULES = (
 UNTIMED = 3  # the first batch warms up, on the second bytes are counted, on the third operations
 TIMED = 5
 RESERVE = 0.1
-"""of memory that is left to fragments, to workspaces and the driver, and to what a small batch does not tell of a large one"""
-LEARNS_BY_ITSELF = 16  # batches that a rule with matrices of its own sees before its gradient is taken
+"""of memory that is left to fragments, to workspaces and the driver, and to what a small batch does
+not tell of a large one
+"""
+LEARNS_BY_ITSELF = (
+    16  # batches that a rule with matrices of its own sees before its gradient is taken
+)
 DRAWS = 8
 Behind = Literal["plain torch", "own backend"]
 
@@ -95,8 +99,9 @@ class Cost:
     state_bytes: int
     """of what the network remembers and backward does not keep as well"""
     peak_memory_bytes: int | None
-    """how far the process's resident memory, on a GPU what its allocator holds, rises in a batch: with gradients and what kernels
-    take for their work, without the network and the batch itself; None where the kernel does not begin its peak anew"""
+    """how far the process's resident memory, on a GPU what its allocator holds, rises in a batch:
+    with gradients and what kernels take for their work, without the network and the batch itself;
+    None where the kernel does not begin its peak anew"""
     rule_bytes: int
     """of what the rule learns by itself, and notes of a batch"""
     forward_s: float
@@ -145,13 +150,14 @@ class Needs:
 
 
 class Bench:
-    """`recipe` with a batch of `batch_size` samples (None: what one worker would hold at a time), as a worker would have it.
+    """`recipe` with a batch of `batch_size` samples (None: what one worker would hold at a time),
+    as a worker would have it.
 
-    `source="noise"` makes the batch up, normal and of random classes, where the data need not be here: sizes are right then,
-    and sparsity is not.
+    `source="noise"` makes the batch up, normal and of random classes, where the data need not be
+    here: sizes are right then, and sparsity is not.
 
-    Raises: ValueError for a network that does not fit the data or the weights that it starts from; DoesNotFit where the batch
-    does not fit into memory; what the data refuse.
+    Raises: ValueError for a network that does not fit the data or the weights that it starts from;
+    DoesNotFit where the batch does not fit into memory; what the data refuse.
     """
 
     def __init__(
@@ -174,16 +180,21 @@ class Bench:
         self.network = network.to(device)
         self.loss: Loss = self.recipe.objective.build()
         with self.in_memory(recipe.name):
-            batch = first_batch(recipe, self.samples) if source == "data" else noise(recipe, self.samples)
+            batch = (
+                first_batch(recipe, self.samples)
+                if source == "data"
+                else noise(recipe, self.samples)
+            )
             self.x_B = batch.x.to(device)
             self.x_TB = over_steps(self.x_B, recipe.time_steps)
             self.target_B = batch.target.to(device)
 
     def cost(self, rule: Spec, *, behind: Behind = "plain torch") -> Cost:
-        """What it costs, by itself, or behind the backend that the recipe names, whose process group must exist.
+        """What it costs, by itself, or behind the backend that the recipe names, whose process
+        group must exist.
 
-        Raises: ValueError where the rule cannot train the network; DoesNotFit where its batch does not fit into memory.
-        """
+        Raises: ValueError where the rule cannot train the network; DoesNotFit where its batch does
+        not fit into memory."""
         made, meters, before = self._trained(rule, batches=UNTIMED + TIMED, behind=behind)
         peak = peak_device_bytes(self.x_B.device) if self.x_B.is_cuda else peak_rss_bytes()
         timed, totals = meters.clock.take()[UNTIMED:], meters.totals
@@ -214,22 +225,29 @@ class Bench:
         )
 
     def gradients(self, rule: Spec) -> list[dict[str, Tensor]]:
-        """What the rule gives each synapse, in fp32; of one that draws time steps, in several draws.
+        """What the rule gives each synapse, in fp32; of one that draws time steps, in several
+        draws.
 
         They are kept off the card, where the next rule has to fit.
 
-        Raises: ValueError where the rule refuses the network; DoesNotFit where its batch does not fit into memory.
-        """
+        Raises: ValueError where the rule refuses the network; DoesNotFit where its batch does not
+        fit into memory."""
         made = self._made(rule)
         decides = made.inner if isinstance(made, HLOP) else made
         draws = DRAWS if isinstance(decides, SLTT) and decides.k is not None else 1
         batches = LEARNS_BY_ITSELF if isinstance(made, OPZO) else 1
-        about = {"world": World(self.recipe.seed), "over_time": self.recipe.over_time, "batches": batches}
+        about = {
+            "world": World(self.recipe.seed),
+            "over_time": self.recipe.over_time,
+            "batches": batches,
+        }
         loss_for = partial(self.loss, self.target_B)
         found: list[dict[str, Tensor]] = []
         with self.in_memory(f"{made.label}'s gradient"):
             for step in range(draws):
-                given = gradients(self.network, self._made(rule), self.x_TB, loss_for, step=step, **about)
+                given = gradients(
+                    self.network, self._made(rule), self.x_TB, loss_for, step=step, **about
+                )
                 found.append({name: g.cpu() for name, g in given.items()})
         return found
 
@@ -251,7 +269,8 @@ class Bench:
             if not is_out_of_memory(error):
                 raise
             raise DoesNotFit(
-                f"{who}: a batch must fit into memory; {counted(self.samples, 'sample')} at T = {self.recipe.time_steps} do not"
+                f"{who}: a batch must fit into memory; {counted(self.samples, 'sample')} at T ="
+                f" {self.recipe.time_steps} do not"
             ) from None
 
     @property
@@ -270,7 +289,9 @@ class Bench:
         return network, made
 
     def own_backend(self, network: nn.Module, rule: Rule) -> Backend:
-        """The recipe's, as a launch makes it, but that its moves leave the weights where they are."""
+        """The recipe's, as a launch makes it, but that its moves leave the weights where they
+        are.
+        """
         backend = build_backend(self.recipe, network, rule, self.recipe.split(1))
         for group in backend.optimizer.param_groups:
             group["lr"] = 0.0
@@ -291,17 +312,27 @@ class Bench:
         return made
 
     def _trained(
-        self, rule: Spec, *, batches: int, behind: Behind = "plain torch", on_the_last: Instrument | None = None
+        self,
+        rule: Spec,
+        *,
+        batches: int,
+        behind: Behind = "plain torch",
+        on_the_last: Instrument | None = None,
     ) -> tuple[Rule, Meters, int | None]:
         """So many batches with weights at rest, the last of them seen by `on_the_last`.
 
-        Third, the bytes that memory held before the timed ones, from where its peak began anew: what is loaded when it is first
-        needed was there by then. None where no peak can be begun anew.
+        Third, the bytes that memory held before the timed ones, from where its peak began anew:
+        what is loaded when it is first needed was there by then. None where no peak can be begun
+        anew.
         """
         network, made = self.attached(rule)
         meters = self.meters(network)
         is_plain = behind == "plain torch"
-        backend = Plain(network, _resting, precision=self.recipe.precision) if is_plain else self.own_backend(network, made)
+        backend = (
+            Plain(network, _resting, precision=self.recipe.precision)
+            if is_plain
+            else self.own_backend(network, made)
+        )
         before: int | None = None
 
         def steps() -> Iterator[tuple[int, list[MicroBatch]]]:
@@ -325,8 +356,14 @@ class Bench:
 
 
 def fastest_baseline(costs: Iterable[Cost]) -> Cost | None:
-    """Of BPTT folded over time and step by step the one that computes faster; None where there is neither."""
-    return min((cost for cost in costs if is_baseline(cost.rule)), key=lambda cost: cost.compute_s, default=None)
+    """Of BPTT folded over time and step by step the one that computes faster; None where there is
+    neither.
+    """
+    return min(
+        (cost for cost in costs if is_baseline(cost.rule)),
+        key=lambda cost: cost.compute_s,
+        default=None,
+    )
 
 
 def by_label(rules: Sequence[Spec], own: Spec) -> dict[str, Spec]:
@@ -336,7 +373,9 @@ def by_label(rules: Sequence[Spec], own: Spec) -> dict[str, Spec]:
 
 def _bytes_of(made: Rule, totals: Totals) -> dict[str, int]:
     """What a rule that has trained keeps of a batch, and by itself."""
-    assert totals.peak_saved_bytes is not None and totals.state_bytes is not None, "no batch is skipped"
+    assert totals.peak_saved_bytes is not None and totals.state_bytes is not None, (
+        "no batch is skipped"
+    )
     return {
         "peak_saved_bytes": totals.peak_saved_bytes,
         "state_bytes": totals.state_bytes,

@@ -1,4 +1,6 @@
-"""Cards that a plan can be made for, as their data sheets have them: dense figures, without structured sparsity."""
+"""Cards that a plan can be made for, as their data sheets have them: dense figures, without
+structured sparsity.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a worker takes to move the weights, alone: it looks at the gradients (`guards/batches.py`), and its backend steps.
+"""What a worker takes to move the weights, alone: it looks at the gradients (`guards/batches.py`),
+and its backend steps.
 
 The engine of DeepSpeed does much beside its optimizer, which alone would be too little.
 """
@@ -21,17 +22,25 @@ from pipeline.ranks import Ranks, group_of_one
 
 
 def moving_s(bench: Bench) -> float:
-    """Seconds of one move, the median over batches that the recipe's own rule and backend train on; the weights rest.
+    """Seconds of one move, the median over batches that the recipe's own rule and backend train on;
+    the weights rest.
 
-    Raises: ValueError as of a launch: what the rule or the backend refuses; DoesNotFit where the batch does not fit into memory.
-    """
+    Raises: ValueError as of a launch: what the rule or the backend refuses; DoesNotFit where the
+    batch does not fit into memory."""
     recipe, device = bench.recipe, bench.x_B.device
     with group_of_one(device.type), bench.in_memory(f"{recipe.name}'s move"):
         network, rule = bench.attached(recipe.rule)
         meters = bench.meters(network)
-        with collectives_on(meters.clock):  # what an engine alone says to itself is no part of the optimizer
+        with collectives_on(
+            meters.clock
+        ):  # what an engine alone says to itself is no part of the optimizer
             backend = bench.own_backend(network, rule)
-            look = _Look(Guard(backend, rule, Ranks(device=device.type), takes_back=takes_back(recipe, rule)), device)
+            look = _Look(
+                Guard(
+                    backend, rule, Ranks(device=device.type), takes_back=takes_back(recipe, rule)
+                ),
+                device,
+            )
             batches = ((step, bench.micro_batches()) for step in range(UNTIMED + TIMED))
             train(rule, backend, lambda step: None, batches, bench.loss, meters, look)
     of_batches = zip(look.seconds, look.moves, meters.clock.take(), strict=True)
@@ -40,7 +49,9 @@ def moving_s(bench: Bench) -> float:
 
 
 class _Look:
-    """A guard that is timed, and lets every batch pass: what is asked is what it takes, not whether the batch is good."""
+    """A guard that is timed, and lets every batch pass: what is asked is what it takes, not whether
+    the batch is good.
+    """
 
     def __init__(self, guard: Guard, device: torch.device) -> None:
         self.guard, self.device = guard, device

@@ -1,7 +1,8 @@
-"""What a rule was seen to need at small batches, as functions of the batch and of the number of time steps.
+"""What a rule was seen to need at small batches, as functions of the batch and of the number of
+time steps.
 
-a quantity of a batch of B samples and T time steps        a + b B + c T + d B T         fitted to four small batches
-"""
+a quantity of a batch of B samples and T time steps        a + b B + c T + d B T         fitted to
+four small batches"""
 
 # B samples of a worker, T time steps
 
@@ -73,7 +74,9 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherProfile:
-    """What a teacher was seen to need of one worker, or would of a card, whatever the rule and the number of time steps."""
+    """What a teacher was seen to need of one worker, or would of a card, whatever the rule and the
+    number of time steps.
+    """
 
     label: str
     bytes: int
@@ -88,13 +91,17 @@ class TeacherProfile:
 
 
 COUNTED = 8
-"""samples, at most, where operations and bytes are counted and not timed: what a card holds may not fit this machine"""
+"""samples, at most, where operations and bytes are counted and not timed: what a card holds may not
+fit this machine
+"""
 
 
 def sizes_for(recipe: Recipe, workers: int, *, card: Device | None) -> tuple[int, int]:
-    """Two sizes of batches, below that of a worker where it is 3 or more; small ones, where they stand for a `card`.
+    """Two sizes of batches, below that of a worker where it is 3 or more; small ones, where they
+    stand for a `card`.
 
-    What is timed is not much smaller than what is planned, for what errs is extrapolated with the rest.
+    What is timed is not much smaller than what is planned, for what errs is extrapolated with the
+    rest.
     """
     micro = recipe.split(workers).micro_batch
     if card is not None:
@@ -105,7 +112,9 @@ def sizes_for(recipe: Recipe, workers: int, *, card: Device | None) -> tuple[int
 
 
 def times_for(recipe: Recipe, rule: Rule) -> tuple[int, ...]:
-    """Two numbers of time steps that the rule can train at, around the recipe's where it can; of recordings, their own."""
+    """Two numbers of time steps that the rule can train at, around the recipe's where it can; of
+    recordings, their own.
+    """
     T = recipe.time_steps
     if len(build_data(recipe).shape) == 4:
         return (T,)
@@ -117,7 +126,11 @@ def times_for(recipe: Recipe, rule: Rule) -> tuple[int, ...]:
             return False
         return True
 
-    fitting = [steps for steps in dict.fromkeys((T - 1, T + 1, T // 2, 2 * T, 3 * T)) if steps >= 1 and can(steps)]
+    fitting = [
+        steps
+        for steps in dict.fromkeys((T - 1, T + 1, T // 2, 2 * T, 3 * T))
+        if steps >= 1 and can(steps)
+    ]
     if len(fitting) < 2:  # of which it says itself why
         rule.check_steps(T)
     return tuple(sorted(fitting[:2]))
@@ -135,21 +148,31 @@ def profile_of(
         assert seconds is not None
         launches = dict.fromkeys(needs, 0.0)
     else:
-        seconds = {place: each.traffic.busy(card, precision=recipe.precision) / EFFICIENCY for place, each in needs.items()}
+        seconds = {
+            place: each.traffic.busy(card, precision=recipe.precision) / EFFICIENCY
+            for place, each in needs.items()
+        }
         launches = {place: each.traffic.kernels * card.launch for place, each in needs.items()}
     return Profile(
         rule=rule,
-        saved_bytes=Bilinear.through({place: each.peak_saved_bytes for place, each in needs.items()}),
+        saved_bytes=Bilinear.through(
+            {place: each.peak_saved_bytes for place, each in needs.items()}
+        ),
         state_bytes=Bilinear.through({place: each.state_bytes for place, each in needs.items()}),
         rule_bytes=max(each.rule_bytes for each in needs.values()),
         seconds=Bilinear.through(seconds),
         launches_s=Bilinear.through(launches),
-        backward_calls=Bilinear.through({place: each.backward_calls for place, each in needs.items()}),
+        backward_calls=Bilinear.through(
+            {place: each.backward_calls for place, each in needs.items()}
+        ),
     )
 
 
-def teacher_profile(recipe: Recipe, x_B: Tensor, sizes: tuple[int, int], card: Device | None) -> TeacherProfile | None:
-    """Of the recipe's teacher, asked about `sizes` of the samples `x_B` as the loader gives them; None without one.
+def teacher_profile(
+    recipe: Recipe, x_B: Tensor, sizes: tuple[int, int], card: Device | None
+) -> TeacherProfile | None:
+    """Of the recipe's teacher, asked about `sizes` of the samples `x_B` as the loader gives them;
+    None without one.
 
     Raises: ValueError for a precision of the teacher's that the card's sheet does not give.
     """
@@ -158,14 +181,21 @@ def teacher_profile(recipe: Recipe, x_B: Tensor, sizes: tuple[int, int], card: D
     asking = Asking(recipe, x_B.device)
     if card is None:
         fewer, more = (asking.seconds(x_B[:B]) for B in sizes)
-        # Fewer samples take no longer: else what the clock errs by would be drawn out to a teacher that takes no time at all.
+        # Fewer samples take no longer: else what the clock errs by would be drawn out to a teacher
+        # that takes no time at all.
         seconds = {(sizes[0], 1): min(fewer, more), (sizes[1], 1): more}
         launches = dict.fromkeys(seconds, 0.0)
     elif asking.precision not in card.flops:
-        raise ValueError(f"plan: {card.name}: the teacher's precision must be {', '.join(card.flops)}; got {asking.precision}")
+        raise ValueError(
+            f"plan: {card.name}: the teacher's precision must be {', '.join(card.flops)}; got"
+            f" {asking.precision}"
+        )
     else:
         traffic = {(B, 1): asking.traffic(x_B[:B]) for B in sizes}
-        seconds = {place: each.busy(card, precision=asking.precision) / EFFICIENCY for place, each in traffic.items()}
+        seconds = {
+            place: each.busy(card, precision=asking.precision) / EFFICIENCY
+            for place, each in traffic.items()
+        }
         launches = {place: each.kernels * card.launch for place, each in traffic.items()}
     return TeacherProfile(
         label=asking.label,

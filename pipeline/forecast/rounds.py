@@ -1,4 +1,6 @@
-"""Rules that take turns on a bench, round by round: where a machine gets slower in between, it does so for all."""
+"""Rules that take turns on a bench, round by round: where a machine gets slower in between, it does
+so for all.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ ROUNDS = 3
 
 
 def in_rounds(those: Iterable[T_], rounds: int) -> Iterator[list[T_]]:
-    """The order of each round: every one begins with another, so that what drifts falls on all alike."""
+    """The order of each round: every one begins with another, so that what drifts falls on all
+    alike.
+    """
     order = list(those)
     for each in range(rounds):
         first = each % len(order)
@@ -25,7 +29,9 @@ def in_rounds(those: Iterable[T_], rounds: int) -> Iterator[list[T_]]:
 
 
 def costs(bench: Bench, rules: Mapping[str, Spec]) -> tuple[dict[str, list[Cost]], dict[str, str]]:
-    """What each rule costs in every round, and why others cannot train the network or do not fit into memory."""
+    """What each rule costs in every round, and why others cannot train the network or do not fit
+    into memory.
+    """
     rounds: dict[str, list[Cost]] = {label: [] for label in rules}
     refused: dict[str, str] = {}
     for order in in_rounds(rules, ROUNDS):
@@ -42,5 +48,8 @@ def costs(bench: Bench, rules: Mapping[str, Spec]) -> tuple[dict[str, list[Cost]
 
 def in_the_median(of_one: Sequence[Cost]) -> Cost:
     """Of one rule: in each round it counts the same bytes and operations."""
-    seconds = {name: statistics.median(getattr(cost, name) for cost in of_one) for name in ("forward_s", "backward_s", "loop_s")}
+    seconds = {
+        name: statistics.median(getattr(cost, name) for cost in of_one)
+        for name in ("forward_s", "backward_s", "loop_s")
+    }
     return replace(of_one[0], **seconds)

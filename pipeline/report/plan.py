@@ -17,15 +17,44 @@ from pipeline.units import counted
 KIND = "a model, not measured"
 
 
-def print_plan(found: Plan, *, against: Errors | None = None, as_json: bool = False, console: Console | None = None) -> None:
-    """One line for each rule; what the figures rest on; the rule that takes the fewest hours; how far off a run was found."""
+def print_plan(
+    found: Plan,
+    *,
+    against: Errors | None = None,
+    as_json: bool = False,
+    console: Console | None = None,
+) -> None:
+    """One line for each rule; what the figures rest on; the rule that takes the fewest hours; how
+    far off a run was found.
+    """
     console = console or new_console()
     if as_json:
-        told = {"basis": basis(found), "advice": advice(found), "against": None if against is None else against.to_json()}
-        console.out(json.dumps({"kind": KIND, **asdict(found), **told}, indent=2, allow_nan=False), highlight=False)
+        told = {
+            "basis": basis(found),
+            "advice": advice(found),
+            "against": None if against is None else against.to_json(),
+        }
+        console.out(
+            json.dumps({"kind": KIND, **asdict(found), **told}, indent=2, allow_nan=False),
+            highlight=False,
+        )
         return
-    parts = ("compute", *(() if found.teacher is None else ("teacher",)), "sums", "optimizer", "loading", "step")
-    titles = ["ZeRO", "micro x acc.", "memory", *(f"{part} ms" for part in parts), "images/s", "hours"]
+    parts = (
+        "compute",
+        *(() if found.teacher is None else ("teacher",)),
+        "sums",
+        "optimizer",
+        "loading",
+        "step",
+    )
+    titles = [
+        "ZeRO",
+        "micro x acc.",
+        "memory",
+        *(f"{part} ms" for part in parts),
+        "images/s",
+        "hours",
+    ]
     titles += [] if found.cluster.device is None else ["kWh"]
     titles += [] if found.cluster.price is None else ["cost"]
     rows = [_cells(planned, taught=found.teacher is not None) for planned in found.rules]
@@ -41,29 +70,39 @@ def print_plan(found: Plan, *, against: Errors | None = None, as_json: bool = Fa
 def basis(found: Plan) -> str:
     """What the figures were made from, and what is not in them, in a sentence or two."""
     told = (
-        f"{_basis_of_rules(found)} Hours are of training, without evaluations, checkpoints and what workers agree on in between."
+        f"{_basis_of_rules(found)} Hours are of training, without evaluations, checkpoints and what"
+        " workers agree on in between."
     )
     if found.teacher is None:
         return told
     weights = f"{found.teacher_bytes / 1e6:.4g} MB of weights"
-    return f"{told} In all figures the teacher, {found.teacher}: {weights}, asked about every sample."
+    return (
+        f"{told} In all figures the teacher, {found.teacher}: {weights}, asked about every sample."
+    )
 
 
 def _basis_of_rules(found: Plan) -> str:
     sizes, times = (" and ".join(map(str, each)) for each in found.profiled)
     profiled = (
-        f"From batches of {sizes} samples at T = {times}" + ("" if found.source == "data" else ", made up,") + " on this machine"
+        f"From batches of {sizes} samples at T = {times}"
+        + ("" if found.source == "data" else ", made up,")
+        + " on this machine"
     )
     card, workers = found.cluster.device, found.cluster.workers
     if card is None:
         left = f"{RESERVE:.0%} of the memory that is free left so"
         neighbours = "" if workers == 1 else f", and what {workers} local workers do to one another"
         return f"{profiled}, and their seconds{neighbours}; {left}."
-    link = "" if workers <= found.cluster.per_node else f", {found.cluster.node_link * 8 / 1e9:.0f} Gb/s from node to node"
+    link = (
+        ""
+        if workers <= found.cluster.per_node
+        else f", {found.cluster.node_link * 8 / 1e9:.0f} Gb/s from node to node"
+    )
     return (
-        f"{profiled}; {card.name}: roofline at {EFFICIENCY:.0%} ({card.source}), {RESERVE:.0%} of its memory left free, "
-        f"{card.link / 1e9:.0f} GB/s from card to card{link}, loaders that keep up; "
-        "sums at the bandwidth of links, without their latency; kWh: the cards' rated watts all the time, hosts left out."
+        f"{profiled}; {card.name}: roofline at {EFFICIENCY:.0%} ({card.source}), {RESERVE:.0%} of"
+        f" its memory left free, {card.link / 1e9:.0f} GB/s from card to card{link}, loaders that"
+        " keep up; sums at the bandwidth of links, without their latency; kWh: the cards' rated"
+        " watts all the time, hosts left out."
     )
 
 
@@ -72,15 +111,25 @@ def advice(found: Plan) -> str:
         return "No rule fits."
     best = min(found.rules, key=lambda planned: planned.hours)
     smallest = min(found.rules, key=lambda planned: planned.memory_bytes)
-    other = "" if smallest is best else f" {smallest.rule} needs the least memory, {smallest.memory_bytes / 1e9:.3g} GB."
+    other = (
+        ""
+        if smallest is best
+        else f" {smallest.rule} needs the least memory, {smallest.memory_bytes / 1e9:.3g} GB."
+    )
     return (
-        f"Fewest hours: {best.rule}, {counted(best.micro_batch, 'sample')} on a worker at a time, ZeRO-{best.zero}, "
-        f"{best.memory_bytes / 1e9:.3g} GB.{other} What a rule costs in accuracy, a run says."
+        f"Fewest hours: {best.rule}, {counted(best.micro_batch, 'sample')} on a worker at a time,"
+        f" ZeRO-{best.zero}, {best.memory_bytes / 1e9:.3g} GB.{other} What a rule costs in"
+        " accuracy, a run says."
     )
 
 
 def _cells(planned: Planned, *, taught: bool) -> tuple[str, ...]:
-    seconds = [planned.compute_s, *([planned.teacher_s] if taught else []), planned.communication_s, planned.optimizer_s]
+    seconds = [
+        planned.compute_s,
+        *([planned.teacher_s] if taught else []),
+        planned.communication_s,
+        planned.optimizer_s,
+    ]
     return (
         planned.rule,
         str(planned.zero),

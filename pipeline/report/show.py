@@ -23,8 +23,8 @@ from pipeline.weights import study_inputs
 def show_recipe(made: Recipe | Suite, workers: int, console: Console | None = None) -> None:
     """Print a recipe: resolved, its parameters, study key, global batch and DeepSpeed settings.
 
-    Of a suite, what all its recipes share is printed once, and then what each has of its own. No data file is needed, nor what
-    a reference names.
+    Of a suite, what all its recipes share is printed once, and then what each has of its own. No
+    data file is needed, nor what a reference names.
     """
     console = console or new_console()
     if isinstance(made, Recipe):
@@ -32,7 +32,10 @@ def show_recipe(made: Recipe | Suite, workers: int, console: Console | None = No
         _print(made.name, *_resolved(made, made, workers), console)
         return
     with with_stand_ins(made) as recipes:
-        found = [_resolved(recipe, ready, workers) for recipe, ready in zip(made.recipes, recipes, strict=True)]
+        found = [
+            _resolved(recipe, ready, workers)
+            for recipe, ready in zip(made.recipes, recipes, strict=True)
+        ]
     fields, lines = (_shared(each) for each in zip(*found, strict=True))
     if len(found) > 1:
         _print(f"shared by {len(found)} recipes", fields, lines, console)
@@ -44,18 +47,27 @@ def show_recipe(made: Recipe | Suite, workers: int, console: Console | None = No
 
 
 def _resolved(recipe: Recipe, ready: Recipe, workers: int) -> tuple[dict[str, str], dict[str, str]]:
-    """Its fields, and what follows from them. `ready` is the recipe with files in the place of its references."""
-    network = check_recipe(ready.with_untrained_teacher(), workers)  # its weights may have to be downloaded
+    """Its fields, and what follows from them. `ready` is the recipe with files in the place of its
+    references.
+    """
+    network = check_recipe(
+        ready.with_untrained_teacher(), workers
+    )  # its weights may have to be downloaded
     split = recipe.split(workers)
     parameters = sum(p.numel() for p in network.parameters())
-    each = f"{counted(workers, 'worker')} x {counted(split.micro_batch, 'sample')} x {split.accumulation} accumulated"
+    each = (
+        f"{counted(workers, 'worker')} x {counted(split.micro_batch, 'sample')} x"
+        f" {split.accumulation} accumulated"
+    )
     lines = {
         "parameters": f"{parameters:,}",
         "study key": _study(recipe),
         "global batch": f"{recipe.batch_size} = {each}",
     }
     if isinstance(rate := recipe.optimizer.kwargs.get("lr"), float):
-        lines["learning rate"] = f"{rate:g} for this batch, {rate * 256 / recipe.batch_size:g} for one of 256 samples"
+        lines["learning rate"] = (
+            f"{rate:g} for this batch, {rate * 256 / recipe.batch_size:g} for one of 256 samples"
+        )
     if recipe.backend == "deepspeed":
         settings = config(
             micro_batch=split.micro_batch,
@@ -71,7 +83,11 @@ def _resolved(recipe: Recipe, ready: Recipe, workers: int) -> tuple[dict[str, st
 
 def _shared(each: Sequence[dict[str, str]]) -> dict[str, str]:
     """What all of them hold alike."""
-    return {key: value for key, value in each[0].items() if all(other.get(key) == value for other in each)}
+    return {
+        key: value
+        for key, value in each[0].items()
+        if all(other.get(key) == value for other in each)
+    }
 
 
 def _less(own: dict[str, str], shared: dict[str, str]) -> dict[str, str]:

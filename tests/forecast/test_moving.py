@@ -1,4 +1,6 @@
-"""What a move of the weights takes: what is planted in it shows, once for each move, and nothing else moves."""
+"""What a move of the weights takes: what is planted in it shows, once for each move, and nothing
+else moves.
+"""
 
 from __future__ import annotations
 
@@ -50,28 +52,48 @@ def test_a_move_is_the_step_of_the_recipes_own_backend(
     assert 0 < moving_s(bench) < SLEEP
     monkeypatch.setattr(of, "step", slept(of.step))
     assert SLEEP <= moving_s(bench) < 2 * SLEEP
-    assert all(torch.equal(value, before[name]) for name, value in bench.network.state_dict().items())
-    assert not distributed.is_initialized() and os.environ["RANK"] == "3" and "WORLD_SIZE" not in os.environ
+    assert all(
+        torch.equal(value, before[name]) for name, value in bench.network.state_dict().items()
+    )
+    assert (
+        not distributed.is_initialized()
+        and os.environ["RANK"] == "3"
+        and "WORLD_SIZE" not in os.environ
+    )
 
 
 def test_the_weights_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What moves them is a copy, with gradients: with the recipe's learning rate it would be another network at each turn."""
+    """What moves them is a copy, with gradients: with the recipe's learning rate it would be
+    another network at each turn.
+    """
     bench, made = bench_of("deepspeed"), list[Any]()
-    monkeypatch.setattr("pipeline.forecast.bench.build_backend", lambda *about: made.append(build_backend(*about)) or made[0])
+    monkeypatch.setattr(
+        "pipeline.forecast.bench.build_backend",
+        lambda *about: made.append(build_backend(*about)) or made[0],
+    )
     moving_s(bench)
     [backend] = made
-    assert all(torch.equal(value, bench.network.state_dict()[name]) for name, value in backend.network.state_dict().items())
+    assert all(
+        torch.equal(value, bench.network.state_dict()[name])
+        for name, value in backend.network.state_dict().items()
+    )
 
 
-def test_a_move_has_the_look_at_the_gradients_in_it_and_what_is_kept_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_move_has_the_look_at_the_gradients_in_it_and_what_is_kept_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     bench = bench_of("plain")
     for name in ("verdict", "keep"):
         monkeypatch.setattr(Guard, name, slept(getattr(Guard, name)))
     assert 2 * SLEEP <= moving_s(bench) < 3 * SLEEP
 
 
-def test_what_an_engine_alone_says_to_itself_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed 0.19.8 reduces over one worker, too; what several say to one another is planned by itself."""
+def test_what_an_engine_alone_says_to_itself_is_no_part_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """DeepSpeed 0.19.8 reduces over one worker, too; what several say to one another is planned by
+    itself.
+    """
     bench, reduced = bench_of("deepspeed"), list[int]()
 
     def reducing(*about: Any, of: Callable[..., Any] = distributed.all_reduce, **more: Any) -> Any:
@@ -83,7 +105,9 @@ def test_what_an_engine_alone_says_to_itself_is_no_part_of_it(monkeypatch: pytes
     assert reduced
 
 
-def test_of_a_rule_that_moves_the_weights_at_every_step_it_is_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_rule_that_moves_the_weights_at_every_step_it_is_one_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     bench = bench_of("deepspeed", rule=spec(OTTT, update="objective"))
     monkeypatch.setattr(DeepSpeed, "step", slept(DeepSpeed.step))
     assert SLEEP <= moving_s(bench) < 2 * SLEEP

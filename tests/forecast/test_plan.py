@@ -1,4 +1,6 @@
-"""Plans: exact where the model is, and of a launch's own order where it is timed (benchmarks/planned.py: how near)."""
+"""Plans: exact where the model is, and of a launch's own order where it is timed
+(benchmarks/planned.py: how near).
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,13 @@ def test_four_points_determine_the_plane_with_a_twist() -> None:
 
 def made(**changes: Any) -> Recipe:
     """T = 6, 64 samples in a batch."""
-    return replace(recipe_with(0.5), **{"rule": spec(SLTT), **changes}, time_steps=6, batch_size=64, backend="deepspeed")
+    return replace(
+        recipe_with(0.5),
+        **{"rule": spec(SLTT), **changes},
+        time_steps=6,
+        batch_size=64,
+        backend="deepspeed",
+    )
 
 
 def on(workers: int, **changes: Any) -> Plan:
@@ -59,13 +67,17 @@ def on(workers: int, **changes: Any) -> Plan:
 
 
 def test_an_epoch_without_a_whole_batch_is_no_plan() -> None:
-    with pytest.raises(ValueError, match="an epoch must have a batch of 64 samples at least; got 63"):
+    with pytest.raises(
+        ValueError, match="an epoch must have a batch of 64 samples at least; got 63"
+    ):
         plan(made(), Cluster(workers=1, device=H100), samples=63, source="noise", rules=RULES)
 
 
 def on_rules(workers: int, rules: Sequence[Spec], device: Device = H100) -> Plan:
     recipe = made(rule=rules[0])
-    return plan(recipe, Cluster(workers=workers, device=device), samples=6400, source="noise", rules=rules)
+    return plan(
+        recipe, Cluster(workers=workers, device=device), samples=6400, source="noise", rules=rules
+    )
 
 
 def of(found: Plan, rule: str) -> Planned:
@@ -82,7 +94,9 @@ def test_saved_bytes_are_those_of_the_whole_batch() -> None:
 
 
 def test_what_is_moved_at_each_stage() -> None:
-    """In bytes over the slowest link: G of gradients, P of parameters, both 4 bytes a parameter here."""
+    """In bytes over the slowest link: G of gradients, P of parameters, both 4 bytes a parameter
+    here.
+    """
     P = G = 4 * (64 * 16 + 16 + 16 * 10 + 10)
     assert Bench(made(), batch_size=4, source="noise").held().gradients == G
     seconds = {zero: on(8, zero=zero) for zero in (0, 1, 2)}
@@ -95,7 +109,9 @@ def test_what_is_moved_at_each_stage() -> None:
 
 
 def test_what_is_held_at_each_stage() -> None:
-    """SGD with momentum: P of parameters, G of gradients, O of momentum, all as large; a bucket of G, a master copy of P / 8."""
+    """SGD with momentum: P of parameters, G of gradients, O of momentum, all as large; a bucket of
+    G, a master copy of P / 8.
+    """
     P = 4 * (64 * 16 + 16 + 16 * 10 + 10)
     kept = of(on(8), "SLTT").memory_bytes - 3 * P
     assert of(on(8, zero=1), "SLTT").memory_bytes == pytest.approx(kept + 2 * P + 2 * P / 8 + P)
@@ -104,7 +120,9 @@ def test_what_is_held_at_each_stage() -> None:
 
 def test_a_rule_that_moves_the_weights_at_every_step_pays_for_it_every_time() -> None:
     once, each = (on_rules(8, (spec(OTTT, update=update),)) for update in ("batch", "objective"))
-    assert of(each, "OTTT-O").communication_s == pytest.approx(6 * of(once, "OTTT-A").communication_s)
+    assert of(each, "OTTT-O").communication_s == pytest.approx(
+        6 * of(once, "OTTT-A").communication_s
+    )
     assert of(each, "OTTT-O").optimizer_s == pytest.approx(6 * of(once, "OTTT-A").optimizer_s)
 
 
@@ -114,19 +132,28 @@ def test_seconds_and_launches_are_fitted_apart() -> None:
     needs = Bench(made(), batch_size=64, source="noise").needs(spec(BPTT)).traffic
     assert of(waits, "BPTT").compute_s == pytest.approx(needs.kernels, rel=0.02)
     busy = on_rules(1, RULES, device=replace(H100, launch=1e-12))
-    assert of(busy, "BPTT").compute_s == pytest.approx(needs.busy(H100, precision="fp32") / EFFICIENCY, rel=0.05)
+    assert of(busy, "BPTT").compute_s == pytest.approx(
+        needs.busy(H100, precision="fp32") / EFFICIENCY, rel=0.05
+    )
     small = Bench(made(), batch_size=32, source="noise").needs(spec(BPTT)).traffic
-    between = 1.5 * small.busy(H100, precision="fp32") / EFFICIENCY / small.kernels  # launches bind at 32 samples, not at 64
+    between = (
+        1.5 * small.busy(H100, precision="fp32") / EFFICIENCY / small.kernels
+    )  # launches bind at 32 samples, not at 64
     both = on_rules(1, RULES, device=replace(H100, launch=between))
-    assert of(both, "BPTT").compute_s == pytest.approx(needs.busy(H100, precision="fp32") / EFFICIENCY, rel=0.05)
+    assert of(both, "BPTT").compute_s == pytest.approx(
+        needs.busy(H100, precision="fp32") / EFFICIENCY, rel=0.05
+    )
 
 
 def test_a_card_computes_in_tf32_what_is_to_be_computed_so() -> None:
-    """Counted on a machine without it, and priced by the card's own rate; fp32 has nothing of it."""
+    """Counted on a machine without it, and priced by the card's own rate; fp32 has nothing of
+    it.
+    """
     card = replace(H100, flops={"fp32": 1e9, "tf32": 8e9}, launch=1e-12, bandwidth=1e18)
     cluster = Cluster(workers=1, device=card)
     ieee, tf32 = (
-        plan(made(precision=each), cluster, samples=6400, source="noise", rules=(spec(BPTT),)) for each in ("fp32", "tf32")
+        plan(made(precision=each), cluster, samples=6400, source="noise", rules=(spec(BPTT),))
+        for each in ("fp32", "tf32")
     )
     assert of(ieee, "BPTT").compute_s == pytest.approx(8 * of(tf32, "BPTT").compute_s)
 
@@ -136,8 +163,13 @@ def test_tf32_is_not_tried_where_there_is_none() -> None:
         Bench(made(precision="tf32"), batch_size=4, source="noise")
 
 
-@pytest.mark.parametrize(("rule", "times"), [(SLTT(), (5, 7)), (SLTT(k=6), (7, 12)), (SLTT(chunk=6), (7, 12)), (BPTT(), (5, 7))])
-def test_a_rule_is_profiled_at_time_steps_that_it_can_train_at(rule: Rule, times: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("rule", "times"),
+    [(SLTT(), (5, 7)), (SLTT(k=6), (7, 12)), (SLTT(chunk=6), (7, 12)), (BPTT(), (5, 7))],
+)
+def test_a_rule_is_profiled_at_time_steps_that_it_can_train_at(
+    rule: Rule, times: tuple[int, int]
+) -> None:
     assert times_for(made(), rule) == times
 
 
@@ -162,26 +194,40 @@ def test_hours_energy_and_cost_follow_from_the_step() -> None:
 def test_a_small_plan_is_not_for_nothing_and_says_what_its_energy_is() -> None:
     found = on(1, cluster={"price": 3.0})
     large = replace(of(found, "BPTT"), kwh=12_345.6, cost=0.00123)
-    print_plan(replace(found, rules=(large,)), console=Console(file=(out := io.StringIO()), width=200))
+    print_plan(
+        replace(found, rules=(large,)), console=Console(file=(out := io.StringIO()), width=200)
+    )
     [row] = [line for line in out.getvalue().splitlines() if line.startswith("BPTT")]
     assert row.split()[-2:] == ["12,346", "0.00123"]
-    assert "; kWh: the cards' rated watts all the time, hosts left out. Hours are of training, without" in basis(found)
+    assert (
+        "; kWh: the cards' rated watts all the time, hosts left out. Hours are of training, without"
+        in basis(found)
+    )
 
 
 def test_a_small_card_takes_smaller_micro_batches_and_a_tiny_one_refuses() -> None:
     whole = of(on(1), "BPTT")
     small = replace(H100, memory=0.6 * whole.memory_bytes / 0.9)
-    found = plan(made(), Cluster(workers=1, device=small), samples=6400, source="noise", rules=RULES)
+    found = plan(
+        made(), Cluster(workers=1, device=small), samples=6400, source="noise", rules=RULES
+    )
     assert (whole.micro_batch, whole.accumulation) == (64, 1)
-    assert of(found, "BPTT").micro_batch * of(found, "BPTT").accumulation == 64 and of(found, "BPTT").accumulation > 1
+    assert (
+        of(found, "BPTT").micro_batch * of(found, "BPTT").accumulation == 64
+        and of(found, "BPTT").accumulation > 1
+    )
     assert of(found, "BPTT").memory_bytes < 0.6 * whole.memory_bytes
     tiny = replace(H100, memory=1000.0)
-    refused = plan(made(), Cluster(workers=1, device=tiny), samples=6400, source="noise", rules=RULES)
+    refused = plan(
+        made(), Cluster(workers=1, device=tiny), samples=6400, source="noise", rules=RULES
+    )
     assert refused.rules == () and advice(refused) == "No rule fits."
     assert refused.refused["BPTT"].startswith("BPTT: a worker must fit into 9e-07 GB; it needs")
 
 
-def test_cards_sum_among_themselves_and_more_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cards_sum_among_themselves_and_more_than_there_are_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """On this machine there is none: what they take is not asked of gloo on its cores."""
     bench = Bench(made(), batch_size=4, source="noise")
     asked: list[dict[str, Any]] = []
@@ -197,29 +243,51 @@ def test_cards_sum_among_themselves_and_more_than_there_are_is_refused(monkeypat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     on_cards = _Share(made(), Cluster(workers=2), bench, "noise", None, 0.25)
     assert [each["on"] for each in asked] == ["cpu", "cuda"] and asked[1]["workers"] == 2
-    assert on_cores.memory == pytest.approx((1 - RESERVE) * 10**9 / 2) and on_cards.memory == pytest.approx((1 - RESERVE) * 10**9)
+    assert on_cores.memory == pytest.approx(
+        (1 - RESERVE) * 10**9 / 2
+    ) and on_cards.memory == pytest.approx((1 - RESERVE) * 10**9)
     assert on_cores.optimizer_s == 0.25 * on_cores.slowdown and on_cards.optimizer_s == 0.25
-    assert on_cores.slowdown > 1.9 and on_cards.slowdown == 1 and on_cards.communication_s(0, 1.0) == pytest.approx(1.5)
-    said = "every worker takes a card, of which machines like this one have 2; got 4 workers; name the card with --device"
+    assert (
+        on_cores.slowdown > 1.9
+        and on_cards.slowdown == 1
+        and on_cards.communication_s(0, 1.0) == pytest.approx(1.5)
+    )
+    said = (
+        "every worker takes a card, of which machines like this one have 2; got 4 workers; name the"
+        " card with --device"
+    )
     with pytest.raises(ValueError, match=said):
         plan(made(), Cluster(workers=4))
     assert len(asked) == 2
 
 
 def test_a_teacher_is_in_every_rules_time_and_bytes() -> None:
-    """On a card its kernels are too small to be waited for: two micro-batches of as many launches each."""
+    """On a card its kernels are too small to be waited for: two micro-batches of as many launches
+    each.
+    """
     recipe = replace(taught(), backend="deepspeed")
     alone = replace(recipe, teacher=None, objective=spec(CrossEntropy))
     cluster = Cluster(workers=1, device=H100)
-    found, without = (plan(each, cluster, samples=64, source="noise", rules=RULES) for each in (recipe, alone))
+    found, without = (
+        plan(each, cluster, samples=64, source="noise", rules=RULES) for each in (recipe, alone)
+    )
     teacher, kernels = _teacher_of(recipe)
-    assert (found.teacher, found.teacher_bytes) == ("test_efficientnet", teacher) and without.teacher is None
+    assert (found.teacher, found.teacher_bytes) == (
+        "test_efficientnet",
+        teacher,
+    ) and without.teacher is None
     for rule in ("BPTT", "SLTT", "SLTT-1"):
         taught_, untaught = of(found, rule), of(without, rule)
-        assert taught_.teacher_s == pytest.approx(2 * kernels * H100.launch) and untaught.teacher_s == 0
+        assert (
+            taught_.teacher_s == pytest.approx(2 * kernels * H100.launch)
+            and untaught.teacher_s == 0
+        )
         assert taught_.step_s == pytest.approx(untaught.step_s + taught_.teacher_s)
         assert taught_.memory_bytes == pytest.approx(untaught.memory_bytes + teacher)
-    said = f"In all figures the teacher, test_efficientnet: {teacher / 1e6:.4g} MB of weights, asked about every sample."
+    said = (
+        f"In all figures the teacher, test_efficientnet: {teacher / 1e6:.4g} MB of weights, asked"
+        " about every sample."
+    )
     assert basis(found).endswith(said) and "teacher" not in basis(without)
     print_plan(found, console=Console(file=(out := io.StringIO()), width=200))
     [head] = [line for line in out.getvalue().splitlines() if line.startswith("rule")]
@@ -228,7 +296,9 @@ def test_a_teacher_is_in_every_rules_time_and_bytes() -> None:
     assert of(here, "SLTT-1").teacher_s > 0
 
 
-def test_a_teacher_whose_clock_erred_takes_as_long_as_its_larger_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_whose_clock_erred_takes_as_long_as_its_larger_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """And not less and less of more samples, down to nothing."""
     told = iter([2.0, 1.0])
     monkeypatch.setattr(Asking, "seconds", lambda self, x_B: next(told))
@@ -237,13 +307,21 @@ def test_a_teacher_whose_clock_erred_takes_as_long_as_its_larger_batch(monkeypat
 
 
 def _teacher_of(recipe: Recipe) -> tuple[int, int]:
-    """Bytes of its weights, statistics and a head for 10 classes, and the kernels of an answer, counted by hand."""
+    """Bytes of its weights, statistics and a head for 10 classes, and the kernels of an answer,
+    counted by hand.
+    """
     teacher = build_teacher(recipe.with_untrained_teacher(), recipe.data.build())
     x_B = torch.zeros(2, 1, 8, 8)
     teacher.head = nn.Linear(teacher.features(x_B).shape[-1], 10)
     with Traffic() as traffic:
         teacher(x_B)
-    return sum(each.numel() * each.element_size() for each in (*teacher.parameters(), *teacher.buffers())), traffic.kernels
+    return (
+        sum(
+            each.numel() * each.element_size()
+            for each in (*teacher.parameters(), *teacher.buffers())
+        ),
+        traffic.kernels,
+    )
 
 
 @pytest.mark.full
@@ -254,22 +332,32 @@ def test_neighbours_sum_longer_the_more_they_sum_and_compute_no_faster_than_one_
     assert 1 <= little.slowdown < 3
 
 
-# ------------------------------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------------- command line
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "mine.py"
     file.write_text(RECIPE)
     run = command(monkeypatch, capsys)
     words = ("--device", "h100", "--batch-of", "noise", "--samples", "64", "--price", "2")
     code, out, err = run("plan", str(file), *words)
     assert (code, err) == (0, "")
-    assert "a model, not measured" in out and "Fewest hours" in out and "roofline at 40%" in " ".join(out.split())
+    assert (
+        "a model, not measured" in out
+        and "Fewest hours" in out
+        and "roofline at 40%" in " ".join(out.split())
+    )
     code, out, _ = run("plan", str(file), *words, "--format", "json")
     told = json.loads(out)
-    assert {each["rule"] for each in told["rules"]} >= {"BPTT", "SLTT"} and told["kind"] == "a model, not measured"
+    assert {each["rule"] for each in told["rules"]} >= {"BPTT", "SLTT"} and told[
+        "kind"
+    ] == "a model, not measured"
     code, out, _ = run("plan", str(file))  # here, with the data
-    assert code == 0 and "on this machine, and their seconds; 10% of the memory" in " ".join(out.split())
+    assert code == 0 and "on this machine, and their seconds; 10% of the memory" in " ".join(
+        out.split()
+    )
     code, out, _ = run("plan", str(file), "--workers", "2")
     assert code == 0 and "what 2 local workers do to one another" in " ".join(out.split())
 
@@ -289,47 +377,95 @@ def test_a_plan_against_what_was_launched(
     code, out, err = run(*words, "--format", "json")
     assert (code, err) == (0, "")
     told = json.loads(out)
-    off, [planned] = told["against"], [each for each in told["rules"] if each["rule"] == summary["rule"]]
-    assert off["rule"] == summary["rule"] and off["saved_bytes"]["planned"] == planned["saved_bytes"]
-    assert off["saved_bytes"]["measured"] == summary["peak_saved_bytes"] and abs(off["saved_bytes"]["error"]) < 0.05
+    off, [planned] = (
+        told["against"],
+        [each for each in told["rules"] if each["rule"] == summary["rule"]],
+    )
+    assert (
+        off["rule"] == summary["rule"] and off["saved_bytes"]["planned"] == planned["saved_bytes"]
+    )
+    assert (
+        off["saved_bytes"]["measured"] == summary["peak_saved_bytes"]
+        and abs(off["saved_bytes"]["error"]) < 0.05
+    )
     assert off["step_s"]["measured"] == pytest.approx(recipe.batch_size / summary["images_per_s"])
-    assert off["step_s"]["error"] == pytest.approx(off["step_s"]["planned"] / off["step_s"]["measured"] - 1)
+    assert off["step_s"]["error"] == pytest.approx(
+        off["step_s"]["planned"] / off["step_s"]["measured"] - 1
+    )
     assert 0.4 < off["step_s"]["planned"] / off["step_s"]["measured"] < 2.5
     assert "Against launched, SLTT-2: saved for backward" in " ".join(run(*words)[1].split())
     code, _, err = run(*words, "--set", "batch_size=16")
-    assert code == 2 and err == ("plan: --against must be a run of what is planned; launched differs: batch_size: 16 and 8\n")
+    assert (
+        code == 2
+        and err
+        == "plan: --against must be a run of what is planned; launched differs: batch_size: 16"
+        " and 8\n"
+    )
     code, _, err = run(*words, "--set", "rule.rescale=False")  # another rule of the same label
-    assert code == 2 and "--against must be a run of what is planned; launched differs: rule." in err
+    assert (
+        code == 2 and "--against must be a run of what is planned; launched differs: rule." in err
+    )
     written = runs / "launched" / "summary.json"
     [on], told = summary["trained_on"], json.loads(written.read_text())
     halved = {**on, "micro_batch": 4}
     for trained_on, said in (
-        ([on, halved], "plan: --against must be a run that changed nothing on the way; launched did: micro_batch: 8 and 4\n"),
-        ([halved], "plan: --against must be a run of what is planned; launched differs: micro_batch: 8 and 4\n"),
+        (
+            [on, halved],
+            (
+                "plan: --against must be a run that changed nothing on the way; launched did:"
+                " micro_batch: 8 and 4\n"
+            ),
+        ),
+        (
+            [halved],
+            (
+                "plan: --against must be a run of what is planned; launched differs: micro_batch: 8"
+                " and 4\n"
+            ),
+        ),
     ):
         write_json(written, {**told, "trained_on": trained_on})
         code, out, err = run(*words)
         assert (code, out, err) == (2, "", said)
-    write_json(written, {**told, "trained_on": [{**on, "own_cores": True, "hardware": {**on["hardware"], "cores": 1}}]})
+    write_json(
+        written,
+        {
+            **told,
+            "trained_on": [{**on, "own_cores": True, "hardware": {**on["hardware"], "cores": 1}}],
+        },
+    )
     code, out, err = run(*words)
-    assert code == 0 and "It had cores of its own; runs on the others," in " ".join(out.split()), err
-    write_json(written, {**told, "trained_on": [{**on, "hardware": {**on["hardware"], "cores": 99}}]})
+    assert code == 0 and "It had cores of its own; runs on the others," in " ".join(out.split()), (
+        err
+    )
+    write_json(
+        written, {**told, "trained_on": [{**on, "hardware": {**on["hardware"], "cores": 99}}]}
+    )
     code, _, err = run(*words)
     assert code == 2 and "launched differs: hardware.cores: " in err and " and 99" in err
     of_a_card = (*words, "--batch-of", "noise", "--samples", "64", "--device")
     with_card = [{**on, "hardware": {**on["hardware"], "gpu": "NVIDIA H100 80GB HBM3"}}]
     write_json(written, {**told, "trained_on": [on]})
     code, _, err = run(*of_a_card, "h100")
-    assert code == 2 and err.endswith("launched differs: card: NVIDIA H100 80GB HBM3 and none\n")  # it trained on cores
+    assert code == 2 and err.endswith(
+        "launched differs: card: NVIDIA H100 80GB HBM3 and none\n"
+    )  # it trained on cores
     write_json(written, {**told, "trained_on": with_card})
     code, out, err = run(*of_a_card, "h100", "--format", "json")
     assert code == 0, err
-    assert json.loads(out)["against"]["saved_bytes"]["error"] == pytest.approx(off["saved_bytes"]["error"])
+    assert json.loads(out)["against"]["saved_bytes"]["error"] == pytest.approx(
+        off["saved_bytes"]["error"]
+    )
     code, _, err = run(*of_a_card, "a100")
-    assert code == 2 and err.endswith("launched differs: card: NVIDIA A100-SXM4-80GB and NVIDIA H100 80GB HBM3\n")
+    assert code == 2 and err.endswith(
+        "launched differs: card: NVIDIA A100-SXM4-80GB and NVIDIA H100 80GB HBM3\n"
+    )
     write_json(written, {**told, "peak_saved_bytes": None})
     code, out, err = run(*words)
-    assert (code, out) == (2, "") and "on one of which its saved bytes were counted; got launched" in err
+    assert (code, out) == (
+        2,
+        "",
+    ) and "on one of which its saved bytes were counted; got launched" in err
     written.unlink()
     code, _, err = run(*words)
     assert code == 2 and "must be a run that has finished, of more than a few batches" in err
@@ -338,17 +474,36 @@ def test_a_plan_against_what_was_launched(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--device", "h1000"), "plan: --device must be here, h100, h200, a100, v100, rtx4090; got h1000"),
-        (("--batch-of", "noise"), "plan: --batch-of noise needs --samples, and a card: what it takes here depends on the data"),
-        (("--device", "v100", "--set", "precision=bf16"), "plan: V100 SXM2, 32 GB: precision must be fp32; got bf16"),
+        (
+            ("--device", "h1000"),
+            "plan: --device must be here, h100, h200, a100, v100, rtx4090; got h1000",
+        ),
+        (
+            ("--batch-of", "noise"),
+            (
+                "plan: --batch-of noise needs --samples, and a card: what it takes here depends on"
+                " the data"
+            ),
+        ),
+        (
+            ("--device", "v100", "--set", "precision=bf16"),
+            "plan: V100 SXM2, 32 GB: precision must be fp32; got bf16",
+        ),
         (
             ("--node-gbps", "100"),
-            "plan: --per-node and --node-gbps are of cards in nodes; what links machines like this one is measured",
+            (
+                "plan: --per-node and --node-gbps are of cards in nodes; what links machines like"
+                " this one is measured"
+            ),
         ),
     ],
 )
 def test_bad_use_ends_in_a_line(
-    words: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: tuple[str, ...],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = tmp_path / "mine.py"
     file.write_text(RECIPE)
