@@ -15,9 +15,9 @@ import torch
 
 from pipeline.data.base import Batch, Data, Loader
 from pipeline.measure.stopwatch import seconds_of
-from pipeline.part_checks import check_batch, checked_loader
-from pipeline.recipe import Recipe
-from pipeline.tasks import tasks_of
+from pipeline.recipe.recipe import Recipe
+from pipeline.train.part_checks import check_batch, checked_loader
+from pipeline.train.tasks import tasks_of
 
 TIMED = 5
 

@@ -1,4 +1,5 @@
-"""What a worker takes to move the weights, alone: it looks at the gradients (`guards/batches.py`),
+"""What a worker takes to move the weights, alone: it looks at the gradients
+(`train/guards/anomaly.py`),
 and its backend steps.
 
 The engine of DeepSpeed does much beside its optimizer, which alone would be too little.
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 
 from pipeline.forecast.bench import TIMED, UNTIMED, Bench
-from pipeline.guards.batches import Guard, takes_back
-from pipeline.loop import train
 from pipeline.measure.collectives import collectives_on
 from pipeline.measure.stopwatch import seconds_of
-from pipeline.ranks import Ranks, group_of_one
+from pipeline.train.backend.collectives import Ranks, group_of_one
+from pipeline.train.guards.anomaly import Guard, takes_back
+from pipeline.train.loop import train
 
 
 def moving_s(bench: Bench) -> float:

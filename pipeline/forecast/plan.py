@@ -5,7 +5,7 @@ model, not a measurement.
 
 Compute and memory come from a profile of small batches (`profile.py`). Here its seconds are the
 machine's own, and those of a move of the weights too (`moving.py`), times what its workers slow one
-another down (`measure/neighbours.py`); for a card of the table compute is the longer of its
+another down (`measure/contention.py`); for a card of the table compute is the longer of its
 roofline (`measure/traffic.py`) divided by EFFICIENCY, and the launches of its kernels.
 
 What DeepSpeed 0.19.8 holds and moves of parameters P, gradients G and the optimizer's state O on N
@@ -35,7 +35,8 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline.build import check_recipe
+from pipeline.core.stages import say_stage
+from pipeline.core.units import counted
 from pipeline.forecast.batches import loading_s
 from pipeline.forecast.bench import RESERVE, RULES, Bench, DoesNotFit, by_label
 from pipeline.forecast.moving import moving_s
@@ -49,15 +50,14 @@ from pipeline.forecast.profile import (
     times_for,
 )
 from pipeline.forecast.rounds import ROUNDS, in_rounds
-from pipeline.measure.held import Held
+from pipeline.measure.contention import ALONE, neighbours
 from pipeline.measure.memory import device_here, free_bytes
-from pipeline.measure.neighbours import ALONE, neighbours
+from pipeline.measure.memory_breakdown import Held
 from pipeline.measure.traffic import Device
-from pipeline.recipe import Recipe, Spec
-from pipeline.recipe_json import encode
-from pipeline.tasks import Loaders, tasks_of
-from pipeline.units import counted
-from pipeline.waiting import say_stage
+from pipeline.recipe.json import encode
+from pipeline.recipe.recipe import Recipe, Spec
+from pipeline.train.build import check_recipe
+from pipeline.train.tasks import Loaders, tasks_of
 
 RAY_SHARE = 0.07
 """of a core that Ray's own processes take from each worker where no core is spare: `top` on two
@@ -367,7 +367,7 @@ def _planned(
     largest that fits at any.
     """
     T, rule, whole = recipe.time_steps, profile.rule, recipe.batch_size // cluster.workers
-    moves_at_each_step = rule.update == "objective"
+    moves_at_each_step = rule.update == "step"
 
     def needed(micro: int, zero: int) -> float:
         kept = profile.saved_bytes(micro, T) + profile.state_bytes(micro, T) + profile.rule_bytes

@@ -8,15 +8,15 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.baseline import BASELINE, is_baseline
-from pipeline.build import check_recipe
+from pipeline.core.stages import say_stage
 from pipeline.forecast.asked import Asked, asked
 from pipeline.forecast.bench import RULES, Bench, Cost, by_label, fastest_baseline
 from pipeline.forecast.rounds import costs, in_the_median
 from pipeline.measure.fidelity import Fidelity, Gradients, fidelity
 from pipeline.measure.memory import device_here, hardware
-from pipeline.recipe import Recipe, Spec
-from pipeline.waiting import say_stage
+from pipeline.recipe import BASELINE, is_baseline
+from pipeline.recipe.recipe import Recipe, Spec
+from pipeline.train.build import check_recipe
 
 SAFE = 0.9
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from pipeline.forecast.asked import Asking
 from pipeline.forecast.bench import Needs
 from pipeline.measure.traffic import Device
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.rules.base import Rule
-from pipeline.tasks import build_data
+from pipeline.train.tasks import build_data
 
 EFFICIENCY = 0.4
 """of the roofline that training reaches: an assumption, to be replaced by a measurement"""

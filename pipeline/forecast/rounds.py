@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from pipeline.forecast.bench import Bench, Cost
-from pipeline.recipe import Spec
+from pipeline.recipe.recipe import Spec
 
 T_ = TypeVar("T_")
 

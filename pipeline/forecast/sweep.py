@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pipeline.build import check_recipe
-from pipeline.counts import are_counts
+from pipeline.core.checks import are_counts
+from pipeline.core.stages import say_stage
 from pipeline.forecast.asked import Asked, asked
 from pipeline.forecast.batches import samples_of
 from pipeline.forecast.bench import (
@@ -29,11 +29,11 @@ from pipeline.forecast.bench import (
     fastest_baseline,
 )
 from pipeline.forecast.rounds import costs, in_the_median
-from pipeline.measure.held import Held
 from pipeline.measure.memory import device_here, free_bytes, hardware
-from pipeline.recipe import Recipe, Spec
-from pipeline.tasks import build_data
-from pipeline.waiting import say_stage
+from pipeline.measure.memory_breakdown import Held
+from pipeline.recipe.recipe import Recipe, Spec
+from pipeline.train.build import check_recipe
+from pipeline.train.tasks import build_data
 
 STEPS = (1, 2, 4, 8, 16)
 COARSE = 2**20

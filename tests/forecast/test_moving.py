@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch import distributed
 
-from pipeline.backend.deepspeed import DeepSpeed
-from pipeline.backend.plain import Plain
 from pipeline.forecast.bench import Bench
 from pipeline.forecast.moving import moving_s
-from pipeline.guards.batches import Guard
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.ottt import OTTT
-from pipeline.run.compose import build_backend
+from pipeline.train.assemble import build_backend
+from pipeline.train.backend.deepspeed import DeepSpeed
+from pipeline.train.backend.plain import Plain
+from pipeline.train.guards.anomaly import Guard
 from tests.forecast.test_probe import recipe_with
 
 SLEEP = 0.05
@@ -108,7 +108,7 @@ def test_what_an_engine_alone_says_to_itself_is_no_part_of_it(
 def test_of_a_rule_that_moves_the_weights_at_every_step_it_is_one_of_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bench = bench_of("deepspeed", rule=spec(OTTT, update="objective"))
+    bench = bench_of("deepspeed", rule=spec(OTTT, update="step"))
     monkeypatch.setattr(DeepSpeed, "step", slept(DeepSpeed.step))
     assert SLEEP <= moving_s(bench) < 2 * SLEEP
 

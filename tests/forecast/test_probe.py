@@ -25,19 +25,19 @@ from pipeline.forecast.probe import Probe, advice, probe
 from pipeline.forecast.sweep import sweep
 from pipeline.measure.fidelity import Fidelity, gradients
 from pipeline.models.mlp import mlp
-from pipeline.recipe import Recipe, Spec, spec
+from pipeline.recipe.recipe import Recipe, Spec, spec
 from pipeline.report.probe import print_probe
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
 from tests.small import command, small_recipe
-from tests.test_teaching import taught
+from tests.train.test_teaching import taught
 
 
-def recipe_with(leak: float, **changes: object) -> Recipe:
+def recipe_with(decay: float, **changes: object) -> Recipe:
     """64-16-10 at T = 4, without norms."""
-    network = spec(mlp, in_features=64, hidden=(16,), neuron=spec(LIF, leak=leak))
+    network = spec(mlp, in_features=64, hidden=(16,), neuron=spec(LIF, decay=decay))
     return small_recipe(model=network, rule=spec(SLTT, k=2), time_steps=4, **changes)
 
 
@@ -196,14 +196,14 @@ def test_a_recipe_that_does_not_fit_together_is_refused_first() -> None:
 def test_where_memory_ends_the_rule_is_refused_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    objectives = BPTT._objectives
+    loss_terms = BPTT._loss_terms
 
     def full(self: BPTT, *args: Any) -> Any:
         if self.recompute:
             raise torch.OutOfMemoryError
-        return objectives(self, *args)
+        return loss_terms(self, *args)
 
-    monkeypatch.setattr(BPTT, "_objectives", full)
+    monkeypatch.setattr(BPTT, "_loss_terms", full)
     found = probe(recipe_with(0.5), rules=(spec(BPTT), spec(BPTT, recompute=True)))
     assert [cost.rule for cost in found.costs] == ["BPTT", "SLTT-2"]
     assert (
@@ -434,7 +434,7 @@ def test_what_was_not_compared_is_neither_near_nor_far() -> None:
 
 RECIPE = """
 from tests.small import small_recipe
-from pipeline.recipe import spec
+from pipeline.recipe.recipe import spec
 from pipeline.models.mlp import mlp
 
 def recipe():
