@@ -1,4 +1,4 @@
-"""Where each rule's time goes."""
+"""The time of each rule by the parts of a batch."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def time_parts(group: Group) -> Figure | Missing:
     return Figure(
         name="time-parts",
         title=title,
-        caption="Mean over finished runs of all seconds that a run was charged with, evaluation and checkpoints too and "
-        f"start-up and comparisons of gradients not, by batch{alone}; rest is what no named part was entered for.",
+        caption="Mean over finished runs of all their time, with evaluations and checkpoints, without "
+        f"start-up and comparisons of gradients, by batch{alone}; rest is the time outside every named part.",
         alt=f"{slowest} takes longest with {took} a batch, of which {most.replace('_', ' ')} is {share:.0%}.",
         table=Table(columns=("rule", "part", "seconds of a batch", "share"), rows=tuple(rows)),
         drawing=drawing(data, height=height, **layout),
