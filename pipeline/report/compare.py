@@ -125,7 +125,7 @@ class Comparison:
 
     def _run_to_json(self, run: Run) -> dict[str, Any]:
         metrics = compared()
-        computed = {each.name: run.value(each.name) for each in metrics if callable(each.source)}
+        computed = {each.name: run.value(each.name) for each in metrics if each.source}
         summary = dict(run.summary or {})
         return {
             **{name: value for name, value in computed.items() if name not in summary},

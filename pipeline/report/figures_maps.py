@@ -1,4 +1,4 @@
-"""Heat maps of a group: how often neurons fire, and how near each rule's gradient is to BPTT's."""
+"""Heat maps of a group: firing rates, and each rule's gradient beside BPTT's."""
 
 from __future__ import annotations
 
@@ -116,9 +116,7 @@ def temporal_share(group: Group) -> Figure | Missing:
     if not looked:
         why = "no run compared gradients; --set fidelity_every=1 does after each epoch"
         return Missing(title=title, why=_still_to_come(group.runs) or why)
-    run = next(
-        (run for run in looked if run.rule == "SLTT"), looked[0]
-    )  # whose weights came of dropping it
+    run = next((run for run in looked if run.rule == "SLTT"), looked[0])
     looks = run.history.fidelity
     layers = list(dict.fromkeys(layer for each in looks for layer in each.temporal_share))
     times = ["start" if each.epoch is None else f"epoch {each.epoch + 1}" for each in looks]
@@ -157,7 +155,7 @@ def _still_to_come(runs: Iterable[Run]) -> str:
 
 
 def _cosines(group: Group, rule: str) -> dict[str, float | None]:
-    """Of a rule's own runs, at the newest comparison, the mean over runs by layer."""
+    """By layer, the mean over a rule's runs at their newest comparison."""
     if rule == group.against:
         return {}
     found: dict[str, list[float]] = {}

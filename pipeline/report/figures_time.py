@@ -1,4 +1,4 @@
-"""Where each rule's time goes."""
+"""The time of each rule by the parts of a batch."""
 
 from __future__ import annotations
 
@@ -91,9 +91,9 @@ def time_parts(group: Group) -> Figure | Missing:
         name="time-parts",
         title=title,
         caption=(
-            "Mean over finished runs of all seconds that a run was charged with, evaluation and"
-            f" checkpoints too and start-up and comparisons of gradients not, by batch{alone}; rest"
-            " is what no named part was entered for."
+            "Mean over finished runs of all their time, with evaluations and checkpoints, without"
+            f" start-up and comparisons of gradients, by batch{alone}; rest is the time outside"
+            " every named part."
         ),
         alt=(
             f"{slowest} takes longest with {took} a batch, of which {most.replace('_', ' ')} is"

@@ -1,4 +1,4 @@
-"""What a recipe resolves to, before anything is launched."""
+"""`spiketrain show`: a recipe with all its values, before anything is launched."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from pipeline.train.weights import study_inputs
 
 
 def show_recipe(made: Recipe | Suite, workers: int, console: Console | None = None) -> None:
-    """Print a recipe: resolved, its parameters, study key, global batch and DeepSpeed settings.
+    """Print a recipe's fields, parameters, study key, global batch and DeepSpeed settings.
 
-    Of a suite, what all its recipes share is printed once, and then what each has of its own. No
-    data file is needed, nor what a reference names.
+    For a suite, the values that all its recipes share are printed once, and then those of each
+    recipe. No data file is needed, nor the weights that a reference names.
     """
     console = console or new_console()
     if isinstance(made, Recipe):
@@ -47,9 +47,7 @@ def show_recipe(made: Recipe | Suite, workers: int, console: Console | None = No
 
 
 def _resolved(recipe: Recipe, ready: Recipe, workers: int) -> tuple[dict[str, str], dict[str, str]]:
-    """Its fields, and what follows from them. `ready` is the recipe with files in the place of its
-    references.
-    """
+    """Its fields, and what follows from them; `ready` has files in the place of references."""
     network = check_recipe(
         ready.with_untrained_teacher(), workers
     )  # its weights may have to be downloaded
@@ -82,7 +80,7 @@ def _resolved(recipe: Recipe, ready: Recipe, workers: int) -> tuple[dict[str, st
 
 
 def _shared(each: Sequence[dict[str, str]]) -> dict[str, str]:
-    """What all of them hold alike."""
+    """The entries that all of them share."""
     return {
         key: value
         for key, value in each[0].items()

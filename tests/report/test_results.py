@@ -28,10 +28,12 @@ from tests.report.test_dashboard import Asking
 
 def test_a_metric_is_one_line(make_run: Callable, runs_dir: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
-        results, "METRICS", [*METRICS, Metric("sparsity", "share of zeros", "share", "less")]
+        results,
+        "METRICS",
+        [*METRICS, Metric("sparsity", "share of zeros", "share", "less", "weights.zeros")],
     )
-    make_run("bptt", sparsity=0.5)
-    make_run("sltt", rule="SLTT", sparsity=0.25)
+    make_run("bptt", weights={"zeros": 0.5})
+    make_run("sltt", rule="SLTT", weights={"zeros": 0.25})
     assert pipeline.results(runs_dir)["sparsity"].tolist() == [0.5, 0.25]
     found = compare(runs_dir)
     assert "share of zeros" in text_of(found) and "25.00%  ×0.50" in text_of(found)
@@ -46,7 +48,9 @@ def test_a_metric_is_one_line(make_run: Callable, runs_dir: Path, monkeypatch: p
     for rule, value in (("BPTT", 0.5), ("SLTT", 0.25)):
         stored = store.add_finished(rule, rule)
         summary = json.loads(store.texts[stored.id, "summary.json"])
-        store.texts[stored.id, "summary.json"] = json.dumps({**summary, "sparsity": value})
+        store.texts[stored.id, "summary.json"] = json.dumps(
+            {**summary, "weights": {"zeros": value}}
+        )
     shown = Asking(store).show(f"?study={KEY}")
     assert "share of zeros" in shown and "25.00% (×0.50)" in shown
 
