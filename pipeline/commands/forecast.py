@@ -1,14 +1,15 @@
-"""`spiketrain show`, `probe`, `sweep` and `plan`: what can be told before any training."""
+"""`spiketrain show`, `probe`, `sweep` and `plan`: what is known of a recipe before any training."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from pipeline.commands.options import (
     RUNS,
-    Cpus,
+    Cores,
     RecipeFile,
     Runs,
     Sets,
@@ -18,21 +19,23 @@ from pipeline.commands.options import (
     is_typed,
     made_of,
     number_option,
-    only_recipe,
 )
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Recipe
+    from pipeline.suite import Suite
 
 Format = Annotated[Literal["table", "json"], typer.Option("--format")]
 
-_PLAN = (
-    "Example: spiketrain plan recipes/imagenet/qkformer_10_384_sltt_k1.py --workers 64 --device h100 "
-    "--batch-of noise --samples 1281167"
-)
+_PLAN = "Example: spiketrain plan recipes/imagenet/nf_resnet34_sltt.py --workers 64 --device h100"
 
 
 def add_forecast_commands(app: typer.Typer) -> None:
     app.command(epilog="Example: spiketrain show recipes/fashion/sltt.py --workers 2")(show)
     app.command(epilog="Example: spiketrain probe recipes/fashion/sltt.py")(probe)
-    app.command(epilog="Example: spiketrain sweep recipes/fashion/sltt.py --steps 1,2,4,8,16 --batch auto")(sweep)
+    app.command(
+        epilog="Example: spiketrain sweep recipes/fashion/sltt.py --steps 1,2,4,8,16 --batch auto"
+    )(sweep)
     app.command(epilog=_PLAN)(plan)
 
 
@@ -42,40 +45,55 @@ def show(
     set_: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
-    """Print the resolved recipe, its size, its study and the DeepSpeed settings; needs no data."""
-    made = made_of(recipe, set_, tiny)
-    from pipeline.report.show import show_recipe
+    """Print the resolved recipe, its size, its study, what a step costs, and DeepSpeed's settings.
 
-    show_recipe(made, workers)
+    Needs no data: a step is counted without running it.
+    """
+    made = made_of(recipe, set_, tiny)
+    from pipeline.forecast.counts import describe_steps
+    from pipeline.recipe import Recipe
+    from pipeline.report.show import show_recipe
+    from pipeline.stand_in import with_stand_ins
+    from pipeline.suite import refuse_references
+
+    if isinstance(made, Recipe):
+        refuse_references(made)
+        show_recipe(made, workers, describe_steps([made], workers))
+        return
+    with with_stand_ins(made) as recipes:
+        steps = describe_steps(recipes, workers)
+    show_recipe(made, workers, steps)
 
 
 def probe(
     recipe: RecipeFile,
     batch: Annotated[
-        int | None, typer.Option("--batch", min=1, help="samples; without it what one worker holds at a time in training")
+        int | None,
+        typer.Option("--batch", min=1, help="samples; without it as one worker has in training"),
     ] = None,
-    cpus_per_worker: Cpus = 1,
+    cpus_per_worker: Cores = "auto",
     format_: Format = "table",
     set_: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
-    """Before any training: what each rule costs on this network and data, and how near its gradient is to BPTT's.
+    """Before any training: what each rule costs here, and how near its gradient is to BPTT's.
 
-    Of a file of several recipes, each network has its tables; recipes that differ in their rules alone share them.
+    Of a file of several recipes, each network has its tables; recipes that differ in their rules
+    alone share them.
     """
     made = made_of(recipe, set_, tiny)
     from pipeline.forecast.probe import probe as probe_recipe
     from pipeline.forecast.probe import probe_all
-    from pipeline.recipe import Recipe
-    from pipeline.report.probe import print_probe, print_probes
-    from pipeline.stand_in import with_stand_ins
+    from pipeline.report.probe import print_probe, probe_as_json
 
-    about = {"batch_size": batch, "threads": cpus_per_worker}
-    if isinstance(made, Recipe):
-        print_probe(probe_recipe(made, **about), as_json=format_ == "json")
-        return
-    with with_stand_ins(made) as recipes:
-        print_probes(probe_all(recipes, **about), as_json=format_ == "json")
+    about = {"batch_size": batch, "threads": _threads("probe", cpus_per_worker)}
+    _print(
+        made,
+        lambda one: probe_recipe(one, **about),
+        lambda several: probe_all(several, **about),
+        print_probe if format_ == "table" else probe_as_json,
+        as_json=format_ == "json",
+    )
 
 
 def sweep(
@@ -91,7 +109,7 @@ def sweep(
     at_largest: Annotated[
         bool, typer.Option("--at-largest", help="with --batch auto: find each rule's own largest batch by training it and others")
     ] = False,
-    cpus_per_worker: Cpus = 1,
+    cpus_per_worker: Cores = "auto",
     format_: Format = "table",
     set_: Sets = [],  # noqa: B006
     tiny: Tiny = False,
@@ -107,14 +125,26 @@ def sweep(
     from pipeline.counts import listed_time_steps
 
     times = listed_time_steps("sweep", steps)
-    made = only_recipe(recipe, set_, tiny, who="sweep")
+    made = made_of(recipe, set_, tiny)
     from pipeline.forecast.sweep import sweep as sweep_recipe
-    from pipeline.report.sweep import print_sweep
+    from pipeline.forecast.sweep import sweep_all
+    from pipeline.report.sweep import print_sweep, told_sweep
 
     limit = None if size != "auto" else "free" if memory is None else int(memory * 1e9)
-    samples = None if size == "auto" else size
-    about = {"batch_size": samples, "memory_bytes": limit, "at_largest": at_largest, "threads": cpus_per_worker}
-    print_sweep(sweep_recipe(made, steps=times, **about), as_json=format_ == "json")
+    about: dict[str, Any] = {
+        "steps": times,
+        "batch_size": None if size == "auto" else size,
+        "memory_bytes": limit,
+        "at_largest": at_largest,
+        "threads": _threads("sweep", cpus_per_worker),
+    }
+    _print(
+        made,
+        lambda one: sweep_recipe(one, **about),
+        lambda several: sweep_all(several, **about),
+        print_sweep if format_ == "table" else told_sweep,
+        as_json=format_ == "json",
+    )
 
 
 def plan(
@@ -128,14 +158,14 @@ def plan(
     node_gbps: Annotated[
         float | None, number_option("--node-gbps", min=0.001, max=1e6, help="from node to node, in Gb/s; without it 400")
     ] = None,
-    cpus_per_worker: Cpus = 1,
+    cpus_per_worker: Cores = "auto",
     price: Annotated[
         float | None, number_option("--price", min=0, max=1e9, help="of an hour of one worker, in your currency")
     ] = None,
-    batch_of: Annotated[
-        Literal["data", "noise"], typer.Option("--batch-of", help="noise: where the data is not here; name --samples then")
-    ] = "data",
-    samples: Annotated[int | None, typer.Option("--samples", min=1, help="of an epoch; without it the data's")] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", min=1, help="of an epoch; without it the data's, if they are here"),
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option("--against", metavar="RUN", help="that was trained on such a machine, or card: how far off the plan is"),
@@ -145,36 +175,105 @@ def plan(
     set_: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
-    """Before anything is launched: memory, speed, hours and energy of each rule on machines that are not here. A model."""
-    made = only_recipe(recipe, set_, tiny, who="plan")
+    """Before anything is launched: memory, speed, hours and energy of each rule. A model.
+
+    A step is counted at full size without running it, for machines that are not here and without
+    data. Of a file of several recipes, each network has its table.
+    """
+    made = made_of(recipe, set_, tiny)
     from pipeline.forecast.devices import DEVICES
-    from pipeline.forecast.plan import Cluster
+    from pipeline.forecast.plan import Cluster, plan_all
     from pipeline.forecast.plan import plan as plan_recipe
-    from pipeline.report.plan import print_plan
+    from pipeline.recipe import Recipe
+    from pipeline.report.plan import plan_as_json, print_plan
 
     if device != "here" and device not in DEVICES:
         raise ValueError(f"plan: --device must be here, {', '.join(DEVICES)}; got {device}")
     if against is None and is_typed(context, "runs"):
-        raise ValueError(f"plan: --runs is where the run of --against is found; got --runs {runs} without --against")
-    if batch_of == "noise" and (samples is None or device == "here"):
-        raise ValueError("plan: --batch-of noise needs --samples, and a card: what it takes here depends on the data")
+        raise ValueError(
+            f"plan: --runs says where the run of --against is; got --runs {runs} without --against"
+        )
     if device == "here" and (per_node, node_gbps) != (None, None):
-        raise ValueError("plan: --per-node and --node-gbps are of cards in nodes; what links machines like this one is measured")
+        raise ValueError(
+            "plan: --per-node and --node-gbps are of cards in nodes; what links machines like this "
+            "one is measured"
+        )
     cluster = Cluster(
         workers=workers,
         device=DEVICES.get(device),
         per_node=per_node or 8,
         node_link=(node_gbps or 400.0) * 1e9 / 8,
         price=price,
-        threads=cpus_per_worker,
+        threads=_threads("plan", cpus_per_worker),
     )
     if against is None:
-        print_plan(plan_recipe(made, cluster, samples=samples, source=batch_of), as_json=format_ == "json")
+        _print(
+            made,
+            lambda one: plan_recipe(one, cluster, samples=samples),
+            lambda several: plan_all(several, cluster, samples=samples),
+            print_plan if format_ == "table" else plan_as_json,
+            as_json=format_ == "json",
+        )
         return
     from pipeline.report.planned import errors, refuse_unless_comparable
     from pipeline.report.runs import find_run
 
+    if not isinstance(made, Recipe):
+        raise ValueError("plan: --against is one run, so the file must hold one recipe; got a suite")
     folder = find_run(runs, against)
     refuse_unless_comparable(made, cluster, folder)
-    found = plan_recipe(made, cluster, samples=samples, source=batch_of)
+    found = plan_recipe(made, cluster, samples=samples)
     print_plan(found, against=errors(found, folder), as_json=format_ == "json")
+
+
+def _print(
+    made: Recipe | Suite,
+    of_one: Callable[[Recipe], Any],
+    of_several: Callable[[tuple[Recipe, ...]], Iterable[Any]],
+    show: Callable[[Any], Any],
+    *,
+    as_json: bool,
+) -> None:
+    """Print the forecast of a recipe, or of each network of several as it comes; as JSON a list.
+
+    `show` prints a forecast as a table, or gives its JSON.
+    """
+    import json
+
+    from pipeline.printing import new_console
+    from pipeline.recipe import Recipe
+    from pipeline.stand_in import with_stand_ins
+
+    console = new_console()
+
+    def print_json(value: object) -> None:
+        console.out(json.dumps(value, indent=2, allow_nan=False), highlight=False)
+
+    if isinstance(made, Recipe):
+        shown = show(of_one(made))
+        if as_json:
+            print_json(shown)
+        return
+    with with_stand_ins(made) as recipes:
+        forecasts = of_several(recipes)
+        if as_json:
+            print_json([show(each) for each in forecasts])
+            return
+        for index, each in enumerate(forecasts):
+            if index:
+                console.print()
+            show(each)
+
+
+def _threads(who: str, cores: str) -> int:
+    """torch's threads of one worker; `auto` takes what a launch would."""
+    number = count_or_auto(cores, option=f"{who}: --cpus-per-worker", of="cores")
+    if number != "auto":
+        return number
+    import torch
+
+    from pipeline.cores import cores_here
+    from pipeline.launch.shares import share_of
+
+    here = {"CPU": float(cores_here()), "GPU": float(torch.cuda.device_count())}
+    return share_of([here], gpus=torch.cuda.is_available(), loader_threads=1).cores

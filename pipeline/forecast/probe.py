@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pipeline.baseline import BASELINE, is_baseline
 from pipeline.build import check_recipe
 from pipeline.forecast.asked import Asked, asked
-from pipeline.forecast.bench import RULES, Bench, Cost, by_label, fastest_baseline
-from pipeline.forecast.rounds import costs, in_the_median
+from pipeline.forecast.bench import (
+    RULES,
+    Bench,
+    Cost,
+    by_label,
+    by_network,
+    costs,
+    fastest_baseline,
+    in_the_median,
+    without_rule,
+)
 from pipeline.measure.fidelity import Fidelity, Gradients, fidelity
 from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe import Recipe, Spec
@@ -97,25 +106,8 @@ def probe_all(recipes: Sequence[Recipe], *, batch_size: int | None = None, threa
 
     Raises: as `probe`; every recipe is checked before the first one is probed.
     """
-    alike: list[list[Recipe]] = []
-    for recipe in recipes:
-        check_recipe(recipe.with_untrained_teacher(), 1)
-        shared = [group for group in alike if _without_rule(group[0]) == _without_rule(recipe)]
-        if shared:
-            shared[0].append(recipe)
-        else:
-            alike.append([recipe])
-    for group in alike:
-        more = f" and {len(group) - 3} more" if len(group) > 3 else ""
-        name = ", ".join(recipe.name for recipe in group[:3]) + more
-        rules = (*RULES, *(recipe.rule for recipe in group))
-        yield replace(probe(group[0], batch_size=batch_size, threads=threads, rules=rules), recipe=name)
-
-
-def _without_rule(recipe: Recipe) -> tuple[object, ...]:
-    """All that decides what a probe measures, beside the rules."""
-    parts = (recipe.model, recipe.data, recipe.objective, recipe.teacher, recipe.phases, recipe.init)
-    return (*parts, recipe.time_steps, recipe.over_time, recipe.precision, recipe.batch_size, recipe.micro_batch)
+    for recipe, rules in by_network(recipes, without_rule):
+        yield probe(recipe, batch_size=batch_size, threads=threads, rules=(*RULES, *rules))
 
 
 def _compared(found: Mapping[str, Sequence[Gradients]]) -> Fidelity | None:

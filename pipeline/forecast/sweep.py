@@ -9,16 +9,27 @@ hold, and where it does not, smaller ones; the largest of them that did is told.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.build import check_recipe
 from pipeline.counts import are_counts
 from pipeline.forecast.asked import Asked, asked
-from pipeline.forecast.batches import samples_of
-from pipeline.forecast.bench import RESERVE, RULES, Bench, Cost, DoesNotFit, by_label, fastest_baseline
-from pipeline.forecast.rounds import costs, in_the_median
+from pipeline.forecast.bench import (
+    RESERVE,
+    RULES,
+    Bench,
+    Cost,
+    DoesNotFit,
+    by_label,
+    by_network,
+    costs,
+    fastest_baseline,
+    in_the_median,
+    samples_of,
+    without_rule,
+)
 from pipeline.measure.held import Held
 from pipeline.measure.memory import device_here, free_bytes, hardware
 from pipeline.recipe import Recipe, Spec
@@ -152,6 +163,15 @@ def sweep(
         teacher=teacher,
         hardware=hardware(device_here()),
     )
+
+
+def sweep_all(recipes: Sequence[Recipe], **about: Any) -> Iterator[Sweep]:
+    """Sweep each network of several recipes once, with the rules of all recipes that share it.
+
+    Raises: as `sweep`, whose keywords `about` holds; all recipes are checked before the first.
+    """
+    for recipe, rules in by_network(recipes, without_rule):
+        yield sweep(recipe, **about, rules=(*RULES, *rules))
 
 
 def _point(bench: Bench, cost: Cost, rule: Spec, room: _Room | None) -> Point:

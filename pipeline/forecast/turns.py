@@ -18,8 +18,7 @@ from typing import Literal
 import torch
 
 from pipeline.code import commit
-from pipeline.forecast.bench import Bench, by_label
-from pipeline.forecast.rounds import in_rounds
+from pipeline.forecast.bench import Bench, by_label, in_rounds
 from pipeline.measure.at_once import at_once, meet
 from pipeline.recipe import Recipe, Spec
 

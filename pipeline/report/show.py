@@ -20,19 +20,28 @@ from pipeline.units import counted
 from pipeline.weights import study_inputs
 
 
-def show_recipe(made: Recipe | Suite, workers: int, console: Console | None = None) -> None:
+def show_recipe(
+    made: Recipe | Suite,
+    workers: int,
+    steps: Sequence[str] | None = None,
+    console: Console | None = None,
+) -> None:
     """Print a recipe: resolved, its parameters, study key, global batch and DeepSpeed settings.
 
-    Of a suite, what all its recipes share is printed once, and then what each has of its own. No data file is needed, nor what
-    a reference names.
+    `steps`: what a step of each recipe costs, in a line each. Of a suite, what all its recipes
+    share is printed once, and then what each has of its own. No data file is needed, nor what a
+    reference names.
     """
     console = console or new_console()
     if isinstance(made, Recipe):
         refuse_references(made)
-        _print(made.name, *_resolved(made, made, workers), console)
+        fields, lines = _resolved(made, made, workers)
+        _print(made.name, fields, lines if steps is None else {**lines, "one step": steps[0]}, console)
         return
     with with_stand_ins(made) as recipes:
         found = [_resolved(recipe, ready, workers) for recipe, ready in zip(made.recipes, recipes, strict=True)]
+    for (_, lines), step in zip(found, steps or (), strict=steps is not None):
+        lines["one step"] = step
     fields, lines = (_shared(each) for each in zip(*found, strict=True))
     if len(found) > 1:
         _print(f"shared by {len(found)} recipes", fields, lines, console)

@@ -54,6 +54,7 @@ class IDE(Rule):
         refuse_unless_counts("IDE", {"iterations": iterations})
         if not 0 <= tolerance < 1:
             raise ValueError(f"IDE: tolerance is relative to the gradient and must be in 0..1; got tolerance={tolerance}")
+        self.most_iterations = iterations
         self.adjoint = _Adjoint(solver, iterations, tolerance)
 
     def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
@@ -96,9 +97,9 @@ class _Adjoint:
             return torch.full_like(g_B, math.nan)
         solve = broyden if self.solver == "broyden" else fixed_point
         solution = solve(g_B, vjp, iterations=self.iterations, tolerance=self.tolerance)
-        unsolved_B = ~(solution.residual_B <= UNSOLVED)  # so that "not a number" is unsolved, too
-        if unsolved_B.any():
-            self.is_unsolved = True
+        solved_B = solution.residual_B <= UNSOLVED  # False where it is not a number
+        if not solved_B.all():
+            self.is_unsolved, unsolved_B = True, ~solved_B
             warnings.warn(self._diverged(solution, unsolved_B, vjp), RuntimeWarning, stacklevel=2)
             return torch.full_like(g_B, math.nan)
         self.residual = solution.residual_B.mean().item()
