@@ -33,9 +33,7 @@ _PLAN = "Example: spiketrain plan recipes/imagenet/nf_resnet34_sltt.py --workers
 def add_forecast_commands(app: typer.Typer) -> None:
     app.command(epilog="Example: spiketrain show recipes/fashion/sltt.py --workers 2")(show)
     app.command(epilog="Example: spiketrain probe recipes/fashion/sltt.py")(probe)
-    app.command(
-        epilog="Example: spiketrain sweep recipes/fashion/sltt.py --steps 1,2,4,8,16 --batch auto"
-    )(sweep)
+    app.command(epilog="Example: spiketrain sweep recipes/fashion/sltt.py --steps 1,2,4,8,16 --batch auto")(sweep)
     app.command(epilog=_PLAN)(plan)
 
 
@@ -58,11 +56,11 @@ def show(
 
     if isinstance(made, Recipe):
         refuse_references(made)
-        show_recipe(made, workers, describe_steps([made], workers))
+        show_recipe(made, workers, steps=describe_steps([made], workers))
         return
     with with_stand_ins(made) as recipes:
         steps = describe_steps(recipes, workers)
-    show_recipe(made, workers, steps)
+    show_recipe(made, workers, steps=steps)
 
 
 def probe(
@@ -190,14 +188,9 @@ def plan(
     if device != "here" and device not in DEVICES:
         raise ValueError(f"plan: --device must be here, {', '.join(DEVICES)}; got {device}")
     if against is None and is_typed(context, "runs"):
-        raise ValueError(
-            f"plan: --runs says where the run of --against is; got --runs {runs} without --against"
-        )
+        raise ValueError(f"plan: --runs says where the run of --against is; got --runs {runs} without --against")
     if device == "here" and (per_node, node_gbps) != (None, None):
-        raise ValueError(
-            "plan: --per-node and --node-gbps are of cards in nodes; what links machines like this "
-            "one is measured"
-        )
+        raise ValueError("plan: --per-node and --node-gbps are of cards in nodes; what links machines like this one is measured")
     cluster = Cluster(
         workers=workers,
         device=DEVICES.get(device),

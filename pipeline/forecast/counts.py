@@ -19,9 +19,11 @@ Thresholds that a rule calibrates on data decide on values alone, and are left a
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -105,7 +107,8 @@ class FakeBench(Bench):
         Raises: ValueError where what is done depends on values, or has no form without them.
         """
         try:
-            with self._mode, _Answers():
+            with self._mode, _Answers(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # of a solver, about its values
                 yield
         except RuntimeError as error:
             why = str(error).split("\n")[0]
@@ -134,13 +137,18 @@ class _Answers(TorchDispatchMode):
     """Answers what code asks of values: yes, and 1 for a number.
 
     So gradients are finite, and a solver runs on to its most iterations and has converged then.
+    What torch's fake tensors (2.13) say wrongly is put right: batch norm of bf16 keeps the mean and
+    the deviation of each channel in the dtype of its statistics, not in bf16.
     """
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         try:
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.native_batch_norm.default:
+                dtypes = [each.dtype for each in args[:5] if each is not None]
+                widest = reduce(torch.promote_types, dtypes)
+                result = (result[0], *(each.to(widest) for each in result[1:]))
+            return result
         except DataDependentOutputException:
             if func.overloadpacket is torch.ops.aten.equal:
                 return True
@@ -157,7 +165,7 @@ def counted(bench: Bench, rule: Spec) -> Counts:
     Raises: ValueError where the rule cannot train the network, or what it does depends on values.
     """
     traffic = Traffic()
-    with bench.running(rule.label):
+    with bench.running(rule.build().label):
         network, made = bench.attached(rule)
         meters = bench.meters(network)
 

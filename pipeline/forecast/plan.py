@@ -44,8 +44,9 @@ from pipeline.forecast.counts import (
 )
 from pipeline.forecast.devices import measured_here
 from pipeline.measure.memory import device_here
-from pipeline.measure.neighbours import ALONE, neighbours
+from pipeline.measure.neighbours import neighbours
 from pipeline.measure.traffic import Device, Traffic
+from pipeline.precision import Precision, check_precision
 from pipeline.recipe import Recipe, Spec
 from pipeline.recipe_json import encode
 from pipeline.units import counted as count_of
@@ -129,9 +130,7 @@ class Plan:
     """rules that cannot train the network, or do not fit at any size, and why"""
 
 
-def plan(
-    recipe: Recipe, cluster: Cluster, *, samples: int | None = None, rules: Sequence[Spec] = RULES
-) -> Plan:
+def plan(recipe: Recipe, cluster: Cluster, *, samples: int | None = None, rules: Sequence[Spec] = RULES) -> Plan:
     """Plan `rules`, and the recipe's own, on `cluster`.
 
     `samples`: of an epoch. None takes the data's, if the data are here.
@@ -169,9 +168,7 @@ def plan(
     )
 
 
-def plan_all(
-    recipes: Sequence[Recipe], cluster: Cluster, *, samples: int | None = None
-) -> Iterator[Plan]:
+def plan_all(recipes: Sequence[Recipe], cluster: Cluster, *, samples: int | None = None) -> Iterator[Plan]:
     """Plan each network of several recipes once, with the rules of all recipes that share it.
 
     Raises: as `plan`; all recipes are checked before the first is planned.
@@ -194,6 +191,8 @@ def _check(recipe: Recipe, cluster: Cluster) -> None:
     if card is not None and recipe.precision not in card.flops:
         known = ", ".join(card.flops)
         raise ValueError(f"plan: {card.name}: precision must be {known}; got {recipe.precision}")
+    if card is None:
+        check_precision("recipe", recipe.precision, device_here())
     if card is None and device_here().type == "cuda":
         cards = torch.cuda.device_count()
         if cluster.workers > cards:
@@ -225,20 +224,18 @@ class _Planner:
         self.bench: Callable[[int], FakeBench] = cache(lambda size: FakeBench(recipe, size))
         bench = self.bench(self.wanted)
         self.held, optimizer = counted_optimizer(bench)
-        self._teachers: Callable[[int], TeacherCounts | None] = cache(
-            lambda size: counted_teacher(recipe, self.bench(size))
-        )
+        self._teachers: Callable[[int], TeacherCounts | None] = cache(lambda size: counted_teacher(recipe, self.bench(size)))
         self.teacher = self._teachers(self.wanted)
-        precisions = {recipe.precision} | ({self.teacher.precision} if self.teacher else set())
+        precisions: set[Precision] = {recipe.precision}
+        if self.teacher is not None:
+            precisions.add(self.teacher.precision)
         self.slowdown, self.word_s = 1.0, 0.0
         if (card := cluster.device) is None:
             say_stage("measuring this machine")
             self.device = measured_here(precisions, threads=cluster.threads)
             self.memory = (1 - RESERVE) * self.device.memory
             on = "cuda" if device_here().type == "cuda" else "cpu"
-            found = neighbours(
-                cluster.workers, self.held.gradients, threads=cluster.threads, on=on
-            )
+            found = neighbours(cluster.workers, self.held.gradients, threads=cluster.threads, on=on)
             if on == "cpu":  # cards share neither caches, clocks nor memory
                 self.slowdown = found.slowdown
                 self.memory /= cluster.workers
@@ -248,8 +245,7 @@ class _Planner:
         else:
             if self.teacher is not None and self.teacher.precision not in card.flops:
                 raise ValueError(
-                    f"plan: {card.name}: the teacher's precision must be {', '.join(card.flops)}; "
-                    f"got {self.teacher.precision}"
+                    f"plan: {card.name}: the teacher's precision must be {', '.join(card.flops)}; got {self.teacher.precision}"
                 )
             self.device, self.memory = card, (1 - RESERVE) * card.memory
             self.s_of_a_byte = 1 / cluster.bandwidth
@@ -332,8 +328,7 @@ class _Planner:
                     return counts, size, zero
         needs = min(self._needed(each, size, zero) for size, each in kept.items() for zero in stages)
         raise ValueError(
-            f"{counts.rule}: a worker must fit into {self.memory / 1e9:.3g} GB; "
-            f"it needs {needs / 1e9:.3g} GB at least"
+            f"{counts.rule}: a worker must fit into {self.memory / 1e9:.3g} GB; it needs {needs / 1e9:.3g} GB at least"
         )
 
     def _needed(self, kept: float, micro: int, zero: int) -> float:

@@ -95,7 +95,10 @@ class Traffic(Pausable, TorchDispatchMode):
 
 def _moves_nothing(func: Any) -> bool:
     """Views, and tensors that are asked about themselves."""
-    return bool(func.is_view) or func.namespace == "prim" or func.overloadpacket in (torch.ops.aten.detach, torch.ops.aten._unsafe_view, torch.ops.aten.empty)
+    if func.is_view or func.namespace == "prim":
+        return True
+    aten = torch.ops.aten
+    return func.overloadpacket in (aten.detach, aten._unsafe_view, aten.empty)
 
 
 def _bytes(values: Any) -> int:

@@ -23,8 +23,9 @@ from pipeline.weights import study_inputs
 def show_recipe(
     made: Recipe | Suite,
     workers: int,
-    steps: Sequence[str] | None = None,
     console: Console | None = None,
+    *,
+    steps: Sequence[str] | None = None,
 ) -> None:
     """Print a recipe: resolved, its parameters, study key, global batch and DeepSpeed settings.
 

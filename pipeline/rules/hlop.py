@@ -122,7 +122,7 @@ class HLOP(Rule):
         self.lateral_steps = lateral_steps
         self.error: Error = error
         self.skip = tuple(skip)
-        self.register_buffer("task", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("task", torch.tensor([0]))
         self.subspaces = nn.ModuleList()
         self._ears: list[Ear] = []
         self._feedback: list[FixedFeedback] = []
@@ -155,7 +155,7 @@ class HLOP(Rule):
         self._attached.append(model)
         for module in model.modules():
             self.set_seam(module, "carried_rule", self.label)
-        self.task = torch.zeros(1, dtype=torch.int64)
+        self.task = torch.tensor([0])  # not zeros, whose value a forecast would not know
         self.subspaces = nn.ModuleList(
             Subspace(
                 fan_in(synapse), dtype=torch.promote_types(synapse.weight.dtype, torch.float32), device=synapse.weight.device

@@ -16,9 +16,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from pipeline.forecast.asked import Asking
 from pipeline.forecast.bench import DRAWS, RULES, Bench, Cost, DoesNotFit
-from pipeline.forecast.plan import Cluster, plan
 from pipeline.forecast.probe import Probe, advice, probe
 from pipeline.forecast.sweep import sweep
 from pipeline.measure.fidelity import Fidelity, gradients
@@ -29,6 +27,7 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
+from pipeline.teachers.base import Teacher
 from tests.small import command, small_recipe
 from tests.test_teaching import taught
 
@@ -222,13 +221,13 @@ def test_without_bptts_gradient_none_is_compared_and_why_is_told(monkeypatch: py
 
 
 def test_a_teacher_that_does_not_fit_is_refused_before_rules_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Asking, x_B: torch.Tensor) -> float:
+    def full(teacher: Teacher, x_B: torch.Tensor) -> float:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(Asking, "seconds", full)
+    monkeypatch.setattr("pipeline.forecast.asked.answer_seconds", full)
     monkeypatch.delattr(Bench, "cost")
     why = r"^small's teacher: a batch must fit into memory; \d samples at T = 4 do not$"
-    for forecast in (probe, partial(sweep, steps=(4,)), partial(plan, cluster=Cluster(workers=1))):
+    for forecast in (probe, partial(sweep, steps=(4,))):
         with pytest.raises(DoesNotFit, match=why):
             forecast(taught())
 

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.backend.base import Backend
 from pipeline.forecast import bench, turns
-from pipeline.forecast.rounds import in_rounds
+from pipeline.forecast.bench import in_rounds
 from pipeline.forecast.turns import in_turn
 from pipeline.ranks import group_of_one
 from pipeline.recipe import spec
