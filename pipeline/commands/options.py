@@ -90,7 +90,6 @@ Address = Annotated[
     str | None, typer.Option("--address", help="of a Ray cluster: auto, host:6379; without it, or with local, one starts here")
 ]
 Device = Annotated[Literal["auto", "cpu", "gpu"], _DEVICE]
-Cpus = Annotated[int, _CPUS]
 Cores = Annotated[str, _CORES]
 Loaders = Annotated[str, _LOADERS]
 Restarts = Annotated[int, _RESTARTS]
@@ -143,14 +142,3 @@ def made_of(path: Path, changes: list[str], tiny: bool) -> Recipe | Suite:
 
     made = load_recipe(path).override(parse_changes(changes))
     return made.tiny() if tiny else made
-
-
-def only_recipe(path: Path, changes: list[str], tiny: bool, *, who: str) -> Recipe:
-    """As `made_of`, of a file that holds one."""
-    from pipeline.recipe import Recipe
-
-    made = made_of(path, changes, tiny)
-    if not isinstance(made, Recipe):
-        names = ", ".join(each.name for each in made.recipes)
-        raise ValueError(f"{who}: the file must hold one recipe; got a suite of {len(made.recipes)}: {names}")
-    return made

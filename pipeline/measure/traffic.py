@@ -98,7 +98,7 @@ def _moves_nothing(func: Any) -> bool:
     if func.is_view or func.namespace == "prim":
         return True
     aten = torch.ops.aten
-    return func.overloadpacket in (aten.detach, aten._unsafe_view, aten.empty)
+    return func.overloadpacket in (aten.detach, aten._unsafe_view, aten.as_strided_, aten.empty)
 
 
 def _bytes(values: Any) -> int:
