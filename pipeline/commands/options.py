@@ -70,7 +70,6 @@ RUNS = Path("runs")
 
 _SIZES = "N|MIN:MAX|N,N,..."
 _DEVICE = typer.Option("--device", help="auto takes GPUs where there are any")
-_CPUS = typer.Option("--cpus-per-worker", min=1, help="cores reserved for a worker, and its torch threads")
 _CORES = typer.Option(
     "--cpus-per-worker", metavar="N|auto", help="cores of a worker, and its torch threads; auto: its node's over the GPUs there"
 )

@@ -289,9 +289,7 @@ class Bench:
         made.check_steps(self.recipe.time_steps)
         return made
 
-    def _trained(
-        self, rule: Spec, *, batches: int, behind: Behind
-    ) -> tuple[Rule, Meters, int | None]:
+    def _trained(self, rule: Spec, *, batches: int, behind: Behind) -> tuple[Rule, Meters, int | None]:
         """Train on the batch so many times; the weights rest.
 
         Third, the bytes that memory held when its peak began anew, before the timed batches: what
@@ -366,9 +364,7 @@ def by_label(rules: Sequence[Spec], own: Spec) -> dict[str, Spec]:
     return {rule.build().label: rule for rule in (*rules, own)}
 
 
-def by_network(
-    recipes: Sequence[Recipe], alike: Callable[[Recipe], object]
-) -> Iterator[tuple[Recipe, tuple[Spec, ...]]]:
+def by_network(recipes: Sequence[Recipe], alike: Callable[[Recipe], object]) -> Iterator[tuple[Recipe, tuple[Spec, ...]]]:
     """Group recipes that differ in their rules alone, as `alike` says: one recipe, and all rules.
 
     The recipe's name is made of the names of its group.
@@ -404,9 +400,7 @@ def in_rounds(those: Iterable[T_], rounds: int) -> Iterator[list[T_]]:
         yield [*order[first:], *order[:first]]
 
 
-def costs(
-    bench: Bench, rules: Mapping[str, Spec]
-) -> tuple[dict[str, list[Cost]], dict[str, str]]:
+def costs(bench: Bench, rules: Mapping[str, Spec]) -> tuple[dict[str, list[Cost]], dict[str, str]]:
     """What each rule costs in every round, and why the others cannot train the network."""
     rounds: dict[str, list[Cost]] = {label: [] for label in rules}
     refused: dict[str, str] = {}
@@ -424,10 +418,7 @@ def costs(
 
 def in_the_median(rounds: Sequence[Cost]) -> Cost:
     """Of one rule: the medians of its seconds. Bytes and operations are the same in each round."""
-    seconds = {
-        name: statistics.median(getattr(cost, name) for cost in rounds)
-        for name in ("forward_s", "backward_s", "loop_s")
-    }
+    seconds = {name: statistics.median(getattr(cost, name) for cost in rounds) for name in ("forward_s", "backward_s", "loop_s")}
     return replace(rounds[0], **seconds)
 
 

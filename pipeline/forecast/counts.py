@@ -57,20 +57,20 @@ class Counts:
     """of what the rule learns by itself, and notes of a batch"""
     backward_calls: int
     traffic: Traffic
-    most_iterations: int | None
-    """at which the rule's solver was counted; None for a rule without one"""
+    counted_as: str
+    """the rule's, where its work depends on values"""
 
     @property
     def kept_bytes(self) -> int:
         return self.peak_saved_bytes + self.state_bytes + self.rule_bytes
 
     def describe(self) -> str:
-        solver = "" if self.most_iterations is None else f", {self.most_iterations} solver iterations"
+        counted_as = f", counted {self.counted_as}" if self.counted_as else ""
         return (
             f"{self.peak_saved_bytes / 1e6:,.6g} MB saved for backward, "
             f"{self.state_bytes / 1e6:,.4g} MB of states, {self.traffic.flops / 1e9:,.6g} GFLOP, "
             f"{count_of(self.traffic.kernels, 'kernel')} that move {self.traffic.bytes / 1e9:,.4g} GB"
-            f"{solver}; the optimizer not among them"
+            f"{counted_as}; the optimizer not among them"
         )
 
 
@@ -182,7 +182,7 @@ def counted(bench: Bench, rule: Spec) -> Counts:
         **bytes_of_batch(made, meters.totals),
         backward_calls=meters.totals.backward_calls // 2,
         traffic=traffic,
-        most_iterations=made.most_iterations,
+        counted_as=made.counted_as,
     )
 
 

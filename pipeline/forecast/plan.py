@@ -93,8 +93,8 @@ class Planned:
     """of one micro-batch on one worker, the optimizer left out; likewise:"""
     moved_bytes: int
     kernels: int
-    most_iterations: int | None
-    """at which the rule's solver was counted; None for a rule without one"""
+    counted_as: str
+    """how the rule was counted, where its work depends on values"""
     compute_s: float
     """of a batch; likewise:"""
     teacher_s: float
@@ -288,7 +288,7 @@ class _Planner:
             flops=counts.traffic.flops,
             moved_bytes=counts.traffic.bytes,
             kernels=counts.traffic.kernels,
-            most_iterations=counts.most_iterations,
+            counted_as=counts.counted_as,
             compute_s=compute_s,
             teacher_s=teacher_s,
             communication_s=communication_s,

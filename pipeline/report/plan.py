@@ -61,8 +61,8 @@ def basis(plan: Plan) -> str:
         "at full size without running it, as a CPU would compute them."
     )
     for planned in plan.rules:
-        if planned.most_iterations is not None:
-            said += f" {planned.rule} is counted at its most solver iterations, {planned.most_iterations}."
+        if planned.counted_as:
+            said += f" {planned.rule} is counted {planned.counted_as}."
     left = f"{RESERVE:.0%} of the memory is left free"
     if plan.cluster.device is None:
         rates = ", ".join(f"{rate / 1e9:.3g} GFLOP/s in {name}" for name, rate in device.flops.items())
@@ -124,7 +124,7 @@ def _cells(planned: Planned, plan: Plan) -> tuple[str, ...]:
         planned.rule,
         str(planned.zero),
         f"{planned.micro_batch} x {planned.accumulation}",
-        f"{planned.saved_bytes / 1e9:.4g} GB",
+        f"{planned.saved_bytes / 1e6:,.4g} MB",
         f"{planned.memory_bytes / 1e9:.3g} GB",
         f"{planned.flops / 1e12:.4g}",
         f"{planned.kernels:,}",

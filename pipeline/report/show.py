@@ -36,13 +36,11 @@ def show_recipe(
     console = console or new_console()
     if isinstance(made, Recipe):
         refuse_references(made)
-        fields, lines = _resolved(made, made, workers)
-        _print(made.name, fields, lines if steps is None else {**lines, "one step": steps[0]}, console)
+        _print(made.name, *_resolved(made, made, workers, steps[0] if steps else None), console)
         return
     with with_stand_ins(made) as recipes:
-        found = [_resolved(recipe, ready, workers) for recipe, ready in zip(made.recipes, recipes, strict=True)]
-    for (_, lines), step in zip(found, steps or (), strict=steps is not None):
-        lines["one step"] = step
+        of_each = zip(made.recipes, recipes, steps or [None] * len(recipes), strict=True)
+        found = [_resolved(recipe, ready, workers, step) for recipe, ready, step in of_each]
     fields, lines = (_shared(each) for each in zip(*found, strict=True))
     if len(found) > 1:
         _print(f"shared by {len(found)} recipes", fields, lines, console)
@@ -53,7 +51,7 @@ def show_recipe(
         _print(recipe.name, own_fields, own_lines, console)
 
 
-def _resolved(recipe: Recipe, ready: Recipe, workers: int) -> tuple[dict[str, str], dict[str, str]]:
+def _resolved(recipe: Recipe, ready: Recipe, workers: int, step: str | None) -> tuple[dict[str, str], dict[str, str]]:
     """Its fields, and what follows from them. `ready` is the recipe with files in the place of its references."""
     network = check_recipe(ready.with_untrained_teacher(), workers)  # its weights may have to be downloaded
     split = recipe.split(workers)
@@ -64,6 +62,8 @@ def _resolved(recipe: Recipe, ready: Recipe, workers: int) -> tuple[dict[str, st
         "study key": _study(recipe),
         "global batch": f"{recipe.batch_size} = {each}",
     }
+    if step:
+        lines["one step"] = step
     if isinstance(rate := recipe.optimizer.kwargs.get("lr"), float):
         lines["learning rate"] = f"{rate:g} for this batch, {rate * 256 / recipe.batch_size:g} for one of 256 samples"
     if recipe.backend == "deepspeed":

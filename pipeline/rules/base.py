@@ -75,8 +75,8 @@ class Rule(nn.Module):
     """whether the error of a layer comes through the synapse of the layer above it"""
     one_loss_a_step: bool = True
     """whether `loss_of` is called once per step, or once; False: also on what is no output of the network at a step"""
-    most_iterations: int | None = None
-    """at which a batch's solver stops, where how many it takes depends on values; None: no solver"""
+    counted_as: str = ""
+    """how a forecast counts a batch whose work depends on values (`forecast/counts.py`); "": it does not"""
     chunk: int | None = None
     """how many time steps the model is given at once; None: all of them"""
     tiny: Mapping[str, Any] = {}

@@ -110,7 +110,7 @@ class HLOP(Rule):
         if error != "backprop" and not inner.hands_errors_down:
             raise ValueError(f"HLOP: {inner.label} hands no error from layer to layer, so error must be 'backprop'; got {error=}")
         self.inner = inner
-        self.most_iterations = inner.most_iterations
+        self.counted_as = inner.counted_as
         self.memory, self.update = inner.memory, inner.update
         self.over_time_choices, self.calibration_batches = inner.over_time_choices, inner.calibration_batches
         self.disturbs_forward, self.hands_errors_down = inner.disturbs_forward, inner.hands_errors_down

@@ -54,7 +54,7 @@ class IDE(Rule):
         refuse_unless_counts("IDE", {"iterations": iterations})
         if not 0 <= tolerance < 1:
             raise ValueError(f"IDE: tolerance is relative to the gradient and must be in 0..1; got tolerance={tolerance}")
-        self.most_iterations = iterations
+        self.counted_as = f"at its most solver iterations, {iterations}"
         self.adjoint = _Adjoint(solver, iterations, tolerance)
 
     def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:

@@ -54,6 +54,7 @@ class SPIDE(Rule):
     memory: Literal["constant", "linear"] = "constant"
     over_time_choices: tuple[OverTime, ...] = ("mean",)
     tiny: Mapping[str, Any] = {"steps": 4}
+    counted_as = "with dense products, also where a CPU skips neurons that did not fire"
 
     def __init__(self, steps: int = 100, *, scale: float = 1.0, threshold: float = 0.5, leak: float = 1.0) -> None:
         super().__init__()

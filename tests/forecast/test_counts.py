@@ -118,8 +118,7 @@ def test_a_solver_is_counted_at_its_most_iterations() -> None:
     kernels = []
     for iterations in (3, 4, 30):
         counts = counted(bench, recipe.rule.with_(tolerance=1e-5, iterations=iterations))
-        assert counts.most_iterations == iterations
-        assert f", {iterations} solver iterations;" in counts.describe()
+        assert f", counted at its most solver iterations, {iterations};" in counts.describe()
         kernels.append(counts.traffic.kernels)
     assert kernels[2] - kernels[0] == 27 * (kernels[1] - kernels[0]) > 0
 
@@ -128,7 +127,7 @@ def test_spide_is_counted_as_dense_products_and_keeps_the_same_bytes() -> None:
     recipe = recipe_of("fashion.spide")
     measured, dense = (counted(bench, recipe.rule) for bench in (Bench(recipe, batch_size=2), FakeBench(recipe, 2)))
     assert (dense.peak_saved_bytes, dense.state_bytes) == (measured.peak_saved_bytes, measured.state_bytes)
-    assert dense.traffic.flops > measured.traffic.flops
+    assert dense.traffic.flops > measured.traffic.flops and "counted with dense products" in dense.describe()
 
 
 def test_the_optimizer_and_what_it_holds_are_counted_to_the_unit() -> None:

@@ -154,7 +154,7 @@ def test_without_the_data_and_their_number_hours_are_not_known(monkeypatch: pyte
 
 def test_hours_energy_and_cost_follow_from_the_step() -> None:
     planned = of(on(8, cluster={"price": 3.0}, epochs=5), "BPTT")
-    assert planned.hours == pytest.approx(6400 // 64 * 5 * planned.step_s / 3600)
+    assert planned.hours is not None and planned.hours == pytest.approx(6400 // 64 * 5 * planned.step_s / 3600)
     assert planned.kwh == pytest.approx(planned.hours * 8 * 0.7)
     assert planned.cost == pytest.approx(planned.hours * 8 * 3)
     assert planned.images_per_s == pytest.approx(64 / planned.step_s)

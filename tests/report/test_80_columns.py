@@ -135,7 +135,7 @@ def a_plan(console: Console | None) -> None:
     def planned(rule: str) -> Planned:
         seconds = {"compute_s": 0.1234, "teacher_s": 0.01234, "communication_s": 1.26e-6, "optimizer_s": 0.00141}
         sizes = {"zero": 2, "micro_batch": 128, "accumulation": 16, "saved_bytes": 10**9, "memory_bytes": 66.54e9}
-        work = {"flops": 123 * 10**12, "moved_bytes": 10**12, "kernels": 12_345, "most_iterations": None}
+        work = {"flops": 123 * 10**12, "moved_bytes": 10**12, "kernels": 12_345, "counted_as": ""}
         return Planned(
             rule=rule, written={}, **sizes, **work, **seconds, images_per_s=123_456.0, hours=1234.5, kwh=12_345.6, cost=98_765.4
         )
