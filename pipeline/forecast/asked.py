@@ -28,10 +28,8 @@ class Asked:
     """A teacher that answered for one batch."""
 
     teacher: str
-    bytes: int
-    """of its weights and statistics"""
-    seconds: float
-    """of its answers, the median of several; none where a cache holds them"""
+    bytes: int  # of its weights and statistics
+    seconds: float  # of its answers, the median of several; none where a cache holds them
 
     def describe(self) -> str:
         """A line under a table of rules."""

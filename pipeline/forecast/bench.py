@@ -80,12 +80,12 @@ RULES = (
 )
 UNTIMED = 3  # the first batch warms up, on the second bytes are counted, on the third operations
 TIMED = 5
+# of memory that is left to fragments, to workspaces and the driver, and to what a small batch does
+# not tell of a large one
 RESERVE = 0.1
-"""of memory that is left to fragments, to workspaces and the driver, and to what a small batch does not tell of a large one"""
 LEARNS_BY_ITSELF = 16  # batches that a rule with matrices of its own sees before its gradient is taken
 DRAWS = 8
-ROUNDS = 3
-"""rounds in which rules take turns, where their seconds are compared"""
+ROUNDS = 3  # rounds in which rules take turns, where their seconds are compared
 Behind = Literal["plain torch", "own backend"]
 T_ = TypeVar("T_")
 
@@ -96,22 +96,20 @@ class Cost:
 
     rule: str
     peak_saved_bytes: int
-    state_bytes: int
-    """of what the network remembers and backward does not keep as well"""
+    state_bytes: int  # of what the network remembers and backward does not keep as well
+    # how far the process's resident memory, on a GPU what its allocator holds, rises in a batch:
+    # with gradients and what kernels take for their work, without the network and the batch itself;
+    # None where the kernel does not begin its peak anew
     peak_memory_bytes: int | None
-    """how far the process's resident memory, on a GPU what its allocator holds, rises in a batch: with gradients and what kernels
-    take for their work, without the network and the batch itself; None where the kernel does not begin its peak anew"""
-    rule_bytes: int
-    """of what the rule learns by itself, and notes of a batch"""
+    rule_bytes: int  # of what the rule learns by itself, and notes of a batch
     forward_s: float
+    # of a batch, the median over batches; collectives and the optimizer are in neither
     backward_s: float
-    """of a batch, the median over batches; collectives and the optimizer are in neither"""
+    # of what the loop does beside: transfer, metrics, and what no part is charged for
     loop_s: float
-    """of what the loop does beside: transfer, metrics, and what no part is charged for"""
-    operations: Mapping[str, Mapping[str, float]]
-    """for each purpose, of training on one sample"""
+    operations: Mapping[str, Mapping[str, float]]  # for each purpose, of training on one sample
+    # operations of torch that make products, which are in no count
     not_counted: tuple[str, ...] = ()
-    """operations of torch that make products, which are in no count"""
 
     @property
     def kept_bytes(self) -> int:

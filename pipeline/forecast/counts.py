@@ -51,14 +51,11 @@ class Counts:
 
     rule: str
     peak_saved_bytes: int
-    state_bytes: int
-    """of what the network remembers and backward does not keep as well"""
-    rule_bytes: int
-    """of what the rule learns by itself, and notes of a batch"""
+    state_bytes: int  # of what the network remembers and backward does not keep as well
+    rule_bytes: int  # of what the rule learns by itself, and notes of a batch
     backward_calls: int
     traffic: Traffic
-    counted_as: str
-    """the rule's, where its work depends on values"""
+    counted_as: str  # the rule's, where its work depends on values
 
     @property
     def kept_bytes(self) -> int:
@@ -79,8 +76,7 @@ class TeacherCounts:
     """A teacher's answers for one batch."""
 
     teacher: str
-    bytes: int
-    """of its weights and statistics"""
+    bytes: int  # of its weights and statistics
     precision: Precision
     traffic: Traffic
 

@@ -71,8 +71,7 @@ DEVICES = {
 }
 
 TIMED = 7
-TOGETHER = 50
-"""small operations that are timed together"""
+TOGETHER = 50  # small operations that are timed together
 
 
 def measured_here(precisions: Collection[Precision], *, threads: int) -> Device:

@@ -58,15 +58,11 @@ class Cluster:
     """Where a plan is for."""
 
     workers: int
-    device: Device | None = None
-    """None: machines like this one"""
+    device: Device | None = None  # None: machines like this one
     per_node: int = 8
-    node_link: float = 50e9
-    """from node to node, bytes per second and direction; 400 Gb/s"""
-    price: float | None = None
-    """of an hour of one worker"""
-    threads: int = 1
-    """of a worker, on a machine like this one"""
+    node_link: float = 50e9  # from node to node, bytes per second and direction; 400 Gb/s
+    price: float | None = None  # of an hour of one worker
+    threads: int = 1  # of a worker, on a machine like this one
 
     @property
     def bandwidth(self) -> float:
@@ -81,29 +77,23 @@ class Planned:
     """One rule at the size that was asked for."""
 
     rule: str
-    written: Mapping[str, Any]
-    """the rule as recipe.json writes it: a label does not say all"""
+    written: Mapping[str, Any]  # the rule as recipe.json writes it: a label does not say all
     zero: int
     micro_batch: int
     accumulation: int
     saved_bytes: int
-    memory_bytes: float
-    """of a worker at its peak: held, kept, and the batch itself"""
-    flops: int
-    """of one micro-batch on one worker, the optimizer left out; likewise:"""
+    memory_bytes: float  # of a worker at its peak: held, kept, and the batch itself
+    flops: int  # of one micro-batch on one worker, the optimizer left out; likewise:
     moved_bytes: int
     kernels: int
-    counted_as: str
-    """how the rule was counted, where its work depends on values"""
-    compute_s: float
-    """of a batch; likewise:"""
-    teacher_s: float
-    """of a teacher's answers; 0 without one"""
+    counted_as: str  # how the rule was counted, where its work depends on values
+    compute_s: float  # of a batch; likewise:
+    teacher_s: float  # of a teacher's answers; 0 without one
     communication_s: float
     optimizer_s: float
     images_per_s: float
+    # of training, without evaluations; None where the samples of an epoch are not known
     hours: float | None
-    """of training, without evaluations; None where the samples of an epoch are not known"""
     kwh: float | None
     cost: float | None
 
@@ -118,16 +108,15 @@ class Plan:
 
     recipe: str
     cluster: Cluster
-    device: Device
-    """the cluster's, or what was measured here"""
+    device: Device  # the cluster's, or what was measured here
+    # of an epoch; None where the data are not here and nobody has said how many
     samples: int | None
-    """of an epoch; None where the data are not here and nobody has said how many"""
+    # that the figures of every rule have in them: its time, and the bytes of its weights
     teacher: str | None
-    """that the figures of every rule have in them: its time, and the bytes of its weights"""
     teacher_bytes: int
     rules: tuple[Planned, ...]
+    # rules that cannot train the network, or do not fit at any size, and why
     refused: Mapping[str, str]
-    """rules that cannot train the network, or do not fit at any size, and why"""
 
 
 def plan(recipe: Recipe, cluster: Cluster, *, samples: int | None = None, rules: Sequence[Spec] = RULES) -> Plan:

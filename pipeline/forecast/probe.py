@@ -35,18 +35,16 @@ class Probe:
     recipe: str
     samples: int
     time_steps: int
+    # BPTT first, where it can train the network; seconds are medians over the rounds
     costs: tuple[Cost, ...]
-    """BPTT first, where it can train the network; seconds are medians over the rounds"""
+    # seconds of forward and backward of each rule, in rounds in which they took turns
     rounds: Mapping[str, tuple[float, ...]]
-    """seconds of forward and backward of each rule, in rounds in which they took turns"""
-    teacher: Asked | None
-    """in no rule's cost"""
-    fidelity: Fidelity | None
-    """None without BPTT's gradient: nothing to compare with"""
-    refused: Mapping[str, str]
-    """rules that cannot train the network, and why"""
+    teacher: Asked | None  # in no rule's cost
+    fidelity: Fidelity | None  # None without BPTT's gradient: nothing to compare with
+    refused: Mapping[str, str]  # rules that cannot train the network, and why
+    # rules that can, but have no gradient to compare, and why; without that of BPTT none is
+    # compared
     uncompared: Mapping[str, str]
-    """rules that can, but have no gradient to compare, and why; without that of BPTT none is compared"""
     hardware: Mapping[str, object]
 
     def cost(self, rule: str) -> Cost | None:

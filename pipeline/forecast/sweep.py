@@ -37,10 +37,12 @@ from pipeline.tasks import build_data
 from pipeline.waiting import say_stage
 
 STEPS = (1, 2, 4, 8, 16)
+# bytes: so far a process's resident memory tells of pages and caches, not of a batch; a GPU's
+# allocator counts exactly
 COARSE = 2**20
-"""bytes: so far a process's resident memory tells of pages and caches, not of a batch; a GPU's allocator counts exactly"""
+# times that the largest batch which fits is looked for between one that was trained and one that
+# did not fit
 REFINED = 3
-"""times that the largest batch which fits is looked for between one that was trained and one that did not fit"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +51,13 @@ class Point:
 
     time_steps: int
     cost: Cost
+    # samples over the seconds of forward and backward alone: loading, the optimizer and collectives
+    # are not in it
     images_per_compute_s: float
-    """samples over the seconds of forward and backward alone: loading, the optimizer and collectives are not in it"""
+    # that fits into the memory that was asked for: an estimate, or the largest that was trained;
+    # None: nobody asked
     largest_batch: int | None
-    """that fits into the memory that was asked for: an estimate, or the largest that was trained; None: nobody asked"""
-    at_largest: Cost | None = None
-    """of one batch of so many, where it was trained"""
+    at_largest: Cost | None = None  # of one batch of so many, where it was trained
 
     @property
     def images_per_compute_s_at_largest(self) -> float | None:
@@ -67,17 +70,13 @@ class Sweep:
 
     recipe: str
     samples: int
-    points: tuple[Point, ...]
-    """by rule, then by time steps"""
+    points: tuple[Point, ...]  # by rule, then by time steps
+    # rules that cannot train the network, which have no point, or for whose largest batch the data
+    # have too few samples, at which T, and why
     refused: Mapping[str, Mapping[int, str]]
-    """rules that cannot train the network, which have no point, or for whose largest batch the data have too few samples, at
-    which T, and why"""
-    memory_bytes: int | None
-    """that a largest batch may take, with what lies beside it"""
-    at_largest: bool
-    """largest batches were to be trained, whether any fitted or not"""
-    teacher: Asked | None
-    """in no rule's cost; its bytes lie beside a largest batch"""
+    memory_bytes: int | None  # that a largest batch may take, with what lies beside it
+    at_largest: bool  # largest batches were to be trained, whether any fitted or not
+    teacher: Asked | None  # in no rule's cost; its bytes lie beside a largest batch
     hardware: Mapping[str, object]
 
     def of(self, rule: str) -> tuple[Point, ...]:

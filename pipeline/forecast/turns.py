@@ -31,14 +31,12 @@ class Turns:
 
     forward_s: tuple[float, ...]
     backward_s: tuple[float, ...]
-    processes: int
-    """that computed at once"""
-    samples: int
-    """that each of them held"""
-    threads: int
-    """of each of them"""
+    processes: int  # that computed at once
+    samples: int  # that each of them held
+    threads: int  # of each of them
+    # that each rule called, as its runs do: an engine that is called at each time step costs some
+    # rules more than others
     backend: str
-    """that each rule called, as its runs do: an engine that is called at each time step costs some rules more than others"""
     commit: str
 
     @property
