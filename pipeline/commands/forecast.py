@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -80,15 +81,15 @@ def probe(
     alone share them.
     """
     made = made_of(recipe, set_, tiny)
+    from pipeline.forecast.bench import without_rule
     from pipeline.forecast.probe import probe as probe_recipe
-    from pipeline.forecast.probe import probe_all
     from pipeline.report.probe import print_probe, probe_as_json
 
     about = {"batch_size": batch, "threads": _threads("probe", cpus_per_worker)}
     _print(
         made,
-        lambda one: probe_recipe(one, **about),
-        lambda several: probe_all(several, **about),
+        partial(probe_recipe, **about),
+        without_rule,
         print_probe if format_ == "table" else probe_as_json,
         as_json=format_ == "json",
     )
@@ -124,8 +125,8 @@ def sweep(
 
     times = listed_time_steps("sweep", steps)
     made = made_of(recipe, set_, tiny)
+    from pipeline.forecast.bench import without_rule
     from pipeline.forecast.sweep import sweep as sweep_recipe
-    from pipeline.forecast.sweep import sweep_all
     from pipeline.report.sweep import print_sweep, told_sweep
 
     limit = None if size != "auto" else "free" if memory is None else int(memory * 1e9)
@@ -138,8 +139,8 @@ def sweep(
     }
     _print(
         made,
-        lambda one: sweep_recipe(one, **about),
-        lambda several: sweep_all(several, **about),
+        partial(sweep_recipe, **about),
+        without_rule,
         print_sweep if format_ == "table" else told_sweep,
         as_json=format_ == "json",
     )
@@ -180,7 +181,7 @@ def plan(
     """
     made = made_of(recipe, set_, tiny)
     from pipeline.forecast.devices import DEVICES
-    from pipeline.forecast.plan import Cluster, plan_all
+    from pipeline.forecast.plan import Cluster, all_but_rule
     from pipeline.forecast.plan import plan as plan_recipe
     from pipeline.recipe import Recipe
     from pipeline.report.plan import plan_as_json, print_plan
@@ -202,8 +203,8 @@ def plan(
     if against is None:
         _print(
             made,
-            lambda one: plan_recipe(one, cluster, samples=samples),
-            lambda several: plan_all(several, cluster, samples=samples),
+            partial(plan_recipe, cluster=cluster, samples=samples),
+            all_but_rule,
             print_plan if format_ == "table" else plan_as_json,
             as_json=format_ == "json",
         )
@@ -221,18 +222,20 @@ def plan(
 
 def _print(
     made: Recipe | Suite,
-    of_one: Callable[[Recipe], Any],
-    of_several: Callable[[tuple[Recipe, ...]], Iterable[Any]],
+    forecast: Callable[..., Any],
+    alike: Callable[[Recipe], object],
     show: Callable[[Any], Any],
     *,
     as_json: bool,
 ) -> None:
     """Print the forecast of a recipe, or of each network of several as it comes; as JSON a list.
 
+    `forecast` takes a recipe, and rules beside its own. Recipes that are `alike` share a network.
     `show` prints a forecast as a table, or gives its JSON.
     """
     import json
 
+    from pipeline.forecast.bench import RULES, by_network
     from pipeline.printing import new_console
     from pipeline.recipe import Recipe
     from pipeline.stand_in import with_stand_ins
@@ -243,12 +246,13 @@ def _print(
         console.out(json.dumps(value, indent=2, allow_nan=False), highlight=False)
 
     if isinstance(made, Recipe):
-        shown = show(of_one(made))
+        shown = show(forecast(made))
         if as_json:
             print_json(shown)
         return
     with with_stand_ins(made) as recipes:
-        forecasts = of_several(recipes)
+        networks = by_network(recipes, alike)
+        forecasts = (forecast(each, rules=(*RULES, *rules)) for each, rules in networks)
         if as_json:
             print_json([show(each) for each in forecasts])
             return

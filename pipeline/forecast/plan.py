@@ -24,7 +24,7 @@ worker's part. A rule that moves the weights at every time step does all of it s
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -33,7 +33,7 @@ import torch
 
 from pipeline.build import check_recipe
 from pipeline.data.base import DataError
-from pipeline.forecast.bench import RESERVE, RULES, by_label, by_network, samples_of, without_rule
+from pipeline.forecast.bench import RESERVE, RULES, by_label, samples_of, without_rule
 from pipeline.forecast.counts import (
     Counts,
     FakeBench,
@@ -157,18 +157,10 @@ def plan(recipe: Recipe, cluster: Cluster, *, samples: int | None = None, rules:
     )
 
 
-def plan_all(recipes: Sequence[Recipe], cluster: Cluster, *, samples: int | None = None) -> Iterator[Plan]:
-    """Plan each network of several recipes once, with the rules of all recipes that share it.
-
-    Raises: as `plan`; all recipes are checked before the first is planned.
-    """
-
-    def alike(recipe: Recipe) -> object:
-        length = (recipe.epochs, recipe.stop_after)
-        return without_rule(recipe), recipe.optimizer, recipe.ema_decay, recipe.zero, length
-
-    for recipe, rules in by_network(recipes, alike):
-        yield plan(recipe, cluster, samples=samples, rules=(*RULES, *rules))
+def all_but_rule(recipe: Recipe) -> tuple[object, ...]:
+    """All that decides a plan, beside the rule."""
+    length = (recipe.epochs, recipe.stop_after)
+    return (*without_rule(recipe), recipe.optimizer, recipe.ema_decay, recipe.zero, *length)
 
 
 def _check(recipe: Recipe, cluster: Cluster) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.baseline import BASELINE, is_baseline
@@ -14,11 +14,9 @@ from pipeline.forecast.bench import (
     Bench,
     Cost,
     by_label,
-    by_network,
     costs,
     fastest_baseline,
     in_the_median,
-    without_rule,
 )
 from pipeline.measure.fidelity import Fidelity, Gradients, fidelity
 from pipeline.measure.memory import device_here, hardware
@@ -97,15 +95,6 @@ def probe(recipe: Recipe, *, batch_size: int | None = None, threads: int = 1, ru
         uncompared=uncompared,
         hardware=hardware(device_here()),
     )
-
-
-def probe_all(recipes: Sequence[Recipe], *, batch_size: int | None = None, threads: int = 1) -> Iterator[Probe]:
-    """Probe each network of several recipes once, with the rules of all recipes that train it on the same data and batch.
-
-    Raises: as `probe`; every recipe is checked before the first one is probed.
-    """
-    for recipe, rules in by_network(recipes, without_rule):
-        yield probe(recipe, batch_size=batch_size, threads=threads, rules=(*RULES, *rules))
 
 
 def _compared(found: Mapping[str, Sequence[Gradients]]) -> Fidelity | None:

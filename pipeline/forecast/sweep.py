@@ -9,9 +9,9 @@ hold, and where it does not, smaller ones; the largest of them that did is told.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline.build import check_recipe
 from pipeline.counts import are_counts
@@ -23,12 +23,10 @@ from pipeline.forecast.bench import (
     Cost,
     DoesNotFit,
     by_label,
-    by_network,
     costs,
     fastest_baseline,
     in_the_median,
     samples_of,
-    without_rule,
 )
 from pipeline.measure.held import Held
 from pipeline.measure.memory import device_here, free_bytes, hardware
@@ -162,15 +160,6 @@ def sweep(
         teacher=teacher,
         hardware=hardware(device_here()),
     )
-
-
-def sweep_all(recipes: Sequence[Recipe], **about: Any) -> Iterator[Sweep]:
-    """Sweep each network of several recipes once, with the rules of all recipes that share it.
-
-    Raises: as `sweep`, whose keywords `about` holds; all recipes are checked before the first.
-    """
-    for recipe, rules in by_network(recipes, without_rule):
-        yield sweep(recipe, **about, rules=(*RULES, *rules))
 
 
 def _point(bench: Bench, cost: Cost, rule: Spec, room: _Room | None) -> Point:

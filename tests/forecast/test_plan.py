@@ -32,7 +32,7 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.teaching import build_teacher
-from tests.forecast.test_probe import RECIPE, recipe_with
+from tests.forecast.test_probe import RECIPE, TWO_NETWORKS, recipe_with
 from tests.small import command, recipes_of, train_inline
 from tests.test_teaching import taught
 
@@ -274,25 +274,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert code == 0 and "Seconds are of a roofline measured on this machine (" in " ".join(out.split())
 
 
-SEVERAL = """
-from dataclasses import replace
-from pipeline.models.mlp import mlp
-from pipeline.recipe import spec
-from pipeline.rules.bptt import BPTT
-from tests.small import small_recipe
-
-def recipe():
-    one = small_recipe(model=spec(mlp, in_features=64, hidden=(8,)))
-    return [one, replace(one, name="bptt", rule=spec(BPTT)), replace(one, name="wide", micro_batch=4)]
-"""
-
-
 def test_of_several_recipes_each_network_is_planned_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mine.py"
-    file.write_text(SEVERAL)
-    monkeypatch.setattr("pipeline.forecast.plan.RULES", ())
+    file.write_text(TWO_NETWORKS)
+    monkeypatch.setattr("pipeline.forecast.bench.RULES", ())
     run = command(monkeypatch, capsys)
     code, out, err = run("plan", str(file), "--device", "h100")
     assert (code, err) == (0, "")

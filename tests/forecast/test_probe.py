@@ -370,6 +370,18 @@ def test_the_command_prints_tables_and_json(
     assert {cost["rule"] for cost in told["costs"]} >= {"BPTT", "SLTT"} and told["advice"]
 
 
+TWO_NETWORKS = """
+from dataclasses import replace
+from pipeline.models.mlp import mlp
+from pipeline.recipe import spec
+from pipeline.rules.bptt import BPTT
+from tests.small import small_recipe
+
+def recipe():
+    one = small_recipe(model=spec(mlp, in_features=64, hidden=(8,)))
+    return [one, replace(one, name="bptt", rule=spec(BPTT)), replace(one, name="wide", micro_batch=4)]
+"""
+
 SEVERAL = """
     one = small_recipe(model=spec(mlp, in_features=64, hidden=(8,)), rule=spec(SLTT))
     rules = [one, replace(one, name="bptt", rule=spec(BPTT)), replace(one, name="two", rule=spec(SLTT, k=2), seed=1)]
@@ -383,7 +395,7 @@ def test_of_several_recipes_each_network_is_probed_once_with_all_their_rules(
     file = tmp_path / "mine.py"
     imports = "from dataclasses import replace\nfrom pipeline.rules.bptt import BPTT\nfrom pipeline.rules.sltt import SLTT\n"
     file.write_text(imports + RECIPE[: RECIPE.index("    return")] + SEVERAL)
-    monkeypatch.setattr("pipeline.forecast.probe.RULES", (spec(BPTT),))
+    monkeypatch.setattr("pipeline.forecast.bench.RULES", (spec(BPTT),))
     run = command(monkeypatch, capsys)
     code, out, err = run("probe", str(file))
     assert (code, err) == (0, "")
@@ -398,8 +410,6 @@ def test_of_several_recipes_each_network_is_probed_once_with_all_their_rules(
 
 def test_bad_use_ends_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run = command(monkeypatch, capsys)
-    code, _, err = run("sweep", "recipes/compare/fashion_demo.py")
-    assert code == 2 and err.startswith("sweep: the file must hold one recipe; got a suite of") and err.count("\n") == 1
     file = tmp_path / "mine.py"
     file.write_text(RECIPE)
     code, _, err = run("probe", str(file), "--batch", "1000")
