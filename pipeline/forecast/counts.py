@@ -218,7 +218,8 @@ def describe_steps(recipes: Sequence[Recipe], workers: int) -> list[str]:
         if line is None:
             say_stage(f"counting a step of {recipe.name}")
             try:
-                line = counted(FakeBench(recipe, samples), recipe.rule).describe()
+                counts = counted(FakeBench(recipe, samples), recipe.rule)
+                line = f"{count_of(samples, 'sample')} on one worker: {counts.describe()}"
             except ValueError as error:
                 line = f"not counted: {error}"
         known.append((key, line))
