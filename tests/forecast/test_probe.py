@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from pipeline.commands.forecast import _threads
 from pipeline.forecast.bench import DRAWS, RULES, Bench, Cost, DoesNotFit
 from pipeline.forecast.probe import Probe, advice, probe
 from pipeline.forecast.sweep import sweep
@@ -406,6 +407,17 @@ def test_of_several_recipes_each_network_is_probed_once_with_all_their_rules(
         ("small, bptt, two", ["BPTT", "SLTT", "SLTT-2"]),
         ("wide", ["BPTT", "SLTT"]),
     ]
+
+
+def test_a_worker_gets_the_cores_that_a_launch_would_give_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One on a CPU; on a card its share of the node."""
+    assert (_threads("probe", "auto"), _threads("probe", "3")) == (1, 3)
+    monkeypatch.setattr("pipeline.cores.cores_here", lambda: 16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert _threads("probe", "auto") == 8
+    with pytest.raises(ValueError, match="probe: --cpus-per-worker must be a number of cores or auto; got x"):
+        _threads("probe", "x")
 
 
 def test_bad_use_ends_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
