@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.overhead import timed
 from pipeline.code import commit
-from pipeline.data.manifest import damaged_pages
+from pipeline.data.page_checks import check
 from pipeline.measure.memory import device_here, hardware
 
 
@@ -31,8 +31,8 @@ def main() -> None:
     size = sum(file.stat().st_size for file in files)
 
     def compare() -> None:
-        found = [page for file in files for page in damaged_pages(file)]
-        assert not found, found
+        for file in files:
+            check(file)
 
     compare()  # from now on they are in the page cache
     seconds = [timed(compare) for _ in range(arguments.times)]

@@ -204,13 +204,13 @@ install_promtool() {
     if apt-cache show promtool >/dev/null 2>&1; then apt_install promtool; else apt_install prometheus; fi
 }
 
-# In Debian since 13; not in Ubuntu 24.04, where what it makes of infra/k8s is compared with nothing.
+# In Debian since 13; not in Ubuntu 24.04, where the tests of infra/k8s are skipped unless kubectl is there.
 install_kustomize() {
     if command -v kustomize >/dev/null; then return; fi
     if apt-cache show kustomize >/dev/null 2>&1; then
         apt_install kustomize
     else
-        say "this distribution has no kustomize; the test that holds our reader of its files to it will be skipped"
+        say "this distribution has no kustomize; tests of infra/k8s will be skipped"
     fi
 }
 

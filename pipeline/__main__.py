@@ -106,7 +106,7 @@ def runs_(runs: Runs = RUNS) -> None:
 @app.command(epilog="Example: spiketrain verify data/fashion")
 def verify(path: Annotated[Path, typer.Argument(metavar="FILE", help="a .beton file, or a folder of them")]) -> None:
     """Check every byte of FFCV files against their manifests."""
-    from pipeline.data.write import verify as verify_files
+    from pipeline.data.page_checks import verify as verify_files
 
     say_stage(f"reading every byte of {path}")
     for manifest in verify_files(path):

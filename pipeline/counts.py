@@ -1,6 +1,6 @@
-"""Whole numbers among arguments - sizes, steps, rows -, refused in one line where they are none; True and 2.0 are none."""
+"""Checks of arguments, each refused in one line: whole numbers (True and 2.0 are none), and choices among a few values."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 
 def refuse_unless_counts(who: str, numbers: Mapping[str, object], *, least: int = 1, up_to: str | None = None) -> None:
@@ -18,6 +18,18 @@ def refuse_unless_counts(who: str, numbers: Mapping[str, object], *, least: int 
             what, fits = "a whole number", is_count(value, least=least)
         if not fits:
             raise ValueError(f"{who}: {name} must be {what} {accepted}; got {name}={value!r}")
+
+
+def refuse_unless_one_of(who: str, accepted: Collection[object], **values: object) -> None:
+    """Each of `values` must be one of `accepted`.
+
+    Raises: ValueError, in the name of `who`, for the first that is not: "LIF: reset must be 'subtract' or 'zero'; got reset='x'".
+    """
+    for name, value in values.items():
+        if value not in accepted:
+            *others, last = map(repr, accepted)
+            listed = f"{', '.join(others)} or {last}" if others else last
+            raise ValueError(f"{who}: {name} must be {listed}; got {name}={value!r}")
 
 
 def is_count(value: object, *, least: int = 1) -> bool:

@@ -24,8 +24,9 @@ from timm.layers.drop import DropPath
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from pipeline.random import counter_hash
 from pipeline.recipe import Recipe
-from pipeline.rules.base import Rule, counter_hash
+from pipeline.rules.base import Rule
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.norm import BatchNorm, is_foreign_norm
 from pipeline.units import counted

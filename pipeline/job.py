@@ -47,7 +47,7 @@ class Job:
     hang_minutes: float = 0.0
     """between two signs of life of a worker, after which it is taken to hang; 0: nobody watches"""
     verify: Literal["sampled", "full"] = "sampled"
-    """for which of the samples that are read the page that holds them is compared with its checksum: see data/care.py"""
+    """for which of the samples that are read the page that holds them is compared with its checksum: see data/page_checks.py"""
     checkpoints: str = ""
     """where its checkpoints are: a folder or an address of its own; "": in the run's folder"""
     place_token: str = ""

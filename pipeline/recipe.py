@@ -120,8 +120,6 @@ class Recipe:
     """times that it goes back, before it ends"""
     loss_spike: float = 0.0
     """a loss of more than so many times the median of its task's last 64 makes a batch bad; 0: only one that is not finite"""
-    max_damaged_pages: int = 0
-    """pages of the training file that a run does without, with others' samples in place of theirs (pipeline/guards/damaged.py)"""
     replicas_every: int = 500
     """steps between comparisons of what workers have learnt, bit by bit, beside one at each checkpoint; 0: none at all"""
     evaluate_every: int = 1
@@ -173,7 +171,6 @@ class Recipe:
             "seed",
             "max_skips",
             "max_rollbacks",
-            "max_damaged_pages",
         )
         for name in not_negative:
             if getattr(self, name) < 0:
@@ -377,7 +374,6 @@ class Recipe:
             "phases",
             "family",
             "ema_decay",
-            "max_damaged_pages",
             "tuned",
             "searched",
             "published",

@@ -12,13 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.data.base import Data, Loader
-from pipeline.data.care import Care, careful
+from pipeline.data.base import Data, Loader, with_page_checks
 from pipeline.evaluate import Evaluation
-from pipeline.models.heads import select_head
+from pipeline.models.heads import MultiHead, select_head
 from pipeline.part_checks import check_first_batch, checked_data, checked_loader, is_own
 from pipeline.recipe import Recipe, Split
-from pipeline.spiking.heads import MultiHead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +41,9 @@ class Task:
             )
 
 
-def tasks_of(recipe: Recipe, care: Care = Care()) -> tuple[Task, ...]:
-    """In the order that they are learnt in; opens no file."""
-    data = careful(build_data(recipe), care)
+def tasks_of(recipe: Recipe, *, one_in: int = 0) -> tuple[Task, ...]:
+    """In the order that they are learnt in; opens no file. `one_in`: see base.OnPages."""
+    data = with_page_checks(build_data(recipe), one_in)
     if not recipe.phases:
         return (Task(name=recipe.name, data=data, epochs=recipe.epochs),)
     return tuple(
@@ -66,6 +64,21 @@ def build_data(recipe: Recipe) -> Data:
         ValueError: it is no `pipeline.data.base.Data`.
     """
     return checked_data(recipe.data.build(), recipe.data)
+
+
+def check_data(data: Data, *, fingerprint: str, every_page: bool) -> None:
+    """Compare the content of a data set with a fingerprint, and each page of its files with its checksum.
+
+    Raises:
+        ValueError: the content is another, or a page is damaged.
+    """
+    if data.fingerprint() != fingerprint:
+        raise ValueError(
+            f"data: this run was launched on content {fingerprint[:12]}; got {data.fingerprint()[:12]}: "
+            "another file lies where the recipe points"
+        )
+    if every_page:
+        data.check()
 
 
 class Loaders:

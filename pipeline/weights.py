@@ -19,7 +19,7 @@ from pipeline.models.qkformer_published import is_published, renamed
 from pipeline.recipe import Recipe, read_json
 from pipeline.spec import Spec, is_path
 from pipeline.spiking.binary import Binarizer, binary_synapses
-from pipeline.spiking.plif import PLIF, learnt_leaks
+from pipeline.spiking.neuron import PLIF, learnt_leaks
 from pipeline.spiking.rate import RateNeuron
 from pipeline.state_file import misfits, read_state
 

@@ -13,10 +13,8 @@ import torch
 
 from pipeline.build import build_mixing
 from pipeline.cores import near_cores, own_cores
-from pipeline.data.damage import DamagedPages
 from pipeline.elastic import check_accumulation, steady
 from pipeline.guards.batches import GoBack
-from pipeline.guards.damaged import LeftOut
 from pipeline.guards.fitting import Smaller, fitted, halve
 from pipeline.guards.watchdog import Watchdog
 from pipeline.job import Job, Place, note_refusal, raise_refusal
@@ -66,9 +64,6 @@ def _run(
                     return _attempt(job, place, ranks, tracker, watchdog, clock, began, attempt_of)
             except (GoBack, Smaller):
                 pass  # every rank begins again
-            except LeftOut:
-                if ranks.size > 1:
-                    raise  # the others wait for this rank: only its death frees them
             clock.take()  # batches that are rolled back, and that nobody has asked for yet
             gc.collect()  # the attempt that ended goes, and what it held
             if ranks.device.type == "cuda":
@@ -100,7 +95,7 @@ def _attempt(
 
 def _run_in_memory(attempt: Attempt, ranks: Ranks, tracker: Tracker) -> dict[str, Any] | None:
     try:
-        return _run_on_whole_pages(attempt)
+        return attempt.run()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -119,14 +114,3 @@ def _split_of(parts: Parts, limit: int) -> Split:
     for size in parts.sizes:
         build_mixing(recipe, recipe.split(size))
     return recipe.split(parts.ranks.size)
-
-
-def _run_on_whole_pages(attempt: Attempt) -> dict[str, Any] | None:
-    try:
-        return attempt.run()
-    except DamagedPages as found:
-        if not found.may_go:
-            raise
-        parts = attempt.parts
-        parts.damage.after(found.pages, most=parts.recipe.max_damaged_pages).write(Path(parts.job.run))
-        raise LeftOut(str(found)) from found

@@ -163,8 +163,6 @@ def _one_line(code: int, error: str) -> str:
         ("export none --runs RUNS", "no run 'none' in RUNS, which has no runs"),
         ("evaluate recipes/fashion/sltt.py", "needs --weights FILE; got no --weights"),
         ("evaluate recipes/fashion/sltt.py --weights nowhere.pt", "nowhere.pt must be a file of weights; it does not exist"),
-        ("carryover none --runs RUNS", "no run 'none' in RUNS, which has no runs"),
-        ("carryover none --batch 1", "Invalid value for '--batch': "),
         ("compare none --runs RUNS", "no run 'none' in RUNS, which has no runs"),
         ("sync none --runs RUNS", "no run or suite 'none' in RUNS, which has no runs"),
         ("register none --as x --runs RUNS", "no run 'none' in RUNS, which has no runs"),

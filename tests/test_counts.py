@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.counts import refuse_unless_counts
+from pipeline.counts import refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.convnet import convnet
 from pipeline.models.feedback import conv_feedback, fc_feedback, lenet_f
 from pipeline.models.late import Late
@@ -66,3 +66,11 @@ def test_sizes_of_networks(make, message):
     with pytest.raises(ValueError) as refused:
         make()
     assert str(refused.value) == message
+
+
+def test_a_choice_among_values():
+    refuse_unless_one_of("LIF", ("subtract", "zero"), reset="zero", other="subtract")
+    for accepted, said in ((("a", "b"), "'a' or 'b'"), ((18, 34, None), "18, 34 or None"), ({"only": 1}, "'only'")):
+        with pytest.raises(ValueError) as refused:
+            refuse_unless_one_of("net", accepted, first=next(iter(accepted)), size="x")
+        assert str(refused.value) == f"net: size must be {said}; got size='x'"

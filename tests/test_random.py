@@ -27,9 +27,7 @@ def test_numba_equals_numpy():
     pytest.importorskip("ffcv")
     from numba import njit
 
-    from pipeline.data.augment import functions
-
-    compiled = functions().bits
+    from pipeline.data.loops import bits as compiled
 
     @njit
     def many(seed, epoch, index, draw):

@@ -19,8 +19,7 @@ from pipeline.models.convnet import convnet
 from pipeline.recipe import Recipe, Spec, spec, write_json
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
-from pipeline.spiking.neuron import LIF
-from pipeline.spiking.plif import PLIF
+from pipeline.spiking.neuron import LIF, PLIF
 from pipeline.spiking.rate import RateIF
 from pipeline.track.jsonl import read
 from pipeline.weights import lasting_weights, load_start, weights_file

@@ -1,4 +1,4 @@
-"""What an address of checkpoints may hold: it is written down in run folders, journals and schedulers' files."""
+"""Checks an address of checkpoints, which is written into run folders, journals and job files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.checkpoint.place import CheckpointError
 
 
 def refuse_credentials(address: str) -> None:
-    """Refuse what holds a password or may hold one, without looking whether anybody answers.
+    """Refuse an address that has or may have a password; nothing is opened.
 
     Raises:
         CheckpointError: an address with credentials, or of several stores in a chain.
@@ -18,21 +18,21 @@ def refuse_credentials(address: str) -> None:
         return
     if "::" in address:  # each address of a chain may hold credentials
         raise CheckpointError("checkpoints: an address must be of one store, without fsspec's '::'; got a chain of several")
-    told = urlsplit(address)
-    if "@" in told.netloc or told.query:
+    parts = urlsplit(address)
+    if "@" in parts.netloc or parts.query:
         raise CheckpointError("checkpoints: an address holds no credentials, which are the environment's; got one with some")
 
 
 def folder_of(address: str) -> Path | None:
-    """The folder that an address names, as a path or by file://; None: it is another store's."""
+    """The folder of an address that is a path or begins with file://; None for any other."""
     if "://" not in address:
         return Path(address)
-    told = urlsplit(address)
-    return Path(told.path) if told.scheme in ("file", "local") else None
+    parts = urlsplit(address)
+    return Path(parts.path) if parts.scheme in ("file", "local") else None
 
 
 def absolute(address: str) -> str:
-    """The address for every machine alike: a folder's path from the root on.
+    """The address, with a path made absolute.
 
     Raises:
         CheckpointError: see `refuse_credentials`.

@@ -1,4 +1,4 @@
-"""Saving and restoring: training waits for a copy of its state, and a thread writes it; one checkpoint at a time."""
+"""Saving and restoring: training waits for a copy of its state, which a thread writes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import errno
 import json
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from concurrent.futures import wait
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from pipeline.backend.base import Backend
 from pipeline.backend.copied import copied
 from pipeline.checkpoint import background
-from pipeline.checkpoint.background import Background
+from pipeline.checkpoint.background import Background, Saved
 from pipeline.checkpoint.place import (
     TRAINER,
     CheckpointError,
@@ -39,31 +38,19 @@ from pipeline.units import counted
 WEIGHTS = "model.safetensors"
 
 
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint that is whole."""
-
-    address: str
-    step: int
-    write_s: float
-    """from when its state was copied until it was whole"""
-    bytes: int
-    untidy: str = ""
-    """why an older one, which should go, could not be deleted"""
-
-
 class Checkpoints:
     """The checkpoints of one run, written by all of its ranks together.
 
     Args:
         place: where they are kept.
-        attempt: names this process group's temp folders, so that workers of an abandoned attempt never meet ours.
-        keep: newest checkpoints that survive pruning; the one with the best score, and what is pinned, survive beside them.
-        ranks: how many there are.
-        each: every rank's value, in the order of ranks, on every rank; see `Ranks.each`.
-        on_quarantine: told (address, reason) of each damaged checkpoint, before it is moved to there.
-        on_unwritten: told (step, error), on every rank, of a checkpoint that could not be written, where saving goes on.
-        beat: called again and again by a rank that waits for a thread that writes, its own or another rank's.
+        attempt: names this process group; workers of an abandoned one write elsewhere.
+        keep: the newest checkpoints that stay, beside the best by score and the pinned ones.
+        ranks: the number of ranks.
+        each: gathers every rank's value, in the order of ranks, on every rank; see `Ranks.each`.
+        on_quarantine: called with address and reason of a damaged checkpoint before it is moved.
+        on_unwritten: called with step and error, on every rank, of a checkpoint that could not be
+            written, where saving goes on.
+        beat: called again and again by a rank that waits for a thread.
     """
 
     def __init__(
@@ -79,18 +66,16 @@ class Checkpoints:
         on_unwritten: Callable[[int, str], None] = lambda step, error: None,
         beat: Callable[[], None] = lambda: None,
     ) -> None:
-        self.place = place
-        self.attempt = attempt
-        self.keep = keep
+        self.place, self.attempt, self.keep = place, attempt, keep
         self.rank, self.ranks, self.each = rank, ranks, each
         self.on_quarantine, self.on_unwritten, self.beat = on_quarantine, on_unwritten, beat
-        self._in_flight: _InFlight | None = None
-        self._told = True
+        self._writing: Background | None = None
+        self._is_reported = True
         self._search: Callable[[], Path | None] | None = None
-        """for the newest one, which storage has interrupted"""
+        """for the newest one, which an error of the storage has interrupted"""
         self._failures, self._is_retry = 0, False
         self.newest_step = 0
-        """behind which the newest one stands that is whole on every rank; 0: a run without one begins there"""
+        """of the newest checkpoint that is whole on every rank; 0: the run's beginning"""
 
     def save(
         self,
@@ -102,12 +87,15 @@ class Checkpoints:
         buffers: Mapping[str, Tensor] | None = None,
         weights: Mapping[str, Tensor] | None = None,
     ) -> Saved | None:
-        """Begin to write a checkpoint; collective. It is whole once `done` or `wait` says so; what `wait` says of the one before.
+        """Begin to write a checkpoint; collective. It is whole once `done` or `wait` returns it.
 
-        One before that could not be written is told to `on_unwritten`: storage that failed once may be back.
+        Args:
+            buffers: this rank's own running statistics; the network holds the mean over ranks.
+            weights: those to publish, a copy that nobody else changes; None: the network's.
 
-        `buffers` are this rank's own running statistics, where the network holds the mean over ranks while it is saved.
-        `weights` are those to publish, a copy that nobody else changes; None: the network's as they are.
+        Returns:
+            The checkpoint before, as `wait` does. One that could not be written is reported to
+            `on_unwritten`: storage that failed once may be back.
 
         Raises:
             Refused, OSError: see `settle`.
@@ -120,92 +108,92 @@ class Checkpoints:
             if rule.state_dict():
                 files["rule.pt"] = copied(rule.state_dict())
             files[TRAINER] = json.dumps({**trainer, "step": step}, indent=1) + "\n"
-        name = step_name(step)
-        writing = Background(
+        # Beside what is left of one that failed.
+        attempt = f"{self.attempt}.{self._failures}" if self._failures else self.attempt
+        self._is_reported = False
+        self._writing = Background(
             self.place,
-            name,
+            step,
             files,
-            attempt=f"{self.attempt}.{self._failures}" if self._failures else self.attempt,  # beside what is left of one
+            attempt=attempt,
             rank=self.rank,
             ranks=self.ranks,
-            on_whole=lambda: self._tidy(name),
+            on_whole=lambda: self._tidy(step_name(step)),
         )
-        self._in_flight, self._told = _InFlight(step, writing), False
         return before
 
     def done(self) -> Saved | None:
-        """On rank 0 what the last `save` has become, once, as soon as it is whole; asks nobody and waits for nothing."""
-        flight = self._in_flight
-        if self.rank or flight is None or self._told or not flight.writing.whole.done() or flight.writing.whole.exception():
+        """On rank 0 the last `save`, once, as soon as it is whole; does not wait."""
+        writing = self._writing
+        if writing is None or not writing.outcome.done() or writing.failure():
             return None
-        self._told = True
-        return self._saved(flight)
+        return self._report(writing)
 
     def failed(self) -> bool:
-        """On rank 0 whether the last `save` is known to have failed; asks nobody and waits for nothing."""
-        flight = self._in_flight
-        return flight is not None and flight.writing.whole.done() and flight.writing.whole.exception() is not None
+        """Whether the last `save` has failed, on any rank as seen from rank 0; does not wait."""
+        return self._writing is not None and self._writing.failure() is not None
 
     def wait(self) -> Saved | None:
-        """Until the last `save` is whole on every rank; collective. On rank 0 what it has become, unless that was told already.
+        """Wait until the last `save` is whole; collective. On rank 0 its checkpoint, if not reported.
 
         Raises:
             Refused: it cannot be written, and only the user can change that: the disk is full.
-            OSError: it could not be written; on every rank, too. What is whole stays.
+            OSError: it could not be written. On every rank, as is Refused; what is whole stays.
         """
-        flight, self._in_flight = self._in_flight, None
-        if flight is None:
+        writing, self._writing = self._writing, None
+        if writing is None:
             return None
-        writing = flight.writing
-        self._agree(flight, writing.part)
-        self._agree(flight, writing.whole if self.rank == 0 else writing.part)
-        self._is_retry, self.newest_step = False, flight.step
-        return self._once(flight)
+        self._agree(writing)
+        self._is_retry, self.newest_step = False, writing.step
+        return self._report(writing)
 
     def settle(self) -> tuple[Saved | None, bool]:
-        """As `wait`, and whether it could not be written, which `on_unwritten` was told: then the state at hand is to be saved.
+        """As `wait`, and whether it could not be written: then the state at hand is to be saved.
 
         Raises:
             Refused: see `wait`.
             OSError: neither it could be written nor the one before.
         """
-        flight = self._in_flight
+        writing = self._writing
         try:
             return self.wait(), False
         except OSError as error:
-            if flight is None or self._is_retry:
+            if writing is None or self._is_retry:
                 raise
             self._failures, self._is_retry = self._failures + 1, True
-            self.on_unwritten(flight.step, error.strerror or str(error))
+            self.on_unwritten(writing.step, error.strerror or str(error))
             return None, True
 
     def close(self, error: BaseException | None = None) -> Saved | None:
-        """Come to an end without the other ranks, of which one may be gone: what has all its parts becomes a checkpoint.
+        """End without the other ranks, of which one may be gone.
 
-        That it could not be written is noted on `error`, which ends the attempt.
+        A checkpoint with all parts is finished. A failure to write is noted on `error`, which ends the attempt.
         """
-        flight, self._in_flight = self._in_flight, None
-        if flight is None:
+        writing, self._writing = self._writing, None
+        if writing is None:
             return None
-        flight.writing.give_up(self.beat)
-        failure = flight.writing.whole.exception() if self.rank == 0 else flight.writing.part.exception()
-        if failure is not None:
-            if error is None:
-                raise failure
-            error.add_note(f"checkpoint {flight.writing.name} was not written: {type(failure).__name__}: {failure}")
-            return None
-        return self._once(flight)
+        writing.give_up(self.beat)
+        failure = writing.failure()
+        if failure is None:
+            return self._report(writing)
+        if error is None:
+            raise failure
+        error.add_note(f"checkpoint {writing.name} was not written: {type(failure).__name__}: {failure}")
+        return None
 
     def newest(self) -> Path | None:
-        """The newest one that verifies, on this machine; damaged ones are moved away. For rank 0, which tells the others."""
-        if self._search is None:  # else storage ended one, which is gone on with: what it has told is not told again
+        """The newest one that verifies; damaged ones are quarantined. For rank 0.
+
+        A call after an error of the storage continues the search: nothing is reported twice.
+        """
+        if self._search is None:
             self._search = partial(newest, self.place, suffix=self._suffix(), on_quarantine=cache(self.on_quarantine))
         found = self._search()
         self._search = None
         return found
 
     def discard(self, step: int, reason: str) -> None:
-        """Quarantine the checkpoint of `step`, if there is one, so that nobody goes on from it. Collective, no save in flight."""
+        """Quarantine the checkpoint of `step`, if there is one; collective, without a save in flight."""
         names = self.place.names() if self.rank == 0 else []
         if step_name(step) in names:
             names.remove(step_name(step))
@@ -216,14 +204,14 @@ class Checkpoints:
         return f"{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
 
     def load(self, path: Path, backend: Backend, rule: nn.Module) -> dict[str, Any]:
-        """Load a verified checkpoint into this rank; collective. What its trainer.json says.
+        """Load a verified checkpoint into this rank; collective. Returns its trainer.json.
 
         Raises:
-            CheckpointError: another backend wrote it, or another number of workers at a ZeRO stage that loads on as many only.
+            CheckpointError: another backend wrote it, or another number of workers with ZeRO.
             FileNotFoundError: one of its files is gone since it was verified.
         """
         files = read_manifest((path / MANIFEST).read_bytes())
-        for name in files:  # all, as a backend takes what it finds
+        for name in files:  # a backend loads whatever it finds
             (path / name).stat()
         trainer = read_trainer(path)
         if trainer.get("zero", 0) > 0 and trainer["world_size"] != self.ranks:
@@ -237,10 +225,10 @@ class Checkpoints:
         if "rule.pt" in files:
             rule.load_state_dict(torch.load(path / "rule.pt", map_location="cpu", weights_only=True))
         rng = f"rng_rank{self.rank}.pt"
-        if rng in files:  # there is none for a rank that the writing attempt did not have
+        if rng in files:  # an attempt with fewer ranks wrote none for this one
             state = torch.load(path / rng, map_location="cpu", weights_only=True)
             set_rng_state(state)
-            if trainer.get("world_size") == self.ranks:  # else all begin from the mean, which the backend has loaded
+            if trainer.get("world_size") == self.ranks:  # else the loaded mean stays
                 backend.network.load_state_dict(state["buffers"], strict=False)
         self.newest_step = trainer["step"]
         return trainer
@@ -249,60 +237,56 @@ class Checkpoints:
         self.place.tidy(name)
         prune(self.place, name, keep=self.keep)
 
-    def _agree(self, flight: _InFlight, outcome: Future[None]) -> None:
-        """Every rank's outcome is good, or every rank raises what the first bad one was, and what was written is deleted."""
-        while not all(self.each(_is_done(outcome))):  # together, so that no rank waits for long without a sign of life
-            if outcome.done() or flight.writing.gets_on():
+    def _agree(self, writing: Background) -> None:
+        """Wait until every rank has written, or delete what was written and raise on every rank.
+
+        The ranks ask each other again and again, so that each gives signs of life.
+        """
+        while True:
+            wait([writing.outcome], timeout=background.WAIT_S)
+            states = self.each((writing.outcome.done(), writing.failure() is not None))
+            if any(has_failed for _, has_failed in states):
+                break
+            if all(is_done for is_done, _ in states):
+                return
+            if writing.makes_progress():
                 self.beat()
-        own = outcome.exception()
-        failures = [failure for failure in self.each(None if own is None else _told(own)) if failure is not None]
-        if not failures:
-            return
-        flight.writing.give_up(self.beat)
-        self.each(None)
+        writing.give_up(self.beat)
+        own = writing.failure()
+        failures = [each for each in self.each(None if own is None else _described(own)) if each is not None]
         if self.rank == 0:
-            flight.writing.discard()
-        number, said = failures[0]
+            writing.discard()
+        # Rank 0's own may only say that another rank failed: it has no number.
+        number, said = min(failures, key=lambda failure: failure[0] is None)
         if number in FOR_THE_USER:
-            raise Refused(f"checkpoint: cannot be written after step {flight.step}: {said}; {self._left()}") from own
-        raise OSError(number or errno.EIO, f"checkpoint after step {flight.step} was not written: {said}") from own
+            raise Refused(f"checkpoint: cannot be written after step {writing.step}: {said}; {self._left()}") from own
+        said = f"checkpoint after step {writing.step} was not written: {said}"
+        raise OSError(number or errno.EIO, said) from own
 
     def _left(self) -> str:
         names = self.place.names()
-        return f"the newest whole one is {self.place.address(names[-1])}" if names else "there is no whole one yet"
+        if not names:
+            return "there is no whole one yet"
+        return f"the newest whole one is {self.place.address(names[-1])}"
 
-    def _once(self, flight: _InFlight) -> Saved | None:
-        if self.rank or self._told:
-            return None
-        self._told = True
-        return self._saved(flight)
-
-    def _saved(self, flight: _InFlight) -> Saved:
-        writing = flight.writing
-        return Saved(writing.address, flight.step, writing.seconds, writing.bytes, writing.untidy)
+    def _report(self, writing: Background) -> Saved | None:
+        """The checkpoint, once."""
+        is_reported, self._is_reported = self._is_reported, True
+        return None if is_reported else writing.outcome.result()
 
 
-@dataclass(frozen=True)
-class _InFlight:
-    step: int
-    writing: Background
+def _described(error: BaseException) -> tuple[int | None, str]:
+    """The number and text of an error, for the other ranks.
 
-
-def _is_done(outcome: Future[None]) -> bool:
-    return bool(wait([outcome], timeout=background.WAIT_S).done)
-
-
-def _told(error: BaseException) -> tuple[int | None, str]:
-    """Its number and text, for the other ranks: those of the OSError that torch hides in an error of its own.
-
-    What is refused is the user's business, as what is not permitted.
+    torch hides an OSError in an error of its own. What is refused is the user's business, as what
+    is not permitted.
     """
     if isinstance(error, Refused):
         return errno.EPERM, str(error)
     found: BaseException | None = error
     while found is not None:
-        if isinstance(found, OSError):
-            number = errno.EPERM if isinstance(found, PermissionError) else found.errno  # s3fs (2026.9) gives it none
+        if isinstance(found, OSError):  # s3fs (2026.9) gives a PermissionError no number
+            number = errno.EPERM if isinstance(found, PermissionError) else found.errno
             return number, f"{found.strerror or found}" + (f": {found.filename}" if found.filename else "")
         found = found.__cause__ or found.__context__
     return None, f"{type(error).__name__}: {error}"

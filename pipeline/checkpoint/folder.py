@@ -1,26 +1,32 @@
-"""Checkpoints in a folder: written in a hidden one beside them and renamed, so that one is whole or has another name."""
+"""Checkpoints in a folder on storage that all ranks share: written beside it, then renamed."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
+import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.place import TRAINER, WRITING, read_trainer
-from pipeline.checkpoint.shared import MARKER
-from pipeline.disk import Unreadable, sync_folder, tried, write_whole
+from pipeline.checkpoint.place import WRITING
+from pipeline.disk import FOR_THE_USER, sync_folder, tried, write_whole
+from pipeline.marker import Marker, marked
+from pipeline.refused import Refused
 
-_REPLACED = ".replaced-"  # whole, and counts again where its place is empty
+MARKER = ".shared-"
+LOOKS, LOOK_S = 60, 1.0
+"""NFS caches names for 60 s by default (acdirmax; Linux 6, nfs(5))"""
+_REPLACED = ".replaced-"  # a whole checkpoint; it counts again if its successor is missing
 _DELETING = ".deleting-"
 
 
 @dataclass(frozen=True)
 class Folder:
-    """`folder`: RUN/checkpoints, or another one of a run's own, on storage that every rank sees."""
+    """`folder`: RUN/checkpoints, or another folder that belongs to one run."""
 
     folder: Path
 
@@ -34,12 +40,11 @@ class Folder:
     def address(self, name: str) -> str:
         return str(self.folder / name)
 
-    def put(self, temp: Path, name: str, files: Iterable[str]) -> None:
-        pass  # they are on the storage that they belong on
-
-    def finish(self, temp: Path, name: str) -> str:
-        self.tidy(name)  # of what could not be deleted when this was last replaced
-        if (self.folder / name).exists():  # redone after a rollback, or saved again with the score of its evaluation
+    def finish(self, temp: Path, name: str, check: Callable[[], None] = lambda: None) -> str:
+        """See `Place`; `check` is called before the last step."""
+        self.tidy(name)  # an earlier `tidy` may have failed
+        check()
+        if (self.folder / name).exists():  # repeated after a rollback, or with its score
             (self.folder / name).rename(self.folder / f"{_REPLACED}{name}")
         temp.rename(self.folder / name)
         sync_folder(self.folder)
@@ -47,17 +52,18 @@ class Folder:
 
     def tidy(self, name: str) -> None:
         replaced = self.folder / f"{_REPLACED}{name}"
-        if replaced.exists() and (self.folder / name).exists():  # not before the new one is there for good
+        if replaced.exists() and (self.folder / name).exists():
             self._delete(replaced, name)
 
     def fetch(self, name: str) -> Path:
         return self.folder / name
 
-    def trainer(self, name: str) -> dict[str, Any]:
-        try:
-            return tried(lambda: read_trainer(self.folder / name))
-        except Unreadable as error:  # damaged, as `damage` says of it
-            raise ValueError(f"{self.folder / name / TRAINER} cannot be read: {error.strerror}") from error
+    def read(self, file: str) -> bytes:
+        return tried((self.folder / file).read_bytes)
+
+    def write(self, file: str, content: bytes) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / file, content)
 
     def delete(self, name: str) -> None:
         self._delete(self.folder / name, name)
@@ -67,45 +73,76 @@ class Folder:
         moved.parent.mkdir(exist_ok=True)
         (self.folder / name).rename(moved)
 
-    def read(self, file: str) -> bytes:
-        return (self.folder / file).read_bytes()
-
-    def write(self, file: str, content: bytes) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / file, content)
-
-    def is_pinned(self, name: str) -> bool:
-        return _pin_of(self.folder / name).exists()
-
     def sweep(self) -> None:
         for replaced in self.folder.glob(f"{_REPLACED}*"):
             name = replaced.name.removeprefix(_REPLACED)
-            if (self.folder / name).exists():
-                with contextlib.suppress(OSError):
-                    self._delete(replaced, name)
-            else:  # its writer died before the new one was in its place
+            if not (self.folder / name).exists():  # its writer died between the two renames
                 replaced.rename(self.folder / name)
-        for abandoned in (*self.folder.glob(f"{WRITING}*"), *self.folder.glob(f"{_DELETING}*")):
-            shutil.rmtree(abandoned, ignore_errors=True)
+                continue
+            with contextlib.suppress(OSError):
+                self._delete(replaced, name)
+        for prefix in (WRITING, _DELETING):
+            for abandoned in self.folder.glob(f"{prefix}*"):
+                shutil.rmtree(abandoned, ignore_errors=True)
         for marker in self.folder.glob(f"{MARKER}*"):
             marker.unlink(missing_ok=True)
 
     def _delete(self, path: Path, name: str) -> None:
-        """Under a name from which nothing comes back."""
-        doomed = self.folder / f"{_DELETING}{time.time_ns():x}-{name}"  # beside what could not be deleted before
+        """Rename first: half of a checkpoint never has its name. The new name is always free."""
+        doomed = self.folder / f"{_DELETING}{time.time_ns():x}-{name}"
         path.rename(doomed)
         shutil.rmtree(doomed)
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """Checkpoints that were renamed into place, oldest first."""
+    """The checkpoints in a folder, oldest first."""
     return sorted(path for path in folder.glob("step_*") if path.is_dir())
 
 
 def pin(path: Path) -> None:
-    """Keep a checkpoint from being pruned: somebody outside of the run knows it by its address."""
-    _pin_of(path).touch()
+    """Keep a checkpoint from being pruned: somebody outside of the run knows its address."""
+    path.with_name(f"{path.name}.pinned").touch()
 
 
-def _pin_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.pinned")  # beside it: what lies in it is sealed
+def check_shared(
+    folder: Path,
+    *,
+    rank: int,
+    each: Callable[[Any], list[Any]],
+    beat: Callable[[], None] = lambda: None,
+) -> None:
+    """Check that all ranks see the same folder; collective.
+
+    Rank 0 puts a marker there, and every rank looks for it. Rank 0 would wait for ever for the
+    files of a rank that writes to another disk. See `Checkpoints` for `each` and `beat`.
+
+    Raises:
+        Refused: a rank does not see the marker, or rank 0 may not write there.
+        OSError: rank 0 cannot write there now; on every rank.
+    """
+    with contextlib.ExitStack() as ends:
+        marker, number, said = each(_put_marker(folder, ends) if rank == 0 else None)[0]
+        if marker is None:
+            told = f"checkpoints: worker 0 must be able to write to {folder}; got {said}"
+            raise Refused(told) if number in FOR_THE_USER else OSError(number, told)
+        for _ in range(LOOKS):
+            if all(each(marker.is_in(folder))):
+                return
+            beat()
+            time.sleep(LOOK_S)
+        seen = each(marker.is_in(folder))
+        hosts = each(socket.gethostname())
+    blind = ", ".join(f"{at} on {hosts[at]}" for at, sees in enumerate(seen) if not sees)
+    raise Refused(
+        f"checkpoints: all workers must see {folder} as worker 0 on {hosts[0]} does; "
+        f"worker {blind} does not: "
+        "name storage that the nodes share with --checkpoints, or --runs"
+    )
+
+
+def _put_marker(folder: Path, ends: contextlib.ExitStack) -> tuple[Marker | None, int, str]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return ends.enter_context(marked(folder, prefix=MARKER)), 0, ""
+    except OSError as error:
+        return None, error.errno or errno.EIO, f"{error.strerror or error}"

@@ -1,8 +1,8 @@
-"""Whose a place of checkpoints is that lies outside of its run's folder, where that folder's locks do not reach.
+"""The owner of a place of checkpoints outside of its run's folder, where that folder's lock ends.
 
-`owner.json` in the place says so: a driver writes it, with a token of its own, before anything there is deleted, moved or
-written. Whoever changes something asks for the token first: of two drivers the later has the place, and the earlier, wherever it
-runs, ends at its next save.
+A driver writes `owner.json` into the place, with a token of its own, before it changes anything
+there. Every change checks the token first. So of two drivers the later one has the place, and the
+earlier one ends at its next save, wherever it runs.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import json
 import socket
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from pipeline.checkpoint.place import CheckpointError, Place
+from pipeline.checkpoint.folder import Folder
+from pipeline.checkpoint.place import CheckpointError, Place, trainer_of
+from pipeline.checkpoint.store import Store
 from pipeline.spec import arguments_of
 
 FILE = "owner.json"
@@ -30,7 +33,7 @@ class Owner:
     run: str
     """its folder"""
     token: str = ""
-    """of one start of a driver; "": no driver wrote itself down, a checkpoint says whose it is"""
+    """of one start of a driver; empty: known from a checkpoint, no driver has claimed the place"""
     host: str = ""
     since: str = ""
 
@@ -40,10 +43,10 @@ class Owner:
 
 
 def owner_of(place: Place) -> Owner | None:
-    """Who wrote itself down there, else the run that saved the newest checkpoint which tells; None: nobody has it.
+    """The owner by owner.json, else by the newest intact trainer.json; None: nobody has the place.
 
     Raises:
-        CheckpointError: its owner.json is damaged.
+        CheckpointError: owner.json is damaged.
         OSError: the place cannot be looked at.
     """
     try:
@@ -57,72 +60,55 @@ def owner_of(place: Place) -> Owner | None:
         raise CheckpointError(f"{said}; move it away if nobody trains there") from error
 
 
+def _saved_by(place: Place) -> Owner | None:
+    for name in reversed(place.names()):
+        try:
+            trainer = trainer_of(place, name)
+        except (FileNotFoundError, ValueError):
+            continue
+        return Owner(*(str(trainer.get(key, "unknown")) for key in ("run_id", "study", "run")))
+    return None
+
+
 def claim(place: Place, *, run: str, run_id: str, study: str) -> str:
-    """Write a run down as the owner of a place that is its own or nobody's; the token by which its workers write there.
+    """Write a run down as the owner of a place that is free or its own; the token of its workers.
 
     Raises:
-        CheckpointError: it is another run's, or its owner.json is damaged. Nothing has been touched.
+        CheckpointError: another run owns it, or owner.json is damaged. Nothing was changed.
         OSError: the place cannot be looked at, or written to.
     """
     owner = owner_of(place)
     if owner is not None and owner.run_id != run_id:
         raise CheckpointError(f"checkpoints: {place.address('')} must be of run {run_id[:8]} ({run}); got those of {owner}")
-    new = Owner(run_id, study, run, uuid.uuid4().hex, socket.gethostname(), time.strftime("%Y-%m-%d %H:%M:%S %Z"))
+    since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    new = Owner(run_id, study, run, uuid.uuid4().hex, socket.gethostname(), since)
     place.write(FILE, json.dumps(asdict(new), indent=1).encode())
     return new.token
 
 
-def _saved_by(place: Place) -> Owner | None:
-    for name in reversed(place.names()):
-        try:
-            trainer = place.trainer(name)
-        except (FileNotFoundError, ValueError):
-            continue  # damaged: moved away by whoever trains
-        return Owner(*(str(trainer.get(key, "unknown")) for key in ("run_id", "study", "run")))
-    return None
-
-
 class Owned:
-    """`place`, which is changed only while `token` is its owner's.
+    """`place`, whose changes raise CheckpointError once `token` is no longer its owner's."""
 
-    Whatever changes it raises CheckpointError once another driver has taken it over.
-    """
-
-    def __init__(self, place: Place, token: str) -> None:
-        self.place, self.token = place, token
-        self.staging = place.staging
-        self.names, self.address, self.fetch, self.trainer = place.names, place.address, place.fetch, place.trainer
-        self.is_pinned, self.read = place.is_pinned, place.read
-
-    def put(self, temp: Path, name: str, files: Iterable[str]) -> None:
-        self._check()
-        self.place.put(temp, name, files)
+    def __init__(self, place: Folder | Store, token: str) -> None:
+        self.place, self.token, self.staging = place, token, place.staging
+        self.names, self.address = place.names, place.address
+        self.fetch, self.read = place.fetch, place.read
+        self.write, self.tidy = self._checked(place.write), self._checked(place.tidy)
+        self.delete, self.set_aside = self._checked(place.delete), self._checked(place.set_aside)
+        self.sweep = self._checked(place.sweep)
 
     def finish(self, temp: Path, name: str) -> str:
         self._check()
-        address = self.place.finish(temp, name)
-        self._check()  # who took it over before it was whole has swept its parts
+        address = self.place.finish(temp, name, self._check)
+        self._check()  # a driver that took over before the last step has swept the parts
         return address
 
-    def tidy(self, name: str) -> None:
-        self._check()
-        self.place.tidy(name)
+    def _checked(self, change: Callable[..., None]) -> Callable[..., None]:
+        def checked(*args: Any) -> None:
+            self._check()
+            change(*args)
 
-    def delete(self, name: str) -> None:
-        self._check()
-        self.place.delete(name)
-
-    def set_aside(self, name: str, aside: str) -> None:
-        self._check()
-        self.place.set_aside(name, aside)
-
-    def sweep(self) -> None:
-        self._check()
-        self.place.sweep()
-
-    def write(self, file: str, content: bytes) -> None:
-        self._check()
-        self.place.write(file, content)
+        return checked
 
     def _check(self) -> None:
         owner = owner_of(self.place)

@@ -1,19 +1,25 @@
-"""Where the checkpoints of a run are kept, and what is asked of any such place: the newest, the best, no more than are wanted."""
+"""The place of a run's checkpoints: what every kind of place can do, and what is asked of any.
+
+`Folder` and `Store` implement `Place`; `Owned` guards one of them.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from pipeline.checkpoint.sealed import damage
+from pipeline.disk import Unreadable
 from pipeline.pickles import code_in
 from pipeline.refused import Refused
+from pipeline.track.jsonl import Event
 
 TRAINER = "trainer.json"
 WRITING = ".writing-"
-"""and its attempt's name and its own, are the folder in which a checkpoint is written"""
+"""begins the name of the folder in which an attempt writes a checkpoint"""
 
 
 class CheckpointError(Refused):
@@ -21,72 +27,61 @@ class CheckpointError(Refused):
 
 
 class Place(Protocol):
-    """Of one run. A checkpoint is there under its name, whole, or it is not."""
+    """The checkpoints of one run. A checkpoint is whole under its name, or it is absent."""
 
     @property
     def staging(self) -> Path:
-        """A folder that every rank sees, in which a checkpoint's files are written before they are put in their place."""
+        """A folder that every rank sees, in which the files of a checkpoint are written first."""
         ...
 
     def names(self) -> list[str]:
-        """Of the checkpoints, oldest first; whether they are still as they were written is `damage`'s to say."""
+        """The checkpoints, oldest first; `damage` says whether their bytes are intact."""
         ...
 
     def address(self, name: str) -> str:
-        """Where a person finds it."""
-        ...
-
-    def put(self, temp: Path, name: str, files: Iterable[str]) -> None:
-        """Bring what one rank has written in `temp` to where it belongs; each rank calls it with its own files."""
+        """The path or URI of a checkpoint or file, for people."""
         ...
 
     def finish(self, temp: Path, name: str) -> str:
-        """All files are there and `temp` holds the manifest: make them a checkpoint, which counts in the place of its namesake.
+        """Make the sealed folder `temp` the checkpoint `name`; its address. It replaces an older one.
 
-        Its address. Whenever we die in the middle of this, the one or the other is whole, and found after a `sweep`.
+        A process that dies at any point leaves the older one or the new one, found after a `sweep`.
         """
         ...
 
     def tidy(self, name: str) -> None:
-        """Delete what the checkpoint of this name has replaced."""
-        ...
+        """Delete what the checkpoint `name` has replaced."""
 
     def fetch(self, name: str) -> Path:
-        """A folder that holds it, whole or not, until this process fetches the next one or ends; every rank sees it."""
-        ...
+        """A folder with the checkpoint, intact or not, that every rank sees.
 
-    def trainer(self, name: str) -> dict[str, Any]:
-        """Its `trainer.json`, unverified. Raises ValueError where that is damaged, FileNotFoundError where it is missing."""
-        ...
-
-    def delete(self, name: str) -> None:
-        """No part of it may ever look like a whole one, also when we die in the middle of this."""
-        ...
-
-    def set_aside(self, name: str, aside: str) -> None:
-        """Move a damaged one out of the way, to the path `aside` in this place."""
+        It stays until this process fetches the next one or ends.
+        """
         ...
 
     def read(self, file: str) -> bytes:
-        """A file beside the checkpoints. Raises FileNotFoundError where there is none."""
+        """A file beside the checkpoints, or NAME/FILE of a checkpoint, unverified.
+
+        Raises:
+            FileNotFoundError: there is none.
+            Unreadable: its medium fails.
+        """
         ...
 
     def write(self, file: str, content: bytes) -> None:
-        """A file beside the checkpoints: whoever reads it meanwhile has the one before, or this one."""
-        ...
+        """Replace a file beside the checkpoints; readers see the older content or the new."""
 
-    def is_pinned(self, name: str) -> bool:
-        """Whether somebody outside of the run knows it by its address. Raises OSError where that cannot be told."""
-        ...
+    def delete(self, name: str) -> None:
+        """Delete a checkpoint. A process that dies in between leaves nothing that looks whole."""
+
+    def set_aside(self, name: str, aside: str) -> None:
+        """Move a checkpoint to the path `aside` in this place."""
 
     def sweep(self) -> None:
-        """Delete what writers left behind that died; what they had set aside comes back where nothing is in its place.
+        """Delete what dead writers left; a replaced checkpoint without its successor comes back.
 
-        What cannot be deleted stays, and counts for nothing.
-
-        For whoever holds the run's lock (pipeline/run/writer.py), and owns the place (owner.py).
+        Only for the holder of the run's lock (pipeline/run/writer.py) and owner of the place.
         """
-        ...
 
 
 def step_name(step: int) -> str:
@@ -99,10 +94,10 @@ def step_of(name: str) -> int:
 
 
 def newest(place: Place, *, suffix: str, on_quarantine: Callable[[str, str], None]) -> Path | None:
-    """The newest checkpoint that verifies, on this machine; damaged ones are moved away and told (address, reason).
+    """The newest checkpoint that verifies; damaged ones are quarantined, see `quarantine`.
 
     Raises:
-        CheckpointError: it verifies, and one of its files would run code: somebody has put it there.
+        CheckpointError: it verifies, and one of its files would run code when it is loaded.
     """
     place.sweep()
     for name in reversed(place.names()):
@@ -117,19 +112,21 @@ def newest(place: Place, *, suffix: str, on_quarantine: Callable[[str, str], Non
 
 
 def quarantine(place: Place, name: str, reason: str, *, suffix: str, on_quarantine: Callable[[str, str], None]) -> None:
-    """Move a checkpoint that nobody may go on from out of the way."""
+    """Report a checkpoint by its new address and the reason, then move it there.
+
+    In this order: the journal says that it was saved, and would miss it for ever.
+    """
     aside = f"quarantine/{PurePosixPath(place.address(name)).name}-{suffix}"
-    # Before it is moved: one that was moved and never told would be missed for ever, as the journal says that it was saved.
     on_quarantine(place.address(aside), reason)
     place.set_aside(name, aside)
 
 
 def verified(place: Place, which: str = "last") -> Path:
-    """The newest checkpoint that verifies, or the one with the best score, on this machine.
+    """The newest checkpoint that verifies, or with "best" the one with the best score.
 
     Raises:
         CheckpointError: there is none.
-        OSError: one cannot be looked at, and may be the one: its storage is away, or lets nobody read it.
+        OSError: one cannot be looked at now, and may be the one.
     """
     names = place.names()
     if which == "best":
@@ -144,12 +141,12 @@ def verified(place: Place, which: str = "last") -> Path:
 
 
 def prune(place: Place, saved: str, *, keep: int) -> None:
-    """Of `saved` and what is older delete all but the newest `keep`, the one with the best score, and what is pinned.
+    """Delete old checkpoints, except the newest `keep`, the best by score and the pinned ones.
 
-    One that is newer is not this attempt's, and may be hollow: its manifest was under way when the place was taken over.
+    Checkpoints newer than `saved` belong to another attempt: they stay and do not count.
 
     Raises:
-        OSError: the score of one cannot be read now, and may be the best: it stays, beside the best of the others.
+        OSError: the score of one cannot be read now. It stays, as it may be the best.
     """
     names = [name for name in place.names() if name <= saved]
     if len(names) <= keep:
@@ -164,35 +161,77 @@ def prune(place: Place, saved: str, *, keep: int) -> None:
             unread[name] = error
     best = max(scores, key=lambda name: (scores[name], name), default=None)
     for name in names[:-keep]:
-        if name != best and name not in unread and not place.is_pinned(name):
+        if name != best and name not in unread and not _is_pinned(place, name):
             place.delete(name)
-    if unread:
-        raise next(iter(unread.values()))
+    for error in unread.values():
+        raise error
+
+
+def _is_pinned(place: Place, name: str) -> bool:
+    try:
+        place.read(f"{name}.pinned")
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _score(place: Place, name: str) -> float | None:
-    """None, too, for a damaged checkpoint: it is nobody's best.
+    """The score of a checkpoint; None where it has none or is damaged.
 
     Raises:
         OSError: it cannot be looked at, and may be whole.
     """
     try:
-        return place.trainer(name)["score"]
+        return trainer_of(place, name)["score"]
     except (FileNotFoundError, ValueError, KeyError):
         return None
 
 
+def trainer_of(place: Place, name: str) -> dict[str, Any]:
+    """The content of a checkpoint's trainer.json, unverified.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it is damaged.
+        OSError: it cannot be looked at, and may be whole.
+    """
+    try:
+        return _parsed(place.read(f"{name}/{TRAINER}"))
+    except Unreadable as error:
+        where = place.address(name)
+        raise ValueError(f"{where}/{TRAINER} cannot be read: {error.strerror}") from error
+
+
 def read_trainer(path: Path) -> dict[str, Any]:
-    return told_by((path / TRAINER).read_bytes())
-
-
-def told_by(trainer: bytes) -> dict[str, Any]:
-    """What a `trainer.json` says.
+    """The content of trainer.json in a checkpoint's folder.
 
     Raises:
         ValueError: it is damaged.
     """
-    told = json.loads(trainer)
-    if not isinstance(told, dict):
-        raise ValueError(f"{TRAINER} must hold an object; got {told!r}")
-    return told
+    return _parsed((path / TRAINER).read_bytes())
+
+
+def _parsed(trainer: bytes) -> dict[str, Any]:
+    value = json.loads(trainer)
+    if not isinstance(value, dict):
+        raise ValueError(f"{TRAINER} must hold an object; got {value!r}")
+    return value
+
+
+def lost_step(events: Iterable[Event], *, keep: int) -> int | None:
+    """The step of the newest checkpoint that must exist by the journal's events; None: none must.
+
+    Each start names the newest one at that time. Of those saved since, the newest `keep` exist,
+    except those in quarantine.
+    """
+    there: set[int] = set()
+    for event in events:
+        if event["event"] == "start":
+            there = {step for step in {*there, event["step"]} if 0 < step <= event["step"]}
+        elif event["event"] == "checkpoint":
+            there = set(sorted({*there, event["step"]})[-keep:])
+        elif event["event"] == "quarantine":
+            if name := re.match(r"step_(\d+)", PurePosixPath(event["path"]).name):
+                # The event of its saving may be missing, and it has replaced an older one.
+                there = set(sorted({*there, int(name[1])})[-keep:]) - {int(name[1])}
+    return max(there, default=None)

@@ -1,4 +1,4 @@
-"""Every generator that training may draw from in this process, as a checkpoint holds it."""
+"""The state of every random number generator of this process, as a checkpoint holds it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rng_state() -> dict[str, Any]:
             "gauss": float(numpy["gauss"]),
         },
     }
-    if torch.cuda.is_initialized():  # else no kernel has drawn, and asking would put a context on a card that nobody uses
+    if torch.cuda.is_initialized():  # else asking would make a context on a card
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 

@@ -1,10 +1,11 @@
-"""A checkpoint's manifest: the size and the sha256 of every file, and of the list of them. Without it there is no checkpoint."""
+"""A checkpoint's manifest: size and sha256 of every file. A folder without one is no checkpoint."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,67 +18,58 @@ Facts = dict[str, dict[str, Any]]
 
 
 def facts_of(folder: Path, names: Iterable[str]) -> Facts:
-    """Of files that are written through to disk here."""
+    """The facts of files, which are written through to disk first."""
     facts = {}
     for name in names:
-        file = folder / name
-        sync_file(file)
-        facts[name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        sync_file(folder / name)
+        facts[name] = _fact_of(folder / name)
     return facts
 
 
 def seal(folder: Path, facts: Facts) -> None:
     """Write the manifest, the last of the files."""
-    write_json(folder / MANIFEST, {"version": 1, "files": facts, "sha256": _digest(facts)})
+    manifest = {"version": 1, "files": facts, "sha256": _digest(facts)}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     sync_file(folder / MANIFEST)
     sync_folder(folder)
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None when every byte is as it was written.
+    """The damage of a checkpoint, in words; None when every byte is as it was written.
 
     Raises:
         OSError: it cannot be looked at, and may be whole: permission denied, storage that is away.
     """
+    name = MANIFEST
     try:
-        expected = read_manifest(tried((path / MANIFEST).read_bytes))
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing: the write was cut short"
+        for name, fact in read_manifest(tried((path / MANIFEST).read_bytes)).items():
+            found = tried(partial(_fact_of, path / name))
+            if found["bytes"] != fact["bytes"]:
+                return f"{name} has {found['bytes']} bytes instead of {fact['bytes']}"
+            if found != fact:
+                return f"{name} differs from its sha256"
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return f"{name} is missing"
     except Unreadable as error:
-        return f"{MANIFEST} cannot be read: {error.strerror}"
+        return f"{name} cannot be read: {error.strerror}"
     except ValueError as error:
         return str(error)
-    for name, fact in expected.items():
-        try:
-            said = tried(lambda file=path / name, fact=fact: _damage_of(file, fact))
-        except Unreadable as error:
-            said = f"cannot be read: {error.strerror}"
-        if said:
-            return f"{name} {said}"
     return None
 
 
-def _damage_of(file: Path, fact: Mapping[str, Any]) -> str:
-    if not file.is_file():
-        return "is missing"
-    if file.stat().st_size != fact["bytes"]:
-        return f"has {file.stat().st_size} bytes instead of {fact['bytes']}"
-    return "" if _sha256(file) == fact["sha256"] else "differs from its sha256"
-
-
 def read_manifest(content: bytes) -> Facts:
-    """The facts that a manifest tells.
+    """The facts in a manifest.
 
     Raises:
         ValueError: it is damaged, or names a file outside of the checkpoint.
     """
     try:
         manifest = json.loads(content)
-        facts, told = manifest["files"], manifest["sha256"]
+        facts, digest = manifest["files"], manifest["sha256"]
         names = [PurePosixPath(name) for name in facts]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{MANIFEST} is damaged") from None
-    if told != _digest(facts) or any(name.is_absolute() or ".." in name.parts for name in names):
+    if digest != _digest(facts) or any(name.is_absolute() or ".." in name.parts for name in names):
         raise ValueError(f"{MANIFEST} is damaged")
     return facts
 
@@ -86,10 +78,9 @@ def _digest(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(file: Path) -> str:
+def _fact_of(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=1) + "\n")
+        return {
+            "bytes": file.stat().st_size,
+            "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
+        }

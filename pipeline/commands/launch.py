@@ -143,7 +143,7 @@ def launch(
         if name is None:
             raise ValueError("launch: --or-resume goes on with what has this --name; got none")
         if (runs / name).exists():
-            from pipeline.launch.again import refuse_unless_launched_so
+            from pipeline.launch.changed import refuse_unless_launched_so
 
             refuse_unless_launched_so(runs / name, made, here, trust=trusted)
             where: dict[str, Any] = {

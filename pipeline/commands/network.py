@@ -1,4 +1,4 @@
-"""`spiketrain evaluate`, `export` and `carryover`: what is done with a trained network."""
+"""`spiketrain evaluate` and `export`, the commands for a trained network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ def add_network_commands(app: typer.Typer) -> None:
         "spiketrain evaluate recipes/imagenet/qkformer_10_384_bptt.py --weights published.pth"
     )(evaluate)
     app.command(epilog="Example: spiketrain export fashion-sltt-20260105-120000")(export)
-    app.command(epilog="Example: spiketrain carryover fashion-sltt-20260105-120000 --steps 1,2,4,8")(carryover)
 
 
 def evaluate(
@@ -75,29 +74,3 @@ def export(
     layout = "packed" if packed else "plain"
     exported = export_run(find_run(runs, run), out, layout=layout, which=which, trust=tuple(trust))
     print(f"{exported}\nload    {exported.loading}")
-
-
-def carryover(
-    run: RunName,
-    steps: Annotated[
-        str | None, typer.Option("--steps", metavar="T,...", help="without it 1,2,4,8, and for recordings their own length")
-    ] = None,
-    batch: Annotated[
-        int | None, typer.Option("--batch", min=2, help="samples at a time; without it as in training. Memory grows with T")
-    ] = None,
-    by: Annotated[
-        str | None,
-        typer.Option("--by", metavar="GROUP", help="standard errors over groups of samples, such as object of a set of stamps"),
-    ] = None,
-    which: Annotated[Literal["last", "best"], typer.Option("--which", help="checkpoint")] = "last",
-    runs: Runs = RUNS,
-    trust: Trust = [],  # noqa: B006
-) -> None:
-    """Is what membranes carry over noise? Single steps and their ensemble with the real carry-over, none, another's, or noise."""
-    from pipeline.launch.carryover import carryover_of_run
-    from pipeline.report.carryover import print_carryover
-    from pipeline.report.runs import find_run
-
-    folder = find_run(runs, run)
-    found = carryover_of_run(folder, which=which, steps=steps, micro_batch=batch, by=by, trust=tuple(trust))
-    print_carryover(found, f"{folder.name} ({which})", by=by)

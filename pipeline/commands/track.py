@@ -23,13 +23,12 @@ def sync(run: RunOrSuite, runs: Runs = RUNS) -> None:
     from pipeline.track.mlflow import sync as sync_run
     from pipeline.track.mlflow import tracking_uri
     from pipeline.track.state import state_of
-    from pipeline.weights import place_of
 
     found = find_run_or_suite(runs, run)
     uri = tracking_uri(found.parent)
     begun = [each for each in runs_of(found).values() if state_of(each) != "new"] if is_suite(found) else [found]
     for folder in begun:
-        report = sync_run(folder, uri=uri, kept_of=place_of)
+        report = sync_run(folder, uri=uri)
         told = f"{counted(report.delivered, 'point')} delivered, {report.already_there} were there"
         print(f"{folder.name} -> {without_password(uri)}: {told}")
     if not begun:
@@ -55,5 +54,5 @@ def register(
         raise ValueError(f"register: a checkpoint must be in a folder, where it can be pinned; got {place.address('')}")
     checkpoint = verified(place, which)
     pin(checkpoint)  # first: a run that still trains prunes
-    done = register_run(folder, checkpoint, name=name, alias=which, uri=tracking_uri(folder.parent), kept_of=place_of)
-    print(f"{folder.name} -> models:/{done.name}@{done.alias}, version {done.version}: {done.uri}")
+    version = register_run(folder, checkpoint, name=name, alias=which, uri=tracking_uri(folder.parent))
+    print(f"{folder.name} -> models:/{name}@{which}, version {version}: {checkpoint.resolve().as_uri()}")

@@ -15,7 +15,7 @@ from pipeline.units import counted
 
 if TYPE_CHECKING:
     from pipeline.data.manifest import Manifest
-    from pipeline.data.write import Progress
+    from pipeline.data.write import Progress as OnProgress
 
 write_app = Commands(
     no_args_is_help=True, help="Write a data set as FFCV files.", epilog="Example: spiketrain write fashion --out data/fashion"
@@ -153,14 +153,19 @@ def write_stamps(
 
 
 @contextmanager
-def _progress(name: str) -> Iterator[Progress]:
-    """A bar on the terminal; where too much is unreadable, all of it is listed."""
-    from pipeline.data.progress import progress
+def _progress(name: str) -> Iterator[OnProgress]:
+    """A bar on the terminal with the time left; where too much is unreadable, all of it is listed."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     from pipeline.data.write import TooManyUnreadable
 
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
-        with progress(name) as told:
-            yield told
+        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task(name, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
     except TooManyUnreadable as error:
         _list_unreadable("unreadable", error.unreadable)
         raise

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.data.errors import DataError, LoaderError
 
-__all__ = ["Batch", "Data", "DataError", "Grouped", "Loader", "LoaderError"]
+__all__ = ["Batch", "Data", "DataError", "Grouped", "Loader", "LoaderError", "OnPages", "with_page_checks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,8 @@ class Loader(Protocol):
     def epoch(self, epoch: int, *, start: int = 0) -> AbstractContextManager[Iterator[Batch]]:
         """The micro-batches of this rank, in order. Leaving the context stops whatever was reading ahead.
 
-        `epoch`: selects order and augmentation (evaluation: neither depends on it), and which pages are compared, see care.py.
+        `epoch`: selects order and augmentation (evaluation: neither depends on it), and which pages
+        are compared, see page_checks.py.
         `start`: samples of this epoch that all ranks together have consumed, a multiple of the global batch size.
 
         Raises: DataError (a sample that cannot be decoded, a bad `start`), LoaderError (an error or a hang below).
@@ -103,3 +104,17 @@ class Grouped(Protocol):
         Raises: DataError if the samples are not grouped so.
         """
         ...
+
+
+@runtime_checkable
+class OnPages(Data, Protocol):
+    """A data set in files with a checksum for each page."""
+
+    def with_page_checks(self, one_in: int) -> Data:
+        """The same sets; one in so many samples that are read has its page compared, 0: none."""
+        ...
+
+
+def with_page_checks(data: Data, one_in: int) -> Data:
+    """The same sets, with pages compared while they are read; data without pages as it is."""
+    return data.with_page_checks(one_in) if isinstance(data, OnPages) else data

@@ -3,17 +3,13 @@
 Constructing one opens no file, so a recipe can be shown where its data is not. FFCV is imported when a loader is made.
 """
 
-import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline.data.care import Care
 from pipeline.data.errors import DataError
-from pipeline.data.files import Files, Name
-from pipeline.data.order import TrainOrder, ValOrder
+from pipeline.data.files import FileData, Name, check_views
 
 if TYPE_CHECKING:
     from pipeline.data.reader import BetonLoader
@@ -22,7 +18,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VAL_RATIO = 224 / 256  # of the shorter side: resize to 256, cut out 224
 
 
-class Beton:
+class Beton(FileData):
     """Square images of `size` pixels a side with `channels` 3 (RGB) or 1 (luma).
 
     `crop` of training images; of evaluation images:
@@ -60,76 +56,20 @@ class Beton:
         held_out: float = 0.0,
         repeats: int = 1,
     ) -> None:
-        self.folder, self.classes, self.shape = Path(folder), classes, (channels, size, size)
+        super().__init__(folder, classes=classes, shape=(channels, size, size), held_out=held_out, repeats=repeats)
         self.crop, self.flip, self.mean, self.std = crop, flip, tuple(mean), tuple(std)
         self.colour, self.erase = float(colour), float(erase)
-        self.held_out, self._files = held_out, Files("Beton", self.folder, classes, held_out, repeats=repeats)
         _check_options(self, area, ratio, reach)
         self.area, self.ratio = area or (0.08, 1.0), ratio or (3 / 4, 4 / 3)
         self.reach = 4 if reach is None else reach
 
-    def fingerprint(self) -> str:
-        return self._files.fingerprint()
-
-    def check(self) -> None:
-        self._files.check()
-
-    def groups(self, use: Name, *, by: str) -> list[str]:
-        """What each sample belongs with, at its place in the file, as `Batch.index` counts.
-
-        Of a set of stamps `groups("val", by="object")[i]` is the object that evaluation image i shows.
-
-        Raises: DataError if the samples are not grouped so.
-        """
-        return self._files.groups(use, by)
-
-    def of_classes(self, classes: tuple[int, ...]) -> "Beton":
-        """The same sets without the samples of other classes; labels stay as they are."""
-        narrowed = copy.copy(self)
-        narrowed._files = replace(self._files, only=classes)
-        return narrowed
-
-    def with_care(self, care: Care) -> "Beton":
-        """See care.OnPages."""
-        same = copy.copy(self)
-        same._files = replace(self._files, care=care)
-        return same
-
-    def train(
-        self,
-        *,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        batch_size: int,
-        micro_batch: int,
-        threads: int = 1,
-        hang_s: float | None = None,
-    ) -> "BetonLoader":
-        """See base.Data. `hang_s`: the longest wait for one batch in seconds; None: see reader.py."""
-        path, order = self._files.train_order(seed=seed, rank=rank, world=world, batch_size=batch_size, micro_batch=micro_batch)
-        return self._loader("train", path, order, seed=seed, threads=threads, hang_s=hang_s)
-
-    def val(
-        self, *, rank: int = 0, world: int = 1, micro_batch: int, threads: int = 1, hang_s: float | None = None
-    ) -> "BetonLoader":
-        path, order = self._files.val_order(rank=rank, world=world, micro_batch=micro_batch)
-        return self._loader("val", path, order, seed=0, threads=threads, hang_s=hang_s)
-
-    def _loader(
-        self, use: Name, path: Path, order: TrainOrder | ValOrder, *, seed: int, threads: int, hang_s: float | None
-    ) -> "BetonLoader":
-        from pipeline.data.reader import BetonLoader, usable_threads
-
-        threads = usable_threads(threads)
-        about_pages = {"one_in": self._files.care.one_in, "asked": self._files.asked(use)}
-        how = {"seed": seed, "threads": threads, "hang_s": hang_s, **about_pages}
-        loader = BetonLoader(path, self._decode(use, parallel=threads > 1), order, **how)
+    def _loader(self, *words: Any, **how: Any) -> "BetonLoader":
+        loader = super()._loader(*words, **how)
         if self.crop == "shift":
-            _check_sides(path, loader.records, self.shape[1])
+            _check_sides(loader.path, loader.records, self.shape[1])
         return loader
 
-    def _decode(self, use: Name, *, parallel: bool) -> Any:
+    def _decoder(self, use: Name, path: Path, *, parallel: bool) -> Any:
         from pipeline.data.augment import CENTRE, RESIZED, WINDOW, Decode
 
         channels, size, _ = self.shape
@@ -163,25 +103,14 @@ def _check_options(data: Beton, area: tuple[float, float] | None, ratio: tuple[f
         raise DataError(f"Beton: colour must be in 0..10, erase in 0..1; got colour={data.colour}, erase={data.erase}")
     if data.colour and channels == 1:
         raise DataError(f"Beton: colour has no effect on images of 1 channel; got colour={data.colour}")
-    if data._files.repeats < 1:
-        raise DataError(f"Beton: repeats must be 1 or more; got {data._files.repeats}")
-    if data.crop not in ("resized", "shift", "centre"):
-        raise DataError(f"Beton: crop must be 'resized', 'shift' or 'centre'; got {data.crop!r}")
-    if data.flip not in ("random", "never"):
-        raise DataError(f"Beton: flip must be 'random' or 'never'; got {data.flip!r}")
-    if len(data.mean) != channels or len(data.std) != channels or min(data.std) <= 0:
-        raise DataError(
-            f"Beton: mean and std must have {channels} values (channels), std above 0; got mean={data.mean}, std={data.std}"
-        )
+    if data.repeats < 1:
+        raise DataError(f"Beton: repeats must be 1 or more; got {data.repeats}")
+    check_views(data, channels, size, crops=("resized", "shift", "centre"), reach=reach)
     for name, value in (("area", area), ("ratio", ratio)):
         if value is not None and data.crop != "resized":
             raise DataError(f"Beton: {name} has no effect with crop={data.crop!r}; leave it out or set crop='resized'")
         if value is not None and not (0 < value[0] <= value[1] and (name == "ratio" or value[1] <= 1)):
             raise DataError(f"Beton: {name} must be (low, high) with 0 < low <= high{' <= 1' * (name == 'area')}; got {value}")
-    if reach is not None and data.crop != "shift":
-        raise DataError(f"Beton: reach has no effect with crop={data.crop!r}; leave it out or set crop='shift'")
-    if reach is not None and not 0 <= reach <= size:
-        raise DataError(f"Beton: reach must be 0..size={size} pixels; got {reach}")
 
 
 def _check_sides(path: Path, records: Any, size: int) -> None:

@@ -16,11 +16,9 @@ Source: Cubuk et al. 2020, arXiv:1909.13719; to the bit what timm 1.0.31 does wi
 
 # S side of a view
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
+from pipeline.data.loops import below, bits, compiled
 from pipeline.random import COLOUR
 
 OPERATIONS = (
@@ -31,111 +29,142 @@ BY_TABLE = 6  # the first so many change each level of a channel by a table
 LAYERS, MOST, SPREAD = 2, 10.0, 0.5
 
 
-def make(compiled: Callable[[Callable[..., Any]], Any], bits: Any, below: Any) -> tuple[Any, Any]:
-    """`recolour(pixels_SS3, seed, epoch, index, tables)` and, for tests, `apply(pixels_SS3, operation, level, sign)`, both in
-    place, on uint8. `tables` are augment.py's: strengths (colour, erase), aspect ratios, normal quantiles."""
-    s48, s63 = np.uint64(48), np.uint64(63)
-    draws = np.arange(COLOUR, COLOUR + 8 * LAYERS, dtype=np.uint64).reshape(LAYERS, 8)
-    operations, by_table, layers, most, spread = len(OPERATIONS), BY_TABLE, LAYERS, MOST, SPREAD
+_DRAWS = np.arange(COLOUR, COLOUR + 8 * LAYERS, dtype=np.uint64).reshape(LAYERS, 8)
+_S48, _S63 = np.uint64(48), np.uint64(63)
+_MANY = len(OPERATIONS)
+# Operations by their place in OPERATIONS.
+_AUTOCONTRAST, _EQUALIZE, _INVERT, _POSTERIZE, _SOLARIZE = range(5)
+_COLOUR, _CONTRAST, _SHARPNESS = 6, 7, 9
 
-    @compiled
-    def recolour(pixels_SS3, seed, epoch, index, tables):
-        magnitude, normals = tables[0][0], tables[2]
-        if magnitude == 0:
-            return
-        for layer in range(layers):
-            if bits(seed, epoch, index, draws[layer, 0]) >> s63 == 0:
-                continue
-            operation = below(bits(seed, epoch, index, draws[layer, 1]), operations)
-            level = magnitude + spread * normals[bits(seed, epoch, index, draws[layer, 2]) >> s48]
-            sign = 1.0 if bits(seed, epoch, index, draws[layer, 3]) >> s63 == 0 else -1.0
-            apply(pixels_SS3, operation, min(max(level, 0.0), most), sign)
 
-    @compiled
-    def apply(pixels_SS3, operation, level, sign):
-        if operation < by_table:
-            tables = np.empty((3, 256), np.int64)
-            for c in range(3):
-                fill_table(tables[c], pixels_SS3[:, :, c], operation, level)
-            for y in range(pixels_SS3.shape[0]):
-                for x in range(pixels_SS3.shape[1]):
-                    for c in range(3):
-                        pixels_SS3[y, x, c] = tables[c, pixels_SS3[y, x, c]]
+@compiled
+def luma(pixel_3):
+    """By ITU-R 601 in 16 bits; exact for grey."""
+    return (np.int64(pixel_3[0]) * 19595 + np.int64(pixel_3[1]) * 38470 + np.int64(pixel_3[2]) * 7471 + 32768) >> 16
+
+
+@compiled
+def autocontrast(table, lowest, highest):
+    scale = 255.0 / (highest - lowest)
+    offset = -lowest * scale
+    for i in range(256):
+        table[i] = min(max(int(i * scale + offset), 0), 255)
+
+
+@compiled
+def equalize(table, counts, highest):
+    step = (counts.sum() - counts[highest]) // 255
+    passed = step // 2
+    for i in range(256):
+        if step > 0:
+            table[i] = min(passed // step, 255)
+            passed += counts[i]
+
+
+@compiled
+def spread_levels(table, channel_SS, operation):
+    """Autocontrast and equalize, which depend on the levels that a channel has."""
+    counts = np.zeros(256, np.int64)
+    for y in range(channel_SS.shape[0]):
+        for x in range(channel_SS.shape[1]):
+            counts[channel_SS[y, x]] += 1
+    lowest, highest = 0, 255
+    while counts[lowest] == 0:
+        lowest += 1
+    while counts[highest] == 0:
+        highest -= 1
+    if lowest < highest:
+        if operation == _AUTOCONTRAST:
+            autocontrast(table, lowest, highest)
         else:
-            blend(pixels_SS3, operation, np.float32(max(0.1, 1.0 + sign * (level / 10.0 * 0.9))))
+            equalize(table, counts, highest)
 
-    @compiled
-    def fill_table(table, channel_SS, operation, level):
-        """What becomes of each level of a channel."""
+
+@compiled
+def fill_table(table, channel_SS, operation, level):
+    """The new level for each level of a channel."""
+    for i in range(256):
+        table[i] = i
+    if operation <= _EQUALIZE:
+        spread_levels(table, channel_SS, operation)
+    elif operation == _INVERT:
         for i in range(256):
-            table[i] = i
-        if operation < 2:
-            counts = np.zeros(256, np.int64)
-            for y in range(channel_SS.shape[0]):
-                for x in range(channel_SS.shape[1]):
-                    counts[channel_SS[y, x]] += 1
-            lowest, highest = 0, 255
-            while counts[lowest] == 0:
-                lowest += 1
-            while counts[highest] == 0:
-                highest -= 1
-            if operation == 0 and lowest < highest:
-                scale = 255.0 / (highest - lowest)
-                offset = -lowest * scale
-                for i in range(256):
-                    table[i] = min(max(int(i * scale + offset), 0), 255)
-            if operation == 1 and lowest < highest:
-                step = (counts.sum() - counts[highest]) // 255
-                passed = step // 2
-                for i in range(256):
-                    if step > 0:
-                        table[i] = min(passed // step, 255)
-                        passed += counts[i]
-        elif operation == 2:
-            for i in range(256):
-                table[i] = 255 - i
-        elif operation == 3:
-            unit = 1 << (8 - max(1, 4 - int(level / 10.0 * 4)))
-            for i in range(256):
-                table[i] = i // unit * unit
-        elif operation == 4:
-            for i in range(256 - min(256, int(level / 10.0 * 256)), 256):
-                table[i] = 255 - i
-        else:
-            for i in range(128):
-                table[i] = min(255, i + min(128, int(level / 10.0 * 110)))
+            table[i] = 255 - i
+    elif operation == _POSTERIZE:
+        step = 1 << (8 - max(1, 4 - int(level / 10.0 * 4)))
+        for i in range(256):
+            table[i] = i // step * step
+    elif operation == _SOLARIZE:
+        for i in range(256 - min(256, int(level / 10.0 * 256)), 256):
+            table[i] = 255 - i
+    else:  # solarize-add
+        for i in range(128):
+            table[i] = min(255, i + min(128, int(level / 10.0 * 110)))
 
-    @compiled
-    def luma(pixel_3):
-        return (np.int64(pixel_3[0]) * 19595 + np.int64(pixel_3[1]) * 38470 + np.int64(pixel_3[2]) * 7471 + 32768) >> 16
 
-    @compiled
-    def blend(pixels_SS3, operation, factor):
-        """Away from another picture by `factor`: 0 gives that one, 1 this one; in Pillow's float32, cut off and not rounded."""
-        height, width = pixels_SS3.shape[0], pixels_SS3.shape[1]
-        mean = np.int64(0)
-        if operation == 7:
-            total = np.int64(0)
-            for y in range(height):
-                for x in range(width):
-                    total += luma(pixels_SS3[y, x])
-            mean = int(total / (height * width) + 0.5)
-        before_SS3 = pixels_SS3.copy()
-        for y in range(height):
-            for x in range(width):
-                grey = luma(before_SS3[y, x]) if operation == 6 else mean
-                for c in range(3):
-                    here = np.int64(before_SS3[y, x, c])
-                    other = grey
-                    if operation == 9:
-                        other = here  # Pillow's filter leaves the border as it is
-                        if 0 < y < height - 1 and 0 < x < width - 1:
-                            around = 4 * here
-                            for row in range(y - 1, y + 2):
-                                for column in range(x - 1, x + 2):
-                                    around += np.int64(before_SS3[row, column, c])
-                            other = (2 * around + 13) // 26  # its kernel of 1 and 5 over 13, rounded
-                    value = np.float32(other) + factor * np.float32(here - other)
-                    pixels_SS3[y, x, c] = np.uint8(min(max(value, np.float32(0)), np.float32(255)))
+@compiled
+def mean_luma(pixels_SS3):
+    height, width = pixels_SS3.shape[0], pixels_SS3.shape[1]
+    total = np.int64(0)
+    for y in range(height):
+        for x in range(width):
+            total += luma(pixels_SS3[y, x])
+    return int(total / (height * width) + 0.5)
 
-    return recolour, apply
+
+@compiled
+def smoothed(pixels_SS3, y, x, c):
+    """Pillow's filter with a kernel of 1 and 5 over 13, rounded; it leaves the border as it is."""
+    here = np.int64(pixels_SS3[y, x, c])
+    if y == 0 or x == 0 or y == pixels_SS3.shape[0] - 1 or x == pixels_SS3.shape[1] - 1:
+        return here
+    around = 4 * here
+    for row in range(y - 1, y + 2):
+        for column in range(x - 1, x + 2):
+            around += np.int64(pixels_SS3[row, column, c])
+    return (2 * around + 13) // 26
+
+
+@compiled
+def blend(pixels_SS3, operation, factor):
+    """Away from another picture by `factor`: 0 gives that one, 1 this one; in Pillow's float32, cut off and not rounded."""
+    before_SS3 = pixels_SS3.copy()
+    grey = mean_luma(before_SS3) if operation == _CONTRAST else np.int64(0)
+    for y in range(pixels_SS3.shape[0]):
+        for x in range(pixels_SS3.shape[1]):
+            if operation == _COLOUR:
+                grey = luma(before_SS3[y, x])
+            for c in range(3):
+                here = np.int64(before_SS3[y, x, c])
+                other = smoothed(before_SS3, y, x, c) if operation == _SHARPNESS else grey
+                value = np.float32(other) + factor * np.float32(here - other)
+                pixels_SS3[y, x, c] = np.uint8(min(max(value, np.float32(0)), np.float32(255)))
+
+
+@compiled
+def apply(pixels_SS3, operation, level, sign):
+    """One operation, in place; `sign` of those that have a strength to either side."""
+    if operation >= BY_TABLE:
+        blend(pixels_SS3, operation, np.float32(max(0.1, 1.0 + sign * (level / 10.0 * 0.9))))
+        return
+    tables = np.empty((3, 256), np.int64)
+    for c in range(3):
+        fill_table(tables[c], pixels_SS3[:, :, c], operation, level)
+    for y in range(pixels_SS3.shape[0]):
+        for x in range(pixels_SS3.shape[1]):
+            for c in range(3):
+                pixels_SS3[y, x, c] = tables[c, pixels_SS3[y, x, c]]
+
+
+@compiled
+def recolour(pixels_SS3, seed, epoch, index, strength, ratios, normals):
+    """In place, on uint8. `strength`: (colour, erase); `normals`: quantiles of the normal distribution."""
+    if strength[0] == 0:
+        return
+    for layer in range(LAYERS):
+        if bits(seed, epoch, index, _DRAWS[layer, 0]) >> _S63 == 0:
+            continue
+        operation = below(bits(seed, epoch, index, _DRAWS[layer, 1]), _MANY)
+        level = strength[0] + SPREAD * normals[bits(seed, epoch, index, _DRAWS[layer, 2]) >> _S48]
+        sign = 1.0 if bits(seed, epoch, index, _DRAWS[layer, 3]) >> _S63 == 0 else -1.0
+        apply(pixels_SS3, operation, min(max(level, 0.0), MOST), sign)

@@ -7,25 +7,21 @@ names the samples themselves, whatever page, file or number of writers brought t
 import hashlib
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from pipeline.data import format as beton
-from pipeline.data.damage import DamagedPages, Fault, Page, runs_of
 from pipeline.data.errors import DataError
 from pipeline.data.format import Arrays, Images, Kind
-from pipeline.data.medium import look_at, read_part
+from pipeline.data.medium import look_at
 from pipeline.disk import Unreadable, tried
 
 FORMAT, VERSION = "spiketrain beton manifest", 1
 SUFFIX = ".manifest.json"
-CHECKERS = 4  # threads: reading and hashing both release the interpreter's lock, and a disk likes several requests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,71 +98,6 @@ def wrong_size(path: Path, manifest: Manifest, size: int) -> str:
     return f"data: {path} must have {manifest.bytes} bytes by its manifest; got {size}: truncated, or another file"
 
 
-def damaged_pages(path: Path) -> list[Page]:
-    """Read the file once, in a few threads, and compare each region and page with its manifest: the pages that differ.
-
-    A page that cannot be read, on a bad sector, is one of them.
-
-    On two cores 0.03 s for 150 MB in the page cache; otherwise as fast as the disk.
-
-    Raises: DataError for a region that is not whole: without it nobody knows what lies where; OSError where all storage is away.
-    """
-    manifest = read(path)
-    pool = ThreadPoolExecutor(CHECKERS, "check")
-    try:
-        with path.open("rb", buffering=0) as file:
-            faults = pool.map(lambda region: _fault(path, file.fileno(), *region[1:]), manifest.regions)
-            for (name, offset, length, _), fault in zip(manifest.regions, faults, strict=True):
-                if fault is not None:
-                    raise DataError(f"data: {path}: {name} (bytes {offset} to {offset + length - 1}) {fault.told()}: damaged")
-            faults = pool.map(lambda number: page_fault(path, file.fileno(), manifest, number), range(len(manifest.pages)))
-            damaged = {number: fault for number, fault in enumerate(faults) if fault is not None}
-    finally:
-        pool.shutdown(cancel_futures=True)
-    if not damaged:
-        return []
-    of_samples = (beton.samples(path).addresses - manifest.pages_offset) // manifest.page_bytes
-    return [page(path, manifest, number, np.flatnonzero(of_samples == number), fault) for number, fault in damaged.items()]
-
-
-def page_fault(path: Path, file: int, manifest: Manifest, number: int) -> Fault | None:
-    """What is wrong with a page of the file, which is open as `file`; None where it is as it was written.
-
-    Raises: OSError where all storage is away.
-    """
-    offset = manifest.pages_offset + number * manifest.page_bytes
-    return _fault(path, file, offset, manifest.page_bytes, manifest.pages[number])
-
-
-def page(path: Path, manifest: Manifest, number: int, samples: NDArray[np.int64], fault: Fault) -> Page:
-    """`samples`: that lie in it, ascending."""
-    offset = manifest.pages_offset + number * manifest.page_bytes
-    about = {"offset": offset, "size": manifest.page_bytes, "samples": runs_of(samples.tolist())}
-    return Page(file=str(path), number=number, unreadable=fault.unreadable, **about)
-
-
-def check(path: Path) -> Manifest:
-    """Read the file once and compare all of it with its manifest.
-
-    Raises: DataError naming the file and what differs; DamagedPages where it is pages alone.
-    """
-    if pages := damaged_pages(path):
-        raise DamagedPages(pages)
-    return read(path)
-
-
-def verify(path: Path) -> list[Manifest]:
-    """Everything: pages and regions, the file's sha256, the content hash. `path`: a .beton, or a folder of them.
-
-    Raises: DataError naming the file and what is wrong with it.
-    """
-    path = Path(path)
-    files = sorted(path.glob("*.beton")) if path.is_dir() else [path]
-    if not files:
-        raise DataError(f"verify: no .beton in {path.absolute()}")
-    return [_verify_file(file) for file in files]
-
-
 class ContentHash:
     """sha256 over the class names and, in index order, each sample's label, what is recorded of it, and xxh3-128.
 
@@ -191,8 +122,8 @@ def describe(path: Path, *, name: str, content: str, classes: list[str], labels:
     layout = beton.layout(path)
     with path.open("rb", buffering=0) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        regions = [[r.name, r.offset, r.size, _xxh3(file.fileno(), r.offset, r.size)] for r in (*layout.front, layout.table)]
-        pages = [_xxh3(file.fileno(), page.offset, page.size) for page in layout.pages]
+        regions = [[r.name, r.offset, r.size, xxh3(file.fileno(), r.offset, r.size)] for r in (*layout.front, layout.table)]
+        pages = [xxh3(file.fileno(), page.offset, page.size) for page in layout.pages]
     return Manifest(
         file=name,
         bytes=path.stat().st_size,
@@ -222,25 +153,7 @@ def content_of(path: Path, classes: list[str]) -> str:
     return content.hexdigest()
 
 
-def _verify_file(path: Path) -> Manifest:
-    manifest = check(path)
-    with path.open("rb", buffering=0) as file:
-        if (sha256 := hashlib.file_digest(file, "sha256").hexdigest()) != manifest.sha256:
-            raise DataError(f"verify: {path}: sha256 must be {manifest.sha256}; got {sha256}")
-    if (content := content_of(path, manifest.classes)) != manifest.content:
-        raise DataError(f"verify: {path}: content hash must be {manifest.content}; got {content}")
-    return manifest
-
-
-def _fault(path: Path, file: int, offset: int, length: int, expected: str) -> Fault | None:
-    try:
-        digest = read_part(path, file, range(offset, offset + length), lambda opened: _xxh3(opened, offset, length))
-    except Unreadable as error:
-        return Fault(unreadable=str(error.strerror))
-    return None if digest == expected else Fault()
-
-
-def _xxh3(file: int, offset: int, length: int) -> str:
+def xxh3(file: int, offset: int, length: int) -> str:
     digest, end = xxhash.xxh3_64(), offset + length
     while offset < end and (block := os.pread(file, min(end - offset, 1 << 20), offset)):
         digest.update(block)  # a file shorter than promised ends the loop: its digest differs

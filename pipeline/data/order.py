@@ -17,9 +17,6 @@ class TrainOrder:
     With `repeats` above 1, a global batch holds so many copies of batch_size / repeats samples, each copy another view: in row r
     copy r // (batch_size / repeats). An epoch has as many steps as without, and so sees one in `repeats` of the samples.
 
-    A sample that is left out has another in its place, so that nothing else of the epoch moves: first those that the epoch would
-    have dropped at its end, then, a second time, those from its middle on.
-
     Raises: DataError if the sizes do not divide, or the set is smaller than one global batch.
     Source of repeated augmentation: Hoffer et al. 2019, arXiv:1901.09335; the length of an epoch is that of Touvron et al. 2021
     (DeiT), arXiv:2012.12877.
@@ -33,7 +30,6 @@ class TrainOrder:
     micro_batch: int  # samples of one batch on one rank
     repeats: int = 1
     ids: NDArray[np.int64] | None = field(default=None, compare=False)  # the `samples` of the file that are used; None: all
-    left_out: NDArray[np.int64] | None = field(default=None, compare=False)  # of the file's samples
 
     def __post_init__(self) -> None:
         _check_rank(self.rank, self.world)
@@ -73,8 +69,6 @@ class TrainOrder:
         order = permutation(self.samples, seed=self.seed, epoch=epoch)
         if self.ids is not None:
             order = self.ids[order]
-        if self.left_out is not None:
-            order = _filled(order, self.left_out, used=whole // self.repeats)
         order = order[start // self.repeats : whole // self.repeats]
         distinct = self.batch_size // self.repeats
         order = np.tile(order.reshape(-1, 1, distinct), (1, self.repeats, 1))
@@ -125,18 +119,6 @@ def permutation(samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
     1.28 M samples take about 0.2 s.
     """
     return np.argsort(bits(seed, epoch, np.arange(samples), ORDER), kind="stable")
-
-
-def _filled(order: NDArray[np.int64], left_out: NDArray[np.int64], *, used: int) -> NDArray[np.int64]:
-    """The first `used` samples of an epoch's order, with others in the places of those that are left out."""
-    spare = np.concatenate([order[used:], np.roll(order[:used], -(used // 2))])
-    spare = spare[~np.isin(spare, left_out)]
-    places = np.flatnonzero(np.isin(order[:used], left_out))
-    if len(places) and not len(spare):
-        raise DataError(f"train: samples must be left to train on; got {len(order)}, all of them left out")
-    filled = order[:used].copy()
-    filled[places] = np.resize(spare, len(places))
-    return filled
 
 
 def held_out(samples: int, share: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

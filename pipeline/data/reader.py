@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from pipeline.data import ffcv_api
 from pipeline.data.base import Batch, DataError, LoaderError
-from pipeline.data.decoder import Decoder
 from pipeline.data.ffcv_api import (
     Compiler,
     EpochIterator,
@@ -30,8 +29,9 @@ from pipeline.data.ffcv_api import (
     Reader,
     torch_threads_kept,
 )
+from pipeline.data.loops import Decoder
 from pipeline.data.order import TrainOrder, ValOrder
-from pipeline.data.spot_check import SpotCheck
+from pipeline.data.page_checks import SpotCheck
 from pipeline.data.tbb import demand_tbb
 
 FIRST_BATCH_S = 300.0  # longer than the compilation before it, which took 5 to 20 s on two busy cores
@@ -60,7 +60,7 @@ class BetonLoader:
 
     `parallel` of `decode` and `threads` come from `usable_threads`. `hang_s`: the longest wait for
     one batch, in seconds (None: 300 for the first, before which a loop is compiled, 30 for each after it).
-    `one_in`: see care.py. `asked`: see files.py.
+    `one_in`: samples for each one whose page is compared, 0: none (page_checks.py).
 
     Raises: DataError, LoaderError (while iterating).
     """
@@ -73,13 +73,12 @@ class BetonLoader:
         *,
         seed: int,
         threads: int,
-        asked: NDArray[np.int64],
         hang_s: float | None = None,
         one_in: int = 0,
     ) -> None:
         self.samples, self.steps_per_epoch = order.samples, order.steps
-        self._path, self._order, self._seed, self._hang_s = path, order, seed, hang_s
-        self._one_in, self._asked = one_in, asked
+        self.path, self._order, self._seed, self._hang_s = path, order, seed, hang_s
+        self._one_in = one_in
         self._open: list[_Reading] = []
         with torch_threads_kept():
             self._ffcv = _Loader(path, decode, batch_size=order.micro_batch, threads=threads)
@@ -107,8 +106,7 @@ class BetonLoader:
     def _spot_check(self, epoch: int) -> AbstractContextManager[SpotCheck | None]:
         if not self._one_in:
             return nullcontext()
-        how = {"one_in": self._one_in, "seed": self._seed, "epoch": epoch, "asked": self._asked}
-        return SpotCheck(self._path, self._ffcv.reader.alloc_table, **how)
+        return SpotCheck(self.path, self._ffcv.reader.alloc_table, one_in=self._one_in, seed=self._seed, epoch=epoch)
 
     def _batches(self, reading: "_Reading", ids: NDArray[np.int64]) -> Iterator[Batch]:
         size = self._order.micro_batch

@@ -10,13 +10,12 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
 
-from pipeline.data.base import Batch, Data, DataError, Loader
-from pipeline.data.care import Care, careful
+from pipeline.data.base import Batch, Data, DataError, Loader, with_page_checks
 from pipeline.random import bits
 from pipeline.units import counted
 
@@ -32,7 +31,38 @@ class ByClass(Data, Protocol):
         ...
 
 
-class Permuted:
+class _Task:
+    """A data set made of another: a subclass says what becomes of a batch."""
+
+    data: Data
+
+    def check(self) -> None:
+        self.data.check()
+
+    def with_page_checks(self, one_in: int) -> Self:
+        """See base.OnPages."""
+        return self._over(with_page_checks(self.data, one_in))
+
+    def train(self, **sizes: Any) -> Loader:
+        return Changed(self._source().train(**sizes), self._changed)
+
+    def val(self, **sizes: Any) -> Loader:
+        return Changed(self._source().val(**sizes), self._changed)
+
+    def _over(self, data: Data) -> Self:
+        """The same task of other data."""
+        same = copy.copy(self)
+        same.data = data
+        return same
+
+    def _source(self) -> Data:
+        return self.data
+
+    def _changed(self, batch: Batch) -> Batch:
+        raise NotImplementedError
+
+
+class Permuted(_Task):
     """`data` with its pixels in an order that belongs to the task, the same for every sample and channel.
 
         x'[..., p] = x[..., order(seed, task)[p]],      p = 0..H W - 1
@@ -59,29 +89,16 @@ class Permuted:
     def fingerprint(self) -> str:
         return _digest("permuted-1", self.data.fingerprint(), self.order.tolist())
 
-    def check(self) -> None:
-        self.data.check()
+    def of_classes(self, classes: tuple[int, ...]) -> Self:
+        """See ByClass."""
+        return self._over(_by_class("Permuted", self.data).of_classes(classes))
 
-    def with_care(self, care: Care) -> "Permuted":
-        return _with_care(self, care)
-
-    def of_classes(self, classes: tuple[int, ...]) -> "Permuted":
-        narrowed = copy.copy(self)
-        narrowed.data = _by_class("Permuted", self.data).of_classes(classes)
-        return narrowed
-
-    def train(self, **sizes: Any) -> Loader:
-        return Changed(self.data.train(**sizes), self._permuted)
-
-    def val(self, **sizes: Any) -> Loader:
-        return Changed(self.data.val(**sizes), self._permuted)
-
-    def _permuted(self, batch: Batch) -> Batch:
+    def _changed(self, batch: Batch) -> Batch:
         x_BP = batch.x.flatten(-2)[..., torch.from_numpy(self.order)]
         return replace(batch, x=x_BP.view_as(batch.x))
 
 
-class SplitClasses:
+class SplitClasses(_Task):
     """The samples of `classes_per_task` classes of `data`: task k has the k-th so many of `order` (None: 0, 1, 2, ...).
 
     The others are left out of the order that samples are read in, so a batch is full, and rank, epoch and resumption mean what
@@ -119,19 +136,10 @@ class SplitClasses:
     def fingerprint(self) -> str:
         return _digest("split-1", self.data.fingerprint(), self.chosen, self.labels)
 
-    def check(self) -> None:
-        self.data.check()
+    def _source(self) -> Data:
+        return _by_class("SplitClasses", self.data).of_classes(self.chosen)
 
-    def with_care(self, care: Care) -> "SplitClasses":
-        return _with_care(self, care)
-
-    def train(self, **sizes: Any) -> Loader:
-        return Changed(self.data.of_classes(self.chosen).train(**sizes), self._relabelled)
-
-    def val(self, **sizes: Any) -> Loader:
-        return Changed(self.data.of_classes(self.chosen).val(**sizes), self._relabelled)
-
-    def _relabelled(self, batch: Batch) -> Batch:
+    def _changed(self, batch: Batch) -> Batch:
         if self.labels == "data":
             return batch
         table_K = torch.full((self.data.classes,), -1)
@@ -153,15 +161,6 @@ class Changed:
 
     def close(self) -> None:
         self._loader.close()
-
-
-_Task = TypeVar("_Task", Permuted, SplitClasses)
-
-
-def _with_care(task: _Task, care: Care) -> _Task:
-    same = copy.copy(task)
-    same.data = careful(task.data, care)  # pyright: ignore[reportAttributeAccessIssue]
-    return same
 
 
 def _by_class(who: str, data: Data) -> ByClass:

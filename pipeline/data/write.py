@@ -20,10 +20,9 @@ from pipeline.data import sources
 from pipeline.data.encode import Bad, Encoder, Encoding, S, encode_all
 from pipeline.data.errors import DataError
 from pipeline.data.format import BetonWriter
-from pipeline.data.manifest import ContentHash, Manifest, verify
+from pipeline.data.manifest import ContentHash, Manifest
+from pipeline.data.page_checks import verify
 from pipeline.units import counted
-
-__all__ = ["check_kept", "verify", "write_fashion", "write_folder", "write_sets"]
 
 Existing = Literal["refuse", "replace", "keep"]
 Progress = Callable[[int, int], None]  # samples done, samples in all, over both sets

@@ -23,12 +23,11 @@ from pipeline.guards.storage import patiently
 from pipeline.guards.watchdog import untold
 from pipeline.job import REFUSAL, SAVE, STOP, Job, raise_refusal
 from pipeline.launch.base import Launcher, LaunchError, WorkersEnded
-from pipeline.launch.last_word import synced_if_killed
 from pipeline.launch.lock import driver_lock
 from pipeline.launch.prepare import write_job
-from pipeline.launch.shown import Shown
 from pipeline.launch.signals import stops_on_signal
 from pipeline.launch.terminal import outlive
+from pipeline.launch.watch import Shown
 from pipeline.printing import say
 from pipeline.ranks import Ranks
 from pipeline.refused import Refused
@@ -37,7 +36,6 @@ from pipeline.track.connect import without_password
 from pipeline.track.exposition import Exposed
 from pipeline.track.jsonl import read
 from pipeline.track.mlflow import Mirror
-from pipeline.weights import place_of
 
 POLL_S = 0.25
 MLFLOW_PATIENCE_S = 30.0
@@ -59,7 +57,6 @@ def drive(job: Job, launcher: Launcher, console: Console, *, uri: str, resume_co
             (folder / note).unlink(missing_ok=True)
         write_job(job)
         with (
-            synced_if_killed(folder, uri, tell),
             _mirrored(folder, uri, tell),
             closing(Shown(folder, console, store=uri, resume_command=resume_command, also=exposed.show)) as shown,
         ):
@@ -96,7 +93,7 @@ def _owning(job: Job, say: Callable[[str], None]) -> Job:
 @contextmanager
 def _mirrored(folder: Path, uri: str, say: Callable[[str], None]) -> Iterator[None]:
     """MLflow is filled from the journal inside, and at the end has some time for the rest."""
-    mirror = Mirror(folder, uri=uri, kept_of=place_of)
+    mirror = Mirror(folder, uri=uri)
     try:
         yield
     finally:

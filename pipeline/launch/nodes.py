@@ -1,8 +1,7 @@
-"""The nodes of the Ray cluster that this process has joined, asked one by one or all at once: what `doctor` does."""
+"""The nodes of the Ray cluster that this process has joined: each is asked, or all at once."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -24,7 +23,7 @@ class Nodes:
         there = {"num_cpus": 0, "max_retries": 0}
         asked = [run.options(**there, scheduling_strategy=_on(node)).remote(given(node["Resources"])) for node in nodes]
         ray.wait(asked, num_returns=len(asked), timeout=within_s)
-        return [_answer(each, node, within_s=0) for each, node in zip(asked, nodes, strict=True)]
+        return [_answer(each, node) for each, node in zip(asked, nodes, strict=True)]
 
     def at_once(self, work: Callable[[G, int], R], given: Callable[[str, int, int, bool], G], *, within_s: float) -> list[R]:
         """What `work(given, rank)` returns of processes that run together as a training's do, in the order of ranks.
@@ -58,19 +57,6 @@ class Nodes:
                 ray.cancel(each, force=True)
             raise LaunchError(innermost(getattr(error, "cause", None) or error)) from error
 
-    def clocks(self, *, within_s: float) -> dict[str, tuple[float, float] | Silent]:
-        """Of each node by its address: seconds that its clock is ahead of this one, and half the round trip that told so."""
-        import ray
-
-        tell, nodes = ray.remote(_now), _alive()
-        ask = [tell.options(num_cpus=0, max_retries=0, scheduling_strategy=_on(node)) for node in nodes]
-        first = [each.remote() for each in ask]  # starts a process there, on all of them at once: one that hangs costs the time
-        ray.wait(first, num_returns=len(first), timeout=within_s)
-        return {
-            node["NodeManagerAddress"]: _clock(each, awake, node, within_s=within_s)
-            for node, each, awake in zip(nodes, ask, first, strict=True)
-        }
-
 
 def _alive() -> list[dict[str, Any]]:
     import ray
@@ -86,39 +72,19 @@ def _on(node: dict[str, Any]) -> Any:
     return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
 
 
-def _answer(asked: Any, node: dict[str, Any], *, within_s: float) -> Any:
-    """What comes of a task on this node; Silent where it fails, or takes too long, and is ended."""
+def _answer(asked: Any, node: dict[str, Any]) -> Any:
+    """The result of a task that has had its time; Silent where it failed or has not ended."""
     import ray
     from ray.exceptions import GetTimeoutError, RayError
 
     try:
-        return ray.get(asked, timeout=within_s)
+        return ray.get(asked, timeout=0)
     except GetTimeoutError:
         ray.cancel(asked, force=True)
         why = "it does not answer in time"
     except RayError as error:
         why = innermost(getattr(error, "cause", None) or error)
     return Silent(node["NodeManagerAddress"], why)
-
-
-def _clock(ask: Any, awake: Any, node: dict[str, Any], *, within_s: float) -> tuple[float, float] | Silent:
-    """The best of four round trips, once the node is `awake`: what a first answer says."""
-    if isinstance(told := _answer(awake, node, within_s=0), Silent):
-        return told
-    round_trips: list[tuple[float, float]] = []
-    for _ in range(4):
-        sent = time.time()
-        told = _answer(ask.remote(), node, within_s=within_s)
-        back = time.time()
-        if isinstance(told, Silent):
-            return told
-        round_trips.append(((back - sent) / 2, told - (sent + back) / 2))
-    uncertain, ahead = min(round_trips)
-    return ahead, uncertain
-
-
-def _now() -> float:
-    return time.time()  # by itself it is no function that Ray takes
 
 
 def _open_door() -> tuple[str, int]:

@@ -196,10 +196,9 @@ class Ray:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig
 
-        from pipeline.launch.loopback import HOST, OnLoopback
         from pipeline.launch.resizing import LOOK_S
         from pipeline.launch.restarts import has_no_place, needs_the_user
-        from pipeline.launch.trainer import Trainer
+        from pipeline.launch.trainer import HOST, OnLoopback, Trainer
 
         gpus = self._takes_gpus()
         share = self._share(gpus=gpus)

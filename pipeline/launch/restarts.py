@@ -19,7 +19,6 @@ from ray.train.v2._internal.execution.failure_handling.default import DefaultFai
 from ray.train.v2.api.exceptions import ControllerError
 
 from pipeline.disk import lasts
-from pipeline.guards.damaged import FILE as DAMAGED
 from pipeline.guards.deaths import note_death
 from pipeline.guards.fitting import FILE as MICRO_BATCH
 from pipeline.job import was_stopped
@@ -34,8 +33,8 @@ class Restarts(DefaultFailurePolicy):
 
     So does a death of what the user alone can change, at once.
 
-    New is a checkpoint of a step that none was of before, a smaller micro-batch, and a page that is left out. The death that
-    brings one of the latter two counts for nothing: by it several workers begin again, where one does so by itself (worker.py).
+    New is a checkpoint of a step that none was of before, and a smaller micro-batch. The death that brings the latter counts
+    for nothing: by it several workers begin again, where one does so by itself (worker.py).
 
     Workers that had places before and have none now, their node being gone, count for nothing while `awaits_nodes`: they wait up
     to an hour.
@@ -73,7 +72,7 @@ class Restarts(DefaultFailurePolicy):
         """For the journal, which is not the controller's; what worker 0 raised it has told there itself."""
         if failures:
             worker, error = cause(failures)
-            # Refusals, pages that are left out and micro-batches that are too large have notes of their own.
+            # Refusals and micro-batches that are too large have notes of their own.
             is_noted = isinstance(error, ValueError) or is_out_of_memory(error)
             if isinstance(error, WorkerHealthCheckFailedError) or (worker and not is_noted):
                 note_death(self.folder, worker=worker, error=innermost(error))
@@ -110,9 +109,9 @@ class Restarts(DefaultFailurePolicy):
         event = last(self.folder / "journal.jsonl", "checkpoint")
         return -1 if event is None else int(event["step"])
 
-    def _changes(self) -> list[bytes]:
-        files = (self.folder / name for name in (MICRO_BATCH, DAMAGED))
-        return [file.read_bytes() if file.exists() else b"" for file in files]
+    def _changes(self) -> bytes:
+        file = self.folder / MICRO_BATCH
+        return file.read_bytes() if file.exists() else b""
 
 
 def has_no_place(error: Exception) -> bool:

@@ -23,8 +23,8 @@ from pipeline.command_line import trust_words
 from pipeline.job import STOP, Job, was_stopped
 from pipeline.launch.base import Launcher, LaunchError
 from pipeline.launch.children import Children
-from pipeline.launch.shown import Shown
 from pipeline.launch.signals import PATIENT, wishes
+from pipeline.launch.watch import Shown
 from pipeline.printing import say
 from pipeline.recipe import Recipe
 from pipeline.refused import Refused

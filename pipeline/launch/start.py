@@ -13,12 +13,11 @@ from rich.console import Console
 from torch import nn
 
 from pipeline.build import build_network, check_recipe
-from pipeline.checkpoint import Place
+from pipeline.checkpoint import Place, trainer_of
 from pipeline.command_line import command
 from pipeline.elastic import told
 from pipeline.evaluate import Evaluated, Evaluation, evaluate, inputs
 from pipeline.export import is_export, load_export
-from pipeline.guards.damaged import check_data
 from pipeline.guards.storage import may_pass
 from pipeline.job import Job
 from pipeline.launch.base import Launcher
@@ -37,7 +36,7 @@ from pipeline.printing import new_console, say
 from pipeline.recipe import Recipe, read_json
 from pipeline.recipe_json import recipe_fields
 from pipeline.suite import Suite, refuse_references
-from pipeline.tasks import Loaders, build_data, mean_of, tasks_of
+from pipeline.tasks import Loaders, build_data, check_data, mean_of, tasks_of
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.state import state_of
 from pipeline.units import counted
@@ -115,7 +114,7 @@ def _workers_of_newest(place: Place) -> int | None:
     try:
         for name in reversed(place.names()):
             with suppress(FileNotFoundError, ValueError, KeyError):  # damaged: moved away by whoever trains
-                return place.trainer(name)["world_size"]
+                return trainer_of(place, name)["world_size"]
     except OSError as error:
         if not may_pass(error):
             raise
@@ -149,7 +148,7 @@ def evaluate_run(
         network = load_run(folder, which=which, trust=trust)
     else:
         network = _with_weights(recipe, weights, trust=trust)
-    check_data(build_data(recipe), read_job(folder), every_page=True)
+    check_data(build_data(recipe), fingerprint=read_job(folder).data_fingerprint, every_page=True)
     _print_accuracy(network, recipe, f"{folder.name} ({which if weights is None else weights.name}", time_steps)
 
 

@@ -34,7 +34,6 @@ from pipeline.track.state import is_driven, state_of
 from pipeline.trials import over_in
 from pipeline.units import counted
 from pipeline.waiting import say_stage
-from pipeline.weights import place_of
 
 
 def launch_suite(
@@ -141,7 +140,7 @@ def _tell_mlflow(children: Children, console: Console) -> None:
             return
         ended = [run for name, run in begun.items() if not children.is_over(name)]
         for run in ended or [*begun.values()][-1:]:
-            sync(run, uri=tracking_uri(children.runs), kept_of=place_of)
+            sync(run, uri=tracking_uri(children.runs))
     except (TrackingError, OSError, ValueError) as error:  # another one may be on its way to the user
         say(console, str(error))
 

@@ -1,21 +1,43 @@
-"""Ray Train's trainer with two policies of ours in its controller, which Ray 2.60 lets nobody choose."""
+"""Ray Train, changed where Ray 2.60 leaves no choice: its policies, and where it listens.
+
+A cluster that a launch starts itself can be reached from its own machine alone. Ray listens on
+loopback by a setting, gloo and NCCL by the name of the interface. torch's store takes no host
+(2.13) and asks for no token: it gets a socket that we open.
+"""
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ray.train.torch import TorchTrainer
+import ray
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import (
+    _set_torch_distributed_env_vars,
+    _setup_torch_process_group,
+    _TorchBackend,
+)
+from torch.distributed import TCPStore
 
 from pipeline.launch.resizing import Resizing
 from pipeline.launch.restarts import Restarts
 
+HOST = "127.0.0.1"
+
+_store: list[TCPStore] = []
+"""In worker 0: the store's server ends with its last client."""
+
 
 class Trainer(TorchTrainer):
-    """A TorchTrainer of the run in `folder`, with as many workers as one of `sizes` (ascending) says, now and then another.
+    """A TorchTrainer whose controller uses our policies for failures and for the number of workers.
 
-    `awaits_nodes`: whether nodes may come back or be replaced, which the workers then wait for.
+    Args:
+        sizes: the numbers of workers that the run may have, ascending.
+        folder: the run's.
+        awaits_nodes: whether the workers wait for nodes to come back or to be replaced.
     """
 
     def __init__(self, *args: Any, sizes: Sequence[int], folder: Path, awaits_nodes: bool, **kwargs: Any) -> None:
@@ -30,3 +52,50 @@ class Trainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         return super()._initialize_and_run_controller(**{**parts, **self._policies})
+
+
+class OnLoopback(TorchConfig):
+    """A TorchConfig for workers that are all on this machine."""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _Backend
+
+
+class _Backend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        port = worker_group.execute_single(0, _open_store)
+        worker_group.execute(_set_address, port)
+        worker_group.execute(_set_torch_distributed_env_vars)
+        given = {
+            "backend": backend_config.backend,
+            "init_method": "env://",
+            "timeout_s": backend_config.timeout_s,
+            "world_size": len(worker_group),
+        }
+        setup, start = _setup_torch_process_group, worker_group.execute_single_async
+        ray.get([start(rank, setup, world_rank=rank, **given) for rank in range(len(worker_group))])
+
+
+def _open_store() -> int:
+    """Serve the store in worker 0, and return its port.
+
+    With `multi_tenant` the worker joins this store when it asks for one at that port.
+    """
+    listening = socket.create_server((HOST, 0))
+    port = listening.getsockname()[1]
+    _store[:] = [
+        TCPStore(
+            HOST,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            multi_tenant=True,
+            master_listen_fd=listening.detach(),
+        )
+    ]
+    return port
+
+
+def _set_address(port: int) -> None:
+    os.environ |= {"MASTER_ADDR": HOST, "MASTER_PORT": str(port)}

@@ -1,10 +1,11 @@
-"""Shows a run as it trains, from the events of its journal: a bar on a terminal, plain lines elsewhere."""
+"""Shows a run while it trains, from its journal: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,10 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from pipeline.measure.energy import in_words
 from pipeline.printing import say
 from pipeline.track.connect import without_password
-from pipeline.track.jsonl import Event, number
+from pipeline.track.jsonl import Event, Follower, number
 from pipeline.units import counted
-
-__all__ = ["Watch"]
 
 
 class Watch:
@@ -140,11 +139,6 @@ class Watch:
 
     def _on_undeleted(self, event: dict[str, Any]) -> None:
         self._say(f"checkpoint at step {event.get('step')} is whole; an older one could not be deleted: {event.get('error')}")
-
-    def _on_damaged(self, event: dict[str, Any]) -> None:
-        count = event.get("samples")
-        left_out = f"{counted(count, 'sample')} {'is' if count == 1 else 'are'} left out"
-        self._say(f"damaged page {event.get('page')} of {event.get('file')}: {left_out}")
 
     def _on_skipped(self, event: dict[str, Any]) -> None:
         samples = counted(event.get("samples"), "sample")
@@ -290,3 +284,55 @@ def _advice(event: Event) -> str:
 
 def _from_one(epoch: Any) -> Any:
     return epoch + 1 if isinstance(epoch, int) else "-"
+
+
+class Shown:
+    """Shows a run while it trains, from its journal as it grows. No error in here ends the training.
+
+    It begins where the journal in `folder` ends now. `store`, `resume_command` and `name` are
+    `Watch`'s. `also` is given the same events.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        console: Console,
+        *,
+        store: str,
+        resume_command: str = "",
+        name: str = "",
+        also: Callable[[list[Event]], None] = lambda events: None,
+    ) -> None:
+        self._console, self._also = console, also
+        journal = folder / "journal.jsonl"
+        end = journal.stat().st_size if journal.exists() else 0
+        self._follower = Follower(journal, offset=end)
+        self._watch = Watch(console, run_dir=folder, store=store, resume_command=resume_command, name=name)
+        self._is_blind = self._is_broken = False
+
+    def look(self) -> None:
+        """Show what has come to the journal since the last call."""
+        try:
+            events = self._follower.poll()
+        except OSError as error:  # storage that is away for a moment
+            if not self._is_blind:
+                why = error.strerror or error
+                text = f"the journal cannot be read ({why}): looked for again, and training goes on"
+                say(self._console, text)
+            self._is_blind = True
+            return
+        self._is_blind = False
+        if self._is_broken:
+            return
+        try:
+            self._watch.show(events)
+            self._also(events)
+        except Exception as error:  # a mistake in what is shown must not cost a training
+            self._is_broken = True
+            why = f"{type(error).__name__}: {error}"
+            text = f"shown no more ({why}): training goes on, and its journal has everything"
+            say(self._console, text)
+
+    def close(self) -> None:
+        self.look()
+        self._watch.close()

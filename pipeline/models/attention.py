@@ -9,9 +9,8 @@ with L' a neuron of threshold 0.5, and S the last synapse and its norm. On a str
 k and v, and none behind S. Under "multiple_all" each projection has a shortcut of its own: the stream is added to the currents
 of q, k and v, and a to y. (In SelfAttention a is what the last neuron reads; TokenQK has no neuron before S, and a is spikes.)
 
-The neuron behind S of SelfAttention may run as the published code has it, `projection_neuron="over_samples"`
-(`spiking/over_samples.py`): a sample's answer then depends on the samples before it in its batch. Published accuracies were
-measured so.
+The neuron behind S of SelfAttention may run as the published code has it, `projection_neuron="over_samples"`: see
+`OverSamples`. Published accuracies were measured so.
 
 Source: Zhou et al. 2024 (QKFormer, arXiv 2403.16552); Zhou et al. 2023 (Spikformer, arXiv 2209.15425); the shortcuts: Le & Li
 2023 (BinaryViT, arXiv 2306.16678).
@@ -23,14 +22,37 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from pipeline.counts import refuse_unless_one_of
 from pipeline.models.residual import Blocks, Layer
-from pipeline.spiking.over_samples import OverSamples
+from pipeline.spiking.neuron import LIF
 
 ATTENTION_THRESHOLD = 0.5
 SCALE = 0.125
 
 ProjectionNeuron = Literal["over_time", "over_samples"]
 """what the membrane behind a SelfAttention crosses: time steps of one sample, or samples"""
+
+
+class OverSamples(LIF):
+    """The LIF on `[T, B, ...]`, one membrane for all samples: it runs over the B samples of a step, then over the next step's.
+
+        u[t, b] = leak v[t, b-1] + x[t, b],      v[t, 0] = v[t-1, B],      v[0, B] = 0
+
+    What a sample gives depends on the samples before it in its batch, and so on the order and size of the batch, on
+    micro-batches and on workers. In a batch of one it is the LIF.
+    """
+
+    @classmethod
+    def of(cls, neuron: nn.Module) -> "OverSamples":
+        """Raises: ValueError for a neuron that is no plain LIF."""
+        if type(neuron) is not LIF:
+            raise ValueError(f"OverSamples: the neuron must be a LIF; got {type(neuron).__name__}")
+        made = cls(neuron.leak, threshold=neuron.threshold, decay_input=neuron.decay_input, surrogate=neuron.surrogate)
+        made.reset, made.subtract, made.reset_gradient = neuron.reset, neuron.subtract, neuron.reset_gradient
+        return made
+
+    def forward(self, x_TB: Tensor) -> Tensor:
+        return super().forward(x_TB.flatten(0, 1).unsqueeze(1)).view_as(x_TB)
 
 
 class Projection(nn.Module):
@@ -96,8 +118,7 @@ class SelfAttention(Attention):
 
     def __init__(self, blocks: Blocks, channels: int, *, heads: int, projection_neuron: ProjectionNeuron = "over_time") -> None:
         super().__init__(blocks, channels, heads=heads, projections=("q", "k", "v"))
-        if projection_neuron not in ("over_time", "over_samples"):
-            raise ValueError(f"SelfAttention: projection_neuron must be 'over_time' or 'over_samples'; got {projection_neuron=}")
+        refuse_unless_one_of("SelfAttention", ("over_time", "over_samples"), projection_neuron=projection_neuron)
         if projection_neuron == "over_samples":
             if not blocks.carries_spikes:
                 raise ValueError(

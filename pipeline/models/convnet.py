@@ -3,7 +3,7 @@
     per layer:   h = neuron(norm(convolution(h))),   an average pool between stages, one more before the classifier
 
 Every map between two neurons is affine in eval mode, so the network computes on spikes, on rates, or with ReLU alike.
-`head="linear"` ends in a linear classifier, `"rate"` in neurons (`rate_head.py`), as DSR's networks do.
+`head="linear"` ends in a linear classifier, `"rate"` in neurons (`RateHead`), as DSR's networks do.
 """
 
 # T time, B batch, C channels, H W pixels, K classes
@@ -13,9 +13,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.counts import are_counts, is_count, refuse_unless_counts
-from pipeline.models.parts import one_more
-from pipeline.models.rate_head import RateHead
+from pipeline.counts import are_counts, is_count, refuse_unless_counts, refuse_unless_one_of
+from pipeline.models.parts import Over, RateHead, one_more
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
@@ -25,7 +24,6 @@ from pipeline.spiking.synapse import Conv2d, Linear, folded
 
 Norm = Literal["batch", "none"]
 Mask = Literal["batch", "step"]
-Over = Literal["step", "time"]
 Head = Literal["linear", "rate"]
 
 
@@ -90,16 +88,13 @@ class ConvNet(nn.Module):
         refuse_unless_counts("ConvNet", numbers)
         if not is_count(kernel) or kernel % 2 == 0:
             raise ValueError(f"ConvNet: kernel must be odd, to keep the size of the image; got kernel={kernel}")
-        if norm not in ("batch", "none"):
-            raise ValueError(f"ConvNet: norm must be 'batch' or 'none'; got norm={norm!r}")
-        if head not in ("linear", "rate"):
-            raise ValueError(f"ConvNet: head must be 'linear' or 'rate'; got head={head!r}")
+        refuse_unless_one_of("ConvNet", ("batch", "none"), norm=norm)
+        refuse_unless_one_of("ConvNet", ("linear", "rate"), head=head)
         if norm == "none" and head == "linear" and over != "step":
             raise ValueError(f"ConvNet: over={over!r} is about batch norm and has no effect with norm='none'")
         if not 0 <= dropout < 1:
             raise ValueError(f"ConvNet: dropout is a probability in 0..1, below 1; got dropout={dropout}")
-        if mask not in ("batch", "step"):
-            raise ValueError(f"ConvNet: mask must be 'batch' or 'step'; got mask={mask!r}")
+        refuse_unless_one_of("ConvNet", ("batch", "step"), mask=mask)
         if mask != "batch" and dropout == 0:
             raise ValueError(f"ConvNet: mask={mask!r} is about dropout and has no effect with dropout=0")
         self.stages = nn.ModuleList()

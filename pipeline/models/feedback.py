@@ -22,8 +22,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.counts import are_counts, refuse_unless_counts
-from pipeline.models.parts import one_more
+from pipeline.counts import are_counts, refuse_unless_counts, refuse_unless_one_of
+from pipeline.models.parts import Pool, one_more
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.limit import FrobeniusLimit, SpectralLimit
@@ -79,13 +79,6 @@ class NoFeedback(nn.Module):
     def forward(self, x_TB: Tensor) -> Tensor:
         nothing_TB = 0 * x_TB.flatten(2).sum(2)  # still a function of x: the solvers ask for its gradient
         return nothing_TB.view(*nothing_TB.shape, *[1] * len(self.shape)).expand(*nothing_TB.shape, *self.shape)
-
-
-class Pool(nn.Module):
-    """The mean of 2x2 pixels, as a synapse: neurons stand behind it."""
-
-    def forward(self, x_TBCHW: Tensor) -> Tensor:
-        return folded(lambda x_NCHW: F.avg_pool2d(x_NCHW, 2), x_TBCHW)
 
 
 def fc_feedback(
@@ -249,9 +242,9 @@ def lenet_f(
         feedback=NoFeedback((first, size, size)),
         neurons=[one_more(neuron) for _ in range(5)],
         synapses=[
-            Pool(),
+            Pool(nn.AvgPool2d(2)),
             Conv2d(first, second, 5, padding=2),
-            Pool(),
+            Pool(nn.AvgPool2d(2)),
             _dropped(nn.Sequential(nn.Flatten(2), Linear(flat, features)), inside),
         ],
     )
@@ -299,8 +292,7 @@ def _classic(
 
 def _shares(dropout: float, dropout_on: DropoutOn) -> tuple[float, float]:
     """The shares dropped behind each synapse inside the loop, and before the classifier."""
-    if dropout_on not in ("readout", "currents"):
-        raise ValueError(f"feedback: dropout_on must be 'readout' or 'currents'; got dropout_on={dropout_on!r}")
+    refuse_unless_one_of("feedback", ("readout", "currents"), dropout_on=dropout_on)
     return (dropout, 0.0) if dropout_on == "currents" else (0.0, dropout)
 
 
@@ -312,8 +304,7 @@ def _dropped(synapse: nn.Module, share: float) -> nn.Module:
 
 
 def _normed(synapse: nn.Module, channels: int, norm: Norm) -> nn.Module:
-    if norm not in ("batch", "none"):
-        raise ValueError(f"feedback: norm must be 'batch' or 'none'; got norm={norm!r}")
+    refuse_unless_one_of("feedback", ("batch", "none"), norm=norm)
     return synapse if norm == "none" else nn.Sequential(synapse, BatchNorm(channels))
 
 

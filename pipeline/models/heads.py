@@ -1,10 +1,37 @@
 """Classifiers for several tasks: a head for each, of which the task's own answers. A shared head is any network's classifier."""
 
+# T time, B batch, C channels, K classes
+
 import copy
+from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
-from pipeline.spiking.heads import MultiHead
+
+class MultiHead(nn.Module):
+    """One classifier for each task, of which the `selected` one answers: `[T, B, C]` to `[T, B, K]`.
+
+    `selected` is a plain attribute, set by `select_head`: `state_dict` is the same whichever head is selected. The
+    others are out of the graph and get no gradient.
+
+    Raises: ValueError for no heads.
+    """
+
+    has_task_heads = True
+    """what a rule looks for that learns something of each head"""
+
+    def __init__(self, heads: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+        if not len(self.heads):
+            raise ValueError("MultiHead: needs at least one head; got none")
+        self.selected = 0
+
+    def forward(self, x_TB: Tensor) -> Tensor:
+        return self.heads[self.selected](x_TB)
+
+    def extra_repr(self) -> str:
+        return f"selected={self.selected}"
 
 
 def multi_head(network: nn.Module, *, heads: int) -> nn.Module:

@@ -19,9 +19,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.counts import refuse_unless_counts
-from pipeline.models.residual import Blocks, Layer, Norm, Over
-from pipeline.models.resnet_stages import resnet_stages
+from pipeline.counts import refuse_unless_counts, refuse_unless_one_of
+from pipeline.models.parts import Over
+from pipeline.models.residual import Blocks, Layer, Norm, resnet_stages
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.still import OncePerImage
@@ -68,10 +68,8 @@ class MSResNet(nn.Module):
         super().__init__()
         numbers = {"classes": classes, "in_channels": in_channels, "width": width, "stem_stride": stem_stride}
         refuse_unless_counts("MSResNet", {**numbers, "blocks": blocks})
-        if stem not in ("one", "three"):
-            raise ValueError(f"MSResNet: stem must be 'one' or 'three'; got stem={stem!r}")
-        if shortcut not in ("membrane", "multiple"):
-            raise ValueError(f"MSResNet: shortcut must be 'membrane' or 'multiple'; got shortcut={shortcut!r}")
+        refuse_unless_one_of("MSResNet", ("one", "three"), stem=stem)
+        refuse_unless_one_of("MSResNet", ("membrane", "multiple"), shortcut=shortcut)
         factory = Blocks(shortcut=shortcut, neuron=neuron, norm=norm, over=over, norm_gain=THRESHOLD)
         if stem == "one":
             self.stem = OncePerImage.of(factory.currents(Layer(in_channels, width, 7, stem_stride)))
@@ -101,8 +99,7 @@ def ms_resnet(
     neuron: nn.Module = NEURON,
 ) -> MSResNet:
     """MS-ResNet-18, -34 and -104 for ImageNet: 11.69, 21.80 and 77.35 M parameters."""
-    if depth not in DEPTHS:
-        raise ValueError(f"ms_resnet: depth must be one of {', '.join(map(str, DEPTHS))}; got depth={depth}")
+    refuse_unless_one_of("ms_resnet", DEPTHS, depth=depth)
     return MSResNet(
         blocks=DEPTHS[depth],
         classes=classes,

@@ -17,10 +17,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.counts import refuse_unless_counts
+from pipeline.counts import refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.parts import Pool, standardized_conv
-from pipeline.models.residual import Blocks
-from pipeline.models.resnet_stages import resnet_stages
+from pipeline.models.residual import Blocks, resnet_stages
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.still import OncePerImage
 from pipeline.spiking.synapse import Linear
@@ -52,8 +51,7 @@ class NFResNet(nn.Module):
         super().__init__()
         numbers = {"classes": classes, "in_channels": in_channels, "width": width, "stem_stride": stem_stride}
         refuse_unless_counts("NFResNet", {**numbers, "blocks": blocks})
-        if stem not in ("imagenet", "small"):
-            raise ValueError(f"NFResNet: stem must be 'imagenet' or 'small'; got stem={stem!r}")
+        refuse_unless_one_of("NFResNet", ("imagenet", "small"), stem=stem)
         factory = Blocks(shortcut="membrane", neuron=neuron, norm="sws")
         self.stem = OncePerImage()
         if stem == "imagenet":

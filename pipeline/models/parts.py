@@ -1,4 +1,5 @@
-"""What several families are made of: copies of one neuron, pools, and the convolution of networks without batch norm.
+"""What several families are made of: copies of one neuron, pools, the convolution of networks without batch norm, and the
+classifier of rate-coded networks.
 
 A builder takes its neuron as a module, `neuron=LIF(leak=0.5)`, in a recipe `neuron=spec(LIF, leak=0.5)`, and gives each
 layer a copy of its own. `neuron=nn.ReLU()` is the ANN with the same layers.
@@ -8,11 +9,17 @@ layer a copy of its own. `neuron=nn.ReLU()` is the ANN with the same layers.
 
 import copy
 import math
+from typing import Literal
 
 from torch import Tensor, nn
 
 from pipeline.spiking.neuron import LIF
-from pipeline.spiking.synapse import Conv2d, folded
+from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.rate import rate_readout
+from pipeline.spiking.synapse import Conv2d, Linear, folded
+
+Over = Literal["step", "time"]
+"""whether batch norm takes its statistics at each time step, or over time steps and samples together"""
 
 # 1 / sqrt(p (1 - p)) = 2.737 with p = P(N(0, 1) >= 1): a spike of a unit-variance current at threshold 1 has unit variance
 # after it. Rounded as published.
@@ -60,3 +67,24 @@ def initialized_as_relu(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+class RateHead(nn.Module):
+    """logits = readout(neuron(norm(linear(neuron(x))))): `[T, B, C]`, as pooled, to `[T, B, K]`.
+
+    The pool leaves means of spikes, the first neuron makes them spikes again; the last one gives logits that are rates, of
+    which LIF's are weighted by the readout. With `nn.ReLU` as the neuron it is the head of the ANN.
+
+    Source: Meng et al. 2022 (DSR, arXiv 2205.00459).
+    """
+
+    def __init__(self, in_features: int, classes: int, *, over: Over, neuron: nn.Module) -> None:
+        super().__init__()
+        self.neuron_in = one_more(neuron)
+        self.linear = Linear(in_features, classes)
+        self.norm = BatchNorm(classes, over=over)
+        self.neuron_out = one_more(neuron)
+        self.readout = rate_readout(neuron)
+
+    def forward(self, x_TBC: Tensor) -> Tensor:
+        return self.readout(self.neuron_out(self.norm(self.linear(self.neuron_in(x_TBC)))))

@@ -18,15 +18,13 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.counts import refuse_unless_counts
-from pipeline.models.parts import Pool, one_more
-from pipeline.models.rate_head import RateHead
+from pipeline.counts import refuse_unless_counts, refuse_unless_one_of
+from pipeline.models.parts import Over, Pool, RateHead, one_more
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, rate_readout
 from pipeline.spiking.still import OncePerImage
 from pipeline.spiking.synapse import Conv2d, Linear
 
-Over = Literal["step", "time"]
 Stem = Literal["imagenet", "small"]
 Head = Literal["rate", "linear"]
 
@@ -74,10 +72,8 @@ class PreActResNet(nn.Module):
         super().__init__()
         numbers = {"classes": classes, "in_channels": in_channels, "width": width, "blocks": blocks}
         refuse_unless_counts("PreActResNet", numbers)
-        if stem not in ("imagenet", "small"):
-            raise ValueError(f"PreActResNet: stem must be 'imagenet' or 'small'; got stem={stem!r}")
-        if head not in ("rate", "linear"):
-            raise ValueError(f"PreActResNet: head must be 'rate' or 'linear'; got head={head!r}")
+        refuse_unless_one_of("PreActResNet", ("imagenet", "small"), stem=stem)
+        refuse_unless_one_of("PreActResNet", ("rate", "linear"), head=head)
         self.stem, self.stem_spikes = OncePerImage(), nn.Sequential()
         if stem == "imagenet":
             self.stem.extend([_conv(in_channels, width, 7, stride=2), BatchNorm(width, over=over)])

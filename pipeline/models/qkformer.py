@@ -23,10 +23,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.counts import refuse_unless_counts
+from pipeline.counts import refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.attention import Attention, ProjectionNeuron, SelfAttention, TokenQK
-from pipeline.models.parts import Pool
-from pipeline.models.residual import Blocks, Layer, Norm, Over, Shortcut, named
+from pipeline.models.parts import Over, Pool
+from pipeline.models.residual import Blocks, Layer, Norm, Shortcut, named
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.still import OncePerImage
 from pipeline.spiking.surrogate import Sigmoid
@@ -173,8 +173,7 @@ def qkformer_10(
     neuron: nn.Module | None = None,
 ) -> QKFormer:
     """QKFormer-10-384, -512 or -768: 16.47, 29.08 or 64.96 M parameters at 1000 classes."""
-    if channels not in (384, 512, 768):
-        raise ValueError(f"qkformer_10: channels must be 384, 512 or 768, as published; got channels={channels}")
+    refuse_unless_one_of("qkformer_10", (384, 512, 768), channels=channels)
     return QKFormer(
         channels=channels,
         depth=10,

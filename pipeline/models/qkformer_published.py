@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.attention import ProjectionNeuron
+from pipeline.models.parts import Over
 from pipeline.models.qkformer import QKFormer
-from pipeline.models.residual import Over
+from pipeline.state_file import misfits
 
 # What a published file holds that this network has no place for, and why.
 IGNORED = {"num_batches_tracked": "counts calls for torch's cumulative average, which batch norm with a momentum never reads"}
@@ -79,7 +80,10 @@ def from_published(
             projection_neuron=projection_neuron,
         )
     network.to_empty(device="cpu")
-    network.load_state_dict(with_our_names(published, network))
+    tensors = renamed(published, network)
+    if wrong := misfits(tensors, network.state_dict()):
+        raise ValueError(f"from_published: the weights must be those of a published QKFormer; got {wrong}")
+    network.load_state_dict(tensors)
     return network
 
 
@@ -90,25 +94,6 @@ def _sizes(published: Mapping[str, Tensor], name: str, dimensions: int) -> torch
     if len(shape) != dimensions:
         raise ValueError(f"from_published: {name} must have {dimensions} dimensions; got the shape {tuple(shape)}")
     return shape
-
-
-def with_our_names(published: Mapping[str, Tensor], network: QKFormer) -> dict[str, Tensor]:
-    """Published tensors under the names that `network` has for them, in its shapes (a 1x1 convolution was published in 1-D).
-
-    Raises: ValueError for tensors that are missing, left over or of another shape.
-    """
-    expected = {theirs: _published_shape(theirs, mine) for theirs, mine in _by_published_name(network).items()}
-    for theirs, shape in expected.items():
-        if theirs not in published:
-            raise ValueError(f"QKFormer: published weights must hold every tensor; got none named {theirs}")
-        if published[theirs].shape != shape:
-            raise ValueError(f"QKFormer: {theirs} must have the shape {tuple(shape)}; got {tuple(published[theirs].shape)}")
-    left = {name for name in published if name.rsplit(".", 1)[-1] not in IGNORED} - expected.keys()
-    if left:
-        raise ValueError(
-            f"QKFormer: published weights must fit the network; got {len(left)} tensors too many, {min(left)} among them"
-        )
-    return renamed(published, network)
 
 
 def is_published(weights: Mapping[str, Tensor]) -> bool:
@@ -135,11 +120,8 @@ def renamed(published: Mapping[str, Tensor], network: QKFormer) -> dict[str, Ten
 
 def to_published(network: QKFormer) -> dict[str, Tensor]:
     """Our weights under the published names and in the published shapes; without the counts of calls."""
-    return {theirs: tensor.reshape(_published_shape(theirs, tensor)) for theirs, tensor in _by_published_name(network).items()}
-
-
-def _by_published_name(network: QKFormer) -> dict[str, Tensor]:
-    return {published_name(name): tensor for name, tensor in network.state_dict().items()}
+    named = {published_name(name): tensor for name, tensor in network.state_dict().items()}
+    return {theirs: tensor.reshape(_published_shape(theirs, tensor)) for theirs, tensor in named.items()}
 
 
 def _published_shape(theirs: str, tensor: Tensor) -> torch.Size:

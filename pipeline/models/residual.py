@@ -30,12 +30,14 @@ Brock et al. 2021 (NF, arXiv 2101.08692); multiple shortcuts: Liu et al. 2018 (B
 # T time, B batch, C channels, H W pixels
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 from torch import nn
 
-from pipeline.models.parts import Pool, one_more, standardized_conv, variance_gain
+from pipeline.counts import refuse_unless_one_of
+from pipeline.models.parts import Over, Pool, one_more, standardized_conv, variance_gain
 from pipeline.models.stream import ALPHA, GroupMean, Repeat, Rescaled, Residual, ShortcutOf, StreamVariance
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
@@ -43,7 +45,6 @@ from pipeline.spiking.synapse import Conv2d
 
 Shortcut = Literal["post_activation", "sew", "sew_multiple", "membrane", "multiple", "multiple_all"]
 Norm = Literal["batch", "sws"]
-Over = Literal["step", "time"]
 
 
 class Layer(NamedTuple):
@@ -79,10 +80,8 @@ class Blocks:
         over: Over = "step",
         norm_gain: float = 1.0,
     ) -> None:
-        if shortcut not in get_args(Shortcut):
-            raise ValueError(f"shortcut must be one of {', '.join(get_args(Shortcut))}; got shortcut={shortcut!r}")
-        if norm not in get_args(Norm):
-            raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}; got norm={norm!r}")
+        refuse_unless_one_of("Blocks", get_args(Shortcut), shortcut=shortcut)
+        refuse_unless_one_of("Blocks", get_args(Norm), norm=norm)
         if norm == "sws" and shortcut not in ("membrane", "multiple"):
             raise ValueError(f"norm='sws' needs shortcut='membrane' or 'multiple', whose streams it scales; got {shortcut=}")
         if norm == "sws" and getattr(neuron, "decay_input", False):
@@ -233,9 +232,43 @@ class Blocks:
         return projection, True
 
 
+def resnet_stages(
+    factory: Blocks,
+    blocks: Sequence[int],
+    width: int,
+    *,
+    bottleneck: bool = False,
+    first_stride: int = 1,
+    last_gain: float | None = None,
+    pooled: bool = False,
+    drop_path: float = 0.0,
+) -> tuple[nn.Sequential, int]:
+    """Stage i has `blocks[i]` blocks of width `width * 2**i` and begins with stride 2, the first with `first_stride`.
+
+    `drop_path` is the share at the last block, to which it grows linearly; `last_gain` and `pooled` are `Blocks.residual`'s.
+
+    Returns: the stages, and the channels that leave them.
+    """
+    stages = nn.Sequential()
+    channels, built, last = width, 0, max(1, sum(blocks) - 1)
+    for index, count in enumerate(blocks):
+        stage = nn.Sequential()
+        for position in range(count):
+            stride = 1 if position else 2 if index else first_stride
+            layers = resnet_layers(channels, width * 2**index, stride=stride, bottleneck=bottleneck)
+            stage.append(factory.residual(layers, last_gain=last_gain, pooled=pooled, drop_path=drop_path * built / last))
+            channels, built = layers[-1].out_channels, built + 1
+        stages.append(stage)
+    return stages, channels
+
+
+def resnet_layers(in_channels: int, width: int, *, stride: int, bottleneck: bool) -> list[Layer]:
+    """What a block of a ResNet is made of; in a bottleneck the 3x3 has the stride."""
+    if bottleneck:
+        return [Layer(in_channels, width), Layer(width, width, 3, stride), Layer(width, 4 * width)]
+    return [Layer(in_channels, width, 3, stride), Layer(width, width, 3)]
+
+
 def named(**modules: nn.Module) -> nn.Sequential:
     """One behind another, under these names."""
-    sequence = nn.Sequential()
-    for name, module in modules.items():
-        sequence.add_module(name, module)
-    return sequence
+    return nn.Sequential(OrderedDict(modules))

@@ -15,10 +15,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.counts import refuse_unless_counts
-from pipeline.models.parts import Pool, initialized_as_relu
-from pipeline.models.residual import Blocks, Layer, Over
-from pipeline.models.resnet_stages import resnet_stages
+from pipeline.counts import refuse_unless_counts, refuse_unless_one_of
+from pipeline.models.parts import Over, Pool, initialized_as_relu
+from pipeline.models.residual import Blocks, Layer, resnet_stages
 from pipeline.spiking.neuron import IF
 from pipeline.spiking.still import OncePerImage
 from pipeline.spiking.surrogate import ATan
@@ -58,8 +57,7 @@ class SEWResNet(nn.Module):
         super().__init__()
         numbers = {"classes": classes, "in_channels": in_channels, "width": width, "blocks": blocks}
         refuse_unless_counts("SEWResNet", numbers)
-        if shortcut not in ("sew", "post_activation"):
-            raise ValueError(f"SEWResNet: shortcut must be 'sew' or 'post_activation'; got shortcut={shortcut!r}")
+        refuse_unless_one_of("SEWResNet", ("sew", "post_activation"), shortcut=shortcut)
         factory = Blocks(shortcut=shortcut, neuron=neuron, over=over)
         self.stem = nn.Sequential(
             OncePerImage.of(factory.currents(Layer(in_channels, width, 7, stride=2))),
@@ -84,8 +82,7 @@ def sew_resnet(
     neuron: nn.Module = NEURON,
 ) -> SEWResNet:
     """SEW-ResNet-18 to -152 for ImageNet; 11.69, 21.80, 25.56, 44.55, 60.19 M parameters. "post_activation": Spiking ResNet."""
-    if depth not in DEPTHS:
-        raise ValueError(f"sew_resnet: depth must be one of {', '.join(map(str, DEPTHS))}; got depth={depth}")
+    refuse_unless_one_of("sew_resnet", DEPTHS, depth=depth)
     return SEWResNet(
         blocks=DEPTHS[depth],
         bottleneck=depth >= 50,

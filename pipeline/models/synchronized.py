@@ -6,7 +6,7 @@ time step that is given to the network by itself; under `over="time"`, one for a
 
 from torch import nn
 
-from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.norm import batch_norms
 
 
 def synchronized(network: nn.Module) -> nn.Module:
@@ -14,7 +14,7 @@ def synchronized(network: nn.Module) -> nn.Module:
 
     Raises: ValueError for a network without batch norm.
     """
-    norms = [module for module in network.modules() if isinstance(module, BatchNorm)]
+    norms = batch_norms(network)
     if not norms:
         raise ValueError(f"synchronized: the network must have batch norm; got {type(network).__name__} without any")
     for norm in norms:

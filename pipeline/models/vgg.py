@@ -15,19 +15,19 @@ Source: Xiao et al. 2022 (OTTT, arXiv 2210.04195), section 5 and appendix.
 
 # T time, B batch, C channels, H W pixels, K classes
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.counts import are_counts, refuse_unless_counts
+from pipeline.counts import are_counts, refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.parts import one_more, standardized_conv, variance_gain
 from pipeline.spiking.dropout import Dropout
-from pipeline.spiking.feedback import Feedback
-from pipeline.spiking.neuron import LIF
+from pipeline.spiking.neuron import LIF, identity
 from pipeline.spiking.pool import MeanPool
+from pipeline.spiking.state import State
 from pipeline.spiking.still import OncePerImage
 from pipeline.spiking.synapse import Conv2d, Linear, folded
 
@@ -59,6 +59,30 @@ class Layer(nn.Module):
     def forward(self, h_TBCHW: Tensor, more: nn.Module | None = None) -> Tensor:
         current_TBCHW = self.conv(h_TBCHW if self.gain is None else self.gain * h_TBCHW)
         return self.dropout(self.neuron(current_TBCHW if more is None else current_TBCHW + more(h_TBCHW)))
+
+
+class Feedback(nn.Module):
+    """h[t-1] at time t: `recall` before it is needed, `keep` when h[t] is known. Both hold one step, `[1, B, ...]`.
+
+    A model with feedback runs its time steps one after another, whatever the length of the slice that it is given.
+    The seam `carry` is applied to what is kept, as in `LIF`: the identity under BPTT, detach under online rules.
+
+    Raises: ValueError outside `fresh_state`, or when more than one step is kept.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.carry: Callable[[Tensor], Tensor] = identity
+        self.state = State("Feedback")
+
+    def recall(self) -> Tensor | None:
+        """h[t-1], or None at the first time step of a batch."""
+        return self.state.read("h")
+
+    def keep(self, h_TB: Tensor) -> None:
+        if h_TB.shape[0] != 1:
+            raise ValueError(f"Feedback: keep must be handed one time step, [1, B, ...]; got shape {tuple(h_TB.shape)}")
+        self.state.write("h", self.carry(h_TB))
 
 
 class FeedbackConv(nn.Module):
@@ -107,8 +131,7 @@ class VGG(nn.Module):
         if not stages or not all(are_counts(widths) for widths in stages):
             raise ValueError(f"VGG: each stage must hold at least one width >= 1; got stages={stages}")
         refuse_unless_counts("VGG", {"classes": classes, "in_channels": in_channels})
-        if feedback not in ("none", "last"):
-            raise ValueError(f"VGG: feedback must be 'none' or 'last'; got feedback={feedback!r}")
+        refuse_unless_one_of("VGG", ("none", "last"), feedback=feedback)
         if not are_counts(stem) or len(stem) != 2 or stem[0] % 2 == 0:
             raise ValueError(f"VGG: stem must be an odd kernel and a stride >= 1; got stem={stem}")
         kernel, stride = stem

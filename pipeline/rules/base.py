@@ -18,17 +18,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.counts import refuse_unless_one_of
 from pipeline.spiking.encode import is_still, repeat
+from pipeline.spiking.neuron import identity
 from pipeline.spiking.norm import BatchNorm, foreign_norms
 from pipeline.spiking.rate import WeightedRates
 
 OverTime = Literal["steps", "mean"]
 LossOf = Callable[[Tensor], Tensor]
-
-
-def identity(statistic: Tensor) -> Tensor:
-    """`World.mean` of one rank."""
-    return statistic
 
 
 @dataclass(frozen=True)
@@ -102,8 +99,7 @@ class Rule(nn.Module):
 
         Raises: ValueError when rule or model are taken, or when the rule cannot train this model or this loss.
         """
-        if over_time not in ("steps", "mean"):
-            raise ValueError(f"{self.label}: over_time must be 'steps' or 'mean'; got over_time={over_time!r}")
+        refuse_unless_one_of(self.label, ("steps", "mean"), over_time=over_time)
         if over_time not in self.over_time_choices:
             why = (
                 "the loss of the mean logits needs all T steps in one graph"
@@ -220,6 +216,12 @@ class Rule(nn.Module):
         self._last_step = step
         return self._objectives(model, x_TB, loss_of, step, rows if rows is not None else range(x_TB.shape[1]))
 
+    def loss_over_time(self, logits_TBK: Tensor, loss_of: LossOf) -> tuple[Tensor, Tensor]:
+        """The loss of all T steps as `over_time` says, with its graph, and the mean logits `[B, K]` without."""
+        if self.over_time == "steps":
+            return steps_share(logits_TBK, loss_of, steps=len(logits_TBK))
+        return loss_of(logits_TBK.mean(0)), logits_TBK.detach().mean(0)
+
     def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
         raise NotImplementedError(f"{type(self).__name__} must override _objectives")
 
@@ -291,23 +293,3 @@ def refuse_foreign_norms(who: str, model: nn.Module) -> None:
             "pipeline.spiking.norm.BatchNorm, or standardise the weights (weights='standardized'); a norm that train() leaves in "
             "evaluation mode is accepted"
         )
-
-
-def counter_hash(*counters: int) -> int:
-    """64 bits that are a pure function of the counters: the source of every draw of a rule, such as (seed, step, t).
-
-    The same on every rank, after every restart and under every version of torch or numpy; the global generators are
-    neither read nor moved.
-
-    Source: splitmix64 (Steele, Lea & Flood 2014, doi 10.1145/2660193.2660195), absorbing one counter per round.
-    """
-    bits = 0
-    for counter in counters:
-        bits = ((bits ^ (counter & _MASK)) + 0x9E3779B97F4A7C15) & _MASK
-        bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) & _MASK
-        bits ^= bits >> 31
-    return bits
-
-
-_MASK = (1 << 64) - 1

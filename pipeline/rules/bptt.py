@@ -78,13 +78,8 @@ class BPTT(Rule):
                 yield self._computed_twice(model, x_TB, loss_of)
             else:
                 logits_TBK = torch.cat([model(x_cB) for x_cB in x_TB.split(self.chunk or steps)])
-                loss, mean_logits_BK = self._loss(logits_TBK, loss_of)
+                loss, mean_logits_BK = self.loss_over_time(logits_TBK, loss_of)
                 yield Objective(backward=loss, loss=loss.detach(), logits=mean_logits_BK)
-
-    def _loss(self, logits_TBK: Tensor, loss_of: LossOf) -> tuple[Tensor, Tensor]:
-        if self.over_time == "steps":
-            return steps_share(logits_TBK, loss_of, steps=logits_TBK.shape[0])
-        return loss_of(logits_TBK.mean(0)), logits_TBK.detach().mean(0)
 
     def _in_pieces(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, sharing: Sharing) -> Iterator[Objective]:
         steps = x_TB.shape[0]
@@ -100,6 +95,6 @@ class BPTT(Rule):
         run = Recomputed(model, x_TB.split(self.chunk or 1))
         with torch.enable_grad():
             logits_TBK = run.forward().requires_grad_()
-            loss, mean_logits_BK = self._loss(logits_TBK, loss_of)
+            loss, mean_logits_BK = self.loss_over_time(logits_TBK, loss_of)
             (error_TBK,) = torch.autograd.grad(loss, logits_TBK)
         return Objective(backward=run.scalar(loss, error_TBK), loss=loss.detach(), logits=mean_logits_BK)

@@ -3,21 +3,21 @@
 # T time, B batch, K classes
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.counts import refuse_unless_counts
-from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, steps_share
+from pipeline.counts import refuse_unless_counts, refuse_unless_one_of
+from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World
 from pipeline.spiking.encode import is_still
 from pipeline.spiking.neuron import named_neurons
-from pipeline.spiking.norm import BatchNorm, by_own_samples
+from pipeline.spiking.norm import batch_norms, by_own_samples
 from pipeline.spiking.rate import RateNeuron, rate_weights
 from pipeline.spiking.serving import serving
-from pipeline.spiking.state import fresh_state
+from pipeline.spiking.state import attribute_set, fresh_state, hooked
 
 # Calibration holds so many samples at a time, at every T and width; and each layer keeps 1 / 1000 of its rates.
 CALIBRATION_SAMPLES = 32
@@ -69,12 +69,10 @@ class DSR(Rule):
     ) -> None:
         super().__init__()
         refuse_unless_counts("DSR", {"calibrate": calibrate}, least=0)
-        if calibrate_on not in ("spikes", "activations"):
-            raise ValueError(f"DSR: calibrate_on must be 'spikes' or 'activations'; got calibrate_on={calibrate_on!r}")
+        refuse_unless_one_of("DSR", ("spikes", "activations"), calibrate_on=calibrate_on)
         if calibrate_on == "activations" and calibrate == 0:
             raise ValueError("DSR: calibrate_on='activations' needs batches to calibrate on; got calibrate=0")
-        if backward not in ("rates", "published"):
-            raise ValueError(f"DSR: backward must be 'rates' or 'published'; got backward={backward!r}")
+        refuse_unless_one_of("DSR", ("rates", "published"), backward=backward)
         self.calibration_batches = calibrate
         self.calibrate_on: Literal["spikes", "activations"] = calibrate_on
         self.backward: Literal["rates", "published"] = backward
@@ -96,10 +94,7 @@ class DSR(Rule):
     def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
         with fresh_state(model):
             logits_TBK = model(x_TB)
-            if self.over_time == "steps":
-                loss, mean_logits_BK = steps_share(logits_TBK, loss_of, steps=len(x_TB))
-            else:
-                loss, mean_logits_BK = loss_of(logits_TBK.mean(0)), logits_TBK.detach().mean(0)
+            loss, mean_logits_BK = self.loss_over_time(logits_TBK, loss_of)
             yield Objective(backward=loss, loss=loss.detach(), logits=mean_logits_BK)
 
     @torch.no_grad()
@@ -109,7 +104,8 @@ class DSR(Rule):
         on_spikes = self.calibrate_on == "spikes"
         if not on_spikes:
             parts = [part_TB[:1] if is_still(part_TB) else part_TB.mean(0, keepdim=True) for part_TB in parts]
-        with _evaluated(model, batch_statistics=on_spikes), _as_neurons(model, None if on_spikes else _activation):
+        ramps = [] if on_spikes else [neuron for _, neuron in named_neurons(model)]
+        with _evaluated(model, batch_statistics=on_spikes), attribute_set(ramps, "gradient", _activation):
             for neuron in _in_order_of_use(model, parts[0]):
                 height = _percentile((_rates_into(neuron, model, part_TB) for part_TB in parts), samples)
                 neuron.threshold.fill_(max(neuron.dt * float(height), neuron.bound))
@@ -190,14 +186,11 @@ def _activation(lif: RateNeuron, x_TB: Tensor) -> Tensor:
 
 def _rates_into(neuron: RateNeuron, model: nn.Module, x_TB: Tensor) -> Tensor:
     """gain I of `neuron`, `[B, ...]`, from what the neurons before it give."""
-    before, neuron.gradient = neuron.gradient, _stop  # type: ignore[assignment]  # set on rate-coded neurons alone
     try:
-        with fresh_state(model):
+        with attribute_set([neuron], "gradient", _stop), fresh_state(model):
             model(x_TB)
     except _Reached as reached:
         return reached.rate_B
-    finally:
-        neuron.gradient = before
     raise AssertionError("a neuron that ran once runs again")
 
 
@@ -205,12 +198,8 @@ def _in_order_of_use(model: nn.Module, x_TB: Tensor) -> list[RateNeuron]:
     """The neurons that one forward meets, each once."""
     met: dict[nn.Module, None] = {}
     hooks = [lif.register_forward_pre_hook(lambda lif, _: met.setdefault(lif)) for _, lif in named_neurons(model)]
-    try:
-        with fresh_state(model):
-            model(x_TB)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(hooks), fresh_state(model):
+        model(x_TB)
     return [lif for lif in met if isinstance(lif, RateNeuron)]
 
 
@@ -226,19 +215,6 @@ def _percentile(rates: Iterator[Tensor], samples: int) -> Tensor:
 
 
 @contextmanager
-def _as_neurons(model: nn.Module, gradient: Callable[[RateNeuron, Tensor], Tensor] | None) -> Iterator[None]:
-    """`gradient` in the place of every neuron; None leaves them."""
-    before = [(neuron, neuron.gradient) for _, neuron in named_neurons(model)]
-    try:
-        for neuron, _ in before if gradient is not None else []:
-            neuron.gradient = gradient  # type: ignore[assignment]  # set on rate-coded neurons alone
-        yield
-    finally:
-        for neuron, gradient_before in before:
-            neuron.gradient = gradient_before
-
-
-@contextmanager
 def _evaluated(model: nn.Module, *, batch_statistics: bool) -> Iterator[None]:
     """Evaluation mode, with batch norm by the statistics of the batch, this rank's own, where they are asked for; the model is
     as before afterwards.
@@ -246,9 +222,8 @@ def _evaluated(model: nn.Module, *, batch_statistics: bool) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     model.eval()
-    for module in model.modules():
-        if isinstance(module, BatchNorm) and batch_statistics:
-            module.train()
+    for norm in batch_norms(model) if batch_statistics else []:
+        norm.train()
     try:
         with by_own_samples(model):
             yield

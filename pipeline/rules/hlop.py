@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pipeline.counts import refuse_unless_counts
-from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, counter_hash
+from pipeline.counts import refuse_unless_counts, refuse_unless_one_of
+from pipeline.random import counter_hash
+from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World
 from pipeline.spec import admits
 from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.errorpath import FixedFeedback, sign_symmetric
@@ -101,12 +102,8 @@ class HLOP(Rule):
         refuse_unless_counts("HLOP", counts if lateral_steps is None else {**counts, "lateral_steps": lateral_steps})
         if not 0 <= momentum < 1:
             raise ValueError(f"HLOP: momentum must be in 0..1, below 1; got momentum={momentum}")
-        for name, value, choices in (
-            ("learn_from", learn_from, ("spikes", "traces", "rates")),
-            ("error", error, ("backprop", "sign_symmetric", "feedback")),
-        ):
-            if value not in choices:
-                raise ValueError(f"HLOP: {name} must be one of {', '.join(choices)}; got {name}={value!r}")
+        refuse_unless_one_of("HLOP", ("spikes", "traces", "rates"), learn_from=learn_from)
+        refuse_unless_one_of("HLOP", ("backprop", "sign_symmetric", "feedback"), error=error)
         if error != "backprop" and not inner.hands_errors_down:
             raise ValueError(f"HLOP: {inner.label} hands no error from layer to layer, so error must be 'backprop'; got {error=}")
         self.inner = inner

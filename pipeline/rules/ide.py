@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.counts import refuse_unless_counts
+from pipeline.counts import refuse_unless_counts, refuse_unless_one_of
 from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, refuse_foreign_norms
 from pipeline.spiking.equilibrium import Linearized, the_equilibrium
 from pipeline.spiking.solvers import Solution, broyden, fixed_point
@@ -49,8 +49,7 @@ class IDE(Rule):
         self, *, solver: Literal["broyden", "fixed_point"] = "broyden", iterations: int = 30, tolerance: float = 1e-5
     ) -> None:
         super().__init__()
-        if solver not in ("broyden", "fixed_point"):
-            raise ValueError(f"IDE: solver must be 'broyden' or 'fixed_point'; got solver={solver!r}")
+        refuse_unless_one_of("IDE", ("broyden", "fixed_point"), solver=solver)
         refuse_unless_counts("IDE", {"iterations": iterations})
         if not 0 <= tolerance < 1:
             raise ValueError(f"IDE: tolerance is relative to the gradient and must be in 0..1; got tolerance={tolerance}")

@@ -11,19 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.counts import are_counts
-from pipeline.rules.base import (
-    LossOf,
-    Objective,
-    OverTime,
-    Rule,
-    World,
-    counter_hash,
-    cut_in_time,
-    slices,
-    steps_share,
-)
-from pipeline.spiking.heads import MultiHead
+from pipeline.counts import are_counts, refuse_unless_one_of
+from pipeline.random import counter_hash
+from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, cut_in_time, slices, steps_share
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.noise import DISTRIBUTIONS, Distribution
 from pipeline.spiking.signals import Fixed, MeanJacobian, Signals, SinglePoint
@@ -98,11 +88,9 @@ class OPZO(Rule):
         leak: float | None = None,
     ) -> None:
         super().__init__()
-        choices = {"feedback": tuple(NAMES), "distribution": (*DISTRIBUTIONS, None), "inject": ("spikes", "membrane", None)}
-        for name, value in (("feedback", feedback), ("distribution", distribution), ("inject", inject)):
-            if value not in choices[name]:
-                accepted = ", ".join(choice for choice in choices[name] if choice)
-                raise ValueError(f"OPZO: {name} must be one of {accepted}; got {name}={value!r}")
+        refuse_unless_one_of("OPZO", tuple(NAMES), feedback=feedback)
+        refuse_unless_one_of("OPZO", (*DISTRIBUTIONS, None), distribution=distribution)
+        refuse_unless_one_of("OPZO", ("spikes", "membrane", None), inject=inject)
         if noise is None:
             noise = 0.0 if feedback == "random" else NOISE
         if not 0 <= noise < math.inf or (noise == 0 and feedback != "random"):
@@ -175,7 +163,7 @@ class OPZO(Rule):
             raise ValueError(f"OPZO: antithetic pairs need two time steps, so T must be >= 2; got antithetic=True, T={steps}")
 
     def start_task(self, model: nn.Module, task: int) -> None:
-        if task > 0 and any(isinstance(module, MultiHead) for module in model.modules()):
+        if task > 0 and any(getattr(module, "has_task_heads", False) for module in model.modules()):
             self.signals.begin(self.signals.device)  # another head has another Jacobian
 
     def release(self) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.counts import refuse_unless_counts
+from pipeline.counts import refuse_unless_counts, refuse_unless_one_of
 from pipeline.rules.base import (
     LossOf,
     Objective,
@@ -58,11 +58,8 @@ class OTTT(Rule):
         chunk: int = 1,
     ) -> None:
         super().__init__()
-        if update not in ("batch", "objective"):
-            raise ValueError(f"OTTT: update must be 'batch' or 'objective'; got update={update!r}")
-        for name, value in (("first", first), ("readout", readout)):
-            if value not in ("plain", "traced"):
-                raise ValueError(f"OTTT: {name} must be 'plain' or 'traced'; got {name}={value!r}")
+        refuse_unless_one_of("OTTT", ("batch", "objective"), update=update)
+        refuse_unless_one_of("OTTT", ("plain", "traced"), first=first, readout=readout)
         refuse_unless_counts("OTTT", {"chunk": chunk}, up_to="T")
         if update == "objective" and chunk > 1:
             raise ValueError(f"OTTT: update='objective' moves the weights at every step, so chunk must be 1; got chunk={chunk}")

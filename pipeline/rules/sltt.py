@@ -8,17 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.counts import refuse_unless_counts
-from pipeline.rules.base import (
-    LossOf,
-    Objective,
-    OverTime,
-    Rule,
-    World,
-    counter_hash,
-    cut_in_time,
-    slices,
-    steps_share,
-)
+from pipeline.random import counter_hash
+from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, cut_in_time, slices, steps_share
 from pipeline.spiking.neuron import named_neurons
 from pipeline.spiking.once import computed_once
 from pipeline.spiking.state import fresh_state

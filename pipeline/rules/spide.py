@@ -17,7 +17,7 @@ from pipeline.counts import refuse_unless_counts
 from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, refuse_foreign_norms
 from pipeline.spiking.equilibrium import Equilibrium, Linearized, the_equilibrium
 from pipeline.spiking.limit import Limited
-from pipeline.spiking.state import fresh_state
+from pipeline.spiking.state import fresh_state, hooked
 from pipeline.spiking.synapse import Linear, carrier, effective_weight
 
 Transposed = Callable[[Tensor, Tensor], None]
@@ -281,9 +281,5 @@ def spikes_counted(equilibrium: Equilibrium) -> Iterator[_Counted]:
         counted.spikes += s_1B.count_nonzero().item()
         counted.places += s_1B.numel()
 
-    hooks = [neuron.register_forward_hook(count) for neuron in equilibrium.neurons]
-    try:
+    with hooked(neuron.register_forward_hook(count) for neuron in equilibrium.neurons):
         yield counted
-    finally:
-        for hook in hooks:
-            hook.remove()

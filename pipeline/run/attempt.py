@@ -37,7 +37,6 @@ from pipeline.run.parts import Parts
 from pipeline.run.record import hardware_of, held_without_zero, told_at_start, told_at_the_end
 from pipeline.run.saving import Saving
 from pipeline.tasks import Learnt, mean_of
-from pipeline.track.jsonl import read
 
 MOST_DATA_WAIT = 0.2
 """of the time of steady batches: a loader that takes more is told of"""
@@ -102,7 +101,6 @@ class Attempt:
     def _run(self) -> dict[str, Any] | None:
         self._tell_smaller()
         self.tracker.event("start", sync=True, **told_at_start(self.parts, step=self.step))
-        self._tell_damage()
         self._tell_nearness(epoch=None)
         self.meters.forget_peaks()
         if self.owes_epoch_end:
@@ -121,16 +119,6 @@ class Attempt:
         """By rank 0, before the start that says what is tried next: another one has met it and died of it."""
         if self.ranks.rank == 0 and (samples := untold(self.folder)) is not None:
             self.tracker.event("smaller", step=self.step, micro_batch=samples, reason="memory ran out on another worker")
-
-    def _tell_damage(self) -> None:
-        """Once of each page, by rank 0: who met it may have died of it."""
-        if self.ranks.rank or not self.parts.damage.pages:
-            return
-        earlier = {(event["file"], event["page"]) for event in read(self.folder / "journal.jsonl") if event["event"] == "damaged"}
-        for page in self.parts.damage.pages:
-            if (page.file, page.number) not in earlier:
-                about = {"file": page.file, "page": page.number, "samples": page.count, "left_out": page.samples}
-                self.tracker.event("damaged", step=self.step, **about)
 
     def _train(self) -> None:
         """The rest of the task at hand."""

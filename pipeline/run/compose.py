@@ -23,10 +23,9 @@ from pipeline.checkpoint import Checkpoints, Owned, check_shared, lost_step, pla
 from pipeline.checkpoint.background import LONGEST_S
 from pipeline.code import check_same_code, code_digest
 from pipeline.data.base import Data
-from pipeline.data.care import ONE_IN, Care
+from pipeline.data.page_checks import ONE_IN
 from pipeline.elastic import check_accumulation, check_sizes, seed_everything, steady
 from pipeline.guards.batches import Skipped
-from pipeline.guards.damaged import Damage, find_damage
 from pipeline.guards.fitting import fitted, limit_of
 from pipeline.guards.storage import PATIENCE_S, patiently
 from pipeline.guards.watchdog import Watchdog
@@ -45,7 +44,7 @@ from pipeline.run.decided import adopt, decided
 from pipeline.run.parts import Parts
 from pipeline.run.record import refuse_another_recipe, refuse_another_start
 from pipeline.spiking.encode import over_steps
-from pipeline.tasks import Loaders, tasks_of
+from pipeline.tasks import Loaders, build_data, check_data, tasks_of
 from pipeline.teaching import Teaching, open_teaching
 from pipeline.track.base import Tracker
 from pipeline.track.jsonl import read
@@ -77,11 +76,11 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
     )
     recipe = fitted(written, limit)
     with watchdog.off():  # one worker of each machine reads all of the data
-        damage = find_damage(recipe, job, place, ranks)
+        ranks.together(lambda: _check_data(recipe, job, place))
     world = World(recipe.seed, ranks.rank, ranks.size, ranks.mean)
     # What can be refused on one machine alone comes first, and nobody talks to the others while it does.
     recipe, network, rule, loaders = ranks.together(
-        lambda: _own_parts(job, place, recipe, damage, world, tracker, is_fresh=checkpoint is None)
+        lambda: _own_parts(job, place, recipe, world, tracker, is_fresh=checkpoint is None)
     )
     watchdog.beat()
     split = recipe.split(ranks.size)
@@ -112,7 +111,6 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
         meters=Meters(network, batch_size=recipe.batch_size, device=ranks.device, clock=clock),
         checkpoints=checkpoints,
         skipped=skipped,
-        damage=damage,
         decided=ranks.agree(lambda: decided(folder)),
         sizes=place.sizes or (ranks.size,),
         notice=place.notice,
@@ -172,15 +170,20 @@ def _newest(checkpoints: Checkpoints, recipe: Recipe, job: Job) -> Path | None:
     return found
 
 
+def _check_data(recipe: Recipe, job: Job, place: Place) -> None:
+    """One worker of each machine reads every page: machines may hold copies of their own."""
+    check_data(build_data(recipe), fingerprint=job.data_fingerprint, every_page=place.local_rank == 0)
+
+
 def _own_parts(
-    job: Job, place: Place, recipe: Recipe, damage: Damage, world: World, tracker: Tracker, *, is_fresh: bool
+    job: Job, place: Place, recipe: Recipe, world: World, tracker: Tracker, *, is_fresh: bool
 ) -> tuple[Recipe, nn.Module, Rule, Loaders]:
     """Network, rule and data of this process, and the recipe with the micro-batches that suit them.
 
     Every one of them may be refused here, and none of them is collective.
     """
     check_sizes(recipe, place.sizes or (world.size,))
-    tasks = tasks_of(recipe, Care(one_in=ONE_IN[job.verify], left_out=damage.samples))
+    tasks = tasks_of(recipe, one_in=ONE_IN[job.verify])
     seed_everything(recipe.seed)
     network = build_network(recipe, tasks)
     if recipe.init is not None and is_fresh:

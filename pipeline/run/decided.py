@@ -1,4 +1,4 @@
-"""What a run has decided for all of its attempts: batches to skip, pages that are left out, a micro-batch that fits.
+"""What a run has decided for all of its attempts: batches to skip, a micro-batch that fits.
 
 Each lies in the run's folder as soon as it is decided. Checkpoints tell of it, for a run whose folder is lost; what was decided
 after the newest of them is lost with it.
@@ -12,13 +12,11 @@ from typing import Any
 
 from pipeline.guards.batches import FILE as SKIPPED
 from pipeline.guards.batches import Skipped
-from pipeline.guards.damaged import FILE as DAMAGED
-from pipeline.guards.damaged import Damage
 from pipeline.guards.fitting import FILE as MICRO_BATCH
 from pipeline.guards.fitting import limit_of
 from pipeline.recipe import read_json, write_json
 
-FILES = (SKIPPED, DAMAGED, MICRO_BATCH)
+FILES = (SKIPPED, MICRO_BATCH)
 
 
 def decided(run: Path) -> dict[str, Any]:
@@ -38,10 +36,6 @@ def adopt(run: Path, told: Mapping[str, Any]) -> None:
         skipped = Skipped.read(run)
         if (further := skipped.further(Skipped.of(told[SKIPPED]))) != skipped:
             further.write(run)
-    if DAMAGED in told:
-        damage = Damage.read(run)
-        if (both := damage.joined(Damage.of(told[DAMAGED]))) != damage:
-            both.write(run)
     if MICRO_BATCH in told:
         limit = limit_of(run)
         if limit is None or told[MICRO_BATCH] < limit:

@@ -12,7 +12,6 @@ from pipeline.backend.base import Backend
 from pipeline.checkpoint import Checkpoints
 from pipeline.data.mixing import Mixing
 from pipeline.guards.batches import Skipped
-from pipeline.guards.damaged import Damage
 from pipeline.guards.watchdog import Watchdog
 from pipeline.job import Job, Notice
 from pipeline.measure.meters import Meters
@@ -52,10 +51,8 @@ class Parts:
     checkpoints: Checkpoints
     skipped: Skipped
     """what going back has decided"""
-    damage: Damage
-    """what is left out of the training file"""
     decided: dict[str, Any]
-    """these two and the micro-batch that fits, as checkpoints tell of them"""
+    """that and the micro-batch that fits, as checkpoints tell of them"""
     sizes: tuple[int, ...]
     """every number of workers that the run may have"""
     notice: Callable[[], Notice | None]

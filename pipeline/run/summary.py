@@ -24,7 +24,6 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any
     """
     starts = [event for event in events if event["event"] == "start"]
     attempts = {event["attempt"] for event in events} - {OF_NONE}
-    damaged = {(event["file"], event["page"]): event["samples"] for event in events if event["event"] == "damaged"}
     return {
         **result.metrics,
         "evaluated_samples": result.samples,
@@ -53,8 +52,6 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any
         "restarts": len(starts) - 1,
         "rollbacks": sum(event["event"] == "rollback" for event in events),
         "skipped_batches": len({event["step"] for event in events if event["event"] == "skipped"}),
-        "damaged_pages": len(damaged),
-        "left_out_samples": sum(damaged.values()),
         "commits": sorted({event["commit"] for event in starts}),
     }
 

@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pipeline.guards.batches import GoBack
-from pipeline.guards.damaged import LeftOut
 from pipeline.guards.deaths import forget_death, noted
 from pipeline.guards.storage import may_pass
 from pipeline.guards.watchdog import untold
@@ -57,8 +56,8 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
         _tell_ends(folder, events, tracker)
         try:
             yield tracker
-        except (GoBack, LeftOut):
-            raise  # the one has told, of the other the next attempt tells
+        except GoBack:
+            raise  # it has told
         except Exception as error:
             how = "diverged" if isinstance(error, Diverged) else "failed"
             told = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}

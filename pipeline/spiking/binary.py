@@ -35,6 +35,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.counts import refuse_unless_one_of
 from pipeline.spiking.state import State
 from pipeline.spiking.synapse import Conv2d, Linear
 
@@ -53,8 +54,7 @@ def binarize(synapse: Linear | Conv2d, weights: Binarization = "scaled") -> None
     have mean 0 and variance 1 / fan_in in each filter, which is what its network lives on in the place of a batch norm; their
     signs have neither.
     """
-    if weights not in WINDOWS:
-        raise ValueError(f"binarize: weights must be one of {', '.join(map(repr, WINDOWS))}; got weights={weights!r}")
+    refuse_unless_one_of("binarize", WINDOWS, weights=weights)
     if not isinstance(synapse, (Linear, Conv2d)):
         raise ValueError(
             f"binarize: the synapse must be a Linear or Conv2d of pipeline.spiking.synapse; got {type(synapse).__name__}"

@@ -15,8 +15,8 @@ Source: Xiao et al. 2021 (IDE, arXiv 2109.14247); Bai et al. 2019 (arXiv 1909.01
 
 # T time, B batch, N layers; v_B and the like are [B, ...] in the shape of the last layer
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.spiking.encode import is_still
-from pipeline.spiking.neuron import LIF, identity, named_neurons
-from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.plif import PLIF
+from pipeline.spiking.neuron import LIF, PLIF, identity, named_neurons
+from pipeline.spiking.norm import batch_norms
 from pipeline.spiking.rate import RateNeuron
 from pipeline.spiking.serving import serving
-from pipeline.spiking.state import State
+from pipeline.spiking.state import State, attribute_set
 
 Adjoint = Callable[[Tensor, "Linearized"], "Tensor | Sequence[Tensor]"]
 
@@ -134,11 +133,11 @@ class Equilibrium(nn.Module):
 
     def _at_rest(self, a_1B: Tensor, current_1B: Tensor, adjoint: Adjoint) -> Tensor:
         """`a_1B` as the value, and as the gradient the adjoint's, through f at `a_1B`."""
-        solution = _Solution()
+        betas: list[Tensor] = []
         z_1B = self.rate(0, current_1B + self.feedback(a_1B))
         for layer, synapse in enumerate(self.synapses, start=1):
-            z_1B = self.rate(layer, synapse(_OwnGradient.apply(z_1B, solution, layer - 1)))
-        return _AtRest.apply(z_1B, a_1B, current_1B, self, adjoint, solution)  # type: ignore[return-value]
+            z_1B = self.rate(layer, synapse(_OwnGradient.apply(z_1B, betas, layer - 1)))
+        return _AtRest.apply(z_1B, a_1B, current_1B, self, adjoint, betas)  # type: ignore[return-value]
 
 
 def the_equilibrium(who: str, model: nn.Module) -> Equilibrium:
@@ -210,38 +209,22 @@ def weighted_mean(x_TB: Tensor, leak: float) -> Tensor:
     return mean_B.unsqueeze(0)
 
 
-@contextmanager
-def evaluated_norms(model: nn.Module) -> Iterator[None]:
+def evaluated_norms(model: nn.Module) -> AbstractContextManager[None]:
     """Batch norm under `model` uses its running statistics, and leaves them alone; everything else stays as it is."""
-    training = [module for module in model.modules() if isinstance(module, BatchNorm) and module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-class _Solution:
-    """What the adjoint gave each layer, on its way from the last layer's backward to the others'."""
-
-    def __init__(self) -> None:
-        self.betas: list[Tensor] | None = None
+    return attribute_set(batch_norms(model), "training", False)
 
 
 class _OwnGradient(torch.autograd.Function):
-    """Identity; backward, a layer's own solution where there is one."""
+    """Identity; backward, the layer's own solution where the adjoint gave one for each layer."""
 
     @staticmethod
-    def forward(ctx: Any, z_1B: Tensor, solution: _Solution, layer: int) -> Tensor:
-        ctx.solution, ctx.layer = solution, layer
+    def forward(ctx: Any, z_1B: Tensor, betas: list[Tensor], layer: int) -> Tensor:
+        ctx.betas, ctx.layer = betas, layer
         return z_1B.view_as(z_1B)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        betas = ctx.solution.betas
-        return (grad_outputs[0] if betas is None else betas[ctx.layer].unsqueeze(0)), None, None
+        return (ctx.betas[ctx.layer].unsqueeze(0) if ctx.betas else grad_outputs[0]), None, None
 
 
 class _AtRest(torch.autograd.Function):
@@ -255,10 +238,10 @@ class _AtRest(torch.autograd.Function):
         current_1B: Tensor,
         equilibrium: Equilibrium,
         adjoint: Adjoint,
-        solution: _Solution,
+        betas: list[Tensor],
     ) -> Tensor:
         ctx.save_for_backward(a_1B, current_1B)
-        ctx.equilibrium, ctx.adjoint, ctx.solution = equilibrium, adjoint, solution
+        ctx.equilibrium, ctx.adjoint, ctx.betas = equilibrium, adjoint, betas
         return a_1B.clone()
 
     @staticmethod
@@ -269,7 +252,7 @@ class _AtRest(torch.autograd.Function):
             solved = ctx.adjoint(grad_outputs[0].squeeze(0), Linearized(ctx.equilibrium, a_1B, current_1B.to(a_1B.dtype)))
         if isinstance(solved, Tensor):
             return solved.unsqueeze(0), None, None, None, None, None
-        ctx.solution.betas = list(solved)
+        ctx.betas[:] = solved
         return solved[-1].unsqueeze(0), None, None, None, None, None
 
 

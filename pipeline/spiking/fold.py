@@ -9,17 +9,17 @@ so a weight a W may be stored as W where the norm is the only one that hears it.
 
 # T time, B batch
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.state import fresh_state
+from pipeline.spiking.state import fresh_state, hooked
 
 
 @torch.no_grad()
@@ -33,7 +33,10 @@ def following_norms(network: nn.Module, synapses: Mapping[str, nn.Module], x_TB:
     norms = {name: module for name, module in network.named_modules() if isinstance(module, BatchNorm)}
     was_training = network.training
     network.eval()
-    with fresh_state(network), _hooked(synapses, norms, listeners), listeners:
+    hooks = [module.register_forward_hook(partial(listeners.made, name)) for name, module in synapses.items()]
+    hooks += [norm.register_forward_pre_hook(partial(listeners.begins, name)) for name, norm in norms.items()]
+    hooks += [norm.register_forward_hook(listeners.ends) for norm in norms.values()]
+    with fresh_state(network), hooked(hooks), listeners:
         network(x_TB)
     network.train(was_training)
     found = {}
@@ -65,7 +68,7 @@ class _Listeners(TorchDispatchMode):
         self.hears: dict[str, set[str | None]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for argument in _tensors((*args, *(kwargs or {}).values())):
+        for argument in tree_leaves((args, kwargs)):
             if id(argument) in self.outputs:
                 self.of.setdefault(self.outputs[id(argument)][0], set()).add(self.running)
         return func(*args, **(kwargs or {}))
@@ -79,24 +82,3 @@ class _Listeners(TorchDispatchMode):
 
     def ends(self, *_: Any) -> None:
         self.running = None
-
-
-@contextmanager
-def _hooked(synapses: Mapping[str, nn.Module], norms: Mapping[str, nn.Module], listeners: _Listeners) -> Iterator[None]:
-    hooks = [module.register_forward_hook(partial(listeners.made, name)) for name, module in synapses.items()]
-    for name, norm in norms.items():
-        hooks.append(norm.register_forward_pre_hook(partial(listeners.begins, name)))
-        hooks.append(norm.register_forward_hook(listeners.ends))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)

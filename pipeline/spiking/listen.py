@@ -3,7 +3,7 @@
 # T time, B batch, N samples and time steps, C inputs of a synapse (of a convolution: the values of a patch)
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from pipeline.spiking.encode import is_still
 from pipeline.spiking.rate import rate_weights
 from pipeline.spiking.serving import serving
+from pipeline.spiking.state import attribute_set
 from pipeline.spiking.subspace import Moments, Subspace
 from pipeline.spiking.synapse import Conv2d, Linear
 
@@ -75,16 +76,9 @@ class Ear:
         return heard
 
 
-@contextmanager
-def listening(ears: Sequence[Ear], steps: int) -> Iterator[None]:
+def listening(ears: Sequence[Ear], steps: int) -> AbstractContextManager[None]:
     """Inside, all of them hear a batch of so many time steps."""
-    for ear in ears:
-        ear.open_for = steps
-    try:
-        yield
-    finally:
-        for ear in ears:
-            ear.open_for = None
+    return attribute_set(ears, "open_for", steps)
 
 
 class Overheard:

@@ -8,7 +8,7 @@
 Two rows of one key are equal, and a row does not know which other rows are drawn with it. The global generators are neither
 read nor moved.
 
-Source: splitmix64 (Steele, Lea & Flood 2014, doi 10.1145/2660193.2660195); Box & Muller 1958 (doi 10.1214/aoms/1177706645).
+Source: `mix` and its step g as in random.py; Box & Muller 1958 (doi 10.1214/aoms/1177706645).
 """
 
 # B batch, N units of a layer
@@ -20,13 +20,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pipeline.random import STEP, mix, signed
+
 Distribution = Literal["gaussian", "rademacher"]
 DISTRIBUTIONS: tuple[Distribution, ...] = ("gaussian", "rademacher")
 
 
 def noise(keys: Sequence[int], units: int, *, distribution: Distribution, device: torch.device | str = "cpu") -> Tensor:
     """`[B, N]` in fp32 with mean 0 and variance 1: row b of `units` values depends on `keys[b]` (64 bits) alone."""
-    keys_B = torch.tensor([_signed(key) for key in keys], dtype=torch.int64, device=device)
+    keys_B = torch.tensor([signed(key) for key in keys], dtype=torch.int64, device=device)
     if distribution == "rademacher":
         return _signs(keys_B, units)
     if distribution == "gaussian":
@@ -50,16 +52,8 @@ def _signs(keys_B: Tensor, units: int) -> Tensor:
 
 
 def _bits(keys_B: Tensor, count: int) -> Tensor:
-    """`[B, count]` of int64, whose arithmetic wraps as that of 64 unsigned bits does; shifts are made logical by a mask."""
-    counters = torch.arange(1, count + 1, device=keys_B.device) * _signed(0x9E3779B97F4A7C15)
-    z = keys_B[:, None] + counters
-    z = (z ^ ((z >> 30) & ((1 << 34) - 1))).mul_(_signed(0xBF58476D1CE4E5B9))
-    z = (z ^ ((z >> 27) & ((1 << 37) - 1))).mul_(_signed(0x94D049BB133111EB))
-    return z ^ ((z >> 31) & ((1 << 33) - 1))
-
-
-def _signed(bits: int) -> int:
-    return bits - (1 << 64) if bits >> 63 else bits
+    """`[B, count]` of int64, whose arithmetic wraps as that of 64 unsigned bits does."""
+    return mix(keys_B[:, None] + torch.arange(1, count + 1, device=keys_B.device) * STEP)
 
 
 _LOW32 = (1 << 32) - 1

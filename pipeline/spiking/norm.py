@@ -14,8 +14,7 @@ all steps would have brought them.
 
 # T time, B batch, C channels, R ranks
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -23,7 +22,9 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pipeline.counts import refuse_unless_one_of
 from pipeline.spiking.encode import is_still, repeat
+from pipeline.spiking.state import attribute_set
 
 
 class BatchNorm(nn.Module):
@@ -50,10 +51,8 @@ class BatchNorm(nn.Module):
         between: Literal["rank", "world"] = "rank",
     ) -> None:
         super().__init__()
-        if over not in ("step", "time"):
-            raise ValueError(f"BatchNorm: over must be 'step' or 'time'; got over={over!r}")
-        if between not in ("rank", "world"):
-            raise ValueError(f"BatchNorm: between must be 'rank' or 'world'; got between={between!r}")
+        refuse_unless_one_of("BatchNorm", ("step", "time"), over=over)
+        refuse_unless_one_of("BatchNorm", ("rank", "world"), between=between)
         self.channels = channels
         self.eps = eps
         self.momentum = momentum
@@ -146,30 +145,18 @@ def foreign_norms(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-@contextmanager
-def by_own_samples(model: nn.Module) -> Iterator[None]:
+def batch_norms(model: nn.Module) -> list[BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, BatchNorm)]
+
+
+def by_own_samples(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, batch norms under `model` normalise by the samples of this rank: for what one rank computes, or each by itself."""
-    norms = {module: module.between for module in model.modules() if isinstance(module, BatchNorm)}
-    for norm in norms:
-        norm.between = "rank"
-    try:
-        yield
-    finally:
-        for norm, between in norms.items():
-            norm.between = between
+    return attribute_set(batch_norms(model), "between", "rank")
 
 
-@contextmanager
-def standing_for(model: nn.Module, steps: int) -> Iterator[None]:
+def standing_for(model: nn.Module, steps: int) -> AbstractContextManager[None]:
     """Inside, the slices that batch norms under `model` see are one frame, which stands for so many time steps."""
-    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
-    for norm in norms:
-        norm.stands_for = steps
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.stands_for = None
+    return attribute_set(batch_norms(model), "stands_for", steps)
 
 
 def moments_over_ranks(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:

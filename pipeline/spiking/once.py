@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.spiking.state import State
+from pipeline.spiking.state import State, attribute_set
 
 Backwards = Literal["one", "several"]
 
@@ -136,11 +136,6 @@ def computed_once(model: nn.Module, *, steps: int, backwards: Backwards) -> Iter
     To be entered inside `fresh_state`, for one batch whose weights rest.
     """
     sharing = Sharing(steps=steps, backwards=backwards, parameters=model.parameters)
-    sharers: list[Any] = [module for module in model.modules() if hasattr(module, "sharing")]
-    for sharer in sharers:
-        sharer.sharing = sharing
-    try:
+    sharers = [module for module in model.modules() if hasattr(module, "sharing")]
+    with attribute_set(sharers, "sharing", sharing):
         yield sharing
-    finally:
-        for sharer in sharers:
-            sharer.sharing = None

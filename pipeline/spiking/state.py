@@ -5,10 +5,12 @@ state of a model at the start of a batch and empties it at the end. The values a
 would enter `state_dict`, and DDP would overwrite it by rank 0's at each forward (measured on torch 2.13).
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 # Where a rule puts its callables. A callable with memory of its own (a trace) holds a `State` as `state`, too.
 SEAMS = ("presynaptic", "backward_weight", "carry", "gradient", "adjoint")
@@ -65,6 +67,30 @@ def fresh_state(model: nn.Module) -> Iterator[None]:
         for state in states:
             state.is_open = False
             state.values.clear()
+
+
+@contextmanager
+def attribute_set(holders: Iterable[Any], name: str, value: object) -> Iterator[None]:
+    """Inside, the attribute `name` of each of `holders` is `value`; afterwards it is what it was."""
+    before = [(holder, getattr(holder, name)) for holder in holders]
+    for holder, _ in before:
+        setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        for holder, old in before:
+            setattr(holder, name, old)
+
+
+@contextmanager
+def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Inside, `hooks` are registered; afterwards they are removed."""
+    registered = list(hooks)
+    try:
+        yield
+    finally:
+        for hook in registered:
+            hook.remove()
 
 
 def states_of(model: nn.Module) -> list[State]:

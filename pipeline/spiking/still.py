@@ -6,6 +6,9 @@ computed (`once.py`). A synapse whose `presynaptic` gives another factor at each
 
 # T time, B batch
 
+from collections import OrderedDict
+from typing import Any
+
 from torch import Tensor, nn
 
 from pipeline.spiking.encode import is_still, repeat
@@ -20,7 +23,7 @@ class OncePerImage(nn.Sequential):
     Its running statistics move at the first slice, as far as all T steps move them.
     """
 
-    def __init__(self, *modules: nn.Module) -> None:
+    def __init__(self, *modules: Any) -> None:
         super().__init__(*modules)
         self.sharing: Sharing | None = None
         self.state = State("OncePerImage")
@@ -28,10 +31,7 @@ class OncePerImage(nn.Sequential):
     @classmethod
     def of(cls, sequence: nn.Sequential) -> "OncePerImage":
         """The same modules under the same names."""
-        first = cls()
-        for name, module in sequence.named_children():
-            first.add_module(name, module)
-        return first
+        return cls(OrderedDict(sequence.named_children()))
 
     def forward(self, input: Tensor) -> Tensor:
         sharing = self.sharing

@@ -14,7 +14,7 @@ Source: Xiao et al. 2024 (HLOP, arXiv 2402.11984), section 4; Oja 1989 (doi 10.1
 # N samples and time steps, C inputs of a layer, K lateral neurons
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,24 +23,6 @@ from pipeline.spiking.serving import serving
 
 LARGEST_CHANGE = 10.0
 LARGEST_RESPONSE = 20.0
-
-
-class Moments(Protocol):
-    """What the lateral neurons learn a global batch from."""
-
-    def add(self, x_NC: Tensor) -> None: ...
-
-    def mean(self, over_ranks: Callable[[Tensor], Tensor]) -> None:
-        """From sums over the samples of this rank to means over all; collective. Each rank must hold as many samples."""
-        ...
-
-    def drive(self, subspace: "Subspace") -> Tensor:
-        """E[y^T (x - y H)] of the rows that learn."""
-        ...
-
-    def energy(self, subspace: "Subspace") -> Tensor:
-        """The share of E|x|^2 that the rows keep, for orthonormal rows E|y|^2 / E|x|^2; 1 where x is silent."""
-        ...
 
 
 class Subspace(nn.Module):
@@ -83,7 +65,7 @@ class Subspace(nn.Module):
         self.velocity = torch.zeros_like(self.new)
 
     @torch.no_grad()
-    def learn(self, moments: Moments, *, rate: float, momentum: float, iterations: int) -> None:
+    def learn(self, moments: "Moments", *, rate: float, momentum: float, iterations: int) -> None:
         """The equations at the head of the file, `iterations` times."""
         with serving("lateral"):
             for _ in range(iterations):
@@ -109,7 +91,13 @@ class Subspace(nn.Module):
 
 
 class SecondMoments:
-    """S = E[x^T x], from which real-valued lateral neurons learn: D = H S (I - H^T H)."""
+    """S = E[x^T x], from which real-valued lateral neurons learn: D = H S (I - H^T H).
+
+    `mean` turns sums over the samples of this rank into means over all; it is collective, and every
+    rank must hold the same number of samples. `drive` is E[y^T (x - y H)] of the rows that learn.
+    `energy` is the share of E|x|^2 that the rows keep, for orthonormal rows E|y|^2 / E|x|^2; it is 1
+    where x is silent.
+    """
 
     def __init__(self, subspace: Subspace) -> None:
         self.second_CC = subspace.new.new_zeros(subspace.new.shape[1], subspace.new.shape[1])
@@ -133,7 +121,9 @@ class SecondMoments:
 
 
 class SpikingMoments:
-    """E[y^T x] and E[y^T y] of lateral neurons that answer in spikes, y clipped to +-20 and rounded to 1 / steps of that.
+    """E[y^T x] and E[y^T y] of lateral neurons that answer in spikes, used in the same way.
+
+    y is clipped to +-20 and rounded to 1 / steps of that.
 
     They fire once for each batch, with the weights of its beginning; the iterations move the weights under the same spikes.
     (Published ones fire anew in each iteration, for which a global batch would have to be kept.)
@@ -165,6 +155,10 @@ class SpikingMoments:
 
     def energy(self, subspace: Subspace) -> Tensor:
         return _share(self.lateral_KK.trace(), self.power[0])
+
+
+Moments = SecondMoments | SpikingMoments
+"""what the lateral neurons learn a global batch from"""
 
 
 def _share(kept: Tensor, energy: Tensor) -> Tensor:

@@ -46,7 +46,22 @@ def folded(op: Callable[[Tensor], Tensor], x_TB: Tensor) -> Tensor:
     return op(x_TB.flatten(0, 1)).unflatten(0, x_TB.shape[:2])
 
 
-class Linear(nn.Linear):
+class _Synapse(nn.Module):
+    """The seams that Linear and Conv2d share."""
+
+    weight: Tensor
+
+    def _add_seams(self, weights: Weights) -> None:
+        self.weights: str = weights
+        self.gain = _gain(type(self).__name__, self.weight, weights)
+        self.binarizer: nn.Module | None = None
+        self.sharing: Sharing | None = None
+        self.state = None if self.gain is None else State(type(self).__name__)
+        self.presynaptic: Presynaptic | None = None
+        self.backward_weight: BackwardWeight | None = None
+
+
+class Linear(nn.Linear, _Synapse):
     """`torch.nn.Linear` on `[T, B, ..., C]`; `weights` and the seams as at the head of the file.
 
     Raises: ValueError for an unknown `weights`, or for an input without a time axis.
@@ -54,13 +69,7 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, weights: Weights = "plain") -> None:
         super().__init__(in_features, out_features, bias)
-        self.weights: str = weights
-        self.gain = _gain("Linear", self.weight, weights)
-        self.binarizer: nn.Module | None = None
-        self.sharing: Sharing | None = None
-        self.state = None if self.gain is None else State("Linear")
-        self.presynaptic: Presynaptic | None = None
-        self.backward_weight: BackwardWeight | None = None
+        self._add_seams(weights)
 
     def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
         if input.dim() < 3:
@@ -74,7 +83,7 @@ class Linear(nn.Linear):
         return _LinearWithSeams.apply(x_TB, factor_TB, weight, bias, self.backward_weight)  # type: ignore[return-value]
 
 
-class Conv2d(nn.Conv2d):
+class Conv2d(nn.Conv2d, _Synapse):
     """`torch.nn.Conv2d` on `[T, B, C, H, W]`, zero padding; `weights` and the seams as at the head of the file.
 
     Raises: ValueError for an unknown `weights`, padding given as a word, or an input without a time axis.
@@ -96,13 +105,7 @@ class Conv2d(nn.Conv2d):
         if isinstance(padding, str):
             raise ValueError(f"Conv2d: padding must be a number of pixels; got padding={padding!r}")
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-        self.weights: str = weights
-        self.gain = _gain("Conv2d", self.weight, weights)
-        self.binarizer: nn.Module | None = None
-        self.sharing: Sharing | None = None
-        self.state = None if self.gain is None else State("Conv2d")
-        self.presynaptic: Presynaptic | None = None
-        self.backward_weight: BackwardWeight | None = None
+        self._add_seams(weights)
 
     def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
         if input.dim() != 5:

@@ -10,8 +10,8 @@ scalar whose gradient is each layer's signal at its own spikes, and whose value 
 
 # T time, B batch, N units of a layer, K outputs
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from pipeline.counts import refuse_unless_counts
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.noise import Distribution, noise
-from pipeline.spiking.state import State
+from pipeline.spiking.state import State, hooked
 from pipeline.spiking.synapse import Linear, folded
 
 Inject = Literal["spikes", "membrane"]
@@ -132,20 +132,14 @@ class TopDown:
         return s_B, v_B - (noise_B if lif.reset == "subtract" else noise_B * (1 - s_B.detach()))
 
 
-@contextmanager
-def answering(model: nn.Module) -> Iterator[None]:
+def answering(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, each `Readout` under `model` answers to what passes through it, as it does where a layer learns from its loss."""
 
     def answer(readout: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         assert isinstance(readout, Readout)
         readout.logits(inputs[0])
 
-    hooks = [module.register_forward_hook(answer) for module in model.modules() if isinstance(module, Readout)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return hooked(module.register_forward_hook(answer) for module in model.modules() if isinstance(module, Readout))
 
 
 def with_signals(loss: Tensor, ends: Sequence[Tensor], signals: Sequence[Tensor]) -> Tensor:

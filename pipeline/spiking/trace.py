@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from pipeline.spiking.neuron import named_neurons
+from pipeline.spiking.neuron import learnt_leaks, named_neurons
 from pipeline.spiking.norm import BatchNorm, is_foreign_norm
-from pipeline.spiking.plif import learnt_leaks
-from pipeline.spiking.state import State
+from pipeline.spiking.state import State, hooked
 from pipeline.spiking.synapse import Conv2d, Linear
 
 
@@ -100,12 +99,8 @@ def running_order(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
     def note(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         ran.extend([name] * len(inputs[0]))
 
-    hooks = [module.register_forward_pre_hook(partial(note, name)) for name, module in modules.items()]
-    try:
+    with hooked(module.register_forward_pre_hook(partial(note, name)) for name, module in modules.items()):
         yield ran
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _listed(leaks: dict[str, float]) -> str:

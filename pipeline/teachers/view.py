@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.counts import refuse_unless_one_of
+
 LEVELS = 255 * 1024
 """steps that a pixel is rounded to: coarse beside float32's error (1e-7), fine beside a level of 8 bits"""
 
@@ -42,8 +44,7 @@ class View(nn.Module):
         own_std: tuple[float, ...],
     ) -> None:
         super().__init__()
-        if interpolation not in ("bicubic", "bilinear"):
-            raise ValueError(f"View: interpolation must be 'bicubic' or 'bilinear'; got {interpolation!r}")
+        refuse_unless_one_of("View", ("bicubic", "bilinear"), interpolation=interpolation)
         if not 0 < crop <= 1:
             raise ValueError(f"View: crop must be a share in 0..1, 0 excluded; got {crop}")
         self.size, self.crop, self.interpolation = size, crop, interpolation

@@ -1,4 +1,4 @@
-"""What the training loop knows of tracking: that events can be told."""
+"""The interface of tracking to the training loop: a tracker takes events."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ class TrackingError(RuntimeError):
 
 
 class Tracker(Protocol):
-    """Takes the events of one training run. Rank 0 holds a `Journal`, the others a `NullTracker`."""
+    """Takes the events of one run. Rank 0 holds a `Journal`, the others a `NullTracker`."""
 
     def event(self, kind: str, /, *, sync: bool = False, **fields: Any) -> None:
-        """Tell one event; `sync` waits until it would survive a power cut (for checkpoints and ends, not for steps)."""
+        """Take one event; with `sync`, return once it would survive a power cut (not for steps)."""
         ...
 
     def close(self) -> None: ...
 
 
 class NullTracker:
-    """The tracker of ranks other than 0: listens to nothing."""
+    """The tracker of ranks other than 0, which ignores events."""
 
     def event(self, kind: str, /, *, sync: bool = False, **fields: Any) -> None:
         del kind, sync, fields

@@ -1,10 +1,11 @@
-"""Delivers one run's journal to MLflow, each (metric, step) once, however often the deliverer dies.
+"""Delivers one run's journal to MLflow: each (metric, step) once, however often the process dies.
 
-There is no state file. MLflow tells what it holds: the run is searched by its tag `spiketrain.run_id`, and a metric's newest
-step marks how far it was delivered, because points are sent in the order of their steps. A journal repeats steps after a
-rollback; which value of a step counts follows from the journal alone (translate.py). So every deliverer, at any time, sends the
-same points from the same lines, and two of them at once send identical points, which MLflow's SQL stores keep once (run, key,
-step, time and value are its primary key).
+There is no state file; MLflow itself holds the state. The run is found by its tag
+`spiketrain.run_id`. The newest step of a metric says how far it was delivered, because points are
+sent in the order of their steps. A journal repeats steps after a rollback; which value counts
+follows from the journal alone (translate.py). So all deliverers send the same points from the same
+lines. Two at once send identical points, which MLflow's SQL stores keep once: run, key, step, time
+and value are their primary key.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.track.connect import connect, without_password
-from pipeline.track.files import Files
+from pipeline.track.files import JOURNAL, JOURNAL_DUE, digests
 from pipeline.track.hierarchy import (
     KIND_TAG,
     PARENT_OF,
@@ -25,7 +26,6 @@ from pipeline.track.hierarchy import (
     suite_of,
 )
 from pipeline.track.jsonl import Event, Follower, first
-from pipeline.track.models import KeptOf, inside, note_checkpoints
 from pipeline.track.note import write_note
 from pipeline.track.state import is_driven
 from pipeline.track.system import FILE as SYSTEM
@@ -39,81 +39,68 @@ _BLOCK = 4 << 20  # bytes of journal read at a time
 
 
 class Delivery:
-    """One connection to MLflow and one reading of the journal. After any exception: throw it away and open another.
+    """One connection to MLflow and one reading of the journal; to be replaced after an exception.
 
-    `delivered` counts the points sent, `already_there` those that MLflow held when this delivery opened. `kept_of` finds the
-    run's checkpoints, wherever it keeps them.
+    `delivered` counts the points sent; `already_there` those that MLflow had before.
     """
 
-    def __init__(self, run_dir: Path, *, uri: str, kept_of: KeptOf = inside) -> None:
+    def __init__(self, run_dir: Path, *, uri: str) -> None:
         self.run_dir = run_dir
-        self.kept_of = kept_of
         self.delivered = 0
         self._uri = uri
-        self._follower, self._system = Follower(run_dir / "journal.jsonl"), Follower(run_dir / SYSTEM)
-        self._files = Files(run_dir)
-        self._client: MlflowClient | None = None
-        self._run_id = ""
-        self._parent_id: str | None = None
-        self._suite: Path | None = None
-        self._translation, self._system_translation = Translation(), Translation()
-        self._params: dict[str, str] = {}
-        self._tags: dict[str, str] = {}
-        self._status = ("", 0)  # in MLflow, with the end in milliseconds
-        self._parent_knows = ""
-        self._ended = 0  # the newest event read, in milliseconds
-        self._noted = ("", 0)  # the end at which checkpoints were noted
+        self._journal, self._system = Follower(run_dir / JOURNAL), Follower(run_dir / SYSTEM)
+        # The event up to which the journal is due as an artifact, and the last one read.
+        self._journal_due = self._newest = ""
+        self._translation = Translation()
+        self._is_open = False
+        self._parent_knows = ""  # the status of this run that its parent's follows from
 
     @property
     def run(self) -> Run:
-        """MLflow's, once `advance` has found it."""
-        return self._client_now.get_run(self._run_id)
+        """The run in MLflow; after `advance`."""
+        return self._client.get_run(self._run_id)
 
     @property
     def already_there(self) -> int:
-        return self._translation.already_there + self._system_translation.already_there
+        return self._translation.already_there
 
     def advance(self, *, leaving: bool | Literal["unless driven"] = False) -> bool:
-        """Deliver what the journal holds by now; False when no attempt of the run has begun.
+        """Deliver what is in the journal now; False when no attempt of the run has begun.
 
-        `leaving`: nobody drives the run after this, whatever its journal says. Whether anybody does is asked once it is our turn
-        to deliver: a driver that began while another one delivered would be marked as gone.
+        `leaving`: the run has no driver after this, so RUNNING becomes KILLED. With "unless driven"
+        a driver is looked for under the lock: one may have begun while another process delivered.
         """
         with one_at_a_time(self.run_dir.parent):
             return self._advance(leaving=not is_driven(self.run_dir) if leaving == "unless driven" else leaving)
 
     def _advance(self, *, leaving: bool) -> bool:
-        if self._client is None and not self._open():
+        if not self._is_open and not self._open():
             return False
         status, ended = "", 0
-        while events := self._follower.poll(limit_bytes=_BLOCK):
+        while events := self._journal.poll(limit_bytes=_BLOCK):
             points: list[Metric] = []
             tags: dict[str, str] = {}
             params: dict[str, str] = {}
             for event in events:
                 points += self._translation.points(event)
                 tags.update(self._translation.tags(event))
-                params = {**parameters(event), **params}  # the first start's stay, whether or not they were sent one by one
+                params = {**parameters(event), **params}  # those of the first start stay
                 status, ended = STATUS.get(event["event"], status), milliseconds(event)
-                self._files.read(event)
+                self._newest = f"{event['event']} {event.get('time')}"
+                if event["event"] in JOURNAL_DUE:
+                    self._journal_due = self._newest
             self._send(points, tags, params)
         while samples := self._system.poll(limit_bytes=_BLOCK):
-            self._send([point for each in samples for point in self._system_translation.points(each)], {}, {})
+            self._send([point for each in samples for point in self._translation.points(each)], {}, {})
         status = status or self._status[0]
         if status == "RUNNING" and leaving:
             status = "KILLED"
         self._set_status(status, ended)
-        self._files.send(self._tags, self._send_file, status=status)
-        self._ended = ended or self._ended
-        if status not in ("", "RUNNING") and self._noted != (status, self._ended):
-            note_checkpoints(self._client_now, self.run, self.run_dir, self.kept_of)
-            self._noted = (status, self._ended)
+        self._send_files(status)
         return True
 
-    # ------------------------------------------------------------------------------------------------- finding the run
-
     def _open(self) -> bool:
-        start = first(self.run_dir / "journal.jsonl", "start")
+        start = first(self.run_dir / JOURNAL, "start")
         if start is None:
             return False
         client = connect(self._uri)
@@ -121,15 +108,12 @@ class Delivery:
         self._parent_id = parent_of(client, experiment_id, start)
         self._suite = suite_of(self.run_dir, start)
         run = self._find_or_create(client, experiment_id, start)
-        self._client = client
-        self._run_id = run.info.run_id
-        about = {"uri": without_password(self._uri), "experiment_id": experiment_id, "run_id": self._run_id}
-        write_note(self.run_dir, about)
+        self._client, self._run_id, self._is_open = client, run.info.run_id, True
+        write_note(self.run_dir, uri=without_password(self._uri), experiment_id=experiment_id, run_id=self._run_id)
         self._params, self._tags = dict(run.data.params), dict(run.data.tags)
-        self._status = (run.info.status, run.info.end_time or 0)
-        # The newest step of each metric. `run.data.metrics` has the values alone (3.17.2), the whole histories may be 100 MB.
-        held = {metric.key: int(metric.step) for metric in run.data._metric_objs}
-        self._translation.held = self._system_translation.held = held
+        self._status = (run.info.status, run.info.end_time or 0)  # milliseconds
+        # The newest step of each metric: `run.data.metrics` (3.17.2) has values alone.
+        self._translation.held = {metric.key: int(metric.step) for metric in run.data._metric_objs}
         return True
 
     def _find_or_create(self, client: MlflowClient, experiment_id: str, start: Event) -> Run:
@@ -137,10 +121,10 @@ class Delivery:
         found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{uuid}'")
         if found:
             kept, *twins = sorted(run.info.run_id for run in found)
-            for twin in twins:  # a server that hung may carry out a creation after it was tried again
+            for twin in twins:  # a server that hung may have made it late, after a retry
                 client.delete_run(twin)
             run = client.get_run(kept)
-            if self._parent_id not in (None, run.data.tags.get(PARENT_OF)):  # whoever made it died before it took this one
+            if self._parent_id not in (None, run.data.tags.get(PARENT_OF)):  # the process that made the parent died
                 client.set_tag(kept, PARENT_OF, self._parent_id)
             return run
         tags = {RUN_TAG: uuid, KIND_TAG: "run"}
@@ -149,39 +133,40 @@ class Delivery:
         name = str(start.get("run", self.run_dir.name))
         return client.create_run(experiment_id, start_time=milliseconds(start), tags=tags, run_name=name)
 
-    # ----------------------------------------------------------------------------------------------------------- sending
-
     def _send(self, points: list[Metric], tags: dict[str, str], params: dict[str, str]) -> None:
         from mlflow.entities import Param, RunTag
 
         new_tags = [RunTag(key, value[:5000]) for key, value in tags.items() if self._tags.get(key) != value[:5000]]
-        # A parameter is written once in MLflow; what a restart changed stands in the tags.
+        # MLflow takes a parameter once; what a restart changed is in the tags.
         new_params = [Param(key, value) for key, value in params.items() if key not in self._params]
         # One call: the client (3.17.2) cuts it to the limits of a request, and keeps the order.
-        self._client_now.log_batch(self._run_id, metrics=points, tags=new_tags, params=new_params)
+        self._client.log_batch(self._run_id, metrics=points, tags=new_tags, params=new_params)
         self._tags |= {tag.key: tag.value for tag in new_tags}
         self._params |= {param.key: param.value for param in new_params}
         self.delivered += len(points)
 
     def _set_status(self, status: str, ended: int) -> None:
         if status == "RUNNING" and self._status[0] != status:
-            self._client_now.update_run(self._run_id, status=status)
+            self._client.update_run(self._run_id, status=status)
         elif status not in ("", "RUNNING") and (status != self._status[0] or ended not in (0, self._status[1])):
-            self._client_now.set_terminated(self._run_id, status=status, end_time=ended or None)
+            self._client.set_terminated(self._run_id, status=status, end_time=ended or None)
         elif status in ("", self._parent_knows):
             return
         self._status = (status, ended)
         if self._parent_id:
-            set_parent_status(self._client_now, self._parent_id, suite=self._suite)
+            set_parent_status(self._client, self._parent_id, suite=self._suite)
         self._parent_knows = status
 
-    def _send_file(self, path: Path, tag: str, version: str) -> None:
-        if path.exists():
-            self._client_now.log_artifact(self._run_id, str(path))
-            self._client_now.set_tag(self._run_id, tag, version)
-            self._tags[tag] = version
+    def _send_files(self, status: str) -> None:
+        """Send each file that is due and has changed, and behind it a tag that names its version.
 
-    @property
-    def _client_now(self) -> MlflowClient:
-        assert self._client is not None, "advance has opened it"
-        return self._client
+        A deliverer that dies between the two has sent the file twice at worst, over itself.
+        """
+        versions = digests(self.run_dir, is_finished=status == "FINISHED")
+        versions[JOURNAL] = self._journal_due if status == "RUNNING" else self._newest
+        for name, version in versions.items():
+            tag = f"spiketrain.artifact.{name}"
+            if version and self._tags.get(tag) != version:
+                self._client.log_artifact(self._run_id, str(self.run_dir / name))
+                self._client.set_tag(self._run_id, tag, version)
+                self._tags[tag] = version

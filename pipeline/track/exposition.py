@@ -1,22 +1,23 @@
-"""A run for Prometheus: what its journal says, in the text format that node_exporter's textfile collector reads.
-
-https://prometheus.io/docs/instrumenting/exposition_formats/
-"""
+"""The state of a run for Prometheus, in a file that node_exporter's textfile collector reads."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from prometheus_client import generate_latest, write_to_textfile
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from pipeline.track.jsonl import Event, number, read
+from pipeline.track.state import ENDS
 
-STATES = ("running", "finished", "stopped", "failed", "diverged")
-_STATE_OF = {"start": "running", "finish": "finished", "stopped": "stopped", "failed": "failed", "diverged": "diverged"}
+_STATE_OF: Mapping[str, str] = {**ENDS, "start": "running"}
+STATES = tuple(_STATE_OF.values())
 
-# name -> what it tells, and the event and field that it is read from
+# name -> its help text, and the event and field with the value
 _GAUGES: Mapping[str, tuple[str, str, str]] = {
     "spiketrain_images_per_second": ("Samples that all workers train per second.", "step", "images_per_s"),
     "spiketrain_loss": ("Training loss, the mean since the step event before.", "step", "loss"),
@@ -34,11 +35,11 @@ _GAUGES: Mapping[str, tuple[str, str, str]] = {
     "spiketrain_checkpoint_timestamp_seconds": ("When the newest checkpoint was whole, in Unix time.", "checkpoint", "time"),
     "spiketrain_checkpoint_seconds": ("Seconds that the newest checkpoint was written for.", "checkpoint", "write_s"),
 }
-_LABELS = {"run": "run", "recipe": "recipe", "rule": "rule"}
+_LABELS = ("run", "recipe", "rule")
 
 
 def newest(events: Iterable[Event]) -> list[Event]:
-    """The last event of each kind, oldest first: all that `exposition` looks at. A journal may be long, this is not.
+    """The last event of each kind, oldest first: all that `exposition` needs of a long journal.
 
     `newest([*newest(earlier), *later])` is `newest([*earlier, *later])`.
     """
@@ -50,25 +51,58 @@ def newest(events: Iterable[Event]) -> list[Event]:
 
 
 def exposition(events: Iterable[Event]) -> str:
-    """The text for one run, from its journal's events or the `newest` of them; empty before its first attempt has begun."""
-    kept = newest(events)
-    of_kind = {event["event"]: event for event in kept}
-    start = of_kind.get("start")
-    if start is None:
-        return ""
-    labels = {label: str(start.get(field, "")) for label, field in _LABELS.items()}
-    families = [_family(name, help_, "gauge", [(labels, value)]) for name, help_, value in _gauges(of_kind)]
-    # Attempts are counted from 0, over the whole run: a counter, which Prometheus' increase() may be asked of.
-    restarts = number(start.get("attempt")) or 0.0
-    families.append(_family("spiketrain_restarts_total", "Attempts after the first.", "counter", [(labels, restarts)]))
-    state = next(_STATE_OF[event["event"]] for event in reversed(kept) if event["event"] in _STATE_OF)
-    states = [({**labels, "state": each}, float(each == state)) for each in STATES]
-    families.append(_family("spiketrain_state", "1 for the state that the run is in.", "gauge", states))
-    return "".join(families)
+    """The text for one run from its events, or the `newest` of them; empty without a start."""
+    return generate_latest(_Run(newest(events))).decode()
+
+
+@dataclass(frozen=True)
+class _Run(Collector):
+    """The metrics of one run; `events` are the `newest` of its journal."""
+
+    events: Sequence[Event]
+
+    def collect(self) -> Iterator[Metric]:
+        of_kind = {event["event"]: event for event in self.events}
+        if "start" not in of_kind:
+            return
+        start = of_kind["start"]
+        labels = [str(start.get(label, "")) for label in _LABELS]
+        for name, help_, value in _gauges(of_kind):
+            gauge = GaugeMetricFamily(name, help_, labels=_LABELS)
+            gauge.add_metric(labels, value)
+            yield gauge
+        # Attempts are counted over the whole run: increase() can be asked of a counter.
+        restarts = CounterMetricFamily("spiketrain_restarts_total", "Attempts after the first.", labels=_LABELS)
+        restarts.add_metric(labels, number(start.get("attempt")) or 0.0)
+        yield restarts
+        kind = next(kind for kind in reversed(of_kind) if kind in _STATE_OF)
+        state = GaugeMetricFamily("spiketrain_state", "1 for the state that the run is in.", labels=(*_LABELS, "state"))
+        for each in STATES:
+            state.add_metric([*labels, each], float(each == _STATE_OF[kind]))
+        yield state
+
+
+def _gauges(of_kind: dict[str, Event]) -> Iterator[tuple[str, str, float]]:
+    for name, (help_, kind, field) in _GAUGES.items():
+        event = of_kind.get(kind, {})
+        value = number((event.get("metrics") or {}).get(field, event.get(field)))
+        if value is not None:
+            yield name, help_, value
+    # The newest event that names a step: after a rollback it is lower than the step before.
+    for event in reversed(of_kind.values()):
+        if (step := number(event.get("step"))) is not None:
+            yield "spiketrain_step", "Global batches done.", step
+            break
+    times = [time for event in of_kind.values() if (time := number(event.get("time"))) is not None]
+    if times:
+        help_ = "When the newest event was written, in Unix time."
+        yield "spiketrain_event_timestamp_seconds", help_, max(times)
 
 
 class Exposed:
-    """The file of one run in the folder that SPIKETRAIN_METRICS names; without that variable nothing is written.
+    """Keeps the file of one run up to date, in the folder that SPIKETRAIN_METRICS names.
+
+    Nothing is written where the variable is not set.
 
     Raises:
         ValueError: there is no such folder.
@@ -80,74 +114,18 @@ class Exposed:
             raise ValueError(f"metrics: SPIKETRAIN_METRICS must be a folder that is there; got {folder}")
         self._file = Path(folder) / f"{run.name}.prom" if folder else None
         self._say = say
-        journal = run / "journal.jsonl"
-        self._newest = newest(read(journal)) if self._file and journal.exists() else []
+        self._newest = newest(read(run / "journal.jsonl")) if self._file else []
 
     def show(self, events: Sequence[Event]) -> None:
-        """Write what follows from more of the journal. Where the folder refuses it, that is said once, and training goes on."""
+        """Rewrite the file with new events. An error of the folder is said once; training goes on."""
         if self._file is None or not events:
             return
         self._newest = newest([*self._newest, *events])
+        hidden = self._file.with_name(f".{self._file.name}.{os.getpid()}")  # read are *.prom
         try:
-            write_exposition(self._file, exposition(self._newest))
+            write_to_textfile(str(hidden), _Run(self._newest))
+            hidden.chmod(0o644)  # whatever the umask: the collector is another user
+            hidden.replace(self._file)
         except OSError as error:
             self._say(f"metrics: {self._file} cannot be written ({error.strerror}); the run goes on without")
             self._file = None
-
-
-def write_exposition(path: Path, text: str) -> None:
-    """Replace `path` at once, so that a scrape never meets half a file. The collector reads names that end in .prom.
-
-    Raises:
-        ValueError: another ending.
-        OSError: the folder is not there, or not to be written in.
-    """
-    if path.suffix != ".prom":
-        raise ValueError(f"exposition: the file's name must end in .prom; got {path.name}")
-    hidden = path.with_name(f".{path.name}.{os.getpid()}")  # on the same file system, and of no name that is read
-    try:
-        hidden.write_text(text)
-        hidden.chmod(0o644)  # whatever the umask: the collector is another user
-        hidden.replace(path)
-    except OSError:
-        hidden.unlink(missing_ok=True)
-        raise
-
-
-def _gauges(of_kind: Mapping[str, Event]) -> Iterator[tuple[str, str, float]]:
-    for name, (help_, kind, field) in _GAUGES.items():
-        event = of_kind.get(kind)
-        if event is None:
-            continue
-        metrics: Mapping[str, Any] = event.get("metrics") or {}
-        value = number(metrics.get(field, event.get(field)))
-        if value is not None:
-            yield name, help_, value
-    # Of the newest event that says where the run stands: after a rollback that is fewer.
-    for event in reversed(list(of_kind.values())):
-        if (step := number(event.get("step"))) is not None:
-            yield "spiketrain_step", "Global batches done.", step
-            break
-    times = [time for event in of_kind.values() if (time := number(event.get("time"))) is not None]
-    if times:
-        yield "spiketrain_event_timestamp_seconds", "When the newest event was written, in Unix time.", max(times)
-
-
-def _family(name: str, help_: str, kind: str, samples: Iterable[tuple[Mapping[str, str], float]]) -> str:
-    lines = [f"# HELP {name} {help_}", f"# TYPE {name} {kind}"]
-    for labels, value in samples:
-        inside = ",".join(f'{label}="{_escaped(text)}"' for label, text in labels.items())
-        lines.append(f"{name}{{{inside}}} {_written(value)}")
-    return "\n".join(lines) + "\n"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-
-
-def _written(value: float) -> str:
-    if math.isnan(value):
-        return "NaN"
-    if math.isinf(value):
-        return "+Inf" if value > 0 else "-Inf"
-    return repr(value)

@@ -1,11 +1,12 @@
-"""Where a run stands in MLflow: in the experiment of its family, beneath the suite that it was launched with.
+"""The experiment and the parent of a run in MLflow.
 
-    experiment   the family, such as fashion: MLflow shows runs beneath their parent within one experiment alone
-      parent     one launch of several recipes; its status follows theirs, and the suite's report is its artifact
+    experiment   the family, such as fashion: MLflow shows parents and runs within one experiment
+      parent     one launch of several recipes; its status follows from its runs', and the suite's
+                 report is its artifact
         child    one training run
 
-Making an experiment or a run is no atomic step in MLflow (3.17.2): two at once can both fail, or both make one. So whoever
-calls this holds `one_at_a_time` of the folder of runs.
+MLflow (3.17.2) makes experiments and runs in several steps: of two callers at once both can fail, or
+both make one. So callers hold `one_at_a_time` of the folder of runs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from pipeline.disk import is_name
 from pipeline.suite import is_suite, runs_of, sources_in
@@ -34,11 +35,11 @@ PARENT_TAG = "spiketrain.study_parent"
 KIND_TAG = "spiketrain.kind"
 PARENT_OF = "mlflow.parentRunId"
 PATIENCE_S = 120.0
-"""for somebody else's delivery, which takes seconds; a suite that ends must not keep its machines for one that was stopped"""
+"""to wait for another delivery, which takes seconds unless it was stopped"""
 
 
 def experiment_of(client: MlflowClient, start: Event, *, uri: str, runs_dir: Path) -> str:
-    """The id of the experiment that a run belongs to, which is made if need be."""
+    """The id of the experiment of a run, which is made if it is missing."""
     from mlflow.exceptions import MlflowException
 
     name = str(start.get("family") or start.get("recipe") or "spiketrain")
@@ -47,7 +48,7 @@ def experiment_of(client: MlflowClient, start: Event, *, uri: str, runs_dir: Pat
         try:
             return client.create_experiment(name, artifact_location=_artifacts(uri, runs_dir, name))
         except MlflowException:
-            found = client.get_experiment_by_name(name)  # somebody else's folder of runs, the same store, the same moment
+            found = client.get_experiment_by_name(name)  # made meanwhile, from another folder of runs
             if found is None:
                 raise
     if found.lifecycle_stage != "active":
@@ -58,7 +59,7 @@ def experiment_of(client: MlflowClient, start: Event, *, uri: str, runs_dir: Pat
 
 
 def _artifacts(uri: str, runs_dir: Path, name: str) -> str | None:
-    """Beside a local store, which itself would put them under the working directory of the moment; a server knows its place."""
+    """The artifacts' URI, beside a local store (whose default is the working directory)."""
     if is_server(uri):
         return None
     file, folder = sqlite_file(uri), name.replace("/", "-")
@@ -68,33 +69,29 @@ def _artifacts(uri: str, runs_dir: Path, name: str) -> str | None:
 
 
 def parent_of(client: MlflowClient, experiment_id: str, start: Event) -> str | None:
-    """The id of the run that stands for the suite which a run was launched with; it is made if need be.
+    """The id of the parent of a run's suite, which is made if it is missing.
 
-    Where somebody has deleted it, another is made, and takes the runs of the suite that MLflow has.
+    A new one becomes the parent of all runs of the suite, as the old one may have been deleted.
     """
     uuid = start.get("study_parent")
     if not uuid:
         return None
-    if found := find_parent(client, [experiment_id], str(uuid)):
-        return found
+    of_suite = f"tags.`{PARENT_TAG}` = '{uuid}' and tags.`{KIND_TAG}` = "
+    if found := client.search_runs([experiment_id], f"{of_suite}'suite'"):
+        return found[0].info.run_id
     tags = {PARENT_TAG: str(uuid), KIND_TAG: "suite"}
     name = str(start.get("suite") or f"suite {str(uuid)[:8]}")
     made = client.create_run(experiment_id, start_time=milliseconds(start), tags=tags, run_name=name).info.run_id
-    for run in client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{uuid}' and tags.`{KIND_TAG}` = 'run'"):
+    for run in client.search_runs([experiment_id], f"{of_suite}'run'"):
         client.set_tag(run.info.run_id, PARENT_OF, made)
     return made
 
 
-def find_parent(client: MlflowClient, experiment_ids: list[str], uuid: str) -> str | None:
-    found = client.search_runs(experiment_ids, f"tags.`{PARENT_TAG}` = '{uuid}' and tags.`{KIND_TAG}` = 'suite'")
-    return found[0].info.run_id if found else None
-
-
 def suite_of(run_dir: Path, start: Event) -> Path | None:
-    """The folder of the suite that a run was launched with.
+    """The folder of the suite that a run was launched with; None: it was launched alone.
 
     Raises:
-        TrackingError: it would not lie beside the run's; the journal may be from elsewhere.
+        TrackingError: the name in the journal, which may come from elsewhere, is no folder's name.
     """
     name = start.get("suite")
     if not name:
@@ -105,14 +102,18 @@ def suite_of(run_dir: Path, start: Event) -> Path | None:
 
 
 def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | None) -> None:
-    """What its runs say; `suite` is its folder, which knows how many there will be."""
+    """Set a parent's status from its runs, and from the suite's folder, which lists all of them."""
     parent = client.get_run(parent_id)
     runs = client.search_runs([parent.info.experiment_id], f"tags.`{PARENT_OF}` = '{parent_id}'")
+    folders: dict[str, Path] = {}
     needed: set[str] = set()
     if suite is not None and is_suite(suite):
         folders = runs_of(suite)
         needed = {folders[name].name for name in sources_in(suite)}
-    status = _status_of_all([_status_in_suite(run, is_needed=run.info.run_name in needed) for run in runs], suite)
+    states = {_status_in_suite(run, needed) for run in runs}
+    status = next((each for each in ("RUNNING", "FAILED", "KILLED") if each in states), "FINISHED")
+    if status == "FINISHED" and suite is not None and len(runs) < len(folders):
+        status = "RUNNING" if is_driven(suite) else "KILLED"
     if status == parent.info.status:
         return
     if status == "RUNNING":
@@ -121,41 +122,29 @@ def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | Non
         client.set_terminated(parent_id, status=status)
 
 
-def _status_in_suite(run: Run, *, is_needed: bool) -> str:
-    """What diverged has failed by itself; beside others it is an answer, unless they take its weights."""
-    is_answer = not is_needed and run.data.tags.get("spiketrain.diverged") == "true"
-    return "FINISHED" if is_answer and run.info.status == "FAILED" else run.info.status
-
-
-def _status_of_all(states: Collection[str], suite: Path | None) -> str:
-    for status in ("RUNNING", "FAILED", "KILLED"):
-        if status in states:
-            return status
-    if suite is None or not is_suite(suite) or len(states) >= len(runs_of(suite)):
-        return "FINISHED"
-    return "RUNNING" if is_driven(suite) else "KILLED"
+def _status_in_suite(run: Run, needed: Collection[str]) -> str:
+    """A diverged run counts as finished, unless other runs need its weights."""
+    is_result = run.info.run_name not in needed and run.data.tags.get("spiketrain.diverged") == "true"
+    return "FINISHED" if is_result and run.info.status == "FAILED" else run.info.status
 
 
 @contextmanager
 def one_at_a_time(runs_dir: Path) -> Iterator[None]:
-    """Inside, nobody else delivers anything of this folder of runs.
+    """Hold the lock of all deliveries from this folder of runs.
 
     Raises:
-        TrackingError: somebody else still does after two minutes, or was stopped while they did.
+        TrackingError: another process still holds it after two minutes.
     """
     path, deadline = runs_dir / ".mlflow.lock", time.monotonic() + PATIENCE_S
     with path.open("ab") as file:
-        while not _is_locked(file):
-            if time.monotonic() > deadline:
-                raise TrackingError(f"{path}: another process still delivers to MLflow after {PATIENCE_S:.0f} s; see who it is")
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TrackingError(
+                        f"{path}: another process still delivers to MLflow after {PATIENCE_S:.0f} s; see who it is"
+                    ) from None
             time.sleep(0.1)
         yield
-
-
-def _is_locked(file: IO[bytes]) -> bool:
-    """Whether it is ours now."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

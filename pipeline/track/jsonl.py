@@ -1,4 +1,4 @@
-"""The journal of a run: append-only JSON lines, the one source that MLflow, the progress bar and the reports are filled from.
+"""The journal of a run: append-only JSON lines, the source of MLflow, progress bar and reports.
 
 One event is one line, `{"event": kind, "time": unix seconds, "attempt": n, ...fields}`. A process may be killed at any byte:
 readers skip what is not a whole line, and a new attempt begins on a fresh one.
@@ -23,15 +23,15 @@ __all__ = ["OF_NONE", "Event", "Follower", "Journal", "NullTracker", "first", "l
 
 Event = dict[str, Any]
 OF_NONE = -1
-"""in the place of an attempt, where whoever launches tells of what is between two of them"""
+"""the attempt of events that a launcher writes between two attempts"""
 _RESERVED = ("event", "time", "attempt")
 
 
 class Journal:
-    """Appends events to the journal at `path`; `attempt` counts the starts of the run, from 0, or is OF_NONE.
+    """Appends events to the journal at `path`, whose folder must exist.
 
-    The folder must exist. Each event is one `write` on a descriptor opened with O_APPEND, so lines of two writers on one
-    host cannot mix.
+    `attempt` counts the starts of the run from 0, or is OF_NONE. Each event is one `write` with
+    O_APPEND, so lines of two writers on one host cannot mix.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, attempt: int) -> None:
@@ -45,12 +45,12 @@ class Journal:
         self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
 
     def event(self, kind: str, /, *, sync: bool = False, **fields: Any) -> None:
-        """Append one event; NaN and infinities become the strings "nan", "inf", "-inf", which `float` reads back.
+        """Append one event. NaN and infinities become "nan", "inf", "-inf", which `float` reads back.
 
         Raises:
             ValueError: the journal is closed, or a field is called event, time or attempt.
             TypeError: a field has no JSON form.
-            OSError: the disk refused (part of) the line; readers skip the part, and the next event begins on a fresh line.
+            OSError: the disk refused (part of) the line. Readers skip it; the next event begins anew.
         """
         if self._fd is None:
             raise ValueError(f"journal {self.path} is closed; got event {kind!r}")
@@ -58,7 +58,7 @@ class Journal:
             if name in fields:
                 raise ValueError(f"journal: the field {name!r} is the journal's own; got it in event {kind!r}")
         line = {"event": kind, "time": time.time(), "attempt": self.attempt, **fields}
-        data = json.dumps(_plain(line), allow_nan=False).encode() + b"\n"
+        data = json.dumps(_plain(line), allow_nan=False, default=_converted).encode() + b"\n"
         if self._torn:
             data = b"\n" + data
         try:
@@ -89,10 +89,9 @@ def read(path: str | os.PathLike[str]) -> list[Event]:
 
 
 def read_thinned(path: str | os.PathLike[str], kind: str, *, every: int) -> list[Event]:
-    """As `read`, but of the events of one kind one of so many, without parsing the others, and each that no other of it follows
-    before an event of another kind: what came between two starts ends where it ended.
+    """As `read`, but only every `every`-th event of one kind; the lines of the others are not parsed.
 
-    Rests on `event` being written first in its line.
+    The last of them before an event of another kind is kept, too: a curve ends where it ended.
     """
     head, kept, count, skipped = _head(kind), [], 0, b""
     try:
@@ -117,8 +116,8 @@ def read_thinned(path: str | os.PathLike[str], kind: str, *, every: int) -> list
 class Follower:
     """Reads a growing journal: `poll` returns the events completed since the last one.
 
-    `offset`, in bytes, may be any place in the file: a line that began before it is passed over. Once events came, the attribute
-    `offset` is the start of a line, so that it can be kept and given to another follower.
+    `offset`, in bytes, may be any place in the file; a line that began before it is skipped. Once
+    events came, the attribute `offset` is the start of a line, for another follower.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, offset: int = 0) -> None:
@@ -126,9 +125,10 @@ class Follower:
         self.offset = offset
 
     def poll(self, *, limit_bytes: int | None = None) -> list[Event]:
-        """New events, oldest first; with `limit_bytes` about that much of the file at most (a longer line is returned whole).
+        """New events, oldest first, of about `limit_bytes` of the file at most (lines stay whole).
 
-        The journal may not exist yet (no events). One that shrank below `offset` is another file: it is read from its start.
+        A journal that does not exist has no events. One that is shorter than `offset` is another
+        file: it is read from its start.
         """
         try:
             with self.path.open("rb") as file:
@@ -154,57 +154,55 @@ def number(value: Any) -> float | None:
 
 
 def first(path: str | os.PathLike[str], *kinds: str) -> Event | None:
-    """The first event of one of these kinds, without parsing the others (a journal of ImageNet is some 100 MB)."""
-    return _seek(path, kinds, newest=False)
+    """The first event of one of these kinds; the lines of other kinds are not parsed."""
+    heads = tuple(_head(kind) for kind in kinds)
+    try:
+        with Path(path).open("rb") as file:
+            for line in file:
+                if line.startswith(heads) and line.endswith(b"\n") and (event := _parse(line)):
+                    return event
+    except FileNotFoundError:
+        pass
+    return None
 
 
 def last(path: str | os.PathLike[str], *kinds: str) -> Event | None:
-    """The newest event of one of these kinds, without parsing the others."""
-    return _seek(path, kinds, newest=True)
-
-
-def _seek(path: str | os.PathLike[str], kinds: tuple[str, ...], *, newest: bool) -> Event | None:
-    """Rests on `event` being written first in its line."""
+    """The newest event of one of these kinds, found from the end: a journal may have 100 MB."""
+    begin, found = 0, None
     try:
         with Path(path).open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:  # mmap refuses an empty file
                 return None
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-                begin, end, found = 0, len(text), None
-                for kind in kinds:  # each is looked for only where it would be newer, or older, than what was found
-                    place = _place(text, kind, begin, end, newest=newest)
-                    if place is not None:
-                        at, found = place
-                        begin, end = (at, end) if newest else (begin, at)
-                return found
+                for kind in kinds:
+                    at, event = _newest(text, kind, begin)
+                    if event is not None:  # of the other kinds only a newer one counts
+                        begin, found = at, event
     except FileNotFoundError:
-        return None
+        pass
+    return found
 
 
-def _place(text: mmap.mmap, kind: str, begin: int, end: int, *, newest: bool) -> tuple[int, Event] | None:
-    """The newest, or oldest, event of a kind that begins in a stretch of the journal."""
-    head = _head(kind)
-    find = text.rfind if newest else text.find
-    at = find(head, begin, end)
+def _newest(text: mmap.mmap, kind: str, begin: int) -> tuple[int, Event | None]:
+    """The newest event of a kind at or behind `begin`, and where it begins; torn lines are skipped."""
+    at = text.rfind(_head(kind), begin)
     while at >= 0:
-        newline = text.find(b"\n", at)
-        event = _parse(text[at:newline]) if newline >= 0 else None
-        if event is not None:
+        end = text.find(b"\n", at)
+        if end >= 0 and (event := _parse(text[at:end])):
             return at, event
-        begin, end = (begin, at) if newest else (at + 1, end)
-        at = find(head, begin, end)
-    return None
+        at = text.rfind(_head(kind), begin, at)
+    return at, None
 
 
 def _head(kind: str) -> bytes:
-    """What a line of this kind begins with."""
+    """The beginning of a line of this kind: `event` is written first."""
     return b'{"event": ' + json.dumps(kind).encode() + b","
 
 
 def _parse(line: bytes) -> Event | None:
-    """One line; None for an empty one, the remains of a killed writer, and a line without its beginning.
+    """The event of a line; None for an empty line and for a part of one.
 
-    The last closes a brace that it does not open, so that it is never JSON by accident.
+    A part without the beginning is never JSON: it closes a brace that it does not open.
     """
     if not line:
         return None
@@ -216,19 +214,20 @@ def _parse(line: bytes) -> Event | None:
 
 
 def _plain(value: Any) -> Any:
-    """The JSON form of a value: NaN as a string, numpy and torch scalars as numbers, paths as strings."""
-    if value is None or isinstance(value, (str, bool)):
-        return value
-    if isinstance(value, int):
-        return int(value)
+    """A value whose floats have a JSON form: those that are not finite as strings."""
     if isinstance(value, float):
-        return float(value) if math.isfinite(value) else str(float(value))
+        return value if math.isfinite(value) else str(float(value))
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    return value
+
+
+def _converted(value: Any) -> Any:
+    """The JSON form of a path, or of a scalar or array of numpy or torch."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if callable(getattr(value, "tolist", None)):  # numpy and torch, scalars and arrays
+    if callable(getattr(value, "tolist", None)):
         return _plain(value.tolist())
     raise TypeError(f"journal: no JSON form for a {type(value).__name__}: {value!r}")

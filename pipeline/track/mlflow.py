@@ -1,7 +1,7 @@
-"""MLflow as a mirror of the journal: kept up to date by a thread of the driver, or filled later by `sync`.
+"""MLflow as a mirror of the journal, kept up to date by a thread of the driver or by `sync`.
 
-The process that trains never meets MLflow: a server that is down costs it nothing, and what it missed is delivered when it
-is back.
+The training processes never talk to MLflow. A server that is down costs them nothing, and gets what
+it missed when it is back.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.track.base import TrackingError
-from pipeline.track.connect import SQLITE, one_line
+from pipeline.track.connect import SQLITE, one_line, tracking_errors
 from pipeline.track.delivery import Delivery
-from pipeline.track.models import KeptOf, inside
 from pipeline.track.system import Sampler
 
 __all__ = ["Mirror", "SyncReport", "TrackingError", "sync", "tracking_uri"]
+
+_LATER = "the journal keeps everything, `spiketrain sync` delivers it later"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +31,9 @@ class SyncReport:
 
 
 def tracking_uri(runs_dir: str | os.PathLike[str]) -> str:
-    """The MLflow store of a runs folder: MLFLOW_TRACKING_URI where that is set, else `mlflow.db` in the folder; always absolute.
+    """The absolute URI of the MLflow store: MLFLOW_TRACKING_URI, or `mlflow.db` in the folder.
 
-    MLflow itself would look for a relative one in the working directory, which differs in a Ray worker.
+    MLflow resolves a relative one in the working directory, which differs in a Ray worker.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{Path(runs_dir).resolve() / 'mlflow.db'}"
     if uri.startswith(SQLITE) and not uri.startswith(SQLITE + "/"):
@@ -40,43 +41,30 @@ def tracking_uri(runs_dir: str | os.PathLike[str]) -> str:
     return uri
 
 
-def sync(run_dir: str | os.PathLike[str], *, uri: str, kept_of: KeptOf = inside) -> SyncReport:
-    """Deliver to MLflow what it does not hold yet of this run; `kept_of` finds its checkpoints.
+def sync(run_dir: str | os.PathLike[str], *, uri: str) -> SyncReport:
+    """Deliver to MLflow the events of this run that it does not hold yet.
 
     Raises:
-        TrackingError: no attempt of the run has begun, or MLflow could not be reached or refused; one line.
+        TrackingError: no attempt of the run has begun, or MLflow could not be reached or refused.
     """
-    run_dir = Path(run_dir)
-    delivery = Delivery(run_dir, uri=uri, kept_of=kept_of)
-    try:
-        known = delivery.advance(leaving="unless driven")
-    except Exception as error:
-        raise TrackingError(_one_line(uri, error)) from error
-    if not known:
-        raise TrackingError(f"{run_dir} has no journal of a run that began; nothing to deliver")
+    delivery = Delivery(Path(run_dir), uri=uri)
+    with tracking_errors(uri):
+        if not delivery.advance(leaving="unless driven"):
+            raise TrackingError(f"{run_dir} has no journal of a run that began; nothing to deliver")
     return SyncReport(delivered=delivery.delivered, already_there=delivery.already_there)
 
 
 class Mirror:
     """Keeps MLflow in step with a run's journal from a daemon thread, until `close`.
 
-    Nothing is ever raised to its owner: failures are retried, each time later, and `warning` holds the newest one as a line
-    (None when all is well). A journal that does not exist yet is waited for. `interval` and `patience` are seconds: between
-    readings of the journal, and the longest wait after failures. `kept_of` finds the run's checkpoints.
-    Meanwhile it samples what the machine does (`system`).
+    It raises nothing: failures are retried, each time later, and `warning` is the newest one in one
+    line (None: none). A journal that does not exist yet is waited for. `interval` is the seconds
+    between readings of the journal, `patience` the longest wait after failures. Meanwhile it samples
+    the machine's load (`system`).
     """
 
-    def __init__(
-        self,
-        run_dir: str | os.PathLike[str],
-        *,
-        uri: str,
-        interval: float = 2.0,
-        patience: float = 30.0,
-        kept_of: KeptOf = inside,
-    ) -> None:
+    def __init__(self, run_dir: str | os.PathLike[str], *, uri: str, interval: float = 2.0, patience: float = 30.0) -> None:
         self.run_dir = Path(run_dir)
-        self.kept_of = kept_of
         self.uri = uri
         self.warning: str | None = None
         self._interval = interval
@@ -89,9 +77,10 @@ class Mirror:
         self._thread.start()
 
     def close(self, timeout: float = 30.0) -> bool:
-        """Deliver the rest and stop, within `timeout` seconds; whether MLflow then holds everything (else: `sync` later).
+        """Deliver the rest and stop within `timeout` seconds; whether MLflow then has everything.
 
-        With a server that is down it returns False soon rather than wait. A run without an end in its journal is marked KILLED.
+        With a server that is down it returns False soon. A run without an end in its journal is
+        marked KILLED.
         """
         self._sampler.close()
         self._leaving.set()
@@ -104,12 +93,12 @@ class Mirror:
         while True:
             leaving = self._leaving.is_set()
             try:
-                delivery = delivery or Delivery(self.run_dir, uri=self.uri, kept_of=self.kept_of)
+                delivery = delivery or Delivery(self.run_dir, uri=self.uri)
                 delivery.advance(leaving=leaving)
-            except Exception as error:  # whatever MLflow, its store or its transport may raise: the run goes on
+            except Exception as error:  # of any kind: the run goes on
                 delivery = None
                 failures += 1
-                self.warning = _one_line(self.uri, error)
+                self.warning = f"{one_line(self.uri, error)}; {_LATER}"
             else:
                 failures = 0
                 self.warning = None
@@ -121,9 +110,3 @@ class Mirror:
                 self._whole = failures == 0
                 return
             time.sleep(0.3)  # another driver may have held the SQLite file
-
-
-def _one_line(uri: str, error: Exception) -> str:
-    if isinstance(error, TrackingError):
-        return str(error)
-    return f"{one_line(uri, error)}; the journal keeps everything, `spiketrain sync` delivers it later"

@@ -1,9 +1,8 @@
-"""Where MLflow has a run, beside the run and in its checkpoints, for people. Nothing goes by it, and nothing ends by it."""
+"""RUN/mlflow.json: where MLflow has the run, for people. No code relies on it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,13 @@ NOTE = "mlflow.json"
 
 
 def read_note(run_dir: Path) -> Any:
-    """What it says; None where there is none, or none that can be read."""
+    """Its content; None where it is missing or damaged."""
     try:
         return json.loads((run_dir / NOTE).read_text())
     except (OSError, ValueError):
         return None
 
 
-def write_note(run_dir: Path, note: Mapping[str, str]) -> None:
+def write_note(run_dir: Path, **note: str) -> None:
     if read_note(run_dir) != note:
         write_json(run_dir / NOTE, note)

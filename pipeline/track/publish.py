@@ -1,33 +1,33 @@
-"""What somebody puts into MLflow by hand: a report, a checkpoint in the model registry."""
+"""What a user puts into MLflow by command: a report, a checkpoint in the model registry."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.track.base import TrackingError
-from pipeline.track.connect import connect, one_line
+from pipeline.track.connect import connect, tracking_errors
 from pipeline.track.delivery import Delivery
 from pipeline.track.hierarchy import experiment_of, one_at_a_time, parent_of, set_parent_status, suite_of
 from pipeline.track.jsonl import first
-from pipeline.track.models import KeptOf, Registered, inside, register_checkpoint
 
-__all__ = ["REPORT", "REPORT_DATA", "Registered", "log_report", "register"]
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 REPORT = "report.html"
 """of a suite"""
 REPORT_DATA = "report.json"
-"""what is told on it, for whoever shows it elsewhere"""
+"""the content of the report as data, for the dashboard"""
 
 
 def log_report(page: Path, runs: Sequence[Path], *, name: str, told: str, uri: str) -> list[str]:
-    """Put an HTML page, over an older one, as the artifact `name` on the runs in MLflow that these were launched with; their ids.
+    """Put an HTML page as the artifact `name` on the parents of these runs in MLflow; their ids.
 
-    One for each suite; none where all were launched by themselves. Where it is `report.html`, a suite's own, `told` of it in JSON
-    goes beside it as `report.json`.
+    It replaces an older one. Runs that were launched alone have no parent. With `report.html`, a
+    suite's own, its data `told` (JSON) are put beside it as `report.json`.
 
     Raises:
         TrackingError: MLflow could not be reached or refused; one line.
@@ -36,7 +36,7 @@ def log_report(page: Path, runs: Sequence[Path], *, name: str, told: str, uri: s
     of_suites = {start["study_parent"]: (run, start) for run, start in starts if start.get("study_parent")}
     parents: list[str] = []
     for run, start in of_suites.values():
-        with _told_in_a_line(uri), one_at_a_time(run.parent):
+        with tracking_errors(uri), one_at_a_time(run.parent):
             client = connect(uri)
             parent = parent_of(client, experiment_of(client, start, uri=uri, runs_dir=run.parent), start)
             assert parent is not None, "its start names one"
@@ -55,30 +55,44 @@ def register(
     name: str,
     alias: Literal["last", "best"],
     uri: str,
-    kept_of: KeptOf = inside,
-) -> Registered:
-    """Make a run's checkpoint a version of the registered model `name`, and its alias; what the run has is delivered first.
+) -> str:
+    """Make a run's checkpoint a version of the registered model `name`, and move the alias to it.
 
-    A checkpoint that is a version of that model already becomes none again. It stays where it is; `pin` keeps it
-    from being pruned by a resume.
+    The events of the run are delivered first. A checkpoint that is a version already stays that
+    version. Nothing is uploaded: the version's tag `uri` names the checkpoint, and `pin` keeps it
+    from being pruned.
+
+    Returns:
+        The version.
 
     Raises:
-        TrackingError: no attempt of the run has begun, or MLflow could not be reached or refused; one line.
+        TrackingError: no attempt of the run has begun, or MLflow could not be reached or refused.
     """
     run_dir = Path(run_dir)
-    delivery = Delivery(run_dir, uri=uri, kept_of=kept_of)
-    with _told_in_a_line(uri):
+    delivery = Delivery(run_dir, uri=uri)
+    with tracking_errors(uri):
         if not delivery.advance(leaving="unless driven"):
             raise TrackingError(f"{run_dir} has no journal of a run that began; nothing to register")
         with one_at_a_time(run_dir.parent):
-            return register_checkpoint(connect(uri), delivery.run, checkpoint, name=name, alias=alias)
+            return _register(connect(uri), delivery.run, checkpoint, name=name, alias=alias)
 
 
-@contextmanager
-def _told_in_a_line(uri: str) -> Iterator[None]:
+def _register(client: MlflowClient, run: Run, checkpoint: Path, *, name: str, alias: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    address = checkpoint.resolve().as_uri()
     try:
-        yield
-    except TrackingError:
-        raise
-    except Exception as error:  # whatever MLflow, its store or its transport may raise
-        raise TrackingError(one_line(uri, error)) from error
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name)
+        versions = client.search_model_versions(f"name = '{name}'")
+        version = next((each for each in versions if each.tags.get("uri") == address), None)
+        if version is None:
+            # A server (3.17.2) refuses a local source outside of the run's artifacts.
+            source = f"{run.info.artifact_uri}/{checkpoint.name}"
+            version = client.create_model_version(name, source, run.info.run_id, tags={"uri": address})
+        client.set_registered_model_alias(name, alias, version.version)
+    except MlflowException as error:
+        if error.error_code != "INVALID_PARAMETER_VALUE":
+            raise
+        raise TrackingError(f"register: MLflow refuses the name {name!r}: {error.message}") from error
+    return str(version.version)

@@ -1,4 +1,4 @@
-"""The state of a run, derived from its folder: nothing has to be kept right by a process that may be killed."""
+"""The state of a run, derived from its journal and the driver's lock: no process keeps it."""
 
 from __future__ import annotations
 
@@ -8,35 +8,36 @@ from typing import Literal
 
 from pipeline.track.jsonl import last
 
-__all__ = ["State", "is_driven", "state_of"]
+__all__ = ["ENDS", "State", "is_driven", "state_of"]
 
 State = Literal["new", "running", "finished", "stopped", "failed", "diverged", "interrupted"]
-_ENDS: dict[str, State] = {
+ENDS: dict[str, State] = {
+    "start": "interrupted",
     "finish": "finished",
     "stopped": "stopped",
     "failed": "failed",
     "diverged": "diverged",
-    "start": "interrupted",
 }
+"""the state after each kind of event that begins or ends an attempt, if no driver holds the run"""
 
 
 def state_of(run_dir: Path) -> State:
-    """`finished` once the newest start has its finish; else `running` while a driver holds the run; else how it last ended.
+    """`finished` after its finish; else `running` while a driver holds the run; else its last end.
 
-    `interrupted`: the last attempt began and said nothing of its end (killed, power cut). `new`: no attempt has begun.
+    `interrupted`: the last attempt has no end (killed, power cut). `new`: no attempt has begun.
     """
-    newest = last(run_dir / "journal.jsonl", *_ENDS)
+    newest = last(run_dir / "journal.jsonl", *ENDS)
     if newest is None:
         state: State = "finished" if (run_dir / "summary.json").exists() else "new"
     else:
-        state = _ENDS[newest["event"]]
+        state = ENDS[newest["event"]]
     return "running" if state != "finished" and is_driven(run_dir) else state
 
 
 def is_driven(run_dir: Path) -> bool:
     """Whether a live process holds the flock of `driver.lock`.
 
-    Asking takes the lock, shared, for an instant: a driver that takes it without waiting should try more than once.
+    This takes the lock, shared, for an instant: a driver should try for it more than once.
     """
     try:
         with (run_dir / "driver.lock").open("rb") as file:

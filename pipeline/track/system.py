@@ -1,11 +1,12 @@
-"""What the machine does while a run trains there: MLflow's own system metrics, sampled by the driver.
+"""System metrics of the driver's machine while a run trains, from MLflow's own monitors.
 
-They are values of the whole machine that the driver runs on, of everybody's processes and of all its cards, and of no other
-machine; what a run itself takes is measured by its workers (`pipeline.measure`).
+They are values of that whole machine, with everybody's processes and all cards, and of no other
+machine. What a run itself takes is measured by its workers (`pipeline.measure`).
 
-MLflow's monitor (3.17.2) writes to the store from its own thread, ends for good at the first answer that fails, and counts its
-steps by what the store holds. So its metrics alone are taken: samples are appended to `RUN/system.jsonl`, from where they are
-delivered like everything else, with the time of the sample; after a resume the count of steps goes on with the file's.
+MLflow's monitoring thread (3.17.2) writes to the store itself, ends for good at the first failed
+answer, and counts its steps by what the store holds. So only its monitors are used. Samples are
+appended to `RUN/system.jsonl` and delivered like everything else, with the time of the sample. After
+a resume the count of steps continues from the file.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ INTERVAL_S = 10.0
 
 
 class Sampler:
-    """Appends a sample every `interval` seconds from a daemon thread, until `close`; nothing is raised to its owner.
+    """Appends a sample every `interval` seconds from a daemon thread, until `close`; raises nothing.
 
-    As in MLflow, MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false switches it off, and MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL is
-    the interval. One driver at a time samples a run: it holds `driver.lock`.
+    As in MLflow, MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false switches it off, and
+    MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL is the interval. The driver that holds `driver.lock`
+    samples the run.
     """
 
     def __init__(self, run_dir: Path, *, interval: float | None = None) -> None:
@@ -57,7 +59,7 @@ class Sampler:
                 while not self._closing.wait(self._interval):
                     samples.event("system", step=step, metrics=_collect(monitors))
                     step += 1
-        except Exception as error:  # a full disk, a driver of a card that went away: the run goes on without
+        except Exception as error:  # a full disk, a card's driver that failed
             warnings.warn(f"system metrics are no longer sampled: {type(error).__name__}: {error}", stacklevel=1)
 
 
@@ -69,7 +71,7 @@ def _monitors() -> list[BaseMetricsMonitor]:
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
     from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
-    psutil.cpu_percent()  # the first call of a process answers 0, the next ones the mean since the call before
+    psutil.cpu_percent()  # the first call answers 0, later ones the mean since the call before
     monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
     with suppress(RuntimeError):  # no card
         monitors.append(GPUMonitor())

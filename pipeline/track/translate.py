@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.track.jsonl import Event, number
@@ -20,28 +21,30 @@ _COUNTED = {
     "skipped": "skipped_samples",
     "preempted": "preemptions",
     "rollback": "rollbacks",
-    "damaged": "damaged_pages",
 }
-"""events whose number, of skipped ones whose samples, is a tag"""
+"""kinds of events whose count is a tag; of `skipped` the count of samples"""
 _OF_WEIGHTS = ("evaluation", "fidelity")
 STATUS = {"start": "RUNNING", "finish": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "diverged": "FAILED"}
 _TAGGED = ("recipe", "rule", "study", "study_parent", "seed", "world_size", "batch_size", "micro_batch", "precision", "zero",
            "commit", "dirty", "data_fingerprint", "family", "suite")  # fmt: skip
 
 
+CHECKPOINT_TAG = "spiketrain.checkpoint"
+"""the URI of a run's newest checkpoint"""
 _TAGGED_PARAMS = ("protocol", "tuned")
-"""of a trial, or of a run with what its rule's trials chose: no study is shown beside another protocol's unsaid"""
+"""parameters that are tags, too: a store can be asked for runs of one protocol"""
 
 
 class Translation:
-    """Of one run's events, in the journal's order: the first value of a step counts, and what MLflow held is left out.
+    """Translates one run's events, in the journal's order. The first value of a step counts.
 
-    What was measured on the weights waits for a checkpoint behind it, or for the run to finish or diverge; one that fails or is
-    stopped may measure it again. Before a checkpoint the ranks compare their weights, and where they differ the run goes back
-    and measures anew. So MLflow, which takes no second value of a step, gets the one that stands. What training said of the
-    batches that are rolled back is there by then, and stays: a tag names their steps.
+    MLflow takes no second value of a step. So an evaluation or a fidelity measurement waits for a
+    checkpoint at its step or later, or for the run to finish or diverge. Until then the run may fail,
+    stop, or find that the ranks' weights differ, go back and measure again. Training metrics of
+    batches that are rolled back are sent and stay; a tag names their steps.
 
-    `held` has the newest step of each metric in MLflow before this translation; `already_there` counts the points left out.
+    `held` has the newest step of each metric that MLflow had before; `already_there` counts the
+    points that were left out for it.
     """
 
     def __init__(self) -> None:
@@ -52,12 +55,13 @@ class Translation:
         self._waiting: dict[tuple[str, int], Event] = {}  # of each kind and step the newest
         self._counts: Counter[str] = Counter()
         self._rolled_back: list[str] = []
-        self._of_ends: set[str] = set()  # tags of how attempts ended, which the next start empties
+        self._of_ends: set[str] = set()  # tags of ended attempts, which the next start empties
 
     def points(self, event: Event) -> Iterator[Metric]:
-        """The metrics that MLflow does not hold yet and may have with this event: its own, or those that waited for it."""
-        self._step = step = _integer(event.get("step"), _integer(event.get("steps"), self._step))
-        kind = event["event"]
+        """The new metrics to send with this event: its own, or those that waited for it."""
+        kind, step = event["event"], _integer(event.get("step"), _integer(event.get("steps"), self._step))
+        if kind != "system":  # its steps count samples
+            self._step = step
         if kind in _OF_WEIGHTS:
             self._waiting[kind, step] = event
             return
@@ -93,22 +97,28 @@ class Translation:
                 tags["mlflow.source.git.commit"] = str(event["commit"])
             tags |= dict.fromkeys(self._of_ends, "")
             return tags | {"spiketrain.attempt": str(event.get("attempt", 0)), "mlflow.source.name": str(event.get("recipe", ""))}
+        if kind == "checkpoint" and event.get("path"):
+            address = str(event["path"])
+            return {CHECKPOINT_TAG: address if "://" in address else Path(address).absolute().as_uri()}
         if ended := _ended(event):
             self._of_ends |= ended.keys()
             return ended
         if (name := _COUNTED.get(kind)) is not None:
             self._counts[name] += _integer(event.get("samples"), 0) if kind == "skipped" else 1
-            return {f"spiketrain.{name}": str(self._counts[name]), **(self._trained_in_vain(event) if kind == "rollback" else {})}
+            return {
+                f"spiketrain.{name}": str(self._counts[name]),
+                **(self._rolled_back_steps(event) if kind == "rollback" else {}),
+            }
         return {}
 
-    def _trained_in_vain(self, rollback: Event) -> dict[str, str]:
-        """The steps whose metrics of training are those of batches that were rolled back."""
+    def _rolled_back_steps(self, rollback: Event) -> dict[str, str]:
+        """The tag with the steps whose training metrics are of batches that were rolled back."""
         self._rolled_back.append(f"{_integer(rollback.get('to'), 0) + 1}-{_integer(rollback.get('step'), 0) + 1}")
         return {"spiketrain.rolled_back": ", ".join(self._rolled_back)}
 
 
 def parameters(event: Event) -> dict[str, str]:
-    """The recipe's values, which the start of an attempt tells."""
+    """The recipe's values, from the start of an attempt."""
     if event["event"] != "start":
         return {}
     return {_key(key): str(value)[:6000] for key, value in event.get("params", {}).items()}
@@ -120,7 +130,7 @@ def milliseconds(event: Event) -> int:
 
 
 def _ended(event: Event) -> dict[str, str]:
-    """Tags of how an attempt ended that did not finish."""
+    """The tags of an attempt that ended without finishing."""
     kind = event["event"]
     if kind in ("failed", "diverged"):
         return {"spiketrain.error": str(event.get("error", "")), "spiketrain.diverged": str(kind == "diverged").lower()}

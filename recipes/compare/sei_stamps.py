@@ -72,11 +72,10 @@ from pipeline.models.binarized import binarized
 from pipeline.objective import CrossEntropy
 from pipeline.printing import say
 from pipeline.recipe import Recipe, read_json, spec
-from pipeline.report.effects import Levels, all_effects, effect
-from pipeline.report.factorial import factorial
 from pipeline.suite import Suite
 from pipeline.teachers.network import network_teacher
 from pipeline.track.state import state_of
+from recipes.compare.factorial_base import Levels, all_effects, effect, factorial, read_right
 from recipes.stamps.base import pictures, sei_first_stage
 
 SPLITS = ("0", "1", "2")
@@ -146,10 +145,10 @@ def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
         "teacher - peer": {SEI: 1, ("peer",): -1},
         "1-bit - full precision in as many bits": {SEI: 1, ("narrow",): -1},
     }
-    tables = {by: factorial(cells, contrasts, by=by) for by in ("object", "ground")}
-    for table in tables.values():
-        table.render(console)
+    tables = {by: factorial(read_right(cells, by=by), contrasts) for by in ("object", "ground")}
+    for by, table in tables.items():
+        table.render(console, by=by)
     for who, cell in (("teacher", SEI), ("peer", ("peer",))):
         shares = [read_json(cells[cell][split] / "summary.json")["teacher_top1"] for split in SPLITS]
         say(console, f"{who} alone: {', '.join(f'{share:.2%}' for share in shares)} in splits {', '.join(SPLITS)}")
-    return {by: table.to_json() for by, table in tables.items()}
+    return {by: table.to_dict() for by, table in tables.items()}

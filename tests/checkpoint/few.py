@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from pipeline.backend.plain import Plain
-from pipeline.checkpoint import Checkpoints, Saved
+from pipeline.checkpoint import Checkpoints, Folder, Saved
+from pipeline.checkpoint.store import Store
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Linear
 
@@ -49,3 +50,13 @@ def restore(checkpoints: Checkpoints, backend: Plain, rule: nn.Module) -> dict[s
     path = checkpoints.newest()
     assert path is not None
     return checkpoints.load(path, backend, rule)
+
+
+def content(place: Folder | Store) -> set[str]:
+    """The files in a place, without the owner's."""
+    if isinstance(place, Folder):
+        files = {str(path.relative_to(place.folder)) for path in place.folder.rglob("*") if path.is_file()}
+    else:
+        root = place.root.strip("/")
+        files = {path.strip("/").removeprefix(f"{root}/") for path in place.fs.find(place.root)}
+    return files - {"owner.json"}

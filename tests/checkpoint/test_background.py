@@ -185,6 +185,15 @@ def test_an_error_that_ends_the_attempt_says_that_the_checkpoint_failed_too(
     assert error.__notes__ == ["checkpoint step_00000001 was not written: RuntimeError: unexpected pos 640 vs 598"]
 
 
+def wait_for(file: Path) -> None:
+    """Until a rank has written this file, its last, and does what comes then."""
+    deadline = time.monotonic() + 20
+    while not file.exists():
+        assert time.monotonic() < deadline, file
+        time.sleep(0.01)
+    time.sleep(0.2)
+
+
 def _two_ranks(rank: int, size: int, folder: str) -> dict[str, Any]:
     ranks, place = Ranks(rank, size), Folder(Path(folder))
     about: dict[str, Any] = {"rank": rank, "ranks": size, "each": ranks.each}
@@ -201,7 +210,7 @@ def _two_ranks(rank: int, size: int, folder: str) -> dict[str, Any]:
         checkpoints.save(1 + writer, made, Counting(), {**TRAINER, "world_size": size})
         if rank == writer:
             held.set()
-            checkpoints._in_flight.writing.part.result(20)  # type: ignore[union-attr]
+            wait_for(checkpoints._writing.temp / (f".{rank}.json" if rank else "trainer.json"))  # type: ignore[union-attr]
         distributed.barrier()
         found[f"half {writer}"] = (place.folder / f"step_0000000{1 + writer}").exists()
         distributed.barrier()
@@ -325,8 +334,8 @@ def test_two_ranks_make_one_checkpoint_and_fail_together(tmp_path: Path) -> None
 def test_who_waits_in_a_folder_that_is_gone_says_so(tmp_path: Path) -> None:
     """Another driver has taken the place over and swept it, with the part of worker 1."""
     about = {"attempt": "a", "rank": 0, "ranks": 2, "on_whole": lambda: None}
-    writing = background.Background(Folder(tmp_path), "step_00000001", {"config.json": "{}"}, **about)
-    writing.part.result(20)
+    writing = background.Background(Folder(tmp_path), 1, {"config.json": "{}"}, **about)
+    wait_for(writing.temp / "config.json")
     shutil.rmtree(writing.temp)
     with pytest.raises(background.Abandoned, match="is gone, as if another driver"):
-        writing.whole.result(20)
+        writing.outcome.result(20)

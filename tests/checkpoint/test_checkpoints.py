@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import disk
-from pipeline.checkpoint import CheckpointError, Checkpoints, Folder, damage, pin, read_trainer, step_folders, verified
+from pipeline.checkpoint import CheckpointError, Checkpoints, Folder, damage, lost_step, pin, read_trainer, step_folders, verified
 from pipeline.checkpoint.sealed import facts_of, seal
-from tests.checkpoint.few import TRAINER, Counting, backend, restore, save
+from pipeline.checkpoint.store import Store
+from tests.checkpoint.few import TRAINER, Counting, backend, content, restore, save
 
 
 def flip_a_byte(file: Path) -> None:
@@ -59,25 +61,46 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
 FILES = ["model.safetensors", "plain/state.pt", "rng_rank0.pt", "rule.pt", "trainer.json", "manifest.json"]
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
-def test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used(tmp_path: Path, name: str, how: str) -> None:
-    told: list[tuple[Path, str]] = []
-    checkpoints = saved(tmp_path, [1, 2], on_quarantine=lambda address, reason: told.append((Path(address), reason)))
-    file = tmp_path / "step_00000002" / name
-    if how == "flipped":
-        flip_a_byte(file)
-    elif how == "cut":
-        file.write_bytes(file.read_bytes()[:-7])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [*((name, "flipped") for name in FILES), *((name, how) for name in FILES[::5] for how in ("cut", "gone"))],
+)
+def test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used(
+    place: Folder | Store, name: str, how: str
+) -> None:
+    told: list[tuple[str, str]] = []
+    checkpoints = Checkpoints(place, attempt="a", on_quarantine=lambda *about: told.append(about))
+    for step in (1, 2):
+        save(checkpoints, step, backend(step), Counting(step), TRAINER)
+    files = LocalFileSystem() if isinstance(place, Folder) else place.fs
+    path = f"{place.folder if isinstance(place, Folder) else place.root}/{Path(place.address('step_00000002')).name}/{name}"
+    data = bytearray(files.cat_file(path))
+    data[len(data) // 2] ^= 1
+    if how == "gone":
+        files.rm_file(path)
     else:
-        file.unlink()
-    trainer = restore(checkpoints, backend(9), Counting())
-    assert trainer["step"] == 1
+        files.pipe_file(path, bytes(data[:-7] if how == "cut" else data))
+    assert restore(checkpoints, backend(9), Counting())["step"] == 1
+    assert place.names() == ["step_00000001"]
+    if isinstance(place, Store) and (name, how) == ("manifest.json", "gone"):
+        assert told == [] and not any("step_00000002" in file for file in content(place))  # it never was one
+        return
     [(moved, reason)] = told
-    assert moved.parent == tmp_path / "quarantine"
-    assert moved.name.startswith("step_00000002")
-    assert name in reason
-    assert [path.name for path in step_folders(tmp_path)] == ["step_00000001"]
+    assert moved.startswith(f"{place.address('quarantine/step_00000002')}") and name in reason
+    assert any(file.startswith("quarantine/step_00000002") for file in content(place))
+
+
+def test_the_newest_the_best_and_the_pinned_are_kept(place: Folder | Store) -> None:
+    checkpoints = Checkpoints(place, attempt="a", keep=2)
+    for step, score in [(1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, 0.4)]:
+        save(checkpoints, step, backend(), Counting(), {**TRAINER, "score": score})
+        if step == 1:
+            pin(place.folder / "step_00000001") if isinstance(place, Folder) else place.write("step_00000001.pinned", b"")
+    assert [name[-1] for name in place.names()] == ["1", "2", "4", "5"]
+    assert not any("step_00000003" in file for file in content(place))
+    assert verified(place, "best").name == "step_00000002"
+    assert verified(place).name == "step_00000005"
+    assert damage(place.fetch("step_00000001")) is None
 
 
 def test_a_damaged_one_is_told_before_it_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,15 +158,6 @@ def test_a_write_that_was_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
     assert not torn.exists()
 
 
-def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(Folder(tmp_path), attempt="a", keep=2)
-    for step, score in [(1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, 0.4)]:
-        save(checkpoints, step, backend(), Counting(), {**TRAINER, "score": score})
-    assert [path.name[-1] for path in step_folders(tmp_path)] == ["2", "4", "5"]
-    assert verified(Folder(tmp_path), "best").name == "step_00000002"
-    assert verified(Folder(tmp_path)).name == "step_00000005"
-
-
 def test_a_score_that_cannot_be_read_now_costs_nobody_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, away = Path.read_bytes, [tmp_path / "step_00000002" / "trainer.json"]
 
@@ -179,15 +193,6 @@ def test_one_on_a_bad_sector_is_nobodys_best_and_does_not_stay_for_good(tmp_path
     assert save(checkpoints, 3, backend(), Counting(), {**TRAINER, "score": 0.1}).untidy == ""
     assert [path.name[-1] for path in step_folders(tmp_path)] == ["2", "3"]
     assert verified(Folder(tmp_path), "best").name == "step_00000003"
-
-
-def test_what_is_pinned_is_kept(tmp_path: Path) -> None:
-    checkpoints = saved(tmp_path, [1, 2])
-    pin(tmp_path / "step_00000001")
-    for step in (3, 4):
-        save(checkpoints, step, backend(), Counting(), TRAINER)
-    assert [path.name[-1] for path in step_folders(tmp_path)] == ["1", "3", "4"]
-    assert damage(tmp_path / "step_00000001") is None
 
 
 def test_a_step_that_is_redone_replaces_its_checkpoint(tmp_path: Path) -> None:
@@ -312,3 +317,43 @@ def test_one_that_is_newer_than_what_is_saved_takes_nobodys_room(tmp_path: Path)
     for step in (1, 2):
         save(later, step, backend(), Counting(), TRAINER)
     assert Folder(tmp_path).names() == ["step_00000002", "step_00000005"]
+
+
+# ------------------------------------------------------------------------------ what the journal knows, where none is found
+
+
+def start(step: int) -> dict[str, Any]:
+    return {"event": "start", "step": step}
+
+
+def told_saved(step: int) -> dict[str, Any]:
+    return {"event": "checkpoint", "step": step, "path": f"/runs/run/checkpoints/step_{step:08d}"}
+
+
+def quarantined(step: int, more: str = "") -> dict[str, Any]:
+    return {"event": "quarantine", "path": f"s3://bucket/run/quarantine/step_{step:08d}{more}-20261127-031500-7-a", "reason": "r"}
+
+
+@pytest.mark.parametrize(
+    ("events", "step"),
+    [
+        ([], None),
+        ([start(0), {"event": "step", "step": 2}], None),
+        ([start(0), told_saved(3)], 3),
+        ([start(0), told_saved(3), told_saved(6), start(6)], 6),
+        ([start(8)], 8),  # adopted from a run whose folder was lost
+        ([start(0), told_saved(3), quarantined(3)], None),
+        ([start(0), told_saved(3), told_saved(6), quarantined(6, ".1")], 3),
+        ([start(0), told_saved(3), told_saved(6), quarantined(6), quarantined(6)], 3),  # told once more by the start after a kill
+        ([start(0), told_saved(3), told_saved(6), told_saved(9), quarantined(9), quarantined(6)], None),  # 3 was pruned
+        (
+            [start(0), told_saved(3), told_saved(6), quarantined(9), quarantined(6)],
+            None,
+        ),  # 9 died with its writer, 3 was pruned for it
+        ([start(0), told_saved(3), quarantined(3), start(0), told_saved(3)], 3),
+        ([start(0), told_saved(3), quarantined(3), start(0)], None),
+        ([start(0), told_saved(3), told_saved(6), start(3)], 3),  # 6 had been moved away by hand, and the run went on
+    ],
+)
+def test_one_must_be_there_unless_it_was_quarantined(events: list[dict[str, Any]], step: int | None) -> None:
+    assert lost_step(events, keep=2) == step

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint import Checkpoints, damage, place_at
-from pipeline.checkpoint.fetched import sweep
+from pipeline.checkpoint.store import sweep_fetched
 from tests.checkpoint.few import TRAINER, Counting, backend, save
 
 pytestmark = pytest.mark.timeout(60)
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(60)
 OTHER = """
 import sys
 from pathlib import Path
-from pipeline.checkpoint.fetched import own_folder
+from pipeline.checkpoint.store import own_folder
 
 folder = own_folder(Path(sys.argv[1]))
 (folder / "file").touch()
@@ -75,12 +75,12 @@ def test_a_file_that_is_gone_since_it_was_verified_is_an_error_and_nothing_is_lo
 def test_a_folder_that_cannot_be_deleted_keeps_its_lock_by_which_the_next_sweep_finds_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock, folder = tmp_path / ".fetching-a", tmp_path / ".fetched-a"
+    lock, folder = tmp_path / ".fetched-a.lock", tmp_path / ".fetched-a"
     lock.touch()
     folder.mkdir()
     with monkeypatch.context() as refusing:
         refusing.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
-        sweep(tmp_path)
+        sweep_fetched(tmp_path)
     assert lock.exists() and folder.exists()
-    sweep(tmp_path)
+    sweep_fetched(tmp_path)
     assert not lock.exists() and not folder.exists()

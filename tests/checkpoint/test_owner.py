@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import errno
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipeline import disk
-from pipeline.checkpoint import CheckpointError, Checkpoints, Folder, Owned, Place, claim, owner_of, place_at
+from pipeline.checkpoint import CheckpointError, Checkpoints, Folder, Owned, claim, owner_of, place_at
 from pipeline.checkpoint import background as thread
 from pipeline.checkpoint.store import Store
 from pipeline.refused import Refused
-from tests.checkpoint.few import TRAINER, Counting, backend, restore, save
+from tests.checkpoint.few import TRAINER, Counting, backend, content, restore, save
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -22,27 +22,17 @@ OF_A = {**TRAINER, "run_id": "a" * 32, "study": "s", "run": "first"}
 
 
 @pytest.fixture(params=["folder", "memory"])
-def place_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Place]:
+def place_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Folder | Store]:
     """The one place, as a run of each name knows it."""
     address = str(tmp_path / "elsewhere") if request.param == "folder" else f"memory://owned/{uuid.uuid4().hex}"
     return lambda run: place_at(address, tmp_path / run)
 
 
-def claimed(place: Place, run: str = "first") -> Owned:
+def claimed(place: Folder | Store, run: str = "first") -> Owned:
     return Owned(place, claim(place, run=run, run_id="a" * 32, study="s"))
 
 
-def content(place: Place) -> set[str]:
-    """Of all that lies there but the owner's own file."""
-    if isinstance(place, Folder):
-        found = {str(path.relative_to(place.folder)) for path in place.folder.rglob("*")}
-    else:
-        assert isinstance(place, Store)
-        found = {path.removeprefix(f"/{place.root.strip('/')}/") for path in place.fs.find(place.root)}
-    return found - {"owner.json"}
-
-
-def test_a_place_that_is_anothers_is_not_claimed_and_nothing_in_it_is_touched(place_of: Callable[[str], Place]) -> None:
+def test_a_place_that_is_anothers_is_not_claimed_and_nothing_in_it_is_touched(place_of: Callable[[str], Folder | Store]) -> None:
     place = place_of("first")
     save(Checkpoints(place, attempt="a"), 1, backend(), Counting(), OF_A)
     there, mine = content(place), {"run": "mine", "run_id": "b" * 32, "study": "s"}
@@ -76,7 +66,7 @@ def test_a_full_disk_leaves_the_owner_that_there_was(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("when", ["before its manifest", "with its manifest"])
 def test_the_earlier_of_two_drivers_stops_at_its_save_and_tells_nothing_whole(
-    place_of: Callable[[str], Place], monkeypatch: pytest.MonkeyPatch, when: str
+    place_of: Callable[[str], Folder | Store], monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     first, told = claimed(place_of("first")), list[str]()
     one = Checkpoints(first, attempt="a", keep=1)
@@ -118,17 +108,22 @@ def test_the_earlier_of_two_drivers_stops_at_its_save_and_tells_nothing_whole(
         assert rule.feedback[0] == 2  # type: ignore[index]
 
 
-def test_what_an_abandoned_attempt_still_uploads_reaches_no_checkpoint_of_another(tmp_path: Path) -> None:
-    place = place_at(f"memory://owned/{uuid.uuid4().hex}", tmp_path)
+def test_what_an_abandoned_attempt_still_uploads_reaches_no_checkpoint_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, put = place_at(f"memory://owned/{uuid.uuid4().hex}", tmp_path), Store._put
     late = tmp_path / ".writing-a-step_00000001"
     late.mkdir()
     (late / "model.safetensors").write_bytes(b"late")
 
-    def one_by_one() -> Iterator[str]:
+    def meanwhile(self: Store, file: Path, path: str) -> None:
+        monkeypatch.setattr(Store, "_put", put)
         save(Checkpoints(place, attempt="b"), 1, backend(2), Counting(2), OF_A)
-        yield "model.safetensors"
+        put(self, file, path)
 
-    place.put(late, "step_00000001", one_by_one())
+    monkeypatch.setattr(Store, "_put", meanwhile)
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json"):  # it is not sealed
+        place.finish(late, "step_00000001")
     rule = Counting()
     restore(Checkpoints(place, attempt="c"), backend(), rule)
     assert rule.feedback[0] == 2  # type: ignore[index]

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pipeline import worker
-from pipeline.checkpoint import Folder, shared
+from pipeline.checkpoint import Folder
+from pipeline.checkpoint import folder as shared
 from pipeline.job import Place
 from pipeline.marker import Marker
 from pipeline.ranks import Ranks

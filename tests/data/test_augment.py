@@ -7,14 +7,14 @@ pytest.importorskip("ffcv")
 
 from PIL import Image
 
-from pipeline.data.augment import functions, lookup, ratio_table
+from pipeline.data.augment import crop_box, lookup, ratio_table
 from pipeline.data.beton import Beton
 from pipeline.random import FLIP, SHIFT_X, SHIFT_Y, below, bits
 from tests.data.views import AREA, MEAN, RATIO, STD, crop_by_hand, epoch_of, normalised, resized
 
 
 def test_crop_equals_plain_python():
-    rng, crop_box, ratios = np.random.default_rng(0), functions().crop_box, ratio_table(RATIO)
+    rng, ratios = np.random.default_rng(0), ratio_table(RATIO)
     boxes = []
     for index in range(1500):
         h, w, epoch = (int(each) for each in rng.integers(1, 600, 3))
@@ -29,7 +29,7 @@ def test_crop_equals_plain_python():
 
 @pytest.mark.parametrize(("h", "w"), [(4000, 3), (3, 4000)])
 def test_crop_of_a_strip_falls_back_to_its_centre(h, w):
-    crop_box, ratios = functions().crop_box, ratio_table(RATIO)
+    ratios = ratio_table(RATIO)
     boxes = {tuple(crop_box(h, w, np.uint64(0), np.uint64(0), np.uint64(i), np.array((0.5, 1.0)), ratios)) for i in range(20)}
     assert boxes == {crop_by_hand(h, w, 0, 0, 0, (0.5, 1.0), (ratios[0], ratios[-1]))}
 
@@ -105,3 +105,11 @@ def test_one_channel_is_luma(raw):
         box = ((pictures[i].shape[0] - side) // 2, (pictures[i].shape[1] - side) // 2, side, side)
         grey = np.asarray(Image.fromarray(resized(pictures[i], box, 24)).convert("L"))
         assert np.array_equal(x[0], grey / np.float32(255))
+
+
+@pytest.mark.parametrize("strong", [{"colour": 9.0}, {"erase": 1.0}])
+def test_evaluation_has_no_strong_augmentation(raw, strong):
+    folder, _ = raw
+    how = {"classes": 2, "size": 24, "mean": MEAN, "std": STD}
+    plain, changed = (dict(epoch_of(Beton(folder, **how, **more), "val")) for more in ({}, strong))
+    assert all(np.array_equal(plain[i], changed[i]) for i in plain)

@@ -9,14 +9,12 @@ import pytest
 
 pytest.importorskip("ffcv")
 
-from numba import njit
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm.data import auto_augment
 
-from pipeline.data.augment import functions
 from pipeline.data.beton import Beton
-from pipeline.data.colour import OPERATIONS, make
+from pipeline.data.colour import OPERATIONS, apply
 from pipeline.random import COLOUR, below, bits, normal_table
 from tests.data.views import MEAN, STD, crop_by_hand, epoch_of, normalised, resized
 
@@ -47,14 +45,8 @@ def pictures() -> list[np.ndarray]:
     return [china, flower, china // 5 + 20, flower // 64 * 64, np.full((64, 64, 3), 77, np.uint8), two, noise, noise // 2 + 60]
 
 
-@pytest.fixture(scope="module")
-def apply():
-    compiled = njit(nogil=True, fastmath=False, error_model="numpy")
-    return make(compiled, functions().bits, functions().below)[1]
-
-
 @pytest.mark.parametrize("operation", range(len(OPERATIONS)), ids=OPERATIONS)
-def test_each_operation_is_timms(operation: int, pictures: list[np.ndarray], apply, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_operation_is_timms(operation: int, pictures: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
     changed = 0
     for pixels in pictures:
         for level in (0.0, 0.37, 2.5, 5.0, 8.61, 9.0, 9.99, 10.0):
@@ -99,11 +91,3 @@ def test_a_moved_window_is_recoloured_with_the_black_around_it(fashion, monkeypa
     for i, x in coloured.items():
         shown = np.rint(plain[i] * 255).astype(np.uint8).transpose(1, 2, 0)
         assert np.array_equal(x, (recoloured(shown, i, monkeypatch) / np.float32(255)).transpose(2, 0, 1))
-
-
-def test_evaluation_is_not_recoloured(raw) -> None:
-    folder, _ = raw
-    plain, coloured = (
-        dict(epoch_of(Beton(folder, classes=2, size=24, mean=MEAN, std=STD, **more), "val")) for more in ({}, {"colour": 9.0})
-    )
-    assert all(np.array_equal(plain[i], coloured[i]) for i in plain)

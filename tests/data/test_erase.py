@@ -60,11 +60,3 @@ def test_the_noise_is_normal() -> None:
     table = normal_table().astype(float)
     assert abs(table.mean()) < 1e-6 and abs(table.std() - 1) < 1e-3 and np.array_equal(table, -table[::-1])
     assert abs((table < 1).mean() - 0.841345) < 1e-4
-
-
-def test_evaluation_is_not_erased(raw) -> None:
-    folder, _ = raw
-    plain, erased = (
-        dict(epoch_of(Beton(folder, classes=2, size=24, mean=MEAN, std=STD, **more), "val")) for more in ({}, {"erase": 1.0})
-    )
-    assert all(np.array_equal(plain[i], erased[i]) for i in plain)

@@ -16,62 +16,14 @@ from pipeline.data import format as beton_format
 from pipeline.data import manifest as manifests
 from pipeline.data.base import DataError
 from pipeline.data.beton import Beton
-from pipeline.data.write import verify
+from pipeline.data.page_checks import check, verify
+from tests.data.damage import fail_reads
 
 
 @pytest.fixture
 def folder(photos, tmp_path) -> Path:
     """A copy that a test may damage."""
     return shutil.copytree(photos, tmp_path / "copy")
-
-
-def flip(path: Path, at: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 4]))
-
-
-def test_whole_files_pass(photos):
-    Beton(photos, classes=2, size=8).check()
-    train, val = verify(photos)
-    assert (train.samples, val.samples, train.classes, sum(train.histogram)) == (61, 13, ["china", "flower"], 61)
-    assert verify(photos / "val.beton") == [val]
-
-
-@pytest.mark.parametrize("name", ["header", "field descriptors", "metadata", "padding", "page 0", "allocation table"])
-def test_a_flipped_bit_is_located(folder, name):
-    path = folder / "train.beton"
-    layout = beton_format.layout(path)
-    region = next(each for each in (*layout.front, *layout.pages, layout.table) if each.name == name)
-    flip(path, region.offset + region.size // 2)
-    for look in (Beton(folder, classes=2, size=8).check, lambda: verify(folder)):
-        with pytest.raises(DataError, match=rf"train\.beton: {name} \(bytes {region.offset} to .* differs from its manifest"):
-            look()
-
-
-@pytest.mark.parametrize("times", [disk.TRIES, 1 + disk.TRIES])  # of the open file once, and of fresh ones
-@pytest.mark.parametrize("name", ["header", "page 0", "allocation table"])
-def test_a_bad_sector_is_located_once_it_stays_one(folder, name, times, monkeypatch):
-    path, pread, left = folder / "train.beton", os.pread, [OSError(errno.EIO, os.strerror(errno.EIO))] * times
-    layout = beton_format.layout(path)
-    region = next(each for each in (*layout.front, *layout.pages, layout.table) if each.name == name)
-
-    def fails(file, length, offset):
-        if offset == region.offset and left:
-            raise left.pop()
-        return pread(file, length, offset)
-
-    monkeypatch.setattr(os, "pread", fails)
-    monkeypatch.setattr(disk, "TRY_S", 0.0)
-    if times <= disk.TRIES:
-        verify(path)
-        assert not left
-        return
-    said = rf"train\.beton: {name} \(bytes {region.offset} to .* cannot be read \(Input/output error\): damaged"
-    with pytest.raises(DataError, match=said):
-        verify(path)
 
 
 def test_a_manifest_that_cannot_be_read_is_named(folder, monkeypatch):
@@ -86,29 +38,9 @@ def test_a_manifest_that_cannot_be_read_is_named(folder, monkeypatch):
     monkeypatch.setattr(disk, "TRY_S", 0.0)
     with pytest.raises(DataError, match=r"train\.beton\.manifest\.json cannot be read: Input/output error; restore it"):
         Beton(folder, classes=2, size=8).check()
-    take_away(monkeypatch, folder)
+    fail_reads(monkeypatch, *folder.glob("*.beton"))
     with pytest.raises(OSError, match="Input/output error"):
         Beton(folder, classes=2, size=8).check()
-
-
-def take_away(patch, folder, number=errno.EIO):
-    """What is open cannot be read any more, as of a server that is gone; names are there."""
-    pread, files = os.pread, [path.stat() for path in folder.glob("*.beton")]
-
-    def fails(file, length, offset):
-        if any(os.path.samestat(os.fstat(file), each) for each in files):
-            raise OSError(number, os.strerror(number))
-        return pread(file, length, offset)
-
-    patch.setattr(os, "pread", fails)
-    patch.setattr(disk, "TRY_S", 0.0)
-
-
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
-def test_storage_that_is_away_is_no_damage(folder, monkeypatch, number):
-    take_away(monkeypatch, folder, number)
-    with pytest.raises(OSError, match=os.strerror(number)):
-        manifests.damaged_pages(folder / "train.beton")
 
 
 def test_regions_cover_the_file(photos):
@@ -118,23 +50,6 @@ def test_regions_cover_the_file(photos):
         assert region.offset == end
         end += region.size
     assert end == (photos / "train.beton").stat().st_size
-
-
-def test_a_page_is_named_among_many(tmp_path):
-    writer = beton_format.BetonWriter(tmp_path / "train.beton", capacity=64, page_bytes=1 << 12)
-    content = manifests.ContentHash(["a"])
-    for i in range(64):
-        sample = {"mode": beton_format.RAW, "height": 16, "width": 16, "label": 0}
-        writer.add(bytes([i]) * 768, **sample)
-        content.add(bytes([i]) * 768, **sample)
-    writer.finish()
-    path = tmp_path / "train.beton"
-    manifest = manifests.describe(path, name=path.name, content=content.hexdigest(), classes=["a"], labels=[0] * 64)
-    manifest.write(tmp_path / "train.beton.manifest.json")
-    assert len(manifest.pages) == 13 and verify(path) == [manifest]
-    flip(path, manifest.pages_offset + 7 * 4096 + 4095)
-    with pytest.raises(DataError, match=r"page 7 \(bytes "):
-        manifests.check(path)
 
 
 def test_the_content_hash_is_that_of_its_definition():
@@ -187,22 +102,24 @@ def test_a_bad_manifest_is_refused(folder, change, message):
         Beton(folder, classes=2, size=8).check()
 
 
+def forge(path, change):
+    """Change a manifest, whose own checksum is right again."""
+    body = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"}
+    change(body)
+    path.write_text(json.dumps({**body, "checksum": manifests._checksum(body)}))
+
+
 def test_a_manifest_may_lack_what_has_a_default(folder):
     """Files that were written before their samples could be grouped are read."""
     path = folder / "train.beton.manifest.json"
-    whole = json.loads(path.read_text())
-
-    def written(change):
-        body = {key: value for key, value in whole.items() if key != "checksum"}
-        change(body)
-        path.write_text(json.dumps({**body, "checksum": manifests._checksum(body)}))
-
-    written(lambda body: body.pop("groups"))
-    assert manifests.check(folder / "train.beton").groups == {}
+    whole = path.read_text()
+    forge(path, lambda body: body.pop("groups"))
+    assert check(folder / "train.beton").groups == {}
     for change in (lambda body: body.pop("classes"), lambda body: body.update(more=1)):
-        written(change)
+        path.write_text(whole)
+        forge(path, change)
         with pytest.raises(DataError, match=r"train\.beton\.manifest\.json is damaged"):
-            manifests.check(folder / "train.beton")
+            check(folder / "train.beton")
 
 
 def test_a_foreign_manifest_is_refused(folder):
@@ -213,16 +130,11 @@ def test_a_foreign_manifest_is_refused(folder):
 
 def test_verify_compares_sha256_and_content(folder):
     path = folder / "val.beton.manifest.json"
-
-    def forge(**change):
-        body = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"} | change
-        path.write_text(json.dumps({**body, "checksum": manifests._checksum(body)}))
-
     good = json.loads(path.read_text())
-    forge(sha256="0" * 64)
+    forge(path, lambda body: body.update(sha256="0" * 64))
     with pytest.raises(DataError, match=r"val\.beton: sha256 must be 0000"):
         verify(folder)
-    forge(sha256=good["sha256"], content="1" * 64)
+    forge(path, lambda body: body.update(sha256=good["sha256"], content="1" * 64))
     with pytest.raises(DataError, match=r"val\.beton: content hash must be 1111"):
         verify(folder)
 

@@ -21,7 +21,8 @@ from pipeline.data import encode, ffcv_api, manifest, sources
 from pipeline.data import format as beton_format
 from pipeline.data.base import DataError, LoaderError
 from pipeline.data.beton import Beton
-from pipeline.data.write import TooManyUnreadable, verify, write_fashion, write_folder, write_sets
+from pipeline.data.page_checks import verify
+from pipeline.data.write import TooManyUnreadable, write_fashion, write_folder, write_sets
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def holders(folder: Path) -> list[str]:
 OF_OUR_OWN = """
 import os
 from pathlib import Path
-from pipeline.doctor.stranger import stranger
+from pipeline.launch.preflight_services import join_without_token
 from pipeline.launch.ray import Ray
 with Ray(workers=1, device="cpu") as launcher:
     import ray
@@ -91,7 +91,7 @@ with Ray(workers=1, device="cpu") as launcher:
     files = [path for path in session.rglob("*") if path.is_file()]
     token = os.environ.get("RAY_AUTH_TOKEN", "none was drawn")
     holders = [path for path in files if token.encode() in path.read_bytes()]
-    print(stranger(launcher.found_at()).outcome, len(files) > 5, holders, Path("~/.ray").expanduser().exists())
+    print(join_without_token(launcher.found_at())[0], len(files) > 5, holders, Path("~/.ray").expanduser().exists())
 """
 
 

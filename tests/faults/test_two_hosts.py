@@ -179,11 +179,9 @@ def test_the_doctor_finds_both_hosts_well(hosts: Hosts) -> None:
     doctor = hosts.on("a", "spiketrain", "doctor", "--address", HEAD, "--runs", str(hosts.folder / "runs"), log="doctor.log")
     assert doctor.wait(300) == 0, (hosts.folder / "doctor.log").read_text()
     said = (hosts.folder / "doctor.log").read_text()
-    assert "on 2 nodes alike" in said and said.count("images written and read again") == 2
+    assert "the same on 2 nodes" in said and said.count("images were written and read") == 2
     assert f"the Ray at {HEAD} asks for its token" in said
-    for address in ADDRESS.values():
-        assert f"{address}: " in said  # of its clock
-    assert "2 processes add up with" in said
+    assert "2 processes reach one another" in said
 
 
 def test_a_link_that_was_cut_and_mended_costs_no_bit(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from pipeline.launch.clusters import manifests_of
 from pipeline.launch.node_loss import NODES
-from pipeline.submit.kustomize import containers
 
 Manifest = dict[str, Any]
 LABEL = {"app.kubernetes.io/part-of": "spiketrain"}
@@ -28,6 +34,32 @@ MONITORING = {
 }
 METRICS = {"metrics": 8080, "metrics-runs": 9100}
 """ports that figures are read at: Ray's on every pod, node_exporter's on the head"""
+
+
+def require_kustomize() -> None:
+    """Skip the test, or the module that is being imported, where nothing renders a folder."""
+    if not (shutil.which("kubectl") or shutil.which("kustomize")):
+        pytest.skip("needs kustomize: `infra/setup.sh --tools`, where apt has it", allow_module_level=True)
+
+
+def build(folder: Path) -> list[Manifest]:
+    """The manifests of a folder, as kustomize renders it."""
+    require_kustomize()
+    return copy.deepcopy(_built(folder))
+
+
+@functools.cache
+def _built(folder: Path) -> list[Manifest]:
+    return manifests_of(folder)
+
+
+def containers(node: Any) -> list[Manifest]:
+    """Every container that a manifest names, whatever its kind."""
+    found: list[Manifest] = []
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        is_list = key in ("containers", "initContainers") and isinstance(value, list)
+        found += value if is_list else containers(value)
+    return found
 
 
 def authentication(manifest: Manifest) -> Iterator[str]:

@@ -12,10 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.submit.kustomize import build
 from tests.driver import workers_below
 from tests.faults.lab import Driven, Lab
-from tests.infra.rules import cluster_of
+from tests.infra.rules import build, cluster_of
 from tests.nodes import TOKEN, nodes
 
 JOB = Path(__file__).parents[2] / "infra" / "k8s" / "base" / "job"

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.submit.kustomize import build, containers
 from pipeline.track.exposition import STATES, exposition
-from tests.infra.rules import LABEL, MONITORING
+from tests.infra.rules import LABEL, MONITORING, build, containers
 
 INFRA = Path(__file__).resolve().parents[2] / "infra"
 BOARD = INFRA / "grafana" / "spiketrain.json"

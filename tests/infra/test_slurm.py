@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline.launch.clusters import Order, render_sbatch, submit_sbatch
 from pipeline.launch.node_loss import NODES
-from pipeline.submit.order import Order
-from pipeline.submit.slurm import render, submit
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "infra" / "slurm" / "train.sbatch"
@@ -92,15 +92,6 @@ def slurm(tmp_path: Path) -> Iterator[Slurm]:
     job = Slurm(tmp_path)
     yield job
     job.close()
-
-
-@pytest.fixture
-def order(tmp_path: Path) -> Callable[..., Order]:
-    def make(*words: str, **fields: object) -> Order:
-        made = {"name": "my-run", "workers": 16, "image": "", "runs": str(tmp_path / "runs"), "infra": SCRIPT.parent}
-        return Order(words=words or ("recipes/fashion/sltt.py",), **{**made, **fields})  # type: ignore[arg-type]
-
-    return make
 
 
 # ------------------------------------------------------------------------------------------------------------ a job that ends
@@ -315,140 +306,108 @@ def test_another_start_has_another_token(slurm: Slurm):
 # ---------------------------------------------------------------------------------------------------------- render and submit
 
 
-def test_what_is_submitted_runs_as_ordered(slurm: Slurm, order: Callable[..., Order], monkeypatch: pytest.MonkeyPatch):
-    words = ("recipes/it's mine.py", "--set", 'data.folder="$(touch owned)"; `touch owned` & #')
+def command(*words: str, time: str = "10", gpus: int = 8, nodes: int = 2, partition: str | None = None, **fields: object) -> str:
+    """The command line of an order of 16 workers, if nothing else is asked for."""
+    made = {"name": "my-run", "workers": 16, "runs": "/shared/runs", **fields}
+    order = Order(words=words or ("recipes/fashion/sltt.py",), **made)  # type: ignore[arg-type]
+    return render_sbatch(order, SCRIPT.parent, nodes=nodes, gpus_per_node=gpus, time=time, partition=partition)
+
+
+@pytest.fixture
+def submit(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Submit a command line to the stand-in for sbatch, and start the job as Slurm would."""
     for name in ("PATH", "STAND_IN"):
         monkeypatch.setenv(name, slurm.environment[name])
-    rendered = render(order(*words), nodes=2, gpus_per_node=8, time="1-00:00:00", partition="gpu,long")
 
-    assert submit(rendered) == "4711"
-    submitted = slurm.folder / "submitted"
-    assert submitted.read_text() == rendered
-    assert (slurm.folder / "sbatch.options").read_text() == "--parsable\n"
-    slurm.start(submitted)
+    def made(line: str) -> str:
+        number = submit_sbatch(line)
+        read = (slurm.folder / "sbatch.environment").read_text().splitlines()
+        environment = dict(each.split("=", 1) for each in read)
+        words = (slurm.folder / "sbatch.words").read_text().splitlines()
+        slurm.start(Path(words[0]), *words[1:], SLURM_JOB_NAME="my-run", **environment)
+        return number
+
+    return made
+
+
+def test_what_is_submitted_runs_as_ordered(slurm: Slurm, submit: Callable[[str], str]):
+    words = ("recipes/it's mine.py", "--set", 'data.folder="$(touch owned)"; `touch owned` & #')
+    runs = slurm.folder / "its runs"
+    assert submit(command(*words, time="1-00:00:00", partition="gpu,long", runs=str(runs), image="a b:1")) == "4711"
+
     status, said = slurm.end()
     assert status == 0, said
+    options = (slurm.folder / "sbatch.options").read_text().splitlines()
+    asked = ["--job-name=my-run", "--nodes=2", "--time=1-00:00:00", "--gpus-per-node=8", "--partition=gpu,long"]
+    assert options == ["--parsable", "--export=ALL", *asked]
     launched = (slurm.folder / "driver.words").read_text().splitlines()
     assert launched[1:4] == list(words)
-    assert (
-        launched[4:] == f"--name my-run --runs {slurm.runs} --address auto --workers 16 --or-resume --node-loss patient".split()
-    )
+    rest = ["--address", "auto", "--workers", "16", "--or-resume", "--node-loss", "patient"]
+    assert launched[4:] == ["--name", "my-run", "--runs", str(runs), *rest]
+    assert "--container-image=a b:1" in (slurm.folder / "srun.options").read_text().splitlines()
     assert not list(slurm.folder.rglob("owned"))
 
 
-def test_directives_stand_before_the_first_command_and_once(order: Callable[..., Order]):
-    rendered = render(order(workers=8), nodes=4, gpus_per_node=2, time="90", partition="gpu")
-
-    head = rendered.partition("set -euo pipefail")[0]
-    told = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", head, re.MULTILINE))
-    for name, value in {"nodes": "4", "gpus-per-node": "2", "time": "90", "partition": "gpu", "job-name": "my-run"}.items():
-        assert told[name] == value
-    for name in ("requeue", "signal", "open-mode", "ntasks-per-node", "exclusive", "dependency"):
-        assert name in told
-    assert len(re.findall(r"^#SBATCH ", rendered, re.MULTILINE)) == len(told)
+def test_the_script_asks_for_what_no_option_says():
+    head = SCRIPT.read_text().partition("set -euo pipefail")[0]
+    names = re.findall(r"^#SBATCH --([a-z-]+)", head, re.MULTILINE)
+    asked = {"requeue", "signal", "open-mode", "ntasks-per-node", "exclusive", "mem", "dependency", "output", "job-name"}
+    assert sorted(names) == sorted(asked) and "#SBATCH" not in SCRIPT.read_text()[len(head) :]
 
 
-def test_neither_gpus_nor_a_partition_unless_asked_for(order: Callable[..., Order]):
-    rendered = render(order(workers=2), nodes=2, gpus_per_node=0, time="10:00")
-
-    assert "gpus-per-node=" not in rendered and "partition=" not in rendered
-
-
-def test_workers_that_leave_gpus_alone_may_be_more_than_these(order: Callable[..., Order]):
-    rendered = render(order("r.py", "--device", "cpu", workers=17), nodes=2, gpus_per_node=8, time="10")
-
-    assert "\nworkers=17\n" in rendered
+def test_neither_gpus_nor_a_partition_unless_asked_for():
+    line = command(gpus=0, time="10:00", workers=2)
+    assert "gpus-per-node=" not in line and "partition=" not in line
 
 
-def test_workers_that_nobody_counted_are_one_for_each_gpu(slurm: Slurm, order: Callable[..., Order]):
-    script = slurm.folder / "job"
-    script.write_text(render(order(workers=None), nodes=2, gpus_per_node=8, time="10"))
-    slurm.start(script, SPIKETRAIN_WORKERS="3")
+def test_workers_that_leave_gpus_alone_may_be_more_than_these():
+    assert " SPIKETRAIN_WORKERS=17 " in command("r.py", "--device", "cpu", workers=17)
 
+
+def test_workers_that_nobody_counted_are_one_for_each_gpu(
+    slurm: Slurm, submit: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever the environment of the submission says, which Slurm passes on."""
+    monkeypatch.setenv("SPIKETRAIN_WORKERS", "3")
+    submit(command(workers=None, runs=str(slurm.runs)))
     assert slurm.end()[0] == 0
     assert " --workers 16 " in (slurm.folder / "driver.words").read_text().replace("\n", " ")
-
-
-def test_an_image_is_what_srun_is_given(slurm: Slurm, order: Callable[..., Order]):
-    script = slurm.folder / "job"
-    script.write_text(render(order(image="registry/spike train:1"), nodes=2, gpus_per_node=8, time="10"))
-    slurm.start(script)
-
-    assert slurm.end()[0] == 0
-    assert "--container-image=registry/spike train:1" in (slurm.folder / "srun.options").read_text().splitlines()
 
 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"name": "a\n#SBATCH --uid=0"}, "name must match"),
-        ({"name": "a b"}, "name must match"),
-        ({"name": "../a"}, "name must match"),
-        ({"name": ""}, "name must match"),
-        ({"runs": "/a\nrm -rf /"}, "runs must be free of control characters"),
-        ({"image": "a\x00b"}, "image must be free of control characters"),
+        *(({"name": name}, "name must match") for name in ("a\n#SBATCH --uid=0", "a b", "../a", "")),
         ({"workers": 17}, "got 17 workers on 2 nodes x 8 GPUs"),
-        ({"workers": (2, 3, 4)}, "the nodes of a job stay as many as they are, so workers must be one number; got 2:4"),
-        ({"infra": Path("/nowhere")}, "the template of the job cannot be read"),
+        ({"workers": (2, 3, 4)}, "the number of nodes of a job is fixed, so workers must be one number; got 2:4"),
+        *(
+            ({"time": time}, "time must match")
+            for time in ("", "soon", "1:2:3:4", "UNLIMITED", "10\n#SBATCH --uid=0", "10 --uid=0", "-5")
+        ),
+        *(({"partition": name}, "partition must match") for name in ("", "a b", "gpu\n", "--uid=0", "gpu,")),
+        ({"nodes": 0}, "nodes must be 1 or more"),
     ],
 )
-def test_an_order_that_does_not_fit_is_refused(order: Callable[..., Order], fields: dict[str, object], said: str):
+def test_an_order_that_does_not_fit_is_refused(fields: dict[str, Any], said: str):
     with pytest.raises(ValueError, match=said) as error:
-        render(order(**fields), nodes=2, gpus_per_node=8, time="10")
+        command(**fields)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("--set", "a=b"), "begin with a recipe"),
-        (("r.py", "a\nb"), "words must be free of control characters"),
-        (("r.py", "--name", "x"), "--name is the job's own to say"),
-        (("r.py", "--runs=/x"), "--runs is the job's own to say"),
-        (("r.py", "--inline"), "a job trains with workers of Ray; got --inline"),
-    ],
-)
-def test_words_that_do_not_fit_are_refused(order: Callable[..., Order], words: tuple[str, ...], said: str):
-    with pytest.raises(ValueError, match=re.escape(said)):
-        render(order(*words), nodes=2, gpus_per_node=8, time="10")
-
-
-@pytest.mark.parametrize("time", ["", "soon", "1:2:3:4", "UNLIMITED", "10\n#SBATCH --uid=0", "10 --uid=0", "-5"])
-def test_a_time_that_slurm_does_not_know_is_refused(order: Callable[..., Order], time: str):
-    with pytest.raises(ValueError, match="time must match"):
-        render(order(), nodes=2, gpus_per_node=8, time=time)
-
-
-@pytest.mark.parametrize("partition", ["", "a b", "gpu\n", "--uid=0", "gpu,"])
-def test_a_partition_that_is_no_name_is_refused(order: Callable[..., Order], partition: str):
-    with pytest.raises(ValueError, match="partition must match"):
-        render(order(), nodes=2, gpus_per_node=8, time="10", partition=partition)
-
-
-def test_no_nodes_are_refused(order: Callable[..., Order]):
-    with pytest.raises(ValueError, match="nodes must be 1 or more"):
-        render(order(), nodes=0, gpus_per_node=8, time="10")
-
-
-def test_what_sbatch_says_is_one_line(slurm: Slurm, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("PATH", slurm.environment["PATH"])
+def test_what_sbatch_says_is_one_line(submit: Callable[[str], str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("STAND_IN_SBATCH", "invalid partition specified: gpu")
-
-    with pytest.raises(
-        ValueError, match=r"^submit: sbatch failed with .* and said: sbatch: error: invalid partition specified: gpu$"
-    ):
-        submit("#!/bin/bash\n")
+    said = "submit: sbatch failed with exit code 1 and said: sbatch: error: invalid partition specified: gpu"
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        submit(command())
 
 
 # ------------------------------------------------------------------------------------------------------------------ the script
 
 
-def test_shellcheck_finds_nothing(order: Callable[..., Order], tmp_path: Path):
+def test_shellcheck_finds_nothing():
     checker = shutil.which("shellcheck")
     assert checker, "this test needs shellcheck, which `infra/setup.sh --tools` installs"
-    rendered = tmp_path / "rendered.sh"
-    rendered.write_text(render(order("r.py", "--set", "a='b c'"), nodes=2, gpus_per_node=8, time="10"))
-    scripts = [SCRIPT, rendered, ROOT / "infra" / "setup.sh", ROOT / ".ci" / "run"]
+    scripts = [SCRIPT, ROOT / "infra" / "setup.sh", ROOT / ".ci" / "run"]
     stand_ins = [STAND_IN / name for name in ("scontrol", "sbatch", "spiketrain")]
 
     found = subprocess.run([checker, "--format=json", *map(str, scripts + stand_ins)], capture_output=True, text=True)

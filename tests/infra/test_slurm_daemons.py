@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.submit.order import Order
-from pipeline.submit.slurm import render, submit
+from pipeline.launch.clusters import Order, render_sbatch, submit_sbatch
 
 pytestmark = [
     pytest.mark.full,
@@ -120,7 +119,7 @@ def submitted(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 class Submitted:
-    """A job on the stand-ins, as `pipeline.submit.slurm` submits it."""
+    """A job on the stand-ins, as `pipeline.launch.clusters` submits it."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch, *, driver: str) -> None:
         self.folder = folder
@@ -131,10 +130,10 @@ class Submitted:
             patch.setenv(name, value)
         patch.setenv("PATH", f"{folder / 'bin'}:/usr/bin:/bin")
         patch.chdir(folder)
-        runs, infra = str(folder / "runs"), ROOT / "infra" / "slurm"
-        order = Order(words=("r.py",), name="a-run", workers=1, image="", runs=runs, infra=infra)
+        order = Order(words=("r.py",), name="a-run", workers=1, runs=str(folder / "runs"))
         # A limit below the 120 s of --signal: Slurm announces the end as soon as it looks, every 30 s.
-        self.number = submit(render(order, nodes=1, gpus_per_node=0, time="2"))
+        asked = {"nodes": 1, "gpus_per_node": 0, "time": "2", "partition": None}
+        self.number = submit_sbatch(render_sbatch(order, ROOT / "infra" / "slurm", **asked))
 
     def close(self) -> None:
         """Ray's folder of the job: numbers begin at 1 with every new Slurm."""

@@ -51,8 +51,9 @@ def test_they_are_there_and_a_run_whose_folder_is_lost_goes_on_with_them(tmp_pat
     assert there[-1] == "step_00000008" and not (tmp_path / "one" / "run" / "checkpoints").exists()
     assert load_run(tmp_path / "one" / "run").state_dict()
     client = connect(f"sqlite:///{tmp_path}/mlflow.db")
-    [model] = client.search_logged_models([each.experiment_id for each in client.search_experiments()])
-    assert model.params["uri"] == (tmp_path / "elsewhere" / "run" / "step_00000008").as_uri()
+    [tracked] = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    newest = tmp_path / "elsewhere" / "run" / "step_00000008"
+    assert tracked.data.tags["spiketrain.checkpoint"] == newest.as_uri()
 
     code, _, said = run(*other)
     assert code == 2 and not (tmp_path / "other" / "run").exists()

@@ -24,9 +24,9 @@ from pipeline.job import Job, Place
 from pipeline.launch import trainer
 from pipeline.launch.base import LaunchError, Silent, WorkersEnded
 from pipeline.launch.inline import Inline
-from pipeline.launch.loopback import OnLoopback
 from pipeline.launch.places import NoPlace
 from pipeline.launch.ray import Ray, _train
+from pipeline.launch.trainer import OnLoopback
 from pipeline.measure.driver import Unusable
 from pipeline.refused import Refused
 

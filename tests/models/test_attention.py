@@ -1,14 +1,17 @@
 """Both attentions at one time step against sums over pairs of tokens, written out."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.attention import Attention, SelfAttention, TokenQK
+from pipeline.models.attention import Attention, OverSamples, SelfAttention, TokenQK
 from pipeline.models.residual import Blocks
-from pipeline.spiking.neuron import LIF
+from pipeline.spiking.neuron import LIF, PLIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
+from pipeline.spiking.surrogate import Sigmoid
 
 HEADS, CHANNELS = 2, 6
 
@@ -80,3 +83,34 @@ def test_a_silent_last_norm_leaves_what_the_last_shortcut_carries():
                 y_TBCHW = attention(x_TBCHW)
             assert bool(y_TBCHW.any()) == (shortcut == "multiple_all")
             assert torch.equal(y_TBCHW % step, torch.zeros_like(y_TBCHW)) and y_TBCHW.min() >= 0
+
+
+NEURON = LIF(0.5, threshold=0.8, reset="zero", decay_input=True, surrogate=Sigmoid(3.0))
+
+
+def run_slices(neuron: nn.Module, *slices: torch.Tensor) -> torch.Tensor:
+    with fresh_state(neuron):
+        return torch.cat([neuron(each) for each in slices])
+
+
+def test_a_neuron_over_samples_is_the_lif_on_the_samples_one_after_another() -> None:
+    x_TBC = 2 * torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    v, expected = torch.zeros(5, dtype=torch.float64), []
+    for t in range(3):
+        for b in range(4):
+            u = 0.5 * v + 0.5 * x_TBC[t, b]
+            s = (u >= 0.8).double()
+            v = u * (1 - s)
+            expected.append(s)
+    neuron = OverSamples.of(NEURON)
+    assert torch.equal(run_slices(neuron, x_TBC), torch.stack(expected).view(3, 4, 5))
+    assert torch.equal(run_slices(neuron, *x_TBC.split([1, 2])), run_slices(neuron, x_TBC))
+    assert torch.equal(run_slices(neuron, x_TBC[:, :1]), run_slices(NEURON, x_TBC[:, :1]))
+    assert not torch.equal(run_slices(neuron, x_TBC), run_slices(NEURON, x_TBC))
+    assert repr(neuron) == repr(NEURON).replace("LIF", "OverSamples")
+
+
+def test_over_samples_refuses_other_neurons() -> None:
+    for neuron in (PLIF(), nn.ReLU()):
+        with pytest.raises(ValueError, match=re.escape(f"OverSamples: the neuron must be a LIF; got {type(neuron).__name__}")):
+            OverSamples.of(neuron)

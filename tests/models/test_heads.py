@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.models.heads import multi_head, select_head
+from pipeline.models.heads import MultiHead, multi_head, select_head
 from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.models.vgg import vgg_sws
-from pipeline.spiking.heads import MultiHead
 from pipeline.spiking.state import fresh_state
 
 
@@ -73,13 +72,12 @@ def test_every_network_with_a_classifier_may_have_heads(network: nn.Module) -> N
 
 
 def test_refuses() -> None:
-    with pytest.raises(ValueError, match=r"module `classifier`; got heads=2, Linear"):
-        multi_head(nn.Linear(2, 2), heads=2)
-    with pytest.raises(ValueError, match="got heads=0, MLP"):
-        multi_head(mlp(3, in_features=4, hidden=(5,)), heads=0)
-    with pytest.raises(ValueError, match="at least one head; got none"):
-        MultiHead([])
-    with pytest.raises(ValueError, match=r"head must be in 0\.\.2; got 3"):
-        select_head(small(), 3)
-    with pytest.raises(ValueError, match="must have several heads, see multi_head; got MLP"):
-        select_head(mlp(3, in_features=4), 0)
+    for said, refused in (
+        (r"module `classifier`; got heads=2, Linear", lambda: multi_head(nn.Linear(2, 2), heads=2)),
+        ("got heads=0, MLP", lambda: multi_head(mlp(3, in_features=4, hidden=(5,)), heads=0)),
+        ("at least one head; got none", lambda: MultiHead([])),
+        (r"head must be in 0\.\.2; got 3", lambda: select_head(small(), 3)),
+        ("must have several heads, see multi_head; got MLP", lambda: select_head(mlp(3, in_features=4), 0)),
+    ):
+        with pytest.raises(ValueError, match=said):
+            refused()

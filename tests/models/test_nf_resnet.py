@@ -120,26 +120,6 @@ def test_against_an_independent_forward(bottleneck, stem):
     assert torch.allclose(got, by_hand(model, x_BCHW, 4), atol=1e-10)
 
 
-def test_slices_equal_the_batch_in_train_and_eval():
-    model = awake(tiny())
-    x = torch.randn(4, 2, 2, 8, 8, dtype=torch.float64)
-    for mode in (True, False):
-        model.train(mode)
-        with fresh_state(model):
-            whole = model(x)
-        with fresh_state(model):
-            sliced = torch.cat([model(x[t : t + 1]) for t in range(4)])
-        assert torch.allclose(whole, sliced, atol=1e-12)
-
-
-def test_every_parameter_learns():
-    model = awake(tiny(bottleneck=True))
-    with fresh_state(model):
-        model(torch.randn(3, 4, 2, 8, 8, dtype=torch.float64)).square().sum().backward()
-    silent = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
-    assert silent == []
-
-
 def test_every_layer_has_a_neuron_of_its_own():
     with torch.device("meta"):
         model = nf_resnet50(neuron=LIF(0.25, threshold=0.5, reset="zero", reset_gradient="kept", surrogate=Sigmoid(2.0)))

@@ -1,21 +1,13 @@
-from collections.abc import Callable
-from functools import partial
-
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from pipeline.measure.activity import Activity
 from pipeline.models.attention import SelfAttention, TokenQK
 from pipeline.models.binarized import binarized
-from pipeline.models.qkformer import Block, QKFormer, qkformer_10
+from pipeline.models.qkformer import Block, qkformer_10
 from pipeline.models.qkformer_published import to_published
 from pipeline.models.residual import Blocks
-from pipeline.rules.base import Rule
-from pipeline.rules.bptt import BPTT
-from pipeline.rules.ottt import OTTT
-from pipeline.rules.sltt import SLTT
 from pipeline.spiking.binary import binary_synapses
 from pipeline.spiking.dropout import DropPath
 from pipeline.spiking.encode import repeat
@@ -23,38 +15,7 @@ from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.surrogate import Sigmoid
-
-STREAMS = [
-    ("sew", "batch"),
-    ("sew_multiple", "batch"),
-    ("membrane", "batch"),
-    ("multiple", "batch"),
-    ("multiple_all", "batch"),
-    ("membrane", "sws"),
-    ("multiple", "sws"),
-]
-
-
-def small(shortcut="sew", norm="batch", **choices) -> QKFormer:
-    torch.manual_seed(0)
-    sizes = {"channels": 32, "depth": 4, "heads": 2, "classes": 5}
-    return lively(QKFormer(**(sizes | choices), shortcut=shortcut, norm=norm))
-
-
-def lively(model: QKFormer) -> QKFormer:
-    """Statistics and gains under which every neuron has something to say."""
-    for module in model.modules():
-        if isinstance(module, BatchNorm):
-            nn.init.uniform_(module.weight, 1, 3)
-            nn.init.uniform_(module.bias, 0.5, 2)
-            nn.init.uniform_(module.running_mean, -0.5, 0.5)
-            nn.init.uniform_(module.running_var, 0.2, 1)
-    for name, p in model.named_parameters():
-        if "skip_gain" in name:
-            nn.init.ones_(p)
-        elif name.endswith("synapse.bias"):
-            nn.init.uniform_(p, 0, 1.5)
-    return model
+from tests.models.families import small_qkformer
 
 
 @pytest.mark.parametrize("shortcut", ["membrane", "multiple"])
@@ -141,7 +102,7 @@ class Reference:
 
 
 def test_against_an_independent_forward():
-    model = small(depth=5).double().eval()
+    model = small_qkformer(depth=5).double().eval()
     x_BCHW = 2 * torch.randn(2, 3, 48, 40, dtype=torch.float64)
     reference = Reference(to_published(model), heads=2)
     with torch.no_grad(), fresh_state(model):
@@ -162,7 +123,7 @@ class AsPublished(Reference):
 
 
 def test_the_published_projection_neuron_runs_from_sample_to_sample():
-    model = small(depth=5, projection_neuron="over_samples").double().eval()
+    model = small_qkformer(depth=5, projection_neuron="over_samples").double().eval()
     x_BCHW = 2 * torch.randn(3, 3, 48, 40, dtype=torch.float64)
     reference = AsPublished(to_published(model), heads=2)
     answers = []
@@ -179,49 +140,14 @@ def test_the_published_projection_neuron_runs_from_sample_to_sample():
     with torch.no_grad(), activity, activity.batch(torch.arange(3)), fresh_state(model):  # spikes are counted by sample
         model(repeat(x_BCHW, 3))
     assert len(activity.layers()) == len(named_neurons(model)) and all(each.samples == 3 for each in activity.layers())
-    alone = small(depth=5).double().eval()
+    alone = small_qkformer(depth=5).double().eval()
     with torch.no_grad(), fresh_state(model), fresh_state(alone):  # a batch of one is the mended function
         assert torch.equal(model(repeat(x_BCHW[:1], 3)), alone(repeat(x_BCHW[:1], 3)))
 
 
-@pytest.mark.parametrize(("shortcut", "norm"), STREAMS)
-@pytest.mark.parametrize("mode", ["eval", "train"])
-def test_slices_equal_the_whole(shortcut, norm, mode):
-    model = small(shortcut, norm).double().train(mode == "train")
-    x_TBCHW = repeat(torch.randn(2, 3, 32, 32, dtype=torch.float64), 3)
-    with torch.no_grad():
-        with fresh_state(model):
-            whole_TBK = model(x_TBCHW)
-        with fresh_state(model):
-            slices_TBK = torch.cat([model(x_BCHW[None]) for x_BCHW in x_TBCHW])
-    assert (whole_TBK - slices_TBK).abs().max() < 1e-12
-    assert whole_TBK.std() > 0
-
-
-@pytest.mark.parametrize(("shortcut", "norm"), STREAMS)
-@pytest.mark.parametrize("make_rule", [BPTT, partial(SLTT, k=1, rescale=True), OTTT], ids=["BPTT", "SLTT-1", "OTTT"])
-def test_trains(shortcut, norm, make_rule: Callable[[], Rule]):
-    """Every weight that the loss reaches gets a gradient; OTTT takes the normaliser-free ones alone."""
-    model, rule = small(shortcut, norm), make_rule()
-    if isinstance(rule, OTTT) and norm == "batch":
-        with pytest.raises(ValueError, match=r"OTTT.*batch norm.*stages\.0\.0\.stem"):
-            rule.attach(model)
-        return
-    rule.attach(model)
-    target_B = torch.tensor([0, 1, 2])
-    x_TBCHW = repeat(3 * torch.randn(3, 3, 32, 32), 2)
-    for objective in rule.objectives(model, x_TBCHW, lambda logits_BK: F.cross_entropy(logits_BK, target_B), step=0):
-        if objective.backward is not None:
-            objective.backward.backward()
-    for name, p in model.named_parameters():
-        assert p.grad is not None and p.grad.isfinite().all(), name
-    silent = [name for name, p in model.named_parameters() if p.grad.abs().max() == 0]  # type: ignore[union-attr]
-    assert silent == []
-
-
 @pytest.mark.parametrize(("shortcut", "norm"), [("sew", "batch"), ("multiple", "sws")])
 def test_a_shrunk_picture_is_the_mean_of_squares(shortcut, norm):
-    model, shrunk = small(shortcut, norm).eval(), small(shortcut, norm, shrink=2).eval()
+    model, shrunk = small_qkformer(shortcut, norm).eval(), small_qkformer(shortcut, norm, shrink=2).eval()
     assert list(model.state_dict()) == list(shrunk.state_dict())
     x_BCHW = torch.randn(2, 3, 64, 64)
     mean_BCHW = sum(x_BCHW[..., i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
@@ -234,7 +160,7 @@ def test_a_shrunk_picture_is_the_mean_of_squares(shortcut, norm):
 
 def test_any_size_that_leaves_a_pixel():
     for shrink, sides in ((1, (1, 8, 9)), (4, (4, 7, 33))):
-        model = small(shrink=shrink).eval()
+        model = small_qkformer(shrink=shrink).eval()
         for side in sides:
             with torch.no_grad(), fresh_state(model):
                 assert model(torch.rand(2, 2, 3, side, side)).shape == (2, 2, 5)
@@ -243,7 +169,7 @@ def test_any_size_that_leaves_a_pixel():
 
 
 def test_shrinking_leaves_out_what_fills_no_square():
-    model, x_TBCHW = small(shrink=2).eval(), torch.rand(2, 2, 3, 33, 33)
+    model, x_TBCHW = small_qkformer(shrink=2).eval(), torch.rand(2, 2, 3, 33, 33)
     answers = []
     for image_TBCHW in (x_TBCHW, x_TBCHW[..., :32, :32]):
         with torch.no_grad(), fresh_state(model):
@@ -252,7 +178,7 @@ def test_shrinking_leaves_out_what_fills_no_square():
 
 
 def test_drop_path_grows_with_depth_and_works():
-    model = small(depth=6, drop_path=0.5)
+    model = small_qkformer(depth=6, drop_path=0.5)
     shares = [round(m.share, 3) for m in model.modules() if isinstance(m, DropPath)]
     assert shares == [0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5]
     x_TBCHW = repeat(torch.randn(2, 3, 32, 32), 2)
@@ -282,11 +208,11 @@ def test_drop_path_grows_with_depth_and_works():
             "projection_neuron='over_samples' needs a neuron behind the attention, .* got shortcut='membrane'",
         ),
         ({"shortcut": "post_activation"}, "shortcut must not be 'post_activation'"),
-        ({"shortcut": "some"}, "shortcut must be one of .*; got shortcut='some'"),
+        ({"shortcut": "some"}, "shortcut must be 'post_activation', .* or 'multiple_all'; got shortcut='some'"),
         ({"norm": "sws"}, "norm='sws' needs shortcut='membrane' or 'multiple'"),
-        ({"norm": "layer"}, "norm must be one of batch, sws; got norm='layer'"),
+        ({"norm": "layer"}, "norm must be 'batch' or 'sws'; got norm='layer'"),
     ],
 )
 def test_refuses(choices, message):
     with pytest.raises(ValueError, match=message):
-        small(**choices)
+        small_qkformer(**choices)

@@ -3,13 +3,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.models.attention import SelfAttention
+from pipeline.models.attention import OverSamples, SelfAttention
 from pipeline.models.qkformer import QKFormer, qkformer_10
 from pipeline.models.qkformer_published import IGNORED, from_published, published_name, to_published
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.over_samples import OverSamples
 from pipeline.spiking.state import fresh_state
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "qkformer_10_384.txt"
@@ -68,17 +67,32 @@ def test_published_weights_answer_as_the_published_code_where_that_is_chosen():
 
 def test_refuses_what_does_not_fit():
     weights = to_published(small())
-    with pytest.raises(ValueError, match=r"must be those of a published QKFormer; got none named 'head.weight'"):
-        from_published({name: tensor for name, tensor in weights.items() if name != "head.weight"})
-    with pytest.raises(ValueError, match=r"must hold every tensor; got none named stage2\.1\.mlp\.fc2_bn\.bias"):
-        from_published({name: tensor for name, tensor in weights.items() if name != "stage2.1.mlp.fc2_bn.bias"})
-    with pytest.raises(ValueError, match=r"got 1 tensors too many, pos_embed among them"):
-        from_published(weights | {"pos_embed": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"head.bias must have the shape \(7,\); got \(8,\)"):
-        from_published(weights | {"head.bias": torch.zeros(8)})
-    with pytest.raises(ValueError, match=r"head.weight must have 2 dimensions; got the shape \(7,\)"):
-        from_published(weights | {"head.weight": torch.zeros(7)})
-    with pytest.raises(ValueError, match="heads must be given for fewer than 64 channels; got 36 channels"):
-        from_published(weights | {"head.weight": torch.zeros(7, 36)})
-    with pytest.raises(ValueError, match=r"only tensors of a QKFormer with shortcut='sew' were published; got .*ffn\.0\.branch"):
-        published_name("stages.0.1.ffn.0.branch.0.synapse.weight")
+    for said, refused in (
+        (
+            r"must be those of a published QKFormer; got none named 'head.weight'",
+            lambda: from_published({name: tensor for name, tensor in weights.items() if name != "head.weight"}),
+        ),
+        (
+            r"got 1 missing: stages\.1\.2\.ffn\.branch\.2\.norm\.bias",
+            lambda: from_published({name: tensor for name, tensor in weights.items() if name != "stage2.1.mlp.fc2_bn.bias"}),
+        ),
+        (r"got 1 unknown: pos_embed", lambda: from_published(weights | {"pos_embed": torch.zeros(1)})),
+        (
+            r"got 1 of another shape: classifier.bias \(\[8\] instead of \[7\]\)",
+            lambda: from_published(weights | {"head.bias": torch.zeros(8)}),
+        ),
+        (
+            r"head.weight must have 2 dimensions; got the shape \(7,\)",
+            lambda: from_published(weights | {"head.weight": torch.zeros(7)}),
+        ),
+        (
+            "heads must be given for fewer than 64 channels; got 36 channels",
+            lambda: from_published(weights | {"head.weight": torch.zeros(7, 36)}),
+        ),
+        (
+            r"only tensors of a QKFormer with shortcut='sew' were published; got .*ffn\.0\.branch",
+            lambda: published_name("stages.0.1.ffn.0.branch.0.synapse.weight"),
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            refused()

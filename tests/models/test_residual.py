@@ -133,8 +133,8 @@ def test_sws_divides_by_the_stream_and_projects_spikes():
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"shortcut": "none"}, r"shortcut must be one of .*; got shortcut='none'"),
-        ({"shortcut": "sew", "norm": "group"}, r"norm must be one of batch, sws; got norm='group'"),
+        ({"shortcut": "none"}, r"shortcut must be 'post_activation', .* or 'multiple_all'; got shortcut='none'"),
+        ({"shortcut": "sew", "norm": "group"}, r"norm must be 'batch' or 'sws'; got norm='group'"),
         ({"shortcut": "sew", "norm": "sws"}, r"norm='sws' needs shortcut='membrane' or 'multiple', .*got shortcut='sew'"),
     ],
 )

@@ -3,12 +3,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models.vgg import VGG, vgg_sws, vgg_sws_f
+from pipeline.models.vgg import VGG, Feedback, vgg_sws, vgg_sws_f
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
-from pipeline.spiking.state import fresh_state
+from pipeline.spiking.state import fresh_state, state_bytes
 from pipeline.spiking.surrogate import Sigmoid, Triangle, spike
 from pipeline.spiking.synapse import Conv2d
 from tests.rules.small import cross_entropy, difference, gradients
@@ -136,12 +136,16 @@ def test_neuron_arguments_reach_every_neuron():
 
 
 def test_refuses():
-    with pytest.raises(ValueError, match=r"VGG: each stage must hold at least one width >= 1; got stages=\(\(4,\), \(\)\)"):
-        vgg_sws(stages=((4,), ()))
-    with pytest.raises(ValueError, match=r"VGG: classes must be a whole number >= 1; got classes=0"):
-        vgg_sws(0)
-    with pytest.raises(ValueError, match=r"VGG: feedback must be 'none' or 'last'; got feedback='all'"):
-        VGG(stages=((2,),), classes=2, in_channels=1, feedback="all", neuron=LIF())
+    for said, refused in (
+        (r"VGG: each stage must hold at least one width >= 1; got stages=\(\(4,\), \(\)\)", lambda: vgg_sws(stages=((4,), ()))),
+        (r"VGG: classes must be a whole number >= 1; got classes=0", lambda: vgg_sws(0)),
+        (
+            r"VGG: feedback must be 'none' or 'last'; got feedback='all'",
+            lambda: VGG(stages=((2,),), classes=2, in_channels=1, feedback="all", neuron=LIF()),
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            refused()
     model = vgg_sws(stages=((2,), (2,), (2,)))
     with fresh_state(model), pytest.raises(ValueError, match=r"VGG: 3 stages, .* need 4 pixels a side; got \(3, 8\)"):
         model(torch.zeros(1, 1, 3, 3, 8))
@@ -156,10 +160,15 @@ def test_the_stem_has_a_kernel_and_a_stride_of_its_own():
         assert model(torch.zeros(2, 1, 1, 28, 28)).shape == (2, 1, 4)
     with fresh_state(model), pytest.raises(ValueError, match=r"VGG: 2 stages, .* need 4 pixels a side; got \(3, 8\)"):
         model(torch.zeros(1, 1, 1, 3, 8))
-    with pytest.raises(ValueError, match=r"VGG: stem must be an odd kernel and a stride >= 1; got stem=\(4, 2\)"):
-        vgg_sws(stem=(4, 2))
-    with pytest.raises(ValueError, match=r"VGG: feedback joins the current .* got \(5, 2\)"):
-        VGG(stages=((4,),), classes=2, in_channels=1, stem=(5, 2), feedback="last", neuron=LIF())
+    for said, refused in (
+        (r"VGG: stem must be an odd kernel and a stride >= 1; got stem=\(4, 2\)", lambda: vgg_sws(stem=(4, 2))),
+        (
+            r"VGG: feedback joins the current .* got \(5, 2\)",
+            lambda: VGG(stages=((4,),), classes=2, in_channels=1, stem=(5, 2), feedback="last", neuron=LIF()),
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            refused()
 
 
 def test_dropout_drops_the_same_neurons_at_every_step():
@@ -181,3 +190,36 @@ def test_dropout_drops_the_same_neurons_at_every_step():
     assert (fired == ((record[-1] > 0) & ~dropped)).all()
     assert (dropped & would_fire).sum() / would_fire.sum() == pytest.approx(0.5, abs=0.06)
     assert torch.allclose(torch.cat(record[:2]).unique(), torch.tensor([0.0, 2]))
+
+
+def test_recalls_the_step_before_and_forgets_between_batches():
+    feedback = Feedback()
+    for _ in range(2):
+        with fresh_state(feedback):
+            assert feedback.recall() is None
+            for t in range(3):
+                feedback.keep(torch.full((1, 2), float(t)))
+                assert torch.equal(feedback.recall(), torch.full((1, 2), float(t)))
+            assert state_bytes(feedback) == 8
+    assert state_bytes(feedback) == 0
+
+
+@pytest.mark.parametrize(("rule", "has_graph"), [(BPTT(), True), (SLTT(), False)])
+def test_the_graph_crosses_the_step_under_bptt_alone(rule, has_graph):
+    feedback = Feedback()
+    rule.attach(nn.ModuleList([feedback, LIF()]))
+    with fresh_state(feedback):
+        feedback.keep(torch.ones(1, 2, requires_grad=True) * 2)
+        kept = feedback.recall()
+    assert kept is not None and kept.requires_grad == has_graph
+
+
+def test_feedback_refuses_several_steps_and_no_state():
+    feedback = Feedback()
+    with (
+        fresh_state(feedback),
+        pytest.raises(ValueError, match=r"Feedback: keep must be handed one time step, .* shape \(2, 3\)"),
+    ):
+        feedback.keep(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"Feedback: its membrane or trace exists only inside fresh_state"):
+        feedback.recall()

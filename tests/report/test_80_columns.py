@@ -9,22 +9,19 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.doctor.findings import Finding
-from pipeline.ensemble import CausalTest, Ensemble, Mean
+from pipeline.commands.doctor import print_findings
 from pipeline.forecast.asked import Asked
 from pipeline.forecast.bench import Cost
 from pipeline.forecast.devices import DEVICES
 from pipeline.forecast.plan import Cluster, Plan, Planned
 from pipeline.forecast.probe import Probe
 from pipeline.forecast.sweep import Point, Sweep
+from pipeline.launch.preflight_services import Finding
 from pipeline.measure.fidelity import Fidelity
 from pipeline.printing import new_console
 from pipeline.recipe import spec
-from pipeline.report.carryover import print_carryover
 from pipeline.report.claims import Claim, print_claims
 from pipeline.report.compare import print_comparison
-from pipeline.report.doctor import print_findings
-from pipeline.report.factorial import Cell, Contrast, Factorial
 from pipeline.report.plan import print_plan
 from pipeline.report.probe import print_probe
 from pipeline.report.runs import print_runs
@@ -155,12 +152,13 @@ def a_plan(console: Console | None) -> None:
 
 def a_doctors_findings(console: Console | None) -> None:
     found = [
-        Finding(check="versions", state="ok", told="python 3.11.7, torch 2.13.0+cpu, ray 2.60.0, deepspeed 0.19.8, ffcv 1.0.2"),
+        Finding("versions", "ok", "python 3.11.7, torch 2.13.0+cpu, ray 2.60.0, deepspeed 0.19.8, ffcv 1.0.2"),
         Finding(
-            check="storage",
-            state="bad",
-            told="node-17.cluster.example.org: a lock in /shared/somebody/with/a/long/name/spiking/networks/runs-of-2026 is free",
-            advice="two drivers could train one run at once: `mount -o remount,flock /shared/somebody` on every node",
+            "storage",
+            "bad",
+            "node-17.cluster.example.org could lock a file in "
+            "/shared/somebody/with/a/long/name/spiking/networks/runs-of-2026 that the driver has locked",
+            "two drivers could train one run at once: `mount -o remount,flock /shared/somebody` on every node",
         ),
     ]
     print_findings(found, console)
@@ -168,18 +166,6 @@ def a_doctors_findings(console: Console | None) -> None:
 
 def a_recipe(console: Console | None) -> None:
     show_recipe(small_recipe(name=run_name("SLTT"), rule=spec(SLTT, k=1), backend="deepspeed"), 2, console)
-
-
-def a_carryover(console: Console | None) -> None:
-    mean = Mean(value=0.8734, error=0.0123)
-    about = dict.fromkeys(("single", "ensemble", "gap", "disagreement", "below_real", "single_loss", "ensemble_loss"), mean)
-    ensembles = [
-        Ensemble(steps=steps, carry_over=kind, by_step=(0.5,) * steps, **about)  # type: ignore[arg-type]
-        for steps in (1, 8)
-        for kind in ("real", "none", "shuffled", "gaussian")
-    ]
-    found = CausalTest(samples=10_000, groups=77, same_class=0.1, bytes=12_345_678, ensembles=tuple(ensembles))
-    print_carryover(found, f"{run_name('SLTT')} (last)", by="object", console=console)
 
 
 def some_claims(console: Console | None) -> None:
@@ -197,36 +183,13 @@ def some_claims(console: Console | None) -> None:
     print_claims(claims, console or new_console())
 
 
-def a_factorial(console: Console | None) -> None:
-    splits = ("0", "1", "2")
-    contrast = "1-bit: multiple shortcuts and teacher - block shortcuts and labels"
-    found = Factorial(
-        by="object",
-        groups=dict.fromkeys(splits, 77),
-        effective_groups=dict.fromkeys(splits, 71.3),
-        samples=dict.fromkeys(splits, 2080),
-        cells=(Cell(name=("1-bit", "multiple", "teacher"), runs={}, accuracies=dict.fromkeys(splits, 0.2154)),),
-        contrasts=(
-            Contrast(
-                name=contrast, weights={}, estimates=dict.fromkeys(splits, 1.8), low=-0.6, high=4.3, over_splits=(-1.0, 12.3)
-            ),
-        ),
-        resamples=10_000,
-        seed=0,
-        commits={"ac61a0dd095f": 18},
-    )
-    found.render(console or new_console())
-
-
 PRINTS: dict[str, Print] = {
     "probe": a_probe,
     "sweep": a_sweep,
     "plan": a_plan,
     "doctor": a_doctors_findings,
     "show": a_recipe,
-    "carryover": a_carryover,
     "claims": some_claims,
-    "factorial": a_factorial,
 }
 WHOLE: dict[str, tuple[str, ...]] = {
     "probe": ("imagenet-qkformer-10-384-sltt-k1", "BPTT-recompute", *LAYERS, "mult/sample"),
@@ -234,9 +197,7 @@ WHOLE: dict[str, tuple[str, ...]] = {
     "plan": ("imagenet-qkformer-10-384-sltt-k1", "BPTT-recompute", "128 x 16", "66.5 GB", "123,456", "98,765"),
     "doctor": ("/shared/somebody/with/a/long/name/spiking/networks/runs-of-2026", "`mount -o remount,flock /shared/somebody`"),
     "show": (run_name("SLTT"), "pipeline.rules.sltt.SLTT", '"gradient_accumulation_steps"'),
-    "carryover": (run_name("SLTT"), "+87.34 ± 1.23", "carry-over"),
     "claims": ("stages.0.blocks.1.attn.qkv.conv", "SLTT-1, ImageNet"),
-    "factorial": ("-1.00 to +12.30", "21.54%"),
 }
 """what stays in one piece"""
 

@@ -2,7 +2,6 @@ import fcntl
 import io
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,13 +48,13 @@ def test_store_and_baseline_of_a_run_are_beside_it_wherever_one_stands(
     spiketrain = command(monkeypatch, capsys)
     stores: list[str] = []
 
-    def sync(folder: Path, *, uri: str, kept_of: Any) -> SyncReport:
+    def sync(folder: Path, *, uri: str) -> SyncReport:
         stores.append(uri)
         return SyncReport(delivered=1, already_there=0)
 
-    def register(folder: Path, checkpoint: Path, *, name: str, alias: str, uri: str, kept_of: Any) -> SimpleNamespace:
+    def register(folder: Path, checkpoint: Path, *, name: str, alias: str, uri: str) -> str:
         stores.append(uri)
-        return SimpleNamespace(name=name, alias=alias, version=1, uri="file:///x")
+        return "1"
 
     monkeypatch.setattr("pipeline.track.mlflow.sync", sync)
     monkeypatch.setattr("pipeline.track.publish.register", register)

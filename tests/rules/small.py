@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from pipeline.rules.base import Objective, Rule
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Linear
+from tests.spiking.saved import SavedBytes
 
 FEATURES, CLASSES, SEED = 6, 3, 8
 
@@ -54,6 +55,14 @@ def gradients(rule: Rule, model: nn.Module, x_TB: Tensor, loss_of, *, step: int 
     found = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
     return found
+
+
+def saved_peak(rule: Rule, model: nn.Module, x_TB: Tensor, target_B: Tensor, **attach) -> int:
+    """The most bytes that one batch keeps for its backward."""
+    rule.attach(model, **attach)
+    with SavedBytes(model) as saved:
+        learn(rule.objectives(model, x_TB, cross_entropy(target_B)))
+    return saved.peak
 
 
 def spikes_of(model: nn.Module) -> dict[str, list[Tensor]]:

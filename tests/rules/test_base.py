@@ -4,10 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.rules.base import Objective, Rule, World, counter_hash, slices
+from pipeline.random import counter_hash
+from pipeline.rules.base import Objective, Rule, World, slices
 from pipeline.rules.bptt import BPTT
+from pipeline.rules.ottt import OTTT
+from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import is_still, repeat
-from tests.rules.small import FEATURES, batch, cross_entropy, lif_network
+from tests.rules.small import FEATURES, batch, cross_entropy, difference, gradients, lif_network
 
 
 def test_counter_hash_starts_as_splitmix64():
@@ -92,3 +95,32 @@ def test_slices_own_their_storage_and_a_still_image_stays_still():
         assert all(is_still(part) == is_still(x_TB) for part in parts)
         assert all(part.untyped_storage().nbytes() <= part.numel() * 4 for part in parts)
     assert len({part.data_ptr() for part in slices(still_TB, 1)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("whole", "sliced", "over_time"),
+    [
+        *[(BPTT(), BPTT(chunk=chunk), over_time) for chunk in (1, 2, 5) for over_time in ("steps", "mean")],
+        *[(OTTT(), OTTT(chunk=chunk), "steps") for chunk in (3, 4, 6)],
+        *[(SLTT(), SLTT(chunk=chunk), "steps") for chunk in (2, 4, 6)],
+        *[(SLTT(), sliced, "steps") for sliced in (SLTT(6), SLTT(6, rescale=True), SLTT(6, chunk=3))],
+    ],
+)
+def test_chunks_and_a_choice_of_all_steps_change_nothing(whole, sliced, over_time):
+    model, (x_TBC, target_B) = lif_network(leak=0.5), batch(6)
+    one, other = (gradients(rule, model, x_TBC, cross_entropy(target_B), over_time=over_time) for rule in (whole, sliced))
+    assert difference(one, other) < (1e-14 if isinstance(whole, BPTT) else 1e-15)
+
+
+def test_labels():
+    labels = {
+        "BPTT": BPTT(),
+        "BPTT-chunk-1": BPTT(1),
+        "BPTT-recompute": BPTT(recompute=True),
+        "BPTT-truncate-3": BPTT(truncate=3),
+        "OTTT-A": OTTT(chunk=2),
+        "OTTT-O": OTTT(update="objective"),
+        "SLTT": SLTT(chunk=2),
+        "SLTT-4": SLTT(4),
+    }
+    assert {name: rule.label for name, rule in labels.items()} == {name: name for name in labels}

@@ -14,8 +14,7 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import WeightedRates
 from pipeline.spiking.surrogate import Triangle, spike
 from pipeline.spiking.synapse import Linear
-from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network
-from tests.spiking.saved import SavedBytes
+from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network, saved_peak
 
 
 def smallest_model() -> nn.Sequential:
@@ -56,15 +55,6 @@ def test_gradient_is_autograds_through_an_independent_loop(over_time, reset_grad
     expected = by_autograd(model, x_TBC, keep_reset=reset_gradient == "kept", over_time=over_time, target_B=target)
     got = gradients(BPTT(), model, x_TBC, cross_entropy(target), over_time=over_time)
     assert difference(got, expected) < 1e-13
-
-
-@pytest.mark.parametrize("over_time", ["steps", "mean"])
-@pytest.mark.parametrize("chunk", [1, 2, 5])
-def test_chunk_changes_nothing(chunk, over_time):
-    model = lif_network()
-    x_TBC, target = batch(5)
-    whole, sliced = (gradients(r, model, x_TBC, cross_entropy(target), over_time=over_time) for r in (BPTT(), BPTT(chunk=chunk)))
-    assert difference(whole, sliced) < 1e-14
 
 
 @pytest.mark.parametrize("over_time", ["steps", "mean"])
@@ -133,12 +123,7 @@ def wide_network() -> nn.Sequential:
 
 def test_recomputing_keeps_membranes_and_no_more():
     def peak(rule: BPTT, steps: int) -> int:
-        model = wide_network()
-        x_TBC, target = batch(steps)
-        rule.attach(model)
-        with SavedBytes(model) as saved:
-            learn(rule.objectives(model, x_TBC, cross_entropy(target)))
-        return saved.peak
+        return saved_peak(rule, wide_network(), *batch(steps))
 
     membranes = 5 * 64 * 5 * 8  # neurons, samples, bytes
     growth = peak(BPTT(recompute=True), 16) - peak(BPTT(recompute=True), 8)
@@ -204,10 +189,12 @@ def test_the_options_exclude_one_another():
     for wrong in ({"recompute": True}, {"chunk": 2}):
         with pytest.raises(ValueError, match=r"BPTT: truncate excludes recompute and chunk"):
             BPTT(truncate=2, **wrong)
-    with pytest.raises(ValueError, match=r"BPTT: truncate must be a whole number in 1\.\.T; got truncate=0"):
-        BPTT(truncate=0)
-    with pytest.raises(ValueError, match=r"BPTT-truncate-2: .* got over_time='mean'"):
-        BPTT(truncate=2).attach(lif_network(), over_time="mean")
+    for said, refused in (
+        (r"BPTT: truncate must be a whole number in 1\.\.T; got truncate=0", lambda: BPTT(truncate=0)),
+        (r"BPTT-truncate-2: .* got over_time='mean'", lambda: BPTT(truncate=2).attach(lif_network(), over_time="mean")),
+    ):
+        with pytest.raises(ValueError, match=said):
+            refused()
     rule, model = BPTT(truncate=4), lif_network()
     rule.attach(model)
     with pytest.raises(ValueError, match=r"BPTT: truncate must be in 1\.\.T; got truncate=4, T=3"):
@@ -222,9 +209,3 @@ def test_slices_refuse_what_needs_all_of_time(rule):
     with pytest.raises(ValueError, match=r": a rule that runs in slices of time cannot weigh steps .* at 3$"):
         rule.attach(weighted)
     BPTT().attach(weighted, over_time="mean")
-
-
-def test_labels():
-    assert [r.label for r in (BPTT(), BPTT(1), BPTT(recompute=True), BPTT(truncate=3))] == [
-        "BPTT", "BPTT-chunk-1", "BPTT-recompute", "BPTT-truncate-3",
-    ]  # fmt: skip

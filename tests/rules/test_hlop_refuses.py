@@ -50,8 +50,11 @@ def network_with(*modules: nn.Module) -> nn.Module:
             lambda: HLOP(SLTT(), rows=ROWS, lateral_steps=0),
             r"HLOP: lateral_steps must be a whole number >= 1; got lateral_steps=0",
         ),
-        (lambda: HLOP(SLTT(), rows=ROWS, learn_from="all"), r"HLOP: learn_from must be one of .*; got learn_from='all'"),
-        (lambda: HLOP(SLTT(), rows=ROWS, error="fa"), r"HLOP: error must be one of .*; got error='fa'"),
+        (
+            lambda: HLOP(SLTT(), rows=ROWS, learn_from="all"),
+            r"HLOP: learn_from must be 'spikes', 'traces' or 'rates'; got learn_from='all'",
+        ),
+        (lambda: HLOP(SLTT(), rows=ROWS, error="fa"), r"HLOP: error must be 'backprop', .* or 'feedback'; got error='fa'"),
         (lambda: HLOP(OPZO(), rows=ROWS, error="feedback"), r"OPZO hands no error from layer to layer, .*; got error='feedback'"),
         (lambda: attached(HLOP(SLTT(), rows=((3, 4),))), r"HLOP\(SLTT\): rows must name one for each of 0, 2, 4; got \(3, 4\)"),
         (lambda: attached(HLOP(SLTT(), rows=ROWS, learning_rate=(1, 2))), r"HLOP\(SLTT\): learning_rate must name one for each"),

@@ -28,9 +28,8 @@ from pipeline.spiking.solvers import Solution, broyden
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d, Linear
 from pipeline.track.jsonl import read
-from tests.rules.small import CLASSES, FEATURES, batch, cross_entropy, difference, gradients, learn, lif_network
+from tests.rules.small import CLASSES, FEATURES, batch, cross_entropy, difference, gradients, learn, lif_network, saved_peak
 from tests.small import same_weights, small_recipe, train_inline
-from tests.spiking.saved import SavedBytes
 
 ITERATIONS = 400
 
@@ -310,10 +309,7 @@ def test_saved_bytes_do_not_know_t_and_bptts_do():
     def peak(rule, steps: int, frames: bool) -> int:
         model, (x_B, target) = two_layers(), image((FEATURES,))
         x_TB = repeat(x_B, steps)
-        rule.attach(model, over_time="mean")
-        with SavedBytes(model) as saved:
-            learn(rule.objectives(model, x_TB.clone() if frames else x_TB, cross_entropy(target)))
-        return saved.peak
+        return saved_peak(rule, model, x_TB.clone() if frames else x_TB, target, over_time="mean")
 
     for frames in (False, True):
         assert peak(IDE(), 2, frames) == peak(IDE(), 32, frames) > 0

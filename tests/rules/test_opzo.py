@@ -17,7 +17,8 @@ from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.models.readouts import with_readouts
 from pipeline.models.vgg import vgg_sws
 from pipeline.objective import CrossEntropy
-from pipeline.rules.base import World, counter_hash
+from pipeline.random import counter_hash
+from pipeline.rules.base import World
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.opzo import OPZO
 from pipeline.spiking.neuron import LIF
@@ -436,7 +437,7 @@ def a_neuron_twice() -> nn.Module:
             lambda: run(a_neuron_twice(), torch.ones(2, 4, FEATURES)),
             r"OPZO: a layer must run once in a time step, .* got 1 twice",
         ),
-        (lambda: OPZO("learnt"), r"OPZO: feedback must be one of momentum, random, single_point; got feedback='learnt'"),  # type: ignore[arg-type]
+        (lambda: OPZO("learnt"), r"OPZO: feedback must be 'momentum', 'random' or 'single_point'; got feedback='learnt'"),  # type: ignore[arg-type]
         (lambda: OPZO(noise=0), r"OPZO: noise must be > 0, for the feedback is learnt from it; got noise=0, feedback='momentum'"),
         (lambda: OPZO("random", noise=-1), r"OPZO: noise must be .* got noise=-1, feedback='random'"),
         (

@@ -20,7 +20,6 @@ from pipeline.spiking.state import State, fresh_state, state_bytes, states_of
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d, Linear
 from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network
-from tests.spiking.saved import SavedBytes
 from tests.spiking.traces import traces_of
 
 
@@ -227,28 +226,6 @@ def test_vgg_against_two_forwards(build):
 # --------------------------------------------------------------------------------------------------- time and memory
 
 
-@pytest.mark.parametrize("rule", [OTTT(chunk=3), OTTT(chunk=4), OTTT(chunk=6)])
-def test_chunk_changes_nothing(rule):
-    model = lif_network(leak=0.5)
-    x_TBC, target = batch(6)
-    one, other = (gradients(r, model, x_TBC, cross_entropy(target)) for r in (OTTT(), rule))
-    assert difference(one, other) < 1e-15
-
-
-def peak(rule: OTTT, steps: int) -> int:
-    model = lif_network()
-    x_TBC, target = batch(steps)
-    rule.attach(model)
-    with SavedBytes(model) as saved:
-        learn(rule.objectives(model, x_TBC, cross_entropy(target)))
-    return saved.peak
-
-
-def test_saved_bytes_do_not_know_T():
-    assert peak(OTTT(), 2) == peak(OTTT(), 16) == peak(OTTT(update="objective"), 16)
-    assert peak(OTTT(chunk=2), 4) == peak(OTTT(chunk=2), 16) > peak(OTTT(), 16)
-
-
 def test_state_is_one_step_of_membranes_and_traces():
     for chunk in (1, 3):
         rule, model = OTTT(chunk=chunk), lif_network()
@@ -361,10 +338,6 @@ def test_the_networks_run_their_first_and_last_synapse_where_they_are_registered
     model, rule = build(3, in_channels=1, **small), OTTT(readout="plain")
     rule.attach(model)
     learn(rule.objectives(model, torch.randn(2, 2, 1, 8, 8), cross_entropy(torch.tensor([0, 2]))))
-
-
-def test_labels():
-    assert [r.label for r in (OTTT(), OTTT(update="objective"), OTTT(chunk=2))] == ["OTTT-A", "OTTT-O", "OTTT-A"]
 
 
 def test_a_synapse_that_runs_twice_in_a_time_step_is_refused():

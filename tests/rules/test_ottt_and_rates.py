@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.models.vgg import Feedback
 from pipeline.rules.dsr import DSR
 from pipeline.rules.ide import IDE
 from pipeline.rules.ottt import OTTT
 from pipeline.spiking.equilibrium import Equilibrium
-from pipeline.spiking.feedback import Feedback
 from pipeline.spiking.neuron import IF, LIF
 from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state

@@ -11,8 +11,7 @@ from pipeline.rules.base import World, slices
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT, selected_steps
 from pipeline.spiking.norm import BatchNorm
-from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network, spikes_of
-from tests.spiking.saved import SavedBytes
+from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network
 
 
 def smallest_model() -> nn.Sequential:
@@ -117,14 +116,6 @@ def test_mean_over_all_subsets(monkeypatch, steps, k, rescale):
     assert difference(mean, {name: factor * g for name, g in full.items()}) < 1e-15
 
 
-@pytest.mark.parametrize("rule", [SLTT(6), SLTT(6, rescale=True), SLTT(chunk=2), SLTT(chunk=4), SLTT(chunk=6), SLTT(6, chunk=3)])
-def test_k_equal_to_T_and_chunk_change_nothing(rule):
-    model = lif_network(leak=0.5)
-    x_TBC, target = batch(6)
-    one, other = (gradients(r, model, x_TBC, cross_entropy(target)) for r in (SLTT(), rule))
-    assert difference(one, other) < 1e-15
-
-
 def test_chunks_sum_their_steps():
     rule, model = SLTT(chunk=4), lif_network()
     x_TBC, target = batch(6)
@@ -139,21 +130,6 @@ def test_chunks_sum_their_steps():
     )
 
 
-def peak(rule, steps: int) -> int:
-    model = lif_network()
-    x_TBC, target = batch(steps)
-    rule.attach(model)
-    with SavedBytes(model) as saved:
-        learn(rule.objectives(model, x_TBC, cross_entropy(target)))
-    return saved.peak
-
-
-def test_saved_bytes_do_not_know_T():
-    assert peak(SLTT(), 2) == peak(SLTT(), 16) == peak(SLTT(1), 2) == peak(SLTT(1), 16)
-    assert peak(SLTT(chunk=2), 4) == peak(SLTT(chunk=2), 16) > peak(SLTT(), 16)
-    assert peak(BPTT(), 16) > 6 * peak(BPTT(), 2)
-
-
 def test_a_slice_is_copied_only_where_it_would_hold_the_whole_sequence():
     x_TBC, frame = torch.randn(4, 2, 3), torch.randn(1, 2, 3).expand(4, -1, -1)
     for x, copies in ((x_TBC, True), (frame, False)):
@@ -162,20 +138,6 @@ def test_a_slice_is_copied_only_where_it_would_hold_the_whole_sequence():
         storages = {piece.untyped_storage().data_ptr() for piece in pieces}
         assert (x.untyped_storage().data_ptr() not in storages) == copies
         assert all(piece.untyped_storage().nbytes() == 2 * 3 * 4 for piece in pieces)
-
-
-def test_spikes_are_the_same_under_every_rule():
-    x_TBC, target = batch(6)
-    records = []
-    for rule in (BPTT(), SLTT(), SLTT(2)):
-        model = lif_network(leak=0.5)
-        records.append(spikes_of(model))
-        rule.attach(model)
-        learn(rule.objectives(model, x_TBC, cross_entropy(target)))
-    for name in records[0]:
-        first, *others = (torch.cat(record[name]) for record in records)
-        assert 0.1 < first.mean() < 0.6
-        assert all(torch.equal(first, other) for other in others)
 
 
 def test_unselected_steps_report_without_a_graph():
@@ -276,10 +238,6 @@ def run(rule: SLTT, steps: int) -> None:
     model = lif_network()
     rule.attach(model)
     learn(rule.objectives(model, batch(steps)[0], cross_entropy(batch(steps)[1])))
-
-
-def test_labels():
-    assert [r.label for r in (SLTT(), SLTT(1), SLTT(4), SLTT(chunk=2))] == ["SLTT", "SLTT-1", "SLTT-4", "SLTT"]
 
 
 def test_small_leak_brings_sltt_near_bptt():

@@ -251,7 +251,7 @@ def twice(synapse: Linear) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: binarize(Linear(4, 3), "xnor"), r"weights must be one of 'scaled', .*; got weights='xnor'"),
+        (lambda: binarize(Linear(4, 3), "xnor"), r"binarize: weights must be 'scaled', .* or 'learnable'; got weights='xnor'"),
         (lambda: binarize(nn.Linear(4, 3)), r"must be a Linear or Conv2d of pipeline\.spiking\.synapse; got Linear"),
         (lambda: binarize(Linear(4, 3, weights="standardized")), r"plain before they are 1-bit; got standardized weights"),
         (lambda: twice(Linear(4, 3)), r"plain before they are 1-bit; got 1-bit weights"),

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from pipeline.rules.base import counter_hash
+from pipeline.random import STEP, counter_hash
 from pipeline.spiking.noise import _bits, noise
 
-MASK, STEP = (1 << 64) - 1, 0x9E3779B97F4A7C15
+MASK = (1 << 64) - 1
 KEYS = [counter_hash(7, row) for row in range(64)]
 
 

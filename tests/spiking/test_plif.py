@@ -14,12 +14,10 @@ from pipeline.rules.opzo import OPZO
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.equilibrium import Equilibrium
-from pipeline.spiking.neuron import LIF
-from pipeline.spiking.plif import PLIF
+from pipeline.spiking.neuron import LIF, PLIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
-from tests.rules.small import batch, cross_entropy, difference, gradients, lif_network
-from tests.spiking.saved import SavedBytes
+from tests.rules.small import batch, cross_entropy, difference, gradients, lif_network, saved_peak
 
 
 def learnt(**neuron) -> nn.Sequential:
@@ -116,16 +114,8 @@ def test_rules_agree_on_it_as_on_any_weight() -> None:
 
 
 def test_under_sltt_it_costs_one_membrane_whatever_t() -> None:
-    def peak(model: nn.Module, steps: int) -> int:
-        rule, (x_TBC, target_B) = SLTT(), batch(steps)
-        rule.attach(model)
-        with SavedBytes(model) as saved:
-            for objective in rule.objectives(model, x_TBC, cross_entropy(target_B)):
-                assert objective.backward is not None
-                objective.backward.backward()
-        return saved.peak
-
-    assert peak(learnt(), 3) == peak(learnt(), 12) <= peak(lif_network(), 3) + 5 * (8 + 7) * 8 + 64
+    few, many = (saved_peak(SLTT(), learnt(), *batch(steps)) for steps in (3, 12))
+    assert few == many <= saved_peak(SLTT(), lif_network(), *batch(3)) + 5 * (8 + 7) * 8 + 64
 
 
 @pytest.mark.parametrize("rule", [OTTT(), OPZO(), HLOP(BPTT(), rows=((3, 4, 3), (1, 1, 1)), learn_from="rates")])
@@ -136,10 +126,15 @@ def test_rules_that_take_the_leak_for_a_constant_refuse_it_by_name(rule: Rule) -
 
 
 def test_so_do_rates_and_equilibria_and_leaks_that_no_weight_gives() -> None:
-    with pytest.raises(ValueError, match="DSR: every neuron must be a RateIF or RateLIF; got PLIF at 1"):
-        DSR().attach(learnt(), over_time="mean")
-    with pytest.raises(ValueError, match="Equilibrium: the neurons must be LIF or IF, whose rate is known; got PLIF"):
-        Equilibrium(inject=Linear(6, 4), feedback=Linear(4, 4, bias=False), neurons=[PLIF()])
+    for said, refused in (
+        ("DSR: every neuron must be a RateIF or RateLIF; got PLIF at 1", lambda: DSR().attach(learnt(), over_time="mean")),
+        (
+            "Equilibrium: the neurons must be LIF or IF, whose rate is known; got PLIF",
+            lambda: Equilibrium(inject=Linear(6, 4), feedback=Linear(4, 4, bias=False), neurons=[PLIF()]),
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            refused()
     for leak in (0.0, 1.0):
         with pytest.raises(ValueError, match=rf"PLIF: leak must be in 0\.\.1, both excluded, .*; got leak={leak}"):
             PLIF(leak)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pipeline.spiking.neuron import LIF
-from pipeline.spiking.state import State, fresh_state, state_bytes, states_of
+from pipeline.spiking.state import State, attribute_set, fresh_state, hooked, state_bytes, states_of
 from pipeline.spiking.synapse import Linear
 
 
@@ -87,3 +87,21 @@ def test_state_is_no_part_of_the_checkpoint_nor_of_a_copy():
 def test_an_exception_message_names_the_owner():
     with pytest.raises(ValueError, match=r"trace: .*with fresh_state\(model\)"):
         Trace()(torch.zeros(1, 1, 1))
+
+
+def test_attributes_and_hooks_are_given_back_when_the_block_raises():
+    one, other = State("one"), State("other")
+    other.is_open = True
+    model, ran = nn.ReLU(), []
+
+    def broken() -> None:
+        hooks = [model.register_forward_pre_hook(lambda *_: ran.append(1))]
+        with attribute_set([one, other], "is_open", "set"), hooked(hooks):
+            assert one.is_open == other.is_open == "set"
+            model(torch.ones(1))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        broken()
+    model(torch.ones(1))
+    assert (one.is_open, other.is_open) == (False, True) and ran == [1]

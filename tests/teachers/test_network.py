@@ -62,9 +62,19 @@ def test_refuses(tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     save_file(mlp(in_features=63, hidden=(8,)).state_dict(), other)
     part = spec(network_teacher, model=spec(mlp, in_features=63, hidden=(8,)), weights=str(other), time_steps=3)
-    with pytest.raises(ValueError, match=r"network_teacher: the model must take the data's samples, 1 x 8 x 8; it does not"):
-        part.build(Synthetic(shape=(1, 8, 8)))
-    with pytest.raises(ValueError, match="network_teacher: time_steps must be a whole number >= 1; got time_steps=0"):
-        spec(network_teacher, model=spec(mlp), weights="any", time_steps=0).build(Synthetic(shape=(1, 8, 8)))
-    with pytest.raises(ValueError, match="shows no features, so no probe can be fitted"):
-        NetworkTeacher(mlp(), time_steps=1, cache=None).features(torch.zeros(1))
+    for said, refused in (
+        (
+            r"network_teacher: the model must take the data's samples, 1 x 8 x 8; it does not",
+            lambda: part.build(Synthetic(shape=(1, 8, 8))),
+        ),
+        (
+            "network_teacher: time_steps must be a whole number >= 1; got time_steps=0",
+            lambda: spec(network_teacher, model=spec(mlp), weights="any", time_steps=0).build(Synthetic(shape=(1, 8, 8))),
+        ),
+        (
+            "shows no features, so no probe can be fitted",
+            lambda: NetworkTeacher(mlp(), time_steps=1, cache=None).features(torch.zeros(1)),
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            refused()

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline.track.exposition import _GAUGES, Exposed, exposition, newest, write_exposition
+from pipeline.track.exposition import _GAUGES, Exposed, exposition, newest
 from pipeline.track.jsonl import Journal, read
 from tests.small import small_recipe, train_inline
 
 Event = dict[str, Any]
-LINE = re.compile(r'([a-z_0-9]+)\{((?:[a-z_]+="(?:[^"\\\n]|\\[\\"n])*",?)*)\} (NaN|[+-]Inf|[-+0-9.e]+)')
 
 
 def start(*, attempt: int = 0, step: int = 0, time: float = 100.0, **fields: Any) -> Event:
@@ -29,22 +28,12 @@ def step(number: int, *, time: float = 110.0, **metrics: Any) -> Event:
 
 
 def values(text: str) -> dict[str, float]:
-    """Name and state to value, with every line held to the format."""
-    assert text.endswith("\n")
-    found: dict[str, float] = {}
-    told: set[str] = set()
-    for line in text.splitlines():
-        if line.startswith("#"):
-            mark, kind, name, _ = line.split(" ", 3)
-            assert mark == "#" and (kind == "HELP" or name in told)
-            assert kind != "HELP" or name not in told  # a family stands in one place
-            told.add(name)
-            continue
-        match = LINE.fullmatch(line)
-        assert match is not None and match[1] in told, line
-        state = re.search(r'state="([a-z]+)"', match[2])
-        found[f"{match[1]}.{state[1]}" if state else match[1]] = float(match[3])
-    return found
+    """Name and state to value, as Prometheus' own parser reads the text."""
+    return {
+        f"{sample.name}.{sample.labels['state']}" if "state" in sample.labels else sample.name: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
 
 
 def test_a_run_that_trains():
@@ -58,7 +47,7 @@ def test_a_run_that_trains():
     assert told["spiketrain_memory_bytes"] == 2**30
     assert told["spiketrain_restarts_total"] == 0
     assert told["spiketrain_event_timestamp_seconds"] == 120.0
-    assert 'spiketrain_loss{run="a-run",recipe="sltt",rule="SLTT"} 1.5' in text.splitlines()
+    assert 'spiketrain_loss{recipe="sltt",rule="SLTT",run="a-run"} 1.5' in text.splitlines()
 
 
 def test_nothing_before_its_first_attempt_has_begun():
@@ -115,7 +104,7 @@ def test_numbers_that_are_not_finite(told: str, written: str):
     text = exposition([start(), step(1, loss=told)])
 
     assert values(text)
-    assert f'spiketrain_loss{{run="a-run",recipe="sltt",rule="SLTT"}} {written}' in text
+    assert f'spiketrain_loss{{recipe="sltt",rule="SLTT",run="a-run"}} {written}' in text
 
 
 @pytest.mark.parametrize("nothing", [None, True, "much", [1.0]])
@@ -139,48 +128,38 @@ def test_the_newest_events_are_enough():
         assert newest([*newest(events[:cut]), *events[cut:]]) == newest(events)
 
 
-def test_a_file_is_replaced_at_once(tmp_path: Path):
-    file = tmp_path / "a-run.prom"
-    texts = [exposition([start(), *[step(n, loss=loss)]]) * 50 for n, loss in ((1, 1.0), (2, 2.0))]
-    write_exposition(file, texts[0])
-    seen: set[str] = set()
-    done = threading.Event()
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that SPIKETRAIN_METRICS names."""
+    (made := tmp_path / "metrics").mkdir()
+    monkeypatch.setenv("SPIKETRAIN_METRICS", str(made))
+    return made
+
+
+def test_a_file_is_replaced_at_once_and_readable_for_the_collector(tmp_path: Path, folder: Path) -> None:
+    exposed, seen, done = Exposed(tmp_path / "a-run", pytest.fail), set[str](), threading.Event()
+    events = [[start(), *[step(n, loss=loss)]] for n, loss in ((1, 1.0), (2, 2.0))]
 
     def scrape() -> None:
         while not done.is_set():
-            seen.update(path.read_text() for path in tmp_path.glob("*.prom"))
+            seen.update(path.read_text() for path in folder.iterdir() if path.name.endswith(".prom"))
 
     reader = threading.Thread(target=scrape)
-    reader.start()
-    for n in range(200):
-        write_exposition(file, texts[n % 2])
-    done.set()
-    reader.join()
-    assert seen and seen <= set(texts)
-    assert [path.name for path in tmp_path.iterdir()] == ["a-run.prom"]
-
-
-def test_a_file_that_the_collector_reads(tmp_path: Path):
     umask = os.umask(0o077)
     try:
-        write_exposition(tmp_path / "a.prom", exposition([start()]))
+        reader.start()
+        for n in range(200):
+            exposed.show(events[n % 2])
     finally:
         os.umask(umask)
-    assert (tmp_path / "a.prom").stat().st_mode & 0o777 == 0o644
-
-    with pytest.raises(ValueError, match=r"must end in \.prom; got a\.txt"):
-        write_exposition(tmp_path / "a.txt", "")
-    with pytest.raises(OSError, match="No such file"):
-        write_exposition(tmp_path / "nowhere" / "a.prom", "")
-
-
-# ------------------------------------------------------------------------------------------------------- the file of a run
+        done.set()
+        reader.join()
+    assert seen and seen <= {exposition(each) for each in events}
+    assert [path.name for path in folder.iterdir()] == ["a-run.prom"]
+    assert (folder / "a-run.prom").stat().st_mode & 0o777 == 0o644
 
 
-def test_a_run_that_goes_on_tells_what_its_journal_had_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "metrics"
-    folder.mkdir()
-    monkeypatch.setenv("SPIKETRAIN_METRICS", str(folder))
+def test_a_run_that_goes_on_tells_what_its_journal_had_said(tmp_path: Path, folder: Path) -> None:
     (run := tmp_path / "a-run").mkdir()
     journal = Journal(run / "journal.jsonl", attempt=0)
     journal.event("start", run="a-run", total_steps=40)
@@ -197,9 +176,7 @@ def test_nothing_is_written_where_nobody_asked(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_goes_away_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder := tmp_path / "metrics").mkdir()
-    monkeypatch.setenv("SPIKETRAIN_METRICS", str(folder))
+def test_a_folder_that_goes_away_is_said_once(tmp_path: Path, folder: Path) -> None:
     said: list[str] = []
     exposed = Exposed(tmp_path / "a-run", said.append)
     folder.rmdir()

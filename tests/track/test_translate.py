@@ -67,6 +67,12 @@ def test_a_finish_is_a_summary_at_the_newest_step():
     assert sent(translation, step(6, loss=1.0), finish)[1:] == expected
 
 
+@pytest.mark.parametrize("address", ["/runs/a/checkpoints/step_00000008", "s3://bucket/a/step_00000008-x"])
+def test_the_newest_checkpoint_is_a_tag_with_its_uri(address: str):
+    uri = address if "://" in address else f"file://{address}"
+    assert Translation().tags({**checkpoint(8), "path": address}) == {"spiketrain.checkpoint": uri}
+
+
 def test_tags_count_what_was_lost():
     translation = Translation()
     lost = {"event": "skipped", "samples": 8}

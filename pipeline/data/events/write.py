@@ -10,12 +10,14 @@ from pipeline.data.errors import DataError
 from pipeline.data.events.frames import Framing
 from pipeline.data.events.moving import CLASSES, Moving
 from pipeline.data.events.saccades import Saccades
-from pipeline.data.events.sources import PUBLISHED, Published, recorded
+from pipeline.data.events.sources import PUBLISHED, recorded
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources import Source
 from pipeline.data.write import Existing, Progress, check_kept, write_sets
 
 Name = Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"]
+SLICES = {"moving": 10, "saccades": 6}
+"""of generated sets, where none are asked for"""
 
 
 def write_events(
@@ -49,71 +51,58 @@ def write_events(
     generated = {"samples": samples, "val_samples": val_samples, "content_seed": content_seed}
     if name in PUBLISHED:
         _refuse(name, "has its own recordings", **generated)
-        sets, plan = _published(name, source, slices, size)
-    elif name in get_args(Name):
+        if source is None or slices is None:
+            raise DataError(
+                f"write events: {name} needs a source, the folder that tonic fills, and slices; "
+                f"got source={source}, slices={slices}"
+            )
+        sets = recorded(name, Path(source))
+        size = max(PUBLISHED[name].sensor) if size is None else size
+    elif name in SLICES:
         _refuse(name, "is generated in the size asked for", resize=framing.get("resize"))
         counts = {key: value for key, value in generated.items() if value is not None}
         if min(counts.get("samples", 1), counts.get("val_samples", 1)) < 1:
             raise DataError(f"write events: samples and val_samples must be 1 or more; got {samples} and {val_samples}")
-        sets, plan = _moving(source, slices, size, **counts) if name == "moving" else _saccades(source, slices, size, **counts)
+        slices = SLICES[name] if slices is None else slices
+        size = 34 if size is None else size
+        sets = (_moving if name == "moving" else _saccades)(source, size, **counts)
     else:
         raise DataError(f"write events: the set must be one of {', '.join(get_args(Name))}; got {name!r}")
-    how = Framing(**plan, **framing)
+    how = Framing(slices=slices, size=size, **framing)
     written = write_sets(sets, Path(out), how, workers=workers, max_bad=max_bad, progress=progress, existing=existing)
     check_kept(written, sets)
     return written
 
 
-def _published(
-    name: Any, source: str | Path | None, slices: int | None, size: int | None
-) -> tuple[list[Source[Any]], dict[str, int]]:
-    about: Published = PUBLISHED[name]
-    if source is None or slices is None:
-        raise DataError(
-            f"write events: {name} needs a source, the folder that tonic fills, and slices; got source={source}, slices={slices}"
-        )
-    return recorded(name, Path(source)), {"slices": slices, "size": max(about.sensor) if size is None else size}
-
-
 def _moving(
-    source: str | Path | None,
-    slices: int | None,
-    size: int | None,
-    *,
-    samples: int = 6000,
-    val_samples: int = 1600,
-    content_seed: int = 0,
-) -> tuple[list[Source[Any]], dict[str, int]]:
+    source: str | Path | None, size: int, *, samples: int = 6000, val_samples: int = 1600, content_seed: int = 0
+) -> list[Source[Any]]:
     _refuse("moving", "is generated", source=source)
-    plan = {"slices": 10 if slices is None else slices, "size": 34 if size is None else size}
-    sets: list[Source[Any]] = []
-    for part, (name, count) in enumerate((("train", samples), ("val", val_samples))):
-        items = [Moving(number, part, plan["size"], content_seed) for number in range(count)]
-        sets.append(Source(name, CLASSES, items, f"moving shapes, content seed {content_seed}"))
-    return sets, plan
+    where = f"moving shapes, content seed {content_seed}"
+    return [
+        Source(name, CLASSES, [Moving(number, part, size, content_seed) for number in range(count)], where)
+        for part, (name, count) in enumerate((("train", samples), ("val", val_samples)))
+    ]
 
 
 def _saccades(
     source: str | Path | None,
-    slices: int | None,
-    size: int | None,
+    size: int,
     *,
     samples: int | None = None,
     val_samples: int | None = None,
     content_seed: int = 0,
-) -> tuple[list[Source[Any]], dict[str, int]]:
-    plan = {"slices": 6 if slices is None else slices, "size": 34 if size is None else size}
+) -> list[Source[Any]]:
     sets: list[Source[Any]] = []
     found = images.fashion(None if source in (None, "fashion") else Path(source))
     for part, (each, count) in enumerate(zip(found, (samples, val_samples), strict=True)):
         if count is not None and count > len(each.items):
             raise DataError(f"write events: saccades: {each.name} has {len(each.items)} images; got {count} to be seen")
         items = [
-            Saccades(np.asarray(item.image), item.label, item.number, part, plan["size"], content_seed)
-            for item in each.items[:count]
+            Saccades(np.asarray(item.image), item.label, item.number, part, size, content_seed) for item in each.items[:count]
         ]
         sets.append(Source(each.name, each.classes, items, f"saccades over {each.where}, content seed {content_seed}"))
-    return sets, plan
+    return sets
 
 
 def _refuse(name: str, why: str, **given: Any) -> None:

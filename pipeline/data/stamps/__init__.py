@@ -6,6 +6,7 @@
 What is tested was never seen: of each class a quarter of the objects, and a quarter of the grounds, stand in the evaluation set
 alone. Which object a scene shows is kept beside the set, for statistics over objects instead of images: `Beton.groups`.
 
-    pictures.py   which pictures there are, of which class, and where       parts.py   which of them train, which evaluate
-    scenes.py     from a number to a scene                                   write.py   train.beton and val.beton
+    pictures.py   the pictures, their classes, and which of them train and which evaluate
+    scenes.py     from a number to a scene
+    write.py      train.beton and val.beton
 """

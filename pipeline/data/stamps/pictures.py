@@ -1,4 +1,6 @@
-"""The pictures that scenes are made of, as three packages of Debian 13 install them; none comes with this program.
+"""The pictures that scenes are made of, and which of them train and which evaluate.
+
+Three packages of Debian 13 install the pictures; none comes with this program.
 
     tuxpaint-stamps-default 2025.03.31-1        300 objects: photographs, cut out, with transparency around
     mate-backgrounds 1.26.0-1                   12 grounds: photographs
@@ -6,19 +8,34 @@
 
 Licences: the stamps under GPL-2 and, by upstream's own notes, the public domain, GFDL and several of Creative Commons; the
 wallpapers under GPL-2 or later.
+
+The evaluation sets of the splits share no object and no ground. The n objects of a class are ordered
+by a hash of their names. Split s = 0, 1, 2 evaluates on numbers s q to (s + 1) q - 1, with
+q = round(n / 4), and trains on all others; likewise the grounds. So every class stands in both parts
+of each split, and the three evaluation sets together hold about three quarters of all objects, each
+once. Neither seed nor number of scenes changes it.
+
+Split 3 serves to choose settings. It evaluates on the rest, numbers 3 q to n - 1, with which the
+other three train: settings chosen on it have seen no answer about a picture that is tested.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import xxhash
 from PIL import Image
 
 from pipeline.data.errors import DataError
 
 SHARE = Path("/usr/share")
 STAMPS, MATE, PLASMA = "tuxpaint-stamps-default", "mate-backgrounds", "plasma-workspace-wallpapers"
+
+SPLITS = 3
+CHOICE = 3
+"""the split to choose settings on"""
+IN_SO_MANY = 4  # one picture in so many evaluates
 
 # The folders of each class below tuxpaint/stamps, without the folders in them. With LEFT_OUT, in 2025.03.31-1:
 CLASSES: dict[str, tuple[str, ...]] = {
@@ -95,6 +112,21 @@ def installed(share: Path = SHARE) -> Pictures:
     return Pictures(objects, grounds)
 
 
+def parts(pictures: Pictures, split: int) -> tuple[Pictures, Pictures]:
+    """(to train on, to evaluate on).
+
+    Raises: DataError for an unknown split, and for a class that has too few objects.
+    """
+    if not 0 <= split <= CHOICE:
+        raise DataError(f"write stamps: split must be in 0..{CHOICE}; got {split}")
+    both = {name: _divided(name, found, split) for name, found in pictures.objects.items()}
+    train_grounds, val_grounds = _divided("grounds", pictures.grounds, split)
+    return (
+        Pictures({name: train for name, (train, _) in both.items()}, train_grounds),
+        Pictures({name: val for name, (_, val) in both.items()}, val_grounds),
+    )
+
+
 @cache
 def cut_out(picture: Picture, longest: int) -> Image.Image:
     """An object without its empty border, its longer side shrunk to `longest` pixels if it has more: alpha-multiplied."""
@@ -109,6 +141,17 @@ def cut_out(picture: Picture, longest: int) -> Image.Image:
 def ground(picture: Picture, shortest: int) -> Image.Image:
     """A ground, its shorter side shrunk to `shortest` pixels if it has more: RGB."""
     return _shrunk(_read(picture, "RGB", least=shortest), shortest, of=min)
+
+
+def _divided(what: str, pictures: Sequence[Picture], split: int) -> tuple[list[Picture], list[Picture]]:
+    if len(pictures) < IN_SO_MANY:
+        raise DataError(f"write stamps: {what} must have {IN_SO_MANY} pictures or more to be divided; got {len(pictures)}")
+    ordered = sorted(pictures, key=lambda picture: xxhash.xxh3_64_intdigest(picture.name.encode()))
+    held = round(len(ordered) / IN_SO_MANY)
+    val = ordered[split * held : None if split == CHOICE else (split + 1) * held]
+    if not val:
+        raise DataError(f"write stamps: {what} must have pictures that no other split evaluates on; got {len(pictures)}")
+    return [each for each in ordered if each not in val], val
 
 
 def _photographs(stamps: Path, folder: str) -> list[Picture]:

@@ -8,8 +8,7 @@ from typing import Literal
 from pipeline.data.errors import DataError
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources import Source
-from pipeline.data.stamps.parts import parts
-from pipeline.data.stamps.pictures import SHARE, Pictures, installed
+from pipeline.data.stamps.pictures import SHARE, Pictures, installed, parts
 from pipeline.data.stamps.scenes import Rendering, Scene, ground_of, object_of, scenes
 from pipeline.data.write import Existing, Progress, check_kept, write_sets
 
@@ -32,7 +31,7 @@ def write_stamps(
 ) -> list[Manifest]:
     """Scenes of 13 classes, `size` pixels a side: `samples` to train on, `val_samples` of other objects to evaluate on.
 
-    `split`: which objects and grounds evaluate, 0, 1 or 2, or 3 to choose settings on (parts.py). `smallest`: the least share
+    `split`: which objects and grounds evaluate, 0, 1 or 2, or 3 to choose settings on (pictures.py). `smallest`: the least share
     of a scene's side that an object takes. `content_seed`: selects the scenes, not the split.
     `source`: what holds the packages' pictures; None: /usr/share.
     `mode`, `quality`: pixels stored as JPEG (quality 90) or raw. `existing`: as for `write_fashion`.

@@ -21,7 +21,7 @@ from pipeline.data.events.frames import frames
 from pipeline.data.events.moving import Moving
 from pipeline.data.events.write import write_events
 from pipeline.data.manifest import Manifest
-from pipeline.data.write import verify
+from pipeline.data.page_checks import verify
 from pipeline.random import FLIP, SHIFT_X, SHIFT_Y, below, bits
 from pipeline.spiking.encode import over_steps
 

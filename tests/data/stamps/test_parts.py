@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.errors import DataError
-from pipeline.data.stamps.parts import CHOICE, SPLITS, parts
-from pipeline.data.stamps.pictures import CLASSES, Picture, Pictures, installed
+from pipeline.data.stamps.pictures import CHOICE, CLASSES, SPLITS, Picture, Pictures, installed, parts
 
 
 def of_sizes(*sizes: int) -> Pictures:

@@ -12,8 +12,7 @@ from PIL import Image
 
 from pipeline.data.errors import DataError
 from pipeline.data.stamps import pictures as pictures_module
-from pipeline.data.stamps.parts import parts
-from pipeline.data.stamps.pictures import CLASSES, Picture, Pictures, installed
+from pipeline.data.stamps.pictures import CLASSES, Picture, Pictures, installed, parts
 from pipeline.data.stamps.scenes import Rendering, render, scenes
 from tests.data.stamps.made import real
 

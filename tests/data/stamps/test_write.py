@@ -14,11 +14,10 @@ from pipeline.__main__ import main
 from pipeline.data.beton import Beton
 from pipeline.data.errors import DataError
 from pipeline.data.manifest import Manifest
-from pipeline.data.stamps.parts import parts
-from pipeline.data.stamps.pictures import CLASSES, installed
+from pipeline.data.page_checks import verify
+from pipeline.data.stamps.pictures import CLASSES, installed, parts
 from pipeline.data.stamps.scenes import render, scenes
 from pipeline.data.stamps.write import write_stamps
-from pipeline.data.write import verify
 
 
 def write(share: Path, out: Path, **options) -> list[Manifest]:

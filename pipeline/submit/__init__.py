@@ -1,1 +1,0 @@
-"""Orders of a training, written for what runs a cluster."""
